@@ -1,0 +1,85 @@
+"""The label map: the taxonomy of the platform, `config/idx2name_*.json`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from config.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class LabelMap:
+    """Index ─► tag name, in index order.
+
+    Attributes:
+        names: Name of each class; its position is the tag's ID.
+    """
+
+    names: tuple[str, ...]
+
+    @cached_property
+    def index(self) -> dict[str, int]:
+        """Name ─► index."""
+        return {name: i for i, name in enumerate(self.names)}
+
+    def __len__(self) -> int:
+        """Number of classes."""
+        return len(self.names)
+
+    def encode(self, labels: Iterable[str], *, where: str = "labels") -> list[int]:
+        """Indices of label names.
+
+        Raises:
+            ConfigError: A label is not in the map.
+        """
+        try:
+            return [self.index[label] for label in labels]
+        except KeyError as error:
+            raise ConfigError(f"{where}: label {error.args[0]!r} is not in the label map") from None
+
+    def as_json(self) -> dict[str, str]:
+        """The file's content: index as text ─► name."""
+        return {str(i): name for i, name in enumerate(self.names)}
+
+    @classmethod
+    def from_mapping(cls, content: Mapping[str, object], where: str) -> LabelMap:
+        """Build from index ─► name.
+
+        Raises:
+            ConfigError: Indices are not 0 to n-1, or names repeat.
+        """
+        try:
+            pairs = sorted((int(key), value) for key, value in content.items())
+        except ValueError as error:
+            raise ConfigError(f"{where}: every key must be an index: {error}") from error
+        names = [name for _, name in pairs]
+        if [i for i, _ in pairs] != list(range(len(pairs))) or not pairs:
+            raise ConfigError(f"{where}: indices must run from 0 without gaps")
+        if not all(isinstance(name, str) and name for name in names):
+            raise ConfigError(f"{where}: every name must be text")
+        texts = [str(name) for name in names]
+        if len(set(texts)) != len(texts):
+            twice = next(name for name in texts if texts.count(name) > 1)
+            raise ConfigError(f"{where}: name {twice!r} stands twice")
+        return cls(tuple(texts))
+
+    @classmethod
+    def load(cls, path: Path) -> LabelMap:
+        """Read a label map.
+
+        Raises:
+            ConfigError: The file is missing or no label map.
+        """
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise ConfigError(f"{path}: no such label map") from error
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{path}: not a JSON label map: {error}") from error
+        if not isinstance(content, dict):
+            raise ConfigError(f"{path}: must map index to name")
+        return cls.from_mapping(content, str(path))

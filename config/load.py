@@ -1,0 +1,172 @@
+"""Load settings: YAML, then environment, then ``--set a.b=c``; each mistake is one line.
+
+Precedence, lowest first: defaults, the YAML file, ``INSIGHTTAG_SECTION__KEY`` variables, ``--set``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_settings import BaseSettings, EnvSettingsSource
+
+from config.errors import ConfigError
+from config.settings import Settings
+
+DEFAULT_CONFIG = Path("config/infer_config_e2e.yaml")
+_TEST_VARIABLES = "INSIGHTTAG_TEST_"
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML mapping.
+
+    Raises:
+        ConfigError: The file is missing, unreadable, no YAML, or not a mapping.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: no such file") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from error
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: must hold keys and values, not a {type(content).__name__}")
+    return content
+
+
+def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
+    """Turn ``a.b=c`` strings into a nested mapping; values are read as YAML.
+
+    Raises:
+        ConfigError: An override has no ``=`` or an empty key.
+    """
+    tree: dict[str, Any] = {}
+    for override in overrides:
+        path, separator, raw = override.partition("=")
+        keys = path.strip().split(".")
+        if not separator or not all(keys):
+            raise ConfigError(f"--set {override}: write it as section.key=value")
+        try:
+            value = yaml.safe_load(raw) if raw else ""
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set {path}: {raw!r} is not a value") from error
+        node = tree
+        for key in keys[:-1]:
+            child = node.setdefault(key, {})
+            if not isinstance(child, dict):
+                raise ConfigError(f"--set {override}: {key} already has a value")
+            node = child
+        node[keys[-1]] = value
+    return tree
+
+
+def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Merge nested mappings; later layers win, lists are replaced whole."""
+    result: dict[str, Any] = {}
+    for layer in layers:
+        for key, value in layer.items():
+            if isinstance(value, Mapping) and isinstance(result.get(key), Mapping):
+                result[key] = merge(result[key], value)
+            else:
+                result[key] = value
+    return result
+
+
+def _environment() -> dict[str, Any]:
+    prefix = Settings.model_config["env_prefix"]
+    known = set(Settings.model_fields)
+    for name in os.environ:
+        if not name.startswith(prefix) or name.startswith(_TEST_VARIABLES):
+            continue
+        section = name[len(prefix) :].split("__")[0].lower()
+        if section not in known:
+            raise ConfigError(f"environment {name}: no section {section!r}{_hint(section, known)}")
+    try:
+        return EnvSettingsSource(Settings)()
+    except Exception as error:  # pydantic-settings raises its own type on undecodable JSON
+        raise ConfigError(f"environment: {' '.join(str(error).split())}") from error
+
+
+def _hint(word: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, sorted(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _fields_at(model: type[BaseModel], path: tuple[int | str, ...]) -> set[str]:
+    fields = set(model.model_fields)
+    for key in path:
+        info = model.model_fields.get(str(key))
+        annotation = info.annotation if info else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return fields if not path else set()
+        model = annotation
+        fields = set(model.model_fields)
+    return fields
+
+
+def one_line(error: ValidationError, model: type[BaseModel]) -> str:
+    """The first mistake of a validation error with its key's path, in one line."""
+    first = error.errors(include_url=False)[0]
+    location = tuple(first["loc"])
+    path = ".".join(str(part) for part in location) or "(top level)"
+    if first["type"] == "extra_forbidden":
+        known = _fields_at(model, location[:-1])
+        return f"{path}: unknown key{_hint(str(location[-1]), known)}"
+    if first["type"] == "missing":
+        return f"{path}: is required"
+    message = first["msg"].removeprefix("Value error, ")
+    shown = first.get("input")
+    if isinstance(shown, (str, int, float, bool)) and "url" not in path:
+        message = f"{message} (got {shown!r})"
+    more = error.error_count() - 1
+    return f"{path}: {message}" + (f" (and {more} more)" if more else "")
+
+
+def validate(model: type[Model], values: Mapping[str, Any], source: str) -> Model:
+    """Validate a mapping against a model.
+
+    Raises:
+        ConfigError: One line with ``source``, the key's path, and what is wrong.
+    """
+    try:
+        if issubclass(model, BaseSettings):
+            # The layers are merged already: building with model_validate skips every source.
+            return cast(Model, model.model_validate(dict(values)))
+        return model.model_validate(dict(values))
+    except ValidationError as error:
+        raise ConfigError(f"{source}: {one_line(error, model)}") from error
+
+
+def load_settings(
+    path: Path | str | None = None, overrides: Iterable[str] = (), *, default: Path = DEFAULT_CONFIG
+) -> Settings:
+    """Load the daemon's settings.
+
+    Args:
+        path: YAML file; None takes ``default``, and the built-in defaults where that is absent.
+        overrides: ``section.key=value`` strings, highest precedence.
+        default: The file that is taken when ``path`` is None.
+
+    Raises:
+        ConfigError: One line that names the file or variable, the key's path and the mistake.
+    """
+    file = Path(path) if path is not None else default
+    from_file = read_yaml(file) if path is not None or file.exists() else {}
+    validate(Settings, from_file, str(file))  # so that a mistake is blamed on the right source
+    from_environment = _environment()
+    validate(Settings, merge(from_file, from_environment), "environment")
+    from_options = parse_overrides(overrides)
+    return validate(Settings, merge(from_file, from_environment, from_options), "--set")

@@ -1,0 +1,306 @@
+"""Typed, frozen settings. Unknown keys are refused; units are in the names.
+
+Loaded once by :func:`config.load.load_settings` and passed in; nothing reads settings at import.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+
+from config.urls import redact
+
+PositiveInt = Annotated[int, Field(ge=1)]
+Seconds = Annotated[float, Field(gt=0)]
+Precision = Literal["auto", "bf16", "fp16", "fp32"]
+ExtractorName = Literal["video", "image", "audio", "text", "ocr"]
+
+
+class Section(BaseModel):
+    """Base of every section: frozen, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class BrokerSettings(Section):
+    """The message queue."""
+
+    url: str = "embedded://"
+    queue: str = "insighttag.posts"
+    prefetch: PositiveInt = 32
+    """Messages held unacknowledged: the daemon's whole intake."""
+    heartbeat_s: PositiveInt = 10
+    socket_timeout_s: Seconds = 5
+    visibility_timeout_s: Seconds = 3600
+    delivery_limit: PositiveInt = 20
+    """RabbitMQ only: deliveries after which the broker itself dead-letters a message."""
+
+    @field_validator("url")
+    @classmethod
+    def _scheme(cls, value: str) -> str:
+        if not value.startswith(("amqp://", "amqps://", "redis://", "rediss://", "embedded://")):
+            raise ValueError(
+                f"{redact(value)!r} is no broker; use amqp://, redis:// or embedded://"
+            )
+        return value
+
+
+class FieldMap(Section):
+    """Our names ─► the platform's dotted paths in a post document."""
+
+    id: str = "_id"
+    text: str = "text"
+    images: str = "images"
+    videos: str = "videos"
+    audios: str = "audios"
+    labels: str = "labels"
+
+
+class StoreSettings(Section):
+    """MongoDB: where posts are read and tags are written."""
+
+    url: str = "embedded://"
+    database: str = "insighttag"
+    collection: str = "posts"
+    jobs_collection: str = "jobs"
+    fields: FieldMap = FieldMap()
+    result_path: str = "insight"
+    """The sub-document of a post that tags are written to."""
+    timeout_s: Seconds = 10
+    batch_size: PositiveInt = 200
+
+    @field_validator("url")
+    @classmethod
+    def _scheme(cls, value: str) -> str:
+        if not value.startswith(("mongodb://", "mongodb+srv://", "embedded://")):
+            raise ValueError(f"{redact(value)!r} is no database; use mongodb:// or embedded://")
+        return value
+
+
+class FetchSettings(Section):
+    """Limits of the downloader, the only process that opens post URLs."""
+
+    connections: PositiveInt = 16
+    connect_timeout_s: Seconds = 5
+    read_timeout_s: Seconds = 15
+    total_timeout_s: Seconds = 60
+    max_bytes: PositiveInt = 200 * 1024 * 1024
+    max_redirects: Annotated[int, Field(ge=0)] = 5
+    max_media: PositiveInt = 20
+    """Media of one post; those beyond it are left out and named in the log."""
+    allow_private_hosts: bool = False
+    spool: Path = Path("workshop/spool")
+    user_agent: str = "InsightTag/1"
+
+
+class DecodeSettings(Section):
+    """Decoder processes and what a media file may be."""
+
+    processes: PositiveInt = 2
+    deadline_s: Seconds = 60
+    memory_mb: PositiveInt = 4096
+    """Address space that one decoder may grow by; past it, the decoder is replaced."""
+    max_pixels: PositiveInt = 100_000_000
+    max_duration_s: Seconds = 3600
+    """Longer videos and sounds are read up to here."""
+    max_audio_s: Seconds = 300
+    """Sound of one file that is turned into patches."""
+
+
+class VisualSettings(Section):
+    """A timm model over pictures or frames."""
+
+    arch: str = "vit_large_patch16_224"
+    weights: str = "pretrained"
+    image_size: PositiveInt = 224
+    """Side of the square input in pixels; whole pictures are scaled to it."""
+    batch_size: PositiveInt = 32
+    precision: Precision = "auto"
+
+
+class VideoSettings(VisualSettings):
+    """A timm model over the frames of videos."""
+
+    frames: PositiveInt = 16
+    """Segments of one video; the centre frame of each is taken (TSN)."""
+    decode: Literal["accurate", "keyframes"] = "accurate"
+
+
+class ImageSettings(VisualSettings):
+    """A timm model over images."""
+
+    max_frames: PositiveInt = 1
+    """Frames taken from an animated picture."""
+
+
+class AudioSettings(Section):
+    """VGGish, or any timm model with one input channel, over 0.96 s log-mel patches."""
+
+    arch: str = "vggish"
+    weights: str = "pretrained"
+    stray_relu: bool = False
+    """Apply the last ReLU, as torchvggish's released graph does (its issue 24)."""
+    postprocess: bool = False
+    """Subtract the mean, PCA, clip and quantise, as the AudioSet release does."""
+    batch_size: PositiveInt = 64
+    precision: Precision = "auto"
+
+
+class TextSettings(Section):
+    """A transformers encoder over tokens."""
+
+    arch: str = "bert-base-chinese"
+    weights: str = "pretrained"
+    max_tokens: PositiveInt = 256
+    batch_size: PositiveInt = 16
+    precision: Precision = "auto"
+
+
+class OcrSettings(Section):
+    """Text inside pictures."""
+
+    enabled: bool = True
+    max_side: PositiveInt = 960
+    """Pictures are shrunk so that their longer side is at most this many pixels."""
+    frames: Annotated[int, Field(ge=0)] = 2
+    """Frames of each video that are read."""
+    min_confidence: Annotated[float, Field(ge=0, le=1)] = 0.5
+    max_chars: PositiveInt = 1000
+
+
+class FeatureSettings(Section):
+    """Everything that determines a feature; its digest is the extractor fingerprint."""
+
+    ocr_mode: Literal["append", "separate"] = "separate"
+    """OCR text joins the post's text, or stands as its own modality."""
+    video: VideoSettings = VideoSettings()
+    image: ImageSettings = ImageSettings()
+    audio: AudioSettings = AudioSettings()
+    text: TextSettings = TextSettings()
+    ocr: OcrSettings = OcrSettings()
+
+
+class ExtractorPlacement(Section):
+    """One group of extractor processes: a device and the extractors that it hosts."""
+
+    device: Annotated[str, Field(pattern=r"^(cpu|cuda:\d+)$")] = "cpu"
+    extractors: tuple[ExtractorName, ...] = ("video", "image", "audio", "text", "ocr")
+    processes: PositiveInt = 1
+    threads: PositiveInt = 2
+    """CPU threads of each process."""
+
+
+class FusionSettings(Section):
+    """The fusion process and the bundle it serves."""
+
+    bundle: Path = Path("workshop/weights/current")
+    image_as_frames: bool = False
+    """Images join the video's frames; must be what the bundle was trained with."""
+    device: Annotated[str, Field(pattern=r"^(cpu|cuda:\d+)$")] = "cpu"
+    threads: PositiveInt = 1
+    batch_size: PositiveInt = 64
+    reload_s: Seconds = 5
+    """How often the bundle folder is looked at for a newer bundle."""
+
+
+class WorkerSettings(Section):
+    """The worker pool."""
+
+    extractors: tuple[ExtractorPlacement, ...] = (ExtractorPlacement(),)
+    slots: PositiveInt = 16
+    """Shared-memory slots; each holds what was decoded from one media file."""
+    start_timeout_s: Seconds = 600
+    """Loading of models may take this long."""
+    task_timeout_s: Seconds = 120
+    """A task that a device worker has begun may take this long."""
+    shutdown_timeout_s: Seconds = 10
+
+    @model_validator(mode="after")
+    def _hosted(self) -> WorkerSettings:
+        hosted = {name for group in self.extractors for name in group.extractors}
+        absent = [n for n in ("video", "image", "audio", "text") if n not in hosted]
+        if absent:
+            raise ValueError(f"no process hosts the extractors {', '.join(absent)}")
+        return self
+
+
+class KingSettings(Section):
+    """The coordinator."""
+
+    attempts: PositiveInt = 5
+    """Tries at one post, crashes included, before it is a dead letter."""
+    backoff_s: Seconds = 2
+    backoff_max_s: Seconds = 300
+    post_deadline_s: Seconds = 300
+    """A post in flight longer than this fails this attempt."""
+    drain_timeout_s: Seconds = 30
+    health_file: Path = Path("workshop/run/king.json")
+    lease_s: Seconds = 60
+    """A job of another King is taken over when its lease is older than this."""
+
+
+class WatchdogSettings(Section):
+    """The watchdog under supervisord."""
+
+    stall_s: Seconds = 60
+    interval_s: Seconds = 5
+    start_timeout_s: Seconds = 900
+    program: str = "king"
+    supervisor_url: str = "unix://workshop/run/supervisor.sock"
+
+
+class EmbeddedSettings(Section):
+    """Files of the embedded broker and database."""
+
+    folder: Path = Path("workshop/embedded")
+
+
+class LogSettings(Section):
+    """structlog output on standard error."""
+
+    format: Literal["auto", "json", "pretty"] = "auto"
+    """`auto` is pretty on a terminal, JSON elsewhere."""
+    level: Literal["debug", "info", "warning", "error"] = "info"
+
+
+class Settings(BaseSettings):
+    """All settings of the daemon and the online commands."""
+
+    model_config = SettingsConfigDict(
+        frozen=True,
+        extra="forbid",
+        env_prefix="INSIGHTTAG_",
+        env_nested_delimiter="__",
+        protected_namespaces=(),
+    )
+
+    broker: BrokerSettings = BrokerSettings()
+    store: StoreSettings = StoreSettings()
+    fetch: FetchSettings = FetchSettings()
+    decode: DecodeSettings = DecodeSettings()
+    features: FeatureSettings = FeatureSettings()
+    workers: WorkerSettings = WorkerSettings()
+    fusion: FusionSettings = FusionSettings()
+    king: KingSettings = KingSettings()
+    watchdog: WatchdogSettings = WatchdogSettings()
+    embedded: EmbeddedSettings = EmbeddedSettings()
+    log: LogSettings = LogSettings()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Only what is passed in: `config.load` merges the sources, so that it can name them."""
+        return (init_settings,)

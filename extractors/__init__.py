@@ -1,0 +1,1 @@
+"""Media on disk ─► features; no network, no database."""

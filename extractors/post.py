@@ -1,0 +1,123 @@
+"""The values that flow: one frozen value per stage, `Post` ─► `Features` ─► `Tags`.
+
+Nothing here imports torch or cv2, so that the King can use these values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+Modality: TypeAlias = Literal["video", "image", "audio", "text", "ocr"]
+MediaKind: TypeAlias = Literal["image", "video", "audio"]
+Status: TypeAlias = Literal["ok", "missing", "failed"]
+
+MODALITIES: tuple[Modality, ...] = ("video", "image", "audio", "text", "ocr")
+MEDIA_KINDS: tuple[MediaKind, ...] = ("image", "video", "audio")
+
+FeatureArray: TypeAlias = npt.NDArray[np.float16]
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why something failed.
+
+    Attributes:
+        stage: ``message``, ``load``, ``fetch``, ``decode``, ``extract``, ``fuse`` or ``store``.
+        type: Name of the error class, for example ``MediaError``.
+        message: One line for a person.
+        retryable: Whether a later attempt may succeed.
+    """
+
+    stage: str
+    type: str
+    message: str
+    retryable: bool = False
+
+    @classmethod
+    def of(cls, stage: str, error: BaseException, *, retryable: bool = False) -> Failure:
+        """Describe an exception in one line."""
+        text = " ".join(str(error).split()) or type(error).__name__
+        return cls(stage=stage, type=type(error).__name__, message=text[:500], retryable=retryable)
+
+    def as_dict(self) -> dict[str, str]:
+        """The three keys that are stored in MongoDB."""
+        return {"stage": self.stage, "type": self.type, "message": self.message}
+
+
+@dataclass(frozen=True, slots=True)
+class Media:
+    """One image, video or audio file of a post.
+
+    Attributes:
+        kind: What the post says it is.
+        source: URL (http or https), or the path of a local file in the offline commands.
+    """
+
+    kind: MediaKind
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class Post:
+    """One item to tag.
+
+    Attributes:
+        ocr: Text already read from the pictures, or None when it is still to be read.
+        labels: Names of the true tags, where they are known.
+    """
+
+    post_id: str
+    text: str = ""
+    media: tuple[Media, ...] = ()
+    ocr: str | None = None
+    labels: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Features:
+    """What the extractors gave for one post.
+
+    Attributes:
+        arrays: float16 ``(n, dim)`` for each modality that is ``ok``.
+        statuses: ``ok``, ``missing`` or ``failed`` for every modality.
+        failures: The reason of each failed modality, and of media that failed inside an ok one.
+        ocr_text: What was read in the pictures; None when nothing was read.
+    """
+
+    post_id: str
+    arrays: Mapping[Modality, FeatureArray]
+    statuses: Mapping[Modality, Status]
+    failures: Mapping[Modality, Failure] = field(default_factory=dict)
+    ocr_text: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Tag:
+    """One predicted label with its score in [0, 1]."""
+
+    id: int
+    name: str
+    score: float
+
+
+@dataclass(frozen=True, slots=True)
+class Tags:
+    """The tags of one post.
+
+    Attributes:
+        model: Name of the bundle.
+        version: Version of the bundle; versions of one name sort as text, later is greater.
+        tags: Those whose score reaches their threshold, highest first.
+        scores: float32 ``(classes,)``, every class, in label order.
+    """
+
+    post_id: str
+    model: str
+    version: str
+    tags: tuple[Tag, ...]
+    scores: npt.NDArray[np.float32]

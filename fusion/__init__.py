@@ -1,0 +1,1 @@
+"""Features ─► tags: models, losses, metrics, trainer, inferer, bundle."""

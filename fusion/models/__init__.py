@@ -1,0 +1,1 @@
+"""The fusion models, chosen by name."""

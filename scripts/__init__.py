@@ -1,0 +1,1 @@
+"""The commands and the offline scripts, thin over the packages."""

@@ -1,0 +1,1 @@
+"""From the platform to a training set."""

@@ -1,0 +1,1 @@
+"""Processes: fetch, decode, extract, fuse; pinning, batching, deadlines."""

@@ -1,0 +1,272 @@
+"""What crosses between the King and its workers: frozen values, no torch, no cv2.
+
+Pixels and patches lie in shared-memory slots and are named by `ArrayRef`; everything else
+crosses as one of these messages, pickled, on one pipe per worker.
+
+A task is answered by exactly one `Done` or `Failed`. Before a worker runs a batch it says which
+tasks are in it (`Began`), so that the King knows whom a death may be charged to.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+import numpy as np
+
+from config.settings import ExtractorName, Settings
+from extractors.post import (
+    MODALITIES,
+    Failure,
+    FeatureArray,
+    Features,
+    Media,
+    MediaKind,
+    Modality,
+    Post,
+    Status,
+    Tag,
+    Tags,
+)
+
+__all__ = [
+    "MODALITIES",
+    "ArrayRef",
+    "Began",
+    "BundleLoaded",
+    "DecodeTask",
+    "Decoded",
+    "Done",
+    "Envelope",
+    "ExtractTask",
+    "Extracted",
+    "ExtractorName",
+    "Failed",
+    "Failure",
+    "Features",
+    "FetchTask",
+    "Fetched",
+    "FuseTask",
+    "Media",
+    "MediaKind",
+    "Modality",
+    "Part",
+    "PartKind",
+    "Post",
+    "Ready",
+    "Refused",
+    "Reply",
+    "Result",
+    "Status",
+    "Stop",
+    "Tag",
+    "Tags",
+    "Task",
+    "WorkerRole",
+    "slot_bytes",
+]
+
+WorkerRole: TypeAlias = Literal["fetch", "decode", "extract", "fuse"]
+PartKind: TypeAlias = Literal["frames", "image", "patches", "picture"]
+
+PATCH_FRAMES, PATCH_BANDS, PATCH_S = 96, 64, 0.96
+
+
+@dataclass(frozen=True, slots=True)
+class ArrayRef:
+    """An array in a shared-memory slot.
+
+    Attributes:
+        slot: Index of the slot.
+        offset: Bytes from the start of the slot, a multiple of 64.
+    """
+
+    slot: int
+    offset: int
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One thing that was decoded from a media file.
+
+    ``frames`` and ``image`` are uint8 RGB ``(n, size, size, 3)`` for the visual extractors,
+    ``patches`` float32 ``(n, 96, 64)`` log-mel for the audio extractor, ``picture`` uint8 RGB
+    ``(height, width, 3)`` for OCR.
+    """
+
+    kind: PartKind
+    ref: ArrayRef
+
+
+# Tasks ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class FetchTask:
+    """Download one media file into the spool folder."""
+
+    media: Media
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeTask:
+    """Decode one local media file into a slot."""
+
+    kind: MediaKind
+    path: str
+    slot: int
+
+
+@dataclass(frozen=True, slots=True)
+class ExtractTask:
+    """Run one extractor on what one media file gave, or on a text.
+
+    Attributes:
+        extractor: ``ocr`` reads ``refs`` (pictures) into text; ``text`` embeds ``text``; the
+            others turn ``refs`` into a feature array.
+        modality: Which modality the result belongs to (``text`` serves ``text`` and ``ocr``).
+    """
+
+    extractor: ExtractorName
+    modality: Modality
+    refs: tuple[ArrayRef, ...] = ()
+    text: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class FuseTask:
+    """Predict the tags of one post from its features."""
+
+    features: Features
+
+
+Task: TypeAlias = FetchTask | DecodeTask | ExtractTask | FuseTask
+
+
+# Results -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """A media file in the spool folder; who gets it deletes it."""
+
+    path: str
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """What a media file gave.
+
+    Attributes:
+        parts: In order of time.
+        failures: Modality ─► why that side of the file is broken, while the rest is usable.
+    """
+
+    parts: tuple[Part, ...]
+    failures: Mapping[Modality, Failure] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Extracted:
+    """An extractor's result: float16 ``(n, dim)``, or the text that OCR read."""
+
+    array: FeatureArray | None = None
+    text: str | None = None
+
+
+Result: TypeAlias = Fetched | Decoded | Extracted | Tags
+
+
+# Messages ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Envelope:
+    """King ─► worker: one task.
+
+    Attributes:
+        deadline: `time.monotonic()` of this host, past which the result is of no use.
+        solo: Run alone, never in a batch: the task is suspected of killing a worker.
+    """
+
+    task_id: int
+    task: Task
+    deadline: float
+    solo: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """King ─► worker: finish what has begun and exit 0."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """Worker ─► King: models are loaded."""
+
+    info: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Began:
+    """Worker ─► King: these tasks now run, as one batch."""
+
+    task_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """Worker ─► King: a task's result."""
+
+    task_id: int
+    result: Result
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """Worker ─► King: a task failed; the worker lives on."""
+
+    task_id: int
+    failure: Failure
+
+
+@dataclass(frozen=True, slots=True)
+class BundleLoaded:
+    """Fusion worker ─► King: the bundle now served; sent after `Ready` and after each swap."""
+
+    name: str
+    version: str
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """Worker ─► King: it cannot start, and a restart would not help (a `ConfigError`)."""
+
+    message: str
+
+
+Reply: TypeAlias = Ready | Began | Done | Failed | BundleLoaded | Refused
+
+
+def slot_bytes(settings: Settings) -> int:
+    """Size of one slot: the most that one media file can give under these settings, in bytes."""
+    features = settings.features
+    picture = features.ocr.max_side**2 * 3 if features.ocr.enabled else 0
+    patches = math.ceil(settings.decode.max_audio_s / PATCH_S) * PATCH_FRAMES * PATCH_BANDS * 4
+    video = features.video.frames * features.video.image_size**2 * 3
+    video += features.ocr.frames * picture + patches
+    image = features.image.max_frames * features.image.image_size**2 * 3 + picture
+    alignment = 64 * (8 + features.ocr.frames)
+    page = 4096
+    return -(-(max(video, image) + alignment) // page) * page
