@@ -38,7 +38,9 @@ class BrokerSettings(Section):
     """Messages held unacknowledged: the daemon's whole intake."""
     heartbeat_s: PositiveInt = 10
     socket_timeout_s: Seconds = 5
-    visibility_timeout_s: Seconds = 3600
+    visibility_timeout_s: Seconds = 60
+    """Redis only: after this time without a sign of life of their consumer, messages are
+    delivered again. A consumer that lives renews its hold, however long a post takes."""
     delivery_limit: PositiveInt = 20
     """RabbitMQ only: deliveries after which the broker itself dead-letters a message."""
 
@@ -169,6 +171,8 @@ class OcrSettings(Section):
     enabled: bool = True
     max_side: PositiveInt = 960
     """Pictures are shrunk so that their longer side is at most this many pixels."""
+    detect_side: PositiveInt = 480
+    """Smaller pictures are enlarged for finding text until their shorter side has this length."""
     frames: Annotated[int, Field(ge=0)] = 2
     """Frames of each video that are read."""
     min_confidence: Annotated[float, Field(ge=0, le=1)] = 0.5
@@ -252,6 +256,10 @@ class WatchdogSettings(Section):
     stall_s: Seconds = 60
     interval_s: Seconds = 5
     start_timeout_s: Seconds = 900
+    restarts: PositiveInt = 5
+    """Restarts within `restart_window_s`; past them the watchdog only reports."""
+    restart_window_s: Seconds = 1800
+    rpc_timeout_s: Seconds = 10
     program: str = "king"
     supervisor_url: str = "unix://workshop/run/supervisor.sock"
 

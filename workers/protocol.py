@@ -40,6 +40,7 @@ __all__ = [
     "Decoded",
     "Done",
     "Envelope",
+    "Expect",
     "ExtractTask",
     "Extracted",
     "ExtractorName",
@@ -203,6 +204,13 @@ class Envelope:
     task: Task
     deadline: float
     solo: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Expect:
+    """King ─► fusion worker: the extractors' fingerprints, which every later bundle must match."""
+
+    fingerprints: Mapping[Modality, str]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,96 @@
+# InsightTag. Every target makes the environment in .venv when it is missing.
+#   make demo | test | check | bench | run | env | clean | distclean | lock
+
+# The interpreter that .venv is made from: python3, or the first supported one beside it.
+ifndef PYTHON
+PYTHON := $(shell for p in python3 python3.12 python3.11 python3.10; do \
+	$$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null \
+	&& echo $$p && break; done)
+ifeq ($(PYTHON),)
+PYTHON := python3
+endif
+endif
+
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check --no-input
+SOURCES := config extractors fusion workers king deploy scripts
+SCRIPTS := $(wildcard *.py)
+PYTEST_ARGS ?=
+SUPERVISORD_ARGS ?=
+
+.PHONY: help env env-dev headless demo test check style types arrows bench run lock clean distclean
+.DEFAULT_GOAL := help
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile
+
+# Environment ----------------------------------------------------------------------------------
+# Stamps, so that an environment is made once and again only when its inputs change.
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 10) <= v[:2] <= (3, 12) else f"InsightTag needs Python 3.10 to 3.12, and $(PYTHON) is {v.major}.{v.minor}: make PYTHON=python3.11 ...")'
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+		echo "$(PYTHON) cannot make a virtual environment; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
+
+# Files of this folder are the inputs; the constraints of the running Python pin everything.
+$(VENV)/.runtime: setup.cfg pyproject.toml $(wildcard constraints/*.txt) | $(VENV)/bin/python
+	$(PIP) install -c $(call constraints) -e .
+	@$(PY) -c 'import cv2' 2> /dev/null || $(MAKE) --no-print-directory headless
+	@touch $@
+
+# opencv-python wants the system's libGL for windows that we never open. Where that is missing,
+# the same version without windows is laid over it.
+headless:
+	@echo "no libGL on this machine: taking OpenCV without windows"
+	$(PIP) install --no-deps --force-reinstall "opencv-python-headless==$$($(PY) -c 'from importlib.metadata import version; print(version("opencv-python"))')"
+	@$(PY) -c 'import cv2'
+
+$(VENV)/.dev: $(VENV)/.runtime
+	$(PIP) install -c $(call constraints) -e '.[dev]'
+	@touch $@
+
+constraints = "constraints/py$$($(PY) -c 'import sys; print("%d.%d" % sys.version_info[:2])').txt"
+
+env: $(VENV)/.runtime ## the environment with what is needed to run
+env-dev: $(VENV)/.dev
+
+# What people type -----------------------------------------------------------------------------
+
+demo: $(VENV)/.runtime ## posts, training, services, daemon, tags: everything once
+	@$(PY) -m scripts.demo
+
+test: check ## lint, types, arrows, all tests with coverage
+	$(PY) -m pytest --cov --cov-report=term:skip-covered $(PYTEST_ARGS)
+
+check: style types arrows ## lint, format, types, import arrows
+
+style: $(VENV)/.dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+types: $(VENV)/.dev
+	$(VENV)/bin/mypy $(SOURCES) $(SCRIPTS)
+
+arrows: $(VENV)/.dev
+	$(VENV)/bin/lint-imports
+
+bench: $(VENV)/.dev ## every benchmark; results in bench/results
+	@set -e; for file in bench/[a-z]*.py; do echo "== $$file"; $(PY) $$file; done
+
+run: $(VENV)/.runtime ## the daemon and its watchdog under supervisord, in the foreground
+	@mkdir -p workshop/run && touch workshop/run/king.log
+	@tail -n 0 -F --pid=$$$$ workshop/run/king.log 2> /dev/null & \
+		PATH="$(CURDIR)/$(VENV)/bin:$$PATH" exec $(VENV)/bin/supervisord -n -c deploy/supervisord.conf $(SUPERVISORD_ARGS)
+
+lock: $(VENV)/.dev ## pin the newest versions that setup.cfg allows, for the running Python
+	$(PY) -m scripts.lock
+
+clean: ## caches and build outputs
+	rm -rf build *.egg-info .coverage .coverage.* .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
+
+distclean: ## also the environment and everything under workshop/
+	@if [ -x $(VENV)/bin/insighttag ]; then $(VENV)/bin/insighttag services stop || true; fi
+	@$(MAKE) --no-print-directory clean
+	rm -rf $(VENV) workshop

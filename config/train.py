@@ -1,0 +1,160 @@
+"""Typed settings of training and offline inference: `train_net.py` and `infer_net.py`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal, TypeAlias
+
+from pydantic import Field, field_validator
+
+from config.settings import PositiveInt, Precision, Section
+
+ModelName: TypeAlias = Literal["token_transformer", "concat_se"]
+LossName: TypeAlias = Literal["bce"]
+ModalityName: TypeAlias = Literal["video", "image", "audio", "text", "ocr"]
+Share = Annotated[float, Field(ge=0, lt=1)]
+Count = Annotated[int, Field(ge=0)]
+Rate = Annotated[float, Field(gt=0)]
+
+
+class DataSettings(Section):
+    """What is learned from."""
+
+    train: Path = Path("data/train.json")
+    valid: Path | None = Path("data/valid.json")
+    """Chooses the best epoch and the thresholds; null trains without."""
+    labels: Path = Path("config/idx2name_cls24.json")
+    modalities: tuple[ModalityName, ...] = ("video", "image", "audio", "text", "ocr")
+    image_as_frames: bool = False
+    """Images join the video's frames; both must then have features of one length."""
+    ocr_mode: Literal["append", "separate"] = "separate"
+    """How the features were extracted; stands in the bundle."""
+    loaders: Count = 0
+    """Processes that read feature files; 0 reads in the training process."""
+    cache_mb: Count = 1024
+    """Features kept in memory between epochs."""
+
+    @field_validator("modalities")
+    @classmethod
+    def _some(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not value or len(set(value)) != len(value):
+            raise ValueError("name at least one modality, and each once")
+        return value
+
+
+class TokenLimits(Section):
+    """Most tokens of each modality; text keeps its beginning, the others are thinned evenly."""
+
+    video: PositiveInt = 64
+    image: PositiveInt = 16
+    audio: PositiveInt = 64
+    text: PositiveInt = 128
+    ocr: PositiveInt = 64
+
+
+class TokenTransformerSettings(Section):
+    """Projected tokens of all modalities through one small transformer."""
+
+    width: PositiveInt = 192
+    layers: PositiveInt = 3
+    heads: PositiveInt = 4
+    dropout: Share = 0.1
+    motion: bool = True
+    """Tokens of video and audio also carry their change from the token before."""
+
+
+class ConcatSeSettings(Section):
+    """Mean of each modality's tokens, joined, with a squeeze-and-excitation gate."""
+
+    modality_width: PositiveInt = 256
+    width: PositiveInt = 512
+    reduction: PositiveInt = 8
+    dropout: Share = 0.5
+
+
+class ModelSettings(Section):
+    """The fusion model: ``name`` chooses which of the sections below counts."""
+
+    name: ModelName = "token_transformer"
+    modality_dropout: Share = 0.15
+    """Chance that a modality is hidden from one post in one training step."""
+    tokens: TokenLimits = TokenLimits()
+    token_transformer: TokenTransformerSettings = TokenTransformerSettings()
+    concat_se: ConcatSeSettings = ConcatSeSettings()
+
+
+class OptimizerSettings(Section):
+    """AdamW with warm-up and cosine."""
+
+    learning_rate: Rate = 1e-3
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    warm_up: Share = 0.1
+    """Share of all steps."""
+    gradient_clip: Rate = 1.0
+    ema_decay: Share = 0.0
+    """Of a moving average of the weights that is validated and saved instead; 0 is off."""
+
+
+class TrainerSettings(Section):
+    """The training loop."""
+
+    epochs: PositiveInt = 30
+    batch_size: PositiveInt = 32
+    loss: LossName = "bce"
+    n_gpu: Count | None = None
+    """0 trains on the CPU; null takes one GPU where there is one."""
+    precision: Precision = "auto"
+    threads: PositiveInt | None = None
+    """CPU threads; null leaves torch's own choice."""
+    valid_interval: Count = 1
+    """Epochs between validations; 0 validates only at the end."""
+    log_interval: PositiveInt = 10
+    """Steps between two lines of the log."""
+    patience: Count = 0
+    """Validations without a better GAP after which training stops; 0 never stops early."""
+    fix_random_seed: bool = False
+    seed: Count = 0
+    """Counts when ``fix_random_seed`` is set; otherwise every run draws its own."""
+    save_dir: Path = Path("workshop/train")
+    """Holds ckpt/ and log/."""
+    progress: bool = True
+
+
+class BundleSettings(Section):
+    """What is deployed at the end."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")] = "insight"
+    out: Path | None = None
+    """Folder of the bundle; null is workshop/weights/<name>."""
+    min_positives: PositiveInt = 5
+    """Tags with fewer positives in validation take the threshold that suits all tags together."""
+
+    @property
+    def folder(self) -> Path:
+        """Where the bundle is written."""
+        return self.out if self.out is not None else Path("workshop/weights") / self.name
+
+
+class TrainSettings(Section):
+    """All settings of `train_net.py`."""
+
+    data: DataSettings = DataSettings()
+    model: ModelSettings = ModelSettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    trainer: TrainerSettings = TrainerSettings()
+    bundle: BundleSettings = BundleSettings()
+
+
+class InferSettings(Section):
+    """All settings of `infer_net.py`."""
+
+    bundle: Path = Path("workshop/weights/current")
+    features: Path = Path("workshop/features")
+    """Root of the feature files, for inputs that name only post IDs."""
+    n_gpus: Count | None = None
+    """0 runs on the CPU; null takes one GPU where there is one."""
+    threads: PositiveInt | None = None
+    batch_size: PositiveInt = 64
+    scores: bool = True
+    """Write the score of every class beside the tags."""
+    progress: bool = True

@@ -1,0 +1,72 @@
+"""Fingerprints: which architecture, weights and preprocessing a feature was made with.
+
+No torch, so that the King can compare the workers' fingerprints with a bundle's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from config.settings import ExtractorName, FeatureSettings
+from extractors.post import Modality
+
+FORMAT = 1
+"""Raise it when the meaning of any feature changes in this code."""
+
+_BLOCK_BYTES = 1 << 20
+_OWN: tuple[tuple[ExtractorName, Modality], ...] = (
+    ("video", "video"),
+    ("image", "image"),
+    ("audio", "audio"),
+)
+
+
+def digest(parts: Mapping[str, Any]) -> str:
+    """Hex digest of a mapping of JSON values, independent of the order of its keys."""
+    text = json.dumps({"format": FORMAT, **parts}, sort_keys=True, ensure_ascii=True)
+    return hashlib.sha256(text.encode("ascii")).hexdigest()[:32]
+
+
+def file_digest(*paths: Path) -> str:
+    """Hex sha256 over the content of files, in the order given."""
+    total = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while block := file.read(_BLOCK_BYTES):
+                total.update(block)
+    return total.hexdigest()
+
+
+def modality_fingerprints(
+    features: FeatureSettings, by_extractor: Mapping[ExtractorName, str]
+) -> dict[Modality, str]:
+    """Fingerprint of each modality out of those of the extractors.
+
+    ``ocr`` is embedded by the text extractor, so its fingerprint joins both; with ``ocr_mode:
+    append`` what was read is part of ``text``, and there is no ``ocr``. With OCR disabled, text
+    that a post brings along as already read is still embedded.
+
+    Args:
+        features: The settings that the extractors were made from.
+        by_extractor: Those that are loaded; a modality whose extractors are not all there is
+            left out.
+    """
+    result: dict[Modality, str] = {
+        modality: by_extractor[name] for name, modality in _OWN if name in by_extractor
+    }
+    text = by_extractor.get("text")
+    engine = by_extractor.get("ocr") if features.ocr.enabled else "disabled"
+    if text is None:
+        return result
+    if features.ocr_mode == "append":
+        if engine is not None:
+            result["text"] = digest({"text": text, "ocr": engine, "mode": "append"})
+        return result
+    result["text"] = text
+    if engine is not None:
+        result["ocr"] = digest({"text": text, "ocr": engine, "mode": "separate"})
+    return result

@@ -1,0 +1,140 @@
+"""Several extractors on one device, loaded and run together; importing this loads no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import structlog
+
+from config.errors import ConfigError, FeatureError
+from config.settings import ExtractorName, FeatureSettings
+from extractors.base import Extractor, build_extractor
+from extractors.fingerprint import modality_fingerprints
+from extractors.post import Modality
+
+if TYPE_CHECKING:
+    from extractors.backbone import TimmBackbone
+
+ALL_EXTRACTORS: tuple[ExtractorName, ...] = ("video", "image", "audio", "text", "ocr")
+
+_log = structlog.get_logger()
+
+
+class ExtractorSuite:
+    """The extractors that one process hosts.
+
+    Args:
+        names: Which ones; OCR is left out where the settings disable it.
+        threads: CPU threads for torch and OCR; None leaves torch's setting and gives OCR one.
+
+    Attributes:
+        by_extractor: Fingerprint of each loaded extractor.
+        extractor_dims: Columns of each loaded extractor's arrays; 0 for OCR.
+    """
+
+    def __init__(
+        self,
+        features: FeatureSettings,
+        device: str = "cpu",
+        names: Sequence[ExtractorName] = ALL_EXTRACTORS,
+        *,
+        threads: int | None = None,
+    ) -> None:
+        self.features = features
+        self.device = device
+        self.names = tuple(n for n in names if n != "ocr" or features.ocr.enabled)
+        self._threads = threads
+        self._extractors: dict[ExtractorName, Extractor] = {}
+
+    def load(self) -> None:
+        """Load every extractor; a second call does nothing.
+
+        Raises:
+            ConfigError: One of them cannot be loaded; none is left half loaded.
+        """
+        if self._extractors:
+            return
+        self._set_threads()
+        try:
+            for name, extractor in self._build().items():
+                extractor.load()
+                self._extractors[name] = extractor
+                _log.info(
+                    "extractors.loaded",
+                    extractor=name,
+                    device=self.device,
+                    dim=extractor.dim,
+                    fingerprint=extractor.fingerprint,
+                )
+        except ConfigError:
+            self.close()
+            raise
+
+    def run(self, name: ExtractorName, items: Sequence[Any]) -> list[Any]:
+        """Results of a batch, in order: float16 ``(n, dim)`` arrays, or texts for ``ocr``.
+
+        Raises:
+            FeatureError: An item is not what the extractor takes, or its result is no feature;
+                the whole batch fails, so run its members one at a time to find out which.
+        """
+        extractor = self._extractors.get(name)
+        if extractor is None:
+            raise FeatureError(f"{name}: this process does not host that extractor")
+        results = extractor.forward([extractor.preprocess(item) for item in items])
+        if len(results) != len(items):
+            raise FeatureError(f"{name}: {len(items)} items gave {len(results)} results")
+        return results
+
+    @property
+    def by_extractor(self) -> Mapping[ExtractorName, str]:
+        """Fingerprint of each loaded extractor."""
+        return {name: extractor.fingerprint for name, extractor in self._extractors.items()}
+
+    @property
+    def extractor_dims(self) -> Mapping[ExtractorName, int]:
+        """Columns of each loaded extractor's arrays; 0 for OCR."""
+        return {name: extractor.dim for name, extractor in self._extractors.items()}
+
+    @property
+    def fingerprints(self) -> dict[Modality, str]:
+        """Fingerprint of each modality that the loaded extractors serve."""
+        return modality_fingerprints(self.features, self.by_extractor)
+
+    @property
+    def dims(self) -> dict[Modality, int]:
+        """Columns of each modality's arrays."""
+        return {m: self.extractor_dims["text" if m == "ocr" else m] for m in self.fingerprints}
+
+    def close(self) -> None:
+        """Free every model."""
+        for extractor in self._extractors.values():
+            extractor.close()
+        self._extractors = {}
+
+    def _build(self) -> dict[ExtractorName, Extractor]:
+        """The extractors, where video and image share one model if their settings let them."""
+        from extractors.visual import VisualExtractor, backbone_key, make_backbone
+
+        settings = {"video": self.features.video, "image": self.features.image}
+        shared: dict[tuple[object, ...], TimmBackbone] = {}
+        built: dict[ExtractorName, Extractor] = {}
+        for name in self.names:
+            if name == "video" or name == "image":  # noqa: PLR1714  mypy narrows it so
+                own = settings[name]
+                key = backbone_key(own)
+                if key not in shared:
+                    shared[key] = make_backbone(name, own, self.device)
+                built[name] = VisualExtractor(name, own, self.device, backbone=shared[key])
+            else:
+                built[name] = build_extractor(
+                    name, self.features, self.device, threads=self._threads or 1
+                )
+        return built
+
+    def _set_threads(self) -> None:
+        if self._threads is None or set(self.names) <= {"ocr"}:
+            return
+        import torch
+
+        torch.set_num_threads(self._threads)

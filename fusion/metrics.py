@@ -1,0 +1,224 @@
+"""Ranking and threshold metrics of multi-label predictions, in numpy, over whole sets.
+
+GAP is what models are chosen by. Scores are ``(samples, classes)``, higher is more likely;
+targets hold 0 and 1 in the same shape.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+FloatArray = npt.NDArray[np.floating]
+BoolArray = npt.NDArray[np.bool_]
+
+_ROWS_AT_ONCE = 8192
+
+
+def _checked(scores: npt.ArrayLike, targets: npt.ArrayLike) -> tuple[FloatArray, BoolArray]:
+    """Scores as floats and targets as booleans, both ``(samples, classes)``.
+
+    Raises:
+        ValueError: Wrong shape, a score that is no number, or a target beside 0 and 1.
+    """
+    given, truth = np.asarray(scores), np.asarray(targets)
+    if given.ndim != 2 or given.shape != truth.shape:
+        raise ValueError(
+            f"scores {given.shape} and targets {truth.shape} must both be (samples, classes)"
+        )
+    numbers = given.astype(np.float64) if given.dtype.kind != "f" else given
+    if np.isnan(numbers).any():
+        raise ValueError(f"{int(np.isnan(numbers).sum())} scores are NaN")
+    if truth.dtype.kind != "b" and not np.isin(truth, (0, 1)).all():
+        raise ValueError("targets must be 0 or 1")
+    return numbers, truth.astype(np.bool_)
+
+
+def _top_k(scores: FloatArray, ties: FloatArray, top_k: int) -> npt.NDArray[np.intp]:
+    """Columns of each row's ``top_k`` highest scores, ties by the smaller tie key.
+
+    Returns:
+        ``(rows, top_k)``, in no particular order within a row.
+    """
+    boundary = -np.partition(-scores, top_k - 1, axis=1)[:, top_k - 1 : top_k]  # (rows, 1)
+    # Above the boundary always in, on it by the tie key, below it never.
+    rank = np.where(scores > boundary, -1.0, np.where(scores == boundary, ties, 2.0))
+    return np.argpartition(rank, top_k - 1, axis=1)[:, :top_k]
+
+
+class GapMeter:
+    """Accumulates GAP@k over a set, batch by batch; the value does not depend on the batches.
+
+    Source: google/youtube-8m, eval_util.py and average_precision_calculator.py.
+    """
+
+    def __init__(self, top_k: int = 20, *, seed: int = 0) -> None:
+        if top_k < 1:
+            raise ValueError(f"top_k must be at least 1, not {top_k}")
+        self._top_k = top_k
+        self._random = np.random.default_rng(seed)
+        self._kept: list[tuple[FloatArray, FloatArray, BoolArray]] = []
+        self._positives = 0
+
+    def add(self, scores: npt.ArrayLike, targets: npt.ArrayLike) -> None:
+        """Take the next samples of the set.
+
+        Args:
+            scores: ``(samples, classes)`` floats.
+            targets: ``(samples, classes)`` of 0 and 1.
+
+        Raises:
+            ValueError: Wrong shape, a score that is NaN, or a target beside 0 and 1.
+        """
+        numbers, truth = _checked(scores, targets)
+        self._positives += int(truth.sum())
+        top_k = min(self._top_k, numbers.shape[1])
+        for start in range(0, len(numbers), _ROWS_AT_ONCE):
+            rows = slice(start, start + _ROWS_AT_ONCE)
+            part, hits = numbers[rows], truth[rows]
+            # Drawn row by row in order, so that batching does not change which key a pair gets.
+            ties = self._random.random(part.shape)
+            if not top_k:
+                continue
+            columns = _top_k(part, ties, top_k)
+            self._kept.append(
+                (
+                    np.take_along_axis(part, columns, 1).ravel(),
+                    np.take_along_axis(ties, columns, 1).ravel(),
+                    np.take_along_axis(hits, columns, 1).ravel(),
+                )
+            )
+
+    def value(self) -> float:
+        """GAP of everything added so far, in [0, 1]; 0 where the set has no positive."""
+        if not self._positives or not self._kept:
+            return 0.0
+        scores, ties, hits = (np.concatenate(column) for column in zip(*self._kept, strict=True))
+        order = np.lexsort((ties, -scores))
+        ranked = hits[order]
+        precision = np.cumsum(ranked) / np.arange(1, len(ranked) + 1)
+        return float(precision[ranked].sum() / self._positives)
+
+
+def global_average_precision(
+    scores: npt.ArrayLike, targets: npt.ArrayLike, top_k: int = 20
+) -> float:
+    """GAP@k: average precision of the pooled ``top_k`` predictions of every sample.
+
+    The denominator counts all positives of the set, those outside the top k too. Ties are broken
+    by a shuffle with a fixed seed.
+
+    Args:
+        scores: ``(samples, classes)`` floats.
+        targets: ``(samples, classes)`` of 0 and 1.
+        top_k: Predictions of each sample that are pooled.
+
+    Raises:
+        ValueError: Wrong shape, a score that is NaN, or a target beside 0 and 1.
+    """
+    meter = GapMeter(top_k)
+    meter.add(scores, targets)
+    return meter.value()
+
+
+def hit_at_one(scores: npt.ArrayLike, targets: npt.ArrayLike) -> float:
+    """Share of the samples whose highest score is a positive; ties go to the lower index."""
+    numbers, truth = _checked(scores, targets)
+    if not numbers.size:
+        return 0.0
+    best = numbers.argmax(axis=1)
+    return float(truth[np.arange(len(truth)), best].mean())
+
+
+def precision_at_equal_recall(scores: npt.ArrayLike, targets: npt.ArrayLike) -> float:
+    """PERR: precision in each sample's top n, n its number of labels; 0 for one without labels.
+
+    Source: google/youtube-8m, eval_util.py.
+    """
+    numbers, truth = _checked(scores, targets)
+    if not numbers.size:
+        return 0.0
+    order = np.argsort(-numbers, axis=1, kind="stable")
+    ranked = np.take_along_axis(truth, order, axis=1)
+    wanted = truth.sum(axis=1)  # (samples,)
+    inside = np.arange(truth.shape[1])[None, :] < wanted[:, None]
+    return float(((ranked & inside).sum(axis=1) / np.maximum(wanted, 1)).mean())
+
+
+def average_precisions(scores: npt.ArrayLike, targets: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    """Average precision of every class, untruncated; tied scores count as one threshold.
+
+    Returns:
+        float64 ``(classes,)``, NaN for a class without positives.
+    """
+    numbers, truth = _checked(scores, targets)
+    result = np.full(numbers.shape[1], np.nan)
+    for column in np.flatnonzero(truth.any(axis=0)):
+        order = np.argsort(-numbers[:, column], kind="stable")
+        ranked, sorted_scores = truth[order, column], numbers[order, column]
+        # Last position of each run of equal scores.
+        ends = np.append(np.flatnonzero(np.diff(sorted_scores)), len(ranked) - 1)
+        found = np.cumsum(ranked)[ends]
+        precision = found / (ends + 1)
+        recall_steps = np.diff(found, prepend=0) / ranked.sum()
+        result[column] = float((recall_steps * precision).sum())
+    return result
+
+
+def mean_average_precision(scores: npt.ArrayLike, targets: npt.ArrayLike) -> float:
+    """Macro mean of the per-class average precision over the classes that have positives."""
+    per_class = average_precisions(scores, targets)
+    known = per_class[~np.isnan(per_class)]
+    return float(known.mean()) if len(known) else 0.0
+
+
+@dataclass(frozen=True)
+class F1:
+    """F1 at given thresholds.
+
+    Attributes:
+        micro: Over all (sample, class) decisions.
+        macro: Mean over the classes that have positives.
+    """
+
+    micro: float
+    macro: float
+
+
+def f1_scores(scores: npt.ArrayLike, targets: npt.ArrayLike, thresholds: npt.ArrayLike = 0.5) -> F1:
+    """Micro and macro F1; a class is predicted where its score reaches its threshold.
+
+    Args:
+        scores: ``(samples, classes)`` floats.
+        targets: ``(samples, classes)`` of 0 and 1.
+        thresholds: One number, or ``(classes,)``.
+    """
+    numbers, truth = _checked(scores, targets)
+    predicted = numbers >= np.asarray(thresholds)
+    both = (predicted & truth).sum(axis=0)
+    total = predicted.sum(axis=0) + truth.sum(axis=0)  # (classes,)
+    per_class = 2 * both / np.maximum(total, 1)
+    known = truth.any(axis=0)
+    micro = float(2 * both.sum() / total.sum()) if total.sum() else 0.0
+    return F1(micro=micro, macro=float(per_class[known].mean()) if known.any() else 0.0)
+
+
+def summary(
+    scores: npt.ArrayLike, targets: npt.ArrayLike, thresholds: npt.ArrayLike = 0.5
+) -> dict[str, float]:
+    """The metrics that are logged and stored in a bundle.
+
+    Returns:
+        ``gap`` (GAP@20), ``hit_at_1``, ``perr``, ``map``, ``f1_micro``, ``f1_macro``.
+    """
+    f1 = f1_scores(scores, targets, thresholds)
+    return {
+        "gap": global_average_precision(scores, targets),
+        "hit_at_1": hit_at_one(scores, targets),
+        "perr": precision_at_equal_recall(scores, targets),
+        "map": mean_average_precision(scores, targets),
+        "f1_micro": f1.micro,
+        "f1_macro": f1.macro,
+    }

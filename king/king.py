@@ -1,0 +1,270 @@
+"""The King: puts the threads together, watches them, and ends them in order.
+
+    main      signals, health file, the end
+    broker    `king.consumer`   owns the connection: drains, heartbeats, acknowledgements
+    store     `king.keeper`     owns the database: claims, outcomes, leases, retries
+    dispatch  `king.dispatch`   owns the worker pool: plans, deadlines
+
+    broker ─delivery─► store ─begun post─► dispatch ─outcome─► store ─acknowledgement─► broker
+
+Every arrow is a deque bounded by ``broker.prefetch``: a message is held until its outcome is
+written, so what is full downstream stops intake and never heartbeats.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from types import FrameType
+
+import structlog
+
+from config.errors import ConfigError
+from config.settings import Settings
+from config.urls import redact
+from king.broker import Broker, KombuBroker
+from king.consumer import Consumer
+from king.dispatch import Dispatcher
+from king.flights import Flights, is_dead, own_name
+from king.health import Board, write_health
+from king.keeper import Keeper
+from king.store import MongoStore, Store
+from workers.events import TaskPool
+
+_TICK_S = 0.1
+_HEALTH_EVERY_S = 1.0
+_CONFIRM_S = 2.0  # how long the queue must be empty before a drain believes it
+_FLUSH_S = 10.0
+_HURRY_S = 2.0
+
+log = structlog.get_logger()
+
+
+class King:
+    """One daemon; `run` does all."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        pool: TaskPool | None = None,
+        store: Store | None = None,
+        broker: Broker | None = None,
+        owner: str | None = None,
+    ) -> None:
+        """Describe the King; starts nothing.
+
+        Args:
+            settings: With real URLs: ``embedded://`` is resolved by who calls this.
+            pool: The workers; None takes the real ones.
+            store: The database; None takes MongoDB.
+            broker: The queue; None takes the one that the URL names.
+            owner: Name of this King in the jobs; None takes the process's.
+        """
+        self._settings = settings
+        self.board = Board()
+        self._flights = Flights()
+        self._keeper = Keeper(
+            store if store is not None else MongoStore(settings.store),
+            settings.king,
+            owner=owner or own_name(),
+            is_dead=is_dead,
+            board=self.board,
+            flights=self._flights,
+            batch_size=settings.store.batch_size,
+        )
+        self._consumer = Consumer(
+            broker if broker is not None else KombuBroker(settings.broker),
+            redact(settings.broker.url),
+            self.board,
+            self._keeper.take,
+        )
+        self._dispatcher = Dispatcher(
+            pool if pool is not None else _real_pool(settings),
+            settings,
+            self.board,
+            self._keeper.finish,
+        )
+        self._keeper.wire(self._consumer, self._dispatcher.start)
+        self._threads: dict[str, threading.Thread] = {}
+        self._died: tuple[str, BaseException] | None = None
+        self._signals = 0
+        self._health_due = 0.0
+        self._health_failed = False
+        self._empty_since: float | None = None
+
+    def stop(self) -> None:
+        """Ask for a drain; a second time, for the end at once."""
+        self._signals += 1
+
+    def run(self, *, drain: bool = False) -> int:
+        """Serve until stopped.
+
+        Args:
+            drain: Stop by itself when there is no work left.
+
+        Returns:
+            The exit code: 0, or 1 when a thread died.
+
+        Raises:
+            ConfigError: The workers, the broker or the database refuse the configuration.
+        """
+        previous = self._catch_signals()
+        try:
+            self._start()
+            self._serve(drain)
+            self._shut_down()
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+        if self._died is not None:
+            name, error = self._died
+            if isinstance(error, ConfigError):
+                raise error
+            log.error("king.thread_died", thread=name, exc_info=error)
+            return 1
+        if self.board.refused is not None:
+            raise ConfigError(self.board.refused)
+        log.info("king.stopped", tagged=self.board.counter("tagged"))
+        return 0
+
+    # Threads ---------------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        log.info("king.started", pid=os.getpid(), queue=self._settings.broker.queue)
+        self._spawn("store", self._keeper.run)
+        self._spawn("broker", self._consumer.run)
+        self._spawn("dispatch", self._dispatcher.run)
+
+    def _spawn(self, name: str, work: Callable[[], None]) -> None:
+        def run() -> None:
+            try:
+                work()
+            except BaseException as error:  # noqa: BLE001 - the King ends, and says why
+                if self._died is None:
+                    self._died = (name, error)
+
+        self._threads[name] = threading.Thread(target=run, name=f"king-{name}", daemon=True)
+        self._threads[name].start()
+
+    @property
+    def _broken(self) -> bool:
+        return self._died is not None or self.board.refused is not None
+
+    def _serve(self, drain: bool) -> None:
+        while not self._signals and not self._broken:
+            self._tick()
+            if drain and self._nothing_left():
+                log.info("king.drained", tagged=self.board.counter("tagged"))
+                return
+            if drain and sys.stderr.isatty():
+                self._show_progress()
+        if drain and sys.stderr.isatty():
+            sys.stderr.write("\n")
+
+    def _tick(self) -> None:
+        time.sleep(_TICK_S)  # not an Event: a signal handler could not set it safely
+        self.board.tick("main")
+        if time.monotonic() >= self._health_due:
+            self._health_due = time.monotonic() + _HEALTH_EVERY_S
+            self._write_health()
+
+    def _write_health(self) -> None:
+        snapshot = self.board.snapshot(
+            in_flight=len(self._flights), oldest_in_flight_s=self._flights.oldest_s
+        )
+        try:
+            write_health(self._settings.king.health_file, snapshot)
+            self._health_failed = False
+        except OSError as error:
+            if not self._health_failed:
+                self._health_failed = True
+                log.warning("king.health_file_failed", error=str(error))
+
+    # Drain -----------------------------------------------------------------------------------
+
+    def _nothing_left(self) -> bool:
+        """No message waits, nothing is in flight, no retry will be due: for a confirmed moment."""
+        now = time.monotonic()
+        busy = len(self._flights) or not self._keeper.idle or self.board.phase != "serving"
+        if busy:
+            self._empty_since = None
+            return False
+        if self._empty_since is None:
+            self._empty_since = now
+        for said in (self.board.queue_depth, self.board.open_jobs):
+            # Both must have been asked since then; an older answer may be out of date.
+            if said is None or said[1] < self._empty_since:
+                return False
+            if said[0]:
+                self._empty_since = None
+                return False
+        return now - self._empty_since >= _CONFIRM_S
+
+    def _show_progress(self) -> None:
+        board = self.board
+        depth = board.queue_depth[0] if board.queue_depth else "?"
+        sys.stderr.write(
+            f"\r{board.phase}: {board.counter('tagged')} tagged, {board.counter('failed')} failed, "
+            f"{len(self._flights)} in flight, {depth} queued\x1b[K"
+        )
+        sys.stderr.flush()
+
+    def _shut_down(self) -> None:
+        """Finish what is in flight, put the rest back, and end the threads."""
+        self.board.draining = True
+        log.info("king.draining", in_flight=len(self._flights))
+        self._consumer.stop_consuming()
+        self._keeper.drain()
+        limit_s = self._settings.king.drain_timeout_s
+        if not self._wait(limit_s, self._landed):
+            log.warning("king.drain_timed_out", in_flight=len(self._flights))
+            self._dispatcher.give_back()
+            self._wait(_FLUSH_S if self._signals < 2 else _HURRY_S, self._landed, hurry=True)
+        self._keeper.leave()
+        self._keeper.stop()
+        self._join("store")
+        self._consumer.stop()
+        self._dispatcher.stop()
+        self._join("broker")
+        self._join("dispatch", self._settings.workers.shutdown_timeout_s)
+        self._write_health()
+
+    def _landed(self) -> bool:
+        return len(self._flights) == 0 and self._keeper.idle and self._consumer.quiet
+
+    def _wait(self, timeout_s: float, done: Callable[[], bool], *, hurry: bool = False) -> bool:
+        """Wait for ``done``; not when a thread is dead, nor when asked to end at once."""
+        end = time.monotonic() + timeout_s
+        while not done():
+            if self._broken or time.monotonic() > end or (self._signals > 1 and not hurry):
+                return False
+            self._tick()
+        return True
+
+    def _join(self, name: str, timeout_s: float = 0.0) -> None:
+        thread = self._threads[name]
+        thread.join(timeout_s + _FLUSH_S)
+        if thread.is_alive():
+            log.error("king.thread_stuck", thread=name)
+
+    # Signals ---------------------------------------------------------------------------------
+
+    def _catch_signals(self) -> dict[int, signal._HANDLER]:
+        if threading.current_thread() is not threading.main_thread():
+            return {}
+
+        def handle(_number: int, _frame: FrameType | None) -> None:
+            self.stop()
+
+        return {n: signal.signal(n, handle) for n in (signal.SIGTERM, signal.SIGINT)}
+
+
+def _real_pool(settings: Settings) -> TaskPool:
+    from workers.pool import ProcessPool
+
+    return ProcessPool(settings)

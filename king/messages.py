@@ -1,0 +1,149 @@
+"""The queue message: which post to tag. Any client can publish one.
+
+Accepted bodies, all UTF-8: ``{"post_id": "p1", "priority": 3, "force": true}``, a JSON string or
+number, or the bare ID as text. A number is read as its digits, so that ``42`` and ``"42"`` name
+the same post.
+"""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from dataclasses import dataclass
+from typing import NoReturn
+
+from config.errors import MessageError
+
+MAX_ID_BYTES = 512
+MAX_BODY_BYTES = 64 * 1024
+MIN_PRIORITY, MAX_PRIORITY = 0, 9
+
+
+@dataclass(frozen=True, slots=True)
+class PostMessage:
+    """One post to tag.
+
+    Attributes:
+        priority: 0 to 9; a higher number is served sooner.
+        force: Tag again even when this bundle has tagged the post already.
+    """
+
+    post_id: str
+    priority: int = 0
+    force: bool = False
+
+    def encode(self) -> bytes:
+        """The JSON body, UTF-8; defaults are left out."""
+        content: dict[str, object] = {"post_id": self.post_id}
+        if self.priority:
+            content["priority"] = self.priority
+        if self.force:
+            content["force"] = True
+        return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def parse_message(body: bytes | str) -> PostMessage:
+    """Read a message's body.
+
+    Unknown keys are ignored: a newer publisher may send more than this reader knows.
+
+    Raises:
+        MessageError: It cannot be read; the text says why, in one line.
+    """
+    text = _text(body).strip()
+    if not text:
+        raise MessageError("the message is empty")
+    if text[0] not in '{["' and not _is_json_literal(text):
+        return PostMessage(post_id=_checked_id(text))
+    try:
+        # parse_float keeps the digits; parse_constant refuses NaN and Infinity.
+        content = json.loads(text, parse_float=_Digits, parse_int=_Digits, parse_constant=_refuse)
+    except (ValueError, RecursionError) as error:
+        raise MessageError(f"the message is not JSON: {_one_line(error)}") from error
+    if isinstance(content, dict):
+        return _from_object(content)
+    return PostMessage(post_id=_id_of(content))
+
+
+class _Digits(str):
+    """A JSON number as it was written."""
+
+    __slots__ = ()
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is no JSON value")
+
+
+def _text(body: bytes | str) -> str:
+    if isinstance(body, str):
+        body = body.encode("utf-8", "surrogatepass")  # lone surrogates then fail to decode
+    if len(body) > MAX_BODY_BYTES:
+        raise MessageError(f"the message has {len(body)} bytes; at most {MAX_BODY_BYTES} are read")
+    try:
+        return body.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise MessageError(f"the message is not UTF-8 (byte {error.start})") from error
+
+
+def _is_json_literal(text: str) -> bool:
+    """Whether bare text is ``null``, ``true`` or ``false``, which name no post."""
+    return text in {"null", "true", "false"}
+
+
+def _from_object(content: dict[str, object]) -> PostMessage:
+    if "post_id" not in content:
+        raise MessageError('the message has no "post_id"')
+    return PostMessage(
+        post_id=_id_of(content["post_id"]),
+        priority=_priority(content.get("priority")),
+        force=_force(content.get("force")),
+    )
+
+
+def _id_of(value: object) -> str:
+    if not isinstance(value, str):  # numbers are _Digits
+        raise MessageError(f"the post_id is {_kind(value)}, not text or a number")
+    return _checked_id(value.strip())
+
+
+def _checked_id(text: str) -> str:
+    if not text:
+        raise MessageError("the post_id is empty")
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError as error:
+        raise MessageError("the post_id holds half a character (a lone surrogate)") from error
+    if size > MAX_ID_BYTES:
+        raise MessageError(f"the post_id has {size} bytes; at most {MAX_ID_BYTES} are allowed")
+    control = next((c for c in text if unicodedata.category(c) == "Cc"), None)
+    if control is not None:
+        raise MessageError(f"the post_id holds the control character U+{ord(control):04X}")
+    return str(text)
+
+
+def _priority(value: object) -> int:
+    if value is None:
+        return MIN_PRIORITY
+    if isinstance(value, _Digits) and value.lstrip("-").isdigit() and len(value) <= 20:
+        return min(max(int(value), MIN_PRIORITY), MAX_PRIORITY)
+    raise MessageError('the "priority" is not a whole number')
+
+
+def _force(value: object) -> bool:
+    if value is None:
+        return False
+    if isinstance(value, bool):
+        return value
+    raise MessageError('"force" is neither true nor false')
+
+
+def _kind(value: object) -> str:
+    if value is None:
+        return "null"
+    names = {bool: "true or false", list: "a list", dict: "an object"}
+    return names.get(type(value), type(value).__name__)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]

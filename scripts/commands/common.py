@@ -1,0 +1,125 @@
+"""What the commands share: their common options, settings, services, and output."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from config.errors import ConfigError
+from config.load import load_settings
+from config.logs import configure_logs
+from config.settings import Settings
+
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        "--config", metavar="F", help="Settings, YAML; config/infer_config_e2e.yaml when absent."
+    ),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="a.b=c", help="Override one setting; may be repeated."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+def settings_of(config: Path | None, overrides: Sequence[str] | None) -> Settings:
+    """Load the settings and set up the logs by them.
+
+    Raises:
+        ConfigError: One line that names the source, the key and the mistake.
+    """
+    settings = load_settings(config, overrides or ())
+    configure_logs(settings.log.format, settings.log.level)
+    return settings
+
+
+def online_settings(config: Path | None, overrides: Sequence[str] | None) -> Settings:
+    """`settings_of` with ``embedded://`` replaced by running services."""
+    from deploy.embedded import resolve
+
+    return resolve(settings_of(config, overrides))
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on standard output."""
+    sys.stdout.write(json.dumps(value, ensure_ascii=False, indent=2, default=_plain) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, datetime):
+        return (value if value.tzinfo else value.replace(tzinfo=timezone.utc)).isoformat()
+    return str(value)
+
+
+def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """A table; narrow terminals fold long cells instead of cutting them."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=title or None, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        # Text: what users wrote may hold square brackets, which are markup to rich.
+        table.add_row(*(Text("" if cell is None else str(cell)) for cell in row))
+    console().print(table)
+
+
+def console() -> Any:
+    """The terminal; wide enough for whole rows when the output is a pipe or a file."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 160, highlight=False, soft_wrap=False)
+
+
+def ago(then_s: float | None, now_s: float) -> str:
+    """How long ago a Unix time was, in words."""
+    if not then_s:
+        return "never"
+    seconds = max(0.0, now_s - then_s)
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds / size:.1f} {unit} ago"
+    return f"{seconds:.0f} s ago"
+
+
+def moment(then_s: float | None) -> str:
+    """A Unix time in ISO form, UTC."""
+    if not then_s:
+        return ""
+    return datetime.fromtimestamp(then_s, timezone.utc).isoformat(timespec="seconds")
+
+
+_UNITS_S = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400, "w": 604800}
+
+
+def since_time(text: str | None, now_s: float) -> float | None:
+    """``30m``, ``2h``, ``7d`` or an ISO date ─► Unix time in seconds.
+
+    Raises:
+        ConfigError: It is neither.
+    """
+    if text is None:
+        return None
+    number = text.rstrip("abcdefghijklmnopqrstuvwxyz")
+    unit = text[len(number) :]
+    if unit in _UNITS_S:
+        try:
+            return now_s - float(number) * _UNITS_S[unit]
+        except ValueError:
+            pass
+    try:
+        date = datetime.fromisoformat(text.replace("Z", "+00:00"))
+    except ValueError as error:
+        raise ConfigError(
+            f"--since {text}: write it as 30m, 2h, 7d, or as a date 2026-01-31[T12:00]"
+        ) from error
+    return (date if date.tzinfo else date.replace(tzinfo=timezone.utc)).timestamp()

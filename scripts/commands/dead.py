@@ -1,0 +1,209 @@
+"""``insighttag dead``: look at dead letters, replay them, drop them."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from config.errors import ConfigError
+from config.settings import Settings
+from scripts.commands.common import (
+    AsJson,
+    Config,
+    Overrides,
+    moment,
+    online_settings,
+    print_json,
+    print_table,
+    since_time,
+)
+
+if TYPE_CHECKING:
+    from king.archive import Archive
+    from king.jobs import Job
+
+Stage = Annotated[
+    str | None,
+    typer.Option(
+        "--stage", help="Only those of this stage: message, load, fetch, extract, fuse, store."
+    ),
+]
+ErrorType = Annotated[
+    str | None, typer.Option("--type", help="Only those of this error class, as FetchRefused.")
+]
+Since = Annotated[
+    str | None, typer.Option("--since", help="Only those since then: 30m, 2h, 7d, or a date.")
+]
+Limit = Annotated[int, typer.Option("--limit", min=1, help="At most so many.")]
+Ids = Annotated[list[str] | None, typer.Argument(metavar="ID…", help="IDs of posts.")]
+All = Annotated[bool, typer.Option("--all", help="Every dead letter that the filters leave.")]
+
+_NO_LIMIT = 1_000_000_000
+
+
+def list_letters(
+    *,
+    stage: Stage = None,
+    type_: ErrorType = None,
+    since: Since = None,
+    limit: Limit = 100,
+    as_json: AsJson = False,
+    config: Config = None,
+    overrides: Overrides = None,
+) -> None:
+    """List dead letters, the newest first."""
+    with _archive(config, overrides) as (archive, _):
+        jobs = _find(archive, Filters(stage, type_, since), limit)
+    if as_json:
+        print_json([letter_json(job) for job in jobs])
+        return
+    rows = [
+        (
+            job.post_id,
+            *((job.last_error or {}).get(key, "") for key in ("stage", "type", "message")),
+            job.attempts,
+            moment(job.updated_at),
+        )
+        for job in jobs
+    ]
+    columns = ("post", "stage", "type", "reason", "attempts", "since")
+    print_table(f"{len(rows)} dead letters", columns, rows)
+
+
+def show(
+    post_id: Annotated[str, typer.Argument(metavar="ID")],
+    as_json: AsJson = False,
+    config: Config = None,
+    overrides: Overrides = None,
+) -> None:
+    """Show one dead letter with its payload."""
+    with _archive(config, overrides) as (archive, _):
+        job = archive.job(post_id)
+    if job is None or job.state != "dead":
+        raise ConfigError(f"dead show: {post_id!r} is no dead letter")
+    content = letter_json(job)
+    if as_json:
+        print_json(content)
+        return
+    error = content.pop("error") or {}
+    rows = [*content.items(), *((f"error.{key}", value) for key, value in error.items())]
+    print_table("", ("field", "value"), rows)
+
+
+def replay(
+    ids: Ids = None,
+    *,
+    everything: All = False,
+    stage: Stage = None,
+    type_: ErrorType = None,
+    since: Since = None,
+    config: Config = None,
+    overrides: Overrides = None,
+) -> None:
+    """Give dead letters all their attempts again and put them on the queue."""
+    from king.publisher import publish_posts
+
+    with _archive(config, overrides) as (archive, settings):
+        chosen = _choose(
+            archive, "replay", ids, Filters(stage, type_, since), everything=everything
+        )
+        messages = archive.replay(chosen)
+        # The jobs are queued already: if this fails, the daemon publishes them later by itself.
+        count = publish_posts(settings.broker, messages)
+    sys.stdout.write(f"replayed {count}{_rest(len(chosen) - count)}\n")
+
+
+def drop(
+    ids: Ids = None,
+    *,
+    everything: All = False,
+    stage: Stage = None,
+    type_: ErrorType = None,
+    since: Since = None,
+    config: Config = None,
+    overrides: Overrides = None,
+) -> None:
+    """Delete dead letters."""
+    with _archive(config, overrides) as (archive, _):
+        chosen = _choose(archive, "drop", ids, Filters(stage, type_, since), everything=everything)
+        count = archive.drop(chosen)
+    sys.stdout.write(f"dropped {count}{_rest(len(chosen) - count)}\n")
+
+
+def letter_json(job: Job) -> dict[str, Any]:
+    """One dead letter as ``--json`` prints it."""
+    return {
+        "post_id": job.post_id,
+        "error": dict(job.last_error) if job.last_error else None,
+        "attempts": job.attempts,
+        "payload": job.payload,
+        "first_at": moment(job.first_at),
+        "dead_at": moment(job.updated_at),
+    }
+
+
+def _rest(left: int) -> str:
+    return (
+        f"; {left} left as they were (no dead letter, or a message without an ID)" if left else ""
+    )
+
+
+@contextlib.contextmanager
+def _archive(
+    config: Path | None, overrides: Sequence[str] | None
+) -> Iterator[tuple[Archive, Settings]]:
+    from king.archive import Archive
+
+    settings = online_settings(config, overrides)
+    archive = Archive(settings.store)
+    try:
+        yield archive, settings
+    finally:
+        archive.close()
+
+
+@dataclass(frozen=True)
+class Filters:
+    """Which letters are meant; None leaves a side open."""
+
+    stage: str | None
+    type: str | None
+    since: str | None
+
+    @property
+    def given(self) -> bool:
+        """Whether anything narrows the choice."""
+        return (self.stage, self.type, self.since) != (None, None, None)
+
+
+def _find(archive: Archive, filters: Filters, limit: int) -> list[Job]:
+    since_s = since_time(filters.since, time.time())
+    return archive.dead_letters(stage=filters.stage, type=filters.type, since=since_s, limit=limit)
+
+
+def _choose(
+    archive: Archive, verb: str, ids: Sequence[str] | None, filters: Filters, *, everything: bool
+) -> list[str]:
+    """The letters that are meant; all of them only when that was said."""
+    if ids:
+        if filters.given or everything:
+            raise ConfigError(f"dead {verb}: name IDs, or filters, not both")
+        return list(dict.fromkeys(ids))
+    if not (filters.given or everything):
+        raise ConfigError(f"dead {verb}: name IDs, a filter (--stage --type --since), or --all")
+    return [job.post_id for job in _find(archive, filters, _NO_LIMIT)]
+
+
+COMMANDS: Mapping[str, Callable[..., None]] = {
+    "list": list_letters,
+    "show": show,
+    "replay": replay,
+    "drop": drop,
+}

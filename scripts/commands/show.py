@@ -1,0 +1,97 @@
+"""``insighttag show``: one post, its tags, and why."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Annotated, Any
+
+import typer
+
+from config.errors import ConfigError
+from scripts.commands.common import (
+    AsJson,
+    Config,
+    Overrides,
+    ago,
+    moment,
+    online_settings,
+    print_json,
+    print_table,
+)
+
+
+def show(
+    post_id: Annotated[str, typer.Argument(metavar="ID")],
+    as_json: AsJson = False,
+    config: Config = None,
+    overrides: Overrides = None,
+) -> None:
+    """Show one post's tags, and why.
+
+    Which modalities the tags rest on, what went wrong with the others, and the post's job.
+    """
+    from king.archive import Archive
+
+    settings = online_settings(config, overrides)
+    archive = Archive(settings.store)
+    try:
+        stored = archive.post(post_id)
+        job = archive.job(post_id)
+    finally:
+        archive.close()
+    if stored is None and job is None:
+        raise ConfigError(f"show: post {post_id!r} is not in the database")
+    result = dict(stored.result) if stored is not None and stored.result else None
+    content: dict[str, Any] = {
+        "post_id": post_id,
+        "labels": list(stored.post.labels) if stored is not None else [],
+        "media": [m.kind for m in stored.post.media] if stored is not None else [],
+        "result": result,
+        "job": None,
+    }
+    if job is not None:
+        error = dict(job.last_error) if job.last_error else None
+        content["job"] = {"state": job.state, "attempts": job.attempts, "last_error": error}
+        content["job"]["due_at"] = moment(job.due_at)
+    if as_json:
+        print_json(content)
+    else:
+        _print(content, found=stored is not None)
+
+
+def _print(content: dict[str, Any], *, found: bool) -> None:
+    result, job = content["result"], content["job"]
+    write = sys.stdout.write
+    write(f"post      {content['post_id']}{'' if found else '  (not in the database)'}\n")
+    if content["labels"]:
+        write(f"labels    {', '.join(content['labels'])}\n")
+    if result is None:
+        write("status    no result yet\n")
+    else:
+        tagged_at = result.get("tagged_at")
+        when = ago(tagged_at.timestamp(), time.time()) if hasattr(tagged_at, "timestamp") else "?"
+        model = f"{result.get('model')} {result.get('version')}"
+        attempts = result.get("attempts")
+        write(f"status    {result.get('status')} by {model}, {when}, attempt {attempts}\n")
+        if result.get("error"):
+            write(f"error     {_error(result['error'])}\n")
+    if job is not None:
+        due = f", due {job['due_at']}" if job["due_at"] and job["state"] != "dead" else ""
+        write(f"job       {job['state']}, {job['attempts']} attempts{due}\n")
+        if job["last_error"]:
+            write(f"last      {_error(job['last_error'])}\n")
+    if result and result.get("tags"):
+        tags = [(tag["name"], f"{tag['score']:.3f}", tag["id"]) for tag in result["tags"]]
+        print_table("", ("tag", "score", "id"), tags)
+    if result and result.get("modalities"):
+        failures = result.get("failures") or {}
+        rows = [
+            (name, state, _error(failures[name]) if name in failures else "")
+            for name, state in result["modalities"].items()
+        ]
+        print_table("", ("modality", "state", "why"), rows)
+
+
+def _error(error: dict[str, Any]) -> str:
+    return f"{error.get('stage')}: {error.get('type')}: {error.get('message')}"

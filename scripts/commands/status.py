@@ -1,0 +1,147 @@
+"""``insighttag status``: the queue, the database, the King and the embedded services.
+
+Asks each of them with a short time-out and starts none: what cannot be reached is said to be so.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+from config.errors import TaggingError
+from config.settings import BrokerSettings, Settings, StoreSettings
+from config.urls import redact
+from deploy import embedded
+from deploy.health import read_snapshot
+from scripts.commands.common import (
+    AsJson,
+    Config,
+    Overrides,
+    ago,
+    print_json,
+    print_table,
+    settings_of,
+)
+from scripts.commands.services import view_json
+
+_TIMEOUT_S = 3.0
+_FRESH_S = 10.0
+_DOWN = "the embedded service is not running: insighttag services start"
+
+
+def status(as_json: AsJson = False, config: Config = None, overrides: Overrides = None) -> None:
+    """Say how the queue and the daemon stand.
+
+    Queue depth, posts in flight, rates, dead letters; what cannot be reached is said to be so.
+    """
+    asked = settings_of(config, overrides)
+    content = collect(asked, embedded.peek(asked))
+    if as_json:
+        print_json(content)
+    else:
+        _print(content)
+
+
+def collect(asked: Settings, settings: Settings) -> dict[str, Any]:
+    """Everything that ``--json`` prints.
+
+    Args:
+        asked: As configured; tells whether the services are embedded ones.
+        settings: With the URLs of running embedded services.
+    """
+    content: dict[str, Any] = {
+        "queue": _queue(settings.broker),
+        "store": _store(settings.store),
+        "king": _king(settings),
+        "services": None,
+    }
+    if embedded.wanted(asked):
+        content["services"] = [view_json(view) for view in embedded.status(asked)]
+    return content
+
+
+def _queue(settings: BrokerSettings) -> dict[str, Any]:
+    from king.broker import queue_depth
+
+    content: dict[str, Any] = {"url": redact(settings.url), "name": settings.queue}
+    if settings.url.startswith(embedded.SCHEME):
+        return {**content, "depth": None, "error": _DOWN}
+    timeout_s = min(settings.socket_timeout_s, _TIMEOUT_S)
+    quick = settings.model_copy(update={"socket_timeout_s": timeout_s})
+    try:
+        return {**content, "depth": queue_depth(quick), "error": None}
+    except TaggingError as error:
+        return {**content, "depth": None, "error": str(error)}
+
+
+def _store(settings: StoreSettings) -> dict[str, Any]:
+    from king.archive import Archive
+
+    content: dict[str, Any] = {"url": redact(settings.url), "database": settings.database}
+    if settings.url.startswith(embedded.SCHEME):
+        return {**content, "counts": None, "error": _DOWN}
+    quick = settings.model_copy(update={"timeout_s": min(settings.timeout_s, _TIMEOUT_S)})
+    archive = Archive(quick)
+    try:
+        return {**content, "counts": archive.counts(), "error": None}
+    except TaggingError as error:
+        return {**content, "counts": None, "error": str(error)}
+    finally:
+        archive.close()
+
+
+def _king(settings: Settings) -> dict[str, Any] | None:
+    snapshot = read_snapshot(settings.king.health_file)
+    if snapshot is None:
+        return None
+    age_s = max(0.0, time.time() - snapshot.updated_at)
+    alive = snapshot.process_exists and age_s < _FRESH_S
+    return {**snapshot.content, "alive": alive, "age_s": round(age_s, 1)}
+
+
+# Output --------------------------------------------------------------------------------------
+
+
+def _print(content: dict[str, Any]) -> None:
+    queue, store = content["queue"], content["store"]
+    write = sys.stdout.write
+    write(f"queue     {queue['name']} at {queue['url']}: ")
+    write(f"{queue['depth']} waiting\n" if queue["error"] is None else f"{queue['error']}\n")
+    write(f"database  {store['database']} at {store['url']}: ")
+    if store["error"] is None:
+        counts = store["counts"]
+        posts = ", ".join(f"{counts[k]} {k}" for k in ("posts", "tagged", "failed", "untagged"))
+        jobs = ", ".join(f"{number} {state}" for state, number in counts["jobs"].items())
+        write(f"{posts}\n          jobs: {jobs}\n")
+    else:
+        write(f"{store['error']}\n")
+    _print_king(content["king"])
+    for service in content["services"] or ():
+        write(f"service   {service['name']}: {service['state']} {service['url'] or ''}\n")
+
+
+def _print_king(king: dict[str, Any] | None) -> None:
+    write = sys.stdout.write
+    if king is None:
+        write("king      not running (no health file)\n")
+        return
+    seen = ago(king["updated_at"], time.time())
+    if not king["alive"]:
+        write(f"king      not running (pid {king['pid']} was last seen {seen})\n")
+        return
+    bundle = king.get("bundle") or {}
+    serving = f", bundle {bundle['name']} {bundle['version']}" if bundle else ""
+    write(f"king      {king.get('phase')} (pid {king['pid']}){serving}\n")
+    oldest = king.get("oldest_in_flight_s") or 0.0
+    write(
+        f"          {king.get('in_flight')} in flight (oldest {oldest:.1f} s), "
+        f"{king.get('posts_per_s')} posts/s over the last minute\n"
+    )
+    counters = king.get("counters") or {}
+    write(f"          since its start: {', '.join(f'{v} {k}' for k, v in counters.items())}\n")
+    workers = king.get("workers") or []
+    if workers:
+        columns = tuple(workers[0])
+        rows = [[worker.get(column) for column in columns] for worker in workers]
+        print_table("", columns, rows)

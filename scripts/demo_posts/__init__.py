@@ -1,0 +1,1 @@
+"""Demo posts with real media: what tags there are, how a post is planned, drawn and encoded."""

@@ -1,0 +1,115 @@
+"""Texts in English and Chinese, and the words on signs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+SENTENCES: dict[str, dict[str, tuple[str, ...]]] = {
+    "travel": {
+        "en": (
+            "we booked a flight to the island",
+            "the hotel near the old town was lovely",
+            "packing my suitcase for the long trip",
+            "the passport queue at the airport took an hour",
+        ),
+        "zh": ("我们订了去海岛的机票", "老城旁边的酒店很舒服", "收拾行李准备长途旅行", "护照和签证都办好了"),
+    },
+    "food": {
+        "en": (
+            "this recipe needs garlic and butter",
+            "the noodles were spicy and delicious",
+            "baking fresh bread this morning",
+            "a tasty soup with roasted chicken",
+        ),
+        "zh": ("这道菜要放大蒜和黄油", "面条又辣又好吃", "早上烤了新鲜面包", "鸡汤的味道真香"),
+    },
+    "fitness": {
+        "en": (
+            "twenty push ups and a plank",
+            "my gym workout left me sore",
+            "lifting heavier weights every week",
+            "stretching the muscles after a run",
+        ),
+        "zh": ("二十个俯卧撑加平板支撑", "健身房训练后肌肉酸痛", "每周举更重的哑铃", "跑步以后要拉伸"),
+    },
+    "finance": {
+        "en": (
+            "the stock market fell again",
+            "interest rates and bank loans are rising",
+            "saving money in an index fund",
+            "investors sold their shares",
+        ),
+        "zh": ("股票市场又下跌了", "银行贷款利率上涨", "把钱存进指数基金", "投资者卖出了股份"),
+    },
+    "lesson": {
+        "en": ("the teacher shows each step to beginners", "sign up for the next lesson"),
+        "zh": ("老师给初学者示范每个步骤", "欢迎报名下一节课程"),
+    },
+    "follow": {
+        "en": ("follow us and leave a comment", "share this post with your friends"),
+        "zh": ("关注我们并留下评论", "转发给你的好友"),
+    },
+    "neutral": {
+        "en": (
+            "it was a quiet afternoon at home",
+            "my neighbour painted the door blue",
+            "i could not find the keys today",
+            "she wrote a letter by the window",
+            "the cat slept on the warm chair",
+            "nobody knew what to say about it",
+            "look at this picture from last week",
+            "here is something i made yesterday",
+        ),
+        "zh": (
+            "今天下午家里很安静",
+            "邻居把门刷成了蓝色",
+            "我找不到钥匙了",
+            "她在窗边写信",
+            "猫睡在椅子上",
+            "大家都不知道说什么",
+            "看看上周拍的照片",
+            "这是我昨天做的",
+        ),
+    },
+}
+"""What the text talks about ─► language ─► sentences."""
+
+SIGN_WORDS: dict[str, tuple[str, ...]] = {
+    "sale": ("SALE", "DISCOUNT", "CHEAP", "OUTLET"),
+    "menu": ("MENU", "DESSERT", "COFFEE", "DINNER"),
+    "news": ("NEWS", "BREAKING", "REPORT", "HEADLINE"),
+    "warning": ("WARNING", "DANGER", "CAUTION", "HAZARD"),
+    "prize": ("PRIZE", "WINNER", "LUCKY"),
+    "neutral": ("HELLO", "WINDOW", "GARDEN", "NUMBER", "MONDAY", "RIVER", "PAPER", "SILVER"),
+}
+"""What a sign says ─► its words; neutral words stand on any sign."""
+
+
+def post_text(rng: np.random.Generator, keys: Sequence[str], noise: float = 0.0) -> str:
+    """A text of one sentence for each thing it talks about, among neutral ones."""
+    language = "zh" if rng.random() < 0.4 else "en"
+    neutral = rng.permutation(SENTENCES["neutral"][language])[: int(rng.integers(1, 3))]
+    sentences = [str(sentence) for sentence in neutral]
+    for key in keys:
+        sentences.append(str(rng.choice(SENTENCES[key][language])))
+    if rng.random() < 0.5 * noise:
+        stray = str(rng.choice(list(SENTENCES)))
+        sentences.append(str(rng.choice(SENTENCES[stray][language])))
+    order = [sentences[i] for i in rng.permutation(len(sentences))]
+    if language == "zh":
+        return "。".join(order) + "。"
+    return ". ".join(sentence.capitalize() for sentence in order) + "."
+
+
+def sign_lines(rng: np.random.Generator, keys: Sequence[str], noise: float = 0.0) -> list[str]:
+    """Up to three words: one for each thing the sign says, and neutral ones."""
+    lines = [str(rng.choice(SIGN_WORDS[key])) for key in keys]
+    spare = 3 - len(lines)
+    if rng.random() < 0.5 * noise and spare > 1:
+        lines.append(str(rng.choice(SIGN_WORDS[str(rng.choice(list(SIGN_WORDS)))])))
+        spare -= 1
+    count = int(rng.integers(0 if lines else 1, spare + 1))
+    lines += [str(word) for word in rng.permutation(SIGN_WORDS["neutral"])[:count]]
+    return [lines[i] for i in rng.permutation(len(lines))]

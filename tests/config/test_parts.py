@@ -1,0 +1,144 @@
+"""URLs without passwords, label maps, the error tree, and log set-up."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from pathlib import Path
+
+import pytest
+import structlog
+
+from config import errors
+from config.errors import ConfigError, PermanentError, RetryableError, TaggingError
+from config.labels import LabelMap
+from config.logs import configure_logs
+from config.urls import redact
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("amqp://guest:guest@127.0.0.1:5672//", "amqp://guest:***@127.0.0.1:5672//"),
+        ("redis://:secret@h:6379/0", "redis://:***@h:6379/0"),
+        ("mongodb://u:p%40ss@a:1,b:2/db?replicaSet=r", "mongodb://u:***@a:1,b:2/db?replicaSet=r"),
+        ("mongodb+srv://u:p@cluster.example/db", "mongodb+srv://u:***@cluster.example/db"),
+        ("redis://h:6379/0", "redis://h:6379/0"),
+        ("embedded://", "embedded://"),
+        ("amqp://u@h", "amqp://u@h"),
+        ("http://[broken:secret@h", "<unreadable URL>"),
+    ],
+)
+def test_passwords_are_hidden_and_the_rest_is_not(url: str, shown: str) -> None:
+    """What is shown of a URL says where it leads, and no password."""
+    assert redact(url) == shown
+
+
+def label_file(folder: Path, content: object) -> Path:
+    file = folder / "idx2name.json"
+    file.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+    return file
+
+
+def test_label_map_round_trip(tmp_path: Path) -> None:
+    """Names are in the order of their indices, whatever the order in the file."""
+    labels = LabelMap.load(label_file(tmp_path, {"1": "狗", "0": "cat", "10": "k"} | _rest()))
+    assert labels.names[:2] == ("cat", "狗")
+    assert labels.names[10] == "k"
+    assert len(labels) == 11
+    assert labels.encode(["狗", "cat"]) == [1, 0]
+    assert LabelMap.from_mapping(labels.as_json(), "again") == labels
+    with pytest.raises(ConfigError, match=r"data\.json: label 'bird' is not in the label map"):
+        labels.encode(["cat", "bird"], where="data.json")
+
+
+def _rest() -> dict[str, str]:
+    return {str(i): f"tag{i}" for i in range(2, 10)}
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ([], "must map index to name"),
+        ({}, "indices must run from 0"),
+        ({"1": "a"}, "indices must run from 0"),
+        ({"0": "a", "2": "b"}, "indices must run from 0"),
+        ({"a": "b"}, "every key must be an index"),
+        ({"0": 5}, "every name must be text"),
+        ({"0": ""}, "every name must be text"),
+        ({"0": "a", "1": "a"}, "name 'a' stands twice"),
+    ],
+)
+def test_wrong_label_maps_are_refused(tmp_path: Path, content: object, told: str) -> None:
+    """Each mistake is told with the file's name."""
+    file = label_file(tmp_path, content)
+    with pytest.raises(ConfigError) as caught:
+        LabelMap.load(file)
+    assert told in str(caught.value)
+    assert str(file) in str(caught.value)
+
+
+def test_missing_and_broken_label_maps_are_refused(tmp_path: Path) -> None:
+    """A file that is not there, and one that is no JSON."""
+    with pytest.raises(ConfigError, match="no such label map"):
+        LabelMap.load(tmp_path / "none.json")
+    (tmp_path / "bad.json").write_text("{")
+    with pytest.raises(ConfigError, match="not a JSON label map"):
+        LabelMap.load(tmp_path / "bad.json")
+
+
+def test_the_error_tree_is_the_one_that_is_drawn() -> None:
+    """Every class stands in the docstring's tree, below the parent that it really has."""
+    defined = {
+        name: cls
+        for name, cls in inspect.getmembers(errors, inspect.isclass)
+        if cls.__module__ == errors.__name__
+    }
+    drawn = re.findall(r"^[ │├└─]{4,}(\w+)", errors.__doc__ or "", re.MULTILINE)
+    assert set(drawn) == set(defined)
+    parents: list[tuple[int, str]] = []
+    for line in (errors.__doc__ or "").splitlines():
+        found = re.match(r"^([ │├└─]{4,})(\w+)", line)
+        if found is None or found[2] not in defined:
+            continue
+        depth = len(found[1])
+        while parents and parents[-1][0] >= depth:
+            parents.pop()
+        if parents:
+            assert issubclass(defined[found[2]], defined[parents[-1][1]]), line
+        parents.append((depth, found[2]))
+
+
+def test_every_error_is_either_retryable_or_permanent_or_configuration() -> None:
+    """No class is left whose retry nobody decided, and none is both."""
+    leaves = [
+        cls
+        for _, cls in inspect.getmembers(errors, inspect.isclass)
+        if issubclass(cls, TaggingError) and cls is not TaggingError
+    ]
+    kinds = (RetryableError, PermanentError, ConfigError)
+    for cls in leaves:
+        assert sum(issubclass(cls, kind) for kind in kinds) == 1, cls
+        assert (cls.__doc__ or "").strip(), cls
+
+
+@pytest.mark.parametrize("format", ["json", "pretty", "auto"])
+def test_logs_go_to_standard_error(format: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """One line per event, at or above the level, and nothing on standard output."""
+    try:
+        configure_logs(format, "warning")  # type: ignore[arg-type]
+        log = structlog.get_logger()
+        log.info("king.quiet")
+        log.warning("king.post_acked", post_id="帖子", attempt=1)
+        out, err = capsys.readouterr()
+    finally:
+        structlog.reset_defaults()
+    assert out == ""
+    assert "king.quiet" not in err
+    assert err.count("king.post_acked") == 1
+    if format != "pretty":
+        event = json.loads(err)
+        assert event["post_id"] == "帖子"
+        assert event["level"] == "warning"
+        assert event["timestamp"].endswith("Z")

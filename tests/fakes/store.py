@@ -1,0 +1,238 @@
+"""A store in memory: `FakeStore` gives `king.store.MongoStore`'s verdicts without a server."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from config.errors import StoreUnavailable
+from config.settings import FieldMap
+from extractors.post import Failure
+from king.documents import (
+    error_document,
+    failed_result,
+    match_ids,
+    read_post,
+    tagged_by,
+    tagged_result,
+)
+from king.jobs import (
+    QUEUED_FOR_S,
+    Buried,
+    Claim,
+    Dead,
+    Elsewhere,
+    GivenBack,
+    Job,
+    Outcome,
+    Retry,
+    Settled,
+    Started,
+    Tagged,
+    Terms,
+    Unreadable,
+    Verdict,
+    decide,
+    exhausted,
+    message_key,
+)
+
+
+class FakeStore:
+    """Posts and jobs in dictionaries.
+
+    Attributes:
+        posts: ``_id`` ─► document.
+        jobs: Post ID ─► job.
+        down: Set to make every call raise `StoreUnavailable`.
+        refuse: IDs of posts whose results cannot be written.
+    """
+
+    url = "fake://"
+
+    def __init__(self, posts: Sequence[Mapping[str, Any]] = ()) -> None:
+        self.posts: dict[Any, dict[str, Any]] = {post["_id"]: dict(post) for post in posts}
+        self.jobs: dict[str, Job] = {}
+        self.down = threading.Event()
+        self.refuse: set[str] = set()
+        self.closed = False
+        self._publishing: dict[str, str] = {}
+
+    def connect(self) -> None:
+        """Nothing to reach."""
+        self._require()
+
+    def close(self) -> None:
+        """Nothing to close."""
+        self.closed = True
+
+    def begin(self, claims: Sequence[Claim], terms: Terms) -> list[Verdict]:
+        """See `king.store.Store.begin`."""
+        self._require()
+        return [self._begin(claim, terms) for claim in claims]
+
+    def _begin(self, claim: Claim, terms: Terms) -> Verdict:
+        message, post_id = claim.message, claim.message.post_id
+        job = self.jobs.get(post_id)
+        decision = decide(job, claim, terms)
+        document = match_ids(self.posts.values(), [post_id], "_id").get(post_id)
+        forced = message.force or (job is not None and job.force and job.state != "dead")
+        tagged = document is not None and tagged_by(document, "insight", terms.bundle)
+        if tagged and not forced:
+            if decision != "elsewhere":
+                self.jobs.pop(post_id, None)
+            return Settled(post_id, "tagged")
+        if decision == "elsewhere" and job is not None:
+            return Elsewhere(post_id, job.lease_until)
+        if document is None:
+            failure = Failure("load", "PostNotFound", f"no post {post_id!r}")
+            return self._bury(claim, job, failure, terms)
+        if decision in ("waiting", "dead"):
+            return Settled(post_id, "waiting" if decision == "waiting" else "dead")
+        if decision == "exhausted" and job is not None:
+            verdict = self._bury(claim, job, exhausted(job), terms)
+            content = failed_result(verdict.failure, verdict.attempts, terms.bundle, {})
+            self._write(document, content)
+            return verdict
+        before = job.attempts if job is not None and decision in ("take", "resume") else 0
+        attempt = before if decision == "resume" else before + 1
+        force = message.force or (job is not None and job.force)
+        self.jobs[post_id] = replace(
+            job or Job(post_id, "running", first_at=terms.now),
+            state="running",
+            attempts=attempt,
+            payload=claim.payload,
+            priority=message.priority,
+            force=force,
+            updated_at=terms.now,
+            **terms.lease,
+        )
+        post = read_post(post_id, document, FieldMap())
+        args = (message.priority, force, claim.payload, terms.now)
+        return Started(post, document["_id"], attempt, *args)
+
+    def _bury(self, claim: Claim, job: Job | None, failure: Failure, terms: Terms) -> Buried:
+        post_id = claim.message.post_id
+        attempts = job.attempts if job is not None else 0
+        self.jobs[post_id] = Job(
+            post_id,
+            "dead",
+            attempts,
+            last_error=error_document(failure),
+            payload=claim.payload,
+            priority=claim.message.priority,
+            force=claim.message.force,
+            updated_at=terms.now,
+        )
+        return Buried(post_id, failure, attempts)
+
+    def finish(self, outcomes: Sequence[Outcome], terms: Terms) -> list[Outcome]:
+        """See `king.store.Store.finish`."""
+        self._require()
+        return [self._finish(outcome, terms) for outcome in outcomes]
+
+    def _finish(self, outcome: Outcome, terms: Terms) -> Outcome:
+        if isinstance(outcome, Unreadable):
+            key, error = message_key(outcome.payload), error_document(outcome.failure)
+            self.jobs[key] = Job(
+                key, "dead", last_error=error, payload=outcome.payload, updated_at=terms.now
+            )
+            return outcome
+        started = outcome.started
+        if isinstance(outcome, Tagged) and started.post_id in self.refuse:
+            refused = Failure("store", "WriteError", "the result was refused")
+            outcome = Dead(started, refused, outcome.timings_ms)
+        document = self.posts[started.document_id]
+        if isinstance(outcome, Tagged):
+            self._write(document, tagged_result(outcome))
+        elif isinstance(outcome, Dead):
+            failure = outcome.failure
+            self._write(document, failed_result(failure, started.attempt, terms.bundle, {}))
+        job = self.jobs.get(started.post_id)
+        if job is None or job.owner != terms.owner:
+            return outcome
+        job = replace(job, owner=None, lease_until=0.0, updated_at=terms.now)
+        if isinstance(outcome, Tagged) or (isinstance(outcome, GivenBack) and job.attempts == 1):
+            del self.jobs[started.post_id]
+        elif isinstance(outcome, GivenBack):
+            attempts, due_at = started.attempt - 1, terms.now + QUEUED_FOR_S
+            self.jobs[started.post_id] = replace(
+                job, state="queued", attempts=attempts, due_at=due_at
+            )
+        else:
+            error = error_document(outcome.failure)
+            waits = isinstance(outcome, Retry)
+            self.jobs[started.post_id] = replace(
+                job,
+                state="waiting" if waits else "dead",
+                due_at=round(outcome.due_at, 3) if isinstance(outcome, Retry) else 0.0,
+                last_error=error,
+            )
+        return outcome
+
+    def _write(self, document: dict[str, Any] | Mapping[str, Any], content: dict[str, Any]) -> None:
+        known = document.get("insight")
+        before = known.get("version") if isinstance(known, dict) else None
+        status = known.get("status") if isinstance(known, dict) else None
+        older = before is None or before < content["version"]
+        same = before == content["version"]
+        if older or (same and (content["status"] == "tagged" or status == "failed")):
+            self.posts[document["_id"]]["insight"] = content
+
+    def renew(self, post_ids: Sequence[str], terms: Terms) -> None:
+        """See `king.store.Store.renew`."""
+        self._require()
+        for post_id in post_ids:
+            job = self.jobs.get(post_id)
+            if job is not None and job.owner == terms.owner and job.state == "running":
+                self.jobs[post_id] = replace(job, **terms.lease)
+
+    def claim_due(self, terms: Terms, limit: int) -> list[Job]:
+        """See `king.store.Store.claim_due`."""
+        self._require()
+        due = [j for j in self.jobs.values() if j.state != "dead" and j.due_at <= terms.now]
+        claimed = []
+        for job in sorted(due, key=lambda job: job.due_at)[:limit]:
+            later = terms.now + terms.lease_s
+            self.jobs[job.post_id] = replace(
+                job, state="queued", owner=f"{terms.owner} publishes", lease_until=0, due_at=later
+            )
+            claimed.append(self.jobs[job.post_id])
+        return claimed
+
+    def published(self, post_ids: Sequence[str], terms: Terms) -> None:
+        """See `king.store.Store.published`."""
+        self._require()
+        for post_id in post_ids:
+            job = self.jobs.get(post_id)
+            if job is not None and job.state == "queued":
+                self.jobs[post_id] = replace(job, owner=None, due_at=terms.now + QUEUED_FOR_S)
+
+    def release_dead(self, terms: Terms) -> int:
+        """See `king.store.Store.release_dead`."""
+        self._require()
+        released = [
+            job
+            for job in self.jobs.values()
+            if job.state == "running" and job.owner and terms.is_dead(job.owner)
+        ]
+        for job in released:
+            self.jobs[job.post_id] = replace(job, state="waiting", due_at=terms.now, owner=None)
+        return len(released)
+
+    def open_jobs(self) -> int:
+        """See `king.store.Store.open_jobs`."""
+        self._require()
+        return sum(job.state != "dead" for job in self.jobs.values())
+
+    # For the tests, under the names of `king.archive.Archive` --------------------------------
+
+    def job(self, post_id: str) -> Job | None:
+        """One job."""
+        return self.jobs.get(post_id)
+
+    def _require(self) -> None:
+        if self.down.is_set():
+            raise StoreUnavailable("fake://: switched off")

@@ -1,0 +1,362 @@
+"""The command line against real embedded services, and its answers to mistakes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import pymongo
+import pytest
+
+from config.load import load_settings
+from deploy import embedded
+from king.broker import Delivery, KombuBroker
+from king.messages import parse_message
+from scripts.cli import run
+
+
+class Command:
+    """Runs commands with one configuration and keeps what they print."""
+
+    def __init__(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        self.config = folder / "settings.yaml"
+        self.config.write_text(
+            f"embedded: {{folder: '{folder / 'embedded'}'}}\n"
+            f"king: {{health_file: '{folder / 'king.json'}'}}\n"
+        )
+        self.settings = load_settings(self.config)
+        self._capsys = capsys
+
+    def __call__(self, *words: str) -> tuple[int, str, str]:
+        code = run([*words, "--config", str(self.config)])
+        out, err = self._capsys.readouterr()
+        return code, out, err
+
+    def json(self, *words: str) -> Any:
+        code, out, err = self(*words, "--json")
+        assert (code, err) == (0, "")
+        return json.loads(out)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    made = tmp_path_factory.mktemp("cli")
+    yield made
+    config = made / "settings.yaml"
+    if config.exists():
+        embedded.stop(load_settings(config))
+
+
+@pytest.fixture
+def command(folder: Path, capsys: pytest.CaptureFixture[str]) -> Command:
+    return Command(folder, capsys)
+
+
+@pytest.fixture
+def database(command: Command) -> Iterator[pymongo.database.Database[dict[str, Any]]]:
+    """An empty database, and an empty queue."""
+    resolved = embedded.resolve(command.settings)
+    broker = KombuBroker(resolved.broker)
+    broker.connect()
+    broker.purge()
+    broker.close()
+    with pymongo.MongoClient[dict[str, Any]](resolved.store.url) as client:
+        database = client[resolved.store.database]
+        database["posts"].delete_many({})
+        database["jobs"].delete_many({})
+        yield database
+
+
+def queued(command: Command) -> list[tuple[str, int, bool]]:
+    """Take everything off the queue."""
+    broker = KombuBroker(embedded.resolve(command.settings).broker)
+    broker.connect()
+    bodies: list[bytes] = []
+
+    def take(delivery: Delivery) -> None:
+        bodies.append(delivery.body)
+        broker.ack(delivery)
+
+    broker.consume(take)
+    while broker.drain(0.5):
+        pass
+    broker.close()
+    messages = map(parse_message, bodies)
+    return [(m.post_id, m.priority, m.force) for m in messages]
+
+
+def dead(post_id: str, stage: str, type_: str, age_s: float = 0.0) -> dict[str, Any]:
+    return {
+        "_id": post_id,
+        "state": "dead",
+        "attempts": 3,
+        "last_error": {"stage": stage, "type": type_, "message": "because [of] it"},
+        "payload": post_id,
+        "first_at": time.time() - age_s,
+        "updated_at": time.time() - age_s,
+    }
+
+
+def test_publish_by_id_and_file(
+    command: Command, database: pymongo.database.Database[dict[str, Any]], tmp_path: Path
+) -> None:
+    """IDs of the command line and of a file arrive once each, with priority and force."""
+    file = tmp_path / "ids.txt"
+    file.write_text("p2\n\n  p3 \n帖子\n", encoding="utf-8")
+    code, out, err = command(
+        "publish", "p1", "p2", "--file", str(file), "--priority", "3", "--force"
+    )
+    assert (code, out, err) == (0, "published 4 to insighttag.posts\n", "")
+    assert command.json("status")["queue"]["depth"] == 4
+    assert sorted(queued(command)) == [(i, 3, True) for i in ("p1", "p2", "p3", "帖子")]
+
+
+def test_publish_untagged_leaves_out_results_and_jobs(
+    command: Command, database: pymongo.database.Database[dict[str, Any]]
+) -> None:
+    """Only posts with neither a result nor a job are published."""
+    database["posts"].insert_many(
+        [
+            {"_id": "new", "text": "x"},
+            {"_id": "done", "insight": {"status": "tagged"}},
+            {"_id": "stuck", "text": "x"},
+        ]
+    )
+    database["jobs"].insert_one(dead("stuck", "extract", "NothingUsable"))
+    assert command("publish", "--untagged")[1] == "published 1 to insighttag.posts\n"
+    assert queued(command) == [("new", 0, False)]
+    counts = command.json("status")["store"]["counts"]
+    assert (counts["posts"], counts["tagged"], counts["jobs"]["dead"]) == (3, 1, 1)
+    code, out, _ = command("status")
+    assert code == 0
+    assert "3 posts, 1 tagged" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["publish"], "--file"),
+        (["publish", "a\nb"], "control character"),
+        (["publish", "ok", "x" * 600], "600 bytes"),
+        (["publish", "--file", "/nowhere/ids"], "/nowhere/ids: no such file"),
+        (["publish", "p", "--priority", "ten"], "--priority"),
+        (["publish", "p", "--set", "broker.queu=x"], "broker.queu: unknown key"),
+        (["publish", "p", "--set", "broker.url=http://h"], "broker.url"),
+        (["status", "--nonsense"], "--nonsense"),
+        (["frobnicate"], "frobnicate"),
+        (["show"], "ID"),
+        (["dead", "drop"], "--all"),
+        (["dead", "replay", "p1", "--all"], "not both"),
+        (["dead", "list", "--since", "yesterday"], "--since yesterday"),
+        (["tag", "/nowhere/post.json"], "/nowhere/post.json: no such file"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_2(
+    folder: Path, capsys: pytest.CaptureFixture[str], words: Sequence[str], named: str
+) -> None:
+    """Each mistake: exit code 2, nothing on standard output, one line that names it."""
+    command = Command(folder, capsys)
+    code = run(words) if words == ["frobnicate"] else command(*words)[0]
+    assert code == 2
+    capsys.readouterr()
+    code = run([*words, "--config", str(command.config)])
+    out, err = capsys.readouterr()
+    assert (code, out) == (2, "")
+    assert err.startswith("insighttag: ")
+    assert err.count("\n") == 1
+    assert "Traceback" not in err
+    if words != ["frobnicate"]:
+        assert named in err
+
+
+def test_show_tells_tags_modalities_and_reasons(
+    command: Command, database: pymongo.database.Database[dict[str, Any]]
+) -> None:
+    """A tagged post, a post that waits, a dead message and an unknown ID."""
+    failure = {"stage": "fetch", "type": "FetchRefused", "message": "HTTP 404"}
+    result = {
+        "model": "demo",
+        "version": "20260101T000000Z-abcdef12",
+        "status": "tagged",
+        "tags": [{"id": 3, "name": "猫 [cat]", "score": 0.91234}],
+        "modalities": {"video": "failed", "text": "ok"},
+        "failures": {"video": failure},
+        "error": None,
+        "attempts": 2,
+        "tagged_at": datetime.now(timezone.utc),
+        "timings_ms": {"fetch": 10},
+    }
+    media = ["http://u:secret@h/a.jpg"]
+    database["posts"].insert_one(
+        {"_id": "p1", "labels": ["猫"], "images": media, "insight": result}
+    )
+    code, out, _ = command("show", "p1")
+    assert code == 0
+    for text in (
+        "猫 [cat]",
+        "0.912",
+        "FetchRefused: HTTP 404",
+        "demo 20260101T000000Z",
+        "attempt 2",
+    ):
+        assert text in out
+    content = command.json("show", "p1")
+    assert content["result"]["tags"][0]["score"] == 0.91234
+    assert content["media"] == ["image"]
+    assert "secret" not in out + json.dumps(content)
+
+    database["jobs"].insert_one(dead("gone", "load", "PostNotFound"))
+    code, out, _ = command("show", "gone")
+    assert code == 0
+    assert "not in the database" in out
+    assert "PostNotFound" in out
+    code, _, err = command("show", "nobody")
+    assert (code, err) == (2, "insighttag: show: post 'nobody' is not in the database\n")
+
+
+def test_dead_letters_are_listed_shown_replayed_and_dropped(
+    command: Command, database: pymongo.database.Database[dict[str, Any]]
+) -> None:
+    """Filters choose, replay publishes with fresh attempts, drop deletes; never more than meant."""
+    database["jobs"].insert_many(
+        [
+            dead("a", "fetch", "FetchRefused"),
+            dead("b", "fetch", "FetchRetryable", age_s=7200),
+            dead("c", "extract", "NothingUsable"),
+            {"_id": "d", "state": "waiting", "attempts": 1, "due_at": time.time() + 99},
+        ]
+    )
+
+    def listed(*filters: str) -> list[str]:
+        return sorted(letter["post_id"] for letter in command.json("dead", "list", *filters))
+
+    assert listed() == ["a", "b", "c"]
+    assert listed("--stage", "fetch") == ["a", "b"]
+    assert listed("--type", "NothingUsable") == ["c"]
+    assert listed("--since", "1h") == ["a", "c"]
+    assert len(listed("--limit", "1")) == 1
+    assert "because [of] it" in command("dead", "list")[1]
+    assert command.json("dead", "show", "a")["error"]["type"] == "FetchRefused"
+    assert "FetchRefused" in command("dead", "show", "a")[1]
+    assert command("dead", "show", "d")[0] == 2
+
+    code, out, _ = command("dead", "replay", "a", "d", "nobody")
+    assert (code, out.split(";")[0]) == (0, "replayed 1")
+    assert queued(command) == [("a", 0, False)]
+    assert listed() == ["b", "c"]
+    assert command("dead", "replay", "--stage", "fetch")[1] == "replayed 1\n"
+    assert command("dead", "drop", "--all")[1] == "dropped 1\n"
+    assert listed() == []
+    jobs = {document["_id"]: document["state"] for document in database["jobs"].find()}
+    assert jobs == {"a": "queued", "b": "queued", "d": "waiting"}
+
+
+def test_status_says_what_cannot_be_reached(command: Command) -> None:
+    """Broker and database down: exit 0, each said to be so, passwords hidden, within seconds."""
+    down = (
+        "--set",
+        "broker.url=redis://:secret@127.0.0.1:1/0",
+        "--set",
+        "store.url=mongodb://user:secret@127.0.0.1:1/",
+    )
+    started = time.monotonic()
+    code, out, err = command("status", *down)
+    assert code == 0
+    assert "refused" in out
+    assert "secret" not in out + err
+    content = command.json("status", *down)
+    assert content["queue"]["depth"] is None
+    assert content["queue"]["error"]
+    assert content["store"]["error"]
+    assert content["services"] is None
+    assert time.monotonic() - started < 20
+    code, _, err = command("publish", "p1", *down)
+    assert code == 1
+    assert "redis://:***@127.0.0.1:1/0" in err
+    assert err.count("\n") == 1
+
+
+def test_status_shows_the_king(command: Command) -> None:
+    """A fresh health file is shown with its rates; a stale one is no running King."""
+    health = command.settings.king.health_file
+    worker = {"name": "extract-0", "state": "ready", "held": 1}
+    content = {
+        "pid": os.getpid(),
+        "updated_at": time.time(),
+        "phase": "serving",
+        "in_flight": 7,
+        "oldest_in_flight_s": 1.5,
+        "posts_per_s": 12.5,
+        "counters": {"tagged": 99},
+        "bundle": {"name": "demo", "version": "v1"},
+        "workers": [worker],
+    }
+    health.write_text(json.dumps(content))
+    try:
+        out = command("status")[1]
+        for text in ("serving", "7 in flight", "12.5 posts/s", "99 tagged", "demo v1", "extract-0"):
+            assert text in out
+        assert command.json("status")["king"]["alive"] is True
+        health.write_text(json.dumps({**content, "updated_at": time.time() - 60}))
+        assert "not running" in command("status")[1]
+        assert command.json("status")["king"]["alive"] is False
+    finally:
+        health.unlink()
+    assert "no health file" in command("status")[1]
+
+
+def test_services_start_status_stop(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The three verbs on a folder of their own; status starts nothing."""
+    command = Command(tmp_path, capsys)
+    try:
+        assert [s["state"] for s in command.json("services", "status")] == ["stopped"] * 2
+        assert "insighttag services start" in command("status")[1]
+        code, out, _ = command("services", "start")
+        assert code == 0
+        assert "redis\tredis://127.0.0.1:" in out
+        assert "mongo\tmongodb://127.0.0.1:" in out
+        assert [s["state"] for s in command.json("services", "status")] == ["running"] * 2
+        assert "running" in command("services", "status")[1]
+    finally:
+        assert command("services", "stop")[1] == "stopped mongo, redis\n"
+    assert command("services", "stop")[1] == "none was running\n"
+
+
+def test_help_of_every_command_loads_no_model_library() -> None:
+    """``--help`` is quick: no torch, cv2, transformers, kombu or pymongo."""
+    heavy = {"torch", "cv2", "transformers", "timm", "av", "onnxruntime", "kombu", "pymongo"}
+    commands = [[], ["publish"], ["tag"], ["status"], ["show"], ["dead"], ["dead", "list"]]
+    program = (
+        "import sys\nfrom scripts.cli import run\n"
+        f"for words in {[[*c, '--help'] for c in commands]!r}:\n"
+        "    assert run(words) == 0, words\n"
+        f"loaded = {heavy!r} & set(sys.modules)\n"
+        "sys.exit(f'loaded {loaded}' if loaded else 0)\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("Usage: insighttag") == len(commands)
+
+
+def test_no_arguments_show_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    """A bare ``insighttag`` and a bare group are answered with what there is."""
+    for words in ([], ["dead"]):
+        assert run(words) == 2
+        out, err = capsys.readouterr()
+        assert "Commands" in out + err
+
+
+def test_a_closed_pipe_is_no_traceback(command: Command) -> None:
+    """``insighttag dead list | head -1`` ends quietly."""
+    line = f"'{sys.executable}' -m scripts.cli services status --config '{command.config}' | true"
+    result = subprocess.run(["sh", "-c", line], capture_output=True, text=True, check=False)
+    assert "Traceback" not in result.stderr

@@ -1,0 +1,190 @@
+"""``insighttag tag``: reading posts from files, and what is printed of their results."""
+
+from __future__ import annotations
+
+import json
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from config.errors import BundleError, ConfigError, MediaError, NothingUsable
+from config.settings import Settings
+from extractors.post import Failure, Features, Media, Post, Tag, Tags
+from scripts.cli import run
+from scripts.commands.common import ago, since_time
+from scripts.commands.post_file import read_posts
+
+
+def written(folder: Path, content: Any) -> Path:
+    file = folder / "posts.json"
+    file.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+    return file
+
+
+def test_a_post_is_read_with_its_media(tmp_path: Path) -> None:
+    """Local paths are found beside the file, URLs are kept, kinds are in order."""
+    (tmp_path / "media").mkdir()
+    (tmp_path / "media" / "a.jpg").write_bytes(b"x")
+    entry = {
+        "post_id": "p1",
+        "text": "你好",
+        "labels": ["cat"],
+        "images": ["media/a.jpg"],
+        "videos": ["https://host/v.mp4"],
+        "features": "features/p1",
+    }
+    (post,) = read_posts(written(tmp_path, entry))
+    assert post == Post(
+        "p1",
+        text="你好",
+        media=(
+            Media("image", str(tmp_path / "media" / "a.jpg")),
+            Media("video", "https://host/v.mp4"),
+        ),
+        labels=("cat",),
+    )
+    two = read_posts(written(tmp_path, [entry, {"post_id": "p2", "ocr": "SALE"}]))
+    assert [p.post_id for p in two] == ["p1", "p2"]
+    assert two[1].ocr == "SALE"
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        ([], "holds no post"),
+        (3, "an object with a post_id"),
+        ({}, "post_id: is required"),
+        ({"post_id": 7}, "post_id"),
+        ({"post_id": ""}, "post_id"),
+        ({"post_id": "p", "image": []}, "image: unknown key; did you mean 'images'?"),
+        ([{"post_id": "p"}, {"post_id": "q", "images": "a.jpg"}], "[1]: images"),
+        ({"post_id": "p", "videos": ["none.mp4"]}, "videos.0: no such file: none.mp4"),
+    ],
+)
+def test_mistakes_in_the_file_are_named(tmp_path: Path, content: Any, named: str) -> None:
+    """Each names the file, the entry and the key."""
+    file = written(tmp_path, content)
+    with pytest.raises(ConfigError) as caught:
+        read_posts(file)
+    assert named in str(caught.value)
+    assert str(file) in str(caught.value)
+
+
+def test_text_that_is_no_json_is_named(tmp_path: Path) -> None:
+    """A broken file is the user's mistake too."""
+    file = tmp_path / "posts.json"
+    file.write_bytes(b"\xff\xfe{")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_posts(file)
+    file.write_text("{")
+    with pytest.raises(ConfigError, match="not JSON"):
+        read_posts(file)
+
+
+class FakeTagger:
+    """Tags what has text; stands in for the models."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+
+    def __enter__(self) -> FakeTagger:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing to close."""
+
+    def load(self) -> None:
+        if self.settings.fusion.bundle == Path("absent"):
+            raise BundleError("absent: no such bundle")
+
+    def features(self, post: Post) -> Features:
+        if not post.text:
+            raise NothingUsable("the post has no text and no media")
+        failure = Failure.of("decode", MediaError("truncated"))
+        return Features(
+            post.post_id,
+            arrays={"text": np.zeros((1, 4), np.float16)},
+            statuses={"video": "failed", "text": "ok"},
+            failures={"video": failure},
+            ocr_text=post.text,
+        )
+
+    def fuse(self, features: Features) -> Tags:
+        tags = (Tag(3, "猫", 0.9),) if features.ocr_text == "cat" else ()
+        return Tags(features.post_id, "demo", "v1", tags, np.zeros(4, np.float32))
+
+
+@pytest.fixture
+def models(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = types.ModuleType("workers.local")
+    monkeypatch.setattr(module, "LocalTagger", FakeTagger, raising=False)
+    monkeypatch.setitem(sys.modules, "workers.local", module)
+
+
+@pytest.mark.usefixtures("models")
+def test_results_are_printed_as_table_and_json(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Tags with scores, modalities with reasons; the JSON has the form of the database."""
+    config = tmp_path / "settings.yaml"
+    config.write_text("{}")
+    file = written(tmp_path, [{"post_id": "a", "text": "cat"}, {"post_id": "b", "text": "?"}])
+    assert run(["tag", str(file), "--config", str(config)]) == 0
+    out = capsys.readouterr().out
+    for text in ("猫", "0.900", "video failed", "MediaError: truncated", "none over its threshold"):
+        assert text in out
+    assert run(["tag", str(file), "--json", "--config", str(config)]) == 0
+    first, second = json.loads(capsys.readouterr().out)
+    assert first["tags"] == [{"id": 3, "name": "猫", "score": 0.9}]
+    assert first["failures"]["video"]["type"] == "MediaError"
+    assert second["tags"] == []
+
+
+@pytest.mark.usefixtures("models")
+def test_a_post_that_fails_is_said_and_exits_1(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The other posts are tagged all the same."""
+    config = tmp_path / "settings.yaml"
+    config.write_text("{}")
+    file = written(tmp_path, [{"post_id": "empty"}, {"post_id": "a", "text": "cat"}])
+    assert run(["tag", str(file), "--config", str(config)]) == 1
+    out = capsys.readouterr().out
+    assert "NothingUsable: the post has no text and no media" in out
+    assert "猫" in out
+    assert run(["tag", str(file), "--json", "--config", str(config)]) == 1
+    assert [r["status"] for r in json.loads(capsys.readouterr().out)] == ["failed", "tagged"]
+
+
+@pytest.mark.usefixtures("models")
+def test_a_missing_bundle_is_the_users_mistake(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit 2, naming the key that leads to the bundle."""
+    config = tmp_path / "settings.yaml"
+    config.write_text("fusion: {bundle: absent}")
+    file = written(tmp_path, {"post_id": "a", "text": "cat"})
+    assert run(["tag", str(file), "--config", str(config)]) == 2
+    assert "fusion.bundle: absent: no such bundle" in capsys.readouterr().err
+
+
+def test_times_are_read_and_told() -> None:
+    """``--since`` takes durations and dates; durations are told in their unit."""
+    now = 1_767_225_600.0 + 86400  # 2026-01-02 UTC
+    assert since_time(None, now) is None
+    assert since_time("90s", now) == now - 90
+    assert since_time("1.5h", now) == now - 5400
+    assert since_time("7d", now) == now - 7 * 86400
+    assert since_time("2026-01-01", now) == 1_767_225_600.0
+    assert since_time("2026-01-01T01:00:00+01:00", now) == 1_767_225_600.0
+    with pytest.raises(ConfigError):
+        since_time("h", now)
+    assert [ago(None, now), ago(now - 5, now), ago(now - 7200, now)] == [
+        "never",
+        "5 s ago",
+        "2.0 h ago",
+    ]

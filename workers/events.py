@@ -1,0 +1,134 @@
+"""What the pool tells its caller, and how its workers are seen from outside."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol, TypeAlias
+
+from config.settings import ExtractorName
+from workers.protocol import Failure, Result, Task, WorkerRole
+
+WorkerState: TypeAlias = Literal["waiting", "starting", "ready", "refused"]
+
+
+@dataclass(frozen=True, slots=True)
+class TaskDone:
+    """A task's result.
+
+    A `Fetched` file is the caller's to delete; the slot of a `Decoded` that has parts is the
+    caller's to release, exactly once, even when it no longer wants the post.
+
+    Attributes:
+        seconds: The task's share of the time that its batch ran.
+    """
+
+    task_id: int
+    result: Result
+    seconds: float
+    worker: str
+
+
+@dataclass(frozen=True, slots=True)
+class TaskFailed:
+    """A task failed; ``worker`` is empty when it never reached one."""
+
+    task_id: int
+    failure: Failure
+    worker: str
+
+
+@dataclass(frozen=True, slots=True)
+class PoolReady:
+    """Every worker has loaded, and the bundle fits the extractors; told once."""
+
+
+@dataclass(frozen=True, slots=True)
+class PoolRefused:
+    """The pool cannot work, and trying again would not help; told once."""
+
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class BundleChanged:
+    """The fusion worker now serves another bundle."""
+
+    name: str
+    version: str
+
+
+PoolEvent: TypeAlias = TaskDone | TaskFailed | PoolReady | PoolRefused | BundleChanged
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerView:
+    """One worker, for health and logs.
+
+    Attributes:
+        pid: None while there is no process.
+        held: Tasks that it has, begun or not.
+        done: Tasks that it has answered since it started.
+        deaths: How often it died.
+    """
+
+    name: str
+    role: WorkerRole
+    device: str
+    extractors: tuple[ExtractorName, ...]
+    state: WorkerState
+    pid: int | None
+    held: int
+    done: int
+    deaths: int
+
+
+class TaskPool(Protocol):
+    """The workers as the King sees them; all but `wake` are for one thread."""
+
+    @property
+    def ready(self) -> bool:
+        """Every worker has been ready once, and none has refused."""
+        ...
+
+    @property
+    def refused(self) -> str | None:
+        """Why the pool cannot work."""
+        ...
+
+    @property
+    def bundle(self) -> tuple[str, str] | None:
+        """Name and version of the bundle that is served."""
+        ...
+
+    @property
+    def workers(self) -> list[WorkerView]:
+        """Every worker."""
+        ...
+
+    def start(self) -> None:
+        """Start every worker; returns at once."""
+        ...
+
+    def submit(self, task: Task, *, deadline: float, priority: int = 0) -> int:
+        """Queue a task and give its ID; ``deadline`` is `time.monotonic()`."""
+        ...
+
+    def cancel(self, task_id: int) -> None:
+        """Forget a task: no event will tell of it, and what it holds is freed."""
+        ...
+
+    def release(self, slot: int) -> None:
+        """Say that no more tasks will refer to a decoded slot."""
+        ...
+
+    def poll(self, timeout_s: float) -> list[PoolEvent]:
+        """Drive the pool; returns with the first events, when woken, or after ``timeout_s``."""
+        ...
+
+    def wake(self) -> None:
+        """Interrupt `poll`; from any thread."""
+        ...
+
+    def stop(self, timeout_s: float) -> None:
+        """Let workers finish what they have begun, then kill what is left."""
+        ...

@@ -1,0 +1,49 @@
+"""An extractor process: the models of one placement on one device, batching across posts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+
+from config.errors import ConfigError
+from extractors.suite import ExtractorSuite
+from workers.arena import Arena
+from workers.batch import Outcome
+from workers.child import Context, serve
+from workers.pipe import Pipe
+from workers.protocol import ExtractTask, Task
+from workers.tasks import run_extract
+
+
+class _Extractors:
+    def __init__(self, context: Context, arena: Arena) -> None:
+        launch = context.launch
+        self._suite = ExtractorSuite(
+            context.settings.features, launch.device, launch.extractors, threads=launch.threads
+        )
+        self._arena = arena
+
+    def load(self) -> Mapping[str, str]:
+        self._suite.load()
+        return {"fingerprints": json.dumps(dict(self._suite.by_extractor))}
+
+    def run(self, tasks: Sequence[Task]) -> list[Outcome]:
+        wanted = [task for task in tasks if isinstance(task, ExtractTask)]
+        return run_extract(self._suite, wanted, self._arena)
+
+    def between(self, pipe: Pipe) -> float | None:
+        return None
+
+    def told(self, message: object) -> None:
+        pass
+
+    def close(self) -> None:
+        self._suite.close()
+        self._arena.close()
+
+
+def run(context: Context) -> None:
+    """Serve extract tasks."""
+    if context.arena is None:
+        raise ConfigError("an extractor needs the slots")
+    serve(context, _Extractors(context, context.arena))

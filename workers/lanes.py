@@ -1,0 +1,49 @@
+"""Lanes: which tasks can be one batch, and what share of a full batch each takes.
+
+The King's scheduler and the workers count alike, so that what is sent is what is run together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeAlias
+
+from config.settings import Settings
+from workers.protocol import DecodeTask, ExtractTask, FetchTask, Task
+
+Lane: TypeAlias = str
+"""``fetch``, ``decode``, ``fuse``, or an extractor's name."""
+
+
+def lane_of(task: Task) -> Lane:
+    """The lane of a task."""
+    if isinstance(task, FetchTask):
+        return "fetch"
+    if isinstance(task, DecodeTask):
+        return "decode"
+    return task.extractor if isinstance(task, ExtractTask) else "fuse"
+
+
+def batch_rows(settings: Settings) -> Mapping[Lane, int]:
+    """Rows of a full batch: frames, images, patches, texts, pictures or posts."""
+    features = settings.features
+    hosts = [group.threads for group in settings.workers.extractors if "ocr" in group.extractors]
+    return {
+        "video": features.video.batch_size,
+        "image": features.image.batch_size,
+        "audio": features.audio.batch_size,
+        "text": features.text.batch_size,
+        "ocr": min(hosts, default=1),  # pictures are read one a thread: more would only wait
+        "fuse": settings.fusion.batch_size,
+    }
+
+
+def weight_of(task: Task, rows: Mapping[Lane, int]) -> float:
+    """The share of a full batch that a task takes, at most 1."""
+    lane = lane_of(task)
+    count = 1
+    if isinstance(task, ExtractTask) and lane in ("video", "image", "audio"):
+        count = sum(ref.shape[0] for ref in task.refs if ref.shape)
+    elif isinstance(task, ExtractTask) and lane == "ocr":
+        count = len(task.refs)
+    return min(1.0, count / rows.get(lane, 1))

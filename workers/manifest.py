@@ -1,0 +1,46 @@
+"""Whether the bundle was made for the features that the extractors give."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import cast
+
+from config.errors import ConfigError
+from config.settings import ExtractorName, FeatureSettings
+from extractors.fingerprint import modality_fingerprints
+from workers.protocol import Modality
+
+
+def expected_fingerprints(
+    features: FeatureSettings, infos: Iterable[Mapping[str, str]]
+) -> dict[Modality, str]:
+    """Modality ─► fingerprint, from what the extract workers said in `Ready`.
+
+    Raises:
+        ConfigError: Two workers give the same extractor another fingerprint.
+    """
+    by_extractor: dict[ExtractorName, str] = {}
+    for info in infos:
+        for name, fingerprint in json.loads(info.get("fingerprints", "{}")).items():
+            known = by_extractor.setdefault(name, fingerprint)
+            if known != fingerprint:
+                raise ConfigError(
+                    f"extractor {name} differs between workers: {known} and {fingerprint}"
+                )
+    return modality_fingerprints(features, by_extractor) if by_extractor else {}
+
+
+def bundle_fingerprints(info: Mapping[str, str]) -> dict[Modality, str]:
+    """Modality ─► fingerprint, from what the fusion worker said in `Ready`."""
+    return cast("dict[Modality, str]", json.loads(info.get("fingerprints", "{}")))
+
+
+def mismatch(bundle: Mapping[Modality, str], expected: Mapping[Modality, str]) -> str | None:
+    """What the bundle wants and the extractors do not give, in one line; None when it fits."""
+    for modality, wanted in bundle.items():
+        given = expected.get(modality)
+        if given != wanted:
+            given = given or "nothing (its extractor is not enabled)"
+            return f"modality {modality}: the bundle needs {wanted}, the extractors give {given}"
+    return None

@@ -1,0 +1,68 @@
+"""What the King believes of a worker: decoders may be taken over by what they decode.
+
+A message that does not fit what the worker was asked is no error of a task: its sender is killed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from workers.pipe import PipeBroken
+from workers.protocol import (
+    MODALITIES,
+    ArrayRef,
+    Decoded,
+    Extracted,
+    Failure,
+    Fetched,
+    Part,
+    Result,
+    Tags,
+)
+from workers.schedule import Entry
+
+_BY_LANE: dict[str, type] = {"fetch": Fetched, "decode": Decoded, "fuse": Tags}
+_KINDS = ("frames", "image", "patches", "picture")
+_MAX_PARTS = 4096
+
+
+def check_result(entry: Entry, result: Result, spool: Path) -> None:
+    """Believe a result, or not; ``spool`` is the folder that downloads must lie in.
+
+    Raises:
+        PipeBroken: It cannot be the answer to this task.
+    """
+    if type(result) is not _BY_LANE.get(entry.lane, Extracted):
+        raise PipeBroken(f"{type(result).__name__} is no answer to {entry.lane}")
+    if isinstance(result, Fetched) and Path(result.path).parent != spool:
+        raise PipeBroken("a download outside the spool")
+    if isinstance(result, Decoded):
+        _check_decoded(entry, result)
+
+
+def check_failure(failure: Failure) -> None:
+    """Believe a failure, or not.
+
+    Raises:
+        PipeBroken: It is no failure.
+    """
+    texts = (failure.stage, failure.type, failure.message) if type(failure) is Failure else (0,)
+    if not all(type(text) is str for text in texts):
+        raise PipeBroken("a failure that is none")
+
+
+def _check_decoded(entry: Entry, decoded: Decoded) -> None:
+    if not isinstance(decoded.failures, Mapping) or len(decoded.parts) > _MAX_PARTS:
+        raise PipeBroken("decoded to what cannot be")
+    for modality, failure in decoded.failures.items():
+        if modality not in MODALITIES:
+            raise PipeBroken("a failure of no modality")
+        check_failure(failure)
+    for part in decoded.parts:
+        if type(part) is not Part or part.kind not in _KINDS or type(part.ref) is not ArrayRef:
+            raise PipeBroken("a part that is none")
+        ref = part.ref
+        numbers = (ref.slot, ref.offset, *ref.shape)
+        if ref.slot != entry.slot or not all(type(n) is int and n >= 0 for n in numbers):
+            raise PipeBroken("a part outside its slot")
