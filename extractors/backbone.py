@@ -21,7 +21,6 @@ from extractors.precision import (
 )
 from extractors.weights import (
     Weights,
-    first_line,
     hub_file,
     parse_weights,
     read_state_dict,

@@ -6,7 +6,9 @@ Refused with the reason: truncated files, more pixels than allowed, what is no p
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -51,7 +53,6 @@ def read_pictures(path: Path, *, max_pixels: int, max_frames: int = 1) -> Iterat
         MediaError: The file is no picture, truncated, broken, or has more than `max_pixels`.
     """
     found = check_type(path, "image")
-    quieten()
     try:
         buffer = np.asarray(np.memmap(path, np.uint8, "r"))
     except OSError as error:
@@ -66,9 +67,26 @@ def read_pictures(path: Path, *, max_pixels: int, max_frames: int = 1) -> Iterat
         raise MediaError(f"{found.name} cannot be decoded: {error.err}") from error
 
 
-def quieten() -> None:
-    """Keep OpenCV from writing its warnings to standard error; every one comes as a MediaError."""
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep libjpeg, libpng and OpenCV from writing to standard error, where the log goes.
+
+    What they say comes as a `MediaError` or is harmless. libjpeg prints past OpenCV's log level,
+    so that the descriptor itself is turned away for the milliseconds of one picture.
+    """
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+    try:
+        kept = os.dup(2)
+    except OSError:  # a process without standard error
+        yield
+        return
+    try:
+        with open(os.devnull, "wb") as nowhere:  # noqa: PTH123 - a device, not a path
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def _decode(
@@ -78,7 +96,8 @@ def _decode(
         count = min(max_frames, header.frames)
         for index in centres(header.frames, count):
             # One frame at a time: an animation whole may be a hundred times its file.
-            done, animation = cv2.imdecodeanimation(buffer, start=index, count=1)
+            with _quiet():
+                done, animation = cv2.imdecodeanimation(buffer, start=index, count=1)
             if not done or not len(animation.frames):
                 raise MediaError(f"frame {index} of {header.frames} cannot be decoded")
             yield _finish(animation.frames[0], header.orientation)
@@ -87,7 +106,8 @@ def _decode(
         flags = _REDUCED.get(_reduction(header), cv2.IMREAD_COLOR) | cv2.IMREAD_IGNORE_ORIENTATION
     else:
         flags = cv2.IMREAD_UNCHANGED
-    pixels = cv2.imdecode(buffer, flags)
+    with _quiet():
+        pixels = cv2.imdecode(buffer, flags)
     if pixels is None:
         raise MediaError(f"broken {family.upper()} picture")
     yield _finish(pixels, header.orientation)

@@ -132,11 +132,13 @@ def _as_tensor(value: object) -> torch.Tensor | None:
 
 
 def _numpy_globals() -> list[Any]:
+    """What numpy arrays in a state dict are pickled with, under numpy 2's name and numpy 1's."""
     import numpy as np
     from numpy._core import multiarray
 
     dtypes = [type(np.dtype(kind)) for kind in (np.float32, np.float64)]
-    return [multiarray._reconstruct, np.ndarray, np.dtype, *dtypes]
+    build = multiarray._reconstruct
+    return [build, (build, "numpy.core.multiarray._reconstruct"), np.ndarray, np.dtype, *dtypes]
 
 
 def tensors_digest(state: Mapping[str, torch.Tensor]) -> str:

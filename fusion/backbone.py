@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +25,7 @@ from fusion import metrics
 from fusion.backbone_data import ItemArray, ItemBatch, ItemSet, Kind
 from fusion.backbone_model import Pooling, PostTagger, create_backbone, save_backbone
 from fusion.device import autocast, require_device, resolve_precision, set_threads
-from fusion.progress import Bar, progress_bar
+from fusion.progress import Bar, Watch, progress_bar
 
 _CLIP_NORM = 5.0
 
@@ -83,6 +85,7 @@ def train_backbone(
     image_size: int | None = None,
     seed: int = 0,
     progress: bool = True,
+    watch: Watch | None = None,
     pooling: Pooling = "max",
     max_items: int = 6,
     weights: str = "scratch",
@@ -112,6 +115,7 @@ def train_backbone(
         image_size: Side of the pictures, checked against the arrays when given.
         seed: Fixes initial weights, order and augmentation.
         progress: Show a progress bar.
+        watch: Is told of every step, for a bar that another process shows.
         pooling: How the scores of a post's items become the post's.
         max_items: Items of one post in a batch.
         weights: ``scratch``, ``pretrained``, or the path of a state_dict to start from.
@@ -138,7 +142,8 @@ def train_backbone(
         tagger.to(place).to(memory_format=torch.channels_last)
         chosen = _suited(backbone, precision, device)
         loop = _Loop(tagger, train, valid, device, chosen, batch_size, max_items, seed)
-        best, losses = loop.run(epochs, learning_rate, weight_decay, f"{kind} {arch}", progress)
+        open_bar = partial(progress_bar, f"{kind} {arch}", enabled=progress, watch=watch)
+        best, losses = loop.run(epochs, learning_rate, weight_decay, open_bar)
     if best.scores is None or best.state is None:
         raise ConfigError("epochs: must be at least 1")
     backbone.load_state_dict(best.state)
@@ -186,7 +191,11 @@ class _Loop:
     seed: int
 
     def run(
-        self, epochs: int, peak: float, weight_decay: float, title: str, progress: bool
+        self,
+        epochs: int,
+        peak: float,
+        weight_decay: float,
+        open_bar: Callable[[int], AbstractContextManager[Bar]],
     ) -> tuple[_Best, list[float]]:
         optimizer = torch.optim.AdamW(_groups(self.tagger, weight_decay), lr=peak)
         steps = math.ceil(len(self.train) / self.batch_size)
@@ -195,7 +204,7 @@ class _Loop:
         )
         random = np.random.default_rng(self.seed)
         best, losses = _Best(), []
-        with progress_bar(title, steps * epochs, enabled=progress) as bar:
+        with open_bar(steps * epochs) as bar:
             for epoch in range(1, epochs + 1):
                 losses.append(self._epoch(optimizer, schedule, random, bar))
                 scores = self.scores()

@@ -187,12 +187,13 @@ def load_bundle(folder: Path) -> Bundle:
 
 
 def newest_version(folder: Path) -> str | None:
-    """The version that lies in the folder now, or None while there is none; reads one small file."""
+    """The version that lies in the folder now, None while there is none; reads one small file."""
     try:
-        content = _parse((folder / ABOUT).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+        text = (folder / ABOUT).read_text(encoding="utf-8")
+        # The thresholds of many tags take long to parse, and the version stands before them.
+        version = _parse(text.partition("\nfeatures:")[0]).get("version")
+    except (OSError, ValueError, TypeError, yaml.YAMLError):
         return None
-    version = content.get("version")
     return version if isinstance(version, str) else None
 
 
@@ -225,7 +226,7 @@ def _read_about(folder: Path) -> About:
         content = _parse(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise BundleError(f"{folder}: holds no bundle ({ABOUT} is missing)") from error
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
         raise BundleError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
     try:
         return About.model_validate(content)
@@ -236,7 +237,7 @@ def _read_about(folder: Path) -> About:
 def _parse(text: str) -> dict[str, Any]:
     content = yaml.safe_load(text)
     if not isinstance(content, dict):
-        raise ValueError("must hold keys and values")
+        raise TypeError("must hold keys and values")
     return cast("dict[str, Any]", content)
 
 

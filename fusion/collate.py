@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -27,9 +28,8 @@ class Sample:
     target: npt.NDArray[np.float32] | None = None
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Posts padded to the longest of each modality.
+class Batch(NamedTuple):
+    """Posts padded to the longest of each modality; a tuple, which Fabric and loaders walk into.
 
     Attributes:
         tokens: float32 ``(posts, n, dim)``, zeros behind the end; n may be 0.
@@ -42,10 +42,6 @@ class Batch:
     masks: Mapping[Modality, torch.Tensor]
     targets: torch.Tensor | None = None
 
-    def __len__(self) -> int:
-        """Number of posts."""
-        return len(self.post_ids)
-
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on a device."""
         return Batch(
@@ -53,15 +49,6 @@ class Batch:
             {m: t.to(device, non_blocking=True) for m, t in self.tokens.items()},
             {m: t.to(device, non_blocking=True) for m, t in self.masks.items()},
             None if self.targets is None else self.targets.to(device, non_blocking=True),
-        )
-
-    def pin_memory(self) -> Batch:
-        """The same batch in page-locked memory; the DataLoader calls it."""
-        return Batch(
-            self.post_ids,
-            {m: t.pin_memory() for m, t in self.tokens.items()},
-            {m: t.pin_memory() for m, t in self.masks.items()},
-            None if self.targets is None else self.targets.pin_memory(),
         )
 
 

@@ -47,15 +47,13 @@ def fit_thresholds(
         min_positives: Positives that a threshold of its own takes.
 
     Returns:
-        float32 ``(classes,)``.
+        float32 ``(classes,)``, with six decimals, as they are written in the bundle.
     """
     numbers, truth = np.asarray(scores), np.asarray(targets).astype(np.bool_)
     common = best_f1_threshold(numbers, truth)
     enough = truth.sum(axis=0) >= min_positives
-    return np.array(
-        [
-            best_f1_threshold(numbers[:, i], truth[:, i]) if enough[i] else common
-            for i in range(truth.shape[1])
-        ],
-        dtype=np.float32,
-    )
+    fitted = [
+        best_f1_threshold(numbers[:, i], truth[:, i]) if enough[i] else common
+        for i in range(truth.shape[1])
+    ]
+    return np.array([round(t, 6) for t in fitted], dtype=np.float32)

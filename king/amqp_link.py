@@ -208,6 +208,7 @@ class AmqpLink(Link):
         finally:
             self.abandon()
 
-    def _tls(self) -> dict[str, Any]:
+    def _tls(self, asked: dict[str, Any]) -> dict[str, Any]:
         # None: py-amqp takes the host of the URL, and so checks the name in the certificate.
-        return {"server_hostname": None, "cert_reqs": ssl.CERT_REQUIRED}
+        defaults = {"server_hostname": None, "cert_reqs": ssl.CERT_REQUIRED}
+        return {**defaults, **{name.removeprefix("ssl_"): value for name, value in asked.items()}}

@@ -11,11 +11,11 @@ from typing import Any
 
 from bson import ObjectId
 
-from extractors.post import Post
 from king.documents import dig, id_candidates, match_ids, read_post
 from king.jobs import JOB_STATES, QUEUED_FOR_S, Bundle, Job
 from king.messages import PostMessage
 from king.mongo import MongoEdge
+from workers.protocol import Post
 
 _CHUNK = 500
 

@@ -101,7 +101,7 @@ def _reason(error: BaseException, url: str) -> str:
         text = f"user or password refused, or no permission ({text})"
     for secret in _secrets(url):
         text = text.replace(secret, "***")
-    return text or type(error).__name__
+    return text or ("timed out" if isinstance(error, TimeoutError) else type(error).__name__)
 
 
 def _secrets(url: str) -> set[str]:

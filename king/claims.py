@@ -8,7 +8,6 @@ from typing import Any
 from pymongo import DeleteOne, InsertOne, UpdateOne
 
 from config.errors import PostNotFound, StoreUnavailable
-from extractors.post import Failure
 from king.archive import Archive
 from king.documents import (
     error_document,
@@ -33,6 +32,7 @@ from king.jobs import (
     exhausted,
 )
 from king.mongo import DUPLICATE_KEY, Document, Operation
+from workers.protocol import Failure
 
 _RETRY_SOON_S = 0.5
 

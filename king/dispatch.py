@@ -19,7 +19,6 @@ import structlog
 
 from config.errors import FeatureError, RetryableError, TaggingError
 from config.settings import Settings
-from extractors.post import Failure, Features, Tags
 from king.health import Board
 from king.jobs import Dead, GivenBack, Outcome, Retry, Started, Tagged
 from king.retry import BackoffPolicy
@@ -33,7 +32,7 @@ from workers.events import (
     TaskPool,
 )
 from workers.plan import PostPlan, Step, is_worker_death
-from workers.protocol import Decoded, DecodeTask, Fetched, FuseTask
+from workers.protocol import Decoded, DecodeTask, Failure, Features, Fetched, FuseTask, Tags
 
 _POLL_S = 0.25
 _LOOK_EVERY_S = 1.0

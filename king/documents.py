@@ -13,8 +13,8 @@ from typing import Any
 from bson import ObjectId
 
 from config.settings import FieldMap
-from extractors.post import Failure, Media, MediaKind, Post
 from king.jobs import Bundle, Tagged
+from workers.protocol import Failure, Media, MediaKind, Post
 
 _INT64_DIGITS = 18
 

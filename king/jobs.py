@@ -19,8 +19,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
-from extractors.post import Failure, Modality, Post, Status, Tags
 from king.messages import PostMessage
+from workers.protocol import Failure, Modality, Post, Status, Tags
 
 JobState: TypeAlias = Literal["running", "waiting", "queued", "dead"]
 JOB_STATES: tuple[JobState, ...] = ("running", "waiting", "queued", "dead")

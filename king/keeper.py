@@ -20,7 +20,6 @@ import structlog
 
 from config.errors import MessageError, StoreUnavailable
 from config.settings import KingSettings
-from extractors.post import Failure
 from king import report
 from king.broker import Delivery
 from king.consumer import Consumer
@@ -43,6 +42,7 @@ from king.jobs import (
 from king.messages import parse_message
 from king.retry import RECONNECT
 from king.store import Store
+from workers.protocol import Failure
 
 T = TypeVar("T")
 

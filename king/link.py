@@ -13,7 +13,9 @@ from typing import Any, NoReturn, TypeAlias
 
 import kombu
 
+from config.errors import ConfigError
 from config.settings import BrokerSettings
+from config.urls import redact
 from king.messages import PostMessage
 
 OnMessage: TypeAlias = Callable[[bytes, Any, bool], None]
@@ -29,15 +31,21 @@ class Link(ABC):
     def __init__(self, settings: BrokerSettings, transport: type, options: dict[str, Any]) -> None:
         self.settings = settings
         self.queue = settings.queue
-        secure = settings.url.startswith(("amqps://", "rediss://"))
-        self._kombu = kombu.Connection(
-            settings.url,
-            transport=transport,
-            connect_timeout=settings.socket_timeout_s,
-            heartbeat=settings.heartbeat_s,
-            transport_options=options,
-            ssl=self._tls() if secure else False,
-        )
+        try:
+            self._kombu = kombu.Connection(
+                settings.url,
+                transport=transport,
+                connect_timeout=settings.socket_timeout_s,
+                heartbeat=settings.heartbeat_s,
+                transport_options=options,
+            )
+        except (TypeError, ValueError) as error:  # kombu takes the query for its own arguments
+            raise ConfigError(
+                f"broker.url: {redact(settings.url)!r} has a part that is not understood"
+            ) from error
+        if settings.url.startswith(("amqps://", "rediss://")):
+            asked = self._kombu.ssl if isinstance(self._kombu.ssl, dict) else {}
+            self._kombu.ssl = self._tls(asked)
         try:
             self._kombu.ensure_connection(errback=_give_up, reraise_as_library_errors=False)
             self._raw = self._kombu.connection
@@ -138,8 +146,12 @@ class Link(ABC):
         )
 
     @abstractmethod
-    def _tls(self) -> dict[str, Any]:
-        """Verify the broker's certificate against the system's authorities."""
+    def _tls(self, asked: dict[str, Any]) -> dict[str, Any]:
+        """TLS options: verify the broker's certificate, unless the URL asks otherwise.
+
+        Args:
+            asked: The ``ssl_...`` parameters of the URL, for example ``ssl_ca_certs``.
+        """
 
 
 def _give_up(error: BaseException, _interval_s: float) -> NoReturn:

@@ -96,5 +96,5 @@ class RedisLink(Link):
         finally:
             self.abandon()
 
-    def _tls(self) -> dict[str, Any]:
-        return {"ssl_cert_reqs": ssl.CERT_REQUIRED}
+    def _tls(self, asked: dict[str, Any]) -> dict[str, Any]:
+        return {"ssl_cert_reqs": ssl.CERT_REQUIRED, "ssl_check_hostname": True, **asked}

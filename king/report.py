@@ -7,8 +7,8 @@ from collections.abc import Mapping
 
 import structlog
 
-from extractors.post import Failure
 from king.jobs import Buried, Dead, Retry, Settled, Tagged, Unreadable, message_key
+from workers.protocol import Failure
 
 log = structlog.get_logger()
 

@@ -13,7 +13,6 @@ from typing import Protocol
 from pymongo import DeleteOne, UpdateOne
 
 from config.errors import StoreUnavailable
-from extractors.post import Failure
 from king.claims import Claims, as_read
 from king.documents import (
     error_document,
@@ -35,6 +34,7 @@ from king.jobs import (
     message_key,
 )
 from king.mongo import Operation
+from workers.protocol import Failure
 
 OPEN_STATES = ("waiting", "queued", "running")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import ssl
 import threading
 from collections.abc import Iterator
 
@@ -24,9 +25,10 @@ class _Pair:
 
 
 class Proxy:
-    """Forwards 127.0.0.1:`port` to `target`."""
+    """Forwards 127.0.0.1:`port` to `target`; with a context it speaks TLS to its clients."""
 
-    def __init__(self, target: tuple[str, int]) -> None:
+    def __init__(self, target: tuple[str, int], tls: ssl.SSLContext | None = None) -> None:
+        self._tls = tls
         self._target = target
         self._pairs: list[_Pair] = []
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -74,6 +76,8 @@ class Proxy:
                 client.close()
                 continue
             try:
+                if self._tls is not None:
+                    client = self._tls.wrap_socket(client, server_side=True)
                 server = socket.create_connection(self._target, timeout=5)
             except OSError:
                 client.close()
@@ -98,9 +102,9 @@ def _pump(pair: _Pair, source: socket.socket, sink: socket.socket) -> None:
 
 
 @contextlib.contextmanager
-def proxy_to(target: tuple[str, int]) -> Iterator[Proxy]:
+def proxy_to(target: tuple[str, int], tls: ssl.SSLContext | None = None) -> Iterator[Proxy]:
     """A proxy for the duration of a block."""
-    proxy = Proxy(target)
+    proxy = Proxy(target, tls)
     try:
         yield proxy
     finally:

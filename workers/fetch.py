@@ -99,6 +99,8 @@ class Fetcher:
             if response.status_code not in _REDIRECTS or not location:
                 return response
             response.close()  # not read: the body of a redirect may be endless
+            # Header bytes come as Latin-1; a path that was sent as it is written is UTF-8.
+            location = location.encode("latin-1", "replace").decode("utf-8", "replace")
             url = urljoin(url, location)
         raise FetchRefused(f"more than {self._settings.max_redirects} redirects")
 
@@ -157,7 +159,7 @@ class Fetcher:
 
 
 def _check_url(url: str) -> None:
-    if len(url) > _MAX_URL or any(ord(char) < 0x21 or char == "\x7f" for char in url):
+    if len(url) > _MAX_URL or any(ord(char) < 0x20 or char == "\x7f" for char in url):
         raise FetchRefused("not a URL that can be requested")
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https"):

@@ -103,7 +103,9 @@ def open_bundle(settings: FusionSettings, device: str) -> Inferer:
     """
     from fusion.inferer import Inferer
 
-    inferer = Inferer.load(settings.bundle, device=device, threads=settings.threads)
+    inferer = Inferer.load(
+        settings.bundle, device=device, threads=settings.threads, batch_size=settings.batch_size
+    )
     if inferer.image_as_frames != settings.image_as_frames:
         inferer.close()
         raise BundleError(

@@ -20,7 +20,7 @@ def background(rng: np.random.Generator, width: int, height: int) -> Picture:
     """A colour gradient in a random direction, uint8 ``(height, width, 3)``."""
     first, second = rng.integers(40, 216, (2, 3))
     angle = rng.uniform(0, 2 * np.pi)
-    y, x = np.mgrid[0:1 : height * 1j, 0:1 : width * 1j]
+    y, x = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j]
     ramp = np.clip(0.5 + (x - 0.5) * np.cos(angle) + (y - 0.5) * np.sin(angle), 0, 1)
     return (first + ramp[..., None] * (second - first)).astype(np.uint8)
 

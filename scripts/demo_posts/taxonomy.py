@@ -1,12 +1,12 @@
 """The 24 demo tags, and which evidence each of them needs.
 
-    group          evidence                          can be seen in
-    pictures       an object that is drawn           image
-    motion         how the object moves              video (never in one frame)
-    sound          what the sound is                 audio, a video's sound track
-    text           what the text talks about         text
-    words          the words on a sign               ocr (the sign's look says nothing)
-    together       two cues of two modalities        both of them; either alone is no tag
+group          evidence                          can be seen in
+pictures       an object that is drawn           image
+motion         how the object moves              video (never in one frame)
+sound          what the sound is                 audio, a video's sound track
+text           what the text talks about         text
+words          the words on a sign               ocr (the sign's look says nothing)
+together       two cues of two modalities        both of them; either alone is no tag
 """
 
 from __future__ import annotations

@@ -14,7 +14,12 @@ SENTENCES: dict[str, dict[str, tuple[str, ...]]] = {
             "packing my suitcase for the long trip",
             "the passport queue at the airport took an hour",
         ),
-        "zh": ("我们订了去海岛的机票", "老城旁边的酒店很舒服", "收拾行李准备长途旅行", "护照和签证都办好了"),
+        "zh": (
+            "我们订了去海岛的机票",
+            "老城旁边的酒店很舒服",
+            "收拾行李准备长途旅行",
+            "护照和签证都办好了",
+        ),
     },
     "food": {
         "en": (
@@ -32,7 +37,12 @@ SENTENCES: dict[str, dict[str, tuple[str, ...]]] = {
             "lifting heavier weights every week",
             "stretching the muscles after a run",
         ),
-        "zh": ("二十个俯卧撑加平板支撑", "健身房训练后肌肉酸痛", "每周举更重的哑铃", "跑步以后要拉伸"),
+        "zh": (
+            "二十个俯卧撑加平板支撑",
+            "健身房训练后肌肉酸痛",
+            "每周举更重的哑铃",
+            "跑步以后要拉伸",
+        ),
     },
     "finance": {
         "en": (

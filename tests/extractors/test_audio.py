@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -68,7 +69,7 @@ def test_vggish_is_torchvggish(weights: Path) -> None:
 def test_pretrained_vggish_is_found_in_torch_hub(
     weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Files put where the error says are used, the network's and the PCA's, numpy arrays included."""
+    """Files put where the error says are used: the network's, and the PCA's numpy arrays."""
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
     folder = tmp_path / "checkpoints"
     folder.mkdir()
@@ -101,7 +102,7 @@ def test_without_network_pretrained_names_the_file(
 @pytest.mark.parametrize("arch", [TINY_CNN, TINY_VIT])
 def test_any_timm_model_takes_patches(tmp_path: Path, arch: str) -> None:
     """A timm model with one channel reads (j, 96, 64) patches as they are, batch after batch."""
-    size = {"img_size": (96, 64)} if arch == TINY_VIT else {}
+    size: dict[str, Any] = {"img_size": (96, 64)} if arch == TINY_VIT else {}
     path = tiny_timm_weights(tmp_path, arch, in_chans=1, **size)
     extractor = AudioExtractor(
         AudioSettings(arch=arch, weights=str(path), batch_size=4, precision="fp32")

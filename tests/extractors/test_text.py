@@ -111,7 +111,9 @@ def test_random_weights_need_no_file() -> None:
     first, second = run(extractor, "red cat", "blue cat")
     assert first.shape == (4, 64)
     assert np.abs(first[1].astype(float) - second[1]).max() > 0.5  # another word, another vector
-    assert hashed_tokens("Red 猫狗, x_1!", 99)[1:-1] == hashed_tokens("red 猫 狗 , x _ 1 !", 99)[1:-1]
+    assert (
+        hashed_tokens("Red 猫狗, x_1!", 99)[1:-1] == hashed_tokens("red 猫 狗 , x _ 1 !", 99)[1:-1]
+    )
     assert len(hashed_tokens("Red 猫狗, x_1!", 99)) == 2 + 8
     assert len(hashed_tokens("one two three", 3)) == 3
 

@@ -177,7 +177,7 @@ def test_a_killed_consumer_gives_back_what_it_held(place: Place, project_root: P
         with connected(place.direct) as broker:
             consumer = Consumer(broker)
             # Longer than the visibility time-out: a living holder keeps them.
-            assert consumer.idle(3) == 0
+            assert consumer.idle(2.5) == 0
             holder.send_signal(signal.SIGKILL)
             holder.wait()
             consumer.take(6, timeout_s=10)
@@ -214,11 +214,11 @@ def test_heartbeats_keep_an_idle_connection(rabbitmq: RabbitMQServer, queue_name
     """Draining an empty queue for five heartbeats keeps the connection; not draining loses it."""
     with connected(settings_for(rabbitmq.url, queue_name)) as broker:
         consumer = Consumer(broker)
-        consumer.idle(4)
+        consumer.idle(3)
         assert broker.generation == 1
         broker.publish(PostMessage("p1"))
         consumer.take(1)
-        time.sleep(3.5)
+        time.sleep(3.2)
         with pytest.raises(BrokerUnavailable):
             consumer.until(lambda: False, timeout_s=3)
         consumer.until(lambda: len(consumer.got) == 2, heal=True)
@@ -284,8 +284,8 @@ def test_touch_holds_without_draining(redis_server: RedisServer, queue_name: str
     with connected(settings) as holder, connected(settings) as other:
         Consumer(holder).take(1)
         theirs = Consumer(other)
-        for _ in range(5):
-            time.sleep(0.5)
+        for _ in range(3):
+            time.sleep(0.6)
             holder.touch()
             assert theirs.idle(0.1) == 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -116,6 +117,17 @@ def test_publish_by_id_and_file(
     assert (code, out, err) == (0, "published 4 to insighttag.posts\n", "")
     assert command.json("status")["queue"]["depth"] == 4
     assert sorted(queued(command)) == [(i, 3, True) for i in ("p1", "p2", "p3", "帖子")]
+
+
+def test_publish_from_standard_input(
+    command: Command,
+    database: pymongo.database.Database[dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """``--file -`` reads the IDs of a pipe."""
+    monkeypatch.setattr("sys.stdin", io.StringIO("p1\np2\n"))
+    assert command("publish", "--file", "-")[:2] == (0, "published 2 to insighttag.posts\n")
+    assert sorted(queued(command)) == [("p1", 0, False), ("p2", 0, False)]
 
 
 def test_publish_untagged_leaves_out_results_and_jobs(

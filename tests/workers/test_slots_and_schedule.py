@@ -313,7 +313,6 @@ def test_waiting_behind_a_batch_is_no_reason_to_kill() -> None:
 # Anything, in any order ----------------------------------------------------------------------
 
 
-@settings(max_examples=60, stateful_step_count=60, deadline=None)
 class AnyOrder(RuleBasedStateMachine):
     """Random callers, workers and deaths: no slot leaks, none is used twice, no task is lost."""
 

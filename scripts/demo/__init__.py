@@ -1,0 +1,1 @@
+"""The demo: posts ─► backbones ─► features ─► fusion ─► daemon ─► tags, in one command."""

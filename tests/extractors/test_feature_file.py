@@ -1,0 +1,146 @@
+"""Feature files: what is written is read, and what must not be read is refused by name."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
+
+from config.errors import FeatureError
+from extractors.feature_file import (
+    feature_path,
+    read_features,
+    read_fingerprints,
+    write_features,
+)
+from extractors.post import MODALITIES, Failure, Features, Modality
+
+PRINTS: dict[Modality, str] = {modality: f"print-{modality}" for modality in MODALITIES}
+
+
+def example(post_id: str = "p1", rows: int = 3) -> Features:
+    random = np.random.default_rng(0)
+    return Features(
+        post_id=post_id,
+        arrays={
+            "video": random.normal(size=(rows, 8)).astype(np.float16),
+            "text": np.empty((0, 4), np.float16),
+        },
+        statuses={
+            "video": "ok",
+            "image": "failed",
+            "audio": "missing",
+            "text": "ok",
+            "ocr": "missing",
+        },
+        failures={"image": Failure("decode", "MediaError", "truncated", retryable=False)},
+        ocr_text="大促销\n50%",
+    )
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    """Arrays, statuses, failures and the read text come back as they were."""
+    features = example()
+    path = write_features(tmp_path, features, PRINTS)
+    assert path == tmp_path / hashlib.sha256(b"p1").hexdigest()[:2] / "p1.safetensors"
+    found = read_features(tmp_path, "p1", PRINTS)
+    assert found.statuses == features.statuses
+    assert found.failures == features.failures
+    assert found.ocr_text == features.ocr_text
+    assert set(found.arrays) == {"video", "text"}
+    for modality, array in features.arrays.items():
+        assert found.arrays[modality].dtype == np.float16
+        np.testing.assert_array_equal(found.arrays[modality], array)
+    assert read_fingerprints(path) == PRINTS
+    assert load_file(path)["video"].shape == (3, 8)  # plain safetensors for anyone else
+
+
+def test_another_extractor_is_refused_by_name(tmp_path: Path) -> None:
+    """The line names the modality and both fingerprints; a reader of other modalities reads on."""
+    write_features(tmp_path, example(), PRINTS)
+    with pytest.raises(FeatureError, match="image was made with print-image, but other is needed"):
+        read_features(tmp_path, "p1", {**PRINTS, "image": "other"})
+    only = read_features(tmp_path, "p1", {"video": PRINTS["video"]})
+    assert set(only.arrays) == set(only.statuses) == {"video"}
+    assert set(read_features(tmp_path, "p1").statuses) == set(MODALITIES)
+    prints: dict[Modality, str] = {"video": "v", "text": "t"}
+    write_features(tmp_path, example("p2"), prints)
+    with pytest.raises(FeatureError, match="audio was made with no extractor"):
+        read_features(tmp_path, "p2", {**prints, "audio": "a"})
+
+
+def test_the_old_file_survives_a_failed_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A write that fails leaves the old file whole and no rubbish beside it."""
+    path = write_features(tmp_path, example(), PRINTS)
+
+    def fail(*_: object) -> None:
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "replace", fail)
+        with pytest.raises(OSError, match="disk full"):
+            write_features(tmp_path, example(rows=9), PRINTS)
+    assert list(path.parent.iterdir()) == [path]
+    assert read_features(tmp_path, "p1", PRINTS).arrays["video"].shape == (3, 8)
+
+
+def test_broken_files_are_one_line(tmp_path: Path) -> None:
+    """Missing, truncated, foreign and swapped files are refused with their path."""
+    path = write_features(tmp_path, example(), PRINTS)
+    content = path.read_bytes()
+    other = write_features(tmp_path, example("p2"), PRINTS)
+
+    def refused(match: str) -> None:
+        with pytest.raises(FeatureError, match=match) as caught:
+            read_features(tmp_path, "p1", PRINTS)
+        assert str(path) in str(caught.value)
+
+    path.write_bytes(content[: len(content) - 10])
+    refused("cannot be read")
+    path.write_bytes(b"")
+    refused("cannot be read")
+    save_file({"video": np.zeros((1, 2), np.float16)}, path)
+    refused("is no feature file")
+    path.write_bytes(other.read_bytes())
+    refused("belongs to post 'p2'")
+    path.unlink()
+    refused("no such feature file")
+
+
+def test_only_features_are_written(tmp_path: Path) -> None:
+    """Arrays that are not float16 (n, dim), or that nobody vouches for, are not written."""
+    wrong: Any
+    for wrong in (np.zeros((2, 3), np.float32), np.zeros(3, np.float16)):
+        features = Features("p", {"video": wrong}, {"video": "ok"})
+        with pytest.raises(FeatureError, match=r"video must be float16 \(n, dim\)"):
+            write_features(tmp_path, features, PRINTS)
+    with pytest.raises(FeatureError, match="text has no fingerprint"):
+        write_features(tmp_path, example(), {"video": "v"})
+
+
+@given(st.text(min_size=1, max_size=512))
+def test_any_id_has_a_file_inside_the_root(post_id: str) -> None:
+    """Slashes, dots, long and odd IDs stay inside the folder, as one legal file name."""
+    root = Path("/root/folder")
+    path = feature_path(root, post_id)
+    assert path.parent.parent == root
+    assert len(path.name) <= 255
+    assert path.name.isascii()
+    assert not set(path.name) & set("/\\\0 ")
+
+
+def test_ids_do_not_share_files(tmp_path: Path) -> None:
+    """IDs that differ late, in case or in escapes have files of their own, and read back."""
+    ids = ["a/b", "a%2Fb", "..", ".", "A", "a", "x" * 500 + "1", "x" * 500 + "2", "帖子/1", "a b"]
+    for index, post_id in enumerate(ids):
+        write_features(tmp_path, example(post_id, rows=index + 1), PRINTS)
+    for index, post_id in enumerate(ids):
+        assert len(read_features(tmp_path, post_id, PRINTS).arrays["video"]) == index + 1

@@ -1,0 +1,111 @@
+"""Feature files, data files and settings for the tests of training and inference."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from config.labels import LabelMap
+from config.load import merge, validate
+from config.train import ModelSettings, TrainSettings
+from extractors.feature_file import write_features
+from extractors.post import MODALITIES, Features, Modality
+from fusion.models import FusionModel, build_model
+from fusion.schema import FeatureManifest, InputSchema
+
+DIMS: dict[Modality, int] = {"video": 12, "image": 12, "audio": 6, "text": 10, "ocr": 10}
+FINGERPRINTS: dict[Modality, str] = {m: f"{m}-1" for m in MODALITIES}
+CLASSES = 6
+LABELS = LabelMap(tuple(f"tag{i}" for i in range(CLASSES)))
+SMALL = ModelSettings.model_validate(
+    {
+        "token_transformer": {"width": 32, "layers": 2, "heads": 4, "dropout": 0.0},
+        "concat_se": {"modality_width": 16, "width": 32, "dropout": 0.1},
+        "modality_dropout": 0.1,
+    }
+)
+
+
+def features(
+    post_id: str = "p",
+    *,
+    seed: int = 0,
+    lengths: Mapping[Modality, int] | None = None,
+    tags: tuple[int, ...] = (),
+) -> Features:
+    """Random features; tag i shifts the features of modality i modulo 5."""
+    chance = np.random.default_rng(seed)
+    counts = {"video": 5, "image": 2, "audio": 4, "text": 7, "ocr": 3} | dict(lengths or {})
+    arrays: dict[Modality, Any] = {}
+    for index, modality in enumerate(MODALITIES):
+        if not counts[modality]:
+            continue
+        array = chance.normal(0, 1, (counts[modality], DIMS[modality]))
+        for tag in tags:
+            if tag % len(MODALITIES) == index:
+                array[:, tag // len(MODALITIES)] += 4
+        arrays[modality] = array.astype(np.float16)
+    statuses = {m: "ok" if m in arrays else "missing" for m in MODALITIES}
+    return Features(post_id, arrays, statuses)
+
+
+def manifest(**changes: Any) -> FeatureManifest:
+    """The manifest of `features`."""
+    return FeatureManifest(**{"dims": DIMS, "fingerprints": FINGERPRINTS, **changes})
+
+
+def schema(**changes: Any) -> InputSchema:
+    """The schema of `features`."""
+    return InputSchema.of(manifest(**changes), SMALL.tokens, CLASSES)
+
+
+def model(name: str, **changes: Any) -> FusionModel:
+    """A small model with fresh weights, in evaluation mode."""
+    settings = SMALL.model_copy(update={"name": name})
+    return build_model(schema(**changes), settings).eval()
+
+
+def write_posts(folder: Path, name: str, count: int, seed: int, *, classes: int = CLASSES) -> Path:
+    """Feature files of learnable posts, and the data file that names them."""
+    chance = np.random.default_rng(seed)
+    entries = []
+    for i in range(count):
+        tags = tuple(int(t) for t in chance.choice(classes, chance.integers(1, 3), replace=False))
+        hidden = {m: 0 for m in ("image", "ocr") if i % 7 == 3 and m != MODALITIES[tags[0] % 5]}
+        found = features(f"{name}{i}", seed=seed * 10_000 + i, tags=tags, lengths=hidden)
+        path = write_features(folder / "features", found, FINGERPRINTS)
+        labels = [LABELS.names[t] for t in tags]
+        features_at = str(path.relative_to(folder))
+        entries.append({"post_id": found.post_id, "labels": labels, "features": features_at})
+    file = folder / f"{name}.json"
+    file.write_text(json.dumps(entries), encoding="utf-8")
+    return file
+
+
+def train_settings(folder: Path, **sections: Any) -> TrainSettings:
+    """Settings of a small training on `write_posts` files ``train`` and ``valid``."""
+    (folder / "labels.json").write_text(json.dumps(LABELS.as_json()), encoding="utf-8")
+    base = {
+        "data": {
+            "train": str(folder / "train.json"),
+            "valid": str(folder / "valid.json"),
+            "labels": str(folder / "labels.json"),
+        },
+        "model": SMALL.model_dump(mode="json"),
+        "optimizer": {"learning_rate": 3e-3},
+        "trainer": {
+            "epochs": 3,
+            "batch_size": 16,
+            "n_gpu": 0,
+            "threads": 1,
+            "fix_random_seed": True,
+            "save_dir": str(folder / "run"),
+            "progress": False,
+        },
+        "bundle": {"name": "small", "out": str(folder / "bundle")},
+    }
+    return validate(TrainSettings, merge(base, sections), "test")

@@ -1,0 +1,143 @@
+"""Metrics against golden vectors, scikit-learn and slow implementations of our own."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from sklearn.metrics import average_precision_score, f1_score
+
+from fusion import metrics
+
+SCORES = [[0.9, 0.1, 0.6], [0.2, 0.8, 0.7]]
+TARGETS = [[1, 0, 1], [0, 1, 0]]
+
+
+def slow_gap(scores: np.ndarray, targets: np.ndarray, top_k: int) -> float:
+    """GAP written down as it is defined, with plain lists; for scores without ties."""
+    pooled = []
+    for row, truth in zip(scores.tolist(), targets.tolist(), strict=True):
+        pooled += sorted(zip(row, truth, strict=True), key=lambda pair: -pair[0])[:top_k]
+    pooled.sort(key=lambda pair: -pair[0])
+    positives = sum(sum(truth) for truth in targets.tolist())
+    total, hits = 0.0, 0
+    for rank, (_, hit) in enumerate(pooled, 1):
+        if hit:
+            hits += 1
+            total += hits / rank
+    return total / positives if positives else 0.0
+
+
+def case(seed: int) -> tuple[np.ndarray, np.ndarray, int]:
+    """A random case without ties."""
+    chance = np.random.default_rng(seed)
+    shape = (int(chance.integers(1, 40)), int(chance.integers(1, 60)))
+    scores = chance.permutation(shape[0] * shape[1]).reshape(shape) / (shape[0] * shape[1])
+    targets = (chance.random(shape) < chance.uniform(0, 0.5)).astype(int)
+    return scores, targets, int(chance.integers(1, 30))
+
+
+def test_gap_of_the_golden_vectors() -> None:
+    """The published definition gives these two numbers."""
+    assert metrics.global_average_precision(SCORES, TARGETS, 2) == pytest.approx(0.916667, abs=1e-6)
+    assert metrics.global_average_precision(SCORES, TARGETS, 1) == pytest.approx(0.666667, abs=1e-6)
+
+
+def test_gap_agrees_with_a_slow_implementation() -> None:
+    """200 random cases of all shapes, with few and many classes, agree to rounding."""
+    for seed in range(200):
+        scores, targets, top_k = case(seed)
+        found = metrics.global_average_precision(scores, targets, top_k)
+        assert found == pytest.approx(slow_gap(scores, targets, top_k), abs=1e-12), seed
+
+
+def test_gap_does_not_depend_on_batches() -> None:
+    """The meter gives the same value whatever pieces the set comes in, ties included."""
+    chance = np.random.default_rng(5)
+    scores = chance.integers(0, 4, (50, 30)) / 4
+    targets = chance.random((50, 30)) < 0.1
+    meter = metrics.GapMeter()
+    for start in (0, 7, 8, 31):
+        meter.add(scores[start:], targets[start:]) if start == 31 else meter.add(
+            scores[start : {0: 7, 7: 8, 8: 31}[start]], targets[start : {0: 7, 7: 8, 8: 31}[start]]
+        )
+    assert meter.value() == metrics.global_average_precision(scores, targets)
+
+
+def test_ties_are_broken_by_chance_and_not_by_position() -> None:
+    """A model that scores everything alike gains nothing from where the positives stand."""
+    targets = np.zeros((2000, 40))
+    targets[:, :4] = 1  # first in every row: a stable sort would put them all on top
+    value = metrics.global_average_precision(np.full((2000, 40), 0.5), targets, 20)
+    assert value == pytest.approx(0.1 * 0.5, abs=0.01)
+    assert value == metrics.global_average_precision(np.full((2000, 40), 0.5), targets, 20)
+
+
+def test_gap_counts_positives_outside_the_top_k() -> None:
+    """A positive that is not among a sample's top k is missed, not forgotten."""
+    scores, targets = [[0.9, 0.8, 0.1]], [[1, 0, 1]]
+    assert metrics.global_average_precision(scores, targets, 1) == pytest.approx(0.5)
+
+
+def test_gap_without_positives_is_zero() -> None:
+    """There is nothing to find."""
+    assert metrics.global_average_precision([[0.5, 0.1]], [[0, 0]]) == 0.0
+    assert metrics.global_average_precision(np.zeros((0, 3)), np.zeros((0, 3))) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("scores", "targets", "says"),
+    [
+        ([[np.nan, 0.1]], [[0, 1]], "NaN"),
+        ([[0.5, 0.1]], [[0, 2]], "0 or 1"),
+        ([0.5, 0.1], [0, 1], "samples, classes"),
+        ([[0.5, 0.1]], [[0], [1]], "samples, classes"),
+    ],
+)
+def test_what_is_no_score_is_refused(scores: list, targets: list, says: str) -> None:
+    """A NaN or a wrong shape must never become a number that looks like a result."""
+    for metric in (
+        metrics.global_average_precision,
+        metrics.hit_at_one,
+        metrics.mean_average_precision,
+        metrics.summary,
+    ):
+        with pytest.raises(ValueError, match=says):
+            metric(scores, targets)
+
+
+def test_average_precision_agrees_with_scikit_learn() -> None:
+    """Per class and as a mean over the classes with positives, with and without ties."""
+    for seed in range(30):
+        scores, targets, _ = case(seed)
+        if seed % 2:
+            scores = np.round(scores, 1)
+        found = metrics.average_precisions(scores, targets)
+        known = targets.any(axis=0)
+        assert np.isnan(found[~known]).all()
+        wanted = [
+            average_precision_score(targets[:, i], scores[:, i]) for i in np.flatnonzero(known)
+        ]
+        np.testing.assert_allclose(found[known], wanted, atol=1e-12)
+        if known.any():
+            assert metrics.mean_average_precision(scores, targets) == pytest.approx(np.mean(wanted))
+
+
+def test_f1_agrees_with_scikit_learn() -> None:
+    """Micro over all decisions, macro over the classes with positives, thresholds per class."""
+    chance = np.random.default_rng(3)
+    scores, targets = chance.random((80, 9)), (chance.random((80, 9)) < 0.3).astype(int)
+    targets[:, 4] = 0
+    thresholds = chance.random(9)
+    found = metrics.f1_scores(scores, targets, thresholds)
+    predicted = (scores >= thresholds).astype(int)
+    assert found.micro == pytest.approx(f1_score(targets, predicted, average="micro"))
+    per_class = f1_score(targets, predicted, average=None, zero_division=0)
+    assert found.macro == pytest.approx(np.delete(per_class, 4).mean())
+
+
+def test_hit_at_one_and_perr_by_hand() -> None:
+    """Three samples: found at once, found second, without labels."""
+    scores = [[0.9, 0.8, 0.1], [0.9, 0.8, 0.1], [0.5, 0.4, 0.3]]
+    targets = [[1, 1, 0], [0, 1, 0], [0, 0, 0]]
+    assert metrics.hit_at_one(scores, targets) == pytest.approx(1 / 3)
+    assert metrics.precision_at_equal_recall(scores, targets) == pytest.approx(1 / 3)

@@ -1,0 +1,129 @@
+"""The board, the health file, and the names by which Kings know each other."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from king.broker import Delivery
+from king.flights import Flights, is_dead, own_name
+from king.health import Board, read_health, write_health
+
+
+def test_health_file_is_always_whole(tmp_path: Path) -> None:
+    """A reader never sees half a file, however often it is replaced."""
+    path = tmp_path / "run" / "king.json"
+    write_health(path, {"n": 0, "pad": "x" * 50_000})
+    stop = threading.Event()
+
+    def replace() -> None:
+        number = 0
+        while not stop.is_set():
+            number += 1
+            write_health(path, {"n": number, "pad": "x" * 50_000})
+
+    writer = threading.Thread(target=replace)
+    writer.start()
+    try:
+        for _ in range(300):
+            content = read_health(path)
+            assert content is not None
+            assert len(content["pad"]) == 50_000
+    finally:
+        stop.set()
+        writer.join()
+    assert [p.name for p in path.parent.iterdir()] == ["king.json"]
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "[]", "3"])
+def test_unreadable_health_is_none(tmp_path: Path, content: str | None) -> None:
+    """No file, half a file or another file is no health, and no exception."""
+    path = tmp_path / "king.json"
+    if content is not None:
+        path.write_text(content)
+    assert read_health(path) is None
+
+
+def test_phases_follow_what_is_up() -> None:
+    """The phase names what is missing; models that load are not a fault."""
+    board = Board()
+    seen: list[str] = [board.phase]
+
+    def old() -> None:
+        board.started_at -= 2
+
+    def drain() -> None:
+        board.draining = True
+
+    for change in (
+        old,
+        board.store_up.set,
+        board.broker_up.set,
+        board.ready.set,
+        board.store_up.clear,
+        drain,
+    ):
+        change()
+        seen.append(board.phase)
+    expected = ["starting", "store_down", "broker_down", "loading", "serving", "store_down"]
+    assert seen == [*expected, "draining"]
+
+
+def test_rate_is_over_the_last_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Posts older than a minute count no more."""
+    now = time.time()
+    monkeypatch.setattr("king.health.time.time", lambda: now)
+    board = Board()
+    board.started_at = now - 1000
+    for _ in range(4):
+        now += 20
+        board.count("tagged", 30)
+    seen = board.snapshot(in_flight=0, oldest_in_flight_s=0)
+    assert seen["posts_per_s"] == pytest.approx(90 / 60)
+    assert seen["counters"]["tagged"] == 120
+    json.dumps(seen)
+
+
+def test_flights_join_and_leave() -> None:
+    """Deliveries of one post gather, and leave together, once."""
+    flights = Flights()
+    first, second = Delivery(b"p1", 1, 1), Delivery(b'"p1"', 2, 1)
+    assert flights.join("p1", first)
+    assert not flights.join("p1", second)
+    assert len(flights) == 1
+    assert flights.oldest_s >= 0
+    assert list(flights.leave("p1")) == [first, second]
+    assert list(flights.leave("p1")) == []
+    assert flights.oldest_s == 0
+
+
+def test_kings_know_who_is_dead() -> None:
+    """A neighbour that has ended is dead; one that lives, or lives elsewhere, is not."""
+    code = "from king.flights import own_name; print(own_name(), flush=True); input()"
+    child = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert child.stdout is not None
+    name = child.stdout.readline().strip()
+    assert name != own_name()
+    assert not is_dead(name)
+    assert not is_dead(own_name())
+    child.kill()
+    end = time.monotonic() + 5
+    while not is_dead(name):  # a zombie, not reaped yet, is dead too
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    child.communicate()
+    assert is_dead(name)
+    host, namespace, pid, started = own_name().split(":")
+    assert is_dead(f"{host}:{namespace}:{pid}:{int(started) - 5}")  # the ID was given out again
+    assert not is_dead(f"elsewhere:{namespace}:{pid}:1")
+    assert not is_dead(f"{host}:1:{pid}:1")
+    for junk in ("", "k1", "a:b:c", f"{host}:{namespace}:x:1", f"{host}:{namespace}:999999999:1:2"):
+        assert not is_dead(junk)

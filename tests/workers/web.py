@@ -1,0 +1,178 @@
+"""A real HTTP server on loopback that answers as badly as the path asks."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import socket
+import threading
+import time
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import unquote
+
+BODY = bytes(range(256)) * 40
+
+
+class Web(ThreadingHTTPServer):
+    """Counts requests and connections, and remembers the headers it got."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.paths: list[str] = []
+        self.headers: list[dict[str, str]] = []
+        self.connections = 0
+        self.flaky = 0
+
+    def url(self, path: str) -> str:
+        return f"http://127.0.0.1:{self.server_port}{path}"
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        self.connections += 1
+        return super().get_request()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Clients that hang up are what the tests are about."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Web
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+    def answer(
+        self, body: bytes, status: int = 200, length: int | None = None, **headers: str
+    ) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body) if length is None else length))
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_GET(self) -> None:
+        self.server.paths.append(self.path)
+        self.server.headers.append(dict(self.headers))
+        verb, _, rest = self.path.lstrip("/").partition("/")
+        with suppress(BrokenPipeError, ConnectionResetError):
+            getattr(self, f"do_{verb}")(rest)
+
+    def do_ok(self, rest: str) -> None:
+        self.answer(BODY, Content_Type="image/png", Set_Cookie="a=b")
+
+    def do_status(self, rest: str) -> None:
+        self.answer(b"no", int(rest))
+
+    def do_html(self, rest: str) -> None:
+        self.answer(b"<html>", Content_Type="text/html; charset=utf-8")
+
+    def do_empty(self, rest: str) -> None:
+        self.answer(b"")
+
+    def do_redirect(self, rest: str) -> None:
+        left = int(rest)
+        target = f"/redirect/{left - 1}" if left else "/ok"
+        self.answer(b"x" * 10, 302, Location=target)
+
+    def do_to(self, rest: str) -> None:
+        self.answer(b"", 301, Location=unquote(rest).encode().decode("latin-1"))
+
+    def do_endless(self, rest: str) -> None:
+        """No length, never ends."""
+        self.close_connection = True
+        self.send_response(200)
+        self.end_headers()
+        while True:
+            self.wfile.write(b"z" * 65536)
+
+    def do_short(self, rest: str) -> None:
+        """Promises more than it sends."""
+        self.close_connection = True
+        self.answer(b"half", length=1000)
+
+    def do_lies(self, rest: str) -> None:
+        """Promises little, in chunks of much more."""
+        self.send_response(200)
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        for _ in range(100):
+            self.wfile.write(b"10000\r\n" + b"c" * 65536 + b"\r\n")
+        self.wfile.write(b"0\r\n\r\n")
+
+    def do_chunked(self, rest: str) -> None:
+        self.send_response(200)
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        self.wfile.write(b"%x\r\n" % len(BODY) + BODY + b"\r\n0\r\n\r\n")
+
+    def do_gzip(self, rest: str) -> None:
+        self.answer(gzip.compress(BODY), Content_Encoding="gzip")
+
+    def do_deflate(self, rest: str) -> None:
+        self.answer(zlib.compress(BODY), Content_Encoding="deflate")
+
+    def do_bomb(self, rest: str) -> None:
+        self.answer(gzip.compress(b"\0" * 50_000_000), Content_Encoding="gzip")
+
+    def do_brotli(self, rest: str) -> None:
+        self.answer(b"x", Content_Encoding="br")
+
+    def do_badzip(self, rest: str) -> None:
+        self.answer(b"this is no gzip", Content_Encoding="gzip")
+
+    def do_slow(self, rest: str) -> None:
+        """Answers after a while."""
+        time.sleep(float(rest))
+        self.answer(BODY)
+
+    def do_drip(self, rest: str) -> None:
+        """A byte of the body now and then: each read is quick, the whole is not."""
+        self.send_response(200)
+        self.send_header("Content-Length", "100000")
+        self.end_headers()
+        for _ in range(200):
+            self.wfile.write(b"d")
+            time.sleep(0.05)
+
+    def do_driphead(self, rest: str) -> None:
+        """The same, in the headers."""
+        self.wfile.write(b"HTTP/1.1 200 OK\r\nX-Long: ")
+        for _ in range(200):
+            self.wfile.write(b"h")
+            time.sleep(0.05)
+
+    def do_reset(self, rest: str) -> None:
+        self.close_connection = True
+        self.connection.shutdown(socket.SHUT_RDWR)
+
+    def do_flaky(self, rest: str) -> None:
+        """Fails the first time."""
+        self.server.flaky += 1
+        if self.server.flaky % 2:
+            self.answer(b"", 503)
+        else:
+            self.answer(BODY)
+
+    def do_private(self, rest: str) -> None:
+        self.answer(os.urandom(10))
+
+
+@contextmanager
+def web_server() -> Iterator[Web]:
+    """A running server."""
+    server = Web()
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
