@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import json
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -33,7 +35,7 @@ def create_backbone(arch: str, kind: Kind, size: tuple[int, int], weights: str) 
     import timm
 
     if not timm.is_model(arch):
-        near = timm.list_models(f"*{arch[:6]}*")[:3]
+        near = difflib.get_close_matches(arch, timm.list_models(), n=3)
         raise ConfigError(f"arch {arch!r}: timm has no such model; near: {', '.join(near) or '-'}")
     options: dict[str, Any] = {
         "num_classes": 0,
@@ -208,7 +210,7 @@ def save_backbone(backbone: nn.Module, out: Path, about: dict[str, str]) -> None
     Args:
         backbone: A timm model with ``num_classes=0``.
         out: Path of the ``.safetensors`` file.
-        about: Text that is kept in the file's header.
+        about: Kept in the file's header as JSON under ``backbone``.
 
     Raises:
         OSError: The file cannot be written.
@@ -218,5 +220,6 @@ def save_backbone(backbone: nn.Module, out: Path, about: dict[str, str]) -> None
     out.parent.mkdir(parents=True, exist_ok=True)
     part = out.with_name(f".{out.name}.part")
     state = {k: v.detach().cpu().contiguous() for k, v in backbone.state_dict().items()}
-    save_file(state, part, metadata=about)
+    # One key: safetensors writes several in random order, and equal weights shall be equal files.
+    save_file(state, part, metadata={"backbone": json.dumps(about, sort_keys=True)})
     part.replace(out)

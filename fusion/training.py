@@ -94,7 +94,7 @@ def train(
     fabric.launch()
     mark = _signature(settings, prepared)
     checkpoint = _checkpoint_of(resume)
-    seed = _seed(settings, checkpoint, mark)
+    seed = int(fabric.broadcast(_seed(settings, checkpoint, mark)))
     torch.manual_seed(seed)
     model = build_model(prepared.schema, settings.model)
     model.start_at(prepared.frequencies)

@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeAlias
 from king.jobs import Bundle
 
 Phase: TypeAlias = Literal[
-    "starting", "loading", "serving", "draining", "store_down", "broker_down"
+    "starting", "loading", "serving", "draining", "stopped", "store_down", "broker_down"
 ]
 CounterName: TypeAlias = Literal["tagged", "failed", "retried", "dead", "settled"]
 
@@ -36,6 +36,7 @@ class Board:
         self.store_up = threading.Event()
         self.broker_up = threading.Event()
         self.draining = False
+        self.stopped = False
         self.bundle: Bundle | None = None
         self.refused: str | None = None
         self.workers: Sequence[Mapping[str, Any]] = ()
@@ -80,7 +81,7 @@ class Board:
         self._seen_store = self._seen_store or self.store_up.is_set()
         self._seen_broker = self._seen_broker or self.broker_up.is_set()
         if self.draining:
-            return "draining"
+            return "stopped" if self.stopped else "draining"
         if not self.store_up.is_set() and (self._seen_store or self._age_s > 1):
             return "store_down"
         if not self.broker_up.is_set() and (self._seen_broker or self._age_s > 1):

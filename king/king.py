@@ -224,7 +224,8 @@ class King:
         if not self._wait(limit_s, self._landed):
             log.warning("king.drain_timed_out", in_flight=len(self._flights))
             self._dispatcher.give_back()
-            self._wait(_FLUSH_S if self._signals < 2 else _HURRY_S, self._landed, hurry=True)
+            flush_s = _FLUSH_S if self._signals < 2 else _HURRY_S
+            self._wait(flush_s, self._given_back, hurry=True)
         self._keeper.leave()
         self._keeper.stop()
         self._join("store")
@@ -232,10 +233,15 @@ class King:
         self._dispatcher.stop()
         self._join("broker")
         self._join("dispatch", self._settings.workers.shutdown_timeout_s)
+        self.board.stopped = True
         self._write_health()
 
     def _landed(self) -> bool:
         return len(self._flights) == 0 and self._keeper.idle and self._consumer.quiet
+
+    def _given_back(self) -> bool:
+        """Or nothing can be given back, without the database: the jobs' leases will run out."""
+        return self._landed() or not self.board.store_up.is_set()
 
     def _wait(self, timeout_s: float, done: Callable[[], bool], *, hurry: bool = False) -> bool:
         """Wait for ``done``; not when a thread is dead, nor when asked to end at once."""

@@ -64,8 +64,7 @@ def run_jobs(jobs: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]) -> dic
     with _pool(min(len(jobs), cores()), channel) as pool, bars() as progress:
         tasks = {name: progress.add_task(name, total=None, note="") for name in jobs}
         futures: dict[Future[Any], str] = {
-            pool.submit(function, *arguments): name
-            for name, (function, arguments) in jobs.items()
+            pool.submit(function, *arguments): name for name, (function, arguments) in jobs.items()
         }
         results: dict[str, Any] = {}
         open_ = set(futures)

@@ -38,12 +38,12 @@ def features(
     tags: tuple[int, ...] = (),
 ) -> Features:
     """Random features; tag i shifts the features of modality i modulo 5."""
-    chance = np.random.default_rng(seed)
     counts = {"video": 5, "image": 2, "audio": 4, "text": 7, "ocr": 3} | dict(lengths or {})
     arrays: dict[Modality, Any] = {}
     for index, modality in enumerate(MODALITIES):
         if not counts[modality]:
             continue
+        chance = np.random.default_rng((seed, index))  # so that hiding one leaves the others
         array = chance.normal(0, 1, (counts[modality], DIMS[modality]))
         for tag in tags:
             if tag % len(MODALITIES) == index:

@@ -56,10 +56,8 @@ def test_gap_does_not_depend_on_batches() -> None:
     scores = chance.integers(0, 4, (50, 30)) / 4
     targets = chance.random((50, 30)) < 0.1
     meter = metrics.GapMeter()
-    for start in (0, 7, 8, 31):
-        meter.add(scores[start:], targets[start:]) if start == 31 else meter.add(
-            scores[start : {0: 7, 7: 8, 8: 31}[start]], targets[start : {0: 7, 7: 8, 8: 31}[start]]
-        )
+    for start, end in ((0, 7), (7, 8), (8, 31), (31, 50)):
+        meter.add(scores[start:end], targets[start:end])
     assert meter.value() == metrics.global_average_precision(scores, targets)
 
 

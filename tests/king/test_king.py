@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import threading
 import time
@@ -167,8 +168,16 @@ def test_exhausted_attempts_are_a_dead_letter(tmp_path: Path) -> None:
     assert store.posts["p1"]["insight"]["error"]["type"] == "WorkerDied"
 
 
-def test_drain_mode_waits_for_retries_and_exits_zero(tmp_path: Path) -> None:
-    """With --drain the King ends by itself, after the queue, the flights and the retries."""
+def test_drain_mode_waits_for_retries_and_exits_zero(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With --drain the King ends by itself, after the queue, the flights and the retries.
+
+    On a terminal it shows how far it is.
+    """
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setattr("sys.stderr", terminal)
     deaths = iter([DIED] * 7)
 
     def answer(task: Task) -> Answer:
@@ -187,6 +196,7 @@ def test_drain_mode_waits_for_retries_and_exits_zero(tmp_path: Path) -> None:
     assert all(post["insight"]["status"] == "tagged" for post in store.posts.values())
     assert store.jobs == {}
     assert broker.queue.waiting == []
+    assert "20 tagged, 0 failed, 0 in flight, 0 queued" in terminal.getvalue()
 
 
 def test_drain_finishes_what_is_in_flight(tmp_path: Path) -> None:
@@ -355,7 +365,7 @@ def test_health_file_shows_progress(tmp_path: Path) -> None:
         assert seen["counters"]["tagged"] == 5
         assert seen["posts_per_s"] > 0
         assert seen["last_done_at"] >= seen["last_delivery_at"] - 1
-    assert health()["phase"] == "draining"
+    assert health()["phase"] == "stopped"
 
 
 def test_fetch_failures_are_named_in_the_result(tmp_path: Path) -> None:
@@ -377,3 +387,32 @@ def test_fetch_failures_are_named_in_the_result(tmp_path: Path) -> None:
     assert result["failures"]["image"]["message"] == "HTTP 404"
     [line] = [line for line in logs if line["event"] == "king.post_tagged"]
     assert "HTTP 404" in line["failures"]["image"]
+
+
+def test_drain_with_the_database_away_ends_in_time(tmp_path: Path) -> None:
+    """A stop while the database is away keeps nobody waiting; the messages go back."""
+    store, gate = FakeStore(posts("p1")), Gate()
+    broker = MemoryBroker(queue_of(b"p1"))
+    with on_fakes(tmp_path, store, broker, gate, drain_timeout_s=0.3) as it:
+        it.until(lambda: any(isinstance(task, FuseTask) for task in it.pool.submitted))
+        store.down.set()
+        it.king.stop()
+        it.join(5)
+    assert it.exit_code == 0
+    assert [m.body for m in broker.queue.waiting] == [b"p1"]
+    assert store.jobs["p1"].state == "running"  # whose lease will run out
+
+
+def test_orphans_of_a_dead_king_are_published(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job whose King is dead and whose message is lost is done by the next King."""
+    monkeypatch.setattr("king.keeper._RELEASE_AFTER_S", 0.1)
+    monkeypatch.setattr("king.king.is_dead", lambda owner: owner == "dead")
+    store, broker = FakeStore(posts("p1")), MemoryBroker()
+    far = time.time() + 1000
+    store.jobs["p1"] = Job("p1", "running", 1, owner="dead", lease_until=far, due_at=far)
+    with on_fakes(tmp_path, store, broker) as it:
+        it.until(lambda: len(broker.acked) == 1)
+    assert store.posts["p1"]["insight"]["attempts"] == 2
+    assert store.jobs == {}

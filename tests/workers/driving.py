@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -139,9 +138,9 @@ def alive(pids: Iterable[int]) -> list[int]:
 def memory_files() -> int:
     """Descriptors of slots that this process holds."""
     count = 0
-    for descriptor in os.listdir("/proc/self/fd"):
+    for descriptor in Path("/proc/self/fd").iterdir():
         try:
-            count += "insighttag-slots" in os.readlink(f"/proc/self/fd/{descriptor}")
+            count += "insighttag-slots" in str(descriptor.readlink())
         except FileNotFoundError:
             continue  # the one that listed the folder
     return count

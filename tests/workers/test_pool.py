@@ -187,7 +187,7 @@ def test_release_waits_for_the_readers(driver: Driver) -> None:
 
 
 def test_killed_worker_costs_its_task_one_attempt(driver: Driver) -> None:
-    """kill -9 in the middle of a task: that task is told as retryable, the worker comes back."""
+    """Kill -9 in the middle of a task: that task is told as retryable, the worker comes back."""
     before = driver.pid("decode-0")
     task = driver.submit(decode_task("sleep:30"))
     driver.until(lambda: any(w.held for w in driver.pool.workers))
@@ -414,9 +414,9 @@ time.sleep(60)
 
 
 def test_killed_king_leaves_nothing(tmp_path: Path) -> None:
-    """kill -9 of the King: every worker dies with it, a busy and a stopped one too; the next
+    """After kill -9 of the King every worker dies with it, a busy and a stopped one too.
 
-    King removes its spool. And the King's side of the pool is small and loads no model library.
+    The next King removes its spool. And the King's side is small and loads no model library.
     """
     king = subprocess.Popen(
         [sys.executable, "-c", KING, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE

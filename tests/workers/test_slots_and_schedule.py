@@ -139,7 +139,7 @@ def test_decoding_waits_for_a_slot_and_fetching_for_the_decoders() -> None:
     assert len(sent(made)) == len(made.slots) == 3
     made.add(Load("f", ("fetch",), 16, 10.0))
     fetch = made.submit(fetch_task("x"), 99)
-    assert made.queued("decode") == 6 > 4
+    assert made.queued("decode") == 6
     assert sent(made) == []
     for task_id in list(made.load("d0").held):  # type: ignore[union-attr]
         made.cancel(task_id)

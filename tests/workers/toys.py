@@ -35,9 +35,11 @@ from workers.protocol import (
     Result,
     Tags,
     Task,
+    WorkerRole,
 )
 
-ROLES = dict.fromkeys(("fetch", "decode", "extract", "fuse"), "tests.workers.toys:run")
+TOY = "tests.workers.toys:run"
+ROLES: dict[WorkerRole, str] = {"fetch": TOY, "decode": TOY, "extract": TOY, "fuse": TOY}
 
 
 def text_of(task: Task) -> str:

@@ -1,0 +1,51 @@
+"""A fusion bundle with random weights for the features that a suite of small extractors gives."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from config.labels import LabelMap
+from extractors.suite import ExtractorSuite
+
+
+def write_bundle(folder: Path, suite: ExtractorSuite, *, seed: int = 0, **changes: Any) -> str:
+    """Save a bundle for a loaded suite; its version.
+
+    Args:
+        folder: Where to.
+        suite: Whose fingerprints and dims it is made for.
+        seed: Of the weights.
+        changes: Fields of the manifest to set otherwise.
+    """
+    import torch
+
+    from config.train import ModelSettings
+    from fusion.bundle import save_bundle
+    from fusion.models import build_model
+    from fusion.schema import FeatureManifest, InputSchema
+
+    labels = LabelMap(("cat", "dog", "sea"))
+    values = {
+        "dims": suite.dims,
+        "fingerprints": suite.fingerprints,
+        "image_as_frames": False,
+        "ocr_mode": suite.features.ocr_mode,
+    }
+    manifest = FeatureManifest(**{**values, **changes})
+    settings = ModelSettings()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = build_model(InputSchema.of(manifest, settings.tokens, len(labels)), settings)
+    return save_bundle(
+        folder,
+        name="small",
+        model=model,
+        settings=settings,
+        manifest=manifest,
+        labels=labels,
+        thresholds=np.full(len(labels), 0.1, np.float32),
+        metrics={},
+    )

@@ -1,0 +1,379 @@
+"""The plan of a post, branch by branch, and the size of what crosses between processes."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from config.errors import NothingUsable, RetryableError
+from config.settings import FeatureSettings, Settings
+from workers.plan import NO_SLOT, PostPlan, Step, is_worker_death
+from workers.protocol import (
+    ArrayRef,
+    Decoded,
+    DecodeTask,
+    Extracted,
+    ExtractTask,
+    Failure,
+    Fetched,
+    FetchTask,
+    Media,
+    Part,
+    PartKind,
+    Post,
+    Result,
+    slot_bytes,
+)
+
+SEPARATE = FeatureSettings(ocr_mode="separate")
+APPEND = FeatureSettings(ocr_mode="append")
+
+IMAGE = Media("image", "http://h/i")
+VIDEO = Media("video", "http://h/v")
+SOUND = Media("audio", "http://h/a")
+
+GONE = Failure("fetch", "FetchRefused", "HTTP 404")
+SLOW = Failure("fetch", "FetchRetryable", "timed out after 15 s", retryable=True)
+BROKEN = Failure("decode", "MediaError", "truncated")
+
+GIVES: dict[str, tuple[PartKind, ...]] = {
+    "image": ("image", "picture"),
+    "video": ("frames", "picture", "picture", "patches"),
+    "audio": ("patches",),
+}
+
+
+def plan_of(post: Post, settings: FeatureSettings = SEPARATE, max_media: int = 20) -> PostPlan:
+    return PostPlan(post, settings, max_media=max_media)
+
+
+def ref(rows: int = 2) -> ArrayRef:
+    return ArrayRef(0, 0, (rows, 4, 4, 3), "uint8")
+
+
+def result_of(step: Step, read: str = "sign") -> Result:
+    """What a healthy worker answers to a step."""
+    task = step.task
+    if isinstance(task, FetchTask):
+        return Fetched(f"/spool/{task.media.kind}", 1)
+    if isinstance(task, DecodeTask):
+        return Decoded(tuple(Part(kind, ref()) for kind in GIVES[task.kind]))
+    assert isinstance(task, ExtractTask)
+    if task.extractor == "ocr":
+        return Extracted(text=read)
+    fill = float(len(task.text)) if task.extractor == "text" else float(step.media_index)
+    return Extracted(array=np.full((2, 3), fill, np.float16))
+
+
+def walk(plan: PostPlan, fails: dict[str, Failure] | None = None, read: str = "sign") -> list[Step]:
+    """Run a plan to its end; ``fails`` names the steps that fail by stage, kind or modality."""
+    todo, seen = plan.start(), []
+    while todo:
+        step = todo.pop(0)
+        seen.append(step)
+        names = {step.stage}
+        if isinstance(step.task, FetchTask):
+            names.add(f"fetch {step.task.media.kind}")
+        elif isinstance(step.task, DecodeTask):
+            names.add(f"decode {step.task.kind}")
+        elif isinstance(step.task, ExtractTask):
+            names |= {step.task.extractor, f"embed {step.task.modality}"}
+        failure = next((f for name, f in (fails or {}).items() if name in names), None)
+        todo += plan.failed(step, failure) if failure else plan.done(step, result_of(step, read))
+    assert plan.finished
+    return seen
+
+
+def texts(steps: list[Step]) -> dict[str, str]:
+    """Modality ─► text of the embeddings."""
+    return {
+        s.task.modality: s.task.text
+        for s in steps
+        if isinstance(s.task, ExtractTask) and s.task.extractor == "text"
+    }
+
+
+# The flow ------------------------------------------------------------------------------------
+
+
+def test_text_alone() -> None:
+    """A post of text is one embedding, at once."""
+    plan = plan_of(Post("p", "hello"))
+    [step] = plan.start()
+    assert step.stage == "extract"
+    assert not plan.finished
+    assert plan.done(step, result_of(step)) == []
+    features = plan.features()
+    assert features.post_id == "p"
+    assert list(features.arrays) == ["text"]
+    assert features.statuses == {
+        "video": "missing",
+        "image": "missing",
+        "audio": "missing",
+        "text": "ok",
+        "ocr": "missing",
+    }
+    assert features.ocr_text is None
+
+
+def test_every_media_in_order() -> None:
+    """Each media goes fetch, decode, extract; a video feeds three extractors, in one task each."""
+    plan = plan_of(Post("p", "t", (IMAGE, VIDEO, SOUND)))
+    steps = walk(plan)
+    assert [s.stage for s in steps].count("fetch") == 3
+    decodes = [s.task for s in steps if isinstance(s.task, DecodeTask)]
+    assert {task.slot for task in decodes} == {NO_SLOT}
+    assert {task.path for task in decodes} == {"/spool/image", "/spool/video", "/spool/audio"}
+    of_video = [s.task for s in steps if isinstance(s.task, ExtractTask) and s.media_index == 1]
+    assert [task.extractor for task in of_video] == ["video", "audio", "ocr"]
+    assert len(of_video[2].refs) == 2
+    features = plan.features()
+    assert set(features.statuses.values()) == {"ok"}
+    assert features.arrays["audio"].shape == (4, 3), "the video's sound and the sound file"
+    assert features.arrays["audio"][:, 0].tolist() == [1, 1, 2, 2], "in the order of the media"
+    assert features.ocr_text == "sign\nsign"
+
+
+def test_media_beyond_the_limit_are_left_out_and_counted() -> None:
+    """`fetch.max_media` bounds what one post may cost."""
+    plan = plan_of(Post("p", "", (IMAGE,) * 5), max_media=2)
+    assert plan.media_left_out == 3
+    assert len(plan.start()) == 2
+
+
+# OCR modes -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("mode", "text", "read", "wanted"),
+    [
+        ("separate", "own", "sign", {"text": "own", "ocr": "sign"}),
+        ("separate", "own", " ", {"text": "own"}),
+        ("separate", " ", "sign", {"ocr": "sign"}),
+        ("append", "own", "sign", {"text": "own\nsign"}),
+        ("append", " own ", "", {"text": "own"}),
+        ("append", "", "sign", {"text": "sign"}),
+        ("append", "", "", {}),
+    ],
+)
+def test_ocr_modes(
+    mode: Literal["separate", "append"], text: str, read: str, wanted: dict[str, str]
+) -> None:
+    """What was read stands alone or joins the text; nothing is embedded from nothing."""
+    plan = plan_of(Post("p", text, (IMAGE,)), FeatureSettings(ocr_mode=mode))
+    assert texts(walk(plan, read=read)) == wanted
+    features = plan.features()
+    assert features.statuses["ocr"] == ("ok" if read.strip() else "missing")
+    assert ("ocr" in features.arrays) == ("ocr" in wanted)
+    assert features.ocr_text == (read.strip() or None)
+
+
+def test_separate_text_does_not_wait_for_media() -> None:
+    """With `separate` the post's text is embedded at once; with `append` it waits for OCR."""
+    post = Post("p", "own", (IMAGE,))
+    assert [s.stage for s in plan_of(post).start()] == ["fetch", "extract"]
+    assert [s.stage for s in plan_of(post, APPEND).start()] == ["fetch"]
+
+
+@pytest.mark.parametrize("settings", [SEPARATE, APPEND])
+def test_known_ocr_text_is_not_read_again(settings: FeatureSettings) -> None:
+    """A post that brings its OCR text costs no reading, with media or without."""
+    for media in ((), (IMAGE,), (VIDEO, SOUND)):
+        plan = plan_of(Post("p", "own", media, ocr="known"), settings)
+        steps = walk(plan)
+        assert not any(getattr(s.task, "extractor", "") == "ocr" for s in steps)
+        assert "known" in "".join(texts(steps).values())
+        features = plan.features()
+        assert features.statuses["ocr"] == "ok"
+        assert features.ocr_text == "known"
+
+
+def test_what_is_read_keeps_the_order_of_the_media() -> None:
+    """The joined text does not depend on which media was read first."""
+    plan = plan_of(Post("p", "", (IMAGE, IMAGE)), APPEND)
+    todo = plan.start()
+    while todo:
+        step = todo.pop()  # newest first: the second image ends before the first
+        read = f"line {step.media_index}"
+        todo += plan.done(step, result_of(step, read))
+    assert plan.features().ocr_text == "line 0\nline 1"
+
+
+# Failures ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fails", "modality"),
+    [
+        ({"fetch image": GONE}, "image"),
+        ({"decode image": BROKEN}, "image"),
+        ({"decode audio": BROKEN}, "audio"),
+        ({"fetch video": GONE}, "video"),
+        ({"embed text": BROKEN}, "text"),
+    ],
+)
+def test_a_broken_side_is_told_and_the_rest_goes_on(
+    fails: dict[str, Failure], modality: Any
+) -> None:
+    """One broken side has status failed with its reason; the others are used."""
+    plan = plan_of(Post("p", "own", (IMAGE, VIDEO, SOUND)))
+    walk(plan, fails)
+    features = plan.features()
+    assert features.failures[modality] == next(iter(fails.values()))
+    if modality == "audio":
+        assert features.statuses["audio"] == "ok", "the video's sound is still there"
+        assert len(features.arrays["audio"]) == 2
+    else:
+        assert features.statuses[modality] == "failed"
+    assert set(features.statuses.values()) <= {"ok", "failed"}
+
+
+def test_one_of_two_images_broken() -> None:
+    """A modality is ok when any of its media is, and its failure is kept beside it."""
+    plan = plan_of(Post("p", "", (IMAGE, IMAGE)))
+    first, second = plan.start()
+    assert plan.failed(first, GONE) == []
+    todo = plan.done(second, result_of(second))
+    while todo:
+        step = todo.pop()
+        todo += plan.done(step, result_of(step))
+    features = plan.features()
+    assert features.statuses["image"] == "ok"
+    assert features.failures["image"] == GONE
+
+
+def test_failures_inside_a_decoded_file() -> None:
+    """A video whose sound is broken keeps its frames and tells about the sound."""
+    plan = plan_of(Post("p", "", (VIDEO,)))
+    [fetch] = plan.start()
+    [decode] = plan.done(fetch, result_of(fetch))
+    half = Decoded((Part("frames", ref()),), {"audio": BROKEN})
+    [extract] = plan.done(decode, half)
+    plan.done(extract, result_of(extract))
+    features = plan.features()
+    assert (features.statuses["video"], features.statuses["audio"]) == ("ok", "failed")
+    assert features.failures == {"audio": BROKEN}
+
+
+def test_ocr_that_fails() -> None:
+    """Pictures that cannot be read make OCR failed in either mode, and nothing else."""
+    for settings in (SEPARATE, APPEND):
+        plan = plan_of(Post("p", "own", (IMAGE,)), settings)
+        walk(plan, {"ocr": BROKEN})
+        features = plan.features()
+        assert features.statuses["ocr"] == "failed"
+        assert features.statuses["image"] == features.statuses["text"] == "ok"
+
+
+def test_empty_results_are_missing_not_ok() -> None:
+    """An extractor that gives no rows gives no modality."""
+    plan = plan_of(Post("p", "own", (SOUND,)))
+    todo = plan.start()
+    while todo:
+        step = todo.pop()
+        result = result_of(step)
+        if isinstance(step.task, ExtractTask) and step.task.extractor == "audio":
+            result = Extracted(array=np.empty((0, 3), np.float16))
+        todo += plan.done(step, result)
+    assert plan.features().statuses["audio"] == "missing"
+
+
+def test_nothing_usable() -> None:
+    """Empty post, or all broken: one line with every reason, permanent or to be tried again."""
+    plan = plan_of(Post("p", " "))
+    walk(plan)
+    with pytest.raises(NothingUsable, match=r"^the post has no text and no media$"):
+        plan.features()
+    plan = plan_of(Post("p", "", (IMAGE, SOUND)))
+    walk(plan, {"fetch image": GONE, "decode audio": BROKEN})
+    with pytest.raises(NothingUsable, match=r"^nothing usable: image: HTTP 404; audio: truncated$"):
+        plan.features()
+    plan = plan_of(Post("p", "", (IMAGE, SOUND)))
+    walk(plan, {"fetch image": GONE, "fetch audio": SLOW})
+    with pytest.raises(RetryableError, match=r"^nothing usable yet: image: HTTP 404; audio: timed"):
+        plan.features()
+
+
+def test_death_of_a_worker_is_recognised() -> None:
+    """The King charges an attempt for a death, and not for a file that is broken."""
+    assert is_worker_death(Failure("decode", "WorkerDied", "died", retryable=True))
+    assert not is_worker_death(BROKEN)
+
+
+@given(
+    media=st.lists(st.sampled_from([IMAGE, VIDEO, SOUND]), max_size=4),
+    text=st.sampled_from(["", "own"]),
+    ocr=st.sampled_from([None, "", "known"]),
+    mode=st.sampled_from([SEPARATE, APPEND]),
+    order=st.tuples(st.randoms(use_true_random=False), st.integers(2, 9)),
+)
+def test_any_order_ends_and_gives_the_same(
+    media: list[Media],
+    text: str,
+    ocr: str | None,
+    mode: FeatureSettings,
+    order: Any,
+    fail_every: int,
+) -> None:
+    """Whatever the order of the answers, a plan ends, and its features do not depend on it."""
+    post = Post("p", text, tuple(media), ocr=ocr)
+    random, fail_every = order
+
+    def fails(step: Step) -> bool:
+        return (len(step.stage) + 3 * step.media_index) % fail_every == 0
+
+    def run(pick: Any) -> Any:
+        plan, count = plan_of(post, mode), 0
+        todo = plan.start()
+        while todo:
+            assert not plan.finished
+            step = todo.pop(pick(len(todo)))
+            count += 1
+            assert count < 200
+            todo += plan.failed(step, BROKEN) if fails(step) else plan.done(step, result_of(step))
+        assert plan.finished
+        try:
+            features = plan.features()
+        except (NothingUsable, RetryableError) as error:
+            return type(error)
+        arrays = {m: a.tolist() for m, a in features.arrays.items()}
+        return arrays, features.statuses, features.ocr_text
+
+    assert run(lambda n: 0) == run(random.randrange)
+
+
+# Sizes ---------------------------------------------------------------------------------------
+
+
+def test_reference_knows_its_size() -> None:
+    """Bytes of an array out of shape and dtype."""
+    assert ArrayRef(0, 0, (3, 96, 64), "float32").nbytes == 3 * 96 * 64 * 4
+    assert ArrayRef(0, 0, (), "uint8").nbytes == 1
+
+
+@pytest.mark.parametrize("ocr", [True, False])
+def test_slot_holds_the_most_a_file_can_give(ocr: bool) -> None:
+    """Every array of the largest video, or the largest image, fits with its alignment."""
+    settings = Settings.model_validate(
+        {
+            "features": {
+                "video": {"frames": 7, "image_size": 50},
+                "image": {"max_frames": 3, "image_size": 70},
+                "ocr": {"enabled": ocr, "max_side": 101, "frames": 3},
+            },
+            "decode": {"max_audio_s": 10},
+        }
+    )
+    picture = [(101, 101, 3)] if ocr else []
+    video = [(7, 50, 50, 3), *picture * 3, (11, 96, 64, 4)]
+    image = [(3, 70, 70, 3), *picture]
+    for shapes in (video, image):
+        sizes = [int(np.prod(shape)) for shape in shapes]
+        aligned = list(itertools.accumulate(-(-size // 64) * 64 for size in sizes))
+        assert aligned[-1] <= slot_bytes(settings)
+    assert slot_bytes(settings) % 4096 == 0
