@@ -26,10 +26,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("train_net.py: interrupted; go on with --resume\n")
         return 1
-    sys.stdout.write(
-        f"epochs {report.epochs}  best epoch {report.best_epoch}  {shown(report.metrics)}\n"
-        f"bundle {report.bundle}  version {report.version}  {report.seconds:.1f} s\n"
-    )
+    if report.version:  # one process of a distributed run writes the bundle, and speaks
+        sys.stdout.write(
+            f"epochs {report.epochs}  best epoch {report.best_epoch}  {shown(report.metrics)}\n"
+            f"bundle {report.bundle}  version {report.version}  {report.seconds:.1f} s\n"
+        )
     return 0
 
 

@@ -66,6 +66,7 @@ class Consumer:
         self._commands: deque[_Command] = deque()
         self._consuming = False
         self._wanted = True
+        self._lapsed = False
         self._stopping = threading.Event()
         self._depth_due = 0.0
         self._rng = random.Random()  # noqa: S311 - jitter
@@ -87,6 +88,13 @@ class Consumer:
     def stop_consuming(self) -> None:
         """Take no more messages."""
         self._wanted = False
+
+    def subscribe_anew(self) -> None:
+        """Drop the connection and subscribe again; for a subscription that the broker has lost.
+
+        Only sets a flag: it is called in a signal handler, and only the thread touches the broker.
+        """
+        self._lapsed = True
 
     @property
     def quiet(self) -> bool:
@@ -129,6 +137,7 @@ class Consumer:
     def _serve(self) -> None:
         while not self._stopping.is_set():
             self._board.tick("broker")
+            self._renounce()
             self._steer()
             self._obey()
             self._broker.drain(DRAIN_S)
@@ -144,6 +153,12 @@ class Consumer:
             self._broker.consume(self._deliver)
             self._consuming = True  # and stays so: after a lost connection the broker goes on
         self._steer_away()
+
+    def _renounce(self) -> None:
+        if self._lapsed:
+            self._lapsed = self._consuming = False
+            self._broker.cancel()
+            raise BrokerUnavailable("a new connection was asked for")
 
     def _steer_away(self) -> None:
         if self._consuming and not self._wanted:

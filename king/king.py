@@ -13,12 +13,13 @@ written, so what is full downstream stops intake and never heartbeats.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 import structlog
@@ -32,9 +33,12 @@ from king.dispatch import Dispatcher
 from king.flights import Flights, is_dead, own_name
 from king.health import Board, write_health
 from king.keeper import Keeper
+from king.stacks import dumped_on_signal
 from king.store import MongoStore, Store
 from workers.events import TaskPool
 
+SUBSCRIBE_SIGNAL = signal.SIGUSR1
+"""The watchdog's wish: connect to the broker anew, and subscribe again."""
 _TICK_S = 0.1
 _HEALTH_EVERY_S = 1.0
 _CONFIRM_S = 2.0  # how long the queue must be empty before a drain believes it
@@ -113,14 +117,10 @@ class King:
         Raises:
             ConfigError: The workers, the broker or the database refuse the configuration.
         """
-        previous = self._catch_signals()
-        try:
+        with self._signals_caught():
             self._start()
             self._serve(drain)
             self._shut_down()
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
         if self._died is not None:
             name, error = self._died
             if isinstance(error, ConfigError):
@@ -260,14 +260,27 @@ class King:
 
     # Signals ---------------------------------------------------------------------------------
 
-    def _catch_signals(self) -> dict[int, signal._HANDLER]:
+    @contextlib.contextmanager
+    def _signals_caught(self) -> Iterator[None]:
+        """SIGTERM, SIGINT: drain. SIGUSR1: subscribe anew. SIGUSR2: write the stacks."""
         if threading.current_thread() is not threading.main_thread():
-            return {}
+            yield
+            return
 
-        def handle(_number: int, _frame: FrameType | None) -> None:
+        def stop(_number: int, _frame: FrameType | None) -> None:
             self.stop()
 
-        return {n: signal.signal(n, handle) for n in (signal.SIGTERM, signal.SIGINT)}
+        def subscribe_anew(_number: int, _frame: FrameType | None) -> None:
+            self._consumer.subscribe_anew()
+
+        handlers = {signal.SIGTERM: stop, signal.SIGINT: stop, SUBSCRIBE_SIGNAL: subscribe_anew}
+        previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+        try:
+            with dumped_on_signal(self._settings.king.health_file):
+                yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
 
 
 def _real_pool(settings: Settings) -> TaskPool:

@@ -24,12 +24,22 @@ from urllib3.connection import HTTPConnection, HTTPSConnection
 Address: TypeAlias = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+# Named here because Python's releases differ in what they call global.
+_NEVER_V4 = tuple(
+    ipaddress.IPv4Network(text)
+    for text in (
+        "192.0.0.0/24",  # protocol assignments, and metadata of one cloud
+        "192.88.99.0/24",  # 6to4 relays, deprecated
+        "168.63.129.16/32",  # public by number, yet a cloud's own service inside it
+    )
+)
 _NEVER_V6 = tuple(
     ipaddress.IPv6Network(text)
     for text in (
         "64:ff9b:1::/48",  # NAT64 of the local network
         "::/96",  # IPv4-compatible, deprecated
-        "2001::/32",  # Teredo: embeds two IPv4 addresses
+        "2001::/23",  # protocol assignments; Teredo, which embeds two IPv4 addresses
+        "3fff::/20",  # documentation
         "fec0::/10",  # site-local, deprecated
     )
 )
@@ -57,6 +67,8 @@ def is_public(address: Address) -> bool:
             return is_public(inner)
         if any(address in network for network in _NEVER_V6):
             return False
+    elif any(address in network for network in _NEVER_V4):
+        return False
     return address.is_global and not (address.is_multicast or address.is_reserved)
 
 

@@ -42,13 +42,14 @@ from workers.protocol import (
     Modality,
     Ready,
     Refused,
+    Reply,
     Task,
     WorkerRole,
     slot_bytes,
 )
 from workers.schedule import Entry, Load, Scheduler
 from workers.spool import Spool
-from workers.trust import check_failure, check_result
+from workers.trust import check_message, check_result
 
 __all__ = [
     "BundleChanged",
@@ -253,11 +254,12 @@ class ProcessPool:
             times = f"failed to start {_FALSE_STARTS} times"
             self._refuse(f"worker {member.name} {times} ({gone.how}); its log says why")
 
-    def _on_message(self, member: Member, message: object) -> None:
+    def _on_message(self, member: Member, message: Reply) -> None:
+        check_message(message)
         now = time.monotonic()
-        if isinstance(message, Ready):
+        if isinstance(message, Ready) and member.state == "starting":
             self._on_ready(member, message, now)
-        elif isinstance(message, Refused):
+        elif isinstance(message, Refused) and member.state == "starting":
             member.state = "refused"
             self._refuse(message.message)
         elif isinstance(message, BundleLoaded) and member.spec.role == "fuse":
@@ -269,7 +271,6 @@ class ProcessPool:
         elif isinstance(message, Done):
             self._on_done(member, message, now)
         elif isinstance(message, Failed):
-            check_failure(message.failure)
             entry = self._scheduler.ended(member.name, message.task_id, now, gives_slot=False)
             if entry is not None:
                 self._events.append(TaskFailed(entry.task_id, message.failure, member.name))

@@ -12,11 +12,18 @@ from workers.pipe import PipeBroken
 from workers.protocol import (
     MODALITIES,
     ArrayRef,
+    Began,
+    BundleLoaded,
     Decoded,
+    Done,
     Extracted,
+    Failed,
     Failure,
     Fetched,
     Part,
+    Ready,
+    Refused,
+    Reply,
     Result,
     Tags,
 )
@@ -39,6 +46,33 @@ def check_result(entry: Entry, result: Result, spool: Path) -> None:
         raise PipeBroken("a download outside the spool")
     if isinstance(result, Decoded):
         _check_decoded(entry, result)
+
+
+def check_message(message: Reply) -> None:
+    """Believe the outside of a message, or not.
+
+    Raises:
+        PipeBroken: Its fields are not of their types.
+    """
+    good = True
+    if isinstance(message, Began):
+        good = type(message.task_ids) is tuple and all(type(i) is int for i in message.task_ids)
+    elif isinstance(message, Done):
+        good = type(message.task_id) is int and type(message.seconds) is float
+    elif isinstance(message, Failed):
+        good = type(message.task_id) is int
+        check_failure(message.failure)
+    elif isinstance(message, Ready):
+        texts = [*message.info, *message.info.values()] if type(message.info) is dict else [0]
+        good = all(type(text) is str for text in texts)
+    elif isinstance(message, Refused):
+        good = type(message.message) is str
+    elif isinstance(message, BundleLoaded):
+        good = type(message.name) is str and type(message.version) is str
+    else:
+        good = False
+    if not good:
+        raise PipeBroken(f"{type(message).__name__} is no message of a worker")
 
 
 def check_failure(failure: Failure) -> None:

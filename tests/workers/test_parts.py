@@ -30,19 +30,24 @@ from workers.pipe import MAX_FRAME, Pipe, PipeBroken, decode, encode
 from workers.process import pinned_environment
 from workers.protocol import (
     ArrayRef,
+    Began,
+    BundleLoaded,
     Decoded,
     Done,
     Envelope,
     Extracted,
+    Failed,
     Fetched,
     Part,
     Ready,
+    Refused,
+    Stop,
     Tags,
     Task,
 )
 from workers.schedule import Scheduler
 from workers.spool import Spool, file_name
-from workers.trust import check_failure, check_result
+from workers.trust import check_failure, check_message, check_result
 
 # Pipe ----------------------------------------------------------------------------------------
 
@@ -390,6 +395,39 @@ def test_what_is_not_believed(task: Any, result: Any) -> None:
     """An answer that cannot be true marks its worker as broken."""
     with pytest.raises(PipeBroken):
         check_result(entry_of(task, 3), result, Path("/spool"))
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        Began((1, [])),  # type: ignore[arg-type]
+        Began(5),  # type: ignore[arg-type]
+        Done([], Extracted(), 0.1),  # type: ignore[arg-type]
+        Done(1, Extracted(), "long"),  # type: ignore[arg-type]
+        Failed(1, "no"),  # type: ignore[arg-type]
+        Failed("1", Failure("a", "b", "c")),  # type: ignore[arg-type]
+        Ready({"a": 1}),  # type: ignore[dict-item]
+        Ready([]),  # type: ignore[arg-type]
+        Refused(b"no"),  # type: ignore[arg-type]
+        BundleLoaded("name", 2),  # type: ignore[arg-type]
+        Stop(),
+        ArrayRef(0, 0, (), "uint8"),
+    ],
+)
+def test_messages_of_wrong_types_are_not_believed(message: Any) -> None:
+    """A field of another type would break the King where it is read."""
+    with pytest.raises(PipeBroken):
+        check_message(message)
+
+
+def test_messages_of_right_types_are_believed() -> None:
+    """What honest workers say passes."""
+    failure = Failure("a", "b", "c")
+    done = Done(1, Extracted(text="x"), 0.5)
+    for message in (Ready(), Ready({"a": "b"}), Began((1, 2)), done, Failed(1, failure)):
+        check_message(message)
+    for last in (Refused("no"), BundleLoaded("name", "1")):
+        check_message(last)
 
 
 def test_a_failure_must_be_one() -> None:

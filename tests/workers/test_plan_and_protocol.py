@@ -317,8 +317,7 @@ def test_any_order_ends_and_gives_the_same(
     text: str,
     ocr: str | None,
     mode: FeatureSettings,
-    order: Any,
-    fail_every: int,
+    order: tuple[Any, int],
 ) -> None:
     """Whatever the order of the answers, a plan ends, and its features do not depend on it."""
     post = Post("p", text, tuple(media), ocr=ocr)

@@ -376,6 +376,18 @@ def test_stop_lets_the_begun_finish_and_kills_the_rest(tmp_path: Path) -> None:
     assert list(tmp_path.glob("king-*")) == []
 
 
+def test_without_pidfd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a kernel without pidfd a death is noticed too, by its pipe or by asking now and then."""
+    monkeypatch.setattr("workers.process._open_pidfd", lambda pid: None)
+    driver = Driver(toy_settings(tmp_path)).start()
+    task = driver.submit(text_task("sleep:30"))
+    driver.told += driver.pool.poll(0.3)
+    os.kill(driver.pid("extract-0"), signal.SIGKILL)
+    assert "SIGKILL" in driver.failed(task).failure.message
+    assert driver.say("again") == "again"
+    driver.stop()
+
+
 def test_constructing_starts_nothing(tmp_path: Path) -> None:
     """Until `start` there is no process, no file and no memory file; stopping is fine."""
     before = memory_files()

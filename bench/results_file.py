@@ -1,0 +1,61 @@
+"""What every benchmark writes: ``bench/results/<name>.json``."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+FOLDER = Path(__file__).resolve().parent / "results"
+
+
+def machine() -> str:
+    """Processor, cores and memory; nothing that names the host."""
+    model = platform.processor() or platform.machine()
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").split("\n"):
+            if line.startswith("model name"):
+                model = line.partition(":")[2].strip()
+                break
+    except OSError:
+        pass
+    memory_gib = round(psutil.virtual_memory().total / 2**30)
+    return f"{model}, {os.cpu_count()} cores, {memory_gib} GiB"
+
+
+def commit() -> str:
+    """The commit that was measured; ``+`` behind it when the tree differs from it."""
+    try:
+        head = subprocess.run(
+            ["git", "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"],
+            cwd=FOLDER.parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head.stdout.strip()
+
+
+def write_results(name: str, runs: int, results: Any, folder: Path = FOLDER) -> Path:
+    """Write a benchmark's results; gives the file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{name}.json"
+    content = {
+        "machine": machine(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "runs": runs,
+        "results": results,
+    }
+    partial = file.with_suffix(".tmp")
+    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.replace(file)
+    return file
