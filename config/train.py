@@ -7,14 +7,38 @@ from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field, field_validator
 
+from config.fusion_models import ModelName, ModelSettings, TokenLimits
+from config.learning import (
+    CalibrationName,
+    LossName,
+    LossSettings,
+    OptimizerName,
+    OptimizerSettings,
+    Positive,
+    ScheduleName,
+)
 from config.settings import PositiveInt, Precision, Section
 
-ModelName: TypeAlias = Literal["token_transformer", "concat_se"]
-LossName: TypeAlias = Literal["bce"]
+__all__ = [
+    "BundleSettings",
+    "CalibrationName",
+    "DataSettings",
+    "InferSettings",
+    "LossName",
+    "LossSettings",
+    "ModalityName",
+    "ModelName",
+    "ModelSettings",
+    "OptimizerName",
+    "OptimizerSettings",
+    "ScheduleName",
+    "TokenLimits",
+    "TrainSettings",
+    "TrainerSettings",
+]
+
 ModalityName: TypeAlias = Literal["video", "image", "audio", "text", "ocr"]
-Share = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=0)]
-Rate = Annotated[float, Field(gt=0)]
 
 
 class DataSettings(Section):
@@ -42,65 +66,11 @@ class DataSettings(Section):
         return value
 
 
-class TokenLimits(Section):
-    """Most tokens of each modality; text keeps its beginning, the others are thinned evenly."""
-
-    video: PositiveInt = 64
-    image: PositiveInt = 16
-    audio: PositiveInt = 64
-    text: PositiveInt = 128
-    ocr: PositiveInt = 64
-
-
-class TokenTransformerSettings(Section):
-    """Projected tokens of all modalities through one small transformer."""
-
-    width: PositiveInt = 192
-    layers: PositiveInt = 3
-    heads: PositiveInt = 4
-    dropout: Share = 0.1
-    motion: bool = True
-    """Tokens of video and audio also carry their change from the token before."""
-
-
-class ConcatSeSettings(Section):
-    """Mean of each modality's tokens, joined, with a squeeze-and-excitation gate."""
-
-    modality_width: PositiveInt = 256
-    width: PositiveInt = 512
-    reduction: PositiveInt = 8
-    dropout: Share = 0.5
-
-
-class ModelSettings(Section):
-    """The fusion model: ``name`` chooses which of the sections below counts."""
-
-    name: ModelName = "token_transformer"
-    modality_dropout: Share = 0.15
-    """Chance that a modality is hidden from one post in one training step."""
-    tokens: TokenLimits = TokenLimits()
-    token_transformer: TokenTransformerSettings = TokenTransformerSettings()
-    concat_se: ConcatSeSettings = ConcatSeSettings()
-
-
-class OptimizerSettings(Section):
-    """AdamW with warm-up and cosine."""
-
-    learning_rate: Rate = 1e-3
-    weight_decay: Annotated[float, Field(ge=0)] = 0.05
-    warm_up: Share = 0.1
-    """Share of all steps."""
-    gradient_clip: Rate = 1.0
-    ema_decay: Share = 0.0
-    """Of a moving average of the weights that is validated and saved instead; 0 is off."""
-
-
 class TrainerSettings(Section):
     """The training loop."""
 
     epochs: PositiveInt = 30
     batch_size: PositiveInt = 32
-    loss: LossName = "bce"
     n_gpu: Count | None = None
     """0 trains on the CPU; null takes one GPU where there is one."""
     precision: Precision = "auto"
@@ -128,6 +98,11 @@ class BundleSettings(Section):
     """Folder of the bundle; null is workshop/weights/<name>."""
     min_positives: PositiveInt = 5
     """Tags with fewer positives in validation take the threshold that suits all tags together."""
+    precision: Positive | None = None
+    """Share of given tags that shall be right: thresholds are the lowest that give it. null takes
+    the thresholds with the best F1."""
+    calibration: CalibrationName = "none"
+    """How scores are made probabilities, fitted on validation before the thresholds."""
 
     @property
     def folder(self) -> Path:
@@ -140,6 +115,7 @@ class TrainSettings(Section):
 
     data: DataSettings = DataSettings()
     model: ModelSettings = ModelSettings()
+    loss: LossSettings = LossSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     trainer: TrainerSettings = TrainerSettings()
     bundle: BundleSettings = BundleSettings()

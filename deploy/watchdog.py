@@ -1,9 +1,14 @@
 """The watchdog: restarts a King that lives but makes no progress.
 
-An ordinary program under supervisord. Every ``watchdog.interval_s`` it observes three things
-(what supervisord says, what the King last wrote into its health file, whether that process is
-there), judges them by the rules in `RULES`, and acts within a budget of restarts. A King that
-died is supervisord's business, a King that loads its models has a limit of its own.
+An ordinary program under supervisord (or systemd). Every ``watchdog.interval_s`` it looks at what
+the supervisor says and at the King's health file, measures how long each thing has stood still
+(`deploy.watchdog_progress`), judges that (`deploy.watchdog_rules`), and acts:
+
+    nudge     the King is asked to connect to the broker anew (SIGUSR1), after half of ``stall_s``
+    restart   its stacks are written to a file, it is killed, and the supervisor starts it again
+
+A King that stalls again and again is restarted ever more slowly, and within a budget. One that
+died is the supervisor's business.
 """
 
 from __future__ import annotations
@@ -12,12 +17,9 @@ import argparse
 import os
 import signal
 import sys
-import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Sequence
 
 import structlog
 
@@ -26,196 +28,162 @@ from config.load import load_settings
 from config.logs import configure_logs
 from config.settings import Settings, WatchdogSettings
 from deploy import embedded
-from deploy.health import Snapshot, read_snapshot
-from deploy.supervisor import Program, Supervisor, SupervisorClient
+from deploy.health import read_snapshot
+from deploy.supervisor import Supervisor, SupervisorClient
+from deploy.watchdog_dump import catches, write_dump
+from deploy.watchdog_probes import RealProbes
+from deploy.watchdog_progress import Progress
+from deploy.watchdog_rules import Decision, Observation, decide
+from deploy.watchdog_systemd import SystemdClient
+from king.king import SUBSCRIBE_SIGNAL
 
-LOADING_PHASES = frozenset({"starting", "loading"})
-_ALIVE_STATES = frozenset({"RUNNING", "STARTING"})
-_CLOCK_SLACK_S = 1.0  # supervisord tells start times in whole seconds
+_STEP_S = 0.1
+_MAX_BACKOFF_S = 900.0
 
 log = structlog.get_logger()
 
 
-@dataclass(frozen=True)
-class Observation:
-    """What the watchdog sees at one moment.
+class Budget:
+    """How often a King may be restarted: so many within a window, and ever more slowly.
 
-    Attributes:
-        now: Unix time in seconds.
-        snapshot: The King's health file; None when there is none or it cannot be read.
-        snapshot_pid_exists: Whether the process that wrote it is still there.
+    The second restart in a row may follow at once; later ones wait twice as long each time.
     """
 
-    now: float
-    program: Program
-    snapshot: Snapshot | None
-    snapshot_pid_exists: bool
-
-    @property
-    def uptime_s(self) -> float:
-        """Since supervisord started the King."""
-        return self.now - self.program.started_at
-
-    @property
-    def current(self) -> Snapshot | None:
-        """The snapshot, when it was written by the King that runs now."""
-        if self.snapshot is None:
-            return None
-        written_since = self.program.started_at - _CLOCK_SLACK_S
-        return self.snapshot if self.snapshot.updated_at >= written_since else None
-
-
-@dataclass(frozen=True)
-class Decision:
-    """What to do, and why in one line."""
-
-    action: Literal["none", "wait", "restart"]
-    reason: str
-
-
-Rule = Callable[[Observation, WatchdogSettings], "Decision | None"]
-
-
-# Rules, in order; the first that has something to say decides. --------------------------------
-
-
-def not_running(seen: Observation, settings: WatchdogSettings) -> Decision | None:
-    """Supervisord starts, stops and gives up on programs by itself."""
-    del settings
-    if seen.program.state in _ALIVE_STATES:
-        return None
-    return Decision("none", f"the King is {seen.program.state}: supervisord's business")
-
-
-def starting(seen: Observation, settings: WatchdogSettings) -> Decision | None:
-    """No word yet, or models are loading: that has a limit of its own."""
-    snapshot = seen.current
-    if snapshot is not None and snapshot.phase not in LOADING_PHASES:
-        return None
-    what = "wrote no health file" if snapshot is None else f"is still {snapshot.phase}"
-    if seen.uptime_s > settings.start_timeout_s:
-        limit = f"start_timeout_s {settings.start_timeout_s:g}"
-        return Decision("restart", f"the King {what} after {seen.uptime_s:.0f} s ({limit})")
-    return Decision("wait", f"the King {what}")
-
-
-def process_gone(seen: Observation, settings: WatchdogSettings) -> Decision | None:
-    """The King has just died: supervisord starts it again."""
-    del settings
-    if seen.snapshot_pid_exists:
-        return None
-    return Decision("none", "the King's process is gone: supervisord's business")
-
-
-def stale_tick(seen: Observation, settings: WatchdogSettings) -> Decision | None:
-    """The King's loop writes its health file all the time; it has stopped."""
-    if seen.current is None:
-        return None
-    age_s = seen.now - seen.current.updated_at
-    if age_s <= settings.stall_s:
-        return None
-    limit = f"stall_s {settings.stall_s:g}"
-    return Decision("restart", f"the King's health file is {age_s:.0f} s old ({limit})")
-
-
-RULES: tuple[Rule, ...] = (not_running, starting, process_gone, stale_tick)
-"""Later rules (work past its deadline, idle beside a backlog) join this list."""
-
-
-def decide(seen: Observation, settings: WatchdogSettings) -> Decision:
-    """Judge one observation; pure."""
-    for rule in RULES:
-        decision = rule(seen, settings)
-        if decision is not None:
-            return decision
-    return Decision("none", "the King makes progress")
-
-
-# The loop ------------------------------------------------------------------------------------
-
-
-class Budget:
-    """At most ``limit`` restarts within any ``window_s`` seconds."""
-
-    def __init__(self, limit: int, window_s: float) -> None:
-        self._limit = limit
-        self._window_s = window_s
+    def __init__(self, settings: WatchdogSettings) -> None:
+        self._settings = settings
         self._spent: deque[float] = deque()
+        self._in_a_row = 0
 
-    def take(self, now: float) -> bool:
-        """Spend one restart; False when none is left."""
-        while self._spent and now - self._spent[0] > self._window_s:
+    def refusal(self, now: float) -> str | None:
+        """Why there may be no restart now; None when there may."""
+        limits = self._settings
+        while self._spent and now - self._spent[0] > limits.restart_window_s:
             self._spent.popleft()
-        if len(self._spent) >= self._limit:
-            return False
+        if len(self._spent) >= limits.restarts:
+            return f"{limits.restarts} restarts in {limits.restart_window_s:g} s are spent"
+        if self._in_a_row >= 2 and self._spent:
+            pause_s = min(limits.stall_s * 2 ** (self._in_a_row - 2), _MAX_BACKOFF_S)
+            left_s = self._spent[-1] + pause_s - now
+            if left_s > 0:
+                return f"{self._in_a_row} restarts in a row did not help: waiting {pause_s:g} s"
+        return None
+
+    def spend(self, now: float) -> None:
+        """Count a restart."""
         self._spent.append(now)
-        return True
+        self._in_a_row += 1
+
+    def recovered(self) -> None:
+        """The King has been well for some time: its next stall is a new story."""
+        self._in_a_row = 0
 
 
 class Watchdog:
     """Observes, decides, acts; one log line for each new decision."""
 
-    def __init__(self, settings: Settings, supervisor: Supervisor) -> None:
+    def __init__(
+        self, settings: Settings, supervisor: Supervisor, progress: Progress | None = None
+    ) -> None:
         self._settings = settings
+        self._limits = settings.watchdog
         self._supervisor = supervisor
-        self._budget = Budget(settings.watchdog.restarts, settings.watchdog.restart_window_s)
-        self._said: tuple[str, str] | None = None
-        self._stop = threading.Event()
+        self._progress = progress or Progress(settings, RealProbes(settings))
+        self._budget = Budget(settings.watchdog)
+        self._said: tuple[str, str, str] | None = None
+        self._nudged = False
+        self._stopping = False
 
     def stop(self) -> None:
         """Let `run` return; may be called from a signal handler."""
-        self._stop.set()
+        self._stopping = True  # not an Event: a signal handler could not set it safely
 
     def run(self) -> None:
-        """Watch until `stop`, or until supervisord itself is gone."""
+        """Watch until `stop`, or until the supervisor itself is gone."""
         parent = os.getppid()
-        while not self._stop.wait(self._settings.watchdog.interval_s):
+        while not self._sleep():
             if os.getppid() != parent:
                 log.warning("watchdog.supervisor_gone")
                 return
             self.tick()
 
+    def _sleep(self) -> bool:
+        """Wait for the next round; gives whether to stop."""
+        end = time.monotonic() + self._limits.interval_s
+        while not self._stopping and (left_s := end - time.monotonic()) > 0:
+            time.sleep(min(left_s, _STEP_S))
+        late_s = time.monotonic() - end
+        if late_s > self._limits.stall_s / 2:
+            # The whole machine stood still, and the King with it.
+            log.warning("watchdog.slept", seconds=round(late_s, 1))
+            self._progress.forget()
+        return self._stopping
+
     def tick(self) -> Decision | None:
-        """One round; None when supervisord could not be asked."""
+        """One round; None when the supervisor could not be asked."""
         self._revive_services()
         try:
-            seen = self._observe()
-            decision = decide(seen, self._settings.watchdog)
-            if decision.action == "restart":
-                self._restart(seen, decision)
-            else:
-                self._say("info", "watchdog.decision", decision.action, decision.reason)
+            snapshot = read_snapshot(self._settings.king.health_file)
+            seen = self._progress.observe(self._supervisor.program(), snapshot)
+            decision = decide(seen, self._settings)
+            self._act(seen, decision)
         except RetryableError as error:
             self._say("warning", "watchdog.supervisor_unreachable", "none", str(error))
             return None
         return decision
 
-    def _observe(self) -> Observation:
-        snapshot = read_snapshot(self._settings.king.health_file)
-        return Observation(
-            now=time.time(),
-            program=self._supervisor.program(),
-            snapshot=snapshot,
-            snapshot_pid_exists=snapshot is not None and snapshot.process_exists,
-        )
+    def _act(self, seen: Observation, decision: Decision) -> None:
+        if decision.action == "restart":
+            self._restart(seen, decision)
+            return
+        if decision.action == "nudge":
+            self._nudge(seen, decision)
+            return
+        self._nudged = False
+        if seen.phase == "serving" and seen.seen_s > 2 * self._limits.stall_s:
+            self._budget.recovered()
+        if decision.action == "alarm":
+            log.error("watchdog.decision", action="none", reason=decision.reason)
+            return
+        self._say("info", "watchdog.decision", decision.action, decision.reason)
+
+    def _nudge(self, seen: Observation, decision: Decision) -> None:
+        """Ask the King to connect and subscribe anew, once for each time it starves."""
+        pid = seen.program.pid
+        if self._nudged or not catches(pid, SUBSCRIBE_SIGNAL):
+            return
+        self._nudged = True
+        self._say("warning", "watchdog.decision", "nudge", decision.reason)
+        try:
+            os.kill(pid, SUBSCRIBE_SIGNAL)
+        except OSError as error:
+            log.warning("watchdog.nudge_failed", pid=pid, reason=error.strerror)
 
     def _restart(self, seen: Observation, decision: Decision) -> None:
-        if not self._budget.take(seen.now):
-            limits = self._settings.watchdog
-            spent = f"{limits.restarts} restarts in {limits.restart_window_s:g} s are spent"
-            self._say("error", "watchdog.budget_spent", "none", spent)
+        now = time.monotonic()
+        refusal = self._budget.refusal(now)
+        if refusal is not None:  # loud: a person must look
+            log.error("watchdog.restart_withheld", reason=decision.reason, because=refusal)
             return
+        pid = seen.program.pid
+        dump = write_dump(
+            pid, self._settings.king.health_file, decision.reason, self._limits.dump_s
+        )
+        if self._supervisor.program().pid != pid:
+            self._say("info", "watchdog.decision", "none", "the King has ended by itself")
+            return
+        stacks = str(dump) if dump is not None else None
         log.warning(
-            "watchdog.decision", action="restart", reason=decision.reason, pid=seen.program.pid
+            "watchdog.decision", action="restart", reason=decision.reason, pid=pid, stacks=stacks
         )
         self._said = None
         self._supervisor.kill()
+        self._budget.spend(now)
 
     def _say(self, level: str, event: str, action: str, reason: str) -> None:
         """Log a decision when it is not the one of the last round."""
-        if (event, reason) == self._said:
+        if (event, action, reason) == self._said:
             return
-        self._said = (event, reason)
+        self._said = (event, action, reason)
         getattr(log, level)(event, action=action, reason=reason)
 
     def _revive_services(self) -> None:
@@ -226,6 +194,13 @@ class Watchdog:
             return
         if revived:
             log.warning("watchdog.services_revived", services=list(revived))
+
+
+def client_of(limits: WatchdogSettings) -> Supervisor:
+    """The supervisor that the settings name."""
+    if limits.supervisor_url == "systemd":
+        return SystemdClient(limits.program, limits.rpc_timeout_s)
+    return SupervisorClient(limits.supervisor_url, limits.program, limits.rpc_timeout_s)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -241,11 +216,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     configure_logs(settings.log.format, settings.log.level)
     limits = settings.watchdog
-    client = SupervisorClient(limits.supervisor_url, limits.program, limits.rpc_timeout_s)
-    watchdog = Watchdog(settings, client)
+    watchdog = Watchdog(settings, client_of(limits))
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: watchdog.stop())
     log.info("watchdog.started", stall_s=limits.stall_s, program=limits.program)
+    longest_s = max(settings.store.timeout_s, settings.broker.socket_timeout_s)
+    if limits.stall_s <= 2 * longest_s:
+        log.warning("watchdog.stall_s_is_short", stall_s=limits.stall_s, timeouts_s=longest_s)
     watchdog.run()
     log.info("watchdog.stopped")
     return 0

@@ -140,3 +140,37 @@ def tiny_bert(folder: Path, *, seed: int = 0, dim: int = 32, layers: int = 2) ->
         json.dumps({"tokenizer_class": "BertTokenizer", "do_lower_case": True}), encoding="utf-8"
     )
     return folder
+
+
+def tiny_bundle(folder: Path, features: FeatureSettings, *, threshold: float = 0.01) -> str:
+    """Save a fusion model with random weights for these features; its version.
+
+    Args:
+        folder: Where to.
+        features: What the model shall be served with.
+        threshold: Scores above it become tags.
+    """
+    import numpy as np
+
+    from config.labels import LabelMap
+    from config.train import ModelSettings
+    from extractors.suite import ExtractorSuite
+    from fusion.bundle import save_bundle
+    from fusion.models import build_model
+    from fusion.schema import FeatureManifest, InputSchema
+
+    suite = ExtractorSuite(features)
+    suite.load()
+    manifest = FeatureManifest(dims=suite.dims, fingerprints=suite.fingerprints)
+    suite.close()
+    labels, model = LabelMap(("sport", "雨", "food")), ModelSettings()
+    return save_bundle(
+        folder,
+        name="tiny",
+        model=build_model(InputSchema.of(manifest, model.tokens, len(labels)), model),
+        settings=model,
+        manifest=manifest,
+        labels=labels,
+        thresholds=np.full(len(labels), threshold, np.float32),
+        metrics={},
+    )

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from workers.child import main
 
-sys.exit(main(sys.argv[1:]))
+status = main(sys.argv[1:])
+sys.stdout.flush()
+sys.stderr.flush()
+# Not sys.exit: taking torch and the codecs apart takes seconds, and a drain would wait for it.
+os._exit(status)

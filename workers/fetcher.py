@@ -99,7 +99,7 @@ class _Downloads:
 def run(context: Context) -> None:
     """Serve downloads until told to stop or the King is gone."""
     spool = Path(context.launch.spool)
-    if not spool.is_dir():
+    if not context.launch.spool or not spool.is_dir():
         raise ConfigError(f"fetch.spool: {spool} is no folder")
     downloads = _Downloads(context.settings.fetch, spool)
     pipe = context.pipe

@@ -23,7 +23,6 @@ from workers.protocol import (
     Part,
     Ready,
     Refused,
-    Reply,
     Result,
     Tags,
 )
@@ -48,7 +47,7 @@ def check_result(entry: Entry, result: Result, spool: Path) -> None:
         _check_decoded(entry, result)
 
 
-def check_message(message: Reply) -> None:
+def check_message(message: object) -> None:
     """Believe the outside of a message, or not.
 
     Raises:

@@ -5,8 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from config.train import ModelName, ModelSettings
+from fusion.models.attention_lstm import AttentionLSTM
 from fusion.models.base import FusionModel
+from fusion.models.concat_mlp import ConcatMLP
 from fusion.models.concat_se import ConcatSE
+from fusion.models.gmu import GMU
+from fusion.models.mbt import MBT
+from fusion.models.nextvlad_se import NeXtVLADSE
 from fusion.models.token_transformer import TokenTransformer
 from fusion.schema import InputSchema
 
@@ -14,7 +19,12 @@ __all__ = ["MODELS", "FusionModel", "build_model"]
 
 MODELS: Mapping[ModelName, Callable[[InputSchema, ModelSettings], FusionModel]] = {
     "token_transformer": TokenTransformer,
+    "concat_mlp": ConcatMLP,
     "concat_se": ConcatSE,
+    "gmu": GMU,
+    "nextvlad_se": NeXtVLADSE,
+    "attention_lstm": AttentionLSTM,
+    "mbt": MBT,
 }
 
 

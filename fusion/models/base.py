@@ -4,53 +4,146 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import nn
 
+from config.train import ModelSettings
 from extractors.post import Modality
 from fusion.collate import Batch
 from fusion.schema import InputSchema
+
+Group: TypeAlias = Literal["modality", "fusion", "head"]
+
+
+class Stage(NamedTuple):
+    """One layer of a model, for learning rates.
+
+    Attributes:
+        group: Which of ``optimizer.group_rates`` it takes.
+        names: Of its parameters, or of the modules that hold them.
+    """
+
+    group: Group
+    names: tuple[str, ...]
+
+
+class Fused(NamedTuple):
+    """What `FusionModel.fuse` gives.
+
+    Attributes:
+        logits: ``(posts, classes)``.
+        alone: A vector ``(posts, width)`` of each modality, made of it alone; anything for posts
+            without the modality.
+    """
+
+    logits: torch.Tensor
+    alone: Mapping[Modality, torch.Tensor]
+
+
+class Outputs(NamedTuple):
+    """What a model says in training.
+
+    Attributes:
+        logits: float32 ``(posts, classes)``.
+        own: Logits float32 ``(posts, classes)`` of each modality's own head; empty without heads.
+        there: bool ``(posts,)``, True where the post has the modality and it was not hidden.
+    """
+
+    logits: torch.Tensor
+    own: Mapping[Modality, torch.Tensor]
+    there: Mapping[Modality, torch.Tensor]
 
 
 class FusionModel(nn.Module):
     """A batch of posts in, logits ``(posts, classes)`` out.
 
     Padding, and what stands in the padding, changes nothing; a missing modality is replaced by a
-    learned vector.
+    learned vector. With ``model.auxiliary`` each modality also has a head of its own, which is
+    there for training only.
     """
 
-    def __init__(self, schema: InputSchema, modality_dropout: float) -> None:
+    def __init__(self, schema: InputSchema, settings: ModelSettings) -> None:
         super().__init__()
         self.schema = schema
         self.modalities: tuple[Modality, ...] = tuple(schema.dims)
-        self.drop = ModalityDropout(modality_dropout)
+        self.drop = ModalityDropout(settings.modality_dropout)
+        self.has_own_heads = settings.auxiliary > 0
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Logits float32 ``(posts, classes)``."""
-        masks = self.drop(batch.masks)
-        # Zero where masked: a NaN in the padding would pass through 0 · NaN.
-        tokens = {
-            m: batch.tokens[m].masked_fill(~masks[m][:, :, None], 0.0) for m in self.modalities
-        }
-        return self.fuse(tokens, masks).float()
+        return self._fused(batch)[0].logits.float()
+
+    def outputs(self, batch: Batch) -> Outputs:
+        """Logits of the model and of each modality's own head."""
+        fused, masks = self._fused(batch)
+        heads = self._own_heads()
+        return Outputs(
+            fused.logits.float(),
+            {m: head(fused.alone[m]).float() for m, head in heads.items()},
+            {m: masks[m].any(dim=1) for m in heads},
+        )
 
     @abstractmethod
     def fuse(
         self, tokens: Mapping[Modality, torch.Tensor], masks: Mapping[Modality, torch.Tensor]
-    ) -> torch.Tensor:
-        """Logits from tokens ``(posts, n, dim)``, zero where masks ``(posts, n)`` are False."""
+    ) -> Fused:
+        """Logits from tokens ``(posts, n, dim)``, zero where masks ``(posts, n)`` are False.
+
+        The True ones of a mask stand before the False ones.
+        """
 
     @property
     @abstractmethod
     def head(self) -> nn.Linear:
         """The last layer, ``(…) ─► (classes)``."""
 
+    @abstractmethod
+    def layers(self) -> tuple[Stage, ...]:
+        """The model's stages from its input up, without own heads; each parameter in one."""
+
+    def stages(self) -> tuple[Stage, ...]:
+        """All stages from the input up; every parameter of the model is in exactly one."""
+        stages = self.layers()
+        if not self.has_own_heads:
+            return stages
+        return (*stages[:-1], stages[-1]._replace(names=(*stages[-1].names, "own")))
+
+    def undecayed(self) -> frozenset[str]:
+        """Names of parameters that are learned vectors, though they have two dimensions."""
+        return frozenset()
+
     def start_at(self, frequencies: torch.Tensor) -> None:
         """Let the untrained model predict each class's frequency ``(classes,)``: saves epochs."""
-        nn.init.normal_(self.head.weight, std=0.02)
-        with torch.no_grad():
-            self.head.bias.copy_(torch.logit(frequencies.clamp(1e-3, 1 - 1e-3)))
+        for head in (self.head, *self._own_heads().values()):
+            nn.init.normal_(head.weight, std=0.02)
+            with torch.no_grad():
+                head.bias.copy_(torch.logit(frequencies.clamp(1e-3, 1 - 1e-3)))
+
+    def _add_own_heads(self, widths: Mapping[Modality, int]) -> None:
+        """Called last in ``__init__`` with the widths of `Fused.alone`."""
+        if self.has_own_heads:
+            classes = self.schema.classes
+            self.own = nn.ModuleDict({m: nn.Linear(w, classes) for m, w in widths.items()})
+
+    def _own_heads(self) -> dict[Modality, nn.Linear]:
+        if not self.has_own_heads:
+            return {}
+        found: dict[Modality, nn.Linear] = {}
+        for modality in self.modalities:
+            head = self.own[modality]
+            if isinstance(head, nn.Linear):
+                found[modality] = head
+        return found
+
+    def _fused(self, batch: Batch) -> tuple[Fused, Mapping[Modality, torch.Tensor]]:
+        masks = self.drop(batch.masks)
+        # Zero where masked: a NaN in the padding would pass through 0 · NaN.
+        tokens = {
+            m: batch.tokens[m].masked_fill(~masks[m][:, :, None], 0.0) for m in self.modalities
+        }
+        return self.fuse(tokens, masks), masks
 
 
 class ModalityDropout(nn.Module):
@@ -73,15 +166,20 @@ class ModalityDropout(nn.Module):
         return {m: masks[m] & kept[:, i : i + 1] for i, m in enumerate(names)}
 
 
+def learned_vectors(schema: InputSchema, width: int) -> nn.ParameterDict:
+    """A small random vector ``(width,)`` for each modality."""
+    return nn.ParameterDict({m: nn.Parameter(torch.randn(width) * 0.02) for m in schema.dims})
+
+
 def masked_mean(tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Mean over the tokens that are there; zeros where there is none.
 
     Args:
-        tokens: float ``(posts, n, dim)``, zero where masked.
+        tokens: float ``(posts, n, dim)``, finite, also where masked.
         mask: bool ``(posts, n)``.
 
     Returns:
         float ``(posts, dim)``.
     """
     count = mask.sum(dim=1, keepdim=True).clamp(min=1)  # (posts, 1)
-    return tokens.sum(dim=1) / count
+    return tokens.masked_fill(~mask[:, :, None], 0.0).sum(dim=1) / count

@@ -9,66 +9,67 @@ from torch import nn
 
 from config.train import ModelSettings
 from extractors.post import Modality
-from fusion.models.base import FusionModel, masked_mean
+from fusion.models.base import Fused, FusionModel, Stage, learned_vectors, masked_mean
+from fusion.models.gate import SqueezeExcitation
+from fusion.models.pooling import NeXtVLAD
 from fusion.schema import InputSchema
 
-
-class SqueezeExcitation(nn.Module):
-    """Gate of a vector by itself: H ─► H/r, BN, ReLU ─► H, sigmoid, multiply.
-
-    Source: linrongc/youtube-8m, nextvlad.py (the SE context gate).
-    """
-
-    def __init__(self, width: int, reduction: int) -> None:
-        super().__init__()
-        narrow = max(1, width // reduction)
-        self.squeeze = nn.Linear(width, narrow, bias=False)
-        self.norm = nn.BatchNorm1d(narrow)
-        self.excite = nn.Linear(narrow, width)
-
-    def forward(self, vectors: torch.Tensor) -> torch.Tensor:
-        """``(posts, width)`` in and out."""
-        gate = torch.relu(self.norm(self.squeeze(vectors)))
-        return vectors * torch.sigmoid(self.excite(gate))
+_CLUSTERED: frozenset[Modality] = frozenset({"video", "audio"})
 
 
 class ConcatSE(FusionModel):
-    """Mean of each modality's tokens ─► projection ─► concat ─► dropout ─► FC ─► SE ─► logits.
+    """One vector of each modality ─► projection ─► concat ─► dropout ─► FC ─► SE ─► logits.
 
-    Source: the TAAC-2021 multimodal tagging baseline, with mean pooling.
+    Source: the TAAC-2021 multimodal tagging baseline, whose pooling of video and sound is NeXtVLAD.
     """
 
     def __init__(self, schema: InputSchema, settings: ModelSettings) -> None:
-        super().__init__(schema, settings.modality_dropout)
+        super().__init__(schema, settings)
         options = settings.concat_se
         width = options.modality_width
         self.norms = nn.ModuleDict({m: nn.LayerNorm(d) for m, d in schema.dims.items()})
-        self.projections = nn.ModuleDict({m: nn.Linear(d, width) for m, d in schema.dims.items()})
-        self.missing = nn.ParameterDict(
-            {m: nn.Parameter(torch.randn(width) * 0.02) for m in schema.dims}
-        )
+        clustered = _CLUSTERED & set(schema.dims) if options.pooling == "nextvlad" else set()
+        vlads = {
+            m: NeXtVLAD(d, options.nextvlad, share=2 if m == "audio" else 1)
+            for m, d in schema.dims.items()
+            if m in clustered
+        }
+        widths = {m: vlads[m].width if m in vlads else d for m, d in schema.dims.items()}
+        self.vlads = nn.ModuleDict(vlads)
+        self.projections = nn.ModuleDict({m: nn.Linear(w, width) for m, w in widths.items()})
+        self.missing = learned_vectors(schema, width)
         self.dropout = nn.Dropout(options.dropout)
         self.join = nn.Linear(width * len(schema.dims), options.width)
         self.gate = SqueezeExcitation(options.width, options.reduction)
         self.classify = nn.Linear(options.width, schema.classes)
+        self._add_own_heads(dict.fromkeys(schema.dims, width))
 
     @property
     def head(self) -> nn.Linear:
         """The last layer."""
         return self.classify
 
+    def layers(self) -> tuple[Stage, ...]:
+        """What each modality has, what joins them, the head."""
+        return (
+            Stage("modality", ("norms", "vlads", "projections", "missing")),
+            Stage("fusion", ("join", "gate")),
+            Stage("head", ("classify",)),
+        )
+
     def fuse(
         self, tokens: Mapping[Modality, torch.Tensor], masks: Mapping[Modality, torch.Tensor]
-    ) -> torch.Tensor:
+    ) -> Fused:
         """Logits ``(posts, classes)``."""
-        vectors = []
+        alone: dict[Modality, torch.Tensor] = {}
         for modality in self.modalities:
             mask = masks[modality]
             normed = self.norms[modality](tokens[modality])  # (posts, n, dim)
-            pooled = masked_mean(normed.masked_fill(~mask[:, :, None], 0.0), mask)
+            clustered = modality in self.vlads
+            pooled = self.vlads[modality](normed, mask) if clustered else masked_mean(normed, mask)
             projected = self.projections[modality](pooled)  # (posts, modality_width)
             there = mask.any(dim=1, keepdim=True)
-            vectors.append(torch.where(there, projected, self.missing[modality]))
-        joined = self.join(self.dropout(torch.cat(vectors, dim=1)))  # (posts, width)
-        logits: torch.Tensor = self.classify(self.gate(joined))
-        return logits
+            alone[modality] = torch.where(there, projected, self.missing[modality])
+        vectors = torch.cat([alone[m] for m in self.modalities], dim=1)
+        joined = self.join(self.dropout(vectors))  # (posts, width)
+        return Fused(self.classify(self.gate(joined)), alone)

@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 Stage = Annotated[
     str | None,
     typer.Option(
-        "--stage", help="Only those of this stage: message, load, fetch, extract, fuse, store."
+        "--stage",
+        help="Only those of this stage: message, load, fetch, decode, extract, fuse, store.",
     ),
 ]
 ErrorType = Annotated[

@@ -73,8 +73,10 @@ def _demo(options: argparse.Namespace) -> int:
     settings = load_settings(options.config, options.overrides)
     configure_logs("pretty", "warning")
     layout, sizes = Layout(ROOT), Sizes()
-    asked = {"train": options.train, "online": options.online}
-    sizes = replace(sizes, posts={**sizes.posts, **{k: v for k, v in asked.items() if v}})
+    posts = dict(sizes.posts)
+    posts["train"] = options.train or posts["train"]
+    posts["online"] = options.online or posts["online"]
+    sizes = replace(sizes, posts=posts)
     if options.fresh:
         shutil.rmtree(layout.root, ignore_errors=True)
 

@@ -15,6 +15,7 @@ from config.settings import Settings
 from extractors.post import MediaKind, Post
 from scripts.commands.post_file import read_posts
 from scripts.demo.layout import Layout, Sizes
+from scripts.demo.lesson import Lesson, targets
 from scripts.demo.parallel import run_jobs, tell
 
 Backbone = Literal["video", "image", "audio"]
@@ -46,20 +47,19 @@ def train_backbones(layout: Layout, settings: Settings, sizes: Sizes, labels: La
     """
     from scripts.demo.text_backbone import train_text
 
-    common = (layout.read("train"), layout.read("valid"), settings, sizes, labels)
+    lesson = Lesson(layout.read("train"), layout.read("valid"), settings, sizes, labels)
     names: tuple[Backbone, ...] = ("image", "video", "audio")
     jobs: dict[str, tuple[Any, tuple[Any, ...]]] = {
-        name: (_train, (name, *common)) for name in names
+        name: (_train, (name, lesson)) for name in names
     }
-    run_jobs({**jobs, "text": (train_text, common)})
+    run_jobs({**jobs, "text": (train_text, (lesson,))})
 
 
-def _train(
-    name: Backbone, train: Path, valid: Path, settings: Settings, sizes: Sizes, labels: LabelMap
-) -> None:
+def _train(name: Backbone, lesson: Lesson) -> None:
     from fusion.backbone import train_backbone
 
-    posts, valid_posts = read_posts(train), read_posts(valid)
+    settings, sizes, labels = lesson.settings, lesson.sizes, lesson.labels
+    posts, valid_posts = read_posts(lesson.train), read_posts(lesson.valid)
     section = getattr(settings.features, name)
     train_backbone(
         section.arch,
@@ -78,14 +78,6 @@ def _train(
         precision="fp32",
         threads=1,
     )
-
-
-def targets(posts: Sequence[Post], labels: LabelMap) -> npt.NDArray[np.float32]:
-    """The true tags, float32 ``(posts, classes)`` of 0 and 1."""
-    rows = np.zeros((len(posts), len(labels)), np.float32)
-    for row, post in zip(rows, posts, strict=True):
-        row[labels.encode(post.labels)] = 1
-    return rows
 
 
 def _items(name: Backbone, posts: Sequence[Post], settings: Settings) -> list[npt.NDArray[Any]]:

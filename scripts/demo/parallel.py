@@ -87,7 +87,11 @@ def map_items(
     """Results of a function over items, in their order, in one process per core.
 
     Args:
+        title: Of the bar.
+        function: Takes one item.
+        items: Pickle, as do the results.
         setup: Run once in every process with ``arguments``, for what is costly to load.
+        arguments: Of ``setup``.
     """
     results = []
     with _pool(min(len(items), cores()), None, setup, arguments) as pool, bars() as progress:
@@ -133,6 +137,9 @@ def _begin(
     os.environ["OMP_NUM_THREADS"] = str(threads)  # before torch is imported
     import cv2
 
+    from config.logs import configure_logs
+
+    configure_logs("pretty", "warning")
     cv2.setNumThreads(1)
     if setup is not None:
         setup(*arguments)

@@ -11,11 +11,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from config.labels import LabelMap
-from config.settings import Settings
 from extractors.post import Post
 from scripts.commands.post_file import read_posts
-from scripts.demo.layout import Sizes
+from scripts.demo.lesson import Lesson, targets
 from scripts.demo.parallel import tell
 
 _DIM, _LAYERS, _HEADS, _POSITIONS = 64, 2, 4, 128
@@ -23,16 +21,13 @@ _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
 
 
-def train_text(
-    train: Path, valid: Path, settings: Settings, sizes: Sizes, labels: LabelMap
-) -> None:
+def train_text(lesson: Lesson) -> None:
     """Train a BERT from nothing and write it as a transformers folder.
 
     A post gives two examples, its text and the words of its pictures, each with all its tags.
     """
-    from scripts.demo.backbones import targets
-
-    posts = read_posts(train)
+    posts, labels, sizes = read_posts(lesson.train), lesson.labels, lesson.sizes
+    settings = lesson.settings
     wanted = targets(posts, labels)
     texts, rows = _examples(posts)
     tokenizer = make_tokenizer(texts, settings.features.text.max_tokens)
@@ -98,7 +93,8 @@ def make_tokenizer(texts: Iterable[str], max_tokens: int) -> Any:
         single="[CLS] $A [SEP]",
         special_tokens=[("[CLS]", vocabulary["[CLS]"]), ("[SEP]", vocabulary["[SEP]"])],
     )
-    return PreTrainedTokenizerFast(
+    tokenizer_class: Any = PreTrainedTokenizerFast
+    return tokenizer_class(
         tokenizer_object=tokenizer,
         model_max_length=max_tokens,
         pad_token="[PAD]",  # noqa: S106
@@ -137,9 +133,12 @@ def _loss(
 
 
 def _save(model: Any, tokenizer: Any, folder: Path) -> None:
+    from transformers.utils import logging
+
     partial = folder.with_name(f".{folder.name}.part")
     for old in (partial, folder):
         shutil.rmtree(old, ignore_errors=True)
+    logging.disable_progress_bar()
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     partial.replace(folder)

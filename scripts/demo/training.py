@@ -24,8 +24,11 @@ def train_settings(layout: Layout, settings: Settings, sizes: Sizes) -> TrainSet
             "image_as_frames": settings.fusion.image_as_frames,
             "ocr_mode": settings.features.ocr_mode,
         },
-        "model": {"token_transformer": {"width": 128, "layers": 2}},
-        "optimizer": {"learning_rate": 1.5e-3},
+        "model": {
+            "modality_dropout": 0.05,
+            "token_transformer": {"width": 96, "layers": 2},
+        },
+        "optimizer": {"learning_rate": 2e-3, "ema_decay": 0.98},
         "trainer": {
             "epochs": sizes.fusion_epochs,
             "n_gpu": 0,

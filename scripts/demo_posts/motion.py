@@ -34,7 +34,7 @@ def _straight(dx: float, dy: float) -> Callable[[np.random.Generator, Path], Pat
 
 
 def _shake(rng: np.random.Generator, time: Path) -> Path:
-    return rng.uniform(-0.16, 0.16, (len(time), 2))
+    return rng.uniform(-0.25, 0.25, (len(time), 2))
 
 
 def _swing(rng: np.random.Generator, time: Path) -> Path:

@@ -18,11 +18,12 @@ SIGN_SIZE = (192, 144)
 
 def background(rng: np.random.Generator, width: int, height: int) -> Picture:
     """A colour gradient in a random direction, uint8 ``(height, width, 3)``."""
-    first, second = rng.integers(40, 216, (2, 3))
+    first, second = rng.integers(40, 200, (2, 3))
     angle = rng.uniform(0, 2 * np.pi)
     y, x = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j]
     ramp = np.clip(0.5 + (x - 0.5) * np.cos(angle) + (y - 0.5) * np.sin(angle), 0, 1)
-    return (first + ramp[..., None] * (second - first)).astype(np.uint8)
+    ground: Picture = (first + ramp[..., None] * (second - first)).astype(np.uint8)
+    return ground
 
 
 def contrast(rng: np.random.Generator, below: Sequence[int]) -> Colour:
@@ -31,6 +32,22 @@ def contrast(rng: np.random.Generator, below: Sequence[int]) -> Colour:
         colour = rng.integers(0, 256, 3)
         if int(np.abs(colour - np.asarray(below)).sum()) > 230:
             return (int(colour[0]), int(colour[1]), int(colour[2]))
+
+
+HUES = {"sun": (15, 35), "house": (-12, 12), "tree": (45, 75), "fish": (95, 130), "cloud": None}
+"""OpenCV's hue (0 to 180) of each object, as one would paint it; None is grey."""
+
+
+def paint(rng: np.random.Generator, name: str, below: Sequence[int]) -> Colour:
+    """A colour for an object, lighter or darker than what is below it."""
+    hue = HUES[name]
+    dark = sum(below) > 3 * 125
+    value = rng.integers(60, 110) if dark and hue is not None else rng.integers(190, 256)
+    if hue is None:
+        return (int(value),) * 3
+    hsv = np.array([[[rng.integers(*hue) % 180, rng.integers(170, 256), value]]], np.uint8)
+    blue, green, red = cv2.cvtColor(hsv, cv2.COLOR_HSV2BGR)[0, 0]
+    return (int(blue), int(green), int(red))
 
 
 def _polygon(picture: Picture, points: npt.ArrayLike, colour: Colour) -> None:
@@ -67,11 +84,10 @@ def _fish(picture: Picture, x: int, y: int, r: int, colour: Colour) -> None:
 
 
 def _cloud(picture: Picture, x: int, y: int, r: int, colour: Colour) -> None:
-    grey = (sum(colour) // 3,) * 3
     for dx, dy, size in ((-0.55, 0.1, 0.35), (0.0, -0.15, 0.5), (0.55, 0.1, 0.38)):
         centre = (x + int(dx * r), y + int(dy * r))
-        cv2.circle(picture, centre, int(size * r), grey, -1, cv2.LINE_AA)
-    cv2.rectangle(picture, (x - int(0.6 * r), y), (x + int(0.6 * r), y + int(0.42 * r)), grey, -1)
+        cv2.circle(picture, centre, int(size * r), colour, -1, cv2.LINE_AA)
+    cv2.rectangle(picture, (x - int(0.6 * r), y), (x + int(0.6 * r), y + int(0.42 * r)), colour, -1)
 
 
 OBJECTS: dict[str, Callable[[Picture, int, int, int, Colour], None]] = {
@@ -112,7 +128,7 @@ def scene(rng: np.random.Generator, objects: Sequence[str], noise: float = 0.0) 
     along = width >= height  # the side that two objects share
     room = min(width / places, height) if along else min(width, height / places)
     for i in range(len(objects)):
-        radius = int(room * rng.uniform(0.34, 0.46))
+        radius = int(room * rng.uniform(0.38, 0.48))
         low = (width * i / places if along else 0, 0 if along else height * i / places)
         high = (
             width * (i + 1) / places if along else width,
@@ -120,7 +136,8 @@ def scene(rng: np.random.Generator, objects: Sequence[str], noise: float = 0.0) 
         )
         x = int(rng.uniform(low[0] + radius, max(low[0] + radius + 1, high[0] - radius)))
         y = int(rng.uniform(low[1] + radius, max(low[1] + radius + 1, high[1] - radius)))
-        OBJECTS[objects[i]](picture, x, y, radius, contrast(rng, picture[y, x].tolist()))
+        colour = paint(rng, objects[i], picture[y, x].tolist())
+        OBJECTS[objects[i]](picture, x, y, radius, colour)
     return disturb(rng, picture, noise)
 
 

@@ -17,7 +17,7 @@ TAG_COUNTS = (0.25, 0.35, 0.25, 0.15)
 """Share of the posts with one, two, three and four tags."""
 NEUTRAL = {"image": 0.45, "video": 0.4, "audio": 0.35, "text": 0.7, "ocr": 0.2}
 """Chance that a modality that no tag needs is there all the same, with nothing to tell."""
-LONE_CUE = 0.1
+LONE_CUE = 0.06
 """Chance of each cue of a two-modality tag to appear without its partner."""
 
 
@@ -45,6 +45,9 @@ def plan_posts(
     """Plan a split; splits of one seed share no post.
 
     Args:
+        posts: How many.
+        seed: Of everything.
+        split: Which of the three.
         noise: Strength of what disturbs the media, in [0, 1]; also the chance, times 0.2, that a
             piece of evidence is left out.
         missing: Chance that a modality is left out although a tag needs it.

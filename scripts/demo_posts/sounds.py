@@ -106,4 +106,5 @@ def sound(
         parts.append(wave / (np.abs(wave).max() + 1e-9) * rng.uniform(0.35, 0.65))
     whole = np.concatenate(parts)
     whole += rng.normal(0, 0.003 + 0.1 * noise, len(whole))
-    return np.clip(whole, -0.7, 0.7).astype(np.float32)
+    clipped: npt.NDArray[np.float32] = np.clip(whole, -0.7, 0.7).astype(np.float32)
+    return clipped

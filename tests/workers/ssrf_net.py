@@ -51,6 +51,11 @@ class NameServer:
         self._thread.join()
         self._socket.close()
 
+    def forget(self) -> None:
+        """What was asked: every name begins with its first answer again."""
+        self._turns.clear()
+        self.asked.clear()
+
     def addresses(self, name: str) -> list[str]:
         """Ask over UDP, as a resolver does: A first, then AAAA.
 
@@ -113,7 +118,7 @@ class NameServer:
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """``/302/LOCATION`` redirects, ``/refresh/LOCATION`` asks browsers to, all else is a picture."""
+    """``/302/URL`` redirects, ``/refresh/URL`` asks browsers to, all else is a picture."""
 
     protocol_version = "HTTP/1.1"
     server: HttpServer
@@ -123,6 +128,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.server.paths.append(self.path)
+        self.server.credentials.append(self.headers.get("Authorization", ""))
         verb, _, rest = self.path.lstrip("/").partition("/")
         location = unquote(rest)
         self.send_response(int(verb) if verb.isdigit() else 200)
@@ -137,13 +143,14 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 class HttpServer(ThreadingHTTPServer):
-    """Counts connections and remembers the paths."""
+    """Counts connections; remembers the paths, and the credentials that came with them."""
 
     daemon_threads = True
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.paths: list[str] = []
+        self.credentials: list[str] = []
         self.connections = 0
 
     def get_request(self) -> tuple[socket.socket, Any]:
@@ -168,6 +175,15 @@ class Net:
         self.names, self.public, self.trap = names, public, trap
         self.dialled: list[tuple[str, int]] = []
 
+    def forget(self) -> None:
+        """Everything that was seen."""
+        self.dialled.clear()
+        self.names.forget()
+        for server in (self.public, self.trap):
+            server.paths.clear()
+            server.credentials.clear()
+            server.connections = 0
+
     def getaddrinfo(self, host: Any, port: Any, *rest: Any) -> list[Any]:
         """The system's resolver for numbers and local names; all other names are asked for."""
         text = host.decode() if isinstance(host, bytes) else str(host)
@@ -183,7 +199,7 @@ class Net:
         address = str(target[0]).partition("%")[0]
         self.dialled.append((address, target[1]))
         server = self.public if address in (PUBLIC_V4, PUBLIC_V6) else self.trap
-        with socket.create_connection(server.server_address[:2], timeout=5) as made:
+        with socket.create_connection(("127.0.0.1", server.server_port), timeout=5) as made:
             os.dup2(made.fileno(), sock.fileno())
 
 

@@ -325,9 +325,12 @@ class AnyOrder(RuleBasedStateMachine):
         self.waited: set[int] = set()
         self.held: dict[str, dict[int, Envelope]] = {}
         self.begun: dict[str, set[int]] = {}
+        for name in ("d0", "d1", "e0", "e1"):
+            self.worker_comes(name)
 
     def _submit(self, task: DecodeTask | ExtractTask, seconds: float, priority: int) -> None:
         self.waited.add(self.made.submit(task, self.now + seconds, priority))
+        self.dispatch()
 
     @rule(priority=st.integers(0, 2), seconds=st.floats(0.5, 30))
     def submit_decode(self, priority: int, seconds: float) -> None:
@@ -377,12 +380,12 @@ class AnyOrder(RuleBasedStateMachine):
     @rule(data=st.data(), ok=st.booleans(), count=st.integers(1, 3))
     def worker_answers(self, data: st.DataObject, ok: bool, count: int) -> None:
         name = data.draw(st.sampled_from(sorted(n for n in self.up if self.held[n])))
-        waiting = [i for i in self.held[name] if i not in self.begun[name]]
-        if waiting and not self.begun[name]:
-            batch = waiting[:count]
+        if not self.begun[name]:
+            batch = list(self.held[name])[:count]
             self.begun[name] = set(batch)
             self.made.began(name, batch, self.now)
-            return
+            if len(batch) % 2:
+                return  # and answers another time
         for task_id in sorted(self.begun[name])[:count]:
             task = self.held[name].pop(task_id).task
             self.begun[name].discard(task_id)

@@ -1,0 +1,161 @@
+"""Kill everything, again and again, while posts are tagged; then count what went wrong.
+
+On a real RabbitMQ, and again on a real Redis, the real daemon (``online_process.py`` and its
+watchdog under supervisord with the shipped configuration, small models with random weights) tags
+posts with real media. Everything is on loopback, in one temporary folder, and bounded in time.
+A seeded schedule kills workers of every role and the King (also right after a result was written
+and before its message is acknowledged, and while the database is away), sends it SIGTERM under
+load, restarts broker and database, cuts and blackholes connections, and stops workers with
+SIGSTOP. Each post is published one to three times.
+
+What is counted, per broker:
+  lost              posts that are neither tagged nor a dead letter at the end
+  tagged_twice      posts whose result changed after they had been tagged by the same bundle, by a
+                    trigger inside the database that no writer can get past (`chaos_rig.audit`),
+                    or that the daemon's log reports as tagged more than once
+  dead_lettered     posts that are dead letters; one post in a hundred has nothing but junk
+  jobs_left         jobs that are no dead letters; messages on the queue count as broken too
+  orphan_processes  descendants that live on (this process is the subreaper: none can hide)
+  shared_segments   arenas that are still held, files in /dev/shm that nobody holds
+  spool_files       what is left under fetch.spool
+  recovery_s        from a fault's end until a post whose message was delivered after it is
+                    tagged; for a killed or stopped worker, until that worker is ready again
+
+Run: ``python bench/chaos.py [--posts 2000] [--brokers rabbitmq,redis] [--seed 1] [--short]``.
+Exits 1 when anything is lost, doubled or left behind, or a fault is not recovered from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs as a plain script too
+
+from chaos_rig.faults import FULL, SHORT, schedule
+from chaos_rig.leftovers import become_subreaper
+from chaos_rig.run import Report, Run, Stock
+from chaos_rig.site import SERVERS, BrokerName
+from results_file import FOLDER, write_results
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from config.logs import configure_logs
+
+_SHORT_MEDIA, _FULL_MEDIA = 8, 100
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        prog="chaos", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--posts", type=int, default=2000)
+    parser.add_argument("--brokers", default="rabbitmq,redis", help="which")
+    parser.add_argument("--seed", type=int, default=1, help="of the schedule")
+    parser.add_argument("--short", action="store_true", help="a handful of faults, for the tests")
+    parser.add_argument("--faults", help="these instead, separated by commas")
+    parser.add_argument("--limit-s", type=float, default=600, help="per broker")
+    parser.add_argument("--out", type=Path, default=FOLDER, help="folder of chaos.json")
+    parser.add_argument("--keep", type=Path, help="keep the daemon's logs in this folder")
+    return parser.parse_args(arguments)
+
+
+def kinds_of(options: argparse.Namespace, broker: BrokerName) -> list[str]:
+    """The faults of a run, in order."""
+    if options.faults:
+        return [kind.strip() for kind in options.faults.split(",")]
+    if options.short:
+        return list(SHORT[broker])
+    return schedule(FULL, options.seed)
+
+
+def run_one(
+    options: argparse.Namespace, broker: BrokerName, stock: Stock, shown: Console
+) -> Report:
+    """One broker."""
+    columns = (
+        TextColumn(broker),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+    )
+    with (
+        tempfile.TemporaryDirectory(prefix="chaos-", ignore_cleanup_errors=True) as folder,
+        Progress(*columns, console=shown) as bar,
+    ):
+        task = bar.add_task("", total=options.posts)
+        run = Run(
+            Path(folder),
+            broker,
+            stock,
+            options.posts,
+            kinds_of(options, broker),
+            options.seed,
+            options.limit_s,
+            lambda posts, what: bar.update(task, completed=posts, description=what),
+        )
+        try:
+            return run.run()
+        finally:
+            if options.keep:
+                _keep(Path(folder), options.keep / broker)
+
+
+def _keep(folder: Path, to: Path) -> None:
+    to.mkdir(parents=True, exist_ok=True)
+    for file in (folder / "workshop" / "run").glob("*.log"):
+        (to / file.name).write_bytes(file.read_bytes())
+
+
+def show(report: Report) -> None:
+    """Print the faults and the figures."""
+    table = Table(title=f"{report.figures['broker']}: {report.seconds:.0f} s")
+    for name in ("fault", "at post", "lasted s", "recovery s", "note"):
+        table.add_column(name, justify="left" if name in ("fault", "note") else "right")
+    for wound in report.wounds:
+        recovery = "never" if wound.recovery_s is None else f"{wound.recovery_s:.1f}"
+        lasted = f"{wound.lasted_s:.1f}"
+        table.add_row(wound.kind, str(wound.posts), lasted, recovery, wound.note)
+    Console(width=110).print(table)
+    for key, value in report.figures.items():
+        print(f"  {key:28} {value}")
+    print(f"  {'duplicates settled':28} {report.settled}")
+    for reason in report.broken:
+        print(f"  BROKEN: {reason}")
+    sys.stdout.flush()
+
+
+def _end(_number: int, _frame: object) -> None:
+    sys.exit("chaos: ended by a signal")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run all brokers; gives the exit code."""
+    options = parse(arguments)
+    asked = [name.strip() for name in options.brokers.split(",")]
+    brokers = [name for name in SERVERS if name in asked]
+    if len(brokers) != len(asked):
+        print(f"chaos: --brokers {options.brokers}: take {', '.join(SERVERS)}", file=sys.stderr)
+        return 2
+    configure_logs("json", "error")
+    signal.signal(signal.SIGTERM, _end)  # so that nothing outlives this process
+    become_subreaper()
+    reports = []
+    with tempfile.TemporaryDirectory(prefix="chaos-media-") as media:
+        stock = Stock.make(Path(media), _SHORT_MEDIA if options.short else _FULL_MEDIA)
+        for broker in brokers:
+            reports.append(run_one(options, broker, stock, Console(stderr=True)))
+            show(reports[-1])
+    file = write_results("chaos", 1, [report.figures for report in reports], options.out)
+    print(f"written: {file}")
+    return 1 if any(report.broken for report in reports) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,224 @@
+"""The faults: what is done, and by what the recovery from it is seen."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TypeAlias
+
+from chaos_rig.site import Site
+
+from tests.services import Server
+
+RECOVERY_LIMIT_S = 90.0
+
+
+@dataclass(frozen=True, slots=True)
+class Hurt:
+    """A fault that has just ended.
+
+    Attributes:
+        ended: Unix time.
+        worker: The worker whose return is waited for; None where a post shows the recovery: one
+            whose message was delivered after the fault's end must have been tagged.
+        note: For the table.
+    """
+
+    ended: float
+    worker: str | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Wound:
+    """A fault and what came of it.
+
+    Attributes:
+        posts: How many posts had ended when it began.
+        recovery_s: From the fault's end; None when it was not seen within the limit.
+    """
+
+    kind: str
+    posts: int
+    lasted_s: float
+    recovery_s: float | None
+    note: str
+
+
+Inject: TypeAlias = Callable[[Site, random.Random], Hurt]
+
+
+# Processes -----------------------------------------------------------------------------------
+
+
+def _kill(role: str) -> Inject:
+    def inject(site: Site, _rng: random.Random) -> Hurt:
+        name, pid = site.worker(role)
+        os.kill(pid, signal.SIGKILL)
+        return Hurt(time.time(), worker=name)
+
+    return inject
+
+
+def _stop(role: str) -> Inject:
+    """SIGSTOP, and never SIGCONT: the deadline of its task must find it."""
+
+    def inject(site: Site, _rng: random.Random) -> Hurt:
+        name, pid = site.worker(role)
+        os.kill(pid, signal.SIGSTOP)
+        return Hurt(time.time(), worker=name)
+
+    return inject
+
+
+def _kill_king(site: Site, _rng: random.Random) -> Hurt:
+    site.kill_king()
+    return Hurt(time.time())
+
+
+def _kill_king_at_a_write(site: Site, _rng: random.Random) -> Hurt:
+    """As soon as a result is in the database, and before its message can be acknowledged."""
+    before, end = site.audit.rows, time.monotonic() + 20
+    while site.audit.rows == before and time.monotonic() < end:
+        time.sleep(0.0005)
+    site.kill_king()
+    return Hurt(time.time(), note="" if time.monotonic() < end else "no write was seen")
+
+
+def _terminate_king(site: Site, _rng: random.Random) -> Hurt:
+    """SIGTERM under load; then it is started again."""
+    status, seconds = site.stop_king()
+    left = len(list(site.direct.fetch.spool.glob("king-*")))
+    site.start_king()
+    wrong = [f"exit {status}"] if status else []
+    wrong += [f"{left} spool folders"] if left else []
+    # The drain limit is for the posts; the flush of what was given back and the joins follow it.
+    if seconds > site.direct.king.drain_timeout_s:
+        wrong.append("past the drain limit")
+    note = f"exit {status} after {seconds:.1f} s"
+    return Hurt(time.time(), note=f"FAILED: {', '.join(wrong)}; {note}" if wrong else note)
+
+
+# Servers -------------------------------------------------------------------------------------
+
+
+def _broker(site: Site) -> Server:
+    return site.broker
+
+
+def _database(site: Site) -> Server:
+    return site.database
+
+
+def _restart(server: Callable[[Site], Server], *, kill: bool) -> Inject:
+    def inject(site: Site, rng: random.Random) -> Hurt:
+        target = server(site)
+        if kill:
+            target.kill()
+        else:
+            target.stop()
+        time.sleep(rng.uniform(0.5, 3.0))
+        target.start()
+        return Hurt(time.time())
+
+    return inject
+
+
+def _kill_king_without_database(site: Site, rng: random.Random) -> Hurt:
+    """The King dies while the database is away, and its successor finds neither."""
+    site.database.kill()
+    time.sleep(rng.uniform(0.5, 1.5))
+    site.kill_king()
+    time.sleep(rng.uniform(1.0, 3.0))
+    site.database.start()
+    return Hurt(time.time())
+
+
+# Connections ---------------------------------------------------------------------------------
+
+
+def _cut(site: Site, _rng: random.Random) -> Hurt:
+    site.broker_proxy.cut()
+    site.database_proxy.cut()
+    return Hurt(time.time())
+
+
+def _cut_often(site: Site, rng: random.Random) -> Hurt:
+    for _ in range(5):
+        proxy = rng.choice((site.broker_proxy, site.database_proxy))
+        proxy.cut()
+        time.sleep(rng.uniform(0.05, 0.4))
+    return Hurt(time.time())
+
+
+def _blackhole(which: str, *, replies_only: bool = False) -> Inject:
+    def inject(site: Site, _rng: random.Random) -> Hurt:
+        proxy = site.broker_proxy if which == "broker" else site.database_proxy
+        proxy.blackhole(replies_only=replies_only)
+        return Hurt(time.time())
+
+    return inject
+
+
+FAULTS: Mapping[str, Inject] = MappingProxyType(
+    {
+        "kill fetch": _kill("fetch"),
+        "kill decode": _kill("decode"),
+        "kill extract": _kill("extract"),
+        "kill fuse": _kill("fuse"),
+        "stop decode": _stop("decode"),
+        "stop extract": _stop("extract"),
+        "kill king": _kill_king,
+        "kill king at a write": _kill_king_at_a_write,
+        "kill king, database down": _kill_king_without_database,
+        "SIGTERM king": _terminate_king,
+        "broker killed": _restart(_broker, kill=True),
+        "broker restarted": _restart(_broker, kill=False),
+        "database killed": _restart(_database, kill=True),
+        "database restarted": _restart(_database, kill=False),
+        "cut both": _cut,
+        "cut often": _cut_often,
+        "blackhole broker": _blackhole("broker"),
+        "blackhole database": _blackhole("database"),
+        "replies of broker lost": _blackhole("broker", replies_only=True),
+        "replies of database lost": _blackhole("database", replies_only=True),
+    }
+)
+
+FULL = (
+    *FAULTS,
+    *("kill decode", "kill extract", "kill fuse", "kill king at a write"),
+)
+"""All faults once, the commonest again."""
+
+SHORT = {
+    "rabbitmq": ("kill fuse", "replies of database lost", "broker killed", "SIGTERM king"),
+    "redis": ("kill decode", "blackhole broker", "kill king at a write"),
+}
+"""A handful, for a run of seconds."""
+
+
+def schedule(kinds: tuple[str, ...], seed: int) -> list[str]:
+    """The faults in the order in which they will happen."""
+    order = list(kinds)
+    random.Random(seed).shuffle(order)
+    return order
+
+
+def recovery(site: Site, hurt: Hurt, limit_s: float = RECOVERY_LIMIT_S) -> float | None:
+    """Wait for it; seconds from the fault's end, or None."""
+    end = time.monotonic() + limit_s
+    while time.monotonic() < end:
+        if hurt.worker is None:
+            at = site.journal.tagged_since(hurt.ended)
+        else:
+            at = site.journal.ready_since(hurt.worker, hurt.ended)
+        if at is not None:
+            return at - hurt.ended
+        time.sleep(0.05)
+    return None

@@ -1,0 +1,115 @@
+"""The daemon's log, read while it is written: who was tagged when, who came back when."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import threading
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class TagLine:
+    """One ``king.post_tagged``.
+
+    Attributes:
+        at: Unix time of the line.
+        received_at: Unix time at which the post's message was delivered.
+    """
+
+    post_id: str
+    attempt: int
+    at: float
+    received_at: float
+
+
+class Journal(threading.Thread):
+    """Follows a log file of JSON lines; what is no JSON is counted and left out."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__(name="journal", daemon=True)
+        self._file = file
+        self._lock = threading.Lock()
+        self._stopping = threading.Event()
+        self._tagged: list[TagLine] = []
+        self._ends: set[str] = set()
+        self._ready: dict[str, list[float]] = defaultdict(list)
+        self.counts: Counter[str] = Counter()
+        self.tracebacks = 0
+
+    @property
+    def ended(self) -> int:
+        """Posts that the log says are tagged or dead."""
+        with self._lock:
+            return len(self._ends)
+
+    @property
+    def tagged_twice(self) -> set[str]:
+        """Posts of which the log says more than once that they were tagged."""
+        with self._lock:
+            seen = Counter(line.post_id for line in self._tagged)
+        return {post_id for post_id, number in seen.items() if number > 1}
+
+    def tagged_since(self, delivered_after: float) -> float | None:
+        """When the first post was tagged whose message was delivered after that time."""
+        with self._lock:
+            ats = [line.at for line in self._tagged if line.received_at >= delivered_after]
+        return min(ats, default=None)
+
+    def ready_since(self, worker: str, after: float) -> float | None:
+        """When that worker was ready for the first time after a moment."""
+        with self._lock:
+            return min((at for at in self._ready[worker] if at >= after), default=None)
+
+    def stop(self) -> None:
+        """Read what is there, and end."""
+        self._stopping.set()
+        self.join(10)
+
+    def run(self) -> None:
+        """Follow the file."""
+        while not self._file.exists():
+            if self._stopping.wait(0.05):
+                return
+        rest = ""
+        with self._file.open(encoding="utf-8", errors="replace") as log:
+            while True:
+                stopping = self._stopping.is_set()
+                text = log.read()
+                if text:
+                    *lines, rest = (rest + text).split("\n")
+                    with self._lock:
+                        for line in lines:
+                            self._take(line)
+                elif stopping:
+                    return
+                else:
+                    self._stopping.wait(0.02)
+
+    def _take(self, line: str) -> None:
+        try:
+            content: dict[str, Any] = json.loads(line)
+            event = str(content["event"])
+            at = datetime.datetime.fromisoformat(content["timestamp"].replace("Z", "+00:00"))
+        except (ValueError, TypeError, KeyError):
+            self.counts["(no JSON)"] += bool(line.strip())
+            self.tracebacks += line.startswith("Traceback")
+            return
+        self.counts[event] += 1
+        self.tracebacks += "exception" in content
+        seconds = at.timestamp()
+        if event == "king.post_tagged":
+            self._ends.add(content["post_id"])
+            received_at = seconds - content["total_ms"] / 1000
+            tagged = TagLine(content["post_id"], content["attempt"], seconds, received_at)
+            self._tagged.append(tagged)
+        elif event == "king.post_failed":
+            self._ends.add(content["post_id"])
+        elif event == "king.message_settled" and content["reason"] != "waiting":
+            # Tagged by a King that was killed before it could say so.
+            self._ends.add(content["post_id"])
+        elif event == "workers.ready":
+            self._ready[content["worker"]].append(seconds)

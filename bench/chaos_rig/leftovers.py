@@ -1,0 +1,125 @@
+"""What may be left behind: processes, shared memory, spool files.
+
+This process makes itself the subreaper of its descendants: whatever loses its parent becomes a
+child of this process, so that no orphan can hide, whatever it calls itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import time
+from pathlib import Path
+
+import psutil
+
+_PR_SET_CHILD_SUBREAPER = 36
+
+
+def become_subreaper() -> None:
+    """Have the kernel hand all orphans to this process."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
+
+
+class Watch:
+    """Remembers what belongs to the run; asked at its end what is still there."""
+
+    def __init__(self) -> None:
+        self._shm = _shm_files()
+        self._arenas: set[int] = set()
+
+    def look(self) -> None:
+        """Note the shared memory that the processes hold now; call it now and then."""
+        for process in _descendants():
+            self._arenas |= _memory_files(process.pid)
+
+    def orphans(self, allowed: set[int], wait_s: float = 10.0) -> list[str]:
+        """Descendants of this process that live on, but for those allowed; reaps the dead."""
+        end = time.monotonic() + wait_s
+        while True:
+            left = []
+            for process in _descendants():
+                with contextlib.suppress(psutil.Error):
+                    if process.status() == psutil.STATUS_ZOMBIE:
+                        _reap(process.pid, allowed)
+                    elif process.pid not in allowed:
+                        left.append(f"{process.pid} {process.name()}")
+            if not left or time.monotonic() > end:
+                return left
+            time.sleep(0.2)
+
+    def segments(self) -> list[str]:
+        """Arenas of the run that a process still holds, and new files in ``/dev/shm`` of nobody.
+
+        A new file that some process uses belongs to another program: ours have all ended.
+        """
+        held, used = set[int](), set[str]()
+        for process in psutil.process_iter():
+            held |= _memory_files(process.pid)
+            used |= _shared_files(process.pid)
+        left = [f"memfd {inode}" for inode in sorted(held & self._arenas)]
+        return left + sorted(_shm_files() - self._shm - used)
+
+    @property
+    def arenas(self) -> int:
+        """How many arenas were seen."""
+        return len(self._arenas)
+
+
+def spool_files(folder: Path) -> list[str]:
+    """Files and folders under the spool; the lock file that all Kings share is none."""
+    return [str(p.relative_to(folder)) for p in folder.rglob("*") if p.name != ".lock"]
+
+
+def _descendants() -> list[psutil.Process]:
+    with contextlib.suppress(psutil.Error):
+        return psutil.Process().children(recursive=True)
+    return []
+
+
+def _reap(pid: int, allowed: set[int]) -> None:
+    if pid not in allowed and psutil.Process(pid).ppid() == os.getpid():
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(pid, os.WNOHANG)
+
+
+def _memory_files(pid: int) -> set[int]:
+    """Inodes of the anonymous memory files of slots that a process has open or mapped."""
+    found = set[int]()
+    with contextlib.suppress(OSError):
+        for link in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                if "memfd:insighttag-slots" in str(link.readlink()):
+                    found.add(link.stat().st_ino)
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+            if "memfd:insighttag-slots" in line:
+                found.add(int(line.split()[4]))
+    return found
+
+
+def _shared_files(pid: int) -> set[str]:
+    """Files in ``/dev/shm`` that a process has open or mapped."""
+    found = set[str]()
+    with contextlib.suppress(OSError):
+        for link in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                found.add(str(link.readlink()))
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+            found.add(line.partition("/dev/shm/")[2] and "/dev/shm/" + line.partition("/dev/shm/")[2])
+    return found
+
+
+def _shm_files() -> set[str]:
+    """This user's files in ``/dev/shm``."""
+    found = set[str]()
+    with contextlib.suppress(OSError):
+        for path in Path("/dev/shm").iterdir():
+            with contextlib.suppress(OSError):
+                if path.stat().st_uid == os.getuid():
+                    found.add(str(path))
+    return found

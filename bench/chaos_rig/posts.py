@@ -1,0 +1,194 @@
+"""Posts with real media: a few are made, many refer to them; a loopback server hands them out."""
+
+from __future__ import annotations
+
+import functools
+import http.server
+import json
+import random
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.services import DIE_WITH_PARENT
+
+ROOT = Path(__file__).resolve().parents[2]
+JUNK = "junk.jpg"
+"""A file that is no picture: a post that has nothing else must end as a dead letter."""
+_JUNK_SHARE = 0.01
+
+
+def make_media(folder: Path, posts: int, seed: int) -> list[dict[str, Any]]:
+    """Make that many demo posts; their entries, with paths relative to the folder."""
+    script = ROOT / "scripts" / "data_scripts" / "make_demo_posts.py"
+    arguments = ["--out", str(folder), "--posts", str(posts), "--seed", str(seed)]
+    subprocess.run(
+        [sys.executable, str(script), *arguments, "--split", "online"],
+        check=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    (folder / JUNK).write_bytes(random.Random(seed).randbytes(2000))
+    entries: list[dict[str, Any]] = json.loads((folder / "posts.json").read_text(encoding="utf-8"))
+    return entries
+
+
+def documents(
+    entries: list[dict[str, Any]], number: int, base_url: str, seed: int
+) -> list[dict[str, Any]]:
+    """Post documents: each takes text and media of one entry; one in a hundred has only junk."""
+    rng = random.Random(seed)
+    made = []
+    for i in range(number):
+        entry = entries[i % len(entries)]
+        post: dict[str, Any] = {"_id": f"post-{i:05d}", "text": entry["text"]}
+        for kind in ("images", "videos", "audios"):
+            post[kind] = [{"url": f"{base_url}/{path}"} for path in entry[kind]]
+        if rng.random() < _JUNK_SHARE:
+            post = {"_id": post["_id"], "images": [f"{base_url}/{JUNK}"]}
+        made.append(post)
+    return made
+
+
+@contextmanager
+def media_server(folder: Path) -> Iterator[str]:
+    """Serve the folder in a process of its own; gives the base URL."""
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[2]);"
+        "from chaos_rig.posts import serve; serve(sys.argv[1])"
+    )
+    child = subprocess.Popen(
+        [
+            *(sys.executable, "-S", "-c", DIE_WITH_PARENT),
+            *(sys.executable, "-c", code, str(folder), str(ROOT / "bench")),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env={"PYTHONPATH": str(ROOT)},
+    )
+    try:
+        assert child.stdout is not None
+        yield child.stdout.readline().strip()
+    finally:
+        child.kill()
+        child.wait()
+        if child.stdout is not None:
+            child.stdout.close()
+
+
+class _Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_: Any) -> None:
+        """A line for each of thousands of requests tells nothing."""
+
+
+def serve(folder: str) -> None:
+    """Serve for ever; says its URL on standard output."""
+    handler = functools.partial(_Quiet, directory=folder)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server.daemon_threads = True
+    print(f"http://127.0.0.1:{server.server_address[1]}", flush=True)
+    server.serve_forever()
+
+
+@dataclass(frozen=True, slots=True)
+class Shipment:
+    """What is published in one part of the run.
+
+    Attributes:
+        burst: IDs that are on the queue before the fault.
+        trickle: IDs that follow while it is being recovered from.
+    """
+
+    burst: list[str]
+    trickle: list[str]
+
+
+def shipments(ids: list[str], parts: int, rng: random.Random) -> list[Shipment]:
+    """Deal posts over the parts; each is published one to three times.
+
+    Copies come at once, or in a later part, when their post has long been tagged.
+    """
+    shares: list[list[str]] = [[] for _ in range(parts)]
+    for i, post_id in enumerate(ids):
+        part = i * parts // len(ids)
+        shares[part].append(post_id)
+        for _ in range(rng.choice((0, 0, 1, 2))):
+            shares[min(part + rng.choice((0, 0, 1, 3)), parts - 1)].append(post_id)
+    dealt = []
+    for share in shares:
+        rng.shuffle(share)
+        middle = len(share) * 3 // 5
+        dealt.append(Shipment(share[:middle], share[middle:]))
+    return dealt
+
+
+class Feeder(threading.Thread):
+    """Publishes: what is `ship`ped at once, what is `trickle`d one by one.
+
+    Attributes:
+        published: Messages that the broker has confirmed.
+    """
+
+    def __init__(self, publish: Any, *, every_s: float) -> None:
+        super().__init__(name="feeder", daemon=True)
+        self._publish = publish
+        self._every_s = every_s
+        self._lock = threading.Lock()
+        self._now: list[str] = []
+        self._later: list[str] = []
+        self._stopping = threading.Event()
+        self.published = 0
+
+    def ship(self, ids: list[str]) -> None:
+        """Publish these before all others."""
+        with self._lock:
+            self._now += ids
+
+    def trickle(self, ids: list[str]) -> None:
+        """Publish these slowly."""
+        with self._lock:
+            self._later += ids
+
+    def hurry(self) -> None:
+        """Publish all that is left at once."""
+        with self._lock:
+            self._now, self._later = self._now + self._later, []
+
+    @property
+    def empty(self) -> bool:
+        """Everything is on the queue."""
+        with self._lock:
+            return not (self._now or self._later)
+
+    def stop(self) -> None:
+        """Let the thread end."""
+        self._stopping.set()
+
+    def run(self) -> None:
+        """Publish until stopped; an absent broker is waited for."""
+        from config.errors import BrokerUnavailable
+
+        while not self._stopping.is_set():
+            with self._lock:
+                ids = self._now[:100] or self._later[:1]
+                at_once = bool(self._now)
+            if not ids:
+                self._stopping.wait(0.05)
+                continue
+            try:
+                self._publish(ids)
+            except BrokerUnavailable:  # some may have arrived: they are published once more
+                self._stopping.wait(0.3)
+                continue
+            with self._lock:
+                self.published += len(ids)
+                pending = self._now if at_once else self._later
+                del pending[: len(ids)]
+            if not at_once:
+                self._stopping.wait(self._every_s)

@@ -1,0 +1,249 @@
+"""One run of faults against one broker, and what is left at its end."""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from chaos_rig.faults import FAULTS, Wound, recovery
+from chaos_rig.leftovers import Watch, spool_files
+from chaos_rig.posts import Feeder, documents, media_server, shipments
+from chaos_rig.site import BrokerName, Site
+
+from tests.tiny_models import tiny_bundle, tiny_features
+
+TIMES: dict[str, dict[str, Any]] = {
+    "broker": {
+        "heartbeat_s": 4,
+        "socket_timeout_s": 2,
+        "visibility_timeout_s": 6,
+        "prefetch": 32,
+    },
+    "store": {"database": "chaos", "collection": "chaos_posts", "jobs_collection": "chaos_jobs",
+              "timeout_s": 3},
+    "fetch": {"allow_private_hosts": True, "total_timeout_s": 10, "read_timeout_s": 5},
+    "decode": {"processes": 2, "deadline_s": 8},
+    "workers": {"slots": 8, "extractors": [{"threads": 1}], "task_timeout_s": 10},
+    "king": {
+        "backoff_s": 0.2,
+        "backoff_max_s": 2,
+        "post_deadline_s": 60,
+        "drain_timeout_s": 20,
+        "lease_s": 6,
+    },
+    "watchdog": {"stall_s": 30, "interval_s": 2},
+}
+"""The shipped times suit a production network; on loopback shorter ones prove the same sooner."""
+
+_START_S = 120.0
+_LOADED = 0.25
+"""Share of a burst that has ended when the fault begins: the rest is the load."""
+
+
+@dataclass(frozen=True)
+class Stock:
+    """What the runs share.
+
+    Attributes:
+        media: Folder of the media files.
+        entries: The posts that they belong to.
+        bundle: A fusion model for `tests.tiny_models.tiny_features`.
+    """
+
+    media: Path
+    entries: list[dict[str, Any]]
+    bundle: Path
+
+    @classmethod
+    def make(cls, folder: Path, posts: int) -> Stock:
+        """Make so many posts' media, and the model."""
+        entries = make_media(folder / "media", posts, seed=7)
+        tiny_bundle(folder / "bundle", tiny_features())
+        return cls(folder / "media", entries, folder / "bundle")
+
+
+@dataclass
+class Report:
+    """What a run gives."""
+
+    figures: dict[str, Any]
+    wounds: list[Wound]
+    broken: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    settled: int = 0
+
+
+Progress = Callable[[int, str], None]
+"""Called with the number of posts that have ended and what is going on."""
+
+
+class Run:
+    """Posts in, faults, posts out."""
+
+    def __init__(
+        self,
+        folder: Path,
+        broker: BrokerName,
+        stock: Stock,
+        posts: int,
+        kinds: list[str],
+        seed: int,
+        limit_s: float,
+        progress: Progress,
+    ) -> None:
+        self._folder = folder
+        self._broker: BrokerName = broker
+        self._stock = stock
+        self._kinds = kinds
+        self._seed = seed
+        self._rng = random.Random(seed)
+        self._limit_s = limit_s
+        self._tell = progress
+        self._ids = [f"post-{i:05d}" for i in range(posts)]
+        self._wounds: list[Wound] = []
+        self._watch = Watch()
+
+    def run(self) -> Report:
+        """Everything; nothing of it outlives this call."""
+        began = time.monotonic()
+        features = tiny_features().model_dump(mode="json")
+        fusion = {"bundle": str(self._stock.bundle)}
+        settings = {**TIMES, "features": features, "fusion": fusion}
+        site = Site(self._folder, self._broker, settings)
+        feeder = Feeder(site.publish, every_s=0.25)
+        try:
+            with media_server(self._stock.media) as base_url:
+                posts = documents(self._stock.entries, len(self._ids), base_url, self._seed)
+                site.open(posts)
+                site.start_daemon()
+                feeder.start()
+                self._tell(0, "starting")
+                site.wait_for_phase("serving", _START_S)
+                try:
+                    self._hurt_it(site, feeder)
+                finally:
+                    seen = self._finish(site, feeder, began)
+                status, seconds = site.stop_king()
+                report = self._judge(site, feeder, seen)
+                if status != 0:
+                    report.broken.append(f"the King's last exit status was {status}")
+        finally:
+            feeder.stop()
+            site.close()
+        self._judge_leftovers(site, report)
+        report.seconds = time.monotonic() - began
+        return report
+
+    # Parts -----------------------------------------------------------------------------------
+
+    def _hurt_it(self, site: Site, feeder: Feeder) -> None:
+        dealt = shipments(self._ids, len(self._kinds) + 1, self._rng)
+        for kind, shipment in zip(self._kinds, dealt, strict=False):
+            self._tell(site.journal.ended, kind)
+            before = site.journal.ended
+            feeder.ship(shipment.burst)
+            fresh = len(set(shipment.burst))
+            wanted = before + max(1, int(fresh * _LOADED))
+            _wait(lambda n=wanted: site.journal.ended >= n, 30)
+            self._watch.look()
+            posts, began = site.journal.ended, time.time()
+            hurt = FAULTS[kind](site, self._rng)
+            feeder.trickle(shipment.trickle)
+            took_s = recovery(site, hurt)
+            self._wounds.append(Wound(kind, posts, hurt.ended - began, took_s, hurt.note))
+            feeder.hurry()
+        feeder.ship([*dealt[-1].burst, *dealt[-1].trickle])
+
+    def _finish(self, site: Site, feeder: Feeder, began: float) -> dict[str, str]:
+        """Wait until all posts have come to an end and nothing is under way."""
+        end = began + self._limit_s
+        wanted, ends = set(self._ids), dict[str, str]()
+        quiet = 0
+        while time.monotonic() < end and quiet < 2:
+            time.sleep(1.0)
+            self._tell(site.journal.ended, "finishing")
+            self._watch.look()
+            if not feeder.empty or site.health.get("in_flight") != 0:
+                quiet = 0
+                continue
+            ends = site.ends()
+            done = wanted <= set(ends) and site.open_jobs() == 0 and site.messages_left == 0
+            quiet = quiet + 1 if done else 0
+        return site.ends() if not ends else ends
+
+    def _judge(self, site: Site, feeder: Feeder, ends: dict[str, str]) -> Report:
+        ends = site.ends()
+        letters = {job.post_id: job for job in site.store.dead_letters(limit=100_000)}
+        lost = sorted(set(self._ids) - set(ends))
+        twice = sorted(site.audit.tagged_twice() | site.journal.tagged_twice)
+        recovered = [w.recovery_s for w in self._wounds if w.recovery_s is not None]
+        median = round(statistics.median(recovered), 2) if recovered else None
+        worst = round(max(recovered), 2) if recovered else None
+        open_jobs, messages = site.open_jobs(), site.messages_left
+        reasons = Counter(
+            f"{(job.last_error or {}).get('stage')}: {(job.last_error or {}).get('type')}"
+            for job in letters.values()
+        )
+        figures = {
+            "broker": self._broker,
+            "posts": len(self._ids),
+            "published": feeder.published,
+            "lost": len(lost),
+            "tagged_twice": len(twice),
+            "dead_lettered": len(letters),
+            "jobs_left": open_jobs,
+            "orphan_processes": -1,
+            "shared_segments": -1,
+            "spool_files": -1,
+            "faults": len(self._wounds),
+            "recovery_s": {"median": median, "worst": worst},
+            "seed": self._seed,
+            "messages_left": messages,
+            "messages_given_up_by_broker": site.messages_given_up,
+            "dead_letter_reasons": dict(reasons),
+        }
+        broken = []
+        broken += [f"{len(lost)} posts lost: {', '.join(lost[:5])}"] if lost else []
+        broken += [f"{len(twice)} tagged twice: {', '.join(twice[:5])}"] if twice else []
+        broken += [f"{open_jobs} jobs left"] if open_jobs else []
+        broken += [f"{messages} messages left"] if messages else []
+        unknown = [p for p, job in letters.items() if not (job.last_error or {}).get("message")]
+        broken += [f"{len(unknown)} dead letters without a reason"] if unknown else []
+        for wound in self._wounds:
+            if wound.recovery_s is None:
+                broken.append(f"no recovery from {wound.kind}")
+            if wound.note.startswith("FAILED"):
+                broken.append(f"{wound.kind}: {wound.note}")
+        missing = len(self._kinds) - len(self._wounds)
+        broken += [f"{missing} faults did not happen"] if missing else []
+        if site.journal.tracebacks:
+            broken.append(f"{site.journal.tracebacks} tracebacks in the log")
+        return Report(figures, self._wounds, broken, settled=site.journal.counts["king.message_settled"])
+
+    def _judge_leftovers(self, site: Site, report: Report) -> None:
+        orphans = self._watch.orphans(set())
+        segments = self._watch.segments()
+        files = spool_files(site.direct.fetch.spool)
+        for key, found in (
+            ("orphan_processes", orphans),
+            ("shared_segments", segments),
+            ("spool_files", files),
+        ):
+            report.figures[key] = len(found)
+            if found:
+                report.broken.append(f"{len(found)} {key}: {', '.join(found[:3])}")
+
+
+def _wait(done: Callable[[], bool], timeout_s: float) -> None:
+    """Wait until it is so, or the time is over: then the fault comes under less load."""
+    end = time.monotonic() + timeout_s
+    while not done() and time.monotonic() < end:
+        time.sleep(0.01)
+
+

@@ -1,0 +1,146 @@
+"""Typed settings of the fusion models; `config.train` holds them as ``model``."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, TypeAlias
+
+from pydantic import Field, model_validator
+
+from config.settings import PositiveInt, Section
+
+ModelName: TypeAlias = Literal[
+    "token_transformer",
+    "concat_mlp",
+    "concat_se",
+    "gmu",
+    "nextvlad_se",
+    "attention_lstm",
+    "mbt",
+]
+Share = Annotated[float, Field(ge=0, lt=1)]
+Weight = Annotated[float, Field(ge=0)]
+
+
+class TokenLimits(Section):
+    """Most tokens of each modality; text keeps its beginning, the others are thinned evenly."""
+
+    video: PositiveInt = 64
+    image: PositiveInt = 16
+    audio: PositiveInt = 64
+    text: PositiveInt = 128
+    ocr: PositiveInt = 64
+
+
+class TokenTransformerSettings(Section):
+    """Projected tokens of all modalities through one small transformer."""
+
+    width: PositiveInt = 192
+    layers: PositiveInt = 3
+    heads: PositiveInt = 4
+    dropout: Share = 0.1
+    motion: bool = True
+    """Tokens of video and audio also carry their change from the token before."""
+
+
+class ConcatMlpSettings(Section):
+    """Mean of each modality's tokens, joined, through plain layers."""
+
+    modality_width: PositiveInt = 256
+    width: PositiveInt = 512
+    layers: PositiveInt = 2
+    """Hidden layers behind the concatenation."""
+    dropout: Share = 0.5
+
+
+class NextVladSettings(Section):
+    """NeXtVLAD: soft assignment of frames to learned clusters, in groups."""
+
+    clusters: PositiveInt = 32
+    """K; the published model has 128. Sound takes half of them."""
+    groups: PositiveInt = 8
+    """G; sound takes half of them."""
+    expansion: PositiveInt = 2
+    """λ: how much wider a frame is made before it is cut into groups."""
+
+
+class ConcatSeSettings(Section):
+    """One vector of each modality, joined, with a squeeze-and-excitation gate."""
+
+    modality_width: PositiveInt = 256
+    width: PositiveInt = 512
+    reduction: PositiveInt = 8
+    dropout: Share = 0.5
+    pooling: Literal["mean", "nextvlad"] = "mean"
+    """How the tokens of video and sound become one vector; the others take their mean."""
+    nextvlad: NextVladSettings = NextVladSettings()
+
+
+class GmuSettings(Section):
+    """Gated multimodal unit: learned gates weigh the modalities that are there."""
+
+    width: PositiveInt = 256
+    dropout: Share = 0.3
+
+
+class NextVladSeSettings(Section):
+    """NeXtVLAD of every modality, joined, with a squeeze-and-excitation gate."""
+
+    width: PositiveInt = 512
+    """H; the published model has 2048."""
+    reduction: PositiveInt = 8
+    dropout: Share = 0.5
+    nextvlad: NextVladSettings = NextVladSettings()
+
+
+class AttentionLstmSettings(Section):
+    """A bidirectional LSTM with attention for each modality, joined by two layers.
+
+    The published model has 1024, 512, 8192 and 4096.
+    """
+
+    projection: PositiveInt = 256
+    hidden: PositiveInt = 128
+    """Of one direction."""
+    join: PositiveInt = 1024
+    width: PositiveInt = 512
+    dropout: Share = 0.5
+
+
+class MbtSettings(Section):
+    """Bottleneck transformer: modalities exchange what they know through a few shared tokens."""
+
+    width: PositiveInt = 192
+    layers: PositiveInt = 4
+    fusion_layers: PositiveInt = 2
+    """The last of the layers, in which modalities share the bottleneck tokens."""
+    heads: PositiveInt = 4
+    bottlenecks: PositiveInt = 4
+    dropout: Share = 0.1
+    stochastic_depth: Share = 0.1
+    """Chance that the last layer is skipped for a post in training; less for those before it."""
+    motion: bool = True
+    """Tokens of video and audio also carry their change from the token before."""
+
+    @model_validator(mode="after")
+    def _layers(self) -> MbtSettings:
+        if self.fusion_layers > self.layers:
+            raise ValueError(f"fusion_layers {self.fusion_layers} are more than layers")
+        return self
+
+
+class ModelSettings(Section):
+    """The fusion model: ``name`` chooses which of the sections below counts."""
+
+    name: ModelName = "token_transformer"
+    modality_dropout: Share = 0.15
+    """Chance that a modality is hidden from one post in one training step."""
+    auxiliary: Weight = 0.0
+    """Weight of the losses of heads that see one modality each; 0 makes no such heads."""
+    tokens: TokenLimits = TokenLimits()
+    token_transformer: TokenTransformerSettings = TokenTransformerSettings()
+    concat_mlp: ConcatMlpSettings = ConcatMlpSettings()
+    concat_se: ConcatSeSettings = ConcatSeSettings()
+    gmu: GmuSettings = GmuSettings()
+    nextvlad_se: NextVladSeSettings = NextVladSeSettings()
+    attention_lstm: AttentionLstmSettings = AttentionLstmSettings()
+    mbt: MbtSettings = MbtSettings()

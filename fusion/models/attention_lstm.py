@@ -1,0 +1,97 @@
+"""A bidirectional LSTM with attention for each modality."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from config.fusion_models import AttentionLstmSettings
+from config.train import ModelSettings
+from extractors.post import Modality
+from fusion.models.base import Fused, FusionModel, Stage, learned_vectors
+from fusion.schema import InputSchema
+
+
+class Branch(nn.Module):
+    """Tokens of one modality: FC, tanh ─► LSTM both ways ─► dropout ─► sum by softmax attention.
+
+    Source: PaddleVideo, VideoTag's attention LSTM.
+    """
+
+    def __init__(self, dim: int, options: AttentionLstmSettings) -> None:
+        super().__init__()
+        self.width = 2 * options.hidden
+        self.norm = nn.LayerNorm(dim)
+        self.project = nn.Linear(dim, options.projection)
+        # Two of one direction: what goes back begins at each post's own end, not in its padding.
+        self.ahead = nn.LSTM(options.projection, options.hidden, batch_first=True)
+        self.back = nn.LSTM(options.projection, options.hidden, batch_first=True)
+        self.dropout = nn.Dropout(options.dropout)
+        self.attend = nn.Linear(self.width, 1)
+
+    def forward(self, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """``(posts, n, dim)`` and bool ``(posts, n)`` to ``(posts, 2·hidden)``.
+
+        Posts without tokens get something that means nothing.
+        """
+        posts, count, _ = tokens.shape
+        if not count:
+            return tokens.new_zeros(posts, self.width)
+        projected = torch.tanh(self.project(self.norm(tokens)))  # (posts, n, projection)
+        lengths = mask.sum(dim=1, keepdim=True)  # (posts, 1)
+        place = torch.arange(count, device=mask.device)[None, :]
+        # The tokens of a post in reverse, its padding where it was.
+        turned = torch.where(place < lengths, lengths - 1 - place, place)[:, :, None]
+        ahead, _ = self.ahead(projected)  # (posts, n, hidden)
+        back, _ = self.back(projected.gather(1, turned.expand_as(projected)))
+        back = back.gather(1, turned.expand_as(back))
+        states = self.dropout(torch.cat([ahead, back], dim=2))  # (posts, n, 2·hidden)
+        weights = self.attend(states)[:, :, 0].float().masked_fill(~mask, float("-inf"))
+        # All -inf for a post without tokens: its softmax would be NaN.
+        weights = weights.masked_fill(lengths == 0, 0.0).softmax(dim=1)
+        return (weights[:, :, None] * states).sum(dim=1)
+
+
+class AttentionLSTM(FusionModel):
+    """A `Branch` for each modality ─► concat ─► FC, ReLU ─► FC, tanh ─► logits."""
+
+    def __init__(self, schema: InputSchema, settings: ModelSettings) -> None:
+        super().__init__(schema, settings)
+        options = settings.attention_lstm
+        width = 2 * options.hidden
+        self.branches = nn.ModuleDict({m: Branch(d, options) for m, d in schema.dims.items()})
+        self.missing = learned_vectors(schema, width)
+        self.join = nn.Linear(width * len(schema.dims), options.join)
+        self.narrow = nn.Linear(options.join, options.width)
+        self.classify = nn.Linear(options.width, schema.classes)
+        self._add_own_heads(dict.fromkeys(schema.dims, width))
+
+    @property
+    def head(self) -> nn.Linear:
+        """The last layer."""
+        return self.classify
+
+    def layers(self) -> tuple[Stage, ...]:
+        """The branches, the two layers that join them, the head."""
+        return (
+            Stage("modality", ("branches", "missing")),
+            Stage("fusion", ("join",)),
+            Stage("fusion", ("narrow",)),
+            Stage("head", ("classify",)),
+        )
+
+    def fuse(
+        self, tokens: Mapping[Modality, torch.Tensor], masks: Mapping[Modality, torch.Tensor]
+    ) -> Fused:
+        """Logits ``(posts, classes)``."""
+        alone: dict[Modality, torch.Tensor] = {}
+        for modality in self.modalities:
+            mask = masks[modality]
+            vector = self.branches[modality](tokens[modality], mask)
+            there = mask.any(dim=1, keepdim=True)
+            alone[modality] = torch.where(there, vector, self.missing[modality])
+        vectors = torch.cat([alone[m] for m in self.modalities], dim=1)
+        vector = torch.tanh(self.narrow(torch.relu(self.join(vectors))))  # (posts, width)
+        return Fused(self.classify(vector), alone)

@@ -1,0 +1,137 @@
+"""Multimodal bottleneck transformer: modalities meet in a few shared tokens only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from config.train import ModelSettings
+from extractors.post import Modality
+from fusion.models.base import Fused, FusionModel, Stage, learned_vectors
+from fusion.models.blocks import Block, position_scales, positions, projections, refuse_uneven
+from fusion.schema import InputSchema
+
+
+class MBT(FusionModel):
+    """A transformer for each modality; in the last layers they share bottleneck tokens.
+
+    In such a layer each modality attends to itself and to the bottleneck tokens, and the updates
+    of these are averaged over the modalities. The logits are the mean of what the [CLS] tokens of
+    the modalities that are there say. A missing modality is its learned token: it updates the
+    bottleneck, so that the others know, and says nothing itself, except in a post that has nothing.
+
+    Source: arXiv 2107.00135, section 3.
+    """
+
+    def __init__(self, schema: InputSchema, settings: ModelSettings) -> None:
+        super().__init__(schema, settings)
+        options = settings.mbt
+        width, last = options.width, max(1, options.layers - 1)
+        refuse_uneven(width, options.heads, "model.mbt")
+        self.first_shared = options.layers - options.fusion_layers
+        self.projections = projections(schema, width, motion=options.motion)
+        self.starts = learned_vectors(schema, width)
+        self.missing = learned_vectors(schema, width)
+        self.scales = position_scales(schema)
+        self.bottlenecks = nn.Parameter(torch.randn(options.bottlenecks, width) * 0.02)
+        self.dropout = nn.Dropout(options.dropout)
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict(
+                {
+                    m: Block(
+                        width,
+                        options.heads,
+                        options.dropout,
+                        skip=options.stochastic_depth * i / last,
+                    )
+                    for m in schema.dims
+                }
+            )
+            for i in range(options.layers)
+        )
+        self.norms = nn.ModuleDict({m: nn.LayerNorm(width) for m in schema.dims})
+        self.classify = nn.Linear(width, schema.classes)
+        self.places: torch.Tensor
+        self.register_buffer(
+            "places", positions(max(schema.tokens.values()), width), persistent=False
+        )
+        self._add_own_heads(dict.fromkeys(schema.dims, width))
+
+    @property
+    def head(self) -> nn.Linear:
+        """The last layer."""
+        return self.classify
+
+    def layers(self) -> tuple[Stage, ...]:
+        """Projections, the layers one by one, the head."""
+        first = Stage("modality", ("projections", "starts", "missing", "scales"))
+        blocks: list[Stage] = []
+        for i in range(len(self.blocks)):
+            shared = i >= self.first_shared
+            names = (f"blocks.{i}", "bottlenecks") if i == self.first_shared else (f"blocks.{i}",)
+            blocks.append(Stage("fusion" if shared else "modality", names))
+        if self.first_shared == len(self.blocks):  # nothing is shared; they are there all the same
+            first = first._replace(names=(*first.names, "bottlenecks"))
+        return (first, *blocks, Stage("head", ("norms", "classify")))
+
+    def undecayed(self) -> frozenset[str]:
+        """The bottleneck tokens are vectors."""
+        return frozenset({"bottlenecks"})
+
+    def fuse(
+        self, tokens: Mapping[Modality, torch.Tensor], masks: Mapping[Modality, torch.Tensor]
+    ) -> Fused:
+        """Logits ``(posts, classes)``."""
+        streams, seen = self._embed(tokens, masks)
+        for layer in self.blocks[: self.first_shared]:
+            streams = {m: layer[m](streams[m], seen[m]) for m in streams}
+        alone = {m: stream[:, 0] for m, stream in streams.items()}
+        posts = len(next(iter(streams.values())))
+        shared = self.bottlenecks.expand(posts, -1, -1)  # (posts, bottlenecks, width)
+        for layer in self.blocks[self.first_shared :]:
+            streams, shared = self._exchange(layer, streams, seen, shared)
+        there = torch.stack([masks[m].any(dim=1) for m in self.modalities], dim=1)
+        weights = (there | ~there.any(dim=1, keepdim=True)).float()  # (posts, modalities)
+        weights = weights / weights.sum(dim=1, keepdim=True)
+        said = [self.classify(self.dropout(self.norms[m](streams[m][:, 0]))) for m in streams]
+        logits = (torch.stack(said, dim=1) * weights[:, :, None]).sum(dim=1)
+        return Fused(logits, alone)
+
+    def _embed(
+        self, tokens: Mapping[Modality, torch.Tensor], masks: Mapping[Modality, torch.Tensor]
+    ) -> tuple[dict[Modality, torch.Tensor], dict[Modality, torch.Tensor]]:
+        """[CLS], the tokens and the stand-in ``(posts, 1 + n + 1, width)``, and which are there."""
+        streams: dict[Modality, torch.Tensor] = {}
+        seen: dict[Modality, torch.Tensor] = {}
+        for modality in self.modalities:
+            mask = masks[modality]
+            projected = self.projections[modality](tokens[modality])  # (posts, n, width)
+            if modality in self.scales:
+                places = self.places[: projected.shape[1]]
+                projected = projected + self.scales[modality] * places
+            start = self.starts[modality].expand(len(mask), 1, -1)
+            stand_in = self.missing[modality].expand(len(mask), 1, -1)
+            streams[modality] = self.dropout(torch.cat([start, projected, stand_in], dim=1))
+            there = mask.any(dim=1, keepdim=True)
+            seen[modality] = torch.cat([torch.ones_like(there), mask, ~there], dim=1)
+        return streams, seen
+
+    def _exchange(
+        self,
+        layer: nn.Module,
+        streams: Mapping[Modality, torch.Tensor],
+        seen: Mapping[Modality, torch.Tensor],
+        shared: torch.Tensor,
+    ) -> tuple[dict[Modality, torch.Tensor], torch.Tensor]:
+        count = shared.shape[1]
+        always = torch.ones(shared.shape[:2], dtype=torch.bool, device=shared.device)
+        found: dict[Modality, torch.Tensor] = {}
+        updates: list[torch.Tensor] = []
+        for modality, block in layer.items():  # type: ignore[operator]
+            both = torch.cat([shared, streams[modality]], dim=1)
+            mixed = block(both, torch.cat([always, seen[modality]], dim=1))
+            updates.append(mixed[:, :count])
+            found[modality] = mixed[:, count:]
+        return found, torch.stack(updates).mean(dim=0)

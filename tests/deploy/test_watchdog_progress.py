@@ -1,0 +1,208 @@
+"""From health files to durations, on a clock that the test moves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from config.settings import KingSettings, Settings, WatchdogSettings
+from deploy.health import Snapshot
+from deploy.supervisor import Program
+from deploy.watchdog_probes import Depth
+from deploy.watchdog_progress import Progress
+from deploy.watchdog_rules import Observation, decide
+
+WALL = 1_700_000_000.0
+THREADS = ("main", "broker", "store", "dispatch")
+
+
+class FakeProbes:
+    """Answers that the test sets; counts the questions."""
+
+    def __init__(self) -> None:
+        self.depth = Depth(0)
+        self.store_error: str | None = None
+        self.file_error: str | None = None
+        self.asked = {"broker": 0, "store": 0}
+
+    def broker(self) -> Depth:
+        self.asked["broker"] += 1
+        return self.depth
+
+    def store(self) -> str | None:
+        self.asked["store"] += 1
+        return self.store_error
+
+    def health_file(self) -> str | None:
+        return self.file_error
+
+
+class Story:
+    """A King whose health file is written once a second, and a watchdog that looks each second."""
+
+    def __init__(self, stall_s: float = 10, post_deadline_s: float = 20) -> None:
+        self.settings = Settings(
+            watchdog=WatchdogSettings(stall_s=stall_s, interval_s=1),
+            king=KingSettings(post_deadline_s=post_deadline_s, lease_s=1),
+        )
+        self.now = 0.0
+        self.wall = WALL
+        self.pid = 7
+        self.probes = FakeProbes()
+        self.progress = Progress(self.settings, self.probes, lambda: self.now)
+        self.frozen: set[str] = set()
+        self.ticks = dict.fromkeys(THREADS, WALL)
+        self.updated_at = WALL
+        self.content: dict[str, Any] = {"in_flight": 0, "last_delivery_at": None, "counters": {}}
+        self.phase = "serving"
+        self.started_at = WALL - 5
+        self.actions: list[str] = []
+
+    def run(self, seconds: int) -> Observation:
+        """Let time pass; gives the last observation."""
+        for _ in range(seconds):
+            self.now += 1
+            self.wall += 1
+            if "main" not in self.frozen:
+                self.updated_at = self.wall
+                for thread in THREADS:
+                    if thread not in self.frozen:
+                        self.ticks[thread] = self.wall
+            content = {**self.content, "ticks": dict(self.ticks)}
+            snapshot = Snapshot(self.pid, self.updated_at, self.phase, content)
+            seen = self.progress.observe(Program("RUNNING", 7, self.started_at), snapshot)
+            self.actions.append(decide(seen, self.settings).action)
+        return seen
+
+    @property
+    def first(self) -> dict[str, int]:
+        """Action ─► second in which it came first."""
+        return {action: self.actions.index(action) + 1 for action in dict.fromkeys(self.actions)}
+
+
+@pytest.mark.parametrize("thread", THREADS)
+def test_a_thread_that_stops_is_seen_after_stall_s(thread: str) -> None:
+    """Each of the King's threads is watched; a restart is due once, and not before its time."""
+    story = Story()
+    story.run(5)
+    story.frozen = {thread}
+    seen = story.run(12)
+    assert seen.tick_ages[thread] == 12
+    assert story.first["restart"] == 5 + 11
+
+
+@pytest.mark.parametrize("step_s", [-7200.0, 7200.0])
+def test_a_clock_that_is_set_is_no_stall(step_s: float) -> None:
+    """Forward or back, only what changes counts."""
+    story = Story()
+    story.started_at -= 10_000
+    story.run(20)
+    story.wall += step_s
+    story.run(20)
+    assert set(story.actions) == {"none"}
+
+
+def test_a_thread_is_not_blamed_for_an_outage() -> None:
+    """While the probe fails its age stays 0; when the outage is over it has its time again."""
+    story = Story()
+    story.frozen = {"store"}
+    story.probes.store_error = "refused"
+    assert story.run(100).tick_ages["store"] <= 10
+    assert set(story.actions) == {"none", "wait"}
+    story.probes.store_error = None
+    story.actions.clear()
+    story.run(25)
+    assert story.first["restart"] > 1
+
+
+def test_healthy_and_busy_kings_cause_no_questions() -> None:
+    """The servers are asked only about what stands still."""
+    story = Story()
+    for second in range(30):
+        story.content["last_delivery_at"] = second
+        story.run(1)
+    assert story.probes.asked == {"broker": 0, "store": 0}
+
+
+def test_idleness_beside_a_backlog_is_nudged_and_then_a_stall() -> None:
+    """It counts from the first look that found messages."""
+    story = Story()
+    story.run(30)
+    assert set(story.actions) == {"none"}
+    story.probes.depth = Depth(3)
+    story.run(14)
+    assert story.first["nudge"] in (30 + 6, 30 + 7)
+    assert story.first["restart"] in (30 + 11, 30 + 12)
+
+
+@pytest.mark.parametrize("moved", ["last_delivery_at", "counters", "in_flight", "phase", "depth"])
+def test_anything_that_moves_ends_the_starvation(moved: str) -> None:
+    """A delivery, an outcome, work in flight, another phase, or an empty queue."""
+    story = Story()
+    story.probes.depth = Depth(3)
+    for second in range(60):
+        here = second % 8 == 7
+        if moved == "phase":
+            story.phase = "broker_down" if here else "serving"
+        elif moved == "depth":
+            story.probes.depth = Depth(0 if here else 3)
+        elif moved == "in_flight":
+            story.content["in_flight"] = int(here)
+        else:
+            story.content[moved] = second // 8
+        story.run(1)
+    assert "restart" not in story.actions
+
+
+def test_an_unreachable_broker_is_no_backlog() -> None:
+    """The probe's failure is told, and nothing is done."""
+    story = Story()
+    story.probes.depth = Depth(None, "refused")
+    story.run(60)
+    assert set(story.actions) <= {"wait", "none"}
+
+
+def test_work_past_its_deadline_counts_only_while_serving() -> None:
+    """What was in flight during an outage gets its whole deadline again."""
+    story = Story()
+    story.content["in_flight"] = 1
+    story.phase = "store_down"
+    for second in range(50):
+        story.content["oldest_in_flight_s"] = float(second)
+        story.run(1)
+    story.phase = "serving"
+    for second in range(50, 85):
+        story.content["oldest_in_flight_s"] = float(second)
+        story.run(1)
+    # 20 s of deadline and 10 s of margin after the outage of 50 s.
+    assert story.first["restart"] == 50 + 32
+
+
+def test_another_kings_file_says_nothing() -> None:
+    """Another pid, or a file that is older than the process: no word yet."""
+    story = Story()
+    story.pid = 8
+    assert story.run(1).phase is None
+    story = Story()
+    story.started_at = story.wall + 10
+    assert story.run(1).phase is None
+
+
+def test_a_new_process_begins_a_new_story() -> None:
+    """What was measured of the last one does not count against it."""
+    story = Story()
+    story.frozen = {"main"}
+    assert story.run(9).tick_ages["main"] == 8
+    story.started_at += 1
+    assert story.run(1).tick_ages["main"] == 0
+
+
+def test_a_full_disk_is_not_the_kings_fault() -> None:
+    """Where nobody can write the health file, an old one is no proof."""
+    story = Story()
+    story.probes.file_error = "workshop/run cannot be written: No space left on device"
+    story.frozen = {"main"}
+    story.run(30)
+    assert "restart" not in story.actions
+    assert story.actions[-1] == "alarm"
