@@ -19,7 +19,7 @@ SCRIPTS := $(wildcard *.py)
 PYTEST_ARGS ?=
 SUPERVISORD_ARGS ?=
 
-.PHONY: help env env-dev headless demo test check style types arrows bench run lock clean distclean
+.PHONY: help env env-dev headless demo test check style types arrows bench fuzz run lock clean distclean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -77,6 +77,11 @@ arrows: $(VENV)/.dev
 
 bench: $(VENV)/.dev ## every benchmark; results in bench/results
 	@set -e; for file in bench/[a-z]*.py; do echo "== $$file"; $(PY) $$file; done
+
+FUZZ_ARGS ?=
+
+fuzz: $(VENV)/.dev ## 2,000 hostile files and 500 malformed messages through the daemon
+	$(PY) bench/fuzz.py $(FUZZ_ARGS)
 
 run: $(VENV)/.runtime ## the daemon and its watchdog under supervisord, in the foreground
 	@mkdir -p workshop/run && touch workshop/run/king.log

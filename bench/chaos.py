@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs as a plain 
 
 from chaos_rig.faults import FULL, SHORT, schedule
 from chaos_rig.leftovers import become_subreaper
-from chaos_rig.run import Report, Run, Stock
+from chaos_rig.run import Plan, Report, Run, Stock
 from chaos_rig.site import SERVERS, BrokerName
 from results_file import FOLDER, write_results
 from rich.console import Console
@@ -90,16 +90,18 @@ def run_one(
         Progress(*columns, console=shown) as bar,
     ):
         task = bar.add_task("", total=options.posts)
-        run = Run(
-            Path(folder),
-            broker,
-            stock,
-            options.posts,
-            kinds_of(options, broker),
-            options.seed,
-            options.limit_s,
-            lambda posts, what: bar.update(task, completed=posts, description=what),
+        plan = Plan(
+            broker=broker,
+            posts=options.posts,
+            kinds=kinds_of(options, broker),
+            seed=options.seed,
+            limit_s=options.limit_s,
         )
+
+        def tell(posts: int, what: str) -> None:
+            bar.update(task, completed=posts, description=what)
+
+        run = Run(Path(folder), stock, plan, tell)
         try:
             return run.run()
         finally:

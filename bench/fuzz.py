@@ -132,7 +132,7 @@ def growth_of(samples: Sequence[tuple[int, int]], total: int) -> float:
     warm = [resident for done, resident in samples if done >= _WARM * total]
     if len(warm) < 2:
         return 0.0
-    few = max(1, min(5, len(warm) // 4))
+    few = max(1, len(warm) // 9)  # a tenth of the work at either end: one look may be at a peak
     before, after = statistics.median(warm[:few]), statistics.median(warm[-few:])
     return round(after / before - 1, 4)
 
@@ -168,6 +168,9 @@ def run(options: argparse.Namespace, folder: Path, console: Console) -> int:
     from fuzzing.seeds import make_seeds
     from fuzzing.site import Site
 
+    from config.logs import configure_logs
+
+    configure_logs("auto", "error")
     (folder / "seeds").mkdir(parents=True)
     cases = Cases(make_seeds(folder / "seeds"), options.seed, options.media)
     messages = bad_messages(options.seed, options.messages)

@@ -8,7 +8,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -307,6 +314,15 @@ class MonitorSettings(Section):
     dead_letters: Threshold = Threshold(warning=100, critical=10_000)
     queue_depth: Threshold = Threshold(warning=10_000, critical=100_000)
     replica_lag_s: Threshold = Threshold(warning=10, critical=60)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _other_half(cls, value: object, info: ValidationInfo) -> object:
+        """Who sets one of a threshold's values keeps the default of the other."""
+        default = cls.model_fields[str(info.field_name)].default
+        if isinstance(default, Threshold) and isinstance(value, dict):
+            return {**default.model_dump(), **value}
+        return value
 
 
 class EmbeddedSettings(Section):

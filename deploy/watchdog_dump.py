@@ -36,8 +36,9 @@ def write_dump(pid: int, health_file: Path, reason: str, wait_s: float) -> Path 
     try:
         _append(path, f"==== {moment} pid {pid}: {reason}\n")
         if not _stopped(pid) and catches(pid, DUMP_SIGNAL):
+            before = path.stat().st_size
             os.kill(pid, DUMP_SIGNAL)
-            _wait_for_answer(path, wait_s)
+            _wait_for_answer(path, before, wait_s)
         _append(path, f"-- threads of {pid}, as the kernel sees them\n{threads(pid)}\n")
     except OSError:
         return path if path.exists() else None
@@ -79,10 +80,10 @@ def _stopped(pid: int) -> bool:
         return False
 
 
-def _wait_for_answer(path: Path, wait_s: float) -> None:
+def _wait_for_answer(path: Path, before: int, wait_s: float) -> None:
     """Wait until the file has grown, and then stands still."""
     end = time.monotonic() + wait_s
-    before = size = path.stat().st_size
+    size = before
     while time.monotonic() < end:
         time.sleep(_STEP_S)
         now = path.stat().st_size

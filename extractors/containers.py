@@ -99,5 +99,8 @@ def packets(container: Container, *streams: Stream) -> Iterator[Packet]:
             broken += 1
             demuxed = container.demux(*streams)
             continue
+        except IndexError:  # PyAV, at a packet of a stream that was not there at the beginning
+            demuxed = container.demux(*streams)
+            continue
         if packet.size:  # the empty ones at the end are there to flush decoders
             yield packet

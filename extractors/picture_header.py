@@ -12,8 +12,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from config.errors import MediaError
+from extractors.sniff import MAX_PARTS
 
 _TRUNCATED = "truncated"
+
+_MAX_SCANS = 500
+"""Of a progressive JPEG, which has about ten; each may cost a pass over all pixels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,16 +62,24 @@ class _BrokenError(Exception):
     """``truncated`` or ``broken``; `read_header` adds the name of the format."""
 
 
+def _parts() -> Iterator[None]:
+    """One for each part of a file's structure; raises when there are more than can be meant."""
+    for _ in range(MAX_PARTS):
+        yield
+    raise _BrokenError("broken")
+
+
 # JPEG ----------------------------------------------------------------------------------------
 
 
 def _jpeg(data: memoryview) -> PictureHeader:
     """Segments up to the first scan, then the end marker; ITU T.81 annex B."""
     size: tuple[int, int] | None = None
-    orientation, position = 1, 2
-    while True:
+    orientation, position, parts = 1, 2, _parts()
+    for _ in parts:
         while data[position] == 0xFF and data[position + 1] == 0xFF:
             position += 1  # fill bytes
+            next(parts)
         if data[position] != 0xFF:
             raise _BrokenError("broken")
         marker = data[position + 1]
@@ -86,7 +98,14 @@ def _jpeg(data: memoryview) -> PictureHeader:
     # Inside a scan 0xFF is always followed by 0 or a restart marker, so that this is the end.
     if _find(data, b"\xff\xd9", position) < 0:
         raise _BrokenError(_TRUNCATED)
+    if _count(data, b"\xff\xda", position) > _MAX_SCANS:
+        raise _BrokenError("broken")
     return PictureHeader(*size, orientation=orientation)
+
+
+def _count(data: memoryview, needle: bytes, start: int, block: int = 1 << 20) -> int:
+    """`bytes.count` on a memoryview, a block at a time; for a needle of two bytes."""
+    return sum(bytes(data[i : i + block + 1]).count(needle) for i in range(start, len(data), block))
 
 
 def _find(data: memoryview, needle: bytes, start: int, block: int = 1 << 20) -> int:
@@ -118,7 +137,7 @@ def _png(data: memoryview) -> PictureHeader:
     """Chunks up to IEND, with the checksums of those that matter; PNG specification section 5."""
     width, height = struct.unpack_from(">II", data, 16)
     frames, orientation, position = 1, 1, 8
-    while True:
+    for _ in _parts():
         length, name = struct.unpack_from(">I4s", data, position)
         end = position + 12 + length
         if end > len(data):
@@ -134,6 +153,7 @@ def _png(data: memoryview) -> PictureHeader:
         elif name == b"IEND":
             return PictureHeader(width, height, max(1, frames), orientation)
         position = end
+    raise _BrokenError("broken")
 
 
 # GIF -----------------------------------------------------------------------------------------
@@ -143,12 +163,13 @@ def _gif(data: memoryview) -> PictureHeader:
     """Blocks up to the trailer; GIF89a specification."""
     width, height, flags = struct.unpack_from("<HHB", data, 6)
     position = 13 + _colour_table(flags)
-    frames = 0
+    frames, parts = 0, _parts()
     while position < len(data) and data[position] != 0x3B:  # a missing trailer is tolerated
         if data[position] == 0x21:
-            position = _sub_blocks(data, position + 2)
+            position = _sub_blocks(data, position + 2, parts)
         elif data[position] == 0x2C:
-            position = _sub_blocks(data, position + 11 + _colour_table(data[position + 9]))
+            start = position + 11 + _colour_table(data[position + 9])
+            position = _sub_blocks(data, start, parts)
             frames += 1
         elif frames:
             break  # rubbish behind the last frame
@@ -163,10 +184,12 @@ def _colour_table(flags: int) -> int:
     return 3 << (flags & 7) + 1 if flags & 0x80 else 0
 
 
-def _sub_blocks(data: memoryview, position: int) -> int:
+def _sub_blocks(data: memoryview, position: int, parts: Iterator[None]) -> int:
     """Position behind a run of length-prefixed blocks."""
     while data[position]:
         position += 1 + data[position]
+        next(parts)
+    next(parts)
     return position + 1
 
 
@@ -203,7 +226,9 @@ def _riff_chunks(data: memoryview) -> Iterator[tuple[bytes, memoryview]]:
     position, end = 12, total + 8
     if end > len(data) + 1:  # some writers leave the last byte of padding out
         raise _BrokenError(_TRUNCATED)
+    parts = _parts()
     while position + 8 <= min(end, len(data)):
+        next(parts)
         name, length = struct.unpack_from("<4sI", data, position)
         body = data[position + 8 : position + 8 + length]
         if len(body) < length:

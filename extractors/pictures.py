@@ -128,7 +128,7 @@ def _finish(pixels: npt.NDArray[Any], orientation: int) -> Pixels:
     if pixels.dtype == np.uint16:
         pixels = cv2.convertScaleAbs(pixels, alpha=1 / 257)  # 65535 ─► 255
     elif pixels.dtype != np.uint8:  # floating-point TIFF, 0 to 1
-        pixels = np.nan_to_num(np.clip(pixels, 0, 1) * 255).astype(np.uint8)
+        pixels = (np.clip(np.nan_to_num(pixels), 0, 1) * 255).astype(np.uint8)
     if pixels.ndim == 2 or pixels.shape[2] == 1:
         pixels = cv2.cvtColor(pixels, cv2.COLOR_GRAY2RGB)
     elif pixels.shape[2] == 4:

@@ -23,6 +23,10 @@ TOLERATED_LOSS = 0.01
 """A file that lacks more than this share of the bytes that its header promises is truncated."""
 
 
+MAX_PARTS = 1_000_000
+"""Boxes, chunks, blocks or segments of a file; only one made to waste time has more."""
+
+
 @dataclass(frozen=True, slots=True)
 class FileType:
     """A kind of file.
@@ -209,8 +213,11 @@ def _promised_bytes(stream: BinaryIO, size: int, found: FileType) -> int:
 
 def _end_of_boxes(stream: BinaryIO, size: int) -> int:
     """ISO base media: the boxes of the top level, ISO/IEC 14496-12 section 4.2."""
-    position = 0
+    position = count = 0
     while position + 8 <= size:
+        count += 1
+        if count > MAX_PARTS:
+            raise MediaError("broken MP4 video: it is nothing but boxes")
         stream.seek(position)
         header = stream.read(16)
         length = int.from_bytes(header[:4], "big")

@@ -25,6 +25,7 @@ PATCH_FRAMES, BANDS = 96, 64
 _WINDOW, _HOP, _FFT = 400, 160, 512  # samples
 _LOWEST_HZ, _HIGHEST_HZ = 125.0, 7500.0
 _LOG_OFFSET = 0.01
+_LOUDEST = 8.0  # full scale is 1; files of floating point may hold anything, infinity too
 _PATCH_SAMPLES = _WINDOW + (PATCH_FRAMES - 1) * _HOP
 _BLOCK_PATCHES = 10  # patches transformed at once, so that minutes of sound need no gigabytes
 
@@ -132,7 +133,8 @@ class SoundTrack:
         if setup != self._setup:  # also in mid-stream: joined files change their rate or layout
             self._drain()
             self._setup = setup
-            self._resampler = av.AudioResampler(format="fltp", layout=frame.layout, rate=RATE_HZ)
+            # Interleaved: PyAV reads past the end of a planar frame's list of 8 channels and more.
+            self._resampler = av.AudioResampler(format="flt", layout=frame.layout, rate=RATE_HZ)
         self._decoded += 1
         frame.pts = None  # gaps and jumps of time stamps are no silence
         try:
@@ -149,7 +151,10 @@ class SoundTrack:
     def _keep(self, frames: list[Any]) -> None:
         for frame in frames:
             # The mean of the channels, as VGGish mixes; FFmpeg's own mono is 3 dB louder.
-            samples = frame.to_ndarray()[:, : max(0, self._left)].mean(0)  # (samples,) float32
+            # (1, samples * channels) -> (samples, channels)
+            channels = frame.to_ndarray().reshape(-1, frame.layout.nb_channels)
+            channels = np.nan_to_num(channels[: max(0, self._left)])
+            samples = np.clip(channels, -_LOUDEST, _LOUDEST).mean(1)  # (samples,) float32
             if len(samples):
-                self._chunks.append(np.nan_to_num(samples))
+                self._chunks.append(samples)
                 self._left -= len(samples)

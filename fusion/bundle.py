@@ -29,6 +29,7 @@ from config.load import one_line
 from config.settings import Section
 from config.train import ModalityName, ModelSettings
 from extractors.post import Modality
+from fusion.calibration import Calibration
 from fusion.files import replace_folder, sync_file
 from fusion.models import FusionModel, build_model
 from fusion.schema import FeatureManifest, InputSchema
@@ -55,6 +56,7 @@ class About(Section):
     features: dict[ModalityName, ModalityEntry] = Field(min_length=1)
     model: ModelSettings
     thresholds: tuple[float, ...]
+    calibration: Calibration | None = None
     metrics: dict[str, float]
     weights_sha256: str
     labels_sha256: str
@@ -81,7 +83,8 @@ class Bundle:
 
     Attributes:
         model: With its weights, in evaluation mode, on the CPU.
-        thresholds: float32 ``(classes,)``.
+        thresholds: float32 ``(classes,)``, on calibrated scores.
+        calibration: What makes the model's scores probabilities; None leaves them.
     """
 
     name: str
@@ -92,6 +95,7 @@ class Bundle:
     model: FusionModel
     thresholds: npt.NDArray[np.float32]
     metrics: Mapping[str, float]
+    calibration: Calibration | None = None
 
 
 def save_bundle(
@@ -104,6 +108,7 @@ def save_bundle(
     labels: LabelMap,
     thresholds: npt.NDArray[np.float32],
     metrics: Mapping[str, float],
+    calibration: Calibration | None = None,
 ) -> str:
     """Write a bundle; one that is there is replaced in one step.
 
@@ -139,6 +144,7 @@ def save_bundle(
             },
             model=settings,
             thresholds=tuple(round(float(t), 6) for t in thresholds),
+            calibration=calibration,
             metrics={key: float(value) for key, value in metrics.items()},
             weights_sha256=digest,
             labels_sha256=_sha256(part / LABELS),
@@ -183,6 +189,7 @@ def load_bundle(folder: Path) -> Bundle:
         model=model.eval().requires_grad_(False),
         thresholds=np.array(about.thresholds, dtype=np.float32),
         metrics=about.metrics,
+        calibration=about.calibration,
     )
 
 

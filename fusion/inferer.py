@@ -12,6 +12,7 @@ import torch
 from config.labels import LabelMap
 from extractors.post import Features, Modality, Tag, Tags
 from fusion.bundle import Bundle, check_fingerprints, load_bundle
+from fusion.calibration import calibrated
 from fusion.collate import Batch, Collate, Sample
 from fusion.device import require_device, set_threads
 
@@ -133,7 +134,7 @@ class Inferer:
         with torch.inference_mode():
             logits = self._model(batch.to(self._device))
             scores: npt.NDArray[np.float32] = torch.sigmoid(logits.float()).cpu().numpy()
-        return scores
+        return calibrated(self._bundle.calibration, scores)
 
     def _tags(self, post_id: str, scores: npt.NDArray[np.float32]) -> Tags:
         reached = np.flatnonzero(scores >= self._bundle.thresholds)

@@ -1,4 +1,8 @@
-"""Losses of multi-label tagging; all take logits, never probabilities."""
+"""Losses of multi-label tagging; all take logits, never probabilities.
+
+The forms below give the cost of every class of every post; `TaggingLoss` smooths, weighs and
+averages. Targets may lie between 0 and 1: smoothed and mixed ones do.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +10,12 @@ from collections.abc import Callable, Mapping
 from typing import TypeAlias
 
 import torch
+from torch import nn
 from torch.nn import functional
 
-from config.train import LossName
+from config.learning import AsymmetricSettings, FocalSettings, LossName, LossSettings
 
-Loss: TypeAlias = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Costs: TypeAlias = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def binary_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -18,9 +23,111 @@ def binary_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.T
 
     Args:
         logits: float ``(posts, classes)``.
-        targets: float ``(posts, classes)`` of 0 and 1.
+        targets: float ``(posts, classes)`` in [0, 1].
     """
     return functional.binary_cross_entropy_with_logits(logits.float(), targets)
 
 
-LOSSES: Mapping[LossName, Loss] = {"bce": binary_cross_entropy}
+def cross_entropy_costs(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Binary cross entropy float32 ``(posts, classes)``."""
+    return functional.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+
+
+def focal_costs(
+    logits: torch.Tensor, targets: torch.Tensor, settings: FocalSettings
+) -> torch.Tensor:
+    """``-α·t·(1-p)^γ·log p - (1-α)·(1-t)·p^γ·log(1-p)``, float32 ``(posts, classes)``.
+
+    Source: arXiv 1708.02002, equation 5.
+    """
+    yes, no = functional.logsigmoid(logits), functional.logsigmoid(-logits)  # log p, log(1-p)
+    # Powers as exponentials: the gradient of 0^γ with γ below 1 is infinite.
+    positive = -targets * torch.exp(settings.gamma * no) * yes
+    negative = -(1 - targets) * torch.exp(settings.gamma * yes) * no
+    if settings.alpha is None:
+        return positive + negative
+    return settings.alpha * positive + (1 - settings.alpha) * negative
+
+
+def asymmetric_costs(
+    logits: torch.Tensor, targets: torch.Tensor, settings: AsymmetricSettings
+) -> torch.Tensor:
+    """``-t·(1-p)^γ⁺·log p - (1-t)·q^γ⁻·log(1-q)`` with ``q = max(p - margin, 0)``.
+
+    float32 ``(posts, classes)``.
+
+    Source: arXiv 2009.14119, equation 7.
+    """
+    yes, no = functional.logsigmoid(logits), functional.logsigmoid(-logits)  # log p, log(1-p)
+    positive = -targets * torch.exp(settings.gamma_positive * no) * yes
+    if settings.margin == 0:
+        return positive - (1 - targets) * torch.exp(settings.gamma_negative * yes) * no
+    moved = torch.sigmoid(logits) - settings.margin
+    counts = moved > 0
+    # Where nothing counts a harmless number stands: 0^γ has no finite gradient for γ below 1.
+    kept = torch.where(counts, moved, 0.5)
+    negative = -(1 - targets) * kept**settings.gamma_negative * torch.log1p(-kept)
+    return positive + torch.where(counts, negative, 0.0)
+
+
+def class_weights(positives: torch.Tensor, beta: float) -> torch.Tensor:
+    """Weights by the effective number of positives, float32 ``(classes,)`` with mean 1.
+
+    A class without positives counts as one with one.
+
+    Args:
+        positives: Posts of each class ``(classes,)``.
+        beta: β in [0, 1): 0 weighs all alike, near 1 by 1 / positives.
+
+    Source: arXiv 1901.05555, equation 4.
+    """
+    counts = positives.double().clamp(min=1)
+    weights = (1 - beta) / (1 - beta**counts)
+    return (weights / weights.mean()).float()
+
+
+def smoothed(targets: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """Targets moved by ε/2 from 0 and 1 towards each other."""
+    return targets * (1 - epsilon) + epsilon / 2
+
+
+class TaggingLoss(nn.Module):
+    """The loss that settings name: a mean over posts and classes."""
+
+    def __init__(self, settings: LossSettings, positives: torch.Tensor) -> None:
+        """Make one.
+
+        Args:
+            settings: All of ``loss``.
+            positives: Training posts of each class ``(classes,)``.
+        """
+        super().__init__()
+        self._smoothing = settings.label_smoothing
+        self._costs = _FORMS[settings.name](settings)
+        self.weights: torch.Tensor
+        self.register_buffer("weights", class_weights(positives, settings.class_balance), False)
+
+    def forward(
+        self, logits: torch.Tensor, targets: torch.Tensor, there: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The mean cost.
+
+        Args:
+            logits: float ``(posts, classes)``.
+            targets: float ``(posts, classes)`` in [0, 1].
+            there: bool ``(posts,)``; posts where it is False cost nothing, and count in the mean:
+                so the costs of parts of a batch add up to that of the batch.
+        """
+        truth = smoothed(targets, self._smoothing) if self._smoothing else targets
+        costs = self._costs(logits.float(), truth) * self.weights  # (posts, classes)
+        if there is None:
+            return costs.mean()
+        # Chosen, not multiplied: 0 · inf is NaN, and (posts, 1, 1) · (posts,) would mask nothing.
+        return torch.where(there[:, None], costs, 0.0).mean()
+
+
+_FORMS: Mapping[LossName, Callable[[LossSettings], Costs]] = {
+    "bce": lambda _: cross_entropy_costs,
+    "focal": lambda settings: lambda x, t: focal_costs(x, t, settings.focal),
+    "asymmetric": lambda settings: lambda x, t: asymmetric_costs(x, t, settings.asymmetric),
+}

@@ -1,24 +1,72 @@
-"""The optimizer, its schedule, and a moving average of the weights."""
+"""The optimizer, its parameter groups, its schedule, and a moving average of the weights."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 
-from config.train import OptimizerSettings
+from config.learning import OptimizerName, OptimizerSettings, ScheduleName
+from fusion.models import FusionModel
+from fusion.models.base import Group, Stage
+
+ParameterGroup: TypeAlias = dict[str, Any]
+Factor: TypeAlias = Callable[[int], float]
+
+_ONE_CYCLE_START, _ONE_CYCLE_END = 1 / 25, 1 / 250_000
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Decay matrices and filters, not biases, norms and learned vectors; every parameter once."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
+def parameter_groups(model: nn.Module, settings: OptimizerSettings) -> list[ParameterGroup]:
+    """Every parameter that learns in exactly one group, with its learning rate and decay.
+
+    Matrices and filters decay; biases, norms and learned vectors do not. A model that is no
+    `FusionModel` is one stage.
+
+    Raises:
+        ValueError: A parameter of the model is in none of its stages, or in two.
+    """
+    stages, kept = _stages(model)
+    found: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        rate = _rate(name, stages, settings)
+        decays = parameter.ndim > 1 and name not in kept
+        key = (rate, settings.weight_decay if decays else 0.0)
+        found.setdefault(key, []).append(parameter)
+    # The highest rate first: it is the one that the log shows.
+    ordered = sorted(found.items(), key=lambda item: (-item[0][0], -item[0][1]))
+    return [{"params": p, "lr": rate, "weight_decay": decay} for (rate, decay), p in ordered]
+
+
+def _stages(model: nn.Module) -> tuple[tuple[Stage, ...], frozenset[str]]:
+    if isinstance(model, FusionModel):
+        return model.stages(), model.undecayed()
+    return (Stage("fusion", ("",)),), frozenset()
+
+
+def _rate(name: str, stages: tuple[Stage, ...], settings: OptimizerSettings) -> float:
+    places = [i for i, stage in enumerate(stages) if any(_within(name, n) for n in stage.names)]
+    if len(places) != 1:
+        raise ValueError(f"parameter {name} is in {len(places)} stages of its model, not in one")
+    group: Group = stages[places[0]].group
+    rates: Mapping[Group, float | None] = {
+        "modality": settings.group_rates.modality,
+        "fusion": settings.group_rates.fusion,
+        "head": settings.group_rates.head,
+    }
+    rate = rates[group]
+    rate = settings.learning_rate if rate is None else rate
+    return rate * settings.layer_decay ** (len(stages) - 1 - places[0])
+
+
+def _within(name: str, part: str) -> bool:
+    return not part or name == part or name.startswith(f"{part}.")
 
 
 def warm_up_cosine(step: int, steps: int, warm_up: float) -> float:
@@ -36,16 +84,62 @@ def warm_up_cosine(step: int, steps: int, warm_up: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
+def one_cycle(step: int, steps: int, warm_up: float) -> float:
+    """Factor of the learning rate at a step: a cosine from 1/25 to 1, one down to 1/250,000.
+
+    Momentum stays as it is.
+
+    Source: arXiv 1708.07120, with the cosines and ends of torch's OneCycleLR.
+    """
+    top, last = warm_up * steps - 1, steps - 1
+    if step <= top:
+        return _cosine_between(_ONE_CYCLE_START, 1.0, step / top if top > 0 else 1.0)
+    return _cosine_between(1.0, _ONE_CYCLE_END, (step - top) / max(1, last - top))
+
+
+def _cosine_between(start: float, end: float, done: float) -> float:
+    return end + (start - end) / 2 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def warm_up_steps(step: int, steps: int, settings: OptimizerSettings) -> float:
+    """Factor of the learning rate: linear up, then times ``step_factor`` at each ``steps_at``."""
+    passed = sum(step >= round(share * steps) for share in settings.steps_at)
+    return _warm_up(step, steps, settings) * settings.step_factor**passed
+
+
+def _warm_up(step: int, steps: int, settings: OptimizerSettings) -> float:
+    return min(1.0, (step + 1) / max(1, round(steps * settings.warm_up)))
+
+
+SCHEDULES: Mapping[ScheduleName, Callable[[OptimizerSettings, int], Factor]] = {
+    "cosine": lambda s, steps: partial(warm_up_cosine, steps=steps, warm_up=s.warm_up),
+    "one_cycle": lambda s, steps: partial(one_cycle, steps=steps, warm_up=s.warm_up),
+    "step": lambda s, steps: partial(warm_up_steps, steps=steps, settings=s),
+    "constant": lambda s, steps: partial(_warm_up, steps=steps, settings=s),
+}
+
+OPTIMIZERS: Mapping[
+    OptimizerName, Callable[[list[ParameterGroup], OptimizerSettings], torch.optim.Optimizer]
+] = {
+    "adamw": lambda groups, s: torch.optim.AdamW(groups, lr=s.learning_rate),
+    "adam": lambda groups, s: torch.optim.Adam(groups, lr=s.learning_rate),
+    "sgd": lambda groups, s: torch.optim.SGD(groups, lr=s.learning_rate, momentum=s.momentum),
+    "rmsprop": lambda groups, s: torch.optim.RMSprop(
+        groups, lr=s.learning_rate, momentum=s.momentum
+    ),
+}
+
+
 def build_optimizer(
     model: nn.Module, settings: OptimizerSettings, steps: int
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
-    """AdamW and its schedule over ``steps`` steps."""
-    groups = parameter_groups(model, settings.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: warm_up_cosine(step, steps, settings.warm_up)
-    )
-    return optimizer, schedule
+    """The optimizer that settings name and its schedule over ``steps`` steps.
+
+    The schedule is a function of the step alone, so that a resumed run goes on just where it was.
+    """
+    optimizer = OPTIMIZERS[settings.name](parameter_groups(model, settings), settings)
+    factor = SCHEDULES[settings.schedule](settings, steps)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
 class MovingAverage:

@@ -6,9 +6,10 @@ import json
 import math
 import random
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from config.train import OptimizerSettings, TrainerSettings
 from fusion import metrics
 from fusion.checkpoint import Checkpoint, Progress, load_checkpoint, save_checkpoint
 from fusion.collate import Batch, Collate, Sample
-from fusion.losses import LOSSES
+from fusion.objective import Objective
 from fusion.optimizer import MovingAverage, build_optimizer
 from fusion.progress import Bar, progress_bar
 from fusion.sampling import EpochBatches, epoch_seed
@@ -66,16 +67,15 @@ class Trainer:
     ) -> None:
         self._fabric, self._settings, self._optimizing = fabric, settings, optimizer
         self._signature, self._seed = signature, seed
-        self._loss = LOSSES[settings.loss]
         self.log = RunLog(settings.save_dir / "log" / "train.jsonl", enabled=fabric.is_global_zero)
         self.last = settings.save_dir / "ckpt" / "last.pt"
         self.best = settings.save_dir / "ckpt" / "best.pt"
 
-    def fit(self, model: nn.Module, data: TrainData, resume: Path | None = None) -> Progress:
+    def fit(self, objective: Objective, data: TrainData, resume: Path | None = None) -> Progress:
         """Train to the last epoch, or until no validation gets better.
 
         Args:
-            model: Takes a `Batch`, gives logits ``(posts, classes)``.
+            objective: The model and what is minimised.
             data: Posts.
             resume: A checkpoint to go on from.
 
@@ -90,19 +90,19 @@ class Trainer:
             rank=self._fabric.global_rank,
             world=self._fabric.world_size,
         )
-        steps = len(batches) * self._settings.epochs
-        model.to(self._fabric.device)
+        model = objective.model
+        objective.to(self._fabric.device)
+        an_epoch = -(-len(batches) // self._optimizing.accumulate)
+        steps = an_epoch * self._settings.epochs
         run = _Run(model, *build_optimizer(model, self._optimizing, steps), Progress(self._seed))
         if self._optimizing.ema_decay:
             run.average = MovingAverage(model, self._optimizing.ema_decay)
         if resume is not None:
             self._restore(run, load_checkpoint(resume, self._signature), resume)
-        run.wrapped, run.wrapped_optimizer = self._fabric.setup(model, run.optimizer)
+        run.wrapped, run.wrapped_optimizer = self._fabric.setup(objective, run.optimizer)
         loader = self._loader(data, data.train, batch_sampler=batches)
         start = run.progress.epoch
-        with progress_bar(
-            "train", steps - start * len(batches), enabled=self._bar_enabled()
-        ) as bar:
+        with progress_bar("train", steps - start * an_epoch, enabled=self._bar_enabled()) as bar:
             for epoch in range(start + 1, self._settings.epochs + 1):
                 if self._finished(run.progress):
                     break
@@ -135,9 +135,10 @@ class Trainer:
         _seed_all(epoch_seed(self._seed, epoch, self._fabric.global_rank))
         run.model.train()
         started, total, count = time.monotonic(), 0.0, 0
-        for step, batch in enumerate(loader, 1):
-            loss = self._step(run, batch.to(self._fabric.device), f"epoch {epoch}, step {step}")
-            total, count = total + loss * len(batch.post_ids), count + len(batch.post_ids)
+        for step, batches in enumerate(_together(loader, self._optimizing.accumulate), 1):
+            loss = self._step(run, batches, f"epoch {epoch}, step {step}")
+            posts = _posts(batches)
+            total, count = total + loss * posts, count + posts
             bar.advance()
             if step % self._settings.log_interval == 0:
                 rate = run.schedule.get_last_lr()[0]
@@ -147,24 +148,31 @@ class Trainer:
         self.log.write("epoch", epoch=epoch, loss=run.loss, posts=count, seconds=seconds)
         bar.note(f"epoch {epoch} loss {run.loss:.4f}{_shown(run.progress)}")
 
-    def _step(self, run: _Run, batch: Batch, where: str) -> float:
-        loss = self._loss(run.wrapped(batch), _targets(batch))
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise ConfigError(
-                f"{where}: the loss is {value}; lower optimizer.learning_rate, or look for "
-                "features that are not finite"
-            )
+    def _step(self, run: _Run, batches: list[Batch], where: str) -> float:
+        """Learn from batches as if they were one; their mean loss."""
+        posts, total = _posts(batches), 0.0
         run.wrapped_optimizer.zero_grad(set_to_none=True)
-        self._fabric.backward(loss)
-        self._fabric.clip_gradients(
-            run.wrapped, run.wrapped_optimizer, max_norm=self._optimizing.gradient_clip
-        )
+        for number, batch in enumerate(batches, 1):
+            with self._fabric.no_backward_sync(run.wrapped, enabled=number < len(batches)):
+                loss = run.wrapped(batch.to(self._fabric.device))
+                loss = loss * (len(batch.post_ids) / posts)
+                value = float(loss.detach())
+                if not math.isfinite(value):
+                    raise ConfigError(
+                        f"{where}: the loss is {value}; lower optimizer.learning_rate, or look "
+                        "for features that are not finite"
+                    )
+                self._fabric.backward(loss)
+            total += value
+        if self._optimizing.gradient_clip is not None:
+            self._fabric.clip_gradients(
+                run.wrapped, run.wrapped_optimizer, max_norm=self._optimizing.gradient_clip
+            )
         run.wrapped_optimizer.step()
         run.schedule.step()
         if run.average is not None:
             run.average.update(run.model)
-        return value
+        return total
 
     def _end_epoch(self, run: _Run, data: TrainData, epoch: int, bar: Bar) -> None:
         progress = run.progress
@@ -290,6 +298,17 @@ class RunLog:
                 file.write(f"{line}\n")
         except OSError as error:
             raise ConfigError(f"{self._path}: the log cannot be written: {error}") from error
+
+
+def _together(loader: Iterable[Batch], count: int) -> Iterator[list[Batch]]:
+    """Batches in groups of ``count``; the last group may be smaller."""
+    batches = iter(loader)
+    while group := list(islice(batches, count)):
+        yield group
+
+
+def _posts(batches: list[Batch]) -> int:
+    return sum(len(batch.post_ids) for batch in batches)
 
 
 def _targets(batch: Batch) -> torch.Tensor:

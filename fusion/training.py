@@ -21,6 +21,7 @@ from config.settings import Precision
 from config.train import TrainSettings
 from fusion import metrics
 from fusion.bundle import save_bundle
+from fusion.calibration import Calibration, calibrated, fit_calibration
 from fusion.checkpoint import load_checkpoint, signature
 from fusion.collate import Collate
 from fusion.dataset import (
@@ -31,7 +32,9 @@ from fusion.dataset import (
     read_data_file,
 )
 from fusion.device import resolve_precision, set_threads
+from fusion.losses import TaggingLoss
 from fusion.models import FusionModel, build_model
+from fusion.objective import Objective
 from fusion.schema import FeatureManifest, InputSchema
 from fusion.thresholds import fit_thresholds
 from fusion.trainer import TrainData, Trainer
@@ -69,7 +72,7 @@ class _Prepared:
     manifest: FeatureManifest
     schema: InputSchema
     data: TrainData
-    frequencies: torch.Tensor
+    positives: torch.Tensor
 
 
 def train(
@@ -97,10 +100,16 @@ def train(
     seed = int(fabric.broadcast(_seed(settings, checkpoint, mark)))
     torch.manual_seed(seed)
     model = build_model(prepared.schema, settings.model)
-    model.start_at(prepared.frequencies)
+    model.start_at(prepared.positives / prepared.data.train_count)
     trainer = Trainer(fabric, settings.trainer, settings.optimizer, signature=mark, seed=seed)
-    progress = trainer.fit(model, prepared.data, checkpoint)
-    thresholds, found = _measure(settings, prepared, model, trainer)
+    objective = Objective(
+        model,
+        TaggingLoss(settings.loss, prepared.positives),
+        auxiliary=settings.model.auxiliary,
+        mixup=settings.loss.mixup,
+    )
+    progress = trainer.fit(objective, prepared.data, checkpoint)
+    calibration, thresholds, found = _measure(settings, prepared, model, trainer)
     version = ""
     if fabric.is_global_zero:
         version = save_bundle(
@@ -112,6 +121,7 @@ def train(
             labels=prepared.labels,
             thresholds=thresholds,
             metrics=found,
+            calibration=calibration,
         )
     trainer.log.write("bundle", folder=str(settings.bundle.folder), version=version, **found)
     fabric.barrier()
@@ -157,7 +167,7 @@ def prepare(settings: TrainSettings, reader: FeatureReader) -> _Prepared:
             train_count=len(records),
             loaders=data.loaders,
         ),
-        torch.from_numpy(targets.mean(axis=0)),
+        torch.from_numpy(targets.sum(axis=0)),
     )
 
 
@@ -189,7 +199,7 @@ def _signature(settings: TrainSettings, prepared: _Prepared) -> str:
     name = settings.model.name
     return signature(
         {
-            "model": {"name": name, **options[name]},
+            "model": {"name": name, "own_heads": options["auxiliary"] > 0, **options[name]},
             "features": dict(prepared.manifest.dims),
             "fingerprints": dict(prepared.manifest.fingerprints),
             "image_as_frames": prepared.manifest.image_as_frames,
@@ -218,11 +228,22 @@ def _seed(settings: TrainSettings, checkpoint: Path | None, mark: str) -> int:
 
 def _measure(
     settings: TrainSettings, prepared: _Prepared, model: FusionModel, trainer: Trainer
-) -> tuple[npt.NDArray[np.float32], dict[str, float]]:
-    """Thresholds ``(classes,)`` and metrics on the validation posts; 0.5 and none without them."""
+) -> tuple[Calibration | None, npt.NDArray[np.float32], dict[str, float]]:
+    """Calibration, thresholds ``(classes,)`` and metrics, from the validation posts.
+
+    Metrics are of the calibrated scores, which are what the bundle gives. Without validation:
+    none, 0.5 and none.
+    """
     valid = prepared.data.valid
     if valid is None:
-        return np.full(len(prepared.labels), 0.5, np.float32), {}
-    scores, targets = trainer.scores(model, prepared.data, valid)
-    thresholds = fit_thresholds(scores, targets, min_positives=settings.bundle.min_positives)
-    return thresholds, metrics.summary(scores, targets, thresholds)
+        return None, np.full(len(prepared.labels), 0.5, np.float32), {}
+    raw, targets = trainer.scores(model, prepared.data, valid)
+    calibration = fit_calibration(settings.bundle.calibration, raw, targets)
+    scores = calibrated(calibration, raw)
+    thresholds = fit_thresholds(
+        scores,
+        targets,
+        min_positives=settings.bundle.min_positives,
+        precision=settings.bundle.precision,
+    )
+    return calibration, thresholds, metrics.summary(scores, targets, thresholds)

@@ -120,7 +120,7 @@ def tagged_result(outcome: Tagged) -> dict[str, Any]:
         "failures": {m: error_document(failure) for m, failure in outcome.failures.items()},
         "error": None,
         "attempts": outcome.started.attempt,
-        "tagged_at": datetime.now(timezone.utc),
+        "tagged_at": datetime.fromtimestamp(outcome.ended_at, timezone.utc),
         "timings_ms": dict(outcome.timings_ms),
     }
 

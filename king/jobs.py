@@ -15,6 +15,7 @@ level of an update into text, and then no longer finds them by range.
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
@@ -110,13 +111,19 @@ Verdict: TypeAlias = Started | Settled | Elsewhere | Buried
 
 @dataclass(frozen=True, slots=True)
 class Tagged:
-    """The attempt gave tags."""
+    """The attempt gave tags.
+
+    Attributes:
+        ended_at: Seconds since the epoch. Kept here, so that a write that is repeated because
+            its reply was lost is the same write to the byte, and changes nothing.
+    """
 
     started: Started
     tags: Tags
     statuses: Mapping[Modality, Status]
     failures: Mapping[Modality, Failure] = field(default_factory=dict)
     timings_ms: Mapping[str, int] = field(default_factory=dict)
+    ended_at: float = field(default_factory=time.time)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from config.settings import ExtractorName, Settings
+from config.settings import BrokerSettings, ExtractorName, Settings, StoreSettings
 from workers.lanes import Lane
 from workers.protocol import WorkerRole
 
@@ -33,7 +33,7 @@ class Launch:
     Attributes:
         run: ``module:function`` that gets the `workers.child.Context`.
         name: Unique name, ``extract-0``; in logs and in the process title.
-        settings: All settings as JSON.
+        settings: As JSON, `without_credentials`.
         arena: Descriptor of the shared slots, or -1 for a role that has no business there.
         device: ``cpu``, or ``cuda:0`` of the one device that the process can see.
         spool: Folder of downloaded files.
@@ -71,6 +71,14 @@ class WorkerSpec:
     threads: int
     at_most: int | None
     limit_s: float
+
+
+def without_credentials(settings: Settings) -> Settings:
+    """What a worker may know: it has no business with the broker and the database.
+
+    A decoder that is taken over by what it decodes finds no password in its memory.
+    """
+    return settings.model_copy(update={"broker": BrokerSettings(), "store": StoreSettings()})
 
 
 FETCH_TRIES = 2

@@ -26,7 +26,7 @@ from workers.events import (
     TaskPool,
     WorkerView,
 )
-from workers.launch import ROLES, Launch, WorkerSpec, worker_specs
+from workers.launch import ROLES, Launch, WorkerSpec, without_credentials, worker_specs
 from workers.manifest import bundle_fingerprints, expected_fingerprints, mismatch
 from workers.member import Member
 from workers.pipe import PipeBroken
@@ -299,7 +299,7 @@ class ProcessPool:
             run=self._roles[spec.role],
             role=spec.role,
             name=spec.name,
-            settings=self._settings.model_dump_json(),
+            settings=without_credentials(self._settings).model_dump_json(),
             device="cuda:0" if spec.device.startswith("cuda:") else spec.device,
             extractors=spec.extractors,
             threads=spec.threads,

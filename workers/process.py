@@ -30,7 +30,8 @@ def pinned_environment(spec: WorkerSpec, environ: dict[str, str]) -> dict[str, s
     ``cuda:N`` counts in the devices that the King itself may see; the worker sees only that one,
     as ``cuda:0``.
     """
-    pinned = dict(environ)
+    # Settings come through the pipe, without the URLs of broker and database: see `Launch`.
+    pinned = {k: v for k, v in environ.items() if not k.upper().startswith("INSIGHTTAG_")}
     pinned.update(dict.fromkeys(_THREAD_VARIABLES, str(spec.threads)))
     pinned["TOKENIZERS_PARALLELISM"] = "false"
     pinned.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")

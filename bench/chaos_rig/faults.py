@@ -12,7 +12,6 @@ from types import MappingProxyType
 from typing import TypeAlias
 
 from chaos_rig.site import Site
-
 from tests.services import Server
 
 RECOVERY_LIMIT_S = 90.0
@@ -88,6 +87,14 @@ def _kill_king_at_a_write(site: Site, _rng: random.Random) -> Hurt:
         time.sleep(0.0005)
     site.kill_king()
     return Hurt(time.time(), note="" if time.monotonic() < end else "no write was seen")
+
+
+def _stop_king(site: Site, _rng: random.Random) -> Hurt:
+    """SIGSTOP, and never SIGCONT: the watchdog must find it."""
+    pid = site.king_pid
+    if pid is not None:
+        os.kill(pid, signal.SIGSTOP)
+    return Hurt(time.time())
 
 
 def _terminate_king(site: Site, _rng: random.Random) -> Hurt:
@@ -173,6 +180,8 @@ FAULTS: Mapping[str, Inject] = MappingProxyType(
         "kill fuse": _kill("fuse"),
         "stop decode": _stop("decode"),
         "stop extract": _stop("extract"),
+        "stop fuse": _stop("fuse"),
+        "stop king": _stop_king,
         "kill king": _kill_king,
         "kill king at a write": _kill_king_at_a_write,
         "kill king, database down": _kill_king_without_database,

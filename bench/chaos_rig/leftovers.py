@@ -110,7 +110,8 @@ def _shared_files(pid: int) -> set[str]:
                 found.add(str(link.readlink()))
     with contextlib.suppress(OSError):
         for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
-            found.add(line.partition("/dev/shm/")[2] and "/dev/shm/" + line.partition("/dev/shm/")[2])
+            _, slash, name = line.partition("/dev/shm/")
+            found.add(slash + name)
     return found
 
 

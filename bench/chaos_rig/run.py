@@ -6,16 +6,15 @@ import random
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from chaos_rig.faults import FAULTS, Wound, recovery
 from chaos_rig.leftovers import Watch, spool_files
-from chaos_rig.posts import Feeder, documents, media_server, shipments
+from chaos_rig.posts import Feeder, documents, make_media, media_server, shipments
 from chaos_rig.site import BrokerName, Site
-
 from tests.tiny_models import tiny_bundle, tiny_features
 
 TIMES: dict[str, dict[str, Any]] = {
@@ -25,8 +24,12 @@ TIMES: dict[str, dict[str, Any]] = {
         "visibility_timeout_s": 6,
         "prefetch": 32,
     },
-    "store": {"database": "chaos", "collection": "chaos_posts", "jobs_collection": "chaos_jobs",
-              "timeout_s": 3},
+    "store": {
+        "database": "chaos",
+        "collection": "chaos_posts",
+        "jobs_collection": "chaos_jobs",
+        "timeout_s": 3,
+    },
     "fetch": {"allow_private_hosts": True, "total_timeout_s": 10, "read_timeout_s": 5},
     "decode": {"processes": 2, "deadline_s": 8},
     "workers": {"slots": 8, "extractors": [{"threads": 1}], "task_timeout_s": 10},
@@ -37,7 +40,7 @@ TIMES: dict[str, dict[str, Any]] = {
         "drain_timeout_s": 20,
         "lease_s": 6,
     },
-    "watchdog": {"stall_s": 30, "interval_s": 2},
+    "watchdog": {"stall_s": 12, "interval_s": 2},
 }
 """The shipped times suit a production network; on loopback shorter ones prove the same sooner."""
 
@@ -68,6 +71,22 @@ class Stock:
         return cls(folder / "media", entries, folder / "bundle")
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What a run does.
+
+    Attributes:
+        kinds: The faults, in order.
+        limit_s: By then every post must have come to an end.
+    """
+
+    broker: BrokerName
+    posts: int
+    kinds: Sequence[str]
+    seed: int
+    limit_s: float
+
+
 @dataclass
 class Report:
     """What a run gives."""
@@ -86,26 +105,13 @@ Progress = Callable[[int, str], None]
 class Run:
     """Posts in, faults, posts out."""
 
-    def __init__(
-        self,
-        folder: Path,
-        broker: BrokerName,
-        stock: Stock,
-        posts: int,
-        kinds: list[str],
-        seed: int,
-        limit_s: float,
-        progress: Progress,
-    ) -> None:
+    def __init__(self, folder: Path, stock: Stock, plan: Plan, progress: Progress) -> None:
         self._folder = folder
-        self._broker: BrokerName = broker
         self._stock = stock
-        self._kinds = kinds
-        self._seed = seed
-        self._rng = random.Random(seed)
-        self._limit_s = limit_s
+        self._plan = plan
         self._tell = progress
-        self._ids = [f"post-{i:05d}" for i in range(posts)]
+        self._rng = random.Random(plan.seed)
+        self._ids = [f"post-{i:05d}" for i in range(plan.posts)]
         self._wounds: list[Wound] = []
         self._watch = Watch()
 
@@ -115,22 +121,20 @@ class Run:
         features = tiny_features().model_dump(mode="json")
         fusion = {"bundle": str(self._stock.bundle)}
         settings = {**TIMES, "features": features, "fusion": fusion}
-        site = Site(self._folder, self._broker, settings)
+        site = Site(self._folder, self._plan.broker, settings)
         feeder = Feeder(site.publish, every_s=0.25)
         try:
             with media_server(self._stock.media) as base_url:
-                posts = documents(self._stock.entries, len(self._ids), base_url, self._seed)
+                posts = documents(self._stock.entries, len(self._ids), base_url, self._plan.seed)
                 site.open(posts)
                 site.start_daemon()
                 feeder.start()
                 self._tell(0, "starting")
                 site.wait_for_phase("serving", _START_S)
-                try:
-                    self._hurt_it(site, feeder)
-                finally:
-                    seen = self._finish(site, feeder, began)
-                status, seconds = site.stop_king()
-                report = self._judge(site, feeder, seen)
+                self._hurt_it(site, feeder)
+                self._finish(site, feeder, began)
+                status, _ = site.stop_king()
+                report = self._judge(site, feeder)
                 if status != 0:
                     report.broken.append(f"the King's last exit status was {status}")
         finally:
@@ -143,14 +147,14 @@ class Run:
     # Parts -----------------------------------------------------------------------------------
 
     def _hurt_it(self, site: Site, feeder: Feeder) -> None:
-        dealt = shipments(self._ids, len(self._kinds) + 1, self._rng)
-        for kind, shipment in zip(self._kinds, dealt, strict=False):
+        dealt = shipments(self._ids, len(self._plan.kinds) + 1, self._rng)
+        for kind, shipment in zip(self._plan.kinds, dealt, strict=False):
             self._tell(site.journal.ended, kind)
             before = site.journal.ended
             feeder.ship(shipment.burst)
             fresh = len(set(shipment.burst))
             wanted = before + max(1, int(fresh * _LOADED))
-            _wait(lambda n=wanted: site.journal.ended >= n, 30)
+            _wait_for(site, wanted, 30)
             self._watch.look()
             posts, began = site.journal.ended, time.time()
             hurt = FAULTS[kind](site, self._rng)
@@ -160,24 +164,21 @@ class Run:
             feeder.hurry()
         feeder.ship([*dealt[-1].burst, *dealt[-1].trickle])
 
-    def _finish(self, site: Site, feeder: Feeder, began: float) -> dict[str, str]:
-        """Wait until all posts have come to an end and nothing is under way."""
-        end = began + self._limit_s
-        wanted, ends = set(self._ids), dict[str, str]()
+    def _finish(self, site: Site, feeder: Feeder, began: float) -> None:
+        """Wait until all posts have come to an end and nothing is under way, twice in a row."""
+        end = began + self._plan.limit_s
+        wanted = set(self._ids)
         quiet = 0
         while time.monotonic() < end and quiet < 2:
             time.sleep(1.0)
             self._tell(site.journal.ended, "finishing")
             self._watch.look()
-            if not feeder.empty or site.health.get("in_flight") != 0:
-                quiet = 0
-                continue
-            ends = site.ends()
-            done = wanted <= set(ends) and site.open_jobs() == 0 and site.messages_left == 0
+            idle = feeder.empty and site.health.get("in_flight") == 0
+            done = idle and wanted <= set(site.ends())
+            done = done and site.open_jobs() == 0 and site.messages_left == 0
             quiet = quiet + 1 if done else 0
-        return site.ends() if not ends else ends
 
-    def _judge(self, site: Site, feeder: Feeder, ends: dict[str, str]) -> Report:
+    def _judge(self, site: Site, feeder: Feeder) -> Report:
         ends = site.ends()
         letters = {job.post_id: job for job in site.store.dead_letters(limit=100_000)}
         lost = sorted(set(self._ids) - set(ends))
@@ -191,7 +192,7 @@ class Run:
             for job in letters.values()
         )
         figures = {
-            "broker": self._broker,
+            "broker": self._plan.broker,
             "posts": len(self._ids),
             "published": feeder.published,
             "lost": len(lost),
@@ -203,7 +204,7 @@ class Run:
             "spool_files": -1,
             "faults": len(self._wounds),
             "recovery_s": {"median": median, "worst": worst},
-            "seed": self._seed,
+            "seed": self._plan.seed,
             "messages_left": messages,
             "messages_given_up_by_broker": site.messages_given_up,
             "dead_letter_reasons": dict(reasons),
@@ -215,16 +216,17 @@ class Run:
         broken += [f"{messages} messages left"] if messages else []
         unknown = [p for p, job in letters.items() if not (job.last_error or {}).get("message")]
         broken += [f"{len(unknown)} dead letters without a reason"] if unknown else []
-        for wound in self._wounds:
-            if wound.recovery_s is None:
-                broken.append(f"no recovery from {wound.kind}")
-            if wound.note.startswith("FAILED"):
-                broken.append(f"{wound.kind}: {wound.note}")
-        missing = len(self._kinds) - len(self._wounds)
-        broken += [f"{missing} faults did not happen"] if missing else []
-        if site.journal.tracebacks:
-            broken.append(f"{site.journal.tracebacks} tracebacks in the log")
-        return Report(figures, self._wounds, broken, settled=site.journal.counts["king.message_settled"])
+        broken += self._broken_faults()
+        crashes = site.journal.tracebacks
+        broken += [f"{crashes} tracebacks in the log"] if crashes else []
+        settled = site.journal.counts["king.message_settled"]
+        return Report(figures, self._wounds, broken, settled=settled)
+
+    def _broken_faults(self) -> list[str]:
+        broken = [f"no recovery from {w.kind}" for w in self._wounds if w.recovery_s is None]
+        broken += [f"{w.kind}: {w.note}" for w in self._wounds if w.note.startswith("FAILED")]
+        missing = len(self._plan.kinds) - len(self._wounds)
+        return broken + ([f"{missing} faults did not happen"] if missing else [])
 
     def _judge_leftovers(self, site: Site, report: Report) -> None:
         orphans = self._watch.orphans(set())
@@ -240,10 +242,8 @@ class Run:
                 report.broken.append(f"{len(found)} {key}: {', '.join(found[:3])}")
 
 
-def _wait(done: Callable[[], bool], timeout_s: float) -> None:
-    """Wait until it is so, or the time is over: then the fault comes under less load."""
+def _wait_for(site: Site, ended: int, timeout_s: float) -> None:
+    """Wait until so many posts have ended, or the time is over: then the load is another."""
     end = time.monotonic() + timeout_s
-    while not done() and time.monotonic() < end:
+    while site.journal.ended < ended and time.monotonic() < end:
         time.sleep(0.01)
-
-

@@ -14,9 +14,9 @@ from typing import Any, Literal
 
 import psutil
 import yaml
+
 from chaos_rig.audit import Audit
 from chaos_rig.journal import Journal
-
 from config.settings import Settings
 from king.amqp_link import dead_queue
 from king.broker import queue_depth
@@ -170,9 +170,11 @@ class Site:
     def king_pid(self) -> int | None:
         """The King that lives now and has written its health file."""
         pid = self.health.get("pid")
-        if not isinstance(pid, int) or not psutil.pid_exists(pid):
+        try:
+            alive = psutil.Process(int(pid or 0)).status() != psutil.STATUS_ZOMBIE
+        except psutil.Error:
             return None
-        return pid if psutil.Process(pid).status() != psutil.STATUS_ZOMBIE else None
+        return int(pid) if pid and alive else None
 
     def worker(self, role: str, wait_s: float = 60) -> tuple[str, int]:
         """Name and process of a ready worker of that role."""

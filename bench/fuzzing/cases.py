@@ -43,7 +43,7 @@ class Cases:
         self._seeds = seeds
         self._seed = seed
         crafted = [(kind, name, make) for kind, some in _CRAFTED for name, make in some.items()]
-        random.Random(seed).shuffle(crafted)  # noqa: S311 - repeatable, no secret
+        random.Random(seed).shuffle(crafted)
         # A short run takes a part of the crafted ones, not nothing but crafted ones.
         self._crafted = crafted[: max(count // 2, min(count, 1))]
         self.count = count
@@ -52,7 +52,7 @@ class Cases:
         return self.count
 
     def __getitem__(self, number: int) -> Case:
-        rng = random.Random(f"{self._seed}/{number}")  # noqa: S311 - repeatable, no secret
+        rng = random.Random(f"{self._seed}/{number}")
         # Spread over the run: a crafted file must not be met before the memory is measured only.
         step = max(1, self.count // max(1, len(self._crafted)))
         place, rest = divmod(number, step)

@@ -1,4 +1,4 @@
-"""Containers made to hurt: lying sizes and clocks, depth, references to other files, endlessness."""
+"""Containers made to hurt: lying sizes and clocks, depth, references to files, no end."""
 
 from __future__ import annotations
 

@@ -27,12 +27,9 @@ def _zeros(size: int) -> bytes:
     return b"".join([*parts, packer.compress(b"\0" * (size % _MIB)), packer.flush()])
 
 
-def _png(
-    width: int, height: int, data: bytes = b"", depth: int = 8, colour: int = 2, interlaced: int = 0
-) -> bytes:
-    header = _ihdr(width, height, depth, colour, interlaced)
+def _png(width: int, height: int, data: bytes = b"", **header: int) -> bytes:
     body = data or zlib.compress(b"\0" * 100)
-    return png_of([(b"IHDR", header), (b"IDAT", body), (b"IEND", b"")])
+    return png_of([(b"IHDR", _ihdr(width, height, **header)), (b"IDAT", body), (b"IEND", b"")])
 
 
 def _png_with(name: bytes, body: bytes) -> bytes:
@@ -155,7 +152,9 @@ PICTURES: Mapping[str, Callable[[], bytes]] = MappingProxyType(
         "png in one column": lambda: _png(1, 50_000_000),
         "png bomb under the limit": lambda: _png_bomb(4000),
         "png bomb over the limit": lambda: _png_bomb(10_001),
-        "png bomb of 16 bits and alpha": lambda: _png(3000, 3000, _zeros(24001 * 3000), 16, 6),
+        "png bomb of 16 bits and alpha": lambda: _png(
+            3000, 3000, _zeros(24001 * 3000), depth=16, colour=6
+        ),
         "png interlaced bomb": lambda: _png(
             3000, 3000, _zeros(3001 * 3100), colour=0, interlaced=1
         ),

@@ -43,7 +43,7 @@ def bad_messages(seed: int, count: int) -> list[BadMessage]:
 
 
 def _message(name: str, number: int, seed: int) -> BadMessage:
-    rng = random.Random(f"{seed}/message/{number}")  # noqa: S311 - repeatable, no secret
+    rng = random.Random(f"{seed}/message/{number}")
     item = _FORMS[name](f"m{number}x", rng)
     envelope = read_item(item)
     body = decompressed(envelope.body, envelope.compression)

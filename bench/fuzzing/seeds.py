@@ -110,6 +110,9 @@ _SOUNDS: Mapping[str, Callable[[Path], object]] = MappingProxyType(
     {
         "plain.wav": lambda path: media.write_wav(path, media.tone(duration_s=1.5)),
         "float.wav": lambda path: media.write_wav(path, media.tone(), subtype="FLOAT"),
+        "many.wav": lambda path: media.write_wav(
+            path, np.tile(media.tone(duration_s=1.0)[:, None], (1, 17))
+        ),
         "plain.ogg": lambda path: media.write_ogg(path, media.tone(duration_s=1.2)),
         "plain.flac": lambda path: media.write_flac(path, media.tone(duration_s=1.2)),
         "plain.mp3": lambda path: media.write_mp3(path, media.tone(rate_hz=44100)),

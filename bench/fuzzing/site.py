@@ -31,6 +31,20 @@ ROOT = Path(__file__).resolve().parents[2]
 FAULTS = ("short", "reset", "html", "unpacked", "empty", "slow", "loop", "gone")
 """What the server does besides sending bad files; ``/FAULT/path``."""
 
+TEXTS = (
+    "a post",
+    '{"$gt": ""}',
+    "$where: sleep(1000)",
+    "\0\0\x1b[2J\x07",
+    "\u202egnihtemos \u200b\ufeff",
+    "e\u0301" * 5000,
+    "字" * 20_000,
+    "<script>alert(1)</script> ' OR 1=1 --",
+    "[CLS] [SEP] [MASK] [PAD]",
+    "\U0010ffff\ufffe",
+)
+"""What the other half of the posts say."""
+
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
@@ -150,7 +164,7 @@ class Site:
         fault = f"{FAULTS[number // 50 % len(FAULTS)]}/" if number % 50 == 7 else ""
         document: dict[str, Any] = {
             "_id": f"post-{number:05}",
-            "text": f"post {number} of {case.kind}" if number % 2 else "",
+            "text": TEXTS[number // 2 % len(TEXTS)] if number % 2 else "",
             f"{case.kind}s": [f"{self._host.url}/{fault}{case.path}"],
             "case": case.name,
         }

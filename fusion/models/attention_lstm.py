@@ -36,9 +36,7 @@ class Branch(nn.Module):
 
         Posts without tokens get something that means nothing.
         """
-        posts, count, _ = tokens.shape
-        if not count:
-            return tokens.new_zeros(posts, self.width)
+        count = tokens.shape[1]
         projected = torch.tanh(self.project(self.norm(tokens)))  # (posts, n, projection)
         lengths = mask.sum(dim=1, keepdim=True)  # (posts, 1)
         place = torch.arange(count, device=mask.device)[None, :]
@@ -51,7 +49,8 @@ class Branch(nn.Module):
         weights = self.attend(states)[:, :, 0].float().masked_fill(~mask, float("-inf"))
         # All -inf for a post without tokens: its softmax would be NaN.
         weights = weights.masked_fill(lengths == 0, 0.0).softmax(dim=1)
-        return (weights[:, :, None] * states).sum(dim=1)
+        summed: torch.Tensor = (weights[:, :, None] * states).sum(dim=1)
+        return summed
 
 
 class AttentionLSTM(FusionModel):

@@ -91,7 +91,7 @@ class FusionModel(nn.Module):
     ) -> Fused:
         """Logits from tokens ``(posts, n, dim)``, zero where masks ``(posts, n)`` are False.
 
-        The True ones of a mask stand before the False ones.
+        n is at least 1, and the True ones of a mask stand before the False ones.
         """
 
     @property
@@ -138,12 +138,21 @@ class FusionModel(nn.Module):
         return found
 
     def _fused(self, batch: Batch) -> tuple[Fused, Mapping[Modality, torch.Tensor]]:
-        masks = self.drop(batch.masks)
+        masks = {m: _some(mask) for m, mask in self.drop(batch.masks).items()}
         # Zero where masked: a NaN in the padding would pass through 0 · NaN.
         tokens = {
-            m: batch.tokens[m].masked_fill(~masks[m][:, :, None], 0.0) for m in self.modalities
+            m: _some(batch.tokens[m]).masked_fill(~masks[m][:, :, None], 0.0)
+            for m in self.modalities
         }
         return self.fuse(tokens, masks), masks
+
+
+def _some(rows: torch.Tensor) -> torch.Tensor:
+    """``(posts, n, …)`` with n at least 1: a modality that no post has gets a row of padding.
+
+    Its layers then take part in every step, which DDP demands.
+    """
+    return rows if rows.shape[1] else rows.new_zeros(rows.shape[0], 1, *rows.shape[2:])
 
 
 class ModalityDropout(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -22,9 +23,7 @@ class ConcatMLP(FusionModel):
         options = settings.concat_mlp
         self.pool = MeanPooling(schema, options.modality_width)
         widths = [options.modality_width * len(schema.dims)] + [options.width] * options.layers
-        self.hidden = nn.ModuleList(
-            nn.Linear(wide, narrow) for wide, narrow in zip(widths[:-1], widths[1:], strict=True)
-        )
+        self.hidden = nn.ModuleList(nn.Linear(wide, narrow) for wide, narrow in pairwise(widths))
         self.dropout = nn.Dropout(options.dropout)
         self.classify = nn.Linear(widths[-1], schema.classes)
         self._add_own_heads(dict.fromkeys(schema.dims, options.modality_width))

@@ -29,7 +29,7 @@ class ConcatSE(FusionModel):
         width = options.modality_width
         self.norms = nn.ModuleDict({m: nn.LayerNorm(d) for m, d in schema.dims.items()})
         clustered = _CLUSTERED & set(schema.dims) if options.pooling == "nextvlad" else set()
-        vlads = {
+        vlads: dict[str, NeXtVLAD] = {
             m: NeXtVLAD(d, options.nextvlad, share=2 if m == "audio" else 1)
             for m, d in schema.dims.items()
             if m in clustered

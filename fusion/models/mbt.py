@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 from torch import nn
@@ -72,8 +73,6 @@ class MBT(FusionModel):
             shared = i >= self.first_shared
             names = (f"blocks.{i}", "bottlenecks") if i == self.first_shared else (f"blocks.{i}",)
             blocks.append(Stage("fusion" if shared else "modality", names))
-        if self.first_shared == len(self.blocks):  # nothing is shared; they are there all the same
-            first = first._replace(names=(*first.names, "bottlenecks"))
         return (first, *blocks, Stage("head", ("norms", "classify")))
 
     def undecayed(self) -> frozenset[str]:
@@ -86,7 +85,7 @@ class MBT(FusionModel):
         """Logits ``(posts, classes)``."""
         streams, seen = self._embed(tokens, masks)
         for layer in self.blocks[: self.first_shared]:
-            streams = {m: layer[m](streams[m], seen[m]) for m in streams}
+            streams = {m: block(streams[m], seen[m]) for m, block in _of_modalities(layer)}
         alone = {m: stream[:, 0] for m, stream in streams.items()}
         posts = len(next(iter(streams.values())))
         shared = self.bottlenecks.expand(posts, -1, -1)  # (posts, bottlenecks, width)
@@ -129,9 +128,16 @@ class MBT(FusionModel):
         always = torch.ones(shared.shape[:2], dtype=torch.bool, device=shared.device)
         found: dict[Modality, torch.Tensor] = {}
         updates: list[torch.Tensor] = []
-        for modality, block in layer.items():  # type: ignore[operator]
+        for modality, block in _of_modalities(layer):
             both = torch.cat([shared, streams[modality]], dim=1)
             mixed = block(both, torch.cat([always, seen[modality]], dim=1))
             updates.append(mixed[:, :count])
             found[modality] = mixed[:, count:]
         return found, torch.stack(updates).mean(dim=0)
+
+
+def _of_modalities(layer: nn.Module) -> list[tuple[Modality, nn.Module]]:
+    """The blocks of one layer, by modality."""
+    if not isinstance(layer, nn.ModuleDict):
+        raise TypeError("a layer holds a block for each modality")
+    return [(cast(Modality, modality), block) for modality, block in layer.items()]

@@ -26,7 +26,7 @@ class NeXtVLADSE(FusionModel):
         super().__init__(schema, settings)
         options = settings.nextvlad_se
         self.norms = nn.ModuleDict({m: nn.LayerNorm(d) for m, d in schema.dims.items()})
-        vlads = {
+        vlads: dict[str, NeXtVLAD] = {
             m: NeXtVLAD(d, options.nextvlad, share=2 if m == "audio" else 1)
             for m, d in schema.dims.items()
         }
@@ -40,7 +40,7 @@ class NeXtVLADSE(FusionModel):
         self.norm = nn.BatchNorm1d(options.width)
         self.gate = SqueezeExcitation(options.width, options.reduction)
         self.classify = nn.Linear(options.width, schema.classes)
-        self._add_own_heads({m: v.width for m, v in vlads.items()})
+        self._add_own_heads({m: vlads[m].width for m in schema.dims})
 
     @property
     def head(self) -> nn.Linear:
@@ -54,10 +54,6 @@ class NeXtVLADSE(FusionModel):
             Stage("fusion", ("join", "norm", "gate")),
             Stage("head", ("classify",)),
         )
-
-    def undecayed(self) -> frozenset[str]:
-        """Nothing beside what has one dimension: the centres decay, as in the source."""
-        return frozenset()
 
     def fuse(
         self, tokens: Mapping[Modality, torch.Tensor], masks: Mapping[Modality, torch.Tensor]

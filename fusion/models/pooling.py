@@ -93,8 +93,6 @@ class NeXtVLAD(nn.Module):
         Posts without tokens get something that means nothing.
         """
         posts, count, _ = tokens.shape
-        if not count:
-            return tokens.new_zeros(posts, self.width)
         wide = self.expand(tokens)  # (posts, n, λN)
         attention = torch.sigmoid(self.attend(wide)) * mask[:, :, None]  # (posts, n, G)
         assigned = self.norm_assign(self.assign(wide), mask)  # (posts, n, G·K)

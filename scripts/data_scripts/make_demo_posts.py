@@ -74,6 +74,9 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         print(f"make_demo_posts: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("make_demo_posts: interrupted", file=sys.stderr)
+        return 1
     print(f"{len(plans)} posts: {options.out / DATA_FILE}")
     return 0
 

@@ -8,6 +8,7 @@ import queue
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing.context import SpawnContext
 from typing import Any, TypeVar
@@ -20,6 +21,8 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
 )
+
+from config.errors import TaggingError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -118,6 +121,8 @@ def _pool(
     )
     try:
         yield pool
+    except BrokenProcessPool as error:
+        raise TaggingError("a process of the demo was killed; is there enough memory?") from error
     except BaseException:
         # Ctrl-C, or a job that failed: what still runs is of no use to anybody.
         workers = list((pool._processes or {}).values())

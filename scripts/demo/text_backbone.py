@@ -138,7 +138,8 @@ def _save(model: Any, tokenizer: Any, folder: Path) -> None:
     partial = folder.with_name(f".{folder.name}.part")
     for old in (partial, folder):
         shutil.rmtree(old, ignore_errors=True)
-    logging.disable_progress_bar()
+    quiet: Any = logging.disable_progress_bar
+    quiet()
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     partial.replace(folder)

@@ -15,6 +15,13 @@ import soundfile
 from scripts.demo_posts.pictures import Picture
 
 _AAC_FRAME = 1024
+_H264 = {
+    "crf": "20",
+    "preset": "veryfast",
+    "threads": "1",
+    "g": "8",
+    "x264-params": "rc-lookahead=0:sync-lookahead=0:mbtree=0",
+}
 
 
 def write_picture(path: Path, picture: Picture, quality: int = 88) -> None:
@@ -42,19 +49,21 @@ def write_video(
 ) -> None:
     """Write BGR frames, and sound where there is some, as H.264 and AAC in MP4.
 
-    One encoder thread: more would make the bytes depend on the machine.
+    One encoder thread and no look-ahead: the same frames must give the same bytes. Sides must be
+    even.
     """
     height, width = frames[0].shape[:2]
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=frame_rate_hz)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        stream.options = {"crf": "20", "preset": "veryfast", "threads": "1", "g": "8"}
+        stream.options = dict(_H264)
         track = None
         if wave is not None:
             track = container.add_stream("aac", rate=sample_rate_hz, layout="mono")
             track.bit_rate = 48_000
         for picture in frames:
-            frame = av.VideoFrame.from_ndarray(picture, format="bgr24")
+            planes = cv2.cvtColor(picture, cv2.COLOR_BGR2YUV_I420)
+            frame = av.VideoFrame.from_ndarray(np.asarray(planes, np.uint8), format="yuv420p")
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
         if track is not None and wave is not None:

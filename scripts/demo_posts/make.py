@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import shutil
+import signal
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -135,16 +136,20 @@ def make_posts(folder: Path, plans: Sequence[PostPlan], processes: int) -> Itera
     entries = []
     # spawn: forked threads of OpenCV and FFmpeg may hang
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, mp_context=context, initializer=_one_thread) as pool:
+    pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_begin)
+    try:
         for entry in pool.map(make_post, [folder] * len(plans), plans, chunksize=8):
             entries.append(entry)
             yield entry
+    finally:
+        pool.shutdown(cancel_futures=True)  # Ctrl-C does not wait for what has not begun
     partial = data_file.with_suffix(".tmp")
     partial.write_text(json.dumps(entries, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     partial.replace(data_file)
 
 
-def _one_thread() -> None:
+def _begin() -> None:
     import cv2
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     cv2.setNumThreads(1)

@@ -38,7 +38,7 @@ def _shake(rng: np.random.Generator, time: Path) -> Path:
 
 
 def _swing(rng: np.random.Generator, time: Path) -> Path:
-    phase, turns = rng.uniform(0, 2 * np.pi), rng.uniform(1.2, 1.6)
+    phase, turns = rng.uniform(0, 2 * np.pi), rng.uniform(1.0, 1.4)
     return np.stack([0.24 * np.sin(2 * np.pi * turns * time + phase), 0 * time], axis=1)
 
 

@@ -17,7 +17,7 @@ TAG_COUNTS = (0.25, 0.35, 0.25, 0.15)
 """Share of the posts with one, two, three and four tags."""
 NEUTRAL = {"image": 0.45, "video": 0.4, "audio": 0.35, "text": 0.7, "ocr": 0.2}
 """Chance that a modality that no tag needs is there all the same, with nothing to tell."""
-LONE_CUE = 0.06
+LONE_CUE = 0.08
 """Chance of each cue of a two-modality tag to appear without its partner."""
 
 

@@ -203,7 +203,7 @@ def test_a_process_without_the_handler_is_not_signalled(tmp_path: Path) -> None:
 def test_a_dump_holds_the_stacks_and_the_kernels_view(
     tmp_path: Path, sleeper: subprocess.Popen[str]
 ) -> None:
-    """Names of functions from the process itself, states of threads from outside, and the reason."""
+    """Python's stacks by the process itself, states of threads from outside, and the reason."""
     assert catches(sleeper.pid, DUMP_SIGNAL)
     began = time.monotonic()
     path = write_dump(sleeper.pid, tmp_path / "king.json", "it hangs", 5)
@@ -289,7 +289,7 @@ def test_a_machine_that_slept_stalls_nobody(
 def test_probes_tell_up_from_down(
     tmp_path: Path, redis_server: RedisServer, mongo_server: MongoServer
 ) -> None:
-    """Real servers answer; refused ports, paused servers and embedded ones that are off are named."""
+    """Real servers answer; paused ones, and embedded ones that are off, are told with a reason."""
     up = Settings.model_validate(
         {
             "broker": {"url": redis_server.url, "queue": "probe"},

@@ -19,6 +19,8 @@ from king.publisher import publish_posts
 from tests.deploy.checkout import Checkout, eventually
 from tests.services import MongoServer, RedisServer
 
+pytestmark = pytest.mark.slow
+
 STALL_S = 3.0
 LIMIT_S = STALL_S + 15
 

@@ -24,7 +24,34 @@ LABELS = LabelMap(tuple(f"tag{i}" for i in range(CLASSES)))
 SMALL = ModelSettings.model_validate(
     {
         "token_transformer": {"width": 32, "layers": 2, "heads": 4, "dropout": 0.0},
-        "concat_se": {"modality_width": 16, "width": 32, "dropout": 0.1},
+        "concat_mlp": {"modality_width": 16, "width": 32, "dropout": 0.1},
+        "concat_se": {
+            "modality_width": 16,
+            "width": 32,
+            "dropout": 0.1,
+            "nextvlad": {"clusters": 4, "groups": 2},
+        },
+        "gmu": {"width": 32, "dropout": 0.1},
+        "nextvlad_se": {
+            "width": 32,
+            "dropout": 0.1,
+            "nextvlad": {"clusters": 4, "groups": 2},
+        },
+        "attention_lstm": {
+            "projection": 16,
+            "hidden": 8,
+            "join": 32,
+            "width": 32,
+            "dropout": 0.1,
+        },
+        "mbt": {
+            "width": 32,
+            "layers": 3,
+            "fusion_layers": 2,
+            "heads": 4,
+            "dropout": 0.0,
+            "stochastic_depth": 0.1,
+        },
         "modality_dropout": 0.1,
     }
 )

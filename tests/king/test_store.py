@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
 
@@ -97,6 +98,17 @@ def test_tagged_post_gets_its_result_and_loses_its_job(rig: StoreRig) -> None:
         "timings_ms": {"fetch": 3, "total": 9},
     }
     assert rig.job("p1") is None
+
+
+def test_repeated_write_of_an_outcome_changes_nothing(rig: StoreRig) -> None:
+    """A write whose reply was lost is written again: the very same result, to the millisecond."""
+    rig.insert({"_id": "p1", "text": "x"})
+    outcome = tagged(started(rig.store, "p1"))
+    rig.store.finish([outcome], terms())
+    first = rig.result("p1")
+    time.sleep(0.01)
+    rig.store.finish([outcome], terms(NOW + 5))
+    assert rig.result("p1") == first
 
 
 def test_the_very_document_is_written_whatever_its_id_is(rig: StoreRig) -> None:

@@ -27,7 +27,7 @@ from tests.workers.driving import (
     text_task,
     toy_settings,
 )
-from workers.pool import BundleChanged, PoolRefused, ProcessPool, TaskDone
+from workers.pool import BundleChanged, PoolRefused, ProcessPool, TaskDone, TaskPool
 from workers.protocol import Decoded, ExtractTask, Fetched, Tags
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -391,7 +391,7 @@ def test_without_pidfd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_constructing_starts_nothing(tmp_path: Path) -> None:
     """Until `start` there is no process, no file and no memory file; stopping is fine."""
     before = memory_files()
-    pool = ProcessPool(toy_settings(tmp_path / "spool"))
+    pool: TaskPool = ProcessPool(toy_settings(tmp_path / "spool"))
     assert not (tmp_path / "spool").exists()
     assert memory_files() == before
     assert {w.state for w in pool.workers} == {"waiting"}

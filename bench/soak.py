@@ -1,0 +1,226 @@
+"""Does the daemon grow? Tags many equal posts and compares the memory of every process.
+
+The real daemon (``online_process.py`` and its watchdog under supervisord, Redis, small models
+with random weights) tags posts that all have the same text, the same picture and the same sound,
+so that every process works and every post has the same features: what grows is a leak. Private
+memory (USS: what the process alone occupies) is sampled after ``--warm`` posts and at the end,
+each time as the median of several samples while posts are being tagged; resident memory (RSS) is
+shown beside it.
+
+Run: ``python bench/soak.py [--posts 20000] [--warm 2000] [--limit 0.03]``.
+Exits 1 when a process has grown by more than the limit, was replaced, or a post is not tagged.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs as a plain script too
+
+import psutil
+from chaos_rig.posts import media_server
+from chaos_rig.site import Site
+from results_file import FOLDER, write_results
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from config.logs import configure_logs
+from tests import media
+from tests.tiny_models import tiny_bundle, tiny_features
+
+_SAMPLES = 9
+_SAMPLE_EVERY_S = 0.5
+_MIB = 2**20
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        prog="soak", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--posts", type=int, default=20_000)
+    parser.add_argument("--warm", type=int, default=2000, help="posts before the first look")
+    parser.add_argument("--limit", type=float, default=0.03, help="growth that passes")
+    parser.add_argument("--timeout-s", type=float, default=3600)
+    parser.add_argument("--out", type=Path, default=FOLDER, help="folder of soak.json")
+    return parser.parse_args(arguments)
+
+
+def memory(site: Site) -> dict[str, tuple[int, float, float]]:
+    """Process ─► its ID, private and resident MiB, now."""
+    king = site.king_pid
+    pids = {"king": king} if king else {}
+    for view in site.health.get("workers", []):
+        pids[str(view["name"])] = view["pid"]
+    found = {}
+    for name, pid in pids.items():
+        if pid is not None:
+            info = psutil.Process(pid).memory_full_info()
+            found[name] = (pid, info.uss / _MIB, info.rss / _MIB)
+    return found
+
+
+def look(site: Site) -> dict[str, tuple[int, float, float]]:
+    """The median of several samples."""
+    samples = []
+    for _ in range(_SAMPLES):
+        samples.append(memory(site))
+        time.sleep(_SAMPLE_EVERY_S)
+    last = samples[-1]
+    return {
+        name: (
+            last[name][0],
+            statistics.median(s[name][1] for s in samples if name in s),
+            statistics.median(s[name][2] for s in samples if name in s),
+        )
+        for name in last
+    }
+
+
+def soak(options: argparse.Namespace, folder: Path, tell: Callable[[int], None]) -> dict[str, Any]:
+    """The run; its figures."""
+    features = tiny_features()
+    tiny_bundle(folder / "bundle", features)
+    files = folder / "web"
+    files.mkdir()
+    media.write_jpeg(files / "a.jpg", media.quadrants(96, 80))
+    media.write_wav(files / "a.wav", media.tone(duration_s=1.0))
+    settings = {
+        "features": features.model_dump(mode="json"),
+        "fusion": {"bundle": str(folder / "bundle")},
+        "fetch": {"allow_private_hosts": True},
+        "decode": {"processes": 1},
+        "workers": {"slots": 8, "extractors": [{"threads": 1}]},
+        "store": {
+            "database": "soak",
+            "collection": "soak_posts",
+            "jobs_collection": "soak_jobs",
+            "timeout_s": 30,
+        },
+    }
+    site = Site(folder, "redis", settings)
+    try:
+        with media_server(files) as url:
+            images, audios = [f"{url}/a.jpg"], [f"{url}/a.wav"]
+            ids = [f"post-{i:06d}" for i in range(options.posts)]
+            post = {"text": "a red cat 一只猫", "images": images, "audios": audios}
+            site.open([{"_id": post_id, **post} for post_id in ids])
+            site.start_daemon()
+            site.wait_for_phase("serving", 120)
+            began = time.monotonic()
+            site.publish(ids)
+
+            def reach(number: int) -> None:
+                while (tagged := int(site.health.get("posts_tagged", 0))) < number:
+                    tell(tagged)
+                    if time.monotonic() - began > options.timeout_s:
+                        raise TimeoutError(f"{tagged} posts tagged in {options.timeout_s:g} s")
+                    time.sleep(0.2)
+
+            reach(options.warm)
+            before = look(site)
+            # The second look ends before the posts do: an idle daemon is not what is compared.
+            rate = options.warm / (time.monotonic() - began)
+            reach(options.posts - int(rate * _SAMPLES * _SAMPLE_EVERY_S * 1.5))
+            after = look(site)
+            reach(options.posts)
+            seconds = time.monotonic() - began
+            counts = site.store.counts()
+            site.stop_king()
+    finally:
+        site.close()
+    return figures(options, before, after, counts, seconds)
+
+
+def figures(
+    options: argparse.Namespace,
+    before: dict[str, tuple[int, float, float]],
+    after: dict[str, tuple[int, float, float]],
+    counts: dict[str, Any],
+    seconds: float,
+) -> dict[str, Any]:
+    """What is written."""
+    processes = {}
+    for name, (pid, uss, rss) in before.items():
+        pid_after, uss_after, rss_after = after.get(name, (0, 0.0, 0.0))
+        processes[name] = {
+            "uss_mib": [round(uss, 2), round(uss_after, 2)],
+            "rss_mib": [round(rss, 2), round(rss_after, 2)],
+            "growth": round(uss_after / uss - 1, 4),
+            "rss_growth": round(rss_after / rss - 1, 4),
+            "replaced": pid != pid_after,
+        }
+    return {
+        "posts": options.posts,
+        "warm": options.warm,
+        "tagged": counts["tagged"],
+        "jobs_left": sum(counts["jobs"].values()),
+        "seconds": round(seconds, 1),
+        "posts_per_s": round(options.posts / seconds, 1),
+        "limit": options.limit,
+        "processes": processes,
+    }
+
+
+def broken(results: dict[str, Any]) -> list[str]:
+    """What is not as it must be."""
+    wrong = []
+    if results["tagged"] != results["posts"]:
+        wrong.append(f"{results['tagged']} of {results['posts']} posts are tagged")
+    if results["jobs_left"]:
+        wrong.append(f"{results['jobs_left']} jobs are left")
+    for name, process in results["processes"].items():
+        if process["replaced"]:
+            wrong.append(f"{name} was replaced")
+        elif process["growth"] > results["limit"]:
+            wrong.append(f"{name} has grown by {process['growth']:.1%}")
+    return wrong
+
+
+def show(results: dict[str, Any]) -> None:
+    """Print the figures."""
+    seconds, rate = results["seconds"], results["posts_per_s"]
+    table = Table(title=f"{results['posts']} posts, {seconds} s, {rate} posts/s")
+    for name in ("process", "private MiB", "at the end", "growth", "resident MiB", "at the end"):
+        table.add_column(name, justify="left" if name == "process" else "right")
+    for name, process in results["processes"].items():
+        uss, rss = process["uss_mib"], process["rss_mib"]
+        growth = f"{process['growth']:+.2%}"
+        table.add_row(name, str(uss[0]), str(uss[1]), growth, str(rss[0]), str(rss[1]))
+    Console(width=100).print(table)
+    for line in broken(results):
+        print(f"BROKEN: {line}")
+
+
+def _end(_number: int, _frame: object) -> None:
+    sys.exit("soak: ended by a signal")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run it; gives the exit code."""
+    options = parse(arguments)
+    configure_logs("json", "error")
+    signal.signal(signal.SIGTERM, _end)  # so that nothing outlives this process
+    columns = (TextColumn("soak"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with (
+        tempfile.TemporaryDirectory(prefix="soak-", ignore_cleanup_errors=True) as folder,
+        Progress(*columns, console=Console(stderr=True)) as bar,
+    ):
+        task = bar.add_task("", total=options.posts)
+        results = soak(options, Path(folder), lambda posts: bar.update(task, completed=posts))
+    show(results)
+    print(f"written: {write_results('soak', 1, [results], options.out)}")
+    return 1 if broken(results) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,167 @@
+"""Calibration: scores become probabilities, by one rising map that all tags share.
+
+Fitted on validation posts, kept in the bundle, applied to every score that leaves the model. One
+map for all tags leaves the order of scores as it is, and needs no positives of rare tags.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import Field, model_validator
+
+from config.learning import CalibrationName
+from config.settings import Section
+
+FloatArray: TypeAlias = npt.NDArray[np.float64]
+
+_COLDEST, _HOTTEST = 0.02, 50.0
+_MOST_KNOTS = 1000
+_TINY = 1e-12  # nearer to 0 and 1 a float64 logit says nothing
+
+
+class Temperature(Section):
+    """Logits are divided by a temperature: above 1 the model was too sure."""
+
+    kind: Literal["temperature"] = "temperature"
+    temperature: float = Field(gt=0)
+
+    def apply(self, scores: npt.ArrayLike) -> npt.NDArray[np.float32]:
+        """Calibrated scores, float32 in the shape of ``scores``."""
+        logits = _logits(scores)
+        return _sigmoid(logits / self.temperature).astype(np.float32)
+
+
+class Isotonic(Section):
+    """Straight lines between knots: the rising map with the least squared error."""
+
+    kind: Literal["isotonic"] = "isotonic"
+    scores: tuple[float, ...] = Field(min_length=1)
+    """Of the knots, rising."""
+    values: tuple[float, ...] = Field(min_length=1)
+    """What they become; never falling, in [0, 1]."""
+
+    @model_validator(mode="after")
+    def _rising(self) -> Isotonic:
+        if len(self.scores) != len(self.values):
+            raise ValueError("scores and values must be equally many")
+        if (np.diff(self.scores) <= 0).any() or (np.diff(self.values) < 0).any():
+            raise ValueError("scores must rise and values must not fall")
+        if not 0 <= self.values[0] <= self.values[-1] <= 1:
+            raise ValueError("values must lie in [0, 1]")
+        return self
+
+    def apply(self, scores: npt.ArrayLike) -> npt.NDArray[np.float32]:
+        """Calibrated scores, float32 in the shape of ``scores``."""
+        given = np.asarray(scores, dtype=np.float64)
+        return np.interp(given, self.scores, self.values).astype(np.float32)
+
+
+Calibration: TypeAlias = Annotated[Temperature | Isotonic, Field(discriminator="kind")]
+
+
+def calibrated(calibration: Calibration | None, scores: npt.ArrayLike) -> npt.NDArray[np.float32]:
+    """Scores as they leave the model or, with a calibration, as probabilities."""
+    if calibration is None:
+        return np.asarray(scores, dtype=np.float32)
+    return calibration.apply(scores)
+
+
+def fit_calibration(
+    name: CalibrationName, scores: npt.ArrayLike, targets: npt.ArrayLike
+) -> Calibration | None:
+    """The calibration that a name means, fitted to validation posts; None for ``none``.
+
+    Args:
+        name: Of the kind.
+        scores: Floats ``(samples, classes)`` in [0, 1].
+        targets: ``(samples, classes)`` of 0 and 1.
+    """
+    if name == "temperature":
+        return Temperature(temperature=fit_temperature(scores, targets))
+    if name == "isotonic":
+        return fit_isotonic(scores, targets)
+    return None
+
+
+def fit_temperature(scores: npt.ArrayLike, targets: npt.ArrayLike) -> float:
+    """The temperature with the least cross entropy, within [0.02, 50].
+
+    The cross entropy is convex in 1/T and its slope is known, so its zero is found by halving.
+
+    Args:
+        scores: Floats in [0, 1], of any shape.
+        targets: 0 and 1, in the same shape.
+
+    Source: arXiv 1706.04599, section 4.2.
+    """
+    logits = _logits(scores).ravel()
+    truth = np.asarray(targets, dtype=np.float64).ravel()
+    low, high = 1 / _HOTTEST, 1 / _COLDEST
+    for _ in range(60):
+        middle = (low + high) / 2
+        slope = float(((_sigmoid(logits * middle) - truth) * logits).mean())
+        low, high = (low, middle) if slope > 0 else (middle, high)
+    return round(2 / (low + high), 6)
+
+
+def fit_isotonic(scores: npt.ArrayLike, targets: npt.ArrayLike) -> Isotonic:
+    """The rising map of scores with the least squared error, by pooling adjacent violators.
+
+    Beyond 1,000 knots every so many are left out.
+
+    Args:
+        scores: Floats in [0, 1], of any shape.
+        targets: 0 and 1, in the same shape.
+
+    Source: Barlow et al., Statistical inference under order restrictions, 1972.
+    """
+    numbers = np.asarray(scores, dtype=np.float64).ravel()
+    truth = np.asarray(targets, dtype=np.float64).ravel()
+    levels, place = np.unique(numbers, return_inverse=True)
+    counts = np.bincount(place).astype(np.float64)
+    sums = np.bincount(place, weights=truth).astype(np.float64)
+    starts, values = _pooled(sums, counts)
+    # A block is flat from its first level to its last; between blocks the map rises straight.
+    ends = np.append(starts[1:], len(levels)) - 1
+    at = np.stack([starts, ends], axis=1).ravel()  # (2·blocks,)
+    kept = np.append(True, np.diff(at) > 0)
+    at, found = at[kept], np.repeat(values, 2)[kept]
+    if len(at) > _MOST_KNOTS:
+        chosen = np.unique(np.linspace(0, len(at) - 1, _MOST_KNOTS).round().astype(np.intp))
+        at, found = at[chosen], found[chosen]
+    return Isotonic(
+        scores=tuple(float(x) for x in levels[at]),
+        values=tuple(round(float(np.clip(v, 0, 1)), 9) for v in found),
+    )
+
+
+def _pooled(sums: FloatArray, counts: FloatArray) -> tuple[npt.NDArray[np.intp], FloatArray]:
+    """First level and mean of each block, with means that rise."""
+    starts: list[int] = []
+    totals: list[float] = []
+    weights: list[float] = []
+    for i, (level_total, level_weight) in enumerate(zip(sums, counts, strict=True)):
+        start, total, weight = i, float(level_total), float(level_weight)
+        # Compared as products: equal means must not differ by rounding.
+        while totals and totals[-1] * weight >= total * weights[-1]:
+            total, weight, start = total + totals.pop(), weight + weights.pop(), starts.pop()
+        starts.append(start)
+        totals.append(total)
+        weights.append(weight)
+    return np.array(starts, dtype=np.intp), np.array(totals) / np.array(weights)
+
+
+def _logits(scores: npt.ArrayLike) -> FloatArray:
+    given = np.clip(np.asarray(scores, dtype=np.float64), _TINY, 1 - _TINY)
+    found: FloatArray = np.log(given) - np.log1p(-given)
+    return found
+
+
+def _sigmoid(logits: FloatArray) -> FloatArray:
+    """Without overflow at either end."""
+    small = np.exp(-np.abs(logits))
+    found: FloatArray = np.where(logits >= 0, 1 / (1 + small), small / (1 + small))
+    return found

@@ -1,0 +1,198 @@
+"""Health of the database and of the backlog, for people and for monitoring.
+
+The first line says how things stand, with performance data; the exit code is that of monitoring
+plugins: 0 ok, 1 warning, 2 critical, 3 unknown (also for a wrong option or setting). Thresholds
+stand in the section `monitor` of the settings; options go over them.
+
+    python scripts/mongo_supervisor/check.py --warning backlog=50 --older-than 30m
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs as a plain script too
+
+from config.errors import ConfigError, TaggingError
+from config.load import load_settings
+from config.logs import configure_logs
+from config.settings import MonitorSettings, Settings, Threshold
+from scripts.commands.common import print_json, since_time
+from scripts.mongo_supervisor import report
+from scripts.mongo_supervisor.checks import EXIT_CODES, Check, judge, worst
+from scripts.mongo_supervisor.facts import look
+
+_STEP_S = 0.1
+_UNKNOWN = EXIT_CODES["unknown"]
+NAMES = tuple(n for n, f in MonitorSettings.model_fields.items() if f.annotation is Threshold)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """A usage error is 3 to monitoring: 2 would be an alarm."""
+        self.exit(_UNKNOWN, f"UNKNOWN: {' '.join(message.split())}\n")
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = _Parser(
+        prog="check.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", metavar="F", help="settings, YAML")
+    parser.add_argument("--set", metavar="a.b=c", action="append", default=[], dest="overrides")
+    for level in ("warning", "critical"):
+        parser.add_argument(
+            f"--{level}",
+            metavar="NAME=VALUE",
+            action="append",
+            default=[],
+            help=f"from which value on a check is {level}; NAME: {', '.join(NAMES)}",
+        )
+    parser.add_argument("--older-than", metavar="T", help="untagged posts of this age: 15m, 2h, 0s")
+    parser.add_argument("--window", metavar="T", help="recent time of the failed ratio: 1h, 1d")
+    parser.add_argument("--json", action="store_true", help="JSON instead of a table")
+    parser.add_argument(
+        "--watch",
+        metavar="SECONDS",
+        type=float,
+        help="look again and again: redrawn on a terminal, otherwise a log line for each look",
+    )
+    parser.add_argument(
+        "--requeue",
+        action="store_true",
+        help="publish every untagged post without a job again, and say how many",
+    )
+    # The daemon's option, which KING_ARGS may hold.
+    parser.add_argument("--drain", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.watch is not None and (options.requeue or options.watch <= 0):
+        parser.error("--watch takes seconds above 0, and goes without --requeue")
+    return options
+
+
+def settings_of(options: argparse.Namespace) -> Settings:
+    """The settings, with the options over them.
+
+    Raises:
+        ConfigError: One line that names the source, the key and the mistake.
+    """
+    overrides = list(options.overrides)
+    for level in ("warning", "critical"):
+        for text in getattr(options, level):
+            name, separator, value = text.partition("=")
+            if not separator or name not in NAMES:
+                known = ", ".join(NAMES)
+                raise ConfigError(
+                    f"--{level} {text}: write it as NAME=VALUE; NAME is one of {known}"
+                )
+            overrides.append(f"monitor.{name}.{level}={value}")
+    for key, text in (("backlog_age_s", options.older_than), ("window_s", options.window)):
+        if text is not None:
+            overrides.append(f"monitor.{key}={_seconds(text)}")
+    return load_settings(options.config, overrides)
+
+
+def _seconds(text: str) -> float:
+    try:
+        before = since_time(text, 0.0)
+    except ConfigError as error:
+        raise ConfigError(f"{text}: write a time as 90s, 15m, 2h or 7d") from error
+    if before is None or before > 0:
+        raise ConfigError(f"{text}: write a time as 90s, 15m, 2h or 7d")
+    return abs(before)
+
+
+def requeue(settings: Settings) -> int:
+    """Publish every untagged post without a job; gives how many.
+
+    Raises:
+        TaggingError: The database or the broker stopped answering; doing it again is harmless.
+    """
+    from deploy import embedded
+    from king.archive import Archive
+    from king.messages import PostMessage
+    from king.publisher import publish_posts
+
+    running = embedded.peek(settings)
+    for url in (running.broker.url, running.store.url):
+        if url.startswith(embedded.SCHEME):
+            raise ConfigError("the embedded services do not run: insighttag services start")
+    archive = Archive(running.store)
+    try:
+        return publish_posts(running.broker, map(PostMessage, archive.untagged_ids()))
+    finally:
+        archive.close()
+
+
+def once(settings: Settings, *, as_json: bool, again: bool) -> int:
+    """One look, shown on standard output; gives the exit code."""
+    checks = judge(look(settings), settings.monitor)
+    code = EXIT_CODES[worst(checks)]
+    requeued: int | None = None
+    failure: str | None = None
+    if again:
+        try:
+            requeued = requeue(settings)
+        except TaggingError as error:
+            failure, code = str(error), EXIT_CODES["critical"]
+    if as_json:
+        print_json(report.as_json(checks, requeued))
+    else:
+        report.show(checks)
+        if requeued is not None:
+            sys.stdout.write(f"requeued {requeued} posts to {settings.broker.queue}\n")
+    if failure is not None:
+        sys.stderr.write(f"check.py: not requeued: {failure}\n")
+    return code
+
+
+def watch(settings: Settings, every_s: float, *, as_json: bool) -> int:
+    """Look every so many seconds until SIGTERM or Ctrl-C; gives the exit code."""
+    stopping = False
+
+    def stop(*_: object) -> None:
+        nonlocal stopping
+        stopping = True
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+    while not stopping:
+        due = time.monotonic() + every_s
+        checks = judge(look(settings), settings.monitor)
+        _say(checks, as_json)
+        while not stopping and (left_s := due - time.monotonic()) > 0:
+            time.sleep(min(left_s, _STEP_S))
+    return 0
+
+
+def _say(checks: Sequence[Check], as_json: bool) -> None:
+    if as_json:
+        report.write_json_line(checks)
+    elif sys.stdout.isatty():
+        report.show(checks, redraw=True)
+    else:
+        report.log_look(checks)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Look, once or again and again; gives the exit code."""
+    options = parse(arguments)
+    try:
+        settings = settings_of(options)
+        configure_logs(settings.log.format, settings.log.level)
+        if options.watch is not None:
+            return watch(settings, options.watch, as_json=options.json)
+        return once(settings, as_json=options.json, again=options.requeue)
+    except ConfigError as error:
+        sys.stdout.write(f"UNKNOWN: {error}\n")
+        return _UNKNOWN
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,162 @@
+"""Facts and thresholds ─► checks with a state each; pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from config.settings import MonitorSettings, Threshold
+from scripts.mongo_supervisor.facts import Facts
+
+State: TypeAlias = Literal["ok", "warning", "critical", "unknown"]
+
+EXIT_CODES: dict[State, int] = {"ok": 0, "warning": 1, "critical": 2, "unknown": 3}
+"""As monitoring plugins have them."""
+_BY_WEIGHT: tuple[State, ...] = ("critical", "warning", "unknown", "ok")
+_GOOD_MEMBERS = {"PRIMARY", "SECONDARY", "ARBITER"}
+_NO_LIMITS = Threshold()
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the table.
+
+    Attributes:
+        value: What the thresholds apply to; None when there is nothing to judge.
+        text: The same for a person, with what belongs to it.
+    """
+
+    name: str
+    state: State
+    value: float | None
+    text: str
+    threshold: Threshold = _NO_LIMITS
+
+
+def judge(facts: Facts, limits: MonitorSettings) -> list[Check]:
+    """Every check, in a fixed order."""
+    if facts.latency_s is None:
+        reason = facts.errors.get("latency_s", "no answer")
+        return [Check("database", "critical", None, reason), _queue(facts, limits)]
+    milliseconds = f"answers in {facts.latency_s * 1000:.1f} ms"
+    return [
+        _check("database", facts.latency_s, limits.latency_s, milliseconds),
+        *_replicas(facts, limits),
+        _backlog(facts, limits),
+        _failed_ratio(facts, limits),
+        _last_tag(facts, limits),
+        *_jobs(facts, limits),
+        _queue(facts, limits),
+    ]
+
+
+def worst(checks: Sequence[Check]) -> State:
+    """The state of the whole; what is not known weighs less than what is known to be wrong."""
+    states = {check.state for check in checks}
+    return next((state for state in _BY_WEIGHT if state in states), "unknown")
+
+
+def _check(name: str, value: float, threshold: Threshold, text: str) -> Check:
+    state: State = "ok"
+    if threshold.critical is not None and value >= threshold.critical:
+        state = "critical"
+    elif threshold.warning is not None and value >= threshold.warning:
+        state = "warning"
+    return Check(name, state, value, text, threshold)
+
+
+def _unknown(name: str, facts: Facts, field: str) -> Check:
+    return Check(name, "unknown", None, facts.errors.get(field, "not known"))
+
+
+def _replicas(facts: Facts, limits: MonitorSettings) -> list[Check]:
+    if "replicas" in facts.errors:
+        return [_unknown("replicas", facts, "replicas")]
+    if facts.replicas is None:
+        return []
+    name, states = facts.replicas.name, facts.replicas.states
+    if not states:
+        return [Check("replicas", "ok", None, f"set {name}; no right to see its members")]
+    shown = f"set {name}: " + ", ".join(f"{m} {state}" for m, state in sorted(states.items()))
+    if "PRIMARY" not in states.values():
+        return [Check("replicas", "critical", None, f"no primary; {shown}")]
+    lag_s = max(facts.replicas.lag_s.values(), default=0.0)
+    text = f"{shown}; {lag_s:.0f} s behind"
+    check = _check("replicas", lag_s, limits.replica_lag_s, text)
+    if check.state == "ok" and not set(states.values()) <= _GOOD_MEMBERS:
+        return [Check("replicas", "warning", lag_s, check.text, limits.replica_lag_s)]
+    return [check]
+
+
+def _backlog(facts: Facts, limits: MonitorSettings) -> Check:
+    backlog = facts.backlog
+    if backlog is None:
+        return _unknown("backlog", facts, "backlog")
+    least = "" if backlog.complete else "at least "
+    text = (
+        f"{backlog.old} untagged for {limits.backlog_age_s:g} s or longer, "
+        f"of {least}{backlog.untagged} untagged"
+    )
+    if backlog.oldest_s is not None:
+        text += f"; the oldest is {_duration(backlog.oldest_s)} old"
+    if backlog.ageless and limits.backlog_age_s:
+        text += f"; {backlog.ageless} have no known age: set store.fields.created"
+    return _check("backlog", backlog.old, limits.backlog, text)
+
+
+def _failed_ratio(facts: Facts, limits: MonitorSettings) -> Check:
+    results = facts.results
+    if results is None:
+        return _unknown("failed_ratio", facts, "results")
+    total = results.tagged + results.failed
+    text = f"{results.failed} of {total} results of the last {_duration(limits.window_s)}"
+    if total < limits.min_results:
+        too_few = f"{text}; too few to judge"
+        return Check("failed_ratio", "ok", None, too_few, limits.failed_ratio)
+    return _check("failed_ratio", results.failed / total, limits.failed_ratio, text)
+
+
+def _last_tag(facts: Facts, limits: MonitorSettings) -> Check:
+    """Silence is a fault only while posts wait."""
+    name, threshold = "last_tag_age_s", limits.last_tag_age_s
+    if facts.results is None:
+        return _unknown(name, facts, "results")
+    age_s = facts.results.last_tag_s
+    old = facts.backlog is not None and facts.backlog.old > 0
+    due = facts.jobs is not None and facts.jobs.due > 0
+    text = "no post was ever tagged" if age_s is None else f"{_duration(age_s)} ago"
+    if not (facts.queue_depth or old or due):
+        return Check(name, "ok", age_s, f"{text}; no posts wait", threshold)
+    if age_s is None:
+        oldest_s = facts.backlog.oldest_s if facts.backlog is not None else None
+        return _check(name, oldest_s or 0.0, threshold, text)
+    return _check(name, age_s, threshold, f"{text}, and posts wait")
+
+
+def _jobs(facts: Facts, limits: MonitorSettings) -> list[Check]:
+    jobs = facts.jobs
+    if jobs is None:
+        return [_unknown(name, facts, "jobs") for name in ("overdue_jobs", "dead_letters")]
+    opened = ", ".join(f"{n} {state}" for state, n in jobs.states.items() if state != "dead")
+    overdue = f"{jobs.overdue} due for {limits.overdue_s:g} s or longer, {jobs.due} due; {opened}"
+    dead = jobs.states.get("dead", 0)
+    return [
+        _check("overdue_jobs", jobs.overdue, limits.overdue_jobs, overdue),
+        _check("dead_letters", dead, limits.dead_letters, f"{dead} set aside"),
+    ]
+
+
+def _queue(facts: Facts, limits: MonitorSettings) -> Check:
+    depth = facts.queue_depth
+    if depth is None:
+        reason = facts.errors.get("queue_depth", "no answer")
+        return Check("queue_depth", "critical", None, reason)
+    return _check("queue_depth", depth, limits.queue_depth, f"{depth} messages wait")
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{max(0.0, seconds):.0f} s"

@@ -1,0 +1,274 @@
+"""What is asked of the database and the queue; each answer may be missing, with its reason."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from typing import Any, TypeVar
+
+from bson import ObjectId
+from bson.errors import BSONError
+
+from config.errors import StoreUnavailable, TaggingError
+from config.settings import MonitorSettings, Settings, StoreSettings
+from deploy import embedded
+from king.archive import Archive
+from king.broker import queue_depth
+from king.documents import dig
+from king.jobs import JOB_STATES, number
+from king.store import OPEN_STATES
+
+T = TypeVar("T")
+
+_PINGS = 3
+_DOWN = "the embedded service is not running: insighttag services start"
+_MILLISECONDS_FROM = 1e11  # as seconds that would be the year 5138
+
+
+@dataclass(frozen=True)
+class Backlog:
+    """Posts without a result.
+
+    Attributes:
+        untagged: All of them.
+        old: Those that count as backlog.
+        ageless: Those of which no time is known.
+        oldest_s: Age of the oldest; None when no age is known.
+        complete: False when there are more than one look reads.
+    """
+
+    untagged: int
+    old: int
+    ageless: int
+    oldest_s: float | None
+    complete: bool
+
+
+@dataclass(frozen=True)
+class Results:
+    """Results of the recent time.
+
+    Attributes:
+        last_tag_s: How long ago the last post was tagged; None when none ever was.
+    """
+
+    tagged: int
+    failed: int
+    last_tag_s: float | None
+
+
+@dataclass(frozen=True)
+class Jobs:
+    """The jobs collection."""
+
+    states: Mapping[str, int]
+    due: int
+    overdue: int
+
+
+@dataclass(frozen=True)
+class Replicas:
+    """A replica set.
+
+    Attributes:
+        states: Member ─► ``PRIMARY``, ``SECONDARY``, …; empty when we may not ask.
+        lag_s: Member ─► how far it is behind the primary.
+    """
+
+    name: str
+    states: Mapping[str, str] = field(default_factory=dict)
+    lag_s: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """One look. What could not be learnt is None, and `errors` says why, by the name of its field.
+
+    Attributes:
+        latency_s: Median of a few pings.
+        replicas: None also where the database is no replica set.
+        queue_depth: Messages that wait.
+    """
+
+    latency_s: float | None
+    replicas: Replicas | None
+    backlog: Backlog | None
+    results: Results | None
+    jobs: Jobs | None
+    queue_depth: int | None
+    errors: Mapping[str, str]
+
+
+def look(asked: Settings) -> Facts:
+    """Ask everything; starts nothing, and never raises for what cannot be reached."""
+    settings = embedded.peek(asked)
+    limits = settings.monitor
+    errors: dict[str, str] = {}
+
+    def ask(name: str, question: Callable[[], T]) -> T | None:
+        try:
+            return question()
+        except TaggingError as error:
+            errors[name] = str(error)
+        except BSONError as error:  # a post may hold a date that Python has no name for
+            errors[name] = f"unreadable document: {error}"
+        return None
+
+    depth = ask("queue_depth", lambda: _queue_depth(settings))
+    timeout_s = min(settings.store.timeout_s, limits.timeout_s)
+    quick = settings.store.model_copy(update={"timeout_s": timeout_s})
+    database = Database(quick, limits)
+    try:
+        latency_s = ask("latency_s", database.latency_s)
+        reached = latency_s is not None
+        return Facts(
+            latency_s=latency_s,
+            replicas=ask("replicas", database.replicas) if reached else None,
+            backlog=ask("backlog", database.backlog) if reached else None,
+            results=ask("results", database.results) if reached else None,
+            jobs=ask("jobs", database.open_and_dead) if reached else None,
+            queue_depth=depth,
+            errors=errors,
+        )
+    finally:
+        database.close()
+
+
+def _queue_depth(settings: Settings) -> int:
+    broker = settings.broker
+    if broker.url.startswith(embedded.SCHEME):
+        raise TaggingError(_DOWN)
+    timeout_s = min(broker.socket_timeout_s, settings.monitor.timeout_s)
+    return queue_depth(broker.model_copy(update={"socket_timeout_s": timeout_s}))
+
+
+class Database(Archive):
+    """The questions to the database; each raises `StoreUnavailable`."""
+
+    def __init__(self, settings: StoreSettings, limits: MonitorSettings) -> None:
+        super().__init__(settings)
+        self._limits = limits
+        self._time_limit_ms = round(settings.timeout_s * 1000)
+        self._now = time.time()
+
+    def latency_s(self) -> float:
+        """Median of a few pings, the connection being open."""
+        if self.settings.url.startswith(embedded.SCHEME):
+            raise StoreUnavailable(_DOWN)
+        with self.edge():
+            self._database.command("ping")
+            return statistics.median(self._ping_s() for _ in range(_PINGS))
+
+    def _ping_s(self) -> float:
+        began = time.perf_counter()
+        self._database.command("ping")
+        return time.perf_counter() - began
+
+    def replicas(self) -> Replicas | None:
+        """State and lag of each member; only the name where the user may not ask for more."""
+        with self.edge():
+            name = self._admin("hello").get("setName")
+        if not isinstance(name, str):
+            return None
+        try:
+            with self.edge():
+                status = self._admin("replSetGetStatus")
+        except StoreUnavailable:
+            return Replicas(name)
+        return replicas_of(name, status)
+
+    def _admin(self, command: str) -> Mapping[str, Any]:
+        answer: Mapping[str, Any] = self._database.client.admin.command(command)
+        return answer
+
+    def backlog(self) -> Backlog:
+        """Reads the posts without a result: their ages stand in fields of any type."""
+        path = self.settings.fields.created or "_id"
+        fields = {"_id": 1, path.split(".")[0]: 1}
+        condition = {f"{self.settings.result_path}.status": None}
+        limit = self._limits.scan
+        count = old = ageless = 0
+        oldest_s: float | None = None
+        with self.edge():
+            cursor = self.posts.find(condition, fields).limit(limit + 1)
+            for document in cursor.max_time_ms(self._time_limit_ms):
+                count += 1
+                made_at = moment_of(dig(document, path))
+                if made_at is None:
+                    ageless += 1
+                    old += self._limits.backlog_age_s == 0
+                    continue
+                age_s = self._now - made_at
+                oldest_s = age_s if oldest_s is None else max(oldest_s, age_s)
+                old += age_s >= self._limits.backlog_age_s
+        return Backlog(min(count, limit), min(old, limit), ageless, oldest_s, count <= limit)
+
+    def results(self) -> Results:
+        """Counts of the recent time, and the moment of the last tag."""
+        path = self.settings.result_path
+        since = datetime.fromtimestamp(self._now - self._limits.window_s, timezone.utc)
+        recent = {f"{path}.tagged_at": {"$gte": since}}
+        with self.edge():
+            tagged, failed = (
+                self._count(self.posts, {**recent, f"{path}.status": status})
+                for status in ("tagged", "failed")
+            )
+            # The whole top-level field: the embedded database gives parts under dotted names.
+            cursor = self.posts.find({f"{path}.status": "tagged"}, {path.split(".")[0]: 1})
+            newest = cursor.sort(f"{path}.tagged_at", -1).limit(1)
+            dates = [dig(d, f"{path}.tagged_at") for d in newest.max_time_ms(self._time_limit_ms)]
+        last_at = moment_of(dates[0]) if dates else None
+        last_tag_s = max(0.0, self._now - last_at) if last_at is not None else None
+        return Results(tagged, failed, last_tag_s)
+
+    def open_and_dead(self) -> Jobs:
+        """Jobs by state, and those that somebody should have looked at by now."""
+        opened = {"state": {"$in": list(OPEN_STATES)}}
+        overdue_at = self._now - self._limits.overdue_s
+        with self.edge():
+            return Jobs(
+                states={state: self._count(self.jobs, {"state": state}) for state in JOB_STATES},
+                due=self._count(self.jobs, {**opened, "due_at": {"$lte": self._now}}),
+                overdue=self._count(self.jobs, {**opened, "due_at": {"$lte": overdue_at}}),
+            )
+
+    def _count(self, collection: Any, condition: Mapping[str, Any]) -> int:
+        return int(collection.count_documents(condition, maxTimeMS=self._time_limit_ms))
+
+
+def replicas_of(name: str, status: Mapping[str, Any]) -> Replicas:
+    """Read an answer to ``replSetGetStatus``; what is absent or odd is left out."""
+    members = [m for m in status.get("members") or () if isinstance(m, Mapping)]
+    states = {str(m.get("name")): str(m.get("stateStr") or "UNKNOWN") for m in members}
+    written = {
+        str(m.get("name")): m["optimeDate"].timestamp()
+        for m in members
+        if isinstance(m.get("optimeDate"), datetime)
+    }
+    primary = next((written.get(n) for n, state in states.items() if state == "PRIMARY"), None)
+    lags = {
+        member: max(0.0, primary - at)
+        for member, at in written.items()
+        if primary is not None and states[member] == "SECONDARY"
+    }
+    return Replicas(name, states, lags)
+
+
+def moment_of(value: object) -> float | None:
+    """A date, ISO text, ObjectId, or Unix time in seconds or milliseconds ─► Unix seconds."""
+    if isinstance(value, ObjectId):
+        return value.generation_time.timestamp()
+    if isinstance(value, str):
+        try:
+            value = datetime.fromisoformat(value.replace("Z", "+00:00"))
+        except ValueError:
+            return None
+    if isinstance(value, datetime):
+        return (value if value.tzinfo else value.replace(tzinfo=timezone.utc)).timestamp()
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    seconds = number(value)
+    return seconds / 1000 if seconds >= _MILLISECONDS_FROM else seconds

@@ -1,0 +1,254 @@
+"""The fusion models again, in plain numpy: one post at a time, no batch, no padding, no masks.
+
+Written from the definitions, in float64; they take a model's state_dict and give own heads too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from extractors.post import Features
+
+Array = Any  # float64
+Weights = dict[str, Array]
+Said = tuple[Array, dict[str, Array]]
+MODALITIES = ("video", "image", "audio", "text", "ocr")
+MOVING, ORDERED = ("video", "audio"), ("video", "audio", "text", "ocr")
+
+
+def sigmoid(x: Array) -> Array:
+    return 1 / (1 + np.exp(-x))
+
+
+def softmax(x: Array, axis: int) -> Array:
+    powers = np.exp(x - x.max(axis=axis, keepdims=True))
+    return powers / powers.sum(axis=axis, keepdims=True)
+
+
+def relu(x: Array) -> Array:
+    return np.maximum(x, 0)
+
+
+def linear(w: Weights, name: str, x: Array) -> Array:
+    return x @ w[f"{name}.weight"].T + w.get(f"{name}.bias", 0.0)
+
+
+def layer_norm(w: Weights, name: str, x: Array) -> Array:
+    centred = x - x.mean(axis=-1, keepdims=True)
+    normed = centred / np.sqrt((centred**2).mean(axis=-1, keepdims=True) + 1e-5)
+    return normed * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+
+def batch_norm(w: Weights, name: str, x: Array) -> Array:
+    """As learned."""
+    normed = (x - w[f"{name}.running_mean"]) / np.sqrt(w[f"{name}.running_var"] + 1e-5)
+    return normed * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+
+def rows_of(post: Features, modality: str) -> Array | None:
+    found = post.arrays.get(modality)  # type: ignore[call-overload]
+    return None if found is None else found.astype(np.float64)
+
+
+def squeeze_excite(w: Weights, name: str, x: Array) -> Array:
+    squeezed = relu(batch_norm(w, f"{name}.norm", linear(w, f"{name}.squeeze", x)))
+    return x * sigmoid(linear(w, f"{name}.excite", squeezed))
+
+
+def own_heads(w: Weights, alone: dict[str, Array]) -> dict[str, Array]:
+    return {m: linear(w, f"own.{m}", v) for m, v in alone.items() if f"own.{m}.weight" in w}
+
+
+def mean_pooled(w: Weights, post: Features) -> tuple[list[Array], dict[str, Array]]:
+    vectors, alone = [], {}
+    for m in MODALITIES:
+        rows = rows_of(post, m)
+        if rows is None:
+            vectors.append(w[f"pool.missing.{m}"])
+            continue
+        mean = layer_norm(w, f"pool.norms.{m}", rows).mean(axis=0)
+        alone[m] = linear(w, f"pool.projections.{m}", mean)
+        vectors.append(alone[m])
+    return vectors, alone
+
+
+def concat_mlp(w: Weights, post: Features) -> Said:
+    vectors, alone = mean_pooled(w, post)
+    x = relu(np.concatenate(vectors))
+    for i in range(2):
+        x = relu(linear(w, f"hidden.{i}", x))
+    return linear(w, "classify", x), own_heads(w, alone)
+
+
+def nextvlad(w: Weights, name: str, x: Array) -> Array:
+    """Written as the sum over frames, groups and clusters that the paper has."""
+    centres = w[f"{name}.centres"]  # (K, λN/G)
+    clusters, narrow = centres.shape
+    wide = linear(w, f"{name}.expand", x)
+    groups = wide.shape[1] // narrow
+    attention = sigmoid(linear(w, f"{name}.attend", wide))
+    assigned = batch_norm(w, f"{name}.norm_assign", linear(w, f"{name}.assign", wide))
+    total = np.zeros((clusters, narrow))
+    for frame in range(len(x)):
+        for group in range(groups):
+            piece = wide[frame, group * narrow : (group + 1) * narrow]
+            chances = softmax(assigned[frame, group * clusters : (group + 1) * clusters], 0)
+            for k in range(clusters):
+                total[k] += attention[frame, group] * chances[k] * (piece - centres[k])
+    total /= np.sqrt((total**2).sum(axis=1, keepdims=True))
+    return batch_norm(w, f"{name}.norm", total.ravel())
+
+
+def concat_se(w: Weights, post: Features) -> Said:
+    vectors, alone = [], {}
+    for m in MODALITIES:
+        rows = rows_of(post, m)
+        if rows is None:
+            vectors.append(w[f"missing.{m}"])
+            continue
+        normed = layer_norm(w, f"norms.{m}", rows)
+        clustered = f"vlads.{m}.centres" in w
+        pooled = nextvlad(w, f"vlads.{m}", normed) if clustered else normed.mean(axis=0)
+        alone[m] = linear(w, f"projections.{m}", pooled)
+        vectors.append(alone[m])
+    gated = squeeze_excite(w, "gate", linear(w, "join", np.concatenate(vectors)))
+    return linear(w, "classify", gated), own_heads(w, alone)
+
+
+def nextvlad_se(w: Weights, post: Features) -> Said:
+    vectors, alone = [], {}
+    for m in MODALITIES:
+        rows = rows_of(post, m)
+        if rows is None:
+            vectors.append(w[f"missing.{m}"])
+            continue
+        alone[m] = nextvlad(w, f"vlads.{m}", layer_norm(w, f"norms.{m}", rows))
+        vectors.append(alone[m])
+    joined = batch_norm(w, "norm", linear(w, "join", np.concatenate(vectors)))
+    return linear(w, "classify", squeeze_excite(w, "gate", joined)), own_heads(w, alone)
+
+
+def gmu(w: Weights, post: Features) -> Said:
+    vectors, alone = mean_pooled(w, post)
+    gates = linear(w, "gates", np.concatenate(vectors)).reshape(len(vectors), -1)
+    there = [i for i, m in enumerate(MODALITIES) if m in alone] or list(range(len(vectors)))
+    weights = softmax(gates[there], 0)
+    fused = sum(weights[k] * np.tanh(vectors[i]) for k, i in enumerate(there))
+    return linear(w, "classify", relu(linear(w, "hidden", fused))), own_heads(w, alone)
+
+
+def lstm(w: Weights, name: str, x: Array) -> Array:
+    """Gates in torch's order: input, forget, cell, output."""
+    size = w[f"{name}.weight_hh_l0"].shape[1]
+    state = cell = np.zeros(size)
+    found = []
+    for row in x:
+        gates = w[f"{name}.weight_ih_l0"] @ row + w[f"{name}.bias_ih_l0"]
+        gates = gates + w[f"{name}.weight_hh_l0"] @ state + w[f"{name}.bias_hh_l0"]
+        i, f, g, o = np.split(gates, 4)
+        cell = sigmoid(f) * cell + sigmoid(i) * np.tanh(g)
+        state = sigmoid(o) * np.tanh(cell)
+        found.append(state)
+    return np.stack(found)
+
+
+def attention_lstm(w: Weights, post: Features) -> Said:
+    vectors, alone = [], {}
+    for m in MODALITIES:
+        rows, name = rows_of(post, m), f"branches.{m}"
+        if rows is None:
+            vectors.append(w[f"missing.{m}"])
+            continue
+        x = np.tanh(linear(w, f"{name}.project", layer_norm(w, f"{name}.norm", rows)))
+        back = lstm(w, f"{name}.back", x[::-1])[::-1]
+        states = np.concatenate([lstm(w, f"{name}.ahead", x), back], axis=1)
+        weights = softmax(linear(w, f"{name}.attend", states)[:, 0], 0)
+        alone[m] = weights @ states
+        vectors.append(alone[m])
+    x = np.tanh(linear(w, "narrow", relu(linear(w, "join", np.concatenate(vectors)))))
+    return linear(w, "classify", x), own_heads(w, alone)
+
+
+def place(position: int, width: int) -> Array:
+    half = (width + 1) // 2
+    angles = position / 10_000 ** (np.arange(half) / half)
+    return np.concatenate([np.sin(angles), np.cos(angles)])[:width]
+
+
+def block(w: Weights, name: str, x: Array, heads: int = 4) -> Array:
+    width = x.shape[1]
+    size = width // heads
+    qkv = linear(w, f"{name}.qkv", layer_norm(w, f"{name}.norm_attention", x))
+    joined = np.zeros_like(x)
+    for head in range(heads):
+        q, k, v = (
+            qkv[:, i * width + head * size : i * width + (head + 1) * size] for i in range(3)
+        )
+        joined[:, head * size : (head + 1) * size] = softmax(q @ k.T / math.sqrt(size), 1) @ v
+    x = x + linear(w, f"{name}.out", joined)
+    y = linear(w, f"{name}.feed.0", layer_norm(w, f"{name}.norm_feed", x))
+    erf = np.vectorize(math.erf)
+    return x + linear(w, f"{name}.feed.3", y * 0.5 * (1 + erf(y / math.sqrt(2))))
+
+
+def projected(w: Weights, m: str, rows: Array) -> tuple[Array, Array]:
+    """Tokens without and with their positions."""
+    normed = layer_norm(w, f"projections.{m}.norm", rows)
+    tokens = linear(w, f"projections.{m}.project", normed)
+    if m in MOVING:
+        steps = np.concatenate([np.zeros_like(normed[:1]), normed[1:] - normed[:-1]])
+        tokens = tokens + linear(w, f"projections.{m}.change", steps)
+    if m not in ORDERED:
+        return tokens, tokens
+    places = np.stack([place(i, tokens.shape[1]) for i in range(len(tokens))])
+    return tokens, tokens + w[f"scales.{m}"] * places
+
+
+def token_transformer(w: Weights, post: Features) -> Said:
+    sequence, alone = [w["start"][None]], {}
+    for m in MODALITIES:
+        rows = rows_of(post, m)
+        tokens = w[f"missing.{m}"][None]
+        if rows is not None:
+            plain, tokens = projected(w, m, rows)
+            alone[m] = plain.mean(axis=0)
+        sequence.append(tokens + w[f"kinds.{m}"])
+    x = np.concatenate(sequence)
+    for i in range(2):
+        x = block(w, f"blocks.{i}", x)
+    return linear(w, "classify", layer_norm(w, "norm", x[0])), own_heads(w, alone)
+
+
+def mbt(w: Weights, post: Features) -> Said:
+    streams = {}
+    for m in MODALITIES:
+        rows = rows_of(post, m)
+        tokens = w[f"missing.{m}"][None] if rows is None else projected(w, m, rows)[1]
+        streams[m] = np.concatenate([w[f"starts.{m}"][None], tokens])
+    streams = {m: block(w, f"blocks.0.{m}", x) for m, x in streams.items()}
+    alone = {m: x[0] for m, x in streams.items() if m in post.arrays}
+    shared = w["bottlenecks"]
+    for i in (1, 2):
+        mixed = {
+            m: block(w, f"blocks.{i}.{m}", np.concatenate([shared, x])) for m, x in streams.items()
+        }
+        shared = np.mean([x[: len(shared)] for x in mixed.values()], axis=0)
+        streams = {m: x[len(shared) :] for m, x in mixed.items()}
+    speak = list(alone) or list(MODALITIES)
+    said = [linear(w, "classify", layer_norm(w, f"norms.{m}", streams[m][0])) for m in speak]
+    return np.mean(said, axis=0), own_heads(w, alone)
+
+
+FORWARDS: dict[str, Callable[[Weights, Features], Said]] = {
+    "token_transformer": token_transformer,
+    "concat_mlp": concat_mlp,
+    "concat_se": concat_se,
+    "gmu": gmu,
+    "nextvlad_se": nextvlad_se,
+    "attention_lstm": attention_lstm,
+    "mbt": mbt,
+}

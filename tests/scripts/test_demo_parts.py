@@ -1,0 +1,112 @@
+"""The demo's parts that its end-to-end run would not show: skipping, failing, serving."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import requests
+
+from config.labels import LabelMap
+from config.load import load_settings
+from extractors.text import TextExtractor
+from scripts.demo.__main__ import main
+from scripts.demo.layout import Sizes
+from scripts.demo.lesson import Lesson
+from scripts.demo.media_server import MediaServer
+from scripts.demo.parallel import map_items, run_jobs, tell
+from scripts.demo.stamps import Stamp
+from scripts.demo.text_backbone import train_text
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def _square(number: int) -> int:
+    return number * number
+
+
+def _add(first: int, second: int) -> int:
+    tell("sum", 1, 1, "done")
+    return first + second
+
+
+def _refuse(number: int) -> int:
+    raise ValueError(f"not {number}")
+
+
+def _nothing() -> None:
+    """A set-up with nothing to load."""
+
+
+def test_a_stage_is_done_only_with_its_inputs_and_outputs(tmp_path: Path) -> None:
+    """Other inputs, a missing output, or a cleared stamp: the stage runs again."""
+    output = tmp_path / "output"
+    stamp = Stamp.of(tmp_path / "stamps", "stage", "inputs", [output])
+    assert not stamp.valid
+    stamp.write()
+    assert not stamp.valid
+    output.touch()
+    assert stamp.valid
+    assert not Stamp.of(tmp_path / "stamps", "stage", "others", [output]).valid
+    stamp.clear()
+    assert not stamp.valid
+
+
+def test_media_are_served_on_loopback_and_nothing_else(tmp_path: Path) -> None:
+    """A file comes as it is; folders are not listed; afterwards the port is closed."""
+    (tmp_path / "media").mkdir()
+    (tmp_path / "media" / "a.bin").write_bytes(b"abc")
+    with MediaServer(tmp_path) as server:
+        url = server.url
+        assert requests.get(f"{url}/media/a.bin", timeout=5).content == b"abc"
+        assert requests.get(f"{url}/media/", timeout=5).status_code == 404
+    with pytest.raises(requests.ConnectionError):
+        requests.get(f"{url}/media/a.bin", timeout=5)
+
+
+def test_jobs_and_items_run_in_processes_and_their_errors_arrive() -> None:
+    """Results come in order; an error in a child is raised here."""
+    assert map_items("squares", _square, [1, 2, 3], _nothing, ()) == [1, 4, 9]
+    assert run_jobs({"sum": (_add, (1, 2))}) == {"sum": 3}
+    with pytest.raises(ValueError, match="not 5"):
+        map_items("refused", _refuse, [5], _nothing, ())
+
+
+def test_the_text_backbone_is_a_folder_that_the_extractor_loads(tmp_path: Path) -> None:
+    """Words that were seen have a token each, Chinese has one a character, no word is lost."""
+    posts = [
+        {"post_id": str(i), "labels": ["travel"], "text": text, "ocr": "SALE"}
+        for i, text in enumerate(("the hotel by the sea", "老城旁边的酒店", "A plain day."))
+    ]
+    data = tmp_path / "posts.json"
+    data.write_text(json.dumps(posts), encoding="utf-8")
+    folder = tmp_path / "text"
+    settings = load_settings(
+        ROOT / "config/demo.yaml",
+        [f"features.text.arch={folder}", f"features.text.weights={folder}"],
+    )
+    labels = LabelMap.load(ROOT / "config/idx2name_cls24.json")
+    train_text(Lesson(data, data, settings, Sizes(), labels))
+    extractor = TextExtractor(settings.features.text)
+    extractor.load()
+    ids = [extractor.preprocess(text) for text in ("The hotel", "酒店", "sale", "sdlx")]
+    unknown = 1
+    assert [len(i) for i in ids] == [4, 4, 3, 6]
+    assert all(unknown not in i for i in ids)
+    assert extractor.forward(ids)[0].shape == (4, extractor.dim)
+    extractor.close()
+
+
+def test_a_wrong_setting_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    """Exit code 2 and the key, before anything is made."""
+    here = Path.cwd()
+    os.chdir(ROOT)
+    try:
+        assert main(["--set", "broker.urll=x"]) == 2
+    finally:
+        os.chdir(here)
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1
+    assert "broker.urll" in error[0]

@@ -1,0 +1,408 @@
+"""Health of database and backlog: facts from real servers, thresholds, exit codes, outputs."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bson import ObjectId
+
+from config.settings import MonitorSettings, Settings, Threshold
+from king.broker import queue_depth
+from king.jobs import Job
+from king.store import MongoStore
+from scripts.mongo_supervisor import check
+from scripts.mongo_supervisor.checks import EXIT_CODES, judge, worst
+from scripts.mongo_supervisor.facts import (
+    Backlog,
+    Facts,
+    Jobs,
+    Replicas,
+    Results,
+    look,
+    moment_of,
+    replicas_of,
+)
+from scripts.mongo_supervisor.report import as_json, plugin_line, summary
+from tests.services import MongoServer, RedisServer
+
+
+class Place:
+    """A database and a queue of this test alone, and a settings file that names them."""
+
+    def __init__(self, folder: Path, name: str, redis: RedisServer, mongo: MongoServer) -> None:
+        self.file = folder / "settings.yaml"
+        content = {
+            "broker": {"url": redis.url, "queue": f"{name}.posts", "socket_timeout_s": 1},
+            "store": {
+                "url": mongo.url,
+                "database": name,
+                "collection": f"{name}_posts",
+                "jobs_collection": f"{name}_jobs",
+                "timeout_s": 2,
+            },
+            "embedded": {"folder": str(folder / "embedded")},
+            "log": {"format": "json"},
+        }
+        self.file.write_text(json.dumps(content))
+        self.settings = Settings.model_validate(content)
+        self.store = MongoStore(self.settings.store)
+
+    def post(self, post_id: Any, **fields: Any) -> None:
+        """Insert one post."""
+        self.store.posts.insert_one({"_id": post_id, **fields})
+
+    def result(self, post_id: Any, status: str, age_s: float) -> None:
+        """Write a result as the King does."""
+        tagged_at = datetime.now(timezone.utc) - timedelta(seconds=age_s)
+        content = {"status": status, "tagged_at": tagged_at}
+        self.store.posts.update_one({"_id": post_id}, {"$set": {"insight": content}})
+
+    def run(self, *options: str) -> int:
+        """The command; gives its exit code."""
+        return check.main(["--config", str(self.file), *options])
+
+
+@pytest.fixture
+def place(
+    tmp_path: Path, unique_name: str, redis_server: RedisServer, mongo_server: MongoServer
+) -> Iterator[Place]:
+    made = Place(tmp_path, unique_name, redis_server, mongo_server)
+    yield made
+    made.store.close()
+
+
+def facts(**changes: Any) -> Facts:
+    """A system that does well, but for what is named."""
+    values: dict[str, Any] = {
+        "latency_s": 0.002,
+        "replicas": None,
+        "backlog": Backlog(5, 0, 0, 30.0, True),
+        "results": Results(95, 2, 10.0),
+        "jobs": Jobs({"running": 3, "waiting": 1, "queued": 0, "dead": 4}, 1, 0),
+        "queue_depth": 7,
+        "errors": {},
+    }
+    return Facts(**{**values, **changes})
+
+
+@pytest.mark.parametrize(
+    ("seen", "state", "told"),
+    [
+        (facts(), "ok", "OK: 7 checks"),
+        (facts(latency_s=0.6), "warning", "answers in 600.0 ms"),
+        (facts(latency_s=2.0), "critical", "answers in 2000.0 ms"),
+        (facts(latency_s=None, errors={"latency_s": "refused"}), "critical", "database: refused"),
+        (facts(backlog=Backlog(300, 200, 0, 2000.0, True)), "warning", "200 untagged for 900 s"),
+        (facts(backlog=Backlog(9, 10_000, 0, 7200, False)), "critical", "at least 9 untagged"),
+        (facts(backlog=None, errors={"backlog": "too slow"}), "unknown", "backlog: too slow"),
+        (facts(results=Results(95, 5, 1.0)), "warning", "5 of 100 results of the last 1 h"),
+        (facts(results=Results(0, 30, 1.0)), "critical", "30 of 30"),
+        (facts(results=Results(0, 19, 1.0)), "ok", "OK"),
+        # Silence is a fault only while posts wait.
+        (facts(results=Results(0, 0, 4000.0)), "critical", "1.11 h ago, and posts wait"),
+        (
+            facts(
+                results=Results(0, 0, 4000.0),
+                queue_depth=0,
+                jobs=Jobs({}, 0, 0),
+            ),
+            "ok",
+            "OK",
+        ),
+        (
+            facts(
+                results=Results(0, 0, None),
+                backlog=Backlog(9, 9, 0, 1000.0, True),
+            ),
+            "warning",
+            "no post was ever tagged",
+        ),
+        (facts(jobs=Jobs({"dead": 0}, 5, 3)), "warning", "3 due for 120 s or longer, 5 due"),
+        (facts(jobs=Jobs({"dead": 100}, 0, 0)), "warning", "100 set aside"),
+        (facts(queue_depth=20_000), "warning", "20000 messages wait"),
+        (facts(queue_depth=None, errors={"queue_depth": "refused"}), "critical", "refused"),
+        # Replica sets.
+        (facts(replicas=Replicas("rs0")), "ok", "OK: 8 checks"),
+        (
+            facts(replicas=Replicas("rs0", {"a": "PRIMARY", "b": "SECONDARY"}, {"b": 11.0})),
+            "warning",
+            "11 s behind",
+        ),
+        (facts(replicas=Replicas("rs0", {"a": "SECONDARY"})), "critical", "no primary"),
+        (
+            facts(replicas=Replicas("rs0", {"a": "PRIMARY", "b": "RECOVERING"})),
+            "warning",
+            "b RECOVERING",
+        ),
+        # What is known to be wrong weighs more than what is not known.
+        (
+            facts(latency_s=0.6, results=None, errors={"results": "too slow"}),
+            "warning",
+            "too slow",
+        ),
+    ],
+)
+def test_each_fact_has_its_state(seen: Facts, state: str, told: str) -> None:
+    """At the default thresholds; the summary names what is not well."""
+    checks = judge(seen, MonitorSettings())
+    assert worst(checks) == state
+    assert summary(checks).startswith(f"{state.upper()}: ")
+    assert told in summary(checks)
+    assert "\n" not in plugin_line(checks)
+    json.dumps(as_json(checks))
+
+
+def test_exit_codes_are_those_of_monitoring_plugins() -> None:
+    """Other programs rely on these numbers."""
+    assert EXIT_CODES == {"ok": 0, "warning": 1, "critical": 2, "unknown": 3}
+
+
+def test_the_plugin_line_has_performance_data() -> None:
+    """``name=value;warning;critical`` after the only bar."""
+    errors = {"queue_depth": "a | b"}
+    line = plugin_line(judge(facts(queue_depth=None, errors=errors), MonitorSettings()))
+    text, bar, data = line.partition(" | ")
+    assert bar
+    assert "a / b" in text
+    assert "database=0.002;0.5;2" in data.split()
+    assert "dead_letters=4;100;10000" in data.split()
+    open_ended = MonitorSettings(backlog=Threshold())
+    assert " backlog=0;;" in plugin_line(judge(facts(), open_ended))
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [
+        (datetime(2026, 1, 1, tzinfo=timezone.utc), 1767225600),
+        (datetime(2026, 1, 1), 1767225600),
+        ("2026-01-01T01:00:00+01:00", 1767225600),
+        ("2026-01-01T00:00:00Z", 1767225600),
+        (1767225600, 1767225600),
+        (1767225600000, 1767225600),
+        (ObjectId.from_datetime(datetime(2026, 1, 1, tzinfo=timezone.utc)), 1767225600),
+        ("yesterday", None),
+        (True, None),
+        (None, None),
+        ([1], None),
+    ],
+)
+def test_times_of_many_types_are_read(value: object, seconds: float | None) -> None:
+    """The platform's documents are not ours."""
+    assert moment_of(value) == seconds
+
+
+def test_a_replica_sets_answer_is_read() -> None:
+    """Members, states and lags; an arbiter has no lag, and an empty answer is none."""
+    at = datetime(2026, 1, 1, tzinfo=timezone.utc)
+    members = [
+        {"name": "a:1", "stateStr": "PRIMARY", "optimeDate": at},
+        {"name": "b:1", "stateStr": "SECONDARY", "optimeDate": at - timedelta(seconds=12)},
+        {"name": "c:1", "stateStr": "ARBITER"},
+        {"name": "d:1", "stateStr": "(not reachable/healthy)", "optimeDate": at},
+        "odd",
+    ]
+    read = replicas_of("rs0", {"members": members})
+    assert read.states["d:1"] == "(not reachable/healthy)"
+    assert read.lag_s == {"b:1": 12.0}
+    assert replicas_of("rs0", {"ok": 1, "result": []}) == Replicas("rs0")
+
+
+def test_facts_of_a_real_database(place: Place) -> None:
+    """Ages from ObjectIds, counts of results and jobs, latency, depth; no set on a plain server."""
+    old = ObjectId.from_datetime(datetime.now(timezone.utc) - timedelta(hours=2))
+    for post_id in (old, ObjectId(), "no-time", "t1", "t2", "f1"):
+        place.post(post_id, text="words")
+    place.result("t1", "tagged", 40)
+    place.result("t2", "tagged", 7200)
+    place.result("f1", "failed", 5)
+    now = time.time()
+    jobs = [
+        Job("f1", "dead"),
+        Job("w1", "waiting", due_at=now + 99),
+        Job("w2", "waiting", due_at=now - 10),
+        Job("w3", "running", due_at=now - 500),
+    ]
+    place.store.jobs.insert_many([job.as_document() for job in jobs])
+    seen = look(place.settings)
+    assert seen.errors == {}
+    assert seen.latency_s is not None
+    assert seen.latency_s < 1
+    assert seen.replicas is None
+    assert seen.backlog is not None
+    assert (seen.backlog.untagged, seen.backlog.old, seen.backlog.ageless) == (3, 1, 1)
+    assert seen.backlog.oldest_s == pytest.approx(7200, abs=30)
+    assert seen.results is not None
+    assert (seen.results.tagged, seen.results.failed) == (1, 1)
+    assert seen.results.last_tag_s == pytest.approx(40, abs=20)
+    assert seen.jobs is not None
+    assert seen.jobs.states == {"running": 1, "waiting": 2, "queued": 0, "dead": 1}
+    assert (seen.jobs.due, seen.jobs.overdue) == (2, 1)
+    assert seen.queue_depth == 0
+
+
+def test_ages_can_come_from_a_field_and_a_look_is_bounded(place: Place) -> None:
+    """`store.fields.created` names the time; past `scan` posts it says "at least" so many."""
+    for i in range(12):
+        place.post(f"p{i}", meta={"at": datetime.now(timezone.utc) - timedelta(hours=1 + i)})
+    fields = place.settings.store.fields.model_copy(update={"created": "meta.at"})
+    store = place.settings.store.model_copy(update={"fields": fields})
+    settings = place.settings.model_copy(update={"store": store})
+    backlog = look(settings).backlog
+    assert backlog is not None
+    assert (backlog.old, backlog.ageless, backlog.complete) == (12, 0, True)
+    few = settings.model_copy(update={"monitor": MonitorSettings(scan=10)})
+    backlog = look(few).backlog
+    assert backlog is not None
+    assert (backlog.untagged, backlog.old, backlog.complete) == (10, 10, False)
+
+
+def test_options_move_the_thresholds(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    """The exit code follows; the first line is the plugin's, and the table has every check."""
+    for i in range(3):
+        place.post(f"p{i}")
+    assert place.run() == 0
+    first, _, table = capsys.readouterr().out.partition("\n")
+    assert first.startswith("OK: 7 checks | database=")
+    assert "3 have no known age: set store.fields.created" in table
+    assert place.run("--older-than", "0s", "--warning", "backlog=3") == 1
+    assert capsys.readouterr().out.startswith("WARNING: backlog: 3 untagged")
+    assert place.run("--older-than", "0s", "--critical", "backlog=3") == 2
+    assert place.run("--set", "monitor.queue_depth.critical=0") == 2
+
+
+def test_json_is_one_document(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    """State, summary, and each check with value and thresholds."""
+    assert place.run("--json", "--window", "2h", "--critical", "queue_depth=0") == 2
+    content = json.loads(capsys.readouterr().out)
+    assert content["state"] == "critical"
+    assert content["checks"]["queue_depth"] == {
+        "state": "critical",
+        "value": 0,
+        "text": "0 messages wait",
+        "warning": 10_000,
+        "critical": 0,
+    }
+    assert "last 2 h" in content["checks"]["failed_ratio"]["text"]
+    assert content["requeued"] is None
+
+
+def test_servers_that_are_down_are_critical(
+    place: Place,
+    mongo_server: MongoServer,
+    redis_server: RedisServer,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Named each, within the time-outs, without a traceback."""
+    mongo_server.kill()
+    redis_server.pause()
+    began = time.monotonic()
+    try:
+        assert place.run("--json") == 2
+    finally:
+        redis_server.resume()
+        mongo_server.start()
+    assert time.monotonic() - began < 12
+    checks = json.loads(capsys.readouterr().out)["checks"]
+    assert {name: found["state"] for name, found in checks.items()} == {
+        "database": "critical",
+        "queue_depth": "critical",
+    }
+    assert "127.0.0.1" in checks["database"]["text"]
+
+
+def test_embedded_services_that_are_off_are_not_started(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A monitor changes nothing."""
+    file = tmp_path / "settings.yaml"
+    file.write_text(f"embedded: {{folder: {tmp_path / 'embedded'}}}")
+    assert check.main(["--config", str(file), "--requeue"]) == 2
+    assert "not requeued: the embedded services do not run" in capsys.readouterr().err
+    assert check.main(["--config", str(file)]) == 2
+    assert capsys.readouterr().out.count("insighttag services start") >= 2
+    assert not (tmp_path / "embedded").exists()
+
+
+def test_requeue_publishes_what_has_neither_result_nor_job(
+    place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It says how many, and leaves what is tagged, failed, waiting or dead."""
+    for post_id in ("a", "b", "tagged", "waiting", "dead"):
+        place.post(post_id)
+    place.result("tagged", "tagged", 1)
+    jobs = [Job("waiting", "waiting", due_at=time.time() + 99), Job("dead", "dead")]
+    place.store.jobs.insert_many([job.as_document() for job in jobs])
+    assert place.run("--requeue") == 0
+    assert f"requeued 2 posts to {place.settings.broker.queue}" in capsys.readouterr().out
+    assert queue_depth(place.settings.broker) == 2
+    assert place.run("--requeue", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["requeued"] == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--warning", "backlog"], "--warning backlog: write it as NAME=VALUE"),
+        (["--critical", "bogus=1"], "--critical bogus=1"),
+        (["--warning", "backlog=many"], "monitor.backlog.warning"),
+        (["--older-than", "soon"], "soon: write a time as 90s"),
+        (["--set", "monitor.bogus=1"], "monitor.bogus: unknown key"),
+        (["--config", "absent.yaml"], "absent.yaml: no such file"),
+    ],
+)
+def test_wrong_options_are_unknown_not_critical(
+    options: list[str], told: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Exit code 3 and one line: an alarm about the database would be wrong."""
+    (tmp_path / "empty.yaml").write_text("{}")
+    assert check.main(["--config", str(tmp_path / "empty.yaml"), *options]) == 3
+    out = capsys.readouterr().out
+    assert out.startswith("UNKNOWN: ")
+    assert told in out
+    assert out.count("\n") == 1
+
+
+@pytest.mark.parametrize("options", [["--bogus"], ["--watch", "0"], ["--watch", "1", "--requeue"]])
+def test_usage_errors_are_unknown_too(
+    options: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The code of argparse itself, 2, would be critical."""
+    with pytest.raises(SystemExit) as ended:
+        check.main(options)
+    assert ended.value.code == 3
+    assert capsys.readouterr().err.startswith("UNKNOWN: ")
+
+
+@pytest.mark.parametrize("form", ["log", "json"])
+def test_watch_looks_again_until_sigterm(place: Place, form: str, project_root: Path) -> None:
+    """As a plain script, from another folder: a line for each look, and exit code 0 at the end."""
+    script = project_root / "scripts" / "mongo_supervisor" / "check.py"
+    options = ["--watch", "0.2", "--config", str(place.file), *(["--json"] * (form == "json"))]
+    process = subprocess.Popen(
+        [sys.executable, str(script), *options],
+        cwd=place.file.parent,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    with process:
+        assert process.stdout is not None
+        lines = [json.loads(process.stdout.readline()) for _ in range(2)]
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == 0
+    for line in lines:
+        assert line["state"] == "ok"
+        if form == "log":
+            assert line["event"] == "mongo_supervisor.looked"
+            assert line["queue_depth"] == 0
