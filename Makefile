@@ -19,7 +19,7 @@ SCRIPTS := $(wildcard *.py)
 PYTEST_ARGS ?=
 SUPERVISORD_ARGS ?=
 
-.PHONY: help env env-dev headless demo test check style types arrows bench fuzz run lock clean distclean
+.PHONY: help env env-dev headless demo test check style types arrows bench fuzz chaos soak run lock clean distclean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -82,6 +82,16 @@ FUZZ_ARGS ?=
 
 fuzz: $(VENV)/.dev ## 2,000 hostile files and 500 malformed messages through the daemon
 	$(PY) bench/fuzz.py $(FUZZ_ARGS)
+
+CHAOS_ARGS ?=
+
+chaos: $(VENV)/.dev ## 2,000 posts on each broker while everything is killed; what is lost or doubled
+	$(PY) bench/chaos.py $(CHAOS_ARGS)
+
+SOAK_ARGS ?=
+
+soak: $(VENV)/.dev ## 20,000 equal posts through the daemon; which process grows
+	$(PY) bench/soak.py $(SOAK_ARGS)
 
 run: $(VENV)/.runtime ## the daemon and its watchdog under supervisord, in the foreground
 	@mkdir -p workshop/run && touch workshop/run/king.log

@@ -28,7 +28,9 @@ Exits 1 when anything is lost, doubled or left behind, or a fault is not recover
 from __future__ import annotations
 
 import argparse
+import json
 import signal
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -57,9 +59,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--posts", type=int, default=2000)
     parser.add_argument("--brokers", default="rabbitmq,redis", help="which")
     parser.add_argument("--seed", type=int, default=1, help="of the schedule")
-    parser.add_argument("--short", action="store_true", help="a handful of faults, for the tests")
+    parser.add_argument(
+        "--short",
+        action="store_true",
+        help="a handful of faults, the brokers at once: for the tests",
+    )
     parser.add_argument("--faults", help="these instead, separated by commas")
     parser.add_argument("--limit-s", type=float, default=600, help="per broker")
+    parser.add_argument("--stock", type=Path, help="media and model; made there when missing")
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder of chaos.json")
     parser.add_argument("--keep", type=Path, help="keep the daemon's logs in this folder")
     return parser.parse_args(arguments)
@@ -148,15 +155,41 @@ def main(arguments: list[str] | None = None) -> int:
     configure_logs("json", "error")
     signal.signal(signal.SIGTERM, _end)  # so that nothing outlives this process
     become_subreaper()
-    reports = []
-    with tempfile.TemporaryDirectory(prefix="chaos-media-") as media:
-        stock = Stock.make(Path(media), _SHORT_MEDIA if options.short else _FULL_MEDIA)
+    with tempfile.TemporaryDirectory(prefix="chaos-stock-") as folder:
+        place = options.stock or Path(folder)
+        stock = Stock.at(place, _SHORT_MEDIA if options.short else _FULL_MEDIA)
+        if options.short and len(brokers) > 1:
+            return run_together(options, brokers, place)
+        reports = []
         for broker in brokers:
             reports.append(run_one(options, broker, stock, Console(stderr=True)))
             show(reports[-1])
     file = write_results("chaos", 1, [report.figures for report in reports], options.out)
     print(f"written: {file}")
     return 1 if any(report.broken for report in reports) else 0
+
+
+def run_together(options: argparse.Namespace, brokers: list[BrokerName], stock: Path) -> int:
+    """Run the brokers side by side, each in a process of its own; gives the exit code."""
+    children = []
+    for broker in brokers:
+        own = {"brokers": broker, "posts": options.posts, "seed": options.seed, "stock": stock}
+        own |= {"limit-s": options.limit_s, "out": stock / broker}
+        own |= {"keep": options.keep} if options.keep else {}
+        arguments = [f"--{name}={value}" for name, value in own.items()]
+        command = [sys.executable, __file__, "--short", *arguments]
+        children.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+    try:
+        for child in children:
+            print(child.communicate()[0])
+    finally:
+        for child in children:
+            child.terminate()
+            child.wait()
+    files = [stock / broker / "chaos.json" for broker in brokers]
+    results = [entry for f in files if f.exists() for entry in json.loads(f.read_text())["results"]]
+    print(f"written: {write_results('chaos', 1, results, options.out)}")
+    return 1 if any(child.returncode for child in children) else 0
 
 
 if __name__ == "__main__":

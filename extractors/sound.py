@@ -25,6 +25,7 @@ PATCH_FRAMES, BANDS = 96, 64
 _WINDOW, _HOP, _FFT = 400, 160, 512  # samples
 _LOWEST_HZ, _HIGHEST_HZ = 125.0, 7500.0
 _LOG_OFFSET = 0.01
+_RATES_HZ = (1000, 1_000_000)  # a second of sound at 1 Hz would be made of one sample
 _LOUDEST = 8.0  # full scale is 1; files of floating point may hold anything, infinity too
 _PATCH_SAMPLES = _WINDOW + (PATCH_FRAMES - 1) * _HOP
 _BLOCK_PATCHES = 10  # patches transformed at once, so that minutes of sound need no gigabytes
@@ -129,6 +130,10 @@ class SoundTrack:
         return np.concatenate(self._chunks)
 
     def _resample(self, frame: Any) -> None:
+        if not _RATES_HZ[0] <= frame.sample_rate <= _RATES_HZ[1]:
+            self._broken += 1
+            self.error = self.error or f"{frame.sample_rate} Hz is no rate of sound"
+            return
         setup = (frame.format.name, frame.layout.name, frame.sample_rate)
         if setup != self._setup:  # also in mid-stream: joined files change their rate or layout
             self._drain()
@@ -137,16 +142,19 @@ class SoundTrack:
             self._resampler = av.AudioResampler(format="flt", layout=frame.layout, rate=RATE_HZ)
         self._decoded += 1
         frame.pts = None  # gaps and jumps of time stamps are no silence
+        self._convert(self._resampler, frame)
+
+    def _drain(self) -> None:
+        resampler, self._resampler = self._resampler, None
+        if resampler is not None:
+            self._convert(resampler, None)
+
+    def _convert(self, resampler: Any, frame: Any) -> None:
         try:
-            self._keep(self._resampler.resample(frame))
+            self._keep(resampler.resample(frame))
         except (av.error.FFmpegError, ValueError) as error:
             self._broken += 1
             self.error = self.error or reason(error)
-
-    def _drain(self) -> None:
-        if self._resampler is not None:
-            self._keep(self._resampler.resample(None))
-            self._resampler = None
 
     def _keep(self, frames: list[Any]) -> None:
         for frame in frames:

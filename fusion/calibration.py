@@ -19,6 +19,7 @@ FloatArray: TypeAlias = npt.NDArray[np.float64]
 
 _COLDEST, _HOTTEST = 0.02, 50.0
 _MOST_KNOTS = 1000
+_PASSES = 30  # over all levels at once, before what is left is pooled one by one
 _TINY = 1e-12  # nearer to 0 and 1 a float64 logit says nothing
 
 
@@ -100,7 +101,7 @@ def fit_temperature(scores: npt.ArrayLike, targets: npt.ArrayLike) -> float:
     logits = _logits(scores).ravel()
     truth = np.asarray(targets, dtype=np.float64).ravel()
     low, high = 1 / _HOTTEST, 1 / _COLDEST
-    for _ in range(60):
+    for _ in range(45):
         middle = (low + high) / 2
         slope = float(((_sigmoid(logits * middle) - truth) * logits).mean())
         low, high = (low, middle) if slope > 0 else (middle, high)
@@ -140,18 +141,28 @@ def fit_isotonic(scores: npt.ArrayLike, targets: npt.ArrayLike) -> Isotonic:
 
 def _pooled(sums: FloatArray, counts: FloatArray) -> tuple[npt.NDArray[np.intp], FloatArray]:
     """First level and mean of each block, with means that rise."""
-    starts: list[int] = []
-    totals: list[float] = []
-    weights: list[float] = []
-    for i, (level_total, level_weight) in enumerate(zip(sums, counts, strict=True)):
-        start, total, weight = i, float(level_total), float(level_weight)
+    starts = np.arange(len(sums), dtype=np.intp)
+    for _ in range(_PASSES):
         # Compared as products: equal means must not differ by rounding.
-        while totals and totals[-1] * weight >= total * weights[-1]:
-            total, weight, start = total + totals.pop(), weight + weights.pop(), starts.pop()
-        starts.append(start)
-        totals.append(total)
-        weights.append(weight)
-    return np.array(starts, dtype=np.intp), np.array(totals) / np.array(weights)
+        rises = sums[1:] * counts[:-1] > sums[:-1] * counts[1:]
+        kept = np.flatnonzero(np.append(True, rises))
+        if len(kept) == len(sums):
+            break
+        # Whatever falls or stays level is one block in the end.
+        starts, sums, counts = (
+            starts[kept],
+            np.add.reduceat(sums, kept),
+            np.add.reduceat(counts, kept),
+        )
+    blocks: list[tuple[int, float, float]] = []
+    for level_start, level_total, level_weight in zip(starts, sums, counts, strict=True):
+        start, total, weight = int(level_start), float(level_total), float(level_weight)
+        while blocks and blocks[-1][1] * weight >= total * blocks[-1][2]:
+            start, before, more = blocks.pop()
+            total, weight = total + before, weight + more
+        blocks.append((start, total, weight))
+    firsts = np.array([block[0] for block in blocks], dtype=np.intp)
+    return firsts, np.array([block[1] / block[2] for block in blocks])
 
 
 def _logits(scores: npt.ArrayLike) -> FloatArray:

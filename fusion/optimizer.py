@@ -41,7 +41,11 @@ def parameter_groups(model: nn.Module, settings: OptimizerSettings) -> list[Para
         found.setdefault(key, []).append(parameter)
     # The highest rate first: it is the one that the log shows.
     ordered = sorted(found.items(), key=lambda item: (-item[0][0], -item[0][1]))
-    return [{"params": p, "lr": rate, "weight_decay": decay} for (rate, decay), p in ordered]
+    return [
+        # The name comes along into the checkpoint: another optimizer cannot go on from it.
+        {"params": p, "lr": rate, "weight_decay": decay, "optimizer": settings.name}
+        for (rate, decay), p in ordered
+    ]
 
 
 def _stages(model: nn.Module) -> tuple[tuple[Stage, ...], frozenset[str]]:
@@ -140,6 +144,11 @@ def build_optimizer(
     optimizer = OPTIMIZERS[settings.name](parameter_groups(model, settings), settings)
     factor = SCHEDULES[settings.schedule](settings, steps)
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def saved_with(state: Mapping[str, Any]) -> str:
+    """The name of the optimizer whose state_dict this is; before there were several, adamw."""
+    return str(state["param_groups"][0].get("optimizer", "adamw"))
 
 
 class MovingAverage:

@@ -26,7 +26,7 @@ from fusion import metrics
 from fusion.checkpoint import Checkpoint, Progress, load_checkpoint, save_checkpoint
 from fusion.collate import Batch, Collate, Sample
 from fusion.objective import Objective
-from fusion.optimizer import MovingAverage, build_optimizer
+from fusion.optimizer import MovingAverage, build_optimizer, saved_with
 from fusion.progress import Bar, progress_bar
 from fusion.sampling import EpochBatches, epoch_seed
 
@@ -220,6 +220,9 @@ class Trainer:
         run.model.load_state_dict(checkpoint.model)
         if not checkpoint.optimizer:  # best.pt: the weights are taken, the run starts anew
             return
+        before, now = saved_with(checkpoint.optimizer), self._optimizing.name
+        if before != now:
+            raise ConfigError(f"{path}: was made with optimizer {before}, this run has {now}")
         try:
             run.optimizer.load_state_dict(checkpoint.optimizer)
             run.schedule.load_state_dict(checkpoint.schedule)

@@ -206,8 +206,8 @@ FULL = (
 """All faults once, the commonest again."""
 
 SHORT = {
-    "rabbitmq": ("kill fuse", "replies of database lost", "broker killed", "SIGTERM king"),
-    "redis": ("kill decode", "blackhole broker", "kill king at a write"),
+    "rabbitmq": ("replies of database lost", "broker killed", "SIGTERM king"),
+    "redis": ("kill decode", "blackhole broker", "kill king at a write", "SIGTERM king"),
 }
 """A handful, for a run of seconds."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import http.server
-import json
 import random
 import subprocess
 import sys
@@ -23,8 +22,8 @@ JUNK = "junk.jpg"
 _JUNK_SHARE = 0.01
 
 
-def make_media(folder: Path, posts: int, seed: int) -> list[dict[str, Any]]:
-    """Make that many demo posts; their entries, with paths relative to the folder."""
+def make_media(folder: Path, posts: int, seed: int) -> None:
+    """Make that many demo posts, ``posts.json`` and their media, and one file that is none."""
     script = ROOT / "scripts" / "data_scripts" / "make_demo_posts.py"
     arguments = ["--out", str(folder), "--posts", str(posts), "--seed", str(seed)]
     subprocess.run(
@@ -34,8 +33,6 @@ def make_media(folder: Path, posts: int, seed: int) -> list[dict[str, Any]]:
         stderr=subprocess.DEVNULL,
     )
     (folder / JUNK).write_bytes(random.Random(seed).randbytes(2000))
-    entries: list[dict[str, Any]] = json.loads((folder / "posts.json").read_text(encoding="utf-8"))
-    return entries
 
 
 def documents(

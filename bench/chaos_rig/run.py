@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import statistics
 import time
@@ -64,11 +65,13 @@ class Stock:
     bundle: Path
 
     @classmethod
-    def make(cls, folder: Path, posts: int) -> Stock:
-        """Make so many posts' media, and the model."""
-        entries = make_media(folder / "media", posts, seed=7)
-        tiny_bundle(folder / "bundle", tiny_features())
-        return cls(folder / "media", entries, folder / "bundle")
+    def at(cls, folder: Path, posts: int) -> Stock:
+        """What lies in the folder; so many posts' media, and the model, are made when it is new."""
+        media, bundle = folder / "media", folder / "bundle"
+        if not bundle.exists():
+            make_media(media, posts, seed=7)
+            tiny_bundle(bundle, tiny_features())
+        return cls(media, json.loads((media / "posts.json").read_text(encoding="utf-8")), bundle)
 
 
 @dataclass(frozen=True)
@@ -232,6 +235,8 @@ class Run:
         orphans = self._watch.orphans(set())
         segments = self._watch.segments()
         files = spool_files(site.direct.fetch.spool)
+        if not self._watch.arenas:
+            report.broken.append("the watch has seen no shared memory: it is blind")
         for key, found in (
             ("orphan_processes", orphans),
             ("shared_segments", segments),

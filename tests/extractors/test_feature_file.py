@@ -129,7 +129,7 @@ def test_only_features_are_written(tmp_path: Path) -> None:
 @given(st.text(min_size=1, max_size=512))
 def test_any_id_has_a_file_inside_the_root(post_id: str) -> None:
     """Slashes, dots, long and odd IDs stay inside the folder, as one legal file name."""
-    root = Path("/root/folder")
+    root = Path("/srv/features")
     path = feature_path(root, post_id)
     assert path.parent.parent == root
     assert len(path.name) <= 255

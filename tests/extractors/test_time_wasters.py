@@ -124,3 +124,18 @@ def test_stream_that_comes_later(tmp_path: Path) -> None:
     decoded = decode_media("video", path, tiny_features(), DecodeSettings())
     assert decoded.frames is not None
     assert len(decoded.frames) == 4
+
+
+@pytest.mark.parametrize("rate_hz", [0.0, 1.0, 3e9, 1e13, 1.8945e14, 1e300, np.inf, np.nan, -8e3])
+def test_sound_at_impossible_rates(tmp_path: Path, rate_hz: float) -> None:
+    """A sample rate that nothing has is a broken file, also where FFmpeg says so late.
+
+    At 1 Hz, one second's packet would be resampled to hours.
+    """
+    path = tmp_path / "a.caf"
+    media.write_aac(path, media.tone(rate_hz=44100), codec="pcm_s16be")
+    content = bytearray(path.read_bytes())
+    struct.pack_into(">d", content, content.index(b"desc") + 12, rate_hz)
+    path.write_bytes(bytes(content))
+    with pytest.raises(MediaError, match=r"^[^\n]+$"):
+        decode_media("audio", path, tiny_features(), DecodeSettings())

@@ -89,7 +89,7 @@ def test_a_temperature_of_one_sided_truth_stays_within_its_bounds() -> None:
 def test_isotonic_equals_sklearn_on_what_it_was_fitted_to_and_beside_it() -> None:
     """At the scores, between them and outside of them."""
     chance = np.random.default_rng(1)
-    for size in (1, 2, 30, 400):
+    for size in (1, 2, 30, 400, 20_000):
         scores = chance.random((size, 3)).round(2 if size == 30 else 9)  # many ties at 30
         truth = chance.random(scores.shape) < scores**2
         wanted = IsotonicRegression(out_of_bounds="clip").fit(scores.ravel(), truth.ravel())
@@ -253,7 +253,7 @@ def test_a_broken_calibration_is_refused_in_one_line(name: str, tmp_path: Path) 
 
 # Whole trainings -----------------------------------------------------------------------------
 
-EPOCHS = {"attention_lstm": 16, "nextvlad_se": 14, "mbt": 12}
+EPOCHS = {"attention_lstm": 16, "nextvlad_se": 14, "mbt": 12, "concat_mlp": 22, "gmu": 22}
 OPTIONS: dict[str, dict[str, Any]] = {
     "concat_mlp": {"loss": {"name": "focal", "focal": {"alpha": 0.5}}},
     "concat_se": {"model": {"concat_se": {"pooling": "nextvlad"}}},

@@ -304,6 +304,24 @@ def test_every_optimizer_resumes_exactly(name: str, tmp_path: Path) -> None:
         _equal(one[part], other[part])
 
 
+def test_another_optimizer_does_not_go_on(tmp_path: Path) -> None:
+    """Adam's state would be taken for AdamW's without a word; other groups do not fit either."""
+    for file, count in (("train", 16), ("valid", 8)):
+        support.write_posts(tmp_path, file, count, 1)
+
+    def run(resume: Path | None = None, **optimizer: Any) -> None:
+        given = support.train_settings(tmp_path, optimizer=optimizer, trainer={"epochs": 1})
+        train(given, FeatureFiles(), resume=resume)
+
+    run(name="adam")
+    for name in ("adamw", "sgd"):
+        with pytest.raises(ConfigError, match=f"made with optimizer adam, this run has {name}"):
+            run(tmp_path / "run", name=name)
+    with pytest.raises(ConfigError, match="its optimizer does not fit this run"):
+        run(tmp_path / "run", name="adam", group_rates={"head": 0.1})
+    run(tmp_path / "run", name="adam")
+
+
 class _InterruptedError(Exception):
     pass
 

@@ -168,6 +168,25 @@ def test_a_hidden_modality_has_no_loss_of_its_own() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_every_model_trains_in_bfloat16(name: str) -> None:
+    """Under autocast loss and gradients are finite float32, near those of full precision."""
+    batch, losses = batch_of(POSTS, targets=True), []
+    for half in (False, True):
+        model = lively(name)
+        objective = Objective(model, TaggingLoss(LossSettings(), torch.ones(6)), auxiliary=1.0)
+        model.train()
+        model.drop.chance = 0.0
+        torch.manual_seed(0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            loss = objective(batch)
+        loss.backward()
+        losses.append(loss.item())
+        assert loss.dtype == torch.float32
+        assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+    assert losses[1] == pytest.approx(losses[0], rel=0.1)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_no_weight_for_own_heads_makes_none(name: str) -> None:
     """A model without them has the same weights by name as ever, and says nothing on its own."""
     plain = support.model(name)

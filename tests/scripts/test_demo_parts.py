@@ -44,14 +44,13 @@ def test_a_stage_is_done_only_with_its_inputs_and_outputs(tmp_path: Path) -> Non
     """Other inputs, a missing output, or a cleared stamp: the stage runs again."""
     output = tmp_path / "output"
     stamp = Stamp.of(tmp_path / "stamps", "stage", "inputs", [output])
-    assert not stamp.valid
+    assert Stamp.of(tmp_path / "stamps", "stage", "inputs", [output]) == stamp
     stamp.write()
-    assert not stamp.valid
+    found: list[bool] = [stamp.valid]
     output.touch()
-    assert stamp.valid
-    assert not Stamp.of(tmp_path / "stamps", "stage", "others", [output]).valid
+    found += [stamp.valid, Stamp.of(tmp_path / "stamps", "stage", "others", [output]).valid]
     stamp.clear()
-    assert not stamp.valid
+    assert [*found, stamp.valid] == [False, True, False, False]
 
 
 def test_media_are_served_on_loopback_and_nothing_else(tmp_path: Path) -> None:
