@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("config", "extractors", "fusion", "workers", "king", "deploy", "scripts")
-MAX_LINES, MAX_TOP_LINES, MAX_FUNCTION_LINES = 400, 60, 80
+MAX_LINES, MAX_TOP_LINES, MAX_FUNCTION_LINES = 400, 60, 65
 # Paths that exist on one machine only; /tmp and /dev are everywhere.
 MACHINE_PATH = re.compile(r"""(?<![\w.:/])/(?:home|root|Users|work|mnt|opt|data)/\w+""")
 
@@ -42,14 +42,22 @@ def test_top_level_scripts_are_thin() -> None:
     assert {path: size for path, size in sizes.items() if size >= MAX_TOP_LINES} == {}
 
 
+def code_lines(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Lines of a function without its docstring: arguments may be many and must be told."""
+    size = (node.end_lineno or 0) - node.lineno + 1
+    if ast.get_docstring(node) is None:
+        return size
+    return size - ((node.body[0].end_lineno or 0) - node.body[0].lineno + 1)
+
+
 def test_no_function_is_far_over_50_lines() -> None:
-    """Functions aim at 50 lines, docstring included; none is far over it."""
+    """Functions aim at 50 lines of code; none is far over it."""
     long = {
         f"{name(path)}:{node.name}": size
         for path, tree in trees()
         for node in ast.walk(tree)
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
-        and (size := (node.end_lineno or 0) - node.lineno + 1) > MAX_FUNCTION_LINES
+        and (size := code_lines(node)) > MAX_FUNCTION_LINES
     }
     assert long == {}
 
