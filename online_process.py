@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 
 from config.errors import ConfigError
 from config.load import DEFAULT_CONFIG, load_settings
 from config.logs import configure_logs
+from config.options import OneLineParser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the daemon; gives the exit code."""
-    parser = argparse.ArgumentParser(prog="online_process.py", description=__doc__)
+    parser = OneLineParser(prog="online_process.py", description=__doc__)
     parser.add_argument("--config", metavar="FILE", help=f"settings (default: {DEFAULT_CONFIG})")
     parser.add_argument(
         "--set",

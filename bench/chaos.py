@@ -18,8 +18,8 @@ What is counted, per broker:
   orphan_processes  descendants that live on (this process is the subreaper: none can hide)
   shared_segments   arenas that are still held, files in /dev/shm that nobody holds
   spool_files       what is left under fetch.spool
-  recovery_s        from a fault's end until a post whose message was delivered after it is
-                    tagged; for a killed or stopped worker, until that worker is ready again
+  recovery_s        from a fault's end until a post that was published after it is tagged; for a
+                    killed or stopped worker, until that worker is ready again
 
 Run: ``python bench/chaos.py [--posts 2000] [--brokers rabbitmq,redis] [--seed 1] [--short]``.
 Exits 1 when anything is lost, doubled or left behind, or a fault is not recovered from.

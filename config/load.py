@@ -17,9 +17,12 @@ from pydantic_settings import BaseSettings, EnvSettingsSource
 
 from config.errors import ConfigError
 from config.settings import Settings
+from config.urls import redact
 
 DEFAULT_CONFIG = Path("config/infer_config_e2e.yaml")
 _TEST_VARIABLES = "INSIGHTTAG_TEST_"
+# PyYAML raises the last two itself: for dates such as 2026-13-01, and for nesting without end.
+_NO_YAML = (yaml.YAMLError, ValueError, RecursionError)
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -38,13 +41,23 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: cannot be read: {error}") from error
     try:
         content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    except _NO_YAML as error:
+        raise ConfigError(f"{path}: not valid YAML: {_yaml_mistake(error)}") from error
     if content is None:
         return {}
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: must hold keys and values, not a {type(content).__name__}")
     return content
+
+
+def _yaml_mistake(error: Exception) -> str:
+    """Where and what, without the line itself, which may hold a password."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        mark = error.problem_mark
+        return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    return " ".join(str(error).split())
 
 
 def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
@@ -58,16 +71,16 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
         path, separator, raw = override.partition("=")
         keys = path.strip().split(".")
         if not separator or not all(keys):
-            raise ConfigError(f"--set {override}: write it as section.key=value")
+            raise ConfigError(f"--set {redact(override)}: write it as section.key=value")
         try:
             value = yaml.safe_load(raw) if raw else ""
-        except yaml.YAMLError as error:
-            raise ConfigError(f"--set {path}: {raw!r} is not a value") from error
+        except _NO_YAML as error:
+            raise ConfigError(f"--set {path}: {redact(raw)!r:.200} is not a value") from error
         node = tree
         for key in keys[:-1]:
             child = node.setdefault(key, {})
             if not isinstance(child, dict):
-                raise ConfigError(f"--set {override}: {key} already has a value")
+                raise ConfigError(f"--set {redact(override)}: {key} already has a value")
             node = child
         node[keys[-1]] = value
     return tree
@@ -130,6 +143,8 @@ def one_line(error: ValidationError, model: type[BaseModel]) -> str:
     message = first["msg"].removeprefix("Value error, ")
     shown = first.get("input")
     if isinstance(shown, (str, int, float, bool)) and "url" not in path:
+        # A URL with its password may have been written where its section belongs.
+        shown = redact(shown) if isinstance(shown, str) else shown
         message = f"{message} (got {shown!r})"
     more = error.error_count() - 1
     return f"{path}: {message}" + (f" (and {more} more)" if more else "")
@@ -141,6 +156,9 @@ def validate(model: type[Model], values: Mapping[str, Any], source: str) -> Mode
     Raises:
         ConfigError: One line with ``source``, the key's path, and what is wrong.
     """
+    odd = next((key for key in values if not isinstance(key, str)), None)
+    if odd is not None:
+        raise ConfigError(f"{source}: {odd!r}: unknown key")
     try:
         if issubclass(model, BaseSettings):
             # The layers are merged already: building with model_validate skips every source.

@@ -26,6 +26,7 @@ def configure_logs(format: Literal["auto", "json", "pretty"] = "auto", level: st
             renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelName(level.upper())),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        # Asked at each event: who redirects standard error gets what is logged from then on.
+        logger_factory=lambda *_: structlog.PrintLogger(sys.stderr),
         cache_logger_on_first_use=False,
     )

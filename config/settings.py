@@ -213,7 +213,7 @@ class ExtractorPlacement(Section):
 class FusionSettings(Section):
     """The fusion process and the bundle it serves."""
 
-    bundle: Path = Path("workshop/weights/current")
+    bundle: Path = Path("workshop/weights/insight")
     image_as_frames: bool = False
     """Images join the video's frames; must be what the bundle was trained with."""
     device: Annotated[str, Field(pattern=r"^(cpu|cuda:\d+)$")] = "cpu"

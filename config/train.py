@@ -124,7 +124,7 @@ class TrainSettings(Section):
 class InferSettings(Section):
     """All settings of `infer_net.py`."""
 
-    bundle: Path = Path("workshop/weights/current")
+    bundle: Path = Path("workshop/weights/insight")
     features: Path = Path("workshop/features")
     """Root of the feature files, for inputs that name only post IDs."""
     n_gpus: Count | None = None

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from urllib.parse import urlsplit, urlunsplit
+import re
+from urllib.parse import urlsplit
+
+_SECRET_OPTION = re.compile(r"([?&][^=&#]*(?:password|passwd|secret|token)[^=&#]*=)[^&#]*", re.I)
 
 
 def redact(url: str) -> str:
-    """Hide the password of a URL, for logs, errors and `status`."""
+    """Hide the password of a URL, for logs, errors and `status`.
+
+    What is no URL is hidden in the same way: mistakes are shown too.
+    """
     try:
-        parts = urlsplit(url)
-        password = parts.password
+        urlsplit(url)
     except ValueError:
         return "<unreadable URL>"
-    if password is None:
-        return url
-    user = parts.username or ""
-    host = parts.netloc.rpartition("@")[2]
-    return urlunsplit(parts._replace(netloc=f"{user}:***@{host}"))
+    scheme, separator, rest = url.partition("://") if "://" in url else ("", "", url)
+    # Up to the last @ and not to the first slash: a password that was not escaped may hold both.
+    before_options = rest.partition("?")[0]
+    login = (before_options if "@" in before_options else rest).rpartition("@")[0]
+    user, colon, _ = login.partition(":")
+    if colon:
+        rest = f"{user}:***{rest[len(login) :]}"
+    return scheme + separator + _SECRET_OPTION.sub(r"\1***", rest)

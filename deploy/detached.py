@@ -101,7 +101,11 @@ def listens(identity: Identity, port: int) -> bool:
 
 
 def stop(identity: Identity, timeout_s: float = 10.0) -> bool:
-    """End the recorded process: politely, then not; False when it was not running."""
+    """End the recorded process: politely, then not; False when it was not running.
+
+    Raises:
+        RetryableError: It does not even end by SIGKILL within ``timeout_s``.
+    """
     if not alive(identity):
         return False
     for number, wait_s in ((signal.SIGTERM, timeout_s), (signal.SIGKILL, timeout_s)):

@@ -13,7 +13,6 @@ died is the supervisor's business.
 
 from __future__ import annotations
 
-import argparse
 import os
 import signal
 import sys
@@ -26,6 +25,7 @@ import structlog
 from config.errors import ConfigError, RetryableError, TaggingError
 from config.load import load_settings
 from config.logs import configure_logs
+from config.options import OneLineParser
 from config.settings import Settings, WatchdogSettings
 from deploy import embedded
 from deploy.health import read_snapshot
@@ -205,7 +205,7 @@ def client_of(limits: WatchdogSettings) -> Supervisor:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the watchdog until SIGTERM."""
-    parser = argparse.ArgumentParser(prog="python -m deploy.watchdog", description=__doc__)
+    parser = OneLineParser(prog="python -m deploy.watchdog", description=__doc__)
     parser.add_argument("--config", metavar="F", help="settings, YAML")
     parser.add_argument("--set", metavar="a.b=c", action="append", default=[], dest="overrides")
     options, _ = parser.parse_known_args(arguments)  # KING_ARGS may hold more than ours

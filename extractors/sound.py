@@ -52,6 +52,7 @@ def log_mel_patches(waveform: Waveform) -> Patches:
         last = min(count, first + _BLOCK_PATCHES)
         block = frames[first * PATCH_FRAMES : last * PATCH_FRAMES] * _window()
         mel = np.abs(np.fft.rfft(block, _FFT)) @ _mel_weights()  # (frames, bands) float64
+        # (frames, bands) -> (patches, 96 frames, bands)
         patches[first:last] = np.log(mel + _LOG_OFFSET).reshape(-1, PATCH_FRAMES, BANDS)
     return patches
 

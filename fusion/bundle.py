@@ -232,7 +232,8 @@ def _read_about(folder: Path) -> About:
     try:
         content = _parse(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise BundleError(f"{folder}: holds no bundle ({ABOUT} is missing)") from error
+        reason = f"holds no bundle ({ABOUT} is missing): train one, or name another"
+        raise BundleError(f"{folder}: {reason}") from error
     except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
         raise BundleError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
     try:

@@ -189,7 +189,11 @@ class MovingAverage:
         return {"steps": self._steps, "state": self._state}
 
     def load_state_dict(self, state: dict[str, object]) -> None:
-        """From the checkpoint."""
+        """From the checkpoint.
+
+        Raises:
+            TypeError: It is no state of a moving average.
+        """
         steps, tensors = state["steps"], state["state"]
         if not isinstance(steps, int) or not isinstance(tensors, dict):
             raise TypeError("no state of a moving average")

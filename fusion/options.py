@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 from config.load import merge, parse_overrides, read_yaml, validate
+from config.options import OneLineParser
 from config.train import InferSettings, TrainSettings
 
 Chosen = TypeVar("Chosen", TrainSettings, InferSettings)
@@ -21,26 +21,16 @@ _TRAIN_KEYS = {
     "learning_rate": "optimizer.learning_rate",
     "n_gpu": "trainer.n_gpu",
     "epoch": "trainer.epochs",
-    "save_dir": "trainer.save_dir",
     "valid_interval": "trainer.valid_interval",
     "log_interval": "trainer.log_interval",
     "fix_random_seed": "trainer.fix_random_seed",
 }
-_INFER_KEYS = {"n_gpus": "n_gpus", "best_model": "bundle"}
-
-
-class _OneLineParser(argparse.ArgumentParser):
-    """Mistakes are one line and exit 2, as everywhere."""
-
-    def error(self, message: str) -> NoReturn:
-        """Say what is wrong and exit."""
-        sys.stderr.write(f"{self.prog}: {message} (see --help)\n")
-        sys.exit(2)
+_INFER_KEYS = {"n_gpus": "n_gpus"}
 
 
 def train_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the options of `train_net.py`."""
-    parser = _OneLineParser(
+    parser = OneLineParser(
         prog="train_net.py",
         description="Train a fusion model on feature files and write its bundle.",
         allow_abbrev=False,
@@ -52,7 +42,7 @@ def train_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--resume", type=Path, metavar="F", help="checkpoint to go on from, or a run's folder")
     add("--n_gpu", metavar="N", help="number of GPUs; 0 trains on the CPU")
     add("--epoch", metavar="N", help="number of epochs; 0 takes the config's")
-    add("--save_dir", metavar="DIR", help="folder for ckpt/ and log/")
+    add("--save_dir", type=Path, metavar="DIR", help="folder for ckpt/ and log/")
     add("--valid_interval", metavar="N", help="epochs between validations; 0 only at the end")
     add("--log_interval", metavar="N", help="batches between two lines of the log")
     add(
@@ -68,7 +58,7 @@ def train_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def infer_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the options of `infer_net.py`."""
-    parser = _OneLineParser(
+    parser = OneLineParser(
         prog="infer_net.py",
         description="Tag posts from their feature files; JSON lines out.",
         allow_abbrev=False,
@@ -84,7 +74,7 @@ def infer_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add("--output", type=Path, metavar="F", help="JSON lines; default standard output")
     add("--n_gpus", metavar="N", help="number of GPUs, 0 or 1")
-    add("--best_model", metavar="DIR", help="folder of the bundle")
+    add("--best_model", type=Path, metavar="DIR", help="folder of the bundle")
     _add_set(parser)
     return parser.parse_args(arguments)
 
@@ -96,6 +86,8 @@ def train_settings(options: argparse.Namespace) -> TrainSettings:
         ConfigError: One line that names the file or option, the key and the mistake.
     """
     given = _given(options, _TRAIN_KEYS)
+    if options.save_dir is not None:
+        given = merge(given, {"trainer": {"save_dir": options.save_dir}})
     if given.get("trainer", {}).get("epochs") == 0:
         del given["trainer"]["epochs"]
     return _layers(TrainSettings, options.model_config, TRAIN_CONFIG, given, options.set)
@@ -108,6 +100,8 @@ def infer_settings(options: argparse.Namespace) -> InferSettings:
         ConfigError: One line that names the file or option, the key and the mistake.
     """
     given = _given(options, _INFER_KEYS)
+    if options.best_model is not None:
+        given = merge(given, {"bundle": options.best_model})
     return _layers(InferSettings, options.infer_config, INFER_CONFIG, given, options.set)
 
 

@@ -77,6 +77,10 @@ class MongoEdge:
                     serverSelectionTimeoutMS=timeout_ms,
                     connectTimeoutMS=timeout_ms,
                     socketTimeoutMS=timeout_ms,
+                    # A platform's document may hold what Python has no name for; one that could
+                    # not be read would end the store thread, again at every redelivery.
+                    datetime_conversion="DATETIME_AUTO",
+                    unicode_decode_error_handler="replace",
                 )
             except (InvalidURI, ConfigurationError, ValueError) as error:
                 raise ConfigError(f"store.url: {self.url}: {_one_line(error)}") from error

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import structlog
 
 from tests.services import (
     MongoServer,
@@ -19,6 +20,14 @@ from tests.services import (
     RedisServer,
     unavailable,
 )
+
+
+@pytest.fixture(autouse=True)
+def _logs_as_they_were() -> Iterator[None]:
+    """A command that sets up logging in this process leaves nothing behind for the next test."""
+    yield
+    structlog.reset_defaults()
+
 
 MONGO_KINDS = ["nx", "mongodb"] if os.environ.get("INSIGHTTAG_TEST_MONGO_URL") else ["nx"]
 

@@ -29,7 +29,7 @@ from config.logs import configure_logs
 from config.settings import Settings
 from workers.arena import Arena
 from workers.batch import DeviceLost, Outcome
-from workers.lanes import Lane, batch_rows, lane_of, weight_of
+from workers.lanes import Lane, batch_rows, lane_of, stage_of, weight_of
 from workers.launch import BROKEN_STATUS, REFUSED_STATUS, Launch
 from workers.pipe import Pipe, PipeBroken
 from workers.protocol import Began, Done, Envelope, Failed, Failure, Ready, Refused, Stop, Task
@@ -139,7 +139,8 @@ def _run_batch(pipe: Pipe, handler: Handler, batch: list[Envelope]) -> None:
     now = time.monotonic()
     for envelope in batch:
         if envelope.deadline <= now:
-            waited = Failure("pool", RetryableError.__name__, "waited past its deadline", True)
+            stage = stage_of(lane_of(envelope.task))
+            waited = Failure(stage, RetryableError.__name__, "waited past its deadline", True)
             pipe.send_wait(Failed(envelope.task_id, waited))
     live = [envelope for envelope in batch if envelope.deadline > now]
     if not live:
@@ -163,7 +164,11 @@ def answer(task_id: int, outcome: Outcome, seconds: float) -> Done | Failed:
 
 
 def die_with_parent(king_pid: int) -> None:
-    """Have the kernel kill this process when the King ends, however it ends."""
+    """Have the kernel kill this process when the King ends, however it ends.
+
+    Raises:
+        OSError: The kernel refuses.
+    """
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")

@@ -79,7 +79,11 @@ def limit_memory(megabytes: int) -> None:
 
 
 def run(context: Context) -> None:
-    """Serve decode tasks."""
+    """Serve decode tasks.
+
+    Raises:
+        ConfigError: The King passed no slots.
+    """
     if context.arena is None:
         raise ConfigError("a decoder needs the slots")
     serve(context, _Decoder(context, context.arena))

@@ -43,7 +43,11 @@ class _Extractors:
 
 
 def run(context: Context) -> None:
-    """Serve extract tasks."""
+    """Serve extract tasks.
+
+    Raises:
+        ConfigError: The King passed no slots.
+    """
     if context.arena is None:
         raise ConfigError("an extractor needs the slots")
     serve(context, _Extractors(context, context.arena))

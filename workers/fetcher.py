@@ -97,7 +97,11 @@ class _Downloads:
 
 
 def run(context: Context) -> None:
-    """Serve downloads until told to stop or the King is gone."""
+    """Serve downloads until told to stop or the King is gone.
+
+    Raises:
+        ConfigError: The spool is no folder.
+    """
     spool = Path(context.launch.spool)
     if not context.launch.spool or not spool.is_dir():
         raise ConfigError(f"fetch.spool: {spool} is no folder")

@@ -24,6 +24,11 @@ def lane_of(task: Task) -> Lane:
     return task.extractor if isinstance(task, ExtractTask) else "fuse"
 
 
+def stage_of(lane: Lane) -> str:
+    """``fetch``, ``decode``, ``extract`` or ``fuse``."""
+    return lane if lane in ("fetch", "decode", "fuse") else "extract"
+
+
 def batch_rows(settings: Settings) -> Mapping[Lane, int]:
     """Rows of a full batch: frames, images, patches, texts, pictures or posts."""
     features = settings.features

@@ -172,7 +172,7 @@ class LocalTagger:
         wrong = mismatch(inferer.fingerprints, fingerprints)
         if wrong is not None:
             inferer.close()
-            raise BundleError(f"fusion.bundle {self._settings.fusion.bundle}: {wrong}")
+            raise BundleError(f"{self._settings.fusion.bundle}: {wrong}")
         return inferer
 
     def _run(self, step: Step) -> Outcome:

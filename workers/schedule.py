@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from config.settings import Settings
-from workers.lanes import Lane, batch_rows, lane_of, weight_of
+from workers.lanes import Lane, batch_rows, lane_of, stage_of, weight_of
 from workers.protocol import DecodeTask, Envelope, ExtractTask, Task
 from workers.slots import SlotTable
 
@@ -54,7 +54,7 @@ class Entry:
     @property
     def stage(self) -> str:
         """``fetch``, ``decode``, ``extract`` or ``fuse``."""
-        return self.lane if self.lane in ("fetch", "decode", "fuse") else "extract"
+        return stage_of(self.lane)
 
 
 @dataclass(slots=True)

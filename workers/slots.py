@@ -72,7 +72,11 @@ class SlotTable:
         self._expect(slot, _State.OWNED).refs += 1
 
     def drop(self, slot: int) -> None:
-        """A task that referred to the slot has ended."""
+        """A task that referred to the slot has ended.
+
+        Raises:
+            ValueError: No task refers to the slot.
+        """
         entry = self._slots[slot]
         if entry.refs < 1:
             raise ValueError(f"slot {slot}: no task refers to it")

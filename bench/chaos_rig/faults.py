@@ -6,7 +6,7 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TypeAlias
@@ -24,7 +24,7 @@ class Hurt:
     Attributes:
         ended: Unix time.
         worker: The worker whose return is waited for; None where a post shows the recovery: one
-            whose message was delivered after the fault's end must have been tagged.
+            that was published after the fault's end must have been tagged.
         note: For the table.
     """
 
@@ -219,12 +219,18 @@ def schedule(kinds: tuple[str, ...], seed: int) -> list[str]:
     return order
 
 
-def recovery(site: Site, hurt: Hurt, limit_s: float = RECOVERY_LIMIT_S) -> float | None:
-    """Wait for it; seconds from the fault's end, or None."""
-    end = time.monotonic() + limit_s
+def recovery(site: Site, hurt: Hurt, probes: Iterable[str]) -> float | None:
+    """Wait for it; seconds from the fault's end, or None when it was not seen in time.
+
+    Args:
+        site: The installation.
+        hurt: The fault.
+        probes: Posts that were published after its end, and not before.
+    """
+    end = time.monotonic() + RECOVERY_LIMIT_S
     while time.monotonic() < end:
         if hurt.worker is None:
-            at = site.journal.tagged_since(hurt.ended)
+            at = site.journal.first_tagged(probes)
         else:
             at = site.journal.ready_since(hurt.worker, hurt.ended)
         if at is not None:

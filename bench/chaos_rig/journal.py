@@ -6,24 +6,9 @@ import datetime
 import json
 import threading
 from collections import Counter, defaultdict
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
-
-
-@dataclass(frozen=True, slots=True)
-class TagLine:
-    """One ``king.post_tagged``.
-
-    Attributes:
-        at: Unix time of the line.
-        received_at: Unix time at which the post's message was delivered.
-    """
-
-    post_id: str
-    attempt: int
-    at: float
-    received_at: float
 
 
 class Journal(threading.Thread):
@@ -34,7 +19,7 @@ class Journal(threading.Thread):
         self._file = file
         self._lock = threading.Lock()
         self._stopping = threading.Event()
-        self._tagged: list[TagLine] = []
+        self._tagged: dict[str, list[float]] = defaultdict(list)
         self._ends: set[str] = set()
         self._ready: dict[str, list[float]] = defaultdict(list)
         self.counts: Counter[str] = Counter()
@@ -50,13 +35,12 @@ class Journal(threading.Thread):
     def tagged_twice(self) -> set[str]:
         """Posts of which the log says more than once that they were tagged."""
         with self._lock:
-            seen = Counter(line.post_id for line in self._tagged)
-        return {post_id for post_id, number in seen.items() if number > 1}
+            return {post_id for post_id, ats in self._tagged.items() if len(ats) > 1}
 
-    def tagged_since(self, delivered_after: float) -> float | None:
-        """When the first post was tagged whose message was delivered after that time."""
+    def first_tagged(self, post_ids: Iterable[str]) -> float | None:
+        """When the first of these posts was tagged; Unix time, None while none is."""
         with self._lock:
-            ats = [line.at for line in self._tagged if line.received_at >= delivered_after]
+            ats = [self._tagged[post_id][0] for post_id in post_ids if post_id in self._tagged]
         return min(ats, default=None)
 
     def ready_since(self, worker: str, after: float) -> float | None:
@@ -103,9 +87,7 @@ class Journal(threading.Thread):
         seconds = at.timestamp()
         if event == "king.post_tagged":
             self._ends.add(content["post_id"])
-            received_at = seconds - content["total_ms"] / 1000
-            tagged = TagLine(content["post_id"], content["attempt"], seconds, received_at)
-            self._tagged.append(tagged)
+            self._tagged[content["post_id"]].append(seconds)
         elif event == "king.post_failed":
             self._ends.add(content["post_id"])
         elif event == "king.message_settled" and content["reason"] != "waiting":

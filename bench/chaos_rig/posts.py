@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 JUNK = "junk.jpg"
 """A file that is no picture: a post that has nothing else must end as a dead letter."""
 _JUNK_SHARE = 0.01
+_BURST_SHARE = 0.6
 
 
 def make_media(folder: Path, posts: int, seed: int) -> None:
@@ -99,11 +100,14 @@ class Shipment:
 
     Attributes:
         burst: IDs that are on the queue before the fault.
-        trickle: IDs that follow while it is being recovered from.
+        trickle: IDs that follow from the fault's end on.
+        probes: Those of the trickle that were never published before: when one of them is
+            tagged, messages flow again from end to end.
     """
 
     burst: list[str]
     trickle: list[str]
+    probes: frozenset[str]
 
 
 def shipments(ids: list[str], parts: int, rng: random.Random) -> list[Shipment]:
@@ -111,18 +115,23 @@ def shipments(ids: list[str], parts: int, rng: random.Random) -> list[Shipment]:
 
     Copies come at once, or in a later part, when their post has long been tagged.
     """
-    shares: list[list[str]] = [[] for _ in range(parts)]
+    bursts: list[list[str]] = [[] for _ in range(parts)]
+    trickles: list[list[str]] = [[] for _ in range(parts)]
+    probes: list[set[str]] = [set() for _ in range(parts)]
     for i, post_id in enumerate(ids):
-        part = i * parts // len(ids)
-        shares[part].append(post_id)
+        part, place = divmod(i * parts / len(ids), 1)
+        own = bursts[int(part)] if place < _BURST_SHARE else trickles[int(part)]
+        own.append(post_id)
+        if own is trickles[int(part)]:
+            probes[int(part)].add(post_id)
         for _ in range(rng.choice((0, 0, 1, 2))):
-            shares[min(part + rng.choice((0, 0, 1, 3)), parts - 1)].append(post_id)
-    dealt = []
-    for share in shares:
+            later = int(part) + rng.choice((0, 0, 1, 3))
+            (bursts[later] if int(part) < later < parts else own).append(post_id)
+    for share in (*bursts, *trickles):
         rng.shuffle(share)
-        middle = len(share) * 3 // 5
-        dealt.append(Shipment(share[:middle], share[middle:]))
-    return dealt
+    return [
+        Shipment(*dealt) for dealt in zip(bursts, trickles, map(frozenset, probes), strict=True)
+    ]
 
 
 class Feeder(threading.Thread):

@@ -116,6 +116,7 @@ class Run:
         self._rng = random.Random(plan.seed)
         self._ids = [f"post-{i:05d}" for i in range(plan.posts)]
         self._wounds: list[Wound] = []
+        self._shipped: set[str] = set()
         self._watch = Watch()
 
     def run(self) -> Report:
@@ -151,21 +152,27 @@ class Run:
 
     def _hurt_it(self, site: Site, feeder: Feeder) -> None:
         dealt = shipments(self._ids, len(self._plan.kinds) + 1, self._rng)
+        shipped = 0
         for kind, shipment in zip(self._plan.kinds, dealt, strict=False):
             self._tell(site.journal.ended, kind)
-            before = site.journal.ended
             feeder.ship(shipment.burst)
-            fresh = len(set(shipment.burst))
-            wanted = before + max(1, int(fresh * _LOADED))
-            _wait_for(site, wanted, 30)
+            fresh = len(self._new(shipment.burst))
+            _wait_for(site, shipped + max(1, int(fresh * _LOADED)), 30)
             self._watch.look()
             posts, began = site.journal.ended, time.time()
             hurt = FAULTS[kind](site, self._rng)
             feeder.trickle(shipment.trickle)
-            took_s = recovery(site, hurt)
+            took_s = recovery(site, hurt, shipment.probes)
             self._wounds.append(Wound(kind, posts, hurt.ended - began, took_s, hurt.note))
             feeder.hurry()
+            shipped += fresh + len(self._new(shipment.trickle))
         feeder.ship([*dealt[-1].burst, *dealt[-1].trickle])
+
+    def _new(self, ids: list[str]) -> set[str]:
+        """Those that were not published before."""
+        fresh = set(ids) - self._shipped
+        self._shipped |= fresh
+        return fresh
 
     def _finish(self, site: Site, feeder: Feeder, began: float) -> None:
         """Wait until all posts have come to an end and nothing is under way, twice in a row."""

@@ -99,6 +99,7 @@ class Block(nn.Module):
         """Mix tokens ``(posts, n, width)``; ``mask`` bool ``(posts, n)`` says which are there."""
         posts, count, width = tokens.shape
         parts = self.qkv(self.norm_attention(tokens))  # (posts, n, 3·width)
+        # (posts, n, 3·width) -> (posts, n, 3, heads, width/heads)
         shaped = parts.view(posts, count, 3, self.heads, width // self.heads)
         query, key, value = shaped.permute(2, 0, 3, 1, 4)  # each (posts, heads, n, width/heads)
         mixed = functional.scaled_dot_product_attention(
@@ -108,6 +109,7 @@ class Block(nn.Module):
             attn_mask=mask[:, None, None, :],
             dropout_p=self.rate if self.training else 0.0,
         )
+        # (posts, heads, n, width/heads) -> (posts, n, width)
         joined = mixed.transpose(1, 2).reshape(posts, count, width)
         tokens = tokens + self._sometimes(self.dropout(self.out(joined)))
         return tokens + self._sometimes(self.dropout(self.feed(self.norm_feed(tokens))))

@@ -59,6 +59,7 @@ class GMU(FusionModel):
         posts, count, width = vectors.shape  # (posts, modalities, width)
         there = torch.stack([masks[m].any(dim=1) for m in self.modalities], dim=1)
         there = there | ~there.any(dim=1, keepdim=True)
+        # (posts, modalities · width) -> (posts, modalities, width)
         gates = self.gates(vectors.flatten(1)).view(posts, count, width)
         gates = gates.masked_fill(~there[:, :, None], float("-inf")).softmax(dim=1)
         fused = (gates * torch.tanh(vectors)).sum(dim=1)  # (posts, width)

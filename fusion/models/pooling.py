@@ -46,13 +46,13 @@ class MaskedBatchNorm(nn.BatchNorm1d):
         flat = rows.flatten(0, -2)  # (rows, channels)
         if not self.training:
             return self._learned(flat).view(rows.shape)
-        chosen = flat if mask is None else flat[mask.flatten()]
+        chosen = flat if mask is None else flat[mask.flatten()]  # (rows that are there, channels)
         if len(chosen) < 2:
             return self._learned(flat).view(rows.shape)
         normed = super().forward(chosen)
         if mask is None:
             return normed.view(rows.shape)
-        # Rows that are not there become zeros.
+        # (rows that are there, channels) -> (rows, channels): the others become zeros.
         spread = torch.zeros_like(flat, dtype=normed.dtype)
         return spread.masked_scatter(mask.flatten()[:, None], normed).view(rows.shape)
 
@@ -96,6 +96,7 @@ class NeXtVLAD(nn.Module):
         wide = self.expand(tokens)  # (posts, n, λN)
         attention = torch.sigmoid(self.attend(wide)) * mask[:, :, None]  # (posts, n, G)
         assigned = self.norm_assign(self.assign(wide), mask)  # (posts, n, G·K)
+        # (posts, n, G·K) -> (posts, n, G, K)
         assigned = assigned.view(posts, count, self.groups, self.clusters).softmax(dim=3)
         # (posts, n·G, K): a group of a token is a row.
         weights = (assigned * attention[..., None]).flatten(1, 2)

@@ -56,7 +56,7 @@ def tag(
 
 
 def result_of(post: Post, tagger: Tagger) -> dict[str, Any]:
-    """One post's result, in the form in which the daemon writes it."""
+    """One post's result: what the daemon writes, less attempts and times, under its ID."""
     try:
         features = tagger.features(post)
         tags = tagger.fuse(features)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs as a plain script too
 
+from config.options import OneLineParser
 from scripts.demo_posts.make import DATA_FILE, make_posts
 from scripts.demo_posts.plan import SPLITS, plan_posts
 
@@ -40,7 +41,7 @@ def _seed(text: str) -> int:
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(prog="make_demo_posts", description=__doc__)
+    parser = OneLineParser(prog="make_demo_posts", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
     parser.add_argument("--posts", type=_count, required=True, help="number of posts")
     parser.add_argument("--seed", type=_seed, default=0)

@@ -18,6 +18,7 @@ from config.errors import ConfigError, TaggingError
 from config.labels import LabelMap
 from config.load import load_settings
 from config.logs import configure_logs
+from config.options import OneLineParser
 from config.settings import Settings
 from scripts.demo.layout import Layout, Sizes
 
@@ -48,7 +49,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m scripts.demo", description=__doc__)
+    parser = OneLineParser(prog="python -m scripts.demo", description=__doc__)
     parser.add_argument("--config", type=Path, default=CONFIG, metavar="FILE")
     parser.add_argument(
         "--set", metavar="A.B=C", action="append", default=[], dest="overrides", help="one setting"

@@ -75,4 +75,4 @@ class Sizes:
         default_factory=lambda: {"video": 16, "image": 32, "audio": 32, "text": 32}
     )
     learning_rate: float = 3e-3
-    fusion_epochs: int = 20
+    fusion_epochs: int = 14

@@ -29,7 +29,11 @@ class MediaServer:
 
     @property
     def url(self) -> str:
-        """Where the folder is, without a slash at the end."""
+        """Where the folder is, without a slash at the end.
+
+        Raises:
+            RuntimeError: The server is not started.
+        """
         if self._server is None:
             raise RuntimeError("the server is not started")
         return f"http://127.0.0.1:{self._server.server_address[1]}"

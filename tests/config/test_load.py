@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from config.errors import ConfigError
 from config.load import load_settings, merge, parse_overrides, read_yaml, validate
 from config.settings import BrokerSettings, Settings
+from config.train import InferSettings, TrainSettings
 
 
 @pytest.fixture(autouse=True)
@@ -74,7 +75,13 @@ def test_defaults_alone_are_valid(tmp_path: Path) -> None:
         ("workers: {extractors: [{device: gpu}]}", "workers.extractors.0.device: "),
         ("workers: {extractors: [{extractors: [text]}]}", "no process hosts"),
         ("- a\n- b", "must hold keys and values"),
-        ("a: [", "not valid YAML"),
+        ("a: [", "not valid YAML: line 1, column 5: "),
+        ("broker: {url: 'amqp://u:secret@h", "not valid YAML: line 1, column 33: "),
+        ("a: 2026-13-01", "not valid YAML: month must be in 1..12"),
+        pytest.param("a: " + 5000 * "[", "not valid YAML: nested too deeply", id="deep"),
+        ("1: x", "1: unknown key"),
+        ("broker: {1: x}", "broker"),
+        ("broker: 'amqp://u:secret@h'", "broker: "),
     ],
 )
 def test_mistakes_in_the_file_name_file_and_key(tmp_path: Path, text: str, told: str) -> None:
@@ -132,6 +139,10 @@ def test_variables_of_the_tests_are_no_settings(
         ("broker.prefetch=[", "is not a value"),
         ("broker.prefetch=x", "--set: broker.prefetch: "),
         ("nothing.here=1", "--set: nothing: unknown key"),
+        ("broker=amqp://u:secret@h", "--set: broker: "),
+        ("broker.url=[amqp://u:secret@h", "is not a value"),
+        ("broker.url:amqp://u:secret@h", "write it as section.key=value"),
+        ("fetch.spool=2026-13-01", "is not a value"),
     ],
 )
 def test_mistakes_in_set_are_blamed_on_it(tmp_path: Path, override: str, told: str) -> None:
@@ -140,6 +151,7 @@ def test_mistakes_in_set_are_blamed_on_it(tmp_path: Path, override: str, told: s
         load_settings(yaml(tmp_path, ""), [override])
     assert told in str(caught.value)
     assert "--set" in str(caught.value)
+    assert "secret" not in str(caught.value)
 
 
 def test_overrides_are_read_as_yaml() -> None:
@@ -195,13 +207,16 @@ def test_a_file_that_is_no_text_is_the_users_mistake(tmp_path: Path) -> None:
 
 
 def test_the_shipped_configurations_are_valid() -> None:
-    """Every YAML file of config/ that is for the daemon loads."""
+    """Every YAML file of config/ loads, and the daemon serves the bundle that training writes."""
     folder = Path(__file__).resolve().parents[2] / "config"
-    shipped = [folder / "infer_config_e2e.yaml", *folder.glob("demo*.yaml")]
-    sections = set(Settings.model_fields)
-    for file in shipped:
-        if file.exists() and set(read_yaml(file)) <= sections:
-            load_settings(file)
+    settings = load_settings(folder / "infer_config_e2e.yaml")
+    models = {"train_config.yaml": TrainSettings, "infer_config.yaml": InferSettings}
+    for file in folder.glob("*.yaml"):
+        validate(models.get(file.name, Settings), read_yaml(file), file.name)
+    trained = TrainSettings.model_validate(read_yaml(folder / "train_config.yaml"))
+    inferred = InferSettings.model_validate(read_yaml(folder / "infer_config.yaml"))
+    assert {settings.fusion.bundle, inferred.bundle} == {trained.bundle.folder}
+    assert Settings().fusion.bundle == TrainSettings().bundle.folder == InferSettings().bundle
 
 
 def test_loading_settings_imports_nothing_heavy() -> None:

@@ -28,6 +28,12 @@ from config.urls import redact
         ("embedded://", "embedded://"),
         ("amqp://u@h", "amqp://u@h"),
         ("http://[broken:secret@h", "<unreadable URL>"),
+        ("amqp://u:se/c@r#et@h/v", "amqp://u:***@h/v"),
+        ("mongodb://u:se?cret@h/db", "mongodb://u:***@h/db"),
+        ("mongodb://u:p@h/db?mail=a@b", "mongodb://u:***@h/db?mail=a@b"),
+        ("rediss://h/0?ssl_password=secret&db=1", "rediss://h/0?ssl_password=***&db=1"),
+        ("u:secret@h", "u:***@h"),
+        ("broker.url:amqp://u:secret@h", "broker.url:amqp://u:***@h"),
     ],
 )
 def test_passwords_are_hidden_and_the_rest_is_not(url: str, shown: str) -> None:

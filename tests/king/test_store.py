@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
 
 import pytest
-from bson import ObjectId
+from bson import ObjectId, decode, encode
+from bson.datetime_ms import DatetimeMS
 
 from config.errors import ConfigError, StoreUnavailable
 from config.settings import FieldMap, StoreSettings
@@ -431,6 +432,17 @@ def test_malformed_url_is_a_configuration_error() -> None:
     with pytest.raises(ConfigError, match=r"store\.url") as caught:
         store.connect()
     assert "secret" not in str(caught.value)
+
+
+def test_documents_that_python_has_no_names_for_are_read() -> None:
+    """Dates after the year 9999 and text that is no UTF-8 come from other drivers."""
+    store = MongoStore(StoreSettings(url="mongodb://127.0.0.1:1"))
+    encoded = encode({"seen": DatetimeMS(10**15), "text": "ab"}).replace(b"ab\0", b"\xff\xfe\0")
+    try:
+        document = decode(encoded, store.posts.codec_options)
+    finally:
+        store.close()
+    assert document == {"seen": DatetimeMS(10**15), "text": "\ufffd\ufffd"}
 
 
 def test_restarted_database_is_used_again(mongo_server: MongoServer, unique_name: str) -> None:

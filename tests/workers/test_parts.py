@@ -374,7 +374,7 @@ def test_loop_answers_in_order_and_stops(pipes: tuple[Pipe, Pipe]) -> None:
     while len(said) < 5:
         said += king.receive_wait(5)
     assert said[0] == Ready({"loaded": "yes"})
-    late = Failure("pool", "RetryableError", "waited past its deadline", retryable=True)
+    late = Failure("extract", "RetryableError", "waited past its deadline", retryable=True)
     assert said[1] == Failed(2, late)
     assert said[2] == Began((0, 1))
     assert [message.result.text for message in said[3:]] == ["A", "B"]

@@ -27,6 +27,7 @@ from tests.workers.driving import (
     text_task,
     toy_settings,
 )
+from tests.workers.toys import ROLES
 from workers.pool import BundleChanged, PoolRefused, ProcessPool, TaskDone, TaskPool
 from workers.protocol import Decoded, ExtractTask, Fetched, Tags
 
@@ -357,6 +358,15 @@ def test_wrong_bundle_is_refused(tmp_path: Path) -> None:
         event.message
     )
     driver.stop()
+
+
+def test_stop_waits_for_no_interpreter(tmp_path: Path) -> None:
+    """A worker that is done is gone: taking torch apart would cost a drain seconds."""
+    roles = dict.fromkeys(ROLES, "tests.workers.toys:run_lingering")
+    driver = Driver(toy_settings(tmp_path), roles).start()
+    started = time.monotonic()
+    driver.pool.stop(15)
+    assert time.monotonic() - started < 5
 
 
 def test_stop_lets_the_begun_finish_and_kills_the_rest(tmp_path: Path) -> None:

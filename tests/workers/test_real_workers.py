@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from config.errors import BundleError, NothingUsable
+from config.errors import BundleError, MediaError, NothingUsable
 from config.settings import FeatureSettings, Settings
 from extractors.suite import ExtractorSuite
 from tests import media
@@ -271,7 +271,7 @@ def test_more_than_a_slot_holds(driver: Driver, site: Site) -> None:
 
     arena = Arena.private(2, 4096)
     task = DecodeTask("image", str(site.folder / "a.png"), 0)
-    with pytest.raises(Exception, match=r"more than a slot holds \(4096 bytes\)"):
+    with pytest.raises(MediaError, match=r"more than a slot holds \(4096 bytes\)"):
         run_decode(task, site.settings.features, site.settings.decode, arena)
     arena.close()
 
