@@ -23,7 +23,7 @@ def test_nothing_is_lost_doubled_or_left_behind(tmp_path: Path) -> None:
     """Workers and the King are killed, servers too, links go silent, SIGTERM comes under load.
 
     Each post, published up to three times, is tagged once or is a dead letter with a reason; the
-    drains end with exit 0 in time; no job, message, process, shared memory or spool file is left.
+    drain ends with exit 0 in time; no job, message, process, shared memory or spool file is left.
     """
     if RabbitMQServer.binary() is None or RedisServer.binary() is None:
         unavailable("needs rabbitmq-server and redis-server")

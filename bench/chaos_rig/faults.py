@@ -207,7 +207,7 @@ FULL = (
 
 SHORT = {
     "rabbitmq": ("replies of database lost", "broker killed", "SIGTERM king"),
-    "redis": ("kill decode", "blackhole broker", "kill king at a write", "SIGTERM king"),
+    "redis": ("kill decode", "blackhole broker", "kill king at a write"),
 }
 """A handful, for a run of seconds."""
 
