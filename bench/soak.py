@@ -3,9 +3,10 @@
 The real daemon (``online_process.py`` and its watchdog under supervisord, Redis, small models
 with random weights) tags posts that all have the same text, the same picture and the same sound,
 so that every process works and every post has the same features: what grows is a leak. Resident
-memory (RSS) and the anonymous part of it (heap and stacks, without files and shared slots) are
-sampled after ``--warm`` posts and at the end, each time as the median of several samples while
-posts are being tagged; neither may have grown by more than the limit.
+memory (RSS) is sampled after ``--warm`` posts and at the end, each time as the median of several
+samples while posts are being tagged, and must not have grown by more than the limit. The
+anonymous part of it (heap and stacks, without files and shared slots) is shown beside it: in a
+small process one step of the allocator, of a mebibyte or two, is a large share of that part.
 
 Run: ``python bench/soak.py [--posts 20000] [--warm 2000] [--limit 0.03]``.
 Exits 1 when a process has grown by more than the limit, was replaced, or a post is not tagged.
@@ -185,9 +186,8 @@ def broken(results: dict[str, Any]) -> list[str]:
     for name, process in results["processes"].items():
         if process["replaced"]:
             wrong.append(f"{name} was replaced")
-        growth = max(process["growth"], process["resident_growth"])
-        if growth > results["limit"]:
-            wrong.append(f"{name} has grown by {growth:.1%}")
+        elif process["resident_growth"] > results["limit"]:
+            wrong.append(f"{name} has grown by {process['resident_growth']:.1%}")
     return wrong
 
 

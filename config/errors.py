@@ -13,6 +13,7 @@
     │   ├── PostNotFound        the ID is not in the posts collection
     │   ├── NothingUsable       no modality of the post could be used
     │   ├── FeatureError        a feature file or array is not what its reader needs
+    │   ├── StoreRefused        the database is there, and refuses a write for good
     │   └── BundleError         a bundle is missing, broken, or made for other features
     └── ConfigError         the user's input or configuration is wrong; commands exit 2
 
@@ -72,6 +73,10 @@ class NothingUsable(PermanentError):
 
 class FeatureError(PermanentError):
     """A feature file or array is not what its reader needs."""
+
+
+class StoreRefused(PermanentError):
+    """The database is there, and refuses a write for good."""
 
 
 class BundleError(PermanentError):

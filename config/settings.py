@@ -257,6 +257,10 @@ class KingSettings(Section):
     health_file: Path = Path("workshop/run/king.json")
     lease_s: Seconds = 60
     """A job of another King is taken over when its lease is older than this."""
+    reconcile_s: Annotated[float, Field(ge=0)] | None = 300
+    """How often one of the Kings looks for posts that have neither a result nor a job and publishes
+    them, a batch at a time; 0 or null never does. It reads the posts without
+    ``<result_path>.status``: an index on that path keeps it cheap in a large collection."""
 
 
 class WatchdogSettings(Section):

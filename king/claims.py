@@ -7,7 +7,7 @@ from typing import Any
 
 from pymongo import DeleteOne, InsertOne, UpdateOne
 
-from config.errors import PostNotFound, StoreUnavailable
+from config.errors import PostNotFound
 from king.archive import Archive
 from king.documents import (
     error_document,
@@ -27,6 +27,7 @@ from king.jobs import (
     Settled,
     Started,
     Terms,
+    Unrecorded,
     Verdict,
     decide,
     exhausted,
@@ -53,6 +54,7 @@ class Claims(Archive):
         jobs = self._jobs(post_ids)
         verdicts: list[Verdict] = []
         operations: list[Operation] = []
+        asked: list[str] = []
         results: list[UpdateOne] = []
         for claim in claims:
             post_id = claim.message.post_id
@@ -62,16 +64,19 @@ class Claims(Archive):
             verdicts.append(verdict)
             if operation is not None:
                 operations.append(operation)
+                asked.append(post_id)
             if isinstance(verdict, Buried) and post_id in documents:
                 content = failed_result(verdict.failure, verdict.attempts, terms.bundle, {})
                 results.append(self.write_failed(documents[post_id]["_id"], content))
         self.bulk(self.posts, results)
         effective, refused = self.bulk(self.jobs, operations)
         if effective < sum(isinstance(op, (InsertOne, UpdateOne)) for op in operations):
-            for code, reason in refused.values():
-                if code != DUPLICATE_KEY:
-                    raise StoreUnavailable(f"{self.url}: a job was refused: {reason}")
-            verdicts = self._confirm(verdicts, terms)
+            reasons = {
+                asked[position]: reason
+                for position, (code, reason) in refused.items()
+                if code != DUPLICATE_KEY and not isinstance(operations[position], DeleteOne)
+            }
+            verdicts = self._confirm(verdicts, reasons, terms)
         return verdicts
 
     def _documents(self, post_ids: Sequence[str]) -> dict[str, Mapping[str, Any]]:
@@ -181,12 +186,17 @@ class Claims(Archive):
         del dead["_id"]
         return UpdateOne(as_read(job), {"$set": dead})
 
-    def _confirm(self, verdicts: Sequence[Verdict], terms: Terms) -> list[Verdict]:
-        """Some claims were lost to another King: read who holds what."""
+    def _confirm(
+        self, verdicts: Sequence[Verdict], refused: Mapping[str, str], terms: Terms
+    ) -> list[Verdict]:
+        """Some claims were lost to another King, or refused: read who holds what."""
         started = [v.post_id for v in verdicts if isinstance(v, Started)]
         jobs = self._jobs(started)
         confirmed: list[Verdict] = []
         for verdict in verdicts:
+            if verdict.post_id in refused:
+                confirmed.append(Unrecorded(verdict.post_id, refused[verdict.post_id]))
+                continue
             if isinstance(verdict, Started):
                 job = jobs.get(verdict.post_id)
                 if job is None or job.state != "running" or job.owner != terms.owner:

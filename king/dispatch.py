@@ -242,7 +242,8 @@ class Dispatcher:
 
     def _tagged(self, flight: _Flight, result: object) -> None:
         if not isinstance(result, Tags) or flight.features is None:
-            failure = Failure("fuse", "TypeError", f"the fusion gave {type(result).__name__}")
+            error = FeatureError(f"the fusion gave {type(result).__name__}, not tags")
+            failure = Failure.of("fuse", error)
             self._attempt_failed(flight, failure)
             return
         outcome = Tagged(

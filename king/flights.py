@@ -49,6 +49,12 @@ class Flights:
             held = self._held.pop(post_id, None)
         return held.deliveries if held is not None else ()
 
+    def touch(self, post_id: str) -> None:
+        """The post is held on purpose, and no sign of a stall: its time begins anew."""
+        with self._lock:
+            if post_id in self._held:
+                self._held[post_id].since = time.monotonic()
+
     @property
     def oldest_s(self) -> float:
         """How long the oldest post has been in flight."""

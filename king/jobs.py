@@ -103,7 +103,15 @@ class Buried:
     attempts: int
 
 
-Verdict: TypeAlias = Started | Settled | Elsewhere | Buried
+@dataclass(frozen=True, slots=True)
+class Unrecorded:
+    """The database refused to write this job: the post waits, and no other waits with it."""
+
+    post_id: str
+    reason: str
+
+
+Verdict: TypeAlias = Started | Settled | Elsewhere | Buried | Unrecorded
 
 
 # Outcomes of an attempt ----------------------------------------------------------------------

@@ -18,7 +18,7 @@ from typing import TypeVar
 
 import structlog
 
-from config.errors import MessageError, StoreUnavailable
+from config.errors import MessageError, StoreRefused, StoreUnavailable
 from config.settings import KingSettings
 from king import report
 from king.broker import Delivery
@@ -37,9 +37,11 @@ from king.jobs import (
     Tagged,
     Terms,
     Unreadable,
+    Unrecorded,
     Verdict,
 )
-from king.messages import parse_message
+from king.messages import PostMessage, parse_message
+from king.reconciler import Reconciler
 from king.retry import RECONNECT
 from king.store import Store
 from workers.protocol import Failure
@@ -50,6 +52,7 @@ _WAIT_S = 0.25
 _SECOND_S = 1.0
 _RELEASE_AFTER_S = 10.0  # by then a broker has delivered a dead King's messages again
 _MAX_PARKED_S = 2.0
+_REFUSED_AGAIN_S = 10.0  # a job that the database refused is written again
 _PAYLOAD_CHARS = 4096
 
 log = structlog.get_logger()
@@ -93,11 +96,13 @@ class Keeper:
             attempts=settings.attempts,
             is_dead=is_dead,
         )
+        self._reconciler = Reconciler(store, settings.reconcile_s, batch_size)
         self._consumer: Consumer | None = None
         self._start: Callable[[Started], None] | None = None
         self._inbox: deque[_Item] = deque()
         self._arrived = threading.Condition()
         self._parked: list[tuple[float, Claim]] = []
+        self._unwritten: list[tuple[float, Outcome | _Refused]] = []
         self._running: set[str] = set()
         self._publishing = False
         self._published: deque[tuple[list[str], Terms]] = deque()
@@ -138,7 +143,8 @@ class Keeper:
     @property
     def idle(self) -> bool:
         """Nothing waits to be begun or written."""
-        return not (self._inbox or self._busy or self._parked or self._publishing)
+        waits = self._parked or self._unwritten
+        return not (self._inbox or self._busy or waits or self._publishing)
 
     def leave(self) -> None:
         """Stop waiting for a database that is away (a drain has run out of time)."""
@@ -175,7 +181,8 @@ class Keeper:
     def _round(self, batch: Sequence[_Item]) -> None:
         self._board.tick("store")
         # Outcomes first: they end what the claims might wait for.
-        self._write([item for item in batch if not isinstance(item, Claim)])
+        ended = [item for item in batch if not isinstance(item, Claim)]
+        self._write([*self._due_again(), *ended])
         self._begin([item for item in batch if isinstance(item, Claim)])
         self._busy = False
         if not self._stopping.is_set() and not self._leaving.is_set():
@@ -187,11 +194,14 @@ class Keeper:
         )
 
     def _persist(self, work: Callable[[], T]) -> T | None:
-        """Do work on the store until it is done; None when the King leaves before."""
+        """Do work on the store until it is done; None when it is refused, or the King leaves."""
         failures = 0
         while True:
             try:
                 result = work()
+            except StoreRefused as error:
+                log.warning("king.write_refused", error=str(error))
+                return None
             except StoreUnavailable as error:
                 failures += 1
                 self._board.store_up.clear()
@@ -241,6 +251,10 @@ class Keeper:
             # Looked at again soon: its King may finish or die long before its lease ends.
             until = min(verdict.until, time.time() + _MAX_PARKED_S)
             self._parked.append((until, claim))
+        elif isinstance(verdict, Unrecorded):
+            report.unrecorded(verdict, _REFUSED_AGAIN_S)
+            self._flights.touch(post_id)
+            self._parked.append((time.time() + _REFUSED_AGAIN_S, claim))
         else:
             if isinstance(verdict, Buried):
                 self._board.count("failed")
@@ -262,12 +276,33 @@ class Keeper:
         if recorded is None:
             return
         for item, outcome in zip(items, recorded, strict=True):
-            if isinstance(item, _Refused):
+            if isinstance(outcome, Unrecorded):
+                self._hold(item, outcome)
+            elif isinstance(item, _Refused):
                 self._board.count("dead")
                 report.unreadable(item.outcome)
                 self._send_ack([item.delivery])
             elif not isinstance(outcome, Unreadable):
                 self._close(outcome)
+
+    def _hold(self, item: Outcome | _Refused, refused: Unrecorded) -> None:
+        """Its job was refused: written again later; its message stays unacknowledged."""
+        report.unrecorded(refused, _REFUSED_AGAIN_S)
+        if not self._draining:
+            self._flights.touch(refused.post_id)
+            self._unwritten.append((time.time() + _REFUSED_AGAIN_S, item))
+        elif not isinstance(item, _Refused):
+            self._running.discard(refused.post_id)
+            self._requeue(refused.post_id)
+        elif self._consumer is not None:
+            self._consumer.requeue([item.delivery])
+
+    def _due_again(self) -> list[Outcome | _Refused]:
+        """Outcomes whose jobs were refused, to be written once more; at a drain all of them."""
+        held, now = self._unwritten, time.time()
+        due = [item for until, item in held if until <= now or self._draining]
+        self._unwritten = [] if self._draining else [pair for pair in held if pair[0] > now]
+        return due
 
     def _close(self, outcome: Tagged | Retry | Dead | GivenBack) -> None:
         post_id = outcome.started.post_id
@@ -302,7 +337,8 @@ class Keeper:
     def _look_after(self) -> None:
         now = time.monotonic()
         while self._published:
-            self._persist(partial(self._store.published, *self._published[0]))
+            if self._published[0][0]:
+                self._persist(partial(self._store.published, *self._published[0]))
             self._published.popleft()
             self._publishing = False
         if now >= self._renew_due:
@@ -316,6 +352,7 @@ class Keeper:
         if self._board.phase == "serving":
             self._release_orphans(now)
             self._publish_due()
+            self._reconcile()
         open_jobs = self._persist(self._store.open_jobs)
         if open_jobs is not None:
             self._board.open_jobs = (open_jobs, now)
@@ -336,8 +373,18 @@ class Keeper:
         jobs = self._persist(lambda: self._store.claim_due(terms, self._batch_size))
         if not jobs:
             return
-        self._publishing = True
         post_ids = [job.post_id for job in jobs]
-        self._consumer.publish(
-            [job.message for job in jobs], lambda: self._published.append((post_ids, terms))
-        )
+        self._publish([job.message for job in jobs], post_ids, terms)
+
+    def _reconcile(self) -> None:
+        if self._publishing or self._draining:
+            return
+        terms = self._now()
+        messages = self._reconciler.lost(terms)
+        if messages:
+            self._publish(messages, [], terms)  # there are no jobs to say it of
+
+    def _publish(self, messages: list[PostMessage], jobs: list[str], terms: Terms) -> None:
+        if self._consumer is not None:
+            self._publishing = True
+            self._consumer.publish(messages, lambda: self._published.append((jobs, terms)))

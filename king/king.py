@@ -220,6 +220,8 @@ class King:
         log.info("king.draining", in_flight=len(self._flights))
         self._consumer.stop_consuming()
         self._keeper.drain()
+        if self._broken and not self.board.store_up.is_set():
+            self._keeper.leave()  # nothing has begun that a database would have to be told
         limit_s = self._settings.king.drain_timeout_s
         if not self._wait(limit_s, self._landed):
             log.warning("king.drain_timed_out", in_flight=len(self._flights))
@@ -254,6 +256,11 @@ class King:
 
     def _join(self, name: str, timeout_s: float = 0.0) -> None:
         thread = self._threads[name]
+        if name == "store" and not self.board.store_up.is_set():
+            # It waits for a database that is away, and leaves when that call returns: what it
+            # held is not acknowledged.
+            thread.join(_HURRY_S)
+            return
         thread.join(timeout_s + _FLUSH_S)
         if thread.is_alive():
             log.error("king.thread_stuck", thread=name)

@@ -24,9 +24,10 @@ from pymongo.errors import (
     InvalidURI,
     OperationFailure,
     PyMongoError,
+    WriteError,
 )
 
-from config.errors import ConfigError, StoreUnavailable
+from config.errors import ConfigError, StoreRefused, StoreUnavailable
 from config.settings import StoreSettings
 from config.urls import redact
 
@@ -35,6 +36,10 @@ Operation = InsertOne[Document] | UpdateOne | DeleteOne
 
 DUPLICATE_KEY = 11000
 _AUTHENTICATION_FAILED = 18
+# Codes of what passes by itself: elections and shutdowns; time-outs, conflicts, a full disk.
+_ELECTION = frozenset((91, 133, 189, 10058, 10107, 11600, 11602, 13435, 13436))
+_BUSY = frozenset((6, 7, 24, 46, 50, 63, 64, 89, 112, 134, 150, 202, 262, 9001, 13388, 14031))
+_PASSING = _ELECTION | _BUSY
 
 _UNWRITABLE = (BSONError, DocumentTooLarge, UnicodeEncodeError, OverflowError)
 
@@ -62,6 +67,11 @@ class MongoEdge:
     def jobs(self) -> Collection[Document]:
         """Our jobs."""
         return self._database[self.settings.jobs_collection]
+
+    @property
+    def leases(self) -> Collection[Document]:
+        """What only one King does at a time: a document each. No jobs, hence not among them."""
+        return self._database[f"{self.settings.jobs_collection}_leases"]
 
     @property
     def _database(self) -> Database[Document]:
@@ -116,10 +126,14 @@ class MongoEdge:
         """Map what pymongo raises.
 
         Raises:
-            StoreUnavailable: Anything that pymongo raised inside.
+            StoreRefused: A single write was refused, and will be again.
+            StoreUnavailable: Anything else that pymongo raised inside.
         """
         try:
             yield
+        except WriteError as error:
+            kind = StoreUnavailable if error.code in _PASSING else StoreRefused
+            raise kind(f"{self.url}: {_one_line(error)}") from error
         except PyMongoError as error:
             raise StoreUnavailable(f"{self.url}: {_one_line(error)}") from error
 
@@ -144,7 +158,10 @@ class MongoEdge:
         except StoreUnavailable as error:
             cause = error.__cause__
             if isinstance(cause, BulkWriteError) and not cause.details.get("writeConcernErrors"):
-                return _effective(cause.details), _refused(cause.details)
+                refused = _refused(cause.details)
+                if any(code in _PASSING for code, _ in refused.values()):
+                    raise
+                return _effective(cause.details), refused
             if not isinstance(cause, _UNWRITABLE):
                 raise
             return self._one_by_one(collection, operations, cause)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import structlog
 
-from king.jobs import Buried, Dead, Retry, Settled, Tagged, Unreadable, message_key
+from king.jobs import Buried, Dead, Retry, Settled, Tagged, Unreadable, Unrecorded, message_key
 from workers.protocol import Failure
 
 log = structlog.get_logger()
@@ -49,6 +49,16 @@ def buried(verdict: Buried) -> None:
 def settled(verdict: Settled) -> None:
     """A message asked for what is done, or will be done anyway."""
     log.info("king.message_settled", post_id=verdict.post_id, reason=verdict.reason)
+
+
+def unrecorded(verdict: Unrecorded, again_in_s: float) -> None:
+    """The database refused to write a job; its post waits, and no other."""
+    log.error(
+        "king.job_refused",
+        post_id=verdict.post_id,
+        reason=verdict.reason,
+        retry_in_s=again_in_s,
+    )
 
 
 def unreadable(outcome: Unreadable) -> None:

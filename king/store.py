@@ -7,12 +7,13 @@ was read, and results are fenced by the bundle's version.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from pymongo import DeleteOne, UpdateOne
+from pymongo.errors import DuplicateKeyError
 
-from config.errors import StoreUnavailable
+from config.errors import StoreRefused
 from king.claims import Claims, as_read
 from king.documents import (
     error_document,
@@ -30,8 +31,10 @@ from king.jobs import (
     Tagged,
     Terms,
     Unreadable,
+    Unrecorded,
     Verdict,
     message_key,
+    number,
 )
 from king.mongo import Operation
 from workers.protocol import Failure
@@ -58,10 +61,11 @@ class Store(Protocol):
         """
         ...
 
-    def finish(self, outcomes: Sequence[Outcome], terms: Terms) -> list[Outcome]:
+    def finish(self, outcomes: Sequence[Outcome], terms: Terms) -> Sequence[Outcome | Unrecorded]:
         """Write what became of attempts; gives what was recorded, in order.
 
-        A `Tagged` whose write the database refused for good comes back as a `Dead`.
+        An outcome whose write the database refused for good comes back as a `Dead`; or, where it
+        refuses a dead letter too, as an `Unrecorded`, which may be finished again.
         """
         ...
 
@@ -85,6 +89,14 @@ class Store(Protocol):
         """Number of jobs that are not dead letters."""
         ...
 
+    def untagged_ids(self) -> Iterator[str]:
+        """IDs of the posts that have neither a result nor a job."""
+        ...
+
+    def take_lease(self, name: str, terms: Terms, lease_s: float) -> bool:
+        """Take or renew what only one King does at a time; False when another one holds it."""
+        ...
+
     def close(self) -> None:
         """Close the connections."""
         ...
@@ -95,7 +107,7 @@ class MongoStore(Claims):
 
     # Finish ----------------------------------------------------------------------------------
 
-    def finish(self, outcomes: Sequence[Outcome], terms: Terms) -> list[Outcome]:
+    def finish(self, outcomes: Sequence[Outcome], terms: Terms) -> list[Outcome | Unrecorded]:
         """See `Store.finish`.
 
         Raises:
@@ -104,18 +116,30 @@ class MongoStore(Claims):
         writes = [(i, self._result(outcome, terms)) for i, outcome in enumerate(outcomes)]
         results = [(i, write) for i, write in writes if write is not None]
         _, refused = self.bulk(self.posts, [write for _, write in results])
-        recorded = list(outcomes)
+        after = list(outcomes)
         for position, (_, reason) in refused.items():
             i = results[position][0]
-            outcome = recorded[i]
+            outcome = after[i]
             if isinstance(outcome, Tagged):
-                failure = Failure("store", "WriteError", f"the result was refused: {reason}")
-                recorded[i] = Dead(outcome.started, failure, outcome.timings_ms)
-        operations = [self._job_after(outcome, terms) for outcome in recorded]
-        _, unwritable = self.bulk(self.jobs, operations)
-        for _, reason in unwritable.values():
-            raise StoreUnavailable(f"{self.url}: a job was refused: {reason}")
+                after[i] = _refused(outcome, f"the result was refused: {reason}")
+        _, unwritable = self.bulk(self.jobs, [self._job_after(o, terms) for o in after])
+        recorded: list[Outcome | Unrecorded] = [*after]
+        for i, (_, reason) in unwritable.items():
+            recorded[i] = self._bury_plainly(after[i], reason, terms)
         return recorded
+
+    def _bury_plainly(self, outcome: Outcome, reason: str, terms: Terms) -> Outcome | Unrecorded:
+        """The job of a failed attempt was refused: perhaps its error was, so try without it."""
+        if isinstance(outcome, (Retry, Dead)):
+            dead = _refused(outcome, f"the job was refused: {reason}")
+            _, unwritable = self.bulk(self.jobs, [self._job_after(dead, terms)])
+            if not unwritable:
+                write = self._result(dead, terms)
+                self.bulk(self.posts, [write] if write is not None else [])
+                return dead
+        if isinstance(outcome, Unreadable):
+            return Unrecorded(message_key(outcome.payload), reason)
+        return Unrecorded(outcome.started.post_id, reason)
 
     def _result(self, outcome: Outcome, terms: Terms) -> UpdateOne | None:
         if isinstance(outcome, Tagged):
@@ -230,6 +254,35 @@ class MongoStore(Claims):
         """
         with self.edge():
             return int(self.jobs.count_documents({"state": {"$in": list(OPEN_STATES)}}))
+
+    def take_lease(self, name: str, terms: Terms, lease_s: float) -> bool:
+        """See `Store.take_lease`.
+
+        Raises:
+            StoreUnavailable: Try again.
+            StoreRefused: There is no right to write leases.
+        """
+        mine = {"owner": terms.owner, "lease_until": round(terms.now + lease_s, 3)}
+        with self.edge():
+            lease = self.leases.find_one({"_id": name})
+            if lease is None:
+                try:
+                    self.leases.insert_one({"_id": name, **mine})
+                except DuplicateKeyError:
+                    return False
+                return True
+            owner, until = lease.get("owner"), lease.get("lease_until")
+            held = number(until) > terms.now and not terms.is_dead(str(owner))
+            if held and owner != terms.owner:
+                return False
+            # Won only from the state that was read: of two that find it free, one matches.
+            seen = {"_id": name, "owner": owner, "lease_until": until}
+            return self.leases.update_one(seen, {"$set": mine}).matched_count == 1
+
+
+def _refused(outcome: Tagged | Retry | Dead, message: str) -> Dead:
+    failure = Failure.of("store", StoreRefused(message))
+    return Dead(outcome.started, failure, outcome.timings_ms)
 
 
 def _publisher(terms: Terms) -> str:

@@ -8,13 +8,21 @@ from typing import TypeAlias, TypeVar
 
 import structlog
 
-from config.errors import RetryableError, TaggingError
+from config.errors import (
+    FeatureError,
+    FetchRefused,
+    MediaError,
+    PermanentError,
+    RetryableError,
+    TaggingError,
+)
 from workers.protocol import Failure, Result
 
 Item = TypeVar("Item")
 Outcome: TypeAlias = Result | Failure
 
 _log = structlog.get_logger()
+_FOREIGN: dict[str, type[PermanentError]] = {"fetch": FetchRefused, "decode": MediaError}
 _LOST_DEVICE = ("device-side assert", "cuda error", "cublas_status", "cudnn_status_execution")
 
 
@@ -23,10 +31,20 @@ class DeviceLost(Exception):
 
 
 def failure_of(stage: str, error: Exception) -> Failure:
-    """A failure from an exception; what is not ours is logged with its traceback."""
+    """A failure from an exception.
+
+    What is not ours is logged with its traceback, and becomes the error of its stage, whose
+    message begins with the exception's own name.
+    """
     if not isinstance(error, TaggingError):
         _log.error("workers.task_error", stage=stage, exc_info=error)
+        error = _typed(stage, error, str(error))
     return Failure.of(stage, error, retryable=isinstance(error, RetryableError))
+
+
+def _typed(stage: str, error: Exception, text: str) -> TaggingError:
+    name = type(error).__name__
+    return _FOREIGN.get(stage, FeatureError)(f"{name}: {text}" if text else name)
 
 
 def run_batch(
@@ -66,7 +84,8 @@ def _smaller(
     error.__traceback__ = None
     _empty_cache()
     if len(items) == 1:
-        return [Failure(stage, type(error).__name__, f"out of memory: {text}", retryable=True)]
+        failed = _typed(stage, error, f"out of memory: {text}")
+        return [Failure.of(stage, failed, retryable=True)]
     half = len(items) // 2
     return run_batch(stage, run, items[:half]) + run_batch(stage, run, items[half:])
 

@@ -9,7 +9,7 @@ import sys
 import time
 from typing import Any
 
-from config.errors import TaggingError
+from config.errors import ConfigError, TaggingError
 from config.settings import BrokerSettings, Settings, StoreSettings
 from config.urls import redact
 from deploy import embedded
@@ -49,6 +49,9 @@ def collect(asked: Settings, settings: Settings) -> dict[str, Any]:
     Args:
         asked: As configured; tells whether the services are embedded ones.
         settings: With the URLs of running embedded services.
+
+    Raises:
+        ConfigError: ``broker.url`` or ``store.url`` cannot be used, now or later.
     """
     content: dict[str, Any] = {
         "queue": _queue(settings.broker),
@@ -71,6 +74,8 @@ def _queue(settings: BrokerSettings) -> dict[str, Any]:
     quick = settings.model_copy(update={"socket_timeout_s": timeout_s})
     try:
         return {**content, "depth": queue_depth(quick), "error": None}
+    except ConfigError:
+        raise
     except TaggingError as error:
         return {**content, "depth": None, "error": str(error)}
 
@@ -85,6 +90,8 @@ def _store(settings: StoreSettings) -> dict[str, Any]:
     archive = Archive(quick)
     try:
         return {**content, "counts": archive.counts(), "error": None}
+    except ConfigError:
+        raise
     except TaggingError as error:
         return {**content, "counts": None, "error": str(error)}
     finally:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -58,6 +58,7 @@ class FakeStore:
         self.down = threading.Event()
         self.refuse: set[str] = set()
         self.closed = False
+        self.leases: dict[str, tuple[str, float]] = {}
         self._publishing: dict[str, str] = {}
 
     def connect(self) -> None:
@@ -142,7 +143,7 @@ class FakeStore:
             return outcome
         started = outcome.started
         if isinstance(outcome, Tagged) and started.post_id in self.refuse:
-            refused = Failure("store", "WriteError", "the result was refused")
+            refused = Failure("store", "StoreRefused", "the result was refused")
             outcome = Dead(started, refused, outcome.timings_ms)
         document = self.posts[started.document_id]
         if isinstance(outcome, Tagged):
@@ -226,6 +227,21 @@ class FakeStore:
         """See `king.store.Store.open_jobs`."""
         self._require()
         return sum(job.state != "dead" for job in self.jobs.values())
+
+    def untagged_ids(self) -> Iterator[str]:
+        """See `king.store.Store.untagged_ids`."""
+        self._require()
+        without = (key for key, post in self.posts.items() if not post.get("insight"))
+        return (str(key) for key in without if str(key) not in self.jobs)
+
+    def take_lease(self, name: str, terms: Terms, lease_s: float) -> bool:
+        """See `king.store.Store.take_lease`."""
+        self._require()
+        owner, until = self.leases.get(name, (terms.owner, 0.0))
+        if owner != terms.owner and until > terms.now and not terms.is_dead(owner):
+            return False
+        self.leases[name] = (terms.owner, terms.now + lease_s)
+        return True
 
     # For the tests, under the names of `king.archive.Archive` --------------------------------
 

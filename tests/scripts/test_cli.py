@@ -295,6 +295,18 @@ def test_status_says_what_cannot_be_reached(command: Command) -> None:
     assert err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "setting", ["broker.url=amqp://host:port/", "store.url=mongodb://user:secret@host:port/"]
+)
+def test_status_refuses_urls_that_no_service_can_have(command: Command, setting: str) -> None:
+    """What cannot be a URL is a mistake of the settings, no service that is down: exit 2."""
+    code, _, err = command("status", "--set", setting)
+    assert code == 2
+    assert setting.partition("=")[0] in err
+    assert "secret" not in err
+    assert err.count("\n") == 1
+
+
 def test_status_shows_the_king(command: Command) -> None:
     """A fresh health file is shown with its rates; a stale one is no running King."""
     health = command.settings.king.health_file

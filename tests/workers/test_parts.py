@@ -260,7 +260,8 @@ def test_out_of_memory_halves_until_it_fits() -> None:
     [failure] = run_batch("extract", run, [13])
     assert isinstance(failure, Failure)
     assert failure.retryable
-    assert failure.message.startswith("out of memory: CUDA")
+    assert failure.type == "FeatureError"
+    assert failure.message.startswith("OutOfMemoryError: out of memory: CUDA")
 
 
 def test_members_run_alone_when_a_batch_raises() -> None:
@@ -275,7 +276,7 @@ def test_members_run_alone_when_a_batch_raises() -> None:
     assert [type(o).__name__ for o in outcomes] == ["Extracted", "Failure", "Extracted"]
     [failure] = run_batch("extract", lambda items: [], [1])
     assert isinstance(failure, Failure)
-    assert failure.message == "extract: 0 results for 1 items"
+    assert failure.message == "RuntimeError: extract: 0 results for 1 items"
 
 
 @pytest.mark.parametrize(
@@ -299,11 +300,14 @@ def test_lost_device_ends_the_process(message: str) -> None:
 
 
 def test_failures_know_whether_to_come_back() -> None:
-    """Ours by their class; a foreign exception is permanent and in one line."""
+    """Ours by their class; a foreign exception is permanent, typed by its stage, in one line."""
     assert failure_of("fetch", FetchRetryable("slow")).retryable
     assert not failure_of("decode", MediaError("broken")).retryable
     foreign = failure_of("extract", ValueError("two\nlines"))
-    assert (foreign.type, foreign.message, foreign.retryable) == ("ValueError", "two lines", False)
+    assert (foreign.type, foreign.retryable) == ("FeatureError", False)
+    assert foreign.message == "ValueError: two lines"
+    nameless = failure_of("decode", KeyError())
+    assert (nameless.type, nameless.message) == ("MediaError", "KeyError")
 
 
 def test_batches_are_taken_by_lane_and_room() -> None:
