@@ -138,7 +138,8 @@ class Watchdog:
         if decision.action == "nudge":
             self._nudge(seen, decision)
             return
-        self._nudged = False
+        if not seen.starved_s:
+            self._nudged = False
         if seen.phase == "serving" and seen.seen_s > 2 * self._limits.stall_s:
             self._budget.recovered()
         if decision.action == "alarm":

@@ -72,6 +72,11 @@ class Progress:
             file_error=errors.get("main"),
         )
 
+    @property
+    def _blink_s(self) -> float:
+        """A King that is away from its broker for less than this may just be connecting anew."""
+        return self._settings.watchdog.stall_s / 2
+
     def _held_s(self, name: str, value: object, now: float) -> float:
         """For how long a value has been what it is."""
         if name not in self._changed or self._changed[name][0] != value:
@@ -114,7 +119,10 @@ class Progress:
         content = snapshot.content
         work = (content.get("last_delivery_at"), str(content.get("counters")))
         moved = self._held_s("work", work, now) == 0.0
-        if moved or snapshot.phase != "serving" or content.get("in_flight"):
+        away = snapshot.phase != "serving"
+        if away and not moved and self._held_s("phase", snapshot.phase, now) < self._blink_s:
+            return None  # it connects anew, perhaps because it was nudged: that cures nothing yet
+        if moved or away or content.get("in_flight"):
             self._starved_since = self._backlog = None
             return None
         if now < self._probe_due:
