@@ -234,6 +234,10 @@ class WorkerSettings(Section):
     task_timeout_s: Seconds = 120
     """A task that a device worker has begun may take this long."""
     shutdown_timeout_s: Seconds = 10
+    recycle_tasks: Annotated[int, Field(ge=0)] = 200_000
+    """A decoder or device worker is replaced after this many tasks; 0: never."""
+    recycle_growth_mb: Annotated[int, Field(ge=0)] = 2048
+    """… or when it holds this much more memory than it did warmed up; 0: whatever it holds."""
 
     @model_validator(mode="after")
     def _hosted(self) -> WorkerSettings:

@@ -33,6 +33,7 @@ from workers.lanes import Lane, batch_rows, lane_of, stage_of, weight_of
 from workers.launch import BROKEN_STATUS, REFUSED_STATUS, Launch
 from workers.pipe import Pipe, PipeBroken
 from workers.protocol import Began, Done, Envelope, Failed, Failure, Ready, Refused, Stop, Task
+from workers.recycle import Recycler
 
 _log = structlog.get_logger()
 _PR_SET_PDEATHSIG = 1
@@ -95,6 +96,7 @@ def serve(context: Context, handler: Handler) -> None:
     pipe.send_wait(Ready(dict(handler.load())))
     backlog: deque[Envelope] = deque()
     rows = batch_rows(context.settings)
+    recycler = Recycler(context.settings.workers)
     try:
         while True:
             idle_s = handler.between(pipe)
@@ -108,9 +110,13 @@ def serve(context: Context, handler: Handler) -> None:
             if pipe.closed:
                 return
             if backlog:
-                _run_batch(pipe, handler, take_batch(backlog, rows))
-    except Retire:
-        _log.info("workers.retired")
+                batch = take_batch(backlog, rows)
+                _run_batch(pipe, handler, batch)
+                reason = recycler.served(len(batch))
+                if reason is not None:
+                    raise Retire(reason)  # what is left in the backlog has not begun
+    except Retire as retire:
+        _log.info("workers.retired", reason=str(retire) or None)
     finally:
         handler.close()
 
