@@ -128,6 +128,10 @@ def _print(content: dict[str, Any]) -> None:
         write(f"service   {service['name']}: {service['state']} {service['url'] or ''}\n")
 
 
+def _cell(value: Any) -> Any:
+    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+
+
 def _print_king(king: dict[str, Any] | None) -> None:
     write = sys.stdout.write
     if king is None:
@@ -150,5 +154,5 @@ def _print_king(king: dict[str, Any] | None) -> None:
     workers = king.get("workers") or []
     if workers:
         columns = tuple(workers[0])
-        rows = [[worker.get(column) for column in columns] for worker in workers]
+        rows = [[_cell(worker.get(column)) for column in columns] for worker in workers]
         print_table("", columns, rows)
