@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from config.errors import TaggingError
-from fusion.options import infer_options, infer_settings
+from fusion.infer_options import infer_options, infer_settings
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

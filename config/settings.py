@@ -9,10 +9,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
-    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -22,18 +19,48 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
+from config.base import ExtractorName, PositiveInt, Precision, Seconds, Section
+from config.features import (
+    AudioSettings,
+    FeatureSettings,
+    ImageSettings,
+    OcrSettings,
+    TextSettings,
+    VideoSettings,
+    VisualSettings,
+)
+from config.operations import MonitorSettings, Threshold, WatchdogSettings
 from config.urls import redact
 
-PositiveInt = Annotated[int, Field(ge=1)]
-Seconds = Annotated[float, Field(gt=0)]
-Precision = Literal["auto", "bf16", "fp16", "fp32"]
-ExtractorName = Literal["video", "image", "audio", "text", "ocr"]
-
-
-class Section(BaseModel):
-    """Base of every section: frozen, unknown keys refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+__all__ = [
+    "AudioSettings",
+    "BrokerSettings",
+    "DecodeSettings",
+    "EmbeddedSettings",
+    "ExtractorName",
+    "ExtractorPlacement",
+    "FeatureSettings",
+    "FetchSettings",
+    "FieldMap",
+    "FusionSettings",
+    "ImageSettings",
+    "KingSettings",
+    "LogSettings",
+    "MonitorSettings",
+    "OcrSettings",
+    "PositiveInt",
+    "Precision",
+    "Seconds",
+    "Section",
+    "Settings",
+    "StoreSettings",
+    "TextSettings",
+    "Threshold",
+    "VideoSettings",
+    "VisualSettings",
+    "WatchdogSettings",
+    "WorkerSettings",
+]
 
 
 class BrokerSettings(Section):
@@ -70,8 +97,10 @@ class FieldMap(Section):
     videos: str = "videos"
     audios: str = "audios"
     labels: str = "labels"
+    author: str | None = None
+    """Who made the post: `scripts/build_trainval_data.py` keeps an author on one side."""
     created: str | None = None
-    """When the post was made, for `monitor`: a date, ISO text, or Unix seconds."""
+    """When the post was made, for `monitor`, `pull_posts`: a date, ISO text, or Unix seconds."""
 
 
 class StoreSettings(Section):
@@ -123,81 +152,6 @@ class DecodeSettings(Section):
     """Longer videos and sounds are read up to here."""
     max_audio_s: Seconds = 300
     """Sound of one file that is turned into patches."""
-
-
-class VisualSettings(Section):
-    """A timm model over pictures or frames."""
-
-    arch: str = "vit_large_patch16_224"
-    weights: str = "pretrained"
-    image_size: PositiveInt = 224
-    """Side of the square input in pixels; whole pictures are scaled to it."""
-    batch_size: PositiveInt = 32
-    precision: Precision = "auto"
-
-
-class VideoSettings(VisualSettings):
-    """A timm model over the frames of videos."""
-
-    frames: PositiveInt = 16
-    """Segments of one video; the centre frame of each is taken (TSN)."""
-    decode: Literal["accurate", "keyframes"] = "accurate"
-
-
-class ImageSettings(VisualSettings):
-    """A timm model over images."""
-
-    max_frames: PositiveInt = 1
-    """Frames taken from an animated picture."""
-
-
-class AudioSettings(Section):
-    """VGGish, or any timm model with one input channel, over 0.96 s log-mel patches."""
-
-    arch: str = "vggish"
-    weights: str = "pretrained"
-    stray_relu: bool = False
-    """Apply the last ReLU, as torchvggish's released graph does (its issue 24)."""
-    postprocess: bool = False
-    """Subtract the mean, PCA, clip and quantise, as the AudioSet release does."""
-    batch_size: PositiveInt = 64
-    precision: Precision = "auto"
-
-
-class TextSettings(Section):
-    """A transformers encoder over tokens."""
-
-    arch: str = "bert-base-chinese"
-    weights: str = "pretrained"
-    max_tokens: PositiveInt = 256
-    batch_size: PositiveInt = 16
-    precision: Precision = "auto"
-
-
-class OcrSettings(Section):
-    """Text inside pictures."""
-
-    enabled: bool = True
-    max_side: PositiveInt = 960
-    """Pictures are shrunk so that their longer side is at most this many pixels."""
-    detect_side: PositiveInt = 480
-    """Smaller pictures are enlarged for finding text until their shorter side has this length."""
-    frames: Annotated[int, Field(ge=0)] = 2
-    """Frames of each video that are read."""
-    min_confidence: Annotated[float, Field(ge=0, le=1)] = 0.5
-    max_chars: PositiveInt = 1000
-
-
-class FeatureSettings(Section):
-    """Everything that determines a feature; its digest is the extractor fingerprint."""
-
-    ocr_mode: Literal["append", "separate"] = "separate"
-    """OCR text joins the post's text, or stands as its own modality."""
-    video: VideoSettings = VideoSettings()
-    image: ImageSettings = ImageSettings()
-    audio: AudioSettings = AudioSettings()
-    text: TextSettings = TextSettings()
-    ocr: OcrSettings = OcrSettings()
 
 
 class ExtractorPlacement(Section):
@@ -265,72 +219,6 @@ class KingSettings(Section):
     """How often one of the Kings looks for posts that have neither a result nor a job and publishes
     them, a batch at a time; 0 or null never does. It reads the posts without
     ``<result_path>.status``: an index on that path keeps it cheap in a large collection."""
-
-
-class WatchdogSettings(Section):
-    """The watchdog under supervisord or systemd."""
-
-    stall_s: Seconds = 60
-    """A King without progress for so long is restarted; above the time-outs of the broker and the
-    database, or a King that waits for one of them may be restarted with them."""
-    interval_s: Seconds = 2
-    probe_timeout_s: Seconds = 3
-    """The watchdog's own questions to the broker and the database may take this long."""
-    dump_s: Seconds = 2
-    """How long a stalled King is given to write its stacks before it is killed."""
-    start_timeout_s: Seconds = 900
-    """Loading of models may take this long; above workers.start_timeout_s."""
-    restarts: PositiveInt = 5
-    """Restarts within `restart_window_s`; past them the watchdog only reports."""
-    restart_window_s: Seconds = 1800
-    rpc_timeout_s: Seconds = 5
-    program: str = "king"
-    supervisor_url: Annotated[str, Field(pattern=r"^(unix://.|systemd$)")] = (
-        "unix://workshop/run/supervisor.sock"
-    )
-    """supervisord's socket, or ``systemd``: then `program` is the name of a unit."""
-
-
-class Threshold(Section):
-    """From which value on a check warns, and from which it is critical; null never does."""
-
-    warning: Annotated[float, Field(ge=0)] | None = None
-    critical: Annotated[float, Field(ge=0)] | None = None
-
-
-class MonitorSettings(Section):
-    """What `scripts/mongo_supervisor/check.py` asks, and where it draws the lines."""
-
-    backlog_age_s: Annotated[float, Field(ge=0)] = 900
-    """Untagged posts older than this are backlog. A post's age is that of `store.fields.created`,
-    or of its ObjectId; with 0 every untagged post counts, also where there is neither."""
-    scan: PositiveInt = 100_000
-    """Untagged posts that one look reads at most."""
-    window_s: Seconds = 3600
-    """Results of this recent time make the failed ratio."""
-    min_results: PositiveInt = 20
-    """Fewer results than this make no ratio."""
-    overdue_s: Seconds = 120
-    """A job that is due for longer than this is overdue: no daemon looks after it."""
-    timeout_s: Seconds = 10
-    latency_s: Threshold = Threshold(warning=0.5, critical=2)
-    backlog: Threshold = Threshold(warning=100, critical=10_000)
-    failed_ratio: Threshold = Threshold(warning=0.05, critical=0.25)
-    last_tag_age_s: Threshold = Threshold(warning=900, critical=3600)
-    """Judged only while posts wait."""
-    overdue_jobs: Threshold = Threshold(warning=1, critical=100)
-    dead_letters: Threshold = Threshold(warning=100, critical=10_000)
-    queue_depth: Threshold = Threshold(warning=10_000, critical=100_000)
-    replica_lag_s: Threshold = Threshold(warning=10, critical=60)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _other_half(cls, value: object, info: ValidationInfo) -> object:
-        """Who sets one of a threshold's values keeps the default of the other."""
-        default = cls.model_fields[str(info.field_name)].default
-        if isinstance(default, Threshold) and isinstance(value, dict):
-            return {**default.model_dump(), **value}
-        return value
 
 
 class EmbeddedSettings(Section):

@@ -1,4 +1,4 @@
-"""Typed settings of training and offline inference: `train_net.py` and `infer_net.py`."""
+"""Typed settings of the fusion training: `train_net.py`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,6 @@ __all__ = [
     "BundleSettings",
     "CalibrationName",
     "DataSettings",
-    "InferSettings",
     "LossName",
     "LossSettings",
     "ModalityName",
@@ -119,18 +118,3 @@ class TrainSettings(Section):
     optimizer: OptimizerSettings = OptimizerSettings()
     trainer: TrainerSettings = TrainerSettings()
     bundle: BundleSettings = BundleSettings()
-
-
-class InferSettings(Section):
-    """All settings of `infer_net.py`."""
-
-    bundle: Path = Path("workshop/weights/insight")
-    features: Path = Path("workshop/features")
-    """Root of the feature files, for inputs that name only post IDs."""
-    n_gpus: Count | None = None
-    """0 runs on the CPU; null takes one GPU where there is one."""
-    threads: PositiveInt | None = None
-    batch_size: PositiveInt = 64
-    scores: bool = True
-    """Write the score of every class beside the tags."""
-    progress: bool = True

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from config.errors import ConfigError
-from config.train import InferSettings
+from config.infer import InferSettings
 from extractors.post import Tags
 from fusion import metrics
 from fusion.dataset import FeatureReader, Record, encode_targets, read_data_file

@@ -1,4 +1,4 @@
-"""Options of `train_net.py` and `infer_net.py`; imports no torch, so that ``--help`` is quick."""
+"""Options of `train_net.py`; imports no torch, so that ``--help`` is quick."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pydantic import BaseModel
+
 from config.load import merge, parse_overrides, read_yaml, validate
 from config.options import OneLineParser
-from config.train import InferSettings, TrainSettings
+from config.train import TrainSettings
 
-Chosen = TypeVar("Chosen", TrainSettings, InferSettings)
+Chosen = TypeVar("Chosen", bound=BaseModel)
 
 TRAIN_CONFIG = Path("config/train_config.yaml")
-INFER_CONFIG = Path("config/infer_config.yaml")
 
 _TRAIN_KEYS = {
     "batch_size": "trainer.batch_size",
@@ -25,7 +26,6 @@ _TRAIN_KEYS = {
     "log_interval": "trainer.log_interval",
     "fix_random_seed": "trainer.fix_random_seed",
 }
-_INFER_KEYS = {"n_gpus": "n_gpus"}
 
 
 def train_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -52,30 +52,7 @@ def train_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="BOOL",
         help="the same seed in every run",
     )
-    _add_set(parser)
-    return parser.parse_args(arguments)
-
-
-def infer_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the options of `infer_net.py`."""
-    parser = OneLineParser(
-        prog="infer_net.py",
-        description="Tag posts from their feature files; JSON lines out.",
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    add("--infer_config", type=Path, metavar="F", help=f"YAML file; default {INFER_CONFIG}")
-    add(
-        "--input",
-        type=Path,
-        required=True,
-        metavar="F",
-        help="data file (.json), or a list (.txt) of post IDs or feature files, one a line",
-    )
-    add("--output", type=Path, metavar="F", help="JSON lines; default standard output")
-    add("--n_gpus", metavar="N", help="number of GPUs, 0 or 1")
-    add("--best_model", type=Path, metavar="DIR", help="folder of the bundle")
-    _add_set(parser)
+    add_set(parser)
     return parser.parse_args(arguments)
 
 
@@ -85,27 +62,16 @@ def train_settings(options: argparse.Namespace) -> TrainSettings:
     Raises:
         ConfigError: One line that names the file or option, the key and the mistake.
     """
-    given = _given(options, _TRAIN_KEYS)
+    given = given_options(options, _TRAIN_KEYS)
     if options.save_dir is not None:
         given = merge(given, {"trainer": {"save_dir": options.save_dir}})
     if given.get("trainer", {}).get("epochs") == 0:
         del given["trainer"]["epochs"]
-    return _layers(TrainSettings, options.model_config, TRAIN_CONFIG, given, options.set)
+    return layered(TrainSettings, options.model_config, TRAIN_CONFIG, given, options.set)
 
 
-def infer_settings(options: argparse.Namespace) -> InferSettings:
-    """Settings of an inference: the YAML file, then the options, then ``--set``.
-
-    Raises:
-        ConfigError: One line that names the file or option, the key and the mistake.
-    """
-    given = _given(options, _INFER_KEYS)
-    if options.best_model is not None:
-        given = merge(given, {"bundle": options.best_model})
-    return _layers(InferSettings, options.infer_config, INFER_CONFIG, given, options.set)
-
-
-def _add_set(parser: argparse.ArgumentParser) -> None:
+def add_set(parser: argparse.ArgumentParser) -> None:
+    """Add ``--set a.b=c``."""
     parser.add_argument(
         "--set",
         action="append",
@@ -115,14 +81,20 @@ def _add_set(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _given(options: argparse.Namespace, keys: dict[str, str]) -> dict[str, Any]:
+def given_options(options: argparse.Namespace, keys: dict[str, str]) -> dict[str, Any]:
+    """Nested settings out of the options that were given; ``keys`` maps options to keys."""
     values = {key: getattr(options, name) for name, key in keys.items()}
     return parse_overrides(f"{key}={value}" for key, value in values.items() if value is not None)
 
 
-def _layers(
+def layered(
     model: type[Chosen], path: Path | None, default: Path, given: dict[str, Any], sets: list[str]
 ) -> Chosen:
+    """Settings out of a YAML file, then options, then ``--set``; each is checked by itself.
+
+    Raises:
+        ConfigError: One line that names the file or option, the key and the mistake.
+    """
     file = path or default
     from_file = read_yaml(file) if path is not None or file.exists() else {}
     validate(model, from_file, str(file))  # so that a mistake is blamed on the right source

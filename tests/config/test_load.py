@@ -10,9 +10,10 @@ import pytest
 from pydantic import ValidationError
 
 from config.errors import ConfigError
+from config.infer import InferSettings
 from config.load import load_settings, merge, parse_overrides, read_yaml, validate
 from config.settings import BrokerSettings, Settings
-from config.train import InferSettings, TrainSettings
+from config.train import TrainSettings
 
 
 @pytest.fixture(autouse=True)
