@@ -1,11 +1,11 @@
-"""Tag posts from their feature files."""
+"""Tag posts from their feature files, or from raw media."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
 
-from config.errors import TaggingError
+from config.errors import RetryableError, TaggingError
 from fusion.infer_options import infer_options, infer_settings
 
 
@@ -15,19 +15,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         settings = infer_settings(options)
         # Imported here: --help and a mistake in the config need no torch.
-        from fusion.inference import infer, shown
-        from scripts.feature_files import FeatureFiles
+        from scripts.inference.run import run
 
-        report = infer(settings, options.input, options.output, FeatureFiles(settings.features))
+        run(settings, options)
+    except RetryableError as error:
+        sys.stderr.write(f"infer_net.py: {error}; the same command goes on\n")
+        return 1
     except TaggingError as error:
         sys.stderr.write(f"infer_net.py: {error}\n")
         return 2
     except KeyboardInterrupt:
-        sys.stderr.write("infer_net.py: interrupted\n")
+        sys.stderr.write("infer_net.py: interrupted; the same command goes on\n")
         return 1
-    # Beside the JSON lines on standard output, a line for people goes to standard error.
-    people = sys.stderr if options.output is None else sys.stdout
-    people.write(f"posts {report.posts}  labelled {report.labelled}  {shown(report.metrics)}\n")
     return 0
 
 

@@ -1,11 +1,12 @@
-"""Train a fusion model on feature files and write its bundle."""
+"""Train a fusion model or a backbone, as the config's ``task`` says."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
 
-from config.errors import TaggingError
+from config.backbone_train import BackboneTrainSettings
+from config.errors import RetryableError, TaggingError
 from fusion.options import train_options, train_settings
 
 
@@ -16,21 +17,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings = train_settings(options)
         # Imported here: --help and a mistake in the config need no torch.
         from fusion.inference import shown
-        from fusion.training import train
-        from scripts.feature_files import FeatureFiles
 
-        report = train(settings, FeatureFiles(), resume=options.resume)
+        if isinstance(settings, BackboneTrainSettings):
+            from fusion.backbone_training import train_backbones
+            from scripts.media_items import MediaItems
+
+            lines = [
+                f"{stage.name}: epochs {stage.epochs}  best epoch {stage.best_epoch}  "
+                f"{shown(stage.metrics)}\nweights {stage.weights}  {stage.seconds:.1f} s\n"
+                for stage in train_backbones(settings, MediaItems(), resume=options.resume)
+            ]
+        else:
+            from fusion.training import train
+            from scripts.feature_files import FeatureFiles
+
+            report = train(settings, FeatureFiles(), resume=options.resume)
+            lines = []
+            if report.version:  # one process of a distributed run writes the bundle, and speaks
+                lines = [
+                    f"epochs {report.epochs}  best epoch {report.best_epoch}  "
+                    f"{shown(report.metrics)}\nbundle {report.bundle}  version {report.version}  "
+                    f"{report.seconds:.1f} s  waiting for data {report.data_wait:.1%}\n"
+                ]
     except TaggingError as error:
         sys.stderr.write(f"train_net.py: {error}\n")
-        return 2
+        return 1 if isinstance(error, RetryableError) else 2
     except KeyboardInterrupt:
         sys.stderr.write("train_net.py: interrupted; go on with --resume\n")
         return 1
-    if report.version:  # one process of a distributed run writes the bundle, and speaks
-        sys.stdout.write(
-            f"epochs {report.epochs}  best epoch {report.best_epoch}  {shown(report.metrics)}\n"
-            f"bundle {report.bundle}  version {report.version}  {report.seconds:.1f} s\n"
-        )
+    sys.stdout.writelines(lines)
     return 0
 
 

@@ -4,7 +4,10 @@
     ├── RetryableError      may succeed on a later attempt: the post comes back with back-off
     │   ├── FetchRetryable      time-out, reset connection, HTTP 408, 425, 429, 5xx
     │   ├── WorkerDied          a worker process died or ran past its deadline with the task
+    │   ├── DeadlineExceeded    a post took longer than its caller waits for it
+    │   ├── Busy                as many posts are in flight as may be
     │   ├── StoreUnavailable    the database cannot be reached
+    │   ├── CacheUnavailable    the feature cache cannot be used; never leaves workers.cache
     │   └── BrokerUnavailable   the broker cannot be reached
     ├── PermanentError      no attempt can succeed
     │   ├── FetchRefused        404, too large, forbidden address, not a media type
@@ -22,9 +25,18 @@ Foreign exceptions are mapped to these at the edge that meets them, with ``raise
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 
 class TaggingError(Exception):
-    """Base of every error that InsightTag raises on purpose."""
+    """Base of every error that InsightTag raises on purpose.
+
+    Attributes:
+        reasons: Modality ─► why, where the error of a post has a reason for each.
+    """
+
+    reasons: Mapping[str, str] = MappingProxyType({})
 
 
 class RetryableError(TaggingError):
@@ -32,15 +44,35 @@ class RetryableError(TaggingError):
 
 
 class FetchRetryable(RetryableError):
-    """A download failed in a way that may pass."""
+    """A download failed in a way that may pass.
+
+    Attributes:
+        retry_after_s: How long the server asks to be left alone; None when it does not say.
+        unreachable: The host was not reached at all: its other files will not be had either.
+    """
+
+    retry_after_s: float | None = None
+    unreachable: bool = False
 
 
 class WorkerDied(RetryableError):
     """A worker process died, or was killed past its deadline, while it held the task."""
 
 
+class DeadlineExceeded(RetryableError):
+    """A post took longer than its caller waits for it."""
+
+
+class Busy(RetryableError):
+    """As many posts are in flight as may be."""
+
+
 class StoreUnavailable(RetryableError):
     """The database cannot be reached."""
+
+
+class CacheUnavailable(RetryableError):
+    """The feature cache cannot be used; a post goes on without it."""
 
 
 class BrokerUnavailable(RetryableError):

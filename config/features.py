@@ -14,9 +14,34 @@ class VisualSettings(Section):
 
     arch: str = "vit_large_patch16_224"
     weights: str = "pretrained"
+    allow_pickle: bool = False
+    """``weights`` may be a whole pickled model (.pth), which runs code that is in the file."""
     image_size: PositiveInt = 224
     """Side of the square input in pixels; whole pictures are scaled to it."""
     batch_size: PositiveInt = 32
+    precision: Precision = "auto"
+
+
+class LstmSizes(Section):
+    """Sizes of the attention LSTM; the defaults are the published ones (VideoTag)."""
+
+    projection: PositiveInt = 1024
+    hidden: PositiveInt = 512
+    """Of one direction."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    join: PositiveInt = 8192
+    width: PositiveInt = 4096
+    """Length of the video's vector."""
+
+
+class VideoLstmSettings(LstmSizes):
+    """An attention LSTM over the frames' features: one vector for each video."""
+
+    weights: str | None = None
+    """A path, or ``random:SEED``; null leaves the stream ``video_lstm`` out (scheme 1)."""
+    allow_pickle: bool = False
+    """``weights`` may be a whole pickled model (.pth), which runs code that is in the file."""
+    batch_size: PositiveInt = 16
     precision: Precision = "auto"
 
 
@@ -24,8 +49,13 @@ class VideoSettings(VisualSettings):
     """A timm model over the frames of videos."""
 
     frames: PositiveInt = 16
-    """Segments of one video; the centre frame of each is taken (TSN)."""
+    """Segments of one video; the centre frame of each is taken (TSN). 300 frames of 224 pixels
+    make each of ``workers.slots`` 45 MB large."""
     decode: Literal["accurate", "keyframes"] = "accurate"
+    short_clips: Literal["once", "repeat"] = "once"
+    """Of a clip with fewer frames than ``frames``: each frame once, or repeated until there are
+    ``frames`` (scheme 2)."""
+    lstm: VideoLstmSettings = VideoLstmSettings()
 
 
 class ImageSettings(VisualSettings):
@@ -40,6 +70,8 @@ class AudioSettings(Section):
 
     arch: str = "vggish"
     weights: str = "pretrained"
+    allow_pickle: bool = False
+    """``weights`` may be a whole pickled model (.pth), which runs code that is in the file."""
     stray_relu: bool = False
     """Apply the last ReLU, as torchvggish's released graph does (its issue 24)."""
     postprocess: bool = False

@@ -22,9 +22,11 @@ Weight = Annotated[float, Field(ge=0)]
 
 
 class TokenLimits(Section):
-    """Most tokens of each modality; text keeps its beginning, the others are thinned evenly."""
+    """Most tokens of each stream; text keeps its beginning, the others are thinned evenly."""
 
     video: PositiveInt = 64
+    video_lstm: PositiveInt = 4
+    """One for each video of a post."""
     image: PositiveInt = 16
     audio: PositiveInt = 64
     text: PositiveInt = 128

@@ -76,6 +76,8 @@ class OptimizerSettings(Section):
     """Of sgd and rmsprop."""
     schedule: ScheduleName = "cosine"
     """one_cycle goes up and down in cosines, from 1/25 of the rate to 1/250,000."""
+    cycles: PositiveInt = 1
+    """Of the schedule ``cosine``: how often it runs, each time from the start of its warm-up."""
     warm_up: Share = 0.1
     """Share in which the rate goes up; in one_cycle this is its first part."""
     steps_at: tuple[Positive, ...] = (0.5, 0.75)

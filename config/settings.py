@@ -20,6 +20,7 @@ from pydantic_settings import (
 )
 
 from config.base import ExtractorName, PositiveInt, Precision, Seconds, Section
+from config.cache import CacheSettings
 from config.features import (
     AudioSettings,
     FeatureSettings,
@@ -29,12 +30,15 @@ from config.features import (
     VideoSettings,
     VisualSettings,
 )
+from config.http import HttpSettings
+from config.infer import RunSettings
 from config.operations import MonitorSettings, Threshold, WatchdogSettings
 from config.urls import redact
 
 __all__ = [
     "AudioSettings",
     "BrokerSettings",
+    "CacheSettings",
     "DecodeSettings",
     "EmbeddedSettings",
     "ExtractorName",
@@ -43,6 +47,7 @@ __all__ = [
     "FetchSettings",
     "FieldMap",
     "FusionSettings",
+    "HttpSettings",
     "ImageSettings",
     "KingSettings",
     "LogSettings",
@@ -192,6 +197,9 @@ class WorkerSettings(Section):
     """A decoder or device worker is replaced after this many tasks; 0: never."""
     recycle_growth_mb: Annotated[int, Field(ge=0)] = 2048
     """… or when it holds this much more memory than it did warmed up; 0: whatever it holds."""
+    share_batches: bool = True
+    """Posts share the passes of a model, which GPUs like. Kernels round a little differently for
+    other batch sizes: without, a post's features are the same to the last bit in every run."""
 
     @model_validator(mode="after")
     def _hosted(self) -> WorkerSettings:
@@ -252,12 +260,16 @@ class Settings(BaseSettings):
     decode: DecodeSettings = DecodeSettings()
     features: FeatureSettings = FeatureSettings()
     workers: WorkerSettings = WorkerSettings()
+    cache: CacheSettings = CacheSettings()
     fusion: FusionSettings = FusionSettings()
     king: KingSettings = KingSettings()
     watchdog: WatchdogSettings = WatchdogSettings()
     monitor: MonitorSettings = MonitorSettings()
+    http: HttpSettings = HttpSettings()
     embedded: EmbeddedSettings = EmbeddedSettings()
     log: LogSettings = LogSettings()
+    infer: RunSettings = RunSettings()
+    """`infer_net.py` with these settings: raw media to tags, without queue and workers."""
 
     @classmethod
     def settings_customise_sources(

@@ -66,6 +66,7 @@ class AudioExtractor:
                 precision=settings.precision,
                 device=device,
                 setting=_SETTING,
+                allow_pickle=settings.allow_pickle,
             )
         )
         self._loaded = False
@@ -166,6 +167,14 @@ class Vggish:
         cast_weights(network, self._arithmetic)
         self._network = network.to(self._device, memory_format=torch.channels_last)
 
+    @property
+    def model(self) -> torch.nn.Module:
+        """The loaded network, for export."""
+        if self._network is None:
+            raise RuntimeError("load() comes first")
+        network: torch.nn.Module = self._network
+        return network
+
     def close(self) -> None:
         """Free the network."""
         self._network = self._vectors = self._means = None
@@ -183,10 +192,10 @@ class Vggish:
         with torch.inference_mode():
             with autocast(self._device, self._arithmetic):
                 features = self._network(patches)  # (n, 128)
-            found: FeatureArray = to_float16(self._postprocess(features.float())).numpy()
+            found: FeatureArray = to_float16(self.postprocess(features.float())).numpy()
         return check_finite(name, found)
 
-    def _postprocess(self, features: torch.Tensor) -> torch.Tensor:
+    def postprocess(self, features: torch.Tensor) -> torch.Tensor:
         """PCA with whitening and 8-bit quantisation, as AudioSet's release does.
 
         Source: tensorflow/models, ``audioset/vggish/vggish_postprocess.py``.
@@ -200,7 +209,9 @@ class Vggish:
         """The network's state dict, with the PCA's where it is wanted; empty for random ones."""
         setting = f"{_SETTING}.weights"
         if weights.path is not None:
-            return read_state_dict(weights.path, setting=setting)
+            return read_state_dict(
+                weights.path, setting=setting, allow_pickle=self._settings.allow_pickle
+            )
         if not weights.pretrained:
             return {}
         module = source_module()

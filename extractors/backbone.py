@@ -46,6 +46,7 @@ class TimmBackbone:
         precision: Of the forward pass.
         device: ``cpu`` or ``cuda:N``.
         setting: Section of the settings, for errors: ``features.image``.
+        allow_pickle: Whether ``weights`` may be a whole pickled model.
     """
 
     def __init__(
@@ -58,7 +59,9 @@ class TimmBackbone:
         precision: Precision,
         device: str,
         setting: str,
+        allow_pickle: bool = False,
     ) -> None:
+        self._allow_pickle = allow_pickle
         self.arch, self.size, self.device = arch, size, device
         self._weights, self._precision, self._setting = weights, precision, setting
         self._channels = channels
@@ -88,6 +91,14 @@ class TimmBackbone:
         if self._users == 0:
             self._model = None
             free_device(self.device)
+
+    @property
+    def model(self) -> torch.nn.Module:
+        """The loaded model, for export; its input is normalised before it."""
+        if self._model is None:
+            raise RuntimeError("load() comes first")
+        model: torch.nn.Module = self._model
+        return model
 
     def run(self, rows: Rows, name: str) -> FeatureArray:
         """Features of pictures or patches.
@@ -159,7 +170,9 @@ class TimmBackbone:
         if config.fixed_input_size:
             arguments["img_size"] = self.size
         if weights.path is not None:
-            arguments |= _from_file(weights.path, config, self._channels, setting)
+            arguments |= _from_file(
+                weights.path, config, self._channels, setting, allow_pickle=self._allow_pickle
+            )
         elif weights.pretrained:
             arguments |= _from_hub(config, self.arch, setting)
         try:
@@ -231,11 +244,13 @@ def _from_hub(config: Any, arch: str, setting: str) -> dict[str, Any]:
     return {"pretrained": True, "pretrained_cfg_overlay": {"file": str(file), "custom_load": False}}
 
 
-def _from_file(path: Path, config: Any, channels: int, setting: str) -> dict[str, Any]:
+def _from_file(
+    path: Path, config: Any, channels: int, setting: str, *, allow_pickle: bool
+) -> dict[str, Any]:
     """Arguments that let timm fit a state dict to the model, and refuse one that lacks anything."""
     if not path.is_file():
         raise ConfigError(f"{setting}: {path} is no file")
-    state = read_state_dict(path, setting=setting)
+    state = read_state_dict(path, setting=setting, allow_pickle=allow_pickle)
     classifiers = config.classifier or ()
     for name in (classifiers,) if isinstance(classifiers, str) else classifiers:
         state.pop(f"{name}.weight", None)

@@ -70,10 +70,10 @@ def build_extractor(
     from extractors.audio import AudioExtractor
     from extractors.ocr import OcrExtractor
     from extractors.text import TextExtractor
-    from extractors.visual import VisualExtractor
+    from extractors.visual import VideoExtractor, VisualExtractor
 
     if name == "video":
-        return VisualExtractor("video", features.video, device)
+        return VideoExtractor(features.video, device)
     if name == "image":
         return VisualExtractor("image", features.image, device)
     if name == "audio":

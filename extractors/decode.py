@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -220,6 +220,64 @@ def _frames(
             count += 1
     _check_whole(count, len(chosen), found)
     return frames[:count], tuple(pictures)
+
+
+def read_frames(
+    path: Path,
+    *,
+    count: int,
+    side: int,
+    limits: DecodeSettings,
+    mode: Literal["accurate", "keyframes"] = "accurate",
+    random: np.random.Generator | None = None,
+) -> Pixels:
+    """The frames of a video file as `decode_media` gives them, without its sound.
+
+    Args:
+        path: The file.
+        count: Segments that it is cut into.
+        side: Of the square frames, in pixels.
+        limits: What a file may be.
+        mode: As ``features.video.decode``.
+        random: Takes a frame at a random time of each segment instead of its centre frame.
+
+    Returns:
+        uint8 RGB ``(n, side, side, 3)``, n from 1 to `count`.
+
+    Raises:
+        MediaError: The file is missing, of another type, truncated, broken or too large.
+    """
+    from extractors.containers import find_stream, open_container, packets
+    from extractors.sniff import check_type
+    from extractors.video import (
+        FrameScaler,
+        PacketIndex,
+        check_size,
+        choose_frames,
+        decode_frames,
+    )
+
+    found = check_type(path, "video")
+    with open_container(path, found) as container:
+        stream = find_stream(container, "video")
+        if stream is None:
+            raise MediaError(f"{found.name} has no video stream")
+        index = PacketIndex(stream, limits.max_duration_s)
+        for packet in packets(container, stream):
+            index.add(packet)
+            if index.past_limit:
+                break
+    chosen = choose_frames(index, count, mode, random)
+    scale = FrameScaler(lambda width, height: (side, side))
+    with open_container(path, found) as container:
+        stream = find_stream(container, "video")
+        if stream is None:
+            raise MediaError(f"{found.name} has no video stream")
+        check_size(stream, limits.max_pixels)
+        _check_whole(len(index), stream.frames if not index.past_limit else 0, found)
+        frames = [scale(frame) for frame in decode_frames(container, stream, index, chosen)]
+    _check_whole(len(frames), len(chosen), found)
+    return np.stack(frames)
 
 
 def _check_whole(got: int, expected: int, found: FileType) -> None:

@@ -1,6 +1,7 @@
 """Feature files: the features of one post as safetensors, with the fingerprints in the header.
 
-``<root>/<first two hex of sha256(id)>/<id>.safetensors``: one float16 array per modality.
+``<root>/<first two hex of sha256(id)>/<id>.safetensors``: one float16 array per stream. Equal
+features give equal bytes.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 from urllib.parse import quote
@@ -18,11 +19,40 @@ from urllib.parse import quote
 import numpy as np
 
 from config.errors import FeatureError
-from extractors.post import MODALITIES, Failure, FeatureArray, Features, Modality, Status
+from extractors.post import (
+    STREAMS,
+    Failure,
+    FeatureArray,
+    Features,
+    Modality,
+    Status,
+    Stream,
+    modality_of,
+)
 
-_FORMAT = "insighttag.features/1"
+_FORMAT = "insighttag.features/2"
+_FORMAT_1 = "insighttag.features/1"
+"""The same content in one header key for each part, in random order."""
+_KEY = "insighttag"
+_PARTS = ("fingerprints", "statuses", "failures", "ocr_text")
 _LONGEST_NAME = 180
 _SUFFIX = ".safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What a feature file says of itself.
+
+    Attributes:
+        inputs: Modality ─► digest of what it was made from; only the offline scripts know it.
+    """
+
+    post_id: str
+    fingerprints: Mapping[Stream, str]
+    statuses: Mapping[Modality, Status]
+    failures: Mapping[Modality, Failure]
+    ocr_text: str | None
+    inputs: Mapping[Modality, str]
 
 
 def feature_path(root: Path, post_id: str) -> Path:
@@ -38,13 +68,13 @@ def feature_path(root: Path, post_id: str) -> Path:
     return root / hashed[:2] / f"{name}{_SUFFIX}"
 
 
-def write_features(root: Path, features: Features, fingerprints: Mapping[Modality, str]) -> Path:
+def write_features(root: Path, features: Features, fingerprints: Mapping[Stream, str]) -> Path:
     """Write the features of one post; a reader sees the old file or the new one, never half.
 
     Args:
         root: Folder of all feature files.
         features: What the extractors gave.
-        fingerprints: Of every modality that the extractors serve, missing ones included.
+        fingerprints: Of every stream that the extractors serve, missing ones included.
 
     Returns:
         The file's path.
@@ -52,102 +82,171 @@ def write_features(root: Path, features: Features, fingerprints: Mapping[Modalit
     Raises:
         FeatureError: An array is not float16 ``(n, dim)``, or has no fingerprint.
     """
-    from safetensors.numpy import save
-
-    for modality, array in features.arrays.items():
-        if array.dtype != np.float16 or array.ndim != 2:
-            raise FeatureError(
-                f"{features.post_id}: {modality} must be float16 (n, dim), "
-                f"not {array.dtype} {array.shape}"
-            )
-        if modality not in fingerprints:
-            raise FeatureError(f"{features.post_id}: {modality} has no fingerprint")
-    header = {
-        "format": _FORMAT,
-        "post_id": features.post_id,
-        "fingerprints": json.dumps(dict(fingerprints)),
-        "statuses": json.dumps(dict(features.statuses)),
-        "failures": json.dumps({m: asdict(failure) for m, failure in features.failures.items()}),
-        "ocr_text": json.dumps(features.ocr_text),
-    }
-    arrays = {str(m): np.ascontiguousarray(a) for m, a in features.arrays.items()}
     path = feature_path(root, features.post_id)
-    _write_atomically(path, save(arrays, metadata=header))
+    _write_atomically(path, features_bytes(features, fingerprints))
     return path
 
 
+def features_bytes(
+    features: Features,
+    fingerprints: Mapping[Stream, str],
+    inputs: Mapping[Modality, str] | None = None,
+) -> bytes:
+    """The content of a feature file; the same for the same features.
+
+    Args:
+        features: As `write_features`.
+        fingerprints: As `write_features`.
+        inputs: Modality ─► digest of what it was made from, where that is known.
+
+    Raises:
+        FeatureError: As `write_features`.
+    """
+    from safetensors.numpy import save
+
+    for stream, array in features.arrays.items():
+        if array.dtype != np.float16 or array.ndim != 2:
+            raise FeatureError(
+                f"{features.post_id}: {stream} must be float16 (n, dim), "
+                f"not {array.dtype} {array.shape}"
+            )
+        if stream not in fingerprints:
+            raise FeatureError(f"{features.post_id}: {stream} has no fingerprint")
+    header = {
+        "format": _FORMAT,
+        "post_id": features.post_id,
+        "fingerprints": dict(fingerprints),
+        "statuses": dict(features.statuses),
+        "failures": {m: asdict(failure) for m, failure in features.failures.items()},
+        "ocr_text": features.ocr_text,
+        **({"inputs": dict(inputs)} if inputs else {}),
+    }
+    # One key: safetensors writes several in random order.
+    metadata = {_KEY: json.dumps(header, sort_keys=True)}
+    arrays = {
+        str(s): np.ascontiguousarray(features.arrays[s]) for s in STREAMS if s in features.arrays
+    }
+    return save(arrays, metadata=metadata)
+
+
 def read_features(
-    root: Path, post_id: str, fingerprints: Mapping[Modality, str] | None = None
+    root: Path, post_id: str, fingerprints: Mapping[Stream, str] | None = None
 ) -> Features:
     """Read the features of one post.
 
     Args:
         root: Folder of all feature files.
         post_id: The post's ID.
-        fingerprints: What the reader needs; only these modalities are read. None reads all of
+        fingerprints: What the reader needs; only these streams are read. None reads all of
             them, whatever they were made with.
 
     Raises:
-        FeatureError: The file is missing or broken, belongs to another post, or a modality was
+        FeatureError: The file is missing or broken, belongs to another post, or a stream was
             made by another extractor; the line names which.
     """
     path = feature_path(root, post_id)
     header, arrays = _read(path, post_id)
     made_with: dict[str, str] = header["fingerprints"]
-    wanted = (
-        MODALITIES if fingerprints is None else tuple(m for m in MODALITIES if m in fingerprints)
-    )
-    for modality in wanted if fingerprints is not None else ():
-        found, needed = made_with.get(modality), (fingerprints or {})[modality]
+    wanted = STREAMS if fingerprints is None else tuple(s for s in STREAMS if s in fingerprints)
+    for stream in wanted if fingerprints is not None else ():
+        found, needed = made_with.get(stream), (fingerprints or {})[stream]
         if found != needed:
             raise FeatureError(
-                f"{path}: {modality} was made with {found or 'no extractor'}, "
+                f"{path}: {stream} was made with {found or 'no extractor'}, "
                 f"but {needed} is needed: extract it again"
             )
+    asked = tuple(dict.fromkeys(modality_of(stream) for stream in wanted))
     return Features(
         post_id=post_id,
-        arrays={m: arrays[m] for m in wanted if m in arrays},
-        statuses={m: cast(Status, header["statuses"].get(m, "missing")) for m in wanted},
-        failures={m: Failure(**header["failures"][m]) for m in wanted if m in header["failures"]},
+        arrays={s: arrays[s] for s in wanted if s in arrays},
+        statuses={m: cast(Status, header["statuses"].get(m, "missing")) for m in asked},
+        failures={m: Failure(**header["failures"][m]) for m in asked if m in header["failures"]},
         ocr_text=header["ocr_text"],
     )
 
 
-def read_fingerprints(path: Path) -> dict[Modality, str]:
+def read_fingerprints(path: Path) -> dict[Stream, str]:
     """The fingerprints that a feature file was made with.
 
     Raises:
         FeatureError: The file is missing or broken.
     """
     header, _ = _read(path, None)
-    return cast("dict[Modality, str]", header["fingerprints"])
+    return cast("dict[Stream, str]", header["fingerprints"])
 
 
-def _read(path: Path, post_id: str | None) -> tuple[dict[str, Any], dict[Modality, FeatureArray]]:
+def read_header(path: Path, post_id: str | None = None) -> Header:
+    """What a feature file says of itself, without its arrays.
+
+    Args:
+        path: The file.
+        post_id: Whose it must be; None: anybody's.
+
+    Raises:
+        FeatureError: The file is missing or broken, or belongs to another post.
+    """
+    header = _checked_header(path, _open(path, arrays=False)[0], post_id)
+    return Header(
+        post_id=header["post_id"],
+        fingerprints=header["fingerprints"],
+        statuses=header["statuses"],
+        failures={m: Failure(**failure) for m, failure in header["failures"].items()},
+        ocr_text=header["ocr_text"],
+        inputs=header.get("inputs", {}),
+    )
+
+
+def _read(path: Path, post_id: str | None) -> tuple[dict[str, Any], dict[Stream, FeatureArray]]:
+    metadata, arrays = _open(path, arrays=True)
+    header = _checked_header(path, metadata, post_id)
+    if any(array.dtype != np.float16 or array.ndim != 2 for array in arrays.values()):
+        raise FeatureError(f"{path}: its arrays must be float16 (n, dim)")
+    return header, cast("dict[Stream, FeatureArray]", arrays)
+
+
+def _open(path: Path, *, arrays: bool) -> tuple[dict[str, str], dict[str, np.ndarray]]:
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  no mapping
+            names = file.keys() if arrays else ()
+            return file.metadata() or {}, {name: file.get_tensor(name) for name in names}
     except FileNotFoundError as error:
         raise FeatureError(f"{path}: no such feature file") from error
     except (OSError, SafetensorError) as error:
         raise FeatureError(f"{path}: cannot be read as a feature file") from error
-    if metadata.get("format") != _FORMAT:
-        raise FeatureError(f"{path}: is no feature file of format {_FORMAT}")
-    if post_id is not None and metadata.get("post_id") != post_id:
-        raise FeatureError(f"{path}: belongs to post {metadata.get('post_id')!r}")
+
+
+def _checked_header(path: Path, metadata: dict[str, str], post_id: str | None) -> dict[str, Any]:
     try:
-        header = {
-            key: json.loads(metadata[key])
-            for key in ("fingerprints", "statuses", "failures", "ocr_text")
-        }
-    except (KeyError, ValueError) as error:
+        header = _header(metadata)
+    except (KeyError, ValueError, TypeError) as error:
         raise FeatureError(f"{path}: its header is broken") from error
-    if any(array.dtype != np.float16 or array.ndim != 2 for array in arrays.values()):
-        raise FeatureError(f"{path}: its arrays must be float16 (n, dim)")
-    return header, cast("dict[Modality, FeatureArray]", arrays)
+    if header["format"] != _FORMAT:
+        raise FeatureError(f"{path}: is no feature file of format {_FORMAT}")
+    if post_id is not None and header["post_id"] != post_id:
+        raise FeatureError(f"{path}: belongs to post {header['post_id']!r}")
+    return header
+
+
+def _header(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The header's parts; ``format`` is None in a file that is none of ours.
+
+    Raises:
+        KeyError: A part is missing.
+        ValueError: It is no JSON.
+        TypeError: It is no JSON object.
+    """
+    if metadata.get("format") == _FORMAT_1:
+        parts = {key: json.loads(metadata[key]) for key in _PARTS}
+        return {"format": _FORMAT, "post_id": metadata["post_id"], **parts}
+    if _KEY not in metadata:
+        return {"format": None}
+    header = json.loads(metadata[_KEY])
+    if not isinstance(header, dict):
+        raise TypeError("no JSON object")
+    parts = {key: header[key] for key in ("format", "post_id", *_PARTS)}
+    return {**parts, "inputs": header.get("inputs", {})}
 
 
 def _write_atomically(path: Path, content: bytes) -> None:

@@ -11,18 +11,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from config.settings import ExtractorName, FeatureSettings
-from extractors.post import Modality
+from config.settings import FeatureSettings
+from extractors.post import Stream
 
 FORMAT = 1
 """Raise it when the meaning of any feature changes in this code."""
 
 _BLOCK_BYTES = 1 << 20
-_OWN: tuple[tuple[ExtractorName, Modality], ...] = (
-    ("video", "video"),
-    ("image", "image"),
-    ("audio", "audio"),
-)
+_OWN: tuple[Stream, ...] = ("video", "video_lstm", "image", "audio")
 
 
 def digest(parts: Mapping[str, Any]) -> str:
@@ -41,10 +37,10 @@ def file_digest(*paths: Path) -> str:
     return total.hexdigest()
 
 
-def modality_fingerprints(
-    features: FeatureSettings, by_extractor: Mapping[ExtractorName, str]
-) -> dict[Modality, str]:
-    """Fingerprint of each modality out of those of the extractors.
+def stream_fingerprints(
+    features: FeatureSettings, by_extractor: Mapping[Stream, str]
+) -> dict[Stream, str]:
+    """Fingerprint of each stream out of those of the extractors.
 
     ``ocr`` is embedded by the text extractor, so its fingerprint joins both; with ``ocr_mode:
     append`` what was read is part of ``text``, and there is no ``ocr``. With OCR disabled, text
@@ -52,12 +48,10 @@ def modality_fingerprints(
 
     Args:
         features: The settings that the extractors were made from.
-        by_extractor: Those that are loaded; a modality whose extractors are not all there is
-            left out.
+        by_extractor: Those that are loaded, ``video_lstm`` as one of them; a stream whose
+            extractors are not all there is left out.
     """
-    result: dict[Modality, str] = {
-        modality: by_extractor[name] for name, modality in _OWN if name in by_extractor
-    }
+    result: dict[Stream, str] = {name: by_extractor[name] for name in _OWN if name in by_extractor}
     text = by_extractor.get("text")
     engine = by_extractor.get("ocr") if features.ocr.enabled else "disabled"
     if text is None:

@@ -5,7 +5,7 @@ Nothing here imports torch or cv2, so that the King can use these values.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
@@ -13,13 +13,27 @@ import numpy as np
 import numpy.typing as npt
 
 Modality: TypeAlias = Literal["video", "image", "audio", "text", "ocr"]
+Stream: TypeAlias = Literal["video", "video_lstm", "image", "audio", "text", "ocr"]
+"""One feature array of a modality; each modality has one of its own name."""
 MediaKind: TypeAlias = Literal["image", "video", "audio"]
 Status: TypeAlias = Literal["ok", "missing", "failed"]
 
 MODALITIES: tuple[Modality, ...] = ("video", "image", "audio", "text", "ocr")
+STREAMS: tuple[Stream, ...] = ("video", "video_lstm", "image", "audio", "text", "ocr")
 MEDIA_KINDS: tuple[MediaKind, ...] = ("image", "video", "audio")
 
 FeatureArray: TypeAlias = npt.NDArray[np.float16]
+
+
+def modality_of(stream: Stream) -> Modality:
+    """The modality that a stream belongs to: what is there, missing or hidden as one."""
+    return "video" if stream == "video_lstm" else stream
+
+
+def streams_of(modalities: Iterable[Modality]) -> tuple[Stream, ...]:
+    """Every stream of some modalities, in the order of `STREAMS`."""
+    wanted = frozenset(modalities)
+    return tuple(stream for stream in STREAMS if modality_of(stream) in wanted)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,14 +97,15 @@ class Features:
     """What the extractors gave for one post.
 
     Attributes:
-        arrays: float16 ``(n, dim)`` for each modality that is ``ok``.
+        arrays: float16 ``(n, dim)`` for each stream of the modalities that are ``ok``: in
+            ``video`` a row for each frame, in ``video_lstm`` one for each video.
         statuses: ``ok``, ``missing`` or ``failed`` for every modality.
         failures: The reason of each failed modality, and of media that failed inside an ok one.
         ocr_text: What was read in the pictures; None when nothing was read.
     """
 
     post_id: str
-    arrays: Mapping[Modality, FeatureArray]
+    arrays: Mapping[Stream, FeatureArray]
     statuses: Mapping[Modality, Status]
     failures: Mapping[Modality, Failure] = field(default_factory=dict)
     ocr_text: str | None = None

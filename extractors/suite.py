@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import structlog
 
 from config.errors import ConfigError, FeatureError
-from config.settings import ExtractorName, FeatureSettings
+from config.settings import ExtractorName, FeatureSettings, VisualSettings
 from extractors.base import Extractor, build_extractor
-from extractors.fingerprint import modality_fingerprints
-from extractors.post import Modality
+from extractors.fingerprint import stream_fingerprints
+from extractors.post import Stream
 
 if TYPE_CHECKING:
     from extractors.backbone import TimmBackbone
@@ -29,8 +29,8 @@ class ExtractorSuite:
         threads: CPU threads for torch and OCR; None leaves torch's setting and gives OCR one.
 
     Attributes:
-        by_extractor: Fingerprint of each loaded extractor.
-        extractor_dims: Columns of each loaded extractor's arrays; 0 for OCR.
+        by_extractor: Fingerprint of each loaded extractor, and of the video's LSTM.
+        extractor_dims: Columns of their arrays; 0 for OCR.
     """
 
     def __init__(
@@ -72,7 +72,10 @@ class ExtractorSuite:
             raise
 
     def run(self, name: ExtractorName, items: Sequence[Any]) -> list[Any]:
-        """Results of a batch, in order: float16 ``(n, dim)`` arrays, or texts for ``ocr``.
+        """Results of a batch, in order.
+
+        float16 ``(n, dim)`` arrays, texts for ``ocr``; for ``video`` with an LSTM the arrays of
+        both its streams.
 
         Raises:
             FeatureError: An item is not what the extractor takes, or its result is no feature;
@@ -87,24 +90,24 @@ class ExtractorSuite:
         return results
 
     @property
-    def by_extractor(self) -> Mapping[ExtractorName, str]:
-        """Fingerprint of each loaded extractor."""
-        return {name: extractor.fingerprint for name, extractor in self._extractors.items()}
+    def by_extractor(self) -> Mapping[Stream, str]:
+        """Fingerprint of each loaded extractor, and of the video's LSTM."""
+        return {name: fingerprint for name, (_, fingerprint) in self._loaded().items()}
 
     @property
-    def extractor_dims(self) -> Mapping[ExtractorName, int]:
-        """Columns of each loaded extractor's arrays; 0 for OCR."""
-        return {name: extractor.dim for name, extractor in self._extractors.items()}
+    def extractor_dims(self) -> Mapping[Stream, int]:
+        """Columns of each loaded extractor's arrays, and of the video's LSTM; 0 for OCR."""
+        return {name: dim for name, (dim, _) in self._loaded().items()}
 
     @property
-    def fingerprints(self) -> dict[Modality, str]:
-        """Fingerprint of each modality that the loaded extractors serve."""
-        return modality_fingerprints(self.features, self.by_extractor)
+    def fingerprints(self) -> dict[Stream, str]:
+        """Fingerprint of each stream that the loaded extractors serve."""
+        return stream_fingerprints(self.features, self.by_extractor)
 
     @property
-    def dims(self) -> dict[Modality, int]:
-        """Columns of each modality's arrays."""
-        return {m: self.extractor_dims["text" if m == "ocr" else m] for m in self.fingerprints}
+    def dims(self) -> dict[Stream, int]:
+        """Columns of each stream's arrays."""
+        return {s: self.extractor_dims["text" if s == "ocr" else s] for s in self.fingerprints}
 
     def close(self) -> None:
         """Free every model."""
@@ -112,20 +115,40 @@ class ExtractorSuite:
             extractor.close()
         self._extractors = {}
 
+    def _loaded(self) -> dict[Stream, tuple[int, str]]:
+        """Columns and fingerprints."""
+        from extractors.visual import VisualExtractor
+
+        found: dict[Stream, tuple[int, str]] = {}
+        for name, extractor in self._extractors.items():
+            found[name] = (extractor.dim, extractor.fingerprint)
+            if isinstance(extractor, VisualExtractor):
+                found.update(extractor.further())
+        return found
+
     def _build(self) -> dict[ExtractorName, Extractor]:
         """The extractors, where video and image share one model if their settings let them."""
-        from extractors.visual import VisualExtractor, backbone_key, make_backbone
+        from extractors.visual import (
+            VideoExtractor,
+            VisualExtractor,
+            backbone_key,
+            make_backbone,
+        )
 
-        settings = {"video": self.features.video, "image": self.features.image}
+        video, image = self.features.video, self.features.image
         shared: dict[tuple[object, ...], TimmBackbone] = {}
         built: dict[ExtractorName, Extractor] = {}
+
+        def backbone(name: Literal["video", "image"], own: VisualSettings) -> TimmBackbone:
+            return shared.setdefault(backbone_key(own), make_backbone(name, own, self.device))
+
         for name in self.names:
-            if name == "video" or name == "image":  # noqa: PLR1714  mypy narrows it so
-                own = settings[name]
-                key = backbone_key(own)
-                if key not in shared:
-                    shared[key] = make_backbone(name, own, self.device)
-                built[name] = VisualExtractor(name, own, self.device, backbone=shared[key])
+            if name == "video":
+                built[name] = VideoExtractor(video, self.device, backbone=backbone(name, video))
+            elif name == "image":
+                built[name] = VisualExtractor(
+                    name, image, self.device, backbone=backbone(name, image)
+                )
             else:
                 built[name] = build_extractor(
                     name, self.features, self.device, threads=self._threads or 1

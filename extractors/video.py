@@ -64,12 +64,16 @@ class PacketIndex:
     def __len__(self) -> int:
         return len(self.times)
 
-    def choose(self, count: int) -> list[int]:
+    def choose(self, count: int, random: np.random.Generator | None = None) -> list[int]:
         """Packets of the centre frames of `count` equal segments of time, in order of time.
 
         A segment's centre frame is the one on display at the middle of the segment, so that a
         variable frame rate is followed. A clip of fewer frames gives each of its frames once; a
         frame that is on display over several centres is given once.
+
+        Args:
+            count: Segments.
+            random: Takes a frame at a random time of each segment instead, as TSN trains.
 
         Returns:
             Positions in decoding order, at most `count`.
@@ -80,9 +84,9 @@ class PacketIndex:
         times = [self.times[i] for i in order]
         start, end = times[0], times[-1] + (self._last[1] or self._interval)
         if end - start < count:  # all times alike: no clock to go by
-            return [order[(2 * k + 1) * len(order) // (2 * count)] for k in range(count)]
-        middles = (start + (2 * k + 1) * (end - start) / (2 * count) for k in range(count))
-        return list(dict.fromkeys(order[bisect_right(times, middle) - 1] for middle in middles))
+            return [order[int((k + at) * len(order) / count)] for k, at in _places(count, random)]
+        moments = (start + (k + at) * (end - start) / count for k, at in _places(count, random))
+        return list(dict.fromkeys(order[bisect_right(times, moment) - 1] for moment in moments))
 
     def nearest_keys(self, chosen: list[int]) -> list[int]:
         """The key frames nearest in time to chosen packets, each once, in order of time."""
@@ -102,6 +106,13 @@ class PacketIndex:
             if self.keys[i] and self.times[i] <= self.times[position]:
                 return i
         return 0
+
+
+def _places(count: int, random: np.random.Generator | None) -> Iterator[tuple[int, float]]:
+    """Each segment and the place in it, in [0, 1): the middle, or a random one."""
+    if random is None:
+        return ((k, 0.5) for k in range(count))
+    return enumerate(random.random(count).tolist())
 
 
 def _interval(stream: Stream) -> int:
@@ -268,7 +279,9 @@ class FrameScaler:
 Mode: TypeAlias = Literal["accurate", "keyframes"]
 
 
-def choose_frames(index: PacketIndex, count: int, mode: Mode) -> list[int]:
-    """The frames to decode: exact centre frames, or the key frames nearest to them."""
-    chosen = index.choose(count)
+def choose_frames(
+    index: PacketIndex, count: int, mode: Mode, random: np.random.Generator | None = None
+) -> list[int]:
+    """The frames to decode: exactly those of `PacketIndex.choose`, or the key frames nearest."""
+    chosen = index.choose(count, random)
     return chosen if mode == "accurate" else index.nearest_keys(chosen)

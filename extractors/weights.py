@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 import structlog
 
 from config.errors import ConfigError
+from config.pth import load_pth
 from extractors.fingerprint import file_digest
 
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
 _PROBE_S = 3.0
 _PROBE_TOTAL_S = 8.0  # name resolution has a time-out of its own that requests cannot set
-_NESTED = ("state_dict", "model")
 
 _log = structlog.get_logger()
 
@@ -88,57 +88,34 @@ def seeded(seed: int | None) -> Iterator[None]:
         yield
 
 
-def read_state_dict(path: Path, *, setting: str) -> dict[str, torch.Tensor]:
-    """Read a ``.safetensors`` or ``.pth`` state dict; nothing in the file is executed.
+def read_state_dict(
+    path: Path, *, setting: str, allow_pickle: bool = False
+) -> dict[str, torch.Tensor]:
+    """Read a ``.safetensors`` or ``.pth`` state dict.
+
+    Nothing in the file is executed, unless ``allow_pickle`` lets it be a whole pickled model.
+
+    Args:
+        path: Of the file.
+        setting: Key that names it, such as ``features.image.weights``.
+        allow_pickle: Value of the key ``allow_pickle`` beside that one.
 
     Raises:
         ConfigError: It cannot be read, or holds more than tensors.
     """
-    import pickle
-
-    import torch
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    try:
-        if path.suffix == ".safetensors":
+    if path.suffix == ".safetensors":
+        try:
             return load_file(path)
-        with torch.serialization.safe_globals(_numpy_globals()):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ConfigError(
-            f"{setting}: {path} is no plain state dict; save model.state_dict() instead"
-        ) from error
-    except (OSError, SafetensorError, RuntimeError, EOFError, KeyError, ValueError) as error:
-        raise ConfigError(f"{setting}: {path} cannot be read as weights") from error
-    for key in _NESTED:
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-    if not isinstance(content, Mapping):
-        raise ConfigError(f"{setting}: {path} is no state dict")
-    tensors = {str(k): _as_tensor(v) for k, v in content.items()}
-    if any(tensor is None for tensor in tensors.values()):
-        raise ConfigError(f"{setting}: {path} is no plain state dict of tensors")
-    return {key: tensor for key, tensor in tensors.items() if tensor is not None}
-
-
-def _as_tensor(value: object) -> torch.Tensor | None:
-    import numpy as np
-    import torch
-
-    if isinstance(value, np.ndarray):  # torchvggish's PCA file holds numpy arrays
-        return torch.from_numpy(value)
-    return value if isinstance(value, torch.Tensor) else None
-
-
-def _numpy_globals() -> list[Any]:
-    """What numpy arrays in a state dict are pickled with, under numpy 2's name and numpy 1's."""
-    import numpy as np
-    from numpy._core import multiarray
-
-    dtypes = [type(np.dtype(kind)) for kind in (np.float32, np.float64)]
-    build = multiarray._reconstruct
-    return [build, (build, "numpy.core.multiarray._reconstruct"), np.ndarray, np.dtype, *dtypes]
+        except (OSError, SafetensorError) as error:
+            raise ConfigError(f"{setting}: {path} cannot be read as weights") from error
+    allowing = f"{setting.rpartition('.')[0]}.allow_pickle"
+    try:
+        return load_pth(path, allow_pickle=allow_pickle, setting=allowing)
+    except ConfigError as error:
+        raise ConfigError(f"{setting}: {error}") from error
 
 
 def tensors_digest(state: Mapping[str, torch.Tensor]) -> str:

@@ -2,7 +2,8 @@
 
 ``model.safetensors`` the weights, ``labels.json`` the tags, ``bundle.yaml`` everything else: the
 architecture, the manifest of the features it was trained on, thresholds, metrics, name, version
-and the digests of the other two.
+and the digests of the others. An ensemble's further members lie in ``members/1.safetensors`` and
+so on, weights of the same architecture.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -27,19 +28,21 @@ from config.errors import BundleError, ConfigError
 from config.labels import LabelMap
 from config.load import one_line
 from config.settings import Section
-from config.train import ModalityName, ModelSettings
-from extractors.post import Modality
+from config.train import ModelSettings
+from extractors.post import Stream, modality_of
 from fusion.calibration import Calibration
+from fusion.ensemble import Averaging, Ensemble
 from fusion.files import replace_folder, sync_file
 from fusion.models import FusionModel, build_model
 from fusion.schema import FeatureManifest, InputSchema
 
 WEIGHTS, LABELS, ABOUT = "model.safetensors", "labels.json", "bundle.yaml"
+MEMBERS = "members"
 FORMAT: Literal[1] = 1
 
 
 class ModalityEntry(Section):
-    """One modality of the feature manifest."""
+    """One stream of the feature manifest."""
 
     dim: int = Field(ge=1)
     fingerprint: str = Field(min_length=1)
@@ -53,12 +56,18 @@ class About(Section):
     version: str = Field(pattern=r"^\d{8}T\d{6}Z-[0-9a-f]{8}$")
     image_as_frames: bool
     ocr_mode: Literal["append", "separate"]
-    features: dict[ModalityName, ModalityEntry] = Field(min_length=1)
+    features: dict[Stream, ModalityEntry] = Field(min_length=1)
     model: ModelSettings
     thresholds: tuple[float, ...]
     calibration: Calibration | None = None
     metrics: dict[str, float]
+    subsets: dict[str, float] = Field(default_factory=dict)
+    """GAP where only these modalities are shown, by their names joined with ``+``."""
+    averaging: Averaging = "probabilities"
+    """What an ensemble takes the mean of."""
     weights_sha256: str
+    members_sha256: tuple[str, ...] = ()
+    """Of an ensemble's further members, in their order."""
     labels_sha256: str
 
     @model_validator(mode="after")
@@ -82,9 +91,11 @@ class Bundle:
     """A bundle in memory.
 
     Attributes:
-        model: With its weights, in evaluation mode, on the CPU.
+        model: With its weights, in evaluation mode, on the CPU; where there are several members,
+            all of them as one.
         thresholds: float32 ``(classes,)``, on calibrated scores.
         calibration: What makes the model's scores probabilities; None leaves them.
+        subsets: GAP where only these modalities are shown; empty where it was not measured.
     """
 
     name: str
@@ -92,23 +103,30 @@ class Bundle:
     labels: LabelMap
     manifest: FeatureManifest
     schema: InputSchema
-    model: FusionModel
+    model: FusionModel | Ensemble
     thresholds: npt.NDArray[np.float32]
     metrics: Mapping[str, float]
     calibration: Calibration | None = None
+    subsets: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def members(self) -> tuple[FusionModel, ...]:
+        """The models that answer: one, or an ensemble's."""
+        return members_of(self.model)
 
 
 def save_bundle(
     folder: Path,
     *,
     name: str,
-    model: FusionModel,
+    model: FusionModel | Ensemble,
     settings: ModelSettings,
     manifest: FeatureManifest,
     labels: LabelMap,
     thresholds: npt.NDArray[np.float32],
     metrics: Mapping[str, float],
     calibration: Calibration | None = None,
+    subsets: Mapping[str, float] | None = None,
 ) -> str:
     """Write a bundle; one that is there is replaced in one step.
 
@@ -118,19 +136,17 @@ def save_bundle(
     Raises:
         BundleError: The folder cannot be written.
     """
-    from safetensors.torch import save_file
-
     target = folder.resolve()
     part: Path | None = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
         part.chmod(0o755)
-        state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-        save_file(state, part / WEIGHTS)
+        files = _write_weights(part, members_of(model))
         text = json.dumps(labels.as_json(), ensure_ascii=False, indent=1)
         (part / LABELS).write_text(text + "\n", encoding="utf-8")
-        digest = _sha256(part / WEIGHTS)
+        digests = tuple(_sha256(part / file) for file in files)
+        digest = digests[0] if len(digests) == 1 else _digest(digests)
         version = f"{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}-{digest[:8]}"
         about = About(
             format=FORMAT,
@@ -146,12 +162,15 @@ def save_bundle(
             thresholds=tuple(round(float(t), 6) for t in thresholds),
             calibration=calibration,
             metrics={key: float(value) for key, value in metrics.items()},
-            weights_sha256=digest,
+            subsets={key: float(value) for key, value in (subsets or {}).items()},
+            averaging=model.averaging if isinstance(model, Ensemble) else "probabilities",
+            weights_sha256=digests[0],
+            members_sha256=digests[1:],
             labels_sha256=_sha256(part / LABELS),
         )
         lines = yaml.safe_dump(about.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
         (part / ABOUT).write_text(lines, encoding="utf-8")
-        for file in (WEIGHTS, LABELS, ABOUT):
+        for file in (*files, LABELS, ABOUT):
             sync_file(part / file)
         replace_folder(part, target)
     except OSError as error:
@@ -168,18 +187,27 @@ def load_bundle(folder: Path) -> Bundle:
         BundleError: A file is missing, broken, or does not fit the others.
     """
     about = _read_about(folder)
-    for file, wanted in ((WEIGHTS, about.weights_sha256), (LABELS, about.labels_sha256)):
+    weights = dict(
+        zip(
+            _weight_files(1 + len(about.members_sha256)),
+            (about.weights_sha256, *about.members_sha256),
+            strict=True,
+        )
+    )
+    for file, wanted in (*weights.items(), (LABELS, about.labels_sha256)):
         if _sha256(folder / file) != wanted:
             raise BundleError(f"{folder / file}: is truncated, or not this bundle's (sha256)")
     try:
         labels = LabelMap.load(folder / LABELS)
         schema = InputSchema.of(about.manifest(), about.model.tokens, len(labels))
-        model = build_model(schema, about.model)
+        members = [build_model(schema, about.model) for _ in weights]
     except ConfigError as error:
         raise BundleError(f"{folder}: {error}") from error
     if len(about.thresholds) != len(labels):
         raise BundleError(f"{folder}: {len(about.thresholds)} thresholds for {len(labels)} labels")
-    _fill(model, folder / WEIGHTS)
+    for member, file in zip(members, weights, strict=True):
+        _fill(member, folder / file)
+    model = members[0] if len(members) == 1 else Ensemble(members, about.averaging)
     return Bundle(
         name=about.name,
         version=about.version,
@@ -190,7 +218,15 @@ def load_bundle(folder: Path) -> Bundle:
         thresholds=np.array(about.thresholds, dtype=np.float32),
         metrics=about.metrics,
         calibration=about.calibration,
+        subsets=about.subsets,
     )
+
+
+def members_of(model: FusionModel | Ensemble) -> tuple[FusionModel, ...]:
+    """An ensemble's members, or the one model."""
+    if isinstance(model, Ensemble):
+        return tuple(cast("FusionModel", member) for member in model.members)
+    return (model,)
 
 
 def newest_version(folder: Path) -> str | None:
@@ -205,26 +241,47 @@ def newest_version(folder: Path) -> str | None:
 
 
 def check_fingerprints(
-    manifest: FeatureManifest, given: Mapping[Modality, str], *, bundle: str
+    manifest: FeatureManifest, given: Mapping[Stream, str], *, bundle: str
 ) -> None:
     """See that the extractors make the features that a bundle was trained on.
 
     Args:
         manifest: The bundle's.
-        given: The extractors' fingerprints by modality; more than the bundle needs is fine.
+        given: The extractors' fingerprints by stream; more than the bundle needs is fine.
         bundle: Its name or folder, for the error.
 
     Raises:
-        BundleError: A modality is made otherwise or not at all; names it and both fingerprints.
+        BundleError: A stream is made otherwise or not at all; names it and both fingerprints.
     """
-    for modality, wanted in manifest.fingerprints.items():
-        found = given.get(modality)
+    for stream, wanted in manifest.fingerprints.items():
+        found = given.get(stream)
         if found != wanted:
             raise BundleError(
-                f"bundle {bundle} wants {modality} features {wanted}, "
-                f"the extractors give {found or 'none'}: train it anew or set features.{modality} "
-                "as it was in training"
+                f"bundle {bundle} wants {stream} features {wanted}, "
+                f"the extractors give {found or 'none'}: train it anew or set "
+                f"features.{modality_of(stream)} as it was in training"
             )
+
+
+def _weight_files(members: int) -> tuple[str, ...]:
+    return (WEIGHTS, *(f"{MEMBERS}/{i}.safetensors" for i in range(1, members)))
+
+
+def _write_weights(folder: Path, members: tuple[FusionModel, ...]) -> tuple[str, ...]:
+    """Write each member's weights; their files."""
+    from safetensors.torch import save_file
+
+    files = _weight_files(len(members))
+    if len(files) > 1:
+        (folder / MEMBERS).mkdir()
+    for member, file in zip(members, files, strict=True):
+        state = {k: v.detach().cpu().contiguous() for k, v in member.state_dict().items()}
+        save_file(state, folder / file)
+    return files
+
+
+def _digest(digests: tuple[str, ...]) -> str:
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def _read_about(folder: Path) -> About:

@@ -6,6 +6,7 @@ map for all tags leaves the order of scores as it is, and needs no positives of 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated, Literal, TypeAlias
 
 import numpy as np
@@ -137,6 +138,45 @@ def fit_isotonic(scores: npt.ArrayLike, targets: npt.ArrayLike) -> Isotonic:
         scores=tuple(float(x) for x in levels[at]),
         values=tuple(round(float(np.clip(v, 0, 1)), 9) for v in found),
     )
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """How often scores of about the same height are right.
+
+    Attributes:
+        counts: Decisions in each of the equally wide bins of [0, 1]; int ``(bins,)``.
+        scores: Their mean score, NaN where there are none; float64 ``(bins,)``.
+        right: The share of them that is true, NaN where there are none; float64 ``(bins,)``.
+        error: Expected calibration error: the mean distance between the two, by counts.
+    """
+
+    counts: npt.NDArray[np.int64]
+    scores: FloatArray
+    right: FloatArray
+    error: float
+
+
+def reliability(scores: npt.ArrayLike, targets: npt.ArrayLike, bins: int = 15) -> Reliability:
+    """Scores held against the truth.
+
+    Args:
+        scores: Floats in [0, 1], of any shape.
+        targets: 0 and 1, in the same shape.
+        bins: A score on an edge belongs to the bin above it.
+
+    Source: arXiv 1706.04599, section 2.
+    """
+    numbers = np.asarray(scores, dtype=np.float64).ravel()
+    truth = np.asarray(targets, dtype=np.float64).ravel()
+    place = np.minimum((numbers * bins).astype(np.intp), bins - 1)
+    counts = np.bincount(place, minlength=bins)
+    some = np.where(counts, counts, np.nan)
+    mean = np.bincount(place, weights=numbers, minlength=bins) / some
+    right = np.bincount(place, weights=truth, minlength=bins) / some
+    gaps = np.where(counts, np.abs(mean - right), 0.0)
+    error = float((counts * gaps).sum() / max(1, len(numbers)))
+    return Reliability(counts.astype(np.int64), mean, right, error)
 
 
 def _pooled(sums: FloatArray, counts: FloatArray) -> tuple[npt.NDArray[np.intp], FloatArray]:

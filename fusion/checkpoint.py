@@ -24,6 +24,10 @@ class Progress:
     Attributes:
         seed: Of the run; epochs derive their own from it, so that a resumed epoch is the same.
         epoch: Epochs that are done.
+        step: Steps that are done in the epoch after them.
+        loss: Sum of the losses of the posts of these steps.
+        posts: How many posts these were.
+        shape: What an epoch is made of; a run that stopped inside one goes on with the same only.
         best_gap: Best validation GAP so far, -1 before the first.
         best_epoch: Its epoch, 0 before the first.
         stale: Validations since then.
@@ -31,6 +35,10 @@ class Progress:
 
     seed: int
     epoch: int = 0
+    step: int = 0
+    loss: float = 0.0
+    posts: int = 0
+    shape: tuple[int, ...] = ()
     best_gap: float = -1.0
     best_epoch: int = 0
     stale: int = 0
@@ -46,6 +54,7 @@ class Checkpoint:
         optimizer: state_dict; empty in a checkpoint that only holds weights.
         schedule: state_dict.
         average: state_dict of the moving average, or None.
+        scaler: state_dict of what scales the loss in fp16; empty without.
     """
 
     signature: str
@@ -54,6 +63,7 @@ class Checkpoint:
     optimizer: dict[str, Any] = field(default_factory=dict)
     schedule: dict[str, Any] = field(default_factory=dict)
     average: dict[str, Any] | None = None
+    scaler: dict[str, Any] = field(default_factory=dict)
 
 
 def signature(parts: Mapping[str, Any]) -> str:
@@ -76,6 +86,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         "optimizer": checkpoint.optimizer,
         "schedule": checkpoint.schedule,
         "average": checkpoint.average,
+        "scaler": checkpoint.scaler,
     }
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -103,7 +114,7 @@ def load_checkpoint(path: Path, wanted_signature: str) -> Checkpoint:
         raise ConfigError(f"{path}: is no checkpoint of {FORMAT}")
     found = cast(str, content["signature"])
     if found != wanted_signature:
-        raise ConfigError(f"{path}: {_difference(found, wanted_signature)}")
+        raise ConfigError(f"{path}: {difference(found, wanted_signature)}")
     return Checkpoint(
         signature=found,
         progress=Progress(**content["progress"]),
@@ -111,10 +122,12 @@ def load_checkpoint(path: Path, wanted_signature: str) -> Checkpoint:
         optimizer=content["optimizer"],
         schedule=content["schedule"],
         average=content["average"],
+        scaler=content.get("scaler", {}),
     )
 
 
-def _difference(found: str, wanted: str) -> str:
+def difference(found: str, wanted: str) -> str:
+    """What two signatures differ in first, as the end of a sentence."""
     before, now = json.loads(found), json.loads(wanted)
     key = next(k for k in sorted({*before, *now}) if before.get(k) != now.get(k))
     was, wants = (json.dumps(side.get(key), ensure_ascii=False)[:200] for side in (before, now))

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from extractors.post import FeatureArray, Modality
+from extractors.post import FeatureArray, Stream
 from fusion.schema import InputSchema
 
 
@@ -19,17 +19,17 @@ class Sample:
     """One post as the model takes it.
 
     Attributes:
-        arrays: float16 ``(n, dim)`` for each modality that is there.
+        arrays: float16 ``(n, dim)`` for each stream that is there.
         target: float32 ``(classes,)`` of 0 and 1; None where the truth is not known.
     """
 
     post_id: str
-    arrays: Mapping[Modality, FeatureArray]
+    arrays: Mapping[Stream, FeatureArray]
     target: npt.NDArray[np.float32] | None = None
 
 
 class Batch(NamedTuple):
-    """Posts padded to the longest of each modality; a tuple, which Fabric and loaders walk into.
+    """Posts padded to the longest of each stream; a tuple, which Fabric and loaders walk into.
 
     Attributes:
         tokens: float32 ``(posts, n, dim)``, zeros behind the end; n may be 0.
@@ -38,8 +38,8 @@ class Batch(NamedTuple):
     """
 
     post_ids: tuple[str, ...]
-    tokens: Mapping[Modality, torch.Tensor]
-    masks: Mapping[Modality, torch.Tensor]
+    tokens: Mapping[Stream, torch.Tensor]
+    masks: Mapping[Stream, torch.Tensor]
     targets: torch.Tensor | None = None
 
     def to(self, device: torch.device | str) -> Batch:
@@ -60,17 +60,17 @@ class Collate:
 
     def __call__(self, samples: Sequence[Sample]) -> Batch:
         """Pad the posts' tokens and stack their targets."""
-        tokens: dict[Modality, torch.Tensor] = {}
-        masks: dict[Modality, torch.Tensor] = {}
-        for modality, dim in self._dims.items():
-            arrays = [sample.arrays.get(modality) for sample in samples]
+        tokens: dict[Stream, torch.Tensor] = {}
+        masks: dict[Stream, torch.Tensor] = {}
+        for stream, dim in self._dims.items():
+            arrays = [sample.arrays.get(stream) for sample in samples]
             lengths = [0 if array is None else len(array) for array in arrays]
             padded = np.zeros((len(samples), max(lengths), dim), np.float32)
             for row, array in zip(padded, arrays, strict=True):
                 if array is not None:
                     row[: len(array)] = array
-            tokens[modality] = torch.from_numpy(padded)
-            masks[modality] = torch.arange(max(lengths))[None, :] < torch.tensor(lengths)[:, None]
+            tokens[stream] = torch.from_numpy(padded)
+            masks[stream] = torch.arange(max(lengths))[None, :] < torch.tensor(lengths)[:, None]
         targets = [sample.target for sample in samples if sample.target is not None]
         return Batch(
             tuple(sample.post_id for sample in samples),

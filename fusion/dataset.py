@@ -1,16 +1,11 @@
-"""Data files and the posts they name, read from feature files when they are needed.
-
-A data file is a JSON list of ``{post_id, labels: [name, …], features: path, …}``; other keys are
-for other readers. Paths are relative to the data file, or else to the working directory.
-"""
+"""Posts with their features, read from feature files when they are needed."""
 
 from __future__ import annotations
 
-import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from torch.utils.data import Dataset
@@ -18,15 +13,30 @@ from torch.utils.data import Dataset
 from config.errors import ConfigError, FeatureError
 from config.labels import LabelMap
 from config.train import DataSettings
-from extractors.post import FeatureArray, Features, Modality
+from extractors.post import FeatureArray, Features, Stream, modality_of, streams_of
 from fusion.collate import Sample
+from fusion.data_file import Record, read_data_file
+from fusion.posts import PostList
 from fusion.schema import FeatureManifest, InputSchema
+
+__all__ = [
+    "FeatureReader",
+    "PostDataset",
+    "Record",
+    "encode_targets",
+    "find_manifest",
+    "read_data_file",
+]
+
+_LOOKED_AT = 2048  # posts; what none of them has is not worth a part of the model
+_VOTERS = 64
+_KEPT_BYTES = 1024  # what Python needs for the arrays of one post that is kept
 
 
 class FeatureReader(Protocol):
     """Where features come from: this package knows no file format."""
 
-    def fingerprints(self, post_id: str, path: Path | None) -> Mapping[Modality, str]:
+    def fingerprints(self, post_id: str, path: Path | None) -> Mapping[Stream, str]:
         """What a post's features were made with.
 
         Raises:
@@ -34,69 +44,13 @@ class FeatureReader(Protocol):
         """
 
     def features(
-        self, post_id: str, path: Path | None, fingerprints: Mapping[Modality, str] | None
+        self, post_id: str, path: Path | None, fingerprints: Mapping[Stream, str] | None
     ) -> Features:
-        """A post's features; with ``fingerprints`` only those modalities, made with just these.
+        """A post's features; with ``fingerprints`` only those streams, made with just these.
 
         Raises:
             FeatureError: There are none, they cannot be read, or they were made otherwise.
         """
-
-
-@dataclass(frozen=True)
-class Record:
-    """One post of a data file.
-
-    Attributes:
-        labels: Names of the true tags.
-        features: Its feature file; None leaves it to the reader to find it by ID.
-    """
-
-    post_id: str
-    labels: tuple[str, ...] = ()
-    features: Path | None = None
-
-
-def read_data_file(path: Path) -> tuple[Record, ...]:
-    """Read a data file.
-
-    Raises:
-        ConfigError: It is missing, no JSON list, empty, or an entry is not as it should be.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ConfigError(f"{path}: no such data file") from error
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: not a JSON data file: {error}") from error
-    if not isinstance(content, list):
-        raise ConfigError(f"{path}: must be a list of posts")
-    if not content:
-        raise ConfigError(f"{path}: holds no posts")
-    records = tuple(_record(entry, f"{path}: entry {i}", path) for i, entry in enumerate(content))
-    ids = [record.post_id for record in records]
-    if len(set(ids)) != len(ids):
-        twice = next(post_id for post_id in ids if ids.count(post_id) > 1)
-        raise ConfigError(f"{path}: post {twice!r} stands twice")
-    return records
-
-
-def _record(entry: Any, where: str, file: Path) -> Record:
-    if not isinstance(entry, dict) or not isinstance(entry.get("post_id"), str):
-        raise ConfigError(f"{where}: must have a post_id, a text")
-    labels, features = entry.get("labels") or [], entry.get("features")
-    if not isinstance(labels, list) or not all(isinstance(name, str) for name in labels):
-        raise ConfigError(f"{where}: labels must be a list of names")
-    if features is not None and not isinstance(features, str):
-        raise ConfigError(f"{where}: features must be a path")
-    return Record(entry["post_id"], tuple(labels), _resolve(features, file))
-
-
-def _resolve(features: str | None, file: Path) -> Path | None:
-    if not features:
-        return None
-    beside = file.parent / features  # an absolute path stays as it is
-    return beside if beside.exists() else Path(features)
 
 
 def encode_targets(
@@ -114,83 +68,110 @@ def encode_targets(
 
 
 def find_manifest(
-    records: Sequence[Record], reader: FeatureReader, settings: DataSettings
+    posts: Sequence[Record], reader: FeatureReader, settings: DataSettings
 ) -> FeatureManifest:
-    """What the posts' features are: read on until every modality was seen, or all posts were.
+    """Learn from the feature files what the features are.
+
+    Looks at posts from all over the list until every modality was found, at a few thousand at
+    most; a modality that none of them has is not part of the model. With ``skip_bad`` some more
+    posts vote on how features were made.
 
     Raises:
         FeatureError: Features cannot be read.
         ConfigError: No post has any of the modalities.
     """
-    dims: dict[Modality, int] = {}
-    fingerprints: dict[Modality, str] = {}
-    for record in records:
-        found = reader.features(record.post_id, record.features, None)
-        new = [m for m in settings.modalities if m in found.arrays and m not in dims]
-        if new:
-            made_with = reader.fingerprints(record.post_id, record.features)
-        for modality in new:
-            if modality not in made_with:
-                raise FeatureError(f"post {record.post_id}: {modality} has no fingerprint")
-            dims[modality] = int(found.arrays[modality].shape[1])
-            fingerprints[modality] = made_with[modality]
-        if len(dims) == len(settings.modalities):
+    votes: dict[Stream, Counter[tuple[int, str]]] = {}
+    wanted = streams_of(settings.modalities)
+    voters = _VOTERS if settings.skip_bad else 1
+    for looked, row in enumerate(_spread(len(posts))):
+        # The streams of a modality come together, so one of them tells of all.
+        found = len({modality_of(stream) for stream in votes})
+        if found == len(settings.modalities) and looked >= voters:
             break
-    if not dims:
+        try:
+            for stream, kind in _made(posts[row], reader, wanted).items():
+                votes.setdefault(stream, Counter())[kind] += 1
+        except FeatureError:
+            if not settings.skip_bad:
+                raise
+    if not votes:
         raise ConfigError(f"no post has features of {', '.join(settings.modalities)}")
-    return FeatureManifest(dims, fingerprints, settings.image_as_frames, settings.ocr_mode)
+    chosen = {stream: counts.most_common(1)[0][0] for stream, counts in votes.items()}
+    return FeatureManifest(
+        {stream: dim for stream, (dim, _) in chosen.items()},
+        {stream: fingerprint for stream, (_, fingerprint) in chosen.items()},
+        settings.image_as_frames,
+        settings.ocr_mode,
+    )
+
+
+def _spread(count: int) -> list[int]:
+    """Rows from all over a list, its first ones first: they are what a person looks at."""
+    first = range(min(count, 16))
+    return list(dict.fromkeys([*first, *np.linspace(0, count - 1, _LOOKED_AT).astype(int)]))
+
+
+def _made(
+    record: Record, reader: FeatureReader, wanted: Sequence[Stream]
+) -> dict[Stream, tuple[int, str]]:
+    """Length and fingerprint of the streams that a post has."""
+    found = reader.features(record.post_id, record.features, None)
+    there = [stream for stream in wanted if stream in found.arrays]
+    made_with = reader.fingerprints(record.post_id, record.features) if there else {}
+    for stream in there:
+        if stream not in made_with:
+            raise FeatureError(f"post {record.post_id}: {stream} has no fingerprint")
+    return {s: (int(found.arrays[s].shape[1]), made_with[s]) for s in there}
 
 
 class PostDataset(Dataset[Sample]):
     """Posts with their targets; features are read when asked for, and kept up to a budget.
 
     Args:
+        posts: With their labels.
         reader: Where features come from.
         manifest: What they must be; others are refused by name.
-        targets: float32 ``(posts, classes)``.
         cache_mb: Features that are kept in memory, the first ones read.
     """
 
     def __init__(
         self,
-        records: Sequence[Record],
-        targets: np.ndarray[tuple[int, int], np.dtype[np.float32]],
+        posts: PostList,
         reader: FeatureReader,
         manifest: FeatureManifest,
         schema: InputSchema,
         *,
         cache_mb: int = 0,
     ) -> None:
-        self._records = tuple(records)
-        self._targets = targets
+        self.posts = posts
         self._reader, self._manifest, self._schema = reader, manifest, schema
         self._budget_bytes = cache_mb * 1024 * 1024
-        self._kept: dict[int, dict[Modality, FeatureArray]] = {}
+        self._kept: dict[int, tuple[str, dict[Stream, FeatureArray]]] = {}
 
     def __len__(self) -> int:
         """Number of posts."""
-        return len(self._records)
+        return len(self.posts)
 
-    def __getitem__(self, index: int) -> Sample:
+    def __getitem__(self, row: int) -> Sample:
         """One post.
 
         Raises:
             FeatureError: Its features are missing, broken, not finite, or made otherwise.
+            ConfigError: The data file has changed.
         """
-        record = self._records[index]
-        arrays = self._kept.get(index)
-        if arrays is None:
-            arrays = self._read(record)
-            size = sum(array.nbytes for array in arrays.values())
+        kept = self._kept.get(row)
+        if kept is None:
+            kept = self._read(self.posts[row])
+            size = sum(array.nbytes for array in kept[1].values()) + _KEPT_BYTES
             if size <= self._budget_bytes:
                 self._budget_bytes -= size
-                self._kept[index] = arrays
-        return Sample(record.post_id, arrays, self._targets[index])
+                self._kept[row] = kept
+        return Sample(kept[0], kept[1], self.posts.target(row))
 
-    def _read(self, record: Record) -> dict[Modality, FeatureArray]:
+    def _read(self, record: Record) -> tuple[str, dict[Stream, FeatureArray]]:
         found = self._reader.features(record.post_id, record.features, self._manifest.fingerprints)
         arrays = self._schema.arrays(found)
-        for modality, array in arrays.items():
+        for stream, array in arrays.items():
             if not np.isfinite(array).all():
-                raise FeatureError(f"post {record.post_id}: {modality} features are not finite")
-        return arrays
+                raise FeatureError(f"post {record.post_id}: {stream} features are not finite")
+        return record.post_id, arrays

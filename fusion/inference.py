@@ -1,25 +1,31 @@
-"""Offline inference: a list of posts in, JSON lines of tags out. What `infer_net.py` runs."""
+"""Offline inference: posts in, tags out, with metrics where labels are."""
 
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Generic, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from config.errors import ConfigError
-from config.infer import InferSettings
-from extractors.post import Tags
+from config.errors import ConfigError, FeatureError
+from config.infer import RunSettings
+from config.labels import LabelMap
 from fusion import metrics
-from fusion.dataset import FeatureReader, Record, encode_targets, read_data_file
-from fusion.inferer import Inferer
+from fusion.bundle import load_bundle
+from fusion.infer_engine import Maker, Outcome, chunked, run_chunks
+from fusion.infer_input import Bad, Input, Labelled
+from fusion.infer_journal import Journal
+from fusion.outputs import Result, Sink
 from fusion.progress import progress_bar
+
+P = TypeVar("P", bound=Labelled)
 
 
 @dataclass(frozen=True)
@@ -27,127 +33,208 @@ class InferReport:
     """What came out of an inference.
 
     Attributes:
-        posts: All that were tagged.
+        posts: All that were tagged, by this run and the one that it went on from.
         labelled: Those whose true labels are known.
         metrics: Over these; empty where there are none.
+        skipped: Posts that were left out.
+        skipped_at: The list of them; None where nothing was left out.
+        resumed: Entries of the input that an earlier run had done.
+        posts_per_s: Of this run, models loaded.
     """
 
     posts: int
     labelled: int
     metrics: dict[str, float]
+    skipped: int = 0
+    skipped_at: Path | None = None
+    resumed: int = 0
+    posts_per_s: float = 0.0
 
 
-def read_input(path: Path) -> tuple[Record, ...]:
-    """Read a data file, or a list of post IDs or feature files.
+@dataclass(frozen=True)
+class Facts:
+    """What is to be known of a bundle before it is used.
 
-    Raises:
-        ConfigError: It is missing, empty, or neither ``.json`` nor ``.txt``.
+    Attributes:
+        thresholds: float32 ``(classes,)``.
     """
-    if path.suffix == ".json":
-        return read_data_file(path)
-    if path.suffix != ".txt":
-        raise ConfigError(f"{path}: must be a .json data file or a .txt list")
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError as error:
-        raise ConfigError(f"{path}: no such file") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from error
-    records = tuple(_listed(line.strip(), path) for line in lines if line.strip())
-    if not records:
-        raise ConfigError(f"{path}: holds no posts")
-    return records
+
+    name: str
+    version: str
+    labels: LabelMap
+    thresholds: npt.NDArray[np.float32]
+
+    @classmethod
+    def of(cls, folder: Path) -> Facts:
+        """Read a bundle.
+
+        Raises:
+            BundleError: It is missing or broken.
+        """
+        bundle = load_bundle(folder)
+        return cls(bundle.name, bundle.version, bundle.labels, bundle.thresholds)
 
 
-def _listed(line: str, file: Path) -> Record:
-    if not line.endswith(".safetensors"):
-        return Record(line)
-    beside = file.parent / line
-    return Record("", features=beside if beside.exists() else Path(line))
+@dataclass(frozen=True)
+class Job(Generic[P]):
+    """An inference, ready to run.
+
+    Attributes:
+        source: The posts.
+        maker: Makes a tagger on a device.
+        facts: Of the bundle.
+        settings: How to run.
+        base: What the journal's names begin with.
+        output: The file that is made; None where results go elsewhere.
+        sink: Takes the results; the file's journal is its argument.
+        about: What else a killed run must have been begun with.
+    """
+
+    source: Input[P]
+    maker: Maker
+    facts: Facts
+    settings: RunSettings
+    base: Path
+    output: Path | None
+    sink: Callable[[Journal], Sink]
+    about: Mapping[str, Any] = field(default_factory=dict)
 
 
-def infer(
-    settings: InferSettings, posts: Path, output: Path | None, reader: FeatureReader
-) -> InferReport:
-    """Tag posts and write a JSON line for each, in their order.
+def infer(job: Job[P], *, restart: bool = False) -> InferReport:
+    """Tag posts, in their order.
 
     Args:
-        settings: All of them.
-        posts: Data file or list.
-        output: JSON lines; None writes to standard output. A file appears when it is whole.
-        reader: Where features come from.
+        job: What to do.
+        restart: Do not go on with what a killed run has left.
 
     Raises:
         ConfigError: The input or the device is wrong, or a label is not in the bundle's map.
-        BundleError: The bundle is missing or broken.
-        FeatureError: Features are missing, broken, or made for another bundle.
+        FeatureError: A post is bad, without ``skip_bad``.
+        WorkerDied: A process has died; the same command goes on.
     """
-    records = read_input(posts)
-    inferer = Inferer.load(
-        settings.bundle,
-        device=_device(settings.n_gpus),
-        threads=settings.threads,
-        batch_size=settings.batch_size,
-    )
-    targets = encode_targets(records, inferer.labels, str(posts))
-    scores: list[np.ndarray[Any, np.dtype[np.float32]]] = []
-    with (
-        _writer(output) as out,
-        progress_bar("infer", len(records), enabled=settings.progress) as bar,
-    ):
-        for start in range(0, len(records), settings.batch_size):
-            chunk = records[start : start + settings.batch_size]
-            features = [reader.features(r.post_id, r.features, inferer.fingerprints) for r in chunk]
-            found = inferer.predict(features)
-            for record, tags in zip(chunk, found, strict=True):
-                out.write(_line(record, tags, with_scores=settings.scores))
-            scores += [tags.scores for r, tags in zip(chunk, found, strict=True) if r.labels]
-            bar.advance(len(chunk))
-    labelled = [i for i, record in enumerate(records) if record.labels]
-    measured = metrics.summary(np.stack(scores), targets[labelled]) if labelled else {}
-    inferer.close()
-    return InferReport(len(records), len(labelled), measured)
-
-
-def _device(n_gpus: int | None) -> str:
-    if n_gpus is not None and n_gpus > 1:
-        raise ConfigError(f"n_gpus: {n_gpus}; inference from feature files takes 0 or 1")
-    if n_gpus is None:
-        return "cuda:0" if torch.cuda.is_available() else "cpu"
-    return "cuda:0" if n_gpus else "cpu"
-
-
-def _line(record: Record, tags: Tags, *, with_scores: bool) -> str:
-    content: dict[str, Any] = {
-        "post_id": tags.post_id,
-        "tags": [{"id": t.id, "name": t.name, "score": t.score} for t in tags.tags],
-        "model": tags.model,
-        "version": tags.version,
+    settings, labels = job.settings, job.facts.labels
+    devices = devices_of(settings)
+    survey = job.source.survey()
+    signature = {
+        "input": survey.sha256,
+        "bundle": job.facts.version,
+        "device": devices[0].partition(":")[0],
+        **{key: getattr(settings, key) for key in ("batch_size", "scores", "skip_bad")},
+        **job.about,
     }
-    if record.labels:
-        content["labels"] = list(record.labels)
-    if with_scores:
-        content["scores"] = [float(score) for score in tags.scores]
-    return json.dumps(content, ensure_ascii=False) + "\n"
+    with Journal(job.base, signature, restart=restart) as journal:
+        resumed, rows = journal.done, _Rows(labels)
+        left = islice(job.source, resumed, None)
+        chunks = chunked(left, settings.batch_size)
+        sink = job.sink(journal)
+        started = 0.0
+        try:
+            with progress_bar("infer", survey.entries, enabled=settings.progress) as bar:
+                bar.advance(resumed)
+                for outcomes in run_chunks(job.maker, devices, chunks):
+                    started = started or time.monotonic()
+                    posts = _record(outcomes, sink, journal, rows, skip_bad=settings.skip_bad)
+                    journal.commit(len(outcomes), posts)
+                    bar.advance(len(outcomes))
+        finally:
+            sink.close()
+        seconds = time.monotonic() - started
+        first = min(settings.batch_size, survey.entries - resumed)  # before the clock was started
+        timed = survey.entries - resumed - first
+        measured, labelled = rows.measure(journal, job.facts.thresholds)
+        posts, skipped = journal.posts, survey.entries - journal.posts
+        beside = job.base.with_name(f"{job.base.name}.skipped.jsonl")
+        journal.finish(job.output, beside)
+    return InferReport(
+        posts,
+        labelled,
+        measured,
+        skipped,
+        beside if skipped else None,
+        resumed,
+        timed / seconds if timed else 0.0,
+    )
 
 
-@contextmanager
-def _writer(output: Path | None) -> Iterator[TextIO]:
-    if output is None:
-        yield sys.stdout
-        return
-    part = output.with_name(f".{output.name}.part")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("w", encoding="utf-8") as file:
-            yield file
-        part.replace(output)
-    except OSError as error:
-        raise ConfigError(f"{output}: cannot be written: {error}") from error
-    finally:
-        part.unlink(missing_ok=True)
+def devices_of(settings: RunSettings) -> list[str]:
+    """The device of each process.
+
+    Raises:
+        ConfigError: There are not as many GPUs.
+    """
+    there, wanted = torch.cuda.device_count(), settings.n_gpus
+    if wanted is None:
+        wanted = min(1, there) if settings.processes == 1 else 0
+    if wanted > there:
+        raise ConfigError(f"n_gpus: {wanted} GPUs wanted, this machine has {there}")
+    if wanted and settings.processes > 1:
+        raise ConfigError(
+            f"processes: {settings.processes} on the CPU and n_gpus: {wanted}: give one of them; "
+            "each GPU has a process of its own"
+        )
+    return [f"cuda:{i}" for i in range(wanted)] or ["cpu"] * settings.processes
 
 
 def shown(found: Mapping[str, float]) -> str:
     """Metrics in one line for a person."""
     return "  ".join(f"{key} {value:.4f}" for key, value in found.items())
+
+
+class _Rows:
+    """Scores and targets of the labelled posts, in a file: metrics are of the whole set."""
+
+    def __init__(self, labels: LabelMap) -> None:
+        shape = (len(labels),)
+        self._labels = labels
+        self._kind = np.dtype([("scores", "<f4", shape), ("targets", "?", shape)])
+
+    def of(self, results: Sequence[Result]) -> bytes:
+        chosen = [result for result in results if result.labels]
+        rows = np.zeros(len(chosen), self._kind)
+        for row, result in zip(rows, chosen, strict=True):
+            row["scores"] = result.tags.scores
+            row["targets"][self._labels.encode(result.labels)] = True
+        return rows.tobytes()
+
+    def measure(
+        self, journal: Journal, thresholds: npt.NDArray[np.float32]
+    ) -> tuple[dict[str, float], int]:
+        path = journal.path("scores")
+        count = path.stat().st_size // self._kind.itemsize
+        if not count:
+            return {}, 0
+        rows = np.memmap(path, self._kind, mode="r")
+        return metrics.summary(rows["scores"], rows["targets"], thresholds), count
+
+
+def _record(
+    outcomes: Sequence[Outcome],
+    sink: Sink,
+    journal: Journal,
+    rows: _Rows,
+    *,
+    skip_bad: bool,
+) -> int:
+    """Write a chunk's results and list its bad posts; gives how many were tagged."""
+    bad = [outcome for outcome in outcomes if isinstance(outcome, Bad)]
+    results = [outcome for outcome in outcomes if not isinstance(outcome, Bad)]
+    if skip_bad or not bad:
+        refused = list(sink.write(results))
+        names = {each.post_id for each in refused}
+        results = [result for result in results if result.post_id not in names]
+        bad += refused
+    if bad and not skip_bad:
+        raise FeatureError(f"{named(bad[0])}; --skip_bad leaves such posts out")
+    journal.write("scores", rows.of(results))
+    journal.write("skipped", "".join(map(_listed, bad)).encode("utf-8"))
+    return len(results)
+
+
+def named(bad: Bad) -> str:
+    """A bad post and why, in one line."""
+    return bad.reason if bad.post_id in bad.reason else f"post {bad.post_id}: {bad.reason}"
+
+
+def _listed(bad: Bad) -> str:
+    line = {"post_id": bad.post_id, "reason": bad.reason}
+    return json.dumps(line, ensure_ascii=False) + "\n"

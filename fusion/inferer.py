@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 
 from config.labels import LabelMap
-from extractors.post import Features, Modality, Tag, Tags
+from extractors.post import Features, Modality, Stream, Tag, Tags
 from fusion.bundle import Bundle, check_fingerprints, load_bundle
 from fusion.calibration import calibrated
 from fusion.collate import Batch, Collate, Sample
@@ -71,8 +71,8 @@ class Inferer:
         return self._bundle.labels
 
     @property
-    def fingerprints(self) -> dict[Modality, str]:
-        """Of the extractors whose features it takes, by modality."""
+    def fingerprints(self) -> dict[Stream, str]:
+        """Of the extractors whose features it takes, by stream."""
         return dict(self._bundle.manifest.fingerprints)
 
     @property
@@ -90,11 +90,11 @@ class Inferer:
         """On the validation posts of the training."""
         return self._bundle.metrics
 
-    def check(self, fingerprints: Mapping[Modality, str]) -> None:
+    def check(self, fingerprints: Mapping[Stream, str]) -> None:
         """See that extractors make the features that this bundle was trained on.
 
         Raises:
-            BundleError: Names the modality and both fingerprints.
+            BundleError: Names the stream and both fingerprints.
         """
         check_fingerprints(self._bundle.manifest, fingerprints, bundle=self.name)
 
@@ -112,15 +112,21 @@ class Inferer:
         Raises:
             FeatureError: A post's features have another shape than the bundle takes.
         """
+        scores = self.scores(posts, without=without)
+        return [self._tags(post.post_id, row) for post, row in zip(posts, scores, strict=True)]
+
+    def scores(
+        self, posts: Sequence[Features], *, without: frozenset[Modality] = frozenset()
+    ) -> npt.NDArray[np.float32]:
+        """Scores of posts, float32 ``(posts, classes)``; arguments and errors as of `predict`."""
         samples = [
             Sample(post.post_id, self._bundle.schema.arrays(post, without)) for post in posts
         ]
-        result: list[Tags] = []
-        for start in range(0, len(samples), self._batch_size):
-            batch = self._collate(samples[start : start + self._batch_size])
-            scores = self._scores(batch)
-            result += [self._tags(i, row) for i, row in zip(batch.post_ids, scores, strict=True)]
-        return result
+        rows = [
+            self._scores(self._collate(samples[start : start + self._batch_size]))
+            for start in range(0, len(samples), self._batch_size)
+        ]
+        return np.concatenate([np.empty((0, len(self.labels)), np.float32), *rows])
 
     def close(self) -> None:
         """Give the model's memory back."""

@@ -205,15 +205,77 @@ def f1_scores(scores: npt.ArrayLike, targets: npt.ArrayLike, thresholds: npt.Arr
     return F1(micro=micro, macro=float(per_class[known].mean()) if known.any() else 0.0)
 
 
+@dataclass(frozen=True)
+class Accuracy:
+    """Share of right answers at given thresholds.
+
+    Attributes:
+        decisions: Over all (sample, class) decisions: what is mostly called accuracy, and near 1
+            wherever tags are rare.
+        samples: Those whose set of tags is right to the last one.
+    """
+
+    decisions: float
+    samples: float
+
+
+def accuracy(
+    scores: npt.ArrayLike, targets: npt.ArrayLike, thresholds: npt.ArrayLike = 0.5
+) -> Accuracy:
+    """Accuracy by decisions and by samples; arguments as of `f1_scores`."""
+    numbers, truth = _checked(scores, targets)
+    if not numbers.size:
+        return Accuracy(0.0, 0.0)
+    right = (numbers >= np.asarray(thresholds)) == truth
+    return Accuracy(float(right.mean()), float(right.all(axis=1).mean()))
+
+
+@dataclass(frozen=True)
+class PrecisionRecall:
+    """A precision-recall curve: one point for each different score, from the highest down."""
+
+    precision: npt.NDArray[np.float64]
+    recall: npt.NDArray[np.float64]
+    thresholds: FloatArray
+
+
+def precision_recall(scores: npt.ArrayLike, targets: npt.ArrayLike) -> PrecisionRecall:
+    """The curve of one class, or of all decisions together.
+
+    Args:
+        scores: Floats, of any shape.
+        targets: 0 and 1, in the same shape.
+
+    Returns:
+        Three arrays ``(points,)``; empty where there is no score, recall 0 without positives.
+    """
+    one, hits = _checked(_column(scores), _column(targets))
+    numbers, truth = one[:, 0], hits[:, 0]
+    if not len(numbers):
+        return PrecisionRecall(np.empty(0), np.empty(0), np.empty(0))
+    order = np.argsort(-numbers, kind="stable")
+    ranked, found = numbers[order], np.cumsum(truth[order])
+    # Last position of each run of equal scores.
+    ends = np.append(np.flatnonzero(np.diff(ranked)), len(ranked) - 1)
+    right = found[ends]
+    return PrecisionRecall(right / (ends + 1), right / max(1, int(found[-1])), ranked[ends])
+
+
+def _column(values: npt.ArrayLike) -> npt.NDArray[np.generic]:
+    return np.asarray(values).reshape(-1, 1)  # (samples·classes, 1)
+
+
 def summary(
     scores: npt.ArrayLike, targets: npt.ArrayLike, thresholds: npt.ArrayLike = 0.5
 ) -> dict[str, float]:
     """The metrics that are logged and stored in a bundle.
 
     Returns:
-        ``gap`` (GAP@20), ``hit_at_1``, ``perr``, ``map``, ``f1_micro``, ``f1_macro``.
+        ``gap`` (GAP@20), ``hit_at_1``, ``perr``, ``map``, ``f1_micro``, ``f1_macro``,
+        ``accuracy`` (of decisions) and ``accuracy_exact`` (of samples).
     """
     f1 = f1_scores(scores, targets, thresholds)
+    right = accuracy(scores, targets, thresholds)
     return {
         "gap": global_average_precision(scores, targets),
         "hit_at_1": hit_at_one(scores, targets),
@@ -221,4 +283,6 @@ def summary(
         "map": mean_average_precision(scores, targets),
         "f1_micro": f1.micro,
         "f1_macro": f1.macro,
+        "accuracy": right.decisions,
+        "accuracy_exact": right.samples,
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from extractors.post import Modality
+from extractors.post import Stream
 from fusion.collate import Batch
 
 
@@ -32,18 +32,18 @@ def mixed_with(batch: Batch, partners: torch.Tensor, shares: torch.Tensor) -> Ba
     """
     device = next(iter(batch.tokens.values())).device
     partners, shares = partners.to(device), shares.to(device)
-    tokens: dict[Modality, torch.Tensor] = {}
-    masks: dict[Modality, torch.Tensor] = {}
-    for modality, own in batch.tokens.items():
-        mask = batch.masks[modality]
+    tokens: dict[Stream, torch.Tensor] = {}
+    masks: dict[Stream, torch.Tensor] = {}
+    for stream, own in batch.tokens.items():
+        mask = batch.masks[stream]
         other, other_mask = own[partners], mask[partners]
         # How much of the token is the post's own: all or nothing where only one has it.
         share = shares[:, None].expand(mask.shape)
         share = torch.where(mask & other_mask, share, mask.to(share.dtype))[:, :, None]
         # Not multiplied by 0: what stands in the padding may be anything.
         blend = share * own + (1 - share) * other  # (posts, n, dim)
-        tokens[modality] = torch.where(share == 1, own, torch.where(share == 0, other, blend))
-        masks[modality] = mask | other_mask
+        tokens[stream] = torch.where(share == 1, own, torch.where(share == 0, other, blend))
+        masks[stream] = mask | other_mask
     targets = batch.targets
     if targets is not None:
         targets = shares[:, None] * targets + (1 - shares[:, None]) * targets[partners]

@@ -18,6 +18,9 @@ from fusion.models.base import Group, Stage
 ParameterGroup: TypeAlias = dict[str, Any]
 Factor: TypeAlias = Callable[[int], float]
 
+# Gradients that are 0 but for rounding, as of attention's key biases, stay small against this: they
+# would else be blown up to full steps, and differ between one process and several.
+_EPSILON = 1e-7
 _ONE_CYCLE_START, _ONE_CYCLE_END = 1 / 25, 1 / 250_000
 
 
@@ -88,6 +91,21 @@ def warm_up_cosine(step: int, steps: int, warm_up: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
+def restarts(step: int, steps: int, warm_up: float, cycles: int) -> float:
+    """Factor of the learning rate at a step: `warm_up_cosine` so many times, one after another.
+
+    Source: arXiv 1704.00109 (snapshot ensembles), with a warm-up in each cycle.
+    """
+    cycle = min(cycles - 1, step * cycles // max(1, steps))
+    first, end = (-(-c * steps // cycles) for c in (cycle, cycle + 1))
+    return warm_up_cosine(step - first, end - first, warm_up)
+
+
+def cycle_ends(epochs: int, cycles: int) -> tuple[int, ...]:
+    """The epochs, from 1, at whose ends the learning rate is at its lowest."""
+    return tuple(-(-c * epochs // cycles) for c in range(1, cycles + 1))
+
+
 def one_cycle(step: int, steps: int, warm_up: float) -> float:
     """Factor of the learning rate at a step: a cosine from 1/25 to 1, one down to 1/250,000.
 
@@ -116,7 +134,7 @@ def _warm_up(step: int, steps: int, settings: OptimizerSettings) -> float:
 
 
 SCHEDULES: Mapping[ScheduleName, Callable[[OptimizerSettings, int], Factor]] = {
-    "cosine": lambda s, steps: partial(warm_up_cosine, steps=steps, warm_up=s.warm_up),
+    "cosine": lambda s, steps: partial(restarts, steps=steps, warm_up=s.warm_up, cycles=s.cycles),
     "one_cycle": lambda s, steps: partial(one_cycle, steps=steps, warm_up=s.warm_up),
     "step": lambda s, steps: partial(warm_up_steps, steps=steps, settings=s),
     "constant": lambda s, steps: partial(_warm_up, steps=steps, settings=s),
@@ -125,11 +143,11 @@ SCHEDULES: Mapping[ScheduleName, Callable[[OptimizerSettings, int], Factor]] = {
 OPTIMIZERS: Mapping[
     OptimizerName, Callable[[list[ParameterGroup], OptimizerSettings], torch.optim.Optimizer]
 ] = {
-    "adamw": lambda groups, s: torch.optim.AdamW(groups, lr=s.learning_rate),
-    "adam": lambda groups, s: torch.optim.Adam(groups, lr=s.learning_rate),
+    "adamw": lambda groups, s: torch.optim.AdamW(groups, lr=s.learning_rate, eps=_EPSILON),
+    "adam": lambda groups, s: torch.optim.Adam(groups, lr=s.learning_rate, eps=_EPSILON),
     "sgd": lambda groups, s: torch.optim.SGD(groups, lr=s.learning_rate, momentum=s.momentum),
     "rmsprop": lambda groups, s: torch.optim.RMSprop(
-        groups, lr=s.learning_rate, momentum=s.momentum
+        groups, lr=s.learning_rate, momentum=s.momentum, eps=_EPSILON
     ),
 }
 

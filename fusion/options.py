@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
+from config.backbone_train import BackboneTrainSettings
+from config.errors import ConfigError
 from config.load import merge, parse_overrides, read_yaml, validate
 from config.options import OneLineParser
 from config.train import TrainSettings
@@ -25,6 +27,12 @@ _TRAIN_KEYS = {
     "valid_interval": "trainer.valid_interval",
     "log_interval": "trainer.log_interval",
     "fix_random_seed": "trainer.fix_random_seed",
+    "skip_bad": "data.skip_bad",
+}
+_TASKS: dict[str, type[TrainSettings | BackboneTrainSettings]] = {
+    "fusion": TrainSettings,
+    "image_backbone": BackboneTrainSettings,
+    "video_backbone": BackboneTrainSettings,
 }
 
 
@@ -32,14 +40,19 @@ def train_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the options of `train_net.py`."""
     parser = OneLineParser(
         prog="train_net.py",
-        description="Train a fusion model on feature files and write its bundle.",
+        description="Train a fusion model on feature files and write its bundle; or a backbone.",
         allow_abbrev=False,
     )
     add = parser.add_argument
     add("--model_config", type=Path, metavar="F", help=f"YAML file; default {TRAIN_CONFIG}")
     add("--batch_size", metavar="N", help="posts in a training batch")
     add("--learning_rate", metavar="X", help="peak learning rate")
-    add("--resume", type=Path, metavar="F", help="checkpoint to go on from, or a run's folder")
+    add(
+        "--resume",
+        type=Path,
+        metavar="F",
+        help="a run's folder or checkpoint to go on from; or weights: best.pt, a bundle, a .pth",
+    )
     add("--n_gpu", metavar="N", help="number of GPUs; 0 trains on the CPU")
     add("--epoch", metavar="N", help="number of epochs; 0 takes the config's")
     add("--save_dir", type=Path, metavar="DIR", help="folder for ckpt/ and log/")
@@ -52,12 +65,21 @@ def train_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="BOOL",
         help="the same seed in every run",
     )
+    add(
+        "--skip_bad",
+        nargs="?",
+        const="true",
+        metavar="BOOL",
+        help="leave out posts that cannot be used, and list them in log/skipped.jsonl",
+    )
     add_set(parser)
     return parser.parse_args(arguments)
 
 
-def train_settings(options: argparse.Namespace) -> TrainSettings:
+def train_settings(options: argparse.Namespace) -> TrainSettings | BackboneTrainSettings:
     """Settings of a training: the YAML file, then the options, then ``--set``.
+
+    The file's ``task`` tells what is trained, and with it which keys there are.
 
     Raises:
         ConfigError: One line that names the file or option, the key and the mistake.
@@ -67,7 +89,17 @@ def train_settings(options: argparse.Namespace) -> TrainSettings:
         given = merge(given, {"trainer": {"save_dir": options.save_dir}})
     if given.get("trainer", {}).get("epochs") == 0:
         del given["trainer"]["epochs"]
-    return layered(TrainSettings, options.model_config, TRAIN_CONFIG, given, options.set)
+    path = options.model_config
+    return layered(_task(path, options.set), path, TRAIN_CONFIG, given, options.set)
+
+
+def _task(path: Path | None, sets: list[str]) -> type[TrainSettings | BackboneTrainSettings]:
+    file = path or TRAIN_CONFIG
+    from_file = read_yaml(file) if path is not None or file.exists() else {}
+    task = merge(from_file, parse_overrides(sets)).get("task", "fusion")
+    if not isinstance(task, str) or task not in _TASKS:
+        raise ConfigError(f"{file}: task: must be one of {', '.join(_TASKS)}")
+    return _TASKS[task]
 
 
 def add_set(parser: argparse.ArgumentParser) -> None:

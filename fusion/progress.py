@@ -64,3 +64,9 @@ def progress_bar(
     )
     with progress:
         yield Bar(progress, total, description, watch)
+
+
+def notice(text: str, *, enabled: bool = True) -> None:
+    """One line for the person at the terminal, on standard error."""
+    if enabled:
+        Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(text)

@@ -1,49 +1,27 @@
-"""A whole training: data files in, bundle out. What `train_net.py` runs."""
+"""A whole training: data files in, bundle and report out. What `train_net.py` runs."""
 
 from __future__ import annotations
 
-import secrets
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
-import torch
 from lightning_fabric import Fabric
 
-from config.errors import ConfigError
-from config.labels import LabelMap
-from config.settings import Precision
 from config.train import TrainSettings
-from fusion import metrics
-from fusion.bundle import save_bundle
-from fusion.calibration import Calibration, calibrated, fit_calibration
-from fusion.checkpoint import load_checkpoint, signature
-from fusion.collate import Collate
-from fusion.dataset import (
-    FeatureReader,
-    PostDataset,
-    encode_targets,
-    find_manifest,
-    read_data_file,
-)
-from fusion.device import resolve_precision, set_threads
-from fusion.losses import TaggingLoss
-from fusion.models import FusionModel, build_model
-from fusion.objective import Objective
-from fusion.schema import FeatureManifest, InputSchema
-from fusion.thresholds import fit_thresholds
-from fusion.trainer import TrainData, Trainer
-
-_FABRIC_PRECISION: Mapping[Precision, Literal["32-true", "bf16-mixed", "16-mixed"]] = {
-    "fp32": "32-true",
-    "bf16": "bf16-mixed",
-    "fp16": "16-mixed",
-}
+from fusion import processes
+from fusion.bundle import members_of, save_bundle
+from fusion.dataset import FeatureReader
+from fusion.fold_training import FoldTraining
+from fusion.measure import Measured, measure, subset_gaps
+from fusion.members import Trained, train_alone
+from fusion.metrics import average_precisions
+from fusion.prepare import Prepared, prepare
+from fusion.resume import model_signature
+from fusion.run_report import report_run
 
 
 @dataclass(frozen=True)
@@ -52,9 +30,12 @@ class TrainReport:
 
     Attributes:
         bundle: Its folder.
-        metrics: On the validation posts, at the bundle's thresholds; empty without validation.
-        best_epoch: The epoch that was kept, from 1.
+        metrics: On posts that were not learned from, at the bundle's thresholds; empty without any.
+        best_epoch: The epoch that was kept, from 1; of several models the first one's.
         epochs: Epochs that were done.
+        parameters: Of all members together.
+        data_wait: Share of the training steps' time that was spent waiting for data.
+        page: The report's page, or None where none was asked for.
     """
 
     bundle: Path
@@ -64,186 +45,104 @@ class TrainReport:
     epochs: int
     parameters: int
     seconds: float
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    labels: LabelMap
-    manifest: FeatureManifest
-    schema: InputSchema
-    data: TrainData
-    positives: torch.Tensor
+    data_wait: float = 0.0
+    page: Path | None = None
 
 
 def train(
     settings: TrainSettings, reader: FeatureReader, *, resume: Path | None = None
 ) -> TrainReport:
-    """Train a fusion model and write its bundle.
+    """Train a fusion model, or an ensemble, and write its bundle and the report.
 
     Args:
         settings: All of them.
-        reader: Where features come from.
-        resume: A checkpoint to go on from, or the folder of a run, whose last one is taken.
+        reader: Where features come from; pickles, where there are several processes.
+        resume: What `fusion.resume.find_start` takes; of k-fold training the folder of its run.
 
     Raises:
         ConfigError: Settings, data files, labels or a checkpoint are wrong, or the loss is NaN.
         FeatureError: Features are missing, broken, or made by different extractors.
         BundleError: The bundle cannot be written.
+        WorkerDied: A process of the training was killed.
     """
+    return processes.run(settings.trainer, partial(_train, settings, reader, resume))
+
+
+def _train(
+    settings: TrainSettings, reader: FeatureReader, resume: Path | None, fabric: Fabric
+) -> TrainReport:
     started = time.monotonic()
-    set_threads(settings.trainer.threads)
-    prepared = prepare(settings, reader)
-    fabric = make_fabric(settings)
-    fabric.launch()
-    mark = _signature(settings, prepared)
-    checkpoint = _checkpoint_of(resume)
-    seed = int(fabric.broadcast(_seed(settings, checkpoint, mark)))
-    torch.manual_seed(seed)
-    model = build_model(prepared.schema, settings.model)
-    model.start_at(prepared.positives / prepared.data.train_count)
-    trainer = Trainer(fabric, settings.trainer, settings.optimizer, signature=mark, seed=seed)
-    objective = Objective(
-        model,
-        TaggingLoss(settings.loss, prepared.positives),
-        auxiliary=settings.model.auxiliary,
-        mixup=settings.loss.mixup,
-    )
-    progress = trainer.fit(objective, prepared.data, checkpoint)
-    calibration, thresholds, found = _measure(settings, prepared, model, trainer)
-    version = ""
-    if fabric.is_global_zero:
-        version = save_bundle(
-            settings.bundle.folder,
-            name=settings.bundle.name,
-            model=model,
-            settings=settings.model,
-            manifest=prepared.manifest,
-            labels=prepared.labels,
-            thresholds=thresholds,
-            metrics=found,
-            calibration=calibration,
-        )
-    trainer.log.write("bundle", folder=str(settings.bundle.folder), version=version, **found)
-    fabric.barrier()
+    prepared = prepare(settings, reader, fabric)
+    mark = model_signature(settings.model, prepared.manifest, prepared.schema, prepared.labels)
+    if settings.ensemble.folds:
+        trained = FoldTraining(fabric, settings, prepared, mark).train(resume)
+    else:
+        trained = train_alone(fabric, settings, prepared, mark, resume)
+    measured = measure(settings, prepared, trained.held)
+    finish = partial(_finish, fabric, settings, prepared, trained, measured, started=started)
+    version, page = processes.agree(fabric, finish)
+    trained.log.close()
     return TrainReport(
         bundle=settings.bundle.folder,
         version=version,
-        metrics=found,
-        best_epoch=progress.best_epoch,
-        epochs=progress.epoch,
-        parameters=sum(p.numel() for p in model.parameters()),
+        metrics=measured.metrics,
+        best_epoch=trained.best_epoch,
+        epochs=trained.epochs,
+        parameters=sum(p.numel() for m in members_of(trained.model) for p in m.parameters()),
         seconds=time.monotonic() - started,
+        data_wait=trained.data_wait,
+        page=page,
     )
 
 
-def prepare(settings: TrainSettings, reader: FeatureReader) -> _Prepared:
-    """Read labels and data files, and find out what the features are.
+def _finish(
+    fabric: Fabric,
+    settings: TrainSettings,
+    prepared: Prepared,
+    trained: Trained,
+    measured: Measured,
+    *,
+    started: float,
+) -> tuple[str, Path | None]:
+    """Write bundle and report; the bundle's version and the report's page.
 
-    Raises:
-        ConfigError: A file is missing, empty or wrong, or names a label that is not in the map.
-        FeatureError: Features are missing or broken.
+    One process does; the others have nothing to say.
     """
-    data = settings.data
-    labels = LabelMap.load(data.labels)
-    records = read_data_file(data.train)
-    if len(records) < 2:
-        raise ConfigError(f"{data.train}: training takes at least two posts")
-    targets = encode_targets(records, labels, str(data.train))
-    valid = read_data_file(data.valid) if data.valid is not None else ()
-    valid_targets = encode_targets(valid, labels, str(data.valid))
-    manifest = find_manifest(records, reader, data)
-    schema = InputSchema.of(manifest, settings.model.tokens, len(labels))
-    # Loader processes would each keep a cache of their own.
-    cache_mb = 0 if data.loaders else data.cache_mb // 2
-    build = partial(PostDataset, reader=reader, manifest=manifest, schema=schema, cache_mb=cache_mb)
-    return _Prepared(
-        labels,
-        manifest,
-        schema,
-        TrainData(
-            train=build(records, targets),
-            valid=build(valid, valid_targets) if valid else None,
-            collate=Collate(schema),
-            train_count=len(records),
-            loaders=data.loaders,
-        ),
-        torch.from_numpy(targets.sum(axis=0)),
+    if not fabric.is_global_zero:
+        return "", None
+    wanted = settings.report.enabled
+    subsets = (
+        subset_gaps(fabric, settings, prepared, trained.held, measured.calibration)
+        if wanted
+        else []
     )
-
-
-def make_fabric(settings: TrainSettings) -> Fabric:
-    """The device and precision that the settings name.
-
-    Raises:
-        ConfigError: There are not as many GPUs.
-    """
-    there = torch.cuda.device_count()
-    wanted = settings.trainer.n_gpu
-    count = min(1, there) if wanted is None else wanted
-    if count > there:
-        raise ConfigError(f"trainer.n_gpu: {count} GPUs wanted, this machine has {there}")
-    precision = settings.trainer.precision
-    if precision == "auto":
-        # A fusion model is small: on a CPU, half precision would save nothing.
-        precision = resolve_precision("auto", "cuda") if count else "fp32"
-    return Fabric(
-        accelerator="cuda" if count else "cpu",
-        devices=max(1, count),
-        strategy="ddp" if count > 1 else "auto",
-        precision=_FABRIC_PRECISION[precision],
+    version = save_bundle(
+        settings.bundle.folder,
+        name=settings.bundle.name,
+        model=trained.model,
+        settings=settings.model,
+        manifest=prepared.manifest,
+        labels=prepared.labels,
+        thresholds=measured.thresholds,
+        metrics=measured.metrics,
+        calibration=measured.calibration,
+        subsets={subset.name: subset.gap for subset in subsets},
     )
-
-
-def _signature(settings: TrainSettings, prepared: _Prepared) -> str:
-    options = settings.model.model_dump(mode="json")
-    name = settings.model.name
-    return signature(
-        {
-            "model": {"name": name, "own_heads": options["auxiliary"] > 0, **options[name]},
-            "features": dict(prepared.manifest.dims),
-            "fingerprints": dict(prepared.manifest.fingerprints),
-            "image_as_frames": prepared.manifest.image_as_frames,
-            "tokens": dict(prepared.schema.tokens),
-            "labels": list(prepared.labels.names),
-        }
+    trained.log.write(
+        "bundle",
+        folder=str(settings.bundle.folder),
+        version=version,
+        data_wait=round(trained.data_wait, 4),
+        **measured.metrics,
     )
-
-
-def _checkpoint_of(resume: Path | None) -> Path | None:
-    if resume is None:
-        return None
-    if resume.is_dir():
-        return next(
-            (p for p in (resume / "ckpt" / "last.pt", resume / "last.pt") if p.exists()),
-            resume / "ckpt" / "last.pt",
-        )
-    return resume
-
-
-def _seed(settings: TrainSettings, checkpoint: Path | None, mark: str) -> int:
-    if checkpoint is not None:
-        return load_checkpoint(checkpoint, mark).progress.seed
-    return settings.trainer.seed if settings.trainer.fix_random_seed else secrets.randbits(31)
-
-
-def _measure(
-    settings: TrainSettings, prepared: _Prepared, model: FusionModel, trainer: Trainer
-) -> tuple[Calibration | None, npt.NDArray[np.float32], dict[str, float]]:
-    """Calibration, thresholds ``(classes,)`` and metrics, from the validation posts.
-
-    Metrics are of the calibrated scores, which are what the bundle gives. Without validation:
-    none, 0.5 and none.
-    """
-    valid = prepared.data.valid
-    if valid is None:
-        return None, np.full(len(prepared.labels), 0.5, np.float32), {}
-    raw, targets = trainer.scores(model, prepared.data, valid)
-    calibration = fit_calibration(settings.bundle.calibration, raw, targets)
-    scores = calibrated(calibration, raw)
-    thresholds = fit_thresholds(
-        scores,
-        targets,
-        min_positives=settings.bundle.min_positives,
-        precision=settings.bundle.precision,
+    if len(measured.scores):
+        aps = average_precisions(measured.scores, measured.targets)
+        known = aps[~np.isnan(aps)]
+        trained.log.curves(measured.targets, measured.scores, known, at=trained.best_epoch)
+    if not wanted:
+        return version, None
+    seconds = time.monotonic() - started
+    page = report_run(
+        settings, prepared, trained, measured, subsets, version=version, seconds=seconds
     )
-    return calibration, thresholds, metrics.summary(scores, targets, thresholds)
+    return version, page

@@ -56,6 +56,23 @@ class Archive(MongoEdge):
             }
         yield from islice(self._without_jobs(self._ids(condition)), limit)
 
+    def matching_ids(self, condition: Mapping[str, Any], limit: int | None = None) -> Iterator[str]:
+        """IDs of the posts that match a MongoDB condition, as text, while they are read."""
+        yield from islice(self._ids(condition), limit)
+
+    def matching(self, condition: Mapping[str, Any]) -> int:
+        """How many posts match a MongoDB condition."""
+        with self.edge():
+            return int(self.posts.count_documents(condition))
+
+    def among(self, post_ids: Iterable[str], condition: Mapping[str, Any]) -> Iterator[str]:
+        """Those of the IDs whose posts are there and match a condition, in order."""
+        path = self.settings.fields.id
+        for chunk in _chunks(post_ids):
+            wanted = [value for post_id in chunk for value in id_candidates(post_id)]
+            found = set(self._ids({"$and": [{path: {"$in": wanted}}, condition]}))
+            yield from (post_id for post_id in chunk if post_id in found)
+
     def _ids(self, condition: Mapping[str, Any]) -> Iterator[str]:
         path = self.settings.fields.id
         with self.edge():

@@ -31,8 +31,8 @@ from workers.events import (
     TaskFailed,
     TaskPool,
 )
-from workers.plan import PostPlan, Step, is_worker_death
-from workers.protocol import Decoded, DecodeTask, Failure, Features, Fetched, FuseTask, Tags
+from workers.plan import PostPlan, Step, costs_attempt
+from workers.protocol import Decoded, Failure, Features, Fetched, FuseTask, Tags
 
 _POLL_S = 0.25
 _LOOK_EVERY_S = 1.0
@@ -64,7 +64,8 @@ class _Flight:
     def stage(self) -> str:
         """What the post is waiting for, the earliest stage first."""
         stages = {step.stage for step in self.tasks.values()}
-        return next((s for s in ("fetch", "decode", "extract") if s in stages), "fuse")
+        order = ("recall", "fetch", "decode", "extract")
+        return next((s for s in order if s in stages), "fuse")
 
     @property
     def timings_ms(self) -> dict[str, int]:
@@ -135,7 +136,10 @@ class Dispatcher:
         while self._inbox:
             started = self._inbox.popleft()
             plan = PostPlan(
-                started.post, self._settings.features, max_media=self._settings.fetch.max_media
+                started.post,
+                self._settings.features,
+                max_media=self._settings.fetch.max_media,
+                cache=self._settings.cache.url is not None,
             )
             deadline = time.monotonic() + self._settings.king.post_deadline_s
             flight = _Flight(started, plan, deadline)
@@ -187,9 +191,8 @@ class Dispatcher:
             return
         step = flight.tasks.pop(event.task_id)
         flight.seconds[step.stage] += event.seconds
-        if isinstance(step.task, DecodeTask):
-            _delete(step.task.path)
         follow = flight.plan.done(step, result)
+        _let_go(step, follow)
         self._submit(flight, follow)
         # Only now: the slot must not be free before the tasks that read it are known.
         self._release(result)
@@ -208,13 +211,15 @@ class Dispatcher:
             self._attempt_failed(flight, failure)
             return
         step = flight.tasks.pop(event.task_id)
-        if isinstance(step.task, DecodeTask):
-            _delete(step.task.path)
-        if _costs_attempt(failure) and not self._last(flight):
+        if costs_attempt(step, failure) and not self._last(flight):
+            _let_go(step)
             self._attempt_failed(flight, failure)
             return
-        flight.failures.append(failure)
-        self._submit(flight, flight.plan.failed(step, failure))
+        if step.stage != "recall":
+            flight.failures.append(failure)
+        follow = flight.plan.failed(step, failure)
+        _let_go(step, follow)
+        self._submit(flight, follow)
         self._advance(flight)
 
     def _advance(self, flight: _Flight) -> None:
@@ -270,8 +275,7 @@ class Dispatcher:
             if self._by_task.pop(task_id, None) is not None:
                 self._pool.cancel(task_id)
         for step in flight.tasks.values():
-            if isinstance(step.task, DecodeTask):
-                _delete(step.task.path)
+            _let_go(step)
         self._on_outcome(outcome)
 
     def _last(self, flight: _Flight) -> bool:
@@ -297,10 +301,10 @@ class Dispatcher:
         self._board.workers = [{**view, "rss_mb": _rss_mb(view["pid"])} for view in views]
 
 
-def _costs_attempt(failure: Failure) -> bool:
-    """Whether a step's failure says more about its worker than about its media file."""
-    in_worker = failure.stage in ("decode", "extract")
-    return is_worker_death(failure) or (failure.retryable and in_worker)
+def _let_go(step: Step, follow: Sequence[Step] = ()) -> None:
+    """Remove the file that an ended step held, unless one that follows needs it."""
+    if step.holds is not None and all(each.holds != step.holds for each in follow):
+        _delete(step.holds)
 
 
 def _delete(path: str) -> None:

@@ -14,7 +14,18 @@ from typing import Any
 import typer
 
 from config.errors import ConfigError, TaggingError
-from scripts.commands import dead, publish, services, show, status, tag
+from scripts.commands import (
+    cache,
+    dead,
+    export,
+    labels,
+    publish,
+    retag,
+    services,
+    show,
+    status,
+    tag,
+)
 
 # typer has carried click inside since 0.2x and imported it before: the class is found either way.
 _USAGE_ERROR: type[Exception] = next(
@@ -32,11 +43,15 @@ def build_app() -> typer.Typer:
         rich_markup_mode=None,
     )
     app.command("publish")(publish.publish)
+    app.command("retag")(retag.retag)
     app.command("tag")(tag.tag)
     app.command("status")(status.status)
     app.command("show")(show.show)
+    app.command("export")(export.export)
     groups = {
         "dead": ("The dead letters: posts set aside with their reason.", dead.COMMANDS),
+        "labels": ("The taxonomy: recorded changes and checks.", labels.COMMANDS),
+        "cache": ("The feature cache.", cache.COMMANDS),
         "services": ("The embedded broker and database.", services.COMMANDS),
     }
     for name, (text, commands) in groups.items():

@@ -9,7 +9,7 @@ from urllib.parse import unquote
 
 from config.errors import FeatureError
 from extractors.feature_file import feature_path, read_features, read_fingerprints
-from extractors.post import Features, Modality
+from extractors.post import Features, Stream
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class FeatureFiles:
 
     root: Path | None = None
 
-    def fingerprints(self, post_id: str, path: Path | None) -> Mapping[Modality, str]:
+    def fingerprints(self, post_id: str, path: Path | None) -> Mapping[Stream, str]:
         """What a post's features were made with.
 
         Raises:
@@ -31,14 +31,14 @@ class FeatureFiles:
         return read_fingerprints(path or feature_path(self._root(post_id), post_id))
 
     def features(
-        self, post_id: str, path: Path | None, fingerprints: Mapping[Modality, str] | None
+        self, post_id: str, path: Path | None, fingerprints: Mapping[Stream, str] | None
     ) -> Features:
         """A post's features.
 
         Args:
             post_id: Its ID; empty takes it from the file's name.
             path: Its file, in the layout of `extractors.feature_file`; None finds it by ID.
-            fingerprints: The modalities wanted and what they must be made with; None is all.
+            fingerprints: The streams wanted and what they must be made with; None is all.
 
         Raises:
             FeatureError: There is no such file, it is broken, or made otherwise.

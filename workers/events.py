@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypeAlias
 
 from config.settings import ExtractorName
-from workers.protocol import Failure, Result, Task, WorkerRole
+from workers.protocol import Failure, Result, Stream, Task, WorkerRole
 
 WorkerState: TypeAlias = Literal["waiting", "starting", "ready", "refused"]
 
@@ -98,6 +99,11 @@ class TaskPool(Protocol):
     @property
     def bundle(self) -> tuple[str, str] | None:
         """Name and version of the bundle that is served."""
+        ...
+
+    @property
+    def fingerprints(self) -> Mapping[Stream, str]:
+        """Stream ─► fingerprint of the features that the extractors give, once ready."""
         ...
 
     @property

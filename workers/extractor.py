@@ -9,9 +9,12 @@ from config.errors import ConfigError
 from extractors.suite import ExtractorSuite
 from workers.arena import Arena
 from workers.batch import Outcome
+from workers.cache.features import FeatureCache
+from workers.cache.guarded import GuardedStore
+from workers.cache.writer import CacheWriter
 from workers.child import Context, serve
 from workers.pipe import Pipe
-from workers.protocol import ExtractTask, Task
+from workers.protocol import Extracted, ExtractTask, Task
 from workers.tasks import run_extract
 
 
@@ -22,14 +25,25 @@ class _Extractors:
             context.settings.features, launch.device, launch.extractors, threads=launch.threads
         )
         self._arena = arena
+        self._settings = context.settings
+        self._writer: CacheWriter | None = None
 
     def load(self) -> Mapping[str, str]:
         self._suite.load()
+        if self._settings.cache.url is not None:
+            cache = FeatureCache(GuardedStore.open(self._settings.cache), self._settings)
+            cache.expect(self._suite.by_extractor)
+            self._writer = CacheWriter(cache)
         return {"fingerprints": json.dumps(dict(self._suite.by_extractor))}
 
     def run(self, tasks: Sequence[Task]) -> list[Outcome]:
         wanted = [task for task in tasks if isinstance(task, ExtractTask)]
-        return run_extract(self._suite, wanted, self._arena)
+        outcomes = run_extract(self._suite, wanted, self._arena)
+        if self._writer is not None:
+            for task, outcome in zip(wanted, outcomes, strict=True):
+                if isinstance(outcome, Extracted):
+                    self._writer.keep(task, outcome)
+        return outcomes
 
     def between(self, pipe: Pipe) -> float | None:
         return None
@@ -38,6 +52,8 @@ class _Extractors:
         pass
 
     def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
         self._suite.close()
         self._arena.close()
 

@@ -6,10 +6,13 @@ is the other side's choice, so every one of these is bounded here.
 
 from __future__ import annotations
 
+import hashlib
 import os
+import time
 import zlib
 from collections.abc import Iterator
 from contextlib import closing
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Protocol
 from urllib.parse import urljoin, urlsplit
@@ -45,15 +48,20 @@ class Fetcher:
         self._guard = Guard(allow_private=settings.allow_private_hosts)
         self._session = guarded_session(self._guard, user_agent=settings.user_agent)
 
-    def fetch(self, media: Media, target: Path) -> Fetched:
+    def fetch(self, media: Media, target: Path, *, tries: int = FETCH_TRIES) -> Fetched:
         """Download to a file that must not exist yet.
+
+        Args:
+            media: What to download.
+            target: Where to.
+            tries: Attempts in all, close together; who waits longer between them asks for one.
 
         Raises:
             FetchRetryable: It may succeed later: time-out, broken connection, HTTP 408, 429, 5xx.
             FetchRefused: It must not or cannot be had.
         """
         with self._guard.clock(self._settings.total_timeout_s):
-            for left in range(FETCH_TRIES - 1, -1, -1):
+            for left in range(tries - 1, -1, -1):
                 try:
                     return self._try(media.source, target)
                 except FetchRetryable:
@@ -64,7 +72,7 @@ class Fetcher:
                 except BaseException:
                     target.unlink(missing_ok=True)
                     raise
-        raise FetchRetryable("no try was made")  # not reached: FETCH_TRIES is positive
+        raise FetchRetryable("no try was made")  # not reached: tries is positive
 
     def close(self) -> None:
         """Close the connections."""
@@ -73,11 +81,13 @@ class Fetcher:
     def _try(self, url: str, target: Path) -> Fetched:
         try:
             with closing(self._open(url)) as response:
-                return Fetched(str(target), self._save(response, target))
+                return self._save(response, target)
         except ForbiddenAddress as error:
             raise FetchRefused(str(error)) from error
         except Unreachable as error:
-            raise FetchRetryable(self._cut_or(str(error))) from error
+            retryable = FetchRetryable(self._cut_or(str(error)))
+            retryable.unreachable = True
+            raise retryable from error
         except Expired as error:
             raise FetchRetryable(self._cut_or("")) from error
         except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
@@ -104,18 +114,21 @@ class Fetcher:
             url = urljoin(url, location)
         raise FetchRefused(f"more than {self._settings.max_redirects} redirects")
 
-    def _save(self, response: requests.Response, target: Path) -> int:
+    def _save(self, response: requests.Response, target: Path) -> Fetched:
         status = response.status_code
         if status != 200:
-            kind = FetchRetryable if status in _RETRYABLE or status >= 500 else FetchRefused
-            raise kind(f"HTTP {status}")
+            if status not in _RETRYABLE and status < 500:
+                raise FetchRefused(f"HTTP {status}")
+            retryable = FetchRetryable(f"HTTP {status}")
+            retryable.retry_after_s = seconds_of(response.headers.get("Retry-After", ""))
+            raise retryable
         content_type = response.headers.get("Content-Type", "").partition(";")[0].strip().lower()
         if content_type.startswith("text/html") or content_type in _NO_MEDIA:
             raise FetchRefused(f"content type {content_type[:60]} is no media")
         length = response.headers.get("Content-Length", "")
         if length.isdigit() and int(length[:20]) > self._settings.max_bytes:
             raise self._too_large()
-        size = 0
+        size, digest = 0, hashlib.sha256()
         try:
             descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
             with os.fdopen(descriptor, "wb") as file:
@@ -123,6 +136,7 @@ class Fetcher:
                     size += len(chunk)
                     if size > self._settings.max_bytes:
                         raise self._too_large()
+                    digest.update(chunk)
                     file.write(chunk)
         except OSError as error:
             raise FetchRetryable(f"spool: {error.strerror or error}") from error
@@ -130,7 +144,7 @@ class Fetcher:
             raise Expired  # a body without a length ends where the clock has cut it
         if not size:
             raise FetchRefused("the answer is empty")
-        return size
+        return Fetched(str(target), size, digest.hexdigest())
 
     def _too_large(self) -> FetchRefused:
         return FetchRefused(f"larger than fetch.max_bytes ({self._settings.max_bytes})")
@@ -166,6 +180,18 @@ def _check_url(url: str) -> None:
         raise FetchRefused(f"scheme {parts.scheme[:20]!r} is not http or https")
     if not parts.hostname:
         raise FetchRefused("the URL names no host")
+
+
+def seconds_of(retry_after: str) -> float | None:
+    """The header Retry-After, seconds or a date; None for anything else."""
+    text = retry_after.strip()
+    if text.isascii() and text.isdigit():
+        return float(text[:9])
+    try:
+        moment = parsedate_to_datetime(text)
+        return max(0.0, moment.timestamp() - time.time())
+    except (TypeError, ValueError, OverflowError, OSError):
+        return None
 
 
 class _Unpacker(Protocol):

@@ -16,7 +16,7 @@ from workers.batch import Outcome
 from workers.child import Context, serve
 from workers.manifest import mismatch
 from workers.pipe import Pipe
-from workers.protocol import BundleLoaded, Expect, FuseTask, Modality, Task
+from workers.protocol import BundleLoaded, Expect, FuseTask, Stream, Task
 from workers.tasks import run_fuse
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class _Fusion:
         self._device = device
         self._inferer: Inferer | None = None
         self._seen: _Signature = ()
-        self._expected: Mapping[Modality, str] | None = None
+        self._expected: Mapping[Stream, str] | None = None
         self._look_at = 0.0
         self._announced = ""
 

@@ -9,14 +9,16 @@ from collections.abc import Mapping
 from typing import TypeAlias
 
 from config.settings import Settings
-from workers.protocol import DecodeTask, ExtractTask, FetchTask, Task
+from workers.protocol import DecodeTask, ExtractTask, FetchTask, RecallTask, Task
 
 Lane: TypeAlias = str
-"""``fetch``, ``decode``, ``fuse``, or an extractor's name."""
+"""``recall``, ``fetch``, ``decode``, ``fuse``, or an extractor's name."""
 
 
 def lane_of(task: Task) -> Lane:
     """The lane of a task."""
+    if isinstance(task, RecallTask):
+        return "recall"
     if isinstance(task, FetchTask):
         return "fetch"
     if isinstance(task, DecodeTask):
@@ -25,13 +27,20 @@ def lane_of(task: Task) -> Lane:
 
 
 def stage_of(lane: Lane) -> str:
-    """``fetch``, ``decode``, ``extract`` or ``fuse``."""
-    return lane if lane in ("fetch", "decode", "fuse") else "extract"
+    """``recall``, ``fetch``, ``decode``, ``extract`` or ``fuse``."""
+    return lane if lane in ("recall", "fetch", "decode", "fuse") else "extract"
 
 
 def batch_rows(settings: Settings) -> Mapping[Lane, int]:
-    """Rows of a full batch: frames, images, patches, texts, pictures or posts."""
+    """Rows of a full batch: frames, images, patches, texts, pictures or posts.
+
+    With one row, each task is a batch of its own; its extractor cuts it as its settings say.
+    """
     features = settings.features
+    if not settings.workers.share_batches:
+        return dict.fromkeys(("video", "image", "audio", "text", "ocr"), 1) | {
+            "fuse": settings.fusion.batch_size
+        }
     hosts = [group.threads for group in settings.workers.extractors if "ocr" in group.extractors]
     return {
         "video": features.video.batch_size,

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from config.settings import BrokerSettings, ExtractorName, Settings, StoreSettings
+from config.settings import (
+    BrokerSettings,
+    CacheSettings,
+    ExtractorName,
+    Section,
+    Settings,
+    StoreSettings,
+)
 from workers.lanes import Lane
 from workers.protocol import WorkerRole
 
@@ -16,6 +23,7 @@ ROLES: Mapping[WorkerRole, str] = MappingProxyType(
         "decode": "workers.decoder:run",
         "extract": "workers.extractor:run",
         "fuse": "workers.fuser:run",
+        "cache": "workers.cache.process:run",
     }
 )
 """Role ─► ``module:function``, by name so that the King never imports what the workers load."""
@@ -73,20 +81,36 @@ class WorkerSpec:
     limit_s: float
 
 
-def without_credentials(settings: Settings) -> Settings:
+def without_credentials(settings: Settings, role: WorkerRole = "decode") -> Settings:
     """What a worker may know: it has no business with the broker and the database.
 
-    A decoder that is taken over by what it decodes finds no password in its memory.
+    A decoder that is taken over by what it decodes finds no password in its memory; the feature
+    cache is known only to those who use it.
     """
-    return settings.model_copy(update={"broker": BrokerSettings(), "store": StoreSettings()})
+    hidden: dict[str, Section] = {"broker": BrokerSettings(), "store": StoreSettings()}
+    if role not in ("cache", "extract"):
+        hidden["cache"] = CacheSettings()
+    return settings.model_copy(update=hidden)
 
 
 FETCH_TRIES = 2
+_RECALL_MARGIN_S = 30  # it answers in time by itself; this is for a process that hangs whole
 _FETCH_MARGIN_S = 30  # name resolution cannot be interrupted from inside the process
 
 
-def worker_specs(settings: Settings) -> list[WorkerSpec]:
-    """Every worker process that the settings ask for."""
+def worker_specs(
+    settings: Settings,
+    *,
+    fuse: bool = True,
+    extractors: Collection[ExtractorName] | None = None,
+) -> list[WorkerSpec]:
+    """Every worker process that the settings ask for.
+
+    Args:
+        settings: Of the whole.
+        fuse: Whether there is a fusion worker, which needs a bundle.
+        extractors: Only these are hosted; None: all.
+    """
     fetch, decode, workers = settings.fetch, settings.decode, settings.workers
     specs = [
         WorkerSpec(
@@ -100,39 +124,58 @@ def worker_specs(settings: Settings) -> list[WorkerSpec]:
             limit_s=fetch.total_timeout_s + _FETCH_MARGIN_S,
         )
     ]
+    if settings.cache.url is not None:
+        specs.append(
+            WorkerSpec(
+                role="cache",
+                name="cache-0",
+                lanes=("recall",),
+                device="cpu",
+                extractors=(),
+                threads=1,
+                at_most=4 * settings.cache.threads,  # it never waits for the King's next poll
+                limit_s=2 * settings.cache.timeout_s + _RECALL_MARGIN_S,
+            )
+        )
     specs += [
         WorkerSpec("decode", f"decode-{i}", ("decode",), "cpu", (), 1, 1, decode.deadline_s)
         for i in range(decode.processes)
     ]
-    placed = [group for group in workers.extractors for _ in range(group.processes)]
+    hosted = [
+        (group, _hosted(settings, group.extractors, extractors)) for group in workers.extractors
+    ]
+    placed = [(group, names) for group, names in hosted if names for _ in range(group.processes)]
     specs += [
         WorkerSpec(
             role="extract",
             name=f"extract-{i}",
-            lanes=_hosted(settings, group.extractors),
+            lanes=names,
             device=group.device,
-            extractors=_hosted(settings, group.extractors),
+            extractors=names,
             threads=group.threads,
             at_most=None,
             limit_s=workers.task_timeout_s,
         )
-        for i, group in enumerate(placed)
+        for i, (group, names) in enumerate(placed)
     ]
-    fusion = settings.fusion
-    specs.append(
-        WorkerSpec(
-            role="fuse",
-            name="fuse-0",
-            lanes=("fuse",),
-            device=fusion.device,
-            extractors=(),
-            threads=fusion.threads,
-            at_most=None,
-            limit_s=workers.task_timeout_s,
-        )
+    return [*specs, _fusion_spec(settings)] if fuse else specs
+
+
+def _fusion_spec(settings: Settings) -> WorkerSpec:
+    return WorkerSpec(
+        role="fuse",
+        name="fuse-0",
+        lanes=("fuse",),
+        device=settings.fusion.device,
+        extractors=(),
+        threads=settings.fusion.threads,
+        at_most=None,
+        limit_s=settings.workers.task_timeout_s,
     )
-    return specs
 
 
-def _hosted(settings: Settings, names: tuple[ExtractorName, ...]) -> tuple[ExtractorName, ...]:
-    return tuple(name for name in names if name != "ocr" or settings.features.ocr.enabled)
+def _hosted(
+    settings: Settings, names: tuple[ExtractorName, ...], only: Collection[ExtractorName] | None
+) -> tuple[ExtractorName, ...]:
+    wanted = [name for name in names if only is None or name in only]
+    return tuple(name for name in wanted if name != "ocr" or settings.features.ocr.enabled)

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import tempfile
 from collections import deque
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 
-from config.errors import BundleError, FeatureError, FetchRefused, TaggingError
+from config.errors import BundleError, FeatureError, TaggingError
 from config.settings import Settings
 from workers.arena import Arena
 from workers.batch import Outcome, failure_of
+from workers.cache.features import FeatureCache
+from workers.cache.guarded import GuardedStore
 from workers.fetch import Fetcher
 from workers.manifest import mismatch
 from workers.plan import PostPlan, Step
@@ -28,12 +31,15 @@ from workers.protocol import (
     FetchTask,
     FuseTask,
     Media,
-    Modality,
     Post,
+    Recalled,
+    RecallTask,
+    Stream,
     Tags,
     Task,
     slot_bytes,
 )
+from workers.sources import is_url, local_file
 from workers.spool import file_name
 from workers.tasks import run_decode, run_extract, run_fuse
 
@@ -66,10 +72,11 @@ class LocalTagger:
         self._fetcher: Fetcher | None = None
         self._spool: tempfile.TemporaryDirectory[str] | None = None
         self._downloads = 0
+        self._cache: FeatureCache | None = None
 
     @property
-    def fingerprints(self) -> dict[Modality, str]:
-        """Fingerprint of each modality, once loaded."""
+    def fingerprints(self) -> dict[Stream, str]:
+        """Fingerprint of each stream, once loaded."""
         return self._loaded()[0].fingerprints
 
     def load(self, *, fusion: bool = True) -> None:
@@ -87,6 +94,10 @@ class LocalTagger:
             self._suite = suite
             # One slot: a media file's arrays are extracted before the next file is decoded.
             self._arena = Arena.private(1, slot_bytes(self._settings))
+            if self._settings.cache.url is not None:
+                cache = FeatureCache(GuardedStore.open(self._settings.cache), self._settings)
+                cache.expect(suite.by_extractor)
+                self._cache = cache
         if fusion and self._inferer is None:
             self._inferer = self._open_bundle(self._suite.fingerprints)
 
@@ -98,7 +109,13 @@ class LocalTagger:
             NothingUsable: Nothing is usable.
         """
         self._loaded()
-        plan = PostPlan(post, self._settings.features, max_media=self._settings.fetch.max_media)
+        plan = PostPlan(
+            post,
+            self._settings.features,
+            max_media=self._settings.fetch.max_media,
+            cache=self._cache is not None,
+            local=lambda source: not is_url(source),
+        )
         steps = deque(plan.start())
         while steps:
             step = steps.popleft()
@@ -107,7 +124,7 @@ class LocalTagger:
                 follow = plan.failed(step, outcome)
             else:
                 follow = plan.done(step, outcome)
-            self._clean(step)
+            self._clean(step, follow)
             # Depth first: what was decoded is extracted before the slot is written again.
             steps.extendleft(reversed(follow))
         return plan.features()
@@ -138,12 +155,14 @@ class LocalTagger:
 
     def close(self) -> None:
         """Free models, memory and files."""
-        for each in (self._suite, self._inferer, self._fetcher, self._arena):
+        store = self._cache.store if self._cache is not None else None
+        for each in (self._suite, self._inferer, self._fetcher, self._arena, store):
             if each is not None:
                 each.close()
         if self._spool is not None:
             self._spool.cleanup()
         self._suite = self._inferer = self._fetcher = self._arena = self._spool = None
+        self._cache = None
 
     def __enter__(self) -> LocalTagger:
         """Use with ``with``; `load` is still the caller's."""
@@ -165,7 +184,7 @@ class LocalTagger:
             raise RuntimeError("load() comes first")
         return self._suite, self._arena
 
-    def _open_bundle(self, fingerprints: dict[Modality, str]) -> Inferer:
+    def _open_bundle(self, fingerprints: dict[Stream, str]) -> Inferer:
         from workers.fuser import open_bundle
 
         inferer = open_bundle(self._settings.fusion, self._device)
@@ -177,16 +196,21 @@ class LocalTagger:
 
     def _run(self, step: Step) -> Outcome:
         try:
-            return self._execute(step.task)
+            outcome = self._execute(step.task)
         except TaggingError as error:
-            return failure_of(step.stage, error)
+            outcome = failure_of(step.stage, error)
+        if self._cache is not None:
+            self._cache.learn(step.task, outcome)
+        return outcome
 
     def _execute(self, task: Task) -> Outcome:
         suite, arena = self._loaded()
+        if isinstance(task, RecallTask):
+            return self._cache.recall(task) if self._cache is not None else Recalled()
         if isinstance(task, FetchTask):
             return self._fetch(task.media)
         if isinstance(task, DecodeTask):
-            in_slot = DecodeTask(task.kind, task.path, 0)
+            in_slot = replace(task, slot=0)
             return run_decode(in_slot, self._settings.features, self._settings.decode, arena)
         if isinstance(task, ExtractTask):
             return run_extract(suite, [task], arena)[0]
@@ -194,10 +218,7 @@ class LocalTagger:
 
     def _fetch(self, media: Media) -> Fetched:
         if not is_url(media.source):
-            path = Path(media.source)
-            if not path.is_file():
-                raise FetchRefused(f"{path}: no such file")
-            return Fetched(str(path), path.stat().st_size)
+            return local_file(media.source)
         if self._fetcher is None:
             self._fetcher = Fetcher(self._settings.fetch)
             self._spool = tempfile.TemporaryDirectory(prefix="insighttag-")
@@ -206,14 +227,10 @@ class LocalTagger:
         self._downloads += 1
         return self._fetcher.fetch(media, Path(self._spool.name) / file_name(self._downloads))
 
-    def _clean(self, step: Step) -> None:
-        """Delete a download once it is decoded; a file that was read in place stays."""
-        if isinstance(step.task, DecodeTask) and self._spool is not None:
-            path = Path(step.task.path)
-            if path.parent == Path(self._spool.name):
-                path.unlink(missing_ok=True)
-
-
-def is_url(source: str) -> bool:
-    """Whether a source is to be downloaded; ``C:/a.png`` and ``a.png`` are paths."""
-    return len(urlsplit(source).scheme) > 1
+    def _clean(self, step: Step, follow: Sequence[Step]) -> None:
+        """Delete a download once no step holds it; a file that was read in place stays."""
+        if step.holds is None or self._spool is None:
+            return
+        path = Path(step.holds)
+        if path.parent == Path(self._spool.name) and step.holds not in [s.holds for s in follow]:
+            path.unlink(missing_ok=True)

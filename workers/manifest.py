@@ -7,20 +7,30 @@ from collections.abc import Iterable, Mapping
 from typing import cast
 
 from config.errors import ConfigError
-from config.settings import ExtractorName, FeatureSettings
-from extractors.fingerprint import modality_fingerprints
-from workers.protocol import Modality
+from config.settings import FeatureSettings
+from extractors.fingerprint import stream_fingerprints
+from workers.protocol import Stream
 
 
 def expected_fingerprints(
     features: FeatureSettings, infos: Iterable[Mapping[str, str]]
-) -> dict[Modality, str]:
-    """Modality ─► fingerprint, from what the extract workers said in `Ready`.
+) -> dict[Stream, str]:
+    """Stream ─► fingerprint, from what the extract workers said in `Ready`.
 
     Raises:
         ConfigError: Two workers give the same extractor another fingerprint.
     """
-    by_extractor: dict[ExtractorName, str] = {}
+    by_extractor = extractor_fingerprints(infos)
+    return stream_fingerprints(features, by_extractor) if by_extractor else {}
+
+
+def extractor_fingerprints(infos: Iterable[Mapping[str, str]]) -> dict[Stream, str]:
+    """Fingerprint of each extractor, from what the extract workers said in `Ready`.
+
+    Raises:
+        ConfigError: Two workers give the same extractor another fingerprint.
+    """
+    by_extractor: dict[Stream, str] = {}
     for info in infos:
         for name, fingerprint in json.loads(info.get("fingerprints", "{}")).items():
             known = by_extractor.setdefault(name, fingerprint)
@@ -28,19 +38,19 @@ def expected_fingerprints(
                 raise ConfigError(
                     f"extractor {name} differs between workers: {known} and {fingerprint}"
                 )
-    return modality_fingerprints(features, by_extractor) if by_extractor else {}
+    return by_extractor
 
 
-def bundle_fingerprints(info: Mapping[str, str]) -> dict[Modality, str]:
-    """Modality ─► fingerprint, from what the fusion worker said in `Ready`."""
-    return cast("dict[Modality, str]", json.loads(info.get("fingerprints", "{}")))
+def bundle_fingerprints(info: Mapping[str, str]) -> dict[Stream, str]:
+    """Stream ─► fingerprint, from what the fusion worker said in `Ready`."""
+    return cast("dict[Stream, str]", json.loads(info.get("fingerprints", "{}")))
 
 
-def mismatch(bundle: Mapping[Modality, str], expected: Mapping[Modality, str]) -> str | None:
+def mismatch(bundle: Mapping[Stream, str], expected: Mapping[Stream, str]) -> str | None:
     """What the bundle wants and the extractors do not give, in one line; None when it fits."""
-    for modality, wanted in bundle.items():
-        given = expected.get(modality)
+    for stream, wanted in bundle.items():
+        given = expected.get(stream)
         if given != wanted:
             given = given or "nothing (its extractor is not enabled)"
-            return f"modality {modality}: the bundle needs {wanted}, the extractors give {given}"
+            return f"modality {stream}: the bundle needs {wanted}, the extractors give {given}"
     return None

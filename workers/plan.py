@@ -8,21 +8,28 @@ and tags online and offline.
                              └─► read (ocr) ─► [joined over the media]   ├─► Features ─► fuse
     text ───────────────────────► extract text, extract ocr ─────────────┘
 
+With a feature cache all of this is looked up first, and only what it does not know is done:
+
+    recall ─┬─► [features that are known] ───────────────────────────────────────► Features ─► fuse
+            └─► fetch ─► recall by content ─► decode ─► extract what is missing
+
 Extraction runs per media file and not per modality: a post never holds one slot while it waits
 for another, so posts cannot deadlock on slots.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from config.errors import NothingUsable, RetryableError, WorkerDied
+from config.errors import NothingUsable, RetryableError
 from config.settings import FeatureSettings
 from workers.protocol import (
     MODALITIES,
+    STREAMS,
     ArrayRef,
+    Asked,
     Decoded,
     DecodeTask,
     Extracted,
@@ -32,49 +39,81 @@ from workers.protocol import (
     Fetched,
     FetchTask,
     Media,
+    MediaKind,
     Modality,
+    PartKind,
     Post,
+    Recalled,
+    RecalledMedia,
+    RecallTask,
     Result,
     Status,
-    Task,
+    Stream,
+    modality_of,
 )
+from workers.step import NO_SLOT, Step, costs_attempt, is_worker_death
+from workers.texts import embedded_texts, read_text
+
+__all__ = ["NO_SLOT", "PostPlan", "Step", "costs_attempt", "is_worker_death"]
 
 _TEXT = -1  # media index of steps that belong to no media file
 
-NO_SLOT = -1
-"""Slot of a `DecodeTask` before its executor has assigned one."""
+_GIVES: dict[MediaKind, tuple[Modality, ...]] = {
+    "image": ("image",),
+    "video": ("video", "audio"),
+    "audio": ("audio",),
+}
+"""What a media file of a kind gives, apart from text to read."""
 
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One task of the plan and the media file it belongs to."""
-
-    task: Task
-    media_index: int
-
-    @property
-    def stage(self) -> str:
-        """``fetch``, ``decode`` or ``extract``."""
-        if isinstance(self.task, FetchTask):
-            return "fetch"
-        return "decode" if isinstance(self.task, DecodeTask) else "extract"
+_PART: dict[str, PartKind] = {"video": "frames", "image": "image", "audio": "patches"}
 
 
 class PostPlan:
     """State of one post between its arrival and its features."""
 
-    def __init__(self, post: Post, settings: FeatureSettings, *, max_media: int) -> None:
+    def __init__(
+        self,
+        post: Post,
+        settings: FeatureSettings,
+        *,
+        max_media: int,
+        modalities: frozenset[Modality] | None = None,
+        cache: bool = False,
+        local: Callable[[str], bool] = lambda _source: False,
+    ) -> None:
+        """Plan a post.
+
+        Args:
+            post: What is to be read.
+            settings: Of the extractors.
+            max_media: Media beyond it are left out.
+            modalities: Only what these need is fetched and extracted, the others are ``missing``;
+                None is all of them. `features` then gives what there is, be it nothing: the
+                caller knows the rest of the post.
+            cache: Whether there is a feature cache to ask, and to tell.
+            local: Which sources are paths of files that the cache may read to know them again;
+                never one that a post of the platform brings along.
+        """
         self.post = post
         self._settings = settings
-        self._media: tuple[Media, ...] = post.media[:max_media]
-        self.media_left_out = len(post.media) - len(self._media)
+        self._wanted = frozenset(MODALITIES) if modalities is None else modalities
+        self._partial = modalities is not None
+        listed = post.media[:max_media]
+        self.media_left_out = len(post.media) - len(listed)
+        self._reads = self._pictures_are_read()
+        self._media: tuple[Media, ...] = tuple(m for m in listed if self._gives(m.kind))
         self._open: set[Step] = set()
         self._media_open = len(self._media)
         self._tasks_of_media: dict[int, int] = {}
-        self._arrays: dict[tuple[Modality, int], np.ndarray] = {}
+        self._arrays: dict[tuple[Stream, int], np.ndarray] = {}
         self._read: dict[int, str] = {}
         self._failures: dict[Modality, list[Failure]] = {}
         self._text_issued = False
+        self._cache = cache
+        self._local = local
+        self._recalled: dict[int, RecalledMedia] = {}
+        self._known_texts: dict[str, np.ndarray] = {}
+        self._embedded: set[Modality] = set()
 
     @property
     def finished(self) -> bool:
@@ -83,12 +122,9 @@ class PostPlan:
 
     def start(self) -> list[Step]:
         """The steps that can run at once."""
-        steps = [Step(FetchTask(media), i) for i, media in enumerate(self._media)]
         self._tasks_of_media = dict.fromkeys(range(len(self._media)), 1)
-        if not self._media:
-            steps += self._text_steps()
-        elif self._settings.ocr_mode == "separate":
-            steps += self._embed("text", self.post.text)
+        asks = self._cache and bool(self._media or self.post.text.strip() or self.post.ocr)
+        steps = [self._recall_post()] if asks else self._begin()
         self._open.update(steps)
         return steps
 
@@ -96,13 +132,14 @@ class PostPlan:
         """Take a step's result and give the steps that follow from it."""
         self._open.discard(step)
         follow: list[Step] = []
+        if isinstance(step.task, RecallTask):
+            return self._after_recall(step, step.task, result)
         if isinstance(result, Fetched):
-            media = self._media[step.media_index]
-            follow = [Step(DecodeTask(media.kind, result.path, NO_SLOT), step.media_index)]
+            follow = [self._after_fetch(step, result)]
         elif isinstance(result, Decoded):
-            for modality, failure in result.failures.items():
-                self._failures.setdefault(modality, []).append(failure)
-            follow = self._extract(step.media_index, result)
+            self._sides_failed(result.failures)
+            if isinstance(step.task, DecodeTask):
+                follow = self._extract(step.media_index, result, step.task.sha256)
         elif isinstance(result, Extracted) and isinstance(step.task, ExtractTask):
             self._keep(step, step.task, result)
         return self._advance(step, follow)
@@ -110,6 +147,10 @@ class PostPlan:
     def failed(self, step: Step, failure: Failure) -> list[Step]:
         """Take a step's failure: its modality is broken, the rest goes on."""
         self._open.discard(step)
+        if isinstance(step.task, RecallTask):
+            return self._after_recall(step, step.task, Recalled())
+        if isinstance(step.task, FetchTask):
+            self._take_ready(step.media_index)  # it is gone, and what it gave is known still
         self._failures.setdefault(self._blame(step), []).append(failure)
         return self._advance(step, [])
 
@@ -117,18 +158,19 @@ class PostPlan:
         """The post's features, once `finished`.
 
         Raises:
-            RetryableError: Nothing is usable, but a later attempt may do better.
-            NothingUsable: Nothing is usable.
+            RetryableError: Nothing is usable, but a later attempt may do better; never with
+                ``modalities``.
+            NothingUsable: Nothing is usable; never with ``modalities``.
         """
-        arrays: dict[Modality, np.ndarray] = {}
-        statuses: dict[Modality, Status] = {}
-        for modality in MODALITIES:
-            keys = sorted(key for key in self._arrays if key[0] == modality)
+        arrays: dict[Stream, np.ndarray] = {}
+        for stream in STREAMS:
+            keys = sorted(key for key in self._arrays if key[0] == stream)
             if keys:
-                arrays[modality] = np.concatenate([self._arrays[key] for key in keys])
-            statuses[modality] = self._status(modality, bool(keys))
-        if not arrays:
+                arrays[stream] = np.concatenate([self._arrays[key] for key in keys])
+        if not arrays and not self._partial:
             raise self._nothing_usable()
+        there = {modality_of(stream) for stream in arrays}
+        statuses = {m: self._status(m, m in there) for m in MODALITIES}
         return Features(
             post_id=self.post.post_id,
             arrays=arrays,
@@ -137,9 +179,97 @@ class PostPlan:
             ocr_text=self._ocr_text(),
         )
 
+    # Cache -----------------------------------------------------------------------------------
+
+    def _begin(self) -> list[Step]:
+        """The steps of what is not known."""
+        steps = [Step(FetchTask(m), i) for i, m in enumerate(self._media) if not self._whole(i)]
+        self._media_open = len(steps)
+        if not steps:
+            return self._text_steps()
+        if self._settings.ocr_mode == "separate":
+            steps += self._embed("text", self.post.text)
+        return steps
+
+    def _recall_post(self) -> Step:
+        texts = frozenset[Modality](("text", "ocr")) & self._wanted
+        media = tuple(
+            Asked(i, m, self._parts(m.kind), local=self._local(m.source))
+            for i, m in enumerate(self._media)
+        )
+        mode = self._settings.ocr_mode
+        return Step(RecallTask(media, texts, self.post.text, self.post.ocr, mode), _TEXT)
+
+    def _after_fetch(self, step: Step, fetched: Fetched) -> Step:
+        """Decode it; first ask for content that nobody has asked for yet."""
+        index = step.media_index
+        media, known = self._media[index], self._recalled.get(index)
+        sha256 = fetched.sha256 if self._cache else ""
+        if known is not None and self._local(media.source):
+            sha256 = known.sha256
+        if known is not None and known.sha256 != sha256:
+            known = None
+            del self._recalled[index]  # the URL leads to another file now
+        if sha256 and known is None:
+            asked = Asked(index, media, self._parts(media.kind), sha256)
+            return Step(RecallTask((asked,), path=fetched.path), index)
+        return Step(DecodeTask(media.kind, fetched.path, NO_SLOT, sha256), index)
+
+    def _after_recall(self, step: Step, task: RecallTask, result: Result) -> list[Step]:
+        if isinstance(result, Recalled):
+            self._recalled.update({known.index: known for known in result.media})
+            self._known_texts.update(result.texts)
+        for asked in task.media:
+            if self._whole(asked.index):
+                self._take_whole(asked.index)
+        if step.media_index == _TEXT:
+            follow = self._begin()
+            self._open.update(follow)
+            return follow
+        [asked] = task.media
+        if self._whole(asked.index):
+            return self._advance(step, [])
+        decode = DecodeTask(asked.media.kind, task.path, NO_SLOT, asked.sha256)
+        return self._advance(step, [Step(decode, asked.index)])
+
+    def _whole(self, index: int) -> bool:
+        known = self._recalled.get(index)
+        return known is not None and known.whole
+
+    def _take_whole(self, index: int) -> None:
+        """What is known of a file stands for all that it would give."""
+        known = self._recalled[index]
+        self._take_ready(index)
+        if known.failure is not None:
+            blamed = self._blame_media(self._media[index].kind)
+            self._failures.setdefault(blamed, []).append(known.failure)
+        self._sides_failed(known.failures)
+
+    def _take_ready(self, index: int) -> frozenset[PartKind]:
+        """Take what is known of a file; gives what need not be extracted."""
+        known = self._recalled.get(index)
+        if known is None:
+            return frozenset()
+        for stream, array in known.arrays.items():
+            if len(array):
+                self._arrays[(stream, index)] = array
+        if known.text is not None:
+            self._read[index] = known.text
+        return known.ready
+
     # Parts -----------------------------------------------------------------------------------
 
-    def _extract(self, index: int, decoded: Decoded) -> list[Step]:
+    def _parts(self, kind: MediaKind) -> tuple[PartKind, ...]:
+        """What would be extracted of a file of a kind."""
+        parts = [_PART[m] for m in _GIVES[kind] if m in self._wanted]
+        return (*parts, *(("picture",) if self._reads and kind != "audio" else ()))
+
+    def _sides_failed(self, failures: Mapping[Modality, Failure]) -> None:
+        for modality, failure in failures.items():
+            if modality in self._wanted:
+                self._failures.setdefault(modality, []).append(failure)
+
+    def _extract(self, index: int, decoded: Decoded, sha256: str) -> list[Step]:
         refs: dict[str, list[ArrayRef]] = {}
         for part in decoded.parts:
             refs.setdefault(part.kind, []).append(part.ref)
@@ -149,15 +279,21 @@ class PostPlan:
             ("patches", ExtractTask("audio", "audio")),
             ("picture", ExtractTask("ocr", "ocr")),
         )
+        ready = self._take_ready(index)
+        source = sha256, self._media[index].kind
         return [
-            Step(ExtractTask(task.extractor, task.modality, tuple(refs[kind])), index)
-            for kind, task in wanted
-            if kind in refs and not (kind == "picture" and self.post.ocr is not None)
+            Step(ExtractTask(t.extractor, t.modality, tuple(refs[kind]), "", *source), index)
+            for kind, t in wanted
+            if kind in refs
+            and (self._reads if kind == "picture" else t.modality in self._wanted)
+            and kind not in ready
         ]
 
     def _keep(self, step: Step, task: ExtractTask, result: Extracted) -> None:
         if result.array is not None and len(result.array):
             self._arrays[(task.modality, step.media_index)] = result.array
+            for stream, array in result.also.items():
+                self._arrays[(stream, step.media_index)] = array
         if result.text is not None:
             self._read[step.media_index] = result.text
 
@@ -175,31 +311,48 @@ class PostPlan:
     def _text_steps(self) -> list[Step]:
         """The embeddings that wait for what was read in the pictures."""
         self._text_issued = True
-        read = self._ocr_text() or ""
-        if self._settings.ocr_mode == "append":
-            both = "\n".join(text for text in (self.post.text.strip(), read) if text)
-            return self._embed("text", both)
-        steps = [] if self._media else self._embed("text", self.post.text)
-        return steps + self._embed("ocr", read)
+        texts = embedded_texts(self.post.text, self._ocr_text(), self._settings.ocr_mode)
+        return [s for m, t in texts.items() if m not in self._embedded for s in self._embed(m, t)]
 
     def _embed(self, modality: Modality, text: str) -> list[Step]:
-        if not text.strip():
+        if not text.strip() or modality not in self._wanted:
             return []
-        return [Step(ExtractTask("text", modality, text=text), _TEXT)]
+        self._embedded.add(modality)
+        known = self._known_texts.get(text)
+        if known is None:
+            return [Step(ExtractTask("text", modality, text=text), _TEXT)]
+        if len(known):
+            self._arrays[(modality, _TEXT)] = known
+        return []
 
     def _ocr_text(self) -> str | None:
-        if self.post.ocr is not None:
-            return self.post.ocr
-        lines = [self._read[i].strip() for i in sorted(self._read)]
-        text = "\n".join(line for line in lines if line)
-        return text or None
+        return read_text(self.post.ocr, self._read)
 
     def _blame(self, step: Step) -> Modality:
         if isinstance(step.task, ExtractTask):
             return step.task.modality
-        return self._media[step.media_index].kind
+        return self._blame_media(self._media[step.media_index].kind)
+
+    def _blame_media(self, kind: MediaKind) -> Modality:
+        return kind if kind in self._wanted else self._gives(kind)[0]
+
+    def _pictures_are_read(self) -> bool:
+        if not self._settings.ocr.enabled or self.post.ocr is not None:
+            return False
+        appended = self._settings.ocr_mode == "append" and "text" in self._wanted
+        return appended or "ocr" in self._wanted
+
+    def _gives(self, kind: MediaKind) -> tuple[Modality, ...]:
+        """What is wanted of a media file of a kind; nothing: it need not be fetched."""
+        wanted = tuple(m for m in _GIVES[kind] if m in self._wanted)
+        if not self._reads or kind == "audio":
+            return wanted
+        appended = self._settings.ocr_mode == "append" and "text" in self._wanted
+        return (*wanted, "text" if appended else "ocr")
 
     def _status(self, modality: Modality, present: bool) -> Status:
+        if modality not in self._wanted:
+            return "missing"
         if modality == "ocr" and self._settings.ocr_mode == "append":
             present = bool(self._ocr_text())  # it has no array: it is inside the text's
         if present:
@@ -213,11 +366,8 @@ class PostPlan:
         reasons = "; ".join(
             f"{modality}: {listed[0].message}" for modality, listed in self._failures.items()
         )
+        error: NothingUsable | RetryableError = NothingUsable(f"nothing usable: {reasons}")
         if any(f.retryable for f in failures):
-            return RetryableError(f"nothing usable yet: {reasons}")
-        return NothingUsable(f"nothing usable: {reasons}")
-
-
-def is_worker_death(failure: Failure) -> bool:
-    """Whether a step failed because its worker died, which costs the post an attempt."""
-    return failure.type == WorkerDied.__name__
+            error = RetryableError(f"nothing usable yet: {reasons}")
+        error.reasons = {modality: listed[0].message for modality, listed in self._failures.items()}
+        return error

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import structlog
 
 from config.errors import ConfigError, RetryableError, WorkerDied
-from config.settings import Settings
+from config.settings import ExtractorName, Settings
 from workers.arena import create_arena
 from workers.crew import TICK_S, Crew, Gone, Report
 from workers.events import (
@@ -27,8 +27,14 @@ from workers.events import (
     WorkerView,
 )
 from workers.launch import ROLES, Launch, WorkerSpec, without_credentials, worker_specs
-from workers.manifest import bundle_fingerprints, expected_fingerprints, mismatch
+from workers.manifest import (
+    bundle_fingerprints,
+    expected_fingerprints,
+    extractor_fingerprints,
+    mismatch,
+)
 from workers.member import Member
+from workers.notes import note_of
 from workers.pipe import PipeBroken
 from workers.protocol import (
     Began,
@@ -39,10 +45,13 @@ from workers.protocol import (
     Failed,
     Failure,
     Fetched,
-    Modality,
+    Known,
     Ready,
+    RecallTask,
     Refused,
     Reply,
+    Result,
+    Stream,
     Task,
     WorkerRole,
     slot_bytes,
@@ -66,6 +75,8 @@ __all__ = [
 _log = structlog.get_logger()
 
 _FALSE_STARTS = 3
+RECALL_S = 2.0
+"""A look-up in the cache may wait so long, beyond its own limit, before the post goes on."""
 
 
 class ProcessPool:
@@ -85,6 +96,8 @@ class ProcessPool:
         *,
         roles: Mapping[WorkerRole, str] = ROLES,
         grace_s: float = 5.0,
+        fuse: bool = True,
+        extractors: Collection[ExtractorName] | None = None,
     ) -> None:
         """Describe the pool; starts nothing.
 
@@ -92,13 +105,15 @@ class ProcessPool:
             settings: Which workers, and their limits.
             roles: Role ─► ``module:function``; only tests pass another.
             grace_s: A begun task runs at least this long before its deadline kills its worker.
+            fuse: Whether there is a fusion worker; without one, no bundle is needed.
+            extractors: Only these are loaded; None: all.
         """
         self._settings = settings
         self._roles = roles
         self._slot_bytes = slot_bytes(settings)
         self._scheduler = Scheduler(settings, grace_s=grace_s)
         self._crew = Crew(
-            worker_specs(settings),
+            worker_specs(settings, fuse=fuse, extractors=extractors),
             self._launch,
             start_timeout_s=settings.workers.start_timeout_s,
         )
@@ -107,7 +122,7 @@ class ProcessPool:
         self._spool: Spool | None = None
         self._stopped = False
         self._next_tick = 0.0
-        self._expected: Mapping[Modality, str] = {}
+        self._expected: Mapping[Stream, str] = {}
         self.ready = False
         self.refused: str | None = None
         self.bundle: tuple[str, str] | None = None
@@ -116,6 +131,11 @@ class ProcessPool:
     def workers(self) -> list[WorkerView]:
         """Every worker, in a fixed order."""
         return [m.view(self._scheduler.load(m.name)) for m in self._crew.members.values()]
+
+    @property
+    def fingerprints(self) -> Mapping[Stream, str]:
+        """Stream ─► fingerprint of the features that the extractors give, once ready."""
+        return self._expected
 
     # The caller's side ------------------------------------------------------------------------
 
@@ -135,6 +155,8 @@ class ProcessPool:
         Raises:
             ValueError: It refers to a slot that is not the caller's (any more).
         """
+        if isinstance(task, RecallTask):  # a post does not wait for a cache
+            deadline = min(deadline, time.monotonic() + RECALL_S + self._settings.cache.timeout_s)
         return self._scheduler.submit(task, deadline, priority)
 
     def cancel(self, task_id: int) -> None:
@@ -198,6 +220,8 @@ class ProcessPool:
         if self.ready:
             for name, envelope in self._scheduler.dispatch(now):
                 self._crew.send(self._crew.members[name], envelope)
+            for entry in self._scheduler.strand("recall"):
+                self._fail(entry, RetryableError, "the cache worker is away", None)
 
     def _enforce_deadlines(self, now: float) -> None:
         overdue = self._scheduler.overdue(now)
@@ -273,6 +297,7 @@ class ProcessPool:
         elif isinstance(message, Failed):
             entry = self._scheduler.ended(member.name, message.task_id, now, gives_slot=False)
             if entry is not None:
+                self._remember(entry.task, message.failure)
                 self._events.append(TaskFailed(entry.task_id, message.failure, member.name))
         else:
             raise PipeBroken(f"unexpected {type(message).__name__}")
@@ -286,10 +311,20 @@ class ProcessPool:
         gives = isinstance(result, Decoded) and bool(result.parts)
         entry = self._scheduler.ended(member.name, message.task_id, now, gives_slot=gives)
         if entry is not None:
+            self._remember(entry.task, result)
             done = TaskDone(entry.task_id, result, message.seconds, member.name)
             self._events.append(done)
         elif isinstance(result, Fetched):
             self._spool.remove(result.path)
+
+    def _remember(self, task: Task, outcome: Result | Failure) -> None:
+        """Let the cache worker keep what was learnt of a file; one that lags behind is not told."""
+        cache = self._crew.members.get("cache-0")
+        if cache is None or cache.process is None or cache.state != "ready":
+            return
+        note = note_of(task, outcome)
+        if note is not None and not cache.process.pipe.unsent:
+            self._crew.send(cache, note)
 
     # Readiness --------------------------------------------------------------------------------
 
@@ -299,7 +334,7 @@ class ProcessPool:
             run=self._roles[spec.role],
             role=spec.role,
             name=spec.name,
-            settings=without_credentials(self._settings).model_dump_json(),
+            settings=without_credentials(self._settings, spec.role).model_dump_json(),
             device="cuda:0" if spec.device.startswith("cuda:") else spec.device,
             extractors=spec.extractors,
             threads=spec.threads,
@@ -335,14 +370,17 @@ class ProcessPool:
         except ConfigError as error:
             self._refuse(str(error))
             return False
-        fuse = next(m for m in members if m.spec.role == "fuse")
-        wrong = mismatch(bundle_fingerprints(fuse.info), self._expected)
+        made_for = [bundle_fingerprints(m.info) for m in members if m.spec.role == "fuse"]
+        wrong = mismatch(made_for[0], self._expected) if made_for else None
         if wrong is not None:
             self._refuse(f"fusion.bundle {self._settings.fusion.bundle}: {wrong}")
         return wrong is None
 
     def _admit(self, member: Member) -> None:
         spec = member.spec
+        if spec.role == "cache":
+            infos = [m.info for m in self._crew.members.values() if m.spec.role == "extract"]
+            self._crew.send(member, Known(extractor_fingerprints(infos)))
         self._scheduler.add(Load(spec.name, spec.lanes, spec.at_most, spec.limit_s))
         if spec.role == "fuse":
             self._crew.send(member, Expect(dict(self._expected)))

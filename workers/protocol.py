@@ -19,6 +19,7 @@ import numpy as np
 from config.settings import ExtractorName, Settings
 from extractors.post import (
     MODALITIES,
+    STREAMS,
     Failure,
     FeatureArray,
     Features,
@@ -27,13 +28,26 @@ from extractors.post import (
     Modality,
     Post,
     Status,
+    Stream,
     Tag,
     Tags,
+    modality_of,
+)
+from workers.lookup import (
+    Asked,
+    Known,
+    PartKind,
+    Recalled,
+    RecalledMedia,
+    RecallTask,
+    Remember,
 )
 
 __all__ = [
     "MODALITIES",
+    "STREAMS",
     "ArrayRef",
+    "Asked",
     "Began",
     "BundleLoaded",
     "DecodeTask",
@@ -46,10 +60,12 @@ __all__ = [
     "ExtractorName",
     "Failed",
     "Failure",
+    "FeatureArray",
     "Features",
     "FetchTask",
     "Fetched",
     "FuseTask",
+    "Known",
     "Media",
     "MediaKind",
     "Modality",
@@ -57,20 +73,25 @@ __all__ = [
     "PartKind",
     "Post",
     "Ready",
+    "RecallTask",
+    "Recalled",
+    "RecalledMedia",
     "Refused",
+    "Remember",
     "Reply",
     "Result",
     "Status",
     "Stop",
+    "Stream",
     "Tag",
     "Tags",
     "Task",
     "WorkerRole",
+    "modality_of",
     "slot_bytes",
 ]
 
-WorkerRole: TypeAlias = Literal["fetch", "decode", "extract", "fuse"]
-PartKind: TypeAlias = Literal["frames", "image", "patches", "picture"]
+WorkerRole: TypeAlias = Literal["fetch", "decode", "extract", "fuse", "cache"]
 
 PATCH_FRAMES, PATCH_BANDS, PATCH_S = 96, 64, 0.96
 
@@ -120,11 +141,16 @@ class FetchTask:
 
 @dataclass(frozen=True, slots=True)
 class DecodeTask:
-    """Decode one local media file into a slot."""
+    """Decode one local media file into a slot.
+
+    Attributes:
+        sha256: Of its content, hex, where what it gives is to be remembered.
+    """
 
     kind: MediaKind
     path: str
     slot: int
+    sha256: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,12 +161,16 @@ class ExtractTask:
         extractor: ``ocr`` reads ``refs`` (pictures) into text; ``text`` embeds ``text``; the
             others turn ``refs`` into a feature array.
         modality: Which modality the result belongs to (``text`` serves ``text`` and ``ocr``).
+        sha256: Of the media file's content, hex, where the result is to be remembered.
+        kind: Of the media file.
     """
 
     extractor: ExtractorName
     modality: Modality
     refs: tuple[ArrayRef, ...] = ()
     text: str = ""
+    sha256: str = ""
+    kind: MediaKind | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +180,7 @@ class FuseTask:
     features: Features
 
 
-Task: TypeAlias = FetchTask | DecodeTask | ExtractTask | FuseTask
+Task: TypeAlias = RecallTask | FetchTask | DecodeTask | ExtractTask | FuseTask
 
 
 # Results -------------------------------------------------------------------------------------
@@ -158,10 +188,15 @@ Task: TypeAlias = FetchTask | DecodeTask | ExtractTask | FuseTask
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
-    """A media file in the spool folder; who gets it deletes it."""
+    """A media file in the spool folder; who gets it deletes it.
+
+    Attributes:
+        sha256: Of its content, hex, hashed as it came; empty where it was not.
+    """
 
     path: str
     size_bytes: int
+    sha256: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,13 +214,19 @@ class Decoded:
 
 @dataclass(frozen=True, slots=True)
 class Extracted:
-    """An extractor's result: float16 ``(n, dim)``, or the text that OCR read."""
+    """An extractor's result: float16 ``(n, dim)``, or the text that OCR read.
+
+    Attributes:
+        array: Of the modality's own stream.
+        also: Further streams of the modality, where ``array`` has rows.
+    """
 
     array: FeatureArray | None = None
     text: str | None = None
+    also: Mapping[Stream, FeatureArray] = field(default_factory=dict)
 
 
-Result: TypeAlias = Fetched | Decoded | Extracted | Tags
+Result: TypeAlias = Recalled | Fetched | Decoded | Extracted | Tags
 
 
 # Messages ------------------------------------------------------------------------------------
@@ -210,7 +251,7 @@ class Envelope:
 class Expect:
     """King ─► fusion worker: the extractors' fingerprints, which every later bundle must match."""
 
-    fingerprints: Mapping[Modality, str]
+    fingerprints: Mapping[Stream, str]
 
 
 @dataclass(frozen=True, slots=True)

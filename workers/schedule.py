@@ -12,7 +12,7 @@ import heapq
 import itertools
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from config.settings import Settings
 from workers.lanes import Lane, batch_rows, lane_of, stage_of, weight_of
@@ -53,7 +53,7 @@ class Entry:
 
     @property
     def stage(self) -> str:
-        """``fetch``, ``decode``, ``extract`` or ``fuse``."""
+        """``recall``, ``fetch``, ``decode``, ``extract`` or ``fuse``."""
         return stage_of(self.lane)
 
 
@@ -228,6 +228,15 @@ class Scheduler:
                 self._requeue(entry, solo=suspect)
         return charged
 
+    def strand(self, lane: Lane) -> list[Entry]:
+        """Give back the queued tasks of a lane that no worker serves now."""
+        if not self._queued.get(lane) or any(lane in load.lanes for load in self._loads.values()):
+            return []
+        stranded = [entry for _, entry in self._queues[lane] if not entry.dropped]
+        for entry in stranded:
+            self._drop(entry)
+        return stranded
+
     def overdue(self, now: float) -> Overdue:
         """Fail tasks past their deadline (once), and find the workers to kill.
 
@@ -342,7 +351,7 @@ class Scheduler:
             entry.slot = self.slots.acquire()
             if entry.slot is None:
                 raise RuntimeError("a decode task was picked without a free slot")
-            task = DecodeTask(task.kind, task.path, entry.slot)
+            task = replace(task, slot=entry.slot)
         entry.deliveries += 1
         entry.sent_at, entry.holder = now, load.name
         load.held[entry.task_id] = entry

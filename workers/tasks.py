@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -53,7 +53,7 @@ def run_extract(suite: ExtractorSuite, tasks: Sequence[ExtractTask], arena: Aren
         results = suite.run(some[0].extractor, [_item(task, arena) for task in some])
         if some[0].extractor == "ocr":
             return [Extracted(text=text) for text in results]
-        return [Extracted(array=array) for array in results]
+        return [_extracted(result) for result in results]
 
     return run_batch("extract", run, tasks)
 
@@ -65,6 +65,14 @@ def run_fuse(inferer: Inferer, tasks: Sequence[FuseTask]) -> list[Outcome]:
         DeviceLost: The process must be replaced.
     """
     return run_batch("fuse", lambda some: inferer.predict([t.features for t in some]), tasks)
+
+
+def _extracted(result: Any) -> Extracted:
+    """One array, or the streams of the video, of which its own comes first."""
+    if not isinstance(result, Mapping):
+        return Extracted(array=result)
+    streams = dict(result)
+    return Extracted(array=streams.pop("video"), also=streams)
 
 
 def _item(task: ExtractTask, arena: Arena) -> Any:

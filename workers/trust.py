@@ -11,6 +11,7 @@ from pathlib import Path
 from workers.pipe import PipeBroken
 from workers.protocol import (
     MODALITIES,
+    STREAMS,
     ArrayRef,
     Began,
     BundleLoaded,
@@ -22,13 +23,14 @@ from workers.protocol import (
     Fetched,
     Part,
     Ready,
+    Recalled,
     Refused,
     Result,
     Tags,
 )
 from workers.schedule import Entry
 
-_BY_LANE: dict[str, type] = {"fetch": Fetched, "decode": Decoded, "fuse": Tags}
+_BY_LANE: dict[str, type] = {"recall": Recalled, "fetch": Fetched, "decode": Decoded, "fuse": Tags}
 _KINDS = ("frames", "image", "patches", "picture")
 _MAX_PARTS = 4096
 
@@ -45,6 +47,10 @@ def check_result(entry: Entry, result: Result, spool: Path) -> None:
         raise PipeBroken("a download outside the spool")
     if isinstance(result, Decoded):
         _check_decoded(entry, result)
+    if isinstance(result, Extracted) and not (
+        type(result.also) is dict and all(stream in STREAMS for stream in result.also)
+    ):
+        raise PipeBroken("features of no stream")
 
 
 def check_message(message: object) -> None:

@@ -1,4 +1,4 @@
-"""A bidirectional LSTM with attention for each modality."""
+"""A bidirectional LSTM with attention for each stream."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch import nn
 
 from config.fusion_models import AttentionLstmSettings
 from config.train import ModelSettings
-from extractors.post import Modality
+from extractors.post import Stream
 from fusion.models.base import Fused, FusionModel, Stage, learned_vectors
 from fusion.schema import InputSchema
 
 
 class Branch(nn.Module):
-    """Tokens of one modality: FC, tanh ─► LSTM both ways ─► dropout ─► sum by softmax attention.
+    """Tokens of one stream: FC, tanh ─► LSTM both ways ─► dropout ─► sum by softmax attention.
 
     Source: PaddleVideo, VideoTag's attention LSTM.
     """
@@ -54,7 +54,7 @@ class Branch(nn.Module):
 
 
 class AttentionLSTM(FusionModel):
-    """A `Branch` for each modality ─► concat ─► FC, ReLU ─► FC, tanh ─► logits."""
+    """A `Branch` for each stream ─► concat ─► FC, ReLU ─► FC, tanh ─► logits."""
 
     def __init__(self, schema: InputSchema, settings: ModelSettings) -> None:
         super().__init__(schema, settings)
@@ -82,15 +82,15 @@ class AttentionLSTM(FusionModel):
         )
 
     def fuse(
-        self, tokens: Mapping[Modality, torch.Tensor], masks: Mapping[Modality, torch.Tensor]
+        self, tokens: Mapping[Stream, torch.Tensor], masks: Mapping[Stream, torch.Tensor]
     ) -> Fused:
         """Logits ``(posts, classes)``."""
-        alone: dict[Modality, torch.Tensor] = {}
-        for modality in self.modalities:
-            mask = masks[modality]
-            vector = self.branches[modality](tokens[modality], mask)
+        alone: dict[Stream, torch.Tensor] = {}
+        for stream in self.streams:
+            mask = masks[stream]
+            vector = self.branches[stream](tokens[stream], mask)
             there = mask.any(dim=1, keepdim=True)
-            alone[modality] = torch.where(there, vector, self.missing[modality])
-        vectors = torch.cat([alone[m] for m in self.modalities], dim=1)
+            alone[stream] = torch.where(there, vector, self.missing[stream])
+        vectors = torch.cat([alone[m] for m in self.streams], dim=1)
         vector = torch.tanh(self.narrow(torch.relu(self.join(vectors))))  # (posts, width)
         return Fused(self.classify(vector), alone)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from config.train import ModelSettings
-from extractors.post import Modality
+from extractors.post import Modality, Stream, modality_of
 from fusion.collate import Batch
 from fusion.schema import InputSchema
 
@@ -34,12 +34,12 @@ class Fused(NamedTuple):
 
     Attributes:
         logits: ``(posts, classes)``.
-        alone: A vector ``(posts, width)`` of each modality, made of it alone; anything for posts
-            without the modality.
+        alone: A vector ``(posts, width)`` of each stream, made of it alone; anything for posts
+            without the stream.
     """
 
     logits: torch.Tensor
-    alone: Mapping[Modality, torch.Tensor]
+    alone: Mapping[Stream, torch.Tensor]
 
 
 class Outputs(NamedTuple):
@@ -47,27 +47,27 @@ class Outputs(NamedTuple):
 
     Attributes:
         logits: float32 ``(posts, classes)``.
-        own: Logits float32 ``(posts, classes)`` of each modality's own head; empty without heads.
-        there: bool ``(posts,)``, True where the post has the modality and it was not hidden.
+        own: Logits float32 ``(posts, classes)`` of each stream's own head; empty without heads.
+        there: bool ``(posts,)``, True where the post has the stream and it was not hidden.
     """
 
     logits: torch.Tensor
-    own: Mapping[Modality, torch.Tensor]
-    there: Mapping[Modality, torch.Tensor]
+    own: Mapping[Stream, torch.Tensor]
+    there: Mapping[Stream, torch.Tensor]
 
 
 class FusionModel(nn.Module):
     """A batch of posts in, logits ``(posts, classes)`` out.
 
-    Padding, and what stands in the padding, changes nothing; a missing modality is replaced by a
-    learned vector. With ``model.auxiliary`` each modality also has a head of its own, which is
+    Padding, and what stands in the padding, changes nothing; a missing stream is replaced by a
+    learned vector. With ``model.auxiliary`` each stream also has a head of its own, which is
     there for training only.
     """
 
     def __init__(self, schema: InputSchema, settings: ModelSettings) -> None:
         super().__init__()
         self.schema = schema
-        self.modalities: tuple[Modality, ...] = tuple(schema.dims)
+        self.streams: tuple[Stream, ...] = tuple(schema.dims)
         self.drop = ModalityDropout(settings.modality_dropout)
         self.has_own_heads = settings.auxiliary > 0
 
@@ -76,7 +76,7 @@ class FusionModel(nn.Module):
         return self._fused(batch)[0].logits.float()
 
     def outputs(self, batch: Batch) -> Outputs:
-        """Logits of the model and of each modality's own head."""
+        """Logits of the model and of each stream's own head."""
         fused, masks = self._fused(batch)
         heads = self._own_heads()
         return Outputs(
@@ -87,7 +87,7 @@ class FusionModel(nn.Module):
 
     @abstractmethod
     def fuse(
-        self, tokens: Mapping[Modality, torch.Tensor], masks: Mapping[Modality, torch.Tensor]
+        self, tokens: Mapping[Stream, torch.Tensor], masks: Mapping[Stream, torch.Tensor]
     ) -> Fused:
         """Logits from tokens ``(posts, n, dim)``, zero where masks ``(posts, n)`` are False.
 
@@ -121,34 +121,33 @@ class FusionModel(nn.Module):
             with torch.no_grad():
                 head.bias.copy_(torch.logit(frequencies.clamp(1e-3, 1 - 1e-3)))
 
-    def _add_own_heads(self, widths: Mapping[Modality, int]) -> None:
+    def _add_own_heads(self, widths: Mapping[Stream, int]) -> None:
         """Called last in ``__init__`` with the widths of `Fused.alone`."""
         if self.has_own_heads:
             classes = self.schema.classes
             self.own = nn.ModuleDict({m: nn.Linear(w, classes) for m, w in widths.items()})
 
-    def _own_heads(self) -> dict[Modality, nn.Linear]:
+    def _own_heads(self) -> dict[Stream, nn.Linear]:
         if not self.has_own_heads:
             return {}
-        found: dict[Modality, nn.Linear] = {}
-        for modality in self.modalities:
-            head = self.own[modality]
+        found: dict[Stream, nn.Linear] = {}
+        for stream in self.streams:
+            head = self.own[stream]
             if isinstance(head, nn.Linear):
-                found[modality] = head
+                found[stream] = head
         return found
 
-    def _fused(self, batch: Batch) -> tuple[Fused, Mapping[Modality, torch.Tensor]]:
+    def _fused(self, batch: Batch) -> tuple[Fused, Mapping[Stream, torch.Tensor]]:
         masks = {m: _some(mask) for m, mask in self.drop(batch.masks).items()}
         # Zero where masked: a NaN in the padding would pass through 0 · NaN.
         tokens = {
-            m: _some(batch.tokens[m]).masked_fill(~masks[m][:, :, None], 0.0)
-            for m in self.modalities
+            m: _some(batch.tokens[m]).masked_fill(~masks[m][:, :, None], 0.0) for m in self.streams
         }
         return self.fuse(tokens, masks), masks
 
 
 def _some(rows: torch.Tensor) -> torch.Tensor:
-    """``(posts, n, …)`` with n at least 1: a modality that no post has gets a row of padding.
+    """``(posts, n, …)`` with n at least 1: a stream that no post has gets a row of padding.
 
     Its layers then take part in every step, which DDP demands.
     """
@@ -156,27 +155,35 @@ def _some(rows: torch.Tensor) -> torch.Tensor:
 
 
 class ModalityDropout(nn.Module):
-    """In training, hides whole modalities of a post at random, but never the last one it has."""
+    """In training, hides whole modalities of a post at random, but never the last one it has.
+
+    The streams of a modality are hidden together.
+    """
 
     def __init__(self, chance: float) -> None:
         super().__init__()
         self.chance = chance
 
-    def forward(self, masks: Mapping[Modality, torch.Tensor]) -> dict[Modality, torch.Tensor]:
+    def forward(self, masks: Mapping[Stream, torch.Tensor]) -> dict[Stream, torch.Tensor]:
         """Masks ``(posts, n)`` with the hidden modalities all False."""
         if not self.training or self.chance == 0:
             return dict(masks)
-        names = list(masks)
-        present = torch.stack([masks[m].any(dim=1) for m in names], dim=1)  # (posts, modalities)
+        there: dict[Modality, torch.Tensor] = {}
+        for stream, mask in masks.items():
+            modality, some = modality_of(stream), mask.any(dim=1)
+            there[modality] = there[modality] | some if modality in there else some
+        names = list(there)
+        present = torch.stack(list(there.values()), dim=1)  # (posts, modalities)
         draw = torch.rand(present.shape, device=present.device)
         # The present one with the highest draw always stays.
         stays = draw.masked_fill(~present, -1.0).argmax(dim=1, keepdim=True)
         kept = (draw >= self.chance).scatter(1, stays, True)
-        return {m: masks[m] & kept[:, i : i + 1] for i, m in enumerate(names)}
+        kept_of = {m: kept[:, i : i + 1] for i, m in enumerate(names)}  # (posts, 1) each
+        return {s: mask & kept_of[modality_of(s)] for s, mask in masks.items()}
 
 
 def learned_vectors(schema: InputSchema, width: int) -> nn.ParameterDict:
-    """A small random vector ``(width,)`` for each modality."""
+    """A small random vector ``(width,)`` for each stream."""
     return nn.ParameterDict({m: nn.Parameter(torch.randn(width) * 0.02) for m in schema.dims})
 
 

@@ -9,10 +9,10 @@ from torch import nn
 from torch.nn import functional
 
 from config.errors import ConfigError
-from extractors.post import Modality
+from extractors.post import Stream
 from fusion.schema import ORDERED, InputSchema
 
-_CHANGING: frozenset[Modality] = frozenset({"video", "audio"})
+_CHANGING: frozenset[Stream] = frozenset({"video", "audio"})
 
 
 def positions(count: int, width: int) -> torch.Tensor:
@@ -38,7 +38,7 @@ def refuse_uneven(width: int, heads: int, key: str) -> None:
 
 
 class Projection(nn.Module):
-    """Features of one modality ─► tokens of the transformer's width.
+    """Features of one stream ─► tokens of the transformer's width.
 
     With ``motion`` a token also carries its change from the one before: how something moves is
     visible only there, and attention finds it in few examples only when it is handed over.
@@ -62,14 +62,14 @@ class Projection(nn.Module):
 
 
 def projections(schema: InputSchema, width: int, *, motion: bool) -> nn.ModuleDict:
-    """A `Projection` for each modality; motion only for those that move."""
+    """A `Projection` for each stream; motion only for those that move."""
     return nn.ModuleDict(
         {m: Projection(d, width, motion=motion and m in _CHANGING) for m, d in schema.dims.items()}
     )
 
 
 def position_scales(schema: InputSchema) -> nn.ParameterDict:
-    """How much positions count, for each modality whose tokens have an order."""
+    """How much positions count, for each stream whose tokens have an order."""
     return nn.ParameterDict(
         {m: nn.Parameter(torch.tensor(0.2)) for m in schema.dims if m in ORDERED}
     )

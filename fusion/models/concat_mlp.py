@@ -9,14 +9,14 @@ import torch
 from torch import nn
 
 from config.train import ModelSettings
-from extractors.post import Modality
+from extractors.post import Stream
 from fusion.models.base import Fused, FusionModel, Stage
 from fusion.models.pooling import MeanPooling
 from fusion.schema import InputSchema
 
 
 class ConcatMLP(FusionModel):
-    """Mean of each modality's tokens ─► projection ─► concat ─► layers with ReLU ─► logits."""
+    """Mean of each stream's tokens ─► projection ─► concat ─► layers with ReLU ─► logits."""
 
     def __init__(self, schema: InputSchema, settings: ModelSettings) -> None:
         super().__init__(schema, settings)
@@ -39,11 +39,11 @@ class ConcatMLP(FusionModel):
         return (Stage("modality", ("pool",)), *hidden, Stage("head", ("classify",)))
 
     def fuse(
-        self, tokens: Mapping[Modality, torch.Tensor], masks: Mapping[Modality, torch.Tensor]
+        self, tokens: Mapping[Stream, torch.Tensor], masks: Mapping[Stream, torch.Tensor]
     ) -> Fused:
         """Logits ``(posts, classes)``."""
         alone = self.pool(tokens, masks)
-        vector = torch.relu(torch.cat([alone[m] for m in self.modalities], dim=1))
+        vector = torch.relu(torch.cat([alone[m] for m in self.streams], dim=1))
         for layer in self.hidden:
             vector = torch.relu(layer(self.dropout(vector)))  # (posts, width)
         return Fused(self.classify(self.dropout(vector)), alone)

@@ -8,17 +8,17 @@ import torch
 from torch import nn
 
 from config.train import ModelSettings
-from extractors.post import Modality
+from extractors.post import Stream
 from fusion.models.base import Fused, FusionModel, Stage, learned_vectors, masked_mean
 from fusion.models.gate import SqueezeExcitation
 from fusion.models.pooling import NeXtVLAD
 from fusion.schema import InputSchema
 
-_CLUSTERED: frozenset[Modality] = frozenset({"video", "audio"})
+_CLUSTERED: frozenset[Stream] = frozenset({"video", "audio"})
 
 
 class ConcatSE(FusionModel):
-    """One vector of each modality ─► projection ─► concat ─► dropout ─► FC ─► SE ─► logits.
+    """One vector of each stream ─► projection ─► concat ─► dropout ─► FC ─► SE ─► logits.
 
     Source: the TAAC-2021 multimodal tagging baseline, whose pooling of video and sound is NeXtVLAD.
     """
@@ -58,18 +58,18 @@ class ConcatSE(FusionModel):
         )
 
     def fuse(
-        self, tokens: Mapping[Modality, torch.Tensor], masks: Mapping[Modality, torch.Tensor]
+        self, tokens: Mapping[Stream, torch.Tensor], masks: Mapping[Stream, torch.Tensor]
     ) -> Fused:
         """Logits ``(posts, classes)``."""
-        alone: dict[Modality, torch.Tensor] = {}
-        for modality in self.modalities:
-            mask = masks[modality]
-            normed = self.norms[modality](tokens[modality])  # (posts, n, dim)
-            clustered = modality in self.vlads
-            pooled = self.vlads[modality](normed, mask) if clustered else masked_mean(normed, mask)
-            projected = self.projections[modality](pooled)  # (posts, modality_width)
+        alone: dict[Stream, torch.Tensor] = {}
+        for stream in self.streams:
+            mask = masks[stream]
+            normed = self.norms[stream](tokens[stream])  # (posts, n, dim)
+            clustered = stream in self.vlads
+            pooled = self.vlads[stream](normed, mask) if clustered else masked_mean(normed, mask)
+            projected = self.projections[stream](pooled)  # (posts, modality_width)
             there = mask.any(dim=1, keepdim=True)
-            alone[modality] = torch.where(there, projected, self.missing[modality])
-        vectors = torch.cat([alone[m] for m in self.modalities], dim=1)
+            alone[stream] = torch.where(there, projected, self.missing[stream])
+        vectors = torch.cat([alone[m] for m in self.streams], dim=1)
         joined = self.join(self.dropout(vectors))  # (posts, width)
         return Fused(self.classify(self.gate(joined)), alone)

@@ -8,14 +8,14 @@ import torch
 from torch import nn
 
 from config.train import ModelSettings
-from extractors.post import Modality
+from extractors.post import Stream
 from fusion.models.base import Fused, FusionModel, Stage
 from fusion.models.pooling import MeanPooling
 from fusion.schema import InputSchema
 
 
 class GMU(FusionModel):
-    """Mean of each modality ─► h ─► Σ gate · tanh(h) ─► FC, ReLU ─► logits.
+    """Mean of each stream ─► h ─► Σ gate · tanh(h) ─► FC, ReLU ─► logits.
 
     The gates are a softmax, for each element, over the modalities that are there: with two it is
     the sigmoid of the paper. What stands for a missing modality is seen by the gates of the others
@@ -51,13 +51,13 @@ class GMU(FusionModel):
         )
 
     def fuse(
-        self, tokens: Mapping[Modality, torch.Tensor], masks: Mapping[Modality, torch.Tensor]
+        self, tokens: Mapping[Stream, torch.Tensor], masks: Mapping[Stream, torch.Tensor]
     ) -> Fused:
         """Logits ``(posts, classes)``."""
         alone = self.pool(tokens, masks)
-        vectors = torch.stack([alone[m] for m in self.modalities], dim=1)
+        vectors = torch.stack([alone[m] for m in self.streams], dim=1)
         posts, count, width = vectors.shape  # (posts, modalities, width)
-        there = torch.stack([masks[m].any(dim=1) for m in self.modalities], dim=1)
+        there = torch.stack([masks[m].any(dim=1) for m in self.streams], dim=1)
         there = there | ~there.any(dim=1, keepdim=True)
         # (posts, modalities · width) -> (posts, modalities, width)
         gates = self.gates(vectors.flatten(1)).view(posts, count, width)

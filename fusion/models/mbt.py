@@ -9,14 +9,14 @@ import torch
 from torch import nn
 
 from config.train import ModelSettings
-from extractors.post import Modality
+from extractors.post import Stream
 from fusion.models.base import Fused, FusionModel, Stage, learned_vectors
 from fusion.models.blocks import Block, position_scales, positions, projections, refuse_uneven
 from fusion.schema import InputSchema
 
 
 class MBT(FusionModel):
-    """A transformer for each modality; in the last layers they share bottleneck tokens.
+    """A transformer for each stream; in the last layers they share bottleneck tokens.
 
     In such a layer each modality attends to itself and to the bottleneck tokens, and the updates
     of these are averaged over the modalities. The logits are the mean of what the [CLS] tokens of
@@ -80,18 +80,18 @@ class MBT(FusionModel):
         return frozenset({"bottlenecks"})
 
     def fuse(
-        self, tokens: Mapping[Modality, torch.Tensor], masks: Mapping[Modality, torch.Tensor]
+        self, tokens: Mapping[Stream, torch.Tensor], masks: Mapping[Stream, torch.Tensor]
     ) -> Fused:
         """Logits ``(posts, classes)``."""
         streams, seen = self._embed(tokens, masks)
         for layer in self.blocks[: self.first_shared]:
-            streams = {m: block(streams[m], seen[m]) for m, block in _of_modalities(layer)}
+            streams = {m: block(streams[m], seen[m]) for m, block in _of_streams(layer)}
         alone = {m: stream[:, 0] for m, stream in streams.items()}
-        posts = len(next(iter(streams.values())))
+        posts = next(iter(streams.values())).shape[0]
         shared = self.bottlenecks.expand(posts, -1, -1)  # (posts, bottlenecks, width)
         for layer in self.blocks[self.first_shared :]:
             streams, shared = self._exchange(layer, streams, seen, shared)
-        there = torch.stack([masks[m].any(dim=1) for m in self.modalities], dim=1)
+        there = torch.stack([masks[m].any(dim=1) for m in self.streams], dim=1)
         weights = (there | ~there.any(dim=1, keepdim=True)).float()  # (posts, modalities)
         weights = weights / weights.sum(dim=1, keepdim=True)
         said = [self.classify(self.dropout(self.norms[m](streams[m][:, 0]))) for m in streams]
@@ -99,45 +99,45 @@ class MBT(FusionModel):
         return Fused(logits, alone)
 
     def _embed(
-        self, tokens: Mapping[Modality, torch.Tensor], masks: Mapping[Modality, torch.Tensor]
-    ) -> tuple[dict[Modality, torch.Tensor], dict[Modality, torch.Tensor]]:
+        self, tokens: Mapping[Stream, torch.Tensor], masks: Mapping[Stream, torch.Tensor]
+    ) -> tuple[dict[Stream, torch.Tensor], dict[Stream, torch.Tensor]]:
         """[CLS], the tokens and the stand-in ``(posts, 1 + n + 1, width)``, and which are there."""
-        streams: dict[Modality, torch.Tensor] = {}
-        seen: dict[Modality, torch.Tensor] = {}
-        for modality in self.modalities:
-            mask = masks[modality]
-            projected = self.projections[modality](tokens[modality])  # (posts, n, width)
-            if modality in self.scales:
+        streams: dict[Stream, torch.Tensor] = {}
+        seen: dict[Stream, torch.Tensor] = {}
+        for stream in self.streams:
+            mask = masks[stream]
+            projected = self.projections[stream](tokens[stream])  # (posts, n, width)
+            if stream in self.scales:
                 places = self.places[: projected.shape[1]]
-                projected = projected + self.scales[modality] * places
-            start = self.starts[modality].expand(len(mask), 1, -1)
-            stand_in = self.missing[modality].expand(len(mask), 1, -1)
-            streams[modality] = self.dropout(torch.cat([start, projected, stand_in], dim=1))
+                projected = projected + self.scales[stream] * places
+            start = self.starts[stream].expand(mask.shape[0], 1, -1)
+            stand_in = self.missing[stream].expand(mask.shape[0], 1, -1)
+            streams[stream] = self.dropout(torch.cat([start, projected, stand_in], dim=1))
             there = mask.any(dim=1, keepdim=True)
-            seen[modality] = torch.cat([torch.ones_like(there), mask, ~there], dim=1)
+            seen[stream] = torch.cat([torch.ones_like(there), mask, ~there], dim=1)
         return streams, seen
 
     def _exchange(
         self,
         layer: nn.Module,
-        streams: Mapping[Modality, torch.Tensor],
-        seen: Mapping[Modality, torch.Tensor],
+        streams: Mapping[Stream, torch.Tensor],
+        seen: Mapping[Stream, torch.Tensor],
         shared: torch.Tensor,
-    ) -> tuple[dict[Modality, torch.Tensor], torch.Tensor]:
+    ) -> tuple[dict[Stream, torch.Tensor], torch.Tensor]:
         count = shared.shape[1]
         always = torch.ones(shared.shape[:2], dtype=torch.bool, device=shared.device)
-        found: dict[Modality, torch.Tensor] = {}
+        found: dict[Stream, torch.Tensor] = {}
         updates: list[torch.Tensor] = []
-        for modality, block in _of_modalities(layer):
-            both = torch.cat([shared, streams[modality]], dim=1)
-            mixed = block(both, torch.cat([always, seen[modality]], dim=1))
+        for stream, block in _of_streams(layer):
+            both = torch.cat([shared, streams[stream]], dim=1)
+            mixed = block(both, torch.cat([always, seen[stream]], dim=1))
             updates.append(mixed[:, :count])
-            found[modality] = mixed[:, count:]
+            found[stream] = mixed[:, count:]
         return found, torch.stack(updates).mean(dim=0)
 
 
-def _of_modalities(layer: nn.Module) -> list[tuple[Modality, nn.Module]]:
-    """The blocks of one layer, by modality."""
+def _of_streams(layer: nn.Module) -> list[tuple[Stream, nn.Module]]:
+    """The blocks of one layer, by stream."""
     if not isinstance(layer, nn.ModuleDict):
-        raise TypeError("a layer holds a block for each modality")
-    return [(cast(Modality, modality), block) for modality, block in layer.items()]
+        raise TypeError("a layer holds a block for each stream")
+    return [(cast(Stream, stream), block) for stream, block in layer.items()]

@@ -1,4 +1,4 @@
-"""NeXtVLAD of every modality with a squeeze-and-excitation gate."""
+"""NeXtVLAD of every stream with a squeeze-and-excitation gate."""
 
 from __future__ import annotations
 
@@ -8,15 +8,18 @@ import torch
 from torch import nn
 
 from config.train import ModelSettings
-from extractors.post import Modality
-from fusion.models.base import Fused, FusionModel, Stage
+from extractors.post import Stream
+from fusion.models.base import Fused, FusionModel, Stage, masked_mean
 from fusion.models.gate import SqueezeExcitation
 from fusion.models.pooling import NeXtVLAD
 from fusion.schema import InputSchema
 
+_WHOLE: frozenset[Stream] = frozenset({"video_lstm"})
+"""One vector says it all: there is nothing to cluster."""
+
 
 class NeXtVLADSE(FusionModel):
-    """LayerNorm ─► NeXtVLAD of each modality ─► concat ─► dropout ─► FC, BN ─► SE ─► logits.
+    """LayerNorm ─► NeXtVLAD of each stream ─► concat ─► dropout ─► FC, BN ─► SE ─► logits.
 
     Source: arXiv 1811.05014; linrongc/youtube-8m, nextvlad.py. There the features are whitened
     and need no LayerNorm, and the classifier is a mixture of experts.
@@ -29,18 +32,20 @@ class NeXtVLADSE(FusionModel):
         vlads: dict[str, NeXtVLAD] = {
             m: NeXtVLAD(d, options.nextvlad, share=2 if m == "audio" else 1)
             for m, d in schema.dims.items()
+            if m not in _WHOLE
         }
+        widths = {m: vlads[m].width if m in vlads else d for m, d in schema.dims.items()}
         self.vlads = nn.ModuleDict(vlads)
         self.missing = nn.ParameterDict(
-            {m: nn.Parameter(torch.randn(v.width) * 0.02) for m, v in vlads.items()}
+            {m: nn.Parameter(torch.randn(w) * 0.02) for m, w in widths.items()}
         )
         self.dropout = nn.Dropout(options.dropout)
-        joined = sum(v.width for v in vlads.values())
+        joined = sum(widths.values())
         self.join = nn.Linear(joined, options.width, bias=False)  # BN has the bias
         self.norm = nn.BatchNorm1d(options.width)
         self.gate = SqueezeExcitation(options.width, options.reduction)
         self.classify = nn.Linear(options.width, schema.classes)
-        self._add_own_heads({m: vlads[m].width for m in schema.dims})
+        self._add_own_heads(widths)
 
     @property
     def head(self) -> nn.Linear:
@@ -56,15 +61,17 @@ class NeXtVLADSE(FusionModel):
         )
 
     def fuse(
-        self, tokens: Mapping[Modality, torch.Tensor], masks: Mapping[Modality, torch.Tensor]
+        self, tokens: Mapping[Stream, torch.Tensor], masks: Mapping[Stream, torch.Tensor]
     ) -> Fused:
         """Logits ``(posts, classes)``."""
-        alone: dict[Modality, torch.Tensor] = {}
-        for modality in self.modalities:
-            mask = masks[modality]
-            vector = self.vlads[modality](self.norms[modality](tokens[modality]), mask)
+        alone: dict[Stream, torch.Tensor] = {}
+        for stream in self.streams:
+            mask = masks[stream]
+            normed = self.norms[stream](tokens[stream])  # (posts, n, dim)
+            clustered = stream in self.vlads
+            vector = self.vlads[stream](normed, mask) if clustered else masked_mean(normed, mask)
             there = mask.any(dim=1, keepdim=True)
-            alone[modality] = torch.where(there, vector, self.missing[modality])
-        vectors = torch.cat([alone[m] for m in self.modalities], dim=1)  # (posts, Σ K·λN/G)
+            alone[stream] = torch.where(there, vector, self.missing[stream])
+        vectors = torch.cat([alone[m] for m in self.streams], dim=1)  # (posts, Σ K·λN/G)
         joined = self.norm(self.join(self.dropout(vectors)))  # (posts, width)
         return Fused(self.classify(self.gate(joined)), alone)

@@ -1,4 +1,4 @@
-"""From the tokens of one modality to one vector."""
+"""From the tokens of one stream to one vector."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch import nn
 from torch.nn import functional
 
 from config.fusion_models import NextVladSettings
-from extractors.post import Modality
+from extractors.post import Stream
 from fusion.models.base import learned_vectors, masked_mean
 from fusion.schema import InputSchema
 
 
 class MeanPooling(nn.Module):
-    """Each modality: LayerNorm ─► mean of its tokens ─► projection, or its "missing" vector."""
+    """Each stream: LayerNorm ─► mean of its tokens ─► projection, or its "missing" vector."""
 
     def __init__(self, schema: InputSchema, width: int) -> None:
         super().__init__()
@@ -24,15 +24,15 @@ class MeanPooling(nn.Module):
         self.missing = learned_vectors(schema, width)
 
     def forward(
-        self, tokens: Mapping[Modality, torch.Tensor], masks: Mapping[Modality, torch.Tensor]
-    ) -> dict[Modality, torch.Tensor]:
-        """``(posts, width)`` of each modality."""
+        self, tokens: Mapping[Stream, torch.Tensor], masks: Mapping[Stream, torch.Tensor]
+    ) -> dict[Stream, torch.Tensor]:
+        """``(posts, width)`` of each stream."""
         return {m: self._vector(m, tokens[m], masks[m]) for m in tokens}
 
-    def _vector(self, modality: Modality, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        pooled = masked_mean(self.norms[modality](tokens), mask)  # (posts, dim)
-        projected = self.projections[modality](pooled)  # (posts, width)
-        return torch.where(mask.any(dim=1, keepdim=True), projected, self.missing[modality])
+    def _vector(self, stream: Stream, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        pooled = masked_mean(self.norms[stream](tokens), mask)  # (posts, dim)
+        projected = self.projections[stream](pooled)  # (posts, width)
+        return torch.where(mask.any(dim=1, keepdim=True), projected, self.missing[stream])
 
 
 class MaskedBatchNorm(nn.BatchNorm1d):
@@ -63,7 +63,7 @@ class MaskedBatchNorm(nn.BatchNorm1d):
 
 
 class NeXtVLAD(nn.Module):
-    """Tokens of one modality ─► how they differ from learned clusters, in groups.
+    """Tokens of one stream ─► how they differ from learned clusters, in groups.
 
     FC N ─► λN; attention sigmoid(FC λN ─► G); assignment softmax over K of BN(linear λN ─► G·K),
     times attention; sum of weight · (x - centre) over tokens and groups; L2 per cluster; BN.

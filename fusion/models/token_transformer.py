@@ -8,14 +8,14 @@ import torch
 from torch import nn
 
 from config.train import ModelSettings
-from extractors.post import Modality
+from extractors.post import Stream
 from fusion.models.base import Fused, FusionModel, Stage, learned_vectors, masked_mean
 from fusion.models.blocks import Block, position_scales, positions, projections, refuse_uneven
 from fusion.schema import InputSchema
 
 
 class TokenTransformer(FusionModel):
-    """[CLS] and the tokens of every modality, or its learned "missing" token, in one sequence."""
+    """[CLS] and the tokens of every stream, or its learned "missing" token, in one sequence."""
 
     def __init__(self, schema: InputSchema, settings: ModelSettings) -> None:
         super().__init__(schema, settings)
@@ -51,24 +51,24 @@ class TokenTransformer(FusionModel):
         return (first, *blocks, Stage("head", ("norm", "classify")))
 
     def fuse(
-        self, tokens: Mapping[Modality, torch.Tensor], masks: Mapping[Modality, torch.Tensor]
+        self, tokens: Mapping[Stream, torch.Tensor], masks: Mapping[Stream, torch.Tensor]
     ) -> Fused:
         """Logits ``(posts, classes)``."""
-        first = tokens[self.modalities[0]]
+        first = tokens[self.streams[0]]
         posts = first.shape[0]
         sequence = [self.start.expand(posts, 1, -1)]
         there = [torch.ones(posts, 1, dtype=torch.bool, device=first.device)]
-        alone: dict[Modality, torch.Tensor] = {}
-        for modality in self.modalities:
-            mask = masks[modality]
-            projected = self.projections[modality](tokens[modality])  # (posts, n, width)
+        alone: dict[Stream, torch.Tensor] = {}
+        for stream in self.streams:
+            mask = masks[stream]
+            projected = self.projections[stream](tokens[stream])  # (posts, n, width)
             if self.has_own_heads:
-                alone[modality] = masked_mean(projected, mask)
-            if modality in self.scales:
+                alone[stream] = masked_mean(projected, mask)
+            if stream in self.scales:
                 places = self.places[: projected.shape[1]]
-                projected = projected + self.scales[modality] * places
-            stand_in = self.missing[modality].expand(posts, 1, -1)
-            sequence.append(torch.cat([projected, stand_in], dim=1) + self.kinds[modality])
+                projected = projected + self.scales[stream] * places
+            stand_in = self.missing[stream].expand(posts, 1, -1)
+            sequence.append(torch.cat([projected, stand_in], dim=1) + self.kinds[stream])
             # The stand-in is seen exactly where nothing else of the modality is.
             there += [mask, ~mask.any(dim=1, keepdim=True)]
         mixed = self.dropout(torch.cat(sequence, dim=1))  # (posts, 1 + Σ(n + 1), width)

@@ -21,6 +21,7 @@ class PostEntry(Section):
     Attributes:
         images: Local paths or http(s) URLs, as are videos and audios.
         features: Feature file of the entry; other commands read it.
+        author: Who made the post, and ``created`` when; other commands read them.
     """
 
     post_id: StrictStr = Field(min_length=1)
@@ -31,6 +32,8 @@ class PostEntry(Section):
     videos: tuple[StrictStr, ...] = ()
     audios: tuple[StrictStr, ...] = ()
     features: str | None = None
+    author: str | None = None
+    created: str | None = None
 
 
 def read_posts(path: Path) -> list[Post]:
@@ -47,7 +50,7 @@ def read_posts(path: Path) -> list[Post]:
     if not entries:
         raise ConfigError(f"{path}: holds no post")
     return [
-        _post(entry, path, f"{path}[{i}]" if isinstance(content, list) else str(path))
+        post_of(entry, path, f"{path}[{i}]" if isinstance(content, list) else str(path))
         for i, entry in enumerate(entries)
     ]
 
@@ -63,7 +66,17 @@ def _read(path: Path) -> Any:
         raise ConfigError(f"{path}: not JSON: {error}") from error
 
 
-def _post(content: Any, path: Path, where: str) -> Post:
+def post_of(content: Any, path: Path, where: str) -> Post:
+    """An entry as a post.
+
+    Args:
+        content: What JSON made of it.
+        path: The file, which local media are looked for beside.
+        where: For the error.
+
+    Raises:
+        ConfigError: It is not as it should be, or a local media file is not there.
+    """
     if not isinstance(content, dict):
         raise ConfigError(f"{where}: a post is an object with a post_id")
     entry = validate(PostEntry, content, where)

@@ -44,7 +44,7 @@ def publish(
 
     named = list(ids or ())
     if file is not None:
-        named += _lines(file)
+        named += read_ids(file)
     if not (named or file or untagged):
         raise ConfigError("publish: name IDs, --file F or --untagged")
     checked = [_checked(post_id) for post_id in named]  # all of them, before any is published
@@ -58,7 +58,7 @@ def publish(
     sys.stdout.write(f"published {count} to {settings.broker.queue}\n")
 
 
-def _lines(file: Path) -> list[str]:
+def read_ids(file: Path) -> list[str]:
     """One ID a line; empty lines are left out."""
     try:
         text = sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8-sig")

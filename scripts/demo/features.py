@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from config.settings import Settings
@@ -22,7 +23,16 @@ def extract_features(layout: Layout, settings: Settings) -> None:
         NothingUsable: No modality of a post can be used.
     """
     files = (layout.read("train"), layout.read("valid"), layout.posts("online"))
-    posts = [post for file in files for post in read_posts(file)]
+    extract_posts(layout, settings, [post for file in files for post in read_posts(file)])
+
+
+def extract_posts(layout: Layout, settings: Settings, posts: Sequence[Post]) -> None:
+    """Write the feature files of posts.
+
+    Raises:
+        ConfigError: A backbone is missing.
+        NothingUsable: No modality of a post can be used.
+    """
     map_items("features", _extract, posts, _setup, (layout, settings))
 
 

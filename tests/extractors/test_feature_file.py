@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +20,14 @@ from safetensors.numpy import load_file, save_file
 from config.errors import FeatureError
 from extractors.feature_file import (
     feature_path,
+    features_bytes,
     read_features,
     read_fingerprints,
     write_features,
 )
-from extractors.post import MODALITIES, Failure, Features, Modality
+from extractors.post import STREAMS, Failure, Features, Stream
 
-PRINTS: dict[Modality, str] = {modality: f"print-{modality}" for modality in MODALITIES}
+PRINTS: dict[Stream, str] = {stream: f"print-{stream}" for stream in STREAMS}
 
 
 def example(post_id: str = "p1", rows: int = 3) -> Features:
@@ -68,11 +74,80 @@ def test_another_extractor_is_refused_by_name(tmp_path: Path) -> None:
         read_features(tmp_path, "p1", {**PRINTS, "image": "other"})
     only = read_features(tmp_path, "p1", {"video": PRINTS["video"]})
     assert set(only.arrays) == set(only.statuses) == {"video"}
-    assert set(read_features(tmp_path, "p1").statuses) == set(MODALITIES)
-    prints: dict[Modality, str] = {"video": "v", "text": "t"}
+    assert set(read_features(tmp_path, "p1").statuses) == set(STREAMS) - {"video_lstm"}
+    prints: dict[Stream, str] = {"video": "v", "text": "t"}
     write_features(tmp_path, example("p2"), prints)
     with pytest.raises(FeatureError, match="audio was made with no extractor"):
         read_features(tmp_path, "p2", {**prints, "audio": "a"})
+
+
+def test_both_streams_of_the_video(tmp_path: Path) -> None:
+    """Frames and whole video lie side by side under one status, and are read as one wants."""
+    one = example()
+    vector = np.full((1, 16), 0.5, np.float16)
+    features = replace(one, arrays={"video_lstm": vector, **one.arrays})
+    write_features(tmp_path, features, PRINTS)
+    found = read_features(tmp_path, "p1", PRINTS)
+    np.testing.assert_array_equal(found.arrays["video_lstm"], vector)
+    assert set(found.statuses) == {"video", "image", "audio", "text", "ocr"}
+    only = read_features(tmp_path, "p1", {"video_lstm": "print-video_lstm"})
+    assert set(only.arrays) == {"video_lstm"}
+    assert only.statuses == {"video": "ok"}
+    with pytest.raises(FeatureError, match="video_lstm was made with print-video_lstm, but other"):
+        read_features(tmp_path, "p1", {**PRINTS, "video_lstm": "other"})
+
+
+def test_equal_features_are_equal_files(tmp_path: Path) -> None:
+    """The order of arrays and keys, and the hash seed of the process, leave no trace."""
+    one = example()
+    turned = replace(
+        one,
+        arrays=dict(reversed(list(one.arrays.items()))),
+        statuses=dict(reversed(list(one.statuses.items()))),
+    )
+    prints = dict(reversed(list(PRINTS.items())))
+    assert features_bytes(one, PRINTS) == features_bytes(turned, prints)
+    code = (
+        "import sys; from tests.extractors.test_feature_file import *; "
+        "sys.stdout.buffer.write(features_bytes(example(), PRINTS))"
+    )
+    for seed in ("1", "2"):
+        environment = {**os.environ, "PYTHONHASHSEED": seed}
+        written = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, check=True
+        )
+        assert written.stdout == features_bytes(one, PRINTS)
+
+
+def test_files_of_the_format_before_are_read(tmp_path: Path) -> None:
+    """A file whose header has a key for each part reads as it did; a broken part is told."""
+    features = example()
+    path = feature_path(tmp_path, "p1")
+    path.parent.mkdir()
+    header = {
+        "format": "insighttag.features/1",
+        "post_id": "p1",
+        "fingerprints": json.dumps(PRINTS),
+        "statuses": json.dumps(dict(features.statuses)),
+        "failures": json.dumps({m: asdict(f) for m, f in features.failures.items()}),
+        "ocr_text": json.dumps(features.ocr_text),
+    }
+    arrays = {str(stream): array for stream, array in features.arrays.items()}
+    save_file(arrays, path, metadata=header)
+    found = read_features(tmp_path, "p1", PRINTS)
+    assert found.statuses == features.statuses
+    assert found.failures == features.failures
+    assert found.ocr_text == features.ocr_text
+    np.testing.assert_array_equal(found.arrays["video"], features.arrays["video"])
+    assert read_fingerprints(path) == PRINTS
+    other = feature_path(tmp_path, "p2")
+    other.parent.mkdir()
+    other.write_bytes(path.read_bytes())
+    with pytest.raises(FeatureError, match="belongs to post 'p1'"):
+        read_features(tmp_path, "p2")
+    save_file(arrays, path, metadata={**header, "statuses": "{"})
+    with pytest.raises(FeatureError, match="its header is broken"):
+        read_features(tmp_path, "p1")
 
 
 def test_the_old_file_survives_a_failed_write(

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from config.settings import ExtractorName, FeatureSettings, OcrSettings
-from extractors.fingerprint import digest, file_digest, modality_fingerprints
+from extractors.fingerprint import digest, file_digest, stream_fingerprints
 
 ALL: dict[ExtractorName, str] = {"video": "v", "image": "i", "audio": "a", "text": "t", "ocr": "o"}
 
@@ -18,7 +18,7 @@ ALL: dict[ExtractorName, str] = {"video": "v", "image": "i", "audio": "a", "text
 def of(mode: Any = "separate", enabled: bool = True, **changes: str) -> dict[str, str]:
     settings = FeatureSettings(ocr_mode=mode, ocr=OcrSettings(enabled=enabled))
     names: Any = {**ALL, **changes}
-    found = modality_fingerprints(settings, names)
+    found = stream_fingerprints(settings, names)
     return {str(key): value for key, value in found.items()}
 
 
@@ -54,10 +54,10 @@ def test_disabled_ocr_is_another_fingerprint(mode: str) -> None:
 def test_a_part_of_the_extractors_gives_a_part_of_the_modalities() -> None:
     """A process that hosts some extractors knows the modalities that these settle, no others."""
     settings = FeatureSettings()
-    assert modality_fingerprints(settings, {"audio": "a"}) == {"audio": "a"}
-    assert set(modality_fingerprints(settings, {"text": "t"})) == {"text"}
+    assert stream_fingerprints(settings, {"audio": "a"}) == {"audio": "a"}
+    assert set(stream_fingerprints(settings, {"text": "t"})) == {"text"}
     append = FeatureSettings(ocr_mode="append")
-    assert modality_fingerprints(append, {"text": "t"}) == {}
+    assert stream_fingerprints(append, {"text": "t"}) == {}
 
 
 def test_digests_do_not_depend_on_order(tmp_path: Path) -> None:

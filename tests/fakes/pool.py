@@ -39,6 +39,7 @@ from workers.protocol import (
     Part,
     PartKind,
     Result,
+    Stream,
     Task,
 )
 from workers.slots import SlotTable
@@ -84,6 +85,7 @@ class FakePool:
         self.bundle: tuple[str, str] | None = None
         self.ready = False
         self.refused: str | None = None
+        self.fingerprints: dict[Stream, str] = {}
         self.slots = SlotTable(slots)
         self.submitted: list[Task] = []
         self.stopped = False

@@ -16,7 +16,7 @@ from extractors.post import Features
 Array = Any  # float64
 Weights = dict[str, Array]
 Said = tuple[Array, dict[str, Array]]
-MODALITIES = ("video", "image", "audio", "text", "ocr")
+STREAMS = ("video", "video_lstm", "image", "audio", "text", "ocr")
 MOVING, ORDERED = ("video", "audio"), ("video", "audio", "text", "ocr")
 
 
@@ -49,6 +49,11 @@ def batch_norm(w: Weights, name: str, x: Array) -> Array:
     return normed * w[f"{name}.weight"] + w[f"{name}.bias"]
 
 
+def known(w: Weights) -> list[str]:
+    """The streams that a model has."""
+    return [s for s in STREAMS if f"missing.{s}" in w or f"pool.missing.{s}" in w]
+
+
 def rows_of(post: Features, modality: str) -> Array | None:
     found = post.arrays.get(modality)  # type: ignore[call-overload]
     return None if found is None else found.astype(np.float64)
@@ -65,7 +70,7 @@ def own_heads(w: Weights, alone: dict[str, Array]) -> dict[str, Array]:
 
 def mean_pooled(w: Weights, post: Features) -> tuple[list[Array], dict[str, Array]]:
     vectors, alone = [], {}
-    for m in MODALITIES:
+    for m in known(w):
         rows = rows_of(post, m)
         if rows is None:
             vectors.append(w[f"pool.missing.{m}"])
@@ -105,7 +110,7 @@ def nextvlad(w: Weights, name: str, x: Array) -> Array:
 
 def concat_se(w: Weights, post: Features) -> Said:
     vectors, alone = [], {}
-    for m in MODALITIES:
+    for m in known(w):
         rows = rows_of(post, m)
         if rows is None:
             vectors.append(w[f"missing.{m}"])
@@ -121,12 +126,14 @@ def concat_se(w: Weights, post: Features) -> Said:
 
 def nextvlad_se(w: Weights, post: Features) -> Said:
     vectors, alone = [], {}
-    for m in MODALITIES:
+    for m in known(w):
         rows = rows_of(post, m)
         if rows is None:
             vectors.append(w[f"missing.{m}"])
             continue
-        alone[m] = nextvlad(w, f"vlads.{m}", layer_norm(w, f"norms.{m}", rows))
+        normed = layer_norm(w, f"norms.{m}", rows)
+        clustered = m != "video_lstm"
+        alone[m] = nextvlad(w, f"vlads.{m}", normed) if clustered else normed.mean(axis=0)
         vectors.append(alone[m])
     joined = batch_norm(w, "norm", linear(w, "join", np.concatenate(vectors)))
     return linear(w, "classify", squeeze_excite(w, "gate", joined)), own_heads(w, alone)
@@ -135,7 +142,7 @@ def nextvlad_se(w: Weights, post: Features) -> Said:
 def gmu(w: Weights, post: Features) -> Said:
     vectors, alone = mean_pooled(w, post)
     gates = linear(w, "gates", np.concatenate(vectors)).reshape(len(vectors), -1)
-    there = [i for i, m in enumerate(MODALITIES) if m in alone] or list(range(len(vectors)))
+    there = [i for i, m in enumerate(known(w)) if m in alone] or list(range(len(vectors)))
     weights = softmax(gates[there], 0)
     fused = sum(weights[k] * np.tanh(vectors[i]) for k, i in enumerate(there))
     return linear(w, "classify", relu(linear(w, "hidden", fused))), own_heads(w, alone)
@@ -158,7 +165,7 @@ def lstm(w: Weights, name: str, x: Array) -> Array:
 
 def attention_lstm(w: Weights, post: Features) -> Said:
     vectors, alone = [], {}
-    for m in MODALITIES:
+    for m in known(w):
         rows, name = rows_of(post, m), f"branches.{m}"
         if rows is None:
             vectors.append(w[f"missing.{m}"])
@@ -210,7 +217,7 @@ def projected(w: Weights, m: str, rows: Array) -> tuple[Array, Array]:
 
 def token_transformer(w: Weights, post: Features) -> Said:
     sequence, alone = [w["start"][None]], {}
-    for m in MODALITIES:
+    for m in known(w):
         rows = rows_of(post, m)
         tokens = w[f"missing.{m}"][None]
         if rows is not None:
@@ -225,7 +232,7 @@ def token_transformer(w: Weights, post: Features) -> Said:
 
 def mbt(w: Weights, post: Features) -> Said:
     streams = {}
-    for m in MODALITIES:
+    for m in known(w):
         rows = rows_of(post, m)
         tokens = w[f"missing.{m}"][None] if rows is None else projected(w, m, rows)[1]
         streams[m] = np.concatenate([w[f"starts.{m}"][None], tokens])
@@ -238,7 +245,7 @@ def mbt(w: Weights, post: Features) -> Said:
         }
         shared = np.mean([x[: len(shared)] for x in mixed.values()], axis=0)
         streams = {m: x[len(shared) :] for m, x in mixed.items()}
-    speak = list(alone) or list(MODALITIES)
+    speak = list(alone) or known(w)
     said = [linear(w, "classify", layer_norm(w, f"norms.{m}", streams[m][0])) for m in speak]
     return np.mean(said, axis=0), own_heads(w, alone)
 

@@ -13,12 +13,12 @@ from config.labels import LabelMap
 from config.load import merge, validate
 from config.train import ModelSettings, TrainSettings
 from extractors.feature_file import write_features
-from extractors.post import MODALITIES, Features, Modality
+from extractors.post import MODALITIES, Features, Modality, Stream
 from fusion.models import FusionModel, build_model
 from fusion.schema import FeatureManifest, InputSchema
 
 DIMS: dict[Modality, int] = {"video": 12, "image": 12, "audio": 6, "text": 10, "ocr": 10}
-FINGERPRINTS: dict[Modality, str] = {m: f"{m}-1" for m in MODALITIES}
+FINGERPRINTS: dict[Stream, str] = {m: f"{m}-1" for m in MODALITIES}
 CLASSES = 6
 LABELS = LabelMap(tuple(f"tag{i}" for i in range(CLASSES)))
 SMALL = ModelSettings.model_validate(
@@ -66,7 +66,7 @@ def features(
 ) -> Features:
     """Random features; tag i shifts the features of modality i modulo 5."""
     counts = {"video": 5, "image": 2, "audio": 4, "text": 7, "ocr": 3} | dict(lengths or {})
-    arrays: dict[Modality, Any] = {}
+    arrays: dict[Stream, Any] = {}
     for index, modality in enumerate(MODALITIES):
         if not counts[modality]:
             continue
@@ -134,5 +134,6 @@ def train_settings(folder: Path, **sections: Any) -> TrainSettings:
             "progress": False,
         },
         "bundle": {"name": "small", "out": str(folder / "bundle")},
+        "report": {"enabled": False},
     }
     return validate(TrainSettings, merge(base, sections), "test")

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from sklearn.metrics import average_precision_score, f1_score
+from sklearn.metrics import (
+    accuracy_score,
+    average_precision_score,
+    f1_score,
+    hamming_loss,
+    precision_recall_curve,
+)
 
 from fusion import metrics
 
@@ -139,3 +145,50 @@ def test_hit_at_one_and_perr_by_hand() -> None:
     targets = [[1, 1, 0], [0, 1, 0], [0, 0, 0]]
     assert metrics.hit_at_one(scores, targets) == pytest.approx(1 / 3)
     assert metrics.precision_at_equal_recall(scores, targets) == pytest.approx(1 / 3)
+
+
+def test_accuracy_agrees_with_scikit_learn() -> None:
+    """Of decisions and of whole posts, thresholds per class."""
+    chance = np.random.default_rng(4)
+    scores, targets = chance.random((90, 5)), (chance.random((90, 5)) < 0.3).astype(int)
+    thresholds = chance.uniform(0.5, 0.9, 5)
+    predicted = (scores >= thresholds).astype(int)
+    found = metrics.accuracy(scores, targets, thresholds)
+    assert found.decisions == pytest.approx(1 - hamming_loss(targets, predicted), abs=1e-12)
+    assert found.samples == pytest.approx(accuracy_score(targets, predicted), abs=1e-12)
+    assert 0 < found.samples < found.decisions < 1
+    assert metrics.accuracy(np.empty((0, 3)), np.empty((0, 3))) == metrics.Accuracy(0.0, 0.0)
+
+
+def test_the_precision_recall_curve_agrees_with_scikit_learn() -> None:
+    """Every point of it, with and without ties, of one class and of all decisions."""
+    chance = np.random.default_rng(6)
+    for shape, step in (((200,), 1e-9), ((200,), 0.1), ((30, 7), 0.05)):
+        scores = np.round(chance.random(shape) / step) * step
+        targets = chance.random(shape) < 0.3
+        found = metrics.precision_recall(scores, targets)
+        precision, recall, thresholds = precision_recall_curve(targets.ravel(), scores.ravel())
+        np.testing.assert_allclose(found.thresholds, thresholds[::-1])
+        np.testing.assert_allclose(found.precision, precision[:-1][::-1], atol=1e-12)
+        np.testing.assert_allclose(found.recall, recall[:-1][::-1], atol=1e-12)
+    assert len(metrics.precision_recall([], []).recall) == 0
+    assert metrics.precision_recall([0.5, 0.4], [0, 0]).recall.tolist() == [0, 0]
+
+
+def test_the_summary_is_its_parts() -> None:
+    """Each number under its name, at the thresholds that are given."""
+    chance = np.random.default_rng(8)
+    scores, targets = chance.random((60, 6)), chance.random((60, 6)) < 0.3
+    thresholds = chance.random(6)
+    f1 = metrics.f1_scores(scores, targets, thresholds)
+    right = metrics.accuracy(scores, targets, thresholds)
+    assert metrics.summary(scores, targets, thresholds) == {
+        "gap": metrics.global_average_precision(scores, targets),
+        "hit_at_1": metrics.hit_at_one(scores, targets),
+        "perr": metrics.precision_at_equal_recall(scores, targets),
+        "map": metrics.mean_average_precision(scores, targets),
+        "f1_micro": f1.micro,
+        "f1_macro": f1.macro,
+        "accuracy": right.decisions,
+        "accuracy_exact": right.samples,
+    }

@@ -19,8 +19,9 @@ from fusion.collate import Batch, Collate, Sample
 from fusion.losses import TaggingLoss
 from fusion.models import MODELS
 from fusion.objective import Objective
-from fusion.optimizer import SCHEDULES, build_optimizer
-from fusion.trainer import Trainer, _Run
+from fusion.optimizer import SCHEDULES, MovingAverage, build_optimizer, cycle_ends, warm_up_cosine
+from fusion.run_state import RunState
+from fusion.trainer import Trainer
 from fusion.training import train
 from scripts.feature_files import FeatureFiles
 from tests.fusion import support
@@ -99,6 +100,20 @@ def test_short_runs_have_a_rate(name: str, steps: int, warm_up: float) -> None:
     assert found[0] > 0
 
 
+def test_a_cosine_that_starts_anew() -> None:
+    """Three cycles are three short cosines; their ends are the epochs of the snapshots."""
+    alone = rates(settings(learning_rate=0.1, warm_up=0.1))
+    found = rates(settings(learning_rate=0.1, warm_up=0.1, cycles=4))
+    short = [SCHEDULES["cosine"](settings(warm_up=0.1), STEPS // 4)(i) for i in range(STEPS // 4)]
+    np.testing.assert_allclose(found, np.tile(short, 4) * 0.1, rtol=1e-9)
+    np.testing.assert_allclose(rates(settings(learning_rate=0.1, cycles=1)), alone, rtol=1e-9)
+    factor = SCHEDULES["cosine"](settings(cycles=7), 100)
+    assert all(0 < factor(step) <= 1 for step in range(100))
+    assert cycle_ends(12, 3) == (4, 8, 12)
+    assert cycle_ends(10, 3) == (4, 7, 10)
+    assert cycle_ends(2, 3)[-1] == 2
+
+
 def test_groups_keep_their_proportion_under_a_schedule() -> None:
     """The schedule is a factor: each group's rate is its own share of it at every step."""
     model = support.model("concat_se")
@@ -125,10 +140,10 @@ def numpy_step(name: str, w: Any, g: Any, state: dict[str, Any], decay: float) -
     if name in ("adamw", "adam"):
         state["m"] = m = 0.9 * state.get("m", 0) + 0.1 * g
         state["v"] = v = 0.999 * state.get("v", 0) + 0.001 * g * g
-        return w - rate * (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
+        return w - rate * (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.999**t)) + 1e-7)
     if name == "rmsprop":
         state["v"] = v = 0.99 * state.get("v", 0) + 0.01 * g * g
-        g = g / (np.sqrt(v) + 1e-8)
+        g = g / (np.sqrt(v) + 1e-7)
     state["b"] = b = 0.8 * state.get("b", 0) + g
     return w - rate * b
 
@@ -170,6 +185,29 @@ def test_steps_that_do_not_rise_are_refused() -> None:
         validate(TrainSettings, {"optimizer": {"steps_at": [0.7, 0.5]}}, "test")
 
 
+def test_the_learning_rate_goes_up_and_down() -> None:
+    """Linear over the warm-up, at its peak after it, near zero at the end."""
+    rates = [warm_up_cosine(step, 100, 0.1) for step in range(100)]
+    assert rates[:10] == pytest.approx(np.arange(1, 11) / 10)
+    assert max(rates) == rates[10] == 1
+    assert rates[-1] < 0.001
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_the_moving_average() -> None:
+    """It follows the weights, is applied for a while, and gives the own weights back."""
+    model = torch.nn.Linear(1, 1, bias=False)
+    with torch.no_grad():
+        model.weight.fill_(0)
+    average = MovingAverage(model, 0.5)
+    with torch.no_grad():
+        model.weight.fill_(1)
+    average.update(model)
+    with average.applied(model):
+        assert model.weight.item() == pytest.approx(1 - 2 / 11)
+    assert model.weight.item() == 1
+
+
 # In the trainer ------------------------------------------------------------------------------
 
 
@@ -195,9 +233,10 @@ def one_step(folder: Path, batches: list[Batch], **values: Any) -> tuple[nn.Modu
     fabric = Fabric(accelerator="cpu", devices=1)
     trainer = Trainer(fabric, run_settings, given, signature="{}", seed=0)
     objective = Objective(model, TaggingLoss(LossSettings(), torch.ones(6)), auxiliary=0.5)
-    run = _Run(model, *build_optimizer(model, given, 1), Progress(0))
-    run.wrapped, run.wrapped_optimizer = fabric.setup(objective, run.optimizer)
-    return model, trainer._step(run, batches, "here")
+    run = RunState(fabric, model, given, 1, Progress(0))
+    run.wrap(objective)
+    posts = sum(len(batch.post_ids) for batch in batches)
+    return model, trainer._step(run, batches, posts, "here")
 
 
 def test_accumulated_batches_equal_one_large_batch(tmp_path: Path) -> None:
@@ -243,110 +282,3 @@ def test_an_epoch_of_accumulated_batches_takes_fewer_steps(tmp_path: Path) -> No
     content = torch.load(tmp_path / "run" / "ckpt" / "last.pt", weights_only=True)
     assert content["schedule"]["last_epoch"] == 4
     assert content["schedule"]["_last_lr"][0] == pytest.approx(0, abs=1e-9)
-
-
-# Resume --------------------------------------------------------------------------------------
-
-RUNS: dict[str, dict[str, Any]] = {
-    "adam one-cycle": {
-        "model": {"name": "nextvlad_se"},
-        "optimizer": {"name": "adam", "schedule": "one_cycle", "weight_decay": 0.0},
-        "loss": {"name": "focal"},
-    },
-    "sgd steps accumulated": {
-        "model": {"name": "attention_lstm"},
-        "optimizer": {
-            "name": "sgd",
-            "schedule": "step",
-            "accumulate": 2,
-            "learning_rate": 0.05,
-            "group_rates": {"modality": 0.01},
-        },
-        "loss": {"name": "asymmetric", "label_smoothing": 0.1},
-    },
-    "rmsprop constant": {
-        "model": {"name": "gmu"},
-        "optimizer": {"name": "rmsprop", "schedule": "constant", "gradient_clip": None},
-        "loss": {"class_balance": 0.9},
-    },
-    "adamw with everything": {
-        "model": {"name": "mbt", "auxiliary": 0.5},
-        "optimizer": {"layer_decay": 0.8, "accumulate": 3, "ema_decay": 0.9},
-        "loss": {"mixup": 0.5},
-    },
-}
-
-
-@pytest.mark.parametrize("name", RUNS)
-def test_every_optimizer_resumes_exactly(name: str, tmp_path: Path) -> None:
-    """Interrupted in the third epoch and resumed: bit-equal to the run that was left alone."""
-    for file, count in (("train", 40), ("valid", 16)):
-        support.write_posts(tmp_path, file, count, 1)
-    finals = []
-    for interrupted in (False, True):
-        folder = tmp_path / str(interrupted)
-        given = support.train_settings(
-            tmp_path,
-            **RUNS[name],
-            trainer={"epochs": 4, "batch_size": 8, "save_dir": str(folder)},
-        )
-        if interrupted:
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(Trainer, "_epoch", _failing_in_epoch_3(Trainer._epoch))
-                with pytest.raises(_InterruptedError):
-                    train(given, FeatureFiles())
-            torch.manual_seed(999)
-        train(given, FeatureFiles(), resume=folder if interrupted else None)
-        finals.append(torch.load(folder / "ckpt" / "last.pt", weights_only=True))
-    one, other = finals
-    assert one["progress"] == other["progress"]
-    for part in ("model", "optimizer", "average"):
-        _equal(one[part], other[part])
-
-
-def test_another_optimizer_does_not_go_on(tmp_path: Path) -> None:
-    """Adam's state would be taken for AdamW's without a word; other groups do not fit either."""
-    for file, count in (("train", 16), ("valid", 8)):
-        support.write_posts(tmp_path, file, count, 1)
-
-    def run(resume: Path | None = None, **optimizer: Any) -> None:
-        given = support.train_settings(tmp_path, optimizer=optimizer, trainer={"epochs": 1})
-        train(given, FeatureFiles(), resume=resume)
-
-    run(name="adam")
-    for name in ("adamw", "sgd"):
-        with pytest.raises(ConfigError, match=f"made with optimizer adam, this run has {name}"):
-            run(tmp_path / "run", name=name)
-    with pytest.raises(ConfigError, match="its optimizer does not fit this run"):
-        run(tmp_path / "run", name="adam", group_rates={"head": 0.1})
-    run(tmp_path / "run", name="adam")
-
-
-class _InterruptedError(Exception):
-    pass
-
-
-def _failing_in_epoch_3(original: Any) -> Any:
-    def epoch(self: Any, run: Any, loader: Any, number: int, bar: Any) -> None:
-        if number == 3:  # in its midst: what the unsaved steps did is lost
-            self._step(run, [next(iter(loader))], "here")
-            raise _InterruptedError
-        original(self, run, loader, number, bar)
-
-    return epoch
-
-
-def _equal(one: Any, other: Any) -> None:
-    """Bit by bit, all the way down."""
-    if isinstance(one, dict):
-        assert one.keys() == other.keys()
-        for key in one:
-            _equal(one[key], other[key])
-    elif isinstance(one, (list, tuple)):
-        assert len(one) == len(other)
-        for a, b in zip(one, other, strict=True):
-            _equal(a, b)
-    elif isinstance(one, torch.Tensor):
-        assert torch.equal(one, other)
-    else:
-        assert one == other

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from config.errors import ConfigError
-from extractors.fingerprint import modality_fingerprints
+from extractors.fingerprint import stream_fingerprints
 from tests.workers.driving import (
     Driver,
     alive,
@@ -113,7 +113,7 @@ def test_workers_are_pinned_and_named(driver: Driver) -> None:
 
 def test_fusion_is_told_the_fingerprints(driver: Driver) -> None:
     """A later bundle can be judged by the fusion worker: it knows what the extractors give."""
-    expected = modality_fingerprints(
+    expected = stream_fingerprints(
         driver.pool._settings.features,
         {"video": "fp-video", "image": "fp-image", "audio": "fp-audio", "text": "fp-text"}
         | {"ocr": "fp-ocr"},  # type: ignore[arg-type]

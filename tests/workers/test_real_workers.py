@@ -25,10 +25,11 @@ from tests.workers.small_bundle import write_bundle
 from tests.workers.toys import ROLES as TOYS
 from tests.workers.toys import TOY
 from workers.launch import ROLES
-from workers.local import LocalTagger, is_url
+from workers.local import LocalTagger
 from workers.plan import PostPlan, Step
 from workers.pool import BundleChanged, PoolRefused, TaskDone
 from workers.protocol import Decoded, DecodeTask, Features, FetchTask, FuseTask, Media, Post, Tags
+from workers.sources import is_url
 
 MAX_BYTES = 2_000_000
 

@@ -1,0 +1,50 @@
+"""Settings of the feature cache."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import Field, field_validator
+
+from config.base import PositiveInt, Seconds, Section
+from config.urls import redact
+
+
+class CacheSettings(Section):
+    """Features that were extracted before, by the content of the media file and the extractor.
+
+    Shared by every daemon and script that names the same place. With it, tagging posts again with
+    another bundle needs no download and no extraction.
+    """
+
+    url: str | None = None
+    """A folder (``workshop/cache`` or ``file:///…``), ``redis://…``, or any fsspec URL, as
+    ``s3://bucket/prefix``. Null: no cache."""
+    max_mb: PositiveInt = 20_000
+    """Past this the entries used least recently go (on an object store: the oldest)."""
+    ttl_s: Seconds | None = 90 * 86400
+    """Redis only: an entry that nobody has asked for in this time goes; null keeps it."""
+    sources_ttl_s: Annotated[float, Field(ge=0)] | None = None
+    """How long a URL is trusted to lead to the same file as before, so that it is not downloaded
+    again; null: for ever, 0: never (every file is downloaded, and only then looked up)."""
+    timeout_s: Seconds = 1
+    """A look-up that takes longer counts as a miss."""
+    retry_s: Seconds = 30
+    """A cache that failed is left alone for this long."""
+    threads: PositiveInt = 4
+    """Look-ups at once."""
+    options: Mapping[str, Any] = Field(default_factory=dict)
+    """Options of the fsspec file system, as ``{endpoint_url: …}``; credentials are better left to
+    the environment."""
+
+    @field_validator("url")
+    @classmethod
+    def _not_http(cls, value: str | None) -> str | None:
+        if value is not None and not value.strip():
+            raise ValueError("is empty; null switches the cache off")
+        if value is not None and value.startswith(("http://", "https://", "embedded://")):
+            raise ValueError(
+                f"{redact(value)!r} is no cache; use a folder, redis:// or an fsspec URL as s3://"
+            )
+        return value

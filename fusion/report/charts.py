@@ -1,0 +1,302 @@
+"""The charts of a report, drawn by matplotlib without a display.
+
+Colours are Okabe and Ito's, which people with any colour vision can tell apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from extractors.post import MODALITIES
+from fusion import metrics
+from fusion.calibration import Reliability
+from fusion.report.fonts import families, shown_names
+from fusion.report.judged import Judged
+from fusion.report.subsets import SubsetGap
+from fusion.report.tables import TagRow, confusion_counts
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
+PINK, SKY, GREY = "#CC79A7", "#56B4E9", "#8a8a8a"
+_MANY = (BLUE, ORANGE, GREEN, RED, PINK, SKY, "#333333")
+_DASHES = ("-", "--", ":", "-.", (0, (5, 1)))
+_MOST_TAGS, _MOST_CONFUSED, _MOST_SUBSETS = 48, 24, 63
+_POINTS = 1500
+_MOST_DECISIONS = 20_000_000  # of a curve over all tags: sorting more takes minutes
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """How all charts look; tag names are text, never formulas."""
+    import matplotlib as mpl
+
+    with mpl.rc_context(
+        {
+            "font.family": list(families()),
+            "font.size": 10,
+            "text.parse_math": False,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "axes.axisbelow": True,
+            "grid.color": "#e4e4e4",
+            "axes.titlesize": 11,
+            "axes.titlelocation": "left",
+            "legend.frameon": False,
+            "figure.dpi": 110,
+        }
+    ):
+        yield
+
+
+_VALID = (
+    ("gap", "GAP@20", BLUE, "-"),
+    ("map", "mAP", ORANGE, "--"),
+    ("hit_at_1", "Hit@1", GREEN, ":"),
+    ("f1_micro", "micro F1 at 0.5", PINK, "-."),
+)
+
+
+def training_curves(runs: Sequence[Sequence[Mapping[str, Any]]]) -> Figure:
+    """Loss, validation and learning rate over the epochs, as far as they were logged.
+
+    Args:
+        runs: Events of each training; of several, validation shows GAP alone.
+    """
+    figure, (left, middle, right) = _figure(11, 3.4, columns=3)
+    for number, events in enumerate(runs):
+        look: dict[str, Any] = {
+            "color": _MANY[number % len(_MANY)],
+            "ls": _DASHES[number % len(_DASHES)],
+        }
+        epochs, valid, steps = (
+            [e for e in events if e["event"] == kind] for kind in ("epoch", "valid", "step")
+        )
+        left.plot([e["epoch"] for e in epochs], [e["loss"] for e in epochs], marker=".", **look)
+        begin = next((e for e in events if e["event"] == "begin"), {"steps": 1})
+        at = [e["epoch"] - 1 + e["step"] / begin["steps"] for e in steps]
+        right.plot(at, [e["learning_rate"] for e in steps], **look)
+        if len(runs) > 1:
+            points = [(e["epoch"], e["gap"]) for e in valid]
+            middle.plot(*_columns(points), marker=".", label=f"fold {number + 1}", **look)
+        else:
+            _validation(middle, valid)
+    if middle.lines:
+        middle.legend(loc="lower right", fontsize=9)
+    left.set_title("Training loss")
+    middle.set_title("Validation" if len(runs) == 1 else "GAP@20 of the posts left out")
+    right.set_title("Learning rate")
+    right.yaxis.set_major_formatter("{x:.3g}")
+    for axes in (left, middle, right):
+        axes.set_xlabel("epoch")
+        _whole_numbers(axes)
+        if not axes.lines:
+            axes.text(0.5, 0.5, "not logged", color=GREY, ha="center", transform=axes.transAxes)
+            axes.set(xticks=[], yticks=[])
+    return figure
+
+
+def _validation(axes: Axes, valid: Sequence[Mapping[str, Any]]) -> None:
+    for key, name, colour, dash in _VALID:
+        points = [(e["epoch"], e[key]) for e in valid if key in e]
+        if points:
+            axes.plot(*_columns(points), color=colour, ls=dash, marker=".", label=name)
+    if valid:
+        best = max(valid, key=lambda e: (e["gap"], e["epoch"]))
+        axes.axvline(best["epoch"], color=GREY, lw=0.8)
+
+
+def _columns(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    return [x for x, _ in points], [y for _, y in points]
+
+
+def pr_curves(judged: Judged, rows: Sequence[TagRow]) -> Figure:
+    """Precision over recall: all tags together, then the five best and the five worst tags."""
+    figure, axes = _figure(11, 3.9, columns=3)
+    step = max(1, judged.scores.size // _MOST_DECISIONS)
+    scores, truth = judged.scores[::step], judged.targets[::step]
+    curve = metrics.precision_recall(scores, truth)
+    _curve(axes[0], curve, BLUE, "-", None)
+    given = judged.given
+    right = float((given & judged.targets).sum())
+    point = (right / max(1, judged.targets.sum()), right / max(1, given.sum()))
+    axes[0].plot(*point, "o", color=RED, label="at the thresholds")
+    axes[0].legend(loc="lower left")
+    axes[0].set_title("All tags together (micro)")
+    names = shown_names(judged.names)
+    known = sorted((r for r in rows if r.ap is not None), key=lambda r: -(r.ap or 0))
+    half = min(5, -(-len(known) // 2))
+    for area, chosen, title in (
+        (axes[1], known[:half], "Best tags"),
+        (axes[2], known[half:][-5:], "Worst tags"),
+    ):
+        for row, colour, dash in zip(
+            chosen, (BLUE, ORANGE, GREEN, RED, PINK), _DASHES, strict=False
+        ):
+            curve = metrics.precision_recall(judged.scores[:, row.id], judged.targets[:, row.id])
+            _curve(area, curve, colour, dash, f"{names[row.id]}  {row.ap:.2f}")
+        area.set_title(f"{title} (average precision)")
+        if chosen:
+            area.legend(loc="lower left", fontsize=8.5)
+    for area in axes:
+        area.set(xlabel="recall", ylabel="precision", xlim=(0, 1.01), ylim=(0, 1.03))
+    return figure
+
+
+def tag_precisions(judged: Judged, rows: Sequence[TagRow]) -> Figure:
+    """Average precision of every tag with its support; of many tags, a histogram and the worst."""
+    known = sorted((r for r in rows if r.ap is not None), key=lambda r: (r.ap or 0, r.id))
+    shown = known[:_MOST_TAGS]
+    many = len(known) > len(shown)
+    height = max(2.6, 0.24 * len(shown) + 1)
+    names = shown_names(judged.names, 30)
+    if many:
+        figure, (top, area) = _figure(9, height + 2.8, rows=2, ratios=(2.2, height))
+        top.hist([r.ap or 0 for r in known], bins=40, range=(0, 1), color=BLUE)
+        top.set(title=f"All {len(known)} tags", xlabel="average precision", ylabel="tags")
+    else:
+        figure, (area,) = _figure(9, height)
+    places = np.arange(len(shown))[::-1]
+    bars = [r.ap or 0 for r in shown]
+    area.barh(places, bars, color=BLUE, height=0.72)
+    for place, row in zip(places, shown, strict=True):
+        area.text(
+            (row.ap or 0) + 0.008, place, f"{row.ap:.3f}   {row.support}", va="center", size=8
+        )
+    area.set_yticks(places, [names[r.id] for r in shown], size=9)
+    area.set(xlim=(0, 1.16), ylim=(-0.7, len(shown) - 0.3), xlabel="average precision")
+    area.set_xticks(np.arange(0, 1.01, 0.2))
+    area.grid(visible=False, axis="y")
+    which = f"The {len(shown)} worst tags" if many else "Tags, the worst first"
+    area.set_title(f"{which}: average precision, and posts that have the tag")
+    return figure
+
+
+def calibration(before: Reliability, after: Reliability, fitted: str) -> Figure:
+    """How often scores are right: a calibrated model lies on the diagonal."""
+    figure, (left, right) = _figure(9.5, 4.4, columns=2)
+    left.plot([0, 1], [0, 1], color=GREY, lw=0.9)
+    same = fitted == "none"
+    kinds = (
+        [(after, BLUE, "o-", "scores")]
+        if same
+        else [
+            (before, ORANGE, "s--", "before"),
+            (after, BLUE, "o-", f"after {fitted}"),
+        ]
+    )
+    edges = np.linspace(0, 1, len(after.counts) + 1)
+    for found, colour, look, name in kinds:
+        there = found.counts > 0
+        label = f"{name}: ECE {found.error:.4f}"
+        left.plot(found.scores[there], found.right[there], look, color=colour, ms=4.5, label=label)
+        right.stairs(found.counts, edges, color=colour, label=name, lw=1.6, ls=look[1:])
+    left.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
+    left.set(title="Share that is true", xlabel="score", xlim=(0, 1), ylim=(0, 1.02))
+    left.set_aspect("equal")
+    right.set(title="Decisions at each score", xlabel="score", yscale="log")
+    right.yaxis.set_major_formatter("{x:,.0f}")
+    if not same:
+        right.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
+    return figure
+
+
+def subsets(found: Sequence[SubsetGap]) -> Figure:
+    """GAP of every subset of the modalities, the best first; dots show what is in it."""
+    shown = found[:_MOST_SUBSETS]
+    used = {m for subset in shown for m in subset.modalities}
+    order = [m for m in MODALITIES if m in used]
+    width = max(6.0, 0.34 * len(shown) + 2)
+    figure, (top, bottom) = _figure(
+        width, 3 + 0.3 * len(order), rows=2, ratios=(2.6, 0.28 * len(order))
+    )
+    places = range(len(shown))
+    alone = [len(s.modalities) == 1 for s in shown]
+    top.bar(places, [s.gap for s in shown], color=[ORANGE if a else BLUE for a in alone], width=0.7)
+    for place, subset in zip(places, shown, strict=True):
+        number = f"{subset.gap:.3f}"
+        top.text(place, subset.gap + 0.015, number, ha="center", va="bottom", size=8, rotation=90)
+    top.set(ylim=(0, 1.2), ylabel="GAP@20", title="GAP by the modalities shown (orange: one alone)")
+    top.set_yticks(np.arange(0, 1.01, 0.2))
+    top.grid(visible=False, axis="x")
+    rows = {m: len(order) - 1 - i for i, m in enumerate(order)}
+    for place, subset in zip(places, shown, strict=True):
+        inside = [rows[m] for m in subset.modalities]
+        bottom.plot([place] * len(order), range(len(order)), "o", color="#dddddd", ms=7, zorder=1)
+        bottom.plot([place] * len(inside), inside, "o-", color="#333333", ms=7, lw=1.4, zorder=2)
+    bottom.set_yticks(list(rows.values()), list(rows))
+    for axes in (top, bottom):
+        axes.set_xlim(-0.6, len(shown) - 0.4)
+        axes.set_xticks([])
+    bottom.set_ylim(-0.5, len(order) - 0.5)
+    bottom.grid(visible=False)
+    for spine in bottom.spines.values():
+        spine.set_visible(False)
+    return figure
+
+
+def confusion(judged: Judged) -> Figure | None:
+    """Posts in which one tag was missed and another wrongly given; None where there are none."""
+    counts = confusion_counts(judged)
+    weight = counts.sum(axis=0) + counts.sum(axis=1)
+    chosen = np.sort(np.argsort(-weight, kind="stable")[:_MOST_CONFUSED])
+    chosen = chosen[weight[chosen] > 0]
+    if not len(chosen):
+        return None
+    part = counts[np.ix_(chosen, chosen)]  # (tags, tags)
+    side = max(3.6, 0.3 * len(chosen) + 2.4)
+    figure, (area,) = _figure(side + 0.6, side)
+    area.imshow(part, cmap="Blues", vmin=0, vmax=max(1, part.max() * 1.25))
+    for i, j in np.argwhere(part).tolist():
+        dark = part[i, j] > 0.75 * part.max()
+        area.text(j, i, part[i, j], ha="center", va="center", size=8, color="w" if dark else "k")
+    names = shown_names(judged.names, 16)
+    labels = [names[i] for i in chosen]
+    area.set_xticks(range(len(chosen)), labels, rotation=90, size=9)
+    area.set_yticks(range(len(chosen)), labels, size=9)
+    area.set(ylabel="missed", xlabel="wrongly given in its place")
+    area.set_title("Posts in which one tag was missed\nand another wrongly given")
+    area.grid(visible=False)
+    return figure
+
+
+def _curve(
+    axes: Axes, curve: metrics.PrecisionRecall, colour: str, dash: Any, label: str | None
+) -> None:
+    points: npt.NDArray[np.intp] = np.unique(
+        np.linspace(0, max(0, len(curve.recall) - 1), _POINTS).round().astype(np.intp)
+    )
+    if len(curve.recall):
+        recall = np.append(0.0, curve.recall[points])
+        precision = np.append(curve.precision[0], curve.precision[points])
+        axes.plot(recall, precision, color=colour, ls=dash, label=label, lw=1.5)
+
+
+def _figure(
+    width: float,
+    height: float,
+    *,
+    rows: int = 1,
+    columns: int = 1,
+    ratios: tuple[float, ...] | None = None,
+) -> tuple[Figure, tuple[Axes, ...]]:
+    """A figure in inches and its axes, without pyplot and its global state."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    areas = figure.subplots(rows, columns, squeeze=False, height_ratios=ratios)
+    return figure, tuple(areas.ravel())
+
+
+def _whole_numbers(axes: Axes) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -1,0 +1,179 @@
+"""The worst mistakes, and what is known of their posts."""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import quote
+
+import numpy as np
+
+from fusion.report.judged import Judged
+
+Kind = Literal["wrongly given", "missed"]
+_TINY = 1e-12
+_THUMBNAIL, _THUMBNAILS = (160, 120), 3
+_PICTURES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"})
+_LARGEST_PIXELS = 60_000_000
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """One tag of one post.
+
+    Attributes:
+        row: Of the post.
+        loss: Cross entropy of this decision.
+    """
+
+    kind: Kind
+    row: int
+    tag: int
+    score: float
+    loss: float
+
+
+def worst(judged: Judged, most: int) -> tuple[list[Mistake], list[Mistake]]:
+    """The wrongly given and the missed tags of the highest loss, ``most`` of each."""
+    given, truth = judged.given, judged.targets
+    return (
+        _highest("wrongly given", judged, given & ~truth, most),
+        _highest("missed", judged, truth & ~given, most),
+    )
+
+
+def _highest(kind: Kind, judged: Judged, where: Any, most: int) -> list[Mistake]:
+    rows, tags = np.nonzero(where)
+    scores = judged.scores[rows, tags].astype(np.float64)
+    off = scores if kind == "wrongly given" else 1 - scores
+    losses = -np.log(np.maximum(1 - off, _TINY))
+    order = np.argsort(-losses, kind="stable")[:most]
+    return [
+        Mistake(kind, int(rows[i]), int(tags[i]), float(scores[i]), float(losses[i])) for i in order
+    ]
+
+
+@dataclass(frozen=True)
+class Link:
+    """Where something can be seen."""
+
+    text: str
+    href: str
+
+
+@dataclass(frozen=True)
+class PostView:
+    """What the page shows of a post.
+
+    Attributes:
+        links: To the post, or to its local files.
+        thumbnails: Small pictures, JPEG as ``data:`` addresses.
+    """
+
+    text: str = ""
+    links: tuple[Link, ...] = ()
+    thumbnails: tuple[str, ...] = ()
+
+
+def view_post(
+    post_id: str,
+    entry: Mapping[str, Any],
+    *,
+    data_file: Path,
+    report: Path,
+    post_url: str | None,
+    thumbnails: bool,
+) -> PostView:
+    """What a data file says of a post.
+
+    Args:
+        post_id: Its ID.
+        entry: Of the data file; empty where it is not known.
+        data_file: Local paths are relative to it.
+        report: The report's folder, which links to local files start from.
+        post_url: As in `config.report.ReportSettings`.
+        thumbnails: Whether small pictures are made.
+    """
+    text = " ".join((*_listed(entry.get("text")), *_listed(entry.get("ocr"))))
+    sources = [
+        (kind, source)
+        for kind in ("images", "videos", "audios", "features")
+        for source in _listed(entry.get(kind))
+    ]
+    if post_url is not None:
+        links = [Link("post", post_url.replace("{post_id}", quote(post_id, safe="")))]
+    else:
+        links = [
+            Link(f"{kind.removesuffix('s')} {Path(source).name}", href)
+            for kind, source in sources
+            if (href := _href(source, data_file, report))
+        ]
+    small: list[str] = []
+    if thumbnails:
+        pictures = [_local(source, data_file) for kind, source in sources if kind == "images"]
+        made = (_thumbnail(path) for path in pictures[: 2 * _THUMBNAILS] if path is not None)
+        small = [address for address in made if address is not None][:_THUMBNAILS]
+    shown = " ".join(text.split())
+    return PostView(f"{shown[:280]}…" if len(shown) > 280 else shown, tuple(links), tuple(small))
+
+
+def _listed(value: Any) -> Sequence[str]:
+    values = value if isinstance(value, list) else [value]
+    return [v for v in values if isinstance(v, str) and v]
+
+
+def _href(source: str, data_file: Path, report: Path) -> str | None:
+    if source.startswith(("http://", "https://")):
+        return source
+    path = _local(source, data_file)
+    if path is None:
+        return None
+    return quote(os.path.relpath(path.resolve(), report.resolve()))
+
+
+def _local(source: str, data_file: Path) -> Path | None:
+    """The file that a data file names, or None where there is none."""
+    for path in (data_file.parent / source, Path(source)):
+        try:
+            if path.is_file():
+                return path
+        except (OSError, ValueError):  # a name that no file system takes
+            return None
+    return None
+
+
+def _thumbnail(path: Path) -> str | None:
+    """A small copy of a picture, or None where it is none, is broken, or is huge."""
+    from PIL import Image
+
+    if path.suffix.lower() not in _PICTURES:
+        return None
+    held = io.BytesIO()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of huge or odd pictures, which are left out
+            small = _small(path)
+        if small is None:
+            return None
+        small.thumbnail(_THUMBNAIL)
+        small.save(held, "JPEG", quality=80)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return None  # broken pictures of posts are nothing that a report could mend
+    return "data:image/jpeg;base64," + base64.b64encode(held.getvalue()).decode()
+
+
+def _small(path: Path) -> Any:
+    """An RGB picture of at least the thumbnail's size, or None where it is huge."""
+    from PIL import Image
+
+    with Image.open(path) as picture:
+        if picture.width * picture.height > _LARGEST_PIXELS:
+            return None
+        picture.draft("RGB", (_THUMBNAIL[0] * 2, _THUMBNAIL[1] * 2))
+        return picture.convert("RGB")

@@ -1,0 +1,1 @@
+"""HTTP: tag a post in one request, put posts on the queue, read their results, and a page."""

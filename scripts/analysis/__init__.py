@@ -1,0 +1,1 @@
+"""Looking at posts before training on them: what is there, what repeats, what looks wrong."""

@@ -1,0 +1,1 @@
+"""From labelled posts and their features to training, validation and test files."""

@@ -1,0 +1,207 @@
+"""The command line of ``build_trainval_data.py``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from config.errors import ConfigError, TaggingError
+from config.labels import LabelMap
+from config.options import OneLineParser
+from extractors.post import MODALITIES
+from scripts.building.gather import Gathered, Gatherer, Rules, link
+from scripts.building.sides import Dealing, Split, split
+from scripts.building.write import Target, write_files
+from scripts.corpus.records import CorpusPost, Summary
+
+NAME = "build_trainval_data.py"
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = OneLineParser(
+        prog=NAME,
+        description="Join labels and features, and split the posts into training, validation and "
+        "test files without leakage: posts that share an author, a medium, a text or a group of "
+        "near-duplicates never stand on two sides.",
+    )
+    add = parser.add_argument
+    add("--input", type=Path, required=True, metavar="F", help="posts, *.jsonl or *.json")
+    add("--features", type=Path, required=True, metavar="DIR", help="root of the feature files")
+    add("--labels", type=Path, required=True, metavar="F", help="label map, idx2name_cls*.json")
+    add("--out", type=Path, required=True, metavar="DIR", help="folder of the data files")
+    add(
+        "--valid", type=float, default=0.1, metavar="X", help="share of validation; 0 leaves it out"
+    )
+    add("--test", type=float, default=0.1, metavar="X", help="share of test; 0 leaves it out")
+    add("--seed", type=int, default=0)
+    add("--manifest", type=Path, metavar="F", help="of download_mp: which media are the same")
+    add("--duplicates", type=Path, metavar="F", help="duplicates.jsonl of analyze_posts")
+    add("--keep", type=Path, metavar="F", help="an earlier split.jsonl: its posts keep their side")
+    add("--unknown", choices=("error", "skip_tag", "skip_post"), default="error",
+        help="what a label beside the map does")  # fmt: skip
+    add("--check", choices=("quick", "full"), default="quick",
+        help="read the headers of feature files, or every number")  # fmt: skip
+    add("--modalities", nargs="+", choices=MODALITIES, default=[], metavar="M",
+        help="leave out posts without any of these")  # fmt: skip
+    add("--format", choices=("json", "jsonl"), default="json", help="of the data files")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Build; 0 done, 2 the input is wrong, 1 anything else."""
+    options = parse(arguments)
+    try:
+        return _build(options)
+    except TaggingError as error:
+        sys.stderr.write(f"{NAME}: {error}\n")
+        return 2 if isinstance(error, ConfigError) else 1
+    except OSError as error:
+        sys.stderr.write(f"{NAME}: {error.filename or options.out}: {error.strerror or error}\n")
+        return 1
+    except KeyboardInterrupt:
+        sys.stderr.write(f"{NAME}: interrupted; nothing was changed, run it again\n")
+        return 1
+
+
+def _build(options: argparse.Namespace) -> int:
+    shares = _shares(options)
+    labels = LabelMap.load(options.labels)
+    rules = Rules(options.unknown, options.check, tuple(options.modalities))
+    hashes = media_hashes(options.manifest)
+    gatherer = Gatherer(labels, options.features, rules, hashes)
+    with _ticks("reading") as advance:
+        found = gatherer.read(options.input, advance)
+    if not len(found):
+        _show(found, None, labels, options.out)
+        raise ConfigError(f"{options.input}: no post can be learned from")
+    groups = link(found, duplicate_groups(options.duplicates))
+    dealt = split(found, groups, labels, Dealing(shares, options.seed, options.keep))
+    with _ticks("writing") as advance:
+        target = Target(options.out, options.features, labels, options.format)
+        files = write_files(options.input, target, found, dealt, advance)
+    _show(found, dealt, labels, options.out)
+    for path in files.values():
+        sys.stdout.write(f"{path}\n")
+    return 0
+
+
+def _shares(options: argparse.Namespace) -> tuple[float, float, float]:
+    valid, test = options.valid, options.test
+    if not (0 <= valid < 1 and 0 <= test < 1 and valid + test < 1):
+        raise ConfigError(f"--valid {valid:g} --test {test:g}: nothing would be left for training")
+    return 1 - valid - test, valid, test
+
+
+def media_hashes(manifest: Path | None) -> Callable[[CorpusPost], Iterator[str]]:
+    """What finds the content hashes of a post's media.
+
+    ``download_mp`` names files by their hash; a manifest adds those of media named otherwise.
+
+    Raises:
+        ConfigError: The manifest cannot be read.
+    """
+    known: dict[str, str] = {}
+    if manifest is not None:
+        for content in _json_lines(manifest, "manifest"):
+            digest = content.get("sha256")
+            if content.get("status") == "ok" and isinstance(digest, str):
+                for source in (content.get("source"), content.get("path")):
+                    if isinstance(source, str):
+                        known[source] = digest
+
+    def hashes(entry: CorpusPost) -> Iterator[str]:
+        for media in entry.post.media:
+            stem = Path(media.source).stem
+            named = len(stem) == 64 and all(char in "0123456789abcdef" for char in stem)
+            yield known.get(media.source) or (stem if named else media.source)
+
+    return hashes
+
+
+def duplicate_groups(path: Path | None) -> Iterator[tuple[str, ...]]:
+    """Post IDs of each group of ``duplicates.jsonl``.
+
+    Raises:
+        ConfigError: The file cannot be read.
+    """
+    if path is None:
+        return
+    for content in _json_lines(path, "duplicates file"):
+        members = content.get("members")
+        if not isinstance(members, list) or not all(isinstance(m, str) for m in members):
+            raise ConfigError(f"{path}: a group must have members, a list of post IDs")
+        yield tuple(members)
+
+
+def _json_lines(path: Path, what: str) -> Iterator[dict[str, object]]:
+    try:
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                content = json.loads(line)
+                if not isinstance(content, dict):
+                    raise ConfigError(f"{path}: line {number} is no object")
+                yield content
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: no such {what}") from error
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from error
+
+
+@contextmanager
+def _ticks(what: str) -> Iterator[Callable[[], None]]:
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (
+        SpinnerColumn(),
+        TextColumn(what),
+        TextColumn("{task.completed:,} posts"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task(what, total=None)
+        yield lambda: progress.advance(task)
+
+
+def _show(found: Gathered, dealt: Split | None, labels: LabelMap, out: Path) -> None:
+    """The summary on the terminal, and in ``summary.json``."""
+    summary = Summary("training data")
+    summary.done(len(found))
+    for reason, _, _ in found.left_out.values():
+        summary.failed(reason)
+    if found.dropped_tags:
+        summary.facts["labels passed over"] = sum(found.dropped_tags.values())
+    if dealt is not None:
+        for name, count in zip(dealt.names, dealt.posts, strict=True):
+            summary.facts[f"{name} posts"] = int(count)
+        summary.facts["groups"] = int(dealt.group.max()) + 1
+        summary.facts["largest group"] = dealt.largest_group
+        worst, tag = dealt.worst()
+        if tag >= 0:
+            summary.facts["largest deviation of a tag's share"] = (
+                f"{worst:.1%} ({labels.names[tag]})"
+            )
+        if dealt.moved:
+            summary.facts["moved by new links"] = dealt.moved
+        absent = [n for n, c in zip(labels.names, dealt.counts.sum(axis=0), strict=True) if not c]
+        if absent:
+            summary.facts["tags without posts"] = ", ".join(absent[:20])
+        if dealt.largest_group > 0.5 * min(dealt.posts):
+            summary.facts["note"] = "the largest group is over half of the smallest side"
+    summary.show()
+    if dealt is None:
+        return
+    by_tag = {
+        name: {side: int(dealt.counts[i, tag]) for i, side in enumerate(dealt.names)}
+        for tag, name in enumerate(labels.names)
+    }
+    content = {**summary.as_dict(), "passed_over": dict(sorted(found.dropped_tags.items()))}
+    from scripts.corpus.lines import write_whole
+
+    text = json.dumps({**content, "tags": by_tag}, ensure_ascii=False, indent=2)
+    write_whole(out / "summary.json", text)

@@ -1,0 +1,137 @@
+"""Second reading of the posts: the data files, the label map and what was left out."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from config.labels import LabelMap
+from extractors.feature_file import feature_path
+from scripts.building.gather import Gathered
+from scripts.building.sides import Split
+from scripts.corpus.lines import AtomicLines, write_whole
+from scripts.corpus.records import MEDIA_KEYS, CorpusPost, is_url, local_path, read_posts
+
+Format = Literal["json", "jsonl"]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is written, and where.
+
+    Attributes:
+        out: Folder of the files.
+        features: Root of the feature files.
+        form: Of the data files.
+    """
+
+    out: Path
+    features: Path
+    labels: LabelMap
+    form: Format
+
+
+class DataFile:
+    """A data file that is written a post at a time: a JSON list, or JSON lines."""
+
+    def __init__(self, lines: AtomicLines, form: Format) -> None:
+        self._lines, self._form = lines, form
+        self._held: str | None = None
+        if form == "json":
+            lines.write("[")
+
+    def add(self, entry: dict[str, Any]) -> None:
+        """Write a post; of a list always the one before, whose comma is only known now."""
+        text = json.dumps(entry, ensure_ascii=False)
+        if self._form == "jsonl":
+            self._lines.write(text)
+            return
+        if self._held is not None:
+            self._lines.write(self._held + ",")
+        self._held = text
+
+    def end(self) -> None:
+        """Write what the list still lacks."""
+        if self._form == "json":
+            if self._held is not None:
+                self._lines.write(self._held)
+            self._lines.write("]")
+
+
+def write_files(
+    posts: Path, target: Target, found: Gathered, split: Split, advance: Callable[[], None]
+) -> dict[str, Path]:
+    """Write ``<side>_cls<N>``, ``idx2name_cls<N>.json``, ``split.jsonl``, ``left_out.jsonl``.
+
+    Returns:
+        Side ─► its data file.
+
+    Raises:
+        OSError: The disk is full, or gone; files that are there stay as they are.
+    """
+    place = {line: number for number, line in enumerate(found.lines)}
+    out, labels, form = target.out, target.labels, target.form
+    files = {name: out / f"{name}_cls{len(labels)}.{form}" for name in split.names}
+    with ExitStack() as stack:
+        lists = {n: stack.enter_context(AtomicLines(path)) for n, path in files.items()}
+        data = {name: DataFile(lines, form) for name, lines in lists.items()}
+        sides = stack.enter_context(AtomicLines(out / "split.jsonl"))
+        rejects = stack.enter_context(AtomicLines(out / "left_out.jsonl"))
+        for entry in read_posts(posts):
+            advance()
+            number = place.get(entry.line)
+            if number is None:
+                rejects.write(_reject(entry.line, found, getattr(entry, "post", None)))
+                continue
+            if not isinstance(entry, CorpusPost):
+                raise OSError(f"{posts}: changed while it was read")
+            name = split.names[split.side[number]]
+            data[name].add(_entry(entry, posts, target))
+            note = {"post_id": entry.post.post_id, "side": name, "group": int(split.group[number])}
+            sides.write(json.dumps(note, ensure_ascii=False))
+        for each in data.values():
+            each.end()
+    text = json.dumps(labels.as_json(), ensure_ascii=False, indent=2)
+    write_whole(out / f"idx2name_cls{len(labels)}.json", text)
+    return files
+
+
+def _reject(line: int, found: Gathered, post: Any) -> str:
+    reason, post_id, detail = found.left_out[line]
+    content = {
+        "line": line,
+        "post_id": post.post_id if post is not None else post_id,
+        "reason": reason,
+        "detail": detail,
+    }
+    return json.dumps(content, ensure_ascii=False)
+
+
+def _entry(entry: CorpusPost, posts: Path, target: Target) -> dict[str, Any]:
+    post, out, labels = entry.post, target.out, target.labels
+    content: dict[str, Any] = {
+        "post_id": post.post_id,
+        "labels": [name for name in post.labels if name in labels.index],
+        "text": post.text,
+        "ocr": post.ocr,
+    }
+    for kind, key in MEDIA_KEYS.items():
+        sources = [media.source for media in post.media if media.kind == kind]
+        content[key] = [_relative(source, posts, out) for source in sources]
+    content["features"] = _beside(feature_path(target.features, post.post_id), out)
+    return content
+
+
+def _relative(source: str, posts: Path, out: Path) -> str:
+    path = None if is_url(source) else local_path(source, posts)
+    return source if path is None else _beside(path, out)
+
+
+def _beside(path: Path, out: Path) -> str:
+    """The path as it is written in a file of the folder ``out``."""
+    return os.path.relpath(path.absolute(), out.absolute())

@@ -1,0 +1,98 @@
+"""``insighttag cache``: what the feature cache holds; make it smaller, or empty."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from config.errors import ConfigError
+from config.settings import Settings
+from config.urls import redact
+from scripts.commands.common import (
+    AsJson,
+    Config,
+    Overrides,
+    print_json,
+    print_table,
+    settings_of,
+)
+
+if TYPE_CHECKING:
+    from workers.cache.store import CacheStore
+
+_MIB = 1 << 20
+
+
+def stats(as_json: AsJson = False, config: Config = None, overrides: Overrides = None) -> None:
+    """Count the entries and their size."""
+    with _store(config, overrides) as (store, settings):
+        found = store.stats()
+    content = {
+        "cache": redact(settings.cache.url or ""),
+        "entries": found.entries,
+        "bytes": found.bytes,
+        "max_bytes": found.max_bytes,
+    }
+    if as_json:
+        print_json(content)
+        return
+    size = f"{found.bytes / _MIB:.1f} of {found.max_bytes / _MIB:.0f} MiB"
+    print_table(
+        "",
+        ("field", "value"),
+        [("cache", content["cache"]), ("entries", found.entries), ("size", size)],
+    )
+
+
+def prune(
+    max_mb: Annotated[
+        int | None, typer.Option("--max-mb", min=0, help="Down to this; cache.max_mb when absent.")
+    ] = None,
+    config: Config = None,
+    overrides: Overrides = None,
+) -> None:
+    """Delete the entries used least recently, down to a size."""
+    with _store(config, overrides) as (store, settings):
+        target = settings.cache.max_mb if max_mb is None else max_mb
+        gone = store.prune(target * _MIB)
+    sys.stdout.write(f"deleted {gone.entries} entries, {gone.bytes / _MIB:.1f} MiB\n")
+
+
+def clear(
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    config: Config = None,
+    overrides: Overrides = None,
+) -> None:
+    """Delete every entry."""
+    with _store(config, overrides) as (store, settings):
+        if not yes:
+            where = redact(settings.cache.url or "")
+            typer.confirm(f"Delete every entry of {where}?", abort=True, err=True)
+        gone = store.prune(0)
+    sys.stdout.write(f"deleted {gone.entries} entries, {gone.bytes / _MIB:.1f} MiB\n")
+
+
+@contextlib.contextmanager
+def _store(
+    config: Path | None, overrides: Sequence[str] | None
+) -> Iterator[tuple[CacheStore, Settings]]:
+    from workers.cache.store import open_store
+
+    settings = settings_of(config, overrides)
+    if settings.cache.url is None:
+        raise ConfigError("cache.url: is not set, so there is no cache")
+    # A command may wait longer than a post does.
+    patient = settings.cache.model_copy(update={"timeout_s": max(30.0, settings.cache.timeout_s)})
+    store = open_store(patient)
+    try:
+        yield store, settings
+    finally:
+        store.close()
+
+
+COMMANDS: Mapping[str, Callable[..., None]] = {"stats": stats, "prune": prune, "clear": clear}

@@ -1,0 +1,102 @@
+"""``insighttag export``: a bundle's model or a backbone for other runtimes, or as ``.pth``."""
+
+from __future__ import annotations
+
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from config.errors import BundleError, ConfigError
+from scripts.commands.common import Config, Overrides, settings_of
+
+if TYPE_CHECKING:
+    from config.settings import FeatureSettings
+    from fusion.export import Graph
+
+
+class Format(str, Enum):
+    """What is written."""
+
+    onnx = "onnx"
+    torch = "torch"
+    state_dict = "state_dict"
+    pickle = "pickle"
+
+
+class Backbone(str, Enum):
+    """Which extractor's model is written."""
+
+    image = "image"
+    video = "video"
+    audio = "audio"
+    text = "text"
+    video_lstm = "video_lstm"
+
+
+def export(  # noqa: PLR0917  typer calls it by names
+    out: Annotated[Path, typer.Option("--out", metavar="F", help="The file to write.")],
+    form: Annotated[Format, typer.Option("--format", help="What is written.")] = Format.onnx,
+    bundle: Annotated[
+        Path | None,
+        typer.Option("--bundle", metavar="DIR", help="The bundle; fusion.bundle when absent."),
+    ] = None,
+    backbone: Annotated[
+        Backbone | None,
+        typer.Option("--backbone", help="This extractor's model instead of the fusion model."),
+    ] = None,
+    config: Config = None,
+    overrides: Overrides = None,
+) -> None:
+    """Write a model for other runtimes, and check the file against the model.
+
+    state_dict and pickle are files that plain torch.load reads.
+    """
+    settings = settings_of(config, overrides)
+    from rich.console import Console
+
+    console = Console(stderr=True, highlight=False)
+    with console.status(f"export {backbone.value if backbone else 'fusion'} as {form.value}"):
+        from fusion.export import export as write
+
+        if backbone is not None:
+            graph = _backbone(backbone, settings.features, bundle)
+        else:
+            graph = _fusion(bundle or settings.fusion.bundle)
+        found = write(graph, form.value, out)
+    for case, difference in found.differences.items():
+        sys.stdout.write(f"{difference:9.2e}  {case}\n")
+    sys.stdout.write(f"largest difference {found.largest:.2e} on {len(found.differences)} inputs\n")
+    sys.stdout.write(f"{found.path} ({found.how}), facts in {found.sidecar}\n")
+
+
+def _fusion(folder: Path) -> Graph:
+    from fusion.bundle import load_bundle
+    from fusion.fusion_graph import fusion_graph
+
+    try:
+        return fusion_graph(load_bundle(folder))
+    except BundleError as error:
+        raise ConfigError(f"--bundle: {error}") from error
+
+
+def _backbone(name: Backbone, features: FeatureSettings, bundle: Path | None) -> Graph:
+    """A backbone's graph; with a bundle it must be the one that the bundle was trained with."""
+    from scripts.backbone_graphs import backbone_graph, fingerprints
+
+    if bundle is not None:
+        from fusion.bundle import load_bundle
+
+        try:
+            wanted = load_bundle(bundle).manifest.fingerprints
+        except BundleError as error:
+            raise ConfigError(f"--bundle: {error}") from error
+        for stream, found in fingerprints(name.value, features).items():
+            if stream in wanted and wanted[stream] != found:
+                raise ConfigError(
+                    f"--bundle {bundle}: was trained with {stream} features {wanted[stream]}, the "
+                    f"config's extractor gives {found}: name the config that it is served with"
+                )
+    return backbone_graph(name.value, features)

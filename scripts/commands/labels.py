@@ -1,0 +1,162 @@
+"""``insighttag labels``: changes of the taxonomy, recorded, and checks of it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from config.errors import ConfigError
+from scripts.taxonomy.migrations import Migration, Operation
+
+MapFile = Annotated[Path, typer.Argument(metavar="MAP", help="A label map, idx2name_cls*.json.")]
+Data = Annotated[
+    list[Path] | None, typer.Option("--data", metavar="F", help="A data file; may be repeated.")
+]
+
+
+def check(
+    labels: MapFile,
+    *,
+    data: Data = None,
+    bundle: Annotated[
+        Path | None, typer.Option("--bundle", metavar="DIR", help="A bundle that shall fit.")
+    ] = None,
+    min_posts: Annotated[
+        int, typer.Option("--min-posts", min=0, help="Fewer posts of a tag are a conflict.")
+    ] = 1,
+) -> None:
+    """Find conflicts in a label map, and between it and data files or a bundle.
+
+    Names that differ only in case, width or spaces; tags of the data that the map lacks, or that a
+    migration took away; tags with too few posts. Exit code 2 when there is one.
+    """
+    from scripts.taxonomy.check import conflicts
+
+    found = 0
+    for line in conflicts(labels, data or (), bundle, min_posts):
+        sys.stdout.write(f"{line}\n")
+        found += 1
+    if found:
+        raise ConfigError(f"labels check: {found} conflicts in {labels}")
+    sys.stdout.write(f"{labels}: no conflicts\n")
+
+
+def rename(
+    labels: MapFile,
+    old: Annotated[str, typer.Argument(help="The tag.")],
+    new: Annotated[str, typer.Argument(help="Its new name.")],
+) -> None:
+    """Give a tag another name; its id stays."""
+    _change(labels, "rename", (old,), (new,))
+
+
+def merge(
+    labels: MapFile,
+    old: Annotated[list[str], typer.Argument(help="The tags.")],
+    *,
+    into: Annotated[str, typer.Option("--into", metavar="NAME", help="What they become.")],
+) -> None:
+    """Make several tags one."""
+    if len(set(old) | {into}) < 2:
+        raise ConfigError("labels merge: name two tags or more")
+    _change(labels, "merge", old, (into,))
+
+
+def split(
+    labels: MapFile,
+    old: Annotated[str, typer.Argument(help="The tag.")],
+    *,
+    into: Annotated[
+        list[str], typer.Option("--into", metavar="NAME", help="One of its parts; repeat it.")
+    ],
+) -> None:
+    """Make one tag several; which post has which part, `apply --by-post` says."""
+    if len(into) < 2:
+        raise ConfigError("labels split: give --into twice or more")
+    _change(labels, "split", (old,), into)
+
+
+def retire(
+    labels: MapFile,
+    old: Annotated[list[str], typer.Argument(help="The tags.")],
+) -> None:
+    """Take tags out of the map."""
+    _change(labels, "retire", old, ())
+
+
+def history(labels: MapFile) -> None:
+    """The recorded changes of a label map, oldest first."""
+    from scripts.taxonomy.migrations import load
+
+    _, migrations = load(labels)
+    for each in migrations:
+        sys.stdout.write(f"{each.version:>4}  {_told(each)}\n")
+    if not migrations:
+        sys.stdout.write(f"{labels}: never changed\n")
+
+
+def apply(
+    labels: MapFile,
+    *,
+    data: Data = None,
+    by_post: Annotated[
+        Path | None,
+        typer.Option(
+            "--by-post", metavar="F", help="JSON lines {post_id, labels} for tags that were split."
+        ),
+    ] = None,
+) -> None:
+    """Rewrite data files by the changes that they have not seen yet."""
+    from scripts.taxonomy import rewrite
+    from scripts.taxonomy.migrations import load
+
+    if not data:
+        raise ConfigError("labels apply: name data files with --data")
+    _, migrations = load(labels)
+    said = rewrite.read_by_post(by_post)
+    for file in data:
+        done = rewrite.apply(file, migrations, said)
+        if not done.posts:
+            sys.stdout.write(f"{file}: follows version {done.version} already\n")
+            continue
+        sys.stdout.write(
+            f"{file}: {done.posts} posts, {done.changed} changed, {done.bare} without a label now, "
+            f"version {done.version}\n"
+        )
+        if done.relabel:
+            where = rewrite.relabel_path(file)
+            sys.stdout.write(f"  {done.relabel} posts had a tag that was split: {where}\n")
+
+
+def _change(labels: Path, operation: Operation, old: Sequence[str], new: Sequence[str]) -> None:
+    from scripts.taxonomy.migrations import change, load, record
+
+    present, migrations = load(labels)
+    changed, migration = change(present, operation, old, new, len(migrations) + 1)
+    record(labels, changed, (*migrations, migration))
+    sys.stdout.write(f"{_told(migration)}\n")
+    moved = sum(after not in (None, before) for before, after in enumerate(migration.ids))
+    sys.stdout.write(
+        f"{labels}: version {migration.version}, {len(changed)} tags, {moved} have another id; "
+        "bundles keep the ids that they were trained with\n"
+    )
+
+
+def _told(migration: Migration) -> str:
+    old, new = ", ".join(migration.old), ", ".join(migration.new)
+    return f"{migration.operation} {old}" + (f" -> {new}" if new else "")
+
+
+COMMANDS: Mapping[str, Callable[..., None]] = {
+    "check": check,
+    "rename": rename,
+    "merge": merge,
+    "split": split,
+    "retire": retire,
+    "history": history,
+    "apply": apply,
+}

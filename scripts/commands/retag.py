@@ -1,0 +1,146 @@
+"""``insighttag retag``: have posts tagged again, by the bundle that is served now."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from config.errors import ConfigError
+from config.settings import Settings
+from scripts.commands.common import Config, Overrides, online_settings
+from scripts.commands.publish import read_ids
+
+if TYPE_CHECKING:
+    from king.archive import Archive
+
+CURRENT = "current"
+
+
+def retag(
+    *,
+    query: Annotated[
+        str | None,
+        typer.Option(
+            "--query", metavar="JSON", help="Posts that match, as the database's find takes it."
+        ),
+    ] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option("--file", metavar="F", help="A file with one ID a line; - is standard input."),
+    ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Every post of the database.")] = False,
+    older: Annotated[
+        str | None,
+        typer.Option(
+            "--bundle-older-than",
+            metavar="V",
+            help="Of these, the posts that an older bundle has tagged: current is the version in "
+            "fusion.bundle.",
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, help="At most so many posts.")
+    ] = None,
+    priority: Annotated[
+        int, typer.Option("--priority", min=0, max=9, help="0 to 9; higher is served sooner.")
+    ] = 0,
+    config: Config = None,
+    overrides: Overrides = None,
+) -> None:
+    """Put posts on the queue to be tagged again.
+
+    With a feature cache (cache.url) nothing is downloaded and extracted again.
+    """
+    if sum((query is not None, file is not None, everything)) > 1:
+        raise ConfigError("retag: --query, --file and --all exclude one another")
+    if query is None and file is None and not everything and older is None:
+        raise ConfigError("retag: name --query JSON, --file F, --all or --bundle-older-than V")
+    condition = _condition(query)
+    ids = read_ids(file) if file is not None else None
+    settings = online_settings(config, overrides)
+    if older is not None:
+        version = current_version(settings) if older == CURRENT else older
+        path = f"{settings.store.result_path}.version"
+        tagged_before = {path: {"$lt": version}}
+        condition = {"$and": [condition, tagged_before]} if condition else tagged_before
+    count = _publish(settings, condition, ids, limit=limit, priority=priority)
+    sys.stdout.write(f"retagging {count} posts through {settings.broker.queue}\n")
+
+
+def current_version(settings: Settings) -> str:
+    """The version of the bundle in ``fusion.bundle``; reads nothing but that.
+
+    Raises:
+        ConfigError: There is no bundle.
+    """
+    import yaml
+
+    file = settings.fusion.bundle / "bundle.yaml"
+    try:
+        # What follows is long, and the version stands before it.
+        about = yaml.safe_load(file.read_text(encoding="utf-8").partition("\nfeatures:")[0])
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"fusion.bundle: {file} cannot be read") from error
+    version = about.get("version") if isinstance(about, dict) else None
+    if not isinstance(version, str):
+        raise ConfigError(f"fusion.bundle: {file} names no version")
+    return version
+
+
+def _condition(query: str | None) -> dict[str, Any]:
+    if query is None:
+        return {}
+    try:
+        found = json.loads(query)
+    except ValueError as error:
+        raise ConfigError(f"--query: is no JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ConfigError('--query: must be a JSON object, as {"insight.model": "demo"}')
+    return found
+
+
+def _publish(
+    settings: Settings,
+    condition: dict[str, Any],
+    ids: Iterable[str] | None,
+    *,
+    limit: int | None,
+    priority: int,
+) -> int:
+    from king.archive import Archive
+    from king.messages import PostMessage
+    from king.publisher import publish_posts
+
+    archive = Archive(settings.store)
+    try:
+        chosen, total = _chosen(archive, condition, ids, limit)
+        messages = (PostMessage(post_id, priority=priority, force=True) for post_id in chosen)
+        return publish_posts(settings.broker, _shown(messages, total))
+    finally:
+        archive.close()
+
+
+def _chosen(
+    archive: Archive, condition: dict[str, Any], ids: Iterable[str] | None, limit: int | None
+) -> tuple[Iterator[str], int | None]:
+    """The posts' IDs while they are read, and how many there will be where that is known."""
+    if ids is not None:
+        return islice(archive.among(ids, condition), limit), None
+    total = archive.matching(condition)
+    return archive.matching_ids(condition, limit), min(total, limit) if limit else total
+
+
+def _shown(messages: Iterator[Any], total: int | None) -> Iterator[Any]:
+    """The same, with a progress bar on standard error."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
+
+    columns = (BarColumn(bar_width=28), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        yield from progress.track(messages, total=total)

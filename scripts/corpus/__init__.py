@@ -1,0 +1,1 @@
+"""What the offline scripts share: files of posts, JSON-lines files, summaries."""

@@ -1,0 +1,1 @@
+"""Downloading the media of many posts: hosts in turn, many processes, content-addressed files."""

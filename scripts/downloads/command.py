@@ -1,0 +1,90 @@
+"""The whole command: lock, state, run, report, and one line for whatever ends it early."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from config.errors import ConfigError, TaggingError
+from scripts.corpus.records import read_posts
+from scripts.corpus.runs import Stopper, only_one
+from scripts.downloads.meter import Meter
+from scripts.downloads.report import Interrupted, write_report
+from scripts.downloads.run import BrokenDisk, Download
+from scripts.downloads.state import BrokenState, State
+from scripts.downloads.values import Options
+
+_AGAIN = "run the same command again to go on where it stopped"
+_CHUNK_BYTES = 1 << 20
+
+
+def download(options: Options) -> int:
+    """Download everything and write the report; gives the exit code.
+
+    Raises:
+        ConfigError: The posts file or the output folder is not as it should be.
+        TaggingError: It cannot go on now.
+    """
+    total = count_posts(options.posts)
+    folder = options.out / ".state"
+    with only_one(folder / "lock", str(options.out)), Stopper() as stopper:
+        try:
+            return _download(options, State(folder / "download.sqlite"), stopper, total)
+        except (BrokenDisk, BrokenState, OSError) as error:
+            text = getattr(error, "strerror", None) or str(error)
+            raise TaggingError(f"stopped: {text}; make room, then {_AGAIN}") from error
+
+
+def _download(options: Options, state: State, stopper: Stopper, total: int | None) -> int:
+    try:
+        if options.retry_failed:
+            state.forget_refused()
+        with Meter("posts", total) as meter:
+            run = Download(options, state, meter)
+            run.run(lambda: stopper.asked)
+        if not run.complete:
+            return _interrupted(stopper, f"{meter.files:,} files downloaded in this run")
+        try:
+            with _counting(total) as tick:
+                summary = write_report(options, state, tick, lambda: stopper.asked)
+        except Interrupted:
+            return _interrupted(stopper, "all files are downloaded, the manifest is not written")
+        summary.show()
+        sys.stdout.write(f"{options.out}/manifest.jsonl, posts.jsonl, summary.json\n")
+        return 0
+    finally:
+        state.close()
+
+
+def _interrupted(stopper: Stopper, what: str) -> int:
+    sys.stderr.write(f"download_mp: {stopper.asked}: {what}; {_AGAIN}\n")
+    return 1
+
+
+@contextmanager
+def _counting(total: int | None) -> Iterator[Callable[[int], None]]:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), refresh_per_second=4) as progress:
+        task = progress.add_task("manifest", total=total)
+        yield lambda count: progress.advance(task, count)
+
+
+def count_posts(posts: Path) -> int | None:
+    """Lines of a posts file, or entries of a data file; for the ETA.
+
+    Raises:
+        ConfigError: There is no such file, or it cannot be read.
+    """
+    if posts.suffix.lower() == ".json":
+        return sum(1 for _ in read_posts(posts))
+    try:
+        with posts.open("rb") as stream:
+            return sum(chunk.count(b"\n") for chunk in iter(lambda: stream.read(_CHUNK_BYTES), b""))
+    except FileNotFoundError as error:
+        raise ConfigError(f"{posts}: no such file") from error
+    except OSError as error:
+        raise ConfigError(f"{posts}: cannot be read: {error.strerror}") from error

@@ -1,0 +1,13 @@
+"""Extract the features of posts' images into feature files."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs as a plain script too
+
+from scripts.extraction.run import main
+
+if __name__ == "__main__":
+    sys.exit(main("image"))

@@ -1,0 +1,1 @@
+"""Pulling posts out of the database into a posts file, page by page."""

@@ -1,0 +1,274 @@
+"""The whole command: options checked, pages read, posts chosen and written."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+from bson import json_util
+
+from config.errors import ConfigError, TaggingError
+from config.settings import StoreSettings
+from config.urls import redact
+from scripts.commands.common import since_time
+from scripts.corpus.records import CorpusPost, post_line
+from scripts.corpus.runs import Stopper, only_one
+from scripts.pulling.choose import Choice, rare_tags, sample
+from scripts.pulling.convert import NoPost, convert, created_at, projection, shown_id
+from scripts.pulling.pages import Pages
+from scripts.pulling.progress import Files
+from scripts.pulling.values import Options, Page, Place
+
+_AGAIN = "run the same command again to go on where it stopped"
+
+
+class Interrupted(Exception):
+    """A signal came."""
+
+
+def pull(options: Options, resolved: StoreSettings) -> int:
+    """Pull everything; gives the exit code.
+
+    Args:
+        options: What to pull.
+        resolved: The store as it can be reached: no ``embedded://``.
+
+    Raises:
+        ConfigError: The query or a time is wrong, or another pull lies there.
+        TaggingError: The database stayed away, or the disk is full.
+    """
+    query = query_of(options)
+    lock = options.out.with_name(f".{options.out.name}.lock")
+    with only_one(lock, str(options.out)), Stopper() as stopper:
+        pages = Pages(resolved, query, projection(options.store), options.page)
+        run = _Pull(options, pages, lambda: stopper.asked)
+        try:
+            run.run()
+        except Interrupted:
+            sys.stderr.write(
+                f"pull_posts: {stopper.asked}: {run.files.written:,} posts written; {_AGAIN}\n"
+            )
+            return 1
+        except OSError as error:
+            reason = f"{options.out}: {error.strerror or error}"
+            raise TaggingError(f"stopped: {reason}; make room, then {_AGAIN}") from error
+        finally:
+            run.files.close()
+            pages.close()
+    run.files.summary.show()
+    sys.stdout.write(f"{run.files.written:,} posts: {options.out}\n")
+    return 0
+
+
+def query_of(options: Options) -> dict[str, Any]:
+    """The filter.
+
+    Raises:
+        ConfigError: It is no JSON object.
+    """
+    try:
+        query = json_util.loads(options.query)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ConfigError(f"--query: not JSON: {' '.join(str(error).split())}") from error
+    if not isinstance(query, dict):
+        raise ConfigError('--query: must be an object, as {"lang": "en"}')
+    if not options.untagged:
+        return query
+    untagged = {f"{options.store.result_path}.status": None}
+    return {"$and": [query, untagged]} if query else untagged
+
+
+class _Pull:
+    """One pull, begun or going on."""
+
+    def __init__(self, options: Options, pages: Pages, asked: Callable[[], object]) -> None:
+        self._options, self._pages, self._asked = options, pages, asked
+        self._fields = options.store.fields
+        self._since: float | None = None
+        self._until: float | None = None
+        self.files = Files(options.out, _asked(options))
+
+    def run(self) -> None:
+        """Read, choose, write.
+
+        Raises:
+            Interrupted: A signal came; the record is up to date.
+        """
+        files = self.files
+        if self._options.restart:
+            files.forget()
+        fresh = not files.begun
+        files.open()
+        if not files.complete:
+            self._set_times()
+            total = self._pages.count()
+            choice = self._choose(total, None if fresh else files.read_choice())
+            self._write(choice, total)
+        files.finish()
+
+    def _set_times(self) -> None:
+        """``7d`` is counted from the beginning of the pull, also when it goes on later."""
+        times = self.files.times
+        for name, text in (("since", self._options.since), ("until", self._options.until)):
+            if name not in times:
+                times[name] = _moment(name, text)
+        self._since, self._until = times["since"], times["until"]
+
+    # Choosing --------------------------------------------------------------------------------
+
+    def _choose(self, total: int, known: Choice | None) -> Choice:
+        minimum, count = self._options.min_posts_per_tag, self._options.sample
+        if not minimum and count is None:
+            return Choice()
+        if known is not None:
+            return known
+        choice = Choice(seed=self._options.seed, need_tag=minimum > 0)
+        if minimum:
+            choice = replace(choice, rare=rare_tags(self._eligible(Choice(), total), minimum))
+        if count is not None:
+            choice = sample(self._eligible(choice, total), choice, count, minimum)
+        self.files.keep_choice(choice)
+        self.files.save(Place())
+        return choice
+
+    def _eligible(self, choice: Choice, total: int) -> Iterator[CorpusPost]:
+        with _bar("counting", total) as advance:
+            for page in self._pages.pages(Place()):
+                self._heed()
+                for document in page.documents:
+                    try:
+                        entry = self._in_time(document)
+                    except (NoPost, _LeftOut):
+                        continue
+                    kept = choice.without_rare(entry)
+                    if isinstance(kept, CorpusPost):
+                        yield kept
+                advance(len(page.documents), "")
+
+    # Writing ---------------------------------------------------------------------------------
+
+    def _write(self, choice: Choice, total: int) -> None:
+        files = self.files
+        begun = files.summary.total
+        if choice.need_tag:
+            files.summary.facts["tags of too few posts"] = len(choice.rare)
+        place = files.place
+        with _bar("posts", total) as advance:
+            advance(begun, "")
+            for page in self._pages.pages(files.place):
+                full = self._write_page(page, choice)
+                place = page.place
+                files.save(place, complete=full)
+                advance(len(page.documents), f"{files.written:,} written")
+                if full:
+                    return
+                self._heed()
+        files.save(place, complete=True)
+
+    def _write_page(self, page: Page, choice: Choice) -> bool:
+        """Write what of a page is taken; true when the limit is reached."""
+        files, limit = self.files, self._options.limit
+        for document in page.documents:
+            if limit is not None and files.written >= limit:
+                return True
+            try:
+                entry = self._in_time(document)
+            except NoPost as error:
+                files.summary.failed(str(error))
+                files.reject(_rejected(document, str(error)))
+                continue
+            except _LeftOut as error:
+                files.summary.skipped(str(error))
+                continue
+            kept = choice.without_rare(entry)
+            if isinstance(kept, str):
+                files.summary.skipped(kept)
+            elif not choice.sampled(kept.post.post_id):
+                files.summary.skipped("not in the sample")
+            else:
+                files.write(post_line(kept))
+                files.summary.done()
+        return limit is not None and files.written >= limit
+
+    def _in_time(self, document: Mapping[str, Any]) -> CorpusPost:
+        entry = convert(document, self._fields)
+        if self._since is None and self._until is None:
+            return entry
+        made_at = created_at(document, self._fields)
+        if made_at is None:
+            raise _LeftOut("no time is known")
+        if self._since is not None and made_at < self._since:
+            raise _LeftOut("before --since")
+        if self._until is not None and made_at >= self._until:
+            raise _LeftOut("not before --until")
+        return entry
+
+    def _heed(self) -> None:
+        if self._asked():
+            raise Interrupted
+
+
+class _LeftOut(Exception):
+    """A post that was not asked for; says why."""
+
+
+def _asked(options: Options) -> dict[str, Any]:
+    """What must be the same for a pull to go on; nothing secret."""
+    store = options.store
+    return {
+        "database": f"{redact(store.url)} {store.database}.{store.collection}",
+        "fields": store.fields.model_dump(),
+        "query": options.query,
+        "untagged": options.untagged and store.result_path,
+        "since": options.since,
+        "until": options.until,
+        "sample": options.sample,
+        "min_posts_per_tag": options.min_posts_per_tag,
+        "seed": options.seed,
+        "limit": options.limit,
+    }
+
+
+def _moment(name: str, text: str | None) -> float | None:
+    try:
+        return since_time(text, time.time())
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("--since", f"--{name}", 1)) from error
+
+
+def _rejected(document: Mapping[str, Any], reason: str) -> str:
+    return json.dumps({"_id": shown_id(document), "reason": reason}, ensure_ascii=False)
+
+
+@contextmanager
+def _bar(description: str, total: int) -> Iterator[Callable[[int, str], None]]:
+    """A bar with rate and ETA on standard error."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TaskProgressColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TaskProgressColumn(show_speed=True, text_format="{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=Console(stderr=True), refresh_per_second=4) as progress:
+        task = progress.add_task(description, total=total, note="")
+        yield lambda count, note: progress.update(task, advance=count, note=note)

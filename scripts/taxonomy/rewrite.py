@@ -1,0 +1,232 @@
+"""Data files that follow a label map's changes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from config.errors import ConfigError
+from scripts.corpus.lines import AtomicLines, part_of, publish, write_whole
+from scripts.taxonomy.migrations import Migration
+
+
+@dataclass(frozen=True)
+class Applied:
+    """What became of one data file.
+
+    Attributes:
+        posts: All of them.
+        changed: Those whose labels changed.
+        bare: Those without a label now; they stay in the file.
+        relabel: Those that carried a tag that was split, and that nobody has said more of.
+        version: Of the label map that the file follows now.
+    """
+
+    posts: int
+    changed: int
+    bare: int
+    relabel: int
+    version: int
+
+
+def note_path(data: Path) -> Path:
+    """Where it stands which version of the label map a data file follows."""
+    return data.with_name(f"{data.name}.taxonomy.json")
+
+
+def relabel_path(data: Path) -> Path:
+    """The posts that people must look at after a split."""
+    return data.with_name(f"{data.stem}.relabel.jsonl")
+
+
+def followed_version(data: Path) -> int:
+    """The version that a data file follows; 0 when it was never rewritten.
+
+    Raises:
+        ConfigError: The note is broken.
+    """
+    note = _note(data)
+    if note.get("pending_sha256") and _sha256(data) == note["pending_sha256"]:
+        return int(note["pending_version"])
+    return int(note.get("version", 0))
+
+
+def apply(
+    data: Path, migrations: Sequence[Migration], by_post: Mapping[str, Sequence[str]]
+) -> Applied:
+    """Rewrite the labels of a data file by the changes that it has not seen.
+
+    The note of the coming content is written before the file takes its place: killed at any
+    moment, the next run knows whether the change was made.
+
+    Args:
+        data: ``*.json``, a list, or ``*.jsonl``.
+        migrations: All changes of the map, oldest first.
+        by_post: post_id ─► the parts that it has of tags that were split, now or before.
+
+    Raises:
+        ConfigError: The file cannot be read or written.
+    """
+    before, after = followed_version(data), len(migrations)
+    if before > after:
+        raise ConfigError(f"{data}: follows version {before}, the label map has only {after}")
+    if before == after and not by_post:
+        return Applied(0, 0, 0, 0, after)
+    pending = migrations[before:]
+    parts = {name for m in migrations if m.operation == "split" for name in m.new}
+    counts = {"posts": 0, "changed": 0, "bare": 0, "relabel": 0}
+    part = part_of(data)
+    try:
+        with AtomicLines(relabel_path(data)) as relabel, AtomicLines(part) as out:
+            said = {key: [n for n in names if n in parts] for key, names in by_post.items()}
+            lines = _rewritten(data, pending, said, counts, relabel)
+            _write(out, lines, listed=data.suffix.lower() == ".json")
+        _finish(data, part, before, after)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise ConfigError(f"{data}: cannot be rewritten: {error.strerror or error}") from error
+    if not counts["relabel"]:
+        relabel_path(data).unlink(missing_ok=True)
+    return Applied(**counts, version=after)
+
+
+def _finish(data: Path, part: Path, before: int, after: int) -> None:
+    note = {"version": before, "pending_version": after, "pending_sha256": _sha256(part)}
+    write_whole(note_path(data), json.dumps(note))
+    publish(part, data)
+    write_whole(note_path(data), json.dumps({"version": after}))
+
+
+def _rewritten(
+    data: Path,
+    migrations: Sequence[Migration],
+    by_post: Mapping[str, Sequence[str]],
+    counts: dict[str, int],
+    relabel: AtomicLines,
+) -> Iterator[dict[str, Any]]:
+    for entry in _entries(data):
+        before = [str(name) for name in entry.get("labels") or []]
+        instead = by_post.get(str(entry.get("post_id")), ())
+        labels, unsaid = follow(before, migrations, instead)
+        # What people say later, of a split that the file has followed already.
+        labels = list(dict.fromkeys([*labels, *instead]))
+        counts["posts"] += 1
+        counts["changed"] += labels != before
+        counts["bare"] += bool(before) and not labels
+        if unsaid:
+            counts["relabel"] += 1
+            note = {"post_id": entry.get("post_id"), "labels": labels, "split": unsaid}
+            relabel.write(json.dumps(note, ensure_ascii=False))
+        yield {**entry, "labels": labels}
+
+
+def follow(
+    labels: Sequence[str], migrations: Sequence[Migration], instead: Sequence[str] | None = None
+) -> tuple[list[str], list[str]]:
+    """Labels after some changes, and the tags that were split and have nothing in their place.
+
+    Args:
+        labels: Before.
+        migrations: Oldest first.
+        instead: Tags that stand for those that were split.
+    """
+    now, unsaid = list(labels), []
+    for migration in migrations:
+        touched = [name for name in now if name in migration.old]
+        if not touched:
+            continue
+        rest = [name for name in now if name not in migration.old]
+        if migration.operation == "split":
+            new = [name for name in instead or () if name in migration.new]
+            if not new:
+                unsaid += touched
+        else:
+            new = list(migration.new)
+        place = now.index(touched[0])
+        ahead = sum(name in rest for name in now[:place])
+        now = list(dict.fromkeys([*rest[:ahead], *new, *rest[ahead:]]))
+    return now, unsaid
+
+
+def read_by_post(path: Path | None) -> dict[str, list[str]]:
+    """``{post_id, labels}`` lines: what people said of the posts whose tag was split.
+
+    Raises:
+        ConfigError: The file cannot be read.
+    """
+    if path is None:
+        return {}
+    return {str(entry["post_id"]): list(entry.get("labels") or []) for entry in _entries(path)}
+
+
+def _entries(path: Path) -> Iterator[dict[str, Any]]:
+    """Entries of a list or of JSON lines, all their keys kept."""
+    try:
+        if path.suffix.lower() == ".json":
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(content, list):
+                raise ConfigError(f"{path}: must be a list of posts")
+            yield from (_checked(entry, f"{path}: entry {i}") for i, entry in enumerate(content))
+            return
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield _checked(json.loads(line), f"{path}: line {number}")
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: no such data file") from error
+    except ValueError as error:
+        raise ConfigError(f"{path}: not JSON: {error}") from error
+
+
+def _checked(entry: Any, where: str) -> dict[str, Any]:
+    if not isinstance(entry, dict) or not isinstance(entry.get("post_id"), str):
+        raise ConfigError(f"{where}: must have a post_id, a text")
+    if not isinstance(entry.get("labels") or [], list):
+        raise ConfigError(f"{where}: labels must be a list")
+    return entry
+
+
+def _write(out: AtomicLines, entries: Iterator[dict[str, Any]], *, listed: bool) -> None:
+    held: str | None = None
+    if listed:
+        out.write("[")
+    for entry in entries:
+        text = json.dumps(entry, ensure_ascii=False)
+        if not listed:
+            out.write(text)
+            continue
+        if held is not None:
+            out.write(held + ",")
+        held = text
+    if listed:
+        if held is not None:
+            out.write(held)
+        out.write("]")
+
+
+def _note(data: Path) -> dict[str, Any]:
+    path = note_path(data)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: must be an object with a version")
+    return content
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: no such data file") from error
+    return digest.hexdigest()

@@ -1,0 +1,173 @@
+"""The parts of a report: tables, charts of any number of tags, the page, and posts' pictures."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from extractors.post import MODALITIES
+from fusion.calibration import reliability
+from fusion.report import charts, fonts, tables
+from fusion.report.judged import Judged
+from fusion.report.page import Card, Chapter, Table, page
+from fusion.report.subsets import SubsetGap, subsets_of
+from fusion.report.worst import view_post, worst
+
+
+def judged(posts: int = 60, tags: int = 5, seed: int = 0, name: str = "tag") -> Judged:
+    """Scores that know something of random truth."""
+    chance = np.random.default_rng(seed)
+    targets = chance.random((posts, tags)) < 0.3
+    scores = (0.35 * targets + 0.65 * chance.random((posts, tags))).astype(np.float32)
+    return Judged(
+        tuple(f"p{i}" for i in range(posts)),
+        tuple(f"{name} {i}" for i in range(tags)),
+        scores**2,
+        scores,
+        targets,
+        np.full(tags, 0.5, np.float32),
+    )
+
+
+def test_scores_come_back_from_their_file(tmp_path: Path) -> None:
+    """Every array, names in any script, and no pickle."""
+    wanted = judged(name="猫")
+    wanted.save(tmp_path / "scores.npz")
+    found = Judged.load(tmp_path / "scores.npz")
+    assert (found.post_ids, found.names) == (wanted.post_ids, wanted.names)
+    for key in ("raw", "scores", "targets", "thresholds"):
+        np.testing.assert_array_equal(getattr(found, key), getattr(wanted, key))
+
+
+def test_confusions_are_counted_post_by_post() -> None:
+    """A pair counts once for each post where the one was missed and the other wrongly given."""
+    some = judged(80, 6)
+    wanted = np.zeros((6, 6), int)
+    for truth, given in zip(some.targets, some.given, strict=True):
+        for i in np.flatnonzero(truth & ~given):
+            for j in np.flatnonzero(given & ~truth):
+                wanted[i, j] += 1
+    np.testing.assert_array_equal(tables.confusion_counts(some), wanted)
+    pairs = tables.confusions(some)
+    assert [p.posts for p in pairs] == sorted((p.posts for p in pairs), reverse=True)
+    assert all(wanted[p.missed, p.given] == p.posts for p in pairs)
+    assert wanted.trace() == 0
+
+
+def test_the_worst_mistakes_have_the_highest_loss() -> None:
+    """Of all wrong decisions at the thresholds, found by looking at each of them."""
+    some = judged(50, 4)
+    wrong, missed = worst(some, 7)
+    for mistakes, is_given in ((wrong, True), (missed, False)):
+        losses = []
+        for row in range(50):
+            for tag in range(4):
+                score = float(some.scores[row, tag])
+                if some.targets[row, tag] != is_given and (score >= 0.5) == is_given:
+                    losses.append(-np.log(1 - score if is_given else score))
+        losses.sort(reverse=True)
+        assert [m.loss for m in mistakes] == pytest.approx(losses[:7])
+
+
+def test_tags_that_no_post_has_and_no_post_gets() -> None:
+    """What cannot be said is None, not zero."""
+    some = judged(10, 3)
+    some.targets[:, 1] = False
+    some.scores[:, 1] = 0
+    row = tables.tag_rows(some)[1]
+    assert (row.support, row.given) == (0, 0)
+    assert (row.ap, row.precision, row.recall, row.f1) == (None, None, None, None)
+
+
+def test_reliability_of_edges_and_nothing() -> None:
+    """Scores of 0 and 1 have a bin, empty bins are no number, and no scores have no error."""
+    found = reliability([0.0, 1.0, 0.5], [0, 1, 1], bins=4)
+    assert found.counts.tolist() == [1, 0, 1, 1]
+    assert np.isnan(found.right[1])
+    assert found.error == pytest.approx(0.5 / 3)
+    assert reliability([], []).error == 0
+
+
+@pytest.mark.parametrize("tags", [1, 24, 200])
+def test_charts_of_any_number_of_tags(tags: int) -> None:
+    """Drawn without a warning, with names of every kind; no text leaves the picture."""
+    some = judged(40, tags, name="$x_{1 long name of a tag in a deep taxonomy 猫 \u0627")
+    rows = tables.tag_rows(some)
+    subsets = [SubsetGap(s, 0.5, 3, 0.6) for s in subsets_of(MODALITIES)]
+    before, after = tables.reliabilities(some)
+    with charts.style():
+        figures = [
+            charts.training_curves([[]]),
+            charts.pr_curves(some, rows),
+            charts.tag_precisions(some, rows),
+            charts.calibration(before, after, "isotonic"),
+            charts.subsets(subsets),
+            charts.confusion(some),
+        ]
+        for figure in figures:
+            if figure is None:  # a single tag is not mistaken for another
+                assert tags == 1
+                continue
+            held = io.BytesIO()
+            figure.savefig(held, format="png")
+            with Image.open(held) as picture:
+                assert picture.width > 300
+                edge = np.asarray(picture.convert("L"))
+            assert edge[:, [0, -1]].min() > 200, "nothing is cut off at the sides"
+            assert edge.min() < 100
+
+
+def test_names_that_no_font_can_draw_are_numbers() -> None:
+    """Otherwise a chart would show boxes; long names are cut by their width."""
+    found = fonts.shown_names(["cat", "\U0001f9ff\u0fff", "a" * 40, "$x$"], width=10)
+    assert found == ["cat", "#1", "aaaaaaaaa…", "$x$"]
+    assert len(subsets_of(("text", "video"))) == 3
+
+
+def test_the_page_escapes_everything() -> None:
+    """Texts of posts and tags are other people's: none becomes markup."""
+    bad = '<script>alert("x")</script>'
+    card = Card(bad, [bad], [(bad, 'https://x/"onmouseover="y')], [])
+    table = Table((bad,), [(bad,), (bad,)])
+    text = page(bad, bad, {bad: bad}, [Chapter(bad, bad, {}, table, [(bad, [card])])])
+    assert "<script" not in text
+    assert '"onmouseover' not in text
+    assert text.count("&lt;script&gt;") >= 9
+
+
+def test_posts_are_linked_and_shown(tmp_path: Path) -> None:
+    """Local files relative to the report, addresses as they are, pictures small; junk is left."""
+    (tmp_path / "media").mkdir()
+    Image.new("RGB", (800, 600), "red").save(tmp_path / "media" / "a b.png")
+    (tmp_path / "media" / "broken.jpg").write_bytes(b"no picture")
+    entry = {
+        "text": "hello  world",
+        "images": ["media/a b.png", "media/broken.jpg", "media/none.jpg", 7],
+        "videos": ["https://x.test/v.mp4", "javascript:alert(1)"],
+        "features": "",
+    }
+    data_file, report = tmp_path / "posts.json", tmp_path / "run" / "report"
+    found = view_post(
+        "p 1", entry, data_file=data_file, report=report, post_url=None, thumbnails=True
+    )
+    assert found.text == "hello world"
+    assert [link.href for link in found.links] == [
+        "../../media/a%20b.png",
+        "../../media/broken.jpg",
+        "https://x.test/v.mp4",
+    ]
+    assert len(found.thumbnails) == 1
+    assert len(found.thumbnails[0]) < 5000
+    url = view_post(
+        "p/1&",
+        {},
+        data_file=data_file,
+        report=report,
+        post_url="https://x/{post_id}",
+        thumbnails=True,
+    )
+    assert [link.href for link in url.links] == ["https://x/p%2F1%26"]

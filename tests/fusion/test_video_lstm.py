@@ -1,0 +1,70 @@
+"""The attention LSTM that is trained is the one that the extractor runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from config.features import LstmSizes, VideoLstmSettings
+from extractors.video_lstm import VideoLstm
+from fusion.backbone_media import STREAM
+from fusion.collate import Batch
+from fusion.video_lstm import AttentionLstm, LstmTagger, save_lstm
+
+SIZES = LstmSizes(projection=6, hidden=5, join=9, width=7)
+DIM = 11
+
+
+def test_what_is_saved_gives_the_same_vectors_in_the_extractor(tmp_path: Path) -> None:
+    """Weights from the training load strictly, and a video's vector is the same to float16."""
+    torch.manual_seed(1)
+    model = AttentionLstm(DIM, SIZES).eval()
+    out = tmp_path / "weights" / "video_lstm.safetensors"
+    save_lstm(model, out, {"frames_dim": "11"})
+    first = out.read_bytes()
+    save_lstm(model, out, {"frames_dim": "11"})
+    assert out.read_bytes() == first
+    served = VideoLstm(
+        VideoLstmSettings(**SIZES.model_dump(), weights=str(out), precision="fp32"), "cpu"
+    )
+    served.load(DIM, "frames")
+    videos = np.random.default_rng(0).normal(0, 1, (3, 20, DIM)).astype(np.float16)
+    with torch.inference_mode():
+        wanted = model(torch.from_numpy(videos).float()).numpy()
+    found = np.concatenate(served.run(list(videos)))
+    np.testing.assert_allclose(found, wanted, atol=1e-3)
+    assert np.abs(wanted).max() > 0.01
+
+
+def test_training_has_dropout_and_serving_has_none() -> None:
+    """Two passes differ in training and agree in evaluation."""
+    model = AttentionLstm(DIM, SIZES)
+    frames = torch.randn(2, 5, DIM)
+    assert not torch.equal(model(frames), model(frames))
+    model.eval()
+    assert torch.equal(model(frames), model(frames))
+
+
+def test_a_post_has_the_scores_of_its_best_video() -> None:
+    """Padding counts for nothing; the highest score of each tag is the post's."""
+    torch.manual_seed(0)
+    tagger = LstmTagger(DIM, SIZES, 4).eval()
+    videos = torch.randn(3, 6, DIM)
+    tokens = torch.stack([torch.stack([videos[0], videos[1]]), torch.stack([videos[2], videos[0]])])
+    mask = torch.tensor([[True, True], [True, False]])
+    found = tagger(Batch(("a", "b"), {STREAM: tokens}, {STREAM: mask}))
+    scores = tagger.classify(tagger.lstm(videos))  # (videos, classes)
+    torch.testing.assert_close(found[0], scores[:2].amax(dim=0))
+    torch.testing.assert_close(found[1], scores[2])
+
+
+def test_a_post_without_video_has_the_scores_of_the_frequencies() -> None:
+    """Nothing to see is no error: the classifier's bias speaks."""
+    tagger = LstmTagger(DIM, SIZES, 2).eval()
+    tagger.start_at(torch.tensor([0.5, 0.1]))
+    tokens = torch.randn(2, 1, 6, DIM)
+    mask = torch.tensor([[True], [False]])
+    found = tagger(Batch(("a", "b"), {STREAM: tokens}, {STREAM: mask}))
+    torch.testing.assert_close(found[1].sigmoid(), torch.tensor([0.5, 0.1]))

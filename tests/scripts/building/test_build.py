@@ -1,0 +1,225 @@
+"""`build_trainval_data.py` and `build_label_map.py` on feature files with planted faults."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from config.labels import LabelMap
+from extractors.feature_file import feature_path, write_features
+from extractors.post import Features
+from fusion.dataset import read_data_file
+from scripts.building import label_map
+from scripts.building.command import main
+
+TAGS = tuple(f"tag{i}" for i in range(6))
+ABSENT = {"image": "missing", "audio": "missing", "video": "missing", "ocr": "missing"}
+
+
+def _features(root: Path, post_id: str, fingerprint: str = "bert-1", value: float = 1.0) -> None:
+    array = np.full((1, 4), value, np.float16)
+    found = Features(post_id, {"text": array}, {"text": "ok", **ABSENT})  # type: ignore[dict-item]
+    write_features(root, found, {"text": fingerprint})
+
+
+def _post(number: int, **more: Any) -> dict[str, Any]:
+    own = {"post_id": f"p{number}", "labels": [TAGS[number % 6]], "text": f"text {number} of many"}
+    return {**own, "images": [f"media/{number}.jpg"], "author": f"author {number}", **more}
+
+
+def _corpus(folder: Path, posts: list[Any]) -> Path:
+    path = folder / "posts.jsonl"
+    lines = [p if isinstance(p, str) else json.dumps(p, ensure_ascii=False) for p in posts]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (folder / "labels.json").write_text(json.dumps(LabelMap(TAGS).as_json()))
+    for post in posts:
+        if isinstance(post, dict) and not feature_path(folder / "f", post["post_id"]).exists():
+            _features(folder / "f", post["post_id"])
+    return path
+
+
+def _build(folder: Path, *more: str, out: str = "out") -> int:
+    named = {"input": "posts.jsonl", "features": "f", "labels": "labels.json", "out": out}
+    asked = [part for key, name in named.items() for part in (f"--{key}", str(folder / name))]
+    return main([*asked, *more])
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_what_cannot_be_learned_from_is_named_with_its_reason(tmp_path: Path) -> None:
+    """Each planted fault is in left_out.jsonl, and every other post is in a data file."""
+    good = [_post(i) for i in range(60)]
+    faults: list[Any] = [
+        '{"post_id": "broken',
+        _post(100, labels=[]),
+        _post(101, labels=["nowhere"]),
+        _post(3),
+        _post(102),
+        _post(103),
+        _post(104),
+        _post(105),
+    ]
+    posts = _corpus(tmp_path, [*good, *faults])
+    feature_path(tmp_path / "f", "p102").unlink()
+    feature_path(tmp_path / "f", "p103").write_bytes(b"no safetensors")
+    _features(tmp_path / "f", "p104", fingerprint="bert-2")
+    _features(tmp_path / "f", "p105", value=float("nan"))
+    assert _build(tmp_path, "--unknown", "skip_post", "--check", "full") == 0
+    assert posts.exists()
+    found = {(each["post_id"], each["reason"]) for each in _lines(tmp_path / "out/left_out.jsonl")}
+    assert found == {
+        (None, "broken line"),
+        ("p100", "no labels"),
+        ("p101", "label not in the map"),
+        ("p3", "post_id stands twice"),
+        ("p102", "no feature file"),
+        ("p103", "broken feature file"),
+        ("p104", "features made otherwise than most"),
+        ("p105", "broken feature file"),
+    }
+    kept = [
+        record["post_id"]
+        for side in ("train", "valid", "test")
+        for record in json.loads((tmp_path / f"out/{side}_cls6.json").read_text())
+    ]
+    assert sorted(kept) == sorted(f"p{i}" for i in range(60))
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    assert summary["failed"]["no labels"] == 1
+    assert summary["done"] == 60
+
+
+def test_the_trainer_reads_what_was_built(tmp_path: Path) -> None:
+    """Labels and feature paths of both formats arrive in the trainer's reader."""
+    _corpus(tmp_path, [_post(i) for i in range(40)])
+    for form in ("json", "jsonl"):
+        assert _build(tmp_path, "--format", form, out=form) == 0
+        records = read_data_file(tmp_path / form / f"train_cls6.{form}")
+        first = next(iter(records))
+        assert first.features is not None
+        assert first.features.exists()
+        assert first.labels[0] in TAGS
+
+
+def test_what_belongs_together_is_never_on_two_sides(tmp_path: Path) -> None:
+    """Planted authors, media, copied texts and near-duplicates, in chains, over 600 posts."""
+    random = np.random.default_rng(0)
+    posts, groups = [], defaultdict(list)
+    for i in range(600):
+        post = _post(i)
+        kind = ("author", "media", "text", "near", "none")[int(random.integers(5))]
+        key = f"{kind}-{int(random.integers(30))}"
+        if kind == "author":
+            post["author"] = key
+        elif kind == "media":
+            post["images"] = [f"media/{key.encode().hex():0<64}"[:70] + ".jpg"]
+        elif kind == "text":
+            post["text"] = f"The same long text of {key}   Again" + " " * int(random.integers(3))
+        if kind != "none":
+            groups[key].append(post["post_id"])
+        posts.append(post)
+    _corpus(tmp_path, posts)
+    near = [{"kind": "near_image", "members": m} for k, m in groups.items() if "near" in k]
+    (tmp_path / "dup.jsonl").write_text("".join(json.dumps(each) + "\n" for each in near))
+    assert _build(tmp_path, "--duplicates", str(tmp_path / "dup.jsonl")) == 0
+    side = {each["post_id"]: each["side"] for each in _lines(tmp_path / "out/split.jsonl")}
+    assert len(side) == 600
+    assert all(len({side[member] for member in members}) == 1 for members in groups.values())
+    assert sum(len(members) > 1 for members in groups.values()) > 80
+    counts = [list(side.values()).count(name) for name in ("train", "valid", "test")]
+    assert np.abs(np.array(counts) - [480, 60, 60]).max() <= 12
+
+
+def test_media_are_the_same_by_their_content(tmp_path: Path) -> None:
+    """Two URLs with one content are one medium: the manifest says so."""
+    posts = [_post(i) for i in range(40)]
+    _corpus(tmp_path, posts)
+    lines = [
+        {"source": f"media/{i}.jpg", "status": "ok", "sha256": "ab" * 32, "path": f"m/{i}.jpg"}
+        for i in (1, 9, 17)
+    ]
+    manifest = tmp_path / "manifest.jsonl"
+    manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert _build(tmp_path, "--manifest", str(manifest)) == 0
+    group = {each["post_id"]: each["group"] for each in _lines(tmp_path / "out/split.jsonl")}
+    assert group["p1"] == group["p9"] == group["p17"] != group["p2"]
+
+
+def test_a_second_run_gives_the_same_bytes(tmp_path: Path) -> None:
+    """Files of two runs are equal; those of another seed are not."""
+    _corpus(tmp_path, [_post(i) for i in range(80)])
+    for out, seed in (("a", "0"), ("b", "0"), ("c", "1")):
+        assert _build(tmp_path, "--seed", seed, out=out) == 0
+    name = "split.jsonl"
+    first, second, third = ((tmp_path / o / name).read_bytes() for o in ("a", "b", "c"))
+    assert first == second != third
+    assert (tmp_path / "a/train_cls6.json").read_bytes() == (
+        tmp_path / "b/train_cls6.json"
+    ).read_bytes()
+
+
+def test_kept_posts_stay_and_new_ones_join(tmp_path: Path) -> None:
+    """A grown corpus: the test set of before stays one; a link to it pulls a training post over."""
+    posts = [_post(i) for i in range(60)]
+    _corpus(tmp_path, posts)
+    assert _build(tmp_path, out="old") == 0
+    old = {each["post_id"]: each["side"] for each in _lines(tmp_path / "old/split.jsonl")}
+    tested = next(p for p, side in old.items() if side == "test")
+    learned = next(p for p, side in old.items() if side == "train")
+    grown = [*posts, *(_post(i) for i in range(60, 120))]
+    for post in grown:
+        if post["post_id"] in (tested, learned):
+            post["author"] = "one and the same"
+    _corpus(tmp_path, grown)
+    assert _build(tmp_path, "--keep", str(tmp_path / "old/split.jsonl"), out="new") == 0
+    new = {each["post_id"]: each["side"] for each in _lines(tmp_path / "new/split.jsonl")}
+    assert new[learned] == "test"
+    assert {p: s for p, s in new.items() if p in old and p != learned} == {
+        p: s for p, s in old.items() if p != learned
+    }
+    assert json.loads((tmp_path / "new/summary.json").read_text())["moved by new links"] == 1
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ((), "label 'nowhere' is not in the label map; --unknown"),
+        (("--valid", "0.6", "--test", "0.5"), "nothing would be left"),
+        (("--keep", "none.jsonl", "--unknown", "skip_tag"), "no such split"),
+        (("--manifest", "none.jsonl"), "no such manifest"),
+        (("--duplicates", "none.jsonl", "--unknown", "skip_tag"), "no such duplicates file"),
+    ],
+)
+def test_mistakes_end_with_2_and_one_line(
+    tmp_path: Path, more: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The line names what is wrong; nothing is written."""
+    _corpus(tmp_path, [*(_post(i) for i in range(20)), _post(20, labels=["nowhere", "tag1"])])
+    assert _build(tmp_path, *more) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_label_map_is_made_from_posts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Most frequent first, equal ones by name, rare ones named and left out; an old map stays."""
+    posts = [*(_post(i, labels=["b", "a"]) for i in range(3)), _post(3, labels=["c"]), "no json"]
+    lines = [post if isinstance(post, str) else json.dumps(post) for post in posts]
+    (tmp_path / "posts.jsonl").write_text("\n".join(lines))
+    out = tmp_path / "map.json"
+    asked = ["--input", str(tmp_path / "posts.jsonl"), "--out", str(out)]
+    assert label_map.main([*asked, "--min_posts", "2"]) == 0
+    assert LabelMap.load(out).names == ("a", "b")
+    said = capsys.readouterr().out
+    assert "c (1)" in said
+    assert "1 broken lines" in said
+    out.write_text(json.dumps({"0": "z", "1": "b"}))
+    assert label_map.main([*asked, "--base", str(out)]) == 0
+    assert LabelMap.load(out).names == ("z", "b", "a", "c")
+    assert label_map.main([*asked, "--min_posts", "9"]) == 2

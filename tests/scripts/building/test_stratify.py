@@ -1,0 +1,129 @@
+"""Groups of posts and how they are dealt."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from scripts.building.groups import Groups
+from scripts.building.stratify import GroupTags, stratify
+
+
+def _rows(groups: list[int], tags: list[list[int]], classes: int) -> GroupTags:
+    pairs = [(post, tag) for post, listed in enumerate(tags) for tag in listed]
+    posts, names = (np.array([p[i] for p in pairs], np.int64) for i in (0, 1))
+    return GroupTags.of(np.array(groups, np.int64), posts, names, classes)
+
+
+@given(st.lists(st.tuples(st.integers(0, 19), st.integers(0, 19)), max_size=40))
+@settings(deadline=None)
+def test_groups_are_the_connected_components(links: list[tuple[int, int]]) -> None:
+    """The same sets as scipy finds, in the order of their first posts."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    groups = Groups(20)
+    for link in links:
+        groups.join(link)
+    rows, columns = ([link[i] for link in links] for i in (0, 1))
+    graph = coo_array((np.ones(len(links)), (rows, columns)), shape=(20, 20))
+    _, wanted = connected_components(graph, directed=False)
+    found = groups.numbers()
+    assert len(set(zip(found, wanted, strict=True))) == len(set(wanted))
+    firsts = [int(np.flatnonzero(found == number)[0]) for number in range(found.max() + 1)]
+    assert firsts == sorted(firsts)
+
+
+def test_tags_of_groups_are_counted() -> None:
+    """Two posts of one group with the same tag count twice."""
+    rows = _rows([0, 0, 1], [[0, 2], [0], [1]], 3)
+    assert [part.tolist() for part in rows.row(0)] == [[0, 2], [2, 1]]
+    assert rows.totals().tolist() == [2, 1, 1]
+    assert rows.sizes.tolist() == [2, 1]
+
+
+def _error(rows: GroupTags, side: np.ndarray, shares: tuple[float, ...]) -> float:
+    """Σ over sides and tags of the squared distance from what is wanted."""
+    total = 0.0
+    for number, share in enumerate(shares):
+        held = np.zeros(rows.classes)
+        for group in np.flatnonzero(side == number):
+            tags, counts = rows.row(int(group))
+            held[tags] += counts
+        total += float(((held - share * rows.totals()) ** 2).sum())
+    return total
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_small_cases_come_near_the_best_of_all(seed: int) -> None:
+    """Against every possible dealing of nine groups: close to the best, far from the mean."""
+    random = np.random.default_rng(seed)
+    groups = sorted(random.integers(0, 9, 40).tolist())
+    groups = np.unique(groups, return_inverse=True)[1].tolist()
+    tags = [random.choice(4, size=random.integers(1, 3), replace=False).tolist() for _ in groups]
+    rows = _rows(groups, tags, 4)
+    shares = (0.5, 0.5)
+    count = len(rows.sizes)
+    errors = [_error(rows, np.array(s), shares) for s in product(range(2), repeat=count)]
+    found = _error(rows, stratify(rows, shares, seed), shares)
+    assert found <= np.quantile(errors, 0.1)
+
+
+@pytest.mark.parametrize("classes", [24, 200])
+def test_frequent_tags_are_dealt_evenly(classes: int) -> None:
+    """Long-tailed tags, groups of all sizes: under 10% off for tags with 50 posts or more."""
+    random = np.random.default_rng(classes)
+    chance = 1 / np.arange(1, classes + 1)
+    chance /= chance.sum()
+    tags = [
+        sorted(set(random.choice(classes, random.integers(1, 5), p=chance).tolist()))
+        for _ in range(3000)
+    ]
+    groups = Groups(3000)
+    for _ in range(300):
+        groups.join(random.integers(0, 3000, 2).tolist())
+    groups.join(random.integers(0, 3000, 60).tolist())
+    number = groups.numbers()
+    rows = _rows(number.tolist(), tags, classes)
+    side = stratify(rows, (0.8, 0.1, 0.1), 0)[number]
+    truth = np.zeros((3000, classes))
+    for row, listed in zip(truth, tags, strict=True):
+        row[listed] = 1
+    frequent = truth.sum(axis=0) >= 50
+    assert frequent.sum() > 10
+    train = truth[side == 0].mean(axis=0)[frequent]
+    for other in (1, 2):
+        own = truth[side == other].mean(axis=0)[frequent]
+        assert np.abs(own / train - 1).max() < 0.1
+    assert np.abs(np.bincount(side) / 3000 - [0.8, 0.1, 0.1]).max() < 0.01
+
+
+def test_a_giant_group_goes_where_there_is_room() -> None:
+    """A group of 40% cannot lie in a side of 10%."""
+    groups = [0] * 40 + list(range(1, 61))
+    rows = _rows(groups, [[i % 3] for i in range(100)], 3)
+    side = stratify(rows, (0.8, 0.1, 0.1), 0)
+    assert side[0] == 0
+    assert np.bincount(side[np.array(groups)]).tolist() == [80, 10, 10]
+
+
+def test_fixed_groups_stay() -> None:
+    """What is fixed is not moved, however uneven that is."""
+    rows = _rows(list(range(30)), [[0]] * 30, 1)
+    fixed = np.full(30, -1)
+    fixed[:9] = 1
+    side = stratify(rows, (0.9, 0.1), 3, fixed)
+    assert (side[:9] == 1).all()
+    assert (side[9:] == 0).all()
+
+
+@given(st.integers(0, 5))
+@settings(max_examples=6, deadline=None)
+def test_the_seed_fixes_the_split(seed: int) -> None:
+    """Equal seeds, equal sides."""
+    rows = _rows(list(range(60)), [[i % 5, 5 + i % 2] for i in range(60)], 7)
+    assert (stratify(rows, (0.7, 0.3), seed) == stratify(rows, (0.7, 0.3), seed)).all()

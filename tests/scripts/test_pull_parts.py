@@ -1,0 +1,150 @@
+"""Paging, choosing and going on, each by itself."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pymongo
+import pytest
+from bson import ObjectId
+
+from config.errors import ConfigError
+from config.settings import StoreSettings
+from extractors.post import Post
+from scripts.corpus.records import CorpusPost
+from scripts.pulling.choose import Choice, Smallest, hash_of, rare_tags, sample
+from scripts.pulling.pages import Pages
+from scripts.pulling.progress import Files
+from scripts.pulling.values import Place
+
+
+@pytest.mark.parametrize(
+    ("ids", "by_range"),
+    [
+        ([ObjectId(f"65a0000000000000000000{i:02x}") for i in range(30)], None),
+        ([*range(15), *(f"s{i}" for i in range(15))], None),
+        ([f"s{i:02}" for i in range(30)], True),
+        ([{"a": i} for i in range(30)], None),
+    ],
+    ids=["ObjectId", "mixed", "text by range", "objects"],
+)
+def test_pages_hold_every_document_once(
+    mongo_url: str, unique_name: str, ids: list[Any], by_range: bool | None
+) -> None:
+    """From any place on, with IDs of any type, in an order that stays the same."""
+    client: pymongo.MongoClient[dict[str, Any]] = pymongo.MongoClient(mongo_url)
+    posts = client["insighttag"][unique_name]
+    posts.insert_many([{"_id": i, "k": n % 3} for n, i in enumerate(ids)])
+    store = StoreSettings(url=mongo_url, collection=unique_name)
+    reader = Pages(store, {"k": {"$lt": 2}}, {"k": 1}, 4, by_range=by_range)
+    try:
+        pages = list(reader.pages(Place()))
+        read = [document["_id"] for page in pages for document in page.documents]
+        assert Counter(map(str, read)) == Counter(str(i) for n, i in enumerate(ids) if n % 3 < 2)
+        assert {len(page.documents) for page in pages[:-1]} <= {1, 2, 3, 4}
+        for n, page in enumerate(pages):
+            rest = [d["_id"] for later in reader.pages(page.place) for d in later.documents]
+            assert rest == [d["_id"] for later in pages[n + 1 :] for d in later.documents]
+    finally:
+        reader.close()
+        posts.drop()
+        client.close()
+
+
+def tagged(count: int) -> list[CorpusPost]:
+    """Posts with tags of very different frequency."""
+    chance = random.Random(3)
+    posts = []
+    for i in range(count):
+        labels = ["often"] + [f"t{j}" for j in range(8) if chance.random() < 0.4 / (j + 1)]
+        posts.append(CorpusPost(Post(f"p{i}", labels=tuple(labels))))
+    return posts
+
+
+@pytest.mark.parametrize("count", [1, 10, 70_000, 200_000])
+def test_smallest_are_those_of_a_sorted_list(count: int) -> None:
+    """Against sorting all of them, over the size at which they are thinned out."""
+    chance = random.Random(count)
+    values = [chance.getrandbits(64) for _ in range(150_000)]
+    smallest = Smallest(count)
+    for value in values:
+        smallest.add(value)
+    assert smallest.sorted() == sorted(values)[:count]
+
+
+@pytest.mark.parametrize(("count", "minimum"), [(50, 0), (200, 10), (20, 10), (5000, 3)])
+def test_sample_is_that_of_the_definition(count: int, minimum: int) -> None:
+    """The smallest hashes of each tag, then the smallest of all, until there are enough."""
+    posts = tagged(1000)
+    choice = sample(iter(posts), Choice(seed=5), count, minimum)
+    taken = {p.post.post_id for p in posts if choice.sampled(p.post.post_id)}
+
+    order = sorted(posts, key=lambda p: hash_of(p.post.post_id, 5))
+    expected: set[str] = set()
+    for name in {name for p in posts for name in p.post.labels}:
+        of_tag = [p.post.post_id for p in order if name in p.post.labels]
+        expected |= set(of_tag[:minimum])
+    for post in order:
+        if len(expected) < count:
+            expected.add(post.post.post_id)
+    assert taken == expected
+    assert Choice.loads(choice.dumps()) == choice
+
+
+def test_rare_tags_are_those_below_the_minimum() -> None:
+    """Counted by posts; a post keeps its other tags, or is left out with a reason."""
+    posts = tagged(300)
+    counts = Counter(name for p in posts for name in p.post.labels)
+    minimum = counts["t3"]
+    choice = Choice(rare=rare_tags(posts, minimum), need_tag=True)
+    assert choice.rare == {name for name, count in counts.items() if count < minimum}
+    assert "t3" not in choice.rare
+    kept = choice.without_rare(CorpusPost(Post("a", labels=("often", *choice.rare))))
+    assert isinstance(kept, CorpusPost)
+    assert kept.post.labels == ("often",)
+    rare = CorpusPost(Post("a", labels=tuple(choice.rare)))
+    assert choice.without_rare(rare) == "only tags of too few posts"
+    assert choice.without_rare(CorpusPost(Post("a"))) == "no tags"
+    assert Choice().without_rare(rare) is rare
+
+
+def test_lines_after_the_record_are_cut_off(tmp_path: Path) -> None:
+    """What was written after the last record is written again, not twice."""
+    out = tmp_path / "p.jsonl"
+    files = Files(out, {"query": "{}"})
+    files.open()
+    files.write("one")
+    files.reject("bad")
+    files.summary.done()
+    files.save(Place(2, ObjectId("65a000000000000000000001")))
+    files.write("lost")
+    files.close()
+    again = Files(out, {"query": "{}"})
+    again.open()
+    assert again.place == Place(2, ObjectId("65a000000000000000000001"))
+    assert again.written == again.summary.total == 1
+    again.write("two")
+    again.save(Place(2, 5), complete=True)
+    again.finish()
+    assert out.read_text() == "one\ntwo\n"
+    assert (tmp_path / "p.rejected.jsonl").read_text() == "bad\n"
+    assert not again.begun
+
+
+def test_spoilt_record_is_named(tmp_path: Path) -> None:
+    """A record that cannot be read, or a part that is too short, asks for --restart."""
+    out = tmp_path / "p.jsonl"
+    files = Files(out, {})
+    files.open()
+    files.write("one")
+    files.save(Place())
+    files.close()
+    (tmp_path / ".p.jsonl.part").write_text("")
+    with pytest.raises(ConfigError, match="shorter than it was; add --restart"):
+        Files(out, {}).open()
+    (tmp_path / ".p.jsonl.pull").write_text("{")
+    with pytest.raises(ConfigError, match="cannot be read; add --restart"):
+        Files(out, {}).open()

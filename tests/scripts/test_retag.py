@@ -1,0 +1,170 @@
+"""``insighttag retag`` and ``insighttag cache``, against real embedded services."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pymongo
+import pytest
+
+from config.cache import CacheSettings
+from config.load import load_settings
+from deploy import embedded
+from king.broker import Delivery, KombuBroker
+from king.messages import PostMessage, parse_message
+from scripts.cli import run
+from workers.cache.store import open_store
+
+OLD, NOW, NEXT = (f"2026010{day}T000000Z-00000000" for day in (1, 2, 3))
+
+
+class Command:
+    """Runs commands with one configuration; knows the database and the queue."""
+
+    def __init__(self, folder: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+        self.arguments = [
+            *("--set", f"embedded.folder={folder / 'embedded'}"),
+            *("--set", f"fusion.bundle={folder / 'bundle'}"),
+            *("--set", f"broker.queue={name}.posts"),
+            *("--set", f"store.database={name}"),
+        ]
+        overrides = [word for word in self.arguments if word != "--set"]
+        self.settings = embedded.resolve(load_settings(None, overrides))
+        self._capsys = capsys
+        (folder / "bundle").mkdir(exist_ok=True)
+        (folder / "bundle" / "bundle.yaml").write_text(f"version: {NOW}\nfeatures: {{}}\n")
+
+    def __call__(self, *words: str) -> tuple[int, str, str]:
+        code = run([*words, *self.arguments])
+        out, err = self._capsys.readouterr()
+        return code, out, err
+
+    def insert(self, documents: list[dict[str, Any]]) -> None:
+        with pymongo.MongoClient[dict[str, Any]](self.settings.store.url) as client:
+            store = self.settings.store
+            client[store.database][store.collection].insert_many(documents)
+
+    def queued(self) -> list[PostMessage]:
+        """Take every message off the queue."""
+        found: list[Delivery] = []
+        broker = KombuBroker(self.settings.broker)
+        broker.connect()
+        try:
+            broker.consume(found.append)
+            quiet = acknowledged = 0
+            while quiet < (2 if found else 20):
+                broker.drain(0.1)
+                quiet = 0 if len(found) > acknowledged else quiet + 1
+                for delivery in found[acknowledged:]:
+                    broker.ack(delivery)  # only then does it give more
+                acknowledged = len(found)
+        finally:
+            broker.close()
+        return [parse_message(delivery.body) for delivery in found]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    made = tmp_path_factory.mktemp("retag")
+    yield made
+    embedded.stop(load_settings(None, [f"embedded.folder={made / 'embedded'}"]))
+
+
+@pytest.fixture
+def command(folder: Path, capsys: pytest.CaptureFixture[str], unique_name: str) -> Command:
+    made = Command(folder, capsys, unique_name)
+    versions = {"new": NEXT, "same": NOW, "old": OLD, "older": OLD}
+    documents: list[dict[str, Any]] = [
+        {"_id": name, "text": name[0], "insight": {"status": "tagged", "version": version}}
+        for name, version in versions.items()
+    ]
+    made.insert([*documents, {"_id": "untagged", "text": "u"}])
+    return made
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--all"], {"new", "same", "old", "older", "untagged"}),
+        (["--bundle-older-than", "current"], {"old", "older"}),
+        (["--bundle-older-than", NEXT], {"same", "old", "older"}),
+        (["--query", '{"text": "o"}'], {"old", "older"}),
+        (["--query", '{"_id": "same"}', "--bundle-older-than", "current"], set()),
+        (["--query", '{"_id": "old"}', "--bundle-older-than", "current"], {"old"}),
+    ],
+)
+def test_which_posts(command: Command, words: list[str], expected: set[str]) -> None:
+    """Each way to choose publishes these posts, by force, and tells how many."""
+    code, out, _ = command("retag", *words, "--priority", "3")
+    assert (code, out) == (
+        0,
+        f"retagging {len(expected)} posts through {command.settings.broker.queue}\n",
+    )
+    messages = command.queued()
+    assert {message.post_id for message in messages} == expected
+    assert all(message.force and message.priority == 3 for message in messages)
+
+
+def test_from_a_file(command: Command, tmp_path: Path) -> None:
+    """IDs of a file, in their order, those that are there and match; at most so many."""
+    file = tmp_path / "ids"
+    file.write_text("older\nabsent\nnew\nold\n")
+    older = ["--bundle-older-than", "current"]
+    assert command("retag", "--file", str(file), *older)[0] == 0
+    assert [message.post_id for message in command.queued()] == ["older", "old"]
+    assert command("retag", "--file", str(file), "--limit", "2")[0] == 0
+    assert [message.post_id for message in command.queued()] == ["older", "new"]
+
+
+def test_limit_of_many(command: Command) -> None:
+    """A thousand posts stream through; with a limit only so many."""
+    command.insert([{"_id": f"m{i}", "text": "many"} for i in range(1000)])
+    query = ["--query", '{"text": "many"}']
+    assert "retagging 700 posts" in command("retag", *query, "--limit", "700")[1]
+    assert len(command.queued()) == 700
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ([], "name --query JSON"),
+        (["--all", "--query", "{}"], "exclude one another"),
+        (["--query", "{text: 1}"], "--query: is no JSON"),
+        (["--query", "[1]"], "must be a JSON object"),
+        (["--file", "/nowhere/ids"], "no such file"),
+        (["--all", "--set", "fusion.bundle=/nowhere", "--bundle-older-than", "current"], "bundle"),
+    ],
+)
+def test_mistakes(command: Command, words: list[str], reason: str) -> None:
+    """A mistake is one line, exit 2, and nothing is published."""
+    code = run(["retag", *command.arguments, *words])
+    out, err = command._capsys.readouterr()
+    assert code == 2
+    assert reason in err
+    assert err.count("\n") == 1
+    assert out == ""
+
+
+# insighttag cache ----------------------------------------------------------------------------
+
+
+def test_cache_commands(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """`stats` counts, `prune` and `clear` delete; a cache that is not set is a mistake."""
+    place = tmp_path / "cache"
+    words = ["--set", f"cache.url={place}"]
+    store = open_store(CacheSettings(url=str(place)))
+    for i in range(4):
+        store.put(hashlib.sha256(bytes([i])).hexdigest(), bytes(1 << 20))
+    assert run(["cache", "stats", "--json", *words]) == 0
+    assert '"entries": 4' in capsys.readouterr().out
+    assert run(["cache", "prune", "--max-mb", "1", *words]) == 0
+    assert capsys.readouterr().out == "deleted 3 entries, 3.0 MiB\n"
+    assert run(["cache", "clear", "--yes", *words]) == 0
+    assert capsys.readouterr().out == "deleted 1 entries, 1.0 MiB\n"
+    assert run(["cache", "stats"]) == 2
+    assert "cache.url" in capsys.readouterr().err
+    assert run(["cache", "stats", "--set", "cache.url=nonsense://x"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1

@@ -1,0 +1,108 @@
+"""Keys: a digest of everything that determines an entry.
+
+An extractor's fingerprint holds architecture, weights, preprocessing and the sampling that its own
+section of the settings names. What else changes a result stands here: limits that cut a file
+short, and settings of one section that another extractor's input depends on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from config.settings import Settings
+from workers.protocol import MediaKind, Stream, slot_bytes
+
+FORMAT = 1
+"""Raise it when entries of this code mean something else than before."""
+
+_DECODERS = ("av", "opencv-python", "opencv-python-headless")
+
+
+class Keys:
+    """Keys of entries under some settings; 64 hex digits each."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._video_limits = {"max_duration_s": settings.decode.max_duration_s}
+        self._sound_limits = {**self._video_limits, "max_audio_s": settings.decode.max_audio_s}
+
+    def source(self, url: str) -> str:
+        """Which content a URL led to; never across daemons that may reach other hosts."""
+        return _key("source", url, self._settings.fetch.allow_private_hosts)
+
+    def media(self, sha256: str, kind: MediaKind) -> str:
+        """What decoding a file gave."""
+        return _key("media", sha256, kind, self._parts_of(kind))
+
+    def stream(self, sha256: str, kind: MediaKind, stream: Stream, fingerprint: str) -> str:
+        """Features of a media file; for ``ocr`` the text that was read in it."""
+        how = self._input_of(kind, stream)
+        return _key("features", sha256, kind, stream, fingerprint, how)
+
+    def text(self, text: str, fingerprint: str) -> str:
+        """Features of a text, whether written or read."""
+        content = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+        return _key(
+            "text", content, fingerprint, {"precision": self._settings.features.text.precision}
+        )
+
+    @cached_property
+    def limits(self) -> str:
+        """Everything that makes a file fail beside its content.
+
+        Inside the entry and not in its key: only files that failed are decoded again when a limit
+        or a decoder's version changes.
+        """
+        decode = self._settings.decode
+        return _key(
+            "limits",
+            decode.max_pixels,
+            decode.memory_mb,
+            slot_bytes(self._settings),
+            {name: _version(name) for name in _DECODERS},
+        )
+
+    def _parts_of(self, kind: MediaKind) -> Mapping[str, Any]:
+        """What decides which parts a file gives."""
+        features = self._settings.features
+        if kind == "audio":
+            return self._sound_limits
+        if kind == "image":
+            return {"ocr": features.ocr.enabled, "max_frames": features.image.max_frames}
+        return {
+            **self._sound_limits,
+            "ocr": features.ocr.enabled and features.ocr.frames > 0,
+            "frames": features.video.frames,
+            "decode": features.video.decode,
+        }
+
+    def _input_of(self, kind: MediaKind, stream: Stream) -> Mapping[str, Any]:
+        """What decides an extractor's input beside its fingerprint."""
+        features = self._settings.features
+        if stream == "image":
+            return {"precision": features.image.precision}
+        if stream == "audio":
+            return {**self._sound_limits, "precision": features.audio.precision}
+        if stream == "ocr" and kind == "image":
+            return {"max_frames": features.image.max_frames}
+        if stream == "ocr":
+            video = features.video
+            return {**self._video_limits, "frames": video.frames, "decode": video.decode}
+        return {**self._video_limits, "precision": features.video.precision}
+
+
+def _key(*parts: Any) -> str:
+    text = json.dumps([FORMAT, *parts], sort_keys=True, ensure_ascii=True)
+    return hashlib.sha256(text.encode("ascii")).hexdigest()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

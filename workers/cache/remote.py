@@ -1,0 +1,143 @@
+"""Entries in any file system that fsspec reaches: S3 and its like, GCS, Azure, HDFS, memory.
+
+What is used is not written down there, so that the oldest entries go first; a bucket's life-cycle
+rule may do the same without us.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+from config.errors import CacheUnavailable
+from config.urls import redact
+from workers.cache.eviction import Evictor, Held, evict
+from workers.cache.store import Stats
+
+_CHUNK = 500
+_TIMES = ("LastModified", "mtime", "updated", "last_modified", "created")
+
+
+class RemoteStore:
+    """`CacheStore` on an fsspec file system."""
+
+    def __init__(
+        self, url: str, max_bytes: int, options: Mapping[str, Any], *, timeout_s: float
+    ) -> None:
+        """Describe it; reaches nothing.
+
+        Raises:
+            ValueError: fsspec does not know the scheme, or cannot read the URL.
+            ImportError: The scheme's package is not installed.
+        """
+        import fsspec
+        from fsspec.core import url_to_fs
+
+        own: dict[str, Any] = {"use_listings_cache": False}
+        if url.startswith(("s3://", "s3a://")):
+            limits = {"connect_timeout": timeout_s, "read_timeout": timeout_s}
+            own["config_kwargs"] = {**limits, "retries": {"max_attempts": 1}}
+        fsspec.get_filesystem_class(url.partition("://")[0])
+        self._fs, root = url_to_fs(url, **{**own, **options})
+        self._root = str(root).rstrip("/")
+        self._where = redact(url)
+        self._max_bytes = max_bytes
+        self._evictor = Evictor(max_bytes, self._held, self._remove)
+
+    def get_many(self, keys: Sequence[str]) -> dict[str, bytes]:
+        """See `CacheStore.get_many`; at once where the file system can."""
+        paths = {self._path(key): key for key in keys}
+        if not paths:
+            return {}
+        with self._edge():
+            found = self._fs.cat(list(paths), on_error="return")
+        by_name = {self._strip(path): content for path, content in found.items()}
+        values: dict[str, bytes] = {}
+        for path, key in paths.items():
+            content = by_name.get(self._strip(path))
+            if isinstance(content, bytes):
+                values[key] = content
+            elif content is not None and not isinstance(content, FileNotFoundError):
+                raise self._unavailable(content) from content
+        return values
+
+    def put(self, key: str, value: bytes) -> None:
+        """See `CacheStore.put`."""
+        with self._edge():
+            try:
+                self._fs.pipe_file(self._path(key), value)
+            except FileNotFoundError:  # a file system with real folders
+                self._fs.makedirs(f"{self._root}/{key[:2]}", exist_ok=True)
+                self._fs.pipe_file(self._path(key), value)
+        self._evictor.put(key[:2], len(value))
+
+    def delete(self, keys: Iterable[str]) -> None:
+        """See `CacheStore.delete`."""
+        self._remove([self._path(key) for key in keys])
+
+    def stats(self) -> Stats:
+        """See `CacheStore.stats`."""
+        held = list(self._all())
+        return Stats(len(held), sum(h.size for h in held), self._max_bytes)
+
+    def prune(self, max_bytes: int) -> Stats:
+        """See `CacheStore.prune`."""
+        return Stats(*evict(list(self._all()), max_bytes, self._remove), self._max_bytes)
+
+    def close(self) -> None:
+        """Fsspec keeps its own connections."""
+
+    # Parts ------------------------------------------------------------------------------------
+
+    def _path(self, key: str) -> str:
+        return f"{self._root}/{key[:2]}/{key[2:]}"
+
+    @staticmethod
+    def _strip(path: str) -> str:
+        """Shard and name: what comes back may stand behind a protocol, or not."""
+        return "/".join(path.rsplit("/", 2)[-2:])
+
+    def _all(self) -> list[Held]:
+        return self._held("")
+
+    def _held(self, shard: str) -> list[Held]:
+        with self._edge():
+            try:
+                found = self._fs.find(f"{self._root}/{shard}".rstrip("/"), detail=True)
+            except FileNotFoundError:
+                return []
+        return [
+            Held(str(path), int(facts.get("size") or 0), _time(facts))
+            for path, facts in found.items()
+        ]
+
+    def _remove(self, paths: Sequence[str]) -> None:
+        for start in range(0, len(paths), _CHUNK):
+            with self._edge():
+                try:
+                    self._fs.rm(list(paths[start : start + _CHUNK]))
+                except FileNotFoundError:
+                    for path in paths[start : start + _CHUNK]:
+                        with contextlib.suppress(FileNotFoundError):
+                            self._fs.rm_file(path)
+
+    @contextlib.contextmanager
+    def _edge(self) -> Iterator[None]:
+        """Every file system has errors of its own, and no base class in common."""
+        try:
+            yield
+        except FileNotFoundError:
+            raise
+        except Exception as error:
+            raise self._unavailable(error) from error
+
+    def _unavailable(self, error: BaseException) -> CacheUnavailable:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        return CacheUnavailable(f"{self._where}: {reason}")
+
+
+def _time(facts: Mapping[str, Any]) -> float:
+    value = next((facts[name] for name in _TIMES if facts.get(name)), 0.0)
+    return value.timestamp() if isinstance(value, datetime) else float(value)
