@@ -120,7 +120,9 @@ def measure(folder: Path, count: int, changes: dict[str, Any]) -> dict[str, Any]
             "fix_random_seed": True,
             "save_dir": folder / f"run{count}",
             "log_interval": 1000,
+            "tensorboard": False,
         },
+        "report": {"enabled": False},
         "bundle": {"name": "bench", "out": folder / "bundle"},
     }
     settings = validate(TrainSettings, merge(values, changes), "bench")
@@ -150,7 +152,7 @@ def run(folder: Path, count: int, changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Measure every size without a cache of our own, and the largest with the default one."""
+    """Measure every size without a cache of our own, and the smallest with the default one."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--posts", type=int, nargs="+", default=[1_000, 10_000, 100_000])
     parser.add_argument(
@@ -169,7 +171,7 @@ def main() -> int:
         results = [
             run(folder, n, merge({"data": {"cache_mb": 0}}, options.set)) for n in options.posts
         ]
-        results.append(run(folder, max(options.posts), options.set))
+        results.append(run(folder, min(options.posts), options.set))
     for row in results:
         print("  ".join(f"{key} {value}" for key, value in row.items()))
     print(f"results in {write_results('data_wait', 1, results)}")

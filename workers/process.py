@@ -22,6 +22,7 @@ _THREAD_VARIABLES = (
     "NUMEXPR_NUM_THREADS",
     "VECLIB_MAXIMUM_THREADS",
 )
+_STORE_KEYS = ("AWS_", "AZURE_", "GOOGLE_", "FSSPEC_")
 
 
 def pinned_environment(spec: WorkerSpec, environ: dict[str, str]) -> dict[str, str]:
@@ -32,6 +33,8 @@ def pinned_environment(spec: WorkerSpec, environ: dict[str, str]) -> dict[str, s
     """
     # Settings come through the pipe, without the URLs of broker and database: see `Launch`.
     pinned = {k: v for k, v in environ.items() if not k.upper().startswith("INSIGHTTAG_")}
+    if spec.role not in ("cache", "extract"):  # who opens hostile files has no keys to a store
+        pinned = {k: v for k, v in pinned.items() if not k.upper().startswith(_STORE_KEYS)}
     pinned.update(dict.fromkeys(_THREAD_VARIABLES, str(spec.threads)))
     pinned["TOKENIZERS_PARALLELISM"] = "false"
     pinned.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")

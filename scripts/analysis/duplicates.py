@@ -1,7 +1,7 @@
 """Posts that are the same or nearly: by the bytes of a medium, by a picture's look, by the text.
 
-Everything that grows with the posts lies in a temporary SQLite file: about 900 bytes a post and its
-text, 250 bytes a picture. In memory stay 8 bytes a post and 24 bytes a distinct picture.
+Everything that grows with the posts lies in a temporary SQLite file: about 400 bytes a post and its
+text, 350 bytes a picture. In memory stay 8 bytes a post and 24 bytes a distinct picture.
 
 Likeness is passed on: where A is like B and B like C, all three are one group.
 """
@@ -124,7 +124,8 @@ class _Finder:
         self._base.execute("INSERT INTO posts VALUES (?, ?)", (number, post.post_id))
         for media in post.media:
             fact = media_of(media.source)
-            if fact is not None and fact.sha256:
+            # A broken file gives no features: one that many posts share links none of them.
+            if fact is not None and fact.sha256 and fact.reason is None:
                 self._add_use(number, fact)
         text = normal(post.text)
         if comparable(text):
@@ -178,7 +179,8 @@ class _Finder:
                 groups.join((one, other))
         self._keep(groups, (picture for (picture,) in self._select("SELECT picture FROM looks")))
         rows = self._base.execute(
-            "SELECT first, uses.number, post_id, sha256 FROM found JOIN looks ON picture = found.number "
+            "SELECT first, uses.number, post_id, sha256 FROM found "
+            "JOIN looks ON picture = found.number "
             "JOIN uses USING (sha256) JOIN posts ON posts.number = uses.number "
             "ORDER BY first, uses.number, sha256"
         )

@@ -14,6 +14,7 @@ EMPTY, NO_WORDS, SHORT = "empty", "no words", "too short to tell"
 _MAX_CHARS = 500
 _MIN_LETTERS = 12
 _SURE = 0.5
+_WRITTEN_AS = {"wuu": "zh", "yue": "zh"}  # of a mixed text the model can only guess which Chinese
 _WEB = re.compile(r"https?://\S+|[@#]\w+")
 _KANA = re.compile(r"[\u3040-\u30ff\uff66-\uff9f]")
 _HANGUL = re.compile(r"[\uac00-\ud7af\u1100-\u11ff]")
@@ -42,7 +43,7 @@ def language_of(text: str) -> str:
     if letters < _MIN_LETTERS:
         return SHORT
     code, sure = _model().classify(plain)
-    return str(code) if sure >= _SURE else SHORT
+    return _WRITTEN_AS.get(code, str(code)) if sure >= _SURE else SHORT
 
 
 @lru_cache(maxsize=1)

@@ -5,7 +5,7 @@ its colours on a grid of 8×8, which candidates must share. The hash alone sees 
 ball and a blue one of the same brightness are the same to it.
 
 Source: the structure hash is the pHash of C. Zauner, Implementation and Benchmarking of Perceptual
-Image Hash Functions (2010), without the DC term.
+Image Hash Functions (2010), without the DC term and with a margin about the median.
 """
 
 from __future__ import annotations
@@ -20,6 +20,10 @@ LOOK_BYTES = HASH_BYTES + 8 * 8 * 3
 
 _PLAIN = 3.0
 """A picture whose brightness varies less (standard deviation, of 255) has no structure to hash."""
+
+_CLEAR = 4.0
+"""A coefficient counts as above the median only by this much: in a picture of few shapes most are
+about 0, and the noise of JPEG would toss their bits."""
 
 _MEAN_COLOUR, _WORST_COLOUR = 6.0, 32
 """How far the grids of two pictures that look alike may be apart: on average, in the worst cell."""
@@ -39,7 +43,7 @@ def look_of(pixels: npt.NDArray[np.uint8]) -> bytes | None:
     if float(grey.std()) < _PLAIN:
         return None
     low = np.asarray(cv2.dct(grey), np.float32)[:8, :8].reshape(-1)[1:]  # (63,): without DC
-    bits = np.concatenate([[False], low > np.median(low)])  # (64,)
+    bits = np.concatenate([[False], low > np.median(low) + _CLEAR])  # (64,)
     return np.packbits(bits).tobytes() + squash(pixels, 8, 8).tobytes()
 
 

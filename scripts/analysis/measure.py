@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 from config.errors import MediaError
@@ -133,11 +134,21 @@ def _pool(processes: int) -> ProcessPoolExecutor:
 
 def _begin() -> None:
     import signal
+    import threading
 
     import cv2
 
     cv2.setNumThreads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A killed parent would leave its children waiting for tasks for ever."""
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _sha256(path: Path) -> str:
@@ -159,7 +170,7 @@ def _picture(task: Task, fact: MediaFact) -> MediaFact:
     found = check_type(task.path, "image")
     header = read_header(np.asarray(np.memmap(task.path, np.uint8, "r")).data, found.family)
     width, height = header.width, header.height
-    if header.orientation >= 5:  # noqa: PLR2004 - EXIF: from 5 on the picture lies on its side
+    if header.orientation >= 5:
         width, height = height, width
     fact = replace(fact, width=width, height=height, codec=found.family)
     pixels = next(iter(read_pictures(task.path, max_pixels=task.max_pixels)))

@@ -12,7 +12,7 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, suppress
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ from scripts.analysis.measure import Measured, Task, class_of, measure_all
 from scripts.corpus.records import is_url, local_path
 
 _VERSION = 1
-_COMMIT_S = 0.5
+_COMMIT_S, _COMMIT_FILES = 0.5, 16  # whichever comes first
+_MAX_ASKED = 4096  # far more than are in flight
 _TABLES = """
 CREATE TABLE IF NOT EXISTS files (
     name TEXT PRIMARY KEY, size_bytes INTEGER NOT NULL, mtime_ns INTEGER NOT NULL,
@@ -97,19 +98,17 @@ class MediaBase:
                 raise ConfigError(f"{self._manifest}: line {number}: {error!r}") from error
         self._base.execute("COMMIT")
 
-    def measure(
-        self, posts: Iterable[Post], processes: int, tick: Callable[[], None]
-    ) -> None:
+    def measure(self, posts: Iterable[Post], processes: int) -> None:
         """Measure every file of some posts that is not known yet."""
         self._base.execute("BEGIN")
         since = time.monotonic()
         try:
-            for result in measure_all(self._unknown(posts, tick), processes):
+            for result in measure_all(self._unknown(posts), processes):
                 if isinstance(result, Measured):
                     self._keep(result)
                 else:
                     self._unreadable[result[0].name] = class_of(result[1])
-                if time.monotonic() - since > _COMMIT_S:
+                if not self.measured % _COMMIT_FILES or time.monotonic() - since > _COMMIT_S:
                     self._base.execute("COMMIT")
                     self._base.execute("BEGIN")
                     since = time.monotonic()
@@ -148,21 +147,19 @@ class MediaBase:
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"{self._manifest}: cannot be read: {error}") from error
 
-    def _unknown(self, posts: Iterable[Post], tick: Callable[[], None]) -> Iterator[Task]:
+    def _unknown(self, posts: Iterable[Post]) -> Iterator[Task]:
         asked: dict[tuple[str, str], None] = {}  # in flight, and not in the tables yet
         for post in posts:
-            tick()
             for media in post.media:
                 task = self._locate(media.source, media.kind)
-                if isinstance(task, MediaFact) or (task.sha256 or task.name, task.kind) in asked:
+                if isinstance(task, MediaFact) or (task.name, task.kind) in asked:
                     continue
-                if self._row(task.sha256 or self._known(task), task.kind) is None and (
-                    task.path.is_file()
-                ):
-                    asked[task.sha256 or task.name, task.kind] = None
-                    if len(asked) > 4096:  # noqa: PLR2004 - far more than are in flight
+                sha256 = task.sha256 or self._known(task)
+                if self._row(sha256, task.kind) is None and task.path.is_file():
+                    asked[task.name, task.kind] = None
+                    if len(asked) > _MAX_ASKED:
                         asked.pop(next(iter(asked)))
-                    yield task
+                    yield replace(task, sha256=sha256)
 
     def _locate(self, source: str, kind: MediaKind) -> Task | MediaFact:
         row = self._base.execute(

@@ -77,7 +77,7 @@ class Bands:
         if self._blank is None:
             self._blank = MinHash(_PERMUTATIONS, _SEED, hashfunc=zlib.crc32)
         found = self._blank.copy()
-        found.update_batch([part.encode("utf-8", "replace") for part in sorted(parts)])
+        found.update_batch([part.encode("utf-8", "replace") for part in parts])
         values = found.hashvalues
         return [
             int.from_bytes(

@@ -212,9 +212,13 @@ def link(found: Gathered, more: Iterable[tuple[str, ...]] = ()) -> Groups:
     same = np.flatnonzero(sorted_keys[1:] == sorted_keys[:-1])  # neighbours with one key
     for left in same:
         groups.join((int(sorted_owners[left]), int(sorted_owners[left + 1])))
-    place = {mark: i for i, mark in enumerate(found.ids)}
+    ids = np.frombuffer(found.ids, np.uint64) if found.ids else np.empty(0, np.uint64)
+    by_id = np.argsort(ids, kind="stable")  # 8 bytes a post, where a dict takes 150
+    sorted_ids = ids[by_id]
     for members in more:
-        known = [place[m] for m in (key_of("id", each) for each in members) if m in place]
+        marks = np.array([key_of("id", each) for each in members], np.uint64)
+        at = np.minimum(np.searchsorted(sorted_ids, marks), max(len(ids) - 1, 0))
+        known = by_id[at[sorted_ids[at] == marks]].tolist() if len(ids) else []
         if len(known) > 1:
             groups.join(known)
     return groups

@@ -74,7 +74,7 @@ def write_files(
     Raises:
         OSError: The disk is full, or gone; files that are there stay as they are.
     """
-    place = {line: number for number, line in enumerate(found.lines)}
+    next_one = 0  # the posts that are kept stand in the order of their lines
     out, labels, form = target.out, target.labels, target.form
     files = {name: out / f"{name}_cls{len(labels)}.{form}" for name in split.names}
     with ExitStack() as stack:
@@ -84,10 +84,11 @@ def write_files(
         rejects = stack.enter_context(AtomicLines(out / "left_out.jsonl"))
         for entry in read_posts(posts):
             advance()
-            number = place.get(entry.line)
-            if number is None:
+            number = next_one
+            if number >= len(found.lines) or found.lines[number] != entry.line:
                 rejects.write(_reject(entry.line, found, getattr(entry, "post", None)))
                 continue
+            next_one += 1
             if not isinstance(entry, CorpusPost):
                 raise OSError(f"{posts}: changed while it was read")
             name = split.names[split.side[number]]

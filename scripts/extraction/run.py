@@ -90,7 +90,7 @@ def _engine(options: Options, interrupt: Interrupt) -> Engine:
 
 
 def _tell(summary: Summary, tally: Tally, options: Options) -> None:
-    summary.write(options.summary)
+    tally.record.write(options.summary)
     summary.show()
     for node, count in sorted(tally.nodes.items()):
         sys.stdout.write(f"node {node}: {count:,} posts\n")

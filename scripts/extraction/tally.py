@@ -19,10 +19,16 @@ _LINE_EVERY_S = 30.0
 
 
 class Tally:
-    """Counts results."""
+    """Counts results.
+
+    Attributes:
+        summary: Of this run, for the terminal.
+        record: Of the posts, whichever run did them: the same however often one was killed.
+    """
 
     def __init__(self, title: str) -> None:
         self.summary = Summary(title)
+        self.record = Summary(title)
         self.nodes: Counter[str] = Counter()
         self._statuses: Counter[str] = Counter()
 
@@ -30,19 +36,24 @@ class Tally:
         """Count one result."""
         if result.failures:
             self.summary.failed(result.failures[0].reason)
-        elif result.state == "done":
-            self.summary.done()
+            self.record.failed(result.failures[0].reason)
         elif result.state == "repeated":
             self.summary.skipped("the same post_id again")
+            self.record.skipped("the same post_id again")
         else:
-            self.summary.skipped("there already")
+            self.record.done()
+            if result.state == "done":
+                self.summary.done()
+            else:
+                self.summary.skipped("there already")
         self._statuses.update(f"{m} {status}" for m, status in result.statuses.items())
         if result.state == "done" and result.node:
             self.nodes[result.node] += 1
 
     def close(self) -> Summary:
-        """The summary, with the counts of modalities."""
+        """The summary, with the counts of modalities; the record has them too."""
         self.summary.facts = {name: self._statuses[name] for name in sorted(self._statuses)}
+        self.record.facts = dict(self.summary.facts)
         return self.summary
 
 

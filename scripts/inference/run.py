@@ -155,8 +155,10 @@ def _say(report: InferReport, plan: RunSettings) -> None:
     gone_on = f"  (went on after {report.resumed})" if report.resumed else ""
     people.write(
         f"posts {report.posts}  labelled {report.labelled}{left_out}  {shown(report.metrics)}"
-        f"{gone_on}\n{report.posts_per_s:.1f} posts/s\n"
+        f"{gone_on}\n"
     )
+    if report.posts_per_s:  # of one batch alone there is no rate
+        people.write(f"{report.posts_per_s:,.1f} posts/s\n")
     if report.skipped_at is None:
         return
     if plan.output is not None:

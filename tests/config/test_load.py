@@ -10,6 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from config.errors import ConfigError
+from config.backbone_train import BackboneTrainSettings
 from config.infer import InferSettings
 from config.load import load_settings, merge, parse_overrides, read_yaml, validate
 from config.settings import BrokerSettings, Settings
@@ -211,7 +212,12 @@ def test_the_shipped_configurations_are_valid() -> None:
     """Every YAML file of config/ loads, and the daemon serves the bundle that training writes."""
     folder = Path(__file__).resolve().parents[2] / "config"
     settings = load_settings(folder / "infer_config_e2e.yaml")
-    models = {"train_config.yaml": TrainSettings, "infer_config.yaml": InferSettings}
+    models = {
+        "train_config.yaml": TrainSettings,
+        "train_image_eff103.yaml": BackboneTrainSettings,
+        "train_video_tsn_lstm.yaml": BackboneTrainSettings,
+        "infer_config.yaml": InferSettings,
+    }
     for file in folder.glob("*.yaml"):
         validate(models.get(file.name, Settings), read_yaml(file), file.name)
     trained = TrainSettings.model_validate(read_yaml(folder / "train_config.yaml"))

@@ -53,7 +53,7 @@ def test_two_processes_learn_what_one_does(few_posts: Path) -> None:
         [e["loss"] for e in runs.events(few_posts, name) if e["event"] == "epoch"]
         for name in ("one", "two")
     ]
-    np.testing.assert_allclose(*losses, atol=1e-5)
+    np.testing.assert_allclose(losses[0], losses[1], atol=1e-5)
     assert all(e["posts"] == 37 for e in runs.events(few_posts, "two") if e["event"] == "epoch")
 
 
@@ -146,9 +146,11 @@ def test_torchrun_starts_them_on_one_host_or_several(few_posts: Path) -> None:
     assert runs.apart(runs.weights(few_posts, "one"), runs.weights(few_posts, "local")) < WEIGHTS
 
     hosts = (*torchrun, "--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "127.0.0.1")
-    hosts = (*hosts, "--master-port", str(processes._free_port()))
+    port = ("--master-port", str(processes._free_port()))
     started = [
-        runs.start_command(*given, few_posts / "hosts", launcher=(*hosts, "--node-rank", str(n)))
+        runs.start_command(
+            *given, few_posts / "hosts", launcher=(*hosts, *port, "--node-rank", str(n))
+        )
         for n in range(2)
     ]
     said = [process.communicate(timeout=240) for process in started]

@@ -44,13 +44,15 @@ class FolderStore:
             except OSError as error:
                 raise _unavailable(self._root, error) from error
             try:
-                with os.fdopen(descriptor, "rb") as file:
-                    found[key] = file.read()
-                    if os.fstat(file.fileno()).st_mtime < time.time() - _TOUCH_S:
-                        with contextlib.suppress(OSError):  # a read-only cache serves too
-                            os.utime(path)
+                facts = os.fstat(descriptor)
+                found[key] = _read(descriptor, facts.st_size)
+                if facts.st_mtime < time.time() - _TOUCH_S:
+                    with contextlib.suppress(OSError):  # a read-only cache serves too
+                        os.utime(path)
             except OSError as error:
                 raise _unavailable(self._root, error) from error
+            finally:
+                os.close(descriptor)
         return found
 
     def put(self, key: str, value: bytes) -> None:
@@ -123,6 +125,14 @@ class FolderStore:
                 Path(path).unlink(missing_ok=True)
             except OSError as error:
                 raise _unavailable(self._root, error) from error
+
+
+def _read(descriptor: int, size: int) -> bytes:
+    """A whole file; a file object would cost more than the reading."""
+    content = os.read(descriptor, size)
+    while len(content) < size and (more := os.read(descriptor, size - len(content))):
+        content += more  # beyond 2 GiB, or interrupted
+    return content
 
 
 def _unavailable(root: str, error: OSError) -> CacheUnavailable:

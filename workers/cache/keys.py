@@ -15,7 +15,8 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from config.settings import Settings
-from workers.protocol import MediaKind, Stream, slot_bytes
+from extractors.post import MEDIA_KINDS
+from workers.protocol import STREAMS, MediaKind, Stream, slot_bytes
 
 FORMAT = 1
 """Raise it when entries of this code mean something else than before."""
@@ -30,26 +31,32 @@ class Keys:
         self._settings = settings
         self._video_limits = {"max_duration_s": settings.decode.max_duration_s}
         self._sound_limits = {**self._video_limits, "max_audio_s": settings.decode.max_audio_s}
+        # A post has a dozen keys, of which only contents and fingerprints differ.
+        self._private = _text_of(settings.fetch.allow_private_hosts)
+        self._precision = _text_of(settings.features.text.precision)
+        self._parts = {kind: _text_of(self._parts_of(kind)) for kind in MEDIA_KINDS}
+        self._inputs = {
+            (kind, stream): _text_of(self._input_of(kind, stream))
+            for kind in MEDIA_KINDS
+            for stream in STREAMS
+        }
 
     def source(self, url: str) -> str:
         """Which content a URL led to; never across daemons that may reach other hosts."""
-        return _key("source", url, self._settings.fetch.allow_private_hosts)
+        return _key("source", url, self._private)
 
     def media(self, sha256: str, kind: MediaKind) -> str:
         """What decoding a file gave."""
-        return _key("media", sha256, kind, self._parts_of(kind))
+        return _key("media", sha256, kind, self._parts[kind])
 
     def stream(self, sha256: str, kind: MediaKind, stream: Stream, fingerprint: str) -> str:
         """Features of a media file; for ``ocr`` the text that was read in it."""
-        how = self._input_of(kind, stream)
+        how = self._inputs[kind, stream]
         return _key("features", sha256, kind, stream, fingerprint, how)
 
     def text(self, text: str, fingerprint: str) -> str:
         """Features of a text, whether written or read."""
-        content = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-        return _key(
-            "text", content, fingerprint, {"precision": self._settings.features.text.precision}
-        )
+        return _key("text", text, fingerprint, self._precision)
 
     @cached_property
     def limits(self) -> str:
@@ -60,11 +67,12 @@ class Keys:
         """
         decode = self._settings.decode
         return _key(
-            "limits",
-            decode.max_pixels,
-            decode.memory_mb,
-            slot_bytes(self._settings),
-            {name: _version(name) for name in _DECODERS},
+            _text_of(
+                decode.max_pixels,
+                decode.memory_mb,
+                slot_bytes(self._settings),
+                {name: _version(name) for name in _DECODERS},
+            )
         )
 
     def _parts_of(self, kind: MediaKind) -> Mapping[str, Any]:
@@ -96,9 +104,19 @@ class Keys:
         return {**self._video_limits, "precision": features.video.precision}
 
 
-def _key(*parts: Any) -> str:
-    text = json.dumps([FORMAT, *parts], sort_keys=True, ensure_ascii=True)
-    return hashlib.sha256(text.encode("ascii")).hexdigest()
+def _key(*parts: str) -> str:
+    """Digest of texts; each with its length, so that no two lists of them are the same bytes."""
+    total = hashlib.sha256()
+    for part in parts:
+        content = part.encode("utf-8", "surrogatepass")
+        total.update(b"%d:" % len(content))
+        total.update(content)
+    return total.hexdigest()
+
+
+def _text_of(*values: Any) -> str:
+    """Settings as text; the same for the same values."""
+    return json.dumps([FORMAT, *values], sort_keys=True, ensure_ascii=True)
 
 
 def _version(package: str) -> str | None:

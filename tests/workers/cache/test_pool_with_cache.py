@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from config.settings import Settings
+from fusion.files import replace_folder
 from tests.services import RedisServer
 from tests.tiny_models import tiny_features
 from tests.workers.cache.test_cached_posts import NAMES, World, files, same
@@ -22,6 +23,7 @@ from tests.workers.driving import Driver, alive, toy_settings
 from tests.workers.small_bundle import write_bundle
 from workers.launch import ROLES, without_credentials, worker_specs
 from workers.plan import PostPlan, Step
+from workers.process import pinned_environment
 from workers.protocol import Decoded, Features, FuseTask, Post, WorkerRole
 
 __all__ = ["files"]
@@ -33,7 +35,8 @@ def pool_settings(folder: Path, world: World, **cache: Any) -> Settings:
 
     suite = ExtractorSuite(features, threads=1)
     suite.load()
-    write_bundle(folder / "bundle", suite)
+    for seed, name in enumerate(("bundle", "another")):
+        write_bundle(folder / name, suite, seed=seed)
     suite.close()
     return toy_settings(
         folder / "spool",
@@ -112,7 +115,7 @@ def replaced(driver: Driver, pid: int) -> bool:
 
 
 def test_two_pools_share_one_cache(world: World, tmp_path: Path) -> None:
-    """What one pool extracted another reuses, with the server gone: same features and tags."""
+    """With the server gone another pool gives the same tags, and another bundle's too."""
     settings = pool_settings(tmp_path, world)
     posts = [world.post(*NAMES), world.post("sign.png"), world.post("v.mp4", "s.wav")]
     with running(settings) as one, running(settings) as two:
@@ -127,6 +130,12 @@ def test_two_pools_share_one_cache(world: World, tmp_path: Path) -> None:
             again = driver.run(FuseTask(found[0]))
             assert [tag.name for tag in again.tags] == [tag.name for tag in tags.tags]
             assert np.array_equal(again.scores, tags.scores)
+        before = two.pool.bundle
+        replace_folder(tmp_path / "another", tmp_path / "bundle")
+        two.until(lambda: two.pool.bundle != before)
+        other = two.run(FuseTask(through(two, posts[0])[0]))
+        assert (other.model, other.version) == two.pool.bundle
+        assert not np.array_equal(other.scores, tags.scores)
         idle = [w for w in two.pool.workers if w.role in ("fetch", "decode")]
         assert all(worker.done == 0 for worker in idle)
 
@@ -183,4 +192,9 @@ def test_who_knows_the_cache() -> None:
     for role in users:
         assert "hush" in without_credentials(settings, role).model_dump_json()
     assert [s.role for s in worker_specs(settings)].count("cache") == 1
+    keys = {"AWS_SECRET_ACCESS_KEY": "hush", "HOME": "/root"}
+    for spec in worker_specs(settings):
+        known = pinned_environment(spec, keys)
+        assert known["HOME"] == "/root"
+        assert ("AWS_SECRET_ACCESS_KEY" in known) == (spec.role in users)
     assert "cache" not in [s.role for s in worker_specs(toy_settings(Path("spool")))]

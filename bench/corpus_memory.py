@@ -1,0 +1,388 @@
+"""Memory of every offline script at 1,000, 10,000 and 100,000 posts: does it grow with them?
+
+Posts are small: a few words, one tiny picture that all of them share on the disk, a short sound
+and a short video for the scripts that read those; models are tiny and random. The extracting scripts find
+all but the last 100 posts extracted already, so that they read and count every one and still
+extract: 100,000 real extractions take hours. Each script runs as its user runs it; all of its processes are asked for their proportional set size (PSS: memory that
+several share is counted once) several times a second, and the highest sum is kept.
+
+Run: ``python bench/corpus_memory.py [--sizes 1000 10000 100000] [--only pull build]``
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import psutil
+import yaml
+from pymongo import MongoClient
+from results_file import FOLDER, write_results
+
+from config.load import load_settings
+from deploy import embedded
+from extractors.feature_file import feature_path, features_bytes, read_features, read_header
+from extractors.post import Features, Modality, Status, Stream, modality_of
+from scripts.demo_posts.taxonomy import TAGS
+from scripts.extraction.options import parse as parse_extraction
+from scripts.extraction.store import FeatureStore
+from scripts.extraction.values import WANTED, Kind, Work
+from scripts.extraction.work import Inputs
+
+ROOT = Path(__file__).resolve().parents[1]
+LABELS = ROOT / "config" / "idx2name_cls24.json"
+FLAT = 1.25
+"""Most that memory may grow from the smallest to the largest corpus."""
+_EVERY_S = 0.25
+_EXTRACTED = 100  # posts that an extracting script still has to do
+_fingerprints: dict[str, Mapping[Stream, str]] = {}
+_arrays: dict[str, dict[Stream, Any]] = {}
+_WORDS = ["cat", "dog", "house", "tree", "river", "song", "night", "train", "market", "bread"]
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Synthetic posts.
+
+    Attributes:
+        urls: Posts file with pictures on the server.
+        local: Posts file with a local picture, sound and video in every post.
+        features: Root of small feature files.
+        config: Settings with tiny models.
+    """
+
+    folder: Path
+    size: int
+    urls: Path
+    local: Path
+    features: Path
+    config: Path
+
+
+def scripts(corpus: Corpus) -> dict[str, list[str]]:
+    """Name ─► command of each script."""
+    config, out = ("--config", str(corpus.config)), corpus.folder / "out"
+    data = "scripts/data_scripts"
+
+    def extract(kind: str) -> list[str]:
+        return [f"scripts/extract_{kind}_features.py", *config, "--input", str(corpus.local),
+                "--features", str(out / kind), "--workers", "1"]  # fmt: skip
+
+    return {
+        "pull": [f"{data}/pull_posts.py", *config, "--out", str(out / "posts.jsonl")],
+        "pull, sample and rare tags": [
+            f"{data}/pull_posts.py", *config, "--out", str(out / "sample.jsonl"),
+            "--sample", str(corpus.size // 2), "--min_posts_per_tag", "5",
+        ],
+        "build_label_map": [
+            "scripts/build_label_map.py", "--input", str(corpus.urls), "--out", str(out / "l.json"),
+        ],
+        "download": [f"{data}/download_mp.py", str(corpus.urls), "--out", str(out / "media"),
+                     *config, "--per_host", "32"],
+        "analyze": [f"{data}/analyze_posts.py", str(corpus.local), "--out", str(out / "analysis"),
+                    "--media", str(corpus.local.parent)],
+        "build": [
+            "scripts/build_trainval_data.py", "--input", str(corpus.urls), "--features",
+            str(corpus.features), "--labels", str(LABELS), "--out", str(out / "data"),
+            "--format", "jsonl",
+        ],
+        **{f"extract {kind}": extract(kind) for kind in ("text", "image", "audio", "video")},
+    }  # fmt: skip
+
+
+# Synthetic posts -----------------------------------------------------------------------------
+
+
+def make(folder: Path, size: int, url: str, *, with_features: bool) -> Corpus:
+    """Write the files of a corpus."""
+    folder.mkdir(parents=True)
+    write_media(folder / "m")
+    corpus = Corpus(
+        folder, size, folder / "urls.jsonl", folder / "local.jsonl", folder / "features",
+        folder / "settings.yaml",
+    )  # fmt: skip
+    rng = np.random.default_rng(1)
+    names = list(TAGS)
+    with corpus.urls.open("w") as urls, corpus.local.open("w") as local:
+        for i in range(size):
+            post = {
+                "post_id": f"p{i:07}",
+                "labels": [names[k] for k in sorted({int(k) for k in rng.integers(0, 24, 2)})],
+                "text": f"{' '.join(_WORDS[int(k)] for k in rng.integers(0, 10, 5))} {i:x}",
+                "ocr": "",
+                "images": [f"{url}/{i}.png"],
+                "videos": [],
+                "audios": [],
+                "author": f"a{i}",
+            }
+            urls.write(json.dumps(post) + "\n")
+            post |= {"images": ["m/p.png"], "videos": ["m/v.mp4"], "audios": ["m/s.wav"]}
+            local.write(json.dumps(post) + "\n")
+    if with_features:
+        write_features(corpus)
+    return corpus
+
+
+def write_media(folder: Path) -> None:
+    """One picture, one sound, one video, as small as they may be."""
+    import cv2
+
+    from scripts.demo_posts.encode import write_sound, write_video
+
+    folder.mkdir()
+    picture = np.full((16, 16, 3), 90, np.uint8)
+    cv2.imwrite(str(folder / "p.png"), picture)
+    write_sound(folder / "s.wav", np.zeros(16_000, np.float32), 16_000)
+    write_video(folder / "v.mp4", [picture] * 4, 4)
+
+
+def write_features(corpus: Corpus) -> None:
+    """A feature file of a few bytes for each post."""
+    text = np.ones((1, 8), np.float16)
+    for i in range(corpus.size):
+        post_id = f"p{i:07}"
+        path = feature_path(corpus.features, post_id)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        found = Features(post_id=post_id, arrays={"text": text}, statuses={"text": "ok"})
+        path.write_bytes(features_bytes(found, {"text": "0" * 16}))
+
+
+def settings(folder: Path) -> Any:
+    """Tiny models, everything on this machine; written to ``settings.yaml``."""
+    visual = {"arch": "test_resnet", "weights": "random:1", "image_size": 32, "precision": "fp32"}
+    content = {
+        "store": {"database": "memory", "fields": {"author": "author"}},
+        "embedded": {"folder": str(folder / "embedded")},
+        "fetch": {"allow_private_hosts": True, "spool": str(folder / "spool")},
+        "log": {"level": "error"},
+        "features": {
+            "video": {**visual, "frames": 1},
+            "image": visual,
+            "audio": {"arch": "test_resnet", "weights": "random:1", "precision": "fp32"},
+            "text": {"arch": "tiny", "weights": "random:1", "max_tokens": 16, "precision": "fp32"},
+            "ocr": {"enabled": False},
+        },
+    }
+    path = folder / "settings.yaml"
+    path.write_text(yaml.safe_dump(content), encoding="utf-8")
+    return load_settings(path, [])
+
+
+def fill(client: MongoClient[dict[str, Any]], corpus: Corpus) -> None:
+    """Put the posts into the database."""
+    posts = client["memory"]["posts"]
+    batch: list[dict[str, Any]] = []
+    with corpus.urls.open() as lines:
+        for line in lines:
+            content = json.loads(line)
+            batch.append({"_id": content.pop("post_id"), **content})
+            if len(batch) == 2000:
+                posts.insert_many(batch)
+                batch = []
+    if batch:
+        posts.insert_many(batch)
+
+
+def extract_before(corpus: Corpus, kind: Kind) -> None:
+    """Leave features of all but the last posts, as an earlier run would have."""
+    if kind not in _fingerprints:
+        command = [*scripts(corpus)[f"extract {kind}"], "--limit", "1"]
+        subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, check=True)
+        root = corpus.folder / "out" / kind
+        header = read_header(next(root.glob("*/*.safetensors")))
+        arrays = read_features(root, header.post_id).arrays
+        _fingerprints[kind] = header.fingerprints
+        _arrays[kind] = {stream: np.zeros_like(values) for stream, values in arrays.items()}
+    options = parse_extraction(kind, scripts(corpus)[f"extract {kind}"][1:])
+    wanted = WANTED[kind]
+    store = FeatureStore(options.features, wanted, _fingerprints[kind])
+    arrays = _arrays[kind]
+    statuses: dict[Modality, Status] = {
+        m: "ok" if m in {modality_of(s) for s in arrays} else "missing" for m in wanted
+    }
+    for work in Inputs(corpus.local, options.settings, wanted):
+        if work.index >= corpus.size - _EXTRACTED:
+            return
+        if isinstance(work, Work):
+            store.put(work, Features(post_id=work.post.post_id, arrays=arrays, statuses=statuses))
+
+
+@contextlib.contextmanager
+def pictures(path: Path) -> Iterator[str]:
+    """A server that gives one picture under every name."""
+    content = path.read_bytes()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Type", "image/png")
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+# Measuring -----------------------------------------------------------------------------------
+
+
+def measure(name: str, command: Sequence[str], size: int, limit_s: float) -> dict[str, Any]:
+    """Run a script; ``{posts, peak_mb, seconds, exit}``."""
+    started, peak, samples = time.monotonic(), 0, 0
+    log = tempfile.TemporaryFile("w+")  # noqa: SIM115  closed below
+    child = subprocess.Popen(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=log,
+    )
+    process, stopped = psutil.Process(child.pid), False
+    try:
+        while child.poll() is None:
+            peak, samples = max(peak, tree_bytes(process)), samples + 1
+            seconds = time.monotonic() - started
+            sys.stderr.write(f"\r{name:<28} {size:>7,} posts {seconds:6.0f} s {peak >> 20:6} MB ")
+            if seconds > limit_s:
+                stopped = True
+                child.terminate()
+                child.wait(60)
+            time.sleep(_EVERY_S)
+    finally:
+        if child.poll() is None:
+            child.kill()
+            child.wait()
+    sys.stderr.write("\n")
+    if child.returncode and not stopped:
+        log.seek(0)
+        print(log.read()[-2000:])
+    log.close()
+    return {
+        "posts": size,
+        "peak_mb": round(peak / 2**20, 1),
+        "seconds": round(time.monotonic() - started, 1),
+        "exit": child.returncode,
+        "stopped": stopped,
+    }
+
+
+def tree_bytes(process: psutil.Process) -> int:
+    """PSS of a process and all below it."""
+    total = 0
+    with contextlib.suppress(psutil.Error):
+        for one in (process, *process.children(recursive=True)):
+            with contextlib.suppress(psutil.Error):
+                total += one.memory_full_info().pss
+    return total
+
+
+def run_size(
+    folder: Path, size: int, wanted: Callable[[str], bool], limit_s: float
+) -> dict[str, Any]:
+    """Every script on one corpus."""
+    found = {}
+    options = settings(folder)
+    with contextlib.ExitStack() as stack:
+        write_media(folder / "m0")
+        url = stack.enter_context(pictures(folder / "m0" / "p.png"))
+        print(f"making {size:,} posts", flush=True)
+        corpus = make(folder / "corpus", size, url, with_features=wanted("build"))
+        shutil.copy(folder / "settings.yaml", corpus.config)
+        (corpus.folder / "out").mkdir()
+        if wanted("pull"):
+            online = embedded.ensure(options, ("mongo",))
+            stack.callback(embedded.stop, options)
+            with MongoClient[dict[str, Any]](online["mongo"].url) as client:
+                fill(client, corpus)
+        for name, command in scripts(corpus).items():
+            if wanted(name):
+                if name.startswith("extract "):
+                    extract_before(corpus, cast("Kind", name.removeprefix("extract ")))
+                found[name] = measure(name, command, size, limit_s)
+    return found
+
+
+def summary(found: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """A row for each script: peaks, how much they grow, and by how many bytes a post."""
+    rows = []
+    for name, runs in found.items():
+        whole = [run for run in runs if not run["exit"]]
+        if not whole:
+            rows.append(
+                {"script": name, "runs": runs, "ratio": 0.0, "bytes_per_post": 0, "flat": False}
+            )
+            continue
+        first, last = whole[0], whole[-1]
+        more_posts = max(1, last["posts"] - first["posts"])
+        more = last["peak_mb"] - first["peak_mb"]
+        ratio = last["peak_mb"] / first["peak_mb"]
+        rows.append(
+            {
+                "script": name,
+                "runs": runs,
+                "ratio": round(ratio, 3),
+                "bytes_per_post": round(more * 2**20 / more_posts),
+                "flat": ratio <= FLAT,
+            }
+        )
+    return rows
+
+
+def main() -> int:
+    """Measure, print, write ``bench/results/corpus_memory.json``."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[1000, 10_000, 100_000])
+    parser.add_argument("--only", nargs="+", help="scripts whose names begin so")
+    parser.add_argument("--limit_s", type=float, default=3600, help="of one run")
+    parser.add_argument("--out", type=Path, default=FOLDER)
+    parser.add_argument("--name", default="corpus_memory")
+    options = parser.parse_args()
+
+    def wanted(name: str) -> bool:
+        return not options.only or any(name.startswith(each) for each in options.only)
+
+    found: dict[str, list[dict[str, Any]]] = {}
+    for size in options.sizes:
+        with tempfile.TemporaryDirectory(prefix="insighttag-memory-") as name:
+            for script, run in run_size(Path(name), size, wanted, options.limit_s).items():
+                found.setdefault(script, []).append(run)
+        rows = summary(found)
+        write_results(options.name, 1, rows, options.out)
+    for row in rows:
+        peaks = "  ".join(f"{run['posts']:>7,}: {run['peak_mb']:7.1f} MB" for run in row["runs"])
+        print(
+            f"{row['script']:<28} {peaks}  ratio {row['ratio']:.2f}  "
+            f"{row['bytes_per_post']:>6} bytes a post"
+        )
+    return 0 if all(row["flat"] for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,143 @@
+"""Tags: how many, which go together, and which look like mistakes."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable
+from itertools import combinations
+from typing import Any
+
+_MAX_PAIRED = 64
+"""Tags of one post that are counted in pairs; a post with more has them all, and tells nothing."""
+
+_MAX_ALL = 0.9
+_MIN_TAGS = 4
+_TOP_PAIRS, _TOP_POSTS, _HEAT = 200, 50, 40
+_ALWAYS = 3
+_IMPLIED = 10
+_SEPARATORS = re.compile(r"[\s_\-·・./]+")
+
+
+class Labels:
+    """Counts of the tags of posts; memory grows with the tags and their pairs, not the posts."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.per_post: Counter[int] = Counter()
+        self.repeated = 0
+        self._pairs: Counter[tuple[str, str]] = Counter()
+        self._most: list[tuple[int, int, str]] = []
+
+    def add(self, post_id: str, labels: Iterable[str]) -> None:
+        """Count the tags of a post."""
+        given = list(labels)
+        tags = sorted(set(given))
+        self.repeated += len(tags) != len(given)
+        self.counts.update(tags)
+        self.per_post[len(tags)] += 1
+        self._pairs.update(combinations(tags[:_MAX_PAIRED], 2))
+        if len(tags) >= _MIN_TAGS:
+            self._most.append((-len(tags), self.per_post.total(), post_id))
+            if len(self._most) > 2 * _TOP_POSTS:
+                self._most = sorted(self._most)[:_TOP_POSTS]
+
+    def ranked(self) -> list[tuple[str, int]]:
+        """Tags and their posts, most frequent first."""
+        return sorted(self.counts.items(), key=lambda item: (-item[1], item[0]))
+
+    def as_dict(self, rare: int, taxonomy: Iterable[str] | None) -> dict[str, Any]:
+        """Everything about the tags.
+
+        Args:
+            rare: Tags with fewer posts are rare.
+            taxonomy: Names of the label map, where one is given.
+        """
+        ranked = self.ranked()
+        return {
+            "distinct": len(ranked),
+            "uses": self.counts.total(),
+            "per_post": {str(n): self.per_post[n] for n in sorted(self.per_post)},
+            "counts": dict(ranked),
+            "rare_below": rare,
+            "rare": {name: count for name, count in ranked if count < rare},
+            "map": None if taxonomy is None else self._against(taxonomy),
+            "variants": self._variants(taxonomy or ()),
+            "always_together": self._together(),
+            "implied": self._implied(),
+            "pairs": self._top_pairs(),
+            "heat": self._heat([name for name, _ in ranked[:_HEAT]]),
+            "repeated_in_a_post": self.repeated,
+            "nearly_all_tags": self._nearly_all(),
+        }
+
+    def _against(self, taxonomy: Iterable[str]) -> dict[str, Any]:
+        names = list(taxonomy)
+        known = set(names)
+        return {
+            "tags": len(names),
+            "never": [name for name in names if name not in self.counts],
+            "unknown": {name: count for name, count in self.ranked() if name not in known},
+        }
+
+    def _variants(self, taxonomy: Iterable[str]) -> list[dict[str, int]]:
+        """Names that differ only in case, spaces, separators or width."""
+        alike: dict[str, set[str]] = {}
+        for name in {*self.counts, *taxonomy}:
+            alike.setdefault(bare(name), set()).add(name)
+        found = [sorted(names, key=lambda n: (-self.counts[n], n)) for names in alike.values()
+                 if len(names) > 1]  # fmt: skip
+        return [{name: self.counts[name] for name in names} for names in sorted(found)]
+
+    def _together(self) -> list[dict[str, Any]]:
+        """Pairs of tags of which neither ever stands without the other."""
+        return [
+            {"tags": [a, b], "posts": count}
+            for (a, b), count in self._by_count()
+            if count >= _ALWAYS and self.counts[a] == self.counts[b] == count
+        ][:_TOP_PAIRS]
+
+    def _implied(self) -> list[dict[str, Any]]:
+        """Tags that never stand without a more frequent one."""
+        found = []
+        for (a, b), count in self._by_count():
+            if count < _IMPLIED or self.counts[a] == self.counts[b]:
+                continue
+            rarer, other = (a, b) if self.counts[a] < self.counts[b] else (b, a)
+            if self.counts[rarer] == count:
+                found.append({"tag": rarer, "never_without": other, "posts": count})
+        return found[:_TOP_PAIRS]
+
+    def _top_pairs(self) -> list[dict[str, Any]]:
+        def share(a: str, b: str, count: int) -> float:
+            return round(count / (self.counts[a] + self.counts[b] - count), 4)
+
+        return [
+            {"tags": [a, b], "posts": count, "jaccard": share(a, b, count)}
+            for (a, b), count in self._by_count()[:_TOP_PAIRS]
+        ]
+
+    def _heat(self, names: list[str]) -> dict[str, Any]:
+        """Posts with both tags, for the most frequent ones; the diagonal has each one's posts."""
+
+        def posts(a: str, b: str) -> int:
+            return self.counts[a] if a == b else self._pairs[min(a, b), max(a, b)]
+
+        return {"tags": names, "posts": [[posts(a, b) for b in names] for a in names]}
+
+    def _nearly_all(self) -> list[dict[str, Any]]:
+        least = max(_MIN_TAGS, _MAX_ALL * len(self.counts))
+        return [
+            {"post_id": post_id, "tags": -count}
+            for count, _, post_id in sorted(self._most)[:_TOP_POSTS]
+            if -count >= least
+        ]
+
+    def _by_count(self) -> list[tuple[tuple[str, str], int]]:
+        return sorted(self._pairs.items(), key=lambda item: (-item[1], item[0]))
+
+
+def bare(name: str) -> str:
+    """A tag's name without what is easily written in two ways."""
+    return _SEPARATORS.sub("", unicodedata.normalize("NFKC", name).casefold())
