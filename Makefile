@@ -19,11 +19,11 @@ SCRIPTS := $(wildcard *.py)
 PYTEST_ARGS ?=
 SUPERVISORD_ARGS ?=
 
-.PHONY: help env env-dev headless demo test check style types arrows bench fuzz chaos soak run lock clean distclean
+.PHONY: help env env-dev headless demo test check style types arrows bench fuzz chaos soak walk corpus-memory zoo data-wait run lock clean distclean
 .DEFAULT_GOAL := help
 
 help: ## this list
-	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile
+	@sed -n 's/^\([a-z_-]*\):.*## /  make \1\t/p' Makefile
 
 # Environment ----------------------------------------------------------------------------------
 # Stamps, so that an environment is made once and again only when its inputs change.
@@ -76,9 +76,9 @@ arrows: $(VENV)/.dev
 	$(VENV)/bin/lint-imports
 
 # Long, with targets of their own; and what the benchmarks share.
-OWN_TARGETS := $(patsubst %,bench/%.py,chaos fuzz soak results_file)
+OWN_TARGETS := $(patsubst %,bench/%.py,chaos fuzz soak walk corpus_memory fusion_zoo data_wait results_file)
 
-bench: $(VENV)/.dev ## every benchmark; results in bench/results
+bench: $(VENV)/.dev ## the short benchmarks; results in bench/results
 	@set -e; for file in bench/[a-z]*.py; do case " $(OWN_TARGETS) " in *" $$file "*) continue;; esac; \
 		echo "== $$file"; $(PY) $$file; done
 
@@ -96,6 +96,23 @@ SOAK_ARGS ?=
 
 soak: $(VENV)/.dev ## 20,000 equal posts through the daemon; which process grows
 	$(PY) bench/soak.py $(SOAK_ARGS)
+
+WALK_ARGS ?=
+
+walk: $(VENV)/.runtime ## docs/data.md as a script: 1,000 posts, 100 of them broken, to a bundle; then kills
+	$(PY) bench/walk.py $(WALK_ARGS)
+	$(PY) bench/walk.py --kills --posts 60 --broken 26
+
+corpus-memory: $(VENV)/.runtime ## memory of every offline script at 1,000, 10,000 and 100,000 posts
+	$(PY) bench/corpus_memory.py
+
+BENCH_ARGS ?=
+
+zoo: $(VENV)/.dev ## every fusion model on the same features, three seeds each
+	$(PY) bench/fusion_zoo.py $(BENCH_ARGS)
+
+data-wait: $(VENV)/.dev ## how long a training waits for the features of 100,000 posts
+	$(PY) bench/data_wait.py $(BENCH_ARGS)
 
 run: $(VENV)/.runtime ## the daemon and its watchdog under supervisord, in the foreground
 	@mkdir -p workshop/run && touch workshop/run/king.log

@@ -1,10 +1,11 @@
 """Memory of every offline script at 1,000, 10,000 and 100,000 posts: does it grow with them?
 
 Posts are small: a few words, one tiny picture that all of them share on the disk, a short sound
-and a short video for the scripts that read those; models are tiny and random. The extracting scripts find
-all but the last 100 posts extracted already, so that they read and count every one and still
-extract: 100,000 real extractions take hours. Each script runs as its user runs it; all of its processes are asked for their proportional set size (PSS: memory that
-several share is counted once) several times a second, and the highest sum is kept.
+and a short video for the scripts that read those; models are tiny and random. The extracting
+scripts find all but the last 100 posts extracted already, so that they read and count every one
+and still extract: 100,000 real extractions take hours. Each script runs as its user runs it; all
+of its processes are asked for their proportional set size (PSS: memory that several share is
+counted once) several times a second, and the highest sum is kept.
 
 Run: ``python bench/corpus_memory.py [--sizes 1000 10000 100000] [--only pull build]``
 """

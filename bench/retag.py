@@ -40,15 +40,21 @@ from scripts.demo.online import alive, daemon
 SPLITS = ("train", "valid", "online")
 WARM_UP = 16
 PATIENCE_S = 600.0
-PREFETCH = 128
-"""Posts at once: a post that is known takes milliseconds, and 32 of them wait for the broker."""
+PREFETCH = 512
+"""Posts at once: one that is known takes milliseconds, and 32 would wait for the broker."""
 
 
 @dataclass(frozen=True)
 class Pass:
-    """One pass over the posts."""
+    """One pass over the posts.
+
+    Attributes:
+        seconds: From the daemon's taking up of the first post to the last post's tags.
+        with_command_s: From the start of the command that publishes.
+    """
 
     seconds: float
+    with_command_s: float
     timings_ms: Mapping[str, float]
     modalities: Mapping[str, Mapping[str, str]]
     tags: Mapping[str, Sequence[Mapping[str, Any]]]
@@ -159,10 +165,12 @@ class Bench:
         results = {
             str(d["_id"]): d["insight"] for d in self.posts.find({"_id": {"$in": list(ids)}})
         }
-        ended = max(result["tagged_at"].timestamp() for result in results.values())
+        ends = {i: result["tagged_at"].timestamp() for i, result in results.items()}
+        began = min(end - results[i]["timings_ms"]["total"] / 1000 for i, end in ends.items())
         stages = {stage for result in results.values() for stage in result["timings_ms"]}
         return Pass(
-            seconds=ended - started,
+            seconds=max(ends.values()) - began,
+            with_command_s=max(ends.values()) - started,
             timings_ms={
                 stage: statistics.fmean(r["timings_ms"].get(stage, 0) for r in results.values())
                 for stage in sorted(stages)
@@ -196,6 +204,7 @@ def measure(count: int, more: Sequence[str]) -> dict[str, Any]:
         "prefetch": PREFETCH,
         "first_ms_per_post": round(first.seconds / count * 1000, 3),
         "second_ms_per_post": round(second.seconds / count * 1000, 3),
+        "second_with_command_ms_per_post": round(second.with_command_s / count * 1000, 3),
         "ratio": round(second.seconds / first.seconds, 4),
         "times_faster": round(first.seconds / second.seconds, 1),
         "same_modalities": same,

@@ -70,13 +70,20 @@ def put_back(page: str, ran: Sequence[Ran], shown: Mapping[str, str]) -> str:
         ran: Commands that were run; others keep what stands under them.
         shown: Text that a reader shall not see ─► what stands there instead.
     """
-    outputs = {one.command: one.output for one in ran}
+    left = list(ran)
+
+    def output_of(command: str) -> str | None:
+        """Of the first run that is not used up: a command may stand in the page twice."""
+        found = next((one for one in left if one.command == command), None)
+        if found is not None:
+            left.remove(found)
+        return None if found is None else found.output
 
     def block(found: re.Match[str]) -> str:
         lines: list[str] = []
         for command, before in _parts(found[1]):
-            lines += [f"$ {command}"]
-            lines += _short(outputs[command], shown) if command in outputs else before
+            output = output_of(command)
+            lines += [f"$ {command}", *(before if output is None else _short(output, shown))]
         return "```console\n" + "\n".join(lines) + "\n```"
 
     return _BLOCK.sub(block, page)

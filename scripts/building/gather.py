@@ -30,6 +30,7 @@ NO_FEATURES = "no feature file"
 BROKEN = "broken feature file"
 OTHERWISE = "features made otherwise than most"
 TOO_FEW = "lacks a modality that is asked for"
+NOTHING = "features of no modality"
 BAD_LINE = "broken line"
 
 
@@ -168,8 +169,10 @@ class Gatherer:
             return None
         there = {modality for modality, status in header.statuses.items() if status == "ok"}
         if not there or (self._rules.modalities and not there & set(self._rules.modalities)):
-            wanted = ", ".join(self._rules.modalities) or "any"
-            self._leave(entry.line, TOO_FEW, post_id, f"has none of: {wanted}")
+            wanted = ", ".join(self._rules.modalities)
+            failed = "; ".join(sorted({failure.message for failure in header.failures.values()}))
+            detail = f"has none of: {wanted}" if wanted and there else failed
+            self._leave(entry.line, TOO_FEW if there else NOTHING, post_id, detail)
             return None
         marks = tuple(sorted((str(k), str(v)) for k, v in header.fingerprints.items()))
         if marks not in self._known:

@@ -7,6 +7,7 @@ run was killed before, they are the same bytes.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -31,6 +32,7 @@ MANIFEST, POSTS, REJECTED, SUMMARY = (
     "rejected.jsonl",
     "summary.json",
 )
+_AMOUNT = re.compile(r": \d+ of \d+ bytes$")
 _NOUNS = {"image": "picture", "video": "video", "audio": "sound"}
 
 
@@ -122,5 +124,6 @@ def _count(summary: Summary, found: Found) -> None:
         summary.done()
         return
     kind, message = found.reason
+    message = _AMOUNT.sub("", message)  # reasons are counted: they must not all differ
     again = " (tried again by the next run)" if found.status == "retryable" else ""
     summary.failed(f"{kind}: {message}{again}")
