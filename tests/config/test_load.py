@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from config.errors import ConfigError
 from config.backbone_train import BackboneTrainSettings
+from config.errors import ConfigError
 from config.infer import InferSettings
 from config.load import load_settings, merge, parse_overrides, read_yaml, validate
 from config.settings import BrokerSettings, Settings
