@@ -133,7 +133,8 @@ class MbtSettings(Section):
 class ModelSettings(Section):
     """The fusion model: ``name`` chooses which of the sections below counts."""
 
-    name: ModelName = "token_transformer"
+    name: ModelName = "mbt"
+    """The default is the best of docs/models.md."""
     modality_dropout: Share = 0.15
     """Chance that a modality is hidden from one post in one training step."""
     auxiliary: Weight = 0.0

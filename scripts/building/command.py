@@ -38,7 +38,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--valid", type=float, default=0.1, metavar="X", help="share of validation; 0 leaves it out"
     )
     add("--test", type=float, default=0.1, metavar="X", help="share of test; 0 leaves it out")
-    add("--seed", type=int, default=0)
+    add("--seed", type=_natural, default=0, metavar="N", help="of every draw")
     add("--manifest", type=Path, metavar="F", help="of download_mp: which media are the same")
     add("--duplicates", type=Path, metavar="F", help="duplicates.jsonl of analyze_posts")
     add("--keep", type=Path, metavar="F", help="an earlier split.jsonl: its posts keep their side")
@@ -50,6 +50,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="leave out posts without any of these")  # fmt: skip
     add("--format", choices=("json", "jsonl"), default="json", help="of the data files")
     return parser.parse_args(arguments)
+
+
+def _natural(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text}: must be a whole number, 0 or more")
+    return int(text)
 
 
 def main(arguments: list[str] | None = None) -> int:

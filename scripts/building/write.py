@@ -13,7 +13,7 @@ from typing import Any, Literal
 from config.labels import LabelMap
 from extractors.feature_file import feature_path
 from scripts.building.gather import Gathered
-from scripts.building.sides import Split
+from scripts.building.sides import SIDES, Split
 from scripts.corpus.lines import AtomicLines, write_whole
 from scripts.corpus.records import MEDIA_KEYS, CorpusPost, is_url, local_path, read_posts
 
@@ -72,7 +72,7 @@ def write_files(
         Side ─► its data file.
 
     Raises:
-        OSError: The disk is full, or gone; files that are there stay as they are.
+        OSError: The disk is full, or gone.
     """
     next_one = 0  # the posts that are kept stand in the order of their lines
     out, labels, form = target.out, target.labels, target.form
@@ -97,9 +97,19 @@ def write_files(
             sides.write(json.dumps(note, ensure_ascii=False))
         for each in data.values():
             each.end()
+        # The files take their names one after another: killed in between, sides must be missing,
+        # never be of two different splits.
+        for old in _earlier(out):
+            old.unlink()
     text = json.dumps(labels.as_json(), ensure_ascii=False, indent=2)
     write_whole(out / f"idx2name_cls{len(labels)}.json", text)
     return files
+
+
+def _earlier(out: Path) -> list[Path]:
+    """Files of an earlier run that say which side a post is on."""
+    sides = [path for name in SIDES for path in out.glob(f"{name}_cls*.json*")]
+    return [path for path in (*sides, out / "split.jsonl") if path.is_file()]
 
 
 def _reject(line: int, found: Gathered, post: Any) -> str:

@@ -116,7 +116,7 @@ def apply(
 
     if not data:
         raise ConfigError("labels apply: name data files with --data")
-    _, migrations = load(labels)
+    _, migrations = load(labels, complete=True)
     said = rewrite.read_by_post(by_post)
     for file in data:
         done = rewrite.apply(file, migrations, said)
@@ -135,7 +135,7 @@ def apply(
 def _change(labels: Path, operation: Operation, old: Sequence[str], new: Sequence[str]) -> None:
     from scripts.taxonomy.migrations import change, load, record
 
-    present, migrations = load(labels)
+    present, migrations = load(labels, complete=True)
     changed, migration = change(present, operation, old, new, len(migrations) + 1)
     record(labels, changed, (*migrations, migration))
     sys.stdout.write(f"{_told(migration)}\n")

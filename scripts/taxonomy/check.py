@@ -10,7 +10,7 @@ from pathlib import Path
 from config.errors import ConfigError
 from config.labels import LabelMap
 from scripts.corpus.records import BadLine, read_posts
-from scripts.taxonomy.migrations import Migration, load
+from scripts.taxonomy.migrations import Migration, lacks_last, load
 from scripts.taxonomy.rewrite import followed_version
 
 
@@ -52,6 +52,9 @@ def _look_alike(labels: LabelMap) -> Iterator[str]:
 
 
 def _history(labels: LabelMap, migrations: Sequence[Migration]) -> Iterator[str]:
+    if lacks_last(labels, migrations):
+        yield f"the map is as before version {len(migrations)}: labels apply completes it"
+        return
     gone: dict[str, Migration] = {}
     for migration in migrations:
         for name in migration.new:

@@ -1,14 +1,15 @@
 """The recorded changes of a label map.
 
 They stand beside the map, ``<map>.migrations.jsonl``, one JSON object a line, only ever appended:
-``{version, operation, from: [name], to: [name], ids: {old id: new id | null}}``. The ids of a map
-run from 0 without gaps, because a model has an output for each; a change therefore renumbers, and
-``ids`` says how. Names are what data files and people go by. The map's version is the number of
-lines.
+``{version, operation, from: [name], to: [name], ids: {old id: new id | null}, before}``, where
+``before`` is the sha256 of the names as they were. The ids of a map run from 0 without gaps,
+because a model has an output for each; a change therefore renumbers, and ``ids`` says how. Names
+are what data files and people go by. The map's version is the number of lines.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ class Migration:
         old: Names that it takes away.
         new: Names that stand for them; of a split at least two, of a retirement none.
         ids: Index before ─► index after, None where the tag is gone.
+        before: sha256 of the map's names before it.
     """
 
     version: int
@@ -38,6 +40,7 @@ class Migration:
     old: tuple[str, ...]
     new: tuple[str, ...]
     ids: tuple[int | None, ...]
+    before: str = ""
 
     def line(self) -> str:
         """As it stands in the file."""
@@ -47,6 +50,7 @@ class Migration:
             "from": list(self.old),
             "to": list(self.new),
             "ids": {str(before): after for before, after in enumerate(self.ids)},
+            "before": self.before,
         }
         return json.dumps(content, ensure_ascii=False)
 
@@ -88,6 +92,7 @@ def _parse(line: str, where: str) -> Migration:
             tuple(str(name) for name in content["from"]),
             tuple(str(name) for name in content["to"]),
             tuple(ids[str(i)] for i in range(len(ids))),
+            str(content["before"]),
         )
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{where}: no migration: {error!r}") from error
@@ -127,7 +132,9 @@ def change(
     ids = tuple(
         None if (moved := target.get(name, name)) is None else after.index(moved) for name in before
     )
-    return LabelMap(tuple(after)), Migration(version, operation, tuple(old), tuple(new), ids)
+    return LabelMap(tuple(after)), Migration(
+        version, operation, tuple(old), tuple(new), ids, names_digest(labels)
+    )
 
 
 def _check(labels: LabelMap, operation: Operation, old: Sequence[str], new: Sequence[str]) -> None:
@@ -151,8 +158,8 @@ def _check(labels: LabelMap, operation: Operation, old: Sequence[str], new: Sequ
 def record(labels: Path, changed: LabelMap, migrations: Iterable[Migration]) -> None:
     """Write the map and its changes; the record comes first.
 
-    Killed between the two, the map lacks the last recorded change: `pending` finds that, and the
-    next command completes it.
+    Killed between the two, the map lacks the last recorded change: `lacks_last` finds that, and the
+    next command that changes something completes it.
 
     Raises:
         ConfigError: A file cannot be written.
@@ -165,25 +172,30 @@ def record(labels: Path, changed: LabelMap, migrations: Iterable[Migration]) -> 
         raise ConfigError(f"{labels}: cannot be written: {error.strerror or error}") from error
 
 
-def load(labels: Path) -> tuple[LabelMap, tuple[Migration, ...]]:
-    """A label map and its changes; a change that was recorded but not made is made now.
+def load(labels: Path, *, complete: bool = False) -> tuple[LabelMap, tuple[Migration, ...]]:
+    """A label map and its changes.
+
+    Args:
+        labels: The map's file.
+        complete: Make a change now that was recorded, but whose map was not written any more.
 
     Raises:
         ConfigError: A file is missing or broken.
     """
     present, migrations = LabelMap.load(labels), read_migrations(labels)
-    if migrations and _lacks(present, migrations[-1]):
+    if complete and lacks_last(present, migrations):
         last = migrations[-1]
         present, _ = change(present, last.operation, last.old, last.new, last.version)
         record(labels, present, migrations)
     return present, migrations
 
 
-def _lacks(labels: LabelMap, last: Migration) -> bool:
-    """Whether the map is still as it was before its last recorded change."""
-    if len(labels) != len(last.ids) or any(name not in labels.index for name in last.old):
-        return False
-    if last.operation == "split":
-        return any(name not in labels.index for name in last.new)
-    gone = set(last.old) - set(last.new)
-    return bool(gone)
+def lacks_last(labels: LabelMap, migrations: Sequence[Migration]) -> bool:
+    """Whether the map is still just as it was before its last recorded change."""
+    return bool(migrations) and migrations[-1].before == names_digest(labels)
+
+
+def names_digest(labels: LabelMap) -> str:
+    """sha256 of the names in their order."""
+    text = json.dumps(list(labels.names), ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()

@@ -76,20 +76,21 @@ def apply(
         raise ConfigError(f"{data}: follows version {before}, the label map has only {after}")
     if before == after and not by_post:
         return Applied(0, 0, 0, 0, after)
-    pending = migrations[before:]
-    parts = {name for m in migrations if m.operation == "split" for name in m.new}
+    answers = {post_id: _said(names, migrations) for post_id, names in by_post.items()}
+    asked = [row for row in _asked(data) if not answers.get(str(row["post_id"]))]
     counts = {"posts": 0, "changed": 0, "bare": 0, "relabel": 0}
     part = part_of(data)
     try:
         with AtomicLines(relabel_path(data)) as relabel, AtomicLines(part) as out:
-            said = {key: [n for n in names if n in parts] for key, names in by_post.items()}
-            lines = _rewritten(data, pending, said, counts, relabel)
+            for row in asked:
+                relabel.write(json.dumps(row, ensure_ascii=False))
+            lines = _rewritten(data, migrations[before:], answers, counts, relabel)
             _write(out, lines, listed=data.suffix.lower() == ".json")
         _finish(data, part, before, after)
     except OSError as error:
         part.unlink(missing_ok=True)
         raise ConfigError(f"{data}: cannot be rewritten: {error.strerror or error}") from error
-    if not counts["relabel"]:
+    if not counts["relabel"] and not asked:
         relabel_path(data).unlink(missing_ok=True)
     return Applied(**counts, version=after)
 
@@ -101,55 +102,58 @@ def _finish(data: Path, part: Path, before: int, after: int) -> None:
     write_whole(note_path(data), json.dumps({"version": after}))
 
 
+def _said(names: Sequence[str], migrations: Sequence[Migration]) -> list[str]:
+    """What people said of a post, as those tags are called by now; other tags do not count."""
+    now: list[str] = []
+    for migration in migrations:
+        if migration.operation == "split":
+            parts = [name for name in names if name in migration.new]
+            now += follow(parts, migrations[migration.version :])[0]
+    return list(dict.fromkeys(now))
+
+
+def _asked(data: Path) -> list[dict[str, Any]]:
+    """Posts that an earlier run has listed for people to look at."""
+    path = relabel_path(data)
+    return list(_entries(path)) if path.exists() else []
+
+
 def _rewritten(
     data: Path,
     migrations: Sequence[Migration],
-    by_post: Mapping[str, Sequence[str]],
+    answers: Mapping[str, Sequence[str]],
     counts: dict[str, int],
     relabel: AtomicLines,
 ) -> Iterator[dict[str, Any]]:
     for entry in _entries(data):
         before = [str(name) for name in entry.get("labels") or []]
-        instead = by_post.get(str(entry.get("post_id")), ())
-        labels, unsaid = follow(before, migrations, instead)
-        # What people say later, of a split that the file has followed already.
-        labels = list(dict.fromkeys([*labels, *instead]))
+        answer = answers.get(str(entry.get("post_id")), ())
+        followed, unsaid = follow(before, migrations)
+        labels = list(dict.fromkeys([*followed, *answer]))
         counts["posts"] += 1
         counts["changed"] += labels != before
         counts["bare"] += bool(before) and not labels
-        if unsaid:
+        if unsaid and not answer:
             counts["relabel"] += 1
             note = {"post_id": entry.get("post_id"), "labels": labels, "split": unsaid}
             relabel.write(json.dumps(note, ensure_ascii=False))
         yield {**entry, "labels": labels}
 
 
-def follow(
-    labels: Sequence[str], migrations: Sequence[Migration], instead: Sequence[str] | None = None
-) -> tuple[list[str], list[str]]:
-    """Labels after some changes, and the tags that were split and have nothing in their place.
-
-    Args:
-        labels: Before.
-        migrations: Oldest first.
-        instead: Tags that stand for those that were split.
-    """
-    now, unsaid = list(labels), []
+def follow(labels: Sequence[str], migrations: Sequence[Migration]) -> tuple[list[str], list[str]]:
+    """Labels after some changes, oldest first, and those that a split has taken away."""
+    now, gone = list(labels), []
     for migration in migrations:
         touched = [name for name in now if name in migration.old]
         if not touched:
             continue
-        rest = [name for name in now if name not in migration.old]
         if migration.operation == "split":
-            new = [name for name in instead or () if name in migration.new]
-            if not new:
-                unsaid += touched
-        else:
-            new = list(migration.new)
-        place = now.index(touched[0])
-        ahead = sum(name in rest for name in now[:place])
+            gone += touched
+        new = () if migration.operation == "split" else migration.new
+        rest = [name for name in now if name not in migration.old]
+        ahead = sum(name in rest for name in now[: now.index(touched[0])])
         now = list(dict.fromkeys([*rest[:ahead], *new, *rest[ahead:]]))
-    return now, unsaid
+    return now, gone
 
 
 def read_by_post(path: Path | None) -> dict[str, list[str]]:

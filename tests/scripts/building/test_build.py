@@ -164,6 +164,26 @@ def test_a_second_run_gives_the_same_bytes(tmp_path: Path) -> None:
     ).read_bytes()
 
 
+def test_a_smaller_split_leaves_no_old_side(tmp_path: Path) -> None:
+    """The validation file of an earlier run would share posts with the new training file."""
+    _corpus(tmp_path, [_post(i) for i in range(60)])
+    assert _build(tmp_path) == 0
+    assert _build(tmp_path, "--valid", "0") == 0
+    assert sorted(path.name for path in (tmp_path / "out").glob("*_cls6.json")) == [
+        "idx2name_cls6.json",
+        "test_cls6.json",
+        "train_cls6.json",
+    ]
+
+
+def test_a_seed_below_zero_is_a_mistake(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It ends with 2 and a line, not with numpy's traceback."""
+    with pytest.raises(SystemExit) as ended:
+        _build(tmp_path, "--seed", "-1")
+    assert ended.value.code == 2
+    assert "must be a whole number" in capsys.readouterr().err
+
+
 def test_kept_posts_stay_and_new_ones_join(tmp_path: Path) -> None:
     """A grown corpus: the test set of before stays one; a link to it pulls a training post over."""
     posts = [_post(i) for i in range(60)]

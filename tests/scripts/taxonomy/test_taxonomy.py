@@ -121,6 +121,7 @@ def test_a_split_names_the_posts_that_people_must_look_at(tmp_path: Path) -> Non
     said.write_text('{"post_id": "p0", "labels": ["mist", "nonsense"]}\n', encoding="utf-8")
     assert run(["labels", "apply", str(labels), "--data", str(data), "--by-post", str(said)]) == 0
     assert _labels(data)[0] == ["sun", "mist"]
+    assert not rewrite.relabel_path(data).exists()
 
 
 def test_killed_between_file_and_note_a_change_is_not_made_twice(tmp_path: Path) -> None:
@@ -145,8 +146,49 @@ def test_killed_between_record_and_map_the_change_is_completed(tmp_path: Path) -
     labels = _map(tmp_path)
     changed, migration = change(LabelMap(NAMES), "retire", ["sun"], [], 1)
     migrations_path(labels).write_text(migration.line() + "\n", encoding="utf-8")
-    present, _ = load(labels)
+    assert load(labels)[0] == LabelMap(NAMES)  # who only looks changes nothing
+    present, _ = load(labels, complete=True)
     assert present == changed == LabelMap.load(labels)
+
+
+def test_a_tag_put_back_by_hand_is_a_conflict_and_stays(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Looking at a map never changes it, whatever its record says."""
+    labels = _map(tmp_path)
+    assert run(["labels", "retire", str(labels), "drink"]) == 0
+    by_hand = json.dumps(LabelMap(("drink", "sun", "rain", "snow", "food")).as_json())
+    labels.write_text(by_hand, encoding="utf-8")
+    assert run(["labels", "history", str(labels)]) == 0
+    assert run(["labels", "check", str(labels)]) == 2
+    assert "'drink' is in the map, but the retire of version 1" in capsys.readouterr().out
+    assert labels.read_text(encoding="utf-8") == by_hand
+
+
+def test_open_questions_stay_open_until_they_are_answered(tmp_path: Path) -> None:
+    """A later change or half of the answers keeps the other posts on the list."""
+    labels = _map(tmp_path)
+    data = _data(tmp_path, [["rain"], ["rain", "sun"], ["food"]])
+    split = ["labels", "split", str(labels), "rain", "--into", "mist", "--into", "hail"]
+    assert run(split) == 0
+    apply = ["labels", "apply", str(labels), "--data", str(data)]
+    assert run(apply) == 0
+    assert run(["labels", "rename", str(labels), "hail", "hailstorm"]) == 0
+    assert run(apply) == 0
+
+    def listed() -> list[str]:
+        text = rewrite.relabel_path(data).read_text(encoding="utf-8")
+        return [json.loads(line)["post_id"] for line in text.splitlines()]
+
+    assert listed() == ["p0", "p1"]
+    said = tmp_path / "said.jsonl"
+    said.write_text('{"post_id": "p1", "labels": ["hail"]}\n', encoding="utf-8")
+    assert run([*apply, "--by-post", str(said)]) == 0
+    assert _labels(data) == [[], ["sun", "hailstorm"], ["food"]]  # by its name of today
+    assert listed() == ["p0"]
+    said.write_text('{"post_id": "p0", "labels": ["mist"]}\n', encoding="utf-8")
+    assert run([*apply, "--by-post", str(said)]) == 0
+    assert not rewrite.relabel_path(data).exists()
 
 
 def test_check_finds_every_planted_conflict(
