@@ -16,7 +16,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --no-input
 SOURCES := config extractors fusion workers king deploy scripts
 SCRIPTS := $(wildcard *.py)
-PYTEST_ARGS ?=
+PYTEST_ARGS ?= -n 2 --dist loadfile
 SUPERVISORD_ARGS ?=
 
 .PHONY: help env env-dev headless demo test check style types arrows bench fuzz chaos soak walk corpus-memory zoo data-wait run lock clean distclean

@@ -9,6 +9,7 @@ from pydantic import Field
 from config.base import PositiveInt, Seconds, Section
 
 MIB = 1024 * 1024
+HostName = Annotated[str, Field(pattern=r"^[^\s/:]+$")]
 
 
 class HttpSettings(Section):
@@ -19,6 +20,9 @@ class HttpSettings(Section):
 
     host: str = "127.0.0.1"
     """There is no log-in: let others in only through a proxy that asks for one."""
+    allowed_hosts: tuple[HostName, ...] = ()
+    """Names without port that requests may be addressed to, as a proxy's; besides `host`,
+    ``localhost`` and IP addresses. Others are refused: a foreign site could point its own here."""
     port: Annotated[int, Field(ge=1, le=65535)] = 8080
     threads: PositiveInt = 32
     """Requests that are served at once; above `posts`, so that health is answered while busy."""

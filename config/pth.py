@@ -87,7 +87,7 @@ def _content(path: Path, *, allow_pickle: bool, setting: str) -> Any:
                 f"would run code that is in it: save model.state_dict() instead, or, if you trust "
                 f"the file, set {setting}: true"
             ) from error
-    except (OSError, RuntimeError, EOFError, KeyError, ValueError, AttributeError) as error:
+    except Exception as error:  # a damaged file stops the reader anywhere: IndexError, struct.error
         raise ConfigError(f"{path}: cannot be read as weights") from error
     return _unpickled(path)
 

@@ -102,7 +102,8 @@ def load_checkpoint(path: Path, wanted_signature: str) -> Checkpoint:
     """Read a checkpoint; nothing in it can run code.
 
     Raises:
-        ConfigError: It is missing, broken, or of another architecture, features or labels.
+        ConfigError: It is missing, broken, of another release, or of another architecture,
+            features or labels.
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -112,11 +113,18 @@ def load_checkpoint(path: Path, wanted_signature: str) -> Checkpoint:
         raise ConfigError(f"{path}: cannot be read as a checkpoint") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ConfigError(f"{path}: is no checkpoint of {FORMAT}")
-    found = cast(str, content["signature"])
-    if found != wanted_signature:
-        raise ConfigError(f"{path}: {difference(found, wanted_signature)}")
+    try:
+        checkpoint = _checkpoint(content)
+    except (KeyError, TypeError) as error:
+        raise ConfigError(f"{path}: is a checkpoint of another release of this program") from error
+    if checkpoint.signature != wanted_signature:
+        raise ConfigError(f"{path}: {difference(checkpoint.signature, wanted_signature)}")
+    return checkpoint
+
+
+def _checkpoint(content: Mapping[str, Any]) -> Checkpoint:
     return Checkpoint(
-        signature=found,
+        signature=cast(str, content["signature"]),
         progress=Progress(**content["progress"]),
         model=content["model"],
         optimizer=content["optimizer"],

@@ -53,8 +53,8 @@ class FoldTraining:
             resume: The folder of the run to go on with, which must be this one's.
 
         Raises:
-            ConfigError: The run there was another one, a post stands in both data files, or what
-                `fusion.members.train_alone` raises.
+            ConfigError: The run there was another one, a post stands in both data files, a file
+                cannot be written, or what `fusion.members.train_alone` raises.
             FeatureError: Features cannot be read.
         """
         settings, count = self._settings, self._settings.ensemble.folds
@@ -106,7 +106,7 @@ class FoldTraining:
         if self._fabric.is_global_zero:
             for old in self._folder.glob(f"fold-*/{DONE}"):
                 old.unlink()
-            write_whole(path, json.dumps({**wanted, "seed": seed}).encode())
+            _write(path, json.dumps({**wanted, "seed": seed}).encode())
         self._fabric.barrier()
         return seed
 
@@ -151,8 +151,8 @@ class FoldTraining:
         }
         self._log.write("fold", fold=fold + 1, learned=len(rest), left_out=len(out), **facts)
         if fabric.is_global_zero:
-            write_whole(folder / SCORES, _as_npy(held.raw))
-            write_whole(folder / DONE, json.dumps(facts).encode())
+            _write(folder / SCORES, _as_npy(held.raw))
+            _write(folder / DONE, json.dumps(facts).encode())
         one.log.close()
         return one.models, held, facts
 
@@ -171,6 +171,13 @@ class FoldTraining:
     @property
     def _speaks(self) -> bool:
         return self._settings.trainer.progress and self._fabric.is_global_zero
+
+
+def _write(path: Path, content: bytes) -> None:
+    try:
+        write_whole(path, content)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written: {error}") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:

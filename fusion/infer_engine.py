@@ -13,6 +13,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from multiprocessing.connection import Connection
+from queue import SimpleQueue
+from threading import Thread
 from typing import Any, Generic, Protocol, TypeAlias, TypeVar
 
 from config import errors
@@ -149,9 +151,24 @@ def _serve(pipe: Connection, maker: Maker, device: str) -> None:
         try:
             tagger = maker(device)
             try:
-                while True:
-                    pipe.send(_outcomes(tagger, pipe.recv()))
+                given: SimpleQueue[Any] = SimpleQueue()
+                Thread(target=_take_in, args=(pipe, given), daemon=True).start()
+                while (chunk := given.get()) is not None:
+                    pipe.send(_outcomes(tagger, chunk))
             finally:
                 tagger.close()
         except TaggingError as error:
             pipe.send((type(error).__name__, str(error)))
+
+
+def _take_in(pipe: Connection, given: SimpleQueue[Any]) -> None:
+    """Take chunks off the pipe at once, and at its end None.
+
+    Without it both ends could wait in ``send``, each for the other to read what no longer fits.
+    """
+    try:
+        with contextlib.suppress(EOFError, OSError):
+            while True:
+                given.put(pipe.recv())
+    finally:
+        given.put(None)

@@ -47,8 +47,8 @@ class Journal:
         """Take over what a killed run has left.
 
         Raises:
-            ConfigError: Another run is at it, what was left is of another run, or the folder
-                cannot be written.
+            ConfigError: Another run is at it, what was left is of another run or release, or the
+                folder cannot be written.
         """
         try:
             self._base.parent.mkdir(parents=True, exist_ok=True)
@@ -146,7 +146,7 @@ class Journal:
             if file is not None:
                 file.close()
 
-    def _left(self) -> dict[str, int]:
+    def _left(self) -> dict[Kind, int]:
         """Sizes of the files that a killed run has left, all 0 where there was none."""
         try:
             found = json.loads(self._path("json").read_text(encoding="utf-8"))
@@ -154,18 +154,25 @@ class Journal:
             return {}
         if self._restart:
             return {}
-        sizes: dict[str, int] = found["sizes"]
+        try:
+            sizes = {kind: int(found["sizes"][kind]) for kind in _KINDS}
+            was, done, posts = dict(found["signature"]), int(found["done"]), int(found["posts"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigError(
+                f"{self._path('json')}: was left by another release of this program: "
+                "begin anew with --restart"
+            ) from error
         there = {kind: self.path(kind) for kind in _KINDS}
         if any(not path.exists() or path.stat().st_size < sizes[k] for k, path in there.items()):
             return {}  # cut short by a power failure, or finished
-        was, now = found["signature"], self._signature
+        now = self._signature
         key = next((k for k in {**was, **now} if was.get(k) != now.get(k)), None)
         if key is not None:
             raise ConfigError(
                 f"{self.path('part')}: was begun with another {key} ({was.get(key)}, now "
                 f"{now.get(key)}): go on with that one, or begin anew with --restart"
             )
-        self.done, self.posts = found["done"], found["posts"]
+        self.done, self.posts = done, posts
         return sizes
 
     def _forget(self) -> None:

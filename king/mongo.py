@@ -126,7 +126,8 @@ class MongoEdge:
         """Map what pymongo raises.
 
         Raises:
-            StoreRefused: A single write was refused, and will be again.
+            StoreRefused: A single write was refused, and will be again; or what was asked or
+                read has no BSON.
             StoreUnavailable: Anything else that pymongo raised inside.
         """
         try:
@@ -134,6 +135,8 @@ class MongoEdge:
         except WriteError as error:
             kind = StoreUnavailable if error.code in _PASSING else StoreRefused
             raise kind(f"{self.url}: {_one_line(error)}") from error
+        except _UNWRITABLE as error:
+            raise StoreRefused(f"{self.url}: {_one_line(error)}") from error
         except PyMongoError as error:
             raise StoreUnavailable(f"{self.url}: {_one_line(error)}") from error
 
@@ -155,7 +158,7 @@ class MongoEdge:
             with self.edge():
                 result = collection.bulk_write(operations, ordered=False).bulk_api_result
             return _effective(result), {}
-        except StoreUnavailable as error:
+        except (StoreRefused, StoreUnavailable) as error:
             cause = error.__cause__
             if isinstance(cause, BulkWriteError) and not cause.details.get("writeConcernErrors"):
                 refused = _refused(cause.details)
@@ -165,8 +168,6 @@ class MongoEdge:
             if not isinstance(cause, _UNWRITABLE):
                 raise
             return self._one_by_one(collection, operations, cause)
-        except _UNWRITABLE as error:
-            return self._one_by_one(collection, operations, error)
 
     def _one_by_one(
         self,

@@ -6,8 +6,10 @@ Tagging needs neither: where they are away, only these requests fail.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from typing import Any
 
 from config.errors import TaggingError
@@ -35,6 +37,14 @@ class Services:
     peek: Callable[[], Settings]
 
 
+@dataclass
+class _Shared:
+    """A connection and how many hold it: the threads that read with it, and the backend."""
+
+    archive: Archive
+    users: int = 1
+
+
 class Backend:
     """The queue and the database, for the threads of a server."""
 
@@ -44,7 +54,7 @@ class Backend:
         self._probe_timeout_s = probe_timeout_s
         self._lock = threading.Lock()
         self._settings: Settings | None = None
-        self._archive: Archive | None = None
+        self._archive: _Shared | None = None
 
     def publish(self, message: PostMessage) -> None:
         """Put a post on the queue; returns when the broker has it.
@@ -65,8 +75,8 @@ class Backend:
             TaggingError: The database is not reached.
         """
         try:
-            archive = self._open_archive(self._found())
-            return archive.post(post_id), archive.job(post_id)
+            with self._open_archive(self._found()) as archive:
+                return archive.post(post_id), archive.job(post_id)
         except TaggingError:
             self._forget()
             raise
@@ -77,7 +87,7 @@ class Backend:
         return {"broker": self._broker_trouble(settings), "store": self._store_trouble(settings)}
 
     def close(self) -> None:
-        """Close the connections."""
+        """Close the connections; those that are being read with, at the end of that."""
         self._forget()
 
     # Parts ------------------------------------------------------------------------------------
@@ -88,18 +98,32 @@ class Backend:
                 self._settings = self._services.resolve()
             return self._settings
 
-    def _open_archive(self, settings: Settings) -> Archive:
+    @contextmanager
+    def _open_archive(self, settings: Settings) -> Iterator[Archive]:
         with self._lock:
             if self._archive is None:
-                self._archive = Archive(settings.store)
-            return self._archive
+                self._archive = _Shared(Archive(settings.store))
+            shared = self._archive
+            shared.users += 1
+        try:
+            yield shared.archive
+        finally:
+            self._leave(shared)
 
     def _forget(self) -> None:
         """Look again next time: an embedded service may come back elsewhere."""
         with self._lock:
-            archive, self._archive, self._settings = self._archive, None, None
-        if archive is not None:
-            archive.close()
+            shared, self._archive, self._settings = self._archive, None, None
+        if shared is not None:
+            self._leave(shared)
+
+    def _leave(self, shared: _Shared) -> None:
+        """The last one closes: others may be in the middle of reading."""
+        with self._lock:
+            shared.users -= 1
+            last = shared.users == 0
+        if last:
+            shared.archive.close()
 
     def _broker_trouble(self, settings: Settings) -> str | None:
         if settings.broker.url.startswith(_EMBEDDED):
@@ -136,7 +160,8 @@ def state_of(stored: StoredPost | None, job: Job | None) -> dict[str, Any]:
     Returns:
         ``state``: ``tagged``, ``failed``, ``queued`` (a retry is due), ``in_flight``, ``dead``, or
         ``untagged`` (it waits for its first attempt, or was never published); ``result``: what
-        is stored, or None; ``job``: ``{state, attempts, due_at, error}``, or None.
+        is stored, or None; ``job``: ``{state, attempts, due_at, error}``, or None. Times are
+        in ISO 8601.
     """
     result = dict(stored.result) if stored is not None and stored.result else None
     if result is not None and hasattr(result.get("tagged_at"), "isoformat"):
@@ -150,6 +175,8 @@ def state_of(stored: StoredPost | None, job: Job | None) -> dict[str, Any]:
     about = None
     if job is not None:
         error = dict(job.last_error) if job.last_error else None
-        due_at = job.due_at if job.state in ("waiting", "queued") else None
+        due_at = None
+        if job.state in ("waiting", "queued"):
+            due_at = datetime.fromtimestamp(job.due_at, timezone.utc).isoformat()
         about = {"state": job.state, "attempts": job.attempts, "due_at": due_at, "error": error}
     return {"state": state, "result": result, "job": about}

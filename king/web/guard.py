@@ -5,7 +5,10 @@ from __future__ import annotations
 import re
 import secrets
 import time
+from collections.abc import Set as AbstractSet
+from functools import partial
 from http import HTTPStatus
+from ipaddress import ip_address
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -56,6 +59,8 @@ def guard(app: Flask, settings: HttpSettings) -> None:
         return refuse(ApiError(status, "InternalError", message))
 
     app.before_request(_begin)
+    names = {_plain(name) for name in ("localhost", settings.host, *settings.allowed_hosts)}
+    app.before_request(partial(_only_to_us, names))
     app.before_request(_only_from_here)
     app.register_error_handler(ApiError, refuse)
     app.register_error_handler(HTTPException, on_http)
@@ -69,6 +74,36 @@ def _begin() -> None:
     g.request_id = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
     g.began = time.perf_counter()
     g.facts = {}
+
+
+def _only_to_us(names: AbstractSet[str]) -> None:
+    """Whoever owns a name can point it at this machine, and its pages then count as ours.
+
+    Args:
+        names: What we are called, besides IP addresses.
+
+    Raises:
+        ApiError: 403.
+    """
+    try:
+        name = _plain(urlsplit(f"//{request.host}").hostname or "")
+    except ValueError:
+        name = ""
+    if name not in names and not _is_address(name):
+        reason = f"the request is addressed to {name[:253]!r}: no name of http.allowed_hosts"
+        raise ApiError(HTTPStatus.FORBIDDEN, "Forbidden", reason)
+
+
+def _plain(name: str) -> str:
+    return name.lower().removesuffix(".")
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ip_address(name)
+    except ValueError:
+        return False
+    return True
 
 
 def _only_from_here() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -27,7 +26,7 @@ def retag(
     query: Annotated[
         str | None,
         typer.Option(
-            "--query", metavar="JSON", help="Posts that match, as the database's find takes it."
+            "--query", metavar="JSON", help="Posts that match: a MongoDB filter, extended JSON."
         ),
     ] = None,
     file: Annotated[
@@ -96,13 +95,9 @@ def current_version(settings: Settings) -> str:
 def _condition(query: str | None) -> dict[str, Any]:
     if query is None:
         return {}
-    try:
-        found = json.loads(query)
-    except ValueError as error:
-        raise ConfigError(f"--query: is no JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise ConfigError('--query: must be a JSON object, as {"insight.model": "demo"}')
-    return found
+    from scripts.pulling.command import read_query
+
+    return read_query(query)
 
 
 def _publish(

@@ -17,28 +17,28 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs as a plain script too
 
 from config.errors import ConfigError, TaggingError
-from config.options import OneLineParser
+from config.options import OneLineParser, number, whole_number
 from scripts.analysis.command import ANALYSIS, DUPLICATES, REPORT, Options, analyze
 
 _NAME = "analyze_posts"
 
 
 def _count(text: str) -> int:
-    value = int(text)
+    value = whole_number(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text}: must be 1 or more")
     return value
 
 
 def _threshold(text: str) -> float:
-    value = float(text)
+    value = number(text)
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f"{text}: must be above 0 and at most 1")
     return value
 
 
 def _bits(text: str) -> int:
-    value = int(text)
+    value = whole_number(text)
     if not 0 <= value <= 16:
         raise argparse.ArgumentTypeError(f"{text}: must lie in 0 to 16")
     return value

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs as a plain 
 
 from config.errors import ConfigError, TaggingError
 from config.load import load_settings
-from config.options import OneLineParser
+from config.options import OneLineParser, number, whole_number
 from scripts.downloads.command import download
 from scripts.downloads.values import Options
 
@@ -25,21 +25,21 @@ _NAME = "download_mp"
 
 
 def _count(text: str) -> int:
-    value = int(text)
+    value = whole_number(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text}: must be 1 or more")
     return value
 
 
 def _natural(text: str) -> int:
-    value = int(text)
+    value = whole_number(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"{text}: must be 0 or more")
     return value
 
 
 def _seconds(text: str) -> float:
-    value = float(text)
+    value = number(text)
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text}: must be above 0")
     return value

@@ -21,20 +21,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs as a plain 
 from config.errors import ConfigError, TaggingError
 from config.load import load_settings
 from config.logs import configure_logs
-from config.options import OneLineParser
+from config.options import OneLineParser, whole_number
 
 _NAME = "pull_posts"
 
 
 def _count(text: str) -> int:
-    value = int(text)
+    value = whole_number(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text}: must be 1 or more")
     return value
 
 
 def _seed(text: str) -> int:
-    value = int(text)
+    value = whole_number(text)
     if not 0 <= value < 1 << 63:
         raise argparse.ArgumentTypeError(f"{text}: must be 0 or more")
     return value

@@ -18,7 +18,7 @@ from config.errors import ConfigError, TaggingError
 from config.labels import LabelMap
 from config.load import load_settings
 from config.logs import configure_logs
-from config.options import OneLineParser
+from config.options import OneLineParser, whole_number
 from config.settings import Settings
 from scripts.demo.layout import Layout, Sizes
 
@@ -63,7 +63,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _count(text: str) -> int:
-    value = int(text)
+    value = whole_number(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text}: must be 1 or more")
     return value

@@ -24,7 +24,7 @@ def train_settings(layout: Layout, settings: Settings, sizes: Sizes) -> TrainSet
             "ocr_mode": settings.features.ocr_mode,
         },
         "model": {
-            # Nearly as good as the default, and six times quicker (docs/models.md).
+            # Nearly as good as the default, in three fifths of the time (docs/models.md).
             "name": "token_transformer",
             "modality_dropout": 0.05,
             "token_transformer": {"width": 96, "layers": 3},

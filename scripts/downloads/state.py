@@ -36,22 +36,20 @@ class BrokenState(Exception):
 
 
 class State:
-    """The URLs of one output folder; closed at the end, or left to a kill."""
+    """The URLs of one output folder; closed at the end, or left to a kill.
+
+    Everything raises `ConfigError` when the file is damaged.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        try:
-            with self._edge():
-                self._db = sqlite3.connect(path, isolation_level=None)
-                self._db.execute("PRAGMA journal_mode = WAL")
-                self._db.execute("PRAGMA synchronous = NORMAL")
-                self._db.executescript(_TABLES)
-                self._check_version()
-                self.run = self._next_run()
-        except sqlite3.DatabaseError as error:
-            raise ConfigError(
-                f"{path}: not the state of a download ({error}); delete it to verify all anew"
-            ) from error
+        with self._edge():
+            self._db = sqlite3.connect(path, isolation_level=None)
+            self._db.execute("PRAGMA journal_mode = WAL")
+            self._db.execute("PRAGMA synchronous = NORMAL")
+            self._db.executescript(_TABLES)
+            self._check_version()
+            self.run = self._next_run()
 
     def get(self, key: str) -> Found | None:
         """What a URL gave; None when it was never asked for."""
@@ -147,6 +145,11 @@ class State:
             yield
         except sqlite3.OperationalError as error:
             raise BrokenState(f"{self._path}: {error}") from error
+        except sqlite3.DatabaseError as error:
+            raise ConfigError(
+                f"{self._path}: not the state of a download, or damaged ({error}); "
+                "delete it to verify all anew"
+            ) from error
 
 
 def _found(row: tuple[Any, ...]) -> Found:

@@ -7,13 +7,16 @@ import fcntl
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
 from scripts.extraction.values import Work
 
-_PREFIX = ".extract-"
+_PREFIX, _MAKING = ".extract-", ".making-"
 _LOCK = "lock"
+_MADE_WITHIN_S = 3600.0
+"""A folder without a lock may be one that is made just now; one so old was left by a kill."""
 _FIRST, _LARGEST, _GROW_EVERY = 16, 512, 64
 
 
@@ -32,7 +35,7 @@ class PartFolder:
         _remove_dead(root)
         name = secrets.token_hex(6)
         # Locked before it has its name, so that nobody takes it for the folder of a dead run.
-        made = root / f".making-{name}"
+        made = root / f"{_MAKING}{name}"
         made.mkdir()
         self._lock = (made / _LOCK).open("w")
         fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -85,9 +88,12 @@ def ended(folder: Path, name: str) -> None:
 
 
 def _remove_dead(root: Path) -> None:
-    for folder in root.glob(f"{_PREFIX}*"):
+    made_after = time.time() - _MADE_WITHIN_S
+    for folder in (*root.glob(f"{_PREFIX}*"), *root.glob(f"{_MAKING}*")):
         with contextlib.suppress(OSError):
             if folder.is_symlink() or not folder.is_dir():
+                continue
+            if folder.name.startswith(_MAKING) and folder.stat().st_mtime > made_after:
                 continue
             descriptor = os.open(folder / _LOCK, os.O_WRONLY | os.O_CREAT, 0o600)
             try:

@@ -38,18 +38,27 @@ class CollectionSink(Claims):
     def write(self, results: Sequence[Result]) -> Sequence[Bad]:
         """Write results; gives those whose post is not there or that were refused.
 
+        Where a post stands several times among them, the last one is written.
+
         Raises:
             StoreUnavailable: The database cannot be reached.
         """
         if not results:
             return ()
         documents = self._documents([result.post_id for result in results])
-        kept = [r for r in results if self._insert or r.post_id in documents]
         where = f"{self.settings.database}.{self.settings.collection}"
-        bad = [Bad(r.post_id, f"{where} holds no such post") for r in results if r not in kept]
-        writes = [self._write_of(result, documents.get(result.post_id)) for result in kept]
+        kept: dict[str, Result] = {}
+        reasons: dict[str, str] = {}
+        for result in results:
+            if self._insert or result.post_id in documents:
+                kept[result.post_id] = result
+            else:
+                reasons[result.post_id] = f"{where} holds no such post"
+        writes = [self._write_of(r, documents.get(post_id)) for post_id, r in kept.items()]
         _, refused = self.bulk(self.posts, writes)
-        return [*bad, *(Bad(kept[i].post_id, reason) for i, (_, reason) in refused.items())]
+        written = list(kept)
+        reasons.update((written[i], reason) for i, (_, reason) in refused.items())
+        return [Bad(r.post_id, reasons[r.post_id]) for r in results if r.post_id in reasons]
 
     def _write_of(self, result: Result, document: Mapping[str, Any] | None) -> UpdateOne:
         started = Started(Post(result.post_id), document["_id"] if document else None, attempt=1)

@@ -10,7 +10,9 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import bson
 from bson import json_util
+from bson.errors import BSONError
 
 from config.errors import ConfigError, TaggingError
 from config.settings import StoreSettings
@@ -69,18 +71,41 @@ def query_of(options: Options) -> dict[str, Any]:
     """The filter.
 
     Raises:
-        ConfigError: It is no JSON object.
+        ConfigError: See `read_query`.
     """
-    try:
-        query = json_util.loads(options.query)
-    except (ValueError, TypeError, RecursionError) as error:
-        raise ConfigError(f"--query: not JSON: {' '.join(str(error).split())}") from error
-    if not isinstance(query, dict):
-        raise ConfigError('--query: must be an object, as {"lang": "en"}')
+    query = read_query(options.query)
     if not options.untagged:
         return query
     untagged = {f"{options.store.result_path}.status": None}
     return {"$and": [query, untagged]} if query else untagged
+
+
+def read_query(text: str) -> dict[str, Any]:
+    """A condition in MongoDB's extended JSON.
+
+    Raises:
+        ConfigError: It is no JSON object, or holds what a database has no type for.
+    """
+    try:
+        query = json_util.loads(text)
+    except (
+        ValueError,
+        TypeError,
+        LookupError,
+        ArithmeticError,
+        RecursionError,
+        BSONError,
+    ) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ConfigError(f"--query: not JSON: {reason}") from error
+    if not isinstance(query, dict):
+        raise ConfigError('--query: must be an object, as {"lang": "en"}')
+    try:
+        bson.encode(query)
+    except (ValueError, OverflowError, RecursionError, BSONError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ConfigError(f"--query: cannot be asked for: {reason}") from error
+    return query
 
 
 class _Pull:

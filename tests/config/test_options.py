@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 
 import online_process
 from config.options import OneLineParser
 from deploy import watchdog
-from scripts.data_scripts import make_demo_posts
+from scripts.data_scripts import analyze_posts, download_mp, make_demo_posts, pull_posts
+from scripts.demo.__main__ import main as demo_main
 
 
 def test_a_wrong_option_is_one_line_and_exit_2(capsys: pytest.CaptureFixture[str]) -> None:
@@ -22,6 +27,33 @@ def test_a_wrong_option_is_one_line_and_exit_2(capsys: pytest.CaptureFixture[str
         assert said.startswith("some.py: ")
         assert said.count("\n") == 1
         assert told in said
+
+
+@pytest.mark.parametrize(
+    ("parse", "words"),
+    [
+        (download_mp.parse, ["posts", "--out", "x", "--processes", "abc"]),
+        (download_mp.parse, ["posts", "--out", "x", "--retries", "abc"]),
+        (download_mp.parse, ["posts", "--out", "x", "--backoff", "abc"]),
+        (pull_posts.parse, ["--out", "x.jsonl", "--limit", "abc"]),
+        (pull_posts.parse, ["--out", "x.jsonl", "--seed", "abc"]),
+        (analyze_posts.parse, ["posts", "--out", "x", "--rare", "abc"]),
+        (analyze_posts.parse, ["posts", "--out", "x", "--text_threshold", "abc"]),
+        (analyze_posts.parse, ["posts", "--out", "x", "--hash_distance", "abc"]),
+        (make_demo_posts.parse, ["--out", "x", "--posts", "abc"]),
+        (make_demo_posts.parse, ["--out", "x", "--posts", "1", "--noise", "abc"]),
+        (demo_main, ["--train", "abc"]),
+    ],
+)
+def test_what_is_no_number_is_told_without_private_names(
+    capsys: pytest.CaptureFixture[str], parse: Callable[[list[str]], Any], words: list[str]
+) -> None:
+    """The option, what was given, and what it must be."""
+    with pytest.raises(SystemExit) as caught:
+        parse(words)
+    assert caught.value.code == 2
+    said = capsys.readouterr().err
+    assert re.search(rf"argument {words[-2]}: abc: must be a (whole )?number \(", said)
 
 
 def test_the_scripts_say_it_so(capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,6 +23,7 @@ CLASSES = 6
 LABELS = LabelMap(tuple(f"tag{i}" for i in range(CLASSES)))
 SMALL = ModelSettings.model_validate(
     {
+        "name": "token_transformer",
         "token_transformer": {"width": 32, "layers": 2, "heads": 4, "dropout": 0.0},
         "concat_mlp": {"modality_width": 16, "width": 32, "dropout": 0.1},
         "concat_se": {

@@ -25,6 +25,27 @@ def test_a_broken_checkpoint_is_refused(content: bytes | None, tmp_path: Path) -
         load_checkpoint(path, "{}")
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda content: content.pop("signature"),
+        lambda content: content.pop("schedule"),
+        lambda content: content.update(progress=None),
+        lambda content: content["progress"].update(samples=3),
+    ],
+    ids=["no signature", "no schedule", "no progress", "more progress"],
+)
+def test_a_checkpoint_of_another_release_is_refused(change: Any, tmp_path: Path) -> None:
+    """Parts that are missing or more than known: one line that names the file."""
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, Checkpoint("{}", Progress(1), {}))
+    content = torch.load(path, weights_only=True)
+    change(content)
+    torch.save(content, path)
+    with pytest.raises(ConfigError, match=rf"{path}: is a checkpoint of another release"):
+        load_checkpoint(path, "{}")
+
+
 def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

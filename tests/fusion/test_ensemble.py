@@ -266,3 +266,11 @@ def test_more_folds_than_posts(posts: Path) -> None:
     """One line names the key."""
     with pytest.raises(ConfigError, match=r"ensemble.folds: 60 posts are too few for 31"):
         run(posts, ensemble={"folds": 31})
+
+
+@pytest.mark.parametrize("name", ["folds.json", "fold-1/scores.npy"])
+def test_files_of_a_fold_that_cannot_be_written(name: str, posts: Path) -> None:
+    """A folder stands in their place, which stops writing as a full disk does: one line."""
+    (posts / "run" / name).mkdir(parents=True)
+    with pytest.raises(ConfigError, match=rf"{name}: cannot be written"):
+        run(posts, ensemble={"folds": 2}, trainer={"epochs": 1})

@@ -144,6 +144,8 @@ def test_what_is_written_is_read_by_plain_torch(tmp_path: Path) -> None:
         (b"", "cannot be read as weights"),
         (b"not a file of torch", "more than tensors|cannot be read as weights"),
         (b"PK\x03\x04 half a zip file", "cannot be read as weights"),
+        (b"\x80\x02.", "cannot be read as weights"),  # an IndexError
+        (b"\x80\x02J\x01", "cannot be read as weights"),  # a struct.error
     ],
 )
 def test_a_broken_file_is_one_line(content: bytes, says: str, tmp_path: Path) -> None:
@@ -156,6 +158,20 @@ def test_a_broken_file_is_one_line(content: bytes, says: str, tmp_path: Path) ->
         assert "\n" not in str(caught.value)
     with pytest.raises(ConfigError, match="no such file"):
         load_legacy(tmp_path / "none.pth")
+
+
+def test_a_file_with_a_damaged_name_is_one_line(tmp_path: Path) -> None:
+    """An assertion of torch tells of a missing storage; here it is an error like any other."""
+    path = tmp_path / "w.pth"
+    storage = torch.ones(3)
+    torch.save({"a": storage}, path, _use_new_zipfile_serialization=False)
+    content = path.read_bytes()
+    key = str(storage.untyped_storage()._cdata).encode()
+    at = content.rindex(key)
+    path.write_bytes(content[:at] + b"?" + content[at + 1 :])
+    with pytest.raises(ConfigError, match=r"w\.pth: cannot be read as weights") as caught:
+        load_legacy(path)
+    assert isinstance(caught.value.__cause__, AssertionError)
 
 
 def test_other_weights_in_a_bundle(tmp_path: Path) -> None:

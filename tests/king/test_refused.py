@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import structlog
 
-from config.errors import ConfigError, StoreUnavailable
+from config.errors import ConfigError, StoreRefused, StoreUnavailable
 from extractors.post import Failure
 from king.jobs import Dead, Outcome, Retry, Tagged, Unrecorded
 from king.mongo import MongoEdge
@@ -65,6 +65,15 @@ def test_refused_job_of_an_attempt_is_a_plain_dead_letter(mongo: MongoStore) -> 
     assert post is not None
     assert post.result is not None
     assert post.result["status"] == "failed"
+
+
+@pytest.mark.parametrize("value", [10**22, "\ud800", object()])
+def test_question_that_has_no_bson_is_refused(mongo: MongoStore, value: Any) -> None:
+    """A number too large, half a character, a foreign object: a refusal, not a foreign error."""
+    with pytest.raises(StoreRefused):
+        mongo.matching({"n": value})
+    with pytest.raises(StoreRefused):
+        list(mongo.matching_ids({"n": value}))
 
 
 def test_job_that_is_refused_whatever_it_says_is_unrecorded(

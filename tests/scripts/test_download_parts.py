@@ -141,6 +141,22 @@ def test_file_that_is_no_state_is_named(tmp_path: Path) -> None:
         State(tmp_path / "s.sqlite")
 
 
+def test_state_that_is_damaged_later_is_named(tmp_path: Path) -> None:
+    """Pages spoilt behind a sound beginning are found while reading, and the way out is said."""
+    path = tmp_path / "s.sqlite"
+    state = State(path)
+    keys = [key_of(str(i)) for i in range(2000)]
+    state.put((key, FAILED) for key in keys)
+    state.close()
+    content = path.read_bytes()
+    page_bytes = int.from_bytes(content[16:18], "big")
+    path.write_bytes(content[: 3 * page_bytes] + b"\xff" * (len(content) - 3 * page_bytes))
+    state = State(path)
+    with pytest.raises(ConfigError, match=r"s\.sqlite: .* damaged .*; delete it to verify"):
+        _ = [state.get(key) for key in keys]
+    state.close()
+
+
 @pytest.mark.parametrize(
     ("content", "expected"),
     [

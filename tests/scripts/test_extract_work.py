@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -193,6 +194,16 @@ def test_part_folders_of_dead_runs_go_and_those_of_living_ones_stay(tmp_path: Pa
     for folder in (living, other):
         folder.close()
     assert list(root.iterdir()) == []
+
+
+def test_part_folder_that_was_never_finished_goes_later(tmp_path: Path) -> None:
+    """A kill between making and locking leaves one; a young one may still be in the making."""
+    left, young = tmp_path / ".making-left", tmp_path / ".making-young"
+    for folder in (left, young):
+        folder.mkdir()
+    os.utime(left, (1, 1))
+    PartFolder(tmp_path).close()
+    assert list(tmp_path.iterdir()) == [young]
 
 
 def test_the_command_decides_on_processes(tmp_path: Path) -> None:

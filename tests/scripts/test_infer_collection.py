@@ -81,6 +81,33 @@ def test_the_collection_holds_what_the_daemon_writes(
         client.close()
 
 
+def test_a_post_that_stands_twice_in_a_batch(
+    tmp_path: Path, mongo_url: str, unique_name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is written once, or listed as often as it stands where the collection holds none."""
+    folder = rig.make(tmp_path, posts=3)
+    entries: list[Any] = json.loads((folder / "posts.json").read_text())
+    (folder / "posts.json").write_text(json.dumps([*entries, *entries[:2]]))
+    given = ["--output", target(mongo_url, unique_name), "--set", "collection.insert=false"]
+    client: MongoClient[dict[str, Any]] = MongoClient(mongo_url)
+    posts = client[unique_name]["tags"]
+    try:
+        posts.insert_many([{"_id": "posts0"}, {"_id": "posts2"}])
+        assert rig.infer(folder, *given, "--skip_bad") == 0
+        assert "posts 3  labelled 3  skipped 2" in capsys.readouterr().out
+        assert {d["_id"]: d["insight"]["status"] for d in posts.find()} == {
+            "posts0": "tagged",
+            "posts2": "tagged",
+        }
+        listed = [
+            line["post_id"] for path in folder.rglob("*.skipped.jsonl") for line in rig.lines(path)
+        ]
+        assert listed == ["posts1", "posts1"]
+    finally:
+        client.drop_database(unique_name)
+        client.close()
+
+
 def no_tags() -> Tags:
     """Tags of nothing."""
     import numpy as np

@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 
+from config.errors import ConfigError
 from extractors.post import Features
+from fusion.infer_journal import Journal
 from scripts.feature_files import FeatureFiles
 from tests.scripts import infer_rig as rig
 
@@ -122,6 +124,32 @@ def test_what_was_left_must_be_of_the_same_run(
     assert len(rig.lines(folder / "t.jsonl")) == 40
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda note: note.pop("sizes"),
+        lambda note: note["sizes"].pop("skipped"),
+        lambda note: note.update(signature=7),
+        lambda note: note.update(posts=None),
+    ],
+    ids=["no sizes", "a size less", "another signature", "no posts"],
+)
+def test_a_note_of_another_release_is_refused(change: Any, tmp_path: Path) -> None:
+    """One line that names the note and the way out, which works."""
+    base = tmp_path / "t.jsonl"
+    with Journal(base, {"batch_size": 7}) as journal:
+        journal.write("part", b"line")
+        journal.commit(1, 1)
+    note = tmp_path / "t.jsonl.part.json"
+    content = json.loads(note.read_text())
+    change(content)
+    note.write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=r"part\.json: .* another release .* --restart"):
+        Journal(base, {"batch_size": 7}).__enter__()
+    with Journal(base, {"batch_size": 7}, restart=True) as journal:
+        assert journal.done == 0
+
+
 def test_what_was_written_beyond_the_last_note_is_cut_off(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -140,8 +168,6 @@ def test_what_was_written_beyond_the_last_note_is_cut_off(
 
 def test_two_runs_do_not_write_one_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The second is told; the first is not disturbed."""
-    from fusion.infer_journal import Journal
-
     folder = rig.make(tmp_path, posts=8)
     with Journal(folder / "t.jsonl", {}):
         assert rig.infer(folder, "--output", str(folder / "t.jsonl")) == 2

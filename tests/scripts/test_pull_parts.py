@@ -16,9 +16,10 @@ from config.settings import StoreSettings
 from extractors.post import Post
 from scripts.corpus.records import CorpusPost
 from scripts.pulling.choose import Choice, Smallest, hash_of, rare_tags, sample
+from scripts.pulling.command import query_of
 from scripts.pulling.pages import Pages
 from scripts.pulling.progress import Files
-from scripts.pulling.values import Place
+from scripts.pulling.values import Options, Place
 
 
 @pytest.mark.parametrize(
@@ -52,6 +53,23 @@ def test_pages_hold_every_document_once(
         reader.close()
         posts.drop()
         client.close()
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        '{"$oid": "123"}',
+        '{"$numberDecimal": "many"}',
+        '{"$date": {"$numberLong": "999999999999999999999999999999"}}',
+        '{"$date": 1e30}',
+        '{"$binary": {"base64": "eA=="}}',
+    ],
+)
+def test_values_that_are_none_are_the_askers_mistake(tmp_path: Path, value: str) -> None:
+    """Extended JSON whose values cannot be made is refused in a line, whatever reading raises."""
+    options = Options(StoreSettings(), tmp_path / "p.jsonl", query=f'{{"a": {value}}}')
+    with pytest.raises(ConfigError, match=r"--query: not JSON: .+"):
+        query_of(options)
 
 
 def tagged(count: int) -> list[CorpusPost]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pymongo
 import pytest
+from bson import ObjectId
 
 from config.cache import CacheSettings
 from config.load import load_settings
@@ -108,6 +110,15 @@ def test_which_posts(command: Command, words: list[str], expected: set[str]) -> 
     assert all(message.force and message.priority == 3 for message in messages)
 
 
+def test_query_in_extended_json(command: Command) -> None:
+    """The types that JSON lacks are written as for pull_posts."""
+    wanted = ObjectId()
+    command.insert([{"_id": wanted, "text": "x"}])
+    query = json.dumps({"_id": {"$oid": str(wanted)}})
+    assert "retagging 1 posts" in command("retag", "--query", query)[1]
+    assert [message.post_id for message in command.queued()] == [str(wanted)]
+
+
 def test_from_a_file(command: Command, tmp_path: Path) -> None:
     """IDs of a file, in their order, those that are there and match; at most so many."""
     file = tmp_path / "ids"
@@ -132,8 +143,10 @@ def test_limit_of_many(command: Command) -> None:
     [
         ([], "name --query JSON"),
         (["--all", "--query", "{}"], "exclude one another"),
-        (["--query", "{text: 1}"], "--query: is no JSON"),
-        (["--query", "[1]"], "must be a JSON object"),
+        (["--query", "{text: 1}"], "--query: not JSON"),
+        (["--query", "[1]"], "must be an object"),
+        (["--query", '{"_id": {"$oid": "x"}}'], "--query: not JSON"),
+        (["--query", '{"n": 99999999999999999999999}'], "--query: cannot be asked for"),
         (["--file", "/nowhere/ids"], "no such file"),
         (["--all", "--set", "fusion.bundle=/nowhere", "--bundle-older-than", "current"], "bundle"),
     ],

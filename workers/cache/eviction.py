@@ -9,10 +9,12 @@ processes together may pass the limit by a sixteenth each.
 from __future__ import annotations
 
 import random
+import re
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+_ENTRY = re.compile(r"(?:.*/)?[0-9a-f]{2}/[0-9a-f]{62}", re.DOTALL)
 SHARDS = tuple(f"{i:02x}" for i in range(256))
 _GROUP_BYTES = 16 << 20
 _STEP = 1 / 16
@@ -30,6 +32,11 @@ class Held:
     name: str
     size: int
     used_at: float
+
+
+def is_entry(path: str) -> bool:
+    """Whether a path ends as those of entries do; anything else that lies there is not ours."""
+    return _ENTRY.fullmatch(path) is not None
 
 
 class Evictor:

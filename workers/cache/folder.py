@@ -7,17 +7,20 @@ to the disk: what a power cut leaves in pieces does not fit its digest, and is a
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import re
 import secrets
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from config.errors import CacheUnavailable
-from workers.cache.eviction import SHARDS, Evictor, Held, evict
+from workers.cache.eviction import SHARDS, Evictor, Held, evict, is_entry
 from workers.cache.store import Stats
 
 _PARTIAL = ".partial"
+_PART = re.compile(r"[0-9a-f]{16}\.partial")
 _PARTIAL_S = 3600.0
 _TOUCH_S = 3600.0
 """A file's time is renewed by use at most this often: LRU to the hour for a tenth of the cost."""
@@ -97,7 +100,12 @@ class FolderStore:
 
     def _write(self, path: str, value: bytes) -> None:
         with open(path, "xb", buffering=0) as file:  # noqa: PTH123  ten thousand a minute
-            file.write(value)
+            # A full disk or a limit may take a part and say nothing; the next write then tells.
+            rest = memoryview(value)
+            while rest and (written := file.write(rest)):
+                rest = rest[written:]
+        if rest:
+            raise OSError(errno.EIO, f"{len(rest)} bytes could not be written")
 
     def _all(self) -> Iterator[Held]:
         for shard in SHARDS:
@@ -110,9 +118,9 @@ class FolderStore:
                 for file in files:
                     with contextlib.suppress(FileNotFoundError):  # another process evicts too
                         facts = file.stat(follow_symlinks=False)
-                        if not file.name.endswith(_PARTIAL):
+                        if is_entry(f"{shard}/{file.name}"):
                             yield Held(file.path, facts.st_size, facts.st_mtime)
-                        elif facts.st_mtime < time.time() - _PARTIAL_S:
+                        elif _PART.fullmatch(file.name) and _old(facts.st_mtime):
                             Path(file.path).unlink()
         except FileNotFoundError:
             return
@@ -125,6 +133,10 @@ class FolderStore:
                 Path(path).unlink(missing_ok=True)
             except OSError as error:
                 raise _unavailable(self._root, error) from error
+
+
+def _old(modified_at: float) -> bool:
+    return modified_at < time.time() - _PARTIAL_S
 
 
 def _read(descriptor: int, size: int) -> bytes:

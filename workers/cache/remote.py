@@ -13,7 +13,7 @@ from typing import Any
 
 from config.errors import CacheUnavailable
 from config.urls import redact
-from workers.cache.eviction import Evictor, Held, evict
+from workers.cache.eviction import Evictor, Held, evict, is_entry
 from workers.cache.store import Stats
 
 _CHUNK = 500
@@ -111,7 +111,14 @@ class RemoteStore:
         return [
             Held(str(path), int(facts.get("size") or 0), _time(facts))
             for path, facts in found.items()
+            if self._is_ours(str(path))
         ]
+
+    def _is_ours(self, path: str) -> bool:
+        """An entry directly below our root: deeper down the same pattern is somebody else's."""
+        strip = self._fs._strip_protocol
+        folder = str(strip(path)).rpartition("/")[0].rpartition("/")[0]
+        return is_entry(path) and folder == str(strip(self._root)).rstrip("/")
 
     def _remove(self, paths: Sequence[str]) -> None:
         for start in range(0, len(paths), _CHUNK):

@@ -138,6 +138,37 @@ def test_a_mistake_is_named(desk: Desk, name: str) -> None:
     assert desk.pool.submitted == []
 
 
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("127.0.0.1:8080", 200),
+        ("[::1]:8080", 200),
+        ("LocalHost.", 200),
+        ("desk:8080", 200),
+        ("tags.example.org", 200),
+        ("evil.example", 403),
+        ("evil.example:8080", 403),
+        ("127.0.0.1.evil.example", 403),
+        ("localhost.evil.example", 403),
+        ("sub.tags.example.org", 403),
+        ("[::1", 403),
+    ],
+)
+def test_only_our_names_are_answered(tmp_path: Path, host: str, status: int) -> None:
+    """A foreign site that points its name at this machine reads nothing and sends nothing."""
+    (tmp_path / "downloads").mkdir()
+    settings = desk_settings(tmp_path, host="desk", allowed_hosts=["Tags.example.org"])
+    for desk in make_desk(settings, FakePool(tmp_path / "downloads")):
+        desk.runner.start()
+        headers = {"Host": host}
+        read = [desk.client.get(path, headers=headers) for path in ("/healthz", "/v1/labels", "/")]
+        sent = desk.client.post("/v1/tag", json={"text": "x"}, headers=headers)
+        assert [answer.status_code for answer in (*read, sent)] == [status] * 4
+        assert (desk.pool.submitted == []) == (status == 403)
+        if status == 403:
+            assert "http.allowed_hosts" in sent.json["error"]["message"]
+
+
 def test_routes_that_are_not(desk: Desk) -> None:
     """404 and 405, as JSON, with what is allowed."""
     for method, path, status in (

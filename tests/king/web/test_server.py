@@ -105,13 +105,13 @@ def test_what_is_no_http_is_a_clients_mistake(server: FlaskServer) -> None:
     for raw, status in (
         (b"NONSENSE\r\n\r\n", b" 400 "),
         (b"GET / HTTP/1.1\r\nHost: x\r\nContent-Length: abc\r\n\r\n", b" 400 "),
-        (b"POST /v1/tag HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999999\r\n"
+        (b"POST /v1/tag HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999999999\r\n"
          b"Content-Type: application/json\r\n\r\n{", b" 413 "),
     ):  # fmt: skip
         with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
             connection.sendall(raw)
             assert status in connection.recv(4096).split(b"\r\n")[0], raw
-    for half in (b"POST /v1/tag HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    for half in (b"POST /v1/tag HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
                  b"Content-Length: 50\r\n\r\n{",):  # fmt: skip
         with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
             connection.sendall(half)

@@ -5,17 +5,20 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import resource
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 
 from config.cache import CacheSettings
 from config.errors import CacheUnavailable, ConfigError
 from tests.services import RedisServer, free_port, unavailable
 from workers.cache.folder import FolderStore
+from workers.cache.remote import RemoteStore
 from workers.cache.store import CacheStore, open_store
 
 KINDS = ("folder", "file", "redis", "memory", "s3")
@@ -183,12 +186,49 @@ def test_killed_writer_leaves_nothing_for_long(tmp_path: Path) -> None:
     store = FolderStore(tmp_path, 1 << 20)
     store.put(key("a"), b"whole")
     folder = tmp_path / key("a")[:2]
-    fresh, old = folder / "00.partial", folder / "01.partial"
+    fresh, old = folder / f"{0:016x}.partial", folder / f"{1:016x}.partial"
     for path in (fresh, old):
         path.write_bytes(b"half")
     os.utime(old, (1, 1))
     assert store.stats().entries == 1
-    assert sorted(p.name for p in folder.iterdir()) == sorted(["00.partial", key("a")[2:]])
+    assert sorted(p.name for p in folder.iterdir()) == sorted([fresh.name, key("a")[2:]])
+
+
+@pytest.mark.parametrize("open_one", ["folder", "memory", "s3"], indirect=True)
+def test_what_is_no_entry_is_left_alone(open_one: Open, tmp_path: Path) -> None:
+    """Files of others where a cache was pointed to are not counted, evicted or pruned."""
+    store = open_one(max_mb=1)
+    names = ["important/report.csv", "ab/post-1.safetensors", "ab/old.partial", "ab/" + "F" * 62]
+    names += ["abc/" + "0" * 62, f"ab/other/ab/{'0' * 62}"]
+    if isinstance(store, RemoteStore):
+        root, files = store._root, store._fs
+    else:
+        root, files = str(tmp_path / "a cache"), fsspec.filesystem("file")
+    foreign = [f"{root}/{name}" for name in names]
+    for path in foreign:
+        files.makedirs(path.rpartition("/")[0], exist_ok=True)
+        files.pipe_file(path, bytes(300_000))
+        if isinstance(store, FolderStore):
+            os.utime(path, (1, 1))
+    store.put(key("a"), bytes(1000))
+    assert (store.stats().entries, store.stats().bytes) == (1, 1000)
+    store._evictor._sweep(0)  # type: ignore[attr-defined]
+    gone = store.prune(0)
+    assert (gone.entries, gone.bytes) == (1, 1000)
+    assert all(files.size(path) == 300_000 for path in foreign)
+
+
+def test_half_a_write_is_no_entry(tmp_path: Path) -> None:
+    """When the system takes only a part of a value, the put fails and nothing is left."""
+    store = FolderStore(tmp_path, 1 << 20)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(CacheUnavailable, match="too large"):
+            store.put(key("a"), bytes(5000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
 def test_folder_that_cannot_be_written(tmp_path: Path) -> None:
