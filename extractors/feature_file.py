@@ -153,7 +153,7 @@ def read_features(
         if found != needed:
             raise FeatureError(
                 f"{path}: {stream} was made with {found or 'no extractor'}, "
-                f"but {needed} is needed: extract it again"
+                f"but {needed} is needed: extract it again (scripts/{script_of(stream)})"
             )
     asked = tuple(dict.fromkeys(modality_of(stream) for stream in wanted))
     return Features(
@@ -163,6 +163,12 @@ def read_features(
         failures={m: Failure(**header["failures"][m]) for m in asked if m in header["failures"]},
         ocr_text=header["ocr_text"],
     )
+
+
+def script_of(stream: Stream) -> str:
+    """The script that makes a stream: words in pictures are embedded with the text."""
+    modality = modality_of(stream)
+    return f"extract_{'text' if modality == 'ocr' else modality}_features.py"
 
 
 def read_fingerprints(path: Path) -> dict[Stream, str]:

@@ -232,7 +232,7 @@ def _record(
 
 def named(bad: Bad) -> str:
     """A bad post and why, in one line."""
-    return bad.reason if bad.post_id in bad.reason else f"post {bad.post_id}: {bad.reason}"
+    return bad.reason if f"post {bad.post_id}" in bad.reason else f"post {bad.post_id}: {bad.reason}"
 
 
 def _listed(bad: Bad) -> str:

@@ -116,8 +116,8 @@ def apply(
 
     if not data:
         raise ConfigError("labels apply: name data files with --data")
-    _, migrations = load(labels, complete=True)
-    said = rewrite.read_by_post(by_post)
+    present, migrations = load(labels, complete=True)
+    said = rewrite.read_by_post(by_post, present, migrations)
     for file in data:
         done = rewrite.apply(file, migrations, said)
         if not done.posts:

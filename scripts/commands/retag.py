@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -64,12 +65,21 @@ def retag(
     ids = read_ids(file) if file is not None else None
     settings = online_settings(config, overrides)
     if older is not None:
-        version = current_version(settings) if older == CURRENT else older
+        version = current_version(settings) if older == CURRENT else _version(older)
         path = f"{settings.store.result_path}.version"
         tagged_before = {path: {"$lt": version}}
         condition = {"$and": [condition, tagged_before]} if condition else tagged_before
     count = _publish(settings, condition, ids, limit=limit, priority=priority)
     sys.stdout.write(f"retagging {count} posts through {settings.broker.queue}\n")
+
+
+def _version(text: str) -> str:
+    """The beginning of a bundle's version, or all of it; versions sort as text."""
+    if not re.fullmatch(r"\d{8}(T\d{6}Z(-[0-9a-f]{8})?)?", text):
+        raise ConfigError(
+            f"retag: --bundle-older-than {text!r} is no version: current, or for example 20260131"
+        )
+    return text
 
 
 def current_version(settings: Settings) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from config.errors import ConfigError
+from config.labels import LabelMap
 from scripts.corpus.lines import AtomicLines, part_of, publish, write_whole
 from scripts.taxonomy.migrations import Migration
 
@@ -156,15 +157,23 @@ def follow(labels: Sequence[str], migrations: Sequence[Migration]) -> tuple[list
     return now, gone
 
 
-def read_by_post(path: Path | None) -> dict[str, list[str]]:
+def read_by_post(
+    path: Path | None, labels: LabelMap, migrations: Sequence[Migration]
+) -> dict[str, list[str]]:
     """``{post_id, labels}`` lines: what people said of the posts whose tag was split.
 
     Raises:
-        ConfigError: The file cannot be read.
+        ConfigError: The file cannot be read, or names a tag that never was.
     """
     if path is None:
         return {}
-    return {str(entry["post_id"]): list(entry.get("labels") or []) for entry in _entries(path)}
+    known = {*labels.names, *(name for m in migrations for name in (*m.old, *m.new))}
+    said = {str(entry["post_id"]): list(entry.get("labels") or []) for entry in _entries(path)}
+    for post_id, names in said.items():
+        for name in names:
+            if name not in known:
+                raise ConfigError(f"{path}: post {post_id!r}: tag {name!r} is not in the label map")
+    return said
 
 
 def _entries(path: Path) -> Iterator[dict[str, Any]]:

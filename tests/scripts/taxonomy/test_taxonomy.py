@@ -118,10 +118,12 @@ def test_a_split_names_the_posts_that_people_must_look_at(tmp_path: Path) -> Non
     assert _labels(data) == [["sun"], ["hail"], ["food"]]
     listed = rewrite.relabel_path(data).read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["post_id"] for line in listed] == ["p0"]
-    said.write_text('{"post_id": "p0", "labels": ["mist", "nonsense"]}\n', encoding="utf-8")
+    said.write_text('{"post_id": "p0", "labels": ["mist", "sun"]}\n', encoding="utf-8")
     assert run(["labels", "apply", str(labels), "--data", str(data), "--by-post", str(said)]) == 0
     assert _labels(data)[0] == ["sun", "mist"]
     assert not rewrite.relabel_path(data).exists()
+    said.write_text('{"post_id": "p0", "labels": ["nonsense"]}\n', encoding="utf-8")
+    assert run(["labels", "apply", str(labels), "--data", str(data), "--by-post", str(said)]) == 2
 
 
 def test_killed_between_file_and_note_a_change_is_not_made_twice(tmp_path: Path) -> None:
