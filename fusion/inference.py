@@ -232,7 +232,8 @@ def _record(
 
 def named(bad: Bad) -> str:
     """A bad post and why, in one line."""
-    return bad.reason if f"post {bad.post_id}" in bad.reason else f"post {bad.post_id}: {bad.reason}"
+    name = f"post {bad.post_id}"
+    return bad.reason if name in bad.reason else f"{name}: {bad.reason}"
 
 
 def _listed(bad: Bad) -> str:
