@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +39,7 @@ class MediaSample:
     target: npt.NDArray[np.float32]
 
 
-class MediaDataset(Dataset[Any]):
+class MediaDataset(Dataset[Any], ABC):
     """Posts whose media are read when they are asked for; a subclass says how."""
 
     def __init__(
@@ -80,9 +81,9 @@ class MediaDataset(Dataset[Any]):
         chance = None if self._seed is None else np.random.default_rng([self._seed, *rows])
         return [self._sample(row, chance) for row in rows]
 
+    @abstractmethod
     def item(self, path: Path, chance: Chance | None) -> npt.NDArray[Any]:
         """One media file."""
-        raise NotImplementedError
 
     def _sample(self, row: int, chance: Chance | None) -> MediaSample:
         post = self._posts[row]
