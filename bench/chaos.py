@@ -16,7 +16,7 @@ What is counted, per broker:
   dead_lettered     posts that are dead letters; one post in a hundred has nothing but junk
   jobs_left         jobs that are no dead letters; messages on the queue count as broken too
   orphan_processes  descendants that live on (this process is the subreaper: none can hide)
-  shared_segments   arenas that are still held, files in /dev/shm that nobody holds
+  shared_segments   arenas that are still held, files in /dev/shm that the run used and left
   spool_files       what is left under fetch.spool
   recovery_s        from a fault's end until a post that was published after it is tagged; for a
                     killed or stopped worker, until that worker is ready again

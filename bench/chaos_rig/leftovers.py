@@ -30,11 +30,13 @@ class Watch:
     def __init__(self) -> None:
         self._shm = _shm_files()
         self._arenas: set[int] = set()
+        self._files: set[str] = set()
 
     def look(self) -> None:
         """Note the shared memory that the processes hold now; call it now and then."""
         for process in _descendants():
             self._arenas |= _memory_files(process.pid)
+            self._files |= _shared_files(process.pid)
 
     def orphans(self, allowed: set[int], wait_s: float = 10.0) -> list[str]:
         """Descendants of this process that live on, but for those allowed; reaps the dead."""
@@ -52,16 +54,16 @@ class Watch:
             time.sleep(0.2)
 
     def segments(self) -> list[str]:
-        """Arenas of the run that a process still holds, and new files in ``/dev/shm`` of nobody.
+        """Arenas of the run that a process still holds, and new files in ``/dev/shm`` of the run.
 
-        A new file that some process uses belongs to another program: ours have all ended.
+        Of the run is what one of its processes was seen to use: other programs on this machine
+        make such files as well, and may be killed and leave them.
         """
-        held, used = set[int](), set[str]()
+        held = set[int]()
         for process in psutil.process_iter():
             held |= _memory_files(process.pid)
-            used |= _shared_files(process.pid)
         left = [f"memfd {inode}" for inode in sorted(held & self._arenas)]
-        return left + sorted(_shm_files() - self._shm - used)
+        return left + sorted((_shm_files() - self._shm) & self._files)
 
     @property
     def arenas(self) -> int:

@@ -163,6 +163,7 @@ class Run:
             hurt = FAULTS[kind](site, self._rng)
             feeder.trickle(shipment.trickle)
             took_s = recovery(site, hurt, shipment.probes)
+            self._watch.look()
             self._wounds.append(Wound(kind, posts, hurt.ended - began, took_s, hurt.note))
             feeder.hurry()
             shipped += fresh + len(self._new(shipment.trickle))
