@@ -23,7 +23,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, cast
@@ -31,14 +30,14 @@ from typing import Any, cast
 import numpy as np
 import psutil
 import yaml
+from memory_corpus import Corpus, make, write_media
 from pymongo import MongoClient
 from results_file import FOLDER, write_results
 
 from config.load import load_settings
 from deploy import embedded
-from extractors.feature_file import feature_path, features_bytes, read_features, read_header
+from extractors.feature_file import read_features, read_header
 from extractors.post import Features, Modality, Status, Stream, modality_of
-from scripts.demo_posts.taxonomy import TAGS
 from scripts.extraction.options import parse as parse_extraction
 from scripts.extraction.store import FeatureStore
 from scripts.extraction.values import WANTED, Kind, Work
@@ -49,35 +48,18 @@ LABELS = ROOT / "config" / "idx2name_cls24.json"
 FLAT = 1.25
 """Most that memory may grow from the smallest to the largest corpus."""
 _EVERY_S = 0.25
+_EVERY_S_AT_FIRST = 0.02  # the smallest corpus takes some scripts less than a second
 _EXTRACTED = 100  # posts that an extracting script still has to do
 _fingerprints: dict[str, Mapping[Stream, str]] = {}
 _arrays: dict[str, dict[Stream, Any]] = {}
-_WORDS = ["cat", "dog", "house", "tree", "river", "song", "night", "train", "market", "bread"]
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """Synthetic posts.
-
-    Attributes:
-        urls: Posts file with pictures on the server.
-        local: Posts file with a local picture, sound and video in every post.
-        features: Root of small feature files.
-        config: Settings with tiny models.
-    """
-
-    folder: Path
-    size: int
-    urls: Path
-    local: Path
-    features: Path
-    config: Path
 
 
 def scripts(corpus: Corpus) -> dict[str, list[str]]:
     """Name ─► command of each script."""
     config, out = ("--config", str(corpus.config)), corpus.folder / "out"
     data = "scripts/data_scripts"
+    build = ["scripts/build_trainval_data.py", "--input", str(corpus.urls), "--features",
+             str(corpus.features), "--labels", str(LABELS), "--format", "jsonl"]  # fmt: skip
 
     def extract(kind: str) -> list[str]:
         return [f"scripts/extract_{kind}_features.py", *config, "--input", str(corpus.local),
@@ -96,70 +78,15 @@ def scripts(corpus: Corpus) -> dict[str, list[str]]:
                      *config, "--per_host", "32"],
         "analyze": [f"{data}/analyze_posts.py", str(corpus.local), "--out", str(out / "analysis"),
                     "--media", str(corpus.local.parent)],
-        "build": [
-            "scripts/build_trainval_data.py", "--input", str(corpus.urls), "--features",
-            str(corpus.features), "--labels", str(LABELS), "--out", str(out / "data"),
-            "--format", "jsonl",
+        "build": [*build, "--out", str(out / "data")],
+        "build, grown corpus": [
+            *build, "--out", str(out / "grown"),
+            "--manifest", str(corpus.folder / "manifest.jsonl"),
+            "--duplicates", str(corpus.folder / "duplicates.jsonl"),
+            "--keep", str(corpus.folder / "split.jsonl"),
         ],
         **{f"extract {kind}": extract(kind) for kind in ("text", "image", "audio", "video")},
     }  # fmt: skip
-
-
-# Synthetic posts -----------------------------------------------------------------------------
-
-
-def make(folder: Path, size: int, url: str, *, with_features: bool) -> Corpus:
-    """Write the files of a corpus."""
-    folder.mkdir(parents=True)
-    write_media(folder / "m")
-    corpus = Corpus(
-        folder, size, folder / "urls.jsonl", folder / "local.jsonl", folder / "features",
-        folder / "settings.yaml",
-    )  # fmt: skip
-    rng = np.random.default_rng(1)
-    names = list(TAGS)
-    with corpus.urls.open("w") as urls, corpus.local.open("w") as local:
-        for i in range(size):
-            post = {
-                "post_id": f"p{i:07}",
-                "labels": [names[k] for k in sorted({int(k) for k in rng.integers(0, 24, 2)})],
-                "text": f"{' '.join(_WORDS[int(k)] for k in rng.integers(0, 10, 5))} {i:x}",
-                "ocr": "",
-                "images": [f"{url}/{i}.png"],
-                "videos": [],
-                "audios": [],
-                "author": f"a{i}",
-            }
-            urls.write(json.dumps(post) + "\n")
-            post |= {"images": ["m/p.png"], "videos": ["m/v.mp4"], "audios": ["m/s.wav"]}
-            local.write(json.dumps(post) + "\n")
-    if with_features:
-        write_features(corpus)
-    return corpus
-
-
-def write_media(folder: Path) -> None:
-    """One picture, one sound, one video, as small as they may be."""
-    import cv2
-
-    from scripts.demo_posts.encode import write_sound, write_video
-
-    folder.mkdir()
-    picture = np.full((16, 16, 3), 90, np.uint8)
-    cv2.imwrite(str(folder / "p.png"), picture)
-    write_sound(folder / "s.wav", np.zeros(16_000, np.float32), 16_000)
-    write_video(folder / "v.mp4", [picture] * 4, 4)
-
-
-def write_features(corpus: Corpus) -> None:
-    """A feature file of a few bytes for each post."""
-    text = np.ones((1, 8), np.float16)
-    for i in range(corpus.size):
-        post_id = f"p{i:07}"
-        path = feature_path(corpus.features, post_id)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        found = Features(post_id=post_id, arrays={"text": text}, statuses={"text": "ok"})
-        path.write_bytes(features_bytes(found, {"text": "0" * 16}))
 
 
 def settings(folder: Path) -> Any:
@@ -255,7 +182,7 @@ def pictures(path: Path) -> Iterator[str]:
 
 def measure(name: str, command: Sequence[str], size: int, limit_s: float) -> dict[str, Any]:
     """Run a script; ``{posts, peak_mb, seconds, exit}``."""
-    started, peak, samples = time.monotonic(), 0, 0
+    started, peak = time.monotonic(), 0
     log = tempfile.TemporaryFile("w+")  # noqa: SIM115  closed below
     child = subprocess.Popen(
         [sys.executable, *command],
@@ -268,14 +195,14 @@ def measure(name: str, command: Sequence[str], size: int, limit_s: float) -> dic
     process, stopped = psutil.Process(child.pid), False
     try:
         while child.poll() is None:
-            peak, samples = max(peak, tree_bytes(process)), samples + 1
+            peak = max(peak, tree_bytes(process))
             seconds = time.monotonic() - started
             sys.stderr.write(f"\r{name:<28} {size:>7,} posts {seconds:6.0f} s {peak >> 20:6} MB ")
             if seconds > limit_s:
                 stopped = True
                 child.terminate()
                 child.wait(60)
-            time.sleep(_EVERY_S)
+            time.sleep(_EVERY_S if seconds > 10 else _EVERY_S_AT_FIRST)
     finally:
         if child.poll() is None:
             child.kill()

@@ -36,3 +36,51 @@ def number(text: str) -> float:
         return float(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text}: must be a number") from error
+
+
+def count(text: str) -> int:
+    """An option's whole number from 1 on.
+
+    Raises:
+        argparse.ArgumentTypeError: It is none.
+    """
+    value = whole_number(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be 1 or more")
+    return value
+
+
+def natural(text: str) -> int:
+    """An option's whole number from 0 on.
+
+    Raises:
+        argparse.ArgumentTypeError: It is none.
+    """
+    value = whole_number(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text}: must be 0 or more")
+    return value
+
+
+def share(text: str) -> float:
+    """An option's part of a whole, 0 to 1.
+
+    Raises:
+        argparse.ArgumentTypeError: It is none.
+    """
+    value = number(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text}: must lie in 0 to 1")
+    return value
+
+
+def seconds(text: str) -> float:
+    """An option's time in seconds, above 0.
+
+    Raises:
+        argparse.ArgumentTypeError: It is none.
+    """
+    value = number(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text}: must be above 0")
+    return value

@@ -192,17 +192,21 @@ def wanted(settings: Settings) -> tuple[str, ...]:
     return tuple(name for name, url in asked.items() if url.startswith(SCHEME))
 
 
-def resolve(settings: Settings) -> Settings:
+def resolve(settings: Settings, names: Sequence[str] = tuple(KINDS)) -> Settings:
     """Replace ``embedded://`` URLs by those of running services, starting what is down.
+
+    Args:
+        settings: As configured.
+        names: The services that are needed; others are not started, and keep their URL.
 
     Raises:
         ConfigError: As `ensure`.
         RetryableError: As `ensure`.
     """
-    names = wanted(settings)
-    if not names:
+    needed = tuple(name for name in wanted(settings) if name in names)
+    if not needed:
         return settings
-    return _with_urls(settings, ensure(settings, names))
+    return _with_urls(settings, ensure(settings, needed))
 
 
 def peek(settings: Settings) -> Settings:

@@ -108,6 +108,15 @@ class Archive(MongoEdge):
             document = self.jobs.find_one({"_id": post_id})
         return Job.of(document) if document is not None else None
 
+    def dead_among(self, post_ids: Iterable[str]) -> dict[str, Job]:
+        """Those of the IDs that are dead letters, with their jobs."""
+        found: dict[str, Job] = {}
+        for chunk in _chunks(post_ids):
+            with self.edge():
+                cursor = self.jobs.find({"_id": {"$in": chunk}, "state": "dead"})
+                found.update((job.post_id, job) for job in map(Job.of, cursor))
+        return found
+
     def dead_letters(
         self,
         *,

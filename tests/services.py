@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import secrets
 import shutil
 import signal
@@ -33,11 +34,42 @@ os.execvp(sys.argv[1], sys.argv[1:])
 """
 
 
+PORTS = range(20000, 25000)
+_given: set[int] = set()
+
+
 def free_port() -> int:
-    """A TCP port on 127.0.0.1 that nobody listens on now."""
+    """A TCP port on 127.0.0.1 that nobody listens on now, each time another.
+
+    It lies outside the range from which the kernel takes ports for connections and for servers
+    that let it choose, so that nobody gets it by chance before its server starts, or while its
+    server is away between a kill and the next start.
+    """
+    if PORTS.stop <= _kernels_first_port():
+        for port in random.sample(PORTS, len(PORTS)):
+            if port not in _given and _is_free(port):
+                _given.add(port)
+                return port
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
+
+
+def _kernels_first_port() -> int:
+    """Where the range of ports that the kernel gives out begins; 0 where it does not tell."""
+    try:
+        return int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    except (OSError, ValueError, IndexError):
+        return 0
 
 
 def unavailable(reason: str) -> None:
@@ -64,13 +96,14 @@ class Server:
     """One server process; a subclass says how it is started and when it answers."""
 
     name: ClassVar[str]
-    start_timeout_s: ClassVar[float] = 20
+    start_timeout_s: ClassVar[float] = 60
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
-        self.port = free_port()
+        self._has_started = False
         self._process: subprocess.Popen[bytes] | None = None
+        self._choose_ports()
 
     @property
     def address(self) -> tuple[str, int]:
@@ -88,9 +121,26 @@ class Server:
         return self._process is not None and self._process.poll() is None
 
     def start(self) -> None:
-        """Start the server, or leave it when it runs, and wait until it answers."""
-        if self.running:
-            return
+        """Start the server, or leave it when it runs, and wait until it answers.
+
+        Until it has started once nobody depends on its port: where somebody else was quicker to
+        take that, it is started on another.
+        """
+        tries = 1 if self._has_started else 2
+        while not self.running:
+            tries -= 1
+            try:
+                self._start_once()
+            except RuntimeError:
+                if not tries:
+                    raise
+                self._choose_ports()
+        self._has_started = True
+
+    def _choose_ports(self) -> None:
+        self.port = free_port()
+
+    def _start_once(self) -> None:
         self._process = self._spawn(self._command(), self._environment())
         try:
             wait_until(self._alive_and_answering, self.start_timeout_s, f"{self.name} to start")
@@ -213,11 +263,15 @@ class RabbitMQServer(Server):
     start_timeout_s = 90
 
     def __init__(self, folder: Path) -> None:
+        self._epmd: subprocess.Popen[bytes] | None = None
         super().__init__(folder)
+        self.node = f"insighttag_{secrets.token_hex(4)}@localhost"
+
+    def _choose_ports(self) -> None:
+        super()._choose_ports()
+        self._end_epmd()
         self.epmd_port = free_port()
         self.dist_port = free_port()
-        self.node = f"insighttag_{secrets.token_hex(4)}@localhost"
-        self._epmd: subprocess.Popen[bytes] | None = None
 
     @staticmethod
     def binary() -> str | None:
@@ -242,18 +296,24 @@ class RabbitMQServer(Server):
         return f"amqp://guest:guest@127.0.0.1:{port}//"
 
     def start(self) -> None:
-        """Start epmd, then the server."""
+        """Start the server and its epmd."""
+        super().start()
+
+    def _start_once(self) -> None:
         if self._epmd is None or self._epmd.poll() is not None:
             epmd = self._epmd_binary()
             self._epmd = self._spawn(
                 [epmd, "-port", str(self.epmd_port), "-address", "127.0.0.1"], self._environment()
             )
-            wait_until(lambda: answers_tcp(self.epmd_port), 20, "epmd to start")
-        super().start()
+            wait_until(lambda: answers_tcp(self.epmd_port), 60, "epmd to start")
+        super()._start_once()
 
     def close(self) -> None:
         """Kill the server and its epmd."""
         super().close()
+        self._end_epmd()
+
+    def _end_epmd(self) -> None:
         if self._epmd is not None:
             self._epmd.kill()
             self._epmd.wait()

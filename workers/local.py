@@ -79,6 +79,13 @@ class LocalTagger:
         """Fingerprint of each stream, once loaded."""
         return self._loaded()[0].fingerprints
 
+    @property
+    def bundle(self) -> tuple[str, str]:
+        """Name and version of the bundle, once loaded."""
+        if self._inferer is None:
+            raise RuntimeError("load() comes first")
+        return self._inferer.name, self._inferer.version
+
     def load(self, *, fusion: bool = True) -> None:
         """Load the extractors, and the bundle unless only features are wanted.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sqlite3
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,10 +14,11 @@ from config.errors import ConfigError, TaggingError
 from config.labels import LabelMap
 from config.options import OneLineParser
 from extractors.post import MODALITIES
-from scripts.building.gather import Gathered, Gatherer, Rules, link
+from scripts.building.gather import Gatherer, Rules
+from scripts.building.index import Index
 from scripts.building.sides import Dealing, Split, split
 from scripts.building.write import Target, write_files
-from scripts.corpus.records import CorpusPost, Summary
+from scripts.corpus.records import Summary
 
 NAME = "build_trainval_data.py"
 
@@ -69,6 +71,9 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         sys.stderr.write(f"{NAME}: {error.filename or options.out}: {error.strerror or error}\n")
         return 1
+    except sqlite3.Error as error:
+        sys.stderr.write(f"{NAME}: index in the temporary folder (TMPDIR names another): {error}\n")
+        return 1
     except KeyboardInterrupt:
         sys.stderr.write(f"{NAME}: interrupted; nothing was changed, run it again\n")
         return 1
@@ -78,19 +83,19 @@ def _build(options: argparse.Namespace) -> int:
     shares = _shares(options)
     labels = LabelMap.load(options.labels)
     rules = Rules(options.unknown, options.check, tuple(options.modalities))
-    hashes = media_hashes(options.manifest)
-    gatherer = Gatherer(labels, options.features, rules, hashes)
-    with _ticks("reading") as advance:
-        found = gatherer.read(options.input, advance)
-    if not len(found):
-        _show(found, None, labels, options.out)
-        raise ConfigError(f"{options.input}: no post can be learned from")
-    groups = link(found, duplicate_groups(options.duplicates))
-    dealt = split(found, groups, labels, Dealing(shares, options.seed, options.keep))
-    with _ticks("writing") as advance:
-        target = Target(options.out, options.features, labels, options.format)
-        files = write_files(options.input, target, found, dealt, advance)
-    _show(found, dealt, labels, options.out)
+    with Index() as found:
+        read_manifest(options.manifest, found)
+        with _ticks("reading") as advance:
+            Gatherer(labels, options.features, rules, found).read(options.input, advance)
+        if not len(found):
+            _show(found, None, labels, options.out)
+            raise ConfigError(f"{options.input}: no post can be learned from")
+        found.link(duplicate_groups(options.duplicates))
+        dealt = split(found, labels, Dealing(shares, options.seed, options.keep))
+        with _ticks("writing") as advance:
+            target = Target(options.out, options.features, labels, options.format)
+            files = write_files(options.input, target, found, dealt, advance)
+        _show(found, dealt, labels, options.out)
     for path in files.values():
         sys.stdout.write(f"{path}\n")
     return 0
@@ -98,35 +103,27 @@ def _build(options: argparse.Namespace) -> int:
 
 def _shares(options: argparse.Namespace) -> tuple[float, float, float]:
     valid, test = options.valid, options.test
-    if not (0 <= valid < 1 and 0 <= test < 1 and valid + test < 1):
+    if valid < 0 or test < 0:
+        raise ConfigError(f"--valid {valid:g} --test {test:g}: a share is 0 or more, below 1")
+    if not valid + test < 1:
         raise ConfigError(f"--valid {valid:g} --test {test:g}: nothing would be left for training")
     return 1 - valid - test, valid, test
 
 
-def media_hashes(manifest: Path | None) -> Callable[[CorpusPost], Iterator[str]]:
-    """What finds the content hashes of a post's media.
+def read_manifest(manifest: Path | None, index: Index) -> None:
+    """Note which media have which content.
 
     ``download_mp`` names files by their hash; a manifest adds those of media named otherwise.
 
     Raises:
         ConfigError: The manifest cannot be read.
     """
-    known: dict[str, str] = {}
-    if manifest is not None:
-        for content in _json_lines(manifest, "manifest"):
-            digest = content.get("sha256")
-            if content.get("status") == "ok" and isinstance(digest, str):
-                for source in (content.get("source"), content.get("path")):
-                    if isinstance(source, str):
-                        known[source] = digest
-
-    def hashes(entry: CorpusPost) -> Iterator[str]:
-        for media in entry.post.media:
-            stem = Path(media.source).stem
-            named = len(stem) == 64 and all(char in "0123456789abcdef" for char in stem)
-            yield known.get(media.source) or (stem if named else media.source)
-
-    return hashes
+    for content in [] if manifest is None else _json_lines(manifest, "manifest"):
+        digest = content.get("sha256")
+        if content.get("status") == "ok" and isinstance(digest, str):
+            for source in (content.get("source"), content.get("path")):
+                if isinstance(source, str):
+                    index.add_medium(source, digest)
 
 
 def duplicate_groups(path: Path | None) -> Iterator[tuple[str, ...]]:
@@ -174,18 +171,18 @@ def _ticks(what: str) -> Iterator[Callable[[], None]]:
         yield lambda: progress.advance(task)
 
 
-def _show(found: Gathered, dealt: Split | None, labels: LabelMap, out: Path) -> None:
+def _show(found: Index, dealt: Split | None, labels: LabelMap, out: Path) -> None:
     """The summary on the terminal, and in ``summary.json``."""
     summary = Summary("training data")
     summary.done(len(found))
-    for reason, _, _ in found.left_out.values():
-        summary.failed(reason)
+    for reason, count in found.reasons().items():
+        summary.failed(reason, count)
     if found.dropped_tags:
         summary.facts["labels passed over"] = sum(found.dropped_tags.values())
     if dealt is not None:
         for name, count in zip(dealt.names, dealt.posts, strict=True):
             summary.facts[f"{name} posts"] = int(count)
-        summary.facts["groups"] = int(dealt.group.max()) + 1
+        summary.facts["groups"] = dealt.groups
         summary.facts["largest group"] = dealt.largest_group
         worst, tag = dealt.worst()
         if tag >= 0:

@@ -5,18 +5,15 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable
 
-import numpy as np
-import numpy.typing as npt
-
 
 class Groups:
-    """Sets of posts that grow together; 8 bytes a post.
+    """Sets of posts that grow together; 4 bytes a post.
 
     Posts are the indices 0 to ``count`` - 1.
     """
 
     def __init__(self, count: int) -> None:
-        self._parent = array("q", range(count))
+        self._parent = array("I", range(count))
 
     def __len__(self) -> int:
         """Number of posts."""
@@ -38,9 +35,3 @@ class Groups:
         roots = sorted({self.root(post) for post in posts})
         for other in roots[1:]:
             self._parent[other] = roots[0]
-
-    def numbers(self) -> npt.NDArray[np.int64]:
-        """Number of each post's set, int64 ``(posts,)``, counted from 0 in the order of posts."""
-        roots = np.fromiter((self.root(i) for i in range(len(self))), np.int64, len(self))
-        _, numbers = np.unique(roots, return_inverse=True)
-        return numbers.astype(np.int64)

@@ -26,6 +26,7 @@ _FEW = 200
 """Up to so many groups exchanges are tried too: with few, single moves get stuck."""
 
 Ints = npt.NDArray[np.int64]
+Ints32 = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float64]
 
 
@@ -48,21 +49,23 @@ class GroupTags:
     classes: int
 
     @classmethod
-    def of(cls, groups: Ints, posts: Ints, tags: Ints, classes: int) -> GroupTags:
-        """Count tags by group.
+    def of(cls, sizes: Sequence[int], tags: Sequence[Ints32], classes: int) -> GroupTags:
+        """Put the rows of groups one after another.
 
         Args:
-            groups: int64 ``(posts,)``: group of each post, 0 to n - 1.
-            posts: int64 ``(pairs,)``: post of each (post, tag) pair.
-            tags: int64 ``(pairs,)``: its tag.
+            sizes: Posts of each group.
+            tags: int32 ``(n, 2)`` for each group: tag, ascending, and posts that carry it.
             classes: Number of tags.
         """
-        count = int(groups.max()) + 1 if len(groups) else 0
-        keys = groups[posts] * classes + tags
-        found, counts = np.unique(keys, return_counts=True)
-        starts = np.searchsorted(found, np.arange(count + 1) * classes)
-        sizes = np.bincount(groups, minlength=count)
-        return cls(starts.astype(np.int64), found % classes, counts, sizes, classes)
+        starts = np.cumsum([0, *(len(each) for each in tags)])
+        joined = np.concatenate([np.empty((0, 2), np.int64), *tags])
+        return cls(
+            starts.astype(np.int64),
+            joined[:, 0].astype(np.int64),
+            joined[:, 1].astype(np.int64),
+            np.asarray(sizes, np.int64),
+            classes,
+        )
 
     def row(self, group: int) -> tuple[Ints, Ints]:
         """Tags of a group and how many of its posts carry each."""
@@ -74,8 +77,45 @@ class GroupTags:
         return np.bincount(self.tags, weights=self.counts, minlength=self.classes).astype(np.int64)
 
 
+@dataclass
+class Held:
+    """What the sides hold already, of groups that are dealt and stay where they are.
+
+    Attributes:
+        tags: int64 ``(sides, classes)``: posts of each tag.
+        posts: int64 ``(sides,)``.
+    """
+
+    tags: Ints
+    posts: Ints
+
+    @classmethod
+    def nothing(cls, sides: int, classes: int) -> Held:
+        """Empty sides."""
+        return cls(np.zeros((sides, classes), np.int64), np.zeros(sides, np.int64))
+
+    def add(self, rows: GroupTags, side: Ints) -> None:
+        """Count groups whose sides, int64 ``(groups,)``, are settled."""
+        self._count(rows, side, 1)
+
+    def take(self, rows: GroupTags, side: Ints) -> None:
+        """The reverse of `add`."""
+        self._count(rows, side, -1)
+
+    def _count(self, rows: GroupTags, side: Ints, sign: int) -> None:
+        of_entries = np.repeat(side, np.diff(rows.starts))
+        np.add.at(self.tags, (of_entries, rows.tags), sign * rows.counts)
+        np.add.at(self.posts, side, sign * rows.sizes)
+
+
 def stratify(
-    rows: GroupTags, shares: Sequence[float], seed: int, fixed: Ints | None = None
+    rows: GroupTags,
+    shares: Sequence[float],
+    seed: int,
+    held: Held | None = None,
+    *,
+    frequent: npt.NDArray[np.bool_] | None = None,
+    begin: Ints | None = None,
 ) -> Ints:
     """The side of each group.
 
@@ -83,37 +123,44 @@ def stratify(
         rows: What the groups hold.
         shares: Of the sides, positive; they sum to 1.
         seed: Of every draw.
-        fixed: int64 ``(groups,)``: side of groups that must stay where they are, -1 elsewhere.
+        held: What the sides hold of other groups; the shares are of these and those together.
+        frequent: bool ``(classes,)``: tags with so many posts in all that they must come out even;
+            by default those with `FREQUENT` here.
+        begin: int64 ``(groups,)``: sides to begin with; by default they are dealt.
 
     Returns:
         int64 ``(groups,)``.
     """
     random = np.random.default_rng(seed)
-    board = _Board(rows, np.asarray(shares, np.float64))
-    if fixed is not None:
-        for group in np.flatnonzero(fixed >= 0):
-            board.put(int(group), int(fixed[group]))
-    _deal(board, random)
-    movable = np.flatnonzero(fixed < 0) if fixed is not None else np.arange(len(rows.sizes))
-    _improve(board, movable, random)
+    held = held or Held.nothing(len(shares), rows.classes)
+    frequent = rows.totals() >= FREQUENT if frequent is None else frequent
+    board = _Board(rows, np.asarray(shares, np.float64), held, frequent)
+    if begin is None:
+        _deal(board, random)
+    else:
+        for group, side in enumerate(begin.tolist()):
+            board.put(group, side)
+    _improve(board, random)
     return board.side
 
 
 class _Board:
     """Where the groups are, and how far the sides are from what is wanted."""
 
-    def __init__(self, rows: GroupTags, shares: Floats) -> None:
+    def __init__(
+        self, rows: GroupTags, shares: Floats, held: Held, frequent: npt.NDArray[np.bool_]
+    ) -> None:
         self.rows, self.shares = rows, shares
         self.side: Ints = np.full(len(rows.sizes), -1, np.int64)
         # (sides, classes) and (sides,)
-        self.wanted_tags: Floats = shares[:, None] * rows.totals()[None, :]
-        self.wanted_posts: Floats = shares * rows.sizes.sum()
+        totals = rows.totals() + held.tags.sum(axis=0)
+        self.wanted_tags: Floats = shares[:, None] * totals[None, :]
+        self.wanted_posts: Floats = shares * (rows.sizes.sum() + held.posts.sum())
         # (classes,): a rare tag gives way, so that a frequent one comes out even.
-        frequent = rows.totals() >= FREQUENT
         rare = _RARE_WEIGHT if frequent.any() else 1.0
         self.weight: Floats = np.where(frequent, 1.0, rare)
-        self.tags: Floats = np.zeros_like(self.wanted_tags)
-        self.posts: Floats = np.zeros_like(self.wanted_posts)
+        self.tags: Floats = held.tags.astype(np.float64)
+        self.posts: Floats = held.posts.astype(np.float64)
 
     def put(self, group: int, side: int) -> None:
         """Put a group on a side, or move it there."""
@@ -159,9 +206,6 @@ def _deal(board: _Board, random: np.random.Generator) -> None:
     rank = np.empty_like(shuffled)
     rank[shuffled] = np.arange(len(shuffled))
     left = rows.totals().astype(np.float64)
-    for group in np.flatnonzero(board.side >= 0):
-        tags, counts = rows.row(int(group))
-        left[tags] -= counts
     open_tags = set(np.flatnonzero(left > 0).tolist())
     while open_tags:
         tag = min(open_tags, key=lambda each: (left[each], each))
@@ -191,8 +235,9 @@ def _by_tag(rows: GroupTags) -> list[Ints]:
     return np.split(groups[order], ends[:-1])
 
 
-def _improve(board: _Board, movable: Ints, random: np.random.Generator) -> None:
+def _improve(board: _Board, random: np.random.Generator) -> None:
     """Move single groups as long as the error gets smaller, a limited number of times."""
+    movable = np.arange(len(board.rows.sizes))
     for _ in range(_PASSES):
         moved = 0
         for group in random.permutation(movable):

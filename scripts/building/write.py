@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from config.labels import LabelMap
 from extractors.feature_file import feature_path
-from scripts.building.gather import Gathered
+from scripts.building.index import Index
 from scripts.building.sides import SIDES, Split
 from scripts.corpus.lines import AtomicLines, write_whole
 from scripts.corpus.records import MEDIA_KEYS, CorpusPost, is_url, local_path, read_posts
@@ -64,7 +64,7 @@ class DataFile:
 
 
 def write_files(
-    posts: Path, target: Target, found: Gathered, split: Split, advance: Callable[[], None]
+    posts: Path, target: Target, found: Index, split: Split, advance: Callable[[], None]
 ) -> dict[str, Path]:
     """Write ``<side>_cls<N>``, ``idx2name_cls<N>.json``, ``split.jsonl``, ``left_out.jsonl``.
 
@@ -74,7 +74,8 @@ def write_files(
     Raises:
         OSError: The disk is full, or gone.
     """
-    next_one = 0  # the posts that are kept stand in the order of their lines
+    kept = found.dealt()  # in the order of the lines
+    following = next(kept, None)
     out, labels, form = target.out, target.labels, target.form
     files = {name: out / f"{name}_cls{len(labels)}.{form}" for name in split.names}
     with ExitStack() as stack:
@@ -84,16 +85,15 @@ def write_files(
         rejects = stack.enter_context(AtomicLines(out / "left_out.jsonl"))
         for entry in read_posts(posts):
             advance()
-            number = next_one
-            if number >= len(found.lines) or found.lines[number] != entry.line:
-                rejects.write(_reject(entry.line, found, getattr(entry, "post", None)))
+            if following is None or following[0] != entry.line:
+                rejects.write(_reject(entry.line, posts, found, getattr(entry, "post", None)))
                 continue
-            next_one += 1
+            (_, group, side), following = following, next(kept, None)
             if not isinstance(entry, CorpusPost):
                 raise OSError(f"{posts}: changed while it was read")
-            name = split.names[split.side[number]]
+            name = split.names[side]
             data[name].add(_entry(entry, posts, target))
-            note = {"post_id": entry.post.post_id, "side": name, "group": int(split.group[number])}
+            note = {"post_id": entry.post.post_id, "side": name, "group": group}
             sides.write(json.dumps(note, ensure_ascii=False))
         for each in data.values():
             each.end()
@@ -112,8 +112,11 @@ def _earlier(out: Path) -> list[Path]:
     return [path for path in (*sides, out / "split.jsonl") if path.is_file()]
 
 
-def _reject(line: int, found: Gathered, post: Any) -> str:
-    reason, post_id, detail = found.left_out[line]
+def _reject(line: int, posts: Path, found: Index, post: Any) -> str:
+    left = found.left_out(line)
+    if left is None:
+        raise OSError(f"{posts}: changed while it was read")
+    reason, post_id, detail = left
     content = {
         "line": line,
         "post_id": post.post_id if post is not None else post_id,

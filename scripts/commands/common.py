@@ -40,11 +40,25 @@ def settings_of(config: Path | None, overrides: Sequence[str] | None) -> Setting
     return settings
 
 
-def online_settings(config: Path | None, overrides: Sequence[str] | None) -> Settings:
-    """`settings_of` with ``embedded://`` replaced by running services."""
+def online_settings(
+    config: Path | None,
+    overrides: Sequence[str] | None,
+    *,
+    broker: bool = False,
+    store: bool = False,
+) -> Settings:
+    """`settings_of` with ``embedded://`` replaced by running services.
+
+    Args:
+        config: As of `settings_of`.
+        overrides: As of `settings_of`.
+        broker: Whether the queue is needed; a service that is not needed is not started.
+        store: Whether the database is.
+    """
     from deploy.embedded import resolve
 
-    return resolve(settings_of(config, overrides))
+    needed = {"redis": broker, "mongo": store}
+    return resolve(settings_of(config, overrides), [name for name in needed if needed[name]])
 
 
 def print_json(value: Any) -> None:

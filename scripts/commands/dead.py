@@ -47,6 +47,7 @@ Ids = Annotated[list[str] | None, typer.Argument(metavar="ID…", help="IDs of p
 All = Annotated[bool, typer.Option("--all", help="Every dead letter that the filters leave.")]
 
 _NO_LIMIT = 1_000_000_000
+_NAMED = 10
 
 
 def list_letters(
@@ -111,14 +112,16 @@ def replay(
     """Give dead letters all their attempts again and put them on the queue."""
     from king.publisher import publish_posts
 
-    with _archive(config, overrides) as (archive, settings):
-        chosen = _choose(
+    with _archive(config, overrides, broker=True) as (archive, settings):
+        chosen, wrong = _choose(
             archive, "replay", ids, Filters(stage, type_, since), everything=everything
         )
         messages = archive.replay(chosen)
         # The jobs are queued already: if this fails, the daemon publishes them later by itself.
         count = publish_posts(settings.broker, messages)
     sys.stdout.write(f"replayed {count}{_rest(len(chosen) - count)}\n")
+    if wrong:
+        raise ConfigError(f"dead replay: {wrong}")
 
 
 def drop(
@@ -133,9 +136,13 @@ def drop(
 ) -> None:
     """Delete dead letters."""
     with _archive(config, overrides) as (archive, _):
-        chosen = _choose(archive, "drop", ids, Filters(stage, type_, since), everything=everything)
+        chosen, wrong = _choose(
+            archive, "drop", ids, Filters(stage, type_, since), everything=everything
+        )
         count = archive.drop(chosen)
     sys.stdout.write(f"dropped {count}{_rest(len(chosen) - count)}\n")
+    if wrong:
+        raise ConfigError(f"dead drop: {wrong}")
 
 
 def letter_json(job: Job) -> dict[str, Any]:
@@ -158,11 +165,11 @@ def _rest(left: int) -> str:
 
 @contextlib.contextmanager
 def _archive(
-    config: Path | None, overrides: Sequence[str] | None
+    config: Path | None, overrides: Sequence[str] | None, *, broker: bool = False
 ) -> Iterator[tuple[Archive, Settings]]:
     from king.archive import Archive
 
-    settings = online_settings(config, overrides)
+    settings = online_settings(config, overrides, broker=broker, store=True)
     archive = Archive(settings.store)
     try:
         yield archive, settings
@@ -191,15 +198,28 @@ def _find(archive: Archive, filters: Filters, limit: int) -> list[Job]:
 
 def _choose(
     archive: Archive, verb: str, ids: Sequence[str] | None, filters: Filters, *, everything: bool
-) -> list[str]:
-    """The letters that are meant; all of them only when that was said."""
-    if ids:
-        if filters.given or everything:
-            raise ConfigError(f"dead {verb}: name IDs, or filters, not both")
-        return list(dict.fromkeys(ids))
-    if not (filters.given or everything):
-        raise ConfigError(f"dead {verb}: name IDs, a filter (--stage --type --since), or --all")
-    return [job.post_id for job in _find(archive, filters, _NO_LIMIT)]
+) -> tuple[list[str], str]:
+    """The letters that are meant, and which of the IDs cannot be; all only when that was said."""
+    if not ids:
+        if not (filters.given or everything):
+            raise ConfigError(f"dead {verb}: name IDs, a filter (--stage --type --since), or --all")
+        return [job.post_id for job in _find(archive, filters, _NO_LIMIT)], ""
+    if filters.given or everything:
+        raise ConfigError(f"dead {verb}: name IDs, or filters, not both")
+    named = list(dict.fromkeys(ids))
+    found = archive.dead_among(named)
+    unknown = [post_id for post_id in named if post_id not in found]
+    mute = [i for i, job in found.items() if verb == "replay" and not job.names_a_post]
+    wrong = [f"no dead letter: {_listed(unknown)} (see insighttag dead list)"] if unknown else []
+    if mute:
+        wrong.append(f"names no post, so that it can only be dropped: {_listed(mute)}")
+    chosen = [post_id for post_id in named if post_id in found and post_id not in mute]
+    return chosen, "; ".join(wrong)
+
+
+def _listed(post_ids: Sequence[str]) -> str:
+    more = f" and {len(post_ids) - _NAMED} more" if len(post_ids) > _NAMED else ""
+    return ", ".join(f"{post_id!r:.80}" for post_id in post_ids[:_NAMED]) + more
 
 
 COMMANDS: Mapping[str, Callable[..., None]] = {

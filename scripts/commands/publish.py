@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,13 +16,23 @@ from config.errors import ConfigError, MessageError
 from config.settings import Settings
 from scripts.commands.common import Config, Overrides, online_settings
 
+if TYPE_CHECKING:
+    from king.messages import PostMessage
+
+_NAMED = 5
+
 
 def publish(
     ids: Annotated[list[str] | None, typer.Argument(metavar="ID…", help="IDs of posts.")] = None,
     *,
     file: Annotated[
         Path | None,
-        typer.Option("--file", metavar="F", help="A file with one ID a line; - is standard input."),
+        typer.Option(
+            "--file",
+            metavar="F",
+            help='A file with one ID a line, or {"post_id": "…"} with priority and force as on '
+            "the queue; - is standard input.",
+        ),
     ] = None,
     untagged: Annotated[
         bool, typer.Option("--untagged", help="Every post of the database without a result.")
@@ -42,39 +53,82 @@ def publish(
     from king.messages import PostMessage
     from king.publisher import publish_posts
 
-    named = list(ids or ())
+    # All of them are checked before any is published.
+    named = [_checked(post_id) for post_id in ids or ()]
     if file is not None:
-        named += read_ids(file)
+        named += read_messages(file)
     if not (named or file or untagged):
         raise ConfigError("publish: name IDs, --file F or --untagged")
-    checked = [_checked(post_id) for post_id in named]  # all of them, before any is published
-    settings = online_settings(config, overrides)
+    settings = online_settings(config, overrides, broker=True, store=untagged)
     with _untagged(settings, untagged) as more:
-        messages = (
-            PostMessage(post_id, priority=priority, force=force)
-            for post_id in _once(chain(checked, more))
+        asked = (
+            replace(each, priority=each.priority or priority, force=each.force or force)
+            for each in chain(named, map(PostMessage, more))
         )
-        count = publish_posts(settings.broker, messages)
+        count = publish_posts(settings.broker, _once(asked))
     sys.stdout.write(f"published {count} to {settings.broker.queue}\n")
 
 
 def read_ids(file: Path) -> list[str]:
-    """One ID a line; empty lines are left out."""
+    """The IDs of `read_messages`."""
+    return [message.post_id for message in read_messages(file)]
+
+
+def read_messages(file: Path) -> list[PostMessage]:
+    """A message a line, each as the queue would carry it; empty lines are left out.
+
+    A bare ID with white space or braces, which a client could publish, is refused here: a line of
+    a table or of broken JSON is much likelier.
+
+    Raises:
+        ConfigError: The file cannot be read, or lines name no post: how many, which, and why.
+    """
+    found: list[PostMessage] = []
+    wrong: list[str] = []
+    # No splitlines: it would take some control characters inside an ID for ends of lines.
+    for number, line in enumerate(_text(file).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            found.append(_message(line.strip()))
+        except MessageError as error:
+            wrong.append(f"line {number}: {error}")
+    if wrong:
+        more = f"; and {len(wrong) - _NAMED} more" if len(wrong) > _NAMED else ""
+        lines = "1 line names" if len(wrong) == 1 else f"{len(wrong)} lines name"
+        raise ConfigError(
+            f"--file {file}: {lines} no post, so nothing was done: "
+            f"{'; '.join(wrong[:_NAMED])}{more}"
+        )
+    return found
+
+
+def _message(line: str) -> PostMessage:
+    from king.messages import parse_message
+
+    message = parse_message(line)
+    odd = next((c for c in line if c.isspace() or c in "{}"), None)
+    if odd is not None and line[0] not in '{"':
+        kind = "white space" if odd.isspace() else repr(odd)
+        raise MessageError(f'holds {kind}; if it is an ID, write {{"post_id": "…"}}')
+    return message
+
+
+def _text(file: Path) -> str:
     try:
-        text = sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8-sig")
+        return sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
         raise ConfigError(f"--file {file}: no such file") from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--file {file}: cannot be read: {error}") from error
-    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
-def _checked(post_id: str) -> str:
+def _checked(post_id: str) -> PostMessage:
     """The ID as the daemon will read it."""
     from king.messages import PostMessage, parse_message
 
     try:
-        return parse_message(PostMessage(post_id).encode()).post_id
+        return parse_message(PostMessage(post_id).encode())
     except (MessageError, UnicodeEncodeError) as error:
         raise ConfigError(f"publish: {post_id!r:.80}: {error}") from error
 
@@ -94,9 +148,9 @@ def _untagged(settings: Settings, wanted: bool) -> Iterator[Iterator[str]]:
         archive.close()
 
 
-def _once(ids: Iterable[str]) -> Iterator[str]:
+def _once(messages: Iterable[PostMessage]) -> Iterator[PostMessage]:
     seen: set[str] = set()
-    for post_id in ids:
-        if post_id not in seen:
-            seen.add(post_id)
-            yield post_id
+    for message in messages:
+        if message.post_id not in seen:
+            seen.add(message.post_id)
+            yield message

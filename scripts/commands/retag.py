@@ -62,8 +62,8 @@ def retag(
     if query is None and file is None and not everything and older is None:
         raise ConfigError("retag: name --query JSON, --file F, --all or --bundle-older-than V")
     condition = _condition(query)
-    ids = read_ids(file) if file is not None else None
-    settings = online_settings(config, overrides)
+    ids = read_ids(file) if file is not None else None  # priority and force are this command's
+    settings = online_settings(config, overrides, broker=True, store=True)
     if older is not None:
         version = current_version(settings) if older == CURRENT else _version(older)
         path = f"{settings.store.result_path}.version"

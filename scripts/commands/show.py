@@ -33,7 +33,7 @@ def show(
     """
     from king.archive import Archive
 
-    settings = online_settings(config, overrides)
+    settings = online_settings(config, overrides, store=True)
     archive = Archive(settings.store)
     try:
         stored = archive.post(post_id)

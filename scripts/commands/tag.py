@@ -17,6 +17,11 @@ from scripts.commands.post_file import read_posts
 class Tagger(Protocol):
     """What is asked of `workers.local.LocalTagger`."""
 
+    @property
+    def bundle(self) -> tuple[str, str]:
+        """Name and version of what tags."""
+        ...
+
     def features(self, post: Post) -> Features:
         """The post's features."""
         ...
@@ -62,11 +67,15 @@ def result_of(post: Post, tagger: Tagger) -> dict[str, Any]:
         tags = tagger.fuse(features)
     except TaggingError as error:
         failure = Failure.of("extract", error)
+        model, version = tagger.bundle
         return {
             "post_id": post.post_id,
+            "model": model,
+            "version": version,
             "status": "failed",
             "tags": [],
             "modalities": {},
+            "failures": {},
             "error": failure.as_dict(),
         }
     return {

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import TextIO
+from typing import Any, Literal, TextIO, TypeAlias
+
+from config import files
+
+Form: TypeAlias = Literal["json", "jsonl"]
+"""Of a data file: one list, or a line each."""
 
 
 class AtomicLines:
@@ -18,7 +25,7 @@ class AtomicLines:
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
-        self._part = part_of(self.path)
+        self._part = files.part_of(self.path)
         self._file: TextIO | None = None
 
     def __enter__(self) -> AtomicLines:
@@ -52,7 +59,7 @@ class AtomicLines:
                 os.fsync(file.fileno())
             file.close()
             if kind is None:
-                publish(self._part, self.path)
+                files.publish(self._part, self.path)
                 return
         except OSError:
             with contextlib.suppress(OSError):
@@ -63,32 +70,37 @@ class AtomicLines:
         self._part.unlink(missing_ok=True)
 
 
-def part_of(path: Path) -> Path:
-    """The hidden name beside a file that it has while it is being written."""
-    return path.with_name(f".{path.name}.part")
+class DataFile:
+    """A data file that is written an entry at a time: a JSON list, or JSON lines."""
 
+    def __init__(self, lines: AtomicLines, form: Form) -> None:
+        self._lines, self._form = lines, form
+        self._held: str | None = None
+        if form == "json":
+            lines.write("[")
 
-def publish(part: Path, path: Path) -> None:
-    """Give a written and synced file its name, and make that last through a power cut."""
-    part.replace(path)
-    sync_folder(path.parent)
+    def add(self, entry: Mapping[str, Any]) -> None:
+        """Write an entry; of a list always the one before, whose comma is only known now."""
+        text = json.dumps(entry, ensure_ascii=False)
+        if self._form == "jsonl":
+            self._lines.write(text)
+            return
+        if self._held is not None:
+            self._lines.write(self._held + ",")
+        self._held = text
 
-
-def sync_folder(folder: Path) -> None:
-    """Push a folder's entries to the disk; file systems that cannot are let be."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    def end(self) -> None:
+        """Write what the list still lacks."""
+        if self._form == "json":
+            if self._held is not None:
+                self._lines.write(self._held)
+            self._lines.write("]")
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a text file that appears whole or not at all.
+    """Write a text file that appears whole or not at all, and ends with an end of line.
 
     Raises:
         OSError: The disk is full, or gone.
     """
-    with AtomicLines(path) as lines:
-        lines.write(text.removesuffix("\n"))
+    files.write_whole(path, (text.removesuffix("\n") + "\n").encode("utf-8"))

@@ -7,6 +7,7 @@ videos, audios, author, created}``; a data file (``*.json``) a list of the same,
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ __all__ = [
     "CorpusPost",
     "Summary",
     "bad_line",
+    "check_holds_post",
     "is_url",
     "local_path",
     "post_line",
@@ -100,6 +102,33 @@ def read_posts(path: Path | str) -> Iterator[Entry]:
         raise ConfigError(f"{file}: no such file") from error
     except OSError as error:
         raise ConfigError(f"{file}: cannot be read: {error.strerror or error}") from error
+
+
+def check_holds_post(path: Path | str, limit: int | None = None) -> None:
+    """Find a file that gives nothing to do; reads up to its first post.
+
+    Args:
+        path: As for `read_posts`.
+        limit: Lines that count; None: all.
+
+    Raises:
+        ConfigError: As `read_posts`; or no line is a post, with the reason.
+    """
+    number, first = 0, None
+    for entry in itertools.islice(read_posts(path), limit):
+        if isinstance(entry, CorpusPost):
+            return
+        number += 1
+        first = first or entry
+    if first is None:
+        raise ConfigError(f"{path}: holds no post: it is empty")
+    which = "its only line" if number == 1 else f"all {number:,} lines"
+    if limit is not None and number == limit:
+        which = "the first line" if number == 1 else f"the first {number:,} lines"
+    verb = "is" if number == 1 else "are"
+    raise ConfigError(
+        f"{path}: holds no post: {which} {verb} broken; line {first.line}: {first.reason}"
+    )
 
 
 def post_line(entry: CorpusPost) -> str:

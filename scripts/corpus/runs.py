@@ -9,9 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from config.errors import ConfigError
+
+_Stopper = TypeVar("_Stopper", bound="Stopper")
 
 
 class Stopper:
@@ -21,12 +23,15 @@ class Stopper:
         asked: Name of the signal that came; empty until then.
     """
 
+    signals: tuple[signal.Signals, ...] = (signal.SIGINT, signal.SIGTERM)
+    """Those that ask for an end."""
+
     def __init__(self) -> None:
         self.asked = ""
         self._before: dict[signal.Signals, Any] = {}
 
-    def __enter__(self) -> Stopper:
-        for number in (signal.SIGINT, signal.SIGTERM):
+    def __enter__(self: _Stopper) -> _Stopper:
+        for number in self.signals:
             self._before[number] = signal.signal(number, self._stop)
         return self
 
@@ -43,6 +48,27 @@ class Stopper:
         self.asked = signal.Signals(number).name
         for known in self._before:
             signal.signal(known, signal.SIG_DFL)
+
+
+class Interrupt(Stopper):
+    """A `Stopper` whose second signal is a KeyboardInterrupt, so that processes can be ended.
+
+    A closed terminal asks for an end, too.
+
+    Attributes:
+        patient: While false, as when models load, the first signal ends at once, too.
+    """
+
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patient = False
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        if self.asked or not self.patient:
+            raise KeyboardInterrupt
+        self.asked = signal.Signals(number).name
 
 
 @contextmanager

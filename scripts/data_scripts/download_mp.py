@@ -17,32 +17,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs as a plain 
 
 from config.errors import ConfigError, TaggingError
 from config.load import load_settings
-from config.options import OneLineParser, number, whole_number
+from config.options import OneLineParser, count, natural, seconds
 from scripts.downloads.command import download
 from scripts.downloads.values import Options
 
 _NAME = "download_mp"
-
-
-def _count(text: str) -> int:
-    value = whole_number(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text}: must be 1 or more")
-    return value
-
-
-def _natural(text: str) -> int:
-    value = whole_number(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text}: must be 0 or more")
-    return value
-
-
-def _seconds(text: str) -> float:
-    value = number(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text}: must be above 0")
-    return value
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -52,23 +31,23 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("posts", type=Path, metavar="POSTS", help="posts file or data file")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="output folder")
-    parser.add_argument("--processes", type=_count, default=2)
-    parser.add_argument("--connections", type=_count, default=16, help="of each process; 16")
+    parser.add_argument("--processes", type=count, default=2)
+    parser.add_argument("--connections", type=count, default=16, help="of each process; 16")
     parser.add_argument(
-        "--per_host", type=_count, default=8, metavar="N", help="downloads from one host at once; 8"
+        "--per_host", type=count, default=8, metavar="N", help="downloads from one host at once; 8"
     )
     parser.add_argument(
         "--retries",
-        type=_natural,
+        type=natural,
         default=4,
         metavar="N",
         help="more tries at what may pass, each after a longer wait; 4",
     )
     parser.add_argument(
-        "--backoff", type=_seconds, default=1.0, metavar="S", help="wait before the first; 1"
+        "--backoff", type=seconds, default=1.0, metavar="S", help="wait before the first; 1"
     )
     parser.add_argument(
-        "--timeout", type=_seconds, metavar="S", help="seconds for one file; fetch.total_timeout_s"
+        "--timeout", type=seconds, metavar="S", help="seconds for one file; fetch.total_timeout_s"
     )
     parser.add_argument("--local", action="store_true", help="take local files of POSTS too")
     parser.add_argument("--verify", action="store_true", help="hash files that are there already")

@@ -13,44 +13,23 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs as a plain script too
 
-from config.options import OneLineParser, number, whole_number
+from config.options import OneLineParser, count, natural, share
 from scripts.demo_posts.make import DATA_FILE, make_posts
 from scripts.demo_posts.plan import SPLITS, plan_posts
-
-
-def _share(text: str) -> float:
-    value = number(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text}: must lie in 0 to 1")
-    return value
-
-
-def _count(text: str) -> int:
-    value = whole_number(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text}: must be 1 or more")
-    return value
-
-
-def _seed(text: str) -> int:
-    value = whole_number(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text}: must be 0 or more")
-    return value
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = OneLineParser(prog="make_demo_posts", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
-    parser.add_argument("--posts", type=_count, required=True, help="number of posts")
-    parser.add_argument("--seed", type=_seed, default=0)
+    parser.add_argument("--posts", type=count, required=True, help="number of posts")
+    parser.add_argument("--seed", type=natural, default=0)
     parser.add_argument("--split", choices=SPLITS, default="train", help="splits share no post")
-    parser.add_argument("--noise", type=_share, default=0.0, help="disturbance, 0 to 1")
+    parser.add_argument("--noise", type=share, default=0.0, help="disturbance, 0 to 1")
     parser.add_argument(
-        "--missing", type=_share, default=0.0, help="chance that a needed modality is left out"
+        "--missing", type=share, default=0.0, help="chance that a needed modality is left out"
     )
-    parser.add_argument("--processes", type=_count, default=os.cpu_count() or 1)
+    parser.add_argument("--processes", type=count, default=os.cpu_count() or 1)
     return parser.parse_args(arguments)
 
 

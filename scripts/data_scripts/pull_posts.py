@@ -21,22 +21,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs as a plain 
 from config.errors import ConfigError, TaggingError
 from config.load import load_settings
 from config.logs import configure_logs
-from config.options import OneLineParser, whole_number
+from config.options import OneLineParser, count, natural
 
 _NAME = "pull_posts"
 
 
-def _count(text: str) -> int:
-    value = whole_number(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text}: must be 1 or more")
-    return value
-
-
 def _seed(text: str) -> int:
-    value = whole_number(text)
-    if not 0 <= value < 1 << 63:
-        raise argparse.ArgumentTypeError(f"{text}: must be 0 or more")
+    value = natural(text)
+    if value >= 1 << 63:
+        raise argparse.ArgumentTypeError(f"{text}: must be below 2^63")
     return value
 
 
@@ -56,19 +49,19 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--query", default="{}", metavar="JSON", help="MongoDB filter, extended JSON")
     add("--since", metavar="T", help="posts from then on: 2026-01-31[T12:00], or 7d, 12h ago")
     add("--until", metavar="T", help="posts before then")
-    add("--sample", type=_count, metavar="N", help="so many, picked by a hash of the ID")
+    add("--sample", type=count, metavar="N", help="so many, picked by a hash of the ID")
     add("--seed", type=_seed, default=0, metavar="N", help="another seed, another sample")
     add(
         "--min_posts_per_tag",
-        type=_count,
+        type=count,
         default=0,
         metavar="N",
         help="leave out tags with fewer posts, and posts without any other tag; a sample keeps "
         "so many posts of each tag",
     )
-    add("--limit", type=_count, metavar="N", help="stop after so many posts")
+    add("--limit", type=count, metavar="N", help="stop after so many posts")
     add("--untagged", action="store_true", help="only posts without a result")
-    add("--page", type=_count, default=1000, metavar="N", help="documents read at a time; 1000")
+    add("--page", type=count, default=1000, metavar="N", help="documents read at a time; 1000")
     add("--restart", action="store_true", help="forget an unfinished pull into the same file")
     add("--config", type=Path, metavar="F", help="settings, YAML; section store")
     add("--set", metavar="a.b=c", action="append", default=[], dest="overrides")

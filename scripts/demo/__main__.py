@@ -18,7 +18,7 @@ from config.errors import ConfigError, TaggingError
 from config.labels import LabelMap
 from config.load import load_settings
 from config.logs import configure_logs
-from config.options import OneLineParser, whole_number
+from config.options import OneLineParser, count
 from config.settings import Settings
 from scripts.demo.layout import Layout, Sizes
 
@@ -54,19 +54,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--set", metavar="A.B=C", action="append", default=[], dest="overrides", help="one setting"
     )
-    parser.add_argument("--train", type=_count, metavar="N", help="training posts")
-    parser.add_argument("--online", type=_count, metavar="N", help="posts that the daemon tags")
+    parser.add_argument("--train", type=count, metavar="N", help="training posts")
+    parser.add_argument("--online", type=count, metavar="N", help="posts that the daemon tags")
     parser.add_argument("--seed", type=int, default=7, help="of the posts")
     parser.add_argument("--fresh", action="store_true", help="make everything anew")
     parser.add_argument("--keep", action="store_true", help="leave the embedded services running")
     return parser.parse_args(arguments)
-
-
-def _count(text: str) -> int:
-    value = whole_number(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text}: must be 1 or more")
-    return value
 
 
 def _demo(options: argparse.Namespace) -> int:

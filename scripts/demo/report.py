@@ -9,6 +9,7 @@ from typing import Any
 
 from extractors.post import MODALITIES, Post
 from scripts.commands.common import console
+from scripts.corpus.lines import write_whole
 from scripts.demo.evaluate import Evaluation
 
 
@@ -61,6 +62,4 @@ def show_summary(
 
 def write_report(path: Path, content: Mapping[str, Any]) -> None:
     """Write the report, whole or not at all."""
-    partial = path.with_suffix(".tmp")
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, json.dumps(content, indent=2))

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from config.errors import ConfigError, TaggingError
-from scripts.corpus.records import read_posts
+from scripts.corpus.records import check_holds_post, read_posts
 from scripts.corpus.runs import Stopper, only_one
 from scripts.downloads.meter import Meter
 from scripts.downloads.report import Interrupted, write_report
@@ -27,6 +27,7 @@ def download(options: Options) -> int:
         ConfigError: The posts file or the output folder is not as it should be.
         TaggingError: It cannot go on now.
     """
+    check_holds_post(options.posts)
     total = count_posts(options.posts)
     folder = options.out / ".state"
     with only_one(folder / "lock", str(options.out)), Stopper() as stopper:

@@ -10,18 +10,17 @@ right then has lost nothing.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from config.errors import MediaError
+from config.files import file_digest
 from extractors.sniff import FileType, check_type, sniff
 from scripts.downloads.values import Found
 
 _HEAD_BYTES = 4096
-_CHUNK_BYTES = 1 << 20
 _NAME = re.compile(r"([0-9a-f]{32})-([0-9a-f]{64})")
 # Families that are not their own extension.
 _EXTENSIONS = {
@@ -98,18 +97,9 @@ def present(out: Path, found: Found, *, verify: bool = False) -> bool:
     try:
         if path.stat().st_size != found.size_bytes:
             return False
-        return not verify or hash_file(path) == found.sha256
+        return not verify or file_digest(path) == found.sha256
     except OSError:
         return False
-
-
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file, as 64 hex digits."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while chunk := stream.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def left_over(out: Path) -> Iterator[tuple[str, str, Found]]:
@@ -120,7 +110,7 @@ def left_over(out: Path) -> Iterator[tuple[str, str, Found]]:
     folder = incoming_folder(out)
     for path in sorted(folder.iterdir()):
         named = _NAME.fullmatch(path.name)
-        if named is None or hash_file(path) != named[2]:
+        if named is None or file_digest(path) != named[2]:
             path.unlink()
             continue
         yield named[1], path.name, classify(path, named[2])

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from config.errors import RetryableError, TaggingError
 from config.settings import Settings
 from extractors.post import Failure, Modality
-from scripts.extraction.interrupt import Interrupt
+from scripts.corpus.runs import Interrupt
 from scripts.extraction.store import FeatureStore
 from scripts.extraction.values import Entry, FailedPart, Result, Work
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from config.errors import ConfigError, TaggingError
+from scripts.corpus.runs import Interrupt
 from scripts.extraction.actor import OUT, ExtractActor, Order, trouble_of
-from scripts.extraction.interrupt import Interrupt
 from scripts.extraction.options import Options
 from scripts.extraction.parts import PartFolder
 from scripts.extraction.values import WANTED, Entry, Result, Work

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from config.errors import ConfigError
 from config.load import load_settings, validate
-from config.options import OneLineParser
+from config.options import OneLineParser, count, natural
 from config.settings import Settings
 from scripts.extraction.values import Kind
 from scripts.extraction.work import POSTS_OF_MANIFEST
@@ -134,7 +134,7 @@ def _parser(kind: Kind) -> OneLineParser:
         "--features", type=Path, required=True, metavar="DIR", help="root of feature files"
     )
     parser.add_argument(
-        "--workers", type=_count_or_zero, default=0, help="extractor processes; 0: by the cores"
+        "--workers", type=natural, default=0, help="extractor processes; 0: by the cores"
     )
     parser.add_argument(
         "--devices", type=_devices, metavar="LIST", help="cpu, or cuda:0,cuda:1; default: settings'"
@@ -144,7 +144,7 @@ def _parser(kind: Kind) -> OneLineParser:
         "--address", help="cluster of Ray: auto, ray://host:10001; default: one on this machine"
     )
     parser.add_argument(
-        "--batch", type=_count, help="frames, images, patches or texts of one pass of a model"
+        "--batch", type=count, help="frames, images, patches or texts of one pass of a model"
     )
     parser.add_argument(
         "--share",
@@ -156,7 +156,7 @@ def _parser(kind: Kind) -> OneLineParser:
     parser.add_argument(
         "--failures", type=Path, metavar="FILE", help="default: DIR/failures_" + f"{kind}.jsonl"
     )
-    parser.add_argument("--limit", type=_count, help="only the first lines of the input")
+    parser.add_argument("--limit", type=count, help="only the first lines of the input")
     parser.add_argument("--force", action="store_true", help="extract what is there, too")
     parser.add_argument(
         "--retry_failed", action="store_true", help="extract what has failed for good, too"
@@ -204,20 +204,3 @@ def _devices(text: str) -> tuple[str, ...]:
     if not names or not all(_DEVICE.fullmatch(name) for name in names):
         raise argparse.ArgumentTypeError(f"{text}: write it as cpu, or as cuda:0,cuda:1")
     return names
-
-
-def _count(text: str) -> int:
-    value = _count_or_zero(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text}: must be 1 or more")
-    return value
-
-
-def _count_or_zero(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text}: must be a whole number") from error
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text}: must be 0 or more")
-    return value

@@ -9,11 +9,11 @@ from typing import Protocol
 
 from config.errors import ConfigError, TaggingError
 from config.logs import configure_logs
-from scripts.corpus.records import Summary
+from scripts.corpus.records import Summary, check_holds_post
+from scripts.corpus.runs import Interrupt
 from scripts.extraction.failures import FailureFile
-from scripts.extraction.interrupt import Interrupt
 from scripts.extraction.options import Options, parse
-from scripts.extraction.tally import Bar, Tally
+from scripts.extraction.tally import ResultBar, Tally
 from scripts.extraction.values import WANTED, Entry, Kind, Result
 from scripts.extraction.work import Inputs
 
@@ -53,6 +53,7 @@ def main(kind: Kind, arguments: Sequence[str] | None = None) -> int:
 def _run(options: Options, name: str) -> int:
     settings = options.settings
     configure_logs(settings.log.format, settings.log.level)
+    check_holds_post(options.posts, options.limit)  # before models are loaded for nothing
     wanted = WANTED[options.kind]
     inputs = Inputs(options.posts, settings, wanted, manifest=options.manifest, limit=options.limit)
     total = inputs.count()
@@ -61,7 +62,10 @@ def _run(options: Options, name: str) -> int:
     with Interrupt() as interrupt, contextlib.closing(_engine(options, interrupt)) as engine:
         engine.open()
         interrupt.patient = True
-        with FailureFile(options.failures) as failures, Bar(tally.summary.title, total) as bar:
+        with (
+            FailureFile(options.failures) as failures,
+            ResultBar(tally.summary.title, total) as bar,
+        ):
             for result in bar.watch(engine.run(inputs)):
                 tally.add(result)
                 failures.add(result.index, result.failures)

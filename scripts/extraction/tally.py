@@ -6,14 +6,10 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from types import TracebackType
-from typing import TYPE_CHECKING
 
+from scripts.corpus.bar import Bar
 from scripts.corpus.records import Summary
 from scripts.extraction.values import Result
-
-if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
 
 _LINE_EVERY_S = 30.0
 
@@ -57,36 +53,20 @@ class Tally:
         return self.summary
 
 
-class Bar:
-    """A progress bar with rate and time left on standard error; lines where it is no terminal."""
+class ResultBar(Bar):
+    """A bar with rate and time left; lines where standard error is no terminal."""
 
     def __init__(self, title: str, total: int) -> None:
-        self._title, self._total = title, total
+        self._terminal = sys.stderr.isatty()
+        super().__init__(title, total, rate=True, shown=self._terminal)
+        self._number = total
         self._done = self._there = self._failed = 0
-        self._began = self._line_due = time.monotonic()
-        self._progress: Progress | None = None
-        self._task: TaskID | None = None
-
-    def __enter__(self) -> Bar:
-        if sys.stderr.isatty():
-            self._progress = _progress()
-            self._task = self._progress.add_task(self._title, total=self._total, note="", rate="")
-            self._progress.start()
-        self._began = time.monotonic()
-        self._line_due = self._began + _LINE_EVERY_S
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._progress is not None:
-            self._progress.stop()
+        self._began = self._line_due = 0.0
 
     def watch(self, results: Iterable[Result]) -> Iterator[Result]:
         """Pass results on and show how far they are."""
+        self._began = time.monotonic()
+        self._line_due = self._began + _LINE_EVERY_S
         for result in results:
             self._done += 1
             self._there += result.state == "there"
@@ -99,41 +79,14 @@ class Bar:
         # What was there already costs nothing, and says nothing of how long the rest will take.
         rate_hz = (self._done - self._there) / max(now - self._began, 1e-9)
         note = f"{self._there:,} there, {self._failed:,} with failures"
-        if self._progress is not None and self._task is not None:
-            self._progress.update(
-                self._task, completed=self._done, note=note, rate=f"{rate_hz:.1f} posts/s"
-            )
+        if self._terminal:
+            self.update(self._done, note, f"{rate_hz:.1f} posts/s")
         elif now >= self._line_due:
             self._line_due = now + _LINE_EVERY_S
-            left = (self._total - self._done) / rate_hz if rate_hz > 0 else float("inf")
+            left = (self._number - self._done) / rate_hz if rate_hz > 0 else float("inf")
             ends = f", {left / 60:.0f} min left" if left < 1e8 else ""
             sys.stderr.write(
-                f"{self._title}: {self._done:,} of {self._total:,}, {note}, "
+                f"{self.title}: {self._done:,} of {self._number:,}, {note}, "
                 f"{rate_hz:.1f} posts/s{ends}\n"
             )
             sys.stderr.flush()
-
-
-def _progress() -> Progress:
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=28),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-        console=Console(stderr=True, highlight=False),
-        speed_estimate_period=60,
-    )

@@ -18,6 +18,7 @@ from config.errors import ConfigError, TaggingError
 from config.settings import StoreSettings
 from config.urls import redact
 from scripts.commands.common import since_time
+from scripts.corpus.bar import Bar
 from scripts.corpus.records import CorpusPost, post_line
 from scripts.corpus.runs import Stopper, only_one
 from scripts.pulling.choose import Choice, rare_tags, sample
@@ -272,28 +273,14 @@ def _rejected(document: Mapping[str, Any], reason: str) -> str:
 
 @contextmanager
 def _bar(description: str, total: int) -> Iterator[Callable[[int, str], None]]:
-    """A bar with rate and ETA on standard error."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TaskProgressColumn,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    """A bar that is told how many more are done."""
+    done = 0
+    with Bar(description, total, rate=True) as bar:
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=20),
-        MofNCompleteColumn(),
-        TaskProgressColumn(show_speed=True, text_format="{task.percentage:>3.0f}%"),
-        TimeElapsedColumn(),
-        TextColumn("ETA"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
-    with Progress(*columns, console=Console(stderr=True), refresh_per_second=4) as progress:
-        task = progress.add_task(description, total=total, note="")
-        yield lambda count, note: progress.update(task, advance=count, note=note)
+        def advance(count: int, note: str) -> None:
+            nonlocal done
+            done += count
+            share = min(1.0, done / total) if total else 0.0
+            bar.update(done, note, f"{share:>4.0%}")
+
+        yield advance

@@ -19,7 +19,8 @@ from typing import Any, BinaryIO
 from bson import json_util
 
 from config.errors import ConfigError
-from scripts.corpus.lines import part_of, publish, write_whole
+from config.files import part_of, publish
+from scripts.corpus.lines import write_whole
 from scripts.corpus.summary import Summary
 from scripts.pulling.choose import Choice
 from scripts.pulling.values import Place

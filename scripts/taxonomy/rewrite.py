@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from config.errors import ConfigError
+from config.files import file_digest, part_of, publish
 from config.labels import LabelMap
-from scripts.corpus.lines import AtomicLines, part_of, publish, write_whole
+from scripts.corpus.lines import AtomicLines, DataFile, write_whole
 from scripts.taxonomy.migrations import Migration
 
 
@@ -51,7 +51,7 @@ def followed_version(data: Path) -> int:
         ConfigError: The note is broken.
     """
     note = _note(data)
-    if note.get("pending_sha256") and _sha256(data) == note["pending_sha256"]:
+    if note.get("pending_sha256") and _digest(data) == note["pending_sha256"]:
         return int(note["pending_version"])
     return int(note.get("version", 0))
 
@@ -86,7 +86,10 @@ def apply(
             for row in asked:
                 relabel.write(json.dumps(row, ensure_ascii=False))
             lines = _rewritten(data, migrations[before:], answers, counts, relabel)
-            _write(out, lines, listed=data.suffix.lower() == ".json")
+            file = DataFile(out, "json" if data.suffix.lower() == ".json" else "jsonl")
+            for line in lines:
+                file.add(line)
+            file.end()
         _finish(data, part, before, after)
     except OSError as error:
         part.unlink(missing_ok=True)
@@ -97,7 +100,7 @@ def apply(
 
 
 def _finish(data: Path, part: Path, before: int, after: int) -> None:
-    note = {"version": before, "pending_version": after, "pending_sha256": _sha256(part)}
+    note = {"version": before, "pending_version": after, "pending_sha256": file_digest(part)}
     write_whole(note_path(data), json.dumps(note))
     publish(part, data)
     write_whole(note_path(data), json.dumps({"version": after}))
@@ -203,24 +206,6 @@ def _checked(entry: Any, where: str) -> dict[str, Any]:
     return entry
 
 
-def _write(out: AtomicLines, entries: Iterator[dict[str, Any]], *, listed: bool) -> None:
-    held: str | None = None
-    if listed:
-        out.write("[")
-    for entry in entries:
-        text = json.dumps(entry, ensure_ascii=False)
-        if not listed:
-            out.write(text)
-            continue
-        if held is not None:
-            out.write(held + ",")
-        held = text
-    if listed:
-        if held is not None:
-            out.write(held)
-        out.write("]")
-
-
 def _note(data: Path) -> dict[str, Any]:
     path = note_path(data)
     try:
@@ -234,12 +219,8 @@ def _note(data: Path) -> dict[str, Any]:
     return content
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
+def _digest(data: Path) -> str:
     try:
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
+        return file_digest(data)
     except FileNotFoundError as error:
-        raise ConfigError(f"{path}: no such data file") from error
-    return digest.hexdigest()
+        raise ConfigError(f"{data}: no such data file") from error

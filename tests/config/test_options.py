@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 
 import online_process
-from config.options import OneLineParser
+from config.options import OneLineParser, count, natural, seconds, share
 from deploy import watchdog
 from scripts.data_scripts import analyze_posts, download_mp, make_demo_posts, pull_posts
 from scripts.demo.__main__ import main as demo_main
@@ -54,6 +55,25 @@ def test_what_is_no_number_is_told_without_private_names(
     assert caught.value.code == 2
     said = capsys.readouterr().err
     assert re.search(rf"argument {words[-2]}: abc: must be a (whole )?number \(", said)
+
+
+@pytest.mark.parametrize(
+    ("kind", "good", "bad", "told"),
+    [
+        (count, ["1", "20"], ["0", "-1"], "must be 1 or more"),
+        (natural, ["0", "7"], ["-1"], "must be 0 or more"),
+        (share, ["0", "0.5", "1"], ["-0.1", "1.1", "nan"], "must lie in 0 to 1"),
+        (seconds, ["0.1", "60"], ["0", "-1", "inf", "nan"], "must be above 0"),
+    ],
+)
+def test_numbers_have_their_bounds(
+    kind: Callable[[str], float], good: list[str], bad: list[str], told: str
+) -> None:
+    """What lies inside is taken as it is; what does not is told with its bound."""
+    assert [kind(text) for text in good] == [float(text) for text in good]
+    for text in bad:
+        with pytest.raises(argparse.ArgumentTypeError, match=f"^{text}: {told}$"):
+            kind(text)
 
 
 def test_the_scripts_say_it_so(capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,7 +20,7 @@ from king.health import read_health
 ROOT = Path(deploy.__file__).resolve().parents[1]
 
 
-def eventually(check: Callable[[], bool], timeout_s: float = 20.0) -> bool:
+def eventually(check: Callable[[], bool], timeout_s: float = 60.0) -> bool:
     """Whether something becomes so in time; what a process that is being replaced raises is no."""
     end = time.monotonic() + timeout_s
     while time.monotonic() < end:
@@ -82,8 +82,8 @@ class Checkout:
         if process is not None:
             children = psutil.Process(process.pid).children(recursive=True)
             process.terminate()
-            process.wait(30)
-            for child in psutil.wait_procs(children, 5)[1]:
+            process.wait(60)
+            for child in psutil.wait_procs(children, 30)[1]:
                 child.kill()
 
     def health(self) -> dict[str, Any]:

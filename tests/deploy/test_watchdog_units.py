@@ -30,7 +30,7 @@ def conf() -> configparser.ConfigParser:
 
 @pytest.fixture
 def monitored(
-    tmp_path: Path, unique_name: str, redis_server: RedisServer, mongo_server: MongoServer
+    short_path: Path, unique_name: str, redis_server: RedisServer, mongo_server: MongoServer
 ) -> Iterator[Checkout]:
     """A checkout with the monitor, on real servers."""
     settings = {
@@ -38,7 +38,7 @@ def monitored(
         "store": {"url": mongo_server.url, "database": unique_name, "collection": unique_name},
         "log": {"format": "json"},
     }
-    made = Checkout(tmp_path, KING, json.dumps(settings), monitor=True)
+    made = Checkout(short_path, KING, json.dumps(settings), monitor=True)
     try:
         yield made
     finally:

@@ -119,7 +119,7 @@ def test_a_silent_host_is_given_up_soon(monkeypatch: pytest.MonkeyPatch) -> None
     with socket.create_server(("127.0.0.1", 0)) as silent:
         began = time.monotonic()
         assert not reachable(f"http://127.0.0.1:{silent.getsockname()[1]}/file")
-        assert time.monotonic() - began < 3
+        assert time.monotonic() - began < 20
 
 
 def test_release_files_are_downloaded_and_checked(

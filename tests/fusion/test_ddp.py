@@ -17,6 +17,7 @@ from config.errors import ConfigError, FeatureError
 from extractors.feature_file import feature_path
 from fusion import processes
 from tests.fusion import runs
+from tests.services import free_port
 
 EXACT: dict[str, Any] = {
     "model": {"modality_dropout": 0.0, "auxiliary": 0.3},
@@ -129,7 +130,7 @@ def test_a_process_that_dies_ends_the_others(victim: int, few_posts: Path) -> No
     assert len(lines) == 1, said
     assert f"process {victim + 1} of 2 of this training was ended by signal 9" in lines[0]
     assert f"--resume {few_posts / 'run'}" in lines[0]
-    assert not any(child.is_running() for child in children)
+    assert psutil.wait_procs(children, 30)[1] == []
 
 
 def test_torchrun_starts_them_on_one_host_or_several(few_posts: Path) -> None:
@@ -138,7 +139,7 @@ def test_torchrun_starts_them_on_one_host_or_several(few_posts: Path) -> None:
     config = runs.config_file(few_posts, **options(1, "one"))
     torchrun = (sys.executable, "-m", "torch.distributed.run")
     local = (*torchrun, "--nproc-per-node", "2", "--master-addr", "127.0.0.1")
-    port = ("--master-port", str(processes._free_port()))
+    port = ("--master-port", str(free_port()))
     given = ("--model_config", config, "--save_dir")
     status, out, err = runs.command(*given, few_posts / "local", launcher=(*local, *port))
     assert status == 0, err
@@ -146,7 +147,7 @@ def test_torchrun_starts_them_on_one_host_or_several(few_posts: Path) -> None:
     assert runs.apart(runs.weights(few_posts, "one"), runs.weights(few_posts, "local")) < WEIGHTS
 
     hosts = (*torchrun, "--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "127.0.0.1")
-    port = ("--master-port", str(processes._free_port()))
+    port = ("--master-port", str(free_port()))
     started = [
         runs.start_command(
             *given, few_posts / "hosts", launcher=(*hosts, *port, "--node-rank", str(n))

@@ -72,7 +72,7 @@ class Consumer:
         """In the order of arrival."""
         return [delivery.body for delivery in self.got]
 
-    def until(self, done: Callable[[], bool], timeout_s: float = 10, *, heal: bool = False) -> None:
+    def until(self, done: Callable[[], bool], timeout_s: float = 60, *, heal: bool = False) -> None:
         """Drain until `done`; with `heal`, reconnect after a loss, as the King does.
 
         Raises:
@@ -95,7 +95,7 @@ class Consumer:
                 self.losses += 1
                 time.sleep(0.1)
 
-    def take(self, count: int, timeout_s: float = 10) -> list[Delivery]:
+    def take(self, count: int, timeout_s: float = 60) -> list[Delivery]:
         """Drain until this many came in all."""
         self.until(lambda: len(self.got) >= count, timeout_s)
         return self.got

@@ -82,17 +82,17 @@ class Running:
     def __exit__(self, *exception: object) -> None:
         self.stop()
 
-    def stop(self, timeout_s: float = 20) -> None:
+    def stop(self, timeout_s: float = 60) -> None:
         """Drain, and wait for the end."""
         self.king.stop()
         self.join(timeout_s)
 
-    def join(self, timeout_s: float = 20) -> None:
+    def join(self, timeout_s: float = 60) -> None:
         """Wait for the end."""
         self._thread.join(timeout_s)
         assert not self._thread.is_alive(), "the King did not end"
 
-    def until(self, done: Callable[[], Any], timeout_s: float = 15) -> None:
+    def until(self, done: Callable[[], Any], timeout_s: float = 60) -> None:
         """Wait until something is so."""
         end = time.monotonic() + timeout_s
         while not done():

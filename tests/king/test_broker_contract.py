@@ -27,7 +27,12 @@ def rig(request: pytest.FixtureRequest, queue_name: str) -> Iterator[Rig]:
     else:
         fixture = {"redis": "redis_server", "rabbitmq": "rabbitmq"}[request.param]
         url = request.getfixturevalue(fixture).url
-        rig = Rig(request.param, settings_for(url, queue_name, heartbeat_s=10, socket_timeout_s=5))
+        rig = Rig(
+            request.param,
+            settings_for(
+                url, queue_name, heartbeat_s=10, socket_timeout_s=5, visibility_timeout_s=40
+            ),
+        )
     yield rig
     rig.close()
 
@@ -96,7 +101,7 @@ def test_close_gives_back_what_is_in_hand(rig: Rig) -> None:
     assert broker.ack(consumer.got[1])
     broker.close()
     other = Consumer(rig.broker(), ack=True)
-    other.take(2, timeout_s=1.5)
+    other.take(2, timeout_s=30)
     assert [parse_message(b).post_id for b in other.bodies] == ["p0", "p2"]
     assert all(delivery.redelivered for delivery in other.got)
 
@@ -139,7 +144,7 @@ def test_two_consumers_share_a_queue(rig: Rig) -> None:
     two = Consumer(rig.broker(prefetch=2), ack=True)
     for i in range(30):
         one.broker.publish(PostMessage(f"p{i}"))
-    end = time.monotonic() + 10
+    end = time.monotonic() + 60
     while len(one.got) + len(two.got) < 30 and time.monotonic() < end:
         one.broker.drain(0.01)
         two.broker.drain(0.01)
@@ -163,7 +168,7 @@ def test_publishing_while_consuming(rig: Rig) -> None:
     for start in "abc":
         broker.publish(PostMessage(start))
     broker.consume(chain)
-    end = time.monotonic() + 10
+    end = time.monotonic() + 60
     while len(seen) < 24 and time.monotonic() < end:
         broker.drain(0.1)
     assert sorted(seen) == sorted(c + "x" * n for c in "abc" for n in range(8))
@@ -190,7 +195,7 @@ def test_an_empty_drain_ends_in_time(rig: Rig) -> None:
     Consumer(broker)
     start = time.monotonic()
     assert broker.drain(0.2) == 0
-    assert time.monotonic() - start < 1
+    assert time.monotonic() - start < 4
 
 
 def test_without_a_connection_it_says_so(rig: Rig) -> None:

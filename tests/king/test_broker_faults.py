@@ -96,10 +96,10 @@ def test_a_silent_connection_is_noticed_and_nothing_is_lost(
         assert place.proxy.blackhole(replies_only=replies_only) >= 1
         publish_posts(place.direct, posts(10, start=40))
         start = time.monotonic()
-        consumer.until(lambda: len(ids(consumer)) == 50, timeout_s=20, heal=True)
+        consumer.until(lambda: len(ids(consumer)) == 50, heal=True)
         assert consumer.losses >= 1
         assert broker.generation >= 2
-        assert time.monotonic() - start < 15
+        assert time.monotonic() - start < 45
         # What was taken but lost on the way comes back; then the queue is empty for good.
         consumer.until(lambda: broker.depth() == 0, heal=True)
 
@@ -112,8 +112,8 @@ def test_a_silent_connection_while_idle_is_noticed(place: Place) -> None:
         place.proxy.blackhole()
         start = time.monotonic()
         with pytest.raises(BrokerUnavailable):
-            consumer.until(lambda: False, timeout_s=15)
-        assert time.monotonic() - start < 8
+            consumer.until(lambda: False)
+        assert time.monotonic() - start < 30
         assert not broker.connected
 
 
@@ -125,7 +125,7 @@ def test_publishing_into_silence_fails_in_time(place: Place) -> None:
         start = time.monotonic()
         with pytest.raises(BrokerUnavailable):
             broker.publish(PostMessage("p2"))
-        assert time.monotonic() - start < 10
+        assert time.monotonic() - start < 30
         broker.connect()
         broker.publish(PostMessage("p3"))
         assert broker.depth() == 2
@@ -139,7 +139,7 @@ def test_closing_a_silent_connection_ends(place: Place) -> None:
         place.proxy.blackhole()
         start = time.monotonic()
         broker.close()
-        assert time.monotonic() - start < 8
+        assert time.monotonic() - start < 30
 
 
 def test_a_server_restart_loses_nothing(place: Place) -> None:
@@ -155,11 +155,11 @@ def test_a_server_restart_loses_nothing(place: Place) -> None:
         time.sleep(2)
         place.server.kill()
         with pytest.raises(BrokerUnavailable):
-            consumer.until(lambda: False, timeout_s=10)
+            consumer.until(lambda: False)
         with pytest.raises(BrokerUnavailable):
             broker.connect()
         place.server.start()
-        consumer.until(lambda: len(ids(consumer)) == 30, timeout_s=30, heal=True)
+        consumer.until(lambda: len(ids(consumer)) == 30, heal=True)
         consumer.until(lambda: broker.depth() == 0, heal=True)
 
 
@@ -180,7 +180,7 @@ def test_a_killed_consumer_gives_back_what_it_held(place: Place, project_root: P
             assert consumer.idle(2.5) == 0
             holder.send_signal(signal.SIGKILL)
             holder.wait()
-            consumer.take(6, timeout_s=10)
+            consumer.take(6)
             assert ids(consumer) == {f"p{i}" for i in range(6)}
             assert all(delivery.redelivered for delivery in consumer.got)
     finally:
@@ -199,14 +199,14 @@ def test_a_frozen_server_is_noticed(place: Place) -> None:
         place.server.pause()
         try:
             with pytest.raises(BrokerUnavailable):
-                consumer.until(lambda: False, timeout_s=15)
+                consumer.until(lambda: False)
             with pytest.raises(BrokerUnavailable):
                 broker.connect()
             with pytest.raises(BrokerUnavailable):
                 queue_depth(place.direct)
         finally:
             place.server.resume()
-        consumer.until(lambda: "p0" in ids(consumer), timeout_s=20, heal=True)
+        consumer.until(lambda: "p0" in ids(consumer), heal=True)
 
 
 @pytest.mark.rabbitmq
@@ -220,7 +220,7 @@ def test_heartbeats_keep_an_idle_connection(rabbitmq: RabbitMQServer, queue_name
         consumer.take(1)
         time.sleep(3.2)
         with pytest.raises(BrokerUnavailable):
-            consumer.until(lambda: False, timeout_s=3)
+            consumer.until(lambda: False)
         consumer.until(lambda: len(consumer.got) == 2, heal=True)
 
 
@@ -228,17 +228,17 @@ def test_heartbeats_keep_an_idle_connection(rabbitmq: RabbitMQServer, queue_name
 def test_a_deleted_queue_is_declared_again(rabbitmq: RabbitMQServer, queue_name: str) -> None:
     """When somebody deletes the queue, the loss is seen, and connecting makes it anew."""
     with connected(settings_for(rabbitmq.url, queue_name)) as broker:
-        Consumer(broker)
+        consumer = Consumer(broker)
         with connected(settings_for(rabbitmq.url, queue_name)) as other:
             assert other._link is not None
             other._link._channel.queue_delete(queue_name)
             with pytest.raises(BrokerUnavailable, match="NO_ROUTE"):
                 other.publish(PostMessage("p1"))
         with pytest.raises(BrokerUnavailable):
-            broker.drain(2)
+            consumer.until(lambda: False)
         broker.connect()
         broker.publish(PostMessage("p1"))
-        assert broker.drain(2) == 1
+        consumer.take(1)
 
 
 @pytest.mark.rabbitmq
@@ -251,24 +251,24 @@ def test_the_broker_dead_letters_what_kills_every_consumer(
     for _ in range(3):
         with connected(settings) as broker:
             Consumer(broker).take(1)
-    wait_until(lambda: queue_depth(settings, dead_queue(queue_name)) == 1, 10, "dead-lettering")
+    wait_until(lambda: queue_depth(settings, dead_queue(queue_name)) == 1, 60, "dead-lettering")
     assert queue_depth(settings) == 0
 
 
 @pytest.mark.redis
 def test_long_work_is_not_redelivered(redis_server: RedisServer, queue_name: str) -> None:
     """A message in hand for three visibility time-outs stays there while its holder drains."""
-    settings = settings_for(redis_server.url, queue_name, visibility_timeout_s=1)
+    settings = settings_for(redis_server.url, queue_name, visibility_timeout_s=2)
     publish_posts(settings, posts(1))
     with connected(settings) as holder, connected(settings) as other:
         mine, theirs = Consumer(holder), Consumer(other)
         mine.take(1)
-        end = time.monotonic() + 3
+        end = time.monotonic() + 6
         while time.monotonic() < end:
             holder.drain(0.05)
             other.drain(0.05)
         assert len(theirs.got) == 0
-        time.sleep(1.2)  # the holder hangs
+        time.sleep(2.2)  # the holder hangs
         theirs.take(1)
         assert theirs.got[0].redelivered
         holder.ack(mine.got[0])  # too late: it must not take the other's message away
@@ -279,13 +279,13 @@ def test_long_work_is_not_redelivered(redis_server: RedisServer, queue_name: str
 @pytest.mark.redis
 def test_touch_holds_without_draining(redis_server: RedisServer, queue_name: str) -> None:
     """`touch` alone renews the lease, for an owner that is busy outside `drain`."""
-    settings = settings_for(redis_server.url, queue_name, visibility_timeout_s=1)
+    settings = settings_for(redis_server.url, queue_name, visibility_timeout_s=3)
     publish_posts(settings, posts(1))
     with connected(settings) as holder, connected(settings) as other:
         Consumer(holder).take(1)
         theirs = Consumer(other)
         for _ in range(3):
-            time.sleep(0.6)
+            time.sleep(1.2)
             holder.touch()
             assert theirs.idle(0.1) == 0
 

@@ -43,7 +43,7 @@ def test_a_thousand_posts_there_and_back(
     with connected(settings) as broker:
         begun = time.monotonic()
         consumer = Consumer(broker, ack=True)
-        consumer.take(COUNT, timeout_s=30)
+        consumer.take(COUNT)
         ended = time.monotonic()
     assert [parse_message(body).post_id for body in consumer.bodies] == [
         f"p{i}" for i in range(COUNT)

@@ -154,7 +154,7 @@ def test_lost_post_is_tagged_and_two_kings_publish_it_once(
         for i, broker in enumerate(brokers)
     ]
     with structlog.testing.capture_logs() as logs, kings[0], kings[1]:
-        wait_until(lambda: store.counts()["tagged"] == 4, 15, "tags")
+        wait_until(lambda: store.counts()["tagged"] == 4, 60, "tags")
         time.sleep(1.0)
     assert [line["posts"] for line in logs if line["event"] == "king.reconciled"] == [4]
     assert sorted(len(broker.acked) for broker in brokers) == [0, 4]

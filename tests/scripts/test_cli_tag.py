@@ -101,6 +101,8 @@ class FakeTagger:
         if self.settings.fusion.bundle == Path("absent"):
             raise BundleError("absent: no such bundle")
 
+    bundle = ("demo", "v1")
+
     def features(self, post: Post) -> Features:
         if not post.text:
             raise NothingUsable("the post has no text and no media")
@@ -157,7 +159,10 @@ def test_a_post_that_fails_is_said_and_exits_1(
     assert "NothingUsable: the post has no text and no media" in out
     assert "猫" in out
     assert run(["tag", str(file), "--json", "--config", str(config)]) == 1
-    assert [r["status"] for r in json.loads(capsys.readouterr().out)] == ["failed", "tagged"]
+    results = json.loads(capsys.readouterr().out)
+    assert [r["status"] for r in results] == ["failed", "tagged"]
+    assert [(r["model"], r["version"]) for r in results] == [("demo", "v1")] * 2
+    assert results[0].keys() == results[1].keys()
 
 
 @pytest.mark.usefixtures("models")

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from config.errors import ConfigError
-from scripts.downloads.content import classify, hash_file, incoming_folder, left_over
+from config.files import file_digest
+from scripts.downloads.content import classify, incoming_folder, left_over
 from scripts.downloads.hosts import DEAD_AFTER, Hosts, Try, host_of
 from scripts.downloads.meter import Rate
 from scripts.downloads.state import State
@@ -187,7 +188,7 @@ def test_what_a_kill_left_is_taken_or_deleted(tmp_path: Path) -> None:
     folder = incoming_folder(tmp_path)
     folder.mkdir(parents=True)
     (folder / "whole").write_bytes(png(1))
-    sha256 = hash_file(folder / "whole")
+    sha256 = file_digest(folder / "whole")
     key, other = key_of("a"), key_of("b")
     (folder / "whole").rename(folder / f"{key}-{sha256}")
     (folder / f"{other}-{sha256}").write_bytes(png(1)[:-5])

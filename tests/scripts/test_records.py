@@ -12,6 +12,7 @@ import pytest
 from config.errors import ConfigError
 from extractors.post import Media, Post
 from scripts.corpus import records
+from scripts.corpus.lines import DataFile, Form
 from scripts.corpus.records import (
     AtomicLines,
     BadLine,
@@ -23,7 +24,7 @@ from scripts.corpus.records import (
     post_line,
     read_posts,
 )
-from scripts.corpus.runs import Stopper, only_one
+from scripts.corpus.runs import Interrupt, Stopper, only_one
 
 FULL = {
     "post_id": "a/猫",
@@ -225,3 +226,38 @@ def test_signal_is_remembered_and_handlers_come_back() -> None:
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, "a second one ends it"
     assert signal.getsignal(signal.SIGTERM) == before
     assert threading.current_thread() is threading.main_thread()
+
+
+def test_second_signal_ends_what_has_processes_of_its_own() -> None:
+    """It is an exception, so that they are ended; so is the first while models load."""
+    before = signal.getsignal(signal.SIGHUP)
+    with Interrupt() as interrupt:
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+        assert not interrupt.asked
+        interrupt.patient = True
+        signal.raise_signal(signal.SIGHUP)
+        assert interrupt.asked == "SIGHUP"
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGHUP) == before
+
+
+@pytest.mark.parametrize("form", ["json", "jsonl"])
+@pytest.mark.parametrize("number", [0, 1, 3])
+def test_data_file_is_a_list_or_lines(tmp_path: Path, form: Form, number: int) -> None:
+    """An entry a line either way; a list is JSON however many there are."""
+    entries = [{"post_id": f"猫{i}"} for i in range(number)]
+    path = tmp_path / f"f.{form}"
+    with AtomicLines(path) as lines:
+        file = DataFile(lines, form)
+        for entry in entries:
+            file.add(entry)
+        file.end()
+    text = path.read_text(encoding="utf-8")
+    if form == "json":
+        assert json.loads(text) == entries
+        assert text.count("\n") == number + 2
+    else:
+        assert [json.loads(line) for line in text.splitlines()] == entries
+    assert number == 0 or "猫" in text

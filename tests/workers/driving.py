@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,17 @@ class Driver:
 
     def submit(self, task: Task, *, seconds: float = PATIENCE_S, priority: int = 0) -> int:
         return self.pool.submit(task, deadline=time.monotonic() + seconds, priority=priority)
+
+    @contextlib.contextmanager
+    def held(self, make: Callable[[str], Task], folder: Path) -> Iterator[int]:
+        """A task that a worker has begun, and that ends after the block or with its worker."""
+        folder.mkdir()
+        task_id = self.submit(make(f"hold:{folder}"))
+        self.until((folder / "held").exists)
+        try:
+            yield task_id
+        finally:
+            (folder / "go").touch()
 
     def outcome(self, task_id: int) -> TaskDone | TaskFailed | None:
         for event in self.told:

@@ -17,6 +17,7 @@ import pytest
 
 from config.errors import FetchRefused, FetchRetryable
 from config.settings import FetchSettings
+from tests.services import free_port
 from tests.workers.web import BODY, Web, web_server
 from workers.fetch import Fetcher, fetch
 from workers.guard import Expired, ForbiddenAddress, Guard, Unreachable, is_public
@@ -33,9 +34,9 @@ def settings_of(**changes: Any) -> FetchSettings:
     values: dict[str, Any] = {
         "allow_private_hosts": True,
         "max_bytes": 1_000_000,
-        "connect_timeout_s": 2,
-        "read_timeout_s": 2,
-        "total_timeout_s": 5,
+        "connect_timeout_s": 10,
+        "read_timeout_s": 10,
+        "total_timeout_s": 30,
     }
     return FetchSettings.model_validate(values | changes)
 
@@ -222,15 +223,12 @@ def test_whole_time_is_bounded(web: Web, tmp_path: Path, path: str) -> None:
     started = time.monotonic()
     reason = retryable(web.url(path), tmp_path, total_timeout_s=0.7)
     assert reason == "timed out after 0.7 s"
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 8, "the server takes ten seconds"
 
 
 def test_nothing_listens(tmp_path: Path) -> None:
     """A refused connection may pass; the reason is the system's, without the URL."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    assert retryable(f"http://127.0.0.1:{port}/a", tmp_path) == "Connection refused"
+    assert retryable(f"http://127.0.0.1:{free_port()}/a", tmp_path) == "Connection refused"
 
 
 def test_name_that_does_not_exist(tmp_path: Path) -> None:
@@ -422,7 +420,7 @@ def test_threads_do_not_share_a_clock(web: Web, tmp_path: Path) -> None:
 
     threads = [
         threading.Thread(target=work, args=("slow", "/drip", 0.5)),
-        threading.Thread(target=work, args=("fine", "/slow/1", 5)),
+        threading.Thread(target=work, args=("fine", "/slow/1", 30)),
     ]
     for thread in threads:
         thread.start()

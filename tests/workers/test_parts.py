@@ -376,14 +376,14 @@ def test_loop_answers_in_order_and_stops(pipes: tuple[Pipe, Pipe]) -> None:
     done.start()
     said: list[Any] = []
     while len(said) < 5:
-        said += king.receive_wait(5)
+        said += king.receive_wait(60)
     assert said[0] == Ready({"loaded": "yes"})
     late = Failure("extract", "RetryableError", "waited past its deadline", retryable=True)
     assert said[1] == Failed(2, late)
     assert said[2] == Began((0, 1))
     assert [message.result.text for message in said[3:]] == ["A", "B"]
     king.send(Stop())
-    done.join(10)
+    done.join(60)
     assert (handler.ran, handler.heard) == ([["a", "b"]], [Expect({"text": "fp"})])
     assert handler.closed
 
@@ -438,9 +438,9 @@ def test_downloader_answers_through_one_pipe(pipes: tuple[Pipe, Pipe], tmp_path:
         thread.start()
         said: list[Any] = []
         while sum(isinstance(message, (Done, Failed)) for message in said) < 4:
-            said += king.receive_wait(5)
+            said += king.receive_wait(60)
         king.send(Stop())
-        thread.join(10)
+        thread.join(60)
     assert said[0] == Ready()
     ended = {m.task_id: m for m in said if isinstance(m, (Done, Failed))}
     assert [type(ended[i]).__name__ for i in range(4)] == ["Done", "Failed", "Done", "Failed"]

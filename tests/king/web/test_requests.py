@@ -227,7 +227,7 @@ def test_a_body_that_does_not_come(tmp_path: Path) -> None:
         read_post(Request(environ), box, HttpSettings(body_timeout_s=0.3))
     assert caught.value.status == 408
     assert "http.body_timeout_s" in caught.value.message
-    assert 0.3 <= time.monotonic() - began < 5
+    assert 0.3 <= time.monotonic() - began < 30
     assert [path.name for path in uploads.folder.iterdir()] == ["lock"]
     environ["wsgi.input"].close()
     ours.close()

@@ -14,7 +14,7 @@ from config.labels import LabelMap
 from extractors.feature_file import feature_path, write_features
 from extractors.post import Features
 from fusion.dataset import read_data_file
-from scripts.building import label_map
+from scripts.building import index, label_map, sides
 from scripts.building.command import main
 
 TAGS = tuple(f"tag{i}" for i in range(6))
@@ -107,8 +107,15 @@ def test_the_trainer_reads_what_was_built(tmp_path: Path) -> None:
         assert first.labels[0] in TAGS
 
 
-def test_what_belongs_together_is_never_on_two_sides(tmp_path: Path) -> None:
-    """Planted authors, media, copied texts and near-duplicates, in chains, over 600 posts."""
+@pytest.mark.parametrize("at_once", [sides._AT_ONCE, 50])
+def test_what_belongs_together_is_never_on_two_sides(
+    tmp_path: Path, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Planted authors, media, copied texts and near-duplicates, in chains, over 600 posts.
+
+    However many groups are in memory at a time, tags come out even as well.
+    """
+    monkeypatch.setattr(sides, "_AT_ONCE", at_once)
     random = np.random.default_rng(0)
     posts, groups = [], defaultdict(list)
     for i in range(600):
@@ -134,6 +141,8 @@ def test_what_belongs_together_is_never_on_two_sides(tmp_path: Path) -> None:
     assert sum(len(members) > 1 for members in groups.values()) > 80
     counts = [list(side.values()).count(name) for name in ("train", "valid", "test")]
     assert np.abs(np.array(counts) - [480, 60, 60]).max() <= 12
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    assert float(summary["largest deviation of a tag's share"].split("%")[0]) < 10
 
 
 def test_media_are_the_same_by_their_content(tmp_path: Path) -> None:
@@ -184,8 +193,12 @@ def test_a_seed_below_zero_is_a_mistake(tmp_path: Path, capsys: pytest.CaptureFi
     assert "must be a whole number" in capsys.readouterr().err
 
 
-def test_kept_posts_stay_and_new_ones_join(tmp_path: Path) -> None:
+@pytest.mark.parametrize("at_once", [sides._AT_ONCE, 16])
+def test_kept_posts_stay_and_new_ones_join(
+    tmp_path: Path, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A grown corpus: the test set of before stays one; a link to it pulls a training post over."""
+    monkeypatch.setattr(sides, "_AT_ONCE", at_once)
     posts = [_post(i) for i in range(60)]
     _corpus(tmp_path, posts)
     assert _build(tmp_path, out="old") == 0
@@ -211,6 +224,7 @@ def test_kept_posts_stay_and_new_ones_join(tmp_path: Path) -> None:
     [
         ((), "label 'nowhere' is not in the label map; --unknown"),
         (("--valid", "0.6", "--test", "0.5"), "nothing would be left"),
+        (("--valid", "-1"), "a share is 0 or more"),
         (("--keep", "none.jsonl", "--unknown", "skip_tag"), "no such split"),
         (("--manifest", "none.jsonl"), "no such manifest"),
         (("--duplicates", "none.jsonl", "--unknown", "skip_tag"), "no such duplicates file"),
@@ -224,6 +238,19 @@ def test_mistakes_end_with_2_and_one_line(
     assert _build(tmp_path, *more) == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert message in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_temporary_folder_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The index has no room: exit 1, a line with the way out, nothing written."""
+    _corpus(tmp_path, [_post(i) for i in range(400)])
+    monkeypatch.setattr(index, "_TABLES", index._TABLES + "PRAGMA max_page_count = 12;")
+    assert _build(tmp_path) == 1
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "TMPDIR" in said
+    assert "full" in said
     assert not (tmp_path / "out").exists()
 
 

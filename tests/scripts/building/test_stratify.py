@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from itertools import product
 
 import numpy as np
@@ -10,13 +11,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scripts.building.groups import Groups
-from scripts.building.stratify import GroupTags, stratify
+from scripts.building.stratify import GroupTags, Held, stratify
 
 
 def _rows(groups: list[int], tags: list[list[int]], classes: int) -> GroupTags:
-    pairs = [(post, tag) for post, listed in enumerate(tags) for tag in listed]
-    posts, names = (np.array([p[i] for p in pairs], np.int64) for i in (0, 1))
-    return GroupTags.of(np.array(groups, np.int64), posts, names, classes)
+    """Groups 0 to n - 1 of posts, with the tags of each post."""
+    counts = [Counter[int]() for _ in range(max(groups) + 1)]
+    for group, listed in zip(groups, tags, strict=True):
+        counts[group].update(listed)
+    pairs = [np.array(sorted(each.items()), np.int32).reshape(-1, 2) for each in counts]
+    return GroupTags.of([groups.count(i) for i in range(len(counts))], pairs, classes)
+
+
+def _numbers(groups: Groups) -> np.ndarray:
+    """Number of each post's set, counted from 0 in the order of the first posts."""
+    roots = [groups.root(post) for post in range(len(groups))]
+    return np.unique(roots, return_inverse=True)[1]
 
 
 @given(st.lists(st.tuples(st.integers(0, 19), st.integers(0, 19)), max_size=40))
@@ -32,7 +42,7 @@ def test_groups_are_the_connected_components(links: list[tuple[int, int]]) -> No
     rows, columns = ([link[i] for link in links] for i in (0, 1))
     graph = coo_array((np.ones(len(links)), (rows, columns)), shape=(20, 20))
     _, wanted = connected_components(graph, directed=False)
-    found = groups.numbers()
+    found = _numbers(groups)
     assert len(set(zip(found, wanted, strict=True))) == len(set(wanted))
     firsts = [int(np.flatnonzero(found == number)[0]) for number in range(found.max() + 1)]
     assert firsts == sorted(firsts)
@@ -87,7 +97,7 @@ def test_frequent_tags_are_dealt_evenly(classes: int) -> None:
     for _ in range(300):
         groups.join(random.integers(0, 3000, 2).tolist())
     groups.join(random.integers(0, 3000, 60).tolist())
-    number = groups.numbers()
+    number = _numbers(groups)
     rows = _rows(number.tolist(), tags, classes)
     side = stratify(rows, (0.8, 0.1, 0.1), 0)[number]
     truth = np.zeros((3000, classes))
@@ -111,14 +121,14 @@ def test_a_giant_group_goes_where_there_is_room() -> None:
     assert np.bincount(side[np.array(groups)]).tolist() == [80, 10, 10]
 
 
-def test_fixed_groups_stay() -> None:
-    """What is fixed is not moved, however uneven that is."""
-    rows = _rows(list(range(30)), [[0]] * 30, 1)
-    fixed = np.full(30, -1)
-    fixed[:9] = 1
-    side = stratify(rows, (0.9, 0.1), 3, fixed)
-    assert (side[:9] == 1).all()
-    assert (side[9:] == 0).all()
+def test_what_the_sides_hold_counts() -> None:
+    """Nine groups of thirty lie on the small side already: it gets no more of the tag."""
+    rows = _rows(list(range(21)), [[0]] * 21, 1)
+    held = Held(np.array([[0], [9]]), np.array([0, 9]))
+    assert (stratify(rows, (0.9, 0.1), 3, held) == 0).all()
+    held.add(rows, np.zeros(21, np.int64))
+    assert held.tags.tolist() == [[21], [9]]
+    assert held.posts.tolist() == [21, 9]
 
 
 @given(st.integers(0, 5))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -135,7 +136,7 @@ def test_killed_between_file_and_note_a_change_is_not_made_twice(tmp_path: Path)
     _, migrations = load(labels)
     rewrite.apply(data, migrations, {})
     done = data.read_bytes()
-    digest = rewrite._sha256(data)
+    digest = hashlib.sha256(done).hexdigest()
     pending = {"version": 0, "pending_version": 3, "pending_sha256": digest}
     rewrite.note_path(data).write_text(json.dumps(pending), encoding="utf-8")
     assert rewrite.apply(data, migrations, {}).posts == 0

@@ -40,7 +40,7 @@ def pool_settings(folder: Path, world: World, **cache: Any) -> Settings:
     suite.close()
     return toy_settings(
         folder / "spool",
-        fetch={"allow_private_hosts": True, "total_timeout_s": 10},
+        fetch={"allow_private_hosts": True, "total_timeout_s": 30},
         features=features.model_dump(),
         decode={"memory_mb": 600},
         fusion={"bundle": str(folder / "bundle"), "reload_s": 0.3},
@@ -102,7 +102,7 @@ def world(files: Path, tmp_path: Path) -> Iterator[World]:
 
 def settled(world: World, least: int) -> None:
     """Wait until what is written behind is there."""
-    end = time.monotonic() + 10
+    end = time.monotonic() + 60
     while sum(1 for p in world.cache.rglob("*") if p.is_file()) < least:
         assert time.monotonic() < end
         time.sleep(0.02)
@@ -152,7 +152,7 @@ def test_cache_worker_dies(world: World, tmp_path: Path) -> None:
             os.kill(pid, number)
             started = time.monotonic()
             [again] = through(driver, post)
-            assert time.monotonic() - started < 12
+            assert time.monotonic() - started < 40
             same(first, again)
             driver.until(partial(replaced, driver, pid))
             assert not alive([pid])
@@ -167,7 +167,7 @@ def test_cache_that_hangs(world: World, tmp_path: Path) -> None:
     """A Redis that has stopped costs a time-out once, and then nothing until it is tried again."""
     server = RedisServer(tmp_path / "redis")
     server.start()
-    settings = pool_settings(tmp_path, world, url=server.url, timeout_s=0.5, retry_s=60)
+    settings = pool_settings(tmp_path, world, url=server.url, timeout_s=3, retry_s=120)
     post = world.post("sign.png")
     try:
         with running(settings) as driver:
@@ -176,7 +176,7 @@ def test_cache_that_hangs(world: World, tmp_path: Path) -> None:
             started = time.monotonic()
             for _ in range(10):
                 same(first, through(driver, post)[0])
-            assert time.monotonic() - started < 15
+            assert time.monotonic() - started < 25, "once for each post is 30 s and more"
             server.resume()
     finally:
         server.close()

@@ -35,7 +35,7 @@ def s3_server() -> Iterator[str]:
     moto = pytest.importorskip("moto.server", reason="moto[server] is not installed")
     boto3 = pytest.importorskip("boto3")
     pytest.importorskip("s3fs", reason="s3fs is not installed")
-    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=free_port(), verbose=False)
+    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
     url = f"http://{host}:{port}"
@@ -252,13 +252,13 @@ def test_redis_entries_run_out(redis_url: str) -> None:
     """With a TTL an entry goes when nobody asks for it, and the count follows."""
     import time
 
-    store = open_store(CacheSettings(url=redis_url, ttl_s=0.2))
+    store = open_store(CacheSettings(url=redis_url, ttl_s=1.5))
     store.prune(0)
     store.put(key("a"), bytes(100))
     for _ in range(4):
-        time.sleep(0.1)
+        time.sleep(0.5)
         assert store.get_many([key("a")])  # each use renews it
-    time.sleep(0.3)
+    time.sleep(1.8)
     assert not store.get_many([key("a")])
     store.prune(0)
     assert (store.stats().entries, store.stats().bytes) == (0, 0)
