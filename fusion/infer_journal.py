@@ -34,11 +34,13 @@ class Journal:
     Attributes:
         done: Entries of the input whose results are written.
         posts: Those that were tagged.
+        restart: As given.
     """
 
     def __init__(self, base: Path, signature: Mapping[str, Any], *, restart: bool = False) -> None:
         self.done = self.posts = 0
-        self._base, self._restart = base, restart
+        self.restart = restart
+        self._base = base
         self._signature = json.loads(json.dumps(signature))
         self._files: dict[Kind, IO[bytes]] = {}
         self._lock: IO[bytes] | None = None
@@ -152,7 +154,7 @@ class Journal:
             found = json.loads(self._path("json").read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError):
             return {}
-        if self._restart:
+        if self.restart:
             return {}
         try:
             sizes = {kind: int(found["sizes"][kind]) for kind in _KINDS}
@@ -166,6 +168,8 @@ class Journal:
         if any(not path.exists() or path.stat().st_size < sizes[k] for k, path in there.items()):
             return {}  # cut short by a power failure, or finished
         now = self._signature
+        if now.get("skip_bad") is True and was.get("skip_bad") is False:
+            was["skip_bad"] = True  # what is done held no bad post: it is the same either way
         key = next((k for k in {**was, **now} if was.get(k) != now.get(k)), None)
         if key is not None:
             raise ConfigError(

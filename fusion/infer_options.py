@@ -64,7 +64,7 @@ def infer_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--resume", action="store_true", help="go on where a killed run stopped (the default)"
     )
     where.add_argument(
-        "--restart", action="store_true", help="begin anew, whatever a killed run has left"
+        "--restart", action="store_true", help="begin anew, whatever is there already"
     )
     add_set(parser)
     return parser.parse_args(arguments)

@@ -19,6 +19,7 @@ from config.infer import RunSettings
 from config.labels import LabelMap
 from fusion import metrics
 from fusion.bundle import load_bundle
+from fusion.infer_complete import completed, note_complete
 from fusion.infer_engine import Maker, Outcome, chunked, run_chunks
 from fusion.infer_input import Bad, Input, Labelled
 from fusion.infer_journal import Journal
@@ -40,6 +41,7 @@ class InferReport:
         skipped_at: The list of them; None where nothing was left out.
         resumed: Entries of the input that an earlier run had done.
         posts_per_s: Of this run, models loaded.
+        complete: The output was there already, whole: nothing was computed.
     """
 
     posts: int
@@ -49,6 +51,7 @@ class InferReport:
     skipped_at: Path | None = None
     resumed: int = 0
     posts_per_s: float = 0.0
+    complete: bool = False
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,7 @@ class Job(Generic[P]):
         output: The file that is made; None where results go elsewhere.
         sink: Takes the results; the file's journal is its argument.
         about: What else a killed run must have been begun with.
+        made_of: What else an output that is whole must have been made of.
     """
 
     source: Input[P]
@@ -98,6 +102,7 @@ class Job(Generic[P]):
     output: Path | None
     sink: Callable[[Journal], Sink]
     about: Mapping[str, Any] = field(default_factory=dict)
+    made_of: Mapping[str, Any] = field(default_factory=dict)
 
 
 def infer(job: Job[P], *, restart: bool = False) -> InferReport:
@@ -105,7 +110,7 @@ def infer(job: Job[P], *, restart: bool = False) -> InferReport:
 
     Args:
         job: What to do.
-        restart: Do not go on with what a killed run has left.
+        restart: Do not go on with what a killed run has left, and compute what is whole anew.
 
     Raises:
         ConfigError: The input or the device is wrong, or a label is not in the bundle's map.
@@ -122,7 +127,10 @@ def infer(job: Job[P], *, restart: bool = False) -> InferReport:
         **{key: getattr(settings, key) for key in ("batch_size", "scores", "skip_bad")},
         **job.about,
     }
+    beside = job.base.with_name(f"{job.base.name}.skipped.jsonl")
     with Journal(job.base, signature, restart=restart) as journal:
+        if (found := _whole(job, signature, journal, beside)) is not None:
+            return found
         resumed, rows = journal.done, _Rows(labels)
         left = islice(job.source, resumed, None)
         chunks = chunked(left, settings.batch_size)
@@ -143,8 +151,10 @@ def infer(job: Job[P], *, restart: bool = False) -> InferReport:
         timed = survey.entries - resumed - first
         measured, labelled = rows.measure(journal, job.facts.thresholds)
         posts, skipped = journal.posts, survey.entries - journal.posts
-        beside = job.base.with_name(f"{job.base.name}.skipped.jsonl")
         journal.finish(job.output, beside)
+        if job.output is not None:
+            facts = {"posts": posts, "labelled": labelled, "metrics": measured, "skipped": skipped}
+            note_complete(job.output, _made_of(job, signature), facts)
     return InferReport(
         posts,
         labelled,
@@ -178,6 +188,24 @@ def devices_of(settings: RunSettings) -> list[str]:
 def shown(found: Mapping[str, float]) -> str:
     """Metrics in one line for a person."""
     return "  ".join(f"{key} {value:.4f}" for key, value in found.items())
+
+
+def _made_of(job: Job[Any], signature: Mapping[str, Any]) -> dict[str, Any]:
+    """What an output is made of; whether bad posts are left out matters only where there are."""
+    rest = {key: value for key, value in signature.items() if key != "skip_bad"}
+    return {**rest, **job.made_of}
+
+
+def _whole(
+    job: Job[Any], signature: Mapping[str, Any], journal: Journal, beside: Path
+) -> InferReport | None:
+    """The report of an output that is whole already; None where there is something to do."""
+    if job.output is None or journal.restart or journal.done:
+        return None
+    facts = completed(job.output, _made_of(job, signature))
+    if facts is None or (facts["skipped"] and not job.settings.skip_bad):
+        return None
+    return InferReport(**facts, skipped_at=beside if facts["skipped"] else None, complete=True)
 
 
 class _Rows:

@@ -1,7 +1,8 @@
 """Posts that are the same or nearly: by the bytes of a medium, by a picture's look, by the text.
 
 Everything that grows with the posts lies in a temporary SQLite file: about 400 bytes a post and its
-text, 350 bytes a picture. In memory stay 8 bytes a post and 24 bytes a distinct picture.
+text, 350 bytes a picture. In memory stay 4 bytes a post and 24 bytes a distinct picture; a group of
+many posts comes in parts.
 
 Likeness is passed on: where A is like B and B like C, all three are one group.
 """
@@ -42,10 +43,14 @@ _MAX_LEADERS = 32
 """Distinct things of one bucket that a further one is compared with: bounds the time of a corpus of
 which a large part shares a bucket, for example one text with a number in it."""
 
+MAX_MEMBERS = 1000
+"""Members of a part: a picture may be in a million posts."""
+_MAX_MEDIA = 16
+
 _TABLES = """
 PRAGMA journal_mode = OFF;
 PRAGMA synchronous = OFF;
-PRAGMA cache_size = -8000;
+PRAGMA cache_size = -1024;
 PRAGMA temp_store = FILE;
 CREATE TABLE posts (number INTEGER PRIMARY KEY, post_id TEXT);
 CREATE TABLE uses (sha256 BLOB, number INTEGER, PRIMARY KEY (sha256, number)) WITHOUT ROWID;
@@ -59,18 +64,38 @@ CREATE TABLE found (first INTEGER, number INTEGER, PRIMARY KEY (first, number)) 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Posts that share something.
+    """Posts that share something, or a part of them.
 
     Attributes:
         kind: ``exact_media``: a medium, byte for byte; ``near_image``: pictures that look alike
             and differ in their bytes; ``near_text``: the text, but for small edits, or exactly.
-        members: Their IDs, two or more, in the order of the posts.
+        members: Their IDs, two or more, in the order of the posts; at most `MAX_MEMBERS`.
         media: sha256 of the media that they share, where they share some; at most 16.
+        continued: A further part of the group before: its first member is that group's first, so
+            that parts which are read as groups of their own still hang together.
     """
 
     kind: Kind
     members: tuple[str, ...]
     media: tuple[str, ...] = ()
+    continued: bool = False
+
+
+def _parts(kind: Kind, rows: Iterable[tuple[str, bytes | None]]) -> Iterator[Group]:
+    """Groups of one set: rows of a post_id and a medium, those of one post one after another."""
+    ids: list[str] = []
+    media: dict[str, None] = {}
+    continued = False
+    for post_id, sha256 in rows:
+        if not ids or ids[-1] != post_id:
+            if len(ids) == MAX_MEMBERS:
+                yield Group(kind, tuple(ids), tuple(media), continued)
+                ids, media, continued = ids[:1], {}, True
+            ids.append(post_id)
+        if sha256 is not None and len(media) < _MAX_MEDIA:
+            media[bytes(sha256).hex()] = None
+    if len(ids) > 1:
+        yield Group(kind, tuple(ids), tuple(media), continued)
 
 
 def find_groups(
@@ -163,8 +188,7 @@ class _Finder:
             "JOIN uses USING (sha256) JOIN posts USING (number) ORDER BY 1, 2, number"
         )
         for (_, sha256), members in groupby(rows, key=lambda row: (row[0], row[1])):
-            ids = tuple(post_id for _, _, post_id in members)
-            yield Group("exact_media", ids, (bytes(sha256).hex(),))
+            yield from _parts("exact_media", ((post_id, sha256) for _, _, post_id in members))
 
     def near_images(self) -> Iterator[Group]:
         if self._pictures < 2:
@@ -185,14 +209,7 @@ class _Finder:
             "ORDER BY first, uses.number, sha256"
         )
         for _, members in groupby(rows, key=lambda row: row[0]):
-            ids: dict[str, None] = {}
-            media: dict[str, None] = {}
-            for _, _, post_id, sha256 in members:
-                ids[post_id] = None
-                if len(media) < 16:
-                    media[bytes(sha256).hex()] = None
-            if len(ids) > 1:
-                yield Group("near_image", tuple(ids), tuple(media))
+            yield from _parts("near_image", ((row[2], row[3]) for row in members))
 
     def near_texts(self) -> Iterator[Group]:
         groups = Groups(self._count)
@@ -217,7 +234,7 @@ class _Finder:
             "SELECT first, post_id FROM found JOIN posts USING (number) ORDER BY first, number"
         )
         for _, members in groupby(rows, key=lambda row: row[0]):
-            yield Group("near_text", tuple(post_id for _, post_id in members))
+            yield from _parts("near_text", ((post_id, None) for _, post_id in members))
 
     def _distinct_looks(self, groups: Groups) -> tuple[array[int], array[int]]:
         """Pictures that stand for all with their hash and colours, and their hashes.

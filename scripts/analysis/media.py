@@ -37,6 +37,7 @@ CREATE TABLE IF NOT EXISTS facts (
 CREATE TABLE IF NOT EXISTS sources (
     source TEXT, kind TEXT, path TEXT, sha256 TEXT, reason TEXT, PRIMARY KEY (source, kind)
 ) WITHOUT ROWID;
+CREATE TEMP TABLE unreadable (name TEXT PRIMARY KEY, reason TEXT) WITHOUT ROWID;
 """
 NOT_DOWNLOADED, NO_FILE = "not downloaded", "no such file"
 
@@ -59,13 +60,12 @@ class MediaBase:
     def __init__(self, state: Path, posts: Path, folder: Path) -> None:
         self._posts, self._folder = posts, folder
         self._manifest = folder / "manifest.jsonl"
-        self._unreadable: dict[str, str] = {}
         self.measured = 0
         self._base = sqlite3.connect(state, isolation_level=None)
         try:
             self._base.execute("PRAGMA journal_mode = WAL")
             self._base.execute("PRAGMA synchronous = NORMAL")
-            self._base.execute("PRAGMA cache_size = -8000")
+            self._base.execute("PRAGMA cache_size = -1024")
             self._base.executescript(_TABLES)
             (version,) = self._base.execute("PRAGMA user_version").fetchone()
             if version not in (0, _VERSION):
@@ -107,7 +107,8 @@ class MediaBase:
                 if isinstance(result, Measured):
                     self._keep(result)
                 else:
-                    self._unreadable[result[0].name] = class_of(result[1])
+                    row = (result[0].name, class_of(result[1]))
+                    self._base.execute("INSERT OR REPLACE INTO unreadable VALUES (?, ?)", row)
                 if not self.measured % _COMMIT_FILES or time.monotonic() - since > _COMMIT_S:
                     self._base.execute("COMMIT")
                     self._base.execute("BEGIN")
@@ -124,7 +125,9 @@ class MediaBase:
         row = self._row(found.sha256 or self._known(found), kind)
         if row is not None:
             return MediaFact(*row)
-        return MediaFact("", kind, reason=self._unreadable.get(found.name, NO_FILE))
+        query = "SELECT reason FROM unreadable WHERE name = ?"
+        reason = self._base.execute(query, (found.name,)).fetchone()
+        return MediaFact("", kind, reason=NO_FILE if reason is None else reason[0])
 
     def any_fact(self, source: str) -> MediaFact | None:
         """What is known of a source, whatever it is used as."""

@@ -30,7 +30,7 @@ _MAX_REASONS = 1000
 _TABLES = """
 PRAGMA journal_mode = OFF;
 PRAGMA synchronous = OFF;
-PRAGMA cache_size = -8000;
+PRAGMA cache_size = -1024;
 CREATE TABLE posts (post_id TEXT PRIMARY KEY, labels TEXT) WITHOUT ROWID;
 CREATE TABLE contents (sha256 BLOB, kind TEXT, PRIMARY KEY (sha256, kind)) WITHOUT ROWID;
 CREATE TABLE authors (author TEXT PRIMARY KEY, posts INTEGER) WITHOUT ROWID;

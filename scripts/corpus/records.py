@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
@@ -28,6 +29,7 @@ __all__ = [
     "Summary",
     "bad_line",
     "check_holds_post",
+    "count_lines",
     "is_url",
     "local_path",
     "post_line",
@@ -94,14 +96,26 @@ def read_posts(path: Path | str) -> Iterator[Entry]:
         for line, content in enumerate(_read_list(file), 1):
             yield _entry(content, line)
         return
-    try:
-        with file.open("rb") as stream:
-            for line, raw in _lines(stream):
-                yield _parse(raw, line)
-    except FileNotFoundError as error:
-        raise ConfigError(f"{file}: no such file") from error
-    except OSError as error:
-        raise ConfigError(f"{file}: cannot be read: {error.strerror or error}") from error
+    with _reading(file), file.open("rb") as stream:
+        for line, raw in _lines(stream):
+            yield _parse(raw, line)
+
+
+def count_lines(path: Path | str) -> int:
+    """Lines of a posts file, nearly: empty ones count; or entries of a data file.
+
+    Raises:
+        ConfigError: As `read_posts`.
+    """
+    file = Path(path)
+    if file.suffix.lower() == ".json":
+        return len(_read_list(file))
+    count, last = 0, b"\n"
+    with _reading(file), file.open("rb") as stream:
+        while block := stream.read(_CHUNK_BYTES):
+            count += block.count(b"\n")
+            last = block[-1:]
+    return count + (last != b"\n")
 
 
 def check_holds_post(path: Path | str, limit: int | None = None) -> None:
@@ -114,21 +128,17 @@ def check_holds_post(path: Path | str, limit: int | None = None) -> None:
     Raises:
         ConfigError: As `read_posts`; or no line is a post, with the reason.
     """
-    number, first = 0, None
+    broken, first = 0, None
     for entry in itertools.islice(read_posts(path), limit):
         if isinstance(entry, CorpusPost):
             return
-        number += 1
-        first = first or entry
-    if first is None:
-        raise ConfigError(f"{path}: holds no post: it is empty")
-    which = "its only line" if number == 1 else f"all {number:,} lines"
-    if limit is not None and number == limit:
-        which = "the first line" if number == 1 else f"the first {number:,} lines"
-    verb = "is" if number == 1 else "are"
-    raise ConfigError(
-        f"{path}: holds no post: {which} {verb} broken; line {first.line}: {first.reason}"
-    )
+        broken, first = broken + 1, first or entry
+    reason = "it is empty"
+    if first is not None:
+        which = "all" if limit is None or broken < limit else "the first"
+        lines = "the line is" if broken == 1 else f"{which} {broken:,} lines are"
+        reason = f"{lines} broken; line {first.line}: {first.reason}"
+    raise ConfigError(f"{path}: holds no readable post: {reason}")
 
 
 def post_line(entry: CorpusPost) -> str:
@@ -176,6 +186,17 @@ def local_path(source: str, file: Path | str) -> Path | None:
         return beside
 
 
+@contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    """Name the file that cannot be read."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise ConfigError(f"{file}: no such file") from error
+    except OSError as error:
+        raise ConfigError(f"{file}: cannot be read: {error.strerror or error}") from error
+
+
 # Lines ---------------------------------------------------------------------------------------
 
 
@@ -211,11 +232,8 @@ def _parse(raw: bytes | None, line: int) -> Entry:
 
 def _read_list(file: Path) -> list[Any]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError as error:
-        raise ConfigError(f"{file}: no such file") from error
-    except OSError as error:
-        raise ConfigError(f"{file}: cannot be read: {error.strerror or error}") from error
+        with _reading(file):
+            content = json.loads(file.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise ConfigError(
             f"{file}: not a JSON list of posts ({error}); name a file of lines *.jsonl"

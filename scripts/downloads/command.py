@@ -5,10 +5,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
-from config.errors import ConfigError, TaggingError
-from scripts.corpus.records import check_holds_post, read_posts
+from config.errors import TaggingError
+from scripts.corpus.records import check_holds_post, count_lines
 from scripts.corpus.runs import Stopper, only_one
 from scripts.downloads.meter import Meter
 from scripts.downloads.report import Interrupted, write_report
@@ -17,7 +16,6 @@ from scripts.downloads.state import BrokenState, State
 from scripts.downloads.values import Options
 
 _AGAIN = "run the same command again to go on where it stopped"
-_CHUNK_BYTES = 1 << 20
 
 
 def download(options: Options) -> int:
@@ -28,7 +26,7 @@ def download(options: Options) -> int:
         TaggingError: It cannot go on now.
     """
     check_holds_post(options.posts)
-    total = count_posts(options.posts)
+    total = count_lines(options.posts)
     folder = options.out / ".state"
     with only_one(folder / "lock", str(options.out)), Stopper() as stopper:
         try:
@@ -38,7 +36,7 @@ def download(options: Options) -> int:
             raise TaggingError(f"stopped: {text}; make room, then {_AGAIN}") from error
 
 
-def _download(options: Options, state: State, stopper: Stopper, total: int | None) -> int:
+def _download(options: Options, state: State, stopper: Stopper, total: int) -> int:
     try:
         if options.retry_failed:
             state.forget_refused()
@@ -65,27 +63,10 @@ def _interrupted(stopper: Stopper, what: str) -> int:
 
 
 @contextmanager
-def _counting(total: int | None) -> Iterator[Callable[[int], None]]:
+def _counting(total: int) -> Iterator[Callable[[int], None]]:
     from rich.console import Console
     from rich.progress import Progress
 
     with Progress(console=Console(stderr=True), refresh_per_second=4) as progress:
         task = progress.add_task("manifest", total=total)
         yield lambda count: progress.advance(task, count)
-
-
-def count_posts(posts: Path) -> int | None:
-    """Lines of a posts file, or entries of a data file; for the ETA.
-
-    Raises:
-        ConfigError: There is no such file, or it cannot be read.
-    """
-    if posts.suffix.lower() == ".json":
-        return sum(1 for _ in read_posts(posts))
-    try:
-        with posts.open("rb") as stream:
-            return sum(chunk.count(b"\n") for chunk in iter(lambda: stream.read(_CHUNK_BYTES), b""))
-    except FileNotFoundError as error:
-        raise ConfigError(f"{posts}: no such file") from error
-    except OSError as error:
-        raise ConfigError(f"{posts}: cannot be read: {error.strerror}") from error

@@ -16,11 +16,10 @@ from config.errors import ConfigError
 from config.settings import Settings
 from extractors.fingerprint import digest
 from extractors.post import Failure, Media, MediaKind, Modality, Post
-from scripts.corpus.records import BadLine, CorpusPost, is_url, local_path, read_posts
+from scripts.corpus.records import BadLine, CorpusPost, count_lines, is_url, local_path, read_posts
 from scripts.extraction.values import Entry, FailedPart, Result, Work
 
 _CONTENT_NAME = re.compile(r"[0-9a-f]{64}(\.\w+)?")
-_BLOCK_BYTES = 1 << 20
 POSTS_OF_MANIFEST = "posts.jsonl"
 """Beside a manifest: its posts, with paths in the place of URLs."""
 
@@ -70,10 +69,7 @@ class Inputs:
         Raises:
             ConfigError: The file is missing or cannot be read.
         """
-        if self._path.suffix.lower() == ".json":
-            lines = sum(1 for _ in read_posts(self._path))
-        else:
-            lines = _count_lines(self._path)
+        lines = count_lines(self._path)
         return lines if self._limit is None else min(lines, self._limit)
 
     def __iter__(self) -> Iterator[Entry]:
@@ -266,17 +262,3 @@ def _short_hash(post_id: str) -> int:
     """64 bits of a post's ID: a set of them is a tenth of a set of IDs."""
     raw = hashlib.blake2b(post_id.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(raw, "little")
-
-
-def _count_lines(path: Path) -> int:
-    try:
-        with path.open("rb") as file:
-            count, last = 0, b"\n"
-            while block := file.read(_BLOCK_BYTES):
-                count += block.count(b"\n")
-                last = block[-1:]
-            return count + (last != b"\n")
-    except FileNotFoundError as error:
-        raise ConfigError(f"{path}: no such file") from error
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from error

@@ -48,6 +48,7 @@ def _job(settings: InferSettings | Settings, posts: Path, scratch: Path | None) 
         read: Callable[[Any, Path, str], Any] = read_record
         maker: Any = FeatureMaker(settings, FeatureFiles(settings.features))
         about: dict[str, Any] = {}
+        made_of = {"features_root": str(settings.features.resolve())}
     else:
         from config.logs import configure_logs
         from scripts.inference.raw_media import RawMaker
@@ -56,7 +57,7 @@ def _job(settings: InferSettings | Settings, posts: Path, scratch: Path | None) 
             raise ConfigError(f"{posts}: names no media: raw media take .json or .jsonl")
         configure_logs(settings.log.format, settings.log.level)
         facts, read, maker = Facts.of(settings.fusion.bundle), post_of, RawMaker(settings)
-        about = {"features": _digest(settings.features.model_dump_json())}
+        about, made_of = {"features": _digest(settings.features.model_dump_json())}, {}
         # Of posts whose media are decoded a batch is dear: each is written when it is done.
         plan = plan.model_copy(update={"batch_size": 1})
     base = output or scratch
@@ -72,6 +73,7 @@ def _job(settings: InferSettings | Settings, posts: Path, scratch: Path | None) 
         output=output,
         sink=_sink(form, plan, facts),
         about={"format": form, **about},
+        made_of=made_of,
     )
 
 
@@ -157,6 +159,8 @@ def _say(report: InferReport, plan: RunSettings) -> None:
         f"posts {report.posts}  labelled {report.labelled}{left_out}  {shown(report.metrics)}"
         f"{gone_on}\n"
     )
+    if report.complete:
+        people.write(f"complete already: {plan.output}; --restart computes it anew\n")
     if report.posts_per_s:  # of one batch alone there is no rate
         people.write(f"{report.posts_per_s:,.1f} posts/s\n")
     if report.skipped_at is None:

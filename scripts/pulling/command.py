@@ -28,6 +28,7 @@ from scripts.pulling.progress import Files
 from scripts.pulling.values import Options, Page, Place
 
 _AGAIN = "run the same command again to go on where it stopped"
+_SHOWN_CHARS = 200
 
 
 class Interrupted(Exception):
@@ -63,9 +64,23 @@ def pull(options: Options, resolved: StoreSettings) -> int:
         finally:
             run.files.close()
             pages.close()
+    if not run.files.summary.total:
+        sys.stderr.write(f"pull_posts: {_nothing(options)}\n")
     run.files.summary.show()
     sys.stdout.write(f"{run.files.written:,} posts: {options.out}\n")
     return 0
+
+
+def _nothing(options: Options) -> str:
+    """What there was no document of; one line."""
+    store = options.store
+    place = f"collection {store.database}.{store.collection}"
+    if not query_of(options):
+        return f"{place} holds no document"
+    query = f"--query {' '.join(options.query.split())}"[:_SHOWN_CHARS]
+    asked = [query] if read_query(options.query) else []
+    asked += ["--untagged"] if options.untagged else []
+    return f"no document of {place} matches {' '.join(asked)}"
 
 
 def query_of(options: Options) -> dict[str, Any]:

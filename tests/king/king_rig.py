@@ -1,19 +1,30 @@
 """A King in a thread, on fake workers; for the tests of the King."""
 
 from __future__ import annotations
-
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
 from config.settings import BrokerSettings, FetchSettings, KingSettings, Settings, StoreSettings
 from king.broker import Broker
 from king.king import King
 from king.store import Store
 from tests.fakes.pool import Answer, FakePool
 from workers.protocol import Task
+import io
+import json
+import pytest
+import structlog
+from config.errors import ConfigError
+from extractors.post import Failure
+from king.health import read_health
+from king.jobs import Job, message_key
+from king.messages import PostMessage
+from tests.fakes.broker import MemoryBroker, MemoryQueue
+from tests.fakes.pool import DIED, Answer, default_answer
+from tests.fakes.store import FakeStore
+from workers.protocol import FetchTask, FuseTask, Task
 
 
 def king_settings(
@@ -111,3 +122,29 @@ def on_fakes(
     """A King without any server."""
     pool = fake_pool(folder, answer)
     return Running(king_settings(folder, **king), pool, store=store, broker=broker)
+
+
+def posts(*ids: Any, **fields: Any) -> list[dict[str, Any]]:
+    """Documents with a text."""
+    return [{"_id": post_id, "text": "hello", **fields} for post_id in ids]
+
+
+def queue_of(*bodies: bytes) -> MemoryQueue:
+    """A queue with messages."""
+    queue = MemoryQueue()
+    for body in bodies:
+        queue.put(body)
+    return queue
+
+
+class Gate:
+    """Holds every fusion back until it is opened."""
+
+    def __init__(self) -> None:
+        self.open = threading.Event()
+
+    def __call__(self, task: Task) -> Answer:
+        if isinstance(task, FuseTask) and not self.open.is_set():
+            return None
+        return default_answer(task)
+

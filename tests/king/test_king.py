@@ -1,17 +1,14 @@
 """The King's threads together, on a queue, a store and workers in memory."""
 
 from __future__ import annotations
-
 import io
 import json
 import threading
 import time
 from pathlib import Path
 from typing import Any
-
 import pytest
 import structlog
-
 from config.errors import ConfigError
 from extractors.post import Failure
 from king.health import read_health
@@ -22,31 +19,7 @@ from tests.fakes.pool import DIED, Answer, default_answer
 from tests.fakes.store import FakeStore
 from tests.king.king_rig import Running, fake_pool, king_settings, on_fakes
 from workers.protocol import FetchTask, FuseTask, Task
-
-
-def posts(*ids: Any, **fields: Any) -> list[dict[str, Any]]:
-    """Documents with a text."""
-    return [{"_id": post_id, "text": "hello", **fields} for post_id in ids]
-
-
-def queue_of(*bodies: bytes) -> MemoryQueue:
-    """A queue with messages."""
-    queue = MemoryQueue()
-    for body in bodies:
-        queue.put(body)
-    return queue
-
-
-class Gate:
-    """Holds every fusion back until it is opened."""
-
-    def __init__(self) -> None:
-        self.open = threading.Event()
-
-    def __call__(self, task: Task) -> Answer:
-        if isinstance(task, FuseTask) and not self.open.is_set():
-            return None
-        return default_answer(task)
+from tests.king.king_rig import posts, queue_of, Gate
 
 
 def test_posts_are_tagged_and_acknowledged_after_the_write(tmp_path: Path) -> None:
@@ -168,176 +141,6 @@ def test_exhausted_attempts_are_a_dead_letter(tmp_path: Path) -> None:
     assert store.posts["p1"]["insight"]["error"]["type"] == "WorkerDied"
 
 
-def test_drain_mode_waits_for_retries_and_exits_zero(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With --drain the King ends by itself, after the queue, the flights and the retries.
-
-    On a terminal it shows how far it is.
-    """
-    terminal = io.StringIO()
-    monkeypatch.setattr(terminal, "isatty", lambda: True)
-    monkeypatch.setattr("sys.stderr", terminal)
-    deaths = iter([DIED] * 7)
-
-    def answer(task: Task) -> Answer:
-        if isinstance(task, FuseTask):
-            return next(deaths, None) or default_answer(task)
-        return default_answer(task)
-
-    store = FakeStore(posts(*[f"p{i}" for i in range(20)]))
-    broker = MemoryBroker(queue_of(*[f"p{i}".encode() for i in range(20)]))
-    settings = king_settings(tmp_path, attempts=9, backoff_s=1)
-    with Running(
-        settings, fake_pool(tmp_path, answer), store=store, broker=broker, drain=True
-    ) as it:
-        it.join()
-    assert it.exit_code == 0
-    assert all(post["insight"]["status"] == "tagged" for post in store.posts.values())
-    assert store.jobs == {}
-    assert broker.queue.waiting == []
-    assert "20 tagged, 0 failed, 0 in flight, 0 queued" in terminal.getvalue()
-
-
-def test_drain_finishes_what_is_in_flight(tmp_path: Path) -> None:
-    """After a stop nothing new begins; what has begun is finished, written, acknowledged."""
-    store, gate = FakeStore(posts("p1", "p2")), Gate()
-    broker = MemoryBroker(queue_of(b"p1"))
-    with on_fakes(tmp_path, store, broker, gate) as it:
-        it.until(lambda: any(isinstance(task, FuseTask) for task in it.pool.submitted))
-        it.king.stop()
-        it.until(lambda: broker._on_delivery is None)
-        broker.queue.put(b"p2")
-        time.sleep(0.2)
-        gate.open.set()
-        it.join()
-    assert it.exit_code == 0
-    assert store.posts["p1"]["insight"]["status"] == "tagged"
-    assert "insight" not in store.posts["p2"]
-    assert [m.body for m in broker.queue.waiting] == [b"p2"]
-
-
-@pytest.mark.parametrize("at_once", [False, True])
-def test_drain_out_of_time_puts_posts_back_and_attempts_too(tmp_path: Path, at_once: bool) -> None:
-    """What is not finished in time is requeued and has cost no attempt; twice means at once."""
-    store = FakeStore(posts("p1", "p2"))
-    store.jobs["p2"] = Job("p2", "queued", attempts=1, due_at=time.time() + 900)
-    broker = MemoryBroker(queue_of(b"p1", b"p2"))
-    settings = king_settings(tmp_path, drain_timeout_s=60 if at_once else 0.3)
-    with Running(settings, fake_pool(tmp_path, Gate()), store=store, broker=broker) as it:
-        it.until(lambda: sum(isinstance(t, FuseTask) for t in it.pool.submitted) == 2)
-        began = time.monotonic()
-        it.king.stop()
-        if at_once:
-            it.king.stop()
-        it.join()
-        assert time.monotonic() - began < 30
-    assert it.exit_code == 0
-    assert sorted(m.body for m in broker.queue.waiting) == [b"p1", b"p2"]
-    assert broker.acked == []
-    assert store.jobs.keys() == {"p2"}
-    assert (store.jobs["p2"].state, store.jobs["p2"].attempts) == ("queued", 1)
-
-
-def test_database_away_stops_intake_and_nothing_else(tmp_path: Path) -> None:
-    """While the database is away nothing is acknowledged and no more is taken; then all is done."""
-    ids = [f"p{i}" for i in range(30)]
-    store = FakeStore(posts(*ids))
-    broker = MemoryBroker(queue_of(*[i.encode() for i in ids]), prefetch=8)
-    gate = Gate()
-    with structlog.testing.capture_logs() as logs:
-        with on_fakes(tmp_path, store, broker, gate) as it:
-            it.until(lambda: len(broker._held) == 8)
-            store.down.set()
-            gate.open.set()
-            it.until(lambda: it.king.board.phase == "store_down")
-            acked = len(broker.acked)
-            ticked = it.king.board._ticks["broker"]
-            time.sleep(0.6)
-            assert len(broker.acked) == acked == 0
-            assert len(broker._held) == 8
-            it.until(lambda: it.king.board._ticks["broker"] > ticked)
-            store.down.clear()
-            it.until(lambda: len(broker.acked) == 30)
-            it.until(lambda: it.king.board.phase == "serving")
-    assert all(post["insight"]["status"] == "tagged" for post in store.posts.values())
-    assert any(line["event"] == "king.store_unreachable" and line["url"] for line in logs)
-    assert any(line["event"] == "king.store_reached" for line in logs)
-
-
-def test_broker_and_database_away_at_the_start(tmp_path: Path) -> None:
-    """The King says which URLs it cannot reach, tries on, and serves as soon as they are there."""
-    store, broker = FakeStore(posts("p1")), MemoryBroker(queue_of(b"p1"))
-    store.down.set()
-    broker.queue.reachable = False
-    with structlog.testing.capture_logs() as logs:
-        with on_fakes(tmp_path, store, broker) as it:
-            it.until(lambda: it.king.board.phase == "store_down")
-            store.down.clear()
-            it.until(lambda: it.king.board.phase == "broker_down")
-            broker.queue.reachable = True
-            it.until(lambda: len(broker.acked) == 1)
-    events = {line["event"] for line in logs}
-    assert {"king.store_unreachable", "king.broker_unreachable"} <= events
-
-
-def test_lost_connection_loses_and_repeats_nothing(tmp_path: Path) -> None:
-    """Messages of a dead connection come again, join their running jobs and are acknowledged."""
-    ids = [f"p{i}" for i in range(6)]
-    store, gate = FakeStore(posts(*ids)), Gate()
-    broker = MemoryBroker(queue_of(*[i.encode() for i in ids]))
-    with on_fakes(tmp_path, store, broker, gate) as it:
-        it.until(lambda: sum(isinstance(t, FuseTask) for t in it.pool.submitted) == 6)
-        broker.lose_connection()
-        it.until(lambda: broker.generation == 2 and len(broker._held) == 6)
-        gate.open.set()
-        it.until(lambda: len(broker.acked) == 6)
-    assert sum(isinstance(task, FuseTask) for task in it.pool.submitted) == 6
-    assert broker.queue.waiting == []
-    assert store.jobs == {}
-
-
-def test_job_of_another_king_is_parked_and_taken_over(tmp_path: Path) -> None:
-    """A running job is left alone while its lease holds, then it is one more attempt."""
-    store = FakeStore(posts("p1"))
-    lease = time.time() + 1.0
-    store.jobs["p1"] = Job(
-        "p1", "running", attempts=1, owner="other", lease_until=lease, due_at=lease + 60
-    )
-    broker = MemoryBroker(queue_of(b"p1"))
-    with on_fakes(tmp_path, store, broker) as it:
-        it.until(lambda: len(broker.acked) == 1)
-    assert time.time() >= lease
-    assert store.posts["p1"]["insight"]["attempts"] == 2
-
-
-def test_refused_workers_end_the_king_with_one_line(tmp_path: Path) -> None:
-    """A bundle that does not fit is the user's to mend: ConfigError, hence exit 2."""
-    pool = fake_pool(tmp_path, refuse="fusion.bundle: made for other features")
-    store, broker = FakeStore(), MemoryBroker()
-    with Running(king_settings(tmp_path), pool, store=store, broker=broker) as it:
-        it.join()
-    assert isinstance(it.error, ConfigError)
-    assert str(it.error) == "fusion.bundle: made for other features"
-
-
-def test_a_thread_that_dies_ends_the_king(tmp_path: Path) -> None:
-    """An unexpected exception is logged and exits 1, so that the supervisor starts anew."""
-
-    def boom(task: Task) -> Answer:
-        raise RuntimeError("a bug")
-
-    store, broker = FakeStore(posts("p1")), MemoryBroker(queue_of(b"p1"))
-    with structlog.testing.capture_logs() as logs:
-        with on_fakes(tmp_path, store, broker, boom) as it:
-            it.join()
-    assert it.exit_code == 1
-    [died] = [line for line in logs if line["event"] == "king.thread_died"]
-    assert died["thread"] == "dispatch"
-    assert [m.body for m in broker.queue.waiting] == [b"p1"]
-    assert it.pool.stopped
-
-
 def test_health_file_shows_progress(tmp_path: Path) -> None:
     """The file is there within a second or so, is whole, and has what the watchdog judges by."""
     ids = [f"p{i}" for i in range(5)]
@@ -387,31 +190,3 @@ def test_fetch_failures_are_named_in_the_result(tmp_path: Path) -> None:
     [line] = [line for line in logs if line["event"] == "king.post_tagged"]
     assert "HTTP 404" in line["failures"]["image"]
 
-
-def test_drain_with_the_database_away_ends_in_time(tmp_path: Path) -> None:
-    """A stop while the database is away keeps nobody waiting; the messages go back."""
-    store, gate = FakeStore(posts("p1")), Gate()
-    broker = MemoryBroker(queue_of(b"p1"))
-    with on_fakes(tmp_path, store, broker, gate, drain_timeout_s=0.3) as it:
-        it.until(lambda: any(isinstance(task, FuseTask) for task in it.pool.submitted))
-        store.down.set()
-        it.king.stop()
-        it.join(30)
-    assert it.exit_code == 0
-    assert [m.body for m in broker.queue.waiting] == [b"p1"]
-    assert store.jobs["p1"].state == "running"  # whose lease will run out
-
-
-def test_orphans_of_a_dead_king_are_published(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A job whose King is dead and whose message is lost is done by the next King."""
-    monkeypatch.setattr("king.keeper._RELEASE_AFTER_S", 0.1)
-    monkeypatch.setattr("king.king.is_dead", lambda owner: owner == "dead")
-    store, broker = FakeStore(posts("p1")), MemoryBroker()
-    far = time.time() + 1000
-    store.jobs["p1"] = Job("p1", "running", 1, owner="dead", lease_until=far, due_at=far)
-    with on_fakes(tmp_path, store, broker) as it:
-        it.until(lambda: len(broker.acked) == 1)
-    assert store.posts["p1"]["insight"]["attempts"] == 2
-    assert store.jobs == {}

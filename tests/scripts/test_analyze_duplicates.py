@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,9 +17,10 @@ from extractors.pictures import read_pictures, squash
 from extractors.post import Media, Post
 from scripts.analysis.duplicates import Group, find_groups
 from scripts.analysis.facts import MediaFact
+from scripts.analysis.groups import GroupTally
 from scripts.analysis.looks import hash_of, look_of, near_pairs, same_colours
 from scripts.analysis.texts import Bands, comparable, jaccard, key_of, normal, shingles
-from scripts.corpus.records import CorpusPost, read_posts
+from scripts.corpus.records import AtomicLines, CorpusPost, read_posts
 from tests.media import halves, noise, solid
 from tests.scripts.analyze_corpus import Corpus, make_corpus
 
@@ -87,13 +89,26 @@ def test_the_same_posts_give_the_same_groups(corpus: Corpus) -> None:
         assert places == sorted(set(places))
 
 
-def test_exact_texts_form_one_group_however_many() -> None:
-    """A text that a tenth of the posts share is one group, and costs no pairs."""
+def test_exact_texts_form_one_group_however_many(tmp_path: Path) -> None:
+    """A text that half of the posts share is one group, in parts that hang together."""
     text = "Congratulations, you are today's lucky visitor, write to us for your gift card"
     posts = [CorpusPost(Post(str(i), text=text if i % 2 else f"{i} {i * 7919:x} " * 5))
              for i in range(3000)]  # fmt: skip
     groups = [g for g in find_groups(posts, lambda source: None) if "1" in g.members]
-    assert [len(group.members) for group in groups] == [1500]
+    assert [len(group.members) for group in groups] == [1000, 501]
+    assert [group.continued for group in groups] == [False, True]
+    assert groups[1].members[0] == groups[0].members[0] == "1"
+    assert len({member for group in groups for member in group.members}) == 1500
+    tally = GroupTally(lambda post_id: frozenset({"even" if int(post_id) % 4 == 1 else "odd"}))
+    with AtomicLines(tmp_path / "groups") as lines:
+        assert len(list(tally.write(groups, lines))) == 2
+    counts = tally.as_dict()["kinds"]["near_text"]
+    assert [counts[key] for key in ("groups", "posts", "largest", "labels_differ")] == [
+        1, 1500, 1500, 1,
+    ]  # fmt: skip
+    assert [each["posts"] for each in (*counts["examples"], *counts["disputes"])] == [1500, 1500]
+    written = [json.loads(line) for line in (tmp_path / "groups").read_text().splitlines()]
+    assert [line.get("continued") for line in written] == [None, True]
 
 
 def test_text_with_a_number_in_it_is_one_group() -> None:

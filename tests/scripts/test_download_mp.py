@@ -335,6 +335,8 @@ def test_downloading_process_that_dies_is_replaced(tmp_path: Path) -> None:
     ("args", "said"),
     [
         (["none.jsonl", "--out", "o"], "none.jsonl: no such file"),
+        (["empty.jsonl", "--out", "o"], "empty.jsonl: holds no readable post: it is empty"),
+        (["bad.jsonl", "--out", "o"], "all 2 lines are broken; line 1: not JSON"),
         (["p.json", "--out", "o"], "p.json: not a JSON list of posts"),
         (["p.jsonl", "--out", "p.jsonl"], "p.jsonl/.state: cannot be written: Not a directory"),
         (["p.jsonl", "--out", "o", "--set", "fetch.nope=1"], "fetch.nope: unknown key"),
@@ -353,6 +355,8 @@ def test_mistakes_are_one_line(
     monkeypatch.chdir(tmp_path)
     Path("p.jsonl").write_text('{"post_id": "a"}\n')
     Path("p.json").write_text("{")
+    Path("empty.jsonl").write_text("")
+    Path("bad.jsonl").write_text("{\n[]\n")
     try:
         code = main(args)
     except SystemExit as left:

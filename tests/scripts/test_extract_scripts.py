@@ -162,6 +162,23 @@ def test_a_wrong_model_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture
     assert main("image", arguments(config, tmp_path / "none.jsonl", tmp_path / "f")) == 2
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [("", "it is empty"), ("{\n[]\n", "all 2 lines are broken; line 1: not JSON")],
+)
+def test_without_a_readable_post_it_is_a_mistake(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str, said: str
+) -> None:
+    """Exit 2 and one line that names the file and why; nothing is written, no model is loaded."""
+    posts, config = tmp_path / "posts.jsonl", write_config(tmp_path)
+    posts.write_text(content, encoding="utf-8")
+    assert main("image", arguments(config, posts, tmp_path / "f")) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith(f"extract_image_features: {posts}: holds no readable post: {said}")
+    assert not (tmp_path / "f").exists()
+
+
 def test_help_needs_no_heavy_library() -> None:
     """Neither torch nor OpenCV nor Ray: it is there at once."""
     code = (

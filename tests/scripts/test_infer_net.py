@@ -52,7 +52,7 @@ def test_input_and_output_as_the_readme_says(folder: Path) -> None:
         reached = {f"tag{i}": s for i, s in enumerate(line["scores"]) if s >= 0.5}
         assert by_name == reached
         assert set(line["modalities"].values()) <= {"ok", "missing"}
-    assert sorted(p.name for p in folder.glob("*tags*")) == ["tags.jsonl"]
+    assert sorted(p.name for p in folder.glob("*tags*")) == [".tags.jsonl.done.json", "tags.jsonl"]
 
 
 def test_gap_is_that_of_the_written_scores(

@@ -190,6 +190,21 @@ def test_query_limit_untagged_and_time(
     assert summary_of(tmp_path)["skipped"] == {"no time is known": 1, "not before --until": 18}
 
 
+def test_a_query_that_matches_nothing_is_told(
+    arguments: list[str], insert: Insert, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One line with the collection and the query; it is no mistake, and the files are empty."""
+    insert(documents(3))
+    assert main([*arguments, "--untagged", "--query", '{"labels":  "none"}']) == 0
+    told = [line for line in capsys.readouterr().err.splitlines() if "pull_posts:" in line]
+    assert len(told) == 1
+    assert told[0].startswith("pull_posts: no document of collection ")
+    assert told[0].endswith(' matches --query {"labels": "none"} --untagged')
+    assert posts_of(tmp_path) == []
+    assert main([*arguments, "--query", '{"labels": "b"}']) == 0
+    assert "matches" not in capsys.readouterr().err
+
+
 def test_age_is_that_of_the_object_id(arguments: list[str], insert: Insert, tmp_path: Path) -> None:
     """Without store.fields.created, --since looks at the ObjectId."""
     ids = [ObjectId.from_datetime(EPOCH + timedelta(days=i)) for i in range(5)]
@@ -373,7 +388,9 @@ def test_embedded_database(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     try:
         assert main([*more, "--out", str(tmp_path / "p.jsonl")]) == 0
         assert posts_of(tmp_path) == []
-        assert "0 posts" in capsys.readouterr().out
+        said = capsys.readouterr()
+        assert "0 posts" in said.out
+        assert " holds no document" in said.err
         assert not (tmp_path / "e" / "redis").exists(), "the queue is not needed"
     finally:
         stop_embedded(tmp_path / "e")

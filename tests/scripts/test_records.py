@@ -19,6 +19,8 @@ from scripts.corpus.records import (
     CorpusPost,
     Summary,
     bad_line,
+    check_holds_post,
+    count_lines,
     is_url,
     local_path,
     post_line,
@@ -129,6 +131,38 @@ def test_file_that_cannot_be_read_is_named(
         (tmp_path / name).write_text(content)
     with pytest.raises(ConfigError, match=said):
         list(read_posts(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "limit", "said"),
+    [
+        ("p.jsonl", "", None, "it is empty"),
+        ("p.jsonl", "\n \n", None, "it is empty"),
+        ("p.json", "[]", None, "it is empty"),
+        ("p.jsonl", "\n{\n", None, "the line is broken; line 2: not JSON"),
+        ("p.jsonl", "[]\n{}\n", None, "all 2 lines are broken; line 1: not an object"),
+        ("p.json", "[{}, 1]", None, "all 2 lines are broken; line 1: no post_id"),
+        ("p.jsonl", '1\n2\n{"post_id": "a"}\n', 2, "the first 2 lines are broken; line 1: not"),
+    ],
+)
+def test_file_without_a_readable_post_is_told(
+    tmp_path: Path, name: str, content: str, limit: int | None, said: str
+) -> None:
+    """Its name, and why there is nothing to do."""
+    path = tmp_path / name
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(ConfigError) as caught:
+        check_holds_post(path, limit)
+    assert str(caught.value).startswith(f"{path}: holds no readable post: {said}")
+
+
+def test_one_readable_post_is_enough(tmp_path: Path) -> None:
+    """However many lines before it are broken; all of them are counted."""
+    path = tmp_path / "p.jsonl"
+    path.write_text('{\n\n1\n{"post_id": "a"}', encoding="utf-8")
+    check_holds_post(path)
+    check_holds_post(path, 3)
+    assert count_lines(path) == 4
 
 
 def test_local_sources_lie_beside_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

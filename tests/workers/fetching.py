@@ -1,0 +1,60 @@
+"""Fetch in tests, and tell how it ended."""
+
+from __future__ import annotations
+import ipaddress
+import shutil
+import socket
+import ssl
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+import pytest
+from config.errors import FetchRefused, FetchRetryable
+from config.settings import FetchSettings
+from tests.services import free_port
+from tests.workers.web import BODY, Web, web_server
+from workers.fetch import Fetcher, fetch
+from workers.guard import Expired, ForbiddenAddress, Guard, Unreachable, is_public
+from workers.protocol import Media
+
+
+def settings_of(**changes: Any) -> FetchSettings:
+    values: dict[str, Any] = {
+        "allow_private_hosts": True,
+        "max_bytes": 1_000_000,
+        "connect_timeout_s": 10,
+        "read_timeout_s": 10,
+        "total_timeout_s": 30,
+    }
+    return FetchSettings.model_validate(values | changes)
+
+
+def get(url: str, folder: Path, **changes: Any) -> bytes:
+    """Fetch, read and delete."""
+    fetched = fetch(Media("image", url), settings_of(**changes), folder, "file")
+    path = Path(fetched.path)
+    content = path.read_bytes()
+    assert fetched.size_bytes == len(content)
+    assert path.stat().st_mode & 0o777 == 0o600
+    path.unlink()
+    return content
+
+
+def refused(url: str, folder: Path, **changes: Any) -> str:
+    """The reason of a permanent failure; nothing stays behind."""
+    with pytest.raises(FetchRefused) as caught:
+        get(url, folder, **changes)
+    assert list(folder.iterdir()) == []
+    return str(caught.value)
+
+
+def retryable(url: str, folder: Path, **changes: Any) -> str:
+    """The reason of a passing failure; nothing stays behind."""
+    with pytest.raises(FetchRetryable) as caught:
+        get(url, folder, **changes)
+    assert list(folder.iterdir()) == []
+    return str(caught.value)
+
