@@ -70,7 +70,7 @@ style: $(VENV)/.dev
 	$(VENV)/bin/ruff format --check .
 
 types: $(VENV)/.dev
-	$(VENV)/bin/mypy $(SOURCES) $(SCRIPTS)
+	$(VENV)/bin/mypy $(SOURCES) $(SCRIPTS) tests bench
 
 arrows: $(VENV)/.dev
 	$(VENV)/bin/lint-imports

@@ -1,11 +1,10 @@
 """Memory of every offline script at 1,000, 10,000 and 100,000 posts: does it grow with them?
 
 Posts are small: a few words, one tiny picture that all of them share on the disk, a short sound
-and a short video for the scripts that read those; models are tiny and random. The extracting
-scripts find all but the last 100 posts extracted already, so that they read and count every one
-and still extract: 100,000 real extractions take hours. Each script runs as its user runs it; all
-of its processes are asked for their proportional set size (PSS: memory that several share is
-counted once) several times a second, and the highest sum is kept.
+and a short video for the scripts that read those; models are tiny and random. Each script runs as
+its user runs it, and does all of its work (``--extract N`` leaves the extracting ones but the last
+N posts to do). All of its processes are asked for their proportional set size (PSS: memory that
+several share is counted once) several times a second, and the highest sum is kept.
 
 Run: ``python bench/corpus_memory.py [--sizes 1000 10000 100000] [--only pull build]``
 """
@@ -49,7 +48,6 @@ FLAT = 1.25
 """Most that memory may grow from the smallest to the largest corpus."""
 _EVERY_S = 0.25
 _EVERY_S_AT_FIRST = 0.02  # the smallest corpus takes some scripts less than a second
-_EXTRACTED = 100  # posts that an extracting script still has to do
 _fingerprints: dict[str, Mapping[Stream, str]] = {}
 _arrays: dict[str, dict[Stream, Any]] = {}
 
@@ -125,8 +123,8 @@ def fill(client: MongoClient[dict[str, Any]], corpus: Corpus) -> None:
         posts.insert_many(batch)
 
 
-def extract_before(corpus: Corpus, kind: Kind) -> None:
-    """Leave features of all but the last posts, as an earlier run would have."""
+def extract_before(corpus: Corpus, kind: Kind, count: int) -> None:
+    """Leave features of the first posts, as an earlier run would have."""
     if kind not in _fingerprints:
         command = [*scripts(corpus)[f"extract {kind}"], "--limit", "1"]
         subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, check=True)
@@ -143,7 +141,7 @@ def extract_before(corpus: Corpus, kind: Kind) -> None:
         m: "ok" if m in {modality_of(s) for s in arrays} else "missing" for m in wanted
     }
     for work in Inputs(corpus.local, options.settings, wanted):
-        if work.index >= corpus.size - _EXTRACTED:
+        if work.index >= count:
             return
         if isinstance(work, Work):
             store.put(work, Features(post_id=work.post.post_id, arrays=arrays, statuses=statuses))
@@ -232,11 +230,11 @@ def tree_bytes(process: psutil.Process) -> int:
 
 
 def run_size(
-    folder: Path, size: int, wanted: Callable[[str], bool], limit_s: float
+    folder: Path, size: int, wanted: Callable[[str], bool], options: argparse.Namespace
 ) -> dict[str, Any]:
     """Every script on one corpus."""
     found = {}
-    options = settings(folder)
+    online_settings = settings(folder)
     with contextlib.ExitStack() as stack:
         write_media(folder / "m0")
         url = stack.enter_context(pictures(folder / "m0" / "p.png"))
@@ -245,15 +243,16 @@ def run_size(
         shutil.copy(folder / "settings.yaml", corpus.config)
         (corpus.folder / "out").mkdir()
         if wanted("pull"):
-            online = embedded.ensure(options, ("mongo",))
-            stack.callback(embedded.stop, options)
+            online = embedded.ensure(online_settings, ("mongo",))
+            stack.callback(embedded.stop, online_settings)
             with MongoClient[dict[str, Any]](online["mongo"].url) as client:
                 fill(client, corpus)
         for name, command in scripts(corpus).items():
             if wanted(name):
-                if name.startswith("extract "):
-                    extract_before(corpus, cast("Kind", name.removeprefix("extract ")))
-                found[name] = measure(name, command, size, limit_s)
+                if name.startswith("extract ") and options.extract < size:
+                    kind = cast("Kind", name.removeprefix("extract "))
+                    extract_before(corpus, kind, size - options.extract)
+                found[name] = measure(name, command, size, options.limit_s)
     return found
 
 
@@ -288,6 +287,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sizes", type=int, nargs="+", default=[1000, 10_000, 100_000])
     parser.add_argument("--only", nargs="+", help="scripts whose names begin so")
+    parser.add_argument(
+        "--extract", type=int, default=100_000, help="posts to extract at most: those before the "
+        "last so many count as extracted by an earlier run"
+    )  # fmt: skip
     parser.add_argument("--limit_s", type=float, default=3600, help="of one run")
     parser.add_argument("--out", type=Path, default=FOLDER)
     parser.add_argument("--name", default="corpus_memory")
@@ -299,7 +302,7 @@ def main() -> int:
     found: dict[str, list[dict[str, Any]]] = {}
     for size in options.sizes:
         with tempfile.TemporaryDirectory(prefix="insighttag-memory-") as name:
-            for script, run in run_size(Path(name), size, wanted, options.limit_s).items():
+            for script, run in run_size(Path(name), size, wanted, options).items():
                 found.setdefault(script, []).append(run)
         rows = summary(found)
         write_results(options.name, 1, rows, options.out)

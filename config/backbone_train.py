@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
-
-from pydantic import Field
+from typing import Literal
 
 from config.features import LstmSizes
 from config.fusion_models import Share
 from config.learning import OptimizerSettings, Rate
 from config.settings import PositiveInt, Section
-from config.train import TrainerSettings
-
-Count = Annotated[int, Field(ge=0)]
+from config.train import Count, TrainerSettings
 
 
 class BackboneDataSettings(Section):

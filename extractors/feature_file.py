@@ -19,6 +19,7 @@ from urllib.parse import quote
 import numpy as np
 
 from config.errors import FeatureError
+from config.fingerprint import differing, known_parts, with_parts
 from extractors.post import (
     STREAMS,
     Failure,
@@ -112,6 +113,7 @@ def features_bytes(
             )
         if stream not in fingerprints:
             raise FeatureError(f"{features.post_id}: {stream} has no fingerprint")
+    made_of = known_parts(fingerprints)
     header = {
         "format": _FORMAT,
         "post_id": features.post_id,
@@ -120,6 +122,7 @@ def features_bytes(
         "failures": {m: asdict(failure) for m, failure in features.failures.items()},
         "ocr_text": features.ocr_text,
         **({"inputs": dict(inputs)} if inputs else {}),
+        **({"made_of": made_of} if made_of else {}),
     }
     # One key: safetensors writes several in random order.
     metadata = {_KEY: json.dumps(header, sort_keys=True)}
@@ -152,8 +155,8 @@ def read_features(
         found, needed = made_with.get(stream), (fingerprints or {})[stream]
         if found != needed:
             raise FeatureError(
-                f"{path}: {stream} was made with {found or 'no extractor'}, "
-                f"but {needed} is needed: extract it again (scripts/{script_of(stream)})"
+                f"{path}: {stream} was made with {found or 'no extractor'}, but {needed} is "
+                f"needed{differing(needed, found)}: extract it again (scripts/{script_of(stream)})"
             )
     asked = tuple(dict.fromkeys(modality_of(stream) for stream in wanted))
     return Features(
@@ -252,6 +255,7 @@ def _header(metadata: Mapping[str, str]) -> dict[str, Any]:
     if not isinstance(header, dict):
         raise TypeError("no JSON object")
     parts = {key: header[key] for key in ("format", "post_id", *_PARTS)}
+    parts["fingerprints"] = with_parts(dict(header["fingerprints"]), header.get("made_of"))
     return {**parts, "inputs": header.get("inputs", {})}
 
 

@@ -8,33 +8,24 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
+from config.fingerprint import Fingerprint, parts_of
 from config.settings import FeatureSettings
 from extractors.post import Stream
 
 FORMAT = 1
 """Raise it when the meaning of any feature changes in this code."""
 
-_BLOCK_BYTES = 1 << 20
 _OWN: tuple[Stream, ...] = ("video", "video_lstm", "image", "audio")
 
 
-def digest(parts: Mapping[str, Any]) -> str:
+def digest(parts: Mapping[str, Any]) -> Fingerprint:
     """Hex digest of a mapping of JSON values, independent of the order of its keys."""
     text = json.dumps({"format": FORMAT, **parts}, sort_keys=True, ensure_ascii=True)
-    return hashlib.sha256(text.encode("ascii")).hexdigest()[:32]
-
-
-def file_digest(*paths: Path) -> str:
-    """Hex sha256 over the content of files, in the order given."""
-    total = hashlib.sha256()
-    for path in paths:
-        with path.open("rb") as file:
-            while block := file.read(_BLOCK_BYTES):
-                total.update(block)
-    return total.hexdigest()
+    inner = {key: parts_of(value) or value for key, value in {"format": FORMAT, **parts}.items()}
+    found = json.loads(json.dumps(inner))
+    return Fingerprint(hashlib.sha256(text.encode("ascii")).hexdigest()[:32], found)
 
 
 def stream_fingerprints(

@@ -12,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from config.errors import ConfigError, FeatureError
+from config.files import file_digest
 from config.settings import ExtractorName, OcrSettings
-from extractors.fingerprint import digest, file_digest
+from extractors.fingerprint import digest
 from extractors.weights import first_line
 
 Picture = npt.NDArray[np.uint8]

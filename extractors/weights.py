@@ -19,8 +19,8 @@ from urllib.parse import urlsplit
 import structlog
 
 from config.errors import ConfigError
+from config.files import file_digest
 from config.pth import load_pth
-from extractors.fingerprint import file_digest
 
 if TYPE_CHECKING:
     import torch

@@ -38,6 +38,7 @@ from fusion.losses import TaggingLoss
 from fusion.objective import Objective
 from fusion.processes import agree
 from fusion.resume import LAST, Start, find_start
+from fusion.run_folder import BACKBONES, RunFolder
 from fusion.trainer import TrainData, Trainer
 from fusion.video_lstm import LstmTagger, save_lstm
 
@@ -68,6 +69,8 @@ def train_backbones(
 ) -> tuple[StageReport, ...]:
     """Train what ``task`` names, and write weights for the extractors.
 
+    What an earlier run has left in the folder, weights included, is kept.
+
     Args:
         settings: All of them.
         reader: Decodes media; pickles, where there are several processes.
@@ -88,7 +91,15 @@ def train_backbones(
 def _images(
     settings: BackboneTrainSettings, reader: MediaReader, resume: Path | None, fabric: Fabric
 ) -> tuple[StageReport, ...]:
-    task = _Task(settings, reader, fabric, prepare(settings, reader, "images", fabric))
+    folder = RunFolder(fabric, settings.trainer.save_dir, BACKBONES)
+    with folder.locked():
+        with folder.beginning(resume) as place:
+            posts = prepare(settings, reader, "images", fabric)
+        return _train_images(_Task(settings, reader, fabric, posts), place)
+
+
+def _train_images(task: _Task, resume: Path | None) -> tuple[StageReport, ...]:
+    settings = task.settings
     weights = settings.trainer.save_dir / "weights" / f"{settings.backbone.arch}.safetensors"
     return task.spoken(task.pixels("image", weights, settings.trainer, resume))
 
@@ -98,7 +109,15 @@ def _videos(
 ) -> tuple[StageReport, ...]:
     if resume is not None and not resume.is_dir():
         raise ConfigError(f"{resume}: --resume takes the folder of a run here, with tsn/ in it")
-    task = _Task(settings, reader, fabric, prepare(settings, reader, "videos", fabric))
+    place = RunFolder(fabric, settings.trainer.save_dir, BACKBONES)
+    with place.locked():
+        with place.beginning(resume) as start:
+            posts = prepare(settings, reader, "videos", fabric)
+        return _train_videos(_Task(settings, reader, fabric, posts), start)
+
+
+def _train_videos(task: _Task, resume: Path | None) -> tuple[StageReport, ...]:
+    settings = task.settings
     folder = settings.trainer.save_dir
     weights = folder / "weights" / "tsn.safetensors"
     trainer = settings.trainer.model_copy(update={"save_dir": folder / "tsn"})

@@ -25,6 +25,8 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from config.errors import BundleError, ConfigError
+from config.files import file_digest
+from config.fingerprint import differing, parts_of, with_parts
 from config.labels import LabelMap
 from config.load import one_line
 from config.settings import Section
@@ -46,6 +48,8 @@ class ModalityEntry(Section):
 
     dim: int = Field(ge=1)
     fingerprint: str = Field(min_length=1)
+    made_of: dict[str, Any] = Field(default_factory=dict)
+    """What the fingerprint is a digest of, where that is known."""
 
 
 class About(Section):
@@ -80,7 +84,10 @@ class About(Section):
         """The features that the model was trained on."""
         return FeatureManifest(
             dims={m: entry.dim for m, entry in self.features.items()},
-            fingerprints={m: entry.fingerprint for m, entry in self.features.items()},
+            fingerprints=with_parts(
+                {m: entry.fingerprint for m, entry in self.features.items()},
+                {m: entry.made_of for m, entry in self.features.items()},
+            ),
             image_as_frames=self.image_as_frames,
             ocr_mode=self.ocr_mode,
         )
@@ -155,7 +162,11 @@ def save_bundle(
             image_as_frames=manifest.image_as_frames,
             ocr_mode=manifest.ocr_mode,
             features={
-                m: ModalityEntry(dim=dim, fingerprint=manifest.fingerprints[m])
+                m: ModalityEntry(
+                    dim=dim,
+                    fingerprint=str(manifest.fingerprints[m]),
+                    made_of=parts_of(manifest.fingerprints[m]),
+                )
                 for m, dim in manifest.dims.items()
             },
             model=settings,
@@ -168,7 +179,11 @@ def save_bundle(
             members_sha256=digests[1:],
             labels_sha256=_sha256(part / LABELS),
         )
-        lines = yaml.safe_dump(about.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        content = about.model_dump(mode="json")
+        for entry in content["features"].values():
+            if not entry["made_of"]:
+                del entry["made_of"]
+        lines = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
         (part / ABOUT).write_text(lines, encoding="utf-8")
         for file in (*files, LABELS, ABOUT):
             sync_file(part / file)
@@ -258,7 +273,8 @@ def check_fingerprints(
         if found != wanted:
             raise BundleError(
                 f"bundle {bundle} wants {stream} features {wanted}, "
-                f"the extractors give {found or 'none'}: train it anew or set "
+                f"the extractors give {found or 'none'}{differing(wanted, found)}: "
+                f"train it anew or set "
                 f"features.{modality_of(stream)} as it was in training"
             )
 
@@ -319,13 +335,9 @@ def _fill(model: FusionModel, path: Path) -> None:
 
 
 def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
     try:
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
+        return file_digest(path)
     except FileNotFoundError as error:
         raise BundleError(f"{path}: is missing") from error
     except OSError as error:
         raise BundleError(f"{path}: cannot be read: {error}") from error
-    return digest.hexdigest()

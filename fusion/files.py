@@ -17,22 +17,6 @@ def sync_file(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that a reader finds the one before or all of this one.
-
-    Raises:
-        OSError: It cannot be written; the one before is intact.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    try:
-        part.write_bytes(content)
-        sync_file(part)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
 def replace_folder(new: Path, target: Path) -> None:
     """Put a folder in the place of another, so that a reader finds the old or the new one.
 

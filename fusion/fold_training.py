@@ -15,9 +15,9 @@ import numpy.typing as npt
 from lightning_fabric import Fabric
 
 from config.errors import ConfigError
+from config.files import write_whole
 from config.train import TrainSettings
 from fusion import processes
-from fusion.files import write_whole
 from fusion.folds import stratified_folds
 from fusion.measure import Held, score_held
 from fusion.members import Trained, joined, model_of, seed_of, train_one

@@ -7,13 +7,12 @@ was. An output that was changed since, or is made of something else, is no longe
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from config.errors import ConfigError
-from fusion.files import write_whole
+from config.files import write_whole
 
 
 def note_complete(output: Path, signature: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
@@ -52,5 +51,5 @@ def note_of(output: Path) -> Path:
 
 
 def _file(output: Path) -> list[int]:
-    found = os.stat(output)
+    found = output.stat()
     return [found.st_size, found.st_mtime_ns]

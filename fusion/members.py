@@ -65,7 +65,7 @@ class One:
 
 
 def train_alone(
-    fabric: Fabric, settings: TrainSettings, prepared: Prepared, mark: str, resume: Path | None
+    fabric: Fabric, settings: TrainSettings, prepared: Prepared, mark: str, start: Start | None
 ) -> Trained:
     """Train once, on all posts to learn from.
 
@@ -74,13 +74,12 @@ def train_alone(
         settings: All of them.
         prepared: Labels, posts and features.
         mark: The signature of checkpoints.
-        resume: What `fusion.resume.find_start` takes.
+        start: Where to begin.
 
     Raises:
         ConfigError: A checkpoint does not fit, the loss is no number, or a file cannot be written.
         FeatureError: Features cannot be read.
     """
-    start = processes.agree(fabric, partial(_start, settings, resume, mark))
     seed = int(fabric.broadcast(seed_of(settings, start)))
     posts = (prepared.posts, prepared.valid)
     one = train_one(fabric, settings, prepared, posts, mark=mark, seed=seed, start=start)
@@ -186,10 +185,19 @@ def model_of(
     return model.to(device)
 
 
-def _start(settings: TrainSettings, resume: Path | None, mark: str) -> Start | None:
+def start_of(
+    fabric: Fabric, settings: TrainSettings, resume: Path | None, mark: str
+) -> Start | None:
+    """What `fusion.resume.find_start` finds, in every process; None begins anew.
+
+    Raises:
+        ConfigError: As `fusion.resume.find_start`.
+        BundleError: As `fusion.resume.find_start`.
+    """
     if resume is None:
         return None
-    return find_start(resume, mark, allow_pickle=settings.trainer.allow_pickle)
+    find = partial(find_start, resume, mark, allow_pickle=settings.trainer.allow_pickle)
+    return processes.agree(fabric, find)
 
 
 def seed_of(settings: TrainSettings, start: Start | None) -> int:

@@ -17,10 +17,12 @@ from fusion.bundle import members_of, save_bundle
 from fusion.dataset import FeatureReader
 from fusion.fold_training import FoldTraining
 from fusion.measure import Measured, measure, subset_gaps
-from fusion.members import Trained, train_alone
+from fusion.members import Trained, start_of, train_alone
 from fusion.metrics import average_precisions
 from fusion.prepare import Prepared, prepare
+from fusion.progress import notice
 from fusion.resume import model_signature
+from fusion.run_folder import FUSION, RunFolder, keep_bundle, refuse_foreign
 from fusion.run_report import report_run
 
 
@@ -54,6 +56,8 @@ def train(
 ) -> TrainReport:
     """Train a fusion model, or an ensemble, and write its bundle and the report.
 
+    What an earlier run has left in the folder, and the bundle that is replaced, are kept.
+
     Args:
         settings: All of them.
         reader: Where features come from; pickles, where there are several processes.
@@ -71,13 +75,30 @@ def train(
 def _train(
     settings: TrainSettings, reader: FeatureReader, resume: Path | None, fabric: Fabric
 ) -> TrainReport:
+    folder = RunFolder(fabric, settings.trainer.save_dir, FUSION)
+    with folder.locked():
+        return _train_in(folder, settings, reader, resume, fabric)
+
+
+def _train_in(
+    folder: RunFolder,
+    settings: TrainSettings,
+    reader: FeatureReader,
+    resume: Path | None,
+    fabric: Fabric,
+) -> TrainReport:
     started = time.monotonic()
-    prepared = prepare(settings, reader, fabric)
-    mark = model_signature(settings.model, prepared.manifest, prepared.schema, prepared.labels)
-    if settings.ensemble.folds:
-        trained = FoldTraining(fabric, settings, prepared, mark).train(resume)
+    folds = settings.ensemble.folds
+    processes.agree(fabric, partial(refuse_foreign, settings.bundle.folder))
+    # Folds go on with the run in this folder, or refuse.
+    with folder.beginning(resume, moves=not (folds and resume)) as place:
+        prepared = prepare(settings, reader, fabric)
+        mark = model_signature(settings.model, prepared.manifest, prepared.schema, prepared.labels)
+        start = None if folds else start_of(fabric, settings, place, mark)
+    if folds:
+        trained = FoldTraining(fabric, settings, prepared, mark).train(place)
     else:
-        trained = train_alone(fabric, settings, prepared, mark, resume)
+        trained = train_alone(fabric, settings, prepared, mark, start)
     measured = measure(settings, prepared, trained.held)
     finish = partial(_finish, fabric, settings, prepared, trained, measured, started=started)
     version, page = processes.agree(fabric, finish)
@@ -116,6 +137,7 @@ def _finish(
         if wanted
         else []
     )
+    kept = keep_bundle(settings.bundle.folder)
     version = save_bundle(
         settings.bundle.folder,
         name=settings.bundle.name,
@@ -128,6 +150,8 @@ def _finish(
         calibration=measured.calibration,
         subsets={subset.name: subset.gap for subset in subsets},
     )
+    if kept is not None:
+        notice(f"{settings.bundle.folder}: the bundle that was there is kept in {kept}")
     trained.log.write(
         "bundle",
         folder=str(settings.bundle.folder),

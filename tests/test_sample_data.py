@@ -110,4 +110,5 @@ def test_train_and_inference_run_as_the_readme_writes_them(tmp_path: Path) -> No
     tags = [json.loads(line) for line in raw.read_text().splitlines()]
     for first, second in zip(by_kind[0], tags, strict=True):
         assert first["post_id"] == second["post_id"]
-        np.testing.assert_allclose(first["scores"], second["scores"], atol=1e-2)  # type: ignore[arg-type]
+        scores = np.asarray(first["scores"], np.float64)
+        np.testing.assert_allclose(scores, second["scores"], atol=1e-2)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 
 from config.errors import ConfigError
+from config.fingerprint import packed
 from extractors.suite import ExtractorSuite
 from workers.arena import Arena
 from workers.batch import Outcome
@@ -34,7 +34,7 @@ class _Extractors:
             cache = FeatureCache(GuardedStore.open(self._settings.cache), self._settings)
             cache.expect(self._suite.by_extractor)
             self._writer = CacheWriter(cache)
-        return {"fingerprints": json.dumps(dict(self._suite.by_extractor))}
+        return {"fingerprints": packed(self._suite.by_extractor)}
 
     def run(self, tasks: Sequence[Task]) -> list[Outcome]:
         wanted = [task for task in tasks if isinstance(task, ExtractTask)]

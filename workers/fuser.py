@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from config.errors import BundleError, TaggingError
+from config.fingerprint import packed
 from config.settings import FusionSettings
 from workers.batch import Outcome
 from workers.child import Context, serve
@@ -46,7 +46,7 @@ class _Fusion:
         return {
             "name": self._inferer.name,
             "version": self._inferer.version,
-            "fingerprints": json.dumps(dict(self._inferer.fingerprints)),
+            "fingerprints": packed(self._inferer.fingerprints),
         }
 
     def run(self, tasks: Sequence[Task]) -> list[Outcome]:

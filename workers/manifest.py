@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
-from typing import cast
 
 from config.errors import ConfigError
+from config.fingerprint import differing, unpacked
 from config.settings import FeatureSettings
 from extractors.fingerprint import stream_fingerprints
 from workers.protocol import Stream
@@ -32,18 +31,19 @@ def extractor_fingerprints(infos: Iterable[Mapping[str, str]]) -> dict[Stream, s
     """
     by_extractor: dict[Stream, str] = {}
     for info in infos:
-        for name, fingerprint in json.loads(info.get("fingerprints", "{}")).items():
+        for name, fingerprint in unpacked(info.get("fingerprints", "{}")).items():
             known = by_extractor.setdefault(name, fingerprint)
             if known != fingerprint:
                 raise ConfigError(
                     f"extractor {name} differs between workers: {known} and {fingerprint}"
+                    f"{differing(known, fingerprint)}"
                 )
     return by_extractor
 
 
 def bundle_fingerprints(info: Mapping[str, str]) -> dict[Stream, str]:
     """Stream ─► fingerprint, from what the fusion worker said in `Ready`."""
-    return cast("dict[Stream, str]", json.loads(info.get("fingerprints", "{}")))
+    return unpacked(info.get("fingerprints", "{}"))
 
 
 def mismatch(bundle: Mapping[Stream, str], expected: Mapping[Stream, str]) -> str | None:
@@ -51,6 +51,9 @@ def mismatch(bundle: Mapping[Stream, str], expected: Mapping[Stream, str]) -> st
     for stream, wanted in bundle.items():
         given = expected.get(stream)
         if given != wanted:
-            given = given or "nothing (its extractor is not enabled)"
-            return f"modality {stream}: the bundle needs {wanted}, the extractors give {given}"
+            named = given or "nothing (its extractor is not enabled)"
+            return (
+                f"modality {stream}: the bundle needs {wanted}, the extractors give "
+                f"{named}{differing(wanted, given)}"
+            )
     return None

@@ -71,7 +71,8 @@ def platform(
             note = [{"post_id": p.post_id, "way": p.way, "source": p.source} for p in plants]
             (folder / "planted.json").write_text(json.dumps(note, indent=1), encoding="utf-8")
             store = settings.store
-            with MongoClient(online["mongo"].url) as client:
+            client: MongoClient[dict[str, Any]] = MongoClient(online["mongo"].url)
+            with client:
                 collection = client[store.database][store.collection]
                 for start in range(0, len(documents), 1000):
                     collection.insert_many(documents[start : start + 1000])

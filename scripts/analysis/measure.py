@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -13,10 +12,10 @@ from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 from config.errors import MediaError
+from config.files import file_digest
 from extractors.post import MediaKind
 from scripts.analysis.facts import MediaFact
 
-_CHUNK_BYTES = 1 << 20
 _NUMBERS = re.compile(r"\d+(?:[.×]\d+)*")
 _MICROSECONDS = 1_000_000
 DIED = "the reader died of it"
@@ -56,7 +55,7 @@ def measure(task: Task) -> Measured:
         OSError: It cannot be read.
     """
     stat = task.path.stat()
-    sha256 = task.sha256 or _sha256(task.path)
+    sha256 = task.sha256 or file_digest(task.path)
     fact = MediaFact(sha256, task.kind, stat.st_size)
     try:
         fact = _picture(task, fact) if task.kind == "image" else _container(task, fact)
@@ -120,7 +119,7 @@ def _alone(task: Task) -> Iterator[Measured | tuple[Task, str]]:
             yield pool.submit(measure, task).result()
         except BrokenProcessPool:
             stat = task.path.stat()
-            sha256 = task.sha256 or _sha256(task.path)
+            sha256 = task.sha256 or file_digest(task.path)
             fact = MediaFact(sha256, task.kind, stat.st_size, reason=DIED)
             yield Measured(task, fact, stat.st_size, stat.st_mtime_ns)
         except OSError as error:
@@ -149,14 +148,6 @@ def _end_with_parent() -> None:
     if parent is not None:
         parent.join()
         os._exit(1)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while chunk := stream.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _picture(task: Task, fact: MediaFact) -> MediaFact:

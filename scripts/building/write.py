@@ -8,16 +8,14 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from config.labels import LabelMap
 from extractors.feature_file import feature_path
 from scripts.building.index import Index
 from scripts.building.sides import SIDES, Split
-from scripts.corpus.lines import AtomicLines, write_whole
+from scripts.corpus.lines import AtomicLines, DataFile, Form, write_whole
 from scripts.corpus.records import MEDIA_KEYS, CorpusPost, is_url, local_path, read_posts
-
-Format = Literal["json", "jsonl"]
 
 
 @dataclass(frozen=True)
@@ -33,34 +31,7 @@ class Target:
     out: Path
     features: Path
     labels: LabelMap
-    form: Format
-
-
-class DataFile:
-    """A data file that is written a post at a time: a JSON list, or JSON lines."""
-
-    def __init__(self, lines: AtomicLines, form: Format) -> None:
-        self._lines, self._form = lines, form
-        self._held: str | None = None
-        if form == "json":
-            lines.write("[")
-
-    def add(self, entry: dict[str, Any]) -> None:
-        """Write a post; of a list always the one before, whose comma is only known now."""
-        text = json.dumps(entry, ensure_ascii=False)
-        if self._form == "jsonl":
-            self._lines.write(text)
-            return
-        if self._held is not None:
-            self._lines.write(self._held + ",")
-        self._held = text
-
-    def end(self) -> None:
-        """Write what the list still lacks."""
-        if self._form == "json":
-            if self._held is not None:
-                self._lines.write(self._held)
-            self._lines.write("]")
+    form: Form
 
 
 def write_files(

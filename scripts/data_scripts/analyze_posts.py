@@ -17,17 +17,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs as a plain script too
 
 from config.errors import ConfigError, TaggingError
-from config.options import OneLineParser, number, whole_number
+from config.options import OneLineParser, count, number, whole_number
 from scripts.analysis.command import ANALYSIS, DUPLICATES, REPORT, Options, analyze
 
 _NAME = "analyze_posts"
-
-
-def _count(text: str) -> int:
-    value = whole_number(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text}: must be 1 or more")
-    return value
 
 
 def _threshold(text: str) -> float:
@@ -55,12 +48,12 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     add("--media", type=Path, metavar="DIR", help="where the media lie: output of download_mp, "
         "or a folder; without it they are counted, not opened")  # fmt: skip
     add("--labels", type=Path, metavar="F", help="label map to hold the tags against")
-    add("--rare", type=_count, default=10, metavar="N", help="fewer posts are rare; 10")
+    add("--rare", type=count, default=10, metavar="N", help="fewer posts are rare; 10")
     add("--text_threshold", type=_threshold, default=0.9, metavar="X",
         help="share of their runs of three characters that alike texts share; 0.9")  # fmt: skip
     add("--hash_distance", type=_bits, default=6, metavar="N",
         help="bits of 64 in which pictures that look alike may differ; 6")  # fmt: skip
-    add("--processes", type=_count, default=min(4, os.cpu_count() or 1), metavar="N",
+    add("--processes", type=count, default=min(4, os.cpu_count() or 1), metavar="N",
         help="that open media")  # fmt: skip
     return Options(**vars(parser.parse_args(arguments)))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
@@ -212,7 +213,7 @@ def test_the_shipped_configurations_are_valid() -> None:
     """Every YAML file of config/ loads, and the daemon serves the bundle that training writes."""
     folder = Path(__file__).resolve().parents[2] / "config"
     settings = load_settings(folder / "infer_config_e2e.yaml")
-    models = {
+    models: dict[str, type[Any]] = {
         "train_config.yaml": TrainSettings,
         "train_image_eff103.yaml": BackboneTrainSettings,
         "train_video_tsn_lstm.yaml": BackboneTrainSettings,

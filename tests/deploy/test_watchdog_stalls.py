@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pymongo
@@ -94,7 +95,7 @@ class Rig(Checkout):
         """What was written of stalled Kings."""
         return (self.run / "king.stacks").read_text()
 
-    def _client(self) -> pymongo.MongoClient[dict[str, object]]:
+    def _client(self) -> pymongo.MongoClient[dict[str, Any]]:
         return pymongo.MongoClient(self._mongo_url, serverSelectionTimeoutMS=3000)
 
 

@@ -21,7 +21,7 @@ KING = "import time, signal\nsignal.signal(signal.SIGTERM, lambda *_: exit(0))\n
 
 
 @pytest.fixture
-def conf() -> configparser.ConfigParser:
+def conf() -> configparser.RawConfigParser:
     """supervisord.conf as supervisord reads it."""
     parser = configparser.RawConfigParser(inline_comment_prefixes=(" ;",))
     parser.read(ROOT / "deploy" / "supervisord.conf")
@@ -45,12 +45,12 @@ def monitored(
         made.stop()
 
 
-def test_the_wait_for_the_king_is_above_its_drain_limit(conf: configparser.ConfigParser) -> None:
+def test_the_wait_for_the_king_is_above_its_drain_limit(conf: configparser.RawConfigParser) -> None:
     """Else supervisord or systemd would kill it in the middle of a drain that is in time."""
     settings = Settings()
     longest_s = settings.king.drain_timeout_s + settings.workers.shutdown_timeout_s
     king = conf["program:king"]
-    assert king.getint("stopwaitsecs") > longest_s
+    assert int(king["stopwaitsecs"]) > longest_s
     assert (king["stopsignal"], king["stopasgroup"], king["killasgroup"]) == (
         "TERM",
         "false",
@@ -62,7 +62,7 @@ def test_the_wait_for_the_king_is_above_its_drain_limit(conf: configparser.Confi
     assert longest_s < 60
 
 
-def test_every_program_takes_the_same_options(conf: configparser.ConfigParser) -> None:
+def test_every_program_takes_the_same_options(conf: configparser.RawConfigParser) -> None:
     """KING_ARGS reaches all three; none is restarted over a refused configuration."""
     programs = [section for section in conf.sections() if section.startswith("program:")]
     assert programs == ["program:king", "program:watchdog", "program:mongo_supervisor"]

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from config.files import file_digest
 from config.settings import ExtractorName, FeatureSettings, OcrSettings
-from extractors.fingerprint import digest, file_digest, stream_fingerprints
+from extractors.fingerprint import digest, stream_fingerprints
 
 ALL: dict[ExtractorName, str] = {"video": "v", "image": "i", "audio": "a", "text": "t", "ocr": "o"}
 

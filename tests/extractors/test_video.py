@@ -1,21 +1,23 @@
 """Videos: which frames are taken, exactly those, their pictures and their sound."""
 
 from __future__ import annotations
-from fractions import Fraction
+
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
-import av
+
 import numpy as np
 import pytest
-from config.errors import MediaError
-from config.settings import DecodeSettings, FeatureSettings
-from extractors.containers import find_stream, open_container, packets
-from extractors.decode import DecodedMedia, decode_media
-from extractors.sniff import check_type
-from extractors.video import PacketIndex, choose_frames, decode_frames, plan_runs
+
+from config.settings import FeatureSettings
 from tests import media
-from tests.extractors.video_support import settings, decode, greys, index_of, taken, everything, moving
+from tests.extractors.video_support import (
+    decode,
+    everything,
+    greys,
+    moving,
+    settings,
+    taken,
+)
 
 
 @pytest.mark.parametrize(
@@ -159,4 +161,3 @@ def test_gif_as_video(tmp_path: Path) -> None:
     """An animated GIF may be posted as a video."""
     path = media.write_gif(tmp_path / "a.gif", media.grey_steps(8))
     assert len(greys(path)) == 8
-

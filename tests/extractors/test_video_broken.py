@@ -1,21 +1,21 @@
 """Videos that are cut, that lie or that hold too much: what can be had of them, or one error."""
 
 from __future__ import annotations
-from fractions import Fraction
+
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+
 import av
 import numpy as np
 import pytest
+
 from config.errors import MediaError
-from config.settings import DecodeSettings, FeatureSettings
-from extractors.containers import find_stream, open_container, packets
-from extractors.decode import DecodedMedia, decode_media
-from extractors.sniff import check_type
-from extractors.video import PacketIndex, choose_frames, decode_frames, plan_runs
 from tests import media
-from tests.extractors.video_support import settings, decode, greys, index_of, taken, everything, moving
+from tests.extractors.video_support import (
+    decode,
+    greys,
+    moving,
+    settings,
+)
 
 
 def test_broken_sound_leaves_the_frames(tmp_path: Path) -> None:
@@ -186,4 +186,3 @@ def test_damaged_videos_raise_nothing_else(
     assert "frames" in outcomes
     assert not any("\n" in outcome for outcome in outcomes)
     assert capfd.readouterr().err == ""
-

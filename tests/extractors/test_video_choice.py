@@ -1,21 +1,11 @@
 """Choosing frames by the packets' times and key frames, without files."""
 
 from __future__ import annotations
+
 from fractions import Fraction
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
-import av
-import numpy as np
-import pytest
-from config.errors import MediaError
-from config.settings import DecodeSettings, FeatureSettings
-from extractors.containers import find_stream, open_container, packets
-from extractors.decode import DecodedMedia, decode_media
-from extractors.sniff import check_type
-from extractors.video import PacketIndex, choose_frames, decode_frames, plan_runs
-from tests import media
-from tests.extractors.video_support import settings, decode, greys, index_of, taken, everything, moving
+
+from extractors.video import PacketIndex, plan_runs
 
 
 def index(times: list[int | None], keys: set[int], duration: int = 40) -> PacketIndex:
@@ -52,4 +42,3 @@ def test_without_key_frames() -> None:
     made = index([40 * i for i in range(20)], set())
     assert [(r.first, r.last) for r in plan_runs(made, [5, 15])] == [(0, 15)]
     assert made.nearest_keys([5, 15]) == [5, 15]
-

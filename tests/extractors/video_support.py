@@ -1,19 +1,18 @@
 """Decode small videos in tests, as the product does and plainly."""
 
 from __future__ import annotations
-from fractions import Fraction
+
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
+
 import av
 import numpy as np
-import pytest
-from config.errors import MediaError
+
 from config.settings import DecodeSettings, FeatureSettings
 from extractors.containers import find_stream, open_container, packets
 from extractors.decode import DecodedMedia, decode_media
 from extractors.sniff import check_type
-from extractors.video import PacketIndex, choose_frames, decode_frames, plan_runs
+from extractors.video import PacketIndex, choose_frames, decode_frames
 from tests import media
 
 
@@ -69,4 +68,3 @@ def moving(count: int, width: int = 64, height: int = 48) -> list[np.ndarray]:
         np.ascontiguousarray(np.roll(base, (i, 2 * i), (0, 1))[:height, :width])
         for i in range(count)
     ]
-

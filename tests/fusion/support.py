@@ -13,7 +13,7 @@ from config.labels import LabelMap
 from config.load import merge, validate
 from config.train import ModelSettings, TrainSettings
 from extractors.feature_file import write_features
-from extractors.post import MODALITIES, Features, Modality, Stream
+from extractors.post import MODALITIES, Features, Modality, Status, Stream
 from fusion.models import FusionModel, build_model
 from fusion.schema import FeatureManifest, InputSchema
 
@@ -62,7 +62,7 @@ def features(
     post_id: str = "p",
     *,
     seed: int = 0,
-    lengths: Mapping[Modality, int] | None = None,
+    lengths: Mapping[Any, int] | None = None,
     tags: tuple[int, ...] = (),
 ) -> Features:
     """Random features; tag i shifts the features of modality i modulo 5."""
@@ -77,7 +77,7 @@ def features(
             if tag % len(MODALITIES) == index:
                 array[:, tag // len(MODALITIES)] += 4
         arrays[modality] = array.astype(np.float16)
-    statuses = {m: "ok" if m in arrays else "missing" for m in MODALITIES}
+    statuses: dict[Modality, Status] = {m: "ok" if m in arrays else "missing" for m in MODALITIES}
     return Features(post_id, arrays, statuses)
 
 

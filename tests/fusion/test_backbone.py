@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,7 +29,8 @@ Posts = tuple[list[ItemArray], np.ndarray]
 def pictures(count: int, seed: int) -> Posts:
     """One to three pictures a post; its tags are the colours of the squares in them."""
     chance = np.random.default_rng(seed)
-    items, targets = [], np.zeros((count, 3))
+    items: list[ItemArray] = []
+    targets = np.zeros((count, 3))
     for post in range(count):
         array = chance.integers(0, 90, (int(chance.integers(1, 4)), SIDE, SIDE, 3))
         for picture in array:
@@ -42,7 +44,8 @@ def pictures(count: int, seed: int) -> Posts:
 def clips(count: int, seed: int) -> Posts:
     """One clip of a square that moves left, right, up or down: no single frame tells which."""
     chance = np.random.default_rng(seed)
-    items, targets = [], np.zeros((count, 4))
+    items: list[ItemArray] = []
+    targets = np.zeros((count, 4))
     for post in range(count):
         way, across = int(chance.integers(0, 4)), int(chance.integers(2, 22))
         clip = np.repeat(chance.integers(0, 60, (1, SIDE, SIDE, 3)), 6, axis=0)
@@ -58,7 +61,8 @@ def clips(count: int, seed: int) -> Posts:
 def patches(count: int, seed: int) -> Posts:
     """Two or three patches a post, with a tone low or high, or a beat."""
     chance = np.random.default_rng(seed)
-    items, targets = [], np.zeros((count, 3))
+    items: list[ItemArray] = []
+    targets = np.zeros((count, 3))
     for post in range(count):
         array, what = chance.normal(-3, 0.3, (int(chance.integers(2, 4)), 96, 64)), post % 3
         if what == 2:
@@ -82,7 +86,7 @@ def test_pictures_are_learned_and_serve_as_an_extractor(tmp_path: Path) -> None:
     report = learn("picture", pictures(120, 1), pictures(60, 2), out)
     assert report.gap > 0.9
     assert report.losses[-1] < report.losses[0]
-    model = timm.create_model(ARCH, num_classes=0, in_chans=3)
+    model: Any = timm.create_model(ARCH, num_classes=0, in_chans=3)
     model.load_state_dict(load_file(out), strict=True)
     assert report.dim == model.num_features
     extractor = VisualExtractor(

@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from config.errors import BundleError, ConfigError, FeatureError
-from extractors.post import Features
+from extractors.post import Features, Stream
 from fusion import bundle
 from fusion.inferer import Inferer
 from tests.fusion import support
@@ -116,7 +116,7 @@ def test_other_features_are_refused_by_name(tmp_path: Path) -> None:
     inferer.check(support.FINGERPRINTS)
     with pytest.raises(BundleError, match=r"small wants audio features audio-1.*give audio-2"):
         inferer.check({**support.FINGERPRINTS, "audio": "audio-2"})
-    without = {m: f for m, f in support.FINGERPRINTS.items() if m != "ocr"}
+    without: dict[Stream, str] = {m: f for m, f in support.FINGERPRINTS.items() if m != "ocr"}
     with pytest.raises(BundleError, match=r"wants ocr features ocr-1.*give none"):
         inferer.check(without)
 

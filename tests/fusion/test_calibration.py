@@ -130,7 +130,7 @@ def test_calibration_makes_scores_as_often_right_as_they_say() -> None:
 
     before = error(scores[check])
     for name in ("temperature", "isotonic"):
-        found = fit_calibration(name, scores[fit], truth[fit])  # type: ignore[arg-type]
+        found = fit_calibration(name, scores[fit], truth[fit])
         assert error(calibrated(found, scores[check])) < before / 5, name
     assert fit_calibration("none", scores, truth) is None
     assert calibrated(None, scores) is scores

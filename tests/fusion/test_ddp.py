@@ -15,7 +15,6 @@ import pytest
 
 from config.errors import ConfigError, FeatureError
 from extractors.feature_file import feature_path
-from fusion import processes
 from tests.fusion import runs
 from tests.services import free_port
 

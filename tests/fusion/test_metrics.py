@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from sklearn.metrics import (
@@ -97,7 +99,7 @@ def test_gap_without_positives_is_zero() -> None:
         ([[0.5, 0.1]], [[0], [1]], "samples, classes"),
     ],
 )
-def test_what_is_no_score_is_refused(scores: list, targets: list, says: str) -> None:
+def test_what_is_no_score_is_refused(scores: list[Any], targets: list[Any], says: str) -> None:
     """A NaN or a wrong shape must never become a number that looks like a result."""
     for metric in (
         metrics.global_average_precision,

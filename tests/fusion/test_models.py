@@ -8,7 +8,7 @@ import torch
 
 from config.errors import ConfigError
 from config.train import OptimizerSettings
-from extractors.post import MODALITIES, Features
+from extractors.post import MODALITIES, Features, Modality, Stream
 from fusion.collate import Batch, Collate, Sample
 from fusion.models import MODELS, build_model
 from fusion.models.base import ModalityDropout
@@ -29,7 +29,8 @@ def logits(name: str, posts: list[Features], seed: int = 0) -> np.ndarray:
     """What a small model with the seed's weights says."""
     torch.manual_seed(seed)
     with torch.inference_mode():
-        return support.model(name)(batch_of(posts)).numpy()
+        found: np.ndarray = support.model(name)(batch_of(posts)).numpy()
+    return found
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -58,7 +59,7 @@ def test_what_stands_in_the_padding_changes_nothing(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("modality", MODALITIES)
-def test_a_masked_modality_equals_a_missing_one(name: str, modality: str) -> None:
+def test_a_masked_modality_equals_a_missing_one(name: str, modality: Modality) -> None:
     """Clearing a modality's mask gives just what a post without it gets."""
     torch.manual_seed(0)
     model = support.model(name)
@@ -95,7 +96,8 @@ def test_the_order_of_frames_matters_and_that_of_images_does_not() -> None:
     """Motion is visible only in the order of frames; a post's pictures have none."""
     post = support.features(lengths={"video": 8, "image": 6})
     whole = logits("token_transformer", [post])
-    for modality, moved in (("video", True), ("audio", True), ("image", False)):
+    cases: tuple[tuple[Stream, bool], ...] = (("video", True), ("audio", True), ("image", False))
+    for modality, moved in cases:
         reverse = {**post.arrays, modality: post.arrays[modality][::-1].copy()}
         found = logits("token_transformer", [Features("p", reverse, {})])
         assert (np.abs(found - whole).max() > 1e-4) == moved, modality
@@ -130,7 +132,7 @@ def test_every_parameter_is_optimized_once(name: str) -> None:
     """The groups with and without decay cover the model and do not overlap."""
     model = support.model(name).train()
     groups = parameter_groups(model, OptimizerSettings())
-    ids = [id(p) for group in groups for p in group["params"]]  # type: ignore[attr-defined]
+    ids = [id(p) for group in groups for p in group["params"]]
     assert sorted(ids) == sorted(id(p) for p in model.parameters())
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from config.infer import InferSettings
 from fusion.infer_options import infer_options, infer_settings
 from fusion.options import train_options, train_settings
 
@@ -17,4 +18,5 @@ def test_folders_are_taken_as_they_are_written(tmp_path: Path) -> None:
     assert (trainer.save_dir, trainer.epochs) == (Path("2026"), 3)
     asked = ["--infer_config", config, "--input", "x.json", "--best_model", "2026-01-31"]
     settings = infer_settings(infer_options([*asked, "--n_gpus", "0"]))
+    assert isinstance(settings, InferSettings)
     assert (settings.bundle, settings.n_gpus) == (Path("2026-01-31"), 0)

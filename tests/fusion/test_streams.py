@@ -31,7 +31,7 @@ PRINTS: dict[Stream, str] = {stream: f"{stream}-1" for stream in DIMS}
 def features(post_id: str = "p", *, seed: int = 0, videos: int = 1, **lengths: int) -> Features:
     """A post of scheme 2; without ``videos`` it has no video at all."""
     counts = {**lengths, **({} if videos else {"video": 0})}
-    one = support.features(post_id, seed=seed, lengths=counts)  # type: ignore[arg-type]
+    one = support.features(post_id, seed=seed, lengths=counts)
     if not videos:
         return one
     vectors = np.random.default_rng(seed).normal(0, 1, (videos, DIMS["video_lstm"]))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,10 +12,10 @@ from torch import nn
 
 from config.fusion_models import MbtSettings, NextVladSettings
 from config.train import LossSettings, ModelSettings, OptimizerSettings
-from extractors.post import MODALITIES, Features
+from extractors.post import MODALITIES, Features, Stream
 from fusion.collate import Batch, Collate, Sample
 from fusion.losses import TaggingLoss, binary_cross_entropy
-from fusion.models import MODELS, FusionModel, build_model
+from fusion.models import MODELS, build_model
 from fusion.models.blocks import Block
 from fusion.models.pooling import MaskedBatchNorm, NeXtVLAD
 from fusion.objective import Objective
@@ -52,7 +53,7 @@ def batch_of(posts: list[Features], *, targets: bool = False) -> Batch:
     )
 
 
-def lively(name: str, **changes: object) -> FusionModel:
+def lively(name: str, **changes: object) -> Any:
     """A small model with own heads, all of whose weights and statistics are far from their start.
 
     ``changes`` are of the model's own section.
@@ -66,7 +67,9 @@ def lively(name: str, **changes: object) -> FusionModel:
             if parameter.ndim <= 1:
                 parameter.add_(torch.randn_like(parameter) * 0.3)
         for part in model.modules():
-            if isinstance(part, nn.BatchNorm1d) and part.running_mean is not None:
+            if isinstance(part, nn.BatchNorm1d):
+                assert part.running_mean is not None
+                assert part.running_var is not None
                 part.running_mean.normal_()
                 part.running_var.uniform_(0.5, 2)
     return model
@@ -89,8 +92,9 @@ def test_a_model_equals_a_numpy_forward(name: str, changes: dict[str, object]) -
         logits, own = FORWARDS[name](weights, post)
         np.testing.assert_allclose(said.logits[i], logits, atol=2e-5, err_msg=post.post_id)
         assert set(own) == set(post.arrays) == {m for m in said.there if said.there[m][i]}
+        said_own: Mapping[Any, torch.Tensor] = said.own
         for modality, wanted in own.items():
-            np.testing.assert_allclose(said.own[modality][i], wanted, atol=2e-5, err_msg=modality)
+            np.testing.assert_allclose(said_own[modality][i], wanted, atol=2e-5, err_msg=modality)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -253,7 +257,7 @@ def test_gmu_with_two_modalities_is_the_sigmoid_of_the_paper() -> None:
     torch.testing.assert_close(seen[0][0], wanted, atol=1e-6, rtol=0)
 
 
-def _inputs(post: Features) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+def _inputs(post: Features) -> tuple[dict[Stream, torch.Tensor], dict[Stream, torch.Tensor]]:
     batch = batch_of([post])
     tokens = {
         m: t if t.shape[1] else t.new_zeros(1, 1, t.shape[2]) for m, t in batch.tokens.items()
@@ -301,7 +305,8 @@ def test_stochastic_depth_skips_posts_as_often_as_asked_and_keeps_the_mean() -> 
     assert (found == 0).float().mean().item() == pytest.approx(0.25, abs=0.02)
     assert torch.equal(block.eval()._sometimes(branch), branch)
     settings = support.SMALL.model_copy(update={"name": "mbt"})
-    layers = build_model(support.schema(), settings).blocks
+    built: Any = build_model(support.schema(), settings)
+    layers = built.blocks
     assert [b["video"].skip for b in layers] == pytest.approx([0, 0.05, 0.1])
 
 

@@ -1,30 +1,20 @@
 """A King in a thread, on fake workers; for the tests of the King."""
 
 from __future__ import annotations
+
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
 from config.settings import BrokerSettings, FetchSettings, KingSettings, Settings, StoreSettings
 from king.broker import Broker
 from king.king import King
 from king.store import Store
-from tests.fakes.pool import Answer, FakePool
-from workers.protocol import Task
-import io
-import json
-import pytest
-import structlog
-from config.errors import ConfigError
-from extractors.post import Failure
-from king.health import read_health
-from king.jobs import Job, message_key
-from king.messages import PostMessage
-from tests.fakes.broker import MemoryBroker, MemoryQueue
-from tests.fakes.pool import DIED, Answer, default_answer
-from tests.fakes.store import FakeStore
-from workers.protocol import FetchTask, FuseTask, Task
+from tests.fakes.broker import MemoryQueue
+from tests.fakes.pool import Answer, FakePool, default_answer
+from workers.protocol import FuseTask, Task
 
 
 def king_settings(
@@ -147,4 +137,3 @@ class Gate:
         if isinstance(task, FuseTask) and not self.open.is_set():
             return None
         return default_answer(task)
-

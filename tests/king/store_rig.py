@@ -1,44 +1,29 @@
 """What the tests of the store and of the King share: one store, and a look behind it."""
 
 from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from typing import Any
+
 import numpy as np
+
 from config.settings import StoreSettings
 from extractors.post import Failure, Tag, Tags
-from king.jobs import Claim, Job, Started, Tagged, Terms, Verdict
+from king.jobs import (
+    Claim,
+    Job,
+    Started,
+    Tagged,
+    Terms,
+    Verdict,
+)
 from king.messages import PostMessage
 from king.store import MongoStore, Store
 from tests.fakes.store import FakeStore
-import time
-from collections.abc import Iterator
-from datetime import datetime, timedelta, timezone
-import pytest
-from bson import ObjectId, decode, encode
-from bson.datetime_ms import DatetimeMS
-from config.errors import ConfigError, StoreUnavailable
-from config.settings import FieldMap, StoreSettings
-from extractors.post import Failure, Media
-from king.jobs import (
-    QUEUED_FOR_S,
-    Buried,
-    Dead,
-    Elsewhere,
-    GivenBack,
-    Job,
-    Retry,
-    Settled,
-    Started,
-    Tagged,
-    Unreadable,
-    message_key,
-)
-from king.store import MongoStore
-from tests.conftest import MONGO_KINDS
-from tests.services import MongoServer
 
 NOW = 1_800_000_000.0
 BUNDLE = ("demo", "20260101T000000Z-aa")
+
 
 class StoreRig:
     """One empty store, of either kind."""
@@ -129,5 +114,6 @@ def tagged(begun: Started, version: str = BUNDLE[1], *names: str) -> Tagged:
         failures={"image": Failure("fetch", "FetchRefused", "HTTP 404")},
         timings_ms={"fetch": 3, "total": 9},
     )
+
 
 BROKEN = Failure("extract", "WorkerDied", "worker extract-0 died", retryable=True)

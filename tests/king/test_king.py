@@ -1,25 +1,23 @@
 """The King's threads together, on a queue, a store and workers in memory."""
 
 from __future__ import annotations
-import io
+
 import json
-import threading
 import time
 from pathlib import Path
 from typing import Any
-import pytest
+
 import structlog
-from config.errors import ConfigError
+
 from extractors.post import Failure
 from king.health import read_health
-from king.jobs import Job, message_key
+from king.jobs import message_key
 from king.messages import PostMessage
-from tests.fakes.broker import MemoryBroker, MemoryQueue
+from tests.fakes.broker import MemoryBroker
 from tests.fakes.pool import DIED, Answer, default_answer
 from tests.fakes.store import FakeStore
-from tests.king.king_rig import Running, fake_pool, king_settings, on_fakes
+from tests.king.king_rig import Gate, Running, fake_pool, king_settings, on_fakes, posts, queue_of
 from workers.protocol import FetchTask, FuseTask, Task
-from tests.king.king_rig import posts, queue_of, Gate
 
 
 def test_posts_are_tagged_and_acknowledged_after_the_write(tmp_path: Path) -> None:
@@ -189,4 +187,3 @@ def test_fetch_failures_are_named_in_the_result(tmp_path: Path) -> None:
     assert result["failures"]["image"]["message"] == "HTTP 404"
     [line] = [line for line in logs if line["event"] == "king.post_tagged"]
     assert "HTTP 404" in line["failures"]["image"]
-

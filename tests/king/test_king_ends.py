@@ -1,25 +1,21 @@
 """How the King ends: drained, out of time, refused, or by a thread that dies."""
 
 from __future__ import annotations
+
 import io
-import json
-import threading
 import time
 from pathlib import Path
-from typing import Any
+
 import pytest
 import structlog
+
 from config.errors import ConfigError
-from extractors.post import Failure
-from king.health import read_health
-from king.jobs import Job, message_key
-from king.messages import PostMessage
-from tests.fakes.broker import MemoryBroker, MemoryQueue
+from king.jobs import Job
+from tests.fakes.broker import MemoryBroker
 from tests.fakes.pool import DIED, Answer, default_answer
 from tests.fakes.store import FakeStore
-from tests.king.king_rig import Running, fake_pool, king_settings, on_fakes
-from workers.protocol import FetchTask, FuseTask, Task
-from tests.king.king_rig import posts, queue_of, Gate
+from tests.king.king_rig import Gate, Running, fake_pool, king_settings, on_fakes, posts, queue_of
+from workers.protocol import FuseTask, Task
 
 
 def test_drain_mode_waits_for_retries_and_exits_zero(
@@ -118,4 +114,3 @@ def test_a_thread_that_dies_ends_the_king(tmp_path: Path) -> None:
     assert died["thread"] == "dispatch"
     assert [m.body for m in broker.queue.waiting] == [b"p1"]
     assert it.pool.stopped
-

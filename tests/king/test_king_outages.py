@@ -1,25 +1,18 @@
 """The King while its database, its broker or another King is away."""
 
 from __future__ import annotations
-import io
-import json
-import threading
+
 import time
 from pathlib import Path
-from typing import Any
+
 import pytest
 import structlog
-from config.errors import ConfigError
-from extractors.post import Failure
-from king.health import read_health
-from king.jobs import Job, message_key
-from king.messages import PostMessage
-from tests.fakes.broker import MemoryBroker, MemoryQueue
-from tests.fakes.pool import DIED, Answer, default_answer
+
+from king.jobs import Job
+from tests.fakes.broker import MemoryBroker
 from tests.fakes.store import FakeStore
-from tests.king.king_rig import Running, fake_pool, king_settings, on_fakes
-from workers.protocol import FetchTask, FuseTask, Task
-from tests.king.king_rig import posts, queue_of, Gate
+from tests.king.king_rig import Gate, on_fakes, posts, queue_of
+from workers.protocol import FuseTask
 
 
 def test_database_away_stops_intake_and_nothing_else(tmp_path: Path) -> None:
@@ -121,4 +114,3 @@ def test_orphans_of_a_dead_king_are_published(
         it.until(lambda: len(broker.acked) == 1)
     assert store.posts["p1"]["insight"]["attempts"] == 2
     assert store.jobs == {}
-

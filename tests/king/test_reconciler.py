@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,15 +26,6 @@ from tests.king.store_rig import (
     terms,
 )
 from tests.services import wait_until
-
-
-@pytest.fixture
-def mongo(mongo_url: str, unique_name: str) -> Iterator[MongoStore]:
-    """An empty store."""
-    store = mongo_store(mongo_url, unique_name)
-    yield store
-    store.close()
-
 
 # The lease -----------------------------------------------------------------------------------
 

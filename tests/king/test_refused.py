@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,28 +16,12 @@ from extractors.post import Failure
 from king.jobs import Dead, Outcome, Retry, Tagged, Unrecorded
 from king.mongo import MongoEdge
 from king.store import MongoStore
-from tests.fakes.broker import MemoryBroker, MemoryQueue
+from tests.fakes.broker import MemoryBroker
 from tests.fakes.store import FakeStore
-from tests.king.king_rig import Running, fake_pool, king_settings, on_fakes
-from tests.king.store_rig import NOW, StoreRig, claim, mongo_store, started, tagged, terms
+from tests.king.king_rig import Running, fake_pool, king_settings, on_fakes, queue_of
+from tests.king.store_rig import NOW, StoreRig, claim, started, tagged, terms
 
 BROKEN = Failure("extract", "WorkerDied", "worker extract-0 died", retryable=True)
-
-
-@pytest.fixture
-def mongo(mongo_url: str, unique_name: str) -> Iterator[MongoStore]:
-    """An empty store."""
-    store = mongo_store(mongo_url, unique_name)
-    yield store
-    store.close()
-
-
-def queue_of(*bodies: bytes) -> MemoryQueue:
-    """A queue with messages."""
-    queue = MemoryQueue()
-    for body in bodies:
-        queue.put(body)
-    return queue
 
 
 def test_refused_job_of_a_claim_does_not_hold_up_the_others(mongo: MongoStore) -> None:
@@ -165,7 +148,6 @@ def test_drain_puts_a_refused_post_back(tmp_path: Path, at: str) -> None:
 
 def test_refused_workers_end_the_king_soon_without_a_database(tmp_path: Path) -> None:
     """A database that does not answer holds up no refusal, and is no stuck thread."""
-
     timed_out = threading.Event()
 
     class Away(FakeStore):

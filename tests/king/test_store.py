@@ -1,45 +1,30 @@
-"""What the store writes: attempts, results and dead letters, the same in memory and in the database."""
+"""What the store writes: attempts, results, dead letters; the same in memory and in MongoDB."""
 
 from __future__ import annotations
+
 import time
-from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
-import pytest
-from bson import ObjectId, decode, encode
-from bson.datetime_ms import DatetimeMS
-from config.errors import ConfigError, StoreUnavailable
-from config.settings import FieldMap, StoreSettings
+
+from bson import ObjectId
+
 from extractors.post import Failure, Media
 from king.jobs import (
-    QUEUED_FOR_S,
     Buried,
     Dead,
-    Elsewhere,
-    GivenBack,
-    Job,
-    Retry,
     Settled,
     Started,
     Tagged,
-    Unreadable,
-    message_key,
 )
-from king.store import MongoStore
-from tests.conftest import MONGO_KINDS
-from tests.fakes.store import FakeStore
 from tests.king.store_rig import (
     BUNDLE,
     NOW,
     StoreRig,
     begin_one,
     claim,
-    mongo_store,
     started,
     tagged,
     terms,
 )
-from tests.services import MongoServer
-from tests.king.store_rig import BROKEN
 
 
 def test_attempt_is_recorded_before_the_work(rig: StoreRig) -> None:
@@ -149,4 +134,3 @@ def test_older_bundle_never_overwrites_a_newer_one(rig: StoreRig) -> None:
         rig.store.finish([done], terms())
         rig.store.finish([Dead(started(rig.store, post_id, force=True), permanent)], terms())
         assert rig.result(post_id)["status"] == kept
-

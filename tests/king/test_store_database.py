@@ -1,45 +1,35 @@
 """The real store: settings, documents, commands, and a database that is away."""
 
 from __future__ import annotations
-import time
-from collections.abc import Iterator
-from datetime import datetime, timedelta, timezone
+
+from datetime import datetime, timezone
+
 import pytest
-from bson import ObjectId, decode, encode
+from bson import decode, encode
 from bson.datetime_ms import DatetimeMS
+
 from config.errors import ConfigError, StoreUnavailable
 from config.settings import FieldMap, StoreSettings
-from extractors.post import Failure, Media
+from extractors.post import Failure
 from king.jobs import (
-    QUEUED_FOR_S,
-    Buried,
     Dead,
-    Elsewhere,
-    GivenBack,
-    Job,
-    Retry,
     Settled,
-    Started,
     Tagged,
     Unreadable,
     message_key,
 )
 from king.store import MongoStore
 from tests.conftest import MONGO_KINDS
-from tests.fakes.store import FakeStore
 from tests.king.store_rig import (
     BUNDLE,
     NOW,
-    StoreRig,
     begin_one,
-    claim,
     mongo_store,
     started,
     tagged,
     terms,
 )
 from tests.services import MongoServer
-from tests.king.store_rig import BROKEN
 
 
 def test_platform_paths_and_result_path_are_settings(mongo_url: str, unique_name: str) -> None:
@@ -172,4 +162,3 @@ def test_restarted_database_is_used_again(mongo_server: MongoServer, unique_name
 def test_kinds_of_database() -> None:
     """The protocol server always takes part; MongoDB itself where it is named."""
     assert MONGO_KINDS[0] == "nx"
-

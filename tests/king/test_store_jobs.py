@@ -1,45 +1,33 @@
 """Who works on a post: retries, leases, claims and jobs of the dead."""
 
 from __future__ import annotations
-import time
-from collections.abc import Iterator
-from datetime import datetime, timedelta, timezone
+
 import pytest
-from bson import ObjectId, decode, encode
-from bson.datetime_ms import DatetimeMS
-from config.errors import ConfigError, StoreUnavailable
-from config.settings import FieldMap, StoreSettings
-from extractors.post import Failure, Media
+
+from extractors.post import Failure
 from king.jobs import (
     QUEUED_FOR_S,
     Buried,
-    Dead,
     Elsewhere,
     GivenBack,
     Job,
     Retry,
     Settled,
     Started,
-    Tagged,
     Unreadable,
     message_key,
 )
 from king.store import MongoStore
-from tests.conftest import MONGO_KINDS
-from tests.fakes.store import FakeStore
 from tests.king.store_rig import (
-    BUNDLE,
+    BROKEN,
     NOW,
     StoreRig,
     begin_one,
     claim,
-    mongo_store,
     started,
     tagged,
     terms,
 )
-from tests.services import MongoServer
-from tests.king.store_rig import BROKEN
 
 
 def test_retry_waits_then_one_king_publishes_it(rig: StoreRig) -> None:
@@ -197,4 +185,3 @@ def test_claims_between_reading_and_writing_are_seen(
     rival.close()
     assert [type(v) for v in verdicts] == [Elsewhere, Elsewhere, Started]
     assert [job.attempts for job in map(mongo.job, ("new", "old")) if job] == [1, 2]
-

@@ -1,6 +1,7 @@
 """The monitor's command on real servers."""
 
 from __future__ import annotations
+
 import json
 import os
 import signal
@@ -11,25 +12,18 @@ from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
+
 import pytest
 from bson import ObjectId
-from config.settings import MonitorSettings, Settings, Threshold
+
+from config.settings import MonitorSettings, Settings
 from king.broker import queue_depth
 from king.jobs import Job
 from king.store import MongoStore
 from scripts.mongo_supervisor import check
-from scripts.mongo_supervisor.checks import EXIT_CODES, judge, worst
 from scripts.mongo_supervisor.facts import (
-    Backlog,
-    Facts,
-    Jobs,
-    Replicas,
-    Results,
     look,
-    moment_of,
-    replicas_of,
 )
-from scripts.mongo_supervisor.report import as_json, plugin_line, summary
 from tests.services import MongoServer, RedisServer
 
 
@@ -267,4 +261,3 @@ def test_watch_looks_again_until_sigterm(place: Place, form: str, project_root: 
         if form == "log":
             assert line["event"] == "mongo_supervisor.looked"
             assert line["queue_depth"] == 0
-

@@ -1,23 +1,15 @@
 """What the monitor makes of what it saw: states, exit codes, one line."""
 
 from __future__ import annotations
+
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
-from pathlib import Path
 from typing import Any
+
 import pytest
 from bson import ObjectId
-from config.settings import MonitorSettings, Settings, Threshold
-from king.broker import queue_depth
-from king.jobs import Job
-from king.store import MongoStore
-from scripts.mongo_supervisor import check
+
+from config.settings import MonitorSettings, Threshold
 from scripts.mongo_supervisor.checks import EXIT_CODES, judge, worst
 from scripts.mongo_supervisor.facts import (
     Backlog,
@@ -25,12 +17,10 @@ from scripts.mongo_supervisor.facts import (
     Jobs,
     Replicas,
     Results,
-    look,
     moment_of,
     replicas_of,
 )
 from scripts.mongo_supervisor.report import as_json, plugin_line, summary
-from tests.services import MongoServer, RedisServer
 
 
 def facts(**changes: Any) -> Facts:
@@ -167,4 +157,3 @@ def test_a_replica_sets_answer_is_read() -> None:
     assert read.states["d:1"] == "(not reachable/healthy)"
     assert read.lag_s == {"b:1": 12.0}
     assert replicas_of("rs0", {"ok": 1, "result": []}) == Replicas("rs0")
-

@@ -1,23 +1,15 @@
 """Fetch in tests, and tell how it ended."""
 
 from __future__ import annotations
-import ipaddress
-import shutil
-import socket
-import ssl
-import subprocess
-import threading
-import time
-from collections.abc import Iterator
+
 from pathlib import Path
 from typing import Any
+
 import pytest
+
 from config.errors import FetchRefused, FetchRetryable
 from config.settings import FetchSettings
-from tests.services import free_port
-from tests.workers.web import BODY, Web, web_server
-from workers.fetch import Fetcher, fetch
-from workers.guard import Expired, ForbiddenAddress, Guard, Unreachable, is_public
+from workers.fetch import fetch
 from workers.protocol import Media
 
 
@@ -57,4 +49,3 @@ def retryable(url: str, folder: Path, **changes: Any) -> str:
         get(url, folder, **changes)
     assert list(folder.iterdir()) == []
     return str(caught.value)
-

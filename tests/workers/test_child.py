@@ -1,38 +1,30 @@
 """What a worker does with its tasks: batches and the loop."""
 
 from __future__ import annotations
-import os
-import pickle
-import socket
-import subprocess
-import sys
+
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-import numpy as np
+
 import pytest
+
 from config.errors import ConfigError, FeatureError, FetchRetryable, MediaError
-from config.settings import FeatureSettings, Settings
-from extractors.post import Failure, Tag
+from config.settings import Settings
+from extractors.post import Failure
 from tests.workers.driving import decode_task, fetch_task, text_task
 from tests.workers.web import web_server
 from workers import decoder, fetcher
-from workers.arena import Arena, create_arena
+from workers.arena import Arena
 from workers.batch import DeviceLost, failure_of, run_batch
 from workers.child import Context, Retire, serve, take_batch
-from workers.launch import Launch, worker_specs
-from workers.manifest import bundle_fingerprints, expected_fingerprints, mismatch
-from workers.member import Member
-from workers.pipe import MAX_FRAME, Pipe, PipeBroken, decode, encode
-from workers.process import pinned_environment
+from workers.launch import Launch
+from workers.pipe import Pipe
 from workers.protocol import (
-    ArrayRef,
     Began,
-    BundleLoaded,
     Decoded,
     DecodeTask,
     Done,
@@ -41,18 +33,10 @@ from workers.protocol import (
     Extracted,
     ExtractTask,
     Failed,
-    Fetched,
-    Part,
     Ready,
-    Refused,
     Stop,
-    Tags,
     Task,
 )
-from workers.schedule import Scheduler
-from workers.spool import Spool, file_name
-from workers.trust import check_failure, check_message, check_result
-
 
 # Batches -------------------------------------------------------------------------------------
 
@@ -265,4 +249,3 @@ def test_downloader_answers_through_one_pipe(pipes: tuple[Pipe, Pipe], tmp_path:
     assert sorted(path.name.split("-")[0] for path in tmp_path.iterdir()) == ["0", "2"]
     with pytest.raises(ConfigError, match=r"fetch\.spool"):
         fetcher.run(context_of(worker))
-

@@ -1,26 +1,23 @@
 """Downloads: what comes, how much and how long."""
 
 from __future__ import annotations
-import ipaddress
+
 import shutil
-import socket
 import ssl
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
 import pytest
+
 from config.errors import FetchRefused, FetchRetryable
-from config.settings import FetchSettings
 from tests.services import free_port
+from tests.workers.fetching import get, refused, retryable, settings_of
 from tests.workers.web import BODY, Web, web_server
 from workers.fetch import Fetcher, fetch
-from workers.guard import Expired, ForbiddenAddress, Guard, Unreachable, is_public
 from workers.protocol import Media
-from tests.workers.fetching import settings_of, get, refused, retryable
-
 
 # What comes ----------------------------------------------------------------------------------
 
@@ -224,4 +221,3 @@ def test_threads_do_not_share_a_clock(web: Web, tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert results == {"slow": "timed out after 0.5 s", "fine": len(BODY)}
-

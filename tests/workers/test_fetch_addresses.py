@@ -1,25 +1,18 @@
 """Downloads: where they may go."""
 
 from __future__ import annotations
+
 import ipaddress
-import shutil
 import socket
-import ssl
-import subprocess
-import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
 import pytest
-from config.errors import FetchRefused, FetchRetryable
-from config.settings import FetchSettings
-from tests.services import free_port
-from tests.workers.web import BODY, Web, web_server
-from workers.fetch import Fetcher, fetch
+
+from tests.workers.fetching import refused
+from tests.workers.web import Web, web_server
 from workers.guard import Expired, ForbiddenAddress, Guard, Unreachable, is_public
-from workers.protocol import Media
-from tests.workers.fetching import settings_of, get, refused, retryable
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "0.0.0.0", "2130706433", "127.1"])
@@ -174,4 +167,3 @@ def test_guard_counts_connecting_as_time(monkeypatch: pytest.MonkeyPatch) -> Non
             with pytest.raises(Expired):
                 guard.connect("127.0.0.1", full.getsockname()[1], 1.0, None)
         assert guard.left_s == float("inf")
-

@@ -1,57 +1,29 @@
-"""What passes between the King and a worker: messages through the pipe, arrays through the slots."""
+"""What passes between King and worker: messages through the pipe, arrays through the slots."""
 
 from __future__ import annotations
+
 import os
 import pickle
-import socket
-import subprocess
-import sys
-import threading
-import time
-from collections import deque
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
+
 import numpy as np
 import pytest
-from config.errors import ConfigError, FeatureError, FetchRetryable, MediaError
-from config.settings import FeatureSettings, Settings
-from extractors.post import Failure, Tag
-from tests.workers.driving import decode_task, fetch_task, text_task
-from tests.workers.web import web_server
-from workers import decoder, fetcher
+
+from config.errors import FeatureError, MediaError
+from config.settings import Settings
+from extractors.post import Tag
 from workers.arena import Arena, create_arena
-from workers.batch import DeviceLost, failure_of, run_batch
-from workers.child import Context, Retire, serve, take_batch
-from workers.launch import Launch, worker_specs
-from workers.manifest import bundle_fingerprints, expected_fingerprints, mismatch
-from workers.member import Member
+from workers.launch import Launch
 from workers.pipe import MAX_FRAME, Pipe, PipeBroken, decode, encode
-from workers.process import pinned_environment
 from workers.protocol import (
     ArrayRef,
-    Began,
-    BundleLoaded,
     Decoded,
-    DecodeTask,
     Done,
-    Envelope,
-    Expect,
     Extracted,
-    ExtractTask,
-    Failed,
-    Fetched,
     Part,
     Ready,
-    Refused,
-    Stop,
     Tags,
-    Task,
 )
-from workers.schedule import Scheduler
-from workers.spool import Spool, file_name
-from workers.trust import check_failure, check_message, check_result
 
 
 def test_messages_arrive_as_they_were_sent(pipes: tuple[Pipe, Pipe]) -> None:
@@ -225,4 +197,3 @@ def test_launch_message_holds_no_code() -> None:
     """What a worker is told crosses the pipe like any other message."""
     launch = Launch(run="a:b", role="fetch", name="fetch-0", settings="{}")
     assert decode(encode(launch)[8:]) == launch
-

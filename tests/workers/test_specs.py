@@ -1,58 +1,20 @@
 """Which workers there are and what they are held to: pins, back-off, fingerprints, memory."""
 
 from __future__ import annotations
-import os
-import pickle
-import socket
+
 import subprocess
 import sys
-import threading
-import time
-from collections import deque
-from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
-import numpy as np
+
 import pytest
-from config.errors import ConfigError, FeatureError, FetchRetryable, MediaError
+
+from config.errors import ConfigError
 from config.settings import FeatureSettings, Settings
-from extractors.post import Failure, Tag
-from tests.workers.driving import decode_task, fetch_task, text_task
-from tests.workers.web import web_server
-from workers import decoder, fetcher
-from workers.arena import Arena, create_arena
-from workers.batch import DeviceLost, failure_of, run_batch
-from workers.child import Context, Retire, serve, take_batch
-from workers.launch import Launch, worker_specs
+from workers.launch import worker_specs
 from workers.manifest import bundle_fingerprints, expected_fingerprints, mismatch
 from workers.member import Member
-from workers.pipe import MAX_FRAME, Pipe, PipeBroken, decode, encode
 from workers.process import pinned_environment
-from workers.protocol import (
-    ArrayRef,
-    Began,
-    BundleLoaded,
-    Decoded,
-    DecodeTask,
-    Done,
-    Envelope,
-    Expect,
-    Extracted,
-    ExtractTask,
-    Failed,
-    Fetched,
-    Part,
-    Ready,
-    Refused,
-    Stop,
-    Tags,
-    Task,
-)
-from workers.schedule import Scheduler
-from workers.spool import Spool, file_name
-from workers.trust import check_failure, check_message, check_result
-
 
 # Pins, specs, back-off -----------------------------------------------------------------------
 
@@ -163,4 +125,3 @@ def test_memory_limit_counts_private_growth() -> None:
         cwd=Path(__file__).resolve().parents[2],
     )
     assert ran.stdout == "limited\n"
-

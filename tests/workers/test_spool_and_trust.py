@@ -1,58 +1,33 @@
 """The spool of downloads, and what the King believes of what a worker says."""
 
 from __future__ import annotations
-import os
-import pickle
-import socket
-import subprocess
-import sys
-import threading
-import time
-from collections import deque
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+
 from pathlib import Path
 from typing import Any
-import numpy as np
+
 import pytest
-from config.errors import ConfigError, FeatureError, FetchRetryable, MediaError
-from config.settings import FeatureSettings, Settings
-from extractors.post import Failure, Tag
+
+from config.settings import Settings
+from extractors.post import Failure
 from tests.workers.driving import decode_task, fetch_task, text_task
-from tests.workers.web import web_server
-from workers import decoder, fetcher
-from workers.arena import Arena, create_arena
-from workers.batch import DeviceLost, failure_of, run_batch
-from workers.child import Context, Retire, serve, take_batch
-from workers.launch import Launch, worker_specs
-from workers.manifest import bundle_fingerprints, expected_fingerprints, mismatch
-from workers.member import Member
-from workers.pipe import MAX_FRAME, Pipe, PipeBroken, decode, encode
-from workers.process import pinned_environment
+from workers.pipe import PipeBroken
 from workers.protocol import (
     ArrayRef,
     Began,
     BundleLoaded,
     Decoded,
-    DecodeTask,
     Done,
-    Envelope,
-    Expect,
     Extracted,
-    ExtractTask,
     Failed,
     Fetched,
     Part,
     Ready,
     Refused,
     Stop,
-    Tags,
-    Task,
 )
 from workers.schedule import Scheduler
 from workers.spool import Spool, file_name
 from workers.trust import check_failure, check_message, check_result
-
 
 # Spool ---------------------------------------------------------------------------------------
 
@@ -172,4 +147,3 @@ def test_a_failure_must_be_one() -> None:
     for failure in ("no", Failure("a", "b", 5)):  # type: ignore[arg-type]
         with pytest.raises(PipeBroken):
             check_failure(failure)  # type: ignore[arg-type]
-

@@ -50,6 +50,7 @@ def text_of(task: Task) -> str:
         return task.path
     if isinstance(task, ExtractTask):
         return task.text
+    assert isinstance(task, FuseTask)
     return task.features.post_id
 
 

@@ -6,7 +6,6 @@ text ─► features
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from config.errors import MediaError
+from config.files import file_digest
 from config.settings import Settings
 from workers.cache.entry import Entry
 from workers.cache.guarded import GuardedStore
@@ -256,11 +256,7 @@ class _Decoding:
 
 def _file_digest(path: Path) -> str | None:
     """Hex sha256 of a file; None where it cannot be read."""
-    total = hashlib.sha256()
     try:
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                total.update(block)
+        return file_digest(path)
     except (OSError, ValueError):
         return None
-    return total.hexdigest()

@@ -15,7 +15,14 @@ from config.errors import ConfigError
 from config.labels import LabelMap
 from scripts.cli import run
 from scripts.taxonomy import rewrite
-from scripts.taxonomy.migrations import change, load, migrations_path, read_migrations, record
+from scripts.taxonomy.migrations import (
+    Migration,
+    change,
+    load,
+    migrations_path,
+    read_migrations,
+    record,
+)
 
 NAMES = ("sun", "rain", "snow", "food", "drink")
 
@@ -62,7 +69,7 @@ def _labels(path: Path) -> list[list[str]]:
     ],
 )
 def test_each_change_renumbers_without_gaps(
-    arguments: Any, names: str, ids: list[int | None]
+    arguments: tuple[Any, list[str], list[str]], names: str, ids: list[int | None]
 ) -> None:
     """The map after a change, and where each id went, worked out by hand."""
     after, migration = change(LabelMap(NAMES), *arguments, version=1)
@@ -81,7 +88,9 @@ def test_each_change_renumbers_without_gaps(
         (("retire", list(NAMES), []), "no tag would be left"),
     ],
 )
-def test_impossible_changes_are_refused_by_name(arguments: Any, message: str) -> None:
+def test_impossible_changes_are_refused_by_name(
+    arguments: tuple[Any, list[str], list[str]], message: str
+) -> None:
     """One line says what cannot be done."""
     with pytest.raises(ConfigError, match=message):
         change(LabelMap(NAMES), *arguments, version=1)
@@ -239,7 +248,8 @@ def test_a_broken_record_is_named(tmp_path: Path) -> None:
 @settings(max_examples=60, deadline=None)
 def test_names_follow_the_ids(data: st.DataObject) -> None:
     """After any changes, a tag's name reached through the ids is the one reached through names."""
-    present, migrations = LabelMap(NAMES), []
+    present = LabelMap(NAMES)
+    migrations: list[Migration] = []
     for version in range(1, data.draw(st.integers(1, 5)) + 1):
         verb = data.draw(st.sampled_from(["rename", "merge", "retire"]))
         old = [data.draw(st.sampled_from(present.names))]

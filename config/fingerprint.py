@@ -1,0 +1,89 @@
+"""A feature's fingerprint: a digest that may know what it is of.
+
+Where features do not fit, the settings that differ can then be named, and not only the digests.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+Name = TypeVar("Name", bound=str)
+
+_NAMED = 5
+_SHOWN = 60
+
+
+class Fingerprint(str):
+    """A digest that may know what it is of; compares, hashes and is written as its text.
+
+    Attributes:
+        parts: JSON values, empty where they are not known; those of other fingerprints inside.
+    """
+
+    parts: Mapping[str, Any]
+
+    def __new__(cls, text: str, parts: Mapping[str, Any] | None = None) -> Fingerprint:
+        """A digest, and what it is of."""
+        made = super().__new__(cls, text)
+        made.parts = dict(parts or {})
+        return made
+
+
+def parts_of(fingerprint: object) -> dict[str, Any]:
+    """What a fingerprint is of; empty where that is not known."""
+    return dict(fingerprint.parts) if isinstance(fingerprint, Fingerprint) else {}
+
+
+def with_parts(digests: Mapping[Name, str], parts: object) -> dict[Name, str]:
+    """Digests with what they are of, as it was stored beside them; anything else is left out."""
+    known = parts if isinstance(parts, dict) else {}
+    return {
+        stream: Fingerprint(text, found)
+        if isinstance(found := known.get(stream), dict) and found
+        else text
+        for stream, text in digests.items()
+    }
+
+
+def known_parts(fingerprints: Mapping[Name, str]) -> dict[str, dict[str, Any]]:
+    """What `with_parts` takes, of those where it is known."""
+    return {stream: found for stream, text in fingerprints.items() if (found := parts_of(text))}
+
+
+def packed(fingerprints: Mapping[Name, str]) -> str:
+    """Fingerprints as one JSON text, which `unpacked` reads."""
+    return json.dumps([dict(fingerprints), known_parts(fingerprints)])
+
+
+def unpacked(text: str) -> dict[Any, str]:
+    """The fingerprints in a JSON text: of `packed`, or plain digests by stream."""
+    content = json.loads(text)
+    digests, parts = content if isinstance(content, list) else (content, None)
+    return with_parts(digests, parts)
+
+
+def differing(wanted: str, found: str | None) -> str:
+    """The end of a sentence that names what two fingerprints differ in; empty if not known."""
+    names = _differences(parts_of(wanted), parts_of(found))
+    if not (parts_of(wanted) and parts_of(found) and names):
+        return ""
+    return f" (another {', '.join(names[:_NAMED])})"
+
+
+def _differences(wanted: Mapping[str, Any], found: Mapping[str, Any], at: str = "") -> list[str]:
+    names: list[str] = []
+    for key in sorted({*wanted, *found}):
+        one, other = wanted.get(key), found.get(key)
+        if one == other:
+            continue
+        if isinstance(one, dict) and isinstance(other, dict):
+            names += _differences(one, other, f"{at}{key}.")
+        elif any(
+            isinstance(side, (dict, list)) or len(str(side)) > _SHOWN for side in (one, other)
+        ):
+            names.append(f"{at}{key}")  # digests of weights tell a person nothing
+        else:
+            names.append(f"{at}{key}: {json.dumps(one)}, now {json.dumps(other)}")
+    return names

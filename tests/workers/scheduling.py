@@ -1,0 +1,42 @@
+"""Schedulers with toy workers, and what they send."""
+
+from __future__ import annotations
+
+from config.settings import Settings
+from workers.protocol import ArrayRef, Envelope, ExtractTask
+from workers.schedule import Load, Scheduler
+
+SETTINGS = Settings.model_validate(
+    {
+        "workers": {"slots": 3},
+        "decode": {"processes": 1},
+        "features": {"text": {"batch_size": 4}, "video": {"batch_size": 8}},
+    }
+)
+
+
+def picture(slot: int, rows: int = 2) -> ExtractTask:
+    return ExtractTask("video", "video", (ArrayRef(slot, 0, (rows, 4, 4, 3), "uint8"),))
+
+
+def scheduler(*loads: Load) -> Scheduler:
+    made = Scheduler(SETTINGS, grace_s=1.0)
+    for load in loads:
+        made.add(load)
+    return made
+
+
+def extractor(name: str = "e") -> Load:
+    return Load(name, ("video", "text", "ocr"), None, 10.0)
+
+
+def decoder(name: str = "d") -> Load:
+    return Load(name, ("decode",), 1, 10.0)
+
+
+def sent(made: Scheduler, now: float = 0.0) -> list[tuple[str, Envelope]]:
+    return list(made.dispatch(now))
+
+
+def ids(given: list[tuple[str, Envelope]]) -> list[int]:
+    return [envelope.task_id for _, envelope in given]
