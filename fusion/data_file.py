@@ -166,7 +166,9 @@ class _Text:
         self._decoder = codecs.getincrementaldecoder("utf-8")()
         self._json = json.JSONDecoder()
         self._text, self._at = "", 0
-        self._bytes = 0  # in the file, in front of self._text[self._at]
+        # In the file, in front of self._text[self._at].
+        self._bytes = len(codecs.BOM_UTF8) if file.read(3) == codecs.BOM_UTF8 else 0
+        file.seek(self._bytes)
 
     def next_sign(self) -> str:
         """The next character that is no white space, empty at the file's end; stays before it."""

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-import random
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,6 +20,8 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
+
+from tests.ports import answers_tcp, free_port
 
 # Run before the server in its process: it is killed when the tests' process dies, however it dies.
 DIE_WITH_PARENT = """\
@@ -32,44 +32,6 @@ except (AttributeError, OSError):
     pass
 os.execvp(sys.argv[1], sys.argv[1:])
 """
-
-
-PORTS = range(20000, 25000)
-_given: set[int] = set()
-
-
-def free_port() -> int:
-    """A TCP port on 127.0.0.1 that nobody listens on now, each time another.
-
-    It lies outside the range from which the kernel takes ports for connections and for servers
-    that let it choose, so that nobody gets it by chance before its server starts, or while its
-    server is away between a kill and the next start.
-    """
-    if PORTS.stop <= _kernels_first_port():
-        for port in random.sample(PORTS, len(PORTS)):
-            if port not in _given and _is_free(port):
-                _given.add(port)
-                return port
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-    return True
-
-
-def _kernels_first_port() -> int:
-    """Where the range of ports that the kernel gives out begins; 0 where it does not tell."""
-    try:
-        return int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
-    except (OSError, ValueError, IndexError):
-        return 0
 
 
 def unavailable(reason: str) -> None:
@@ -412,10 +374,3 @@ class MongoServer(Server):
             return False
         finally:
             client.close()
-
-
-def answers_tcp(port: int) -> bool:
-    """Whether something accepts connections on this loopback port."""
-    with socket.socket() as probe:
-        probe.settimeout(1)
-        return probe.connect_ex(("127.0.0.1", port)) == 0

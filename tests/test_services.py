@@ -8,7 +8,8 @@ import pymongo
 import pytest
 import redis
 
-from tests.services import MongoServer, RabbitMQServer, RedisServer, Server, answers_tcp
+from tests.ports import answers_tcp
+from tests.services import MongoServer, RabbitMQServer, RedisServer, Server
 
 
 def _restarts(server: Server, *ends: Callable[[], None]) -> None:

@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 
 from config.errors import ConfigError
 from extractors.post import Media, MediaKind, Post
+from fusion.data_file import entries
 from scripts.corpus.lines import AtomicLines
 from scripts.corpus.summary import Summary
 
@@ -84,16 +85,17 @@ Entry: TypeAlias = CorpusPost | BadLine
 
 
 def read_posts(path: Path | str) -> Iterator[Entry]:
-    """Read a posts file a line at a time, or a data file whole.
+    """Read a posts file a line at a time, or a data file an entry at a time.
 
     Empty lines are passed over. Whether a post_id stands twice is for the caller to see.
 
     Raises:
-        ConfigError: The file is missing or cannot be read, or a ``.json`` file holds no list.
+        ConfigError: The file is missing or cannot be read; or a ``.json`` file holds no list, or
+            breaks off, which shows when the reading comes there.
     """
     file = Path(path)
     if file.suffix.lower() == ".json":
-        for line, content in enumerate(_read_list(file), 1):
+        for line, content in enumerate(_list(file), 1):
             yield _entry(content, line)
         return
     with _reading(file), file.open("rb") as stream:
@@ -109,7 +111,7 @@ def count_lines(path: Path | str) -> int:
     """
     file = Path(path)
     if file.suffix.lower() == ".json":
-        return len(_read_list(file))
+        return sum(1 for _ in _list(file))
     count, last = 0, b"\n"
     with _reading(file), file.open("rb") as stream:
         while block := stream.read(_CHUNK_BYTES):
@@ -230,17 +232,15 @@ def _parse(raw: bytes | None, line: int) -> Entry:
     return _entry(content, line)
 
 
-def _read_list(file: Path) -> list[Any]:
+def _list(file: Path) -> Iterator[Any]:
+    """The entries of a JSON list, a block of the file at a time."""
+    with _reading(file):
+        file.open("rb").close()
     try:
-        with _reading(file):
-            content = json.loads(file.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(
-            f"{file}: not a JSON list of posts ({error}); name a file of lines *.jsonl"
-        ) from error
-    if not isinstance(content, list):
-        raise ConfigError(f"{file}: must be a list of posts; name a file of lines *.jsonl")
-    return content
+        for entry in entries(file):
+            yield entry.value
+    except ConfigError as error:
+        raise ConfigError(f"{error}; name a file of lines *.jsonl") from error
 
 
 # Posts ---------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import pytest
 from config.errors import ConfigError, FeatureError
 from extractors.feature_file import feature_path
 from tests.fusion import runs
-from tests.services import free_port
+from tests.ports import free_port
 
 EXACT: dict[str, Any] = {
     "model": {"modality_dropout": 0.0, "auxiliary": 0.3},

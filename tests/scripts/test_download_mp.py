@@ -337,7 +337,7 @@ def test_downloading_process_that_dies_is_replaced(tmp_path: Path) -> None:
         (["none.jsonl", "--out", "o"], "none.jsonl: no such file"),
         (["empty.jsonl", "--out", "o"], "empty.jsonl: holds no readable post: it is empty"),
         (["bad.jsonl", "--out", "o"], "all 2 lines are broken; line 1: not JSON"),
-        (["p.json", "--out", "o"], "p.json: not a JSON list of posts"),
+        (["p.json", "--out", "o"], "p.json: must be a list of posts"),
         (["p.jsonl", "--out", "p.jsonl"], "p.jsonl/.state: cannot be written: Not a directory"),
         (["p.jsonl", "--out", "o", "--set", "fetch.nope=1"], "fetch.nope: unknown key"),
         (["p.jsonl"], "required: --out"),

@@ -106,7 +106,8 @@ def test_endless_line_is_not_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_data_file_is_read_by_the_same_reader(tmp_path: Path) -> None:
     """A list with feature files; half characters of JSON's escapes are replaced."""
     file = tmp_path / "p.json"
-    file.write_text('[{"post_id": "a", "features": "f/a", "text": "\\ud800", "more": 1}, 5]')
+    text = '[{"post_id": "a", "features": "f/a", "text": "\\ud800", "more": 1}, 5]'
+    file.write_text(text, encoding="utf-8-sig")
     good, bad = read_posts(file)
     assert good == CorpusPost(Post("a", text="?"), features="f/a", line=1)
     assert bad == BadLine(2, "not an object")
@@ -120,7 +121,8 @@ def test_data_file_is_read_by_the_same_reader(tmp_path: Path) -> None:
         ("none.jsonl", None, "no such file"),
         ("none.json", None, "no such file"),
         ("a.json", '{"post_id": "a"}', "must be a list of posts"),
-        ("b.json", '{"post_id": "a"}\n{"post_id": "b"}', "not a JSON list of posts"),
+        ("b.json", '{"post_id": "a"}\n{"post_id": "b"}', "must be a list of posts; name a file of"),
+        ("c.json", '[{"post_id": "a"} {', "not a JSON data file"),
     ],
 )
 def test_file_that_cannot_be_read_is_named(

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from config.errors import FetchRefused, FetchRetryable
-from tests.services import free_port
+from tests.ports import free_port
 from tests.workers.fetching import get, refused, retryable, settings_of
 from tests.workers.web import BODY, Web, web_server
 from workers.fetch import Fetcher, fetch

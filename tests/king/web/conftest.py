@@ -27,7 +27,7 @@ from king.web.backend import Services
 from king.web.uploads import Uploads
 from tests import media
 from tests.fakes.pool import FakePool
-from tests.services import free_port
+from tests.ports import free_port
 from tests.tiny_models import tiny_bundle, tiny_features
 from tests.workers.driving import toy_settings
 from workers.runner import PostRunner

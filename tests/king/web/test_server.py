@@ -19,7 +19,7 @@ import requests
 
 from extractors.post import Media, Post
 from tests.king.web.conftest import ROOT, FlaskServer, Site
-from tests.services import free_port
+from tests.ports import free_port
 from tests.workers.driving import alive
 from workers.local import LocalTagger
 

@@ -16,7 +16,8 @@ import pytest
 
 from config.cache import CacheSettings
 from config.errors import CacheUnavailable, ConfigError
-from tests.services import RedisServer, free_port, unavailable
+from tests.ports import free_port
+from tests.services import RedisServer, unavailable
 from workers.cache.folder import FolderStore
 from workers.cache.remote import RemoteStore
 from workers.cache.store import CacheStore, open_store
