@@ -3,8 +3,10 @@
 Posts are small: a few words, one tiny picture that all of them share on the disk, a short sound
 and a short video for the scripts that read those; models are tiny and random. Each script runs as
 its user runs it, and does all of its work (``--extract N`` leaves the extracting ones but the last
-N posts to do). All of its processes are asked for their proportional set size (PSS: memory that
-several share is counted once) several times a second, and the highest sum is kept.
+N posts to do). All of its processes are asked several times a second for the memory that they hold
+themselves, what several of them share counted once (anonymous and shared memory of their
+proportional set size); the highest sum is kept. Code that is mapped from files is not counted: it
+is the same for any number of posts, and whoever else runs it changes the figure.
 
 Run: ``python bench/corpus_memory.py [--sizes 1000 10000 100000] [--only pull build]``
 """
@@ -79,7 +81,7 @@ def scripts(corpus: Corpus) -> dict[str, list[str]]:
         "build": [*build, "--out", str(out / "data")],
         "build, grown corpus": [
             *build, "--out", str(out / "grown"),
-            "--manifest", str(corpus.folder / "manifest.jsonl"),
+            "--manifest", str(corpus.folder / "known.jsonl"),
             "--duplicates", str(corpus.folder / "duplicates.jsonl"),
             "--keep", str(corpus.folder / "split.jsonl"),
         ],
@@ -220,13 +222,15 @@ def measure(name: str, command: Sequence[str], size: int, limit_s: float) -> dic
 
 
 def tree_bytes(process: psutil.Process) -> int:
-    """PSS of a process and all below it."""
+    """What a process and all below it hold themselves."""
     total = 0
     with contextlib.suppress(psutil.Error):
         for one in (process, *process.children(recursive=True)):
-            with contextlib.suppress(psutil.Error):
-                total += one.memory_full_info().pss
-    return total
+            with contextlib.suppress(OSError):
+                lines = Path(f"/proc/{one.pid}/smaps_rollup").read_text().splitlines()
+                sizes = dict(line.split(":", 1) for line in lines[1:])
+                total += sum(int(sizes[kind].split()[0]) for kind in ("Pss_Anon", "Pss_Shmem"))
+    return total * 1024
 
 
 def run_size(

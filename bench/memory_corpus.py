@@ -93,12 +93,12 @@ def write_earlier(corpus: Corpus, url: str) -> None:
     """A manifest of all media, a near-duplicate for every tenth post, a split of the first half."""
     folder = corpus.folder
     with (
-        (folder / "manifest.jsonl").open("w") as media,
+        (folder / "known.jsonl").open("w") as media,
         (folder / "duplicates.jsonl").open("w") as same,
         (folder / "split.jsonl").open("w") as sides,
     ):
         for i in range(corpus.size):
-            ok = {"source": f"{url}/{i}.png", "path": f"{i}.png", "status": "ok"}
+            ok = {"source": f"{url}/{i}.png", "path": f"{i}.png", "kind": "image", "status": "ok"}
             media.write(json.dumps({**ok, "sha256": f"{i:064x}"}) + "\n")
             if i % 10 == 9:
                 members = [f"p{i - 1:07}", f"p{i:07}"]

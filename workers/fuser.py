@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from config.errors import BundleError, TaggingError
-from config.fingerprint import packed
+from config.fingerprint import packed, with_parts
 from config.settings import FusionSettings
 from workers.batch import Outcome
 from workers.child import Context, serve
@@ -66,7 +66,7 @@ class _Fusion:
 
     def told(self, message: object) -> None:
         if isinstance(message, Expect):
-            self._expected = message.fingerprints
+            self._expected = with_parts(message.fingerprints, message.made_of)
 
     def close(self) -> None:
         if self._inferer is not None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from config.errors import ConfigError
-from config.fingerprint import differing, unpacked
+from config.fingerprint import differing, known_parts, unpacked
 from config.settings import FeatureSettings
 from extractors.fingerprint import stream_fingerprints
-from workers.protocol import Stream
+from workers.protocol import Expect, Known, Stream
 
 
 def expected_fingerprints(
@@ -39,6 +39,17 @@ def extractor_fingerprints(infos: Iterable[Mapping[str, str]]) -> dict[Stream, s
                     f"{differing(known, fingerprint)}"
                 )
     return by_extractor
+
+
+def known_extractors(infos: Iterable[Mapping[str, str]]) -> Known:
+    """`extractor_fingerprints` as the message that the cache worker takes."""
+    return Known({stream: str(text) for stream, text in extractor_fingerprints(infos).items()})
+
+
+def expectation(expected: Mapping[Stream, str]) -> Expect:
+    """Fingerprints as the message that the fusion worker takes."""
+    # Plain text and what it is of apart: a pipe carries nothing but messages.
+    return Expect({s: str(text) for s, text in expected.items()}, known_parts(expected))
 
 
 def bundle_fingerprints(info: Mapping[str, str]) -> dict[Stream, str]:

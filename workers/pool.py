@@ -29,8 +29,9 @@ from workers.events import (
 from workers.launch import ROLES, Launch, WorkerSpec, without_credentials, worker_specs
 from workers.manifest import (
     bundle_fingerprints,
+    expectation,
     expected_fingerprints,
-    extractor_fingerprints,
+    known_extractors,
     mismatch,
 )
 from workers.member import Member
@@ -41,11 +42,9 @@ from workers.protocol import (
     BundleLoaded,
     Decoded,
     Done,
-    Expect,
     Failed,
     Failure,
     Fetched,
-    Known,
     Ready,
     RecallTask,
     Refused,
@@ -380,10 +379,10 @@ class ProcessPool:
         spec = member.spec
         if spec.role == "cache":
             infos = [m.info for m in self._crew.members.values() if m.spec.role == "extract"]
-            self._crew.send(member, Known(extractor_fingerprints(infos)))
+            self._crew.send(member, known_extractors(infos))
         self._scheduler.add(Load(spec.name, spec.lanes, spec.at_most, spec.limit_s))
         if spec.role == "fuse":
-            self._crew.send(member, Expect(dict(self._expected)))
+            self._crew.send(member, expectation(self._expected))
             if "name" in member.info:
                 self._on_bundle(member.info["name"], member.info.get("version", ""))
 

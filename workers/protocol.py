@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
@@ -249,9 +249,14 @@ class Envelope:
 
 @dataclass(frozen=True, slots=True)
 class Expect:
-    """King ─► fusion worker: the extractors' fingerprints, which every later bundle must match."""
+    """King ─► fusion worker: the extractors' fingerprints, which every later bundle must match.
+
+    Attributes:
+        made_of: What they are of, where that is known; for errors.
+    """
 
     fingerprints: Mapping[Stream, str]
+    made_of: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

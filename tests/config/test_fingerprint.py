@@ -25,7 +25,8 @@ from extractors.fingerprint import digest, stream_fingerprints
 from extractors.post import Features
 from fusion.bundle import check_fingerprints, load_bundle, save_bundle
 from tests.fusion import support
-from workers.manifest import mismatch
+from workers.manifest import expectation, known_extractors, mismatch
+from workers.pipe import decode, encode
 
 WEIGHTS = "a" * 64, "b" * 64
 
@@ -91,6 +92,11 @@ def test_a_process_tells_what_its_fingerprints_are_of() -> None:
     found = unpacked(packed({"video": of(), "text": "t"}))
     assert found == {"video": of(), "text": "t"}
     assert parts_of(found["video"]) == parts_of(of())
+    for message in (expectation(found), known_extractors([{"fingerprints": packed(found)}])):
+        there = decode(encode(message)[8:])
+        assert there == message
+        assert {type(text) for text in there.fingerprints.values()} == {str}
+    assert parts_of(with_parts(found, expectation(found).made_of)["video"]) == parts_of(of())
 
 
 def test_a_feature_file_keeps_it(tmp_path: Path) -> None:
