@@ -11,7 +11,7 @@ from pathlib import Path
 
 from config.errors import ConfigError, TaggingError
 from config.labels import LabelMap
-from config.options import OneLineParser
+from config.options import OneLineParser, count
 from scripts.corpus.lines import write_whole
 from scripts.corpus.records import BadLine, read_posts
 
@@ -32,7 +32,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--input", type=Path, nargs="+", required=True, metavar="F", help="posts, *.jsonl or *.json"
     )
     add("--out", type=Path, metavar="F", help="default: config/idx2name_cls<N>.json")
-    add("--min_posts", type=int, default=1, metavar="N", help="leave out tags with fewer posts")
+    add("--min_posts", type=count, default=1, metavar="N", help="leave out tags with fewer posts")
     add("--base", type=Path, metavar="F", help="a label map whose indices stay")
     return parser.parse_args(arguments)
 

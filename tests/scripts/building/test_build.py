@@ -270,3 +270,6 @@ def test_a_label_map_is_made_from_posts(tmp_path: Path, capsys: pytest.CaptureFi
     assert label_map.main([*asked, "--base", str(out)]) == 0
     assert LabelMap.load(out).names == ("z", "b", "a", "c")
     assert label_map.main([*asked, "--min_posts", "9"]) == 2
+    with pytest.raises(SystemExit) as ended:
+        label_map.main([*asked, "--min_posts", "-1"])
+    assert ended.value.code == 2
