@@ -9,12 +9,15 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 
 _PR_SET_CHILD_SUBREAPER = 36
+_LOOK_EVERY_S = 0.2
 
 
 def become_subreaper() -> None:
@@ -32,8 +35,25 @@ class Watch:
         self._arenas: set[int] = set()
         self._files: set[str] = set()
 
+    @contextlib.contextmanager
+    def looking(self) -> Iterator[None]:
+        """Look all the time while the block runs: a process may be killed at any moment."""
+        ended = threading.Event()
+
+        def look() -> None:
+            while not ended.wait(_LOOK_EVERY_S):
+                self.look()
+
+        thread = threading.Thread(target=look, name="watch", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+
     def look(self) -> None:
-        """Note the shared memory that the processes hold now; call it now and then."""
+        """Note the shared memory that the processes hold now."""
         for process in _descendants():
             self._arenas |= _memory_files(process.pid)
             self._files |= _shared_files(process.pid)

@@ -128,7 +128,7 @@ class Run:
         site = Site(self._folder, self._plan.broker, settings)
         feeder = Feeder(site.publish, every_s=0.25)
         try:
-            with media_server(self._stock.media) as base_url:
+            with self._watch.looking(), media_server(self._stock.media) as base_url:
                 posts = documents(self._stock.entries, len(self._ids), base_url, self._plan.seed)
                 site.open(posts)
                 site.start_daemon()
@@ -158,12 +158,10 @@ class Run:
             feeder.ship(shipment.burst)
             fresh = len(self._new(shipment.burst))
             _wait_for(site, shipped + max(1, int(fresh * _LOADED)), 30)
-            self._watch.look()
             posts, began = site.journal.ended, time.time()
             hurt = FAULTS[kind](site, self._rng)
             feeder.trickle(shipment.trickle)
             took_s = recovery(site, hurt, shipment.probes)
-            self._watch.look()
             self._wounds.append(Wound(kind, posts, hurt.ended - began, took_s, hurt.note))
             feeder.hurry()
             shipped += fresh + len(self._new(shipment.trickle))
@@ -183,7 +181,6 @@ class Run:
         while time.monotonic() < end and quiet < 2:
             time.sleep(1.0)
             self._tell(site.journal.ended, "finishing")
-            self._watch.look()
             idle = feeder.empty and site.health.get("in_flight") == 0
             done = idle and wanted <= set(site.ends())
             done = done and site.open_jobs() == 0 and site.messages_left == 0

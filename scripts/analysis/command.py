@@ -22,7 +22,7 @@ from scripts.analysis.report import render
 from scripts.analysis.tally import Tally
 from scripts.analysis.terminal import show
 from scripts.corpus.lines import write_whole
-from scripts.corpus.records import AtomicLines, BadLine, CorpusPost, read_posts
+from scripts.corpus.records import AtomicLines, BadLine, CorpusPost, count_lines, read_posts
 from scripts.corpus.runs import only_one
 
 if TYPE_CHECKING:
@@ -163,5 +163,4 @@ def _ticker(progress: Progress, what: str, lines: Path | None) -> Callable[[], N
 def _lines_of(path: Path) -> int | None:
     if path.suffix.lower() == ".json" or not path.is_file():
         return None
-    with path.open("rb") as stream:
-        return sum(chunk.count(b"\n") for chunk in iter(lambda: stream.read(1 << 20), b""))
+    return count_lines(path)

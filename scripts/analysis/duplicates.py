@@ -1,7 +1,7 @@
 """Posts that are the same or nearly: by the bytes of a medium, by a picture's look, by the text.
 
 Everything that grows with the posts lies in a temporary SQLite file: about 400 bytes a post and its
-text, 350 bytes a picture. In memory stay 4 bytes a post and 24 bytes a distinct picture; a group of
+text, 350 bytes a picture. In memory stay 4 bytes a post and 40 bytes a distinct picture; a group of
 many posts comes in parts.
 
 Likeness is passed on: where A is like B and B like C, all three are one group.

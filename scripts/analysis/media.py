@@ -89,9 +89,9 @@ class MediaBase:
             try:
                 self._base.executemany(
                     # A source that failed once and was there once, was there.
-                    "INSERT INTO sources VALUES (?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET "
-                    "path = excluded.path, sha256 = excluded.sha256, reason = excluded.reason "
-                    "WHERE excluded.sha256 != ''",
+                    "INSERT INTO sources VALUES (?, ?, ?, ?, ?) ON CONFLICT(source, kind) "
+                    "DO UPDATE SET path = excluded.path, sha256 = excluded.sha256, "
+                    "reason = excluded.reason WHERE excluded.sha256 != ''",
                     _rows(json.loads(line)),
                 )
             except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -208,7 +208,8 @@ class Tally:
     def _count_origin(self, entry: CorpusPost) -> None:
         if entry.author:
             self._base.execute(
-                "INSERT INTO authors VALUES (?, 1) ON CONFLICT DO UPDATE SET posts = posts + 1",
+                "INSERT INTO authors VALUES (?, 1) "
+                "ON CONFLICT(author) DO UPDATE SET posts = posts + 1",
                 (entry.author,),
             )
         if entry.created is None:

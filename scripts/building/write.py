@@ -68,8 +68,10 @@ def write_files(
             sides.write(json.dumps(note, ensure_ascii=False))
         for each in data.values():
             each.end()
-        # The files take their names one after another: killed in between, sides must be missing,
-        # never be of two different splits.
+        for lines in (*lists.values(), sides, rejects):
+            lines.sync()  # a full disk shows here, while the earlier files are still there
+        # The files take their names one after another, the split before its sides: killed in
+        # between, sides must be missing, never be of two different splits.
         for old in _earlier(out):
             old.unlink()
     text = json.dumps(labels.as_json(), ensure_ascii=False, indent=2)
@@ -78,9 +80,9 @@ def write_files(
 
 
 def _earlier(out: Path) -> list[Path]:
-    """Files of an earlier run that say which side a post is on."""
+    """Data files of an earlier run."""
     sides = [path for name in SIDES for path in out.glob(f"{name}_cls*.json*")]
-    return [path for path in (*sides, out / "split.jsonl") if path.is_file()]
+    return [path for path in sides if path.is_file()]
 
 
 def _reject(line: int, posts: Path, found: Index, post: Any) -> str:

@@ -209,10 +209,10 @@ def _choose(
     named = list(dict.fromkeys(ids))
     found = archive.dead_among(named)
     unknown = [post_id for post_id in named if post_id not in found]
-    mute = [i for i, job in found.items() if verb == "replay" and not job.names_a_post]
+    mute = {i: job for i, job in found.items() if verb == "replay" and not job.names_a_post}
     wrong = [f"no dead letter: {_listed(unknown)} (see insighttag dead list)"] if unknown else []
     if mute:
-        wrong.append(f"names no post, so that it can only be dropped: {_listed(mute)}")
+        wrong.append(f"names no post, so that it can only be dropped: {_listed(list(mute))}")
     chosen = [post_id for post_id in named if post_id in found and post_id not in mute]
     return chosen, "; ".join(wrong)
 

@@ -60,12 +60,14 @@ def publish(
     if not (named or file or untagged):
         raise ConfigError("publish: name IDs, --file F or --untagged")
     settings = online_settings(config, overrides, broker=True, store=untagged)
+    once = _once(named)
     with _untagged(settings, untagged) as more:
+        others = (PostMessage(post_id) for post_id in more if post_id not in once)
         asked = (
             replace(each, priority=each.priority or priority, force=each.force or force)
-            for each in chain(named, map(PostMessage, more))
+            for each in chain(once.values(), others)
         )
-        count = publish_posts(settings.broker, _once(asked))
+        count = publish_posts(settings.broker, asked)
     sys.stdout.write(f"published {count} to {settings.broker.queue}\n")
 
 
@@ -148,9 +150,14 @@ def _untagged(settings: Settings, wanted: bool) -> Iterator[Iterator[str]]:
         archive.close()
 
 
-def _once(messages: Iterable[PostMessage]) -> Iterator[PostMessage]:
-    seen: set[str] = set()
+def _once(messages: Iterable[PostMessage]) -> dict[str, PostMessage]:
+    """Each post once, with all that was asked for it."""
+    found: dict[str, PostMessage] = {}
     for message in messages:
-        if message.post_id not in seen:
-            seen.add(message.post_id)
-            yield message
+        known = found.setdefault(message.post_id, message)
+        found[message.post_id] = replace(
+            known,
+            priority=max(known.priority, message.priority),
+            force=known.force or message.force,
+        )
+    return found

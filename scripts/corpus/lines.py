@@ -44,6 +44,16 @@ class AtomicLines:
             raise ValueError(f"{self.path}: not open")
         self._file.write(line + "\n")
 
+    def sync(self) -> None:
+        """Push what was written to the disk, so that only the name is still to be given.
+
+        Raises:
+            OSError: The disk is full, or gone.
+        """
+        if self._file is not None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
     def __exit__(
         self,
         kind: type[BaseException] | None,

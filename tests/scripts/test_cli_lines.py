@@ -80,9 +80,10 @@ def test_bad_lines_are_counted_and_the_first_are_named(
 def test_what_a_line_says_goes_before_the_options(
     command: Command, database: pymongo.database.Database[dict[str, Any]], tmp_path: Path
 ) -> None:
-    """A line's own priority and force stand; the others take the options'."""
+    """A line's own priority and force stand, in whichever line; the others take the options'."""
     file = tmp_path / "ids.jsonl"
-    file.write_text('{"post_id": "a", "priority": 7, "force": true}\nb\n{"post_id": "a"}\n')
+    lines = ("a", '{"post_id": "a", "priority": 7}', "b", '{"post_id": "a", "force": true}')
+    file.write_text("\n".join(lines))
     given = ("publish", "c", "--file", str(file), "--priority", "2")
     assert command(*given)[:2] == (0, "published 3 to insighttag.posts\n")
     assert sorted(queued(command)) == [("a", 7, True), ("b", 2, False), ("c", 2, False)]

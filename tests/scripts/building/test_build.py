@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from extractors.post import Features
 from fusion.dataset import read_data_file
 from scripts.building import index, label_map, sides
 from scripts.building.command import main
+from scripts.corpus.lines import AtomicLines
 
 TAGS = tuple(f"tag{i}" for i in range(6))
 ABSENT = {"image": "missing", "audio": "missing", "video": "missing", "ocr": "missing"}
@@ -171,6 +174,24 @@ def test_a_second_run_gives_the_same_bytes(tmp_path: Path) -> None:
     assert (tmp_path / "a/train_cls6.json").read_bytes() == (
         tmp_path / "b/train_cls6.json"
     ).read_bytes()
+
+
+def test_a_disk_that_is_full_at_the_end_leaves_the_earlier_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The last bytes do not fit: exit 1, and all files are those of the run before."""
+    _corpus(tmp_path, [_post(i) for i in range(60)])
+    assert _build(tmp_path) == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+
+    def full(lines: AtomicLines) -> None:
+        if lines.path.name == "split.jsonl":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(lines.path))
+
+    monkeypatch.setattr(AtomicLines, "sync", full)
+    assert _build(tmp_path, "--seed", "1") == 1
+    assert "split.jsonl: No space left on device" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 
 
 def test_a_smaller_split_leaves_no_old_side(tmp_path: Path) -> None:
