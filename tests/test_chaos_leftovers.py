@@ -7,6 +7,7 @@ import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -53,6 +54,11 @@ def test_a_killed_process_leaves_its_file_and_a_foreign_file_is_not_counted(
     finally:
         child.kill()
         child.communicate()
-    assert watch.segments() == [str(ours)]
+    assert _files(watch) == [str(ours)]
     ours.unlink()
-    assert watch.segments() == []
+    assert _files(watch) == []
+
+
+def _files(watch: Any) -> list[str]:
+    """What is left in /dev/shm; other tests of this process may hold arenas."""
+    return [name for name in watch.segments() if name.startswith("/")]
