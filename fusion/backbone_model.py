@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from config.errors import ConfigError
+from config.files import write_whole
 from fusion.backbone_data import Kind
 
 Pooling: TypeAlias = Literal["max", "mean"]
@@ -215,11 +216,8 @@ def save_backbone(backbone: nn.Module, out: Path, about: dict[str, str]) -> None
     Raises:
         OSError: The file cannot be written.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_name(f".{out.name}.part")
     state = {k: v.detach().cpu().contiguous() for k, v in backbone.state_dict().items()}
     # One key: safetensors writes several in random order, and equal weights shall be equal files.
-    save_file(state, part, metadata={"backbone": json.dumps(about, sort_keys=True)})
-    part.replace(out)
+    write_whole(out, save(state, metadata={"backbone": json.dumps(about, sort_keys=True)}))

@@ -95,13 +95,15 @@ def _images(
     with folder.locked():
         with folder.beginning(resume) as place:
             posts = prepare(settings, reader, "images", fabric)
-        return _train_images(_Task(settings, reader, fabric, posts), place)
+            task = _Task(settings, reader, fabric, posts)
+            start = task.start("image", place)
+        return _train_images(task, start)
 
 
-def _train_images(task: _Task, resume: Path | None) -> tuple[StageReport, ...]:
+def _train_images(task: _Task, start: Start | None) -> tuple[StageReport, ...]:
     settings = task.settings
     weights = settings.trainer.save_dir / "weights" / f"{settings.backbone.arch}.safetensors"
-    return task.spoken(task.pixels("image", weights, settings.trainer, resume))
+    return task.spoken(task.pixels("image", weights, settings.trainer, start))
 
 
 def _videos(
@@ -109,20 +111,26 @@ def _videos(
 ) -> tuple[StageReport, ...]:
     if resume is not None and not resume.is_dir():
         raise ConfigError(f"{resume}: --resume takes the folder of a run here, with tsn/ in it")
-    place = RunFolder(fabric, settings.trainer.save_dir, BACKBONES)
-    with place.locked():
-        with place.beginning(resume) as start:
+    folder = RunFolder(fabric, settings.trainer.save_dir, BACKBONES)
+    with folder.locked():
+        with folder.beginning(resume) as place:
             posts = prepare(settings, reader, "videos", fabric)
-        return _train_videos(_Task(settings, reader, fabric, posts), start)
+            task = _Task(settings, reader, fabric, posts)
+            tsn = task.start("tsn", place and place / "tsn")
+            begun = place is not None and (place / "lstm" / "ckpt" / LAST).exists()
+            lstm = task.start("lstm", place / "lstm" if place is not None and begun else None)
+        return _train_videos(task, tsn, lstm)
 
 
-def _train_videos(task: _Task, resume: Path | None) -> tuple[StageReport, ...]:
+def _train_videos(
+    task: _Task, tsn_start: Start | None, lstm_start: Start | None
+) -> tuple[StageReport, ...]:
     settings = task.settings
     folder = settings.trainer.save_dir
     weights = folder / "weights" / "tsn.safetensors"
     trainer = settings.trainer.model_copy(update={"save_dir": folder / "tsn"})
-    tsn = task.pixels("tsn", weights, trainer, resume and resume / "tsn")
-    return task.spoken(tsn, task.lstm(weights, resume and resume / "lstm"))
+    tsn = task.pixels("tsn", weights, trainer, tsn_start)
+    return task.spoken(tsn, task.lstm(weights, lstm_start))
 
 
 @dataclass(frozen=True)
@@ -136,13 +144,22 @@ class _Task:
         """What the first process of a distributed run reports; the others say nothing."""
         return stages if self.fabric.is_global_zero else ()
 
+    def start(self, name: str, resume: Path | None) -> Start | None:
+        """Where a stage begins; None begins anew.
+
+        Raises:
+            ConfigError: As `fusion.resume.find_start`.
+        """
+        mark = _mark(self.settings, self.posts, name)
+        return agree(self.fabric, lambda: None if resume is None else find_start(resume, mark))
+
     def pixels(
-        self, name: str, out: Path, trainer: TrainerSettings, resume: Path | None
+        self, name: str, out: Path, trainer: TrainerSettings, start: Start | None
     ) -> StageReport:
         """Train a picture model, on pictures or, as ``tsn``, on segments of clips."""
         settings, backbone = self.settings, self.settings.backbone
         clips, classes = name == "tsn", len(self.posts.labels)
-        run = self._run(name, trainer, settings.optimizer, resume)
+        run = self._run(name, trainer, settings.optimizer, start)
         build = partial(
             PixelDataset,
             classes=classes,
@@ -173,7 +190,7 @@ class _Task:
 
         return run.train(self._data(train, valid or None), self.posts, model, save, out)
 
-    def lstm(self, frames_weights: Path, resume: Path | None) -> StageReport:
+    def lstm(self, frames_weights: Path, start: Start | None) -> StageReport:
         """Extract the frames of every clip with the trained model, and train the LSTM on them."""
         settings, options = self.settings, self.settings.lstm
         folder, classes = settings.trainer.save_dir, len(self.posts.labels)
@@ -192,8 +209,7 @@ class _Task:
         )
         rate = {"learning_rate": options.learning_rate}
         optimizer = settings.optimizer.model_copy(update=rate)
-        begun = resume is not None and (resume / "ckpt" / LAST).exists()
-        run = self._run("lstm", trainer, optimizer, resume if begun else None)
+        run = self._run("lstm", trainer, optimizer, start)
         out = folder / "weights" / "video_lstm.safetensors"
         build = partial(
             FrameDataset, classes=classes, store=store, max_items=settings.data.max_items
@@ -214,10 +230,9 @@ class _Task:
         name: str,
         trainer: TrainerSettings,
         optimizer: OptimizerSettings,
-        resume: Path | None,
+        start: Start | None,
     ) -> _Run:
         mark = _mark(self.settings, self.posts, name)
-        start = agree(self.fabric, lambda: None if resume is None else find_start(resume, mark))
         seed = _seed(self.fabric, trainer, start)
         return _Run(name, self.fabric, trainer, optimizer, mark, seed, start)
 

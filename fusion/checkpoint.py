@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 
 from config.errors import ConfigError
+from config.files import part_of, publish
 from fusion.files import sync_file
 
 FORMAT = "insighttag.checkpoint/1"
@@ -76,7 +77,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     Raises:
         ConfigError: The folder cannot be written, or the disk is full.
     """
-    part = path.with_name(f".{path.name}.part")
+    part = part_of(path)
     content = {
         "format": FORMAT,
         "signature": checkpoint.signature,
@@ -91,7 +92,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(content, part)
         sync_file(part)
-        part.replace(path)
+        publish(part, path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
         part.unlink(missing_ok=True)
         raise ConfigError(f"{path}: the checkpoint cannot be written: {error}") from error

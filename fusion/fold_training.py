@@ -31,19 +31,36 @@ from fusion.run_log import RunLog
 FOLDS, DONE, SCORES = "folds.json", "done.json", "scores.npy"
 
 
+def pool_of(settings: TrainSettings, prepared: Prepared) -> PostPool:
+    """The posts that the folds share out.
+
+    Raises:
+        ConfigError: They are too few, or one stands in both data files.
+    """
+    pooled = [prepared.posts]
+    if settings.ensemble.pool_valid and prepared.valid is not None:
+        pooled.append(prepared.valid)
+    pool, count = PostPool(pooled), settings.ensemble.folds
+    if len(pool) < 2 * count:
+        raise ConfigError(f"ensemble.folds: {len(pool)} posts are too few for {count}")
+    pool.refuse_repeats()
+    return pool
+
+
 class FoldTraining:
     """k trainings in ``fold-1`` and so on; those that are done are not done again."""
 
     def __init__(
-        self, fabric: Fabric, settings: TrainSettings, prepared: Prepared, mark: str
+        self,
+        fabric: Fabric,
+        settings: TrainSettings,
+        prepared: Prepared,
+        mark: str,
+        pool: PostPool,
     ) -> None:
         self._fabric, self._settings, self._prepared = fabric, settings, prepared
-        self._mark = mark
+        self._mark, self._pool = mark, pool
         self._folder = settings.trainer.save_dir
-        pooled = [prepared.posts]
-        if settings.ensemble.pool_valid and prepared.valid is not None:
-            pooled.append(prepared.valid)
-        self._pool = PostPool(pooled)
         self._log = RunLog(self._folder / "log" / "train.jsonl", enabled=fabric.is_global_zero)
 
     def train(self, resume: Path | None) -> Trained:
@@ -53,14 +70,11 @@ class FoldTraining:
             resume: The folder of the run to go on with, which must be this one's.
 
         Raises:
-            ConfigError: The run there was another one, a post stands in both data files, a file
-                cannot be written, or what `fusion.members.train_alone` raises.
+            ConfigError: The run there was another one, a file cannot be written, or what
+                `fusion.members.train_alone` raises.
             FeatureError: Features cannot be read.
         """
         settings, count = self._settings, self._settings.ensemble.folds
-        if len(self._pool) < 2 * count:
-            raise ConfigError(f"ensemble.folds: {len(self._pool)} posts are too few for {count}")
-        self._pool.refuse_repeats()
         seed = processes.agree(self._fabric, partial(self._begin, resume))
         ends, labels = self._pool.label_rows()
         parts = stratified_folds(ends, labels, len(self._prepared.labels), count, seed)
@@ -104,8 +118,6 @@ class FoldTraining:
             return int(found["seed"])
         seed = int(self._fabric.broadcast(seed_of(self._settings, None)))
         if self._fabric.is_global_zero:
-            for old in self._folder.glob(f"fold-*/{DONE}"):
-                old.unlink()
             _write(path, json.dumps({**wanted, "seed": seed}).encode())
         self._fabric.barrier()
         return seed

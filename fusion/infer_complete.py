@@ -11,38 +11,56 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict
+
 from config.errors import ConfigError
 from config.files import write_whole
 
 
-def note_complete(output: Path, signature: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+class Made(BaseModel):
+    """What came out: see `fusion.inference.InferReport`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    posts: int
+    labelled: int
+    metrics: dict[str, float]
+    skipped: int
+
+
+def note_complete(output: Path, signature: Mapping[str, Any], made: Made) -> None:
     """Note that an output is whole.
 
     Args:
         output: The file.
         signature: JSON values: what it was made of.
-        facts: JSON values: what came out.
+        made: What came out.
 
     Raises:
         ConfigError: The note cannot be written.
     """
     note = note_of(output)
     try:
-        content = {"signature": dict(signature), "facts": dict(facts), "file": _file(output)}
+        content = {
+            "signature": dict(signature),
+            "facts": made.model_dump(),
+            "file": _file(output),
+        }
         write_whole(note, json.dumps(content).encode())
     except OSError as error:
         raise ConfigError(f"{note}: cannot be written: {error}") from error
 
 
-def completed(output: Path, signature: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The facts of an output that is whole and made of just this; None where it is not."""
+def completed(output: Path, signature: Mapping[str, Any]) -> Made | None:
+    """What came out, of an output that is whole and made of just this; None where it is not."""
     try:
         content = json.loads(note_of(output).read_text(encoding="utf-8"))
         same = content["signature"] == json.loads(json.dumps(dict(signature)))
-        facts = content["facts"] if same and content["file"] == _file(output) else None
+        if not same or content["file"] != _file(output):
+            return None
+        return Made.model_validate(content["facts"])
     except (OSError, ValueError, KeyError, TypeError):
         return None  # none there, or of another release: it is computed
-    return facts if isinstance(facts, dict) else None
 
 
 def note_of(output: Path) -> Path:

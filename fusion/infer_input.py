@@ -6,7 +6,6 @@ then they are given one by one, so that memory does not grow with their number.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 from config.errors import ConfigError
+from config.files import file_digest
 from config.labels import LabelMap
 from fusion.data_file import Record, entries, record_of
 
@@ -92,11 +92,10 @@ class Input(Generic[P]):
             labelled += not isinstance(entry, Bad) and bool(entry.labels)
         if not count:
             raise ConfigError(f"{self.path}: holds no posts")
-        with self.path.open("rb") as file:
-            found = hashlib.sha256()
-            while block := file.read(_BLOCK):
-                found.update(block)
-        return Survey(count, labelled, found.hexdigest())
+        try:
+            return Survey(count, labelled, file_digest(self.path))
+        except OSError as error:
+            raise ConfigError(f"{self.path}: cannot be read: {error}") from error
 
     def __iter__(self) -> Iterator[P | Bad]:
         """Every post, or why it is none.

@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import IO, Any, Literal, TypeAlias
 
 from config.errors import ConfigError
+from config.files import publish
 from fusion.files import sync_file
 
 Kind: TypeAlias = Literal["part", "scores", "skipped"]
@@ -123,7 +124,7 @@ class Journal:
         try:
             if output is not None:
                 sync_file(self.path("part"))
-                self.path("part").replace(output)
+                publish(self.path("part"), output)
             if self.path("skipped").stat().st_size:
                 self.path("skipped").replace(skipped)
             elif skipped.exists():

@@ -19,7 +19,7 @@ from config.infer import RunSettings
 from config.labels import LabelMap
 from fusion import metrics
 from fusion.bundle import load_bundle
-from fusion.infer_complete import completed, note_complete
+from fusion.infer_complete import Made, completed, note_complete
 from fusion.infer_engine import Maker, Outcome, chunked, run_chunks
 from fusion.infer_input import Bad, Input, Labelled
 from fusion.infer_journal import Journal
@@ -91,7 +91,8 @@ class Job(Generic[P]):
         output: The file that is made; None where results go elsewhere.
         sink: Takes the results; the file's journal is its argument.
         about: What else a killed run must have been begun with.
-        made_of: What else an output that is whole must have been made of.
+        made_of: What else an output that is whole must have been made of; None where that is not
+            known, and it is computed each time.
     """
 
     source: Input[P]
@@ -102,7 +103,7 @@ class Job(Generic[P]):
     output: Path | None
     sink: Callable[[Journal], Sink]
     about: Mapping[str, Any] = field(default_factory=dict)
-    made_of: Mapping[str, Any] = field(default_factory=dict)
+    made_of: Mapping[str, Any] | None = None
 
 
 def infer(job: Job[P], *, restart: bool = False) -> InferReport:
@@ -129,7 +130,7 @@ def infer(job: Job[P], *, restart: bool = False) -> InferReport:
     }
     beside = job.base.with_name(f"{job.base.name}.skipped.jsonl")
     with Journal(job.base, signature, restart=restart) as journal:
-        if (found := _whole(job, signature, journal, beside)) is not None:
+        if (found := _whole(job, signature, journal)) is not None:
             return found
         resumed, rows = journal.done, _Rows(labels)
         left = islice(job.source, resumed, None)
@@ -152,9 +153,9 @@ def infer(job: Job[P], *, restart: bool = False) -> InferReport:
         measured, labelled = rows.measure(journal, job.facts.thresholds)
         posts, skipped = journal.posts, survey.entries - journal.posts
         journal.finish(job.output, beside)
-        if job.output is not None:
-            facts = {"posts": posts, "labelled": labelled, "metrics": measured, "skipped": skipped}
-            note_complete(job.output, _made_of(job, signature), facts)
+        if job.output is not None and job.made_of is not None:
+            made = Made(posts=posts, labelled=labelled, metrics=measured, skipped=skipped)
+            note_complete(job.output, _made_of(job, signature), made)
     return InferReport(
         posts,
         labelled,
@@ -193,19 +194,17 @@ def shown(found: Mapping[str, float]) -> str:
 def _made_of(job: Job[Any], signature: Mapping[str, Any]) -> dict[str, Any]:
     """What an output is made of; whether bad posts are left out matters only where there are."""
     rest = {key: value for key, value in signature.items() if key != "skip_bad"}
-    return {**rest, **job.made_of}
+    return {**rest, **(job.made_of or {})}
 
 
-def _whole(
-    job: Job[Any], signature: Mapping[str, Any], journal: Journal, beside: Path
-) -> InferReport | None:
+def _whole(job: Job[Any], signature: Mapping[str, Any], journal: Journal) -> InferReport | None:
     """The report of an output that is whole already; None where there is something to do."""
-    if job.output is None or journal.restart or journal.done:
+    if job.output is None or job.made_of is None or journal.restart or journal.done:
         return None
-    facts = completed(job.output, _made_of(job, signature))
-    if facts is None or (facts["skipped"] and not job.settings.skip_bad):
+    made = completed(job.output, _made_of(job, signature))
+    if made is None or made.skipped:  # what was left out may be good by now
         return None
-    return InferReport(**facts, skipped_at=beside if facts["skipped"] else None, complete=True)
+    return InferReport(made.posts, made.labelled, dict(made.metrics), complete=True)
 
 
 class _Rows:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,7 +22,7 @@ from fusion.one_model import train_model
 from fusion.optimizer import cycle_ends
 from fusion.posts import PostList
 from fusion.prepare import Prepared
-from fusion.resume import Start, find_start
+from fusion.resume import Start, check_fit, find_start
 from fusion.run_log import RunLog
 
 
@@ -186,7 +185,7 @@ def model_of(
 
 
 def start_of(
-    fabric: Fabric, settings: TrainSettings, resume: Path | None, mark: str
+    fabric: Fabric, settings: TrainSettings, prepared: Prepared, resume: Path | None, mark: str
 ) -> Start | None:
     """What `fusion.resume.find_start` finds, in every process; None begins anew.
 
@@ -196,7 +195,13 @@ def start_of(
     """
     if resume is None:
         return None
-    find = partial(find_start, resume, mark, allow_pickle=settings.trainer.allow_pickle)
+
+    def find() -> Start:
+        start = find_start(resume, mark, allow_pickle=settings.trainer.allow_pickle)
+        with torch.device("meta"):  # names and shapes alone
+            check_fit(build_model(prepared.schema, settings.model), start)
+        return start
+
     return processes.agree(fabric, find)
 
 

@@ -94,6 +94,16 @@ def fill(model: torch.nn.Module, start: Start) -> None:
     Raises:
         ConfigError: They do not fit; names the first that does not.
     """
+    check_fit(model, start)
+    model.load_state_dict(start.checkpoint.model)
+
+
+def check_fit(model: torch.nn.Module, start: Start) -> None:
+    """See whether the weights are this model's, by name and shape.
+
+    Raises:
+        ConfigError: They do not fit; names the first that does not.
+    """
     wanted, found = model.state_dict(), start.checkpoint.model
     for name in sorted({*wanted, *found}):
         if name not in found or name not in wanted:
@@ -102,7 +112,6 @@ def fill(model: torch.nn.Module, start: Start) -> None:
         if wanted[name].shape != found[name].shape:
             shapes = f"has shape {tuple(found[name].shape)}, not {tuple(wanted[name].shape)}"
             raise ConfigError(f"{start.path}: does not fit this model: {name} {shapes}")
-    model.load_state_dict(found)
 
 
 def _bundled(folder: Path, path: Path, mark: str) -> Start:

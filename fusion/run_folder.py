@@ -9,11 +9,11 @@ taken back: by the run itself when they are wrong, or, when it was killed, by th
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import re
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,15 +23,18 @@ from typing import IO
 from lightning_fabric import Fabric
 
 from config.errors import BundleError, ConfigError
-from config.files import write_whole
+from config.files import part_of, publish, write_whole
 from fusion.bundle import ABOUT, newest_version
 from fusion.processes import agree
 from fusion.progress import notice
-from fusion.resume import BEST
+from fusion.resume import LAST
 
 _LOCK, _MOVING = ".lock", ".previous"
+_KEPT = re.compile(r"previous-(\d+)", re.ASCII)
 _LOCK_WAIT_S = 10.0
 """A run that was killed may take a moment to end in all of its processes."""
+_NO_LOCKS = frozenset({errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP})
+"""Of file systems without locks, as NFS without its lock daemon."""
 _SKIPPED = "skipped.jsonl"
 
 
@@ -93,7 +96,9 @@ class RunFolder:
             yield where
         except BaseException:
             if self._fabric.is_global_zero:
-                self._take_back()
+                # Why the run has ended matters more, and the next one takes back the rest.
+                with contextlib.suppress(OSError, ConfigError):
+                    self._take_back()
             raise
         agree(self._fabric, self._settle)
 
@@ -119,6 +124,15 @@ class RunFolder:
                         "another --save_dir"
                     ) from error
                 time.sleep(0.1)
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    lock.close()
+                    raise ConfigError(f"{lock.name}: cannot be locked: {error.strerror}") from error
+                notice(
+                    f"warning: {self._folder}: its file system has no locks ({error.strerror}): "
+                    "see to it that no other training writes there"
+                )
+                return lock
             else:
                 return lock
 
@@ -129,9 +143,10 @@ class RunFolder:
             self._take_back()  # what a killed run has not settled
             if not moves or self._goes_on(resume) or not self._holds_a_run():
                 return resume
+            # After a kill the number is the same again, and a path into that folder is one.
             return self._move(resume)
         except OSError as error:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, ConfigError):
                 self._take_back()
             raise self._unwritable(error) from error
 
@@ -140,9 +155,9 @@ class RunFolder:
         if resume is None:
             return False
         place, ckpt = self._folder.resolve(), (self._folder / "ckpt").resolve()
-        found = resume.resolve()
-        weights = found.name == BEST or found.name.startswith("snapshot-")
-        return found in {place, ckpt} or (found.parent == ckpt and not weights)
+        return resume.resolve() in {place, ckpt} or (
+            resume.name == LAST and resume.parent.resolve() == ckpt
+        )
 
     def _holds_a_run(self) -> bool:
         log = self._folder / "log"
@@ -157,8 +172,8 @@ class RunFolder:
         return sorted(path for path in self._folder.iterdir() if wanted.fullmatch(path.name))
 
     def _move(self, resume: Path | None) -> Path | None:
-        taken = [path.name for path in self._folder.glob("previous-*")]
-        number = 1 + max((int(n) for name in taken if (n := name[9:]).isdigit()), default=0)
+        taken = (_KEPT.fullmatch(path.name) for path in self._folder.iterdir())
+        number = 1 + max((int(found[1]) for found in taken if found), default=0)
         aside = self._folder / f"previous-{number}"
         write_whole(self._folder / _MOVING, aside.name.encode())
         aside.mkdir()
@@ -172,12 +187,30 @@ class RunFolder:
                 _link_tree(self._folder / name, aside / name)
         return where
 
+    def _aside(self) -> Path | None:
+        """Where a run that is not settled has moved an earlier one; None where there is none.
+
+        Raises:
+            ConfigError: The marker does not tell.
+        """
+        marker = self._folder / _MOVING
+        try:
+            name = marker.read_text(encoding="utf-8", errors="replace")
+        except FileNotFoundError:
+            return None
+        if not _KEPT.fullmatch(name):
+            raise ConfigError(
+                f"{marker}: must name the folder that an earlier run was moved to, previous-N, and "
+                f"is {name[:40]!r}: write that name into it; or, to leave everything where it is, "
+                "delete it"
+            )
+        return self._folder / name
+
     def _take_back(self) -> None:
         """Undo `_move`, wherever it was interrupted."""
-        marker = self._folder / _MOVING
-        if not marker.exists():
+        aside = self._aside()
+        if aside is None:
             return
-        aside = self._folder / marker.read_text(encoding="utf-8")
         for entry in aside.iterdir() if aside.is_dir() else ():
             place = self._folder / entry.name
             if entry.name in self._files.served:
@@ -190,15 +223,16 @@ class RunFolder:
             entry.rename(place)
         if aside.is_dir():
             aside.rmdir()
-        marker.unlink()
+        (self._folder / _MOVING).unlink()
 
     def _settle(self) -> None:
-        marker = self._folder / _MOVING
-        if not self._fabric.is_global_zero or not marker.exists():
+        if not self._fabric.is_global_zero:
             return
         try:
-            aside = self._folder / marker.read_text(encoding="utf-8")
-            marker.unlink()
+            aside = self._aside()
+            if aside is None:
+                return
+            (self._folder / _MOVING).unlink()
         except OSError as error:
             raise self._unwritable(error) from error
         notice(f"{self._folder}: holds an earlier run, which is kept in {aside}")
@@ -228,6 +262,7 @@ def keep_bundle(bundle: Path) -> Path | None:
     """Keep the bundle that is about to be replaced, beside it: ``NAME.VERSION``.
 
     The one that is served stays where it is; files are shared, not copied, where that can be.
+    Of a link it is the bundle that it leads to, and that one's name.
 
     Returns:
         Where it is kept; None where there is none.
@@ -239,24 +274,24 @@ def keep_bundle(bundle: Path) -> Path | None:
     version = newest_version(place)
     if version is None:
         return None
-    kept = bundle.with_name(f"{bundle.name}.{version}")
+    kept = place.with_name(f"{place.name}.{version}")
     if kept.exists():
         return kept
-    part: Path | None = None
+    part = part_of(kept)
     try:
-        part = Path(tempfile.mkdtemp(prefix=f".{kept.name}.", dir=kept.parent))
-        part.chmod(0o755)
+        if part.exists():  # of a run that was killed here
+            shutil.rmtree(part)
         _link_tree(place, part)
-        part.rename(kept)
+        publish(part, kept)
     except (OSError, shutil.Error) as error:
-        if part is not None:
-            shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(part, ignore_errors=True)
         raise BundleError(f"{bundle}: the bundle there cannot be kept: {error}") from error
     return kept
 
 
 def _listed(file: Path) -> bool:
-    return file.name in {_SKIPPED, f".{_SKIPPED}.part"}
+    skipped = file.with_name(_SKIPPED)
+    return file in {skipped, part_of(skipped)}
 
 
 def _link_tree(source: Path, target: Path) -> None:

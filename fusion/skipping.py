@@ -13,6 +13,7 @@ from lightning_fabric import Fabric
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from config.errors import ConfigError, FeatureError
+from config.files import part_of, publish
 from fusion.dataset import PostDataset
 from fusion.posts import PostList
 from fusion.processes import gathered
@@ -31,7 +32,7 @@ class Skipped:
 
     def __init__(self, path: Path, *, enabled: bool) -> None:
         self.path, self._enabled = path, enabled
-        self._part = path.with_name(f".{path.name}.part")
+        self._part = part_of(path)
         self._counts: Counter[str] = Counter()
         self._file: TextIO | None = None
 
@@ -70,7 +71,7 @@ class Skipped:
             with self._file as file:
                 file.flush()
                 os.fsync(file.fileno())
-            self._part.replace(self.path)
+            publish(self._part, self.path)
         except OSError as error:
             raise self._unwritable(error) from error
 

@@ -15,7 +15,7 @@ from config.train import TrainSettings
 from fusion import processes
 from fusion.bundle import members_of, save_bundle
 from fusion.dataset import FeatureReader
-from fusion.fold_training import FoldTraining
+from fusion.fold_training import FoldTraining, pool_of
 from fusion.measure import Measured, measure, subset_gaps
 from fusion.members import Trained, start_of, train_alone
 from fusion.metrics import average_precisions
@@ -94,9 +94,10 @@ def _train_in(
     with folder.beginning(resume, moves=not (folds and resume)) as place:
         prepared = prepare(settings, reader, fabric)
         mark = model_signature(settings.model, prepared.manifest, prepared.schema, prepared.labels)
-        start = None if folds else start_of(fabric, settings, place, mark)
-    if folds:
-        trained = FoldTraining(fabric, settings, prepared, mark).train(place)
+        pool = processes.agree(fabric, partial(pool_of, settings, prepared)) if folds else None
+        start = None if folds else start_of(fabric, settings, prepared, place, mark)
+    if pool is not None:
+        trained = FoldTraining(fabric, settings, prepared, mark, pool).train(place)
     else:
         trained = train_alone(fabric, settings, prepared, mark, start)
     measured = measure(settings, prepared, trained.held)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from config.features import LstmSizes
+from config.files import write_whole
 from fusion.backbone_media import STREAM, best_of_post
 from fusion.collate import Batch
 
@@ -68,11 +69,8 @@ def save_lstm(lstm: AttentionLstm, out: Path, about: dict[str, str]) -> None:
     Raises:
         OSError: The file cannot be written.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_name(f".{out.name}.part")
     state = {k: v.detach().cpu().contiguous() for k, v in lstm.state_dict().items()}
     # One key: safetensors writes several in random order.
-    save_file(state, part, metadata={"lstm": json.dumps(about, sort_keys=True)})
-    part.replace(out)
+    write_whole(out, save(state, metadata={"lstm": json.dumps(about, sort_keys=True)}))

@@ -48,7 +48,7 @@ def _job(settings: InferSettings | Settings, posts: Path, scratch: Path | None) 
         read: Callable[[Any, Path, str], Any] = read_record
         maker: Any = FeatureMaker(settings, FeatureFiles(settings.features))
         about: dict[str, Any] = {}
-        made_of = {"features_root": str(settings.features.resolve())}
+        made_of: dict[str, Any] | None = {"features_root": str(settings.features.resolve())}
     else:
         from config.logs import configure_logs
         from scripts.inference.raw_media import RawMaker
@@ -57,7 +57,8 @@ def _job(settings: InferSettings | Settings, posts: Path, scratch: Path | None) 
             raise ConfigError(f"{posts}: names no media: raw media take .json or .jsonl")
         configure_logs(settings.log.format, settings.log.level)
         facts, read, maker = Facts.of(settings.fusion.bundle), post_of, RawMaker(settings)
-        about, made_of = {"features": _digest(settings.features.model_dump_json())}, {}
+        about = {"features": _digest(settings.features.model_dump_json())}
+        made_of = None  # media may have failed, and be had now
         # Of posts whose media are decoded a batch is dear: each is written when it is done.
         plan = plan.model_copy(update={"batch_size": 1})
     base = output or scratch

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import errno
 import json
 import re
 from collections.abc import Iterator
@@ -15,9 +15,8 @@ from lightning_fabric import Fabric
 
 import train_net
 from config.errors import ConfigError
-from fusion import run_folder
 from fusion.bundle import load_bundle, newest_version
-from fusion.run_folder import BACKBONES, FUSION, RunFiles, RunFolder, keep_bundle
+from fusion.run_folder import BACKBONES, FUSION, RunFiles, RunFolder
 from tests.fusion import runs
 
 ONE: dict[str, Any] = {"epochs": 1}
@@ -81,38 +80,6 @@ def test_weights_of_the_folder_itself_begin_a_new_run(
     assert train_net.main([*config, "--resume", str(best)]) == 0
     assert "is kept in" in capsys.readouterr().err
     assert (few_posts / "run" / "previous-1" / "ckpt" / "best.pt").read_bytes() == before
-
-
-@pytest.mark.parametrize("mistake", ["data", "skipped", "resume", "bundle"])
-def test_a_run_that_cannot_begin_moves_nothing(
-    mistake: str, few_posts: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A wrong data file or checkpoint: the earlier run stays where `--resume` finds it."""
-    config = ["--model_config", str(runs.config_file(few_posts, trainer=ONE))]
-    assert train_net.main(config) == 0
-    save, wrong = few_posts / "run", list[str]()
-    before = tree(save)
-    if mistake == "data":
-        wrong = ["--set", f"data.valid={few_posts / 'none.json'}"]
-    elif mistake == "skipped":
-        (few_posts / "none.json").write_text('[{"post_id": "x", "labels": ["nope"]}]')
-        wrong = ["--set", f"data.train={few_posts / 'none.json'}", "--skip_bad"]
-    elif mistake == "resume":
-        (few_posts / "other.pt").write_bytes(b"no checkpoint")
-        wrong = ["--resume", str(few_posts / "other.pt")]
-    else:
-        wrong = ["--set", f"bundle.out={few_posts}"]
-    capsys.readouterr()
-    assert train_net.main([*config, *wrong]) == 2
-    err = capsys.readouterr().err
-    assert "kept" not in err
-    if mistake == "bundle":
-        assert "holds something that is no bundle and would be replaced" in err
-    after = tree(save)
-    if mistake == "skipped":
-        assert "nope" in after.pop("log/skipped.jsonl").decode()
-    assert after == before
-    assert not list(save.glob("previous-*"))
 
 
 def test_folds_are_kept_and_gone_on_with(posts: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -232,6 +199,76 @@ def test_what_is_served_stays_where_it_is(used: Path, fabric: Fabric) -> None:
     assert left == {"weights", "notes.txt", "frames", "previous-4", "previous-5"}
 
 
+@pytest.mark.parametrize("name", ["", "other", "previous-", "previous-1/../ckpt", "previous-1\n"])
+def test_a_marker_that_names_no_kept_run_deletes_nothing(
+    name: str, used: Path, fabric: Fabric
+) -> None:
+    """An empty name would be the folder itself, and all in it its own copy."""
+    (used / ".previous").write_text(name)
+    before, folder = tree(used), RunFolder(fabric, used, BACKBONES)
+    with (
+        pytest.raises(ConfigError, match=re.escape(f"{used / '.previous'}: must name the folder")),
+        folder.beginning(None),
+    ):
+        pass
+    assert tree(used) == before
+
+
+def test_an_error_is_not_hidden_by_what_cannot_be_taken_back(
+    used: Path, fabric: Fabric, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk fails while the run ends: it says why it has ended, and the next takes back."""
+    before, folder = tree(used), RunFolder(fabric, used, BACKBONES)
+
+    def full(path: Path, target: Path) -> Path:
+        raise OSError(errno.EIO, "Input/output error")
+
+    def begin() -> None:
+        with folder.beginning(None):
+            monkeypatch.setattr(Path, "rename", full)
+            raise ConfigError("no such label map")
+
+    with pytest.raises(ConfigError, match="no such label map"):
+        begin()
+    monkeypatch.undo()
+    assert (used / ".previous").exists()
+    with folder.beginning(used):
+        assert tree(used) == before
+
+
+@pytest.mark.parametrize("name", ["ckpt/last.pt", "ckpt/best.pt", "tsn", "weights", ""])
+def test_what_a_killed_run_has_moved_is_found_under_its_name(
+    name: str, used: Path, fabric: Fabric, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``--resume <save_dir>/previous-N/…`` is what it was when the command was typed."""
+    folder = RunFolder(fabric, used, BACKBONES)
+    with monkeypatch.context() as patch, contextlib.suppress(Killed), folder.beginning(None):
+        patch.setattr(RunFolder, "_take_back", lambda self: None)
+        raise Killed
+    named = used / "previous-5" / name
+    wanted = named.read_bytes() if named.is_file() else tree(named)
+    with folder.beginning(named) as place:
+        assert place is not None
+        assert wanted == (place.read_bytes() if place.is_file() else tree(place))
+    assert (used / "previous-5" / "ckpt" / "last.pt").exists()
+    assert not (used / "ckpt").exists()
+
+
+@pytest.mark.parametrize("name", ["x.pth", "x.safetensors", "snapshot-1.pt", "best.pt"])
+def test_weights_among_the_checkpoints_begin_a_new_run(
+    name: str, used: Path, fabric: Fabric
+) -> None:
+    """Only the last checkpoint is where the run in the folder stopped."""
+    (used / "ckpt" / name).write_text(name)
+    folder = RunFolder(fabric, used, BACKBONES)
+    for same in (used, used / "ckpt", used / "ckpt" / "last.pt"):
+        with folder.beginning(same) as place:
+            assert place == same
+    with folder.beginning(used / "ckpt" / name) as place:
+        assert place == used / "previous-5" / "ckpt" / name
+        assert place.read_text() == name
+
+
 @pytest.mark.parametrize(
     ("files", "left"),
     [(FUSION, ["log/skipped.jsonl"]), (FUSION, ["data/train.json"]), (FUSION, [])],
@@ -245,35 +282,3 @@ def test_a_folder_without_a_run_is_left_alone(
         (tmp_path / name).write_text("x")
     with RunFolder(fabric, tmp_path, files).beginning(None):
         assert sorted(tree(tmp_path)) == left
-
-
-def test_two_trainings_do_not_write_one_folder(
-    used: Path, fabric: Fabric, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The second is told, and moves nothing of the first."""
-    monkeypatch.setattr(run_folder, "_LOCK_WAIT_S", 0.2)
-    folder = RunFolder(fabric, used, FUSION)
-    says = re.escape(f"{used}: another training is writing there")
-    with (
-        (used / ".lock").open("wb") as other,
-        contextlib.ExitStack() as stack,
-    ):
-        fcntl.flock(other, fcntl.LOCK_EX)
-        with pytest.raises(ConfigError, match=says):
-            stack.enter_context(folder.locked())
-    with folder.locked():
-        pass
-
-
-def test_a_bundle_is_kept_once(tmp_path: Path) -> None:
-    """Under its version, also where the path is a link; where there is none, nothing is kept."""
-    real = tmp_path / "real"
-    real.mkdir()
-    assert keep_bundle(real) is None
-    (real / "bundle.yaml").write_text("version: 20260101T000000Z-1a2b3c4d\n")
-    (tmp_path / "served").symlink_to(real)
-    kept = keep_bundle(tmp_path / "served")
-    assert kept == tmp_path / "served.20260101T000000Z-1a2b3c4d"
-    assert tree(kept) == tree(real)
-    assert keep_bundle(tmp_path / "served") == kept
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["real", "served", kept.name]

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from config.features import LstmSizes, VideoLstmSettings
 from extractors.video_lstm import VideoLstm
 from fusion.backbone_media import STREAM
+from fusion.backbone_model import save_backbone
 from fusion.collate import Batch
 from fusion.video_lstm import AttentionLstm, LstmTagger, save_lstm
 
@@ -36,6 +41,35 @@ def test_what_is_saved_gives_the_same_vectors_in_the_extractor(tmp_path: Path) -
     found = np.concatenate(served.run(list(videos)))
     np.testing.assert_allclose(found, wanted, atol=1e-3)
     assert np.abs(wanted).max() > 0.01
+
+
+def save_frames(out: Path) -> None:
+    """A small model of pictures."""
+    save_backbone(torch.nn.Linear(3, 2), out, {"arch": "linear"})
+
+
+def save_videos(out: Path) -> None:
+    """A small model of videos."""
+    save_lstm(AttentionLstm(DIM, SIZES), out, {"frames_dim": "11"})
+
+
+@pytest.mark.parametrize("save", [save_frames, save_videos])
+def test_weights_that_do_not_reach_the_disk_are_no_weights(
+    save: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are on the disk before they get their name; those from before stay."""
+    out = tmp_path / "weights" / "x.safetensors"
+    save(out)
+    before = out.read_bytes()
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        save(out)
+    assert out.read_bytes() == before
+    assert [path.name for path in out.parent.iterdir()] == [out.name]
 
 
 def test_training_has_dropout_and_serving_has_none() -> None:

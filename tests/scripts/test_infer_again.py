@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -96,13 +97,59 @@ def test_a_run_that_stopped_at_a_bad_post_goes_on_without_it(
         one, other = (folder / name.format(stem) for stem in ("t", "whole"))
         assert one.read_bytes() == other.read_bytes()
 
-    assert rig.infer(folder, *given, "--skip_bad") == 0
-    again = capsys.readouterr().out
-    assert numbers(again) == numbers(whole)
-    assert "complete already" in again
-    assert f"left out, and why: {folder / 't.jsonl.skipped.jsonl'}" in again
     # Without the option no post may be missing, so that there is something to do.
     assert rig.infer(folder, *given) == 2
+
+
+def test_what_left_out_posts_is_computed_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Their features may have come since; when none was left out there is nothing to do."""
+    folder = rig.make(tmp_path, posts=8)
+    entries = json.loads((folder / "posts.json").read_text())
+    late = folder / entries[3]["features"]
+    late.rename(folder / "late")
+    given = ["--output", str(folder / "t.jsonl"), "--skip_bad"]
+    for _ in range(2):
+        assert rig.infer(folder, *given) == 0
+        said = capsys.readouterr().out
+        assert "complete already" not in said
+        assert "posts 7 " in said
+        assert f"left out, and why: {folder / 't.jsonl.skipped.jsonl'}" in said
+    (folder / "late").rename(late)
+    assert rig.infer(folder, *given) == 0
+    said = capsys.readouterr().out
+    assert "posts 8 " in said
+    assert "left out" not in said
+    assert len(rig.lines(folder / "t.jsonl")) == 8
+    assert rig.infer(folder, *given) == 0
+    assert "complete already" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {},
+        {"posts": 8},
+        {"posts": 8, "labelled": 8, "metrics": {}, "skipped": 0, "speed": 1.0},
+        {"posts": 8, "labelled": 8, "metrics": "good", "skipped": 0},
+        {"posts": "8", "labelled": 8, "metrics": {}, "skipped": None},
+        [8, 8],
+    ],
+)
+def test_a_note_of_another_release_is_no_note(
+    facts: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fewer, more or other facts: the output is computed, and its note is one again."""
+    folder = rig.make(tmp_path, posts=8)
+    output = folder / "t.jsonl"
+    assert rig.infer(folder, "--output", str(output)) == 0
+    note = json.loads(note_of(output).read_text())
+    note_of(output).write_text(json.dumps({**note, "facts": facts}))
+    capsys.readouterr()
+    assert rig.infer(folder, "--output", str(output)) == 0
+    assert "complete already" not in capsys.readouterr().out
+    assert json.loads(note_of(output).read_text())["facts"] == note["facts"]
 
 
 def test_a_run_that_leaves_out_does_not_go_on_as_one_that_does_not(

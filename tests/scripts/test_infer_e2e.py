@@ -13,6 +13,7 @@ import yaml
 
 from config.load import load_settings
 from config.settings import Settings
+from fusion.infer_complete import note_of
 from fusion.infer_options import infer_options, infer_settings
 from scripts.cli import run
 from tests.scripts import infer_rig as rig
@@ -98,6 +99,22 @@ def test_a_post_with_nothing_is_named_or_left_out(
     assert [line["post_id"] for line in listed] == ["b", "c"]
     assert "NothingUsable" in listed[0]["reason"]
     assert [line["post_id"] for line in rig.lines(folder / "bad.out")] == ["a"]
+
+
+def test_media_are_tagged_anew_each_time(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What could not be had or decoded before may be there now."""
+    picture, posts = folder / "media" / "late.png", folder / "late.json"
+    posts.write_text(json.dumps([{"post_id": "p", "text": "cat", "images": ["media/late.png"]}]))
+    picture.write_bytes(b"cut off")
+    output = folder / "late.jsonl"
+    assert rig.infer(folder, "--output", str(output), posts=posts.name) == 0
+    [before] = rig.lines(output)
+    picture.write_bytes((folder / "media" / "0.png").read_bytes())
+    assert rig.infer(folder, "--output", str(output), posts=posts.name) == 0
+    assert "complete already" not in capsys.readouterr().out
+    [after] = rig.lines(output)
+    assert (before["modalities"]["image"], after["modalities"]["image"]) == ("failed", "ok")
+    assert not note_of(output).exists()
 
 
 def test_other_extractors_than_the_bundles_are_refused(
