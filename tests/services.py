@@ -7,6 +7,7 @@ dies with the process that started it. `start` waits until it answers; `stop` as
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import os
 import secrets
@@ -54,7 +55,7 @@ def wait_until(check: Callable[[], bool], timeout_s: float, what: str) -> None:
         time.sleep(0.05)
 
 
-class Server:
+class Server(abc.ABC):
     """One server process; a subclass says how it is started and when it answers."""
 
     name: ClassVar[str]
@@ -165,11 +166,11 @@ class Server:
     def _environment(self) -> Mapping[str, str]:
         return os.environ
 
-    def _command(self) -> list[str]:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def _command(self) -> list[str]: ...
 
-    def _answers(self) -> bool:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def _answers(self) -> bool: ...
 
 
 class RedisServer(Server):
