@@ -14,7 +14,7 @@ endif
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --no-input
-SOURCES := config extractors fusion workers king deploy scripts
+SOURCES := common config corpus demo deploy extractors fusion king scripts web workers
 SCRIPTS := $(wildcard *.py)
 PYTEST_ARGS ?= -n 2 --dist loadfile
 SUPERVISORD_ARGS ?=
@@ -58,7 +58,7 @@ env-dev: $(VENV)/.dev
 # What people type -----------------------------------------------------------------------------
 
 demo: $(VENV)/.runtime ## posts, training, services, daemon, tags: everything once
-	@$(PY) -m scripts.demo
+	@$(PY) -m demo
 
 test: check ## lint, types, arrows, all tests with coverage
 	$(PY) -m pytest --cov --cov-report=term:skip-covered $(PYTEST_ARGS)

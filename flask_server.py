@@ -6,10 +6,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from config.errors import ConfigError
+from common.cli import OneLineParser
+from common.errors import ConfigError
+from common.logs import configure_logs
 from config.load import DEFAULT_CONFIG, load_settings
-from config.logs import configure_logs
-from config.options import OneLineParser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,10 +35,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         configure_logs(settings.log.format, "debug" if options.debug else settings.log.level)
         bundle = Path(settings.fusion.bundle)
         if not (bundle / "bundle.yaml").is_file():
-            raise ConfigError(f"fusion.bundle: {bundle}: no bundle there; train_net.py makes one")
+            raise ConfigError(
+                f"fusion.bundle.bundle: {bundle}: no bundle there; train_net.py makes one"
+            )
         from deploy import embedded
-        from king.web.backend import Services
-        from king.web.server import serve, serve_for_debugging
+        from web.backend import Services
+        from web.server import serve, serve_for_debugging
 
         services = Services(lambda: embedded.resolve(settings), lambda: embedded.peek(settings))
         return (serve_for_debugging if options.debug else serve)(settings, services)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from config.errors import RetryableError, TaggingError
-from fusion.infer_options import infer_options, infer_settings
+from common.errors import RetryableError, TaggingError
+from fusion.infer.options import infer_options, infer_settings
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from config.errors import ConfigError
+from common.cli import OneLineParser
+from common.errors import ConfigError
+from common.logs import configure_logs
 from config.load import DEFAULT_CONFIG, load_settings
-from config.logs import configure_logs
-from config.options import OneLineParser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from common.errors import RetryableError, TaggingError
 from config.backbone_train import BackboneTrainSettings
-from config.errors import RetryableError, TaggingError
-from fusion.options import train_options, train_settings
+from fusion.train.options import train_options, train_settings
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -16,11 +16,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         settings = train_settings(options)
         # Imported here: --help and a mistake in the config need no torch.
-        from fusion.inference import shown
+        from fusion.infer.inference import shown
 
         if isinstance(settings, BackboneTrainSettings):
-            from fusion.backbone_training import train_backbones
-            from scripts.media_items import MediaItems
+            from fusion.backbones.media_items import MediaItems
+            from fusion.backbones.training import train_backbones
 
             lines = [
                 f"{stage.name}: epochs {stage.epochs}  best epoch {stage.best_epoch}  "
@@ -28,8 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 for stage in train_backbones(settings, MediaItems(), resume=options.resume)
             ]
         else:
-            from fusion.training import train
-            from scripts.feature_files import FeatureFiles
+            from fusion.data.feature_files import FeatureFiles
+            from fusion.train.training import train
 
             report = train(settings, FeatureFiles(), resume=options.resume)
             lines = []

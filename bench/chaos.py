@@ -46,7 +46,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from config.logs import configure_logs
+from common.logs import configure_logs
 
 _SHORT_MEDIA, _FULL_MEDIA = 8, 100
 

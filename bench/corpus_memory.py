@@ -35,14 +35,14 @@ from memory_corpus import Corpus, make, write_media
 from pymongo import MongoClient
 from results_file import FOLDER, write_results
 
+from common.post import Features, Modality, Status, Stream, modality_of
 from config.load import load_settings
+from corpus.extract.options import parse as parse_extraction
+from corpus.extract.store import FeatureStore
+from corpus.extract.values import WANTED, Kind, Work
+from corpus.extract.work import Inputs
 from deploy import embedded
 from extractors.feature_file import read_features, read_header
-from extractors.post import Features, Modality, Status, Stream, modality_of
-from scripts.extraction.options import parse as parse_extraction
-from scripts.extraction.store import FeatureStore
-from scripts.extraction.values import WANTED, Kind, Work
-from scripts.extraction.work import Inputs
 
 ROOT = Path(__file__).resolve().parents[1]
 LABELS = ROOT / "config" / "idx2name_cls24.json"

@@ -24,12 +24,12 @@ from typing import Any
 import numpy as np
 from results_file import write_results
 
+from common.post import MODALITIES, Features, Modality, Stream
+from common.progress import progress_bar
 from config.labels import LabelMap
 from config.load import merge, validate
 from config.train import TrainSettings
 from extractors.feature_file import feature_path, features_bytes
-from extractors.post import MODALITIES, Features, Modality, Stream
-from fusion.progress import progress_bar
 
 DIMS: dict[Stream, int] = {"video": 1024, "image": 1024, "audio": 128, "text": 768, "ocr": 768}
 TOKENS: dict[Stream, int] = {"video": 2, "image": 1, "audio": 4, "text": 8, "ocr": 2}
@@ -104,8 +104,8 @@ def _files(root: Path) -> Iterator[str]:
 
 def measure(folder: Path, count: int, changes: dict[str, Any]) -> dict[str, Any]:
     """One epoch in this process: waiting, speed, and the highest memory."""
-    from fusion.training import train
-    from scripts.feature_files import FeatureFiles
+    from fusion.data.feature_files import FeatureFiles
+    from fusion.train.training import train
 
     values = {
         "data": {

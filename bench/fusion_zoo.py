@@ -28,19 +28,19 @@ from typing import Any, get_args
 
 from results_file import write_results
 
+from common.logs import configure_logs
+from common.post import Features, Post
 from config.fusion_models import ModelName
 from config.labels import LabelMap
 from config.load import load_settings, validate
-from config.logs import configure_logs
 from config.settings import Settings
 from config.train import TrainSettings
-from extractors.post import Features, Post
+from demo.__main__ import CONFIG, ROOT
+from demo.layout import Layout, Sizes
+from demo.parallel import bars
+from demo.posts.plan import SPLITS, Split
+from demo.training import LABELS
 from scripts.commands.post_file import read_posts
-from scripts.demo.__main__ import CONFIG, ROOT
-from scripts.demo.layout import Layout, Sizes
-from scripts.demo.parallel import bars
-from scripts.demo.training import LABELS
-from scripts.demo_posts.plan import SPLITS, Split
 
 FOLDER = Path("workshop/zoo")
 POSTS: dict[Split, int] = {"train": 1500, "valid": 200, "online": 300}
@@ -81,7 +81,7 @@ class Run:
 
 def prepare(settings: Settings) -> Layout:
     """Posts and their features, made once."""
-    from scripts.demo.stages import prepare as prepare_demo
+    from demo.stages import prepare as prepare_demo
 
     prepare_demo(Layout(ROOT), settings, Sizes(), seed=7)
     layout = Layout(FOLDER)
@@ -92,9 +92,9 @@ def prepare(settings: Settings) -> Layout:
 
 
 def _make_posts(layout: Layout) -> None:
-    from scripts.demo.parallel import cores
-    from scripts.demo_posts.make import make_posts
-    from scripts.demo_posts.plan import plan_posts
+    from demo.parallel import cores
+    from demo.posts.make import make_posts
+    from demo.posts.plan import plan_posts
 
     with bars() as progress:
         for split, count in POSTS.items():
@@ -106,8 +106,8 @@ def _make_posts(layout: Layout) -> None:
 
 def _extract(layout: Layout, settings: Settings) -> None:
     """Features of all posts; made anew when the extractors have changed since."""
-    from scripts.demo.features import extract_posts
-    from scripts.demo.stamps import Stamp, digest, source_digest
+    from demo.features import extract_posts
+    from demo.stamps import Stamp, digest, source_digest
 
     features = digest(settings.features.model_dump(mode="json"), source_digest(Path("extractors")))
     weights = digest(*(_weights(settings)))
@@ -123,7 +123,7 @@ def _extract(layout: Layout, settings: Settings) -> None:
 
 
 def _weights(settings: Settings) -> Iterator[str]:
-    from scripts.demo.backbones import outputs
+    from demo.backbones import outputs
 
     for path in outputs(settings):
         files = sorted(path.rglob("*")) if path.is_dir() else [path]
@@ -149,9 +149,9 @@ class Job:
 
 def train_one(job: Job) -> Run:
     """Train one model and measure its bundle on the posts that nothing was chosen by."""
-    from fusion.inferer import Inferer
-    from fusion.training import train
-    from scripts.feature_files import FeatureFiles
+    from fusion.data.feature_files import FeatureFiles
+    from fusion.infer.inferer import Inferer
+    from fusion.train.training import train
 
     configure_logs("pretty", "error")
     layout, out = Layout(FOLDER), job.folder
@@ -206,7 +206,7 @@ def _measure(inferer: Any, layout: Layout, posts: Sequence[Post]) -> tuple[float
     import numpy as np
 
     from extractors.feature_file import read_features
-    from fusion import metrics
+    from fusion.metrics import ranking as metrics
 
     labels = LabelMap.load(LABELS)
     truth = np.zeros((len(posts), len(labels)), np.float32)

@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from config import errors
+from common import errors
 
 if TYPE_CHECKING:
     from fuzzing.messages import BadMessage
@@ -168,7 +168,7 @@ def run(options: argparse.Namespace, folder: Path, console: Console) -> int:
     from fuzzing.seeds import make_seeds
     from fuzzing.site import Site
 
-    from config.logs import configure_logs
+    from common.logs import configure_logs
 
     configure_logs("auto", "error")
     (folder / "seeds").mkdir(parents=True)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
+from common.post import Features
+from demo.posts.taxonomy import TAGS
 from extractors.feature_file import feature_path, features_bytes
-from extractors.post import Features
-from scripts.demo_posts.taxonomy import TAGS
 
 _WORDS = ["cat", "dog", "house", "tree", "river", "song", "night", "train", "market", "bread"]
 
@@ -69,7 +69,7 @@ def write_media(folder: Path) -> None:
     """One picture, one sound, one video, as small as they may be."""
     import cv2
 
-    from scripts.demo_posts.encode import write_sound, write_video
+    from demo.posts.encode import write_sound, write_video
 
     folder.mkdir()
     picture = np.full((16, 16, 3), 90, np.uint8)

@@ -25,15 +25,15 @@ from typing import Any
 
 from results_file import write_results
 
+from common.logs import configure_logs
+from common.post import Post
 from config.load import load_settings
-from config.logs import configure_logs
 from config.settings import Settings
-from extractors.post import Post
+from demo.__main__ import CONFIG, ROOT
+from demo.layout import Layout, Sizes
 from scripts.commands.post_file import read_posts
-from scripts.demo.__main__ import CONFIG, ROOT
-from scripts.demo.layout import Layout, Sizes
-from workers.arena import Arena
 from workers.plan import PostPlan, Step
+from workers.pool.arena import Arena
 from workers.protocol import (
     DecodeTask,
     ExtractTask,
@@ -42,7 +42,7 @@ from workers.protocol import (
     FuseTask,
     slot_bytes,
 )
-from workers.tasks import run_decode, run_extract, run_fuse
+from workers.roles.tasks import run_decode, run_extract, run_fuse
 
 
 class PureWork:
@@ -51,7 +51,7 @@ class PureWork:
     def __init__(self, settings: Settings) -> None:
         """Load the extractors and the bundle, on one thread."""
         from extractors.suite import ExtractorSuite
-        from fusion.inferer import Inferer
+        from fusion.infer.inferer import Inferer
 
         self._settings = settings
         self._suite = ExtractorSuite(settings.features, "cpu", threads=1)
@@ -108,8 +108,8 @@ def pure_seconds(settings: Settings, posts: list[Post], runs: int) -> dict[str, 
 
 def daemon_rates(settings: Settings, layout: Layout, n_posts: int, runs: int) -> list[float]:
     """Posts per second of each run, from publishing to the last result in the database."""
-    from scripts.demo.media_server import MediaServer
-    from scripts.demo.online import PostBox, daemon, publish_and_wait
+    from demo.media_server import MediaServer
+    from demo.online import PostBox, daemon, publish_and_wait
 
     source = layout.posts("online")
     log = layout.root / "bench.log"
@@ -167,7 +167,7 @@ def main() -> int:
     settings = load_settings(CONFIG)
     layout = Layout(ROOT)
 
-    from scripts.demo.stages import prepare
+    from demo.stages import prepare
 
     prepare(layout, settings, Sizes(), seed=7)
     pure = pure_seconds(settings, read_posts(layout.posts("online")), options.runs)

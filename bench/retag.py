@@ -25,17 +25,17 @@ from typing import Any
 from pymongo import MongoClient
 from results_file import write_results
 
+from common.logs import configure_logs
 from config.load import load_settings
-from config.logs import configure_logs
 from config.settings import Settings
+from demo.__main__ import CONFIG, ROOT
+from demo.media_server import MediaServer
+from demo.online import alive, daemon
 from deploy import embedded
+from king.broker.publisher import publish_posts
 from king.health import read_health
 from king.messages import PostMessage
-from king.publisher import publish_posts
 from scripts import cli
-from scripts.demo.__main__ import CONFIG, ROOT
-from scripts.demo.media_server import MediaServer
-from scripts.demo.online import alive, daemon
 
 SPLITS = ("train", "valid", "online")
 WARM_UP = 16
@@ -109,7 +109,7 @@ class Bench:
 
     def another_bundle(self, child: Any) -> str:
         """Put a bundle of a later version in the place of the first; returns when it is served."""
-        from fusion.bundle import load_bundle, save_bundle
+        from fusion.bundle.bundle import load_bundle, save_bundle
 
         bundle = load_bundle(self.folder / "bundle")
         model = bundle.model

@@ -33,7 +33,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from config.logs import configure_logs
+from common.logs import configure_logs
 from tests import media
 from tests.tiny_models import tiny_bundle, tiny_features
 

@@ -1,6 +1,6 @@
 """The walk of docs/data.md: from a database of 1,000 posts, 100 of them broken, to a bundle.
 
-The posts are made with real media, spoilt in the ways of `scripts.demo_posts.broken`, served on
+The posts are made with real media, spoilt in the ways of `demo.posts.broken`, served on
 loopback, and put into a MongoDB-protocol server. Then every command of docs/data.md runs in its
 order. It fails where a command fails, where a broken post is not named with its reason by the
 step that should find it, or where one that is not broken is named.
@@ -24,7 +24,7 @@ from walk_rig import docs, named
 from walk_rig.kills import kill_all
 from walk_rig.platform import Platform, platform
 
-from scripts.demo_posts.broken import cut_lines
+from demo.posts.broken import cut_lines
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "data.md"
@@ -145,8 +145,8 @@ def shims(folder: Path) -> Path:
 
 def bundle_of(folder: Path) -> dict[str, Any]:
     """What the bundle says of itself; empty where there is none that can be loaded."""
-    from config.errors import TaggingError
-    from fusion.bundle import load_bundle
+    from common.errors import TaggingError
+    from fusion.bundle.bundle import load_bundle
 
     try:
         bundle = load_bundle(folder / "bundle")

@@ -8,7 +8,6 @@ from pydantic import BaseModel, ConfigDict, Field
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0)]
-Precision = Literal["auto", "bf16", "fp16", "fp32"]
 ExtractorName = Literal["video", "image", "audio", "text", "ocr"]
 
 

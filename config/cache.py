@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 from pydantic import Field, field_validator
 
+from common.urls import redact
 from config.base import PositiveInt, Seconds, Section
-from config.urls import redact
 
 
 class CacheSettings(Section):

@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from config.base import PositiveInt, Precision, Section
+from common.precision import Precision
+from config.base import PositiveInt, Section
 
 
 class VisualSettings(Section):
@@ -50,7 +51,7 @@ class VideoSettings(VisualSettings):
 
     frames: PositiveInt = 16
     """Segments of one video; the centre frame of each is taken (TSN). 300 frames of 224 pixels
-    make each of ``workers.slots`` 45 MB large."""
+    make each of ``workers.pool.slots`` 45 MB large."""
     decode: Literal["accurate", "keyframes"] = "accurate"
     short_clips: Literal["once", "repeat"] = "once"
     """Of a clip with fewer frames than ``frames``: each frame once, or repeated until there are

@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
+from common.urls import redact
 from config.base import PositiveInt, Seconds, Section
-from config.urls import redact
 
 Count = Annotated[int, Field(ge=0)]
 

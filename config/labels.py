@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from config.errors import ConfigError
+from common.errors import ConfigError
 
 
 @dataclass(frozen=True)

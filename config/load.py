@@ -15,9 +15,9 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_settings import BaseSettings, EnvSettingsSource
 
-from config.errors import ConfigError
+from common.errors import ConfigError
+from common.urls import redact
 from config.settings import Settings
-from config.urls import redact
 
 DEFAULT_CONFIG = Path("config/infer_config_e2e.yaml")
 _TEST_VARIABLES = "INSIGHTTAG_TEST_"

@@ -19,7 +19,8 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
-from config.base import ExtractorName, PositiveInt, Precision, Seconds, Section
+from common.urls import redact
+from config.base import ExtractorName, PositiveInt, Seconds, Section
 from config.cache import CacheSettings
 from config.features import (
     AudioSettings,
@@ -33,7 +34,6 @@ from config.features import (
 from config.http import HttpSettings
 from config.infer import RunSettings
 from config.operations import MonitorSettings, Threshold, WatchdogSettings
-from config.urls import redact
 
 __all__ = [
     "AudioSettings",
@@ -54,7 +54,6 @@ __all__ = [
     "MonitorSettings",
     "OcrSettings",
     "PositiveInt",
-    "Precision",
     "Seconds",
     "Section",
     "Settings",

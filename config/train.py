@@ -7,6 +7,7 @@ from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field, field_validator, model_validator
 
+from common.precision import Precision
 from config.fusion_models import ModelName, ModelSettings, TokenLimits
 from config.learning import (
     CalibrationName,
@@ -18,7 +19,7 @@ from config.learning import (
     ScheduleName,
 )
 from config.report import EnsembleSettings, ReportSettings
-from config.settings import PositiveInt, Precision, Section
+from config.settings import PositiveInt, Section
 
 __all__ = [
     "BundleSettings",

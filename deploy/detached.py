@@ -18,7 +18,7 @@ from pathlib import Path
 
 import psutil
 
-from config.errors import ConfigError, RetryableError
+from common.errors import ConfigError, RetryableError
 
 LOOPBACK = "127.0.0.1"
 _START_TIME_SLACK_S = 1.0  # psutil derives start times from the boot time, which may be adjusted

@@ -23,7 +23,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from config.errors import ConfigError, RetryableError
+from common.errors import ConfigError, RetryableError
 from config.settings import Settings
 from deploy import detached
 from deploy.detached import Identity

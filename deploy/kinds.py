@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from config.errors import ConfigError
+from common.errors import ConfigError
 from deploy.detached import LOOPBACK
 
 SCHEME = "embedded://"

@@ -8,7 +8,7 @@ import xmlrpc.client
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from config.errors import RetryableError
+from common.errors import RetryableError
 
 _GONE_FAULTS = {10: "no such program", 70: "not running"}
 

@@ -22,10 +22,10 @@ from collections.abc import Sequence
 
 import structlog
 
-from config.errors import ConfigError, RetryableError, TaggingError
+from common.cli import OneLineParser
+from common.errors import ConfigError, RetryableError, TaggingError
+from common.logs import configure_logs
 from config.load import load_settings
-from config.logs import configure_logs
-from config.options import OneLineParser
 from config.settings import Settings, WatchdogSettings
 from deploy import embedded
 from deploy.health import read_snapshot

@@ -6,11 +6,11 @@ import os
 from dataclasses import dataclass
 from typing import Protocol
 
-from config.errors import TaggingError
+from common.errors import TaggingError
 from config.settings import Settings
 from deploy import embedded
-from king.broker import queue_depth
-from king.mongo import MongoEdge
+from king.broker.broker import queue_depth
+from king.store.client import MongoEdge
 
 _DOWN = "the embedded service is not running"
 

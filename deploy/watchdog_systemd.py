@@ -8,7 +8,7 @@ import subprocess
 
 import psutil
 
-from config.errors import RetryableError
+from common.errors import RetryableError
 from deploy.supervisor import Program
 
 _STATES = {

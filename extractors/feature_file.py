@@ -18,9 +18,9 @@ from urllib.parse import quote
 
 import numpy as np
 
-from config.errors import FeatureError
-from config.fingerprint import differing, known_parts, with_parts
-from extractors.post import (
+from common.errors import FeatureError
+from common.fingerprint import differing, known_parts, with_parts
+from common.post import (
     STREAMS,
     Failure,
     FeatureArray,

@@ -10,9 +10,9 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from config.fingerprint import Fingerprint, parts_of
+from common.fingerprint import Fingerprint, parts_of
+from common.post import Stream
 from config.settings import FeatureSettings
-from extractors.post import Stream
 
 FORMAT = 1
 """Raise it when the meaning of any feature changes in this code."""

@@ -7,18 +7,45 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import structlog
 
-from config.errors import ConfigError, FeatureError
+from common.errors import ConfigError, FeatureError
+from common.post import Stream
 from config.settings import ExtractorName, FeatureSettings, VisualSettings
-from extractors.base import Extractor, build_extractor
 from extractors.fingerprint import stream_fingerprints
-from extractors.post import Stream
+from extractors.models.base import Extractor
 
 if TYPE_CHECKING:
-    from extractors.backbone import TimmBackbone
+    from extractors.models.timm_backbone import TimmBackbone
 
 ALL_EXTRACTORS: tuple[ExtractorName, ...] = ("video", "image", "audio", "text", "ocr")
 
 _log = structlog.get_logger()
+
+
+def build_extractor(
+    name: ExtractorName, features: FeatureSettings, device: str = "cpu", *, threads: int = 1
+) -> Extractor:
+    """Make one extractor; nothing is loaded yet.
+
+    Args:
+        name: Which extractor.
+        features: Settings of all of them.
+        device: ``cpu`` or ``cuda:N``; OCR runs on the CPU in any case.
+        threads: CPU threads that OCR reads pictures with; the others follow torch's setting.
+    """
+    from extractors.models.audio import AudioExtractor
+    from extractors.models.ocr import OcrExtractor
+    from extractors.models.text import TextExtractor
+    from extractors.models.visual import VideoExtractor, VisualExtractor
+
+    if name == "video":
+        return VideoExtractor(features.video, device)
+    if name == "image":
+        return VisualExtractor("image", features.image, device)
+    if name == "audio":
+        return AudioExtractor(features.audio, device)
+    if name == "text":
+        return TextExtractor(features.text, device)
+    return OcrExtractor(features.ocr, threads=threads)
 
 
 class ExtractorSuite:
@@ -117,7 +144,7 @@ class ExtractorSuite:
 
     def _loaded(self) -> dict[Stream, tuple[int, str]]:
         """Columns and fingerprints."""
-        from extractors.visual import VisualExtractor
+        from extractors.models.visual import VisualExtractor
 
         found: dict[Stream, tuple[int, str]] = {}
         for name, extractor in self._extractors.items():
@@ -128,7 +155,7 @@ class ExtractorSuite:
 
     def _build(self) -> dict[ExtractorName, Extractor]:
         """The extractors, where video and image share one model if their settings let them."""
-        from extractors.visual import (
+        from extractors.models.visual import (
             VideoExtractor,
             VisualExtractor,
             backbone_key,

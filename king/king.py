@@ -1,9 +1,9 @@
 """The King: puts the threads together, watches them, and ends them in order.
 
     main      signals, health file, the end
-    broker    `king.consumer`   owns the connection: drains, heartbeats, acknowledgements
-    store     `king.keeper`     owns the database: claims, outcomes, leases, retries
-    dispatch  `king.dispatch`   owns the worker pool: plans, deadlines
+    broker    `king.broker_thread`   owns the connection: drains, heartbeats, acknowledgements
+    store     `king.store_thread`     owns the database: claims, outcomes, leases, retries
+    dispatch  `king.dispatch_thread`   owns the worker pool: plans, deadlines
 
     broker ─delivery─► store ─begun post─► dispatch ─outcome─► store ─acknowledgement─► broker
 
@@ -24,18 +24,18 @@ from types import FrameType
 
 import structlog
 
-from config.errors import ConfigError
+from common.errors import ConfigError
+from common.urls import redact
 from config.settings import Settings
-from config.urls import redact
-from king.broker import Broker, KombuBroker
-from king.consumer import Consumer
-from king.dispatch import Dispatcher
-from king.flights import Flights, is_dead, own_name
+from king.broker.broker import Broker, KombuBroker
+from king.broker_thread import Consumer
+from king.dispatch_thread import Dispatcher
 from king.health import Board, write_health
-from king.keeper import Keeper
+from king.in_flight import Flights, is_dead, own_name
 from king.stacks import dumped_on_signal
-from king.store import MongoStore, Store
-from workers.events import TaskPool
+from king.store.store import MongoStore, Store
+from king.store_thread import Keeper
+from workers.pool.events import TaskPool
 
 SUBSCRIBE_SIGNAL = signal.SIGUSR1
 """The watchdog's wish: connect to the broker anew, and subscribe again."""
@@ -291,6 +291,6 @@ class King:
 
 
 def _real_pool(settings: Settings) -> TaskPool:
-    from workers.pool import ProcessPool
+    from workers.pool.pool import ProcessPool
 
     return ProcessPool(settings)

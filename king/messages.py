@@ -12,7 +12,7 @@ import unicodedata
 from dataclasses import dataclass
 from typing import NoReturn
 
-from config.errors import MessageError
+from common.errors import MessageError
 
 MAX_ID_BYTES = 512
 MAX_BODY_BYTES = 64 * 1024

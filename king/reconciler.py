@@ -12,10 +12,10 @@ from itertools import islice
 
 import structlog
 
-from config.errors import MessageError, StoreRefused, StoreUnavailable
+from common.errors import MessageError, StoreRefused, StoreUnavailable
 from king.jobs import Terms
 from king.messages import PostMessage, parse_message
-from king.store import Store
+from king.store.store import Store
 
 LEASE = "reconciler"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs as a plain script too
 
-from scripts.building.label_map import main
+from corpus.build.label_map import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -13,7 +13,7 @@ from typing import Any
 
 import typer
 
-from config.errors import ConfigError, TaggingError
+from common.errors import ConfigError, TaggingError
 from scripts.commands import (
     cache,
     dead,

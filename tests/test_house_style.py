@@ -10,9 +10,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("config", "extractors", "fusion", "workers", "king", "deploy", "scripts")
+PACKAGES = (
+    "common", "config", "corpus", "demo", "deploy", "extractors", "fusion", "king", "scripts",
+    "web", "workers",
+)  # fmt: skip
 BESIDE = ("tests", "bench")
-MAX_LINES, MAX_TOP_LINES, MAX_FUNCTION_LINES = 400, 60, 65
+MAX_LINES, MAX_TOP_LINES, MAX_FUNCTION_LINES = 700, 60, 65
 # Paths that exist on one machine only; /tmp and /dev are everywhere.
 MACHINE_PATH = re.compile(r"""(?<![\w.:/])/(?:home|root|Users|work|mnt|opt|data)/\w+""")
 
@@ -36,10 +39,9 @@ def name(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
-def test_no_module_is_over_400_lines() -> None:
-    """A module that grows past it has two jobs; a file of tests or a benchmark too."""
-    every = [*modules(), *modules_beside()]
-    sizes = {name(p): len(p.read_text(encoding="utf-8").splitlines()) for p in every}
+def test_no_product_module_is_over_700_lines() -> None:
+    """Aim at 100 to 400 lines; up to 700 where that is the whole story."""
+    sizes = {name(p): len(p.read_text(encoding="utf-8").splitlines()) for p in modules()}
     assert {path: size for path, size in sizes.items() if size > MAX_LINES} == {}
 
 
@@ -81,11 +83,12 @@ def test_no_assert_validates_in_product_code() -> None:
 
 
 def test_print_only_in_command_output() -> None:
-    """Outside scripts/ and the thin scripts, what is to be said goes to the log."""
+    """Outside the commands and their packages, messages go to the log."""
     found = [
         f"{name(path)}:{node.lineno}"
         for path, tree in trees()
-        if path.parent != ROOT and path.relative_to(ROOT).parts[0] != "scripts"
+        if path.parent != ROOT
+        and path.relative_to(ROOT).parts[0] not in {"scripts", "demo", "corpus"}
         for node in ast.walk(tree)
         if isinstance(node, ast.Call)
         and isinstance(node.func, ast.Name)

@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from common.post import Post
 from config.labels import LabelMap
 from config.load import load_settings
 from extractors.feature_file import read_features, read_fingerprints
-from extractors.post import Post
-from fusion.dataset import read_data_file
+from fusion.data.dataset import read_data_file
 from scripts.commands.post_file import read_posts
 from workers.local import LocalTagger
 

@@ -24,16 +24,16 @@ import yaml
 
 import infer_net
 import train_net
+from common.post import Features, Media, Post, Stream, Tags, modality_of
 from config.load import load_settings
 from config.settings import FeatureSettings, ImageSettings, OcrSettings, Settings, VideoSettings
 from extractors.feature_file import read_features, write_features
-from extractors.post import Features, Media, Post, Stream, Tags, modality_of
 from tests import media
 from tests.fakes.broker import MemoryBroker, MemoryQueue
 from tests.fakes.store import FakeStore
 from tests.tiny_models import TINY_CNN, tiny_features
 from workers.local import LocalTagger
-from workers.pool import ProcessPool
+from workers.pool.pool import ProcessPool
 from workers.protocol import slot_bytes
 
 Scheme = Literal[1, 2]

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from scripts.demo_posts.broken import WAYS, Site, cut_lines, plant
+from demo.posts.broken import WAYS, Site, cut_lines, plant
 from tests.media import grey_steps, write_video
 from tests.services import MongoServer, unavailable
 

@@ -155,9 +155,9 @@ def tiny_bundle(folder: Path, features: FeatureSettings, *, threshold: float = 0
     from config.labels import LabelMap
     from config.train import ModelSettings
     from extractors.suite import ExtractorSuite
-    from fusion.bundle import save_bundle
+    from fusion.bundle.bundle import save_bundle
+    from fusion.data.schema import FeatureManifest, InputSchema
     from fusion.models import build_model
-    from fusion.schema import FeatureManifest, InputSchema
 
     suite = ExtractorSuite(features)
     suite.load()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
-from workers.child import main
+from workers.roles.loop import main
 
 status = main(sys.argv[1:])
 sys.stdout.flush()

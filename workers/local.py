@@ -13,15 +13,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from config.errors import BundleError, FeatureError, TaggingError
+from common.errors import BundleError, FeatureError, TaggingError
 from config.settings import Settings
-from workers.arena import Arena
-from workers.batch import Outcome, failure_of
 from workers.cache.features import FeatureCache
 from workers.cache.guarded import GuardedStore
-from workers.fetch import Fetcher
-from workers.manifest import mismatch
+from workers.fetch.client import Fetcher
+from workers.fetch.sources import is_url, local_file
+from workers.fetch.spool import file_name
 from workers.plan import PostPlan, Step
+from workers.pool.arena import Arena
+from workers.pool.fingerprints import mismatch
 from workers.protocol import (
     DecodeTask,
     ExtractTask,
@@ -39,15 +40,14 @@ from workers.protocol import (
     Task,
     slot_bytes,
 )
-from workers.sources import is_url, local_file
-from workers.spool import file_name
-from workers.tasks import run_decode, run_extract, run_fuse
+from workers.roles.batch import Outcome, failure_of
+from workers.roles.tasks import run_decode, run_extract, run_fuse
 
 if TYPE_CHECKING:
     from types import TracebackType
 
     from extractors.suite import ExtractorSuite
-    from fusion.inferer import Inferer
+    from fusion.infer.inferer import Inferer
 
 
 class LocalTagger:
@@ -192,7 +192,7 @@ class LocalTagger:
         return self._suite, self._arena
 
     def _open_bundle(self, fingerprints: dict[Stream, str]) -> Inferer:
-        from workers.fuser import open_bundle
+        from workers.roles.fuse import open_bundle
 
         inferer = open_bundle(self._settings.fusion, self._device)
         wrong = mismatch(inferer.fingerprints, fingerprints)

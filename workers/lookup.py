@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
-from extractors.post import Failure, FeatureArray, Media, MediaKind, Modality, Stream
+from common.post import Failure, FeatureArray, Media, MediaKind, Modality, Stream
 
 PartKind: TypeAlias = Literal["frames", "image", "patches", "picture"]
 

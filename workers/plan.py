@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from config.errors import NothingUsable, RetryableError
+from common.errors import NothingUsable, RetryableError
 from config.settings import FeatureSettings
 from workers.protocol import (
     MODALITIES,

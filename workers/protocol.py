@@ -16,8 +16,7 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-from config.settings import ExtractorName, Settings
-from extractors.post import (
+from common.post import (
     MODALITIES,
     STREAMS,
     Failure,
@@ -33,6 +32,7 @@ from extractors.post import (
     Tags,
     modality_of,
 )
+from config.settings import ExtractorName, Settings
 from workers.lookup import (
     Asked,
     Known,

@@ -5,7 +5,8 @@
         for future in futures:
             ran = future.result()
 
-One thread owns the pool and walks the posts' plans on it (`workers.walks`), as the daemon's does.
+One thread owns the pool and walks the posts' plans on it (`workers.post_run`), as the daemon's
+does.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ from types import TracebackType
 
 import structlog
 
-from config.errors import Busy, ConfigError, PermanentError, RetryableError, TaggingError
+from common.errors import Busy, ConfigError, PermanentError, RetryableError, TaggingError
 from config.settings import ExtractorName, FeatureSettings, Settings
-from workers.events import (
+from workers.fetch.sources import is_url, local_file
+from workers.plan import PostPlan
+from workers.pool.events import (
     PoolEvent,
     PoolReady,
     PoolRefused,
@@ -30,11 +33,9 @@ from workers.events import (
     TaskPool,
     WorkerView,
 )
-from workers.plan import PostPlan
-from workers.pool import ProcessPool
+from workers.pool.pool import ProcessPool
+from workers.post_run import Ran, Walk, Walks
 from workers.protocol import Modality, Post, Stream
-from workers.sources import is_url, local_file
-from workers.walks import Ran, Walk, Walks
 
 __all__ = ["PostRunner", "Ran", "extractors_of"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from config.errors import WorkerDied
+from common.errors import WorkerDied
 from workers.protocol import DecodeTask, Failure, FetchTask, RecallTask, Task
 
 NO_SLOT = -1

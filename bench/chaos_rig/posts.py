@@ -178,7 +178,7 @@ class Feeder(threading.Thread):
 
     def run(self) -> None:
         """Publish until stopped; an absent broker is waited for."""
-        from config.errors import BrokerUnavailable
+        from common.errors import BrokerUnavailable
 
         while not self._stopping.is_set():
             with self._lock:

@@ -18,12 +18,12 @@ import yaml
 from chaos_rig.audit import Audit
 from chaos_rig.journal import Journal
 from config.settings import Settings
-from king.amqp_link import dead_queue
-from king.broker import queue_depth
+from king.broker.broker import queue_depth
+from king.broker.publisher import publish_posts
+from king.broker.rabbitmq import dead_queue
 from king.health import read_health
 from king.messages import PostMessage
-from king.publisher import publish_posts
-from king.store import MongoStore
+from king.store.store import MongoStore
 from tests.proxy import Proxy
 from tests.services import (
     DIE_WITH_PARENT,

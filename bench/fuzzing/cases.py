@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from extractors.post import MEDIA_KINDS, MediaKind
+from common.post import MEDIA_KINDS, MediaKind
 from fuzzing.hostile_media import SOUNDS, VIDEOS
 from fuzzing.hostile_pictures import PICTURES
 from fuzzing.mutate import mutate

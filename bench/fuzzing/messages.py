@@ -13,8 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from config.errors import MessageError
-from king.envelope import decompressed, read_item
+from common.errors import MessageError
+from king.broker.envelope import decompressed, read_item
 from king.jobs import message_key
 from king.messages import parse_message
 

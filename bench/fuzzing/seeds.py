@@ -10,7 +10,7 @@ from types import MappingProxyType
 import cv2
 import numpy as np
 
-from extractors.post import MediaKind
+from common.post import MediaKind
 from tests import media
 
 

@@ -21,9 +21,9 @@ from deploy import embedded
 from extractors.suite import ExtractorSuite
 from fuzzing.cases import Cases
 from fuzzing.messages import BadMessage
+from king.broker.publisher import publish_posts
 from king.messages import PostMessage
-from king.publisher import publish_posts
-from king.store import MongoStore
+from king.store.store import MongoStore
 from tests.tiny_models import tiny_features
 from tests.workers.small_bundle import write_bundle
 

@@ -276,7 +276,7 @@ def _count(case: Case, out: Path) -> int:
 
 def _made(out: Path, kind: str) -> dict[str, tuple[int, int]]:
     """Feature files that hold a modality ─► when and where they were written."""
-    from config.errors import FeatureError
+    from common.errors import FeatureError
     from extractors.feature_file import read_header
 
     found = {}

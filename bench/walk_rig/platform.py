@@ -16,12 +16,12 @@ from pymongo import MongoClient
 
 from config.load import load_settings
 from config.settings import Settings
+from demo.__main__ import CONFIG
+from demo.posts import broken
+from demo.posts.broken import Plant
+from demo.posts.make import make_posts
+from demo.posts.plan import plan_posts
 from deploy import embedded
-from scripts.demo.__main__ import CONFIG
-from scripts.demo_posts import broken
-from scripts.demo_posts.broken import Plant
-from scripts.demo_posts.make import make_posts
-from scripts.demo_posts.plan import plan_posts
 from walk_rig.site import Site
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from config.train import ModelName, ModelSettings
+from fusion.data.schema import InputSchema
 from fusion.models.attention_lstm import AttentionLSTM
 from fusion.models.base import FusionModel
 from fusion.models.concat_mlp import ConcatMLP
@@ -13,7 +14,6 @@ from fusion.models.gmu import GMU
 from fusion.models.mbt import MBT
 from fusion.models.nextvlad_se import NeXtVLADSE
 from fusion.models.token_transformer import TokenTransformer
-from fusion.schema import InputSchema
 
 __all__ = ["MODELS", "FusionModel", "build_model"]
 

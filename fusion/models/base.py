@@ -9,10 +9,10 @@ from typing import Literal, NamedTuple, TypeAlias
 import torch
 from torch import nn
 
+from common.post import Modality, Stream, modality_of
 from config.train import ModelSettings
-from extractors.post import Modality, Stream, modality_of
-from fusion.collate import Batch
-from fusion.schema import InputSchema
+from fusion.data.collate import Batch
+from fusion.data.schema import InputSchema
 
 Group: TypeAlias = Literal["modality", "fusion", "head"]
 

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from config.errors import ConfigError
-from extractors.post import Stream
-from fusion.schema import ORDERED, InputSchema
+from common.errors import ConfigError
+from common.post import Stream
+from fusion.data.schema import ORDERED, InputSchema
 
 _CHANGING: frozenset[Stream] = frozenset({"video", "audio"})
 

@@ -8,11 +8,11 @@ from itertools import pairwise
 import torch
 from torch import nn
 
+from common.post import Stream
 from config.train import ModelSettings
-from extractors.post import Stream
+from fusion.data.schema import InputSchema
 from fusion.models.base import Fused, FusionModel, Stage
 from fusion.models.pooling import MeanPooling
-from fusion.schema import InputSchema
 
 
 class ConcatMLP(FusionModel):

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from common.post import Stream
 from config.train import ModelSettings
-from extractors.post import Stream
+from fusion.data.schema import InputSchema
 from fusion.models.base import Fused, FusionModel, Stage, learned_vectors, masked_mean
 from fusion.models.gate import SqueezeExcitation
 from fusion.models.pooling import NeXtVLAD
-from fusion.schema import InputSchema
 
 _CLUSTERED: frozenset[Stream] = frozenset({"video", "audio"})
 

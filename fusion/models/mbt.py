@@ -8,11 +8,11 @@ from typing import cast
 import torch
 from torch import nn
 
+from common.post import Stream
 from config.train import ModelSettings
-from extractors.post import Stream
+from fusion.data.schema import InputSchema
 from fusion.models.base import Fused, FusionModel, Stage, learned_vectors
 from fusion.models.blocks import Block, position_scales, positions, projections, refuse_uneven
-from fusion.schema import InputSchema
 
 
 class MBT(FusionModel):

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from common.post import Stream
 from config.fusion_models import NextVladSettings
-from extractors.post import Stream
+from fusion.data.schema import InputSchema
 from fusion.models.base import learned_vectors, masked_mean
-from fusion.schema import InputSchema
 
 
 class MeanPooling(nn.Module):

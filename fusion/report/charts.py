@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from extractors.post import MODALITIES
-from fusion import metrics
-from fusion.calibration import Reliability
+from common.post import MODALITIES
+from fusion.metrics import ranking as metrics
+from fusion.metrics.calibration import Reliability
 from fusion.report.fonts import families, shown_names
 from fusion.report.judged import Judged
 from fusion.report.subsets import SubsetGap

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from config.errors import ConfigError
+from common.errors import ConfigError
 
 SCORES = "scores.npz"
 

@@ -9,9 +9,9 @@ from itertools import combinations
 import numpy as np
 import numpy.typing as npt
 
-from extractors.post import MODALITIES, Features, Modality
-from fusion.inferer import Inferer
-from fusion.metrics import GapMeter
+from common.post import MODALITIES, Features, Modality
+from fusion.infer.inferer import Inferer
+from fusion.metrics.ranking import GapMeter
 
 
 @dataclass(frozen=True)

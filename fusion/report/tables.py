@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fusion import metrics
-from fusion.calibration import Reliability, reliability
+from fusion.metrics import ranking as metrics
+from fusion.metrics.calibration import Reliability, reliability
 from fusion.report.judged import Judged
 
 _CONFUSIONS = 40
@@ -104,7 +104,7 @@ def confusions(judged: Judged) -> list[Confusion]:
 
 
 def summary(judged: Judged) -> dict[str, float]:
-    """The metrics of `fusion.metrics.summary`, at the thresholds."""
+    """The metrics of `fusion.metrics.ranking.summary`, at the thresholds."""
     return metrics.summary(judged.scores, judged.targets, judged.thresholds)
 
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from config.errors import ConfigError
+from common.errors import ConfigError
+from common.progress import progress_bar
+from common.weights_files import replace_folder
 from config.report import ReportSettings
-from fusion.files import replace_folder
-from fusion.progress import progress_bar
 from fusion.report import charts, tables
 from fusion.report.judged import SCORES, Judged
 from fusion.report.page import Card, Cell, Chapter, Table, page

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from config.errors import ConfigError
+from common.errors import ConfigError
+from common.urls import redact
 from config.settings import Settings
-from config.urls import redact
 from scripts.commands.common import (
     AsJson,
     Config,
@@ -23,7 +23,7 @@ from scripts.commands.common import (
 )
 
 if TYPE_CHECKING:
-    from workers.cache.store import CacheStore
+    from workers.cache.base import CacheStore
 
 _MIB = 1 << 20
 

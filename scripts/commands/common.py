@@ -11,9 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
-from config.errors import ConfigError
+from common.logs import configure_logs
 from config.load import load_settings
-from config.logs import configure_logs
 from config.settings import Settings
 
 Config = Annotated[
@@ -110,30 +109,3 @@ def moment(then_s: float | None) -> str:
     if not then_s:
         return ""
     return datetime.fromtimestamp(then_s, timezone.utc).isoformat(timespec="seconds")
-
-
-_UNITS_S = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400, "w": 604800}
-
-
-def since_time(text: str | None, now_s: float) -> float | None:
-    """``30m``, ``2h``, ``7d`` or an ISO date ─► Unix time in seconds.
-
-    Raises:
-        ConfigError: It is neither.
-    """
-    if text is None:
-        return None
-    number = text.rstrip("abcdefghijklmnopqrstuvwxyz")
-    unit = text[len(number) :]
-    if unit in _UNITS_S:
-        try:
-            return now_s - float(number) * _UNITS_S[unit]
-        except ValueError:
-            pass
-    try:
-        date = datetime.fromisoformat(text.replace("Z", "+00:00"))
-    except ValueError as error:
-        raise ConfigError(
-            f"--since {text}: write it as 30m, 2h, 7d, or as a date 2026-01-31[T12:00]"
-        ) from error
-    return (date if date.tzinfo else date.replace(tzinfo=timezone.utc)).timestamp()

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from config.errors import ConfigError
+from common.errors import ConfigError
+from common.times import since_time
 from config.settings import Settings
 from scripts.commands.common import (
     AsJson,
@@ -22,12 +23,11 @@ from scripts.commands.common import (
     online_settings,
     print_json,
     print_table,
-    since_time,
 )
 
 if TYPE_CHECKING:
-    from king.archive import Archive
     from king.jobs import Job
+    from king.store.queries import Archive
 
 Stage = Annotated[
     str | None,
@@ -110,7 +110,7 @@ def replay(
     overrides: Overrides = None,
 ) -> None:
     """Give dead letters all their attempts again and put them on the queue."""
-    from king.publisher import publish_posts
+    from king.broker.publisher import publish_posts
 
     with _archive(config, overrides, broker=True) as (archive, settings):
         chosen, wrong = _choose(
@@ -167,7 +167,7 @@ def _rest(left: int) -> str:
 def _archive(
     config: Path | None, overrides: Sequence[str] | None, *, broker: bool = False
 ) -> Iterator[tuple[Archive, Settings]]:
-    from king.archive import Archive
+    from king.store.queries import Archive
 
     settings = online_settings(config, overrides, broker=broker, store=True)
     archive = Archive(settings.store)

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from config.errors import BundleError, ConfigError
+from common.errors import BundleError, ConfigError
 from scripts.commands.common import Config, Overrides, settings_of
 
 if TYPE_CHECKING:
     from config.settings import FeatureSettings
-    from fusion.export import Graph
+    from fusion.bundle.export import Graph
 
 
 class Format(str, Enum):
@@ -59,7 +59,7 @@ def export(  # noqa: PLR0917  typer calls it by names
 
     console = Console(stderr=True, highlight=False)
     with console.status(f"export {backbone.value if backbone else 'fusion'} as {form.value}"):
-        from fusion.export import export as write
+        from fusion.bundle.export import export as write
 
         if backbone is not None:
             graph = _backbone(backbone, settings.features, bundle)
@@ -73,8 +73,8 @@ def export(  # noqa: PLR0917  typer calls it by names
 
 
 def _fusion(folder: Path) -> Graph:
-    from fusion.bundle import load_bundle
-    from fusion.fusion_graph import fusion_graph
+    from fusion.bundle.bundle import load_bundle
+    from fusion.bundle.fusion_graph import fusion_graph
 
     try:
         return fusion_graph(load_bundle(folder))
@@ -84,10 +84,10 @@ def _fusion(folder: Path) -> Graph:
 
 def _backbone(name: Backbone, features: FeatureSettings, bundle: Path | None) -> Graph:
     """A backbone's graph; with a bundle it must be the one that the bundle was trained with."""
-    from scripts.backbone_graphs import backbone_graph, fingerprints
+    from fusion.bundle.extractor_graphs import backbone_graph, fingerprints
 
     if bundle is not None:
-        from fusion.bundle import load_bundle
+        from fusion.bundle.bundle import load_bundle
 
         try:
             wanted = load_bundle(bundle).manifest.fingerprints

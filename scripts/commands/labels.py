@@ -9,8 +9,8 @@ from typing import Annotated
 
 import typer
 
-from config.errors import ConfigError
-from scripts.taxonomy.migrations import Migration, Operation
+from common.errors import ConfigError
+from corpus.taxonomy.migrations import Migration, Operation
 
 MapFile = Annotated[Path, typer.Argument(metavar="MAP", help="A label map, idx2name_cls*.json.")]
 Data = Annotated[
@@ -34,7 +34,7 @@ def check(
     Names that differ only in case, width or spaces; tags of the data that the map lacks, or that a
     migration took away; tags with too few posts. Exit code 2 when there is one.
     """
-    from scripts.taxonomy.check import conflicts
+    from corpus.taxonomy.check import conflicts
 
     found = 0
     for line in conflicts(labels, data or (), bundle, min_posts):
@@ -90,7 +90,7 @@ def retire(
 
 def history(labels: MapFile) -> None:
     """The recorded changes of a label map, oldest first."""
-    from scripts.taxonomy.migrations import load
+    from corpus.taxonomy.migrations import load
 
     _, migrations = load(labels)
     for each in migrations:
@@ -111,8 +111,8 @@ def apply(
     ] = None,
 ) -> None:
     """Rewrite data files by the changes that they have not seen yet."""
-    from scripts.taxonomy import rewrite
-    from scripts.taxonomy.migrations import load
+    from corpus.taxonomy import rewrite
+    from corpus.taxonomy.migrations import load
 
     if not data:
         raise ConfigError("labels apply: name data files with --data")
@@ -133,7 +133,7 @@ def apply(
 
 
 def _change(labels: Path, operation: Operation, old: Sequence[str], new: Sequence[str]) -> None:
-    from scripts.taxonomy.migrations import change, load, record
+    from corpus.taxonomy.migrations import change, load, record
 
     present, migrations = load(labels, complete=True)
     changed, migration = change(present, operation, old, new, len(migrations) + 1)

@@ -9,10 +9,10 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, StrictStr
 
-from config.errors import ConfigError
+from common.errors import ConfigError
+from common.post import Media, MediaKind, Post
 from config.load import validate
 from config.settings import Section
-from extractors.post import Media, MediaKind, Post
 
 
 class PostEntry(Section):

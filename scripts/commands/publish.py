@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from config.errors import ConfigError, MessageError
+from common.errors import ConfigError, MessageError
 from config.settings import Settings
 from scripts.commands.common import Config, Overrides, online_settings
 
@@ -50,8 +50,8 @@ def publish(
 
     By ID, from a file with one ID a line, or all posts of the database that have no result yet.
     """
+    from king.broker.publisher import publish_posts
     from king.messages import PostMessage
-    from king.publisher import publish_posts
 
     # All of them are checked before any is published.
     named = [_checked(post_id) for post_id in ids or ()]
@@ -138,7 +138,7 @@ def _checked(post_id: str) -> PostMessage:
 @contextlib.contextmanager
 def _untagged(settings: Settings, wanted: bool) -> Iterator[Iterator[str]]:
     """IDs without a result, read from the database while they are being published."""
-    from king.archive import Archive
+    from king.store.queries import Archive
 
     if not wanted:
         yield iter(())

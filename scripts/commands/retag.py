@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from config.errors import ConfigError
+from common.errors import ConfigError
 from config.settings import Settings
 from scripts.commands.common import Config, Overrides, online_settings
 from scripts.commands.publish import read_ids
 
 if TYPE_CHECKING:
-    from king.archive import Archive
+    from king.store.queries import Archive
 
 CURRENT = "current"
 
@@ -95,17 +95,17 @@ def current_version(settings: Settings) -> str:
         # What follows is long, and the version stands before it.
         about = yaml.safe_load(file.read_text(encoding="utf-8").partition("\nfeatures:")[0])
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"fusion.bundle: {file} cannot be read") from error
+        raise ConfigError(f"fusion.bundle.bundle: {file} cannot be read") from error
     version = about.get("version") if isinstance(about, dict) else None
     if not isinstance(version, str):
-        raise ConfigError(f"fusion.bundle: {file} names no version")
+        raise ConfigError(f"fusion.bundle.bundle: {file} names no version")
     return version
 
 
 def _condition(query: str | None) -> dict[str, Any]:
     if query is None:
         return {}
-    from scripts.pulling.command import read_query
+    from corpus.pull.command import read_query
 
     return read_query(query)
 
@@ -118,9 +118,9 @@ def _publish(
     limit: int | None,
     priority: int,
 ) -> int:
-    from king.archive import Archive
+    from king.broker.publisher import publish_posts
     from king.messages import PostMessage
-    from king.publisher import publish_posts
+    from king.store.queries import Archive
 
     archive = Archive(settings.store)
     try:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from config.errors import ConfigError
+from common.errors import ConfigError
 from scripts.commands.common import (
     AsJson,
     Config,
@@ -31,7 +31,7 @@ def show(
 
     Which modalities the tags rest on, what went wrong with the others, and the post's job.
     """
-    from king.archive import Archive
+    from king.store.queries import Archive
 
     settings = online_settings(config, overrides, store=True)
     archive = Archive(settings.store)

@@ -9,9 +9,9 @@ import sys
 import time
 from typing import Any
 
-from config.errors import ConfigError, TaggingError
+from common.errors import ConfigError, TaggingError
+from common.urls import redact
 from config.settings import BrokerSettings, Settings, StoreSettings
-from config.urls import redact
 from deploy import embedded
 from deploy.health import read_snapshot
 from scripts.commands.common import (
@@ -65,7 +65,7 @@ def collect(asked: Settings, settings: Settings) -> dict[str, Any]:
 
 
 def _queue(settings: BrokerSettings) -> dict[str, Any]:
-    from king.broker import queue_depth
+    from king.broker.broker import queue_depth
 
     content: dict[str, Any] = {"url": redact(settings.url), "name": settings.queue}
     if settings.url.startswith(embedded.SCHEME):
@@ -81,7 +81,7 @@ def _queue(settings: BrokerSettings) -> dict[str, Any]:
 
 
 def _store(settings: StoreSettings) -> dict[str, Any]:
-    from king.archive import Archive
+    from king.store.queries import Archive
 
     content: dict[str, Any] = {"url": redact(settings.url), "database": settings.database}
     if settings.url.startswith(embedded.SCHEME):

@@ -8,8 +8,8 @@ from typing import Annotated, Any, Protocol
 
 import typer
 
-from config.errors import BundleError, ConfigError, TaggingError
-from extractors.post import Failure, Features, Post, Tags
+from common.errors import BundleError, ConfigError, TaggingError
+from common.post import Failure, Features, Post, Tags
 from scripts.commands.common import AsJson, Config, Overrides, print_json, print_table, settings_of
 from scripts.commands.post_file import read_posts
 
@@ -49,7 +49,7 @@ def tag(
         try:
             tagger.load()
         except BundleError as error:
-            raise ConfigError(f"fusion.bundle: {error}") from error
+            raise ConfigError(f"fusion.bundle.bundle: {error}") from error
         results = [result_of(post, tagger) for post in posts]
     if as_json:
         print_json(results)

@@ -16,9 +16,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs as a plain script too
 
-from config.errors import ConfigError, TaggingError
-from config.options import OneLineParser, count, number, whole_number
-from scripts.analysis.command import ANALYSIS, DUPLICATES, REPORT, Options, analyze
+from common.cli import OneLineParser, count, number, whole_number
+from common.errors import ConfigError, TaggingError
+from corpus.analyze.command import ANALYSIS, DUPLICATES, REPORT, Options, analyze
 
 _NAME = "analyze_posts"
 

@@ -15,11 +15,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs as a plain script too
 
-from config.errors import ConfigError, TaggingError
+from common.cli import OneLineParser, count, natural, seconds
+from common.errors import ConfigError, TaggingError
 from config.load import load_settings
-from config.options import OneLineParser, count, natural, seconds
-from scripts.downloads.command import download
-from scripts.downloads.values import Options
+from corpus.download.command import download
+from corpus.download.values import Options
 
 _NAME = "download_mp"
 

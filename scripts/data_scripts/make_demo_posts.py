@@ -13,9 +13,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs as a plain script too
 
-from config.options import OneLineParser, count, natural, share
-from scripts.demo_posts.make import DATA_FILE, make_posts
-from scripts.demo_posts.plan import SPLITS, plan_posts
+from common.cli import OneLineParser, count, natural, share
+from demo.posts.make import DATA_FILE, make_posts
+from demo.posts.plan import SPLITS, plan_posts
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

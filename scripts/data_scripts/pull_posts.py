@@ -18,10 +18,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs as a plain script too
 
-from config.errors import ConfigError, TaggingError
+from common.cli import OneLineParser, count, natural
+from common.errors import ConfigError, TaggingError
+from common.logs import configure_logs
 from config.load import load_settings
-from config.logs import configure_logs
-from config.options import OneLineParser, count, natural
 
 _NAME = "pull_posts"
 
@@ -74,9 +74,9 @@ def run(parsed: argparse.Namespace) -> int:
     Raises:
         TaggingError: One line that says what is wrong.
     """
+    from corpus.pull.command import pull, query_of
+    from corpus.pull.values import Options
     from deploy.embedded import SCHEME, resolve
-    from scripts.pulling.command import pull, query_of
-    from scripts.pulling.values import Options
 
     settings = load_settings(parsed.config, parsed.overrides)
     configure_logs(settings.log.format, settings.log.level)

@@ -9,19 +9,19 @@ from urllib.parse import urlsplit, urlunsplit
 
 from pymongo import UpdateOne
 
-from config.errors import ConfigError
+from common.errors import ConfigError
+from common.post import Post
 from config.infer import CollectionSettings, collection_of
 from config.settings import FieldMap, StoreSettings
-from extractors.post import Post
-from fusion.infer_input import Bad
-from fusion.outputs import Result
-from king.claims import Claims
-from king.documents import tagged_result
+from fusion.infer.input import Bad
+from fusion.infer.outputs import Result
 from king.jobs import Started, Tagged
+from king.store.claims import Claims
+from king.store.documents import tagged_result
 
 
 class CollectionSink(Claims):
-    """See `fusion.outputs.Sink`.
+    """See `fusion.infer.outputs.Sink`.
 
     Writing the same results again changes nothing but their time, so a run that was killed
     between a write and its note of it goes on without harm.

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from config.errors import BundleError, ConfigError, TaggingError
+from common.errors import BundleError, ConfigError, TaggingError
+from common.post import Post
 from config.settings import Settings
-from extractors.post import Post
-from fusion.infer_engine import Outcome
-from fusion.infer_input import Bad
-from fusion.outputs import Result
+from fusion.infer.input import Bad
+from fusion.infer.outputs import Result
+from fusion.infer.processes import Outcome
 from workers.local import LocalTagger
 
 
@@ -27,7 +27,7 @@ class RawMaker:
 
 
 class RawTagger:
-    """See `fusion.infer_engine.Tagger`."""
+    """See `fusion.infer.processes.Tagger`."""
 
     def __init__(self, tagger: LocalTagger) -> None:
         self._tagger = tagger
@@ -35,7 +35,7 @@ class RawTagger:
             tagger.load()
         except BundleError as error:
             tagger.close()
-            raise ConfigError(f"fusion.bundle: {error}") from error
+            raise ConfigError(f"fusion.bundle.bundle: {error}") from error
 
     def run(self, posts: Sequence[Post]) -> list[Outcome]:
         """Their tags; a post with nothing usable is bad."""

@@ -12,19 +12,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from config.errors import ConfigError
+from common.errors import ConfigError
+from common.urls import redact
 from config.infer import InferSettings, RunSettings, is_database
 from config.settings import Settings
-from config.urls import redact
-from fusion.infer_features import FeatureMaker
-from fusion.infer_input import Input, read_record
-from fusion.infer_journal import Journal
-from fusion.infer_options import bundle_of, run_settings, with_bundle
-from fusion.inference import Facts, InferReport, Job, infer, shown
-from fusion.legacy import resolve_model
-from fusion.outputs import CsvTable, JsonLines, Sink, TextSink
+from fusion.bundle.legacy import resolve_model
+from fusion.data.feature_files import FeatureFiles
+from fusion.infer.infer_features import FeatureMaker
+from fusion.infer.inference import Facts, InferReport, Job, infer, shown
+from fusion.infer.input import Input, read_record
+from fusion.infer.journal import Journal
+from fusion.infer.options import bundle_of, run_settings, with_bundle
+from fusion.infer.outputs import CsvTable, JsonLines, Sink, TextSink
 from scripts.commands.post_file import post_of
-from scripts.feature_files import FeatureFiles
 
 
 def run(settings: InferSettings | Settings, options: argparse.Namespace) -> None:
@@ -50,7 +50,7 @@ def _job(settings: InferSettings | Settings, posts: Path, scratch: Path | None) 
         about: dict[str, Any] = {}
         made_of: dict[str, Any] | None = {"features_root": str(settings.features.resolve())}
     else:
-        from config.logs import configure_logs
+        from common.logs import configure_logs
         from scripts.inference.raw_media import RawMaker
 
         if posts.suffix == ".txt":

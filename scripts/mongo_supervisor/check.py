@@ -19,11 +19,12 @@ from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs as a plain script too
 
-from config.errors import ConfigError, TaggingError
+from common.errors import ConfigError, TaggingError
+from common.logs import configure_logs
+from common.times import since_time
 from config.load import load_settings
-from config.logs import configure_logs
 from config.settings import MonitorSettings, Settings, Threshold
-from scripts.commands.common import print_json, since_time
+from scripts.commands.common import print_json
 from scripts.mongo_supervisor import report
 from scripts.mongo_supervisor.checks import EXIT_CODES, Check, judge, worst
 from scripts.mongo_supervisor.facts import look
@@ -115,9 +116,9 @@ def requeue(settings: Settings) -> int:
         TaggingError: The database or the broker stopped answering; doing it again is harmless.
     """
     from deploy import embedded
-    from king.archive import Archive
+    from king.broker.publisher import publish_posts
     from king.messages import PostMessage
-    from king.publisher import publish_posts
+    from king.store.queries import Archive
 
     running = embedded.peek(settings)
     for url in (running.broker.url, running.store.url):

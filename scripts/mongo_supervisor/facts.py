@@ -9,23 +9,22 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from typing import Any, TypeVar
 
-from bson import ObjectId
 from bson.errors import BSONError
 
-from config.errors import StoreUnavailable, TaggingError
+from common.errors import StoreUnavailable, TaggingError
+from common.times import moment_of
 from config.settings import MonitorSettings, Settings, StoreSettings
 from deploy import embedded
-from king.archive import Archive
-from king.broker import queue_depth
-from king.documents import dig
-from king.jobs import JOB_STATES, number
-from king.store import OPEN_STATES
+from king.broker.broker import queue_depth
+from king.jobs import JOB_STATES
+from king.store.documents import dig
+from king.store.queries import Archive
+from king.store.store import OPEN_STATES
 
 T = TypeVar("T")
 
 _PINGS = 3
 _DOWN = "the embedded service is not running: insighttag services start"
-_MILLISECONDS_FROM = 1e11  # as seconds that would be the year 5138
 
 
 @dataclass(frozen=True)
@@ -255,20 +254,3 @@ def replicas_of(name: str, status: Mapping[str, Any]) -> Replicas:
         if primary is not None and states[member] == "SECONDARY"
     }
     return Replicas(name, states, lags)
-
-
-def moment_of(value: object) -> float | None:
-    """A date, ISO text, ObjectId, or Unix time in seconds or milliseconds ─► Unix seconds."""
-    if isinstance(value, ObjectId):
-        return value.generation_time.timestamp()
-    if isinstance(value, str):
-        try:
-            value = datetime.fromisoformat(value.replace("Z", "+00:00"))
-        except ValueError:
-            return None
-    if isinstance(value, datetime):
-        return (value if value.tzinfo else value.replace(tzinfo=timezone.utc)).timestamp()
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return None
-    seconds = number(value)
-    return seconds / 1000 if seconds >= _MILLISECONDS_FROM else seconds

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from config.files import file_digest, part_of, publish, write_whole
+from common.files import file_digest, part_of, publish, write_whole
 
 
 def test_a_digest_is_that_of_the_content(tmp_path: Path) -> None:

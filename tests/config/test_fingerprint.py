@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import yaml
 
-from config.errors import BundleError, FeatureError
-from config.fingerprint import Fingerprint, differing, packed, parts_of, unpacked, with_parts
+from common.errors import BundleError, FeatureError
+from common.fingerprint import Fingerprint, differing, packed, parts_of, unpacked, with_parts
+from common.post import Features
 from config.settings import FeatureSettings
 from extractors.feature_file import (
     features_bytes,
@@ -22,11 +23,10 @@ from extractors.feature_file import (
     write_features,
 )
 from extractors.fingerprint import digest, stream_fingerprints
-from extractors.post import Features
-from fusion.bundle import check_fingerprints, load_bundle, save_bundle
+from fusion.bundle.bundle import check_fingerprints, load_bundle, save_bundle
 from tests.fusion import support
-from workers.manifest import expectation, known_extractors, mismatch
-from workers.pipe import decode, encode
+from workers.pool.fingerprints import expectation, known_extractors, mismatch
+from workers.pool.pipe import decode, encode
 
 WEIGHTS = "a" * 64, "b" * 64
 

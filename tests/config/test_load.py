@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from common.errors import ConfigError
 from config.backbone_train import BackboneTrainSettings
-from config.errors import ConfigError
 from config.infer import InferSettings
 from config.load import load_settings, merge, parse_overrides, read_yaml, validate
 from config.settings import BrokerSettings, Settings

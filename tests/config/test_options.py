@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 import online_process
-from config.options import OneLineParser, count, natural, seconds, share
+from common.cli import OneLineParser, count, natural, seconds, share
+from demo.__main__ import main as demo_main
 from deploy import watchdog
 from scripts.data_scripts import analyze_posts, download_mp, make_demo_posts, pull_posts
-from scripts.demo.__main__ import main as demo_main
 
 
 def test_a_wrong_option_is_one_line_and_exit_2(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import structlog
 
-from config import errors
-from config.errors import ConfigError, PermanentError, RetryableError, TaggingError
+from common import errors
+from common.errors import ConfigError, PermanentError, RetryableError, TaggingError
+from common.logs import configure_logs
+from common.urls import redact
 from config.labels import LabelMap
-from config.logs import configure_logs
-from config.urls import redact
 
 
 @pytest.mark.parametrize(

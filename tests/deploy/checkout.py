@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 
 import deploy
-from config.errors import RetryableError
+from common.errors import RetryableError
 from deploy.supervisor import SupervisorClient
 from king.health import read_health
 

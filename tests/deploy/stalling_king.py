@@ -14,9 +14,9 @@ import sys
 import threading
 from pathlib import Path
 
+from common.logs import configure_logs
 from config.load import load_settings
-from config.logs import configure_logs
-from king.broker import KombuBroker, OnDelivery
+from king.broker.broker import KombuBroker, OnDelivery
 from king.king import King
 from tests.king.king_rig import fake_pool
 

@@ -19,7 +19,7 @@ import pymongo
 import pytest
 import redis
 
-from config.errors import ConfigError, RetryableError
+from common.errors import ConfigError, RetryableError
 from config.load import load_settings
 from config.settings import Settings
 from deploy import detached, embedded, kinds

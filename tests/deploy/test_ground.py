@@ -33,7 +33,7 @@ def make(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     ("target", "does"),
     [
-        ("demo", "-m scripts.demo"),
+        ("demo", "-m demo"),
         ("test", "-m pytest --cov"),
         ("check", "ruff format --check"),
         ("check", "lint-imports"),

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import structlog
 
-from config.errors import RetryableError
+from common.errors import RetryableError
 from config.load import load_settings
 from config.settings import Settings, WatchdogSettings
 from deploy.health import read_snapshot

@@ -16,7 +16,7 @@ import psutil
 import pymongo
 import pytest
 
-from king.publisher import publish_posts
+from king.broker.publisher import publish_posts
 from tests.deploy.checkout import Checkout, eventually
 from tests.services import MongoServer, RedisServer
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from config.errors import RetryableError
+from common.errors import RetryableError
 from deploy.supervisor import SupervisorClient
 from tests.deploy.checkout import Checkout, eventually
 

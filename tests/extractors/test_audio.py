@@ -10,9 +10,9 @@ import pytest
 import torch
 from torchvggish import torchvggish
 
-from config.errors import ConfigError, FeatureError
+from common.errors import ConfigError, FeatureError
 from config.settings import AudioSettings
-from extractors.audio import AudioExtractor, source_module
+from extractors.models.audio import AudioExtractor, source_module
 from tests.tiny_models import TINY_CNN, TINY_VIT, tiny_timm_weights, vggish_weights
 
 
@@ -90,7 +90,7 @@ def test_without_network_pretrained_names_the_file(
 ) -> None:
     """One line says which file of torchvggish's release to put where."""
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
-    monkeypatch.setattr("extractors.weights.reachable", lambda _url: False)
+    monkeypatch.setattr("extractors.models.weights.reachable", lambda _url: False)
     with pytest.raises(ConfigError) as caught:
         AudioExtractor(AudioSettings()).load()
     line = str(caught.value)

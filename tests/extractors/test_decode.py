@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from config.errors import MediaError
+from common.errors import MediaError
+from common.post import MEDIA_KINDS, MediaKind
 from config.settings import DecodeSettings, FeatureSettings, Settings
-from extractors.decode import decode_media
-from extractors.post import MEDIA_KINDS, MediaKind
+from extractors.media.decode import decode_media
 from tests import media
 from workers.protocol import slot_bytes
 

@@ -17,7 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from config.errors import FeatureError
+from common.errors import FeatureError
+from common.post import STREAMS, Failure, Features, Stream
 from extractors.feature_file import (
     feature_path,
     features_bytes,
@@ -25,7 +26,6 @@ from extractors.feature_file import (
     read_fingerprints,
     write_features,
 )
-from extractors.post import STREAMS, Failure, Features, Stream
 
 PRINTS: dict[Stream, str] = {stream: f"print-{stream}" for stream in STREAMS}
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from config.files import file_digest
+from common.files import file_digest
 from config.settings import ExtractorName, FeatureSettings, OcrSettings
 from extractors.fingerprint import digest, stream_fingerprints
 

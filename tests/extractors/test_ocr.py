@@ -9,9 +9,9 @@ import cv2
 import numpy as np
 import pytest
 
-from config.errors import FeatureError
+from common.errors import FeatureError
 from config.settings import OcrSettings
-from extractors.ocr import OcrExtractor
+from extractors.models.ocr import OcrExtractor
 
 
 def picture(*lines: str, size: tuple[int, int] = (240, 480), columns: int = 1) -> np.ndarray:

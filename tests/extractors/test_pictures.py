@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from config.errors import MediaError
-from extractors.picture_header import read_header
-from extractors.pictures import centres, fitted_size, read_pictures, squash
+from common.errors import MediaError
+from extractors.media.picture_header import read_header
+from extractors.media.pictures import centres, fitted_size, read_pictures, squash
 from tests import media
 
 LIMIT = 100_000_000

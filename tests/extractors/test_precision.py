@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from config.errors import ConfigError
-from extractors.base import check_device
-from extractors.precision import (
+from common.errors import ConfigError
+from common.precision import (
     autocast,
     cast_weights,
     cpu_has_bf16,
     resolve_precision,
     to_float16,
 )
+from extractors.models.base import check_device
 
 
 @pytest.mark.parametrize(

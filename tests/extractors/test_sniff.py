@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from config.errors import MediaError
-from extractors.post import MediaKind
-from extractors.sniff import check_type, sniff
+from common.errors import MediaError
+from common.post import MediaKind
+from extractors.media.sniff import check_type, sniff
 from tests import media
 
 MAKERS: dict[str, tuple[str, Callable[[Path], object]]] = {

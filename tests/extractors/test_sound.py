@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import scipy.signal
 
-from config.errors import MediaError
+from common.errors import MediaError
 from config.settings import DecodeSettings, FeatureSettings
-from extractors.containers import find_stream, open_container, packets
-from extractors.decode import decode_media
-from extractors.sniff import check_type
-from extractors.sound import SoundTrack, log_mel_patches
+from extractors.media.containers import find_stream, open_container, packets
+from extractors.media.decode import decode_media
+from extractors.media.sniff import check_type
+from extractors.media.sound import SoundTrack, log_mel_patches
 from tests import media
 
 

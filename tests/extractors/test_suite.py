@@ -7,10 +7,9 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from config.errors import ConfigError, FeatureError
+from common.errors import ConfigError, FeatureError
 from config.settings import ImageSettings
-from extractors.base import build_extractor
-from extractors.suite import ALL_EXTRACTORS, ExtractorSuite
+from extractors.suite import ALL_EXTRACTORS, ExtractorSuite, build_extractor
 from tests.tiny_models import TINY_CNN, TINY_SIZE, tiny_features
 
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer
 
-from config.errors import ConfigError, FeatureError
+from common.errors import ConfigError, FeatureError
+from common.precision import cpu_has_bf16
 from config.settings import TextSettings
-from extractors.precision import cpu_has_bf16
-from extractors.text import TextExtractor
-from extractors.text_model import hashed_tokens
+from extractors.models.text import TextExtractor
+from extractors.models.text_model import hashed_tokens
 from tests.tiny_models import tiny_bert
 
 TEXTS = (

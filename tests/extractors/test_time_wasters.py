@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import soundfile
 
-from config.errors import MediaError
+from common.errors import MediaError
 from config.settings import DecodeSettings
-from extractors.decode import decode_media
-from extractors.picture_header import read_header
-from extractors.sniff import check_type
-from extractors.sound import log_mel_patches
+from extractors.media.decode import decode_media
+from extractors.media.picture_header import read_header
+from extractors.media.sniff import check_type
+from extractors.media.sound import log_mel_patches
 from tests import media
 from tests.tiny_models import tiny_features
 
@@ -39,7 +39,7 @@ def of_parts(family: str, count: int) -> bytes:
 @pytest.mark.parametrize("family", ["png", "gif", "webp", "jpeg segments", "jpeg fill"])
 def test_picture_of_parts(monkeypatch: pytest.MonkeyPatch, family: str) -> None:
     """A picture of more parts than anybody means is broken, not walked to its end."""
-    monkeypatch.setattr("extractors.picture_header.MAX_PARTS", LIMIT)
+    monkeypatch.setattr("extractors.media.picture_header.MAX_PARTS", LIMIT)
     name = family.partition(" ")[0]
     with pytest.raises(MediaError, match=rf"^broken {name.upper()} picture$"):
         read_header(memoryview(of_parts(family, 2 * LIMIT)), name)
@@ -47,7 +47,7 @@ def test_picture_of_parts(monkeypatch: pytest.MonkeyPatch, family: str) -> None:
 
 def test_mp4_of_boxes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """An MP4 of empty boxes is refused before FFmpeg reads them once more."""
-    monkeypatch.setattr("extractors.sniff.MAX_PARTS", LIMIT)
+    monkeypatch.setattr("extractors.media.sniff.MAX_PARTS", LIMIT)
     head = b"\0\0\0\x18ftypisom" + b"\0" * 12
     path = tmp_path / "a.mp4"
     path.write_bytes(head + b"\0\0\0\x08free" * (LIMIT - 10))

@@ -8,7 +8,7 @@ import av
 import numpy as np
 import pytest
 
-from config.errors import MediaError
+from common.errors import MediaError
 from tests import media
 from tests.extractors.video_support import (
     decode,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fractions import Fraction
 from types import SimpleNamespace
 
-from extractors.video import PacketIndex, plan_runs
+from extractors.media.video import PacketIndex, plan_runs
 
 
 def index(times: list[int | None], keys: set[int], duration: int = 40) -> PacketIndex:

@@ -10,14 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from config.errors import ConfigError, FeatureError, MediaError
+from common.errors import ConfigError, FeatureError, MediaError
 from config.features import LstmSizes, VideoLstmSettings
 from config.settings import DecodeSettings, VideoSettings
-from extractors.decode import read_frames
+from extractors.media.decode import read_frames
+from extractors.media.video import PacketIndex
+from extractors.models.video_lstm import AttentionLstm, VideoLstm
+from extractors.models.visual import VideoExtractor, segments
 from extractors.suite import ExtractorSuite
-from extractors.video import PacketIndex
-from extractors.video_lstm import AttentionLstm, VideoLstm
-from extractors.visual import VideoExtractor, segments
 from tests import media
 from tests.tiny_models import TINY_CNN, tiny_features, tiny_timm_weights
 

@@ -10,11 +10,11 @@ import pytest
 import timm
 import torch
 
-from config.errors import ConfigError, FeatureError
+from common.errors import ConfigError, FeatureError
+from common.precision import cpu_has_bf16
 from config.settings import ImageSettings, VideoSettings
-from extractors.base import run_rows
-from extractors.precision import cpu_has_bf16
-from extractors.visual import VisualExtractor
+from extractors.models.base import run_rows
+from extractors.models.visual import VisualExtractor
 from tests.tiny_models import TINY_CNN, TINY_VIT, tiny_timm_weights
 
 

@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 import torch
 
-from config.errors import ConfigError
-from extractors import weights
-from extractors.weights import (
+from common.errors import ConfigError
+from extractors.models import weights
+from extractors.models.weights import (
     parse_weights,
     reachable,
     read_state_dict,
@@ -34,10 +34,10 @@ from tests.tiny_models import TINY_VIT, tiny_bert, tiny_timm_weights
 _SCRIPT = """
 import json, sys, time
 import timm, transformers
-from config.errors import ConfigError
+from common.errors import ConfigError
 from config.settings import ImageSettings, TextSettings
-from extractors.text import TextExtractor
-from extractors.visual import VisualExtractor
+from extractors.models.text import TextExtractor
+from extractors.models.visual import VisualExtractor
 
 found = {}
 for arch in sys.argv[1:]:

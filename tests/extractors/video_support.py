@@ -9,10 +9,10 @@ import av
 import numpy as np
 
 from config.settings import DecodeSettings, FeatureSettings
-from extractors.containers import find_stream, open_container, packets
-from extractors.decode import DecodedMedia, decode_media
-from extractors.sniff import check_type
-from extractors.video import PacketIndex, choose_frames, decode_frames
+from extractors.media.containers import find_stream, open_container, packets
+from extractors.media.decode import DecodedMedia, decode_media
+from extractors.media.sniff import check_type
+from extractors.media.video import PacketIndex, choose_frames, decode_frames
 from tests import media
 
 

@@ -1,4 +1,4 @@
-"""A broker in memory: `MemoryBroker` behaves as `king.broker.KombuBroker` does, without a server.
+"""A broker in memory: `MemoryBroker` behaves as `KombuBroker` does, without a server.
 
 Brokers on one `MemoryQueue` compete for its messages. `lose_connection` is what a dead socket is.
 """
@@ -10,8 +10,8 @@ import time
 from collections import deque
 from dataclasses import dataclass, field
 
-from config.errors import BrokerUnavailable
-from king.broker import Delivery, OnDelivery
+from common.errors import BrokerUnavailable
+from king.broker.broker import Delivery, OnDelivery
 from king.messages import PostMessage
 
 
@@ -47,7 +47,7 @@ class MemoryQueue:
 
 
 class MemoryBroker:
-    """A `king.broker.Broker` on a `MemoryQueue`."""
+    """A `king.broker.broker.Broker` on a `MemoryQueue`."""
 
     def __init__(self, queue: MemoryQueue | None = None, prefetch: int = 32) -> None:
         self.queue = queue if queue is not None else MemoryQueue()

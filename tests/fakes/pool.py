@@ -1,4 +1,4 @@
-"""A worker pool in memory: `FakePool` keeps the promises of `workers.events.TaskPool`.
+"""A worker pool in memory: `FakePool` keeps the promises of `workers.pool.events.TaskPool`.
 
 Tasks are answered inside `poll`, in order of priority and age, by a function that the test gives;
 slots are counted by the real `SlotTable`, downloads are real files.
@@ -16,8 +16,8 @@ from typing import TypeAlias
 
 import numpy as np
 
-from extractors.post import Failure, Tag, Tags
-from workers.events import (
+from common.post import Failure, Tag, Tags
+from workers.pool.events import (
     BundleChanged,
     PoolEvent,
     PoolReady,
@@ -26,6 +26,7 @@ from workers.events import (
     TaskFailed,
     WorkerView,
 )
+from workers.pool.slots import SlotTable
 from workers.protocol import (
     ArrayRef,
     Decoded,
@@ -42,7 +43,6 @@ from workers.protocol import (
     Stream,
     Task,
 )
-from workers.slots import SlotTable
 
 Answer: TypeAlias = Result | Failure | None
 """A result, a failure, or None for a task that never ends."""

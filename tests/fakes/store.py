@@ -7,17 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from config.errors import StoreUnavailable
+from common.errors import StoreUnavailable
+from common.post import Failure
 from config.settings import FieldMap
-from extractors.post import Failure
-from king.documents import (
-    error_document,
-    failed_result,
-    match_ids,
-    read_post,
-    tagged_by,
-    tagged_result,
-)
 from king.jobs import (
     QUEUED_FOR_S,
     Buried,
@@ -37,6 +29,14 @@ from king.jobs import (
     decide,
     exhausted,
     message_key,
+)
+from king.store.documents import (
+    error_document,
+    failed_result,
+    match_ids,
+    read_post,
+    tagged_by,
+    tagged_result,
 )
 
 
@@ -243,7 +243,7 @@ class FakeStore:
         self.leases[name] = (terms.owner, terms.now + lease_s)
         return True
 
-    # For the tests, under the names of `king.archive.Archive` --------------------------------
+    # For the tests, under the names of `king.store.queries.Archive` -------------------------------
 
     def job(self, post_id: str) -> Job | None:
         """One job."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from extractors.post import Features
+from common.post import Features
 
 Array = Any  # float64
 Weights = dict[str, Array]

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from fusion.training import TrainReport, train
-from scripts.feature_files import FeatureFiles
+from fusion.data.feature_files import FeatureFiles
+from fusion.train.training import TrainReport, train
 from tests.fusion import support
 
 ROOT = Path(__file__).resolve().parents[2]

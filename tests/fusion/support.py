@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from common.post import MODALITIES, Features, Modality, Status, Stream
 from config.labels import LabelMap
 from config.load import merge, validate
 from config.train import ModelSettings, TrainSettings
 from extractors.feature_file import write_features
-from extractors.post import MODALITIES, Features, Modality, Status, Stream
+from fusion.data.schema import FeatureManifest, InputSchema
 from fusion.models import FusionModel, build_model
-from fusion.schema import FeatureManifest, InputSchema
 
 DIMS: dict[Modality, int] = {"video": 12, "image": 12, "audio": 6, "text": 10, "ocr": 10}
 FINGERPRINTS: dict[Stream, str] = {m: f"{m}-1" for m in MODALITIES}

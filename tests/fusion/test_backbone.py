@@ -13,13 +13,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from config.errors import ConfigError
+from common.errors import ConfigError
 from config.settings import AudioSettings, ImageSettings
-from extractors.audio import AudioExtractor
-from extractors.visual import VisualExtractor
-from fusion.backbone import BackboneReport, train_backbone
-from fusion.backbone_data import ItemArray, ItemSet, Kind, augment
-from fusion.backbone_model import where_it_moves
+from demo.backbone_data import ItemArray, ItemSet
+from demo.train_backbone import BackboneReport, train_backbone
+from extractors.models.audio import AudioExtractor
+from extractors.models.visual import VisualExtractor
+from fusion.backbones.augment import Kind, augment
+from fusion.backbones.model import where_it_moves
 
 ARCH = "test_resnet"  # timm's smallest
 SIDE = 32

@@ -12,12 +12,12 @@ import torch
 
 from config.labels import LabelMap
 from config.settings import DecodeSettings, ImageSettings, VideoSettings
-from extractors.decode import decode_media
-from fusion.backbone_media import STREAM, CollateMedia, MediaSample, PixelDataset, best_of_post
-from fusion.backbone_model import create_backbone
-from fusion.backbone_posts import MediaPost, read_posts
-from fusion.backbone_tagger import MediaTagger
-from scripts.media_items import MediaItems
+from extractors.media.decode import decode_media
+from fusion.backbones.backbone_posts import MediaPost, read_posts
+from fusion.backbones.backbone_tagger import MediaTagger
+from fusion.backbones.media import STREAM, CollateMedia, MediaSample, PixelDataset, best_of_post
+from fusion.backbones.media_items import MediaItems
+from fusion.backbones.model import create_backbone
 from tests.fusion.media_posts import write_labels, write_pictures, write_videos
 from tests.tiny_models import TINY_CNN, tiny_features
 

@@ -13,17 +13,17 @@ import torch
 import yaml
 
 import train_net
+from common.errors import MediaError
 from config.backbone_train import BackboneTrainSettings
-from config.errors import MediaError
 from config.labels import LabelMap
 from config.settings import DecodeSettings, ImageSettings, VideoSettings
-from extractors.decode import decode_media
-from extractors.visual import VideoExtractor, VisualExtractor
-from fusion.backbone_model import create_backbone
-from fusion.backbone_tagger import MediaTagger
-from fusion.backbone_training import train_backbones
-from fusion.options import train_options, train_settings
-from scripts.media_items import MediaItems
+from extractors.media.decode import decode_media
+from extractors.models.visual import VideoExtractor, VisualExtractor
+from fusion.backbones.backbone_tagger import MediaTagger
+from fusion.backbones.media_items import MediaItems
+from fusion.backbones.model import create_backbone
+from fusion.backbones.training import train_backbones
+from fusion.train.options import train_options, train_settings
 from tests import media
 from tests.fusion.media_posts import write_labels, write_pictures, write_videos
 from tests.tiny_models import TINY_CNN, tiny_features

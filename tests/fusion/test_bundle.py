@@ -12,10 +12,10 @@ import pytest
 import torch
 import yaml
 
-from config.errors import BundleError, ConfigError, FeatureError
-from extractors.post import Features, Stream
-from fusion import bundle
-from fusion.inferer import Inferer
+from common.errors import BundleError, ConfigError, FeatureError
+from common.post import Features, Stream
+from fusion.bundle import bundle
+from fusion.infer.inferer import Inferer
 from tests.fusion import support
 
 

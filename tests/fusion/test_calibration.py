@@ -15,10 +15,12 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
 from sklearn.isotonic import IsotonicRegression
 
-from config.errors import BundleError
-from fusion import metrics
-from fusion.bundle import load_bundle, save_bundle
-from fusion.calibration import (
+from common.errors import BundleError
+from fusion.bundle.bundle import load_bundle, save_bundle
+from fusion.data.feature_files import FeatureFiles
+from fusion.infer.inferer import Inferer
+from fusion.metrics import ranking as metrics
+from fusion.metrics.calibration import (
     Isotonic,
     Temperature,
     calibrated,
@@ -26,11 +28,9 @@ from fusion.calibration import (
     fit_isotonic,
     fit_temperature,
 )
-from fusion.inferer import Inferer
+from fusion.metrics.thresholds import fit_thresholds, precision_threshold
 from fusion.models import MODELS
-from fusion.thresholds import fit_thresholds, precision_threshold
-from fusion.training import train
-from scripts.feature_files import FeatureFiles
+from fusion.train.training import train
 from tests.fusion import support
 
 

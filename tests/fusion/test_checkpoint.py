@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from config.errors import ConfigError
-from fusion.checkpoint import Checkpoint, Progress, load_checkpoint, save_checkpoint
+from common.errors import ConfigError
+from fusion.train.checkpoint import Checkpoint, Progress, load_checkpoint, save_checkpoint
 from tests.fusion import runs
 
 

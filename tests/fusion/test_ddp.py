@@ -13,7 +13,7 @@ import numpy as np
 import psutil
 import pytest
 
-from config.errors import ConfigError, FeatureError
+from common.errors import ConfigError, FeatureError
 from extractors.feature_file import feature_path
 from tests.fusion import runs
 from tests.ports import free_port

@@ -12,18 +12,19 @@ import pytest
 import torch
 import yaml
 
-from config.errors import BundleError, ConfigError
+from common.errors import BundleError, ConfigError
 from extractors.feature_file import read_features
-from fusion import bundle, metrics
-from fusion.ensemble import Averaging, Ensemble, averaged
-from fusion.folds import stratified_folds
-from fusion.inferer import Inferer
-from fusion.pool import PostPool
-from fusion.posts import PostList
+from fusion.bundle import bundle
+from fusion.bundle.ensemble import Averaging, Ensemble, averaged
+from fusion.data.feature_files import FeatureFiles
+from fusion.data.folds import stratified_folds
+from fusion.data.pool import PostPool
+from fusion.data.posts import PostList
+from fusion.infer.inferer import Inferer
+from fusion.metrics import ranking as metrics
 from fusion.report.judged import Judged
-from fusion.trainer import Trainer
-from fusion.training import TrainReport, train
-from scripts.feature_files import FeatureFiles
+from fusion.train.trainer import Trainer
+from fusion.train.training import TrainReport, train
 from tests.fusion import support
 from tests.fusion.test_bundle import write
 

@@ -13,15 +13,15 @@ import pytest
 import torch
 from torch import nn
 
-from config.errors import ConfigError
-from extractors.post import Features
-from fusion.bundle import Bundle, load_bundle
-from fusion.calibration import Temperature, calibrated
-from fusion.collate import Collate, Sample
-from fusion.export import ExportRefused, Format, ParityError, export
-from fusion.export_lstm import Kind, exportable
-from fusion.fusion_graph import fusion_graph
-from fusion.inferer import Inferer
+from common.errors import ConfigError
+from common.post import Features
+from fusion.bundle.bundle import Bundle, load_bundle
+from fusion.bundle.export import ExportRefused, Format, ParityError, export
+from fusion.bundle.export_lstm import Kind, exportable
+from fusion.bundle.fusion_graph import fusion_graph
+from fusion.data.collate import Collate, Sample
+from fusion.infer.inferer import Inferer
+from fusion.metrics.calibration import Temperature, calibrated
 from fusion.models import MODELS
 from tests.fusion import support
 from tests.scripts import infer_rig as rig

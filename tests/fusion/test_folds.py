@@ -10,10 +10,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from config.errors import ConfigError
-from fusion.folds import stratified_folds
-from fusion.pool import PostPool
-from fusion.posts import PostList
+from common.errors import ConfigError
+from fusion.data.folds import stratified_folds
+from fusion.data.pool import PostPool
+from fusion.data.posts import PostList
 from tests.fusion import support
 
 

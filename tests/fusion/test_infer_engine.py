@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from threading import Thread
 from typing import Any
 
-from fusion.data_file import Record
-from fusion.infer_engine import Outcome, run_chunks
-from fusion.infer_input import Bad
+from fusion.data.data_file import Record
+from fusion.infer.input import Bad
+from fusion.infer.processes import Outcome, run_chunks
 
 PATIENCE_S = 90.0
 

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from config.errors import ConfigError
-from extractors.weights import read_state_dict
-from fusion.bundle import load_bundle
-from fusion.legacy import fit, load_legacy, resolve_model, save_legacy, with_weights
+from common.errors import ConfigError
+from extractors.models.weights import read_state_dict
+from fusion.bundle.bundle import load_bundle
+from fusion.bundle.legacy import fit, load_legacy, resolve_model, save_legacy, with_weights
 from tests.fusion import support
 from tests.scripts import infer_rig as rig
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from fusion.loading import DataWait, ahead, default_loaders
+from fusion.data.loading import DataWait, ahead, default_loaders
 from tests.fusion import runs
 
 
@@ -59,7 +59,7 @@ def test_a_caller_that_stops_early_ends_the_thread() -> None:
 def test_waiting_is_told_from_working(monkeypatch: pytest.MonkeyPatch) -> None:
     """Items that take 20 ms to make and 60 ms to use: a quarter of the time is waiting."""
     now = [7.0]
-    monkeypatch.setattr("fusion.loading.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr("fusion.data.loading.time", SimpleNamespace(perf_counter=lambda: now[0]))
 
     def items() -> Iterator[int]:
         for i in range(5):

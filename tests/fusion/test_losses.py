@@ -9,14 +9,14 @@ import pytest
 import torch
 from torchvision.ops import sigmoid_focal_loss
 
-from config.errors import ConfigError
+from common.errors import ConfigError
 from config.load import validate
 from config.train import LossSettings, TrainSettings
-from fusion.collate import Batch, Collate, Sample
-from fusion.losses import TaggingLoss, class_weights
-from fusion.mixup import mixed, mixed_with
+from fusion.data.collate import Batch, Collate, Sample
 from fusion.models import build_model
-from fusion.objective import Objective
+from fusion.train.losses import TaggingLoss, class_weights
+from fusion.train.mixup import mixed, mixed_with
+from fusion.train.objective import Objective
 from tests.fusion import support
 
 Numbers = Any  # float64

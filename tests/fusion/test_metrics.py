@@ -14,7 +14,7 @@ from sklearn.metrics import (
     precision_recall_curve,
 )
 
-from fusion import metrics
+from fusion.metrics import ranking as metrics
 
 SCORES = [[0.9, 0.1, 0.6], [0.2, 0.8, 0.7]]
 TARGETS = [[1, 0, 1], [0, 1, 0]]

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from config.errors import ConfigError
+from common.errors import ConfigError
+from common.post import MODALITIES, Features, Modality, Stream
 from config.train import OptimizerSettings
-from extractors.post import MODALITIES, Features, Modality, Stream
-from fusion.collate import Batch, Collate, Sample
+from fusion.data.collate import Batch, Collate, Sample
 from fusion.models import MODELS, build_model
 from fusion.models.base import ModalityDropout
 from fusion.models.blocks import positions
-from fusion.optimizer import parameter_groups
+from fusion.train.optimizer import parameter_groups
 from tests.fusion import support
 
 NAMES = sorted(MODELS)

@@ -11,19 +11,25 @@ import torch
 from lightning_fabric import Fabric
 from torch import nn
 
-from config.errors import ConfigError
+from common.errors import ConfigError
 from config.load import validate
 from config.train import LossSettings, OptimizerSettings, TrainSettings
-from fusion.checkpoint import Progress
-from fusion.collate import Batch, Collate, Sample
-from fusion.losses import TaggingLoss
+from fusion.data.collate import Batch, Collate, Sample
+from fusion.data.feature_files import FeatureFiles
 from fusion.models import MODELS
-from fusion.objective import Objective
-from fusion.optimizer import SCHEDULES, MovingAverage, build_optimizer, cycle_ends, warm_up_cosine
-from fusion.run_state import RunState
-from fusion.trainer import Trainer
-from fusion.training import train
-from scripts.feature_files import FeatureFiles
+from fusion.train.checkpoint import Progress
+from fusion.train.losses import TaggingLoss
+from fusion.train.objective import Objective
+from fusion.train.optimizer import (
+    SCHEDULES,
+    MovingAverage,
+    build_optimizer,
+    cycle_ends,
+    warm_up_cosine,
+)
+from fusion.train.run_state import RunState
+from fusion.train.trainer import Trainer
+from fusion.train.training import train
 from tests.fusion import support
 
 STEPS = 40

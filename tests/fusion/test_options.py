@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from config.infer import InferSettings
-from fusion.infer_options import infer_options, infer_settings
-from fusion.options import train_options, train_settings
+from fusion.infer.options import infer_options, infer_settings
+from fusion.train.options import train_options, train_settings
 
 
 def test_folders_are_taken_as_they_are_written(tmp_path: Path) -> None:

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from config.errors import ConfigError
-from fusion import data_file
-from fusion.data_file import Record, entries, read_data_file
-from fusion.posts import PostList
+from common.errors import ConfigError
+from fusion.data import data_file
+from fusion.data.data_file import Record, entries, read_data_file
+from fusion.data.posts import PostList
 from tests.fusion import support
 
 ENTRIES: list[dict[str, Any]] = [

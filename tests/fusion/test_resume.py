@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from config.errors import ConfigError
-from fusion.trainer import Trainer
-from fusion.training import train
-from scripts.feature_files import FeatureFiles
+from common.errors import ConfigError
+from fusion.data.feature_files import FeatureFiles
+from fusion.train.trainer import Trainer
+from fusion.train.training import train
 from tests.fusion import runs, support
 
 

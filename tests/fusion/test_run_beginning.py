@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 import train_net
-from fusion.checkpoint import Checkpoint, Progress, save_checkpoint, signature
+from fusion.train.checkpoint import Checkpoint, Progress, save_checkpoint, signature
 from tests.fusion import media_posts, runs
 from tests.fusion.test_run_folder import ONE, tree
 from tests.tiny_models import TINY_CNN

@@ -14,9 +14,9 @@ import pytest
 from lightning_fabric import Fabric
 
 import train_net
-from config.errors import ConfigError
-from fusion.bundle import load_bundle, newest_version
-from fusion.run_folder import BACKBONES, FUSION, RunFiles, RunFolder
+from common.errors import ConfigError
+from fusion.bundle.bundle import load_bundle, newest_version
+from fusion.train.run_folder import BACKBONES, FUSION, RunFiles, RunFolder
 from tests.fusion import runs
 
 ONE: dict[str, Any] = {"epochs": 1}

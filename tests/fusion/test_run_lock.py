@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from lightning_fabric import Fabric
 
-from config.errors import ConfigError
-from fusion import run_folder
-from fusion.run_folder import FUSION, RunFolder, keep_bundle
+from common.errors import ConfigError
+from fusion.train import run_folder
+from fusion.train.run_folder import FUSION, RunFolder, keep_bundle
 from tests.fusion.test_run_folder import Killed, tree
 
 

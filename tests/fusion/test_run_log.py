@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from config.errors import ConfigError
-from fusion.run_log import RunLog, read_run
-from fusion.training import train
-from scripts.feature_files import FeatureFiles
+from common.errors import ConfigError
+from fusion.data.feature_files import FeatureFiles
+from fusion.train.run_log import RunLog, read_run
+from fusion.train.training import train
 from tests.fusion import support
 
 

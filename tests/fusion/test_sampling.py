@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fusion.sampling import EpochBatches
+from fusion.data.sampling import EpochBatches
 
 
 def test_every_post_once_an_epoch_in_a_new_order() -> None:

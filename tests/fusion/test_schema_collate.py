@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from config.errors import ConfigError, FeatureError
+from common.errors import ConfigError, FeatureError
+from common.post import Features
 from config.train import TokenLimits
-from extractors.post import Features
-from fusion.collate import Collate, Sample
-from fusion.schema import FeatureManifest, InputSchema
+from fusion.data.collate import Collate, Sample
+from fusion.data.schema import FeatureManifest, InputSchema
 from tests.fusion import support
 
 

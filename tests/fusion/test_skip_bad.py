@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import train_net
-from config.errors import ConfigError
+from common.errors import ConfigError
 from extractors.feature_file import feature_path, write_features
 from tests.fusion import runs, support
 

@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 import torch
 
+from common.post import MODALITIES, Features, Stream, modality_of, streams_of
 from config.train import DataSettings, LossSettings
-from extractors.post import MODALITIES, Features, Stream, modality_of, streams_of
-from fusion.bundle import check_fingerprints, load_bundle, save_bundle
-from fusion.collate import Batch, Collate, Sample
-from fusion.data_file import Record
-from fusion.dataset import find_manifest
-from fusion.losses import TaggingLoss, binary_cross_entropy
+from fusion.bundle.bundle import check_fingerprints, load_bundle, save_bundle
+from fusion.data.collate import Batch, Collate, Sample
+from fusion.data.data_file import Record
+from fusion.data.dataset import find_manifest
+from fusion.data.schema import FeatureManifest, InputSchema
 from fusion.models import MODELS, FusionModel, build_model
 from fusion.models.base import ModalityDropout
-from fusion.objective import Objective
-from fusion.schema import FeatureManifest, InputSchema
+from fusion.train.losses import TaggingLoss, binary_cross_entropy
+from fusion.train.objective import Objective
 from tests.fusion import support
 from tests.fusion.numpy_models import FORWARDS
 

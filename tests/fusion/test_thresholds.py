@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fusion.calibration import fit_calibration
-from fusion.inferer import Inferer
+from fusion.data.feature_files import FeatureFiles
+from fusion.infer.inferer import Inferer
+from fusion.metrics.calibration import fit_calibration
+from fusion.metrics.thresholds import best_f1_threshold, fit_thresholds, precision_threshold
 from fusion.report.judged import Judged
-from fusion.thresholds import best_f1_threshold, fit_thresholds, precision_threshold
-from fusion.training import train
-from scripts.feature_files import FeatureFiles
+from fusion.train.training import train
 from tests.fusion import support
 
 

@@ -11,20 +11,20 @@ import torch
 from lightning_fabric import Fabric
 from safetensors.torch import load_file
 
-from fusion import metrics
-from fusion.collate import Batch
-from fusion.dataset import PostDataset
-from fusion.inferer import Inferer
-from fusion.losses import TaggingLoss, binary_cross_entropy
+from fusion.data.collate import Batch
+from fusion.data.dataset import PostDataset
+from fusion.data.feature_files import FeatureFiles
+from fusion.data.posts import PostList
+from fusion.infer.inferer import Inferer
+from fusion.metrics import ranking as metrics
+from fusion.metrics.scoring import targets_of
+from fusion.metrics.thresholds import best_f1_threshold, fit_thresholds
 from fusion.models import build_model
-from fusion.objective import Objective
-from fusion.posts import PostList
-from fusion.prepare import prepare
-from fusion.resume import model_signature
-from fusion.scoring import targets_of
-from fusion.thresholds import best_f1_threshold, fit_thresholds
-from fusion.trainer import Trainer
-from scripts.feature_files import FeatureFiles
+from fusion.train.losses import TaggingLoss, binary_cross_entropy
+from fusion.train.objective import Objective
+from fusion.train.prepare import prepare
+from fusion.train.resume import model_signature
+from fusion.train.trainer import Trainer
 from tests.fusion import runs, support
 
 

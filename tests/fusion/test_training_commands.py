@@ -11,7 +11,7 @@ import pytest
 
 import infer_net
 import train_net
-from fusion import metrics
+from fusion.metrics import ranking as metrics
 from tests.fusion import runs, support
 
 

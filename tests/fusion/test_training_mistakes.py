@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from config.errors import ConfigError, FeatureError, TaggingError
+from common.errors import ConfigError, FeatureError, TaggingError
 from extractors.feature_file import write_features
 from tests.fusion import runs, support
 

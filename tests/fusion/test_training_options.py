@@ -12,11 +12,11 @@ import yaml
 from safetensors.torch import save_file
 
 import train_net
+from common.errors import ConfigError
 from config.backbone_train import BackboneTrainSettings
-from config.errors import ConfigError
 from config.train import TrainSettings
-from fusion.bundle import load_bundle
-from fusion.options import train_options, train_settings
+from fusion.bundle.bundle import load_bundle
+from fusion.train.options import train_options, train_settings
 from tests.fusion import runs
 
 

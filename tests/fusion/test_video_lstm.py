@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from config.features import LstmSizes, VideoLstmSettings
-from extractors.video_lstm import VideoLstm
-from fusion.backbone_media import STREAM
-from fusion.backbone_model import save_backbone
-from fusion.collate import Batch
-from fusion.video_lstm import AttentionLstm, LstmTagger, save_lstm
+from extractors.models.video_lstm import VideoLstm
+from fusion.backbones.media import STREAM
+from fusion.backbones.model import save_backbone
+from fusion.backbones.video_lstm import AttentionLstm, LstmTagger, save_lstm
+from fusion.data.collate import Batch
 
 SIZES = LstmSizes(projection=6, hidden=5, join=9, width=7)
 DIM = 11

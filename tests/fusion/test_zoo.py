@@ -10,16 +10,16 @@ import pytest
 import torch
 from torch import nn
 
+from common.post import MODALITIES, Features, Stream
 from config.fusion_models import MbtSettings, NextVladSettings
 from config.train import LossSettings, ModelSettings, OptimizerSettings
-from extractors.post import MODALITIES, Features, Stream
-from fusion.collate import Batch, Collate, Sample
-from fusion.losses import TaggingLoss, binary_cross_entropy
+from fusion.data.collate import Batch, Collate, Sample
 from fusion.models import MODELS, build_model
 from fusion.models.blocks import Block
 from fusion.models.pooling import MaskedBatchNorm, NeXtVLAD
-from fusion.objective import Objective
-from fusion.optimizer import parameter_groups
+from fusion.train.losses import TaggingLoss, binary_cross_entropy
+from fusion.train.objective import Objective
+from fusion.train.optimizer import parameter_groups
 from tests.fusion import support
 from tests.fusion.numpy_models import FORWARDS
 

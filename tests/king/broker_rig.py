@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from config.errors import BrokerUnavailable
+from common.errors import BrokerUnavailable
 from config.settings import BrokerSettings
-from king.broker import Broker, Delivery, KombuBroker
+from king.broker.broker import Broker, Delivery, KombuBroker
 from tests.fakes.broker import MemoryBroker, MemoryQueue
 
 

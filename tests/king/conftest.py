@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from king.store import MongoStore
+from king.store.store import MongoStore
 from tests.fakes.store import FakeStore
 from tests.king.store_rig import StoreRig, mongo_store
 from tests.services import MongoServer

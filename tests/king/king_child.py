@@ -9,8 +9,8 @@ import json
 import sys
 from pathlib import Path
 
-from config.errors import ConfigError
-from config.logs import configure_logs
+from common.errors import ConfigError
+from common.logs import configure_logs
 from config.settings import Settings
 from king.king import King
 from tests.king.king_rig import fake_pool

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from config.settings import BrokerSettings, FetchSettings, KingSettings, Settings, StoreSettings
-from king.broker import Broker
+from king.broker.broker import Broker
 from king.king import King
-from king.store import Store
+from king.store.store import Store
 from tests.fakes.broker import MemoryQueue
 from tests.fakes.pool import Answer, FakePool, default_answer
 from workers.protocol import FuseTask, Task

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from common.post import Failure, Tag, Tags
 from config.settings import StoreSettings
-from extractors.post import Failure, Tag, Tags
 from king.jobs import (
     Claim,
     Job,
@@ -18,7 +18,7 @@ from king.jobs import (
     Verdict,
 )
 from king.messages import PostMessage
-from king.store import MongoStore, Store
+from king.store.store import MongoStore, Store
 from tests.fakes.store import FakeStore
 
 NOW = 1_800_000_000.0

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from config.errors import BrokerUnavailable
-from king.broker import Delivery
+from common.errors import BrokerUnavailable
+from king.broker.broker import Delivery
 from king.messages import PostMessage, parse_message
 from tests.king.broker_rig import Consumer, Rig, settings_for
 

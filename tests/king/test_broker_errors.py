@@ -11,12 +11,12 @@ import kombu.exceptions
 import pytest
 import redis.exceptions
 
-from config.errors import BrokerUnavailable, ConfigError, MessageError
+from common.errors import BrokerUnavailable, ConfigError, MessageError
 from config.settings import BrokerSettings
-from king.broker import KombuBroker, queue_depth
-from king.broker_errors import mapped
+from king.broker.broker import KombuBroker, queue_depth
+from king.broker.errors import mapped
+from king.broker.publisher import publish_posts
 from king.messages import PostMessage
-from king.publisher import publish_posts
 from tests.king.broker_rig import connected, settings_for
 from tests.services import RabbitMQServer, RedisServer
 

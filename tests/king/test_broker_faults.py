@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from config.errors import BrokerUnavailable
+from common.errors import BrokerUnavailable
 from config.settings import BrokerSettings
-from king.amqp_link import dead_queue
-from king.broker import KombuBroker, queue_depth
+from king.broker.broker import KombuBroker, queue_depth
+from king.broker.publisher import publish_posts
+from king.broker.rabbitmq import dead_queue
 from king.messages import PostMessage, parse_message
-from king.publisher import publish_posts
 from tests.king.broker_rig import Consumer, connected, settings_for
 from tests.proxy import Proxy, proxy_to
 from tests.services import RabbitMQServer, RedisServer, wait_until
@@ -25,7 +25,7 @@ from tests.services import RabbitMQServer, RedisServer, wait_until
 HOLDER = """
 import sys, time
 from config.settings import BrokerSettings
-from king.broker import KombuBroker
+from king.broker.broker import KombuBroker
 broker = KombuBroker(BrokerSettings.model_validate_json(sys.argv[1]))
 broker.connect()
 held = []

@@ -15,10 +15,10 @@ import pytest
 import redis
 
 from config.settings import BrokerSettings
-from king.broker import queue_depth
-from king.envelope import MAX_BODY_BYTES, decompressed, read_item, redelivery_of
+from king.broker.broker import queue_depth
+from king.broker.envelope import MAX_BODY_BYTES, decompressed, read_item, redelivery_of
+from king.broker.publisher import publish_posts
 from king.messages import PostMessage, parse_message
-from king.publisher import publish_posts
 from tests.king.broker_rig import Consumer, connected, settings_for
 from tests.services import RabbitMQServer, RedisServer
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from config.errors import BrokerUnavailable
-from king.broker import KombuBroker
+from common.errors import BrokerUnavailable
+from king.broker.broker import KombuBroker
 from king.messages import PostMessage
 from tests.king.broker_rig import Consumer, connected, settings_for
 from tests.proxy import Proxy, proxy_to

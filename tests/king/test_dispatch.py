@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from common.post import Failure, Media, Post
 from config.settings import FeatureSettings, KingSettings, OcrSettings, Settings
-from extractors.post import Failure, Media, Post
-from king.dispatch import Dispatcher
+from king.dispatch_thread import Dispatcher
 from king.health import Board
 from king.jobs import Dead, GivenBack, Outcome, Retry, Started, Tagged, Unreadable
 from tests.fakes.pool import DIED, Answer, FakePool, decoded, default_answer

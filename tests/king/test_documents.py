@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from bson import ObjectId
 
+from common.post import Media
 from config.settings import FieldMap
-from extractors.post import Media
-from king.documents import (
+from king.store.documents import (
     clean,
     dig,
     id_candidates,

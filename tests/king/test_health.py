@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from king.broker import Delivery
-from king.flights import Flights, is_dead, own_name
+from king.broker.broker import Delivery
 from king.health import Board, read_health, write_health
+from king.in_flight import Flights, is_dead, own_name
 
 
 def test_health_file_is_always_whole(tmp_path: Path) -> None:

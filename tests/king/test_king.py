@@ -9,7 +9,7 @@ from typing import Any
 
 import structlog
 
-from extractors.post import Failure
+from common.post import Failure
 from king.health import read_health
 from king.jobs import message_key
 from king.messages import PostMessage

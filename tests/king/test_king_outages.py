@@ -105,7 +105,7 @@ def test_orphans_of_a_dead_king_are_published(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A job whose King is dead and whose message is lost is done by the next King."""
-    monkeypatch.setattr("king.keeper._RELEASE_AFTER_S", 0.1)
+    monkeypatch.setattr("king.store_thread._RELEASE_AFTER_S", 0.1)
     monkeypatch.setattr("king.king.is_dead", lambda owner: owner == "dead")
     store, broker = FakeStore(posts("p1")), MemoryBroker()
     far = time.time() + 1000

@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 
+from common.post import Failure
 from config.settings import BrokerSettings, Settings
-from extractors.post import Failure
-from king.broker import KombuBroker
+from king.broker.broker import KombuBroker
+from king.broker.publisher import publish_posts
 from king.messages import PostMessage
-from king.publisher import publish_posts
-from king.store import MongoStore
+from king.store.store import MongoStore
 from tests.fakes.pool import DIED, Answer, default_answer
 from tests.king.king_rig import Running, fake_pool, king_settings
 from tests.king.store_rig import mongo_settings

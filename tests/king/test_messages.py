@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from config.errors import MessageError
+from common.errors import MessageError
 from king.messages import PostMessage, parse_message
 
 

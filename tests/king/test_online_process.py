@@ -16,9 +16,9 @@ import pytest
 import yaml
 
 from config.settings import BrokerSettings, Settings, StoreSettings
+from king.broker.publisher import publish_posts
 from king.messages import PostMessage
-from king.publisher import publish_posts
-from king.store import MongoStore
+from king.store.store import MongoStore
 from tests import media
 from tests.king.store_rig import mongo_settings
 from tests.services import MongoServer, RedisServer
@@ -70,9 +70,9 @@ def make_bundle(folder: Path, settings: Settings) -> str:
     from config.labels import LabelMap
     from config.train import ModelSettings
     from extractors.suite import ExtractorSuite
-    from fusion.bundle import save_bundle
+    from fusion.bundle.bundle import save_bundle
+    from fusion.data.schema import FeatureManifest, InputSchema
     from fusion.models import build_model
-    from fusion.schema import FeatureManifest, InputSchema
 
     suite = ExtractorSuite(settings.features)
     suite.load()

@@ -7,9 +7,9 @@ import time
 import pytest
 
 from config.settings import BrokerSettings
-from king.broker import queue_depth
+from king.broker.broker import queue_depth
+from king.broker.publisher import publish_posts
 from king.messages import PostMessage, parse_message
-from king.publisher import publish_posts
 from tests.king.broker_rig import Consumer, connected, settings_for
 
 COUNT = 1000

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import structlog
 
-from config.errors import StoreRefused
+from common.errors import StoreRefused
 from king.jobs import Job
 from king.messages import PostMessage
 from king.reconciler import LEASE, Reconciler
-from king.store import MongoStore
+from king.store.store import MongoStore
 from tests.fakes.broker import MemoryBroker
 from tests.king.king_rig import Running, fake_pool, king_settings
 from tests.king.store_rig import (

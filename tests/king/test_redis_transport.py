@@ -9,9 +9,9 @@ import pytest
 import redis
 
 from config.settings import BrokerSettings
+from king.broker.publisher import publish_posts
+from king.broker.redis import RedisLink
 from king.messages import PostMessage
-from king.publisher import publish_posts
-from king.redis_link import RedisLink
 from tests.king.broker_rig import Consumer, connected, settings_for
 from tests.services import RedisServer
 

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import structlog
 
-from config.errors import ConfigError, StoreRefused, StoreUnavailable
-from extractors.post import Failure
+from common.errors import ConfigError, StoreRefused, StoreUnavailable
+from common.post import Failure
 from king.jobs import Dead, Outcome, Retry, Tagged, Unrecorded
-from king.mongo import MongoEdge
-from king.store import MongoStore
+from king.store.client import MongoEdge
+from king.store.store import MongoStore
 from tests.fakes.broker import MemoryBroker
 from tests.fakes.store import FakeStore
 from tests.king.king_rig import Running, fake_pool, king_settings, on_fakes, queue_of
@@ -119,7 +119,7 @@ def test_refused_job_waits_alone_and_is_written_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
 ) -> None:
     """The others are acknowledged at once, the refused one when its job is written at last."""
-    monkeypatch.setattr("king.keeper._REFUSED_AGAIN_S", 0.3)
+    monkeypatch.setattr("king.store_thread._REFUSED_AGAIN_S", 0.3)
     store = PickyStore([{"_id": "bad", "text": "x"}, {"_id": "good", "text": "x"}], at, 3)
     broker = MemoryBroker(queue_of(b"bad", b"good"))
     with structlog.testing.capture_logs() as logs, on_fakes(tmp_path, store, broker) as it:
@@ -157,7 +157,7 @@ def test_refused_workers_end_the_king_soon_without_a_database(tmp_path: Path) ->
             timed_out.wait(40)
             raise StoreUnavailable("fake://: no server")
 
-    pool = fake_pool(tmp_path, refuse="fusion.bundle: made for other features")
+    pool = fake_pool(tmp_path, refuse="fusion.bundle.bundle: made for other features")
     begun = time.monotonic()
     with structlog.testing.capture_logs() as logs:
         king = Running(king_settings(tmp_path), pool, store=Away(), broker=MemoryBroker())

@@ -7,7 +7,7 @@ from datetime import datetime, timedelta, timezone
 
 from bson import ObjectId
 
-from extractors.post import Failure, Media
+from common.post import Failure, Media
 from king.jobs import (
     Buried,
     Dead,

@@ -8,9 +8,9 @@ import pytest
 from bson import decode, encode
 from bson.datetime_ms import DatetimeMS
 
-from config.errors import ConfigError, StoreUnavailable
+from common.errors import ConfigError, StoreUnavailable
+from common.post import Failure
 from config.settings import FieldMap, StoreSettings
-from extractors.post import Failure
 from king.jobs import (
     Dead,
     Settled,
@@ -18,7 +18,7 @@ from king.jobs import (
     Unreadable,
     message_key,
 )
-from king.store import MongoStore
+from king.store.store import MongoStore
 from tests.conftest import MONGO_KINDS
 from tests.king.store_rig import (
     BUNDLE,

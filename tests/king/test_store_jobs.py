@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from extractors.post import Failure
+from common.post import Failure
 from king.jobs import (
     QUEUED_FOR_S,
     Buried,
@@ -17,7 +17,7 @@ from king.jobs import (
     Unreadable,
     message_key,
 )
-from king.store import MongoStore
+from king.store.store import MongoStore
 from tests.king.store_rig import (
     BROKEN,
     NOW,

@@ -15,8 +15,8 @@ import torch
 import yaml
 
 import infer_net
-from fusion.bundle import save_bundle
-from fusion.ensemble import Ensemble
+from fusion.bundle.bundle import save_bundle
+from fusion.bundle.ensemble import Ensemble
 from fusion.models import FusionModel
 from tests.fusion import support
 

@@ -13,14 +13,14 @@ import pytest
 from PIL import Image
 from scipy.fft import dctn
 
-from extractors.pictures import read_pictures, squash
-from extractors.post import Media, Post
-from scripts.analysis.duplicates import Group, find_groups
-from scripts.analysis.facts import MediaFact
-from scripts.analysis.groups import GroupTally
-from scripts.analysis.looks import hash_of, look_of, near_pairs, same_colours
-from scripts.analysis.texts import Bands, comparable, jaccard, key_of, normal, shingles
-from scripts.corpus.records import AtomicLines, CorpusPost, read_posts
+from common.post import Media, Post
+from corpus.analyze.duplicates import Group, find_groups
+from corpus.analyze.facts import MediaFact
+from corpus.analyze.groups import GroupTally
+from corpus.analyze.looks import hash_of, look_of, near_pairs, same_colours
+from corpus.analyze.texts import Bands, comparable, jaccard, key_of, normal, shingles
+from corpus.records import AtomicLines, CorpusPost, read_posts
+from extractors.media.pictures import read_pictures, squash
 from tests.media import halves, noise, solid
 from tests.scripts.analyze_corpus import Corpus, make_corpus
 

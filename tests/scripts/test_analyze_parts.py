@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from scripts.analysis import charts, measure, words
-from scripts.analysis.histogram import Histogram
-from scripts.analysis.labels import Labels
-from scripts.analysis.languages import EMPTY, NO_WORDS, SHORT, language_of
-from scripts.analysis.measure import DIED, Measured, Task, measure_all
+from corpus.analyze import charts, measure, words
+from corpus.analyze.histogram import Histogram
+from corpus.analyze.labels import Labels
+from corpus.analyze.languages import EMPTY, NO_WORDS, SHORT, language_of
+from corpus.analyze.measure import DIED, Measured, Task, measure_all
 from tests.media import quadrants, write_jpeg
 
 

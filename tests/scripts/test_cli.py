@@ -18,7 +18,7 @@ import pytest
 
 from config.load import load_settings
 from deploy import embedded
-from king.broker import Delivery, KombuBroker
+from king.broker.broker import Delivery, KombuBroker
 from king.messages import parse_message
 from scripts.cli import run
 

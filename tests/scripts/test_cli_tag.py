@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from config.errors import BundleError, ConfigError, MediaError, NothingUsable
+from common.errors import BundleError, ConfigError, MediaError, NothingUsable
+from common.post import Failure, Features, Media, Post, Tag, Tags
+from common.times import since_time
 from config.settings import Settings
-from extractors.post import Failure, Features, Media, Post, Tag, Tags
 from scripts.cli import run
-from scripts.commands.common import ago, since_time
+from scripts.commands.common import ago
 from scripts.commands.post_file import read_posts
 
 
@@ -174,7 +175,7 @@ def test_a_missing_bundle_is_the_users_mistake(
     config.write_text("fusion: {bundle: absent}")
     file = written(tmp_path, {"post_id": "a", "text": "cat"})
     assert run(["tag", str(file), "--config", str(config)]) == 2
-    assert "fusion.bundle: absent: no such bundle" in capsys.readouterr().err
+    assert "fusion.bundle.bundle: absent: no such bundle" in capsys.readouterr().err
 
 
 def test_times_are_read_and_told() -> None:

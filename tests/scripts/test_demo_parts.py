@@ -11,14 +11,14 @@ import requests
 
 from config.labels import LabelMap
 from config.load import load_settings
-from extractors.text import TextExtractor
-from scripts.demo.__main__ import main
-from scripts.demo.layout import Sizes
-from scripts.demo.lesson import Lesson
-from scripts.demo.media_server import MediaServer
-from scripts.demo.parallel import map_items, run_jobs, tell
-from scripts.demo.stamps import Stamp
-from scripts.demo.text_backbone import train_text
+from demo.__main__ import main
+from demo.layout import Sizes
+from demo.lesson import Lesson
+from demo.media_server import MediaServer
+from demo.parallel import map_items, run_jobs, tell
+from demo.stamps import Stamp
+from demo.text_backbone import train_text
+from extractors.models.text import TextExtractor
 
 ROOT = Path(__file__).resolve().parents[2]
 

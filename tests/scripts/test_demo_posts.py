@@ -14,12 +14,12 @@ import pytest
 import soundfile
 
 from config.labels import LabelMap
+from demo.posts.make import DATA_FILE, Entry
+from demo.posts.motion import PATHS, clip
+from demo.posts.plan import plan_posts
+from demo.posts.taxonomy import CAPACITY, TAGS
+from demo.posts.words import sign_lines
 from scripts.data_scripts.make_demo_posts import main
-from scripts.demo_posts.make import DATA_FILE, Entry
-from scripts.demo_posts.motion import PATHS, clip
-from scripts.demo_posts.plan import plan_posts
-from scripts.demo_posts.taxonomy import CAPACITY, TAGS
-from scripts.demo_posts.words import sign_lines
 
 ROOT = Path(__file__).resolve().parents[2]
 

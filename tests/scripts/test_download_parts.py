@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from config.errors import ConfigError
-from config.files import file_digest
-from scripts.downloads.content import classify, incoming_folder, left_over
-from scripts.downloads.hosts import DEAD_AFTER, Hosts, Try, host_of
-from scripts.downloads.meter import Rate
-from scripts.downloads.state import State
-from scripts.downloads.values import Ask, Found, key_of
+from common.errors import ConfigError
+from common.files import file_digest
+from corpus.download.content import classify, incoming_folder, left_over
+from corpus.download.hosts import DEAD_AFTER, Hosts, Try, host_of
+from corpus.download.meter import Rate
+from corpus.download.state import State
+from corpus.download.values import Ask, Found, key_of
 from tests.scripts.media_site import png, wav
 
 FAILED = Found("retryable", reason=("FetchRetryable", "no"))

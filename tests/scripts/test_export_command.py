@@ -11,9 +11,9 @@ import pytest
 import torch
 import yaml
 
-import fusion.export
-from extractors.text import TextExtractor
-from extractors.visual import VisualExtractor
+import fusion.bundle.export
+from extractors.models.text import TextExtractor
+from extractors.models.visual import VisualExtractor
 from scripts.cli import run
 from tests.scripts import infer_rig as rig
 from tests.tiny_models import TINY_CNN, tiny_bert, tiny_bundle, tiny_features, tiny_timm_weights
@@ -132,7 +132,7 @@ def test_a_difference_exits_1(
 ) -> None:
     """Where nothing is allowed, rounding is too much; no file is left."""
     rig.write_bundle(tmp_path / "bundle", "concat_mlp")
-    monkeypatch.setattr(fusion.export, "TOLERANCE", -1.0)
+    monkeypatch.setattr(fusion.bundle.export, "TOLERANCE", -1.0)
     out = tmp_path / "out.pth"
     given = ["--bundle", str(tmp_path / "bundle"), "--format", "state_dict", "--out", str(out)]
     assert run(["export", *given]) == 1
@@ -144,7 +144,7 @@ def test_a_whole_backbone_is_loaded_only_when_allowed(tmp_path: Path) -> None:
     """``features.image.allow_pickle``: the same features as from its state dict."""
     import timm
 
-    from config.errors import ConfigError
+    from common.errors import ConfigError
     from config.settings import ImageSettings
 
     state = tiny_timm_weights(tmp_path, TINY_CNN, suffix=".pth")

@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from config.errors import ConfigError
+from common.errors import ConfigError
+from common.post import Post
 from config.settings import Settings
-from extractors.post import Post
-from scripts.extraction import actor as actor_module
-from scripts.extraction.actor import IN, OUT, ExtractActor, Order, trouble_of
-from scripts.extraction.parts import PartFolder
-from scripts.extraction.run import main
-from scripts.extraction.values import WANTED, Result, Work
+from corpus.extract import actor as actor_module
+from corpus.extract.actor import IN, OUT, ExtractActor, Order, trouble_of
+from corpus.extract.parts import PartFolder
+from corpus.extract.run import main
+from corpus.extract.values import WANTED, Result, Work
 from tests.scripts.extraction_corpus import feature_files, write_config, write_pictures
 
 

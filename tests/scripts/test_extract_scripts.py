@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from common.post import Post
 from config.load import load_settings
+from corpus.extract.run import main
+from corpus.extract.values import WANTED, Kind, Work
+from corpus.extract.work import Inputs
 from extractors.feature_file import feature_path, features_bytes, read_features, read_header
-from extractors.post import Post
-from scripts.extraction.run import main
-from scripts.extraction.values import WANTED, Kind, Work
-from scripts.extraction.work import Inputs
 from tests.scripts.extraction_corpus import (
     feature_files,
     files,

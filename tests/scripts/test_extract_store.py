@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from extractors.feature_file import feature_path, features_bytes, read_features, write_features
-from extractors.post import (
+from common.post import (
     MODALITIES,
     STREAMS,
     Failure,
@@ -21,8 +20,9 @@ from extractors.post import (
     Stream,
     modality_of,
 )
-from scripts.extraction.store import FeatureStore
-from scripts.extraction.values import WANTED, Kind, Work
+from corpus.extract.store import FeatureStore
+from corpus.extract.values import WANTED, Kind, Work
+from extractors.feature_file import feature_path, features_bytes, read_features, write_features
 from tests.scripts.extraction_corpus import feature_files
 
 MADE_WITH: dict[Stream, str] = {stream: f"fingerprint of {stream}" for stream in STREAMS}

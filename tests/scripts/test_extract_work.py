@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from config.errors import ConfigError
+from common.errors import ConfigError
+from common.post import Failure, Modality
 from config.settings import Settings
-from extractors.post import Failure, Modality
-from scripts.extraction.failures import FailureFile
-from scripts.extraction.options import parse
-from scripts.extraction.parts import PartFolder, read_part, tries
-from scripts.extraction.values import FailedPart, Result, Work
-from scripts.extraction.work import Inputs
+from corpus.extract.failures import FailureFile
+from corpus.extract.options import parse
+from corpus.extract.parts import PartFolder, read_part, tries
+from corpus.extract.values import FailedPart, Result, Work
+from corpus.extract.work import Inputs
 from tests.scripts.extraction_corpus import write_corpus, write_lines
 
 IMAGE: frozenset[Modality] = frozenset({"image"})

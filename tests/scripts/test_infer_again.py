@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fusion.infer_complete import note_of
+from fusion.infer.infer_complete import note_of
 from tests.scripts import infer_rig as rig
 from tests.scripts.test_infer_resume import stop_after
 

@@ -14,8 +14,8 @@ from pymongo import MongoClient
 
 from config.infer import CollectionSettings
 from extractors.feature_file import write_features
-from king.documents import tagged_result
 from king.jobs import Started, Tagged
+from king.store.documents import tagged_result
 from scripts.inference.collection import store_of
 from tests.fusion import support
 from tests.scripts import infer_rig as rig

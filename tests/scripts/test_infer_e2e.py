@@ -13,8 +13,8 @@ import yaml
 
 from config.load import load_settings
 from config.settings import Settings
-from fusion.infer_complete import note_of
-from fusion.infer_options import infer_options, infer_settings
+from fusion.infer.infer_complete import note_of
+from fusion.infer.options import infer_options, infer_settings
 from scripts.cli import run
 from tests.scripts import infer_rig as rig
 from tests.tiny_models import tiny_bundle, tiny_features

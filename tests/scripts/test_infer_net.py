@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from extractors.feature_file import feature_path, write_features
-from fusion.bundle import load_bundle
-from fusion.collate import Collate, Sample
-from scripts.feature_files import FeatureFiles
+from fusion.bundle.bundle import load_bundle
+from fusion.data.collate import Collate, Sample
+from fusion.data.feature_files import FeatureFiles
 from tests.fusion import support
 from tests.scripts import infer_rig as rig
 

@@ -11,16 +11,16 @@ from typing import Any
 
 import pytest
 
-from config.errors import ConfigError
-from extractors.post import Features
-from fusion.infer_journal import Journal
-from scripts.feature_files import FeatureFiles
+from common.errors import ConfigError
+from common.post import Features
+from fusion.data.feature_files import FeatureFiles
+from fusion.infer.journal import Journal
 from tests.scripts import infer_rig as rig
 
 SLOW = """
 import sys, time
 import infer_net
-from scripts.feature_files import FeatureFiles
+from fusion.data.feature_files import FeatureFiles
 log, read = open(sys.argv.pop(1), "a", buffering=1), FeatureFiles.features
 def slow(self, post_id, path, fingerprints):
     time.sleep(0.01)

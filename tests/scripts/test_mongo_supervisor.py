@@ -17,9 +17,9 @@ import pytest
 from bson import ObjectId
 
 from config.settings import MonitorSettings, Settings
-from king.broker import queue_depth
+from king.broker.broker import queue_depth
 from king.jobs import Job
-from king.store import MongoStore
+from king.store.store import MongoStore
 from scripts.mongo_supervisor import check
 from scripts.mongo_supervisor.facts import (
     look,

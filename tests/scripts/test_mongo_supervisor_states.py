@@ -9,17 +9,10 @@ from typing import Any
 import pytest
 from bson import ObjectId
 
+from common.times import moment_of
 from config.settings import MonitorSettings, Threshold
 from scripts.mongo_supervisor.checks import EXIT_CODES, judge, worst
-from scripts.mongo_supervisor.facts import (
-    Backlog,
-    Facts,
-    Jobs,
-    Replicas,
-    Results,
-    moment_of,
-    replicas_of,
-)
+from scripts.mongo_supervisor.facts import Backlog, Facts, Jobs, Replicas, Results, replicas_of
 from scripts.mongo_supervisor.report import as_json, plugin_line, summary
 
 

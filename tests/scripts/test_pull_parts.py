@@ -11,15 +11,15 @@ import pymongo
 import pytest
 from bson import ObjectId
 
-from config.errors import ConfigError
+from common.errors import ConfigError
+from common.post import Post
 from config.settings import StoreSettings
-from extractors.post import Post
-from scripts.corpus.records import CorpusPost
-from scripts.pulling.choose import Choice, Smallest, hash_of, rare_tags, sample
-from scripts.pulling.command import query_of
-from scripts.pulling.pages import Pages
-from scripts.pulling.progress import Files
-from scripts.pulling.values import Options, Place
+from corpus.pull.choose import Choice, Smallest, hash_of, rare_tags, sample
+from corpus.pull.command import query_of
+from corpus.pull.pages import Pages
+from corpus.pull.progress import Files
+from corpus.pull.values import Options, Place
+from corpus.records import CorpusPost
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,8 @@ import pymongo
 import pytest
 from bson import Binary, Int64, ObjectId
 
+from corpus.pull.progress import Files
 from scripts.data_scripts.pull_posts import main
-from scripts.pulling.progress import Files
 from tests.services import wait_until
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts/data_scripts/pull_posts.py"

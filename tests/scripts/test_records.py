@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from config.errors import ConfigError
-from extractors.post import Media, Post
-from scripts.corpus import records
-from scripts.corpus.lines import DataFile, Form
-from scripts.corpus.records import (
+from common.errors import ConfigError
+from common.post import Media, Post
+from corpus import records
+from corpus.lines import DataFile, Form
+from corpus.records import (
     AtomicLines,
     BadLine,
     CorpusPost,
@@ -26,7 +26,7 @@ from scripts.corpus.records import (
     post_line,
     read_posts,
 )
-from scripts.corpus.runs import Interrupt, Stopper, only_one
+from corpus.runs import Interrupt, Stopper, only_one
 
 FULL = {
     "post_id": "a/猫",
@@ -232,7 +232,7 @@ def test_summary_counts_by_reason(
     assert "[x] broken" in shown
     assert "1,500" in shown
     assert "12,345" in shown
-    monkeypatch.setattr("scripts.corpus.summary._MAX_REASONS", 2)
+    monkeypatch.setattr("corpus.summary._MAX_REASONS", 2)
     for i in range(5):
         summary.failed(f"reason {i}")
     assert summary.failures == 6

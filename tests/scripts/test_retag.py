@@ -15,7 +15,7 @@ from bson import ObjectId
 from config.cache import CacheSettings
 from config.load import load_settings
 from deploy import embedded
-from king.broker import Delivery, KombuBroker
+from king.broker.broker import Delivery, KombuBroker
 from king.messages import PostMessage, parse_message
 from scripts.cli import run
 from workers.cache.store import open_store

@@ -9,7 +9,7 @@ import pytest
 
 from tests.workers.driving import Driver, memory_files, toy_settings
 from tests.workers.web import Web, web_server
-from workers.pipe import Pipe
+from workers.pool.pipe import Pipe
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import psutil
 
 from config.settings import Settings
 from tests.workers.toys import ROLES
-from workers.pool import PoolEvent, PoolReady, ProcessPool, TaskDone, TaskFailed
+from workers.pool.pool import PoolEvent, PoolReady, ProcessPool, TaskDone, TaskFailed
 from workers.protocol import (
     Decoded,
     DecodeTask,

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from config.errors import FetchRefused, FetchRetryable
+from common.errors import FetchRefused, FetchRetryable
 from config.settings import FetchSettings
-from workers.fetch import fetch
+from workers.fetch.client import fetch
 from workers.protocol import Media
 
 

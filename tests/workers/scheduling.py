@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from config.settings import Settings
+from workers.pool.schedule import Load, Scheduler
 from workers.protocol import ArrayRef, Envelope, ExtractTask
-from workers.schedule import Load, Scheduler
 
 SETTINGS = Settings.model_validate(
     {

@@ -23,9 +23,9 @@ def write_bundle(folder: Path, suite: ExtractorSuite, *, seed: int = 0, **change
     import torch
 
     from config.train import ModelSettings
-    from fusion.bundle import save_bundle
+    from fusion.bundle.bundle import save_bundle
+    from fusion.data.schema import FeatureManifest, InputSchema
     from fusion.models import build_model
-    from fusion.schema import FeatureManifest, InputSchema
 
     labels = LabelMap(("cat", "dog", "sea"))
     values = {

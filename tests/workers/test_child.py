@@ -12,17 +12,14 @@ from typing import Any
 
 import pytest
 
-from config.errors import ConfigError, FeatureError, FetchRetryable, MediaError
+from common.errors import ConfigError, FeatureError, FetchRetryable, MediaError
+from common.post import Failure
 from config.settings import Settings
-from extractors.post import Failure
 from tests.workers.driving import decode_task, fetch_task, text_task
 from tests.workers.web import web_server
-from workers import decoder, fetcher
-from workers.arena import Arena
-from workers.batch import DeviceLost, failure_of, run_batch
-from workers.child import Context, Retire, serve, take_batch
-from workers.launch import Launch
-from workers.pipe import Pipe
+from workers.pool.arena import Arena
+from workers.pool.launch import Launch
+from workers.pool.pipe import Pipe
 from workers.protocol import (
     Began,
     Decoded,
@@ -37,6 +34,10 @@ from workers.protocol import (
     Stop,
     Task,
 )
+from workers.roles import decode as decoder
+from workers.roles import fetch as fetcher
+from workers.roles.batch import DeviceLost, failure_of, run_batch
+from workers.roles.loop import Context, Retire, serve, take_batch
 
 # Batches -------------------------------------------------------------------------------------
 
@@ -213,8 +214,8 @@ def test_decoder_out_of_memory_is_replaced(
             raise MemoryError
         raise MediaError("truncated")
 
-    monkeypatch.setattr("workers.decoder.run_decode", run_decode)
-    monkeypatch.setattr("workers.decoder.limit_memory", lambda megabytes: None)
+    monkeypatch.setattr("workers.roles.decode.run_decode", run_decode)
+    monkeypatch.setattr("workers.roles.decode.limit_memory", lambda megabytes: None)
     king, worker = pipes
     for i, path in enumerate(["broken", "hungry"]):
         king.send(Envelope(i, DecodeTask("image", path, 0), time.monotonic() + 60))

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from config.errors import FetchRefused, FetchRetryable
+from common.errors import FetchRefused, FetchRetryable
 from tests.ports import free_port
 from tests.workers.fetching import get, refused, retryable, settings_of
 from tests.workers.web import BODY, Web, web_server
-from workers.fetch import Fetcher, fetch
+from workers.fetch.client import Fetcher, fetch
 from workers.protocol import Media
 
 # What comes ----------------------------------------------------------------------------------

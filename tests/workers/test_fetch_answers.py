@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from config.errors import FetchRetryable
+from common.errors import FetchRetryable
 from config.settings import FetchSettings
 from tests.workers.web import Web, web_server
-from workers.fetch import Fetcher, fetch, seconds_of
+from workers.fetch.client import Fetcher, fetch, seconds_of
 from workers.protocol import Media
 
 SETTINGS = FetchSettings(allow_private_hosts=True, total_timeout_s=5)

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from config.errors import FeatureError, MediaError
+from common.errors import FeatureError, MediaError
+from common.post import Tag
 from config.settings import Settings
-from extractors.post import Tag
-from workers.arena import Arena, create_arena
-from workers.launch import Launch
-from workers.pipe import MAX_FRAME, Pipe, PipeBroken, decode, encode
+from workers.pool.arena import Arena, create_arena
+from workers.pool.launch import Launch
+from workers.pool.pipe import MAX_FRAME, Pipe, PipeBroken, decode, encode
 from workers.protocol import (
     ArrayRef,
     Decoded,

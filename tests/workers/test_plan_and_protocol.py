@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from config.errors import NothingUsable, RetryableError
+from common.errors import NothingUsable, RetryableError
 from config.settings import FeatureSettings, Settings
 from workers.plan import NO_SLOT, PostPlan, Step, is_worker_death
 from workers.protocol import (

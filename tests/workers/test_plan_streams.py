@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from config.errors import NothingUsable
+from common.errors import NothingUsable
+from common.post import Features, Media, Modality, Post
 from config.settings import FeatureSettings
-from extractors.post import Features, Media, Modality, Post
 from tests.workers.test_plan_and_protocol import BROKEN, GONE, result_of, walk
 from workers.plan import PostPlan, Step
 from workers.protocol import (

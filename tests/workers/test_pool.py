@@ -16,7 +16,7 @@ from tests.workers.driving import (
     fuse_task,
     text_task,
 )
-from workers.pool import BundleChanged
+from workers.pool.pool import BundleChanged
 from workers.protocol import ExtractTask, Fetched, Tags
 
 ROOT = Path(__file__).resolve().parents[2]

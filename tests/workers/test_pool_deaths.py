@@ -17,7 +17,7 @@ from tests.workers.driving import (
     fuse_task,
     text_task,
 )
-from workers.pool import TaskDone
+from workers.pool.pool import TaskDone
 from workers.protocol import Decoded, ExtractTask, Tags
 
 

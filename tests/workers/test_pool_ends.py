@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from config.errors import ConfigError
+from common.errors import ConfigError
 from tests.services import wait_until
 from tests.workers.driving import (
     Driver,
@@ -22,7 +22,7 @@ from tests.workers.driving import (
     toy_settings,
 )
 from tests.workers.toys import ROLES
-from workers.pool import PoolRefused, ProcessPool, TaskPool
+from workers.pool.pool import PoolRefused, ProcessPool, TaskPool
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -108,7 +108,7 @@ def test_stop_lets_the_begun_finish_and_kills_the_rest(tmp_path: Path) -> None:
 
 def test_without_pidfd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a kernel without pidfd a death is noticed too, by its pipe or by asking now and then."""
-    monkeypatch.setattr("workers.process._open_pidfd", lambda pid: None)
+    monkeypatch.setattr("workers.pool.process._open_pidfd", lambda pid: None)
     driver = Driver(toy_settings(tmp_path)).start()
     with driver.held(text_task, tmp_path / "hold") as task:
         os.kill(driver.pid("extract-0"), signal.SIGKILL)
@@ -139,7 +139,7 @@ def test_unusable_spool_is_a_config_error(tmp_path: Path) -> None:
 KING = """
 import json, sys, time
 from pathlib import Path
-from config.logs import configure_logs
+from common.logs import configure_logs
 from tests.workers.driving import Driver, decode_task, text_task, toy_settings
 configure_logs("json", "error")
 driver = Driver(toy_settings(Path(sys.argv[1]))).start()

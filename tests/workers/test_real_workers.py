@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from config.errors import BundleError, MediaError, NothingUsable
+from common.errors import BundleError, MediaError, NothingUsable
 from config.settings import FeatureSettings, Settings
 from extractors.suite import ExtractorSuite
 from tests import media
@@ -24,12 +24,12 @@ from tests.workers.driving import Driver, alive, fetch_task, toy_settings
 from tests.workers.small_bundle import write_bundle
 from tests.workers.toys import ROLES as TOYS
 from tests.workers.toys import TOY
-from workers.launch import ROLES
+from workers.fetch.sources import is_url
 from workers.local import LocalTagger
 from workers.plan import PostPlan, Step
-from workers.pool import BundleChanged, PoolRefused, TaskDone
+from workers.pool.launch import ROLES
+from workers.pool.pool import BundleChanged, PoolRefused, TaskDone
 from workers.protocol import Decoded, DecodeTask, Features, FetchTask, FuseTask, Media, Post, Tags
-from workers.sources import is_url
 
 MAX_BYTES = 2_000_000
 
@@ -267,8 +267,8 @@ def test_more_than_a_slot_holds(driver: Driver, site: Site) -> None:
     """Arrays beyond the slot's size are a media error and not a write into the next slot."""
     arena_bytes = driver.pool._slot_bytes
     assert arena_bytes % 4096 == 0
-    from workers.arena import Arena
-    from workers.tasks import run_decode
+    from workers.pool.arena import Arena
+    from workers.roles.tasks import run_decode
 
     arena = Arena.private(2, 4096)
     task = DecodeTask("image", str(site.folder / "a.png"), 0)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from config.errors import (
+from common.errors import (
     Busy,
     ConfigError,
     DeadlineExceeded,
@@ -21,15 +21,15 @@ from config.errors import (
     NothingUsable,
     RetryableError,
 )
+from common.post import Failure, Media, Modality, Post
 from config.settings import Settings
-from extractors.post import Failure, Media, Modality, Post
 from tests import media
 from tests.fakes.pool import DIED, Answer, FakePool, default_answer
 from tests.tiny_models import tiny_features
 from tests.workers.driving import alive, toy_settings
 from tests.workers.toys import ROLES
-from workers.launch import worker_specs
-from workers.pool import ProcessPool
+from workers.pool.launch import worker_specs
+from workers.pool.pool import ProcessPool
 from workers.protocol import DecodeTask, ExtractTask, FetchTask, FuseTask, Task
 from workers.runner import PostRunner, extractors_of
 
@@ -326,7 +326,7 @@ def test_real_workers_that_are_killed(tmp_path: Path) -> None:
 def test_a_missing_bundle_is_a_configuration_error(tmp_path: Path) -> None:
     """The real fusion worker's refusal reaches who starts the runner; without fusion none is."""
     settings = toy_settings(tmp_path / "spool", fusion={"bundle": str(tmp_path / "none")})
-    roles = {**ROLES, "fuse": "workers.fuser:run"}
+    roles = {**ROLES, "fuse": "workers.roles.fuse:run"}
     runner = PostRunner(settings, pool=ProcessPool(settings, roles=roles))
     with pytest.raises(ConfigError, match=str(tmp_path / "none")):
         runner.start()

@@ -6,8 +6,8 @@ import pytest
 
 from tests.workers.driving import decode_task, fetch_task, fuse_task, text_task
 from tests.workers.scheduling import decoder, extractor, ids, picture, scheduler, sent
+from workers.pool.schedule import Load
 from workers.protocol import ExtractTask
-from workers.schedule import Load
 
 # Queues and credits --------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from workers.slots import SlotTable
+from workers.pool.slots import SlotTable
 
 
 def test_slot_is_free_after_release_and_last_task() -> None:

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from config.errors import ConfigError
+from common.errors import ConfigError
 from config.settings import FeatureSettings, Settings
-from workers.launch import worker_specs
-from workers.manifest import bundle_fingerprints, expected_fingerprints, mismatch
-from workers.member import Member
-from workers.process import pinned_environment
+from workers.pool.fingerprints import bundle_fingerprints, expected_fingerprints, mismatch
+from workers.pool.launch import worker_specs
+from workers.pool.member import Member
+from workers.pool.process import pinned_environment
 
 # Pins, specs, back-off -----------------------------------------------------------------------
 
@@ -104,7 +104,7 @@ def test_workers_that_disagree_are_refused() -> None:
 LIMITED = """
 import mmap
 import numpy as np
-from workers.decoder import limit_memory
+from workers.roles.decode import limit_memory
 limit_memory(64)
 shared = mmap.mmap(-1, 256 << 20)  # the slots are shared, and do not count
 small = np.ones(16 << 20, np.uint8)

@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 
+from common.post import Failure
 from config.settings import Settings
-from extractors.post import Failure
 from tests.workers.driving import decode_task, fetch_task, text_task
-from workers.pipe import PipeBroken
+from workers.fetch.spool import Spool, file_name
+from workers.pool.checks import check_failure, check_message, check_result
+from workers.pool.pipe import PipeBroken
+from workers.pool.schedule import Scheduler
 from workers.protocol import (
     ArrayRef,
     Began,
@@ -25,9 +28,6 @@ from workers.protocol import (
     Refused,
     Stop,
 )
-from workers.schedule import Scheduler
-from workers.spool import Spool, file_name
-from workers.trust import check_failure, check_message, check_result
 
 # Spool ---------------------------------------------------------------------------------------
 

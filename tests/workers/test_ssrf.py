@@ -13,10 +13,10 @@ from urllib.parse import quote
 
 import pytest
 
-from config.errors import FetchRefused, FetchRetryable
+from common.errors import FetchRefused, FetchRetryable
 from config.settings import FetchSettings
 from tests.workers.ssrf_net import BODY, PUBLIC_V4, PUBLIC_V6, Net, loopback_net
-from workers.fetch import fetch
+from workers.fetch.client import fetch
 from workers.protocol import Media
 
 ZONE = {

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from config.settings import BrokerSettings, FetchSettings, Settings, StoreSettings
-from workers.launch import worker_specs
-from workers.pipe import encode
-from workers.pool import ProcessPool
-from workers.process import pinned_environment
+from workers.pool.launch import worker_specs
+from workers.pool.pipe import encode
+from workers.pool.pool import ProcessPool
+from workers.pool.process import pinned_environment
 
 
 def test_workers_get_no_passwords(tmp_path: Path) -> None:

@@ -17,10 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from config.errors import ConfigError
-from workers.batch import DeviceLost, Outcome, run_batch
-from workers.child import Context, serve
-from workers.pipe import Pipe
+from common.errors import ConfigError
+from workers.pool.pipe import Pipe
 from workers.protocol import (
     BundleLoaded,
     Decoded,
@@ -38,6 +36,8 @@ from workers.protocol import (
     Task,
     WorkerRole,
 )
+from workers.roles.batch import DeviceLost, Outcome, run_batch
+from workers.roles.loop import Context, serve
 
 TOY = "tests.workers.toys:run"
 ROLES: dict[WorkerRole, str] = {"fetch": TOY, "decode": TOY, "extract": TOY, "fuse": TOY}

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from extractors.post import FeatureArray
+from common.post import FeatureArray
 
 _MAGIC = b"ITC1"
 _DIGEST_BYTES = 16

@@ -12,13 +12,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from config.errors import MediaError
-from config.files import file_digest
+from common.errors import MediaError
+from common.files import file_digest
 from config.settings import Settings
 from workers.cache.entry import Entry
 from workers.cache.guarded import GuardedStore
 from workers.cache.keys import Keys
-from workers.notes import note_of
+from workers.cache.notes import note_of
 from workers.protocol import (
     STREAMS,
     Asked,

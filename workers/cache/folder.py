@@ -15,9 +15,9 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from config.errors import CacheUnavailable
+from common.errors import CacheUnavailable
+from workers.cache.base import Stats
 from workers.cache.eviction import SHARDS, Evictor, Held, evict, is_entry
-from workers.cache.store import Stats
 
 _PARTIAL = ".partial"
 _PART = re.compile(r"[0-9a-f]{16}\.partial")

@@ -13,11 +13,12 @@ from typing import TypeVar
 
 import structlog
 
+from common.errors import CacheUnavailable
+from common.urls import redact
 from config.cache import CacheSettings
-from config.errors import CacheUnavailable
-from config.urls import redact
+from workers.cache.base import CacheStore
 from workers.cache.entry import CorruptEntry, Entry, decode, encode
-from workers.cache.store import CacheStore, open_store
+from workers.cache.store import open_store
 
 _Result = TypeVar("_Result")
 _log = structlog.get_logger()

@@ -14,8 +14,8 @@ from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from common.post import MEDIA_KINDS
 from config.settings import Settings
-from extractors.post import MEDIA_KINDS
 from workers.protocol import STREAMS, MediaKind, Stream, slot_bytes
 
 FORMAT = 1

@@ -18,9 +18,9 @@ from redis.backoff import NoBackoff
 from redis.exceptions import AuthenticationError, RedisError
 from redis.retry import Retry
 
-from config.errors import CacheUnavailable
-from config.urls import redact
-from workers.cache.store import Stats
+from common.errors import CacheUnavailable
+from common.urls import redact
+from workers.cache.base import Stats
 
 # One hash tag: on a cluster all keys lie on one node, which is what the scripts need.
 _PREFIX = "insighttag:cache:{c}:"

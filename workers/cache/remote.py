@@ -11,10 +11,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from config.errors import CacheUnavailable
-from config.urls import redact
+from common.errors import CacheUnavailable
+from common.urls import redact
+from workers.cache.base import Stats
 from workers.cache.eviction import Evictor, Held, evict, is_entry
-from workers.cache.store import Stats
 
 _CHUNK = 500
 _TIMES = ("LastModified", "mtime", "updated", "last_modified", "created")

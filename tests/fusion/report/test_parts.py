@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from extractors.post import MODALITIES
-from fusion.calibration import reliability
+from common.post import MODALITIES
+from fusion.metrics.calibration import reliability
 from fusion.report import charts, fonts, tables
 from fusion.report.judged import Judged
 from fusion.report.page import Card, Chapter, Table, page

@@ -12,16 +12,16 @@ import pytest
 from sklearn.metrics import average_precision_score, precision_recall_fscore_support
 
 import infer_net
-from config.errors import ConfigError
+from common.errors import ConfigError
+from common.post import MODALITIES, Modality
 from config.report import ReportSettings
 from extractors.feature_file import read_features
-from extractors.post import MODALITIES, Modality
-from fusion import bundle
-from fusion.inferer import Inferer
+from fusion.bundle import bundle
+from fusion.data.feature_files import FeatureFiles
+from fusion.infer.inferer import Inferer
 from fusion.report.judged import Judged
 from fusion.report.write import ReportInput, write_report
-from fusion.training import TrainReport, train
-from scripts.feature_files import FeatureFiles
+from fusion.train.training import TrainReport, train
 from tests.fusion import support
 
 

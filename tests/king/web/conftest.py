@@ -22,14 +22,14 @@ import requests
 import yaml
 
 from config.settings import Settings
-from king.web.app import create_app, routes_of
-from king.web.backend import Services
-from king.web.uploads import Uploads
 from tests import media
 from tests.fakes.pool import FakePool
 from tests.ports import free_port
 from tests.tiny_models import tiny_bundle, tiny_features
 from tests.workers.driving import toy_settings
+from web.app import create_app, routes_of
+from web.backend import Services
+from web.uploads import Uploads
 from workers.runner import PostRunner
 
 ROOT = Path(__file__).resolve().parents[3]

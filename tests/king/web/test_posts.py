@@ -12,18 +12,18 @@ from typing import Any
 import pymongo
 import pytest
 
-from config.errors import BrokerUnavailable
+from common.errors import BrokerUnavailable
 from config.settings import Settings
-from king.archive import Archive
-from king.broker import queue_depth
-from king.documents import match_ids
-from king.links import open_link
+from king.broker.broker import queue_depth
+from king.broker.connect import open_link
 from king.messages import PostMessage, parse_message
-from king.mongo import MongoEdge
-from king.web.backend import Backend, Services
+from king.store.client import MongoEdge
+from king.store.documents import match_ids
+from king.store.queries import Archive
 from tests.fakes.pool import FakePool
 from tests.king.web.conftest import Desk, desk_settings, make_desk
 from tests.services import MongoServer, RedisServer
+from web.backend import Backend, Services
 
 
 @pytest.fixture
@@ -167,7 +167,7 @@ def test_trouble_of_one_request_leaves_the_others_their_connection(
         closed.append(self)
         MongoEdge.close(self)
 
-    monkeypatch.setattr("king.archive.match_ids", slowly)
+    monkeypatch.setattr("king.store.queries.match_ids", slowly)
     monkeypatch.setattr(Archive, "close", close)
     away = settings.broker.model_copy(update={"url": "redis://127.0.0.1:1/0"})
     found = settings.model_copy(update={"broker": away})

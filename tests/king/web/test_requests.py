@@ -14,14 +14,14 @@ import pytest
 from werkzeug.test import EnvironBuilder
 from werkzeug.wrappers import Request
 
-from config.errors import NothingUsable
+from common.errors import NothingUsable
+from common.post import Failure
 from config.http import HttpSettings
-from extractors.post import Failure
-from king.web.errors import ApiError
-from king.web.reading import read_post
-from king.web.uploads import Uploads
 from tests.fakes.pool import FakePool, default_answer
 from tests.king.web.conftest import Desk, desk_settings, make_desk, no_traceback
+from web.errors import ApiError
+from web.reading import read_post
+from web.uploads import Uploads
 from workers.protocol import DecodeTask, FetchTask, Media, Post, Task
 
 JSON = {"content_type": "application/json"}
@@ -342,7 +342,7 @@ def test_a_mistake_of_ours_is_not_shown(
     desk: Desk, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """500 with the request's ID; the traceback is in the log alone."""
-    import king.web.app as module
+    import web.app as module
 
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError("secret detail")

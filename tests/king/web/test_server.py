@@ -17,7 +17,7 @@ import psutil
 import pytest
 import requests
 
-from extractors.post import Media, Post
+from common.post import Media, Post
 from tests.king.web.conftest import ROOT, FlaskServer, Site
 from tests.ports import free_port
 from tests.workers.driving import alive
@@ -198,7 +198,10 @@ def test_mistakes_are_one_line(site: Site, tmp_path: Path) -> None:
             ((*config, "--set", "http.prot=1"), "did you mean 'port'?"),
             ((*config, "--port", "x"), "http.port: "),
             ((*config, "--port", "70000"), "http.port: "),
-            ((*config, "--set", f"fusion.bundle={none}"), f"fusion.bundle: {none}: no bundle"),
+            (
+                (*config, "--set", f"fusion.bundle.bundle={none}"),
+                f"fusion.bundle.bundle: {none}: no bundle",
+            ),
             ((*config, "--port", port), "Address already in use"),
             ((*config, "--host", "203.0.113.1"), "http.host"),
             ((*config, "--prot", "1"), "--help"),

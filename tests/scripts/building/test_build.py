@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from common.post import Features
 from config.labels import LabelMap
+from corpus.build import index, label_map, sides
+from corpus.build.command import main
+from corpus.lines import AtomicLines
 from extractors.feature_file import feature_path, write_features
-from extractors.post import Features
-from fusion.dataset import read_data_file
-from scripts.building import index, label_map, sides
-from scripts.building.command import main
-from scripts.corpus.lines import AtomicLines
+from fusion.data.dataset import read_data_file
 
 TAGS = tuple(f"tag{i}" for i in range(6))
 ABSENT = {"image": "missing", "audio": "missing", "video": "missing", "ocr": "missing"}

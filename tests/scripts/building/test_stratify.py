@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scripts.building.groups import Groups
-from scripts.building.stratify import GroupTags, Held, stratify
+from corpus.build.groups import Groups
+from corpus.build.stratify import GroupTags, Held, stratify
 
 
 def _rows(groups: list[int], tags: list[list[int]], classes: int) -> GroupTags:

@@ -11,11 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from config.errors import ConfigError
+from common.errors import ConfigError
 from config.labels import LabelMap
-from scripts.cli import run
-from scripts.taxonomy import rewrite
-from scripts.taxonomy.migrations import (
+from corpus.taxonomy import rewrite
+from corpus.taxonomy.migrations import (
     Migration,
     change,
     load,
@@ -23,6 +22,7 @@ from scripts.taxonomy.migrations import (
     read_migrations,
     record,
 )
+from scripts.cli import run
 
 NAMES = ("sun", "rain", "snow", "food", "drink")
 

@@ -20,10 +20,11 @@ from config.settings import Settings
 from extractors.suite import ExtractorSuite
 from tests import media
 from tests.tiny_models import tiny_features
-from workers import local, tasks
+from workers import local
 from workers.cache.store import open_store
 from workers.local import LocalTagger
 from workers.protocol import Features, Media, Post
+from workers.roles import tasks
 
 KINDS = {".png": "image", ".mp4": "video", ".wav": "audio"}
 _LOADED: dict[str, Any] = {}

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from structlog.testing import capture_logs
 
+from common.errors import CacheUnavailable
 from config.cache import CacheSettings
-from config.errors import CacheUnavailable
 from config.settings import Settings
 from tests.tiny_models import tiny_features
+from workers.cache.base import Stats
 from workers.cache.entry import CorruptEntry, Entry, decode, encode
 from workers.cache.guarded import GuardedStore
 from workers.cache.keys import Keys
-from workers.cache.store import Stats
 
 KEY = "ab" * 32
 SHA = "cd" * 32

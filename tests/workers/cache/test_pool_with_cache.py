@@ -14,16 +14,16 @@ from typing import Any
 import numpy as np
 import pytest
 
+from common.weights_files import replace_folder
 from config.settings import Settings
-from fusion.files import replace_folder
 from tests.services import RedisServer
 from tests.tiny_models import tiny_features
 from tests.workers.cache.test_cached_posts import NAMES, World, files, same
 from tests.workers.driving import Driver, alive, toy_settings
 from tests.workers.small_bundle import write_bundle
-from workers.launch import ROLES, without_credentials, worker_specs
 from workers.plan import PostPlan, Step
-from workers.process import pinned_environment
+from workers.pool.launch import ROLES, without_credentials, worker_specs
+from workers.pool.process import pinned_environment
 from workers.protocol import Decoded, Features, FuseTask, Post, WorkerRole
 
 __all__ = ["files"]

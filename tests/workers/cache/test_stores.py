@@ -14,13 +14,14 @@ from typing import Any
 import fsspec
 import pytest
 
+from common.errors import CacheUnavailable, ConfigError
 from config.cache import CacheSettings
-from config.errors import CacheUnavailable, ConfigError
 from tests.ports import free_port
 from tests.services import RedisServer, unavailable
+from workers.cache.base import CacheStore
 from workers.cache.folder import FolderStore
 from workers.cache.remote import RemoteStore
-from workers.cache.store import CacheStore, open_store
+from workers.cache.store import open_store
 
 KINDS = ("folder", "file", "redis", "memory", "s3")
 Open = Callable[..., CacheStore]

@@ -1,0 +1,1 @@
+"""Code that every layer may use; imports nothing else of the project."""

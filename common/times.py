@@ -1,0 +1,54 @@
+"""Moments as Unix seconds: what people type, and what databases hold."""
+
+from __future__ import annotations
+
+from datetime import datetime, timezone
+
+from bson import ObjectId
+
+from common.errors import ConfigError
+
+_MILLISECONDS_FROM = 1e11  # as seconds that would be the year 5138
+
+_UNITS_S = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400, "w": 604800}
+
+
+def since_time(text: str | None, now_s: float) -> float | None:
+    """``30m``, ``2h``, ``7d`` or an ISO date ─► Unix time in seconds.
+
+    Raises:
+        ConfigError: It is neither.
+    """
+    if text is None:
+        return None
+    number = text.rstrip("abcdefghijklmnopqrstuvwxyz")
+    unit = text[len(number) :]
+    if unit in _UNITS_S:
+        try:
+            return now_s - float(number) * _UNITS_S[unit]
+        except ValueError:
+            pass
+    try:
+        date = datetime.fromisoformat(text.replace("Z", "+00:00"))
+    except ValueError as error:
+        raise ConfigError(
+            f"--since {text}: write it as 30m, 2h, 7d, or as a date 2026-01-31[T12:00]"
+        ) from error
+    return (date if date.tzinfo else date.replace(tzinfo=timezone.utc)).timestamp()
+
+
+def moment_of(value: object) -> float | None:
+    """A date, ISO text, ObjectId, or Unix time in seconds or milliseconds ─► Unix seconds."""
+    if isinstance(value, ObjectId):
+        return value.generation_time.timestamp()
+    if isinstance(value, str):
+        try:
+            value = datetime.fromisoformat(value.replace("Z", "+00:00"))
+        except ValueError:
+            return None
+    if isinstance(value, datetime):
+        return (value if value.tzinfo else value.replace(tzinfo=timezone.utc)).timestamp()
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    seconds = float(value)
+    return seconds / 1000 if seconds >= _MILLISECONDS_FROM else seconds

@@ -1,0 +1,166 @@
+"""The whole command: measure the media, read the posts, write the files, show the summary."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sqlite3
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from common.errors import ConfigError, TaggingError
+from common.post import Post
+from config.labels import LabelMap
+from corpus.analyze.duplicates import find_groups
+from corpus.analyze.groups import GroupTally
+from corpus.analyze.media import MediaBase
+from corpus.analyze.report import render
+from corpus.analyze.tally import Tally
+from corpus.analyze.terminal import show
+from corpus.lines import write_whole
+from corpus.records import AtomicLines, BadLine, CorpusPost, count_lines, read_posts
+from corpus.runs import only_one
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+ANALYSIS, DUPLICATES, REPORT = "analysis.json", "duplicates.jsonl", "report.html"
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What to analyse, and how.
+
+    Attributes:
+        media: Folder of the media; None opens none.
+        labels: Label map to hold the tags against.
+        rare: Tags with fewer posts are rare.
+        text_threshold: As `find_groups`.
+        hash_distance: As `find_groups`.
+    """
+
+    posts: Path
+    out: Path
+    media: Path | None = None
+    labels: Path | None = None
+    rare: int = 10
+    text_threshold: float = 0.9
+    hash_distance: int = 6
+    processes: int = 2
+
+
+def analyze(options: Options) -> None:
+    """Analyse a posts file and write the three files.
+
+    Raises:
+        ConfigError: The input or the output folder is not as it should be.
+        TaggingError: It cannot go on now: the disk is full, or gone.
+    """
+    taxonomy = None if options.labels is None else LabelMap.load(options.labels).names
+    if options.media is not None and not options.media.is_dir():
+        raise ConfigError(f"{options.media}: no such folder")
+    if not options.posts.is_file():
+        raise ConfigError(f"{options.posts}: no such file")
+    state = options.out / ".state"
+    with only_one(state / "lock", str(options.out)):
+        for left in state.glob("work-*"):  # of a run that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        try:
+            facts = _analyze(options, state, taxonomy)
+        except (sqlite3.Error, OSError) as error:
+            text = getattr(error, "strerror", None) or str(error)
+            raise TaggingError(
+                f"stopped: {text}; make room, then run it again: what is measured stays"
+            ) from error
+    show(facts)
+
+
+def _analyze(options: Options, state: Path, taxonomy: tuple[str, ...] | None) -> dict[str, Any]:
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
+
+    columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
+    with (
+        Progress(*columns, console=Console(stderr=True)) as progress,
+        tempfile.TemporaryDirectory(prefix="work-", dir=state) as work,
+        _media(options, state, progress) as media,
+        closing(sqlite3.connect(Path(work) / "tally.sqlite", isolation_level=None)) as base,
+    ):
+        tally = Tally(base, media.fact if media is not None else None)
+        groups = GroupTally(tally.labels_of)
+        with AtomicLines(options.out / DUPLICATES) as lines:
+            found = find_groups(
+                _counted(options.posts, tally, _ticker(progress, "posts", options.posts)),
+                media.any_fact if media is not None else lambda source: None,
+                text_threshold=options.text_threshold,
+                hash_distance=options.hash_distance,
+                folder=Path(work),
+            )
+            tick = _ticker(progress, "groups", None)
+            for _ in groups.write(found, lines):
+                tick()
+        facts = {
+            "source": options.posts.name,
+            "media_opened": media is not None,
+            **tally.as_dict(),
+            "labels": tally.labels.as_dict(options.rare, taxonomy),
+            "duplicates": {
+                "text_threshold": options.text_threshold,
+                "hash_distance": options.hash_distance,
+                **groups.as_dict(),
+            },
+        }
+    write_whole(options.out / ANALYSIS, json.dumps(facts, ensure_ascii=False, indent=1))
+    write_whole(options.out / REPORT, render(facts, options.posts.name))
+    return facts
+
+
+@contextmanager
+def _media(options: Options, state: Path, progress: Progress) -> Iterator[MediaBase | None]:
+    """The media, measured; None where none are to be opened."""
+    if options.media is None:
+        yield None
+        return
+    base = MediaBase(state / "media.sqlite", options.posts, options.media)
+    try:
+        base.read_manifest(_ticker(progress, "manifest", options.media / "manifest.jsonl"))
+        tick = _ticker(progress, "media of posts", options.posts)
+        base.measure(_posts(options.posts, tick), options.processes)
+        if base.measured:
+            progress.console.print(f"{base.measured:,} files measured in this run")
+        yield base
+    finally:
+        base.close()
+
+
+def _posts(posts: Path, tick: Callable[[], None]) -> Iterator[Post]:
+    for entry in read_posts(posts):
+        tick()
+        if isinstance(entry, CorpusPost):
+            yield entry.post
+
+
+def _counted(posts: Path, tally: Tally, tick: Callable[[], None]) -> Iterator[CorpusPost]:
+    """Posts that are counted, each post_id once."""
+    for entry in read_posts(posts):
+        tick()
+        if isinstance(entry, BadLine):
+            tally.reject(entry)
+        elif tally.add(entry):
+            yield entry
+
+
+def _ticker(progress: Progress, what: str, lines: Path | None) -> Callable[[], None]:
+    """Advances a bar by one; its end is known for a file of lines."""
+    task = progress.add_task(what, total=None if lines is None else _lines_of(lines))
+    return lambda: progress.advance(task)
+
+
+def _lines_of(path: Path) -> int | None:
+    if path.suffix.lower() == ".json" or not path.is_file():
+        return None
+    return count_lines(path)

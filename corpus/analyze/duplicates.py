@@ -1,0 +1,281 @@
+"""Posts that are the same or nearly: by the bytes of a medium, by a picture's look, by the text.
+
+Everything that grows with the posts lies in a temporary SQLite file: about 400 bytes a post and its
+text, 350 bytes a picture. In memory stay 4 bytes a post and 40 bytes a distinct picture; a group of
+many posts comes in parts.
+
+Likeness is passed on: where A is like B and B like C, all three are one group.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import tempfile
+from array import array
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import groupby
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+import numpy as np
+
+from corpus.analyze.facts import MediaFact
+from corpus.analyze.looks import hash_of, near_pairs, same_colours
+from corpus.analyze.texts import (
+    MAX_CHARS,
+    Bands,
+    comparable,
+    jaccard,
+    key_of,
+    normal,
+    shingles,
+)
+from corpus.build.groups import Groups
+from corpus.records import CorpusPost
+
+Kind: TypeAlias = Literal["exact_media", "near_image", "near_text"]
+KINDS: tuple[Kind, ...] = ("exact_media", "near_image", "near_text")
+
+_MAX_LEADERS = 32
+"""Distinct things of one bucket that a further one is compared with: bounds the time of a corpus of
+which a large part shares a bucket, for example one text with a number in it."""
+
+MAX_MEMBERS = 1000
+"""Members of a part: a picture may be in a million posts."""
+_MAX_MEDIA = 16
+
+_TABLES = """
+PRAGMA journal_mode = OFF;
+PRAGMA synchronous = OFF;
+PRAGMA cache_size = -1024;
+PRAGMA temp_store = FILE;
+CREATE TABLE posts (number INTEGER PRIMARY KEY, post_id TEXT);
+CREATE TABLE uses (sha256 BLOB, number INTEGER, PRIMARY KEY (sha256, number)) WITHOUT ROWID;
+CREATE TABLE looks (picture INTEGER PRIMARY KEY, sha256 BLOB UNIQUE, hash INTEGER, look BLOB);
+CREATE TABLE texts (number INTEGER PRIMARY KEY, key BLOB UNIQUE, content TEXT);
+CREATE TABLE bands (key INTEGER, number INTEGER);
+CREATE TABLE same (number INTEGER, first INTEGER);
+CREATE TABLE found (first INTEGER, number INTEGER, PRIMARY KEY (first, number)) WITHOUT ROWID;
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Posts that share something, or a part of them.
+
+    Attributes:
+        kind: ``exact_media``: a medium, byte for byte; ``near_image``: pictures that look alike
+            and differ in their bytes; ``near_text``: the text, but for small edits, or exactly.
+        members: Their IDs, two or more, in the order of the posts; at most `MAX_MEMBERS`.
+        media: sha256 of the media that they share, where they share some; at most 16.
+        continued: A further part of the group before: its first member is that group's first, so
+            that parts which are read as groups of their own still hang together.
+    """
+
+    kind: Kind
+    members: tuple[str, ...]
+    media: tuple[str, ...] = ()
+    continued: bool = False
+
+
+def _parts(kind: Kind, rows: Iterable[tuple[str, bytes | None]]) -> Iterator[Group]:
+    """Groups of one set: rows of a post_id and a medium, those of one post one after another."""
+    ids: list[str] = []
+    media: dict[str, None] = {}
+    continued = False
+    for post_id, sha256 in rows:
+        if not ids or ids[-1] != post_id:
+            if len(ids) == MAX_MEMBERS:
+                yield Group(kind, tuple(ids), tuple(media), continued)
+                ids, media, continued = ids[:1], {}, True
+            ids.append(post_id)
+        if sha256 is not None and len(media) < _MAX_MEDIA:
+            media[bytes(sha256).hex()] = None
+    if len(ids) > 1:
+        yield Group(kind, tuple(ids), tuple(media), continued)
+
+
+def find_groups(
+    posts: Iterable[CorpusPost],
+    media_of: Callable[[str], MediaFact | None],
+    *,
+    text_threshold: float = 0.9,
+    hash_distance: int = 6,
+    folder: Path | None = None,
+) -> Iterator[Group]:
+    """Find the groups of posts that are duplicates of each other; reads `posts` once, first.
+
+    The same posts in the same order give the same groups in the same order.
+
+    Args:
+        posts: Each post_id once.
+        media_of: Source of a medium ─► what is known of its file; None where nothing is.
+        text_threshold: Share of three-character runs that two texts must have in common,
+            above 0 and at most 1.
+        hash_distance: Bits of 64 in which the structure of two pictures may differ, 0 to 16.
+        folder: Where the temporary file is made; the system's own folder by default.
+
+    Raises:
+        OSError: The temporary file cannot be made.
+        sqlite3.Error: It cannot be written.
+    """
+    with tempfile.TemporaryDirectory(prefix="duplicates-", dir=folder) as place:
+        path = Path(place) / "posts.sqlite"
+        with closing(sqlite3.connect(path, isolation_level=None)) as base:
+            base.executescript(_TABLES)
+            base.execute("BEGIN")  # never committed: the file is thrown away
+            finder = _Finder(base, text_threshold, hash_distance)
+            for entry in posts:
+                finder.add(entry, media_of)
+            yield from finder.exact_media()
+            yield from finder.near_images()
+            yield from finder.near_texts()
+
+
+class _Finder:
+    def __init__(self, base: sqlite3.Connection, threshold: float, distance: int) -> None:
+        self._base, self._threshold, self._distance = base, threshold, distance
+        self._bands = Bands(threshold)
+        self._count = self._pictures = 0
+
+    # Reading ---------------------------------------------------------------------------------
+
+    def add(self, entry: CorpusPost, media_of: Callable[[str], MediaFact | None]) -> None:
+        number, post = self._count, entry.post
+        self._count += 1
+        self._base.execute("INSERT INTO posts VALUES (?, ?)", (number, post.post_id))
+        for media in post.media:
+            fact = media_of(media.source)
+            # A broken file gives no features: one that many posts share links none of them.
+            if fact is not None and fact.sha256 and fact.reason is None:
+                self._add_use(number, fact)
+        text = normal(post.text)
+        if comparable(text):
+            self._add_text(number, text)
+
+    def _add_use(self, number: int, fact: MediaFact) -> None:
+        sha256 = bytes.fromhex(fact.sha256)
+        self._base.execute("INSERT OR IGNORE INTO uses VALUES (?, ?)", (sha256, number))
+        if fact.look is None:
+            return
+        signed = int.from_bytes(fact.look[:8], "big", signed=True)
+        added = self._base.execute(
+            "INSERT OR IGNORE INTO looks VALUES (?, ?, ?, ?)",
+            (self._pictures, sha256, signed, fact.look),
+        )
+        self._pictures += added.rowcount
+
+    def _add_text(self, number: int, text: str) -> None:
+        added = self._base.execute(
+            "INSERT OR IGNORE INTO texts VALUES (?, ?, ?)", (number, key_of(text), text[:MAX_CHARS])
+        )
+        if not added.rowcount:
+            query = "INSERT INTO same SELECT ?, number FROM texts WHERE key = ?"
+            self._base.execute(query, (number, key_of(text)))
+            return
+        keys = self._bands.keys(shingles(text[:MAX_CHARS]))
+        self._base.executemany("INSERT INTO bands VALUES (?, ?)", ((key, number) for key in keys))
+
+    # Groups ----------------------------------------------------------------------------------
+
+    def exact_media(self) -> Iterator[Group]:
+        rows = self._base.execute(
+            "SELECT shared.first, shared.sha256, post_id FROM (SELECT sha256, MIN(number) AS first "
+            "FROM uses GROUP BY sha256 HAVING COUNT(*) > 1) AS shared "
+            "JOIN uses USING (sha256) JOIN posts USING (number) ORDER BY 1, 2, number"
+        )
+        for (_, sha256), members in groupby(rows, key=lambda row: (row[0], row[1])):
+            yield from _parts("exact_media", ((post_id, sha256) for _, _, post_id in members))
+
+    def near_images(self) -> Iterator[Group]:
+        if self._pictures < 2:
+            return
+        groups = Groups(self._pictures)
+        leaders, hashes = self._distinct_looks(groups)
+        for i, j in near_pairs(np.frombuffer(hashes, np.uint64), self._distance):
+            one, other = leaders[i], leaders[j]
+            if groups.root(one) != groups.root(other) and same_colours(
+                self._look(one), self._look(other)
+            ):
+                groups.join((one, other))
+        self._keep(groups, (picture for (picture,) in self._select("SELECT picture FROM looks")))
+        rows = self._base.execute(
+            "SELECT first, uses.number, post_id, sha256 FROM found "
+            "JOIN looks ON picture = found.number "
+            "JOIN uses USING (sha256) JOIN posts ON posts.number = uses.number "
+            "ORDER BY first, uses.number, sha256"
+        )
+        for _, members in groupby(rows, key=lambda row: row[0]):
+            yield from _parts("near_image", ((row[2], row[3]) for row in members))
+
+    def near_texts(self) -> Iterator[Group]:
+        groups = Groups(self._count)
+        for number, first in self._select("SELECT number, first FROM same"):
+            groups.join((number, first))
+        parts = lru_cache(maxsize=2 * _MAX_LEADERS)(self._shingles)
+        rows = self._base.execute("SELECT key, number FROM bands ORDER BY key, number")
+        for _, bucket in groupby(rows, key=lambda row: row[0]):
+            leaders: list[int] = []
+            for _, number in bucket:
+                for leader in leaders:
+                    if groups.root(leader) == groups.root(number):
+                        break
+                    if jaccard(parts(leader), parts(number)) >= self._threshold:
+                        groups.join((leader, number))
+                        break
+                else:
+                    if len(leaders) < _MAX_LEADERS:
+                        leaders.append(number)
+        self._keep(groups, range(self._count))
+        rows = self._base.execute(
+            "SELECT first, post_id FROM found JOIN posts USING (number) ORDER BY first, number"
+        )
+        for _, members in groupby(rows, key=lambda row: row[0]):
+            yield from _parts("near_text", ((post_id, None) for _, post_id in members))
+
+    def _distinct_looks(self, groups: Groups) -> tuple[array[int], array[int]]:
+        """Pictures that stand for all with their hash and colours, and their hashes.
+
+        A corpus may hold one picture a million times, each time encoded anew.
+        """
+        leaders, hashes = array("q"), array("Q")
+        rows = self._base.execute("SELECT hash, picture, look FROM looks ORDER BY hash, picture")
+        for _, bucket in groupby(rows, key=lambda row: row[0]):
+            own: list[tuple[int, bytes]] = []
+            for _, picture, look in bucket:
+                for leader, known in own:
+                    if same_colours(known, look):
+                        groups.join((leader, picture))
+                        break
+                else:
+                    if len(own) < _MAX_LEADERS:
+                        own.append((picture, look))
+                        leaders.append(picture)
+                        hashes.append(hash_of(look))
+        return leaders, hashes
+
+    def _keep(self, groups: Groups, numbers: Iterable[int]) -> None:
+        """Put the sets of two and more into the table ``found``."""
+        self._base.execute("DELETE FROM found")
+        # The set's first member comes when its second does.
+        rows = (
+            row
+            for number in numbers
+            if (first := groups.root(number)) != number
+            for row in ((first, first), (first, number))
+        )
+        self._base.executemany("INSERT OR IGNORE INTO found VALUES (?, ?)", rows)
+
+    def _select(self, query: str) -> Iterator[tuple[int, ...]]:
+        yield from self._base.execute(query)
+
+    def _look(self, picture: int) -> bytes:
+        query = "SELECT look FROM looks WHERE picture = ?"
+        return bytes(self._base.execute(query, (picture,)).fetchone()[0])
+
+    def _shingles(self, number: int) -> frozenset[str]:
+        query = "SELECT content FROM texts WHERE number = ?"
+        return shingles(self._base.execute(query, (number,)).fetchone()[0])

@@ -1,0 +1,238 @@
+"""Counts over the posts, in one pass: modalities, texts, media, authors, times."""
+
+from __future__ import annotations
+
+import json
+import re
+import sqlite3
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from common.post import MEDIA_KINDS, MODALITIES, MediaKind, Post
+from corpus.analyze.facts import MediaFact
+from corpus.analyze.histogram import (
+    BYTE_EDGES,
+    SECOND_EDGES,
+    SIDE_EDGES,
+    TEXT_EDGES,
+    Histogram,
+)
+from corpus.analyze.labels import Labels
+from corpus.analyze.languages import language_of
+from corpus.records import BadLine, CorpusPost
+
+_DATE = re.compile(r"(\d{4})-(0[1-9]|1[0-2])-(0[1-9]|[12]\d|3[01])(?!\d)")
+_TOP_AUTHORS, _TOP_SIZES, _EXAMPLES = 20, 20, 20
+_MAX_REASONS = 1000
+
+_TABLES = """
+PRAGMA journal_mode = OFF;
+PRAGMA synchronous = OFF;
+PRAGMA cache_size = -1024;
+CREATE TABLE posts (post_id TEXT PRIMARY KEY, labels TEXT) WITHOUT ROWID;
+CREATE TABLE contents (sha256 BLOB, kind TEXT, PRIMARY KEY (sha256, kind)) WITHOUT ROWID;
+CREATE TABLE authors (author TEXT PRIMARY KEY, posts INTEGER) WITHOUT ROWID;
+"""
+FactOf = Callable[[str, MediaKind], MediaFact]
+
+
+@dataclass
+class MediaTally:
+    """Media of one kind. Sizes and the like are of distinct contents: a file used twice is one."""
+
+    uses: int = 0
+    posts: int = 0
+    files: int = 0
+    size_bytes: int = 0
+    with_sound: int = 0
+    per_post: Counter[int] = field(default_factory=Counter)
+    broken: Counter[str] = field(default_factory=Counter)
+    codecs: Counter[str] = field(default_factory=Counter)
+    resolutions: Counter[str] = field(default_factory=Counter)
+    sizes: Histogram = field(default_factory=lambda: Histogram(BYTE_EDGES))
+    seconds: Histogram = field(default_factory=lambda: Histogram(SECOND_EDGES))
+    sides: Histogram = field(default_factory=lambda: Histogram(SIDE_EDGES))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything about the media of this kind."""
+        return {
+            "uses": self.uses,
+            "posts": self.posts,
+            "per_post": {str(n): self.per_post[n] for n in sorted(self.per_post)},
+            "files": self.files,
+            "bytes": self.size_bytes,
+            "with_sound": self.with_sound,
+            "broken": ranked(self.broken),
+            "codecs": ranked(self.codecs),
+            "resolutions": ranked(self.resolutions, _TOP_SIZES),
+            "file_bytes": self.sizes.as_dict(),
+            "duration_s": self.seconds.as_dict(),
+            "shorter_side": self.sides.as_dict(),
+        }
+
+
+class Tally:
+    """Counts posts; what grows with them lies in a temporary SQLite file.
+
+    Args:
+        base: An empty database that is thrown away.
+        fact_of: What is known of a medium; None counts media without opening any.
+    """
+
+    def __init__(self, base: sqlite3.Connection, fact_of: FactOf | None) -> None:
+        self._base, self._fact_of = base, fact_of
+        base.executescript(_TABLES)
+        base.execute("BEGIN")  # never committed
+        self.labels = Labels()
+        self.posts = self.bad = self.twice = 0
+        self.reasons: Counter[str] = Counter()
+        self.examples: list[dict[str, Any]] = []
+        self._modalities: Counter[str] = Counter()
+        self._combinations: Counter[tuple[str, ...]] = Counter()
+        self._languages: Counter[str] = Counter()
+        self._lengths, self._ocr = Histogram(TEXT_EDGES), Histogram(TEXT_EDGES)
+        self._media = {kind: MediaTally() for kind in MEDIA_KINDS}
+        self._days: Counter[str] = Counter()
+        self._undated = self._bad_dates = 0
+
+    def reject(self, entry: BadLine) -> None:
+        """Count a line that is no post."""
+        self._leave_out(entry.line, entry.post_id, entry.reason, entry.reason.partition(":")[0])
+
+    def add(self, entry: CorpusPost) -> bool:
+        """Count a post; false where its post_id was there before, and it counts as left out."""
+        post = entry.post
+        row = (post.post_id, json.dumps(sorted(set(post.labels))))
+        if not self._base.execute("INSERT OR IGNORE INTO posts VALUES (?, ?)", row).rowcount:
+            self.twice += 1
+            self._leave_out(entry.line, post.post_id, "post_id stands twice", "")
+            return False
+        self.posts += 1
+        self.labels.add(post.post_id, post.labels)
+        self._languages[language_of(post.text)] += 1
+        self._lengths.add(len(post.text.strip()))
+        if post.ocr is not None:
+            self._ocr.add(len(post.ocr.strip()))
+        self._count_media(post)
+        self._count_modalities(post)
+        self._count_origin(entry)
+        return True
+
+    def labels_of(self, post_id: str) -> frozenset[str]:
+        """Distinct tags of a post that was counted."""
+        query = "SELECT labels FROM posts WHERE post_id = ?"
+        row = self._base.execute(query, (post_id,)).fetchone()
+        return frozenset(json.loads(row[0])) if row else frozenset()
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything but the tags."""
+        return {
+            "posts": {
+                "read": self.posts + self.bad,
+                "kept": self.posts,
+                "left_out": ranked(self.reasons),
+                "left_out_examples": self.examples,
+                "without_labels": self.labels.per_post[0],
+                "empty": self._combinations[()],
+            },
+            "modalities": {name: self._modalities[name] for name in MODALITIES},
+            "combinations": ranked(
+                {" + ".join(names) or "nothing": n for names, n in self._combinations.items()}
+            ),
+            "text": {
+                "chars": self._lengths.as_dict(),
+                "ocr_chars": self._ocr.as_dict(),
+                "languages": ranked(self._languages),
+            },
+            "media": {kind: tally.as_dict() for kind, tally in self._media.items()},
+            "authors": self._authors(),
+            "time": {
+                "days": {day: self._days[day] for day in sorted(self._days)},
+                "without": self._undated,
+                "unreadable": self._bad_dates,
+            },
+        }
+
+    # -----------------------------------------------------------------------------------------
+
+    def _leave_out(self, line: int, post_id: str | None, reason: str, kind: str) -> None:
+        self.bad += 1
+        add(self.reasons, kind or reason)
+        if len(self.examples) < _EXAMPLES:
+            self.examples.append({"line": line, "post_id": post_id, "reason": reason})
+
+    def _count_media(self, post: Post) -> None:
+        uses: Counter[MediaKind] = Counter(media.kind for media in post.media)
+        for kind, count in uses.items():
+            tally = self._media[kind]
+            tally.uses += count
+            tally.posts += 1
+            tally.per_post[min(count, 20)] += 1
+        if self._fact_of is None:
+            return
+        for media in post.media:
+            self._count_fact(self._media[media.kind], self._fact_of(media.source, media.kind))
+
+    def _count_fact(self, tally: MediaTally, fact: MediaFact) -> None:
+        if fact.reason is not None:
+            add(tally.broken, fact.reason)
+        row = (bytes.fromhex(fact.sha256), fact.kind)
+        if (
+            not fact.sha256
+            or not self._base.execute("INSERT OR IGNORE INTO contents VALUES (?, ?)", row).rowcount
+        ):
+            return
+        tally.files += 1
+        tally.size_bytes += fact.size_bytes
+        tally.sizes.add(fact.size_bytes)
+        if fact.codec:
+            add(tally.codecs, fact.codec)
+        if fact.sound:
+            tally.with_sound += 1
+            add(tally.codecs, f"{fact.sound} (sound)")
+        if fact.width:
+            add(tally.resolutions, f"{fact.width}×{fact.height}")
+            tally.sides.add(min(fact.width, fact.height))
+        if fact.duration_s is not None:
+            tally.seconds.add(fact.duration_s)
+
+    def _count_modalities(self, post: Post) -> None:
+        there = {media.kind for media in post.media}
+        texts = {"text": post.text.strip(), "ocr": (post.ocr or "").strip()}
+        found = tuple(name for name in MODALITIES if name in there or texts.get(name))
+        self._modalities.update(found)
+        self._combinations[found] += 1
+
+    def _count_origin(self, entry: CorpusPost) -> None:
+        if entry.author:
+            self._base.execute(
+                "INSERT INTO authors VALUES (?, 1) "
+                "ON CONFLICT(author) DO UPDATE SET posts = posts + 1",
+                (entry.author,),
+            )
+        if entry.created is None:
+            self._undated += 1
+        elif found := _DATE.match(entry.created):
+            self._days[found.group()] += 1
+        else:
+            self._bad_dates += 1
+
+    def _authors(self) -> dict[str, Any]:
+        query = "SELECT COUNT(*), COALESCE(SUM(posts), 0) FROM authors"
+        count, posts = self._base.execute(query).fetchone()
+        top: Sequence[tuple[str, int]] = self._base.execute(
+            "SELECT author, posts FROM authors ORDER BY posts DESC, author LIMIT ?", (_TOP_AUTHORS,)
+        ).fetchall()
+        return {"authors": count, "posts": posts, "top": dict(top)}
+
+
+def ranked(counts: Counter[str] | dict[str, int], most: int | None = None) -> dict[str, int]:
+    """The largest counts first; equal ones by name."""
+    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:most])
+
+
+def add(counts: Counter[str], name: str) -> None:
+    """Count; names that never repeat must not fill the memory."""
+    counts[name if name in counts or len(counts) < _MAX_REASONS else "others"] += 1

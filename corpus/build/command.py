@@ -1,0 +1,210 @@
+"""The command line of ``build_trainval_data.py``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sqlite3
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from common.errors import ConfigError, TaggingError
+from config.labels import LabelMap
+from common.cli import OneLineParser
+from common.post import MODALITIES
+from corpus.build.gather import Gatherer, Rules
+from corpus.build.index import Index
+from corpus.build.sides import Dealing, Split, split
+from corpus.build.write import Target, write_files
+from corpus.records import Summary
+
+NAME = "build_trainval_data.py"
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = OneLineParser(
+        prog=NAME,
+        description="Join labels and features, and split the posts into training, validation and "
+        "test files without leakage: posts that share an author, a medium, a text or a group of "
+        "near-duplicates never stand on two sides.",
+    )
+    add = parser.add_argument
+    add("--input", type=Path, required=True, metavar="F", help="posts, *.jsonl or *.json")
+    add("--features", type=Path, required=True, metavar="DIR", help="root of the feature files")
+    add("--labels", type=Path, required=True, metavar="F", help="label map, idx2name_cls*.json")
+    add("--out", type=Path, required=True, metavar="DIR", help="folder of the data files")
+    add(
+        "--valid", type=float, default=0.1, metavar="X", help="share of validation; 0 leaves it out"
+    )
+    add("--test", type=float, default=0.1, metavar="X", help="share of test; 0 leaves it out")
+    add("--seed", type=_natural, default=0, metavar="N", help="of every draw")
+    add("--manifest", type=Path, metavar="F", help="of download_mp: which media are the same")
+    add("--duplicates", type=Path, metavar="F", help="duplicates.jsonl of analyze_posts")
+    add("--keep", type=Path, metavar="F", help="an earlier split.jsonl: its posts keep their side")
+    add("--unknown", choices=("error", "skip_tag", "skip_post"), default="error",
+        help="what a label beside the map does")  # fmt: skip
+    add("--check", choices=("quick", "full"), default="quick",
+        help="read the headers of feature files, or every number")  # fmt: skip
+    add("--modalities", nargs="+", choices=MODALITIES, default=[], metavar="M",
+        help="leave out posts without any of these")  # fmt: skip
+    add("--format", choices=("json", "jsonl"), default="json", help="of the data files")
+    return parser.parse_args(arguments)
+
+
+def _natural(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text}: must be a whole number, 0 or more")
+    return int(text)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Build; 0 done, 2 the input is wrong, 1 anything else."""
+    options = parse(arguments)
+    try:
+        return _build(options)
+    except TaggingError as error:
+        sys.stderr.write(f"{NAME}: {error}\n")
+        return 2 if isinstance(error, ConfigError) else 1
+    except OSError as error:
+        sys.stderr.write(f"{NAME}: {error.filename or options.out}: {error.strerror or error}\n")
+        return 1
+    except sqlite3.Error as error:
+        sys.stderr.write(f"{NAME}: index in the temporary folder (TMPDIR names another): {error}\n")
+        return 1
+    except KeyboardInterrupt:
+        sys.stderr.write(f"{NAME}: interrupted; nothing was changed, run it again\n")
+        return 1
+
+
+def _build(options: argparse.Namespace) -> int:
+    shares = _shares(options)
+    labels = LabelMap.load(options.labels)
+    rules = Rules(options.unknown, options.check, tuple(options.modalities))
+    with Index() as found:
+        read_manifest(options.manifest, found)
+        with _ticks("reading") as advance:
+            Gatherer(labels, options.features, rules, found).read(options.input, advance)
+        if not len(found):
+            _show(found, None, labels, options.out)
+            raise ConfigError(f"{options.input}: no post can be learned from")
+        found.link(duplicate_groups(options.duplicates))
+        dealt = split(found, labels, Dealing(shares, options.seed, options.keep))
+        with _ticks("writing") as advance:
+            target = Target(options.out, options.features, labels, options.format)
+            files = write_files(options.input, target, found, dealt, advance)
+        _show(found, dealt, labels, options.out)
+    for path in files.values():
+        sys.stdout.write(f"{path}\n")
+    return 0
+
+
+def _shares(options: argparse.Namespace) -> tuple[float, float, float]:
+    valid, test = options.valid, options.test
+    if valid < 0 or test < 0:
+        raise ConfigError(f"--valid {valid:g} --test {test:g}: a share is 0 or more, below 1")
+    if not valid + test < 1:
+        raise ConfigError(f"--valid {valid:g} --test {test:g}: nothing would be left for training")
+    return 1 - valid - test, valid, test
+
+
+def read_manifest(manifest: Path | None, index: Index) -> None:
+    """Note which media have which content.
+
+    ``download_mp`` names files by their hash; a manifest adds those of media named otherwise.
+
+    Raises:
+        ConfigError: The manifest cannot be read.
+    """
+    for content in [] if manifest is None else _json_lines(manifest, "manifest"):
+        digest = content.get("sha256")
+        if content.get("status") == "ok" and isinstance(digest, str):
+            for source in (content.get("source"), content.get("path")):
+                if isinstance(source, str):
+                    index.add_medium(source, digest)
+
+
+def duplicate_groups(path: Path | None) -> Iterator[tuple[str, ...]]:
+    """Post IDs of each group of ``duplicates.jsonl``.
+
+    Raises:
+        ConfigError: The file cannot be read.
+    """
+    if path is None:
+        return
+    for content in _json_lines(path, "duplicates file"):
+        members = content.get("members")
+        if not isinstance(members, list) or not all(isinstance(m, str) for m in members):
+            raise ConfigError(f"{path}: a group must have members, a list of post IDs")
+        yield tuple(members)
+
+
+def _json_lines(path: Path, what: str) -> Iterator[dict[str, object]]:
+    try:
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                content = json.loads(line)
+                if not isinstance(content, dict):
+                    raise ConfigError(f"{path}: line {number} is no object")
+                yield content
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: no such {what}") from error
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from error
+
+
+@contextmanager
+def _ticks(what: str) -> Iterator[Callable[[], None]]:
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (
+        SpinnerColumn(),
+        TextColumn(what),
+        TextColumn("{task.completed:,} posts"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task(what, total=None)
+        yield lambda: progress.advance(task)
+
+
+def _show(found: Index, dealt: Split | None, labels: LabelMap, out: Path) -> None:
+    """The summary on the terminal, and in ``summary.json``."""
+    summary = Summary("training data")
+    summary.done(len(found))
+    for reason, count in found.reasons().items():
+        summary.failed(reason, count)
+    if found.dropped_tags:
+        summary.facts["labels passed over"] = sum(found.dropped_tags.values())
+    if dealt is not None:
+        for name, count in zip(dealt.names, dealt.posts, strict=True):
+            summary.facts[f"{name} posts"] = int(count)
+        summary.facts["groups"] = dealt.groups
+        summary.facts["largest group"] = dealt.largest_group
+        worst, tag = dealt.worst()
+        if tag >= 0:
+            summary.facts["largest deviation of a tag's share"] = (
+                f"{worst:.1%} ({labels.names[tag]})"
+            )
+        if dealt.moved:
+            summary.facts["moved by new links"] = dealt.moved
+        absent = [n for n, c in zip(labels.names, dealt.counts.sum(axis=0), strict=True) if not c]
+        if absent:
+            summary.facts["tags without posts"] = ", ".join(absent[:20])
+        if dealt.largest_group > 0.5 * min(dealt.posts):
+            summary.facts["note"] = "the largest group is over half of the smallest side"
+    summary.show()
+    if dealt is None:
+        return
+    by_tag = {
+        name: {side: int(dealt.counts[i, tag]) for i, side in enumerate(dealt.names)}
+        for tag, name in enumerate(labels.names)
+    }
+    content = {**summary.as_dict(), "passed_over": dict(sorted(found.dropped_tags.items()))}
+    from corpus.lines import write_whole
+
+    text = json.dumps({**content, "tags": by_tag}, ensure_ascii=False, indent=2)
+    write_whole(out / "summary.json", text)

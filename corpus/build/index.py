@@ -1,0 +1,218 @@
+"""What the first reading found, in a private file on the disk: memory does not grow with the posts.
+
+SQLite makes the file in the system's temporary folder (``TMPDIR`` names another), keeps a bounded
+part of it in memory, and removes its name at once: whatever ends the process, nothing stays. It
+takes about 100 bytes a post.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sqlite3
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import TypeAlias
+
+from corpus.build.groups import Groups
+
+Marks: TypeAlias = tuple[tuple[str, str], ...]
+
+_TABLES = """
+PRAGMA journal_mode = OFF;
+PRAGMA synchronous = OFF;
+PRAGMA cache_size = -1024;
+PRAGMA temp_store = FILE;
+CREATE TABLE posts (number INTEGER PRIMARY KEY, line INTEGER, made_with INTEGER, tags BLOB,
+                    part INTEGER, held INTEGER);
+CREATE TABLE seen (mark INTEGER PRIMARY KEY, number INTEGER);
+CREATE TABLE keys (key INTEGER, number INTEGER);
+CREATE TABLE left_out (line INTEGER PRIMARY KEY, reason TEXT, post_id TEXT, detail TEXT);
+CREATE TABLE media (source TEXT PRIMARY KEY, sha256 TEXT) WITHOUT ROWID;
+CREATE TABLE parts (number INTEGER PRIMARY KEY, size INTEGER, tags BLOB, fixed INTEGER,
+                    lot INTEGER, side INTEGER);
+"""
+_MAX_NAMES = 10_000
+"""Labels beside the map that are counted by name: wild ones must not fill the memory."""
+OTHERS = "(others)"
+
+
+class Index:
+    """Posts that are kept, what links them, and what was left out; used with ``with``.
+
+    Attributes:
+        base: The database. ``posts``: kept ones, numbered in the order of their lines, `tags` as
+            int32 numbers, `part` the group, `held` the side of an earlier split. ``seen``: hash of
+            each post_id. ``keys``: hash of each thing that two posts may share. ``parts``: the
+            groups, `tags` as pairs of tag and count, `fixed` the side of an
+            earlier split or -1, `lot` a random number.
+        fingerprints: What feature files were made with; ``posts.made_with`` counts them.
+        dropped_tags: Labels that were passed over, and how often.
+    """
+
+    def __init__(self) -> None:
+        self.base = sqlite3.connect("", isolation_level=None)
+        self.base.executescript(_TABLES)
+        self.base.execute("BEGIN")  # never committed: the file is thrown away
+        self.fingerprints: dict[Marks, int] = {}
+        self.dropped_tags: Counter[str] = Counter()
+        self._next = 0
+
+    def __enter__(self) -> Index:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.base.close()
+
+    def __len__(self) -> int:
+        """Posts that are kept."""
+        return self._one("SELECT COUNT(*) FROM posts")
+
+    # Reading ---------------------------------------------------------------------------------
+
+    def see(self, post_id: str) -> bool:
+        """Note a post_id; False where it was there before."""
+        insert = "INSERT OR IGNORE INTO seen VALUES (?, NULL)"
+        return bool(self.base.execute(insert, (key_of("id", post_id),)).rowcount)
+
+    def keep(
+        self, line: int, post_id: str, tags: Iterable[int], made_with: Marks, keys: Iterable[int]
+    ) -> None:
+        """Take a post in."""
+        number, self._next = self._next, self._next + 1
+        index = self.fingerprints.setdefault(made_with, len(self.fingerprints))
+        row = (number, line, index, array("i", tags).tobytes(), 0, -1)
+        self.base.execute("INSERT INTO posts VALUES (?, ?, ?, ?, ?, ?)", row)
+        mark = key_of("id", post_id)
+        self.base.execute("UPDATE seen SET number = ? WHERE mark = ?", (number, mark))
+        self.base.executemany("INSERT INTO keys VALUES (?, ?)", ((key, number) for key in keys))
+
+    def leave(self, line: int, reason: str, post_id: str | None, detail: str) -> None:
+        """Note a line that gives no post to learn from."""
+        row = (line, reason, _text(post_id), _text(detail))
+        self.base.execute("INSERT INTO left_out VALUES (?, ?, ?, ?)", row)
+
+    def drop(self, names: Iterable[str]) -> None:
+        """Count labels that are passed over."""
+        for name in names:
+            known = name in self.dropped_tags or len(self.dropped_tags) < _MAX_NAMES
+            self.dropped_tags[name if known else OTHERS] += 1
+
+    def refuse(self, made_with: int, reason: str, detail: str) -> None:
+        """Leave out the posts whose features were made in some way."""
+        which = (reason, detail, made_with)
+        self.base.execute(
+            "INSERT INTO left_out SELECT line, ?, NULL, ? FROM posts WHERE made_with = ?", which
+        )
+        for query in (
+            "DELETE FROM keys WHERE number IN (SELECT number FROM posts WHERE made_with = ?)",
+            "UPDATE seen SET number = NULL "
+            "WHERE number IN (SELECT number FROM posts WHERE made_with = ?)",
+        ):
+            self.base.execute(query, (made_with,))
+        self.base.execute("DELETE FROM posts WHERE made_with = ?", (made_with,))
+
+    def shares(self) -> dict[int, int]:
+        """How many posts were made with each of the `fingerprints`."""
+        return dict(self.base.execute("SELECT made_with, COUNT(*) FROM posts GROUP BY made_with"))
+
+    # Media -----------------------------------------------------------------------------------
+
+    def add_medium(self, source: str, sha256: str) -> None:
+        """Note what a manifest says."""
+        row = (_text(source), sha256)
+        self.base.execute("INSERT OR REPLACE INTO media VALUES (?, ?)", row)
+
+    def medium(self, source: str) -> str | None:
+        """sha256 of a medium's content, where a manifest says so."""
+        query = "SELECT sha256 FROM media WHERE source = ?"
+        row = self.base.execute(query, (_text(source),)).fetchone()
+        return None if row is None else str(row[0])
+
+    # Groups ----------------------------------------------------------------------------------
+
+    def number_of(self, post_id: str) -> int | None:
+        """Number of a kept post."""
+        query = "SELECT number FROM seen WHERE mark = ?"
+        row = self.base.execute(query, (key_of("id", post_id),)).fetchone()
+        return None if row is None else row[0]
+
+    def link(self, more: Iterable[tuple[str, ...]] = ()) -> None:
+        """Join the posts that share something, and number the groups in the order of their posts.
+
+        Args:
+            more: Further sets of post IDs, for example near-duplicates; unknown ones are passed
+                over.
+        """
+        groups = Groups(self._next)  # 4 bytes a post, as much again for the numbers
+        before: tuple[int, int] | None = None
+        for row in self.base.execute("SELECT key, number FROM keys ORDER BY key, number"):
+            if before is not None and before[0] == row[0]:
+                groups.join((before[1], row[1]))
+            before = row
+        for members in more:
+            found = (self.number_of(post_id) for post_id in members)
+            groups.join(number for number in found if number is not None)
+        self._number(groups)
+
+    def _number(self, groups: Groups) -> None:
+        """Give each post the number of its group; those that were refused are in none."""
+        numbers = array("I", bytes(4 * len(groups)))
+
+        def rows() -> Iterator[tuple[int, int]]:
+            count = 0
+            for (post,) in self.base.execute("SELECT number FROM posts ORDER BY number"):
+                root = groups.root(post)  # the first of them all: it has its number already
+                if root == post:
+                    numbers[post], count = count, count + 1
+                else:
+                    numbers[post] = numbers[root]
+                yield numbers[post], post
+
+        batches(self.base, "UPDATE posts SET part = ? WHERE number = ?", rows())
+
+    # Results ---------------------------------------------------------------------------------
+
+    def reasons(self) -> dict[str, int]:
+        """Reason ─► how many lines were left out for it."""
+        return dict(self.base.execute("SELECT reason, COUNT(*) FROM left_out GROUP BY reason"))
+
+    def left_out(self, line: int) -> tuple[str, str | None, str] | None:
+        """Reason, post_id and detail of a line that was left out."""
+        query = "SELECT reason, post_id, detail FROM left_out WHERE line = ?"
+        row = self.base.execute(query, (line,)).fetchone()
+        return None if row is None else (str(row[0]), row[1], str(row[2]))
+
+    def dealt(self) -> Iterator[tuple[int, int, int]]:
+        """Line, group and side of each kept post, in the order of the lines."""
+        yield from self.base.execute(
+            "SELECT line, part, side FROM posts JOIN parts ON parts.number = part "
+            "ORDER BY posts.number"
+        )
+
+    def _one(self, query: str) -> int:
+        return int(self.base.execute(query).fetchone()[0])
+
+
+def batches(
+    base: sqlite3.Connection, query: str, rows: Iterable[tuple[object, ...]], size: int = 1000
+) -> None:
+    """`executemany` a part at a time, for rows that come from a query on what it changes."""
+    batch: list[tuple[object, ...]] = []
+    for row in rows:
+        batch.append(row)
+        if len(batch) == size:
+            base.executemany(query, batch)
+            batch = []
+    base.executemany(query, batch)
+
+
+def key_of(kind: str, value: str) -> int:
+    """64 bits of a hash, signed; two things that differ share one about never."""
+    raw = f"{kind}\0{value}".encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little", signed=True)
+
+
+def _text(text: str | None) -> str | None:
+    """Half a pair of surrogates, which JSON may hold, is no text to SQLite."""
+    return None if text is None else text.encode("utf-8", "replace").decode()

@@ -1,0 +1,184 @@
+"""Whose turn it is: URLs by host, so many at a time of each, with waits; pure, no I/O.
+
+Hosts take turns, so that one with many URLs does not hold up the others. A host that asks to be
+left alone is left alone, with all its URLs. One that cannot be reached time and again is given up
+for this run: each of its URLs would cost a time-out.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from urllib.parse import urlsplit
+
+from corpus.download.values import Ask, Found
+
+DEAD_AFTER = 12
+"""Times in a row that a host is not reached before it is given up."""
+
+_MOST_REMEMBERED = 10_000
+
+
+@dataclass(slots=True)
+class Try:
+    """A URL on its way.
+
+    Attributes:
+        failed: Tries that failed so far.
+    """
+
+    ask: Ask
+    host: str
+    failed: int = 0
+
+
+@dataclass(slots=True)
+class _Host:
+    """A host with URLs that wait or are being downloaded, or one that is left alone."""
+
+    waiting: deque[Try] = field(default_factory=deque)
+    busy: int = 0
+    resume_at: float = 0.0  # 0: it may be asked
+    queued: bool = False  # it stands in the turns
+
+
+class Hosts:
+    """The URLs that wait, by host.
+
+    Attributes:
+        size: URLs that wait, those that wait for another try included.
+    """
+
+    def __init__(self, per_host: int) -> None:
+        self._per_host = per_host
+        self._hosts: dict[str, _Host] = {}
+        self._turns: deque[str] = deque()  # hosts that may have something to give
+        self._later: list[tuple[float, int, Try]] = []
+        self._resting: list[tuple[float, int, str]] = []
+        self._count = 0
+        self._unreached: dict[str, int] = {}
+        self._dead: dict[str, Found] = {}
+        self.size = 0
+
+    def add(self, item: Try) -> None:
+        """Queue a URL for its host's next turn."""
+        self.size += 1
+        host = self._hosts.setdefault(item.host, _Host())
+        host.waiting.append(item)
+        self._queue(item.host, host)
+
+    def again(self, item: Try, at: float) -> None:
+        """Queue a URL for another try, not before `at`."""
+        self.size += 1
+        self._count += 1
+        heapq.heappush(self._later, (at, self._count, item))
+
+    def take(self, now: float) -> Try | None:
+        """The next URL that may be downloaded now."""
+        self._wake(now)
+        while self._turns:
+            name = self._turns.popleft()
+            host = self._hosts.get(name)
+            if host is None:
+                continue
+            host.queued = False
+            if host.resume_at:
+                continue  # back in turn when its rest is over
+            if not host.waiting or host.busy >= self._per_host:
+                continue  # back in turn when one of its downloads ends
+            item = host.waiting.popleft()
+            host.busy += 1
+            self.size -= 1
+            self._queue(name, host)
+            return item
+        return None
+
+    def done(self, name: str) -> None:
+        """One of a host's downloads has ended."""
+        host = self._hosts[name]
+        host.busy -= 1
+        self._queue(name, host)
+        self._forget_idle(name, host)
+
+    def pause(self, name: str, until: float) -> None:
+        """Leave a host alone until then."""
+        host = self._hosts[name]
+        if until > host.resume_at:
+            host.resume_at = until
+            self._count += 1
+            heapq.heappush(self._resting, (until, self._count, name))
+
+    def reached(self, name: str) -> None:
+        """A host has answered, whatever it said."""
+        self._unreached.pop(name, None)
+
+    def unreached(self, name: str, found: Found) -> None:
+        """A host could not be reached; `found` is what its URLs get when it is given up."""
+        times = self._unreached.pop(name, 0) + 1
+        if times >= DEAD_AFTER:
+            self.give_up(name, found)
+            return
+        self._unreached[name] = times
+        if len(self._unreached) > _MOST_REMEMBERED:
+            self._unreached.pop(next(iter(self._unreached)))
+
+    def give_up(self, name: str, found: Found) -> None:
+        """Ask this host for nothing more in this run."""
+        self._dead[name] = found
+        if len(self._dead) > _MOST_REMEMBERED:
+            self._dead.pop(next(iter(self._dead)))
+
+    def verdict(self, name: str) -> Found | None:
+        """What every URL of a host that was given up gets; None for any other."""
+        return self._dead.get(name)
+
+    def drop(self, name: str) -> Iterator[Try]:
+        """The URLs of a host that was given up, which wait no longer."""
+        host = self._hosts.get(name)
+        while host is not None and host.waiting:
+            self.size -= 1
+            yield host.waiting.popleft()
+        kept = [entry for entry in self._later if entry[2].host != name]
+        if len(kept) < len(self._later):
+            dropped = [entry[2] for entry in self._later if entry[2].host == name]
+            self._later = kept
+            heapq.heapify(self._later)
+            self.size -= len(dropped)
+            yield from dropped
+
+    def next_at(self) -> float | None:
+        """When a wait ends; None when nothing waits for a time."""
+        times = [heap[0][0] for heap in (self._later, self._resting) if heap]
+        return min(times, default=None)
+
+    def _wake(self, now: float) -> None:
+        while self._later and self._later[0][0] <= now:
+            item = heapq.heappop(self._later)[2]
+            self.size -= 1
+            self.add(item)
+        while self._resting and self._resting[0][0] <= now:
+            name = heapq.heappop(self._resting)[2]
+            host = self._hosts.get(name)
+            if host is not None and host.resume_at <= now:
+                host.resume_at = 0.0
+                self._queue(name, host)
+                self._forget_idle(name, host)
+
+    def _queue(self, name: str, host: _Host) -> None:
+        if host.waiting and not host.queued and not host.resume_at:
+            host.queued = True
+            self._turns.append(name)
+
+    def _forget_idle(self, name: str, host: _Host) -> None:
+        if not (host.waiting or host.busy or host.resume_at):
+            del self._hosts[name]
+
+
+def host_of(source: str) -> str:
+    """The host and port that a URL leads to; empty for what is no URL."""
+    try:
+        return urlsplit(source).netloc.rpartition("@")[2].lower()
+    except ValueError:
+        return ""

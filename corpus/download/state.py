@@ -1,0 +1,165 @@
+"""What is known of each URL, in a SQLite file that survives a kill.
+
+Written by one process. In WAL mode a transaction is in the kernel's hands when `commit` returns:
+a kill loses nothing; a power cut may lose the last ones, never spoils the rest.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterable
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from common.errors import ConfigError
+from corpus.download.values import Found, Status, pack_kinds, unpack_kinds
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_VERSION = 1
+_TABLES = """
+CREATE TABLE IF NOT EXISTS urls (
+    key BLOB PRIMARY KEY, status TEXT NOT NULL, run INTEGER NOT NULL, sha256 BLOB NOT NULL,
+    extension TEXT NOT NULL, size_bytes INTEGER NOT NULL, kinds TEXT NOT NULL,
+    what TEXT NOT NULL, type TEXT NOT NULL, message TEXT NOT NULL
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
+"""
+_COLUMNS = "status, run, sha256, extension, size_bytes, kinds, what, type, message"
+_FORGET = "DELETE FROM urls WHERE status = 'refused'"
+
+
+class BrokenState(Exception):
+    """The state cannot be written now: the disk is full, or gone."""
+
+
+class State:
+    """The URLs of one output folder; closed at the end, or left to a kill.
+
+    Everything raises `ConfigError` when the file is damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with self._edge():
+            self._db = sqlite3.connect(path, isolation_level=None)
+            self._db.execute("PRAGMA journal_mode = WAL")
+            self._db.execute("PRAGMA synchronous = NORMAL")
+            self._db.executescript(_TABLES)
+            self._check_version()
+            self.run = self._next_run()
+
+    def get(self, key: str) -> Found | None:
+        """What a URL gave; None when it was never asked for."""
+        row = self._row(key)
+        return None if row is None else _found(row)
+
+    def settled(self, key: str) -> tuple[Found, bool] | None:
+        """As `get`, and whether it is of this very run; None also for what is worth a try now."""
+        row = self._row(key)
+        if row is None or (row[0] == "retryable" and row[1] < self.run):
+            return None
+        return _found(row), row[1] == self.run
+
+    def put(self, found: Iterable[tuple[str, Found]]) -> None:
+        """Keep results, in one transaction.
+
+        Raises:
+            BrokenState: They could not be written.
+        """
+        rows = [
+            (
+                *(bytes.fromhex(key), entry.status, self.run, bytes.fromhex(entry.sha256)),
+                *(entry.extension, entry.size_bytes, pack_kinds(entry.kinds), entry.what),
+                *entry.reason,
+            )
+            for key, entry in found
+        ]
+        if not rows:
+            return
+        with self._edge():
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                self._db.executemany(
+                    f"INSERT OR REPLACE INTO urls (key, {_COLUMNS}) "  # noqa: S608 - our constant
+                    "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                    rows,
+                )
+                self._db.execute("COMMIT")
+            except BaseException:
+                with suppress(sqlite3.Error):
+                    self._db.execute("ROLLBACK")
+                raise
+
+    def forget(self, key: str) -> None:
+        """Ask for a URL again: its file is gone or spoilt."""
+        with self._edge():
+            self._db.execute("DELETE FROM urls WHERE key = ?", (bytes.fromhex(key),))
+
+    def forget_refused(self) -> None:
+        """Ask again for all that was refused."""
+        with self._edge():
+            self._db.execute(_FORGET)
+
+    def totals(self) -> tuple[int, int]:
+        """Distinct contents that are there, and their bytes."""
+        with self._edge():
+            cursor = self._db.execute(
+                "SELECT COUNT(*), COALESCE(SUM(size_bytes), 0) FROM "
+                "(SELECT DISTINCT sha256, size_bytes FROM urls WHERE status = 'ok')"
+            )
+            files, size_bytes = cursor.fetchone()
+        return int(files), int(size_bytes)
+
+    def close(self) -> None:
+        """Close the file."""
+        with suppress(sqlite3.Error):
+            self._db.close()
+
+    def _row(self, key: str) -> tuple[Any, ...] | None:
+        with self._edge():
+            cursor = self._db.execute(
+                f"SELECT {_COLUMNS} FROM urls WHERE key = ?",  # noqa: S608 - our constant
+                (bytes.fromhex(key),),
+            )
+            return cast("tuple[Any, ...] | None", cursor.fetchone())
+
+    def _check_version(self) -> None:
+        (version,) = self._db.execute("PRAGMA user_version").fetchone()
+        if version not in (0, _VERSION):
+            raise ConfigError(f"{self._path}: made by another version of this script")
+        self._db.execute(f"PRAGMA user_version = {_VERSION}")
+
+    def _next_run(self) -> int:
+        self._db.execute(
+            "INSERT INTO facts VALUES ('run', 1) ON CONFLICT(name) DO UPDATE SET value = value + 1"
+        )
+        (run,) = self._db.execute("SELECT value FROM facts WHERE name = 'run'").fetchone()
+        return int(run)
+
+    @contextmanager
+    def _edge(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.OperationalError as error:
+            raise BrokenState(f"{self._path}: {error}") from error
+        except sqlite3.DatabaseError as error:
+            raise ConfigError(
+                f"{self._path}: not the state of a download, or damaged ({error}); "
+                "delete it to verify all anew"
+            ) from error
+
+
+def _found(row: tuple[Any, ...]) -> Found:
+    status, _, sha256, extension, size_bytes, kinds, what, kind, message = row
+    return Found(
+        cast(Status, status),
+        sha256=bytes(sha256).hex(),
+        extension=extension,
+        size_bytes=size_bytes,
+        kinds=unpack_kinds(kinds),
+        what=what,
+        reason=(kind, message),
+    )

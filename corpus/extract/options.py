@@ -1,0 +1,206 @@
+"""The command line of the extraction scripts, and the settings that follow from it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal
+
+from common.cli import OneLineParser, count, natural
+from common.errors import ConfigError
+from config.load import load_settings, validate
+from config.settings import Settings
+from corpus.extract.values import Kind
+from corpus.extract.work import POSTS_OF_MANIFEST
+
+EngineName = Literal["local", "ray"]
+Share = Literal["auto", "yes", "no"]
+
+_DEVICE = re.compile(r"cpu|cuda:\d+")
+_WHAT: Mapping[Kind, str] = MappingProxyType(
+    {
+        "text": "the text of posts, and of the words in their pictures",
+        "audio": "the sounds of posts, and of the sound of their videos",
+        "image": "the images of posts",
+        "video": "the videos of posts",
+    }
+)
+_EPILOG = """
+A post is passed over when its file has these features already, made by the same extractors from
+the same media. Other modalities in a file stay as they are: the four scripts may run in any
+order, or side by side. What was interrupted goes on when the same command is run again.
+"""
+
+
+@dataclass(frozen=True)
+class Options:
+    """One command.
+
+    Attributes:
+        settings: With the workers that the command asks for.
+        posts: The posts file.
+        manifest: Of the download, where one was named.
+        workers: Extractor processes, or actors of Ray; 0: as many actors as suit the cluster.
+        devices: What they run on, in turn.
+        force: Extract what is there, too.
+        retry_failed: Extract again what has failed for good, too.
+    """
+
+    kind: Kind
+    settings: Settings
+    posts: Path
+    manifest: Path | None
+    features: Path
+    failures: Path
+    summary: Path
+    engine: EngineName
+    address: str | None
+    workers: int
+    devices: tuple[str, ...]
+    limit: int | None
+    force: bool
+    retry_failed: bool
+
+
+def parse(kind: Kind, arguments: Sequence[str] | None = None) -> Options:
+    """Read the command line and the settings.
+
+    Raises:
+        ConfigError: A setting is wrong, or options do not go together.
+    """
+    given = _parser(kind).parse_args(arguments)
+    settings = load_settings(given.config, given.set)
+    if ":/" in str(given.features):  # what is left of a URL as a path
+        raise ConfigError(
+            f"--features {given.features}: must be a folder; for several machines one that all "
+            "of them mount at the same path"
+        )
+    if given.address is not None and given.engine != "ray":
+        raise ConfigError("--address: names a cluster of Ray; add --engine ray")
+    devices = given.devices or _devices_of(settings)
+    features = given.features.absolute()
+    manifest = given.manifest.absolute() if given.manifest else None
+    posts = manifest.parent / POSTS_OF_MANIFEST if manifest else given.input.absolute()
+    ours = len(devices) if given.engine == "local" else 1
+    workers = given.workers or (0 if given.engine == "ray" else _auto_workers(devices))
+    processes = max(workers, ours) if given.engine == "local" else 1
+    return Options(
+        kind=kind,
+        settings=_placed(settings, devices, processes, given.batch, given.share),
+        posts=posts,
+        manifest=manifest,
+        features=features,
+        failures=(given.failures or features / f"failures_{kind}.jsonl").absolute(),
+        summary=features / f"summary_{kind}.json",
+        engine=given.engine,
+        address=given.address,
+        workers=workers,
+        devices=devices,
+        limit=given.limit,
+        force=given.force,
+        retry_failed=given.retry_failed,
+    )
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+# Parts ----------------------------------------------------------------------------------------
+
+
+def _parser(kind: Kind) -> OneLineParser:
+    parser = OneLineParser(
+        prog=f"extract_{kind}_features",
+        description=f"Extract the features of {_WHAT[kind]} into one feature file a post.",
+        epilog=_EPILOG,
+    )
+    parser.add_argument("--config", type=Path, help="settings; default as the daemon's")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="A.B=C", help="a setting, before the file's"
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--input", type=Path, metavar="FILE", help="posts.jsonl, or a data file")
+    source.add_argument(
+        "--manifest", type=Path, metavar="FILE", help="of download_mp.py, its posts.jsonl beside it"
+    )
+    parser.add_argument(
+        "--features", type=Path, required=True, metavar="DIR", help="root of feature files"
+    )
+    parser.add_argument(
+        "--workers", type=natural, default=0, help="extractor processes; 0: by the cores"
+    )
+    parser.add_argument(
+        "--devices", type=_devices, metavar="LIST", help="cpu, or cuda:0,cuda:1; default: settings'"
+    )
+    parser.add_argument("--engine", choices=("local", "ray"), default="local")
+    parser.add_argument(
+        "--address", help="cluster of Ray: auto, ray://host:10001; default: one on this machine"
+    )
+    parser.add_argument(
+        "--batch", type=count, help="frames, images, patches or texts of one pass of a model"
+    )
+    parser.add_argument(
+        "--share",
+        choices=("auto", "yes", "no"),
+        default="auto",
+        help="whether posts share a pass: faster on GPUs, but the last bit of a feature may then "
+        "differ from run to run; auto: on GPUs only",
+    )
+    parser.add_argument(
+        "--failures", type=Path, metavar="FILE", help="default: DIR/failures_" + f"{kind}.jsonl"
+    )
+    parser.add_argument("--limit", type=count, help="only the first lines of the input")
+    parser.add_argument("--force", action="store_true", help="extract what is there, too")
+    parser.add_argument(
+        "--retry_failed", action="store_true", help="extract what has failed for good, too"
+    )
+    return parser
+
+
+def _placed(
+    settings: Settings, devices: Sequence[str], processes: int, batch: int | None, share: Share
+) -> Settings:
+    """The settings with the workers that the command asks for, and quiet logs."""
+    values: dict[str, Any] = settings.model_dump()
+    first = settings.workers.extractors[0]
+    on = [devices[i % len(devices)] for i in range(processes)]
+    # Threads are the cores' share, so that processes do not take them from each other.
+    threads = max(1, min(first.threads, cores() // processes))
+    values["workers"]["extractors"] = [
+        {"device": device, "processes": on.count(device), "threads": threads}
+        for device in dict.fromkeys(on)
+    ]
+    decoders = max(1, cores() - processes, cores() // 2)
+    values["decode"]["processes"] = decoders
+    values["workers"]["slots"] = max(settings.workers.slots, 2 * (processes + decoders))
+    gpus = any(device != "cpu" for device in devices)
+    values["workers"]["share_batches"] = share == "yes" or (share == "auto" and gpus)
+    if batch is not None:
+        for name in ("video", "image", "audio", "text"):
+            values["features"][name]["batch_size"] = batch
+    if settings.log.level == "info":  # the default: lines of it would tear the progress bar
+        values["log"]["level"] = "warning"
+    return validate(Settings, values, "options")
+
+
+def _devices_of(settings: Settings) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(group.device for group in settings.workers.extractors))
+
+
+def _auto_workers(devices: Sequence[str]) -> int:
+    gpus = sum(device != "cpu" for device in devices)
+    return gpus or max(1, cores() // 2)
+
+
+def _devices(text: str) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    if not names or not all(_DEVICE.fullmatch(name) for name in names):
+        raise argparse.ArgumentTypeError(f"{text}: write it as cpu, or as cuda:0,cuda:1")
+    return names

@@ -1,0 +1,264 @@
+"""Posts of a file, or of a download's manifest, as work: one at a time, memory stays flat."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common.errors import ConfigError
+from common.post import Failure, Media, MediaKind, Modality, Post
+from config.settings import Settings
+from corpus.extract.values import Entry, FailedPart, Result, Work
+from corpus.records import BadLine, CorpusPost, count_lines, is_url, local_path, read_posts
+from extractors.fingerprint import digest
+
+_CONTENT_NAME = re.compile(r"[0-9a-f]{64}(\.\w+)?")
+POSTS_OF_MANIFEST = "posts.jsonl"
+"""Beside a manifest: its posts, with paths in the place of URLs."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """One media of a post: as written, where it lies, and its size there."""
+
+    media: Media
+    place: str
+    size_bytes: int | None
+
+    @property
+    def identity(self) -> list[Any]:
+        """What changes when the media does: content-addressed names move without it."""
+        name = self.media.source.rpartition("/")[2]
+        known = _CONTENT_NAME.fullmatch(name) and not is_url(self.media.source)
+        return [self.media.kind, name if known else self.media.source, self.size_bytes]
+
+
+class Inputs:
+    """The work in a posts file.
+
+    Args:
+        path: A posts file, or a data file.
+        settings: Decide which media count, and what the pictures are read for.
+        wanted: Modalities of the script.
+        manifest: Of `scripts/data_scripts/download_mp.py`: tells why media are not there.
+        limit: Lines at most; None: all.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        settings: Settings,
+        wanted: frozenset[Modality],
+        *,
+        manifest: Path | None = None,
+        limit: int | None = None,
+    ) -> None:
+        self._path, self._manifest, self._limit = path, manifest, limit
+        self._settings, self._wanted = settings, wanted
+
+    def count(self) -> int:
+        """Lines of the input, nearly: empty ones count.
+
+        Raises:
+            ConfigError: The file is missing or cannot be read.
+        """
+        lines = count_lines(self._path)
+        return lines if self._limit is None else min(lines, self._limit)
+
+    def __iter__(self) -> Iterator[Entry]:
+        """The entries, in order.
+
+        Raises:
+            ConfigError: A file is missing or broken, or manifest and posts do not belong together.
+        """
+        seen: set[int] = set()
+        losses = _Losses(self._manifest) if self._manifest is not None else None
+        entries = itertools.islice(read_posts(self._path), self._limit)
+        for index, entry in enumerate(entries):
+            if isinstance(entry, BadLine):
+                yield _rejected(index, entry)
+                continue
+            lost = losses.of(entry.post.post_id) if losses is not None else ()
+            key = _short_hash(entry.post.post_id)
+            if key in seen:
+                yield Result(index, entry.post.post_id, "repeated")
+                continue
+            seen.add(key)
+            yield self._work(index, entry, lost)
+        if losses is not None and self._limit is None:
+            losses.check_all_taken()
+
+    # Parts ------------------------------------------------------------------------------------
+
+    def _work(self, index: int, entry: CorpusPost, lost: Sequence[_Loss]) -> Work:
+        post = entry.post
+        lost = [*lost, *(self._outside(media) for media in post.media if _leaves(media.source))]
+        sources = [self._source(media) for media in post.media if not _leaves(media.source)]
+        counted = sources[: self._settings.fetch.max_media]
+        blamed: dict[Modality, Failure] = {}
+        for loss in lost:
+            modality = self._blame(loss.kind, post)
+            if modality is not None:
+                blamed.setdefault(modality, loss.failure)
+        media = tuple(Media(source.media.kind, source.place) for source in sources)
+        located = Post(post.post_id, text=post.text, media=media, ocr=post.ocr)
+        return Work(index, located, self._digests(post, counted, lost), blamed)
+
+    def _outside(self, media: Media) -> _Loss:
+        why = f"{media.source}: leaves the folder of {self._path.name}; write it as a whole path"
+        return _Loss(media.kind, media.source, Failure("fetch", "FetchRefused", why))
+
+    def _source(self, media: Media) -> _Source:
+        source = media.source
+        path = local_path(source, self._path)
+        if path is None:
+            return _Source(media, source, None)
+        place = path.absolute()
+        try:
+            return _Source(media, str(place), place.stat().st_size)
+        except (OSError, ValueError):
+            return _Source(media, str(place), None)
+
+    def _blame(self, kind: MediaKind, post: Post) -> Modality | None:
+        """Which modality lacks a media file that is not there, as `workers.plan` has it."""
+        if kind in self._wanted:
+            return kind
+        if kind == "video" and "audio" in self._wanted:
+            return "audio"
+        if "text" not in self._wanted or not self._reads(post, kind):
+            return None
+        return "text" if self._settings.features.ocr_mode == "append" else "ocr"
+
+    def _reads(self, post: Post, kind: MediaKind) -> bool:
+        """Whether the text in a kind of media is read."""
+        ocr = self._settings.features.ocr
+        if not ocr.enabled or post.ocr is not None:
+            return False
+        return kind == "image" or (kind == "video" and ocr.frames > 0)
+
+    def _digests(
+        self, post: Post, sources: Sequence[_Source], lost: Sequence[_Loss]
+    ) -> dict[Modality, str]:
+        """What the features of each modality are made from."""
+        decode = self._settings.decode
+        limits = [decode.max_pixels, decode.max_duration_s, decode.max_audio_s]
+
+        def media(kinds: Iterable[MediaKind]) -> list[Any]:
+            chosen = frozenset(kinds)
+            there = [s.identity for s in sources if s.media.kind in chosen]
+            gone = [[one.kind, one.source, one.failure.type] for one in lost if one.kind in chosen]
+            return [there, gone, limits]
+
+        read = media(kind for kind in ("image", "video") if self._reads(post, kind))
+        words = [post.ocr, read]
+        appended = self._settings.features.ocr_mode == "append"
+        parts: dict[Modality, Any] = {
+            "video": media(("video",)),
+            "image": media(("image",)),
+            "audio": media(("audio", "video")),
+            "text": [post.text, words] if appended else [post.text],
+            "ocr": words,
+        }
+        return {m: digest({"made_from": parts[m]}) for m in parts if m in self._wanted}
+
+
+# Manifest ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Loss:
+    kind: MediaKind
+    source: str
+    failure: Failure
+
+
+class _Losses:
+    """Failed media of a manifest, post by post in its order."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._lines = _manifest_lines(path)
+        self._next = next(self._lines, None)
+
+    def of(self, post_id: str) -> list[_Loss]:
+        """The losses of the next post."""
+        found: list[_Loss] = []
+        while self._next is not None and self._next[1].get("post_id") == post_id:
+            number, content = self._next
+            if content.get("status") == "failed":
+                found.append(_loss(content, f"{self._path}: line {number}"))
+            self._next = next(self._lines, None)
+        return found
+
+    def check_all_taken(self) -> None:
+        """Find lines whose posts are not there.
+
+        Raises:
+            ConfigError: There are some.
+        """
+        if self._next is not None:
+            number, content = self._next
+            raise ConfigError(
+                f"{self._path}: line {number}: post {content.get('post_id')!r} is not at its "
+                f"place in {POSTS_OF_MANIFEST}: the two were not made together"
+            )
+
+
+def _manifest_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    try:
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                content = json.loads(line)
+                if not isinstance(content, dict):
+                    raise ConfigError(f"{path}: line {number}: not an object")
+                yield number, content
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: no such file") from error
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise ConfigError(f"{path}: not JSON lines: {error}") from error
+
+
+def _loss(content: dict[str, Any], where: str) -> _Loss:
+    reason = content.get("reason") or {}
+    kind = content.get("kind")
+    if kind not in ("image", "video", "audio") or not isinstance(reason, dict):
+        raise ConfigError(f"{where}: is no line of a manifest")
+    failure = Failure(
+        str(reason.get("stage", "fetch")),
+        str(reason.get("type", "FetchRefused")),
+        str(reason.get("message", "was not downloaded")),
+    )
+    return _Loss(kind, str(content.get("source", "")), failure)
+
+
+# Lines ---------------------------------------------------------------------------------------
+
+
+def _leaves(source: str) -> bool:
+    """Whether a relative path climbs out of its file's folder: other files are not its business."""
+    if is_url(source) or source.startswith("/"):
+        return False
+    return os.path.normpath(source).split("/")[0] == ".."
+
+
+def _rejected(index: int, entry: BadLine) -> Result:
+    failure = Failure("input", "BadLine", f"line {entry.line}: {entry.reason}")
+    part = FailedPart(entry.post_id, None, failure)
+    return Result(index, entry.post_id, "rejected", failures=(part,))
+
+
+def _short_hash(post_id: str) -> int:
+    """64 bits of a post's ID: a set of them is a tenth of a set of IDs."""
+    raw = hashlib.blake2b(post_id.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(raw, "little")

@@ -1,0 +1,301 @@
+"""The whole command: options checked, pages read, posts chosen and written."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import bson
+from bson import json_util
+from bson.errors import BSONError
+
+from common.bar import Bar
+from common.errors import ConfigError, TaggingError
+from common.times import since_time
+from common.urls import redact
+from config.settings import StoreSettings
+from corpus.pull.choose import Choice, rare_tags, sample
+from corpus.pull.convert import NoPost, convert, created_at, projection, shown_id
+from corpus.pull.pages import Pages
+from corpus.pull.progress import Files
+from corpus.pull.values import Options, Page, Place
+from corpus.records import CorpusPost, post_line
+from corpus.runs import Stopper, only_one
+
+_AGAIN = "run the same command again to go on where it stopped"
+_SHOWN_CHARS = 200
+
+
+class Interrupted(Exception):
+    """A signal came."""
+
+
+def pull(options: Options, resolved: StoreSettings) -> int:
+    """Pull everything; gives the exit code.
+
+    Args:
+        options: What to pull.
+        resolved: The store as it can be reached: no ``embedded://``.
+
+    Raises:
+        ConfigError: The query or a time is wrong, or another pull lies there.
+        TaggingError: The database stayed away, or the disk is full.
+    """
+    query = query_of(options)
+    lock = options.out.with_name(f".{options.out.name}.lock")
+    with only_one(lock, str(options.out)), Stopper() as stopper:
+        pages = Pages(resolved, query, projection(options.store), options.page)
+        run = _Pull(options, pages, lambda: stopper.asked)
+        try:
+            run.run()
+        except Interrupted:
+            sys.stderr.write(
+                f"pull_posts: {stopper.asked}: {run.files.written:,} posts written; {_AGAIN}\n"
+            )
+            return 1
+        except OSError as error:
+            reason = f"{options.out}: {error.strerror or error}"
+            raise TaggingError(f"stopped: {reason}; make room, then {_AGAIN}") from error
+        finally:
+            run.files.close()
+            pages.close()
+    if not run.files.summary.total:
+        sys.stderr.write(f"pull_posts: {_nothing(options)}\n")
+    run.files.summary.show()
+    sys.stdout.write(f"{run.files.written:,} posts: {options.out}\n")
+    return 0
+
+
+def _nothing(options: Options) -> str:
+    """What there was no document of; one line."""
+    store = options.store
+    place = f"collection {store.database}.{store.collection}"
+    if not query_of(options):
+        return f"{place} holds no document"
+    query = f"--query {' '.join(options.query.split())}"[:_SHOWN_CHARS]
+    asked = [query] if read_query(options.query) else []
+    asked += ["--untagged"] if options.untagged else []
+    return f"no document of {place} matches {' '.join(asked)}"
+
+
+def query_of(options: Options) -> dict[str, Any]:
+    """The filter.
+
+    Raises:
+        ConfigError: See `read_query`.
+    """
+    query = read_query(options.query)
+    if not options.untagged:
+        return query
+    untagged = {f"{options.store.result_path}.status": None}
+    return {"$and": [query, untagged]} if query else untagged
+
+
+def read_query(text: str) -> dict[str, Any]:
+    """A condition in MongoDB's extended JSON.
+
+    Raises:
+        ConfigError: It is no JSON object, or holds what a database has no type for.
+    """
+    try:
+        query = json_util.loads(text)
+    except (
+        ValueError,
+        TypeError,
+        LookupError,
+        ArithmeticError,
+        RecursionError,
+        BSONError,
+    ) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ConfigError(f"--query: not JSON: {reason}") from error
+    if not isinstance(query, dict):
+        raise ConfigError('--query: must be an object, as {"lang": "en"}')
+    try:
+        bson.encode(query)
+    except (ValueError, OverflowError, RecursionError, BSONError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ConfigError(f"--query: cannot be asked for: {reason}") from error
+    return query
+
+
+class _Pull:
+    """One pull, begun or going on."""
+
+    def __init__(self, options: Options, pages: Pages, asked: Callable[[], object]) -> None:
+        self._options, self._pages, self._asked = options, pages, asked
+        self._fields = options.store.fields
+        self._since: float | None = None
+        self._until: float | None = None
+        self.files = Files(options.out, _asked(options))
+
+    def run(self) -> None:
+        """Read, choose, write.
+
+        Raises:
+            Interrupted: A signal came; the record is up to date.
+        """
+        files = self.files
+        if self._options.restart:
+            files.forget()
+        fresh = not files.begun
+        files.open()
+        if not files.complete:
+            self._set_times()
+            total = self._pages.count()
+            choice = self._choose(total, None if fresh else files.read_choice())
+            self._write(choice, total)
+        files.finish()
+
+    def _set_times(self) -> None:
+        """``7d`` is counted from the beginning of the pull, also when it goes on later."""
+        times = self.files.times
+        for name, text in (("since", self._options.since), ("until", self._options.until)):
+            if name not in times:
+                times[name] = _moment(name, text)
+        self._since, self._until = times["since"], times["until"]
+
+    # Choosing --------------------------------------------------------------------------------
+
+    def _choose(self, total: int, known: Choice | None) -> Choice:
+        minimum, count = self._options.min_posts_per_tag, self._options.sample
+        if not minimum and count is None:
+            return Choice()
+        if known is not None:
+            return known
+        choice = Choice(seed=self._options.seed, need_tag=minimum > 0)
+        if minimum:
+            choice = replace(choice, rare=rare_tags(self._eligible(Choice(), total), minimum))
+        if count is not None:
+            choice = sample(self._eligible(choice, total), choice, count, minimum)
+        self.files.keep_choice(choice)
+        self.files.save(Place())
+        return choice
+
+    def _eligible(self, choice: Choice, total: int) -> Iterator[CorpusPost]:
+        with _bar("counting", total) as advance:
+            for page in self._pages.pages(Place()):
+                self._heed()
+                for document in page.documents:
+                    try:
+                        entry = self._in_time(document)
+                    except (NoPost, _LeftOut):
+                        continue
+                    kept = choice.without_rare(entry)
+                    if isinstance(kept, CorpusPost):
+                        yield kept
+                advance(len(page.documents), "")
+
+    # Writing ---------------------------------------------------------------------------------
+
+    def _write(self, choice: Choice, total: int) -> None:
+        files = self.files
+        begun = files.summary.total
+        if choice.need_tag:
+            files.summary.facts["tags of too few posts"] = len(choice.rare)
+        place = files.place
+        with _bar("posts", total) as advance:
+            advance(begun, "")
+            for page in self._pages.pages(files.place):
+                full = self._write_page(page, choice)
+                place = page.place
+                files.save(place, complete=full)
+                advance(len(page.documents), f"{files.written:,} written")
+                if full:
+                    return
+                self._heed()
+        files.save(place, complete=True)
+
+    def _write_page(self, page: Page, choice: Choice) -> bool:
+        """Write what of a page is taken; true when the limit is reached."""
+        files, limit = self.files, self._options.limit
+        for document in page.documents:
+            if limit is not None and files.written >= limit:
+                return True
+            try:
+                entry = self._in_time(document)
+            except NoPost as error:
+                files.summary.failed(str(error))
+                files.reject(_rejected(document, str(error)))
+                continue
+            except _LeftOut as error:
+                files.summary.skipped(str(error))
+                continue
+            kept = choice.without_rare(entry)
+            if isinstance(kept, str):
+                files.summary.skipped(kept)
+            elif not choice.sampled(kept.post.post_id):
+                files.summary.skipped("not in the sample")
+            else:
+                files.write(post_line(kept))
+                files.summary.done()
+        return limit is not None and files.written >= limit
+
+    def _in_time(self, document: Mapping[str, Any]) -> CorpusPost:
+        entry = convert(document, self._fields)
+        if self._since is None and self._until is None:
+            return entry
+        made_at = created_at(document, self._fields)
+        if made_at is None:
+            raise _LeftOut("no time is known")
+        if self._since is not None and made_at < self._since:
+            raise _LeftOut("before --since")
+        if self._until is not None and made_at >= self._until:
+            raise _LeftOut("not before --until")
+        return entry
+
+    def _heed(self) -> None:
+        if self._asked():
+            raise Interrupted
+
+
+class _LeftOut(Exception):
+    """A post that was not asked for; says why."""
+
+
+def _asked(options: Options) -> dict[str, Any]:
+    """What must be the same for a pull to go on; nothing secret."""
+    store = options.store
+    return {
+        "database": f"{redact(store.url)} {store.database}.{store.collection}",
+        "fields": store.fields.model_dump(),
+        "query": options.query,
+        "untagged": options.untagged and store.result_path,
+        "since": options.since,
+        "until": options.until,
+        "sample": options.sample,
+        "min_posts_per_tag": options.min_posts_per_tag,
+        "seed": options.seed,
+        "limit": options.limit,
+    }
+
+
+def _moment(name: str, text: str | None) -> float | None:
+    try:
+        return since_time(text, time.time())
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("--since", f"--{name}", 1)) from error
+
+
+def _rejected(document: Mapping[str, Any], reason: str) -> str:
+    return json.dumps({"_id": shown_id(document), "reason": reason}, ensure_ascii=False)
+
+
+@contextmanager
+def _bar(description: str, total: int) -> Iterator[Callable[[int, str], None]]:
+    """A bar that is told how many more are done."""
+    done = 0
+    with Bar(description, total, rate=True) as bar:
+
+        def advance(count: int, note: str) -> None:
+            nonlocal done
+            done += count
+            share = min(1.0, done / total) if total else 0.0
+            bar.update(done, note, f"{share:>4.0%}")
+
+        yield advance

@@ -1,0 +1,169 @@
+"""The documents of a collection in the order of ``_id``, a page at a time, from any place on.
+
+Two ways. By ranges (``_id`` above the last one), a type of ``_id`` after the other, because a
+range holds one type only. And, for servers that only speak like MongoDB (the embedded one orders
+IDs as text and finds none by the type ``objectId``), through one cursor: there, going on means
+reading past what was read before.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from itertools import islice
+from typing import Any, TypeVar
+
+import bson
+import structlog
+from pymongo.errors import OperationFailure
+
+from common.errors import ConfigError, RetryableError, StoreUnavailable
+from config.settings import StoreSettings
+from corpus.pull.values import Page, Place
+from king.store.client import MongoEdge
+
+T = TypeVar("T")
+
+# The order in which MongoDB sorts the types that an _id can have.
+_BRACKETS = (
+    *("null", "number", "string", "object", "binData", "objectId", "bool", "date"),
+    "timestamp",
+)
+# BadValue, FailedToParse, TypeMismatch, a broken regular expression: what was asked is wrong.
+_MISTAKES = frozenset((2, 9, 14, 51091))
+_BATCH = 1000
+_FIRST_WAIT_S, _LONGEST_WAIT_S = 1.0, 32.0  # about a minute in all
+
+log = structlog.get_logger()
+
+
+class Pages(MongoEdge):
+    """Reads the posts collection.
+
+    Args:
+        settings: Where it is; ``embedded://`` already resolved.
+        query: Which documents.
+        fields: Their top-level fields that are read.
+        size: Documents of a page.
+        by_range: None asks the server whether it can.
+    """
+
+    def __init__(
+        self,
+        settings: StoreSettings,
+        query: Mapping[str, Any],
+        fields: Mapping[str, int],
+        size: int,
+        *,
+        by_range: bool | None = None,
+    ) -> None:
+        super().__init__(settings)
+        self._query, self._fields, self._size = dict(query), dict(fields), size
+        self._by_range = by_range
+        self._wait_s = _FIRST_WAIT_S
+
+    def count(self) -> int:
+        """How many documents there are to read.
+
+        Raises:
+            StoreUnavailable: The database cannot be reached.
+            ConfigError: It does not understand the query.
+        """
+        return self._patiently(self._count)
+
+    def pages(self, after: Place) -> Iterator[Page]:
+        """Pages from behind a place on; a database that is away for a while is waited for.
+
+        Raises:
+            StoreUnavailable: It stayed away.
+            ConfigError: It does not understand the query.
+            RetryableError: The document at the place is gone, and the way by ranges is closed.
+        """
+        if self._by_range is None:
+            self._by_range = self._patiently(self._can_range)
+        yield from self._ranges(after) if self._by_range else self._listed(after)
+
+    def _count(self) -> int:
+        with self.edge():
+            return int(self.posts.count_documents(self._query))
+
+    def _can_range(self) -> bool:
+        """Real ones tell their version in parts; what speaks like them mostly does not."""
+        with self.edge():
+            answer = self.posts.database.client.admin.command("buildInfo")
+        return "versionArray" in answer
+
+    def _ranges(self, place: Place) -> Iterator[Page]:
+        for bracket in range(place.bracket, len(_BRACKETS)):
+            last = place.last if bracket == place.bracket else None
+            while True:
+                bounds: dict[str, Any] = (
+                    {"$type": _BRACKETS[bracket]} if last is None else {"$gt": last}
+                )
+                found = self._patiently(partial(self._read, bounds))
+                if not found:
+                    break
+                last = found[-1]["_id"]
+                yield Page(tuple(found), Place(bracket, last))
+                if len(found) < self._size or last is None:
+                    break
+
+    def _read(self, bounds: Mapping[str, Any]) -> list[dict[str, Any]]:
+        condition = {"$and": [{"_id": dict(bounds)}, self._query]}
+        with self.edge():
+            cursor = self.posts.find(condition, self._fields).sort("_id", 1)
+            return list(cursor.limit(self._size))
+
+    def _listed(self, place: Place) -> Iterator[Page]:
+        last = place.last
+        while True:
+            try:
+                for chunk in self._chunks(last):
+                    last = chunk[-1]["_id"]
+                    yield Page(tuple(chunk), Place(0, last))
+                    self._wait_s = _FIRST_WAIT_S
+                return
+            except StoreUnavailable as error:  # from where it was, through a new cursor
+                self._wait(error)
+
+    def _chunks(self, after: Any) -> Iterator[list[dict[str, Any]]]:
+        """The documents behind the one with this ``_id``."""
+        documents = self._all()
+        wanted = None if after is None else _key(after)
+        if wanted is not None and not any(_key(found["_id"]) == wanted for found in documents):
+            raise RetryableError(
+                f"the post at which the pull stopped (_id {after}) is gone: add --restart"
+            )
+        while chunk := list(islice(documents, self._size)):
+            yield chunk
+
+    def _all(self) -> Iterator[dict[str, Any]]:
+        with self.edge():
+            yield from self.posts.find(self._query, self._fields).sort("_id", 1).batch_size(_BATCH)
+
+    def _patiently(self, read: Callable[[], T]) -> T:
+        while True:
+            try:
+                value = read()
+            except StoreUnavailable as error:
+                self._wait(error)
+            else:
+                self._wait_s = _FIRST_WAIT_S
+                return value
+
+    def _wait(self, error: StoreUnavailable) -> None:
+        """Wait longer each time; at last the error is the caller's."""
+        cause = error.__cause__
+        if isinstance(cause, OperationFailure) and cause.code in _MISTAKES:
+            raise ConfigError(f"--query: {error}") from error
+        if self._wait_s > _LONGEST_WAIT_S:
+            raise error
+        log.warning("pull.waiting", wait_s=self._wait_s, error=str(error))
+        time.sleep(self._wait_s)
+        self._wait_s *= 2
+
+
+def _key(value: Any) -> bytes:
+    """An ``_id`` of any type as something that can be compared."""
+    return bson.encode({"": value})

@@ -1,0 +1,172 @@
+"""The files of a pull that is not finished, so that it can go on after a kill.
+
+    .NAME.part            posts written so far, and perhaps some lines too many
+    .REJECTED.part        the same of the documents that are no posts
+    .NAME.pull            how far it has come, and how long the parts were then
+    .NAME.choice          which posts are taken, where that had to be counted first
+
+The record is written after the parts are on the disk; on going on they are cut to its lengths.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from bson import json_util
+
+from common.errors import ConfigError
+from common.files import part_of, publish
+from corpus.lines import write_whole
+from corpus.pull.choose import Choice
+from corpus.pull.values import Place
+from corpus.summary import Summary
+
+
+class Files:
+    """Output, rejects and record of one pull.
+
+    Attributes:
+        place: How far it has come.
+        summary: What was counted up to there.
+        written: Posts up to there.
+        complete: Nothing more is to be read.
+        times: Times that were worked out at the beginning, kept for going on.
+    """
+
+    def __init__(self, out: Path, asked: Mapping[str, Any]) -> None:
+        self.out = out
+        self.rejected = out.with_name(f"{out.stem}.rejected.jsonl")
+        self.summary_file = out.with_name(f"{out.stem}.summary.json")
+        self._record = out.with_name(f".{out.name}.pull")
+        self._choice = out.with_name(f".{out.name}.choice")
+        self._asked = dict(asked)
+        self._posts: BinaryIO | None = None
+        self._rejects: BinaryIO | None = None
+        self.place = Place()
+        self.summary = Summary("Posts")
+        self.written = 0
+        self.complete = False
+        self.times: dict[str, float | None] = {}
+
+    @property
+    def begun(self) -> bool:
+        """Whether an unfinished pull lies there."""
+        return self._record.exists()
+
+    def forget(self) -> None:
+        """Begin anew."""
+        for path in (self._record, self._choice, part_of(self.out), part_of(self.rejected)):
+            path.unlink(missing_ok=True)
+
+    def open(self) -> None:
+        """Go on where the record says, or begin.
+
+        Raises:
+            ConfigError: The record is of a pull with other options, or is none.
+        """
+        lengths = self._read() if self.begun else (0, 0)
+        if self.complete:
+            return
+        self._posts = _open(part_of(self.out), lengths[0])
+        self._rejects = _open(part_of(self.rejected), lengths[1])
+
+    def write(self, line: str) -> None:
+        """Add a post."""
+        if self._posts is not None:
+            self._posts.write(line.encode("utf-8") + b"\n")
+        self.written += 1
+
+    def reject(self, line: str) -> None:
+        """Add a document that is no post."""
+        if self._rejects is not None:
+            self._rejects.write(line.encode("utf-8") + b"\n")
+
+    def save(self, place: Place, *, complete: bool = False) -> None:
+        """Keep how far it has come; what was written before is on the disk then."""
+        self.place, self.complete = place, complete
+        content = {
+            "asked": self._asked,
+            "times": self.times,
+            "bracket": place.bracket,
+            "last": json_util.dumps(place.last, json_options=json_util.CANONICAL_JSON_OPTIONS),
+            "lengths": [_synced(self._posts), _synced(self._rejects)],
+            "written": self.written,
+            "summary": self.summary.as_dict(),
+            "complete": complete,
+        }
+        write_whole(self._record, json.dumps(content, ensure_ascii=False))
+
+    def finish(self) -> None:
+        """Give the files their names; after a kill it is done again from where it was."""
+        for file in (self._posts, self._rejects):
+            if file is not None:
+                file.close()
+        for path in (self.rejected, self.out):
+            if part_of(path).exists():
+                publish(part_of(path), path)
+        self.summary.write(self.summary_file)
+        self._choice.unlink(missing_ok=True)
+        self._record.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Close what is open."""
+        for file in (self._posts, self._rejects):
+            if file is not None:
+                file.close()
+
+    def read_choice(self) -> Choice | None:
+        """What was chosen before the pull was interrupted."""
+        try:
+            return Choice.loads(self._choice.read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            return None
+
+    def keep_choice(self, choice: Choice) -> None:
+        """Keep what was chosen."""
+        write_whole(self._choice, choice.dumps())
+
+    def _read(self) -> tuple[int, int]:
+        try:
+            content = json.loads(self._record.read_text(encoding="utf-8"))
+            asked: dict[str, Any] = content["asked"]
+            last = json_util.loads(content["last"])
+            self.place = Place(int(content["bracket"]), last)
+            self.summary = Summary.of("Posts", content["summary"])
+            self.written, self.complete = int(content["written"]), bool(content["complete"])
+            self.times = dict(content["times"])
+            posts, rejects = map(int, content["lengths"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"{self._record}: cannot be read; add --restart to begin anew"
+            ) from error
+        other = sorted(k for k in {*asked, *self._asked} if asked.get(k) != self._asked.get(k))
+        if other:
+            raise ConfigError(
+                f"{self.out}: an unfinished pull with another {', '.join(other)} lies there: "
+                "repeat its options, or add --restart to begin anew"
+            )
+        return posts, rejects
+
+
+def _open(path: Path, length: int) -> BinaryIO:
+    """A part to go on writing, cut to the length that is known to be whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.open("r+b" if length else "w+b")
+    if file.seek(0, os.SEEK_END) < length:
+        file.close()
+        raise ConfigError(f"{path}: shorter than it was; add --restart to begin anew")
+    file.truncate(length)
+    file.seek(length)
+    return file
+
+
+def _synced(file: BinaryIO | None) -> int:
+    if file is None:
+        return 0
+    file.flush()
+    os.fsync(file.fileno())
+    return file.tell()

@@ -1,0 +1,93 @@
+"""Long runs: one at a time in a folder, ended by a signal at a good moment."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, TypeVar
+
+from common.errors import ConfigError
+
+_Stopper = TypeVar("_Stopper", bound="Stopper")
+
+
+class Stopper:
+    """Used with ``with``: SIGINT and SIGTERM set `asked`; a second one ends the process at once.
+
+    Attributes:
+        asked: Name of the signal that came; empty until then.
+    """
+
+    signals: tuple[signal.Signals, ...] = (signal.SIGINT, signal.SIGTERM)
+    """Those that ask for an end."""
+
+    def __init__(self) -> None:
+        self.asked = ""
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self: _Stopper) -> _Stopper:
+        for number in self.signals:
+            self._before[number] = signal.signal(number, self._stop)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        self.asked = signal.Signals(number).name
+        for known in self._before:
+            signal.signal(known, signal.SIG_DFL)
+
+
+class Interrupt(Stopper):
+    """A `Stopper` whose second signal is a KeyboardInterrupt, so that processes can be ended.
+
+    A closed terminal asks for an end, too.
+
+    Attributes:
+        patient: While false, as when models load, the first signal ends at once, too.
+    """
+
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patient = False
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        if self.asked or not self.patient:
+            raise KeyboardInterrupt
+        self.asked = signal.Signals(number).name
+
+
+@contextmanager
+def only_one(lock: Path, what: str) -> Iterator[None]:
+    """Hold a lock while the block runs; the kernel frees it with the process.
+
+    Raises:
+        ConfigError: Another process holds it, or the file cannot be made.
+    """
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise ConfigError(f"{lock.parent}: cannot be written: {error.strerror}") from error
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ConfigError(f"{what} is being written by another run") from error
+        yield
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,193 @@
+"""The daemon as a child process, the posts it is given, and what the database says of them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pymongo import MongoClient
+from pymongo.errors import PyMongoError
+
+from common.errors import StoreUnavailable, TaggingError
+from common.urls import redact
+from config.settings import Settings, StoreSettings
+from demo.parallel import bars
+from king.broker.publisher import publish_posts
+from king.health import read_health
+from king.messages import PostMessage
+
+START_TIMEOUT_S = 240.0
+STALL_TIMEOUT_S = 120.0
+_POLL_S = 0.1
+_STOP_S = 30.0
+
+
+@contextlib.contextmanager
+def daemon(
+    command: Sequence[str], settings: Settings, log: Path
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Run the daemon until the block ends; yields when it serves.
+
+    Raises:
+        TaggingError: It ends, or does not serve in time; quotes its last line.
+    """
+    settings.king.health_file.unlink(missing_ok=True)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("wb") as output:
+        # A session of its own: Ctrl-C is for us, and we tell it to drain.
+        child = subprocess.Popen(  # noqa: S603  our own script, by this interpreter
+            [sys.executable, "online_process.py", *command],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+    try:
+        _wait_until_serving(child, settings.king.health_file, log)
+        yield child
+    finally:
+        _stop(child)
+
+
+def _wait_until_serving(child: subprocess.Popen[bytes], health_file: Path, log: Path) -> None:
+    with bars() as progress:
+        task = progress.add_task("daemon loads", total=None, note="")
+        end = time.monotonic() + START_TIMEOUT_S
+        while time.monotonic() < end:
+            alive(child, log)
+            health = read_health(health_file)
+            if health is not None and health.get("pid") == child.pid:
+                progress.update(task, note=str(health.get("phase", "")))
+                if health.get("phase") == "serving":
+                    progress.update(task, total=1, completed=1)
+                    return
+            time.sleep(_POLL_S)
+    raise TaggingError(f"the daemon does not serve after {START_TIMEOUT_S:.0f} s; see {log}")
+
+
+def alive(child: subprocess.Popen[bytes], log: Path) -> None:
+    """See that the daemon runs.
+
+    Raises:
+        TaggingError: It ended; quotes its last line.
+    """
+    if child.poll() is not None:
+        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        last = lines[-1][:300] if lines else "it said nothing"
+        raise TaggingError(f"the daemon ended with {child.returncode}; see {log}: {last}")
+
+
+def _stop(child: subprocess.Popen[bytes]) -> None:
+    """Let it drain; end it and its children when it does not."""
+    if child.poll() is None:
+        child.send_signal(signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(_STOP_S)
+    if child.poll() is None:
+        child.kill()  # its workers die with it
+        child.wait()
+
+
+class PostBox:
+    """The demo's posts in the database."""
+
+    def __init__(self, settings: StoreSettings) -> None:
+        """Describe it; connects on first use."""
+        self._settings = settings
+        self._client: MongoClient[dict[str, Any]] = MongoClient(
+            settings.url, serverSelectionTimeoutMS=int(settings.timeout_s * 1000)
+        )
+        database = self._client[settings.database]
+        self._posts, self._jobs = database[settings.collection], database[settings.jobs_collection]
+
+    def put(self, file: Path, url: str) -> list[str]:
+        """Write a data file's posts without result, their media as URLs; gives their IDs.
+
+        Raises:
+            StoreUnavailable: The database cannot be reached.
+        """
+        entries = json.loads(file.read_text(encoding="utf-8"))
+        ids = [str(entry["post_id"]) for entry in entries]
+        with self._edge():
+            self._jobs.delete_many({"_id": {"$in": ids}})  # of an earlier run that was cut short
+            self._posts.delete_many({"_id": {"$in": ids}})
+            self._posts.insert_many([_document(entry, url, self._settings) for entry in entries])
+        return ids
+
+    def results(self, post_ids: Sequence[str]) -> dict[str, Mapping[str, Any]]:
+        """Post ID ─► its result, where there is one.
+
+        Raises:
+            StoreUnavailable: The database cannot be reached.
+        """
+        path = self._settings.result_path
+        with self._edge():
+            found = list(self._posts.find({"_id": {"$in": list(post_ids)}}))
+        return {str(document["_id"]): document[path] for document in found if document.get(path)}
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._client.close()
+
+    @contextlib.contextmanager
+    def _edge(self) -> Iterator[None]:
+        try:
+            yield
+        except PyMongoError as error:
+            reason = " ".join(str(error).split())[:200]
+            raise StoreUnavailable(f"{redact(self._settings.url)}: {reason}") from error
+
+
+def _document(entry: Mapping[str, Any], url: str, settings: StoreSettings) -> dict[str, Any]:
+    fields = settings.fields
+    document: dict[str, Any] = {"_id": entry["post_id"], fields.text: entry["text"]}
+    document[fields.labels] = entry["labels"]
+    for key, path in (
+        ("images", fields.images),
+        ("videos", fields.videos),
+        ("audios", fields.audios),
+    ):
+        document[path] = [f"{url}/{name}" for name in entry[key]]
+    return document
+
+
+def publish_and_wait(
+    settings: Settings, box: PostBox, ids: Sequence[str], child: subprocess.Popen[bytes], log: Path
+) -> tuple[dict[str, Mapping[str, Any]], float]:
+    """Publish the posts and wait for their results.
+
+    Returns:
+        Post ID ─► result, and the seconds from publishing to the last result.
+
+    Raises:
+        BrokerUnavailable: The broker cannot be reached.
+        StoreUnavailable: The database cannot be reached.
+        TaggingError: The daemon ended, or nothing came for a long time.
+    """
+    started = time.monotonic()
+    publish_posts(settings.broker, [PostMessage(post_id, force=True) for post_id in ids])
+    results: dict[str, Mapping[str, Any]] = {}
+    latest = time.monotonic()
+    with bars() as progress:
+        task = progress.add_task("posts tagged", total=len(ids), note="")
+        while len(results) < len(ids):
+            alive(child, log)
+            found = box.results(ids)
+            if len(found) > len(results):
+                latest = time.monotonic()
+            results = found
+            progress.update(task, completed=len(results))
+            if time.monotonic() - latest > STALL_TIMEOUT_S:
+                missing = len(ids) - len(results)
+                raise TaggingError(
+                    f"{missing} of {len(ids)} posts have no result; see {log} and `insighttag dead`"
+                )
+            time.sleep(_POLL_S)
+    return results, latest - started

@@ -1,0 +1,158 @@
+"""Jobs in processes of their own, with one progress bar for each or for all of them."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import queue
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing.context import SpawnContext
+from typing import Any, TypeVar
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+)
+
+from common.errors import TaggingError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+_POLL_S = 0.2
+_told: Any = None  # the queue that a job's process tells its progress on
+
+# spawn: forked threads of torch, OpenCV and FFmpeg may hang
+_CONTEXT: SpawnContext = multiprocessing.get_context("spawn")
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def bars() -> Progress:
+    """Progress bars on standard error."""
+    return Progress(
+        TextColumn("  {task.description:<18}"),
+        BarColumn(bar_width=28),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=Console(stderr=True, highlight=False),
+    )
+
+
+def tell(name: str, done: int, total: int, note: str = "") -> None:
+    """Report a job's progress from within it."""
+    if _told is not None:
+        _told.put((name, done, total, note))
+
+
+def run_jobs(jobs: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]) -> dict[str, Any]:
+    """Run functions side by side, one bar each; they report with `tell` under their name.
+
+    Returns:
+        Name ─► what the function gave.
+    """
+    channel = _CONTEXT.Queue()
+    with _pool(min(len(jobs), cores()), channel) as pool, bars() as progress:
+        tasks = {name: progress.add_task(name, total=None, note="") for name in jobs}
+        futures: dict[Future[Any], str] = {
+            pool.submit(function, *arguments): name for name, (function, arguments) in jobs.items()
+        }
+        results: dict[str, Any] = {}
+        open_ = set(futures)
+        while open_:
+            done, open_ = wait(open_, timeout=_POLL_S, return_when=FIRST_COMPLETED)
+            for name, count, total, note in _drain(channel):
+                progress.update(tasks[name], completed=count, total=total, note=note)
+            for future in done:
+                results[futures[future]] = future.result()
+    return results
+
+
+def map_items(
+    title: str,
+    function: Callable[[Item], Result],
+    items: Sequence[Item],
+    setup: Callable[..., None],
+    arguments: tuple[Any, ...],
+) -> list[Result]:
+    """Results of a function over items, in their order, in one process per core.
+
+    Args:
+        title: Of the bar.
+        function: Takes one item.
+        items: Pickle, as do the results.
+        setup: Run once in every process with ``arguments``, for what is costly to load.
+        arguments: Of ``setup``.
+    """
+    results = []
+    with _pool(min(len(items), cores()), None, setup, arguments) as pool, bars() as progress:
+        task = progress.add_task(title, total=len(items), note="")
+        for result in pool.map(function, items, chunksize=4):
+            results.append(result)
+            progress.advance(task)
+    return results
+
+
+@contextmanager
+def _pool(
+    processes: int,
+    channel: Any,
+    setup: Callable[..., None] | None = None,
+    arguments: tuple[Any, ...] = (),
+) -> Iterator[ProcessPoolExecutor]:
+    threads = max(1, cores() // max(1, processes))
+    pool = ProcessPoolExecutor(
+        processes,
+        mp_context=_CONTEXT,
+        initializer=_begin,
+        initargs=(channel, threads, setup, arguments),
+    )
+    try:
+        yield pool
+    except BrokenProcessPool as error:
+        raise TaggingError("a process of the demo was killed; is there enough memory?") from error
+    except BaseException:
+        # Ctrl-C, or a job that failed: what still runs is of no use to anybody.
+        workers = list((pool._processes or {}).values())
+        pool.shutdown(wait=False, cancel_futures=True)
+        for worker in workers:
+            worker.terminate()
+        raise
+    pool.shutdown()
+
+
+def _begin(
+    channel: Any, threads: int, setup: Callable[..., None] | None, arguments: tuple[Any, ...]
+) -> None:
+    global _told  # noqa: PLW0603  one queue per process, set once as it begins
+    _told = channel
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides, and terminates us
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # before torch is imported
+    import cv2
+
+    from common.logs import configure_logs
+
+    configure_logs("pretty", "warning")
+    cv2.setNumThreads(1)
+    if setup is not None:
+        setup(*arguments)
+
+
+def _drain(channel: Any) -> Iterator[tuple[str, int, int, str]]:
+    while True:
+        try:
+            yield channel.get_nowait()
+        except queue.Empty:
+            return

@@ -1,0 +1,130 @@
+"""The plan of a demo post: tags, and what each modality carries. Pure and deterministic."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+import numpy as np
+
+from demo.posts.taxonomy import CAPACITY, CHANNELS, CUES, TAGS, Channel, Evidence
+
+Split: TypeAlias = Literal["train", "valid", "online"]
+
+SPLITS: tuple[Split, ...] = ("train", "valid", "online")
+TAG_COUNTS = (0.25, 0.35, 0.25, 0.15)
+"""Share of the posts with one, two, three and four tags."""
+NEUTRAL = {"image": 0.45, "video": 0.4, "audio": 0.35, "text": 0.7, "ocr": 0.2}
+"""Chance that a modality that no tag needs is there all the same, with nothing to tell."""
+LONE_CUE = 0.08
+"""Chance of each cue of a two-modality tag to appear without its partner."""
+
+
+@dataclass(frozen=True, slots=True)
+class PostPlan:
+    """What one post is made of.
+
+    Attributes:
+        tags: In label order.
+        contents: Modality ─► keys of the evidence it carries; absent when the post lacks it.
+        noise: Strength of what disturbs the media, in [0, 1].
+        seed: Entropy of everything drawn for this post.
+    """
+
+    post_id: str
+    tags: tuple[str, ...]
+    contents: dict[Channel, tuple[str, ...]]
+    noise: float
+    seed: tuple[int, ...] = field(repr=False)
+
+
+def plan_posts(
+    posts: int, seed: int, split: Split = "train", *, noise: float = 0.0, missing: float = 0.0
+) -> list[PostPlan]:
+    """Plan a split; splits of one seed share no post.
+
+    Args:
+        posts: How many.
+        seed: Of everything.
+        split: Which of the three.
+        noise: Strength of what disturbs the media, in [0, 1]; also the chance, times 0.2, that a
+            piece of evidence is left out.
+        missing: Chance that a modality is left out although a tag needs it.
+    """
+    entropy = (seed, SPLITS.index(split))
+    deck = _Deck(np.random.default_rng((*entropy, 0)))
+    plans = []
+    for i in range(posts):
+        rng = np.random.default_rng((*entropy, 1, i))
+        count = 1 + int(rng.choice(len(TAG_COUNTS), p=TAG_COUNTS))
+        tags = deck.draw(count)
+        contents = _contents(tags, rng, noise, missing)
+        plans.append(PostPlan(f"{split}-{i:05d}", tags, contents, noise, (*entropy, 2, i)))
+    return plans
+
+
+class _Deck:
+    """Deals tags so that each is dealt equally often; what does not fit waits for the next post."""
+
+    def __init__(self, rng: np.random.Generator) -> None:
+        self._rng = rng
+        self._cards: list[str] = []
+
+    def draw(self, count: int) -> tuple[str, ...]:
+        """Up to ``count`` different tags whose evidence fits into one post; at least one."""
+        while len(self._cards) < 2 * len(TAGS):
+            self._cards += [str(tag) for tag in self._rng.permutation(list(TAGS))]
+        room = dict(CAPACITY)
+        drawn: list[str] = []
+        for tag in list(self._cards):
+            if len(drawn) == count:
+                break
+            if tag not in drawn and all(room[e.channel] > 0 for e in TAGS[tag]):
+                drawn.append(tag)
+                self._cards.remove(tag)
+                for evidence in TAGS[tag]:
+                    room[evidence.channel] -= 1
+        return tuple(tag for tag in TAGS if tag in drawn)
+
+
+def _contents(
+    tags: tuple[str, ...], rng: np.random.Generator, noise: float, missing: float
+) -> dict[Channel, tuple[str, ...]]:
+    carried: dict[Channel, list[str]] = {channel: [] for channel in CHANNELS}
+    for evidence in _evidence(tags):
+        carried[evidence.channel].append(evidence.key)
+    for cue in rng.permutation(np.arange(len(CUES))):
+        _add_lone_cue(carried, CUES[cue], rng)
+    contents: dict[Channel, tuple[str, ...]] = {}
+    for channel in CHANNELS:
+        chance, lost = rng.random(2)
+        kept = [key for key in carried[channel] if rng.random() >= 0.2 * noise]
+        there = lost >= missing if carried[channel] else chance < NEUTRAL[channel]
+        if there:
+            contents[channel] = tuple(kept)
+    if not contents:
+        contents["text"] = ()
+    return contents
+
+
+def _evidence(tags: tuple[str, ...]) -> Iterator[Evidence]:
+    for tag in tags:
+        yield from TAGS[tag]
+
+
+def _add_lone_cue(
+    carried: dict[Channel, list[str]], cue: Evidence, rng: np.random.Generator
+) -> None:
+    partner = next(
+        other
+        for evidence in TAGS.values()
+        if cue in evidence and len(evidence) > 1
+        for other in evidence
+        if other != cue
+    )
+    keys = carried[cue.channel]
+    wanted = rng.random() < LONE_CUE
+    fits = len(keys) < CAPACITY[cue.channel] and cue.key not in keys
+    if wanted and fits and partner.key not in carried[partner.channel]:
+        keys.append(cue.key)

@@ -1,0 +1,1 @@
+"""Media files on disk to pictures, frames and waveforms."""

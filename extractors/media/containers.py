@@ -1,0 +1,106 @@
+"""Containers of video and sound, by PyAV: opened safely, read a packet at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import av
+import av.logging
+
+from common.errors import MediaError
+from extractors.media.sniff import FileType
+
+Container: TypeAlias = Any  # av's stubs of streams and packets are unions that help nobody
+Stream: TypeAlias = Any
+Packet: TypeAlias = Any
+
+_DEMUXERS = {
+    "mp4": "mov,mp4,m4a,3gp,3g2,mj2",
+    "matroska": "matroska,webm",
+    "avi": "avi",
+    "ogg": "ogg",
+    "flv": "flv,live_flv",
+    "asf": "asf",
+    "mpeg": "mpeg",
+    "mpegts": "mpegts",
+    "gif": "gif",
+    "wav": "wav",
+    "flac": "flac",
+    "mp3": "mp3",
+    "aac": "aac",
+    "id3": "mp3,aac,flac",
+    "amr": "amr",
+    "caf": "caf",
+    "aiff": "aiff",
+}
+
+_NO_PICTURES = ("attached_pic", "timed_thumbnails", "still_image")
+"""Dispositions of streams that are no video: cover art and previews."""
+
+_MAX_BROKEN_READS = 100
+
+
+def open_container(path: Path, found: FileType) -> Container:
+    """Open a file with the demuxer of its sniffed type and no other.
+
+    FFmpeg would otherwise also open playlists, and what they name, on disk and on the network.
+
+    Raises:
+        MediaError: FFmpeg cannot read it.
+    """
+    av.logging.set_level(av.logging.PANIC)  # what goes wrong comes as an exception
+    options = {"format_whitelist": _DEMUXERS[found.family], "protocol_whitelist": "file"}
+    try:
+        return av.open(f"file:{path}", options=options, metadata_errors="ignore")
+    except (av.error.FFmpegError, ValueError) as error:
+        raise MediaError(f"{found.name} cannot be read: {reason(error)}") from error
+
+
+def reason(error: BaseException) -> str:
+    """An exception of PyAV in one line, without the path that it carries."""
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return str(text).splitlines()[0]
+
+
+def find_stream(container: Container, kind: str) -> Stream | None:
+    """The stream to use: the one marked as default, else the first; None where there is none.
+
+    Args:
+        container: An open container.
+        kind: ``video`` or ``audio``.
+    """
+    found = None
+    for stream in container.streams:
+        if stream.type != kind or stream.codec_context is None or _has(stream, *_NO_PICTURES):
+            continue
+        if _has(stream, "default"):
+            return stream
+        found = found or stream
+    return found
+
+
+def _has(stream: Stream, *names: str) -> bool:
+    flags = type(stream.disposition)
+    return any(bool(stream.disposition & getattr(flags, n, flags(0))) for n in names)
+
+
+def packets(container: Container, *streams: Stream) -> Iterator[Packet]:
+    """The packets of some streams up to the end of what can be read; broken ones are left out."""
+    demuxed = container.demux(*streams)
+    broken = 0
+    while broken < _MAX_BROKEN_READS:
+        try:
+            packet = next(demuxed)
+        except StopIteration:
+            return
+        except av.error.FFmpegError:
+            broken += 1
+            demuxed = container.demux(*streams)
+            continue
+        except IndexError:  # PyAV, at a packet of a stream that was not there at the beginning
+            demuxed = container.demux(*streams)
+            continue
+        if packet.size:  # the empty ones at the end are there to flush decoders
+            yield packet

@@ -1,0 +1,297 @@
+"""One media file ─► the arrays that the extractors take.
+
+    image ─► image (n, S, S, 3), one picture for OCR
+    video ─► frames (m, S, S, 3), pictures for OCR, patches of its sound (j, 96, 64)
+    audio ─► patches (j, 96, 64)
+
+Runs in decoder processes that may die of a file; what a file can do short of that is a
+`MediaError` with one line. Frames are streamed: only what is returned is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from common.errors import MediaError
+from common.post import Failure, MediaKind, Modality
+from config.settings import DecodeSettings, FeatureSettings
+
+if TYPE_CHECKING:  # av and cv2 are loaded when the first file of their kind comes
+    from extractors.media.sniff import FileType
+    from extractors.media.video import PacketIndex
+
+Allocate: TypeAlias = Callable[[tuple[int, ...], np.dtype[Any]], npt.NDArray[Any]]
+"""Gives the memory of a result: `numpy.empty`, or a view of shared memory."""
+
+Pixels: TypeAlias = npt.NDArray[np.uint8]
+Patches: TypeAlias = npt.NDArray[np.float32]
+Waveform: TypeAlias = npt.NDArray[np.float32]
+
+_UINT8 = np.dtype(np.uint8)
+
+_ENOUGH = 0.5
+"""A video is broken when less than this share of its frames, or of the chosen ones, is there."""
+
+_LOST_SOUND = 0.1
+"""Share of a sound file's duration that may be missing: decoders drop a frame at either end."""
+
+
+@dataclass(frozen=True)
+class DecodedMedia:
+    """What one media file gave.
+
+    Attributes:
+        frames: uint8 ``(m, S, S, 3)`` RGB of a video, S its extractor's size, in order of time;
+            fewer than `features.video.frames` where the clip has fewer distinct frames.
+        image: uint8 ``(n, S, S, 3)`` RGB of an image; n above 1 only for animations.
+        patches: float32 ``(j, 96, 64)`` log-mel of a sound file or of a video's sound.
+        pictures: uint8 ``(height, width, 3)`` RGB for OCR.
+        failures: Which side of a video is broken while the other is usable.
+    """
+
+    frames: Pixels | None = None
+    image: Pixels | None = None
+    patches: Patches | None = None
+    pictures: tuple[Pixels, ...] = ()
+    failures: Mapping[Modality, Failure] = field(default_factory=dict)
+
+
+def decode_media(
+    kind: MediaKind,
+    path: str | Path,
+    features: FeatureSettings,
+    limits: DecodeSettings,
+    allocate: Allocate = np.empty,
+) -> DecodedMedia:
+    """Decode one local media file.
+
+    Args:
+        kind: What the post says it is.
+        path: The file; its name and extension mean nothing.
+        features: Sizes and counts.
+        limits: What a file may be; longer ones are read up to the limit.
+        allocate: Called with shape and dtype for every array that is returned.
+
+    Raises:
+        MediaError: The file is missing, of another type, truncated, broken or too large.
+    """
+    if kind == "image":
+        return _decode_image(Path(path), features, limits, allocate)
+    if kind == "video":
+        return _decode_video(Path(path), features, limits, allocate)
+    return _decode_sound(Path(path), limits, allocate)
+
+
+def _decode_image(
+    path: Path, features: FeatureSettings, limits: DecodeSettings, allocate: Allocate
+) -> DecodedMedia:
+    from extractors.media.pictures import fitted_size, read_pictures, squash
+
+    side, count = features.image.image_size, features.image.max_frames
+    pictures: tuple[Pixels, ...] = ()
+    squares: list[Pixels] = []
+    for pixels in read_pictures(path, max_pixels=limits.max_pixels, max_frames=count):
+        squares.append(squash(pixels, side, side))
+        if features.ocr.enabled and not pictures:
+            width, height = fitted_size(pixels.shape[1], pixels.shape[0], features.ocr.max_side)
+            pictures = (_copy(squash(pixels, width, height), allocate),)
+    image = allocate((len(squares), side, side, 3), _UINT8)
+    np.stack(squares, out=image)
+    return DecodedMedia(image=image, pictures=pictures)
+
+
+def _decode_sound(path: Path, limits: DecodeSettings, allocate: Allocate) -> DecodedMedia:
+    from extractors.media.containers import find_stream, open_container, packets
+    from extractors.media.sniff import check_type
+    from extractors.media.sound import RATE_HZ, SoundTrack
+
+    found = check_type(path, "audio")
+    with open_container(path, found) as container:
+        stream = find_stream(container, "audio")
+        if stream is None:
+            raise MediaError(f"{found.name} has no sound")
+        track = SoundTrack(stream, min(limits.max_audio_s, limits.max_duration_s))
+        for packet in packets(container, stream):
+            track.feed(packet)
+            if track.full:
+                break
+        waveform = track.waveform()
+        if not len(waveform):
+            raise MediaError(f"{found.name} is empty: it has no sound")
+        if found.family in ("flac", "mp3", "id3") and stream.duration and not track.full:
+            promised_s, got_s = float(stream.duration * stream.time_base), len(waveform) / RATE_HZ
+            if got_s < (1 - _LOST_SOUND) * promised_s:
+                raise MediaError(f"truncated {found.name}: {got_s:.1f} of {promised_s:.1f} s")
+    return DecodedMedia(patches=_patches(waveform, allocate))
+
+
+def _decode_video(
+    path: Path, features: FeatureSettings, limits: DecodeSettings, allocate: Allocate
+) -> DecodedMedia:
+    from extractors.media.sniff import check_type
+
+    found = check_type(path, "video")
+    failures: dict[Modality, Failure] = {}
+    patches: Patches | None = None
+    index, sound = _scan(path, found, limits)
+    if isinstance(sound, MediaError):
+        failures["audio"] = Failure.of("decode", sound)
+    elif len(sound):
+        patches = _patches(sound, allocate)
+    try:
+        frames, pictures = _frames(
+            path, found, index, features=features, limits=limits, allocate=allocate
+        )
+    except MediaError as error:
+        if patches is None:
+            raise
+        failures["video"] = Failure.of("decode", error)
+        return DecodedMedia(patches=patches, failures=failures)
+    return DecodedMedia(frames=frames, patches=patches, pictures=pictures, failures=failures)
+
+
+def _scan(
+    path: Path, found: FileType, limits: DecodeSettings
+) -> tuple[PacketIndex | None, Waveform | MediaError]:
+    """First pass: the index of the video's packets, and its sound, or why that is broken."""
+    from extractors.media.containers import find_stream, open_container, packets
+    from extractors.media.sound import SoundTrack
+    from extractors.media.video import PacketIndex
+
+    with open_container(path, found) as container:
+        video, audio = find_stream(container, "video"), find_stream(container, "audio")
+        index = PacketIndex(video, limits.max_duration_s) if video is not None else None
+        track = SoundTrack(audio, min(limits.max_audio_s, limits.max_duration_s))
+        for packet in packets(container, *(s for s in (video, audio) if s is not None)):
+            if index is not None and packet.stream.type == "video":
+                index.add(packet)
+            else:
+                track.feed(packet)
+            if track.full and (index is None or index.past_limit):
+                break
+        try:
+            return index, track.waveform()
+        except MediaError as error:
+            return index, error
+
+
+def _frames(
+    path: Path,
+    found: FileType,
+    index: PacketIndex | None,
+    *,
+    features: FeatureSettings,
+    limits: DecodeSettings,
+    allocate: Allocate,
+) -> tuple[Pixels, tuple[Pixels, ...]]:
+    """Second pass: the chosen frames, and those of them that OCR reads.
+
+    Raises:
+        MediaError: There are no frames, or too few of those that there should be.
+    """
+    from extractors.media.containers import find_stream, open_container
+    from extractors.media.pictures import centres, fitted_size
+    from extractors.media.video import FrameScaler, check_size, choose_frames, decode_frames
+
+    with open_container(path, found) as container:
+        stream = find_stream(container, "video")
+        if index is None or stream is None:
+            raise MediaError(f"{found.name} has no video stream")
+        check_size(stream, limits.max_pixels)
+        _check_whole(len(index), stream.frames if not index.past_limit else 0, found)
+        chosen = choose_frames(index, features.video.frames, features.video.decode)
+        ocr = features.ocr
+        read = set(centres(len(chosen), min(ocr.frames, len(chosen)))) if ocr.enabled else set()
+        side, count = features.video.image_size, 0
+        square = FrameScaler(lambda width, height: (side, side))
+        fitted = FrameScaler(lambda width, height: fitted_size(width, height, ocr.max_side))
+        frames = allocate((len(chosen), side, side, 3), _UINT8)
+        pictures: list[Pixels] = []
+        for frame in decode_frames(container, stream, index, chosen):
+            frames[count] = square(frame)
+            if count in read:
+                pictures.append(_copy(fitted(frame), allocate))
+            count += 1
+    _check_whole(count, len(chosen), found)
+    return frames[:count], tuple(pictures)
+
+
+def read_frames(
+    path: Path,
+    *,
+    count: int,
+    side: int,
+    limits: DecodeSettings,
+    mode: Literal["accurate", "keyframes"] = "accurate",
+    random: np.random.Generator | None = None,
+) -> Pixels:
+    """The frames of a video file as `decode_media` gives them, without its sound.
+
+    Args:
+        path: The file.
+        count: Segments that it is cut into.
+        side: Of the square frames, in pixels.
+        limits: What a file may be.
+        mode: As ``features.video.decode``.
+        random: Takes a frame at a random time of each segment instead of its centre frame.
+
+    Returns:
+        uint8 RGB ``(n, side, side, 3)``, n from 1 to `count`.
+
+    Raises:
+        MediaError: The file is missing, of another type, truncated, broken or too large.
+    """
+    from extractors.media.containers import find_stream, open_container, packets
+    from extractors.media.sniff import check_type
+    from extractors.media.video import (
+        FrameScaler,
+        PacketIndex,
+        check_size,
+        choose_frames,
+        decode_frames,
+    )
+
+    found = check_type(path, "video")
+    with open_container(path, found) as container:
+        stream = find_stream(container, "video")
+        if stream is None:
+            raise MediaError(f"{found.name} has no video stream")
+        index = PacketIndex(stream, limits.max_duration_s)
+        for packet in packets(container, stream):
+            index.add(packet)
+            if index.past_limit:
+                break
+    chosen = choose_frames(index, count, mode, random)
+    scale = FrameScaler(lambda width, height: (side, side))
+    with open_container(path, found) as container:
+        stream = find_stream(container, "video")
+        if stream is None:
+            raise MediaError(f"{found.name} has no video stream")
+        check_size(stream, limits.max_pixels)
+        _check_whole(len(index), stream.frames if not index.past_limit else 0, found)
+        frames = [scale(frame) for frame in decode_frames(container, stream, index, chosen)]
+    _check_whole(len(frames), len(chosen), found)
+    return np.stack(frames)
+
+
+def _check_whole(got: int, expected: int, found: FileType) -> None:
+    if not got or got < _ENOUGH * expected:
+        raise MediaError(f"broken {found.name}: {got} of {expected} frames are there")
+
+
+def _patches(waveform: Waveform, allocate: Allocate) -> Patches:
+    from extractors.media.sound import log_mel_patches
+
+    return _copy(log_mel_patches(waveform), allocate)
+
+
+def _copy(array: npt.NDArray[Any], allocate: Allocate) -> npt.NDArray[Any]:
+    out = allocate(array.shape, array.dtype)
+    out[...] = array
+    return out

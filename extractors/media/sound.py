@@ -1,0 +1,169 @@
+"""Sound ─► log-mel patches, as VGGish was trained on; the resampling is FFmpeg's, by PyAV.
+
+Source of the patches: VGGish (Hershey et al., ICASSP 2017), tensorflow/models
+``research/audioset/vggish``: mono 16 kHz, 25 ms periodic Hann, 10 ms hop, FFT 512, magnitude,
+64 HTK mel bands from 125 to 7500 Hz, log(x + 0.01), patches of 96 frames without overlap.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any, TypeAlias
+
+import av
+import numpy as np
+import numpy.typing as npt
+
+from common.errors import MediaError
+from extractors.media.containers import Packet, Stream, reason
+
+Waveform: TypeAlias = npt.NDArray[np.float32]
+Patches: TypeAlias = npt.NDArray[np.float32]
+
+RATE_HZ = 16_000
+PATCH_FRAMES, BANDS = 96, 64
+_WINDOW, _HOP, _FFT = 400, 160, 512  # samples
+_LOWEST_HZ, _HIGHEST_HZ = 125.0, 7500.0
+_LOG_OFFSET = 0.01
+_RATES_HZ = (1000, 1_000_000)  # a second of sound at 1 Hz would be made of one sample
+_LOUDEST = 8.0  # full scale is 1; files of floating point may hold anything, infinity too
+_PATCH_SAMPLES = _WINDOW + (PATCH_FRAMES - 1) * _HOP
+_BLOCK_PATCHES = 10  # patches transformed at once, so that minutes of sound need no gigabytes
+
+
+def log_mel_patches(waveform: Waveform) -> Patches:
+    """Turn sound into VGGish's input.
+
+    Sound under one patch is padded with silence; what is left beyond whole patches is dropped.
+
+    Args:
+        waveform: float32 ``(samples,)`` in [-1, 1], mono, 16 kHz.
+
+    Returns:
+        float32 ``(patches, 96, 64)``.
+    """
+    if len(waveform) < _PATCH_SAMPLES:
+        waveform = np.pad(waveform, (0, _PATCH_SAMPLES - len(waveform)))
+    count = (1 + (len(waveform) - _WINDOW) // _HOP) // PATCH_FRAMES
+    # (frames, window): a view, one frame every 10 ms
+    frames = np.lib.stride_tricks.sliding_window_view(waveform, _WINDOW)[::_HOP]
+    patches = np.empty((count, PATCH_FRAMES, BANDS), np.float32)
+    for first in range(0, count, _BLOCK_PATCHES):
+        last = min(count, first + _BLOCK_PATCHES)
+        block = frames[first * PATCH_FRAMES : last * PATCH_FRAMES] * _window()
+        mel = np.abs(np.fft.rfft(block, _FFT)) @ _mel_weights()  # (frames, bands) float64
+        # (frames, bands) -> (patches, 96 frames, bands)
+        patches[first:last] = np.log(mel + _LOG_OFFSET).reshape(-1, PATCH_FRAMES, BANDS)
+    return patches
+
+
+@lru_cache(maxsize=1)
+def _window() -> npt.NDArray[np.float64]:
+    """Periodic Hann ``(400,)``: one whole period, not numpy's symmetric window."""
+    phase = 2 * np.pi * np.arange(_WINDOW) / _WINDOW
+    return np.asarray(0.5 - 0.5 * np.cos(phase))
+
+
+@lru_cache(maxsize=1)
+def _mel_weights() -> npt.NDArray[np.float64]:
+    """HTK mel triangles ``(257, 64)``: FFT bins ─► bands; the DC bin counts nothing."""
+    bins = _mel(np.linspace(0.0, RATE_HZ / 2, _FFT // 2 + 1))[:, None]  # (257, 1)
+    edges = np.linspace(_mel(np.float64(_LOWEST_HZ)), _mel(np.float64(_HIGHEST_HZ)), BANDS + 2)
+    lower, centre, upper = edges[:-2], edges[1:-1], edges[2:]  # (64,) each
+    rising, falling = (bins - lower) / (centre - lower), (upper - bins) / (upper - centre)
+    weights = np.maximum(0.0, np.minimum(rising, falling))
+    weights[0] = 0.0
+    return np.asarray(weights)
+
+
+def _mel(frequency_hz: Any) -> Any:
+    return 1127.0 * np.log1p(frequency_hz / 700.0)
+
+
+class SoundTrack:
+    """Collects one sound stream as mono 16 kHz, packet by packet, up to a limit.
+
+    A stream of None stands for no sound, which is no mistake: it gives an empty waveform.
+
+    Attributes:
+        error: Why packets could not be decoded; None when all could.
+    """
+
+    def __init__(self, stream: Stream | None, max_audio_s: float) -> None:
+        self._codec: Any = stream.codec_context if stream is not None else None
+        self._chunks: list[Waveform] = []
+        self._left = int(max_audio_s * RATE_HZ) if stream is not None else 0
+        self._setup: tuple[object, ...] | None = None
+        self._resampler: Any = None
+        self._broken = self._decoded = 0
+        self.error: str | None = None
+
+    @property
+    def full(self) -> bool:
+        """Whether the limit is reached: further packets are ignored."""
+        return self._left <= 0
+
+    def feed(self, packet: Packet | None) -> None:
+        """Decode a packet; None flushes the decoder."""
+        if self.full:
+            return
+        try:
+            frames = self._codec.decode(packet)
+        except (av.error.FFmpegError, ValueError) as error:
+            self._broken += 1
+            self.error = self.error or reason(error)
+            return
+        for frame in frames:
+            self._resample(frame)
+
+    def waveform(self) -> Waveform:
+        """Flush and return float32 ``(samples,)``.
+
+        Raises:
+            MediaError: Nothing, or less than half of the packets, could be decoded.
+        """
+        self.feed(None)
+        self._drain()
+        if self.error and (not self._chunks or self._broken > self._decoded):
+            raise MediaError(f"the sound cannot be decoded: {self.error}")
+        if not self._chunks:
+            return np.empty(0, np.float32)
+        return np.concatenate(self._chunks)
+
+    def _resample(self, frame: Any) -> None:
+        if not _RATES_HZ[0] <= frame.sample_rate <= _RATES_HZ[1]:
+            self._broken += 1
+            self.error = self.error or f"{frame.sample_rate} Hz is no rate of sound"
+            return
+        setup = (frame.format.name, frame.layout.name, frame.sample_rate)
+        if setup != self._setup:  # also in mid-stream: joined files change their rate or layout
+            self._drain()
+            self._setup = setup
+            # Interleaved: PyAV reads past the end of a planar frame's list of 8 channels and more.
+            self._resampler = av.AudioResampler(format="flt", layout=frame.layout, rate=RATE_HZ)
+        self._decoded += 1
+        frame.pts = None  # gaps and jumps of time stamps are no silence
+        self._convert(self._resampler, frame)
+
+    def _drain(self) -> None:
+        resampler, self._resampler = self._resampler, None
+        if resampler is not None:
+            self._convert(resampler, None)
+
+    def _convert(self, resampler: Any, frame: Any) -> None:
+        try:
+            self._keep(resampler.resample(frame))
+        except (av.error.FFmpegError, ValueError) as error:
+            self._broken += 1
+            self.error = self.error or reason(error)
+
+    def _keep(self, frames: list[Any]) -> None:
+        for frame in frames:
+            # The mean of the channels, as VGGish mixes; FFmpeg's own mono is 3 dB louder.
+            # (1, samples * channels) -> (samples, channels)
+            channels = frame.to_ndarray().reshape(-1, frame.layout.nb_channels)
+            channels = np.nan_to_num(channels[: max(0, self._left)])
+            samples = np.clip(channels, -_LOUDEST, _LOUDEST).mean(1)  # (samples,) float32
+            if len(samples):
+                self._chunks.append(samples)
+                self._left -= len(samples)

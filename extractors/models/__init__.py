@@ -1,0 +1,1 @@
+"""Encoders: pretrained models that turn media and text into vectors."""

@@ -1,0 +1,153 @@
+"""Pictures ─► the text inside them, by rapidocr-onnxruntime, whose wheel brings its models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from common.errors import ConfigError, FeatureError
+from common.files import file_digest
+from config.settings import ExtractorName, OcrSettings
+from extractors.fingerprint import digest
+from extractors.models.weights import first_line
+
+Picture = npt.NDArray[np.uint8]
+
+_LONGEST_RATIO = 8
+_LEAST_SIDE = 32
+
+
+class OcrExtractor:
+    """A tuple of uint8 RGB pictures ``(h, w, 3)`` ─► their text.
+
+    Lines stand in reading order, one per line; a line that was read before, as in the next frame
+    of a video, is not repeated. No picture, or none with text, gives ``""``.
+
+    Args:
+        threads: Pictures that are read at once, each by an engine of one thread. Threads inside
+            one picture would spin while they wait, which costs more than it gains as soon as
+            other processes want the cores.
+    """
+
+    name: ExtractorName = "ocr"
+
+    def __init__(self, settings: OcrSettings, *, threads: int = 1) -> None:
+        self.dim = 0
+        self.fingerprint = ""
+        self._settings = settings
+        self._threads = max(1, threads)
+        self._engines: SimpleQueue[Callable[[Picture], Any]] = SimpleQueue()
+        self._pool: ThreadPoolExecutor | None = None
+
+    def load(self) -> None:
+        """Load the engines.
+
+        Raises:
+            ConfigError: The package or its models are missing.
+        """
+        if self._pool is not None:
+            return
+        try:
+            import rapidocr_onnxruntime
+        except ImportError as error:
+            raise ConfigError(
+                f"features.ocr.enabled: rapidocr-onnxruntime cannot be imported: {error}"
+            ) from error
+        models = sorted((Path(rapidocr_onnxruntime.__file__).parent / "models").glob("*.onnx"))
+        if not models:
+            raise ConfigError("features.ocr.enabled: rapidocr-onnxruntime came without its models")
+        for _ in range(self._threads):
+            self._engines.put(_engine(self._settings))
+        self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="ocr")
+        self.fingerprint = digest(
+            {
+                "kind": "rapidocr",
+                "weights": file_digest(*models),
+                "min_confidence": self._settings.min_confidence,
+                "max_chars": self._settings.max_chars,
+                "max_side": self._settings.max_side,
+                "detect_side": self._settings.detect_side,
+                "frames": self._settings.frames,
+            }
+        )
+
+    def preprocess(self, item: Iterable[Picture]) -> tuple[Picture, ...]:
+        """Turn an item's pictures into what the engine takes: BGR, no thin strips.
+
+        Raises:
+            FeatureError: A picture is not uint8 ``(h, w, 3)``.
+        """
+        return tuple(_prepare(picture) for picture in item)
+
+    def forward(self, items: Sequence[tuple[Picture, ...]]) -> list[str]:
+        """Text of each item.
+
+        Raises:
+            FeatureError: The engine failed on a picture.
+        """
+        if self._pool is None:
+            raise FeatureError("ocr: the extractor is not loaded")
+        pictures = [picture for item in items for picture in item]
+        read = iter(list(self._pool.map(self._read, pictures)))
+        return [self._join(next(read) for _ in item) for item in items]
+
+    def close(self) -> None:
+        """Free the engines."""
+        if self._pool is not None:
+            self._pool.shutdown()
+        self._pool = None
+        self._engines = SimpleQueue()
+
+    def _read(self, picture: Picture) -> list[str]:
+        """The lines of one picture, in reading order."""
+        from cv2 import error as OpenCvError  # noqa: N812  a class with a lower-case name
+        from rapidocr_onnxruntime.utils.infer_engine import ONNXRuntimeError
+
+        engine = self._engines.get()  # an engine keeps state between its steps: one user at a time
+        try:
+            found, _ = engine(picture)
+        except (ONNXRuntimeError, OpenCvError, ValueError, IndexError) as error:
+            raise FeatureError(f"ocr: the engine failed: {first_line(error)}") from error
+        finally:
+            self._engines.put(engine)
+        return [
+            str(text).strip()
+            for _, text, score in found or ()
+            if float(score) >= self._settings.min_confidence
+        ]
+
+    def _join(self, pictures: Iterable[list[str]]) -> str:
+        lines = dict.fromkeys(line for lines in pictures for line in lines if line)
+        return "\n".join(lines)[: self._settings.max_chars]
+
+
+def _engine(settings: OcrSettings) -> Callable[[Picture], Any]:
+    from rapidocr_onnxruntime import RapidOCR
+
+    engine: Callable[[Picture], Any] = RapidOCR(
+        intra_op_num_threads=1,
+        inter_op_num_threads=1,
+        text_score=settings.min_confidence,
+        det_limit_side_len=settings.detect_side,
+    )
+    return engine
+
+
+def _prepare(picture: Picture) -> Picture:
+    if not isinstance(picture, np.ndarray) or picture.dtype != np.uint8:
+        raise FeatureError("ocr: a picture must be an array of uint8")
+    if picture.ndim != 3 or picture.shape[2] != 3 or 0 in picture.shape:
+        raise FeatureError(f"ocr: a picture must be (h, w, 3), not {picture.shape}")
+    height, width = picture.shape[:2]
+    # The engine enlarges the shorter side: a strip of one row would become gigabytes.
+    least = max(_LEAST_SIDE, -(-max(height, width) // _LONGEST_RATIO))
+    below, right = max(0, least - height), max(0, least - width)
+    if below or right:
+        picture = np.pad(picture, ((0, below), (0, right), (0, 0)), mode="edge")
+    return np.ascontiguousarray(picture[:, :, ::-1])  # RGB ─► BGR

@@ -1,0 +1,244 @@
+"""Where weights come from: ``pretrained`` (a hub), a PATH, or ``random:SEED`` (tests).
+
+A missing file or an unreachable hub is one line that says which file to put where; the hub's own
+client would retry for half a minute first, so a short probe goes before it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+import structlog
+
+from common.errors import ConfigError
+from common.files import file_digest
+from common.pth import load_pth
+
+if TYPE_CHECKING:
+    import torch
+
+_PROBE_S = 3.0
+_PROBE_TOTAL_S = 8.0  # name resolution has a time-out of its own that requests cannot set
+
+_log = structlog.get_logger()
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A ``weights`` setting, parsed.
+
+    Attributes:
+        path: The file or folder, when it is a PATH.
+        seed: The seed, when it is ``random:SEED``.
+    """
+
+    path: Path | None = None
+    seed: int | None = None
+
+    @property
+    def pretrained(self) -> bool:
+        """Whether the weights come from the library's hub."""
+        return self.path is None and self.seed is None
+
+
+def parse_weights(value: str, *, setting: str) -> Weights:
+    """Read a ``weights`` setting.
+
+    Args:
+        value: The setting's value.
+        setting: Key of the setting, for errors and the log.
+
+    Raises:
+        ConfigError: The seed is no number, or the path does not exist.
+    """
+    if value == "pretrained":
+        return Weights()
+    if value.startswith("random:"):
+        try:
+            seed = int(value.removeprefix("random:"))
+        except ValueError:
+            seed = -1
+        if not 0 <= seed < 2**63:
+            raise ConfigError(f"{setting}: {value!r} must be random:SEED, SEED a whole number")
+        _log.warning("extractors.random_weights", setting=setting, seed=seed, use="tests only")
+        return Weights(seed=seed)
+    path = Path(value).expanduser()
+    if not path.exists():
+        raise ConfigError(
+            f"{setting}: {value}: no such file; give pretrained, a path to weights, or random:SEED"
+        )
+    return Weights(path=path)
+
+
+@contextmanager
+def seeded(seed: int | None) -> Iterator[None]:
+    """Make weights on the CPU deterministic inside the block; other randomness is untouched."""
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0 if seed is None else seed)
+        yield
+
+
+def read_state_dict(
+    path: Path, *, setting: str, allow_pickle: bool = False
+) -> dict[str, torch.Tensor]:
+    """Read a ``.safetensors`` or ``.pth`` state dict.
+
+    Nothing in the file is executed, unless ``allow_pickle`` lets it be a whole pickled model.
+
+    Args:
+        path: Of the file.
+        setting: Key that names it, such as ``features.image.weights``.
+        allow_pickle: Value of the key ``allow_pickle`` beside that one.
+
+    Raises:
+        ConfigError: It cannot be read, or holds more than tensors.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise ConfigError(f"{setting}: {path} cannot be read as weights") from error
+    allowing = f"{setting.rpartition('.')[0]}.allow_pickle"
+    try:
+        return load_pth(path, allow_pickle=allow_pickle, setting=allowing)
+    except ConfigError as error:
+        raise ConfigError(f"{setting}: {error}") from error
+
+
+def tensors_digest(state: Mapping[str, torch.Tensor]) -> str:
+    """Hex sha256 over names, shapes, dtypes and values of a state dict, in order of names."""
+    import torch
+
+    total = hashlib.sha256()
+    for key in sorted(state):
+        tensor = state[key].detach().cpu().contiguous()
+        total.update(f"{key} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        total.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return total.hexdigest()
+
+
+def weights_digest(weights: Weights, files: Sequence[Path], state: Any) -> str:
+    """Digest of weights: of the files for a PATH, of the tensors for pretrained ones.
+
+    Random weights are named by their seed: initialisation may differ in the last bit between
+    processors, which is no other model.
+    """
+    if weights.seed is not None:
+        return f"random:{weights.seed}"
+    return file_digest(*files) if weights.path is not None else tensors_digest(state)
+
+
+# Hubs ----------------------------------------------------------------------------------------
+
+
+def reachable(url: str) -> bool:
+    """Whether the host of a URL answers within seconds; respects proxy variables."""
+    import requests
+
+    parts = urlsplit(url)
+    answered = threading.Event()
+
+    def probe() -> None:
+        try:
+            requests.head(f"{parts.scheme}://{parts.netloc}", timeout=(_PROBE_S, _PROBE_S))
+        except requests.RequestException:
+            return
+        answered.set()
+
+    thread = threading.Thread(target=probe, daemon=True)
+    thread.start()
+    thread.join(_PROBE_TOTAL_S)
+    return answered.is_set()
+
+
+def hub_offline() -> bool:
+    """Whether the Hugging Face hub must not, or cannot, be asked."""
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE) or not reachable(constants.ENDPOINT)
+
+
+def hub_file(repo: str, names: Sequence[str], *, setting: str) -> Path:
+    """The local path of the first of some files of a Hugging Face repository.
+
+    The cache is asked first, so that cached weights need no network.
+
+    Raises:
+        ConfigError: None is cached and the hub cannot give one.
+    """
+    from huggingface_hub import constants, hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    for name in names:
+        try:
+            return Path(hf_hub_download(repo, name, local_files_only=True))
+        except LocalEntryNotFoundError:
+            continue
+    missing = ConfigError(
+        f"{setting}: {repo}/{names[0]} is not on this machine and its hub cannot be reached: set "
+        f"{setting} to the path of that file, or put it into the cache {constants.HF_HUB_CACHE}"
+    )
+    if hub_offline():
+        raise missing
+    for name in names:
+        try:
+            return Path(hf_hub_download(repo, name))
+        except LocalEntryNotFoundError as error:
+            raise missing from error
+        except EntryNotFoundError:
+            continue
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{setting}: {repo} cannot be downloaded: {first_line(error)}") from (
+                error
+            )
+    raise ConfigError(f"{setting}: {repo} holds none of {', '.join(names)}")
+
+
+def release_file(url: str, *, setting: str) -> Path:
+    """The local path of a released file, in torch hub's cache.
+
+    Raises:
+        ConfigError: It is not cached and cannot be downloaded.
+    """
+    import torch
+
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    path = folder / Path(urlsplit(url).path).name
+    if path.exists():
+        return path
+    missing = ConfigError(
+        f"{setting}: {path.name} is not on this machine and cannot be downloaded: get {url} and "
+        f"put it into {folder}, or set {setting} to its path"
+    )
+    if not reachable(url):
+        raise missing
+    folder.mkdir(parents=True, exist_ok=True)
+    prefix = path.stem.rpartition("-")[2]
+    try:
+        torch.hub.download_url_to_file(url, str(path), hash_prefix=prefix, progress=_interactive())
+    except (OSError, RuntimeError) as error:
+        raise missing from error
+    return path
+
+
+def _interactive() -> bool:
+    return os.isatty(2)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's text, for messages that stay on one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

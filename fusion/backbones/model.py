@@ -1,0 +1,223 @@
+"""A timm backbone with a head that tags posts from their pictures, clips or patches."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import nn
+
+from common.errors import ConfigError
+from common.files import write_whole
+from fusion.backbones.augment import Kind
+
+Pooling: TypeAlias = Literal["max", "mean"]
+_GRID = 7
+_STILL = 5.0  # summed grey levels of the cells: under it a frame counts as still
+CHANNELS: dict[Kind, int] = {"picture": 3, "clip": 3, "patch": 1}
+
+
+def create_backbone(arch: str, kind: Kind, size: tuple[int, int], weights: str) -> nn.Module:
+    """A timm model without its classifier.
+
+    Args:
+        arch: timm's name.
+        kind: Pictures and clips have three channels, patches one.
+        size: Height and width of the input in pixels; models whose parameters depend on it
+            (vision transformers) are built for it.
+        weights: ``scratch``, ``pretrained``, or the path of a state_dict in safetensors.
+
+    Raises:
+        ConfigError: timm has no such model, or the weights cannot be had.
+    """
+    import timm
+
+    if not timm.is_model(arch):
+        near = difflib.get_close_matches(arch, timm.list_models(), n=3)
+        raise ConfigError(f"arch {arch!r}: timm has no such model; near: {', '.join(near) or '-'}")
+    options: dict[str, Any] = {
+        "num_classes": 0,
+        "in_chans": CHANNELS[kind],
+        "pretrained": weights == "pretrained",
+    }
+    try:
+        fixed = timm.get_pretrained_cfg(arch)
+        if fixed is not None and fixed.fixed_input_size:  # others take any size and no such option
+            options["img_size"] = size
+        model = timm.create_model(arch, **options)
+        if weights not in ("scratch", "pretrained"):
+            from safetensors.torch import load_file
+
+            model.load_state_dict(load_file(weights), strict=True)
+    except Exception as error:  # timm, hub and safetensors share no base class
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(f"arch {arch}, weights {weights}: {reason}") from error
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"arch {arch}: is no torch model")
+    return model
+
+
+class Normalize(nn.Module):
+    """Pixels in [0, 255] ─► what the architecture was designed for; patches pass as they are."""
+
+    mean: torch.Tensor
+    scale: torch.Tensor
+
+    def __init__(self, backbone: nn.Module, kind: Kind) -> None:
+        super().__init__()
+        mean, std = (0.0,), (1.0 / 255,)
+        if kind != "patch":
+            from timm.data.config import resolve_model_data_config
+
+            found = resolve_model_data_config(backbone)  # type: ignore[no-untyped-call]
+            mean, std = found["mean"], found["std"]
+        shape = (1, -1, 1, 1)
+        self.register_buffer("mean", torch.tensor(mean).view(shape) * 255, persistent=False)
+        self.register_buffer("scale", 1 / (torch.tensor(std).view(shape) * 255), persistent=False)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """``(n, channels, height, width)`` float32 in, the same shape out."""
+        return (pixels - self.mean) * self.scale
+
+
+class MotionHead(nn.Module):
+    """Ordered frame features of a clip ─► one vector, by a recurrence over time.
+
+    Averaged feature maps forget where things are, and the label of a movement is visible only in
+    how positions change. So each frame's feature must also tell where in the frame the clip
+    changes (`where_it_moves`): that lesson needs no labels, and the movement follows from it.
+    """
+
+    def __init__(self, dim: int, width: int = 128) -> None:
+        super().__init__()
+        self.project = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, width))
+        self.recurrence = nn.GRU(2 * width, width, batch_first=True, bidirectional=True)
+        self.locate = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, _GRID * _GRID))
+        self.dim = 4 * width + width
+
+    def forward(self, frames: torch.Tensor) -> torch.Tensor:
+        """Frame features ``(clips, m, dim)`` to ``(clips, self.dim)``."""
+        narrow = self.project(frames)  # (clips, m, width)
+        change = torch.diff(narrow, dim=1, prepend=narrow[:, :1])
+        states, _ = self.recurrence(torch.cat([narrow, change], dim=2))  # (clips, m, 2·width)
+        return torch.cat([states.mean(1), states.amax(1), narrow.mean(1)], dim=1)
+
+    def lesson(self, frames: torch.Tensor, clips: torch.Tensor) -> torch.Tensor:
+        """Cross entropy of where each frame's feature says that the clip changes.
+
+        Args:
+            frames: Features ``(clips, m, dim)``.
+            clips: float32 pixels ``(clips, m, 3, S, S)``.
+        """
+        truth = where_it_moves(clips)  # (clips, m, cells)
+        guess = torch.log_softmax(self.locate(frames), dim=2)
+        moving = truth.sum(dim=2) > 0
+        return -(truth * guess).sum() / moving.sum().clamp(min=1)
+
+
+@torch.no_grad()
+def where_it_moves(clips: torch.Tensor) -> torch.Tensor:
+    """Where each frame differs from what its clip mostly shows.
+
+    Args:
+        clips: float32 pixels in [0, 255], ``(clips, m, 3, S, S)``.
+
+    Returns:
+        float32 ``(clips, m, 49)``, shares of a 7×7 grid that sum to 1; all 0 in a still frame.
+    """
+    still = clips.median(dim=1, keepdim=True).values
+    change = (clips - still).abs().mean(dim=2)  # (clips, m, S, S)
+    cells = nn.functional.adaptive_avg_pool2d(change, _GRID).flatten(2)  # (clips, m, cells)
+    # What changes everywhere alike is noise or a moving camera.
+    above = (cells - cells.mean(dim=2, keepdim=True)).clamp(min=0)
+    total = above.sum(dim=2, keepdim=True)
+    return torch.where(total > _STILL, above / total.clamp(min=1e-6), 0.0)
+
+
+class PostTagger(nn.Module):
+    """Backbone, temporal head for clips, classifier, and pooling over a post's items."""
+
+    def __init__(
+        self, backbone: nn.Module, kind: Kind, size: tuple[int, int], classes: int, pooling: Pooling
+    ) -> None:
+        super().__init__()
+        self.backbone, self.kind, self.pooling = backbone, kind, pooling
+        self.normalize = Normalize(backbone, kind)
+        self.dim = _feature_dim(backbone, kind, size)
+        self.motion = MotionHead(self.dim) if kind == "clip" else None
+        width = self.motion.dim if self.motion is not None else self.dim
+        self.dropout = nn.Dropout(0.2)
+        self.classify = nn.Linear(width, classes)
+
+    def start_at(self, frequencies: torch.Tensor) -> None:
+        """Let the untrained classifier predict each class's frequency ``(classes,)``."""
+        nn.init.normal_(self.classify.weight, std=0.01)
+        with torch.no_grad():
+            self.classify.bias.copy_(torch.logit(frequencies.clamp(1e-3, 1 - 1e-3)))
+
+    def features(self, items: torch.Tensor) -> torch.Tensor:
+        """Backbone features ``(items, dim)``, for clips ``(items, m, dim)``."""
+        if self.kind != "clip":
+            pixels = self.normalize(items).contiguous(memory_format=torch.channels_last)
+            return torch.as_tensor(self.backbone(pixels))
+        clips, frames = items.shape[:2]
+        flat = self.normalize(items.flatten(0, 1))  # (clips·m, 3, S, S)
+        found = self.backbone(flat.contiguous(memory_format=torch.channels_last))
+        return torch.as_tensor(found).view(clips, frames, -1)  # (clips, m, dim)
+
+    def forward(
+        self, items: torch.Tensor, owners: torch.Tensor, posts: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits of posts, and a loss that the items teach without labels.
+
+        Args:
+            items: As in `demo.backbone_data.ItemBatch`.
+            owners: int64 ``(items,)``.
+            posts: Number of posts in the batch.
+
+        Returns:
+            float32 ``(posts, classes)``, and a scalar: for clips `MotionHead.lesson`, else 0.
+        """
+        vectors = self.features(items).float()
+        lesson = vectors.new_zeros(())
+        with torch.autocast(vectors.device.type, enabled=False):
+            if self.motion is not None:
+                lesson = self.motion.lesson(vectors, items)
+                vectors = self.motion(vectors)
+            scores = self.classify(self.dropout(vectors))  # (items, classes)
+        where = owners[:, None].expand_as(scores)
+        empty = scores.new_full((posts, scores.shape[1]), float("-inf"))
+        reduce = "amax" if self.pooling == "max" else "mean"
+        return empty.scatter_reduce(0, where, scores, reduce, include_self=False), lesson
+
+
+def _feature_dim(backbone: nn.Module, kind: Kind, size: tuple[int, int]) -> int:
+    training = backbone.training
+    backbone.eval()
+    with torch.no_grad():
+        found = backbone(torch.zeros(1, CHANNELS[kind], *size))
+    backbone.train(training)
+    if found.ndim != 2:
+        raise ConfigError(f"the model gives {tuple(found.shape)}, not one vector for each input")
+    return int(found.shape[1])
+
+
+def save_backbone(backbone: nn.Module, out: Path, about: dict[str, str]) -> None:
+    """Write the backbone's state_dict, whole or not at all.
+
+    Args:
+        backbone: A timm model with ``num_classes=0``.
+        out: Path of the ``.safetensors`` file.
+        about: Kept in the file's header as JSON under ``backbone``.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+    from safetensors.torch import save
+
+    state = {k: v.detach().cpu().contiguous() for k, v in backbone.state_dict().items()}
+    # One key: safetensors writes several in random order, and equal weights shall be equal files.
+    write_whole(out, save(state, metadata={"backbone": json.dumps(about, sort_keys=True)}))

@@ -1,0 +1,320 @@
+"""Training of backbones out of data files: what `train_net.py` does for tasks of backbones.
+
+    image_backbone    pictures ─► <arch>.safetensors
+    video_backbone    segments of clips ─► tsn.safetensors
+                      its features of every frame ─► attention LSTM ─► video_lstm.safetensors
+
+The files lie in ``<save_dir>/weights`` and are what ``features.*.weights`` name.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from lightning_fabric import Fabric
+from torch import nn
+
+from common.errors import ConfigError
+from config.backbone_train import BackboneTrainSettings
+from config.learning import LossSettings, OptimizerSettings
+from config.train import TrainerSettings
+from fusion.backbones.backbone_posts import MediaReader, Posts, prepare, targets_of
+from fusion.backbones.backbone_tagger import MediaTagger
+from fusion.backbones.frames import FrameDataset, extract_frames
+from fusion.backbones.media import CollateMedia, MediaDataset, PixelDataset
+from fusion.backbones.model import create_backbone, save_backbone
+from fusion.backbones.video_lstm import LstmTagger, save_lstm
+from fusion.data.collate import Collate
+from fusion.data.loading import default_loaders
+from fusion.metrics import ranking as metrics
+from fusion.train import distributed as processes
+from fusion.train.checkpoint import signature
+from fusion.train.distributed import agree
+from fusion.train.losses import TaggingLoss
+from fusion.train.objective import Objective
+from fusion.train.resume import LAST, Start, find_start
+from fusion.train.run_folder import BACKBONES, RunFolder
+from fusion.train.trainer import TrainData, Trainer
+
+
+@dataclass(frozen=True)
+class StageReport:
+    """What came out of one training.
+
+    Attributes:
+        name: ``image``, ``tsn`` or ``lstm``.
+        weights: What the extractors load.
+        metrics: On the validation posts, of the epoch that was kept; empty without validation.
+        best_epoch: That epoch, from 1.
+    """
+
+    name: str
+    weights: Path
+    metrics: Mapping[str, float]
+    best_epoch: int
+    epochs: int
+    parameters: int
+    posts: int
+    seconds: float
+
+
+def train_backbones(
+    settings: BackboneTrainSettings, reader: MediaReader, *, resume: Path | None = None
+) -> tuple[StageReport, ...]:
+    """Train what ``task`` names, and write weights for the extractors.
+
+    What an earlier run has left in the folder, weights included, is kept.
+
+    Args:
+        settings: All of them.
+        reader: Decodes media; pickles, where there are several processes.
+        resume: Folder of a run to go on with; of ``image_backbone`` also a checkpoint.
+
+    Raises:
+        ConfigError: Settings, data files, labels or a checkpoint are wrong, or the loss is NaN.
+        MediaError: A file cannot be decoded, and ``data.skip_bad`` is not set.
+        WorkerDied: A process of the training was killed.
+    """
+    work = _images if settings.task == "image_backbone" else _videos
+    return processes.run(settings.trainer, partial(work, settings, reader, resume))
+
+
+# Tasks -----------------------------------------------------------------------------------------
+
+
+def _images(
+    settings: BackboneTrainSettings, reader: MediaReader, resume: Path | None, fabric: Fabric
+) -> tuple[StageReport, ...]:
+    folder = RunFolder(fabric, settings.trainer.save_dir, BACKBONES)
+    with folder.locked():
+        with folder.beginning(resume) as place:
+            posts = prepare(settings, reader, "images", fabric)
+            task = _Task(settings, reader, fabric, posts)
+            start = task.start("image", place)
+        return _train_images(task, start)
+
+
+def _train_images(task: _Task, start: Start | None) -> tuple[StageReport, ...]:
+    settings = task.settings
+    weights = settings.trainer.save_dir / "weights" / f"{settings.backbone.arch}.safetensors"
+    return task.spoken(task.pixels("image", weights, settings.trainer, start))
+
+
+def _videos(
+    settings: BackboneTrainSettings, reader: MediaReader, resume: Path | None, fabric: Fabric
+) -> tuple[StageReport, ...]:
+    if resume is not None and not resume.is_dir():
+        raise ConfigError(f"{resume}: --resume takes the folder of a run here, with tsn/ in it")
+    folder = RunFolder(fabric, settings.trainer.save_dir, BACKBONES)
+    with folder.locked():
+        with folder.beginning(resume) as place:
+            posts = prepare(settings, reader, "videos", fabric)
+            task = _Task(settings, reader, fabric, posts)
+            tsn = task.start("tsn", place and place / "tsn")
+            begun = place is not None and (place / "lstm" / "ckpt" / LAST).exists()
+            lstm = task.start("lstm", place / "lstm" if place is not None and begun else None)
+        return _train_videos(task, tsn, lstm)
+
+
+def _train_videos(
+    task: _Task, tsn_start: Start | None, lstm_start: Start | None
+) -> tuple[StageReport, ...]:
+    settings = task.settings
+    folder = settings.trainer.save_dir
+    weights = folder / "weights" / "tsn.safetensors"
+    trainer = settings.trainer.model_copy(update={"save_dir": folder / "tsn"})
+    tsn = task.pixels("tsn", weights, trainer, tsn_start)
+    return task.spoken(tsn, task.lstm(weights, lstm_start))
+
+
+@dataclass(frozen=True)
+class _Task:
+    settings: BackboneTrainSettings
+    reader: MediaReader
+    fabric: Fabric
+    posts: Posts
+
+    def spoken(self, *stages: StageReport) -> tuple[StageReport, ...]:
+        """What the first process of a distributed run reports; the others say nothing."""
+        return stages if self.fabric.is_global_zero else ()
+
+    def start(self, name: str, resume: Path | None) -> Start | None:
+        """Where a stage begins; None begins anew.
+
+        Raises:
+            ConfigError: As `fusion.train.resume.find_start`.
+        """
+        mark = _mark(self.settings, self.posts, name)
+        return agree(self.fabric, lambda: None if resume is None else find_start(resume, mark))
+
+    def pixels(
+        self, name: str, out: Path, trainer: TrainerSettings, start: Start | None
+    ) -> StageReport:
+        """Train a picture model, on pictures or, as ``tsn``, on segments of clips."""
+        settings, backbone = self.settings, self.settings.backbone
+        clips, classes = name == "tsn", len(self.posts.labels)
+        run = self._run(name, trainer, settings.optimizer, start)
+        build = partial(
+            PixelDataset,
+            classes=classes,
+            reader=self.reader,
+            size=backbone.image_size,
+            max_items=settings.data.max_items,
+        )
+        train = build(
+            self.posts.train,
+            segments=settings.tsn.segments if clips else None,
+            seed=run.seed,
+            augmented=backbone.augment,
+        )
+        valid = self.posts.valid and build(
+            self.posts.valid, segments=settings.tsn.test_segments if clips else None
+        )
+
+        def model() -> nn.Module:
+            size = (backbone.image_size, backbone.image_size)
+            made = create_backbone(backbone.arch, "picture", size, backbone.weights)
+            tagger = MediaTagger(made, backbone.image_size, classes, backbone.dropout)
+            return tagger.to(memory_format=torch.channels_last)
+
+        def save(tagger: MediaTagger) -> None:
+            side = str(backbone.image_size)
+            about = {"arch": backbone.arch, "kind": "picture", "height": side, "width": side}
+            save_backbone(tagger.backbone, out, about)
+
+        return run.train(self._data(train, valid or None), self.posts, model, save, out)
+
+    def lstm(self, frames_weights: Path, start: Start | None) -> StageReport:
+        """Extract the frames of every clip with the trained model, and train the LSTM on them."""
+        settings, options = self.settings, self.settings.lstm
+        folder, classes = settings.trainer.save_dir, len(self.posts.labels)
+        everything = (*self.posts.train, *(self.posts.valid or ()))
+        extract = partial(
+            extract_frames, settings, self.reader, frames_weights, everything, self.fabric
+        )
+        store = agree(self.fabric, extract)
+        self.fabric.barrier()
+        trainer = settings.trainer.model_copy(
+            update={
+                "save_dir": folder / "lstm",
+                "epochs": options.epochs,
+                "batch_size": options.batch_size,
+            }
+        )
+        rate = {"learning_rate": options.learning_rate}
+        optimizer = settings.optimizer.model_copy(update=rate)
+        run = self._run("lstm", trainer, optimizer, start)
+        out = folder / "weights" / "video_lstm.safetensors"
+        build = partial(
+            FrameDataset, classes=classes, store=store, max_items=settings.data.max_items
+        )
+        train = build(self.posts.train, seed=run.seed)
+        valid = self.posts.valid and build(self.posts.valid)
+
+        def save(tagger: LstmTagger) -> None:
+            sizes = options.model_dump(include={"projection", "hidden", "join", "width"})
+            about = {key: str(size) for key, size in sizes.items()}
+            save_lstm(tagger.lstm, out, {**about, "frames_dim": str(store.dim)})
+
+        model = partial(LstmTagger, store.dim, options, classes)
+        return run.train(self._data(train, valid or None), self.posts, model, save, out)
+
+    def _run(
+        self,
+        name: str,
+        trainer: TrainerSettings,
+        optimizer: OptimizerSettings,
+        start: Start | None,
+    ) -> _Run:
+        mark = _mark(self.settings, self.posts, name)
+        seed = _seed(self.fabric, trainer, start)
+        return _Run(name, self.fabric, trainer, optimizer, mark, seed, start)
+
+    def _data(self, train: MediaDataset, valid: MediaDataset | None) -> TrainData:
+        loaders = self.settings.data.loaders
+        if loaders is None:
+            loaders = default_loaders(self.fabric.device.type, processes.on_this_host())
+        collate = cast("Collate", CollateMedia())
+        return TrainData(train, valid, collate, train_count=len(train), loaders=loaders)
+
+
+# Parts -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Run:
+    name: str
+    fabric: Fabric
+    trainer: TrainerSettings
+    optimizer: OptimizerSettings
+    mark: str
+    seed: int
+    start: Start | None
+
+    def train(
+        self,
+        data: TrainData,
+        posts: Posts,
+        build: Callable[[], Any],
+        save: Callable[[Any], None],
+        out: Path,
+    ) -> StageReport:
+        """Train a model, and save what the extractors load."""
+        started = time.monotonic()
+        targets = torch.from_numpy(targets_of(posts.train, len(posts.labels)))
+        torch.manual_seed(self.seed)
+        model = build()
+        model.start_at(targets.mean(dim=0))
+        trainer = Trainer(
+            self.fabric, self.trainer, self.optimizer, signature=self.mark, seed=self.seed
+        )
+        objective = Objective(model, TaggingLoss(LossSettings(), targets.sum(dim=0)))
+        progress = trainer.fit(objective, data, self.start)
+        found: dict[str, float] = {}
+        if data.valid is not None:
+            found = metrics.summary(*trainer.scores(model, data, data.valid))
+        if self.fabric.is_global_zero:
+            try:
+                save(model)
+            except OSError as error:
+                raise ConfigError(f"{out}: cannot be written: {error}") from error
+        trainer.log.write("weights", file=str(out), best_epoch=progress.best_epoch, **found)
+        self.fabric.barrier()
+        return StageReport(
+            name=self.name,
+            weights=out,
+            metrics=found,
+            best_epoch=progress.best_epoch,
+            epochs=progress.epoch,
+            parameters=sum(p.numel() for p in model.parameters()),
+            posts=len(posts.train),
+            seconds=time.monotonic() - started,
+        )
+
+
+def _mark(settings: BackboneTrainSettings, posts: Posts, stage: str) -> str:
+    """What must be equal for the weights of one run to serve another."""
+    parts: dict[str, Any] = {
+        "stage": stage,
+        "arch": settings.backbone.arch,
+        "image_size": settings.backbone.image_size,
+        "labels": list(posts.labels.names),
+    }
+    if stage == "lstm":
+        sizes = settings.lstm.model_dump(include={"projection", "hidden", "join", "width"})
+        parts |= {"lstm": sizes, "frames": settings.tsn.frames}
+    return signature(parts)
+
+
+def _seed(fabric: Fabric, trainer: TrainerSettings, start: Start | None) -> int:
+    seed = trainer.seed if trainer.fix_random_seed else secrets.randbits(31)
+    if start is not None and start.exact:
+        seed = start.checkpoint.progress.seed
+    return int(fabric.broadcast(seed))

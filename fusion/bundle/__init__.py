@@ -1,0 +1,1 @@
+"""Bundles: the deployed form of a model, and its exports."""

@@ -1,0 +1,343 @@
+"""The bundle: what is deployed. A folder of three files, read without any training code.
+
+``model.safetensors`` the weights, ``labels.json`` the tags, ``bundle.yaml`` everything else: the
+architecture, the manifest of the features it was trained on, thresholds, metrics, name, version
+and the digests of the others. An ensemble's further members lie in ``members/1.safetensors`` and
+so on, weights of the same architecture.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from common.errors import BundleError, ConfigError
+from common.files import file_digest
+from common.fingerprint import differing, parts_of, with_parts
+from common.post import Stream, modality_of
+from common.weights_files import replace_folder, sync_file
+from config.labels import LabelMap
+from config.load import one_line
+from config.settings import Section
+from config.train import ModelSettings
+from fusion.bundle.ensemble import Averaging, Ensemble
+from fusion.data.schema import FeatureManifest, InputSchema
+from fusion.metrics.calibration import Calibration
+from fusion.models import FusionModel, build_model
+
+WEIGHTS, LABELS, ABOUT = "model.safetensors", "labels.json", "bundle.yaml"
+MEMBERS = "members"
+FORMAT: Literal[1] = 1
+
+
+class ModalityEntry(Section):
+    """One stream of the feature manifest."""
+
+    dim: int = Field(ge=1)
+    fingerprint: str = Field(min_length=1)
+    made_of: dict[str, Any] = Field(default_factory=dict)
+    """What the fingerprint is a digest of, where that is known."""
+
+
+class About(Section):
+    """The content of ``bundle.yaml``."""
+
+    format: Literal[1]
+    name: str = Field(min_length=1)
+    version: str = Field(pattern=r"^\d{8}T\d{6}Z-[0-9a-f]{8}$")
+    image_as_frames: bool
+    ocr_mode: Literal["append", "separate"]
+    features: dict[Stream, ModalityEntry] = Field(min_length=1)
+    model: ModelSettings
+    thresholds: tuple[float, ...]
+    calibration: Calibration | None = None
+    metrics: dict[str, float]
+    subsets: dict[str, float] = Field(default_factory=dict)
+    """GAP where only these modalities are shown, by their names joined with ``+``."""
+    averaging: Averaging = "probabilities"
+    """What an ensemble takes the mean of."""
+    weights_sha256: str
+    members_sha256: tuple[str, ...] = ()
+    """Of an ensemble's further members, in their order."""
+    labels_sha256: str
+
+    @model_validator(mode="after")
+    def _thresholds(self) -> About:
+        if not all(0 <= t <= 1 for t in self.thresholds):
+            raise ValueError("thresholds must lie in [0, 1]")
+        return self
+
+    def manifest(self) -> FeatureManifest:
+        """The features that the model was trained on."""
+        return FeatureManifest(
+            dims={m: entry.dim for m, entry in self.features.items()},
+            fingerprints=with_parts(
+                {m: entry.fingerprint for m, entry in self.features.items()},
+                {m: entry.made_of for m, entry in self.features.items()},
+            ),
+            image_as_frames=self.image_as_frames,
+            ocr_mode=self.ocr_mode,
+        )
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle in memory.
+
+    Attributes:
+        model: With its weights, in evaluation mode, on the CPU; where there are several members,
+            all of them as one.
+        thresholds: float32 ``(classes,)``, on calibrated scores.
+        calibration: What makes the model's scores probabilities; None leaves them.
+        subsets: GAP where only these modalities are shown; empty where it was not measured.
+    """
+
+    name: str
+    version: str
+    labels: LabelMap
+    manifest: FeatureManifest
+    schema: InputSchema
+    model: FusionModel | Ensemble
+    thresholds: npt.NDArray[np.float32]
+    metrics: Mapping[str, float]
+    calibration: Calibration | None = None
+    subsets: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def members(self) -> tuple[FusionModel, ...]:
+        """The models that answer: one, or an ensemble's."""
+        return members_of(self.model)
+
+
+def save_bundle(
+    folder: Path,
+    *,
+    name: str,
+    model: FusionModel | Ensemble,
+    settings: ModelSettings,
+    manifest: FeatureManifest,
+    labels: LabelMap,
+    thresholds: npt.NDArray[np.float32],
+    metrics: Mapping[str, float],
+    calibration: Calibration | None = None,
+    subsets: Mapping[str, float] | None = None,
+) -> str:
+    """Write a bundle; one that is there is replaced in one step.
+
+    Returns:
+        The version: time in UTC and the beginning of the weights' sha256; later is greater.
+
+    Raises:
+        BundleError: The folder cannot be written.
+    """
+    target = folder.resolve()
+    part: Path | None = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        part.chmod(0o755)
+        files = _write_weights(part, members_of(model))
+        text = json.dumps(labels.as_json(), ensure_ascii=False, indent=1)
+        (part / LABELS).write_text(text + "\n", encoding="utf-8")
+        digests = tuple(_sha256(part / file) for file in files)
+        digest = digests[0] if len(digests) == 1 else _digest(digests)
+        version = f"{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}-{digest[:8]}"
+        about = About(
+            format=FORMAT,
+            name=name,
+            version=version,
+            image_as_frames=manifest.image_as_frames,
+            ocr_mode=manifest.ocr_mode,
+            features={
+                m: ModalityEntry(
+                    dim=dim,
+                    fingerprint=str(manifest.fingerprints[m]),
+                    made_of=parts_of(manifest.fingerprints[m]),
+                )
+                for m, dim in manifest.dims.items()
+            },
+            model=settings,
+            thresholds=tuple(round(float(t), 6) for t in thresholds),
+            calibration=calibration,
+            metrics={key: float(value) for key, value in metrics.items()},
+            subsets={key: float(value) for key, value in (subsets or {}).items()},
+            averaging=model.averaging if isinstance(model, Ensemble) else "probabilities",
+            weights_sha256=digests[0],
+            members_sha256=digests[1:],
+            labels_sha256=_sha256(part / LABELS),
+        )
+        content = about.model_dump(mode="json")
+        for entry in content["features"].values():
+            if not entry["made_of"]:
+                del entry["made_of"]
+        lines = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+        (part / ABOUT).write_text(lines, encoding="utf-8")
+        for file in (*files, LABELS, ABOUT):
+            sync_file(part / file)
+        replace_folder(part, target)
+    except OSError as error:
+        if part is not None:
+            shutil.rmtree(part, ignore_errors=True)
+        raise BundleError(f"{folder}: the bundle cannot be written: {error}") from error
+    return version
+
+
+def load_bundle(folder: Path) -> Bundle:
+    """Read a bundle and check that its parts belong together.
+
+    Raises:
+        BundleError: A file is missing, broken, or does not fit the others.
+    """
+    about = _read_about(folder)
+    weights = dict(
+        zip(
+            _weight_files(1 + len(about.members_sha256)),
+            (about.weights_sha256, *about.members_sha256),
+            strict=True,
+        )
+    )
+    for file, wanted in (*weights.items(), (LABELS, about.labels_sha256)):
+        if _sha256(folder / file) != wanted:
+            raise BundleError(f"{folder / file}: is truncated, or not this bundle's (sha256)")
+    try:
+        labels = LabelMap.load(folder / LABELS)
+        schema = InputSchema.of(about.manifest(), about.model.tokens, len(labels))
+        members = [build_model(schema, about.model) for _ in weights]
+    except ConfigError as error:
+        raise BundleError(f"{folder}: {error}") from error
+    if len(about.thresholds) != len(labels):
+        raise BundleError(f"{folder}: {len(about.thresholds)} thresholds for {len(labels)} labels")
+    for member, file in zip(members, weights, strict=True):
+        _fill(member, folder / file)
+    model = members[0] if len(members) == 1 else Ensemble(members, about.averaging)
+    return Bundle(
+        name=about.name,
+        version=about.version,
+        labels=labels,
+        manifest=about.manifest(),
+        schema=schema,
+        model=model.eval().requires_grad_(False),
+        thresholds=np.array(about.thresholds, dtype=np.float32),
+        metrics=about.metrics,
+        calibration=about.calibration,
+        subsets=about.subsets,
+    )
+
+
+def members_of(model: FusionModel | Ensemble) -> tuple[FusionModel, ...]:
+    """An ensemble's members, or the one model."""
+    if isinstance(model, Ensemble):
+        return tuple(cast("FusionModel", member) for member in model.members)
+    return (model,)
+
+
+def newest_version(folder: Path) -> str | None:
+    """The version that lies in the folder now, None while there is none; reads one small file."""
+    try:
+        text = (folder / ABOUT).read_text(encoding="utf-8")
+        # The thresholds of many tags take long to parse, and the version stands before them.
+        version = _parse(text.partition("\nfeatures:")[0]).get("version")
+    except (OSError, ValueError, TypeError, yaml.YAMLError):
+        return None
+    return version if isinstance(version, str) else None
+
+
+def check_fingerprints(
+    manifest: FeatureManifest, given: Mapping[Stream, str], *, bundle: str
+) -> None:
+    """See that the extractors make the features that a bundle was trained on.
+
+    Args:
+        manifest: The bundle's.
+        given: The extractors' fingerprints by stream; more than the bundle needs is fine.
+        bundle: Its name or folder, for the error.
+
+    Raises:
+        BundleError: A stream is made otherwise or not at all; names it and both fingerprints.
+    """
+    for stream, wanted in manifest.fingerprints.items():
+        found = given.get(stream)
+        if found != wanted:
+            raise BundleError(
+                f"bundle {bundle} wants {stream} features {wanted}, "
+                f"the extractors give {found or 'none'}{differing(wanted, found)}: "
+                f"train it anew or set "
+                f"features.{modality_of(stream)} as it was in training"
+            )
+
+
+def _weight_files(members: int) -> tuple[str, ...]:
+    return (WEIGHTS, *(f"{MEMBERS}/{i}.safetensors" for i in range(1, members)))
+
+
+def _write_weights(folder: Path, members: tuple[FusionModel, ...]) -> tuple[str, ...]:
+    """Write each member's weights; their files."""
+    from safetensors.torch import save_file
+
+    files = _weight_files(len(members))
+    if len(files) > 1:
+        (folder / MEMBERS).mkdir()
+    for member, file in zip(members, files, strict=True):
+        state = {k: v.detach().cpu().contiguous() for k, v in member.state_dict().items()}
+        save_file(state, folder / file)
+    return files
+
+
+def _digest(digests: tuple[str, ...]) -> str:
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def _read_about(folder: Path) -> About:
+    path = folder / ABOUT
+    try:
+        content = _parse(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        reason = f"holds no bundle ({ABOUT} is missing): train one, or name another"
+        raise BundleError(f"{folder}: {reason}") from error
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        raise BundleError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
+    try:
+        return About.model_validate(content)
+    except ValidationError as error:
+        raise BundleError(f"{path}: {one_line(error, About)}") from error
+
+
+def _parse(text: str) -> dict[str, Any]:
+    content = yaml.safe_load(text)
+    if not isinstance(content, dict):
+        raise TypeError("must hold keys and values")
+    return cast("dict[str, Any]", content)
+
+
+def _fill(model: FusionModel, path: Path) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        state: dict[str, torch.Tensor] = load_file(path)
+        model.load_state_dict(state, strict=True)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise BundleError(f"{path}: does not fit the architecture: {reason}") from error
+
+
+def _sha256(path: Path) -> str:
+    try:
+        return file_digest(path)
+    except FileNotFoundError as error:
+        raise BundleError(f"{path}: is missing") from error
+    except OSError as error:
+        raise BundleError(f"{path}: cannot be read: {error}") from error

@@ -1,0 +1,304 @@
+"""Export of models: ONNX, ``torch.export``, or a legacy ``.pth``, each checked against the model.
+
+What is exported is a `Graph`: a module with named inputs whose batch and token counts are free,
+and inputs on which the written file must give what the module gives.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from common.errors import ConfigError, TaggingError
+from common.weights_files import sync_file
+from fusion.bundle.export_lstm import exportable, onnx_translations
+from fusion.bundle.legacy import save_legacy
+
+Format: TypeAlias = Literal["onnx", "torch", "state_dict", "pickle"]
+Inputs: TypeAlias = Sequence[torch.Tensor]
+Runner: TypeAlias = Callable[[Inputs], npt.NDArray[np.float32]]
+
+TOLERANCE = 1e-4
+_OPSET = 18
+_LARGEST_ONNX = 2_000_000_000
+_NOISY = ("onnxscript", "onnx_ir", "torch.onnx")
+
+
+@dataclass(frozen=True)
+class Port:
+    """One input of a graph.
+
+    Attributes:
+        free: Axis ─► name of its length; the others are fixed.
+        most: Name of a length ─► its largest value.
+    """
+
+    name: str
+    free: Mapping[int, str]
+    most: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Graph:
+    """What is exported.
+
+    Attributes:
+        module: In evaluation mode, float32, on the CPU; tensors in the order of ``ports`` in, one
+            tensor out.
+        legacy: What is written as ``.pth``: the model itself.
+        output: Name of the output.
+        example: Inputs that the module is traced with; every free length is at least 2.
+        cases: Name ─► inputs that are compared.
+        about: Facts for the file beside it.
+    """
+
+    module: nn.Module
+    legacy: nn.Module
+    ports: tuple[Port, ...]
+    output: str
+    example: Inputs
+    cases: Mapping[str, Inputs]
+    about: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Attributes:
+        how: The exporter's name.
+        differences: Case ─► largest absolute difference to the model.
+        sidecar: The JSON file beside it.
+    """
+
+    path: Path
+    sidecar: Path
+    how: str
+    differences: Mapping[str, float]
+
+    @property
+    def largest(self) -> float:
+        """The largest difference of all."""
+        return max(self.differences.values())
+
+
+def export(graph: Graph, form: Format, path: Path) -> Exported:
+    """Write a graph, and compare the file with the module before it gets its name.
+
+    Beside it lies ``<name>.json``: inputs, output, and facts such as labels and thresholds.
+
+    Raises:
+        ConfigError: A package is missing, or the file cannot be written.
+        ExportRefused: The exporter cannot write the module.
+        ParityError: The file gives something else than the module.
+    """
+    writers: Mapping[Format, Callable[[Graph, Path], tuple[str, Runner]]] = {
+        "onnx": _write_onnx,
+        "torch": _write_torch,
+        "state_dict": lambda graph, path: _write_legacy(graph, path, whole=False),
+        "pickle": lambda graph, path: _write_legacy(graph, path, whole=True),
+    }
+    sidecar = path.with_name(f"{path.name}.json")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+            part = Path(folder) / f"part{path.suffix}"
+            how, runner = writers[form](graph, part)
+            found = Exported(path, sidecar, how, _differences(graph, runner))
+            if not found.largest <= TOLERANCE:
+                worst = max(found.differences, key=lambda case: found.differences[case])
+                raise ParityError(
+                    f"{path}: is not written: it differs from the model by {found.largest:.2e} "
+                    f"({worst}), allowed are {TOLERANCE:.0e}"
+                )
+            beside = Path(folder) / "about.json"
+            text = json.dumps(_about(graph, form, found), ensure_ascii=False, indent=1)
+            beside.write_text(text + "\n", encoding="utf-8")
+            for file, target in ((beside, sidecar), (part, path)):
+                sync_file(file)
+                file.replace(target)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written: {error}") from error
+    return found
+
+
+class ExportRefused(TaggingError):
+    """The exporter cannot write this model."""
+
+
+class ParityError(TaggingError):
+    """An exported file gives something else than the model."""
+
+
+# Formats -------------------------------------------------------------------------------------
+
+
+def _write_onnx(graph: Graph, path: Path) -> tuple[str, Runner]:
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401  the exporter needs it
+    except ImportError as error:
+        raise ConfigError(
+            f"onnx: {error.name} is not installed: pip install insighttag[export]"
+        ) from error
+    if sum(p.numel() * p.element_size() for p in graph.module.parameters()) > _LARGEST_ONNX:
+        raise ConfigError("onnx: a file holds at most 2 GB: use --format torch")
+    with _quiet(), _refused("onnx"):
+        program = torch.onnx.export(
+            _Positional(exportable(graph.module, "onnx")),
+            tuple(graph.example),
+            input_names=[port.name for port in graph.ports],
+            output_names=[graph.output],
+            dynamic_shapes=_shapes(graph),
+            dynamo=True,
+            opset_version=_OPSET,
+            custom_translation_table=dict(onnx_translations()),
+            verbose=False,
+        )
+    if program is None:
+        raise ConfigError("onnx: this version of torch has no exporter that gives a program")
+    program.save(str(path), external_data=False)
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    names = [port.name for port in graph.ports]
+
+    def run(inputs: Inputs) -> npt.NDArray[np.float32]:
+        given = {name: tensor.numpy() for name, tensor in zip(names, inputs, strict=True)}
+        return np.asarray(session.run([graph.output], given)[0])
+
+    return f"torch.onnx {torch.__version__.partition('+')[0]}, opset {_OPSET}", run
+
+
+def _write_torch(graph: Graph, path: Path) -> tuple[str, Runner]:
+    with _quiet(), _refused("torch"):
+        program = torch.export.export(
+            _Positional(exportable(graph.module, "torch")),
+            tuple(graph.example),
+            dynamic_shapes=_shapes(graph),
+            strict=False,
+        )
+        torch.export.save(program, path)
+        loaded = torch.export.load(path).module()
+
+    def run(inputs: Inputs) -> npt.NDArray[np.float32]:
+        with _quiet(), torch.no_grad():
+            return np.asarray(loaded(*inputs).numpy())
+
+    return f"torch.export {torch.__version__.partition('+')[0]}", run
+
+
+def _write_legacy(graph: Graph, path: Path, *, whole: bool) -> tuple[str, Runner]:
+    save_legacy(graph.legacy, path, whole=whole)
+    before = {key: value.clone() for key, value in graph.legacy.state_dict().items()}
+    if whole:
+        # Our own file, written a moment ago.
+        state = torch.load(path, weights_only=False).state_dict()
+    else:
+        state = torch.load(path, weights_only=True)
+
+    def run(inputs: Inputs) -> npt.NDArray[np.float32]:
+        graph.legacy.load_state_dict(state)
+        try:
+            return _reference(graph, inputs)
+        finally:
+            graph.legacy.load_state_dict(before)
+
+    return "torch.save", run
+
+
+class _Positional(nn.Module):
+    """Takes ``*inputs`` whatever its module's arguments are called: shapes are told by place."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.module(*inputs)
+        return found
+
+
+def _shapes(graph: Graph) -> tuple[tuple[dict[int, Any], ...]]:
+    """Free lengths of each input of `_Positional`."""
+    most = {name: value for port in graph.ports for name, value in port.most.items()}
+    names = {name for port in graph.ports for name in port.free.values()}
+    made = {name: torch.export.Dim(name, min=1, max=most.get(name)) for name in sorted(names)}
+    return (tuple({axis: made[name] for axis, name in p.free.items()} for p in graph.ports),)
+
+
+# Parity --------------------------------------------------------------------------------------
+
+
+def _reference(graph: Graph, inputs: Inputs) -> npt.NDArray[np.float32]:
+    with torch.no_grad():
+        return np.asarray(graph.module(*inputs).numpy())
+
+
+def _differences(graph: Graph, runner: Runner) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for name, inputs in graph.cases.items():
+        expected, given = _reference(graph, inputs), runner(inputs)
+        same = expected.shape == given.shape
+        # A NaN is a difference too: no comparison with it is true.
+        found[name] = float(np.abs(expected - given).max()) if same else math.inf
+    return {name: math.inf if math.isnan(d) else d for name, d in found.items()}
+
+
+def _about(graph: Graph, form: Format, found: Exported) -> dict[str, Any]:
+    ports = [
+        {
+            "name": port.name,
+            "free": {str(axis): name for axis, name in port.free.items()},
+            "most": dict(port.most),
+        }
+        for port in graph.ports
+    ]
+    return {
+        "format": form,
+        "made_by": found.how,
+        "inputs": ports,
+        "output": graph.output,
+        "largest_difference": found.largest,
+        **graph.about,
+    }
+
+
+@contextmanager
+def _refused(form: Format) -> Iterator[None]:
+    with torch.no_grad():
+        try:
+            yield
+        except OSError:
+            raise
+        except Exception as error:  # exporters raise whatever the model's code made them meet
+            cause = error.__cause__ or error
+            text = " ".join(str(cause).split())[:300]
+            raise ExportRefused(f"{form}: the model cannot be exported: {text}") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporters warn of their own affairs; errors are raised all the same."""
+    loggers = [logging.getLogger(name) for name in _NOISY]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

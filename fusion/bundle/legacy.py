@@ -1,0 +1,168 @@
+"""Legacy ``.pth`` weights of fusion models: into a bundle and out of one."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import yaml
+
+from common.errors import BundleError, ConfigError
+from common.pth import load_pth
+from common.weights_files import sync_file
+from fusion.bundle.bundle import ABOUT, LABELS, MEMBERS, WEIGHTS, load_bundle, members_of
+
+if TYPE_CHECKING:
+    from fusion.bundle.ensemble import Ensemble
+    from fusion.models import FusionModel
+
+WEIGHT_FILES = (".pth", ".pt", ".bin", ".safetensors")
+
+
+_SETTING = "allow_pickle"
+
+
+def load_legacy(
+    path: Path, *, allow_pickle: bool = False, setting: str = _SETTING
+) -> dict[str, torch.Tensor]:
+    """The state dict in a ``.pth`` or ``.safetensors`` file, without its wrappers.
+
+    Args:
+        path: Of the file.
+        allow_pickle: Whether a whole pickled model may be loaded, which runs code in the file.
+        setting: Key that allows it, for errors.
+
+    Raises:
+        ConfigError: See `common.pth.load_pth`.
+    """
+    if path.suffix != ".safetensors":
+        return load_pth(path, allow_pickle=allow_pickle, setting=setting)
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: no such file") from error
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"{path}: cannot be read as weights") from error
+
+
+def save_legacy(model: torch.nn.Module, path: Path, *, whole: bool) -> None:
+    """Write a ``.pth`` file that plain ``torch.load`` reads.
+
+    Args:
+        model: On the CPU.
+        path: Of the file.
+        whole: Pickle the model itself; otherwise its state dict.
+    """
+    torch.save(model if whole else dict(model.state_dict()), path)
+
+
+def fit(model: FusionModel, state: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Fill a model with weights; heads that are there for training only may be missing or extra.
+
+    Raises:
+        ConfigError: They are of another architecture; names the first difference.
+    """
+    own = {key: value for key, value in model.state_dict().items() if key.startswith("own.")}
+    wanted = {k: v for k, v in state.items() if not k.startswith("own.") or k in own}
+    try:
+        model.load_state_dict({**own, **wanted}, strict=True)
+    except RuntimeError as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = " ".join(lines[1:2] or lines)[:300]
+        raise ConfigError(f"{path}: does not fit the architecture of the bundle: {reason}") from (
+            error
+        )
+
+
+def resolve_model(
+    model: Path, bundle: Path, target: Path, *, allow_pickle: bool, setting: str = _SETTING
+) -> Path:
+    """The bundle that ``--best_model`` means.
+
+    Args:
+        model: A bundle's folder, its ``model.safetensors``, or a file with other weights.
+        bundle: What weights without a bundle are for.
+        target: Where a bundle with such weights is made.
+        allow_pickle: As in `load_legacy`.
+        setting: As in `load_legacy`.
+
+    Returns:
+        A bundle's folder.
+
+    Raises:
+        ConfigError: There is no such file, or its weights do not fit.
+        BundleError: The bundle is missing or broken.
+    """
+    if model.is_dir() or model.suffix not in WEIGHT_FILES:
+        return model
+    if model.name == WEIGHTS and (model.parent / ABOUT).exists():
+        return model.parent
+    with_weights(bundle, model, target, allow_pickle=allow_pickle, setting=setting)
+    return target
+
+
+def with_weights(
+    bundle: Path,
+    weights: Path,
+    target: Path,
+    *,
+    allow_pickle: bool = False,
+    setting: str = _SETTING,
+) -> str:
+    """Make a bundle that differs from another in its weights only.
+
+    Labels, thresholds and calibration stay; the version gets the new weights' digest. Weights of
+    one model make an ensemble's bundle one of that model alone.
+
+    Returns:
+        The version.
+
+    Raises:
+        ConfigError: The weights cannot be read, or do not fit.
+        BundleError: The bundle is missing or broken.
+    """
+    from safetensors.torch import save_file
+
+    state = load_legacy(weights, allow_pickle=allow_pickle, setting=setting)
+    model: FusionModel | Ensemble = load_bundle(bundle).model
+    members = members_of(model)
+    parts = _of_members(state) if all(k.startswith("members.") for k in state) else [state]
+    if len(parts) > len(members):
+        raise ConfigError(f"{weights}: holds {len(parts)} members, bundle {bundle} {len(members)}")
+    target.mkdir(parents=True)
+    digests: list[str] = []
+    for index, (member, part) in enumerate(zip(members, parts, strict=False)):
+        fit(member, part, weights)
+        file = target / (WEIGHTS if not index else f"{MEMBERS}/{index}.safetensors")
+        file.parent.mkdir(exist_ok=True)
+        save_file({k: v.contiguous() for k, v in member.state_dict().items()}, file)
+        digests.append(hashlib.sha256(file.read_bytes()).hexdigest())
+    shutil.copyfile(bundle / LABELS, target / LABELS)
+    about: dict[str, Any] = yaml.safe_load((bundle / ABOUT).read_text(encoding="utf-8"))
+    whole = hashlib.sha256("".join(digests).encode()).hexdigest()
+    about["version"] = f"{about['version'].partition('-')[0]}-{whole[:8]}"
+    about |= {"weights_sha256": digests[0], "members_sha256": digests[1:], "metrics": {}}
+    about.pop("subsets", None)
+    text = yaml.safe_dump(about, sort_keys=False, allow_unicode=True)
+    (target / ABOUT).write_text(text, encoding="utf-8")
+    try:
+        sync_file(target / ABOUT)
+    except OSError as error:
+        raise BundleError(f"{target}: the bundle cannot be written: {error}") from error
+    return str(about["version"])
+
+
+def _of_members(state: Mapping[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+    """An ensemble's state dict ─► its members'."""
+    parts: dict[int, dict[str, torch.Tensor]] = {}
+    for key, value in state.items():
+        _, index, name = key.split(".", 2)
+        parts.setdefault(int(index), {})[name] = value
+    return [parts[index] for index in sorted(parts)]

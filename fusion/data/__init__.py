@@ -1,0 +1,1 @@
+"""Data files, feature files and batches."""

@@ -1,0 +1,125 @@
+"""What a fusion model is fed with: which streams, how long their features, how many tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from common.errors import ConfigError, FeatureError
+from common.post import STREAMS, FeatureArray, Features, Modality, Stream, modality_of
+from config.train import TokenLimits
+
+ORDERED: frozenset[Stream] = frozenset({"video", "audio", "text", "ocr"})
+"""Streams whose tokens follow one another in time; images and whole videos have no order."""
+
+
+@dataclass(frozen=True)
+class FeatureManifest:
+    """The features that a model was trained on.
+
+    Attributes:
+        dims: Length of one feature of each stream.
+        fingerprints: Of the extractors, by stream.
+        image_as_frames: Images join the video's frames.
+        ocr_mode: How OCR text was embedded.
+    """
+
+    dims: Mapping[Stream, int]
+    fingerprints: Mapping[Stream, str]
+    image_as_frames: bool = False
+    ocr_mode: Literal["append", "separate"] = "separate"
+
+    def input_dims(self) -> dict[Stream, int]:
+        """Dims of what the model sees, in the order of `STREAMS`.
+
+        Raises:
+            ConfigError: Images shall be frames, and their features differ in length.
+        """
+        dims = {s: self.dims[s] for s in STREAMS if s in self.dims}
+        if not self.image_as_frames or "image" not in dims:
+            return dims
+        image = dims.pop("image")
+        video = dims.setdefault("video", image)
+        if video != image:
+            raise ConfigError(
+                f"image_as_frames: features of images have length {image}, of frames {video}; "
+                "use one extractor for both or set image_as_frames to false"
+            )
+        return {s: dims[s] for s in STREAMS if s in dims}
+
+
+@dataclass(frozen=True)
+class InputSchema:
+    """Shapes of a model's input and output.
+
+    Attributes:
+        dims: Length of one token of each stream, in the order of `STREAMS`.
+        tokens: Most tokens of each stream.
+        classes: Number of tags.
+    """
+
+    dims: Mapping[Stream, int]
+    tokens: Mapping[Stream, int]
+    classes: int
+    image_as_frames: bool = False
+
+    @classmethod
+    def of(cls, manifest: FeatureManifest, limits: TokenLimits, classes: int) -> InputSchema:
+        """The schema of a model for these features.
+
+        Raises:
+            ConfigError: As `FeatureManifest.input_dims`; or there is no modality at all.
+        """
+        dims = manifest.input_dims()
+        if not dims:
+            raise ConfigError("no post has features of any of the modalities asked for")
+        tokens: dict[Stream, int] = {s: int(getattr(limits, s)) for s in dims}
+        return cls(dims, tokens, classes, manifest.image_as_frames)
+
+    def arrays(
+        self, features: Features, without: frozenset[Modality] = frozenset()
+    ) -> dict[Stream, FeatureArray]:
+        """A post's features as the model takes them: images joined, tokens thinned.
+
+        Args:
+            features: Of one post; streams that the model does not know are left out.
+            without: Modalities to leave out, with all their streams.
+
+        Returns:
+            float16 ``(n, dim)`` with 1 ≤ n ≤ tokens, for the streams that are there.
+
+        Raises:
+            FeatureError: An array has another shape than the model takes.
+        """
+        found: dict[Stream, list[FeatureArray]] = {}
+        for stream in STREAMS:
+            array = features.arrays.get(stream)
+            if array is None or modality_of(stream) in without or not len(array):
+                continue
+            target = "video" if self.image_as_frames and stream == "image" else stream
+            if target not in self.dims:
+                continue
+            if array.ndim != 2 or array.shape[1] != self.dims[target]:
+                raise FeatureError(
+                    f"post {features.post_id}: {stream} features are {array.shape}, "
+                    f"the model takes (n, {self.dims[target]})"
+                )
+            found.setdefault(target, []).append(array)
+        return {
+            s: _thin(parts[0] if len(parts) == 1 else np.concatenate(parts), self.tokens[s], s)
+            for s, parts in found.items()
+        }
+
+
+def _thin(array: FeatureArray, most: int, stream: Stream) -> FeatureArray:
+    """At most ``most`` tokens ``(n, dim)``: the beginning of a text, evenly spaced otherwise."""
+    if len(array) <= most:
+        return array
+    if stream in ("text", "ocr"):
+        return array[:most]
+    # Centres of equal segments, as TSN samples.
+    centres = ((np.arange(most) + 0.5) * (len(array) / most)).astype(np.intp)
+    return array[centres]

@@ -1,0 +1,155 @@
+"""Features of posts ─► their tags, with the model of a bundle."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from common.post import Features, Modality, Stream, Tag, Tags
+from common.precision import require_device, set_threads
+from config.labels import LabelMap
+from fusion.bundle.bundle import Bundle, check_fingerprints, load_bundle
+from fusion.data.collate import Batch, Collate, Sample
+from fusion.metrics.calibration import calibrated
+
+
+class Inferer:
+    """One loaded bundle.
+
+    On a CPU it computes in float32, and a post's scores do not depend on the posts beside it
+    (within 1e-5).
+    """
+
+    def __init__(self, bundle: Bundle, device: str = "cpu", *, batch_size: int = 64) -> None:
+        self._bundle = bundle
+        self._device = require_device(device)
+        self._batch_size = batch_size
+        self._collate = Collate(bundle.schema)
+        self._model: torch.nn.Module | None = bundle.model.to(self._device)
+
+    @classmethod
+    def load(
+        cls,
+        bundle: Path,
+        *,
+        device: str = "cpu",
+        threads: int | None = None,
+        batch_size: int = 64,
+    ) -> Inferer:
+        """Load a bundle.
+
+        Args:
+            bundle: Its folder, or a link to it.
+            device: ``cpu`` or ``cuda:N``.
+            threads: torch's CPU threads in this process; None leaves them.
+            batch_size: Posts in one forward pass.
+
+        Raises:
+            BundleError: The bundle is missing or broken.
+            ConfigError: The device does not exist.
+        """
+        set_threads(threads)
+        return cls(load_bundle(bundle), device, batch_size=batch_size)
+
+    @property
+    def name(self) -> str:
+        """Name of the bundle."""
+        return self._bundle.name
+
+    @property
+    def version(self) -> str:
+        """Version of the bundle."""
+        return self._bundle.version
+
+    @property
+    def labels(self) -> LabelMap:
+        """The tags it knows."""
+        return self._bundle.labels
+
+    @property
+    def fingerprints(self) -> dict[Stream, str]:
+        """Of the extractors whose features it takes, by stream."""
+        return dict(self._bundle.manifest.fingerprints)
+
+    @property
+    def image_as_frames(self) -> bool:
+        """Whether images join the video's frames."""
+        return self._bundle.manifest.image_as_frames
+
+    @property
+    def ocr_mode(self) -> str:
+        """``append`` or ``separate``: how OCR text was embedded in training."""
+        return self._bundle.manifest.ocr_mode
+
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        """On the validation posts of the training."""
+        return self._bundle.metrics
+
+    def check(self, fingerprints: Mapping[Stream, str]) -> None:
+        """See that extractors make the features that this bundle was trained on.
+
+        Raises:
+            BundleError: Names the stream and both fingerprints.
+        """
+        check_fingerprints(self._bundle.manifest, fingerprints, bundle=self.name)
+
+    def predict(
+        self, posts: Sequence[Features], *, without: frozenset[Modality] = frozenset()
+    ) -> list[Tags]:
+        """Tags of posts, in their order.
+
+        A tag is given where its score reaches its threshold, so a post may get none.
+
+        Args:
+            posts: Their features; modalities that the bundle does not know are left out.
+            without: Modalities to hide, for measuring what they are worth.
+
+        Raises:
+            FeatureError: A post's features have another shape than the bundle takes.
+        """
+        scores = self.scores(posts, without=without)
+        return [self._tags(post.post_id, row) for post, row in zip(posts, scores, strict=True)]
+
+    def scores(
+        self, posts: Sequence[Features], *, without: frozenset[Modality] = frozenset()
+    ) -> npt.NDArray[np.float32]:
+        """Scores of posts, float32 ``(posts, classes)``; arguments and errors as of `predict`."""
+        samples = [
+            Sample(post.post_id, self._bundle.schema.arrays(post, without)) for post in posts
+        ]
+        rows = [
+            self._scores(self._collate(samples[start : start + self._batch_size]))
+            for start in range(0, len(samples), self._batch_size)
+        ]
+        return np.concatenate([np.empty((0, len(self.labels)), np.float32), *rows])
+
+    def close(self) -> None:
+        """Give the model's memory back."""
+        self._model = None
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _scores(self, batch: Batch) -> npt.NDArray[np.float32]:
+        if self._model is None:
+            raise RuntimeError("the inferer is closed")
+        with torch.inference_mode():
+            logits = self._model(batch.to(self._device))
+            scores: npt.NDArray[np.float32] = torch.sigmoid(logits.float()).cpu().numpy()
+        return calibrated(self._bundle.calibration, scores)
+
+    def _tags(self, post_id: str, scores: npt.NDArray[np.float32]) -> Tags:
+        reached = np.flatnonzero(scores >= self._bundle.thresholds)
+        ranked = reached[np.argsort(-scores[reached], kind="stable")]
+        names = self._bundle.labels.names
+        return Tags(
+            post_id=post_id,
+            model=self.name,
+            version=self.version,
+            tags=tuple(Tag(int(i), names[i], float(scores[i])) for i in ranked),
+            scores=scores.copy(),
+        )

@@ -1,0 +1,183 @@
+"""What `infer_net.py` reads: posts of a JSON list, JSON lines or a text list, one at a time.
+
+The file is read twice: `Input.survey` checks every entry and counts before any model is loaded,
+then they are given one by one, so that memory does not grow with their number.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
+
+from common.errors import ConfigError
+from common.files import file_digest
+from config.labels import LabelMap
+from fusion.data.data_file import Record, entries, record_of
+
+_BLOCK = 1 << 20
+
+
+class Labelled(Protocol):
+    """A post to tag, of either kind: features on disk, or raw media."""
+
+    @property
+    def post_id(self) -> str:
+        """Its ID; empty where only its feature file knows it."""
+        ...
+
+    @property
+    def labels(self) -> Sequence[str]:
+        """Names of its true tags; empty where they are not known."""
+        ...
+
+
+P = TypeVar("P", bound=Labelled)
+
+
+@dataclass(frozen=True)
+class Bad:
+    """A post that cannot be tagged.
+
+    Attributes:
+        post_id: Its ID, or where it stands in the input.
+    """
+
+    post_id: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What an input holds.
+
+    Attributes:
+        entries: All of them, bad ones included.
+        labelled: Good ones with labels.
+        sha256: Of the file.
+    """
+
+    entries: int
+    labelled: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Input(Generic[P]):
+    """Posts of a file, as often as they are asked for.
+
+    Attributes:
+        read: An entry, the file, and where the entry stands ─► the post. Raises `ConfigError`.
+        labels: Names that labels must have.
+        skip_bad: Give what is wrong as `Bad`; otherwise it is raised.
+    """
+
+    path: Path
+    read: Callable[[Any, Path, str], P]
+    labels: LabelMap
+    skip_bad: bool = False
+
+    def survey(self) -> Survey:
+        """Read everything once.
+
+        Raises:
+            ConfigError: The file is missing, broken or empty; or, without ``skip_bad``, an entry
+                is wrong.
+        """
+        count = labelled = 0
+        for entry in self:
+            count += 1
+            labelled += not isinstance(entry, Bad) and bool(entry.labels)
+        if not count:
+            raise ConfigError(f"{self.path}: holds no posts")
+        try:
+            return Survey(count, labelled, file_digest(self.path))
+        except OSError as error:
+            raise ConfigError(f"{self.path}: cannot be read: {error}") from error
+
+    def __iter__(self) -> Iterator[P | Bad]:
+        """Every post, or why it is none.
+
+        Raises:
+            ConfigError: As `survey`.
+        """
+        for where, content in raw_entries(self.path):
+            try:
+                if isinstance(content, ConfigError):
+                    raise content
+                post = self.read(content, self.path, where)
+                self.labels.encode(post.labels, where=f"{self.path}: post {post.post_id}")
+            except ConfigError as error:
+                if not self.skip_bad:
+                    raise
+                yield Bad(_name_of(content, where), " ".join(str(error).split()))
+            else:
+                yield post
+
+
+def raw_entries(path: Path) -> Iterator[tuple[str, Any]]:
+    """Where an entry stands and its content; a `ConfigError` for a line that is no JSON.
+
+    Raises:
+        ConfigError: The file is missing, of another kind, or its JSON is broken.
+    """
+    if path.suffix not in (".json", ".jsonl", ".txt"):
+        raise ConfigError(
+            f"{path}: must be a .json data file or a .txt list (or .jsonl, a post a line)"
+        )
+    if path.suffix != ".json":
+        for where, line in _lines(path):
+            yield where, line if path.suffix == ".txt" else _parsed(line, where)
+    elif _is_object(path):
+        yield str(path), _parsed(path.read_text(encoding="utf-8"), str(path))
+    else:
+        yield from ((f"{path}: entry {entry.number}", entry.value) for entry in entries(path))
+
+
+def read_record(content: Any, path: Path, where: str) -> Record:
+    """A post with features: an entry of a data file, or a line of a list.
+
+    Raises:
+        ConfigError: It is not as it should be; names ``where``.
+    """
+    if path.suffix != ".txt":
+        return record_of(content, where, path)
+    if not content.endswith(".safetensors"):
+        return Record(content)
+    beside = path.parent / content
+    return Record("", features=beside if beside.exists() else Path(content))
+
+
+def _name_of(content: Any, where: str) -> str:
+    found = content.get("post_id") if isinstance(content, dict) else None
+    return found if isinstance(found, str) and found else where
+
+
+def _lines(path: Path) -> Iterator[tuple[str, str]]:
+    try:
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield f"{path}: line {number}", line.strip()
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: no such file") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from error
+
+
+def _parsed(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return ConfigError(f"{where}: not JSON: {error}")
+
+
+def _is_object(path: Path) -> bool:
+    """Whether a JSON file is one post and no list."""
+    try:
+        with path.open("rb") as file:
+            return file.read(_BLOCK).lstrip().startswith(b"{")
+    except OSError:
+        return False  # said by who reads it

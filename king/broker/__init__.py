@@ -1,0 +1,1 @@
+"""Message brokers: RabbitMQ and Redis."""

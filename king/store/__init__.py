@@ -1,0 +1,1 @@
+"""MongoDB: posts, jobs and results."""

@@ -1,0 +1,208 @@
+"""The routes. What they answer with is in `web.answers`, what they refuse with in `errors`.
+
+POST /v1/tag          a post in, its tags out; needs neither queue nor database
+POST /v1/posts/<id>   onto the queue            GET /v1/posts/<id>   what became of it
+GET  /v1/labels       the tags there are        GET /                a page to try it
+GET  /healthz         the process lives         GET /readyz          all that it needs is there
+
+Errors are raised, and become JSON in `web.guard`.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as NotYet
+from typing import Any
+
+from flask import Flask, Response, jsonify, request
+from werkzeug.routing import PathConverter
+
+from common.errors import TaggingError
+from config.settings import Settings
+from king.messages import PostMessage
+from web.answers import Labels, tagged
+from web.backend import Backend, Services, state_of
+from web.connection import client_is_gone
+from web.errors import ApiError, bad_request, of_tagging
+from web.guard import guard, note
+from web.page import Page
+from web.reading import checked_id, read_post, read_queue_body
+from web.uploads import Uploads
+from workers.runner import PostRunner, Ran
+
+_LOOK_S = 0.5
+_YES_NO = {"": False, "0": False, "false": False, "1": True, "true": True}
+
+
+class _AnyId(PathConverter):
+    """A post's ID may hold slashes."""
+
+    part_isolating = False
+
+
+def create_app(
+    settings: Settings, runner: PostRunner, uploads: Uploads, services: Services
+) -> Flask:
+    """The WSGI application.
+
+    Args:
+        settings: Of the server and its limits.
+        runner: Started by the caller, and closed.
+        uploads: Where uploaded files lie; the runner may read from there, and nowhere else.
+        services: How queue and database are found.
+    """
+    app = Flask(__name__, static_folder=None)
+    app.json.ensure_ascii = False  # type: ignore[attr-defined]
+    app.json.sort_keys = False  # type: ignore[attr-defined]
+    app.url_map.merge_slashes = False
+    app.url_map.converters["any_id"] = _AnyId
+    guard(app, settings.http)
+    routes = _Routes(settings, runner, uploads, services)
+    app.extensions["insighttag"] = routes
+    app.add_url_rule("/", "page", routes.page)
+    app.add_url_rule("/assets/<path:name>", "assets", routes.assets)
+    app.add_url_rule("/healthz", "healthz", routes.healthz)
+    app.add_url_rule("/readyz", "readyz", routes.readyz)
+    app.add_url_rule("/v1/labels", "labels", routes.all_labels)
+    app.add_url_rule("/v1/tag", "tag", routes.tag, methods=["POST"])
+    rule = "/v1/posts/<any_id:post_id>"
+    app.add_url_rule(rule, "publish", routes.publish, methods=["POST"])
+    app.add_url_rule(rule, "post", routes.post, methods=["GET"])
+    return app
+
+
+class _Routes:
+    """One method a route."""
+
+    def __init__(
+        self, settings: Settings, runner: PostRunner, uploads: Uploads, services: Services
+    ) -> None:
+        self._http = settings.http
+        self._runner = runner
+        self._uploads = uploads
+        self._labels = Labels(settings.fusion.bundle)
+        self._page = Page()
+        self.backend = Backend(services, probe_timeout_s=settings.http.probe_timeout_s)
+
+    # Tagging ----------------------------------------------------------------------------------
+
+    def tag(self) -> Response:
+        """Tag the post in the request."""
+        all_scores = _flag("scores")
+        self._check_ready()  # before the body: it would be read for nothing
+        with self._uploads.box() as box:
+            post = read_post(request, box, self._http)
+            note(post_id=post.post_id, media=len(post.media))
+            try:
+                future = self._runner.submit(
+                    post, deadline_s=self._http.deadline_s, wait_s=self._http.queue_s
+                )
+                ran = _wait(future)
+            except TaggingError as error:
+                raise self._refusal(error) from error
+        labels = self._labels if all_scores else None
+        document = tagged(ran, labels=labels, hide=self._uploads.hide)
+        note(tags=len(document["tags"]), work_ms=document["timings_ms"])
+        return jsonify(document)
+
+    def all_labels(self) -> Response:
+        """The tags that the served bundle knows."""
+        self._check_ready()
+        bundle = self._runner.bundle or ("", "")
+        names = self._labels.of(bundle).names
+        labels = [{"id": i, "name": name} for i, name in enumerate(names)]
+        return jsonify({"model": bundle[0], "version": bundle[1], "labels": labels})
+
+    def _check_ready(self) -> None:
+        if not self._runner.ready:
+            raise ApiError(
+                503,
+                "NotReady",
+                self._runner.trouble or "the models are being loaded",
+                retry_after_s=self._http.retry_after_s,
+            )
+
+    def _refusal(self, error: TaggingError) -> ApiError:
+        refused = of_tagging(error, retry_after_s=self._http.retry_after_s)
+        refused.message = self._uploads.hide(refused.message)
+        refused.reasons = {m: self._uploads.hide(text) for m, text in error.reasons.items()}
+        return refused
+
+    # Queue and database -----------------------------------------------------------------------
+
+    def publish(self, post_id: str) -> tuple[Response, int]:
+        """Put a post on the queue."""
+        message_id = checked_id(post_id)
+        body = read_queue_body(request, self._http)
+        note(post_id=message_id)
+        self.backend.publish(PostMessage(message_id, priority=body.priority, force=body.force))
+        return jsonify({"post_id": message_id, "state": "queued"}), 202
+
+    def post(self, post_id: str) -> Response:
+        """Where a post stands, and its tags."""
+        name = checked_id(post_id)
+        note(post_id=name)
+        stored, job = self.backend.look_up(name)
+        if stored is None and job is None:
+            raise ApiError(404, "PostNotFound", f"post {name!r} is not in the database")
+        return jsonify({"post_id": name, **state_of(stored, job)})
+
+    # Health -----------------------------------------------------------------------------------
+
+    def healthz(self) -> Response:
+        """The process lives."""
+        return jsonify({"status": "ok"})
+
+    def readyz(self) -> tuple[Response, int]:
+        """Whether each part is there; 503 when one is not. ``?only=workers`` asks for tagging."""
+        only = request.args.get("only", "")
+        if only not in ("", "workers"):
+            raise bad_request("only: is workers, or left out")
+        runner = self._runner
+        loading = None if runner.ready else "the models are being loaded"
+        parts: dict[str, str | None] = {"workers": runner.trouble or loading}
+        if not only:
+            parts.update(self.backend.trouble())
+        bundle = runner.bundle
+        document = {
+            "ready": not any(parts.values()),
+            "bundle": {"name": bundle[0], "version": bundle[1]} if bundle else None,
+            "in_flight": runner.in_flight,
+            "parts": {name: reason or "ok" for name, reason in parts.items()},
+        }
+        return jsonify(document), 200 if document["ready"] else 503
+
+    # Page -------------------------------------------------------------------------------------
+
+    def page(self) -> Response:
+        """The page."""
+        return self._page.answer("page.html")
+
+    def assets(self, name: str) -> Response:
+        """What the page is made of."""
+        return self._page.answer(name)
+
+
+def _flag(name: str) -> bool:
+    value = request.args.get(name, "").lower()
+    if value not in _YES_NO:
+        raise bad_request(f"{name}: is 0 or 1")
+    return _YES_NO[value]
+
+
+def _wait(future: Future[Ran]) -> Ran:
+    """The result; breaks the work off when nobody is there any more to read it."""
+    while True:
+        try:
+            return future.result(_LOOK_S)
+        except NotYet:
+            if future.done():
+                raise
+        if client_is_gone(request.environ):
+            future.cancel()
+            raise ApiError(499, "ClientClosedRequest", "the client has hung up")
+
+
+def routes_of(app: Flask) -> Any:
+    """The object behind the routes."""
+    return app.extensions["insighttag"]

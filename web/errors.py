@@ -1,0 +1,101 @@
+"""What a request is refused with: a status, a name and a line, as JSON.
+
+    {"error": {"type": "NothingUsable", "message": "…", "reasons": {"image": "…"}}}
+
+A mistake of ours is a 500 with a line, and a traceback in the log alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import Any
+
+from werkzeug.exceptions import HTTPException
+
+from common.errors import (
+    ConfigError,
+    DeadlineExceeded,
+    MessageError,
+    NothingUsable,
+    RetryableError,
+    TaggingError,
+)
+
+
+class ApiError(Exception):
+    """A request that is not served."""
+
+    def __init__(
+        self,
+        status: int,
+        type: str,
+        message: str,
+        *,
+        reasons: Mapping[str, str] | None = None,
+        retry_after_s: int | None = None,
+    ) -> None:
+        """Describe it.
+
+        Args:
+            status: HTTP status code.
+            type: Name of the mistake.
+            message: One line for a person.
+            reasons: Modality ─► why it could not be used.
+            retry_after_s: When to try again.
+        """
+        super().__init__(message)
+        self.status = status
+        self.type = type
+        self.message = message
+        self.reasons = reasons
+        self.headers: dict[str, str] = {}
+        if retry_after_s is not None:
+            self.headers["Retry-After"] = str(retry_after_s)
+
+    @property
+    def document(self) -> dict[str, Any]:
+        """The body."""
+        error: dict[str, Any] = {"type": self.type, "message": self.message}
+        if self.reasons:
+            error["reasons"] = dict(self.reasons)
+        return {"error": error}
+
+
+def bad_request(message: str) -> ApiError:
+    """The client's mistake, in one line."""
+    return ApiError(HTTPStatus.BAD_REQUEST, "BadRequest", message)
+
+
+def too_large(message: str) -> ApiError:
+    """More than the settings allow."""
+    return ApiError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "TooLarge", message)
+
+
+def of_http(error: HTTPException) -> ApiError:
+    """What Flask and Werkzeug raise: 404, 405, 413 and others."""
+    status = error.code or HTTPStatus.INTERNAL_SERVER_ERROR
+    phrase = HTTPStatus(status).phrase
+    message = " ".join((error.description or phrase).split())
+    found = ApiError(status, "".join(phrase.title().split()), message)
+    for name, value in error.get_headers():
+        if name.lower() == "allow":
+            found.headers[name] = value
+    return found
+
+
+def of_tagging(error: TaggingError, *, retry_after_s: int) -> ApiError:
+    """What became of a post, or of a question to the queue or the database."""
+    name = type(error).__name__
+    message = " ".join(str(error).split())
+    if isinstance(error, MessageError):
+        return bad_request(message)
+    if isinstance(error, NothingUsable) or error.reasons:
+        status = HTTPStatus.UNPROCESSABLE_ENTITY
+        return ApiError(status, NothingUsable.__name__, message, reasons=error.reasons)
+    if isinstance(error, DeadlineExceeded):
+        return ApiError(HTTPStatus.GATEWAY_TIMEOUT, name, message)
+    if isinstance(error, (RetryableError, ConfigError)):
+        status = HTTPStatus.SERVICE_UNAVAILABLE
+        return ApiError(status, name, message, retry_after_s=retry_after_s)
+    return ApiError(HTTPStatus.INTERNAL_SERVER_ERROR, name, message)

@@ -1,0 +1,140 @@
+"""Around every request: an ID, errors as JSON, safe headers, and one line in the log."""
+
+from __future__ import annotations
+
+import re
+import secrets
+import time
+from collections.abc import Set as AbstractSet
+from functools import partial
+from http import HTTPStatus
+from ipaddress import ip_address
+from typing import Any
+from urllib.parse import urlsplit
+
+import structlog
+from flask import Flask, Response, g, jsonify, request
+from werkzeug.exceptions import HTTPException
+
+from common.errors import TaggingError
+from config.http import HttpSettings
+from web.errors import ApiError, of_http, of_tagging
+
+_POLICY = "default-src 'none'; frame-ancestors 'none'"
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
+
+log = structlog.get_logger()
+
+
+def note(**facts: Any) -> None:
+    """Add to the request's line in the log; never payloads."""
+    g.facts.update(facts)
+
+
+def guard(app: Flask, settings: HttpSettings) -> None:
+    """Put the guards around an application's requests."""
+
+    def refuse(error: ApiError) -> Response:
+        note(error=error.type, reason=error.message[:200])
+        response = jsonify(error.document)
+        response.status_code = error.status
+        response.headers.update(error.headers)
+        return response
+
+    def on_http(error: HTTPException) -> Response:
+        return refuse(of_http(error))
+
+    def on_tagging(error: TaggingError) -> Response:
+        return refuse(of_tagging(error, retry_after_s=settings.retry_after_s))
+
+    def on_anything(error: Exception) -> Response:
+        log.error("http.failed", request_id=g.request_id, exc_info=error)
+        status = HTTPStatus.INTERNAL_SERVER_ERROR
+        message = f"a mistake of ours; the log has it under request ID {g.request_id}"
+        return refuse(ApiError(status, "InternalError", message))
+
+    app.before_request(_begin)
+    names = {_plain(name) for name in ("localhost", settings.host, *settings.allowed_hosts)}
+    app.before_request(partial(_only_to_us, names))
+    app.before_request(_only_from_here)
+    app.register_error_handler(ApiError, refuse)
+    app.register_error_handler(HTTPException, on_http)
+    app.register_error_handler(TaggingError, on_tagging)
+    app.register_error_handler(Exception, on_anything)
+    app.after_request(_end)
+
+
+def _begin() -> None:
+    given = request.headers.get("X-Request-ID", "")
+    g.request_id = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
+    g.began = time.perf_counter()
+    g.facts = {}
+
+
+def _only_to_us(names: AbstractSet[str]) -> None:
+    """Whoever owns a name can point it at this machine, and its pages then count as ours.
+
+    Args:
+        names: What we are called, besides IP addresses.
+
+    Raises:
+        ApiError: 403.
+    """
+    try:
+        name = _plain(urlsplit(f"//{request.host}").hostname or "")
+    except ValueError:
+        name = ""
+    if name not in names and not _is_address(name):
+        reason = f"the request is addressed to {name[:253]!r}: no name of http.allowed_hosts"
+        raise ApiError(HTTPStatus.FORBIDDEN, "Forbidden", reason)
+
+
+def _plain(name: str) -> str:
+    return name.lower().removesuffix(".")
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+def _only_from_here() -> None:
+    """A page of another site may not use a browser that can reach this server.
+
+    Raises:
+        ApiError: 403.
+    """
+    if request.method in ("GET", "HEAD", "OPTIONS"):
+        return
+    origin = request.headers.get("Origin")
+    foreign = origin is not None and urlsplit(origin).netloc != request.host
+    if foreign or request.headers.get("Sec-Fetch-Site") == "cross-site":
+        raise ApiError(HTTPStatus.FORBIDDEN, "Forbidden", "the request comes from another site")
+
+
+def _end(response: Response) -> Response:
+    response.headers["X-Request-ID"] = g.request_id
+    response.headers.setdefault("Content-Security-Policy", _POLICY)
+    for name, value in _HEADERS.items():
+        response.headers.setdefault(name, value)
+    response.headers.setdefault("Cache-Control", "no-store")
+    quiet = request.endpoint in ("healthz", "readyz", "assets")
+    (log.debug if quiet else log.info)(
+        "http.request",
+        request_id=g.request_id,
+        method=request.method,
+        route=str(request.url_rule) if request.url_rule else None,
+        status=response.status_code,
+        ms=round((time.perf_counter() - g.began) * 1000, 1),
+        bytes_in=request.content_length,
+        **g.facts,
+    )
+    return response

@@ -1,0 +1,215 @@
+"""The server's process tree.
+
+    flask_server.py            gunicorn's arbiter: listens, passes signals on, starts anew what died
+     └─ server (one process)   threads that serve requests, and the runner's thread
+         └─ workers            as in the daemon; they die with the runner's thread
+
+What the workers refuse cannot be known before the server has been forked: it travels back through
+a pipe, and `serve` raises it in the process that was called.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import structlog
+from flask import Flask
+
+from common.errors import ConfigError
+from config.settings import Settings
+from web.app import create_app, routes_of
+from web.backend import Services
+from web.uploads import Uploads
+from workers.runner import PostRunner
+
+_LOOK_S = 0.2
+_REFUSED_STATUS = 4  # gunicorn ends, and does not try again, when its worker exits with it
+_MAX_REASON_BYTES = 4096
+
+log = structlog.get_logger()
+
+
+@dataclass
+class Served:
+    """What one serving process has, and gives back."""
+
+    app: Flask
+    runner: PostRunner
+    uploads: Uploads
+    closing: bool = False
+
+    def close(self) -> None:
+        """End the workers and remove the uploads."""
+        self.closing = True
+        self.runner.close()
+        routes_of(self.app).backend.close()
+        self.uploads.close()
+
+
+def build(settings: Settings, services: Services) -> Served:
+    """Make the application and start its workers; returns before they have loaded.
+
+    Raises:
+        ConfigError: The spool cannot be used.
+    """
+    http = settings.http
+    uploads = Uploads(settings.fetch.spool, max_files=http.max_files)
+    runner = PostRunner(settings, local_root=uploads.folder, limit=http.posts)
+    served = Served(create_app(settings, runner, uploads, services), runner, uploads)
+    runner.start(wait=False)
+    threading.Thread(target=_tell_ready, args=(served,), name="ready", daemon=True).start()
+    return served
+
+
+def serve(settings: Settings, services: Services) -> int:
+    """Serve with gunicorn until stopped; gives the exit code.
+
+    Raises:
+        ConfigError: The address cannot be listened on, or the workers refuse the configuration.
+    """
+    check_address(settings.http.host, settings.http.port)
+    caller = os.getpid()
+    reading, writing = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        application(settings, services, lambda reason: os.write(writing, reason)).run()
+    except SystemExit as end:
+        if os.getpid() != caller:
+            raise  # the forked server ends through here too
+        refused = _read(reading)
+        if refused:
+            raise ConfigError(refused) from None
+        return end.code if isinstance(end.code, int) else 1
+    return 0
+
+
+def serve_for_debugging(settings: Settings, services: Services) -> int:
+    """Serve with Werkzeug's server in this process; for one person at a desk.
+
+    Raises:
+        ConfigError: As `serve`.
+    """
+    from werkzeug.serving import make_server
+
+    http = settings.http
+    check_address(http.host, http.port)
+    served = build(settings, services)
+    try:
+        server = make_server(http.host, http.port, served.app, threaded=True)
+        server.daemon_threads = True  # type: ignore[attr-defined]
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        while served.runner.trouble is None:
+            time.sleep(_LOOK_S)
+        raise ConfigError(served.runner.trouble)
+    except KeyboardInterrupt:
+        return 0
+    finally:
+        served.close()
+
+
+def check_address(host: str, port: int) -> None:
+    """See whether an address can be listened on.
+
+    Raises:
+        ConfigError: It cannot.
+    """
+    try:
+        infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, protocol, _, address = infos[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ConfigError(f"http.host, http.port: {host}:{port}: {reason}") from error
+
+
+# The forked server ---------------------------------------------------------------------------
+
+
+def application(settings: Settings, services: Services, refuse: Callable[[bytes], object]) -> Any:
+    """A gunicorn application; gunicorn is imported here, so that ``--help`` is quick."""
+    from gunicorn.app.base import BaseApplication
+
+    from web.gunicorn_log import GunicornLog
+
+    served: list[Served] = []
+
+    def close(_arbiter: object, _worker: object) -> None:
+        for each in served:
+            each.close()
+
+    class Application(BaseApplication):  # type: ignore[misc]
+        def load_config(self) -> None:
+            options = {**gunicorn_options(settings), "logger_class": GunicornLog}
+            options["worker_exit"] = close
+            for name, value in options.items():
+                if name in self.cfg.settings:  # releases differ in what they know
+                    self.cfg.set(name, value)
+
+        def load(self) -> Flask:
+            # After the fork: the workers belong to this process, and die with it.
+            try:
+                made = build(settings, services)
+            except ConfigError as error:
+                _give_up(str(error), refuse)
+            served.append(made)
+            threading.Thread(target=_watch, args=(made, refuse), name="watch", daemon=True).start()
+            return made.app
+
+    return Application()
+
+
+def gunicorn_options(settings: Settings) -> dict[str, Any]:
+    """One process: models are large, and batches form where posts meet."""
+    http = settings.http
+    host = f"[{http.host}]" if ":" in http.host else http.host
+    return {
+        "bind": f"{host}:{http.port}",
+        "workers": 1,
+        "worker_class": "gthread",
+        "threads": http.threads,
+        "worker_connections": max(1000, http.threads * 2),
+        "graceful_timeout": round(http.shutdown_timeout_s + settings.workers.shutdown_timeout_s),
+        "timeout": 120,
+        "keepalive": 5,
+        "proc_name": "insighttag: http",
+        "control_socket_disable": True,
+    }
+
+
+def _watch(served: Served, refuse: Callable[[bytes], object]) -> None:
+    """End the server when its workers cannot work: whoever supervises it should know."""
+    while not served.closing:
+        reason = served.runner.trouble
+        if reason is not None and not served.closing:
+            served.close()
+            _give_up(reason, refuse)
+        time.sleep(_LOOK_S)
+
+
+def _give_up(reason: str, refuse: Callable[[bytes], object]) -> None:
+    refuse(" ".join(reason.split()).encode()[:_MAX_REASON_BYTES])
+    # Not sys.exit: it would end this thread only, or run the caller's code in the fork.
+    os._exit(_REFUSED_STATUS)
+
+
+def _tell_ready(served: Served) -> None:
+    while not served.runner.ready:
+        if served.closing or served.runner.trouble is not None:
+            return
+        time.sleep(_LOOK_S)
+    name, version = served.runner.bundle or ("", "")
+    log.info("http.ready", model=name, version=version)
+
+
+def _read(descriptor: int) -> str:
+    try:
+        return os.read(descriptor, _MAX_REASON_BYTES).decode("utf-8", "replace")
+    except BlockingIOError:
+        return ""

@@ -1,0 +1,1 @@
+"""Downloads: HTTP client, address guard and spool."""

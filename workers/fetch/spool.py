@@ -1,0 +1,83 @@
+"""The spool: where downloads lie until they are decoded.
+
+Each King has a folder of its own with a lock that the kernel frees when the King ends, however
+it ends; at start the folders of dead Kings are removed. A lock, and not a process ID: Kings in
+containers share a host's disk and not its process IDs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import secrets
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from common.errors import ConfigError
+
+_LOCK = "lock"
+_PREFIX = "king-"
+
+
+class Spool:
+    """One King's folder.
+
+    Attributes:
+        folder: The folder, readable by this user only.
+    """
+
+    def __init__(self, root: Path) -> None:
+        """Make the folder and remove those of dead Kings.
+
+        Raises:
+            ConfigError: The spool cannot be written.
+        """
+        try:
+            root.mkdir(parents=True, exist_ok=True, mode=0o700)
+            # One King at a time: a folder is not yet locked in the moment after it is made.
+            with (root / ".lock").open("w") as guard:
+                fcntl.flock(guard, fcntl.LOCK_EX)
+                _remove_dead(root)
+                self.folder = (root / f"{_PREFIX}{secrets.token_hex(8)}").resolve()
+                self.folder.mkdir(mode=0o700)
+                self._lock = (self.folder / _LOCK).open("w")
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise ConfigError(f"fetch.spool: {root} cannot be used: {reason}") from error
+
+    def remove_of(self, task_ids: Iterable[int]) -> None:
+        """Remove what the tasks of a dead downloader have left."""
+        for task_id in task_ids:
+            for path in self.folder.glob(f"{task_id}-*"):
+                path.unlink(missing_ok=True)
+
+    def remove(self, path: str) -> None:
+        """Remove one file, if it lies in this spool."""
+        if Path(path).parent == self.folder:
+            Path(path).unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Remove the folder."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self._lock.close()
+
+
+def file_name(task_id: int) -> str:
+    """A name that cannot be guessed; it starts with its task, so that leftovers can be found."""
+    return f"{task_id}-{secrets.token_hex(16)}"
+
+
+def _remove_dead(root: Path) -> None:
+    for folder in root.glob(f"{_PREFIX}*"):
+        with contextlib.suppress(OSError):
+            if folder.is_symlink() or not folder.is_dir():
+                continue
+            descriptor = os.open(folder / _LOCK, os.O_WRONLY | os.O_CREAT, 0o600)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)
+            finally:
+                os.close(descriptor)

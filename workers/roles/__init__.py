@@ -1,0 +1,1 @@
+"""The programs that worker processes run."""
