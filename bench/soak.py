@@ -34,8 +34,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from common.logs import configure_logs
-from tests import media
-from tests.tiny_models import tiny_bundle, tiny_features
+from tests.support import media
+from tests.support.tiny_models import tiny_bundle, tiny_features
 
 _SAMPLES = 9
 _SAMPLE_EVERY_S = 0.5

@@ -16,12 +16,20 @@ import hypothesis
 import pytest
 import structlog
 
-from tests.services import (
+from tests.support.services import (
     MongoServer,
     RabbitMQServer,
     RedisServer,
     unavailable,
 )
+
+pytest_plugins = [
+    "tests.support.deploy.fixtures",
+    "tests.support.fusion.fixtures",
+    "tests.support.king.fixtures",
+    "tests.support.web.fixtures",
+    "tests.support.workers.fixtures",
+]
 
 # A slow machine, or one that runs something else beside, makes no example wrong.
 hypothesis.settings.register_profile(

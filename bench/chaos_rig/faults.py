@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import TypeAlias
 
 from chaos_rig.site import Site
-from tests.services import Server
+from tests.support.services import Server
 
 RECOVERY_LIMIT_S = 90.0
 

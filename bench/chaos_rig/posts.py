@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.services import DIE_WITH_PARENT
+from tests.support.services import DIE_WITH_PARENT
 
 ROOT = Path(__file__).resolve().parents[2]
 JUNK = "junk.jpg"

@@ -16,7 +16,7 @@ from chaos_rig.faults import FAULTS, Wound, recovery
 from chaos_rig.leftovers import Watch, spool_files
 from chaos_rig.posts import Feeder, documents, make_media, media_server, shipments
 from chaos_rig.site import BrokerName, Site
-from tests.tiny_models import tiny_bundle, tiny_features
+from tests.support.tiny_models import tiny_bundle, tiny_features
 
 TIMES: dict[str, dict[str, Any]] = {
     "broker": {
@@ -57,7 +57,7 @@ class Stock:
     Attributes:
         media: Folder of the media files.
         entries: The posts that they belong to.
-        bundle: A fusion model for `tests.tiny_models.tiny_features`.
+        bundle: A fusion model for `tests.support.tiny_models.tiny_features`.
     """
 
     media: Path

@@ -24,8 +24,8 @@ from king.broker.rabbitmq import dead_queue
 from king.health import read_health
 from king.messages import PostMessage
 from king.store.store import MongoStore
-from tests.proxy import Proxy
-from tests.services import (
+from tests.support.proxy import Proxy
+from tests.support.services import (
     DIE_WITH_PARENT,
     MongoServer,
     RabbitMQServer,

@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 
 from common.post import MediaKind
-from tests import media
+from tests.support import media
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,8 @@ from fuzzing.messages import BadMessage
 from king.broker.publisher import publish_posts
 from king.messages import PostMessage
 from king.store.store import MongoStore
-from tests.tiny_models import tiny_features
-from tests.workers.small_bundle import write_bundle
+from tests.support.tiny_models import tiny_features
+from tests.support.workers.small_bundle import write_bundle
 
 ROOT = Path(__file__).resolve().parents[2]
 FAULTS = ("short", "reset", "html", "unpacked", "empty", "slow", "loop", "gone")

@@ -1,0 +1,52 @@
+"""The short form of ``make chaos``: faults under load on both brokers, and nothing goes wrong."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.services import MongoServer, RabbitMQServer, RedisServer, unavailable
+
+ROOT = Path(__file__).resolve().parents[2]
+POSTS = 60
+
+
+@pytest.mark.slow
+@pytest.mark.rabbitmq
+@pytest.mark.redis
+@pytest.mark.timeout(280)
+def test_nothing_is_lost_doubled_or_left_behind(tmp_path: Path) -> None:
+    """Workers and the King are killed, servers too, links go silent, SIGTERM comes under load.
+
+    Each post, published up to three times, is tagged once or is a dead letter with a reason; the
+    drain ends with exit 0 in time; no job, message, process, shared memory or spool file is left.
+    """
+    if RabbitMQServer.binary() is None or RedisServer.binary() is None:
+        unavailable("needs rabbitmq-server and redis-server")
+    if not MongoServer.available():
+        unavailable("needs nx-27017")
+    command = [sys.executable, str(ROOT / "bench" / "chaos.py"), "--short", f"--posts={POSTS}"]
+    command += ["--limit-s=200", f"--out={tmp_path}", f"--keep={tmp_path / 'logs'}"]
+    child = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    try:
+        output, _ = child.communicate(timeout=260)
+    finally:
+        child.terminate()  # it ends what it has started; SIGKILL would leave that behind
+        child.wait(60)
+    assert child.returncode == 0, output[-6000:]
+    results = json.loads((tmp_path / "chaos.json").read_text())["results"]
+    assert [entry["broker"] for entry in results] == ["rabbitmq", "redis"]
+    for entry in results:
+        nothing = ("lost", "tagged_twice", "jobs_left", "messages_left", "orphan_processes")
+        for key in (*nothing, "shared_segments", "spool_files"):
+            assert entry[key] == 0, (key, entry)
+        assert entry["posts"] == POSTS
+        assert entry["published"] > POSTS
+        assert entry["faults"] >= 3
+        assert 0 < entry["recovery_s"]["median"] <= entry["recovery_s"]["worst"] < 90

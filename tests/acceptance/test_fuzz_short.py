@@ -1,0 +1,40 @@
+"""A short form of ``make fuzz``: the same program, fewer files."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.redis
+@pytest.mark.slow
+def test_hostile_files_and_messages_end_somewhere(tmp_path: Path) -> None:
+    """Whatever comes, the King lives, and every post and message ends with a reason of ours."""
+    command = [sys.executable, "bench/fuzz.py", "--media", "60", "--messages", "54"]
+    done = subprocess.run(
+        [*command, "--seed", "3", "--out", str(tmp_path), "--timeout", "150"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert (tmp_path / "fuzz.json").exists(), done.stderr[-3000:]
+    written = json.loads((tmp_path / "fuzz.json").read_text(encoding="utf-8"))
+    growth = written["results"].pop("memory_growth")
+    assert written["results"] == {
+        "media": 60,
+        "messages": 54,
+        "king_deaths": 0,
+        "without_terminal_state": 0,
+        "untyped": 0,
+    }, done.stdout[-3000:]
+    assert "0 files and messages left behind" in done.stdout
+    assert growth < 0.15, "few posts: the caches of the first ones still count"
+    assert set(written) == {"machine", "date", "commit", "runs", "results"}

@@ -1,0 +1,114 @@
+"""The sample data of ``data/``, and the commands of the README on them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from common.post import Post
+from config.labels import LabelMap
+from config.load import load_settings
+from extractors.feature_file import read_features, read_fingerprints
+from fusion.data.dataset import read_data_file
+from scripts.commands.post_file import read_posts
+from workers.local import LocalTagger
+
+ROOT = Path(__file__).resolve().parents[2]
+DATA = ROOT / "data"
+SPLITS = ("train", "valid", "test")
+
+
+def _run(*command: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_every_sample_is_whole(split: str) -> None:
+    """Labels are in the map; media and feature files are there."""
+    labels = LabelMap.load(ROOT / "config/idx2name_cls24.json")
+    for record in read_data_file(DATA / f"{split}_cls24_samples.json"):
+        assert labels.encode(record.labels)
+        assert record.features is not None
+        assert record.features.is_file()
+    posts = read_posts(DATA / f"{split}_cls24_samples.json")
+    assert all(Path(media.source).is_file() for post in posts for media in post.media)
+
+
+def test_the_splits_share_no_post() -> None:
+    """No post ID and no medium stands in two of the files."""
+    posts = [read_posts(DATA / f"{split}_cls24_samples.json") for split in SPLITS]
+    names = [{post.post_id for post in split} for split in posts]
+    media = [{m.source for post in split for m in post.media} for split in posts]
+    for found in (names, media):
+        assert len(set.union(*found)) == sum(map(len, found))
+
+
+def test_sample_features_can_be_made_again() -> None:
+    """The extractors of the sample config give the features that lie in ``data/features``."""
+    settings = load_settings(ROOT / "config/infer_config_sample.yaml")
+    posts: list[Post] = list(read_posts(DATA / "test_cls24_samples.json"))[:4]
+    with LocalTagger(settings) as tagger:
+        tagger.load(fusion=False)
+        for post in posts:
+            made, kept = tagger.features(post), read_features(DATA / "features", post.post_id)
+            assert made.statuses == kept.statuses
+            for stream, array in kept.arrays.items():
+                np.testing.assert_allclose(made.arrays[stream], array, atol=2e-2, rtol=2e-2)
+        file = next((DATA / "features").rglob(f"{posts[0].post_id}.safetensors"))
+        assert read_fingerprints(file) == tagger.fingerprints
+
+
+@pytest.mark.slow
+def test_train_and_inference_run_as_the_readme_writes_them(tmp_path: Path) -> None:
+    """Training with custom parameters, inference from ``.json`` and ``.txt``, raw media to tags."""
+    bundle = tmp_path / "bundle"
+    trained = _run(
+        "train_net.py", "--model_config", "config/train_config.yaml", "--batch_size", "8",
+        "--learning_rate", "0.002", "--n_gpu", "0", "--epoch", "2", "--save_dir", str(tmp_path),
+        "--valid_interval", "1", "--log_interval", "1", "--fix_random_seed", "True",
+        "--set", f"bundle.out={bundle}", "--set", "report.subset_posts=0",
+    )  # fmt: skip
+    assert trained.returncode == 0, trained.stderr
+    assert "gap" in trained.stdout
+    assert (tmp_path / "ckpt" / "last.pt").is_file()
+    assert (tmp_path / "report" / "report.html").is_file()
+    by_kind: list[list[dict[str, object]]] = []
+    for name in ("test_cls24_samples.json", "test_cls24_samples.txt"):
+        output = tmp_path / f"{name}.jsonl"
+        inferred = _run(
+            "infer_net.py", "--infer_config", "config/infer_config.yaml", "--input", f"data/{name}",
+            "--n_gpus", "0", "--best_model", str(bundle), "--output", str(output),
+        )  # fmt: skip
+        assert inferred.returncode == 0, inferred.stderr
+        by_kind.append([json.loads(line) for line in output.read_text().splitlines()])
+    assert [len(found) for found in by_kind] == [10, 10]
+    for first, second in zip(*by_kind, strict=True):
+        assert first["scores"] == second["scores"]
+        assert first["post_id"] == second["post_id"]
+    raw = tmp_path / "raw.jsonl"
+    inferred = _run(
+        "infer_net.py", "--infer_config", "config/infer_config_sample.yaml",
+        "--input", "data/test_cls24_samples.json", "--best_model", str(bundle), "--n_gpus", "0",
+        "--output", str(raw),
+    )  # fmt: skip
+    assert inferred.returncode == 0, inferred.stderr
+    tags = [json.loads(line) for line in raw.read_text().splitlines()]
+    for first, second in zip(by_kind[0], tags, strict=True):
+        assert first["post_id"] == second["post_id"]
+        scores = np.asarray(first["scores"], np.float64)
+        np.testing.assert_allclose(scores, second["scores"], atol=1e-2)

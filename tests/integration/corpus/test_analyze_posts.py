@@ -1,0 +1,307 @@
+"""The command ``analyze_posts``: its files, what it says of bad input, kills, memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scripts.data_scripts.analyze_posts import main
+from tests.support.corpus.analyze_corpus import Corpus, make_corpus
+from tests.support.media import noise, write_png
+
+SCRIPT = Path(__file__).resolve().parents[3] / "scripts/data_scripts/analyze_posts.py"
+RESULTS = ("analysis.json", "duplicates.jsonl", "report.html")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    return make_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="module")
+def done(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Output of an undisturbed run over the corpus."""
+    out = tmp_path_factory.mktemp("done") / "out"
+    assert main(arguments(corpus, out)) == 0
+    return out
+
+
+def arguments(corpus: Corpus, out: Path, *more: str) -> list[str]:
+    folder = str(corpus.file.parent)
+    return [str(corpus.file), "--out", str(out), "--media", folder, "--processes", "1", *more]
+
+
+def analysis(out: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((out / "analysis.json").read_text(encoding="utf-8"))
+    return content
+
+
+def results(out: Path) -> dict[str, bytes]:
+    return {name: (out / name).read_bytes() for name in RESULTS}
+
+
+def known(out: Path) -> int:
+    """Files that the state has."""
+    try:
+        with sqlite3.connect(f"file:{out}/.state/media.sqlite?mode=ro", uri=True) as base:
+            return int(base.execute("SELECT COUNT(*) FROM files").fetchone()[0])
+    except sqlite3.OperationalError:
+        return 0
+
+
+def test_figures_are_those_of_the_files(corpus: Corpus, done: Path) -> None:
+    """Counts, bytes, durations and sizes, held against the posts and the files themselves."""
+    facts = analysis(done)
+    assert facts["posts"]["kept"] == len(corpus.posts)
+    labels: dict[str, int] = {}
+    for post in corpus.posts:
+        for name in post["labels"]:
+            labels[name] = labels.get(name, 0) + 1
+    assert facts["labels"]["counts"] == labels
+    for kind, key in (("image", "images"), ("video", "videos"), ("audio", "audios")):
+        sources = [source for post in corpus.posts for source in post[key]]
+        contents = {(corpus.file.parent / source).read_bytes() for source in sources}
+        found = facts["media"][kind]
+        assert found["uses"] == len(sources)
+        assert (found["files"], found["bytes"]) == (len(contents), sum(map(len, contents)))
+        assert found["broken"] == {}
+        if kind != "image":
+            assert found["duration_s"]["values"] == len(contents)
+            assert 0.5 < found["duration_s"]["mean"] < 10
+    assert set(facts["media"]["video"]["codecs"]) <= {"h264", "aac (sound)"}
+    texts = sum(bool(post["text"].strip()) for post in corpus.posts)
+    assert facts["modalities"]["text"] == texts
+
+
+def test_duplicates_have_the_agreed_form(corpus: Corpus, done: Path) -> None:
+    """A group a line, with kind and members; the planted copy with other tags is in dispute."""
+    lines = [json.loads(line) for line in (done / "duplicates.jsonl").read_text().splitlines()]
+    assert {line["kind"] for line in lines} == {"exact_media", "near_image", "near_text"}
+    (exact,) = [line for line in lines if line["kind"] == "exact_media"]
+    assert tuple(exact["members"]) == corpus.exact[0]
+    found = analysis(done)["duplicates"]
+    assert found["kinds"]["exact_media"]["labels_differ"] == 1
+    assert "other" in found["disputed_tags"]
+
+
+class _Outside(HTMLParser):
+    """Collects what a page would load, and elements that are not closed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loads: list[str] = []
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.loads += [f"{tag} {name}" for name, _ in attrs if name in {"src", "href", "srcset"}]
+        if tag not in {"meta", "line", "html", "body"}:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """Closed at once."""
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in {"html", "body"}:
+            assert self.open.pop() == tag
+
+
+def test_report_is_whole_and_loads_nothing(done: Path) -> None:
+    """No source, no link, no address; every element is closed."""
+    page = (done / "report.html").read_text(encoding="utf-8")
+    parser = _Outside()
+    parser.feed(page)
+    assert parser.loads == []
+    assert parser.open == []
+    assert not re.search(r"https?://|url\(|@import|<script", page)
+
+
+def test_names_from_the_posts_are_text_in_the_report(tmp_path: Path) -> None:
+    """A tag, an author or an ID that is HTML is shown, not run."""
+    evil = "<img src=x onerror=alert(1)>'\""
+    posts = tmp_path / "p.jsonl"
+    line = {"post_id": evil, "labels": [evil, "b"], "author": evil, "text": "x" * 30 + evil}
+    twin = line | {"post_id": f"2{evil}", "labels": ["b"]}
+    posts.write_text(f"{json.dumps(line)}\n{json.dumps(twin)}\n{json.dumps(line)}\n")
+    assert main([str(posts), "--out", str(tmp_path / "out")]) == 0
+    page = (tmp_path / "out/report.html").read_text(encoding="utf-8")
+    assert "<img" not in page
+    assert page.count("&lt;img") > 5
+    parser = _Outside()
+    parser.feed(page)
+    assert parser.loads == []
+
+
+def test_killed_and_run_again_gives_the_same_bytes(corpus: Corpus, tmp_path: Path) -> None:
+    """Killed at three moments, then left alone: the same bytes, and no file measured twice."""
+    folder, count = tmp_path / "corpus", 400
+    shutil.copytree(corpus.file.parent, folder)
+    larger = Corpus(folder / corpus.file.name, [*corpus.posts])
+    for i in range(count):
+        write_png(folder / f"{i}.png", noise(64, 48, seed=i))
+        larger.posts.append({"post_id": f"n{i}", "images": [f"{i}.png"]})
+    larger.write()
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert main(arguments(larger, whole)) == 0
+    command = [sys.executable, str(SCRIPT), *arguments(larger, out)]
+    for least in (1, 100, 200):
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
+        end = time.monotonic() + 60
+        while known(out) < least and time.monotonic() < end:
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert least <= known(out) < known(whole)
+        assert not any((out / name).exists() for name in RESULTS)
+    left = known(whole) - known(out)
+    again = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert f"{left:,} files measured in this run" in again.stderr
+    assert results(out) == results(whole)
+    assert not list((out / ".state").glob("work-*"))
+
+
+def test_children_of_a_killed_run_end(corpus: Corpus, tmp_path: Path) -> None:
+    """No process stays behind."""
+    command = [sys.executable, str(SCRIPT), *arguments(corpus, tmp_path / "out")]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
+    end = time.monotonic() + 60
+    while not known(tmp_path / "out") and time.monotonic() < end:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    while time.monotonic() < end:
+        try:
+            os.killpg(process.pid, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    pytest.fail("a child is still there")
+
+
+def test_run_again_measures_only_what_changed(
+    corpus: Corpus, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file that was replaced is measured anew, the others are not opened."""
+    folder = tmp_path / "corpus"
+    shutil.copytree(corpus.file.parent, folder)
+    copy = Corpus(folder / corpus.file.name)
+    assert main(arguments(copy, tmp_path / "out")) == 0
+    picture = next(folder.glob("media/near-*.jpg"))
+    picture.write_bytes(b"\xff\xd8\xff broken")
+    capsys.readouterr()
+    assert main(arguments(copy, tmp_path / "out")) == 0
+    assert "1 files measured in this run" in capsys.readouterr().err
+    assert sum(analysis(tmp_path / "out")["media"]["image"]["broken"].values()) == 1
+
+
+def test_manifest_of_a_download_is_used(corpus: Corpus, tmp_path: Path) -> None:
+    """URLs are looked up in the manifest; failed ones count with their reason."""
+    source = next((corpus.file.parent / "media").glob("*.mp4"))
+    shutil.copy(source, tmp_path / "v.mp4")
+    ok = {"post_id": "a", "kind": "video", "source": "http://h/v", "status": "ok",
+          "sha256": "cd" * 32, "path": "v.mp4", "bytes": 1, "reason": None}  # fmt: skip
+    reason = {"stage": "fetch", "type": "FetchRefused", "message": "HTTP 404"}
+    bad = ok | {"kind": "image", "source": "http://h/i", "status": "failed", "sha256": None,
+                "path": None, "reason": reason}  # fmt: skip
+    (tmp_path / "manifest.jsonl").write_text(f"{json.dumps(ok)}\n{json.dumps(bad)}\n")
+    post = {"post_id": "a", "videos": ["http://h/v"], "images": ["http://h/i", "http://h/other"]}
+    twin = {"post_id": "b", "videos": ["v.mp4"]}
+    posts = tmp_path / "p.jsonl"
+    posts.write_text(f"{json.dumps(post)}\n{json.dumps(twin)}\n")
+    out = tmp_path / "out"
+    assert main([str(posts), "--out", str(out), "--media", str(tmp_path), "--processes", "1"]) == 0
+    media = analysis(out)["media"]
+    assert media["image"]["broken"] == {"FetchRefused: HTTP N": 1, "not downloaded": 1}
+    assert media["video"]["files"] == 1
+    group = json.loads((out / "duplicates.jsonl").read_text())
+    assert group == {"kind": "exact_media", "members": ["a", "b"], "media": ["cd" * 32]}
+
+
+def test_broken_lines_are_counted_with_their_reasons(tmp_path: Path) -> None:
+    """What is no post is left out and named; the rest is analysed."""
+    lines = [
+        '{"post_id": "a", "labels": ["x"]}', "{", "[]", "{}", '{"post_id": 1}',
+        '{"post_id": "b", "labels": "x"}', '{"post_id": "a"}', "", '{"post_id": "c"}',
+    ]  # fmt: skip
+    posts = tmp_path / "p.jsonl"
+    posts.write_text("\n".join(lines) + "\n")
+    assert main([str(posts), "--out", str(tmp_path / "out")]) == 0
+    found = analysis(tmp_path / "out")["posts"]
+    assert found["kept"] == 2
+    assert found["left_out"] == {
+        "labels must be a list of texts": 1,
+        "no post_id": 1,
+        "not JSON": 1,
+        "not an object": 1,
+        "post_id must be a text": 1,
+        "post_id stands twice": 1,
+    }
+    assert found["left_out_examples"][-1]["line"] == 7
+    assert found["without_labels"] == 1
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["none.jsonl"], "none.jsonl: no such file"),
+        (["p.jsonl", "--media", "none"], "none: no such folder"),
+        (["p.jsonl", "--labels", "none.json"], "none.json: no such label map"),
+        (["p.jsonl", "--media", "bad"], "line 1"),
+        (["p.jsonl", "--text_threshold", "2"], "above 0 and at most 1"),
+        (["p.jsonl", "--hash_distance", "17"], "0 to 16"),
+    ],
+)
+def test_mistakes_are_one_line(
+    more: list[str],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Exit 2 and one line that names the thing."""
+    monkeypatch.chdir(tmp_path)
+    Path("p.jsonl").write_text('{"post_id": "a"}\n')
+    Path("bad").mkdir()
+    Path("bad/manifest.jsonl").write_text("{}\n")
+    try:
+        code: Any = main([*more, "--out", "out"])
+    except SystemExit as error:
+        code = error.code
+    assert code == 2
+    said_lines = [line for line in capsys.readouterr().err.splitlines() if "analyze_posts" in line]
+    assert len(said_lines) == 1
+    assert said in said_lines[0]
+
+
+def test_memory_does_not_grow_with_the_posts(tmp_path: Path) -> None:
+    """Of 4 and of 120 MB of texts the peaks differ by the databases' caches, under 40 MB."""
+    peaks = []
+    for count in (100, 3000):
+        posts = tmp_path / f"{count}.jsonl"
+        with posts.open("w", encoding="utf-8") as file:
+            for i in range(count):
+                text = " ".join(str(i * 7919 % k) for k in range(100, 160))
+                post = {"post_id": f"{i}", "labels": [f"t{i % 30}"], "text": text + "é" * 20_000}
+                file.write(json.dumps(post, ensure_ascii=False) + "\n")
+        code = (
+            "import resource, sys; from scripts.data_scripts.analyze_posts import main; "
+            "main(sys.argv[1:]); "
+            "sys.stderr.write(f'{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}')"
+        )
+        command = [sys.executable, "-c", code, str(posts), "--out", str(tmp_path / str(count))]
+        ran = subprocess.run(command, capture_output=True, text=True, check=True,
+                             cwd=SCRIPT.parents[2])  # fmt: skip
+        peaks.append(int(ran.stderr.splitlines()[-1].split()[-1]) / 1024)
+    assert peaks[1] - peaks[0] < 40

@@ -1,0 +1,192 @@
+"""Extraction: the scripts as people run them, with real media, models and processes."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from common.post import Post
+from config.load import load_settings
+from corpus.extract.run import main
+from corpus.extract.values import WANTED, Kind, Work
+from corpus.extract.work import Inputs
+from extractors.feature_file import feature_path, features_bytes, read_features, read_header
+from tests.support.corpus.extraction_corpus import (
+    feature_files,
+    files,
+    write_config,
+    write_corpus,
+    write_pictures,
+)
+from workers.local import LocalTagger
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ``posts.jsonl``, ``tiny.yaml``, and ``features`` from all scripts."""
+    folder = tmp_path_factory.mktemp("corpus")
+    posts = write_corpus(folder)
+    config = write_config(folder)
+    for kind in WANTED:
+        assert main(kind, arguments(config, posts, folder / "features")) == 0
+    return folder
+
+
+def arguments(config: Path, posts: Path, features: Path) -> list[str]:
+    return ["--config", str(config), "--input", str(posts), "--features", str(features)]
+
+
+def lines(path: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def posts_of(corpus: Path) -> list[Post]:
+    settings = load_settings(corpus / "tiny.yaml")
+    entries = Inputs(corpus / "posts.jsonl", settings, WANTED["image"])
+    return [entry.post for entry in entries if isinstance(entry, Work)]
+
+
+def test_the_features_are_those_of_the_daemon(corpus: Path) -> None:
+    """Bit for bit those that all modalities at once, in one process, give."""
+    compared = 0
+    with LocalTagger(load_settings(corpus / "tiny.yaml")) as tagger:
+        tagger.load(fusion=False)
+        for post in posts_of(corpus):
+            path = feature_path(corpus / "features", post.post_id)
+            if post.post_id == "broken" or post.post_id == "lost":  # noqa: PLR1714
+                continue  # below: which script names what is broken
+            expected, found = (
+                tagger.features(post),
+                read_features(corpus / "features", post.post_id),
+            )
+            for stream, array in expected.arrays.items():
+                np.testing.assert_array_equal(found.arrays[stream], array)
+            inputs = read_header(path).inputs
+            assert path.read_bytes() == features_bytes(expected, tagger.fingerprints, inputs)
+            compared += 1
+    assert compared == 4
+
+
+def test_what_failed_is_told_with_its_reason(corpus: Path) -> None:
+    """In the order of the input, by each script for its own modality."""
+    failed = lines(corpus / "features" / "failures_image.jsonl")
+    assert [(f["post_id"], f["modality"], f["stage"], f["type"]) for f in failed] == [
+        ("two", "image", "decode", "MediaError"),
+        ("broken", "image", "decode", "MediaError"),
+        (None, None, "input", "BadLine"),
+        ("lost", "image", "fetch", "FetchRefused"),
+    ]
+    assert "none.jpg: no such file" in failed[3]["message"]
+    videos = lines(corpus / "features" / "failures_video.jsonl")
+    assert [f["type"] for f in videos] == ["BadLine"]
+    summary = json.loads((corpus / "features" / "summary_image.json").read_text(encoding="utf-8"))
+    assert summary["failed"] == {
+        "image: decode MediaError": 2,
+        "image: fetch FetchRefused": 1,
+        "post: input BadLine": 1,
+    }
+    assert (summary["done"], summary["skipped"]) == (3, {"the same post_id again": 1})
+    # What is broken in one picture leaves the others of the post.
+    assert read_features(corpus / "features", "two").statuses["image"] == "ok"
+    assert read_features(corpus / "features", "lost").statuses["video"] == "ok"
+
+
+def test_a_second_run_does_nothing_and_says_the_same(corpus: Path) -> None:
+    """No file is touched, and the failures are told again, byte for byte."""
+    root = corpus / "features"
+    before, stamps = files(root), {p: p.stat().st_mtime_ns for p in root.rglob("*.safetensors")}
+    assert main("image", arguments(corpus / "tiny.yaml", corpus / "posts.jsonl", root)) == 0
+    assert files(root) == before
+    assert {p: p.stat().st_mtime_ns for p in root.rglob("*.safetensors")} == stamps
+
+
+def _started(kind: Kind, options: list[str]) -> subprocess.Popen[bytes]:
+    script = str(ROOT / "scripts" / f"extract_{kind}_features.py")
+    return subprocess.Popen([sys.executable, script, *options], stderr=subprocess.PIPE)
+
+
+def _stop_after(process: subprocess.Popen[bytes], root: Path, count: int, number: int) -> int:
+    """Send a signal once so many feature files are there; the exit status."""
+    end = time.monotonic() + 120
+    while sum(1 for _ in root.glob("*/*.safetensors")) < count and process.poll() is None:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    return process.returncode
+
+
+def test_killed_runs_go_on_and_end_the_same(tmp_path: Path) -> None:
+    """After three kills and a SIGTERM the files are those of one run, and none was made twice."""
+    posts, config = write_pictures(tmp_path / "in", 400), write_config(tmp_path)
+    assert main("image", arguments(config, posts, tmp_path / "whole")) == 0
+    root = tmp_path / "killed"
+    stamps: dict[Path, int] = {}
+    moments = sorted(np.random.default_rng().integers(1, 250, 4).tolist())
+    for count, number in zip(moments, [signal.SIGKILL] * 3 + [signal.SIGTERM], strict=True):
+        done = len(stamps)
+        process = _started("image", arguments(config, posts, root))
+        status = _stop_after(process, root, done + count // 4 + 1, number)
+        assert status in (-number, 1), moments
+        now = {path: path.stat().st_mtime_ns for path in root.glob("*/*.safetensors")}
+        assert len(now) > done
+        assert {path: now[path] for path in stamps} == stamps, "made again"
+        stamps = now
+        assert not list(root.glob("*.json*"))  # they tell of all posts, or are not there
+    assert main("image", arguments(config, posts, root)) == 0
+    assert {p: p.stat().st_mtime_ns for p in stamps} == stamps
+    summary = (root / "summary_image.json").read_bytes()
+    assert summary == (tmp_path / "whole" / "summary_image.json").read_bytes()
+    assert feature_files(root) == feature_files(tmp_path / "whole")
+    assert [p.name for p in root.rglob("*") if ".part" in p.name] == []
+    failures = (root / "failures_image.jsonl").read_bytes()
+    assert failures == (tmp_path / "whole" / "failures_image.jsonl").read_bytes()
+
+
+def test_a_wrong_model_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Exit 2, the setting's name, and no traceback."""
+    posts, config = write_pictures(tmp_path / "in", 1), write_config(tmp_path)
+    weights = ["--set", f"features.image.weights={tmp_path}/none.safetensors"]
+    assert main("image", [*arguments(config, posts, tmp_path / "f"), *weights]) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith("extract_image_features: features.image.weights:")
+    assert main("image", arguments(config, tmp_path / "none.jsonl", tmp_path / "f")) == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [("", "it is empty"), ("{\n[]\n", "all 2 lines are broken; line 1: not JSON")],
+)
+def test_without_a_readable_post_it_is_a_mistake(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str, said: str
+) -> None:
+    """Exit 2 and one line that names the file and why; nothing is written, no model is loaded."""
+    posts, config = tmp_path / "posts.jsonl", write_config(tmp_path)
+    posts.write_text(content, encoding="utf-8")
+    assert main("image", arguments(config, posts, tmp_path / "f")) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith(f"extract_image_features: {posts}: holds no readable post: {said}")
+    assert not (tmp_path / "f").exists()
+
+
+def test_help_needs_no_heavy_library() -> None:
+    """Neither torch nor OpenCV nor Ray: it is there at once."""
+    code = (
+        "import sys; sys.argv=['x','--help']\n"
+        "from scripts.extraction.run import main\n"
+        "try: main('image')\n"
+        "except SystemExit as end: assert end.code == 0\n"
+        "heavy = {'torch', 'cv2', 'ray', 'av', 'transformers'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)

@@ -1,0 +1,240 @@
+"""Where weights come from: hubs and their absence, files and their faults, seeds."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from common.errors import ConfigError
+from extractors.models import weights
+from extractors.models.weights import (
+    parse_weights,
+    reachable,
+    read_state_dict,
+    release_file,
+    seeded,
+    tensors_digest,
+    weights_digest,
+)
+from tests.support.hub_server import hub_server
+from tests.support.tiny_models import TINY_VIT, tiny_bert, tiny_timm_weights
+
+_SCRIPT = """
+import json, sys, time
+import timm, transformers
+from common.errors import ConfigError
+from config.settings import ImageSettings, TextSettings
+from extractors.models.text import TextExtractor
+from extractors.models.visual import VisualExtractor
+
+found = {}
+for arch in sys.argv[1:]:
+    extractor = (
+        TextExtractor(TextSettings(arch=arch))
+        if "/" in arch
+        else VisualExtractor("image", ImageSettings(arch=arch, image_size=160))
+    )
+    began = time.monotonic()
+    try:
+        extractor.load()
+        found[arch] = extractor.fingerprint, time.monotonic() - began
+    except ConfigError as error:
+        found[arch] = str(error), time.monotonic() - began
+print(json.dumps(found))
+"""
+
+
+def load_in_a_fresh_process(
+    endpoint: str, cache: Path, *archs: str
+) -> tuple[dict[str, str], dict[str, float]]:
+    """Load pretrained models in a process of their own, which reads the hub's URL at import.
+
+    Returns:
+        Fingerprint or error of each model, and the seconds that each took.
+    """
+    result = subprocess.run(
+        [sys.executable, "-c", _SCRIPT, *archs],
+        env={
+            **os.environ,
+            "HF_ENDPOINT": endpoint,
+            "HF_HOME": str(cache),
+            "HF_HUB_DISABLE_XET": "1",
+            "OMP_NUM_THREADS": "1",
+            "no_proxy": "127.0.0.1",
+        },
+        cwd=Path(__file__).parents[3],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    assert "Traceback" not in result.stderr
+    found: dict[str, tuple[str, float]] = json.loads(result.stdout.splitlines()[-1])
+    return {k: v[0] for k, v in found.items()}, {k: v[1] for k, v in found.items()}
+
+
+def test_pretrained_comes_from_the_hub_then_from_its_cache(tmp_path: Path) -> None:
+    """A hub gives pretrained weights once; without the hub its cache gives the same ones.
+
+    What is not cached then fails within ten seconds in one line: what to put where.
+    """
+    hub = tmp_path / "hub"
+    tiny_bert(hub / "tiny/bert")
+    repository = hub / "timm/test_vit.r160_in1k"
+    repository.mkdir(parents=True)
+    file = tiny_timm_weights(tmp_path, TINY_VIT, num_classes=1000)
+    shutil.copy(file, repository / "model.safetensors")
+    cache = tmp_path / "cache"
+    with hub_server(hub) as url:
+        first, _ = load_in_a_fresh_process(url, cache, "test_vit", "tiny/bert", "no/such")
+    assert len(first["test_vit"]) == len(first["tiny/bert"]) == 32, first
+    assert "features.text.arch: no/such cannot be loaded" in first["no/such"]
+    names = ("test_vit", "tiny/bert", "test_resnet", "other/bert")
+    later, seconds = load_in_a_fresh_process(url, cache, *names)
+    assert [later[name] for name in names[:2]] == [first[name] for name in names[:2]]
+    image, text = later["test_resnet"], later["other/bert"]
+    for word in ("features.image.weights", "timm/test_resnet.r160_in1k/model.safetensors", "cache"):
+        assert word in image
+    for word in ("features.text.weights", "other/bert", "model.safetensors", "cache"):
+        assert word in text
+    assert "\n" not in image + text
+    assert max(seconds.values()) < 10
+
+
+def test_a_silent_host_is_given_up_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host that accepts and never answers, as behind a firewall, costs the probe's time-out."""
+    monkeypatch.setattr(weights, "_PROBE_S", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        began = time.monotonic()
+        assert not reachable(f"http://127.0.0.1:{silent.getsockname()[1]}/file")
+        assert time.monotonic() - began < 20
+
+
+def test_release_files_are_downloaded_and_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A released file is downloaded once and kept; one with the wrong hash is refused."""
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "torch"))
+    content = b"weights"
+    good = f"w-{hashlib.sha256(content).hexdigest()[:8]}.pth"
+    folder = tmp_path / "hub/x/y"
+    folder.mkdir(parents=True)
+    for name in (good, "w-00000000.pth"):
+        (folder / name).write_bytes(content)
+    with hub_server(tmp_path / "hub") as url:
+        path = release_file(f"{url}/x/y/resolve/main/{good}", setting="features.audio.weights")
+        with pytest.raises(ConfigError, match=r"features.audio.weights: w-00000000.pth"):
+            release_file(f"{url}/x/y/resolve/main/w-00000000.pth", setting="features.audio.weights")
+    assert path.read_bytes() == content
+    assert release_file(f"{url}/x/y/resolve/main/{good}", setting="features.audio.weights") == path
+
+
+def test_settings_are_parsed(tmp_path: Path) -> None:
+    """pretrained, a path and random:SEED are told apart; anything else is one line."""
+    assert parse_weights("pretrained", setting="s").pretrained
+    assert parse_weights("random:7", setting="s").seed == 7
+    assert parse_weights(str(tmp_path), setting="s").path == tmp_path
+    for wrong in ("random:", "random:-1", "random:1.5", "pretraind"):
+        with pytest.raises(ConfigError, match="s: "):
+            parse_weights(wrong, setting="s")
+
+
+def test_seeded_weights_are_the_same_in_every_process() -> None:
+    """random:SEED gives the same tensors in another process, and leaves our randomness alone."""
+    script = (
+        "import timm\nfrom extractors.weights import seeded, tensors_digest\n"
+        "with seeded(11): model = timm.create_model('test_vit', num_classes=0)\n"
+        "print(tensors_digest(model.state_dict()))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "OMP_NUM_THREADS": "2"},
+        cwd=Path(__file__).parents[3],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    import timm
+
+    torch.manual_seed(1)
+    expected = torch.rand(1)
+    torch.manual_seed(1)
+    with seeded(11):
+        model = timm.create_model(TINY_VIT, num_classes=0)
+    assert torch.equal(torch.rand(1), expected)
+    assert tensors_digest(model.state_dict()) == result.stdout.strip()
+
+
+def test_digests_tell_weights_apart(tmp_path: Path) -> None:
+    """The digest sees values, names, shapes and dtypes, not the order of the entries."""
+    state = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(2, dtype=torch.bfloat16)}
+    digest = tensors_digest(state)
+    assert digest == tensors_digest(dict(reversed(state.items())))
+    for other in (
+        {**state, "a": state["a"].reshape(3, 2)},
+        {**state, "b": torch.ones(2, dtype=torch.float16)},
+        {"a": state["a"], "c": state["b"]},
+        {**state, "a": state["a"] + 1e-6},
+    ):
+        assert tensors_digest(other) != digest
+    path = tmp_path / "w.pth"
+    torch.save(state, path)
+    by_file = weights_digest(parse_weights(str(path), setting="s"), [path], {})
+    assert by_file == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert weights_digest(parse_weights("random:3", setting="s"), [], state) == "random:3"
+
+
+@pytest.mark.parametrize("nested", [None, "state_dict", "model"])
+def test_state_dicts_are_read(tmp_path: Path, nested: str | None) -> None:
+    """A plain state dict is read, and one inside the usual key of a checkpoint."""
+    state = {"a": torch.ones(2)}
+    torch.save({nested: state, "epoch": 3} if nested else state, tmp_path / "w.pth")
+    assert list(read_state_dict(tmp_path / "w.pth", setting="s")) == ["a"]
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_numpy_arrays_of_any_age_are_read(tmp_path: Path, zipped: bool) -> None:
+    """Arrays that numpy 1 pickled, in either file format of torch, as in torchvggish's PCA file."""
+    path = tmp_path / "pca.pth"
+    arrays = {"vectors": np.eye(3), "means": np.ones((3, 1), np.float32)}
+    torch.save(arrays, path, _use_new_zipfile_serialization=zipped)
+    old, new = b"numpy.core.multiarray", b"numpy._core.multiarray"
+    if zipped:
+        with zipfile.ZipFile(path) as file:
+            parts = {name: file.read(name).replace(new, old) for name in file.namelist()}
+        with zipfile.ZipFile(path, "w") as file:
+            for name, content in parts.items():
+                file.writestr(name, content)
+    else:
+        path.write_bytes(path.read_bytes().replace(new, old))
+    assert old in b"".join(parts.values()) if zipped else old in path.read_bytes()
+    found = read_state_dict(path, setting="s")
+    for key, array in arrays.items():
+        np.testing.assert_array_equal(found[key].numpy(), array)
+
+
+def test_files_that_are_no_state_dict_are_refused(tmp_path: Path) -> None:
+    """A pickled model (which could run code), damage, and other content: one line each."""
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "model.pth")
+    torch.save([1, 2], tmp_path / "list.pth")
+    torch.save({"a": "text"}, tmp_path / "text.pth")
+    (tmp_path / "broken.safetensors").write_bytes(b"\x00" * 20)
+    (tmp_path / "broken.pth").write_bytes(b"not a zip file")
+    (tmp_path / "empty.pth").write_bytes(b"")
+    for path in sorted(tmp_path.iterdir()):
+        with pytest.raises(ConfigError, match=rf"^features.x.weights: .*{path.name}") as caught:
+            read_state_dict(path, setting="features.x.weights")
+        assert "\n" not in str(caught.value)

@@ -1,0 +1,215 @@
+"""What every broker does: the one in memory, Redis and RabbitMQ pass the same tests."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from common.errors import BrokerUnavailable
+from king.broker.broker import Delivery
+from king.messages import PostMessage, parse_message
+from tests.support.king.broker_rig import Consumer, Rig, settings_for
+
+
+@pytest.fixture(
+    params=[
+        "memory",
+        pytest.param("redis", marks=pytest.mark.redis),
+        pytest.param("rabbitmq", marks=pytest.mark.rabbitmq),
+    ]
+)
+def rig(request: pytest.FixtureRequest, queue_name: str) -> Iterator[Rig]:
+    """One queue on each kind of broker."""
+    if request.param == "memory":
+        rig = Rig("memory", None)
+    else:
+        fixture = {"redis": "redis_server", "rabbitmq": "rabbitmq"}[request.param]
+        url = request.getfixturevalue(fixture).url
+        rig = Rig(
+            request.param,
+            settings_for(
+                url, queue_name, heartbeat_s=10, socket_timeout_s=5, visibility_timeout_s=40
+            ),
+        )
+    yield rig
+    rig.close()
+
+
+def test_a_published_post_arrives_and_an_acked_one_is_gone(rig: Rig) -> None:
+    """The body is the JSON that was published; after the ack nobody gets it again."""
+    broker = rig.broker()
+    message = PostMessage("帖子 1", priority=3, force=True)
+    broker.publish(message)
+    consumer = Consumer(broker)
+    (delivery,) = consumer.take(1)
+    assert parse_message(delivery.body) == message
+    assert delivery.generation == broker.generation == 1
+    assert not delivery.redelivered
+    assert broker.ack(delivery)
+    broker.close()
+    assert Consumer(rig.broker()).idle() == 0
+
+
+def test_order_is_kept(rig: Rig) -> None:
+    """Messages of one priority come in the order in which they were published."""
+    broker = rig.broker(prefetch=4)
+    for i in range(20):
+        broker.publish(PostMessage(f"p{i}"))
+    consumer = Consumer(broker, ack=True)
+    consumer.take(20)
+    assert [parse_message(b).post_id for b in consumer.bodies] == [f"p{i}" for i in range(20)]
+
+
+def test_prefetch_bounds_what_is_in_hand(rig: Rig) -> None:
+    """No more than `prefetch` come until one is acknowledged; the rest waits on the server."""
+    broker = rig.broker(prefetch=3)
+    for i in range(5):
+        broker.publish(PostMessage(f"p{i}"))
+    consumer = Consumer(broker)
+    consumer.take(3)
+    assert consumer.idle() == 0
+    assert broker.depth() == 2
+    assert broker.ack(consumer.got[0])
+    consumer.take(4)
+    assert consumer.idle() == 0
+
+
+def test_requeued_comes_back_marked(rig: Rig) -> None:
+    """What is put back comes again, says that it did, and before what waited behind it."""
+    broker = rig.broker(prefetch=1)
+    broker.publish(PostMessage("p1"))
+    broker.publish(PostMessage("p2"))
+    consumer = Consumer(broker)
+    (first,) = consumer.take(1)
+    assert broker.requeue(first)
+    again = consumer.take(2)[1]
+    assert again.body == first.body
+    assert again.redelivered
+    assert broker.ack(again)
+    assert parse_message(consumer.take(3)[2].body).post_id == "p2"
+
+
+def test_close_gives_back_what_is_in_hand(rig: Rig) -> None:
+    """A broker that closes leaves its unacknowledged messages to the others, at once."""
+    broker = rig.broker()
+    for i in range(3):
+        broker.publish(PostMessage(f"p{i}"))
+    consumer = Consumer(broker)
+    consumer.take(3)
+    assert broker.ack(consumer.got[1])
+    broker.close()
+    other = Consumer(rig.broker(), ack=True)
+    other.take(2, timeout_s=30)
+    assert [parse_message(b).post_id for b in other.bodies] == ["p0", "p2"]
+    assert all(delivery.redelivered for delivery in other.got)
+
+
+def test_a_stale_ack_does_nothing(rig: Rig) -> None:
+    """An ack of an earlier connection is dropped, and its message is delivered again."""
+    broker = rig.broker()
+    broker.publish(PostMessage("p1"))
+    consumer = Consumer(broker)
+    (old,) = consumer.take(1)
+    broker.connect()
+    assert broker.generation == 2
+    assert not broker.ack(old)
+    assert not broker.requeue(old)
+    new = consumer.take(2)[1]
+    assert (new.body, new.generation, new.redelivered) == (old.body, 2, True)
+    assert not broker.ack(old)
+    assert broker.ack(new)
+    assert consumer.idle() == 0
+    assert broker.depth() == 0
+
+
+def test_a_second_ack_does_nothing(rig: Rig) -> None:
+    """Acknowledging twice is harmless; RabbitMQ alone would close the channel for it."""
+    broker = rig.broker()
+    broker.publish(PostMessage("p1"))
+    consumer = Consumer(broker)
+    (delivery,) = consumer.take(1)
+    assert broker.ack(delivery)
+    assert not broker.ack(delivery)
+    assert not broker.requeue(delivery)
+    assert not broker.ack(Delivery(b"x", 999, broker.generation))
+    broker.publish(PostMessage("p2"))
+    consumer.take(2)
+
+
+def test_two_consumers_share_a_queue(rig: Rig) -> None:
+    """Every message reaches exactly one of two brokers."""
+    one = Consumer(rig.broker(prefetch=2), ack=True)
+    two = Consumer(rig.broker(prefetch=2), ack=True)
+    for i in range(30):
+        one.broker.publish(PostMessage(f"p{i}"))
+    end = time.monotonic() + 60
+    while len(one.got) + len(two.got) < 30 and time.monotonic() < end:
+        one.broker.drain(0.01)
+        two.broker.drain(0.01)
+    assert sorted(one.bodies + two.bodies) == sorted(
+        PostMessage(f"p{i}").encode() for i in range(30)
+    )
+
+
+def test_publishing_while_consuming(rig: Rig) -> None:
+    """A post may be published from inside a delivery: messages that come meanwhile are not lost."""
+    broker = rig.broker()
+    seen: list[str] = []
+
+    def chain(delivery: Delivery) -> None:
+        post_id = parse_message(delivery.body).post_id
+        seen.append(post_id)
+        if len(post_id) < 8:
+            broker.publish(PostMessage(post_id + "x"))
+        broker.ack(delivery)
+
+    for start in "abc":
+        broker.publish(PostMessage(start))
+    broker.consume(chain)
+    end = time.monotonic() + 60
+    while len(seen) < 24 and time.monotonic() < end:
+        broker.drain(0.1)
+    assert sorted(seen) == sorted(c + "x" * n for c in "abc" for n in range(8))
+    assert broker.depth() == 0
+
+
+def test_cancel_stops_intake_but_not_acks(rig: Rig) -> None:
+    """After `cancel` nothing more comes, and what is in hand can still be acknowledged."""
+    broker = rig.broker(prefetch=2)
+    for i in range(4):
+        broker.publish(PostMessage(f"p{i}"))
+    consumer = Consumer(broker)
+    consumer.take(2)
+    broker.cancel()
+    for delivery in consumer.got:
+        assert broker.ack(delivery)
+    assert consumer.idle() == 0
+    assert broker.depth() == 2
+
+
+def test_an_empty_drain_ends_in_time(rig: Rig) -> None:
+    """`drain` on an empty queue returns 0 after its time-out, not much later."""
+    broker = rig.broker()
+    Consumer(broker)
+    start = time.monotonic()
+    assert broker.drain(0.2) == 0
+    assert time.monotonic() - start < 4
+
+
+def test_without_a_connection_it_says_so(rig: Rig) -> None:
+    """Before `connect` and after `close`, work is refused by the right error; close is harmless."""
+    broker = rig.broker()
+    broker.close()
+    broker.close()
+    assert not broker.connected
+    for action in (
+        broker.depth,
+        lambda: broker.drain(0.1),
+        lambda: broker.publish(PostMessage("p")),
+    ):
+        with pytest.raises(BrokerUnavailable):
+            action()
+    broker.touch()
+    broker.cancel()

@@ -1,0 +1,159 @@
+"""Errors at the broker's edge: all mapped, told apart, in one line and without the password."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import amqp
+import amqp.exceptions
+import kombu.exceptions
+import pytest
+import redis.exceptions
+
+from common.errors import BrokerUnavailable, ConfigError, MessageError
+from config.settings import BrokerSettings
+from king.broker.broker import KombuBroker, queue_depth
+from king.broker.errors import mapped
+from king.broker.publisher import publish_posts
+from king.messages import PostMessage
+from tests.support.king.broker_rig import connected, settings_for
+from tests.support.services import RabbitMQServer, RedisServer
+
+URL = "amqp://insight:hunter2secret@broker.example:5672//"
+
+
+def _family(base: type[BaseException]) -> Iterator[type[BaseException]]:
+    yield base
+    for child in base.__subclasses__():
+        yield from _family(child)
+
+
+FOREIGN = sorted(
+    {
+        *_family(amqp.exceptions.AMQPError),
+        *_family(redis.exceptions.RedisError),
+        *_family(kombu.exceptions.KombuError),
+        amqp.exceptions.MessageNacked,
+        *(OSError, ConnectionResetError, BrokenPipeError, TimeoutError, EOFError, BlockingIOError),
+    },
+    key=lambda error: f"{error.__module__}.{error.__name__}",
+)
+
+
+@pytest.mark.parametrize("error_type", FOREIGN, ids=lambda e: f"{e.__module__}.{e.__name__}")
+def test_every_foreign_error_is_mapped(error_type: type[Exception]) -> None:
+    """No error of kombu, py-amqp or redis gets past the edge, in work or while connecting."""
+    text = "it broke\nfor hunter2secret"
+    try:
+        error = error_type(text)
+    except (ValueError, TypeError, IndexError):  # a few of redis's parse their text
+        error = error_type("7 127.0.0.1:6379")
+    for setup in (False, True):
+        with pytest.raises((BrokerUnavailable, ConfigError)) as caught, mapped(URL, setup=setup):
+            raise error
+        shown = str(caught.value)
+        assert caught.value.__cause__ is error
+        assert "hunter2secret" not in shown
+        assert "\n" not in shown
+        assert "broker.example:5672" in shown
+        if not setup:
+            assert isinstance(caught.value, BrokerUnavailable)
+
+
+def test_ours_pass_unchanged_and_bugs_too() -> None:
+    """Our own errors are not wrapped again, and a programming error is not hidden."""
+    for error in (MessageError("x"), BrokerUnavailable("y"), ZeroDivisionError()):
+        with pytest.raises(type(error)) as caught, mapped(URL):
+            raise error
+        assert caught.value is error
+
+
+@pytest.mark.parametrize(
+    ("url", "reason"),
+    [
+        ("amqp://a:secretpw1@h1;amqp://b:secretpw2@h2", "one broker"),
+        ("embedded://", "resolved"),
+        ("redis://:secretpw1@", "no host"),
+        ("redis://127.0.0.1:6379/notanumber", "no host, port or database"),
+        ("amqp://guest:secretpw1@127.0.0.1:99999//", "no host, port or database"),
+        ("amqp://guest:secretpw1@127.0.0.1:1//?colour=blue", "not understood"),
+    ],
+)
+def test_unusable_urls(url: str, reason: str) -> None:
+    """A URL that cannot work is refused before anything is opened, without its password."""
+    with pytest.raises(ConfigError, match=reason) as caught:
+        KombuBroker(BrokerSettings(url=url)).connect()
+    assert "secretpw" not in str(caught.value)
+
+
+def _refusal(settings: BrokerSettings) -> str:
+    for action in (
+        KombuBroker(settings).connect,
+        lambda: publish_posts(settings, [PostMessage("p1")]),
+        lambda: queue_depth(settings),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            action()
+        text = str(caught.value)
+        assert "\n" not in text
+        assert "wrong-pass" not in text
+        assert settings.url.rpartition("@")[2].split("/")[0] in text
+    return text
+
+
+@pytest.mark.rabbitmq
+def test_wrong_credentials_on_rabbitmq(rabbitmq: RabbitMQServer, queue_name: str) -> None:
+    """A wrong password, or a virtual host that is not there, is the user's to mend: ConfigError."""
+    base = f"127.0.0.1:{rabbitmq.port}"
+    text = _refusal(settings_for(f"amqp://guest:wrong-pass@{base}//", queue_name))
+    assert "user or password refused" in text
+    _refusal(settings_for(f"amqp://guest:guest@{base}/nowhere", queue_name))
+
+
+@pytest.mark.redis
+def test_wrong_credentials_on_redis(tmp_path: Path, queue_name: str) -> None:
+    """A wrong or missing password, or a database that is not there: ConfigError."""
+    if RedisServer.binary() is None:
+        pytest.skip("no redis-server")
+    server = RedisServer(tmp_path, password="right-password")
+    server.start()
+    try:
+        base = f"127.0.0.1:{server.port}"
+        text = _refusal(settings_for(f"redis://:wrong-pass@{base}/0", queue_name))
+        assert "user or password refused" in text
+        _refusal(settings_for(f"redis://{base}/0", queue_name))
+        _refusal(settings_for(f"redis://:right-password@{base}/9999", queue_name))
+        with connected(settings_for(server.url, queue_name)) as broker:
+            broker.publish(PostMessage("p1"))
+            assert broker.depth() == 1
+    finally:
+        server.close()
+
+
+@pytest.mark.redis
+def test_a_key_of_another_type(redis_server: RedisServer, queue_name: str) -> None:
+    """Where the queue's key holds something else, that is said at the start."""
+    with redis.Redis.from_url(redis_server.url) as client:
+        client.set(queue_name, "not a list")
+        assert "WRONGTYPE" in _refusal(settings_for(redis_server.url, queue_name))
+        client.delete(queue_name)
+
+
+@pytest.mark.rabbitmq
+def test_a_queue_with_other_arguments(rabbitmq: RabbitMQServer, queue_name: str) -> None:
+    """A classic queue of that name, or another delivery limit, is refused in one clear line."""
+    settings = settings_for(rabbitmq.url, queue_name)
+    with amqp.Connection(f"127.0.0.1:{rabbitmq.port}") as client:
+        client.channel().queue_declare(queue_name, durable=True, auto_delete=False)
+    for action in (KombuBroker(settings).connect, lambda: publish_posts(settings, [])):
+        with pytest.raises(ConfigError, match="the queue exists with other arguments") as caught:
+            action()
+        assert queue_name in str(caught.value)
+        assert "\n" not in str(caught.value)
+    assert queue_depth(settings) == 0  # asking how deep it is does not declare it
+
+    other = settings_for(rabbitmq.url, f"{queue_name}2", delivery_limit=5)
+    publish_posts(other, [])
+    with pytest.raises(ConfigError, match="x-delivery-limit"):
+        publish_posts(other.model_copy(update={"delivery_limit": 6}), [])

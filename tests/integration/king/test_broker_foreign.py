@@ -1,0 +1,191 @@
+"""Clients that are not ours: whatever they publish arrives as bytes, and is lost by nobody."""
+
+from __future__ import annotations
+
+import base64
+import bz2
+import gzip
+import json
+import zlib
+from collections.abc import Iterator
+
+import kombu
+import pika
+import pytest
+import redis
+
+from config.settings import BrokerSettings
+from king.broker.broker import queue_depth
+from king.broker.envelope import MAX_BODY_BYTES, decompressed, read_item, redelivery_of
+from king.broker.publisher import publish_posts
+from king.messages import PostMessage, parse_message
+from tests.support.king.broker_rig import Consumer, connected, settings_for
+from tests.support.services import RabbitMQServer, RedisServer
+
+UNREADABLE = [
+    b"\xff\xfe not UTF-8 \x00",
+    b"{",
+    b"{}",
+    b"[1, 2]",
+    b'{"body": 5, "properties": {}}',
+    b'{"body": "%%%", "properties": {"body_encoding": "base64"}}',
+    b'{"body": "p1", "properties": "none"}',
+    b'{"body": null, "properties": {"delivery_tag": 7}, "headers": []}',
+]
+
+
+@pytest.fixture
+def on_redis(redis_server: RedisServer, queue_name: str) -> BrokerSettings:
+    """A queue on Redis."""
+    return settings_for(redis_server.url, queue_name, visibility_timeout_s=60)
+
+
+@pytest.fixture
+def on_rabbitmq(rabbitmq: RabbitMQServer, queue_name: str) -> BrokerSettings:
+    """A queue on RabbitMQ."""
+    settings = settings_for(rabbitmq.url, queue_name, heartbeat_s=10)
+    publish_posts(settings, [])  # declares it
+    return settings
+
+
+@pytest.fixture(
+    params=[
+        pytest.param("on_redis", marks=pytest.mark.redis),
+        pytest.param("on_rabbitmq", marks=pytest.mark.rabbitmq),
+    ]
+)
+def settings(request: pytest.FixtureRequest) -> BrokerSettings:
+    """A queue on each kind of broker."""
+    chosen: BrokerSettings = request.getfixturevalue(request.param)
+    return chosen
+
+
+@pytest.fixture
+def lists(on_redis: BrokerSettings) -> Iterator[redis.Redis]:
+    """A plain Redis client."""
+    with redis.Redis.from_url(on_redis.url) as client:
+        yield client
+
+
+def received(settings: BrokerSettings, count: int) -> list[bytes]:
+    """Consume and acknowledge."""
+    with connected(settings) as broker:
+        consumer = Consumer(broker, ack=True)
+        consumer.take(count)
+        assert consumer.idle(0.1) == 0
+    assert queue_depth(settings) == 0
+    return consumer.bodies
+
+
+@pytest.mark.rabbitmq
+def test_pika_bare_text(on_rabbitmq: BrokerSettings) -> None:
+    """A pika basic_publish of bare text, with no properties at all, arrives as that text."""
+    with pika.BlockingConnection(pika.URLParameters(on_rabbitmq.url.removesuffix("/"))) as client:
+        channel = client.channel()
+        for body in (b"p1", b"", *UNREADABLE):
+            channel.basic_publish("", on_rabbitmq.queue, body)
+        channel.basic_publish(
+            "",
+            on_rabbitmq.queue,
+            b"p2",
+            pika.BasicProperties(
+                content_type="application/x-python-serialize",
+                content_encoding="no-such-encoding",
+                headers={"compression": "application/x-gzip"},
+            ),
+        )
+    assert received(on_rabbitmq, 11) == [b"p1", b"", *UNREADABLE, b"p2"]
+
+
+@pytest.mark.redis
+def test_bare_lpush(on_redis: BrokerSettings, lists: redis.Redis) -> None:
+    """A plain LPUSH of text, JSON or rubbish arrives as it is, also when it is redelivered."""
+    bodies = [b"p1", b'{"post_id": "p2"}', b'"p3"', b"", *UNREADABLE]
+    for body in bodies:
+        lists.lpush(on_redis.queue, body)
+    with connected(on_redis) as broker:
+        consumer = Consumer(broker)
+        consumer.take(len(bodies))
+        assert consumer.bodies == bodies
+        assert not any(delivery.redelivered for delivery in consumer.got)
+    with connected(on_redis) as broker:
+        consumer = Consumer(broker)
+        consumer.take(len(bodies))
+        assert consumer.bodies == bodies
+        assert all(delivery.redelivered for delivery in consumer.got)
+        for delivery in consumer.got:
+            assert broker.ack(delivery)
+    assert lists.keys(f"{on_redis.queue}*") == []
+
+
+@pytest.mark.parametrize("compression", [None, "gzip", "bzip2", "lzma"])
+def test_kombu_publishers(settings: BrokerSettings, compression: str | None) -> None:
+    """Kombu's own publisher, JSON or text, compressed or not, is understood on both brokers."""
+    with kombu.Connection(settings.url) as connection:
+        producer = kombu.Producer(connection.channel(), auto_declare=False)
+        for body, serializer in (({"post_id": "p1", "force": True}, "json"), ("p2", "raw")):
+            producer.publish(
+                body,
+                serializer=serializer,
+                routing_key=settings.queue,
+                exchange="",
+                compression=compression,
+            )
+    assert [parse_message(body) for body in received(settings, 2)] == [
+        PostMessage("p1", force=True),
+        PostMessage("p2"),
+    ]
+
+
+@pytest.mark.redis
+def test_priorities_on_redis(on_redis: BrokerSettings, lists: redis.Redis) -> None:
+    """A higher number is served sooner; a bare LPUSH and kombu's own are ranked with ours."""
+    publish_posts(on_redis, [PostMessage(f"p{n}", priority=n) for n in (0, 3, 9, 5)])
+    lists.lpush(on_redis.queue, b"bare")
+    with kombu.Connection(on_redis.url) as connection:
+        kombu.Producer(connection.channel(), auto_declare=False).publish(
+            "kombu6", serializer="raw", routing_key=on_redis.queue, exchange="", priority=6
+        )
+    ids = [parse_message(body).post_id for body in received(on_redis, 6)]
+    assert ids == ["p9", "kombu6", "p5", "p3", "p0", "bare"]
+
+
+@pytest.mark.redis
+def test_kombu_consumers_read_what_we_publish(on_redis: BrokerSettings) -> None:
+    """What we publish, and what we put back, is an envelope that plain kombu reads."""
+    publish_posts(on_redis, [PostMessage("p1")])
+    with connected(on_redis) as broker:
+        Consumer(broker).take(1)
+    with kombu.Connection(on_redis.url) as connection:
+        message = connection.channel().basic_get(on_redis.queue, no_ack=True)
+    assert message.payload == {"post_id": "p1"}
+    assert message.headers["redelivered"]
+
+
+def test_envelopes_survive_redelivery() -> None:
+    """Marking as redelivered keeps the body of every item, bare or wrapped, and its compression."""
+    squeezed = base64.b64encode(zlib.compress(b"p1")).decode()
+    wrapped = {
+        "body": squeezed,
+        "headers": {"compression": "application/x-gzip"},
+        "properties": {"body_encoding": "base64"},
+    }
+    for item in (b"p1", b"\xff\x00", json.dumps(wrapped).encode(), *UNREADABLE[:4]):
+        before, after = read_item(item), read_item(redelivery_of(item, "q", 3))
+        assert after.redelivered
+        assert not before.redelivered
+        assert (after.body, after.compression) == (before.body, before.compression)
+
+
+def test_compression_bombs_stay_small() -> None:
+    """What unpacks to more than the limit, or is cut short, is left packed; nothing raises."""
+    bomb = zlib.compress(bytes(200 * MAX_BODY_BYTES))
+    assert decompressed(bomb, "application/x-gzip") == bomb
+    exact = bytes(MAX_BODY_BYTES)
+    assert decompressed(zlib.compress(exact), "gzip") == exact
+    assert decompressed(gzip.compress(b"p1"), "gzip") == b"p1"
+    cut = bz2.compress(b"p1" * 1000)[:-4]
+    assert decompressed(cut, "application/x-bz2") == cut
+    assert decompressed(b"p1", "application/x-gzip") == b"p1"
+    assert decompressed(b"p1", "application/zstd") == b"p1"
+    assert decompressed(b"p1", None) == b"p1"

@@ -1,0 +1,76 @@
+"""``amqps://`` and ``rediss://``: encrypted, and the broker's certificate is verified."""
+
+from __future__ import annotations
+
+import shutil
+import ssl
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from common.errors import BrokerUnavailable
+from king.broker.broker import KombuBroker
+from king.messages import PostMessage
+from tests.support.king.broker_rig import Consumer, connected, settings_for
+from tests.support.proxy import Proxy, proxy_to
+from tests.support.services import unavailable
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A self-signed certificate of 127.0.0.1, with its key in the same file."""
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        unavailable("no openssl command to make a certificate")
+    folder = tmp_path_factory.mktemp("tls")
+    subprocess.run(
+        [
+            *(str(openssl), "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"),
+            *("-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"),
+            *("-keyout", "key.pem", "-out", "cert.pem"),
+        ],
+        cwd=folder,
+        check=True,
+        capture_output=True,
+    )
+    both = folder / "both.pem"
+    both.write_text((folder / "key.pem").read_text() + (folder / "cert.pem").read_text())
+    return both
+
+
+@pytest.fixture(
+    params=[
+        pytest.param("redis_server", marks=pytest.mark.redis),
+        pytest.param("rabbitmq", marks=pytest.mark.rabbitmq),
+    ]
+)
+def secure(request: pytest.FixtureRequest, certificate: Path) -> Iterator[tuple[str, Proxy]]:
+    """The URL of each kind of broker behind TLS, and the proxy that speaks it."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    server = request.getfixturevalue(request.param)
+    with proxy_to(server.address, context) as proxy:
+        url = server.url.replace("://", "s://", 1)
+        yield url.replace(f":{server.port}/", f":{proxy.port}/"), proxy
+
+
+def test_a_known_certificate_is_accepted(
+    secure: tuple[str, Proxy], certificate: Path, queue_name: str
+) -> None:
+    """With its authority named in the URL, posts go there and back."""
+    settings = settings_for(f"{secure[0]}?ssl_ca_certs={certificate}", queue_name)
+    with connected(settings) as broker:
+        broker.publish(PostMessage("p1"))
+        consumer = Consumer(broker, ack=True)
+        consumer.take(1)
+        assert consumer.idle(2.5) == 0
+        assert broker.generation == 1
+
+
+def test_an_unknown_certificate_is_refused(secure: tuple[str, Proxy], queue_name: str) -> None:
+    """Without it, the system's authorities decide, and the connection is refused by name."""
+    broker = KombuBroker(settings_for(secure[0], queue_name))
+    with pytest.raises(BrokerUnavailable, match=r"(?i)certificate verify failed"):
+        broker.connect()

@@ -1,0 +1,152 @@
+"""Lost posts are found and published again, by one King at a time; on real databases."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import structlog
+
+from common.errors import StoreRefused
+from king.jobs import Job
+from king.messages import PostMessage
+from king.reconciler import LEASE, Reconciler
+from king.store.store import MongoStore
+from tests.support.fakes.broker import MemoryBroker
+from tests.support.king.king_rig import Running, fake_pool, king_settings
+from tests.support.king.store_rig import (
+    NOW,
+    StoreRig,
+    mongo_settings,
+    mongo_store,
+    terms,
+)
+from tests.support.services import wait_until
+
+# The lease -----------------------------------------------------------------------------------
+
+
+def test_lease_has_one_holder_until_it_runs_out(mongo: MongoStore) -> None:
+    """Its holder renews it; another King gets it only when it has expired."""
+    first, second = terms(owner="k1"), terms(owner="k2")
+    assert mongo.take_lease(LEASE, first, 60)
+    assert not mongo.take_lease(LEASE, second, 60)
+    assert mongo.take_lease(LEASE, replace(first, now=NOW + 50), 60)
+    assert not mongo.take_lease(LEASE, replace(second, now=NOW + 70), 60)
+    assert mongo.take_lease(LEASE, replace(second, now=NOW + 111), 60)
+    assert not mongo.take_lease(LEASE, replace(first, now=NOW + 112), 60)
+
+
+def test_lease_of_a_dead_king_is_free_and_no_job(mongo: MongoStore) -> None:
+    """A King that is known to be dead holds nothing; a lease is not counted among the jobs."""
+    assert mongo.take_lease(LEASE, terms(owner="dead"), 60)
+    assert mongo.take_lease(LEASE, terms(owner="k2", is_dead=lambda owner: owner == "dead"), 60)
+    assert mongo.open_jobs() == 0
+    assert mongo.dead_letters() == []
+    assert mongo.counts()["jobs"] == {"running": 0, "waiting": 0, "queued": 0, "dead": 0}
+
+
+def test_lease_that_many_want_at_once_goes_to_one(mongo_url: str, unique_name: str) -> None:
+    """Free or expired: of eight Kings that reach for it together exactly one wins."""
+    stores = [mongo_store(mongo_url, unique_name) for _ in range(8)]
+    for now in (NOW, NOW + 1000):
+        won: list[int] = []
+        start = threading.Barrier(len(stores))
+
+        def reach(i: int, now: float = now, won: Any = won, start: Any = start) -> None:
+            start.wait()
+            if stores[i].take_lease(LEASE, terms(now=now, owner=f"k{i}"), 60):
+                won.append(i)
+
+        threads = [threading.Thread(target=reach, args=(i,)) for i in range(len(stores))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(won) == 1
+    for store in stores:
+        store.close()
+
+
+# Lost posts ----------------------------------------------------------------------------------
+
+
+def test_only_posts_without_result_and_job_are_published(mongo: MongoStore) -> None:
+    """A result, also a failed one, or a job in any state, a dead letter too, leaves a post out."""
+    rig = StoreRig(mongo)
+    rig.insert(
+        {"_id": "lost", "text": "x"},
+        {"_id": "tagged", "insight": {"status": "tagged"}},
+        {"_id": "failed", "insight": {"status": "failed"}},
+        {"_id": "works"},
+        {"_id": "dead"},
+        {"_id": 42},
+        {"_id": "no\x00message"},
+        {"_id": " spaced "},
+    )
+    rig.set_job(Job("works", "running", 1, owner="k2", lease_until=NOW + 60))
+    rig.set_job(Job("dead", "dead", 5))
+    reconciler = Reconciler(mongo, 0.01, batch_size=10)
+    assert reconciler.lost(terms()) == []  # not at once
+    time.sleep(0.02)
+    found = reconciler.lost(terms())
+    assert sorted(found, key=lambda m: m.post_id) == [PostMessage("42"), PostMessage("lost")]
+    time.sleep(0.02)
+    assert len(Reconciler(mongo, None, 10).lost(terms())) == 0
+
+
+def test_batches_are_bounded_and_the_lease_decides(mongo: MongoStore) -> None:
+    """At most a batch per period, and nothing for a King that does not hold the lease."""
+    StoreRig(mongo).insert(*({"_id": f"p{i}"} for i in range(5)))
+    holder, other = Reconciler(mongo, 0.01, 3), Reconciler(mongo, 0.01, 3)
+    time.sleep(0.02)
+    assert len(holder.lost(terms(owner="k1"))) == 3
+    assert other.lost(terms(owner="k2")) == []
+    time.sleep(0.02)
+    assert len(other.lost(terms(now=NOW + 1, owner="k2"))) == 3  # expired: twice the period
+
+
+def test_database_that_refuses_the_lease_costs_one_period(
+    mongo: MongoStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No right to write leases is a line in the log, and nothing waits for it."""
+
+    def refuse(*_: object) -> bool:
+        raise StoreRefused("not authorized")
+
+    monkeypatch.setattr(mongo, "take_lease", refuse)
+    reconciler = Reconciler(mongo, 0.01, 3)
+    time.sleep(0.02)
+    with structlog.testing.capture_logs() as logs:
+        assert reconciler.lost(terms()) == []
+    assert [line["event"] for line in logs] == ["king.reconcile_failed"]
+
+
+def test_lost_post_is_tagged_and_two_kings_publish_it_once(
+    tmp_path: Path, mongo_url: str, unique_name: str
+) -> None:
+    """Posts that were never published are tagged by themselves; one of two Kings publishes."""
+    settings = mongo_settings(mongo_url, unique_name)
+    store = mongo_store(mongo_url, unique_name)
+    store.posts.insert_many([{"_id": f"p{i}", "text": "x"} for i in range(4)])
+    brokers = [MemoryBroker(), MemoryBroker()]
+    kings = [
+        Running(
+            king_settings(tmp_path / f"k{i}", store=settings, reconcile_s=1.5),
+            fake_pool(tmp_path / f"k{i}"),
+            broker=broker,
+            owner=f"k{i}",
+        )
+        for i, broker in enumerate(brokers)
+    ]
+    with structlog.testing.capture_logs() as logs, kings[0], kings[1]:
+        wait_until(lambda: store.counts()["tagged"] == 4, 60, "tags")
+        time.sleep(1.0)
+    assert [line["posts"] for line in logs if line["event"] == "king.reconciled"] == [4]
+    assert sorted(len(broker.acked) for broker in brokers) == [0, 4]
+    assert store.open_jobs() == 0
+    store.close()

@@ -1,0 +1,108 @@
+"""The Redis transport: a message is in its list or under a lease, and nowhere in between."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import redis
+
+from config.settings import BrokerSettings
+from king.broker.publisher import publish_posts
+from king.broker.redis import RedisLink
+from king.messages import PostMessage
+from tests.support.king.broker_rig import Consumer, connected, settings_for
+from tests.support.services import RedisServer
+
+pytestmark = pytest.mark.redis
+
+
+@pytest.fixture
+def settings(redis_server: RedisServer, queue_name: str) -> BrokerSettings:
+    """A queue with five posts."""
+    settings = settings_for(redis_server.url, queue_name, visibility_timeout_s=60)
+    publish_posts(settings, [PostMessage(f"p{i}") for i in range(5)])
+    return settings
+
+
+@pytest.fixture
+def client(redis_server: RedisServer) -> Iterator[Any]:
+    """A plain Redis client; Any, for its types do not tell its sync answers from its async ones."""
+    with redis.Redis.from_url(redis_server.url) as client:
+        yield client
+
+
+def test_taking_and_recording_is_one_step(settings: BrokerSettings, client: Any) -> None:
+    """What has left the list is in the unacked hash, with the end of its lease, at that moment."""
+    queue = settings.queue
+    with connected(settings.model_copy(update={"prefetch": 3})) as broker:
+        Consumer(broker).take(3)
+        seconds, _ = client.time()
+        assert client.llen(queue) == 2
+        assert client.hlen(f"{queue}.unacked") == 3
+        leases = [
+            score for _, score in client.zrange(f"{queue}.unacked_index", 0, -1, withscores=True)
+        ]
+        assert len(leases) == 3
+        assert all(seconds + 50 < lease < seconds + 70 for lease in leases)
+
+
+def test_acks_are_sent_together_and_leave_nothing(settings: BrokerSettings, client: Any) -> None:
+    """The acks between two drains cost one round trip; afterwards no key of the queue is left."""
+    with connected(settings) as broker:
+        consumer = Consumer(broker)
+        consumer.take(5)
+        before = client.info("stats")["total_commands_processed"]
+        for delivery in consumer.got:
+            assert broker.ack(delivery)
+        assert client.hlen(f"{settings.queue}.unacked") == 5
+        broker.drain(0)
+        assert client.info("stats")["total_commands_processed"] - before < 20
+        assert client.keys(f"{settings.queue}*") == []
+
+
+def test_an_ack_after_the_lease_takes_nobody_elses(settings: BrokerSettings, client: Any) -> None:
+    """Once a message is back in the queue, its former holder's ack has no effect on it."""
+    with connected(settings) as broker:
+        consumer = Consumer(broker)
+        (*_, last) = consumer.take(5)
+        client.zadd(f"{settings.queue}.unacked_index", {last.token: 1}, xx=True)
+        link = RedisLink(settings)
+        assert link._channel.give_back_expired() == 1
+        assert link._channel.give_back_expired() == 0
+        link.close([])
+        broker.ack(last)
+        broker.cancel()
+        broker.drain(0)
+        assert broker.depth() == 1
+
+
+def test_a_renewed_lease_is_not_given_back(settings: BrokerSettings, client: Any) -> None:
+    """Between the look at expired leases and the giving back, a renewal still counts."""
+    with connected(settings) as broker:
+        consumer = Consumer(broker)
+        consumer.take(5)
+        link = RedisLink(settings)
+        tags = [str(delivery.token) for delivery in consumer.got]
+        assert link._channel.give_back(tags, expired_only=True) == 0
+        link.close([])
+        assert broker.depth() == 0
+
+
+def test_queues_do_not_share_keys(settings: BrokerSettings, redis_server: RedisServer) -> None:
+    """A consumer of another queue in the same database never gives back this queue's messages."""
+    other = settings_for(redis_server.url, settings.queue + "2", visibility_timeout_s=0.2)
+    with connected(settings) as broker, connected(other) as neighbour:
+        mine, theirs = Consumer(broker), Consumer(neighbour)
+        mine.take(5)
+        assert theirs.idle(0.6) == 0
+        assert broker.depth() == 0
+
+
+def test_purge(settings: BrokerSettings) -> None:
+    """`purge` empties the lists of all priorities."""
+    publish_posts(settings, [PostMessage("p", priority=n) for n in (2, 9)])
+    with connected(settings) as broker:
+        assert broker.purge() == 7
+        assert broker.depth() == 0

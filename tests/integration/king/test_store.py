@@ -1,0 +1,136 @@
+"""What the store writes: attempts, results, dead letters; the same in memory and in MongoDB."""
+
+from __future__ import annotations
+
+import time
+from datetime import datetime, timedelta, timezone
+
+from bson import ObjectId
+
+from common.post import Failure, Media
+from king.jobs import (
+    Buried,
+    Dead,
+    Settled,
+    Started,
+    Tagged,
+)
+from tests.support.king.store_rig import (
+    BUNDLE,
+    NOW,
+    StoreRig,
+    begin_one,
+    claim,
+    started,
+    tagged,
+    terms,
+)
+
+
+def test_attempt_is_recorded_before_the_work(rig: StoreRig) -> None:
+    """A post that begins has a running job with one attempt, so that a crash counts."""
+    rig.insert({"_id": "p1", "text": "雨", "images": ["http://a/1"], "videos": {"url": "http://v"}})
+    begun = started(rig.store, "p1", priority=4)
+    assert begun.post.text == "雨"
+    assert begun.post.media == (Media("image", "http://a/1"), Media("video", "http://v"))
+    assert (begun.attempt, begun.document_id, begun.priority) == (1, "p1", 4)
+    job = rig.job("p1")
+    assert job is not None
+    assert (job.state, job.attempts, job.owner) == ("running", 1, "k1")
+    assert (job.first_at, job.lease_until, job.priority) == (NOW, NOW + 60, 4)
+
+
+def test_tagged_post_gets_its_result_and_loses_its_job(rig: StoreRig) -> None:
+    """The result sub-document has the contract's keys."""
+    rig.insert({"_id": "p1", "text": "x"})
+    [recorded] = rig.store.finish([tagged(started(rig.store, "p1"))], terms())
+    assert isinstance(recorded, Tagged)
+    result = rig.result("p1")
+    tagged_at = result.pop("tagged_at")
+    assert abs(tagged_at - datetime.now(timezone.utc)) < timedelta(seconds=20)
+    assert result == {
+        "model": BUNDLE[0],
+        "version": BUNDLE[1],
+        "status": "tagged",
+        "tags": [{"id": 0, "name": "雨", "score": 0.75}],
+        "modalities": {"video": "missing", "image": "failed", "text": "ok"},
+        "failures": {"image": {"stage": "fetch", "type": "FetchRefused", "message": "HTTP 404"}},
+        "error": None,
+        "attempts": 1,
+        "timings_ms": {"fetch": 3, "total": 9},
+    }
+    assert rig.job("p1") is None
+
+
+def test_repeated_write_of_an_outcome_changes_nothing(rig: StoreRig) -> None:
+    """A write whose reply was lost is written again: the very same result, to the millisecond."""
+    rig.insert({"_id": "p1", "text": "x"})
+    outcome = tagged(started(rig.store, "p1"))
+    rig.store.finish([outcome], terms())
+    first = rig.result("p1")
+    time.sleep(0.01)
+    rig.store.finish([outcome], terms(NOW + 5))
+    assert rig.result("p1") == first
+
+
+def test_the_very_document_is_written_whatever_its_id_is(rig: StoreRig) -> None:
+    """Text, ObjectId and number: the result lands in the document that the post was read from."""
+    oid = ObjectId()
+    rig.insert({"_id": "p1"}, {"_id": oid}, {"_id": 42}, {"_id": "bystander"})
+    ids = ["p1", str(oid), "42"]
+    verdicts = rig.store.begin([claim(i) for i in ids], terms())
+    outcomes = [tagged(v, BUNDLE[1], v.post_id) for v in verdicts if isinstance(v, Started)]
+    rig.store.finish(outcomes, terms())
+    names = {key: r and r["tags"][0]["name"] for key, r in rig.results().items()}
+    assert names == {"p1": "p1", oid: str(oid), 42: "42", "bystander": None}
+
+
+def test_unknown_post_is_a_dead_letter(rig: StoreRig) -> None:
+    """An ID that is not in the database is set aside with its reason and payload."""
+    verdict = begin_one(rig.store, "nobody")
+    assert isinstance(verdict, Buried)
+    assert verdict.failure.type == "PostNotFound"
+    job = rig.job("nobody")
+    assert job is not None
+    assert (job.state, job.payload) == ("dead", "nobody")
+    assert job.last_error is not None
+    assert job.last_error["stage"] == "load"
+
+
+def test_unknown_post_that_appears_later_is_tagged(rig: StoreRig) -> None:
+    """Publishing a dead letter's ID again starts it over; a mere redelivery does not."""
+    begin_one(rig.store, "p1")
+    rig.insert({"_id": "p1"})
+    assert begin_one(rig.store, "p1", redelivered=True) == Settled("p1", "dead")
+    assert started(rig.store, "p1").attempt == 1
+
+
+def test_same_bundle_tags_once_unless_forced(rig: StoreRig) -> None:
+    """A message for a post that this bundle has tagged is settled, and forced it runs."""
+    rig.insert({"_id": "p1"})
+    rig.store.finish([tagged(started(rig.store, "p1"))], terms())
+    assert begin_one(rig.store, "p1") == Settled("p1", "tagged")
+    newer = terms(bundle=("demo", "20270101T000000Z-bb"))
+    assert isinstance(begin_one(rig.store, "p1", newer), Started)
+    assert rig.job("p1") is not None
+    assert begin_one(rig.store, "p1") == Settled("p1", "tagged")  # the older one has nothing to do
+    assert isinstance(begin_one(rig.store, "p1", force=True), Started)
+
+
+def test_older_bundle_never_overwrites_a_newer_one(rig: StoreRig) -> None:
+    """The fence is the bundle's version, for tags and for failures; superseded is success."""
+    rig.insert({"_id": "p1"}, {"_id": "p2"}, {"_id": "p3"}, {"_id": "p4"})
+    old, new = "20250101T000000Z-00", "20270101T000000Z-ff"
+    for post_id, first, second in (("p1", new, old), ("p2", old, new)):
+        for version in (first, second):
+            run = terms(bundle=("demo", version))
+            done = tagged(started(rig.store, post_id, run, force=True), version)
+            assert isinstance(rig.store.finish([done], run)[0], Tagged)
+        assert rig.result(post_id)["version"] == new
+        assert rig.job(post_id) is None
+    permanent = Failure("decode", "MediaError", "broken")
+    for post_id, version, kept in (("p3", BUNDLE[1], "tagged"), ("p4", old, "failed")):
+        done = tagged(started(rig.store, post_id, force=True), version)
+        rig.store.finish([done], terms())
+        rig.store.finish([Dead(started(rig.store, post_id, force=True), permanent)], terms())
+        assert rig.result(post_id)["status"] == kept

@@ -1,0 +1,211 @@
+"""Posts by ID over a real Redis and a real database: published, and read in every state."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pymongo
+import pytest
+
+from common.errors import BrokerUnavailable
+from config.settings import Settings
+from king.broker.broker import queue_depth
+from king.broker.connect import open_link
+from king.messages import PostMessage, parse_message
+from king.store.client import MongoEdge
+from king.store.documents import match_ids
+from king.store.queries import Archive
+from tests.support.fakes.pool import FakePool
+from tests.support.services import MongoServer, RedisServer
+from tests.support.web.fixtures import Desk, desk_settings, make_desk
+from web.backend import Backend, Services
+
+
+@pytest.fixture
+def settings(
+    tmp_path: Path, redis_server: RedisServer, mongo_server: MongoServer, unique_name: str
+) -> Settings:
+    """A queue and a database of this test alone."""
+    plain = desk_settings(tmp_path)
+    broker = plain.broker.model_copy(
+        update={"url": redis_server.url, "queue": f"{unique_name}.posts", "socket_timeout_s": 2}
+    )
+    store = plain.store.model_copy(
+        update={"url": mongo_server.url, "database": unique_name, "timeout_s": 2}
+    )
+    return plain.model_copy(update={"broker": broker, "store": store})
+
+
+@pytest.fixture
+def posts(tmp_path: Path, settings: Settings) -> Iterator[Desk]:
+    """The application with queue and database."""
+    (tmp_path / "downloads").mkdir()
+    for desk in make_desk(settings, FakePool(tmp_path / "downloads")):
+        desk.runner.start()
+        yield desk
+
+
+@pytest.fixture
+def database(settings: Settings) -> Iterator[Any]:
+    """The database itself."""
+    client: pymongo.MongoClient[Any] = pymongo.MongoClient(settings.store.url)
+    yield client[settings.store.database]
+    client.close()
+
+
+def bodies(settings: Settings) -> list[PostMessage]:
+    """Take what waits off the queue."""
+    link = open_link(settings.broker)
+    taken: list[PostMessage] = []
+    tokens: list[Any] = []
+
+    def take(body: bytes, token: Any, _redelivered: bool) -> None:
+        taken.append(parse_message(body))
+        tokens.append(token)
+
+    link.consume(take)
+    for _ in range(20):
+        link.wait(0.1, tokens)
+        if tokens:
+            break
+    link.wait(0.2, tokens)
+    for token in tokens:
+        link.ack(token)
+    link.close([])
+    return taken
+
+
+def test_a_post_is_published(posts: Desk, settings: Settings) -> None:
+    """202 when the broker has it; priority and force go along; IDs may hold slashes and letters."""
+    client = posts.client
+    assert client.post("/v1/posts/p1").status_code == 202
+    answer = client.post("/v1/posts/p2", json={"priority": 7, "force": True})
+    assert (answer.status_code, answer.json) == (202, {"post_id": "p2", "state": "queued"})
+    assert client.post("/v1/posts/a//b%2F%E7%8C%AB").json["post_id"] == "a//b/猫"
+    assert client.post("/v1/posts/p3", json={"priority": 99}).status_code == 400
+    assert queue_depth(settings.broker) == 3
+    assert {(m.post_id, m.priority, m.force) for m in bodies(settings)} == {
+        ("p1", 0, False),
+        ("p2", 7, True),
+        ("a//b/猫", 0, False),
+    }
+
+
+def test_every_state_of_a_post(posts: Desk, database: Any) -> None:
+    """Its result as stored; or that it waits, runs, or is dead, and why; 404 for a stranger."""
+    result = {
+        "model": "demo",
+        "version": "1",
+        "status": "tagged",
+        "tags": [{"id": 1, "name": "雨", "score": 0.7}],
+        "modalities": {"text": "ok"},
+        "tagged_at": datetime(2026, 1, 2),
+    }
+    database.posts.insert_many(
+        [
+            {"_id": "new", "text": "x"},
+            {"_id": "done", "text": "x", "insight": result},
+            {"_id": "broken", "insight": {**result, "status": "failed", "tags": []}},
+            {"_id": 42, "text": "x"},
+            {"_id": "running", "text": "x", "insight": result},
+        ]
+    )
+    error = {"stage": "decode", "type": "MediaError", "message": "truncated"}
+    database.jobs.insert_many(
+        [
+            {"_id": "running", "state": "running", "attempts": 1},
+            {"_id": "42", "state": "waiting", "attempts": 2, "due_at": 5.0, "last_error": error},
+            {"_id": "dead", "state": "dead", "attempts": 5, "last_error": error},
+        ]
+    )
+    found = {
+        name: posts.client.get(f"/v1/posts/{name}")
+        for name in ("new", "done", "broken", "42", "running", "dead", "stranger")
+    }
+    states = {name: answer.json.get("state") for name, answer in found.items()}
+    assert states == {
+        "new": "untagged",
+        "done": "tagged",
+        "broken": "failed",
+        "42": "queued",
+        "running": "in_flight",
+        "dead": "dead",
+        "stranger": None,
+    }
+    assert found["stranger"].status_code == 404
+    assert found["stranger"].json["error"]["type"] == "PostNotFound"
+    assert found["done"].json["result"]["tags"] == result["tags"]
+    assert found["done"].json["result"]["tagged_at"].startswith("2026-01-02T00:00:00")
+    assert found["running"].json["result"]["status"] == "tagged"
+    assert found["dead"].json["job"] == {
+        "state": "dead",
+        "attempts": 5,
+        "due_at": None,
+        "error": error,
+    }
+    assert found["42"].json["job"]["due_at"] == "1970-01-01T00:00:05+00:00"
+
+
+def test_trouble_of_one_request_leaves_the_others_their_connection(
+    settings: Settings, database: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A broker that is away makes one thread look anew while another is reading; it reads on."""
+    database.posts.insert_one({"_id": "p1", "text": "x"})
+    asked, going, closed = threading.Event(), threading.Event(), []
+
+    def slowly(cursor: Any, *rest: Any) -> Any:
+        asked.set()
+        assert going.wait(20)
+        return match_ids(cursor, *rest)
+
+    def close(self: Archive) -> None:
+        closed.append(self)
+        MongoEdge.close(self)
+
+    monkeypatch.setattr("king.store.queries.match_ids", slowly)
+    monkeypatch.setattr(Archive, "close", close)
+    away = settings.broker.model_copy(update={"url": "redis://127.0.0.1:1/0"})
+    found = settings.model_copy(update={"broker": away})
+    backend = Backend(Services(lambda: found, lambda: found), probe_timeout_s=1)
+    with ThreadPoolExecutor(1) as thread:
+        reading = thread.submit(backend.look_up, "p1")
+        assert asked.wait(20)
+        with pytest.raises(BrokerUnavailable):
+            backend.publish(PostMessage("p2"))
+        assert closed == []
+        going.set()
+        stored, job = reading.result(20)
+    assert stored is not None
+    assert (stored.post.post_id, job) == ("p1", None)
+    assert len(closed) == 1, "the last one closed it"
+    backend.close()
+
+
+def test_readiness_follows_the_servers(
+    posts: Desk, redis_server: RedisServer, mongo_server: MongoServer
+) -> None:
+    """All there: 200; one of them stopped: 503 with its name; back again: 200."""
+    client = posts.client
+    assert client.get("/readyz").json["parts"] == {"workers": "ok", "broker": "ok", "store": "ok"}
+    assert client.get("/readyz").status_code == 200
+    assert client.post("/v1/posts/p1").status_code == 202
+    redis_server.stop()
+    answer = client.get("/readyz")
+    assert answer.status_code == 503
+    assert answer.json["parts"]["store"] == "ok"
+    assert "BrokerUnavailable" in answer.json["parts"]["broker"]
+    assert client.post("/v1/posts/p1").status_code == 503
+    assert client.post("/v1/tag", json={"text": "x"}).status_code == 200
+    redis_server.start()
+    assert client.get("/v1/posts/none").status_code == 404
+    mongo_server.stop()
+    assert "StoreUnavailable" in client.get("/readyz").json["parts"]["store"]
+    assert client.get("/v1/posts/none").status_code == 503
+    mongo_server.start()
+    assert client.get("/readyz").status_code == 200
+    assert client.get("/v1/posts/none").status_code == 404

@@ -1,0 +1,252 @@
+"""What a worker does with its tasks: batches and the loop."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common.errors import ConfigError, FeatureError, FetchRetryable, MediaError
+from common.post import Failure
+from config.settings import Settings
+from tests.support.workers.driving import decode_task, fetch_task, text_task
+from tests.support.workers.web import web_server
+from workers.pool.arena import Arena
+from workers.pool.launch import Launch
+from workers.pool.pipe import Pipe
+from workers.protocol import (
+    Began,
+    Decoded,
+    DecodeTask,
+    Done,
+    Envelope,
+    Expect,
+    Extracted,
+    ExtractTask,
+    Failed,
+    Ready,
+    Stop,
+    Task,
+)
+from workers.roles import decode as decoder
+from workers.roles import fetch as fetcher
+from workers.roles.batch import DeviceLost, failure_of, run_batch
+from workers.roles.loop import Context, Retire, serve, take_batch
+
+# Batches -------------------------------------------------------------------------------------
+
+
+class OutOfMemoryError(RuntimeError):
+    """Named like torch's."""
+
+
+def test_out_of_memory_halves_until_it_fits() -> None:
+    """A batch that does not fit is run in halves, in order; a member that never fits fails."""
+    sizes: list[int] = []
+
+    def run(items: Sequence[int]) -> list[Extracted]:
+        sizes.append(len(items))
+        if len(items) > 2 or 13 in items:
+            raise OutOfMemoryError("CUDA out of memory. Tried to allocate")
+        return [Extracted(text=str(item)) for item in items]
+
+    outcomes = run_batch("extract", run, list(range(8)))
+    assert [o.text for o in outcomes if isinstance(o, Extracted)] == [str(i) for i in range(8)]
+    assert sizes == [8, 4, 2, 2, 4, 2, 2]
+    [failure] = run_batch("extract", run, [13])
+    assert isinstance(failure, Failure)
+    assert failure.retryable
+    assert failure.type == "FeatureError"
+    assert failure.message.startswith("OutOfMemoryError: out of memory: CUDA")
+
+
+def test_members_run_alone_when_a_batch_raises() -> None:
+    """Only the culprit fails, with its own reason; a wrong number of results is an error too."""
+
+    def run(items: Sequence[int]) -> list[Extracted]:
+        if 3 in items:
+            raise FeatureError("three is wrong")
+        return [Extracted(text=str(item)) for item in items]
+
+    outcomes = run_batch("extract", run, [1, 3, 5])
+    assert [type(o).__name__ for o in outcomes] == ["Extracted", "Failure", "Extracted"]
+    [failure] = run_batch("extract", lambda items: [], [1])
+    assert isinstance(failure, Failure)
+    assert failure.message == "RuntimeError: extract: 0 results for 1 items"
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "CUDA error: device-side assert triggered",
+        "CUDA error: an illegal memory access was encountered",
+    ],
+)
+def test_lost_device_ends_the_process(message: str) -> None:
+    """After a device-side assert nothing else in the process can succeed: it is not tried."""
+    calls = []
+
+    def run(items: Sequence[int]) -> list[Extracted]:
+        calls.append(len(items))
+        raise RuntimeError(message)
+
+    with pytest.raises(DeviceLost, match="CUDA error"):
+        run_batch("extract", run, [1, 2, 3])
+    assert calls == [3]
+
+
+def test_failures_know_whether_to_come_back() -> None:
+    """Ours by their class; a foreign exception is permanent, typed by its stage, in one line."""
+    assert failure_of("fetch", FetchRetryable("slow")).retryable
+    assert not failure_of("decode", MediaError("broken")).retryable
+    foreign = failure_of("extract", ValueError("two\nlines"))
+    assert (foreign.type, foreign.retryable) == ("FeatureError", False)
+    assert foreign.message == "ValueError: two lines"
+    nameless = failure_of("decode", KeyError())
+    assert (nameless.type, nameless.message) == ("MediaError", "KeyError")
+
+
+def test_batches_are_taken_by_lane_and_room() -> None:
+    """The oldest task's lane is batched up to its limit; suspects run alone; order is kept."""
+    rows = {"text": 2, "video": 8}
+    tasks: list[Task] = [
+        text_task("a"),
+        fetch_task("f"),
+        text_task("b"),
+        text_task("c"),
+        decode_task(),
+    ]
+    backlog = deque(Envelope(i, task, 9.0) for i, task in enumerate(tasks))
+    backlog.append(Envelope(5, text_task("d"), 9.0, solo=True))
+    batches = []
+    while backlog:
+        batches.append([envelope.task_id for envelope in take_batch(backlog, rows)])
+    assert batches == [[0, 2], [1], [3], [4], [5]]
+
+
+# The loop ------------------------------------------------------------------------------------
+
+
+class Scripted:
+    """A handler that remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.ran: list[list[str]] = []
+        self.heard: list[object] = []
+        self.closed = False
+
+    def load(self) -> dict[str, str]:
+        return {"loaded": "yes"}
+
+    def run(self, tasks: Sequence[Task]) -> list[Any]:
+        texts = [task.text for task in tasks if isinstance(task, ExtractTask)]
+        self.ran.append(texts)
+        return [Extracted(text=text.upper()) for text in texts]
+
+    def between(self, pipe: Pipe) -> float | None:
+        if ["retire"] in self.ran:
+            raise Retire
+        return 5.0
+
+    def told(self, message: object) -> None:
+        self.heard.append(message)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def context_of(pipe: Pipe, arena: Arena | None = None, **sections: Any) -> Context:
+    launch = Launch(run="", role="extract", name="toy-0", settings="{}")
+    return Context(pipe, launch, Settings.model_validate(sections), arena)
+
+
+def test_loop_answers_in_order_and_stops(pipes: tuple[Pipe, Pipe]) -> None:
+    """Ready, then Began and the answers of each batch; what is too late is not begun."""
+    king, worker = pipes
+    for i, text in enumerate(["a", "b"]):
+        king.send(Envelope(i, text_task(text), time.monotonic() + 60))
+    king.send(Envelope(2, text_task("late"), 0.0))
+    king.send(Expect({"text": "fp"}))
+    handler = Scripted()
+    done = threading.Thread(target=serve, args=(context_of(worker), handler))
+    done.start()
+    said: list[Any] = []
+    while len(said) < 5:
+        said += king.receive_wait(60)
+    assert said[0] == Ready({"loaded": "yes"})
+    late = Failure("extract", "RetryableError", "waited past its deadline", retryable=True)
+    assert said[1] == Failed(2, late)
+    assert said[2] == Began((0, 1))
+    assert [message.result.text for message in said[3:]] == ["A", "B"]
+    king.send(Stop())
+    done.join(60)
+    assert (handler.ran, handler.heard) == ([["a", "b"]], [Expect({"text": "fp"})])
+    assert handler.closed
+
+
+def test_loop_ends_when_a_handler_retires_or_the_king_is_gone(pipes: tuple[Pipe, Pipe]) -> None:
+    """Either way the loop returns, and the handler is closed."""
+    king, worker = pipes
+    king.send(Envelope(1, text_task("retire"), time.monotonic() + 60))
+    handler = Scripted()
+    serve(context_of(worker), handler)
+    assert handler.ran == [["retire"]]
+    assert handler.closed
+    king.close()
+    orphan = Scripted()
+    serve(context_of(worker), orphan)
+    assert orphan.closed
+
+
+def test_decoder_out_of_memory_is_replaced(
+    pipes: tuple[Pipe, Pipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that needs too much memory fails with the key that bounds it; the process ends."""
+
+    def run_decode(task: Any, *_: Any) -> Decoded:
+        if task.path == "hungry":
+            raise MemoryError
+        raise MediaError("truncated")
+
+    monkeypatch.setattr("workers.roles.decode.run_decode", run_decode)
+    monkeypatch.setattr("workers.roles.decode.limit_memory", lambda megabytes: None)
+    king, worker = pipes
+    for i, path in enumerate(["broken", "hungry"]):
+        king.send(Envelope(i, DecodeTask("image", path, 0), time.monotonic() + 60))
+    decoder.run(context_of(worker, Arena.private(1, 4096), decode={"memory_mb": 7}))
+    failures = [m.failure.message for m in king.receive_wait(5) if isinstance(m, Failed)]
+    assert failures == ["truncated", "needs more memory than decode.memory_mb (7)"]
+    with pytest.raises(ConfigError, match="needs the slots"):
+        decoder.run(context_of(worker))
+
+
+def test_downloader_answers_through_one_pipe(pipes: tuple[Pipe, Pipe], tmp_path: Path) -> None:
+    """Downloads run at once in threads; each says that it began, and how it ended."""
+    king, worker = pipes
+    fetch = {"allow_private_hosts": True, "connections": 3}
+    context = context_of(worker, fetch=fetch)
+    context = replace(context, launch=replace(context.launch, spool=str(tmp_path)))
+    with web_server() as web:
+        for i, path in enumerate(["/ok", "/status/404", "/ok"]):
+            king.send(Envelope(i, fetch_task(web.url(path)), time.monotonic() + 60))
+        king.send(Envelope(3, fetch_task(web.url("/ok")), 0.0))
+        thread = threading.Thread(target=fetcher.run, args=(context,))
+        thread.start()
+        said: list[Any] = []
+        while sum(isinstance(message, (Done, Failed)) for message in said) < 4:
+            said += king.receive_wait(60)
+        king.send(Stop())
+        thread.join(60)
+    assert said[0] == Ready()
+    ended = {m.task_id: m for m in said if isinstance(m, (Done, Failed))}
+    assert [type(ended[i]).__name__ for i in range(4)] == ["Done", "Failed", "Done", "Failed"]
+    assert {m.task_ids for m in said if isinstance(m, Began)} == {(0,), (1,), (2,)}
+    assert sorted(path.name.split("-")[0] for path in tmp_path.iterdir()) == ["0", "2"]
+    with pytest.raises(ConfigError, match=r"fetch\.spool"):
+        fetcher.run(context_of(worker))

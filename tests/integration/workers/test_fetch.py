@@ -1,0 +1,223 @@
+"""Downloads: what comes, how much and how long."""
+
+from __future__ import annotations
+
+import shutil
+import ssl
+import subprocess
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common.errors import FetchRefused, FetchRetryable
+from tests.support.ports import free_port
+from tests.support.workers.fetching import get, refused, retryable, settings_of
+from tests.support.workers.web import BODY, Web, web_server
+from workers.fetch.client import Fetcher, fetch
+from workers.protocol import Media
+
+# What comes ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/ok", "/chunked", "/gzip", "/deflate", "/redirect/2", "/ok/a b", "/ok/猫.png", "/to//ok/猫"],
+)
+def test_body_arrives_whole(web: Web, tmp_path: Path, path: str) -> None:
+    """With a length, in chunks, packed unasked, behind redirects, under any name: the bytes."""
+    assert get(web.url(path), tmp_path) == BODY
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")
+def test_tls_is_checked_against_the_name(tmp_path: Path) -> None:
+    """Https works through the guarded connection, and only with a certificate that is trusted."""
+    pair = [str(tmp_path / "key.pem"), str(tmp_path / "cert.pem")]
+    subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", *subject]
+    subprocess.run([*command, "-keyout", pair[0], "-out", pair[1]], check=True, capture_output=True)
+    with web_server() as server:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(pair[1], pair[0])
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        url = f"https://localhost:{server.server_port}/ok"
+        spool = tmp_path / "spool"
+        spool.mkdir()
+        reason = refused(url, spool)
+        assert reason == "the TLS connection cannot be trusted or agreed on"
+        fetcher = Fetcher(settings_of())
+        fetcher._session.verify = pair[1]
+        assert fetcher.fetch(Media("image", url), spool / "a").size_bytes == len(BODY)
+        with pytest.raises(FetchRefused, match="TLS"):
+            fetcher.fetch(Media("image", url.replace("localhost", "127.0.0.1")), spool / "b")
+        fetcher.close()
+
+
+def test_requests_are_plain(web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No proxy of the environment, no cookie of an earlier answer, nothing packed is asked for."""
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    monkeypatch.setenv("ALL_PROXY", "http://127.0.0.1:1")
+    fetcher = Fetcher(settings_of(user_agent="Test/9"))
+    before = web.connections
+    for name in ("a", "b"):
+        fetcher.fetch(Media("image", web.url("/ok")), tmp_path / name)
+    fetcher.close()
+    sent = web.headers[-1]
+    assert sent["User-Agent"] == "Test/9"
+    assert sent["Accept-Encoding"] == "identity"
+    assert "Cookie" not in sent
+    assert web.connections == before + 1, "the connection was not kept alive"
+
+
+def test_credentials_of_a_url_are_used_and_never_told(web: Web, tmp_path: Path) -> None:
+    """A URL's password reaches its host, and no message."""
+    url = web.url("/ok").replace("http://", "http://user:hunter2@")
+    assert get(url, tmp_path) == BODY
+    assert web.headers[-1]["Authorization"].startswith("Basic ")
+    for path in ("/status/404", "/reset", "/short", "/html", "/to/ftp://u:hunter2@h/"):
+        url = web.url(path).replace("http://", "http://user:hunter2@")
+        with pytest.raises((FetchRefused, FetchRetryable)) as caught:
+            get(url, tmp_path)
+        assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("/status/404", "HTTP 404"),
+        ("/status/403", "HTTP 403"),
+        ("/status/204", "HTTP 204"),
+        ("/html", "content type text/html is no media"),
+        ("/empty", "the answer is empty"),
+        ("/redirect/9", "more than 5 redirects"),
+        ("/brotli", "content encoding 'br' was not asked for"),
+        ("/badzip", "content encoding gzip: the body is broken"),
+        ("/to/file:///etc/passwd", "scheme 'file' is not http or https"),
+        ("/to/gopher://h/", "scheme 'gopher' is not http or https"),
+    ],
+)
+def test_what_cannot_be_had(web: Web, tmp_path: Path, path: str, reason: str) -> None:
+    """Each permanent failure has its own line, and is not tried twice."""
+    web.paths.clear()
+    assert refused(web.url(path), tmp_path) == reason
+    assert web.paths.count(path) == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("/status/500", "HTTP 500"),
+        ("/status/503", "HTTP 503"),
+        ("/status/429", "HTTP 429"),
+        ("/status/408", "HTTP 408"),
+        ("/reset", "the connection broke"),
+        ("/short", "the connection broke"),
+    ],
+)
+def test_what_may_pass(web: Web, tmp_path: Path, path: str, reason: str) -> None:
+    """Passing failures are tried twice, then told as retryable."""
+    web.paths.clear()
+    assert retryable(web.url(path), tmp_path) == reason
+    assert web.paths.count(path) == 2
+
+
+def test_second_try_helps(web: Web, tmp_path: Path) -> None:
+    """A server that stumbles once costs nothing."""
+    assert get(web.url("/flaky"), tmp_path) == BODY
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("", "x", "//h/a", "ftp://h/a", "file:///etc/passwd", "data:image/png;base64,AA"),
+        *("http://", "http:///a", "http://[::1", "http://h b/", "http://h/\r\nX: y"),
+        *("http://h:99999999/", f"http://{'a' * 300}/", f"http://h/{'a' * 9000}"),
+        "http://ex\x00ample/",
+    ],
+)
+def test_what_is_no_url(tmp_path: Path, url: str) -> None:
+    """Whatever a post holds as a URL: one line of a permanent (or, for a name, passing) error."""
+    with pytest.raises((FetchRefused, FetchRetryable)) as caught:
+        get(url, tmp_path, allow_private_hosts=False)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 120
+
+
+# How much and how long -----------------------------------------------------------------------
+
+
+def test_told_size_is_believed_when_it_is_too_large(web: Web, tmp_path: Path) -> None:
+    """A length above the limit is refused before a byte is read."""
+    reason = refused(web.url("/ok"), tmp_path, max_bytes=len(BODY) - 1)
+    assert reason == f"larger than fetch.max_bytes ({len(BODY) - 1})"
+    assert get(web.url("/ok"), tmp_path, max_bytes=len(BODY)) == BODY
+
+
+@pytest.mark.parametrize("path", ["/endless", "/lies", "/bomb", "/gzip"])
+def test_size_is_counted_and_not_believed(web: Web, tmp_path: Path, path: str) -> None:
+    """Without a length, in chunks, or unpacked: the limit holds."""
+    reason = refused(web.url(path), tmp_path, max_bytes=5000)
+    assert reason == "larger than fetch.max_bytes (5000)"
+
+
+def test_slow_answer(web: Web, tmp_path: Path) -> None:
+    """A server that says nothing for longer than the read time-out is left."""
+    reason = retryable(web.url("/slow/3"), tmp_path, read_timeout_s=0.3)
+    assert reason == "timed out after 0.3 s"
+
+
+@pytest.mark.parametrize("path", ["/drip", "/driphead"])
+def test_whole_time_is_bounded(web: Web, tmp_path: Path, path: str) -> None:
+    """A server that sends a byte now and then cannot hold a connection, headers included."""
+    started = time.monotonic()
+    reason = retryable(web.url(path), tmp_path, total_timeout_s=0.7)
+    assert reason == "timed out after 0.7 s"
+    assert time.monotonic() - started < 8, "the server takes ten seconds"
+
+
+def test_nothing_listens(tmp_path: Path) -> None:
+    """A refused connection may pass; the reason is the system's, without the URL."""
+    assert retryable(f"http://127.0.0.1:{free_port()}/a", tmp_path) == "Connection refused"
+
+
+def test_name_that_does_not_exist(tmp_path: Path) -> None:
+    """An unknown host may come back."""
+    reason = retryable("http://no-such-host.invalid/a", tmp_path, allow_private_hosts=False)
+    assert reason == "the host name cannot be resolved"
+
+
+def test_plain_text_behind_https(web: Web, tmp_path: Path) -> None:
+    """TLS that cannot be agreed on is permanent, in one line."""
+    url = web.url("/ok").replace("http://", "https://")
+    assert refused(url, tmp_path) == "the TLS connection cannot be trusted or agreed on"
+
+
+def test_spool_that_is_gone(web: Web, tmp_path: Path) -> None:
+    """A disk that cannot be written is told as such, and may pass."""
+    with pytest.raises(FetchRetryable, match="spool: No such file"):
+        fetch(Media("image", web.url("/ok")), settings_of(), tmp_path / "gone", "file")
+
+
+def test_threads_do_not_share_a_clock(web: Web, tmp_path: Path) -> None:
+    """One thread's slow download does not cut another's."""
+    results: dict[str, Any] = {}
+
+    def work(name: str, path: str, total_s: float) -> None:
+        fetcher = Fetcher(settings_of(total_timeout_s=total_s))
+        try:
+            results[name] = fetcher.fetch(Media("image", web.url(path)), tmp_path / name).size_bytes
+        except FetchRetryable as error:
+            results[name] = str(error)
+        fetcher.close()
+
+    threads = [
+        threading.Thread(target=work, args=("slow", "/drip", 0.5)),
+        threading.Thread(target=work, args=("fine", "/slow/1", 30)),
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == {"slow": "timed out after 0.5 s", "fine": len(BODY)}

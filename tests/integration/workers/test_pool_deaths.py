@@ -1,0 +1,140 @@
+"""The pool when its workers die, hang or lie (`tests.support.workers.toys`)."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from tests.support.workers.driving import (
+    Driver,
+    decode_task,
+    fetch_task,
+    fuse_task,
+    text_task,
+)
+from workers.pool.pool import TaskDone
+from workers.protocol import Decoded, ExtractTask, Tags
+
+
+def test_killed_worker_costs_its_task_one_attempt(driver: Driver, tmp_path: Path) -> None:
+    """Kill -9 in the middle of a task: that task is told as retryable, the worker comes back."""
+    before = driver.pid("decode-0")
+    with driver.held(decode_task, tmp_path / "hold") as task:
+        assert any(w.held for w in driver.pool.workers)
+        os.kill(before, signal.SIGKILL)
+        failed = driver.failed(task)
+    assert (failed.failure.type, failed.failure.retryable) == ("WorkerDied", True)
+    assert failed.failure.message == "worker decode-0 died (signal SIGKILL)"
+    driver.pool.release(driver.decode().parts[0].ref.slot)
+    assert driver.pid("decode-0") != before
+    assert next(w.deaths for w in driver.pool.workers if w.name == "decode-0") >= 1
+
+
+def test_crash_on_a_batch_charges_only_the_culprit(driver: Driver) -> None:
+    """A batch that kills its worker runs one by one again: one is charged, the others answer."""
+    blocker = driver.submit(text_task("sleep:0.5"))
+    driver.told += driver.pool.poll(0.2)
+    before = [driver.submit(text_task(f"good-{i}")) for i in range(3)]
+    culprit = driver.submit(text_task("kill"))
+    after = [driver.submit(text_task(f"good-{i}")) for i in range(3)]
+    failed = driver.failed(culprit)
+    assert (failed.failure.type, failed.failure.stage) == ("WorkerDied", "extract")
+    for task in (blocker, *before, *after):
+        driver.done(task)
+
+
+def test_lost_device_replaces_the_process(driver: Driver) -> None:
+    """A device-side assert ends the process: its task is charged, a fresh one serves on."""
+    before = driver.say("pid")
+    failed = driver.failed(driver.submit(text_task("device-lost")))
+    assert failed.failure.message == "worker extract-0 died (status 3)"
+    assert driver.say("pid") != before
+
+
+def test_stopped_worker_is_killed_at_the_deadline(driver: Driver) -> None:
+    """SIGSTOP in a task: the task fails at its deadline and the worker is replaced."""
+    before = driver.pid("extract-0")
+    started = time.monotonic()
+    failed = driver.failed(driver.submit(text_task("stop"), seconds=2))
+    assert time.monotonic() - started < 30
+    assert failed.failure.type == "WorkerDied"
+    assert "deadline" in failed.failure.message
+    assert driver.say("after") == "after"
+    assert driver.pid("extract-0") != before
+
+
+def test_worker_that_reads_nothing_blocks_nobody(driver: Driver) -> None:
+    """Sending megabytes to a stopped worker does not block; others go on; it is replaced."""
+    before = driver.pid("extract-0")
+    os.kill(before, signal.SIGSTOP)
+    stuck = driver.submit(text_task("x" * 20_000_000), seconds=6)
+    started = time.monotonic()
+    driver.told += driver.pool.poll(0)
+    assert time.monotonic() - started < 5, "it waited for the stopped one"
+    assert isinstance(driver.run(fuse_task("tags:p1")), Tags)
+    assert driver.failed(stuck).failure.retryable
+    assert driver.say("after") == "after"
+    assert driver.pid("extract-0") != before
+
+
+def test_task_waits_no_longer_than_its_deadline(driver: Driver, tmp_path: Path) -> None:
+    """A queued task fails at its deadline, and its worker is left alone."""
+    before = driver.pid("extract-0")
+    with driver.held(text_task, tmp_path / "hold") as blocker:
+        waiting = driver.submit(text_task("x"), seconds=0.2)
+        failed = driver.failed(waiting)
+    assert (failed.failure.type, failed.failure.retryable) == ("RetryableError", True)
+    assert failed.failure.message == "text waited past its deadline"
+    driver.done(blocker)
+    assert driver.pid("extract-0") == before
+
+
+@pytest.mark.parametrize(
+    ("task", "name"),
+    [
+        (fetch_task("elsewhere"), "fetch-0"),
+        (decode_task("slot-of-another"), "decode-0"),
+    ],
+)
+def test_lying_worker_is_replaced(driver: Driver, task: ExtractTask, name: str) -> None:
+    """A result that cannot be true is not passed on: the King would delete or read for it."""
+    before = driver.pid(name)
+    failed = driver.failed(driver.submit(task))
+    assert failed.failure.type == "WorkerDied"
+    driver.ready()
+    assert driver.pid(name) != before
+
+
+def test_workers_ignore_the_signals_of_the_group(driver: Driver) -> None:
+    """SIGTERM and SIGINT are the King's to act on."""
+    pid = driver.pid("fuse-0")
+    for number in (signal.SIGTERM, signal.SIGINT):
+        os.kill(pid, number)
+    assert isinstance(driver.run(fuse_task("tags:p1")), Tags)
+    assert driver.pid("fuse-0") == pid
+
+
+def test_storm_of_kills_loses_nothing(driver: Driver) -> None:
+    """Under random kills every task still ends in exactly one event, and no slot is lost."""
+    tasks = []
+    for i in range(60):
+        tasks.append(driver.submit(decode_task(f"sleep:0.0{i % 3}")))
+        tasks.append(driver.submit(text_task(f"sleep:0.0{i % 3}")))
+
+    def ended(least: int) -> bool:
+        return sum(driver.outcome(task) is not None for task in tasks) >= least
+
+    for name, least in (("decode-0", 3), ("extract-0", 10)):
+        driver.until(partial(ended, least))
+        os.kill(driver.pid(name), signal.SIGKILL)
+    for task in tasks:
+        event = driver.wait(task)
+        if isinstance(event, TaskDone) and isinstance(event.result, Decoded):
+            driver.pool.release(event.result.parts[0].ref.slot)
+    told = [event.task_id for event in driver.told if hasattr(event, "task_id")]
+    assert len(told) == len(set(told)), "a task ended twice"

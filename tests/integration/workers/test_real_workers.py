@@ -1,0 +1,386 @@
+"""The real roles in the real pool: a post's media from a web server to tags, and what breaks."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import numpy as np
+import pytest
+
+from common.errors import BundleError, MediaError, NothingUsable
+from config.settings import FeatureSettings, Settings
+from extractors.suite import ExtractorSuite
+from tests.support import media
+from tests.support.tiny_models import tiny_features
+from tests.support.workers.driving import Driver, alive, fetch_task, toy_settings
+from tests.support.workers.small_bundle import write_bundle
+from tests.support.workers.toys import ROLES as TOYS
+from tests.support.workers.toys import TOY
+from workers.fetch.sources import is_url
+from workers.local import LocalTagger
+from workers.plan import PostPlan, Step
+from workers.pool.launch import ROLES
+from workers.pool.pool import BundleChanged, PoolRefused, TaskDone
+from workers.protocol import Decoded, DecodeTask, Features, FetchTask, FuseTask, Media, Post, Tags
+
+MAX_BYTES = 2_000_000
+
+
+class _Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@dataclass
+class Site:
+    """Media files, the server that serves them, and settings with a bundle for their features."""
+
+    folder: Path
+    url: str
+    settings: Settings
+    bundle: Path
+    suite: ExtractorSuite
+
+    def media(self, *names: str) -> tuple[Media, ...]:
+        kinds = {".png": "image", ".jpg": "image", ".mp4": "video", ".wav": "audio"}
+        return tuple(
+            Media(kinds[Path(name).suffix], f"{self.url}/{name}")  # type: ignore[arg-type]
+            for name in names
+        )
+
+    def local(self, post: Post) -> Post:
+        """The same post with the files named by path."""
+        files = tuple(
+            replace(m, source=str(self.folder / m.source.rpartition("/")[2])) for m in post.media
+        )
+        return replace(post, media=files)
+
+
+def make_files(folder: Path) -> None:
+    media.write_png(folder / "a.png", media.quadrants(90, 70))
+    media.write_jpeg(folder / "b.jpg", media.noise(64, 48))
+    sound = media.tone(duration_s=2, rate_hz=44100)
+    media.write_video(folder / "v.mp4", media.grey_steps(30), audio=sound)
+    media.write_wav(folder / "s.wav", media.tone(duration_s=1.5))
+    media.truncate(folder / "b.jpg", folder / "cut.jpg", 0.5)
+    media.write_random(folder / "random.mp4")
+    (folder / "huge.png").write_bytes(b"\x89PNG" + bytes(MAX_BYTES))
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    root = tmp_path_factory.mktemp("site")
+    files = root / "files"
+    files.mkdir()
+    make_files(files)
+    features: FeatureSettings = tiny_features()
+    suite = ExtractorSuite(features, threads=1)
+    suite.load()
+    bundle = root / "bundle"
+    write_bundle(bundle, suite)
+    settings = toy_settings(
+        root / "spool",
+        fetch={"allow_private_hosts": True, "max_bytes": MAX_BYTES, "total_timeout_s": 10},
+        features=features.model_dump(),
+        decode={"memory_mb": 600, "deadline_s": 20},
+        fusion={"bundle": str(bundle), "reload_s": 0.3},
+    )
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=str(files)))
+    thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+    thread.start()
+    try:
+        yield Site(files, f"http://127.0.0.1:{server.server_port}", settings, bundle, suite)
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+        suite.close()
+
+
+@pytest.fixture(scope="module")
+def pooled(site: Site) -> Iterator[Driver]:
+    driver = Driver(site.settings, ROLES).start()
+    try:
+        yield driver
+    finally:
+        driver.stop()
+
+
+@pytest.fixture
+def driver(pooled: Driver) -> Iterator[Driver]:
+    """The pool with the real roles; after each test it holds no slot and no file."""
+    pooled.ready()
+    yield pooled
+    pooled.until(lambda: not pooled.pool._scheduler.busy)
+    assert pooled.free_slots == 4
+    spool = pooled.pool._spool
+    assert spool is not None
+    assert [path.name for path in spool.folder.iterdir()] == ["lock"]
+
+
+@pytest.fixture(scope="module")
+def tagger(site: Site) -> Iterator[LocalTagger]:
+    with LocalTagger(site.settings) as made:
+        made.load()
+        yield made
+
+
+def through(driver: Driver, *posts: Post) -> list[Features]:
+    """Walk the plans of posts on the pool, all at once, as the King does."""
+    plans = [PostPlan(post, driver.pool._settings.features, max_media=20) for post in posts]
+    open_steps: dict[int, tuple[PostPlan, Step]] = {}
+
+    def submit(plan: PostPlan, steps: list[Step]) -> None:
+        for step in steps:
+            open_steps[driver.submit(step.task)] = (plan, step)
+
+    for plan in plans:
+        submit(plan, plan.start())
+    while open_steps:
+        driver.until(lambda: any(driver.outcome(i) for i in open_steps))
+        for task_id in [i for i in open_steps if driver.outcome(i)]:
+            (plan, step), event = open_steps.pop(task_id), driver.outcome(task_id)
+            if isinstance(step.task, DecodeTask):
+                Path(step.task.path).unlink()
+            if isinstance(event, TaskDone):
+                submit(plan, plan.done(step, event.result))
+                if isinstance(event.result, Decoded) and event.result.parts:
+                    driver.pool.release(event.result.parts[0].ref.slot)
+            else:
+                assert event is not None
+                submit(plan, plan.failed(step, event.failure))
+    return [plan.features() for plan in plans]
+
+
+def same(one: Features, other: Features) -> None:
+    assert one.statuses == other.statuses
+    assert one.failures == other.failures
+    assert set(one.arrays) == set(other.arrays)
+    for modality, array in one.arrays.items():
+        difference = np.abs(array.astype(np.float32) - other.arrays[modality].astype(np.float32))
+        assert difference.max() < 1e-3, modality
+
+
+# Whole posts ---------------------------------------------------------------------------------
+
+
+def test_pool_and_local_agree(driver: Driver, tagger: LocalTagger, site: Site) -> None:
+    """The same post gives the same features and tags by the pool, by URL and by path in place."""
+    post = Post("p1", "a cat in the sea", site.media("a.png", "v.mp4", "b.jpg", "s.wav"))
+    [pooled] = through(driver, post)
+    assert pooled.arrays["video"].shape == (4, 64)
+    assert pooled.arrays["image"].shape == (2, 64)
+    assert pooled.statuses["ocr"] == "missing"
+    for where in (post, site.local(post)):
+        same(pooled, tagger.features(where))
+    tags = driver.run(FuseTask(pooled))
+    assert isinstance(tags, Tags)
+    assert (tags.model, tags.version) == driver.pool.bundle
+    local = tagger.tag(site.local(post))
+    assert [tag.name for tag in tags.tags] == [tag.name for tag in local.tags]
+    assert np.allclose(tags.scores, local.scores, atol=1e-3)
+    assert all((site.folder / name).exists() for name in ("a.png", "v.mp4", "s.wav"))
+
+
+def test_broken_media_fail_alone(driver: Driver, tagger: LocalTagger, site: Site) -> None:
+    """404, too large, truncated, random: each its reason; the post is tagged from the rest."""
+    post = Post("p2", "still here", site.media("none.png", "random.mp4", "s.wav"))
+    [features] = through(driver, post)
+    assert features.statuses == {
+        "video": "failed",
+        "image": "failed",
+        "audio": "ok",
+        "text": "ok",
+        "ocr": "missing",
+    }
+    assert features.failures["image"].message == "HTTP 404"
+    assert (features.failures["video"].stage, features.failures["video"].type) == (
+        "decode",
+        "MediaError",
+    )
+    same(features, tagger.features(post))
+    huge, cut = through(
+        driver,
+        Post("p3", "x", site.media("huge.png")),
+        Post("p4", "x", site.media("cut.jpg")),
+    )
+    assert huge.failures["image"].message == f"larger than fetch.max_bytes ({MAX_BYTES})"
+    assert cut.failures["image"].type == "MediaError"
+    assert "truncated" in cut.failures["image"].message
+
+
+def test_posts_do_not_disturb_each_other(driver: Driver, site: Site) -> None:
+    """More media than slots, from many posts at once: each post gets its own features."""
+    first = Post("a", "cat", site.media("a.png", "v.mp4"))
+    second = Post("b", "dog", site.media("b.jpg", "s.wav", "b.jpg"))
+    alone = through(driver, first) + through(driver, second)
+    together = through(driver, *(first, second) * 5)
+    for i, features in enumerate(together):
+        same(features, replace(alone[i % 2], post_id=features.post_id))
+    assert not np.allclose(alone[0].arrays["image"], alone[1].arrays["image"][:1], atol=1e-3)
+
+
+def test_wrong_features_fail_their_post_only(driver: Driver, site: Site) -> None:
+    """A post whose features have another shape fails in fusion; the batch's others are tagged."""
+    good = Features("good", {"text": np.ones((2, 64), np.float16)}, {"text": "ok"})
+    bad = Features("bad", {"text": np.ones((2, 7), np.float16)}, {"text": "ok"})
+    tasks = [driver.submit(FuseTask(each)) for each in (good, bad, good)]
+    driver.done(tasks[0])
+    failed = driver.failed(tasks[1]).failure
+    assert (failed.stage, failed.type) == ("fuse", "FeatureError")
+    driver.done(tasks[2])
+
+
+# Decoders ------------------------------------------------------------------------------------
+
+
+def test_decoder_that_needs_too_much_memory(driver: Driver, site: Site, tmp_path: Path) -> None:
+    """A file beyond `decode.memory_mb` fails with that reason or as broken; decoding goes on."""
+    side = 15_000
+    path = tmp_path / "big.png"
+    import cv2
+
+    cv2.imwrite(str(path), np.zeros((side, side, 3), np.uint8))  # 675 MB of pixels, small file
+    assert side * side > driver.pool._settings.decode.max_pixels
+    limits = driver.pool._settings.decode.model_copy(update={"max_pixels": side * side * 2})
+    settings = driver.pool._settings.model_copy(update={"decode": limits})
+    other = Driver(settings, {**ROLES, "extract": TOY, "fuse": TOY}).start()
+    try:
+        failed = other.failed(other.submit(DecodeTask("image", str(path), -1))).failure
+        assert failed.type == "MediaError", failed
+        assert "allocate" in failed.message or "memory" in failed.message
+        fine = other.run(DecodeTask("image", str(site.folder / "a.png"), -1))
+        assert isinstance(fine, Decoded)
+    finally:
+        other.stop()
+
+
+def test_more_than_a_slot_holds(driver: Driver, site: Site) -> None:
+    """Arrays beyond the slot's size are a media error and not a write into the next slot."""
+    arena_bytes = driver.pool._slot_bytes
+    assert arena_bytes % 4096 == 0
+    from workers.pool.arena import Arena
+    from workers.roles.tasks import run_decode
+
+    arena = Arena.private(2, 4096)
+    task = DecodeTask("image", str(site.folder / "a.png"), 0)
+    with pytest.raises(MediaError, match=r"more than a slot holds \(4096 bytes\)"):
+        run_decode(task, site.settings.features, site.settings.decode, arena)
+    arena.close()
+
+
+# Fusion --------------------------------------------------------------------------------------
+
+
+def test_hot_swap(driver: Driver, site: Site) -> None:
+    """A new bundle is served without a restart; a wrong or broken one is not, and harms nothing."""
+    before = driver.pool.bundle
+    assert before is not None
+    pid = driver.pid("fuse-0")
+    wrong = {**site.suite.fingerprints, "text": "of others"}
+    write_bundle(site.bundle, site.suite, seed=1, fingerprints=wrong)
+    time.sleep(1)
+    post = Features("p", {"text": np.ones((2, 64), np.float16)}, {"text": "ok"})
+    assert driver.run(FuseTask(post)).version == before[1]
+    (site.bundle / "model.safetensors").write_bytes(b"broken")
+    time.sleep(1)
+    assert driver.run(FuseTask(post)).version == before[1]
+    shutil.rmtree(site.bundle)
+    version = write_bundle(site.bundle, site.suite, seed=2)
+    driver.until(lambda: BundleChanged("small", version) in driver.told)
+    assert driver.run(FuseTask(post)).version == version
+    assert driver.pid("fuse-0") == pid
+
+
+def refusal(settings: Settings) -> str:
+    """Why a pool with real fusion, and toys for the rest, does not start."""
+    roles = {**TOYS, "fuse": ROLES["fuse"]}
+    driver = Driver(settings, roles)
+    driver.pool.start()
+    driver.until(lambda: driver.told)
+    driver.stop()
+    [event] = driver.told
+    assert isinstance(event, PoolRefused)
+    return event.message
+
+
+def test_missing_bundle_refuses_the_pool(site: Site, tmp_path: Path) -> None:
+    """No bundle: one line that names where it was looked for."""
+    fusion = site.settings.fusion.model_copy(update={"bundle": tmp_path / "none"})
+    message = refusal(site.settings.model_copy(update={"fusion": fusion}))
+    assert str(tmp_path / "none") in message
+    assert "\n" not in message
+
+
+# In this process -----------------------------------------------------------------------------
+
+
+def test_local_needs_the_right_bundle(site: Site, tmp_path: Path) -> None:
+    """A bundle for other features, or trained with the other switch, is refused by name."""
+    folder = tmp_path / "bundle"
+    wrong = {**site.suite.fingerprints, "image": "of others"}
+    write_bundle(folder, site.suite, fingerprints=wrong)
+    fusion = site.settings.fusion.model_copy(update={"bundle": folder})
+    settings = site.settings.model_copy(update={"fusion": fusion})
+    with LocalTagger(settings) as tagger:
+        with pytest.raises(BundleError, match="modality image: the bundle needs of others"):
+            tagger.load()
+    write_bundle(folder, site.suite)
+    switched = fusion.model_copy(update={"image_as_frames": True})
+    with LocalTagger(settings.model_copy(update={"fusion": switched})) as tagger:
+        with pytest.raises(BundleError, match=r"fusion\.image_as_frames is True, but bundle"):
+            tagger.load()
+
+
+def test_local_without_anything_usable(tagger: LocalTagger, tmp_path: Path) -> None:
+    """A missing file and no text: the reason names the file."""
+    with pytest.raises(NothingUsable, match=r"gone\.png: no such file"):
+        tagger.tag(Post("p", "", (Media("image", str(tmp_path / "gone.png")),)))
+
+
+def test_local_must_be_loaded(site: Site) -> None:
+    """Nothing is loaded by constructing; using it then is a programmer's error."""
+    made = LocalTagger(site.settings)
+    with pytest.raises(RuntimeError, match="load"):
+        made.features(Post("p", "x"))
+    with pytest.raises(RuntimeError, match="load"):
+        made.fuse(Features("p", {}, {}))
+    made.close()
+
+
+def test_what_is_a_url() -> None:
+    """Paths of any system are read in place, everything with a scheme is for the downloader."""
+    assert is_url("http://h/a.png")
+    assert is_url("ftp://h/a.png")
+    assert not is_url("a.png")
+    assert not is_url("/tmp/a.png")
+    assert not is_url("C:/a.png")
+
+
+def test_fetch_of_a_private_address_is_refused_by_default(site: Site, tmp_path: Path) -> None:
+    """The downloader process itself refuses loopback unless the settings allow it."""
+    fetch = site.settings.fetch.model_copy(update={"allow_private_hosts": False, "spool": tmp_path})
+    settings = site.settings.model_copy(update={"fetch": fetch})
+    roles = {**TOYS, "fetch": ROLES["fetch"]}
+    driver = Driver(settings, roles).start()
+    try:
+        task = FetchTask(site.media("a.png")[0])
+        failed = driver.failed(driver.submit(task)).failure
+        assert (failed.stage, failed.type, failed.retryable) == ("fetch", "FetchRefused", False)
+        assert failed.message == (
+            "address 127.0.0.1 is private: set fetch.allow_private_hosts to allow it"
+        )
+        late = driver.failed(driver.submit(fetch_task("http://h/"), seconds=0)).failure
+        assert "waited past its deadline" in late.message
+        pids = [w.pid for w in driver.pool.workers if w.pid]
+    finally:
+        driver.stop()
+    assert not alive(pids)

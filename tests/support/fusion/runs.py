@@ -1,0 +1,95 @@
+"""Small trainings, in this process or as the command, and what they leave behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fusion.data.feature_files import FeatureFiles
+from fusion.train.training import TrainReport, train
+from tests.support.fusion import support
+
+ROOT = Path(__file__).resolve().parents[3]
+State = dict[str, torch.Tensor]
+
+
+def run(folder: Path, resume: Path | None = None, **sections: Any) -> TrainReport:
+    """One small training on `support.write_posts` files of a folder."""
+    return train(support.train_settings(folder, **sections), FeatureFiles(), resume=resume)
+
+
+def checkpoint(folder: Path, name: str = "run") -> dict[str, Any]:
+    """The content of the last checkpoint."""
+    content: dict[str, Any] = torch.load(folder / name / "ckpt" / "last.pt", weights_only=True)
+    return content
+
+
+def weights(folder: Path, name: str = "run") -> State:
+    """The weights of the last checkpoint."""
+    found: State = checkpoint(folder, name)["model"]
+    return found
+
+
+def equal(a: State, b: State) -> bool:
+    """Bit by bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def apart(a: State, b: State) -> float:
+    """The largest difference of two weights."""
+    return max(float((a[key].double() - b[key].double()).abs().max()) for key in a)
+
+
+def same(one: Any, other: Any) -> bool:
+    """Bit by bit, all the way down."""
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(same, one, other))
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    return bool(one == other)
+
+
+def events(folder: Path, name: str = "run") -> list[dict[str, Any]]:
+    """The lines of a run's log."""
+    lines = (folder / name / "log" / "train.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def config_file(folder: Path, **sections: Any) -> Path:
+    """The settings of `run` as a file for `train_net.py`."""
+    file = folder / "train.yaml"
+    content = support.train_settings(folder, **sections).model_dump(mode="json")
+    file.write_text(json.dumps(content))
+    return file
+
+
+def start_command(*arguments: str | Path, launcher: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+    """Start `train_net.py` as a person would."""
+    command = [*(launcher or (sys.executable,)), str(ROOT / "train_net.py"), *map(str, arguments)]
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def command(*arguments: str | Path, launcher: tuple[str, ...] = ()) -> tuple[int, str, str]:
+    """Run `train_net.py` to its end; status, output, errors."""
+    process = start_command(*arguments, launcher=launcher)
+    try:
+        out, err = process.communicate(timeout=240)
+    finally:
+        process.kill()
+        process.wait()
+    return process.returncode, out, err

@@ -1,0 +1,119 @@
+"""What the tests of the store and of the King share: one store, and a look behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from common.post import Failure, Tag, Tags
+from config.settings import StoreSettings
+from king.jobs import (
+    Claim,
+    Job,
+    Started,
+    Tagged,
+    Terms,
+    Verdict,
+)
+from king.messages import PostMessage
+from king.store.store import MongoStore, Store
+from tests.support.fakes.store import FakeStore
+
+NOW = 1_800_000_000.0
+BUNDLE = ("demo", "20260101T000000Z-aa")
+
+
+class StoreRig:
+    """One empty store, of either kind."""
+
+    def __init__(self, store: FakeStore | MongoStore) -> None:
+        self.real = store
+        self.store: Store = store
+
+    def insert(self, *posts: Mapping[str, Any]) -> None:
+        """Put post documents in."""
+        if isinstance(self.real, FakeStore):
+            self.real.posts.update({post["_id"]: dict(post) for post in posts})
+        else:
+            self.real.posts.insert_many([dict(post) for post in posts])
+
+    def result(self, document_id: Any) -> Any:
+        """A post's result sub-document."""
+        if isinstance(self.real, FakeStore):
+            return self.real.posts[document_id].get("insight")
+        return (self.real.posts.find_one({"_id": document_id}) or {}).get("insight")
+
+    def results(self) -> dict[Any, Any]:
+        """Of every post."""
+        if isinstance(self.real, FakeStore):
+            return {key: post.get("insight") for key, post in self.real.posts.items()}
+        return {post["_id"]: post.get("insight") for post in self.real.posts.find()}
+
+    def job(self, post_id: str) -> Job | None:
+        """One job."""
+        return self.real.job(post_id)
+
+    def set_job(self, job: Job) -> None:
+        """Put a job in."""
+        if isinstance(self.real, FakeStore):
+            self.real.jobs[job.post_id] = job
+        else:
+            self.real.jobs.insert_one(job.as_document())
+
+
+def mongo_settings(url: str, name: str, **changes: Any) -> StoreSettings:
+    """A database of its own; nx-27017 ignores the database's name, so its collections too."""
+    names = {"database": name, "collection": f"{name}_posts", "jobs_collection": f"{name}_jobs"}
+    return StoreSettings(url=url, timeout_s=3, **names, **changes)
+
+
+def mongo_store(url: str, name: str, **changes: Any) -> MongoStore:
+    """A connected store."""
+    store = MongoStore(mongo_settings(url, name, **changes))
+    store.connect()
+    return store
+
+
+def terms(now: float = NOW, **changes: Any) -> Terms:
+    """Those of the King ``k1``."""
+    values: dict[str, Any] = {"owner": "k1", "bundle": BUNDLE, "attempts": 3}
+    return Terms(now=now, **{**values, **changes})
+
+
+def claim(post_id: str, **changes: Any) -> Claim:
+    """A message for one post."""
+    redelivered = changes.pop("redelivered", False)
+    return Claim(PostMessage(post_id, **changes), post_id, redelivered)
+
+
+def begin_one(
+    store: Store, post_id: str, conditions: Terms | None = None, **changes: Any
+) -> Verdict:
+    """The verdict on one claim."""
+    [verdict] = store.begin([claim(post_id, **changes)], conditions or terms())
+    return verdict
+
+
+def started(store: Store, post_id: str, conditions: Terms | None = None, **changes: Any) -> Started:
+    """Begin a post that can begin."""
+    verdict = begin_one(store, post_id, conditions, **changes)
+    assert isinstance(verdict, Started), verdict
+    return verdict
+
+
+def tagged(begun: Started, version: str = BUNDLE[1], *names: str) -> Tagged:
+    """Tags for a begun post."""
+    tags: Sequence[Tag] = [Tag(i, name, 0.75) for i, name in enumerate(names or ("雨",))]
+    scores = np.array([0.75], np.float32)
+    return Tagged(
+        started=begun,
+        tags=Tags(begun.post_id, BUNDLE[0], version, tuple(tags), scores),
+        statuses={"video": "missing", "image": "failed", "text": "ok"},
+        failures={"image": Failure("fetch", "FetchRefused", "HTTP 404")},
+        timings_ms={"fetch": 3, "total": 9},
+    )
+
+
+BROKEN = Failure("extract", "WorkerDied", "worker extract-0 died", retryable=True)

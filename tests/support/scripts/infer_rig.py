@@ -1,0 +1,109 @@
+"""A small bundle with posts for the tests of `infer_net.py`, and a GAP of its own."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+import infer_net
+from fusion.bundle.bundle import save_bundle
+from fusion.bundle.ensemble import Ensemble
+from fusion.models import FusionModel
+from tests.support.fusion import support
+
+ROOT = Path(__file__).parents[3]
+
+
+def write_bundle(folder: Path, name: str = "gmu", *, members: int = 1, seed: int = 0) -> str:
+    """A bundle with random weights for the features of `support.write_posts`; its version."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        models: list[FusionModel] = [support.model(name) for _ in range(members)]
+    return save_bundle(
+        folder,
+        name="small",
+        model=models[0] if members == 1 else Ensemble(models),
+        settings=support.SMALL.model_copy(update={"name": name}),
+        manifest=support.manifest(),
+        labels=support.LABELS,
+        thresholds=np.full(support.CLASSES, 0.5, np.float32),
+        metrics={},
+    )
+
+
+def write_config(folder: Path, **changes: Any) -> Path:
+    """A config for feature files of the folder."""
+    content = {
+        "bundle": str(folder / "bundle"),
+        "features": str(folder / "features"),
+        "progress_dir": str(folder / "notes"),
+        "threads": 1,
+        "batch_size": 7,
+        "progress": False,
+        **changes,
+    }
+    path = folder / "infer.yaml"
+    path.write_text(yaml.safe_dump(content), encoding="utf-8")
+    return path
+
+
+def make(folder: Path, posts: int = 40, **changes: Any) -> Path:
+    """Posts in ``posts.json``, a bundle and a config; the folder."""
+    support.write_posts(folder, "posts", posts, 3)
+    write_bundle(folder / "bundle")
+    write_config(folder, **changes)
+    return folder
+
+
+def infer(folder: Path, *more: str, posts: str = "posts.json") -> int:
+    """`infer_net.main` on the folder's config."""
+    given = ["--infer_config", str(folder / "infer.yaml"), "--input", str(folder / posts)]
+    return infer_net.main([*given, *more])
+
+
+def command(folder: Path, *more: str, posts: str = "posts.json") -> list[str]:
+    """The same as a command line."""
+    given = ["--infer_config", str(folder / "infer.yaml"), "--input", str(folder / posts)]
+    return [sys.executable, str(ROOT / "infer_net.py"), *given, *more]
+
+
+def start(line: list[str], **more: str) -> subprocess.Popen[str]:
+    """Begin a command in a process of its own."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **more}
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(line, cwd=ROOT, env=environment, **pipes)
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    """JSON lines."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file."""
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def plain_gap(found: list[dict[str, Any]], names: tuple[str, ...], top_k: int = 20) -> float:
+    """GAP@k of written lines, in plain Python; for scores without ties."""
+    pairs: list[tuple[float, bool]] = []
+    positives = 0
+    for line in found:
+        truth = [name in line["labels"] for name in names]
+        positives += sum(truth)
+        pairs += sorted(zip(line["scores"], truth, strict=True), reverse=True)[:top_k]
+    total, hits = 0.0, 0
+    for rank, (_, hit) in enumerate(sorted(pairs, reverse=True), 1):
+        hits += hit
+        total += hits / rank if hit else 0.0
+    return total / positives

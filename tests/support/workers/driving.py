@@ -1,0 +1,174 @@
+"""Drive a real pool in tests: submit, wait for the events of chosen tasks, look at processes."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from config.settings import Settings
+from tests.support.workers.toys import ROLES
+from workers.pool.pool import PoolEvent, PoolReady, ProcessPool, TaskDone, TaskFailed
+from workers.protocol import (
+    Decoded,
+    DecodeTask,
+    Extracted,
+    ExtractTask,
+    Features,
+    FetchTask,
+    FuseTask,
+    Media,
+    Task,
+    WorkerRole,
+)
+
+PATIENCE_S = 60.0
+
+
+def toy_settings(spool: Path, **sections: Any) -> Settings:
+    """Small settings: one decoder, one extract worker that hosts everything, four slots."""
+    values: dict[str, Any] = {
+        "fetch": {"spool": str(spool), "connections": 4},
+        "decode": {"processes": 1, "max_audio_s": 5},
+        "workers": {"slots": 4},
+        "log": {"format": "json", "level": "warning"},
+    }
+    for name, content in sections.items():
+        values[name] = {**values.get(name, {}), **content}
+    return Settings.model_validate(values)
+
+
+class Driver:
+    """A pool and what it has told so far."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        roles: Mapping[WorkerRole, str] = ROLES,
+        grace_s: float = 0.5,
+    ) -> None:
+        self.pool = ProcessPool(settings, roles=roles, grace_s=grace_s)
+        self.told: list[PoolEvent] = []
+
+    def until(self, true: Callable[[], Any], timeout_s: float = PATIENCE_S) -> None:
+        end = time.monotonic() + timeout_s
+        while not true():
+            assert time.monotonic() < end, f"timed out; told: {self.told[-5:]}"
+            self.told += self.pool.poll(0.2)
+
+    def ready(self) -> None:
+        """Every worker is up."""
+        self.until(lambda: self.pool.ready and all(w.state == "ready" for w in self.pool.workers))
+
+    def start(self) -> Driver:
+        self.pool.start()
+        self.until(lambda: PoolReady() in self.told)
+        return self
+
+    def submit(self, task: Task, *, seconds: float = PATIENCE_S, priority: int = 0) -> int:
+        return self.pool.submit(task, deadline=time.monotonic() + seconds, priority=priority)
+
+    @contextlib.contextmanager
+    def held(self, make: Callable[[str], Task], folder: Path) -> Iterator[int]:
+        """A task that a worker has begun, and that ends after the block or with its worker."""
+        folder.mkdir()
+        task_id = self.submit(make(f"hold:{folder}"))
+        self.until((folder / "held").exists)
+        try:
+            yield task_id
+        finally:
+            (folder / "go").touch()
+
+    def outcome(self, task_id: int) -> TaskDone | TaskFailed | None:
+        for event in self.told:
+            if isinstance(event, (TaskDone, TaskFailed)) and event.task_id == task_id:
+                return event
+        return None
+
+    def wait(self, task_id: int) -> TaskDone | TaskFailed:
+        self.until(lambda: self.outcome(task_id))
+        found = self.outcome(task_id)
+        assert found is not None
+        return found
+
+    def done(self, task_id: int) -> TaskDone:
+        event = self.wait(task_id)
+        assert isinstance(event, TaskDone), event
+        return event
+
+    def failed(self, task_id: int) -> TaskFailed:
+        event = self.wait(task_id)
+        assert isinstance(event, TaskFailed), event
+        return event
+
+    def run(self, task: Task, **options: Any) -> Any:
+        return self.done(self.submit(task, **options)).result
+
+    def say(self, text: str, **options: Any) -> str:
+        """What the extract worker answers to a text."""
+        result = self.run(text_task(text), **options)
+        assert isinstance(result, Extracted)
+        assert result.text is not None
+        return result.text
+
+    def decode(self, text: str = "x") -> Decoded:
+        result = self.run(decode_task(text))
+        assert isinstance(result, Decoded)
+        return result
+
+    def pid(self, name: str) -> int:
+        pid = next(w.pid for w in self.pool.workers if w.name == name)
+        assert pid is not None
+        return pid
+
+    @property
+    def free_slots(self) -> int:
+        return self.pool._scheduler.slots.free
+
+    def stop(self) -> None:
+        pids = [w.pid for w in self.pool.workers if w.pid is not None]
+        self.pool.stop(10)
+        assert not alive(pids), "a worker outlived its pool"
+
+
+def alive(pids: Iterable[int]) -> list[int]:
+    """Those that run; a zombie that its parent has not read yet does not."""
+    found = []
+    for pid in pids:
+        try:
+            if psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+                found.append(pid)
+        except psutil.NoSuchProcess:
+            continue
+    return found
+
+
+def memory_files() -> int:
+    """Descriptors of slots that this process holds."""
+    count = 0
+    for descriptor in Path("/proc/self/fd").iterdir():
+        try:
+            count += "insighttag-slots" in str(descriptor.readlink())
+        except FileNotFoundError:
+            continue  # the one that listed the folder
+    return count
+
+
+def text_task(text: str) -> ExtractTask:
+    return ExtractTask("text", "text", text=text)
+
+
+def decode_task(text: str = "x") -> DecodeTask:
+    return DecodeTask("video", text, -1)
+
+
+def fetch_task(text: str) -> FetchTask:
+    return FetchTask(Media("image", text))
+
+
+def fuse_task(text: str) -> FuseTask:
+    return FuseTask(Features(text, {}, {}))

@@ -1,0 +1,51 @@
+"""What several files of the workers' tests stand on: a web server, a pipe, a pool of toys."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+
+import pytest
+
+from tests.support.workers.driving import Driver, memory_files, toy_settings
+from tests.support.workers.web import Web, web_server
+from workers.pool.pipe import Pipe
+
+
+@pytest.fixture(scope="module")
+def web() -> Iterator[Web]:
+    """A web server of one file's tests."""
+    with web_server() as server:
+        yield server
+
+
+@pytest.fixture
+def pipes() -> Iterator[tuple[Pipe, Pipe]]:
+    """The King's end and the worker's."""
+    one, other = (Pipe(end) for end in socket.socketpair())
+    yield one, other
+    one.close()
+    other.close()
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Driver]:
+    """One pool for all tests of a file that leave it as they found it: deaths included."""
+    driver = Driver(toy_settings(tmp_path_factory.mktemp("spool"))).start()
+    try:
+        yield driver
+    finally:
+        driver.stop()
+        assert memory_files() == 0
+
+
+@pytest.fixture
+def driver(shared: Driver) -> Iterator[Driver]:
+    """The shared pool, whole again; after the test it must hold nothing."""
+    shared.ready()
+    yield shared
+    shared.until(lambda: not shared.pool._scheduler.busy)
+    assert shared.free_slots == 4
+    spool = shared.pool._spool
+    assert spool is not None
+    assert [path.name for path in spool.folder.iterdir()] == ["lock"]

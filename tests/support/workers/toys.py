@@ -1,0 +1,180 @@
+"""Roles for tests of the pool: real processes that load nothing and do what the task's text says.
+
+A task's text is ``verb:argument``; for a fetch task it is the URL, for decode the path, for
+extract the text, for fuse the post's ID.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from common.errors import ConfigError
+from workers.pool.pipe import Pipe
+from workers.protocol import (
+    BundleLoaded,
+    Decoded,
+    DecodeTask,
+    Expect,
+    Extracted,
+    ExtractTask,
+    Failure,
+    Fetched,
+    FetchTask,
+    FuseTask,
+    Part,
+    Result,
+    Tags,
+    Task,
+    WorkerRole,
+)
+from workers.roles.batch import DeviceLost, Outcome, run_batch
+from workers.roles.loop import Context, serve
+
+TOY = "tests.support.workers.toys:run"
+ROLES: dict[WorkerRole, str] = {"fetch": TOY, "decode": TOY, "extract": TOY, "fuse": TOY}
+
+
+def text_of(task: Task) -> str:
+    if isinstance(task, FetchTask):
+        return task.media.source
+    if isinstance(task, DecodeTask):
+        return task.path
+    if isinstance(task, ExtractTask):
+        return task.text
+    assert isinstance(task, FuseTask)
+    return task.features.post_id
+
+
+class Toy:
+    """Does as it is told."""
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+        self.expected: dict[str, str] = {}
+        self.swap: tuple[str, str] | None = None
+
+    def load(self) -> Mapping[str, str]:
+        spoken = self.context.settings.features.text.arch  # a free text in the settings
+        role = self.context.launch.role
+        verb, _, rest = spoken.partition(":")
+        if verb == f"{role}-refuses":
+            raise ConfigError(rest)
+        if verb == f"{role}-dies":
+            os._exit(7)
+        if verb == f"{role}-hangs":
+            time.sleep(60)
+        if role == "fuse":
+            wanted = json.loads(rest) if verb == "bundle-wants" else {}
+            return {"name": "toy", "version": "1", "fingerprints": json.dumps(wanted)}
+        if role == "extract":
+            return {
+                "fingerprints": json.dumps({n: f"fp-{n}" for n in self.context.launch.extractors})
+            }
+        return {}
+
+    def between(self, pipe: Pipe) -> float | None:
+        if self.swap is not None:
+            pipe.send_wait(BundleLoaded(*self.swap))
+            self.swap = None
+        return 1.0
+
+    def told(self, message: object) -> None:
+        if isinstance(message, Expect):
+            self.expected = {str(k): v for k, v in message.fingerprints.items()}
+
+    def close(self) -> None:
+        pass
+
+    def run(self, tasks: Sequence[Task]) -> list[Outcome]:
+        self.batch = len(tasks)
+        for task in tasks:
+            verb, _, rest = text_of(task).partition(":")
+            if verb == "sleep-batch":
+                time.sleep(float(rest))
+            if verb == "hold":
+                self.hold(Path(rest))
+            if verb == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if verb == "stop":
+                os.kill(os.getpid(), signal.SIGSTOP)
+            if verb == "device-lost":
+                raise DeviceLost("toy")
+            if verb == "retire":
+                return [Failure("toy", "Retired", str(os.getpid()))]
+        return run_batch("toy", lambda some: [self.one(task) for task in some], tasks)
+
+    def hold(self, folder: Path) -> None:
+        """Say that the task has begun, and stay in it until the test lets go."""
+        (folder / "held").touch()
+        while not (folder / "go").exists():
+            time.sleep(0.01)
+
+    def one(self, task: Task) -> Result:
+        verb, _, rest = text_of(task).partition(":")
+        if verb == "sleep":
+            time.sleep(float(rest))
+        if verb == "bad":
+            raise ConfigError(rest)
+        if verb == "swap":
+            self.swap = ("toy", rest)
+        if isinstance(task, FetchTask):
+            return self.fetched(verb, rest)
+        if isinstance(task, DecodeTask):
+            return self.decoded(task, verb)
+        if isinstance(task, ExtractTask):
+            return self.extracted(task, verb, rest)
+        assert isinstance(task, FuseTask)
+        return Tags(rest, "toy", "1", (), np.zeros(1, np.float32))
+
+    def fetched(self, verb: str, rest: str) -> Result:
+        if verb == "elsewhere":
+            return Fetched("/etc/passwd", 1)
+        path = Path(self.context.launch.spool) / f"{rest}-file"
+        path.write_text("x")
+        return Fetched(str(path), 1)
+
+    def decoded(self, task: DecodeTask, verb: str) -> Result:
+        if verb == "empty":
+            return Decoded((), {"audio": Failure("decode", "MediaError", "broken")})
+        assert self.context.arena is not None
+        writer = self.context.arena.writer(task.slot)
+        array = writer((2, 4, 4, 3), np.dtype(np.uint8))
+        array[...] = task.slot + 1
+        part = Part("frames", writer.ref(array))
+        if verb == "slot-of-another":
+            part = Part("frames", type(part.ref)((task.slot + 1) % 4, 0, (2, 4, 4, 3), "uint8"))
+        return Decoded((part,))
+
+    def extracted(self, task: ExtractTask, verb: str, rest: str) -> Result:
+        if task.refs:
+            assert self.context.arena is not None
+            view = self.context.arena.view(task.refs[0])
+            return Extracted(np.full((1, 2), view.mean(), np.float16))
+        say = {
+            "env": lambda: os.environ.get(rest, "-"),
+            "pid": lambda: str(os.getpid()),
+            "batch": lambda: str(self.batch),
+            "expected": lambda: json.dumps(dict(self.expected)),
+            "modules": lambda: str(sorted(set(sys.modules) & set(rest.split(",")))),
+            "big": lambda: "x" * int(rest),
+        }
+        return Extracted(text=say.get(verb, lambda: task.text)())
+
+
+def run(context: Context) -> None:
+    serve(context, Toy(context))
+
+
+def run_lingering(context: Context) -> None:
+    """Like `run`, and leaves behind what takes the interpreter long to take apart."""
+    atexit.register(time.sleep, 20)
+    run(context)

@@ -1,0 +1,141 @@
+"""Fingerprints say what they are of, and which setting two of them differ in."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from common.errors import BundleError, FeatureError
+from common.fingerprint import Fingerprint, differing, packed, parts_of, unpacked, with_parts
+from common.post import Features
+from config.settings import FeatureSettings
+from extractors.feature_file import (
+    features_bytes,
+    read_features,
+    read_fingerprints,
+    read_header,
+    write_features,
+)
+from extractors.fingerprint import digest, stream_fingerprints
+from fusion.bundle.bundle import check_fingerprints, load_bundle, save_bundle
+from tests.support.fusion import support
+from workers.pool.fingerprints import expectation, known_extractors, mismatch
+from workers.pool.pipe import decode, encode
+
+WEIGHTS = "a" * 64, "b" * 64
+
+
+def of(**changes: Any) -> Fingerprint:
+    return digest({"arch": "vit", "weights": WEIGHTS[0], "sampling": {"frames": 64}, **changes})
+
+
+@pytest.mark.parametrize(
+    ("other", "says"),
+    [
+        (of(sampling={"frames": 32}), " (another sampling.frames: 64, now 32)"),
+        (of(weights=WEIGHTS[1]), " (another weights)"),
+        (of(arch="cnn", weights=WEIGHTS[1]), ' (another arch: "vit", now "cnn", weights)'),
+        (of(short_clips="loop"), ' (another short_clips: null, now "loop")'),
+        (str(of(arch="cnn")), ""),
+        (None, ""),
+        (of(), ""),
+    ],
+)
+def test_what_differs_is_named(other: str | None, says: str) -> None:
+    """Values where they are short, names alone of weights, nothing where it is not known."""
+    assert differing(of(), other) == says
+
+
+def test_a_fingerprint_is_its_text() -> None:
+    """It equals, hashes, and is written as the digest that it has always been."""
+    known = of()
+    plain = str(known)
+    assert type(plain) is str
+    assert (known, hash(known), json.dumps([known])) == (plain, hash(plain), json.dumps([plain]))
+    assert plain == "cd196eaa5a4cd66c9b7b48c0b5e38311"
+    again = pickle.loads(pickle.dumps(known))
+    assert (again, parts_of(again)) == (known, parts_of(known))
+    assert parts_of(plain) == {}
+
+
+def test_what_a_joined_fingerprint_is_of_is_named_too() -> None:
+    """``ocr`` is of the text model and the engine; the setting inside is told."""
+    features = FeatureSettings()
+    one, other = (
+        stream_fingerprints(features, {"text": of(), "ocr": digest({"max_side": side})})
+        for side in (960, 480)
+    )
+    assert differing(one["ocr"], other["ocr"]) == " (another ocr.max_side: 960, now 480)"
+    assert mismatch(one, other) == (
+        f"modality ocr: the bundle needs {one['ocr']}, the extractors give {other['ocr']} "
+        "(another ocr.max_side: 960, now 480)"
+    )
+
+
+@pytest.mark.parametrize("parts", [None, 7, {"video": 3}, {"video": {}}, {"audio": {"a": 1}}])
+def test_what_another_release_left_is_a_plain_digest(parts: Any) -> None:
+    """Nothing beside a digest, or something else: only the name of the setting is missing."""
+    found = with_parts({"video": "v"}, parts)
+    assert found == {"video": "v"}
+    assert parts_of(found["video"]) == {}
+    assert unpacked('{"video": "v"}') == found
+
+
+def test_a_process_tells_what_its_fingerprints_are_of() -> None:
+    """As one text, which is what a worker sends when it is ready."""
+    found = unpacked(packed({"video": of(), "text": "t"}))
+    assert found == {"video": of(), "text": "t"}
+    assert parts_of(found["video"]) == parts_of(of())
+    for message in (expectation(found), known_extractors([{"fingerprints": packed(found)}])):
+        there = decode(encode(message)[8:])
+        assert there == message
+        assert {type(text) for text in there.fingerprints.values()} == {str}
+    assert parts_of(with_parts(found, expectation(found).made_of)["video"]) == parts_of(of())
+
+
+def test_a_feature_file_keeps_it(tmp_path: Path) -> None:
+    """Reading with another fingerprint names the setting; files without it are read as before."""
+    array = np.zeros((1, 4), np.float16)
+    features = Features("p", {"video": array}, {"video": "ok"}, {}, None)
+    path = write_features(tmp_path, features, {"video": of()})
+    assert read_features(tmp_path, "p", {"video": str(of())}).arrays["video"].shape == (1, 4)
+    for found in (read_fingerprints(path), read_header(path).fingerprints):
+        assert parts_of(found["video"]) == parts_of(of())
+    with pytest.raises(FeatureError, match=r"is needed \(another sampling\.frames: 9, now 64\): "):
+        read_features(tmp_path, "p", {"video": of(sampling={"frames": 9})})
+    assert path.read_bytes() == features_bytes(features, read_fingerprints(path))
+
+    plain = write_features(tmp_path, features, {"video": str(of())})
+    assert b"made_of" not in plain.read_bytes()
+    with pytest.raises(FeatureError, match=r"is needed: extract it again"):
+        read_features(tmp_path, "p", {"video": of(sampling={"frames": 9})})
+
+
+def test_a_bundle_keeps_it(tmp_path: Path) -> None:
+    """The daemon's refusal names the setting; a bundle without it is served as before."""
+    prints = {**support.FINGERPRINTS, "video": of()}
+    manifest = support.manifest(fingerprints=prints)
+    model = support.model("gmu")
+    save_bundle(
+        tmp_path / "b",
+        name="b",
+        model=model,
+        settings=support.SMALL.model_copy(update={"name": "gmu"}),
+        manifest=manifest,
+        labels=support.LABELS,
+        thresholds=np.full(support.CLASSES, 0.5, np.float32),
+        metrics={},
+    )
+    about = yaml.safe_load((tmp_path / "b" / "bundle.yaml").read_text())
+    assert [name for name, entry in about["features"].items() if "made_of" in entry] == ["video"]
+    found = load_bundle(tmp_path / "b").manifest
+    check_fingerprints(found, {s: str(f) for s, f in prints.items()}, bundle="b")
+    wrong = {**prints, "video": of(weights=WEIGHTS[1])}
+    with pytest.raises(BundleError, match=r"\(another weights\): train it anew"):
+        check_fingerprints(found, wrong, bundle="b")

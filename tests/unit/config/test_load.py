@@ -1,0 +1,237 @@
+"""Where settings come from, which source wins, and how each mistake is told."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from common.errors import ConfigError
+from config.backbone_train import BackboneTrainSettings
+from config.infer import InferSettings
+from config.load import load_settings, merge, parse_overrides, read_yaml, validate
+from config.settings import BrokerSettings, Settings
+from config.train import TrainSettings
+
+
+@pytest.fixture(autouse=True)
+def _no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+
+    for name in list(os.environ):
+        if name.startswith("INSIGHTTAG_"):
+            monkeypatch.delenv(name)
+
+
+def yaml(folder: Path, text: str) -> Path:
+    file = folder / "settings.yaml"
+    file.write_text(text, encoding="utf-8")
+    return file
+
+
+def test_precedence_is_file_then_environment_then_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each later source wins, key by key; what no source names keeps its default."""
+    file = yaml(
+        tmp_path,
+        "broker: {queue: from-file, prefetch: 1, heartbeat_s: 11}\nfetch: {max_bytes: 5}\n",
+    )
+    monkeypatch.setenv("INSIGHTTAG_BROKER__QUEUE", "from-environment")
+    monkeypatch.setenv("INSIGHTTAG_BROKER__PREFETCH", "2")
+    monkeypatch.setenv("INSIGHTTAG_FETCH__ALLOW_PRIVATE_HOSTS", "true")
+    settings = load_settings(file, ["broker.queue=from-set", "features.video.frames=4"])
+    assert settings.broker.queue == "from-set"
+    assert settings.broker.prefetch == 2
+    assert settings.broker.heartbeat_s == 11
+    assert settings.broker.delivery_limit == BrokerSettings().delivery_limit
+    assert settings.fetch.max_bytes == 5
+    assert settings.fetch.allow_private_hosts is True
+    assert settings.features.video.frames == 4
+
+
+def test_defaults_alone_are_valid(tmp_path: Path) -> None:
+    """An absent default file gives the built-in settings; an absent named one is a mistake."""
+    assert load_settings(default=tmp_path / "none.yaml") == Settings()
+    assert load_settings(yaml(tmp_path, "")) == Settings()
+    with pytest.raises(ConfigError, match=r"none\.yaml: no such file"):
+        load_settings(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("brokr: {}", "brokr: unknown key; did you mean 'broker'?"),
+        ("broker: {prefech: 3}", "broker.prefech: unknown key; did you mean 'prefetch'?"),
+        ("features: {video: {arc: x}}", "features.video.arc: unknown key; did you mean 'arch'?"),
+        ("zzz: 1", "zzz: unknown key"),
+        ("broker: {prefetch: many}", "broker.prefetch: Input should be a valid integer"),
+        ("broker: {prefetch: 0}", "broker.prefetch: "),
+        ("broker: 7", "broker: "),
+        ("broker: {url: 'http://u:secret@h'}", "broker.url: 'http://u:***@h' is no broker"),
+        ("store: {url: 'redis://h'}", "store.url: 'redis://h' is no database"),
+        ("features: {ocr_mode: both}", "features.ocr_mode: "),
+        ("workers: {extractors: [{device: gpu}]}", "workers.extractors.0.device: "),
+        ("workers: {extractors: [{extractors: [text]}]}", "no process hosts"),
+        ("- a\n- b", "must hold keys and values"),
+        ("a: [", "not valid YAML: line 1, column 5: "),
+        ("broker: {url: 'amqp://u:secret@h", "not valid YAML: line 1, column 33: "),
+        ("a: 2026-13-01", "not valid YAML: month must be in 1..12"),
+        pytest.param("a: " + 5000 * "[", "not valid YAML: nested too deeply", id="deep"),
+        ("1: x", "1: unknown key"),
+        ("broker: {1: x}", "broker"),
+        ("broker: 'amqp://u:secret@h'", "broker: "),
+    ],
+)
+def test_mistakes_in_the_file_name_file_and_key(tmp_path: Path, text: str, told: str) -> None:
+    """One line: the file, the key's path, the mistake, and a hint; never a password."""
+    file = yaml(tmp_path, text)
+    with pytest.raises(ConfigError) as caught:
+        load_settings(file)
+    message = str(caught.value)
+    assert message.startswith(f"{file}: ")
+    assert told in message
+    assert "\n" not in message
+    assert "secret" not in message
+
+
+def test_more_than_one_mistake_is_counted(tmp_path: Path) -> None:
+    """The first is told in full, the others by their number."""
+    with pytest.raises(ConfigError, match="and 1 more"):
+        load_settings(yaml(tmp_path, "broker: {prefetch: a, heartbeat_s: b}"))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("INSIGHTTAG_BROKR__URL", "x", "INSIGHTTAG_BROKR__URL: no section 'brokr'; did you mean"),
+        ("INSIGHTTAG_BROKER__PREFETCH", "many", "environment: broker.prefetch: "),
+        ("INSIGHTTAG_BROKER__PREFECH", "1", "environment: broker.prefech: unknown key"),
+        ("INSIGHTTAG_BROKER", "{", "environment: "),
+    ],
+)
+def test_mistakes_in_the_environment_are_blamed_on_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str, told: str
+) -> None:
+    """A wrong variable is told as the environment's mistake, not the file's."""
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError) as caught:
+        load_settings(yaml(tmp_path, ""))
+    assert told in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_variables_of_the_tests_are_no_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """INSIGHTTAG_TEST_… names servers for the tests and is left alone."""
+    monkeypatch.setenv("INSIGHTTAG_TEST_MONGO_URL", "mongodb://h")
+    assert load_settings(yaml(tmp_path, "")) == Settings()
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("broker.prefetch", "write it as section.key=value"),
+        ("=3", "write it as section.key=value"),
+        ("broker..url=x", "write it as section.key=value"),
+        ("broker.prefetch=[", "is not a value"),
+        ("broker.prefetch=x", "--set: broker.prefetch: "),
+        ("nothing.here=1", "--set: nothing: unknown key"),
+        ("broker=amqp://u:secret@h", "--set: broker: "),
+        ("broker.url=[amqp://u:secret@h", "is not a value"),
+        ("broker.url:amqp://u:secret@h", "write it as section.key=value"),
+        ("fetch.spool=2026-13-01", "is not a value"),
+    ],
+)
+def test_mistakes_in_set_are_blamed_on_it(tmp_path: Path, override: str, told: str) -> None:
+    """A wrong ``--set`` says how to write it, or what is wrong with its key."""
+    with pytest.raises(ConfigError) as caught:
+        load_settings(yaml(tmp_path, ""), [override])
+    assert told in str(caught.value)
+    assert "--set" in str(caught.value)
+    assert "secret" not in str(caught.value)
+
+
+def test_overrides_are_read_as_yaml() -> None:
+    """Numbers, booleans, lists and texts with ``=`` in them all arrive as they are meant."""
+    parsed = parse_overrides(
+        ["a.b=1", "a.c=true", "a.d=[x, y]", "a.e=k=v", "f=", "a.u=redis://u:p@h:1/0"]
+    )
+    assert parsed == {
+        "a": {"b": 1, "c": True, "d": ["x", "y"], "e": "k=v", "u": "redis://u:p@h:1/0"},
+        "f": "",
+    }
+    with pytest.raises(ConfigError, match="already has a value"):
+        parse_overrides(["a=1", "a.b=2"])
+
+
+def test_merge_is_deep_and_leaves_its_layers_alone() -> None:
+    """Mappings are merged, lists and values are replaced."""
+    low = {"a": {"b": 1, "l": [1, 2]}, "c": 1}
+    high = {"a": {"l": [3]}, "c": {"d": 2}}
+    assert merge(low, high) == {"a": {"b": 1, "l": [3]}, "c": {"d": 2}}
+    assert low == {"a": {"b": 1, "l": [1, 2]}, "c": 1}
+
+
+def test_settings_are_frozen() -> None:
+    """Nobody changes settings behind another's back."""
+    settings = Settings()
+    with pytest.raises(ValidationError):
+        settings.broker.queue = "other"  # type: ignore[misc]
+    with pytest.raises(ValidationError):
+        settings.broker = BrokerSettings()  # type: ignore[misc]
+
+
+def test_settings_survive_json() -> None:
+    """Workers get their settings as JSON: nothing is lost on the way."""
+    settings = load_settings(Path("/dev/null"), ["workers.extractors=[{device: 'cuda:1'}]"])
+    assert Settings.model_validate_json(settings.model_dump_json()) == settings
+
+
+def test_validate_works_for_any_model() -> None:
+    """Other commands' configurations are told in the same words."""
+    with pytest.raises(ConfigError, match=r"train\.yaml: queue: "):
+        validate(BrokerSettings, {"queue": []}, "train.yaml")
+
+
+def test_a_file_that_is_no_text_is_the_users_mistake(tmp_path: Path) -> None:
+    """Bytes that are no UTF-8, and a folder, are told in one line."""
+    file = tmp_path / "settings.yaml"
+    file.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_yaml(file)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_yaml(tmp_path)
+
+
+def test_the_shipped_configurations_are_valid() -> None:
+    """Every YAML file of config/ loads, and the daemon serves the bundle that training writes."""
+    folder = Path(__file__).resolve().parents[3] / "config"
+    settings = load_settings(folder / "infer_config_e2e.yaml")
+    models: dict[str, type[Any]] = {
+        "train_config.yaml": TrainSettings,
+        "train_image_eff103.yaml": BackboneTrainSettings,
+        "train_video_tsn_lstm.yaml": BackboneTrainSettings,
+        "infer_config.yaml": InferSettings,
+    }
+    for file in folder.glob("*.yaml"):
+        validate(models.get(file.name, Settings), read_yaml(file), file.name)
+    trained = TrainSettings.model_validate(read_yaml(folder / "train_config.yaml"))
+    inferred = InferSettings.model_validate(read_yaml(folder / "infer_config.yaml"))
+    assert {settings.fusion.bundle, inferred.bundle} == {trained.bundle.folder}
+    assert Settings().fusion.bundle == TrainSettings().bundle.folder == InferSettings().bundle
+
+
+def test_loading_settings_imports_nothing_heavy() -> None:
+    """Settings are read by every process, the small ones too."""
+    program = (
+        "import sys; from config.load import load_settings; load_settings()\n"
+        "heavy = {'torch', 'numpy', 'cv2', 'kombu', 'pymongo'} & set(sys.modules)\n"
+        "sys.exit(f'{heavy}' if heavy else 0)\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)

@@ -1,0 +1,151 @@
+"""Parts of ``analyze_posts``: tags, languages, charts, measuring."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from corpus.analyze import charts, measure, words
+from corpus.analyze.histogram import Histogram
+from corpus.analyze.labels import Labels
+from corpus.analyze.languages import EMPTY, NO_WORDS, SHORT, language_of
+from corpus.analyze.measure import DIED, Measured, Task, measure_all
+from tests.support.media import quadrants, write_jpeg
+
+
+def labels_of(*posts: list[str]) -> Labels:
+    labels = Labels()
+    for i, tags in enumerate(posts):
+        labels.add(f"p{i}", tags)
+    return labels
+
+
+def test_names_that_differ_in_case_space_or_width_are_found() -> None:
+    """Case, spaces, separators and full-width letters; the most frequent writing first."""
+    found = labels_of(["Hot Pot"], ["hot-pot"], ["Hot Pot"], ["ＨＯＴpot"], ["美食 旅游"], ["pot"])
+    variants = found.as_dict(1, ["美食旅游"])["variants"]
+    assert {frozenset(names) for names in variants} == {
+        frozenset({"Hot Pot", "hot-pot", "ＨＯＴpot"}),
+        frozenset({"美食 旅游", "美食旅游"}),
+    }
+    assert next(iter(variants[0])) == "Hot Pot"
+
+
+def test_tags_that_always_occur_together_are_found() -> None:
+    """Two that never part, and one that never stands without a more frequent one."""
+    posts = [["a", "b", "x"]] * 12 + [["x"], ["y", "x"], ["y"]]
+    facts = labels_of(*posts).as_dict(1, None)
+    assert facts["always_together"] == [{"tags": ["a", "b"], "posts": 12}]
+    implied = {(item["tag"], item["never_without"]) for item in facts["implied"]}
+    assert implied == {("a", "x"), ("b", "x")}
+
+
+def test_rare_unknown_and_absent_tags_are_told() -> None:
+    """Tags below the limit; against a map, those that never occur and those beside it."""
+    facts = labels_of(["a"], ["a"], ["b"]).as_dict(2, ["a", "c"])
+    assert facts["rare"] == {"b": 1}
+    assert facts["map"] == {"tags": 2, "never": ["c"], "unknown": {"b": 1}}
+
+
+def test_post_with_nearly_every_tag_is_found() -> None:
+    """Ten of ten tags are suspicious; four of ten are not."""
+    tags = list("abcdefghij")
+    facts = labels_of(tags[:4], tags, ["a"], ["a", "a"]).as_dict(1, None)
+    assert facts["nearly_all_tags"] == [{"post_id": "p1", "tags": 10}]
+    assert facts["repeated_in_a_post"] == 1
+    assert facts["per_post"] == {"1": 2, "4": 1, "10": 1}
+
+
+def test_pairs_are_those_of_counting() -> None:
+    """Posts with both, Jaccard, and a symmetric heat map with the tags' own counts."""
+    facts = labels_of(["a", "b"], ["b", "a"], ["a"]).as_dict(1, None)
+    assert facts["pairs"] == [{"tags": ["a", "b"], "posts": 2, "jaccard": 0.6667}]
+    assert facts["heat"] == {"tags": ["a", "b"], "posts": [[3, 2], [2, 2]]}
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        ("", EMPTY),
+        ("  \n", EMPTY),
+        ("😀 123 !!", NO_WORDS),
+        ("ok", SHORT),
+        ("今天吃饭了吗", "zh"),
+        ("周末 vlog 和朋友去爬山啦", "zh"),
+        ("今日はいい天気ですね", "ja"),
+        ("오늘 날씨가 좋네요", "ko"),
+        ("The weather is lovely today and we are going for a walk", "en"),
+        ("Сегодня хорошая погода, и мы идём гулять в парк", "ru"),
+        ("Heute ist schönes Wetter und wir gehen im Park spazieren", "de"),
+        ("https://example.com/watch?v=1 今天", "zh"),
+    ],
+)
+def test_language_of_a_text(text: str, code: str) -> None:
+    """By characters where they tell, else by the model; nothing is guessed from a word."""
+    assert language_of(text) == code
+
+
+def test_histogram_classes_are_closed_below() -> None:
+    """A value on an edge belongs to the class above it."""
+    counts = Histogram((1, 10))
+    for value in (0, 1, 9, 10, 11):
+        counts.add(value)
+    assert counts.as_dict() == {
+        "values": 5, "lowest": 0, "mean": 6.2, "highest": 11, "edges": [1, 10], "counts": [1, 2, 2],
+    }  # fmt: skip
+
+
+def test_charts_of_nothing_say_so() -> None:
+    """No chart divides by nothing."""
+    empty = Histogram((1, 2)).as_dict()
+    for chart in (
+        charts.bars({}),
+        charts.columns([], []),
+        charts.long_tail([], 10),
+        charts.heat_map(["a"], [[1]]),
+        charts.histogram(empty, words.plain, ""),
+        charts.by_time({}),
+    ):
+        assert chart.startswith("<p class=none>")
+
+
+@pytest.mark.parametrize(
+    ("days", "unit", "columns"),
+    [
+        ({"2026-01-01": 1, "2026-02-10": 2}, "day", 41),
+        ({"2024-01-01": 1, "2026-02-10": 2}, "month", 26),
+        ({"1990-01-01": 1, "2026-02-10": 2}, "year", 37),
+        ({"0001-01-01": 1, "2026-02-30": 2}, "year", 2),
+    ],
+)
+def test_times_are_shown_with_their_gaps(days: dict[str, int], unit: str, columns: int) -> None:
+    """By day, month or year, a column for each between the first and the last."""
+    chart = charts.by_time(days)
+    assert f"by {unit}" in chart
+    assert chart.count("<rect class=bar") == columns
+
+
+_REAL = measure.measure
+
+
+def _die(task: Task) -> Measured:
+    if task.name == "deadly":
+        time.sleep(0.2)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return _REAL(task)
+
+
+def test_file_that_kills_its_reader_costs_only_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others are measured all the same, and it is named."""
+    path = write_jpeg(tmp_path / "a.jpg", quadrants(64, 48))
+    names = ["a", "b", "deadly", "c", "d", "e", "f", "g", "h"]
+    monkeypatch.setattr(measure, "measure", _die)
+    found = list(measure_all([Task(name, path, "image") for name in names], 1))
+    by_name = {m.task.name: m.fact.reason for m in found if isinstance(m, Measured)}
+    assert by_name == {name: DIED if name == "deadly" else None for name in names}

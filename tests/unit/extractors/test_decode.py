@@ -1,0 +1,137 @@
+"""The joint between files and extractors: what is allocated, what is imported, what is refused."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from common.errors import MediaError
+from common.post import MEDIA_KINDS, MediaKind
+from config.settings import DecodeSettings, FeatureSettings, Settings
+from extractors.media.decode import decode_media
+from tests.support import media
+from workers.protocol import slot_bytes
+
+
+class Slot:
+    """Hands out views of one block of memory, as a worker does with shared memory."""
+
+    def __init__(self, size: int) -> None:
+        self.memory = np.zeros(size, np.uint8)
+        self.used = 0
+
+    def __call__(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
+        size = int(np.prod(shape)) * dtype.itemsize
+        view = self.memory[self.used : self.used + size].view(dtype).reshape(shape)
+        self.used += -(-size // 64) * 64
+        return view
+
+
+SMALL = Settings.model_validate(
+    {
+        "decode": {"max_audio_s": 4},
+        "features": {
+            "video": {"frames": 4, "image_size": 32},
+            "image": {"max_frames": 3, "image_size": 48},
+            "ocr": {"frames": 2, "max_side": 80},
+        },
+    }
+)
+
+
+@pytest.mark.parametrize("kind", MEDIA_KINDS)
+def test_results_lie_in_the_allocated_memory(tmp_path: Path, kind: MediaKind) -> None:
+    """Everything that is returned is a view of the slot, and a slot's size is always enough."""
+    if kind == "image":
+        path = media.write_gif(tmp_path / "a.gif", media.grey_steps(9, 400, 400))
+    elif kind == "video":
+        path = media.write_video(
+            tmp_path / "a.mp4", media.grey_steps(50, 400, 400), audio=media.tone(440, 9, 44100)
+        )
+    else:
+        path = media.write_wav(tmp_path / "a.wav", media.tone(440, 9))
+    slot = Slot(slot_bytes(SMALL))
+    decoded = decode_media(kind, path, SMALL.features, SMALL.decode, slot)
+    arrays = [a for a in (decoded.frames, decoded.image, decoded.patches) if a is not None]
+    assert len(arrays) == (2 if kind == "video" else 1)
+    for array in (*arrays, *decoded.pictures):
+        assert np.shares_memory(array, slot.memory)
+    plain = decode_media(kind, path, SMALL.features, SMALL.decode)
+    for name in ("frames", "image", "patches"):
+        one, two = getattr(decoded, name), getattr(plain, name)
+        assert (one is None) == (two is None)
+        assert one is None or np.array_equal(one, two)
+
+
+def test_an_image(tmp_path: Path) -> None:
+    """An image is squashed to its extractor's size, and given to OCR in its proportions."""
+    path = media.write_png(tmp_path / "a", media.halves(200, 100))
+    decoded = decode_media("image", path, SMALL.features, SMALL.decode)
+    assert decoded.image is not None
+    assert decoded.image.shape == (1, 48, 48, 3)
+    assert decoded.image[0, 24, 2].tolist() == list(media.RED)
+    assert decoded.image[0, 24, 45].tolist() == list(media.BLUE)
+    assert [p.shape for p in decoded.pictures] == [(40, 80, 3)]
+
+
+def test_an_animation_gives_several_images(tmp_path: Path) -> None:
+    """Up to `features.image.max_frames` frames of an animation, and one picture for OCR."""
+    path = media.write_gif(tmp_path / "a.gif", media.grey_steps(9))
+    decoded = decode_media("image", path, SMALL.features, SMALL.decode)
+    assert decoded.image is not None
+    assert decoded.image.shape == (3, 48, 48, 3)
+    assert len(decoded.pictures) == 1
+
+
+def test_ocr_settings_do_not_change_the_image(tmp_path: Path) -> None:
+    """The image's features have a fingerprint of their own: OCR settings must not enter them."""
+    path = media.write_jpeg(tmp_path / "a.jpg", media.noise(3000, 2200))
+    given = []
+    for ocr in ({"enabled": False}, {"max_side": 960}, {"max_side": 2000}):
+        features = FeatureSettings.model_validate({"ocr": ocr})
+        image = decode_media("image", path, features, DecodeSettings()).image
+        assert image is not None
+        given.append(image)
+    assert np.array_equal(given[0], given[1])
+    assert np.array_equal(given[0], given[2])
+
+
+@pytest.mark.parametrize("kind", MEDIA_KINDS)
+@pytest.mark.parametrize("case", ["missing", "empty", "folder", "random", "text"])
+def test_bad_files(tmp_path: Path, kind: MediaKind, case: str) -> None:
+    """Whatever lies at the path, it is a MediaError of one line without the path."""
+    path = tmp_path / "file"
+    if case == "folder":
+        path.mkdir()
+    elif case == "random":
+        media.write_random(path)
+    elif case != "missing":
+        path.write_bytes(b"" if case == "empty" else b"not a media file at all")
+    with pytest.raises(MediaError) as caught:
+        decode_media(kind, path, FeatureSettings(), DecodeSettings())
+    message = str(caught.value)
+    assert message
+    assert "\n" not in message
+    assert str(tmp_path) not in message
+
+
+def test_nothing_heavy_is_imported() -> None:
+    """The King may import this module's neighbours: av and cv2 come with the first file."""
+    code = (
+        "import sys, extractors.post, extractors.decode; "
+        "print([m for m in ('av', 'cv2', 'torch') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_odd_names(tmp_path: Path) -> None:
+    """A path that looks like a protocol or a pattern is a plain file to FFmpeg and OpenCV."""
+    for name in ("concat:a|b.mp4", "a%03d.mp4", "名前 😀.mp4"):
+        path = media.write_video(tmp_path / "v.mp4", media.grey_steps(3)).rename(tmp_path / name)
+        assert decode_media("video", path, SMALL.features, SMALL.decode).frames is not None

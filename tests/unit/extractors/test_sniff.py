@@ -1,0 +1,139 @@
+"""What a file is, by its bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from common.errors import MediaError
+from common.post import MediaKind
+from extractors.media.sniff import check_type, sniff
+from tests.support import media
+
+MAKERS: dict[str, tuple[str, Callable[[Path], object]]] = {
+    "a.jpg": ("jpeg", lambda p: media.write_jpeg(p, media.solid(16, 16))),
+    "a.png": ("png", lambda p: media.write_png(p, media.solid(16, 16))),
+    "a.gif": ("gif", lambda p: media.write_gif(p, media.grey_steps(2))),
+    "a.webp": ("webp", lambda p: media.write_webp(p, media.solid(16, 16))),
+    "a.mp4": ("mp4", lambda p: media.write_video(p, media.grey_steps(3))),
+    "a.mov": ("mp4", lambda p: media.write_video(p, media.grey_steps(3))),
+    "a.mkv": ("matroska", lambda p: media.write_video(p, media.grey_steps(3))),
+    "a.avi": ("avi", lambda p: media.write_video(p, media.grey_steps(3), codec="mpeg4")),
+    "a.flv": ("flv", lambda p: media.write_video(p, media.grey_steps(3))),
+    "a.ts": ("mpegts", lambda p: media.write_video(p, media.grey_steps(9))),
+    "a.mpg": ("mpeg", lambda p: media.write_video(p, media.grey_steps(9), codec="mpeg2video")),
+    "a.wmv": ("asf", lambda p: media.write_video(p, media.grey_steps(3), codec="mpeg4")),
+    "a.wav": ("wav", lambda p: media.write_wav(p, media.tone())),
+    "a.ogg": ("ogg", lambda p: media.write_ogg(p, media.tone())),
+    "a.flac": ("flac", lambda p: media.write_flac(p, media.tone())),
+    "a.m4a": ("mp4", lambda p: media.write_aac(p, media.tone(rate_hz=44100))),
+    "a.aac": ("aac", lambda p: media.write_aac(p, media.tone(rate_hz=44100))),
+    "a.mp3": ("id3", lambda p: media.write_mp3(p, media.tone(rate_hz=44100))),
+    "b.mp3": ("mp3", lambda p: _untagged_mp3(p, 44100)),
+    "c.mp3": ("mp3", lambda p: _untagged_mp3(p, 16000)),
+}
+
+
+def _untagged_mp3(path: Path, rate_hz: int) -> None:
+    """An MP3 that begins with a frame and not with an ID3 tag."""
+    data = media.write_mp3(path, media.tone(rate_hz=rate_hz), rate_hz).read_bytes()
+    length = 10 + (data[6] << 21 | data[7] << 14 | data[8] << 7 | data[9])
+    path.write_bytes(data[length:])
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_real_files_are_told_apart(tmp_path: Path, name: str) -> None:
+    """Files of real encoders are recognised without their names."""
+    family, write = MAKERS[name]
+    write(tmp_path / name)
+    found = sniff((tmp_path / name).read_bytes()[:4096])
+    assert found is not None
+    assert found.family == family
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"<!DOCTYPE html><title>404</title>", "is not a picture: HTML page"),
+        (b'\n <svg xmlns="http://www.w3.org/2000/svg"/>', "is not a picture: SVG drawing"),
+        (b'{"error": "gone"}', "is not a picture: text"),
+        (b"#EXTM3U\nhttp://127.0.0.1/x.ts\n", "is not a picture: playlist"),
+        (b"%PDF-1.7", "is not a picture: PDF document"),
+        (b"\x00\x01\x02\x03" * 9, "is not a picture: unknown type of file"),
+        (b"\x00\x00\x00\x18ftypheic\0\0\0\0mif1heic", "is not a picture: HEIC picture, which"),
+        (b"", "the file is empty"),
+    ],
+)
+def test_what_is_no_picture_is_named(tmp_path: Path, content: bytes, said: str) -> None:
+    """Error pages and documents behind a picture's URL are refused with what they are."""
+    path = tmp_path / "photo.jpg"
+    path.write_bytes(content)
+    with pytest.raises(MediaError) as caught:
+        check_type(path, "image")
+    assert str(caught.value).startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "said"),
+    [
+        ("a.mp4", "image", "is not a picture: MP4 video"),
+        ("a.jpg", "video", "is not a video: JPEG picture"),
+        ("a.wav", "video", "is not a video: WAV sound"),
+        ("a.png", "audio", "is not a sound: PNG picture"),
+    ],
+)
+def test_the_wrong_kind_is_named(tmp_path: Path, name: str, kind: MediaKind, said: str) -> None:
+    """A file is refused by its content, whatever its name says."""
+    path = tmp_path / "file.bin"
+    MAKERS[name][1](tmp_path / name)
+    (tmp_path / name).rename(path)
+    with pytest.raises(MediaError, match=f"^{said}$"):
+        check_type(path, kind)
+
+
+def test_no_path_in_the_reason(tmp_path: Path) -> None:
+    """A missing file's reason is one line without the folders of this machine."""
+    with pytest.raises(MediaError) as caught:
+        check_type(tmp_path / "gone.mp4", "video")
+    assert str(caught.value) == "cannot be read: No such file or directory"
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_random_bytes_are_nothing(tmp_path: Path, seed: int) -> None:
+    """Random bytes are of no type: FFmpeg itself would find an MP3 in some."""
+    path = media.write_random(tmp_path / "x.mp3", 8192, seed)
+    with pytest.raises(MediaError, match="unknown type of file"):
+        check_type(path, "audio")
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mov", "a.mkv", "a.avi", "a.wav", "a.m4a"])
+@pytest.mark.parametrize("keep", [0.5, 0.8])
+def test_a_missing_end_is_noticed(tmp_path: Path, name: str, keep: float) -> None:
+    """Containers that say how long they are, are truncated when less is there."""
+    MAKERS[name][1](tmp_path / name)
+    kind: MediaKind = "audio" if name in ("a.wav", "a.m4a") else "video"
+    check_type(tmp_path / name, kind)
+    cut = media.truncate(tmp_path / name, tmp_path / "cut", keep)
+    with pytest.raises(MediaError, match=r"^truncated .+: \d+ of \d+ bytes$"):
+        check_type(cut, kind)
+
+
+def test_live_recordings_have_no_length(tmp_path: Path) -> None:
+    """A Matroska file whose writer could not seek back says nothing of its length: accepted."""
+    path = media.write_video(
+        tmp_path / "live.mkv", media.grey_steps(25), container_options={"live": "1"}
+    )
+    assert check_type(path, "video").family == "matroska"
+    wav = media.write_wav(tmp_path / "piped.wav", media.tone())
+    data = wav.read_bytes()
+    wav.write_bytes(data[:4] + b"\xff\xff\xff\xff" + data[8:])
+    assert check_type(wav, "audio").family == "wav"
+
+
+def test_rubbish_behind_the_end_is_tolerated(tmp_path: Path) -> None:
+    """Bytes appended to an MP4 do not make it truncated."""
+    path = media.write_video(tmp_path / "a.mp4", media.grey_steps(5))
+    path.write_bytes(path.read_bytes() + b"\0" * 500)
+    assert check_type(path, "video").family == "mp4"

@@ -1,0 +1,141 @@
+"""Files that waste time or break decoders: found by fuzzing, and by thinking like it."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import soundfile
+
+from common.errors import MediaError
+from config.settings import DecodeSettings
+from extractors.media.decode import decode_media
+from extractors.media.picture_header import read_header
+from extractors.media.sniff import check_type
+from extractors.media.sound import log_mel_patches
+from tests.support import media
+from tests.support.tiny_models import tiny_features
+
+LIMIT = 1000
+
+
+def of_parts(family: str, count: int) -> bytes:
+    """A picture of so many empty parts."""
+    if family == "png":
+        chunk = b"\0\0\0\0aaAa\0\0\0\0"
+        return b"\x89PNG\r\n\x1a\n" + chunk * count
+    if family == "gif":
+        return b"GIF89a\4\0\4\0\0\0\0!\xfe" + b"\x01a" * count + b"\0;"
+    if family == "webp":
+        return b"RIFF" + struct.pack("<I", 4 + 8 * count) + b"WEBP" + b"JUNK\0\0\0\0" * count
+    if family == "jpeg segments":
+        return b"\xff\xd8" + b"\xff\xe0\0\2" * count + b"\xff\xd9"
+    return b"\xff\xd8" + b"\xff" * count + b"\xff\xd9"
+
+
+@pytest.mark.parametrize("family", ["png", "gif", "webp", "jpeg segments", "jpeg fill"])
+def test_picture_of_parts(monkeypatch: pytest.MonkeyPatch, family: str) -> None:
+    """A picture of more parts than anybody means is broken, not walked to its end."""
+    monkeypatch.setattr("extractors.media.picture_header.MAX_PARTS", LIMIT)
+    name = family.partition(" ")[0]
+    with pytest.raises(MediaError, match=rf"^broken {name.upper()} picture$"):
+        read_header(memoryview(of_parts(family, 2 * LIMIT)), name)
+
+
+def test_mp4_of_boxes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """An MP4 of empty boxes is refused before FFmpeg reads them once more."""
+    monkeypatch.setattr("extractors.media.sniff.MAX_PARTS", LIMIT)
+    head = b"\0\0\0\x18ftypisom" + b"\0" * 12
+    path = tmp_path / "a.mp4"
+    path.write_bytes(head + b"\0\0\0\x08free" * (LIMIT - 10))
+    assert check_type(path, "video").family == "mp4"
+    path.write_bytes(head + b"\0\0\0\x08free" * LIMIT)
+    with pytest.raises(MediaError, match="nothing but boxes"):
+        check_type(path, "video")
+
+
+def test_jpeg_of_scans(tmp_path: Path) -> None:
+    """Every scan of a progressive JPEG may cost a pass over all pixels: hundreds are refused."""
+    data = media.write_jpeg(tmp_path / "a.jpg", media.noise(64, 48)).read_bytes()
+    scan = b"\xff\xda\0\x08\x01\x01\0\0\x3f\0\0\0"
+    assert read_header(memoryview(data[:-2] + scan * 100 + data[-2:]), "jpeg").width == 64
+    with pytest.raises(MediaError, match=r"^broken JPEG picture$"):
+        read_header(memoryview(data[:-2] + scan * 600 + data[-2:]), "jpeg")
+
+
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan, 3e38])
+def test_sound_that_is_no_number(tmp_path: Path, value: float) -> None:
+    """Samples of a floating-point file may be anything: the patches stay finite and small.
+
+    Two channels, so that their mean would add infinity and its opposite.
+    """
+    left = np.full(16_000, value, np.float32)
+    path = tmp_path / "a.wav"
+    soundfile.write(str(path), np.stack([left, -left], 1), 16_000, subtype="FLOAT")
+    patches = decode_media("audio", path, tiny_features(), DecodeSettings()).patches
+    assert patches is not None
+    assert np.isfinite(patches).all()
+    assert np.abs(patches).max() < 20
+
+
+@pytest.mark.parametrize("channels", [1, 2, 6, 7, 8, 9, 17, 64])
+def test_sound_of_many_channels(tmp_path: Path, channels: int) -> None:
+    """Eight channels and more are mixed like fewer: PyAV would read past the end of their planes.
+
+    Every channel holds the tone times its own factor; the factors' mean is 1.
+    """
+    tone = media.tone(duration_s=1.0, level=0.3)
+    factors = np.linspace(0.5, 1.5, channels) if channels > 1 else np.ones(1)
+    path = tmp_path / "a.wav"
+    samples = (tone[:, None] * factors).astype(np.float32)  # (samples, channels)
+    soundfile.write(str(path), samples, 16_000, subtype="FLOAT")
+    patches = decode_media("audio", path, tiny_features(), DecodeSettings()).patches
+    assert patches is not None
+    np.testing.assert_allclose(patches, log_mel_patches(tone), atol=1e-3)
+
+
+def test_stream_that_comes_later(tmp_path: Path) -> None:
+    """A stream that begins in the middle of the file is passed over: PyAV raises IndexError.
+
+    FFmpeg looks for streams in the first 5 MB and at the end, so the film is large and is there
+    twice, around a short one with sound.
+    """
+    film = media.write_video(
+        tmp_path / "film.mpg",
+        [media.noise(640, 480, i) for i in range(16)],
+        codec="mpeg2video",
+        options={"b": "40000000", "qmax": "2"},
+    ).read_bytes()
+    loud = media.write_video(
+        tmp_path / "loud.mpg",
+        media.grey_steps(20),
+        codec="mpeg2video",
+        audio=media.tone(duration_s=1, rate_hz=44100),
+        audio_codec="mp2",
+    ).read_bytes()
+    path = tmp_path / "late.mpg"
+    path.write_bytes(film + loud + film)
+    with av.open(str(path)) as container, pytest.raises(IndexError):
+        for _ in container.demux(*container.streams):
+            pass
+    decoded = decode_media("video", path, tiny_features(), DecodeSettings())
+    assert decoded.frames is not None
+    assert len(decoded.frames) == 4
+
+
+@pytest.mark.parametrize("rate_hz", [0.0, 1.0, 3e9, 1e13, 1.8945e14, 1e300, np.inf, np.nan, -8e3])
+def test_sound_at_impossible_rates(tmp_path: Path, rate_hz: float) -> None:
+    """A sample rate that nothing has is a broken file, also where FFmpeg says so late.
+
+    At 1 Hz, one second's packet would be resampled to hours.
+    """
+    path = tmp_path / "a.caf"
+    media.write_aac(path, media.tone(rate_hz=44100), codec="pcm_s16be")
+    content = bytearray(path.read_bytes())
+    struct.pack_into(">d", content, content.index(b"desc") + 12, rate_hz)
+    path.write_bytes(bytes(content))
+    with pytest.raises(MediaError, match=r"^[^\n]+$"):
+        decode_media("audio", path, tiny_features(), DecodeSettings())

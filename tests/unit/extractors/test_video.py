@@ -1,0 +1,163 @@
+"""Videos: which frames are taken, exactly those, their pictures and their sound."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from config.settings import FeatureSettings
+from tests.support import media
+from tests.support.extractors.video_support import (
+    decode,
+    everything,
+    greys,
+    moving,
+    settings,
+    taken,
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("plain.mp4", {}),
+        ("b.mp4", {"options": {"preset": "medium", "bf": "3", "b-pyramid": "normal"}}),
+        ("b.mkv", {"options": {"preset": "medium", "bf": "3"}, "gop": 250}),
+        ("open.mp4", {"options": {"preset": "medium", "x264-params": "open-gop=1:bframes=3"}}),
+        ("b.ts", {"options": {"preset": "medium", "bf": "3"}}),
+        ("b.flv", {"options": {"preset": "medium", "bf": "3"}}),
+        ("h265.mp4", {"codec": "libx265"}),
+        ("vp8.webm", {"codec": "libvpx", "options": {"auto-alt-ref": "1", "lag-in-frames": "10"}}),
+        ("vp9.webm", {"codec": "libvpx-vp9", "options": {"deadline": "realtime"}}),
+        ("mpeg4.avi", {"codec": "mpeg4"}),
+        ("mpeg2.mpg", {"codec": "mpeg2video", "options": {"bf": "2"}}),
+    ],
+)
+@pytest.mark.parametrize("count", [3, 16])
+def test_skipping_is_exact(tmp_path: Path, name: str, options: dict[str, Any], count: int) -> None:
+    """What is decoded with gaps equals, bit for bit, what plain decoding of everything gives."""
+    path = media.write_video(tmp_path / name, moving(100), 25, **options)
+    some, all_frames = taken(path, count), everything(path)
+    assert len(some) == count
+    times = sorted(all_frames)
+    expected = [times[(2 * k + 1) * len(times) // (2 * count)] for k in range(count)]
+    gaps = [abs(times.index(a) - times.index(b)) for a, b in zip(some, expected, strict=True)]
+    assert max(gaps) <= 1  # a rounded time may fall on either side of a frame's border
+    for time, pixels in some.items():
+        assert np.array_equal(pixels, all_frames[time]), f"frame at {time}"
+
+
+def test_centre_frames(tmp_path: Path) -> None:
+    """Sixteen of 160 frames: number 5, 15, 25 and so on."""
+    steps = media.grey_steps(160)
+    path = media.write_video(tmp_path / "a.mp4", steps, 25, options={"crf": "1"})
+    expected = [int(steps[i][0, 0, 0]) for i in range(5, 160, 10)]
+    assert np.abs(np.array(greys(path)) - expected).max() <= 2
+
+
+@pytest.mark.parametrize("count", [1, 2, 7])
+def test_short_clips_give_each_frame_once(tmp_path: Path, count: int) -> None:
+    """A clip of fewer frames than segments gives fewer features, not repeated ones."""
+    path = media.write_video(tmp_path / "a.mp4", media.grey_steps(count), 25)
+    found = greys(path)
+    assert len(found) == count
+    assert found == sorted(set(found))
+
+
+def test_variable_frame_rate(tmp_path: Path) -> None:
+    """Frames are chosen by when they are shown: ten in a second are little beside ten long ones."""
+    steps = media.grey_steps(20)
+    times = [0.1 * i for i in range(10)] + [1 + float(i) for i in range(10)]
+    path = media.write_video(
+        tmp_path / "a.mkv", steps, 25, times_s=times, options={"crf": "1", "bf": "0"}
+    )
+    # 10.04 s in five parts: the frames on display at about 1, 3, 5, 7 and 9 s
+    expected = [int(steps[i][0, 0, 0]) for i in (10, 12, 14, 16, 18)]
+    assert np.abs(np.array(greys(path, 5)) - expected).max() <= 2
+
+
+@pytest.mark.parametrize("rotation", [0, 90, 180, 270])
+def test_rotated_phone_video(tmp_path: Path, rotation: int) -> None:
+    """The display matrix is applied: frames and the pictures for OCR stand upright."""
+    upright = media.quadrants(64, 96 if rotation % 180 else 48)
+    upright = upright if rotation % 180 else media.quadrants(96, 64)
+    stored = np.ascontiguousarray(np.rot90(upright, rotation // 90))  # counter-clockwise
+    path = media.write_video(tmp_path / "a.mp4", [stored] * 5, 25, rotation=rotation)
+    decoded = decode(path)
+    assert decoded.frames is not None
+    assert decoded.pictures[0].shape == upright.shape
+    for pixels in (decoded.frames[0], decoded.pictures[0]):
+        height, width = pixels.shape[:2]
+        for row, column in ((0.2, 0.2), (0.2, 0.8), (0.8, 0.2), (0.8, 0.8)):
+            got = pixels[int(row * height), int(column * width)].astype(int)
+            want = upright[int(row * upright.shape[0]), int(column * upright.shape[1])].astype(int)
+            assert np.abs(got - want).max() < 25
+
+
+def test_the_whole_frame_is_squashed(tmp_path: Path) -> None:
+    """Nothing is cropped: left and right edges of a wide video are there."""
+    path = media.write_video(tmp_path / "a.mp4", [media.halves(256, 64)] * 3, 25)
+    decoded = decode(path)
+    assert decoded.frames is not None
+    assert decoded.frames.shape == (3, 32, 32, 3)
+    assert decoded.frames.dtype == np.uint8
+    assert np.abs(decoded.frames[0, 16, 1].astype(int) - media.RED).max() < 25
+    assert np.abs(decoded.frames[0, 16, 30].astype(int) - media.BLUE).max() < 25
+
+
+def test_key_frames_only(tmp_path: Path) -> None:
+    """`decode: keyframes` takes the key frames nearest to the centres, each once."""
+    steps = media.grey_steps(96)
+    path = media.write_video(
+        tmp_path / "a.mp4", steps, 25, gop=12, options={"crf": "1", "sc_threshold": "0"}
+    )
+    keys = [int(steps[i][0, 0, 0]) for i in range(0, 96, 12)]
+    found = greys(path, 16, decode="keyframes")
+    assert len(found) == len(keys)
+    assert np.abs(np.array(found) - keys).max() <= 2
+    assert len(greys(path, 3, decode="keyframes")) == 3
+
+
+def test_ocr_pictures(tmp_path: Path) -> None:
+    """Some of the frames are given at reading size, none when OCR is off."""
+    path = media.write_video(tmp_path / "a.mp4", media.grey_steps(32, 320, 160), 25)
+    decoded = decode(path, settings(ocr_frames=3))
+    assert [p.shape for p in decoded.pictures] == [(50, 100, 3)] * 3
+    means = [p.mean() for p in decoded.pictures]
+    assert means == sorted(means)
+    off = settings().model_copy(
+        update={"ocr": FeatureSettings().ocr.model_copy(update={"enabled": False})}
+    )
+    assert decode(path, off).pictures == ()
+
+
+def test_sound_and_silence(tmp_path: Path) -> None:
+    """A video's sound comes with it; a video without sound has no patches and no failure."""
+    with_sound = media.write_video(
+        tmp_path / "a.mp4", media.grey_steps(75), 25, audio=media.tone(440, 3, 44100)
+    )
+    decoded = decode(with_sound)
+    assert decoded.patches is not None
+    assert decoded.patches.shape == (3, 96, 64)
+    silent = decode(media.write_video(tmp_path / "b.mp4", media.grey_steps(5), 25))
+    assert silent.patches is None
+    assert silent.failures == {}
+
+
+def test_ten_bits(tmp_path: Path) -> None:
+    """Frames of ten bits a channel come out as eight."""
+    path = media.write_video(
+        tmp_path / "a.mp4", [media.solid(64, 48)] * 3, 25, pix_fmt="yuv420p10le"
+    )
+    decoded = decode(path)
+    assert decoded.frames is not None
+    assert np.abs(decoded.frames[0, 16, 16].astype(int) - media.RED).max() < 12
+
+
+def test_gif_as_video(tmp_path: Path) -> None:
+    """An animated GIF may be posted as a video."""
+    path = media.write_gif(tmp_path / "a.gif", media.grey_steps(8))
+    assert len(greys(path)) == 8

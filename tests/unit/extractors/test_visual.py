@@ -1,0 +1,184 @@
+"""Pictures ─► timm features: against timm itself, batches, sizes, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+
+from common.errors import ConfigError, FeatureError
+from common.precision import cpu_has_bf16
+from config.settings import ImageSettings, VideoSettings
+from extractors.models.base import run_rows
+from extractors.models.visual import VisualExtractor
+from tests.support.tiny_models import TINY_CNN, TINY_VIT, tiny_timm_weights
+
+
+def pictures(count: int, size: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
+
+
+def loaded(**settings: object) -> VisualExtractor:
+    extractor = VisualExtractor("image", ImageSettings(**settings))
+    extractor.load()
+    return extractor
+
+
+@pytest.mark.parametrize(
+    ("arch", "size"), [(TINY_VIT, 160), (TINY_CNN, 96), ("test_efficientnet", 96)]
+)
+def test_features_are_those_of_timm(tmp_path: Path, arch: str, size: int) -> None:
+    """The features equal a direct call of timm with torchvision-style normalisation."""
+    path = tiny_timm_weights(tmp_path, arch, seed=3)
+    extractor = loaded(arch=arch, weights=str(path), image_size=size, precision="fp32")
+    items = pictures(3, size)
+    model: Any = timm.create_model(arch, num_classes=0, checkpoint_path=str(path)).eval()
+    mean = np.array(model.pretrained_cfg["mean"])
+    std = np.array(model.pretrained_cfg["std"])
+    inputs = torch.from_numpy(((items / 255.0 - mean) / std).transpose(0, 3, 1, 2)).float()
+    with torch.no_grad():
+        expected = model(inputs).numpy()
+    (found,) = extractor.forward([extractor.preprocess(items)])
+    assert found.dtype == np.float16
+    assert found.shape == (3, extractor.dim)
+    np.testing.assert_allclose(found, expected, atol=2e-3, rtol=2e-3)
+
+
+def test_the_default_architecture_gives_1024_columns() -> None:
+    """The default of both visual extractors is timm's ViT-L/16 at 224 pixels, 1024 columns."""
+    for settings in (ImageSettings(), VideoSettings()):
+        assert settings.arch == "vit_large_patch16_224"
+        with torch.device("meta"):
+            assert timm.create_model(settings.arch, num_classes=0).num_features == 1024
+        config: Any = timm.get_pretrained_cfg(settings.arch)
+        assert config.input_size[1:] == (224, 224)
+
+
+@pytest.mark.parametrize(
+    "precision",
+    [
+        "fp32",
+        pytest.param("bf16", marks=pytest.mark.skipif(not cpu_has_bf16(), reason="CPU lacks bf16")),
+    ],
+)
+@pytest.mark.parametrize("arch", [TINY_VIT, TINY_CNN])
+def test_features_do_not_depend_on_the_batch(arch: str, precision: str) -> None:
+    """An item gives the same features alone and between others, over chunk borders, to 1e-3."""
+    extractor = loaded(
+        arch=arch, weights="random:1", image_size=64, batch_size=4, precision=precision
+    )
+    items = [pictures(n, 64, seed=n) for n in (1, 7, 0, 3, 5)]
+    together = extractor.forward(items)
+    assert [len(array) for array in together] == [1, 7, 0, 3, 5]
+    for item, array in zip(items, together, strict=True):
+        (alone,) = extractor.forward([item])
+        np.testing.assert_allclose(array, alone, atol=1e-3)
+
+
+def test_bfloat16_stays_near_float32() -> None:
+    """bfloat16 changes ViT-tiny's features by about one percent of their length, no more."""
+    arguments = {"arch": "vit_tiny_patch16_224", "weights": "random:1"}
+    items = pictures(2, 224)
+    (exact,) = loaded(**arguments, precision="fp32").forward([items])
+    (rough,) = loaded(**arguments, precision="bf16").forward([items])
+    difference = np.linalg.norm(rough.astype(float) - exact) / np.linalg.norm(exact.astype(float))
+    assert 0 < difference < 0.02
+
+
+def test_a_vit_takes_another_size_and_the_weights_of_its_own(tmp_path: Path) -> None:
+    """Weights saved at the model's own size load at another: positions are interpolated."""
+    path = tiny_timm_weights(tmp_path, TINY_VIT, num_classes=10)
+    extractor = loaded(arch=TINY_VIT, weights=str(path), image_size=96)
+    assert extractor.forward([pictures(2, 96)])[0].shape == (2, 64)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_weights_with_a_classifier_load(tmp_path: Path, suffix: str) -> None:
+    """A state dict of either kind loads; its classifier is left out."""
+    path = tiny_timm_weights(tmp_path, TINY_CNN, num_classes=7, suffix=suffix)
+    state = timm.create_model(TINY_CNN, num_classes=7).state_dict()
+    assert any(key.startswith("fc") for key in state)
+    assert loaded(arch=TINY_CNN, weights=str(path), image_size=64).dim == 96
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"arch": "vit_larch_patch16_224"}, ("features.image.arch", "vit_large_patch16_224")),
+        ({"arch": TINY_VIT, "weights": "random:x"}, ("features.image.weights", "random:SEED")),
+        ({"arch": TINY_VIT, "weights": "/no/such"}, ("features.image.weights", "/no/such")),
+        ({"arch": TINY_VIT, "weights": "random:1", "image_size": 100}, ("image_size", "160x160")),
+        ({"arch": "efficientformer_l1", "weights": "random:1"}, ("image_size", "64x64", "224")),
+        ({"arch": "nest_tiny", "weights": "random:1", "image_size": 100}, ("image_size", "224")),
+        ({"arch": TINY_VIT, "weights": "random:1", "precision": "fp16"}, ("precision", "fp16")),
+    ],
+)
+def test_wrong_settings_are_one_line(settings: dict[str, object], words: tuple[str, ...]) -> None:
+    """A setting that cannot be honoured is one line that names its key."""
+    with pytest.raises(ConfigError) as caught:
+        loaded(**{"image_size": 64, **settings})
+    assert "\n" not in str(caught.value)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_weights_of_another_architecture_are_refused(tmp_path: Path) -> None:
+    """A file whose tensors are not the model's is refused in one line, not loaded in part."""
+    path = tiny_timm_weights(tmp_path, TINY_CNN)
+    with pytest.raises(
+        ConfigError, match=r"features.image.weights: .*does not fit test_vit"
+    ) as got:
+        loaded(arch=TINY_VIT, weights=str(path), image_size=160)
+    assert "\n" not in str(got.value)
+
+
+def test_a_file_that_lacks_a_layer_is_refused(tmp_path: Path) -> None:
+    """Weights with a layer missing would leave it random: they are refused."""
+    path = tmp_path / "part.pth"
+    state = timm.create_model(TINY_CNN, num_classes=0).state_dict()
+    state.pop("layer1.0.conv1.weight")
+    torch.save(state, path)
+    with pytest.raises(ConfigError, match=r"layer1\.0\.conv1"):
+        loaded(arch=TINY_CNN, weights=str(path), image_size=64)
+
+
+def test_items_of_the_wrong_shape_or_type_are_refused() -> None:
+    """Only uint8 (n, size, size, 3) is taken."""
+    extractor = VisualExtractor("video", VideoSettings(image_size=64))
+    for item in (pictures(1, 32), pictures(1, 64).astype(np.float32), pictures(1, 64)[0], "x"):
+        with pytest.raises(FeatureError, match="video: an item must be"):
+            extractor.preprocess(item)  # type: ignore[arg-type]
+
+
+def test_a_batch_is_halved_when_memory_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device out of memory costs speed, not the batch; a single row too large is an error."""
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    sizes: list[int] = []
+
+    def run(rows: np.ndarray) -> np.ndarray:
+        sizes.append(len(rows))
+        if len(rows) > 2:
+            raise torch.cuda.OutOfMemoryError("out of memory")
+        return rows.astype(np.float16)
+
+    items = [np.arange(10, dtype=np.float32).reshape(5, 2)] * 2
+    found = run_rows(items, dim=2, batch_size=8, run=run)
+    assert sizes == [8, 4, 2, 2, 2, 2, 2]
+    np.testing.assert_array_equal(found[1], items[1])
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        run_rows(items, dim=2, batch_size=1, run=lambda rows: run(np.concatenate([rows] * 3)))
+
+
+def test_values_that_are_not_finite_are_an_error(tmp_path: Path) -> None:
+    """A model that gives NaN fails its batch and says what to try."""
+    path = tmp_path / "nan.pth"
+    state = timm.create_model(TINY_CNN, num_classes=0).state_dict()
+    state["conv1.0.weight"].fill_(torch.nan)
+    torch.save(state, path)
+    extractor = loaded(arch=TINY_CNN, weights=str(path), image_size=64)
+    with pytest.raises(FeatureError, match=r"features.image.precision=fp32"):
+        extractor.forward([pictures(1, 64)])

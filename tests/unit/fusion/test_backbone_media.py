@@ -1,0 +1,126 @@
+"""What a backbone is shown of posts' media, and how its scores become a post's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from config.labels import LabelMap
+from config.settings import DecodeSettings, ImageSettings, VideoSettings
+from extractors.media.decode import decode_media
+from fusion.backbones.backbone_posts import MediaPost, read_posts
+from fusion.backbones.backbone_tagger import MediaTagger
+from fusion.backbones.media import STREAM, CollateMedia, MediaSample, PixelDataset, best_of_post
+from fusion.backbones.media_items import MediaItems
+from fusion.backbones.model import create_backbone
+from tests.support.fusion.media_posts import write_labels, write_pictures, write_videos
+from tests.support.tiny_models import TINY_CNN, tiny_features
+
+SIZE = 32
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def posts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Data files of pictures and of videos, and their label map."""
+    folder = tmp_path_factory.mktemp("posts")
+    write_labels(folder)
+    write_pictures(folder, "pictures", 4)
+    write_videos(folder, "videos", 6)
+    return folder
+
+
+def test_pixels_are_those_that_the_extractors_see(posts: Path) -> None:
+    """A picture and a clip's centre frames are just what `decode_media` gives."""
+    reader, limits = MediaItems(), DecodeSettings()
+    features = tiny_features(
+        image=ImageSettings(image_size=SIZE), video=VideoSettings(image_size=SIZE, frames=5)
+    )
+    picture = posts / "pictures" / "1-1.jpg"
+    decoded = decode_media("image", picture, features, limits)
+    np.testing.assert_array_equal(reader.picture(picture, SIZE)[None], decoded.image)
+    clip = posts / "videos" / "1.mp4"
+    decoded = decode_media("video", clip, features, limits)
+    np.testing.assert_array_equal(reader.frames(clip, SIZE, 5, None), decoded.frames)
+    assert reader.frames(clip, SIZE, 40, None).shape == (40, SIZE, SIZE, 3)
+
+
+def test_consensus_is_the_mean_over_segments_and_the_best_over_media() -> None:
+    """A post's logits, written out: each frame alone, mean of a clip, highest of the clips."""
+    torch.manual_seed(0)
+    tagger = MediaTagger(
+        create_backbone(TINY_CNN, "picture", (SIZE, SIZE), "scratch"), SIZE, 3, 0.5
+    )
+    tagger.eval()
+    chance = np.random.default_rng(0)
+    clips = [chance.integers(0, 256, (n, 2, SIZE, SIZE, 3)).astype(np.uint8) for n in (2, 1)]
+    samples = [MediaSample(str(i), clip, np.zeros(3, np.float32)) for i, clip in enumerate(clips)]
+    batch = CollateMedia()(samples)
+    assert batch.masks[STREAM].tolist() == [[True, True], [True, False]]
+    with torch.inference_mode():
+        found = tagger(batch).numpy()
+        for post, clip in zip(found, clips, strict=True):
+            of_clips = []
+            for frames in clip:
+                pixels = torch.from_numpy(frames).permute(0, 3, 1, 2).float()
+                each = tagger.classify(tagger.backbone(tagger.normalize(pixels))).numpy()
+                of_clips.append((each[0] + each[1]) / 2)
+            np.testing.assert_allclose(post, np.max(of_clips, axis=0), atol=1e-4)
+
+
+def test_the_best_of_nothing_is_the_bias() -> None:
+    """A post without media takes the given scores, the others the maximum of theirs."""
+    scores = torch.tensor([[1.0, -2.0], [0.0, 5.0], [3.0, 3.0]])
+    mask = torch.tensor([[True, True], [False, False], [True, False]])
+    found = best_of_post(scores, mask, torch.tensor([-7.0, -8.0]))
+    assert found.tolist() == [[1.0, 5.0], [-7.0, -8.0], [3.0, 3.0]]
+
+
+def test_what_is_drawn_depends_on_the_batch_alone(posts: Path) -> None:
+    """The same batch gives the same pixels in any process and order; another one others."""
+    listed = read_posts(posts / "videos.json", LabelMap.load(posts / "labels.json"), "videos")
+    build: dict[str, Any] = {"size": SIZE, "segments": 3, "max_items": 2}
+    train = PixelDataset(listed, 3, MediaItems(), seed=1, augmented=True, **build)
+    first = [s.items for s in train.__getitems__([4, 2])]
+    train.__getitems__([1, 3])
+    for one, again in zip(first, train.__getitems__([4, 2]), strict=True):
+        np.testing.assert_array_equal(one, again.items)
+    other = train.__getitems__([4, 3])[0].items
+    assert not np.array_equal(first[0], other)
+    valid = PixelDataset(listed, 3, MediaItems(), **build)
+    np.testing.assert_array_equal(
+        valid[4].items[0], MediaItems().frames(listed[4].paths[0], SIZE, 3, None)
+    )
+
+
+def test_media_of_one_post_are_limited() -> None:
+    """Evenly spread ones in validation, random ones in training, never one twice."""
+
+    class Named(MediaItems):
+        def picture(self, path: Path, size: int) -> Any:
+            return np.full((size, size, 3), int(path.name), np.uint8)
+
+    post = MediaPost("p", tuple(Path(str(i)) for i in range(10)), (0,))
+    build: dict[str, Any] = {"size": 4, "segments": None, "max_items": 3}
+    valid = PixelDataset([post], 1, Named(), **build)
+    assert valid[0].items[:, 0, 0, 0, 0].tolist() == [1, 5, 8]
+    seen: set[int] = set()
+    for seed in range(30):
+        train = PixelDataset([post], 1, Named(), seed=seed, **build)
+        found = train[0].items[:, 0, 0, 0, 0].tolist()
+        assert found == sorted(set(found))
+        assert len(found) == 3
+        seen.update(found)
+    assert seen == set(range(10))

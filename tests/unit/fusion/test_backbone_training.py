@@ -1,0 +1,321 @@
+"""Backbones out of data files, through `train_net.py`: what is written is what extractors load."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+import train_net
+from common.errors import MediaError
+from config.backbone_train import BackboneTrainSettings
+from config.labels import LabelMap
+from config.settings import DecodeSettings, ImageSettings, VideoSettings
+from extractors.media.decode import decode_media
+from extractors.models.visual import VideoExtractor, VisualExtractor
+from fusion.backbones.backbone_tagger import MediaTagger
+from fusion.backbones.media_items import MediaItems
+from fusion.backbones.model import create_backbone
+from fusion.backbones.training import train_backbones
+from fusion.train.options import train_options, train_settings
+from tests.support import media
+from tests.support.fusion.media_posts import write_labels, write_pictures, write_videos
+from tests.support.tiny_models import TINY_CNN, tiny_features
+
+SIZE = 32
+LSTM = {"projection": 16, "hidden": 8, "join": 32, "width": 24, "epochs": 4, "batch_size": 6}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def posts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Data files of pictures and of videos, and their label map."""
+    folder = tmp_path_factory.mktemp("posts")
+    write_labels(folder)
+    write_pictures(folder, "pictures", 18)
+    write_pictures(folder, "pictures_valid", 6, seed=1)
+    write_videos(folder, "videos", 12)
+    write_videos(folder, "videos_valid", 6, seed=1)
+    return folder
+
+
+def content(posts: Path, out: Path, task: str, **sections: Any) -> dict[str, Any]:
+    name = "pictures" if task == "image_backbone" else "videos"
+    values: dict[str, Any] = {
+        "task": task,
+        "data": {
+            "train": str(posts / f"{name}.json"),
+            "valid": str(posts / f"{name}_valid.json"),
+            "labels": str(posts / "labels.json"),
+        },
+        "backbone": {"arch": TINY_CNN, "image_size": SIZE},
+        "tsn": {"segments": 2, "test_segments": 3, "frames": 20},
+        "lstm": LSTM,
+        "optimizer": {"learning_rate": 3e-3},
+        "trainer": {
+            "epochs": 3,
+            "batch_size": 6,
+            "n_gpu": 0,
+            "threads": 1,
+            "save_dir": str(out),
+            "progress": False,
+            "tensorboard": False,
+            "fix_random_seed": True,
+        },
+    }
+    for section, changes in sections.items():
+        values[section] = {**values[section], **changes}
+    return values
+
+
+def settings(posts: Path, out: Path, task: str, **sections: Any) -> BackboneTrainSettings:
+    return BackboneTrainSettings.model_validate(content(posts, out, task, **sections))
+
+
+def command(posts: Path, out: Path, task: str, *options: str, **sections: Any) -> int:
+    """`train_net.py` with a file of these settings."""
+    file = out.parent / f"{out.name}.yaml"
+    file.write_text(yaml.safe_dump(content(posts, out, task, **sections)), encoding="utf-8")
+    return train_net.main(["--model_config", str(file), *options])
+
+
+def events(log: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+
+
+# Whole runs ------------------------------------------------------------------------------------
+
+
+def test_pictures_become_the_image_extractors_weights(
+    posts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Colours are learned; the file loads into the extractor and gives what was trained."""
+    out = tmp_path / "run"
+    assert command(posts, out, "image_backbone", "--epoch", "4", "--batch_size", "3") == 0
+    said = capsys.readouterr().out
+    weights = out / "weights" / f"{TINY_CNN}.safetensors"
+    assert "image: epochs 4" in said
+    assert str(weights) in said
+    log = events(out / "log" / "train.jsonl")
+    assert [e["epoch"] for e in log if e["event"] == "valid"] == [1, 2, 3, 4]
+    assert log[-1]["event"] == "weights"
+    assert log[-1]["gap"] == max(e["gap"] for e in log if e["event"] == "valid") > 0.9
+    assert (out / "ckpt" / "last.pt").exists()
+
+    extractor = VisualExtractor(
+        "image",
+        ImageSettings(arch=TINY_CNN, weights=str(weights), image_size=SIZE, precision="fp32"),
+    )
+    extractor.load()
+    picture = MediaItems().picture(posts / "pictures" / "0-0.jpg", SIZE)
+    [found] = extractor.forward([picture[None]])
+    best = torch.load(out / "ckpt" / "best.pt", weights_only=True)["model"]
+    tagger = MediaTagger(create_backbone(TINY_CNN, "picture", (SIZE, SIZE), "scratch"), SIZE, 3, 0)
+    tagger.load_state_dict(best)
+    tagger.eval()
+    with torch.inference_mode():
+        pixels = torch.from_numpy(picture[None]).permute(0, 3, 1, 2).float()
+        wanted = tagger.backbone(tagger.normalize(pixels))
+    np.testing.assert_allclose(found, wanted, atol=2e-2, rtol=2e-3)
+
+
+def test_videos_become_tsn_and_lstm(posts: Path, tmp_path: Path) -> None:
+    """Two stages in one run; both files load into the video extractor, which gives both streams."""
+    out = tmp_path / "run"
+    tsn, lstm = train_backbones(settings(posts, out, "video_backbone"), MediaItems())
+    assert (tsn.name, lstm.name) == ("tsn", "lstm")
+    assert tsn.weights == out / "weights" / "tsn.safetensors"
+    assert lstm.weights == out / "weights" / "video_lstm.safetensors"
+    assert lstm.epochs == LSTM["epochs"]
+    assert tsn.metrics["gap"] > 0.5
+    served = VideoSettings.model_validate(
+        {
+            "arch": TINY_CNN,
+            "weights": str(tsn.weights),
+            "image_size": SIZE,
+            "frames": 20,
+            "short_clips": "repeat",
+            "lstm": {
+                **{k: LSTM[k] for k in ("projection", "hidden", "join", "width")},
+                "weights": str(lstm.weights),
+            },
+        }
+    )
+    extractor = VideoExtractor(served)
+    extractor.load()
+    clip = posts / "videos" / "0.mp4"
+    features = tiny_features(video=served)
+    decoded = decode_media("video", clip, features, DecodeSettings())
+    assert decoded.frames is not None
+    [found] = extractor.forward([decoded.frames])
+    assert found["video"].shape == (20, 96)
+    assert found["video_lstm"].shape == (1, LSTM["width"])
+    # What the LSTM has learned from is what the extractor gives it.
+    kept = [np.load(path) for path in (out / "frames").rglob("*.npy")]
+    assert len(kept) == 18
+    assert any(np.array_equal(rows, found["video"]) for rows in kept)
+
+
+class _Tired(MediaItems):
+    """Reads so many files, and then no more."""
+
+    left: int
+
+    def picture(self, path: Path, size: int) -> Any:
+        """A picture, as long as there is strength."""
+        self._count()
+        return super().picture(path, size)
+
+    def frames(self, path: Path, size: int, count: int, random: Any) -> Any:
+        """Frames, as long as there is strength."""
+        self._count()
+        return super().frames(path, size, count, random)
+
+    def _count(self) -> None:
+        object.__setattr__(self, "left", self.left - 1)
+        if self.left < 0:
+            raise MediaError("the disk is gone")
+
+    @classmethod
+    def after(cls, reads: int) -> _Tired:
+        """Stops after so many files."""
+        made = cls()
+        object.__setattr__(made, "left", reads)
+        return made
+
+
+PICTURES, VALID_PICTURES = 27, 9
+
+
+def test_an_interrupted_run_ends_with_the_same_weights(posts: Path, tmp_path: Path) -> None:
+    """Two epochs, a third that breaks off, and --resume: three epochs in one go, to the bit."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    ema = {"optimizer": {"ema_decay": 0.9}}
+    assert command(posts, whole, "image_backbone", **ema) == 0
+    reader = _Tired.after(2 * (PICTURES + VALID_PICTURES) + 10)
+    with pytest.raises(MediaError, match=r"post pictures\d+: .*\.jpg: the disk is gone"):
+        train_backbones(settings(posts, parts, "image_backbone", **ema), reader)
+    assert not (parts / "weights").exists()
+    assert command(posts, parts, "image_backbone", "--resume", str(parts), **ema) == 0
+    log = [e["epoch"] for e in events(parts / "log" / "train.jsonl") if e["event"] == "epoch"]
+    assert log == [1, 2, 3]
+    name = Path("weights") / f"{TINY_CNN}.safetensors"
+    assert (whole / name).read_bytes() == (parts / name).read_bytes()
+
+
+def test_a_video_run_goes_on_in_either_stage(posts: Path, tmp_path: Path) -> None:
+    """Broken off in the TSN, or between its end and the LSTM's: the results are the same."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    task = "video_backbone"
+    assert command(posts, whole, task, "--epoch", "2") == 0
+    with pytest.raises(MediaError):
+        train_backbones(settings(posts, parts, task, trainer={"epochs": 2}), _Tired.after(18 + 5))
+    assert command(posts, parts, task, "--epoch", "2", "--resume", str(parts)) == 0
+    for name in ("tsn.safetensors", "video_lstm.safetensors"):
+        assert (whole / "weights" / name).read_bytes() == (parts / "weights" / name).read_bytes()
+    # Killed before the LSTM's end: its last checkpoint is the one of the first epoch.
+    longer = {"lstm": {"epochs": 6}}
+    assert command(posts, parts, task, "--epoch", "2", "--resume", str(parts), **longer) == 0
+    log = [e for e in events(parts / "lstm" / "log" / "train.jsonl") if e["event"] == "epoch"]
+    assert [e["epoch"] for e in log] == [1, 2, 3, 4, 5, 6]
+
+
+# Mistakes --------------------------------------------------------------------------------------
+
+
+def broken(posts: Path, folder: Path) -> Path:
+    """The pictures and two more posts: one of a cut picture alone, one of a whole one too."""
+    entries = json.loads((posts / "pictures.json").read_text())
+    for entry in entries:
+        entry["images"] = [str(posts / name) for name in entry["images"]]
+    cut = media.truncate(posts / "pictures" / "0-0.jpg", folder / "cut.jpg", 0.4)
+    images = [str(cut), str(posts / "pictures" / "0-0.jpg")]
+    entries.append({"post_id": "bad", "labels": ["red"], "images": images})
+    entries.append({"post_id": "worse", "labels": ["red"], "images": [str(cut)]})
+    file = folder / "broken.json"
+    file.write_text(json.dumps(entries))
+    return file
+
+
+def test_a_broken_picture_is_one_line_or_a_listed_skip(
+    posts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The run ends and names post and file; with skip_bad it is left out and listed."""
+    data = {"data": {"train": str(broken(posts, tmp_path))}}
+    assert command(posts, tmp_path / "a", "image_backbone", **data) == 2
+    said = capsys.readouterr().err.strip()
+    assert len(said.splitlines()) == 1
+    assert "cut.jpg" in said
+    out = tmp_path / "b"
+    options = ("--skip_bad", "--epoch", "1")
+    assert command(posts, out, "image_backbone", *options, **data) == 0
+    skipped = events(out / "log" / "skipped.jsonl")
+    assert [(e["post_id"], e["kind"]) for e in skipped] == [("bad", "media")]
+    assert "cut.jpg" in skipped[0]["file"]
+    assert "left out 1 files that cannot be decoded" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("data", "match"),
+    [
+        ({"train": "none.json"}, "none.json: no such data file"),
+        ({"train": "VIDEOS"}, "videos.json: no post has images"),
+        ({"labels": "OTHER"}, "label 'red' is not in the label map"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_2(
+    posts: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    data: dict[str, str],
+    match: str,
+) -> None:
+    """Missing files, files without pictures, labels that nobody knows."""
+    (tmp_path / "other.json").write_text('{"0": "cat"}')
+    places = {"VIDEOS": str(posts / "videos.json"), "OTHER": str(tmp_path / "other.json")}
+    named = {key: places.get(value, value) for key, value in data.items()}
+    assert command(posts, tmp_path / "run", "image_backbone", data=named) == 2
+    said = capsys.readouterr().err
+    assert match in said
+    assert len(said.strip().splitlines()) == 1
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(
+    posts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The line names what differs; of videos only a run's folder is taken."""
+    out = tmp_path / "run"
+    assert command(posts, out, "image_backbone", "--epoch", "1") == 0
+    other = {"backbone": {"arch": "test_vit", "image_size": 64}}
+    resume = ("--resume", str(out))
+    assert command(posts, tmp_path / "o", "image_backbone", *resume, **other) == 2
+    assert "was made with another arch" in capsys.readouterr().err
+    last = str(out / "ckpt" / "last.pt")
+    assert command(posts, tmp_path / "v", "video_backbone", "--resume", last) == 2
+    assert "--resume takes the folder of a run" in capsys.readouterr().err
+
+
+def test_the_configs_of_the_backbones_are_valid() -> None:
+    """The files in config/ have the published sizes, and every key is known."""
+    image = train_settings(train_options(["--model_config", "config/train_image_eff103.yaml"]))
+    assert isinstance(image, BackboneTrainSettings)
+    assert image.backbone.arch == "efficientnet_b5"
+    assert len(LabelMap.load(image.data.labels)) == 103
+    video = train_settings(train_options(["--model_config", "config/train_video_tsn_lstm.yaml"]))
+    assert isinstance(video, BackboneTrainSettings)
+    assert (video.backbone.arch, video.tsn.frames) == ("resnet50", 300)
+    assert (video.lstm.projection, video.lstm.hidden, video.lstm.dropout) == (1024, 512, 0.5)
+    assert (video.lstm.join, video.lstm.width) == (8192, 4096)

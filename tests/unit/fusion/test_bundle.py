@@ -1,0 +1,238 @@
+"""Bundles: whole or refused, replaced in one step, and served the same alone or in a batch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from common.errors import BundleError, ConfigError, FeatureError
+from common.post import Features, Stream
+from fusion.bundle import bundle
+from fusion.infer.inferer import Inferer
+from tests.support.fusion import support
+
+
+def write(folder: Path, seed: int = 0, **changes: object) -> str:
+    """Write a bundle with random weights."""
+    torch.manual_seed(seed)
+    given = {
+        "name": "small",
+        "model": support.model("token_transformer"),
+        "settings": support.SMALL,
+        "manifest": support.manifest(),
+        "labels": support.LABELS,
+        "thresholds": np.full(support.CLASSES, 0.5, np.float32),
+        "metrics": {"gap": 0.9},
+    }
+    return bundle.save_bundle(folder, **{**given, **changes})  # type: ignore[arg-type]
+
+
+def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
+    """Weights, labels, manifest, thresholds, metrics, name and version come back."""
+    thresholds = np.linspace(0.1, 0.9, support.CLASSES).astype(np.float32)
+    version = write(tmp_path / "b", thresholds=thresholds)
+    found = bundle.load_bundle(tmp_path / "b")
+    torch.manual_seed(0)
+    wanted = support.model("token_transformer").state_dict()
+    for key, value in found.model.state_dict().items():
+        torch.testing.assert_close(value, wanted[key], rtol=0, atol=0)
+    assert (found.name, found.version) == ("small", version)
+    assert found.labels == support.LABELS
+    assert found.manifest == support.manifest()
+    assert found.metrics == {"gap": 0.9}
+    np.testing.assert_allclose(found.thresholds, thresholds, atol=1e-6)
+    assert sorted(p.name for p in (tmp_path / "b").iterdir()) == [
+        "bundle.yaml",
+        "labels.json",
+        "model.safetensors",
+    ]
+    assert [p.name for p in tmp_path.iterdir()] == ["b"], "nothing is left beside it"
+
+
+def test_a_bundle_is_read_without_training_code(tmp_path: Path) -> None:
+    """Serving imports neither Lightning nor the trainer."""
+    write(tmp_path / "b")
+    code = (
+        "import sys; from pathlib import Path; from fusion.inferer import Inferer; "
+        f"Inferer.load(Path({str(tmp_path / 'b')!r})); "
+        "bad = [m for m in sys.modules if m.startswith(('lightning', 'fusion.train', 'timm'))]; "
+        "sys.exit(str(bad) if bad else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def _edit(path: Path, **changes: object) -> None:
+    content = yaml.safe_load(path.read_text())
+    path.write_text(yaml.safe_dump({**content, **changes}))
+
+
+BROKEN = {
+    "no folder": (lambda b: [p.unlink() for p in b.iterdir()], "bundle.yaml is missing"),
+    "no weights": (lambda b: (b / "model.safetensors").unlink(), "model.safetensors: is missing"),
+    "no labels": (lambda b: (b / "labels.json").unlink(), "labels.json: is missing"),
+    "cut weights": (lambda b: _cut(b / "model.safetensors"), "model.safetensors: is truncated"),
+    "other labels": (lambda b: (b / "labels.json").write_text('{"0": "x"}'), "labels.json: is tr"),
+    "no YAML": (lambda b: (b / "bundle.yaml").write_text("a: [b"), "cannot be read"),
+    "a list": (lambda b: (b / "bundle.yaml").write_text("- 1"), "keys and values"),
+    "a lost key": (lambda b: (b / "bundle.yaml").write_text("format: 1"), "name: is required"),
+    "few thresholds": (lambda b: _edit(b / "bundle.yaml", thresholds=[0.5]), "1 thresholds for 6"),
+    "wild threshold": (lambda b: _edit(b / "bundle.yaml", thresholds=[7.0]), "in \\[0, 1\\]"),
+    "other model": (
+        lambda b: _edit(b / "bundle.yaml", model={"name": "concat_se"}),
+        "does not fit the architecture",
+    ),
+    "other format": (lambda b: _edit(b / "bundle.yaml", format=9), "format"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_bundle_is_refused_in_one_line(name: str, tmp_path: Path) -> None:
+    """Whatever is missing, cut or swapped is named; nothing half-loaded is served."""
+    spoil, says = BROKEN[name]
+    write(tmp_path / "b")
+    spoil(tmp_path / "b")  # type: ignore[no-untyped-call]
+    with pytest.raises(BundleError, match=says) as caught:
+        bundle.load_bundle(tmp_path / "b")
+    assert "\n" not in str(caught.value)
+    assert str(tmp_path / "b") in str(caught.value)
+
+
+def test_other_features_are_refused_by_name(tmp_path: Path) -> None:
+    """The line names the modality, what the bundle wants and what is given."""
+    write(tmp_path / "b")
+    inferer = Inferer.load(tmp_path / "b")
+    inferer.check(support.FINGERPRINTS)
+    with pytest.raises(BundleError, match=r"small wants audio features audio-1.*give audio-2"):
+        inferer.check({**support.FINGERPRINTS, "audio": "audio-2"})
+    without: dict[Stream, str] = {m: f for m, f in support.FINGERPRINTS.items() if m != "ocr"}
+    with pytest.raises(BundleError, match=r"wants ocr features ocr-1.*give none"):
+        inferer.check(without)
+
+
+def test_versions_sort_by_time_and_end_in_the_weights(tmp_path: Path) -> None:
+    """A later bundle has the greater version, as text."""
+    first = write(tmp_path / "b", seed=1)
+    assert bundle.newest_version(tmp_path / "b") == first
+    second = write(tmp_path / "b", seed=2)
+    assert bundle.newest_version(tmp_path / "b") == second
+    assert first[:16] <= second[:16]
+    assert first[-8:] != second[-8:]
+
+
+def test_newest_version_of_nothing_is_none(tmp_path: Path) -> None:
+    """A folder that is missing, empty or broken has no version, and raises nothing."""
+    assert bundle.newest_version(tmp_path / "none") is None
+    for text in ("", "a: [", "- 1", "version: 7"):
+        (tmp_path / "bundle.yaml").write_text(text)
+        assert bundle.newest_version(tmp_path) is None
+
+
+def test_a_bundle_behind_a_link_is_read_and_replaced(tmp_path: Path) -> None:
+    """`current` may be a link: it stays one, and shows the new bundle."""
+    write(tmp_path / "b", seed=1)
+    link = tmp_path / "current"
+    link.symlink_to("b")
+    assert Inferer.load(link).name == "small"
+    version = write(link, seed=2)
+    assert link.is_symlink()
+    assert bundle.newest_version(link) == version == Inferer.load(link).version
+
+
+def test_a_reader_never_sees_half_a_bundle(tmp_path: Path) -> None:
+    """While a bundle is replaced again and again, its version can always be read."""
+    folder = tmp_path / "b"
+    write(folder)
+    missing, done = [], threading.Event()
+
+    def look() -> None:
+        while not done.is_set():
+            if bundle.newest_version(folder) is None:
+                missing.append(1)
+
+    reader = threading.Thread(target=look)
+    reader.start()
+    try:
+        for seed in range(15):
+            write(folder, seed)
+    finally:
+        done.set()
+        reader.join()
+    assert not missing
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    """A file in the way is named, and nothing is left behind."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BundleError, match="cannot be written"):
+        write(tmp_path / "file" / "b")
+
+
+def test_scores_do_not_depend_on_the_batch(tmp_path: Path) -> None:
+    """Alone, among others, or in small batches: within 1e-5, in the order given."""
+    write(tmp_path / "b")
+    posts = [
+        support.features(f"p{i}", seed=i, lengths={"video": 1 + i, "ocr": i % 3}) for i in range(9)
+    ]
+    inferer = Inferer.load(tmp_path / "b", threads=1)
+    together = inferer.predict(posts)
+    in_twos = Inferer.load(tmp_path / "b", batch_size=2).predict(posts)
+    for post, one, two in zip(posts, together, in_twos, strict=True):
+        alone = inferer.predict([post])[0]
+        assert one.post_id == post.post_id
+        np.testing.assert_allclose(one.scores, alone.scores, atol=1e-5)
+        np.testing.assert_allclose(one.scores, two.scores, atol=1e-5)
+    assert inferer.predict([]) == []
+    inferer.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        inferer.predict(posts)
+
+
+def test_tags_are_those_over_their_thresholds(tmp_path: Path) -> None:
+    """Highest first, with names and IDs; a post may have none."""
+    write(tmp_path / "low", thresholds=np.full(support.CLASSES, 0.0, np.float32))
+    tags = Inferer.load(tmp_path / "low").predict([support.features()])[0]
+    assert len(tags.tags) == support.CLASSES
+    assert [t.score for t in tags.tags] == sorted((t.score for t in tags.tags), reverse=True)
+    for tag in tags.tags:
+        assert tag.name == support.LABELS.names[tag.id]
+        assert tag.score == pytest.approx(float(tags.scores[tag.id]))
+    write(tmp_path / "high", thresholds=np.full(support.CLASSES, 1.0, np.float32))
+    assert Inferer.load(tmp_path / "high").predict([support.features()])[0].tags == ()
+
+
+def test_without_a_modality_equals_a_post_that_lacks_it(tmp_path: Path) -> None:
+    """Hiding a modality is what measuring its worth needs: the same as never having had it."""
+    write(tmp_path / "b")
+    inferer = Inferer.load(tmp_path / "b")
+    hidden = inferer.predict([support.features()], without=frozenset({"audio"}))[0]
+    lacking = inferer.predict([support.features(lengths={"audio": 0})])[0]
+    np.testing.assert_allclose(hidden.scores, lacking.scores, atol=1e-6)
+    whole = inferer.predict([support.features()])[0]
+    assert np.abs(whole.scores - hidden.scores).max() > 1e-4
+
+
+def test_features_of_another_length_are_refused(tmp_path: Path) -> None:
+    """The error names the post, so that the others of its batch can go on."""
+    write(tmp_path / "b")
+    wrong = Features("p9", {"text": np.zeros((1, 3), np.float16)}, {})
+    with pytest.raises(FeatureError, match="post p9: text"):
+        Inferer.load(tmp_path / "b").predict([wrong])
+
+
+def test_a_device_that_is_not_there(tmp_path: Path) -> None:
+    """One line says how many there are."""
+    write(tmp_path / "b")
+    with pytest.raises(ConfigError, match=r"cuda:99: this machine has \d+ CUDA"):
+        Inferer.load(tmp_path / "b", device="cuda:99")

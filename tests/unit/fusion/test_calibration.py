@@ -1,0 +1,294 @@
+"""Calibration and thresholds: how they are fitted, kept in the bundle, and applied to scores."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.optimize import minimize_scalar
+from sklearn.isotonic import IsotonicRegression
+
+from common.errors import BundleError
+from fusion.bundle.bundle import load_bundle, save_bundle
+from fusion.data.feature_files import FeatureFiles
+from fusion.infer.inferer import Inferer
+from fusion.metrics import ranking as metrics
+from fusion.metrics.calibration import (
+    Isotonic,
+    Temperature,
+    calibrated,
+    fit_calibration,
+    fit_isotonic,
+    fit_temperature,
+)
+from fusion.metrics.thresholds import fit_thresholds, precision_threshold
+from fusion.models import MODELS
+from fusion.train.training import train
+from tests.support.fusion import support
+
+
+def overconfident(count: int = 4000, factor: float = 2.5) -> tuple[Any, Any]:
+    """Scores whose logits are ``factor`` times those that the truth was drawn from."""
+    chance = np.random.default_rng(0)
+    logits = chance.normal(-1, 2, (count, 3))
+    truth = chance.random(logits.shape) < 1 / (1 + np.exp(-logits))
+    return (1 / (1 + np.exp(-factor * logits))).astype(np.float32), truth
+
+
+def cross_entropy(temperature: float, scores: Any, truth: Any) -> float:
+    """Directly, in float64."""
+    p = np.clip(scores.astype(np.float64), 1e-12, 1 - 1e-12)
+    x = np.log(p / (1 - p)) / temperature
+    return float((np.logaddexp(0, x) - truth * x).mean())
+
+
+@pytest.mark.parametrize("factor", [0.4, 1.0, 2.5])
+def test_the_temperature_has_the_least_cross_entropy(factor: float) -> None:
+    """As scipy's minimiser finds it, near the factor that the logits were spoilt by."""
+    scores, truth = overconfident(factor=factor)
+    found = fit_temperature(scores, truth)
+    best = minimize_scalar(
+        cross_entropy,
+        bounds=(0.02, 50),
+        args=(scores, truth),
+        method="bounded",
+        options={"xatol": 1e-7},
+    )
+    assert found == pytest.approx(best.x, rel=1e-4)
+    assert found == pytest.approx(factor, rel=0.05)
+    assert cross_entropy(found, scores, truth) <= best.fun + 1e-9
+
+
+def test_a_temperature_keeps_the_order_and_the_middle() -> None:
+    """Ranks and 0.5 stay; scores of 0 and 1 stay numbers."""
+    given_scores = np.array([0.0, 1e-30, 0.2, 0.5, 0.8, 1.0], np.float32)
+    found = Temperature(temperature=3).apply(given_scores)
+    assert found.dtype == np.float32
+    assert (np.diff(found) >= 0).all()
+    assert found[3] == 0.5
+    logit = np.log(0.8 / 0.2) / 3
+    assert found[4] == pytest.approx(1 / (1 + np.exp(-logit)))
+    assert np.isfinite(found).all()
+    same = Temperature(temperature=1).apply(given_scores)
+    np.testing.assert_allclose(same, given_scores, rtol=1e-6, atol=1e-11)
+
+
+def test_a_temperature_of_one_sided_truth_stays_within_its_bounds() -> None:
+    """Where everything is right the cross entropy has no minimum; the bound is taken."""
+    assert fit_temperature([0.1, 0.9], [0, 1]) == pytest.approx(0.02)
+    assert fit_temperature([0.9, 0.1], [0, 1]) == pytest.approx(50)
+
+
+def test_isotonic_equals_sklearn_on_what_it_was_fitted_to_and_beside_it() -> None:
+    """At the scores, between them and outside of them."""
+    chance = np.random.default_rng(1)
+    for size in (1, 2, 30, 400, 20_000):
+        scores = chance.random((size, 3)).round(2 if size == 30 else 9)  # many ties at 30
+        truth = chance.random(scores.shape) < scores**2
+        wanted = IsotonicRegression(out_of_bounds="clip").fit(scores.ravel(), truth.ravel())
+        found = fit_isotonic(scores, truth)
+        for at in (scores.ravel(), np.linspace(0, 1, 500)):
+            np.testing.assert_allclose(found.apply(at), wanted.predict(at), atol=2e-6)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 12), st.booleans()), min_size=1, max_size=40),
+)
+def test_isotonic_equals_sklearn_on_anything(pairs: list[tuple[int, bool]]) -> None:
+    """Runs of ties, all true, all false, one post."""
+    scores = np.array([s / 12 for s, _ in pairs])
+    truth = np.array([t for _, t in pairs])
+    wanted = IsotonicRegression(out_of_bounds="clip").fit(scores, truth).predict(scores)
+    np.testing.assert_allclose(fit_isotonic(scores, truth).apply(scores), wanted, atol=1e-6)
+
+
+def test_isotonic_of_many_blocks_is_thinned_and_stays_near() -> None:
+    """A bundle does not hold ten thousand knots; what is left is within a thousandth."""
+    scores = np.linspace(0, 1, 20_000)
+    truth = scores**2  # rising targets: every level is a block
+    found = fit_isotonic(scores, truth)
+    assert len(found.scores) == 1000
+    np.testing.assert_allclose(found.apply(scores), truth, atol=1e-3)
+
+
+def test_calibration_makes_scores_as_often_right_as_they_say() -> None:
+    """The error of ten bins falls to under a fifth, on posts that were not fitted to."""
+    scores, truth = overconfident()
+    fit, check = slice(0, 2000), slice(2000, None)
+
+    def error(given_scores: Any) -> float:
+        bins = np.minimum((given_scores * 10).astype(int), 9).ravel()
+        sums = np.bincount(bins, given_scores.ravel() - truth[check].ravel(), minlength=10)
+        return float(np.abs(sums).sum() / given_scores.size)
+
+    before = error(scores[check])
+    for name in ("temperature", "isotonic"):
+        found = fit_calibration(name, scores[fit], truth[fit])
+        assert error(calibrated(found, scores[check])) < before / 5, name
+    assert fit_calibration("none", scores, truth) is None
+    assert calibrated(None, scores) is scores
+
+
+# Thresholds ----------------------------------------------------------------------------------
+
+
+def test_a_precision_threshold_is_the_lowest_that_gives_it() -> None:
+    """By trying every threshold: the share of right ones is reached, with the most tags given."""
+    chance = np.random.default_rng(0)
+    for _ in range(40):
+        scores, truth = chance.random(50).round(2), chance.random(50) < 0.5
+        found = precision_threshold(scores, truth, 0.7)
+        tried = [t for t in np.unique(scores) if t > 0.05 and truth[scores >= t].mean() >= 0.7]
+        if not tried:
+            assert found == 1.0
+            continue
+        given_tags = scores >= found
+        assert truth[given_tags].mean() >= 0.7
+        # Below 0.05 no threshold lies; midway points may fall on either side of it.
+        assert given_tags.sum() >= (scores >= min(tried)).sum() - (scores < 0.06).sum()
+
+
+def test_a_precision_out_of_reach_gives_the_tag_no_more() -> None:
+    """Where the best-scoring post is wrong, or no post has the tag."""
+    assert precision_threshold([0.9, 0.8, 0.3], [0, 1, 0], 0.9) == 1.0
+    assert precision_threshold([0.9, 0.8], [0, 0], 0.5) == 1.0
+    assert precision_threshold([0.9, 0.8, 0.3], [1, 1, 0], 0.9) == pytest.approx(0.55)
+    assert precision_threshold([0.9, 0.8, 0.3], [1, 0, 1], 0.6) == pytest.approx(0.15)
+
+
+def test_rare_tags_take_the_common_precision_threshold() -> None:
+    """With too few positives the threshold is that of all tags together."""
+    scores = np.array([[0.9, 0.2], [0.8, 0.1], [0.3, 0.15], [0.2, 0.05]])
+    truth = np.array([[1, 1], [1, 0], [0, 0], [0, 0]])
+    found = fit_thresholds(scores, truth, min_positives=2, precision=0.9)
+    assert found[0] == pytest.approx(0.55)
+    assert found[1] == pytest.approx(precision_threshold(scores, truth, 0.9), abs=1e-6)
+
+
+# In the bundle -------------------------------------------------------------------------------
+
+CALIBRATIONS = {
+    "temperature": Temperature(temperature=2.5),
+    "isotonic": Isotonic(scores=(0.1, 0.6, 0.9), values=(0.05, 0.3, 0.99)),
+}
+
+
+def write(folder: Path, **changes: Any) -> None:
+    """A bundle with random weights."""
+    torch.manual_seed(0)
+    given_parts: dict[str, Any] = {
+        "name": "small",
+        "model": support.model("token_transformer"),
+        "settings": support.SMALL,
+        "manifest": support.manifest(),
+        "labels": support.LABELS,
+        "thresholds": np.full(support.CLASSES, 0.5, np.float32),
+        "metrics": {},
+    }
+    save_bundle(folder, **{**given_parts, **changes})
+
+
+@pytest.mark.parametrize("name", CALIBRATIONS)
+def test_a_bundle_keeps_and_applies_its_calibration(name: str, tmp_path: Path) -> None:
+    """Scores, and the tags by their thresholds, are calibrated ones."""
+    calibration = CALIBRATIONS[name]
+    write(tmp_path / "plain")
+    write(tmp_path / "b", calibration=calibration)
+    assert load_bundle(tmp_path / "b").calibration == calibration
+    posts = [support.features(f"p{i}", seed=i) for i in range(4)]
+    plain = Inferer.load(tmp_path / "plain").predict(posts)
+    for before, after in zip(plain, Inferer.load(tmp_path / "b").predict(posts), strict=True):
+        np.testing.assert_array_equal(after.scores, calibration.apply(before.scores))
+        assert {t.id for t in after.tags} == set(np.flatnonzero(after.scores >= 0.5))
+
+
+def test_bundles_of_before_still_load(tmp_path: Path) -> None:
+    """Without the keys that came later: no calibration, and the sections that there were."""
+    write(tmp_path / "b")
+    posts = [support.features()]
+    wanted = Inferer.load(tmp_path / "b").predict(posts)[0].scores
+    path = tmp_path / "b" / "bundle.yaml"
+    content = yaml.safe_load(path.read_text())
+    del content["calibration"]
+    for key in set(content["model"]) - {"name", "modality_dropout", "tokens", "token_transformer"}:
+        if key != "concat_se":
+            del content["model"][key]
+    content["model"]["concat_se"] = {"modality_width": 16, "width": 32, "dropout": 0.1}
+    path.write_text(yaml.safe_dump(content))
+    found = Inferer.load(tmp_path / "b")
+    np.testing.assert_array_equal(found.predict(posts)[0].scores, wanted)
+    assert load_bundle(tmp_path / "b").calibration is None
+
+
+BROKEN: dict[str, tuple[Any, str]] = {
+    "unknown": ({"kind": "magic"}, "calibration"),
+    "cold": ({"kind": "temperature", "temperature": 0}, "calibration.*greater than 0"),
+    "falling": ({"kind": "isotonic", "scores": [0.1, 0.5], "values": [0.9, 0.1]}, "must not fall"),
+    "unsorted": ({"kind": "isotonic", "scores": [0.5, 0.1], "values": [0.1, 0.9]}, "must rise"),
+    "uneven": ({"kind": "isotonic", "scores": [0.5], "values": [0.1, 0.9]}, "equally many"),
+    "wild": ({"kind": "isotonic", "scores": [0.1, 0.5], "values": [0.1, 1.9]}, r"in \[0, 1\]"),
+    "empty": ({"kind": "isotonic", "scores": [], "values": []}, "calibration.*at least 1"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_calibration_is_refused_in_one_line(name: str, tmp_path: Path) -> None:
+    """The bundle's file and the mistake are named."""
+    content, says = BROKEN[name]
+    write(tmp_path / "b")
+    path = tmp_path / "b" / "bundle.yaml"
+    path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), "calibration": content}))
+    with pytest.raises(BundleError, match=says) as caught:
+        load_bundle(tmp_path / "b")
+    assert "\n" not in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+# Whole trainings -----------------------------------------------------------------------------
+
+EPOCHS = {"attention_lstm": 16, "nextvlad_se": 14, "mbt": 12, "concat_mlp": 22, "gmu": 22}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "concat_mlp": {"loss": {"name": "focal", "focal": {"alpha": 0.5}}},
+    "concat_se": {"model": {"concat_se": {"pooling": "nextvlad"}}},
+    "gmu": {"loss": {"name": "asymmetric", "class_balance": 0.9}},
+    "nextvlad_se": {"model": {"auxiliary": 1.0}},
+    "attention_lstm": {"optimizer": {"learning_rate": 0.01}},
+    "mbt": {"loss": {"label_smoothing": 0.1}, "model": {"auxiliary": 0.3}},
+    "token_transformer": {"loss": {"mixup": 0.3}, "optimizer": {"schedule": "one_cycle"}},
+}
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_every_model_learns_and_is_served_as_it_was_measured(name: str, tmp_path: Path) -> None:
+    """Planted tags are found on new posts; the bundle's scores give the GAP of the training."""
+    support.write_posts(tmp_path, "train", 120, 1)
+    support.write_posts(tmp_path, "valid", 48, 2)
+    options = dict(OPTIONS[name])
+    model = {**options.pop("model", {}), "name": name}
+    calibration = "isotonic" if name in ("gmu", "mbt") else "temperature"
+    given_settings = support.train_settings(
+        tmp_path,
+        model=model,
+        trainer={"epochs": EPOCHS.get(name, 10), "valid_interval": 0},
+        bundle={"calibration": calibration, "precision": 0.8, "min_positives": 3},
+        **options,
+    )
+    report = train(given_settings, FeatureFiles())
+    assert report.metrics["gap"] > 0.9
+    entries = json.loads((tmp_path / "valid.json").read_text())
+    files = FeatureFiles()
+    posts = [files.features(e["post_id"], tmp_path / e["features"], None) for e in entries]
+    found = Inferer.load(report.bundle).predict(posts)
+    truth = [[n in e["labels"] for n in support.LABELS.names] for e in entries]
+    scores = [tags.scores for tags in found]
+    gap = metrics.global_average_precision(scores, truth)
+    assert gap == pytest.approx(report.metrics["gap"], abs=1e-9)
+    right = [truth[i][tag.id] for i, tags in enumerate(found) for tag in tags.tags]
+    assert np.mean(right) >= 0.8

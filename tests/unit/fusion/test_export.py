@@ -1,0 +1,187 @@
+"""Exported fusion models give what the model gives, in other runtimes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from common.errors import ConfigError
+from common.post import Features
+from fusion.bundle.bundle import Bundle, load_bundle
+from fusion.bundle.export import ExportRefused, Format, ParityError, export
+from fusion.bundle.export_lstm import Kind, exportable
+from fusion.bundle.fusion_graph import fusion_graph
+from fusion.data.collate import Collate, Sample
+from fusion.infer.inferer import Inferer
+from fusion.metrics.calibration import Temperature, calibrated
+from fusion.models import MODELS
+from tests.support.fusion import support
+from tests.support.scripts import infer_rig as rig
+
+
+def bundle_of(folder: Path, name: str, **changes: Any) -> Bundle:
+    """A small bundle with random weights."""
+    rig.write_bundle(folder / "bundle", name, **changes)
+    return load_bundle(folder / "bundle")
+
+
+def three_posts() -> list[Features]:
+    """One with everything, others without some, or with a single token of it."""
+    return [
+        support.features("a", seed=1),
+        support.features("b", seed=2, lengths={"image": 0, "text": 1}),
+        support.features("c", seed=3, lengths={"video": 1, "ocr": 0, "audio": 0}),
+    ]
+
+
+def batch_inputs(bundle: Bundle) -> dict[str, np.ndarray[Any, Any]]:
+    """The posts as another runtime takes them."""
+    posts = three_posts()
+    batch = Collate(bundle.schema)([Sample(p.post_id, bundle.schema.arrays(p)) for p in posts])
+    inputs: dict[str, np.ndarray[Any, Any]] = {}
+    for stream in bundle.schema.dims:
+        inputs[stream] = batch.tokens[stream].numpy()
+        inputs[f"{stream}_mask"] = batch.masks[stream].numpy()
+    return inputs
+
+
+def inferer_scores(bundle: Bundle) -> np.ndarray[Any, Any]:
+    """The same posts through the inferer, one by one."""
+    inferer = Inferer(bundle)
+    return np.stack([inferer.predict([post])[0].scores for post in three_posts()])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*MODELS, "ensemble"])
+def test_onnx_gives_the_inferers_scores(name: str, tmp_path: Path) -> None:
+    """Every fusion model and an ensemble, with posts that the exporter has not seen."""
+    import onnxruntime
+
+    many = name == "ensemble"
+    bundle = bundle_of(tmp_path, "gmu" if many else name, members=2 if many else 1)
+    found = export(fusion_graph(bundle), "onnx", tmp_path / "model.onnx")
+    assert found.largest < 1e-5
+    session = onnxruntime.InferenceSession(found.path, providers=["CPUExecutionProvider"])
+    (scores,) = session.run(["scores"], batch_inputs(bundle))
+    np.testing.assert_allclose(scores, inferer_scores(bundle), atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*MODELS, "ensemble"])
+def test_torch_export_gives_the_inferers_scores(name: str, tmp_path: Path) -> None:
+    """The file is read by torch alone."""
+    many = name == "ensemble"
+    bundle = bundle_of(tmp_path, "gmu" if many else name, members=2 if many else 1)
+    found = export(fusion_graph(bundle), "torch", tmp_path / "model.pt2")
+    assert found.how.startswith("torch.export")
+    program = torch.export.load(found.path).module()
+    inputs = [torch.from_numpy(array) for array in batch_inputs(bundle).values()]
+    with torch.no_grad():
+        scores = program(*inputs).numpy()
+    np.testing.assert_allclose(scores, inferer_scores(bundle), atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["state_dict", "pickle"])
+def test_legacy_files_come_back(form: Format, tmp_path: Path) -> None:
+    """Out as ``.pth`` and in again with ``--best_model``: the same scores, ensembles too."""
+    for members in (1, 2):
+        folder = rig.make(tmp_path / str(members), posts=4)
+        bundle = bundle_of(folder, "gmu", members=members, seed=3)
+        found = export(fusion_graph(bundle), form, folder / "model.pth")
+        assert found.largest == 0
+        output = ["--output", str(folder / "t.jsonl")]
+        assert rig.infer(folder, *output) == 0
+        wanted = [line["scores"] for line in rig.lines(folder / "t.jsonl")]
+        given = ["--best_model", str(found.path), "--set", "allow_pickle=true"]
+        assert rig.infer(folder, *output, *given) == 0
+        assert [line["scores"] for line in rig.lines(folder / "t.jsonl")] == wanted
+
+
+def test_the_file_beside_it_is_enough_to_tag(tmp_path: Path) -> None:
+    """Labels, thresholds and calibration: with the scores they give the inferer's tags."""
+    bundle = replace(
+        bundle_of(tmp_path, "concat_mlp"),
+        calibration=Temperature(temperature=0.5),
+        thresholds=np.array([0.4, 0.5, 0.6, 0.5, 0.5, 0.5], np.float32),
+    )
+    found = export(fusion_graph(bundle), "torch", tmp_path / "model.pt2")
+    about = json.loads(found.sidecar.read_text(encoding="utf-8"))
+    program = torch.export.load(found.path).module()
+    inputs = [torch.from_numpy(array)[:1] for array in batch_inputs(bundle).values()]
+    raw = program(*inputs).detach().numpy().astype(np.float64)
+    logits = np.log(raw / (1 - raw)) / about["calibration"]["temperature"]
+    reached = 1 / (1 + np.exp(-logits[0])) >= about["thresholds"]
+    tags = Inferer(bundle).predict([support.features("a", seed=1)])[0].tags
+    assert {about["labels"][str(i)] for i in np.flatnonzero(reached)} == {t.name for t in tags}
+    assert calibrated(bundle.calibration, raw) == pytest.approx(1 / (1 + np.exp(-logits)), abs=1e-6)
+    assert about["features"]["video"] == {"dim": 12, "tokens": 64}
+    assert [port["name"] for port in about["inputs"]][:2] == ["video", "video_mask"]
+
+
+class Drifting(nn.Module):
+    """A constant that tracing fixes at what it was."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.offset = 0.0
+
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        self.offset += 0.001
+        return torch.sigmoid(inputs[0].sum(dim=(1, 2))[:, None]) + self.offset
+
+
+def test_a_file_that_differs_is_not_left_behind(tmp_path: Path) -> None:
+    """Above 1e-4 it is an error with the difference, and there is no file."""
+    graph = replace(fusion_graph(bundle_of(tmp_path, "concat_mlp")), module=Drifting())
+    with pytest.raises(ParityError, match=r"differs from the model by .*e-0\d"):
+        export(graph, "torch", tmp_path / "out" / "model.pt2")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+class Branching(nn.Module):
+    """Python that depends on values cannot be traced."""
+
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        return inputs[0].sum(dim=2) if float(inputs[0].sum()) > 0 else inputs[0].sum(dim=1)
+
+
+def test_a_model_that_cannot_be_exported_is_one_line(tmp_path: Path) -> None:
+    """The exporters' pages of text are cut to their reason."""
+    graph = replace(fusion_graph(bundle_of(tmp_path, "concat_mlp")), module=Branching())
+    forms: tuple[Format, ...] = ("torch", "onnx")
+    for form in forms:
+        with pytest.raises(ExportRefused, match=f"{form}: the model cannot be exported") as caught:
+            export(graph, form, tmp_path / "model.x")
+        assert "\n" not in str(caught.value)
+
+
+def test_without_the_packages_it_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Onnx and onnxscript are an extra."""
+    graph = fusion_graph(bundle_of(tmp_path, "concat_mlp"))
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(ConfigError, match=r"pip install insighttag\[export\]"):
+        export(graph, "onnx", tmp_path / "model.onnx")
+
+
+def test_exportable_lstms_are_lstms() -> None:
+    """Both forms, one way and both ways, against torch's own."""
+    tokens = torch.randn(3, 5, 4)
+    for both in (False, True):
+        lstm = nn.Sequential(nn.LSTM(4, 6, batch_first=True, bidirectional=both)).eval()
+        with torch.no_grad():
+            wanted = lstm(tokens)[0]
+            for kind in get_args(Kind):
+                found = exportable(lstm, kind)(tokens)[0]
+                torch.testing.assert_close(found, wanted)
+    with pytest.raises(ValueError, match="of one layer"):
+        exportable(nn.Sequential(nn.LSTM(4, 6, num_layers=2, batch_first=True)), "torch")

@@ -1,0 +1,297 @@
+"""`infer_net.py` on feature files: every option, the outputs, and what is wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from extractors.feature_file import feature_path, write_features
+from fusion.bundle.bundle import load_bundle
+from fusion.data.collate import Collate, Sample
+from fusion.data.feature_files import FeatureFiles
+from tests.support.fusion import support
+from tests.support.scripts import infer_rig as rig
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return rig.make(tmp_path)
+
+
+def expected_scores(folder: Path, post_ids: list[str]) -> np.ndarray[Any, Any]:
+    """Scores of posts one by one, straight through the model."""
+    bundle = load_bundle(folder / "bundle")
+    found = []
+    for post_id in post_ids:
+        features = FeatureFiles(folder / "features").features(post_id, None, None)
+        batch = Collate(bundle.schema)([Sample(post_id, bundle.schema.arrays(features))])
+        with torch.no_grad():
+            found.append(torch.sigmoid(bundle.model(batch))[0].numpy())
+    return np.array(found)
+
+
+def test_input_and_output_as_the_readme_says(folder: Path) -> None:
+    """``--infer_config F --input X.json --output O`` in a process of its own."""
+    output = folder / "tags.jsonl"
+    process = rig.start(rig.command(folder, "--output", str(output)))
+    out, err = process.communicate(timeout=150)
+    assert process.returncode == 0, err
+    assert out.startswith("posts 40  labelled 40  gap ")
+    assert "posts/s" in out
+    found = rig.lines(output)
+    assert [line["post_id"] for line in found] == [f"posts{i}" for i in range(40)]
+    wanted = expected_scores(folder, [line["post_id"] for line in found])
+    np.testing.assert_allclose([line["scores"] for line in found], wanted, atol=1e-6)
+    for line in found:
+        by_name = {tag["name"]: tag["score"] for tag in line["tags"]}
+        reached = {f"tag{i}": s for i, s in enumerate(line["scores"]) if s >= 0.5}
+        assert by_name == reached
+        assert set(line["modalities"].values()) <= {"ok", "missing"}
+    assert sorted(p.name for p in folder.glob("*tags*")) == [".tags.jsonl.done.json", "tags.jsonl"]
+
+
+def test_gap_is_that_of_the_written_scores(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To 1e-9, and the float32 scores are read back bit by bit."""
+    from scripts.inference import run
+
+    reports: list[Any] = []
+    monkeypatch.setattr(run, "_say", lambda report, plan: reports.append(report))
+    assert rig.infer(folder, "--output", str(folder / "t.jsonl")) == 0
+    found = rig.lines(folder / "t.jsonl")
+    assert reports[0].metrics["gap"] == pytest.approx(
+        rig.plain_gap(found, support.LABELS.names), abs=1e-9
+    )
+    read = np.array([line["scores"] for line in found])
+    assert (read == read.astype(np.float32)).all()
+    assert capsys.readouterr().err == ""
+
+
+def test_text_lists_and_json_lines_are_read(folder: Path) -> None:
+    """IDs and feature files in a ``.txt``, a post a line in a ``.jsonl``: the same tags."""
+    entries = json.loads((folder / "posts.json").read_text())[:4]
+    assert rig.infer(folder, "--output", str(folder / "json.jsonl")) == 0
+    wanted = rig.lines(folder / "json.jsonl")[:4]
+    listed = [entries[0]["post_id"], entries[1]["features"], "", entries[2]["post_id"]]
+    (folder / "some.txt").write_text("\n".join(listed))
+    (folder / "some.jsonl").write_text("".join(json.dumps(e) + "\n" for e in entries))
+    for name, count in (("some.txt", 3), ("some.jsonl", 4)):
+        assert rig.infer(folder, "--output", str(folder / "o.jsonl"), posts=name) == 0
+        found = rig.lines(folder / "o.jsonl")
+        assert [line["post_id"] for line in found] == [w["post_id"] for w in wanted[:count]]
+        scores = [[line["scores"] for line in side] for side in (found, wanted[:count])]
+        np.testing.assert_allclose(scores[0], scores[1], atol=1e-6)
+        assert ("labels" in found[0]) == (name == "some.jsonl")
+
+
+def test_csv_is_safe_in_a_spreadsheet(tmp_path: Path) -> None:
+    """By the output's name or ``--format csv``; IDs that look like formulas are text."""
+    folder = rig.make(tmp_path, posts=3)
+    odd = '=HYPERLINK("x"), a'
+    path = write_features(folder / "features", support.features(odd), support.FINGERPRINTS)
+    entries = json.loads((folder / "posts.json").read_text())
+    entries.append({"post_id": odd, "features": str(path.relative_to(folder))})
+    (folder / "posts.json").write_text(json.dumps(entries))
+    assert rig.infer(folder, "--output", str(folder / "t.csv")) == 0
+    assert rig.infer(folder, "--output", str(folder / "t.txt"), "--format", "csv") == 0
+    assert (folder / "t.csv").read_bytes() == (folder / "t.txt").read_bytes()
+    assert rig.infer(folder, "--output", str(folder / "t.jsonl")) == 0
+    found = rig.rows(folder / "t.csv")
+    assert [row["post_id"] for row in found] == ["posts0", "posts1", "posts2", f"'{odd}"]
+    for row, line in zip(found, rig.lines(folder / "t.jsonl"), strict=True):
+        assert [float(row[f"score {n}"]) for n in support.LABELS.names] == line["scores"]
+        assert row["tags"] == "|".join(tag["name"] for tag in line["tags"])
+        assert [float(s) for s in row["scores"].split("|") if s] == [
+            tag["score"] for tag in line["tags"]
+        ]
+
+
+def test_standard_output_holds_tags_alone(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is for people goes to standard error; without scores lines are short."""
+    assert rig.infer(folder, "--set", "scores=false") == 0
+    printed = capsys.readouterr()
+    found = [json.loads(line) for line in printed.out.splitlines()]
+    assert len(found) == 40
+    assert "scores" not in found[0]
+    assert "posts 40" in printed.err
+
+
+def test_several_processes_give_the_same_file(folder: Path) -> None:
+    """``--processes 2`` over interleaved chunks: the order and the scores stay."""
+    assert rig.infer(folder, "--output", str(folder / "one.jsonl")) == 0
+    process = rig.start(
+        rig.command(folder, "--output", str(folder / "two.jsonl"), "--processes", "2")
+    )
+    _, err = process.communicate(timeout=150)
+    assert process.returncode == 0, err
+    assert (folder / "one.jsonl").read_bytes() == (folder / "two.jsonl").read_bytes()
+
+
+def test_gpus_that_are_not_there(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """``--n_gpus`` beyond what the machine has is one line; 0 is the CPU."""
+    there = torch.cuda.device_count()
+    assert rig.infer(folder, "--n_gpus", str(there + 2)) == 2
+    said = capsys.readouterr().err
+    assert said == f"infer_net.py: n_gpus: {there + 2} GPUs wanted, this machine has {there}\n"
+    assert rig.infer(folder, "--n_gpus", "0", "--output", str(folder / "t.jsonl")) == 0
+
+
+@pytest.mark.gpu
+def test_gpus_give_the_same_scores(folder: Path) -> None:
+    """``--n_gpus 1``: within rounding of the CPU's."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    scores = []
+    for count in ("0", "1"):
+        assert rig.infer(folder, "--n_gpus", count, "--output", str(folder / "t.jsonl")) == 0
+        scores.append([line["scores"] for line in rig.lines(folder / "t.jsonl")])
+    np.testing.assert_allclose(scores[0], scores[1], atol=1e-3)
+
+
+def test_best_model_is_a_folder_its_weights_or_a_pth(folder: Path) -> None:
+    """All three give the scores of that model, not of the config's."""
+    rig.write_bundle(folder / "best", seed=5)
+    state = load_bundle(folder / "best").model.state_dict()
+    torch.save({"state_dict": {f"module.{k}": v for k, v in state.items()}}, folder / "best.pth")
+    scores: dict[str, Any] = {}
+    for model in ("best", "best/model.safetensors", "best.pth", "bundle"):
+        given = ["--best_model", str(folder / model), "--output", str(folder / "t.jsonl")]
+        assert rig.infer(folder, *given) == 0
+        scores[model] = [line["scores"] for line in rig.lines(folder / "t.jsonl")]
+    assert scores["best"] == scores["best/model.safetensors"] == scores["best.pth"]
+    assert scores["best"] != scores["bundle"]
+
+
+BAD: dict[str, str] = {
+    "posts3": "no such feature file",
+    "posts8": "cannot be read as a feature file",
+    "posts9": "audio was made with audio-2, but audio-1 is needed",
+    "posts20": "text features are not finite",
+    "posts21": "the model takes (n, 12)",
+    "posts22": "label 'nope' is not in the label map",
+}
+
+
+def spoil(folder: Path) -> None:
+    """Six posts, each bad in its own way."""
+    root, entries = folder / "features", json.loads((folder / "posts.json").read_text())
+    feature_path(root, "posts3").unlink()
+    feature_path(root, "posts8").write_bytes(b"\x00" * 40)
+    other = {**support.FINGERPRINTS, "audio": "audio-2"}
+    write_features(root, support.features("posts9"), other)
+    odd = support.features("posts20")
+    odd.arrays["text"][0, 0] = np.inf
+    write_features(root, odd, support.FINGERPRINTS)
+    narrow = support.features("posts21")
+    narrow.arrays["video"] = narrow.arrays["video"][:, :5]  # type: ignore[index]
+    write_features(root, narrow, support.FINGERPRINTS)
+    entries[22]["labels"] = ["nope"]
+    (folder / "posts.json").write_text(json.dumps(entries))
+
+
+def test_bad_posts_are_left_out_and_listed(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """``--skip_bad``: counted, listed with reasons, the others tagged as ever."""
+    assert rig.infer(folder, "--output", str(folder / "all.jsonl")) == 0
+    spoil(folder)
+    capsys.readouterr()
+    output = folder / "t.jsonl"
+    assert rig.infer(folder, "--output", str(output), "--skip_bad") == 0
+    assert "posts 34  labelled 34  skipped 6" in capsys.readouterr().out
+    listed = rig.lines(folder / "t.jsonl.skipped.jsonl")
+    # In the order of the input, though one was known before its features were read.
+    assert [line["post_id"] for line in listed] == list(BAD)
+    for line in listed:
+        assert BAD[line["post_id"]] in line["reason"]
+    wanted = [line for line in rig.lines(folder / "all.jsonl") if line["post_id"] not in BAD]
+    found = rig.lines(output)
+    assert [line["post_id"] for line in found] == [line["post_id"] for line in wanted]
+    sides = [[line["scores"] for line in side] for side in (found, wanted)]
+    np.testing.assert_allclose(sides[0], sides[1], atol=1e-6)
+    assert rig.infer(folder, "--skip_bad") == 0
+    assert "skipped posts3: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("bad", list(BAD))
+def test_a_bad_post_ends_the_run_and_is_named(
+    bad: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without ``--skip_bad``: one line, exit 2, no output."""
+    spoil(folder)
+    entries = json.loads((folder / "posts.json").read_text())
+    alone = [e for e in entries if e["post_id"] == bad or e["post_id"] not in BAD]
+    (folder / "posts.json").write_text(json.dumps(alone))
+    assert rig.infer(folder, "--output", str(folder / "t.jsonl")) == 2
+    said = capsys.readouterr().err
+    assert bad in said
+    assert BAD[bad] in said
+    assert len(said.splitlines()) == 1
+    assert not (folder / "t.jsonl").exists()
+
+
+def test_a_broken_line_is_a_bad_post(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of JSON lines one may be broken; of a JSON list everything is."""
+    text = (folder / "posts.json").read_text()
+    good = json.dumps(json.loads(text)[0])
+    (folder / "x.jsonl").write_text(f'{good}\n{{"post_id": "q\n{{"labels": []}}\n')
+    assert rig.infer(folder, "--output", str(folder / "t.jsonl"), posts="x.jsonl") == 2
+    assert "x.jsonl: line 2: not JSON" in capsys.readouterr().err
+    given = ["--output", str(folder / "t.jsonl"), "--skip_bad"]
+    assert rig.infer(folder, *given, posts="x.jsonl") == 0
+    listed = rig.lines(folder / "t.jsonl.skipped.jsonl")
+    assert ["line 2: not JSON" in listed[0]["reason"], "line 3: must have" in listed[1]["reason"]]
+    (folder / "posts.json").write_text(text[:-20])
+    assert rig.infer(folder, *given) == 2
+    assert "not a JSON data file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("bundel: x", "bundel: unknown key; did you mean 'bundle'?"),
+        ("{bundle: x, broker: {queue: q}}", "keep one kind"),
+        ("output: mongodb://u:secret@h/db", "must end in /database.collection"),
+        ("{bundle: none}", "none: holds no bundle"),
+        ("{bundle: none, processes: 0}", "processes"),
+        ("broker: {queue: 3}", "broker.queue"),
+    ],
+)
+def test_a_mistake_in_the_config_is_one_line(
+    content: str, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit 2, naming the file's key; never a password."""
+    (tmp_path / "infer.yaml").write_text(content)
+    (tmp_path / "posts.json").write_text('[{"post_id": "p"}]')
+    assert rig.infer(tmp_path) == 2
+    said = capsys.readouterr().err
+    assert says in said
+    assert "secret" not in said
+    assert len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (["--format", "mongodb"], "format: mongodb takes --output mongodb://"),
+        (["--format", "xml"], "options: format"),
+        (["--output", "."], ".: cannot be written: is a folder"),
+        (["--n_gpus", "many"], "options: n_gpus"),
+        (["--best_model", "none.pth"], "none.pth: no such file"),
+        (["--set", "batch_size=0"], "--set: batch_size"),
+    ],
+)
+def test_a_mistake_in_the_options_is_one_line(
+    given: list[str], says: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit 2, naming the option."""
+    assert rig.infer(folder, *given) == 2
+    said = capsys.readouterr().err
+    assert says in said
+    assert len(said.splitlines()) == 1

@@ -1,0 +1,290 @@
+"""Optimizers, schedules, clipping, accumulation and exact resume."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning_fabric import Fabric
+from torch import nn
+
+from common.errors import ConfigError
+from config.load import validate
+from config.train import LossSettings, OptimizerSettings, TrainSettings
+from fusion.data.collate import Batch, Collate, Sample
+from fusion.data.feature_files import FeatureFiles
+from fusion.models import MODELS
+from fusion.train.checkpoint import Progress
+from fusion.train.losses import TaggingLoss
+from fusion.train.objective import Objective
+from fusion.train.optimizer import (
+    SCHEDULES,
+    MovingAverage,
+    build_optimizer,
+    cycle_ends,
+    warm_up_cosine,
+)
+from fusion.train.run_state import RunState
+from fusion.train.trainer import Trainer
+from fusion.train.training import train
+from tests.support.fusion import support
+
+STEPS = 40
+
+
+def settings(**values: Any) -> OptimizerSettings:
+    """Checked optimizer settings."""
+    return OptimizerSettings.model_validate(values)
+
+
+def rates(of: OptimizerSettings) -> list[float]:
+    """The learning rate of each step, as the optimizer sees it."""
+    optimizer, schedule = build_optimizer(nn.Linear(2, 2), of, STEPS)
+    found = []
+    for _ in range(STEPS):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    return found
+
+
+def reference(make: Any) -> list[float]:
+    """The same for a schedule of torch's own, on SGD with rate 0.1."""
+    optimizer = torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1)
+    schedule = make(optimizer)
+    found = []
+    for step in range(STEPS):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        if step + 1 < STEPS:
+            schedule.step()
+    return found
+
+
+def test_one_cycle_equals_torchs() -> None:
+    """Step for step, for two shapes of the cycle."""
+    for share in (0.1, 0.3):
+        wanted = reference(
+            lambda o, share=share: torch.optim.lr_scheduler.OneCycleLR(
+                o, 0.1, total_steps=STEPS, pct_start=share, cycle_momentum=False
+            )
+        )
+        found = rates(settings(learning_rate=0.1, schedule="one_cycle", warm_up=share))
+        np.testing.assert_allclose(found, wanted, rtol=1e-9)
+
+
+def test_steps_equal_torchs() -> None:
+    """Without warm-up it is torch's MultiStepLR; with it the rate goes up first."""
+    wanted = reference(lambda o: torch.optim.lr_scheduler.MultiStepLR(o, [20, 30], gamma=0.2))
+    options = {"learning_rate": 0.1, "schedule": "step", "step_factor": 0.2}
+    np.testing.assert_allclose(rates(settings(**options, warm_up=0)), wanted, rtol=1e-9)
+    warmed = rates(settings(**options, warm_up=0.1))
+    np.testing.assert_allclose(warmed[:4], [0.025, 0.05, 0.075, 0.1])
+    np.testing.assert_allclose(warmed[4:], wanted[4:], rtol=1e-9)
+
+
+def test_cosine_equals_torchs_and_constant_stays() -> None:
+    """Behind the warm-up the cosine is torch's CosineAnnealingLR."""
+    found = rates(settings(learning_rate=0.1, warm_up=0.1))
+    wanted = reference(lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, STEPS - 4))
+    np.testing.assert_allclose(found[4:], wanted[: STEPS - 4], rtol=1e-6)
+    steady = rates(settings(learning_rate=0.1, warm_up=0.1, schedule="constant"))
+    np.testing.assert_allclose(steady, [0.025, 0.05, 0.075] + [0.1] * 37)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("steps", [1, 2, 3])
+@pytest.mark.parametrize("warm_up", [0.0, 0.5, 0.9])
+def test_short_runs_have_a_rate(name: str, steps: int, warm_up: float) -> None:
+    """Even one step learns, and no factor lies outside 0 and 1."""
+    factor = SCHEDULES[name](settings(warm_up=warm_up), steps)  # type: ignore[index]
+    found = [factor(step) for step in range(steps + 1)]
+    assert all(0 <= f <= 1 for f in found)
+    assert found[0] > 0
+
+
+def test_a_cosine_that_starts_anew() -> None:
+    """Three cycles are three short cosines; their ends are the epochs of the snapshots."""
+    alone = rates(settings(learning_rate=0.1, warm_up=0.1))
+    found = rates(settings(learning_rate=0.1, warm_up=0.1, cycles=4))
+    short = [SCHEDULES["cosine"](settings(warm_up=0.1), STEPS // 4)(i) for i in range(STEPS // 4)]
+    np.testing.assert_allclose(found, np.tile(short, 4) * 0.1, rtol=1e-9)
+    np.testing.assert_allclose(rates(settings(learning_rate=0.1, cycles=1)), alone, rtol=1e-9)
+    factor = SCHEDULES["cosine"](settings(cycles=7), 100)
+    assert all(0 < factor(step) <= 1 for step in range(100))
+    assert cycle_ends(12, 3) == (4, 8, 12)
+    assert cycle_ends(10, 3) == (4, 7, 10)
+    assert cycle_ends(2, 3)[-1] == 2
+
+
+def test_groups_keep_their_proportion_under_a_schedule() -> None:
+    """The schedule is a factor: each group's rate is its own share of it at every step."""
+    model = support.model("concat_se")
+    given = settings(group_rates={"modality": 1e-4, "head": 1e-2}, schedule="one_cycle")
+    optimizer, schedule = build_optimizer(model, given, 10)
+    first = [g["lr"] for g in optimizer.param_groups]
+    assert first == sorted(first, reverse=True), "the highest is what the log shows"
+    for _ in range(4):
+        optimizer.step()
+        schedule.step()
+    factors = {round(g["lr"] / g["initial_lr"], 9) for g in optimizer.param_groups}
+    assert len(factors) == 1
+    assert {g["initial_lr"] for g in optimizer.param_groups} == {1e-4, 1e-3, 1e-2}
+
+
+def numpy_step(name: str, w: Any, g: Any, state: dict[str, Any], decay: float) -> Any:
+    """One update of each optimizer by its definition, in float64, with rate 0.05."""
+    rate = 0.05
+    state["t"] = t = state.get("t", 0) + 1
+    if name == "adamw":
+        w = w - rate * decay * w
+    else:
+        g = g + decay * w
+    if name in ("adamw", "adam"):
+        state["m"] = m = 0.9 * state.get("m", 0) + 0.1 * g
+        state["v"] = v = 0.999 * state.get("v", 0) + 0.001 * g * g
+        return w - rate * (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.999**t)) + 1e-7)
+    if name == "rmsprop":
+        state["v"] = v = 0.99 * state.get("v", 0) + 0.01 * g * g
+        g = g / (np.sqrt(v) + 1e-7)
+    state["b"] = b = 0.8 * state.get("b", 0) + g
+    return w - rate * b
+
+
+@pytest.mark.parametrize("name", ["adamw", "adam", "sgd", "rmsprop"])
+def test_an_optimizer_equals_its_definition(name: str) -> None:
+    """Five steps on a matrix that decays and a bias that does not, in numpy."""
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2).double()
+    given = settings(
+        name=name,
+        learning_rate=0.05,
+        weight_decay=0.1,
+        momentum=0.8,
+        schedule="constant",
+        warm_up=0,
+    )
+    optimizer, schedule = build_optimizer(model, given, 5)
+    matrix, bias = (p.detach().numpy().copy() for p in (model.weight, model.bias))
+    states: list[dict[str, Any]] = [{}, {}]
+    for step in range(5):
+        optimizer.zero_grad()
+        x = torch.randn(4, 3, dtype=torch.float64)
+        (model(x) ** 2).sum().backward()
+        assert model.weight.grad is not None
+        assert model.bias.grad is not None
+        gradients = model.weight.grad.numpy().copy(), model.bias.grad.numpy().copy()
+        optimizer.step()
+        schedule.step()
+        matrix = numpy_step(name, matrix, gradients[0], states[0], 0.1)
+        bias = numpy_step(name, bias, gradients[1], states[1], 0.0)
+        np.testing.assert_allclose(model.weight.detach(), matrix, rtol=1e-9, err_msg=str(step))
+        np.testing.assert_allclose(model.bias.detach(), bias, rtol=1e-9)
+
+
+def test_steps_that_do_not_rise_are_refused() -> None:
+    """One line names the key."""
+    with pytest.raises(ConfigError, match="steps_at must rise"):
+        validate(TrainSettings, {"optimizer": {"steps_at": [0.7, 0.5]}}, "test")
+
+
+def test_the_learning_rate_goes_up_and_down() -> None:
+    """Linear over the warm-up, at its peak after it, near zero at the end."""
+    rates = [warm_up_cosine(step, 100, 0.1) for step in range(100)]
+    assert rates[:10] == pytest.approx(np.arange(1, 11) / 10)
+    assert max(rates) == rates[10] == 1
+    assert rates[-1] < 0.001
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_the_moving_average() -> None:
+    """It follows the weights, is applied for a while, and gives the own weights back."""
+    model = torch.nn.Linear(1, 1, bias=False)
+    with torch.no_grad():
+        model.weight.fill_(0)
+    average = MovingAverage(model, 0.5)
+    with torch.no_grad():
+        model.weight.fill_(1)
+    average.update(model)
+    with average.applied(model):
+        assert model.weight.item() == pytest.approx(1 - 2 / 11)
+    assert model.weight.item() == 1
+
+
+# In the trainer ------------------------------------------------------------------------------
+
+
+def posts(count: int) -> list[Sample]:
+    """Random posts with targets."""
+    schema, chance = support.schema(), np.random.default_rng(3)
+    found = []
+    for i in range(count):
+        truth = (chance.random(support.CLASSES) < 0.3).astype(np.float32)
+        gaps = {"audio": 0} if i % 3 == 0 else {}
+        post = support.features(f"p{i}", seed=i, lengths={"video": 1 + i % 4, **gaps})
+        found.append(Sample(post.post_id, schema.arrays(post), truth))
+    return found
+
+
+def one_step(folder: Path, batches: list[Batch], **values: Any) -> tuple[nn.Module, float]:
+    """A model after one step of the trainer, and the loss."""
+    torch.manual_seed(0)
+    options = support.SMALL.model_copy(update={"auxiliary": 0.5, "modality_dropout": 0.0})
+    model = MODELS["token_transformer"](support.schema(), options).train()
+    given = settings(schedule="constant", warm_up=0, **values)
+    run_settings = support.train_settings(folder).trainer
+    fabric = Fabric(accelerator="cpu", devices=1)
+    trainer = Trainer(fabric, run_settings, given, signature="{}", seed=0)
+    objective = Objective(model, TaggingLoss(LossSettings(), torch.ones(6)), auxiliary=0.5)
+    run = RunState(fabric, model, given, 1, Progress(0))
+    run.wrap(objective)
+    posts = sum(len(batch.post_ids) for batch in batches)
+    return model, trainer._step(run, batches, posts, "here")
+
+
+def test_accumulated_batches_equal_one_large_batch(tmp_path: Path) -> None:
+    """Loss and weights after a step are the same, with own heads and batches of unlike sizes.
+
+    With SGD: optimizers that divide by the gradient's size blow up rounding where it is zero.
+    """
+    collate, samples = Collate(support.schema()), posts(12)
+    options = {"name": "sgd", "learning_rate": 0.1, "gradient_clip": 0.1}
+    whole, loss = one_step(tmp_path, [collate(samples)], **options)
+    parts = [collate(samples[a:b]) for a, b in ((0, 5), (5, 9), (9, 12))]
+    split, mean = one_step(tmp_path, parts, **options)
+    assert mean == pytest.approx(loss, abs=1e-6)
+    for (key, one), other in zip(whole.named_parameters(), split.parameters(), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5, msg=key)
+
+
+def test_clipping_bounds_the_norm_of_all_gradients_together(tmp_path: Path) -> None:
+    """SGD without momentum moves the weights by rate · clip at most; null does not hold them."""
+    batch = Collate(support.schema())(posts(6))
+    torch.manual_seed(0)
+    start, _ = one_step(tmp_path, [batch], name="sgd", learning_rate=1e-12)
+    moved = {}
+    for clip in (0.01, 1e6, None):
+        options = {"name": "sgd", "learning_rate": 1.0, "momentum": 0, "weight_decay": 0}
+        model, _ = one_step(tmp_path, [batch], **options, gradient_clip=clip)
+        both = zip(model.parameters(), start.parameters(), strict=True)
+        moved[clip] = sum(float(((a - b) ** 2).sum().detach()) for a, b in both) ** 0.5
+    assert moved[0.01] == pytest.approx(0.01, rel=1e-3)
+    assert moved[None] == pytest.approx(moved[1e6], rel=1e-5)
+    assert moved[None] > 0.05
+
+
+def test_an_epoch_of_accumulated_batches_takes_fewer_steps(tmp_path: Path) -> None:
+    """The schedule ends where the run does: 40 posts by 8, three together, are two steps."""
+    for name, count in (("train", 40), ("valid", 10)):
+        support.write_posts(tmp_path, name, count, 1)
+    options = {"accumulate": 3, "warm_up": 0.0, "learning_rate": 0.01}
+    given = support.train_settings(
+        tmp_path, optimizer=options, trainer={"epochs": 2, "batch_size": 8, "log_interval": 1}
+    )
+    train(given, FeatureFiles())
+    content = torch.load(tmp_path / "run" / "ckpt" / "last.pt", weights_only=True)
+    assert content["schedule"]["last_epoch"] == 4
+    assert content["schedule"]["_last_lr"][0] == pytest.approx(0, abs=1e-9)

@@ -1,0 +1,174 @@
+"""Data files are read as a stream, and kept as numbers."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from common.errors import ConfigError
+from fusion.data import data_file
+from fusion.data.data_file import Record, entries, read_data_file
+from fusion.data.posts import PostList
+from tests.support.fusion import support
+
+ENTRIES: list[dict[str, Any]] = [
+    {"post_id": "a", "labels": ["tag1", "tag3"], "features": "f/a.safetensors", "text": "x"},
+    {
+        "post_id": '猫\\"]}',
+        "labels": [],
+        "text": 'braces } ] , { and "quotes" 😀',
+        "n": [1, [2, {}]],
+    },
+    {"post_id": "c", "labels": None, "text": "y" * 5000},
+    {"post_id": "d" * 300, "labels": ["tag0"] * 2},
+]
+
+
+def written(folder: Path, name: str, content: list[Any], **how: Any) -> Path:
+    """A data file of entries, as a list or as lines."""
+    file = folder / name
+    if name.endswith(".jsonl"):
+        text = "\n\n".join(json.dumps(entry, **how) for entry in content)
+    else:
+        text = json.dumps(content, **how)
+    file.write_text(text, encoding="utf-8")
+    return file
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+@pytest.mark.parametrize("block", [1, 2, 3, 7, 64, 1 << 20])
+@pytest.mark.parametrize("how", [{}, {"ensure_ascii": False}, {"indent": 3}])
+def test_entries_are_what_json_says_wherever_blocks_end(
+    name: str, block: int, how: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values equal the json module's, and each stands at the bytes that its entry names."""
+    if name == "a.jsonl" and "indent" in how:
+        how = {}
+    monkeypatch.setattr(data_file, "_BLOCK_BYTES", block)
+    file = written(tmp_path, name, ENTRIES, **how)
+    found = list(entries(file))
+    assert [entry.value for entry in found] == ENTRIES
+    raw = file.read_bytes()
+    again = [json.loads(raw[entry.start : entry.start + entry.size]) for entry in found]
+    assert again == ENTRIES
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "must be a list"),
+        ("{}", "must be a list"),
+        ("[", "entry 0"),
+        ('[{"post_id": "a"}', "not a JSON data file"),
+        ('[{"post_id": "a"} {"post_id": "b"}]', "behind entry 0 must be a comma"),
+        ('[{"post_id": "a"},]', "entry 1"),
+        ('[{"post_id": "a"}] x', "something stands behind the list"),
+        ('[{"post_id": "a}]', "entry 0: Unterminated string"),
+        ("[1, 2]", "entry 0: must have a post_id"),
+        ('[{"post_id": 3}]', "entry 0: must have a post_id"),
+        ('[{"post_id": "a", "labels": "b"}]', "labels must be a list"),
+        ('[{"post_id": "a", "features": 1}]', "features must be a path"),
+        ('[{"post_id": "a"}, {"post_id": "a"}]', "post 'a' stands twice"),
+        ("[" * 100_000, "not a JSON data file"),
+        (" [ ] ", "holds no posts"),
+    ],
+)
+def test_a_broken_data_file_is_one_line(text: str, says: str, tmp_path: Path) -> None:
+    """Read whole or as numbers: the line names the file and what is wrong."""
+    file = tmp_path / "a.json"
+    file.write_text(text)
+    for read in (read_data_file, lambda f: PostList.read(f, support.LABELS)):
+        with pytest.raises(ConfigError) as caught:
+            read(file)
+        assert str(file) in str(caught.value)
+        assert says in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_broken_line_is_named_by_its_number(tmp_path: Path) -> None:
+    """Of JSON lines; bytes that are no UTF-8 are a mistake, too."""
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"post_id": "a"}\n{"post_id"\n')
+    with pytest.raises(ConfigError, match="line 2: not JSON"):
+        PostList.read(file, support.LABELS)
+    (tmp_path / "b.json").write_bytes(b'[{"post_id": "\xff"}]')
+    with pytest.raises(ConfigError, match=r"b\.json: not a JSON data file"):
+        PostList.read(tmp_path / "b.json", support.LABELS)
+
+
+def test_posts_come_back_as_they_stand_in_the_file(tmp_path: Path) -> None:
+    """Records, targets and counts equal those of the file read whole; also after pickling."""
+    file = written(tmp_path, "a.json", ENTRIES, ensure_ascii=False)
+    posts = PostList.read(file, support.LABELS)
+    for copy in (posts, pickle.loads(pickle.dumps(posts))):
+        assert tuple(copy) == read_data_file(file)
+    wanted = np.zeros((4, support.CLASSES), np.float32)
+    wanted[0, [1, 3]] = wanted[3, 0] = 1
+    np.testing.assert_array_equal(posts.targets(), wanted)
+    np.testing.assert_array_equal(np.stack([posts.target(i) for i in range(4)]), wanted)
+    np.testing.assert_array_equal(posts.positives(), wanted.sum(axis=0))
+
+
+def test_some_posts_of_a_list(tmp_path: Path) -> None:
+    """In any order, and of them some again: records and targets go with their posts."""
+    content = [{"post_id": str(i), "labels": [f"tag{j}" for j in range(i % 4)]} for i in range(20)]
+    posts = PostList.read(written(tmp_path, "a.jsonl", content), support.LABELS)
+    rows = np.random.default_rng(0).permutation(20)[:9]
+    some = posts.take(rows)
+    assert [record.post_id for record in some] == [str(row) for row in rows]
+    np.testing.assert_array_equal(some.targets(), posts.targets()[rows])
+    assert [r.post_id for r in some[2:5]] == [str(row) for row in rows[2:5]]
+    assert len(posts.take([])) == 0
+
+
+def test_what_is_left_out_is_told(tmp_path: Path) -> None:
+    """Unknown labels, entries that are none and repeated IDs, each with its reason."""
+    content = [{"post_id": "a"}, {"post_id": "b", "labels": ["nope"]}, {}, {"post_id": "a"}]
+    file = written(tmp_path, "a.json", content)
+    told: list[tuple[str | None, str, str]] = []
+    posts = PostList.read(file, support.LABELS, skip=lambda *mistake: told.append(mistake))
+    assert tuple(posts) == (Record("a"),)
+    assert [(who, kind) for who, kind, _ in told] == [
+        ("b", "label"),
+        (None, "entry"),
+        ("a", "repeated"),
+    ]
+    assert "label 'nope' is not in the label map" in told[0][2]
+
+
+def test_a_file_that_changes_is_noticed(tmp_path: Path) -> None:
+    """Another post's text is never taken for a post's own."""
+    file = written(tmp_path, "a.json", [{"post_id": "aa"}, {"post_id": "bb"}])
+    posts = PostList.read(file, support.LABELS)
+    for content in ([{"post_id": "ax"}, {"post_id": "bb"}], [{"p": 1}], []):
+        file.write_text(json.dumps(content))
+        with pytest.raises(ConfigError, match="has changed since"):
+            posts[0]
+    file.unlink()
+    with pytest.raises(ConfigError, match="has changed since"):
+        posts[1]
+
+
+def test_a_post_takes_few_bytes(tmp_path: Path) -> None:
+    """Ten times the posts add less than 100 bytes each, whatever their text is."""
+
+    def kept_and_peak(count: int) -> tuple[int, int]:
+        entry = '{"post_id": "post%d", "labels": ["tag1", "tag2"], "text": "' + "x" * 300 + '"}'
+        file = tmp_path / f"{count}.json"
+        file.write_text("[" + ",".join(entry % i for i in range(count)) + "]")
+        tracemalloc.start()
+        posts = PostList.read(file, support.LABELS)
+        kept, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert len(posts) == count
+        return kept, peak
+
+    few, many = kept_and_peak(2_000), kept_and_peak(20_000)
+    assert (many[0] - few[0]) / 18_000 < 60
+    assert (many[1] - few[1]) / 18_000 < 200

@@ -1,0 +1,218 @@
+"""The report of a real training: its numbers are those of the model that is served."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from sklearn.metrics import average_precision_score, precision_recall_fscore_support
+
+import infer_net
+from common.errors import ConfigError
+from common.post import MODALITIES, Modality
+from config.report import ReportSettings
+from extractors.feature_file import read_features
+from fusion.bundle import bundle
+from fusion.data.feature_files import FeatureFiles
+from fusion.infer.inferer import Inferer
+from fusion.report.judged import Judged
+from fusion.report.write import ReportInput, write_report
+from fusion.train.training import TrainReport, train
+from tests.support.fusion import support
+
+
+def plain_gap(rows: list[tuple[list[float], list[int]]], top_k: int = 20) -> float:
+    """GAP as it is defined, in plain Python, for scores without ties."""
+    pooled = [pair for scores, truth in rows for pair in best(scores, truth, top_k)]
+    assert len({score for score, _ in pooled}) == len(pooled), "ties would need a rule"
+    pooled.sort(key=lambda pair: -pair[0])
+    hits, total = 0, 0.0
+    for rank, (_, hit) in enumerate(pooled, 1):
+        hits += hit
+        total += hit * hits / rank
+    return total / sum(sum(truth) for _, truth in rows)
+
+
+def best(scores: list[float], truth: list[int], top_k: int) -> list[tuple[float, int]]:
+    """The pairs of the highest scores."""
+    return sorted(zip(scores, truth, strict=True), key=lambda pair: -pair[0])[:top_k]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TrainReport]:
+    """A small training with calibration and a report."""
+    folder = tmp_path_factory.mktemp("report")
+    support.write_posts(folder, "train", 90, 1)
+    support.write_posts(folder, "valid", 70, 2)
+    settings = support.train_settings(
+        folder,
+        trainer={"epochs": 3},
+        bundle={"calibration": "temperature"},
+        report={"enabled": True, "mistakes": 5, "post_url": "https://x.test/p?id={post_id}"},
+    )
+    return folder, train(settings, FeatureFiles())
+
+
+def numbers(folder: Path) -> dict[str, Any]:
+    """``report.json``."""
+    found: dict[str, Any] = json.loads((folder / "run" / "report" / "report.json").read_text())
+    return found
+
+
+def test_three_ways_to_gap_agree(trained: tuple[Path, TrainReport], tmp_path: Path) -> None:
+    """Training's, inference's over its written scores, and plain Python's: equal to 1e-9."""
+    folder, report = trained
+    output = tmp_path / "tags.jsonl"
+    arguments = ["--best_model", str(report.bundle), "--input", str(folder / "valid.json")]
+    sets = ["--n_gpus", "0", "--set", "progress=false", "--set", "threads=1"]
+    assert infer_net.main([*arguments, "--output", str(output), *sets]) == 0
+    rows = []
+    judged = Judged.load(folder / "run" / "report" / "scores.npz")
+    written = {line["post_id"]: line for line in map(json.loads, output.read_text().splitlines())}
+    assert len(written) == 70
+    for post_id, scores in zip(judged.post_ids, judged.scores, strict=True):
+        line = written[post_id]
+        # Text and back changes no bit of a float32.
+        np.testing.assert_array_equal(np.array(line["scores"], np.float32), scores)
+        rows.append((line["scores"], [int(n in line["labels"]) for n in support.LABELS.names]))
+    gap = plain_gap(rows)
+    assert report.metrics["gap"] == pytest.approx(gap, abs=1e-9)
+    assert numbers(folder)["metrics"]["gap"] == pytest.approx(gap, abs=1e-9)
+    assert bundle.load_bundle(report.bundle).metrics["gap"] == pytest.approx(gap, abs=1e-9)
+
+
+def test_the_numbers_are_those_of_the_written_scores(trained: tuple[Path, TrainReport]) -> None:
+    """Every tag's row and the calibration errors, recomputed by scikit-learn and by hand."""
+    folder, report = trained
+    judged, found = Judged.load(folder / "run" / "report" / "scores.npz"), numbers(folder)
+    predicted = judged.scores >= judged.thresholds
+    precision, recall, f1, support_ = precision_recall_fscore_support(
+        judged.targets, predicted, zero_division=0
+    )
+    for i, row in enumerate(found["tags"]):
+        assert (row["id"], row["name"]) == (i, support.LABELS.names[i])
+        assert (row["support"], row["given"]) == (support_[i], predicted[:, i].sum())
+        assert row["ap"] == pytest.approx(
+            average_precision_score(judged.targets[:, i], judged.scores[:, i])
+        )
+        assert (row["precision"] or 0) == pytest.approx(precision[i])
+        assert (row["recall"], row["f1"]) == (pytest.approx(recall[i]), pytest.approx(f1[i]))
+    assert found["metrics"]["f1_macro"] == pytest.approx(f1.mean())
+    assert found["metrics"] == dict(report.metrics)
+    for kind, scores in (("before", judged.raw), ("after", judged.scores)):
+        assert found["calibration"][kind]["error"] == pytest.approx(
+            plain_ece(scores.ravel().tolist(), judged.targets.ravel().tolist())
+        )
+    loaded = bundle.load_bundle(report.bundle)
+    np.testing.assert_array_equal(judged.thresholds, loaded.thresholds)
+
+
+def plain_ece(scores: list[float], truth: list[bool], bins: int = 15) -> float:
+    """Expected calibration error, bin by bin."""
+    total = 0.0
+    for i in range(bins):
+        inside = [
+            (s, t) for s, t in zip(scores, truth, strict=True) if min(int(s * bins), bins - 1) == i
+        ]
+        if inside:
+            total += abs(sum(s for s, _ in inside) - sum(t for _, t in inside))
+    return total / len(scores)
+
+
+def test_every_subset_is_the_gap_of_posts_that_have_only_it(
+    trained: tuple[Path, TrainReport],
+) -> None:
+    """31 subsets, each equal to inference on features from which the others were taken away."""
+    folder, report = trained
+    found = {tuple(s["modalities"]): s for s in numbers(folder)["subsets"]}
+    assert len(found) == 31
+    gaps = [s["gap"] for s in found.values()]
+    assert gaps == sorted(gaps, reverse=True)
+    assert found[MODALITIES]["gap"] == pytest.approx(report.metrics["gap"], abs=1e-12)
+    entries = json.loads((folder / "valid.json").read_text())
+    targets = [[int(n in e["labels"]) for n in support.LABELS.names] for e in entries]
+    inferer = Inferer.load(report.bundle)
+    chosen: list[tuple[Modality, ...]] = [("text",), ("video", "ocr"), ("image",)]
+    for shown in chosen:
+        features = [read_features(folder / "features", e["post_id"], None) for e in entries]
+        for post in features:
+            for modality in set(post.arrays) - set(shown):
+                del post.arrays[modality]  # type: ignore[attr-defined]
+        scores = inferer.scores(features).astype(np.float64).tolist()
+        have = [bool(post.arrays) for post in features]
+        rows = list(zip(scores, targets, strict=True))
+        some = [row for row, there in zip(rows, have, strict=True) if there]
+        assert found[shown]["posts"] == sum(have)
+        assert found[shown]["gap_of_posts"] == pytest.approx(plain_gap(some), abs=1e-6)
+    about = bundle.load_bundle(report.bundle)
+    assert about.subsets == pytest.approx({"+".join(k): s["gap"] for k, s in found.items()})
+    assert found[("image",)]["posts"] < 70
+
+
+def test_the_page_needs_nothing_else(trained: tuple[Path, TrainReport]) -> None:
+    """Charts are embedded and lie beside it; there is no script and nothing from the network."""
+    folder, report = trained
+    report_folder = folder / "run" / "report"
+    assert report.page == report_folder / "report.html"
+    text = (report_folder / "report.html").read_text(encoding="utf-8")
+    charts = sorted(p.stem for p in report_folder.glob("*.png"))
+    assert {"calibration", "precision_recall", "subsets", "tags", "training"} <= set(charts)
+    assert len(re.findall(r'<img class="chart"[^>]* src="data:image/png;base64', text)) == len(
+        charts
+    )
+    assert "<script" not in text
+    assert not re.findall(r'src="(?!data:)', text)
+    assert "default-src 'none'" in text
+    mistakes = numbers(folder)["mistakes"]
+    assert 0 < len(mistakes) <= 10
+    for mistake in mistakes:
+        assert f'href="https://x.test/p?id={mistake["post_id"]}"' in text
+
+
+def test_without_a_report_nothing_is_measured_twice(tmp_path: Path) -> None:
+    """`report.enabled: false` leaves out the folder and the subsets."""
+    support.write_posts(tmp_path, "train", 20, 1)
+    support.write_posts(tmp_path, "valid", 10, 2)
+    report = train(support.train_settings(tmp_path, trainer={"epochs": 1}), FeatureFiles())
+    assert report.page is None
+    assert not (tmp_path / "run" / "report").exists()
+    assert bundle.load_bundle(report.bundle).subsets == {}
+
+
+def test_a_report_without_validation_shows_the_run(tmp_path: Path) -> None:
+    """There are curves of the loss, and a sentence says that nothing was measured."""
+    support.write_posts(tmp_path, "train", 20, 1)
+    settings = support.train_settings(
+        tmp_path, data={"valid": None}, trainer={"epochs": 1}, report={"enabled": True}
+    )
+    report = train(settings, FeatureFiles())
+    assert report.page is not None
+    assert "nothing was measured" in report.page.read_text()
+    assert sorted(p.name for p in report.page.parent.iterdir()) == [
+        "report.html",
+        "report.json",
+        "training.png",
+    ]
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    """The error names it, and the report that was there stays."""
+    given = ReportInput("a", "b", {}, None)
+    write_report(tmp_path / "report", given, ReportSettings())
+    before = (tmp_path / "report" / "report.html").read_text()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="the report cannot be written"):
+        write_report(tmp_path / "file" / "report", given, ReportSettings())
+    assert (tmp_path / "report" / "report.html").read_text() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "report"]
+
+
+@pytest.mark.parametrize("url", ["ftp://x/{post_id}", "https://x.test/", "javascript:{post_id}"])
+def test_addresses_of_posts_that_are_none(url: str) -> None:
+    """Without the ID, or of another scheme."""
+    with pytest.raises(ValueError, match="must begin with http"):
+        ReportSettings(post_url=url)

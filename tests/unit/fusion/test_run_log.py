@@ -1,0 +1,159 @@
+"""The log of a run: lines for scripts, TensorBoard's curves, and what a resume does to both."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from common.errors import ConfigError
+from fusion.data.feature_files import FeatureFiles
+from fusion.train.run_log import RunLog, read_run
+from fusion.train.training import train
+from tests.support.fusion import support
+
+
+def log(folder: Path, *, tensorboard: bool = True) -> RunLog:
+    """A log that speaks."""
+    return RunLog(folder / "log" / "train.jsonl", enabled=True, tensorboard=tensorboard)
+
+
+def epochs(run: RunLog, first: int, last: int, loss: float) -> None:
+    """What a trainer writes in epochs of two steps."""
+    for epoch in range(first, last + 1):
+        for step in (1, 2):
+            run.write("step", epoch=epoch, step=step, loss=loss + step, learning_rate=0.1)
+        run.write("epoch", epoch=epoch, loss=loss, posts=9, seconds=1.0)
+        run.write("valid", epoch=epoch, gap=0.5 + epoch / 10)
+
+
+def curves(folder: Path) -> EventAccumulator:
+    """What TensorBoard shows of a folder."""
+    found = EventAccumulator(str(folder / "log" / "tensorboard"))
+    found.Reload()
+    return found
+
+
+def test_scalars_stand_over_steps(tmp_path: Path) -> None:
+    """Steps, epochs and validations share one axis, so that curves can be laid over each other."""
+    run = log(tmp_path)
+    run.begin(steps=2)
+    epochs(run, 1, 3, 0.0)
+    run.close()
+    found = curves(tmp_path)
+    assert sorted(found.Tags()["scalars"]) == [
+        "epoch/loss",
+        "epoch/seconds",
+        "step/learning_rate",
+        "step/loss",
+        "valid/gap",
+    ]
+    assert [point.step for point in found.Scalars("step/loss")] == [1, 2, 3, 4, 5, 6]
+    assert [(p.step, round(p.value, 6)) for p in found.Scalars("valid/gap")] == [
+        (2, 0.6),
+        (4, 0.7),
+        (6, 0.8),
+    ]
+
+
+def test_after_a_resume_no_point_stands_twice(tmp_path: Path) -> None:
+    """A run killed in its third epoch goes on from its second: the lost steps disappear."""
+    run = log(tmp_path)
+    run.begin(steps=2)
+    epochs(run, 1, 2, 0.0)
+    run.write("step", epoch=3, step=1, loss=77.0, learning_rate=0.1)
+    run.close()
+    with run.path.open("a") as file:
+        file.write('{"event": "epoch", "epo')  # cut off by the kill
+        file.write("\n")
+    again = log(tmp_path)
+    again.begin(steps=2, done=4)
+    epochs(again, 3, 4, 5.0)
+    again.close()
+    points = curves(tmp_path).Scalars("step/loss")
+    assert [point.step for point in points] == list(range(1, 9))
+    assert 77.0 not in [point.value for point in points]
+    events = read_run(run.path)
+    assert [e["epoch"] for e in events if e["event"] == "epoch"] == [1, 2, 3, 4]
+    assert 77.0 not in [e.get("loss") for e in events]
+
+
+def test_a_resume_inside_an_epoch_keeps_its_first_steps(tmp_path: Path) -> None:
+    """What was done before the checkpoint counts, what came after it is done anew."""
+    run = log(tmp_path)
+    run.begin(steps=2)
+    epochs(run, 1, 2, 0.0)
+    run.close()
+    again = log(tmp_path)
+    again.begin(steps=2, done=3)
+    again.write("step", epoch=2, step=2, loss=9.0, learning_rate=0.1)
+    again.close()
+    assert [p.step for p in curves(tmp_path).Scalars("step/loss")] == [1, 2, 3, 4]
+    found = [(e["epoch"], e["step"]) for e in read_run(run.path) if e["event"] == "step"]
+    assert found == [(1, 1), (1, 2), (2, 1), (2, 2)]
+
+
+def test_a_new_run_in_the_same_folder_hides_the_one_before(tmp_path: Path) -> None:
+    """Otherwise its curves would run backwards."""
+    for loss in (1.0, 2.0):
+        run = log(tmp_path)
+        run.begin(steps=2)
+        epochs(run, 1, 2, loss)
+        run.close()
+    assert {round(p.value) for p in curves(tmp_path).Scalars("epoch/loss")} == {2}
+    assert len(curves(tmp_path).Scalars("epoch/loss")) == 2
+    assert [e["loss"] for e in read_run(run.path) if e["event"] == "epoch"] == [2.0, 2.0]
+
+
+def test_curves_at_the_end(tmp_path: Path) -> None:
+    """The precision-recall curve of all decisions, and a histogram of the tags' precisions."""
+    run = log(tmp_path)
+    run.begin(steps=2)
+    chance = np.random.default_rng(0)
+    run.curves(chance.random((20, 3)) < 0.5, chance.random((20, 3)), [0.5, 0.7], at=3)
+    run.close()
+    found = curves(tmp_path)
+    assert found.Tags()["histograms"] == ["valid/ap_of_tags"]
+    assert found.Histograms("valid/ap_of_tags")[0].step == 6
+    assert found.Tags()["tensors"] == ["valid/all_tags"]
+
+
+def test_without_tensorboard_there_is_no_folder(tmp_path: Path) -> None:
+    """Lines alone; and a process that does not speak writes nothing at all."""
+    run = log(tmp_path, tensorboard=False)
+    run.begin(steps=2)
+    epochs(run, 1, 1, 0.0)
+    run.curves(np.ones((1, 1)), np.ones((1, 1)), [1.0], at=1)
+    assert [p.name for p in (tmp_path / "log").iterdir()] == ["train.jsonl"]
+    silent = RunLog(tmp_path / "other" / "train.jsonl", enabled=False, tensorboard=True)
+    silent.begin(steps=2)
+    silent.write("epoch", epoch=1)
+    assert not (tmp_path / "other").exists()
+    assert read_run(tmp_path / "other" / "train.jsonl") == []
+
+
+def test_a_log_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    """The file is named."""
+    (tmp_path / "log").write_text("a file in the way")
+    with pytest.raises(ConfigError, match=r"train.jsonl: the log cannot be written"):
+        log(tmp_path).begin(steps=1)
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_training_writes_the_curves(on: bool, tmp_path: Path) -> None:
+    """`trainer.tensorboard` decides; two trainings, the second going on, give one curve."""
+    support.write_posts(tmp_path, "train", 40, 1)
+    support.write_posts(tmp_path, "valid", 16, 2)
+    options: dict[str, Any] = {"tensorboard": on, "log_interval": 1}
+    for epochs_wanted, resume in ((1, None), (2, tmp_path / "run")):
+        settings = support.train_settings(tmp_path, trainer={**options, "epochs": epochs_wanted})
+        train(settings, FeatureFiles(), resume=resume)
+    if not on:
+        assert not (tmp_path / "run" / "log" / "tensorboard").exists()
+        return
+    steps = [point.step for point in curves(tmp_path / "run").Scalars("step/loss")]
+    assert steps == list(range(1, len(steps) + 1))
+    assert len(curves(tmp_path / "run").Scalars("valid/gap")) == 2

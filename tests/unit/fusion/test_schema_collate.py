@@ -1,0 +1,91 @@
+"""Features of posts ─► padded batches."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from common.errors import ConfigError, FeatureError
+from common.post import Features
+from config.train import TokenLimits
+from fusion.data.collate import Collate, Sample
+from fusion.data.schema import FeatureManifest, InputSchema
+from tests.support.fusion import support
+
+
+def test_images_join_the_frames() -> None:
+    """With image_as_frames the model sees one modality: frames first, then images, in order."""
+    found = support.features(lengths={"video": 3, "image": 2})
+    joined = support.schema(image_as_frames=True).arrays(found)
+    assert "image" not in joined
+    wanted = np.concatenate([found.arrays["video"], found.arrays["image"]])
+    np.testing.assert_array_equal(joined["video"], wanted)
+
+
+def test_images_alone_are_frames_too() -> None:
+    """A post without video still has its images where the model looks for frames."""
+    found = support.features(lengths={"video": 0})
+    joined = support.schema(image_as_frames=True).arrays(found)
+    np.testing.assert_array_equal(joined["video"], found.arrays["image"])
+
+
+def test_images_of_another_length_cannot_be_frames() -> None:
+    """Features of two extractors with other dims cannot stand in one sequence."""
+    manifest = support.manifest(dims={"video": 12, "image": 16}, image_as_frames=True)
+    with pytest.raises(ConfigError, match="length 16, of frames 12"):
+        InputSchema.of(manifest, TokenLimits(), 3)
+
+
+def test_long_texts_are_cut_and_long_videos_thinned() -> None:
+    """A text keeps its beginning; a video keeps frames from its whole length, in order."""
+    limits = TokenLimits(video=4, text=4)
+    manifest = FeatureManifest({"video": 1, "text": 1}, {"video": "v", "text": "t"})
+    schema = InputSchema.of(manifest, limits, 2)
+    count = np.arange(16, dtype=np.float16)[:, None]
+    found = schema.arrays(Features("p", {"video": count, "text": count}, {}))
+    assert found["text"].ravel().tolist() == [0, 1, 2, 3]
+    assert found["video"].ravel().tolist() == [2, 6, 10, 14]
+
+
+def test_features_of_another_shape_are_refused_by_name() -> None:
+    """The line names post, modality and both shapes."""
+    wrong = Features("p7", {"audio": np.zeros((2, 5), np.float16)}, {})
+    with pytest.raises(FeatureError, match=r"p7: audio features are \(2, 5\).*\(n, 6\)"):
+        support.schema().arrays(wrong)
+
+
+def test_modalities_can_be_left_out_or_unknown() -> None:
+    """`without` hides a modality, and one that the model was not trained with is ignored."""
+    found = support.schema().arrays(support.features(), frozenset({"audio"}))
+    assert set(found) == {"video", "image", "text", "ocr"}
+    only_text = InputSchema.of(FeatureManifest({"text": 10}, {"text": "t"}), TokenLimits(), 2)
+    assert set(only_text.arrays(support.features())) == {"text"}
+
+
+def test_a_batch_is_padded_and_masked() -> None:
+    """Each post's tokens stand at its row's start, zeros behind; masks say which are real."""
+    schema = support.schema()
+    posts = [support.features("a", seed=1), support.features("b", seed=2, lengths={"video": 2})]
+    targets = np.eye(2, support.CLASSES, dtype=np.float32)
+    batch = Collate(schema)(
+        [Sample(p.post_id, schema.arrays(p), targets[i]) for i, p in enumerate(posts)]
+    )
+    assert batch.post_ids == ("a", "b")
+    assert batch.tokens["video"].shape == (2, 5, 12)
+    assert batch.tokens["video"].dtype == torch.float32
+    assert batch.masks["video"].sum(dim=1).tolist() == [5, 2]
+    assert not batch.tokens["video"][1, 2:].any()
+    np.testing.assert_array_equal(batch.tokens["video"][1, :2].numpy(), posts[1].arrays["video"])
+    assert batch.targets is not None
+    np.testing.assert_array_equal(batch.targets.numpy(), targets)
+
+
+def test_a_modality_that_no_post_of_a_batch_has() -> None:
+    """Its tokens have length 0, and nothing fails."""
+    schema = support.schema()
+    post = support.features(lengths={"ocr": 0})
+    batch = Collate(schema)([Sample("a", schema.arrays(post))])
+    assert batch.tokens["ocr"].shape == (1, 0, 10)
+    assert batch.masks["ocr"].shape == (1, 0)
+    assert batch.targets is None

@@ -1,0 +1,198 @@
+"""A modality with two streams: they are one modality wherever modalities are hidden."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from common.post import MODALITIES, Features, Stream, modality_of, streams_of
+from config.train import DataSettings, LossSettings
+from fusion.bundle.bundle import check_fingerprints, load_bundle, save_bundle
+from fusion.data.collate import Batch, Collate, Sample
+from fusion.data.data_file import Record
+from fusion.data.dataset import find_manifest
+from fusion.data.schema import FeatureManifest, InputSchema
+from fusion.models import MODELS, FusionModel, build_model
+from fusion.models.base import ModalityDropout
+from fusion.train.losses import TaggingLoss, binary_cross_entropy
+from fusion.train.objective import Objective
+from tests.support.fusion import support
+from tests.support.fusion.numpy_models import FORWARDS
+
+NAMES = sorted(MODELS)
+DIMS: dict[Stream, int] = {s: support.DIMS[s] for s in MODALITIES} | {"video_lstm": 9}
+PRINTS: dict[Stream, str] = {stream: f"{stream}-1" for stream in DIMS}
+
+
+def features(post_id: str = "p", *, seed: int = 0, videos: int = 1, **lengths: int) -> Features:
+    """A post of scheme 2; without ``videos`` it has no video at all."""
+    counts = {**lengths, **({} if videos else {"video": 0})}
+    one = support.features(post_id, seed=seed, lengths=counts)
+    if not videos:
+        return one
+    vectors = np.random.default_rng(seed).normal(0, 1, (videos, DIMS["video_lstm"]))
+    return Features(post_id, {**one.arrays, "video_lstm": vectors.astype(np.float16)}, one.statuses)
+
+
+def schema(**changes: Any) -> InputSchema:
+    manifest = FeatureManifest(**{"dims": DIMS, "fingerprints": PRINTS, **changes})
+    return InputSchema.of(manifest, support.SMALL.tokens, support.CLASSES)
+
+
+def model(name: str, **changes: Any) -> FusionModel:
+    torch.manual_seed(2)
+    settings = support.SMALL.model_copy(update={"name": name, "auxiliary": 0.5, **changes})
+    return build_model(schema(), settings).eval()
+
+
+def batch_of(*posts: Features) -> Batch:
+    truth = (np.random.default_rng(1).random((len(posts), support.CLASSES)) < 0.4).astype(
+        np.float32
+    )
+    of = schema()
+    return Collate(of)([Sample(p.post_id, of.arrays(p), truth[i]) for i, p in enumerate(posts)])
+
+
+def test_streams_belong_to_modalities() -> None:
+    """Each stream has one modality, and each modality a stream of its own name."""
+    assert modality_of("video_lstm") == modality_of("video") == "video"
+    assert streams_of(["text", "video"]) == ("video", "video_lstm", "text")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_model_of_two_streams_equals_a_numpy_forward(name: str) -> None:
+    """Posts with one video, with three, and with none, against the same weights in float64."""
+    posts = [features("a", seed=1), features("b", seed=2, videos=3), features("c", videos=0)]
+    made = model(name)
+    weights = {k: v.numpy().astype(np.float64) for k, v in made.state_dict().items()}
+    with torch.inference_mode():
+        said = made.outputs(batch_of(*posts))
+    for i, post in enumerate(posts):
+        logits, own = FORWARDS[name](weights, post)
+        np.testing.assert_allclose(said.logits[i], logits, atol=2e-5)
+        assert set(own) == set(post.arrays)
+        for stream, wanted in own.items():
+            np.testing.assert_allclose(said.own[stream][i], wanted, atol=2e-5)  # type: ignore[index]
+
+
+def test_without_video_hides_both_streams() -> None:
+    """Leaving out the modality leaves out its rows and its vector, and nothing else."""
+    found = schema().arrays(features(), frozenset({"video"}))
+    assert set(found) == {"image", "audio", "text", "ocr"}
+    assert set(schema().arrays(features())) == set(DIMS)
+
+
+def test_images_join_the_rows_and_not_the_vector() -> None:
+    """With image_as_frames the video's vector stays what it is."""
+    dims = {stream: dim for stream, dim in DIMS.items() if stream != "image"}
+    joined = schema(image_as_frames=True)
+    assert dict(joined.dims) == dims
+    post = features(video=3, image=2)
+    found = joined.arrays(post)
+    assert len(found["video"]) == 5
+    np.testing.assert_array_equal(found["video_lstm"], post.arrays["video_lstm"])
+
+
+def test_modality_dropout_drops_both_streams_together() -> None:
+    """In no draw is one of them there without the other; the other modalities are independent."""
+    drop = ModalityDropout(0.5).train()
+    posts = 400
+    masks: dict[Stream, torch.Tensor] = {
+        s: torch.ones(posts, 2, dtype=torch.bool) for s in ("video", "video_lstm", "audio")
+    }
+    torch.manual_seed(0)
+    kept = {s: mask.any(dim=1) for s, mask in drop(masks).items()}
+    assert torch.equal(kept["video"], kept["video_lstm"])
+    assert (kept["video"] | kept["audio"]).all()
+    assert 0.2 < (~kept["video"]).float().mean() < 0.5
+    assert not torch.equal(kept["video"], kept["audio"])
+
+
+def test_the_last_modality_stays_with_both_streams() -> None:
+    """A post of video alone keeps its rows and its vector, however high the chance."""
+    drop = ModalityDropout(0.99).train()
+    there, nothing = torch.ones(50, 1, dtype=torch.bool), torch.zeros(50, 1, dtype=torch.bool)
+    kept = drop({"video": there, "video_lstm": there, "audio": nothing})
+    assert kept["video"].all()
+    assert kept["video_lstm"].all()
+
+
+def test_hidden_streams_have_no_loss_of_their_own() -> None:
+    """When the video is hidden from a post, both its heads are masked for that post."""
+    made = model("concat_mlp", modality_dropout=0.5).train()
+    for part in made.modules():
+        if isinstance(part, torch.nn.Dropout):
+            part.p = 0.0
+    batch = batch_of(*(features(str(i), seed=i) for i in range(8)))
+    objective = Objective(
+        made, TaggingLoss(LossSettings(), torch.ones(support.CLASSES)), auxiliary=1
+    )
+    torch.manual_seed(6)
+    total = objective(batch)
+    torch.manual_seed(6)
+    said = made.outputs(batch)
+    assert torch.equal(said.there["video"], said.there["video_lstm"])
+    assert 0 < said.there["video"].sum() < 8
+    assert batch.targets is not None
+    wanted = binary_cross_entropy(said.logits, batch.targets)
+    for stream, there in said.there.items():
+        if there.any():
+            own = binary_cross_entropy(said.own[stream][there], batch.targets[there])
+            wanted = wanted + own * there.float().mean()
+    torch.testing.assert_close(total, wanted)
+
+
+def test_a_bundle_carries_streams(tmp_path: Path) -> None:
+    """Manifest, dims and fingerprints of both streams come back, and a wrong one is named."""
+    made = model("token_transformer", auxiliary=0.0)
+    settings = support.SMALL
+    manifest = FeatureManifest(DIMS, PRINTS)
+    save_bundle(
+        tmp_path / "b",
+        name="two",
+        model=made,
+        settings=settings,
+        manifest=manifest,
+        labels=support.LABELS,
+        thresholds=np.full(support.CLASSES, 0.5, np.float32),
+        metrics={},
+    )
+    bundle = load_bundle(tmp_path / "b")
+    assert dict(bundle.manifest.dims) == DIMS
+    assert dict(bundle.manifest.fingerprints) == PRINTS
+    check_fingerprints(bundle.manifest, PRINTS, bundle="b")
+    with pytest.raises(Exception, match=r"wants video_lstm features .*set features\.video as"):
+        check_fingerprints(bundle.manifest, {**PRINTS, "video_lstm": "x"}, bundle="b")
+
+
+class _Reader:
+    """Feature files in memory."""
+
+    def __init__(self, posts: list[Features]) -> None:
+        self.posts = {post.post_id: post for post in posts}
+        self.asked = 0
+
+    def fingerprints(self, post_id: str, path: Path | None) -> dict[Stream, str]:
+        return PRINTS
+
+    def features(self, post_id: str, path: Path | None, fingerprints: Any) -> Features:
+        self.asked += 1
+        return self.posts[post_id]
+
+
+def test_the_manifest_takes_every_stream_of_the_modalities_asked_for() -> None:
+    """`data.modalities: [video]` is rows and vector; one stream alone does not delay it."""
+    posts = [features(str(i)) for i in range(40)]
+    reader = _Reader(posts)
+    records = [Record(post.post_id) for post in posts]
+    found = find_manifest(records, reader, DataSettings(modalities=("video", "text")))
+    assert dict(found.dims) == {"video": 12, "video_lstm": 9, "text": 10}
+    assert reader.asked < 10
+    plain = _Reader([support.features(str(i)) for i in range(40)])
+    dims = find_manifest(records, plain, DataSettings(modalities=("video", "text"))).dims
+    assert set(dims) == {"video", "text"}
+    assert plain.asked < 10

@@ -1,0 +1,86 @@
+"""Thresholds at their edges, and the way from the training's to those that tags are given by."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fusion.data.feature_files import FeatureFiles
+from fusion.infer.inferer import Inferer
+from fusion.metrics.calibration import fit_calibration
+from fusion.metrics.thresholds import best_f1_threshold, fit_thresholds, precision_threshold
+from fusion.report.judged import Judged
+from fusion.train.training import train
+from tests.support.fusion import support
+
+
+def test_a_tag_that_no_post_has() -> None:
+    """Alone it has nothing to fit; among others it takes the threshold of all together."""
+    assert best_f1_threshold([0.9, 0.1], [0, 0]) == 0.5
+    assert precision_threshold([0.9, 0.1], [0, 0], 0.5) == 1.0
+    scores = np.array([[0.9, 0.8], [0.8, 0.1], [0.2, 0.6], [0.1, 0.1]])
+    targets = np.array([[1, 0], [1, 0], [0, 0], [0, 0]])
+    for precision in (None, 0.9):
+        fitted = fit_thresholds(scores, targets, min_positives=1, precision=precision)
+        common = fit_thresholds(scores, targets, min_positives=99, precision=precision)
+        assert fitted[1] == common[1] == common[0]
+        assert fitted[0] == pytest.approx(0.5)
+    nothing = np.zeros((4, 2))
+    assert fit_thresholds(scores, nothing, min_positives=1).tolist() == [0.5, 0.5]
+    assert fit_thresholds(scores, nothing, min_positives=1, precision=0.9).tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("score", [0.0, 0.3, 1.0])
+def test_scores_that_are_all_equal(score: float) -> None:
+    """Nothing can be parted: F1 gives all or nothing, a precision only where all are right."""
+    scores = np.full(8, score)
+    half, every = np.arange(8) % 2, np.ones(8, int)
+    found = best_f1_threshold(scores, half)
+    assert 0.05 <= found <= 0.95
+    assert (found <= score) == (score >= 0.05), "given to all where it can be told from nothing"
+    assert precision_threshold(scores, half, 0.9) == 1.0
+    if score >= 0.1:
+        assert precision_threshold(scores, every, 0.9) <= score
+
+
+@pytest.mark.parametrize("kind", ["temperature", "isotonic"])
+@pytest.mark.parametrize("truth", [0, 1])
+@pytest.mark.parametrize("score", [0.0, 0.4, 1.0])
+def test_calibration_of_what_says_nothing(kind: str, truth: int, score: float) -> None:
+    """One score, one truth: the map is finite, stays in [0, 1], and goes the right way."""
+    scores, targets = np.full((6, 2), score), np.full((6, 2), truth)
+    calibration = fit_calibration(kind, scores, targets)  # type: ignore[arg-type]
+    assert calibration is not None
+    found = calibration.apply(np.array([0.0, 0.2, score, 0.9, 1.0]))
+    assert np.isfinite(found).all()
+    assert ((found >= 0) & (found <= 1)).all()
+    if kind == "isotonic":
+        np.testing.assert_array_equal(found, np.full(5, truth, np.float32))
+
+
+@pytest.mark.parametrize("precision", [None, 0.9])
+def test_tags_are_given_by_the_fitted_thresholds(precision: float | None, tmp_path: Path) -> None:
+    """What is served is what the report counts: the same tags for the same posts."""
+    support.write_posts(tmp_path, "train", 60, 1)
+    support.write_posts(tmp_path, "valid", 40, 2)
+    settings = support.train_settings(
+        tmp_path,
+        trainer={"epochs": 2},
+        bundle={"calibration": "isotonic", "precision": precision},
+        report={"enabled": True, "subset_posts": 0},
+    )
+    report = train(settings, FeatureFiles())
+    judged = Judged.load(tmp_path / "run" / "report" / "scores.npz")
+    inferer = Inferer.load(report.bundle)
+    reader = FeatureFiles(tmp_path / "features")
+    features = [reader.features(i, None, support.FINGERPRINTS) for i in judged.post_ids]
+    given = judged.given
+    for tags, row in zip(inferer.predict(features), given, strict=True):
+        assert {tag.id for tag in tags.tags} == set(np.flatnonzero(row))
+    assert given.any()
+    if precision is not None:
+        reached = judged.thresholds < 1
+        right = (given & judged.targets)[:, reached].sum(axis=0)
+        assert (right >= precision * given[:, reached].sum(axis=0)).all()

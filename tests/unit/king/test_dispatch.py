@@ -1,0 +1,351 @@
+"""The dispatch thread on a fake pool: what an attempt comes to, and what it leaves behind."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from common.post import Failure, Media, Post
+from config.settings import FeatureSettings, KingSettings, OcrSettings, Settings
+from king.dispatch_thread import Dispatcher
+from king.health import Board
+from king.jobs import Dead, GivenBack, Outcome, Retry, Started, Tagged, Unreadable
+from tests.support.fakes.pool import DIED, Answer, FakePool, decoded, default_answer
+from workers.protocol import (
+    Decoded,
+    DecodeTask,
+    Extracted,
+    ExtractTask,
+    FetchTask,
+    FuseTask,
+    Task,
+)
+
+FULL = Post(
+    "p1",
+    text="hello",
+    media=(
+        Media("image", "http://a/1"),
+        Media("video", "http://a/2"),
+        Media("audio", "http://a/3"),
+    ),
+)
+
+
+class Bench:
+    """A dispatcher on a fake pool, and what it said."""
+
+    def __init__(
+        self,
+        spool: Path,
+        answer: Callable[[Task], Answer] | None,
+        king: KingSettings,
+        **pool: object,
+    ) -> None:
+        self.pool = FakePool(spool, answer, **pool)  # type: ignore[arg-type]
+        self.board = Board()
+        self.outcomes: list[Outcome] = []
+        self.spool = spool
+        settings = Settings(king=king, features=FeatureSettings(ocr=OcrSettings()))
+        self.dispatcher = Dispatcher(
+            self.pool, settings, self.board, self.outcomes.append, random.Random(1)
+        )
+
+    def run(self, *posts: Started, timeout_s: float = 60) -> list[Outcome]:
+        """Work on posts until each has an outcome."""
+        for post in posts:
+            self.dispatcher.start(post)
+        end = time.monotonic() + timeout_s
+        while len(self.outcomes) < len(posts):
+            assert time.monotonic() < end, f"{len(self.outcomes)} of {len(posts)}"
+            time.sleep(0.005)
+        return self.outcomes
+
+    def settle(self) -> None:
+        """Nothing is left behind: no slot, no file, no flight."""
+        end = time.monotonic() + 60
+        while self.pool.slots.free < len(self.pool.slots) or list(self.spool.iterdir()):
+            assert time.monotonic() < end, (self.pool.slots.free, list(self.spool.iterdir()))
+            time.sleep(0.005)
+        assert not self.dispatcher._flights
+        assert not self.dispatcher._by_task
+
+
+@contextmanager
+def bench(
+    spool: Path,
+    answer: Callable[[Task], Answer] | None = None,
+    *,
+    attempts: int = 3,
+    deadline_s: float = 30,
+    **pool: object,
+) -> Iterator[Bench]:
+    """A running dispatcher."""
+    spool.mkdir(exist_ok=True)
+    king = KingSettings(attempts=attempts, backoff_s=2, post_deadline_s=deadline_s)
+    it = Bench(spool, answer, king, **pool)
+    thread = threading.Thread(target=it.dispatcher.run)
+    thread.start()
+    try:
+        yield it
+    finally:
+        it.dispatcher.stop()
+        thread.join(60)
+    assert it.pool.stopped
+
+
+def begun(post: Post = FULL, attempt: int = 1) -> Started:
+    """A post as the store thread hands it over."""
+    return Started(post, post.post_id, attempt, received_at=time.time())
+
+
+def failing(kind: type, failure: Failure, name: str | None = None) -> Callable[[Task], Answer]:
+    """Tasks of one kind (and extractor) fail, the others go well."""
+
+    def answer(task: Task) -> Answer:
+        if isinstance(task, kind) and (
+            name is None or (isinstance(task, ExtractTask) and task.extractor == name)
+        ):
+            return failure
+        return default_answer(task)
+
+    return answer
+
+
+def test_every_modality_reaches_the_fusion(tmp_path: Path) -> None:
+    """Fetch, decode, extract, read, embed, fuse; and slots and files are free afterwards."""
+    with bench(tmp_path / "s") as it:
+        [outcome] = it.run(begun())
+        assert isinstance(outcome, Tagged)
+        assert set(outcome.statuses.values()) == {"ok"}
+        assert [tag.name for tag in outcome.tags.tags] == ["sport"]
+        assert {"fetch", "decode", "extract", "fuse", "total"} == set(outcome.timings_ms)
+        [fuse] = [task for task in it.pool.submitted if isinstance(task, FuseTask)]
+        assert fuse.features.ocr_text == "words in the picture\nwords in the picture"
+        it.settle()
+    assert it.board.bundle == ("fake", "1")
+
+
+def test_more_media_than_slots_do_not_deadlock(tmp_path: Path) -> None:
+    """Many posts with many media pass through one slot."""
+    media = tuple(Media("video", f"http://a/{i}") for i in range(6))
+    with bench(tmp_path / "s", slots=1) as it:
+        posts = [begun(Post(f"p{i}", media=media)) for i in range(8)]
+        outcomes = it.run(*posts)
+        assert all(isinstance(outcome, Tagged) for outcome in outcomes)
+        it.settle()
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "broken"),
+    [
+        (FetchTask, None, {"video", "image", "audio", "ocr"}),
+        (DecodeTask, None, {"video", "image", "audio", "ocr"}),
+        (ExtractTask, "video", {"video"}),
+        (ExtractTask, "text", {"text", "ocr"}),
+    ],
+)
+def test_broken_modality_leaves_the_rest(
+    tmp_path: Path, kind: type, name: str | None, broken: set[str]
+) -> None:
+    """A step that fails for good marks its modality, and the post is tagged from the others."""
+    failure = Failure("decode", "MediaError", "not a picture")
+    with bench(tmp_path / "s", failing(kind, failure, name)) as it:
+        [outcome] = it.run(begun())
+        assert isinstance(outcome, Tagged)
+        assert {m for m, status in outcome.statuses.items() if status != "ok"} == broken
+        it.settle()
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [(FetchTask, None), (DecodeTask, None), (ExtractTask, "video"), (ExtractTask, "ocr")],
+)
+def test_worker_death_costs_the_attempt_but_not_the_last(
+    tmp_path: Path, kind: type, name: str | None
+) -> None:
+    """A death comes back with back-off; on the last attempt the post is tagged from the rest."""
+    with bench(tmp_path / "s", failing(kind, DIED, name)) as it:
+        [outcome] = it.run(begun())
+        assert isinstance(outcome, Retry)
+        assert outcome.failure == DIED
+        assert 0 <= outcome.due_at - time.time() <= 2
+        it.settle()
+    with bench(tmp_path / "s", failing(kind, DIED, name)) as it:
+        [outcome] = it.run(begun(attempt=3))
+        assert isinstance(outcome, Tagged)
+        assert "failed" in outcome.statuses.values() or name == "ocr"
+        it.settle()
+
+
+def test_nothing_usable_is_permanent_or_not_by_its_reasons(tmp_path: Path) -> None:
+    """A 404 will stay one; a time-out may pass; an empty post never gets tags."""
+    post = Post("p1", media=(Media("image", "http://a/1"),))
+    refused = Failure("fetch", "FetchRefused", "HTTP 404")
+    timeout = Failure("fetch", "FetchRetryable", "timed out", retryable=True)
+    for failure, attempt, kind in ((refused, 1, Dead), (timeout, 1, Retry), (timeout, 3, Dead)):
+        with bench(tmp_path / "s", failing(FetchTask, failure)) as it:
+            [outcome] = it.run(begun(post, attempt))
+            assert type(outcome) is kind
+            assert isinstance(outcome, (Dead, Retry))
+            assert outcome.failure.stage == "fetch"
+            assert failure.message in outcome.failure.message
+            it.settle()
+    with bench(tmp_path / "s") as it:
+        [outcome] = it.run(begun(Post("empty")))
+        assert isinstance(outcome, Dead)
+        assert (outcome.failure.stage, outcome.failure.type) == ("load", "NothingUsable")
+
+
+@pytest.mark.parametrize(
+    ("failure", "attempt", "kind"),
+    [
+        (DIED, 1, Retry),
+        (DIED, 3, Dead),
+        (Failure("fuse", "FeatureError", "wrong dimension"), 1, Dead),
+    ],
+)
+def test_fusion_failures(tmp_path: Path, failure: Failure, attempt: int, kind: type) -> None:
+    """Without the fusion there are no tags: its death is retried, its refusal is final."""
+    with bench(tmp_path / "s", failing(FuseTask, failure)) as it:
+        [outcome] = it.run(begun(attempt=attempt))
+        assert type(outcome) is kind
+        it.settle()
+
+
+@pytest.mark.parametrize("kind", [FetchTask, DecodeTask, ExtractTask, FuseTask])
+def test_post_deadline_ends_the_attempt(tmp_path: Path, kind: type) -> None:
+    """A post that hangs in any stage fails its attempt in time and leaves nothing behind."""
+    with bench(
+        tmp_path / "s",
+        lambda task: None if isinstance(task, kind) else default_answer(task),
+        deadline_s=0.2,
+    ) as it:
+        [outcome] = it.run(begun())
+        assert isinstance(outcome, Retry)
+        assert outcome.failure.retryable
+        it.settle()
+
+
+def test_slots_of_a_failed_post_are_freed_when_its_results_come_late(tmp_path: Path) -> None:
+    """A decoded slot whose post has just died is released, and a late download is deleted."""
+    post = Post("p1", media=tuple(Media("video", f"http://a/{i}") for i in range(4)))
+    calls = {"decode": 0}
+
+    def second_decode_dies(task: Task) -> Answer:
+        if isinstance(task, DecodeTask):
+            calls["decode"] += 1
+            return replace(DIED, stage="decode") if calls["decode"] == 2 else decoded("frames")
+        return default_answer(task)
+
+    for _ in range(5):
+        calls["decode"] = 0
+        with bench(tmp_path / "s", second_decode_dies, slots=4) as it:
+            [outcome] = it.run(begun(post))
+            assert isinstance(outcome, Retry)
+            it.settle()
+
+
+def test_decoded_but_empty_file_needs_no_slot(tmp_path: Path) -> None:
+    """A file that gives nothing has no slot to release; its failures are kept."""
+    silent = Decoded((), {"audio": Failure("decode", "MediaError", "no sound")})
+
+    def answer(task: Task) -> Answer:
+        return silent if isinstance(task, DecodeTask) else default_answer(task)
+
+    with bench(tmp_path / "s", answer) as it:
+        [outcome] = it.run(begun())
+        assert isinstance(outcome, Tagged)
+        assert outcome.statuses["audio"] == "failed"
+        it.settle()
+
+
+def test_arrays_that_do_not_fit_together_are_a_failure(tmp_path: Path) -> None:
+    """Two images with features of different width kill the post, not the King."""
+    dims = iter((4, 5))
+
+    def answer(task: Task) -> Answer:
+        if isinstance(task, ExtractTask) and task.extractor == "image":
+            return Extracted(array=np.ones((1, next(dims)), np.float16))
+        if isinstance(task, DecodeTask):
+            return decoded("image")
+        return default_answer(task)
+
+    post = Post("p1", media=(Media("image", "http://a/1"), Media("image", "http://a/2")))
+    with bench(tmp_path / "s", answer) as it:
+        [outcome] = it.run(begun(post))
+        assert isinstance(outcome, Dead)
+        assert outcome.failure.type == "FeatureError"
+
+
+def test_media_beyond_the_limit_are_left_out(tmp_path: Path) -> None:
+    """A post with very many media is tagged from the first ones."""
+    post = Post("p1", media=tuple(Media("image", f"http://a/{i}") for i in range(50)))
+    with bench(tmp_path / "s") as it:
+        [outcome] = it.run(begun(post))
+        assert isinstance(outcome, Tagged)
+        assert sum(isinstance(task, FetchTask) for task in it.pool.submitted) == 20
+        it.settle()
+
+
+def test_drain_gives_back_what_is_in_flight(tmp_path: Path) -> None:
+    """Posts that a drain breaks off come back as given back, and so do those that come later."""
+    with bench(tmp_path / "s", lambda _task: None) as it:
+        it.dispatcher.start(begun())
+        time.sleep(0.05)
+        it.dispatcher.give_back()
+        outcomes = it.run(begun(replace(FULL, post_id="p2")), begun(replace(FULL, post_id="p3")))
+        end = time.monotonic() + 60
+        while len(outcomes) < 3:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        assert all(isinstance(outcome, GivenBack) for outcome in outcomes)
+        it.settle()
+
+
+def test_refused_pool_and_new_bundle_reach_the_board(tmp_path: Path) -> None:
+    """What the workers say of themselves is known to the other threads."""
+    with bench(tmp_path / "s", refuse="workshop/weights/current: no such bundle") as it:
+        end = time.monotonic() + 60
+        while it.board.refused is None:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        assert "no such bundle" in it.board.refused
+    with bench(tmp_path / "s") as it:
+        it.run(begun())
+        it.pool.swap_bundle("fake", "2")
+        end = time.monotonic() + 60
+        while it.board.bundle != ("fake", "2"):
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        assert [worker["role"] for worker in it.board.workers] == ["extract"]
+
+
+def test_random_failures_leave_no_slot_and_no_file(tmp_path: Path) -> None:
+    """Whatever fails whenever, each post has one outcome and nothing stays behind."""
+    rng = random.Random(5)
+
+    def answer(task: Task) -> Answer:
+        draw = rng.random()
+        stage = {FetchTask: "fetch", DecodeTask: "decode", FuseTask: "fuse"}.get(type(task))
+        if draw < 0.1:
+            return replace(DIED, stage=stage or "extract")
+        if draw < 0.2:
+            return Failure(stage or "extract", "MediaError", "broken")
+        return default_answer(task)
+
+    with bench(tmp_path / "s", answer, slots=2) as it:
+        posts = [begun(replace(FULL, post_id=f"p{i}"), attempt=i % 3 + 1) for i in range(60)]
+        outcomes = it.run(*posts)
+        ended = [o.started.post_id for o in outcomes if not isinstance(o, Unreadable)]
+        assert sorted(ended) == sorted(post.post_id for post in posts)
+        assert {type(outcome) for outcome in outcomes} == {Tagged, Retry, Dead}
+        it.settle()

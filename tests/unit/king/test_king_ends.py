@@ -1,0 +1,124 @@
+"""How the King ends: drained, out of time, refused, or by a thread that dies."""
+
+from __future__ import annotations
+
+import io
+import time
+from pathlib import Path
+
+import pytest
+import structlog
+
+from common.errors import ConfigError
+from king.jobs import Job
+from tests.support.fakes.broker import MemoryBroker
+from tests.support.fakes.pool import DIED, Answer, default_answer
+from tests.support.fakes.store import FakeStore
+from tests.support.king.king_rig import (
+    Gate,
+    Running,
+    fake_pool,
+    king_settings,
+    on_fakes,
+    posts,
+    queue_of,
+)
+from workers.protocol import FuseTask, Task
+
+
+def test_drain_mode_waits_for_retries_and_exits_zero(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With --drain the King ends by itself, after the queue, the flights and the retries.
+
+    On a terminal it shows how far it is.
+    """
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setattr("sys.stderr", terminal)
+    deaths = iter([DIED] * 7)
+
+    def answer(task: Task) -> Answer:
+        if isinstance(task, FuseTask):
+            return next(deaths, None) or default_answer(task)
+        return default_answer(task)
+
+    store = FakeStore(posts(*[f"p{i}" for i in range(20)]))
+    broker = MemoryBroker(queue_of(*[f"p{i}".encode() for i in range(20)]))
+    settings = king_settings(tmp_path, attempts=9, backoff_s=1)
+    with Running(
+        settings, fake_pool(tmp_path, answer), store=store, broker=broker, drain=True
+    ) as it:
+        it.join()
+    assert it.exit_code == 0
+    assert all(post["insight"]["status"] == "tagged" for post in store.posts.values())
+    assert store.jobs == {}
+    assert broker.queue.waiting == []
+    assert "20 tagged, 0 failed, 0 in flight, 0 queued" in terminal.getvalue()
+
+
+def test_drain_finishes_what_is_in_flight(tmp_path: Path) -> None:
+    """After a stop nothing new begins; what has begun is finished, written, acknowledged."""
+    store, gate = FakeStore(posts("p1", "p2")), Gate()
+    broker = MemoryBroker(queue_of(b"p1"))
+    with on_fakes(tmp_path, store, broker, gate) as it:
+        it.until(lambda: any(isinstance(task, FuseTask) for task in it.pool.submitted))
+        it.king.stop()
+        it.until(lambda: broker._on_delivery is None)
+        broker.queue.put(b"p2")
+        time.sleep(0.2)
+        gate.open.set()
+        it.join()
+    assert it.exit_code == 0
+    assert store.posts["p1"]["insight"]["status"] == "tagged"
+    assert "insight" not in store.posts["p2"]
+    assert [m.body for m in broker.queue.waiting] == [b"p2"]
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_drain_out_of_time_puts_posts_back_and_attempts_too(tmp_path: Path, at_once: bool) -> None:
+    """What is not finished in time is requeued and has cost no attempt; twice means at once."""
+    store = FakeStore(posts("p1", "p2"))
+    store.jobs["p2"] = Job("p2", "queued", attempts=1, due_at=time.time() + 900)
+    broker = MemoryBroker(queue_of(b"p1", b"p2"))
+    settings = king_settings(tmp_path, drain_timeout_s=60 if at_once else 0.3)
+    with Running(settings, fake_pool(tmp_path, Gate()), store=store, broker=broker) as it:
+        it.until(lambda: sum(isinstance(t, FuseTask) for t in it.pool.submitted) == 2)
+        began = time.monotonic()
+        it.king.stop()
+        if at_once:
+            it.king.stop()
+        it.join()
+        assert time.monotonic() - began < 30
+    assert it.exit_code == 0
+    assert sorted(m.body for m in broker.queue.waiting) == [b"p1", b"p2"]
+    assert broker.acked == []
+    assert store.jobs.keys() == {"p2"}
+    assert (store.jobs["p2"].state, store.jobs["p2"].attempts) == ("queued", 1)
+
+
+def test_refused_workers_end_the_king_with_one_line(tmp_path: Path) -> None:
+    """A bundle that does not fit is the user's to mend: ConfigError, hence exit 2."""
+    pool = fake_pool(tmp_path, refuse="fusion.bundle.bundle: made for other features")
+    store, broker = FakeStore(), MemoryBroker()
+    with Running(king_settings(tmp_path), pool, store=store, broker=broker) as it:
+        it.join()
+    assert isinstance(it.error, ConfigError)
+    assert str(it.error) == "fusion.bundle.bundle: made for other features"
+
+
+def test_a_thread_that_dies_ends_the_king(tmp_path: Path) -> None:
+    """An unexpected exception is logged and exits 1, so that the supervisor starts anew."""
+
+    def boom(task: Task) -> Answer:
+        raise RuntimeError("a bug")
+
+    store, broker = FakeStore(posts("p1")), MemoryBroker(queue_of(b"p1"))
+    with structlog.testing.capture_logs() as logs:
+        with on_fakes(tmp_path, store, broker, boom) as it:
+            it.join()
+    assert it.exit_code == 1
+    [died] = [line for line in logs if line["event"] == "king.thread_died"]
+    assert died["thread"] == "dispatch"
+    assert [m.body for m in broker.queue.waiting] == [b"p1"]
+    assert it.pool.stopped

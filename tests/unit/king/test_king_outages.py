@@ -1,0 +1,116 @@
+"""The King while its database, its broker or another King is away."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+import structlog
+
+from king.jobs import Job
+from tests.support.fakes.broker import MemoryBroker
+from tests.support.fakes.store import FakeStore
+from tests.support.king.king_rig import Gate, on_fakes, posts, queue_of
+from workers.protocol import FuseTask
+
+
+def test_database_away_stops_intake_and_nothing_else(tmp_path: Path) -> None:
+    """While the database is away nothing is acknowledged and no more is taken; then all is done."""
+    ids = [f"p{i}" for i in range(30)]
+    store = FakeStore(posts(*ids))
+    broker = MemoryBroker(queue_of(*[i.encode() for i in ids]), prefetch=8)
+    gate = Gate()
+    with structlog.testing.capture_logs() as logs:
+        with on_fakes(tmp_path, store, broker, gate) as it:
+            it.until(lambda: len(broker._held) == 8)
+            store.down.set()
+            gate.open.set()
+            it.until(lambda: it.king.board.phase == "store_down")
+            acked = len(broker.acked)
+            ticked = it.king.board._ticks["broker"]
+            time.sleep(0.6)
+            assert len(broker.acked) == acked == 0
+            assert len(broker._held) == 8
+            it.until(lambda: it.king.board._ticks["broker"] > ticked)
+            store.down.clear()
+            it.until(lambda: len(broker.acked) == 30)
+            it.until(lambda: it.king.board.phase == "serving")
+    assert all(post["insight"]["status"] == "tagged" for post in store.posts.values())
+    assert any(line["event"] == "king.store_unreachable" and line["url"] for line in logs)
+    assert any(line["event"] == "king.store_reached" for line in logs)
+
+
+def test_broker_and_database_away_at_the_start(tmp_path: Path) -> None:
+    """The King says which URLs it cannot reach, tries on, and serves as soon as they are there."""
+    store, broker = FakeStore(posts("p1")), MemoryBroker(queue_of(b"p1"))
+    store.down.set()
+    broker.queue.reachable = False
+    with structlog.testing.capture_logs() as logs:
+        with on_fakes(tmp_path, store, broker) as it:
+            it.until(lambda: it.king.board.phase == "store_down")
+            store.down.clear()
+            it.until(lambda: it.king.board.phase == "broker_down")
+            broker.queue.reachable = True
+            it.until(lambda: len(broker.acked) == 1)
+    events = {line["event"] for line in logs}
+    assert {"king.store_unreachable", "king.broker_unreachable"} <= events
+
+
+def test_lost_connection_loses_and_repeats_nothing(tmp_path: Path) -> None:
+    """Messages of a dead connection come again, join their running jobs and are acknowledged."""
+    ids = [f"p{i}" for i in range(6)]
+    store, gate = FakeStore(posts(*ids)), Gate()
+    broker = MemoryBroker(queue_of(*[i.encode() for i in ids]))
+    with on_fakes(tmp_path, store, broker, gate) as it:
+        it.until(lambda: sum(isinstance(t, FuseTask) for t in it.pool.submitted) == 6)
+        broker.lose_connection()
+        it.until(lambda: broker.generation == 2 and len(broker._held) == 6)
+        gate.open.set()
+        it.until(lambda: len(broker.acked) == 6)
+    assert sum(isinstance(task, FuseTask) for task in it.pool.submitted) == 6
+    assert broker.queue.waiting == []
+    assert store.jobs == {}
+
+
+def test_job_of_another_king_is_parked_and_taken_over(tmp_path: Path) -> None:
+    """A running job is left alone while its lease holds, then it is one more attempt."""
+    store = FakeStore(posts("p1"))
+    lease = time.time() + 1.0
+    store.jobs["p1"] = Job(
+        "p1", "running", attempts=1, owner="other", lease_until=lease, due_at=lease + 60
+    )
+    broker = MemoryBroker(queue_of(b"p1"))
+    with on_fakes(tmp_path, store, broker) as it:
+        it.until(lambda: len(broker.acked) == 1)
+    assert time.time() >= lease
+    assert store.posts["p1"]["insight"]["attempts"] == 2
+
+
+def test_drain_with_the_database_away_ends_in_time(tmp_path: Path) -> None:
+    """A stop while the database is away keeps nobody waiting; the messages go back."""
+    store, gate = FakeStore(posts("p1")), Gate()
+    broker = MemoryBroker(queue_of(b"p1"))
+    with on_fakes(tmp_path, store, broker, gate, drain_timeout_s=0.3) as it:
+        it.until(lambda: any(isinstance(task, FuseTask) for task in it.pool.submitted))
+        store.down.set()
+        it.king.stop()
+        it.join(30)
+    assert it.exit_code == 0
+    assert [m.body for m in broker.queue.waiting] == [b"p1"]
+    assert store.jobs["p1"].state == "running"  # whose lease will run out
+
+
+def test_orphans_of_a_dead_king_are_published(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job whose King is dead and whose message is lost is done by the next King."""
+    monkeypatch.setattr("king.store_thread._RELEASE_AFTER_S", 0.1)
+    monkeypatch.setattr("king.king.is_dead", lambda owner: owner == "dead")
+    store, broker = FakeStore(posts("p1")), MemoryBroker()
+    far = time.time() + 1000
+    store.jobs["p1"] = Job("p1", "running", 1, owner="dead", lease_until=far, due_at=far)
+    with on_fakes(tmp_path, store, broker) as it:
+        it.until(lambda: len(broker.acked) == 1)
+    assert store.posts["p1"]["insight"]["attempts"] == 2
+    assert store.jobs == {}

@@ -1,0 +1,54 @@
+"""Worker processes are replaced before what they leak adds up."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from config.settings import WorkerSettings
+from tests.support.workers.driving import Driver, text_task, toy_settings
+from workers.protocol import Extracted
+from workers.roles.recycle import Recycler
+
+MIB = 2**20
+
+
+def test_ends_after_so_many_tasks() -> None:
+    """The batch that reaches the number is the last one."""
+    recycler = Recycler(WorkerSettings(recycle_tasks=10, recycle_growth_mb=0))
+    assert recycler.served(4) is None
+    assert recycler.served(5) is None
+    assert recycler.served(3) == "served 12 tasks (workers.recycle_tasks 10)"
+
+
+def test_ends_after_so_much_growth_over_its_warm_size() -> None:
+    """What it took to warm up does not count, what it holds more than then does."""
+    held = [500 * MIB]
+    settings = WorkerSettings(recycle_tasks=0, recycle_growth_mb=100)
+    recycler = Recycler(settings, lambda: held[0])
+    for _ in range(50):
+        assert recycler.served(10) is None
+    held[0] += 100 * MIB
+    assert [recycler.served(10) for _ in range(10)] == [None] * 10
+    held[0] += 1 * MIB
+    reasons = [recycler.served(10) for _ in range(10)]
+    assert "grew by 101 MiB (workers.recycle_growth_mb 100)" in reasons
+
+
+def test_zero_switches_it_off() -> None:
+    """Neither number nor size ends a process then."""
+    settings = WorkerSettings(recycle_tasks=0, recycle_growth_mb=0)
+    recycler = Recycler(settings, lambda: 2**60)
+    assert [recycler.served(1000) for _ in range(1000)] == [None] * 1000
+
+
+def test_a_recycled_worker_loses_no_task(tmp_path: Path) -> None:
+    """Tasks that wait in a retiring process run in the next one, and nobody is charged."""
+    driver = Driver(toy_settings(tmp_path, workers={"recycle_tasks": 5})).start()
+    try:
+        first = driver.pid("extract-0")
+        tasks = [driver.submit(text_task(f"t{i}")) for i in range(40)]
+        results = [driver.done(task).result for task in tasks]
+        assert [r.text for r in results if isinstance(r, Extracted)] == [f"t{i}" for i in range(40)]
+        assert driver.pid("extract-0") != first
+    finally:
+        driver.stop()

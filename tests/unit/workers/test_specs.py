@@ -1,0 +1,127 @@
+"""Which workers there are and what they are held to: pins, back-off, fingerprints, memory."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from common.errors import ConfigError
+from config.settings import FeatureSettings, Settings
+from workers.pool.fingerprints import bundle_fingerprints, expected_fingerprints, mismatch
+from workers.pool.launch import worker_specs
+from workers.pool.member import Member
+from workers.pool.process import pinned_environment
+
+# Pins, specs, back-off -----------------------------------------------------------------------
+
+
+def test_workers_of_the_settings() -> None:
+    """One downloader, N decoders, each placement's processes with its lanes, one fusion."""
+    settings = Settings.model_validate(
+        {
+            "decode": {"processes": 3, "deadline_s": 7},
+            "fetch": {"connections": 5},
+            "features": {"ocr": {"enabled": False}},
+            "workers": {
+                "task_timeout_s": 9,
+                "extractors": [
+                    {"device": "cuda:1", "extractors": ["video", "image"], "processes": 2},
+                    {"extractors": ["audio", "text", "ocr"], "threads": 4},
+                ],
+            },
+        }
+    )
+    specs = {spec.name: spec for spec in worker_specs(settings)}
+    assert list(specs) == [
+        "fetch-0",
+        *("decode-0", "decode-1", "decode-2"),
+        *("extract-0", "extract-1", "extract-2"),
+        "fuse-0",
+    ]
+    assert (specs["fetch-0"].at_most, specs["decode-0"].at_most) == (5, 1)
+    assert (specs["decode-0"].limit_s, specs["extract-0"].limit_s) == (7, 9)
+    assert specs["extract-1"].lanes == ("video", "image")
+    assert specs["extract-2"].lanes == ("audio", "text"), "OCR is disabled"
+
+
+def test_devices_are_pinned_before_birth() -> None:
+    """A worker sees its one device and no other; the King's own restriction is kept."""
+    spec = worker_specs(Settings())[0]
+    cpu = pinned_environment(replace(spec, threads=3), {"PATH": "/bin", "PYTHONPATH": "/x"})
+    assert cpu["CUDA_VISIBLE_DEVICES"] == ""
+    assert {cpu[f"{name}_NUM_THREADS"] for name in ("OMP", "MKL", "OPENBLAS")} == {"3"}
+    assert cpu["PATH"] == "/bin"
+    assert cpu["PYTHONPATH"].endswith(":/x")
+    gpu = replace(spec, device="cuda:1")
+    assert pinned_environment(gpu, {})["CUDA_VISIBLE_DEVICES"] == "1"
+    assert pinned_environment(gpu, {"CUDA_VISIBLE_DEVICES": "4,6"})["CUDA_VISIBLE_DEVICES"] == "6"
+
+
+def test_back_off_grows_has_a_cap_and_forgets() -> None:
+    """Deaths in a row wait longer, up to a cap; a task answered in between starts anew."""
+    member = Member(worker_specs(Settings())[0])
+    delays = [member.died(0.0, answered=0, planned=False) for _ in range(12)]
+    assert delays[:3] == [0.1, 0.2, 0.4]
+    assert delays[-1] == 30.0
+    assert member.died(0.0, answered=5, planned=False) == 0.1
+    assert member.deaths == 13
+    assert member.died(0.0, answered=5, planned=True) == 0.0
+    assert member.deaths == 13
+
+
+# Bundle and extractors -----------------------------------------------------------------------
+
+
+def test_bundle_is_held_against_the_extractors() -> None:
+    """Every modality of the bundle must be made as in training; more than it needs is fine."""
+    infos = [{"fingerprints": '{"video": "v1", "image": "i1"}'}, {"fingerprints": '{"text": "t"}'}]
+    features = FeatureSettings.model_validate({"ocr": {"enabled": False}})
+    expected = expected_fingerprints(features, infos)
+    assert expected["video"] == "v1"
+    assert expected["text"] == "t"
+    assert mismatch({"video": "v1"}, expected) is None
+    wrong = mismatch({"video": "v1", "image": "i2"}, expected)
+    assert wrong == "modality image: the bundle needs i2, the extractors give i1"
+    assert "not enabled" in str(mismatch({"audio": "a"}, expected))
+    assert bundle_fingerprints({}) == {}
+    assert expected_fingerprints(features, []) == {}
+
+
+def test_workers_that_disagree_are_refused() -> None:
+    """The same extractor must give the same features on every worker."""
+    infos = [{"fingerprints": '{"text": "one"}'}, {"fingerprints": '{"text": "two"}'}]
+    with pytest.raises(ConfigError, match="extractor text differs between workers: one and two"):
+        expected_fingerprints(FeatureSettings(), infos)
+
+
+# A decoder's memory --------------------------------------------------------------------------
+
+
+LIMITED = """
+import mmap
+import numpy as np
+from workers.roles.decode import limit_memory
+limit_memory(64)
+shared = mmap.mmap(-1, 256 << 20)  # the slots are shared, and do not count
+small = np.ones(16 << 20, np.uint8)
+try:
+    np.ones(128 << 20, np.uint8)
+except MemoryError:
+    print("limited")
+"""
+
+
+def test_memory_limit_counts_private_growth() -> None:
+    """Past the limit an allocation fails in the decoder alone; shared slots do not count."""
+    ran = subprocess.run(
+        [sys.executable, "-c", LIMITED],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).resolve().parents[3],
+    )
+    assert ran.stdout == "limited\n"
