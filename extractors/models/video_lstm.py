@@ -1,10 +1,6 @@
-"""The attention LSTM: features of a video's frames ─► one vector of the whole video.
+"""The attention LSTM: features of a video's frames -> one vector for the whole video.
 
-FC, tanh ─► LSTM both ways ─► softmax attention, summed ─► FC, ReLU ─► FC, tanh.
-
-Source: PaddleVideo, VideoTag's attention LSTM. `fusion.backbones.video_lstm` trains it; its
-weights have
-the names of `AttentionLstm`.
+Source: PaddleVideo, VideoTag's attention LSTM.
 """
 
 from __future__ import annotations
@@ -33,26 +29,26 @@ _SETTING = "features.video.lstm"
 
 
 class AttentionLstm(nn.Module):
-    """Videos of one length ─► a vector of each; without dropout, which only training has.
+    """FC, tanh -> LSTM both ways -> dropout -> softmax attention, summed -> FC, ReLU -> FC, tanh.
 
-    Args:
-        dim: Length of a frame's features.
-        sizes: Of its layers.
+    `fusion.backbones` trains it; in evaluation mode the dropout does nothing.
     """
 
     def __init__(self, dim: int, sizes: LstmSizes) -> None:
         super().__init__()
         self.project = nn.Linear(dim, sizes.projection)
         self.lstm = nn.LSTM(sizes.projection, sizes.hidden, batch_first=True, bidirectional=True)
+        self.dropout = nn.Dropout(sizes.dropout)
         self.attend = nn.Linear(2 * sizes.hidden, 1)
         self.join = nn.Linear(2 * sizes.hidden, sizes.join)
         self.narrow = nn.Linear(sizes.join, sizes.width)
 
     def forward(self, frames: torch.Tensor) -> torch.Tensor:
-        """``(videos, n, dim)`` float32, n at least 1, to ``(videos, width)``."""
-        states, _ = self.lstm(torch.tanh(self.project(frames)))  # (videos, n, 2·hidden)
+        """Return ``(videos, width)`` for frames ``(videos, n, dim)`` float32, n at least 1."""
+        states, _ = self.lstm(torch.tanh(self.project(frames)))  # (videos, n, 2 * hidden)
+        states = self.dropout(states)
         weights = self.attend(states).float().softmax(dim=1)  # (videos, n, 1)
-        summed = (weights * states).sum(dim=1)  # (videos, 2·hidden)
+        summed = (weights * states).sum(dim=1)  # (videos, 2 * hidden)
         vector: torch.Tensor = torch.tanh(self.narrow(torch.relu(self.join(summed))))
         return vector
 

@@ -1,7 +1,4 @@
-"""The attention LSTM of scheme 2 as it is trained: features of frames ─► a vector, and tags.
-
-`extractors.models.video_lstm` runs the same layers, under the same names, without dropout and tags.
-"""
+"""Training of the attention LSTM of scheme 2: features of frames -> tags."""
 
 from __future__ import annotations
 
@@ -13,33 +10,9 @@ from torch import nn
 
 from common.files import write_whole
 from config.features import LstmSizes
+from extractors.models.video_lstm import AttentionLstm
 from fusion.backbones.media import STREAM, best_of_post
 from fusion.data.collate import Batch
-
-
-class AttentionLstm(nn.Module):
-    """FC, tanh ─► LSTM both ways ─► dropout ─► softmax attention, summed ─► FC, ReLU ─► FC, tanh.
-
-    Source: PaddleVideo, VideoTag's attention LSTM.
-    """
-
-    def __init__(self, dim: int, sizes: LstmSizes) -> None:
-        super().__init__()
-        self.project = nn.Linear(dim, sizes.projection)
-        self.lstm = nn.LSTM(sizes.projection, sizes.hidden, batch_first=True, bidirectional=True)
-        self.dropout = nn.Dropout(sizes.dropout)
-        self.attend = nn.Linear(2 * sizes.hidden, 1)
-        self.join = nn.Linear(2 * sizes.hidden, sizes.join)
-        self.narrow = nn.Linear(sizes.join, sizes.width)
-
-    def forward(self, frames: torch.Tensor) -> torch.Tensor:
-        """``(videos, n, dim)``, n at least 1, to ``(videos, width)``."""
-        states, _ = self.lstm(torch.tanh(self.project(frames)))  # (videos, n, 2·hidden)
-        states = self.dropout(states)
-        weights = self.attend(states).float().softmax(dim=1)  # (videos, n, 1)
-        summed = (weights * states).sum(dim=1)  # (videos, 2·hidden)
-        vector: torch.Tensor = torch.tanh(self.narrow(torch.relu(self.join(summed))))
-        return vector
 
 
 class LstmTagger(nn.Module):

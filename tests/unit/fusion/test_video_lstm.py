@@ -1,4 +1,4 @@
-"""The attention LSTM that is trained is the one that the extractor runs."""
+"""Training of the attention LSTM: what is saved, and a post's score."""
 
 from __future__ import annotations
 
@@ -7,40 +7,33 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from config.features import LstmSizes, VideoLstmSettings
-from extractors.models.video_lstm import VideoLstm
+from extractors.models.video_lstm import AttentionLstm, VideoLstm
 from fusion.backbones.media import STREAM
 from fusion.backbones.model import save_backbone
-from fusion.backbones.video_lstm import AttentionLstm, LstmTagger, save_lstm
+from fusion.backbones.video_lstm import LstmTagger, save_lstm
 from fusion.data.collate import Batch
 
 SIZES = LstmSizes(projection=6, hidden=5, join=9, width=7)
 DIM = 11
 
 
-def test_what_is_saved_gives_the_same_vectors_in_the_extractor(tmp_path: Path) -> None:
-    """Weights from the training load strictly, and a video's vector is the same to float16."""
+def test_saved_weights_load_in_the_extractor(tmp_path: Path) -> None:
+    """The same weights give the same bytes, and the extractor takes all of them."""
     torch.manual_seed(1)
-    model = AttentionLstm(DIM, SIZES).eval()
+    model = AttentionLstm(DIM, SIZES)
     out = tmp_path / "weights" / "video_lstm.safetensors"
     save_lstm(model, out, {"frames_dim": "11"})
     first = out.read_bytes()
     save_lstm(model, out, {"frames_dim": "11"})
     assert out.read_bytes() == first
-    served = VideoLstm(
-        VideoLstmSettings(**SIZES.model_dump(), weights=str(out), precision="fp32"), "cpu"
-    )
+    served = VideoLstm(VideoLstmSettings(**SIZES.model_dump(), weights=str(out)), "cpu")
     served.load(DIM, "frames")
-    videos = np.random.default_rng(0).normal(0, 1, (3, 20, DIM)).astype(np.float16)
-    with torch.inference_mode():
-        wanted = model(torch.from_numpy(videos).float()).numpy()
-    found = np.concatenate(served.run(list(videos)))
-    np.testing.assert_allclose(found, wanted, atol=1e-3)
-    assert np.abs(wanted).max() > 0.01
+    state = served.model.state_dict()
+    assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
 
 
 def save_frames(out: Path) -> None:
