@@ -1,24 +1,30 @@
-"""The edge to supervisord: XML-RPC over its unix socket, every call with a time-out."""
+"""supervisord (XML-RPC over its unix socket) and systemd, every call with a time-out."""
 
 from __future__ import annotations
 
 import http.client
+import os
+import signal
 import socket
+import subprocess
 import xmlrpc.client
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import psutil
+
 from common.errors import RetryableError
+from config.settings import WatchdogSettings
 
 _GONE_FAULTS = {10: "no such program", 70: "not running"}
 
 
 @dataclass(frozen=True)
 class Program:
-    """What supervisord says of one program.
+    """State of one program, in supervisord's words.
 
     Attributes:
-        state: ``RUNNING``, ``STARTING``, ``BACKOFF``, ``STOPPING``, ``EXITED``, ``FATAL``, …
+        state: ``RUNNING``, ``STARTING``, ``BACKOFF``, ``STOPPING``, ``EXITED``, ``FATAL``, ...
         pid: 0 when it does not run.
         started_at: Unix time of its last start, whole seconds.
     """
@@ -29,10 +35,10 @@ class Program:
 
 
 class Supervisor(Protocol):
-    """What the watchdog needs of a supervisor."""
+    """The process that starts the King again."""
 
     def program(self) -> Program:
-        """The watched program.
+        """Return the watched program.
 
         Raises:
             RetryableError: The supervisor does not answer in time, or does not know it.
@@ -57,14 +63,13 @@ class SupervisorClient:
         self._timeout_s = timeout_s
 
     def program(self) -> Program:
-        """See `Supervisor.program`."""
         info = self._call("getProcessInfo", self._name)
         return Program(
             state=str(info["statename"]), pid=int(info["pid"]), started_at=float(info["start"])
         )
 
     def kill(self) -> None:
-        """See `Supervisor.kill`.
+        """Send SIGKILL through supervisord, which starts the program again.
 
         A program that has stopped making progress is past SIGTERM: asking politely would only
         cost the whole drain limit. Its children die with it; its messages are redelivered.
@@ -113,3 +118,70 @@ class _UnixTransport(xmlrpc.client.Transport):
         connection = _UnixConnection(self._path, self._timeout_s)
         self._connection = (host, connection)
         return connection
+
+
+_STATES = {
+    "active": "RUNNING",
+    "reloading": "RUNNING",
+    "activating": "STARTING",
+    "deactivating": "STOPPING",
+    "inactive": "STOPPED",
+    "failed": "FATAL",
+}
+_PROPERTIES = ("LoadState", "ActiveState", "SubState", "MainPID")
+
+
+class SystemdClient:
+    """A unit of systemd: ``systemctl show``, and a signal to its main process."""
+
+    def __init__(self, unit: str, timeout_s: float) -> None:
+        self._unit = unit
+        self._timeout_s = timeout_s
+
+    def program(self) -> Program:
+        facts = self._show()
+        if facts.get("LoadState") == "not-found":
+            raise RetryableError(f"systemd: {self._unit}: no such unit")
+        pid = int(facts.get("MainPID") or 0)
+        state = _STATES.get(facts.get("ActiveState", ""), "UNKNOWN")
+        if facts.get("SubState") == "auto-restart":
+            state = "BACKOFF"
+        try:
+            started_at = psutil.Process(pid).create_time() if pid else 0.0
+        except psutil.Error:
+            started_at = 0.0
+        return Program(state=state, pid=pid, started_at=started_at)
+
+    def kill(self) -> None:
+        """Kill the main process; Restart= of the unit starts it again."""
+        pid = int(self._show().get("MainPID") or 0)
+        if pid == 0:
+            raise RetryableError(f"systemd: {self._unit}: not running")
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except OSError as error:
+            raise RetryableError(f"systemd: {self._unit}: pid {pid}: {error.strerror}") from error
+
+    def _show(self) -> dict[str, str]:
+        command = ["systemctl", "show", self._unit, f"--property={','.join(_PROPERTIES)}"]
+        try:
+            # The unit's name comes from our own settings, and no shell reads it.
+            done = subprocess.run(  # noqa: S603
+                command, capture_output=True, text=True, timeout=self._timeout_s, check=True
+            )
+        except subprocess.CalledProcessError as error:
+            reason = " ".join((error.stderr or "").split()) or f"exit code {error.returncode}"
+            raise RetryableError(f"systemd: {self._unit}: {reason}") from error
+        except (OSError, subprocess.SubprocessError) as error:
+            raise RetryableError(
+                f"systemd: {self._unit}: {' '.join(str(error).split())}"
+            ) from error
+        pairs = (line.partition("=") for line in done.stdout.splitlines())
+        return {name: value for name, _, value in pairs}
+
+
+def open_supervisor(limits: WatchdogSettings) -> Supervisor:
+    """Return the supervisor that ``watchdog.supervisor_url`` names."""
+    if limits.supervisor_url == "systemd":
+        return SystemdClient(limits.program, limits.rpc_timeout_s)
+    return SupervisorClient(limits.supervisor_url, limits.program, limits.rpc_timeout_s)

@@ -1,14 +1,14 @@
-"""The watchdog: restarts a King that lives but makes no progress.
+"""The watchdog: restarts a King that is alive but makes no progress.
 
-An ordinary program under supervisord (or systemd). Every ``watchdog.interval_s`` it looks at what
-the supervisor says and at the King's health file, measures how long each thing has stood still
-(`deploy.watchdog_progress`), judges that (`deploy.watchdog_rules`), and acts:
+An ordinary program under supervisord or systemd. Every ``watchdog.interval_s`` it reads the King's
+health file and decides:
 
-    nudge     the King is asked to connect to the broker anew (SIGUSR1), after half of ``stall_s``
-    restart   its stacks are written to a file, it is killed, and the supervisor starts it again
+    nudge     ask the King to connect to the broker again (SIGUSR1), after half of ``stall_s``
+    restart   let the King write its stacks (SIGUSR2), kill it; the supervisor starts it again
 
-A King that stalls again and again is restarted ever more slowly, and within a budget. One that
-died is the supervisor's business.
+A stall is a thread whose loop has stopped, a post in flight past its deadline, or an idle King
+while messages wait. An empty queue, models that load, a drain, or a broker or database that is
+down are not. After ``watchdog.restarts`` restarts in ``watchdog.restart_window_s`` it only reports.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
 
 import structlog
 
@@ -26,60 +29,199 @@ from common.cli import OneLineParser
 from common.errors import ConfigError, RetryableError, TaggingError
 from common.logs import configure_logs
 from config.load import load_settings
-from config.settings import Settings, WatchdogSettings
+from config.settings import Settings
 from deploy import embedded
-from deploy.health import read_snapshot
-from deploy.supervisor import Supervisor, SupervisorClient
-from deploy.watchdog_dump import catches, write_dump
-from deploy.watchdog_probes import RealProbes
-from deploy.watchdog_progress import Progress
-from deploy.watchdog_rules import Decision, Observation, decide
-from deploy.watchdog_systemd import SystemdClient
+from deploy.stacks import catches, send_signal, write_stacks
+from deploy.supervisor import Program, Supervisor, open_supervisor
+from king.broker.broker import queue_depth
+from king.health import read_health
 from king.king import SUBSCRIBE_SIGNAL
 
+THREADS = ("main", "broker", "store", "dispatch")
+
+# How often a stop is noticed while waiting for the next round; longer delays the supervisor's stop.
 _STEP_S = 0.1
-_MAX_BACKOFF_S = 900.0
+# supervisord gives start times in whole seconds; a file this much older may still be of this King.
+_CLOCK_SLACK_S = 1.0
+# A drain also flushes and joins three threads; less kills drains that would have ended.
+_DRAIN_SLACK_S = 40.0
+
+Action: TypeAlias = Literal["none", "wait", "nudge", "restart", "alarm"]
 
 log = structlog.get_logger()
 
 
-class Budget:
-    """How often a King may be restarted: so many within a window, and ever more slowly.
+@dataclass(frozen=True)
+class Observation:
+    """The King at one moment; durations are measured on the watchdog's monotonic clock.
 
-    The second restart in a row may follow at once; later ones wait twice as long each time.
+    Attributes:
+        seen_s: Time since this process was first seen.
+        phase: Phase in the health file; None until this process has written one.
+        phase_s: Time in this phase.
+        tick_ages: Thread -> seconds since its loop last ticked.
+        overdue_s: Time that the oldest post has been in flight while the King was serving.
+        starved_s: Time that the King has been idle while messages waited.
+        backlog: Messages waiting, when the queue was asked.
+        file_error: Reason that the health file cannot be written by anybody.
     """
 
-    def __init__(self, settings: WatchdogSettings) -> None:
+    program: Program
+    seen_s: float
+    phase: str | None = None
+    phase_s: float = 0.0
+    tick_ages: Mapping[str, float] = field(default_factory=dict)
+    overdue_s: float = 0.0
+    starved_s: float = 0.0
+    backlog: int | None = None
+    file_error: str | None = None
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One action and its reason in one line."""
+
+    action: Action
+    reason: str
+
+
+def decide(seen: Observation, settings: Settings) -> Decision:
+    """Judge one observation; the first rule that applies decides."""
+    state, limits = seen.program.state, settings.watchdog
+    if state in ("FATAL", "UNKNOWN"):
+        return Decision("alarm", f"the King is {state}: the supervisor has given up, start it")
+    if state not in ("RUNNING", "STARTING"):
+        return Decision("none", f"the King is {state}: the supervisor deals with that")
+    stale = next((n for n in THREADS if seen.tick_ages.get(n, 0.0) > limits.stall_s), None)
+    if seen.phase in ("draining", "stopped"):  # its threads end one by one
+        limit_s = settings.king.drain_timeout_s + settings.workers.shutdown_timeout_s
+        late = seen.phase_s > limit_s + _DRAIN_SLACK_S
+        how_long = f" for {seen.phase_s:.0f} s" if late else ""
+        return Decision("restart" if late else "wait", f"the King is {seen.phase}{how_long}")
+    if seen.phase in (None, "starting", "loading"):
+        what = "wrote no health file" if seen.phase is None else f"is still {seen.phase}"
+        if seen.seen_s > limits.start_timeout_s:
+            limit = f"start_timeout_s {limits.start_timeout_s:g}"
+            return Decision("restart", f"the King {what} after {seen.seen_s:.0f} s ({limit})")
+        if stale != "main":  # the other threads wait for the models too
+            return Decision("wait", f"the King {what}")
+    if stale is not None:
+        if stale == "main" and seen.file_error is not None:
+            return Decision("alarm", f"the King cannot be judged: {seen.file_error}")
+        age, limit = f"{seen.tick_ages[stale]:.0f} s ago", f"stall_s {limits.stall_s:g}"
+        return Decision("restart", f"the King's {stale} thread last moved {age} ({limit})")
+    return _judge_work(seen, settings)
+
+
+def _judge_work(seen: Observation, settings: Settings) -> Decision:
+    """Judge a King whose threads all tick by what it does with the posts."""
+    stall_s, king = settings.watchdog.stall_s, settings.king
+    if seen.phase in ("store_down", "broker_down"):  # a restart repairs neither
+        what = "database" if seen.phase == "store_down" else "broker"
+        return Decision("wait", f"the King waits for the {what}")
+    # A post may first wait for the lease of a King that died.
+    margin_s = max(stall_s, king.lease_s + 5)
+    if seen.overdue_s > king.post_deadline_s + margin_s:
+        limit = f"king.post_deadline_s {king.post_deadline_s:g} + {margin_s:g}"
+        return Decision("restart", f"a post is in flight for {seen.overdue_s:.0f} s ({limit})")
+    what = f"the King is idle for {seen.starved_s:.0f} s while {seen.backlog} messages wait"
+    if seen.starved_s > stall_s:
+        return Decision("restart", f"{what} (stall_s {stall_s:g})")
+    if seen.starved_s > stall_s / 2:
+        return Decision("nudge", what)
+    return Decision("none", "the King makes progress")
+
+
+class Progress:
+    """Turns health files into durations.
+
+    A duration runs from the moment at which a value was last seen to change, on the watchdog's
+    own clock: a clock that is set is not a stall.
+
+    Args:
+        ask_queue: Returns the number of waiting messages, None when the broker does not answer.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        ask_queue: Callable[[], int | None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._settings = settings
-        self._spent: deque[float] = deque()
-        self._in_a_row = 0
+        self._ask_queue = ask_queue
+        self._clock = clock
+        self._identity: tuple[int, float] | None = None
+        self.forget()
 
-    def refusal(self, now: float) -> str | None:
-        """Why there may be no restart now; None when there may."""
-        limits = self._settings
-        while self._spent and now - self._spent[0] > limits.restart_window_s:
-            self._spent.popleft()
-        if len(self._spent) >= limits.restarts:
-            return f"{limits.restarts} restarts in {limits.restart_window_s:g} s are spent"
-        if self._in_a_row >= 2 and self._spent:
-            pause_s = min(limits.stall_s * 2 ** (self._in_a_row - 2), _MAX_BACKOFF_S)
-            left_s = self._spent[-1] + pause_s - now
-            if left_s > 0:
-                return f"{self._in_a_row} restarts in a row did not help: waiting {pause_s:g} s"
-        return None
+    def forget(self) -> None:
+        """Start every duration again."""
+        self._since = self._clock()
+        self._changes: dict[str, tuple[object, float]] = {}
+        self._starved_since: float | None = None
+        self._backlog: int | None = None
+        self._ask_at = 0.0
 
-    def spend(self, now: float) -> None:
-        """Count a restart."""
-        self._spent.append(now)
-        self._in_a_row += 1
+    def observe(self, program: Program, health: Mapping[str, Any] | None) -> Observation:
+        """Add what the supervisor and the health file say now."""
+        if (program.pid, program.started_at) != self._identity:
+            self._identity = (program.pid, program.started_at)
+            self.forget()
+        seen_s = self._clock() - self._since
+        if health is None or not _written_by(program, health):
+            return Observation(program, seen_s)
+        phase = str(health.get("phase", ""))
+        phase_s = self._age_s("phase", phase)
+        ticks = health.get("ticks") or {"main": health["updated_at"]}
+        ages = {name: self._age_s(name, tick) for name, tick in ticks.items()}
+        self._look_at_queue(phase, phase_s, health)
+        oldest_s = _number(health.get("oldest_in_flight_s"))
+        starved_s = 0.0 if self._starved_since is None else self._clock() - self._starved_since
+        stuck = ages.get("main", 0.0) > self._settings.watchdog.stall_s
+        return Observation(
+            program=program,
+            seen_s=seen_s,
+            phase=phase,
+            phase_s=phase_s,
+            tick_ages=ages,
+            # A post in flight during an outage had no chance to end.
+            overdue_s=min(oldest_s, phase_s) if phase == "serving" else 0.0,
+            starved_s=starved_s,
+            backlog=self._backlog,
+            file_error=_write_error(self._settings.king.health_file) if stuck else None,
+        )
 
-    def recovered(self) -> None:
-        """The King has been well for some time: its next stall is a new story."""
-        self._in_a_row = 0
+    def _age_s(self, name: str, value: object) -> float:
+        """Return how long a value has been the same."""
+        now = self._clock()
+        if name not in self._changes or self._changes[name][0] != value:
+            self._changes[name] = (value, now)
+        return now - self._changes[name][1]
+
+    def _look_at_queue(self, phase: str, phase_s: float, health: Mapping[str, Any]) -> None:
+        """Ask now and then, while the King is idle, whether messages wait for it."""
+        limits = self._settings.watchdog
+        work = (health.get("last_delivery_at"), str(health.get("counters")))
+        moved = self._age_s("work", work) == 0.0
+        if phase != "serving" and not moved and phase_s < limits.stall_s / 2:
+            return  # it reconnects, perhaps because it was nudged: that has cured nothing yet
+        if moved or phase != "serving" or health.get("in_flight"):
+            self._starved_since = self._backlog = None
+            return
+        now = self._clock()
+        if now < self._ask_at:
+            return
+        # Twelve looks in stall_s are enough to be sure, and cost the broker nothing.
+        self._ask_at = now + max(limits.interval_s, limits.stall_s / 12)
+        self._backlog = self._ask_queue()
+        if not self._backlog:
+            self._starved_since = None
+        elif self._starved_since is None:
+            self._starved_since = now
 
 
 class Watchdog:
-    """Observes, decides, acts; one log line for each new decision."""
+    """Observes, decides and acts; logs each decision once."""
 
     def __init__(
         self, settings: Settings, supervisor: Supervisor, progress: Progress | None = None
@@ -87,15 +229,15 @@ class Watchdog:
         self._settings = settings
         self._limits = settings.watchdog
         self._supervisor = supervisor
-        self._progress = progress or Progress(settings, RealProbes(settings))
-        self._budget = Budget(settings.watchdog)
-        self._said: tuple[str, str, str] | None = None
+        self._progress = progress or Progress(settings, lambda: waiting_messages(settings))
+        self._restarts: deque[float] = deque(maxlen=self._limits.restarts)
+        self._logged: tuple[str, str] | None = None
         self._nudged = False
         self._stopping = False
 
     def stop(self) -> None:
-        """Let `run` return; may be called from a signal handler."""
-        self._stopping = True  # not an Event: a signal handler could not set it safely
+        """Let `run` return; safe in a signal handler, where an Event would not be."""
+        self._stopping = True
 
     def run(self) -> None:
         """Watch until `stop`, or until the supervisor itself is gone."""
@@ -107,85 +249,70 @@ class Watchdog:
             self.tick()
 
     def _sleep(self) -> bool:
-        """Wait for the next round; gives whether to stop."""
+        """Wait for the next round; return True to stop."""
         end = time.monotonic() + self._limits.interval_s
-        while not self._stopping and (left_s := end - time.monotonic()) > 0:
-            time.sleep(min(left_s, _STEP_S))
+        while not self._stopping and (remaining_s := end - time.monotonic()) > 0:
+            time.sleep(min(remaining_s, _STEP_S))
         late_s = time.monotonic() - end
-        if late_s > self._limits.stall_s / 2:
-            # The whole machine stood still, and the King with it.
+        if late_s > self._limits.stall_s / 2:  # the whole machine stood still, not only the King
             log.warning("watchdog.slept", seconds=round(late_s, 1))
             self._progress.forget()
         return self._stopping
 
     def tick(self) -> Decision | None:
-        """One round; None when the supervisor could not be asked."""
+        """Do one round; None when the supervisor does not answer."""
         self._revive_services()
         try:
-            snapshot = read_snapshot(self._settings.king.health_file)
-            seen = self._progress.observe(self._supervisor.program(), snapshot)
+            health = read_health(self._settings.king.health_file)
+            seen = self._progress.observe(self._supervisor.program(), health)
             decision = decide(seen, self._settings)
             self._act(seen, decision)
         except RetryableError as error:
-            self._say("warning", "watchdog.supervisor_unreachable", "none", str(error))
+            self._log_once("watchdog.supervisor_unreachable", Decision("none", str(error)))
             return None
         return decision
 
     def _act(self, seen: Observation, decision: Decision) -> None:
-        if decision.action == "restart":
-            self._restart(seen, decision)
-            return
-        if decision.action == "nudge":
-            self._nudge(seen, decision)
-            return
         if not seen.starved_s:
             self._nudged = False
-        if seen.phase == "serving" and seen.seen_s > 2 * self._limits.stall_s:
-            self._budget.recovered()
-        if decision.action == "alarm":
-            log.error("watchdog.decision", action="none", reason=decision.reason)
-            return
-        self._say("info", "watchdog.decision", decision.action, decision.reason)
+        match decision.action:
+            case "restart":
+                self._restart(seen.program.pid, decision)
+            case "nudge":
+                if not self._nudged and catches(seen.program.pid, SUBSCRIBE_SIGNAL):
+                    self._nudged = True
+                    self._log_once("watchdog.decision", decision)
+                    send_signal(seen.program.pid, SUBSCRIBE_SIGNAL)
+            case "alarm":
+                log.error("watchdog.decision", action="none", reason=decision.reason)
+            case _:
+                self._log_once("watchdog.decision", decision)
 
-    def _nudge(self, seen: Observation, decision: Decision) -> None:
-        """Ask the King to connect and subscribe anew, once for each time it starves."""
-        pid = seen.program.pid
-        if self._nudged or not catches(pid, SUBSCRIBE_SIGNAL):
+    def _restart(self, pid: int, decision: Decision) -> None:
+        now, limits = time.monotonic(), self._limits
+        full = len(self._restarts) == limits.restarts
+        if full and now - self._restarts[0] < limits.restart_window_s:
+            because = f"{limits.restarts} restarts in {limits.restart_window_s:g} s are used up"
+            log.error("watchdog.restart_withheld", reason=decision.reason, because=because)
             return
-        self._nudged = True
-        self._say("warning", "watchdog.decision", "nudge", decision.reason)
-        try:
-            os.kill(pid, SUBSCRIBE_SIGNAL)
-        except OSError as error:
-            log.warning("watchdog.nudge_failed", pid=pid, reason=error.strerror)
-
-    def _restart(self, seen: Observation, decision: Decision) -> None:
-        now = time.monotonic()
-        refusal = self._budget.refusal(now)
-        if refusal is not None:  # loud: a person must look
-            log.error("watchdog.restart_withheld", reason=decision.reason, because=refusal)
-            return
-        pid = seen.program.pid
-        dump = write_dump(
-            pid, self._settings.king.health_file, decision.reason, self._limits.dump_s
-        )
+        stacks = write_stacks(pid, self._settings.king.health_file, decision.reason, limits.dump_s)
         if self._supervisor.program().pid != pid:
-            self._say("info", "watchdog.decision", "none", "the King has ended by itself")
-            return
-        stacks = str(dump) if dump is not None else None
+            return  # it ended by itself meanwhile
         log.warning(
-            "watchdog.decision", action="restart", reason=decision.reason, pid=pid, stacks=stacks
+            "watchdog.decision",
+            action="restart",
+            reason=decision.reason,
+            pid=pid,
+            stacks=str(stacks),
         )
-        self._said = None
+        self._logged = None
         self._supervisor.kill()
-        self._budget.spend(now)
+        self._restarts.append(now)
 
-    def _say(self, level: str, event: str, action: str, reason: str) -> None:
-        """Log a decision when it is not the one of the last round."""
-        if (event, action, reason) == self._said:
-            return
-        self._said = (event, action, reason)
-        getattr(log, level)(event, action=action, reason=reason)
+    def _log_once(self, event: str, decision: Decision) -> None:
+        if (event, decision.reason) != self._logged:
+            self._logged = (event, decision.reason)
+            log.info(event, action=decision.action, reason=decision.reason)
 
     def _revive_services(self) -> None:
         try:
@@ -197,11 +324,37 @@ class Watchdog:
             log.warning("watchdog.services_revived", services=list(revived))
 
 
-def client_of(limits: WatchdogSettings) -> Supervisor:
-    """The supervisor that the settings name."""
-    if limits.supervisor_url == "systemd":
-        return SystemdClient(limits.program, limits.rpc_timeout_s)
-    return SupervisorClient(limits.supervisor_url, limits.program, limits.rpc_timeout_s)
+def waiting_messages(settings: Settings) -> int | None:
+    """Ask the broker on a connection of our own; None when it does not answer in time."""
+    broker = embedded.peek(settings).broker
+    limit_s = min(broker.socket_timeout_s, settings.watchdog.probe_timeout_s)
+    if broker.url.startswith(embedded.SCHEME):
+        return None
+    try:
+        return queue_depth(broker.model_copy(update={"socket_timeout_s": limit_s}))
+    except TaggingError:
+        return None
+
+
+def _written_by(program: Program, health: Mapping[str, Any]) -> bool:
+    """Tell whether this King wrote the file; in a container PIDs come back after a restart."""
+    updated_at = _number(health.get("updated_at"))
+    return health.get("pid") == program.pid and updated_at >= program.started_at - _CLOCK_SLACK_S
+
+
+def _write_error(health_file: Path) -> str | None:
+    """Return why nobody can write next to the health file, for example a full disk."""
+    scratch = health_file.with_name(f".{health_file.name}.watchdog")
+    try:
+        scratch.write_text(f"{os.getpid()}\n", encoding="utf-8")
+        scratch.unlink()
+    except OSError as error:
+        return f"{health_file.parent} cannot be written: {error.strerror or error}"
+    return None
+
+
+def _number(value: object) -> float:
+    return float(value) if isinstance(value, (int, float)) else 0.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -217,12 +370,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     configure_logs(settings.log.format, settings.log.level)
     limits = settings.watchdog
-    watchdog = Watchdog(settings, client_of(limits))
+    watchdog = Watchdog(settings, open_supervisor(limits))
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: watchdog.stop())
     log.info("watchdog.started", stall_s=limits.stall_s, program=limits.program)
     longest_s = max(settings.store.timeout_s, settings.broker.socket_timeout_s)
-    if limits.stall_s <= 2 * longest_s:
+    if limits.stall_s <= 2 * longest_s:  # a King that waits for one of them would be restarted
         log.warning("watchdog.stall_s_is_short", stall_s=limits.stall_s, timeouts_s=longest_s)
     watchdog.run()
     log.info("watchdog.stopped")

@@ -154,9 +154,9 @@ def write_health(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def read_health(path: Path) -> dict[str, Any] | None:
-    """The latest snapshot, or None when there is none that can be read."""
+    """Return the latest content; None when the file is missing, half written, or something else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return {**content, "pid": int(content["pid"]), "updated_at": float(content["updated_at"])}
+    except (OSError, ValueError, TypeError, KeyError):
         return None
-    return content if isinstance(content, dict) else None

@@ -9,11 +9,13 @@ import sys
 import time
 from typing import Any
 
+import psutil
+
 from common.errors import ConfigError, TaggingError
 from common.urls import redact
 from config.settings import BrokerSettings, Settings, StoreSettings
 from deploy import embedded
-from deploy.health import read_snapshot
+from king.health import read_health
 from scripts.commands.common import (
     AsJson,
     Config,
@@ -99,12 +101,12 @@ def _store(settings: StoreSettings) -> dict[str, Any]:
 
 
 def _king(settings: Settings) -> dict[str, Any] | None:
-    snapshot = read_snapshot(settings.king.health_file)
-    if snapshot is None:
+    health = read_health(settings.king.health_file)
+    if health is None:
         return None
-    age_s = max(0.0, time.time() - snapshot.updated_at)
-    alive = snapshot.process_exists and age_s < _FRESH_S
-    return {**snapshot.content, "alive": alive, "age_s": round(age_s, 1)}
+    age_s = max(0.0, time.time() - health["updated_at"])
+    alive = psutil.pid_exists(health["pid"]) and age_s < _FRESH_S
+    return {**health, "alive": alive, "age_s": round(age_s, 1)}
 
 
 # Output --------------------------------------------------------------------------------------

@@ -10,23 +10,20 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import structlog
 
 from common.errors import RetryableError
 from config.load import load_settings
 from config.settings import Settings, WatchdogSettings
-from deploy.health import read_snapshot
-from deploy.supervisor import Program, SupervisorClient
-from deploy.watchdog import Budget, Watchdog, client_of, main
-from deploy.watchdog_dump import catches, threads, write_dump
-from deploy.watchdog_probes import RealProbes
-from deploy.watchdog_progress import Progress
-from deploy.watchdog_rules import Observation
-from deploy.watchdog_systemd import SystemdClient
+from deploy.stacks import catches, write_stacks
+from deploy.supervisor import Program, SupervisorClient, SystemdClient, open_supervisor
+from deploy.watchdog import Observation, Progress, Watchdog, main, waiting_messages
+from king.health import read_health
 from king.king import SUBSCRIBE_SIGNAL
 from king.stacks import DUMP_SIGNAL, dumped_on_signal, stack_file
-from tests.support.services import MongoServer, RedisServer
+from tests.support.services import RedisServer
 
 SLEEPER = """
 import faulthandler, pathlib, signal, sys, threading, time
@@ -92,40 +89,13 @@ def settings_in(tmp_path: Path, **watchdog: float) -> Settings:
 
 
 def watched(settings: Settings, supervisor: FakeSupervisor) -> tuple[Watchdog, FakeProgress]:
-    progress = FakeProgress(settings, RealProbes(settings))
+    progress = FakeProgress(settings, lambda: 0)
     return Watchdog(settings, supervisor, progress), progress
 
 
 def stalled(pid: int = 7, seen_s: float = 100.0) -> Observation:
     ages = {"main": 61.0}
     return Observation(Program("RUNNING", pid, 1.0), seen_s, "serving", 90.0, ages)
-
-
-def test_budget_allows_so_many_restarts_within_the_window() -> None:
-    """It refuses past its limit with the reason, and allows again when the window has moved on."""
-    budget = Budget(WatchdogSettings(restarts=2, restart_window_s=100, stall_s=1))
-    for now in (0.0, 10.0):
-        assert budget.refusal(now) is None
-        budget.spend(now)
-    assert budget.refusal(99.0) == "2 restarts in 100 s are spent"
-    assert budget.refusal(101.0) is None
-
-
-def test_restarts_in_a_row_come_ever_more_slowly() -> None:
-    """A first and a second may follow each other; then 10, 20, 40 s pass, until one has helped."""
-    budget = Budget(WatchdogSettings(restarts=50, stall_s=10))
-    now = 0.0
-    waits: list[float] = []
-    for _ in range(5):
-        began = now
-        while budget.refusal(now):
-            now += 1
-        waits.append(now - began)
-        budget.spend(now)
-    assert waits == [0, 0, 10, 20, 40]
-    assert "did not help" in str(budget.refusal(now))
-    budget.recovered()
-    assert budget.refusal(now) is None
 
 
 def test_a_stalled_king_is_killed_until_the_budget_is_spent(tmp_path: Path) -> None:
@@ -142,7 +112,7 @@ def test_a_stalled_king_is_killed_until_the_budget_is_spent(tmp_path: Path) -> N
     assert events == ["watchdog.decision"] * 2 + ["watchdog.restart_withheld"] * 2
     assert {"main thread last moved 61 s ago" in entry["reason"] for entry in logs} == {True}
     assert logs[2]["log_level"] == "error"
-    assert logs[2]["because"] == "2 restarts in 1800 s are spent"
+    assert logs[2]["because"] == "2 restarts in 1800 s are used up"
 
 
 def test_a_king_that_ends_meanwhile_is_not_killed(tmp_path: Path) -> None:
@@ -152,21 +122,6 @@ def test_a_king_that_ends_meanwhile_is_not_killed(tmp_path: Path) -> None:
     progress.seen = stalled(pid=2**22 - 2)
     watchdog.tick()
     assert supervisor.kills == 0
-
-
-def test_a_long_health_forgives_earlier_restarts(tmp_path: Path) -> None:
-    """After two stalls in a row and a long good time, the next stall is restarted at once."""
-    supervisor = FakeSupervisor(pid=2**22 - 1)
-    watchdog, progress = watched(settings_in(tmp_path, dump_s=0.1), supervisor)
-    progress.seen = stalled(supervisor.pid)
-    for _ in range(3):
-        watchdog.tick()
-    assert supervisor.kills == 2
-    progress.seen = Observation(Program("RUNNING", 7, 1.0), 200.0, "serving", 190.0)
-    watchdog.tick()
-    progress.seen = stalled(supervisor.pid)
-    watchdog.tick()
-    assert supervisor.kills == 3
 
 
 def test_the_nudge_is_one_signal(tmp_path: Path, sleeper: subprocess.Popen[str]) -> None:
@@ -194,46 +149,33 @@ def test_a_process_without_the_handler_is_not_signalled(tmp_path: Path) -> None:
         program = Program("RUNNING", process.pid, 1.0)
         progress.seen = Observation(program, 100.0, "serving", starved_s=31.0, backlog=2)
         watchdog.tick()
-        write_dump(process.pid, tmp_path / "king.json", "for the test", 0.1)
+        write_stacks(process.pid, tmp_path / "king.json", "for the test", 0.1)
         time.sleep(0.1)
         assert process.poll() is None
         process.kill()
 
 
-def test_a_dump_holds_the_stacks_and_the_kernels_view(
+def test_the_stack_file_holds_the_reason_and_the_stacks(
     tmp_path: Path, sleeper: subprocess.Popen[str]
 ) -> None:
-    """Python's stacks by the process itself, states of threads from outside, and the reason."""
-    assert catches(sleeper.pid, DUMP_SIGNAL)
-    began = time.monotonic()
-    path = write_dump(sleeper.pid, tmp_path / "king.json", "it hangs", 40)
-    assert time.monotonic() - began < 30
+    """A King that runs writes its stacks; a stopped one is not waited for; both live on."""
+    path = write_stacks(sleeper.pid, tmp_path / "king.json", "it hangs", 40)
     assert path == stack_file(tmp_path / "king.json")
     text = path.read_text()
-    assert f"pid {sleeper.pid}: it hangs" in text
-    assert "in a_blocked_thread" in text
-    assert text.index("a_blocked_thread") < text.index("as the kernel sees them")
-    assert f"{sleeper.pid} python" in text
+    assert f"pid {sleeper.pid} (sleeping): it hangs" in text
+    assert text.index("it hangs") < text.index("in a_blocked_thread")
+    os.kill(sleeper.pid, signal.SIGSTOP)
+    assert eventually(lambda: psutil.Process(sleeper.pid).status() == psutil.STATUS_STOPPED)
+    began = time.monotonic()
+    write_stacks(sleeper.pid, tmp_path / "king.json", "it is stopped", 40)
+    assert time.monotonic() - began < 30
+    assert f"pid {sleeper.pid} (stopped): it is stopped" in path.read_text()
     assert sleeper.poll() is None
 
 
-def test_a_stopped_process_is_only_looked_at(
-    tmp_path: Path, sleeper: subprocess.Popen[str]
-) -> None:
-    """It cannot answer, so no time is lost by waiting for it."""
-    os.kill(sleeper.pid, signal.SIGSTOP)
-    assert eventually(lambda: "T (stopped)" in threads(sleeper.pid))
-    began = time.monotonic()
-    path = write_dump(sleeper.pid, tmp_path / "king.json", "it is stopped", 40)
-    assert time.monotonic() - began < 30
-    assert path is not None
-    assert "T (stopped)" in path.read_text()
-
-
-def test_a_dump_that_cannot_be_written_hinders_nothing(tmp_path: Path) -> None:
+def test_a_stack_file_that_cannot_be_written_hinders_nothing(tmp_path: Path) -> None:
     """No folder, no process: no exception."""
-    assert write_dump(2**22 - 1, tmp_path / "none" / "king.json", "x", 0.1) is None
-    assert threads(2**22 - 1) == "no such process"
+    assert write_stacks(2**22 - 1, tmp_path / "none" / "king.json", "x", 0.1) is None
 
 
 def test_a_long_stack_file_is_set_aside_and_a_missing_folder_only_warned(tmp_path: Path) -> None:
@@ -286,39 +228,24 @@ def test_a_machine_that_slept_stalls_nobody(
     assert [entry["event"] for entry in logs] == ["watchdog.slept"]
 
 
-def test_probes_tell_up_from_down(
-    tmp_path: Path, redis_server: RedisServer, mongo_server: MongoServer
-) -> None:
-    """Real servers answer; paused ones, and embedded ones that are off, are told with a reason."""
+def test_the_queue_is_asked_with_a_limit(tmp_path: Path, redis_server: RedisServer) -> None:
+    """A real server answers; a paused one, and an embedded one that is off, give None in time."""
     up = Settings.model_validate(
         {
             "broker": {"url": redis_server.url, "queue": "probe"},
-            "store": {"url": mongo_server.url},
-            "king": {"health_file": tmp_path / "king.json"},
             "watchdog": {"probe_timeout_s": 1.5},
-            "embedded": {"folder": tmp_path / "embedded"},
         }
     )
-    probes = RealProbes(up)
-    assert (probes.broker().messages, probes.store(), probes.health_file()) == (0, None, None)
+    assert waiting_messages(up) == 0
     redis_server.pause()
-    mongo_server.pause()
     try:
         began = time.monotonic()
-        assert probes.broker().messages is None
-        assert "127.0.0.1" in str(probes.broker().error)
-        assert probes.store() is not None
+        assert waiting_messages(up) is None
         assert time.monotonic() - began < 25
     finally:
         redis_server.resume()
-        mongo_server.resume()
-    off = RealProbes(Settings.model_validate({"embedded": {"folder": tmp_path / "embedded"}}))
-    assert "not running" in str(off.broker().error)
-    assert "not running" in str(off.store())
-    nowhere = up.king.model_copy(update={"health_file": tmp_path / "none" / "king.json"})
-    assert "cannot be written" in str(
-        RealProbes(up.model_copy(update={"king": nowhere})).health_file()
-    )
+    off = Settings.model_validate({"embedded": {"folder": tmp_path / "embedded"}})
+    assert waiting_messages(off) is None
 
 
 SYSTEMCTL = """#!/bin/sh
@@ -332,7 +259,7 @@ def test_systemd_is_another_supervisor(tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "systemctl").write_text(SYSTEMCTL)
     (tmp_path / "systemctl").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    client = client_of(WatchdogSettings(supervisor_url="systemd", program="king.service"))
+    client = open_supervisor(WatchdogSettings(supervisor_url="systemd", program="king.service"))
 
     def answer(load: str, active: str, sub: str, pid: int) -> None:
         text = f"LoadState={load}\nActiveState={active}\nSubState={sub}\nMainPID={pid}\n"
@@ -365,7 +292,7 @@ def test_systemd_is_another_supervisor(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_the_settings_name_the_supervisor() -> None:
     """A socket is supervisord's."""
-    assert isinstance(client_of(WatchdogSettings()), SupervisorClient)
+    assert isinstance(open_supervisor(WatchdogSettings()), SupervisorClient)
 
 
 @pytest.mark.parametrize(
@@ -375,8 +302,8 @@ def test_unreadable_health_file_is_no_snapshot(tmp_path: Path, text: str) -> Non
     """Whatever stands in the file, reading it raises nothing."""
     file = tmp_path / "king.json"
     file.write_text(text)
-    assert read_snapshot(file) is None
-    assert read_snapshot(tmp_path / "absent.json") is None
+    assert read_health(file) is None
+    assert read_health(tmp_path / "absent.json") is None
 
 
 def test_a_wrong_setting_ends_the_watchdog_with_2(

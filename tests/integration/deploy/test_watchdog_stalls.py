@@ -139,8 +139,8 @@ def lose_subscription(rig: Rig, _pid: int) -> None:
 @pytest.mark.parametrize(
     ("stall", "reason", "shown"),
     [
-        # A stopped process cannot write its own stacks: the kernel's view shows its state.
-        (stop_process, "main thread last moved", "T (stopped)"),
+        # A stopped process cannot write its own stacks: its state is written.
+        (stop_process, "main thread last moved", "(stopped)"),
         (block_loop, "broker thread last moved", "stalling_king.py"),
         (lose_subscription, "idle for", "king/king.py"),
     ],

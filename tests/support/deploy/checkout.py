@@ -17,7 +17,7 @@ from common.errors import RetryableError
 from deploy.supervisor import SupervisorClient
 from king.health import read_health
 
-ROOT = Path(deploy.__file__).resolve().parents[3]
+ROOT = Path(deploy.__file__).resolve().parents[1]
 
 
 def eventually(check: Callable[[], bool], timeout_s: float = 60.0) -> bool:
