@@ -52,7 +52,7 @@ def write_stacks(pid: int, health_file: Path, reason: str, wait_s: float) -> Pat
     """
     path = stack_file(health_file)
     try:
-        status = psutil.Process(pid).status()
+        status = str(psutil.Process(pid).status())
     except psutil.Error:
         status = "gone"
     moment = datetime.now(timezone.utc).isoformat(timespec="seconds")
