@@ -24,6 +24,8 @@ from workers.plan import PostPlan, Step
 from workers.pool.arena import Arena
 from workers.pool.fingerprints import mismatch
 from workers.protocol import (
+    CacheHits,
+    CacheLookup,
     DecodeTask,
     ExtractTask,
     Failure,
@@ -33,8 +35,6 @@ from workers.protocol import (
     FuseTask,
     Media,
     Post,
-    Recalled,
-    RecallTask,
     Stream,
     Tags,
     Task,
@@ -212,8 +212,8 @@ class LocalTagger:
 
     def _execute(self, task: Task) -> Outcome:
         suite, arena = self._loaded()
-        if isinstance(task, RecallTask):
-            return self._cache.recall(task) if self._cache is not None else Recalled()
+        if isinstance(task, CacheLookup):
+            return self._cache.lookup(task) if self._cache is not None else CacheHits()
         if isinstance(task, FetchTask):
             return self._fetch(task.media)
         if isinstance(task, DecodeTask):

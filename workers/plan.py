@@ -20,16 +20,21 @@ for another, so posts cannot deadlock on slots.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
-from common.errors import NothingUsable, RetryableError
+from common.errors import NothingUsable, RetryableError, WorkerDied
 from config.settings import FeatureSettings
 from workers.protocol import (
     MODALITIES,
     STREAMS,
     ArrayRef,
-    Asked,
+    CacheHit,
+    CacheHits,
+    CacheLookup,
+    CacheQuery,
     Decoded,
     DecodeTask,
     Extracted,
@@ -43,18 +48,16 @@ from workers.protocol import (
     Modality,
     PartKind,
     Post,
-    Recalled,
-    RecalledMedia,
-    RecallTask,
     Result,
     Status,
     Stream,
+    Task,
     modality_of,
 )
-from workers.step import NO_SLOT, Step, costs_attempt, is_worker_death
-from workers.texts import embedded_texts, read_text
 
-__all__ = ["NO_SLOT", "PostPlan", "Step", "costs_attempt", "is_worker_death"]
+NO_SLOT = -1
+"""Slot of a `DecodeTask` before its executor has assigned one."""
+
 
 _TEXT = -1  # media index of steps that belong to no media file
 
@@ -66,6 +69,30 @@ _GIVES: dict[MediaKind, tuple[Modality, ...]] = {
 """What a media file of a kind gives, apart from text to read."""
 
 _PART: dict[str, PartKind] = {"video": "frames", "image": "image", "audio": "patches"}
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One task of the plan and the media file it belongs to."""
+
+    task: Task
+    media_index: int
+
+    @property
+    def stage(self) -> str:
+        """``recall``, ``fetch``, ``decode`` or ``extract``."""
+        if isinstance(self.task, CacheLookup):
+            return "recall"
+        if isinstance(self.task, FetchTask):
+            return "fetch"
+        return "decode" if isinstance(self.task, DecodeTask) else "extract"
+
+    @property
+    def holds(self) -> str | None:
+        """The downloaded file that it needs; nobody needs it once no step holds it."""
+        if isinstance(self.task, (CacheLookup, DecodeTask)):
+            return self.task.path or None
+        return None
 
 
 class PostPlan:
@@ -111,7 +138,7 @@ class PostPlan:
         self._text_issued = False
         self._cache = cache
         self._local = local
-        self._recalled: dict[int, RecalledMedia] = {}
+        self._recalled: dict[int, CacheHit] = {}
         self._known_texts: dict[str, np.ndarray] = {}
         self._embedded: set[Modality] = set()
 
@@ -132,7 +159,7 @@ class PostPlan:
         """Take a step's result and give the steps that follow from it."""
         self._open.discard(step)
         follow: list[Step] = []
-        if isinstance(step.task, RecallTask):
+        if isinstance(step.task, CacheLookup):
             return self._after_recall(step, step.task, result)
         if isinstance(result, Fetched):
             follow = [self._after_fetch(step, result)]
@@ -147,8 +174,8 @@ class PostPlan:
     def failed(self, step: Step, failure: Failure) -> list[Step]:
         """Take a step's failure: its modality is broken, the rest goes on."""
         self._open.discard(step)
-        if isinstance(step.task, RecallTask):
-            return self._after_recall(step, step.task, Recalled())
+        if isinstance(step.task, CacheLookup):
+            return self._after_recall(step, step.task, CacheHits())
         if isinstance(step.task, FetchTask):
             self._take_ready(step.media_index)  # it is gone, and what it gave is known still
         self._failures.setdefault(self._blame(step), []).append(failure)
@@ -194,11 +221,11 @@ class PostPlan:
     def _recall_post(self) -> Step:
         texts = frozenset[Modality](("text", "ocr")) & self._wanted
         media = tuple(
-            Asked(i, m, self._parts(m.kind), local=self._local(m.source))
+            CacheQuery(i, m, self._parts(m.kind), local=self._local(m.source))
             for i, m in enumerate(self._media)
         )
         mode = self._settings.ocr_mode
-        return Step(RecallTask(media, texts, self.post.text, self.post.ocr, mode), _TEXT)
+        return Step(CacheLookup(media, texts, self.post.text, self.post.ocr, mode), _TEXT)
 
     def _after_fetch(self, step: Step, fetched: Fetched) -> Step:
         """Decode it; first ask for content that nobody has asked for yet."""
@@ -211,12 +238,12 @@ class PostPlan:
             known = None
             del self._recalled[index]  # the URL leads to another file now
         if sha256 and known is None:
-            asked = Asked(index, media, self._parts(media.kind), sha256)
-            return Step(RecallTask((asked,), path=fetched.path), index)
+            asked = CacheQuery(index, media, self._parts(media.kind), sha256)
+            return Step(CacheLookup((asked,), path=fetched.path), index)
         return Step(DecodeTask(media.kind, fetched.path, NO_SLOT, sha256), index)
 
-    def _after_recall(self, step: Step, task: RecallTask, result: Result) -> list[Step]:
-        if isinstance(result, Recalled):
+    def _after_recall(self, step: Step, task: CacheLookup, result: Result) -> list[Step]:
+        if isinstance(result, CacheHits):
             self._recalled.update({known.index: known for known in result.media})
             self._known_texts.update(result.texts)
         for asked in task.media:
@@ -371,3 +398,40 @@ class PostPlan:
             error = RetryableError(f"nothing usable yet: {reasons}")
         error.reasons = {modality: listed[0].message for modality, listed in self._failures.items()}
         return error
+
+
+def costs_attempt(step: Step, failure: Failure) -> bool:
+    """Whether a step's failure says more about its worker than about its media file."""
+    if step.stage == "recall":
+        return False  # the post goes on as if nothing were known
+    return is_worker_death(failure) or (failure.retryable and step.stage in ("decode", "extract"))
+
+
+def is_worker_death(failure: Failure) -> bool:
+    """Whether a step failed because its worker died, which costs the post an attempt."""
+    return failure.type == WorkerDied.__name__
+
+
+def read_text(ocr: str | None, read: Mapping[int, str]) -> str | None:
+    """What the pictures say: as the post brings it along, or as read file by file; None: nothing.
+
+    Args:
+        ocr: The post's own, which stands for what would be read.
+        read: Index of the media file ─► what was read in it.
+    """
+    if ocr is not None:
+        return ocr
+    lines = (read[i].strip() for i in sorted(read))
+    return "\n".join(line for line in lines if line) or None
+
+
+def embedded_texts(
+    text: str, read: str | None, mode: Literal["append", "separate"]
+) -> dict[Modality, str]:
+    """Modality ─► the text that stands for it; a modality without text is left out."""
+    if mode == "append":
+        both = "\n".join(part for part in (text.strip(), read or "") if part)
+        found: dict[Modality, str] = {"text": both}
+    else:
+        found = {"text": text, "ocr": read or ""}
+    return {modality: each for modality, each in found.items() if each.strip()}

@@ -18,25 +18,25 @@ from config.settings import Settings
 from workers.cache.entry import Entry
 from workers.cache.guarded import GuardedStore
 from workers.cache.keys import Keys
-from workers.cache.notes import note_of
+from workers.cache.notes import update_of
+from workers.plan import embedded_texts, read_text
 from workers.protocol import (
     STREAMS,
-    Asked,
+    CacheHit,
+    CacheHits,
+    CacheLookup,
+    CacheQuery,
+    CacheUpdate,
     Extracted,
     ExtractTask,
     Failure,
     FeatureArray,
     PartKind,
-    Recalled,
-    RecalledMedia,
-    RecallTask,
-    Remember,
     Result,
     Stream,
     Task,
     modality_of,
 )
-from workers.texts import embedded_texts, read_text
 
 _OF_PART: Mapping[PartKind, str] = {
     "frames": "video",
@@ -61,7 +61,7 @@ class FeatureCache:
 
     # Reading ----------------------------------------------------------------------------------
 
-    def recall(self, task: RecallTask) -> Recalled:
+    def lookup(self, task: CacheLookup) -> CacheHits:
         """What is known of a post."""
         shas = self._contents(task.media)
         known = [asked for asked in task.media if asked.index in shas]
@@ -83,9 +83,9 @@ class FeatureCache:
             for key, text in texts.items()
             if key in found and "text" in found[key].arrays
         }
-        return Recalled(tuple(media), arrays)
+        return CacheHits(tuple(media), arrays)
 
-    def _contents(self, media: Iterable[Asked]) -> dict[int, str]:
+    def _contents(self, media: Iterable[CacheQuery]) -> dict[int, str]:
         """Index ─► sha256, where it is known or trusted."""
         shas: dict[int, str] = {}
         sources: dict[int, str] = {}
@@ -111,7 +111,7 @@ class FeatureCache:
         modality = _OF_PART[part]
         return [s for s in STREAMS if modality_of(s) == modality and s in self._fingerprints]
 
-    def _keys_of(self, asked: Asked, sha256: str) -> dict[str, str]:
+    def _keys_of(self, asked: CacheQuery, sha256: str) -> dict[str, str]:
         """``media`` and each stream ─► key."""
         kind = asked.media.kind
         keys = {"media": self._keys.media(sha256, kind)}
@@ -122,8 +122,8 @@ class FeatureCache:
         return keys
 
     def _recalled(
-        self, asked: Asked, sha256: str, keys: Mapping[str, str], found: Mapping[str, Entry]
-    ) -> RecalledMedia:
+        self, asked: CacheQuery, sha256: str, keys: Mapping[str, str], found: Mapping[str, Entry]
+    ) -> CacheHit:
         """What is known of one file."""
         decoded = _Decoding.of(found.get(keys["media"]), self._keys.limits)
         ready: set[PartKind] = set()
@@ -146,7 +146,7 @@ class FeatureCache:
             else:
                 continue
             ready.add(part)
-        return RecalledMedia(
+        return CacheHit(
             index=asked.index,
             sha256=sha256,
             whole=decoded is not None and len(ready) == len(asked.wants),
@@ -157,7 +157,7 @@ class FeatureCache:
             failures=decoded.failures if decoded else {},
         )
 
-    def _text_keys(self, task: RecallTask, read: Mapping[int, str] | None) -> dict[str, str]:
+    def _text_keys(self, task: CacheLookup, read: Mapping[int, str] | None) -> dict[str, str]:
         """Key ─► text of what will be embedded; without ``read`` what is certain already."""
         fingerprint = self._fingerprints.get("text")
         if fingerprint is None or not task.texts:
@@ -191,7 +191,7 @@ class FeatureCache:
             if s in self._fingerprints
         }
 
-    def remember(self, note: Remember) -> None:
+    def remember(self, note: CacheUpdate) -> None:
         """Keep which content a URL led to, or what decoding a file gave."""
         if note.source:
             if self._sources_ttl_s != 0:
@@ -210,7 +210,7 @@ class FeatureCache:
 
     def learn(self, task: Task, outcome: Result | Failure) -> None:
         """Write what came of a task, where it is worth it."""
-        note = note_of(task, outcome)
+        note = update_of(task, outcome)
         if note is not None:
             self.remember(note)
         elif isinstance(task, ExtractTask) and isinstance(outcome, Extracted):

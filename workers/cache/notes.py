@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 from workers.protocol import (
+    CacheUpdate,
     Decoded,
     DecodeTask,
     Failure,
     Fetched,
     FetchTask,
-    Remember,
     Result,
     Task,
 )
 
 
-def note_of(task: Task, outcome: Result | Failure) -> Remember | None:
+def update_of(task: Task, outcome: Result | Failure) -> CacheUpdate | None:
     """What the cache may learn of a media file from a task's outcome."""
     if isinstance(task, FetchTask) and isinstance(outcome, Fetched) and outcome.sha256:
-        return Remember(outcome.sha256, source=task.media.source)
+        return CacheUpdate(outcome.sha256, source=task.media.source)
     if not isinstance(task, DecodeTask) or not task.sha256:
         return None
     if isinstance(outcome, Decoded):
         parts = tuple(dict.fromkeys(part.kind for part in outcome.parts))
-        return Remember(task.sha256, kind=task.kind, parts=parts, failures=outcome.failures)
+        return CacheUpdate(task.sha256, kind=task.kind, parts=parts, failures=outcome.failures)
     if isinstance(outcome, Failure) and not outcome.retryable:
-        return Remember(task.sha256, kind=task.kind, failure=outcome)
+        return CacheUpdate(task.sha256, kind=task.kind, failure=outcome)
     return None

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import TypeAlias
 
 from config.settings import Settings
-from workers.protocol import DecodeTask, ExtractTask, FetchTask, RecallTask, Task
+from workers.protocol import CacheLookup, DecodeTask, ExtractTask, FetchTask, Task
 
 Lane: TypeAlias = str
 """``recall``, ``fetch``, ``decode``, ``fuse``, or an extractor's name."""
@@ -17,7 +17,7 @@ Lane: TypeAlias = str
 
 def lane_of(task: Task) -> Lane:
     """The lane of a task."""
-    if isinstance(task, RecallTask):
+    if isinstance(task, CacheLookup):
         return "recall"
     if isinstance(task, FetchTask):
         return "fetch"

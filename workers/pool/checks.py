@@ -16,6 +16,7 @@ from workers.protocol import (
     ArrayRef,
     Began,
     BundleLoaded,
+    CacheHits,
     Decoded,
     Done,
     Extracted,
@@ -24,13 +25,12 @@ from workers.protocol import (
     Fetched,
     Part,
     Ready,
-    Recalled,
     Refused,
     Result,
     Tags,
 )
 
-_BY_LANE: dict[str, type] = {"recall": Recalled, "fetch": Fetched, "decode": Decoded, "fuse": Tags}
+_BY_LANE: dict[str, type] = {"recall": CacheHits, "fetch": Fetched, "decode": Decoded, "fuse": Tags}
 _KINDS = ("frames", "image", "patches", "picture")
 _MAX_PARTS = 4096
 

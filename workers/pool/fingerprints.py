@@ -8,7 +8,7 @@ from common.errors import ConfigError
 from common.fingerprint import differing, known_parts, unpacked
 from config.settings import FeatureSettings
 from extractors.fingerprint import stream_fingerprints
-from workers.protocol import Expect, Known, Stream
+from workers.protocol import CacheFingerprints, Expect, Stream
 
 
 def expected_fingerprints(
@@ -41,9 +41,11 @@ def extractor_fingerprints(infos: Iterable[Mapping[str, str]]) -> dict[Stream, s
     return by_extractor
 
 
-def known_extractors(infos: Iterable[Mapping[str, str]]) -> Known:
+def known_extractors(infos: Iterable[Mapping[str, str]]) -> CacheFingerprints:
     """`extractor_fingerprints` as the message that the cache worker takes."""
-    return Known({stream: str(text) for stream, text in extractor_fingerprints(infos).items()})
+    return CacheFingerprints(
+        {stream: str(text) for stream, text in extractor_fingerprints(infos).items()}
+    )
 
 
 def expectation(expected: Mapping[Stream, str]) -> Expect:

@@ -33,9 +33,7 @@ _NUMPY_NAMES = frozenset(
         ("numpy._core.numeric", "_frombuffer"),
     }
 )
-_MESSAGE_MODULES = frozenset(
-    {"workers.protocol", "workers.lookup", "workers.pool.launch", "common.post"}
-)
+_MESSAGE_MODULES = frozenset({"workers.protocol", "workers.pool.launch", "common.post"})
 
 
 _FOUND: dict[tuple[str, str], Any] = {}

@@ -14,7 +14,7 @@ import structlog
 
 from common.errors import ConfigError, RetryableError, WorkerDied
 from config.settings import ExtractorName, Settings
-from workers.cache.notes import note_of
+from workers.cache.notes import update_of
 from workers.fetch.spool import Spool
 from workers.pool.arena import create_arena
 from workers.pool.checks import check_message, check_result
@@ -43,13 +43,13 @@ from workers.pool.supervisor import TICK_S, Crew, Gone, Report
 from workers.protocol import (
     Began,
     BundleLoaded,
+    CacheLookup,
     Decoded,
     Done,
     Failed,
     Failure,
     Fetched,
     Ready,
-    RecallTask,
     Refused,
     Reply,
     Result,
@@ -154,7 +154,7 @@ class ProcessPool:
         Raises:
             ValueError: It refers to a slot that is not the caller's (any more).
         """
-        if isinstance(task, RecallTask):  # a post does not wait for a cache
+        if isinstance(task, CacheLookup):  # a post does not wait for a cache
             deadline = min(deadline, time.monotonic() + RECALL_S + self._settings.cache.timeout_s)
         return self._scheduler.submit(task, deadline, priority)
 
@@ -321,7 +321,7 @@ class ProcessPool:
         cache = self._crew.members.get("cache-0")
         if cache is None or cache.process is None or cache.state != "ready":
             return
-        note = note_of(task, outcome)
+        note = update_of(task, outcome)
         if note is not None and not cache.process.pipe.unsent:
             self._crew.send(cache, note)
 

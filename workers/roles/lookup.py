@@ -22,12 +22,12 @@ from workers.cache.features import FeatureCache
 from workers.cache.guarded import GuardedStore
 from workers.pool.pipe import Pipe
 from workers.protocol import (
+    CacheFingerprints,
+    CacheHits,
+    CacheLookup,
+    CacheUpdate,
     Envelope,
-    Known,
     Ready,
-    Recalled,
-    RecallTask,
-    Remember,
     Reply,
     Stop,
 )
@@ -37,7 +37,7 @@ _MOST_NOTES = 4096
 _LOCAL_BYTES_PER_S = 50 << 20
 _FINISH_S = 2.0
 
-_Work: TypeAlias = Envelope | Remember | None
+_Work: TypeAlias = Envelope | CacheUpdate | None
 _log = structlog.get_logger()
 
 
@@ -62,12 +62,12 @@ class _Lookups:
     def add(self, envelope: Envelope) -> Reply | None:
         """Queue a look-up; a reply at once where the cache is left alone."""
         if not self.store.available:
-            return answer(envelope.task_id, Recalled(), 0.0)
+            return answer(envelope.task_id, CacheHits(), 0.0)
         self._open[envelope.task_id] = time.monotonic() + self._timeout_s + _reading_s(envelope)
         self._todo.put(envelope)
         return None
 
-    def note(self, note: Remember) -> None:
+    def note(self, note: CacheUpdate) -> None:
         """Queue what is to be kept, unless too much waits."""
         if self.store.available and self._todo.qsize() < _MOST_NOTES:
             self._todo.put(note)
@@ -89,7 +89,7 @@ class _Lookups:
             late = list(self._open)  # the others would wait as long
         for task_id in late:
             del self._open[task_id]
-            replies.append(answer(task_id, Recalled(), self._timeout_s))
+            replies.append(answer(task_id, CacheHits(), self._timeout_s))
         return replies
 
     def wait_ms(self) -> float | None:
@@ -109,19 +109,19 @@ class _Lookups:
     def _work(self) -> None:
         while (work := self._todo.get()) is not None:
             try:
-                if isinstance(work, Remember):
+                if isinstance(work, CacheUpdate):
                     self.cache.remember(work)
                 else:
                     self._look(work)
             except Exception:  # noqa: BLE001 - the loop: what goes wrong here is a miss
                 _log.exception("cache.failed")
                 if isinstance(work, Envelope):
-                    self._say(work.task_id, answer(work.task_id, Recalled(), 0.0))
+                    self._say(work.task_id, answer(work.task_id, CacheHits(), 0.0))
 
     def _look(self, envelope: Envelope) -> None:
         started = time.perf_counter()
         task = envelope.task
-        found = self.cache.recall(task) if isinstance(task, RecallTask) else Recalled()
+        found = self.cache.lookup(task) if isinstance(task, CacheLookup) else CacheHits()
         self._say(envelope.task_id, answer(envelope.task_id, found, time.perf_counter() - started))
 
     def _say(self, task_id: int, reply: Reply) -> None:
@@ -133,7 +133,7 @@ class _Lookups:
 def _reading_s(envelope: Envelope) -> float:
     """Files that are read in place take their time, which says nothing about the cache."""
     total = 0
-    if isinstance(envelope.task, RecallTask):
+    if isinstance(envelope.task, CacheLookup):
         for asked in envelope.task.media:
             if asked.local:
                 with suppress(OSError, ValueError):
@@ -171,9 +171,9 @@ def _take(lookups: _Lookups, pipe: Pipe, message: object) -> None:
         reply = lookups.add(message)
         if reply is not None:
             pipe.send_wait(reply)
-    elif isinstance(message, Remember):
+    elif isinstance(message, CacheUpdate):
         lookups.note(message)
-    elif isinstance(message, Known):
+    elif isinstance(message, CacheFingerprints):
         lookups.cache.expect(message.fingerprints)
 
 
