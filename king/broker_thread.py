@@ -1,8 +1,8 @@
 """The broker thread: it alone touches the broker.
 
-It drains with a short time-out (which drives the heartbeats too), and between two drains does
-what the other threads asked for: acknowledge, requeue, publish. A lost connection is made anew
-with back-off; the broker then delivers again what was not acknowledged.
+It drains with a short time-out (which drives heartbeats and leases too), and between two drains
+does what the other threads asked for: acknowledge, requeue, publish. When the connection is lost
+it connects again, with back-off; the broker then delivers once more what was not acknowledged.
 """
 
 from __future__ import annotations
@@ -23,9 +23,17 @@ from king.health import Board
 from king.messages import PostMessage
 from king.retry import RECONNECT
 
+# The longest wait of an acknowledgement, since it is sent between two drains. Half of it doubles
+# the polls of an idle King on Redis; at double, posts per second fall where `prefetch` is small.
 DRAIN_S = 0.05
-"""An acknowledgement waits at most this long for the connection."""
+
+# Period of the question how many messages wait. `--drain` and the watchdog work in seconds, so a
+# shorter one only costs round trips; from two on, `--drain` would end later.
 _DEPTH_EVERY_S = 1.0
+
+# How often a wait for the next attempt to connect looks up, to end at `stop` and to tick. The
+# watchdog's shortest limit is seconds, so twice or half of this changes nothing that is seen.
+_BACK_OFF_TICK_S = 0.2
 
 log = structlog.get_logger()
 
@@ -43,17 +51,17 @@ class _Requeue:
 @dataclass(frozen=True, slots=True)
 class _Publish:
     messages: Sequence[PostMessage]
-    confirmed: Callable[[], None]
+    on_confirmed: Callable[[], None]
 
 
 _Command: TypeAlias = _Ack | _Requeue | _Publish
 
 
-class Consumer:
-    """Runs the broker; the other threads' side only appends to a deque.
+class BrokerThread:
+    """Runs the broker; the methods that other threads call only append to a deque or set a flag.
 
-    The deque is bounded by what it is made of: a delivery is acknowledged once, and the broker
-    gives no more than ``broker.prefetch`` of them; one batch of retries is published at a time.
+    The deque needs no bound of its own: each delivery is acknowledged once, the broker hands over
+    no more than ``broker.prefetch`` of them, and one batch of retries is published at a time.
     """
 
     def __init__(
@@ -65,125 +73,124 @@ class Consumer:
         self._on_delivery = on_delivery
         self._commands: deque[_Command] = deque()
         self._consuming = False
-        self._wanted = True
-        self._lapsed = False
+        self._may_consume = True
+        self._reconnect_asked = False
         self._stopping = threading.Event()
         self._depth_due = 0.0
         self._rng = random.Random()  # noqa: S311 - jitter
 
-    # For the other threads -------------------------------------------------------------------
-
     def ack(self, deliveries: Sequence[Delivery]) -> None:
-        """Acknowledge."""
+        """Acknowledge messages (any thread)."""
         self._commands.extend(_Ack(delivery) for delivery in deliveries)
 
     def requeue(self, deliveries: Sequence[Delivery]) -> None:
-        """Put messages back."""
+        """Put messages back on the queue (any thread)."""
         self._commands.extend(_Requeue(delivery) for delivery in deliveries)
 
-    def publish(self, messages: Sequence[PostMessage], confirmed: Callable[[], None]) -> None:
-        """Publish; ``confirmed`` is called on the broker thread once the broker has them all."""
-        self._commands.append(_Publish(messages, confirmed))
+    def publish(self, messages: Sequence[PostMessage], on_confirmed: Callable[[], None]) -> None:
+        """Publish messages (any thread).
+
+        Args:
+            messages: To put on the queue.
+            on_confirmed: Called on the broker thread once the broker has all of them.
+        """
+        self._commands.append(_Publish(messages, on_confirmed))
 
     def stop_consuming(self) -> None:
-        """Take no more messages."""
-        self._wanted = False
+        """Take no more messages (any thread)."""
+        self._may_consume = False
 
     def subscribe_anew(self) -> None:
-        """Drop the connection and subscribe again; for a subscription that the broker has lost.
+        """Drop the connection and subscribe again, for a subscription that the broker has lost.
 
-        Only sets a flag: it is called in a signal handler, and only the thread touches the broker.
+        It only sets a flag, since a signal handler calls it.
         """
-        self._lapsed = True
+        self._reconnect_asked = True
 
     @property
     def quiet(self) -> bool:
-        """No more messages come, and everything that was asked for is done."""
+        """True if no more messages come and every command has been carried out."""
         return not self._commands and not self._consuming
 
     def stop(self) -> None:
-        """Let `run` return; what the other threads asked for before is done first."""
+        """Let `run` return, after the commands that were given before."""
         self._stopping.set()
 
-    # The thread ------------------------------------------------------------------------------
-
     def run(self) -> None:
-        """Keep the connection until `stop`."""
+        """Keep the connection and serve it until `stop`."""
         failures = 0
         try:
             while not self._stopping.is_set():
                 try:
-                    self._connect(failures)
+                    self._board.tick("broker")
+                    self._broker.connect()
+                    self._board.broker_up.set()
+                    if failures:
+                        log.info("king.broker_reached", url=self._url)
                     failures = 0
                     self._serve()
                 except BrokerUnavailable as error:
                     failures += 1
-                    self._wait(failures, error)
-                    self._steer_away()
+                    self._back_off(failures, error)
+                    self._stop_consuming_if_asked()
             if self._board.broker_up.is_set():
-                self._obey()
-        except BrokerUnavailable as error:  # it delivers again what it did not hear of
+                self._run_commands()
+        except BrokerUnavailable as error:  # what it was not told of is delivered again
             log.warning("king.broker_unreachable", url=self._url, error=str(error))
         finally:
             self._broker.close()
 
-    def _connect(self, failures: int) -> None:
-        self._board.tick("broker")
-        self._broker.connect()
-        self._board.broker_up.set()
-        if failures:
-            log.info("king.broker_reached", url=self._url)
-
     def _serve(self) -> None:
+        """Loop over one connection: the whole life of the thread while nothing breaks."""
         while not self._stopping.is_set():
             self._board.tick("broker")
-            self._renounce()
-            self._steer()
-            self._obey()
+            self._reconnect_if_asked()
+            self._start_or_stop_consuming()
+            self._run_commands()
             self._broker.drain(DRAIN_S)
             if time.monotonic() >= self._depth_due:
-                depth = self._broker.depth()
-                self._board.queue_depth = (depth, time.monotonic())
+                self._board.queue_depth = (self._broker.depth(), time.monotonic())
                 self._depth_due = time.monotonic() + _DEPTH_EVERY_S
 
-    def _steer(self) -> None:
-        """Consume when posts can be worked on; until then they wait where others may take them."""
-        able = self._board.ready.is_set() and self._board.store_up.is_set()
-        if self._wanted and able and not self._consuming:
-            self._broker.consume(self._deliver)
-            self._consuming = True  # and stays so: after a lost connection the broker goes on
-        self._steer_away()
-
-    def _renounce(self) -> None:
-        if self._lapsed:
-            self._lapsed = self._consuming = False
+    def _reconnect_if_asked(self) -> None:
+        if self._reconnect_asked:
+            self._reconnect_asked = self._consuming = False
             self._broker.cancel()
             raise BrokerUnavailable("a new connection was asked for")
 
-    def _steer_away(self) -> None:
-        if self._consuming and not self._wanted:
+    def _start_or_stop_consuming(self) -> None:
+        # Until workers and database are ready, messages wait where another King can take them.
+        # Once begun, consuming goes on: after a lost connection the broker subscribes again.
+        ready = self._board.ready.is_set() and self._board.store_up.is_set()
+        if self._may_consume and ready and not self._consuming:
+            self._broker.consume(self._receive)
+            self._consuming = True
+        self._stop_consuming_if_asked()
+
+    def _stop_consuming_if_asked(self) -> None:
+        if self._consuming and not self._may_consume:
             self._broker.cancel()
             self._consuming = False
 
-    def _deliver(self, delivery: Delivery) -> None:
+    def _receive(self, delivery: Delivery) -> None:
         self._board.delivered()
         self._on_delivery(delivery)
 
-    def _obey(self) -> None:
+    def _run_commands(self) -> None:
         while self._commands:
-            command = self._commands[0]
-            if isinstance(command, _Ack):
-                self._broker.ack(command.delivery)
-            elif isinstance(command, _Requeue):
-                self._broker.requeue(command.delivery)
-            else:
-                for message in command.messages:
-                    self._broker.publish(message)
-                command.confirmed()
-            # Removed only now: a lost connection must not lose what is to be published.
+            match self._commands[0]:
+                case _Ack(delivery):
+                    self._broker.ack(delivery)
+                case _Requeue(delivery):
+                    self._broker.requeue(delivery)
+                case _Publish(messages, on_confirmed):
+                    for message in messages:
+                        self._broker.publish(message)
+                    on_confirmed()
+            # Removed only now, so that a lost connection does not lose what is to be published.
             self._commands.popleft()
 
-    def _wait(self, failures: int, error: BrokerUnavailable) -> None:
+    def _back_off(self, failures: int, error: BrokerUnavailable) -> None:
         self._board.broker_up.clear()
         self._board.queue_depth = None
         delay_s = RECONNECT.limit_s(failures) * self._rng.uniform(0.5, 1.0)
@@ -196,4 +203,4 @@ class Consumer:
         end = time.monotonic() + delay_s
         while not self._stopping.is_set() and time.monotonic() < end:
             self._board.tick("broker")
-            self._stopping.wait(0.2)
+            self._stopping.wait(_BACK_OFF_TICK_S)

@@ -28,10 +28,11 @@ from common.errors import ConfigError
 from common.urls import redact
 from config.settings import Settings
 from king.broker.broker import Broker, KombuBroker
-from king.broker_thread import Consumer
+from king.broker_thread import BrokerThread
 from king.dispatch_thread import Dispatcher
 from king.health import Board, write_health
-from king.in_flight import Flights, is_dead, own_name
+from king.identity import is_dead, own_name
+from king.in_flight import InFlight
 from king.stacks import dumped_on_signal
 from king.store.store import MongoStore, Store
 from king.store_thread import Keeper
@@ -71,17 +72,17 @@ class King:
         """
         self._settings = settings
         self.board = Board()
-        self._flights = Flights()
+        self._in_flight = InFlight()
         self._keeper = Keeper(
             store if store is not None else MongoStore(settings.store),
             settings.king,
             owner=owner or own_name(),
             is_dead=is_dead,
             board=self.board,
-            flights=self._flights,
+            in_flight=self._in_flight,
             batch_size=settings.store.batch_size,
         )
-        self._consumer = Consumer(
+        self._broker_thread = BrokerThread(
             broker if broker is not None else KombuBroker(settings.broker),
             redact(settings.broker.url),
             self.board,
@@ -93,7 +94,7 @@ class King:
             self.board,
             self._keeper.finish,
         )
-        self._keeper.wire(self._consumer, self._dispatcher.start)
+        self._keeper.wire(self._broker_thread, self._dispatcher.start)
         self._threads: dict[str, threading.Thread] = {}
         self._died: tuple[str, BaseException] | None = None
         self._signals = 0
@@ -137,7 +138,7 @@ class King:
     def _start(self) -> None:
         log.info("king.started", pid=os.getpid(), queue=self._settings.broker.queue)
         self._spawn("store", self._keeper.run)
-        self._spawn("broker", self._consumer.run)
+        self._spawn("broker", self._broker_thread.run)
         self._spawn("dispatch", self._dispatcher.run)
 
     def _spawn(self, name: str, work: Callable[[], None]) -> None:
@@ -175,7 +176,7 @@ class King:
 
     def _write_health(self) -> None:
         snapshot = self.board.snapshot(
-            in_flight=len(self._flights), oldest_in_flight_s=self._flights.oldest_s
+            in_flight=len(self._in_flight), oldest_in_flight_s=self._in_flight.oldest_s
         )
         try:
             write_health(self._settings.king.health_file, snapshot)
@@ -190,7 +191,7 @@ class King:
     def _nothing_left(self) -> bool:
         """No message waits, nothing is in flight, no retry will be due: for a confirmed moment."""
         now = time.monotonic()
-        busy = len(self._flights) or not self._keeper.idle or self.board.phase != "serving"
+        busy = len(self._in_flight) or not self._keeper.idle or self.board.phase != "serving"
         if busy:
             self._empty_since = None
             return False
@@ -210,28 +211,28 @@ class King:
         depth = board.queue_depth[0] if board.queue_depth else "?"
         sys.stderr.write(
             f"\r{board.phase}: {board.counter('tagged')} tagged, {board.counter('failed')} failed, "
-            f"{len(self._flights)} in flight, {depth} queued\x1b[K"
+            f"{len(self._in_flight)} in flight, {depth} queued\x1b[K"
         )
         sys.stderr.flush()
 
     def _shut_down(self) -> None:
         """Finish what is in flight, put the rest back, and end the threads."""
         self.board.draining = True
-        log.info("king.draining", in_flight=len(self._flights))
-        self._consumer.stop_consuming()
+        log.info("king.draining", in_flight=len(self._in_flight))
+        self._broker_thread.stop_consuming()
         self._keeper.drain()
         if self._broken and not self.board.store_up.is_set():
             self._keeper.leave()  # nothing has begun that a database would have to be told
         limit_s = self._settings.king.drain_timeout_s
         if not self._wait(limit_s, self._landed):
-            log.warning("king.drain_timed_out", in_flight=len(self._flights))
+            log.warning("king.drain_timed_out", in_flight=len(self._in_flight))
             self._dispatcher.give_back()
             flush_s = _FLUSH_S if self._signals < 2 else _HURRY_S
             self._wait(flush_s, self._given_back, hurry=True)
         self._keeper.leave()
         self._keeper.stop()
         self._join("store")
-        self._consumer.stop()
+        self._broker_thread.stop()
         self._dispatcher.stop()
         self._join("broker")
         self._join("dispatch", self._settings.workers.shutdown_timeout_s)
@@ -239,7 +240,7 @@ class King:
         self._write_health()
 
     def _landed(self) -> bool:
-        return len(self._flights) == 0 and self._keeper.idle and self._consumer.quiet
+        return len(self._in_flight) == 0 and self._keeper.idle and self._broker_thread.quiet
 
     def _given_back(self) -> bool:
         """Or nothing can be given back, without the database: the jobs' leases will run out."""
@@ -278,7 +279,7 @@ class King:
             self.stop()
 
         def subscribe_anew(_number: int, _frame: FrameType | None) -> None:
-            self._consumer.subscribe_anew()
+            self._broker_thread.subscribe_anew()
 
         handlers = {signal.SIGTERM: stop, signal.SIGINT: stop, SUBSCRIBE_SIGNAL: subscribe_anew}
         previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}

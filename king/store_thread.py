@@ -22,9 +22,9 @@ from common.errors import MessageError, StoreRefused, StoreUnavailable
 from config.settings import KingSettings
 from king import report
 from king.broker.broker import Delivery
-from king.broker_thread import Consumer
+from king.broker_thread import BrokerThread
 from king.health import Board
-from king.in_flight import Flights
+from king.in_flight import InFlight
 from king.jobs import (
     Buried,
     Claim,
@@ -80,13 +80,13 @@ class Keeper:
         owner: str,
         is_dead: Callable[[str], bool],
         board: Board,
-        flights: Flights,
+        in_flight: InFlight,
         batch_size: int,
     ) -> None:
         self._store = store
         self._settings = settings
         self._board = board
-        self._flights = flights
+        self._in_flight = in_flight
         self._batch_size = batch_size
         self._terms = Terms(
             owner=owner,
@@ -97,7 +97,7 @@ class Keeper:
             is_dead=is_dead,
         )
         self._reconciler = Reconciler(store, settings.reconcile_s, batch_size)
-        self._consumer: Consumer | None = None
+        self._broker_thread: BrokerThread | None = None
         self._start: Callable[[Started], None] | None = None
         self._inbox: deque[_Item] = deque()
         self._arrived = threading.Condition()
@@ -114,9 +114,9 @@ class Keeper:
         self._release_due: float | None = None
         self._rng = random.Random()  # noqa: S311 - jitter
 
-    def wire(self, consumer: Consumer, start: Callable[[Started], None]) -> None:
+    def wire(self, broker_thread: BrokerThread, start: Callable[[Started], None]) -> None:
         """Connect the neighbours: where acknowledgements and begun posts go."""
-        self._consumer, self._start = consumer, start
+        self._broker_thread, self._start = broker_thread, start
 
     # For the other threads -------------------------------------------------------------------
 
@@ -129,7 +129,7 @@ class Keeper:
             outcome = Unreadable(payload, Failure.of("message", error))
             self._put(_Refused(outcome, delivery))
             return
-        if self._flights.join(message.post_id, delivery):
+        if self._in_flight.add(message.post_id, delivery):
             self._put(Claim(message, payload, delivery.redelivered))
 
     def finish(self, outcome: Outcome) -> None:
@@ -253,7 +253,7 @@ class Keeper:
             self._parked.append((until, claim))
         elif isinstance(verdict, Unrecorded):
             report.unrecorded(verdict, _REFUSED_AGAIN_S)
-            self._flights.touch(post_id)
+            self._in_flight.touch(post_id)
             self._parked.append((time.time() + _REFUSED_AGAIN_S, claim))
         else:
             if isinstance(verdict, Buried):
@@ -289,13 +289,13 @@ class Keeper:
         """Its job was refused: written again later; its message stays unacknowledged."""
         report.unrecorded(refused, _REFUSED_AGAIN_S)
         if not self._draining:
-            self._flights.touch(refused.post_id)
+            self._in_flight.touch(refused.post_id)
             self._unwritten.append((time.time() + _REFUSED_AGAIN_S, item))
         elif not isinstance(item, _Refused):
             self._running.discard(refused.post_id)
             self._requeue(refused.post_id)
-        elif self._consumer is not None:
-            self._consumer.requeue([item.delivery])
+        elif self._broker_thread is not None:
+            self._broker_thread.requeue([item.delivery])
 
     def _due_again(self) -> list[Outcome | _Refused]:
         """Outcomes whose jobs were refused, to be written once more; at a drain all of them."""
@@ -321,16 +321,16 @@ class Keeper:
         self._ack(post_id)
 
     def _ack(self, post_id: str) -> None:
-        self._send_ack(self._flights.leave(post_id))
+        self._send_ack(self._in_flight.remove(post_id))
 
     def _send_ack(self, deliveries: Sequence[Delivery]) -> None:
-        if self._consumer is not None:
-            self._consumer.ack(deliveries)
+        if self._broker_thread is not None:
+            self._broker_thread.ack(deliveries)
 
     def _requeue(self, post_id: str) -> None:
-        deliveries = self._flights.leave(post_id)
-        if self._consumer is not None:
-            self._consumer.requeue(deliveries)
+        deliveries = self._in_flight.remove(post_id)
+        if self._broker_thread is not None:
+            self._broker_thread.requeue(deliveries)
 
     # Leases, retries, counts -----------------------------------------------------------------
 
@@ -367,7 +367,7 @@ class Keeper:
                 log.info("king.orphans_released", jobs=released)
 
     def _publish_due(self) -> None:
-        if self._publishing or self._consumer is None:
+        if self._publishing or self._broker_thread is None:
             return
         terms = self._now()
         jobs = self._persist(lambda: self._store.claim_due(terms, self._batch_size))
@@ -385,6 +385,6 @@ class Keeper:
             self._publish(messages, [], terms)  # there are no jobs to say it of
 
     def _publish(self, messages: list[PostMessage], jobs: list[str], terms: Terms) -> None:
-        if self._consumer is not None:
+        if self._broker_thread is not None:
             self._publishing = True
-            self._consumer.publish(messages, lambda: self._published.append((jobs, terms)))
+            self._broker_thread.publish(messages, lambda: self._published.append((jobs, terms)))

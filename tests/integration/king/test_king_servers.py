@@ -169,7 +169,7 @@ def test_database_killed_in_the_middle(site: Site, mongo_server: MongoServer) ->
         it.until(lambda: it.king.board.phase == "store_down")
         mongo_server.start()
         it.until(lambda: site.tagged == 40)
-        it.until(lambda: it.king.board.open_jobs is not None and len(it.king._flights) == 0)
+        it.until(lambda: it.king.board.open_jobs is not None and len(it.king._in_flight) == 0)
     assert site.store.counts()["jobs"] == {"running": 0, "waiting": 0, "queued": 0, "dead": 0}
     assert site.depth() == 0
 
@@ -184,7 +184,7 @@ def test_broker_restarted_in_the_middle(site: Site, redis_server: RedisServer) -
         it.until(lambda: it.king.board.phase == "broker_down")
         redis_server.start()
         it.until(lambda: site.tagged == 40 and it.king.board.phase == "serving")
-        it.until(lambda: len(it.king._flights) == 0)
+        it.until(lambda: len(it.king._in_flight) == 0)
     assert site.depth() == 0
     assert site.store.counts()["jobs"]["running"] == 0
 

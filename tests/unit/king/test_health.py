@@ -13,7 +13,8 @@ import pytest
 
 from king.broker.broker import Delivery
 from king.health import Board, read_health, write_health
-from king.in_flight import Flights, is_dead, own_name
+from king.identity import is_dead, own_name
+from king.in_flight import InFlight
 
 
 def test_health_file_is_always_whole(tmp_path: Path) -> None:
@@ -90,22 +91,22 @@ def test_rate_is_over_the_last_minute(monkeypatch: pytest.MonkeyPatch) -> None:
     json.dumps(seen)
 
 
-def test_flights_join_and_leave() -> None:
+def test_deliveries_of_a_post_leave_together() -> None:
     """Deliveries of one post gather, and leave together, once."""
-    flights = Flights()
+    in_flight = InFlight()
     first, second = Delivery(b"p1", 1, 1), Delivery(b'"p1"', 2, 1)
-    assert flights.join("p1", first)
-    assert not flights.join("p1", second)
-    assert len(flights) == 1
-    assert flights.oldest_s >= 0
-    assert list(flights.leave("p1")) == [first, second]
-    assert list(flights.leave("p1")) == []
-    assert flights.oldest_s == 0
+    assert in_flight.add("p1", first)
+    assert not in_flight.add("p1", second)
+    assert len(in_flight) == 1
+    assert in_flight.oldest_s >= 0
+    assert list(in_flight.remove("p1")) == [first, second]
+    assert list(in_flight.remove("p1")) == []
+    assert in_flight.oldest_s == 0
 
 
 def test_kings_know_who_is_dead() -> None:
     """A neighbour that has ended is dead; one that lives, or lives elsewhere, is not."""
-    code = "from king.flights import own_name; print(own_name(), flush=True); input()"
+    code = "from king.identity import own_name; print(own_name(), flush=True); input()"
     child = subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
