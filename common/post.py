@@ -25,6 +25,11 @@ MEDIA_KINDS: tuple[MediaKind, ...] = ("image", "video", "audio")
 FeatureArray: TypeAlias = npt.NDArray[np.float16]
 
 
+def clean(text: str) -> str:
+    """Replace what UTF-8 cannot hold: a lone surrogate would make the whole write fail."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
 def modality_of(stream: Stream) -> Modality:
     """The modality that a stream belongs to: what is there, missing or hidden as one."""
     return "video" if stream == "video_lstm" else stream
@@ -59,8 +64,9 @@ class Failure:
         return cls(stage=stage, type=type(error).__name__, message=text[:500], retryable=retryable)
 
     def as_dict(self) -> dict[str, str]:
-        """The three keys that are stored in MongoDB."""
-        return {"stage": self.stage, "type": self.type, "message": self.message}
+        """Return the three keys that are stored and answered."""
+        texts = {"stage": self.stage, "type": self.type, "message": self.message}
+        return {key: clean(text) for key, text in texts.items()}
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
+from common.retry import RetryPolicy
 from common.urls import redact
 from config.base import ExtractorName, PositiveInt, Seconds, Section
 from config.cache import CacheSettings
@@ -226,6 +227,11 @@ class KingSettings(Section):
     """How often one of the Kings looks for posts that have neither a result nor a job and publishes
     them, a batch at a time; 0 or null never does. It reads the posts without
     ``<result_path>.status``: an index on that path keeps it cheap in a large collection."""
+
+    @property
+    def retry(self) -> RetryPolicy:
+        """Return the policy for attempts at one post."""
+        return RetryPolicy(self.attempts, self.backoff_s, self.backoff_max_s)
 
 
 class EmbeddedSettings(Section):

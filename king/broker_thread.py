@@ -7,7 +7,6 @@ it connects again, with back-off; the broker then delivers once more what was no
 
 from __future__ import annotations
 
-import random
 import threading
 import time
 from collections import deque
@@ -18,10 +17,10 @@ from typing import TypeAlias
 import structlog
 
 from common.errors import BrokerUnavailable
+from common.retry import reconnect_delay_s
 from king.broker.broker import Broker, Delivery
 from king.health import Board
 from king.messages import PostMessage
-from king.retry import RECONNECT
 
 # The longest wait of an acknowledgement, since it is sent between two drains. Half of it doubles
 # the polls of an idle King on Redis; at double, posts per second fall where `prefetch` is small.
@@ -77,7 +76,6 @@ class BrokerThread:
         self._reconnect_asked = False
         self._stopping = threading.Event()
         self._depth_due = 0.0
-        self._rng = random.Random()  # noqa: S311 - jitter
 
     def ack(self, deliveries: Sequence[Delivery]) -> None:
         """Acknowledge messages (any thread)."""
@@ -193,7 +191,7 @@ class BrokerThread:
     def _back_off(self, failures: int, error: BrokerUnavailable) -> None:
         self._board.broker_up.clear()
         self._board.queue_depth = None
-        delay_s = RECONNECT.limit_s(failures) * self._rng.uniform(0.5, 1.0)
+        delay_s = reconnect_delay_s(failures)
         log.warning(
             "king.broker_unreachable",
             url=self._url,

@@ -21,7 +21,6 @@ from common.errors import FeatureError, RetryableError, TaggingError
 from config.settings import Settings
 from king.health import Board
 from king.jobs import Dead, GivenBack, Outcome, Retry, Started, Tagged
-from king.retry import BackoffPolicy
 from workers.plan import PostPlan, Step, costs_attempt
 from workers.pool.events import (
     BundleChanged,
@@ -90,7 +89,7 @@ class Dispatcher:
         self._settings = settings
         self._board = board
         self._on_outcome = on_outcome
-        self._backoff = BackoffPolicy.of(settings.king)
+        self._retry = settings.king.retry
         self._rng = rng or random.Random()  # noqa: S311 - jitter
         self._inbox: deque[Started] = deque()
         self._flights: dict[str, _Flight] = {}
@@ -262,8 +261,8 @@ class Dispatcher:
 
     def _attempt_failed(self, flight: _Flight, failure: Failure) -> None:
         timings_ms = flight.timings_ms
-        if failure.retryable and not self._last(flight):
-            due_at = time.time() + self._backoff.delay_s(flight.started.attempt, self._rng)
+        if self._retry.tries_again(failure, flight.started.attempt):
+            due_at = time.time() + self._retry.delay_s(flight.started.attempt, self._rng)
             self._end(flight, Retry(flight.started, failure, due_at, timings_ms))
         else:
             self._end(flight, Dead(flight.started, failure, timings_ms))
@@ -279,7 +278,7 @@ class Dispatcher:
         self._on_outcome(outcome)
 
     def _last(self, flight: _Flight) -> bool:
-        return flight.started.attempt >= self._settings.king.attempts
+        return self._retry.is_last(flight.started.attempt)
 
     def _expire(self) -> None:
         now = time.monotonic()

@@ -7,7 +7,6 @@ the same batch is written again and again: nothing is acknowledged, so the broke
 
 from __future__ import annotations
 
-import random
 import threading
 import time
 from collections import deque
@@ -19,6 +18,7 @@ from typing import TypeVar
 import structlog
 
 from common.errors import MessageError, StoreRefused, StoreUnavailable
+from common.retry import reconnect_delay_s
 from config.settings import KingSettings
 from king import report
 from king.broker.broker import Delivery
@@ -42,7 +42,6 @@ from king.jobs import (
 )
 from king.messages import PostMessage, parse_message
 from king.reconciler import Reconciler
-from king.retry import RECONNECT
 from king.store.store import Store
 from workers.protocol import Failure
 
@@ -112,7 +111,6 @@ class Keeper:
         self._stopping = threading.Event()
         self._second_due = self._renew_due = 0.0
         self._release_due: float | None = None
-        self._rng = random.Random()  # noqa: S311 - jitter
 
     def wire(self, broker_thread: BrokerThread, start: Callable[[Started], None]) -> None:
         """Connect the neighbours: where acknowledgements and begun posts go."""
@@ -205,7 +203,7 @@ class Keeper:
             except StoreUnavailable as error:
                 failures += 1
                 self._board.store_up.clear()
-                delay_s = RECONNECT.limit_s(failures) * self._rng.uniform(0.5, 1.0)
+                delay_s = reconnect_delay_s(failures)
                 log.warning(
                     "king.store_unreachable",
                     url=self._store.url,

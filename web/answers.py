@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from common.errors import BundleError, ConfigError
+from common.post import Tags
+from common.result import TagResult, rounded
 from config.labels import LabelMap
-from workers.protocol import Tags
 from workers.runner import Ran
-
-_STAGES = ("recall", "fetch", "decode", "extract", "fuse", "total")
 
 
 class Labels:
@@ -41,12 +41,12 @@ class Labels:
 def tagged(
     ran: Ran, *, labels: Labels | None = None, hide: Callable[[str], str] = str
 ) -> dict[str, Any]:
-    """The answer to ``POST /v1/tag``.
+    """Return the answer to ``POST /v1/tag``: the result's document, as `insighttag tag` prints it.
 
     Args:
-        ran: What became of the post.
-        labels: Where the names of all classes are; None leaves their scores out.
-        hide: Takes what is nobody's business out of a message.
+        ran: A post whose features were fused.
+        labels: Names of all classes; None leaves their scores out.
+        hide: Replaces the server's own paths in a message.
 
     Raises:
         BundleError: The names cannot be read, or are not those of the model.
@@ -54,33 +54,23 @@ def tagged(
     features, tags = ran.features, ran.tags
     if tags is None:
         raise BundleError("there is no fusion")
-    document: dict[str, Any] = {
-        "post_id": tags.post_id,
-        "model": tags.model,
-        "version": tags.version,
-        "tags": [{"id": int(t.id), "name": t.name, "score": _score(t.score)} for t in tags.tags],
-        "modalities": dict(features.statuses),
-        "failures": {
-            modality: {key: hide(text) for key, text in failure.as_dict().items()}
-            for modality, failure in features.failures.items()
-        },
-        "timings_ms": {s: ran.timings_ms[s] for s in _STAGES if s in ran.timings_ms},
+    failures = {
+        modality: replace(failure, message=hide(failure.message))
+        for modality, failure in features.failures.items()
     }
+    result = TagResult.tagged(tags, features.statuses, failures, timings_ms=ran.timings_ms)
+    document = result.answer()
     if labels is not None:
         document["scores"] = _all_scores(tags, labels.of((tags.model, tags.version)))
     return document
 
 
 def _all_scores(tags: Tags, labels: LabelMap) -> list[dict[str, Any]]:
-    """Every class with its score, the highest first."""
+    """Return every class with its score, the highest first."""
     if len(labels) != len(tags.scores):
-        raise BundleError("labels.json is not that of the bundle that is served")
-    found = [
-        {"id": i, "name": name, "score": _score(score)}
+        raise BundleError("labels.json does not belong to the bundle that is served")
+    scores = [
+        {"id": i, "name": name, "score": rounded(score)}
         for i, (name, score) in enumerate(zip(labels.names, tags.scores.tolist(), strict=True))
     ]
-    return sorted(found, key=lambda each: (-each["score"], each["id"]))
-
-
-def _score(score: float) -> float:
-    return round(float(score), 6)
+    return sorted(scores, key=lambda each: (-each["score"], each["id"]))

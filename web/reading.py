@@ -26,14 +26,13 @@ from werkzeug.wrappers import Request
 from werkzeug.wsgi import get_input_stream
 
 from common.errors import ConfigError, MessageError
+from common.post import Media, MediaKind, Post, clean
 from config.http import HttpSettings
 from config.load import validate
 from config.settings import Section
 from king.messages import PostMessage, parse_message
-from king.store.documents import clean
 from web.errors import ApiError, bad_request, too_large
 from web.uploads import Box, is_empty
-from workers.protocol import Media, MediaKind, Post
 
 _KINDS: tuple[tuple[MediaKind, str], ...] = (
     ("image", "images"),

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from common.retry import backoff_s
 from corpus.download.content import incoming_folder, left_over, place, present
 from corpus.download.crew import Crew
 from corpus.download.hosts import Hosts, Try, host_of
@@ -164,7 +165,7 @@ class Download:
     def _failed(self, item: Try, answer: Answer) -> list[tuple[str, Found]]:
         """Have a URL tried again later, or give what it and others get for good."""
         hosts, now, name = self._hosts, time.monotonic(), item.host
-        wait_s = min(self._options.backoff_s * 2**item.failed, self._options.backoff_max_s)
+        wait_s = backoff_s(item.failed + 1, self._options.backoff_s, self._options.backoff_max_s)
         wait_s *= self._chance.uniform(0.5, 1.0)
         if answer.unreachable:
             hosts.unreached(name, answer.found)

@@ -9,11 +9,12 @@ from typing import Any
 
 from bson import ObjectId, json_util
 
+from common.post import clean
 from common.times import moment_of
 from config.settings import FieldMap, StoreSettings
 from corpus.records import CorpusPost
 from king.messages import MAX_ID_BYTES
-from king.store.documents import clean, dig, read_post, sources
+from king.store.documents import dig, read_post, sources
 
 
 class NoPost(Exception):

@@ -7,9 +7,10 @@ import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 from common.post import Failure, Modality, Status, Tags
+from common.result import TagResult, rounded
 from fusion.infer.input import Bad
 
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
@@ -84,10 +85,10 @@ class TextSink:
 
 @dataclass(frozen=True)
 class JsonLines:
-    """A line for each post: ``{post_id, tags: [{id, name, score}], model, version, modalities}``.
+    """A line for each post: the result's document, as `insighttag tag` prints it.
 
-    Beside these ``failures`` where a modality could not be used, ``labels`` where they are known,
-    and ``scores``. Scores are written so that reading them gives the very float32 number again.
+    Then ``labels`` where they are known, and ``scores``: every class, with all digits, so that
+    reading them gives the same float32 numbers again.
 
     Attributes:
         scores: Write the score of every class.
@@ -105,15 +106,7 @@ class JsonLines:
 
     def _line(self, result: Result) -> str:
         tags = result.tags
-        content: dict[str, Any] = {
-            "post_id": tags.post_id,
-            "tags": [{"id": t.id, "name": t.name, "score": float(t.score)} for t in tags.tags],
-            "model": tags.model,
-            "version": tags.version,
-            "modalities": dict(result.statuses),
-        }
-        if result.failures:
-            content["failures"] = {m: f.as_dict() for m, f in result.failures.items()}
+        content = TagResult.tagged(tags, result.statuses, result.failures).answer()
         if result.labels:
             content["labels"] = list(result.labels)
         if self.scores:
@@ -149,7 +142,7 @@ class CsvTable:
         columns = [
             plain(tags.post_id),
             plain("|".join(tag.name.replace("|", "/") for tag in tags.tags)),
-            "|".join(repr(tag.score) for tag in tags.tags),
+            "|".join(repr(rounded(tag.score)) for tag in tags.tags),
             plain(tags.model),
             tags.version,
         ]

@@ -24,7 +24,6 @@ from king.jobs import (
 )
 from king.store.client import DUPLICATE_KEY, Document, Operation
 from king.store.documents import (
-    error_document,
     failed_result,
     id_candidates,
     match_ids,
@@ -66,7 +65,9 @@ class Claims(Archive):
                 operations.append(operation)
                 asked.append(post_id)
             if isinstance(verdict, Buried) and post_id in documents:
-                content = failed_result(verdict.failure, verdict.attempts, terms.bundle, {})
+                content = failed_result(
+                    post_id, verdict.failure, verdict.attempts, terms.bundle, {}
+                )
                 results.append(self.write_failed(documents[post_id]["_id"], content))
         self.bulk(self.posts, results)
         effective, refused = self.bulk(self.jobs, operations)
@@ -174,7 +175,7 @@ class Claims(Archive):
             post_id=claim.message.post_id,
             state="dead",
             attempts=buried.attempts,
-            last_error=error_document(buried.failure),
+            last_error=buried.failure.as_dict(),
             payload=claim.payload,
             priority=claim.message.priority,
             force=claim.message.force,

@@ -12,9 +12,10 @@ from typing import Any
 
 from bson import ObjectId
 
+from common.post import Failure, Media, MediaKind, Post, clean
+from common.result import TagResult
 from config.settings import FieldMap
 from king.jobs import Bundle, Tagged
-from workers.protocol import Failure, Media, MediaKind, Post
 
 _INT64_DIGITS = 18
 
@@ -106,48 +107,26 @@ def tagged_by(document: Mapping[str, Any], result_path: str, bundle: Bundle) -> 
 
 
 def tagged_result(outcome: Tagged) -> dict[str, Any]:
-    """The result sub-document of a tagged post."""
-    tags = outcome.tags
-    return {
-        "model": tags.model,
-        "version": tags.version,
-        "status": "tagged",
-        "tags": [
-            {"id": int(tag.id), "name": tag.name, "score": round(float(tag.score), 6)}
-            for tag in tags.tags
-        ],
-        "modalities": dict(outcome.statuses),
-        "failures": {m: error_document(failure) for m, failure in outcome.failures.items()},
-        "error": None,
-        "attempts": outcome.started.attempt,
-        "tagged_at": datetime.fromtimestamp(outcome.ended_at, timezone.utc),
-        "timings_ms": dict(outcome.timings_ms),
-    }
+    """Return the result sub-document of a tagged post."""
+    return TagResult.tagged(
+        outcome.tags,
+        outcome.statuses,
+        outcome.failures,
+        attempts=outcome.started.attempt,
+        tagged_at=datetime.fromtimestamp(outcome.ended_at, timezone.utc),
+        timings_ms=outcome.timings_ms,
+    ).document()
 
 
 def failed_result(
-    failure: Failure, attempts: int, bundle: Bundle, timings_ms: Mapping[str, int]
+    post_id: str, failure: Failure, attempts: int, bundle: Bundle, timings_ms: Mapping[str, int]
 ) -> dict[str, Any]:
-    """The result sub-document of a post that failed for good."""
-    return {
-        "model": bundle[0],
-        "version": bundle[1],
-        "status": "failed",
-        "tags": [],
-        "modalities": {},
-        "failures": {},
-        "error": error_document(failure),
-        "attempts": attempts,
-        "tagged_at": datetime.now(timezone.utc),
-        "timings_ms": dict(timings_ms),
-    }
-
-
-def clean(text: str) -> str:
-    """Text that UTF-8 can hold: a lone surrogate would make the whole write fail."""
-    return text.encode("utf-8", "replace").decode("utf-8")
-
-
-def error_document(failure: Failure) -> dict[str, str]:
-    """What is stored of a failure."""
-    return {key: clean(value) for key, value in failure.as_dict().items()}
+    """Return the result sub-document of a post that failed for good."""
+    return TagResult.failed(
+        post_id,
+        bundle,
+        failure,
+        attempts=attempts,
+        tagged_at=datetime.now(timezone.utc),
+        timings_ms=timings_ms,
+    ).document()

@@ -33,7 +33,6 @@ from king.jobs import (
 from king.store.claims import Claims, as_read
 from king.store.client import Operation
 from king.store.documents import (
-    error_document,
     failed_result,
     tagged_result,
 )
@@ -147,7 +146,7 @@ class MongoStore(Claims):
         if isinstance(outcome, Dead):
             started = outcome.started
             content = failed_result(
-                outcome.failure, started.attempt, terms.bundle, outcome.timings_ms
+                started.post_id, outcome.failure, started.attempt, terms.bundle, outcome.timings_ms
             )
             return self.write_failed(started.document_id, content)
         return None
@@ -158,7 +157,7 @@ class MongoStore(Claims):
             dead = Job(
                 post_id=key,
                 state="dead",
-                last_error=error_document(outcome.failure),
+                last_error=outcome.failure.as_dict(),
                 payload=outcome.payload,
                 updated_at=terms.now,
             ).as_document()
@@ -175,7 +174,7 @@ class MongoStore(Claims):
                 return DeleteOne(mine)
             queued = {"state": "queued", "attempts": before, "due_at": terms.now + QUEUED_FOR_S}
             return UpdateOne(mine, {"$set": {**free, **queued}})
-        error = {"last_error": error_document(outcome.failure)}
+        error = {"last_error": outcome.failure.as_dict()}
         if isinstance(outcome, Retry):
             waiting = {"state": "waiting", "due_at": round(outcome.due_at, 3)}
             return UpdateOne(mine, {"$set": {**free, **error, **waiting}})

@@ -10,6 +10,7 @@ import typer
 
 from common.errors import BundleError, ConfigError, TaggingError
 from common.post import Failure, Features, Post, Tags
+from common.result import TagResult
 from scripts.commands.common import AsJson, Config, Overrides, print_json, print_table, settings_of
 from scripts.commands.post_file import read_posts
 
@@ -50,7 +51,7 @@ def tag(
             tagger.load()
         except BundleError as error:
             raise ConfigError(f"fusion.bundle.bundle: {error}") from error
-        results = [result_of(post, tagger) for post in posts]
+        results = [result_of(post, tagger).answer() for post in posts]
     if as_json:
         print_json(results)
     else:
@@ -60,37 +61,14 @@ def tag(
         raise typer.Exit(1)
 
 
-def result_of(post: Post, tagger: Tagger) -> dict[str, Any]:
-    """One post's result: what the daemon writes, less attempts and times, under its ID."""
+def result_of(post: Post, tagger: Tagger) -> TagResult:
+    """Return one post's result."""
     try:
         features = tagger.features(post)
         tags = tagger.fuse(features)
     except TaggingError as error:
-        failure = Failure.of("extract", error)
-        model, version = tagger.bundle
-        return {
-            "post_id": post.post_id,
-            "model": model,
-            "version": version,
-            "status": "failed",
-            "tags": [],
-            "modalities": {},
-            "failures": {},
-            "error": failure.as_dict(),
-        }
-    return {
-        "post_id": post.post_id,
-        "model": tags.model,
-        "version": tags.version,
-        "status": "tagged",
-        "tags": [
-            {"id": tag.id, "name": tag.name, "score": round(float(tag.score), 6)}
-            for tag in tags.tags
-        ],
-        "modalities": dict(features.statuses),
-        "failures": {name: failure.as_dict() for name, failure in features.failures.items()},
-        "error": None,
-    }
+        return TagResult.failed(post.post_id, tagger.bundle, Failure.of("extract", error))
+    return TagResult.tagged(tags, features.statuses, features.failures)
 
 
 def _print(result: dict[str, Any]) -> None:

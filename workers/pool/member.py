@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from common.retry import backoff_s
 from workers.pool.events import WorkerState, WorkerView
 from workers.pool.launch import WorkerSpec
 from workers.pool.process import WorkerProcess
@@ -68,7 +69,7 @@ class Member:
             self.deaths += 1
             self.false_starts += self.state == "starting"
             self.strikes = 1 if answered else self.strikes + 1
-            delay_s = min(_BACKOFF_MOST_S, _BACKOFF_FIRST_S * 2.0 ** min(20, self.strikes - 1))
+            delay_s = backoff_s(self.strikes, _BACKOFF_FIRST_S, _BACKOFF_MOST_S)
         self.state, self.since, self.restart_at = "waiting", now, now + delay_s
         return delay_s
 

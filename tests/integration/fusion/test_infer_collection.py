@@ -14,12 +14,9 @@ from pymongo import MongoClient
 
 from config.infer import CollectionSettings
 from extractors.feature_file import write_features
-from king.jobs import Started, Tagged
-from king.store.documents import tagged_result
 from scripts.inference.collection import store_of
 from tests.support.fusion import support
 from tests.support.scripts import infer_rig as rig
-from workers.protocol import Post, Tags
 
 
 def target(url: str, name: str) -> str:
@@ -53,20 +50,14 @@ def test_the_collection_holds_what_the_daemon_writes(
         assert found[oid]["text"] == "x"
         assert found["posts4"]["insight"] == newer
         keys: dict[str, Any] = {str(oid): oid, "77": 77}
-        shape = tagged_result(Tagged(Started(Post("p"), "p", 1), no_tags(), {}))
         for line in rig.lines(folder / "t.jsonl"):
             if line["post_id"] == "posts4":
                 continue
             insight = found[keys.get(line["post_id"], line["post_id"])]["insight"]
-            assert insight.keys() == shape.keys()
-            assert insight["status"] == "tagged"
-            assert isinstance(insight["tagged_at"], datetime)
-            assert insight["modalities"] == line["modalities"]
-            assert [(t["id"], t["name"]) for t in insight["tags"]] == [
-                (t["id"], t["name"]) for t in line["tags"]
-            ]
-            for tag, wanted in zip(insight["tags"], line["tags"], strict=True):
-                assert tag["score"] == pytest.approx(wanted["score"], abs=1e-6)
+            assert isinstance(insight.pop("tagged_at"), datetime)
+            assert insight.pop("attempts") == 1
+            assert insight.pop("timings_ms") == {}
+            assert insight == {key: line[key] for key in insight}
         assert not list((folder / "notes").glob("*.part*"))
         client.drop_database(unique_name)
         only = ["--set", "collection.insert=false"]
@@ -106,13 +97,6 @@ def test_a_post_that_stands_twice_in_a_batch(
     finally:
         client.drop_database(unique_name)
         client.close()
-
-
-def no_tags() -> Tags:
-    """Tags of nothing."""
-    import numpy as np
-
-    return Tags("p", "m", "v", (), np.zeros(0, np.float32))
 
 
 def test_a_database_that_is_away_is_one_line(

@@ -31,7 +31,6 @@ from king.jobs import (
     message_key,
 )
 from king.store.documents import (
-    error_document,
     failed_result,
     match_ids,
     read_post,
@@ -94,7 +93,7 @@ class FakeStore:
             return Settled(post_id, "waiting" if decision == "waiting" else "dead")
         if decision == "exhausted" and job is not None:
             verdict = self._bury(claim, job, exhausted(job), terms)
-            content = failed_result(verdict.failure, verdict.attempts, terms.bundle, {})
+            content = failed_result(post_id, verdict.failure, verdict.attempts, terms.bundle, {})
             self._write(document, content)
             return verdict
         before = job.attempts if job is not None and decision in ("take", "resume") else 0
@@ -121,7 +120,7 @@ class FakeStore:
             post_id,
             "dead",
             attempts,
-            last_error=error_document(failure),
+            last_error=failure.as_dict(),
             payload=claim.payload,
             priority=claim.message.priority,
             force=claim.message.force,
@@ -136,7 +135,7 @@ class FakeStore:
 
     def _finish(self, outcome: Outcome, terms: Terms) -> Outcome:
         if isinstance(outcome, Unreadable):
-            key, error = message_key(outcome.payload), error_document(outcome.failure)
+            key, error = message_key(outcome.payload), outcome.failure.as_dict()
             self.jobs[key] = Job(
                 key, "dead", last_error=error, payload=outcome.payload, updated_at=terms.now
             )
@@ -149,8 +148,10 @@ class FakeStore:
         if isinstance(outcome, Tagged):
             self._write(document, tagged_result(outcome))
         elif isinstance(outcome, Dead):
-            failure = outcome.failure
-            self._write(document, failed_result(failure, started.attempt, terms.bundle, {}))
+            content = failed_result(
+                started.post_id, outcome.failure, started.attempt, terms.bundle, {}
+            )
+            self._write(document, content)
         job = self.jobs.get(started.post_id)
         if job is None or job.owner != terms.owner:
             return outcome
@@ -163,7 +164,7 @@ class FakeStore:
                 job, state="queued", attempts=attempts, due_at=due_at
             )
         else:
-            error = error_document(outcome.failure)
+            error = outcome.failure.as_dict()
             waits = isinstance(outcome, Retry)
             self.jobs[started.post_id] = replace(
                 job,

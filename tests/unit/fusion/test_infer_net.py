@@ -49,7 +49,7 @@ def test_input_and_output_as_the_readme_says(folder: Path) -> None:
     np.testing.assert_allclose([line["scores"] for line in found], wanted, atol=1e-6)
     for line in found:
         by_name = {tag["name"]: tag["score"] for tag in line["tags"]}
-        reached = {f"tag{i}": s for i, s in enumerate(line["scores"]) if s >= 0.5}
+        reached = {f"tag{i}": round(s, 6) for i, s in enumerate(line["scores"]) if s >= 0.5}
         assert by_name == reached
         assert set(line["modalities"].values()) <= {"ok", "missing"}
     assert sorted(p.name for p in folder.glob("*tags*")) == [".tags.jsonl.done.json", "tags.jsonl"]

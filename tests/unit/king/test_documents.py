@@ -7,10 +7,9 @@ from typing import Any
 import pytest
 from bson import ObjectId
 
-from common.post import Media
+from common.post import Media, clean
 from config.settings import FieldMap
 from king.store.documents import (
-    clean,
     dig,
     id_candidates,
     match_ids,

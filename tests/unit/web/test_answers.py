@@ -21,6 +21,7 @@ def test_tags_with_and_without_all_scores(desk: Desk) -> None:
         "post_id": "p/1",
         "model": "fake",
         "version": "1",
+        "status": "tagged",
         "tags": [{"id": 0, "name": "sport", "score": 0.9}],
         "modalities": {
             "video": "missing",
@@ -30,6 +31,7 @@ def test_tags_with_and_without_all_scores(desk: Desk) -> None:
             "ocr": "missing",
         },
         "failures": {},
+        "error": None,
         "timings_ms": plain.json["timings_ms"],
     }
     assert plain.json["timings_ms"]["total"] >= 0

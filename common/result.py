@@ -1,0 +1,126 @@
+"""The result of one post, and the one builder of the document that is written for it.
+
+The daemon and ``infer_net.py`` write the document into MongoDB, the HTTP server and
+``insighttag tag`` answer with it, and ``infer_net.py`` writes it as a line of JSON. A new key is a
+field of `TagResult` and a line of `TagResult.document`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, Literal
+
+from common.post import Failure, Modality, Status, Tag, Tags
+
+# Scores are probabilities of float32 models: six digits are more than they mean, and half of the
+# bytes that all of their digits would take in the database and in the logs of clients.
+_SCORE_DIGITS = 6
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TagResult:
+    """The tags of a post, or the reason why it has none.
+
+    Attributes:
+        model: Name of the bundle.
+        version: Version of the bundle.
+        tags: Tags whose score reaches their threshold, highest first.
+        modalities: ``ok``, ``missing`` or ``failed`` for each modality.
+        failures: Reason of each failed modality.
+        error: Reason why the post failed; None when it is tagged.
+        attempts: Number of the attempt that ended; None where attempts are not counted.
+        tagged_at: End of the attempt; None in files, which must not depend on the clock.
+        timings_ms: Milliseconds by stage; None where they are not measured.
+    """
+
+    post_id: str
+    model: str
+    version: str
+    status: Literal["tagged", "failed"] = "tagged"
+    tags: tuple[Tag, ...] = ()
+    modalities: Mapping[Modality, Status] = field(default_factory=dict)
+    failures: Mapping[Modality, Failure] = field(default_factory=dict)
+    error: Failure | None = None
+    attempts: int | None = None
+    tagged_at: datetime | None = None
+    timings_ms: Mapping[str, int] | None = None
+
+    @classmethod
+    def tagged(
+        cls,
+        tags: Tags,
+        modalities: Mapping[Modality, Status],
+        failures: Mapping[Modality, Failure],
+        *,
+        attempts: int | None = None,
+        tagged_at: datetime | None = None,
+        timings_ms: Mapping[str, int] | None = None,
+    ) -> TagResult:
+        """Return the result of a post that was tagged."""
+        return cls(
+            post_id=tags.post_id,
+            model=tags.model,
+            version=tags.version,
+            tags=tags.tags,
+            modalities=modalities,
+            failures=failures,
+            attempts=attempts,
+            tagged_at=tagged_at,
+            timings_ms=timings_ms,
+        )
+
+    @classmethod
+    def failed(
+        cls,
+        post_id: str,
+        bundle: tuple[str, str],
+        error: Failure,
+        *,
+        attempts: int | None = None,
+        tagged_at: datetime | None = None,
+        timings_ms: Mapping[str, int] | None = None,
+    ) -> TagResult:
+        """Return the result of a post that could not be tagged."""
+        return cls(
+            post_id=post_id,
+            model=bundle[0],
+            version=bundle[1],
+            status="failed",
+            error=error,
+            attempts=attempts,
+            tagged_at=tagged_at,
+            timings_ms=timings_ms,
+        )
+
+    def document(self) -> dict[str, Any]:
+        """Return the sub-document that MongoDB stores; keys that nobody measured are left out."""
+        content: dict[str, Any] = {
+            "model": self.model,
+            "version": self.version,
+            "status": self.status,
+            "tags": [
+                {"id": int(tag.id), "name": tag.name, "score": rounded(tag.score)}
+                for tag in self.tags
+            ],
+            "modalities": dict(self.modalities),
+            "failures": {name: failure.as_dict() for name, failure in self.failures.items()},
+            "error": self.error.as_dict() if self.error is not None else None,
+        }
+        if self.attempts is not None:
+            content["attempts"] = self.attempts
+        if self.tagged_at is not None:
+            content["tagged_at"] = self.tagged_at
+        if self.timings_ms is not None:
+            content["timings_ms"] = dict(self.timings_ms)
+        return content
+
+    def answer(self) -> dict[str, Any]:
+        """Return the document with the post's ID in front, for every output but the database."""
+        return {"post_id": self.post_id, **self.document()}
+
+
+def rounded(score: float) -> float:
+    """Return a score as it is shown and stored."""
+    return round(float(score), _SCORE_DIGITS)

@@ -1,0 +1,94 @@
+"""The retry policy: which failures cost an attempt, how many attempts there are, and the delays.
+
+Every path that works on posts (the daemon, HTTP, the offline commands) uses `RetryPolicy`; every
+other loop that tries again takes its delays from `backoff_s`. Nothing here reads a clock or sleeps.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from common.errors import WorkerDied
+
+if TYPE_CHECKING:  # settings import this module, and need no numpy
+    from common.post import Failure
+
+# Reconnections to the broker or the database: everything waits for them, so they start at a
+# quarter of a second and never pause for more than five. At half of these, many Kings press a
+# server that is just coming up; at double, the queue stands still for ten seconds after a restart.
+_RECONNECT_BASE_S = 0.25
+_RECONNECT_MAX_S = 5.0
+
+_RANDOM = random.Random()  # noqa: S311 - jitter
+
+
+def backoff_s(attempt: int, base_s: float, max_s: float) -> float:
+    """Return the longest delay after a failed attempt: `base_s` doubled each time, up to `max_s`.
+
+    Args:
+        attempt: Number of the attempt that failed; the first is 1.
+        base_s: Limit after the first attempt.
+        max_s: Limit that no delay exceeds.
+    """
+    exponent = min(max(attempt, 1) - 1, 60)  # 2 ** 60 is past every limit, and does not overflow
+    return float(min(max_s, base_s * 2.0**exponent))
+
+
+def reconnect_delay_s(failures: int) -> float:
+    """Return the delay before the next try to reach a server.
+
+    Between half and all of the limit: a delay near zero would only press the server.
+    """
+    return backoff_s(failures, _RECONNECT_BASE_S, _RECONNECT_MAX_S) * _RANDOM.uniform(0.5, 1.0)
+
+
+@dataclass(frozen=True, slots=True)
+class RetryPolicy:
+    """Attempts at one post.
+
+    Full jitter (a uniform draw between zero and the limit) spreads the retries of posts that failed
+    together, so that they do not fail together again.
+
+    Source: AWS Architecture Blog, "Exponential Backoff And Jitter" (2015).
+
+    Attributes:
+        attempts: Tries at one post before it is a dead letter.
+        base_s: Longest delay after the first attempt.
+        max_s: Limit that no delay exceeds.
+    """
+
+    attempts: int
+    base_s: float
+    max_s: float
+
+    def is_last(self, attempt: int) -> bool:
+        """Return True when no attempt follows this one; the first is 1."""
+        return attempt >= self.attempts
+
+    def tries_again(self, failure: Failure, attempt: int) -> bool:
+        """Return True when another attempt follows one that ended with `failure`."""
+        return failure.retryable and not self.is_last(attempt)
+
+    def delay_s(self, attempt: int, rng: random.Random = _RANDOM) -> float:
+        """Draw the delay after a failed attempt, between zero and its limit."""
+        return rng.uniform(0.0, backoff_s(attempt, self.base_s, self.max_s))
+
+    @staticmethod
+    def costs_attempt(stage: str, failure: Failure) -> bool:
+        """Return True when a step's failure ends the whole attempt, and not one modality alone.
+
+        The death of a worker does, and a retryable failure of decoding or extracting: both say more
+        about the worker than about the media file. A download is tried again by the downloader
+        itself, and without an answer of the cache a post simply goes on. A failure of the fusion,
+        which has no modality to lose, always ends the attempt; it is not asked for here.
+        """
+        if stage == "recall":
+            return False
+        return is_worker_death(failure) or (failure.retryable and stage in ("decode", "extract"))
+
+
+def is_worker_death(failure: Failure) -> bool:
+    """Return True when a step failed because its worker died."""
+    return failure.type == WorkerDied.__name__

@@ -1,0 +1,53 @@
+"""The one document of a result: the same keys and scores wherever it goes."""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime, timezone
+
+import numpy as np
+
+from common.post import Failure, Tag, Tags
+from common.result import TagResult
+from fusion.infer.outputs import JsonLines, Result
+
+TAGS = Tags("p1", "demo", "2", (Tag(3, "猫", 0.1234567890),), np.array([0.1234567], np.float32))
+BROKEN = Failure("decode", "MediaError", "half a \ud800 character")
+
+
+def test_the_documents_of_tagged_and_failed_posts_have_the_same_keys() -> None:
+    """In the order of the contract; a file gets no times, which would make runs differ."""
+    at = datetime(2026, 1, 2, tzinfo=timezone.utc)
+    tagged = TagResult.tagged(
+        TAGS, {"text": "ok"}, {"image": BROKEN}, attempts=2, tagged_at=at, timings_ms={"total": 9}
+    ).document()
+    failed = TagResult.failed(
+        "p1", ("demo", "2"), BROKEN, attempts=2, tagged_at=at, timings_ms={}
+    ).document()
+    assert list(tagged) == list(failed)
+    assert tagged == {
+        "model": "demo",
+        "version": "2",
+        "status": "tagged",
+        "tags": [{"id": 3, "name": "猫", "score": 0.123457}],
+        "modalities": {"text": "ok"},
+        "failures": {
+            "image": {"stage": "decode", "type": "MediaError", "message": "half a ? character"}
+        },
+        "error": None,
+        "attempts": 2,
+        "tagged_at": at,
+        "timings_ms": {"total": 9},
+    }
+    assert failed["status"] == "failed"
+    assert failed["error"] == tagged["failures"]["image"]
+    assert "tagged_at" not in TagResult.tagged(TAGS, {}, {}).document()
+
+
+def test_a_line_of_json_is_the_answer_and_all_scores() -> None:
+    """The tags are rounded as everywhere; the scores of all classes keep every digit."""
+    result = Result(TAGS, labels=("猫",), statuses={"text": "ok"}, failures={"image": BROKEN})
+    line = json.loads(JsonLines().text([result]))
+    assert next(iter(line)) == "post_id"
+    answer = TagResult.tagged(TAGS, {"text": "ok"}, {"image": BROKEN}).answer()
+    assert line == {**answer, "labels": ["猫"], "scores": [float(np.float32(0.1234567))]}
