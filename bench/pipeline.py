@@ -31,6 +31,7 @@ from config.load import load_settings
 from config.settings import Settings
 from demo.__main__ import CONFIG, ROOT
 from demo.layout import Layout, Sizes
+from extractors.parts import slot_bytes
 from scripts.commands.post_file import read_posts
 from workers.plan import PostPlan, Step
 from workers.pool.arena import Arena
@@ -40,7 +41,6 @@ from workers.protocol import (
     Fetched,
     FetchTask,
     FuseTask,
-    slot_bytes,
 )
 from workers.roles.tasks import run_decode, run_extract, run_fuse
 

@@ -96,7 +96,7 @@ def _items(name: Backbone, posts: Sequence[Post], settings: Settings) -> list[np
                 array = {
                     "video": None if decoded.frames is None else decoded.frames[None],
                     "image": decoded.image,
-                    "audio": decoded.patches,
+                    "audio": decoded.sound,
                 }[name]
                 found += [] if array is None else [array]
         items.append(np.concatenate(found) if found else np.empty((0,)))

@@ -302,8 +302,8 @@ class Dispatcher:
 
 def _let_go(step: Step, follow: Sequence[Step] = ()) -> None:
     """Remove the file that an ended step held, unless one that follows needs it."""
-    if step.holds is not None and all(each.holds != step.holds for each in follow):
-        _delete(step.holds)
+    if step.path is not None and all(each.path != step.path for each in follow):
+        _delete(step.path)
 
 
 def _delete(path: str) -> None:

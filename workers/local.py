@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from common.errors import BundleError, FeatureError, TaggingError
 from config.settings import Settings
+from extractors.parts import slot_bytes
 from workers.cache.features import FeatureCache
 from workers.cache.guarded import GuardedStore
 from workers.fetch.client import Fetcher
@@ -38,7 +39,6 @@ from workers.protocol import (
     Stream,
     Tags,
     Task,
-    slot_bytes,
 )
 from workers.roles.batch import Outcome, failure_of
 from workers.roles.tasks import run_decode, run_extract, run_fuse
@@ -236,8 +236,8 @@ class LocalTagger:
 
     def _clean(self, step: Step, follow: Sequence[Step]) -> None:
         """Delete a download once no step holds it; a file that was read in place stays."""
-        if step.holds is None or self._spool is None:
+        if step.path is None or self._spool is None:
             return
-        path = Path(step.holds)
-        if path.parent == Path(self._spool.name) and step.holds not in [s.holds for s in follow]:
+        path = Path(step.path)
+        if path.parent == Path(self._spool.name) and step.path not in [s.path for s in follow]:
             path.unlink(missing_ok=True)

@@ -272,8 +272,8 @@ class Walks:
 
     def _clean(self, walk: Walk, step: Step, follow: Sequence[Step]) -> None:
         """A download is of no more use once no step holds it; a file read in place stays."""
-        held = step.holds
-        if held in walk.downloads and all(each.holds != held for each in follow):
+        held = step.path
+        if held in walk.downloads and all(each.path != held for each in follow):
             walk.downloads.discard(held)
             _delete(held)
 

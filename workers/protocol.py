@@ -32,7 +32,8 @@ from common.post import (
     Tags,
     modality_of,
 )
-from config.settings import ExtractorName, Settings
+from config.settings import ExtractorName
+from extractors.parts import PartKind
 
 __all__ = [
     "MODALITIES",
@@ -79,14 +80,9 @@ __all__ = [
     "Task",
     "WorkerRole",
     "modality_of",
-    "slot_bytes",
 ]
 
-PartKind: TypeAlias = Literal["frames", "image", "patches", "picture"]
-
 WorkerRole: TypeAlias = Literal["fetch", "decode", "extract", "fuse", "cache"]
-
-PATCH_FRAMES, PATCH_BANDS, PATCH_S = 96, 64, 0.96
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,12 +107,7 @@ class ArrayRef:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One thing that was decoded from a media file.
-
-    ``frames`` and ``image`` are uint8 RGB ``(n, size, size, 3)`` for the visual extractors,
-    ``patches`` float32 ``(n, 96, 64)`` log-mel for the audio extractor, ``picture`` uint8 RGB
-    ``(height, width, 3)`` for OCR.
-    """
+    """One array that was decoded from a media file; `extractors.parts` has its dtype and shape."""
 
     kind: PartKind
     ref: ArrayRef
@@ -394,16 +385,3 @@ class Refused:
 
 
 Reply: TypeAlias = Ready | Began | Done | Failed | BundleLoaded | Refused
-
-
-def slot_bytes(settings: Settings) -> int:
-    """Size of one slot: the most that one media file can give under these settings, in bytes."""
-    features = settings.features
-    picture = features.ocr.max_side**2 * 3 if features.ocr.enabled else 0
-    patches = math.ceil(settings.decode.max_audio_s / PATCH_S) * PATCH_FRAMES * PATCH_BANDS * 4
-    video = features.video.frames * features.video.image_size**2 * 3
-    video += features.ocr.frames * picture + patches
-    image = features.image.max_frames * features.image.image_size**2 * 3 + picture
-    alignment = 64 * (8 + features.ocr.frames)
-    page = 4096
-    return -(-(max(video, image) + alignment) // page) * page

@@ -1,8 +1,8 @@
-"""One media file ─► the arrays that the extractors take.
+"""One media file -> the arrays that the extractors take (`extractors.parts` has their table).
 
-    image ─► image (n, S, S, 3), one picture for OCR
-    video ─► frames (m, S, S, 3), pictures for OCR, patches of its sound (j, 96, 64)
-    audio ─► patches (j, 96, 64)
+    image -> image (n, S, S, 3), one picture for OCR
+    video -> frames (m, S, S, 3), pictures for OCR, rows of its sound (j, ...)
+    audio -> rows of sound (j, ...)
 
 Runs in decoder processes that may die of a file; what a file can do short of that is a
 `MediaError` with one line. Frames are streamed: only what is returned is kept.
@@ -21,6 +21,7 @@ import numpy.typing as npt
 from common.errors import MediaError
 from common.post import Failure, MediaKind, Modality
 from config.settings import DecodeSettings, FeatureSettings
+from extractors.parts import PartKind, SoundInput, audio_encoder
 
 if TYPE_CHECKING:  # av and cv2 are loaded when the first file of their kind comes
     from extractors.media.sniff import FileType
@@ -30,7 +31,7 @@ Allocate: TypeAlias = Callable[[tuple[int, ...], np.dtype[Any]], npt.NDArray[Any
 """Gives the memory of a result: `numpy.empty`, or a view of shared memory."""
 
 Pixels: TypeAlias = npt.NDArray[np.uint8]
-Patches: TypeAlias = npt.NDArray[np.float32]
+SoundRows: TypeAlias = npt.NDArray[np.float32]
 Waveform: TypeAlias = npt.NDArray[np.float32]
 
 _UINT8 = np.dtype(np.uint8)
@@ -50,16 +51,27 @@ class DecodedMedia:
         frames: uint8 ``(m, S, S, 3)`` RGB of a video, S its extractor's size, in order of time;
             fewer than `features.video.frames` where the clip has fewer distinct frames.
         image: uint8 ``(n, S, S, 3)`` RGB of an image; n above 1 only for animations.
-        patches: float32 ``(j, 96, 64)`` log-mel of a sound file or of a video's sound.
+        sound: float32 ``(j, ...)`` of a sound file or of a video's sound, as its encoder takes it.
         pictures: uint8 ``(height, width, 3)`` RGB for OCR.
         failures: Which side of a video is broken while the other is usable.
     """
 
     frames: Pixels | None = None
     image: Pixels | None = None
-    patches: Patches | None = None
+    sound: SoundRows | None = None
     pictures: tuple[Pixels, ...] = ()
     failures: Mapping[Modality, Failure] = field(default_factory=dict)
+
+    @property
+    def parts(self) -> list[tuple[PartKind, npt.NDArray[Any]]]:
+        """Every array that has rows, by its name in the table."""
+        arrays: list[tuple[PartKind, npt.NDArray[Any] | None]] = [
+            ("frames", self.frames),
+            ("image", self.image),
+            ("sound", self.sound),
+            *(("picture", picture) for picture in self.pictures),
+        ]
+        return [(kind, array) for kind, array in arrays if array is not None and array.size]
 
 
 def decode_media(
@@ -85,7 +97,7 @@ def decode_media(
         return _decode_image(Path(path), features, limits, allocate)
     if kind == "video":
         return _decode_video(Path(path), features, limits, allocate)
-    return _decode_sound(Path(path), limits, allocate)
+    return _decode_sound(Path(path), features, limits, allocate)
 
 
 def _decode_image(
@@ -106,17 +118,20 @@ def _decode_image(
     return DecodedMedia(image=image, pictures=pictures)
 
 
-def _decode_sound(path: Path, limits: DecodeSettings, allocate: Allocate) -> DecodedMedia:
+def _decode_sound(
+    path: Path, features: FeatureSettings, limits: DecodeSettings, allocate: Allocate
+) -> DecodedMedia:
     from extractors.media.containers import find_stream, open_container, packets
     from extractors.media.sniff import check_type
-    from extractors.media.sound import RATE_HZ, SoundTrack
+    from extractors.media.sound import SoundTrack
 
     found = check_type(path, "audio")
+    sound = audio_encoder(features.audio).sound
     with open_container(path, found) as container:
         stream = find_stream(container, "audio")
         if stream is None:
             raise MediaError(f"{found.name} has no sound")
-        track = SoundTrack(stream, min(limits.max_audio_s, limits.max_duration_s))
+        track = SoundTrack(stream, min(limits.max_audio_s, limits.max_duration_s), sound.rate_hz)
         for packet in packets(container, stream):
             track.feed(packet)
             if track.full:
@@ -125,10 +140,11 @@ def _decode_sound(path: Path, limits: DecodeSettings, allocate: Allocate) -> Dec
         if not len(waveform):
             raise MediaError(f"{found.name} is empty: it has no sound")
         if found.family in ("flac", "mp3", "id3") and stream.duration and not track.full:
-            promised_s, got_s = float(stream.duration * stream.time_base), len(waveform) / RATE_HZ
+            promised_s = float(stream.duration * stream.time_base)
+            got_s = len(waveform) / sound.rate_hz
             if got_s < (1 - _LOST_SOUND) * promised_s:
                 raise MediaError(f"truncated {found.name}: {got_s:.1f} of {promised_s:.1f} s")
-    return DecodedMedia(patches=_patches(waveform, allocate))
+    return DecodedMedia(sound=_sound_rows(waveform, sound, allocate))
 
 
 def _decode_video(
@@ -138,26 +154,27 @@ def _decode_video(
 
     found = check_type(path, "video")
     failures: dict[Modality, Failure] = {}
-    patches: Patches | None = None
-    index, sound = _scan(path, found, limits)
-    if isinstance(sound, MediaError):
-        failures["audio"] = Failure.of("decode", sound)
-    elif len(sound):
-        patches = _patches(sound, allocate)
+    sound: SoundRows | None = None
+    taken = audio_encoder(features.audio).sound
+    index, waveform = _scan(path, found, limits, taken.rate_hz)
+    if isinstance(waveform, MediaError):
+        failures["audio"] = Failure.of("decode", waveform)
+    elif len(waveform):
+        sound = _sound_rows(waveform, taken, allocate)
     try:
         frames, pictures = _frames(
             path, found, index, features=features, limits=limits, allocate=allocate
         )
     except MediaError as error:
-        if patches is None:
+        if sound is None:
             raise
         failures["video"] = Failure.of("decode", error)
-        return DecodedMedia(patches=patches, failures=failures)
-    return DecodedMedia(frames=frames, patches=patches, pictures=pictures, failures=failures)
+        return DecodedMedia(sound=sound, failures=failures)
+    return DecodedMedia(frames=frames, sound=sound, pictures=pictures, failures=failures)
 
 
 def _scan(
-    path: Path, found: FileType, limits: DecodeSettings
+    path: Path, found: FileType, limits: DecodeSettings, rate_hz: int
 ) -> tuple[PacketIndex | None, Waveform | MediaError]:
     """First pass: the index of the video's packets, and its sound, or why that is broken."""
     from extractors.media.containers import find_stream, open_container, packets
@@ -167,7 +184,7 @@ def _scan(
     with open_container(path, found) as container:
         video, audio = find_stream(container, "video"), find_stream(container, "audio")
         index = PacketIndex(video, limits.max_duration_s) if video is not None else None
-        track = SoundTrack(audio, min(limits.max_audio_s, limits.max_duration_s))
+        track = SoundTrack(audio, min(limits.max_audio_s, limits.max_duration_s), rate_hz)
         for packet in packets(container, *(s for s in (video, audio) if s is not None)):
             if index is not None and packet.stream.type == "video":
                 index.add(packet)
@@ -285,10 +302,10 @@ def _check_whole(got: int, expected: int, found: FileType) -> None:
         raise MediaError(f"broken {found.name}: {got} of {expected} frames are there")
 
 
-def _patches(waveform: Waveform, allocate: Allocate) -> Patches:
-    from extractors.media.sound import log_mel_patches
+def _sound_rows(waveform: Waveform, sound: SoundInput, allocate: Allocate) -> SoundRows:
+    from extractors.media.sound import sound_rows
 
-    return _copy(log_mel_patches(waveform), allocate)
+    return _copy(sound_rows(waveform, sound), allocate)
 
 
 def _copy(array: npt.NDArray[Any], allocate: Allocate) -> npt.NDArray[Any]:

@@ -1,4 +1,6 @@
-"""Sound ─► log-mel patches, as VGGish was trained on; the resampling is FFmpeg's, by PyAV.
+"""Sound -> the rows that an encoder takes: log-mel patches, or windows of the waveform.
+
+The resampling is FFmpeg's, by PyAV.
 
 Source of the patches: VGGish (Hershey et al., ICASSP 2017), tensorflow/models
 ``research/audioset/vggish``: mono 16 kHz, 25 ms periodic Hann, 10 ms hop, FFT 512, magnitude,
@@ -16,12 +18,12 @@ import numpy.typing as npt
 
 from common.errors import MediaError
 from extractors.media.containers import Packet, Stream, reason
+from extractors.parts import LogMelPatches, SoundInput, WaveformWindows
 
 Waveform: TypeAlias = npt.NDArray[np.float32]
-Patches: TypeAlias = npt.NDArray[np.float32]
+Rows: TypeAlias = npt.NDArray[np.float32]
 
-RATE_HZ = 16_000
-PATCH_FRAMES, BANDS = 96, 64
+PATCH_FRAMES, BANDS = LogMelPatches.shape
 _WINDOW, _HOP, _FFT = 400, 160, 512  # samples
 _LOWEST_HZ, _HIGHEST_HZ = 125.0, 7500.0
 _LOG_OFFSET = 0.01
@@ -31,7 +33,44 @@ _PATCH_SAMPLES = _WINDOW + (PATCH_FRAMES - 1) * _HOP
 _BLOCK_PATCHES = 10  # patches transformed at once, so that minutes of sound need no gigabytes
 
 
-def log_mel_patches(waveform: Waveform) -> Patches:
+def sound_rows(waveform: Waveform, sound: SoundInput) -> Rows:
+    """Turn sound into the rows of an encoder.
+
+    Args:
+        waveform: float32 ``(samples,)`` in [-1, 1], mono, at ``sound.rate_hz``.
+        sound: The encoder's input.
+
+    Returns:
+        float32 ``(n, *sound.shape)``, n at least 1.
+    """
+    match sound:
+        case LogMelPatches():
+            return log_mel_patches(waveform)
+        case WaveformWindows(samples=samples):
+            return waveform_windows(waveform, samples)
+
+
+def waveform_windows(waveform: Waveform, samples: int) -> Rows:
+    """Cut sound into windows without overlap.
+
+    The rest beyond whole windows is padded with silence if it fills half a window, else dropped;
+    sound shorter than one window is always padded.
+
+    Args:
+        waveform: float32 ``(total,)``.
+        samples: Length of a window.
+
+    Returns:
+        float32 ``(windows, samples)``.
+    """
+    count = max(1, (len(waveform) + samples // 2) // samples)
+    windows = np.zeros(count * samples, np.float32)
+    kept = waveform[: len(windows)]
+    windows[: len(kept)] = kept
+    return windows.reshape(count, samples)  # (count * samples,) -> (count, samples)
+
+
+def log_mel_patches(waveform: Waveform) -> Rows:
     """Turn sound into VGGish's input.
 
     Sound under one patch is padded with silence; what is left beyond whole patches is dropped.
@@ -66,8 +105,8 @@ def _window() -> npt.NDArray[np.float64]:
 
 @lru_cache(maxsize=1)
 def _mel_weights() -> npt.NDArray[np.float64]:
-    """HTK mel triangles ``(257, 64)``: FFT bins ─► bands; the DC bin counts nothing."""
-    bins = _mel(np.linspace(0.0, RATE_HZ / 2, _FFT // 2 + 1))[:, None]  # (257, 1)
+    """HTK mel triangles ``(257, 64)``: FFT bins -> bands; the DC bin has no weight."""
+    bins = _mel(np.linspace(0.0, LogMelPatches.rate_hz / 2, _FFT // 2 + 1))[:, None]  # (257, 1)
     edges = np.linspace(_mel(np.float64(_LOWEST_HZ)), _mel(np.float64(_HIGHEST_HZ)), BANDS + 2)
     lower, centre, upper = edges[:-2], edges[1:-1], edges[2:]  # (64,) each
     rising, falling = (bins - lower) / (centre - lower), (upper - bins) / (upper - centre)
@@ -81,7 +120,7 @@ def _mel(frequency_hz: Any) -> Any:
 
 
 class SoundTrack:
-    """Collects one sound stream as mono 16 kHz, packet by packet, up to a limit.
+    """Collects one sound stream as mono at one rate, packet by packet, up to a limit.
 
     A stream of None stands for no sound, which is no mistake: it gives an empty waveform.
 
@@ -89,10 +128,11 @@ class SoundTrack:
         error: Why packets could not be decoded; None when all could.
     """
 
-    def __init__(self, stream: Stream | None, max_audio_s: float) -> None:
+    def __init__(self, stream: Stream | None, max_audio_s: float, rate_hz: int) -> None:
+        self._rate_hz = rate_hz
         self._codec: Any = stream.codec_context if stream is not None else None
         self._chunks: list[Waveform] = []
-        self._left = int(max_audio_s * RATE_HZ) if stream is not None else 0
+        self._left = int(max_audio_s * rate_hz) if stream is not None else 0
         self._setup: tuple[object, ...] | None = None
         self._resampler: Any = None
         self._broken = self._decoded = 0
@@ -140,7 +180,9 @@ class SoundTrack:
             self._drain()
             self._setup = setup
             # Interleaved: PyAV reads past the end of a planar frame's list of 8 channels and more.
-            self._resampler = av.AudioResampler(format="flt", layout=frame.layout, rate=RATE_HZ)
+            self._resampler = av.AudioResampler(
+                format="flt", layout=frame.layout, rate=self._rate_hz
+            )
         self._decoded += 1
         frame.pts = None  # gaps and jumps of time stamps are no silence
         self._convert(self._resampler, frame)

@@ -1,12 +1,13 @@
-"""Log-mel patches ─► features of VGGish, or of any timm model with one input channel."""
+"""Sound -> features: VGGish, any timm model with one input channel, or a line of the part table."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import import_module
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -32,22 +33,71 @@ from extractors.models.weights import (
     seeded,
     weights_digest,
 )
+from extractors.parts import LogMelPatches, audio_encoder
 
 if TYPE_CHECKING:
     import torch
 
-PATCH_SHAPE = (96, 64)
-"""Frames of 10 ms, mel bands."""
-
-_PREPROCESSING = "16 kHz mono, 25 ms periodic Hann, 10 ms hop, 64 mel bands 125-7500 Hz, log +0.01"
 _SETTING = "features.audio"
 _DIM = 128
 _CLIP = 2.0
 _PCA_VECTORS, _PCA_MEANS = "pca_eigen_vectors", "pca_means"
 
 
+class SoundModel(Protocol):
+    """An encoder of sound, as `extractors.parts.AUDIO_ENCODERS` names it.
+
+    Attributes:
+        kind: Part of the features' fingerprint; the encoder's family.
+        dim: Columns of the features, known after `load`.
+        digest: Of the weights, known after `load`.
+    """
+
+    kind: str
+    dim: int
+    digest: str
+
+    def load(self) -> None:
+        """Load the weights onto the device.
+
+        Raises:
+            ConfigError: They cannot be loaded.
+        """
+
+    def run(self, rows: Rows, name: str) -> FeatureArray:
+        """Turn rows, float32 ``(n, *shape)`` of the table, into float16 ``(n, dim)``.
+
+        Raises:
+            FeatureError: The model gave values that are not finite.
+        """
+
+    def close(self) -> None:
+        """Free the model."""
+
+
+def timm_model(settings: AudioSettings, device: str) -> TimmBackbone:
+    """Return any timm model, which reads log-mel patches as a picture of one channel."""
+    return TimmBackbone(
+        settings.arch,
+        settings.weights,
+        channels=1,
+        size=LogMelPatches.shape,
+        precision=settings.precision,
+        device=device,
+        setting=_SETTING,
+        allow_pickle=settings.allow_pickle,
+    )
+
+
+def sound_model(settings: AudioSettings, device: str) -> SoundModel:
+    """Return the encoder that the settings name; nothing is loaded yet."""
+    module, _, name = audio_encoder(settings).model.partition(":")
+    model: SoundModel = getattr(import_module(module), name)(settings, device)
+    return model
+
+
 class AudioExtractor:
-    """float32 ``(j, 96, 64)`` log-mel patches ─► float16 ``(j, dim)``, one row per 0.96 s."""
+    """Rows of sound, float32 ``(j, *shape)`` as the part table says -> float16 ``(j, dim)``."""
 
     name: ExtractorName = "audio"
 
@@ -55,20 +105,8 @@ class AudioExtractor:
         self.dim = 0
         self.fingerprint = ""
         self._settings = settings
-        self._model: Vggish | TimmBackbone = (
-            Vggish(settings, device)
-            if settings.arch == "vggish"
-            else TimmBackbone(
-                settings.arch,
-                settings.weights,
-                channels=1,
-                size=PATCH_SHAPE,
-                precision=settings.precision,
-                device=device,
-                setting=_SETTING,
-                allow_pickle=settings.allow_pickle,
-            )
-        )
+        self._sound = audio_encoder(settings).sound
+        self._model = sound_model(settings, device)
         self._loaded = False
 
     def load(self) -> None:
@@ -82,14 +120,14 @@ class AudioExtractor:
         self._model.load()
         self._loaded = True
         self.dim = self._model.dim
-        vggish = self._settings.arch == "vggish"
+        vggish = self._model.kind == "vggish"
         self.fingerprint = digest(
             {
-                "kind": "vggish" if vggish else "timm",
+                "kind": self._model.kind,
                 "arch": self._settings.arch,
                 "weights": self._model.digest,
                 "dim": self.dim,
-                "preprocessing": _PREPROCESSING,
+                "preprocessing": self._sound.preprocessing,
                 "stray_relu": vggish and self._settings.stray_relu,
                 "postprocess": vggish and self._settings.postprocess,
             }
@@ -99,15 +137,15 @@ class AudioExtractor:
         """Check one item.
 
         Raises:
-            FeatureError: It is not float32 ``(j, 96, 64)``, or holds values that are not finite.
+            FeatureError: It is not float32 ``(j, *shape)``, or holds values that are not finite.
         """
-        rows = check_rows("audio", item, PATCH_SHAPE, "float32")
+        rows = check_rows("audio", item, self._sound.shape, "float32")
         if not np.isfinite(rows).all():
-            raise FeatureError("audio: the patches hold values that are not finite")
+            raise FeatureError("audio: the sound holds values that are not finite")
         return rows
 
     def forward(self, items: Sequence[Rows]) -> list[FeatureArray]:
-        """Features of every patch of every item.
+        """Return the features of every row of every item.
 
         Raises:
             FeatureError: The model gave values that are not finite.
@@ -132,6 +170,8 @@ class Vggish:
     Source: harritaylor/torchvggish, ``torchvggish.py``; its released graph ends in a ReLU that the
     original does not have (its issue 24).
     """
+
+    kind = "vggish"
 
     def __init__(self, settings: AudioSettings, device: str) -> None:
         self.dim = _DIM

@@ -49,6 +49,8 @@ class TimmBackbone:
         allow_pickle: Whether ``weights`` may be a whole pickled model.
     """
 
+    kind = "timm"
+
     def __init__(
         self,
         arch: str,

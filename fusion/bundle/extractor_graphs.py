@@ -11,10 +11,11 @@ from torch import nn
 from common.errors import ConfigError
 from common.post import Stream
 from config.settings import FeatureSettings
-from extractors.models.audio import PATCH_SHAPE, Vggish
+from extractors.models.audio import Vggish, timm_model
 from extractors.models.text_model import load_text_model
 from extractors.models.timm_backbone import TimmBackbone
 from extractors.models.visual import make_backbone
+from extractors.parts import LogMelPatches, audio_encoder
 from extractors.suite import ExtractorSuite
 from fusion.bundle.export import Graph, Inputs, Port
 
@@ -134,21 +135,17 @@ def _pictures(name: Literal["image", "video"], settings: Any, features: FeatureS
 
 def _audio(features: FeatureSettings) -> Graph:
     settings = features.audio
+    if audio_encoder(settings).sound != LogMelPatches():
+        raise ConfigError(
+            f"features.audio.arch: {settings.arch} cannot be exported; only encoders of log-mel "
+            "patches can"
+        )
     model: Vggish | TimmBackbone
     if settings.arch == "vggish":
         model = Vggish(settings, "cpu")
         after = model.postprocess
     else:
-        model = TimmBackbone(
-            settings.arch,
-            settings.weights,
-            channels=1,
-            size=PATCH_SHAPE,
-            precision="fp32",
-            device="cpu",
-            setting="features.audio",
-            allow_pickle=settings.allow_pickle,
-        )
+        model = timm_model(settings, "cpu")
         after = nn.Identity()
     model.load()
     about = {
@@ -160,7 +157,7 @@ def _audio(features: FeatureSettings) -> Graph:
         Patches(model.model, after),
         model.model,
         name="patches",
-        shape=PATCH_SHAPE,
+        shape=LogMelPatches.shape,
         top=1.0,
         about=about,
     )

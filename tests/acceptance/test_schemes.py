@@ -28,13 +28,13 @@ from common.post import Features, Media, Post, Stream, Tags, modality_of
 from config.load import load_settings
 from config.settings import FeatureSettings, ImageSettings, OcrSettings, Settings, VideoSettings
 from extractors.feature_file import read_features, write_features
+from extractors.parts import slot_bytes
 from tests.support import media
 from tests.support.fakes.broker import MemoryBroker, MemoryQueue
 from tests.support.fakes.store import FakeStore
 from tests.support.tiny_models import TINY_CNN, tiny_features
 from workers.local import LocalTagger
 from workers.pool.pool import ProcessPool
-from workers.protocol import slot_bytes
 
 Scheme = Literal[1, 2]
 OcrMode = Literal["append", "separate"]

@@ -15,6 +15,7 @@ from typing import Any
 from common.errors import MediaError
 from common.files import file_digest
 from config.settings import Settings
+from extractors.parts import PARTS
 from workers.cache.entry import Entry
 from workers.cache.guarded import GuardedStore
 from workers.cache.keys import Keys
@@ -37,13 +38,6 @@ from workers.protocol import (
     Task,
     modality_of,
 )
-
-_OF_PART: Mapping[PartKind, str] = {
-    "frames": "video",
-    "image": "image",
-    "patches": "audio",
-    "picture": "ocr",
-}
 
 
 class FeatureCache:
@@ -108,7 +102,7 @@ class FeatureCache:
 
     def _streams(self, part: PartKind) -> list[Stream]:
         """The streams that a part is turned into, of those that the extractors give."""
-        modality = _OF_PART[part]
+        modality = PARTS[part].modality
         return [s for s in STREAMS if modality_of(s) == modality and s in self._fingerprints]
 
     def _keys_of(self, asked: CacheQuery, sha256: str) -> dict[str, str]:

@@ -16,7 +16,8 @@ from typing import Any
 
 from common.post import MEDIA_KINDS
 from config.settings import Settings
-from workers.protocol import STREAMS, MediaKind, Stream, slot_bytes
+from extractors.parts import slot_bytes
+from workers.protocol import STREAMS, MediaKind, Stream
 
 FORMAT = 1
 """Raise it when entries of this code mean something else than before."""
@@ -47,7 +48,7 @@ class Keys:
 
     def media(self, sha256: str, kind: MediaKind) -> str:
         """What decoding a file gave."""
-        return _key("media", sha256, kind, self._parts[kind])
+        return _key("parts", sha256, kind, self._parts[kind])
 
     def stream(self, sha256: str, kind: MediaKind, stream: Stream, fingerprint: str) -> str:
         """Features of a media file; for ``ocr`` the text that was read in it."""

@@ -17,9 +17,9 @@ import numpy as np
 import numpy.typing as npt
 
 from common.errors import FeatureError, MediaError
+from extractors.parts import ALIGNMENT
 from workers.protocol import ArrayRef
 
-ALIGNMENT = 64
 _DTYPES = frozenset({"uint8", "float32", "float16"})
 
 AnyArray = npt.NDArray[np.generic]

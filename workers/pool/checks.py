@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from extractors.parts import PARTS
 from workers.pool.pipe import PipeBroken
 from workers.pool.schedule import Entry
 from workers.protocol import (
@@ -31,7 +32,6 @@ from workers.protocol import (
 )
 
 _BY_LANE: dict[str, type] = {"recall": CacheHits, "fetch": Fetched, "decode": Decoded, "fuse": Tags}
-_KINDS = ("frames", "image", "patches", "picture")
 _MAX_PARTS = 4096
 
 
@@ -99,7 +99,7 @@ def _check_decoded(entry: Entry, decoded: Decoded) -> None:
             raise PipeBroken("a failure of no modality")
         check_failure(failure)
     for part in decoded.parts:
-        if type(part) is not Part or part.kind not in _KINDS or type(part.ref) is not ArrayRef:
+        if type(part) is not Part or part.kind not in PARTS or type(part.ref) is not ArrayRef:
             raise PipeBroken("a part that is none")
         ref = part.ref
         numbers = (ref.slot, ref.offset, *ref.shape)

@@ -14,6 +14,7 @@ import structlog
 
 from common.errors import ConfigError, RetryableError, WorkerDied
 from config.settings import ExtractorName, Settings
+from extractors.parts import slot_bytes
 from workers.cache.notes import update_of
 from workers.fetch.spool import Spool
 from workers.pool.arena import create_arena
@@ -56,7 +57,6 @@ from workers.protocol import (
     Stream,
     Task,
     WorkerRole,
-    slot_bytes,
 )
 
 __all__ = [

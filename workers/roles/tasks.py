@@ -10,7 +10,7 @@ import numpy as np
 from common.errors import FeatureError
 from config.settings import DecodeSettings, FeatureSettings
 from workers.pool.arena import Arena
-from workers.protocol import Decoded, DecodeTask, Extracted, ExtractTask, FuseTask, Part, PartKind
+from workers.protocol import Decoded, DecodeTask, Extracted, ExtractTask, FuseTask, Part
 from workers.roles.batch import Outcome, run_batch
 
 if TYPE_CHECKING:
@@ -30,15 +30,7 @@ def run_decode(
 
     writer = arena.writer(task.slot)
     media = decode_media(task.kind, task.path, features, limits, writer)
-    named: list[tuple[PartKind, Any]] = [
-        ("frames", media.frames),
-        ("image", media.image),
-        ("patches", media.patches),
-        *(("picture", picture) for picture in media.pictures),
-    ]
-    parts = tuple(
-        Part(kind, writer.ref(array)) for kind, array in named if array is not None and array.size
-    )
+    parts = tuple(Part(kind, writer.ref(array)) for kind, array in media.parts)
     return Decoded(parts, dict(media.failures))
 
 

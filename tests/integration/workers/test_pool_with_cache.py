@@ -69,8 +69,8 @@ def through(driver: Driver, *posts: Post) -> list[Features]:
     steps: dict[int, tuple[PostPlan, Step]] = {}
 
     def submit(plan: PostPlan, some: list[Step], ended: Step | None = None) -> None:
-        if ended is not None and ended.holds and ended.holds not in [s.holds for s in some]:
-            Path(ended.holds).unlink()
+        if ended is not None and ended.path and ended.path not in [s.path for s in some]:
+            Path(ended.path).unlink()
         for step in some:
             steps[driver.submit(step.task)] = (plan, step)
 

@@ -47,7 +47,7 @@ from workers.protocol import (
 Answer: TypeAlias = Result | Failure | None
 """A result, a failure, or None for a task that never ends."""
 
-_PART_OF: dict[MediaKind, PartKind] = {"audio": "patches", "video": "frames", "image": "image"}
+_PART_OF: dict[MediaKind, PartKind] = {"audio": "sound", "video": "frames", "image": "image"}
 
 DIED = Failure("extract", "WorkerDied", "worker fake-0 died (signal 9)", retryable=True)
 
@@ -239,7 +239,7 @@ def default_answer(task: Task) -> Answer:
 def decoded(kind: PartKind) -> Decoded:
     """One array for a feature, and one picture to read."""
     parts = [Part(kind, ArrayRef(0, 0, (1, 2, 2, 3), "uint8"))]
-    if kind != "patches":
+    if kind != "sound":
         parts.append(Part("picture", ArrayRef(0, 64, (2, 2, 3), "uint8")))
     return Decoded(tuple(parts))
 

@@ -14,8 +14,8 @@ from common.errors import MediaError
 from common.post import MEDIA_KINDS, MediaKind
 from config.settings import DecodeSettings, FeatureSettings, Settings
 from extractors.media.decode import decode_media
+from extractors.parts import slot_bytes
 from tests.support import media
-from workers.protocol import slot_bytes
 
 
 class Slot:
@@ -57,12 +57,12 @@ def test_results_lie_in_the_allocated_memory(tmp_path: Path, kind: MediaKind) ->
         path = media.write_wav(tmp_path / "a.wav", media.tone(440, 9))
     slot = Slot(slot_bytes(SMALL))
     decoded = decode_media(kind, path, SMALL.features, SMALL.decode, slot)
-    arrays = [a for a in (decoded.frames, decoded.image, decoded.patches) if a is not None]
+    arrays = [a for a in (decoded.frames, decoded.image, decoded.sound) if a is not None]
     assert len(arrays) == (2 if kind == "video" else 1)
     for array in (*arrays, *decoded.pictures):
         assert np.shares_memory(array, slot.memory)
     plain = decode_media(kind, path, SMALL.features, SMALL.decode)
-    for name in ("frames", "image", "patches"):
+    for name in ("frames", "image", "sound"):
         one, two = getattr(decoded, name), getattr(plain, name)
         assert (one is None) == (two is None)
         assert one is None or np.array_equal(one, two)
@@ -123,7 +123,7 @@ def test_bad_files(tmp_path: Path, kind: MediaKind, case: str) -> None:
 def test_nothing_heavy_is_imported() -> None:
     """The King may import this module's neighbours: av and cv2 come with the first file."""
     code = (
-        "import sys, extractors.post, extractors.decode; "
+        "import sys, extractors.parts, extractors.media.decode; "
         "print([m for m in ('av', 'cv2', 'torch') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

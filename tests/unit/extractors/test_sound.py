@@ -55,7 +55,7 @@ def reference_patches(waveform: np.ndarray) -> np.ndarray:
 def waveform_of(path: Path, max_audio_s: float = 300) -> np.ndarray:
     with open_container(path, check_type(path, "audio")) as container:
         stream = find_stream(container, "audio")
-        track = SoundTrack(stream, max_audio_s)
+        track = SoundTrack(stream, max_audio_s, 16_000)
         for packet in packets(container, stream):
             track.feed(packet)
         return track.waveform()
@@ -63,10 +63,10 @@ def waveform_of(path: Path, max_audio_s: float = 300) -> np.ndarray:
 
 def patches_of(path: Path, **limits: Any) -> np.ndarray:
     decoded = decode_media("audio", path, FeatureSettings(), DecodeSettings(**limits))
-    assert decoded.patches is not None
+    assert decoded.sound is not None
     assert decoded.frames is None
     assert decoded.image is None
-    return decoded.patches
+    return decoded.sound
 
 
 @pytest.mark.parametrize("seconds", [0.975, 1.0, 5.3, 31.0])

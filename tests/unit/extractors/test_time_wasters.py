@@ -75,7 +75,7 @@ def test_sound_that_is_no_number(tmp_path: Path, value: float) -> None:
     left = np.full(16_000, value, np.float32)
     path = tmp_path / "a.wav"
     soundfile.write(str(path), np.stack([left, -left], 1), 16_000, subtype="FLOAT")
-    patches = decode_media("audio", path, tiny_features(), DecodeSettings()).patches
+    patches = decode_media("audio", path, tiny_features(), DecodeSettings()).sound
     assert patches is not None
     assert np.isfinite(patches).all()
     assert np.abs(patches).max() < 20
@@ -92,7 +92,7 @@ def test_sound_of_many_channels(tmp_path: Path, channels: int) -> None:
     path = tmp_path / "a.wav"
     samples = (tone[:, None] * factors).astype(np.float32)  # (samples, channels)
     soundfile.write(str(path), samples, 16_000, subtype="FLOAT")
-    patches = decode_media("audio", path, tiny_features(), DecodeSettings()).patches
+    patches = decode_media("audio", path, tiny_features(), DecodeSettings()).sound
     assert patches is not None
     np.testing.assert_allclose(patches, log_mel_patches(tone), atol=1e-3)
 

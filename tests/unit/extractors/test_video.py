@@ -140,10 +140,10 @@ def test_sound_and_silence(tmp_path: Path) -> None:
         tmp_path / "a.mp4", media.grey_steps(75), 25, audio=media.tone(440, 3, 44100)
     )
     decoded = decode(with_sound)
-    assert decoded.patches is not None
-    assert decoded.patches.shape == (3, 96, 64)
+    assert decoded.sound is not None
+    assert decoded.sound.shape == (3, 96, 64)
     silent = decode(media.write_video(tmp_path / "b.mp4", media.grey_steps(5), 25))
-    assert silent.patches is None
+    assert silent.sound is None
     assert silent.failures == {}
 
 

@@ -33,7 +33,7 @@ def test_broken_sound_leaves_the_frames(tmp_path: Path) -> None:
     decoded = decode(path)
     assert decoded.frames is not None
     assert len(decoded.frames) == 16
-    assert decoded.patches is None
+    assert decoded.sound is None
     assert decoded.failures["audio"].type == "MediaError"
     assert "sound cannot be decoded" in decoded.failures["audio"].message
 
@@ -54,7 +54,7 @@ def test_broken_frames_leave_the_sound(tmp_path: Path) -> None:
         file.write_bytes(bytes(data))
     decoded = decode(path)
     assert decoded.frames is None
-    assert decoded.patches is not None
+    assert decoded.sound is not None
     assert "0 of 16 frames" in decoded.failures["video"].message
     with pytest.raises(MediaError, match=r"^broken Matroska video: 0 of 16 frames are there$"):
         decode(silent)
@@ -65,7 +65,7 @@ def test_sound_only(tmp_path: Path) -> None:
     path = media.write_aac(tmp_path / "a.mp4", media.tone(440, 2, 44100))
     decoded = decode(path)
     assert decoded.frames is None
-    assert decoded.patches is not None
+    assert decoded.sound is not None
     assert decoded.failures["video"].message == "MP4 video has no video stream"
 
 
@@ -85,7 +85,7 @@ def test_cover_art_is_no_video(tmp_path: Path) -> None:
                 target.mux(packet)
     decoded = decode(path)
     assert decoded.frames is None
-    assert decoded.patches is not None
+    assert decoded.sound is not None
 
 
 @pytest.mark.parametrize("keep", [0.3, 0.6, 0.9])

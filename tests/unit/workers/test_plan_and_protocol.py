@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from common.errors import NothingUsable, RetryableError
 from config.settings import FeatureSettings, Settings
+from extractors.parts import slot_bytes
 from workers.plan import NO_SLOT, PostPlan, Step, is_worker_death
 from workers.protocol import (
     ArrayRef,
@@ -27,7 +28,6 @@ from workers.protocol import (
     PartKind,
     Post,
     Result,
-    slot_bytes,
 )
 
 SEPARATE = FeatureSettings(ocr_mode="separate")
@@ -43,8 +43,8 @@ BROKEN = Failure("decode", "MediaError", "truncated")
 
 GIVES: dict[str, tuple[PartKind, ...]] = {
     "image": ("image", "picture"),
-    "video": ("frames", "picture", "picture", "patches"),
-    "audio": ("patches",),
+    "video": ("frames", "picture", "picture", "sound"),
+    "audio": ("sound",),
 }
 
 

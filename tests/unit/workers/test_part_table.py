@@ -1,0 +1,102 @@
+"""The table of parts: from a file into a slot and out of it into an encoder."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from common.post import MEDIA_KINDS
+from config.settings import AudioSettings, Settings
+from extractors.media.sound import sound_rows
+from extractors.parts import (
+    AUDIO_ENCODERS,
+    PARTS,
+    LogMelPatches,
+    SoundInput,
+    WaveformWindows,
+    audio_encoder,
+    parts_of,
+    slot_bytes,
+)
+from extractors.suite import ExtractorSuite
+from tests.support import media
+from tests.support.tiny_models import tiny_features
+from tests.support.waveform_encoder import DIM, LINE
+from workers.pool.arena import Arena
+from workers.protocol import DecodeTask, Extracted, ExtractTask
+from workers.roles.tasks import run_decode, run_extract
+
+
+def test_every_line_names_what_exists() -> None:
+    """Encoders are named by text, which no type checker follows."""
+    lines = [*AUDIO_ENCODERS.values(), audio_encoder(AudioSettings(arch="any timm model"))]
+    for line in lines:
+        module, _, name = line.model.partition(":")
+        assert callable(getattr(import_module(module), name))
+
+
+def test_each_part_is_decoded_from_its_media() -> None:
+    """A kind of media gives the parts that name it, in the table's order."""
+    assert {kind: parts_of(kind) for kind in MEDIA_KINDS} == {
+        "image": ("image", "picture"),
+        "video": ("frames", "sound", "picture"),
+        "audio": ("sound",),
+    }
+
+
+@pytest.mark.parametrize(
+    ("seconds", "rows"), [(0.1, 1), (1.0, 1), (1.4, 1), (1.5, 2), (2.0, 2), (2.49, 2), (2.6, 3)]
+)
+def test_waveform_windows_pad_or_drop_the_rest(seconds: float, rows: int) -> None:
+    """Short sound is padded with silence; a rest under half a window is dropped."""
+    waveform = np.linspace(0.1, 1, int(48_000 * seconds), dtype=np.float32)
+    windows = sound_rows(waveform, WaveformWindows(48_000, 48_000))
+    assert windows.shape == (rows, 48_000)
+    length = min(len(waveform), windows.size)
+    np.testing.assert_array_equal(windows.ravel()[:length], waveform[:length])
+    assert not windows.ravel()[length:].any()
+
+
+@pytest.mark.parametrize("sound", [LogMelPatches(), WaveformWindows(48_000, 30_000)])
+@pytest.mark.parametrize("seconds", [0.5, 1.0, 3.1, 7.0])
+def test_most_rows_is_never_passed(sound: SoundInput, seconds: float) -> None:
+    """As much sound as the limits allow gives no more rows than a slot has room for."""
+    waveform = np.zeros(int(sound.rate_hz * seconds), np.float32)
+    rows = sound_rows(waveform, sound)
+    assert rows.shape[1:] == sound.shape
+    assert len(rows) <= np.ceil(seconds / sound.row_s)
+
+
+@pytest.mark.parametrize("name", ["a.wav", "a.mp4"])
+def test_an_encoder_of_waveforms_needs_only_its_line(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sound at the encoder's own rate goes through a slot into features, whatever its file."""
+    monkeypatch.setitem(AUDIO_ENCODERS, "tiny-waveform", LINE)
+    tone, path = media.tone(700, 3, 44_100), tmp_path / name
+    if name == "a.wav":
+        media.write_wav(path, tone, 44_100)
+    else:
+        media.write_video(path, media.grey_steps(75), audio=tone, audio_rate_hz=44_100)
+    features = tiny_features(audio=AudioSettings(arch="tiny-waveform"))
+    settings = Settings(features=features).model_copy(
+        update={"decode": Settings().decode.model_copy(update={"max_audio_s": 2})}
+    )
+    arena = Arena.private(1, slot_bytes(settings))
+    task = DecodeTask("video" if name == "a.mp4" else "audio", str(path), slot=0)
+    decoded = run_decode(task, features, settings.decode, arena)
+    [ref] = [part.ref for part in decoded.parts if part.kind == "sound"]
+    row = PARTS["sound"].row(features)
+    assert (ref.dtype, ref.shape) == (row.dtype, (4, *row.shape)) == ("float32", (4, 24_000))
+
+    suite = ExtractorSuite(features, names=("audio",))
+    suite.load()
+    [outcome] = run_extract(suite, [ExtractTask("audio", "audio", (ref,))], arena)
+    assert isinstance(outcome, Extracted)
+    assert outcome.array is not None
+    assert (outcome.array.shape, outcome.array.dtype.name) == ((4, DIM), "float16")
+    assert len(suite.fingerprints["audio"]) == 32
+    suite.close()
