@@ -30,6 +30,7 @@ from results_file import write_results
 
 from common.logs import configure_logs
 from common.post import Features, Post
+from common.progress import notice, progress_bar, progress_bars
 from config.fusion_models import ModelName
 from config.labels import LabelMap
 from config.load import load_settings, validate
@@ -37,7 +38,6 @@ from config.settings import Settings
 from config.train import TrainSettings
 from demo.__main__ import CONFIG, ROOT
 from demo.layout import Layout, Sizes
-from demo.parallel import bars
 from demo.posts.plan import SPLITS, Split
 from demo.training import LABELS
 from scripts.commands.post_file import read_posts
@@ -96,12 +96,12 @@ def _make_posts(layout: Layout) -> None:
     from demo.posts.make import make_posts
     from demo.posts.plan import plan_posts
 
-    with bars() as progress:
+    with progress_bars() as bars:
         for split, count in POSTS.items():
             plans = plan_posts(count, SEED, split, noise=NOISE, missing=MISSING)
-            task = progress.add_task(f"{split} posts", total=count, note="")
+            bar = bars.add(f"{split} posts", count)
             for _ in make_posts(layout.posts(split).parent, plans, cores()):
-                progress.advance(task)
+                bar.advance()
 
 
 def _extract(layout: Layout, settings: Settings) -> None:
@@ -257,14 +257,16 @@ def run_all(jobs: Sequence[Job], processes: int) -> list[Run]:
     """Every job, in processes of one thread each; the order of the results is the jobs'."""
     found: dict[Job, Run] = {}
     context = multiprocessing.get_context("spawn")  # forked threads of torch may hang
-    with bars() as progress, ProcessPoolExecutor(processes, mp_context=context) as pool:
-        task = progress.add_task("fusion zoo", total=len(jobs), note="")
+    with (
+        progress_bar("fusion zoo", len(jobs)) as bar,
+        ProcessPoolExecutor(processes, mp_context=context) as pool,
+    ):
         running = {pool.submit(train_one, job): job for job in jobs}
         for future in as_completed(running):
             run = found[running[future]] = future.result()
             note = f"{run.model} {run.learning_rate:g} valid {run.valid_gap:.4f}"
-            progress.update(task, advance=1, note=note)
-            progress.console.print(f"  {note} gap {run.gap:.4f} {run.train_s:.0f} s")
+            bar.update(len(found), note)
+            notice(f"  {note} gap {run.gap:.4f} {run.train_s:.0f} s")
     return [found[job] for job in jobs]
 
 

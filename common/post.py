@@ -1,4 +1,4 @@
-"""The values that flow: one frozen value per stage, `Post` ─► `Features` ─► `Tags`.
+"""The values that flow: one frozen value per stage, `Post` -> `Features` -> `Tags`.
 
 Nothing here imports torch or cv2, so that the King can use these values.
 """
@@ -11,6 +11,8 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+
+from common.errors import one_line
 
 Modality: TypeAlias = Literal["video", "image", "audio", "text", "ocr"]
 Stream: TypeAlias = Literal["video", "video_lstm", "image", "audio", "text", "ocr"]
@@ -60,8 +62,8 @@ class Failure:
     @classmethod
     def of(cls, stage: str, error: BaseException, *, retryable: bool = False) -> Failure:
         """Describe an exception in one line."""
-        text = " ".join(str(error).split()) or type(error).__name__
-        return cls(stage=stage, type=type(error).__name__, message=text[:500], retryable=retryable)
+        text = one_line(error, 500)
+        return cls(stage=stage, type=type(error).__name__, message=text, retryable=retryable)
 
     def as_dict(self) -> dict[str, str]:
         """Return the three keys that are stored and answered."""

@@ -1,57 +1,92 @@
-"""One progress bar for every long loop, on standard error."""
+"""Progress of every long loop, on standard error: bars on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
 
+Item = TypeVar("Item")
 Watch: TypeAlias = Callable[[int, int, str], None]
 """Takes steps done, steps in all, and the note: for a bar that another process shows."""
 
+# Without a terminal, as under a scheduler: often enough to see that it moves, and a night's log
+# stays within a thousand lines.
+_LINE_EVERY_S = 30.0
+
+# The time left is estimated from the steps of the last minute: a resumed run passes over what is
+# done in no time, and a longer window would promise that pace for the rest.
+_ESTIMATE_S = 60.0
+
 
 class Bar:
-    """A running bar: `advance` moves it, `note` changes the text behind it."""
+    """One running bar."""
 
-    def __init__(
-        self, progress: Progress, total: int, description: str, watch: Watch | None = None
-    ) -> None:
-        self._progress, self._watch = progress, watch
-        self._done, self._total, self._note = 0, total, ""
-        self._task = progress.add_task(description, total=total, note="")
+    def __init__(self, progress: Progress, task: TaskID, watch: Watch | None = None) -> None:
+        self._progress, self._id, self._watch = progress, task, watch
+        self._task = next(each for each in progress.tasks if each.id == task)
+        self._line_due = time.monotonic() + _LINE_EVERY_S
 
     def advance(self, steps: int = 1) -> None:
         """Move on by some steps."""
-        self._progress.advance(self._task, steps)
-        self._done += steps
-        self._tell()
+        self.update(int(self._task.completed) + steps)
 
     def note(self, text: str) -> None:
         """Show a short text behind the bar, for example the loss."""
-        self._progress.update(self._task, note=text)
-        self._note = text
-        self._tell()
+        self.update(int(self._task.completed), text)
 
-    def _tell(self) -> None:
+    def update(self, done: int, note: str | None = None, total: int | None = None) -> None:
+        """Show how many steps are done; a note or a total of None stays as it is."""
+        if note is None:
+            note = str(self._task.fields["note"])
+        self._progress.update(self._id, completed=done, total=total, note=note)
         if self._watch is not None:
-            self._watch(self._done, self._total, self._note)
+            self._watch(done, int(self._task.total or 0), note)
+        now = time.monotonic()
+        shown = self._progress.disable or self._progress.console.is_terminal
+        if not shown and now >= self._line_due:
+            self._line_due = now + _LINE_EVERY_S
+            self._progress.console.print(self._line())
+
+    def _line(self) -> str:
+        task = self._task
+        of = f" of {int(task.total):,}" if task.total is not None else ""
+        left = task.time_remaining
+        parts = [
+            f"{task.description.strip()}: {int(task.completed):,}{of}",
+            str(task.fields["note"]),
+            f"{left / 60:.0f} min left" if left is not None else "",
+        ]
+        return ", ".join(part for part in parts if part)
+
+
+class Bars:
+    """Several bars, one under the other."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+
+    def add(self, description: str, total: int | None = None, watch: Watch | None = None) -> Bar:
+        """Add a bar; a total of None is not known yet."""
+        task = self._progress.add_task(description, total=total, note="")
+        return Bar(self._progress, task, watch)
 
 
 @contextmanager
-def progress_bar(
-    description: str, total: int, *, enabled: bool = True, watch: Watch | None = None
-) -> Iterator[Bar]:
-    """Show a bar while the block runs; where nobody watches, one line at its end."""
+def progress_bars(*, enabled: bool = True) -> Iterator[Bars]:
+    """Show bars while the block runs; without a terminal, a line of each now and then."""
     progress = Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
@@ -60,13 +95,35 @@ def progress_bar(
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
         console=Console(stderr=True, highlight=False),
+        speed_estimate_period=_ESTIMATE_S,
         disable=not enabled,
     )
     with progress:
-        yield Bar(progress, total, description, watch)
+        yield Bars(progress)
+
+
+@contextmanager
+def progress_bar(
+    description: str,
+    total: int | None,
+    *,
+    enabled: bool = True,
+    watch: Watch | None = None,
+) -> Iterator[Bar]:
+    """Show one bar while the block runs."""
+    with progress_bars(enabled=enabled) as bars:
+        yield bars.add(description, total, watch)
+
+
+def track(items: Iterable[Item], description: str, total: int | None) -> Iterator[Item]:
+    """Pass items on, and show how many have passed."""
+    with progress_bar(description, total) as bar:
+        for item in items:
+            yield item
+            bar.advance()
 
 
 def notice(text: str, *, enabled: bool = True) -> None:
-    """One line for the person at the terminal, on standard error."""
+    """Write one line for the person at the terminal, on standard error."""
     if enabled:
         Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(text)

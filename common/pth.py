@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.errors import ConfigError
+from common.errors import ConfigError, one_line
 
 if TYPE_CHECKING:
     import torch
@@ -99,15 +99,11 @@ def _unpickled(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=False)
     except (ImportError, AttributeError) as error:
         raise ConfigError(
-            f"{path}: the code of its pickled model is not here ({_first_line(error)}): put it on "
-            "PYTHONPATH, or save model.state_dict() where it is"
+            f"{path}: the code of its pickled model is not here ({one_line(error, 200)}): put it "
+            "on PYTHONPATH, or save model.state_dict() where it is"
         ) from error
     except Exception as error:  # unpickling runs whatever the file says
-        raise ConfigError(f"{path}: cannot be unpickled: {_first_line(error)}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+        raise ConfigError(f"{path}: cannot be unpickled: {one_line(error, 200)}") from error
 
 
 def _as_tensor(value: object) -> torch.Tensor | None:

@@ -15,7 +15,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_settings import BaseSettings, EnvSettingsSource
 
-from common.errors import ConfigError
+from common.errors import ConfigError, one_line
 from common.urls import redact
 from config.settings import Settings
 
@@ -57,7 +57,7 @@ def _yaml_mistake(error: Exception) -> str:
         return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
     if isinstance(error, RecursionError):
         return "nested too deeply"
-    return " ".join(str(error).split())
+    return one_line(error)
 
 
 def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
@@ -130,7 +130,7 @@ def _fields_at(model: type[BaseModel], path: tuple[int | str, ...]) -> set[str]:
     return fields
 
 
-def one_line(error: ValidationError, model: type[BaseModel]) -> str:
+def validation_line(error: ValidationError, model: type[BaseModel]) -> str:
     """The first mistake of a validation error with its key's path, in one line."""
     first = error.errors(include_url=False)[0]
     location = tuple(first["loc"])
@@ -165,7 +165,7 @@ def validate(model: type[Model], values: Mapping[str, Any], source: str) -> Mode
             return cast(Model, model.model_validate(dict(values)))
         return model.model_validate(dict(values))
     except ValidationError as error:
-        raise ConfigError(f"{source}: {one_line(error, model)}") from error
+        raise ConfigError(f"{source}: {validation_line(error, model)}") from error
 
 
 def load_settings(

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, TextIO, TypeAlias
+from typing import IO, Any, Literal, TypeAlias
 
-from common import files
+from common.files import new_file
 
 Form: TypeAlias = Literal["json", "jsonl"]
 """Of a data file: one list, or a line each."""
@@ -19,18 +19,17 @@ Form: TypeAlias = Literal["json", "jsonl"]
 class AtomicLines:
     """A text file of lines that takes its name only when all of it is on the disk.
 
-    Used with ``with``: an exception inside removes what was written. Of a process that was killed
-    a hidden file ``.NAME.part`` stays, which the next one to write NAME begins anew.
+    Used with ``with``: an exception inside removes what was written. A process that is killed
+    leaves a hidden file ``.NAME.part``, which the next one to write NAME begins anew.
     """
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
-        self._part = files.part_of(self.path)
-        self._file: TextIO | None = None
+        self._stack = ExitStack()
+        self._file: IO[bytes] | None = None
 
     def __enter__(self) -> AtomicLines:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self._part.open("w", encoding="utf-8", newline="\n")
+        self._file = self._stack.enter_context(new_file(self.path))
         return self
 
     def write(self, line: str) -> None:
@@ -42,7 +41,7 @@ class AtomicLines:
         """
         if self._file is None:
             raise ValueError(f"{self.path}: not open")
-        self._file.write(line + "\n")
+        self._file.write(line.encode("utf-8") + b"\n")
 
     def sync(self) -> None:
         """Push what was written to the disk, so that only the name is still to be given.
@@ -60,24 +59,8 @@ class AtomicLines:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        file, self._file = self._file, None
-        if file is None:
-            return
-        try:
-            if kind is None:
-                file.flush()
-                os.fsync(file.fileno())
-            file.close()
-            if kind is None:
-                files.publish(self._part, self.path)
-                return
-        except OSError:
-            with contextlib.suppress(OSError):
-                file.close()
-            self._part.unlink(missing_ok=True)
-            if kind is None:
-                raise
-        self._part.unlink(missing_ok=True)
+        self._file = None
+        self._stack.__exit__(kind, error, trace)
 
 
 class DataFile:
@@ -105,12 +88,3 @@ class DataFile:
             if self._held is not None:
                 self._lines.write(self._held)
             self._lines.write("]")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file that appears whole or not at all, and ends with an end of line.
-
-    Raises:
-        OSError: The disk is full, or gone.
-    """
-    files.write_whole(path, (text.removesuffix("\n") + "\n").encode("utf-8"))

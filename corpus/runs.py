@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +10,7 @@ from types import FrameType, TracebackType
 from typing import Any, TypeVar
 
 from common.errors import ConfigError
+from common.files import lock_file
 
 _Stopper = TypeVar("_Stopper", bound="Stopper")
 
@@ -79,15 +78,12 @@ def only_one(lock: Path, what: str) -> Iterator[None]:
         ConfigError: Another process holds it, or the file cannot be made.
     """
     try:
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        held = lock_file(lock)
+    except TimeoutError as error:
+        raise ConfigError(f"{what} is being written by another run") from error
     except OSError as error:
         raise ConfigError(f"{lock.parent}: cannot be written: {error.strerror}") from error
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ConfigError(f"{what} is being written by another run") from error
         yield
     finally:
-        os.close(descriptor)
+        held.release()

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from corpus.lines import write_whole
+from common.files import write_whole
 
 _MAX_REASONS = 1000
 _OTHER = "other reasons"

@@ -15,10 +15,10 @@ from typing import Any
 from pymongo import MongoClient
 from pymongo.errors import PyMongoError
 
-from common.errors import StoreUnavailable, TaggingError
+from common.errors import StoreUnavailable, TaggingError, one_line
+from common.progress import progress_bar
 from common.urls import redact
 from config.settings import Settings, StoreSettings
-from demo.parallel import bars
 from king.broker.publisher import publish_posts
 from king.health import read_health
 from king.messages import PostMessage
@@ -57,16 +57,15 @@ def daemon(
 
 
 def _wait_until_serving(child: subprocess.Popen[bytes], health_file: Path, log: Path) -> None:
-    with bars() as progress:
-        task = progress.add_task("daemon loads", total=None, note="")
+    with progress_bar("daemon loads", None) as bar:
         end = time.monotonic() + START_TIMEOUT_S
         while time.monotonic() < end:
             alive(child, log)
             health = read_health(health_file)
             if health is not None and health.get("pid") == child.pid:
-                progress.update(task, note=str(health.get("phase", "")))
+                bar.note(str(health.get("phase", "")))
                 if health.get("phase") == "serving":
-                    progress.update(task, total=1, completed=1)
+                    bar.update(1, total=1)
                     return
             time.sleep(_POLL_S)
     raise TaggingError(f"the daemon does not serve after {START_TIMEOUT_S:.0f} s; see {log}")
@@ -141,7 +140,7 @@ class PostBox:
         try:
             yield
         except PyMongoError as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error, 200)
             raise StoreUnavailable(f"{redact(self._settings.url)}: {reason}") from error
 
 
@@ -175,15 +174,14 @@ def publish_and_wait(
     publish_posts(settings.broker, [PostMessage(post_id, force=True) for post_id in ids])
     results: dict[str, Mapping[str, Any]] = {}
     latest = time.monotonic()
-    with bars() as progress:
-        task = progress.add_task("posts tagged", total=len(ids), note="")
+    with progress_bar("posts tagged", len(ids)) as bar:
         while len(results) < len(ids):
             alive(child, log)
             found = box.results(ids)
             if len(found) > len(results):
                 latest = time.monotonic()
             results = found
-            progress.update(task, completed=len(results))
+            bar.update(len(results))
             if time.monotonic() - latest > STALL_TIMEOUT_S:
                 missing = len(ids) - len(results)
                 raise TaggingError(

@@ -13,16 +13,8 @@ from contextlib import contextmanager
 from multiprocessing.context import SpawnContext
 from typing import Any, TypeVar
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-)
-
 from common.errors import TaggingError
+from common.progress import progress_bars, track
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -39,18 +31,6 @@ def cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def bars() -> Progress:
-    """Progress bars on standard error."""
-    return Progress(
-        TextColumn("  {task.description:<18}"),
-        BarColumn(bar_width=28),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[note]}"),
-        console=Console(stderr=True, highlight=False),
-    )
-
-
 def tell(name: str, done: int, total: int, note: str = "") -> None:
     """Report a job's progress from within it."""
     if _told is not None:
@@ -61,11 +41,11 @@ def run_jobs(jobs: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]) -> dic
     """Run functions side by side, one bar each; they report with `tell` under their name.
 
     Returns:
-        Name ─► what the function gave.
+        Name -> what the function gave.
     """
     channel = _CONTEXT.Queue()
-    with _pool(min(len(jobs), cores()), channel) as pool, bars() as progress:
-        tasks = {name: progress.add_task(name, total=None, note="") for name in jobs}
+    with _pool(min(len(jobs), cores()), channel) as pool, progress_bars() as bars:
+        shown = {name: bars.add(name) for name in jobs}
         futures: dict[Future[Any], str] = {
             pool.submit(function, *arguments): name for name, (function, arguments) in jobs.items()
         }
@@ -74,7 +54,7 @@ def run_jobs(jobs: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]) -> dic
         while open_:
             done, open_ = wait(open_, timeout=_POLL_S, return_when=FIRST_COMPLETED)
             for name, count, total, note in _drain(channel):
-                progress.update(tasks[name], completed=count, total=total, note=note)
+                shown[name].update(count, note, total)
             for future in done:
                 results[futures[future]] = future.result()
     return results
@@ -96,13 +76,8 @@ def map_items(
         setup: Run once in every process with ``arguments``, for what is costly to load.
         arguments: Of ``setup``.
     """
-    results = []
-    with _pool(min(len(items), cores()), None, setup, arguments) as pool, bars() as progress:
-        task = progress.add_task(title, total=len(items), note="")
-        for result in pool.map(function, items, chunksize=4):
-            results.append(result)
-            progress.advance(task)
-    return results
+    with _pool(min(len(items), cores()), None, setup, arguments) as pool:
+        return list(track(pool.map(function, items, chunksize=4), title, len(items)))
 
 
 @contextmanager

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from common.files import write_whole
 from common.post import MODALITIES, Post
-from corpus.lines import write_whole
 from demo.evaluate import Evaluation
 from scripts.commands.common import console
 

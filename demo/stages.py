@@ -7,12 +7,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from common.progress import progress_bars
 from config.labels import LabelMap
 from config.settings import Settings
 from demo.backbones import outputs, train_backbones
 from demo.features import extract_features
 from demo.layout import Layout, Sizes
-from demo.parallel import bars, cores
+from demo.parallel import cores
 from demo.posts.plan import SPLITS
 from demo.reading import read_pictures
 from demo.stamps import Stamp, digest, source_digest
@@ -80,9 +81,9 @@ def _posts(layout: Layout, sizes: Sizes, seed: int) -> None:
     from demo.posts.make import make_posts
     from demo.posts.plan import plan_posts
 
-    with bars() as progress:
+    with progress_bars() as bars:
         for split in SPLITS:
             plans = plan_posts(sizes.posts[split], seed, split)
-            task = progress.add_task(f"{split} posts", total=len(plans), note="")
+            bar = bars.add(f"{split} posts", len(plans))
             for _ in make_posts(layout.posts(split).parent, plans, cores()):
-                progress.advance(task)
+                bar.advance()

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from common.files import write_whole
+
 
 def digest(*parts: Any) -> str:
     """A hex digest of JSON values."""
@@ -57,7 +59,4 @@ class Stamp:
 
     def write(self) -> None:
         """Note that the stage is done."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(".tmp")
-        partial.write_text(json.dumps({"inputs": self.inputs}) + "\n", encoding="utf-8")
-        partial.replace(self.path)
+        write_whole(self.path, json.dumps({"inputs": self.inputs}) + "\n")

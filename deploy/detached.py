@@ -7,7 +7,6 @@ when its pid, its start time and a marker in its command line all match what was
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import signal
 import socket
@@ -19,6 +18,7 @@ from pathlib import Path
 import psutil
 
 from common.errors import ConfigError, RetryableError
+from common.files import lock_file
 
 LOOPBACK = "127.0.0.1"
 _START_TIME_SLACK_S = 1.0  # psutil derives start times from the boot time, which may be adjusted
@@ -150,22 +150,16 @@ def locked(path: Path, timeout_s: float, what: str) -> Iterator[None]:
     Raises:
         RetryableError: Another process holds it for longer than ``timeout_s``.
     """
-    end = time.monotonic() + timeout_s
-    with path.open("a+") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError as error:
-                if time.monotonic() > end:
-                    raise RetryableError(
-                        f"{what}: another command holds {path} for over {timeout_s:g} s"
-                    ) from error
-                time.sleep(0.05)
-        try:
-            yield
-        finally:
-            fcntl.flock(file, fcntl.LOCK_UN)
+    try:
+        lock = lock_file(path, timeout_s)
+    except TimeoutError as error:
+        raise RetryableError(
+            f"{what}: another command holds {path} for over {timeout_s:g} s"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def last_lines(path: Path, count: int = 1, limit_bytes: int = 4096) -> str:

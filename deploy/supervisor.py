@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import psutil
 
-from common.errors import RetryableError
+from common.errors import RetryableError, one_line
 from config.settings import WatchdogSettings
 
 _GONE_FAULTS = {10: "no such program", 70: "not running"}
@@ -86,7 +86,7 @@ class SupervisorClient:
             reason = _GONE_FAULTS.get(error.faultCode, error.faultString)
             raise RetryableError(f"supervisor: {self._name}: {reason}") from error
         except (OSError, http.client.HTTPException, xmlrpc.client.Error) as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
+            reason = one_line(error)
             raise RetryableError(f"supervisor at {self._socket_path}: {reason}") from error
 
 

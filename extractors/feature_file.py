@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +17,7 @@ from urllib.parse import quote
 import numpy as np
 
 from common.errors import FeatureError
+from common.files import write_whole
 from common.fingerprint import differing, known_parts, with_parts
 from common.post import (
     STREAMS,
@@ -84,7 +83,7 @@ def write_features(root: Path, features: Features, fingerprints: Mapping[Stream,
         FeatureError: An array is not float16 ``(n, dim)``, or has no fingerprint.
     """
     path = feature_path(root, features.post_id)
-    _write_atomically(path, features_bytes(features, fingerprints))
+    write_whole(path, features_bytes(features, fingerprints), sync=False, shared=True)
     return path
 
 
@@ -257,16 +256,3 @@ def _header(metadata: Mapping[str, str]) -> dict[str, Any]:
     parts = {key: header[key] for key in ("format", "post_id", *_PARTS)}
     parts["fingerprints"] = with_parts(dict(header["fingerprints"]), header.get("made_of"))
     return {**parts, "inputs": header.get("inputs", {})}
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise

@@ -6,7 +6,6 @@ life: the tick of every thread, the latest delivery and completion, the oldest p
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import threading
@@ -16,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+from common.files import write_whole
 from king.jobs import Bundle
 
 Phase: TypeAlias = Literal[
@@ -142,15 +142,7 @@ def write_health(path: Path, content: Mapping[str, Any]) -> None:
     Raises:
         OSError: The folder cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        scratch.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
-        scratch.replace(path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            scratch.unlink(missing_ok=True)
-        raise
+    write_whole(path, json.dumps(content, ensure_ascii=False), sync=False, shared=True)
 
 
 def read_health(path: Path) -> dict[str, Any] | None:

@@ -12,7 +12,7 @@ import unicodedata
 from dataclasses import dataclass
 from typing import NoReturn
 
-from common.errors import MessageError
+from common.errors import MessageError, one_line
 
 MAX_ID_BYTES = 512
 MAX_BODY_BYTES = 64 * 1024
@@ -59,7 +59,7 @@ def parse_message(body: bytes | str) -> PostMessage:
         # parse_float keeps the digits; parse_constant refuses NaN and Infinity.
         content = json.loads(text, parse_float=_Digits, parse_int=_Digits, parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
-        raise MessageError(f"the message is not JSON: {_one_line(error)}") from error
+        raise MessageError(f"the message is not JSON: {one_line(error, 200)}") from error
     if isinstance(content, dict):
         return _from_object(content)
     return PostMessage(post_id=_id_of(content))
@@ -143,7 +143,3 @@ def _kind(value: object) -> str:
         return "null"
     names = {bool: "true or false", list: "a list", dict: "an object"}
     return names.get(type(value), type(value).__name__)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]

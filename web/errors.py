@@ -20,6 +20,7 @@ from common.errors import (
     NothingUsable,
     RetryableError,
     TaggingError,
+    one_line,
 )
 
 
@@ -87,7 +88,7 @@ def of_http(error: HTTPException) -> ApiError:
 def of_tagging(error: TaggingError, *, retry_after_s: int) -> ApiError:
     """What became of a post, or of a question to the queue or the database."""
     name = type(error).__name__
-    message = " ".join(str(error).split())
+    message = one_line(error)
     if isinstance(error, MessageError):
         return bad_request(message)
     if isinstance(error, NothingUsable) or error.reasons:

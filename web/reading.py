@@ -25,7 +25,7 @@ from werkzeug.formparser import FormDataParser
 from werkzeug.wrappers import Request
 from werkzeug.wsgi import get_input_stream
 
-from common.errors import ConfigError, MessageError
+from common.errors import ConfigError, MessageError, one_line
 from common.post import Media, MediaKind, Post, clean
 from config.http import HttpSettings
 from config.load import validate
@@ -178,7 +178,7 @@ def _of_form(request: Request, box: Box, limits: HttpSettings) -> Post:
                 stream, "multipart/form-data", request.content_length, options
             )
         except ValueError as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error, 200)
             raise bad_request(f"the form cannot be read: {reason}") from error
     box.finish()
     unknown = next((name for name in [*form, *files] if name not in _FIELDS), None)

@@ -10,10 +10,12 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from common.errors import ConfigError, TaggingError
+from common.files import write_whole
 from common.post import Post
+from common.progress import Bars, notice, progress_bars
 from config.labels import LabelMap
 from corpus.analyze.duplicates import find_groups
 from corpus.analyze.groups import GroupTally
@@ -21,12 +23,8 @@ from corpus.analyze.media import MediaBase
 from corpus.analyze.report import render
 from corpus.analyze.tally import Tally
 from corpus.analyze.terminal import show
-from corpus.lines import write_whole
 from corpus.records import AtomicLines, BadLine, CorpusPost, count_lines, read_posts
 from corpus.runs import only_one
-
-if TYPE_CHECKING:
-    from rich.progress import Progress
 
 ANALYSIS, DUPLICATES, REPORT = "analysis.json", "duplicates.jsonl", "report.html"
 
@@ -80,27 +78,23 @@ def analyze(options: Options) -> None:
 
 
 def _analyze(options: Options, state: Path, taxonomy: tuple[str, ...] | None) -> dict[str, Any]:
-    from rich.console import Console
-    from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
-
-    columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
     with (
-        Progress(*columns, console=Console(stderr=True)) as progress,
+        progress_bars() as bars,
         tempfile.TemporaryDirectory(prefix="work-", dir=state) as work,
-        _media(options, state, progress) as media,
+        _media(options, state, bars) as media,
         closing(sqlite3.connect(Path(work) / "tally.sqlite", isolation_level=None)) as base,
     ):
         tally = Tally(base, media.fact if media is not None else None)
         groups = GroupTally(tally.labels_of)
         with AtomicLines(options.out / DUPLICATES) as lines:
             found = find_groups(
-                _counted(options.posts, tally, _ticker(progress, "posts", options.posts)),
+                _counted(options.posts, tally, _ticker(bars, "posts", options.posts)),
                 media.any_fact if media is not None else lambda source: None,
                 text_threshold=options.text_threshold,
                 hash_distance=options.hash_distance,
                 folder=Path(work),
             )
-            tick = _ticker(progress, "groups", None)
+            tick = _ticker(bars, "groups", None)
             for _ in groups.write(found, lines):
                 tick()
         facts = {
@@ -120,18 +114,18 @@ def _analyze(options: Options, state: Path, taxonomy: tuple[str, ...] | None) ->
 
 
 @contextmanager
-def _media(options: Options, state: Path, progress: Progress) -> Iterator[MediaBase | None]:
+def _media(options: Options, state: Path, bars: Bars) -> Iterator[MediaBase | None]:
     """The media, measured; None where none are to be opened."""
     if options.media is None:
         yield None
         return
     base = MediaBase(state / "media.sqlite", options.posts, options.media)
     try:
-        base.read_manifest(_ticker(progress, "manifest", options.media / "manifest.jsonl"))
-        tick = _ticker(progress, "media of posts", options.posts)
+        base.read_manifest(_ticker(bars, "manifest", options.media / "manifest.jsonl"))
+        tick = _ticker(bars, "media of posts", options.posts)
         base.measure(_posts(options.posts, tick), options.processes)
         if base.measured:
-            progress.console.print(f"{base.measured:,} files measured in this run")
+            notice(f"{base.measured:,} files measured in this run")
         yield base
     finally:
         base.close()
@@ -154,10 +148,9 @@ def _counted(posts: Path, tally: Tally, tick: Callable[[], None]) -> Iterator[Co
             yield entry
 
 
-def _ticker(progress: Progress, what: str, lines: Path | None) -> Callable[[], None]:
+def _ticker(bars: Bars, what: str, lines: Path | None) -> Callable[[], None]:
     """Advances a bar by one; its end is known for a file of lines."""
-    task = progress.add_task(what, total=None if lines is None else _lines_of(lines))
-    return lambda: progress.advance(task)
+    return bars.add(what, None if lines is None else _lines_of(lines)).advance
 
 
 def _lines_of(path: Path) -> int | None:

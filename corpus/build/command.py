@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from common.errors import ConfigError, TaggingError
+from common.files import write_whole
+from common.progress import progress_bar
 from config.labels import LabelMap
 from common.cli import OneLineParser
 from common.post import MODALITIES
@@ -85,16 +87,16 @@ def _build(options: argparse.Namespace) -> int:
     rules = Rules(options.unknown, options.check, tuple(options.modalities))
     with Index() as found:
         read_manifest(options.manifest, found)
-        with _ticks("reading") as advance:
-            Gatherer(labels, options.features, rules, found).read(options.input, advance)
+        with progress_bar("reading", None) as bar:
+            Gatherer(labels, options.features, rules, found).read(options.input, bar.advance)
         if not len(found):
             _show(found, None, labels, options.out)
             raise ConfigError(f"{options.input}: no post can be learned from")
         found.link(duplicate_groups(options.duplicates))
         dealt = split(found, labels, Dealing(shares, options.seed, options.keep))
-        with _ticks("writing") as advance:
+        with progress_bar("writing", None) as bar:
             target = Target(options.out, options.features, labels, options.format)
-            files = write_files(options.input, target, found, dealt, advance)
+            files = write_files(options.input, target, found, dealt, bar.advance)
         _show(found, dealt, labels, options.out)
     for path in files.values():
         sys.stdout.write(f"{path}\n")
@@ -155,22 +157,6 @@ def _json_lines(path: Path, what: str) -> Iterator[dict[str, object]]:
         raise ConfigError(f"{path}: cannot be read: {error}") from error
 
 
-@contextmanager
-def _ticks(what: str) -> Iterator[Callable[[], None]]:
-    from rich.console import Console
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    columns = (
-        SpinnerColumn(),
-        TextColumn(what),
-        TextColumn("{task.completed:,} posts"),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task(what, total=None)
-        yield lambda: progress.advance(task)
-
-
 def _show(found: Index, dealt: Split | None, labels: LabelMap, out: Path) -> None:
     """The summary on the terminal, and in ``summary.json``."""
     summary = Summary("training data")
@@ -204,7 +190,6 @@ def _show(found: Index, dealt: Split | None, labels: LabelMap, out: Path) -> Non
         for tag, name in enumerate(labels.names)
     }
     content = {**summary.as_dict(), "passed_over": dict(sorted(found.dropped_tags.items()))}
-    from corpus.lines import write_whole
 
     text = json.dumps({**content, "tags": by_tag}, ensure_ascii=False, indent=2)
     write_whole(out / "summary.json", text)

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common.errors import ConfigError, TaggingError
+from common.files import write_whole
+from common.progress import progress_bar
 from config.labels import LabelMap
 from common.cli import OneLineParser, count
-from corpus.lines import write_whole
 from corpus.records import BadLine, read_posts
 
 NAME = "build_label_map.py"
@@ -66,17 +67,12 @@ def count_labels(files: Sequence[Path]) -> tuple[Counter[str], int, int]:
     Raises:
         ConfigError: A file cannot be read.
     """
-    from rich.console import Console
-    from rich.progress import Progress, SpinnerColumn, TextColumn
-
     counts: Counter[str] = Counter()
     broken = bare = 0
-    columns = (SpinnerColumn(), TextColumn("{task.completed:,} posts"))
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task("", total=None)
+    with progress_bar("posts", None) as bar:
         for file in files:
             for entry in read_posts(file):
-                progress.advance(task)
+                bar.advance()
                 if isinstance(entry, BadLine):
                     broken += 1
                 elif not entry.post.labels:

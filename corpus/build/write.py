@@ -1,6 +1,7 @@
 """Second reading of the posts: the data files, the label map and what was left out."""
 
 from __future__ import annotations
+from common.files import write_whole
 
 import json
 import os
@@ -14,7 +15,7 @@ from config.labels import LabelMap
 from extractors.feature_file import feature_path
 from corpus.build.index import Index
 from corpus.build.sides import SIDES, Split
-from corpus.lines import AtomicLines, DataFile, Form, write_whole
+from corpus.lines import AtomicLines, DataFile, Form
 from corpus.records import MEDIA_KEYS, CorpusPost, is_url, local_path, read_posts
 
 

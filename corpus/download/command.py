@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 from common.errors import TaggingError
+from common.progress import progress_bar
 from corpus.download.meter import Meter
 from corpus.download.report import Interrupted, write_report
 from corpus.download.run import BrokenDisk, Download
@@ -40,14 +39,15 @@ def _download(options: Options, state: State, stopper: Stopper, total: int) -> i
     try:
         if options.retry_failed:
             state.forget_refused()
-        with Meter("posts", total) as meter:
+        with progress_bar("posts", total) as bar:
+            meter = Meter(bar)
             run = Download(options, state, meter)
             run.run(lambda: stopper.asked)
         if not run.complete:
             return _interrupted(stopper, f"{meter.files:,} files downloaded in this run")
         try:
-            with _counting(total) as tick:
-                summary = write_report(options, state, tick, lambda: stopper.asked)
+            with progress_bar("manifest", total) as bar:
+                summary = write_report(options, state, bar.advance, lambda: stopper.asked)
         except Interrupted:
             return _interrupted(stopper, "all files are downloaded, the manifest is not written")
         summary.show()
@@ -60,13 +60,3 @@ def _download(options: Options, state: State, stopper: Stopper, total: int) -> i
 def _interrupted(stopper: Stopper, what: str) -> int:
     sys.stderr.write(f"download_mp: {stopper.asked}: {what}; {_AGAIN}\n")
     return 1
-
-
-@contextmanager
-def _counting(total: int) -> Iterator[Callable[[int], None]]:
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), refresh_per_second=4) as progress:
-        task = progress.add_task("manifest", total=total)
-        yield lambda count: progress.advance(task, count)

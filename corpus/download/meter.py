@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 
-from common.bar import Bar
+from common.progress import Bar
 
 _WINDOW_S = 15.0
 _EVERY_S = 0.2
@@ -27,7 +27,7 @@ class Rate:
         return (files - files_then) / seconds, (size_bytes - bytes_then) / seconds
 
 
-class Meter(Bar):
+class Meter:
     """A bar with the rates of the last seconds.
 
     Attributes:
@@ -36,8 +36,8 @@ class Meter(Bar):
         failed: Failed in this run.
     """
 
-    def __init__(self, description: str, total: int | None) -> None:
-        super().__init__(description, total)
+    def __init__(self, bar: Bar) -> None:
+        self._bar = bar
         self.files = self.size_bytes = self.failed = 0
         self._rates = Rate()
         self._shown_at = 0.0
@@ -51,4 +51,4 @@ class Meter(Bar):
         files_hz, bytes_hz = self._rates.of(now, self.files, self.size_bytes)
         note = f"{self.files:,} files, {self.failed:,} failed"
         note += f", {files_hz:,.1f} files/s, {bytes_hz / 1e6:,.1f} MB/s"
-        self.update(int(posts_done), note)
+        self._bar.update(int(posts_done), note)

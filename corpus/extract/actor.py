@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from common.errors import ConfigError, TaggingError
+from common.errors import ConfigError, TaggingError, one_line
 from common.logs import configure_logs
 from common.post import Failure, Modality
 from config.settings import Settings
@@ -126,7 +126,7 @@ def _column(lines: Sequence[str]) -> dict[str, Any]:
 
 
 def _why(error: TaggingError | OSError) -> tuple[str, str]:
-    return type(error).__name__, " ".join(str(error).split())
+    return type(error).__name__, one_line(error)
 
 
 def _node() -> str:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import os
 import secrets
 import shutil
 import time
 from collections.abc import Iterable
 from pathlib import Path
 
+from common.files import lock_file, locked
 from corpus.extract.values import Work
 
 _PREFIX, _MAKING = ".extract-", ".making-"
@@ -37,8 +36,7 @@ class PartFolder:
         # Locked before it has its name, so that nobody takes it for the folder of a dead run.
         made = root / f"{_MAKING}{name}"
         made.mkdir()
-        self._lock = (made / _LOCK).open("w")
-        fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        self._lock = lock_file(made / _LOCK)
         self.folder = root / f"{_PREFIX}{name}"
         made.rename(self.folder)
 
@@ -58,7 +56,7 @@ class PartFolder:
     def close(self) -> None:
         """Remove the folder."""
         shutil.rmtree(self.folder, ignore_errors=True)
-        self._lock.close()
+        self._lock.release()
 
     def _part(self, number: int, lines: list[str]) -> str:
         path = self.folder / f"part-{number:06}.txt"
@@ -95,9 +93,5 @@ def _remove_dead(root: Path) -> None:
                 continue
             if folder.name.startswith(_MAKING) and folder.stat().st_mtime > made_after:
                 continue
-            descriptor = os.open(folder / _LOCK, os.O_WRONLY | os.O_CREAT, 0o600)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with locked(folder / _LOCK):
                 shutil.rmtree(folder, ignore_errors=True)
-            finally:
-                os.close(descriptor)

@@ -11,7 +11,7 @@ from common.errors import ConfigError, TaggingError
 from common.logs import configure_logs
 from corpus.extract.failures import FailureFile
 from corpus.extract.options import Options, parse
-from corpus.extract.tally import ResultBar, Tally
+from corpus.extract.tally import Tally, watch
 from corpus.extract.values import WANTED, Entry, Kind, Result
 from corpus.extract.work import Inputs
 from corpus.records import Summary, check_holds_post
@@ -62,11 +62,8 @@ def _run(options: Options, name: str) -> int:
     with Interrupt() as interrupt, contextlib.closing(_engine(options, interrupt)) as engine:
         engine.open()
         interrupt.patient = True
-        with (
-            FailureFile(options.failures) as failures,
-            ResultBar(tally.summary.title, total) as bar,
-        ):
-            for result in bar.watch(engine.run(inputs)):
+        with FailureFile(options.failures) as failures:
+            for result in watch(engine.run(inputs), tally.summary.title, total):
                 tally.add(result)
                 failures.add(result.index, result.failures)
             if interrupt.asked:

@@ -6,15 +6,13 @@ modalities may work on one root at once, on one machine or on several that share
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from common.errors import FeatureError, WorkerDied
+from common.files import locked, write_whole
 from common.post import Failure, Features, Modality, Stream, modality_of
 from corpus.extract.values import FailedPart, Result, Work
 from extractors.feature_file import (
@@ -26,7 +24,6 @@ from extractors.feature_file import (
 )
 
 _LOCK = ".lock"
-_PART = ".extract.part"  # one a folder is enough: it is only written under the lock
 _WORKER_NAME = re.compile(r"^worker \S+ ")
 
 
@@ -82,9 +79,11 @@ class FeatureStore:
         """
         ours = self._own(work, features)
         path = feature_path(self.root, work.post.post_id)
-        with _locked(path.parent):
+        with locked(path.parent / _LOCK, timeout_s=-1):
             old = _old(self.root, work.post.post_id)
-            _replace(path, self._merged(work, ours, old))
+            # Not synced: that costs more than to extract a text. What a power cut leaves of a file
+            # is known to be broken by its header, and made again.
+            write_whole(path, self._merged(work, ours, old), sync=False, shared=True)
         failures = _parts(work.post.post_id, ours.failures)
         return Result(work.index, work.post.post_id, "done", ours.statuses, failures, self.node)
 
@@ -151,27 +150,3 @@ def _without_name(failure: Failure) -> Failure:
     if failure.type != WorkerDied.__name__:
         return failure
     return replace(failure, message=_WORKER_NAME.sub("its worker ", failure.message))
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold a folder; the kernel frees it when the process ends, however it ends."""
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _replace(path: Path, content: bytes) -> None:
-    # Not synced: that costs more than to extract a text, and what a power cut leaves of a file is
-    # known to be broken by its header, and made again.
-    part = path.with_name(_PART)
-    try:
-        part.write_bytes(content)
-        part.replace(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise

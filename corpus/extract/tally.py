@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
-from common.bar import Bar
+from common.progress import progress_bar
 from corpus.extract.values import Result
 from corpus.records import Summary
-
-_LINE_EVERY_S = 30.0
 
 
 class Tally:
@@ -53,40 +50,16 @@ class Tally:
         return self.summary
 
 
-class ResultBar(Bar):
-    """A bar with rate and time left; lines where standard error is no terminal."""
-
-    def __init__(self, title: str, total: int) -> None:
-        self._terminal = sys.stderr.isatty()
-        super().__init__(title, total, rate=True, shown=self._terminal)
-        self._number = total
-        self._done = self._there = self._failed = 0
-        self._began = self._line_due = 0.0
-
-    def watch(self, results: Iterable[Result]) -> Iterator[Result]:
-        """Pass results on and show how far they are."""
-        self._began = time.monotonic()
-        self._line_due = self._began + _LINE_EVERY_S
+def watch(results: Iterable[Result], title: str, total: int) -> Iterator[Result]:
+    """Pass results on, and show how far they are."""
+    began = time.monotonic()
+    done = existing = failed = 0
+    with progress_bar(title, total) as bar:
         for result in results:
-            self._done += 1
-            self._there += result.state == "there"
-            self._failed += bool(result.failures)
-            self._show()
+            done += 1
+            existing += result.state == "there"
+            failed += bool(result.failures)
+            # What was there already costs nothing: it would spoil the rate.
+            rate_hz = (done - existing) / max(time.monotonic() - began, 1e-9)
+            bar.update(done, f"{existing:,} there, {failed:,} with failures, {rate_hz:.1f} posts/s")
             yield result
-
-    def _show(self) -> None:
-        now = time.monotonic()
-        # What was there already costs nothing, and says nothing of how long the rest will take.
-        rate_hz = (self._done - self._there) / max(now - self._began, 1e-9)
-        note = f"{self._there:,} there, {self._failed:,} with failures"
-        if self._terminal:
-            self.update(self._done, note, f"{rate_hz:.1f} posts/s")
-        elif now >= self._line_due:
-            self._line_due = now + _LINE_EVERY_S
-            left = (self._number - self._done) / rate_hz if rate_hz > 0 else float("inf")
-            ends = f", {left / 60:.0f} min left" if left < 1e8 else ""
-            sys.stderr.write(
-                f"{self.title}: {self._done:,} of {self._number:,}, {note}, "
-                f"{rate_hz:.1f} posts/s{ends}\n"
-            )
-            sys.stderr.flush()

@@ -14,8 +14,8 @@ import bson
 from bson import json_util
 from bson.errors import BSONError
 
-from common.bar import Bar
-from common.errors import ConfigError, TaggingError
+from common.errors import ConfigError, TaggingError, one_line
+from common.progress import progress_bar
 from common.times import since_time
 from common.urls import redact
 from config.settings import StoreSettings
@@ -112,14 +112,14 @@ def read_query(text: str) -> dict[str, Any]:
         RecursionError,
         BSONError,
     ) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error)
         raise ConfigError(f"--query: not JSON: {reason}") from error
     if not isinstance(query, dict):
         raise ConfigError('--query: must be an object, as {"lang": "en"}')
     try:
         bson.encode(query)
     except (ValueError, OverflowError, RecursionError, BSONError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error)
         raise ConfigError(f"--query: cannot be asked for: {reason}") from error
     return query
 
@@ -290,12 +290,11 @@ def _rejected(document: Mapping[str, Any], reason: str) -> str:
 def _bar(description: str, total: int) -> Iterator[Callable[[int, str], None]]:
     """A bar that is told how many more are done."""
     done = 0
-    with Bar(description, total, rate=True) as bar:
+    with progress_bar(description, total) as bar:
 
         def advance(count: int, note: str) -> None:
             nonlocal done
             done += count
-            share = min(1.0, done / total) if total else 0.0
-            bar.update(done, note, f"{share:>4.0%}")
+            bar.update(done, note)
 
         yield advance

@@ -19,8 +19,7 @@ from typing import Any, BinaryIO
 from bson import json_util
 
 from common.errors import ConfigError
-from common.files import part_of, publish
-from corpus.lines import write_whole
+from common.files import part_of, publish, write_whole
 from corpus.pull.choose import Choice
 from corpus.pull.values import Place
 from corpus.summary import Summary

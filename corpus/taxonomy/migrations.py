@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 from common.errors import ConfigError
+from common.files import write_whole
 from config.labels import LabelMap
-from corpus.lines import write_whole
 
 Operation = Literal["rename", "merge", "split", "retire"]
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import ConfigError
-from common.files import file_digest, part_of, publish
+from common.files import file_digest, part_of, publish, write_whole
 from config.labels import LabelMap
-from corpus.lines import AtomicLines, DataFile, write_whole
+from corpus.lines import AtomicLines, DataFile
 from corpus.taxonomy.migrations import Migration
 
 

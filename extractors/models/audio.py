@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from common.errors import ConfigError, FeatureError
+from common.errors import ConfigError, FeatureError, one_line
 from common.post import FeatureArray
 from common.precision import (
     Arithmetic,
@@ -26,7 +26,6 @@ from extractors.models.base import Rows, check_device, check_finite, check_rows,
 from extractors.models.timm_backbone import TimmBackbone, free_device
 from extractors.models.weights import (
     Weights,
-    first_line,
     parse_weights,
     read_state_dict,
     release_file,
@@ -294,7 +293,7 @@ def _network(weights: Weights, state: dict[str, torch.Tensor], where: str) -> An
         network.load_state_dict(state, assign=True)
     except RuntimeError as error:
         lines = [line.strip() for line in str(error).splitlines()]
-        reason = lines[1] if len(lines) > 1 else first_line(error)
+        reason = lines[1] if len(lines) > 1 else one_line(error, 300)
         raise ConfigError(
             f"{_SETTING}.weights: {where} does not fit VGGish: {reason[:200]}"
         ) from error

@@ -11,11 +11,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from common.errors import ConfigError, FeatureError
+from common.errors import ConfigError, FeatureError, one_line
 from common.files import file_digest
 from config.settings import ExtractorName, OcrSettings
 from extractors.fingerprint import digest
-from extractors.models.weights import first_line
 
 Picture = npt.NDArray[np.uint8]
 
@@ -113,7 +112,7 @@ class OcrExtractor:
         try:
             found, _ = engine(picture)
         except (ONNXRuntimeError, OpenCvError, ValueError, IndexError) as error:
-            raise FeatureError(f"ocr: the engine failed: {first_line(error)}") from error
+            raise FeatureError(f"ocr: the engine failed: {one_line(error, 300)}") from error
         finally:
             self._engines.put(engine)
         return [

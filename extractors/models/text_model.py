@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.errors import ConfigError
+from common.errors import ConfigError, one_line
 from config.settings import TextSettings
 from extractors.models.weights import (
     Weights,
-    first_line,
     hub_offline,
     parse_weights,
     seeded,
@@ -106,7 +105,7 @@ def _load_folder(folder: Path, weights: Weights) -> _Loaded:
     except Exception as error:  # readers of JSON, vocabularies and weights share no base class
         raise ConfigError(
             f"{_SETTING}: {folder} cannot be loaded as a transformers folder ({_FOLDER}): "
-            f"{first_line(error)}"
+            f"{one_line(error, 300)}"
         ) from error
 
 
@@ -125,9 +124,9 @@ def _load_hub(name: str, weights: Weights) -> _Loaded:
     try:
         return _from_transformers(name, weights, local_files_only=False)
     except Exception as error:  # as above, and the hub's client besides
-        raise ConfigError(f"{_SETTING}.arch: {name} cannot be loaded: {first_line(error)}") from (
-            error
-        )
+        raise ConfigError(
+            f"{_SETTING}.arch: {name} cannot be loaded: {one_line(error, 300)}"
+        ) from (error)
 
 
 def _from_transformers(source: str, weights: Weights, *, local_files_only: bool) -> _Loaded:

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 import structlog
 
-from common.errors import ConfigError
+from common.errors import ConfigError, one_line
 from common.files import file_digest
 from common.pth import load_pth
 
@@ -201,9 +201,9 @@ def hub_file(repo: str, names: Sequence[str], *, setting: str) -> Path:
         except EntryNotFoundError:
             continue
         except (OSError, ValueError) as error:
-            raise ConfigError(f"{setting}: {repo} cannot be downloaded: {first_line(error)}") from (
-                error
-            )
+            raise ConfigError(
+                f"{setting}: {repo} cannot be downloaded: {one_line(error, 300)}"
+            ) from (error)
     raise ConfigError(f"{setting}: {repo} holds none of {', '.join(names)}")
 
 
@@ -236,9 +236,3 @@ def release_file(url: str, *, setting: str) -> Path:
 
 def _interactive() -> bool:
     return os.isatty(2)
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an exception's text, for messages that stay on one line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import numpy.typing as npt
 from lightning_fabric import Fabric
 
 from common.errors import ConfigError, FeatureError, MediaError
+from common.files import new_file
 from common.progress import progress_bar
 from config.backbone_train import BackboneTrainSettings
 from fusion.backbones.backbone_posts import Chance, FrameFeatures, MediaPost, MediaReader, all_media
@@ -39,15 +39,8 @@ class FrameStore:
         """
         place = self._place(path)
         try:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(dir=place.parent, prefix=".", suffix=".part")
-            try:
-                with os.fdopen(handle, "wb") as file:
-                    np.save(file, features, allow_pickle=False)
-                Path(name).replace(place)
-            except BaseException:
-                Path(name).unlink(missing_ok=True)
-                raise
+            with new_file(place, sync=False, shared=True) as file:
+                np.save(file, features, allow_pickle=False)
         except OSError as error:
             raise ConfigError(f"{place}: cannot be written: {error}") from error
 

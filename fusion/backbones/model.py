@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import nn
 
-from common.errors import ConfigError
+from common.errors import ConfigError, one_line
 from common.files import write_whole
 from fusion.backbones.augment import Kind
 
@@ -53,7 +53,7 @@ def create_backbone(arch: str, kind: Kind, size: tuple[int, int], weights: str) 
 
             model.load_state_dict(load_file(weights), strict=True)
     except Exception as error:  # timm, hub and safetensors share no base class
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error, 300)
         raise ConfigError(f"arch {arch}, weights {weights}: {reason}") from error
     if not isinstance(model, nn.Module):
         raise ConfigError(f"arch {arch}: is no torch model")

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -24,13 +22,12 @@ import torch
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from common.errors import BundleError, ConfigError
-from common.files import file_digest
+from common.errors import BundleError, ConfigError, one_line
+from common.files import file_digest, new_folder
 from common.fingerprint import differing, parts_of, with_parts
 from common.post import Stream, modality_of
-from common.weights_files import replace_folder, sync_file
 from config.labels import LabelMap
-from config.load import one_line
+from config.load import validation_line
 from config.settings import Section
 from config.train import ModelSettings
 from fusion.bundle.ensemble import Averaging, Ensemble
@@ -143,54 +140,45 @@ def save_bundle(
     Raises:
         BundleError: The folder cannot be written.
     """
-    target = folder.resolve()
-    part: Path | None = None
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-        part.chmod(0o755)
-        files = _write_weights(part, members_of(model))
-        text = json.dumps(labels.as_json(), ensure_ascii=False, indent=1)
-        (part / LABELS).write_text(text + "\n", encoding="utf-8")
-        digests = tuple(_sha256(part / file) for file in files)
-        digest = digests[0] if len(digests) == 1 else _digest(digests)
-        version = f"{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}-{digest[:8]}"
-        about = About(
-            format=FORMAT,
-            name=name,
-            version=version,
-            image_as_frames=manifest.image_as_frames,
-            ocr_mode=manifest.ocr_mode,
-            features={
-                m: ModalityEntry(
-                    dim=dim,
-                    fingerprint=str(manifest.fingerprints[m]),
-                    made_of=parts_of(manifest.fingerprints[m]),
-                )
-                for m, dim in manifest.dims.items()
-            },
-            model=settings,
-            thresholds=tuple(round(float(t), 6) for t in thresholds),
-            calibration=calibration,
-            metrics={key: float(value) for key, value in metrics.items()},
-            subsets={key: float(value) for key, value in (subsets or {}).items()},
-            averaging=model.averaging if isinstance(model, Ensemble) else "probabilities",
-            weights_sha256=digests[0],
-            members_sha256=digests[1:],
-            labels_sha256=_sha256(part / LABELS),
-        )
-        content = about.model_dump(mode="json")
-        for entry in content["features"].values():
-            if not entry["made_of"]:
-                del entry["made_of"]
-        lines = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
-        (part / ABOUT).write_text(lines, encoding="utf-8")
-        for file in (*files, LABELS, ABOUT):
-            sync_file(part / file)
-        replace_folder(part, target)
+        with new_folder(folder) as part:
+            files = _write_weights(part, members_of(model))
+            text = json.dumps(labels.as_json(), ensure_ascii=False, indent=1)
+            (part / LABELS).write_text(text + "\n", encoding="utf-8")
+            digests = tuple(_sha256(part / file) for file in files)
+            digest = digests[0] if len(digests) == 1 else _digest(digests)
+            version = f"{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}-{digest[:8]}"
+            about = About(
+                format=FORMAT,
+                name=name,
+                version=version,
+                image_as_frames=manifest.image_as_frames,
+                ocr_mode=manifest.ocr_mode,
+                features={
+                    m: ModalityEntry(
+                        dim=dim,
+                        fingerprint=str(manifest.fingerprints[m]),
+                        made_of=parts_of(manifest.fingerprints[m]),
+                    )
+                    for m, dim in manifest.dims.items()
+                },
+                model=settings,
+                thresholds=tuple(round(float(t), 6) for t in thresholds),
+                calibration=calibration,
+                metrics={key: float(value) for key, value in metrics.items()},
+                subsets={key: float(value) for key, value in (subsets or {}).items()},
+                averaging=model.averaging if isinstance(model, Ensemble) else "probabilities",
+                weights_sha256=digests[0],
+                members_sha256=digests[1:],
+                labels_sha256=_sha256(part / LABELS),
+            )
+            content = about.model_dump(mode="json")
+            for entry in content["features"].values():
+                if not entry["made_of"]:
+                    del entry["made_of"]
+            lines = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+            (part / ABOUT).write_text(lines, encoding="utf-8")
     except OSError as error:
-        if part is not None:
-            shutil.rmtree(part, ignore_errors=True)
         raise BundleError(f"{folder}: the bundle cannot be written: {error}") from error
     return version
 
@@ -312,7 +300,7 @@ def _read_about(folder: Path) -> About:
     try:
         return About.model_validate(content)
     except ValidationError as error:
-        raise BundleError(f"{path}: {one_line(error, About)}") from error
+        raise BundleError(f"{path}: {validation_line(error, About)}") from error
 
 
 def _parse(text: str) -> dict[str, Any]:
@@ -330,7 +318,7 @@ def _fill(model: FusionModel, path: Path) -> None:
         state: dict[str, torch.Tensor] = load_file(path)
         model.load_state_dict(state, strict=True)
     except (OSError, SafetensorError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error, 300)
         raise BundleError(f"{path}: does not fit the architecture: {reason}") from error
 
 

@@ -22,8 +22,8 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from common.errors import ConfigError, TaggingError
-from common.weights_files import sync_file
+from common.errors import ConfigError, TaggingError, one_line
+from common.files import sync_file
 from fusion.bundle.export_lstm import exportable, onnx_translations
 from fusion.bundle.legacy import save_legacy
 
@@ -284,7 +284,7 @@ def _refused(form: Format) -> Iterator[None]:
             raise
         except Exception as error:  # exporters raise whatever the model's code made them meet
             cause = error.__cause__ or error
-            text = " ".join(str(cause).split())[:300]
+            text = one_line(cause, 300)
             raise ExportRefused(f"{form}: the model cannot be exported: {text}") from error
 
 

@@ -12,8 +12,8 @@ import torch
 import yaml
 
 from common.errors import BundleError, ConfigError
+from common.files import sync_file
 from common.pth import load_pth
-from common.weights_files import sync_file
 from fusion.bundle.bundle import ABOUT, LABELS, MEMBERS, WEIGHTS, load_bundle, members_of
 
 if TYPE_CHECKING:

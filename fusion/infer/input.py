@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
-from common.errors import ConfigError
+from common.errors import ConfigError, one_line
 from common.files import file_digest
 from config.labels import LabelMap
 from fusion.data.data_file import Record, entries, record_of
@@ -112,7 +112,7 @@ class Input(Generic[P]):
             except ConfigError as error:
                 if not self.skip_bad:
                     raise
-                yield Bad(_name_of(content, where), " ".join(str(error).split()))
+                yield Bad(_name_of(content, where), one_line(error))
             else:
                 yield post
 

@@ -17,8 +17,7 @@ from types import TracebackType
 from typing import IO, Any, Literal, TypeAlias
 
 from common.errors import ConfigError
-from common.files import publish
-from common.weights_files import sync_file
+from common.files import publish, sync_file
 
 Kind: TypeAlias = Literal["part", "scores", "skipped"]
 _KINDS: tuple[Kind, ...] = ("part", "scores", "skipped")

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import io
 import json
-import shutil
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from common.errors import ConfigError
+from common.files import new_folder
 from common.progress import progress_bar
-from common.weights_files import replace_folder
 from config.report import ReportSettings
 from fusion.report import charts, tables
 from fusion.report.judged import SCORES, Judged
@@ -63,24 +61,17 @@ def write_report(
     Raises:
         ConfigError: The folder cannot be written.
     """
-    part: Path | None = None
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        part.chmod(0o755)
-        chapters, numbers = _content(part, given, settings, progress=progress)
-        top = _top(numbers.get("metrics", {}))
-        text = page(f"Training of {given.title}", given.subtitle, top, chapters)
-        (part / PAGE).write_text(text, encoding="utf-8")
-        (part / NUMBERS).write_text(
-            json.dumps(numbers, ensure_ascii=False, indent=1) + "\n", encoding="utf-8"
-        )
-        replace_folder(part, folder)
+        with new_folder(folder) as part:
+            chapters, numbers = _content(part, given, settings, progress=progress)
+            top = _top(numbers.get("metrics", {}))
+            text = page(f"Training of {given.title}", given.subtitle, top, chapters)
+            (part / PAGE).write_text(text, encoding="utf-8")
+            (part / NUMBERS).write_text(
+                json.dumps(numbers, ensure_ascii=False, indent=1) + "\n", encoding="utf-8"
+            )
     except OSError as error:
         raise ConfigError(f"{folder}: the report cannot be written: {error}") from error
-    finally:
-        if part is not None:
-            shutil.rmtree(part, ignore_errors=True)
     return folder / PAGE
 
 

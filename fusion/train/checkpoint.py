@@ -11,8 +11,7 @@ from typing import Any, cast
 import torch
 
 from common.errors import ConfigError
-from common.files import part_of, publish
-from common.weights_files import sync_file
+from common.files import part_of, publish, sync_file
 
 FORMAT = "insighttag.checkpoint/1"
 

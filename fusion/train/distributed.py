@@ -17,7 +17,7 @@ from lightning_fabric import Fabric
 from torch import distributed
 from torch.multiprocessing.spawn import ProcessExitedException, start_processes
 
-from common.errors import ConfigError, TaggingError, WorkerDied
+from common.errors import ConfigError, TaggingError, WorkerDied, one_line
 from common.precision import Precision, resolve_precision, set_threads
 from config.train import TrainerSettings
 
@@ -166,7 +166,7 @@ def _lost(settings: TrainerSettings, processes: Any, error: Exception) -> Worker
     own = (0, None, _PEER_LOST, -signal.SIGTERM)
     dead = next(((i, p.exitcode) for i, p in enumerate(processes) if p.exitcode not in own), None)
     if dead is None:
-        reason = " ".join(str(error).split())[-300:]
+        reason = one_line(error)[-300:]
         return WorkerDied(f"a process of this training ended: {reason}")
     rank, code = dead
     how = f"was ended by signal {-code}" if code < 0 else f"ended with status {code}"

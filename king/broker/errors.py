@@ -15,7 +15,7 @@ import amqp.exceptions as amqp_errors
 import redis.exceptions as redis_errors
 from kombu.exceptions import KombuError
 
-from common.errors import BrokerUnavailable, ConfigError, TaggingError
+from common.errors import BrokerUnavailable, ConfigError, TaggingError, one_line
 from common.urls import redact
 
 # While a connection is set up, these say that the settings are wrong; later, that it is lost.
@@ -91,7 +91,9 @@ def _is_wrong_settings(error: BaseException) -> bool:
 
 def _reason(error: BaseException, url: str) -> str:
     """One line that a person understands, without credentials."""
-    text = " ".join(str(error).split())
+    text = one_line(error)
+    if text == TimeoutError.__name__:
+        text = "timed out"
     if isinstance(error, amqp_errors.PreconditionFailed):
         text = (
             f"the queue exists with other arguments ({text}); "
@@ -101,7 +103,7 @@ def _reason(error: BaseException, url: str) -> str:
         text = f"user or password refused, or no permission ({text})"
     for secret in _secrets(url):
         text = text.replace(secret, "***")
-    return text or ("timed out" if isinstance(error, TimeoutError) else type(error).__name__)
+    return text
 
 
 def _secrets(url: str) -> set[str]:

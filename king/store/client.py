@@ -27,7 +27,7 @@ from pymongo.errors import (
     WriteError,
 )
 
-from common.errors import ConfigError, StoreRefused, StoreUnavailable
+from common.errors import ConfigError, StoreRefused, StoreUnavailable, one_line
 from common.urls import redact
 from config.settings import StoreSettings
 
@@ -200,5 +200,5 @@ def _refused(details: Mapping[str, Any]) -> dict[int, tuple[int, str]]:
 
 
 def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = one_line(error)
     return text.split(", Timeout:")[0].split(", full error:")[0][:300]

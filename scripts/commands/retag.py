@@ -143,9 +143,6 @@ def _chosen(
 
 def _shown(messages: Iterator[Any], total: int | None) -> Iterator[Any]:
     """The same, with a progress bar on standard error."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
+    from common.progress import track
 
-    columns = (BarColumn(bar_width=28), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        yield from progress.track(messages, total=total)
+    yield from track(messages, "posts", total)

@@ -36,20 +36,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Make the posts; gives the exit code."""
     options = parse(arguments)
-    from rich.console import Console
-    from rich.progress import track
+    from common.progress import track
 
     plans = plan_posts(
         options.posts, options.seed, options.split, noise=options.noise, missing=options.missing
     )
     made = make_posts(options.out, plans, options.processes)
     try:
-        for _ in track(
-            made,
-            description=f"{options.split} posts",
-            total=len(plans),
-            console=Console(stderr=True),
-        ):
+        for _ in track(made, f"{options.split} posts", len(plans)):
             pass
     except OSError as error:
         print(f"make_demo_posts: {error}", file=sys.stderr)

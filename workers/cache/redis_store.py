@@ -18,7 +18,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import AuthenticationError, RedisError
 from redis.retry import Retry
 
-from common.errors import CacheUnavailable
+from common.errors import CacheUnavailable, one_line
 from common.urls import redact
 from workers.cache.base import Stats
 
@@ -146,5 +146,5 @@ class RedisStore:
         except AuthenticationError as error:
             raise CacheUnavailable(f"{self._where} refuses the password") from error
         except (RedisError, OSError) as error:
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            reason = one_line(error, 200)
             raise CacheUnavailable(f"{self._where}: {reason}") from error

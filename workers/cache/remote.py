@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from common.errors import CacheUnavailable
+from common.errors import CacheUnavailable, one_line
 from common.urls import redact
 from workers.cache.base import Stats
 from workers.cache.eviction import Evictor, Held, evict, is_entry
@@ -141,7 +141,7 @@ class RemoteStore:
             raise self._unavailable(error) from error
 
     def _unavailable(self, error: BaseException) -> CacheUnavailable:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = one_line(error, 200)
         return CacheUnavailable(f"{self._where}: {reason}")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from common.errors import ConfigError
+from common.errors import ConfigError, one_line
 from common.urls import redact
 from config.cache import CacheSettings
 from workers.cache.base import CacheStore
@@ -38,6 +38,6 @@ def open_store(settings: CacheSettings) -> CacheStore:
     try:
         return RemoteStore(url, limit, settings.options, timeout_s=settings.timeout_s)
     except (ImportError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         hint = "; install insighttag[s3]" if scheme in ("s3", "s3a") else ""
         raise ConfigError(f"cache.url: {redact(url)} cannot be used: {reason}{hint}") from error

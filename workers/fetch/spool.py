@@ -8,14 +8,13 @@ containers share a host's disk and not its process IDs.
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import os
 import secrets
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
 from common.errors import ConfigError
+from common.files import lock_file, locked
 
 _LOCK = "lock"
 _PREFIX = "king-"
@@ -37,13 +36,11 @@ class Spool:
         try:
             root.mkdir(parents=True, exist_ok=True, mode=0o700)
             # One King at a time: a folder is not yet locked in the moment after it is made.
-            with (root / ".lock").open("w") as guard:
-                fcntl.flock(guard, fcntl.LOCK_EX)
+            with locked(root / ".lock", timeout_s=-1):
                 _remove_dead(root)
                 self.folder = (root / f"{_PREFIX}{secrets.token_hex(8)}").resolve()
                 self.folder.mkdir(mode=0o700)
-                self._lock = (self.folder / _LOCK).open("w")
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self._lock = lock_file(self.folder / _LOCK)
         except OSError as error:
             reason = error.strerror or str(error)
             raise ConfigError(f"fetch.spool: {root} cannot be used: {reason}") from error
@@ -62,7 +59,7 @@ class Spool:
     def close(self) -> None:
         """Remove the folder."""
         shutil.rmtree(self.folder, ignore_errors=True)
-        self._lock.close()
+        self._lock.release()
 
 
 def file_name(task_id: int) -> str:
@@ -75,9 +72,5 @@ def _remove_dead(root: Path) -> None:
         with contextlib.suppress(OSError):
             if folder.is_symlink() or not folder.is_dir():
                 continue
-            descriptor = os.open(folder / _LOCK, os.O_WRONLY | os.O_CREAT, 0o600)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with locked(folder / _LOCK):
                 shutil.rmtree(folder, ignore_errors=True)
-            finally:
-                os.close(descriptor)

@@ -15,6 +15,7 @@ from common.errors import (
     PermanentError,
     RetryableError,
     TaggingError,
+    one_line,
 )
 from workers.protocol import Failure, Result
 
@@ -66,7 +67,7 @@ def run_batch(
         if _is_out_of_memory(error):
             return _smaller(stage, run, items, error)
         if _is_device_lost(error):
-            raise DeviceLost(" ".join(str(error).split())[:300]) from error
+            raise DeviceLost(one_line(error, 300)) from error
         if len(items) == 1:
             return [failure_of(stage, error)]
     return [outcome for item in items for outcome in run_batch(stage, run, [item])]
@@ -78,7 +79,7 @@ def _smaller(
     items: Sequence[Item],
     error: Exception,
 ) -> list[Outcome]:
-    text = " ".join(str(error).split())[:200] or type(error).__name__
+    text = one_line(error, 200)
     _log.warning("workers.out_of_memory", stage=stage, batch=len(items), error=text)
     # The exception's frames keep the tensors alive that have just not fitted.
     error.__traceback__ = None

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from common.errors import BundleError, TaggingError
+from common.errors import BundleError, TaggingError, one_line
 from common.fingerprint import packed, with_parts
 from config.settings import FusionSettings
 from workers.pool.fingerprints import mismatch
@@ -82,7 +82,7 @@ class _Fusion:
         try:
             new = open_bundle(self._settings, self._device)
         except TaggingError as error:
-            _log.error("workers.bundle_refused", reason=" ".join(str(error).split()))
+            _log.error("workers.bundle_refused", reason=one_line(error))
             return
         wrong = mismatch(new.fingerprints, self._expected)
         if wrong is not None:

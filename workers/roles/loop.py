@@ -24,7 +24,7 @@ from typing import Protocol
 
 import structlog
 
-from common.errors import RetryableError, TaggingError
+from common.errors import RetryableError, TaggingError, one_line
 from common.logs import configure_logs
 from config.settings import Settings
 from workers.pool.arena import Arena
@@ -248,7 +248,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         _role(launch.run)(Context(pipe, launch, settings, arena))
     except TaggingError as error:
-        pipe.send_wait(Refused(" ".join(str(error).split())))
+        pipe.send_wait(Refused(one_line(error)))
         return REFUSED_STATUS
     except DeviceLost as error:
         _log.error("workers.device_lost", error=str(error))

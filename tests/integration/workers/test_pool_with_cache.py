@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from common.weights_files import replace_folder
+from common.files import new_folder
 from config.settings import Settings
 from tests.integration.workers.test_cached_posts import NAMES, World, files, same
 from tests.support.services import RedisServer
@@ -131,7 +132,8 @@ def test_two_pools_share_one_cache(world: World, tmp_path: Path) -> None:
             assert [tag.name for tag in again.tags] == [tag.name for tag in tags.tags]
             assert np.array_equal(again.scores, tags.scores)
         before = two.pool.bundle
-        replace_folder(tmp_path / "another", tmp_path / "bundle")
+        with new_folder(tmp_path / "bundle") as new:
+            shutil.copytree(tmp_path / "another", new, dirs_exist_ok=True)
         two.until(lambda: two.pool.bundle != before)
         other = two.run(FuseTask(through(two, posts[0])[0]))
         assert (other.model, other.version) == two.pool.bundle

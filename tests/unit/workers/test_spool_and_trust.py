@@ -40,7 +40,7 @@ def test_spool_is_private_and_ends_with_its_king(tmp_path: Path) -> None:
     (first.folder / "file").write_text("x")
     second = Spool(root)
     assert (first.folder / "file").exists(), "a living King lost its files"
-    first._lock.close()  # as the kernel does when its process ends
+    first._lock.release()  # as the kernel does when its process ends
     (root / "king-not-a-folder").write_text("x")
     third = Spool(root)
     assert not first.folder.exists()
