@@ -33,8 +33,8 @@ from demo.media_server import MediaServer
 from demo.online import alive, daemon
 from deploy import embedded
 from king.broker.publisher import publish_posts
-from king.health import read_health
 from king.messages import PostMessage
+from king.status import read_health
 from scripts import cli
 
 SPLITS = ("train", "valid", "online")

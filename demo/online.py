@@ -20,8 +20,8 @@ from common.progress import progress_bar
 from common.urls import redact
 from config.settings import Settings, StoreSettings
 from king.broker.publisher import publish_posts
-from king.health import read_health
 from king.messages import PostMessage
+from king.status import read_health
 
 START_TIMEOUT_S = 240.0
 STALL_TIMEOUT_S = 120.0

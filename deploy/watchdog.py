@@ -34,8 +34,8 @@ from deploy import embedded
 from deploy.stacks import catches, send_signal, write_stacks
 from deploy.supervisor import Program, Supervisor, open_supervisor
 from king.broker.broker import queue_depth
-from king.health import read_health
 from king.king import SUBSCRIBE_SIGNAL
+from king.status import read_health
 
 THREADS = ("main", "broker", "store", "dispatch")
 

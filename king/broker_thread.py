@@ -19,8 +19,8 @@ import structlog
 from common.errors import BrokerUnavailable
 from common.retry import reconnect_delay_s
 from king.broker.broker import Broker, Delivery
-from king.health import Board
 from king.messages import PostMessage
+from king.status import Status
 
 # The longest wait of an acknowledgement, since it is sent between two drains. Half of it doubles
 # the polls of an idle King on Redis; at double, posts per second fall where `prefetch` is small.
@@ -64,11 +64,11 @@ class BrokerThread:
     """
 
     def __init__(
-        self, broker: Broker, url: str, board: Board, on_delivery: Callable[[Delivery], None]
+        self, broker: Broker, url: str, status: Status, on_delivery: Callable[[Delivery], None]
     ) -> None:
         self._broker = broker
         self._url = url
-        self._board = board
+        self._status = status
         self._on_delivery = on_delivery
         self._commands: deque[_Command] = deque()
         self._consuming = False
@@ -120,9 +120,9 @@ class BrokerThread:
         try:
             while not self._stopping.is_set():
                 try:
-                    self._board.tick("broker")
+                    self._status.tick("broker")
                     self._broker.connect()
-                    self._board.broker_up.set()
+                    self._status.broker_up.set()
                     if failures:
                         log.info("king.broker_reached", url=self._url)
                     failures = 0
@@ -131,7 +131,7 @@ class BrokerThread:
                     failures += 1
                     self._back_off(failures, error)
                     self._stop_consuming_if_asked()
-            if self._board.broker_up.is_set():
+            if self._status.broker_up.is_set():
                 self._run_commands()
         except BrokerUnavailable as error:  # what it was not told of is delivered again
             log.warning("king.broker_unreachable", url=self._url, error=str(error))
@@ -141,13 +141,13 @@ class BrokerThread:
     def _serve(self) -> None:
         """Loop over one connection: the whole life of the thread while nothing breaks."""
         while not self._stopping.is_set():
-            self._board.tick("broker")
+            self._status.tick("broker")
             self._reconnect_if_asked()
             self._start_or_stop_consuming()
             self._run_commands()
             self._broker.drain(DRAIN_S)
             if time.monotonic() >= self._depth_due:
-                self._board.queue_depth = (self._broker.depth(), time.monotonic())
+                self._status.queue_depth = (self._broker.depth(), time.monotonic())
                 self._depth_due = time.monotonic() + _DEPTH_EVERY_S
 
     def _reconnect_if_asked(self) -> None:
@@ -159,7 +159,7 @@ class BrokerThread:
     def _start_or_stop_consuming(self) -> None:
         # Until workers and database are ready, messages wait where another King can take them.
         # Once begun, consuming goes on: after a lost connection the broker subscribes again.
-        ready = self._board.ready.is_set() and self._board.store_up.is_set()
+        ready = self._status.ready.is_set() and self._status.store_up.is_set()
         if self._may_consume and ready and not self._consuming:
             self._broker.consume(self._receive)
             self._consuming = True
@@ -171,7 +171,7 @@ class BrokerThread:
             self._consuming = False
 
     def _receive(self, delivery: Delivery) -> None:
-        self._board.delivered()
+        self._status.delivered()
         self._on_delivery(delivery)
 
     def _run_commands(self) -> None:
@@ -189,8 +189,8 @@ class BrokerThread:
             self._commands.popleft()
 
     def _back_off(self, failures: int, error: BrokerUnavailable) -> None:
-        self._board.broker_up.clear()
-        self._board.queue_depth = None
+        self._status.broker_up.clear()
+        self._status.queue_depth = None
         delay_s = reconnect_delay_s(failures)
         log.warning(
             "king.broker_unreachable",
@@ -200,5 +200,5 @@ class BrokerThread:
         )
         end = time.monotonic() + delay_s
         while not self._stopping.is_set() and time.monotonic() < end:
-            self._board.tick("broker")
+            self._status.tick("broker")
             self._stopping.wait(_BACK_OFF_TICK_S)

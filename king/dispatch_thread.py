@@ -19,8 +19,8 @@ import structlog
 
 from common.errors import FeatureError, RetryableError, TaggingError
 from config.settings import Settings
-from king.health import Board
-from king.jobs import Dead, GivenBack, Outcome, Retry, Started, Tagged
+from king.jobs import Dead, Outcome, Released, Retry, Started, Tagged
+from king.status import Status
 from workers.plan import PostPlan, Step, costs_attempt
 from workers.pool.events import (
     BundleChanged,
@@ -81,13 +81,13 @@ class Dispatcher:
         self,
         pool: TaskPool,
         settings: Settings,
-        board: Board,
+        status: Status,
         on_outcome: Callable[[Outcome], None],
         rng: random.Random | None = None,
     ) -> None:
         self._pool = pool
         self._settings = settings
-        self._board = board
+        self._status = status
         self._on_outcome = on_outcome
         self._retry = settings.king.retry
         self._rng = rng or random.Random()  # noqa: S311 - jitter
@@ -122,7 +122,7 @@ class Dispatcher:
         try:
             self._pool.start()
             while not self._stopping.is_set():
-                self._board.tick("dispatch")
+                self._status.tick("dispatch")
                 self._take()
                 for event in self._pool.poll(_POLL_S):
                     self._handle(event)
@@ -151,7 +151,7 @@ class Dispatcher:
             self._advance(flight)  # a post without text and media has no step to wait for
         if self._giving_back:
             for flight in list(self._flights.values()):
-                self._end(flight, GivenBack(flight.started))
+                self._end(flight, Released(flight.started))
 
     def _submit(self, flight: _Flight, steps: Sequence[Step]) -> None:
         for step in steps:
@@ -167,14 +167,14 @@ class Dispatcher:
         elif isinstance(event, TaskFailed):
             self._failed(event)
         elif isinstance(event, PoolReady):
-            self._board.bundle = self._pool.bundle
-            self._board.ready.set()
-            log.info("king.workers_ready", bundle=self._board.bundle)
+            self._status.bundle = self._pool.bundle
+            self._status.ready.set()
+            log.info("king.workers_ready", bundle=self._status.bundle)
         elif isinstance(event, BundleChanged):
-            self._board.bundle = (event.name, event.version)
+            self._status.bundle = (event.name, event.version)
             log.info("king.bundle_changed", name=event.name, version=event.version)
         elif isinstance(event, PoolRefused):
-            self._board.refused = event.message
+            self._status.refused = event.message
 
     def _done(self, event: TaskDone) -> None:
         flight = self._by_task.pop(event.task_id, None)
@@ -295,9 +295,9 @@ class Dispatcher:
         if now < self._look_due:
             return
         self._look_due = now + _LOOK_EVERY_S
-        self._board.bundle = self._pool.bundle or self._board.bundle
+        self._status.bundle = self._pool.bundle or self._status.bundle
         views = [asdict(view) for view in self._pool.workers]
-        self._board.workers = [{**view, "rss_mb": _rss_mb(view["pid"])} for view in views]
+        self._status.workers = [{**view, "rss_mb": _rss_mb(view["pid"])} for view in views]
 
 
 def _let_go(step: Step, follow: Sequence[Step] = ()) -> None:

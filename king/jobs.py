@@ -87,7 +87,7 @@ class Settled:
 
 
 @dataclass(frozen=True, slots=True)
-class Elsewhere:
+class HeldElsewhere:
     """Another King runs the post; look again at ``until`` (seconds since the epoch)."""
 
     post_id: str
@@ -95,7 +95,7 @@ class Elsewhere:
 
 
 @dataclass(frozen=True, slots=True)
-class Buried:
+class Rejected:
     """The claim was refused and is a dead letter now."""
 
     post_id: str
@@ -104,14 +104,14 @@ class Buried:
 
 
 @dataclass(frozen=True, slots=True)
-class Unrecorded:
+class WriteRefused:
     """The database refused to write this job: the post waits, and no other waits with it."""
 
     post_id: str
     reason: str
 
 
-Verdict: TypeAlias = Started | Settled | Elsewhere | Buried | Unrecorded
+Verdict: TypeAlias = Started | Settled | HeldElsewhere | Rejected | WriteRefused
 
 
 # Outcomes of an attempt ----------------------------------------------------------------------
@@ -154,7 +154,7 @@ class Dead:
 
 
 @dataclass(frozen=True, slots=True)
-class GivenBack:
+class Released:
     """The attempt was broken off by a drain: it does not count, its message is requeued."""
 
     started: Started
@@ -168,7 +168,7 @@ class Unreadable:
     failure: Failure
 
 
-Outcome: TypeAlias = Tagged | Retry | Dead | GivenBack | Unreadable
+Outcome: TypeAlias = Tagged | Retry | Dead | Released | Unreadable
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,7 +254,7 @@ def number(value: object) -> float:
 
 
 @dataclass(frozen=True, slots=True)
-class Terms:
+class ClaimContext:
     """Under which a King works on jobs.
 
     Attributes:
@@ -288,7 +288,7 @@ Decision: TypeAlias = Literal[
 ]
 
 
-def decide(job: Job | None, claim: Claim, terms: Terms) -> Decision:
+def decide(job: Job | None, claim: Claim, context: ClaimContext) -> Decision:
     """What a claim may do, seen from the post's job alone; pure, so that every store agrees.
 
     Returns:
@@ -302,13 +302,13 @@ def decide(job: Job | None, claim: Claim, terms: Terms) -> Decision:
         # The broker repeats a message whose acknowledgement was lost; a fresh one is a wish.
         return "dead" if claim.redelivered and not claim.message.force else "restart"
     if job.state == "running":
-        if job.owner == terms.owner:
+        if job.owner == context.owner:
             return "resume"
-        if job.lease_until > terms.now and not (job.owner and terms.is_dead(job.owner)):
+        if job.lease_until > context.now and not (job.owner and context.is_dead(job.owner)):
             return "elsewhere"
-    elif job.state == "waiting" and job.due_at > terms.now and not claim.message.force:
+    elif job.state == "waiting" and job.due_at > context.now and not claim.message.force:
         return "waiting"
-    return "exhausted" if job.attempts >= terms.attempts else "take"
+    return "exhausted" if job.attempts >= context.attempts else "take"
 
 
 def exhausted(job: Job) -> Failure:

@@ -30,12 +30,12 @@ from config.settings import Settings
 from king.broker.broker import Broker, KombuBroker
 from king.broker_thread import BrokerThread
 from king.dispatch_thread import Dispatcher
-from king.health import Board, write_health
 from king.identity import is_dead, own_name
 from king.in_flight import InFlight
 from king.stacks import dumped_on_signal
+from king.status import Status, write_health
 from king.store.store import MongoStore, Store
-from king.store_thread import Keeper
+from king.store_thread import StoreThread
 from workers.pool.events import TaskPool
 
 SUBSCRIBE_SIGNAL = signal.SIGUSR1
@@ -71,30 +71,30 @@ class King:
             owner: Name of this King in the jobs; None takes the process's.
         """
         self._settings = settings
-        self.board = Board()
+        self.status = Status()
         self._in_flight = InFlight()
-        self._keeper = Keeper(
+        self._store_thread = StoreThread(
             store if store is not None else MongoStore(settings.store),
             settings.king,
             owner=owner or own_name(),
             is_dead=is_dead,
-            board=self.board,
+            status=self.status,
             in_flight=self._in_flight,
             batch_size=settings.store.batch_size,
         )
         self._broker_thread = BrokerThread(
             broker if broker is not None else KombuBroker(settings.broker),
             redact(settings.broker.url),
-            self.board,
-            self._keeper.take,
+            self.status,
+            self._store_thread.take,
         )
         self._dispatcher = Dispatcher(
             pool if pool is not None else _real_pool(settings),
             settings,
-            self.board,
-            self._keeper.finish,
+            self.status,
+            self._store_thread.finish,
         )
-        self._keeper.wire(self._broker_thread, self._dispatcher.start)
+        self._store_thread.wire(self._broker_thread, self._dispatcher.start)
         self._threads: dict[str, threading.Thread] = {}
         self._died: tuple[str, BaseException] | None = None
         self._signals = 0
@@ -128,16 +128,16 @@ class King:
                 raise error
             log.error("king.thread_died", thread=name, exc_info=error)
             return 1
-        if self.board.refused is not None:
-            raise ConfigError(self.board.refused)
-        log.info("king.stopped", tagged=self.board.counter("tagged"))
+        if self.status.refused is not None:
+            raise ConfigError(self.status.refused)
+        log.info("king.stopped", tagged=self.status.counter("tagged"))
         return 0
 
     # Threads ---------------------------------------------------------------------------------
 
     def _start(self) -> None:
         log.info("king.started", pid=os.getpid(), queue=self._settings.broker.queue)
-        self._spawn("store", self._keeper.run)
+        self._spawn("store", self._store_thread.run)
         self._spawn("broker", self._broker_thread.run)
         self._spawn("dispatch", self._dispatcher.run)
 
@@ -154,13 +154,13 @@ class King:
 
     @property
     def _broken(self) -> bool:
-        return self._died is not None or self.board.refused is not None
+        return self._died is not None or self.status.refused is not None
 
     def _serve(self, drain: bool) -> None:
         while not self._signals and not self._broken:
             self._tick()
             if drain and self._nothing_left():
-                log.info("king.drained", tagged=self.board.counter("tagged"))
+                log.info("king.drained", tagged=self.status.counter("tagged"))
                 return
             if drain and sys.stderr.isatty():
                 self._show_progress()
@@ -169,13 +169,13 @@ class King:
 
     def _tick(self) -> None:
         time.sleep(_TICK_S)  # not an Event: a signal handler could not set it safely
-        self.board.tick("main")
+        self.status.tick("main")
         if time.monotonic() >= self._health_due:
             self._health_due = time.monotonic() + _HEALTH_EVERY_S
             self._write_health()
 
     def _write_health(self) -> None:
-        snapshot = self.board.snapshot(
+        snapshot = self.status.snapshot(
             in_flight=len(self._in_flight), oldest_in_flight_s=self._in_flight.oldest_s
         )
         try:
@@ -191,13 +191,13 @@ class King:
     def _nothing_left(self) -> bool:
         """No message waits, nothing is in flight, no retry will be due: for a confirmed moment."""
         now = time.monotonic()
-        busy = len(self._in_flight) or not self._keeper.idle or self.board.phase != "serving"
+        busy = len(self._in_flight) or not self._store_thread.idle or self.status.phase != "serving"
         if busy:
             self._empty_since = None
             return False
         if self._empty_since is None:
             self._empty_since = now
-        for said in (self.board.queue_depth, self.board.open_jobs):
+        for said in (self.status.queue_depth, self.status.open_jobs):
             # Both must have been asked since then; an older answer may be out of date.
             if said is None or said[1] < self._empty_since:
                 return False
@@ -207,44 +207,45 @@ class King:
         return now - self._empty_since >= _CONFIRM_S
 
     def _show_progress(self) -> None:
-        board = self.board
-        depth = board.queue_depth[0] if board.queue_depth else "?"
+        status = self.status
+        depth = status.queue_depth[0] if status.queue_depth else "?"
         sys.stderr.write(
-            f"\r{board.phase}: {board.counter('tagged')} tagged, {board.counter('failed')} failed, "
+            f"\r{status.phase}: {status.counter('tagged')} tagged, "
+            f"{status.counter('failed')} failed, "
             f"{len(self._in_flight)} in flight, {depth} queued\x1b[K"
         )
         sys.stderr.flush()
 
     def _shut_down(self) -> None:
         """Finish what is in flight, put the rest back, and end the threads."""
-        self.board.draining = True
+        self.status.draining = True
         log.info("king.draining", in_flight=len(self._in_flight))
         self._broker_thread.stop_consuming()
-        self._keeper.drain()
-        if self._broken and not self.board.store_up.is_set():
-            self._keeper.leave()  # nothing has begun that a database would have to be told
+        self._store_thread.drain()
+        if self._broken and not self.status.store_up.is_set():
+            self._store_thread.leave()  # nothing has begun that a database would have to be told
         limit_s = self._settings.king.drain_timeout_s
         if not self._wait(limit_s, self._landed):
             log.warning("king.drain_timed_out", in_flight=len(self._in_flight))
             self._dispatcher.give_back()
             flush_s = _FLUSH_S if self._signals < 2 else _HURRY_S
             self._wait(flush_s, self._given_back, hurry=True)
-        self._keeper.leave()
-        self._keeper.stop()
+        self._store_thread.leave()
+        self._store_thread.stop()
         self._join("store")
         self._broker_thread.stop()
         self._dispatcher.stop()
         self._join("broker")
         self._join("dispatch", self._settings.workers.shutdown_timeout_s)
-        self.board.stopped = True
+        self.status.stopped = True
         self._write_health()
 
     def _landed(self) -> bool:
-        return len(self._in_flight) == 0 and self._keeper.idle and self._broker_thread.quiet
+        return len(self._in_flight) == 0 and self._store_thread.idle and self._broker_thread.quiet
 
     def _given_back(self) -> bool:
         """Or nothing can be given back, without the database: the jobs' leases will run out."""
-        return self._landed() or not self.board.store_up.is_set()
+        return self._landed() or not self.status.store_up.is_set()
 
     def _wait(self, timeout_s: float, done: Callable[[], bool], *, hurry: bool = False) -> bool:
         """Wait for ``done``; not when a thread is dead, nor when asked to end at once."""
@@ -257,7 +258,7 @@ class King:
 
     def _join(self, name: str, timeout_s: float = 0.0) -> None:
         thread = self._threads[name]
-        if name == "store" and not self.board.store_up.is_set():
+        if name == "store" and not self.status.store_up.is_set():
             # It waits for a database that is away, and leaves when that call returns: what it
             # held is not acknowledged.
             thread.join(_HURRY_S)

@@ -13,7 +13,7 @@ from itertools import islice
 import structlog
 
 from common.errors import MessageError, StoreRefused, StoreUnavailable
-from king.jobs import Terms
+from king.jobs import ClaimContext
 from king.messages import PostMessage, parse_message
 from king.store.store import Store
 
@@ -33,7 +33,7 @@ class Reconciler:
         # Not at once: what a platform inserts and publishes in one go is not lost.
         self._due = time.monotonic() + self._period_s
 
-    def lost(self, terms: Terms) -> list[PostMessage]:
+    def lost(self, context: ClaimContext) -> list[PostMessage]:
         """The messages to publish now; mostly none.
 
         A database that does not answer, or gives no right to it, costs this period only.
@@ -44,7 +44,7 @@ class Reconciler:
         self._due = now + self._period_s
         try:
             # Twice the period, so that its holder renews it in time.
-            if not self._store.take_lease(LEASE, terms, 2 * self._period_s):
+            if not self._store.take_lease(LEASE, context, 2 * self._period_s):
                 return []
             ids = islice(filter(_publishable, self._store.untagged_ids()), self._batch_size)
             messages = [PostMessage(post_id) for post_id in ids]

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import structlog
 
-from king.jobs import Buried, Dead, Retry, Settled, Tagged, Unreadable, Unrecorded, message_key
+from king.jobs import Dead, Rejected, Retry, Settled, Tagged, Unreadable, WriteRefused, message_key
 from workers.protocol import Failure
 
 log = structlog.get_logger()
@@ -36,7 +36,7 @@ def finished(outcome: Tagged | Retry | Dead) -> None:
         line.error("king.post_failed", error=_one_line(outcome.failure))
 
 
-def buried(verdict: Buried) -> None:
+def buried(verdict: Rejected) -> None:
     """A post failed before its attempt began."""
     log.error(
         "king.post_failed",
@@ -51,7 +51,7 @@ def settled(verdict: Settled) -> None:
     log.info("king.message_settled", post_id=verdict.post_id, reason=verdict.reason)
 
 
-def unrecorded(verdict: Unrecorded, again_in_s: float) -> None:
+def unrecorded(verdict: WriteRefused, again_in_s: float) -> None:
     """The database refused to write a job; its post waits, and no other."""
     log.error(
         "king.job_refused",

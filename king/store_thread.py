@@ -23,25 +23,25 @@ from config.settings import KingSettings
 from king import report
 from king.broker.broker import Delivery
 from king.broker_thread import BrokerThread
-from king.health import Board
 from king.in_flight import InFlight
 from king.jobs import (
-    Buried,
     Claim,
+    ClaimContext,
     Dead,
-    Elsewhere,
-    GivenBack,
+    HeldElsewhere,
     Outcome,
+    Rejected,
+    Released,
     Retry,
     Started,
     Tagged,
-    Terms,
     Unreadable,
-    Unrecorded,
     Verdict,
+    WriteRefused,
 )
 from king.messages import PostMessage, parse_message
 from king.reconciler import Reconciler
+from king.status import Status
 from king.store.store import Store
 from workers.protocol import Failure
 
@@ -68,7 +68,7 @@ class _Refused:
 _Item = Claim | Outcome | _Refused
 
 
-class Keeper:
+class StoreThread:
     """Claims posts, writes outcomes, renews leases, publishes what is due."""
 
     def __init__(
@@ -78,16 +78,16 @@ class Keeper:
         *,
         owner: str,
         is_dead: Callable[[str], bool],
-        board: Board,
+        status: Status,
         in_flight: InFlight,
         batch_size: int,
     ) -> None:
         self._store = store
         self._settings = settings
-        self._board = board
+        self._status = status
         self._in_flight = in_flight
         self._batch_size = batch_size
-        self._terms = Terms(
+        self._terms = ClaimContext(
             owner=owner,
             bundle=("", ""),
             now=0.0,
@@ -104,7 +104,7 @@ class Keeper:
         self._unwritten: list[tuple[float, Outcome | _Refused]] = []
         self._running: set[str] = set()
         self._publishing = False
-        self._published: deque[tuple[list[str], Terms]] = deque()
+        self._published: deque[tuple[list[str], ClaimContext]] = deque()
         self._draining = False
         self._busy = False
         self._leaving = threading.Event()
@@ -177,7 +177,7 @@ class Keeper:
             return [self._inbox.popleft() for _ in range(min(len(self._inbox), self._batch_size))]
 
     def _round(self, batch: Sequence[_Item]) -> None:
-        self._board.tick("store")
+        self._status.tick("store")
         # Outcomes first: they end what the claims might wait for.
         ended = [item for item in batch if not isinstance(item, Claim)]
         self._write([*self._due_again(), *ended])
@@ -186,9 +186,9 @@ class Keeper:
         if not self._stopping.is_set() and not self._leaving.is_set():
             self._look_after()
 
-    def _now(self) -> Terms:
+    def _now(self) -> ClaimContext:
         return replace(
-            self._terms, now=round(time.time(), 3), bundle=self._board.bundle or ("", "")
+            self._terms, now=round(time.time(), 3), bundle=self._status.bundle or ("", "")
         )
 
     def _persist(self, work: Callable[[], T]) -> T | None:
@@ -202,7 +202,7 @@ class Keeper:
                 return None
             except StoreUnavailable as error:
                 failures += 1
-                self._board.store_up.clear()
+                self._status.store_up.clear()
                 delay_s = reconnect_delay_s(failures)
                 log.warning(
                     "king.store_unreachable",
@@ -210,13 +210,13 @@ class Keeper:
                     error=str(error),
                     retry_in_s=round(delay_s, 2),
                 )
-                self._board.tick("store")
+                self._status.tick("store")
                 if self._leaving.wait(delay_s):
                     return None
                 continue
             if failures:
                 log.info("king.store_reached", url=self._store.url)
-            self._board.store_up.set()
+            self._status.store_up.set()
             return result
 
     # Begin -----------------------------------------------------------------------------------
@@ -232,8 +232,8 @@ class Keeper:
             for claim in claims:
                 self._requeue(claim.message.post_id)
             return
-        terms = self._now()
-        verdicts = self._persist(lambda: self._store.begin(claims, terms))
+        context = self._now()
+        verdicts = self._persist(lambda: self._store.begin(claims, context))
         if verdicts is None:
             return
         for claim, verdict in zip(claims, verdicts, strict=True):
@@ -245,21 +245,21 @@ class Keeper:
             self._running.add(post_id)
             if self._start is not None:
                 self._start(verdict)
-        elif isinstance(verdict, Elsewhere):
+        elif isinstance(verdict, HeldElsewhere):
             # Looked at again soon: its King may finish or die long before its lease ends.
             until = min(verdict.until, time.time() + _MAX_PARKED_S)
             self._parked.append((until, claim))
-        elif isinstance(verdict, Unrecorded):
+        elif isinstance(verdict, WriteRefused):
             report.unrecorded(verdict, _REFUSED_AGAIN_S)
             self._in_flight.touch(post_id)
             self._parked.append((time.time() + _REFUSED_AGAIN_S, claim))
         else:
-            if isinstance(verdict, Buried):
-                self._board.count("failed")
-                self._board.count("dead")
+            if isinstance(verdict, Rejected):
+                self._status.count("failed")
+                self._status.count("dead")
                 report.buried(verdict)
             else:
-                self._board.count("settled")
+                self._status.count("settled")
                 report.settled(verdict)
             self._ack(post_id)
 
@@ -269,21 +269,21 @@ class Keeper:
         if not items:
             return
         outcomes = [item.outcome if isinstance(item, _Refused) else item for item in items]
-        terms = self._now()
-        recorded = self._persist(lambda: self._store.finish(outcomes, terms))
+        context = self._now()
+        recorded = self._persist(lambda: self._store.finish(outcomes, context))
         if recorded is None:
             return
         for item, outcome in zip(items, recorded, strict=True):
-            if isinstance(outcome, Unrecorded):
+            if isinstance(outcome, WriteRefused):
                 self._hold(item, outcome)
             elif isinstance(item, _Refused):
-                self._board.count("dead")
+                self._status.count("dead")
                 report.unreadable(item.outcome)
                 self._send_ack([item.delivery])
             elif not isinstance(outcome, Unreadable):
                 self._close(outcome)
 
-    def _hold(self, item: Outcome | _Refused, refused: Unrecorded) -> None:
+    def _hold(self, item: Outcome | _Refused, refused: WriteRefused) -> None:
         """Its job was refused: written again later; its message stays unacknowledged."""
         report.unrecorded(refused, _REFUSED_AGAIN_S)
         if not self._draining:
@@ -302,19 +302,19 @@ class Keeper:
         self._unwritten = [] if self._draining else [pair for pair in held if pair[0] > now]
         return due
 
-    def _close(self, outcome: Tagged | Retry | Dead | GivenBack) -> None:
+    def _close(self, outcome: Tagged | Retry | Dead | Released) -> None:
         post_id = outcome.started.post_id
         self._running.discard(post_id)
-        if isinstance(outcome, GivenBack):
+        if isinstance(outcome, Released):
             self._requeue(post_id)
             return
         if isinstance(outcome, Tagged):
-            self._board.count("tagged")
+            self._status.count("tagged")
         elif isinstance(outcome, Retry):
-            self._board.count("retried")
+            self._status.count("retried")
         else:
-            self._board.count("failed")
-            self._board.count("dead")
+            self._status.count("failed")
+            self._status.count("dead")
         report.finished(outcome)
         self._ack(post_id)
 
@@ -347,13 +347,13 @@ class Keeper:
         if now < self._second_due:
             return
         self._second_due = now + _SECOND_S
-        if self._board.phase == "serving":
+        if self._status.phase == "serving":
             self._release_orphans(now)
             self._publish_due()
             self._reconcile()
         open_jobs = self._persist(self._store.open_jobs)
         if open_jobs is not None:
-            self._board.open_jobs = (open_jobs, now)
+            self._status.open_jobs = (open_jobs, now)
 
     def _release_orphans(self, now: float) -> None:
         if self._release_due is None:
@@ -367,22 +367,22 @@ class Keeper:
     def _publish_due(self) -> None:
         if self._publishing or self._broker_thread is None:
             return
-        terms = self._now()
-        jobs = self._persist(lambda: self._store.claim_due(terms, self._batch_size))
+        context = self._now()
+        jobs = self._persist(lambda: self._store.claim_due(context, self._batch_size))
         if not jobs:
             return
         post_ids = [job.post_id for job in jobs]
-        self._publish([job.message for job in jobs], post_ids, terms)
+        self._publish([job.message for job in jobs], post_ids, context)
 
     def _reconcile(self) -> None:
         if self._publishing or self._draining:
             return
-        terms = self._now()
-        messages = self._reconciler.lost(terms)
+        context = self._now()
+        messages = self._reconciler.lost(context)
         if messages:
-            self._publish(messages, [], terms)  # there are no jobs to say it of
+            self._publish(messages, [], context)  # there are no jobs to say it of
 
-    def _publish(self, messages: list[PostMessage], jobs: list[str], terms: Terms) -> None:
+    def _publish(self, messages: list[PostMessage], jobs: list[str], context: ClaimContext) -> None:
         if self._broker_thread is not None:
             self._publishing = True
-            self._broker_thread.publish(messages, lambda: self._published.append((jobs, terms)))
+            self._broker_thread.publish(messages, lambda: self._published.append((jobs, context)))

@@ -21,8 +21,8 @@ from config.settings import Settings
 from king.broker.broker import queue_depth
 from king.broker.publisher import publish_posts
 from king.broker.rabbitmq import dead_queue
-from king.health import read_health
 from king.messages import PostMessage
+from king.status import read_health
 from king.store.store import MongoStore
 from tests.support.proxy import Proxy
 from tests.support.services import (

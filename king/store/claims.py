@@ -9,16 +9,16 @@ from pymongo import DeleteOne, InsertOne, UpdateOne
 
 from common.errors import PostNotFound
 from king.jobs import (
-    Buried,
     Claim,
+    ClaimContext,
     Decision,
-    Elsewhere,
+    HeldElsewhere,
     Job,
+    Rejected,
     Settled,
     Started,
-    Terms,
-    Unrecorded,
     Verdict,
+    WriteRefused,
     decide,
     exhausted,
 )
@@ -40,7 +40,7 @@ _RETRY_SOON_S = 0.5
 class Claims(Archive):
     """The part of `king.store.MongoStore` that begins posts."""
 
-    def begin(self, claims: Sequence[Claim], terms: Terms) -> list[Verdict]:
+    def begin(self, claims: Sequence[Claim], context: ClaimContext) -> list[Verdict]:
         """See `Store.begin`.
 
         Raises:
@@ -58,15 +58,15 @@ class Claims(Archive):
         for claim in claims:
             post_id = claim.message.post_id
             verdict, operation = self._judge(
-                claim, documents.get(post_id), jobs.get(post_id), terms
+                claim, documents.get(post_id), jobs.get(post_id), context
             )
             verdicts.append(verdict)
             if operation is not None:
                 operations.append(operation)
                 asked.append(post_id)
-            if isinstance(verdict, Buried) and post_id in documents:
+            if isinstance(verdict, Rejected) and post_id in documents:
                 content = failed_result(
-                    post_id, verdict.failure, verdict.attempts, terms.bundle, {}
+                    post_id, verdict.failure, verdict.attempts, context.bundle, {}
                 )
                 results.append(self.write_failed(documents[post_id]["_id"], content))
         self.bulk(self.posts, results)
@@ -77,7 +77,7 @@ class Claims(Archive):
                 for position, (code, reason) in refused.items()
                 if code != DUPLICATE_KEY and not isinstance(operations[position], DeleteOne)
             }
-            verdicts = self._confirm(verdicts, reasons, terms)
+            verdicts = self._confirm(verdicts, reasons, context)
         return verdicts
 
     def _documents(self, post_ids: Sequence[str]) -> dict[str, Mapping[str, Any]]:
@@ -95,43 +95,47 @@ class Claims(Archive):
         return {job.post_id: job for job in found}
 
     def _judge(
-        self, claim: Claim, document: Mapping[str, Any] | None, job: Job | None, terms: Terms
+        self,
+        claim: Claim,
+        document: Mapping[str, Any] | None,
+        job: Job | None,
+        context: ClaimContext,
     ) -> tuple[Verdict, Operation | None]:
         message = claim.message
-        decision = decide(job, claim, terms)
+        decision = decide(job, claim, context)
         if (
             decision == "elsewhere"
             and job is not None
-            and not self._tagged(document, claim, job, terms)
+            and not self._tagged(document, claim, job, context)
         ):
-            return Elsewhere(message.post_id, job.lease_until), None
+            return HeldElsewhere(message.post_id, job.lease_until), None
         if document is None:
             where = f"{self.settings.database}.{self.settings.collection}"
             error = PostNotFound(f"no post {message.post_id!r} in {where}")
             attempts = job.attempts if job is not None else 0
-            buried = Buried(message.post_id, Failure.of("load", error), attempts)
-            return buried, self._bury(claim, job, buried, terms)
-        if self._tagged(document, claim, job, terms):
+            buried = Rejected(message.post_id, Failure.of("load", error), attempts)
+            return buried, self._bury(claim, job, buried, context)
+        if self._tagged(document, claim, job, context):
             stale = DeleteOne(as_read(job)) if job is not None and decision != "elsewhere" else None
             return Settled(message.post_id, "tagged"), stale
         if decision in ("waiting", "dead"):
             return Settled(message.post_id, "waiting" if decision == "waiting" else "dead"), None
         if decision == "exhausted" and job is not None:
-            buried = Buried(message.post_id, exhausted(job), job.attempts)
-            return buried, self._bury(claim, job, buried, terms)
-        return self._start(claim, document, job, decision, terms)
+            buried = Rejected(message.post_id, exhausted(job), job.attempts)
+            return buried, self._bury(claim, job, buried, context)
+        return self._start(claim, document, job, decision, context)
 
     def _tagged(
         self,
         document: Mapping[str, Any] | None,
         claim: Claim,
         job: Job | None,
-        terms: Terms,
+        context: ClaimContext,
     ) -> bool:
         forced = claim.message.force or (job is not None and job.force and job.state != "dead")
         if document is None or forced:
             return False
-        return tagged_by(document, self.settings.result_path, terms.bundle)
+        return tagged_by(document, self.settings.result_path, context.bundle)
 
     def _start(
         self,
@@ -139,7 +143,7 @@ class Claims(Archive):
         document: Mapping[str, Any],
         job: Job | None,
         decision: Decision,
-        terms: Terms,
+        context: ClaimContext,
     ) -> tuple[Started, Operation | None]:
         message = claim.message
         before = job.attempts if job is not None and decision in ("take", "resume") else 0
@@ -151,7 +155,7 @@ class Claims(Archive):
             priority=message.priority,
             force=message.force or (job.force if job is not None else False),
             payload=claim.payload,
-            received_at=terms.now,
+            received_at=context.now,
         )
         if decision == "resume":
             return started, None
@@ -160,17 +164,19 @@ class Claims(Archive):
             "payload": claim.payload,
             "priority": message.priority,
             "force": started.force,
-            "updated_at": terms.now,
-            **terms.lease,
+            "updated_at": context.now,
+            **context.lease,
         }
         if job is None:
             first = {"_id": message.post_id, "attempts": 1, "last_error": None}
-            return started, InsertOne({**first, "first_at": terms.now, **change})
+            return started, InsertOne({**first, "first_at": context.now, **change})
         if decision == "restart":
             return started, UpdateOne(as_read(job), {"$set": {**change, "attempts": 1}})
         return started, UpdateOne(as_read(job), {"$set": change, "$inc": {"attempts": 1}})
 
-    def _bury(self, claim: Claim, job: Job | None, buried: Buried, terms: Terms) -> Operation:
+    def _bury(
+        self, claim: Claim, job: Job | None, buried: Rejected, context: ClaimContext
+    ) -> Operation:
         dead = Job(
             post_id=claim.message.post_id,
             state="dead",
@@ -179,8 +185,8 @@ class Claims(Archive):
             payload=claim.payload,
             priority=claim.message.priority,
             force=claim.message.force,
-            first_at=job.first_at if job is not None else terms.now,
-            updated_at=terms.now,
+            first_at=job.first_at if job is not None else context.now,
+            updated_at=context.now,
         ).as_document()
         if job is None:
             return InsertOne(dead)
@@ -188,7 +194,7 @@ class Claims(Archive):
         return UpdateOne(as_read(job), {"$set": dead})
 
     def _confirm(
-        self, verdicts: Sequence[Verdict], refused: Mapping[str, str], terms: Terms
+        self, verdicts: Sequence[Verdict], refused: Mapping[str, str], context: ClaimContext
     ) -> list[Verdict]:
         """Some claims were lost to another King, or refused: read who holds what."""
         started = [v.post_id for v in verdicts if isinstance(v, Started)]
@@ -196,12 +202,12 @@ class Claims(Archive):
         confirmed: list[Verdict] = []
         for verdict in verdicts:
             if verdict.post_id in refused:
-                confirmed.append(Unrecorded(verdict.post_id, refused[verdict.post_id]))
+                confirmed.append(WriteRefused(verdict.post_id, refused[verdict.post_id]))
                 continue
             if isinstance(verdict, Started):
                 job = jobs.get(verdict.post_id)
-                if job is None or job.state != "running" or job.owner != terms.owner:
-                    confirmed.append(Elsewhere(verdict.post_id, terms.now + _RETRY_SOON_S))
+                if job is None or job.state != "running" or job.owner != context.owner:
+                    confirmed.append(HeldElsewhere(verdict.post_id, context.now + _RETRY_SOON_S))
                     continue
             confirmed.append(verdict)
         return confirmed

@@ -17,16 +17,16 @@ from common.errors import StoreRefused
 from king.jobs import (
     QUEUED_FOR_S,
     Claim,
+    ClaimContext,
     Dead,
-    GivenBack,
     Job,
     Outcome,
+    Released,
     Retry,
     Tagged,
-    Terms,
     Unreadable,
-    Unrecorded,
     Verdict,
+    WriteRefused,
     message_key,
     number,
 )
@@ -53,34 +53,36 @@ class Store(Protocol):
         """Reach it. Raises `StoreUnavailable`, or `ConfigError` when it refuses the user."""
         ...
 
-    def begin(self, claims: Sequence[Claim], terms: Terms) -> list[Verdict]:
+    def begin(self, claims: Sequence[Claim], context: ClaimContext) -> list[Verdict]:
         """Load posts and record their attempts; one verdict per claim, in order.
 
         The claims are for different posts.
         """
         ...
 
-    def finish(self, outcomes: Sequence[Outcome], terms: Terms) -> Sequence[Outcome | Unrecorded]:
+    def finish(
+        self, outcomes: Sequence[Outcome], context: ClaimContext
+    ) -> Sequence[Outcome | WriteRefused]:
         """Write what became of attempts; gives what was recorded, in order.
 
         An outcome whose write the database refused for good comes back as a `Dead`; or, where it
-        refuses a dead letter too, as an `Unrecorded`, which may be finished again.
+        refuses a dead letter too, as an `WriteRefused`, which may be finished again.
         """
         ...
 
-    def renew(self, post_ids: Sequence[str], terms: Terms) -> None:
+    def renew(self, post_ids: Sequence[str], context: ClaimContext) -> None:
         """Extend the leases of running posts."""
         ...
 
-    def claim_due(self, terms: Terms, limit: int) -> list[Job]:
+    def claim_due(self, context: ClaimContext, limit: int) -> list[Job]:
         """Take the jobs that are due, for publishing; no other King gets the same."""
         ...
 
-    def published(self, post_ids: Sequence[str], terms: Terms) -> None:
+    def published(self, post_ids: Sequence[str], context: ClaimContext) -> None:
         """Jobs of `claim_due` whose messages the broker has confirmed."""
         ...
 
-    def release_dead(self, terms: Terms) -> int:
+    def release_dead(self, context: ClaimContext) -> int:
         """Make the jobs of Kings that are known to be dead due at once; gives their number."""
         ...
 
@@ -92,7 +94,7 @@ class Store(Protocol):
         """IDs of the posts that have neither a result nor a job."""
         ...
 
-    def take_lease(self, name: str, terms: Terms, lease_s: float) -> bool:
+    def take_lease(self, name: str, context: ClaimContext, lease_s: float) -> bool:
         """Take or renew what only one King does at a time; False when another one holds it."""
         ...
 
@@ -106,13 +108,15 @@ class MongoStore(Claims):
 
     # Finish ----------------------------------------------------------------------------------
 
-    def finish(self, outcomes: Sequence[Outcome], terms: Terms) -> list[Outcome | Unrecorded]:
+    def finish(
+        self, outcomes: Sequence[Outcome], context: ClaimContext
+    ) -> list[Outcome | WriteRefused]:
         """See `Store.finish`.
 
         Raises:
             StoreUnavailable: Finish the same outcomes again.
         """
-        writes = [(i, self._result(outcome, terms)) for i, outcome in enumerate(outcomes)]
+        writes = [(i, self._result(outcome, context)) for i, outcome in enumerate(outcomes)]
         results = [(i, write) for i, write in writes if write is not None]
         _, refused = self.bulk(self.posts, [write for _, write in results])
         after = list(outcomes)
@@ -121,37 +125,43 @@ class MongoStore(Claims):
             outcome = after[i]
             if isinstance(outcome, Tagged):
                 after[i] = _refused(outcome, f"the result was refused: {reason}")
-        _, unwritable = self.bulk(self.jobs, [self._job_after(o, terms) for o in after])
-        recorded: list[Outcome | Unrecorded] = [*after]
+        _, unwritable = self.bulk(self.jobs, [self._job_after(o, context) for o in after])
+        recorded: list[Outcome | WriteRefused] = [*after]
         for i, (_, reason) in unwritable.items():
-            recorded[i] = self._bury_plainly(after[i], reason, terms)
+            recorded[i] = self._bury_plainly(after[i], reason, context)
         return recorded
 
-    def _bury_plainly(self, outcome: Outcome, reason: str, terms: Terms) -> Outcome | Unrecorded:
+    def _bury_plainly(
+        self, outcome: Outcome, reason: str, context: ClaimContext
+    ) -> Outcome | WriteRefused:
         """The job of a failed attempt was refused: perhaps its error was, so try without it."""
         if isinstance(outcome, (Retry, Dead)):
             dead = _refused(outcome, f"the job was refused: {reason}")
-            _, unwritable = self.bulk(self.jobs, [self._job_after(dead, terms)])
+            _, unwritable = self.bulk(self.jobs, [self._job_after(dead, context)])
             if not unwritable:
-                write = self._result(dead, terms)
+                write = self._result(dead, context)
                 self.bulk(self.posts, [write] if write is not None else [])
                 return dead
         if isinstance(outcome, Unreadable):
-            return Unrecorded(message_key(outcome.payload), reason)
-        return Unrecorded(outcome.started.post_id, reason)
+            return WriteRefused(message_key(outcome.payload), reason)
+        return WriteRefused(outcome.started.post_id, reason)
 
-    def _result(self, outcome: Outcome, terms: Terms) -> UpdateOne | None:
+    def _result(self, outcome: Outcome, context: ClaimContext) -> UpdateOne | None:
         if isinstance(outcome, Tagged):
             return self.write_tagged(outcome.started.document_id, tagged_result(outcome))
         if isinstance(outcome, Dead):
             started = outcome.started
             content = failed_result(
-                started.post_id, outcome.failure, started.attempt, terms.bundle, outcome.timings_ms
+                started.post_id,
+                outcome.failure,
+                started.attempt,
+                context.bundle,
+                outcome.timings_ms,
             )
             return self.write_failed(started.document_id, content)
         return None
 
-    def _job_after(self, outcome: Outcome, terms: Terms) -> Operation:
+    def _job_after(self, outcome: Outcome, context: ClaimContext) -> Operation:
         if isinstance(outcome, Unreadable):
             key = message_key(outcome.payload)
             dead = Job(
@@ -159,20 +169,20 @@ class MongoStore(Claims):
                 state="dead",
                 last_error=outcome.failure.as_dict(),
                 payload=outcome.payload,
-                updated_at=terms.now,
+                updated_at=context.now,
             ).as_document()
             del dead["_id"], dead["first_at"]
-            change = {"$set": dead, "$setOnInsert": {"first_at": terms.now}}
+            change = {"$set": dead, "$setOnInsert": {"first_at": context.now}}
             return UpdateOne({"_id": key}, change, upsert=True)
-        mine = {"_id": outcome.started.post_id, "owner": terms.owner}
+        mine = {"_id": outcome.started.post_id, "owner": context.owner}
         if isinstance(outcome, Tagged):
             return DeleteOne(mine)
-        free = {"owner": None, "lease_until": 0.0, "updated_at": terms.now}
-        if isinstance(outcome, GivenBack):
+        free = {"owner": None, "lease_until": 0.0, "updated_at": context.now}
+        if isinstance(outcome, Released):
             before = outcome.started.attempt - 1
             if before == 0:
                 return DeleteOne(mine)
-            queued = {"state": "queued", "attempts": before, "due_at": terms.now + QUEUED_FOR_S}
+            queued = {"state": "queued", "attempts": before, "due_at": context.now + QUEUED_FOR_S}
             return UpdateOne(mine, {"$set": {**free, **queued}})
         error = {"last_error": outcome.failure.as_dict()}
         if isinstance(outcome, Retry):
@@ -182,25 +192,25 @@ class MongoStore(Claims):
 
     # Leases and retries ----------------------------------------------------------------------
 
-    def renew(self, post_ids: Sequence[str], terms: Terms) -> None:
+    def renew(self, post_ids: Sequence[str], context: ClaimContext) -> None:
         """See `Store.renew`.
 
         Raises:
             StoreUnavailable: Renew again.
         """
-        mine = {"_id": {"$in": list(post_ids)}, "owner": terms.owner, "state": "running"}
-        change = {**terms.lease, "updated_at": terms.now}
+        mine = {"_id": {"$in": list(post_ids)}, "owner": context.owner, "state": "running"}
+        change = {**context.lease, "updated_at": context.now}
         with self.edge():
             self.jobs.update_many(mine, {"$set": change})
 
-    def claim_due(self, terms: Terms, limit: int) -> list[Job]:
+    def claim_due(self, context: ClaimContext, limit: int) -> list[Job]:
         """See `Store.claim_due`.
 
         Raises:
             StoreUnavailable: What was claimed, if anything, is due again after the lease.
         """
-        due = {"state": {"$in": list(OPEN_STATES)}, "due_at": {"$lte": terms.now}}
-        token = _publisher(terms)
+        due = {"state": {"$in": list(OPEN_STATES)}, "due_at": {"$lte": context.now}}
+        token = _publisher(context)
         with self.edge():
             cursor = self.jobs.find(due, {"_id": 1}).sort("due_at", 1).limit(limit)
             keys = [document["_id"] for document in cursor]
@@ -210,14 +220,14 @@ class MongoStore(Claims):
                 "state": "queued",
                 "owner": token,
                 "lease_until": 0.0,
-                "due_at": round(terms.now + terms.lease_s, 3),
-                "updated_at": terms.now,
+                "due_at": round(context.now + context.lease_s, 3),
+                "updated_at": context.now,
             }
             self.jobs.update_many({"_id": {"$in": keys}, **due}, {"$set": change})
             won = self.jobs.find({"_id": {"$in": keys}, "state": "queued", "owner": token})
             return [Job.of(document) for document in won]
 
-    def published(self, post_ids: Sequence[str], terms: Terms) -> None:
+    def published(self, post_ids: Sequence[str], context: ClaimContext) -> None:
         """See `Store.published`.
 
         Raises:
@@ -226,13 +236,13 @@ class MongoStore(Claims):
         queued = {
             "_id": {"$in": list(post_ids)},
             "state": "queued",
-            "owner": _publisher(terms),
+            "owner": _publisher(context),
         }
-        change = {"owner": None, "due_at": terms.now + QUEUED_FOR_S, "updated_at": terms.now}
+        change = {"owner": None, "due_at": context.now + QUEUED_FOR_S, "updated_at": context.now}
         with self.edge():
             self.jobs.update_many(queued, {"$set": change})
 
-    def release_dead(self, terms: Terms) -> int:
+    def release_dead(self, context: ClaimContext) -> int:
         """See `Store.release_dead`.
 
         Raises:
@@ -240,8 +250,8 @@ class MongoStore(Claims):
         """
         with self.edge():
             running = [Job.of(d) for d in self.jobs.find({"state": "running"})]
-        orphans = [job for job in running if job.owner and terms.is_dead(job.owner)]
-        change = {"$set": {"state": "waiting", "due_at": terms.now, "owner": None}}
+        orphans = [job for job in running if job.owner and context.is_dead(job.owner)]
+        change = {"$set": {"state": "waiting", "due_at": context.now, "owner": None}}
         effective, _ = self.bulk(self.jobs, [UpdateOne(as_read(job), change) for job in orphans])
         return effective
 
@@ -254,14 +264,14 @@ class MongoStore(Claims):
         with self.edge():
             return int(self.jobs.count_documents({"state": {"$in": list(OPEN_STATES)}}))
 
-    def take_lease(self, name: str, terms: Terms, lease_s: float) -> bool:
+    def take_lease(self, name: str, context: ClaimContext, lease_s: float) -> bool:
         """See `Store.take_lease`.
 
         Raises:
             StoreUnavailable: Try again.
             StoreRefused: There is no right to write leases.
         """
-        mine = {"owner": terms.owner, "lease_until": round(terms.now + lease_s, 3)}
+        mine = {"owner": context.owner, "lease_until": round(context.now + lease_s, 3)}
         with self.edge():
             lease = self.leases.find_one({"_id": name})
             if lease is None:
@@ -271,8 +281,8 @@ class MongoStore(Claims):
                     return False
                 return True
             owner, until = lease.get("owner"), lease.get("lease_until")
-            held = number(until) > terms.now and not terms.is_dead(str(owner))
-            if held and owner != terms.owner:
+            held = number(until) > context.now and not context.is_dead(str(owner))
+            if held and owner != context.owner:
                 return False
             # Won only from the state that was read: of two that find it free, one matches.
             seen = {"_id": name, "owner": owner, "lease_until": until}
@@ -284,6 +294,6 @@ def _refused(outcome: Tagged | Retry | Dead, message: str) -> Dead:
     return Dead(outcome.started, failure, outcome.timings_ms)
 
 
-def _publisher(terms: Terms) -> str:
+def _publisher(context: ClaimContext) -> str:
     """Owner of jobs that a King is about to publish: never mistaken for one that it runs."""
-    return f"{terms.owner} publishes"
+    return f"{context.owner} publishes"

@@ -15,7 +15,7 @@ from common.errors import ConfigError, TaggingError
 from common.urls import redact
 from config.settings import BrokerSettings, Settings, StoreSettings
 from deploy import embedded
-from king.health import read_health
+from king.status import read_health
 from scripts.commands.common import (
     AsJson,
     Config,

@@ -20,9 +20,9 @@ from config.settings import Settings, WatchdogSettings
 from deploy.stacks import catches, write_stacks
 from deploy.supervisor import Program, SupervisorClient, SystemdClient, open_supervisor
 from deploy.watchdog import Observation, Progress, Watchdog, main, waiting_messages
-from king.health import read_health
 from king.king import SUBSCRIBE_SIGNAL
 from king.stacks import DUMP_SIGNAL, dumped_on_signal, stack_file
+from king.status import read_health
 from tests.support.services import RedisServer
 
 SLEEPER = """

@@ -164,12 +164,12 @@ def test_database_killed_in_the_middle(site: Site, mongo_server: MongoServer) ->
     site.add(40)
     pool = fake_pool(site.folder, latency_s=0.02)
     with Running(site.settings, pool) as it:
-        it.until(lambda: it.king.board.counter("tagged") >= 5)
+        it.until(lambda: it.king.status.counter("tagged") >= 5)
         mongo_server.kill()
-        it.until(lambda: it.king.board.phase == "store_down")
+        it.until(lambda: it.king.status.phase == "store_down")
         mongo_server.start()
         it.until(lambda: site.tagged == 40)
-        it.until(lambda: it.king.board.open_jobs is not None and len(it.king._in_flight) == 0)
+        it.until(lambda: it.king.status.open_jobs is not None and len(it.king._in_flight) == 0)
     assert site.store.counts()["jobs"] == {"running": 0, "waiting": 0, "queued": 0, "dead": 0}
     assert site.depth() == 0
 
@@ -179,11 +179,11 @@ def test_broker_restarted_in_the_middle(site: Site, redis_server: RedisServer) -
     """The broker goes and comes back with its queue: every post is tagged, no message is left."""
     site.add(40)
     with Running(site.settings, fake_pool(site.folder, latency_s=0.02)) as it:
-        it.until(lambda: it.king.board.counter("tagged") >= 5)
+        it.until(lambda: it.king.status.counter("tagged") >= 5)
         redis_server.kill()
-        it.until(lambda: it.king.board.phase == "broker_down")
+        it.until(lambda: it.king.status.phase == "broker_down")
         redis_server.start()
-        it.until(lambda: site.tagged == 40 and it.king.board.phase == "serving")
+        it.until(lambda: site.tagged == 40 and it.king.status.phase == "serving")
         it.until(lambda: len(it.king._in_flight) == 0)
     assert site.depth() == 0
     assert site.store.counts()["jobs"]["running"] == 0

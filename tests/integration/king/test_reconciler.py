@@ -21,9 +21,9 @@ from tests.support.king.king_rig import Running, fake_pool, king_settings
 from tests.support.king.store_rig import (
     NOW,
     StoreRig,
+    context,
     mongo_settings,
     mongo_store,
-    terms,
 )
 from tests.support.services import wait_until
 
@@ -32,7 +32,7 @@ from tests.support.services import wait_until
 
 def test_lease_has_one_holder_until_it_runs_out(mongo: MongoStore) -> None:
     """Its holder renews it; another King gets it only when it has expired."""
-    first, second = terms(owner="k1"), terms(owner="k2")
+    first, second = context(owner="k1"), context(owner="k2")
     assert mongo.take_lease(LEASE, first, 60)
     assert not mongo.take_lease(LEASE, second, 60)
     assert mongo.take_lease(LEASE, replace(first, now=NOW + 50), 60)
@@ -43,8 +43,8 @@ def test_lease_has_one_holder_until_it_runs_out(mongo: MongoStore) -> None:
 
 def test_lease_of_a_dead_king_is_free_and_no_job(mongo: MongoStore) -> None:
     """A King that is known to be dead holds nothing; a lease is not counted among the jobs."""
-    assert mongo.take_lease(LEASE, terms(owner="dead"), 60)
-    assert mongo.take_lease(LEASE, terms(owner="k2", is_dead=lambda owner: owner == "dead"), 60)
+    assert mongo.take_lease(LEASE, context(owner="dead"), 60)
+    assert mongo.take_lease(LEASE, context(owner="k2", is_dead=lambda owner: owner == "dead"), 60)
     assert mongo.open_jobs() == 0
     assert mongo.dead_letters() == []
     assert mongo.counts()["jobs"] == {"running": 0, "waiting": 0, "queued": 0, "dead": 0}
@@ -59,7 +59,7 @@ def test_lease_that_many_want_at_once_goes_to_one(mongo_url: str, unique_name: s
 
         def reach(i: int, now: float = now, won: Any = won, start: Any = start) -> None:
             start.wait()
-            if stores[i].take_lease(LEASE, terms(now=now, owner=f"k{i}"), 60):
+            if stores[i].take_lease(LEASE, context(now=now, owner=f"k{i}"), 60):
                 won.append(i)
 
         threads = [threading.Thread(target=reach, args=(i,)) for i in range(len(stores))]
@@ -91,12 +91,12 @@ def test_only_posts_without_result_and_job_are_published(mongo: MongoStore) -> N
     rig.set_job(Job("works", "running", 1, owner="k2", lease_until=NOW + 60))
     rig.set_job(Job("dead", "dead", 5))
     reconciler = Reconciler(mongo, 0.01, batch_size=10)
-    assert reconciler.lost(terms()) == []  # not at once
+    assert reconciler.lost(context()) == []  # not at once
     time.sleep(0.02)
-    found = reconciler.lost(terms())
+    found = reconciler.lost(context())
     assert sorted(found, key=lambda m: m.post_id) == [PostMessage("42"), PostMessage("lost")]
     time.sleep(0.02)
-    assert len(Reconciler(mongo, None, 10).lost(terms())) == 0
+    assert len(Reconciler(mongo, None, 10).lost(context())) == 0
 
 
 def test_batches_are_bounded_and_the_lease_decides(mongo: MongoStore) -> None:
@@ -104,10 +104,10 @@ def test_batches_are_bounded_and_the_lease_decides(mongo: MongoStore) -> None:
     StoreRig(mongo).insert(*({"_id": f"p{i}"} for i in range(5)))
     holder, other = Reconciler(mongo, 0.01, 3), Reconciler(mongo, 0.01, 3)
     time.sleep(0.02)
-    assert len(holder.lost(terms(owner="k1"))) == 3
-    assert other.lost(terms(owner="k2")) == []
+    assert len(holder.lost(context(owner="k1"))) == 3
+    assert other.lost(context(owner="k2")) == []
     time.sleep(0.02)
-    assert len(other.lost(terms(now=NOW + 1, owner="k2"))) == 3  # expired: twice the period
+    assert len(other.lost(context(now=NOW + 1, owner="k2"))) == 3  # expired: twice the period
 
 
 def test_database_that_refuses_the_lease_costs_one_period(
@@ -122,7 +122,7 @@ def test_database_that_refuses_the_lease_costs_one_period(
     reconciler = Reconciler(mongo, 0.01, 3)
     time.sleep(0.02)
     with structlog.testing.capture_logs() as logs:
-        assert reconciler.lost(terms()) == []
+        assert reconciler.lost(context()) == []
     assert [line["event"] for line in logs] == ["king.reconcile_failed"]
 
 

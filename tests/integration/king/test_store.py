@@ -9,8 +9,8 @@ from bson import ObjectId
 
 from common.post import Failure, Media
 from king.jobs import (
-    Buried,
     Dead,
+    Rejected,
     Settled,
     Started,
     Tagged,
@@ -21,9 +21,9 @@ from tests.support.king.store_rig import (
     StoreRig,
     begin_one,
     claim,
+    context,
     started,
     tagged,
-    terms,
 )
 
 
@@ -43,7 +43,7 @@ def test_attempt_is_recorded_before_the_work(rig: StoreRig) -> None:
 def test_tagged_post_gets_its_result_and_loses_its_job(rig: StoreRig) -> None:
     """The result sub-document has the contract's keys."""
     rig.insert({"_id": "p1", "text": "x"})
-    [recorded] = rig.store.finish([tagged(started(rig.store, "p1"))], terms())
+    [recorded] = rig.store.finish([tagged(started(rig.store, "p1"))], context())
     assert isinstance(recorded, Tagged)
     result = rig.result("p1")
     tagged_at = result.pop("tagged_at")
@@ -66,10 +66,10 @@ def test_repeated_write_of_an_outcome_changes_nothing(rig: StoreRig) -> None:
     """A write whose reply was lost is written again: the very same result, to the millisecond."""
     rig.insert({"_id": "p1", "text": "x"})
     outcome = tagged(started(rig.store, "p1"))
-    rig.store.finish([outcome], terms())
+    rig.store.finish([outcome], context())
     first = rig.result("p1")
     time.sleep(0.01)
-    rig.store.finish([outcome], terms(NOW + 5))
+    rig.store.finish([outcome], context(NOW + 5))
     assert rig.result("p1") == first
 
 
@@ -78,9 +78,9 @@ def test_the_very_document_is_written_whatever_its_id_is(rig: StoreRig) -> None:
     oid = ObjectId()
     rig.insert({"_id": "p1"}, {"_id": oid}, {"_id": 42}, {"_id": "bystander"})
     ids = ["p1", str(oid), "42"]
-    verdicts = rig.store.begin([claim(i) for i in ids], terms())
+    verdicts = rig.store.begin([claim(i) for i in ids], context())
     outcomes = [tagged(v, BUNDLE[1], v.post_id) for v in verdicts if isinstance(v, Started)]
-    rig.store.finish(outcomes, terms())
+    rig.store.finish(outcomes, context())
     names = {key: r and r["tags"][0]["name"] for key, r in rig.results().items()}
     assert names == {"p1": "p1", oid: str(oid), 42: "42", "bystander": None}
 
@@ -88,7 +88,7 @@ def test_the_very_document_is_written_whatever_its_id_is(rig: StoreRig) -> None:
 def test_unknown_post_is_a_dead_letter(rig: StoreRig) -> None:
     """An ID that is not in the database is set aside with its reason and payload."""
     verdict = begin_one(rig.store, "nobody")
-    assert isinstance(verdict, Buried)
+    assert isinstance(verdict, Rejected)
     assert verdict.failure.type == "PostNotFound"
     job = rig.job("nobody")
     assert job is not None
@@ -108,9 +108,9 @@ def test_unknown_post_that_appears_later_is_tagged(rig: StoreRig) -> None:
 def test_same_bundle_tags_once_unless_forced(rig: StoreRig) -> None:
     """A message for a post that this bundle has tagged is settled, and forced it runs."""
     rig.insert({"_id": "p1"})
-    rig.store.finish([tagged(started(rig.store, "p1"))], terms())
+    rig.store.finish([tagged(started(rig.store, "p1"))], context())
     assert begin_one(rig.store, "p1") == Settled("p1", "tagged")
-    newer = terms(bundle=("demo", "20270101T000000Z-bb"))
+    newer = context(bundle=("demo", "20270101T000000Z-bb"))
     assert isinstance(begin_one(rig.store, "p1", newer), Started)
     assert rig.job("p1") is not None
     assert begin_one(rig.store, "p1") == Settled("p1", "tagged")  # the older one has nothing to do
@@ -123,7 +123,7 @@ def test_older_bundle_never_overwrites_a_newer_one(rig: StoreRig) -> None:
     old, new = "20250101T000000Z-00", "20270101T000000Z-ff"
     for post_id, first, second in (("p1", new, old), ("p2", old, new)):
         for version in (first, second):
-            run = terms(bundle=("demo", version))
+            run = context(bundle=("demo", version))
             done = tagged(started(rig.store, post_id, run, force=True), version)
             assert isinstance(rig.store.finish([done], run)[0], Tagged)
         assert rig.result(post_id)["version"] == new
@@ -131,6 +131,6 @@ def test_older_bundle_never_overwrites_a_newer_one(rig: StoreRig) -> None:
     permanent = Failure("decode", "MediaError", "broken")
     for post_id, version, kept in (("p3", BUNDLE[1], "tagged"), ("p4", old, "failed")):
         done = tagged(started(rig.store, post_id, force=True), version)
-        rig.store.finish([done], terms())
-        rig.store.finish([Dead(started(rig.store, post_id, force=True), permanent)], terms())
+        rig.store.finish([done], context())
+        rig.store.finish([Dead(started(rig.store, post_id, force=True), permanent)], context())
         assert rig.result(post_id)["status"] == kept

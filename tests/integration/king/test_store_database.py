@@ -24,10 +24,10 @@ from tests.support.king.store_rig import (
     BUNDLE,
     NOW,
     begin_one,
+    context,
     mongo_store,
     started,
     tagged,
-    terms,
 )
 from tests.support.services import MongoServer
 
@@ -47,7 +47,7 @@ def test_platform_paths_and_result_path_are_settings(mongo_url: str, unique_name
     begun = started(store, "7")
     assert begun.post.text == "hello"
     assert [m.source for m in begun.post.media] == ["http://a/1", "http://v/1"]
-    store.finish([tagged(begun)], terms())
+    store.finish([tagged(begun)], context())
     assert begin_one(store, "7") == Settled("7", "tagged")
     stored = store.post("7")
     assert stored is not None
@@ -62,7 +62,7 @@ def test_one_result_that_cannot_be_written_does_not_hold_up_the_others(mongo: Mo
     mongo.posts.insert_many([{"_id": f"p{i}"} for i in range(3)])
     begun = [started(mongo, f"p{i}") for i in range(3)]
     outcomes = [tagged(begun[0]), tagged(begun[1], BUNDLE[1], "half \ud800"), tagged(begun[2])]
-    recorded = mongo.finish(outcomes, terms())
+    recorded = mongo.finish(outcomes, context())
     assert [type(outcome) for outcome in recorded] == [Tagged, Dead, Tagged]
     assert mongo.counts()["tagged"] == 2
     job = mongo.job("p1")
@@ -75,11 +75,11 @@ def test_one_result_that_cannot_be_written_does_not_hold_up_the_others(mongo: Mo
 def test_commands_see_posts_letters_and_counts(mongo: MongoStore) -> None:
     """What `publish --untagged`, `status`, `show` and `dead` ask for."""
     mongo.posts.insert_many([{"_id": f"p{i}", "text": "t"} for i in range(4)] + [{"_id": 5}])
-    mongo.finish([tagged(started(mongo, "p0"))], terms())
+    mongo.finish([tagged(started(mongo, "p0"))], context())
     failure = Failure("decode", "MediaError", "no picture")
-    mongo.finish([Dead(started(mongo, "p1"), failure)], terms(NOW + 1))
+    mongo.finish([Dead(started(mongo, "p1"), failure)], context(NOW + 1))
     begin_one(mongo, "nobody")
-    mongo.finish([Unreadable("{", Failure("message", "MessageError", "no JSON"))], terms(NOW + 2))
+    mongo.finish([Unreadable("{", Failure("message", "MessageError", "no JSON"))], context(NOW + 2))
     started(mongo, "p2")
 
     assert sorted(mongo.untagged_ids()) == ["5", "p3"]
@@ -152,9 +152,9 @@ def test_restarted_database_is_used_again(mongo_server: MongoServer, unique_name
     begun = started(store, "p1")
     mongo_server.kill()
     with pytest.raises(StoreUnavailable):
-        store.finish([tagged(begun)], terms())
+        store.finish([tagged(begun)], context())
     mongo_server.start()
-    store.finish([tagged(begun)], terms())
+    store.finish([tagged(begun)], context())
     assert store.counts()["tagged"] == 1
     store.close()
 

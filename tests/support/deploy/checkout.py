@@ -15,7 +15,7 @@ import psutil
 import deploy
 from common.errors import RetryableError
 from deploy.supervisor import SupervisorClient
-from king.health import read_health
+from king.status import read_health
 
 ROOT = Path(deploy.__file__).resolve().parents[1]
 

@@ -12,18 +12,18 @@ from common.post import Failure
 from config.settings import FieldMap
 from king.jobs import (
     QUEUED_FOR_S,
-    Buried,
     Claim,
+    ClaimContext,
     Dead,
-    Elsewhere,
-    GivenBack,
+    HeldElsewhere,
     Job,
     Outcome,
+    Rejected,
+    Released,
     Retry,
     Settled,
     Started,
     Tagged,
-    Terms,
     Unreadable,
     Verdict,
     decide,
@@ -68,52 +68,54 @@ class FakeStore:
         """Nothing to close."""
         self.closed = True
 
-    def begin(self, claims: Sequence[Claim], terms: Terms) -> list[Verdict]:
+    def begin(self, claims: Sequence[Claim], context: ClaimContext) -> list[Verdict]:
         """See `king.store.Store.begin`."""
         self._require()
-        return [self._begin(claim, terms) for claim in claims]
+        return [self._begin(claim, context) for claim in claims]
 
-    def _begin(self, claim: Claim, terms: Terms) -> Verdict:
+    def _begin(self, claim: Claim, context: ClaimContext) -> Verdict:
         message, post_id = claim.message, claim.message.post_id
         job = self.jobs.get(post_id)
-        decision = decide(job, claim, terms)
+        decision = decide(job, claim, context)
         document = match_ids(self.posts.values(), [post_id], "_id").get(post_id)
         forced = message.force or (job is not None and job.force and job.state != "dead")
-        tagged = document is not None and tagged_by(document, "insight", terms.bundle)
+        tagged = document is not None and tagged_by(document, "insight", context.bundle)
         if tagged and not forced:
             if decision != "elsewhere":
                 self.jobs.pop(post_id, None)
             return Settled(post_id, "tagged")
         if decision == "elsewhere" and job is not None:
-            return Elsewhere(post_id, job.lease_until)
+            return HeldElsewhere(post_id, job.lease_until)
         if document is None:
             failure = Failure("load", "PostNotFound", f"no post {post_id!r}")
-            return self._bury(claim, job, failure, terms)
+            return self._bury(claim, job, failure, context)
         if decision in ("waiting", "dead"):
             return Settled(post_id, "waiting" if decision == "waiting" else "dead")
         if decision == "exhausted" and job is not None:
-            verdict = self._bury(claim, job, exhausted(job), terms)
-            content = failed_result(post_id, verdict.failure, verdict.attempts, terms.bundle, {})
+            verdict = self._bury(claim, job, exhausted(job), context)
+            content = failed_result(post_id, verdict.failure, verdict.attempts, context.bundle, {})
             self._write(document, content)
             return verdict
         before = job.attempts if job is not None and decision in ("take", "resume") else 0
         attempt = before if decision == "resume" else before + 1
         force = message.force or (job is not None and job.force)
         self.jobs[post_id] = replace(
-            job or Job(post_id, "running", first_at=terms.now),
+            job or Job(post_id, "running", first_at=context.now),
             state="running",
             attempts=attempt,
             payload=claim.payload,
             priority=message.priority,
             force=force,
-            updated_at=terms.now,
-            **terms.lease,
+            updated_at=context.now,
+            **context.lease,
         )
         post = read_post(post_id, document, FieldMap())
-        args = (message.priority, force, claim.payload, terms.now)
+        args = (message.priority, force, claim.payload, context.now)
         return Started(post, document["_id"], attempt, *args)
 
-    def _bury(self, claim: Claim, job: Job | None, failure: Failure, terms: Terms) -> Buried:
+    def _bury(
+        self, claim: Claim, job: Job | None, failure: Failure, context: ClaimContext
+    ) -> Rejected:
         post_id = claim.message.post_id
         attempts = job.attempts if job is not None else 0
         self.jobs[post_id] = Job(
@@ -124,20 +126,20 @@ class FakeStore:
             payload=claim.payload,
             priority=claim.message.priority,
             force=claim.message.force,
-            updated_at=terms.now,
+            updated_at=context.now,
         )
-        return Buried(post_id, failure, attempts)
+        return Rejected(post_id, failure, attempts)
 
-    def finish(self, outcomes: Sequence[Outcome], terms: Terms) -> list[Outcome]:
+    def finish(self, outcomes: Sequence[Outcome], context: ClaimContext) -> list[Outcome]:
         """See `king.store.Store.finish`."""
         self._require()
-        return [self._finish(outcome, terms) for outcome in outcomes]
+        return [self._finish(outcome, context) for outcome in outcomes]
 
-    def _finish(self, outcome: Outcome, terms: Terms) -> Outcome:
+    def _finish(self, outcome: Outcome, context: ClaimContext) -> Outcome:
         if isinstance(outcome, Unreadable):
             key, error = message_key(outcome.payload), outcome.failure.as_dict()
             self.jobs[key] = Job(
-                key, "dead", last_error=error, payload=outcome.payload, updated_at=terms.now
+                key, "dead", last_error=error, payload=outcome.payload, updated_at=context.now
             )
             return outcome
         started = outcome.started
@@ -149,17 +151,17 @@ class FakeStore:
             self._write(document, tagged_result(outcome))
         elif isinstance(outcome, Dead):
             content = failed_result(
-                started.post_id, outcome.failure, started.attempt, terms.bundle, {}
+                started.post_id, outcome.failure, started.attempt, context.bundle, {}
             )
             self._write(document, content)
         job = self.jobs.get(started.post_id)
-        if job is None or job.owner != terms.owner:
+        if job is None or job.owner != context.owner:
             return outcome
-        job = replace(job, owner=None, lease_until=0.0, updated_at=terms.now)
-        if isinstance(outcome, Tagged) or (isinstance(outcome, GivenBack) and job.attempts == 1):
+        job = replace(job, owner=None, lease_until=0.0, updated_at=context.now)
+        if isinstance(outcome, Tagged) or (isinstance(outcome, Released) and job.attempts == 1):
             del self.jobs[started.post_id]
-        elif isinstance(outcome, GivenBack):
-            attempts, due_at = started.attempt - 1, terms.now + QUEUED_FOR_S
+        elif isinstance(outcome, Released):
+            attempts, due_at = started.attempt - 1, context.now + QUEUED_FOR_S
             self.jobs[started.post_id] = replace(
                 job, state="queued", attempts=attempts, due_at=due_at
             )
@@ -183,45 +185,45 @@ class FakeStore:
         if older or (same and (content["status"] == "tagged" or status == "failed")):
             self.posts[document["_id"]]["insight"] = content
 
-    def renew(self, post_ids: Sequence[str], terms: Terms) -> None:
+    def renew(self, post_ids: Sequence[str], context: ClaimContext) -> None:
         """See `king.store.Store.renew`."""
         self._require()
         for post_id in post_ids:
             job = self.jobs.get(post_id)
-            if job is not None and job.owner == terms.owner and job.state == "running":
-                self.jobs[post_id] = replace(job, **terms.lease)
+            if job is not None and job.owner == context.owner and job.state == "running":
+                self.jobs[post_id] = replace(job, **context.lease)
 
-    def claim_due(self, terms: Terms, limit: int) -> list[Job]:
+    def claim_due(self, context: ClaimContext, limit: int) -> list[Job]:
         """See `king.store.Store.claim_due`."""
         self._require()
-        due = [j for j in self.jobs.values() if j.state != "dead" and j.due_at <= terms.now]
+        due = [j for j in self.jobs.values() if j.state != "dead" and j.due_at <= context.now]
         claimed = []
         for job in sorted(due, key=lambda job: job.due_at)[:limit]:
-            later = terms.now + terms.lease_s
+            later = context.now + context.lease_s
             self.jobs[job.post_id] = replace(
-                job, state="queued", owner=f"{terms.owner} publishes", lease_until=0, due_at=later
+                job, state="queued", owner=f"{context.owner} publishes", lease_until=0, due_at=later
             )
             claimed.append(self.jobs[job.post_id])
         return claimed
 
-    def published(self, post_ids: Sequence[str], terms: Terms) -> None:
+    def published(self, post_ids: Sequence[str], context: ClaimContext) -> None:
         """See `king.store.Store.published`."""
         self._require()
         for post_id in post_ids:
             job = self.jobs.get(post_id)
             if job is not None and job.state == "queued":
-                self.jobs[post_id] = replace(job, owner=None, due_at=terms.now + QUEUED_FOR_S)
+                self.jobs[post_id] = replace(job, owner=None, due_at=context.now + QUEUED_FOR_S)
 
-    def release_dead(self, terms: Terms) -> int:
+    def release_dead(self, context: ClaimContext) -> int:
         """See `king.store.Store.release_dead`."""
         self._require()
         released = [
             job
             for job in self.jobs.values()
-            if job.state == "running" and job.owner and terms.is_dead(job.owner)
+            if job.state == "running" and job.owner and context.is_dead(job.owner)
         ]
         for job in released:
-            self.jobs[job.post_id] = replace(job, state="waiting", due_at=terms.now, owner=None)
+            self.jobs[job.post_id] = replace(job, state="waiting", due_at=context.now, owner=None)
         return len(released)
 
     def open_jobs(self) -> int:
@@ -235,13 +237,13 @@ class FakeStore:
         without = (key for key, post in self.posts.items() if not post.get("insight"))
         return (str(key) for key in without if str(key) not in self.jobs)
 
-    def take_lease(self, name: str, terms: Terms, lease_s: float) -> bool:
+    def take_lease(self, name: str, context: ClaimContext, lease_s: float) -> bool:
         """See `king.store.Store.take_lease`."""
         self._require()
-        owner, until = self.leases.get(name, (terms.owner, 0.0))
-        if owner != terms.owner and until > terms.now and not terms.is_dead(owner):
+        owner, until = self.leases.get(name, (context.owner, 0.0))
+        if owner != context.owner and until > context.now and not context.is_dead(owner):
             return False
-        self.leases[name] = (terms.owner, terms.now + lease_s)
+        self.leases[name] = (context.owner, context.now + lease_s)
         return True
 
     # For the tests, under the names of `king.store.queries.Archive` -------------------------------

@@ -11,10 +11,10 @@ from common.post import Failure, Tag, Tags
 from config.settings import StoreSettings
 from king.jobs import (
     Claim,
+    ClaimContext,
     Job,
     Started,
     Tagged,
-    Terms,
     Verdict,
 )
 from king.messages import PostMessage
@@ -76,10 +76,10 @@ def mongo_store(url: str, name: str, **changes: Any) -> MongoStore:
     return store
 
 
-def terms(now: float = NOW, **changes: Any) -> Terms:
+def context(now: float = NOW, **changes: Any) -> ClaimContext:
     """Those of the King ``k1``."""
     values: dict[str, Any] = {"owner": "k1", "bundle": BUNDLE, "attempts": 3}
-    return Terms(now=now, **{**values, **changes})
+    return ClaimContext(now=now, **{**values, **changes})
 
 
 def claim(post_id: str, **changes: Any) -> Claim:
@@ -89,14 +89,16 @@ def claim(post_id: str, **changes: Any) -> Claim:
 
 
 def begin_one(
-    store: Store, post_id: str, conditions: Terms | None = None, **changes: Any
+    store: Store, post_id: str, conditions: ClaimContext | None = None, **changes: Any
 ) -> Verdict:
     """The verdict on one claim."""
-    [verdict] = store.begin([claim(post_id, **changes)], conditions or terms())
+    [verdict] = store.begin([claim(post_id, **changes)], conditions or context())
     return verdict
 
 
-def started(store: Store, post_id: str, conditions: Terms | None = None, **changes: Any) -> Started:
+def started(
+    store: Store, post_id: str, conditions: ClaimContext | None = None, **changes: Any
+) -> Started:
     """Begin a post that can begin."""
     verdict = begin_one(store, post_id, conditions, **changes)
     assert isinstance(verdict, Started), verdict

@@ -16,8 +16,8 @@ import pytest
 from common.post import Failure, Media, Post
 from config.settings import FeatureSettings, KingSettings, OcrSettings, Settings
 from king.dispatch_thread import Dispatcher
-from king.health import Board
-from king.jobs import Dead, GivenBack, Outcome, Retry, Started, Tagged, Unreadable
+from king.jobs import Dead, Outcome, Released, Retry, Started, Tagged, Unreadable
+from king.status import Status
 from tests.support.fakes.pool import DIED, Answer, FakePool, decoded, default_answer
 from workers.protocol import (
     Decoded,
@@ -51,12 +51,12 @@ class Bench:
         **pool: object,
     ) -> None:
         self.pool = FakePool(spool, answer, **pool)  # type: ignore[arg-type]
-        self.board = Board()
+        self.status = Status()
         self.outcomes: list[Outcome] = []
         self.spool = spool
         settings = Settings(king=king, features=FeatureSettings(ocr=OcrSettings()))
         self.dispatcher = Dispatcher(
-            self.pool, settings, self.board, self.outcomes.append, random.Random(1)
+            self.pool, settings, self.status, self.outcomes.append, random.Random(1)
         )
 
     def run(self, *posts: Started, timeout_s: float = 60) -> list[Outcome]:
@@ -131,7 +131,7 @@ def test_every_modality_reaches_the_fusion(tmp_path: Path) -> None:
         [fuse] = [task for task in it.pool.submitted if isinstance(task, FuseTask)]
         assert fuse.features.ocr_text == "words in the picture\nwords in the picture"
         it.settle()
-    assert it.board.bundle == ("fake", "1")
+    assert it.status.bundle == ("fake", "1")
 
 
 def test_more_media_than_slots_do_not_deadlock(tmp_path: Path) -> None:
@@ -307,7 +307,7 @@ def test_drain_gives_back_what_is_in_flight(tmp_path: Path) -> None:
         while len(outcomes) < 3:
             assert time.monotonic() < end
             time.sleep(0.01)
-        assert all(isinstance(outcome, GivenBack) for outcome in outcomes)
+        assert all(isinstance(outcome, Released) for outcome in outcomes)
         it.settle()
 
 
@@ -315,18 +315,18 @@ def test_refused_pool_and_new_bundle_reach_the_board(tmp_path: Path) -> None:
     """What the workers say of themselves is known to the other threads."""
     with bench(tmp_path / "s", refuse="workshop/weights/current: no such bundle") as it:
         end = time.monotonic() + 60
-        while it.board.refused is None:
+        while it.status.refused is None:
             assert time.monotonic() < end
             time.sleep(0.01)
-        assert "no such bundle" in it.board.refused
+        assert "no such bundle" in it.status.refused
     with bench(tmp_path / "s") as it:
         it.run(begun())
         it.pool.swap_bundle("fake", "2")
         end = time.monotonic() + 60
-        while it.board.bundle != ("fake", "2"):
+        while it.status.bundle != ("fake", "2"):
             assert time.monotonic() < end
             time.sleep(0.01)
-        assert [worker["role"] for worker in it.board.workers] == ["extract"]
+        assert [worker["role"] for worker in it.status.workers] == ["extract"]
 
 
 def test_random_failures_leave_no_slot_and_no_file(tmp_path: Path) -> None:

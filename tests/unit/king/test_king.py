@@ -10,9 +10,9 @@ from typing import Any
 import structlog
 
 from common.post import Failure
-from king.health import read_health
 from king.jobs import message_key
 from king.messages import PostMessage
+from king.status import read_health
 from tests.support.fakes.broker import MemoryBroker
 from tests.support.fakes.pool import DIED, Answer, default_answer
 from tests.support.fakes.store import FakeStore
@@ -102,7 +102,7 @@ def test_tagged_post_is_settled_and_forced_post_is_not(tmp_path: Path) -> None:
     pool = fake_pool(tmp_path)
     with Running(king_settings(tmp_path), pool, store=store, broker=broker) as it:
         it.until(lambda: len(broker.acked) == 2)
-        assert it.king.board.counter("settled") == 1
+        assert it.king.status.counter("settled") == 1
     fused = [task.features.post_id for task in pool.submitted if isinstance(task, FuseTask)]
     assert fused == ["p2"]
 
@@ -141,7 +141,7 @@ def test_exhausted_attempts_are_a_dead_letter(tmp_path: Path) -> None:
     )
     with Running(king_settings(tmp_path), pool, store=store, broker=broker) as it:
         it.until(lambda: len(broker.acked) == 3)
-        assert it.king.board.counter("dead") == 1
+        assert it.king.status.counter("dead") == 1
     assert store.jobs["p1"].state == "dead"
     assert store.jobs["p1"].attempts == 3
     assert store.posts["p1"]["insight"]["error"]["type"] == "WorkerDied"

@@ -26,16 +26,16 @@ def test_database_away_stops_intake_and_nothing_else(tmp_path: Path) -> None:
             it.until(lambda: len(broker._held) == 8)
             store.down.set()
             gate.open.set()
-            it.until(lambda: it.king.board.phase == "store_down")
+            it.until(lambda: it.king.status.phase == "store_down")
             acked = len(broker.acked)
-            ticked = it.king.board._ticks["broker"]
+            ticked = it.king.status._ticks["broker"]
             time.sleep(0.6)
             assert len(broker.acked) == acked == 0
             assert len(broker._held) == 8
-            it.until(lambda: it.king.board._ticks["broker"] > ticked)
+            it.until(lambda: it.king.status._ticks["broker"] > ticked)
             store.down.clear()
             it.until(lambda: len(broker.acked) == 30)
-            it.until(lambda: it.king.board.phase == "serving")
+            it.until(lambda: it.king.status.phase == "serving")
     assert all(post["insight"]["status"] == "tagged" for post in store.posts.values())
     assert any(line["event"] == "king.store_unreachable" and line["url"] for line in logs)
     assert any(line["event"] == "king.store_reached" for line in logs)
@@ -48,9 +48,9 @@ def test_broker_and_database_away_at_the_start(tmp_path: Path) -> None:
     broker.queue.reachable = False
     with structlog.testing.capture_logs() as logs:
         with on_fakes(tmp_path, store, broker) as it:
-            it.until(lambda: it.king.board.phase == "store_down")
+            it.until(lambda: it.king.status.phase == "store_down")
             store.down.clear()
-            it.until(lambda: it.king.board.phase == "broker_down")
+            it.until(lambda: it.king.status.phase == "broker_down")
             broker.queue.reachable = True
             it.until(lambda: len(broker.acked) == 1)
     events = {line["event"] for line in logs}

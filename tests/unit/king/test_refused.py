@@ -13,13 +13,13 @@ import structlog
 
 from common.errors import ConfigError, StoreRefused, StoreUnavailable
 from common.post import Failure
-from king.jobs import Dead, Outcome, Retry, Tagged, Unrecorded
+from king.jobs import Dead, Outcome, Retry, Tagged, WriteRefused
 from king.store.client import MongoEdge
 from king.store.store import MongoStore
 from tests.support.fakes.broker import MemoryBroker
 from tests.support.fakes.store import FakeStore
 from tests.support.king.king_rig import Running, fake_pool, king_settings, on_fakes, queue_of
-from tests.support.king.store_rig import NOW, StoreRig, claim, started, tagged, terms
+from tests.support.king.store_rig import NOW, StoreRig, claim, context, started, tagged
 
 BROKEN = Failure("extract", "WorkerDied", "worker extract-0 died", retryable=True)
 
@@ -28,8 +28,12 @@ def test_refused_job_of_a_claim_does_not_hold_up_the_others(mongo: MongoStore) -
     """A job that cannot be written begins no work; the other claims of its batch begin."""
     StoreRig(mongo).insert(*({"_id": f"p{i}"} for i in range(3)))
     claims = [claim("p0"), replace(claim("p1"), payload="half \ud800"), claim("p2")]
-    verdicts = mongo.begin(claims, terms())
-    assert [type(verdict).__name__ for verdict in verdicts] == ["Started", "Unrecorded", "Started"]
+    verdicts = mongo.begin(claims, context())
+    assert [type(verdict).__name__ for verdict in verdicts] == [
+        "Started",
+        "WriteRefused",
+        "Started",
+    ]
     assert mongo.job("p1") is None
 
 
@@ -40,7 +44,7 @@ def test_refused_job_of_an_attempt_is_a_plain_dead_letter(mongo: MongoStore) -> 
         Retry(started(mongo, "p0"), BROKEN, due_at=10**30),
         tagged(started(mongo, "p1")),
     ]
-    recorded = mongo.finish(outcomes, terms())
+    recorded = mongo.finish(outcomes, context())
     assert [type(outcome) for outcome in recorded] == [Dead, Tagged]
     job = mongo.job("p0")
     assert job is not None
@@ -75,8 +79,8 @@ def test_job_that_is_refused_whatever_it_says_is_unrecorded(
         return count, refused
 
     monkeypatch.setattr(MongoEdge, "bulk", picky)
-    recorded = mongo.finish([Retry(begun[0], BROKEN, NOW + 5), tagged(begun[1])], terms())
-    assert recorded == [Unrecorded("p0", "validation"), recorded[1]]
+    recorded = mongo.finish([Retry(begun[0], BROKEN, NOW + 5), tagged(begun[1])], context())
+    assert recorded == [WriteRefused("p0", "validation"), recorded[1]]
     assert isinstance(recorded[1], Tagged)
 
 
@@ -93,23 +97,23 @@ class PickyStore(FakeStore):
         self.times -= 1
         return True
 
-    def begin(self, claims: Any, terms: Any) -> Any:
+    def begin(self, claims: Any, context: Any) -> Any:
         """As `FakeStore`, or refused."""
         refused = [self._refuse("begin", one.message.post_id) for one in claims]
         return [
-            Unrecorded("bad", "validation")
+            WriteRefused("bad", "validation")
             if no
-            else super(PickyStore, self).begin([one], terms)[0]
+            else super(PickyStore, self).begin([one], context)[0]
             for one, no in zip(claims, refused, strict=True)
         ]
 
-    def finish(self, outcomes: Any, terms: Any) -> Any:
+    def finish(self, outcomes: Any, context: Any) -> Any:
         """As `FakeStore`, or refused."""
         refused = [self._refuse("finish", one.started.post_id) for one in outcomes]
         return [
-            Unrecorded("bad", "validation")
+            WriteRefused("bad", "validation")
             if no
-            else super(PickyStore, self).finish([one], terms)[0]
+            else super(PickyStore, self).finish([one], context)[0]
             for one, no in zip(outcomes, refused, strict=True)
         ]
 

@@ -1,4 +1,4 @@
-"""What the King tells about itself: a board that its threads write on, and the health file.
+"""What the King tells about itself: a status that its threads write on, and the health file.
 
 The file is one JSON object, replaced as a whole once a second. Progress is what it shows, not
 life: the tick of every thread, the latest delivery and completion, the oldest post in flight.
@@ -26,7 +26,7 @@ CounterName: TypeAlias = Literal["tagged", "failed", "retried", "dead", "settled
 RATE_WINDOW_S = 60
 
 
-class Board:
+class Status:
     """State that several threads write and the main thread shows."""
 
     def __init__(self) -> None:

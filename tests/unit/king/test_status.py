@@ -1,4 +1,4 @@
-"""The board, the health file, and the names by which Kings know each other."""
+"""The status, the health file, and the names by which Kings know each other."""
 
 from __future__ import annotations
 
@@ -12,22 +12,23 @@ from pathlib import Path
 import pytest
 
 from king.broker.broker import Delivery
-from king.health import Board, read_health, write_health
 from king.identity import is_dead, own_name
 from king.in_flight import InFlight
+from king.status import Status, read_health, write_health
 
 
 def test_health_file_is_always_whole(tmp_path: Path) -> None:
     """A reader never sees half a file, however often it is replaced."""
     path = tmp_path / "run" / "king.json"
-    write_health(path, {"n": 0, "pad": "x" * 50_000})
+    seen = {"pid": 1, "updated_at": 2.0, "n": 0, "pad": "x" * 50_000}
+    write_health(path, seen)
     stop = threading.Event()
 
     def replace() -> None:
         number = 0
         while not stop.is_set():
             number += 1
-            write_health(path, {"n": number, "pad": "x" * 50_000})
+            write_health(path, {**seen, "n": number})
 
     writer = threading.Thread(target=replace)
     writer.start()
@@ -53,25 +54,25 @@ def test_unreadable_health_is_none(tmp_path: Path, content: str | None) -> None:
 
 def test_phases_follow_what_is_up() -> None:
     """The phase names what is missing; models that load are not a fault."""
-    board = Board()
-    seen: list[str] = [board.phase]
+    status = Status()
+    seen: list[str] = [status.phase]
 
     def old() -> None:
-        board.started_at -= 2
+        status.started_at -= 2
 
     def drain() -> None:
-        board.draining = True
+        status.draining = True
 
     for change in (
         old,
-        board.store_up.set,
-        board.broker_up.set,
-        board.ready.set,
-        board.store_up.clear,
+        status.store_up.set,
+        status.broker_up.set,
+        status.ready.set,
+        status.store_up.clear,
         drain,
     ):
         change()
-        seen.append(board.phase)
+        seen.append(status.phase)
     expected = ["starting", "store_down", "broker_down", "loading", "serving", "store_down"]
     assert seen == [*expected, "draining"]
 
@@ -79,13 +80,13 @@ def test_phases_follow_what_is_up() -> None:
 def test_rate_is_over_the_last_minute(monkeypatch: pytest.MonkeyPatch) -> None:
     """Posts older than a minute count no more."""
     now = time.time()
-    monkeypatch.setattr("king.health.time.time", lambda: now)
-    board = Board()
-    board.started_at = now - 1000
+    monkeypatch.setattr("king.status.time.time", lambda: now)
+    status = Status()
+    status.started_at = now - 1000
     for _ in range(4):
         now += 20
-        board.count("tagged", 30)
-    seen = board.snapshot(in_flight=0, oldest_in_flight_s=0)
+        status.count("tagged", 30)
+    seen = status.snapshot(in_flight=0, oldest_in_flight_s=0)
     assert seen["posts_per_s"] == pytest.approx(90 / 60)
     assert seen["counters"]["tagged"] == 120
     json.dumps(seen)
