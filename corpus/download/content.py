@@ -1,6 +1,6 @@
-"""Files on their way into the output folder: what they are, their final place, what was left.
+"""Files on their way into the output folder: their type, their final path, leftovers of a kill.
 
-    OUT/media/ab/abcd….png              content by its hash; appears whole
+    OUT/media/ab/abcd...png              content by its hash; appears whole
     OUT/.state/incoming/KEY.part        being downloaded
     OUT/.state/incoming/KEY-SHA256      downloaded, and not yet put in its place
 
@@ -34,12 +34,12 @@ _EXTENSIONS = {
 
 
 def incoming_folder(out: Path) -> Path:
-    """Where downloads lie until they are put in their place."""
+    """Return the folder of downloads that are not in their final place."""
     return out / ".state" / "incoming"
 
 
 def classify(path: Path, sha256: str) -> Found:
-    """What a downloaded file is: media, or the reason why it is of no use.
+    """Return the type of a downloaded file, or the reason why it is of no use.
 
     Raises:
         OSError: The file cannot be read.
@@ -76,7 +76,7 @@ def _extension(kind: FileType) -> str:
 
 
 def place(out: Path, incoming: str, found: Found) -> bool:
-    """Put a finished download where its content belongs; False when the same was there already.
+    """Move a finished download to its final path; False when the same content is there already.
 
     Raises:
         OSError: The output folder cannot be written to.
@@ -92,7 +92,7 @@ def place(out: Path, incoming: str, found: Found) -> bool:
 
 
 def present(out: Path, found: Found, *, verify: bool = False) -> bool:
-    """Whether the content is there: of the right size, or with `verify`, with the right hash."""
+    """Return whether the content is there, by its size, or with `verify` by its hash."""
     path = out / found.path
     try:
         if path.stat().st_size != found.size_bytes:
@@ -103,7 +103,7 @@ def present(out: Path, found: Found, *, verify: bool = False) -> bool:
 
 
 def left_over(out: Path) -> Iterator[tuple[str, str, Found]]:
-    """Downloads that an earlier run finished and did not record: key, incoming name, result.
+    """Yield downloads that an earlier run finished and did not record: key, name, result.
 
     What it had only begun is deleted, and so is what a power cut has spoilt.
     """

@@ -1,4 +1,4 @@
-"""Whose turn it is: URLs by host, so many at a time of each, with waits; pure, no I/O.
+"""The queue of URLs by host, with a limit on downloads at once and back-off; no I/O.
 
 Hosts take turns, so that one with many URLs does not hold up the others. A host that asks to be
 left alone is left alone, with all its URLs. One that cannot be reached time and again is given up
@@ -15,10 +15,11 @@ from urllib.parse import urlsplit
 
 from corpus.download.values import Ask, Found
 
+# Times in a row that a host is not reached before it is given up for this run. Half would give up
+# a host that restarts; double costs its last URLs another dozen time-outs.
 DEAD_AFTER = 12
-"""Times in a row that a host is not reached before it is given up."""
 
-_MOST_REMEMBERED = 10_000
+_MOST_REMEMBERED = 10_000  # hosts in trouble: about 1 MB, whatever the posts hold
 
 
 @dataclass(slots=True)
@@ -55,8 +56,8 @@ class Hosts:
         self._per_host = per_host
         self._hosts: dict[str, _Host] = {}
         self._turns: deque[str] = deque()  # hosts that may have something to give
-        self._later: list[tuple[float, int, Try]] = []
-        self._resting: list[tuple[float, int, str]] = []
+        # URLs that come back, and names of hosts whose rest ends, by their time.
+        self._timed: list[tuple[float, int, Try | str]] = []
         self._count = 0
         self._unreached: dict[str, int] = {}
         self._dead: dict[str, Found] = {}
@@ -72,11 +73,10 @@ class Hosts:
     def again(self, item: Try, at: float) -> None:
         """Queue a URL for another try, not before `at`."""
         self.size += 1
-        self._count += 1
-        heapq.heappush(self._later, (at, self._count, item))
+        self._push(at, item)
 
     def take(self, now: float) -> Try | None:
-        """The next URL that may be downloaded now."""
+        """Return the next URL that may be downloaded now."""
         self._wake(now)
         while self._turns:
             name = self._turns.popleft()
@@ -107,8 +107,7 @@ class Hosts:
         host = self._hosts[name]
         if until > host.resume_at:
             host.resume_at = until
-            self._count += 1
-            heapq.heappush(self._resting, (until, self._count, name))
+            self._push(until, name)
 
     def reached(self, name: str) -> None:
         """A host has answered, whatever it said."""
@@ -131,40 +130,44 @@ class Hosts:
             self._dead.pop(next(iter(self._dead)))
 
     def verdict(self, name: str) -> Found | None:
-        """What every URL of a host that was given up gets; None for any other."""
+        """Return what every URL of a host that was given up gets; None for any other."""
         return self._dead.get(name)
 
     def drop(self, name: str) -> Iterator[Try]:
-        """The URLs of a host that was given up, which wait no longer."""
+        """Take the URLs of a host that was given up out of the queue."""
         host = self._hosts.get(name)
         while host is not None and host.waiting:
             self.size -= 1
             yield host.waiting.popleft()
-        kept = [entry for entry in self._later if entry[2].host != name]
-        if len(kept) < len(self._later):
-            dropped = [entry[2] for entry in self._later if entry[2].host == name]
-            self._later = kept
-            heapq.heapify(self._later)
-            self.size -= len(dropped)
-            yield from dropped
+        dropped = [entry for entry in self._timed if _is_of(entry[2], name)]
+        if dropped:
+            self._timed = [entry for entry in self._timed if not _is_of(entry[2], name)]
+            heapq.heapify(self._timed)
+        for _, _, item in dropped:
+            if isinstance(item, Try):
+                self.size -= 1
+                yield item
 
     def next_at(self) -> float | None:
-        """When a wait ends; None when nothing waits for a time."""
-        times = [heap[0][0] for heap in (self._later, self._resting) if heap]
-        return min(times, default=None)
+        """Return when the next wait ends; None when nothing waits for a time."""
+        return self._timed[0][0] if self._timed else None
+
+    def _push(self, at: float, item: Try | str) -> None:
+        self._count += 1  # keeps the order of equal times, and items from being compared
+        heapq.heappush(self._timed, (at, self._count, item))
 
     def _wake(self, now: float) -> None:
-        while self._later and self._later[0][0] <= now:
-            item = heapq.heappop(self._later)[2]
-            self.size -= 1
-            self.add(item)
-        while self._resting and self._resting[0][0] <= now:
-            name = heapq.heappop(self._resting)[2]
-            host = self._hosts.get(name)
+        while self._timed and self._timed[0][0] <= now:
+            item = heapq.heappop(self._timed)[2]
+            if isinstance(item, Try):
+                self.size -= 1
+                self.add(item)
+                continue
+            host = self._hosts.get(item)
             if host is not None and host.resume_at <= now:
                 host.resume_at = 0.0
-                self._queue(name, host)
-                self._forget_idle(name, host)
+                self._queue(item, host)
+                self._forget_idle(item, host)
 
     def _queue(self, name: str, host: _Host) -> None:
         if host.waiting and not host.queued and not host.resume_at:
@@ -176,8 +179,12 @@ class Hosts:
             del self._hosts[name]
 
 
+def _is_of(item: Try | str, name: str) -> bool:
+    return isinstance(item, Try) and item.host == name
+
+
 def host_of(source: str) -> str:
-    """The host and port that a URL leads to; empty for what is no URL."""
+    """Return the host and port that a URL leads to; empty for what is no URL."""
     try:
         return urlsplit(source).netloc.rpartition("@")[2].lower()
     except ValueError:

@@ -13,9 +13,8 @@ from dataclasses import replace
 
 from common.errors import FetchRefused, MediaError
 from common.post import Media
-from corpus.download.run import ask_for
 from corpus.download.state import State
-from corpus.download.values import Found, Options
+from corpus.download.values import Found, Options, ask_for
 from corpus.records import (
     AtomicLines,
     BadLine,
@@ -81,7 +80,7 @@ class Interrupted(Exception):
 
 
 def _found(media: Media, place: int, options: Options, state: State) -> Found:
-    """What this use of a source comes to."""
+    """Return the result of one use of a source."""
     limit = options.fetch.max_media
     if place >= limit:
         return _refused(FetchRefused.__name__, f"beyond fetch.max_media ({limit})")
@@ -114,7 +113,7 @@ def _manifest_line(post_id: str, media: Media, found: Found) -> str:
 
 
 def _local_line(entry: CorpusPost, local: list[Media]) -> str:
-    """The post with what was downloaded; its feature file lies relative to another folder."""
+    """Return the post with its local files; its features lie relative to another folder."""
     post = replace(entry.post, media=tuple(local))
     return post_line(replace(entry, post=post, features=None))
 

@@ -1,27 +1,81 @@
-"""One run: posts in, URLs handed out by host, results kept. Memory does not grow with the posts."""
+"""One run: posts in, URLs downloaded host by host, results kept, the report written.
+
+Memory does not grow with the posts.
+"""
 
 from __future__ import annotations
 
 import random
+import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 
+from common.errors import TaggingError
+from common.progress import Bar, progress_bar
 from common.retry import backoff_s
 from corpus.download.content import incoming_folder, left_over, place, present
-from corpus.download.crew import Crew
 from corpus.download.hosts import Hosts, Try, host_of
-from corpus.download.meter import Meter
-from corpus.download.state import State
-from corpus.download.values import Answer, Ask, Found, Options, key_of
-from corpus.records import CorpusPost, is_url, local_path, read_posts
+from corpus.download.report import Interrupted, write_report
+from corpus.download.state import BrokenState, State
+from corpus.download.transfer import Transfers
+from corpus.download.values import Answer, Ask, Found, Options, ask_for
+from corpus.records import CorpusPost, check_holds_post, count_lines, read_posts
+from corpus.runs import Stopper, only_one
 
-_WINDOW = 5_000  # URLs held at a time
+_WINDOW = 5_000  # URLs in memory: enough hosts to keep every connection busy, about 2 MB
 _FEED = 500  # of them read in one go, so that the first downloads begin at once
-_IDLE_S = 0.2
-_LONGEST_WAIT_S = 300.0
+_IDLE_S = 0.2  # a signal is noticed this late
+_LONGEST_WAIT_S = 300.0  # a host that wants to be left alone for longer is left to the next run
 _TOO_MANY = "HTTP 429"
-_PATIENCE_S = 3.0
+_PATIENCE_S = 3.0  # after a signal: most downloads under way end, and nobody waits for the rest
+_RATE_WINDOW_S = 15.0  # of the rates that are shown: steady enough to read, soon up to date
+_AGAIN = "run the same command again to go on where it stopped"
+
+
+def download(options: Options) -> int:
+    """Download everything and write the report; return the exit code.
+
+    Raises:
+        ConfigError: The posts file or the output folder is not as it should be.
+        TaggingError: It cannot go on now.
+    """
+    check_holds_post(options.posts)
+    total = count_lines(options.posts)
+    folder = options.out / ".state"
+    with only_one(folder / "lock", str(options.out)), Stopper() as stopper:
+        try:
+            state = State(folder / "download.sqlite")
+            try:
+                return _download(options, state, stopper, total)
+            finally:
+                state.close()
+        except (BrokenDisk, BrokenState, OSError) as error:
+            text = getattr(error, "strerror", None) or str(error)
+            raise TaggingError(f"stopped: {text}; make room, then {_AGAIN}") from error
+
+
+def _download(options: Options, state: State, stopper: Stopper, total: int) -> int:
+    if options.retry_failed:
+        state.forget_refused()
+    with progress_bar("posts", total) as bar:
+        run = Download(options, state, bar)
+        run.run(lambda: stopper.asked)
+    if not run.complete:
+        return _interrupted(stopper, f"{run.files:,} files downloaded in this run")
+    try:
+        with progress_bar("manifest", total) as bar:
+            summary = write_report(options, state, bar.advance, lambda: stopper.asked)
+    except Interrupted:
+        return _interrupted(stopper, "all files are downloaded, the manifest is not written")
+    summary.show()
+    sys.stdout.write(f"{options.out}/manifest.jsonl, posts.jsonl, summary.json\n")
+    return 0
+
+
+def _interrupted(stopper: Stopper, what: str) -> int:
+    sys.stderr.write(f"download_mp: {stopper.asked}: {what}; {_AGAIN}\n")
+    return 1
 
 
 class BrokenDisk(Exception):
@@ -33,46 +87,45 @@ class Download:
 
     Attributes:
         complete: Whether every URL has its result.
+        files: Downloaded in this run.
     """
 
-    def __init__(self, options: Options, state: State, meter: Meter) -> None:
-        self._options, self._state, self._meter = options, state, meter
+    def __init__(self, options: Options, state: State, bar: Bar) -> None:
+        self._options, self._state, self._bar = options, state, bar
         self._hosts = Hosts(options.per_host)
+        self._transfers = Transfers(options)
         self._pending: set[str] = set()
-        self._flying: dict[str, Try] = {}
+        self._active: dict[str, Try] = {}
         self._posts_read = self._urls_read = 0
         self._chance = random.Random()  # noqa: S311 - for waits
+        self._rate = Rate()
+        self._shown_at = 0.0
         self.complete = False
+        self.files = self._size_bytes = self._failures = 0
 
     def run(self, asked: Callable[[], object]) -> None:
-        """Download all that has no result yet; ends early, in good order, when `asked` is true.
+        """Download all that has no result yet; end early, in good order, when `asked` is true.
 
         Raises:
             BrokenDisk: Nothing can be written.
             BrokenState: The state cannot be written.
             ConfigError: The posts file cannot be read.
-            RetryableError: The processes die again and again.
         """
         self._recover()
-        feed = self._asks()
-        crew: Crew | None = None
+        asks = self._asks()
         try:
             fed = False
             while not asked():
-                fed = fed or self._feed(feed)
-                if self._hosts.size and crew is None:
-                    crew = Crew(self._options)  # not before there is something to do
-                if crew is not None:
-                    self._hand_out(crew)
-                    self._settle(crew.receive(self._wait_s(waiting=fed)))
-                self._meter.show(self._posts_done())
+                fed = fed or self._feed(asks)
+                self._start_downloads()
+                self._settle(self._transfers.receive(self._wait_s(waiting=fed)))
+                self._show()
                 if fed and not self._pending:
                     self.complete = True
                     return
         finally:
-            if crew is not None:
-                self._settle(crew.close(0.0 if self.complete else _PATIENCE_S))
-            self._meter.show(self._posts_done(), last=True)
+            self._settle(self._transfers.close(0.0 if self.complete else _PATIENCE_S))
+            self._show(last=True)
 
     def _recover(self) -> None:
         incoming_folder(self._options.out).mkdir(parents=True, exist_ok=True)
@@ -83,10 +136,8 @@ class Download:
             else:
                 (incoming_folder(self._options.out) / name).unlink()
 
-    # What is to be downloaded ----------------------------------------------------------------
-
     def _feed(self, asks: Iterator[Ask | None]) -> bool:
-        """Queue some more URLs; true when there are no more."""
+        """Queue some more URLs; return whether there are no more."""
         for _ in range(_FEED):
             if self._hosts.size >= _WINDOW:
                 return False
@@ -99,7 +150,7 @@ class Download:
         return False
 
     def _asks(self) -> Iterator[Ask | None]:
-        """The sources without a result, each once at a time; None for one that has its result."""
+        """Yield the sources without a result, each once; None for one that has its result."""
         options = self._options
         for entry in read_posts(options.posts):
             self._posts_read += 1
@@ -108,19 +159,20 @@ class Download:
             for media in entry.post.media[: options.fetch.max_media]:
                 self._urls_read += 1
                 ask = ask_for(media.source, options)
-                known = ask.key in self._pending or self._is_settled(ask.key)
-                yield None if known else ask
+                skip = ask.key in self._pending or self._is_settled(ask.key)
+                yield None if skip else ask
 
     def _is_settled(self, key: str) -> bool:
         known = self._state.settled(key)
         if known is None:
             return False
-        found, fresh = known
-        if found.status != "ok" or fresh:
+        found, of_this_run = known
+        if found.status != "ok" or of_this_run:
             return True
         if present(self._options.out, found, verify=self._options.verify):
             return True
-        (self._options.out / found.path).unlink(missing_ok=True)  # first: else it would count
+        # The file first: a kill in between must not leave a spoilt one that counts as there.
+        (self._options.out / found.path).unlink(missing_ok=True)
         self._state.forget(key)
         return False
 
@@ -133,37 +185,35 @@ class Download:
         else:
             self._hosts.add(Try(ask, host))
 
-    # What comes back -------------------------------------------------------------------------
-
-    def _hand_out(self, crew: Crew) -> None:
+    def _start_downloads(self) -> None:
         now = time.monotonic()
-        for _ in range(crew.free):
+        for _ in range(self._transfers.free):
             item = self._hosts.take(now)
             if item is None:
                 return
-            self._flying[item.ask.key] = item
-            crew.send(item.ask)
+            self._active[item.ask.key] = item
+            self._transfers.start(item.ask)
 
     def _settle(self, answers: Iterable[Answer]) -> None:
-        kept: list[tuple[str, Found, str]] = []
+        results: list[tuple[str, Found, str]] = []
         broken = ""
         for answer in answers:
             broken = broken or answer.broken
-            item = self._flying.pop(answer.key, None)
-            if item is None or answer.broken:
+            item = self._active.pop(answer.key)
+            if answer.broken:
                 continue
             if answer.found.status == "retryable":
-                kept += [(key, found, "") for key, found in self._failed(item, answer)]
+                results += [(key, found, "") for key, found in self._retry(item, answer)]
             else:
                 self._hosts.reached(item.host)
                 self._hosts.done(item.host)
-                kept.append((answer.key, answer.found, answer.incoming))
-        self._keep(kept)
+                results.append((answer.key, answer.found, answer.incoming))
+        self._keep(results)
         if broken:
             raise BrokenDisk(f"{self._options.out}: {broken}")
 
-    def _failed(self, item: Try, answer: Answer) -> list[tuple[str, Found]]:
-        """Have a URL tried again later, or give what it and others get for good."""
+    def _retry(self, item: Try, answer: Answer) -> list[tuple[str, Found]]:
+        """Have a URL tried again later, or return what it and others get for good."""
         hosts, now, name = self._hosts, time.monotonic(), item.host
         wait_s = backoff_s(item.failed + 1, self._options.backoff_s, self._options.backoff_max_s)
         wait_s *= self._chance.uniform(0.5, 1.0)
@@ -193,14 +243,14 @@ class Download:
         for key, found, incoming in results:
             self._pending.discard(key)
             if found.status != "ok":
-                self._meter.failed += 1
+                self._failures += 1
                 continue
             try:
                 place(self._options.out, incoming, found)
             except OSError as error:
                 raise BrokenDisk(f"{self._options.out}: {error.strerror or error}") from error
-            self._meter.files += 1
-            self._meter.size_bytes += found.size_bytes
+            self.files += 1
+            self._size_bytes += found.size_bytes
 
     def _wait_s(self, *, waiting: bool) -> float:
         if not waiting and self._hosts.size < _WINDOW:
@@ -208,16 +258,33 @@ class Download:
         next_at = self._hosts.next_at()
         return _IDLE_S if next_at is None else min(_IDLE_S, next_at - time.monotonic())
 
-    def _posts_done(self) -> float:
-        """Posts read, less those whose media may still be under way."""
+    def _show(self, *, last: bool = False) -> None:
+        now = time.monotonic()
+        if not last and now - self._shown_at < _IDLE_S:
+            return
+        self._shown_at = now
+        # Posts read, less those whose media may still be under way.
         per_post = max(self._urls_read / max(self._posts_read, 1), 1e-9)
-        return max(0.0, self._posts_read - len(self._pending) / per_post)
+        done = max(0.0, self._posts_read - len(self._pending) / per_post)
+        files_hz, bytes_hz = self._rate.of(now, self.files, self._size_bytes)
+        self._bar.update(
+            int(done),
+            f"{self.files:,} files, {self._failures:,} failed, "
+            f"{files_hz:,.1f} files/s, {bytes_hz / 1e6:,.1f} MB/s",
+        )
 
 
-def ask_for(source: str, options: Options) -> Ask:
-    """How a source of the posts file is asked for and known by."""
-    path = None if is_url(source) or not options.local else local_path(source, options.posts)
-    if path is None:
-        return Ask(key_of(source), source)
-    absolute = str(Path(path).absolute())
-    return Ask(key_of(f"local:{absolute}"), absolute, local=True)
+class Rate:
+    """Amounts a second over the last seconds."""
+
+    def __init__(self) -> None:
+        self._marks: deque[tuple[float, float, float]] = deque()
+
+    def of(self, now: float, files: float, size_bytes: float) -> tuple[float, float]:
+        """Return files and bytes a second, from their totals by now."""
+        self._marks.append((now, files, size_bytes))
+        while len(self._marks) > 2 and now - self._marks[1][0] >= _RATE_WINDOW_S:
+            self._marks.popleft()
+        then, files_then, bytes_then = self._marks[0]
+        seconds = max(now - then, 1e-9)
+        return (files - files_then) / seconds, (size_bytes - bytes_then) / seconds

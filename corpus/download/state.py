@@ -1,4 +1,4 @@
-"""What is known of each URL, in a SQLite file that survives a kill.
+"""The result of each URL, in a SQLite file that survives a kill.
 
 Written by one process. In WAL mode a transaction is in the kernel's hands when `commit` returns:
 a kill loses nothing; a power cut may lose the last ones, never spoils the rest.
@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from common.errors import ConfigError
-from corpus.download.values import Found, Status, pack_kinds, unpack_kinds
+from common.post import MEDIA_KINDS
+from corpus.download.values import Found, Status
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -52,12 +53,12 @@ class State:
             self.run = self._next_run()
 
     def get(self, key: str) -> Found | None:
-        """What a URL gave; None when it was never asked for."""
+        """Return what a URL gave; None when it was never asked for."""
         row = self._row(key)
         return None if row is None else _found(row)
 
     def settled(self, key: str) -> tuple[Found, bool] | None:
-        """As `get`, and whether it is of this very run; None also for what is worth a try now."""
+        """Return what a URL gave and whether in this very run; None where a try is worth it."""
         row = self._row(key)
         if row is None or (row[0] == "retryable" and row[1] < self.run):
             return None
@@ -69,14 +70,7 @@ class State:
         Raises:
             BrokenState: They could not be written.
         """
-        rows = [
-            (
-                *(bytes.fromhex(key), entry.status, self.run, bytes.fromhex(entry.sha256)),
-                *(entry.extension, entry.size_bytes, pack_kinds(entry.kinds), entry.what),
-                *entry.reason,
-            )
-            for key, entry in found
-        ]
+        rows = [_row(key, self.run, entry) for key, entry in found]
         if not rows:
             return
         with self._edge():
@@ -152,6 +146,20 @@ class State:
             ) from error
 
 
+def _row(key: str, run: int, found: Found) -> tuple[Any, ...]:
+    return (
+        bytes.fromhex(key),
+        found.status,
+        run,
+        bytes.fromhex(found.sha256),
+        found.extension,
+        found.size_bytes,
+        ",".join(kind for kind in MEDIA_KINDS if kind in found.kinds),
+        found.what,
+        *found.reason,
+    )
+
+
 def _found(row: tuple[Any, ...]) -> Found:
     status, _, sha256, extension, size_bytes, kinds, what, kind, message = row
     return Found(
@@ -159,7 +167,7 @@ def _found(row: tuple[Any, ...]) -> Found:
         sha256=bytes(sha256).hex(),
         extension=extension,
         size_bytes=size_bytes,
-        kinds=unpack_kinds(kinds),
+        kinds=frozenset(kind for kind in MEDIA_KINDS if kind in kinds.split(",")),
         what=what,
         reason=(kind, message),
     )

@@ -1,4 +1,4 @@
-"""What crosses between the parent and its downloading processes, and what is kept of a URL."""
+"""A URL, what it gave, and the options of a download."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 from urllib.parse import urldefrag
 
-from common.post import MEDIA_KINDS, MediaKind
+from common.post import MediaKind
 from config.settings import FetchSettings
+from corpus.records import is_url, local_path
 
 Status: TypeAlias = Literal["ok", "refused", "retryable"]
-"""``refused`` will not be had by trying again; ``retryable`` may be."""
+"""``refused`` stays so however often one tries; ``retryable`` may succeed later."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,13 +21,13 @@ class Options:
     """How to download.
 
     Attributes:
-        connections: Of each process.
-        per_host: Downloads from one host at a time, over all processes.
+        processes: Times `connections` gives the downloads at once; all run in this process.
+        per_host: Downloads from one host at once.
         retries: Tries after the first one that failed in a way that may pass.
         backoff_s: Wait before the first of them; it doubles each time, up to `backoff_max_s`.
         local: Take local files too, relative to the posts file.
         verify: Hash the files that are there already instead of looking at their size.
-        retry_failed: Try again what was refused in an earlier run.
+        retry_failed: Try again what an earlier run was refused.
     """
 
     posts: Path
@@ -45,7 +46,7 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """Parent ─► process: download this."""
+    """A source to download, and the key that it is known by."""
 
     key: str
     source: str
@@ -54,10 +55,9 @@ class Ask:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What a URL gave, as it is kept.
+    """What a URL gave, as the state keeps it.
 
     Attributes:
-        status: Whether it is there, and if not, whether it is worth another try.
         sha256: Of the content; empty unless ``ok``.
         extension: Of the sniffed type, without the dot.
         kinds: What posts may use it as.
@@ -75,13 +75,13 @@ class Found:
 
     @property
     def path(self) -> str:
-        """Where the content lies, relative to the output folder."""
+        """The path of the content, relative to the output folder."""
         return f"media/{self.sha256[:2]}/{self.sha256}.{self.extension}"
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """Process ─► parent: how one download went.
+    """How one download went.
 
     Attributes:
         incoming: Name of the finished file in the folder of incoming ones; empty when none.
@@ -99,7 +99,7 @@ class Answer:
 
 
 def key_of(source: str) -> str:
-    """What a source is known by: 128 bits of its hash, without the fragment."""
+    """Return the key of a source: 128 bits of its hash, without the fragment."""
     try:
         plain = urldefrag(source).url
     except ValueError:
@@ -107,11 +107,10 @@ def key_of(source: str) -> str:
     return hashlib.sha256(plain.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
-def pack_kinds(kinds: frozenset[MediaKind]) -> str:
-    """Kinds as one text, always in the same order."""
-    return ",".join(kind for kind in MEDIA_KINDS if kind in kinds)
-
-
-def unpack_kinds(text: str) -> frozenset[MediaKind]:
-    """The reverse of `pack_kinds`."""
-    return frozenset(kind for kind in MEDIA_KINDS if kind in text.split(","))
+def ask_for(source: str, options: Options) -> Ask:
+    """Return how a source of the posts file is asked for."""
+    path = None if is_url(source) or not options.local else local_path(source, options.posts)
+    if path is None:
+        return Ask(key_of(source), source)
+    absolute = str(Path(path).absolute())
+    return Ask(key_of(f"local:{absolute}"), absolute, local=True)

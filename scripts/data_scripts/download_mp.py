@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs as a plain 
 from common.cli import OneLineParser, count, natural, seconds
 from common.errors import ConfigError, TaggingError
 from config.load import load_settings
-from corpus.download.command import download
+from corpus.download.run import download
 from corpus.download.values import Options
 
 _NAME = "download_mp"

@@ -317,20 +317,6 @@ def test_full_disk_stops_it_with_one_line(site: MediaSite, tmp_path: Path) -> No
     assert results(out) == results(tmp_path / "calm")
 
 
-def test_downloading_process_that_dies_is_replaced(tmp_path: Path) -> None:
-    """Its downloads are tried again in another one; the run ends as if nothing had been."""
-    with media_site(delay_s=0.05) as site:
-        posts = write_posts(tmp_path / "p.jsonl", [[site.url(f"/png/{i}")] for i in range(60)])
-        run = spawn(posts, tmp_path / "out", "--connections", "4")
-        wait_until(lambda: site.requests.total() >= 10, 30, "downloads")
-        children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
-        assert len(children) == 1
-        os.kill(int(children[0]), signal.SIGKILL)
-        run.communicate(timeout=30)
-        assert run.returncode == 0
-        assert [line["status"] for line in manifest(tmp_path / "out")] == ["ok"] * 60
-
-
 @pytest.mark.parametrize(
     ("args", "said"),
     [
