@@ -151,19 +151,13 @@ def _end_with_parent() -> None:
 
 
 def _picture(task: Task, fact: MediaFact) -> MediaFact:
-    import numpy as np
-
     from corpus.analyze.looks import look_of
-    from extractors.media.picture_header import read_header
-    from extractors.media.pictures import read_pictures
+    from extractors.media.pictures import picture_size, read_pictures
     from extractors.media.sniff import check_type
 
-    found = check_type(task.path, "image")
-    header = read_header(np.asarray(np.memmap(task.path, np.uint8, "r")).data, found.family)
-    width, height = header.width, header.height
-    if header.orientation >= 5:
-        width, height = height, width
-    fact = replace(fact, width=width, height=height, codec=found.family)
+    family = check_type(task.path, "image").family
+    width, height = picture_size(task.path)
+    fact = replace(fact, width=width, height=height, codec=family)
     pixels = next(iter(read_pictures(task.path, max_pixels=task.max_pixels)))
     return replace(fact, look=look_of(pixels))
 

@@ -13,8 +13,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from common.errors import MediaError
-from extractors.media.picture_header import read_header
-from extractors.media.pictures import centres, fitted_size, read_pictures, squash
+from extractors.media.pictures import centres, fitted_size, picture_size, read_pictures, squash
 from tests.support import media
 
 LIMIT = 100_000_000
@@ -44,7 +43,7 @@ def middle(pixels: np.ndarray) -> list[int]:
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("kind", ["jpg", "png", "webp", "tif"])
+@pytest.mark.parametrize("kind", ["jpg", "png", "webp", "tif", "avif"])
 def test_exif_orientation(tmp_path: Path, orientation: int, kind: str) -> None:
     """All eight orientations come out as Pillow turns them, in every format that stores one."""
     path = tmp_path / f"a.{kind}"
@@ -53,6 +52,7 @@ def test_exif_orientation(tmp_path: Path, orientation: int, kind: str) -> None:
     Image.fromarray(media.quadrants(96, 64)).save(path, lossless=True, exif=exif)
     upright = np.asarray(ImageOps.exif_transpose(Image.open(path)).convert("RGB"))
     assert near(one(path), upright, 60 if kind == "jpg" else 0)
+    assert picture_size(path) == upright.shape[1::-1]
 
 
 def test_orientation_of_our_own_exif(tmp_path: Path) -> None:
@@ -233,7 +233,7 @@ def test_a_picture_without_pixels(tmp_path: Path) -> None:
     at = data.index(b"\xff\xc0")
     data[at + 7 : at + 9] = b"\0\0"
     path.write_bytes(bytes(data))
-    with pytest.raises(MediaError, match="without pixels"):
+    with pytest.raises(MediaError, match=r"^broken JPEG picture$"):
         read(path)
 
 
@@ -280,19 +280,18 @@ def test_no_picture_at_all(tmp_path: Path) -> None:
 def test_damaged_headers_never_raise_anything_else(tmp_path: Path, name: str) -> None:
     """Bytes overwritten anywhere in the first kilobyte give a header or a MediaError."""
     Image.fromarray(media.quadrants(64, 48)).save(tmp_path / name)
-    data = (tmp_path / name).read_bytes()
-    family = {"jpg": "jpeg", "tif": "tiff"}.get(name[2:], name[2:])
+    path = tmp_path / name
+    data = path.read_bytes()
     random = np.random.default_rng(7)
     for _ in range(300):
         broken = bytearray(data)
         for at in random.integers(8, min(len(data), 1024), 4):
             broken[at] = random.integers(256)
+        path.write_bytes(bytes(broken))
         try:
-            header = read_header(memoryview(bytes(broken)), family)
+            assert min(picture_size(path)) > 0
         except MediaError:
             continue
-        assert header.width > 0
-        assert 1 <= header.orientation <= 8
 
 
 def test_damage_inside_a_jpeg(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

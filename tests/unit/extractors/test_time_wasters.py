@@ -3,67 +3,79 @@
 from __future__ import annotations
 
 import struct
+import zlib
+from io import BytesIO
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 import soundfile
+from PIL import Image
 
 from common.errors import MediaError
 from config.settings import DecodeSettings
+from extractors.media import pictures, sniff
 from extractors.media.decode import decode_media
-from extractors.media.picture_header import read_header
-from extractors.media.sniff import check_type
 from extractors.media.sound import log_mel_patches
 from tests.support import media
 from tests.support.tiny_models import tiny_features
 
 LIMIT = 1000
 
+PARTS = {
+    "png": (b"IHDR", 21, b"\0\0\0\0aaAa" + struct.pack(">I", zlib.crc32(b"aaAa"))),
+    "gif": (b"hello", 5, b"\1a"),
+    "jpeg segments": (b"\xff\xd8", 2, b"\xff\xe0\0\2"),
+    "jpeg fill bytes": (b"\xff\xd8", 2, b"\xff"),
+}
+"""Kind of picture -> what to look for, bytes from there to the place for parts, and a part."""
+
 
 def of_parts(family: str, count: int) -> bytes:
-    """A picture of so many empty parts."""
-    if family == "png":
-        chunk = b"\0\0\0\0aaAa\0\0\0\0"
-        return b"\x89PNG\r\n\x1a\n" + chunk * count
-    if family == "gif":
-        return b"GIF89a\4\0\4\0\0\0\0!\xfe" + b"\x01a" * count + b"\0;"
-    if family == "webp":
-        return b"RIFF" + struct.pack("<I", 4 + 8 * count) + b"WEBP" + b"JUNK\0\0\0\0" * count
-    if family == "jpeg segments":
-        return b"\xff\xd8" + b"\xff\xe0\0\2" * count + b"\xff\xd9"
-    return b"\xff\xd8" + b"\xff" * count + b"\xff\xd9"
+    """A picture with a number of empty parts."""
+    kind, content = family.split(maxsplit=1)[0], BytesIO()
+    Image.fromarray(media.solid(8, 8)).save(content, kind, comment="hello")
+    data = content.getvalue()
+    mark, offset, part = PARTS[family]
+    at = data.index(mark) + offset
+    return data[:at] + part * count + data[at:]
 
 
-@pytest.mark.parametrize("family", ["png", "gif", "webp", "jpeg segments", "jpeg fill"])
-def test_picture_of_parts(monkeypatch: pytest.MonkeyPatch, family: str) -> None:
+@pytest.mark.parametrize("family", PARTS)
+def test_picture_of_parts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, family: str) -> None:
     """A picture of more parts than anybody means is broken, not walked to its end."""
-    monkeypatch.setattr("extractors.media.picture_header.MAX_PARTS", LIMIT)
-    name = family.partition(" ")[0]
-    with pytest.raises(MediaError, match=rf"^broken {name.upper()} picture$"):
-        read_header(memoryview(of_parts(family, 2 * LIMIT)), name)
+    monkeypatch.setattr(pictures, "MAX_PARTS", LIMIT)
+    path = tmp_path / "picture"
+    path.write_bytes(of_parts(family, LIMIT // 10))
+    assert len(list(pictures.read_pictures(path, max_pixels=1000))) == 1
+    path.write_bytes(of_parts(family, 2 * LIMIT))
+    kind = family.split(maxsplit=1)[0].upper()
+    with pytest.raises(MediaError, match=rf"^broken {kind} picture$"):
+        pictures.picture_size(path)
 
 
 def test_mp4_of_boxes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """An MP4 of empty boxes is refused before FFmpeg reads them once more."""
-    monkeypatch.setattr("extractors.media.sniff.MAX_PARTS", LIMIT)
+    monkeypatch.setattr(sniff, "MAX_PARTS", LIMIT)
     head = b"\0\0\0\x18ftypisom" + b"\0" * 12
     path = tmp_path / "a.mp4"
     path.write_bytes(head + b"\0\0\0\x08free" * (LIMIT - 10))
-    assert check_type(path, "video").family == "mp4"
+    assert sniff.check_type(path, "video").family == "mp4"
     path.write_bytes(head + b"\0\0\0\x08free" * LIMIT)
     with pytest.raises(MediaError, match="nothing but boxes"):
-        check_type(path, "video")
+        sniff.check_type(path, "video")
 
 
 def test_jpeg_of_scans(tmp_path: Path) -> None:
     """Every scan of a progressive JPEG may cost a pass over all pixels: hundreds are refused."""
-    data = media.write_jpeg(tmp_path / "a.jpg", media.noise(64, 48)).read_bytes()
-    scan = b"\xff\xda\0\x08\x01\x01\0\0\x3f\0\0\0"
-    assert read_header(memoryview(data[:-2] + scan * 100 + data[-2:]), "jpeg").width == 64
+    path = media.write_jpeg(tmp_path / "a.jpg", media.noise(64, 48))
+    data, scan = path.read_bytes(), b"\xff\xda\0\x08\x01\x01\0\0\x3f\0\0\0"
+    path.write_bytes(data[:-2] + scan * 100 + data[-2:])
+    assert pictures.picture_size(path) == (64, 48)
+    path.write_bytes(data[:-2] + scan * 600 + data[-2:])
     with pytest.raises(MediaError, match=r"^broken JPEG picture$"):
-        read_header(memoryview(data[:-2] + scan * 600 + data[-2:]), "jpeg")
+        pictures.picture_size(path)
 
 
 @pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan, 3e38])
