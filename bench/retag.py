@@ -32,7 +32,7 @@ from demo.__main__ import CONFIG, ROOT
 from demo.media_server import MediaServer
 from demo.online import alive, daemon
 from deploy import embedded
-from king.broker.publisher import publish_posts
+from king.broker.connect import publish_posts
 from king.messages import PostMessage
 from king.status import read_health
 from scripts import cli

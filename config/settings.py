@@ -5,6 +5,7 @@ Loaded once by :func:`config.load.load_settings` and passed in; nothing reads se
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -86,7 +87,8 @@ class BrokerSettings(Section):
     @field_validator("url")
     @classmethod
     def _scheme(cls, value: str) -> str:
-        if not value.startswith(("amqp://", "amqps://", "redis://", "rediss://", "embedded://")):
+        # `king.broker.connect.BROKERS` alone knows which schemes there are.
+        if not re.match(r"[a-z][a-z0-9+.-]*://", value):
             raise ValueError(
                 f"{redact(value)!r} is no broker; use amqp://, redis:// or embedded://"
             )

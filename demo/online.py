@@ -19,7 +19,7 @@ from common.errors import StoreUnavailable, TaggingError, one_line
 from common.progress import progress_bar
 from common.urls import redact
 from config.settings import Settings, StoreSettings
-from king.broker.publisher import publish_posts
+from king.broker.connect import publish_posts
 from king.messages import PostMessage
 from king.status import read_health
 

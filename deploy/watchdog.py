@@ -33,7 +33,7 @@ from config.settings import Settings
 from deploy import embedded
 from deploy.stacks import catches, send_signal, write_stacks
 from deploy.supervisor import Program, Supervisor, open_supervisor
-from king.broker.broker import queue_depth
+from king.broker.connect import queue_depth
 from king.king import SUBSCRIBE_SIGNAL
 from king.status import read_health
 

@@ -18,7 +18,7 @@ import structlog
 
 from common.errors import BrokerUnavailable
 from common.retry import reconnect_delay_s
-from king.broker.broker import Broker, Delivery
+from king.broker.base import Broker, Delivery
 from king.messages import PostMessage
 from king.status import Status
 
@@ -182,8 +182,7 @@ class BrokerThread:
                 case _Requeue(delivery):
                     self._broker.requeue(delivery)
                 case _Publish(messages, on_confirmed):
-                    for message in messages:
-                        self._broker.publish(message)
+                    self._broker.publish(messages)
                     on_confirmed()
             # Removed only now, so that a lost connection does not lose what is to be published.
             self._commands.popleft()

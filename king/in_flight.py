@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from king.broker.broker import Delivery
+from king.broker.base import Delivery
 
 
 @dataclass(slots=True)

@@ -27,7 +27,8 @@ import structlog
 from common.errors import ConfigError
 from common.urls import redact
 from config.settings import Settings
-from king.broker.broker import Broker, KombuBroker
+from king.broker.base import Broker
+from king.broker.connect import open_broker
 from king.broker_thread import BrokerThread
 from king.dispatch_thread import Dispatcher
 from king.identity import is_dead, own_name
@@ -83,7 +84,7 @@ class King:
             batch_size=settings.store.batch_size,
         )
         self._broker_thread = BrokerThread(
-            broker if broker is not None else KombuBroker(settings.broker),
+            broker if broker is not None else open_broker(settings.broker),
             redact(settings.broker.url),
             self.status,
             self._store_thread.take,

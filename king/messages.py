@@ -1,22 +1,51 @@
-"""The queue message: which post to tag. Any client can publish one.
+"""The queue message: a post to tag. Any client can publish one.
 
 Accepted bodies, all UTF-8: ``{"post_id": "p1", "priority": 3, "force": true}``, a JSON string or
 number, or the bare ID as text. A number is read as its digits, so that ``42`` and ``"42"`` name
-the same post.
+the same post. Kombu's publishers may have compressed the body.
 """
 
 from __future__ import annotations
 
+import bz2
 import json
+import lzma
 import unicodedata
+import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from common.errors import MessageError, one_line
 
+# MongoDB indexes keys up to 1 KiB in its older versions; at double, a post whose ID is longer than
+# half of that could be published but not looked up there. Real IDs are under 100 bytes.
 MAX_ID_BYTES = 512
+
+# Room for an ID and for keys of newer publishers that we ignore. A message without a limit would
+# sit in memory `prefetch` times; at half or double nothing changes for real messages.
 MAX_BODY_BYTES = 64 * 1024
+
+# A compressed body may grow to this size; beyond it, it is a bomb and stays packed. More than
+# MAX_BODY_BYTES, so that a body that is merely too long is refused for its length.
+MAX_PLAIN_BYTES = 1 << 20
+
+# AMQP's own range, and the range of the lists that kombu makes in Redis.
 MIN_PRIORITY, MAX_PRIORITY = 0, 9
+
+
+# Kombu's name of a compression -> a decompressor with max_length, so that a bomb stays small.
+# wbits=47 reads zlib's own header or gzip's.
+_DECOMPRESSORS: dict[str, Callable[[], Any]] = {
+    "application/x-gzip": lambda: zlib.decompressobj(wbits=47),
+    "gzip": lambda: zlib.decompressobj(wbits=47),
+    "zlib": lambda: zlib.decompressobj(wbits=47),
+    "application/x-bz2": bz2.BZ2Decompressor,
+    "bzip2": bz2.BZ2Decompressor,
+    "application/x-lzma": lzma.LZMADecompressor,
+    "lzma": lzma.LZMADecompressor,
+    "xz": lzma.LZMADecompressor,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,18 +71,35 @@ class PostMessage:
         return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()
 
 
+def decompressed(body: bytes, headers: object) -> bytes:
+    """Undo the compression that a message's ``compression`` header names.
+
+    The body is returned as it is when it cannot be unpacked or would exceed MAX_PLAIN_BYTES.
+    """
+    name = headers.get("compression") if isinstance(headers, dict) else None
+    make = _DECOMPRESSORS.get(name.lower()) if isinstance(name, str) else None
+    if make is None:
+        return body
+    try:
+        decompressor = make()
+        plain: bytes = decompressor.decompress(body, MAX_PLAIN_BYTES)
+    except (zlib.error, OSError, EOFError, lzma.LZMAError, ValueError):
+        return body
+    return plain if decompressor.eof else body  # cut short, or more than the limit
+
+
 def parse_message(body: bytes | str) -> PostMessage:
     """Read a message's body.
 
     Unknown keys are ignored: a newer publisher may send more than this reader knows.
 
     Raises:
-        MessageError: It cannot be read; the text says why, in one line.
+        MessageError: The body cannot be read; the text says why, in one line.
     """
     text = _text(body).strip()
     if not text:
         raise MessageError("the message is empty")
-    if text[0] not in '{["' and not _is_json_literal(text):
+    if text[0] not in '{["' and text not in _NAMELESS:
         return PostMessage(post_id=_checked_id(text))
     try:
         # parse_float keeps the digits; parse_constant refuses NaN and Infinity.
@@ -65,6 +111,10 @@ def parse_message(body: bytes | str) -> PostMessage:
     return PostMessage(post_id=_id_of(content))
 
 
+# JSON that begins like a bare ID but names no post.
+_NAMELESS = {"null", "true", "false"}
+
+
 class _Digits(str):
     """A JSON number as it was written."""
 
@@ -72,7 +122,7 @@ class _Digits(str):
 
 
 def _refuse(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is no JSON value")
+    raise ValueError(f"{constant} is not a JSON value")
 
 
 def _text(body: bytes | str) -> str:
@@ -84,11 +134,6 @@ def _text(body: bytes | str) -> str:
         return body.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise MessageError(f"the message is not UTF-8 (byte {error.start})") from error
-
-
-def _is_json_literal(text: str) -> bool:
-    """Whether bare text is ``null``, ``true`` or ``false``, which name no post."""
-    return text in {"null", "true", "false"}
 
 
 def _from_object(content: dict[str, object]) -> PostMessage:

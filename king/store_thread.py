@@ -21,7 +21,7 @@ from common.errors import MessageError, StoreRefused, StoreUnavailable
 from common.retry import reconnect_delay_s
 from config.settings import KingSettings
 from king import report
-from king.broker.broker import Delivery
+from king.broker.base import Delivery
 from king.broker_thread import BrokerThread
 from king.in_flight import InFlight
 from king.jobs import (

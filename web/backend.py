@@ -14,8 +14,7 @@ from typing import Any
 
 from common.errors import TaggingError
 from config.settings import Settings
-from king.broker.broker import queue_depth
-from king.broker.publisher import publish_posts
+from king.broker.connect import publish_posts, queue_depth
 from king.jobs import Job
 from king.messages import PostMessage
 from king.store.queries import Archive, StoredPost

@@ -18,8 +18,7 @@ import yaml
 from chaos_rig.audit import Audit
 from chaos_rig.journal import Journal
 from config.settings import Settings
-from king.broker.broker import queue_depth
-from king.broker.publisher import publish_posts
+from king.broker.connect import publish_posts, queue_depth
 from king.broker.rabbitmq import dead_queue
 from king.messages import PostMessage
 from king.status import read_health

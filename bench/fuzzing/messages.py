@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from common.errors import MessageError
-from king.broker.envelope import decompressed, read_item
+from king.broker.redis import read_item
 from king.jobs import message_key
 from king.messages import parse_message
 
@@ -45,8 +45,7 @@ def bad_messages(seed: int, count: int) -> list[BadMessage]:
 def _message(name: str, number: int, seed: int) -> BadMessage:
     rng = random.Random(f"{seed}/message/{number}")
     item = _FORMS[name](f"m{number}x", rng)
-    envelope = read_item(item)
-    body = decompressed(envelope.body, envelope.compression)
+    body, _ = read_item(item)
     try:
         key = parse_message(body).post_id
     except MessageError:

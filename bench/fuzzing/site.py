@@ -21,7 +21,7 @@ from deploy import embedded
 from extractors.suite import ExtractorSuite
 from fuzzing.cases import Cases
 from fuzzing.messages import BadMessage
-from king.broker.publisher import publish_posts
+from king.broker.connect import publish_posts
 from king.messages import PostMessage
 from king.store.store import MongoStore
 from tests.support.tiny_models import tiny_features

@@ -1,52 +1,76 @@
-"""Which link a broker URL asks for."""
+"""From a broker URL to its `Broker`, and what a command does on a connection of its own."""
 
 from __future__ import annotations
 
-from urllib.parse import urlsplit
+from collections.abc import Iterable
 
 from common.errors import ConfigError
 from common.urls import redact
 from config.settings import BrokerSettings
-from king.broker.errors import mapped
-from king.broker.link import Link
-from king.broker.rabbitmq import AmqpLink
-from king.broker.redis import RedisLink
+from king.broker.base import Broker
+from king.broker.rabbitmq import RabbitBroker
+from king.broker.redis import RedisBroker
+from king.messages import PostMessage
+
+BROKERS: dict[str, type[Broker]] = {
+    "amqp": RabbitBroker,
+    "amqps": RabbitBroker,
+    "redis": RedisBroker,
+    "rediss": RedisBroker,
+}
 
 
-def open_link(settings: BrokerSettings, *, declare: bool = True) -> Link:
-    """Connect to the broker that the URL names.
-
-    Args:
-        settings: Of the broker.
-        declare: Create the queue where it is absent, and check its arguments where it is there.
-
-    Raises:
-        BrokerUnavailable: It cannot be reached now.
-        ConfigError: The URL cannot be used, the broker refuses the credentials, or the queue
-            exists with other arguments.
-    """
-    check_url(settings.url)
-    kind = AmqpLink if settings.url.startswith("amqp") else RedisLink
-    with mapped(settings.url, setup=True):
-        return kind(settings, declare=declare)
-
-
-def check_url(url: str) -> None:
-    """Refuse what kombu would read as several brokers, or could not read.
+def open_broker(settings: BrokerSettings) -> Broker:
+    """Return the broker that the URL names; `Broker.connect` connects it.
 
     Raises:
         ConfigError: The URL cannot be used.
     """
-    if ";" in url:
-        raise ConfigError("broker.url: name one broker; put a cluster behind one name")
-    if url.startswith("embedded://"):
+    scheme = settings.url.partition("://")[0].lower()
+    if scheme == "embedded":
         raise ConfigError("broker.url: embedded:// must be resolved before the queue is used")
+    if scheme not in BROKERS:
+        schemes = ", ".join(f"{name}://" for name in BROKERS)
+        raise ConfigError(
+            f"broker.url: {redact(settings.url)!r} is no broker; use {schemes} or embedded://"
+        )
+    return BROKERS[scheme](settings)
+
+
+def publish_posts(settings: BrokerSettings, messages: Iterable[PostMessage]) -> int:
+    """Connect, publish the messages, disconnect; returns when the broker has all of them.
+
+    Returns:
+        The number of messages published.
+
+    Raises:
+        BrokerUnavailable: The broker cannot be reached, or stopped answering; some of the
+            messages may have arrived, and publishing them again is harmless.
+        ConfigError: It refuses the credentials, or the queue has other arguments.
+    """
+    broker = open_broker(settings)
+    broker.connect()
     try:
-        parts = urlsplit(url)
-        usable = bool(parts.hostname) and parts.port != 0
-        if parts.scheme in {"redis", "rediss"}:
-            int(parts.path.strip("/") or 0)
-    except ValueError:
-        usable = False
-    if not usable:
-        raise ConfigError(f"broker.url: {redact(url)!r} names no host, port or database")
+        return broker.publish(messages)
+    finally:
+        broker.close()
+
+
+def queue_depth(settings: BrokerSettings, queue: str | None = None) -> int:
+    """Connect, count the messages that wait, disconnect; declares nothing.
+
+    Args:
+        settings: Of the broker.
+        queue: Another queue than that of the settings, for example
+            `king.broker.rabbitmq.dead_queue`.
+
+    Raises:
+        BrokerUnavailable: The broker does not answer within the time-outs.
+        ConfigError: It refuses the credentials.
+    """
+    broker = open_broker(settings)
+    broker.connect(declare=False)
+    try:
+        return broker.depth(queue)
+    finally:
+        broker.close()

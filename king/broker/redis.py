@@ -1,100 +1,345 @@
-"""Redis: lists, and leases on what is taken; both are looked after in `RedisLink.wait`."""
+r"""Redis, over redis-py: lists, and leases on the messages in hand.
+
+Keys of a queue ``q``: ``q`` (priority 0, where a bare LPUSH lands), ``q\x06\x161`` to
+``q\x06\x169`` (kombu's names of the other priorities), ``q.unacked`` (hash: tag -> priority digit
+and item) and ``q.unacked_index`` (sorted set: tag -> end of the lease, by the server's clock).
+
+An item is an envelope as kombu's publishers write it, or else a bare body. What we publish is an
+envelope too, so that kombu's consumers read it.
+
+Priorities mean what they mean in AMQP: a higher number is served sooner. Kombu's own Redis
+consumer has it the other way round, and reads only the lists 0, 3, 6 and 9.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import ssl
+import base64
+import binascii
+import itertools
+import json
 import time
-from collections.abc import Iterable, Sequence
-from itertools import islice
-from typing import Any
+import uuid
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, ClassVar
+from urllib.parse import urlsplit
 
+import redis
+import redis.exceptions as redis_errors
+from redis.backoff import NoBackoff
+from redis.connection import parse_url
+from redis.retry import Retry
+
+from common.errors import ConfigError
+from common.urls import redact
 from config.settings import BrokerSettings
-from king.broker.link import CONFIRM_WINDOW, Link
-from king.broker.redis_transport import QueueTransport, unacked_keys
-from king.messages import PostMessage
+from king.broker.base import PUBLISH_WINDOW, Broker, Delivery, require_host
+from king.broker.errors import ClientErrors
+from king.messages import MAX_PRIORITY, MIN_PRIORITY, PostMessage, decompressed
 
-POLL_S = 0.05
+# Pause between two looks at an empty queue. At half, an idle King costs Redis and itself twice as
+# much; at double, a post waits up to a tenth of a second for nothing.
+_POLL_S = 0.05
+
+# Expired messages given back at a time. Each is a round trip, in which no post is taken: ten times
+# as many would hold up the queue for a noticeable time, and the rest follows a few seconds later.
+_GIVE_BACK_AT_ONCE = 100
+
+# The most seconds between two looks for expired leases, and so the most that a dead consumer's
+# messages wait longer than their lease. Half of it only costs round trips.
+_COLLECT_EVERY_S = 5.0
+
+_SCRIPT = Path(__file__).with_name("redis.lua").read_text(encoding="ascii")
+
+_REFUSALS = (
+    redis_errors.AuthenticationError,
+    redis_errors.AuthorizationError,
+    redis_errors.AuthenticationWrongNumberOfArgsError,
+    redis_errors.NoPermissionError,
+)
+
+# Answers of a Redis that is there but cannot serve now; other refusals are wrong settings.
+_PASSING = (
+    redis_errors.OutOfMemoryError,
+    redis_errors.ReadOnlyError,
+    redis_errors.ExecAbortError,
+    redis_errors.TryAgainError,
+    redis_errors.ClusterDownError,
+    redis_errors.NoScriptError,
+)
+_PASSING_WORDS = {"LOADING", "MISCONF", "MASTERDOWN", "NOREPLICAS", "UNKILLABLE", "BUSY"}
 
 
-class RedisLink(Link):
-    """One connection to Redis."""
+def _is_refusal(error: BaseException) -> bool:
+    if isinstance(error, _REFUSALS):
+        return True
+    if not isinstance(error, redis_errors.ResponseError) or isinstance(error, _PASSING):
+        return False
+    return not any(word in _PASSING_WORDS for word in str(error).split())
 
-    def __init__(self, settings: BrokerSettings, *, declare: bool = True) -> None:
-        super().__init__(
-            settings,
-            QueueTransport,
-            {
-                "socket_timeout": settings.socket_timeout_s,
-                "socket_connect_timeout": settings.socket_timeout_s,
-                "socket_keepalive": True,
-                "health_check_interval": settings.heartbeat_s,
-                "visibility_timeout": settings.visibility_timeout_s,
-                "client_name": "insighttag",
-                **unacked_keys(settings.queue),
-            },
+
+class RedisBroker(Broker):
+    """A queue in Redis (``redis://``, ``rediss://``) that cannot lose a message.
+
+    A script takes a message from its list and records it as unacknowledged in one step, so it is
+    at any time either in its list or in the hash, under a lease that `drain` renews. When a lease
+    has run out, any consumer of the queue puts the message back: to the end of the queue, since
+    it may be what killed its consumer.
+    """
+
+    errors: ClassVar[ClientErrors] = ClientErrors(
+        types=(redis_errors.RedisError, OSError, EOFError),
+        is_refusal=_is_refusal,
+        hints={redis_errors.AuthenticationError: "user or password refused, or no permission ({})"},
+    )
+
+    def __init__(self, settings: BrokerSettings) -> None:
+        require_host(settings.url)
+        super().__init__(settings)
+        self._options = _client_options(settings)
+        queue = settings.queue
+        self._lists = [f"{queue}\x06\x16{p}" if p else queue for p in range(MAX_PRIORITY + 1)]
+        self._unacked = [f"{queue}.unacked", f"{queue}.unacked_index"]
+        self._client: Any = None  # redis-py's types do not tell sync answers from async ones
+        self._script: Any = None
+        self._tag_prefix = ""
+        self._tag_numbers = itertools.count()
+        self._is_empty = True  # by the last answer
+        self._acked: list[int | str] = []  # sent by the next `_flush`
+        self._renew_every_s = settings.visibility_timeout_s / 4
+        self._renewal_due = self._collection_due = 0.0
+
+    def _open(self, declare: bool) -> None:
+        self._client = redis.Redis(connection_pool=redis.ConnectionPool(**self._options))
+        self._script = self._client.register_script(_SCRIPT)
+        self._tag_prefix = uuid.uuid4().hex
+        try:
+            self._client.ping()
+        except (TypeError, ValueError) as error:  # redis-py takes the query for its own arguments
+            raise ConfigError(
+                f"broker.url: {redact(self.settings.url)!r} has a part that is not understood"
+            ) from error
+        self._size(self._lists)  # raises if the key is of another type
+        self._give_back(reversed(self._in_hand))
+        self._renewal_due = time.monotonic() + self._renew_every_s
+        self._collection_due = 0.0
+
+    def drain(self, timeout_s: float) -> int:
+        """See `Broker.drain`."""
+        with self._client_call():
+            end = time.monotonic() + (0.0 if self._inbox else timeout_s)
+            self._flush()
+            while True:
+                self._look_after_leases()
+                self._take()
+                left_s = end - time.monotonic()
+                if self._inbox or left_s <= 0:
+                    break
+                time.sleep(min(left_s, _POLL_S))
+        return self._hand_over()
+
+    def _look_after_leases(self) -> None:
+        now = time.monotonic()
+        if now >= self._renewal_due:
+            self._renewal_due = now + self._renew_every_s
+            if self._in_hand:
+                self._run("renew", self.settings.visibility_timeout_s, *self._in_hand)
+        if now >= self._collection_due:
+            self._collection_due = now + min(_COLLECT_EVERY_S, self._renew_every_s)
+            tags = self._run("expired", _GIVE_BACK_AT_ONCE)
+            self._give_back([tag.decode() for tag in tags], expired_only=True)
+
+    def _take(self) -> None:
+        room = self.settings.prefetch - len(self._in_hand)
+        if self._on_delivery is None or room < 1:
+            return
+        # An empty queue is asked for one message, since each one asked for costs a tag.
+        count = 1 if self._is_empty else room
+        tags = [f"{self._tag_prefix}.{next(self._tag_numbers)}" for _ in range(count)]
+        entries = self._run(
+            "take", self.settings.visibility_timeout_s, *tags, lists=reversed(self._lists)
         )
-        self._interval_s = settings.visibility_timeout_s / 4
-        self._next_renewal = time.monotonic() + self._interval_s
-        self._next_collection = 0.0
-        if declare:
-            try:
-                self.depth(self.queue)  # the key may be of another type
-            except BaseException:
-                self.abandon()
-                raise
+        self._is_empty = not entries
+        for tag, entry in zip(tags, entries, strict=False):  # fewer may come than were asked for
+            body, redelivered = read_item(entry[1:])
+            self._receive(body, tag, redelivered)
+
+    def ack(self, delivery: Delivery) -> bool:
+        """See `Broker.ack`; the next `drain` sends it, with others, in one round trip."""
+        if not self._settle(delivery):
+            return False
+        self._acked.append(delivery.token)
+        return True
+
+    def requeue(self, delivery: Delivery) -> bool:
+        """See `Broker.requeue`."""
+        return self._settle(delivery) and self._succeeds(lambda: self._give_back([delivery.token]))
 
     def publish(self, messages: Iterable[PostMessage]) -> int:
-        """Push onto the queue's lists, a window in one round trip."""
+        """See `Broker.publish`."""
         count = 0
         iterator = iter(messages)
-        while window := list(islice(iterator, CONFIRM_WINDOW)):
-            for message in window:
-                self._send(message)
-            self._channel.flush()
+        while window := list(itertools.islice(iterator, PUBLISH_WINDOW)):
+            with self._client_call(), self._client.pipeline() as pipe:
+                for message in window:
+                    priority = min(max(message.priority, MIN_PRIORITY), MAX_PRIORITY)
+                    item = _envelope(
+                        message.encode(), self.settings.queue, priority, "application/json"
+                    )
+                    pipe.lpush(self._lists[priority], json.dumps(item))
+                pipe.execute()
             count += len(window)
         return count
 
-    def wait(self, timeout_s: float, held: Sequence[Any]) -> None:
-        """Take what comes; renew leases; give back what others let expire."""
-        end = time.monotonic() + timeout_s
-        self._channel.flush()  # the acknowledgements since the last time
-        while True:
-            now = time.monotonic()
-            if now >= self._next_renewal:
-                self.renew(held)
-            if now >= self._next_collection:
-                self._channel.give_back_expired()
-                self._next_collection = now + min(5.0, self._interval_s)
-            with contextlib.suppress(TimeoutError):
-                self._raw.drain_events(self._raw)
-                return
-            left = end - time.monotonic()
-            if left <= 0:
-                return
-            time.sleep(min(left, POLL_S))
+    def depth(self, queue: str | None = None) -> int:
+        """See `Broker.depth`."""
+        suffixes = [key.removeprefix(self.settings.queue) for key in self._lists]
+        with self._client_call(setup=True):
+            return self._size([(queue or self.settings.queue) + suffix for suffix in suffixes])
 
-    def renew(self, held: Sequence[Any]) -> None:
-        """Hold the messages for another visibility time-out."""
-        self._channel.renew(held)
-        self._next_renewal = time.monotonic() + self._interval_s
+    def _size(self, lists: Iterable[str]) -> int:
+        with self._client.pipeline() as pipe:
+            for key in lists:
+                pipe.llen(key)
+            return sum(pipe.execute())
 
-    def recover(self, tokens: Sequence[Any]) -> None:
-        """Put back at once what an earlier connection of this process held."""
-        self._channel.give_back(reversed(tokens))
+    def _flush(self) -> None:
+        """Remove the acknowledged messages from the server, in one round trip."""
+        if self._acked:
+            with self._client.pipeline() as pipe:
+                pipe.hdel(self._unacked[0], *self._acked)
+                pipe.zrem(self._unacked[1], *self._acked)
+                pipe.execute()
+            # Kept until now: after a lost connection they are sent again.
+            self._acked.clear()
 
-    def depth(self, queue: str) -> int:
-        """Ready messages of all priorities."""
-        return int(self._channel._size(queue))
+    def _give_back(self, tags: Iterable[int | str], *, expired_only: bool = False) -> None:
+        """Put messages back on their lists; one that is not recorded any more is passed over.
 
-    def close(self, held: Sequence[Any]) -> None:
-        """Put back what is held, in its order, and close."""
+        Args:
+            tags: Of the messages.
+            expired_only: Only if the lease has run out, and to the end of the queue; otherwise to
+                its head, to be served next.
+        """
+        tags = list(tags)
+        entries = self._client.hmget(self._unacked[0], tags) if tags else []
+        for tag, entry in zip(tags, entries, strict=True):
+            if entry:
+                priority = int(entry[:1])
+                self._run(
+                    "give_back",
+                    tag,
+                    "expired" if expired_only else "any",
+                    "LPUSH" if expired_only else "RPUSH",
+                    redelivery_of(entry[1:], self.settings.queue, priority),
+                    lists=[self._lists[priority]],
+                )
+
+    def _run(self, command: str, *args: Any, lists: Iterable[str] = ()) -> Any:
+        return self._script(keys=[*self._unacked, *lists], args=[command, *args])
+
+    def _leave(self) -> None:
+        self._flush()
+        self._give_back(reversed(self._in_hand))
+
+    def _abandon(self) -> None:
+        client, self._client = self._client, None
+        if client is not None:
+            client.connection_pool.disconnect()
+
+
+def _client_options(settings: BrokerSettings) -> dict[str, Any]:
+    """Return the arguments of the connection pool; the URL's query overrides ours."""
+    try:
+        int(urlsplit(settings.url).path.strip("/") or 0)
+        options = parse_url(settings.url)  # type: ignore[no-untyped-call]  # redis-py lacks its types
+    except ValueError as error:
+        raise ConfigError(
+            f"broker.url: {redact(settings.url)!r} names no host, port or database"
+        ) from error
+    requirement = options.get("ssl_cert_reqs")
+    if isinstance(requirement, str):  # as in amqps:// URLs, CERT_NONE may be written too
+        options["ssl_cert_reqs"] = requirement.removeprefix("CERT_").lower()
+    if settings.url.startswith("rediss://"):
+        options = {"ssl_cert_reqs": "required", "ssl_check_hostname": True, **options}
+    return {
+        "socket_timeout": settings.socket_timeout_s,
+        "socket_connect_timeout": settings.socket_timeout_s,
+        "socket_keepalive": True,
+        "health_check_interval": settings.heartbeat_s,
+        "client_name": "insighttag",
+        # The owner connects again. redis-py would send a command twice, and so take messages
+        # under tags that nobody knows.
+        "retry": Retry(NoBackoff(), 0),
+        **options,
+    }
+
+
+def read_item(item: bytes) -> tuple[bytes, bool]:
+    """Read an item of a list: the body, decompressed, and True if it was delivered before.
+
+    What cannot be read is a body as it stands: `king.messages` then refuses it with a reason, and
+    nothing is lost on the way there.
+    """
+    envelope = _parsed(item)
+    if envelope is None:
+        return item, False
+    headers = envelope.get("headers")
+    redelivered = isinstance(headers, dict) and headers.get("redelivered") is True
+    body = _body_of(envelope)
+    return (item if body is None else decompressed(body, headers)), redelivered
+
+
+def redelivery_of(item: bytes, queue: str, priority: int) -> bytes:
+    """Return the item marked as delivered before, in an envelope that kombu reads too."""
+    envelope = _parsed(item)
+    if envelope is None or _body_of(envelope) is None:  # delivered as a bare body
+        envelope = _envelope(item, queue, priority, "application/octet-stream", "binary")
+    headers = envelope.get("headers")
+    envelope["headers"] = {**(headers if isinstance(headers, dict) else {}), "redelivered": True}
+    return json.dumps(envelope).encode()
+
+
+def _envelope(
+    body: bytes, queue: str, priority: int, content_type: str, encoding: str = "utf-8"
+) -> dict[str, Any]:
+    return {
+        "body": base64.b64encode(body).decode(),
+        "content-type": content_type,
+        "content-encoding": encoding,
+        "headers": {},
+        "properties": {
+            "body_encoding": "base64",
+            "delivery_tag": uuid.uuid4().hex,  # what kombu's consumers file it under
+            "delivery_info": {"exchange": "", "routing_key": queue},
+            "delivery_mode": 2,
+            "priority": priority,
+        },
+    }
+
+
+def _parsed(item: bytes) -> dict[str, Any] | None:
+    """Return a kombu envelope; None for anything else."""
+    if not item.startswith(b"{"):
+        return None
+    try:
+        content = json.loads(item)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(content, dict) or "body" not in content:
+        return None
+    return content if isinstance(content.get("properties"), dict) else None
+
+
+def _body_of(envelope: dict[str, Any]) -> bytes | None:
+    """Return the body's bytes; None if the envelope does not hold what it claims."""
+    body = envelope["body"]
+    if not isinstance(body, str):
+        return None
+    encoding = envelope["properties"].get("body_encoding")
+    if isinstance(encoding, str) and encoding.lower() == "base64":
         try:
-            self.cancel()
-            self._channel.flush()
-            self._channel.give_back(reversed(held))
-        finally:
-            self.abandon()
-
-    def _tls(self, asked: dict[str, Any]) -> dict[str, Any]:
-        return {"ssl_cert_reqs": ssl.CERT_REQUIRED, "ssl_check_hostname": True, **asked}
+            return base64.b64decode(body, validate=True)
+        except (binascii.Error, ValueError):
+            return None
+    return body.encode("utf-8", "surrogatepass")

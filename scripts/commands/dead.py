@@ -110,7 +110,7 @@ def replay(
     overrides: Overrides = None,
 ) -> None:
     """Give dead letters all their attempts again and put them on the queue."""
-    from king.broker.publisher import publish_posts
+    from king.broker.connect import publish_posts
 
     with _archive(config, overrides, broker=True) as (archive, settings):
         chosen, wrong = _choose(

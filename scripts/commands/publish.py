@@ -50,7 +50,7 @@ def publish(
 
     By ID, from a file with one ID a line, or all posts of the database that have no result yet.
     """
-    from king.broker.publisher import publish_posts
+    from king.broker.connect import publish_posts
     from king.messages import PostMessage
 
     # All of them are checked before any is published.

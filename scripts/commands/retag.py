@@ -118,7 +118,7 @@ def _publish(
     limit: int | None,
     priority: int,
 ) -> int:
-    from king.broker.publisher import publish_posts
+    from king.broker.connect import publish_posts
     from king.messages import PostMessage
     from king.store.queries import Archive
 

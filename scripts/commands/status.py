@@ -67,7 +67,7 @@ def collect(asked: Settings, settings: Settings) -> dict[str, Any]:
 
 
 def _queue(settings: BrokerSettings) -> dict[str, Any]:
-    from king.broker.broker import queue_depth
+    from king.broker.connect import queue_depth
 
     content: dict[str, Any] = {"url": redact(settings.url), "name": settings.queue}
     if settings.url.startswith(embedded.SCHEME):

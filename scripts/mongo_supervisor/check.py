@@ -116,7 +116,7 @@ def requeue(settings: Settings) -> int:
         TaggingError: The database or the broker stopped answering; doing it again is harmless.
     """
     from deploy import embedded
-    from king.broker.publisher import publish_posts
+    from king.broker.connect import publish_posts
     from king.messages import PostMessage
     from king.store.queries import Archive
 

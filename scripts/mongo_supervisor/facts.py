@@ -15,7 +15,7 @@ from common.errors import StoreUnavailable, TaggingError
 from common.times import moment_of
 from config.settings import MonitorSettings, Settings, StoreSettings
 from deploy import embedded
-from king.broker.broker import queue_depth
+from king.broker.connect import queue_depth
 from king.jobs import JOB_STATES
 from king.store.documents import dig
 from king.store.queries import Archive

@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from config.settings import BrokerSettings, Settings, StoreSettings
-from king.broker.publisher import publish_posts
+from king.broker.connect import publish_posts
 from king.messages import PostMessage
 from king.store.store import MongoStore
 from tests.support import media

@@ -15,7 +15,8 @@ from bson import ObjectId
 from config.cache import CacheSettings
 from config.load import load_settings
 from deploy import embedded
-from king.broker.broker import Delivery, KombuBroker
+from king.broker.base import Delivery
+from king.broker.connect import open_broker
 from king.messages import PostMessage, parse_message
 from scripts.cli import run
 from workers.cache.store import open_store
@@ -52,7 +53,7 @@ class Command:
     def queued(self) -> list[PostMessage]:
         """Take every message off the queue."""
         found: list[Delivery] = []
-        broker = KombuBroker(self.settings.broker)
+        broker = open_broker(self.settings.broker)
         broker.connect()
         try:
             broker.consume(found.append)

@@ -16,7 +16,7 @@ import psutil
 import pymongo
 import pytest
 
-from king.broker.publisher import publish_posts
+from king.broker.connect import publish_posts
 from tests.support.deploy.checkout import Checkout, eventually
 from tests.support.services import MongoServer, RedisServer
 

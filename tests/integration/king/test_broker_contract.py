@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
 from common.errors import BrokerUnavailable
-from king.broker.broker import Delivery
+from king.broker.base import Delivery
 from king.messages import PostMessage, parse_message
 from tests.support.king.broker_rig import Consumer, Rig, settings_for
 
@@ -41,7 +41,7 @@ def test_a_published_post_arrives_and_an_acked_one_is_gone(rig: Rig) -> None:
     """The body is the JSON that was published; after the ack nobody gets it again."""
     broker = rig.broker()
     message = PostMessage("帖子 1", priority=3, force=True)
-    broker.publish(message)
+    broker.publish([message])
     consumer = Consumer(broker)
     (delivery,) = consumer.take(1)
     assert parse_message(delivery.body) == message
@@ -56,7 +56,7 @@ def test_order_is_kept(rig: Rig) -> None:
     """Messages of one priority come in the order in which they were published."""
     broker = rig.broker(prefetch=4)
     for i in range(20):
-        broker.publish(PostMessage(f"p{i}"))
+        broker.publish([PostMessage(f"p{i}")])
     consumer = Consumer(broker, ack=True)
     consumer.take(20)
     assert [parse_message(b).post_id for b in consumer.bodies] == [f"p{i}" for i in range(20)]
@@ -66,7 +66,7 @@ def test_prefetch_bounds_what_is_in_hand(rig: Rig) -> None:
     """No more than `prefetch` come until one is acknowledged; the rest waits on the server."""
     broker = rig.broker(prefetch=3)
     for i in range(5):
-        broker.publish(PostMessage(f"p{i}"))
+        broker.publish([PostMessage(f"p{i}")])
     consumer = Consumer(broker)
     consumer.take(3)
     assert consumer.idle() == 0
@@ -79,8 +79,8 @@ def test_prefetch_bounds_what_is_in_hand(rig: Rig) -> None:
 def test_requeued_comes_back_marked(rig: Rig) -> None:
     """What is put back comes again, says that it did, and before what waited behind it."""
     broker = rig.broker(prefetch=1)
-    broker.publish(PostMessage("p1"))
-    broker.publish(PostMessage("p2"))
+    broker.publish([PostMessage("p1")])
+    broker.publish([PostMessage("p2")])
     consumer = Consumer(broker)
     (first,) = consumer.take(1)
     assert broker.requeue(first)
@@ -95,7 +95,7 @@ def test_close_gives_back_what_is_in_hand(rig: Rig) -> None:
     """A broker that closes leaves its unacknowledged messages to the others, at once."""
     broker = rig.broker()
     for i in range(3):
-        broker.publish(PostMessage(f"p{i}"))
+        broker.publish([PostMessage(f"p{i}")])
     consumer = Consumer(broker)
     consumer.take(3)
     assert broker.ack(consumer.got[1])
@@ -109,7 +109,7 @@ def test_close_gives_back_what_is_in_hand(rig: Rig) -> None:
 def test_a_stale_ack_does_nothing(rig: Rig) -> None:
     """An ack of an earlier connection is dropped, and its message is delivered again."""
     broker = rig.broker()
-    broker.publish(PostMessage("p1"))
+    broker.publish([PostMessage("p1")])
     consumer = Consumer(broker)
     (old,) = consumer.take(1)
     broker.connect()
@@ -127,14 +127,14 @@ def test_a_stale_ack_does_nothing(rig: Rig) -> None:
 def test_a_second_ack_does_nothing(rig: Rig) -> None:
     """Acknowledging twice is harmless; RabbitMQ alone would close the channel for it."""
     broker = rig.broker()
-    broker.publish(PostMessage("p1"))
+    broker.publish([PostMessage("p1")])
     consumer = Consumer(broker)
     (delivery,) = consumer.take(1)
     assert broker.ack(delivery)
     assert not broker.ack(delivery)
     assert not broker.requeue(delivery)
     assert not broker.ack(Delivery(b"x", 999, broker.generation))
-    broker.publish(PostMessage("p2"))
+    broker.publish([PostMessage("p2")])
     consumer.take(2)
 
 
@@ -143,7 +143,7 @@ def test_two_consumers_share_a_queue(rig: Rig) -> None:
     one = Consumer(rig.broker(prefetch=2), ack=True)
     two = Consumer(rig.broker(prefetch=2), ack=True)
     for i in range(30):
-        one.broker.publish(PostMessage(f"p{i}"))
+        one.broker.publish([PostMessage(f"p{i}")])
     end = time.monotonic() + 60
     while len(one.got) + len(two.got) < 30 and time.monotonic() < end:
         one.broker.drain(0.01)
@@ -162,11 +162,11 @@ def test_publishing_while_consuming(rig: Rig) -> None:
         post_id = parse_message(delivery.body).post_id
         seen.append(post_id)
         if len(post_id) < 8:
-            broker.publish(PostMessage(post_id + "x"))
+            broker.publish([PostMessage(post_id + "x")])
         broker.ack(delivery)
 
     for start in "abc":
-        broker.publish(PostMessage(start))
+        broker.publish([PostMessage(start)])
     broker.consume(chain)
     end = time.monotonic() + 60
     while len(seen) < 24 and time.monotonic() < end:
@@ -179,7 +179,7 @@ def test_cancel_stops_intake_but_not_acks(rig: Rig) -> None:
     """After `cancel` nothing more comes, and what is in hand can still be acknowledged."""
     broker = rig.broker(prefetch=2)
     for i in range(4):
-        broker.publish(PostMessage(f"p{i}"))
+        broker.publish([PostMessage(f"p{i}")])
     consumer = Consumer(broker)
     consumer.take(2)
     broker.cancel()
@@ -204,12 +204,12 @@ def test_without_a_connection_it_says_so(rig: Rig) -> None:
     broker.close()
     broker.close()
     assert not broker.connected
-    for action in (
+    actions: list[Callable[[], object]] = [
         broker.depth,
         lambda: broker.drain(0.1),
-        lambda: broker.publish(PostMessage("p")),
-    ):
+        lambda: broker.publish([PostMessage("p")]),
+    ]
+    for action in actions:
         with pytest.raises(BrokerUnavailable):
             action()
-    broker.touch()
     broker.cancel()

@@ -13,9 +13,10 @@ import redis.exceptions
 
 from common.errors import BrokerUnavailable, ConfigError, MessageError
 from config.settings import BrokerSettings
-from king.broker.broker import KombuBroker, queue_depth
-from king.broker.errors import mapped
-from king.broker.publisher import publish_posts
+from king.broker.connect import open_broker, publish_posts, queue_depth
+from king.broker.errors import ClientErrors
+from king.broker.rabbitmq import RabbitBroker
+from king.broker.redis import RedisBroker
 from king.messages import PostMessage
 from tests.support.king.broker_rig import connected, settings_for
 from tests.support.services import RabbitMQServer, RedisServer
@@ -29,20 +30,24 @@ def _family(base: type[BaseException]) -> Iterator[type[BaseException]]:
         yield from _family(child)
 
 
-FOREIGN = sorted(
-    {
-        *_family(amqp.exceptions.AMQPError),
-        *_family(redis.exceptions.RedisError),
-        *_family(kombu.exceptions.KombuError),
-        amqp.exceptions.MessageNacked,
-        *(OSError, ConnectionResetError, BrokenPipeError, TimeoutError, EOFError, BlockingIOError),
-    },
-    key=lambda error: f"{error.__module__}.{error.__name__}",
-)
+OF_THE_SYSTEM = {OSError, ConnectionResetError, BrokenPipeError, TimeoutError, EOFError}
+OF_RABBITMQ = {
+    *_family(amqp.exceptions.AMQPError),
+    *_family(kombu.exceptions.KombuError),
+    amqp.exceptions.MessageNacked,
+}
+CASES = [
+    pytest.param(kind.errors, error, id=f"{kind.__name__}-{error.__module__}.{error.__name__}")
+    for kind, own in (
+        (RabbitBroker, OF_RABBITMQ),
+        (RedisBroker, set(_family(redis.exceptions.RedisError))),
+    )
+    for error in sorted(OF_THE_SYSTEM | own, key=lambda error: f"{error.__module__}.{error}")
+]
 
 
-@pytest.mark.parametrize("error_type", FOREIGN, ids=lambda e: f"{e.__module__}.{e.__name__}")
-def test_every_foreign_error_is_mapped(error_type: type[Exception]) -> None:
+@pytest.mark.parametrize(("errors", "error_type"), CASES)
+def test_every_foreign_error_is_mapped(errors: ClientErrors, error_type: type[Exception]) -> None:
     """No error of kombu, py-amqp or redis gets past the edge, in work or while connecting."""
     text = "it broke\nfor hunter2secret"
     try:
@@ -50,7 +55,10 @@ def test_every_foreign_error_is_mapped(error_type: type[Exception]) -> None:
     except (ValueError, TypeError, IndexError):  # a few of redis's parse their text
         error = error_type("7 127.0.0.1:6379")
     for setup in (False, True):
-        with pytest.raises((BrokerUnavailable, ConfigError)) as caught, mapped(URL, setup=setup):
+        with (
+            pytest.raises((BrokerUnavailable, ConfigError)) as caught,
+            errors.mapped(URL, setup=setup),
+        ):
             raise error
         shown = str(caught.value)
         assert caught.value.__cause__ is error
@@ -64,7 +72,7 @@ def test_every_foreign_error_is_mapped(error_type: type[Exception]) -> None:
 def test_ours_pass_unchanged_and_bugs_too() -> None:
     """Our own errors are not wrapped again, and a programming error is not hidden."""
     for error in (MessageError("x"), BrokerUnavailable("y"), ZeroDivisionError()):
-        with pytest.raises(type(error)) as caught, mapped(URL):
+        with pytest.raises(type(error)) as caught, ClientErrors().mapped(URL):
             raise error
         assert caught.value is error
 
@@ -74,6 +82,7 @@ def test_ours_pass_unchanged_and_bugs_too() -> None:
     [
         ("amqp://a:secretpw1@h1;amqp://b:secretpw2@h2", "one broker"),
         ("embedded://", "resolved"),
+        ("http://u:secretpw1@h", r"no broker; use amqp://.* redis://.* embedded://"),
         ("redis://:secretpw1@", "no host"),
         ("redis://127.0.0.1:6379/notanumber", "no host, port or database"),
         ("amqp://guest:secretpw1@127.0.0.1:99999//", "no host, port or database"),
@@ -83,13 +92,13 @@ def test_ours_pass_unchanged_and_bugs_too() -> None:
 def test_unusable_urls(url: str, reason: str) -> None:
     """A URL that cannot work is refused before anything is opened, without its password."""
     with pytest.raises(ConfigError, match=reason) as caught:
-        KombuBroker(BrokerSettings(url=url)).connect()
+        open_broker(BrokerSettings(url=url)).connect()
     assert "secretpw" not in str(caught.value)
 
 
 def _refusal(settings: BrokerSettings) -> str:
     for action in (
-        KombuBroker(settings).connect,
+        open_broker(settings).connect,
         lambda: publish_posts(settings, [PostMessage("p1")]),
         lambda: queue_depth(settings),
     ):
@@ -125,7 +134,7 @@ def test_wrong_credentials_on_redis(tmp_path: Path, queue_name: str) -> None:
         _refusal(settings_for(f"redis://{base}/0", queue_name))
         _refusal(settings_for(f"redis://:right-password@{base}/9999", queue_name))
         with connected(settings_for(server.url, queue_name)) as broker:
-            broker.publish(PostMessage("p1"))
+            broker.publish([PostMessage("p1")])
             assert broker.depth() == 1
     finally:
         server.close()
@@ -146,7 +155,7 @@ def test_a_queue_with_other_arguments(rabbitmq: RabbitMQServer, queue_name: str)
     settings = settings_for(rabbitmq.url, queue_name)
     with amqp.Connection(f"127.0.0.1:{rabbitmq.port}") as client:
         client.channel().queue_declare(queue_name, durable=True, auto_delete=False)
-    for action in (KombuBroker(settings).connect, lambda: publish_posts(settings, [])):
+    for action in (open_broker(settings).connect, lambda: publish_posts(settings, [])):
         with pytest.raises(ConfigError, match="the queue exists with other arguments") as caught:
             action()
         assert queue_name in str(caught.value)

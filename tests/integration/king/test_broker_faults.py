@@ -10,12 +10,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import amqp
 import pytest
 
 from common.errors import BrokerUnavailable
 from config.settings import BrokerSettings
-from king.broker.broker import KombuBroker, queue_depth
-from king.broker.publisher import publish_posts
+from king.broker.connect import open_broker, publish_posts, queue_depth
 from king.broker.rabbitmq import dead_queue
 from king.messages import PostMessage, parse_message
 from tests.support.king.broker_rig import Consumer, connected, settings_for
@@ -25,8 +25,8 @@ from tests.support.services import RabbitMQServer, RedisServer, wait_until
 HOLDER = """
 import sys, time
 from config.settings import BrokerSettings
-from king.broker.broker import KombuBroker
-broker = KombuBroker(BrokerSettings.model_validate_json(sys.argv[1]))
+from king.broker.connect import open_broker
+broker = open_broker(BrokerSettings.model_validate_json(sys.argv[1]))
 broker.connect()
 held = []
 broker.consume(held.append)
@@ -120,14 +120,14 @@ def test_a_silent_connection_while_idle_is_noticed(place: Place) -> None:
 def test_publishing_into_silence_fails_in_time(place: Place) -> None:
     """`publish` on a dead connection raises, so that the caller knows that it may not be there."""
     with connected(place.proxied) as broker:
-        broker.publish(PostMessage("p1"))
+        broker.publish([PostMessage("p1")])
         place.proxy.blackhole()
         start = time.monotonic()
         with pytest.raises(BrokerUnavailable):
-            broker.publish(PostMessage("p2"))
+            broker.publish([PostMessage("p2")])
         assert time.monotonic() - start < 30
         broker.connect()
-        broker.publish(PostMessage("p3"))
+        broker.publish([PostMessage("p3")])
         assert broker.depth() == 2
 
 
@@ -209,6 +209,12 @@ def test_a_frozen_server_is_noticed(place: Place) -> None:
         consumer.until(lambda: "p0" in ids(consumer), heal=True)
 
 
+def delete_queue(server: RabbitMQServer, name: str) -> None:
+    """Delete a queue, as an operator could."""
+    with amqp.Connection(f"127.0.0.1:{server.port}") as client:
+        client.channel().queue_delete(name)
+
+
 @pytest.mark.rabbitmq
 def test_heartbeats_keep_an_idle_connection(rabbitmq: RabbitMQServer, queue_name: str) -> None:
     """Draining an empty queue for five heartbeats keeps the connection; not draining loses it."""
@@ -216,7 +222,7 @@ def test_heartbeats_keep_an_idle_connection(rabbitmq: RabbitMQServer, queue_name
         consumer = Consumer(broker)
         consumer.idle(3)
         assert broker.generation == 1
-        broker.publish(PostMessage("p1"))
+        broker.publish([PostMessage("p1")])
         consumer.take(1)
         time.sleep(3.2)
         with pytest.raises(BrokerUnavailable):
@@ -230,14 +236,13 @@ def test_a_deleted_queue_is_declared_again(rabbitmq: RabbitMQServer, queue_name:
     with connected(settings_for(rabbitmq.url, queue_name)) as broker:
         consumer = Consumer(broker)
         with connected(settings_for(rabbitmq.url, queue_name)) as other:
-            assert other._link is not None
-            other._link._channel.queue_delete(queue_name)
+            delete_queue(rabbitmq, queue_name)
             with pytest.raises(BrokerUnavailable, match="NO_ROUTE"):
-                other.publish(PostMessage("p1"))
+                other.publish([PostMessage("p1")])
         with pytest.raises(BrokerUnavailable):
             consumer.until(lambda: False)
         broker.connect()
-        broker.publish(PostMessage("p1"))
+        broker.publish([PostMessage("p1")])
         consumer.take(1)
 
 
@@ -276,24 +281,10 @@ def test_long_work_is_not_redelivered(redis_server: RedisServer, queue_name: str
         assert mine.idle() == theirs.idle() == 0
 
 
-@pytest.mark.redis
-def test_touch_holds_without_draining(redis_server: RedisServer, queue_name: str) -> None:
-    """`touch` alone renews the lease, for an owner that is busy outside `drain`."""
-    settings = settings_for(redis_server.url, queue_name, visibility_timeout_s=3)
-    publish_posts(settings, posts(1))
-    with connected(settings) as holder, connected(settings) as other:
-        Consumer(holder).take(1)
-        theirs = Consumer(other)
-        for _ in range(3):
-            time.sleep(1.2)
-            holder.touch()
-            assert theirs.idle(0.1) == 0
-
-
 def test_nobody_listens(place: Place) -> None:
     """Nobody listens: unavailable, within the time-outs, naming the URL without its password."""
     place.proxy.close()
-    broker = KombuBroker(place.proxied)
+    broker = open_broker(place.proxied)
     with pytest.raises(BrokerUnavailable, match=str(place.proxy.port)) as caught:
         broker.connect()
     assert "guest:guest" not in str(caught.value)

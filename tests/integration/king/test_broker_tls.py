@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from common.errors import BrokerUnavailable
-from king.broker.broker import KombuBroker
+from king.broker.connect import open_broker
 from king.messages import PostMessage
 from tests.support.king.broker_rig import Consumer, connected, settings_for
 from tests.support.proxy import Proxy, proxy_to
@@ -62,7 +62,7 @@ def test_a_known_certificate_is_accepted(
     """With its authority named in the URL, posts go there and back."""
     settings = settings_for(f"{secure[0]}?ssl_ca_certs={certificate}", queue_name)
     with connected(settings) as broker:
-        broker.publish(PostMessage("p1"))
+        broker.publish([PostMessage("p1")])
         consumer = Consumer(broker, ack=True)
         consumer.take(1)
         assert consumer.idle(2.5) == 0
@@ -71,6 +71,6 @@ def test_a_known_certificate_is_accepted(
 
 def test_an_unknown_certificate_is_refused(secure: tuple[str, Proxy], queue_name: str) -> None:
     """Without it, the system's authorities decide, and the connection is refused by name."""
-    broker = KombuBroker(settings_for(secure[0], queue_name))
+    broker = open_broker(settings_for(secure[0], queue_name))
     with pytest.raises(BrokerUnavailable, match=r"(?i)certificate verify failed"):
         broker.connect()

@@ -17,8 +17,7 @@ import pytest
 
 from common.post import Failure
 from config.settings import BrokerSettings, Settings
-from king.broker.broker import KombuBroker
-from king.broker.publisher import publish_posts
+from king.broker.connect import open_broker, publish_posts
 from king.messages import PostMessage
 from king.store.store import MongoStore
 from tests.support.fakes.pool import DIED, Answer, default_answer
@@ -65,7 +64,7 @@ class Site:
 
     def depth(self) -> int:
         """Messages that wait."""
-        broker = KombuBroker(self.settings.broker)
+        broker = open_broker(self.settings.broker)
         broker.connect()
         try:
             return broker.depth()

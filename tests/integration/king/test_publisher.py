@@ -7,8 +7,7 @@ import time
 import pytest
 
 from config.settings import BrokerSettings
-from king.broker.broker import queue_depth
-from king.broker.publisher import publish_posts
+from king.broker.connect import publish_posts, queue_depth
 from king.messages import PostMessage, parse_message
 from tests.support.king.broker_rig import Consumer, connected, settings_for
 

@@ -18,7 +18,8 @@ import pytest
 
 from config.load import load_settings
 from deploy import embedded
-from king.broker.broker import Delivery, KombuBroker
+from king.broker.base import Delivery
+from king.broker.connect import open_broker
 from king.messages import parse_message
 from scripts.cli import run
 
@@ -64,10 +65,7 @@ def command(folder: Path, capsys: pytest.CaptureFixture[str]) -> Command:
 def database(command: Command) -> Iterator[pymongo.database.Database[dict[str, Any]]]:
     """An empty database, and an empty queue."""
     resolved = embedded.resolve(command.settings)
-    broker = KombuBroker(resolved.broker)
-    broker.connect()
-    broker.purge()
-    broker.close()
+    queued(command)
     with pymongo.MongoClient[dict[str, Any]](resolved.store.url) as client:
         database = client[resolved.store.database]
         database["posts"].delete_many({})
@@ -77,7 +75,7 @@ def database(command: Command) -> Iterator[pymongo.database.Database[dict[str, A
 
 def queued(command: Command) -> list[tuple[str, int, bool]]:
     """Take everything off the queue."""
-    broker = KombuBroker(embedded.resolve(command.settings).broker)
+    broker = open_broker(embedded.resolve(command.settings).broker)
     broker.connect()
     bodies: list[bytes] = []
 

@@ -17,7 +17,7 @@ import pytest
 from bson import ObjectId
 
 from config.settings import MonitorSettings, Settings
-from king.broker.broker import queue_depth
+from king.broker.connect import queue_depth
 from king.jobs import Job
 from king.store.store import MongoStore
 from scripts.mongo_supervisor import check

@@ -14,13 +14,13 @@ import pytest
 
 from common.errors import BrokerUnavailable
 from config.settings import Settings
-from king.broker.broker import queue_depth
-from king.broker.connect import open_link
+from king.broker.connect import queue_depth
 from king.messages import PostMessage, parse_message
 from king.store.client import MongoEdge
 from king.store.documents import match_ids
 from king.store.queries import Archive
 from tests.support.fakes.pool import FakePool
+from tests.support.king.broker_rig import Consumer, connected
 from tests.support.services import MongoServer, RedisServer
 from tests.support.web.fixtures import Desk, desk_settings, make_desk
 from web.backend import Backend, Services
@@ -60,24 +60,10 @@ def database(settings: Settings) -> Iterator[Any]:
 
 def bodies(settings: Settings) -> list[PostMessage]:
     """Take what waits off the queue."""
-    link = open_link(settings.broker)
-    taken: list[PostMessage] = []
-    tokens: list[Any] = []
-
-    def take(body: bytes, token: Any, _redelivered: bool) -> None:
-        taken.append(parse_message(body))
-        tokens.append(token)
-
-    link.consume(take)
-    for _ in range(20):
-        link.wait(0.1, tokens)
-        if tokens:
-            break
-    link.wait(0.2, tokens)
-    for token in tokens:
-        link.ack(token)
-    link.close([])
-    return taken
+    with connected(settings.broker) as broker:
+        consumer = Consumer(broker, ack=True)
+        consumer.take(queue_depth(settings.broker))
+    return [parse_message(body) for body in consumer.bodies]
 
 
 def test_a_post_is_published(posts: Desk, settings: Settings) -> None:

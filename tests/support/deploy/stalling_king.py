@@ -16,14 +16,15 @@ from pathlib import Path
 
 from common.logs import configure_logs
 from config.load import load_settings
-from king.broker.broker import KombuBroker, OnDelivery
+from king.broker.base import OnDelivery
+from king.broker.redis import RedisBroker
 from king.king import King
 from tests.support.king.king_rig import fake_pool
 
 TROUBLE = Path("trouble")
 
 
-class StallingBroker(KombuBroker):
+class StallingBroker(RedisBroker):
     """A broker whose loop and subscription can be broken."""
 
     deaf = False
@@ -48,8 +49,7 @@ class StallingBroker(KombuBroker):
             self._lose()
 
     def _lose(self) -> None:
-        if self._link is not None:
-            self._link.cancel()
+        self.cancel()
 
 
 def main() -> int:

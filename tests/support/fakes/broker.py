@@ -1,17 +1,19 @@
-"""A broker in memory: `MemoryBroker` behaves as `KombuBroker` does, without a server.
+"""A broker in memory: `MemoryBroker` passes the contract of `Broker` without a server.
 
-Brokers on one `MemoryQueue` compete for its messages. `lose_connection` is what a dead socket is.
+Brokers on one `MemoryQueue` compete for its messages. `lose_connection` acts like a dead socket.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import time
-from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from common.errors import BrokerUnavailable
-from king.broker.broker import Delivery, OnDelivery
+from config.settings import BrokerSettings
+from king.broker.base import Broker, Delivery
 from king.messages import PostMessage
 
 
@@ -24,7 +26,7 @@ class _Waiting:
 
 @dataclass
 class MemoryQueue:
-    """What a server holds: the waiting messages, highest priority first, then oldest first.
+    """A server's memory: the waiting messages, highest priority first, then oldest first.
 
     Attributes:
         reachable: Set to False for a server that is down.
@@ -40,116 +42,89 @@ class MemoryQueue:
         self.waiting.sort()
 
     def put_back(self, message: _Waiting) -> None:
-        """Return a message to its place."""
+        """Return a message to its old position."""
         message.redelivered = True
         self.waiting.append(message)
         self.waiting.sort()
 
 
-class MemoryBroker:
-    """A `king.broker.broker.Broker` on a `MemoryQueue`."""
+class MemoryBroker(Broker):
+    """A broker on a `MemoryQueue`.
+
+    Attributes:
+        published: Every message that was published here.
+        acked: Every delivery that was acknowledged here.
+        unacked: The messages in hand.
+    """
 
     def __init__(self, queue: MemoryQueue | None = None, prefetch: int = 32) -> None:
+        super().__init__(BrokerSettings(url="memory://", prefetch=prefetch))
         self.queue = queue if queue is not None else MemoryQueue()
         self.published: list[PostMessage] = []
         self.acked: list[Delivery] = []
-        self._prefetch = prefetch
-        self._generation = 0
-        self._connected = False
-        self._on_delivery: OnDelivery | None = None
-        self._held: dict[int | str, _Waiting] = {}
+        self.unacked: dict[int | str, _Waiting] = {}
         self._tokens = itertools.count(1)
 
-    @property
-    def generation(self) -> int:
-        """Number of the present connection."""
-        return self._generation
-
-    @property
-    def connected(self) -> bool:
-        """Whether there is a connection."""
-        return self._connected
-
-    def connect(self) -> None:
-        """Connect, or connect anew."""
-        self.lose_connection()
+    def _open(self, declare: bool) -> None:
         if not self.queue.reachable:
             raise BrokerUnavailable("broker memory://: refused")
-        self._connected = True
-        self._generation += 1
-
-    def consume(self, on_delivery: OnDelivery) -> None:
-        """Ask for messages."""
-        self._require()
-        self._on_delivery = on_delivery
 
     def drain(self, timeout_s: float) -> int:
-        """Hand over what is there, or else sleep."""
-        self._require()
-        batch: deque[Delivery] = deque()
-        while self._on_delivery and self.queue.waiting and len(self._held) < self._prefetch:
-            message = self.queue.waiting.pop(0)
-            token = next(self._tokens)
-            self._held[token] = message
-            batch.append(Delivery(message.body, token, self._generation, message.redelivered))
-        for delivery in batch:
-            if self._on_delivery is not None:
-                self._on_delivery(delivery)
-        if not batch:
+        """Hand over the waiting messages, or else sleep."""
+        with self._server_call():
+            room = self.settings.prefetch - len(self._in_hand)
+            while self._on_delivery is not None and self.queue.waiting and room > 0:
+                room -= 1
+                message = self.queue.waiting.pop(0)
+                token = next(self._tokens)
+                self.unacked[token] = message
+                self._receive(message.body, token, message.redelivered)
+        if not self._inbox:
             time.sleep(min(timeout_s, 0.01))
-        return len(batch)
+        return self._hand_over()
 
     def ack(self, delivery: Delivery) -> bool:
-        """Done with it."""
-        if self._settle(delivery) is None:
+        """See `Broker.ack`."""
+        if not self._settle(delivery):
             return False
+        del self.unacked[delivery.token]
         self.acked.append(delivery)
         return True
 
     def requeue(self, delivery: Delivery) -> bool:
-        """Put it back."""
-        message = self._settle(delivery)
-        if message is not None:
-            self.queue.put_back(message)
-        return message is not None
+        """See `Broker.requeue`."""
+        if not self._settle(delivery):
+            return False
+        self.queue.put_back(self.unacked.pop(delivery.token))
+        return True
 
-    def touch(self) -> None:
-        """Nothing expires here."""
+    def publish(self, messages: Iterable[PostMessage]) -> int:
+        """See `Broker.publish`."""
+        with self._server_call():
+            batch = list(messages)
+            for message in batch:
+                self.published.append(message)
+                self.queue.put(message.encode(), message.priority)
+        return len(batch)
 
-    def publish(self, message: PostMessage) -> None:
-        """Put a post on the queue."""
-        self._require()
-        self.published.append(message)
-        self.queue.put(message.encode(), message.priority)
-
-    def depth(self) -> int:
-        """Messages that wait."""
-        self._require()
-        return len(self.queue.waiting)
-
-    def cancel(self) -> None:
-        """Ask for no more messages."""
-        self._on_delivery = None
-
-    def close(self) -> None:
-        """Put back what is in hand and disconnect."""
-        self.lose_connection()
-        self._on_delivery = None
+    def depth(self, queue: str | None = None) -> int:
+        """See `Broker.depth`."""
+        with self._server_call():
+            return len(self.queue.waiting)
 
     def lose_connection(self) -> None:
-        """The next `drain`, `publish` or `depth` raises; the server takes back what is held."""
-        for message in self._held.values():
+        """Let the next `drain`, `publish` or `depth` raise; the server takes back all messages."""
+        self._drop()
+
+    def _leave(self) -> None:
+        """Nothing to say goodbye to."""
+
+    def _abandon(self) -> None:
+        for message in self.unacked.values():
             self.queue.put_back(message)
-        self._held.clear()
-        self._connected = False
+        self.unacked.clear()
 
-    def _settle(self, delivery: Delivery) -> _Waiting | None:
-        if not self._connected or delivery.generation != self._generation:
-            return None
-        return self._held.pop(delivery.token, None)
-
-    def _require(self) -> None:
+    def _server_call(self) -> contextlib.AbstractContextManager[None]:
         if not self.queue.reachable:
-            self.lose_connection()
-        if not self._connected:
-            raise BrokerUnavailable("broker memory://: not connected")
+            self._drop()
+        return self._client_call()

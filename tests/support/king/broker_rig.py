@@ -10,7 +10,8 @@ from typing import Any
 
 from common.errors import BrokerUnavailable
 from config.settings import BrokerSettings
-from king.broker.broker import Broker, Delivery, KombuBroker
+from king.broker.base import Broker, Delivery
+from king.broker.connect import open_broker
 from tests.support.fakes.broker import MemoryBroker, MemoryQueue
 
 
@@ -34,7 +35,7 @@ class Rig:
         if self.settings is None:
             broker = MemoryBroker(self.memory, prefetch)
         else:
-            broker = KombuBroker(self.settings.model_copy(update={"prefetch": prefetch}))
+            broker = open_broker(self.settings.model_copy(update={"prefetch": prefetch}))
         broker.connect()
         self._open.append(broker)
         return broker
@@ -109,9 +110,9 @@ class Consumer:
 
 
 @contextlib.contextmanager
-def connected(settings: BrokerSettings) -> Iterator[KombuBroker]:
+def connected(settings: BrokerSettings) -> Iterator[Broker]:
     """A connected broker for the duration of a block."""
-    broker = KombuBroker(settings)
+    broker = open_broker(settings)
     broker.connect()
     try:
         yield broker

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from config.settings import BrokerSettings, FetchSettings, KingSettings, Settings, StoreSettings
-from king.broker.broker import Broker
+from king.broker.base import Broker
 from king.king import King
 from king.store.store import Store
 from tests.support.fakes.broker import MemoryQueue

@@ -72,7 +72,7 @@ def test_defaults_alone_are_valid(tmp_path: Path) -> None:
         ("broker: {prefetch: many}", "broker.prefetch: Input should be a valid integer"),
         ("broker: {prefetch: 0}", "broker.prefetch: "),
         ("broker: 7", "broker: "),
-        ("broker: {url: 'http://u:secret@h'}", "broker.url: 'http://u:***@h' is no broker"),
+        ("broker: {url: 'u:secret@h'}", "broker.url: 'u:***@h' is no broker"),
         ("store: {url: 'redis://h'}", "store.url: 'redis://h' is no database"),
         ("features: {ocr_mode: both}", "features.ocr_mode: "),
         ("workers: {extractors: [{device: gpu}]}", "workers.extractors.0.device: "),

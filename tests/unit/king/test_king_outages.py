@@ -23,7 +23,7 @@ def test_database_away_stops_intake_and_nothing_else(tmp_path: Path) -> None:
     gate = Gate()
     with structlog.testing.capture_logs() as logs:
         with on_fakes(tmp_path, store, broker, gate) as it:
-            it.until(lambda: len(broker._held) == 8)
+            it.until(lambda: len(broker.unacked) == 8)
             store.down.set()
             gate.open.set()
             it.until(lambda: it.king.status.phase == "store_down")
@@ -31,7 +31,7 @@ def test_database_away_stops_intake_and_nothing_else(tmp_path: Path) -> None:
             ticked = it.king.status._ticks["broker"]
             time.sleep(0.6)
             assert len(broker.acked) == acked == 0
-            assert len(broker._held) == 8
+            assert len(broker.unacked) == 8
             it.until(lambda: it.king.status._ticks["broker"] > ticked)
             store.down.clear()
             it.until(lambda: len(broker.acked) == 30)
@@ -65,7 +65,7 @@ def test_lost_connection_loses_and_repeats_nothing(tmp_path: Path) -> None:
     with on_fakes(tmp_path, store, broker, gate) as it:
         it.until(lambda: sum(isinstance(t, FuseTask) for t in it.pool.submitted) == 6)
         broker.lose_connection()
-        it.until(lambda: broker.generation == 2 and len(broker._held) == 6)
+        it.until(lambda: broker.generation == 2 and len(broker.unacked) == 6)
         gate.open.set()
         it.until(lambda: len(broker.acked) == 6)
     assert sum(isinstance(task, FuseTask) for task in it.pool.submitted) == 6

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from king.broker.broker import Delivery
+from king.broker.base import Delivery
 from king.identity import is_dead, own_name
 from king.in_flight import InFlight
 from king.status import Status, read_health, write_health

@@ -1,21 +1,24 @@
-"""The Redis transport: a message is in its list or under a lease, and nowhere in between."""
+"""The broker on Redis: a message is in its list or under a lease, and nowhere in between."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import redis
 
+import king.broker.redis
 from config.settings import BrokerSettings
-from king.broker.publisher import publish_posts
-from king.broker.redis import RedisLink
+from king.broker.connect import publish_posts
 from king.messages import PostMessage
 from tests.support.king.broker_rig import Consumer, connected, settings_for
 from tests.support.services import RedisServer
 
 pytestmark = pytest.mark.redis
+
+SCRIPT = Path(king.broker.redis.__file__).with_name("redis.lua")
 
 
 @pytest.fixture
@@ -68,10 +71,11 @@ def test_an_ack_after_the_lease_takes_nobody_elses(settings: BrokerSettings, cli
         consumer = Consumer(broker)
         (*_, last) = consumer.take(5)
         client.zadd(f"{settings.queue}.unacked_index", {last.token: 1}, xx=True)
-        link = RedisLink(settings)
-        assert link._channel.give_back_expired() == 1
-        assert link._channel.give_back_expired() == 0
-        link.close([])
+        with connected(settings) as other:
+            other.drain(0)
+            assert other.depth() == 1
+            other.drain(0)
+            assert other.depth() == 1
         broker.ack(last)
         broker.cancel()
         broker.drain(0)
@@ -83,11 +87,25 @@ def test_a_renewed_lease_is_not_given_back(settings: BrokerSettings, client: Any
     with connected(settings) as broker:
         consumer = Consumer(broker)
         consumer.take(5)
-        link = RedisLink(settings)
-        tags = [str(delivery.token) for delivery in consumer.got]
-        assert link._channel.give_back(tags, expired_only=True) == 0
-        link.close([])
+        script = client.register_script(SCRIPT.read_text())
+        keys = [f"{settings.queue}.unacked", f"{settings.queue}.unacked_index", settings.queue]
+        for delivery in consumer.got:
+            assert script(keys, ["give_back", delivery.token, "expired", "LPUSH", "item"]) == 0
         assert broker.depth() == 0
+
+
+def test_acks_before_a_lost_connection_are_sent_after_it(
+    settings: BrokerSettings, client: Any
+) -> None:
+    """What was acknowledged, but not sent yet, is not delivered again."""
+    with connected(settings) as broker:
+        consumer = Consumer(broker)
+        consumer.take(5)
+        for delivery in consumer.got:
+            assert broker.ack(delivery)
+        broker.connect()
+        assert consumer.idle(0.1) == 0
+        assert client.keys(f"{settings.queue}*") == []
 
 
 def test_queues_do_not_share_keys(settings: BrokerSettings, redis_server: RedisServer) -> None:
@@ -97,12 +115,4 @@ def test_queues_do_not_share_keys(settings: BrokerSettings, redis_server: RedisS
         mine, theirs = Consumer(broker), Consumer(neighbour)
         mine.take(5)
         assert theirs.idle(0.6) == 0
-        assert broker.depth() == 0
-
-
-def test_purge(settings: BrokerSettings) -> None:
-    """`purge` empties the lists of all priorities."""
-    publish_posts(settings, [PostMessage("p", priority=n) for n in (2, 9)])
-    with connected(settings) as broker:
-        assert broker.purge() == 7
         assert broker.depth() == 0

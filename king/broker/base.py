@@ -1,0 +1,265 @@
+"""The queue as the King sees it: `Broker`, and the `Delivery` that it hands over."""
+
+from __future__ import annotations
+
+import contextlib
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import ClassVar, TypeAlias
+from urllib.parse import urlsplit
+
+import structlog
+
+from common.errors import BrokerUnavailable, ConfigError
+from common.urls import redact
+from config.settings import BrokerSettings
+from king.broker.errors import ClientErrors
+from king.messages import PostMessage
+
+# Messages published before the broker's answer is waited for. One by one, each would cost a round
+# trip; half of this is hardly slower, and double only makes more that may have to be sent again.
+PUBLISH_WINDOW = 500
+
+log = structlog.get_logger("king.broker")
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """One message in hand; it belongs to this process until `ack` or `requeue`.
+
+    Attributes:
+        body: The publisher's bytes, whatever their content type.
+        token: The broker's name for the message, unique within a generation.
+        generation: Number of the connection that it came over.
+        redelivered: True if it may have been delivered before.
+    """
+
+    body: bytes
+    token: int | str
+    generation: int
+    redelivered: bool = False
+
+
+OnDelivery: TypeAlias = Callable[[Delivery], None]
+
+
+class Broker(ABC):
+    """A queue of posts, used by one thread.
+
+    The owner calls `connect`, then `consume`, then `drain` in a loop, and everything that keeps
+    the connection alive happens inside `drain`: heartbeats on RabbitMQ, renewed leases on Redis.
+    When the connection is lost, `drain`, `publish` and `depth` raise `BrokerUnavailable`; the
+    owner waits, with back-off, and calls `connect` again. That starts a new generation: what was
+    not acknowledged is delivered once more, and an acknowledgement of an earlier generation does
+    nothing. Every call ends within the time-outs of the settings::
+
+        broker = open_broker(settings)
+        broker.connect()
+        broker.consume(deliveries.append)
+        while True:
+            broker.drain(timeout_s=0.05)
+            while deliveries:
+                broker.ack(deliveries.popleft())
+
+    A broker for another URL scheme is one subclass in a file of its own and one line in
+    `king.broker.connect.BROKERS`. This class keeps the books: the generation, the deliveries in
+    hand, and those not handed over yet. A subclass talks to its client library inside
+    `_client_call`, which maps that library's `errors` to ours and drops a lost connection; it
+    notes each message with `_receive`, ends `drain` with `_hand_over`, and begins `ack` and
+    `requeue` with `_settle`. `tests/integration/king/test_broker_contract.py` holds for all.
+
+    Attributes:
+        settings: Of the broker.
+        connected: False before `connect`, and once a call has seen that the connection is lost.
+        generation: Number of the present connection: 1 after the first `connect`.
+    """
+
+    errors: ClassVar[ClientErrors] = ClientErrors()
+
+    def __init__(self, settings: BrokerSettings) -> None:
+        """Describe the broker; opens nothing.
+
+        Raises:
+            ConfigError: The URL cannot be used.
+        """
+        self.settings = settings
+        self.connected = False
+        self.generation = 0
+        self._on_delivery: OnDelivery | None = None
+        self._in_hand: dict[int | str, Delivery] = {}  # in the order of arrival
+        self._inbox: deque[Delivery] = deque()  # in hand, but not handed over yet
+        self._loss: BrokerUnavailable | None = None
+
+    def connect(self, *, declare: bool = True) -> None:
+        """Connect, or connect again; consuming goes on if it had begun.
+
+        Args:
+            declare: Create a missing queue, and check the arguments of one that exists.
+
+        Raises:
+            BrokerUnavailable: The broker cannot be reached now.
+            ConfigError: It refuses the credentials, or the queue has other arguments.
+        """
+        self._drop()
+        try:
+            with self.errors.mapped(self.settings.url, setup=True):
+                self._open(declare)
+        except BaseException:
+            self._abandon()
+            raise
+        self._in_hand.clear()
+        self._inbox.clear()
+        self._loss = None
+        self.generation += 1
+        self.connected = True
+        if self._on_delivery is not None:
+            self.consume(self._on_delivery)
+
+    def consume(self, on_delivery: OnDelivery) -> None:
+        """Ask for messages, up to ``prefetch``; `drain` calls `on_delivery` on this thread."""
+        with self._client_call():
+            self._on_delivery = on_delivery
+
+    @abstractmethod
+    def drain(self, timeout_s: float) -> int:
+        """Wait for messages, at most this long, and hand over those that came.
+
+        Returns:
+            The number of messages handed over.
+
+        Raises:
+            BrokerUnavailable: The connection is lost.
+        """
+
+    @abstractmethod
+    def ack(self, delivery: Delivery) -> bool:
+        """Remove the message for good; False if it is not in hand (any more).
+
+        A lost connection shows in the next `drain`.
+        """
+
+    @abstractmethod
+    def requeue(self, delivery: Delivery) -> bool:
+        """Put the message back, to be served next; False if it is not in hand (any more).
+
+        A lost connection shows in the next `drain`.
+        """
+
+    @abstractmethod
+    def publish(self, messages: Iterable[PostMessage]) -> int:
+        """Put posts on the queue and wait until the broker has them all.
+
+        Returns:
+            The number of messages published.
+
+        Raises:
+            BrokerUnavailable: Some of them may have arrived; publishing again is harmless.
+        """
+
+    @abstractmethod
+    def depth(self, queue: str | None = None) -> int:
+        """Return the number of messages that wait, without those in hand; 0 without a queue.
+
+        Args:
+            queue: Another queue than that of the settings.
+
+        Raises:
+            BrokerUnavailable: The connection is lost.
+            ConfigError: The broker refuses to tell.
+        """
+
+    def cancel(self) -> None:
+        """Ask for no more messages; those handed over can still be acknowledged."""
+        self._on_delivery = None
+        while self._inbox:
+            self.requeue(self._inbox.pop())
+
+    def close(self) -> None:
+        """Put back what is in hand and disconnect; never raises."""
+        self._on_delivery = None
+        if self.connected:
+            try:
+                with self._client_call():
+                    self._leave()
+            except BrokerUnavailable as error:
+                log.warning("king.broker_close_failed", error=str(error))
+        self._drop()
+        self._in_hand.clear()
+        self._inbox.clear()
+
+    @abstractmethod
+    def _open(self, declare: bool) -> None:
+        """Open the connection, and put back what an earlier one left in ``_in_hand``."""
+
+    @abstractmethod
+    def _leave(self) -> None:
+        """Put back what is in hand, in its order, and say goodbye to the server."""
+
+    @abstractmethod
+    def _abandon(self) -> None:
+        """Close the sockets without a word, since the server may be gone; never raises."""
+
+    def _receive(self, body: bytes, token: int | str, redelivered: bool) -> None:
+        """Note a message; `_hand_over` passes it on."""
+        delivery = Delivery(body, token, self.generation, redelivered)
+        self._in_hand[token] = delivery
+        self._inbox.append(delivery)
+
+    def _hand_over(self) -> int:
+        """Call ``on_delivery`` for each message noted; return their number."""
+        count = 0
+        while self._inbox and self._on_delivery is not None:
+            self._on_delivery(self._inbox.popleft())
+            count += 1
+        return count
+
+    def _settle(self, delivery: Delivery) -> bool:
+        """Cross a delivery off; False if it is of another generation, or crossed off already."""
+        is_current = self.connected and delivery.generation == self.generation
+        return is_current and self._in_hand.pop(delivery.token, None) is not None
+
+    @contextlib.contextmanager
+    def _client_call(self, *, setup: bool = False) -> Iterator[None]:
+        """Map the client library's errors inside the block; drop a connection that is lost."""
+        if not self.connected:
+            where = redact(self.settings.url)
+            raise self._loss or BrokerUnavailable(f"broker {where}: not connected")
+        try:
+            with self.errors.mapped(self.settings.url, setup=setup):
+                yield
+        except BrokerUnavailable as error:
+            self._loss = error
+            self._drop()
+            raise
+
+    def _succeeds(self, action: Callable[[], object]) -> bool:
+        """Make a client call; False if the connection is lost, which the next `drain` reports."""
+        try:
+            with self._client_call():
+                action()
+        except BrokerUnavailable:
+            return False
+        return True
+
+    def _drop(self) -> None:
+        self.connected = False
+        self._abandon()
+
+
+def require_host(url: str) -> None:
+    """Check the URL of a broker that is reached over the network.
+
+    Raises:
+        ConfigError: It names several brokers, or none that can be reached.
+    """
+    if ";" in url:
+        raise ConfigError("broker.url: name one broker; put a cluster behind one name")
+    try:
+        parts = urlsplit(url)
+        usable = bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        usable = False
+    if not usable:
+        raise ConfigError(f"broker.url: {redact(url)!r} names no host, port or database")
