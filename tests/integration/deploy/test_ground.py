@@ -37,7 +37,7 @@ def make(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
         ("test", "-m pytest --cov"),
         ("check", "ruff format --check"),
         ("check", "lint-imports"),
-        ("check", "mypy config"),
+        ("check", "mypy common config"),
         ("bench", "bench/"),
         ("run", "deploy/supervisord.conf"),
         ("env", '-c "constraints/'),
