@@ -1,20 +1,25 @@
-"""The routes. What they answer with is in `web.answers`, what they refuse with in `errors`.
+"""The routes; answers are built in `web.answers`, refusals in `web.errors`.
 
 POST /v1/tag          a post in, its tags out; needs neither queue nor database
-POST /v1/posts/<id>   onto the queue            GET /v1/posts/<id>   what became of it
-GET  /v1/labels       the tags there are        GET /                a page to try it
-GET  /healthz         the process lives         GET /readyz          all that it needs is there
+POST /v1/posts/<id>   put it on the queue       GET /v1/posts/<id>   its state and tags
+GET  /v1/labels       all tags of the bundle    GET /                a page to try it
+GET  /healthz         the process is alive      GET /readyz          everything it needs answers
 
 Errors are raised, and become JSON in `web.guard`.
 """
 
 from __future__ import annotations
 
+import select
+import socket
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotYet
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from flask import Flask, Response, jsonify, request
+from werkzeug.exceptions import NotFound
 from werkzeug.routing import PathConverter
 
 from common.errors import TaggingError
@@ -22,16 +27,31 @@ from config.settings import Settings
 from king.messages import PostMessage
 from web.answers import Labels, tagged
 from web.backend import Backend, Services, state_of
-from web.connection import client_is_gone
 from web.errors import ApiError, bad_request, of_tagging
 from web.guard import guard, note
-from web.page import Page
 from web.reading import checked_id, read_post, read_queue_body
 from web.uploads import Uploads
 from workers.runner import PostRunner, Ran
 
+# How often a waiting request checks that its client is still connected.
 _LOOK_S = 0.5
 _YES_NO = {"": False, "0": False, "false": False, "1": True, "true": True}
+
+
+PAGE_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+    "img-src 'self' blob:; media-src blob:; form-action 'self'; base-uri 'none'; "
+    "frame-ancestors 'none'"
+)
+_FOLDER = Path(__file__).resolve().parent / "static"
+_TYPES = MappingProxyType(
+    {
+        ".html": "text/html; charset=utf-8",
+        ".css": "text/css; charset=utf-8",
+        ".js": "text/javascript; charset=utf-8",
+        ".svg": "image/svg+xml",
+    }
+)
 
 
 class _AnyId(PathConverter):
@@ -43,13 +63,13 @@ class _AnyId(PathConverter):
 def create_app(
     settings: Settings, runner: PostRunner, uploads: Uploads, services: Services
 ) -> Flask:
-    """The WSGI application.
+    """Return the WSGI application.
 
     Args:
-        settings: Of the server and its limits.
-        runner: Started by the caller, and closed.
-        uploads: Where uploaded files lie; the runner may read from there, and nowhere else.
-        services: How queue and database are found.
+        settings: Server, limits and bundle.
+        runner: Started and closed by the caller.
+        uploads: Folder of the uploaded files, the only one that the runner may read from.
+        services: Finds the queue and the database.
     """
     app = Flask(__name__, static_folder=None)
     app.json.ensure_ascii = False  # type: ignore[attr-defined]
@@ -72,7 +92,7 @@ def create_app(
 
 
 class _Routes:
-    """One method a route."""
+    """One method per route."""
 
     def __init__(
         self, settings: Settings, runner: PostRunner, uploads: Uploads, services: Services
@@ -84,12 +104,10 @@ class _Routes:
         self._page = Page()
         self.backend = Backend(services, probe_timeout_s=settings.http.probe_timeout_s)
 
-    # Tagging ----------------------------------------------------------------------------------
-
     def tag(self) -> Response:
         """Tag the post in the request."""
         all_scores = _flag("scores")
-        self._check_ready()  # before the body: it would be read for nothing
+        self._check_ready()  # before the body, which may be large, is read
         with self._uploads.box() as box:
             post = read_post(request, box, self._http)
             note(post_id=post.post_id, media=len(post.media))
@@ -106,7 +124,7 @@ class _Routes:
         return jsonify(document)
 
     def all_labels(self) -> Response:
-        """The tags that the served bundle knows."""
+        """Return all tags of the served bundle."""
         self._check_ready()
         bundle = self._runner.bundle or ("", "")
         names = self._labels.of(bundle).names
@@ -128,8 +146,6 @@ class _Routes:
         refused.reasons = {m: self._uploads.hide(text) for m, text in error.reasons.items()}
         return refused
 
-    # Queue and database -----------------------------------------------------------------------
-
     def publish(self, post_id: str) -> tuple[Response, int]:
         """Put a post on the queue."""
         message_id = checked_id(post_id)
@@ -139,7 +155,7 @@ class _Routes:
         return jsonify({"post_id": message_id, "state": "queued"}), 202
 
     def post(self, post_id: str) -> Response:
-        """Where a post stands, and its tags."""
+        """Return the state of a post and its tags."""
         name = checked_id(post_id)
         note(post_id=name)
         stored, job = self.backend.look_up(name)
@@ -147,14 +163,11 @@ class _Routes:
             raise ApiError(404, "PostNotFound", f"post {name!r} is not in the database")
         return jsonify({"post_id": name, **state_of(stored, job)})
 
-    # Health -----------------------------------------------------------------------------------
-
     def healthz(self) -> Response:
-        """The process lives."""
         return jsonify({"status": "ok"})
 
     def readyz(self) -> tuple[Response, int]:
-        """Whether each part is there; 503 when one is not. ``?only=workers`` asks for tagging."""
+        """Report each part; 503 when one is missing. ``?only=workers`` asks for tagging alone."""
         only = request.args.get("only", "")
         if only not in ("", "workers"):
             raise bad_request("only: is workers, or left out")
@@ -172,15 +185,49 @@ class _Routes:
         }
         return jsonify(document), 200 if document["ready"] else 503
 
-    # Page -------------------------------------------------------------------------------------
-
     def page(self) -> Response:
-        """The page."""
         return self._page.answer("page.html")
 
     def assets(self, name: str) -> Response:
-        """What the page is made of."""
         return self._page.answer(name)
+
+
+class Page:
+    """The page and its assets: files of this package, held in memory."""
+
+    def __init__(self) -> None:
+        self._files = {path.name: path.read_bytes() for path in sorted(_FOLDER.iterdir())}
+
+    def answer(self, name: str) -> Response:
+        """Return a file; revalidated each time by its ETag, so that a new release is seen at once.
+
+        Raises:
+            NotFound: No file has this name.
+        """
+        content = self._files.get(name)
+        kind = _TYPES.get(Path(name).suffix)
+        if content is None or kind is None:
+            raise NotFound
+        response = Response(content, content_type=kind)
+        response.headers["Cache-Control"] = "no-cache"
+        if kind.startswith("text/html"):
+            response.headers["Content-Security-Policy"] = PAGE_POLICY
+        response.add_etag()
+        response.make_conditional(request)  # in place: 304 without a body when the client has it
+        return response
+
+
+def client_is_gone(environ: dict[str, Any]) -> bool:
+    """Tell whether the client has closed its connection; False where that cannot be seen."""
+    connection = environ.get("gunicorn.socket")
+    if not isinstance(connection, socket.socket):
+        return False
+    try:
+        readable, _, _ = select.select([connection], [], [], 0)
+        # Readable may also mean bytes of a next request: only the end of the stream counts.
+        return bool(readable) and connection.recv(1, socket.MSG_PEEK) == b""
+    except (OSError, ValueError):
+        return True
 
 
 def _flag(name: str) -> bool:
@@ -191,7 +238,7 @@ def _flag(name: str) -> bool:
 
 
 def _wait(future: Future[Ran]) -> Ran:
-    """The result; breaks the work off when nobody is there any more to read it."""
+    """Return the result; cancel the work when the client has gone."""
     while True:
         try:
             return future.result(_LOOK_S)
@@ -204,5 +251,5 @@ def _wait(future: Future[Ran]) -> Ran:
 
 
 def routes_of(app: Flask) -> Any:
-    """The object behind the routes."""
+    """Return the object behind the routes."""
     return app.extensions["insighttag"]

@@ -1,6 +1,6 @@
-"""The queue and the database behind `/v1/posts`; found and reached when they are first used.
+"""The queue and the database behind `/v1/posts`, connected to at their first use.
 
-Tagging needs neither: where they are away, only these requests fail.
+Tagging needs neither: while they are down, only these requests fail.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ _DOWN = "the embedded service is not running; the first request for /v1/posts st
 
 @dataclass(frozen=True)
 class Services:
-    """How the settings come by URLs that can be connected to.
+    """Turns ``embedded://`` into URLs that can be connected to.
 
     Attributes:
-        resolve: Settings with real URLs; starts embedded services that are down.
-        peek: The same, and starts nothing: what is down keeps its ``embedded://`` URL.
+        resolve: Returns settings with real URLs; starts embedded services that are down.
+        peek: Returns the same but starts nothing: a service that is down keeps ``embedded://``.
     """
 
     resolve: Callable[[], Settings]
@@ -38,7 +38,7 @@ class Services:
 
 @dataclass
 class _Shared:
-    """A connection and how many hold it: the threads that read with it, and the backend."""
+    """A connection and its number of users: the threads that read with it, and the backend."""
 
     archive: Archive
     users: int = 1
@@ -48,7 +48,6 @@ class Backend:
     """The queue and the database, for the threads of a server."""
 
     def __init__(self, services: Services, *, probe_timeout_s: float) -> None:
-        """Nothing is reached yet."""
         self._services = services
         self._probe_timeout_s = probe_timeout_s
         self._lock = threading.Lock()
@@ -56,42 +55,40 @@ class Backend:
         self._archive: _Shared | None = None
 
     def publish(self, message: PostMessage) -> None:
-        """Put a post on the queue; returns when the broker has it.
+        """Put a post on the queue; return when the broker has confirmed it.
 
         Raises:
-            TaggingError: It is not reached.
+            TaggingError: The broker does not answer.
         """
         try:
-            publish_posts(self._found().broker, [message])
+            publish_posts(self._resolved().broker, [message])
         except TaggingError:
             self._forget()
             raise
 
     def look_up(self, post_id: str) -> tuple[StoredPost | None, Job | None]:
-        """A post with its result, and its job.
+        """Return a post with its result, and its job.
 
         Raises:
-            TaggingError: The database is not reached.
+            TaggingError: The database does not answer.
         """
         try:
-            with self._open_archive(self._found()) as archive:
+            with self._open_archive(self._resolved()) as archive:
                 return archive.post(post_id), archive.job(post_id)
         except TaggingError:
             self._forget()
             raise
 
     def trouble(self) -> dict[str, str | None]:
-        """``broker`` and ``store``: None where it answers, else why not. Starts nothing."""
+        """Return the error of ``broker`` and ``store``, None where it answers; start nothing."""
         settings = self._services.peek()
         return {"broker": self._broker_trouble(settings), "store": self._store_trouble(settings)}
 
     def close(self) -> None:
-        """Close the connections; those that are being read with, at the end of that."""
+        """Close the connections; one in use closes when its last user is done."""
         self._forget()
 
-    # Parts ------------------------------------------------------------------------------------
-
-    def _found(self) -> Settings:
+    def _resolved(self) -> Settings:
         with self._lock:
             if self._settings is None:
                 self._settings = self._services.resolve()
@@ -110,14 +107,14 @@ class Backend:
             self._leave(shared)
 
     def _forget(self) -> None:
-        """Look again next time: an embedded service may come back elsewhere."""
+        """Resolve again next time: an embedded service may come back on another port."""
         with self._lock:
             shared, self._archive, self._settings = self._archive, None, None
         if shared is not None:
             self._leave(shared)
 
     def _leave(self, shared: _Shared) -> None:
-        """The last one closes: others may be in the middle of reading."""
+        """Close after the last user: others may be in the middle of reading."""
         with self._lock:
             shared.users -= 1
             last = shared.users == 0
@@ -132,7 +129,7 @@ class Backend:
         try:
             queue_depth(quick)
         except TaggingError as error:
-            return _said(error)
+            return _described(error)
         return None
 
     def _store_trouble(self, settings: Settings) -> str | None:
@@ -143,22 +140,22 @@ class Backend:
         try:
             archive.job("")
         except TaggingError as error:
-            return _said(error)
+            return _described(error)
         finally:
             archive.close()
         return None
 
 
-def _said(error: TaggingError) -> str:
+def _described(error: TaggingError) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def state_of(stored: StoredPost | None, job: Job | None) -> dict[str, Any]:
-    """Where a post stands.
+    """Return the state of a post as the API shows it.
 
     Returns:
         ``state``: ``tagged``, ``failed``, ``queued`` (a retry is due), ``in_flight``, ``dead``, or
-        ``untagged`` (it waits for its first attempt, or was never published); ``result``: what
+        ``untagged`` (it waits for its first attempt or was never published); ``result``: what
         is stored, or None; ``job``: ``{state, attempts, due_at, error}``, or None. Times are
         in ISO 8601.
     """

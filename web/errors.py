@@ -1,8 +1,8 @@
-"""What a request is refused with: a status, a name and a line, as JSON.
+"""Refusals of a request: a status, a name and a line, as JSON.
 
-    {"error": {"type": "NothingUsable", "message": "…", "reasons": {"image": "…"}}}
+    {"error": {"type": "NothingUsable", "message": "...", "reasons": {"image": "..."}}}
 
-A mistake of ours is a 500 with a line, and a traceback in the log alone.
+An error of the server is a 500 with one line; its traceback is in the log alone.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from common.errors import (
 
 
 class ApiError(Exception):
-    """A request that is not served."""
+    """A request that is refused."""
 
     def __init__(
         self,
@@ -36,14 +36,14 @@ class ApiError(Exception):
         reasons: Mapping[str, str] | None = None,
         retry_after_s: int | None = None,
     ) -> None:
-        """Describe it.
+        """Describe the refusal.
 
         Args:
             status: HTTP status code.
-            type: Name of the mistake.
+            type: Name of the error, for programs.
             message: One line for a person.
-            reasons: Modality ─► why it could not be used.
-            retry_after_s: When to try again.
+            reasons: Modality -> why it could not be used.
+            retry_after_s: Value of Retry-After.
         """
         super().__init__(message)
         self.status = status
@@ -56,7 +56,6 @@ class ApiError(Exception):
 
     @property
     def document(self) -> dict[str, Any]:
-        """The body."""
         error: dict[str, Any] = {"type": self.type, "message": self.message}
         if self.reasons:
             error["reasons"] = dict(self.reasons)
@@ -64,29 +63,29 @@ class ApiError(Exception):
 
 
 def bad_request(message: str) -> ApiError:
-    """The client's mistake, in one line."""
+    """Return a 400 with one line."""
     return ApiError(HTTPStatus.BAD_REQUEST, "BadRequest", message)
 
 
 def too_large(message: str) -> ApiError:
-    """More than the settings allow."""
+    """Return a 413 with one line."""
     return ApiError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "TooLarge", message)
 
 
 def of_http(error: HTTPException) -> ApiError:
-    """What Flask and Werkzeug raise: 404, 405, 413 and others."""
+    """Map the errors of Flask and Werkzeug: 404, 405, 413 and others."""
     status = error.code or HTTPStatus.INTERNAL_SERVER_ERROR
     phrase = HTTPStatus(status).phrase
     message = " ".join((error.description or phrase).split())
-    found = ApiError(status, "".join(phrase.title().split()), message)
+    refusal = ApiError(status, "".join(phrase.title().split()), message)
     for name, value in error.get_headers():
         if name.lower() == "allow":
-            found.headers[name] = value
-    return found
+            refusal.headers[name] = value
+    return refusal
 
 
 def of_tagging(error: TaggingError, *, retry_after_s: int) -> ApiError:
-    """What became of a post, or of a question to the queue or the database."""
+    """Map an error of tagging, of the queue or of the database."""
     name = type(error).__name__
     message = one_line(error)
     if isinstance(error, MessageError):

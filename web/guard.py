@@ -1,4 +1,4 @@
-"""Around every request: an ID, errors as JSON, safe headers, and one line in the log."""
+"""Wrap every request: an ID, errors as JSON, safe headers, and one line in the log."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ log = structlog.get_logger()
 
 
 def note(**facts: Any) -> None:
-    """Add to the request's line in the log; never payloads."""
+    """Add fields to the request's line in the log; never payloads."""
     g.facts.update(facts)
 
 
 def guard(app: Flask, settings: HttpSettings) -> None:
-    """Put the guards around an application's requests."""
+    """Install the guards of an application."""
 
     def refuse(error: ApiError) -> Response:
         note(error=error.type, reason=error.message[:200])
@@ -55,13 +55,13 @@ def guard(app: Flask, settings: HttpSettings) -> None:
     def on_anything(error: Exception) -> Response:
         log.error("http.failed", request_id=g.request_id, exc_info=error)
         status = HTTPStatus.INTERNAL_SERVER_ERROR
-        message = f"a mistake of ours; the log has it under request ID {g.request_id}"
+        message = f"internal server error; request ID {g.request_id}"
         return refuse(ApiError(status, "InternalError", message))
 
     app.before_request(_begin)
     names = {_plain(name) for name in ("localhost", settings.host, *settings.allowed_hosts)}
-    app.before_request(partial(_only_to_us, names))
-    app.before_request(_only_from_here)
+    app.before_request(partial(_check_host, names))
+    app.before_request(_check_origin)
     app.register_error_handler(ApiError, refuse)
     app.register_error_handler(HTTPException, on_http)
     app.register_error_handler(TaggingError, on_tagging)
@@ -70,17 +70,17 @@ def guard(app: Flask, settings: HttpSettings) -> None:
 
 
 def _begin() -> None:
-    given = request.headers.get("X-Request-ID", "")
-    g.request_id = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
+    sent = request.headers.get("X-Request-ID", "")
+    g.request_id = sent if _REQUEST_ID.fullmatch(sent) else secrets.token_hex(8)
     g.began = time.perf_counter()
     g.facts = {}
 
 
-def _only_to_us(names: AbstractSet[str]) -> None:
-    """Whoever owns a name can point it at this machine, and its pages then count as ours.
+def _check_host(names: AbstractSet[str]) -> None:
+    """Refuse foreign host names: anybody can point a name at this machine (DNS rebinding).
 
     Args:
-        names: What we are called, besides IP addresses.
+        names: Allowed host names, besides IP addresses.
 
     Raises:
         ApiError: 403.
@@ -90,7 +90,7 @@ def _only_to_us(names: AbstractSet[str]) -> None:
     except ValueError:
         name = ""
     if name not in names and not _is_address(name):
-        reason = f"the request is addressed to {name[:253]!r}: no name of http.allowed_hosts"
+        reason = f"the request is addressed to {name[:253]!r}, which is not in http.allowed_hosts"
         raise ApiError(HTTPStatus.FORBIDDEN, "Forbidden", reason)
 
 
@@ -106,8 +106,8 @@ def _is_address(name: str) -> bool:
     return True
 
 
-def _only_from_here() -> None:
-    """A page of another site may not use a browser that can reach this server.
+def _check_origin() -> None:
+    """Refuse pages of other sites in a browser that can reach this server.
 
     Raises:
         ApiError: 403.

@@ -1,6 +1,6 @@
-"""A request's body ─► `Post`: JSON with URLs, or a form with files.
+"""Read a request's body into a `Post`: JSON with URLs, or a form with files.
 
-    {"text": "…", "images": ["https://…"], "videos": [], "audios": [], "post_id": "p1"}
+    {"text": "...", "images": ["https://..."], "videos": [], "audios": [], "post_id": "p1"}
 
 In JSON a source is a URL, never a path: only uploads are read from this machine's disk, and their
 paths are ours.
@@ -64,12 +64,12 @@ class QueueBody(Section):
 
 
 def read_post(request: Request, box: Box, limits: HttpSettings) -> Post:
-    """The post that a request describes.
+    """Return the post that a request describes.
 
     Args:
         request: JSON or a form.
-        box: Where uploaded files go.
-        limits: What one request may ask for.
+        box: Takes the uploaded files.
+        limits: Limits of one request.
 
     Raises:
         ApiError: 400, 408, 413 or 415, naming the mistake.
@@ -87,10 +87,10 @@ def read_post(request: Request, box: Box, limits: HttpSettings) -> Post:
 
 
 def read_json(request: Request, limits: HttpSettings) -> object:
-    """The JSON of a body.
+    """Return the JSON of a body.
 
     Raises:
-        ApiError: It is too large, late, or no JSON.
+        ApiError: The body is too large, too late, or not JSON.
     """
     with _body(request, limits, limits.max_json_bytes, "http.max_json_bytes") as stream:
         raw = stream.read()
@@ -107,10 +107,10 @@ def read_json(request: Request, limits: HttpSettings) -> object:
 
 
 def read_queue_body(request: Request, limits: HttpSettings) -> QueueBody:
-    """Priority and force; a request without a body has neither.
+    """Return priority and force; a request without a body has neither.
 
     Raises:
-        ApiError: It is no JSON object, or has another key.
+        ApiError: The body is not a JSON object, or has another key.
     """
     if not request.content_length and "chunked" not in request.headers.get("Transfer-Encoding", ""):
         return QueueBody()
@@ -124,10 +124,10 @@ def read_queue_body(request: Request, limits: HttpSettings) -> QueueBody:
 
 
 def checked_id(post_id: str) -> str:
-    """The ID as the daemon would read it.
+    """Return the ID as the daemon would read it.
 
     Raises:
-        ApiError: It cannot be one.
+        ApiError: The text cannot be an ID.
     """
     try:
         return parse_message(PostMessage(post_id).encode()).post_id
@@ -135,16 +135,13 @@ def checked_id(post_id: str) -> str:
         raise bad_request(f"post_id: {error}") from error
 
 
-# Parts ---------------------------------------------------------------------------------------
-
-
 def _refuse(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is no JSON value")
+    raise ValueError(f"{constant} is not JSON")
 
 
 def _validated(model: type[_Body], content: object) -> _Body:
     if not isinstance(content, dict):
-        raise bad_request("the body is no JSON object")
+        raise bad_request("the body must be a JSON object")
     try:
         return validate(model, content, "body")
     except ConfigError as error:
@@ -183,10 +180,10 @@ def _of_form(request: Request, box: Box, limits: HttpSettings) -> Post:
     box.finish()
     unknown = next((name for name in [*form, *files] if name not in _FIELDS), None)
     if unknown is not None:
-        raise bad_request(f"{unknown[:100]!r} is no field; use {', '.join(_FIELDS)}")
+        raise bad_request(f"{unknown[:100]!r} is not a field; use {', '.join(_FIELDS)}")
     stray = next((name for name in ("text", "post_id") if name in files), None)
     if stray is not None:
-        raise bad_request(f"{stray} is text and no file")
+        raise bad_request(f"{stray} must be text, not a file")
     media: list[Media] = []
     for kind, name in _KINDS:
         urls = [line.strip() for value in form.getlist(name) for line in value.splitlines()]
@@ -215,10 +212,10 @@ def _post(post_id: str | None, text: str, media: Sequence[Media], limits: HttpSe
 
 
 def _url(source: str, where: str) -> str:
-    """A source that the downloader may look at; never a path.
+    """Return a source that the downloader may fetch; never a path.
 
     Raises:
-        ApiError: It is no http or https URL.
+        ApiError: The source is not an http or https URL.
     """
     if len(source) > _MAX_URL_CHARS:
         raise bad_request(f"{where}: the URL is over {_MAX_URL_CHARS} characters")
@@ -228,7 +225,7 @@ def _url(source: str, where: str) -> str:
     except ValueError:
         good = False
     if not good or any(ord(character) < 33 for character in source):
-        raise bad_request(f"{where}: is no http:// or https:// URL")
+        raise bad_request(f"{where}: must be an http:// or https:// URL")
     return source
 
 
@@ -236,10 +233,10 @@ def _url(source: str, where: str) -> str:
 def _body(
     request: Request, limits: HttpSettings, max_bytes: int, setting: str
 ) -> Iterator[IO[bytes]]:
-    """The body's stream, bounded in bytes and in time.
+    """Yield the body's stream, bounded in bytes and in time.
 
     Raises:
-        ApiError: 413, or 408; 400 where the client hung up.
+        ApiError: 413, or 408; 400 when the client hung up.
     """
     if (request.content_length or 0) > max_bytes:
         raise too_large(f"the body is over {max_bytes} bytes ({setting})")
@@ -256,7 +253,7 @@ def _body(
     timer.daemon = True
     timer.start()
     try:
-        # One byte more than is allowed: the reader sees that there is more.
+        # One byte above the limit, so that the reader sees that there is more.
         yield get_input_stream(request.environ, max_content_length=max_bytes + 1)
     except RequestEntityTooLarge as error:
         raise too_large(f"the body, or a part of it, is too large ({setting})") from error

@@ -1,11 +1,11 @@
-"""The server's process tree.
+"""The HTTP server and its process tree.
 
-    flask_server.py            gunicorn's arbiter: listens, passes signals on, starts anew what died
-     └─ server (one process)   threads that serve requests, and the runner's thread
-         └─ workers            as in the daemon; they die with the runner's thread
+    flask_server.py            gunicorn's arbiter: listens, passes signals on, restarts the server
+     |- server (one process)   threads that serve requests, and the runner's thread
+         |- workers            as in the daemon; they die with the runner's thread
 
-What the workers refuse cannot be known before the server has been forked: it travels back through
-a pipe, and `serve` raises it in the process that was called.
+The workers refuse a wrong configuration only after the server has been forked: the reason comes
+back through a pipe, and `serve` raises it in the process that was called.
 """
 
 from __future__ import annotations
@@ -28,16 +28,17 @@ from web.backend import Services
 from web.uploads import Uploads
 from workers.runner import PostRunner
 
+# How often the runner is asked for trouble; a restart by the supervisor waits this long.
 _LOOK_S = 0.2
-_REFUSED_STATUS = 4  # gunicorn ends, and does not try again, when its worker exits with it
-_MAX_REASON_BYTES = 4096
+_REFUSED_STATUS = 4  # gunicorn ends, and starts no other worker, when its worker exits with it
+_MAX_REASON_BYTES = 4096  # an atomic write to a pipe on Linux
 
 log = structlog.get_logger()
 
 
 @dataclass
 class Served:
-    """What one serving process has, and gives back."""
+    """The application, runner and uploads of one serving process."""
 
     app: Flask
     runner: PostRunner
@@ -53,7 +54,7 @@ class Served:
 
 
 def build(settings: Settings, services: Services) -> Served:
-    """Make the application and start its workers; returns before they have loaded.
+    """Build the application and start its workers; return before they have loaded.
 
     Raises:
         ConfigError: The spool cannot be used.
@@ -68,7 +69,7 @@ def build(settings: Settings, services: Services) -> Served:
 
 
 def serve(settings: Settings, services: Services) -> int:
-    """Serve with gunicorn until stopped; gives the exit code.
+    """Serve with gunicorn until stopped; return the exit code.
 
     Raises:
         ConfigError: The address cannot be listened on, or the workers refuse the configuration.
@@ -113,7 +114,7 @@ def serve_for_debugging(settings: Settings, services: Services) -> int:
 
 
 def check_address(host: str, port: int) -> None:
-    """See whether an address can be listened on.
+    """Check that an address can be listened on.
 
     Raises:
         ConfigError: It cannot.
@@ -129,14 +130,46 @@ def check_address(host: str, port: int) -> None:
         raise ConfigError(f"http.host, http.port: {host}:{port}: {reason}") from error
 
 
-# The forked server ---------------------------------------------------------------------------
-
-
 def application(settings: Settings, services: Services, refuse: Callable[[bytes], object]) -> Any:
-    """A gunicorn application; gunicorn is imported here, so that ``--help`` is quick."""
+    """Return a gunicorn application; gunicorn is imported here, so that ``--help`` is quick."""
     from gunicorn.app.base import BaseApplication
+    from gunicorn.glogging import Logger
 
-    from web.gunicorn_log import GunicornLog
+    class GunicornLog(Logger):  # type: ignore[misc]
+        """Write gunicorn's messages to our log; requests are logged by `web.guard`."""
+
+        def setup(self, cfg: Any) -> None:
+            self.cfg = cfg
+
+        def critical(self, msg: Any, *args: Any, **_: Any) -> None:
+            log.error("http.server", text=_text(msg, args))
+
+        error = critical
+
+        def warning(self, msg: Any, *args: Any, **_: Any) -> None:
+            log.warning("http.server", text=_text(msg, args))
+
+        def info(self, msg: Any, *args: Any, **_: Any) -> None:
+            log.info("http.server", text=_text(msg, args))
+
+        def debug(self, msg: Any, *args: Any, **_: Any) -> None:
+            log.debug("http.server", text=_text(msg, args))
+
+        def exception(self, msg: Any, *args: Any, **_: Any) -> None:
+            log.exception("http.server", text=_text(msg, args))
+
+        def log(self, lvl: Any, msg: Any, *args: Any, **_: Any) -> None:
+            del lvl
+            log.info("http.server", text=_text(msg, args))
+
+        def access(self, resp: Any, req: Any, environ: Any, request_time: Any) -> None:
+            pass
+
+        def reopen_files(self) -> None:
+            pass
+
+        def close_on_exec(self) -> None:
+            pass
 
     served: list[Served] = []
 
@@ -166,7 +199,7 @@ def application(settings: Settings, services: Services, refuse: Callable[[bytes]
 
 
 def gunicorn_options(settings: Settings) -> dict[str, Any]:
-    """One process: models are large, and batches form where posts meet."""
+    """Return gunicorn's settings: one process: models are large, batches form in it."""
     http = settings.http
     host = f"[{http.host}]" if ":" in http.host else http.host
     return {
@@ -184,7 +217,7 @@ def gunicorn_options(settings: Settings) -> dict[str, Any]:
 
 
 def _watch(served: Served, refuse: Callable[[bytes], object]) -> None:
-    """End the server when its workers cannot work: whoever supervises it should know."""
+    """End the server when its workers cannot work, so that its supervisor knows."""
     while not served.closing:
         reason = served.runner.trouble
         if reason is not None and not served.closing:
@@ -213,3 +246,10 @@ def _read(descriptor: int) -> str:
         return os.read(descriptor, _MAX_REASON_BYTES).decode("utf-8", "replace")
     except BlockingIOError:
         return ""
+
+
+def _text(message: Any, args: tuple[Any, ...]) -> str:
+    try:
+        return " ".join((str(message) % args if args else str(message)).split())[:500]
+    except (TypeError, ValueError):
+        return str(message)[:500]

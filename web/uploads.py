@@ -1,4 +1,4 @@
-"""Uploaded files: streamed into our own spool folder, and gone when their request ends."""
+"""Uploaded files: streamed into our own spool folder, removed when their request ends."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class Box:
         filename: str | None,
         content_length: int | None = None,
     ) -> IO[bytes]:
-        """A file to write into: a stream factory for Werkzeug's form parser.
+        """Return a file to write into; a stream factory for Werkzeug's form parser.
 
-        Its name is ours: what the client calls the file is never a path here.
+        We choose its name: the client's file name is never a path here.
 
         Raises:
             ApiError: There are too many files.
@@ -47,39 +47,38 @@ class Box:
         return file
 
     def finish(self) -> None:
-        """All has been read: flush and close the files."""
+        """Flush and close the files after the last byte."""
         for file in self._files:
             file.close()
 
     def empty(self) -> None:
         """Remove the files."""
         for file in self._files:
-            with suppress(OSError):  # a full disk: what could not be flushed
+            with suppress(OSError):  # a full disk: some bytes could not be flushed
                 file.close()
         for path in self.paths:
             path.unlink(missing_ok=True)
 
 
 class Uploads:
-    """A spool folder for uploads; made when constructed, removed by `close`."""
+    """A spool folder for uploads; created by the constructor, removed by `close`."""
 
     def __init__(self, root: Path, *, max_files: int) -> None:
-        """Make the folder, and remove those of processes that are gone.
+        """Create the folder, and remove those of dead processes.
 
         Raises:
-            ConfigError: It cannot be written.
+            ConfigError: The folder cannot be written.
         """
         self._spool = Spool(root)
         self._max_files = max_files
 
     @property
     def folder(self) -> Path:
-        """Where the files lie."""
         return self._spool.folder
 
     @contextmanager
     def box(self) -> Iterator[Box]:
-        """A place for one request's files; they are removed at its end.
+        """Yield a box for one request's files; they are removed at its end.
 
         Raises:
             ApiError: The disk is full.
@@ -96,7 +95,7 @@ class Uploads:
             box.empty()
 
     def hide(self, text: str) -> str:
-        """A message without our paths."""
+        """Return a message without our paths."""
         return text.replace(f"{self.folder}/", "")
 
     def close(self) -> None:
@@ -105,5 +104,5 @@ class Uploads:
 
 
 def is_empty(file: Any) -> bool:
-    """Whether a form's file field was left empty."""
+    """Tell whether a form's file field was left empty."""
     return not file.filename

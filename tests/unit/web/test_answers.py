@@ -84,7 +84,7 @@ def test_queue_and_database_away(desk: Desk) -> None:
         ({"json": {"priority": 1.5}}, 400, "priority"),
         ({"json": {"force": 1}}, 400, "force"),
         ({"json": {"prio": 1}}, 400, "did you mean 'priority'?"),
-        ({"json": []}, 400, "no JSON object"),
+        ({"json": []}, 400, "must be a JSON object"),
         ({"data": "x", "content_type": "text/plain"}, 415, "application/json"),
     ],
 )
