@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         bundle = Path(settings.fusion.bundle)
         if not (bundle / "bundle.yaml").is_file():
             raise ConfigError(
-                f"fusion.bundle.bundle: {bundle}: no bundle there; train_net.py makes one"
+                f"fusion.bundle: {bundle}: no bundle there; train_net.py makes one"
             )
         from deploy import embedded
         from web.backend import Services

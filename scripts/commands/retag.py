@@ -95,10 +95,10 @@ def current_version(settings: Settings) -> str:
         # What follows is long, and the version stands before it.
         about = yaml.safe_load(file.read_text(encoding="utf-8").partition("\nfeatures:")[0])
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"fusion.bundle.bundle: {file} cannot be read") from error
+        raise ConfigError(f"fusion.bundle: {file} cannot be read") from error
     version = about.get("version") if isinstance(about, dict) else None
     if not isinstance(version, str):
-        raise ConfigError(f"fusion.bundle.bundle: {file} names no version")
+        raise ConfigError(f"fusion.bundle: {file} names no version")
     return version
 
 

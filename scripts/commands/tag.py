@@ -50,7 +50,7 @@ def tag(
         try:
             tagger.load()
         except BundleError as error:
-            raise ConfigError(f"fusion.bundle.bundle: {error}") from error
+            raise ConfigError(f"fusion.bundle: {error}") from error
         results = [result_of(post, tagger).answer() for post in posts]
     if as_json:
         print_json(results)

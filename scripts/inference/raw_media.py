@@ -35,7 +35,7 @@ class RawTagger:
             tagger.load()
         except BundleError as error:
             tagger.close()
-            raise ConfigError(f"fusion.bundle.bundle: {error}") from error
+            raise ConfigError(f"fusion.bundle: {error}") from error
 
     def run(self, posts: Sequence[Post]) -> list[Outcome]:
         """Their tags; a post with nothing usable is bad."""

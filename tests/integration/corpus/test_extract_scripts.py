@@ -183,7 +183,7 @@ def test_help_needs_no_heavy_library() -> None:
     """Neither torch nor OpenCV nor Ray: it is there at once."""
     code = (
         "import sys; sys.argv=['x','--help']\n"
-        "from scripts.extraction.run import main\n"
+        "from corpus.extract.run import main\n"
         "try: main('image')\n"
         "except SystemExit as end: assert end.code == 0\n"
         "heavy = {'torch', 'cv2', 'ray', 'av', 'transformers'} & set(sys.modules)\n"

@@ -154,7 +154,7 @@ def test_settings_are_parsed(tmp_path: Path) -> None:
 def test_seeded_weights_are_the_same_in_every_process() -> None:
     """random:SEED gives the same tensors in another process, and leaves our randomness alone."""
     script = (
-        "import timm\nfrom extractors.weights import seeded, tensors_digest\n"
+        "import timm\nfrom extractors.models.weights import seeded, tensors_digest\n"
         "with seeded(11): model = timm.create_model('test_vit', num_classes=0)\n"
         "print(tensors_digest(model.state_dict()))"
     )

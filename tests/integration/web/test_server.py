@@ -199,8 +199,8 @@ def test_mistakes_are_one_line(site: Site, tmp_path: Path) -> None:
             ((*config, "--port", "x"), "http.port: "),
             ((*config, "--port", "70000"), "http.port: "),
             (
-                (*config, "--set", f"fusion.bundle.bundle={none}"),
-                f"fusion.bundle.bundle: {none}: no bundle",
+                (*config, "--set", f"fusion.bundle={none}"),
+                f"fusion.bundle: {none}: no bundle",
             ),
             ((*config, "--port", port), "Address already in use"),
             ((*config, "--host", "203.0.113.1"), "http.host"),

@@ -60,7 +60,7 @@ def test_a_bundle_is_read_without_training_code(tmp_path: Path) -> None:
     """Serving imports neither Lightning nor the trainer."""
     write(tmp_path / "b")
     code = (
-        "import sys; from pathlib import Path; from fusion.inferer import Inferer; "
+        "import sys; from pathlib import Path; from fusion.infer.inferer import Inferer; "
         f"Inferer.load(Path({str(tmp_path / 'b')!r})); "
         "bad = [m for m in sys.modules if m.startswith(('lightning', 'fusion.train', 'timm'))]; "
         "sys.exit(str(bad) if bad else 0)"

@@ -180,7 +180,7 @@ def test_a_process_that_dies_is_named(tmp_path: Path, capsys: pytest.CaptureFixt
     folder = rig.make(tmp_path, posts=30)
     script = (
         "import sys, os, infer_net\n"
-        "from scripts.feature_files import FeatureFiles\n"
+        "from fusion.data.feature_files import FeatureFiles\n"
         "def dies(self, post_id, path, fingerprints): os._exit(7)\n"
         "FeatureFiles.features = dies\n"
         "if __name__ == '__main__': sys.exit(infer_net.main(sys.argv[1:]))\n"

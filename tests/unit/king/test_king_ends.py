@@ -99,12 +99,12 @@ def test_drain_out_of_time_puts_posts_back_and_attempts_too(tmp_path: Path, at_o
 
 def test_refused_workers_end_the_king_with_one_line(tmp_path: Path) -> None:
     """A bundle that does not fit is the user's to mend: ConfigError, hence exit 2."""
-    pool = fake_pool(tmp_path, refuse="fusion.bundle.bundle: made for other features")
+    pool = fake_pool(tmp_path, refuse="fusion.bundle: made for other features")
     store, broker = FakeStore(), MemoryBroker()
     with Running(king_settings(tmp_path), pool, store=store, broker=broker) as it:
         it.join()
     assert isinstance(it.error, ConfigError)
-    assert str(it.error) == "fusion.bundle.bundle: made for other features"
+    assert str(it.error) == "fusion.bundle: made for other features"
 
 
 def test_a_thread_that_dies_ends_the_king(tmp_path: Path) -> None:

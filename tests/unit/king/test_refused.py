@@ -161,7 +161,7 @@ def test_refused_workers_end_the_king_soon_without_a_database(tmp_path: Path) ->
             timed_out.wait(40)
             raise StoreUnavailable("fake://: no server")
 
-    pool = fake_pool(tmp_path, refuse="fusion.bundle.bundle: made for other features")
+    pool = fake_pool(tmp_path, refuse="fusion.bundle: made for other features")
     begun = time.monotonic()
     with structlog.testing.capture_logs() as logs:
         king = Running(king_settings(tmp_path), pool, store=Away(), broker=MemoryBroker())

@@ -175,7 +175,7 @@ def test_a_missing_bundle_is_the_users_mistake(
     config.write_text("fusion: {bundle: absent}")
     file = written(tmp_path, {"post_id": "a", "text": "cat"})
     assert run(["tag", str(file), "--config", str(config)]) == 2
-    assert "fusion.bundle.bundle: absent: no such bundle" in capsys.readouterr().err
+    assert "fusion.bundle: absent: no such bundle" in capsys.readouterr().err
 
 
 def test_times_are_read_and_told() -> None:
