@@ -35,9 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         configure_logs(settings.log.format, "debug" if options.debug else settings.log.level)
         bundle = Path(settings.fusion.bundle)
         if not (bundle / "bundle.yaml").is_file():
-            raise ConfigError(
-                f"fusion.bundle: {bundle}: no bundle there; train_net.py makes one"
-            )
+            raise ConfigError(f"fusion.bundle: {bundle}: no bundle there; train_net.py makes one")
         from deploy import embedded
         from web.backend import Services
         from web.server import serve, serve_for_debugging
