@@ -225,7 +225,8 @@ def test_king_process_is_small_and_free_of_models(site: Site) -> None:
     """The King loads neither torch nor cv2, and stays far under 150 MB after some work."""
     site.add(100)
     probe = (
-        "import sys; from tests.support.king import king_child; code = king_child.main(sys.argv[1]); "
+        "import sys; from tests.support.king import king_child; "
+        "code = king_child.main(sys.argv[1]); "
         "import psutil; heavy = [m for m in ('torch', 'cv2', 'av', 'transformers', 'timm', "
         "'onnxruntime', 'fusion') if m in sys.modules]; "
         "print(code, round(psutil.Process().memory_info().rss / 2**20), *heavy)"
