@@ -77,8 +77,8 @@ class Outcome:
 def outcome_of(site: Site, messages: Sequence[BadMessage]) -> Outcome:
     """Read every post's result and every message's dead letter."""
     outcome = Outcome()
-    jobs = {str(job["_id"]): job for job in site.store.jobs.find()}
-    for document in site.store.posts.find():
+    jobs = {str(job["_id"]): job for job in site.store.client.jobs.find()}
+    for document in site.store.client.posts.find():
         post_id, result = str(document["_id"]), document.get("insight") or {}
         status, job = result.get("status"), jobs.get(post_id)
         if status == "tagged" and job is None:
@@ -114,8 +114,8 @@ def drive(site: Site, total: int, timeout_s: float, console: Console) -> list[tu
         bar = progress.add_task("starting", total=total)
         while time.monotonic() < end and time.monotonic() - moved < _STALLED_S:
             resident = site.look_after_king()
-            tagged = site.store.posts.count_documents({"insight.status": "tagged"})
-            done = tagged + site.store.jobs.count_documents({"state": "dead"})
+            tagged = site.store.client.posts.count_documents({"insight.status": "tagged"})
+            done = tagged + site.store.client.jobs.count_documents({"state": "dead"})
             progress.update(bar, completed=done, description=site.phase())
             if done != before:
                 before, moved = done, time.monotonic()

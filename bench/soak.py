@@ -139,7 +139,7 @@ def soak(options: argparse.Namespace, folder: Path, tell: Callable[[int], None])
             after = look(site)
             reach(options.posts)
             seconds = time.monotonic() - began
-            counts = site.store.counts()
+            counts = site.store.queries.counts()
             site.stop_king()
     finally:
         site.close()

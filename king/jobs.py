@@ -2,14 +2,13 @@
 
 A job is the record of a post that is being worked on, in the `jobs` collection:
 
-    (none) ─claim─► running ─tagged─► (none)
-                     │  ▲ └─permanent, or exhausted─► dead ─replay─► queued
-       retryable ────┘  └─claim── queued ◄─due── waiting
+    (none) --claim--> running --tagged--> (none)
+                      |  ^ '--permanent, or exhausted--> dead --replay--> queued
+        retryable ----'  '--claim-- queued <--due-- waiting
 
-``due_at`` is the time at which somebody must look at the job when nothing happened to it before:
-a waiting job is published again, a queued one was lost by the broker, a running one has lost its
-King. Times are seconds since the epoch as numbers: the embedded database turns dates at the top
-level of an update into text, and then no longer finds them by range.
+``due_at`` is the time at which a job must be looked at when nothing happened to it before: a
+waiting job is published again, the message of a queued one was lost by the broker, a running one
+has lost its King. Times are seconds since the epoch as numbers (see `king.store.embedded_quirks`).
 """
 
 from __future__ import annotations
@@ -17,17 +16,23 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
 from typing import Any, Literal, TypeAlias
 
+from common.post import Failure, Modality, Post, Status, Tags
+from common.result import TagResult
+from common.retry import RetryPolicy
 from king.messages import PostMessage
-from workers.protocol import Failure, Modality, Post, Status, Tags
 
 JobState: TypeAlias = Literal["running", "waiting", "queued", "dead"]
 JOB_STATES: tuple[JobState, ...] = ("running", "waiting", "queued", "dead")
+OPEN_STATES: tuple[JobState, ...] = ("waiting", "queued", "running")
 
+# A published retry that nobody has begun after this time is published again: its message was lost.
+# At half, a long queue makes second messages of posts that only wait; at double, a lost one costs
+# its post half an hour.
 QUEUED_FOR_S = 900.0
-"""A published retry that nobody began for so long is published again (its message was lost)."""
 
 Bundle: TypeAlias = tuple[str, str]
 """Name and version of what is deployed."""
@@ -35,11 +40,11 @@ Bundle: TypeAlias = tuple[str, str]
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A delivered message that asks whether its post may start.
+    """A delivered message that asks to begin its post.
 
     Attributes:
-        payload: The message's body as text.
-        redelivered: The broker says that it delivered this message before.
+        payload: Body of the message, as text.
+        redelivered: True when the broker delivered this message before.
     """
 
     message: PostMessage
@@ -47,17 +52,14 @@ class Claim:
     redelivered: bool = False
 
 
-# Verdicts on a claim -------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True)
 class Started:
-    """The post is loaded and its attempt is recorded.
+    """Verdict: the post is loaded and its attempt is recorded.
 
     Attributes:
-        document_id: ``_id`` of the very document that the post was read from.
+        document_id: ``_id`` of the document that the post was read from.
         attempt: 1 for the first.
-        received_at: When its message arrived, seconds since the epoch.
+        received_at: Arrival of its message, seconds since the epoch.
     """
 
     post: Post
@@ -70,13 +72,13 @@ class Started:
 
     @property
     def post_id(self) -> str:
-        """ID of the post, as its message wrote it."""
+        """ID of the post as its message wrote it."""
         return self.post.post_id
 
 
 @dataclass(frozen=True, slots=True)
 class Settled:
-    """Nothing to do for this message: it is acknowledged.
+    """Verdict: there is nothing to do, and the message is acknowledged.
 
     Attributes:
         reason: ``tagged`` by this bundle already, ``waiting`` for its next attempt, or ``dead``.
@@ -88,7 +90,7 @@ class Settled:
 
 @dataclass(frozen=True, slots=True)
 class HeldElsewhere:
-    """Another King runs the post; look again at ``until`` (seconds since the epoch)."""
+    """Verdict: another King runs the post; look again at ``until`` (seconds since the epoch)."""
 
     post_id: str
     until: float
@@ -96,16 +98,27 @@ class HeldElsewhere:
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
-    """The claim was refused and is a dead letter now."""
+    """Verdict: the claim was refused and is a dead letter now."""
 
     post_id: str
     failure: Failure
     attempts: int
 
+    def result(self, context: ClaimContext) -> TagResult:
+        """Return the result that is written for the post."""
+        return TagResult.failed(
+            self.post_id,
+            context.bundle,
+            self.failure,
+            attempts=self.attempts,
+            tagged_at=_date(context.now),
+            timings_ms={},
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class WriteRefused:
-    """The database refused to write this job: the post waits, and no other waits with it."""
+    """Verdict or outcome: the database refused to write this job; the post waits, no other does."""
 
     post_id: str
     reason: str
@@ -114,16 +127,13 @@ class WriteRefused:
 Verdict: TypeAlias = Started | Settled | HeldElsewhere | Rejected | WriteRefused
 
 
-# Outcomes of an attempt ----------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True)
 class Tagged:
-    """The attempt gave tags.
+    """Outcome: the attempt gave tags.
 
     Attributes:
-        ended_at: Seconds since the epoch. Kept here, so that a write that is repeated because
-            its reply was lost is the same write to the byte, and changes nothing.
+        ended_at: Seconds since the epoch. A write that is repeated because its reply was lost is
+            the same write to the byte, and changes nothing.
     """
 
     started: Started
@@ -133,10 +143,21 @@ class Tagged:
     timings_ms: Mapping[str, int] = field(default_factory=dict)
     ended_at: float = field(default_factory=time.time)
 
+    def result(self) -> TagResult:
+        """Return the result that is written for the post."""
+        return TagResult.tagged(
+            self.tags,
+            self.statuses,
+            self.failures,
+            attempts=self.started.attempt,
+            tagged_at=_date(self.ended_at),
+            timings_ms=self.timings_ms,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Retry:
-    """The attempt failed; the next is due at ``due_at`` (seconds since the epoch)."""
+    """Outcome: the attempt failed; the next is due at ``due_at`` (seconds since the epoch)."""
 
     started: Started
     failure: Failure
@@ -146,23 +167,35 @@ class Retry:
 
 @dataclass(frozen=True, slots=True)
 class Dead:
-    """The attempt failed for good."""
+    """Outcome: the attempt failed for good."""
 
     started: Started
     failure: Failure
     timings_ms: Mapping[str, int] = field(default_factory=dict)
+    ended_at: float = field(default_factory=time.time)
+
+    def result(self, bundle: Bundle) -> TagResult:
+        """Return the result that is written for the post."""
+        return TagResult.failed(
+            self.started.post_id,
+            bundle,
+            self.failure,
+            attempts=self.started.attempt,
+            tagged_at=_date(self.ended_at),
+            timings_ms=self.timings_ms,
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class Released:
-    """The attempt was broken off by a drain: it does not count, its message is requeued."""
+    """Outcome: a drain broke the attempt off; it does not count, and its message is requeued."""
 
     started: Started
 
 
 @dataclass(frozen=True, slots=True)
 class Unreadable:
-    """A message that names no post."""
+    """Outcome of a message that names no post."""
 
     payload: str
     failure: Failure
@@ -206,7 +239,7 @@ class Job:
 
     @classmethod
     def of(cls, document: Mapping[str, Any]) -> Job:
-        """Read a document; what is absent or of another type takes its default."""
+        """Read a document; a key that is absent or of another type takes its default."""
         error = document.get("last_error")
         last_error = {str(k): str(v) for k, v in error.items()} if isinstance(error, dict) else None
         state = document.get("state")
@@ -226,59 +259,51 @@ class Job:
         )
 
     def as_document(self) -> dict[str, Any]:
-        """What is written for a new job."""
-        return {
-            "_id": self.post_id,
-            "state": self.state,
-            "attempts": self.attempts,
-            "due_at": self.due_at,
-            "last_error": dict(self.last_error) if self.last_error else None,
-            "payload": self.payload,
-            "priority": self.priority,
-            "force": self.force,
-            "first_at": self.first_at,
-            "updated_at": self.updated_at,
-            "owner": self.owner,
-            "lease_until": self.lease_until,
-        }
+        """Return the document of a new job."""
+        content = asdict(self)
+        return {"_id": content.pop("post_id"), **content}
 
 
 def message_key(payload: str) -> str:
-    """ID of the dead letter of a message that names no post: the same message, the same letter."""
+    """Return the ID of the dead letter of an unreadable message: the same for the same message."""
     return "message:" + hashlib.sha256(payload.encode("utf-8", "replace")).hexdigest()[:24]
 
 
 def number(value: object) -> float:
-    """A stored number, or 0 for anything else."""
+    """Return a stored number, or 0 for anything else."""
     return float(value) if isinstance(value, (int, float)) else 0.0
+
+
+def _date(seconds: float) -> datetime:
+    return datetime.fromtimestamp(seconds, timezone.utc)
 
 
 @dataclass(frozen=True, slots=True)
 class ClaimContext:
-    """Under which a King works on jobs.
+    """The King that works on jobs, and the rules it works by.
 
     Attributes:
         owner: This King's name, unique per process.
-        bundle: What it tags with.
+        bundle: Bundle that it tags with.
         now: Seconds since the epoch.
-        lease_s: For how long a claim holds without being renewed.
-        attempts: Tries at one post before it is a dead letter.
-        is_dead: Whether the King of this name is known to be dead, whatever its lease says.
+        retry: Attempts at one post.
+        lease_s: Time for which a claim holds without being renewed.
+        is_dead: Returns True when the King of this name is dead for certain, whatever its lease.
     """
 
     owner: str
     bundle: Bundle
     now: float
+    retry: RetryPolicy
     lease_s: float = 60.0
-    attempts: int = 5
     is_dead: Callable[[str], bool] = lambda _owner: False
 
     @property
     def lease(self) -> dict[str, Any]:
-        """The fields that say who holds a job, and until when."""
+        """The fields of a job that name its holder and the end of its lease."""
         until = round(self.now + self.lease_s, 3)
-        # Others see the lease's end first and may take over; only a job that even then nobody
-        # holds (its message is lost) is published again.
+        # The lease ends first, so that another King that is asked may take over. Only a job that
+        # nobody asks for even then (its message is lost) is published again.
         due_at = round(self.now + 2 * self.lease_s, 3)
         return {"owner": self.owner, "lease_until": until, "due_at": due_at}
 
@@ -289,17 +314,17 @@ Decision: TypeAlias = Literal[
 
 
 def decide(job: Job | None, claim: Claim, context: ClaimContext) -> Decision:
-    """What a claim may do, seen from the post's job alone; pure, so that every store agrees.
+    """Decide a claim from the post's job alone; pure, so that every store agrees.
 
     Returns:
-        ``new`` (no job stands in the way), ``resume`` (this King's own claim, whose reply was
-        lost), ``take`` (one more attempt), ``restart`` (a dead letter that was published again),
+        ``new`` (there is no job), ``resume`` (this King's own claim, whose reply was lost),
+        ``take`` (one more attempt), ``restart`` (a dead letter that was published again),
         ``exhausted``, ``elsewhere``, ``waiting`` or ``dead``.
     """
     if job is None:
         return "new"
     if job.state == "dead":
-        # The broker repeats a message whose acknowledgement was lost; a fresh one is a wish.
+        # The broker repeats a message whose acknowledgement was lost; a fresh one asks anew.
         return "dead" if claim.redelivered and not claim.message.force else "restart"
     if job.state == "running":
         if job.owner == context.owner:
@@ -308,11 +333,11 @@ def decide(job: Job | None, claim: Claim, context: ClaimContext) -> Decision:
             return "elsewhere"
     elif job.state == "waiting" and job.due_at > context.now and not claim.message.force:
         return "waiting"
-    return "exhausted" if job.attempts >= context.attempts else "take"
+    return "exhausted" if context.retry.is_last(job.attempts) else "take"
 
 
 def exhausted(job: Job) -> Failure:
-    """The reason of a dead letter whose attempts are used up."""
+    """Return the reason of a dead letter whose attempts are used up."""
     error = job.last_error or {}
     last = error.get("message") or "none of them ended: the process died each time"
     return Failure(

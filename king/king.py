@@ -1,14 +1,14 @@
-"""The King: puts the threads together, watches them, and ends them in order.
+"""The King: builds the threads, watches them, and ends them in order.
 
     main      signals, health file, the end
-    broker    `king.broker_thread`   owns the connection: drains, heartbeats, acknowledgements
+    broker    `king.broker_thread`    owns the connection: drains, heartbeats, acknowledgements
     store     `king.store_thread`     owns the database: claims, outcomes, leases, retries
-    dispatch  `king.dispatch_thread`   owns the worker pool: plans, deadlines
+    dispatch  `king.dispatch_thread`  owns the worker pool: plans, deadlines
 
-    broker ─delivery─► store ─begun post─► dispatch ─outcome─► store ─acknowledgement─► broker
+    broker --delivery--> store --begun post--> dispatch --outcome--> store --ack--> broker
 
 Every arrow is a deque bounded by ``broker.prefetch``: a message is held until its outcome is
-written, so what is full downstream stops intake and never heartbeats.
+written, so a queue that is full downstream stops intake and never heartbeats.
 """
 
 from __future__ import annotations
@@ -35,67 +35,77 @@ from king.identity import is_dead, own_name
 from king.in_flight import InFlight
 from king.stacks import dumped_on_signal
 from king.status import Status, write_health
-from king.store.store import MongoStore, Store
-from king.store_thread import StoreThread
+from king.store.client import StoreClient
+from king.store.store import Store
+from king.store_thread import PostStore, StoreInbox, StoreThread
 from workers.pool.events import TaskPool
 
+# The watchdog sends it: connect to the broker anew, and subscribe again.
 SUBSCRIBE_SIGNAL = signal.SIGUSR1
-"""The watchdog's wish: connect to the broker anew, and subscribe again."""
+# How late a signal or the end of a thread is noticed; less only burns CPU.
 _TICK_S = 0.1
+# The watchdog and `insighttag status` judge progress by this file, in steps of seconds.
 _HEALTH_EVERY_S = 1.0
-_CONFIRM_S = 2.0  # how long the queue must be empty before a drain believes it
+# A drain ends when all has been quiet for this long. A retry that is being published is in neither
+# the queue nor the database's open jobs for a moment; at half, a slow broker could hide it.
+_CONFIRM_S = 2.0
+# Time for writing and acknowledging what a drain has broken off; supervisors wait longer than that.
 _FLUSH_S = 10.0
+# The same after a second signal: somebody wants the end at once.
 _HURRY_S = 2.0
 
 log = structlog.get_logger()
 
 
 class King:
-    """One daemon; `run` does all."""
+    """One daemon; `run` does everything."""
 
     def __init__(
         self,
         settings: Settings,
         *,
         pool: TaskPool | None = None,
-        store: Store | None = None,
+        store: PostStore | None = None,
         broker: Broker | None = None,
         owner: str | None = None,
     ) -> None:
         """Describe the King; starts nothing.
 
         Args:
-            settings: With real URLs: ``embedded://`` is resolved by who calls this.
-            pool: The workers; None takes the real ones.
-            store: The database; None takes MongoDB.
-            broker: The queue; None takes the one that the URL names.
-            owner: Name of this King in the jobs; None takes the process's.
+            settings: Settings whose ``embedded://`` URLs are resolved.
+            pool: Workers; None starts real ones.
+            store: Database; None takes MongoDB.
+            broker: Queue; None takes the one that the URL names.
+            owner: Name of this King in the jobs; None takes that of the process.
         """
         self._settings = settings
         self.status = Status()
         self._in_flight = InFlight()
-        self._store_thread = StoreThread(
-            store if store is not None else MongoStore(settings.store),
-            settings.king,
-            owner=owner or own_name(),
-            is_dead=is_dead,
-            status=self.status,
-            in_flight=self._in_flight,
-            batch_size=settings.store.batch_size,
-        )
+        inbox = StoreInbox(self._in_flight)
         self._broker_thread = BrokerThread(
             broker if broker is not None else open_broker(settings.broker),
             redact(settings.broker.url),
             self.status,
-            self._store_thread.take,
+            inbox.deliver,
         )
         self._dispatcher = Dispatcher(
             pool if pool is not None else _real_pool(settings),
             settings,
             self.status,
-            self._store_thread.finish,
+            inbox.finish,
         )
-        self._store_thread.wire(self._broker_thread, self._dispatcher.start)
+        self._store_thread = StoreThread(
+            store if store is not None else Store(StoreClient(settings.store)),
+            inbox,
+            settings.king,
+            owner=owner or own_name(),
+            is_dead=is_dead,
+            status=self.status,
+            in_flight=self._in_flight,
+            broker_thread=self._broker_thread,
+            start=self._dispatcher.start,
+            batch_size=settings.store.batch_size,
+        )
         self._threads: dict[str, threading.Thread] = {}
         self._died: tuple[str, BaseException] | None = None
         self._signals = 0
@@ -133,8 +143,6 @@ class King:
             raise ConfigError(self.status.refused)
         log.info("king.stopped", tagged=self.status.counter("tagged"))
         return 0
-
-    # Threads ---------------------------------------------------------------------------------
 
     def _start(self) -> None:
         log.info("king.started", pid=os.getpid(), queue=self._settings.broker.queue)
@@ -187,10 +195,8 @@ class King:
                 self._health_failed = True
                 log.warning("king.health_file_failed", error=str(error))
 
-    # Drain -----------------------------------------------------------------------------------
-
     def _nothing_left(self) -> bool:
-        """No message waits, nothing is in flight, no retry will be due: for a confirmed moment."""
+        """Return True when no message, no post in flight and no retry has been seen for a while."""
         now = time.monotonic()
         busy = len(self._in_flight) or not self._store_thread.idle or self.status.phase != "serving"
         if busy:
@@ -198,11 +204,11 @@ class King:
             return False
         if self._empty_since is None:
             self._empty_since = now
-        for said in (self.status.queue_depth, self.status.open_jobs):
+        for answer in (self.status.queue_depth, self.status.open_jobs):
             # Both must have been asked since then; an older answer may be out of date.
-            if said is None or said[1] < self._empty_since:
+            if answer is None or answer[1] < self._empty_since:
                 return False
-            if said[0]:
+            if answer[0]:
                 self._empty_since = None
                 return False
         return now - self._empty_since >= _CONFIRM_S
@@ -218,7 +224,7 @@ class King:
         sys.stderr.flush()
 
     def _shut_down(self) -> None:
-        """Finish what is in flight, put the rest back, and end the threads."""
+        """Finish the posts in flight, put the others back, and end the threads."""
         self.status.draining = True
         log.info("king.draining", in_flight=len(self._in_flight))
         self._broker_thread.stop_consuming()
@@ -245,11 +251,11 @@ class King:
         return len(self._in_flight) == 0 and self._store_thread.idle and self._broker_thread.quiet
 
     def _given_back(self) -> bool:
-        """Or nothing can be given back, without the database: the jobs' leases will run out."""
+        """Return True when all is released, or cannot be while the database is away."""
         return self._landed() or not self.status.store_up.is_set()
 
     def _wait(self, timeout_s: float, done: Callable[[], bool], *, hurry: bool = False) -> bool:
-        """Wait for ``done``; not when a thread is dead, nor when asked to end at once."""
+        """Wait for ``done``; give up when a thread is dead or the end at once is asked for."""
         end = time.monotonic() + timeout_s
         while not done():
             if self._broken or time.monotonic() > end or (self._signals > 1 and not hurry):
@@ -268,11 +274,9 @@ class King:
         if thread.is_alive():
             log.error("king.thread_stuck", thread=name)
 
-    # Signals ---------------------------------------------------------------------------------
-
     @contextlib.contextmanager
     def _signals_caught(self) -> Iterator[None]:
-        """SIGTERM, SIGINT: drain. SIGUSR1: subscribe anew. SIGUSR2: write the stacks."""
+        """Handle SIGTERM and SIGINT: drain; SIGUSR1: subscribe anew; SIGUSR2: write the stacks."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return

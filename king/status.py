@@ -1,7 +1,7 @@
-"""What the King tells about itself: a status that its threads write on, and the health file.
+"""The status of the King, which its threads write and the main thread puts into the health file.
 
-The file is one JSON object, replaced as a whole once a second. Progress is what it shows, not
-life: the tick of every thread, the latest delivery and completion, the oldest post in flight.
+The file is one JSON object, replaced as a whole once a second. It shows progress rather than life:
+the tick of every thread, the latest delivery and completion, the oldest post in flight.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 import os
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -21,8 +21,19 @@ from king.jobs import Bundle
 Phase: TypeAlias = Literal[
     "starting", "loading", "serving", "draining", "stopped", "store_down", "broker_down"
 ]
-CounterName: TypeAlias = Literal["tagged", "failed", "retried", "dead", "settled"]
+COUNTERS: dict[str, bool] = {
+    "tagged": True,
+    "failed": True,
+    "retried": True,
+    "dead": False,
+    "settled": False,
+}
+"""Counter -> whether it counts ends of attempts. A new counter is a line here, and where it counts.
 
+``dead`` counts dead letters, ``settled`` messages for which there was nothing to do.
+"""
+
+# The rate is that of the last minute: half of it jumps with every batch, double hides a stall.
 RATE_WINDOW_S = 60
 
 
@@ -32,7 +43,7 @@ class Status:
     def __init__(self) -> None:
         self.started_at = time.time()
         self.ready = threading.Event()
-        """The workers are loaded: posts may be taken."""
+        """Set when the workers are loaded: posts may be taken."""
         self.store_up = threading.Event()
         self.broker_up = threading.Event()
         self.draining = False
@@ -41,43 +52,43 @@ class Status:
         self.refused: str | None = None
         self.workers: Sequence[Mapping[str, Any]] = ()
         self.queue_depth: tuple[int, float] | None = None
-        """Messages that wait in the queue, and when (`time.monotonic`) that was asked."""
+        """Number of waiting messages, and when (`time.monotonic`) the broker was asked."""
         self.open_jobs: tuple[int, float] | None = None
-        """Jobs that are no dead letters, and when (`time.monotonic`) that was asked."""
+        """Number of jobs that are not dead letters, and when (`time.monotonic`) it was counted."""
         self._seen_store = False
         self._seen_broker = False
         self._ticks: dict[str, float] = {}
         self._last: dict[str, float] = {}
         self._lock = threading.Lock()
-        self._counters: Counter[str] = Counter()
+        self._counters = dict.fromkeys(COUNTERS, 0)
         self._per_second: deque[tuple[int, int]] = deque()
 
     def tick(self, thread: str) -> None:
-        """A thread's loop has come round."""
+        """Note that a thread's loop has come round."""
         self._ticks[thread] = time.time()
 
     def delivered(self) -> None:
-        """A message arrived."""
+        """Note that a message arrived."""
         self._last["delivery"] = time.time()
 
-    def count(self, name: CounterName, number: int = 1) -> None:
-        """Count posts; `tagged`, `failed` and `retried` are the ends of attempts."""
+    def count(self, name: str, number: int = 1) -> None:
+        """Count posts under a name of `COUNTERS`."""
         now = time.time()
         with self._lock:
             self._counters[name] += number
             if name == "tagged":
                 self._remember(int(now), number)
-        if name in ("tagged", "failed", "retried"):
+        if COUNTERS[name]:
             self._last["done"] = now
 
-    def counter(self, name: CounterName) -> int:
-        """One counter."""
+    def counter(self, name: str) -> int:
+        """Return one counter."""
         with self._lock:
             return self._counters[name]
 
     @property
     def phase(self) -> Phase:
-        """What the King is doing, the most telling first."""
+        """The state of the King, the most telling first."""
         self._seen_store = self._seen_store or self.store_up.is_set()
         self._seen_broker = self._seen_broker or self.broker_up.is_set()
         if self.draining:
@@ -95,10 +106,9 @@ class Status:
         return time.time() - self.started_at
 
     def snapshot(self, *, in_flight: int, oldest_in_flight_s: float) -> dict[str, Any]:
-        """The content of the health file."""
+        """Return the content of the health file."""
         with self._lock:
-            counters = {name: self._counters[name] for name in ("tagged", "failed", "retried")}
-            counters |= {name: self._counters[name] for name in ("dead", "settled")}
+            counters = dict(self._counters)
             rate = self._rate()
         return {
             "pid": os.getpid(),
@@ -130,7 +140,7 @@ class Status:
             self._per_second.popleft()
 
     def _rate(self) -> float:
-        """Tagged posts per second over the last minute, or since the start when that is less."""
+        """Return the tagged posts per second of the last minute (at first: since the start)."""
         self._forget(int(time.time()))
         window_s = min(max(self._age_s, 1.0), float(RATE_WINDOW_S))
         return round(sum(number for _, number in self._per_second) / window_s, 3)

@@ -1,8 +1,8 @@
 """The store thread: it alone touches the database.
 
 Deliveries come in, are claimed in batches and go on to the dispatch thread; outcomes come back,
-are written in batches, and only then are their messages acknowledged. While the database is away
-the same batch is written again and again: nothing is acknowledged, so the broker stops giving.
+are written in batches, and only then are their messages acknowledged. While the database is away,
+the same batch is written again and again: nothing is acknowledged, so the broker delivers no more.
 """
 
 from __future__ import annotations
@@ -10,17 +10,18 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TypeVar
+from itertools import islice
+from typing import Protocol, TypeAlias, TypeVar
 
 import structlog
 
 from common.errors import MessageError, StoreRefused, StoreUnavailable
+from common.post import Failure
 from common.retry import reconnect_delay_s
 from config.settings import KingSettings
-from king import report
 from king.broker.base import Delivery
 from king.broker_thread import BrokerThread
 from king.in_flight import InFlight
@@ -29,43 +30,131 @@ from king.jobs import (
     ClaimContext,
     Dead,
     HeldElsewhere,
+    Job,
     Outcome,
     Rejected,
     Released,
     Retry,
+    Settled,
     Started,
     Tagged,
     Unreadable,
     Verdict,
     WriteRefused,
+    message_key,
 )
 from king.messages import PostMessage, parse_message
-from king.reconciler import Reconciler
 from king.status import Status
-from king.store.store import Store
-from workers.protocol import Failure
 
 T = TypeVar("T")
 
+# How long an idle thread sleeps; it is woken by whatever arrives, so this only bounds how late the
+# leases, the retries and the thread's tick are looked after.
 _WAIT_S = 0.25
-_SECOND_S = 1.0
-_RELEASE_AFTER_S = 10.0  # by then a broker has delivered a dead King's messages again
+# How often due retries are published and jobs counted. At half, twice the questions to an idle
+# database; at double, retries come two seconds late.
+_LOOK_EVERY_S = 1.0
+# Jobs of dead Kings are released this long after the start: by then the broker has delivered a dead
+# King's messages again, and most posts go on without a second message.
+_RELEASE_AFTER_S = 10.0
+# A claim that another King holds is looked at again after this: that King may finish or die long
+# before its lease ends. At half, it is asked for twice as often; at double, its post waits longer.
 _MAX_PARKED_S = 2.0
-_REFUSED_AGAIN_S = 10.0  # a job that the database refused is written again
+# A job that the database refused is written again after this: its administrator may repair a rule.
+_REFUSED_AGAIN_S = 10.0
+# Characters of a message's body that are stored for people: long enough for any message that can
+# be read, short enough that a flood of junk does not fill the database.
 _PAYLOAD_CHARS = 4096
+
+RECONCILER_LEASE = "reconciler"
 
 log = structlog.get_logger()
 
 
+class PostStore(Protocol):
+    """The store as this thread uses it; see `king.store.store.Store` for the promises."""
+
+    @property
+    def url(self) -> str: ...
+    def connect(self) -> None: ...
+    def begin(self, claims: Sequence[Claim], context: ClaimContext) -> list[Verdict]: ...
+    def finish(
+        self, outcomes: Sequence[Outcome], context: ClaimContext
+    ) -> Sequence[Outcome | WriteRefused]: ...
+    def renew(self, post_ids: Sequence[str], context: ClaimContext) -> None: ...
+    def claim_due(self, context: ClaimContext, limit: int) -> list[Job]: ...
+    def published(self, post_ids: Sequence[str], context: ClaimContext) -> None: ...
+    def release_dead(self, context: ClaimContext) -> int: ...
+    def open_jobs(self) -> int: ...
+    def untagged_ids(self) -> Iterator[str]: ...
+    def take_lease(self, name: str, context: ClaimContext, lease_s: float) -> bool: ...
+    def close(self) -> None: ...
+
+
 @dataclass(frozen=True, slots=True)
-class _Refused:
+class _UnreadableDelivery:
     """A message that could not be read, and its delivery."""
 
     outcome: Unreadable
     delivery: Delivery
 
 
-_Item = Claim | Outcome | _Refused
+_Ended: TypeAlias = Outcome | _UnreadableDelivery
+_Item: TypeAlias = Claim | _Ended
+
+
+class StoreInbox:
+    """Deliveries and outcomes on their way to the store thread; bounded by ``broker.prefetch``."""
+
+    def __init__(self, in_flight: InFlight) -> None:
+        self._in_flight = in_flight
+        self._items: deque[_Item] = deque()
+        self._arrived = threading.Condition()
+        self._busy = False
+
+    def deliver(self, delivery: Delivery) -> None:
+        """Take a message (broker thread); one for a post in flight joins the first."""
+        payload = delivery.body.decode("utf-8", "backslashreplace")[:_PAYLOAD_CHARS]
+        try:
+            message = parse_message(delivery.body)
+        except MessageError as error:
+            outcome = Unreadable(payload, Failure.of("message", error))
+            self._put(_UnreadableDelivery(outcome, delivery))
+            return
+        if self._in_flight.add(message.post_id, delivery):
+            self._put(Claim(message, payload, delivery.redelivered))
+
+    def finish(self, outcome: Outcome) -> None:
+        """Take the end of an attempt (dispatch thread)."""
+        self._put(outcome)
+
+    def _put(self, item: _Item) -> None:
+        with self._arrived:
+            self._items.append(item)
+            self._arrived.notify()
+
+    @property
+    def idle(self) -> bool:
+        """True when nothing waits and the latest batch is done."""
+        return not (self._items or self._busy)
+
+    @property
+    def empty(self) -> bool:
+        """True when nothing waits."""
+        return not self._items
+
+    def next_batch(self, limit: int, wait_s: float) -> list[_Item]:
+        """Return what has arrived, after waiting for it; call `done` when it is worked off."""
+        with self._arrived:
+            if not self._items:
+                self._arrived.wait(wait_s)
+            # Set under the lock, so that at no moment an item is neither waiting nor worked on.
+            self._busy = bool(self._items)
+            return [self._items.popleft() for _ in range(min(len(self._items), limit))]
+
+    def done(self) -> None:
+        """Note that the latest batch is worked off."""
+        self._busy = False
 
 
 class StoreThread:
@@ -73,126 +162,106 @@ class StoreThread:
 
     def __init__(
         self,
-        store: Store,
+        store: PostStore,
+        inbox: StoreInbox,
         settings: KingSettings,
         *,
         owner: str,
         is_dead: Callable[[str], bool],
         status: Status,
         in_flight: InFlight,
+        broker_thread: BrokerThread,
+        start: Callable[[Started], None],
         batch_size: int,
     ) -> None:
+        """Describe the thread; `run` does the work.
+
+        Args:
+            store: The database.
+            inbox: Filled by the broker thread and the dispatch thread.
+            settings: Attempts, leases and periods.
+            owner: Name of this King in the jobs.
+            is_dead: Returns True when the King of a name is dead for certain.
+            status: Counters and states that the health file shows.
+            in_flight: Posts in flight with their deliveries.
+            broker_thread: Acknowledges, requeues and publishes.
+            start: Hands a begun post to the dispatch thread.
+            batch_size: Most items that one round trip to the database works on.
+        """
         self._store = store
+        self._inbox = inbox
         self._settings = settings
         self._status = status
         self._in_flight = in_flight
+        self._broker_thread = broker_thread
+        self._start = start
         self._batch_size = batch_size
-        self._terms = ClaimContext(
+        self._context = ClaimContext(
             owner=owner,
             bundle=("", ""),
             now=0.0,
+            retry=settings.retry,
             lease_s=settings.lease_s,
-            attempts=settings.attempts,
             is_dead=is_dead,
         )
-        self._reconciler = Reconciler(store, settings.reconcile_s, batch_size)
-        self._broker_thread: BrokerThread | None = None
-        self._start: Callable[[Started], None] | None = None
-        self._inbox: deque[_Item] = deque()
-        self._arrived = threading.Condition()
         self._parked: list[tuple[float, Claim]] = []
-        self._unwritten: list[tuple[float, Outcome | _Refused]] = []
+        self._unwritten: list[tuple[float, _Ended]] = []
         self._running: set[str] = set()
         self._publishing = False
         self._published: deque[tuple[list[str], ClaimContext]] = deque()
         self._draining = False
-        self._busy = False
         self._leaving = threading.Event()
         self._stopping = threading.Event()
-        self._second_due = self._renew_due = 0.0
+        self._look_due = self._renew_due = 0.0
         self._release_due: float | None = None
-
-    def wire(self, broker_thread: BrokerThread, start: Callable[[Started], None]) -> None:
-        """Connect the neighbours: where acknowledgements and begun posts go."""
-        self._broker_thread, self._start = broker_thread, start
-
-    # For the other threads -------------------------------------------------------------------
-
-    def take(self, delivery: Delivery) -> None:
-        """A message has arrived (broker thread); its number is bounded by ``broker.prefetch``."""
-        payload = delivery.body.decode("utf-8", "backslashreplace")[:_PAYLOAD_CHARS]
-        try:
-            message = parse_message(delivery.body)
-        except MessageError as error:
-            outcome = Unreadable(payload, Failure.of("message", error))
-            self._put(_Refused(outcome, delivery))
-            return
-        if self._in_flight.add(message.post_id, delivery):
-            self._put(Claim(message, payload, delivery.redelivered))
-
-    def finish(self, outcome: Outcome) -> None:
-        """An attempt has ended (dispatch thread)."""
-        self._put(outcome)
+        self._reconcile_every_s = settings.reconcile_s or float("inf")
+        # Not at once: posts that a platform inserts and publishes in one go are not lost.
+        self._reconcile_due = time.monotonic() + self._reconcile_every_s
 
     def drain(self) -> None:
-        """Begin no more posts: what has not begun goes back to the broker."""
+        """Begin no more posts: what has not begun goes back to the broker (any thread)."""
         self._draining = True
 
     @property
     def idle(self) -> bool:
-        """Nothing waits to be begun or written."""
-        waits = self._parked or self._unwritten
-        return not (self._inbox or self._busy or waits or self._publishing)
+        """True when nothing waits to be begun or written."""
+        waits = self._parked or self._unwritten or self._publishing
+        return self._inbox.idle and not waits
 
     def leave(self) -> None:
-        """Stop waiting for a database that is away (a drain has run out of time)."""
+        """Give up waiting for a database that is away, since a drain has run out of time."""
         self._leaving.set()
 
     def stop(self) -> None:
         """Let `run` return once the inbox is empty."""
         self._stopping.set()
 
-    def _put(self, item: _Item) -> None:
-        with self._arrived:
-            self._inbox.append(item)
-            self._arrived.notify()
-
-    # The thread ------------------------------------------------------------------------------
-
     def run(self) -> None:
         """Serve until `stop`."""
         self._persist(self._store.connect)
         try:
-            while not (self._stopping.is_set() and not self._inbox):
-                self._round(self._next_batch())
+            while not (self._stopping.is_set() and self._inbox.empty):
+                wait_s = 0.0 if self._stopping.is_set() else _WAIT_S
+                self._work_off(self._inbox.next_batch(self._batch_size, wait_s))
         finally:
             self._store.close()
 
-    def _next_batch(self) -> list[_Item]:
-        with self._arrived:
-            if not self._inbox and not self._stopping.is_set():
-                self._arrived.wait(_WAIT_S)
-            # Said under the lock, so that no item is ever in neither place.
-            self._busy = bool(self._inbox)
-            return [self._inbox.popleft() for _ in range(min(len(self._inbox), self._batch_size))]
-
-    def _round(self, batch: Sequence[_Item]) -> None:
+    def _work_off(self, batch: Sequence[_Item]) -> None:
         self._status.tick("store")
         # Outcomes first: they end what the claims might wait for.
         ended = [item for item in batch if not isinstance(item, Claim)]
         self._write([*self._due_again(), *ended])
         self._begin([item for item in batch if isinstance(item, Claim)])
-        self._busy = False
+        self._inbox.done()
         if not self._stopping.is_set() and not self._leaving.is_set():
             self._look_after()
 
     def _now(self) -> ClaimContext:
-        return replace(
-            self._terms, now=round(time.time(), 3), bundle=self._status.bundle or ("", "")
-        )
+        bundle = self._status.bundle or ("", "")
+        return replace(self._context, now=round(time.time(), 3), bundle=bundle)
 
     def _persist(self, work: Callable[[], T]) -> T | None:
-        """Do work on the store until it is done; None when it is refused, or the King leaves."""
+        """Repeat work on the store until it succeeds; None when it is refused, or at the end."""
         failures = 0
         while True:
             try:
@@ -219,13 +288,10 @@ class StoreThread:
             self._status.store_up.set()
             return result
 
-    # Begin -----------------------------------------------------------------------------------
-
     def _begin(self, claims: list[Claim]) -> None:
         now = time.time()
-        due = [claim for until, claim in self._parked if until <= now or self._draining]
+        claims += [claim for until, claim in self._parked if until <= now or self._draining]
         self._parked = [] if self._draining else [p for p in self._parked if p[0] > now]
-        claims += due
         if not claims:
             return
         if self._draining:
@@ -234,105 +300,117 @@ class StoreThread:
             return
         context = self._now()
         verdicts = self._persist(lambda: self._store.begin(claims, context))
-        if verdicts is None:
-            return
-        for claim, verdict in zip(claims, verdicts, strict=True):
+        for claim, verdict in zip(claims, verdicts or (), strict=verdicts is not None):
             self._act(claim, verdict)
 
     def _act(self, claim: Claim, verdict: Verdict) -> None:
         post_id = claim.message.post_id
-        if isinstance(verdict, Started):
-            self._running.add(post_id)
-            if self._start is not None:
+        match verdict:
+            case Started():
+                self._running.add(post_id)
                 self._start(verdict)
-        elif isinstance(verdict, HeldElsewhere):
-            # Looked at again soon: its King may finish or die long before its lease ends.
-            until = min(verdict.until, time.time() + _MAX_PARKED_S)
-            self._parked.append((until, claim))
-        elif isinstance(verdict, WriteRefused):
-            report.unrecorded(verdict, _REFUSED_AGAIN_S)
-            self._in_flight.touch(post_id)
-            self._parked.append((time.time() + _REFUSED_AGAIN_S, claim))
-        else:
-            if isinstance(verdict, Rejected):
+            case HeldElsewhere():
+                until = min(verdict.until, time.time() + _MAX_PARKED_S)
+                self._parked.append((until, claim))
+            case WriteRefused():
+                _log_write_refused(verdict)
+                self._in_flight.touch(post_id)
+                self._parked.append((time.time() + _REFUSED_AGAIN_S, claim))
+            case Rejected():
                 self._status.count("failed")
                 self._status.count("dead")
-                report.buried(verdict)
-            else:
+                log.error(
+                    "king.post_failed",
+                    post_id=post_id,
+                    attempt=verdict.attempts,
+                    error=_reason(verdict.failure),
+                )
+                self._ack(post_id)
+            case Settled():
                 self._status.count("settled")
-                report.settled(verdict)
-            self._ack(post_id)
+                log.info("king.message_settled", post_id=post_id, reason=verdict.reason)
+                self._ack(post_id)
 
-    # Write -----------------------------------------------------------------------------------
-
-    def _write(self, items: Sequence[Outcome | _Refused]) -> None:
+    def _write(self, items: Sequence[_Ended]) -> None:
         if not items:
             return
-        outcomes = [item.outcome if isinstance(item, _Refused) else item for item in items]
+        outcomes = [i.outcome if isinstance(i, _UnreadableDelivery) else i for i in items]
         context = self._now()
         recorded = self._persist(lambda: self._store.finish(outcomes, context))
-        if recorded is None:
-            return
-        for item, outcome in zip(items, recorded, strict=True):
+        for item, outcome in zip(items, recorded or (), strict=recorded is not None):
             if isinstance(outcome, WriteRefused):
-                self._hold(item, outcome)
-            elif isinstance(item, _Refused):
+                self._write_later(item, outcome)
+            elif isinstance(item, _UnreadableDelivery):
                 self._status.count("dead")
-                report.unreadable(item.outcome)
-                self._send_ack([item.delivery])
+                log.error(
+                    "king.message_refused",
+                    dead_letter=message_key(item.outcome.payload),
+                    error=_reason(item.outcome.failure),
+                )
+                self._broker_thread.ack([item.delivery])
             elif not isinstance(outcome, Unreadable):
                 self._close(outcome)
 
-    def _hold(self, item: Outcome | _Refused, refused: WriteRefused) -> None:
-        """Its job was refused: written again later; its message stays unacknowledged."""
-        report.unrecorded(refused, _REFUSED_AGAIN_S)
+    def _write_later(self, item: _Ended, refused: WriteRefused) -> None:
+        """Write an outcome later whose job was refused; its message stays unacknowledged."""
+        _log_write_refused(refused)
         if not self._draining:
             self._in_flight.touch(refused.post_id)
             self._unwritten.append((time.time() + _REFUSED_AGAIN_S, item))
-        elif not isinstance(item, _Refused):
+        elif isinstance(item, _UnreadableDelivery):
+            self._broker_thread.requeue([item.delivery])
+        else:
             self._running.discard(refused.post_id)
             self._requeue(refused.post_id)
-        elif self._broker_thread is not None:
-            self._broker_thread.requeue([item.delivery])
 
-    def _due_again(self) -> list[Outcome | _Refused]:
-        """Outcomes whose jobs were refused, to be written once more; at a drain all of them."""
-        held, now = self._unwritten, time.time()
-        due = [item for until, item in held if until <= now or self._draining]
-        self._unwritten = [] if self._draining else [pair for pair in held if pair[0] > now]
+    def _due_again(self) -> list[_Ended]:
+        """Return the refused outcomes to write once more; during a drain, all of them."""
+        waiting, now = self._unwritten, time.time()
+        due = [item for until, item in waiting if until <= now or self._draining]
+        self._unwritten = [] if self._draining else [pair for pair in waiting if pair[0] > now]
         return due
 
     def _close(self, outcome: Tagged | Retry | Dead | Released) -> None:
-        post_id = outcome.started.post_id
-        self._running.discard(post_id)
+        """Count, log and acknowledge an attempt whose outcome is written."""
+        started = outcome.started
+        self._running.discard(started.post_id)
         if isinstance(outcome, Released):
-            self._requeue(post_id)
+            self._requeue(started.post_id)
             return
-        if isinstance(outcome, Tagged):
-            self._status.count("tagged")
-        elif isinstance(outcome, Retry):
-            self._status.count("retried")
-        else:
-            self._status.count("failed")
-            self._status.count("dead")
-        report.finished(outcome)
-        self._ack(post_id)
+        line = log.bind(
+            post_id=started.post_id,
+            attempt=started.attempt,
+            timings_ms=dict(outcome.timings_ms),
+            total_ms=round((time.time() - started.received_at) * 1000),
+        )
+        match outcome:
+            case Tagged():
+                self._status.count("tagged")
+                failures = {str(m): _reason(f) for m, f in outcome.failures.items()}
+                line.info(
+                    "king.post_tagged",
+                    tags=[tag.name for tag in outcome.tags.tags],
+                    modalities=dict(outcome.statuses),
+                    **({"failures": failures} if failures else {}),
+                )
+            case Retry():
+                self._status.count("retried")
+                due_in_s = round(max(outcome.due_at - time.time(), 0.0), 2)
+                line.warning("king.post_retry", due_in_s=due_in_s, error=_reason(outcome.failure))
+            case Dead():
+                self._status.count("failed")
+                self._status.count("dead")
+                line.error("king.post_failed", error=_reason(outcome.failure))
+        self._ack(started.post_id)
 
     def _ack(self, post_id: str) -> None:
-        self._send_ack(self._in_flight.remove(post_id))
-
-    def _send_ack(self, deliveries: Sequence[Delivery]) -> None:
-        if self._broker_thread is not None:
-            self._broker_thread.ack(deliveries)
+        self._broker_thread.ack(self._in_flight.remove(post_id))
 
     def _requeue(self, post_id: str) -> None:
-        deliveries = self._in_flight.remove(post_id)
-        if self._broker_thread is not None:
-            self._broker_thread.requeue(deliveries)
-
-    # Leases, retries, counts -----------------------------------------------------------------
+        self._broker_thread.requeue(self._in_flight.remove(post_id))
 
     def _look_after(self) -> None:
+        """Renew leases, publish what is due, and count the jobs."""
         now = time.monotonic()
         while self._published:
             if self._published[0][0]:
@@ -344,13 +422,13 @@ class StoreThread:
             running = sorted(self._running)
             if running:
                 self._persist(lambda: self._store.renew(running, self._now()))
-        if now < self._second_due:
+        if now < self._look_due:
             return
-        self._second_due = now + _SECOND_S
+        self._look_due = now + _LOOK_EVERY_S
         if self._status.phase == "serving":
             self._release_orphans(now)
             self._publish_due()
-            self._reconcile()
+            self._reconcile(now)
         open_jobs = self._persist(self._store.open_jobs)
         if open_jobs is not None:
             self._status.open_jobs = (open_jobs, now)
@@ -365,24 +443,70 @@ class StoreThread:
                 log.info("king.orphans_released", jobs=released)
 
     def _publish_due(self) -> None:
-        if self._publishing or self._broker_thread is None:
+        if self._publishing:
             return
         context = self._now()
         jobs = self._persist(lambda: self._store.claim_due(context, self._batch_size))
-        if not jobs:
-            return
-        post_ids = [job.post_id for job in jobs]
-        self._publish([job.message for job in jobs], post_ids, context)
+        if jobs:
+            post_ids = [job.post_id for job in jobs]
+            self._publish([job.message for job in jobs], post_ids, context)
 
-    def _reconcile(self) -> None:
-        if self._publishing or self._draining:
+    def _reconcile(self, now: float) -> None:
+        """Publish a batch of posts that nobody will tag: those with neither result nor job.
+
+        Their messages were lost before a King saw them, or never sent. A post that is published
+        needlessly is settled or joins its running job, so that a second message does no harm.
+        """
+        if self._publishing or self._draining or now < self._reconcile_due:
             return
+        self._reconcile_due = now + self._reconcile_every_s
         context = self._now()
-        messages = self._reconciler.lost(context)
+        messages = lost_messages(self._store, context, self._reconcile_every_s, self._batch_size)
         if messages:
-            self._publish(messages, [], context)  # there are no jobs to say it of
+            self._publish(messages, [], context)  # there are no jobs to note it in
 
     def _publish(self, messages: list[PostMessage], jobs: list[str], context: ClaimContext) -> None:
-        if self._broker_thread is not None:
-            self._publishing = True
-            self._broker_thread.publish(messages, lambda: self._published.append((jobs, context)))
+        self._publishing = True
+        self._broker_thread.publish(messages, lambda: self._published.append((jobs, context)))
+
+
+def lost_messages(
+    store: PostStore, context: ClaimContext, period_s: float, limit: int
+) -> list[PostMessage]:
+    """Return messages for posts that nobody will tag; none where another King looks for them.
+
+    A database that does not answer, or gives no right to take leases, costs this period only.
+    """
+    try:
+        # Twice the period, so that the holder renews its lease in time.
+        if not store.take_lease(RECONCILER_LEASE, context, 2 * period_s):
+            return []
+        ids = islice(filter(_publishable, store.untagged_ids()), limit)
+        messages = [PostMessage(post_id) for post_id in ids]
+    except (StoreRefused, StoreUnavailable) as error:
+        log.warning("king.reconcile_failed", error=str(error))
+        return []
+    if messages:
+        log.info("king.reconciled", posts=len(messages))
+    return messages
+
+
+def _publishable(post_id: str) -> bool:
+    """Return True when a message can name the post; a control character is refused every time."""
+    try:
+        return parse_message(PostMessage(post_id).encode()).post_id == post_id
+    except (MessageError, UnicodeEncodeError):
+        return False
+
+
+def _log_write_refused(refused: WriteRefused) -> None:
+    log.error(
+        "king.job_refused",
+        post_id=refused.post_id,
+        reason=refused.reason,
+        retry_in_s=_REFUSED_AGAIN_S,
+    )
+
+
+def _reason(failure: Failure) -> str:
+    return f"{failure.stage}: {failure.type}: {failure.message}"

@@ -17,7 +17,8 @@ from config.settings import Settings
 from king.broker.connect import publish_posts, queue_depth
 from king.jobs import Job
 from king.messages import PostMessage
-from king.store.queries import Archive, StoredPost
+from king.store.client import StoreClient
+from king.store.queries import PostQueries, StoredPost, open_queries
 
 _EMBEDDED = "embedded://"
 _DOWN = "the embedded service is not running; the first request for /v1/posts starts it"
@@ -40,7 +41,7 @@ class Services:
 class _Shared:
     """A connection and its number of users: the threads that read with it, and the backend."""
 
-    archive: Archive
+    client: StoreClient
     users: int = 1
 
 
@@ -52,7 +53,7 @@ class Backend:
         self._probe_timeout_s = probe_timeout_s
         self._lock = threading.Lock()
         self._settings: Settings | None = None
-        self._archive: _Shared | None = None
+        self._shared: _Shared | None = None
 
     def publish(self, message: PostMessage) -> None:
         """Put a post on the queue; return when the broker has confirmed it.
@@ -73,8 +74,8 @@ class Backend:
             TaggingError: The database does not answer.
         """
         try:
-            with self._open_archive(self._resolved()) as archive:
-                return archive.post(post_id), archive.job(post_id)
+            with self._open_queries(self._resolved()) as queries:
+                return queries.post(post_id), queries.job(post_id)
         except TaggingError:
             self._forget()
             raise
@@ -95,21 +96,21 @@ class Backend:
             return self._settings
 
     @contextmanager
-    def _open_archive(self, settings: Settings) -> Iterator[Archive]:
+    def _open_queries(self, settings: Settings) -> Iterator[PostQueries]:
         with self._lock:
-            if self._archive is None:
-                self._archive = _Shared(Archive(settings.store))
-            shared = self._archive
+            if self._shared is None:
+                self._shared = _Shared(StoreClient(settings.store))
+            shared = self._shared
             shared.users += 1
         try:
-            yield shared.archive
+            yield PostQueries(shared.client)
         finally:
             self._leave(shared)
 
     def _forget(self) -> None:
         """Resolve again next time: an embedded service may come back on another port."""
         with self._lock:
-            shared, self._archive, self._settings = self._archive, None, None
+            shared, self._shared, self._settings = self._shared, None, None
         if shared is not None:
             self._leave(shared)
 
@@ -119,7 +120,7 @@ class Backend:
             shared.users -= 1
             last = shared.users == 0
         if last:
-            shared.archive.close()
+            shared.client.close()
 
     def _broker_trouble(self, settings: Settings) -> str | None:
         if settings.broker.url.startswith(_EMBEDDED):
@@ -136,13 +137,12 @@ class Backend:
         if settings.store.url.startswith(_EMBEDDED):
             return _DOWN
         timeout_s = min(settings.store.timeout_s, self._probe_timeout_s)
-        archive = Archive(settings.store.model_copy(update={"timeout_s": timeout_s}))
+        quick = settings.store.model_copy(update={"timeout_s": timeout_s})
         try:
-            archive.job("")
+            with open_queries(quick) as queries:
+                queries.job("")
         except TaggingError as error:
             return _described(error)
-        finally:
-            archive.close()
         return None
 
 

@@ -188,7 +188,7 @@ class Run:
 
     def _judge(self, site: Site, feeder: Feeder) -> Report:
         ends = site.ends()
-        letters = {job.post_id: job for job in site.store.dead_letters(limit=100_000)}
+        letters = {job.post_id: job for job in site.store.queries.dead_letters(limit=100_000)}
         lost = sorted(set(self._ids) - set(ends))
         twice = sorted(site.audit.tagged_twice() | site.journal.tagged_twice)
         recovered = [w.recovery_s for w in self._wounds if w.recovery_s is not None]

@@ -22,7 +22,8 @@ from king.broker.connect import publish_posts, queue_depth
 from king.broker.rabbitmq import dead_queue
 from king.messages import PostMessage
 from king.status import read_health
-from king.store.store import MongoStore
+from king.store.client import StoreClient
+from king.store.store import Store
 from tests.support.proxy import Proxy
 from tests.support.services import (
     DIE_WITH_PARENT,
@@ -72,7 +73,7 @@ class Site:
         self._sections = settings
         self.direct = self._settings(self.broker.port, self.database.port)
         self.through = self._settings(self.broker_proxy.port, self.database_proxy.port)
-        self.store = MongoStore(self.direct.store)
+        self.store = Store(StoreClient(self.direct.store))
         self.journal = Journal(self.run_folder / "king.log")
         self.audit = Audit(self.database.folder / "mongo.db")
         self._supervisord: subprocess.Popen[bytes] | None = None
@@ -95,7 +96,7 @@ class Site:
         self.database.start()
         self.store.connect()
         for i in range(0, len(posts), 1000):
-            self.store.posts.insert_many(posts[i : i + 1000])
+            self.store.client.posts.insert_many(posts[i : i + 1000])
         self.audit.install(self.direct.store.collection, self.direct.store.result_path)
         publish_posts(self.direct.broker, [])
         time.sleep(LEADER_S if isinstance(self.broker, RabbitMQServer) else 0)
@@ -246,11 +247,11 @@ class Site:
     def ends(self) -> dict[str, str]:
         """Post ─► ``tagged`` or ``dead``, for those that have come to an end."""
         path = f"{self.direct.store.result_path}.status"
-        tagged = self.store.posts.find({path: "tagged"}, {"_id": 1})
+        tagged = self.store.client.posts.find({path: "tagged"}, {"_id": 1})
         ends = {str(post["_id"]): "tagged" for post in tagged}
-        ends |= {job.post_id: "dead" for job in self.store.dead_letters(limit=100_000)}
+        ends |= {job.post_id: "dead" for job in self.store.queries.dead_letters(limit=100_000)}
         return ends
 
     def open_jobs(self) -> int:
         """Jobs that are no dead letters."""
-        return sum(n for state, n in self.store.counts()["jobs"].items() if state != "dead")
+        return sum(n for state, n in self.store.queries.counts()["jobs"].items() if state != "dead")

@@ -23,7 +23,8 @@ from fuzzing.cases import Cases
 from fuzzing.messages import BadMessage
 from king.broker.connect import publish_posts
 from king.messages import PostMessage
-from king.store.store import MongoStore
+from king.store.client import StoreClient
+from king.store.store import Store
 from tests.support.tiny_models import tiny_features
 from tests.support.workers.small_bundle import write_bundle
 
@@ -150,7 +151,7 @@ class Site:
         self._king: subprocess.Popen[bytes] | None = None
         self.deaths = 0
         self.settings = embedded.resolve(self._embedded)
-        self.store = MongoStore(self.settings.store)
+        self.store = Store(StoreClient(self.settings.store))
         suite = ExtractorSuite(self.settings.features)
         suite.load()
         write_bundle(self.settings.fusion.bundle, suite)
@@ -168,7 +169,7 @@ class Site:
             f"{case.kind}s": [f"{self._host.url}/{fault}{case.path}"],
             "case": case.name,
         }
-        self.store.posts.insert_one(document)
+        self.store.client.posts.insert_one(document)
         return str(document["_id"])
 
     def publish(self, messages: Sequence[BadMessage]) -> None:

@@ -21,7 +21,8 @@ from pymongo.errors import OperationFailure
 from common.errors import ConfigError, RetryableError, StoreUnavailable
 from config.settings import StoreSettings
 from corpus.pull.values import Page, Place
-from king.store.client import MongoEdge
+from king.store.client import StoreClient
+from king.store.embedded_quirks import all_of, is_embedded
 
 T = TypeVar("T")
 
@@ -38,7 +39,7 @@ _FIRST_WAIT_S, _LONGEST_WAIT_S = 1.0, 32.0  # about a minute in all
 log = structlog.get_logger()
 
 
-class Pages(MongoEdge):
+class Pages:
     """Reads the posts collection.
 
     Args:
@@ -58,10 +59,14 @@ class Pages(MongoEdge):
         *,
         by_range: bool | None = None,
     ) -> None:
-        super().__init__(settings)
+        self._client = StoreClient(settings)
         self._query, self._fields, self._size = dict(query), dict(fields), size
         self._by_range = by_range
         self._wait_s = _FIRST_WAIT_S
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._client.close()
 
     def count(self) -> int:
         """How many documents there are to read.
@@ -85,14 +90,12 @@ class Pages(MongoEdge):
         yield from self._ranges(after) if self._by_range else self._listed(after)
 
     def _count(self) -> int:
-        with self.edge():
-            return int(self.posts.count_documents(self._query))
+        with self._client.edge():
+            return int(self._client.posts.count_documents(self._query))
 
     def _can_range(self) -> bool:
-        """Real ones tell their version in parts; what speaks like them mostly does not."""
-        with self.edge():
-            answer = self.posts.database.client.admin.command("buildInfo")
-        return "versionArray" in answer
+        with self._client.edge():
+            return not is_embedded(self._client.database.client)
 
     def _ranges(self, place: Place) -> Iterator[Page]:
         for bracket in range(place.bracket, len(_BRACKETS)):
@@ -110,9 +113,9 @@ class Pages(MongoEdge):
                     break
 
     def _read(self, bounds: Mapping[str, Any]) -> list[dict[str, Any]]:
-        condition = {"$and": [{"_id": dict(bounds)}, self._query]}
-        with self.edge():
-            cursor = self.posts.find(condition, self._fields).sort("_id", 1)
+        condition = all_of({"_id": bounds}, self._query)
+        with self._client.edge():
+            cursor = self._client.posts.find(condition, self._fields).sort("_id", 1)
             return list(cursor.limit(self._size))
 
     def _listed(self, place: Place) -> Iterator[Page]:
@@ -139,8 +142,10 @@ class Pages(MongoEdge):
             yield chunk
 
     def _all(self) -> Iterator[dict[str, Any]]:
-        with self.edge():
-            yield from self.posts.find(self._query, self._fields).sort("_id", 1).batch_size(_BATCH)
+        with self._client.edge():
+            yield from (
+                self._client.posts.find(self._query, self._fields).sort("_id", 1).batch_size(_BATCH)
+            )
 
     def _patiently(self, read: Callable[[], T]) -> T:
         while True:

@@ -1,10 +1,4 @@
-"""The edge to MongoDB: one client, foreign errors mapped, bulk writes read operation by operation.
-
-Kept within what both MongoDB and the embedded server (nx-27017) do alike. What the latter gets
-wrong, and what is therefore not used: ``$or`` beside other keys of an update's filter (it changes
-other documents; inside ``$and`` it is right), ``find_one_and_update``, ``$not``, ``$nor`` on
-absent fields, update pipelines, dates at the top level of an update.
-"""
+"""The client of MongoDB: collections, foreign errors mapped, bulk writes read one by one."""
 
 from __future__ import annotations
 
@@ -27,7 +21,7 @@ from pymongo.errors import (
     WriteError,
 )
 
-from common.errors import ConfigError, StoreRefused, StoreUnavailable, one_line
+from common.errors import ConfigError, StoreRefused, StoreUnavailable
 from common.urls import redact
 from config.settings import StoreSettings
 
@@ -36,7 +30,8 @@ Operation = InsertOne[Document] | UpdateOne | DeleteOne
 
 DUPLICATE_KEY = 11000
 _AUTHENTICATION_FAILED = 18
-# Codes of what passes by itself: elections and shutdowns; time-outs, conflicts, a full disk.
+# Codes of states that pass by themselves: elections and shutdowns; time-outs, conflicts, a full
+# disk. A write that is refused with one of them is repeated; with any other it is given up.
 _ELECTION = frozenset((91, 133, 189, 10058, 10107, 11600, 11602, 13435, 13436))
 _BUSY = frozenset((6, 7, 24, 46, 50, 63, 64, 89, 112, 134, 150, 202, 262, 9001, 13388, 14031))
 _PASSING = _ELECTION | _BUSY
@@ -46,8 +41,8 @@ _UNWRITABLE = (BSONError, DocumentTooLarge, UnicodeEncodeError, OverflowError)
 log = structlog.get_logger()
 
 
-class MongoEdge:
-    """The two collections, reached when they are first used."""
+class StoreClient:
+    """The collections of one database, connected on first use."""
 
     def __init__(self, settings: StoreSettings) -> None:
         self.settings = settings
@@ -55,26 +50,31 @@ class MongoEdge:
 
     @property
     def url(self) -> str:
-        """The database's URL as it may be shown."""
+        """The database's URL without its password."""
         return redact(self.settings.url)
 
     @property
     def posts(self) -> Collection[Document]:
         """The platform's posts."""
-        return self._database[self.settings.collection]
+        return self.database[self.settings.collection]
 
     @property
     def jobs(self) -> Collection[Document]:
         """Our jobs."""
-        return self._database[self.settings.jobs_collection]
+        return self.database[self.settings.jobs_collection]
 
     @property
     def leases(self) -> Collection[Document]:
-        """What only one King does at a time: a document each. No jobs, hence not among them."""
-        return self._database[f"{self.settings.jobs_collection}_leases"]
+        """Leases of work that only one King does at a time; apart from the jobs they would skew."""
+        return self.database[f"{self.settings.jobs_collection}_leases"]
 
     @property
-    def _database(self) -> Database[Document]:
+    def database(self) -> Database[Document]:
+        """The database; connects when it is first used.
+
+        Raises:
+            ConfigError: The URL is malformed.
+        """
         if self._client is None:
             timeout_ms = round(self.settings.timeout_s * 1000)
             try:
@@ -87,8 +87,8 @@ class MongoEdge:
                     serverSelectionTimeoutMS=timeout_ms,
                     connectTimeoutMS=timeout_ms,
                     socketTimeoutMS=timeout_ms,
-                    # A platform's document may hold what Python has no name for; one that could
-                    # not be read would end the store thread, again at every redelivery.
+                    # A platform's document may hold dates and texts that Python cannot represent.
+                    # An error would end the store thread, again at every redelivery.
                     datetime_conversion="DATETIME_AUTO",
                     unicode_decode_error_handler="replace",
                 )
@@ -97,7 +97,7 @@ class MongoEdge:
         return self._client[self.settings.database]
 
     def connect(self) -> None:
-        """Reach the database and make the index of the jobs.
+        """Reach the database and create the index of the jobs.
 
         Raises:
             StoreUnavailable: It cannot be reached now.
@@ -105,14 +105,14 @@ class MongoEdge:
         """
         with self.edge():
             try:
-                self._database.command("ping")
+                self.database.command("ping")
             except OperationFailure as error:
                 if error.code == _AUTHENTICATION_FAILED:
                     raise ConfigError(f"store.url: {self.url}: {_one_line(error)}") from error
                 raise
             try:
                 self.jobs.create_index([("state", 1), ("due_at", 1)])
-            except OperationFailure as error:  # no right to make indexes: slower, not wrong
+            except OperationFailure as error:  # no right to create indexes: slower, not wrong
                 log.warning("store.index_refused", error=_one_line(error))
 
     def close(self) -> None:
@@ -123,12 +123,11 @@ class MongoEdge:
 
     @contextmanager
     def edge(self) -> Iterator[None]:
-        """Map what pymongo raises.
+        """Map the errors that pymongo raises inside the block.
 
         Raises:
-            StoreRefused: A single write was refused, and will be again; or what was asked or
-                read has no BSON.
-            StoreUnavailable: Anything else that pymongo raised inside.
+            StoreRefused: A write was refused for good, or a value has no BSON form.
+            StoreUnavailable: Every other error of pymongo.
         """
         try:
             yield
@@ -146,11 +145,11 @@ class MongoEdge:
         """Write, unordered, with majority write concern.
 
         Returns:
-            How many operations took effect, and for each that was refused its position ─► code
-            and one line.
+            The number of operations that took effect, and for each refused one its position ->
+            code and reason.
 
         Raises:
-            StoreUnavailable: Whether they took effect is not known; writing again does no harm.
+            StoreUnavailable: It is not known which took effect; writing again does no harm.
         """
         if not operations:
             return 0, {}
@@ -200,5 +199,6 @@ def _refused(details: Mapping[str, Any]) -> dict[int, tuple[int, str]]:
 
 
 def _one_line(error: BaseException) -> str:
-    text = one_line(error)
+    """Return pymongo's reason without the description of its topology."""
+    text = " ".join(str(error).split()) or type(error).__name__
     return text.split(", Timeout:")[0].split(", full error:")[0][:300]

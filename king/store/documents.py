@@ -1,27 +1,26 @@
-"""Post documents as the platform keeps them ─► `Post`, and results ─► the sub-document; pure.
+"""Post documents of the platform -> `Post`; pure.
 
-The platform's documents are not ours: whatever is missing or of another type is read as absent,
-and never an error.
+The platform's documents are not ours: what is missing or of another type is read as absent, and
+never raises an error.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from datetime import datetime, timezone
 from typing import Any
 
 from bson import ObjectId
 
-from common.post import Failure, Media, MediaKind, Post, clean
-from common.result import TagResult
+from common.post import Media, MediaKind, Post, clean
 from config.settings import FieldMap
-from king.jobs import Bundle, Tagged
+from king.jobs import Bundle
+from king.store.embedded_quirks import whole_fields
 
-_INT64_DIGITS = 18
+_INT64_DIGITS = 18  # every number of 18 digits fits into the int64 of BSON; of 19 digits, some
 
 
 def dig(document: Mapping[str, Any], path: str) -> Any:
-    """The value at a dotted path, or None; a list on the way is looked into item by item."""
+    """Return the value at a dotted path, or None; on the way, lists are searched item by item."""
     node: Any = document
     for key in path.split("."):
         if isinstance(node, list):
@@ -34,46 +33,50 @@ def dig(document: Mapping[str, Any], path: str) -> Any:
 
 
 def id_candidates(post_id: str) -> list[Any]:
-    """What an ID on the queue, which is always text, may be in the database; likeliest first."""
-    found: list[Any] = [post_id]
+    """Return the values that an ID on the queue (always text) may have in the database.
+
+    The likeliest comes first: text, then an ObjectId, then a number.
+    """
+    candidates: list[Any] = [post_id]
     if len(post_id) == 24 and ObjectId.is_valid(post_id):
-        found.append(ObjectId(post_id))
+        candidates.append(ObjectId(post_id))
     if post_id.isascii() and post_id.isdigit() and len(post_id) <= _INT64_DIGITS:
-        found.append(int(post_id))
-    return found
+        candidates.append(int(post_id))
+    return candidates
+
+
+def is_id(value: object) -> bool:
+    """Return True for a value of the types that `id_candidates` gives."""
+    return isinstance(value, (str, int, ObjectId)) and not isinstance(value, bool)
 
 
 def match_ids(
     documents: Iterable[Mapping[str, Any]], post_ids: Iterable[str], path: str
 ) -> dict[str, Mapping[str, Any]]:
-    """Which document belongs to which ID; where several do, the likeliest type of ID wins."""
+    """Return the document of each ID; where several match, the likeliest type of ID wins."""
     by_value: dict[tuple[type, Any], Mapping[str, Any]] = {}
     for document in documents:
         value = dig(document, path)
-        if isinstance(value, (str, int, ObjectId)) and not isinstance(value, bool):
+        if is_id(value):
             by_value.setdefault((type(value), value), document)
-    found: dict[str, Mapping[str, Any]] = {}
+    matched: dict[str, Mapping[str, Any]] = {}
     for post_id in post_ids:
         for candidate in id_candidates(post_id):
             document_of = by_value.get((type(candidate), candidate))
             if document_of is not None:
-                found[post_id] = document_of
+                matched[post_id] = document_of
                 break
-    return found
+    return matched
 
 
 def projection(fields: FieldMap, result_path: str) -> dict[str, int]:
-    """The top-level fields that a post is read from.
-
-    Whole ones: MongoDB refuses a projection that names both a path and a part of it, and the
-    embedded database loses paths that lead through a list.
-    """
+    """Return the projection that a post and its result are read with."""
     paths = ("_id", fields.id, fields.text, fields.images, fields.videos, fields.audios)
-    return {path.split(".")[0]: 1 for path in (*paths, result_path)}
+    return whole_fields((*paths, result_path))
 
 
 def read_post(post_id: str, document: Mapping[str, Any], fields: FieldMap) -> Post:
-    """A post from its document."""
+    """Return the post that a document describes."""
     text = dig(document, fields.text)
     paths: tuple[tuple[MediaKind, str], ...] = (
         ("image", fields.images),
@@ -90,7 +93,7 @@ def read_post(post_id: str, document: Mapping[str, Any], fields: FieldMap) -> Po
 
 
 def sources(value: Any) -> list[str]:
-    """The texts in a value: a text, ``{url: text}``, or a list of these; all else is left out."""
+    """Return the texts in a text, ``{url: text}``, or a list of these; ignore everything else."""
     if isinstance(value, str):
         return [value.strip()] if value.strip() else []
     if isinstance(value, Mapping):
@@ -101,32 +104,6 @@ def sources(value: Any) -> list[str]:
 
 
 def tagged_by(document: Mapping[str, Any], result_path: str, bundle: Bundle) -> bool:
-    """Whether the document carries this very bundle's tags."""
-    found = [dig(document, f"{result_path}.{key}") for key in ("status", "model", "version")]
-    return found == ["tagged", *bundle]
-
-
-def tagged_result(outcome: Tagged) -> dict[str, Any]:
-    """Return the result sub-document of a tagged post."""
-    return TagResult.tagged(
-        outcome.tags,
-        outcome.statuses,
-        outcome.failures,
-        attempts=outcome.started.attempt,
-        tagged_at=datetime.fromtimestamp(outcome.ended_at, timezone.utc),
-        timings_ms=outcome.timings_ms,
-    ).document()
-
-
-def failed_result(
-    post_id: str, failure: Failure, attempts: int, bundle: Bundle, timings_ms: Mapping[str, int]
-) -> dict[str, Any]:
-    """Return the result sub-document of a post that failed for good."""
-    return TagResult.failed(
-        post_id,
-        bundle,
-        failure,
-        attempts=attempts,
-        tagged_at=datetime.now(timezone.utc),
-        timings_ms=timings_ms,
-    ).document()
+    """Return True when the document carries the tags of exactly this bundle."""
+    stored = [dig(document, f"{result_path}.{key}") for key in ("status", "model", "version")]
+    return stored == ["tagged", *bundle]

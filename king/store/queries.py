@@ -1,22 +1,23 @@
-"""What the commands ask of the database: posts without tags, dead letters, counts."""
+"""Queries of the commands, HTTP and the monitor: posts without tags, dead letters, counts."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime
 from itertools import islice
 from typing import Any
 
-from bson import ObjectId
-
+from common.post import Post
+from config.settings import StoreSettings
 from king.jobs import JOB_STATES, QUEUED_FOR_S, Bundle, Job
 from king.messages import PostMessage
-from king.store.client import MongoEdge
-from king.store.documents import dig, id_candidates, match_ids, read_post
-from workers.protocol import Post
+from king.store.client import StoreClient
+from king.store.documents import dig, id_candidates, is_id, match_ids, read_post
+from king.store.embedded_quirks import all_of
 
+# IDs of one question. At half, twice as many round trips; at double, filters of 100 kB and more.
 _CHUNK = 500
 
 
@@ -32,19 +33,23 @@ class StoredPost:
     result: Mapping[str, Any] | None
 
 
-class Archive(MongoEdge):
-    """Reading the posts and keeping the dead letters; every method raises `StoreUnavailable`."""
+class PostQueries:
+    """Reads posts and manages dead letters; every method raises `StoreUnavailable`."""
+
+    def __init__(self, client: StoreClient) -> None:
+        self._client = client
+        self._settings = client.settings
 
     def untagged_ids(self, limit: int | None = None, bundle: Bundle | None = None) -> Iterator[str]:
-        """IDs of posts to publish, as text.
+        """Yield the IDs of posts to publish, as text.
 
         Args:
-            limit: At most so many.
+            limit: Largest number of them.
             bundle: None gives the posts that have no result at all; a bundle gives those that
                 it has not tagged. Posts that have a job are left out either way: they will be
                 tried again by themselves, or are dead letters.
         """
-        path = self.settings.result_path
+        path = self._settings.result_path
         condition: dict[str, Any] = {f"{path}.status": None}
         if bundle is not None:
             condition = {
@@ -57,110 +62,104 @@ class Archive(MongoEdge):
         yield from islice(self._without_jobs(self._ids(condition)), limit)
 
     def matching_ids(self, condition: Mapping[str, Any], limit: int | None = None) -> Iterator[str]:
-        """IDs of the posts that match a MongoDB condition, as text, while they are read."""
+        """Yield the IDs of the posts that match a MongoDB condition, as text."""
         yield from islice(self._ids(condition), limit)
 
     def matching(self, condition: Mapping[str, Any]) -> int:
-        """How many posts match a MongoDB condition."""
-        with self.edge():
-            return int(self.posts.count_documents(condition))
+        """Return the number of posts that match a MongoDB condition."""
+        with self._client.edge():
+            return int(self._client.posts.count_documents(condition))
 
     def among(self, post_ids: Iterable[str], condition: Mapping[str, Any]) -> Iterator[str]:
-        """Those of the IDs whose posts are there and match a condition, in order."""
-        path = self.settings.fields.id
+        """Yield those of the IDs whose posts exist and match a condition, in order."""
+        path = self._settings.fields.id
         for chunk in _chunks(post_ids):
-            wanted = [value for post_id in chunk for value in id_candidates(post_id)]
-            found = set(self._ids({"$and": [{path: {"$in": wanted}}, condition]}))
-            yield from (post_id for post_id in chunk if post_id in found)
+            candidates = [value for post_id in chunk for value in id_candidates(post_id)]
+            matching = set(self._ids(all_of({path: {"$in": candidates}}, condition)))
+            yield from (post_id for post_id in chunk if post_id in matching)
 
     def _ids(self, condition: Mapping[str, Any]) -> Iterator[str]:
-        path = self.settings.fields.id
-        with self.edge():
-            for document in self.posts.find(condition, {"_id": 1, path: 1}):
+        path = self._settings.fields.id
+        with self._client.edge():
+            for document in self._client.posts.find(condition, {"_id": 1, path: 1}):
                 value = dig(document, path)
-                if isinstance(value, (str, int, ObjectId)) and not isinstance(value, bool):
+                if is_id(value):
                     yield str(value)
 
     def _without_jobs(self, post_ids: Iterator[str]) -> Iterator[str]:
         while chunk := list(islice(post_ids, _CHUNK)):
-            with self.edge():
-                cursor = self.jobs.find({"_id": {"$in": chunk}}, {"_id": 1})
+            with self._client.edge():
+                cursor = self._client.jobs.find({"_id": {"$in": chunk}}, {"_id": 1})
                 taken = {document["_id"] for document in cursor}
             yield from (post_id for post_id in chunk if post_id not in taken)
 
     def post(self, post_id: str) -> StoredPost | None:
-        """One post with its result, or None when there is no such post."""
-        fields = self.settings.fields
-        with self.edge():
-            cursor = self.posts.find({fields.id: {"$in": id_candidates(post_id)}})
+        """Return one post with its result, or None when there is no such post."""
+        fields = self._settings.fields
+        with self._client.edge():
+            cursor = self._client.posts.find({fields.id: {"$in": id_candidates(post_id)}})
             document = match_ids(cursor, [post_id], fields.id).get(post_id)
         if document is None:
             return None
-        result = dig(document, self.settings.result_path)
+        result = dig(document, self._settings.result_path)
         return StoredPost(
             post=read_post(post_id, document, fields),
             result=result if isinstance(result, dict) else None,
         )
 
     def job(self, post_id: str) -> Job | None:
-        """The job of one post, or of one unreadable message."""
-        with self.edge():
-            document = self.jobs.find_one({"_id": post_id})
+        """Return the job of one post, or of one unreadable message."""
+        with self._client.edge():
+            document = self._client.jobs.find_one({"_id": post_id})
         return Job.of(document) if document is not None else None
 
     def dead_among(self, post_ids: Iterable[str]) -> dict[str, Job]:
-        """Those of the IDs that are dead letters, with their jobs."""
-        found: dict[str, Job] = {}
+        """Return the jobs of those IDs that are dead letters."""
+        dead: dict[str, Job] = {}
         for chunk in _chunks(post_ids):
-            with self.edge():
-                cursor = self.jobs.find({"_id": {"$in": chunk}, "state": "dead"})
-                found.update((job.post_id, job) for job in map(Job.of, cursor))
-        return found
+            with self._client.edge():
+                cursor = self._client.jobs.find({"_id": {"$in": chunk}, "state": "dead"})
+                dead.update((job.post_id, job) for job in map(Job.of, cursor))
+        return dead
 
     def dead_letters(
         self,
         *,
         stage: str | None = None,
         type: str | None = None,
-        since: datetime | float | None = None,
+        since_s: float | None = None,
         limit: int = 100,
     ) -> list[Job]:
-        """Dead letters, the newest first.
+        """Return the dead letters, the newest first.
 
         Args:
             stage: Only those that failed in this stage.
             type: Only those of this error class.
-            since: Only those set aside since then; a number is seconds since the epoch.
-            limit: At most so many.
+            since_s: Only those set aside since then, in seconds since the epoch.
+            limit: Largest number of them.
         """
         condition: dict[str, Any] = {"state": "dead"}
         if stage is not None:
             condition["last_error.stage"] = stage
         if type is not None:
             condition["last_error.type"] = type
-        if since is not None:
-            seconds = since.timestamp() if isinstance(since, datetime) else float(since)
-            condition["updated_at"] = {"$gte": seconds}
-        with self.edge():
-            found = self.jobs.find(condition).sort("updated_at", -1).limit(limit)
-            return [Job.of(document) for document in found]
+        if since_s is not None:
+            condition["updated_at"] = {"$gte": since_s}
+        with self._client.edge():
+            cursor = self._client.jobs.find(condition).sort("updated_at", -1).limit(limit)
+            return [Job.of(document) for document in cursor]
 
     def replay(self, post_ids: Iterable[str]) -> list[PostMessage]:
-        """Give dead letters all their attempts again.
+        """Give dead letters all their attempts again, and return the messages to publish.
 
-        Letters of unreadable messages stay: there is nothing to publish.
-
-        Args:
-            post_ids: Which; those that are no dead letters are left out.
-
-        Returns:
-            The messages to publish. When they are not, the daemon publishes them later.
+        IDs that are not dead letters are ignored, and letters of unreadable messages stay, since
+        they name no post. A message that is not published is published by the daemon later.
         """
         now = time.time()
         replayed: list[PostMessage] = []
         for chunk in _chunks(post_ids):
-            with self.edge():
-                cursor = self.jobs.find({"_id": {"$in": chunk}, "state": "dead"})
+            with self._client.edge():
+                cursor = self._client.jobs.find({"_id": {"$in": chunk}, "state": "dead"})
                 jobs = [job for job in map(Job.of, cursor) if job.names_a_post]
                 change = {
                     "state": "queued",
@@ -170,27 +169,29 @@ class Archive(MongoEdge):
                     "updated_at": now,
                 }
                 keys = [job.post_id for job in jobs]
-                self.jobs.update_many({"_id": {"$in": keys}, "state": "dead"}, {"$set": change})
+                self._client.jobs.update_many(
+                    {"_id": {"$in": keys}, "state": "dead"}, {"$set": change}
+                )
             replayed += [job.message for job in jobs]
         return replayed
 
     def drop(self, post_ids: Iterable[str]) -> int:
-        """Delete dead letters; gives how many."""
+        """Delete dead letters and return their number."""
         dropped = 0
         for chunk in _chunks(post_ids):
-            with self.edge():
-                result = self.jobs.delete_many({"_id": {"$in": chunk}, "state": "dead"})
+            with self._client.edge():
+                result = self._client.jobs.delete_many({"_id": {"$in": chunk}, "state": "dead"})
             dropped += result.deleted_count
         return dropped
 
     def counts(self) -> dict[str, Any]:
-        """``{posts, tagged, failed, untagged, jobs: {running, waiting, queued, dead}}``."""
-        status = f"{self.settings.result_path}.status"
-        with self.edge():
-            posts = int(self.posts.count_documents({}))
-            tagged = int(self.posts.count_documents({status: "tagged"}))
-            failed = int(self.posts.count_documents({status: "failed"}))
-            jobs = {s: int(self.jobs.count_documents({"state": s})) for s in JOB_STATES}
+        """Return ``{posts, tagged, failed, untagged, jobs: {running, waiting, queued, dead}}``."""
+        status = f"{self._settings.result_path}.status"
+        with self._client.edge():
+            posts = int(self._client.posts.count_documents({}))
+            tagged = int(self._client.posts.count_documents({status: "tagged"}))
+            failed = int(self._client.posts.count_documents({status: "failed"}))
+            jobs = {s: int(self._client.jobs.count_documents({"state": s})) for s in JOB_STATES}
         untagged = posts - tagged - failed
         return {
             "posts": posts,
@@ -199,6 +200,16 @@ class Archive(MongoEdge):
             "untagged": untagged,
             "jobs": jobs,
         }
+
+
+@contextmanager
+def open_queries(settings: StoreSettings) -> Iterator[PostQueries]:
+    """Yield the queries to one database, and close its connections at the end."""
+    client = StoreClient(settings)
+    try:
+        yield PostQueries(client)
+    finally:
+        client.close()
 
 
 def _chunks(items: Iterable[str]) -> Iterator[Sequence[str]]:

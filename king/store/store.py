@@ -1,219 +1,341 @@
-"""The store: posts are read here, attempts recorded, tags written; an edge with two sides.
+"""The daemon's store in MongoDB: posts are read here, attempts recorded, results written.
 
-`Store` is what the King asks for; `MongoStore` keeps it in MongoDB. Every operation may be
-repeated after a `StoreUnavailable` without harm: an attempt is claimed only from the state that
-was read, and results are fenced by the bundle's version.
+Every operation may be repeated after a `StoreUnavailable` without harm: an attempt is claimed only
+from the state that was read, and a result never replaces that of a newer bundle.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from pymongo import DeleteOne, UpdateOne
+from pymongo import DeleteOne, InsertOne, UpdateOne
 from pymongo.errors import DuplicateKeyError
 
-from common.errors import StoreRefused
+from common.errors import PostNotFound, StoreRefused
+from common.post import Failure
+from common.result import TagResult
 from king.jobs import (
+    OPEN_STATES,
     QUEUED_FOR_S,
     Claim,
     ClaimContext,
     Dead,
+    Decision,
+    HeldElsewhere,
     Job,
     Outcome,
+    Rejected,
     Released,
     Retry,
+    Settled,
+    Started,
     Tagged,
     Unreadable,
     Verdict,
     WriteRefused,
+    decide,
+    exhausted,
     message_key,
     number,
 )
-from king.store.claims import Claims, as_read
-from king.store.client import Operation
-from king.store.documents import (
-    failed_result,
-    tagged_result,
-)
-from workers.protocol import Failure
+from king.store.client import DUPLICATE_KEY, Operation, StoreClient
+from king.store.documents import id_candidates, match_ids, projection, read_post, tagged_by
+from king.store.embedded_quirks import all_of
+from king.store.queries import PostQueries
 
-OPEN_STATES = ("waiting", "queued", "running")
+# A claim that was lost to another King is looked at again after this: by then the other one has
+# written its own. At half, it is only asked for twice; at double, a post waits for nothing.
+_RETRY_SOON_S = 0.5
 
 
-class Store(Protocol):
-    """Posts and jobs, as the King sees them; only the store thread calls it."""
+@dataclass(frozen=True, slots=True)
+class _Judged:
+    """A claim's verdict, the change of its job, and the result that is written at once."""
+
+    verdict: Verdict
+    operation: Operation | None = None
+    result: UpdateOne | None = None
+
+
+class Store:
+    """Posts, jobs and results; only the store thread calls it.
+
+    Every method but `close` raises `StoreUnavailable` when the database does not answer: call it
+    again with the same arguments.
+    """
+
+    def __init__(self, client: StoreClient) -> None:
+        self.client = client
+        self.queries = PostQueries(client)
+        self._settings = client.settings
 
     @property
     def url(self) -> str:
-        """Its address as it may be shown."""
-        ...
+        """The database's URL without its password."""
+        return self.client.url
 
     def connect(self) -> None:
-        """Reach it. Raises `StoreUnavailable`, or `ConfigError` when it refuses the user."""
-        ...
+        """Reach the database.
 
-    def begin(self, claims: Sequence[Claim], context: ClaimContext) -> list[Verdict]:
-        """Load posts and record their attempts; one verdict per claim, in order.
-
-        The claims are for different posts.
+        Raises:
+            ConfigError: It refuses the user or the password.
         """
-        ...
-
-    def finish(
-        self, outcomes: Sequence[Outcome], context: ClaimContext
-    ) -> Sequence[Outcome | WriteRefused]:
-        """Write what became of attempts; gives what was recorded, in order.
-
-        An outcome whose write the database refused for good comes back as a `Dead`; or, where it
-        refuses a dead letter too, as an `WriteRefused`, which may be finished again.
-        """
-        ...
-
-    def renew(self, post_ids: Sequence[str], context: ClaimContext) -> None:
-        """Extend the leases of running posts."""
-        ...
-
-    def claim_due(self, context: ClaimContext, limit: int) -> list[Job]:
-        """Take the jobs that are due, for publishing; no other King gets the same."""
-        ...
-
-    def published(self, post_ids: Sequence[str], context: ClaimContext) -> None:
-        """Jobs of `claim_due` whose messages the broker has confirmed."""
-        ...
-
-    def release_dead(self, context: ClaimContext) -> int:
-        """Make the jobs of Kings that are known to be dead due at once; gives their number."""
-        ...
-
-    def open_jobs(self) -> int:
-        """Number of jobs that are not dead letters."""
-        ...
-
-    def untagged_ids(self) -> Iterator[str]:
-        """IDs of the posts that have neither a result nor a job."""
-        ...
-
-    def take_lease(self, name: str, context: ClaimContext, lease_s: float) -> bool:
-        """Take or renew what only one King does at a time; False when another one holds it."""
-        ...
+        self.client.connect()
 
     def close(self) -> None:
         """Close the connections."""
-        ...
+        self.client.close()
 
+    def begin(self, claims: Sequence[Claim], context: ClaimContext) -> list[Verdict]:
+        """Load posts and record their attempts; return one verdict per claim, in order.
 
-class MongoStore(Claims):
-    """The store in MongoDB; see `Store`."""
+        The claims are for different posts.
+        """
+        if not claims:
+            return []
+        post_ids = [claim.message.post_id for claim in claims]
+        documents = self.read_documents(post_ids)
+        jobs = self.read_jobs(post_ids)
+        judged = [
+            self._judge(claim, documents.get(post_id), jobs.get(post_id), context)
+            for post_id, claim in zip(post_ids, claims, strict=True)
+        ]
+        self.client.bulk(self.client.posts, [j.result for j in judged if j.result is not None])
+        writes = [(j.verdict.post_id, j.operation) for j in judged if j.operation is not None]
+        effective, refused = self.client.bulk(self.client.jobs, [write for _, write in writes])
+        verdicts = [j.verdict for j in judged]
+        # Every insert and update takes effect unless the job has changed since it was read: then
+        # another King was quicker, and the jobs tell who holds what. (A delete may find nothing.)
+        if effective < sum(not isinstance(write, DeleteOne) for _, write in writes):
+            reasons = {
+                writes[position][0]: reason
+                for position, (code, reason) in refused.items()
+                if code != DUPLICATE_KEY and not isinstance(writes[position][1], DeleteOne)
+            }
+            verdicts = self._confirm(verdicts, reasons, context)
+        return verdicts
 
-    # Finish ----------------------------------------------------------------------------------
+    def read_documents(self, post_ids: Sequence[str]) -> dict[str, Mapping[str, Any]]:
+        """Return the documents of posts by ID, with the fields that a post is read from."""
+        fields = self._settings.fields
+        candidates = [value for post_id in post_ids for value in id_candidates(post_id)]
+        with self.client.edge():
+            cursor = self.client.posts.find(
+                {fields.id: {"$in": candidates}}, projection(fields, self._settings.result_path)
+            )
+            return match_ids(cursor, post_ids, fields.id)
+
+    def read_jobs(self, post_ids: Sequence[str]) -> dict[str, Job]:
+        """Return the jobs of posts by ID."""
+        with self.client.edge():
+            jobs = map(Job.of, self.client.jobs.find({"_id": {"$in": list(post_ids)}}))
+            return {job.post_id: job for job in jobs}
+
+    def _judge(
+        self,
+        claim: Claim,
+        document: Mapping[str, Any] | None,
+        job: Job | None,
+        context: ClaimContext,
+    ) -> _Judged:
+        post_id = claim.message.post_id
+        decision = decide(job, claim, context)
+        tagged = self._tagged(document, claim, job, context)
+        if decision == "elsewhere" and job is not None and not tagged:
+            return _Judged(HeldElsewhere(post_id, job.lease_until))
+        if document is None:
+            where = f"{self._settings.database}.{self._settings.collection}"
+            error = PostNotFound(f"no post {post_id!r} in {where}")
+            attempts = job.attempts if job is not None else 0
+            rejected = Rejected(post_id, Failure.of("load", error), attempts)
+            return _Judged(rejected, _dead_letter(claim, job, rejected, context))
+        if tagged:
+            stale = DeleteOne(as_read(job)) if job is not None and decision != "elsewhere" else None
+            return _Judged(Settled(post_id, "tagged"), stale)
+        if decision in ("waiting", "dead"):
+            return _Judged(Settled(post_id, "waiting" if decision == "waiting" else "dead"))
+        if decision == "exhausted" and job is not None:
+            rejected = Rejected(post_id, exhausted(job), job.attempts)
+            result = self.result_write(document["_id"], rejected.result(context))
+            return _Judged(rejected, _dead_letter(claim, job, rejected, context), result)
+        return self._start(claim, document, job, decision, context)
+
+    def _tagged(
+        self,
+        document: Mapping[str, Any] | None,
+        claim: Claim,
+        job: Job | None,
+        context: ClaimContext,
+    ) -> bool:
+        forced = claim.message.force or (job is not None and job.force and job.state != "dead")
+        if document is None or forced:
+            return False
+        return tagged_by(document, self._settings.result_path, context.bundle)
+
+    def _start(
+        self,
+        claim: Claim,
+        document: Mapping[str, Any],
+        job: Job | None,
+        decision: Decision,
+        context: ClaimContext,
+    ) -> _Judged:
+        message = claim.message
+        ended = job.attempts if job is not None and decision in ("take", "resume") else 0
+        started = Started(
+            post=read_post(message.post_id, document, self._settings.fields),
+            document_id=document["_id"],
+            attempt=ended if decision == "resume" else ended + 1,
+            priority=message.priority,
+            force=message.force or (job.force if job is not None else False),
+            payload=claim.payload,
+            received_at=context.now,
+        )
+        if decision == "resume":
+            return _Judged(started)
+        change = {
+            "state": "running",
+            "payload": claim.payload,
+            "priority": message.priority,
+            "force": started.force,
+            "updated_at": context.now,
+            **context.lease,
+        }
+        if job is None:
+            first = {"_id": message.post_id, "attempts": 1, "last_error": None}
+            return _Judged(started, InsertOne({**first, "first_at": context.now, **change}))
+        if decision == "restart":
+            return _Judged(started, UpdateOne(as_read(job), {"$set": {**change, "attempts": 1}}))
+        return _Judged(started, UpdateOne(as_read(job), {"$set": change, "$inc": {"attempts": 1}}))
+
+    def _confirm(
+        self, verdicts: Sequence[Verdict], refused: Mapping[str, str], context: ClaimContext
+    ) -> list[Verdict]:
+        """Replace the verdicts on claims that were lost to another King, or refused."""
+        jobs = self.read_jobs([v.post_id for v in verdicts if isinstance(v, Started)])
+        confirmed: list[Verdict] = []
+        for verdict in verdicts:
+            if verdict.post_id in refused:
+                confirmed.append(WriteRefused(verdict.post_id, refused[verdict.post_id]))
+                continue
+            if isinstance(verdict, Started):
+                job = jobs.get(verdict.post_id)
+                if job is None or job.state != "running" or job.owner != context.owner:
+                    confirmed.append(HeldElsewhere(verdict.post_id, context.now + _RETRY_SOON_S))
+                    continue
+            confirmed.append(verdict)
+        return confirmed
 
     def finish(
         self, outcomes: Sequence[Outcome], context: ClaimContext
     ) -> list[Outcome | WriteRefused]:
-        """See `Store.finish`.
+        """Write the outcomes of attempts; return what was recorded, in order.
 
-        Raises:
-            StoreUnavailable: Finish the same outcomes again.
+        An outcome whose write the database refused for good comes back as a `Dead`; or, where it
+        refuses a dead letter too, as a `WriteRefused`, which may be finished again.
         """
-        writes = [(i, self._result(outcome, context)) for i, outcome in enumerate(outcomes)]
+        writes = [(i, self._result_write(outcome, context)) for i, outcome in enumerate(outcomes)]
         results = [(i, write) for i, write in writes if write is not None]
-        _, refused = self.bulk(self.posts, [write for _, write in results])
+        _, refused = self.client.bulk(self.client.posts, [write for _, write in results])
         after = list(outcomes)
         for position, (_, reason) in refused.items():
             i = results[position][0]
             outcome = after[i]
             if isinstance(outcome, Tagged):
                 after[i] = _refused(outcome, f"the result was refused: {reason}")
-        _, unwritable = self.bulk(self.jobs, [self._job_after(o, context) for o in after])
+        changes = [_job_after(outcome, context) for outcome in after]
+        _, unwritable = self.client.bulk(self.client.jobs, changes)
         recorded: list[Outcome | WriteRefused] = [*after]
         for i, (_, reason) in unwritable.items():
-            recorded[i] = self._bury_plainly(after[i], reason, context)
+            recorded[i] = self._finish_without_error(after[i], reason, context)
         return recorded
 
-    def _bury_plainly(
+    def _finish_without_error(
         self, outcome: Outcome, reason: str, context: ClaimContext
     ) -> Outcome | WriteRefused:
-        """The job of a failed attempt was refused: perhaps its error was, so try without it."""
+        """Write a refused job again without its error, which may be what was refused."""
         if isinstance(outcome, (Retry, Dead)):
             dead = _refused(outcome, f"the job was refused: {reason}")
-            _, unwritable = self.bulk(self.jobs, [self._job_after(dead, context)])
+            _, unwritable = self.client.bulk(self.client.jobs, [_job_after(dead, context)])
             if not unwritable:
-                write = self._result(dead, context)
-                self.bulk(self.posts, [write] if write is not None else [])
+                write = self.result_write(dead.started.document_id, dead.result(context.bundle))
+                self.client.bulk(self.client.posts, [write])
                 return dead
         if isinstance(outcome, Unreadable):
             return WriteRefused(message_key(outcome.payload), reason)
         return WriteRefused(outcome.started.post_id, reason)
 
-    def _result(self, outcome: Outcome, context: ClaimContext) -> UpdateOne | None:
-        if isinstance(outcome, Tagged):
-            return self.write_tagged(outcome.started.document_id, tagged_result(outcome))
-        if isinstance(outcome, Dead):
-            started = outcome.started
-            content = failed_result(
-                started.post_id,
-                outcome.failure,
-                started.attempt,
-                context.bundle,
-                outcome.timings_ms,
-            )
-            return self.write_failed(started.document_id, content)
-        return None
+    def _result_write(self, outcome: Outcome, context: ClaimContext) -> UpdateOne | None:
+        match outcome:
+            case Tagged():
+                return self.result_write(outcome.started.document_id, outcome.result())
+            case Dead():
+                result = outcome.result(context.bundle)
+                return self.result_write(outcome.started.document_id, result)
+            case _:
+                return None
 
-    def _job_after(self, outcome: Outcome, context: ClaimContext) -> Operation:
-        if isinstance(outcome, Unreadable):
-            key = message_key(outcome.payload)
-            dead = Job(
-                post_id=key,
-                state="dead",
-                last_error=outcome.failure.as_dict(),
-                payload=outcome.payload,
-                updated_at=context.now,
-            ).as_document()
-            del dead["_id"], dead["first_at"]
-            change = {"$set": dead, "$setOnInsert": {"first_at": context.now}}
-            return UpdateOne({"_id": key}, change, upsert=True)
-        mine = {"_id": outcome.started.post_id, "owner": context.owner}
-        if isinstance(outcome, Tagged):
-            return DeleteOne(mine)
-        free = {"owner": None, "lease_until": 0.0, "updated_at": context.now}
-        if isinstance(outcome, Released):
-            before = outcome.started.attempt - 1
-            if before == 0:
-                return DeleteOne(mine)
-            queued = {"state": "queued", "attempts": before, "due_at": context.now + QUEUED_FOR_S}
-            return UpdateOne(mine, {"$set": {**free, **queued}})
-        error = {"last_error": outcome.failure.as_dict()}
-        if isinstance(outcome, Retry):
-            waiting = {"state": "waiting", "due_at": round(outcome.due_at, 3)}
-            return UpdateOne(mine, {"$set": {**free, **error, **waiting}})
-        return UpdateOne(mine, {"$set": {**free, **error, "state": "dead", "due_at": 0.0}})
+    def result_write(self, document_id: Any, result: TagResult) -> UpdateOne:
+        """Return the write of a result: tags unless a newer bundle has written already.
 
-    # Leases and retries ----------------------------------------------------------------------
+        A failure is written only where the same bundle has not tagged the post either.
+        """
+        path = self._settings.result_path
+        allowed: list[dict[str, Any]] = [
+            {f"{path}.version": None},
+            {f"{path}.version": {"$lt": result.version}},
+        ]
+        same: dict[str, Any] = {f"{path}.version": result.version}
+        allowed.append(same if result.status == "tagged" else {**same, f"{path}.status": "failed"})
+        condition = all_of({"_id": document_id}, {"$or": allowed})
+        return UpdateOne(condition, {"$set": {path: result.document()}})
+
+    def write_results(
+        self, results: Mapping[str, TagResult], *, insert: bool = False
+    ) -> dict[str, str]:
+        """Write results outside of any job; return the reason for each post not written.
+
+        Args:
+            results: Post ID -> result.
+            insert: Create documents for posts that have none.
+        """
+        documents = self.read_documents(list(results))
+        where = f"{self._settings.database}.{self._settings.collection}"
+        writes: dict[str, UpdateOne] = {}
+        reasons: dict[str, str] = {}
+        for post_id, result in results.items():
+            document = documents.get(post_id)
+            if document is not None:
+                writes[post_id] = self.result_write(document["_id"], result)
+            elif insert:
+                key = {self._settings.fields.id: post_id}
+                change = {"$set": {self._settings.result_path: result.document()}}
+                writes[post_id] = UpdateOne(key, change, upsert=True)
+            else:
+                reasons[post_id] = f"{where} holds no such post"
+        _, refused = self.client.bulk(self.client.posts, list(writes.values()))
+        ids = list(writes)
+        return reasons | {ids[i]: reason for i, (_, reason) in refused.items()}
 
     def renew(self, post_ids: Sequence[str], context: ClaimContext) -> None:
-        """See `Store.renew`.
-
-        Raises:
-            StoreUnavailable: Renew again.
-        """
+        """Extend the leases of running posts."""
         mine = {"_id": {"$in": list(post_ids)}, "owner": context.owner, "state": "running"}
         change = {**context.lease, "updated_at": context.now}
-        with self.edge():
-            self.jobs.update_many(mine, {"$set": change})
+        with self.client.edge():
+            self.client.jobs.update_many(mine, {"$set": change})
 
     def claim_due(self, context: ClaimContext, limit: int) -> list[Job]:
-        """See `Store.claim_due`.
+        """Take the jobs that are due, for publishing; no other King gets the same.
 
-        Raises:
-            StoreUnavailable: What was claimed, if anything, is due again after the lease.
+        When the answer is lost, what was taken is due again after the lease.
         """
         due = {"state": {"$in": list(OPEN_STATES)}, "due_at": {"$lte": context.now}}
+        jobs = self.client.jobs
         token = _publisher(context)
-        with self.edge():
-            cursor = self.jobs.find(due, {"_id": 1}).sort("due_at", 1).limit(limit)
-            keys = [document["_id"] for document in cursor]
+        with self.client.edge():
+            keys = [d["_id"] for d in jobs.find(due, {"_id": 1}).sort("due_at", 1).limit(limit)]
             if not keys:
                 return []
             change = {
@@ -223,70 +345,125 @@ class MongoStore(Claims):
                 "due_at": round(context.now + context.lease_s, 3),
                 "updated_at": context.now,
             }
-            self.jobs.update_many({"_id": {"$in": keys}, **due}, {"$set": change})
-            won = self.jobs.find({"_id": {"$in": keys}, "state": "queued", "owner": token})
+            jobs.update_many({"_id": {"$in": keys}, **due}, {"$set": change})
+            won = jobs.find({"_id": {"$in": keys}, "state": "queued", "owner": token})
             return [Job.of(document) for document in won]
 
     def published(self, post_ids: Sequence[str], context: ClaimContext) -> None:
-        """See `Store.published`.
-
-        Raises:
-            StoreUnavailable: Say it again.
-        """
+        """Note that the broker has confirmed the messages of jobs from `claim_due`."""
         queued = {
             "_id": {"$in": list(post_ids)},
             "state": "queued",
             "owner": _publisher(context),
         }
         change = {"owner": None, "due_at": context.now + QUEUED_FOR_S, "updated_at": context.now}
-        with self.edge():
-            self.jobs.update_many(queued, {"$set": change})
+        with self.client.edge():
+            self.client.jobs.update_many(queued, {"$set": change})
 
     def release_dead(self, context: ClaimContext) -> int:
-        """See `Store.release_dead`.
-
-        Raises:
-            StoreUnavailable: Try again.
-        """
-        with self.edge():
-            running = [Job.of(d) for d in self.jobs.find({"state": "running"})]
+        """Make the jobs of Kings that are known to be dead due at once; return their number."""
+        with self.client.edge():
+            running = [Job.of(d) for d in self.client.jobs.find({"state": "running"})]
         orphans = [job for job in running if job.owner and context.is_dead(job.owner)]
         change = {"$set": {"state": "waiting", "due_at": context.now, "owner": None}}
-        effective, _ = self.bulk(self.jobs, [UpdateOne(as_read(job), change) for job in orphans])
+        writes = [UpdateOne(as_read(job), change) for job in orphans]
+        effective, _ = self.client.bulk(self.client.jobs, writes)
         return effective
 
     def open_jobs(self) -> int:
-        """See `Store.open_jobs`.
+        """Return the number of jobs that are not dead letters."""
+        with self.client.edge():
+            return int(self.client.jobs.count_documents({"state": {"$in": list(OPEN_STATES)}}))
 
-        Raises:
-            StoreUnavailable: The number is not known.
-        """
-        with self.edge():
-            return int(self.jobs.count_documents({"state": {"$in": list(OPEN_STATES)}}))
+    def untagged_ids(self) -> Iterator[str]:
+        """Yield the IDs of the posts that have neither a result nor a job."""
+        return self.queries.untagged_ids()
 
     def take_lease(self, name: str, context: ClaimContext, lease_s: float) -> bool:
-        """See `Store.take_lease`.
+        """Take or renew work that only one King does at a time; False when another holds it.
 
         Raises:
-            StoreUnavailable: Try again.
-            StoreRefused: There is no right to write leases.
+            StoreRefused: The user has no right to write leases.
         """
         mine = {"owner": context.owner, "lease_until": round(context.now + lease_s, 3)}
-        with self.edge():
-            lease = self.leases.find_one({"_id": name})
+        leases = self.client.leases
+        with self.client.edge():
+            lease = leases.find_one({"_id": name})
             if lease is None:
                 try:
-                    self.leases.insert_one({"_id": name, **mine})
+                    leases.insert_one({"_id": name, **mine})
                 except DuplicateKeyError:
                     return False
                 return True
             owner, until = lease.get("owner"), lease.get("lease_until")
-            held = number(until) > context.now and not context.is_dead(str(owner))
-            if held and owner != context.owner:
+            valid = number(until) > context.now and not context.is_dead(str(owner))
+            if valid and owner != context.owner:
                 return False
-            # Won only from the state that was read: of two that find it free, one matches.
+            # Won only from the state that was read: of two Kings that find it free, one matches.
             seen = {"_id": name, "owner": owner, "lease_until": until}
-            return self.leases.update_one(seen, {"$set": mine}).matched_count == 1
+            return leases.update_one(seen, {"$set": mine}).matched_count == 1
+
+
+def as_read(job: Job) -> dict[str, Any]:
+    """Return the filter for a job as it was read: a claim wins only from the state it has seen."""
+    return {
+        "_id": job.post_id,
+        "state": job.state,
+        "attempts": job.attempts,
+        **({"owner": job.owner} if job.state == "running" else {}),
+    }
+
+
+def _dead_letter(
+    claim: Claim, job: Job | None, rejected: Rejected, context: ClaimContext
+) -> Operation:
+    dead = Job(
+        post_id=claim.message.post_id,
+        state="dead",
+        attempts=rejected.attempts,
+        last_error=rejected.failure.as_dict(),
+        payload=claim.payload,
+        priority=claim.message.priority,
+        force=claim.message.force,
+        first_at=job.first_at if job is not None else context.now,
+        updated_at=context.now,
+    ).as_document()
+    if job is None:
+        return InsertOne(dead)
+    del dead["_id"]
+    return UpdateOne(as_read(job), {"$set": dead})
+
+
+def _job_after(outcome: Outcome, context: ClaimContext) -> Operation:
+    """Return the change of the job that follows from an outcome."""
+    if isinstance(outcome, Unreadable):
+        key = message_key(outcome.payload)
+        dead = Job(
+            post_id=key,
+            state="dead",
+            last_error=outcome.failure.as_dict(),
+            payload=outcome.payload,
+            updated_at=context.now,
+        ).as_document()
+        del dead["_id"], dead["first_at"]
+        change = {"$set": dead, "$setOnInsert": {"first_at": context.now}}
+        return UpdateOne({"_id": key}, change, upsert=True)
+    mine = {"_id": outcome.started.post_id, "owner": context.owner}
+    free = {"owner": None, "lease_until": 0.0, "updated_at": context.now}
+    attempts = outcome.started.attempt
+    match outcome:
+        case Released() if attempts > 1:
+            due_at = context.now + QUEUED_FOR_S
+            queued = {"state": "queued", "attempts": attempts - 1, "due_at": due_at}
+            return UpdateOne(mine, {"$set": {**free, **queued}})
+        case Tagged() | Released():
+            return DeleteOne(mine)
+        case Retry():
+            next_ = {"state": "waiting", "due_at": round(outcome.due_at, 3)}
+        case Dead():
+            next_ = {"state": "dead", "due_at": 0.0}
+    error = {"last_error": outcome.failure.as_dict()}
+    return UpdateOne(mine, {"$set": {**free, **error, **next_}})
 
 
 def _refused(outcome: Tagged | Retry | Dead, message: str) -> Dead:
@@ -295,5 +472,5 @@ def _refused(outcome: Tagged | Retry | Dead, message: str) -> Dead:
 
 
 def _publisher(context: ClaimContext) -> str:
-    """Owner of jobs that a King is about to publish: never mistaken for one that it runs."""
+    """Return the owner of jobs that a King is about to publish: never one that it runs."""
     return f"{context.owner} publishes"

@@ -27,7 +27,7 @@ from scripts.commands.common import (
 
 if TYPE_CHECKING:
     from king.jobs import Job
-    from king.store.queries import Archive
+    from king.store.queries import PostQueries
 
 Stage = Annotated[
     str | None,
@@ -61,8 +61,8 @@ def list_letters(
     overrides: Overrides = None,
 ) -> None:
     """List dead letters, the newest first."""
-    with _archive(config, overrides) as (archive, _):
-        jobs = _find(archive, Filters(stage, type_, since), limit)
+    with _queries(config, overrides) as (queries, _):
+        jobs = _find(queries, Filters(stage, type_, since), limit)
     if as_json:
         print_json([letter_json(job) for job in jobs])
         return
@@ -86,8 +86,8 @@ def show(
     overrides: Overrides = None,
 ) -> None:
     """Show one dead letter with its payload."""
-    with _archive(config, overrides) as (archive, _):
-        job = archive.job(post_id)
+    with _queries(config, overrides) as (queries, _):
+        job = queries.job(post_id)
     if job is None or job.state != "dead":
         raise ConfigError(f"dead show: {post_id!r} is no dead letter")
     content = letter_json(job)
@@ -112,11 +112,11 @@ def replay(
     """Give dead letters all their attempts again and put them on the queue."""
     from king.broker.connect import publish_posts
 
-    with _archive(config, overrides, broker=True) as (archive, settings):
+    with _queries(config, overrides, broker=True) as (queries, settings):
         chosen, wrong = _choose(
-            archive, "replay", ids, Filters(stage, type_, since), everything=everything
+            queries, "replay", ids, Filters(stage, type_, since), everything=everything
         )
-        messages = archive.replay(chosen)
+        messages = queries.replay(chosen)
         # The jobs are queued already: if this fails, the daemon publishes them later by itself.
         count = publish_posts(settings.broker, messages)
     sys.stdout.write(f"replayed {count}{_rest(len(chosen) - count)}\n")
@@ -135,11 +135,11 @@ def drop(
     overrides: Overrides = None,
 ) -> None:
     """Delete dead letters."""
-    with _archive(config, overrides) as (archive, _):
+    with _queries(config, overrides) as (queries, _):
         chosen, wrong = _choose(
-            archive, "drop", ids, Filters(stage, type_, since), everything=everything
+            queries, "drop", ids, Filters(stage, type_, since), everything=everything
         )
-        count = archive.drop(chosen)
+        count = queries.drop(chosen)
     sys.stdout.write(f"dropped {count}{_rest(len(chosen) - count)}\n")
     if wrong:
         raise ConfigError(f"dead drop: {wrong}")
@@ -164,17 +164,14 @@ def _rest(left: int) -> str:
 
 
 @contextlib.contextmanager
-def _archive(
+def _queries(
     config: Path | None, overrides: Sequence[str] | None, *, broker: bool = False
-) -> Iterator[tuple[Archive, Settings]]:
-    from king.store.queries import Archive
+) -> Iterator[tuple[PostQueries, Settings]]:
+    from king.store.queries import open_queries
 
     settings = online_settings(config, overrides, broker=broker, store=True)
-    archive = Archive(settings.store)
-    try:
-        yield archive, settings
-    finally:
-        archive.close()
+    with open_queries(settings.store) as queries:
+        yield queries, settings
 
 
 @dataclass(frozen=True)
@@ -191,23 +188,30 @@ class Filters:
         return (self.stage, self.type, self.since) != (None, None, None)
 
 
-def _find(archive: Archive, filters: Filters, limit: int) -> list[Job]:
+def _find(queries: PostQueries, filters: Filters, limit: int) -> list[Job]:
     since_s = since_time(filters.since, time.time())
-    return archive.dead_letters(stage=filters.stage, type=filters.type, since=since_s, limit=limit)
+    return queries.dead_letters(
+        stage=filters.stage, type=filters.type, since_s=since_s, limit=limit
+    )
 
 
 def _choose(
-    archive: Archive, verb: str, ids: Sequence[str] | None, filters: Filters, *, everything: bool
+    queries: PostQueries,
+    verb: str,
+    ids: Sequence[str] | None,
+    filters: Filters,
+    *,
+    everything: bool,
 ) -> tuple[list[str], str]:
     """The letters that are meant, and which of the IDs cannot be; all only when that was said."""
     if not ids:
         if not (filters.given or everything):
             raise ConfigError(f"dead {verb}: name IDs, a filter (--stage --type --since), or --all")
-        return [job.post_id for job in _find(archive, filters, _NO_LIMIT)], ""
+        return [job.post_id for job in _find(queries, filters, _NO_LIMIT)], ""
     if filters.given or everything:
         raise ConfigError(f"dead {verb}: name IDs, or filters, not both")
     named = list(dict.fromkeys(ids))
-    found = archive.dead_among(named)
+    found = queries.dead_among(named)
     unknown = [post_id for post_id in named if post_id not in found]
     mute = {i: job for i, job in found.items() if verb == "replay" and not job.names_a_post}
     wrong = [f"no dead letter: {_listed(unknown)} (see insighttag dead list)"] if unknown else []

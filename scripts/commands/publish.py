@@ -138,16 +138,13 @@ def _checked(post_id: str) -> PostMessage:
 @contextlib.contextmanager
 def _untagged(settings: Settings, wanted: bool) -> Iterator[Iterator[str]]:
     """IDs without a result, read from the database while they are being published."""
-    from king.store.queries import Archive
+    from king.store.queries import open_queries
 
     if not wanted:
         yield iter(())
         return
-    archive = Archive(settings.store)
-    try:
-        yield archive.untagged_ids()
-    finally:
-        archive.close()
+    with open_queries(settings.store) as queries:
+        yield queries.untagged_ids()
 
 
 def _once(messages: Iterable[PostMessage]) -> dict[str, PostMessage]:

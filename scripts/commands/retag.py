@@ -17,7 +17,7 @@ from scripts.commands.common import Config, Overrides, online_settings
 from scripts.commands.publish import read_ids
 
 if TYPE_CHECKING:
-    from king.store.queries import Archive
+    from king.store.queries import PostQueries
 
 CURRENT = "current"
 
@@ -120,25 +120,22 @@ def _publish(
 ) -> int:
     from king.broker.connect import publish_posts
     from king.messages import PostMessage
-    from king.store.queries import Archive
+    from king.store.queries import open_queries
 
-    archive = Archive(settings.store)
-    try:
-        chosen, total = _chosen(archive, condition, ids, limit)
+    with open_queries(settings.store) as queries:
+        chosen, total = _chosen(queries, condition, ids, limit)
         messages = (PostMessage(post_id, priority=priority, force=True) for post_id in chosen)
         return publish_posts(settings.broker, _shown(messages, total))
-    finally:
-        archive.close()
 
 
 def _chosen(
-    archive: Archive, condition: dict[str, Any], ids: Iterable[str] | None, limit: int | None
+    queries: PostQueries, condition: dict[str, Any], ids: Iterable[str] | None, limit: int | None
 ) -> tuple[Iterator[str], int | None]:
     """The posts' IDs while they are read, and how many there will be where that is known."""
     if ids is not None:
-        return islice(archive.among(ids, condition), limit), None
-    total = archive.matching(condition)
-    return archive.matching_ids(condition, limit), min(total, limit) if limit else total
+        return islice(queries.among(ids, condition), limit), None
+    total = queries.matching(condition)
+    return queries.matching_ids(condition, limit), min(total, limit) if limit else total
 
 
 def _shown(messages: Iterator[Any], total: int | None) -> Iterator[Any]:

@@ -31,15 +31,12 @@ def show(
 
     Which modalities the tags rest on, what went wrong with the others, and the post's job.
     """
-    from king.store.queries import Archive
+    from king.store.queries import open_queries
 
     settings = online_settings(config, overrides, store=True)
-    archive = Archive(settings.store)
-    try:
-        stored = archive.post(post_id)
-        job = archive.job(post_id)
-    finally:
-        archive.close()
+    with open_queries(settings.store) as queries:
+        stored = queries.post(post_id)
+        job = queries.job(post_id)
     if stored is None and job is None:
         raise ConfigError(f"show: post {post_id!r} is not in the database")
     result = dict(stored.result) if stored is not None and stored.result else None

@@ -83,21 +83,19 @@ def _queue(settings: BrokerSettings) -> dict[str, Any]:
 
 
 def _store(settings: StoreSettings) -> dict[str, Any]:
-    from king.store.queries import Archive
+    from king.store.queries import open_queries
 
     content: dict[str, Any] = {"url": redact(settings.url), "database": settings.database}
     if settings.url.startswith(embedded.SCHEME):
         return {**content, "counts": None, "error": _DOWN}
     quick = settings.model_copy(update={"timeout_s": min(settings.timeout_s, _TIMEOUT_S)})
-    archive = Archive(quick)
     try:
-        return {**content, "counts": archive.counts(), "error": None}
+        with open_queries(quick) as queries:
+            return {**content, "counts": queries.counts(), "error": None}
     except ConfigError:
         raise
     except TaggingError as error:
         return {**content, "counts": None, "error": str(error)}
-    finally:
-        archive.close()
 
 
 def _king(settings: Settings) -> dict[str, Any] | None:

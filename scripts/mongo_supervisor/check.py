@@ -118,17 +118,14 @@ def requeue(settings: Settings) -> int:
     from deploy import embedded
     from king.broker.connect import publish_posts
     from king.messages import PostMessage
-    from king.store.queries import Archive
+    from king.store.queries import open_queries
 
     running = embedded.peek(settings)
     for url in (running.broker.url, running.store.url):
         if url.startswith(embedded.SCHEME):
             raise ConfigError("the embedded services do not run: insighttag services start")
-    archive = Archive(running.store)
-    try:
-        return publish_posts(running.broker, map(PostMessage, archive.untagged_ids()))
-    finally:
-        archive.close()
+    with open_queries(running.store) as queries:
+        return publish_posts(running.broker, map(PostMessage, queries.untagged_ids()))
 
 
 def once(settings: Settings, *, as_json: bool, again: bool) -> int:

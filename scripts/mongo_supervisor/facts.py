@@ -13,13 +13,13 @@ from bson.errors import BSONError
 
 from common.errors import StoreUnavailable, TaggingError
 from common.times import moment_of
-from config.settings import MonitorSettings, Settings, StoreSettings
+from config.settings import MonitorSettings, Settings
 from deploy import embedded
 from king.broker.connect import queue_depth
-from king.jobs import JOB_STATES
+from king.jobs import JOB_STATES, OPEN_STATES
+from king.store.client import StoreClient
 from king.store.documents import dig
-from king.store.queries import Archive
-from king.store.store import OPEN_STATES
+from king.store.embedded_quirks import whole_fields
 
 T = TypeVar("T")
 
@@ -119,7 +119,8 @@ def look(asked: Settings) -> Facts:
     depth = ask("queue_depth", lambda: _queue_depth(settings))
     timeout_s = min(settings.store.timeout_s, limits.timeout_s)
     quick = settings.store.model_copy(update={"timeout_s": timeout_s})
-    database = Database(quick, limits)
+    client = StoreClient(quick)
+    database = Database(client, limits)
     try:
         latency_s = ask("latency_s", database.latency_s)
         reached = latency_s is not None
@@ -133,7 +134,7 @@ def look(asked: Settings) -> Facts:
             errors=errors,
         )
     finally:
-        database.close()
+        client.close()
 
 
 def _queue_depth(settings: Settings) -> int:
@@ -144,55 +145,56 @@ def _queue_depth(settings: Settings) -> int:
     return queue_depth(broker.model_copy(update={"socket_timeout_s": timeout_s}))
 
 
-class Database(Archive):
-    """The questions to the database; each raises `StoreUnavailable`."""
+class Database:
+    """Questions to the database; each raises `StoreUnavailable`."""
 
-    def __init__(self, settings: StoreSettings, limits: MonitorSettings) -> None:
-        super().__init__(settings)
+    def __init__(self, client: StoreClient, limits: MonitorSettings) -> None:
+        self._client = client
+        self._settings = settings = client.settings
         self._limits = limits
         self._time_limit_ms = round(settings.timeout_s * 1000)
         self._now = time.time()
 
     def latency_s(self) -> float:
         """Median of a few pings, the connection being open."""
-        if self.settings.url.startswith(embedded.SCHEME):
+        if self._settings.url.startswith(embedded.SCHEME):
             raise StoreUnavailable(_DOWN)
-        with self.edge():
-            self._database.command("ping")
+        with self._client.edge():
+            self._client.database.command("ping")
             return statistics.median(self._ping_s() for _ in range(_PINGS))
 
     def _ping_s(self) -> float:
         began = time.perf_counter()
-        self._database.command("ping")
+        self._client.database.command("ping")
         return time.perf_counter() - began
 
     def replicas(self) -> Replicas | None:
         """State and lag of each member; only the name where the user may not ask for more."""
-        with self.edge():
+        with self._client.edge():
             name = self._admin("hello").get("setName")
         if not isinstance(name, str):
             return None
         try:
-            with self.edge():
+            with self._client.edge():
                 status = self._admin("replSetGetStatus")
         except StoreUnavailable:
             return Replicas(name)
         return replicas_of(name, status)
 
     def _admin(self, command: str) -> Mapping[str, Any]:
-        answer: Mapping[str, Any] = self._database.client.admin.command(command)
+        answer: Mapping[str, Any] = self._client.database.client.admin.command(command)
         return answer
 
     def backlog(self) -> Backlog:
         """Reads the posts without a result: their ages stand in fields of any type."""
-        path = self.settings.fields.created or "_id"
-        fields = {"_id": 1, path.split(".")[0]: 1}
-        condition = {f"{self.settings.result_path}.status": None}
+        path = self._settings.fields.created or "_id"
+        fields = whole_fields(["_id", path])
+        condition = {f"{self._settings.result_path}.status": None}
         limit = self._limits.scan
         count = old = ageless = 0
         oldest_s: float | None = None
-        with self.edge():
-            cursor = self.posts.find(condition, fields).limit(limit + 1)
+        with self._client.edge():
+            cursor = self._client.posts.find(condition, fields).limit(limit + 1)
             for document in cursor.max_time_ms(self._time_limit_ms):
                 count += 1
                 made_at = moment_of(dig(document, path))
@@ -207,16 +209,15 @@ class Database(Archive):
 
     def results(self) -> Results:
         """Counts of the recent time, and the moment of the last tag."""
-        path = self.settings.result_path
+        path = self._settings.result_path
         since = datetime.fromtimestamp(self._now - self._limits.window_s, timezone.utc)
         recent = {f"{path}.tagged_at": {"$gte": since}}
-        with self.edge():
+        with self._client.edge():
             tagged, failed = (
-                self._count(self.posts, {**recent, f"{path}.status": status})
+                self._count(self._client.posts, {**recent, f"{path}.status": status})
                 for status in ("tagged", "failed")
             )
-            # The whole top-level field: the embedded database gives parts under dotted names.
-            cursor = self.posts.find({f"{path}.status": "tagged"}, {path.split(".")[0]: 1})
+            cursor = self._client.posts.find({f"{path}.status": "tagged"}, whole_fields([path]))
             newest = cursor.sort(f"{path}.tagged_at", -1).limit(1)
             dates = [dig(d, f"{path}.tagged_at") for d in newest.max_time_ms(self._time_limit_ms)]
         last_at = moment_of(dates[0]) if dates else None
@@ -227,11 +228,13 @@ class Database(Archive):
         """Jobs by state, and those that somebody should have looked at by now."""
         opened = {"state": {"$in": list(OPEN_STATES)}}
         overdue_at = self._now - self._limits.overdue_s
-        with self.edge():
+        with self._client.edge():
             return Jobs(
-                states={state: self._count(self.jobs, {"state": state}) for state in JOB_STATES},
-                due=self._count(self.jobs, {**opened, "due_at": {"$lte": self._now}}),
-                overdue=self._count(self.jobs, {**opened, "due_at": {"$lte": overdue_at}}),
+                states={
+                    state: self._count(self._client.jobs, {"state": state}) for state in JOB_STATES
+                },
+                due=self._count(self._client.jobs, {**opened, "due_at": {"$lte": self._now}}),
+                overdue=self._count(self._client.jobs, {**opened, "due_at": {"$lte": overdue_at}}),
             )
 
     def _count(self, collection: Any, condition: Mapping[str, Any]) -> int:

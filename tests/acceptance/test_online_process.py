@@ -18,7 +18,8 @@ import yaml
 from config.settings import BrokerSettings, Settings, StoreSettings
 from king.broker.connect import publish_posts
 from king.messages import PostMessage
-from king.store.store import MongoStore
+from king.store.client import StoreClient
+from king.store.store import Store
 from tests.support import media
 from tests.support.king.store_rig import mongo_settings
 from tests.support.services import MongoServer, RedisServer
@@ -131,13 +132,13 @@ def test_from_message_to_tags_on_real_media(tmp_path: Path, settings: Settings, 
     from workers.local import LocalTagger
 
     version = make_bundle(settings.fusion.bundle, settings)
-    store = MongoStore(settings.store)
+    store = Store(StoreClient(settings.store))
     files: dict[str, Any] = {
         "images": [f"{web}/a.jpg"],
         "videos": [{"url": f"{web}/a.mp4"}],
         "audios": f"{web}/a.wav",
     }
-    store.posts.insert_many(
+    store.client.posts.insert_many(
         [
             {"_id": "full", "text": "一只猫 runs", **files},
             {"_id": 7, "text": "only text"},
@@ -151,7 +152,7 @@ def test_from_message_to_tags_on_real_media(tmp_path: Path, settings: Settings, 
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Traceback" not in done.stderr
 
-    results = {p["_id"]: p["insight"] for p in store.posts.find()}
+    results = {p["_id"]: p["insight"] for p in store.client.posts.find()}
     assert {key: r["status"] for key, r in results.items()} == {
         "full": "tagged",
         7: "tagged",
@@ -163,13 +164,13 @@ def test_from_message_to_tags_on_real_media(tmp_path: Path, settings: Settings, 
     assert results["full"]["modalities"]["audio"] == "ok"
     assert results["junk"]["modalities"]["image"] == "failed"
     assert results["nothing"]["error"]["stage"] == "fetch"
-    assert {job.post_id for job in store.dead_letters()} == {"nothing", "unknown"}
+    assert {job.post_id for job in store.queries.dead_letters()} == {"nothing", "unknown"}
     assert not list((tmp_path / "spool").glob("king-*"))
 
     with LocalTagger(settings) as tagger:
         tagger.load()
         for post_id in ("full", "7", "junk"):
-            stored = store.post(post_id)
+            stored = store.queries.post(post_id)
             assert stored is not None
             assert stored.result is not None
             tags = tagger.tag(stored.post)

@@ -19,7 +19,8 @@ from common.post import Failure
 from config.settings import BrokerSettings, Settings
 from king.broker.connect import open_broker, publish_posts
 from king.messages import PostMessage
-from king.store.store import MongoStore
+from king.store.client import StoreClient
+from king.store.store import Store
 from tests.support.fakes.pool import DIED, Answer, default_answer
 from tests.support.king.king_rig import Running, fake_pool, king_settings
 from tests.support.king.store_rig import mongo_settings
@@ -40,7 +41,7 @@ class Site:
         self.settings = king_settings(
             folder, broker=broker, store=mongo_settings(mongo.url, name), lease_s=2
         )
-        self.store = MongoStore(self.settings.store)
+        self.store = Store(StoreClient(self.settings.store))
         self.store.connect()
 
     def with_king(self, **changes: Any) -> Settings:
@@ -53,7 +54,7 @@ class Site:
         """Posts in the database, and their messages on the queue."""
         ids = [f"p{i}" for i in range(number)]
         media = {"images": ["http://a/1"], "videos": [{"url": "http://a/2"}]}
-        self.store.posts.insert_many([{"_id": i, "text": "hello", **media} for i in ids])
+        self.store.client.posts.insert_many([{"_id": i, "text": "hello", **media} for i in ids])
         if publish:
             self.publish(ids)
         return ids
@@ -74,7 +75,7 @@ class Site:
     @property
     def tagged(self) -> int:
         """Number of tagged posts."""
-        return int(self.store.counts()["tagged"])
+        return int(self.store.queries.counts()["tagged"])
 
     @contextmanager
     def child(self, *, latency_s: float = 0.0, drain: bool = False, **king: Any) -> Iterator[Any]:
@@ -147,8 +148,8 @@ def test_random_failures_end_tagged_or_dead(site: Site) -> None:
             first.join(120)
             second.join(120)
     assert (first.exit_code, second.exit_code) == (0, 0)
-    counts = site.store.counts()
-    dead = {job.post_id for job in site.store.dead_letters(limit=1000)}
+    counts = site.store.queries.counts()
+    dead = {job.post_id for job in site.store.queries.dead_letters(limit=1000)}
     assert counts["tagged"] + counts["failed"] == 60
     assert counts["jobs"] == {"running": 0, "waiting": 0, "queued": 0, "dead": len(dead)}
     assert len(dead) == counts["failed"] + 1
@@ -169,7 +170,12 @@ def test_database_killed_in_the_middle(site: Site, mongo_server: MongoServer) ->
         mongo_server.start()
         it.until(lambda: site.tagged == 40)
         it.until(lambda: it.king.status.open_jobs is not None and len(it.king._in_flight) == 0)
-    assert site.store.counts()["jobs"] == {"running": 0, "waiting": 0, "queued": 0, "dead": 0}
+    assert site.store.queries.counts()["jobs"] == {
+        "running": 0,
+        "waiting": 0,
+        "queued": 0,
+        "dead": 0,
+    }
     assert site.depth() == 0
 
 
@@ -185,7 +191,7 @@ def test_broker_restarted_in_the_middle(site: Site, redis_server: RedisServer) -
         it.until(lambda: site.tagged == 40 and it.king.status.phase == "serving")
         it.until(lambda: len(it.king._in_flight) == 0)
     assert site.depth() == 0
-    assert site.store.counts()["jobs"]["running"] == 0
+    assert site.store.queries.counts()["jobs"]["running"] == 0
 
 
 def test_sigterm_drains_and_puts_the_rest_back(site: Site) -> None:
@@ -197,13 +203,13 @@ def test_sigterm_drains_and_puts_the_rest_back(site: Site) -> None:
         assert child.wait(60) == 0
     tagged = site.tagged
     assert 1 <= tagged < 100
-    counts = site.store.counts()
+    counts = site.store.queries.counts()
     assert counts["jobs"] == {"running": 0, "waiting": 0, "queued": 0, "dead": 0}
     assert site.depth() == 100 - tagged
     with site.child(drain=True) as child:
         assert child.wait(120) == 0
     assert site.tagged == 100
-    assert all(p["insight"]["attempts"] == 1 for p in site.store.posts.find())
+    assert all(p["insight"]["attempts"] == 1 for p in site.store.client.posts.find())
 
 
 def test_killed_king_is_succeeded_at_once(site: Site) -> None:
@@ -213,11 +219,11 @@ def test_killed_king_is_succeeded_at_once(site: Site) -> None:
     """
     site.add(12)
     with site.child(latency_s=90, lease_s=600) as child:
-        wait_until(lambda: site.store.counts()["jobs"]["running"] == 12, 60, "all to run")
+        wait_until(lambda: site.store.queries.counts()["jobs"]["running"] == 12, 60, "all to run")
         child.kill()
     with site.child(lease_s=600, attempts=3):
         wait_until(lambda: site.tagged == 12, 60, "the successor")
-    assert {p["insight"]["attempts"] for p in site.store.posts.find()} == {2}
+    assert {p["insight"]["attempts"] for p in site.store.client.posts.find()} == {2}
 
 
 @pytest.mark.parametrize("site", BROKERS[:1], indirect=True)

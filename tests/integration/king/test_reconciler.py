@@ -14,8 +14,9 @@ import structlog
 from common.errors import StoreRefused
 from king.jobs import Job
 from king.messages import PostMessage
-from king.reconciler import LEASE, Reconciler
-from king.store.store import MongoStore
+from king.store.store import Store
+from king.store_thread import RECONCILER_LEASE as LEASE
+from king.store_thread import lost_messages
 from tests.support.fakes.broker import MemoryBroker
 from tests.support.king.king_rig import Running, fake_pool, king_settings
 from tests.support.king.store_rig import (
@@ -27,10 +28,8 @@ from tests.support.king.store_rig import (
 )
 from tests.support.services import wait_until
 
-# The lease -----------------------------------------------------------------------------------
 
-
-def test_lease_has_one_holder_until_it_runs_out(mongo: MongoStore) -> None:
+def test_lease_has_one_holder_until_it_runs_out(mongo: Store) -> None:
     """Its holder renews it; another King gets it only when it has expired."""
     first, second = context(owner="k1"), context(owner="k2")
     assert mongo.take_lease(LEASE, first, 60)
@@ -41,13 +40,13 @@ def test_lease_has_one_holder_until_it_runs_out(mongo: MongoStore) -> None:
     assert not mongo.take_lease(LEASE, replace(first, now=NOW + 112), 60)
 
 
-def test_lease_of_a_dead_king_is_free_and_no_job(mongo: MongoStore) -> None:
+def test_lease_of_a_dead_king_is_free_and_no_job(mongo: Store) -> None:
     """A King that is known to be dead holds nothing; a lease is not counted among the jobs."""
     assert mongo.take_lease(LEASE, context(owner="dead"), 60)
     assert mongo.take_lease(LEASE, context(owner="k2", is_dead=lambda owner: owner == "dead"), 60)
     assert mongo.open_jobs() == 0
-    assert mongo.dead_letters() == []
-    assert mongo.counts()["jobs"] == {"running": 0, "waiting": 0, "queued": 0, "dead": 0}
+    assert mongo.queries.dead_letters() == []
+    assert mongo.queries.counts()["jobs"] == {"running": 0, "waiting": 0, "queued": 0, "dead": 0}
 
 
 def test_lease_that_many_want_at_once_goes_to_one(mongo_url: str, unique_name: str) -> None:
@@ -72,10 +71,7 @@ def test_lease_that_many_want_at_once_goes_to_one(mongo_url: str, unique_name: s
         store.close()
 
 
-# Lost posts ----------------------------------------------------------------------------------
-
-
-def test_only_posts_without_result_and_job_are_published(mongo: MongoStore) -> None:
+def test_only_posts_without_result_and_job_are_published(mongo: Store) -> None:
     """A result, also a failed one, or a job in any state, a dead letter too, leaves a post out."""
     rig = StoreRig(mongo)
     rig.insert(
@@ -90,28 +86,21 @@ def test_only_posts_without_result_and_job_are_published(mongo: MongoStore) -> N
     )
     rig.set_job(Job("works", "running", 1, owner="k2", lease_until=NOW + 60))
     rig.set_job(Job("dead", "dead", 5))
-    reconciler = Reconciler(mongo, 0.01, batch_size=10)
-    assert reconciler.lost(context()) == []  # not at once
-    time.sleep(0.02)
-    found = reconciler.lost(context())
-    assert sorted(found, key=lambda m: m.post_id) == [PostMessage("42"), PostMessage("lost")]
-    time.sleep(0.02)
-    assert len(Reconciler(mongo, None, 10).lost(context())) == 0
+    messages = lost_messages(mongo, context(), 60, 10)
+    assert sorted(messages, key=lambda m: m.post_id) == [PostMessage("42"), PostMessage("lost")]
 
 
-def test_batches_are_bounded_and_the_lease_decides(mongo: MongoStore) -> None:
-    """At most a batch per period, and nothing for a King that does not hold the lease."""
+def test_batches_are_bounded_and_the_lease_decides(mongo: Store) -> None:
+    """At most a batch at a time, and nothing for a King that does not hold the lease."""
     StoreRig(mongo).insert(*({"_id": f"p{i}"} for i in range(5)))
-    holder, other = Reconciler(mongo, 0.01, 3), Reconciler(mongo, 0.01, 3)
-    time.sleep(0.02)
-    assert len(holder.lost(context(owner="k1"))) == 3
-    assert other.lost(context(owner="k2")) == []
-    time.sleep(0.02)
-    assert len(other.lost(context(now=NOW + 1, owner="k2"))) == 3  # expired: twice the period
+    assert len(lost_messages(mongo, context(owner="k1"), 60, 3)) == 3
+    assert lost_messages(mongo, context(owner="k2"), 60, 3) == []
+    later = context(now=NOW + 121, owner="k2")  # expired: twice the period
+    assert len(lost_messages(mongo, later, 60, 3)) == 3
 
 
 def test_database_that_refuses_the_lease_costs_one_period(
-    mongo: MongoStore, monkeypatch: pytest.MonkeyPatch
+    mongo: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No right to write leases is a line in the log, and nothing waits for it."""
 
@@ -119,10 +108,8 @@ def test_database_that_refuses_the_lease_costs_one_period(
         raise StoreRefused("not authorized")
 
     monkeypatch.setattr(mongo, "take_lease", refuse)
-    reconciler = Reconciler(mongo, 0.01, 3)
-    time.sleep(0.02)
     with structlog.testing.capture_logs() as logs:
-        assert reconciler.lost(context()) == []
+        assert lost_messages(mongo, context(), 60, 3) == []
     assert [line["event"] for line in logs] == ["king.reconcile_failed"]
 
 
@@ -132,7 +119,7 @@ def test_lost_post_is_tagged_and_two_kings_publish_it_once(
     """Posts that were never published are tagged by themselves; one of two Kings publishes."""
     settings = mongo_settings(mongo_url, unique_name)
     store = mongo_store(mongo_url, unique_name)
-    store.posts.insert_many([{"_id": f"p{i}", "text": "x"} for i in range(4)])
+    store.client.posts.insert_many([{"_id": f"p{i}", "text": "x"} for i in range(4)])
     brokers = [MemoryBroker(), MemoryBroker()]
     kings = [
         Running(
@@ -144,7 +131,7 @@ def test_lost_post_is_tagged_and_two_kings_publish_it_once(
         for i, broker in enumerate(brokers)
     ]
     with structlog.testing.capture_logs() as logs, kings[0], kings[1]:
-        wait_until(lambda: store.counts()["tagged"] == 4, 60, "tags")
+        wait_until(lambda: store.queries.counts()["tagged"] == 4, 60, "tags")
         time.sleep(1.0)
     assert [line["posts"] for line in logs if line["event"] == "king.reconciled"] == [4]
     assert sorted(len(broker.acked) for broker in brokers) == [0, 4]

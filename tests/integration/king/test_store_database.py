@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import datetime, timezone
-
 import pytest
 from bson import decode, encode
 from bson.datetime_ms import DatetimeMS
@@ -18,7 +16,8 @@ from king.jobs import (
     Unreadable,
     message_key,
 )
-from king.store.store import MongoStore
+from king.store.client import StoreClient
+from king.store.store import Store
 from tests.conftest import MONGO_KINDS
 from tests.support.king.store_rig import (
     BUNDLE,
@@ -36,7 +35,7 @@ def test_platform_paths_and_result_path_are_settings(mongo_url: str, unique_name
     """Posts in a shape of their own are read, and written to the place that is asked for."""
     fields = FieldMap(id="pid", text="body.text", images="media.pics", videos="files.url")
     store = mongo_store(mongo_url, unique_name, fields=fields, result_path="meta.insight")
-    store.posts.insert_one(
+    store.client.posts.insert_one(
         {
             "pid": 7,
             "body": {"text": "hello"},
@@ -49,32 +48,32 @@ def test_platform_paths_and_result_path_are_settings(mongo_url: str, unique_name
     assert [m.source for m in begun.post.media] == ["http://a/1", "http://v/1"]
     store.finish([tagged(begun)], context())
     assert begin_one(store, "7") == Settled("7", "tagged")
-    stored = store.post("7")
+    stored = store.queries.post("7")
     assert stored is not None
     assert stored.result is not None
     assert stored.result["status"] == "tagged"
-    assert list(store.untagged_ids()) == []
+    assert list(store.queries.untagged_ids()) == []
     store.close()
 
 
-def test_one_result_that_cannot_be_written_does_not_hold_up_the_others(mongo: MongoStore) -> None:
+def test_one_result_that_cannot_be_written_does_not_hold_up_the_others(mongo: Store) -> None:
     """A result that no document can hold kills its own post only."""
-    mongo.posts.insert_many([{"_id": f"p{i}"} for i in range(3)])
+    mongo.client.posts.insert_many([{"_id": f"p{i}"} for i in range(3)])
     begun = [started(mongo, f"p{i}") for i in range(3)]
     outcomes = [tagged(begun[0]), tagged(begun[1], BUNDLE[1], "half \ud800"), tagged(begun[2])]
     recorded = mongo.finish(outcomes, context())
     assert [type(outcome) for outcome in recorded] == [Tagged, Dead, Tagged]
-    assert mongo.counts()["tagged"] == 2
-    job = mongo.job("p1")
+    assert mongo.queries.counts()["tagged"] == 2
+    job = mongo.queries.job("p1")
     assert job is not None
     assert job.state == "dead"
     assert job.last_error is not None
     assert job.last_error["stage"] == "store"
 
 
-def test_commands_see_posts_letters_and_counts(mongo: MongoStore) -> None:
+def test_commands_see_posts_letters_and_counts(mongo: Store) -> None:
     """What `publish --untagged`, `status`, `show` and `dead` ask for."""
-    mongo.posts.insert_many([{"_id": f"p{i}", "text": "t"} for i in range(4)] + [{"_id": 5}])
+    mongo.client.posts.insert_many([{"_id": f"p{i}", "text": "t"} for i in range(4)] + [{"_id": 5}])
     mongo.finish([tagged(started(mongo, "p0"))], context())
     failure = Failure("decode", "MediaError", "no picture")
     mongo.finish([Dead(started(mongo, "p1"), failure)], context(NOW + 1))
@@ -82,41 +81,40 @@ def test_commands_see_posts_letters_and_counts(mongo: MongoStore) -> None:
     mongo.finish([Unreadable("{", Failure("message", "MessageError", "no JSON"))], context(NOW + 2))
     started(mongo, "p2")
 
-    assert sorted(mongo.untagged_ids()) == ["5", "p3"]
-    assert len(list(mongo.untagged_ids(limit=1))) == 1
-    assert sorted(mongo.untagged_ids(bundle=("demo", "9"))) == ["5", "p0", "p3"]
-    assert mongo.counts() == {
+    assert sorted(mongo.queries.untagged_ids()) == ["5", "p3"]
+    assert len(list(mongo.queries.untagged_ids(limit=1))) == 1
+    assert sorted(mongo.queries.untagged_ids(bundle=("demo", "9"))) == ["5", "p0", "p3"]
+    assert mongo.queries.counts() == {
         "posts": 5,
         "tagged": 1,
         "failed": 1,
         "untagged": 3,
         "jobs": {"running": 1, "waiting": 0, "queued": 0, "dead": 3},
     }
-    stored = mongo.post("p1")
+    stored = mongo.queries.post("p1")
     assert stored is not None
     assert stored.result is not None
     assert stored.result["error"] == failure.as_dict()
-    assert mongo.post("nobody") is None
-    letters = [job.post_id for job in mongo.dead_letters()]
+    assert mongo.queries.post("nobody") is None
+    letters = [job.post_id for job in mongo.queries.dead_letters()]
     assert letters == [message_key("{"), "p1", "nobody"]
-    assert [j.post_id for j in mongo.dead_letters(stage="decode")] == ["p1"]
-    assert [j.post_id for j in mongo.dead_letters(type="PostNotFound")] == ["nobody"]
-    assert len(mongo.dead_letters(since=NOW + 0.5)) == 2
-    since = datetime.fromtimestamp(NOW + 1.5, timezone.utc)
-    assert len(mongo.dead_letters(since=since)) == 1
-    assert len(mongo.dead_letters(limit=2)) == 2
+    assert [j.post_id for j in mongo.queries.dead_letters(stage="decode")] == ["p1"]
+    assert [j.post_id for j in mongo.queries.dead_letters(type="PostNotFound")] == ["nobody"]
+    assert len(mongo.queries.dead_letters(since_s=NOW + 0.5)) == 2
+    assert len(mongo.queries.dead_letters(since_s=NOW + 1.5)) == 1
+    assert len(mongo.queries.dead_letters(limit=2)) == 2
 
-    messages = mongo.replay([message_key("{"), "p1", "p2", "absent"])
+    messages = mongo.queries.replay([message_key("{"), "p1", "p2", "absent"])
     assert [m.post_id for m in messages] == ["p1"]
     assert started(mongo, "p1", redelivered=True).attempt == 1
-    assert mongo.drop([message_key("{"), "nobody", "p2"]) == 2
-    assert mongo.dead_letters() == []
+    assert mongo.queries.drop([message_key("{"), "nobody", "p2"]) == 2
+    assert mongo.queries.dead_letters() == []
 
 
 def test_unreachable_database_is_named_without_its_password() -> None:
     """The error names the URL, hides the password, and comes within the time-out."""
     url = "mongodb://reader:secret@127.0.0.1:9/"
-    store = MongoStore(StoreSettings(url=url, timeout_s=0.3))
+    store = Store(StoreClient(StoreSettings(url=url, timeout_s=0.3)))
     for call in (store.connect, store.open_jobs, lambda: begin_one(store, "p1")):
         with pytest.raises(StoreUnavailable) as caught:
             call()
@@ -128,7 +126,7 @@ def test_unreachable_database_is_named_without_its_password() -> None:
 
 def test_malformed_url_is_a_configuration_error() -> None:
     """A URL that pymongo cannot read is the user's mistake: one line, no password."""
-    store = MongoStore(StoreSettings(url="mongodb://u:secret@h:notaport/"))
+    store = StoreClient(StoreSettings(url="mongodb://u:secret@h:notaport/"))
     with pytest.raises(ConfigError, match=r"store\.url") as caught:
         store.connect()
     assert "secret" not in str(caught.value)
@@ -136,26 +134,26 @@ def test_malformed_url_is_a_configuration_error() -> None:
 
 def test_documents_that_python_has_no_names_for_are_read() -> None:
     """Dates after the year 9999 and text that is no UTF-8 come from other drivers."""
-    store = MongoStore(StoreSettings(url="mongodb://127.0.0.1:1"))
+    client = StoreClient(StoreSettings(url="mongodb://127.0.0.1:1"))
     encoded = encode({"seen": DatetimeMS(10**15), "text": "ab"}).replace(b"ab\0", b"\xff\xfe\0")
     try:
-        document = decode(encoded, store.posts.codec_options)
+        document = decode(encoded, client.posts.codec_options)
     finally:
-        store.close()
+        client.close()
     assert document == {"seen": DatetimeMS(10**15), "text": "\ufffd\ufffd"}
 
 
 def test_restarted_database_is_used_again(mongo_server: MongoServer, unique_name: str) -> None:
     """After a kill and a restart the same store object works on, with what it had written."""
     store = mongo_store(mongo_server.url, unique_name)
-    store.posts.insert_one({"_id": "p1"})
+    store.client.posts.insert_one({"_id": "p1"})
     begun = started(store, "p1")
     mongo_server.kill()
     with pytest.raises(StoreUnavailable):
         store.finish([tagged(begun)], context())
     mongo_server.start()
     store.finish([tagged(begun)], context())
-    assert store.counts()["tagged"] == 1
+    assert store.queries.counts()["tagged"] == 1
     store.close()
 
 

@@ -17,7 +17,8 @@ from king.jobs import (
     Unreadable,
     message_key,
 )
-from king.store.store import MongoStore
+from king.store.client import StoreClient
+from king.store.store import Store
 from tests.support.king.store_rig import (
     BROKEN,
     NOW,
@@ -168,22 +169,22 @@ def test_two_kings_that_claim_at_once_share_out(rig: StoreRig) -> None:
 
 
 def test_claims_between_reading_and_writing_are_seen(
-    mongo: MongoStore, monkeypatch: pytest.MonkeyPatch
+    mongo: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A King that loses the race after it has read the job learns it from the write."""
-    mongo.posts.insert_many([{"_id": "new"}, {"_id": "old"}, {"_id": "free"}])
-    mongo.jobs.insert_one(Job("old", "queued", attempts=1, due_at=NOW + 900).as_document())
-    read = mongo._jobs
-    rival = MongoStore(mongo.settings)
+    mongo.client.posts.insert_many([{"_id": "new"}, {"_id": "old"}, {"_id": "free"}])
+    mongo.client.jobs.insert_one(Job("old", "queued", attempts=1, due_at=NOW + 900).as_document())
+    read = mongo.read_jobs
+    rival = Store(StoreClient(mongo.client.settings))
 
     def read_then_lose(post_ids: list[str]) -> dict[str, Job]:
         found = read(post_ids)
-        monkeypatch.setattr(mongo, "_jobs", read)
+        monkeypatch.setattr(mongo, "read_jobs", read)
         rival.begin([claim("new"), claim("old")], context(owner="rival"))
         return found
 
-    monkeypatch.setattr(mongo, "_jobs", read_then_lose)
+    monkeypatch.setattr(mongo, "read_jobs", read_then_lose)
     verdicts = mongo.begin([claim("new"), claim("old"), claim("free")], context())
     rival.close()
     assert [type(v) for v in verdicts] == [HeldElsewhere, HeldElsewhere, Started]
-    assert [job.attempts for job in map(mongo.job, ("new", "old")) if job] == [1, 2]
+    assert [job.attempts for job in map(mongo.queries.job, ("new", "old")) if job] == [1, 2]

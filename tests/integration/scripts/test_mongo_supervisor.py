@@ -19,7 +19,8 @@ from bson import ObjectId
 from config.settings import MonitorSettings, Settings
 from king.broker.connect import queue_depth
 from king.jobs import Job
-from king.store.store import MongoStore
+from king.store.client import StoreClient
+from king.store.store import Store
 from scripts.mongo_supervisor import check
 from scripts.mongo_supervisor.facts import (
     look,
@@ -46,17 +47,17 @@ class Place:
         }
         self.file.write_text(json.dumps(content))
         self.settings = Settings.model_validate(content)
-        self.store = MongoStore(self.settings.store)
+        self.store = Store(StoreClient(self.settings.store))
 
     def post(self, post_id: Any, **fields: Any) -> None:
         """Insert one post."""
-        self.store.posts.insert_one({"_id": post_id, **fields})
+        self.store.client.posts.insert_one({"_id": post_id, **fields})
 
     def result(self, post_id: Any, status: str, age_s: float) -> None:
         """Write a result as the King does."""
         tagged_at = datetime.now(timezone.utc) - timedelta(seconds=age_s)
         content = {"status": status, "tagged_at": tagged_at}
-        self.store.posts.update_one({"_id": post_id}, {"$set": {"insight": content}})
+        self.store.client.posts.update_one({"_id": post_id}, {"$set": {"insight": content}})
 
     def run(self, *options: str) -> int:
         """The command; gives its exit code."""
@@ -87,7 +88,7 @@ def test_facts_of_a_real_database(place: Place) -> None:
         Job("w2", "waiting", due_at=now - 10),
         Job("w3", "running", due_at=now - 500),
     ]
-    place.store.jobs.insert_many([job.as_document() for job in jobs])
+    place.store.client.jobs.insert_many([job.as_document() for job in jobs])
     seen = look(place.settings)
     assert seen.errors == {}
     assert seen.latency_s is not None
@@ -196,7 +197,7 @@ def test_requeue_publishes_what_has_neither_result_nor_job(
         place.post(post_id)
     place.result("tagged", "tagged", 1)
     jobs = [Job("waiting", "waiting", due_at=time.time() + 99), Job("dead", "dead")]
-    place.store.jobs.insert_many([job.as_document() for job in jobs])
+    place.store.client.jobs.insert_many([job.as_document() for job in jobs])
     assert place.run("--requeue") == 0
     assert f"requeued 2 posts to {place.settings.broker.queue}" in capsys.readouterr().out
     assert queue_depth(place.settings.broker) == 2

@@ -16,9 +16,8 @@ from common.errors import BrokerUnavailable
 from config.settings import Settings
 from king.broker.connect import queue_depth
 from king.messages import PostMessage, parse_message
-from king.store.client import MongoEdge
+from king.store.client import StoreClient
 from king.store.documents import match_ids
-from king.store.queries import Archive
 from tests.support.fakes.pool import FakePool
 from tests.support.king.broker_rig import Consumer, connected
 from tests.support.services import MongoServer, RedisServer
@@ -149,12 +148,14 @@ def test_trouble_of_one_request_leaves_the_others_their_connection(
         assert going.wait(20)
         return match_ids(cursor, *rest)
 
-    def close(self: Archive) -> None:
+    close_client = StoreClient.close
+
+    def close(self: StoreClient) -> None:
         closed.append(self)
-        MongoEdge.close(self)
+        close_client(self)
 
     monkeypatch.setattr("king.store.queries.match_ids", slowly)
-    monkeypatch.setattr(Archive, "close", close)
+    monkeypatch.setattr(StoreClient, "close", close)
     away = settings.broker.model_copy(update={"url": "redis://127.0.0.1:1/0"})
     found = settings.model_copy(update={"broker": away})
     backend = Backend(Services(lambda: found, lambda: found), probe_timeout_s=1)

@@ -1,4 +1,4 @@
-"""A store in memory: `FakeStore` gives `king.store.MongoStore`'s verdicts without a server."""
+"""A store in memory, with the verdicts of `king.store.store.Store`, and no server."""
 
 from __future__ import annotations
 
@@ -31,11 +31,9 @@ from king.jobs import (
     message_key,
 )
 from king.store.documents import (
-    failed_result,
     match_ids,
     read_post,
     tagged_by,
-    tagged_result,
 )
 
 
@@ -69,7 +67,6 @@ class FakeStore:
         self.closed = True
 
     def begin(self, claims: Sequence[Claim], context: ClaimContext) -> list[Verdict]:
-        """See `king.store.Store.begin`."""
         self._require()
         return [self._begin(claim, context) for claim in claims]
 
@@ -93,8 +90,7 @@ class FakeStore:
             return Settled(post_id, "waiting" if decision == "waiting" else "dead")
         if decision == "exhausted" and job is not None:
             verdict = self._bury(claim, job, exhausted(job), context)
-            content = failed_result(post_id, verdict.failure, verdict.attempts, context.bundle, {})
-            self._write(document, content)
+            self._write(document, verdict.result(context).document())
             return verdict
         before = job.attempts if job is not None and decision in ("take", "resume") else 0
         attempt = before if decision == "resume" else before + 1
@@ -131,7 +127,6 @@ class FakeStore:
         return Rejected(post_id, failure, attempts)
 
     def finish(self, outcomes: Sequence[Outcome], context: ClaimContext) -> list[Outcome]:
-        """See `king.store.Store.finish`."""
         self._require()
         return [self._finish(outcome, context) for outcome in outcomes]
 
@@ -148,12 +143,9 @@ class FakeStore:
             outcome = Dead(started, refused, outcome.timings_ms)
         document = self.posts[started.document_id]
         if isinstance(outcome, Tagged):
-            self._write(document, tagged_result(outcome))
+            self._write(document, outcome.result().document())
         elif isinstance(outcome, Dead):
-            content = failed_result(
-                started.post_id, outcome.failure, started.attempt, context.bundle, {}
-            )
-            self._write(document, content)
+            self._write(document, outcome.result(context.bundle).document())
         job = self.jobs.get(started.post_id)
         if job is None or job.owner != context.owner:
             return outcome
@@ -186,7 +178,6 @@ class FakeStore:
             self.posts[document["_id"]]["insight"] = content
 
     def renew(self, post_ids: Sequence[str], context: ClaimContext) -> None:
-        """See `king.store.Store.renew`."""
         self._require()
         for post_id in post_ids:
             job = self.jobs.get(post_id)
@@ -194,7 +185,6 @@ class FakeStore:
                 self.jobs[post_id] = replace(job, **context.lease)
 
     def claim_due(self, context: ClaimContext, limit: int) -> list[Job]:
-        """See `king.store.Store.claim_due`."""
         self._require()
         due = [j for j in self.jobs.values() if j.state != "dead" and j.due_at <= context.now]
         claimed = []
@@ -207,7 +197,6 @@ class FakeStore:
         return claimed
 
     def published(self, post_ids: Sequence[str], context: ClaimContext) -> None:
-        """See `king.store.Store.published`."""
         self._require()
         for post_id in post_ids:
             job = self.jobs.get(post_id)
@@ -215,7 +204,6 @@ class FakeStore:
                 self.jobs[post_id] = replace(job, owner=None, due_at=context.now + QUEUED_FOR_S)
 
     def release_dead(self, context: ClaimContext) -> int:
-        """See `king.store.Store.release_dead`."""
         self._require()
         released = [
             job
@@ -227,18 +215,15 @@ class FakeStore:
         return len(released)
 
     def open_jobs(self) -> int:
-        """See `king.store.Store.open_jobs`."""
         self._require()
         return sum(job.state != "dead" for job in self.jobs.values())
 
     def untagged_ids(self) -> Iterator[str]:
-        """See `king.store.Store.untagged_ids`."""
         self._require()
         without = (key for key, post in self.posts.items() if not post.get("insight"))
         return (str(key) for key in without if str(key) not in self.jobs)
 
     def take_lease(self, name: str, context: ClaimContext, lease_s: float) -> bool:
-        """See `king.store.Store.take_lease`."""
         self._require()
         owner, until = self.leases.get(name, (context.owner, 0.0))
         if owner != context.owner and until > context.now and not context.is_dead(owner):
@@ -246,10 +231,8 @@ class FakeStore:
         self.leases[name] = (context.owner, context.now + lease_s)
         return True
 
-    # For the tests, under the names of `king.store.queries.Archive` -------------------------------
-
     def job(self, post_id: str) -> Job | None:
-        """One job."""
+        """Return one job, as `king.store.queries.PostQueries` does."""
         return self.jobs.get(post_id)
 
     def _require(self) -> None:

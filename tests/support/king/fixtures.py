@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from king.store.store import MongoStore
+from king.store.store import Store
 from tests.support.fakes.store import FakeStore
 from tests.support.king.store_rig import StoreRig, mongo_store
 from tests.support.services import MongoServer
@@ -25,7 +25,7 @@ def rig(request: pytest.FixtureRequest, unique_name: str) -> Iterator[StoreRig]:
 
 
 @pytest.fixture
-def mongo(mongo_url: str, unique_name: str) -> Iterator[MongoStore]:
+def mongo(mongo_url: str, unique_name: str) -> Iterator[Store]:
     """The real store, empty; with MongoDB too where INSIGHTTAG_TEST_MONGO_URL names one."""
     store = mongo_store(mongo_url, unique_name)
     yield store

@@ -11,7 +11,7 @@ from typing import Any
 from config.settings import BrokerSettings, FetchSettings, KingSettings, Settings, StoreSettings
 from king.broker.base import Broker
 from king.king import King
-from king.store.store import Store
+from king.store_thread import PostStore
 from tests.support.fakes.broker import MemoryQueue
 from tests.support.fakes.pool import Answer, FakePool, default_answer
 from workers.protocol import FuseTask, Task
@@ -58,7 +58,7 @@ class Running:
         settings: Settings,
         pool: FakePool,
         *,
-        store: Store | None = None,
+        store: PostStore | None = None,
         broker: Broker | None = None,
         owner: str = "k1",
         drain: bool = False,
@@ -104,7 +104,7 @@ class Running:
 
 def on_fakes(
     folder: Path,
-    store: Store,
+    store: PostStore,
     broker: Broker,
     answer: Callable[[Task], Answer] | None = None,
     **king: Any,

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from common.post import Failure, Tag, Tags
+from common.retry import RetryPolicy
 from config.settings import StoreSettings
 from king.jobs import (
     Claim,
@@ -18,7 +19,9 @@ from king.jobs import (
     Verdict,
 )
 from king.messages import PostMessage
-from king.store.store import MongoStore, Store
+from king.store.client import StoreClient
+from king.store.store import Store
+from king.store_thread import PostStore
 from tests.support.fakes.store import FakeStore
 
 NOW = 1_800_000_000.0
@@ -28,39 +31,40 @@ BUNDLE = ("demo", "20260101T000000Z-aa")
 class StoreRig:
     """One empty store, of either kind."""
 
-    def __init__(self, store: FakeStore | MongoStore) -> None:
+    def __init__(self, store: FakeStore | Store) -> None:
         self.real = store
-        self.store: Store = store
+        self.queries = store if isinstance(store, FakeStore) else store.queries
+        self.store: PostStore = store
 
     def insert(self, *posts: Mapping[str, Any]) -> None:
         """Put post documents in."""
         if isinstance(self.real, FakeStore):
             self.real.posts.update({post["_id"]: dict(post) for post in posts})
         else:
-            self.real.posts.insert_many([dict(post) for post in posts])
+            self.real.client.posts.insert_many([dict(post) for post in posts])
 
     def result(self, document_id: Any) -> Any:
         """A post's result sub-document."""
         if isinstance(self.real, FakeStore):
             return self.real.posts[document_id].get("insight")
-        return (self.real.posts.find_one({"_id": document_id}) or {}).get("insight")
+        return (self.real.client.posts.find_one({"_id": document_id}) or {}).get("insight")
 
     def results(self) -> dict[Any, Any]:
         """Of every post."""
         if isinstance(self.real, FakeStore):
             return {key: post.get("insight") for key, post in self.real.posts.items()}
-        return {post["_id"]: post.get("insight") for post in self.real.posts.find()}
+        return {post["_id"]: post.get("insight") for post in self.real.client.posts.find()}
 
     def job(self, post_id: str) -> Job | None:
         """One job."""
-        return self.real.job(post_id)
+        return self.queries.job(post_id)
 
     def set_job(self, job: Job) -> None:
         """Put a job in."""
         if isinstance(self.real, FakeStore):
             self.real.jobs[job.post_id] = job
         else:
-            self.real.jobs.insert_one(job.as_document())
+            self.real.client.jobs.insert_one(job.as_document())
 
 
 def mongo_settings(url: str, name: str, **changes: Any) -> StoreSettings:
@@ -69,16 +73,16 @@ def mongo_settings(url: str, name: str, **changes: Any) -> StoreSettings:
     return StoreSettings(url=url, timeout_s=3, **names, **changes)
 
 
-def mongo_store(url: str, name: str, **changes: Any) -> MongoStore:
+def mongo_store(url: str, name: str, **changes: Any) -> Store:
     """A connected store."""
-    store = MongoStore(mongo_settings(url, name, **changes))
+    store = Store(StoreClient(mongo_settings(url, name, **changes)))
     store.connect()
     return store
 
 
 def context(now: float = NOW, **changes: Any) -> ClaimContext:
     """Those of the King ``k1``."""
-    values: dict[str, Any] = {"owner": "k1", "bundle": BUNDLE, "attempts": 3}
+    values: dict[str, Any] = {"owner": "k1", "bundle": BUNDLE, "retry": RetryPolicy(3, 1, 10)}
     return ClaimContext(now=now, **{**values, **changes})
 
 
@@ -89,7 +93,7 @@ def claim(post_id: str, **changes: Any) -> Claim:
 
 
 def begin_one(
-    store: Store, post_id: str, conditions: ClaimContext | None = None, **changes: Any
+    store: PostStore, post_id: str, conditions: ClaimContext | None = None, **changes: Any
 ) -> Verdict:
     """The verdict on one claim."""
     [verdict] = store.begin([claim(post_id, **changes)], conditions or context())
@@ -97,7 +101,7 @@ def begin_one(
 
 
 def started(
-    store: Store, post_id: str, conditions: ClaimContext | None = None, **changes: Any
+    store: PostStore, post_id: str, conditions: ClaimContext | None = None, **changes: Any
 ) -> Started:
     """Begin a post that can begin."""
     verdict = begin_one(store, post_id, conditions, **changes)
