@@ -32,12 +32,12 @@ class Fingerprint(str):
 
 
 def parts_of(fingerprint: object) -> dict[str, Any]:
-    """What a fingerprint is of; empty where that is not known."""
+    """Return the parts of a fingerprint; empty when they are not known."""
     return dict(fingerprint.parts) if isinstance(fingerprint, Fingerprint) else {}
 
 
 def with_parts(digests: Mapping[Name, str], parts: object) -> dict[Name, str]:
-    """Digests with what they are of, as it was stored beside them; anything else is left out."""
+    """Return digests with their parts, as stored next to them; skip anything else."""
     known = parts if isinstance(parts, dict) else {}
     return {
         stream: Fingerprint(text, found)
@@ -48,7 +48,7 @@ def with_parts(digests: Mapping[Name, str], parts: object) -> dict[Name, str]:
 
 
 def known_parts(fingerprints: Mapping[Name, str]) -> dict[str, dict[str, Any]]:
-    """What `with_parts` takes, of those where it is known."""
+    """Return the fingerprints with known parts, as `with_parts` takes them."""
     return {stream: found for stream, text in fingerprints.items() if (found := parts_of(text))}
 
 

@@ -45,7 +45,7 @@ def streams_of(modalities: Iterable[Modality]) -> tuple[Stream, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Why something failed.
+    """Reason of a failure.
 
     Attributes:
         stage: ``message``, ``load``, ``fetch``, ``decode``, ``extract``, ``fuse`` or ``store``.
@@ -102,7 +102,7 @@ class Post:
 
 @dataclass(frozen=True, slots=True)
 class Features:
-    """What the extractors gave for one post.
+    """Features of one post.
 
     Attributes:
         arrays: float16 ``(n, dim)`` for each stream of the modalities that are ``ok``: in

@@ -41,7 +41,7 @@ def unwrapped(content: object, path: Path) -> dict[str, torch.Tensor]:
     """The state dict inside what a ``.pth`` file holds.
 
     Raises:
-        ConfigError: There is none.
+        ConfigError: The file holds no state dict.
     """
     import torch
 
@@ -61,7 +61,7 @@ def unwrapped(content: object, path: Path) -> dict[str, torch.Tensor]:
 
 
 def _wrapped(content: object) -> Any:
-    """What a wrapper holds; None where there is none."""
+    """Return the content of a wrapper; None without one."""
     import torch
 
     if not isinstance(content, Mapping):
@@ -116,7 +116,7 @@ def _as_tensor(value: object) -> torch.Tensor | None:
 
 
 def _numpy_globals() -> list[Any]:
-    """What numpy arrays in a state dict are pickled with, under numpy 2's name and numpy 1's."""
+    """Return the names that numpy 2 and numpy 1 pickle arrays with."""
     import numpy as np
     from numpy._core import multiarray
 

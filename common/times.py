@@ -14,10 +14,10 @@ _UNITS_S = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400, "w": 604800}
 
 
 def since_time(text: str | None, now_s: float) -> float | None:
-    """``30m``, ``2h``, ``7d`` or an ISO date ─► Unix time in seconds.
+    """Read ``30m``, ``2h``, ``7d`` or an ISO date into Unix time in seconds.
 
     Raises:
-        ConfigError: It is neither.
+        ConfigError: The text is none of these.
     """
     if text is None:
         return None
@@ -38,7 +38,7 @@ def since_time(text: str | None, now_s: float) -> float | None:
 
 
 def moment_of(value: object) -> float | None:
-    """A date, ISO text, ObjectId, or Unix time in seconds or milliseconds ─► Unix seconds."""
+    """Read a date, ISO text, ObjectId or Unix time (seconds, milliseconds) into Unix seconds."""
     if isinstance(value, ObjectId):
         return value.generation_time.timestamp()
     if isinstance(value, str):

@@ -26,7 +26,7 @@ class CacheSettings(Section):
     ttl_s: Seconds | None = 90 * 86400
     """Redis only: an entry that nobody has asked for in this time goes; null keeps it."""
     sources_ttl_s: Annotated[float, Field(ge=0)] | None = None
-    """How long a URL is trusted to lead to the same file as before, so that it is not downloaded
+    """Time for which a URL is trusted to lead to the same file, so that it is not downloaded
     again; null: for ever, 0: never (every file is downloaded, and only then looked up)."""
     timeout_s: Seconds = 1
     """A look-up that takes longer counts as a miss."""

@@ -30,7 +30,7 @@ class HttpSettings(Section):
     """Posts that are being tagged at once; more wait for `queue_s`, and are then refused."""
     queue_s: Annotated[float, Field(ge=0)] = 5
     retry_after_s: PositiveInt = 5
-    """What a refused client is told to wait."""
+    """Value of Retry-After for a refused client."""
     deadline_s: Seconds = 120
     """One post may take this long."""
     body_timeout_s: Seconds = 120

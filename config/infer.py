@@ -14,7 +14,7 @@ Count = Annotated[int, Field(ge=0)]
 
 
 class CollectionSettings(Section):
-    """How tags are written to a MongoDB collection."""
+    """Options for tags written to a MongoDB collection."""
 
     id: str = "_id"
     """Dotted path of a post's ID in its document."""
@@ -26,7 +26,7 @@ class CollectionSettings(Section):
 
 
 class RunSettings(Section):
-    """How an inference runs and what comes out; for feature files and for raw media."""
+    """Options of an inference, from feature files or from raw media."""
 
     n_gpus: Count | None = None
     """0 runs on the CPU; null takes one GPU where there is one. Each has a process of its own."""
@@ -39,13 +39,13 @@ class RunSettings(Section):
     format: Literal["auto", "jsonl", "csv", "mongodb"] = "auto"
     """``auto`` goes by the output's name."""
     scores: bool = True
-    """Write the score of every class beside the tags."""
+    """Write the score of every class next to the tags."""
     skip_bad: bool = False
     """Leave out posts that cannot be tagged, count and list them; otherwise the first one ends
     the run."""
     collection: CollectionSettings = CollectionSettings()
     progress_dir: Path = Path("workshop/infer")
-    """Where a run that writes to MongoDB notes how far it has come; others do beside the output."""
+    """Folder in which a run that writes to MongoDB records its progress."""
     allow_pickle: bool = False
     """Load a ``.pth`` that is a whole pickled model, which runs code that is in the file."""
     progress: bool = True
@@ -68,7 +68,7 @@ class InferSettings(RunSettings):
 
 
 def is_database(output: str) -> bool:
-    """Whether an output is a MongoDB URL."""
+    """Tell whether an output is a MongoDB URL."""
     return output.startswith(("mongodb://", "mongodb+srv://"))
 
 

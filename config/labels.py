@@ -13,7 +13,7 @@ from common.errors import ConfigError
 
 @dataclass(frozen=True)
 class LabelMap:
-    """Index ─► tag name, in index order.
+    """Tag names in index order.
 
     Attributes:
         names: Name of each class; its position is the tag's ID.
@@ -23,7 +23,7 @@ class LabelMap:
 
     @cached_property
     def index(self) -> dict[str, int]:
-        """Name ─► index."""
+        """Map names to indexes."""
         return {name: i for i, name in enumerate(self.names)}
 
     def __len__(self) -> int:
@@ -42,12 +42,12 @@ class LabelMap:
             raise ConfigError(f"{where}: label {error.args[0]!r} is not in the label map") from None
 
     def as_json(self) -> dict[str, str]:
-        """The file's content: index as text ─► name."""
+        """Return the file's content: index as text -> name."""
         return {str(i): name for i, name in enumerate(self.names)}
 
     @classmethod
     def from_mapping(cls, content: Mapping[str, object], where: str) -> LabelMap:
-        """Build from index ─► name.
+        """Build from index -> name.
 
         Raises:
             ConfigError: Indices are not 0 to n-1, or names repeat.

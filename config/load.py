@@ -51,7 +51,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _yaml_mistake(error: Exception) -> str:
-    """Where and what, without the line itself, which may hold a password."""
+    """Return the position and the problem, without the line itself: it may hold a password."""
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         mark = error.problem_mark
         return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}"

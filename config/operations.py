@@ -19,7 +19,7 @@ class WatchdogSettings(Section):
     probe_timeout_s: Seconds = 3
     """The watchdog's own questions to the broker and the database may take this long."""
     dump_s: Seconds = 2
-    """How long a stalled King is given to write its stacks before it is killed."""
+    """Time for a stalled King to write its stacks before it is killed."""
     start_timeout_s: Seconds = 900
     """Loading of models may take this long; above workers.start_timeout_s."""
     restarts: PositiveInt = 5
@@ -41,7 +41,7 @@ class Threshold(Section):
 
 
 class MonitorSettings(Section):
-    """What `scripts/mongo_supervisor/check.py` asks, and where it draws the lines."""
+    """Questions and limits of `scripts/mongo_supervisor/check.py`."""
 
     backlog_age_s: Annotated[float, Field(ge=0)] = 900
     """Untagged posts older than this are backlog. A post's age is that of `store.fields.created`,
@@ -68,7 +68,7 @@ class MonitorSettings(Section):
     @field_validator("*", mode="before")
     @classmethod
     def _other_half(cls, value: object, info: ValidationInfo) -> object:
-        """Who sets one of a threshold's values keeps the default of the other."""
+        """Keep the default of the value of a threshold that is not set."""
         default = cls.model_fields[str(info.field_name)].default
         if isinstance(default, Threshold) and isinstance(value, dict):
             return {**default.model_dump(), **value}

@@ -96,7 +96,7 @@ class BrokerSettings(Section):
 
 
 class FieldMap(Section):
-    """Our names ─► the platform's dotted paths in a post document."""
+    """Our names -> the platform's dotted paths in a post document."""
 
     id: str = "_id"
     text: str = "text"
@@ -105,9 +105,9 @@ class FieldMap(Section):
     audios: str = "audios"
     labels: str = "labels"
     author: str | None = None
-    """Who made the post: `scripts/build_trainval_data.py` keeps an author on one side."""
+    """Author of the post: `scripts/build_trainval_data.py` keeps an author on one side."""
     created: str | None = None
-    """When the post was made, for `monitor`, `pull_posts`: a date, ISO text, or Unix seconds."""
+    """Creation time of the post, for `monitor`, `pull_posts`: a date, ISO text, or Unix seconds."""
 
 
 class StoreSettings(Section):
@@ -181,7 +181,7 @@ class FusionSettings(Section):
     threads: PositiveInt = 1
     batch_size: PositiveInt = 64
     reload_s: Seconds = 5
-    """How often the bundle folder is looked at for a newer bundle."""
+    """Interval at which the bundle folder is checked for a newer bundle."""
 
 
 class WorkerSettings(Section):
@@ -198,7 +198,7 @@ class WorkerSettings(Section):
     recycle_tasks: Annotated[int, Field(ge=0)] = 200_000
     """A decoder or device worker is replaced after this many tasks; 0: never."""
     recycle_growth_mb: Annotated[int, Field(ge=0)] = 2048
-    """… or when it holds this much more memory than it did warmed up; 0: whatever it holds."""
+    """Or after growing by this much since it warmed up; 0 never."""
     share_batches: bool = True
     """Posts share the passes of a model, which GPUs like. Kernels round a little differently for
     other batch sizes: without, a post's features are the same to the last bit in every run."""
@@ -226,7 +226,7 @@ class KingSettings(Section):
     lease_s: Seconds = 60
     """A job of another King is taken over when its lease is older than this."""
     reconcile_s: Annotated[float, Field(ge=0)] | None = 300
-    """How often one of the Kings looks for posts that have neither a result nor a job and publishes
+    """Interval at which a King looks for posts that have neither a result nor a job and publishes
     them, a batch at a time; 0 or null never does. It reads the posts without
     ``<result_path>.status``: an index on that path keeps it cheap in a large collection."""
 

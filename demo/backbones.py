@@ -81,7 +81,7 @@ def _train(name: Backbone, lesson: Lesson) -> None:
 
 
 def _items(name: Backbone, posts: Sequence[Post], settings: Settings) -> list[npt.NDArray[Any]]:
-    """What the extractor of this name will be given for each post, decoded as the daemon does."""
+    """Return the extractor's input for each post, decoded as the daemon does."""
     from extractors.media.decode import decode_media
 
     # Only what this backbone looks at: no pictures for OCR.

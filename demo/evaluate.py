@@ -1,4 +1,4 @@
-"""How good the tags are: GAP of what the database holds, and what each modality is worth."""
+"""Quality of the tags: GAP of the database's tags, with and without each modality."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the demo's files lie, and how large it is."""
+"""Paths and sizes of the demo."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Layout:
 
     @property
     def stamps(self) -> Path:
-        """What each stage was made from."""
+        """Return the folder of the stamps, one per stage."""
         return self.root / "stamps"
 
     @property
@@ -55,7 +55,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is made and learned.
+    """Number of posts and length of the trainings.
 
     Attributes:
         posts: Of each split.

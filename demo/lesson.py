@@ -1,4 +1,4 @@
-"""What every backbone's training is given."""
+"""Settings that the trainings of all backbones share."""
 
 from __future__ import annotations
 

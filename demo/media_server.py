@@ -29,7 +29,7 @@ class MediaServer:
 
     @property
     def url(self) -> str:
-        """Where the folder is, without a slash at the end.
+        """Return the URL of the folder, without a slash at the end.
 
         Raises:
             RuntimeError: The server is not started.

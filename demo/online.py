@@ -121,7 +121,7 @@ class PostBox:
         return ids
 
     def results(self, post_ids: Sequence[str]) -> dict[str, Mapping[str, Any]]:
-        """Post ID ─► its result, where there is one.
+        """Return the results by post ID.
 
         Raises:
             StoreUnavailable: The database cannot be reached.
@@ -163,7 +163,7 @@ def publish_and_wait(
     """Publish the posts and wait for their results.
 
     Returns:
-        Post ID ─► result, and the seconds from publishing to the last result.
+        Post ID -> result, and the seconds from publishing to the last result.
 
     Raises:
         BrokerUnavailable: The broker cannot be reached.

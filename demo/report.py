@@ -1,4 +1,4 @@
-"""What the demo shows at its end, and its machine-readable report."""
+"""The demo's final table and its machine-readable report."""
 
 from __future__ import annotations
 

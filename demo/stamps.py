@@ -45,7 +45,7 @@ class Stamp:
 
     @property
     def valid(self) -> bool:
-        """Whether the stage was done, from these inputs, and its outputs are still there."""
+        """Tell whether the stage ran from these inputs and its outputs still exist."""
         try:
             noted = json.loads(self.path.read_text(encoding="utf-8"))
         except (OSError, ValueError):

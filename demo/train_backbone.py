@@ -39,7 +39,7 @@ _CLIP_NORM = 5.0
 
 @dataclass(frozen=True)
 class BackboneReport:
-    """What came out of a training.
+    """Outcome of a training.
 
     Attributes:
         path: The state_dict that was written.
@@ -270,7 +270,7 @@ class _Loop:
 
 
 def _suited(backbone: nn.Module, precision: Precision, device: str) -> Arithmetic:
-    """What ``auto`` means: depthwise filters are 2 to 3 times slower in bf16 on CPUs."""
+    """Resolve ``auto``: depthwise filters are 2 to 3 times slower in bf16 on CPUs."""
     depthwise = any(isinstance(m, nn.Conv2d) and m.groups > 8 for m in backbone.modules())
     if precision == "auto" and device == "cpu" and depthwise:
         return "fp32"

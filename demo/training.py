@@ -14,7 +14,7 @@ LABELS = Path("config/idx2name_cls24.json")
 
 
 def train_settings(layout: Layout, settings: Settings, sizes: Sizes) -> TrainSettings:
-    """What `train_net.py` would be told in a file."""
+    """Return the settings that `train_net.py` would read from a file."""
     values: dict[str, Any] = {
         "data": {
             "train": layout.posts("train"),

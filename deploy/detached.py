@@ -26,7 +26,7 @@ _START_TIME_SLACK_S = 1.0  # psutil derives start times from the boot time, whic
 
 @dataclass(frozen=True)
 class Identity:
-    """What is recorded of a detached process.
+    """Record of a detached process.
 
     Attributes:
         started_at: Unix time in seconds at which the system says that it started.
@@ -70,7 +70,7 @@ def spawn(argv: Sequence[str], log: Path, marker: str) -> Identity:
 
 
 def alive(identity: Identity) -> bool:
-    """Whether the recorded process still runs and is the recorded one."""
+    """Tell whether the recorded process still runs, and no other has its PID."""
     # A child of this very process stays a zombie until it is waited for.
     with contextlib.suppress(ChildProcessError):
         os.waitpid(identity.pid, os.WNOHANG)
@@ -88,7 +88,7 @@ def alive(identity: Identity) -> bool:
 
 
 def listens(identity: Identity, port: int) -> bool:
-    """Whether the recorded process itself holds the port, and not a stranger."""
+    """Tell whether the recorded process itself holds the port."""
     try:
         connections = psutil.Process(identity.pid).net_connections(kind="tcp")
     except psutil.Error:
@@ -126,7 +126,7 @@ def _gone(identity: Identity, timeout_s: float) -> bool:
 
 
 def port_is_free(port: int) -> bool:
-    """Whether a server could take this loopback port now."""
+    """Tell whether a server could take this loopback port now."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

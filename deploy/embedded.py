@@ -61,7 +61,7 @@ class Service:
         return KINDS[self.name].url.format(port=self.port)
 
     def running(self) -> bool:
-        """Whether our own process is there, holds the port, and answers."""
+        """Tell whether our own process runs, holds the port, and answers."""
         return (
             detached.alive(self.identity)
             and detached.listens(self.identity, self.port)
@@ -78,9 +78,6 @@ class ServiceView:
     url: str | None = None
     pid: int | None = None
     started_at: float | None = None
-
-
-# The registry file ---------------------------------------------------------------------------
 
 
 def _read(folder: Path) -> dict[str, Service]:
@@ -130,9 +127,6 @@ def _open(settings: Settings) -> Iterator[Path]:
             yield folder
     except OSError as error:
         raise ConfigError(f"embedded.folder {folder}: {error.strerror or error}") from error
-
-
-# Start, find, stop ---------------------------------------------------------------------------
 
 
 def _start(kind: ServiceKind, folder: Path, port_before: int | None) -> Service:
@@ -240,7 +234,7 @@ def revive(settings: Settings) -> tuple[str, ...]:
 
 
 def status(settings: Settings) -> list[ServiceView]:
-    """What is known of every service; starts nothing."""
+    """Return the state of every service; start nothing."""
     recorded = _read(settings.embedded.folder.resolve())
     views: list[ServiceView] = []
     for name in KINDS:

@@ -20,10 +20,10 @@ PING_TIMEOUT_S = 5.0
 
 @dataclass(frozen=True)
 class ServiceKind:
-    """What there is to know about one kind of service.
+    """One kind of embedded service.
 
     Attributes:
-        prepare: ``(folder, port)`` ─► ``(argv, marker)``; writes what the server needs.
+        prepare: ``(folder, port)`` -> ``(argv, marker)``; writes what the server needs.
         ping: Whether a server of this kind answers on the port.
         url: Its URL, with ``{port}``.
     """

@@ -80,7 +80,7 @@ class Plant:
 
 @dataclass(frozen=True)
 class Site:
-    """Where the media are.
+    """Folder and URL of the media.
 
     Attributes:
         folder: That the media server serves; the entries' paths are relative to it.
@@ -133,7 +133,7 @@ def cut_lines(posts: Path, plants: Sequence[Plant]) -> dict[str, int]:
     """Cut the lines of a posts file that were planted for it to half of their length.
 
     Returns:
-        post_id ─► number of its line, from 1.
+        post_id -> number of its line, from 1.
 
     Raises:
         OSError: The file cannot be read or written.
@@ -148,9 +148,6 @@ def cut_lines(posts: Path, plants: Sequence[Plant]) -> dict[str, int]:
             lines[i] = line[: len(line) // 2]
     posts.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     return numbers
-
-
-# Parts ---------------------------------------------------------------------------------------
 
 
 def _document(

@@ -57,7 +57,7 @@ def make_post(folder: Path, plan: PostPlan) -> Entry:
 def _share_sounds(
     rng: np.random.Generator, plan: PostPlan
 ) -> tuple[tuple[str, ...] | None, tuple[str, ...] | None]:
-    """What the video's sound track and the sound file carry; None where there is none."""
+    """Return the sounds of the video and of the sound file; None without one."""
     if "audio" not in plan.contents:
         return None, None
     keys = plan.contents["audio"]

@@ -23,11 +23,11 @@ LONE_CUE = 0.08
 
 @dataclass(frozen=True, slots=True)
 class PostPlan:
-    """What one post is made of.
+    """Contents of one post.
 
     Attributes:
         tags: In label order.
-        contents: Modality ─► keys of the evidence it carries; absent when the post lacks it.
+        contents: Modality -> keys of the evidence it carries; absent when the post lacks it.
         noise: Strength of what disturbs the media, in [0, 1].
         seed: Entropy of everything drawn for this post.
     """

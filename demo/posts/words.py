@@ -94,7 +94,7 @@ SENTENCES: dict[str, dict[str, tuple[str, ...]]] = {
         ),
     },
 }
-"""What the text talks about ─► language ─► sentences."""
+"""Topic -> language -> sentences."""
 
 SIGN_WORDS: dict[str, tuple[str, ...]] = {
     "sale": ("SALE", "DISCOUNT", "CHEAP", "OUTLET"),
@@ -104,7 +104,7 @@ SIGN_WORDS: dict[str, tuple[str, ...]] = {
     "prize": ("PRIZE", "WINNER", "LUCKY"),
     "neutral": ("HELLO", "WINDOW", "GARDEN", "NUMBER", "MONDAY", "RIVER", "PAPER", "SILVER"),
 }
-"""What a sign says ─► its words; neutral words stand on any sign."""
+"""Sign -> its words; neutral words stand on any sign."""
 
 
 def post_text(rng: np.random.Generator, keys: Sequence[str], noise: float = 0.0) -> str:
