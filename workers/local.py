@@ -9,15 +9,16 @@ from __future__ import annotations
 import tempfile
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from common.errors import BundleError, FeatureError, TaggingError
 from config.settings import Settings
 from extractors.parts import slot_bytes
 from workers.cache.features import FeatureCache
-from workers.cache.guarded import GuardedStore
+from workers.cache.store import GuardedStore
 from workers.fetch.client import Fetcher
 from workers.fetch.sources import is_url, local_file
 from workers.fetch.spool import file_name
@@ -40,8 +41,7 @@ from workers.protocol import (
     Tags,
     Task,
 )
-from workers.roles.batch import Outcome, failure_of
-from workers.roles.tasks import run_decode, run_extract, run_fuse
+from workers.roles.tasks import Outcome, failure_of, run_decode, run_extract, run_fuse
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -217,7 +217,7 @@ class LocalTagger:
         if isinstance(task, FetchTask):
             return self._fetch(task.media)
         if isinstance(task, DecodeTask):
-            in_slot = replace(task, slot=0)
+            in_slot = msgspec.structs.replace(task, slot=0)
             return run_decode(in_slot, self._settings.features, self._settings.decode, arena)
         if isinstance(task, ExtractTask):
             return run_extract(suite, [task], arena)[0]

@@ -1,19 +1,21 @@
-"""What crosses between the King and its workers: frozen values, no torch, no cv2.
+"""The messages between the King and its workers: frozen values, no torch, no cv2.
 
 Pixels and patches lie in shared-memory slots and are named by `ArrayRef`; everything else
-crosses as one of these messages, pickled, on one pipe per worker.
+crosses as one of these messages on one channel per worker (`workers.pool.channel`). Types and
+limits in the annotations are checked while a message is decoded.
 
-A task is answered by exactly one `Done` or `Failed`. Before a worker runs a batch it says which
-tasks are in it (`Began`), so that the King knows whom a death may be charged to.
+A task is answered by exactly one `Done` or `Failed`. Before a worker runs a batch it reports the
+batch's tasks (`Began`), so that the King knows which tasks a death is charged to.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeAlias
 
+import msgspec
 import numpy as np
 
 from common.post import (
@@ -36,6 +38,7 @@ from config.settings import ExtractorName
 from extractors.parts import PartKind
 
 __all__ = [
+    "MAX_PARTS",
     "MODALITIES",
     "STREAMS",
     "ArrayRef",
@@ -47,6 +50,7 @@ __all__ = [
     "CacheLookup",
     "CacheQuery",
     "CacheUpdate",
+    "Command",
     "DecodeTask",
     "Decoded",
     "Done",
@@ -62,12 +66,15 @@ __all__ = [
     "FetchTask",
     "Fetched",
     "FuseTask",
+    "Fused",
+    "Launch",
     "Media",
     "MediaKind",
     "Modality",
     "Part",
     "PartKind",
     "Post",
+    "ProtocolError",
     "Ready",
     "Refused",
     "Reply",
@@ -80,13 +87,54 @@ __all__ = [
     "Task",
     "WorkerRole",
     "modality_of",
+    "validate_reply",
 ]
 
 WorkerRole: TypeAlias = Literal["fetch", "decode", "extract", "fuse", "cache"]
 
 
-@dataclass(frozen=True, slots=True)
-class ArrayRef:
+_Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0)]
+
+MAX_PARTS = 4096
+"""Arrays that one media file may give; a real file gives at most a few dozen (frames and sound in
+one array each, and a picture for each frame that is read). It bounds what a decoder that was taken
+over can make the King hold."""
+
+
+class ProtocolError(Exception):
+    """A message breaks the protocol: its sender cannot be trusted any more."""
+
+
+class Message(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """Base of everything that crosses: a msgpack array that begins with the name of its class."""
+
+
+class Launch(Message, frozen=True):
+    """King -> worker, the first message on the channel.
+
+    Attributes:
+        run: ``module:function`` that gets the `workers.roles.loop.Context`.
+        name: Unique name, ``extract-0``; in logs and in the process title.
+        settings: As JSON, `workers.pool.launch.without_credentials`.
+        arena: Descriptor of the shared slots, or -1 for a role that does not use them.
+        device: ``cpu``, or ``cuda:0`` of the one device that the process can see.
+        spool: Folder of downloaded files.
+    """
+
+    run: str
+    role: WorkerRole
+    name: str
+    settings: str
+    device: str = "cpu"
+    extractors: tuple[ExtractorName, ...] = ()
+    threads: int = 1
+    arena: int = -1
+    slots: int = 0
+    slot_bytes: int = 0
+    spool: str = ""
+
+
+class ArrayRef(Message, frozen=True):
     """An array in a shared-memory slot.
 
     Attributes:
@@ -94,9 +142,9 @@ class ArrayRef:
         offset: Bytes from the start of the slot, a multiple of 64.
     """
 
-    slot: int
-    offset: int
-    shape: tuple[int, ...]
+    slot: _Count
+    offset: _Count
+    shape: tuple[_Count, ...]
     dtype: str
 
     @property
@@ -105,16 +153,14 @@ class ArrayRef:
         return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
+class Part(Message, frozen=True):
     """One array that was decoded from a media file; `extractors.parts` has its dtype and shape."""
 
     kind: PartKind
     ref: ArrayRef
 
 
-@dataclass(frozen=True, slots=True)
-class CacheQuery:
+class CacheQuery(Message, frozen=True):
     """One media file that is looked up in the feature cache.
 
     Attributes:
@@ -131,8 +177,7 @@ class CacheQuery:
     local: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class CacheLookup:
+class CacheLookup(Message, frozen=True):
     """Look up what is known of a post, or of one file that has just been downloaded.
 
     Attributes:
@@ -151,15 +196,13 @@ class CacheLookup:
     path: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class FetchTask:
+class FetchTask(Message, frozen=True):
     """Download one media file into the spool folder."""
 
     media: Media
 
 
-@dataclass(frozen=True, slots=True)
-class DecodeTask:
+class DecodeTask(Message, frozen=True):
     """Decode one local media file into a slot.
 
     Attributes:
@@ -172,8 +215,7 @@ class DecodeTask:
     sha256: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class ExtractTask:
+class ExtractTask(Message, frozen=True):
     """Run one extractor on what one media file gave, or on a text.
 
     Attributes:
@@ -192,8 +234,7 @@ class ExtractTask:
     kind: MediaKind | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class FuseTask:
+class FuseTask(Message, frozen=True):
     """Predict the tags of one post from its features."""
 
     features: Features
@@ -202,43 +243,40 @@ class FuseTask:
 Task: TypeAlias = CacheLookup | FetchTask | DecodeTask | ExtractTask | FuseTask
 
 
-@dataclass(frozen=True, slots=True)
-class CacheHit:
+class CacheHit(Message, frozen=True):
     """What the feature cache knows of one media file.
 
     Attributes:
         whole: Nothing of the file needs to be decoded.
         ready: What was asked for and need not be extracted: it is here, or the file has none.
-        arrays: Stream ─► float16 ``(n, dim)``.
+        arrays: Stream -> float16 ``(n, dim)``.
         text: What OCR read; None where that is not known.
         failure: Why the file cannot be decoded at all.
-        failures: Modality ─► why that side of it cannot be.
+        failures: Modality -> why that side of it cannot be.
     """
 
     index: int
     sha256: str
     whole: bool
     ready: frozenset[PartKind] = frozenset()
-    arrays: Mapping[Stream, FeatureArray] = field(default_factory=dict)
+    arrays: Mapping[Stream, FeatureArray] = msgspec.field(default_factory=dict)
     text: str | None = None
     failure: Failure | None = None
-    failures: Mapping[Modality, Failure] = field(default_factory=dict)
+    failures: Mapping[Modality, Failure] = msgspec.field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class CacheHits:
+class CacheHits(Message, frozen=True):
     """What the feature cache knows; a file that it does not know is left out.
 
     Attributes:
-        texts: Text ─► its features, float16 ``(t, dim)``.
+        texts: Text -> its features, float16 ``(t, dim)``.
     """
 
     media: tuple[CacheHit, ...] = ()
-    texts: Mapping[str, FeatureArray] = field(default_factory=dict)
+    texts: Mapping[str, FeatureArray] = msgspec.field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class Fetched:
+class Fetched(Message, frozen=True):
     """A media file in the spool folder; who gets it deletes it.
 
     Attributes:
@@ -250,21 +288,19 @@ class Fetched:
     sha256: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Decoded:
+class Decoded(Message, frozen=True):
     """What a media file gave.
 
     Attributes:
         parts: In order of time.
-        failures: Modality ─► why that side of the file is broken, while the rest is usable.
+        failures: Modality -> why that side of the file is broken, while the rest is usable.
     """
 
-    parts: tuple[Part, ...]
-    failures: Mapping[Modality, Failure] = field(default_factory=dict)
+    parts: Annotated[tuple[Part, ...], msgspec.Meta(max_length=MAX_PARTS)]
+    failures: Mapping[Modality, Failure] = msgspec.field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class Extracted:
+class Extracted(Message, frozen=True):
     """An extractor's result: float16 ``(n, dim)``, or the text that OCR read.
 
     Attributes:
@@ -274,15 +310,21 @@ class Extracted:
 
     array: FeatureArray | None = None
     text: str | None = None
-    also: Mapping[Stream, FeatureArray] = field(default_factory=dict)
+    also: Mapping[Stream, FeatureArray] = msgspec.field(default_factory=dict)
+
+
+class Fused(Message, frozen=True):
+    """The tags of one post, as they cross."""
+
+    tags: Tags
 
 
 Result: TypeAlias = CacheHits | Fetched | Decoded | Extracted | Tags
+"""The result of a task, for the caller of the pool."""
 
 
-@dataclass(frozen=True, slots=True)
-class Envelope:
-    """King ─► worker: one task.
+class Envelope(Message, frozen=True):
+    """King -> worker: one task.
 
     Attributes:
         deadline: `time.monotonic()` of this host, past which the result is of no use.
@@ -295,34 +337,31 @@ class Envelope:
     solo: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Expect:
-    """King ─► fusion worker: the extractors' fingerprints, which every later bundle must match.
+class Expect(Message, frozen=True):
+    """King -> fusion worker: the extractors' fingerprints, which every later bundle must match.
 
     Attributes:
         made_of: What they are of, where that is known; for errors.
     """
 
     fingerprints: Mapping[Stream, str]
-    made_of: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    made_of: Mapping[str, Mapping[str, Any]] = msgspec.field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class CacheFingerprints:
-    """King ─► cache worker: the fingerprint of each extractor, and of the video's LSTM."""
+class CacheFingerprints(Message, frozen=True):
+    """King -> cache worker: the fingerprint of each extractor, and of the video's LSTM."""
 
     fingerprints: Mapping[Stream, str]
 
 
-@dataclass(frozen=True, slots=True)
-class CacheUpdate:
-    """King ─► cache worker: a URL led to this content, or this is what decoding it gave.
+class CacheUpdate(Message, frozen=True):
+    """King -> cache worker: a URL led to this content, or this is what decoding it gave.
 
     Attributes:
         source: The URL; "" where the rest is about the content.
         parts: What it gave.
         failure: Why it gave nothing.
-        failures: Modality ─► why that side of it is broken.
+        failures: Modality -> why that side of it is broken.
     """
 
     sha256: str
@@ -330,58 +369,101 @@ class CacheUpdate:
     kind: MediaKind = "image"
     parts: tuple[PartKind, ...] = ()
     failure: Failure | None = None
-    failures: Mapping[Modality, Failure] = field(default_factory=dict)
+    failures: Mapping[Modality, Failure] = msgspec.field(default_factory=dict)
+
+    @classmethod
+    def of(cls, task: Task, outcome: Result | Failure) -> CacheUpdate | None:
+        """Return what the cache may learn of a media file from a task's outcome, if anything."""
+        match task, outcome:
+            case FetchTask(), Fetched(sha256=sha256) if sha256:
+                return cls(sha256, source=task.media.source)
+            case DecodeTask(sha256=sha256), Decoded() if sha256:
+                parts = tuple(dict.fromkeys(part.kind for part in outcome.parts))
+                return cls(sha256, kind=task.kind, parts=parts, failures=outcome.failures)
+            case DecodeTask(sha256=sha256), Failure(retryable=False) if sha256:
+                return cls(sha256, kind=task.kind, failure=outcome)
+        return None
 
 
-@dataclass(frozen=True, slots=True)
-class Stop:
-    """King ─► worker: finish what has begun and exit 0."""
+class Stop(Message, frozen=True):
+    """King -> worker: finish what has begun and exit 0."""
 
 
-@dataclass(frozen=True, slots=True)
-class Ready:
-    """Worker ─► King: models are loaded."""
+class Ready(Message, frozen=True):
+    """Worker -> King: models are loaded."""
 
-    info: Mapping[str, str] = field(default_factory=dict)
+    info: Mapping[str, str] = msgspec.field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class Began:
-    """Worker ─► King: these tasks now run, as one batch."""
+class Began(Message, frozen=True):
+    """Worker -> King: these tasks now run, as one batch."""
 
     task_ids: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Done:
-    """Worker ─► King: a task's result."""
+class Done(Message, frozen=True):
+    """Worker -> King: a task's result."""
 
     task_id: int
-    result: Result
+    result: CacheHits | Fetched | Decoded | Extracted | Fused
     seconds: float
 
 
-@dataclass(frozen=True, slots=True)
-class Failed:
-    """Worker ─► King: a task failed; the worker lives on."""
+class Failed(Message, frozen=True):
+    """Worker -> King: a task failed; the worker lives on."""
 
     task_id: int
     failure: Failure
 
 
-@dataclass(frozen=True, slots=True)
-class BundleLoaded:
-    """Fusion worker ─► King: the bundle now served; sent after `Ready` and after each swap."""
+class BundleLoaded(Message, frozen=True):
+    """Fusion worker -> King: the bundle now served; sent after `Ready` and after each swap."""
 
     name: str
     version: str
 
 
-@dataclass(frozen=True, slots=True)
-class Refused:
-    """Worker ─► King: it cannot start, and a restart would not help (a `ConfigError`)."""
+class Refused(Message, frozen=True):
+    """Worker -> King: it cannot start, and a restart would not help (a `ConfigError`)."""
 
     message: str
 
 
+Command: TypeAlias = Launch | Envelope | Expect | CacheFingerprints | CacheUpdate | Stop
+"""King -> worker."""
 Reply: TypeAlias = Ready | Began | Done | Failed | BundleLoaded | Refused
+"""Worker -> King."""
+
+_RESULTS: Mapping[type, type] = {
+    CacheLookup: CacheHits,
+    FetchTask: Fetched,
+    DecodeTask: Decoded,
+    ExtractTask: Extracted,
+    FuseTask: Fused,
+}
+
+
+def validate_reply(reply: Done, task: Task, slot: int | None, spool: Path) -> None:
+    """Reject a result that does not match its task; decoders may be taken over by what they decode.
+
+    Args:
+        reply: Already of the right types: see `workers.pool.channel`.
+        task: The task that it answers.
+        slot: The slot that the task may write to.
+        spool: The folder that downloads must lie in.
+
+    Raises:
+        ProtocolError: It names a file or memory that is not the task's, or is of another kind.
+    """
+    result = reply.result
+    if type(result) is not _RESULTS[type(task)]:
+        kinds = f"{type(result).__name__}, not {_RESULTS[type(task)].__name__}"
+        raise ProtocolError(f"task {reply.task_id}: `result` is {kinds}")
+    if isinstance(result, Fetched) and Path(result.path).parent != spool:
+        raise ProtocolError(f"task {reply.task_id}: `path` {result.path!r} is not in {spool}")
+    if isinstance(result, Decoded):
+        for i, part in enumerate(result.parts):
+            if part.ref.slot != slot:
+                raise ProtocolError(
+                    f"task {reply.task_id}: `parts[{i}].ref.slot` is {part.ref.slot}, not {slot}"
+                )

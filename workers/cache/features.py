@@ -17,9 +17,8 @@ from common.files import file_digest
 from config.settings import Settings
 from extractors.parts import PARTS
 from workers.cache.entry import Entry
-from workers.cache.guarded import GuardedStore
 from workers.cache.keys import Keys
-from workers.cache.notes import update_of
+from workers.cache.store import GuardedStore
 from workers.plan import embedded_texts, read_text
 from workers.protocol import (
     STREAMS,
@@ -185,17 +184,17 @@ class FeatureCache:
             if s in self._fingerprints
         }
 
-    def remember(self, note: CacheUpdate) -> None:
+    def update(self, update: CacheUpdate) -> None:
         """Keep which content a URL led to, or what decoding a file gave."""
-        if note.source:
+        if update.source:
             if self._sources_ttl_s != 0:
-                facts: dict[str, Any] = {"sha256": note.sha256, "at": time.time()}
-                self.store.put(self._keys.source(note.source), Entry(facts=facts))
+                facts: dict[str, Any] = {"sha256": update.sha256, "at": time.time()}
+                self.store.put(self._keys.source(update.source), Entry(facts=facts))
             return
-        decoded = _Decoding(frozenset(note.parts), note.failure, note.failures)
+        decoded = _Decoding(frozenset(update.parts), update.failure, update.failures)
         found = decoded.facts(self._keys.limits)
         if found is not None:
-            self.store.put(self._keys.media(note.sha256, note.kind), Entry(facts=found))
+            self.store.put(self._keys.media(update.sha256, update.kind), Entry(facts=found))
 
     def keep(self, task: ExtractTask, result: Extracted) -> None:
         """Write what an extractor gave."""
@@ -204,9 +203,9 @@ class FeatureCache:
 
     def learn(self, task: Task, outcome: Result | Failure) -> None:
         """Write what came of a task, where it is worth it."""
-        note = update_of(task, outcome)
-        if note is not None:
-            self.remember(note)
+        update = CacheUpdate.of(task, outcome)
+        if update is not None:
+            self.update(update)
         elif isinstance(task, ExtractTask) and isinstance(outcome, Extracted):
             self.keep(task, outcome)
 

@@ -3,6 +3,14 @@
 The King makes the file and owns the slots; it never maps them. Decoders write a slot in place,
 extractors read it as arrays without a copy. The file has no name, so that nothing is left behind
 when every process that held its descriptor is gone, however it went.
+
+The King counts who uses which slot (`SlotTable`):
+
+    free -acquire-> written to by a decoder -hand_over-> owned by the caller -release-> free
+                            |                                 |    ^                      ^
+                            +-abandon-> free           retain-+----+-drop (last one) -----+
+
+A slot is free again once its owner has released it and no task refers to it any more.
 """
 
 from __future__ import annotations
@@ -12,6 +20,8 @@ import fcntl
 import math
 import mmap
 import os
+from dataclasses import dataclass
+from enum import Enum
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +36,7 @@ AnyArray = npt.NDArray[np.generic]
 
 
 def create_arena(size_bytes: int) -> int:
-    """Make the memory file and give its descriptor; its size is sealed.
+    """Make the memory file and return its descriptor; its size is sealed.
 
     Without the seal a worker could shrink it, and every other worker would die of SIGBUS.
     """
@@ -62,7 +72,7 @@ class Arena:
         return cls(mmap.mmap(-1, slots * slot_bytes), slots, slot_bytes)
 
     def view(self, ref: ArrayRef) -> AnyArray:
-        """The array that a reference names, read-only and without a copy.
+        """Return the array that a reference names, read-only and without a copy.
 
         Raises:
             FeatureError: The reference does not lie inside its slot.
@@ -79,7 +89,7 @@ class Arena:
         return view
 
     def writer(self, slot: int) -> SlotWriter:
-        """An allocator of arrays inside one slot.
+        """Return an allocator of arrays inside one slot.
 
         Raises:
             ValueError: There is no such slot.
@@ -90,7 +100,7 @@ class Arena:
         return SlotWriter(slot, self._bytes[start : start + self.slot_bytes])
 
     def close(self) -> None:
-        """Unmap, as far as no array still looks into it."""
+        """Unmap, unless an array still looks into it."""
         self._bytes = np.empty(0, dtype=np.uint8)
         with contextlib.suppress(BufferError):
             self._mapping.close()
@@ -106,7 +116,7 @@ class SlotWriter:
         self._used = 0
 
     def __call__(self, shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> AnyArray:
-        """A writable array in the slot.
+        """Return a writable array in the slot.
 
         Raises:
             MediaError: The slot is full: the file gives more than the settings allow for.
@@ -120,7 +130,7 @@ class SlotWriter:
         return self._room[start : start + size].view(dtype).reshape(shape)  # (size,) -> shape
 
     def ref(self, array: AnyArray) -> ArrayRef:
-        """Name an array: in place when it lies whole in the slot, else it is copied in.
+        """Return a reference to an array; one that does not lie in the slot is copied in.
 
         Raises:
             MediaError: It must be copied and the slot is full.
@@ -137,3 +147,99 @@ class SlotWriter:
             copy[...] = array
             return self.ref(copy)
         return ArrayRef(self.slot, offset, tuple(array.shape), array.dtype.name)
+
+
+class _State(Enum):
+    FREE = "free"
+    WRITING = "being written"
+    OWNED = "owned"
+    RELEASED = "released"
+
+
+@dataclass(slots=True)
+class _Slot:
+    state: _State = _State.FREE
+    refs: int = 0
+
+
+class SlotTable:
+    """States and reference counts of all slots."""
+
+    def __init__(self, count: int) -> None:
+        self._slots = [_Slot() for _ in range(count)]
+        self._free = list(range(count))[::-1]
+
+    def __len__(self) -> int:
+        """Return the number of slots."""
+        return len(self._slots)
+
+    @property
+    def free(self) -> int:
+        """Number of free slots."""
+        return len(self._free)
+
+    def acquire(self) -> int | None:
+        """Return a free slot for a decoder to write, or None.
+
+        The one that was freed last comes first: its pages are warm, and pages of slots that the
+        load never needs are never touched.
+        """
+        if not self._free:
+            return None
+        slot = self._free.pop()
+        self._slots[slot].state = _State.WRITING
+        return slot
+
+    def hand_over(self, slot: int) -> None:
+        """Give a slot that was written to the caller, until it is released."""
+        self._expect(slot, _State.WRITING).state = _State.OWNED
+
+    def abandon(self, slot: int) -> None:
+        """Free a slot whose decoder failed or died."""
+        self._expect(slot, _State.WRITING)
+        self._make_free(slot)
+
+    def retain(self, slot: int) -> None:
+        """Count a task that refers to the slot.
+
+        Raises:
+            ValueError: The slot is not owned by the caller (any more).
+        """
+        self._expect(slot, _State.OWNED).refs += 1
+
+    def drop(self, slot: int) -> None:
+        """Discount a task that referred to the slot and has ended.
+
+        Raises:
+            ValueError: No task refers to the slot.
+        """
+        entry = self._slots[slot]
+        if entry.refs < 1:
+            raise ValueError(f"slot {slot}: no task refers to it")
+        entry.refs -= 1
+        if entry.refs == 0 and entry.state is _State.RELEASED:
+            self._make_free(slot)
+
+    def release(self, slot: int) -> None:
+        """Free the slot once no task refers to it: the caller submits no more of them.
+
+        Raises:
+            ValueError: The slot is not owned by the caller, so it was released before.
+        """
+        entry = self._expect(slot, _State.OWNED)
+        entry.state = _State.RELEASED
+        if entry.refs == 0:
+            self._make_free(slot)
+
+    def _expect(self, slot: int, state: _State) -> _Slot:
+        if not 0 <= slot < len(self._slots):
+            raise ValueError(f"there is no slot {slot}")
+        entry = self._slots[slot]
+        if entry.state is not state:
+            raise ValueError(f"slot {slot} is {entry.state.value}, not {state.value}")
+        return entry
+
+    def _make_free(self, slot: int) -> None:
+        entry = self._slots[slot]
+        entry.state, entry.refs = _State.FREE, 0
+        self._free.append(slot)

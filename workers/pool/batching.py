@@ -1,6 +1,6 @@
-"""Lanes: which tasks can be one batch, and what share of a full batch each takes.
+"""Task queues: which tasks can be one batch, and the share of a full batch that each takes.
 
-The King's scheduler and the workers count alike, so that what is sent is what is run together.
+The King's scheduler and the workers count alike, so that tasks that are sent together run together.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from typing import TypeAlias
 from config.settings import Settings
 from workers.protocol import CacheLookup, DecodeTask, ExtractTask, FetchTask, Task
 
-Lane: TypeAlias = str
+TaskQueue: TypeAlias = str
 """``recall``, ``fetch``, ``decode``, ``fuse``, or an extractor's name."""
 
 
-def lane_of(task: Task) -> Lane:
-    """The lane of a task."""
+def queue_of(task: Task) -> TaskQueue:
+    """Return the queue of a task."""
     if isinstance(task, CacheLookup):
         return "recall"
     if isinstance(task, FetchTask):
@@ -26,13 +26,13 @@ def lane_of(task: Task) -> Lane:
     return task.extractor if isinstance(task, ExtractTask) else "fuse"
 
 
-def stage_of(lane: Lane) -> str:
-    """``recall``, ``fetch``, ``decode``, ``extract`` or ``fuse``."""
-    return lane if lane in ("recall", "fetch", "decode", "fuse") else "extract"
+def stage_of(task_queue: TaskQueue) -> str:
+    """Return ``recall``, ``fetch``, ``decode``, ``extract`` or ``fuse``."""
+    return task_queue if task_queue in ("recall", "fetch", "decode", "fuse") else "extract"
 
 
-def batch_rows(settings: Settings) -> Mapping[Lane, int]:
-    """Rows of a full batch: frames, images, patches, texts, pictures or posts.
+def batch_rows(settings: Settings) -> Mapping[TaskQueue, int]:
+    """Return the rows of a full batch: frames, images, patches, texts, pictures or posts.
 
     With one row, each task is a batch of its own; its extractor cuts it as its settings say.
     """
@@ -52,12 +52,12 @@ def batch_rows(settings: Settings) -> Mapping[Lane, int]:
     }
 
 
-def weight_of(task: Task, rows: Mapping[Lane, int]) -> float:
-    """The share of a full batch that a task takes, at most 1."""
-    lane = lane_of(task)
+def weight_of(task: Task, rows: Mapping[TaskQueue, int]) -> float:
+    """Return the share of a full batch that a task takes, at most 1."""
+    task_queue = queue_of(task)
     count = 1
-    if isinstance(task, ExtractTask) and lane in ("video", "image", "audio"):
+    if isinstance(task, ExtractTask) and task_queue in ("video", "image", "audio"):
         count = sum(ref.shape[0] for ref in task.refs if ref.shape)
-    elif isinstance(task, ExtractTask) and lane == "ocr":
+    elif isinstance(task, ExtractTask) and task_queue == "ocr":
         count = len(task.refs)
-    return min(1.0, count / rows.get(lane, 1))
+    return min(1.0, count / rows.get(task_queue, 1))

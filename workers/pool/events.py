@@ -1,4 +1,4 @@
-"""What the pool tells its caller, and how its workers are seen from outside."""
+"""The events of the pool, its view of the workers, and the protocol `TaskPool` of both."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ class TaskFailed:
 
 @dataclass(frozen=True, slots=True)
 class PoolReady:
-    """Every worker has loaded, and the bundle fits the extractors; told once."""
+    """Every worker has loaded, and the bundle fits the extractors; sent once."""
 
 
 @dataclass(frozen=True, slots=True)
 class PoolRefused:
-    """The pool cannot work, and trying again would not help; told once."""
+    """The pool cannot work, and trying again would not help; sent once."""
 
     message: str
 
@@ -69,7 +69,7 @@ class WorkerView:
         pid: None while there is no process.
         held: Tasks that it has, begun or not.
         done: Tasks that it has answered since it started.
-        deaths: How often it died.
+        deaths: Number of times it died.
     """
 
     name: str
@@ -103,7 +103,7 @@ class TaskPool(Protocol):
 
     @property
     def fingerprints(self) -> Mapping[Stream, str]:
-        """Stream ─► fingerprint of the features that the extractors give, once ready."""
+        """Stream -> fingerprint of the features that the extractors give, once ready."""
         ...
 
     @property
@@ -116,11 +116,11 @@ class TaskPool(Protocol):
         ...
 
     def submit(self, task: Task, *, deadline: float, priority: int = 0) -> int:
-        """Queue a task and give its ID; ``deadline`` is `time.monotonic()`."""
+        """Queue a task and return its ID; ``deadline`` is `time.monotonic()`."""
         ...
 
     def cancel(self, task_id: int) -> None:
-        """Forget a task: no event will tell of it, and what it holds is freed."""
+        """Forget a task: it has no event, and what it holds is freed."""
         ...
 
     def release(self, slot: int) -> None:

@@ -1,4 +1,4 @@
-"""Whether the bundle was made for the features that the extractors give."""
+"""Fingerprints of the extractors, and whether the bundle was made for their features."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from workers.protocol import CacheFingerprints, Expect, Stream
 def expected_fingerprints(
     features: FeatureSettings, infos: Iterable[Mapping[str, str]]
 ) -> dict[Stream, str]:
-    """Stream ─► fingerprint, from what the extract workers said in `Ready`.
+    """Return stream -> fingerprint, from the extract workers' `Ready`.
 
     Raises:
         ConfigError: Two workers give the same extractor another fingerprint.
@@ -24,7 +24,7 @@ def expected_fingerprints(
 
 
 def extractor_fingerprints(infos: Iterable[Mapping[str, str]]) -> dict[Stream, str]:
-    """Fingerprint of each extractor, from what the extract workers said in `Ready`.
+    """Return the fingerprint of each extractor, from the extract workers' `Ready`.
 
     Raises:
         ConfigError: Two workers give the same extractor another fingerprint.
@@ -42,31 +42,31 @@ def extractor_fingerprints(infos: Iterable[Mapping[str, str]]) -> dict[Stream, s
 
 
 def known_extractors(infos: Iterable[Mapping[str, str]]) -> CacheFingerprints:
-    """`extractor_fingerprints` as the message that the cache worker takes."""
+    """Return `extractor_fingerprints` as the message to the cache worker."""
     return CacheFingerprints(
         {stream: str(text) for stream, text in extractor_fingerprints(infos).items()}
     )
 
 
 def expectation(expected: Mapping[Stream, str]) -> Expect:
-    """Fingerprints as the message that the fusion worker takes."""
-    # Plain text and what it is of apart: a pipe carries nothing but messages.
+    """Return fingerprints as the message to the fusion worker."""
+    # A fingerprint is text that carries its parts; messages carry the two apart.
     return Expect({s: str(text) for s, text in expected.items()}, known_parts(expected))
 
 
 def bundle_fingerprints(info: Mapping[str, str]) -> dict[Stream, str]:
-    """Stream ─► fingerprint, from what the fusion worker said in `Ready`."""
+    """Return stream -> fingerprint, from the fusion worker's `Ready`."""
     return unpacked(info.get("fingerprints", "{}"))
 
 
 def mismatch(bundle: Mapping[Stream, str], expected: Mapping[Stream, str]) -> str | None:
-    """What the bundle wants and the extractors do not give, in one line; None when it fits."""
-    for stream, wanted in bundle.items():
-        given = expected.get(stream)
-        if given != wanted:
-            named = given or "nothing (its extractor is not enabled)"
+    """Return the first stream that the bundle needs and the extractors do not give, in one line."""
+    for stream, needed in bundle.items():
+        actual = expected.get(stream)
+        if actual != needed:
+            named = actual or "nothing (its extractor is not enabled)"
             return (
-                f"modality {stream}: the bundle needs {wanted}, the extractors give "
-                f"{named}{differing(wanted, given)}"
+                f"modality {stream}: the bundle needs {needed}, the extractors give "
+                f"{named}{differing(needed, actual)}"
             )
     return None

@@ -1,4 +1,4 @@
-"""What a worker process is told when it is born, and which function each role runs."""
+"""The worker processes that the settings ask for, and the function of each role."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from config.settings import (
     Settings,
     StoreSettings,
 )
-from workers.pool.batching import Lane
+from workers.pool.batching import TaskQueue
 from workers.protocol import WorkerRole
 
 ROLES: Mapping[WorkerRole, str] = MappingProxyType(
@@ -35,37 +35,11 @@ BROKEN_STATUS = 3
 
 
 @dataclass(frozen=True, slots=True)
-class Launch:
-    """King ─► worker, the first message on the pipe.
-
-    Attributes:
-        run: ``module:function`` that gets the `workers.roles.loop.Context`.
-        name: Unique name, ``extract-0``; in logs and in the process title.
-        settings: As JSON, `without_credentials`.
-        arena: Descriptor of the shared slots, or -1 for a role that has no business there.
-        device: ``cpu``, or ``cuda:0`` of the one device that the process can see.
-        spool: Folder of downloaded files.
-    """
-
-    run: str
-    role: WorkerRole
-    name: str
-    settings: str
-    device: str = "cpu"
-    extractors: tuple[ExtractorName, ...] = ()
-    threads: int = 1
-    arena: int = -1
-    slots: int = 0
-    slot_bytes: int = 0
-    spool: str = ""
-
-
-@dataclass(frozen=True, slots=True)
 class WorkerSpec:
     """One worker process of the pool, as the settings describe it.
 
     Attributes:
-        lanes: The lanes that it serves.
+        queues: The task queues that it serves.
         device: As configured: ``cpu`` or ``cuda:N`` of this host.
         at_most: Tasks that it may hold at once, begun or not; None leaves it to the batches.
         limit_s: Seconds that a task may run once begun.
@@ -73,7 +47,7 @@ class WorkerSpec:
 
     role: WorkerRole
     name: str
-    lanes: tuple[Lane, ...]
+    queues: tuple[TaskQueue, ...]
     device: str
     extractors: tuple[ExtractorName, ...]
     threads: int
@@ -82,7 +56,7 @@ class WorkerSpec:
 
 
 def without_credentials(settings: Settings, role: WorkerRole = "decode") -> Settings:
-    """What a worker may know: it has no business with the broker and the database.
+    """Return the settings without what a worker does not need: broker, database, cache.
 
     A decoder that is taken over by what it decodes finds no password in its memory; the feature
     cache is known only to those who use it.
@@ -93,8 +67,11 @@ def without_credentials(settings: Settings, role: WorkerRole = "decode") -> Sett
     return settings.model_copy(update=hidden)
 
 
-_RECALL_MARGIN_S = 30  # it answers in time by itself; this is for a process that hangs whole
-_FETCH_MARGIN_S = 30  # name resolution cannot be interrupted from inside the process
+_RECALL_MARGIN_S = 30
+_FETCH_MARGIN_S = 30
+"""Seconds beyond a role's own limit before its process is killed. Both keep their limits by
+themselves, but for name resolution, which cannot be interrupted from inside the process and gives
+up after some 20 s; with less, a slow name server would cost the downloads of all other posts."""
 
 
 def worker_specs(
@@ -103,7 +80,7 @@ def worker_specs(
     fuse: bool = True,
     extractors: Collection[ExtractorName] | None = None,
 ) -> list[WorkerSpec]:
-    """Every worker process that the settings ask for.
+    """Return every worker process that the settings ask for.
 
     Args:
         settings: Of the whole.
@@ -115,7 +92,7 @@ def worker_specs(
         WorkerSpec(
             role="fetch",
             name="fetch-0",
-            lanes=("fetch",),
+            queues=("fetch",),
             device="cpu",
             extractors=(),
             threads=1,
@@ -128,11 +105,11 @@ def worker_specs(
             WorkerSpec(
                 role="cache",
                 name="cache-0",
-                lanes=("recall",),
+                queues=("recall",),
                 device="cpu",
                 extractors=(),
                 threads=1,
-                at_most=4 * settings.cache.threads,  # it never waits for the King's next poll
+                at_most=4 * settings.cache.threads,  # it has the next ones while the King polls
                 limit_s=2 * settings.cache.timeout_s + _RECALL_MARGIN_S,
             )
         )
@@ -148,7 +125,7 @@ def worker_specs(
         WorkerSpec(
             role="extract",
             name=f"extract-{i}",
-            lanes=names,
+            queues=names,
             device=group.device,
             extractors=names,
             threads=group.threads,
@@ -164,7 +141,7 @@ def _fusion_spec(settings: Settings) -> WorkerSpec:
     return WorkerSpec(
         role="fuse",
         name="fuse-0",
-        lanes=("fuse",),
+        queues=("fuse",),
         device=settings.fusion.device,
         extractors=(),
         threads=settings.fusion.threads,
@@ -176,5 +153,5 @@ def _fusion_spec(settings: Settings) -> WorkerSpec:
 def _hosted(
     settings: Settings, names: tuple[ExtractorName, ...], only: Collection[ExtractorName] | None
 ) -> tuple[ExtractorName, ...]:
-    wanted = [name for name in names if only is None or name in only]
-    return tuple(name for name in wanted if name != "ocr" or settings.features.ocr.enabled)
+    chosen = [name for name in names if only is None or name in only]
+    return tuple(name for name in chosen if name != "ocr" or settings.features.ocr.enabled)

@@ -1,7 +1,7 @@
 """The King's side of the workers: one event loop, driven by `ProcessPool.poll`.
 
-It keeps four promises: each task ends in exactly one event unless it is cancelled, nothing it
-does can block on a worker, a slot is never lost, and no process outlives it.
+It keeps four promises: each task ends in exactly one event unless it is cancelled, no call blocks
+on a worker, a slot is never lost, and no process outlives the pool.
 """
 
 from __future__ import annotations
@@ -15,10 +15,8 @@ import structlog
 from common.errors import ConfigError, RetryableError, WorkerDied
 from config.settings import ExtractorName, Settings
 from extractors.parts import slot_bytes
-from workers.cache.notes import update_of
 from workers.fetch.spool import Spool
 from workers.pool.arena import create_arena
-from workers.pool.checks import check_message, check_result
 from workers.pool.events import (
     BundleChanged,
     PoolEvent,
@@ -36,20 +34,22 @@ from workers.pool.fingerprints import (
     known_extractors,
     mismatch,
 )
-from workers.pool.launch import ROLES, Launch, WorkerSpec, without_credentials, worker_specs
-from workers.pool.member import Member
-from workers.pool.pipe import PipeBroken
-from workers.pool.schedule import Entry, Load, Scheduler
-from workers.pool.supervisor import TICK_S, Crew, Gone, Report
+from workers.pool.launch import ROLES, WorkerSpec, without_credentials, worker_specs
+from workers.pool.scheduler import QueuedTask, Scheduler, WorkerLoad
+from workers.pool.supervisor import TICK_S, Ended, ManagedProcess, Report, Supervisor
 from workers.protocol import (
     Began,
     BundleLoaded,
     CacheLookup,
+    CacheUpdate,
     Decoded,
     Done,
     Failed,
     Failure,
     Fetched,
+    Fused,
+    Launch,
+    ProtocolError,
     Ready,
     Refused,
     Reply,
@@ -57,6 +57,7 @@ from workers.protocol import (
     Stream,
     Task,
     WorkerRole,
+    validate_reply,
 )
 
 __all__ = [
@@ -74,8 +75,12 @@ __all__ = [
 _log = structlog.get_logger()
 
 _FALSE_STARTS = 3
-RECALL_S = 2.0
-"""A look-up in the cache may wait so long, beyond its own limit, before the post goes on."""
+"""Deaths in a row while loading, after which the pool gives up. One may be a lack of memory that
+passes; three with back-off between them are a broken installation, whose log says why."""
+
+LOOKUP_S = 2.0
+"""Seconds beyond its own limit that a look-up may wait for the cache worker. Half a second would
+give up while the worker is replaced; more would hold every post of a King whose cache hangs."""
 
 
 class ProcessPool:
@@ -102,7 +107,7 @@ class ProcessPool:
 
         Args:
             settings: Which workers, and their limits.
-            roles: Role ─► ``module:function``; only tests pass another.
+            roles: Role -> ``module:function``; only tests pass another.
             grace_s: A begun task runs at least this long before its deadline kills its worker.
             fuse: Whether there is a fusion worker; without one, no bundle is needed.
             extractors: Only these are loaded; None: all.
@@ -111,7 +116,7 @@ class ProcessPool:
         self._roles = roles
         self._slot_bytes = slot_bytes(settings)
         self._scheduler = Scheduler(settings, grace_s=grace_s)
-        self._crew = Crew(
+        self._supervisor = Supervisor(
             worker_specs(settings, fuse=fuse, extractors=extractors),
             self._launch,
             start_timeout_s=settings.workers.start_timeout_s,
@@ -129,14 +134,12 @@ class ProcessPool:
     @property
     def workers(self) -> list[WorkerView]:
         """Every worker, in a fixed order."""
-        return [m.view(self._scheduler.load(m.name)) for m in self._crew.members.values()]
+        return [m.view(self._scheduler.load(m.name)) for m in self._supervisor.workers.values()]
 
     @property
     def fingerprints(self) -> Mapping[Stream, str]:
-        """Stream ─► fingerprint of the features that the extractors give, once ready."""
+        """Stream -> fingerprint of the features that the extractors give, once ready."""
         return self._expected
-
-    # The caller's side ------------------------------------------------------------------------
 
     def start(self) -> None:
         """Start every worker; returns at once.
@@ -146,7 +149,7 @@ class ProcessPool:
         """
         self._spool = Spool(self._settings.fetch.spool)
         self._arena = create_arena(self._slot_bytes * self._settings.workers.slots)
-        self._crew.on_time(time.monotonic(), restart=True)
+        self._supervisor.on_time(time.monotonic(), restart=True)
 
     def submit(self, task: Task, *, deadline: float, priority: int = 0) -> int:
         """Queue a task; it is sent in the next `poll`.
@@ -155,11 +158,11 @@ class ProcessPool:
             ValueError: It refers to a slot that is not the caller's (any more).
         """
         if isinstance(task, CacheLookup):  # a post does not wait for a cache
-            deadline = min(deadline, time.monotonic() + RECALL_S + self._settings.cache.timeout_s)
+            deadline = min(deadline, time.monotonic() + LOOKUP_S + self._settings.cache.timeout_s)
         return self._scheduler.submit(task, deadline, priority)
 
     def cancel(self, task_id: int) -> None:
-        """Forget a task; one that has ended, or never was, is no mistake.
+        """Forget a task; ended and unknown ones are ignored.
 
         An event that `poll` has returned before stays the caller's, with its slot and file.
         """
@@ -175,157 +178,153 @@ class ProcessPool:
 
     def wake(self) -> None:
         """Interrupt `poll`; from any thread, and also when the pool has stopped."""
-        self._crew.wake()
+        self._supervisor.wake()
 
     def poll(self, timeout_s: float) -> list[PoolEvent]:
         """Drive the pool; returns with the first events, when woken, or after ``timeout_s``."""
         end = time.monotonic() + timeout_s
         while not self._stopped:
             now = time.monotonic()
-            self._crew.on_time(now, restart=self.refused is None)
+            self._supervisor.on_time(now, restart=self.refused is None)
             if now >= self._next_tick:
                 self._next_tick = now + TICK_S
                 self._enforce_deadlines(now)
             self._dispatch(now)
-            until = min(end, self._crew.next_timer())
+            until = min(end, self._supervisor.next_timer())
             if self._scheduler.busy:
                 until = min(until, self._next_tick)
-            urgent = self._events or self._crew.woken
-            for report in self._crew.collect(0.0 if urgent else max(0.0, until - now)):
+            urgent = self._events or self._supervisor.woken
+            for report in self._supervisor.collect(0.0 if urgent else max(0.0, until - now)):
                 self._on_report(report)
             now = time.monotonic()
-            if self._events or self._crew.woken or now >= end:
+            if self._events or self._supervisor.woken or now >= end:
                 self._dispatch(now)  # the workers go on while the caller reads the events
                 break
-        self._crew.woken = False
+        self._supervisor.woken = False
         events, self._events = self._events, []
         return events
 
     def stop(self, timeout_s: float) -> None:
-        """Let workers finish what they have begun, then kill what is left; forgets all tasks."""
+        """Let workers finish what they have begun, then kill the others; forgets all tasks."""
         if self._stopped:
             return
         self._stopped, self.ready = True, False
-        self._crew.stop(timeout_s)
+        self._supervisor.stop(timeout_s)
         if self._arena >= 0:
             os.close(self._arena)
             self._arena = -1
         if self._spool is not None:
             self._spool.close()
 
-    # Tasks ------------------------------------------------------------------------------------
-
     def _dispatch(self, now: float) -> None:
         if self.ready:
             for name, envelope in self._scheduler.dispatch(now):
-                self._crew.send(self._crew.members[name], envelope)
-            for entry in self._scheduler.strand("recall"):
-                self._fail(entry, RetryableError, "the cache worker is away", None)
+                self._supervisor.send(self._supervisor.workers[name], envelope)
+            for queued in self._scheduler.drop_unserved("recall"):
+                self._fail(queued, RetryableError, "the cache worker is away", None)
 
     def _enforce_deadlines(self, now: float) -> None:
         overdue = self._scheduler.overdue(now)
-        for entry in overdue.failed:
-            if entry.batch:
-                self._fail(entry, WorkerDied, f"{entry.lane} ran past its deadline", entry.holder)
+        for queued in overdue.failed:
+            if queued.batch:
+                text = f"{queued.queue_name} ran past its deadline"
+                self._fail(queued, WorkerDied, text, queued.holder)
             else:
-                self._fail(entry, RetryableError, f"{entry.lane} waited past its deadline", None)
+                text = f"{queued.queue_name} waited past its deadline"
+                self._fail(queued, RetryableError, text, None)
         for name, task_ids in overdue.kill.items():
-            member = self._crew.members[name]
-            if member.kill_for is None:
+            worker = self._supervisor.workers[name]
+            if worker.kill_for is None:
                 _log.error("workers.killed_overdue", worker=name, tasks=len(task_ids))
-                member.kill_for = task_ids
-                self._crew.kill(member)
+                worker.kill_for = task_ids
+                self._supervisor.kill(worker)
 
     def _fail(
-        self, entry: Entry, error: type[RetryableError], message: str, worker: str | None
+        self, queued: QueuedTask, error: type[RetryableError], message: str, worker: str | None
     ) -> None:
-        failure = Failure(entry.stage, error.__name__, message, retryable=True)
-        self._events.append(TaskFailed(entry.task_id, failure, worker or ""))
-
-    # Reports ----------------------------------------------------------------------------------
+        failure = Failure(queued.stage, error.__name__, message, retryable=True)
+        self._events.append(TaskFailed(queued.task_id, failure, worker or ""))
 
     def _on_report(self, report: Report) -> None:
-        member = report.member
-        if isinstance(report, Gone):
-            self._on_gone(report)
+        worker = report.worker
+        if isinstance(report, Ended):
+            self._on_ended(report)
             return
         try:
-            self._on_message(member, report.message)
-        except PipeBroken as error:
-            _log.error("workers.bad_message", worker=member.name, error=str(error))
-            self._crew.kill(member)
+            self._on_message(worker, report.message)
+        except ProtocolError as error:
+            _log.error("workers.bad_message", worker=worker.name, error=str(error))
+            self._supervisor.kill(worker)
 
-    def _on_gone(self, gone: Gone) -> None:
-        member = gone.member
-        load = self._scheduler.load(member.name)
+    def _on_ended(self, ended: Ended) -> None:
+        worker = ended.worker
+        load = self._scheduler.load(worker.name)
         answered = load.done if load else 0
-        begun = [i for i, entry in load.held.items() if entry.batch] if load else []
-        charged = self._scheduler.died(member.name, member.kill_for)
-        for entry in charged:
-            late = member.kill_for is not None and entry.task_id in member.kill_for
-            what = "ran past its deadline" if late else f"died ({gone.how})"
-            self._fail(entry, WorkerDied, f"worker {member.name} {what}", member.name)
-        if member.spec.role == "fetch" and self._spool is not None:
+        begun = [i for i, queued in load.tasks.items() if queued.batch] if load else []
+        charged = self._scheduler.died(worker.name, worker.kill_for)
+        for queued in charged:
+            late = worker.kill_for is not None and queued.task_id in worker.kill_for
+            what = "ran past its deadline" if late else f"died ({ended.how})"
+            self._fail(queued, WorkerDied, f"worker {worker.name} {what}", worker.name)
+        if worker.spec.role == "fetch" and self._spool is not None:
             self._spool.remove_of(begun)
-        if member.state == "refused" or self._stopped:
+        if worker.state == "refused" or self._stopped:
             return
-        planned = gone.status == 0 and answered > 0 and not begun
-        again_s = member.died(time.monotonic(), answered=answered, planned=planned)
+        planned = ended.status == 0 and answered > 0 and not begun
+        again_s = worker.ended(time.monotonic(), answered=answered, planned=planned)
         event = _log.info if planned else _log.warning
-        event("workers.ended", worker=member.name, how=gone.how, again_s=again_s)
-        if member.false_starts >= _FALSE_STARTS:
+        event("workers.ended", worker=worker.name, how=ended.how, again_s=again_s)
+        if worker.false_starts >= _FALSE_STARTS:
             times = f"failed to start {_FALSE_STARTS} times"
-            self._refuse(f"worker {member.name} {times} ({gone.how}); its log says why")
+            self._refuse(f"worker {worker.name} {times} ({ended.how}); its log says why")
 
-    def _on_message(self, member: Member, message: Reply) -> None:
-        check_message(message)
+    def _on_message(self, worker: ManagedProcess, message: Reply) -> None:
         now = time.monotonic()
-        if isinstance(message, Ready) and member.state == "starting":
-            self._on_ready(member, message, now)
-        elif isinstance(message, Refused) and member.state == "starting":
-            member.state = "refused"
-            self._refuse(message.message)
-        elif isinstance(message, BundleLoaded) and member.spec.role == "fuse":
-            self._on_bundle(message.name, message.version)
-        elif self._scheduler.load(member.name) is None:
-            raise PipeBroken(f"{type(message).__name__} before it was given anything")
-        elif isinstance(message, Began):
-            self._scheduler.began(member.name, message.task_ids, now)
-        elif isinstance(message, Done):
-            self._on_done(member, message, now)
-        elif isinstance(message, Failed):
-            entry = self._scheduler.ended(member.name, message.task_id, now, gives_slot=False)
-            if entry is not None:
-                self._remember(entry.task, message.failure)
-                self._events.append(TaskFailed(entry.task_id, message.failure, member.name))
-        else:
-            raise PipeBroken(f"unexpected {type(message).__name__}")
+        load = self._scheduler.load(worker.name)
+        match message:
+            case Ready() if worker.state == "starting":
+                self._on_ready(worker, message, now)
+            case Refused() if worker.state == "starting":
+                worker.state = "refused"
+                self._refuse(message.message)
+            case BundleLoaded() if worker.spec.role == "fuse":
+                self._on_bundle(message.name, message.version)
+            case Began() if load is not None:
+                self._scheduler.began(worker.name, message.task_ids, now)
+            case Done() if load is not None:
+                self._on_done(worker, load, message, now)
+            case Failed() if load is not None:
+                queued = self._scheduler.ended(worker.name, message.task_id, now, gives_slot=False)
+                if queued is not None:
+                    self._update_cache(queued.task, message.failure)
+                    self._events.append(TaskFailed(queued.task_id, message.failure, worker.name))
+            case _:
+                name = type(message).__name__
+                raise ProtocolError(f"{name} from a {worker.spec.role} worker, {worker.state}")
 
-    def _on_done(self, member: Member, message: Done, now: float) -> None:
-        load, result = self._scheduler.load(member.name), message.result
-        held = load.held.get(message.task_id) if load else None
-        if held is None or self._spool is None:
-            raise PipeBroken("an answer to nothing")
-        check_result(held, result, self._spool.folder)
+    def _on_done(self, worker: ManagedProcess, load: WorkerLoad, message: Done, now: float) -> None:
+        answered = load.tasks.get(message.task_id)
+        if answered is None or self._spool is None:
+            raise ProtocolError(f"`task_id` {message.task_id} is not a task of this worker")
+        validate_reply(message, answered.task, answered.slot, self._spool.folder)
+        result = message.result.tags if isinstance(message.result, Fused) else message.result
         gives = isinstance(result, Decoded) and bool(result.parts)
-        entry = self._scheduler.ended(member.name, message.task_id, now, gives_slot=gives)
-        if entry is not None:
-            self._remember(entry.task, result)
-            done = TaskDone(entry.task_id, result, message.seconds, member.name)
+        queued = self._scheduler.ended(worker.name, message.task_id, now, gives_slot=gives)
+        if queued is not None:
+            self._update_cache(queued.task, result)
+            done = TaskDone(queued.task_id, result, message.seconds, worker.name)
             self._events.append(done)
         elif isinstance(result, Fetched):
             self._spool.remove(result.path)
 
-    def _remember(self, task: Task, outcome: Result | Failure) -> None:
-        """Let the cache worker keep what was learnt of a file; one that lags behind is not told."""
-        cache = self._crew.members.get("cache-0")
+    def _update_cache(self, task: Task, outcome: Result | Failure) -> None:
+        """Tell the cache worker the outcome of a file, unless it lags behind."""
+        cache = self._supervisor.workers.get("cache-0")
         if cache is None or cache.process is None or cache.state != "ready":
             return
-        note = update_of(task, outcome)
-        if note is not None and not cache.process.pipe.unsent:
-            self._crew.send(cache, note)
-
-    # Readiness --------------------------------------------------------------------------------
+        update = CacheUpdate.of(task, outcome)
+        if update is not None and not cache.process.channel.unsent:
+            self._supervisor.send(cache, update)
 
     def _launch(self, spec: WorkerSpec) -> Launch:
         in_slots = spec.role in ("decode", "extract")
@@ -343,13 +342,13 @@ class ProcessPool:
             spool=str(self._spool.folder) if self._spool and spec.role == "fetch" else "",
         )
 
-    def _on_ready(self, member: Member, message: Ready, now: float) -> None:
-        member.became_ready(message.info, now)
-        _log.info("workers.ready", worker=member.name)
-        everyone = list(self._crew.members.values())
+    def _on_ready(self, worker: ManagedProcess, message: Ready, now: float) -> None:
+        worker.became_ready(message.info, now)
+        _log.info("workers.ready", worker=worker.name)
+        everyone = list(self._supervisor.workers.values())
         if self.ready:
             if self._fits():
-                self._admit(member)
+                self._admit(worker)
         elif all(each.state == "ready" for each in everyone) and self._fits():
             for each in everyone:
                 self._admit(each)
@@ -359,32 +358,32 @@ class ProcessPool:
     def _fits(self) -> bool:
         """Whether the extractors agree and the bundle was made for them; refuses if not.
 
-        Asked again of every replaced worker: weights and bundles may change on disk meanwhile.
+        Checked again for every replaced worker: weights and bundles may change on disk meanwhile.
         """
-        members = self._crew.members.values()
+        workers = self._supervisor.workers.values()
         try:
             self._expected = expected_fingerprints(
-                self._settings.features, [m.info for m in members if m.spec.role == "extract"]
+                self._settings.features, [m.info for m in workers if m.spec.role == "extract"]
             )
         except ConfigError as error:
             self._refuse(str(error))
             return False
-        made_for = [bundle_fingerprints(m.info) for m in members if m.spec.role == "fuse"]
+        made_for = [bundle_fingerprints(m.info) for m in workers if m.spec.role == "fuse"]
         wrong = mismatch(made_for[0], self._expected) if made_for else None
         if wrong is not None:
             self._refuse(f"fusion.bundle {self._settings.fusion.bundle}: {wrong}")
         return wrong is None
 
-    def _admit(self, member: Member) -> None:
-        spec = member.spec
+    def _admit(self, worker: ManagedProcess) -> None:
+        spec = worker.spec
         if spec.role == "cache":
-            infos = [m.info for m in self._crew.members.values() if m.spec.role == "extract"]
-            self._crew.send(member, known_extractors(infos))
-        self._scheduler.add(Load(spec.name, spec.lanes, spec.at_most, spec.limit_s))
+            infos = [m.info for m in self._supervisor.workers.values() if m.spec.role == "extract"]
+            self._supervisor.send(worker, known_extractors(infos))
+        self._scheduler.add(WorkerLoad(spec.name, spec.queues, spec.at_most, spec.limit_s))
         if spec.role == "fuse":
-            self._crew.send(member, expectation(self._expected))
-            if "name" in member.info:
-                self._on_bundle(member.info["name"], member.info.get("version", ""))
+            self._supervisor.send(worker, expectation(self._expected))
+            if "name" in worker.info:
+                self._on_bundle(worker.info["name"], worker.info.get("version", ""))
 
     def _on_bundle(self, name: str, version: str) -> None:
         before, self.bundle = self.bundle, (name, version)

@@ -1,4 +1,4 @@
-"""One worker process as the King sees it: born pinned, one pipe, dies with the King."""
+"""One worker process: pinned from the start, one channel, dies with the King."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from workers.pool.launch import Launch, WorkerSpec
-from workers.pool.pipe import Pipe
+from workers.pool.channel import Channel, to_king
+from workers.pool.launch import WorkerSpec
+from workers.protocol import Launch, Reply
 
 _ROOT = Path(__file__).resolve().parents[2]
 _THREAD_VARIABLES = (
@@ -26,14 +27,17 @@ _STORE_KEYS = ("AWS_", "AZURE_", "GOOGLE_", "FSSPEC_")
 
 
 def pinned_environment(spec: WorkerSpec, environ: dict[str, str]) -> dict[str, str]:
-    """The environment of a worker: what must be set before torch is imported.
+    """Return the environment of a worker, with what must be set before torch is imported.
 
     ``cuda:N`` counts in the devices that the King itself may see; the worker sees only that one,
     as ``cuda:0``.
     """
-    # Settings come through the pipe, without the URLs of broker and database: see `Launch`.
+    # Settings come through the channel, without the URLs of broker and database: see `Launch`.
     pinned = {k: v for k, v in environ.items() if not k.upper().startswith("INSIGHTTAG_")}
-    if spec.role not in ("cache", "extract"):  # who opens hostile files has no keys to a store
+    if spec.role not in (
+        "cache",
+        "extract",
+    ):  # hostile files are opened there
         pinned = {k: v for k, v in pinned.items() if not k.upper().startswith(_STORE_KEYS)}
     pinned.update(dict.fromkeys(_THREAD_VARIABLES, str(spec.threads)))
     pinned["TOKENIZERS_PARALLELISM"] = "false"
@@ -68,7 +72,7 @@ class WorkerProcess:
     SIGKILL when that thread ends (PR_SET_PDEATHSIG).
 
     Attributes:
-        pipe: The King's end.
+        channel: The King's end.
         sentinel: A descriptor that becomes readable when the process ends; None where the kernel
             has no pidfd.
     """
@@ -76,7 +80,7 @@ class WorkerProcess:
     def __init__(self, spec: WorkerSpec, launch: Launch) -> None:
         ours, theirs = socket.socketpair()
         self.name = spec.name
-        self.pipe = Pipe(ours)
+        self.channel: Channel[Reply] = Channel(ours, to_king)
         passed = [theirs.fileno()] + ([launch.arena] if launch.arena >= 0 else [])
         command = [sys.executable, "-m", "workers", str(theirs.fileno()), str(os.getpid())]
         try:
@@ -86,19 +90,19 @@ class WorkerProcess:
                     pass_fds=passed,
                     env=pinned_environment(spec, dict(os.environ)),
                     stdin=subprocess.DEVNULL,
-                    stdout=2,  # a worker has no business on the King's standard output
+                    stdout=2,  # standard output is the King's
                 )
         except BaseException:
-            self.pipe.close()
+            self.channel.close()
             raise
         finally:
             theirs.close()
         self.sentinel = _open_pidfd(self._popen.pid)
-        self.pipe.send(launch)
+        self.channel.send(launch)
 
     @property
     def pid(self) -> int:
-        """Process ID."""
+        """Return the process ID."""
         return self._popen.pid
 
     @property
@@ -108,7 +112,7 @@ class WorkerProcess:
 
     @property
     def exit_text(self) -> str:
-        """How it ended, for the log: ``signal SIGKILL`` or ``status 3``."""
+        """Return how it ended, for the log: ``signal SIGKILL`` or ``status 3``."""
         status = self._popen.poll()
         if status is None:
             return "alive"
@@ -121,7 +125,7 @@ class WorkerProcess:
 
     @property
     def exit_status(self) -> int | None:
-        """Exit status, negative for a signal; None while it lives."""
+        """Return the exit status, negative for a signal; None while it lives."""
         return self._popen.poll()
 
     def kill(self) -> None:
@@ -130,7 +134,7 @@ class WorkerProcess:
             self._popen.kill()
 
     def wait(self, timeout_s: float) -> bool:
-        """Wait for the end; False when it has not come in time."""
+        """Wait for the end; return False when it has not come in time."""
         try:
             self._popen.wait(timeout_s)
         except subprocess.TimeoutExpired:
@@ -141,7 +145,7 @@ class WorkerProcess:
         """Kill, reap, and close the King's descriptors."""
         self.kill()
         self._popen.wait()
-        self.pipe.close()
+        self.channel.close()
         if self.sentinel is not None:
             os.close(self.sentinel)
             self.sentinel = None

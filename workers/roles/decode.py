@@ -1,6 +1,6 @@
 """A decoder process: hostile files meet native libraries here, and nowhere else.
 
-What a file can do is bounded three ways: memory by the kernel (RLIMIT_DATA), time by the King
+The damage of a file is bounded in three ways: memory by the kernel (RLIMIT_DATA), time by the King
 (it kills), and results by the size of a slot.
 """
 
@@ -14,11 +14,10 @@ import structlog
 
 from common.errors import ConfigError, MediaError
 from workers.pool.arena import Arena
-from workers.pool.pipe import Pipe
-from workers.protocol import DecodeTask, Failure, Task
-from workers.roles.batch import Outcome, failure_of
+from workers.pool.channel import Channel
+from workers.protocol import Command, DecodeTask, Failure, Task
 from workers.roles.loop import Context, Retire, serve
-from workers.roles.tasks import run_decode
+from workers.roles.tasks import Outcome, failure_of, run_decode
 
 _log = structlog.get_logger()
 _MIB = 1 << 20
@@ -56,12 +55,12 @@ class _Decoder:
         except Exception as error:  # noqa: BLE001 - the loop: a file costs only itself
             return failure_of("decode", error)
 
-    def between(self, pipe: Pipe) -> float | None:
+    def between_batches(self, channel: Channel[Command]) -> float | None:
         if self._spent:
-            raise Retire  # what is left of its memory may be in pieces
+            raise Retire  # its memory may be fragmented
         return None
 
-    def told(self, message: object) -> None:
+    def control(self, message: Command) -> None:
         pass
 
     def close(self) -> None:
@@ -69,7 +68,7 @@ class _Decoder:
 
 
 def limit_memory(megabytes: int) -> None:
-    """Let this process's private memory grow by so much and no more; then malloc fails."""
+    """Limit the growth of this process's private memory; beyond it malloc fails."""
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[_PAGES_OF_DATA])
     limit = pages * resource.getpagesize() + megabytes * _MIB
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)

@@ -1,4 +1,4 @@
-"""The fusion process: features ─► tags, and the swap to a newer bundle between two batches."""
+"""The fusion process: features -> tags, and the swap to a newer bundle between two batches."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ import structlog
 from common.errors import BundleError, TaggingError, one_line
 from common.fingerprint import packed, with_parts
 from config.settings import FusionSettings
+from workers.pool.channel import Channel
 from workers.pool.fingerprints import mismatch
-from workers.pool.pipe import Pipe
-from workers.protocol import BundleLoaded, Expect, FuseTask, Stream, Task
-from workers.roles.batch import Outcome
+from workers.protocol import BundleLoaded, Command, Expect, FuseTask, Stream, Task
 from workers.roles.loop import Context, serve
-from workers.roles.tasks import run_fuse
+from workers.roles.tasks import Outcome, run_fuse
 
 if TYPE_CHECKING:
     from fusion.infer.inferer import Inferer
@@ -54,17 +53,17 @@ class _Fusion:
             raise RuntimeError("fusion runs before it has loaded")
         return run_fuse(self._inferer, [task for task in tasks if isinstance(task, FuseTask)])
 
-    def between(self, pipe: Pipe) -> float | None:
+    def between_batches(self, channel: Channel[Command]) -> float | None:
         now = time.monotonic()
         if now >= self._look_at:
             self._swap()
             self._look_at = time.monotonic() + self._settings.reload_s
         if self._inferer is not None and self._inferer.version != self._announced:
             self._announced = self._inferer.version
-            pipe.send_wait(BundleLoaded(self._inferer.name, self._inferer.version))
+            channel.send_wait(BundleLoaded(self._inferer.name, self._inferer.version))
         return max(0.0, self._look_at - time.monotonic())
 
-    def told(self, message: object) -> None:
+    def control(self, message: Command) -> None:
         if isinstance(message, Expect):
             self._expected = with_parts(message.fingerprints, message.made_of)
 
@@ -73,11 +72,11 @@ class _Fusion:
             self._inferer.close()
 
     def _swap(self) -> None:
-        """Serve the bundle that lies in the folder now, if it is another and a good one."""
+        """Serve the bundle that is in the folder now, if it is a new and good one."""
         seen = _signature(self._settings.bundle)
         if seen == self._seen or len(seen) < len(_FILES) or self._expected is None:
             return
-        self._seen = seen  # a bad one is told once, not at every look
+        self._seen = seen  # a bad one is logged once, not at every look
         before = self._inferer
         try:
             new = open_bundle(self._settings, self._device)
@@ -116,15 +115,15 @@ def open_bundle(settings: FusionSettings, device: str) -> Inferer:
 
 
 def _signature(bundle: Path) -> _Signature:
-    """Changes whenever the bundle's files do, or the link that leads to them."""
-    found: list[tuple[int, int, int]] = []
+    """Return what changes whenever the bundle's files do, or the link to them."""
+    files: list[tuple[int, int, int]] = []
     for name in _FILES:
         try:
             stat = (bundle / name).stat()
         except OSError:
             continue
-        found.append((stat.st_ino, stat.st_mtime_ns, stat.st_size))
-    return tuple(found)
+        files.append((stat.st_ino, stat.st_mtime_ns, stat.st_size))
+    return tuple(files)
 
 
 def run(context: Context) -> None:

@@ -1,8 +1,8 @@
-"""The main of every worker process, and the loop that all but the downloader run.
+"""The main of every worker process, and the loop of those that work in batches.
 
     python -m workers DESCRIPTOR KING_PID
 
-The loop is greedy: it drains its pipe, takes the oldest task and every waiting task of the same
+The loop is greedy: it drains its channel, takes the oldest task and every waiting task of the same
 kind up to a batch, runs them, and never waits for more to come.
 """
 
@@ -22,22 +22,50 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import psutil
 import structlog
 
 from common.errors import RetryableError, TaggingError, one_line
 from common.logs import configure_logs
-from config.settings import Settings
+from config.settings import Settings, WorkerSettings
 from workers.pool.arena import Arena
-from workers.pool.batching import Lane, batch_rows, lane_of, stage_of, weight_of
-from workers.pool.launch import BROKEN_STATUS, REFUSED_STATUS, Launch
-from workers.pool.pipe import Pipe, PipeBroken
-from workers.protocol import Began, Done, Envelope, Failed, Failure, Ready, Refused, Stop, Task
-from workers.roles.batch import DeviceLost, Outcome
-from workers.roles.recycle import Recycler
+from workers.pool.batching import TaskQueue, batch_rows, queue_of, stage_of, weight_of
+from workers.pool.channel import Channel, to_worker
+from workers.pool.launch import BROKEN_STATUS, REFUSED_STATUS
+from workers.protocol import (
+    Began,
+    Command,
+    Done,
+    Envelope,
+    Failed,
+    Failure,
+    Fused,
+    Launch,
+    ProtocolError,
+    Ready,
+    Refused,
+    Stop,
+    Tags,
+    Task,
+)
+from workers.roles.tasks import DeviceLost, Outcome
 
 _log = structlog.get_logger()
 _PR_SET_PDEATHSIG = 1
+
 _LAUNCH_TIMEOUT_S = 30.0
+"""Wait for the first message. The King sends it right after the fork, so this only ends a process
+whose King hangs; half would do, but a host that swaps needs its time."""
+
+_MIB = 1 << 20
+
+_WARM_TASKS = 200
+"""Tasks before memory growth counts: by then allocators and caches have their size. After half as
+many, OCR's buffers still grew in the soak; twice as many would only find a leak later."""
+
+_LOOK_EVERY_TASKS = 50
+"""Tasks between two looks at the memory, each 20 microseconds: rare enough not to matter, often
+enough that a leak of 1 MB a task passes its limit by 50 MB at most."""
 
 
 @dataclass(frozen=True)
@@ -48,21 +76,21 @@ class Context:
         arena: The shared slots; None for a role that does not use them.
     """
 
-    pipe: Pipe
+    channel: Channel[Command]
     launch: Launch
     settings: Settings
     arena: Arena | None
 
 
 class Retire(Exception):
-    """Raised by a handler between two batches: a fresh process shall take over."""
+    """Ends this process between two batches, so that a fresh one takes over."""
 
 
 class Handler(Protocol):
-    """What a role does; `serve` does the rest."""
+    """The work of a role; `serve` does the rest."""
 
     def load(self) -> Mapping[str, str]:
-        """Load models; what it returns goes into `Ready`.
+        """Load models and return the information for `Ready`.
 
         Raises:
             TaggingError: It cannot start, and a restart would not help.
@@ -70,103 +98,143 @@ class Handler(Protocol):
         ...
 
     def run(self, tasks: Sequence[Task]) -> list[Outcome]:
-        """One result or failure per task, in order."""
+        """Return one result or failure per task, in order."""
         ...
 
-    def between(self, pipe: Pipe) -> float | None:
-        """Called between batches and when idle; seconds until it wants to be called again.
+    def between_batches(self, channel: Channel[Command]) -> float | None:
+        """Do what is due between batches or when idle; return the seconds until the next time.
 
         Raises:
             Retire: End this process, and have it replaced.
         """
         ...
 
-    def told(self, message: object) -> None:
-        """A message that is no task."""
+    def control(self, message: Command) -> None:
+        """Handle a control message."""
         ...
 
     def close(self) -> None:
-        """Free what `load` took."""
+        """Free what `load` has allocated."""
         ...
 
 
 def serve(context: Context, handler: Handler) -> None:
-    """Load, say so, and run batches until told to stop or the King is gone."""
-    pipe = context.pipe
-    pipe.send_wait(Ready(dict(handler.load())))
+    """Load, report `Ready`, and run batches until told to stop or the King is gone."""
+    channel = context.channel
+    channel.send_wait(Ready(dict(handler.load())))
     backlog: deque[Envelope] = deque()
     rows = batch_rows(context.settings)
     recycler = Recycler(context.settings.workers)
     try:
         while True:
-            idle_s = handler.between(pipe)
-            for message in pipe.receive_wait(0.0 if backlog else idle_s):
+            idle_s = handler.between_batches(channel)
+            for message in channel.receive_wait(0.0 if backlog else idle_s):
                 if isinstance(message, Envelope):
                     backlog.append(message)
                 elif isinstance(message, Stop):
                     return
                 else:
-                    handler.told(message)
-            if pipe.closed:
+                    handler.control(message)
+            if channel.closed:
                 return
             if backlog:
                 batch = take_batch(backlog, rows)
-                _run_batch(pipe, handler, batch)
+                _run_batch(channel, handler, batch)
                 reason = recycler.served(len(batch))
                 if reason is not None:
-                    raise Retire(reason)  # what is left in the backlog has not begun
+                    raise Retire(reason)  # the rest of the backlog has not begun
     except Retire as retire:
         _log.info("workers.retired", reason=str(retire) or None)
     finally:
         handler.close()
 
 
-def take_batch(backlog: deque[Envelope], rows: Mapping[Lane, int]) -> list[Envelope]:
-    """Take the oldest task and those that fit into its batch; the others keep their order."""
+def take_batch(backlog: deque[Envelope], rows: Mapping[TaskQueue, int]) -> list[Envelope]:
+    """Take the oldest task and all that fit into its batch; the others keep their order."""
     first = backlog.popleft()
     batch = [first]
     if first.solo:
         return batch
-    lane, room = lane_of(first.task), 1.0 - weight_of(first.task, rows)
-    left: list[Envelope] = []
+    task_queue, room = queue_of(first.task), 1.0 - weight_of(first.task, rows)
+    others: list[Envelope] = []
     while backlog:
         envelope = backlog.popleft()
         weight = weight_of(envelope.task, rows)
-        if not envelope.solo and lane_of(envelope.task) == lane and weight <= room + 0.001:
+        if not envelope.solo and queue_of(envelope.task) == task_queue and weight <= room + 0.001:
             room -= weight
             batch.append(envelope)
         else:
-            left.append(envelope)
-    backlog.extend(left)
+            others.append(envelope)
+    backlog.extend(others)
     return batch
 
 
-def _run_batch(pipe: Pipe, handler: Handler, batch: list[Envelope]) -> None:
+def _run_batch(channel: Channel[Command], handler: Handler, batch: list[Envelope]) -> None:
     now = time.monotonic()
     for envelope in batch:
         if envelope.deadline <= now:
-            stage = stage_of(lane_of(envelope.task))
+            stage = stage_of(queue_of(envelope.task))
             waited = Failure(stage, RetryableError.__name__, "waited past its deadline", True)
-            pipe.send_wait(Failed(envelope.task_id, waited))
+            channel.send_wait(Failed(envelope.task_id, waited))
     live = [envelope for envelope in batch if envelope.deadline > now]
     if not live:
         return
-    pipe.send_wait(Began(tuple(envelope.task_id for envelope in live)))
+    channel.send_wait(Began(tuple(envelope.task_id for envelope in live)))
     started = time.perf_counter()
     outcomes = handler.run([envelope.task for envelope in live])
     share_s = (time.perf_counter() - started) / len(live)
     for envelope, outcome in zip(live, outcomes, strict=True):
-        pipe.send_wait(answer(envelope.task_id, outcome, share_s))
+        channel.send_wait(answer(envelope.task_id, outcome, share_s))
 
 
 def answer(task_id: int, outcome: Outcome, seconds: float) -> Done | Failed:
-    """The reply that tells an outcome; ``seconds`` is the task's share of its batch's time."""
-    if isinstance(outcome, Failure):
-        return Failed(task_id, outcome)
+    """Return an outcome as a reply; ``seconds`` is the task's share of its batch's time."""
+    match outcome:
+        case Failure():
+            return Failed(task_id, outcome)
+        case Tags():
+            return Done(task_id, Fused(outcome), seconds)
     return Done(task_id, outcome, seconds)
 
 
-# Birth ---------------------------------------------------------------------------------------
+class Recycler:
+    """Counts a process's tasks and watches its growth, to replace it before leaks add up."""
+
+    def __init__(
+        self, settings: WorkerSettings, resident_bytes: Callable[[], int] | None = None
+    ) -> None:
+        """Begin to count.
+
+        Args:
+            settings: ``recycle_tasks`` and ``recycle_growth_mb``; 0 switches either off.
+            resident_bytes: Returns the memory of the process; None asks the system.
+        """
+        self._settings = settings
+        self._resident_bytes = resident_bytes or _resident_bytes
+        self._tasks = 0
+        self._look_at = _WARM_TASKS
+        self._base_bytes: int | None = None
+
+    def served(self, n_tasks: int) -> str | None:
+        """Count a batch's tasks; return the reason to end the process, if there is one."""
+        self._tasks += n_tasks
+        limit_tasks, limit_mb = self._settings.recycle_tasks, self._settings.recycle_growth_mb
+        if limit_tasks and self._tasks >= limit_tasks:
+            return f"served {self._tasks} tasks (workers.recycle_tasks {limit_tasks})"
+        if not limit_mb or self._tasks < self._look_at:
+            return None
+        self._look_at = self._tasks + _LOOK_EVERY_TASKS
+        now_bytes = self._resident_bytes()
+        if self._base_bytes is None:
+            self._base_bytes = now_bytes
+        growth_mb = (now_bytes - self._base_bytes) / _MIB
+        if growth_mb > limit_mb:
+            return f"grew by {growth_mb:.0f} MiB (workers.recycle_growth_mb {limit_mb})"
+        return None
+
+
+def _resident_bytes() -> int:
+    return int(psutil.Process().memory_info().rss)
 
 
 def die_with_parent(king_pid: int) -> None:
@@ -179,11 +247,11 @@ def die_with_parent(king_pid: int) -> None:
     if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
     if os.getppid() != king_pid:
-        sys.exit(1)  # it ended before the line above
+        sys.exit(1)  # the King ended before the line above
 
 
 def ignore_signals() -> None:
-    """Leave it to the King when to stop: SIGTERM and SIGINT reach the whole group."""
+    """Ignore SIGTERM and SIGINT, which reach the whole group: the King decides when to stop."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGINT})
@@ -198,7 +266,7 @@ def set_title(title: str) -> None:
 
 
 class _LibraryLog(logging.Handler):
-    """Standard error holds JSON lines: what libraries log becomes events of level debug."""
+    """Standard error holds JSON lines: libraries' lines become events of level debug."""
 
     def emit(self, record: logging.LogRecord) -> None:
         text = " ".join(record.getMessage().split())[:300]
@@ -211,30 +279,30 @@ def _quiet_libraries() -> None:
     logging.getLogger("urllib3").propagate = False  # its lines hold URLs of posts
 
 
-def _first_message(pipe: Pipe) -> Launch:
+def _first_message(channel: Channel[Command]) -> Launch:
     end = time.monotonic() + _LAUNCH_TIMEOUT_S
-    while time.monotonic() < end and not pipe.closed:
+    while time.monotonic() < end and not channel.closed:
         # The King sends nothing more before `Ready`: there can be only one message.
-        for message in pipe.receive_wait(end - time.monotonic()):
+        for message in channel.receive_wait(end - time.monotonic()):
             if isinstance(message, Launch):
                 return message
-    raise PipeBroken("the King sent no launch message")
+    raise ProtocolError("the King sent no launch message")
 
 
 def _role(name: str) -> Callable[[Context], None]:
     module, _, function = name.partition(":")
-    found: Callable[[Context], None] = getattr(importlib.import_module(module), function)
-    return found
+    run: Callable[[Context], None] = getattr(importlib.import_module(module), function)
+    return run
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run one worker; its exit status."""
+    """Run one worker and return its exit status."""
     ignore_signals()
     descriptor, king_pid = int(arguments[0]), int(arguments[1])
     die_with_parent(king_pid)
-    pipe = Pipe(socket.socket(fileno=descriptor))
+    channel = Channel(socket.socket(fileno=descriptor), to_worker)
     os.set_inheritable(descriptor, False)
-    launch = _first_message(pipe)
+    launch = _first_message(channel)
     devices = f" {launch.device} {','.join(launch.extractors)}" if launch.extractors else ""
     set_title(f"{launch.role}{devices}")
     settings = Settings.model_validate_json(launch.settings)
@@ -246,9 +314,9 @@ def main(arguments: Sequence[str]) -> int:
         arena = Arena.map(launch.arena, launch.slots, launch.slot_bytes)
         os.close(launch.arena)
     try:
-        _role(launch.run)(Context(pipe, launch, settings, arena))
+        _role(launch.run)(Context(channel, launch, settings, arena))
     except TaggingError as error:
-        pipe.send_wait(Refused(one_line(error)))
+        channel.send_wait(Refused(one_line(error)))
         return REFUSED_STATUS
     except DeviceLost as error:
         _log.error("workers.device_lost", error=str(error))

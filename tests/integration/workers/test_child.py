@@ -10,18 +10,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from common.errors import ConfigError, FeatureError, FetchRetryable, MediaError
 from common.post import Failure
 from config.settings import Settings
 from tests.support.workers.driving import decode_task, fetch_task, text_task
+from tests.support.workers.fixtures import Ends
 from tests.support.workers.web import web_server
 from workers.pool.arena import Arena
-from workers.pool.launch import Launch
-from workers.pool.pipe import Pipe
+from workers.pool.channel import Channel
 from workers.protocol import (
     Began,
+    Command,
     Decoded,
     DecodeTask,
     Done,
@@ -30,16 +32,15 @@ from workers.protocol import (
     Extracted,
     ExtractTask,
     Failed,
+    Launch,
     Ready,
     Stop,
     Task,
 )
 from workers.roles import decode as decoder
 from workers.roles import fetch as fetcher
-from workers.roles.batch import DeviceLost, failure_of, run_batch
 from workers.roles.loop import Context, Retire, serve, take_batch
-
-# Batches -------------------------------------------------------------------------------------
+from workers.roles.tasks import DeviceLost, failure_of, run_batch
 
 
 class OutOfMemoryError(RuntimeError):
@@ -112,8 +113,8 @@ def test_failures_know_whether_to_come_back() -> None:
     assert (nameless.type, nameless.message) == ("MediaError", "KeyError")
 
 
-def test_batches_are_taken_by_lane_and_room() -> None:
-    """The oldest task's lane is batched up to its limit; suspects run alone; order is kept."""
+def test_batches_are_taken_by_queue_and_room() -> None:
+    """The oldest task's queue is batched up to its limit; suspects run alone; order is kept."""
     rows = {"text": 2, "video": 8}
     tasks: list[Task] = [
         text_task("a"),
@@ -128,9 +129,6 @@ def test_batches_are_taken_by_lane_and_room() -> None:
     while backlog:
         batches.append([envelope.task_id for envelope in take_batch(backlog, rows)])
     assert batches == [[0, 2], [1], [3], [4], [5]]
-
-
-# The loop ------------------------------------------------------------------------------------
 
 
 class Scripted:
@@ -149,26 +147,26 @@ class Scripted:
         self.ran.append(texts)
         return [Extracted(text=text.upper()) for text in texts]
 
-    def between(self, pipe: Pipe) -> float | None:
+    def between_batches(self, channel: Channel[Command]) -> float | None:
         if ["retire"] in self.ran:
             raise Retire
         return 5.0
 
-    def told(self, message: object) -> None:
+    def control(self, message: Command) -> None:
         self.heard.append(message)
 
     def close(self) -> None:
         self.closed = True
 
 
-def context_of(pipe: Pipe, arena: Arena | None = None, **sections: Any) -> Context:
+def context_of(channel: Channel[Command], arena: Arena | None = None, **sections: Any) -> Context:
     launch = Launch(run="", role="extract", name="toy-0", settings="{}")
-    return Context(pipe, launch, Settings.model_validate(sections), arena)
+    return Context(channel, launch, Settings.model_validate(sections), arena)
 
 
-def test_loop_answers_in_order_and_stops(pipes: tuple[Pipe, Pipe]) -> None:
+def test_loop_answers_in_order_and_stops(ends: Ends) -> None:
     """Ready, then Began and the answers of each batch; what is too late is not begun."""
-    king, worker = pipes
+    king, worker = ends
     for i, text in enumerate(["a", "b"]):
         king.send(Envelope(i, text_task(text), time.monotonic() + 60))
     king.send(Envelope(2, text_task("late"), 0.0))
@@ -190,9 +188,9 @@ def test_loop_answers_in_order_and_stops(pipes: tuple[Pipe, Pipe]) -> None:
     assert handler.closed
 
 
-def test_loop_ends_when_a_handler_retires_or_the_king_is_gone(pipes: tuple[Pipe, Pipe]) -> None:
+def test_loop_ends_when_a_handler_retires_or_the_king_is_gone(ends: Ends) -> None:
     """Either way the loop returns, and the handler is closed."""
-    king, worker = pipes
+    king, worker = ends
     king.send(Envelope(1, text_task("retire"), time.monotonic() + 60))
     handler = Scripted()
     serve(context_of(worker), handler)
@@ -204,9 +202,7 @@ def test_loop_ends_when_a_handler_retires_or_the_king_is_gone(pipes: tuple[Pipe,
     assert orphan.closed
 
 
-def test_decoder_out_of_memory_is_replaced(
-    pipes: tuple[Pipe, Pipe], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_decoder_out_of_memory_is_replaced(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file that needs too much memory fails with the key that bounds it; the process ends."""
 
     def run_decode(task: Any, *_: Any) -> Decoded:
@@ -216,7 +212,7 @@ def test_decoder_out_of_memory_is_replaced(
 
     monkeypatch.setattr("workers.roles.decode.run_decode", run_decode)
     monkeypatch.setattr("workers.roles.decode.limit_memory", lambda megabytes: None)
-    king, worker = pipes
+    king, worker = ends
     for i, path in enumerate(["broken", "hungry"]):
         king.send(Envelope(i, DecodeTask("image", path, 0), time.monotonic() + 60))
     decoder.run(context_of(worker, Arena.private(1, 4096), decode={"memory_mb": 7}))
@@ -226,12 +222,12 @@ def test_decoder_out_of_memory_is_replaced(
         decoder.run(context_of(worker))
 
 
-def test_downloader_answers_through_one_pipe(pipes: tuple[Pipe, Pipe], tmp_path: Path) -> None:
+def test_downloader_answers_through_one_channel(ends: Ends, tmp_path: Path) -> None:
     """Downloads run at once in threads; each says that it began, and how it ended."""
-    king, worker = pipes
+    king, worker = ends
     fetch = {"allow_private_hosts": True, "connections": 3}
     context = context_of(worker, fetch=fetch)
-    context = replace(context, launch=replace(context.launch, spool=str(tmp_path)))
+    context = replace(context, launch=msgspec.structs.replace(context.launch, spool=str(tmp_path)))
     with web_server() as web:
         for i, path in enumerate(["/ok", "/status/404", "/ok"]):
             king.send(Envelope(i, fetch_task(web.url(path)), time.monotonic() + 60))

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from config.settings import BrokerSettings, FetchSettings, Settings, StoreSettings
+from workers.pool.channel import encode
 from workers.pool.launch import worker_specs
-from workers.pool.pipe import encode
 from workers.pool.pool import ProcessPool
 from workers.pool.process import pinned_environment
 

@@ -14,9 +14,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
 
+import msgspec
 import numpy as np
 
 from common.post import Failure, Tag, Tags
+from workers.pool.arena import SlotTable
 from workers.pool.events import (
     BundleChanged,
     PoolEvent,
@@ -26,7 +28,6 @@ from workers.pool.events import (
     TaskFailed,
     WorkerView,
 )
-from workers.pool.slots import SlotTable
 from workers.protocol import (
     ArrayRef,
     Decoded,
@@ -186,7 +187,7 @@ class FakePool:
                 slot = self.slots.acquire()
                 if slot is None:
                     continue  # the extraction tasks behind it will free one
-                entry.task = replace(entry.task, slot=slot)
+                entry.task = msgspec.structs.replace(entry.task, slot=slot)
             self._queue.remove(entry)
             entry.due = now + self._latency_s
             self._running.append(entry)
@@ -202,8 +203,11 @@ class FakePool:
             if not Path(entry.task.path).exists():
                 answer = Failure("decode", "MediaError", "the file is gone")
             else:
-                parts = [Part(p.kind, replace(p.ref, slot=entry.task.slot)) for p in answer.parts]
-                answer = replace(answer, parts=tuple(parts))
+                parts = [
+                    Part(p.kind, msgspec.structs.replace(p.ref, slot=entry.task.slot))
+                    for p in answer.parts
+                ]
+                answer = msgspec.structs.replace(answer, parts=tuple(parts))
         self._free(entry, keeps_slot=isinstance(answer, Decoded) and bool(answer.parts))
         if isinstance(answer, Failure):
             self._events.append(TaskFailed(entry.task_id, answer, "fake-0"))

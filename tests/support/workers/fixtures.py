@@ -1,15 +1,19 @@
-"""What several files of the workers' tests stand on: a web server, a pipe, a pool of toys."""
+"""Fixtures of the workers' tests: a web server, both ends of a channel, a pool of toys."""
 
 from __future__ import annotations
 
 import socket
 from collections.abc import Iterator
+from typing import TypeAlias
 
 import pytest
 
 from tests.support.workers.driving import Driver, memory_files, toy_settings
 from tests.support.workers.web import Web, web_server
-from workers.pool.pipe import Pipe
+from workers.pool.channel import Channel, to_king, to_worker
+from workers.protocol import Command, Reply
+
+Ends: TypeAlias = tuple[Channel[Reply], Channel[Command]]
 
 
 @pytest.fixture(scope="module")
@@ -20,12 +24,13 @@ def web() -> Iterator[Web]:
 
 
 @pytest.fixture
-def pipes() -> Iterator[tuple[Pipe, Pipe]]:
+def ends() -> Iterator[Ends]:
     """The King's end and the worker's."""
-    one, other = (Pipe(end) for end in socket.socketpair())
-    yield one, other
-    one.close()
-    other.close()
+    ours, theirs = socket.socketpair()
+    king, worker = Channel(ours, to_king), Channel(theirs, to_worker)
+    yield king, worker
+    king.close()
+    worker.close()
 
 
 @pytest.fixture(scope="module")

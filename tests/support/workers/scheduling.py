@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from config.settings import Settings
-from workers.pool.schedule import Load, Scheduler
+from workers.pool.scheduler import Scheduler, WorkerLoad
 from workers.protocol import ArrayRef, Envelope, ExtractTask
 
 SETTINGS = Settings.model_validate(
@@ -19,19 +19,19 @@ def picture(slot: int, rows: int = 2) -> ExtractTask:
     return ExtractTask("video", "video", (ArrayRef(slot, 0, (rows, 4, 4, 3), "uint8"),))
 
 
-def scheduler(*loads: Load) -> Scheduler:
+def scheduler(*loads: WorkerLoad) -> Scheduler:
     made = Scheduler(SETTINGS, grace_s=1.0)
     for load in loads:
         made.add(load)
     return made
 
 
-def extractor(name: str = "e") -> Load:
-    return Load(name, ("video", "text", "ocr"), None, 10.0)
+def extractor(name: str = "e") -> WorkerLoad:
+    return WorkerLoad(name, ("video", "text", "ocr"), None, 10.0)
 
 
-def decoder(name: str = "d") -> Load:
-    return Load(name, ("decode",), 1, 10.0)
+def decoder(name: str = "d") -> WorkerLoad:
+    return WorkerLoad(name, ("decode",), 1, 10.0)
 
 
 def sent(made: Scheduler, now: float = 0.0) -> list[tuple[str, Envelope]]:

@@ -18,9 +18,10 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import ConfigError
-from workers.pool.pipe import Pipe
+from workers.pool.channel import Channel
 from workers.protocol import (
     BundleLoaded,
+    Command,
     Decoded,
     DecodeTask,
     Expect,
@@ -36,8 +37,8 @@ from workers.protocol import (
     Task,
     WorkerRole,
 )
-from workers.roles.batch import DeviceLost, Outcome, run_batch
 from workers.roles.loop import Context, serve
+from workers.roles.tasks import DeviceLost, Outcome, run_batch
 
 TOY = "tests.support.workers.toys:run"
 ROLES: dict[WorkerRole, str] = {"fetch": TOY, "decode": TOY, "extract": TOY, "fuse": TOY}
@@ -81,13 +82,13 @@ class Toy:
             }
         return {}
 
-    def between(self, pipe: Pipe) -> float | None:
+    def between_batches(self, channel: Channel[Command]) -> float | None:
         if self.swap is not None:
-            pipe.send_wait(BundleLoaded(*self.swap))
+            channel.send_wait(BundleLoaded(*self.swap))
             self.swap = None
         return 1.0
 
-    def told(self, message: object) -> None:
+    def control(self, message: Command) -> None:
         if isinstance(message, Expect):
             self.expected = {str(k): v for k, v in message.fingerprints.items()}
 

@@ -25,8 +25,9 @@ from extractors.feature_file import (
 from extractors.fingerprint import digest, stream_fingerprints
 from fusion.bundle.bundle import check_fingerprints, load_bundle, save_bundle
 from tests.support.fusion import support
+from workers.pool.channel import encode, to_worker
 from workers.pool.fingerprints import expectation, known_extractors, mismatch
-from workers.pool.pipe import decode, encode
+from workers.protocol import CacheFingerprints, Expect
 
 WEIGHTS = "a" * 64, "b" * 64
 
@@ -93,9 +94,10 @@ def test_a_process_tells_what_its_fingerprints_are_of() -> None:
     assert found == {"video": of(), "text": "t"}
     assert parts_of(found["video"]) == parts_of(of())
     for message in (expectation(found), known_extractors([{"fingerprints": packed(found)}])):
-        there = decode(encode(message)[8:])
-        assert there == message
-        assert {type(text) for text in there.fingerprints.values()} == {str}
+        received = to_worker(encode(message)[8:])
+        assert received == message
+        assert isinstance(received, (CacheFingerprints, Expect))
+        assert {type(text) for text in received.fingerprints.values()} == {str}
     assert parts_of(with_parts(found, expectation(found).made_of)["video"]) == parts_of(of())
 
 

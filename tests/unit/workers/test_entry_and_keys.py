@@ -15,8 +15,8 @@ from config.settings import Settings
 from tests.support.tiny_models import tiny_features
 from workers.cache.base import Stats
 from workers.cache.entry import CorruptEntry, Entry, decode, encode
-from workers.cache.guarded import GuardedStore
 from workers.cache.keys import Keys
+from workers.cache.store import GuardedStore
 
 KEY = "ab" * 32
 SHA = "cd" * 32
@@ -182,7 +182,7 @@ class Flaky:
 def test_cache_that_is_away_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """One warning, no further call until the time is over; then it is used again, and says so."""
     now = [100.0]
-    monkeypatch.setattr("workers.cache.guarded.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("workers.cache.store.time.monotonic", lambda: now[0])
     store = Flaky()
     guarded = GuardedStore(store, retry_s=30, where="redis://***")
     entry = Entry(text="read")

@@ -7,7 +7,7 @@ from pathlib import Path
 from config.settings import WorkerSettings
 from tests.support.workers.driving import Driver, text_task, toy_settings
 from workers.protocol import Extracted
-from workers.roles.recycle import Recycler
+from workers.roles.loop import Recycler
 
 MIB = 2**20
 

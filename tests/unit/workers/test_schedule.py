@@ -6,7 +6,7 @@ import pytest
 
 from tests.support.workers.driving import decode_task, fetch_task, fuse_task, text_task
 from tests.support.workers.scheduling import decoder, extractor, ids, picture, scheduler, sent
-from workers.pool.schedule import Load
+from workers.pool.scheduler import MAX_QUEUED, WorkerLoad
 from workers.protocol import ExtractTask
 
 # Queues and credits --------------------------------------------------------------------------
@@ -47,7 +47,7 @@ def test_a_task_larger_than_a_batch_is_sent() -> None:
 
 
 def test_work_is_spread_over_workers() -> None:
-    """Two workers of a lane get alternate tasks, the less loaded one first."""
+    """Two workers of a queue get alternate tasks, the less loaded one first."""
     made = scheduler(extractor("a"), extractor("b"))
     for _ in range(4):
         made.submit(text_task("x"), 99)
@@ -61,11 +61,11 @@ def test_decoding_waits_for_a_slot_and_fetching_for_the_decoders() -> None:
     for _ in range(9):
         made.submit(decode_task(), 99)
     assert len(sent(made)) == len(made.slots) == 3
-    made.add(Load("f", ("fetch",), 16, 10.0))
+    made.add(WorkerLoad("f", ("fetch",), 16, 10.0))
     fetch = made.submit(fetch_task("x"), 99)
     assert made.queued("decode") == 6
     assert sent(made) == []
-    for task_id in list(made.load("d0").held):  # type: ignore[union-attr]
+    for task_id in list(made.load("d0").tasks):  # type: ignore[union-attr]
         made.cancel(task_id)
     for _ in range(3):
         made.cancel(made._queues["decode"][0][1].task_id)
@@ -76,7 +76,8 @@ def test_decoding_waits_for_a_slot_and_fetching_for_the_decoders() -> None:
 def test_queue_is_bounded() -> None:
     """A caller that takes in without end is told, before memory is gone."""
     made = scheduler()
-    made._entries = dict.fromkeys(range(1 << 16))  # type: ignore[assignment]
+    for _ in range(MAX_QUEUED):
+        made.submit(text_task("x"), 99)
     with pytest.raises(RuntimeError, match="intake"):
         made.submit(text_task("x"), 99)
 
@@ -157,19 +158,19 @@ def test_death_before_anything_began_is_bounded() -> None:
 
 def test_concurrent_downloads_are_suspects_too() -> None:
     """Tasks that began one by one but ran at the same time are not charged for one crash."""
-    made = scheduler(Load("f", ("fetch",), 4, 10.0))
+    made = scheduler(WorkerLoad("f", ("fetch",), 4, 10.0))
     two = [made.submit(fetch_task("x"), 99) for _ in range(2)]
     sent(made)
     for task in two:
         made.began("f", [task], 0.0)
     assert made.died("f") == []
-    made.add(Load("f", ("fetch",), 4, 10.0))
+    made.add(WorkerLoad("f", ("fetch",), 4, 10.0))
     assert ids(sent(made)) == two[:1]
 
 
 def test_overdue_download_is_charged_alone() -> None:
     """Of the downloads of a process that is killed for one of them, that one is charged."""
-    made = scheduler(Load("f", ("fetch",), 4, 10.0))
+    made = scheduler(WorkerLoad("f", ("fetch",), 4, 10.0))
     slow, other = (made.submit(fetch_task("x"), 99) for _ in range(2))
     sent(made)
     made.began("f", [slow], 0.0)
@@ -177,7 +178,7 @@ def test_overdue_download_is_charged_alone() -> None:
     kill = made.overdue(10.5).kill
     assert kill == {"f": frozenset({slow})}
     assert [entry.task_id for entry in made.died("f", kill["f"])] == [slow]
-    made.add(Load("f", ("fetch",), 4, 10.0))
+    made.add(WorkerLoad("f", ("fetch",), 4, 10.0))
     [(_, again)] = sent(made)
     assert (again.task_id, again.solo) == (other, False)
 
@@ -234,9 +235,9 @@ def test_waiting_behind_a_batch_is_no_reason_to_kill() -> None:
     assert made.overdue(28.0).kill == {"e": frozenset({waiting})}
 
 
-def test_fuse_tasks_have_their_own_lane() -> None:
+def test_fuse_tasks_have_their_own_queue() -> None:
     """Fusion is batched apart from the extractors."""
-    made = scheduler(Load("u", ("fuse",), None, 10.0))
+    made = scheduler(WorkerLoad("u", ("fuse",), None, 10.0))
     fuse = made.submit(fuse_task("p"), 99)
     text = made.submit(text_task("x"), 99)
     assert ids(sent(made)) == [fuse]

@@ -13,14 +13,14 @@ from common.errors import ConfigError
 from config.settings import FeatureSettings, Settings
 from workers.pool.fingerprints import bundle_fingerprints, expected_fingerprints, mismatch
 from workers.pool.launch import worker_specs
-from workers.pool.member import Member
 from workers.pool.process import pinned_environment
+from workers.pool.supervisor import ManagedProcess
 
 # Pins, specs, back-off -----------------------------------------------------------------------
 
 
 def test_workers_of_the_settings() -> None:
-    """One downloader, N decoders, each placement's processes with its lanes, one fusion."""
+    """One downloader, N decoders, each placement's processes with its queues, one fusion."""
     settings = Settings.model_validate(
         {
             "decode": {"processes": 3, "deadline_s": 7},
@@ -44,8 +44,8 @@ def test_workers_of_the_settings() -> None:
     ]
     assert (specs["fetch-0"].at_most, specs["decode-0"].at_most) == (5, 1)
     assert (specs["decode-0"].limit_s, specs["extract-0"].limit_s) == (7, 9)
-    assert specs["extract-1"].lanes == ("video", "image")
-    assert specs["extract-2"].lanes == ("audio", "text"), "OCR is disabled"
+    assert specs["extract-1"].queues == ("video", "image")
+    assert specs["extract-2"].queues == ("audio", "text"), "OCR is disabled"
 
 
 def test_devices_are_pinned_before_birth() -> None:
@@ -63,14 +63,14 @@ def test_devices_are_pinned_before_birth() -> None:
 
 def test_back_off_grows_has_a_cap_and_forgets() -> None:
     """Deaths in a row wait longer, up to a cap; a task answered in between starts anew."""
-    member = Member(worker_specs(Settings())[0])
-    delays = [member.died(0.0, answered=0, planned=False) for _ in range(12)]
+    worker = ManagedProcess(worker_specs(Settings())[0])
+    delays = [worker.ended(0.0, answered=0, planned=False) for _ in range(12)]
     assert delays[:3] == [0.1, 0.2, 0.4]
     assert delays[-1] == 30.0
-    assert member.died(0.0, answered=5, planned=False) == 0.1
-    assert member.deaths == 13
-    assert member.died(0.0, answered=5, planned=True) == 0.0
-    assert member.deaths == 13
+    assert worker.ended(0.0, answered=5, planned=False) == 0.1
+    assert worker.deaths == 13
+    assert worker.ended(0.0, answered=5, planned=True) == 0.0
+    assert worker.deaths == 13
 
 
 # Bundle and extractors -----------------------------------------------------------------------

@@ -1,0 +1,248 @@
+"""Messages between King and worker: what crosses, and what the King refuses."""
+
+from __future__ import annotations
+
+import pickle
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from common.post import Failure, Features, Media, Tag
+from tests.support.workers.driving import decode_task, fetch_task, fuse_task, text_task
+from tests.support.workers.fixtures import Ends
+from workers.pool.channel import MAX_FRAME, Channel, encode, to_king, to_worker
+from workers.protocol import (
+    MAX_PARTS,
+    ArrayRef,
+    Began,
+    BundleLoaded,
+    CacheHit,
+    CacheHits,
+    CacheLookup,
+    CacheQuery,
+    CacheUpdate,
+    Decoded,
+    Done,
+    Envelope,
+    Expect,
+    Extracted,
+    ExtractTask,
+    Failed,
+    Fetched,
+    Fused,
+    FuseTask,
+    Launch,
+    Part,
+    ProtocolError,
+    Ready,
+    Refused,
+    Reply,
+    Stop,
+    Tags,
+    Task,
+    validate_reply,
+)
+
+FAILURE = Failure("decode", "MediaError", "broken")
+PICTURE = Part("image", ArrayRef(3, 0, (1, 2, 2, 3), "uint8"))
+
+
+def test_arrays_arrive_as_they_were_sent(ends: Ends) -> None:
+    """Arrays of any layout come out equal and in order, of the dtype of their field."""
+    king, worker = ends
+    grid = np.arange(12, dtype=np.float16).reshape(3, 4)
+    empty = np.empty((0, 4), np.float16)
+    scores = np.ones(3, np.float32)
+    tag = Tag(1, "cat", np.float64(0.1))
+    for array in (grid, grid[:, ::2], empty):
+        worker.send(Done(1, Extracted(array=array, also={"video_lstm": array}), 0.5))
+    worker.send(Done(2, Fused(Tags("p", "m", "v", (tag,), scores)), 0.1))
+    first, second, third, fused = king.receive_wait(5)
+    for done, sent in ((first, grid), (second, grid[:, ::2]), (third, empty)):
+        assert isinstance(done, Done)
+        assert isinstance(done.result, Extracted)
+        for received in (done.result.array, done.result.also["video_lstm"]):
+            assert received is not None
+            np.testing.assert_array_equal(received, sent, strict=True)
+    assert isinstance(fused, Done)
+    assert isinstance(fused.result, Fused)
+    assert fused.result.tags.tags == (tag,)
+    np.testing.assert_array_equal(fused.result.tags.scores, scores, strict=True)
+    king.send(Envelope(1, FuseTask(Features("p", {"video": grid}, {"video": "ok"})), 9.0))
+    [envelope] = worker.receive_wait(5)
+    assert isinstance(envelope, Envelope)
+    assert isinstance(envelope.task, FuseTask)
+    np.testing.assert_array_equal(envelope.task.features.arrays["video"], grid, strict=True)
+    assert king.receive_wait(0.01) == []
+
+
+@pytest.mark.parametrize(
+    ("message", "decode"),
+    [
+        (Ready({"a": "b"}), to_king),
+        (Began((1, 2)), to_king),
+        (Done(4, Decoded((PICTURE,), {"audio": FAILURE}), 0.1), to_king),
+        (Done(5, CacheHits((CacheHit(0, "ab", True, frozenset(["frames"])),)), 0.1), to_king),
+        (Failed(1, FAILURE), to_king),
+        (Refused("no"), to_king),
+        (BundleLoaded("name", "1"), to_king),
+        (Launch(run="a:b", role="fetch", name="fetch-0", settings="{}"), to_worker),
+        (Envelope(1, decode_task(), 9.0, solo=True), to_worker),
+        (Envelope(1, ExtractTask("video", "video", (PICTURE.ref,), kind="image"), 9.0), to_worker),
+        (
+            Envelope(1, CacheLookup((CacheQuery(0, Media("image", "u"), ("image",)),)), 9.0),
+            to_worker,
+        ),
+        (Expect({"text": "fp"}, {"text": {"arch": "bert", "layers": [1, 2]}}), to_worker),
+        (CacheUpdate("ab", parts=("frames",), failure=FAILURE), to_worker),
+        (Stop(), to_worker),
+    ],
+)
+def test_messages_arrive_as_they_were_sent(message: Any, decode: Callable[[Any], object]) -> None:
+    """Every kind of message comes out equal on its way, and is refused on the other."""
+    body = encode(message)[8:]
+    assert decode(body) == message
+    with pytest.raises(ProtocolError):
+        (to_worker if decode is to_king else to_king)(body)
+
+
+def test_texts_that_utf8_cannot_write_still_cross(ends: Ends) -> None:
+    """Half a surrogate pair, as JSON can write it, arrives as a question mark and stops nobody."""
+    king, worker = ends
+    king.send(Envelope(1, text_task("a\ud800b"), 9.0))
+    assert worker.receive_wait(5) == [Envelope(1, text_task("a?b"), 9.0)]
+
+
+def test_sending_never_blocks_and_resumes(ends: Ends) -> None:
+    """What the other side does not read waits here, and goes out piece by piece."""
+    king, worker = ends
+    big = "x" * 3_000_000
+    worker.send(Ready({"big": big}))
+    assert worker.unsent
+    messages: list[Reply] = []
+    while not messages:
+        messages = king.receive()
+        worker.flush()
+    assert messages == [Ready({"big": big})]
+    assert not worker.unsent
+
+
+def test_end_is_seen_after_the_last_message(ends: Ends) -> None:
+    """What was sent before the end still arrives; sending to nobody is no error."""
+    king, worker = ends
+    king.send(Stop())
+    king.close()
+    assert worker.receive_wait(5) == [Stop()]
+    assert worker.closed
+    worker.send(Ready())
+    worker.send_wait(Ready())
+    assert not worker.unsent
+
+
+def body_of(*fields: Any) -> bytes:
+    return msgspec.msgpack.encode(fields)
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        (pickle.dumps(Ready()), "cannot be read"),
+        (b"no message", "cannot be read"),
+        (b"", "truncated"),
+        (bytes(encode(Ready({"a": "b"}))[8:-1]), "truncated"),
+        (b"\x91" * 100_000, "str.*array"),
+        (body_of("Evil"), "Evil"),
+        (body_of("Launch", "os:system", "fetch", "n", "{}"), "Launch"),
+        (body_of("Began", [1, "2"]), r"int.*str.*\$\[1\]\[1\]"),
+        (body_of("Began", 5), r"array.*int.*\$\[1\]"),
+        (body_of("Ready", {"a": 1}), "str.*int"),
+        (body_of("Refused", b"no"), "str.*bytes"),
+        (body_of("BundleLoaded", "name", 2), "str.*int"),
+        (body_of("Failed", 1, "no"), "object.*str"),
+        (body_of("Failed", 1, {"stage": "a", "type": "b", "message": 5}), "message"),
+        (body_of("Done", [], ["Fetched", "p", 1], 0.1), "int.*array"),
+        (body_of("Done", 1, ["Fetched", "p", 1], "long"), "float.*str"),
+        (body_of("Done", 1, ["Decoded", ["part"], {}], 0.1), "array.*str"),
+        (body_of("Done", 1, ["Decoded", [], {"smell": {}}], 0.1), "smell"),
+        (body_of("Done", 1, ["Decoded", [], 5], 0.1), "object.*int"),
+        (
+            body_of("Done", 1, ["Decoded", [["Part", "x", ["ArrayRef", 3, 0, [1], "uint8"]]]], 0.1),
+            "Invalid enum value 'x'",
+        ),
+        (
+            body_of(
+                "Done", 1, ["Decoded", [["Part", "image", ["ArrayRef", 3, -1, [1], "u"]]]], 0.1
+            ),
+            ">= 0",
+        ),
+        (
+            body_of(
+                "Done", 1, ["Decoded", [["Part", "image", ["ArrayRef", 3, 0, [-1], "u"]]]], 0.1
+            ),
+            ">= 0",
+        ),
+        (
+            body_of(
+                "Done",
+                1,
+                ["Decoded", [["Part", "image", ["ArrayRef", 3, 0, [1], "u"]]] * (MAX_PARTS + 1)],
+                0.1,
+            ),
+            "length <= 4096",
+        ),
+        (body_of("Done", 1, ["Extracted", ["float32", [1], b"1234"]], 0.1), "not float16"),
+        (body_of("Done", 1, ["Extracted", ["float16", [3], b"12"]], 0.1), "cannot reshape"),
+        (body_of("Done", 1, ["Extracted", "array"], 0.1), "unpack"),
+        (body_of("Done", 1, ["Extracted", None, "x", {"smell": None}], 0.1), "smell"),
+    ],
+)
+def test_what_is_no_message_is_refused(body: bytes, reason: str) -> None:
+    """Another type than the protocol's would break the King where it is read; the error says it."""
+    with pytest.raises(ProtocolError, match=f"(?i){reason}"):
+        to_king(body)
+
+
+def test_absurd_frame_is_refused() -> None:
+    """A length that no message has is not waited for."""
+    ours, theirs = socket.socketpair()
+    king = Channel(ours, to_king)
+    with theirs:
+        theirs.send((MAX_FRAME + 1).to_bytes(8, "big"))
+        with pytest.raises(ProtocolError, match="a frame of"):
+            king.receive_wait(5)
+    king.close()
+
+
+SPOOL = Path("/spool")
+
+
+@pytest.mark.parametrize(
+    ("task", "result", "reason"),
+    [
+        (fetch_task("u"), Fetched("/spool/f", 1), None),
+        (decode_task(), Decoded((PICTURE,)), None),
+        (text_task("t"), Extracted(text="x"), None),
+        (fetch_task("u"), Fetched("/etc/passwd", 1), "`path` '/etc/passwd' is not in /spool"),
+        (fetch_task("u"), Extracted(), "`result` is Extracted, not Fetched"),
+        (text_task("t"), Fetched("/spool/f", 1), "`result` is Fetched, not Extracted"),
+        (fuse_task("t"), Decoded(()), "`result` is Decoded, not Fused"),
+        (
+            decode_task(),
+            Decoded((PICTURE, Part("image", ArrayRef(4, 0, (1,), "uint8")))),
+            r"`parts\[1\].ref.slot` is 4, not 3",
+        ),
+    ],
+)
+def test_an_answer_must_be_of_its_task(task: Task, result: Any, reason: str | None) -> None:
+    """A result of another kind, or a path or slot of another task, is refused by its name."""
+    reply = Done(7, result, 0.1)
+    if reason is None:
+        validate_reply(reply, task, 3, SPOOL)
+        return
+    with pytest.raises(ProtocolError, match=f"task 7: {reason}"):
+        validate_reply(reply, task, 3, SPOOL)
