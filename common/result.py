@@ -8,8 +8,8 @@ field of `TagResult` and a line of `TagResult.document`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from datetime import datetime
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timezone
 from typing import Any, Literal
 
 from common.post import Failure, Modality, Status, Tag, Tags
@@ -53,10 +53,6 @@ class TagResult:
         tags: Tags,
         modalities: Mapping[Modality, Status],
         failures: Mapping[Modality, Failure],
-        *,
-        attempts: int | None = None,
-        tagged_at: datetime | None = None,
-        timings_ms: Mapping[str, int] | None = None,
     ) -> TagResult:
         """Return the result of a post that was tagged."""
         return cls(
@@ -66,33 +62,24 @@ class TagResult:
             tags=tags.tags,
             modalities=modalities,
             failures=failures,
-            attempts=attempts,
-            tagged_at=tagged_at,
-            timings_ms=timings_ms,
         )
 
     @classmethod
-    def failed(
-        cls,
-        post_id: str,
-        bundle: tuple[str, str],
-        error: Failure,
+    def failed(cls, post_id: str, bundle: tuple[str, str], error: Failure) -> TagResult:
+        """Return the result of a post that could not be tagged."""
+        model, version = bundle
+        return cls(post_id=post_id, model=model, version=version, status="failed", error=error)
+
+    def measured(
+        self,
+        timings_ms: Mapping[str, int],
         *,
         attempts: int | None = None,
-        tagged_at: datetime | None = None,
-        timings_ms: Mapping[str, int] | None = None,
+        ended_at: float | None = None,
     ) -> TagResult:
-        """Return the result of a post that could not be tagged."""
-        return cls(
-            post_id=post_id,
-            model=bundle[0],
-            version=bundle[1],
-            status="failed",
-            error=error,
-            attempts=attempts,
-            tagged_at=tagged_at,
-            timings_ms=timings_ms,
-        )
+        """Return the result with its times; `ended_at` is in seconds since the epoch."""
+        at = datetime.fromtimestamp(ended_at, timezone.utc) if ended_at is not None else None
+        return replace(self, timings_ms=timings_ms, attempts=attempts, tagged_at=at)
 
     def document(self) -> dict[str, Any]:
         """Return the sub-document that MongoDB stores; keys that nobody measured are left out."""

@@ -17,7 +17,6 @@ import hashlib
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from datetime import datetime, timezone
 from typing import Any, Literal, TypeAlias
 
 from common.post import Failure, Modality, Post, Status, Tags
@@ -106,14 +105,8 @@ class Rejected:
 
     def result(self, context: ClaimContext) -> TagResult:
         """Return the result that is written for the post."""
-        return TagResult.failed(
-            self.post_id,
-            context.bundle,
-            self.failure,
-            attempts=self.attempts,
-            tagged_at=_date(context.now),
-            timings_ms={},
-        )
+        result = TagResult.failed(self.post_id, context.bundle, self.failure)
+        return result.measured({}, attempts=self.attempts, ended_at=context.now)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,14 +138,9 @@ class Tagged:
 
     def result(self) -> TagResult:
         """Return the result that is written for the post."""
-        return TagResult.tagged(
-            self.tags,
-            self.statuses,
-            self.failures,
-            attempts=self.started.attempt,
-            tagged_at=_date(self.ended_at),
-            timings_ms=self.timings_ms,
-        )
+        result = TagResult.tagged(self.tags, self.statuses, self.failures)
+        attempts = self.started.attempt
+        return result.measured(self.timings_ms, attempts=attempts, ended_at=self.ended_at)
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,14 +164,9 @@ class Dead:
 
     def result(self, bundle: Bundle) -> TagResult:
         """Return the result that is written for the post."""
-        return TagResult.failed(
-            self.started.post_id,
-            bundle,
-            self.failure,
-            attempts=self.started.attempt,
-            tagged_at=_date(self.ended_at),
-            timings_ms=self.timings_ms,
-        )
+        result = TagResult.failed(self.started.post_id, bundle, self.failure)
+        attempts = self.started.attempt
+        return result.measured(self.timings_ms, attempts=attempts, ended_at=self.ended_at)
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,10 +255,6 @@ def message_key(payload: str) -> str:
 def number(value: object) -> float:
     """Return a stored number, or 0 for anything else."""
     return float(value) if isinstance(value, (int, float)) else 0.0
-
-
-def _date(seconds: float) -> datetime:
-    return datetime.fromtimestamp(seconds, timezone.utc)
 
 
 @dataclass(frozen=True, slots=True)

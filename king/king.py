@@ -80,8 +80,8 @@ class King:
         """
         self._settings = settings
         self.status = Status()
-        self._in_flight = InFlight()
-        inbox = StoreInbox(self._in_flight)
+        self.in_flight = InFlight()
+        inbox = StoreInbox(self.in_flight)
         self._broker_thread = BrokerThread(
             broker if broker is not None else open_broker(settings.broker),
             redact(settings.broker.url),
@@ -101,7 +101,7 @@ class King:
             owner=owner or own_name(),
             is_dead=is_dead,
             status=self.status,
-            in_flight=self._in_flight,
+            in_flight=self.in_flight,
             broker_thread=self._broker_thread,
             start=self._dispatcher.start,
             batch_size=settings.store.batch_size,
@@ -185,7 +185,7 @@ class King:
 
     def _write_health(self) -> None:
         snapshot = self.status.snapshot(
-            in_flight=len(self._in_flight), oldest_in_flight_s=self._in_flight.oldest_s
+            in_flight=len(self.in_flight), oldest_in_flight_s=self.in_flight.oldest_s
         )
         try:
             write_health(self._settings.king.health_file, snapshot)
@@ -198,7 +198,7 @@ class King:
     def _nothing_left(self) -> bool:
         """Return True when no message, no post in flight and no retry has been seen for a while."""
         now = time.monotonic()
-        busy = len(self._in_flight) or not self._store_thread.idle or self.status.phase != "serving"
+        busy = len(self.in_flight) or not self._store_thread.idle or self.status.phase != "serving"
         if busy:
             self._empty_since = None
             return False
@@ -219,21 +219,21 @@ class King:
         sys.stderr.write(
             f"\r{status.phase}: {status.counter('tagged')} tagged, "
             f"{status.counter('failed')} failed, "
-            f"{len(self._in_flight)} in flight, {depth} queued\x1b[K"
+            f"{len(self.in_flight)} in flight, {depth} queued\x1b[K"
         )
         sys.stderr.flush()
 
     def _shut_down(self) -> None:
         """Finish the posts in flight, put the others back, and end the threads."""
         self.status.draining = True
-        log.info("king.draining", in_flight=len(self._in_flight))
+        log.info("king.draining", in_flight=len(self.in_flight))
         self._broker_thread.stop_consuming()
         self._store_thread.drain()
         if self._broken and not self.status.store_up.is_set():
             self._store_thread.leave()  # nothing has begun that a database would have to be told
         limit_s = self._settings.king.drain_timeout_s
         if not self._wait(limit_s, self._landed):
-            log.warning("king.drain_timed_out", in_flight=len(self._in_flight))
+            log.warning("king.drain_timed_out", in_flight=len(self.in_flight))
             self._dispatcher.give_back()
             flush_s = _FLUSH_S if self._signals < 2 else _HURRY_S
             self._wait(flush_s, self._given_back, hurry=True)
@@ -248,7 +248,7 @@ class King:
         self._write_health()
 
     def _landed(self) -> bool:
-        return len(self._in_flight) == 0 and self._store_thread.idle and self._broker_thread.quiet
+        return len(self.in_flight) == 0 and self._store_thread.idle and self._broker_thread.quiet
 
     def _given_back(self) -> bool:
         """Return True when all is released, or cannot be while the database is away."""

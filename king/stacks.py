@@ -1,8 +1,7 @@
 """On SIGUSR2 the King writes the Python stack of each of its threads into a file, and lives on.
 
 The signal handler is C code that needs neither the interpreter lock nor the main thread, so it
-tells where a King hangs. A King that is stopped, or hangs inside the kernel, cannot answer: then
-the watchdog looks from outside.
+shows where a King hangs. A King that is stopped, or hangs inside the kernel, cannot answer.
 """
 
 from __future__ import annotations
@@ -16,19 +15,20 @@ from pathlib import Path
 import structlog
 
 DUMP_SIGNAL = signal.SIGUSR2
+# The file is set aside at this size: some hundred dumps, and still quick to open.
 _LIMIT_BYTES = 4 * 2**20
 
 log = structlog.get_logger()
 
 
 def stack_file(health_file: Path) -> Path:
-    """Where the stacks are written: beside the health file."""
+    """Return the file of the stacks, which lies next to the health file."""
     return health_file.with_suffix(".stacks")
 
 
 @contextlib.contextmanager
 def dumped_on_signal(health_file: Path) -> Iterator[None]:
-    """Answer `DUMP_SIGNAL` inside the block; where the file cannot be opened, only warn."""
+    """Answer `DUMP_SIGNAL` inside the block; only warn when the file cannot be opened."""
     path = stack_file(health_file)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -40,8 +40,9 @@ RATE_WINDOW_S = 60
 class Status:
     """State that several threads write and the main thread shows."""
 
-    def __init__(self) -> None:
-        self.started_at = time.time()
+    def __init__(self, clock: Callable[[], float] = time.time) -> None:
+        self._clock = clock
+        self.started_at = self._clock()
         self.ready = threading.Event()
         """Set when the workers are loaded: posts may be taken."""
         self.store_up = threading.Event()
@@ -57,7 +58,8 @@ class Status:
         """Number of jobs that are not dead letters, and when (`time.monotonic`) it was counted."""
         self._seen_store = False
         self._seen_broker = False
-        self._ticks: dict[str, float] = {}
+        self.ticks: dict[str, float] = {}
+        """Thread -> time of its latest tick."""
         self._last: dict[str, float] = {}
         self._lock = threading.Lock()
         self._counters = dict.fromkeys(COUNTERS, 0)
@@ -65,15 +67,15 @@ class Status:
 
     def tick(self, thread: str) -> None:
         """Note that a thread's loop has come round."""
-        self._ticks[thread] = time.time()
+        self.ticks[thread] = self._clock()
 
     def delivered(self) -> None:
         """Note that a message arrived."""
-        self._last["delivery"] = time.time()
+        self._last["delivery"] = self._clock()
 
     def count(self, name: str, number: int = 1) -> None:
         """Count posts under a name of `COUNTERS`."""
-        now = time.time()
+        now = self._clock()
         with self._lock:
             self._counters[name] += number
             if name == "tagged":
@@ -103,7 +105,7 @@ class Status:
 
     @property
     def _age_s(self) -> float:
-        return time.time() - self.started_at
+        return self._clock() - self.started_at
 
     def snapshot(self, *, in_flight: int, oldest_in_flight_s: float) -> dict[str, Any]:
         """Return the content of the health file."""
@@ -113,9 +115,9 @@ class Status:
         return {
             "pid": os.getpid(),
             "started_at": self.started_at,
-            "updated_at": time.time(),
+            "updated_at": self._clock(),
             "phase": self.phase,
-            "ticks": dict(self._ticks),
+            "ticks": dict(self.ticks),
             "last_delivery_at": self._last.get("delivery"),
             "last_done_at": self._last.get("done"),
             "in_flight": in_flight,
@@ -141,7 +143,7 @@ class Status:
 
     def _rate(self) -> float:
         """Return the tagged posts per second of the last minute (at first: since the start)."""
-        self._forget(int(time.time()))
+        self._forget(int(self._clock()))
         window_s = min(max(self._age_s, 1.0), float(RATE_WINDOW_S))
         return round(sum(number for _, number in self._per_second) / window_s, 3)
 

@@ -58,7 +58,7 @@ def tagged(
         modality: replace(failure, message=hide(failure.message))
         for modality, failure in features.failures.items()
     }
-    result = TagResult.tagged(tags, features.statuses, failures, timings_ms=ran.timings_ms)
+    result = TagResult.tagged(tags, features.statuses, failures).measured(ran.timings_ms)
     document = result.answer()
     if labels is not None:
         document["scores"] = _all_scores(tags, labels.of((tags.model, tags.version)))

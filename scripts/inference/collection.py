@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
-from datetime import datetime, timezone
 from urllib.parse import urlsplit, urlunsplit
 
 from common.errors import ConfigError
@@ -50,17 +50,12 @@ class CollectionSink:
         """
         if not results:
             return ()
-        now = datetime.now(timezone.utc)
+        now = time.time()
         documents = {
-            result.post_id: TagResult.tagged(
-                result.tags,
-                result.statuses,
-                result.failures,
-                attempts=1,
-                tagged_at=now,
-                timings_ms={},
+            r.post_id: TagResult.tagged(r.tags, r.statuses, r.failures).measured(
+                {}, attempts=1, ended_at=now
             )
-            for result in results
+            for r in results
         }
         reasons = self._store.write_results(documents, insert=self._insert)
         return [Bad(r.post_id, reasons[r.post_id]) for r in results if r.post_id in reasons]

@@ -1,8 +1,8 @@
 """Health of the database and of the backlog, for people and for monitoring.
 
-The first line says how things stand, with performance data; the exit code is that of monitoring
-plugins: 0 ok, 1 warning, 2 critical, 3 unknown (also for a wrong option or setting). Thresholds
-stand in the section `monitor` of the settings; options go over them.
+The first line is the state with performance data; the exit code is that of monitoring plugins:
+0 ok, 1 warning, 2 critical, 3 unknown (also for a wrong option or setting). Thresholds come from
+the section `monitor` of the settings, and options override them.
 
     python scripts/mongo_supervisor/check.py --warning backlog=50 --older-than 30m
 """
@@ -29,6 +29,7 @@ from scripts.mongo_supervisor import report
 from scripts.mongo_supervisor.checks import EXIT_CODES, Check, judge, worst
 from scripts.mongo_supervisor.facts import look
 
+# How late a signal is noticed between two looks.
 _STEP_S = 0.1
 _UNKNOWN = EXIT_CODES["unknown"]
 NAMES = tuple(n for n, f in MonitorSettings.model_fields.items() if f.annotation is Threshold)
@@ -36,7 +37,7 @@ NAMES = tuple(n for n, f in MonitorSettings.model_fields.items() if f.annotation
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """A usage error is 3 to monitoring: 2 would be an alarm."""
+        """Exit with 3 after a usage error: to a monitoring system, 2 is an alarm."""
         self.exit(_UNKNOWN, f"UNKNOWN: {' '.join(message.split())}\n")
 
 
@@ -78,7 +79,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def settings_of(options: argparse.Namespace) -> Settings:
-    """The settings, with the options over them.
+    """Return the settings, overridden by the options.
 
     Raises:
         ConfigError: One line that names the source, the key and the mistake.
@@ -110,7 +111,7 @@ def _seconds(text: str) -> float:
 
 
 def requeue(settings: Settings) -> int:
-    """Publish every untagged post without a job; gives how many.
+    """Publish every untagged post without a job, and return their number.
 
     Raises:
         TaggingError: The database or the broker stopped answering; doing it again is harmless.
@@ -129,7 +130,7 @@ def requeue(settings: Settings) -> int:
 
 
 def once(settings: Settings, *, as_json: bool, again: bool) -> int:
-    """One look, shown on standard output; gives the exit code."""
+    """Look once, print it, and return the exit code."""
     checks = judge(look(settings), settings.monitor)
     code = EXIT_CODES[worst(checks)]
     requeued: int | None = None
@@ -151,7 +152,7 @@ def once(settings: Settings, *, as_json: bool, again: bool) -> int:
 
 
 def watch(settings: Settings, every_s: float, *, as_json: bool) -> int:
-    """Look every so many seconds until SIGTERM or Ctrl-C; gives the exit code."""
+    """Look every few seconds until SIGTERM or Ctrl-C, and return the exit code."""
     stopping = False
 
     def stop(*_: object) -> None:
@@ -179,7 +180,7 @@ def _say(checks: Sequence[Check], as_json: bool) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Look, once or again and again; gives the exit code."""
+    """Look once or repeatedly, and return the exit code."""
     options = parse(arguments)
     try:
         settings = settings_of(options)

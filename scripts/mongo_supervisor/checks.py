@@ -1,4 +1,4 @@
-"""Facts and thresholds ─► checks with a state each; pure."""
+"""Facts and thresholds -> checks, each with its state; pure."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from scripts.mongo_supervisor.facts import Facts
 State: TypeAlias = Literal["ok", "warning", "critical", "unknown"]
 
 EXIT_CODES: dict[State, int] = {"ok": 0, "warning": 1, "critical": 2, "unknown": 3}
-"""As monitoring plugins have them."""
+"""Exit codes of monitoring plugins."""
 _BY_WEIGHT: tuple[State, ...] = ("critical", "warning", "unknown", "ok")
 _GOOD_MEMBERS = {"PRIMARY", "SECONDARY", "ARBITER"}
 _NO_LIMITS = Threshold()
@@ -23,8 +23,8 @@ class Check:
     """One line of the table.
 
     Attributes:
-        value: What the thresholds apply to; None when there is nothing to judge.
-        text: The same for a person, with what belongs to it.
+        value: Number that the thresholds apply to; None when there is nothing to judge.
+        text: The value with its circumstances, for people.
     """
 
     name: str
@@ -35,7 +35,7 @@ class Check:
 
 
 def judge(facts: Facts, limits: MonitorSettings) -> list[Check]:
-    """Every check, in a fixed order."""
+    """Return every check, in a fixed order."""
     if facts.latency_s is None:
         reason = facts.errors.get("latency_s", "no answer")
         return [Check("database", "critical", None, reason), _queue(facts, limits)]
@@ -52,7 +52,7 @@ def judge(facts: Facts, limits: MonitorSettings) -> list[Check]:
 
 
 def worst(checks: Sequence[Check]) -> State:
-    """The state of the whole; what is not known weighs less than what is known to be wrong."""
+    """Return the worst state; ``unknown`` weighs less than a known fault."""
     states = {check.state for check in checks}
     return next((state for state in _BY_WEIGHT if state in states), "unknown")
 
@@ -118,7 +118,7 @@ def _failed_ratio(facts: Facts, limits: MonitorSettings) -> Check:
 
 
 def _last_tag(facts: Facts, limits: MonitorSettings) -> Check:
-    """Silence is a fault only while posts wait."""
+    """Judge the time since the last tag, which is a fault only while posts wait."""
     name, threshold = "last_tag_age_s", limits.last_tag_age_s
     if facts.results is None:
         return _unknown(name, facts, "results")

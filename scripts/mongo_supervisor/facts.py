@@ -1,4 +1,4 @@
-"""What is asked of the database and the queue; each answer may be missing, with its reason."""
+"""Facts about the database and the queue; each may be missing, with its reason."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from king.store.embedded_quirks import whole_fields
 
 T = TypeVar("T")
 
-_PINGS = 3
+_PINGS = 3  # one slow answer is no trend; more would make each look longer
 _DOWN = "the embedded service is not running: insighttag services start"
 
 
@@ -32,11 +32,11 @@ class Backlog:
     """Posts without a result.
 
     Attributes:
-        untagged: All of them.
-        old: Those that count as backlog.
-        ageless: Those of which no time is known.
+        untagged: Number of all of them.
+        old: Number of those that count as backlog.
+        ageless: Number of those whose time of creation is unknown.
         oldest_s: Age of the oldest; None when no age is known.
-        complete: False when there are more than one look reads.
+        complete: False when there are more than `monitor.scan` posts.
     """
 
     untagged: int
@@ -48,10 +48,10 @@ class Backlog:
 
 @dataclass(frozen=True)
 class Results:
-    """Results of the recent time.
+    """Results within the recent window.
 
     Attributes:
-        last_tag_s: How long ago the last post was tagged; None when none ever was.
+        last_tag_s: Seconds since the last post was tagged; None when none ever was.
     """
 
     tagged: int
@@ -61,7 +61,7 @@ class Results:
 
 @dataclass(frozen=True)
 class Jobs:
-    """The jobs collection."""
+    """Numbers of jobs, by state, and of those that are due."""
 
     states: Mapping[str, int]
     due: int
@@ -73,8 +73,8 @@ class Replicas:
     """A replica set.
 
     Attributes:
-        states: Member ─► ``PRIMARY``, ``SECONDARY``, …; empty when we may not ask.
-        lag_s: Member ─► how far it is behind the primary.
+        states: Member -> ``PRIMARY``, ``SECONDARY`` and so on; empty without the right to ask.
+        lag_s: Member -> seconds behind the primary.
     """
 
     name: str
@@ -84,12 +84,12 @@ class Replicas:
 
 @dataclass(frozen=True)
 class Facts:
-    """One look. What could not be learnt is None, and `errors` says why, by the name of its field.
+    """One look; a fact that could not be learnt is None, and `errors` has its reason by field name.
 
     Attributes:
         latency_s: Median of a few pings.
-        replicas: None also where the database is no replica set.
-        queue_depth: Messages that wait.
+        replicas: None also where the database is not a replica set.
+        queue_depth: Number of waiting messages.
     """
 
     latency_s: float | None
@@ -102,7 +102,7 @@ class Facts:
 
 
 def look(asked: Settings) -> Facts:
-    """Ask everything; starts nothing, and never raises for what cannot be reached."""
+    """Gather all facts; start no service, and never raise for one that does not answer."""
     settings = embedded.peek(asked)
     limits = settings.monitor
     errors: dict[str, str] = {}
@@ -112,7 +112,7 @@ def look(asked: Settings) -> Facts:
             return question()
         except TaggingError as error:
             errors[name] = str(error)
-        except BSONError as error:  # a post may hold a date that Python has no name for
+        except BSONError as error:  # a post may hold a date that Python cannot represent
             errors[name] = f"unreadable document: {error}"
         return None
 
@@ -156,7 +156,7 @@ class Database:
         self._now = time.time()
 
     def latency_s(self) -> float:
-        """Median of a few pings, the connection being open."""
+        """Return the median of a few pings on an open connection."""
         if self._settings.url.startswith(embedded.SCHEME):
             raise StoreUnavailable(_DOWN)
         with self._client.edge():
@@ -169,7 +169,7 @@ class Database:
         return time.perf_counter() - began
 
     def replicas(self) -> Replicas | None:
-        """State and lag of each member; only the name where the user may not ask for more."""
+        """Return state and lag of each member; only the set's name without the right to ask."""
         with self._client.edge():
             name = self._admin("hello").get("setName")
         if not isinstance(name, str):
@@ -186,7 +186,7 @@ class Database:
         return answer
 
     def backlog(self) -> Backlog:
-        """Reads the posts without a result: their ages stand in fields of any type."""
+        """Read the posts without a result, since their ages stand in fields of any type."""
         path = self._settings.fields.created or "_id"
         fields = whole_fields(["_id", path])
         condition = {f"{self._settings.result_path}.status": None}
@@ -208,7 +208,7 @@ class Database:
         return Backlog(min(count, limit), min(old, limit), ageless, oldest_s, count <= limit)
 
     def results(self) -> Results:
-        """Counts of the recent time, and the moment of the last tag."""
+        """Count the results of the recent window, and find the last tag."""
         path = self._settings.result_path
         since = datetime.fromtimestamp(self._now - self._limits.window_s, timezone.utc)
         recent = {f"{path}.tagged_at": {"$gte": since}}
@@ -225,7 +225,7 @@ class Database:
         return Results(tagged, failed, last_tag_s)
 
     def open_and_dead(self) -> Jobs:
-        """Jobs by state, and those that somebody should have looked at by now."""
+        """Count the jobs by state, and those that a King should have looked at by now."""
         opened = {"state": {"$in": list(OPEN_STATES)}}
         overdue_at = self._now - self._limits.overdue_s
         with self._client.edge():
@@ -242,7 +242,7 @@ class Database:
 
 
 def replicas_of(name: str, status: Mapping[str, Any]) -> Replicas:
-    """Read an answer to ``replSetGetStatus``; what is absent or odd is left out."""
+    """Read an answer to ``replSetGetStatus``; ignore members without the expected keys."""
     members = [m for m in status.get("members") or () if isinstance(m, Mapping)]
     states = {str(m.get("name")): str(m.get("stateStr") or "UNKNOWN") for m in members}
     written = {

@@ -1,4 +1,4 @@
-"""How one look is shown: plugin line and table, JSON, or a line in the log."""
+"""Output of one look: plugin line and table, JSON, or a line in the log."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ log = structlog.get_logger()
 
 
 def summary(checks: Sequence[Check]) -> str:
-    """``WARNING: backlog 120 …``: what is not well, or that all is."""
+    """Return the worst state and every check that is not ok: ``WARNING: backlog: 120 untagged``."""
     state = worst(checks)
     odd = [f"{check.name}: {_line(check.text)}" for check in checks if check.state != "ok"]
     told = "; ".join(odd) if odd else f"{len(checks)} checks"
@@ -28,20 +28,20 @@ def summary(checks: Sequence[Check]) -> str:
 
 
 def plugin_line(checks: Sequence[Check]) -> str:
-    """The summary with performance data, as monitoring plugins print it."""
+    """Return the summary with performance data, as monitoring plugins print it."""
     measured = [
         f"{check.name}={check.value:.6g};{_limit(check.threshold.warning)};"
         f"{_limit(check.threshold.critical)}"
         for check in checks
         if check.value is not None
     ]
-    # A bar separates the two, so that none may stand in the text.
+    # A bar separates the two, so the text must not contain one.
     told = summary(checks).replace("|", "/")
     return f"{told} | {' '.join(measured)}" if measured else told
 
 
 def show(checks: Sequence[Check], *, redraw: bool = False) -> None:
-    """The plugin line, and the table below it."""
+    """Print the plugin line, and the table below it."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
@@ -66,7 +66,7 @@ def show(checks: Sequence[Check], *, redraw: bool = False) -> None:
 
 
 def as_json(checks: Sequence[Check], requeued: int | None = None) -> dict[str, Any]:
-    """The content of ``--json``."""
+    """Return the content of ``--json``."""
     return {
         "state": worst(checks),
         "summary": summary(checks),
@@ -86,13 +86,13 @@ def as_json(checks: Sequence[Check], requeued: int | None = None) -> dict[str, A
 
 
 def write_json_line(checks: Sequence[Check]) -> None:
-    """One line of JSON."""
+    """Print one line of JSON."""
     sys.stdout.write(json.dumps(as_json(checks), ensure_ascii=False) + "\n")
     sys.stdout.flush()
 
 
 def log_look(checks: Sequence[Check]) -> None:
-    """One event, as loud as it is bad."""
+    """Log one event, at the level that its state deserves."""
     state = worst(checks)
     write = {"ok": log.info, "warning": log.warning}.get(state, log.error)
     values = {check.name: check.value for check in checks if check.value is not None}

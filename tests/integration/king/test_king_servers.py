@@ -169,7 +169,7 @@ def test_database_killed_in_the_middle(site: Site, mongo_server: MongoServer) ->
         it.until(lambda: it.king.status.phase == "store_down")
         mongo_server.start()
         it.until(lambda: site.tagged == 40)
-        it.until(lambda: it.king.status.open_jobs is not None and len(it.king._in_flight) == 0)
+        it.until(lambda: it.king.status.open_jobs is not None and len(it.king.in_flight) == 0)
     assert site.store.queries.counts()["jobs"] == {
         "running": 0,
         "waiting": 0,
@@ -189,7 +189,7 @@ def test_broker_restarted_in_the_middle(site: Site, redis_server: RedisServer) -
         it.until(lambda: it.king.status.phase == "broker_down")
         redis_server.start()
         it.until(lambda: site.tagged == 40 and it.king.status.phase == "serving")
-        it.until(lambda: len(it.king._in_flight) == 0)
+        it.until(lambda: len(it.king.in_flight) == 0)
     assert site.depth() == 0
     assert site.store.queries.counts()["jobs"]["running"] == 0
 

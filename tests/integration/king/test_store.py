@@ -34,8 +34,7 @@ def test_attempt_is_recorded_before_the_work(rig: StoreRig) -> None:
     assert begun.post.text == "雨"
     assert begun.post.media == (Media("image", "http://a/1"), Media("video", "http://v"))
     assert (begun.attempt, begun.document_id, begun.priority) == (1, "p1", 4)
-    job = rig.job("p1")
-    assert job is not None
+    job = rig.the_job("p1")
     assert (job.state, job.attempts, job.owner) == ("running", 1, "k1")
     assert (job.first_at, job.lease_until, job.priority) == (NOW, NOW + 60, 4)
 
@@ -90,8 +89,7 @@ def test_unknown_post_is_a_dead_letter(rig: StoreRig) -> None:
     verdict = begin_one(rig.store, "nobody")
     assert isinstance(verdict, Rejected)
     assert verdict.failure.type == "PostNotFound"
-    job = rig.job("nobody")
-    assert job is not None
+    job = rig.the_job("nobody")
     assert (job.state, job.payload) == ("dead", "nobody")
     assert job.last_error is not None
     assert job.last_error["stage"] == "load"

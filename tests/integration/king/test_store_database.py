@@ -12,7 +12,6 @@ from config.settings import FieldMap, StoreSettings
 from king.jobs import (
     Dead,
     Settled,
-    Tagged,
     Unreadable,
     message_key,
 )
@@ -20,7 +19,6 @@ from king.store.client import StoreClient
 from king.store.store import Store
 from tests.conftest import MONGO_KINDS
 from tests.support.king.store_rig import (
-    BUNDLE,
     NOW,
     begin_one,
     context,
@@ -54,21 +52,6 @@ def test_platform_paths_and_result_path_are_settings(mongo_url: str, unique_name
     assert stored.result["status"] == "tagged"
     assert list(store.queries.untagged_ids()) == []
     store.close()
-
-
-def test_one_result_that_cannot_be_written_does_not_hold_up_the_others(mongo: Store) -> None:
-    """A result that no document can hold kills its own post only."""
-    mongo.client.posts.insert_many([{"_id": f"p{i}"} for i in range(3)])
-    begun = [started(mongo, f"p{i}") for i in range(3)]
-    outcomes = [tagged(begun[0]), tagged(begun[1], BUNDLE[1], "half \ud800"), tagged(begun[2])]
-    recorded = mongo.finish(outcomes, context())
-    assert [type(outcome) for outcome in recorded] == [Tagged, Dead, Tagged]
-    assert mongo.queries.counts()["tagged"] == 2
-    job = mongo.queries.job("p1")
-    assert job is not None
-    assert job.state == "dead"
-    assert job.last_error is not None
-    assert job.last_error["stage"] == "store"
 
 
 def test_commands_see_posts_letters_and_counts(mongo: Store) -> None:

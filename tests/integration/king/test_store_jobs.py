@@ -35,8 +35,7 @@ def test_retry_waits_then_one_king_publishes_it(rig: StoreRig) -> None:
     """A failed attempt is due at its time, is claimed by one King only, and counts on."""
     rig.insert({"_id": "p1"})
     rig.store.finish([Retry(started(rig.store, "p1", force=True), BROKEN, NOW + 8)], context())
-    job = rig.job("p1")
-    assert job is not None
+    job = rig.the_job("p1")
     assert (job.state, job.attempts, job.due_at) == ("waiting", 1, NOW + 8)
     assert job.last_error == BROKEN.as_dict()
     assert begin_one(rig.store, "p1", context(NOW + 1)) == Settled("p1", "waiting")
@@ -45,8 +44,7 @@ def test_retry_waits_then_one_king_publishes_it(rig: StoreRig) -> None:
     assert due.message.force
     assert rig.store.claim_due(context(NOW + 9, owner="k2"), 10) == []
     rig.store.published(["p1"], context(NOW + 9))
-    after = rig.job("p1")
-    assert after is not None
+    after = rig.the_job("p1")
     assert (after.state, after.owner, after.due_at) == ("queued", None, NOW + 9 + QUEUED_FOR_S)
     assert started(rig.store, "p1", context(NOW + 10)).attempt == 2
 
@@ -72,8 +70,7 @@ def test_attempts_are_used_up(rig: StoreRig) -> None:
     assert BROKEN.message in verdict.failure.message
     assert rig.result("p1")["status"] == "failed"
     assert rig.result("p1")["error"]["type"] == "Exhausted"
-    job = rig.job("p1")
-    assert job is not None
+    job = rig.the_job("p1")
     assert (job.state, job.attempts) == ("dead", 3)
 
 
@@ -113,8 +110,7 @@ def test_late_outcome_of_a_lost_job_leaves_the_new_owner_alone(rig: StoreRig) ->
     started(rig.store, "p1", context(NOW + 61, owner="k2"))
     rig.store.finish([tagged(slow)], context(NOW + 62))
     assert rig.result("p1")["status"] == "tagged"
-    job = rig.job("p1")
-    assert job is not None
+    job = rig.the_job("p1")
     assert (job.state, job.owner) == ("running", "k2")
 
 
@@ -133,8 +129,7 @@ def test_interrupted_attempt_is_given_back(rig: StoreRig) -> None:
     for _ in range(2):  # written twice, as after a lost reply
         rig.store.finish([Released(begun) for begun in both], context(NOW + 2))
     assert rig.job("p1") is None
-    job = rig.job("p2")
-    assert job is not None
+    job = rig.the_job("p2")
     assert (job.state, job.attempts, job.owner) == ("queued", 1, None)
     assert started(rig.store, "p2", context(NOW + 3)).attempt == 2
 
@@ -154,8 +149,7 @@ def test_unreadable_message_is_one_dead_letter(rig: StoreRig) -> None:
     outcome = Unreadable("\\xff{", Failure("message", "MessageError", "not UTF-8"))
     rig.store.finish([outcome], context())
     rig.store.finish([outcome], context(NOW + 9))
-    job = rig.job(message_key("\\xff{"))
-    assert job is not None
+    job = rig.the_job(message_key("\\xff{"))
     assert (job.state, job.payload, job.names_a_post) == ("dead", "\\xff{", False)
     assert rig.store.open_jobs() == 0
 

@@ -59,6 +59,12 @@ class StoreRig:
         """One job."""
         return self.queries.job(post_id)
 
+    def the_job(self, post_id: str) -> Job:
+        """Return a job that exists."""
+        job = self.job(post_id)
+        assert job is not None, post_id
+        return job
+
     def set_job(self, job: Job) -> None:
         """Put a job in."""
         if isinstance(self.real, FakeStore):

@@ -18,12 +18,13 @@ BROKEN = Failure("decode", "MediaError", "half a \ud800 character")
 def test_the_documents_of_tagged_and_failed_posts_have_the_same_keys() -> None:
     """In the order of the contract; a file gets no times, which would make runs differ."""
     at = datetime(2026, 1, 2, tzinfo=timezone.utc)
-    tagged = TagResult.tagged(
-        TAGS, {"text": "ok"}, {"image": BROKEN}, attempts=2, tagged_at=at, timings_ms={"total": 9}
-    ).document()
-    failed = TagResult.failed(
-        "p1", ("demo", "2"), BROKEN, attempts=2, tagged_at=at, timings_ms={}
-    ).document()
+    tagged, failed = (
+        result.measured({"total": 9}, attempts=2, ended_at=at.timestamp()).document()
+        for result in (
+            TagResult.tagged(TAGS, {"text": "ok"}, {"image": BROKEN}),
+            TagResult.failed("p1", ("demo", "2"), BROKEN),
+        )
+    )
     assert list(tagged) == list(failed)
     assert tagged == {
         "model": "demo",

@@ -28,11 +28,11 @@ def test_database_away_stops_intake_and_nothing_else(tmp_path: Path) -> None:
             gate.open.set()
             it.until(lambda: it.king.status.phase == "store_down")
             acked = len(broker.acked)
-            ticked = it.king.status._ticks["broker"]
+            ticked = it.king.status.ticks["broker"]
             time.sleep(0.6)
             assert len(broker.acked) == acked == 0
             assert len(broker.unacked) == 8
-            it.until(lambda: it.king.status._ticks["broker"] > ticked)
+            it.until(lambda: it.king.status.ticks["broker"] > ticked)
             store.down.clear()
             it.until(lambda: len(broker.acked) == 30)
             it.until(lambda: it.king.status.phase == "serving")

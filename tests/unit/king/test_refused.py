@@ -1,87 +1,20 @@
-"""What a database refuses for good, and a refusal without a database, hold up nothing else."""
+"""A job that the database refuses, and a refusal without a database, hold up nothing else."""
 
 from __future__ import annotations
 
 import threading
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import structlog
 
-from common.errors import ConfigError, StoreRefused, StoreUnavailable
-from common.post import Failure
-from king.jobs import Dead, Outcome, Retry, Tagged, WriteRefused
-from king.store.client import StoreClient
-from king.store.store import Store
+from common.errors import ConfigError, StoreUnavailable
+from king.jobs import WriteRefused
 from tests.support.fakes.broker import MemoryBroker
 from tests.support.fakes.store import FakeStore
 from tests.support.king.king_rig import Running, fake_pool, king_settings, on_fakes, queue_of
-from tests.support.king.store_rig import NOW, StoreRig, claim, context, started, tagged
-
-BROKEN = Failure("extract", "WorkerDied", "worker extract-0 died", retryable=True)
-
-
-def test_refused_job_of_a_claim_does_not_hold_up_the_others(mongo: Store) -> None:
-    """A job that cannot be written begins no work; the other claims of its batch begin."""
-    StoreRig(mongo).insert(*({"_id": f"p{i}"} for i in range(3)))
-    claims = [claim("p0"), replace(claim("p1"), payload="half \ud800"), claim("p2")]
-    verdicts = mongo.begin(claims, context())
-    assert [type(verdict).__name__ for verdict in verdicts] == [
-        "Started",
-        "WriteRefused",
-        "Started",
-    ]
-    assert mongo.queries.job("p1") is None
-
-
-def test_refused_job_of_an_attempt_is_a_plain_dead_letter(mongo: Store) -> None:
-    """A time that no document can hold ends as a dead letter that says so; others are kept."""
-    StoreRig(mongo).insert(*({"_id": f"p{i}"} for i in range(2)))
-    outcomes: list[Outcome] = [
-        Retry(started(mongo, "p0"), BROKEN, due_at=10**30),
-        tagged(started(mongo, "p1")),
-    ]
-    recorded = mongo.finish(outcomes, context())
-    assert [type(outcome) for outcome in recorded] == [Dead, Tagged]
-    job = mongo.queries.job("p0")
-    assert job is not None
-    assert (job.state, (job.last_error or {})["type"]) == ("dead", "StoreRefused")
-    post = mongo.queries.post("p0")
-    assert post is not None
-    assert post.result is not None
-    assert post.result["status"] == "failed"
-
-
-@pytest.mark.parametrize("value", [10**22, "\ud800", object()])
-def test_question_that_has_no_bson_is_refused(mongo: Store, value: Any) -> None:
-    """A number too large, half a character, a foreign object: a refusal, not a foreign error."""
-    with pytest.raises(StoreRefused):
-        mongo.queries.matching({"n": value})
-    with pytest.raises(StoreRefused):
-        list(mongo.queries.matching_ids({"n": value}))
-
-
-def test_job_that_is_refused_whatever_it_says_is_unrecorded(
-    mongo: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As a validator would: the outcome comes back to be finished again, the others are written."""
-    StoreRig(mongo).insert(*({"_id": f"p{i}"} for i in range(2)))
-    begun = [started(mongo, "p0"), started(mongo, "p1")]
-    bulk = StoreClient.bulk
-
-    def picky(self: StoreClient, collection: Any, operations: Any) -> Any:
-        count, refused = bulk(self, collection, operations)
-        if collection.name == self.jobs.name:
-            refused = {i: (121, "validation") for i, o in enumerate(operations) if "p0" in str(o)}
-        return count, refused
-
-    monkeypatch.setattr(StoreClient, "bulk", picky)
-    recorded = mongo.finish([Retry(begun[0], BROKEN, NOW + 5), tagged(begun[1])], context())
-    assert recorded == [WriteRefused("p0", "validation"), recorded[1]]
-    assert isinstance(recorded[1], Tagged)
 
 
 class PickyStore(FakeStore):

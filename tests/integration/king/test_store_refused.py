@@ -1,0 +1,98 @@
+"""Writes that MongoDB refuses for good hold up nothing else; on real databases."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from common.errors import StoreRefused
+from king.jobs import Dead, Outcome, Retry, Tagged, WriteRefused
+from king.store.client import StoreClient
+from king.store.store import Store
+from tests.support.king.store_rig import (
+    BROKEN,
+    BUNDLE,
+    NOW,
+    StoreRig,
+    claim,
+    context,
+    started,
+    tagged,
+)
+
+
+def test_refused_job_of_a_claim_does_not_hold_up_the_others(mongo: Store) -> None:
+    """A job that cannot be written begins no work; the other claims of its batch begin."""
+    StoreRig(mongo).insert(*({"_id": f"p{i}"} for i in range(3)))
+    claims = [claim("p0"), replace(claim("p1"), payload="half \ud800"), claim("p2")]
+    verdicts = mongo.begin(claims, context())
+    assert [type(verdict).__name__ for verdict in verdicts] == [
+        "Started",
+        "WriteRefused",
+        "Started",
+    ]
+    assert mongo.queries.job("p1") is None
+
+
+def test_refused_job_of_an_attempt_is_a_plain_dead_letter(mongo: Store) -> None:
+    """A time that no document can hold ends as a dead letter that says so; others are kept."""
+    StoreRig(mongo).insert(*({"_id": f"p{i}"} for i in range(2)))
+    outcomes: list[Outcome] = [
+        Retry(started(mongo, "p0"), BROKEN, due_at=10**30),
+        tagged(started(mongo, "p1")),
+    ]
+    recorded = mongo.finish(outcomes, context())
+    assert [type(outcome) for outcome in recorded] == [Dead, Tagged]
+    job = mongo.queries.job("p0")
+    assert job is not None
+    assert (job.state, (job.last_error or {})["type"]) == ("dead", "StoreRefused")
+    post = mongo.queries.post("p0")
+    assert post is not None
+    assert post.result is not None
+    assert post.result["status"] == "failed"
+
+
+@pytest.mark.parametrize("value", [10**22, "\ud800", object()])
+def test_question_that_has_no_bson_is_refused(mongo: Store, value: Any) -> None:
+    """A number too large, half a character, a foreign object: a refusal, not a foreign error."""
+    with pytest.raises(StoreRefused):
+        mongo.queries.matching({"n": value})
+    with pytest.raises(StoreRefused):
+        list(mongo.queries.matching_ids({"n": value}))
+
+
+def test_job_that_is_refused_whatever_it_says_is_unrecorded(
+    mongo: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a validator would: the outcome comes back to be finished again, the others are written."""
+    StoreRig(mongo).insert(*({"_id": f"p{i}"} for i in range(2)))
+    begun = [started(mongo, "p0"), started(mongo, "p1")]
+    bulk = StoreClient.bulk
+
+    def picky(self: StoreClient, collection: Any, operations: Any) -> Any:
+        count, refused = bulk(self, collection, operations)
+        if collection.name == self.jobs.name:
+            refused = {i: (121, "validation") for i, o in enumerate(operations) if "p0" in str(o)}
+        return count, refused
+
+    monkeypatch.setattr(StoreClient, "bulk", picky)
+    recorded = mongo.finish([Retry(begun[0], BROKEN, NOW + 5), tagged(begun[1])], context())
+    assert recorded == [WriteRefused("p0", "validation"), recorded[1]]
+    assert isinstance(recorded[1], Tagged)
+
+
+def test_one_result_that_cannot_be_written_does_not_hold_up_the_others(mongo: Store) -> None:
+    """A result that no document can hold kills its own post only."""
+    mongo.client.posts.insert_many([{"_id": f"p{i}"} for i in range(3)])
+    begun = [started(mongo, f"p{i}") for i in range(3)]
+    outcomes = [tagged(begun[0]), tagged(begun[1], BUNDLE[1], "half \ud800"), tagged(begun[2])]
+    recorded = mongo.finish(outcomes, context())
+    assert [type(outcome) for outcome in recorded] == [Tagged, Dead, Tagged]
+    assert mongo.queries.counts()["tagged"] == 2
+    job = mongo.queries.job("p1")
+    assert job is not None
+    assert job.state == "dead"
+    assert job.last_error is not None
+    assert job.last_error["stage"] == "store"
