@@ -84,7 +84,7 @@ class AudioEncoder:
 
     Attributes:
         model: ``module:callable``, by name so that the King does not import torch. It is called
-            with (`AudioSettings`, device) and gives an `extractors.models.audio.SoundModel`.
+            with (`AudioSettings`, device) and gives an `extractors.models.base.Encoder`.
         sound: The rows that the model takes.
     """
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import structlog
 
@@ -21,31 +21,53 @@ ALL_EXTRACTORS: tuple[ExtractorName, ...] = ("video", "image", "audio", "text", 
 _log = structlog.get_logger()
 
 
+Backbones: TypeAlias = "dict[tuple[object, ...], TimmBackbone]"
+
+
 def build_extractor(
-    name: ExtractorName, features: FeatureSettings, device: str = "cpu", *, threads: int = 1
+    name: ExtractorName,
+    features: FeatureSettings,
+    device: str = "cpu",
+    *,
+    threads: int = 1,
+    backbones: Backbones | None = None,
 ) -> Extractor:
-    """Make one extractor; nothing is loaded yet.
+    """Return one extractor; nothing is loaded yet.
 
     Args:
-        name: Which extractor.
+        name: Of the modality.
         features: Settings of all of them.
         device: ``cpu`` or ``cuda:N``; OCR runs on the CPU in any case.
         threads: CPU threads that OCR reads pictures with; the others follow torch's setting.
+        backbones: Models that the extractors of this process share where their settings are equal.
     """
     from extractors.models.audio import AudioExtractor
     from extractors.models.ocr import OcrExtractor
     from extractors.models.text import TextExtractor
-    from extractors.models.visual import VideoExtractor, VisualExtractor
+    from extractors.models.visual import (
+        VideoExtractor,
+        VisualExtractor,
+        backbone_key,
+        make_backbone,
+    )
 
-    if name == "video":
-        return VideoExtractor(features.video, device)
-    if name == "image":
-        return VisualExtractor("image", features.image, device)
-    if name == "audio":
-        return AudioExtractor(features.audio, device)
-    if name == "text":
-        return TextExtractor(features.text, device)
-    return OcrExtractor(features.ocr, threads=threads)
+    def backbone(name: Literal["video", "image"], own: VisualSettings) -> TimmBackbone:
+        made = make_backbone(name, own, device)
+        return made if backbones is None else backbones.setdefault(backbone_key(own), made)
+
+    match name:
+        case "video":
+            shared = backbone("video", features.video)
+            return VideoExtractor(features.video, device, backbone=shared)
+        case "image":
+            shared = backbone("image", features.image)
+            return VisualExtractor("image", features.image, device, backbone=shared)
+        case "audio":
+            return AudioExtractor(features.audio, device)
+        case "text":
+            return TextExtractor(features.text, device)
+        case "ocr":
+            return OcrExtractor(features.ocr, threads=threads)
 
 
 class ExtractorSuite:
@@ -54,10 +76,6 @@ class ExtractorSuite:
     Args:
         names: Which ones; OCR is left out where the settings disable it.
         threads: CPU threads for torch and OCR; None leaves torch's setting and gives OCR one.
-
-    Attributes:
-        by_extractor: Fingerprint of each loaded extractor, and of the video's LSTM.
-        extractor_dims: Columns of their arrays; 0 for OCR.
     """
 
     def __init__(
@@ -84,7 +102,15 @@ class ExtractorSuite:
             return
         self._set_threads()
         try:
-            for name, extractor in self._build().items():
+            backbones: Backbones = {}
+            for name in self.names:
+                extractor = build_extractor(
+                    name,
+                    self.features,
+                    self.device,
+                    threads=self._threads or 1,
+                    backbones=backbones,
+                )
                 extractor.load()
                 self._extractors[name] = extractor
                 _log.info(
@@ -99,14 +125,14 @@ class ExtractorSuite:
             raise
 
     def run(self, name: ExtractorName, items: Sequence[Any]) -> list[Any]:
-        """Results of a batch, in order.
+        """Return the results of a batch, in order.
 
         float16 ``(n, dim)`` arrays, texts for ``ocr``; for ``video`` with an LSTM the arrays of
         both its streams.
 
         Raises:
             FeatureError: An item is not what the extractor takes, or its result is no feature;
-                the whole batch fails, so run its members one at a time to find out which.
+                the whole batch fails, so run its members one at a time to learn which.
         """
         extractor = self._extractors.get(name)
         if extractor is None:
@@ -118,22 +144,22 @@ class ExtractorSuite:
 
     @property
     def by_extractor(self) -> Mapping[Stream, str]:
-        """Fingerprint of each loaded extractor, and of the video's LSTM."""
+        """Return the fingerprint of each loaded extractor, and of the video's LSTM."""
         return {name: fingerprint for name, (_, fingerprint) in self._loaded().items()}
 
     @property
     def extractor_dims(self) -> Mapping[Stream, int]:
-        """Columns of each loaded extractor's arrays, and of the video's LSTM; 0 for OCR."""
+        """Return the columns of each loaded extractor and of the video's LSTM; 0 for OCR."""
         return {name: dim for name, (dim, _) in self._loaded().items()}
 
     @property
     def fingerprints(self) -> dict[Stream, str]:
-        """Fingerprint of each stream that the loaded extractors serve."""
+        """Return the fingerprint of each stream that the loaded extractors serve."""
         return stream_fingerprints(self.features, self.by_extractor)
 
     @property
     def dims(self) -> dict[Stream, int]:
-        """Columns of each stream's arrays."""
+        """Return the columns of each stream's arrays."""
         return {s: self.extractor_dims["text" if s == "ocr" else s] for s in self.fingerprints}
 
     def close(self) -> None:
@@ -143,44 +169,12 @@ class ExtractorSuite:
         self._extractors = {}
 
     def _loaded(self) -> dict[Stream, tuple[int, str]]:
-        """Columns and fingerprints."""
-        from extractors.models.visual import VisualExtractor
-
-        found: dict[Stream, tuple[int, str]] = {}
+        """Return columns and fingerprint of each stream that an extractor makes by itself."""
+        streams: dict[Stream, tuple[int, str]] = {}
         for name, extractor in self._extractors.items():
-            found[name] = (extractor.dim, extractor.fingerprint)
-            if isinstance(extractor, VisualExtractor):
-                found.update(extractor.further())
-        return found
-
-    def _build(self) -> dict[ExtractorName, Extractor]:
-        """The extractors, where video and image share one model if their settings let them."""
-        from extractors.models.visual import (
-            VideoExtractor,
-            VisualExtractor,
-            backbone_key,
-            make_backbone,
-        )
-
-        video, image = self.features.video, self.features.image
-        shared: dict[tuple[object, ...], TimmBackbone] = {}
-        built: dict[ExtractorName, Extractor] = {}
-
-        def backbone(name: Literal["video", "image"], own: VisualSettings) -> TimmBackbone:
-            return shared.setdefault(backbone_key(own), make_backbone(name, own, self.device))
-
-        for name in self.names:
-            if name == "video":
-                built[name] = VideoExtractor(video, self.device, backbone=backbone(name, video))
-            elif name == "image":
-                built[name] = VisualExtractor(
-                    name, image, self.device, backbone=backbone(name, image)
-                )
-            else:
-                built[name] = build_extractor(
-                    name, self.features, self.device, threads=self._threads or 1
-                )
-        return built
+            streams[name] = (extractor.dim, extractor.fingerprint)
+            streams.update(extractor.further())
+        return streams
 
     def _set_threads(self) -> None:
         if self._threads is None or set(self.names) <= {"ocr"}:

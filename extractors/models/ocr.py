@@ -1,8 +1,8 @@
-"""Pictures ─► the text inside them, by rapidocr-onnxruntime, whose wheel brings its models."""
+"""Pictures -> the text inside them, by rapidocr-onnxruntime, whose wheel brings its models."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
@@ -14,19 +14,22 @@ import numpy.typing as npt
 from common.errors import ConfigError, FeatureError, one_line
 from common.files import file_digest
 from config.settings import ExtractorName, OcrSettings
-from extractors.fingerprint import digest
+from extractors.models.base import Extractor
 
 Picture = npt.NDArray[np.uint8]
 
 _LONGEST_RATIO = 8
-_LEAST_SIDE = 32
+"""Longer side over shorter; strips are padded to it. The engine enlarges the shorter side of a
+picture to its detection size: without a bound, one row of pixels would become gigabytes. Double
+doubles that memory; half would shrink the text of ordinary banners."""
+_LEAST_SIDE = 32  # the engine's detector works on blocks of 32 pixels
 
 
-class OcrExtractor:
-    """A tuple of uint8 RGB pictures ``(h, w, 3)`` ─► their text.
+class OcrExtractor(Extractor):
+    """A tuple of uint8 RGB pictures ``(h, w, 3)`` -> their text, a line for each in reading order.
 
-    Lines stand in reading order, one per line; a line that was read before, as in the next frame
-    of a video, is not repeated. No picture, or none with text, gives ``""``.
+    A line that was read before, as in the next frame of a video, is not repeated. No picture, or
+    none with text, gives ``""``.
 
     Args:
         threads: Pictures that are read at once, each by an engine of one thread. Threads inside
@@ -37,21 +40,12 @@ class OcrExtractor:
     name: ExtractorName = "ocr"
 
     def __init__(self, settings: OcrSettings, *, threads: int = 1) -> None:
-        self.dim = 0
-        self.fingerprint = ""
         self._settings = settings
         self._threads = max(1, threads)
         self._engines: SimpleQueue[Callable[[Picture], Any]] = SimpleQueue()
         self._pool: ThreadPoolExecutor | None = None
 
-    def load(self) -> None:
-        """Load the engines.
-
-        Raises:
-            ConfigError: The package or its models are missing.
-        """
-        if self._pool is not None:
-            return
+    def _load(self) -> Mapping[str, Any]:
         try:
             import rapidocr_onnxruntime
         except ImportError as error:
@@ -64,17 +58,15 @@ class OcrExtractor:
         for _ in range(self._threads):
             self._engines.put(_engine(self._settings))
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="ocr")
-        self.fingerprint = digest(
-            {
-                "kind": "rapidocr",
-                "weights": file_digest(*models),
-                "min_confidence": self._settings.min_confidence,
-                "max_chars": self._settings.max_chars,
-                "max_side": self._settings.max_side,
-                "detect_side": self._settings.detect_side,
-                "frames": self._settings.frames,
-            }
-        )
+        return {
+            "kind": "rapidocr",
+            "weights": file_digest(*models),
+            "min_confidence": self._settings.min_confidence,
+            "max_chars": self._settings.max_chars,
+            "max_side": self._settings.max_side,
+            "detect_side": self._settings.detect_side,
+            "frames": self._settings.frames,
+        }
 
     def preprocess(self, item: Iterable[Picture]) -> tuple[Picture, ...]:
         """Turn an item's pictures into what the engine takes: BGR, no thin strips.
@@ -85,39 +77,33 @@ class OcrExtractor:
         return tuple(_prepare(picture) for picture in item)
 
     def forward(self, items: Sequence[tuple[Picture, ...]]) -> list[str]:
-        """Text of each item.
-
-        Raises:
-            FeatureError: The engine failed on a picture.
-        """
         if self._pool is None:
             raise FeatureError("ocr: the extractor is not loaded")
         pictures = [picture for item in items for picture in item]
         read = iter(list(self._pool.map(self._read, pictures)))
         return [self._join(next(read) for _ in item) for item in items]
 
-    def close(self) -> None:
-        """Free the engines."""
+    def _close(self) -> None:
         if self._pool is not None:
             self._pool.shutdown()
         self._pool = None
         self._engines = SimpleQueue()
 
     def _read(self, picture: Picture) -> list[str]:
-        """The lines of one picture, in reading order."""
+        """Return the lines of one picture, in reading order."""
         from cv2 import error as OpenCvError  # noqa: N812  a class with a lower-case name
         from rapidocr_onnxruntime.utils.infer_engine import ONNXRuntimeError
 
         engine = self._engines.get()  # an engine keeps state between its steps: one user at a time
         try:
-            found, _ = engine(picture)
+            lines, _ = engine(picture)
         except (ONNXRuntimeError, OpenCvError, ValueError, IndexError) as error:
             raise FeatureError(f"ocr: the engine failed: {one_line(error, 300)}") from error
         finally:
             self._engines.put(engine)
         return [
             str(text).strip()
-            for _, text, score in found or ()
+            for _, text, score in lines or ()
             if float(score) >= self._settings.min_confidence
         ]
 
@@ -144,9 +130,8 @@ def _prepare(picture: Picture) -> Picture:
     if picture.ndim != 3 or picture.shape[2] != 3 or 0 in picture.shape:
         raise FeatureError(f"ocr: a picture must be (h, w, 3), not {picture.shape}")
     height, width = picture.shape[:2]
-    # The engine enlarges the shorter side: a strip of one row would become gigabytes.
     least = max(_LEAST_SIDE, -(-max(height, width) // _LONGEST_RATIO))
     below, right = max(0, least - height), max(0, least - width)
     if below or right:
         picture = np.pad(picture, ((0, below), (0, right), (0, 0)), mode="edge")
-    return np.ascontiguousarray(picture[:, :, ::-1])  # RGB ─► BGR
+    return np.ascontiguousarray(picture[:, :, ::-1])  # RGB -> BGR

@@ -1,37 +1,59 @@
-"""Text ─► one vector per token, by a transformers encoder."""
+"""Text -> one vector per token, by a transformers encoder: from a folder, the hub, or a seed."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import hashlib
+import os
+import re
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from common.errors import FeatureError
+from common.errors import ConfigError, FeatureError, one_line
 from common.post import FeatureArray
-from common.precision import (
-    Arithmetic,
-    autocast,
-    cast_weights,
-    resolve_precision,
-    to_float16,
-)
 from config.settings import ExtractorName, TextSettings
-from extractors.fingerprint import digest
-from extractors.models.base import check_device, check_finite
-from extractors.models.text_model import TextModel, load_text_model
-from extractors.models.timm_backbone import free_device
+from extractors.models.base import Encoder, Extractor, check_finite
+from extractors.models.weights import Weights, hub_offline, seeded, weights_digest
+
+if TYPE_CHECKING:
+    import torch
 
 TokenIds = npt.NDArray[np.int64]
 
-_PAD_MULTIPLE = 32
-_CHARS_PER_TOKEN = 64
 _SETTING = "features.text"
+_FOLDER = "config.json, model.safetensors and the tokenizer's files"
+_NO_LIMIT = 1_000_000  # tokens; models without a longest input say nothing, or astronomical numbers
+_WEIGHT_FILES = ("*.safetensors", "*.bin")
+_SHAPE_KEYS = ("model_type", "num_hidden_layers", "num_attention_heads", "hidden_act")
+
+_PAD_MULTIPLE = 32
+"""Batches are padded to multiples of so many tokens.
+
+Kernels round differently for odd lengths: with lengths of 32, 64, ... a text's features are the
+same whatever it shares a batch with. Half makes no difference to them; double wastes time on the
+many short texts.
+"""
+
+_CHARS_PER_TOKEN = 64
+"""Characters that are tokenized for each token that is kept; a megabyte of text would take seconds.
+
+Words are 5 characters on average, the longest real ones about 60: half could cut a text of long
+words before its last token, double only costs time.
+"""
+
+# The built-in model of `random:SEED`: as small as a BERT can be and still tell words apart.
+_VOCABULARY, _DIM, _LAYERS, _HEADS, _POSITIONS = 8192, 64, 2, 4, 512
+_PAD, _BEGIN, _END, _FIRST_WORD = 0, 1, 2, 3
+_WORD = re.compile(r"[^\W\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff_]+|\S")
 
 
-class TextExtractor:
-    """Text ─► float16 ``(t, dim)``: the last hidden state of its t tokens, special ones included.
+class TextExtractor(Extractor):
+    """Text -> float16 ``(t, dim)``: the last hidden state of its t tokens, special ones included.
 
     Text without a token gives ``(0, dim)``. Longer text is cut after ``max_tokens``, or after
     what the model can take where that is less.
@@ -40,101 +62,257 @@ class TextExtractor:
     name: ExtractorName = "text"
 
     def __init__(self, settings: TextSettings, device: str = "cpu") -> None:
-        self.dim = 0
-        self.fingerprint = ""
-        self._settings, self._device = settings, device
-        self._arithmetic: Arithmetic = "fp32"
-        self._loaded: TextModel | None = None
-        self._limit = 0
-
-    def load(self) -> None:
-        """Load model and tokenizer.
-
-        Raises:
-            ConfigError: The model, its tokenizer or the device are not to be had.
-        """
-        if self._loaded is not None:
-            return
-        check_device(self._device)
-        self._arithmetic = resolve_precision(
-            self._settings.precision, self._device, setting=f"{_SETTING}.precision"
-        )
-        loaded = load_text_model(self._settings)
-        cast_weights(loaded.model, self._arithmetic)
-        loaded.model.to(self._device)
-        self._loaded = loaded
-        self.dim = loaded.dim
-        self._limit = min(self._settings.max_tokens, loaded.positions)
-        self.fingerprint = digest(
-            {
-                "kind": "transformers",
-                "arch": loaded.arch,
-                "weights": loaded.digest,
-                "dim": self.dim,
-                "tokenizer": loaded.tokenizer_digest,
-                "max_tokens": self._limit,
-            }
-        )
+        self._settings = settings
+        self._encoder = TextEncoder(settings, device)
 
     def preprocess(self, item: str) -> TokenIds:
-        """Token ids int64 ``(t,)`` of a text.
+        """Return the token ids int64 ``(t,)`` of a text.
 
         Raises:
             FeatureError: The item is no text.
         """
         if not isinstance(item, str):
             raise FeatureError(f"text: an item must be text, not {type(item).__name__}")
-        loaded = self._model()
-        # A megabyte of text is not tokenized to keep 256 tokens of it; lone surrogates go.
-        text = item[: self._limit * _CHARS_PER_TOKEN].encode("utf-8", "replace").decode("utf-8")
-        ids = loaded.tokenize(text, self._limit) if text.strip() else []
-        if len(ids) <= loaded.special_tokens:
+        limit = self._encoder.limit
+        # Lone surrogates become question marks: tokenizers refuse them.
+        text = item[: limit * _CHARS_PER_TOKEN].encode("utf-8", "replace").decode("utf-8")
+        ids = self._encoder.tokenize(text, limit) if text.strip() else []
+        if len(ids) <= self._encoder.special_tokens:
             ids = []
         return np.asarray(ids, dtype=np.int64)
 
     def forward(self, items: Sequence[TokenIds]) -> list[FeatureArray]:
-        """Features of token ids; texts of like length share a batch.
-
-        Raises:
-            FeatureError: The model gave values that are not finite.
-        """
+        """Encode token ids; texts of like length share a batch."""
         results = [np.empty((0, self.dim), np.float16) for _ in items]
         order = sorted((i for i, ids in enumerate(items) if len(ids)), key=lambda i: len(items[i]))
         size = self._settings.batch_size
         for start in range(0, len(order), size):
-            chunk = order[start : start + size]
-            for index, features in zip(chunk, self._run([items[i] for i in chunk]), strict=True):
-                results[index] = check_finite("text", features)
+            batch = order[start : start + size]
+            for i, features in zip(batch, self._encode([items[i] for i in batch]), strict=True):
+                results[i] = check_finite("text", features)
         return results
 
-    def close(self) -> None:
-        """Free the model."""
-        self._loaded = None
-        free_device(self._device)
-
-    def _model(self) -> TextModel:
-        if self._loaded is None:
-            raise FeatureError("text: the extractor is not loaded")
-        return self._loaded
-
-    def _run(self, batch: Sequence[TokenIds]) -> list[FeatureArray]:
+    def _encode(self, batch: Sequence[TokenIds]) -> list[FeatureArray]:
         import torch
 
-        loaded = self._model()
-        longest = max(len(ids) for ids in batch)
-        # Kernels round differently for odd lengths: with lengths of 32, 64, … a text's features
-        # are the same whatever it shares a batch with.
-        width = min(-(-longest // _PAD_MULTIPLE) * _PAD_MULTIPLE, loaded.positions)
-        ids = np.full((len(batch), width), loaded.pad_id, np.int64)
+        encoder, longest = self._encoder, max(map(len, batch))
+        width = min(-(-longest // _PAD_MULTIPLE) * _PAD_MULTIPLE, encoder.positions)
+        ids = np.full((len(batch), width), encoder.pad_id, np.int64)
         mask = np.zeros((len(batch), width), np.int64)
         for row, tokens in enumerate(batch):
             ids[row, : len(tokens)] = tokens
             mask[row, : len(tokens)] = 1
-        arguments: dict[str, Any] = {
-            "input_ids": torch.from_numpy(ids).to(self._device),
-            "attention_mask": torch.from_numpy(mask).to(self._device),
+        states = encoder.infer(torch.from_numpy(ids), torch.from_numpy(mask))  # (batch, width, dim)
+        return [states[row, : len(tokens)].copy() for row, tokens in enumerate(batch)]
+
+    def _load(self) -> Mapping[str, Any]:
+        encoder = self._encoder
+        encoder.load()
+        self.dim = encoder.dim
+        return {
+            "kind": encoder.kind,
+            "arch": encoder.arch,
+            "weights": encoder.digest,
+            "dim": self.dim,
+            "tokenizer": encoder.tokenizer_digest,
+            "max_tokens": encoder.limit,
         }
-        with torch.inference_mode(), autocast(self._device, self._arithmetic):
-            states = loaded.model(**arguments).last_hidden_state  # (batch, width, dim)
-        host = to_float16(states).numpy()
-        return [host[row, : len(tokens)].copy() for row, tokens in enumerate(batch)]
+
+    def _close(self) -> None:
+        self._encoder.close()
+
+
+class TextEncoder(Encoder):
+    """A transformers encoder and its tokenizer.
+
+    ``random:SEED`` never asks a hub: it takes configuration and tokenizer from ``arch`` where that
+    is a local folder, and a small built-in BERT with a hashed vocabulary otherwise.
+
+    Attributes:
+        tokenize: Text, most tokens -> token ids, special ones included.
+        arch: Shape of the network, for the fingerprint.
+        positions: The longest sequence that the network takes.
+        limit: The most tokens of one text.
+        special_tokens: How many tokens an empty text gives.
+    """
+
+    kind = "transformers"
+
+    def __init__(self, settings: TextSettings, device: str = "cpu") -> None:
+        super().__init__(
+            _SETTING, weights=settings.weights, precision=settings.precision, device=device
+        )
+        self._settings = settings
+        self._from_file: frozenset[str] = frozenset()
+        self.tokenize: Callable[[str, int], list[int]] = hashed_tokens
+        self.arch = f"built-in bert {_DIM}x{_LAYERS}"
+        self.positions, self.pad_id = _POSITIONS, _PAD
+        self.special_tokens = len(hashed_tokens("", _POSITIONS))
+        self.tokenizer_digest = f"crc32 {_VOCABULARY} {_WORD.pattern}"
+
+    @property
+    def limit(self) -> int:
+        return min(self._settings.max_tokens, self.positions)
+
+    def _parse_weights(self) -> Weights:
+        weights, folder = super()._parse_weights(), Path(self._settings.arch).expanduser()
+        return Weights(path=folder) if weights.pretrained and folder.is_dir() else weights
+
+    def _build(self, weights: Weights) -> Any:
+        folder = weights.path or Path(self._settings.arch).expanduser()
+        with _quiet():
+            if weights.path is not None or (weights.seed is not None and folder.is_dir()):
+                return self._use(*_load_folder(folder, weights))
+            if weights.seed is None:
+                return self._use(*_load_hub(self._settings.arch, weights))
+            return _built_in(weights.seed)
+
+    def _call(self, *inputs: torch.Tensor) -> torch.Tensor:
+        ids, mask = inputs  # (batch, width) each
+        states: torch.Tensor = self._network(input_ids=ids, attention_mask=mask).last_hidden_state
+        return states
+
+    def _find_dim(self) -> int:
+        return int(self._network.config.hidden_size)
+
+    def _digest(self, weights: Weights, network: Any) -> str:
+        state = {k: v for k, v in network.state_dict().items() if k in self._from_file}
+        return weights_digest(weights, _weight_files(weights.path), state)
+
+    def _use(self, tokenizer: Any, network: Any, from_file: frozenset[str]) -> Any:
+        """Take tokenizer and limits from what was loaded, and return its network."""
+        config = network.config
+        positions = int(getattr(config, "max_position_embeddings", _NO_LIMIT) or _NO_LIMIT)
+        longest = int(getattr(tokenizer, "model_max_length", _NO_LIMIT) or _NO_LIMIT)
+        shape = {key: getattr(config, key, None) for key in _SHAPE_KEYS}
+        self._from_file = from_file
+        self.arch = " ".join(f"{key}={value}" for key, value in shape.items())
+        self.positions, self.pad_id = min(positions, longest), int(tokenizer.pad_token_id or 0)
+        self.special_tokens = int(tokenizer.num_special_tokens_to_add())
+        # Before it is used: truncation is part of its state.
+        self.tokenizer_digest = _tokenizer_digest(tokenizer)
+
+        def tokenize(text: str, limit: int) -> list[int]:
+            tokens = tokenizer(text, truncation=True, max_length=limit, verbose=False)
+            return [int(i) for i in tokens["input_ids"]]
+
+        self.tokenize = tokenize
+        return network
+
+
+def hashed_tokens(text: str, limit: int) -> list[int]:
+    """Return token ids of the built-in vocabulary: one per word, or per Chinese character.
+
+    The id of a word is a hash of it, so the vocabulary needs no file and is the same everywhere.
+    """
+    words = _WORD.findall(text.lower())[: max(0, limit - 2)]
+    span = _VOCABULARY - _FIRST_WORD
+    return [_BEGIN, *(_FIRST_WORD + zlib.crc32(w.encode("utf-8")) % span for w in words), _END]
+
+
+def _load_folder(folder: Path, weights: Weights) -> tuple[Any, Any, frozenset[str]]:
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"{_SETTING}: {folder} must be a transformers folder: {_FOLDER}")
+    try:
+        return _from_transformers(str(folder), weights, local_files_only=True)
+    except Exception as error:  # readers of JSON, vocabularies and weights share no base class
+        raise ConfigError(
+            f"{_SETTING}: {folder} cannot be loaded as a transformers folder ({_FOLDER}): "
+            f"{one_line(error, 300)}"
+        ) from error
+
+
+def _load_hub(name: str, weights: Weights) -> tuple[Any, Any, frozenset[str]]:
+    """Look into the cache first, so that a cached model needs no network."""
+    try:
+        return _from_transformers(name, weights, local_files_only=True)
+    except (OSError, ValueError):
+        pass  # not cached: the hub is tried below, and its error says more
+    if hub_offline():
+        raise ConfigError(
+            f"{_SETTING}.weights: {name} is not on this machine and its hub cannot be reached: set "
+            f"{_SETTING}.weights to a folder with its {_FOLDER}, or put it into the Hugging Face "
+            "cache"
+        )
+    try:
+        return _from_transformers(name, weights, local_files_only=False)
+    except Exception as error:  # as above, and errors of the hub's client
+        raise ConfigError(
+            f"{_SETTING}.arch: {name} cannot be loaded: {one_line(error, 300)}"
+        ) from (error)
+
+
+def _from_transformers(
+    source: str, weights: Weights, *, local_files_only: bool
+) -> tuple[Any, Any, frozenset[str]]:
+    """Return tokenizer, network, and the names of the tensors that came from a file."""
+    import torch
+    from transformers import AutoConfig, AutoModel, AutoTokenizer
+
+    auto_model: Any = AutoModel
+
+    tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local_files_only)
+    if weights.seed is not None:
+        config = AutoConfig.from_pretrained(source, local_files_only=True)
+        with seeded(weights.seed):
+            model = auto_model.from_config(config)
+        return tokenizer, model.to(torch.float32), frozenset()
+    model, info = auto_model.from_pretrained(
+        source, local_files_only=local_files_only, output_loading_info=True
+    )
+    missing = frozenset(str(key) for key in info["missing_keys"])
+    needed = sorted(key for key in missing if "pooler" not in key)
+    if needed:
+        raise ValueError(f"the weights lack {needed[0]} and {len(needed) - 1} more")
+    if info.get("mismatched_keys"):
+        raise ValueError(f"{len(info['mismatched_keys'])} weights have another shape")
+    # The pooler of a language model's checkpoint is random, and unused here.
+    return tokenizer, model.to(torch.float32), frozenset(model.state_dict()) - missing
+
+
+def _weight_files(folder: Path | None) -> list[Path]:
+    if folder is None:
+        return []
+    for pattern in _WEIGHT_FILES:
+        files = sorted(folder.glob(pattern))
+        if files:
+            return files
+    return []
+
+
+def _tokenizer_digest(tokenizer: Any) -> str:
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    text = fast.to_str() if fast is not None else repr(sorted(tokenizer.get_vocab().items()))
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def _built_in(seed: int) -> Any:
+    from transformers import BertConfig, BertModel
+
+    config = BertConfig(
+        vocab_size=_VOCABULARY,
+        hidden_size=_DIM,
+        num_hidden_layers=_LAYERS,
+        num_attention_heads=_HEADS,
+        intermediate_size=4 * _DIM,
+        max_position_embeddings=_POSITIONS,
+    )
+    with seeded(seed):
+        return BertModel(config, add_pooling_layer=False)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep progress bars and advice of transformers off standard error, and fork no tokenizers."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers.utils import logging as transformers_logging
+
+    logging: Any = transformers_logging
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        logging.enable_progress_bar()

@@ -6,26 +6,15 @@ import difflib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from common.errors import ConfigError
-from common.post import FeatureArray
-from common.precision import (
-    Arithmetic,
-    Precision,
-    autocast,
-    cast_weights,
-    resolve_precision,
-    to_float16,
-)
-from extractors.models.base import Rows, check_device, check_finite
+from common.precision import Precision
+from extractors.models.base import Encoder
 from extractors.models.weights import (
     Weights,
+    first_finding,
     hub_file,
-    parse_weights,
     read_state_dict,
     seeded,
-    weights_digest,
 )
 
 if TYPE_CHECKING:
@@ -34,19 +23,19 @@ if TYPE_CHECKING:
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
-class TimmBackbone:
-    """A timm model that extractors may share; the first one loads it, the last one frees it.
+class TimmBackbone(Encoder):
+    """Pooled features of a timm model.
 
     Args:
         arch: Name of a timm model.
-        weights: ``pretrained``, a path, or ``random:SEED``.
+        weights: As of `Encoder`.
         channels: 3 for pictures, normalised here with the model's own mean and deviation; 1 for
             log-mel patches, which are taken as they are.
         size: Height and width of the input in pixels.
-        precision: Of the forward pass.
-        device: ``cpu`` or ``cuda:N``.
-        setting: Section of the settings, for errors: ``features.image``.
-        allow_pickle: Whether ``weights`` may be a whole pickled model.
+        precision: As of `Encoder`.
+        device: As of `Encoder`.
+        setting: As of `Encoder`.
+        allow_pickle: Accept a whole pickled model as ``weights``.
     """
 
     kind = "timm"
@@ -63,90 +52,18 @@ class TimmBackbone:
         setting: str,
         allow_pickle: bool = False,
     ) -> None:
-        self._allow_pickle = allow_pickle
-        self.arch, self.size, self.device = arch, size, device
-        self._weights, self._precision, self._setting = weights, precision, setting
-        self._channels = channels
-        self._users = 0
-        self._arithmetic: Arithmetic = "fp32"
-        self._model: Any = None
-        self._shift: Any = None
-        self._scale: Any = None
-        self.dim = 0
-        self.digest = ""
+        super().__init__(setting, weights=weights, precision=precision, device=device)
+        self.arch, self.size = arch, size
         self.mean: tuple[float, ...] = ()
         self.std: tuple[float, ...] = ()
+        self._channels, self._allow_pickle = channels, allow_pickle
+        self._shift: Any = None
+        self._scale: Any = None
 
-    def load(self) -> None:
-        """Load the weights, and run one empty picture through them.
-
-        Raises:
-            ConfigError: The architecture, its size, its weights or the device are not to be had.
-        """
-        if self._model is None:
-            self._load()
-        self._users += 1
-
-    def close(self) -> None:
-        """Free the model when its last user closes it."""
-        self._users = max(0, self._users - 1)
-        if self._users == 0:
-            self._model = None
-            free_device(self.device)
-
-    @property
-    def model(self) -> torch.nn.Module:
-        """The loaded model, for export; its input is normalised before it."""
-        if self._model is None:
-            raise RuntimeError("load() comes first")
-        model: torch.nn.Module = self._model
-        return model
-
-    def run(self, rows: Rows, name: str) -> FeatureArray:
-        """Features of pictures or patches.
-
-        Args:
-            rows: uint8 ``(n, height, width, 3)``, or float32 ``(n, height, width)``.
-            name: Whose rows they are, for errors.
-
-        Returns:
-            float16 ``(n, dim)``.
-
-        Raises:
-            FeatureError: The model gave values that are not finite.
-        """
-        return check_finite(name, self._run(rows))
-
-    def _run(self, rows: Rows) -> FeatureArray:
+    def _build(self, weights: Weights) -> Any:
         import torch
 
-        pixels = torch.from_numpy(rows).to(self.device)
-        with torch.inference_mode(), autocast(self.device, self._arithmetic):
-            # (n, h, w, c) as (n, c, h, w): a view, which torch takes as channels_last
-            inputs = pixels[:, None] if self._channels == 1 else pixels.permute(0, 3, 1, 2)
-            states = self._model.forward_features(self._normalise(inputs.float()))
-            pooled = self._model.forward_head(states, pre_logits=True)  # (n, dim)
-        features: FeatureArray = to_float16(pooled).numpy()
-        return features
-
-    def _normalise(self, inputs: torch.Tensor) -> torch.Tensor:
-        if self._channels == 1:
-            return inputs
-        return inputs.sub_(self._shift).mul_(self._scale)
-
-    def _load(self) -> None:
-        import torch
-
-        check_device(self.device)
-        self._arithmetic = resolve_precision(
-            self._precision, self.device, setting=f"{self._setting}.precision"
-        )
-        weights = parse_weights(self._weights, setting=f"{self._setting}.weights")
         model = self._create(weights)
-        model.eval().requires_grad_(False)
-        self.digest = weights_digest(
-            weights, [weights.path] if weights.path else [], model.state_dict()
-        )
         own = model.pretrained_cfg
         if self._channels == 3:
             self.mean = tuple(float(x) for x in own["mean"])
@@ -154,20 +71,46 @@ class TimmBackbone:
             shape = (1, 3, 1, 1)
             self._shift = torch.tensor(self.mean).view(shape).mul(255).to(self.device)
             self._scale = torch.tensor(self.std).view(shape).mul(255).reciprocal().to(self.device)
-        cast_weights(model, self._arithmetic)
-        self._model = model.to(self.device, memory_format=torch.channels_last)
-        self.dim = self._measure_dim()
+        return model
+
+    def _call(self, *inputs: torch.Tensor) -> torch.Tensor:
+        """Encode uint8 ``(n, height, width, 3)``, or float32 ``(n, height, width)``."""
+        [pixels] = inputs
+        if self._channels == 1:
+            images = pixels[:, None].float()
+        else:  # (n, h, w, c) as (n, c, h, w): a view, which torch takes as channels_last
+            images = pixels.permute(0, 3, 1, 2).float().sub_(self._shift).mul_(self._scale)
+        states = self._network.forward_features(images)
+        pooled: torch.Tensor = self._network.forward_head(states, pre_logits=True)  # (n, dim)
+        return pooled
+
+    def _find_dim(self) -> int:
+        """Run one empty picture."""
+        import torch
+
+        empty = (
+            torch.zeros((1, *self.size))
+            if self._channels == 1
+            else torch.zeros((1, *self.size, 3), dtype=torch.uint8)
+        )
+        try:
+            features = self.infer(empty)
+        except (RuntimeError, AssertionError, ValueError, AttributeError, TypeError) as error:
+            raise self._wrong_size(self._network.pretrained_cfg["input_size"], error) from error
+        if features.ndim != 2:
+            raise ConfigError(f"{self.setting}.arch: {self.arch} gives no pooled features")
+        return int(features.shape[1])
 
     def _create(self, weights: Weights) -> Any:
-        """The model with its weights, on the CPU, in float32."""
+        """Return the model with its weights, on the CPU, in float32."""
         import timm
 
-        setting = f"{self._setting}.weights"
+        setting = f"{self.setting}.weights"
         config = timm.get_pretrained_cfg(self.arch) if _is_model(self.arch) else None
         if config is None:
             close = difflib.get_close_matches(self.arch, timm.list_models(), n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise ConfigError(f"{self._setting}.arch: timm has no model {self.arch!r}{hint}")
+            raise ConfigError(f"{self.setting}.arch: timm has no model {self.arch!r}{hint}")
         arguments: dict[str, Any] = {"num_classes": 0, "in_chans": self._channels}
         if config.fixed_input_size:
             arguments["img_size"] = self.size
@@ -184,46 +127,17 @@ class TimmBackbone:
             if weights.seed is not None or "img_size" in str(error):
                 raise self._wrong_size(config.input_size, error) from error
             raise ConfigError(
-                f"{setting}: {self._weights} does not fit {self.arch}: {_what_differs(error)}"
+                f"{setting}: {self._weights} does not fit {self.arch}: {first_finding(error)}"
             ) from error
         model.pretrained_cfg.pop("state_dict", None)  # it would keep the weights twice in memory
         return model
 
-    def _measure_dim(self) -> int:
-        rows: Rows = (
-            np.zeros((1, *self.size), np.float32)
-            if self._channels == 1
-            else np.zeros((1, *self.size, 3), np.uint8)
-        )
-        try:
-            features = self._run(rows)
-        except (RuntimeError, AssertionError, ValueError, AttributeError, TypeError) as error:
-            own = self._model.pretrained_cfg["input_size"]
-            self._model = None
-            raise self._wrong_size(own, error) from error
-        if features.ndim != 2:
-            self._model = None
-            raise ConfigError(f"{self._setting}.arch: {self.arch} gives no pooled features")
-        return int(features.shape[1])
-
     def _wrong_size(self, own: tuple[int, ...], error: BaseException) -> ConfigError:
         key = "image_size" if self._channels == 3 else "arch"
         return ConfigError(
-            f"{self._setting}.{key}: {self.arch} does not take {self.size[0]}x{self.size[1]} "
-            f"(its own size is {own[1]}x{own[2]}): {_what_differs(error)}"
+            f"{self.setting}.{key}: {self.arch} does not take {self.size[0]}x{self.size[1]} "
+            f"(its own size is {own[1]}x{own[2]}): {first_finding(error)}"
         )
-
-
-def free_device(device: str) -> None:
-    """Give memory of dropped models back to the device."""
-    if device == "cpu":
-        return
-    import gc
-
-    import torch
-
-    gc.collect()
-    torch.cuda.empty_cache()
 
 
 def _is_model(arch: str) -> bool:
@@ -233,7 +147,7 @@ def _is_model(arch: str) -> bool:
 
 
 def _from_hub(config: Any, arch: str, setting: str) -> dict[str, Any]:
-    """Arguments that let timm load its own pretrained weights, out of the cache or the hub."""
+    """Return arguments that let timm load its own pretrained weights, from the cache or the hub."""
     if not config.hf_hub_id:
         raise ConfigError(
             f"{setting}: timm has no pretrained weights for {arch}; set {setting} to a path"
@@ -249,7 +163,7 @@ def _from_hub(config: Any, arch: str, setting: str) -> dict[str, Any]:
 def _from_file(
     path: Path, config: Any, channels: int, setting: str, *, allow_pickle: bool
 ) -> dict[str, Any]:
-    """Arguments that let timm fit a state dict to the model, and refuse one that lacks anything."""
+    """Return arguments that let timm fit a state dict to the model, or refuse one with gaps."""
     if not path.is_file():
         raise ConfigError(f"{setting}: {path} is no file")
     state = read_state_dict(path, setting=setting, allow_pickle=allow_pickle)
@@ -265,10 +179,3 @@ def _from_file(
         if stem is not None and stem.ndim == 4 and stem.shape[1] == channels:
             overlay["first_conv"] = None  # it fits as it is
     return {"pretrained": True, "pretrained_cfg_overlay": overlay}
-
-
-def _what_differs(error: BaseException) -> str:
-    """The error of torch lists every key over many lines: its first finding is enough."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    found = lines[1] if len(lines) > 1 and lines[0].startswith("Error(s)") else "".join(lines[:1])
-    return found if len(found) < 200 else f"{found[:200]}…"

@@ -13,17 +13,10 @@ from torch import nn
 
 from common.errors import ConfigError
 from common.post import FeatureArray
-from common.precision import (
-    Arithmetic,
-    autocast,
-    cast_weights,
-    resolve_precision,
-    to_float16,
-)
 from config.features import LstmSizes, VideoLstmSettings
 from extractors.fingerprint import digest
-from extractors.models.base import check_finite
-from extractors.models.weights import parse_weights, read_state_dict, seeded, weights_digest
+from extractors.models.base import Encoder
+from extractors.models.weights import Weights, first_finding, read_state_dict, seeded
 
 _SETTING = "features.video.lstm"
 
@@ -53,80 +46,48 @@ class AttentionLstm(nn.Module):
         return vector
 
 
-class VideoLstm:
-    """The loaded model; part of the video extractor, behind the frames' model.
+class VideoLstm(Encoder):
+    """The loaded model; part of the video extractor, behind the encoder of the frames.
 
     Attributes:
-        dim: Length of a video's vector.
-        fingerprint: Of the vectors, that of the frames in it; known after `load`.
+        fingerprint: Of the vectors, that of the frames in it; known after `load_for`.
     """
 
+    kind = "attention lstm"
+
     def __init__(self, settings: VideoLstmSettings, device: str) -> None:
+        super().__init__(
+            _SETTING, weights=settings.weights or "", precision=settings.precision, device=device
+        )
         self.dim = settings.width
         self.fingerprint = ""
-        self._settings, self._device = settings, device
-        self._arithmetic: Arithmetic = "fp32"
-        self._model: AttentionLstm | None = None
+        self._settings = settings
+        self._frames_dim = 0
 
-    def load(self, frames_dim: int, frames_fingerprint: str) -> None:
-        """Load the weights.
+    def load_for(self, frames_dim: int, frames_fingerprint: str) -> None:
+        """Load the weights for features of frames.
 
         Args:
             frames_dim: Length of a frame's features.
-            frames_fingerprint: What these are made with.
+            frames_fingerprint: Of these features.
 
         Raises:
-            ConfigError: The weights or the device are not to be had, or do not fit.
+            ConfigError: The weights or the device cannot be had, or do not fit.
         """
-        settings = self._settings
-        weights = parse_weights(settings.weights or "", setting=f"{_SETTING}.weights")
-        if weights.pretrained:
-            raise ConfigError(
-                f"{_SETTING}.weights: nobody publishes these weights: train them (train_net.py, "
-                "config/train_video_tsn_lstm.yaml) and name the file"
-            )
-        self._arithmetic = resolve_precision(
-            settings.precision, self._device, setting=f"{_SETTING}.precision"
-        )
-        with seeded(weights.seed):
-            model = AttentionLstm(frames_dim, settings)
-        if weights.path is not None:
-            state = read_state_dict(
-                weights.path, setting=f"{_SETTING}.weights", allow_pickle=settings.allow_pickle
-            )
-            try:
-                model.load_state_dict(state, strict=True)
-            except RuntimeError as error:
-                raise ConfigError(
-                    f"{_SETTING}.weights: {weights.path} does not fit frames of length "
-                    f"{frames_dim} and the sizes in {_SETTING}: {_first_finding(error)}"
-                ) from error
-        used = weights_digest(weights, [weights.path] if weights.path else [], model.state_dict())
+        self._frames_dim = frames_dim
+        self.load()
+        sizes = self._settings
         self.fingerprint = digest(
             {
-                "kind": "attention lstm",
+                "kind": self.kind,
                 "frames": frames_fingerprint,
-                "weights": used,
-                "sizes": [settings.projection, settings.hidden, settings.join, settings.width],
+                "weights": self.digest,
+                "sizes": [sizes.projection, sizes.hidden, sizes.join, sizes.width],
             }
         )
-        model.eval().requires_grad_(False)
-        cast_weights(model, self._arithmetic)
-        self._model = model.to(self._device)
 
-    @property
-    def model(self) -> AttentionLstm:
-        """The loaded model, for export."""
-        if self._model is None:
-            raise RuntimeError("load() comes first")
-        return self._model
-
-    def close(self) -> None:
-        """Free the model."""
-        self._model = None
-
-    def run(self, videos: Sequence[FeatureArray]) -> list[FeatureArray]:
-        """Vectors of videos.
+    def vectors(self, videos: Sequence[FeatureArray]) -> list[FeatureArray]:
+        """Return the vectors of videos.
 
         Args:
             videos: float16 ``(n, frames_dim)`` of each; n may be 0.
@@ -137,28 +98,45 @@ class VideoLstm:
         Raises:
             FeatureError: The model gave values that are not finite.
         """
-        found: list[FeatureArray] = [np.empty((0, self.dim), np.float16)] * len(videos)
+        vectors: list[FeatureArray] = [np.empty((0, self.dim), np.float16)] * len(videos)
         by_length: dict[int, list[int]] = {}
-        for place, video in enumerate(videos):
-            by_length.setdefault(len(video), []).append(place)
-        # Of one length in one batch: padding would let videos change one another.
-        for places in (p for length, p in by_length.items() if length):
-            for start in range(0, len(places), self._settings.batch_size):
-                chosen = places[start : start + self._settings.batch_size]
-                vectors = self._run(np.stack([videos[place] for place in chosen]))
-                for place, vector in zip(chosen, vectors, strict=True):
-                    found[place] = vector[None]  # (dim) -> (1, dim)
-        return found
+        for index, video in enumerate(videos):
+            by_length.setdefault(len(video), []).append(index)
+        # Only videos of one length share a batch: padding would let them change one another.
+        for indices in (same for length, same in by_length.items() if length):
+            for start in range(0, len(indices), self._settings.batch_size):
+                batch = indices[start : start + self._settings.batch_size]
+                rows = self.run(np.stack([videos[i] for i in batch]), "video.lstm")
+                for i, vector in zip(batch, rows, strict=True):
+                    vectors[i] = vector[None]  # (dim) -> (1, dim)
+        return vectors
 
-    def _run(self, frames: FeatureArray) -> FeatureArray:
-        if self._model is None:
-            raise RuntimeError("load() comes first")
-        rows = torch.from_numpy(frames).to(self._device).float()  # (videos, n, frames_dim)
-        with torch.inference_mode(), autocast(self._device, self._arithmetic):
-            vectors: FeatureArray = to_float16(self._model(rows)).numpy()
-        return check_finite("video.lstm", vectors)
+    def _build(self, weights: Weights) -> AttentionLstm:
+        settings, setting = self._settings, f"{_SETTING}.weights"
+        if weights.pretrained:
+            raise ConfigError(
+                f"{setting}: nobody publishes these weights: train them (train_net.py, "
+                "config/train_video_tsn_lstm.yaml) and name the file"
+            )
+        with seeded(weights.seed):
+            model = AttentionLstm(self._frames_dim, settings)
+        if weights.path is not None:
+            state = read_state_dict(
+                weights.path, setting=setting, allow_pickle=settings.allow_pickle
+            )
+            try:
+                model.load_state_dict(state, strict=True)
+            except RuntimeError as error:
+                raise ConfigError(
+                    f"{setting}: {weights.path} does not fit frames of length "
+                    f"{self._frames_dim} and the sizes in {_SETTING}: {first_finding(error)}"
+                ) from error
+        return model
 
+    def _call(self, *inputs: torch.Tensor) -> torch.Tensor:
+        [frames] = inputs  # (videos, n, frames_dim) float16
+        vectors: torch.Tensor = self._network(frames.float())  # (videos, dim)
+        return vectors
 
-def _first_finding(error: RuntimeError) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[1] if len(lines) > 1 else "".join(lines))[:200]
+    def _find_dim(self) -> int:
+        return self._settings.width

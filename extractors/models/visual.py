@@ -1,4 +1,4 @@
-"""Pictures and frames of videos ─► features of a timm model, by default a ViT.
+"""Pictures and frames of videos -> features of a timm model, by default a ViT.
 
 Scheme 2 of videos is a TSN and an attention LSTM: a row for each segment, and one for the video.
 """
@@ -12,10 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from common.errors import ConfigError
-from common.post import FeatureArray, Stream
+from common.post import Stream
 from config.settings import ExtractorName, ImageSettings, VideoSettings, VisualSettings
-from extractors.fingerprint import digest
-from extractors.models.base import Rows, check_rows, run_rows
+from extractors.models.base import Extractor, Rows, check_rows, run_rows
 from extractors.models.timm_backbone import TimmBackbone
 
 if TYPE_CHECKING:
@@ -24,8 +23,8 @@ if TYPE_CHECKING:
 _PREPROCESSING = "whole picture squashed to a square, area interpolation, RGB"
 
 
-class VisualExtractor:
-    """uint8 RGB ``(n, size, size, 3)`` ─► float16 ``(n, dim)``, one row per picture.
+class VisualExtractor(Extractor):
+    """uint8 RGB ``(n, size, size, 3)`` -> float16 ``(n, dim)``, one row per picture.
 
     Args:
         backbone: A model to share with another extractor of the same `backbone_key`.
@@ -40,52 +39,14 @@ class VisualExtractor:
         backbone: TimmBackbone | None = None,
     ) -> None:
         self.name: ExtractorName = name
-        self.dim = 0
-        self.fingerprint = ""
         self._settings = settings
         self._backbone = backbone or make_backbone(name, settings, device)
-        self._loaded = False
-
-    def load(self) -> None:
-        """Load the model.
-
-        Raises:
-            ConfigError: The architecture, its size, its weights or the device are not to be had.
-        """
-        if self._loaded:
-            return
-        self._backbone.load()
-        self._loaded = True
-        self.dim = self._backbone.dim
-        self.fingerprint = digest(
-            {
-                "kind": "timm",
-                "arch": self._backbone.arch,
-                "weights": self._backbone.digest,
-                "dim": self.dim,
-                "size": self._settings.image_size,
-                "mean": self._backbone.mean,
-                "std": self._backbone.std,
-                "preprocessing": _PREPROCESSING,
-                "sampling": _sampling(self._settings),
-            }
-        )
 
     def preprocess(self, item: Rows) -> Rows:
-        """Check one item.
-
-        Raises:
-            FeatureError: It is not uint8 ``(n, size, size, 3)``.
-        """
         size = self._settings.image_size
         return check_rows(self.name, item, (size, size, 3), "uint8")
 
-    def forward(self, items: Sequence[Rows]) -> list[FeatureArray]:
-        """Features of every picture of every item.
-
-        Raises:
-            FeatureError: The model gave values that are not finite.
-        """
+    def forward(self, items: Sequence[Rows]) -> list[Any]:
         return run_rows(
             items,
             dim=self.dim,
@@ -93,19 +54,28 @@ class VisualExtractor:
             run=lambda rows: self._backbone.run(rows, self.name),
         )
 
-    def further(self) -> Mapping[Stream, tuple[int, str]]:
-        """Columns and fingerprint of streams that it gives beside its own."""
-        return {}
+    def _load(self) -> Mapping[str, Any]:
+        backbone = self._backbone
+        backbone.load()
+        self.dim = backbone.dim
+        return {
+            "kind": backbone.kind,
+            "arch": backbone.arch,
+            "weights": backbone.digest,
+            "dim": self.dim,
+            "size": self._settings.image_size,
+            "mean": backbone.mean,
+            "std": backbone.std,
+            "preprocessing": _PREPROCESSING,
+            "sampling": _sampling(self._settings),
+        }
 
-    def close(self) -> None:
-        """Free the model, unless another extractor still uses it."""
-        if self._loaded:
-            self._backbone.close()
-        self._loaded = False
+    def _close(self) -> None:
+        self._backbone.close()
 
 
 class VideoExtractor(VisualExtractor):
-    """Frames uint8 RGB ``(n, size, size, 3)`` ─► rows of features, and with an LSTM one vector.
+    """Frames uint8 RGB ``(n, size, size, 3)`` -> rows of features, and with an LSTM one vector.
 
     An item's result is an array float16 ``(n, dim)``; with ``features.video.lstm.weights`` the
     streams ``video`` of the rows and ``video_lstm`` ``(1, width)``. With ``short_clips: repeat``
@@ -128,53 +98,40 @@ class VideoExtractor(VisualExtractor):
             self._lstm = VideoLstm(settings.lstm, device)
 
     def load(self) -> None:
-        """Load the models.
-
-        Raises:
-            ConfigError: The architecture, its size, its weights or the device are not to be had.
-        """
         if self._loaded:
             return
         super().load()
         if self._lstm is not None:
             try:
-                self._lstm.load(self.dim, self.fingerprint)
+                self._lstm.load_for(self.dim, self.fingerprint)
             except ConfigError:
                 self.close()
                 raise
 
     def forward(self, items: Sequence[Rows]) -> list[Any]:
-        """Features of every frame of every item, and of the item as a whole.
-
-        Raises:
-            FeatureError: A model gave values that are not finite.
-        """
         rows = super().forward(items)
         if self._video.short_clips == "repeat":
             rows = [each[segments(len(each), self._video.frames)] for each in rows]
         if self._lstm is None:
             return rows
-        vectors = self._lstm.run(rows)
+        vectors = self._lstm.vectors(rows)
         return [{"video": r, "video_lstm": v} for r, v in zip(rows, vectors, strict=True)]
 
     def further(self) -> Mapping[Stream, tuple[int, str]]:
-        """Columns and fingerprint of ``video_lstm``, where there is one."""
         if self._lstm is None:
             return {}
         return {"video_lstm": (self._lstm.dim, self._lstm.fingerprint)}
 
-    def close(self) -> None:
-        """Free the models."""
+    def _close(self) -> None:
         if self._lstm is not None:
             self._lstm.close()
-        super().close()
+        super()._close()
 
 
 def segments(count: int, wanted: int) -> npt.NDArray[np.intp]:
-    """The frame at the centre of each of ``wanted`` equal segments of ``count`` frames.
+    """Return the frame at the centre of each of ``wanted`` equal segments of ``count`` frames.
 
-    Frames of a short clip are repeated; without frames, or with as many as wanted or more, each
-    stands once.
+    Frames of a short clip are repeated; ``wanted`` frames or more, or none, are taken once each.
 
     Source: TSN (arXiv 1608.00859), in test.
     """
@@ -186,7 +143,7 @@ def segments(count: int, wanted: int) -> npt.NDArray[np.intp]:
 def make_backbone(
     name: Literal["video", "image"], settings: VisualSettings, device: str
 ) -> TimmBackbone:
-    """The model that the settings of one visual extractor name; not loaded yet."""
+    """Return the encoder that the settings of a visual extractor name; nothing is loaded yet."""
     return TimmBackbone(
         settings.arch,
         settings.weights,
@@ -200,16 +157,16 @@ def make_backbone(
 
 
 def backbone_key(settings: VisualSettings) -> tuple[object, ...]:
-    """What two visual extractors must have in common to share one model."""
+    """Return what two visual extractors must have in common to share one model."""
     return (settings.arch, settings.weights, settings.image_size, settings.precision)
 
 
 def _sampling(settings: VisualSettings) -> dict[str, object]:
     if isinstance(settings, VideoSettings):
-        found: dict[str, object] = {"frames": settings.frames, "decode": settings.decode}
-        if settings.short_clips != "once":  # left out where it is, as before there was a choice
-            found["short_clips"] = settings.short_clips
-        return found
+        sampling: dict[str, object] = {"frames": settings.frames, "decode": settings.decode}
+        if settings.short_clips != "once":  # older fingerprints know only "once", and do not say so
+            sampling["short_clips"] = settings.short_clips
+        return sampling
     if isinstance(settings, ImageSettings):
         return {"max_frames": settings.max_frames}
     return {}

@@ -141,9 +141,6 @@ def weights_digest(weights: Weights, files: Sequence[Path], state: Any) -> str:
     return file_digest(*files) if weights.path is not None else tensors_digest(state)
 
 
-# Hubs ----------------------------------------------------------------------------------------
-
-
 def reachable(url: str) -> bool:
     """Whether the host of a URL answers within seconds; respects proxy variables."""
     import requests
@@ -236,3 +233,10 @@ def release_file(url: str, *, setting: str) -> Path:
 
 def _interactive() -> bool:
     return os.isatty(2)
+
+
+def first_finding(error: BaseException) -> str:
+    """Return the first thing that torch finds wrong with a state dict; it lists every key."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    finding = lines[1] if len(lines) > 1 and lines[0].startswith("Error(s)") else "".join(lines[:1])
+    return finding if len(finding) < 200 else f"{finding[:200]}..."

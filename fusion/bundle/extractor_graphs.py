@@ -12,7 +12,7 @@ from common.errors import ConfigError
 from common.post import Stream
 from config.settings import FeatureSettings
 from extractors.models.audio import Vggish, timm_model
-from extractors.models.text_model import load_text_model
+from extractors.models.text import TextEncoder
 from extractors.models.timm_backbone import TimmBackbone
 from extractors.models.visual import make_backbone
 from extractors.parts import LogMelPatches, audio_encoder
@@ -164,8 +164,9 @@ def _audio(features: FeatureSettings) -> Graph:
 
 
 def _text(features: FeatureSettings) -> Graph:
-    loaded = load_text_model(features.text)
-    most = min(features.text.max_tokens, loaded.positions)
+    loaded = TextEncoder(features.text)
+    loaded.load()
+    most = loaded.limit
     chance = torch.Generator().manual_seed(0)
 
     def texts(count: int, length: int) -> Inputs:
@@ -195,7 +196,7 @@ def _video_lstm(features: FeatureSettings) -> Graph:
     backbone = make_backbone("video", features.video, "cpu")
     backbone.load()
     lstm = VideoLstm(features.video.lstm, "cpu")
-    lstm.load(backbone.dim, "")
+    lstm.load_for(backbone.dim, "")
     backbone_dim, most = backbone.dim, features.video.frames
     backbone.close()
     chance = torch.Generator().manual_seed(0)

@@ -14,8 +14,7 @@ from transformers import AutoModel, AutoTokenizer
 from common.errors import ConfigError, FeatureError
 from common.precision import cpu_has_bf16
 from config.settings import TextSettings
-from extractors.models.text import TextExtractor
-from extractors.models.text_model import hashed_tokens
+from extractors.models.text import TextExtractor, hashed_tokens
 from tests.support.tiny_models import tiny_bert
 
 TEXTS = (

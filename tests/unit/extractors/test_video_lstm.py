@@ -80,7 +80,7 @@ def numpy_lstm(w: dict[str, Any], frames: Any) -> Any:
 def loaded(**changes: Any) -> VideoLstm:
     values = {**SIZES, "weights": "random:2", "precision": "fp32", **changes}
     lstm = VideoLstm(VideoLstmSettings.model_validate(values), "cpu")
-    lstm.load(DIM, "frames")
+    lstm.load_for(DIM, "frames")
     return lstm
 
 
@@ -89,7 +89,7 @@ def test_vectors_are_those_of_numpy() -> None:
     chance = np.random.default_rng(3)
     videos = [chance.normal(0, 2, (n, DIM)).astype(np.float16) for n in (12, 1, 7, 12)]
     lstm = loaded()
-    found = lstm.run(videos)
+    found = lstm.vectors(videos)
     weights = {k: v.double().numpy() for k, v in lstm.model.state_dict().items()}
     for video, vector in zip(videos, found, strict=True):
         assert vector.shape == (1, SIZES["width"])
@@ -118,10 +118,10 @@ def test_a_vector_does_not_depend_on_its_neighbours() -> None:
     """Videos of many lengths, in batches of two, give what each gives alone."""
     chance = np.random.default_rng(5)
     videos = [chance.normal(0, 1, (n, DIM)).astype(np.float16) for n in (3, 9, 3, 0, 3, 9)]
-    together = loaded(batch_size=2).run(videos)
+    together = loaded(batch_size=2).vectors(videos)
     lstm = loaded()
     for video, vector in zip(videos, together, strict=True):
-        np.testing.assert_allclose(vector, lstm.run([video])[0], atol=1e-3)
+        np.testing.assert_allclose(vector, lstm.vectors([video])[0], atol=1e-3)
     assert together[3].shape == (0, SIZES["width"])
 
 
@@ -140,7 +140,7 @@ def test_weights_that_do_not_fit_are_one_line(tmp_path: Path) -> None:
 def test_what_is_not_finite_is_refused() -> None:
     """A NaN in the frames is an error of this video, not a vector."""
     with pytest.raises(FeatureError, match=r"video\.lstm: .* not finite"):
-        loaded().run([np.full((2, DIM), np.nan, np.float16)])
+        loaded().vectors([np.full((2, DIM), np.nan, np.float16)])
 
 
 # The extractor ---------------------------------------------------------------------------------
@@ -159,7 +159,7 @@ def test_a_video_gives_rows_and_a_vector() -> None:
     plain.load()
     np.testing.assert_array_equal(plain.forward([pixels(6)])[0], found["video"])
     lstm = loaded()
-    np.testing.assert_array_equal(lstm.run([found["video"]])[0], found["video_lstm"])
+    np.testing.assert_array_equal(lstm.vectors([found["video"]])[0], found["video_lstm"])
 
 
 @pytest.mark.parametrize("count", [1, 2, 4, 5])

@@ -31,7 +31,7 @@ def test_saved_weights_load_in_the_extractor(tmp_path: Path) -> None:
     save_lstm(model, out, {"frames_dim": "11"})
     assert out.read_bytes() == first
     served = VideoLstm(VideoLstmSettings(**SIZES.model_dump(), weights=str(out)), "cpu")
-    served.load(DIM, "frames")
+    served.load_for(DIM, "frames")
     state = served.model.state_dict()
     assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
 
