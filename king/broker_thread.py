@@ -11,13 +11,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TypeAlias
+from functools import partial
 
 import structlog
 
 from common.errors import BrokerUnavailable
 from common.retry import reconnect_delay_s
+from common.urls import redact
 from king.broker.base import Broker, Delivery
 from king.messages import PostMessage
 from king.status import Status
@@ -37,25 +37,6 @@ _BACK_OFF_TICK_S = 0.2
 log = structlog.get_logger()
 
 
-@dataclass(frozen=True, slots=True)
-class _Ack:
-    delivery: Delivery
-
-
-@dataclass(frozen=True, slots=True)
-class _Requeue:
-    delivery: Delivery
-
-
-@dataclass(frozen=True, slots=True)
-class _Publish:
-    messages: Sequence[PostMessage]
-    on_confirmed: Callable[[], None]
-
-
-_Command: TypeAlias = _Ack | _Requeue | _Publish
-
-
 class BrokerThread:
     """Runs the broker; the methods that other threads call only append to a deque or set a flag.
 
@@ -64,13 +45,13 @@ class BrokerThread:
     """
 
     def __init__(
-        self, broker: Broker, url: str, status: Status, on_delivery: Callable[[Delivery], None]
+        self, broker: Broker, status: Status, on_delivery: Callable[[Delivery], None]
     ) -> None:
         self._broker = broker
-        self._url = url
+        self._url = redact(broker.settings.url)
         self._status = status
         self._on_delivery = on_delivery
-        self._commands: deque[_Command] = deque()
+        self._commands: deque[Callable[[], object]] = deque()
         self._consuming = False
         self._may_consume = True
         self._reconnect_asked = False
@@ -79,11 +60,11 @@ class BrokerThread:
 
     def ack(self, deliveries: Sequence[Delivery]) -> None:
         """Acknowledge messages (any thread)."""
-        self._commands.extend(_Ack(delivery) for delivery in deliveries)
+        self._commands.extend(partial(self._broker.ack, delivery) for delivery in deliveries)
 
     def requeue(self, deliveries: Sequence[Delivery]) -> None:
         """Put messages back on the queue (any thread)."""
-        self._commands.extend(_Requeue(delivery) for delivery in deliveries)
+        self._commands.extend(partial(self._broker.requeue, delivery) for delivery in deliveries)
 
     def publish(self, messages: Sequence[PostMessage], on_confirmed: Callable[[], None]) -> None:
         """Publish messages (any thread).
@@ -92,7 +73,12 @@ class BrokerThread:
             messages: To put on the queue.
             on_confirmed: Called on the broker thread once the broker has all of them.
         """
-        self._commands.append(_Publish(messages, on_confirmed))
+
+        def publish() -> None:
+            self._broker.publish(messages)
+            on_confirmed()
+
+        self._commands.append(publish)
 
     def stop_consuming(self) -> None:
         """Take no more messages (any thread)."""
@@ -176,14 +162,7 @@ class BrokerThread:
 
     def _run_commands(self) -> None:
         while self._commands:
-            match self._commands[0]:
-                case _Ack(delivery):
-                    self._broker.ack(delivery)
-                case _Requeue(delivery):
-                    self._broker.requeue(delivery)
-                case _Publish(messages, on_confirmed):
-                    self._broker.publish(messages)
-                    on_confirmed()
+            self._commands[0]()
             # Removed only now, so that a lost connection does not lose what is to be published.
             self._commands.popleft()
 

@@ -25,7 +25,6 @@ from types import FrameType
 import structlog
 
 from common.errors import ConfigError
-from common.urls import redact
 from config.settings import Settings
 from king.broker.base import Broker
 from king.broker.connect import open_broker
@@ -84,7 +83,6 @@ class King:
         inbox = StoreInbox(self.in_flight)
         self._broker_thread = BrokerThread(
             broker if broker is not None else open_broker(settings.broker),
-            redact(settings.broker.url),
             self.status,
             inbox.deliver,
         )

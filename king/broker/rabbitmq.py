@@ -13,7 +13,6 @@ from typing import Any, ClassVar, NoReturn
 import amqp.exceptions as amqp_errors
 import kombu
 from kombu.exceptions import KombuError, OperationalError
-from kombu.transport import pyamqp
 
 from common.errors import ConfigError
 from common.urls import redact
@@ -45,28 +44,6 @@ _REFUSALS = (
 def dead_queue(queue: str) -> str:
     """Return the name of the queue of messages that RabbitMQ dead-lettered itself."""
     return f"{queue}.dead"
-
-
-class _RawMessage(pyamqp.Message):  # type: ignore[misc]  # kombu is untyped
-    """A message with its body as bytes; kombu would decompress it without a limit."""
-
-    def __init__(self, msg: Any, channel: Any = None, **kwargs: Any) -> None:
-        headers = msg.properties.pop("application_headers", None)
-        super().__init__(msg, channel, **kwargs)
-        body = msg.body.encode() if isinstance(msg.body, str) else bytes(msg.body)
-        self.body = decompressed(body, headers)
-
-
-class _RawChannel(pyamqp.Channel):  # type: ignore[misc]  # kombu is untyped
-    Message = _RawMessage
-
-
-class _RawConnection(pyamqp.Connection):  # type: ignore[misc]  # kombu is untyped
-    Channel = _RawChannel
-
-
-class _RawTransport(pyamqp.Transport):  # type: ignore[misc]  # kombu is untyped
-    Connection = _RawConnection
 
 
 class RabbitBroker(Broker):
@@ -103,8 +80,7 @@ class RabbitBroker(Broker):
         self._kombu: Any = None
         self._connection: Any = None  # py-amqp's, inside kombu's
         self._channel: Any = None
-        self._producer: Any = None
-        self._consumer: Any = None
+        self._consumer_tag: str | None = None
         self._published = 0  # number of the last message on this channel
         self._unconfirmed: set[int] = set()
         self._refused: list[str] = []
@@ -116,8 +92,7 @@ class RabbitBroker(Broker):
         self._kombu.ensure_connection(errback=_give_up, reraise_as_library_errors=False)
         self._connection = self._kombu.connection
         self._channel = self._kombu.channel()
-        self._producer = kombu.Producer(self._channel, auto_declare=False)
-        self._consumer = None
+        self._consumer_tag = None
         self._published, self._unconfirmed, self._refused = 0, set(), []
         self._beat_due = time.monotonic() + self._beat_interval_s
         self._channel.confirm_select()
@@ -153,27 +128,22 @@ class RabbitBroker(Broker):
         )
 
     def consume(self, on_delivery: OnDelivery) -> None:
-        """See `Broker.consume`."""
         super().consume(on_delivery)
-        if self._consumer is not None:
-            return
-        with self._client_call():
-            self._consumer = kombu.Consumer(
-                self._channel,
-                queues=[kombu.Queue(self.settings.queue, no_declare=True)],
-                on_message=self._on_message,
-                auto_declare=False,
-                prefetch_count=self.settings.prefetch,
-            )
-            self._consumer.consume()
+        if self._consumer_tag is None:
+            with self._client_call():
+                self._channel.basic_qos(0, self.settings.prefetch, False)
+                self._consumer_tag = self._channel.basic_consume(
+                    self.settings.queue, callback=self._on_message
+                )
 
     def _on_message(self, message: Any) -> None:
-        # Only noted: kombu calls this from inside any call that reads the socket.
+        # Only noted: py-amqp calls this from inside any call that reads the socket. kombu's
+        # consumer is not used, since it decompresses bodies without a limit.
+        body = message.body.encode() if isinstance(message.body, str) else bytes(message.body)
         redelivered = bool(message.delivery_info.get("redelivered"))
-        self._receive(bytes(message.body), message.delivery_tag, redelivered)
+        self._receive(decompressed(body, message.headers), message.delivery_tag, redelivered)
 
     def drain(self, timeout_s: float) -> int:
-        """See `Broker.drain`."""
         with self._client_call():
             end = time.monotonic() + timeout_s
             while True:
@@ -201,19 +171,16 @@ class RabbitBroker(Broker):
         return True
 
     def ack(self, delivery: Delivery) -> bool:
-        """See `Broker.ack`."""
         return self._settle(delivery) and self._succeeds(
             lambda: self._channel.basic_ack(delivery.token)
         )
 
     def requeue(self, delivery: Delivery) -> bool:
-        """See `Broker.requeue`."""
         return self._settle(delivery) and self._succeeds(
             lambda: self._channel.basic_reject(delivery.token, requeue=True)
         )
 
     def publish(self, messages: Iterable[PostMessage]) -> int:
-        """See `Broker.publish`; also raises when the broker refuses a message."""
         count = 0
         iterator = iter(messages)
         while window := list(islice(iterator, PUBLISH_WINDOW)):
@@ -227,16 +194,16 @@ class RabbitBroker(Broker):
     def _send(self, message: PostMessage) -> None:
         self._published += 1
         self._unconfirmed.add(self._published)
-        self._producer.publish(
-            message.encode(),
+        self._channel.basic_publish(
+            self._channel.prepare_message(
+                message.encode(),
+                priority=message.priority,
+                content_type="application/json",
+                content_encoding="utf-8",
+                properties={"delivery_mode": 2},
+            ),
             routing_key=self.settings.queue,
-            exchange="",
-            content_type="application/json",
-            content_encoding="utf-8",
-            delivery_mode=2,
-            priority=message.priority,
             mandatory=True,
-            retry=False,
             timeout=self.settings.socket_timeout_s,
         )
 
@@ -267,7 +234,6 @@ class RabbitBroker(Broker):
         self._refused.append(str(error))
 
     def depth(self, queue: str | None = None) -> int:
-        """See `Broker.depth`."""
         with self._client_call(setup=True):
             channel = self._kombu.channel()  # of its own: an absent queue closes the channel
             try:
@@ -278,20 +244,19 @@ class RabbitBroker(Broker):
             return int(reply.message_count)
 
     def cancel(self) -> None:
-        """See `Broker.cancel`."""
-        consumer, self._consumer = self._consumer, None
-        if consumer is not None:
-            self._succeeds(consumer.cancel)
+        tag, self._consumer_tag = self._consumer_tag, None
+        if tag is not None:
+            self._succeeds(lambda: self._channel.basic_cancel(tag))
         super().cancel()
 
     def _leave(self) -> None:
-        if self._consumer is not None:
-            self._consumer.cancel()
+        if self._consumer_tag is not None:
+            self._channel.basic_cancel(self._consumer_tag)
         self._connection.close()
 
     def _abandon(self) -> None:
         connection, self._kombu = self._kombu, None
-        self._consumer = None
+        self._consumer_tag = None
         if connection is not None:
             with contextlib.suppress(Exception):
                 connection.collect(socket_timeout=self.settings.socket_timeout_s)
@@ -301,7 +266,6 @@ def _kombu_connection(settings: BrokerSettings) -> Any:
     try:
         connection = kombu.Connection(
             settings.url,
-            transport=_RawTransport,
             connect_timeout=settings.socket_timeout_s,
             heartbeat=settings.heartbeat_s,
             transport_options={

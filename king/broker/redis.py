@@ -105,7 +105,7 @@ class RedisBroker(Broker):
         self._tag_prefix = ""
         self._tag_numbers = itertools.count()
         self._is_empty = True  # by the last answer
-        self._acked: list[int | str] = []  # sent by the next `_flush`
+        self._acked: list[int | str] = []
         self._renew_every_s = settings.visibility_timeout_s / 4
         self._renewal_due = self._collection_due = 0.0
 
@@ -125,7 +125,6 @@ class RedisBroker(Broker):
         self._collection_due = 0.0
 
     def drain(self, timeout_s: float) -> int:
-        """See `Broker.drain`."""
         with self._client_call():
             end = time.monotonic() + (0.0 if self._inbox else timeout_s)
             self._flush()
@@ -165,18 +164,15 @@ class RedisBroker(Broker):
             self._receive(body, tag, redelivered)
 
     def ack(self, delivery: Delivery) -> bool:
-        """See `Broker.ack`; the next `drain` sends it, with others, in one round trip."""
         if not self._settle(delivery):
             return False
-        self._acked.append(delivery.token)
+        self._acked.append(delivery.token)  # the next `drain` sends it, with others
         return True
 
     def requeue(self, delivery: Delivery) -> bool:
-        """See `Broker.requeue`."""
         return self._settle(delivery) and self._succeeds(lambda: self._give_back([delivery.token]))
 
     def publish(self, messages: Iterable[PostMessage]) -> int:
-        """See `Broker.publish`."""
         count = 0
         iterator = iter(messages)
         while window := list(itertools.islice(iterator, PUBLISH_WINDOW)):
@@ -192,7 +188,6 @@ class RedisBroker(Broker):
         return count
 
     def depth(self, queue: str | None = None) -> int:
-        """See `Broker.depth`."""
         suffixes = [key.removeprefix(self.settings.queue) for key in self._lists]
         with self._client_call(setup=True):
             return self._size([(queue or self.settings.queue) + suffix for suffix in suffixes])

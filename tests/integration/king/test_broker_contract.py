@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from common.errors import BrokerUnavailable
-from king.broker.base import Delivery
+from king.broker.base import PUBLISH_WINDOW, Delivery
 from king.messages import PostMessage, parse_message
 from tests.support.king.broker_rig import Consumer, Rig, settings_for
 
@@ -53,20 +53,35 @@ def test_a_published_post_arrives_and_an_acked_one_is_gone(rig: Rig) -> None:
 
 
 def test_order_is_kept(rig: Rig) -> None:
-    """Messages of one priority come in the order in which they were published."""
+    """Messages of one priority come in the order they were published, over several windows."""
     broker = rig.broker(prefetch=4)
-    for i in range(20):
-        broker.publish([PostMessage(f"p{i}")])
+    count = 2 * PUBLISH_WINDOW + 3
+    assert broker.publish(PostMessage(f"p{i}") for i in range(count)) == count
+    assert broker.depth() == count
     consumer = Consumer(broker, ack=True)
-    consumer.take(20)
-    assert [parse_message(b).post_id for b in consumer.bodies] == [f"p{i}" for i in range(20)]
+    consumer.take(count)
+    assert [parse_message(b).post_id for b in consumer.bodies] == [f"p{i}" for i in range(count)]
+    assert broker.depth() == 0
+
+
+def test_a_failing_source_is_not_hidden(rig: Rig) -> None:
+    """An error of the iterable to publish reaches the caller, and the connection stays usable."""
+
+    def source() -> Iterator[PostMessage]:
+        yield PostMessage("p1")
+        raise RuntimeError("the file could not be read")
+
+    broker = rig.broker()
+    with pytest.raises(RuntimeError, match="could not be read"):
+        broker.publish(source())
+    assert broker.publish([]) == 0
+    assert broker.connected
 
 
 def test_prefetch_bounds_what_is_in_hand(rig: Rig) -> None:
     """No more than `prefetch` come until one is acknowledged; the rest waits on the server."""
     broker = rig.broker(prefetch=3)
-    for i in range(5):
-        broker.publish([PostMessage(f"p{i}")])
+    broker.publish(PostMessage(f"p{i}") for i in range(5))
     consumer = Consumer(broker)
     consumer.take(3)
     assert consumer.idle() == 0
@@ -94,8 +109,7 @@ def test_requeued_comes_back_marked(rig: Rig) -> None:
 def test_close_gives_back_what_is_in_hand(rig: Rig) -> None:
     """A broker that closes leaves its unacknowledged messages to the others, at once."""
     broker = rig.broker()
-    for i in range(3):
-        broker.publish([PostMessage(f"p{i}")])
+    broker.publish(PostMessage(f"p{i}") for i in range(3))
     consumer = Consumer(broker)
     consumer.take(3)
     assert broker.ack(consumer.got[1])
@@ -142,8 +156,7 @@ def test_two_consumers_share_a_queue(rig: Rig) -> None:
     """Every message reaches exactly one of two brokers."""
     one = Consumer(rig.broker(prefetch=2), ack=True)
     two = Consumer(rig.broker(prefetch=2), ack=True)
-    for i in range(30):
-        one.broker.publish([PostMessage(f"p{i}")])
+    one.broker.publish(PostMessage(f"p{i}") for i in range(30))
     end = time.monotonic() + 60
     while len(one.got) + len(two.got) < 30 and time.monotonic() < end:
         one.broker.drain(0.01)
@@ -178,8 +191,7 @@ def test_publishing_while_consuming(rig: Rig) -> None:
 def test_cancel_stops_intake_but_not_acks(rig: Rig) -> None:
     """After `cancel` nothing more comes, and what is in hand can still be acknowledged."""
     broker = rig.broker(prefetch=2)
-    for i in range(4):
-        broker.publish([PostMessage(f"p{i}")])
+    broker.publish(PostMessage(f"p{i}") for i in range(4))
     consumer = Consumer(broker)
     consumer.take(2)
     broker.cancel()

@@ -39,7 +39,7 @@ while True:
 
 
 @dataclass
-class Place:
+class Site:
     """A broker's server, a proxy before it, and the queue of the test."""
 
     server: RedisServer | RabbitMQServer
@@ -58,17 +58,11 @@ class Place:
         return settings_for(url, self.queue)
 
 
-@pytest.fixture(
-    params=[
-        pytest.param("redis_server", marks=pytest.mark.redis),
-        pytest.param("rabbitmq", marks=pytest.mark.rabbitmq),
-    ]
-)
-def place(request: pytest.FixtureRequest, queue_name: str) -> Iterator[Place]:
+@pytest.fixture
+def site(broker_server: RedisServer | RabbitMQServer, queue_name: str) -> Iterator[Site]:
     """Each kind of real broker, behind a proxy."""
-    server = request.getfixturevalue(request.param)
-    with proxy_to(server.address) as proxy:
-        yield Place(server, proxy, queue_name)
+    with proxy_to(broker_server.address) as proxy:
+        yield Site(broker_server, proxy, queue_name)
 
 
 def posts(count: int, start: int = 0) -> list[PostMessage]:
@@ -82,19 +76,17 @@ def ids(consumer: Consumer) -> set[str]:
 
 
 @pytest.mark.parametrize("replies_only", [False, True], ids=["silence", "no replies"])
-def test_a_silent_connection_is_noticed_and_nothing_is_lost(
-    place: Place, replies_only: bool
-) -> None:
+def test_a_silent_connection_is_noticed_and_nothing_is_lost(site: Site, replies_only: bool) -> None:
     """With a connection that swallows bytes, consuming goes on within seconds, with every post.
 
     Where only the replies vanish, the server has handed messages out that never arrive.
     """
-    publish_posts(place.direct, posts(40))
-    with connected(place.proxied.model_copy(update={"prefetch": 5})) as broker:
+    publish_posts(site.direct, posts(40))
+    with connected(site.proxied.model_copy(update={"prefetch": 5})) as broker:
         consumer = Consumer(broker, ack=True)
         consumer.take(10)
-        assert place.proxy.blackhole(replies_only=replies_only) >= 1
-        publish_posts(place.direct, posts(10, start=40))
+        assert site.proxy.blackhole(replies_only=replies_only) >= 1
+        publish_posts(site.direct, posts(10, start=40))
         start = time.monotonic()
         consumer.until(lambda: len(ids(consumer)) == 50, heal=True)
         assert consumer.losses >= 1
@@ -104,12 +96,12 @@ def test_a_silent_connection_is_noticed_and_nothing_is_lost(
         consumer.until(lambda: broker.depth() == 0, heal=True)
 
 
-def test_a_silent_connection_while_idle_is_noticed(place: Place) -> None:
+def test_a_silent_connection_while_idle_is_noticed(site: Site) -> None:
     """A consumer that waits on an empty queue finds out that its connection is dead."""
-    with connected(place.proxied) as broker:
+    with connected(site.proxied) as broker:
         consumer = Consumer(broker)
         broker.drain(0.1)
-        place.proxy.blackhole()
+        site.proxy.blackhole()
         start = time.monotonic()
         with pytest.raises(BrokerUnavailable):
             consumer.until(lambda: False)
@@ -117,11 +109,11 @@ def test_a_silent_connection_while_idle_is_noticed(place: Place) -> None:
         assert not broker.connected
 
 
-def test_publishing_into_silence_fails_in_time(place: Place) -> None:
+def test_publishing_into_silence_fails_in_time(site: Site) -> None:
     """`publish` on a dead connection raises, so that the caller knows that it may not be there."""
-    with connected(place.proxied) as broker:
+    with connected(site.proxied) as broker:
         broker.publish([PostMessage("p1")])
-        place.proxy.blackhole()
+        site.proxy.blackhole()
         start = time.monotonic()
         with pytest.raises(BrokerUnavailable):
             broker.publish([PostMessage("p2")])
@@ -131,50 +123,50 @@ def test_publishing_into_silence_fails_in_time(place: Place) -> None:
         assert broker.depth() == 2
 
 
-def test_closing_a_silent_connection_ends(place: Place) -> None:
+def test_closing_a_silent_connection_ends(site: Site) -> None:
     """`close` on a dead connection returns within the time-outs and raises nothing."""
-    publish_posts(place.direct, posts(3))
-    with connected(place.proxied) as broker:
+    publish_posts(site.direct, posts(3))
+    with connected(site.proxied) as broker:
         Consumer(broker).take(3)
-        place.proxy.blackhole()
+        site.proxy.blackhole()
         start = time.monotonic()
         broker.close()
         assert time.monotonic() - start < 30
 
 
-def test_a_server_restart_loses_nothing(place: Place) -> None:
+def test_a_server_restart_loses_nothing(site: Site) -> None:
     """After SIGKILL and restart of the server, consuming goes on and every post has come.
 
     A quorum queue younger than a second may not survive a SIGKILL of a single RabbitMQ node (it
     stays without a leader, rabbitmq-server issue 10070), so this one is given time to settle.
     """
-    publish_posts(place.direct, posts(30))
-    with connected(place.direct.model_copy(update={"prefetch": 5})) as broker:
+    publish_posts(site.direct, posts(30))
+    with connected(site.direct.model_copy(update={"prefetch": 5})) as broker:
         consumer = Consumer(broker, ack=True)
         consumer.take(10)
         time.sleep(2)
-        place.server.kill()
+        site.server.kill()
         with pytest.raises(BrokerUnavailable):
             consumer.until(lambda: False)
         with pytest.raises(BrokerUnavailable):
             broker.connect()
-        place.server.start()
+        site.server.start()
         consumer.until(lambda: len(ids(consumer)) == 30, heal=True)
         consumer.until(lambda: broker.depth() == 0, heal=True)
 
 
-def test_a_killed_consumer_gives_back_what_it_held(place: Place, project_root: Path) -> None:
+def test_a_killed_consumer_gives_back_what_it_held(site: Site, project_root: Path) -> None:
     """SIGKILL of a process with messages in hand: another consumer gets all of them."""
-    publish_posts(place.direct, posts(6))
+    publish_posts(site.direct, posts(6))
     holder = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, place.direct.model_dump_json(), "6"],
+        [sys.executable, "-c", HOLDER, site.direct.model_dump_json(), "6"],
         cwd=project_root,
         stdout=subprocess.PIPE,
     )
     try:
         assert holder.stdout is not None
         assert holder.stdout.readline() == b"holding\n"
-        with connected(place.direct) as broker:
+        with connected(site.direct) as broker:
             consumer = Consumer(broker)
             # Longer than the visibility time-out: a living holder keeps them.
             assert consumer.idle(2.5) == 0
@@ -190,22 +182,22 @@ def test_a_killed_consumer_gives_back_what_it_held(place: Place, project_root: P
             holder.stdout.close()
 
 
-def test_a_frozen_server_is_noticed(place: Place) -> None:
+def test_a_frozen_server_is_noticed(site: Site) -> None:
     """A server that is stopped in its tracks is reported as unavailable, and used again after."""
-    publish_posts(place.direct, posts(1))
-    with connected(place.direct) as broker:
+    publish_posts(site.direct, posts(1))
+    with connected(site.direct) as broker:
         consumer = Consumer(broker)
         broker.drain(0.1)
-        place.server.pause()
+        site.server.pause()
         try:
             with pytest.raises(BrokerUnavailable):
                 consumer.until(lambda: False)
             with pytest.raises(BrokerUnavailable):
                 broker.connect()
             with pytest.raises(BrokerUnavailable):
-                queue_depth(place.direct)
+                queue_depth(site.direct)
         finally:
-            place.server.resume()
+            site.server.resume()
         consumer.until(lambda: "p0" in ids(consumer), heal=True)
 
 
@@ -281,15 +273,15 @@ def test_long_work_is_not_redelivered(redis_server: RedisServer, queue_name: str
         assert mine.idle() == theirs.idle() == 0
 
 
-def test_nobody_listens(place: Place) -> None:
+def test_nobody_listens(site: Site) -> None:
     """Nobody listens: unavailable, within the time-outs, naming the URL without its password."""
-    place.proxy.close()
-    broker = open_broker(place.proxied)
-    with pytest.raises(BrokerUnavailable, match=str(place.proxy.port)) as caught:
+    site.proxy.close()
+    broker = open_broker(site.proxied)
+    with pytest.raises(BrokerUnavailable, match=str(site.proxy.port)) as caught:
         broker.connect()
     assert "guest:guest" not in str(caught.value)
     assert "\n" not in str(caught.value)
     with pytest.raises(BrokerUnavailable):
-        queue_depth(place.proxied)
+        queue_depth(site.proxied)
     with pytest.raises(BrokerUnavailable):
-        publish_posts(place.proxied, posts(1))
+        publish_posts(site.proxied, posts(1))

@@ -33,30 +33,29 @@ UNREADABLE = [
 ]
 
 
+def queue_on(server: RedisServer | RabbitMQServer, queue_name: str) -> BrokerSettings:
+    """Declare a queue; its time-outs are long, since nothing breaks here."""
+    settings = settings_for(server.url, queue_name, heartbeat_s=10, visibility_timeout_s=60)
+    publish_posts(settings, [])
+    return settings
+
+
 @pytest.fixture
 def on_redis(redis_server: RedisServer, queue_name: str) -> BrokerSettings:
     """A queue on Redis."""
-    return settings_for(redis_server.url, queue_name, visibility_timeout_s=60)
+    return queue_on(redis_server, queue_name)
 
 
 @pytest.fixture
 def on_rabbitmq(rabbitmq: RabbitMQServer, queue_name: str) -> BrokerSettings:
     """A queue on RabbitMQ."""
-    settings = settings_for(rabbitmq.url, queue_name, heartbeat_s=10)
-    publish_posts(settings, [])  # declares it
-    return settings
+    return queue_on(rabbitmq, queue_name)
 
 
-@pytest.fixture(
-    params=[
-        pytest.param("on_redis", marks=pytest.mark.redis),
-        pytest.param("on_rabbitmq", marks=pytest.mark.rabbitmq),
-    ]
-)
-def settings(request: pytest.FixtureRequest) -> BrokerSettings:
+@pytest.fixture
+def settings(broker_server: RedisServer | RabbitMQServer, queue_name: str) -> BrokerSettings:
     """A queue on each kind of broker."""
-    chosen: BrokerSettings = request.getfixturevalue(request.param)
-    return chosen
+    return queue_on(broker_server, queue_name)
 
 
 @pytest.fixture

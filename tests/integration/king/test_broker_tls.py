@@ -14,8 +14,8 @@ from common.errors import BrokerUnavailable
 from king.broker.connect import open_broker
 from king.messages import PostMessage
 from tests.support.king.broker_rig import Consumer, connected, settings_for
-from tests.support.proxy import Proxy, proxy_to
-from tests.support.services import unavailable
+from tests.support.proxy import proxy_to
+from tests.support.services import RabbitMQServer, RedisServer, unavailable
 
 
 @pytest.fixture(scope="module")
@@ -40,27 +40,21 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return both
 
 
-@pytest.fixture(
-    params=[
-        pytest.param("redis_server", marks=pytest.mark.redis),
-        pytest.param("rabbitmq", marks=pytest.mark.rabbitmq),
-    ]
-)
-def secure(request: pytest.FixtureRequest, certificate: Path) -> Iterator[tuple[str, Proxy]]:
-    """The URL of each kind of broker behind TLS, and the proxy that speaks it."""
+@pytest.fixture
+def secure_url(broker_server: RedisServer | RabbitMQServer, certificate: Path) -> Iterator[str]:
+    """The URL of each kind of broker behind TLS."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate)
-    server = request.getfixturevalue(request.param)
-    with proxy_to(server.address, context) as proxy:
-        url = server.url.replace("://", "s://", 1)
-        yield url.replace(f":{server.port}/", f":{proxy.port}/"), proxy
+    with proxy_to(broker_server.address, context) as proxy:
+        url = broker_server.url.replace("://", "s://", 1)
+        yield url.replace(f":{broker_server.port}/", f":{proxy.port}/")
 
 
 def test_a_known_certificate_is_accepted(
-    secure: tuple[str, Proxy], certificate: Path, queue_name: str
+    secure_url: str, certificate: Path, queue_name: str
 ) -> None:
     """With its authority named in the URL, posts go there and back."""
-    settings = settings_for(f"{secure[0]}?ssl_ca_certs={certificate}", queue_name)
+    settings = settings_for(f"{secure_url}?ssl_ca_certs={certificate}", queue_name)
     with connected(settings) as broker:
         broker.publish([PostMessage("p1")])
         consumer = Consumer(broker, ack=True)
@@ -69,8 +63,8 @@ def test_a_known_certificate_is_accepted(
         assert broker.generation == 1
 
 
-def test_an_unknown_certificate_is_refused(secure: tuple[str, Proxy], queue_name: str) -> None:
+def test_an_unknown_certificate_is_refused(secure_url: str, queue_name: str) -> None:
     """Without it, the system's authorities decide, and the connection is refused by name."""
-    broker = open_broker(settings_for(secure[0], queue_name))
+    broker = open_broker(settings_for(secure_url, queue_name))
     with pytest.raises(BrokerUnavailable, match=r"(?i)certificate verify failed"):
         broker.connect()

@@ -84,7 +84,6 @@ class MemoryBroker(Broker):
         return self._hand_over()
 
     def ack(self, delivery: Delivery) -> bool:
-        """See `Broker.ack`."""
         if not self._settle(delivery):
             return False
         del self.unacked[delivery.token]
@@ -92,14 +91,12 @@ class MemoryBroker(Broker):
         return True
 
     def requeue(self, delivery: Delivery) -> bool:
-        """See `Broker.requeue`."""
         if not self._settle(delivery):
             return False
         self.queue.put_back(self.unacked.pop(delivery.token))
         return True
 
     def publish(self, messages: Iterable[PostMessage]) -> int:
-        """See `Broker.publish`."""
         with self._server_call():
             batch = list(messages)
             for message in batch:
@@ -108,7 +105,6 @@ class MemoryBroker(Broker):
         return len(batch)
 
     def depth(self, queue: str | None = None) -> int:
-        """See `Broker.depth`."""
         with self._server_call():
             return len(self.queue.waiting)
 

@@ -1,4 +1,4 @@
-"""Stores for the tests of king/."""
+"""Stores and brokers for the tests of king/."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from king.store.store import Store
 from tests.support.fakes.store import FakeStore
 from tests.support.king.store_rig import StoreRig, mongo_store
-from tests.support.services import MongoServer
+from tests.support.services import MongoServer, RabbitMQServer, RedisServer
 
 
 @pytest.fixture(params=["fake", "real"])
@@ -30,3 +30,15 @@ def mongo(mongo_url: str, unique_name: str) -> Iterator[Store]:
     store = mongo_store(mongo_url, unique_name)
     yield store
     store.close()
+
+
+@pytest.fixture(
+    params=[
+        pytest.param("redis_server", marks=pytest.mark.redis),
+        pytest.param("rabbitmq", marks=pytest.mark.rabbitmq),
+    ]
+)
+def broker_server(request: pytest.FixtureRequest) -> RedisServer | RabbitMQServer:
+    """Each kind of real broker."""
+    server: RedisServer | RabbitMQServer = request.getfixturevalue(request.param)
+    return server
