@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from common.errors import RetryableError, TaggingError
-from config.backbone_train import BackboneTrainSettings
+from config.train import BackboneTrainSettings
 from fusion.train.options import train_options, train_settings
 
 
@@ -19,7 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from fusion.infer.inference import shown
 
         if isinstance(settings, BackboneTrainSettings):
-            from fusion.backbones.media_items import MediaItems
+            from fusion.backbones.media import MediaItems
             from fusion.backbones.training import train_backbones
 
             lines = [
@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 for stage in train_backbones(settings, MediaItems(), resume=options.resume)
             ]
         else:
-            from fusion.data.feature_files import FeatureFiles
+            from fusion.data.dataset import FeatureFiles
             from fusion.train.training import train
 
             report = train(settings, FeatureFiles(), resume=options.resume)

@@ -104,7 +104,7 @@ def _files(root: Path) -> Iterator[str]:
 
 def measure(folder: Path, count: int, changes: dict[str, Any]) -> dict[str, Any]:
     """One epoch in this process: waiting, speed, and the highest memory."""
-    from fusion.data.feature_files import FeatureFiles
+    from fusion.data.dataset import FeatureFiles
     from fusion.train.training import train
 
     values = {
@@ -127,7 +127,7 @@ def measure(folder: Path, count: int, changes: dict[str, Any]) -> dict[str, Any]
     }
     settings = validate(TrainSettings, merge(values, changes), "bench")
     report = train(settings, FeatureFiles())
-    events = (folder / f"run{count}" / "log" / "train.jsonl").read_text().splitlines()
+    events = (report.run / "log" / "train.jsonl").read_text().splitlines()
     epoch = next(e for e in map(json.loads, reversed(events)) if e["event"] == "epoch")
     return {
         "posts": count,

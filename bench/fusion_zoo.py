@@ -149,7 +149,7 @@ class Job:
 
 def train_one(job: Job) -> Run:
     """Train one model and measure its bundle on the posts that nothing was chosen by."""
-    from fusion.data.feature_files import FeatureFiles
+    from fusion.data.dataset import FeatureFiles
     from fusion.infer.inferer import Inferer
     from fusion.train.training import train
 

@@ -183,7 +183,7 @@ class Bench:
 def _model_settings(folder: Path) -> Any:
     import yaml
 
-    from config.train import ModelSettings
+    from config.fusion_models import ModelSettings
 
     about = yaml.safe_load((folder / "bundle.yaml").read_text(encoding="utf-8"))
     return ModelSettings.model_validate(about["model"])

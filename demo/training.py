@@ -52,7 +52,7 @@ def train_fusion(layout: Layout, settings: Settings, sizes: Sizes) -> None:
         FeatureError: Features are missing or were made by other backbones.
         BundleError: The bundle cannot be written.
     """
-    from fusion.data.feature_files import FeatureFiles
+    from fusion.data.dataset import FeatureFiles
     from fusion.train.training import train
 
     train(train_settings(layout, settings, sizes), FeatureFiles(layout.features))

@@ -15,9 +15,15 @@ from lightning_fabric import Fabric
 from common.errors import ConfigError, FeatureError, MediaError
 from common.files import new_file
 from common.progress import progress_bar
-from config.backbone_train import BackboneTrainSettings
-from fusion.backbones.backbone_posts import Chance, FrameFeatures, MediaPost, MediaReader, all_media
-from fusion.backbones.media import MediaDataset
+from config.train import BackboneTrainSettings
+from fusion.backbones.media import (
+    Chance,
+    FrameExtractor,
+    MediaDataset,
+    MediaItems,
+    MediaPost,
+    all_media,
+)
 
 
 class FrameStore:
@@ -91,7 +97,7 @@ class FrameDataset(MediaDataset):
 
 def extract_frames(
     settings: BackboneTrainSettings,
-    reader: MediaReader,
+    reader: MediaItems,
     weights: Path,
     posts: Sequence[MediaPost],
     fabric: Fabric,
@@ -123,7 +129,7 @@ def extract_frames(
     return store
 
 
-def _features(extract: FrameFeatures, post_id: str, path: Path) -> npt.NDArray[np.float16]:
+def _features(extract: FrameExtractor, post_id: str, path: Path) -> npt.NDArray[np.float16]:
     try:
         return extract(path)
     except MediaError as error:

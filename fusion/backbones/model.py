@@ -8,11 +8,16 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
+from safetensors.torch import load_file, save
 from torch import nn
 
 from common.errors import ConfigError, one_line
 from common.files import write_whole
+from config.features import LstmSizes
+from extractors.models.video_lstm import AttentionLstm
 from fusion.backbones.augment import Kind
+from fusion.backbones.media import STREAM, best_of_post
+from fusion.data.collate import Batch
 
 Pooling: TypeAlias = Literal["max", "mean"]
 _GRID = 7
@@ -49,8 +54,6 @@ def create_backbone(arch: str, kind: Kind, size: tuple[int, int], weights: str) 
             options["img_size"] = size
         model = timm.create_model(arch, **options)
         if weights not in ("scratch", "pretrained"):
-            from safetensors.torch import load_file
-
             model.load_state_dict(load_file(weights), strict=True)
     except Exception as error:  # timm, hub and safetensors share no base class
         reason = one_line(error, 300)
@@ -154,9 +157,7 @@ class PostTagger(nn.Module):
 
     def start_at(self, frequencies: torch.Tensor) -> None:
         """Let the untrained classifier predict each class's frequency ``(classes,)``."""
-        nn.init.normal_(self.classify.weight, std=0.01)
-        with torch.no_grad():
-            self.classify.bias.copy_(torch.logit(frequencies.clamp(1e-3, 1 - 1e-3)))
+        _start_at(self.classify, frequencies)
 
     def features(self, items: torch.Tensor) -> torch.Tensor:
         """Backbone features ``(items, dim)``, for clips ``(items, m, dim)``."""
@@ -194,6 +195,68 @@ class PostTagger(nn.Module):
         return empty.scatter_reduce(0, where, scores, reduce, include_self=False), lesson
 
 
+class MediaTagger(nn.Module):
+    """Backbone ─► dropout ─► classifier ─► mean over segments ─► best of the post's media.
+
+    A picture is a clip of one segment. The labels belong to posts, so a post's score is that of
+    its best medium (multiple-instance learning).
+
+    Source: TSN (arXiv 1608.00859), segments with an averaging consensus.
+    """
+
+    def __init__(self, backbone: nn.Module, size: int, classes: int, dropout: float) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.normalize = Normalize(backbone, "picture")
+        self.dim = _feature_dim(backbone, "picture", (size, size))
+        self.dropout = nn.Dropout(dropout)
+        self.classify = nn.Linear(self.dim, classes)
+
+    def start_at(self, frequencies: torch.Tensor) -> None:
+        """Let the untrained classifier predict each class's frequency ``(classes,)``."""
+        _start_at(self.classify, frequencies)
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """Logits float32 ``(posts, classes)`` of uint8 ``(posts, n, segments, S, S, 3)``."""
+        mask = batch.masks[STREAM]  # (posts, n)
+        media = batch.tokens[STREAM][mask]  # (media, segments, S, S, 3)
+        count, segments = media.shape[:2]
+        flat = media.flatten(0, 1).permute(0, 3, 1, 2)  # (media·segments, 3, S, S)
+        pixels = self.normalize(flat.float()).contiguous(memory_format=torch.channels_last)
+        scores = self.classify(self.dropout(self.backbone(pixels)))
+        # (media·segments, classes) -> (media, segments, classes) -> (media, classes)
+        consensus = scores.float().view(count, segments, -1).mean(dim=1)
+        return best_of_post(consensus, mask, self.classify.bias)
+
+
+class LstmTagger(nn.Module):
+    """Features of the frames of posts' videos ─► logits of the posts."""
+
+    def __init__(self, dim: int, sizes: LstmSizes, classes: int) -> None:
+        super().__init__()
+        self.lstm = AttentionLstm(dim, sizes)
+        self.classify = nn.Linear(sizes.width, classes)
+
+    def start_at(self, frequencies: torch.Tensor) -> None:
+        """Let the untrained classifier predict each class's frequency ``(classes,)``."""
+        _start_at(self.classify, frequencies)
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """Logits float32 ``(posts, classes)`` from tokens ``(posts, videos, n, dim)``."""
+        mask = batch.masks[STREAM]  # (posts, videos)
+        scores = self.classify(self.lstm(batch.tokens[STREAM][mask].float()))
+        return best_of_post(scores.float(), mask, self.classify.bias)
+
+
+def save_lstm(lstm: AttentionLstm, out: Path, about: dict[str, str]) -> None:
+    """Write the state_dict that ``features.video.lstm.weights`` loads, whole or not at all.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+    _save(lstm, out, "lstm", about)
+
+
 def _feature_dim(backbone: nn.Module, kind: Kind, size: tuple[int, int]) -> int:
     training = backbone.training
     backbone.eval()
@@ -216,8 +279,17 @@ def save_backbone(backbone: nn.Module, out: Path, about: dict[str, str]) -> None
     Raises:
         OSError: The file cannot be written.
     """
-    from safetensors.torch import save
+    _save(backbone, out, "backbone", about)
 
-    state = {k: v.detach().cpu().contiguous() for k, v in backbone.state_dict().items()}
-    # One key: safetensors writes several in random order, and equal weights shall be equal files.
-    write_whole(out, save(state, metadata={"backbone": json.dumps(about, sort_keys=True)}))
+
+def _save(model: nn.Module, out: Path, key: str, about: dict[str, str]) -> None:
+    state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    # One key: safetensors writes several in random order, and equal weights must be equal files.
+    write_whole(out, save(state, metadata={key: json.dumps(about, sort_keys=True)}))
+
+
+def _start_at(classifier: nn.Linear, frequencies: torch.Tensor) -> None:
+    nn.init.normal_(classifier.weight, std=0.01)
+    with torch.no_grad():
+        # Clamped: the logit of a class that no post or every post has is infinite.
+        classifier.bias.copy_(torch.logit(frequencies.clamp(1e-3, 1 - 1e-3)))

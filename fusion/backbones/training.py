@@ -4,7 +4,8 @@
     video_backbone    segments of clips ─► tsn.safetensors
                       its features of every frame ─► attention LSTM ─► video_lstm.safetensors
 
-The files lie in ``<save_dir>/weights`` and are what ``features.*.weights`` name.
+The newest files are ``<save_dir>/weights/*``, which ``features.*.weights`` name; those of each run
+stay in ``weights`` of its own folder.
 """
 
 from __future__ import annotations
@@ -22,25 +23,33 @@ from lightning_fabric import Fabric
 from torch import nn
 
 from common.errors import ConfigError
-from config.backbone_train import BackboneTrainSettings
-from config.learning import LossSettings, OptimizerSettings
-from config.train import TrainerSettings
-from fusion.backbones.backbone_posts import MediaReader, Posts, prepare, targets_of
-from fusion.backbones.backbone_tagger import MediaTagger
+from config.train import BackboneTrainSettings, LossSettings, OptimizerSettings, TrainerSettings
 from fusion.backbones.frames import FrameDataset, extract_frames
-from fusion.backbones.media import CollateMedia, MediaDataset, PixelDataset
-from fusion.backbones.model import create_backbone, save_backbone
-from fusion.backbones.video_lstm import LstmTagger, save_lstm
+from fusion.backbones.media import (
+    CollateMedia,
+    MediaDataset,
+    MediaItems,
+    PixelDataset,
+    Posts,
+    prepare,
+    targets_of,
+)
+from fusion.backbones.model import (
+    LstmTagger,
+    MediaTagger,
+    create_backbone,
+    save_backbone,
+    save_lstm,
+)
 from fusion.data.collate import Collate
 from fusion.data.loading import default_loaders
 from fusion.metrics import ranking as metrics
-from fusion.train import distributed as processes
-from fusion.train.checkpoint import signature
-from fusion.train.distributed import agree
+from fusion.train import distributed
+from fusion.train.checkpoint import LAST, Start, find_start, signature
+from fusion.train.distributed import all_ranks
 from fusion.train.losses import TaggingLoss
 from fusion.train.objective import Objective
-from fusion.train.resume import LAST, Start, find_start
-from fusion.train.run_folder import BACKBONES, RunFolder
+from fusion.train.run_folder import link_latest, located, run_folder
 from fusion.train.trainer import TrainData, Trainer
 
 
@@ -66,7 +75,7 @@ class StageReport:
 
 
 def train_backbones(
-    settings: BackboneTrainSettings, reader: MediaReader, *, resume: Path | None = None
+    settings: BackboneTrainSettings, reader: MediaItems, *, resume: Path | None = None
 ) -> tuple[StageReport, ...]:
     """Train what ``task`` names, and write weights for the extractors.
 
@@ -74,7 +83,7 @@ def train_backbones(
 
     Args:
         settings: All of them.
-        reader: Decodes media; pickles, where there are several processes.
+        reader: Decodes media; pickles, where there are several distributed.
         resume: Folder of a run to go on with; of ``image_backbone`` also a checkpoint.
 
     Raises:
@@ -82,83 +91,58 @@ def train_backbones(
         MediaError: A file cannot be decoded, and ``data.skip_bad`` is not set.
         WorkerDied: A process of the training was killed.
     """
-    work = _images if settings.task == "image_backbone" else _videos
-    return processes.run(settings.trainer, partial(work, settings, reader, resume))
+    return distributed.run(settings.trainer, partial(_train, settings, reader, resume))
 
 
-# Tasks -----------------------------------------------------------------------------------------
-
-
-def _images(
-    settings: BackboneTrainSettings, reader: MediaReader, resume: Path | None, fabric: Fabric
+def _train(
+    settings: BackboneTrainSettings, reader: MediaItems, resume: Path | None, fabric: Fabric
 ) -> tuple[StageReport, ...]:
-    folder = RunFolder(fabric, settings.trainer.save_dir, BACKBONES)
-    with folder.locked():
-        with folder.beginning(resume) as place:
-            posts = prepare(settings, reader, "images", fabric)
-            task = _Task(settings, reader, fabric, posts)
-            start = task.start("image", place)
-        return _train_images(task, start)
-
-
-def _train_images(task: _Task, start: Start | None) -> tuple[StageReport, ...]:
-    settings = task.settings
-    weights = settings.trainer.save_dir / "weights" / f"{settings.backbone.arch}.safetensors"
-    return task.spoken(task.pixels("image", weights, settings.trainer, start))
-
-
-def _videos(
-    settings: BackboneTrainSettings, reader: MediaReader, resume: Path | None, fabric: Fabric
-) -> tuple[StageReport, ...]:
-    if resume is not None and not resume.is_dir():
+    """Train in one of the processes of a training; the first one reports."""
+    images, save_dir = settings.task == "image_backbone", settings.trainer.save_dir
+    resume = located(resume)
+    if not images and resume is not None and not resume.is_dir():
         raise ConfigError(f"{resume}: --resume takes the folder of a run here, with tsn/ in it")
-    folder = RunFolder(fabric, settings.trainer.save_dir, BACKBONES)
-    with folder.locked():
-        with folder.beginning(resume) as place:
-            posts = prepare(settings, reader, "videos", fabric)
-            task = _Task(settings, reader, fabric, posts)
-            tsn = task.start("tsn", place and place / "tsn")
-            begun = place is not None and (place / "lstm" / "ckpt" / LAST).exists()
-            lstm = task.start("lstm", place / "lstm" if place is not None and begun else None)
-        return _train_videos(task, tsn, lstm)
-
-
-def _train_videos(
-    task: _Task, tsn_start: Start | None, lstm_start: Start | None
-) -> tuple[StageReport, ...]:
-    settings = task.settings
-    folder = settings.trainer.save_dir
-    weights = folder / "weights" / "tsn.safetensors"
-    trainer = settings.trainer.model_copy(update={"save_dir": folder / "tsn"})
-    tsn = task.pixels("tsn", weights, trainer, tsn_start)
-    return task.spoken(tsn, task.lstm(weights, lstm_start))
+    folder = run_folder(fabric, save_dir, resume)
+    posts = prepare(settings, reader, "images" if images else "videos", folder, fabric)
+    task = _Task(settings, reader, fabric, posts, folder)
+    stages: tuple[StageReport, ...]
+    if images:
+        start = task.start("image", resume)
+        link_latest(fabric, folder)
+        stages = (task.pixels("image", f"{settings.backbone.arch}.safetensors", folder, start),)
+    else:
+        tsn_start = task.start("tsn", resume and resume / "tsn")
+        begun = resume is not None and (resume / "lstm" / "ckpt" / LAST).exists()
+        lstm_start = task.start("lstm", resume / "lstm" if resume and begun else None)
+        link_latest(fabric, folder)
+        tsn = task.pixels("tsn", "tsn.safetensors", folder / "tsn", tsn_start)
+        stages = (tsn, task.lstm(tsn.weights, lstm_start))
+    return stages if fabric.is_global_zero else ()
 
 
 @dataclass(frozen=True)
 class _Task:
     settings: BackboneTrainSettings
-    reader: MediaReader
+    reader: MediaItems
     fabric: Fabric
     posts: Posts
-
-    def spoken(self, *stages: StageReport) -> tuple[StageReport, ...]:
-        """What the first process of a distributed run reports; the others say nothing."""
-        return stages if self.fabric.is_global_zero else ()
+    folder: Path
 
     def start(self, name: str, resume: Path | None) -> Start | None:
         """Where a stage begins; None begins anew.
 
         Raises:
-            ConfigError: As `fusion.train.resume.find_start`.
+            ConfigError: As `fusion.train.checkpoint.find_start`.
         """
-        mark = _mark(self.settings, self.posts, name)
-        return agree(self.fabric, lambda: None if resume is None else find_start(resume, mark))
+        signed = _signature(self.settings, self.posts, name)
+        return all_ranks(
+            self.fabric, lambda: None if resume is None else find_start(resume, signed)
+        )
 
-    def pixels(
-        self, name: str, out: Path, trainer: TrainerSettings, start: Start | None
-    ) -> StageReport:
+    def pixels(self, name: str, file: str, folder: Path, start: Start | None) -> StageReport:
         """Train a picture model, on pictures or, as ``tsn``, on segments of clips."""
         settings, backbone = self.settings, self.settings.backbone
+        trainer = settings.trainer.model_copy(update={"save_dir": folder})
         clips, classes = name == "tsn", len(self.posts.labels)
         run = self._run(name, trainer, settings.optimizer, start)
         build = partial(
@@ -184,26 +168,28 @@ class _Task:
             tagger = MediaTagger(made, backbone.image_size, classes, backbone.dropout)
             return tagger.to(memory_format=torch.channels_last)
 
-        def save(tagger: MediaTagger) -> None:
+        def save(tagger: MediaTagger, out: Path) -> None:
             side = str(backbone.image_size)
             about = {"arch": backbone.arch, "kind": "picture", "height": side, "width": side}
             save_backbone(tagger.backbone, out, about)
 
-        return run.train(self._data(train, valid or None), self.posts, model, save, out)
+        return run.train(
+            self._data(train, valid or None), self.posts, model, save, self._weights(file)
+        )
 
     def lstm(self, frames_weights: Path, start: Start | None) -> StageReport:
         """Extract the frames of every clip with the trained model, and train the LSTM on them."""
         settings, options = self.settings, self.settings.lstm
-        folder, classes = settings.trainer.save_dir, len(self.posts.labels)
+        classes = len(self.posts.labels)
         everything = (*self.posts.train, *(self.posts.valid or ()))
         extract = partial(
             extract_frames, settings, self.reader, frames_weights, everything, self.fabric
         )
-        store = agree(self.fabric, extract)
+        store = all_ranks(self.fabric, extract)
         self.fabric.barrier()
         trainer = settings.trainer.model_copy(
             update={
-                "save_dir": folder / "lstm",
+                "save_dir": self.folder / "lstm",
                 "epochs": options.epochs,
                 "batch_size": options.batch_size,
             }
@@ -211,20 +197,32 @@ class _Task:
         rate = {"learning_rate": options.learning_rate}
         optimizer = settings.optimizer.model_copy(update=rate)
         run = self._run("lstm", trainer, optimizer, start)
-        out = folder / "weights" / "video_lstm.safetensors"
         build = partial(
             FrameDataset, classes=classes, store=store, max_items=settings.data.max_items
         )
         train = build(self.posts.train, seed=run.seed)
         valid = self.posts.valid and build(self.posts.valid)
 
-        def save(tagger: LstmTagger) -> None:
+        def save(tagger: LstmTagger, out: Path) -> None:
             sizes = options.model_dump(include={"projection", "hidden", "join", "width"})
             about = {key: str(size) for key, size in sizes.items()}
             save_lstm(tagger.lstm, out, {**about, "frames_dim": str(store.dim)})
 
         model = partial(LstmTagger, store.dim, options, classes)
-        return run.train(self._data(train, valid or None), self.posts, model, save, out)
+        return run.train(
+            self._data(train, valid or None),
+            self.posts,
+            model,
+            save,
+            self._weights("video_lstm.safetensors"),
+        )
+
+    def _weights(self, file: str) -> tuple[Path, Path]:
+        """Return where weights are written: in the run's folder, and where extractors load them."""
+        return (
+            self.folder / "weights" / file,
+            self.settings.trainer.save_dir / "weights" / file,
+        )
 
     def _run(
         self,
@@ -233,19 +231,16 @@ class _Task:
         optimizer: OptimizerSettings,
         start: Start | None,
     ) -> _Run:
-        mark = _mark(self.settings, self.posts, name)
+        signed = _signature(self.settings, self.posts, name)
         seed = _seed(self.fabric, trainer, start)
-        return _Run(name, self.fabric, trainer, optimizer, mark, seed, start)
+        return _Run(name, self.fabric, trainer, optimizer, signed, seed, start)
 
     def _data(self, train: MediaDataset, valid: MediaDataset | None) -> TrainData:
         loaders = self.settings.data.loaders
         if loaders is None:
-            loaders = default_loaders(self.fabric.device.type, processes.on_this_host())
+            loaders = default_loaders(self.fabric.device.type, distributed.on_this_host())
         collate = cast("Collate", CollateMedia())
         return TrainData(train, valid, collate, train_count=len(train), loaders=loaders)
-
-
-# Parts -----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -254,7 +249,7 @@ class _Run:
     fabric: Fabric
     trainer: TrainerSettings
     optimizer: OptimizerSettings
-    mark: str
+    signature: str
     seed: int
     start: Start | None
 
@@ -263,8 +258,8 @@ class _Run:
         data: TrainData,
         posts: Posts,
         build: Callable[[], Any],
-        save: Callable[[Any], None],
-        out: Path,
+        save: Callable[[Any, Path], None],
+        files: tuple[Path, Path],
     ) -> StageReport:
         """Train a model, and save what the extractors load."""
         started = time.monotonic()
@@ -273,7 +268,7 @@ class _Run:
         model = build()
         model.start_at(targets.mean(dim=0))
         trainer = Trainer(
-            self.fabric, self.trainer, self.optimizer, signature=self.mark, seed=self.seed
+            self.fabric, self.trainer, self.optimizer, signature=self.signature, seed=self.seed
         )
         objective = Objective(model, TaggingLoss(LossSettings(), targets.sum(dim=0)))
         progress = trainer.fit(objective, data, self.start)
@@ -281,15 +276,16 @@ class _Run:
         if data.valid is not None:
             found = metrics.summary(*trainer.scores(model, data, data.valid))
         if self.fabric.is_global_zero:
-            try:
-                save(model)
-            except OSError as error:
-                raise ConfigError(f"{out}: cannot be written: {error}") from error
-        trainer.log.write("weights", file=str(out), best_epoch=progress.best_epoch, **found)
+            for out in files:
+                try:
+                    save(model, out)
+                except OSError as error:
+                    raise ConfigError(f"{out}: cannot be written: {error}") from error
+        trainer.log.write("weights", file=str(files[1]), best_epoch=progress.best_epoch, **found)
         self.fabric.barrier()
         return StageReport(
             name=self.name,
-            weights=out,
+            weights=files[1],
             metrics=found,
             best_epoch=progress.best_epoch,
             epochs=progress.epoch,
@@ -299,7 +295,7 @@ class _Run:
         )
 
 
-def _mark(settings: BackboneTrainSettings, posts: Posts, stage: str) -> str:
+def _signature(settings: BackboneTrainSettings, posts: Posts, stage: str) -> str:
     """What must be equal for the weights of one run to serve another."""
     parts: dict[str, Any] = {
         "stage": stage,

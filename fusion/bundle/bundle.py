@@ -26,10 +26,10 @@ from common.errors import BundleError, ConfigError, one_line
 from common.files import file_digest, new_folder
 from common.fingerprint import differing, parts_of, with_parts
 from common.post import Stream, modality_of
+from config.fusion_models import ModelSettings
 from config.labels import LabelMap
 from config.load import validation_line
 from config.settings import Section
-from config.train import ModelSettings
 from fusion.bundle.ensemble import Averaging, Ensemble
 from fusion.data.schema import FeatureManifest, InputSchema
 from fusion.metrics.calibration import Calibration

@@ -4,71 +4,75 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from urllib.parse import unquote
 
 import numpy as np
 from torch.utils.data import Dataset
 
 from common.errors import ConfigError, FeatureError
 from common.post import FeatureArray, Features, Stream, modality_of, streams_of
-from config.labels import LabelMap
 from config.train import DataSettings
+from extractors.feature_file import feature_path, read_features, read_fingerprints
 from fusion.data.collate import Sample
-from fusion.data.data_file import Record, read_data_file
+from fusion.data.data_file import Record
 from fusion.data.posts import PostList
 from fusion.data.schema import FeatureManifest, InputSchema
-
-__all__ = [
-    "FeatureReader",
-    "PostDataset",
-    "Record",
-    "encode_targets",
-    "find_manifest",
-    "read_data_file",
-]
 
 _LOOKED_AT = 2048  # posts; what none of them has is not worth a part of the model
 _VOTERS = 64
 _KEPT_BYTES = 1024  # what Python needs for the arrays of one post that is kept
 
 
-class FeatureReader(Protocol):
-    """Where features come from: this package knows no file format."""
+@dataclass(frozen=True)
+class FeatureFiles:
+    """Feature files as training and offline inference read them.
+
+    Attributes:
+        root: Folder to find the file of a post by its ID, for posts whose entry names no file;
+            None refuses such posts.
+    """
+
+    root: Path | None = None
 
     def fingerprints(self, post_id: str, path: Path | None) -> Mapping[Stream, str]:
         """What a post's features were made with.
 
         Raises:
-            FeatureError: There are none, or they cannot be read.
+            FeatureError: There is no such file, or it is broken.
         """
+        return read_fingerprints(path or feature_path(self._root(post_id), post_id))
 
     def features(
         self, post_id: str, path: Path | None, fingerprints: Mapping[Stream, str] | None
     ) -> Features:
-        """A post's features; with ``fingerprints`` only those streams, made with just these.
+        """A post's features.
+
+        Args:
+            post_id: Its ID; empty takes it from the file's name.
+            path: Its file, in the layout of `extractors.feature_file`; None finds it by ID.
+            fingerprints: The streams wanted and what they must be made with; None is all.
 
         Raises:
-            FeatureError: There are none, they cannot be read, or they were made otherwise.
+            FeatureError: There is no such file, it is broken, or made otherwise.
         """
+        if path is None:
+            return read_features(self._root(post_id), post_id, fingerprints)
+        wanted = post_id or unquote(path.stem)
+        root = path.parent.parent
+        if feature_path(root, wanted) != path:
+            raise FeatureError(f"{path}: is not where the features of post {wanted!r} lie")
+        return read_features(root, wanted, fingerprints)
 
-
-def encode_targets(
-    records: Sequence[Record], labels: LabelMap, where: str
-) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
-    """The true tags as float32 ``(posts, classes)`` of 0 and 1.
-
-    Raises:
-        ConfigError: A label is not in the map.
-    """
-    targets = np.zeros((len(records), len(labels)), np.float32)
-    for row, record in zip(targets, records, strict=True):
-        row[labels.encode(record.labels, where=f"{where}: post {record.post_id}")] = 1
-    return targets
+    def _root(self, post_id: str) -> Path:
+        if self.root is None:
+            raise FeatureError(f"post {post_id}: the data file names no feature file for it")
+        return self.root
 
 
 def find_manifest(
-    posts: Sequence[Record], reader: FeatureReader, settings: DataSettings
+    posts: Sequence[Record], reader: FeatureFiles, settings: DataSettings
 ) -> FeatureManifest:
     """Learn from the feature files what the features are.
 
@@ -112,7 +116,7 @@ def _spread(count: int) -> list[int]:
 
 
 def _made(
-    record: Record, reader: FeatureReader, wanted: Sequence[Stream]
+    record: Record, reader: FeatureFiles, wanted: Sequence[Stream]
 ) -> dict[Stream, tuple[int, str]]:
     """Length and fingerprint of the streams that a post has."""
     found = reader.features(record.post_id, record.features, None)
@@ -137,7 +141,7 @@ class PostDataset(Dataset[Sample]):
     def __init__(
         self,
         posts: PostList,
-        reader: FeatureReader,
+        reader: FeatureFiles,
         manifest: FeatureManifest,
         schema: InputSchema,
         *,

@@ -10,7 +10,7 @@ import numpy as np
 
 from common.errors import ConfigError, FeatureError
 from common.post import STREAMS, FeatureArray, Features, Modality, Stream, modality_of
-from config.train import TokenLimits
+from config.fusion_models import TokenLimits
 
 ORDERED: frozenset[Stream] = frozenset({"video", "audio", "text", "ocr"})
 """Streams whose tokens follow one another in time; images and whole videos have no order."""

@@ -12,7 +12,7 @@ from common.post import Features, Tags
 from common.precision import set_threads
 from config.infer import InferSettings
 from fusion.data.data_file import Record
-from fusion.data.dataset import FeatureReader
+from fusion.data.dataset import FeatureFiles
 from fusion.infer.inferer import Inferer
 from fusion.infer.input import Bad
 from fusion.infer.outputs import Result
@@ -24,7 +24,7 @@ class FeatureMaker:
     """Makes taggers of posts with feature files."""
 
     settings: InferSettings
-    reader: FeatureReader
+    reader: FeatureFiles
 
     def __call__(self, device: str) -> FeatureTagger:
         """Load the bundle on a device."""
@@ -34,7 +34,7 @@ class FeatureMaker:
 class FeatureTagger:
     """Posts with feature files ─► tags; see `fusion.infer.processes.Tagger`."""
 
-    def __init__(self, settings: InferSettings, reader: FeatureReader, device: str) -> None:
+    def __init__(self, settings: InferSettings, reader: FeatureFiles, device: str) -> None:
         set_threads(settings.threads)
         self._reader = reader
         self._inferer = Inferer.load(settings.bundle, device=device, batch_size=settings.batch_size)

@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field, model_validator
 
-from config.learning import CalibrationName
 from config.settings import Section
+from config.train import CalibrationName
 
 FloatArray: TypeAlias = npt.NDArray[np.float64]
 

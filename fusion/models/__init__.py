@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from config.train import ModelName, ModelSettings
+from config.fusion_models import ModelName, ModelSettings
 from fusion.data.schema import InputSchema
 from fusion.models.attention_lstm import AttentionLSTM
 from fusion.models.base import FusionModel

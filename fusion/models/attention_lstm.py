@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 from common.post import Stream
-from config.fusion_models import AttentionLstmSettings
-from config.train import ModelSettings
+from config.fusion_models import AttentionLstmSettings, ModelSettings
 from fusion.data.schema import InputSchema
 from fusion.models.base import Fused, FusionModel, Stage, learned_vectors
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from common.post import Modality, Stream, modality_of
-from config.train import ModelSettings
+from config.fusion_models import ModelSettings
 from fusion.data.collate import Batch
 from fusion.data.schema import InputSchema
 

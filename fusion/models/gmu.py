@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from common.post import Stream
-from config.train import ModelSettings
+from config.fusion_models import ModelSettings
 from fusion.data.schema import InputSchema
 from fusion.models.base import Fused, FusionModel, Stage
 from fusion.models.pooling import MeanPooling

@@ -97,7 +97,7 @@ def view_post(
         entry: Of the data file; empty where it is not known.
         data_file: Local paths are relative to it.
         report: The report's folder, which links to local files start from.
-        post_url: As in `config.report.ReportSettings`.
+        post_url: As in `config.train.ReportSettings`.
         thumbnails: Whether small pictures are made.
     """
     text = " ".join((*_listed(entry.get("text")), *_listed(entry.get("ocr"))))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from common.errors import ConfigError
 from common.files import new_folder
 from common.progress import progress_bar
-from config.report import ReportSettings
+from config.train import ReportSettings
 from fusion.report import charts, tables
 from fusion.report.judged import SCORES, Judged
 from fusion.report.page import Card, Cell, Chapter, Table, page

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import ctypes
 import logging
-import multiprocessing
 import os
+import pickle
 import signal
-import socket
 import sys
+import tempfile
+import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
 import torch
 from lightning_fabric import Fabric
 from torch import distributed
-from torch.multiprocessing.spawn import ProcessExitedException, start_processes
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from common.errors import ConfigError, TaggingError, WorkerDied, one_line
+from common.errors import ConfigError, TaggingError, WorkerDied
+from common.files import write_whole
 from common.precision import Precision, resolve_precision, set_threads
 from config.train import TrainerSettings
 
@@ -28,7 +32,9 @@ _FABRIC_PRECISION: Mapping[Precision, Literal["32-true", "bf16-mixed", "16-mixed
     "bf16": "bf16-mixed",
     "fp16": "16-mixed",
 }
-_PEER_LOST = 75  # exit status of a process that ends only because another one has
+# How long processes of a failed training may take to end before they are killed: they have nothing
+# to save, so less than torch's 30 s; much less would cut off a log that is being written.
+_SHUTDOWN_S = 5
 _OWN_RUN = "insighttag"
 _DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
 _GONE = ("closed by peer", "reset by peer", "gloo", "NCCL", "Broken pipe", "TCPStore")
@@ -52,7 +58,7 @@ def run(settings: TrainerSettings, work: Callable[[Fabric], Result]) -> Result:
     processes = gpus or settings.processes
     if processes == 1:
         return work(_fabric(settings, gpus=gpus, local=1, hosts=1))
-    return _spawned(settings, work, processes)
+    return _launched(settings, work, processes)
 
 
 def under_torchrun() -> bool:
@@ -65,7 +71,7 @@ def on_this_host() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def agree(fabric: Fabric, work: Callable[[], Result]) -> Result:
+def all_ranks(fabric: Fabric, work: Callable[[], Result]) -> Result:
     """Do ``work`` in every process, and go on only when it went well in all.
 
     Raises:
@@ -101,95 +107,60 @@ def gathered(fabric: Fabric, value: Result) -> list[Result]:
     return values
 
 
-# One host --------------------------------------------------------------------------------------
-
-
-def _spawned(settings: TrainerSettings, work: Callable[[Fabric], Result], count: int) -> Result:
-    # It tells which processes it ends; what matters is which one was the first.
-    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
-    said = multiprocessing.get_context("spawn").SimpleQueue()
-    place = {  # as torchrun tells its processes where they are
-        "GROUP_RANK": "0",
-        "WORLD_SIZE": str(count),
-        "LOCAL_WORLD_SIZE": str(count),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
-        "TORCHELASTIC_RUN_ID": _OWN_RUN,
-    }
-    context = start_processes(  # type: ignore[no-untyped-call]
-        _process, (settings, work, place, said), nprocs=count, join=False
+def _launched(settings: TrainerSettings, work: Callable[[Fabric], Result], count: int) -> Result:
+    """Do ``work`` in processes of this host, by torch's own launcher."""
+    # Its lines and tracebacks would hide ours: the error below says which process was the first.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=count,
+        max_restarts=0,
+        run_id=_OWN_RUN,
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        local_addr="127.0.0.1",
+        shutdown_timeout=_SHUTDOWN_S,
+        # Its handlers would stay when it is done; the processes die with this one without them.
+        signals_to_handle="",
     )
-    try:
-        while not context.join(timeout=0.5, grace_period=5):
-            # What a process says is read while it runs: a full pipe would hold it.
-            if not said.empty():
-                kind, value = said.get()
-                break
-        else:
-            kind, value = said.get()
-        if kind == "done":
-            while not context.join(grace_period=5):
-                pass
-            return cast("Result", value)
-    except ProcessExitedException as error:
-        if said.empty():
-            raise _lost(settings, context.processes, error) from error
-        kind, value = said.get()
-    finally:
-        _end(context.processes)
-    raise cast("TaggingError", value)
+    with tempfile.TemporaryDirectory(prefix="insighttag-train-") as folder:
+        errors = Path(folder)
+        launch: Callable[..., dict[int, Result]] = elastic_launch(config, _process)
+        try:
+            return launch(settings, work, errors)[0]
+        except ChildFailedError as error:
+            raise _first_error(settings, errors, error, count) from error
 
 
-def _process(
-    rank: int,
-    settings: TrainerSettings,
-    work: Callable[[Fabric], Any],
-    place: dict[str, str],
-    said: Any,
-) -> None:
+def _process(settings: TrainerSettings, work: Callable[[Fabric], Result], errors: Path) -> Result:
+    """Do ``work`` in a process that `_launched` has started."""
     # Dies with the process that started it, however that one dies.
     ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGKILL)
-    os.environ.update(place, RANK=str(rank), LOCAL_RANK=str(rank))
     try:
-        found = _joined(settings, work)
-    except WorkerDied:
-        sys.exit(_PEER_LOST)
+        return _joined(settings, work)
     except TaggingError as error:
-        said.put(("failed", error))
+        # An error does not survive the launcher as it is, but a file does.
+        write_whole(errors / os.environ["RANK"], pickle.dumps(error))
         sys.exit(1)
-    if rank == 0:
-        said.put(("done", found))
 
 
-def _lost(settings: TrainerSettings, processes: Any, error: Exception) -> WorkerDied:
-    """The error that tells which process died, not which ones noticed."""
-    own = (0, None, _PEER_LOST, -signal.SIGTERM)
-    dead = next(((i, p.exitcode) for i, p in enumerate(processes) if p.exitcode not in own), None)
-    if dead is None:
-        reason = one_line(error)[-300:]
+def _first_error(
+    settings: TrainerSettings, errors: Path, error: ChildFailedError, count: int
+) -> TaggingError:
+    """Return the error to raise when a process has failed: its own, or how it was ended."""
+    files = sorted(errors.glob("[0-9]*"), key=lambda path: path.stat().st_mtime_ns)
+    if files:
+        return cast("TaggingError", pickle.loads(files[0].read_bytes()))  # noqa: S301  ours
+    rank, failure = error.get_first_failure()
+    code = failure.exitcode
+    if code > 0:
+        reason = " ".join(failure.message.split())[-300:]
         return WorkerDied(f"a process of this training ended: {reason}")
-    rank, code = dead
-    how = f"was ended by signal {-code}" if code < 0 else f"ended with status {code}"
     return WorkerDied(
-        f"process {rank + 1} of {len(processes)} of this training {how}, and the others with it; "
-        f"go on with --resume {settings.save_dir}"
+        f"process {rank + 1} of {count} of this training was ended by signal {-code}, and the "
+        f"others with it; go on with --resume {settings.save_dir}"
     )
-
-
-def _end(processes: Any) -> None:
-    for process in processes:
-        if process.is_alive():
-            process.kill()
-        process.join()
-
-
-def _free_port() -> int:
-    with socket.socket() as place:
-        place.bind(("127.0.0.1", 0))
-        return int(place.getsockname()[1])
-
-
-# A process of several --------------------------------------------------------------------------
 
 
 def _joined(settings: TrainerSettings, work: Callable[[Fabric], Result]) -> Result:
@@ -204,6 +175,10 @@ def _joined(settings: TrainerSettings, work: Callable[[Fabric], Result]) -> Resu
     except RuntimeError as error:
         lost = isinstance(error, distributed.DistError)
         if world > 1 and (lost or any(part in str(error) for part in _GONE)):
+            if os.environ["TORCHELASTIC_RUN_ID"] == _OWN_RUN:
+                # The launcher names the process that ends first, which must be the one that died;
+                # it then ends this one.
+                time.sleep(_SHUTDOWN_S)
             if not _speaks():
                 raise SystemExit(1) from error
             raise WorkerDied(

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from config.learning import AsymmetricSettings, FocalSettings, LossName, LossSettings
+from config.train import AsymmetricSettings, FocalSettings, LossName, LossSettings
 
 Costs: TypeAlias = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 

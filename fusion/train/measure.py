@@ -1,4 +1,4 @@
-"""What a trained model is worth, measured as it will be served: by the inferer, in its batches."""
+"""Metrics of a trained model, measured as it will be served: by the inferer, in its batches."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from fusion.metrics.calibration import Calibration, calibrated, fit_calibration
 from fusion.metrics.thresholds import fit_thresholds
 from fusion.models import FusionModel
 from fusion.report.subsets import SubsetGap, measure_subsets
-from fusion.train import distributed as processes
+from fusion.train.distributed import all_ranks, gathered
 from fusion.train.prepare import Prepared
 
 Scores: TypeAlias = npt.NDArray[np.float32]
@@ -33,7 +33,7 @@ BATCH = 64
 
 
 @dataclass(frozen=True)
-class Held:
+class HeldOutScores:
     """Posts that a model has not learned from, and its scores.
 
     Attributes:
@@ -67,9 +67,9 @@ class Measured:
     subsets: Sequence[SubsetGap] = field(default=())
 
 
-def score_held(
+def score_held_out(
     fabric: Fabric, settings: TrainSettings, prepared: Prepared, model: Served, posts: PostList
-) -> Held:
+) -> HeldOutScores:
     """Score posts that a model has not learned from; every process does a part of them.
 
     Raises:
@@ -89,21 +89,23 @@ def score_held(
         return found
 
     parts: dict[int, Scores] = {}
-    for some in processes.gathered(fabric, processes.agree(fabric, mine)):
+    for some in gathered(fabric, all_ranks(fabric, mine)):
         parts |= some
     empty = np.empty((0, len(prepared.labels)), np.float32)
-    return Held(model, posts, np.concatenate([empty, *(parts[start] for start in starts)]))
+    return HeldOutScores(model, posts, np.concatenate([empty, *(parts[start] for start in starts)]))
 
 
-def measure(settings: TrainSettings, prepared: Prepared, held: Sequence[Held]) -> Measured:
+def measure(
+    settings: TrainSettings, prepared: Prepared, held_out: Sequence[HeldOutScores]
+) -> Measured:
     """Fit calibration and thresholds, and measure.
 
     Without held-out posts: no calibration, thresholds of 0.5, no metrics.
     """
     classes = len(prepared.labels)
     empty = np.empty((0, classes), np.float32)
-    raw = np.concatenate([empty, *(part.raw for part in held)])
-    targets = np.concatenate([empty, *(part.posts.targets() for part in held)])
+    raw = np.concatenate([empty, *(part.raw for part in held_out)])
+    targets = np.concatenate([empty, *(part.posts.targets() for part in held_out)])
     if not len(raw):
         return Measured(None, np.full(classes, 0.5, np.float32), {}, raw, raw, targets)
     calibration = fit_calibration(settings.bundle.calibration, raw, targets)
@@ -122,7 +124,7 @@ def subset_gaps(
     fabric: Fabric,
     settings: TrainSettings,
     prepared: Prepared,
-    held: Sequence[Held],
+    held_out: Sequence[HeldOutScores],
     calibration: Calibration | None,
 ) -> list[SubsetGap]:
     """GAP of every subset of the modalities over some of the held-out posts.
@@ -130,13 +132,13 @@ def subset_gaps(
     Raises:
         FeatureError: Features cannot be read.
     """
-    total, most = sum(len(part.posts) for part in held), settings.report.subset_posts
+    total, most = sum(len(part.posts) for part in held_out), settings.report.subset_posts
     if not total or not most:
         return []
     modalities = {modality_of(stream) for stream in prepared.manifest.dims}
 
     def chunks() -> Iterator[tuple[Inferer, Sequence[Features], Scores]]:
-        for part in held:
+        for part in held_out:
             rows = np.arange(len(part.posts))
             if total > most:
                 count = -(-most * len(part.posts) // total)

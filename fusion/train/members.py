@@ -1,4 +1,4 @@
-"""The models that one training gives: the best, or several snapshots."""
+"""One training, and the models that are taken from it: the best one, or several snapshots."""
 
 from __future__ import annotations
 
@@ -7,33 +7,60 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from lightning_fabric import Fabric
 from torch import nn
 
+from common.progress import notice
 from config.train import TrainSettings
 from fusion.bundle.ensemble import Ensemble
-from fusion.data.loading import DataWait
 from fusion.data.posts import PostList
 from fusion.models import FusionModel, build_model
-from fusion.train import distributed as processes
-from fusion.train.checkpoint import Checkpoint, Progress, load_checkpoint, save_checkpoint
-from fusion.train.measure import Held, Served, score_held
-from fusion.train.one_model import train_model
+from fusion.train.checkpoint import (
+    Checkpoint,
+    Progress,
+    Start,
+    check_fit,
+    find_start,
+    load_checkpoint,
+    save_checkpoint,
+)
+from fusion.train.distributed import all_ranks
+from fusion.train.losses import TaggingLoss
+from fusion.train.measure import HeldOutScores, Served, score_held_out
+from fusion.train.objective import Objective
 from fusion.train.optimizer import cycle_ends
 from fusion.train.prepare import Prepared
-from fusion.train.resume import Start, check_fit, find_start
 from fusion.train.run_log import RunLog
+from fusion.train.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that is fixed before a model is made.
+
+    Attributes:
+        fabric: Launched.
+        settings: All settings; ``trainer.save_dir`` is the folder of the run.
+        prepared: Labels, posts and features.
+        signature: Of the checkpoints; see `fusion.train.checkpoint.model_signature`.
+    """
+
+    fabric: Fabric
+    settings: TrainSettings
+    prepared: Prepared
+    signature: str
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What a training has made.
+    """The outcome of one training, or of all trainings of the folds.
 
     Attributes:
         model: As it will be served.
-        held: Posts that were not learned from, with the scores of a model that has not seen them;
-            empty without validation.
+        held_out: Posts that were not learned from, with the scores of a model that has not seen
+            them; empty without validation.
         best_epoch: The epoch that was kept, from 1; of several models the first one's.
         epochs: Epochs that were done, of each model.
         logs: Of each training.
@@ -41,7 +68,7 @@ class Trained:
     """
 
     model: Served
-    held: tuple[Held, ...]
+    held_out: tuple[HeldOutScores, ...]
     best_epoch: int
     epochs: int
     logs: tuple[Path, ...]
@@ -51,162 +78,156 @@ class Trained:
 
 @dataclass(frozen=True)
 class One:
-    """What one training has made."""
+    """The outcome of one training."""
 
     models: tuple[FusionModel, ...]
     progress: Progress
     log: RunLog
-    wait: DataWait
-
-    def served(self, settings: TrainSettings) -> Served:
-        """The models as they answer together."""
-        return joined(self.models, settings)
+    data_wait: float
 
 
-def train_alone(
-    fabric: Fabric, settings: TrainSettings, prepared: Prepared, mark: str, start: Start | None
-) -> Trained:
+def train_alone(job: Job, start: Start | None) -> Trained:
     """Train once, on all posts to learn from.
 
-    Args:
-        fabric: Launched.
-        settings: All of them.
-        prepared: Labels, posts and features.
-        mark: The signature of checkpoints.
-        start: Where to begin.
-
     Raises:
-        ConfigError: A checkpoint does not fit, the loss is no number, or a file cannot be written.
+        ConfigError: A checkpoint does not fit, the loss is not finite, or a file cannot be
+            written.
         FeatureError: Features cannot be read.
     """
-    seed = int(fabric.broadcast(seed_of(settings, start)))
-    posts = (prepared.posts, prepared.valid)
-    one = train_one(fabric, settings, prepared, posts, mark=mark, seed=seed, start=start)
-    model = one.served(settings)
-    held: tuple[Held, ...] = ()
+    prepared = job.prepared
+    seed = int(job.fabric.broadcast(seed_of(job.settings, start)))
+    one = train_one(job, prepared.posts, prepared.valid, seed=seed, start=start)
+    model = joined(one.models, job.settings)
+    held_out: tuple[HeldOutScores, ...] = ()
     if prepared.valid is not None:
-        held = (score_held(fabric, settings, prepared, model, prepared.valid),)
+        held_out = (score_held_out(job.fabric, job.settings, prepared, model, prepared.valid),)
     return Trained(
         model=model,
-        held=held,
+        held_out=held_out,
         best_epoch=one.progress.best_epoch,
         epochs=one.progress.epoch,
         logs=(one.log.path,),
-        data_wait=one.wait.share,
+        data_wait=one.data_wait,
         log=one.log,
     )
 
 
+def train_one(
+    job: Job, posts: PostList, valid: PostList | None, *, seed: int, start: Start | None
+) -> One:
+    """Train one model on ``posts``; return it, or its snapshots, with the best weights.
+
+    Args:
+        job: The training's.
+        posts: To learn from.
+        valid: Chooses the best epoch.
+        seed: Of weights, order and noise.
+        start: Where to begin.
+    """
+    fabric, settings, prepared = job.fabric, job.settings, job.prepared
+    count = settings.ensemble.snapshots
+    optimizer, snapshots = settings.optimizer, None
+    if count > 1:
+        optimizer = optimizer.model_copy(update={"cycles": count})
+        snapshots = _Snapshots(job, seed, start)
+    positives = torch.from_numpy(posts.positives().astype(np.float32))  # (classes,)
+    torch.manual_seed(seed)
+    model = build_model(prepared.schema, settings.model)
+    model.start_at(positives / len(posts))
+    trainer = Trainer(
+        fabric,
+        settings.trainer,
+        optimizer,
+        signature=job.signature,
+        seed=seed,
+        on_epoch_end=snapshots,
+    )
+    for note in prepared.notes:
+        notice(f"warning: {note}", enabled=fabric.is_global_zero)
+        trainer.log.write("warning", text=note)
+    objective = Objective(
+        model,
+        TaggingLoss(settings.loss, positives),
+        auxiliary=settings.model.auxiliary,
+        mixup=settings.loss.mixup,
+    )
+    progress = trainer.fit(objective, prepared.data(settings, posts, valid), start)
+    models = (model,) if snapshots is None else snapshots.models()
+    return One(models, progress, trainer.log, trainer.wait.share)
+
+
 def joined(models: Sequence[FusionModel], settings: TrainSettings) -> Served:
-    """One model, or several as an ensemble; in evaluation mode."""
+    """Return one model, or several as an ensemble; in evaluation mode."""
     if len(models) == 1:
         return models[0].eval()
     return Ensemble(models, settings.ensemble.averaging).eval()
 
 
-def train_one(
-    fabric: Fabric,
-    settings: TrainSettings,
-    prepared: Prepared,
-    posts: tuple[PostList, PostList | None],
-    *,
-    mark: str,
-    seed: int,
-    start: Start | None,
-) -> One:
-    """One training, and the models that are taken from it."""
-    count = settings.ensemble.snapshots
-    if count > 1:
-        cycles = settings.optimizer.model_copy(update={"cycles": count})
-        settings = settings.model_copy(update={"optimizer": cycles})
-    snapshots = _Snapshots(fabric, settings, mark, seed, start)
-    model, trainer, progress = train_model(
-        fabric,
-        settings,
-        prepared,
-        prepared.data(settings, *posts),
-        mark=mark,
-        seed=seed,
-        start=start,
-        on_epoch_end=snapshots if count > 1 else None,
-    )
-    models = snapshots.models(prepared, fabric.device) if count > 1 else (model,)
-    return One(models, progress, trainer.log, trainer.wait)
-
-
 class _Snapshots:
     """Weights at the ends of the learning rate's cycles: ``ckpt/snapshot-1.pt`` and so on."""
 
-    def __init__(
-        self, fabric: Fabric, settings: TrainSettings, mark: str, seed: int, start: Start | None
-    ) -> None:
-        self._fabric, self._settings, self._mark, self._seed = fabric, settings, mark, seed
-        # A run that goes on in another folder finds the first ones where it came from.
-        self._before = start.path.parent if start is not None and start.exact else None
-        self._ends = cycle_ends(settings.trainer.epochs, settings.ensemble.snapshots)
+    def __init__(self, job: Job, seed: int, start: Start | None) -> None:
+        self._job, self._seed = job, seed
+        # A run that goes on in another folder left its first snapshots in the old one.
+        self._earlier = start.path.parent if start is not None and start.exact else None
+        self._ends = cycle_ends(job.settings.trainer.epochs, job.settings.ensemble.snapshots)
 
     def __call__(self, epoch: int, model: nn.Module) -> None:
-        """Save the weights where a cycle ends."""
-        if epoch in self._ends and self._fabric.is_global_zero:
+        """Save the weights if a cycle ends with this epoch."""
+        if epoch in self._ends and self._job.fabric.is_global_zero:
             state = {name: value.cpu() for name, value in model.state_dict().items()}
-            checkpoint = Checkpoint(self._mark, Progress(self._seed, epoch=epoch), state)
-            save_checkpoint(self._path(epoch), checkpoint)
+            progress = Progress(self._seed, epoch=epoch)
+            save_checkpoint(self._path(epoch), Checkpoint(self._job.signature, progress, state))
 
-    def models(self, prepared: Prepared, device: torch.device) -> tuple[FusionModel, ...]:
-        """All of them, the earliest first.
+    def models(self) -> tuple[FusionModel, ...]:
+        """Return all of them, the earliest first.
 
         Raises:
             ConfigError: One is missing.
         """
-        self._fabric.barrier()
-        return tuple(
-            model_of(self._found(epoch), self._settings, prepared, self._mark, device)
-            for epoch in self._ends
-        )
+        self._job.fabric.barrier()
+        models = []
+        for epoch in self._ends:
+            path = self._path(epoch)
+            if not path.exists() and self._earlier is not None:
+                path = self._earlier / path.name
+            models.append(model_of(self._job, path))
+        return tuple(models)
 
     def _path(self, epoch: int) -> Path:
         number = self._ends.index(epoch) + 1
-        return self._settings.trainer.save_dir / "ckpt" / f"snapshot-{number}.pt"
-
-    def _found(self, epoch: int) -> Path:
-        path = self._path(epoch)
-        if not path.exists() and self._before is not None:
-            return self._before / path.name
-        return path
+        return self._job.settings.trainer.save_dir / "ckpt" / f"snapshot-{number}.pt"
 
 
-def model_of(
-    path: Path, settings: TrainSettings, prepared: Prepared, mark: str, device: torch.device
-) -> FusionModel:
-    """A model with the weights of a checkpoint."""
-    model = build_model(prepared.schema, settings.model)
-    model.load_state_dict(load_checkpoint(path, mark).model)
-    return model.to(device)
+def model_of(job: Job, path: Path) -> FusionModel:
+    """Return a model with the weights of a checkpoint."""
+    model = build_model(job.prepared.schema, job.settings.model)
+    model.load_state_dict(load_checkpoint(path, job.signature).model)
+    return model.to(job.fabric.device).eval()
 
 
-def start_of(
-    fabric: Fabric, settings: TrainSettings, prepared: Prepared, resume: Path | None, mark: str
-) -> Start | None:
-    """What `fusion.train.resume.find_start` finds, in every process; None begins anew.
+def start_of(job: Job, resume: Path | None) -> Start | None:
+    """Read what `fusion.train.checkpoint.find_start` finds, in every process; None begins anew.
 
     Raises:
-        ConfigError: As `fusion.train.resume.find_start`.
-        BundleError: As `fusion.train.resume.find_start`.
+        ConfigError: It does not fit; see `find_start`.
+        BundleError: A bundle is broken.
     """
     if resume is None:
         return None
 
     def find() -> Start:
-        start = find_start(resume, mark, allow_pickle=settings.trainer.allow_pickle)
+        allow_pickle = job.settings.trainer.allow_pickle
+        start = find_start(resume, job.signature, allow_pickle=allow_pickle)
         with torch.device("meta"):  # names and shapes alone
-            check_fit(build_model(prepared.schema, settings.model), start)
+            check_fit(build_model(job.prepared.schema, job.settings.model), start)
         return start
 
-    return processes.agree(fabric, find)
+    return all_ranks(job.fabric, find)
 
 
 def seed_of(settings: TrainSettings, start: Start | None) -> int:
-    """The seed of a run: the interrupted one's, the one that is fixed, or a new one."""
+    """Return the seed of a run: the interrupted run's, the fixed one, or a new one."""
     if start is not None and start.exact:
         return start.checkpoint.progress.seed
     return settings.trainer.seed if settings.trainer.fix_random_seed else secrets.randbits(31)

@@ -1,17 +1,17 @@
-"""The optimizer, its parameter groups, its schedule, and a moving average of the weights."""
+"""The optimizer, its parameter groups and schedule, and a moving average of the weights."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, TypeAlias
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from config.learning import OptimizerName, OptimizerSettings, ScheduleName
+from config.train import OptimizerName, OptimizerSettings, ScheduleName
 from fusion.models import FusionModel
 from fusion.models.base import Group, Stage
 
@@ -169,52 +169,34 @@ def saved_with(state: Mapping[str, Any]) -> str:
     return str(state["param_groups"][0].get("optimizer", "adamw"))
 
 
-class MovingAverage:
-    """Exponential moving average of a model's state; it warms up, so that early steps count less.
+def average_of(model: nn.Module, decay: float) -> AveragedModel:
+    """Return an exponential moving average of a model's state; `update_parameters` moves it.
 
-    Buffers that are no floats (counters) are copied.
+    It warms up: after n steps the decay is at most (1 + n) / (10 + n), so that the untrained
+    weights fade early. Counters of batches are copied.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self._decay = decay
-        self._steps = 0
-        self._state = {k: v.detach().clone() for k, v in model.state_dict().items()}
+    def move(averages: Any, values: Any, steps: Any) -> None:
+        if averages[0].is_floating_point():
+            count = int(steps)
+            warmed = min(decay, (1 + count) / (10 + count))
+            lerp: Any = get_ema_multi_avg_fn(warmed)  # type: ignore[no-untyped-call]
+            lerp(averages, values, steps)
+        else:
+            torch._foreach_copy_(averages, values)
 
-    @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        """Take one step of the model into the average."""
-        self._steps += 1
-        decay = min(self._decay, (1 + self._steps) / (10 + self._steps))
-        for key, value in model.state_dict().items():
-            kept = self._state[key]
-            if kept.is_floating_point():
-                kept.lerp_(value, 1 - decay)
-            else:
-                kept.copy_(value)
+    average = AveragedModel(model, multi_avg_fn=move, use_buffers=True)
+    average.update_parameters(model)  # the first update copies: the average begins with the start
+    return average
 
-    @contextmanager
-    def applied(self, model: nn.Module) -> Iterator[None]:
-        """Give the model the averaged weights while the block runs."""
-        own = {k: v.detach().clone() for k, v in model.state_dict().items()}
-        model.load_state_dict(self._state)
-        try:
-            yield
-        finally:
-            model.load_state_dict(own)
 
-    def state_dict(self) -> dict[str, object]:
-        """For the checkpoint."""
-        return {"steps": self._steps, "state": self._state}
+def average_state(average: AveragedModel) -> dict[str, Any]:
+    """Return what a checkpoint holds of a moving average."""
+    steps = int(average.n_averaged) - 1
+    return {"steps": steps, "state": average.module.state_dict()}
 
-    def load_state_dict(self, state: dict[str, object]) -> None:
-        """From the checkpoint.
 
-        Raises:
-            TypeError: It is no state of a moving average.
-        """
-        steps, tensors = state["steps"], state["state"]
-        if not isinstance(steps, int) or not isinstance(tensors, dict):
-            raise TypeError("no state of a moving average")
-        self._steps = steps
-        for key, value in tensors.items():
-            self._state[key].copy_(value)
+def load_average(average: AveragedModel, state: Mapping[str, Any]) -> None:
+    """Fill a moving average with what `average_state` returned."""
+    average.module.load_state_dict(state["state"])
+    average.n_averaged.fill_(state["steps"] + 1)

@@ -8,10 +8,9 @@ from pathlib import Path
 
 from common.cli import OneLineParser
 from common.errors import ConfigError
-from config.backbone_train import BackboneTrainSettings
 from config.cli import add_set, given_options, layered
 from config.load import merge, parse_overrides, read_yaml
-from config.train import TrainSettings
+from config.train import BackboneTrainSettings, TrainSettings
 
 TRAIN_CONFIG = Path("config/train_config.yaml")
 
@@ -51,7 +50,7 @@ def train_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add("--n_gpu", metavar="N", help="number of GPUs; 0 trains on the CPU")
     add("--epoch", metavar="N", help="number of epochs; 0 takes the config's")
-    add("--save_dir", type=Path, metavar="DIR", help="folder for ckpt/ and log/")
+    add("--save_dir", type=Path, metavar="DIR", help="folder of the runs; latest leads to one")
     add("--valid_interval", metavar="N", help="epochs between validations; 0 only at the end")
     add("--log_interval", metavar="N", help="batches between two lines of the log")
     add(

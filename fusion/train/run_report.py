@@ -9,8 +9,7 @@ from typing import Any
 
 from config.train import TrainSettings
 from fusion.bundle.bundle import members_of
-from fusion.data.pool import PostPool
-from fusion.data.posts import PostList
+from fusion.data.posts import PostList, PostPool
 from fusion.report.judged import Judged
 from fusion.report.subsets import SubsetGap
 from fusion.report.worst import PostView, view_post
@@ -38,7 +37,7 @@ def report_run(
     Raises:
         ConfigError: It cannot be written.
     """
-    places = [(part.posts, row) for part in trained.held for row in range(len(part.posts))]
+    places = [(part.posts, row) for part in trained.held_out for row in range(len(part.posts))]
     folder = settings.trainer.save_dir / FOLDER
     judged = None
     if places:

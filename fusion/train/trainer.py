@@ -1,45 +1,68 @@
-"""The training loop on Lightning Fabric. It knows batches and logits, and nothing of the model."""
+"""The training loop, on Lightning Fabric. It knows batches and logits, and nothing of the model.
+
+- one process or several (DDP), full or mixed precision, gradient accumulation and clipping;
+- a moving average of the weights, validated and saved in their place;
+- validation by GAP, the best epoch's weights, early stopping;
+- checkpoints from which a killed run goes on bit for bit as if it had not been killed;
+- a log of every step and epoch, for scripts and for TensorBoard.
+"""
 
 from __future__ import annotations
 
 import math
+import random
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
-from typing import TypeAlias, cast
+from typing import Any, TypeAlias, cast
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from lightning_fabric import Fabric
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import Dataset
 
 from common.errors import ConfigError
-from common.progress import Bar, progress_bar
+from common.progress import Bar, notice, progress_bar
 from config.train import OptimizerSettings, TrainerSettings
 from fusion.data.collate import Batch, Collate, Sample
 from fusion.data.loading import DataWait, Loading
 from fusion.data.sampling import EpochBatches, step_seed
 from fusion.metrics import ranking as metrics
 from fusion.metrics.scoring import Scored, score_posts
-from fusion.train.checkpoint import Checkpoint, Progress, load_checkpoint, save_checkpoint
+from fusion.train.checkpoint import (
+    BEST,
+    LAST,
+    Checkpoint,
+    Progress,
+    Start,
+    fill,
+    load_checkpoint,
+    save_checkpoint,
+)
 from fusion.train.distributed import same_everywhere
 from fusion.train.objective import Objective
-from fusion.train.resume import BEST, LAST, Start, fill
+from fusion.train.optimizer import (
+    average_of,
+    average_state,
+    build_optimizer,
+    load_average,
+    saved_with,
+)
 from fusion.train.run_log import RunLog
-from fusion.train.run_state import RunState, seed_all
 
 OnEpochEnd: TypeAlias = Callable[[int, nn.Module], None]
-"""Takes the epoch, from 1, and the model with the weights that are validated: averaged ones where
+"""Takes the epoch, from 1, and the model with the weights that are validated: averaged ones if
 there is a moving average. Called in every process, before the checkpoint of the epoch."""
 
 
 @dataclass(frozen=True)
 class TrainData:
-    """What a run learns from.
+    """The posts of a run.
 
     Attributes:
         valid: None trains without validation.
@@ -53,13 +76,26 @@ class TrainData:
     loaders: int = 0
 
 
-@dataclass(frozen=True)
-class _Feed:
-    """Where the batches of one `Trainer.fit` come from."""
+@dataclass
+class _Run:
+    """The moving parts of one `Trainer.fit`; `module` and `wrapped_optimizer` are Fabric's."""
 
     data: TrainData
     batches: EpochBatches
     loading: Loading
+    model: nn.Module
+    module: Any
+    optimizer: torch.optim.Optimizer
+    wrapped_optimizer: Any
+    schedule: torch.optim.lr_scheduler.LambdaLR
+    average: AveragedModel | None
+    progress: Progress
+    loss: float = 0.0
+
+    @property
+    def validated(self) -> nn.Module:
+        """The model that is validated and served: the moving average if there is one."""
+        return self.model if self.average is None else self.average.module
 
 
 class Trainer:
@@ -69,7 +105,7 @@ class Trainer:
     ``log/train.jsonl``.
 
     Attributes:
-        log: What happens.
+        log: The events of the run.
         last: The checkpoint to go on from.
         best: The checkpoint with the best weights.
         wait: How long the steps of this process waited for data.
@@ -85,7 +121,7 @@ class Trainer:
         seed: int,
         on_epoch_end: OnEpochEnd | None = None,
     ) -> None:
-        self._fabric, self._settings, self._optimizing = fabric, settings, optimizer
+        self._fabric, self._settings, self._optimizer = fabric, settings, optimizer
         self._signature, self._seed = signature, seed
         self._on_epoch_end = on_epoch_end
         self.log = RunLog(
@@ -98,93 +134,120 @@ class Trainer:
         self.wait = DataWait()
 
     def fit(self, objective: Objective, data: TrainData, start: Start | None = None) -> Progress:
-        """Train to the last epoch, or until no validation gets better.
+        """Train to the last epoch, or until validation stops getting better.
 
         Args:
-            objective: The model and what is minimised.
+            objective: The model and its loss.
             data: Posts.
             start: Where to begin; None begins with the model's weights as they are.
 
         Raises:
-            ConfigError: The loss is no number, a checkpoint does not fit or cannot be written.
+            ConfigError: The loss is not finite, or a checkpoint does not fit or cannot be written.
             FeatureError: Features cannot be read.
         """
-        batches = self._batches(data)
-        an_epoch = -(-len(batches) // self._optimizing.accumulate)
-        steps = an_epoch * self._settings.epochs
-        model = objective.model
-        objective.to(self._fabric.device)
-        if start is not None:
-            fill(model, start)
-        # What a checkpoint inside an epoch must share with the run that goes on.
-        shape = (data.train_count, self._settings.batch_size, self._optimizing.accumulate)
-        progress = Progress(self._seed, shape=shape)
-        run = RunState(self._fabric, model, self._optimizing, steps, progress)
-        if start is not None and start.exact:
-            self._restore(run, start)
-        run.wrap(objective)
-        done = run.progress.epoch * an_epoch + run.progress.step
-        self.log.begin(an_epoch, done=done)
-        loading = Loading(data.collate, data.loaders, self._fabric.device)
-        feed = _Feed(data, batches, loading)
-        with (
-            closing(loading),
-            progress_bar("train", steps - done, enabled=self._bar_enabled()) as bar,
-        ):
-            for epoch in range(run.progress.epoch + 1, self._settings.epochs + 1):
-                if self._finished(run.progress):
+        run, steps = self._begin(objective, data, start)
+        epochs, patience = self._settings.epochs, self._settings.patience
+        shown = self._settings.progress and self._fabric.is_global_zero
+        with closing(run.loading), progress_bar("train", steps, enabled=shown) as bar:
+            for epoch in range(run.progress.epoch + 1, epochs + 1):
+                if patience and run.progress.stale >= patience:
                     break
-                self._epoch(run, feed, epoch, bar)
-                self._end_epoch(run, feed, epoch, bar)
-        self._take_best(run)
+                self._train_epoch(run, epoch, bar)
+                self._validate(run, epoch, bar)
+                if self._on_epoch_end is not None:
+                    self._on_epoch_end(epoch, run.validated)
+                self._save(run, whole=True)
+        if self.best.exists() and run.progress.best_epoch:
+            run.model.load_state_dict(load_checkpoint(self.best, self._signature).model)
         return run.progress
 
-    def scores(
-        self,
-        model: nn.Module,
-        data: TrainData,
-        posts: Dataset[Sample],
-        loading: Loading | None = None,
-    ) -> Scored:
-        """Scores and targets of posts, both float32 ``(posts, classes)``, over the whole set.
+    def scores(self, model: nn.Module, data: TrainData, posts: Dataset[Sample]) -> Scored:
+        """Return scores and targets of posts, both float32 ``(posts, classes)``.
 
         Every process scores a part of them, and has the whole at the end.
         """
-        reading = loading or Loading(data.collate, data.loaders, self._fabric.device)
-        try:
-            return score_posts(self._fabric, model, reading, posts, self._settings.batch_size)
-        finally:
-            if loading is None:
-                reading.close()
+        with closing(Loading(data.collate, data.loaders, self._fabric.device)) as loading:
+            return score_posts(self._fabric, model, loading, posts, self._settings.batch_size)
 
-    # Parts -----------------------------------------------------------------------------------
+    def _begin(
+        self, objective: Objective, data: TrainData, start: Start | None
+    ) -> tuple[_Run, int]:
+        """Build everything that training changes, and restore it from a checkpoint.
 
-    def _batches(self, data: TrainData) -> EpochBatches:
+        Returns:
+            The run, and the number of steps that are left.
+        """
+        fabric, settings, accumulate = self._fabric, self._settings, self._optimizer.accumulate
         try:
-            return EpochBatches(
+            batches = EpochBatches(
                 data.train_count,
-                self._settings.batch_size,
+                settings.batch_size,
                 self._seed,
-                rank=self._fabric.global_rank,
-                world=self._fabric.world_size,
+                rank=fabric.global_rank,
+                world=fabric.world_size,
             )
         except ValueError as error:
             raise ConfigError(
                 f"trainer.batch_size: {error} processes; take larger batches or fewer processes"
             ) from error
+        epoch_steps = -(-len(batches) // accumulate)
+        steps = epoch_steps * settings.epochs
+        model = objective.model
+        objective.to(fabric.device)
+        if start is not None:
+            fill(model, start)
+        optimizer, schedule = build_optimizer(model, self._optimizer, steps)
+        decay = self._optimizer.ema_decay
+        average = average_of(model, decay) if decay else None
+        # A checkpoint inside an epoch only fits a run with the same batches.
+        progress = Progress(self._seed, shape=(data.train_count, settings.batch_size, accumulate))
+        if start is not None and start.exact:
+            progress = _restored(
+                fabric,
+                start,
+                progress,
+                name=self._optimizer.name,
+                optimizer=optimizer,
+                schedule=schedule,
+            )
+            if average is not None and start.checkpoint.average is not None:
+                load_average(average, start.checkpoint.average)
+            self._bring_best(start)
+            self.log.write(
+                "resumed", epoch=progress.epoch, step=progress.step, checkpoint=str(start.path)
+            )
+        self._synchronise_norms(objective)
+        module, wrapped_optimizer = fabric.setup(objective, optimizer)
+        done = progress.epoch * epoch_steps + progress.step
+        self.log.begin(epoch_steps, done=done)
+        loading = Loading(data.collate, data.loaders, fabric.device)
+        run = _Run(
+            data=data,
+            batches=batches,
+            loading=loading,
+            model=model,
+            module=module,
+            optimizer=optimizer,
+            wrapped_optimizer=wrapped_optimizer,
+            schedule=schedule,
+            average=average,
+            progress=progress,
+        )
+        return run, steps - done
 
-    def _epoch(self, run: RunState, feed: _Feed, epoch: int, bar: Bar) -> None:
-        progress, together, batches = run.progress, self._optimizing.accumulate, feed.batches
-        batches.epoch, batches.start = epoch, progress.step * together
+    def _train_epoch(self, run: _Run, epoch: int, bar: Bar) -> None:
+        """Learn from every post once; of an interrupted epoch, from the rest of it."""
+        progress, accumulate, batches = run.progress, self._optimizer.accumulate, run.batches
+        batches.epoch, batches.start = epoch, progress.step * accumulate
         started, wait = time.monotonic(), DataWait()
-        last = -(-len(batches) // together)
+        last = -(-len(batches) // accumulate)
         run.model.train()
-        with closing(feed.loading.batches(feed.data.train, batches)) as read:
-            for group in wait.watch(_together(read, together)):
+        with closing(run.loading.batches(run.data.train, batches)) as reading:
+            for group in wait.watch(_groups(reading, accumulate)):
                 step = progress.step + 1
-                # What a step draws depends on nothing before it: a resumed one draws the same.
-                seed_all(step_seed(self._seed, epoch, step, self._fabric.global_rank))
-                first = progress.step * together
+                # Every step has its own seed: a resumed run draws what the first one would have.
+                _seed_all(step_seed(self._seed, epoch, step, self._fabric.global_rank))
+                first = progress.step * accumulate
                 posts = sum(batches.posts(first + n) for n in range(len(group)))
                 loss = self._step(run, group, posts, f"epoch {epoch}, step {step}")
                 progress.step, progress.posts = step, progress.posts + posts
@@ -193,50 +256,52 @@ class Trainer:
                 self._after_step(run, epoch, loss, last)
         self.wait.add(wait)
         run.loss = progress.loss / max(1, progress.posts)
-        seconds = round(time.monotonic() - started, 3)
         self.log.write(
             "epoch",
             epoch=epoch,
             loss=run.loss,
             posts=progress.posts,
-            seconds=seconds,
+            seconds=round(time.monotonic() - started, 3),
             data_wait=round(wait.share, 4),
         )
         progress.epoch, progress.step, progress.posts, progress.loss = epoch, 0, 0, 0.0
-        bar.note(f"epoch {epoch} loss {run.loss:.4f}{_shown(progress)}")
+        bar.note(_note(run))
 
-    def _step(self, run: RunState, batches: list[Batch], posts: int, where: str) -> float:
-        """Learn from batches as if they were one; their mean loss over all processes.
+    def _step(self, run: _Run, batches: list[Batch], posts: int, where: str) -> float:
+        """Learn from batches as if they were one; return their mean loss over all processes.
 
         Args:
             run: Is changed.
             batches: This process's parts.
-            posts: Of the batches in all processes.
-            where: For errors.
+            posts: Number of posts of the batches in all processes.
+            where: Epoch and step, for errors.
         """
         fabric, world = self._fabric, self._fabric.world_size
         total = torch.zeros((), device=fabric.device)
         run.wrapped_optimizer.zero_grad(set_to_none=True)
         for number, batch in enumerate(batches, 1):
-            with fabric.no_backward_sync(run.wrapped, enabled=number < len(batches)):
-                loss = run.wrapped(batch.to(fabric.device))
+            with fabric.no_backward_sync(run.module, enabled=number < len(batches)):
+                loss = run.module(batch.to(fabric.device))
                 # Each post counts alike, though processes have different numbers of them.
                 loss = loss * (len(batch.post_ids) / posts)
                 total += loss.detach()
                 fabric.backward(loss * world)  # DDP takes the mean over processes
-        # Known in all processes at once, so that none waits for one that has given up.
+        # All processes learn of a bad loss at once: none waits for one that has given up.
         value = float(cast("torch.Tensor", fabric.all_reduce(total, reduce_op="sum")))
         if not math.isfinite(value):
             reason = "lower optimizer.learning_rate, or look for features that are not finite"
             raise same_everywhere(ConfigError(f"{where}: the loss is {value}; {reason}"))
-        if self._optimizing.gradient_clip is not None:
+        if self._optimizer.gradient_clip is not None:
             fabric.clip_gradients(
-                run.wrapped, run.wrapped_optimizer, max_norm=self._optimizing.gradient_clip
+                run.module, run.wrapped_optimizer, max_norm=self._optimizer.gradient_clip
             )
-        run.stepped()
+        run.wrapped_optimizer.step()
+        run.schedule.step()
+        if run.average is not None:
+            run.average.update_parameters(run.model)
         return value
 
-    def _after_step(self, run: RunState, epoch: int, loss: float, last: int) -> None:
+    def _after_step(self, run: _Run, epoch: int, loss: float, last: int) -> None:
         step = run.progress.step
         if step % self._settings.log_interval == 0:
             rate = run.schedule.get_last_lr()[0]
@@ -245,80 +310,121 @@ class Trainer:
         if interval and step % interval == 0 and step < last:
             self._save(run, whole=True)
 
-    def _end_epoch(self, run: RunState, feed: _Feed, epoch: int, bar: Bar) -> None:
-        progress, data = run.progress, feed.data
-        interval = self._settings.valid_interval
-        last = epoch == self._settings.epochs
-        with run.averaged():
-            if data.valid is not None and (last or (interval and epoch % interval == 0)):
-                scores, targets = self.scores(run.model, data, data.valid, feed.loading)
-                _refuse_nan(scores, epoch)
-                found = metrics.summary(scores, targets)
-                self.log.write("valid", epoch=epoch, **found)
-                self._judge(run, epoch, found["gap"])
-                bar.note(f"epoch {epoch} loss {run.loss:.4f}{_shown(progress)}")
-            elif data.valid is None:
-                progress.best_epoch = epoch  # without validation the last is the best
-                self._save(run, whole=False)
-            if self._on_epoch_end is not None:
-                self._on_epoch_end(epoch, run.model)
-        self._save(run, whole=True)
-
-    def _judge(self, run: RunState, epoch: int, gap: float) -> None:
-        progress = run.progress
-        if gap < progress.best_gap:
-            progress.stale += 1
+    def _validate(self, run: _Run, epoch: int, bar: Bar) -> None:
+        """Score the validation posts if it is time, and save the weights if they are the best."""
+        settings, progress, data = self._settings, run.progress, run.data
+        if data.valid is None:
+            progress.best_epoch = epoch  # the last epoch counts as the best
+            self._save(run, whole=False)
             return
+        interval = settings.valid_interval
+        if epoch != settings.epochs and not (interval and epoch % interval == 0):
+            return
+        scores, targets = score_posts(
+            self._fabric, run.validated, run.loading, data.valid, settings.batch_size
+        )
+        if np.isnan(scores).any():
+            raise ConfigError(
+                f"epoch {epoch}: the model's scores are NaN; lower optimizer.learning_rate"
+            )
+        summary = metrics.summary(scores, targets)
+        self.log.write("valid", epoch=epoch, **summary)
+        gap = summary["gap"]
         # Of equal epochs the later one has seen the lower learning rate.
         progress.stale = 0 if gap > progress.best_gap else progress.stale + 1
-        progress.best_gap, progress.best_epoch = gap, epoch
-        self._save(run, whole=False)
+        if gap >= progress.best_gap:
+            progress.best_gap, progress.best_epoch = gap, epoch
+            self._save(run, whole=False)
+        bar.note(_note(run))
 
-    def _finished(self, progress: Progress) -> bool:
-        return bool(self._settings.patience) and progress.stale >= self._settings.patience
-
-    def _save(self, run: RunState, *, whole: bool) -> None:
+    def _save(self, run: _Run, *, whole: bool) -> None:
+        """Write ``last.pt``, from which a run goes on; or ``best.pt``, which only has weights."""
         if self._fabric.is_global_zero:
-            checkpoint = Checkpoint(self._signature, run.progress, run.model.state_dict())
+            model = run.model if whole else run.validated
+            checkpoint = Checkpoint(self._signature, run.progress, model.state_dict())
             if whole:
-                run.fill(checkpoint)
+                checkpoint.optimizer = run.optimizer.state_dict()
+                checkpoint.schedule = run.schedule.state_dict()
+                checkpoint.average = None if run.average is None else average_state(run.average)
+                checkpoint.scaler = self._fabric.strategy.precision.state_dict()
             save_checkpoint(self.last if whole else self.best, checkpoint)
         self._fabric.barrier()
 
-    def _restore(self, run: RunState, start: Start) -> None:
-        run.restore(start)
+    def _bring_best(self, start: Start) -> None:
+        """Copy the best weights so far when the run goes on in another folder."""
         best = start.best
         if best is not None and best.resolve() != self.best.resolve():
-            found = load_checkpoint(best, self._signature)
+            checkpoint = load_checkpoint(best, self._signature)
             if self._fabric.is_global_zero:
-                save_checkpoint(self.best, found)
+                save_checkpoint(self.best, checkpoint)
         self._fabric.barrier()
-        progress = run.progress
-        self.log.write(
-            "resumed", epoch=progress.epoch, step=progress.step, checkpoint=str(start.path)
+
+    def _synchronise_norms(self, objective: Objective) -> None:
+        """Let batch normalisation see the whole batch of all processes, where torch can."""
+        normalises = any(isinstance(part, _BatchNorm) for part in objective.modules())
+        if self._fabric.world_size == 1 or not normalises:
+            return
+        if self._fabric.device.type == "cuda":
+            nn.SyncBatchNorm.convert_sync_batchnorm(objective)  # type: ignore[no-untyped-call]
+        else:
+            notice(
+                "batch normalisation takes its statistics from each process's part of a "
+                "batch: results depend on the number of processes",
+                enabled=self._fabric.is_global_zero,
+            )
+
+
+def _restored(
+    fabric: Fabric,
+    start: Start,
+    progress: Progress,
+    *,
+    name: str,
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LambdaLR,
+) -> Progress:
+    """Fill optimizer and schedule from a checkpoint, and return how far its run had come.
+
+    Raises:
+        ConfigError: The optimizer, or the epoch that the checkpoint stands in, does not fit.
+    """
+    checkpoint, path = start.checkpoint, start.path
+    saved_name = saved_with(checkpoint.optimizer)
+    if saved_name != name:
+        raise ConfigError(f"{path}: was made with optimizer {saved_name}, this run has {name}")
+    saved = checkpoint.progress
+    if saved.step and tuple(saved.shape) != progress.shape:
+        names = ("posts", "trainer.batch_size", "optimizer.accumulate")
+        differ = next(i for i in range(3) if saved.shape[i] != progress.shape[i])
+        raise ConfigError(
+            f"{path}: stands inside an epoch with {names[differ]} {saved.shape[differ]}, "
+            f"this run has {progress.shape[differ]}"
         )
+    try:
+        optimizer.load_state_dict(checkpoint.optimizer)
+        schedule.load_state_dict(checkpoint.schedule)
+        if checkpoint.scaler:
+            fabric.strategy.precision.load_state_dict(checkpoint.scaler)
+    except (ValueError, KeyError) as error:
+        raise ConfigError(f"{path}: its optimizer does not fit this run: {error}") from error
+    saved.shape = progress.shape
+    return saved
 
-    def _take_best(self, run: RunState) -> None:
-        if self.best.exists() and run.progress.best_epoch:
-            run.model.load_state_dict(load_checkpoint(self.best, self._signature).model)
 
-    def _bar_enabled(self) -> bool:
-        return self._settings.progress and self._fabric.is_global_zero
-
-
-def _together(loader: Iterable[Batch], count: int) -> Iterator[list[Batch]]:
-    """Batches in groups of ``count``; the last group may be smaller."""
+def _groups(loader: Iterable[Batch], count: int) -> Iterator[list[Batch]]:
+    """Yield batches in groups of ``count``; the last group may be smaller."""
     batches = iter(loader)
     while group := list(islice(batches, count)):
         yield group
 
 
-def _refuse_nan(scores: npt.NDArray[np.float32], epoch: int) -> None:
-    if np.isnan(scores).any():
-        raise ConfigError(
-            f"epoch {epoch}: the model's scores are NaN; lower optimizer.learning_rate"
-        )
+def _seed_all(seed: int) -> None:
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % (1 << 32))
 
 
-def _shown(progress: Progress) -> str:
-    return f" best gap {progress.best_gap:.4f}" if progress.best_gap >= 0 else ""
+def _note(run: _Run) -> str:
+    progress = run.progress
+    best = f" best gap {progress.best_gap:.4f}" if progress.best_gap >= 0 else ""
+    return f"epoch {progress.epoch} loss {run.loss:.4f}{best}"

@@ -1,4 +1,4 @@
-"""A whole training: data files in, bundle and report out. What `train_net.py` runs."""
+"""A whole training, from data files to bundle and report: what `train_net.py` runs."""
 
 from __future__ import annotations
 
@@ -11,37 +11,48 @@ from pathlib import Path
 import numpy as np
 from lightning_fabric import Fabric
 
+from common.errors import ConfigError
 from common.progress import notice
 from config.train import TrainSettings
 from fusion.bundle.bundle import members_of, save_bundle
-from fusion.data.dataset import FeatureReader
+from fusion.data.dataset import FeatureFiles
 from fusion.metrics.ranking import average_precisions
-from fusion.train import distributed as processes
-from fusion.train.fold_training import FoldTraining, pool_of
+from fusion.train import distributed
+from fusion.train.checkpoint import model_signature
+from fusion.train.distributed import all_ranks
+from fusion.train.fold_training import FOLDS, FoldTraining, pool_of
 from fusion.train.measure import Measured, measure, subset_gaps
-from fusion.train.members import Trained, start_of, train_alone
-from fusion.train.prepare import Prepared, prepare
-from fusion.train.resume import model_signature
-from fusion.train.run_folder import FUSION, RunFolder, keep_bundle, refuse_foreign
+from fusion.train.members import Job, Trained, start_of, train_alone
+from fusion.train.prepare import prepare
+from fusion.train.run_folder import (
+    keep_bundle,
+    link_latest,
+    located,
+    refuse_foreign,
+    run_folder,
+)
 from fusion.train.run_report import report_run
 
 
 @dataclass(frozen=True)
 class TrainReport:
-    """What came out of a training.
+    """The outcome of a training.
 
     Attributes:
         bundle: Its folder.
+        version: Of the bundle; empty in the processes that did not write it.
+        run: The folder of the run.
         metrics: On posts that were not learned from, at the bundle's thresholds; empty without any.
         best_epoch: The epoch that was kept, from 1; of several models the first one's.
         epochs: Epochs that were done.
         parameters: Of all members together.
         data_wait: Share of the training steps' time that was spent waiting for data.
-        page: The report's page, or None where none was asked for.
+        page: The report's page, or None if it is switched off.
     """
 
     bundle: Path
     version: str
+    run: Path
     metrics: Mapping[str, float]
     best_epoch: int
     epochs: int
@@ -52,17 +63,15 @@ class TrainReport:
 
 
 def train(
-    settings: TrainSettings, reader: FeatureReader, *, resume: Path | None = None
+    settings: TrainSettings, reader: FeatureFiles, *, resume: Path | None = None
 ) -> TrainReport:
     """Train a fusion model, or an ensemble, and write its bundle and the report.
 
-    What an earlier run has left in the folder, and the bundle that is replaced, are kept.
-
     Args:
-        settings: All of them.
-        reader: Where features come from; pickles, where there are several processes.
-        resume: What `fusion.train.resume.find_start` takes; of k-fold training the folder of its
-        run.
+        settings: All settings.
+        reader: Reads features; pickles, for trainings of several processes.
+        resume: A ``save_dir``, or what `fusion.train.checkpoint.find_start` takes; of k-fold
+            training the run's folder.
 
     Raises:
         ConfigError: Settings, data files, labels or a checkpoint are wrong, or the loss is NaN.
@@ -70,44 +79,42 @@ def train(
         BundleError: The bundle cannot be written.
         WorkerDied: A process of the training was killed.
     """
-    return processes.run(settings.trainer, partial(_train, settings, reader, resume))
+    return distributed.run(settings.trainer, partial(_train, settings, reader, resume))
 
 
 def _train(
-    settings: TrainSettings, reader: FeatureReader, resume: Path | None, fabric: Fabric
+    settings: TrainSettings, reader: FeatureFiles, resume: Path | None, fabric: Fabric
 ) -> TrainReport:
-    folder = RunFolder(fabric, settings.trainer.save_dir, FUSION)
-    with folder.locked():
-        return _train_in(folder, settings, reader, resume, fabric)
-
-
-def _train_in(
-    folder: RunFolder,
-    settings: TrainSettings,
-    reader: FeatureReader,
-    resume: Path | None,
-    fabric: Fabric,
-) -> TrainReport:
+    """Train in one of the processes of a training."""
     started = time.monotonic()
-    folds = settings.ensemble.folds
-    processes.agree(fabric, partial(refuse_foreign, settings.bundle.folder))
-    # Folds go on with the run in this folder, or refuse.
-    with folder.beginning(resume, moves=not (folds and resume)) as place:
-        prepared = prepare(settings, reader, fabric)
-        mark = model_signature(settings.model, prepared.manifest, prepared.schema, prepared.labels)
-        pool = processes.agree(fabric, partial(pool_of, settings, prepared)) if folds else None
-        start = None if folds else start_of(fabric, settings, prepared, place, mark)
-    if pool is not None:
-        trained = FoldTraining(fabric, settings, prepared, mark, pool).train(place)
+    folds, save_dir = settings.ensemble.folds, settings.trainer.save_dir
+    all_ranks(fabric, partial(refuse_foreign, settings.bundle.folder))
+    resume = located(resume)
+    folder = run_folder(fabric, save_dir, resume)
+    if folds and resume is not None:
+        _check_folds(resume, folder)
+    settings = settings.model_copy(
+        update={"trainer": settings.trainer.model_copy(update={"save_dir": folder})}
+    )
+    # Everything that can be wrong with the input is found before `latest` leads to this run.
+    prepared = prepare(settings, reader, fabric)
+    signature = model_signature(settings.model, prepared.manifest, prepared.schema, prepared.labels)
+    job = Job(fabric, settings, prepared, signature)
+    if folds:
+        pool = all_ranks(fabric, partial(pool_of, settings, prepared))
+        link_latest(fabric, folder)
+        trained = FoldTraining(job, pool).train(resumed=resume is not None)
     else:
-        trained = train_alone(fabric, settings, prepared, mark, start)
-    measured = measure(settings, prepared, trained.held)
-    finish = partial(_finish, fabric, settings, prepared, trained, measured, started=started)
-    version, page = processes.agree(fabric, finish)
+        start = start_of(job, resume)
+        link_latest(fabric, folder)
+        trained = train_alone(job, start)
+    measured = measure(settings, prepared, trained.held_out)
+    version, page = all_ranks(fabric, partial(_write, job, trained, measured, started))
     trained.log.close()
     return TrainReport(
         bundle=settings.bundle.folder,
         version=version,
+        run=folder,
         metrics=measured.metrics,
         best_epoch=trained.best_epoch,
         epochs=trained.epochs,
@@ -118,28 +125,35 @@ def _train_in(
     )
 
 
-def _finish(
-    fabric: Fabric,
-    settings: TrainSettings,
-    prepared: Prepared,
-    trained: Trained,
-    measured: Measured,
-    *,
-    started: float,
-) -> tuple[str, Path | None]:
-    """Write bundle and report; the bundle's version and the report's page.
+def _check_folds(resume: Path, folder: Path) -> None:
+    """Check that ``--resume`` names a k-fold run in ``save_dir``.
 
-    One process does; the others have nothing to say.
+    Raises:
+        ConfigError: It does not.
     """
-    if not fabric.is_global_zero:
+    if not (resume / FOLDS).exists() or resume.resolve() != folder.resolve():
+        raise ConfigError(
+            f"{resume}: with ensemble.folds, --resume takes the folder of a k-fold run in "
+            "trainer.save_dir; other weights may have seen the posts that are left out"
+        )
+
+
+def _write(
+    job: Job, trained: Trained, measured: Measured, started: float
+) -> tuple[str, Path | None]:
+    """Write bundle and report; return the bundle's version and the report's page.
+
+    One process does; the others return an empty version.
+    """
+    settings, prepared = job.settings, job.prepared
+    if not job.fabric.is_global_zero:
         return "", None
-    wanted = settings.report.enabled
-    subsets = (
-        subset_gaps(fabric, settings, prepared, trained.held, measured.calibration)
-        if wanted
-        else []
-    )
-    kept = keep_bundle(settings.bundle.folder)
+    subsets = []
+    if settings.report.enabled:
+        subsets = subset_gaps(
+            job.fabric, settings, prepared, trained.held_out, measured.calibration
+        )
+    copy = keep_bundle(settings.bundle.folder)
     version = save_bundle(
         settings.bundle.folder,
         name=settings.bundle.name,
@@ -152,8 +166,8 @@ def _finish(
         calibration=measured.calibration,
         subsets={subset.name: subset.gap for subset in subsets},
     )
-    if kept is not None:
-        notice(f"{settings.bundle.folder}: the bundle that was there is kept in {kept}")
+    if copy is not None:
+        notice(f"{settings.bundle.folder}: the bundle that was there is kept in {copy}")
     trained.log.write(
         "bundle",
         folder=str(settings.bundle.folder),
@@ -162,10 +176,10 @@ def _finish(
         **measured.metrics,
     )
     if len(measured.scores):
-        aps = average_precisions(measured.scores, measured.targets)
-        known = aps[~np.isnan(aps)]
-        trained.log.curves(measured.targets, measured.scores, known, at=trained.best_epoch)
-    if not wanted:
+        aps = average_precisions(measured.scores, measured.targets)  # NaN without positives
+        defined = aps[~np.isnan(aps)]
+        trained.log.curves(measured.targets, measured.scores, defined, at=trained.best_epoch)
+    if not settings.report.enabled:
         return version, None
     seconds = time.monotonic() - started
     page = report_run(

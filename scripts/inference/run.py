@@ -17,7 +17,7 @@ from common.urls import redact
 from config.infer import InferSettings, RunSettings, is_database
 from config.settings import Settings
 from fusion.bundle.legacy import resolve_model
-from fusion.data.feature_files import FeatureFiles
+from fusion.data.dataset import FeatureFiles
 from fusion.infer.infer_features import FeatureMaker
 from fusion.infer.inference import Facts, InferReport, Job, infer, shown
 from fusion.infer.input import Input, read_record

@@ -68,8 +68,8 @@ def web(tmp_path: Path) -> Iterator[str]:
 
 def make_bundle(folder: Path, settings: Settings) -> str:
     """A fusion model with random weights for the features of these settings; its version."""
+    from config.fusion_models import ModelSettings
     from config.labels import LabelMap
-    from config.train import ModelSettings
     from extractors.suite import ExtractorSuite
     from fusion.bundle.bundle import save_bundle
     from fusion.data.schema import FeatureManifest, InputSchema

@@ -15,7 +15,7 @@ from common.post import Post
 from config.labels import LabelMap
 from config.load import load_settings
 from extractors.feature_file import read_features, read_fingerprints
-from fusion.data.dataset import read_data_file
+from fusion.data.data_file import read_data_file
 from scripts.commands.post_file import read_posts
 from workers.local import LocalTagger
 
@@ -85,7 +85,7 @@ def test_train_and_inference_run_as_the_readme_writes_them(tmp_path: Path) -> No
     )  # fmt: skip
     assert trained.returncode == 0, trained.stderr
     assert "gap" in trained.stdout
-    assert (tmp_path / "ckpt" / "last.pt").is_file()
+    assert (tmp_path / "latest" / "ckpt" / "last.pt").is_file()
     assert (tmp_path / "report" / "report.html").is_file()
     by_kind: list[list[dict[str, object]]] = []
     for name in ("test_cls24_samples.json", "test_cls24_samples.txt"):

@@ -152,8 +152,8 @@ def tiny_bundle(folder: Path, features: FeatureSettings, *, threshold: float = 0
     """
     import numpy as np
 
+    from config.fusion_models import ModelSettings
     from config.labels import LabelMap
-    from config.train import ModelSettings
     from extractors.suite import ExtractorSuite
     from fusion.bundle.bundle import save_bundle
     from fusion.data.schema import FeatureManifest, InputSchema

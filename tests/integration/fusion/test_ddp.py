@@ -112,7 +112,7 @@ def test_a_process_that_dies_ends_the_others(victim: int, few_posts: Path) -> No
     process = runs.start_command("--model_config", config)
     try:
         children = children_of(process.pid, 2)
-        log = few_posts / "run" / "log" / "train.jsonl"
+        log = few_posts / "run" / "latest" / "log" / "train.jsonl"
         deadline = time.monotonic() + 120
         while not (log.exists() and '"step"' in log.read_text()):
             assert time.monotonic() < deadline

@@ -25,7 +25,7 @@ STEPS = 8  # of an epoch: 120 posts by 8, two together
 def killed_at(config: Path, folder: Path, step: int, *more: str | Path) -> None:
     """Start `train_net.py` and kill it once its log holds so many steps."""
     process = runs.start_command("--model_config", config, *more)
-    log = folder / "run" / "log" / "train.jsonl"
+    log = folder / "run" / "latest" / "log" / "train.jsonl"
     before = _steps(log)
     deadline = time.monotonic() + 180
     try:

@@ -1,7 +1,8 @@
-"""Posts to train on."""
+"""Posts to train on: written once in a session, and copied for each test."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,17 +10,23 @@ import pytest
 from tests.support.fusion import support
 
 
+@pytest.fixture(scope="session")
+def _all_posts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("posts")
+    for name, train, valid in (("many", 120, 48), ("few", 37, 15)):
+        (folder / name).mkdir()
+        support.write_posts(folder / name, "train", train, 1)
+        support.write_posts(folder / name, "valid", valid, 2)
+    return folder
+
+
 @pytest.fixture
-def posts(tmp_path: Path) -> Path:
+def posts(_all_posts: Path, tmp_path: Path) -> Path:
     """A folder with 120 posts to learn from and 48 to validate on."""
-    support.write_posts(tmp_path, "train", 120, 1)
-    support.write_posts(tmp_path, "valid", 48, 2)
-    return tmp_path
+    return shutil.copytree(_all_posts / "many", tmp_path, dirs_exist_ok=True)
 
 
 @pytest.fixture
-def few_posts(tmp_path: Path) -> Path:
+def few_posts(_all_posts: Path, tmp_path: Path) -> Path:
     """A folder with 37 posts to learn from and 15 to validate on: no number divides them."""
-    support.write_posts(tmp_path, "train", 37, 1)
-    support.write_posts(tmp_path, "valid", 15, 2)
-    return tmp_path
+    return shutil.copytree(_all_posts / "few", tmp_path, dirs_exist_ok=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fusion.data.feature_files import FeatureFiles
+from fusion.data.dataset import FeatureFiles
 from fusion.train.training import TrainReport, train
 from tests.support.fusion import support
 
@@ -26,7 +26,9 @@ def run(folder: Path, resume: Path | None = None, **sections: Any) -> TrainRepor
 
 def checkpoint(folder: Path, name: str = "run") -> dict[str, Any]:
     """The content of the last checkpoint."""
-    content: dict[str, Any] = torch.load(folder / name / "ckpt" / "last.pt", weights_only=True)
+    content: dict[str, Any] = torch.load(
+        folder / name / "latest" / "ckpt" / "last.pt", weights_only=True
+    )
     return content
 
 
@@ -59,7 +61,7 @@ def same(one: Any, other: Any) -> bool:
 
 def events(folder: Path, name: str = "run") -> list[dict[str, Any]]:
     """The lines of a run's log."""
-    lines = (folder / name / "log" / "train.jsonl").read_text().splitlines()
+    lines = (folder / name / "latest" / "log" / "train.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
 
 

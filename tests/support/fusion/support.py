@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from common.post import MODALITIES, Features, Modality, Status, Stream
+from config.fusion_models import ModelSettings
 from config.labels import LabelMap
 from config.load import merge, validate
-from config.train import ModelSettings, TrainSettings
+from config.train import TrainSettings
 from extractors.feature_file import write_features
 from fusion.data.schema import FeatureManifest, InputSchema
 from fusion.models import FusionModel, build_model

@@ -22,7 +22,7 @@ def write_bundle(folder: Path, suite: ExtractorSuite, *, seed: int = 0, **change
     """
     import torch
 
-    from config.train import ModelSettings
+    from config.fusion_models import ModelSettings
     from fusion.bundle.bundle import save_bundle
     from fusion.data.schema import FeatureManifest, InputSchema
     from fusion.models import build_model

@@ -11,11 +11,10 @@ import pytest
 from pydantic import ValidationError
 
 from common.errors import ConfigError
-from config.backbone_train import BackboneTrainSettings
 from config.infer import InferSettings
 from config.load import load_settings, merge, parse_overrides, read_yaml, validate
 from config.settings import BrokerSettings, Settings
-from config.train import TrainSettings
+from config.train import BackboneTrainSettings, TrainSettings
 
 
 @pytest.fixture(autouse=True)

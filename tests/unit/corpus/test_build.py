@@ -18,7 +18,7 @@ from corpus.build import index, label_map, sides
 from corpus.build.command import main
 from corpus.lines import AtomicLines
 from extractors.feature_file import feature_path, write_features
-from fusion.data.dataset import read_data_file
+from fusion.data.data_file import read_data_file
 
 TAGS = tuple(f"tag{i}" for i in range(6))
 ABSENT = {"image": "missing", "audio": "missing", "video": "missing", "ocr": "missing"}

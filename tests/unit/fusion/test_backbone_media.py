@@ -13,11 +13,17 @@ import torch
 from config.labels import LabelMap
 from config.settings import DecodeSettings, ImageSettings, VideoSettings
 from extractors.media.decode import decode_media
-from fusion.backbones.backbone_posts import MediaPost, read_posts
-from fusion.backbones.backbone_tagger import MediaTagger
-from fusion.backbones.media import STREAM, CollateMedia, MediaSample, PixelDataset, best_of_post
-from fusion.backbones.media_items import MediaItems
-from fusion.backbones.model import create_backbone
+from fusion.backbones.media import (
+    STREAM,
+    CollateMedia,
+    MediaItems,
+    MediaPost,
+    MediaSample,
+    PixelDataset,
+    best_of_post,
+    read_posts,
+)
+from fusion.backbones.model import MediaTagger, create_backbone
 from tests.support.fusion.media_posts import write_labels, write_pictures, write_videos
 from tests.support.tiny_models import TINY_CNN, tiny_features
 

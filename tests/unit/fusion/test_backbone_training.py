@@ -14,14 +14,13 @@ import yaml
 
 import train_net
 from common.errors import MediaError
-from config.backbone_train import BackboneTrainSettings
 from config.labels import LabelMap
 from config.settings import DecodeSettings, ImageSettings, VideoSettings
+from config.train import BackboneTrainSettings
 from extractors.media.decode import decode_media
 from extractors.models.visual import VideoExtractor, VisualExtractor
-from fusion.backbones.backbone_tagger import MediaTagger
-from fusion.backbones.media_items import MediaItems
-from fusion.backbones.model import create_backbone
+from fusion.backbones.media import MediaItems
+from fusion.backbones.model import MediaTagger, create_backbone
 from fusion.backbones.training import train_backbones
 from fusion.train.options import train_options, train_settings
 from tests.support import media
@@ -109,11 +108,11 @@ def test_pictures_become_the_image_extractors_weights(
     weights = out / "weights" / f"{TINY_CNN}.safetensors"
     assert "image: epochs 4" in said
     assert str(weights) in said
-    log = events(out / "log" / "train.jsonl")
+    log = events(out / "latest" / "log" / "train.jsonl")
     assert [e["epoch"] for e in log if e["event"] == "valid"] == [1, 2, 3, 4]
     assert log[-1]["event"] == "weights"
     assert log[-1]["gap"] == max(e["gap"] for e in log if e["event"] == "valid") > 0.9
-    assert (out / "ckpt" / "last.pt").exists()
+    assert (out / "latest" / "ckpt" / "last.pt").exists()
 
     extractor = VisualExtractor(
         "image",
@@ -122,7 +121,7 @@ def test_pictures_become_the_image_extractors_weights(
     extractor.load()
     picture = MediaItems().picture(posts / "pictures" / "0-0.jpg", SIZE)
     [found] = extractor.forward([picture[None]])
-    best = torch.load(out / "ckpt" / "best.pt", weights_only=True)["model"]
+    best = torch.load(out / "latest" / "ckpt" / "best.pt", weights_only=True)["model"]
     tagger = MediaTagger(create_backbone(TINY_CNN, "picture", (SIZE, SIZE), "scratch"), SIZE, 3, 0)
     tagger.load_state_dict(best)
     tagger.eval()
@@ -210,7 +209,11 @@ def test_an_interrupted_run_ends_with_the_same_weights(posts: Path, tmp_path: Pa
         train_backbones(settings(posts, parts, "image_backbone", **ema), reader)
     assert not (parts / "weights").exists()
     assert command(posts, parts, "image_backbone", "--resume", str(parts), **ema) == 0
-    log = [e["epoch"] for e in events(parts / "log" / "train.jsonl") if e["event"] == "epoch"]
+    log = [
+        e["epoch"]
+        for e in events(parts / "latest" / "log" / "train.jsonl")
+        if e["event"] == "epoch"
+    ]
     assert log == [1, 2, 3]
     name = Path("weights") / f"{TINY_CNN}.safetensors"
     assert (whole / name).read_bytes() == (parts / name).read_bytes()
@@ -229,7 +232,11 @@ def test_a_video_run_goes_on_in_either_stage(posts: Path, tmp_path: Path) -> Non
     # Killed before the LSTM's end: its last checkpoint is the one of the first epoch.
     longer = {"lstm": {"epochs": 6}}
     assert command(posts, parts, task, "--epoch", "2", "--resume", str(parts), **longer) == 0
-    log = [e for e in events(parts / "lstm" / "log" / "train.jsonl") if e["event"] == "epoch"]
+    log = [
+        e
+        for e in events(parts / "latest" / "lstm" / "log" / "train.jsonl")
+        if e["event"] == "epoch"
+    ]
     assert [e["epoch"] for e in log] == [1, 2, 3, 4, 5, 6]
 
 
@@ -262,7 +269,7 @@ def test_a_broken_picture_is_one_line_or_a_listed_skip(
     out = tmp_path / "b"
     options = ("--skip_bad", "--epoch", "1")
     assert command(posts, out, "image_backbone", *options, **data) == 0
-    skipped = events(out / "log" / "skipped.jsonl")
+    skipped = events(out / "latest" / "log" / "skipped.jsonl")
     assert [(e["post_id"], e["kind"]) for e in skipped] == [("bad", "media")]
     assert "cut.jpg" in skipped[0]["file"]
     assert "left out 1 files that cannot be decoded" in capsys.readouterr().err
@@ -303,7 +310,7 @@ def test_a_checkpoint_of_another_architecture_is_refused(
     resume = ("--resume", str(out))
     assert command(posts, tmp_path / "o", "image_backbone", *resume, **other) == 2
     assert "was made with another arch" in capsys.readouterr().err
-    last = str(out / "ckpt" / "last.pt")
+    last = str(out / "latest" / "ckpt" / "last.pt")
     assert command(posts, tmp_path / "v", "video_backbone", "--resume", last) == 2
     assert "--resume takes the folder of a run" in capsys.readouterr().err
 

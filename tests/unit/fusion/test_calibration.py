@@ -17,7 +17,7 @@ from sklearn.isotonic import IsotonicRegression
 
 from common.errors import BundleError
 from fusion.bundle.bundle import load_bundle, save_bundle
-from fusion.data.feature_files import FeatureFiles
+from fusion.data.dataset import FeatureFiles
 from fusion.infer.inferer import Inferer
 from fusion.metrics import ranking as metrics
 from fusion.metrics.calibration import (

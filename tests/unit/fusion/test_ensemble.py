@@ -16,14 +16,13 @@ from common.errors import BundleError, ConfigError
 from extractors.feature_file import read_features
 from fusion.bundle import bundle
 from fusion.bundle.ensemble import Averaging, Ensemble, averaged
-from fusion.data.feature_files import FeatureFiles
-from fusion.data.folds import stratified_folds
-from fusion.data.pool import PostPool
-from fusion.data.posts import PostList
+from fusion.data.dataset import FeatureFiles
+from fusion.data.posts import PostList, PostPool, stratified_folds
 from fusion.infer.inferer import Inferer
 from fusion.metrics import ranking as metrics
 from fusion.report.judged import Judged
-from fusion.train.trainer import Trainer
+from fusion.train import fold_training
+from fusion.train.trainer import TrainData, Trainer
 from fusion.train.training import TrainReport, train
 from tests.support.fusion import support
 from tests.unit.fusion.test_bundle import write
@@ -132,14 +131,15 @@ def test_a_bundle_of_before_ensembles_loads(tmp_path: Path) -> None:
 def test_folds_leak_nothing(pool_valid: bool, posts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a fold's model learned from never meets what it is scored on; each post is left once."""
     by_fold: dict[str, set[str]] = {}
-    original = Trainer._step
+    original = Trainer.fit
 
-    def step(self: Any, state: Any, batches: Any, *given: Any) -> float:
+    def fit(self: Trainer, objective: Any, data: TrainData, start: Any = None) -> Any:
         learned = by_fold.setdefault(self.last.parent.parent.name, set())
-        learned.update(i for batch in batches for i in batch.post_ids)
-        return original(self, state, batches, *given)
+        rows = range(data.train_count)
+        learned.update(data.train[row].post_id for row in rows)
+        return original(self, objective, data, start)
 
-    monkeypatch.setattr(Trainer, "_step", step)
+    monkeypatch.setattr(Trainer, "fit", fit)
     run(
         posts,
         ensemble={"folds": 3, "pool_valid": pool_valid},
@@ -153,7 +153,7 @@ def test_folds_leak_nothing(pool_valid: bool, posts: Path, monkeypatch: pytest.M
     left_out = [everything - learned for learned in by_fold.values()]
     assert sorted(i for some in left_out for i in some) == sorted(everything)
     assert all(abs(len(some) - len(everything) / 3) <= 3 for some in left_out)
-    judged = Judged.load(posts / "run" / "report" / "scores.npz")
+    judged = Judged.load(posts / "run" / "latest" / "report" / "scores.npz")
     if pool_valid:
         # Rows are the folds one after another, each the posts that its model had not seen.
         ends = np.cumsum([0, *map(len, left_out)])
@@ -166,7 +166,7 @@ def test_folds_leak_nothing(pool_valid: bool, posts: Path, monkeypatch: pytest.M
 def test_folds_are_scored_by_their_own_model(posts: Path) -> None:
     """Each left-out post has the score of the one member that did not learn from it."""
     report = run(posts, ensemble={"folds": 3}, trainer={"epochs": 1}, report={"enabled": True})
-    judged = Judged.load(posts / "run" / "report" / "scores.npz")
+    judged = Judged.load(posts / "run" / "latest" / "report" / "scores.npz")
     lists = [PostList.read(posts / f"{n}.json", support.LABELS) for n in ("train", "valid")]
     pool = PostPool(lists)
     ends, labels = pool.label_rows()
@@ -196,20 +196,23 @@ def test_a_killed_run_goes_on_with_its_fold(posts: Path) -> None:
     class Killed(Exception):
         pass
 
-    original, epochs = Trainer._end_epoch, []
+    original = Trainer.fit
+    epochs: list[str] = []
 
-    def fail(self: Any, *given: Any) -> None:
-        original(self, *given)
-        epochs.append(self.last.parent.parent.name)
-        if len(epochs) == 3:  # the second fold's first epoch
+    def fit(self: Trainer, objective: Any, data: TrainData, start: Any = None) -> Any:
+        fold = self.last.parent.parent.name
+        if fold == "fold-2" and not epochs.count(fold):
+            epochs.append(fold)
             raise Killed
+        epochs.append(fold)
+        return original(self, objective, data, start)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "_end_epoch", fail)
+        patch.setattr(Trainer, "fit", fit)
         with pytest.raises(Killed):
             run(posts, **wanted)
         run(posts, resume=posts / "run", **wanted)
-    assert epochs == ["fold-1", "fold-1", "fold-2", "fold-2", "fold-3", "fold-3"]
+    assert epochs == ["fold-1", "fold-2", "fold-2", "fold-3"]
     again = bundle.load_bundle(posts / "bundle")
     assert again.metrics == whole.metrics
     for one, other in zip(again.members, whole.members, strict=True):
@@ -231,16 +234,16 @@ def test_snapshots_are_the_ends_of_the_cycles(posts: Path) -> None:
     )
     members = bundle.load_bundle(report.bundle).members
     assert len(members) == 2
-    last = torch.load(posts / "run" / "ckpt" / "last.pt", weights_only=True)["model"]
+    last = torch.load(posts / "run" / "latest" / "ckpt" / "last.pt", weights_only=True)["model"]
     for key, value in members[1].state_dict().items():
         assert torch.equal(value, last[key]), "the last snapshot is the end of the run"
-    lines = (posts / "run" / "log" / "train.jsonl").read_text().splitlines()
+    lines = (posts / "run" / "latest" / "log" / "train.jsonl").read_text().splitlines()
     steps = [e for e in map(json.loads, lines) if e["event"] == "step"]
     rates = [e["learning_rate"] for e in steps]
     end = next(i for i, e in enumerate(steps) if e["epoch"] == 3)
     # A line has the rate of the step that follows.
     assert rates[end - 2] < rates[end] / 2
-    judged = Judged.load(posts / "run" / "report" / "scores.npz")
+    judged = Judged.load(posts / "run" / "latest" / "report" / "scores.npz")
     features = [read_features(posts / "features", i, support.FINGERPRINTS) for i in judged.post_ids]
     found = Inferer.load(report.bundle).scores(features)
     np.testing.assert_array_equal(found, judged.scores)
@@ -269,9 +272,14 @@ def test_more_folds_than_posts(posts: Path) -> None:
         run(posts, ensemble={"folds": 31})
 
 
-@pytest.mark.parametrize("name", ["folds.json", "fold-1/scores.npy"])
-def test_files_of_a_fold_that_cannot_be_written(name: str, posts: Path) -> None:
-    """A folder stands in their place, which stops writing as a full disk does: one line."""
-    (posts / "run" / name).mkdir(parents=True)
-    with pytest.raises(ConfigError, match=rf"{name}: cannot be written"):
+def test_files_of_a_fold_that_cannot_be_written(
+    posts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk is one line that names the file."""
+
+    def full(path: Path, content: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(fold_training, "write_whole", full)
+    with pytest.raises(ConfigError, match=r"folds\.json: cannot be written: .*No space left"):
         run(posts, ensemble={"folds": 2}, trainer={"epochs": 1})

@@ -11,9 +11,7 @@ import numpy.typing as npt
 import pytest
 
 from common.errors import ConfigError
-from fusion.data.folds import stratified_folds
-from fusion.data.pool import PostPool
-from fusion.data.posts import PostList
+from fusion.data.posts import PostList, PostPool, stratified_folds
 from tests.support.fusion import support
 
 

@@ -13,14 +13,14 @@ import pytest
 
 from common.errors import ConfigError
 from common.post import Features
-from fusion.data.feature_files import FeatureFiles
+from fusion.data.dataset import FeatureFiles
 from fusion.infer.journal import Journal
 from tests.support.scripts import infer_rig as rig
 
 SLOW = """
 import sys, time
 import infer_net
-from fusion.data.feature_files import FeatureFiles
+from fusion.data.dataset import FeatureFiles
 log, read = open(sys.argv.pop(1), "a", buffering=1), FeatureFiles.features
 def slow(self, post_id, path, fingerprints):
     time.sleep(0.01)
@@ -180,7 +180,7 @@ def test_a_process_that_dies_is_named(tmp_path: Path, capsys: pytest.CaptureFixt
     folder = rig.make(tmp_path, posts=30)
     script = (
         "import sys, os, infer_net\n"
-        "from fusion.data.feature_files import FeatureFiles\n"
+        "from fusion.data.dataset import FeatureFiles\n"
         "def dies(self, post_id, path, fingerprints): os._exit(7)\n"
         "FeatureFiles.features = dies\n"
         "if __name__ == '__main__': sys.exit(infer_net.main(sys.argv[1:]))\n"

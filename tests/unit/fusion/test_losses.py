@@ -15,8 +15,7 @@ from config.train import LossSettings, TrainSettings
 from fusion.data.collate import Batch, Collate, Sample
 from fusion.models import build_model
 from fusion.train.losses import TaggingLoss, class_weights
-from fusion.train.mixup import mixed, mixed_with
-from fusion.train.objective import Objective
+from fusion.train.objective import Objective, mixed, mixed_with
 from tests.support.fusion import support
 
 Numbers = Any  # float64

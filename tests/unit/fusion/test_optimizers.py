@@ -14,21 +14,20 @@ from torch import nn
 from common.errors import ConfigError
 from config.load import validate
 from config.train import LossSettings, OptimizerSettings, TrainSettings
-from fusion.data.collate import Batch, Collate, Sample
-from fusion.data.feature_files import FeatureFiles
+from fusion.data.collate import Collate, Sample
+from fusion.data.dataset import FeatureFiles
 from fusion.models import MODELS
-from fusion.train.checkpoint import Progress
 from fusion.train.losses import TaggingLoss
 from fusion.train.objective import Objective
 from fusion.train.optimizer import (
     SCHEDULES,
-    MovingAverage,
+    average_of,
     build_optimizer,
     cycle_ends,
     warm_up_cosine,
 )
-from fusion.train.run_state import RunState
-from fusion.train.trainer import Trainer
+from fusion.train.run_log import read_run
+from fusion.train.trainer import TrainData, Trainer
 from fusion.train.training import train
 from tests.support.fusion import support
 
@@ -205,12 +204,11 @@ def test_the_moving_average() -> None:
     model = torch.nn.Linear(1, 1, bias=False)
     with torch.no_grad():
         model.weight.fill_(0)
-    average = MovingAverage(model, 0.5)
+    average = average_of(model, 0.5)
     with torch.no_grad():
         model.weight.fill_(1)
-    average.update(model)
-    with average.applied(model):
-        assert model.weight.item() == pytest.approx(1 - 2 / 11)
+    average.update_parameters(model)
+    assert next(average.module.parameters()).item() == pytest.approx(1 - 2 / 11)
     assert model.weight.item() == 1
 
 
@@ -229,20 +227,23 @@ def posts(count: int) -> list[Sample]:
     return found
 
 
-def one_step(folder: Path, batches: list[Batch], **values: Any) -> tuple[nn.Module, float]:
+def one_step(
+    folder: Path, samples: list[Sample], batch_size: int, **values: Any
+) -> tuple[nn.Module, float]:
     """A model after one step of the trainer, and the loss."""
     torch.manual_seed(0)
     options = support.SMALL.model_copy(update={"auxiliary": 0.5, "modality_dropout": 0.0})
     model = MODELS["token_transformer"](support.schema(), options).train()
-    given = settings(schedule="constant", warm_up=0, **values)
-    run_settings = support.train_settings(folder).trainer
+    run_settings = support.train_settings(
+        folder, trainer={"epochs": 1, "batch_size": batch_size, "tensorboard": False}
+    ).trainer.model_copy(update={"save_dir": folder / str(len(list(folder.iterdir())))})
     fabric = Fabric(accelerator="cpu", devices=1)
-    trainer = Trainer(fabric, run_settings, given, signature="{}", seed=0)
+    trainer = Trainer(fabric, run_settings, settings(**values), signature="{}", seed=0)
     objective = Objective(model, TaggingLoss(LossSettings(), torch.ones(6)), auxiliary=0.5)
-    run = RunState(fabric, model, given, 1, Progress(0))
-    run.wrap(objective)
-    posts = sum(len(batch.post_ids) for batch in batches)
-    return model, trainer._step(run, batches, posts, "here")
+    posts: Any = samples  # a list is as good as a data set
+    trainer.fit(objective, TrainData(posts, None, Collate(support.schema()), len(samples)))
+    [epoch] = [e for e in read_run(trainer.log.path) if e["event"] == "epoch"]
+    return model, float(epoch["loss"])
 
 
 def test_accumulated_batches_equal_one_large_batch(tmp_path: Path) -> None:
@@ -250,11 +251,9 @@ def test_accumulated_batches_equal_one_large_batch(tmp_path: Path) -> None:
 
     With SGD: optimizers that divide by the gradient's size blow up rounding where it is zero.
     """
-    collate, samples = Collate(support.schema()), posts(12)
     options = {"name": "sgd", "learning_rate": 0.1, "gradient_clip": 0.1}
-    whole, loss = one_step(tmp_path, [collate(samples)], **options)
-    parts = [collate(samples[a:b]) for a, b in ((0, 5), (5, 9), (9, 12))]
-    split, mean = one_step(tmp_path, parts, **options)
+    whole, loss = one_step(tmp_path, posts(12), 12, **options)
+    split, mean = one_step(tmp_path, posts(12), 5, accumulate=3, **options)
     assert mean == pytest.approx(loss, abs=1e-6)
     for (key, one), other in zip(whole.named_parameters(), split.parameters(), strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5, msg=key)
@@ -262,13 +261,12 @@ def test_accumulated_batches_equal_one_large_batch(tmp_path: Path) -> None:
 
 def test_clipping_bounds_the_norm_of_all_gradients_together(tmp_path: Path) -> None:
     """SGD without momentum moves the weights by rate · clip at most; null does not hold them."""
-    batch = Collate(support.schema())(posts(6))
     torch.manual_seed(0)
-    start, _ = one_step(tmp_path, [batch], name="sgd", learning_rate=1e-12)
+    start, _ = one_step(tmp_path, posts(6), 6, name="sgd", learning_rate=1e-12)
     moved = {}
     for clip in (0.01, 1e6, None):
         options = {"name": "sgd", "learning_rate": 1.0, "momentum": 0, "weight_decay": 0}
-        model, _ = one_step(tmp_path, [batch], **options, gradient_clip=clip)
+        model, _ = one_step(tmp_path, posts(6), 6, **options, gradient_clip=clip)
         both = zip(model.parameters(), start.parameters(), strict=True)
         moved[clip] = sum(float(((a - b) ** 2).sum().detach()) for a, b in both) ** 0.5
     assert moved[0.01] == pytest.approx(0.01, rel=1e-3)
@@ -285,6 +283,6 @@ def test_an_epoch_of_accumulated_batches_takes_fewer_steps(tmp_path: Path) -> No
         tmp_path, optimizer=options, trainer={"epochs": 2, "batch_size": 8, "log_interval": 1}
     )
     train(given, FeatureFiles())
-    content = torch.load(tmp_path / "run" / "ckpt" / "last.pt", weights_only=True)
+    content = torch.load(tmp_path / "run" / "latest" / "ckpt" / "last.pt", weights_only=True)
     assert content["schedule"]["last_epoch"] == 4
     assert content["schedule"]["_last_lr"][0] == pytest.approx(0, abs=1e-9)

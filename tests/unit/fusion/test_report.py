@@ -14,10 +14,10 @@ from sklearn.metrics import average_precision_score, precision_recall_fscore_sup
 import infer_net
 from common.errors import ConfigError
 from common.post import MODALITIES, Modality
-from config.report import ReportSettings
+from config.train import ReportSettings
 from extractors.feature_file import read_features
 from fusion.bundle import bundle
-from fusion.data.feature_files import FeatureFiles
+from fusion.data.dataset import FeatureFiles
 from fusion.infer.inferer import Inferer
 from fusion.report.judged import Judged
 from fusion.report.write import ReportInput, write_report
@@ -59,7 +59,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TrainReport
 
 def numbers(folder: Path) -> dict[str, Any]:
     """``report.json``."""
-    found: dict[str, Any] = json.loads((folder / "run" / "report" / "report.json").read_text())
+    found: dict[str, Any] = json.loads(
+        (folder / "run" / "latest" / "report" / "report.json").read_text()
+    )
     return found
 
 
@@ -71,7 +73,7 @@ def test_three_ways_to_gap_agree(trained: tuple[Path, TrainReport], tmp_path: Pa
     sets = ["--n_gpus", "0", "--set", "progress=false", "--set", "threads=1"]
     assert infer_net.main([*arguments, "--output", str(output), *sets]) == 0
     rows = []
-    judged = Judged.load(folder / "run" / "report" / "scores.npz")
+    judged = Judged.load(folder / "run" / "latest" / "report" / "scores.npz")
     written = {line["post_id"]: line for line in map(json.loads, output.read_text().splitlines())}
     assert len(written) == 70
     for post_id, scores in zip(judged.post_ids, judged.scores, strict=True):
@@ -88,7 +90,10 @@ def test_three_ways_to_gap_agree(trained: tuple[Path, TrainReport], tmp_path: Pa
 def test_the_numbers_are_those_of_the_written_scores(trained: tuple[Path, TrainReport]) -> None:
     """Every tag's row and the calibration errors, recomputed by scikit-learn and by hand."""
     folder, report = trained
-    judged, found = Judged.load(folder / "run" / "report" / "scores.npz"), numbers(folder)
+    judged, found = (
+        Judged.load(folder / "run" / "latest" / "report" / "scores.npz"),
+        numbers(folder),
+    )
     predicted = judged.scores >= judged.thresholds
     precision, recall, f1, support_ = precision_recall_fscore_support(
         judged.targets, predicted, zero_division=0
@@ -156,7 +161,7 @@ def test_every_subset_is_the_gap_of_posts_that_have_only_it(
 def test_the_page_needs_nothing_else(trained: tuple[Path, TrainReport]) -> None:
     """Charts are embedded and lie beside it; there is no script and nothing from the network."""
     folder, report = trained
-    report_folder = folder / "run" / "report"
+    report_folder = folder / "run" / "latest" / "report"
     assert report.page == report_folder / "report.html"
     text = (report_folder / "report.html").read_text(encoding="utf-8")
     charts = sorted(p.stem for p in report_folder.glob("*.png"))
@@ -179,7 +184,7 @@ def test_without_a_report_nothing_is_measured_twice(tmp_path: Path) -> None:
     support.write_posts(tmp_path, "valid", 10, 2)
     report = train(support.train_settings(tmp_path, trainer={"epochs": 1}), FeatureFiles())
     assert report.page is None
-    assert not (tmp_path / "run" / "report").exists()
+    assert not (tmp_path / "run" / "latest" / "report").exists()
     assert bundle.load_bundle(report.bundle).subsets == {}
 
 

@@ -10,10 +10,31 @@ import torch
 from safetensors.torch import load_file
 
 from common.errors import ConfigError
-from fusion.data.feature_files import FeatureFiles
-from fusion.train.trainer import Trainer
+from config.train import TrainSettings
+from fusion.data.dataset import FeatureFiles
+from fusion.train.run_log import RunLog
 from fusion.train.training import train
 from tests.support.fusion import runs, support
+
+
+class InterruptedRun(Exception):
+    """Stands for a kill: nothing of the run goes on."""
+
+
+def interrupt(settings: TrainSettings, epoch: int, step: int) -> None:
+    """Train, and break off in the midst of a step: everything since the last checkpoint is lost."""
+    original = RunLog.write
+
+    def write(log: RunLog, event: str, **values: Any) -> None:
+        original(log, event, **values)
+        if event == "step" and (values["epoch"], values["step"]) == (epoch, step):
+            raise InterruptedRun
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunLog, "write", write)
+        often = settings.trainer.model_copy(update={"log_interval": 1})
+        with pytest.raises(InterruptedRun):
+            train(settings.model_copy(update={"trainer": often}), FeatureFiles())
 
 
 @pytest.mark.parametrize("ema", [0.0, 0.9])
@@ -24,29 +45,13 @@ def test_a_resumed_run_ends_with_the_same_weights(ema: float, posts: Path) -> No
     whole = runs.weights(posts)
     best = load_file(posts / "bundle" / "model.safetensors")
 
-    class Interrupted(Exception):
-        pass
-
     settings = support.train_settings(
         posts, **{**options, "trainer": {"epochs": 4, "save_dir": str(posts / "second")}}
     )
-    steps = 0
-    original = Trainer._step
-
-    def fail(self: Any, *given: Any) -> float:
-        nonlocal steps
-        steps += 1
-        if steps == 20:
-            raise Interrupted
-        return original(self, *given)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "_step", fail)
-        with pytest.raises(Interrupted):
-            train(settings, FeatureFiles())
+    interrupt(settings, epoch=3, step=4)
     torch.manual_seed(12345)  # what the interrupted process had drawn is lost
     train(settings, FeatureFiles(), resume=posts / "second")
-    resumed = torch.load(posts / "second" / "ckpt" / "last.pt", weights_only=True)
+    resumed = torch.load(posts / "second" / "latest" / "ckpt" / "last.pt", weights_only=True)
     assert resumed["progress"]["epoch"] == 4
     assert runs.equal(whole, resumed["model"])
     assert runs.equal(best, load_file(posts / "bundle" / "model.safetensors"))
@@ -57,9 +62,9 @@ def test_a_run_goes_on_in_another_folder(posts: Path) -> None:
     runs.run(posts, trainer={"epochs": 3})
     first = load_file(posts / "bundle" / "model.safetensors")
     other = {"save_dir": str(posts / "other"), "epochs": 3}
-    report = runs.run(posts, resume=posts / "run" / "ckpt" / "last.pt", trainer=other)
+    report = runs.run(posts, resume=posts / "run" / "latest" / "ckpt" / "last.pt", trainer=other)
     assert runs.equal(first, load_file(posts / "bundle" / "model.safetensors"))
-    assert (posts / "other" / "ckpt" / "best.pt").exists()
+    assert (posts / "other" / "latest" / "ckpt" / "best.pt").exists()
     assert report.epochs == 3
 
 
@@ -67,7 +72,9 @@ def test_a_best_checkpoint_is_a_start_of_a_new_run(posts: Path) -> None:
     """It holds weights and no optimizer: training begins at epoch one, further along."""
     runs.run(posts, trainer={"epochs": 4})
     losses = [e["loss"] for e in runs.events(posts) if e["event"] == "epoch"]
-    report = runs.run(posts, resume=posts / "run" / "ckpt" / "best.pt", trainer={"epochs": 1})
+    report = runs.run(
+        posts, resume=posts / "run" / "latest" / "ckpt" / "best.pt", trainer={"epochs": 1}
+    )
     again = [e["loss"] for e in runs.events(posts) if e["event"] == "epoch"]
     assert report.epochs == 1
     assert again[-1] < losses[0]
@@ -117,13 +124,10 @@ def test_every_optimizer_resumes_exactly(name: str, tmp_path: Path) -> None:
             trainer={"epochs": 4, "batch_size": 8, "save_dir": str(folder)},
         )
         if interrupted:
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(Trainer, "_step", _failing_in_epoch_3(Trainer._step))
-                with pytest.raises(_InterruptedError):
-                    train(given, FeatureFiles())
+            interrupt(given, epoch=3, step=2)
             torch.manual_seed(999)
         train(given, FeatureFiles(), resume=folder if interrupted else None)
-        finals.append(torch.load(folder / "ckpt" / "last.pt", weights_only=True))
+        finals.append(torch.load(folder / "latest" / "ckpt" / "last.pt", weights_only=True))
     assert runs.same(*finals)
 
 
@@ -143,16 +147,3 @@ def test_another_optimizer_does_not_go_on(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="its optimizer does not fit this run"):
         run(tmp_path / "run", name="adam", group_rates={"head": 0.1})
     run(tmp_path / "run", name="adam")
-
-
-class _InterruptedError(Exception):
-    pass
-
-
-def _failing_in_epoch_3(original: Any) -> Any:
-    def step(self: Any, run: Any, batches: Any, posts: int, where: str) -> float:
-        if where == "epoch 3, step 2":  # in its midst: what the unsaved step did is lost
-            raise _InterruptedError
-        return float(original(self, run, batches, posts, where))
-
-    return step

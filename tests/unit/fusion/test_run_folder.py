@@ -1,284 +1,258 @@
-"""What an earlier run left in a folder is kept when another one begins there."""
+"""Every run has a folder of its own, so that earlier runs and their bundles stay."""
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import json
-import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from lightning_fabric import Fabric
 
 import train_net
 from common.errors import ConfigError
 from fusion.bundle.bundle import load_bundle, newest_version
-from fusion.train.run_folder import BACKBONES, FUSION, RunFiles, RunFolder
-from tests.support.fusion import runs
+from fusion.train.checkpoint import Checkpoint, Progress, save_checkpoint, signature
+from fusion.train.run_folder import keep_bundle, link_latest, located, run_folder
+from tests.support.fusion import media_posts, runs
+from tests.support.tiny_models import TINY_CNN
 
 ONE: dict[str, Any] = {"epochs": 1}
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    """Every file, without the lock."""
+    """Every file by its path in the folder; links are not followed."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != ".lock"
+        if path.is_file() and not path.is_symlink()
     }
 
 
-def under(name: str, files: dict[str, bytes]) -> dict[str, bytes]:
-    """Of a tree, the files of one folder in it, by their names there."""
-    start = f"{name}/"
-    return {path[len(start) :]: data for path, data in files.items() if path.startswith(start)}
+def run_folders(save_dir: Path) -> list[Path]:
+    """The folders of all runs, the oldest first."""
+    folders = [path for path in save_dir.iterdir() if path.is_dir() and not path.is_symlink()]
+    return sorted(folders, key=lambda path: path.stat().st_ctime_ns)
 
 
-def test_a_second_run_keeps_the_first(posts: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Checkpoints, logs, report and bundle of every run are whole, and a line says where."""
-    config = ["--model_config", str(runs.config_file(posts, trainer=ONE, report={"enabled": True}))]
-    save, bundle = posts / "run", posts / "bundle"
+def test_a_second_run_leaves_the_first_as_it_is(
+    few_posts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`latest` leads to the newest run; the replaced bundle is kept; `--resume` goes on."""
+    config = ["--model_config", str(runs.config_file(few_posts, trainer=ONE))]
+    save, bundle = few_posts / "run", few_posts / "bundle"
     assert train_net.main(config) == 0
-    assert "kept" not in capsys.readouterr().err
-    first, version = tree(save), newest_version(bundle)
-    assert {"ckpt/last.pt", "log/train.jsonl", "report/report.html"} <= set(first)
+    [first] = run_folders(save)
+    files, version = tree(first), newest_version(bundle)
+    assert {"ckpt/last.pt", "ckpt/best.pt", "log/train.jsonl"} <= set(files)
+    assert (save / "latest").resolve() == first
 
     assert train_net.main([*config, "--epoch", "2"]) == 0
+    second = (save / "latest").resolve()
+    assert second != first
+    assert tree(first) == files
+    kept = few_posts / f"bundle.{version}"
     said = capsys.readouterr().err
-    assert f"{save}: holds an earlier run, which is kept in {save / 'previous-1'}\n" in said
-    assert under("previous-1", tree(save)) == first
-    assert [e["event"] for e in runs.events(posts)].count("begin") == 1
-    assert len(list((save / "log" / "tensorboard").iterdir())) == 1
-    kept = posts / f"bundle.{version}"
     assert f"{bundle}: the bundle that was there is kept in {kept}\n" in said
     assert load_bundle(kept).version == version
     assert newest_version(bundle) != version
 
+    # A run goes on in its own folder, whichever is the newest.
     assert train_net.main([*config, "--epoch", "3", "--resume", str(save)]) == 0
-    assert "an earlier run" not in capsys.readouterr().err
-    assert [e["event"] for e in runs.events(posts)].count("begin") == 2
-    assert runs.checkpoint(posts)["progress"]["epoch"] == 3
-    again = ["--epoch", "2", "--resume", str(save / "previous-1")]
-    assert train_net.main([*config, *again]) == 0
-    assert runs.checkpoint(posts)["progress"]["epoch"] == 2
-    assert under("previous-1", tree(save)) == first
-    assert runs.checkpoint(posts, "run/previous-2")["progress"]["epoch"] == 3
-    assert not list(posts.glob(".bundle*"))
-
-
-def test_weights_of_the_folder_itself_begin_a_new_run(
-    few_posts: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """``--resume <save_dir>/ckpt/best.pt`` finds the file where it was moved to."""
-    config = ["--model_config", str(runs.config_file(few_posts, trainer=ONE))]
-    best = few_posts / "run" / "ckpt" / "best.pt"
-    assert train_net.main(config) == 0
-    before = best.read_bytes()
-    assert train_net.main([*config, "--resume", str(best)]) == 0
-    assert "is kept in" in capsys.readouterr().err
-    assert (few_posts / "run" / "previous-1" / "ckpt" / "best.pt").read_bytes() == before
-
-
-def test_folds_are_kept_and_gone_on_with(posts: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """k-fold runs move whole; with ``--resume`` nothing moves, and a wrong one moves nothing."""
-    sections = {"trainer": ONE, "ensemble": {"folds": 2}}
-    config = ["--model_config", str(runs.config_file(posts, **sections))]
-    save = posts / "run"
-    assert train_net.main(config) == 0
-    first = tree(save)
-    assert train_net.main([*config, "--resume", str(save)]) == 0
-    assert not (save / "previous-1").exists()
-    assert train_net.main([*config, "--resume", str(posts)]) == 2
-    again = tree(save)
-    assert set(again) == set(first)
-    capsys.readouterr()
-    assert train_net.main(config) == 0
-    assert capsys.readouterr().err.count("which is kept in") == 1
-    assert under("previous-1", tree(save)) == again
-    done = [json.loads((save / f"fold-{i}" / "done.json").read_text()) for i in (1, 2)]
-    assert [fold["epochs"] for fold in done] == [1, 1]
-
-
-@pytest.mark.slow
-def test_of_several_processes_one_moves(few_posts: Path) -> None:
-    """Two processes: one line, one folder, nothing of the second run in it."""
-    config = runs.config_file(few_posts, trainer={**ONE, "processes": 2, "batch_size": 8})
-    given = ["--model_config", str(config)]
-    assert train_net.main([*given, "--set", "trainer.processes=1"]) == 0
-    first = tree(few_posts / "run")
-    code, _, err = runs.command(*given)
-    assert code == 0, err
-    assert err.count("which is kept in") == 1
-    assert under("previous-1", tree(few_posts / "run")) == first
-    assert not (few_posts / "run" / "previous-2").exists()
-
-
-# The moving itself -----------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def fabric() -> Fabric:
-    return Fabric(accelerator="cpu", devices=1)
-
-
-@pytest.fixture
-def used(tmp_path: Path) -> Path:
-    """A folder with all that runs leave, and something that is no run's."""
-    names = ["ckpt/last.pt", "ckpt/best.pt", "log/train.jsonl", "log/tensorboard/events", "tsn/a"]
-    names += ["weights/tsn.safetensors", "notes.txt", "frames/1/a", "previous-4/ckpt/last.pt"]
-    for name in names:
-        path = tmp_path / "run" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(name)
-    return tmp_path / "run"
-
-
-class Killed(BaseException):
-    """Stands for a kill: nothing after it runs."""
-
-
-@contextlib.contextmanager
-def killed_after(renames: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Let the process die before the next rename, in whatever method."""
-    left, rename = [renames], Path.rename
-
-    def counted(path: Path, target: Path) -> Path:
-        if not left[0]:
-            raise Killed
-        left[0] -= 1
-        return rename(path, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", counted)
-        yield
-
-
-@pytest.mark.parametrize("moved", range(4))
-@pytest.mark.parametrize("back", range(4))
-def test_a_kill_while_moving_is_undone(
-    moved: int, back: int, used: Path, fabric: Fabric, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Killed at any rename, and again while it is taken back: the earlier run is whole again."""
-    before = tree(used)
-    folder = RunFolder(fabric, used, BACKBONES)
-    with (
-        killed_after(moved, monkeypatch),
-        contextlib.suppress(Killed),
-        folder.beginning(None),
-    ):
-        monkeypatch.setattr(RunFolder, "_take_back", lambda self: None)  # as after a real kill
-        raise Killed
-    monkeypatch.undo()
-    assert (used / ".previous").exists()
-    with (
-        killed_after(back, monkeypatch),
-        contextlib.suppress(Killed),
-        folder.beginning(used),
-    ):
-        pass
-    with folder.beginning(used) as place:
-        assert place == used
-    assert tree(used) == before
-
-
-def test_what_is_served_stays_where_it_is(used: Path, fabric: Fabric) -> None:
-    """Weights can be loaded all the time, and those of before are not the new ones."""
-    folder, weights = RunFolder(fabric, used, BACKBONES), used / "weights" / "tsn.safetensors"
-    with folder.beginning(None):
-        assert weights.read_text() == "weights/tsn.safetensors"
-    new = used / "weights" / ".new"
-    new.write_text("new")
-    new.replace(weights)
-    kept = used / "previous-5"
-    assert (kept / "weights" / "tsn.safetensors").read_text() == "weights/tsn.safetensors"
-    assert sorted(path.name for path in kept.iterdir()) == ["ckpt", "log", "tsn", "weights"]
-    left = {path.name for path in used.iterdir()} - {".lock"}
-    assert left == {"weights", "notes.txt", "frames", "previous-4", "previous-5"}
-
-
-@pytest.mark.parametrize("name", ["", "other", "previous-", "previous-1/../ckpt", "previous-1\n"])
-def test_a_marker_that_names_no_kept_run_deletes_nothing(
-    name: str, used: Path, fabric: Fabric
-) -> None:
-    """An empty name would be the folder itself, and all in it its own copy."""
-    (used / ".previous").write_text(name)
-    before, folder = tree(used), RunFolder(fabric, used, BACKBONES)
-    with (
-        pytest.raises(ConfigError, match=re.escape(f"{used / '.previous'}: must name the folder")),
-        folder.beginning(None),
-    ):
-        pass
-    assert tree(used) == before
-
-
-def test_an_error_is_not_hidden_by_what_cannot_be_taken_back(
-    used: Path, fabric: Fabric, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The disk fails while the run ends: it says why it has ended, and the next takes back."""
-    before, folder = tree(used), RunFolder(fabric, used, BACKBONES)
-
-    def full(path: Path, target: Path) -> Path:
-        raise OSError(errno.EIO, "Input/output error")
-
-    def begin() -> None:
-        with folder.beginning(None):
-            monkeypatch.setattr(Path, "rename", full)
-            raise ConfigError("no such label map")
-
-    with pytest.raises(ConfigError, match="no such label map"):
-        begin()
-    monkeypatch.undo()
-    assert (used / ".previous").exists()
-    with folder.beginning(used):
-        assert tree(used) == before
-
-
-@pytest.mark.parametrize("name", ["ckpt/last.pt", "ckpt/best.pt", "tsn", "weights", ""])
-def test_what_a_killed_run_has_moved_is_found_under_its_name(
-    name: str, used: Path, fabric: Fabric, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """``--resume <save_dir>/previous-N/…`` is what it was when the command was typed."""
-    folder = RunFolder(fabric, used, BACKBONES)
-    with monkeypatch.context() as patch, contextlib.suppress(Killed), folder.beginning(None):
-        patch.setattr(RunFolder, "_take_back", lambda self: None)
-        raise Killed
-    named = used / "previous-5" / name
-    wanted = named.read_bytes() if named.is_file() else tree(named)
-    with folder.beginning(named) as place:
-        assert place is not None
-        assert wanted == (place.read_bytes() if place.is_file() else tree(place))
-    assert (used / "previous-5" / "ckpt" / "last.pt").exists()
-    assert not (used / "ckpt").exists()
-
-
-@pytest.mark.parametrize("name", ["x.pth", "x.safetensors", "snapshot-1.pt", "best.pt"])
-def test_weights_among_the_checkpoints_begin_a_new_run(
-    name: str, used: Path, fabric: Fabric
-) -> None:
-    """Only the last checkpoint is where the run in the folder stopped."""
-    (used / "ckpt" / name).write_text(name)
-    folder = RunFolder(fabric, used, BACKBONES)
-    for same in (used, used / "ckpt", used / "ckpt" / "last.pt"):
-        with folder.beginning(same) as place:
-            assert place == same
-    with folder.beginning(used / "ckpt" / name) as place:
-        assert place == used / "previous-5" / "ckpt" / name
-        assert place.read_text() == name
+    assert (save / "latest").resolve() == second
+    assert [e["event"] for e in runs.events(few_posts)].count("begin") == 2
+    assert train_net.main([*config, "--epoch", "3", "--resume", str(first)]) == 0
+    assert (save / "latest").resolve() == first
+    assert runs.checkpoint(few_posts)["progress"]["epoch"] == 3
+    assert len(run_folders(save)) == 2
 
 
 @pytest.mark.parametrize(
-    ("files", "left"),
-    [(FUSION, ["log/skipped.jsonl"]), (FUSION, ["data/train.json"]), (FUSION, [])],
+    ("resume", "goes_on"),
+    [
+        ("", True),
+        ("one", True),
+        ("one/ckpt", True),
+        ("one/ckpt/last.pt", True),
+        ("latest/ckpt/last.pt", True),
+        ("one/ckpt/best.pt", False),
+        ("one/ckpt/snapshot-1.pt", False),
+        ("../elsewhere/run/ckpt/last.pt", False),
+    ],
 )
-def test_a_folder_without_a_run_is_left_alone(
-    files: RunFiles, left: list[str], tmp_path: Path, fabric: Fabric
+def test_only_the_last_checkpoint_goes_on_in_its_folder(
+    resume: str, goes_on: bool, tmp_path: Path
 ) -> None:
-    """A start that failed leaves a list of posts, which is no run."""
-    for name in left:
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text("x")
-    with RunFolder(fabric, tmp_path, files).beginning(None):
-        assert sorted(tree(tmp_path)) == left
+    """Weights, and runs of another `save_dir`, begin a new folder."""
+    fabric, save = Fabric(accelerator="cpu", devices=1), tmp_path / "save"
+    (save / "one" / "ckpt").mkdir(parents=True)
+    link_latest(fabric, save / "one")
+    place = located(save / resume)
+    folder = run_folder(fabric, save, place)
+    assert (folder.resolve() == save / "one") == goes_on
+    assert folder.parent == save
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    """The line names the setting."""
+    (tmp_path / "save").write_text("a file in the way")
+    with pytest.raises(ConfigError, match=r"trainer\.save_dir: .*save cannot be written"):
+        link_latest(Fabric(accelerator="cpu", devices=1), tmp_path / "save" / "run")
+
+
+def test_folds_go_on_in_their_folder(few_posts: Path) -> None:
+    """With `--resume` a k-fold run stays in its folder; other folders are refused."""
+    sections = {"trainer": ONE, "ensemble": {"folds": 2}}
+    config = ["--model_config", str(runs.config_file(few_posts, **sections))]
+    save = few_posts / "run"
+    assert train_net.main(config) == 0
+    assert train_net.main([*config, "--resume", str(save)]) == 0
+    [folder] = run_folders(save)
+    files = tree(folder)
+    assert train_net.main([*config, "--resume", str(few_posts)]) == 2
+    assert train_net.main(config) == 0
+    assert tree(folder) == files
+    done = [json.loads((save / f"latest/fold-{i}/done.json").read_text()) for i in (1, 2)]
+    assert [fold["epochs"] for fold in done] == [1, 1]
+
+
+# Runs that cannot begin
+
+
+def twice(folder: Path) -> None:
+    """Put a post of the training data into the validation data too."""
+    train, valid = (json.loads((folder / f"{n}.json").read_text()) for n in ("train", "valid"))
+    (folder / "none.json").write_text(json.dumps([train[3], *valid]))
+
+
+MISTAKES = {
+    "data": ("none.json: no such data file", ["data.valid=NONE"]),
+    "resume": ("cannot be read as a checkpoint", ["--resume"]),
+    "bundle": ("holds something that is no bundle and would be replaced", ["bundle.out=FOLDER"]),
+    "few posts": ("posts are too few for 30", ["ensemble.folds=30"]),
+    "post twice": ("post 'train3' stands in", ["data.valid=NONE", "ensemble.folds=2"]),
+}
+
+
+def test_a_run_that_cannot_begin_leaves_the_latest(
+    few_posts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A wrong data file or checkpoint: `--resume` finds the earlier run, and no folder is made."""
+    config = runs.config_file(few_posts, trainer=ONE)
+    assert train_net.main(["--model_config", str(config)]) == 0
+    before = tree(few_posts / "run")
+    (few_posts / "other.pt").write_bytes(b"no checkpoint")
+    for mistake, (says, changes) in MISTAKES.items():
+        if mistake == "post twice":
+            twice(few_posts)
+        wrong = []
+        for change in changes:
+            named = change.replace("NONE", str(few_posts / "none.json"))
+            named = named.replace("FOLDER", str(few_posts))
+            wrong += [named, str(few_posts / "other.pt")] if "=" not in named else ["--set", named]
+        capsys.readouterr()
+        assert train_net.main(["--model_config", str(config), *wrong]) == 2, mistake
+        assert says in capsys.readouterr().err
+        assert tree(few_posts / "run") == before
+
+
+def test_a_run_without_usable_posts_lists_them(few_posts: Path) -> None:
+    """The list lies in the folder of the run that failed, and `latest` does not lead to it."""
+    config = runs.config_file(few_posts, trainer=ONE)
+    none = few_posts / "none.json"
+    none.write_text('[{"post_id": "x", "labels": ["nope"]}]')
+    wrong = ["--set", f"data.train={none}", "--skip_bad"]
+    assert train_net.main(["--model_config", str(config), *wrong]) == 2
+    [skipped] = (few_posts / "run").rglob("skipped.jsonl")
+    assert "nope" in skipped.read_text()
+    assert not (few_posts / "run" / "latest").exists()
+
+
+# Backbones
+
+SIZES = {"projection": 16, "hidden": 8, "join": 32, "width": 24}
+
+
+def sign(stage: str, **changes: Any) -> str:
+    """Return the signature of a stage's checkpoints."""
+    labels = list(media_posts.COLOURS)
+    parts = {"stage": stage, "arch": TINY_CNN, "image_size": 32, "labels": labels, **changes}
+    return signature(parts)
+
+
+def save_stage(folder: Path, signed: str) -> None:
+    """Write a last checkpoint with that signature."""
+    save_checkpoint(folder / "ckpt" / "last.pt", Checkpoint(signed, Progress(0), {}))
+
+
+def backbone_config(folder: Path, kind: str) -> Path:
+    """Write posts with media, and the config of a training."""
+    labels = media_posts.write_labels(folder)
+    write = media_posts.write_pictures if kind == "image" else media_posts.write_videos
+    posts = write(folder, "train", 3)
+    content = {
+        "task": f"{kind}_backbone",
+        "data": {"train": str(posts), "valid": None, "labels": str(labels)},
+        "backbone": {"arch": TINY_CNN, "image_size": 32},
+        "tsn": {"segments": 2, "test_segments": 3, "frames": 20},
+        "lstm": SIZES,
+        "trainer": {"n_gpu": 0, "threads": 1, "save_dir": str(folder / "run"), "progress": False},
+    }
+    config = folder / "train.yaml"
+    config.write_text(yaml.safe_dump(content))
+    return config
+
+
+BACKBONE_MISTAKES = {
+    "typo": ("image", "no such checkpoint"),
+    "arch": ("image", "was made with another arch"),
+    "no tsn": ("video", "no such checkpoint"),
+    "tsn": ("video", "was made with another arch"),
+    "lstm": ("video", "was made with another lstm"),
+}
+
+
+@pytest.mark.parametrize("mistake", BACKBONE_MISTAKES)
+def test_checkpoints_of_both_stages_are_read_before_a_backbones_run_begins(
+    mistake: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One line says what differs, and no folder is made."""
+    kind, says = BACKBONE_MISTAKES[mistake]
+    config = backbone_config(tmp_path, kind)
+    other = tmp_path / "other"
+    other.mkdir()
+    match mistake:
+        case "arch":
+            save_stage(other, sign("image", arch="resnet18"))
+        case "tsn":
+            save_stage(other / "tsn", sign("tsn", arch="resnet18"))
+        case "lstm":
+            save_stage(other / "tsn", sign("tsn"))
+            save_stage(other / "lstm", sign("lstm", lstm={**SIZES, "width": 8}, frames=20))
+    resume = other / "last.pt" if mistake == "typo" else other
+    assert train_net.main(["--model_config", str(config), "--resume", str(resume)]) == 2
+    assert says in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+# The bundle
+
+
+def test_a_bundle_is_kept_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under its version, of a link next to its target; also when it is the working folder."""
+    real = tmp_path / "real"
+    real.mkdir()
+    assert keep_bundle(real) is None
+    (real / "bundle.yaml").write_text("version: 20260101T000000Z-1a2b3c4d\n")
+    (tmp_path / "links").mkdir()
+    served = tmp_path / "links" / "served"
+    served.symlink_to(real)
+    kept = tmp_path / "real.20260101T000000Z-1a2b3c4d"
+    (tmp_path / f".{kept.name}.part").mkdir()  # of a run that was killed while it kept one
+    assert keep_bundle(served) == kept
+    assert tree(kept) == tree(real)
+    monkeypatch.chdir(real)
+    assert keep_bundle(Path()) == kept
+    names = {path.name for path in tmp_path.rglob("*")} - {"bundle.yaml"}
+    assert names == {"links", "real", kept.name, "served"}

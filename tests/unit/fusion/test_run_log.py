@@ -10,7 +10,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from common.errors import ConfigError
-from fusion.data.feature_files import FeatureFiles
+from fusion.data.dataset import FeatureFiles
 from fusion.train.run_log import RunLog, read_run
 from fusion.train.training import train
 from tests.support.fusion import support
@@ -152,8 +152,8 @@ def test_training_writes_the_curves(on: bool, tmp_path: Path) -> None:
         settings = support.train_settings(tmp_path, trainer={**options, "epochs": epochs_wanted})
         train(settings, FeatureFiles(), resume=resume)
     if not on:
-        assert not (tmp_path / "run" / "log" / "tensorboard").exists()
+        assert not (tmp_path / "run" / "latest" / "log" / "tensorboard").exists()
         return
-    steps = [point.step for point in curves(tmp_path / "run").Scalars("step/loss")]
+    steps = [point.step for point in curves(tmp_path / "run" / "latest").Scalars("step/loss")]
     assert steps == list(range(1, len(steps) + 1))
-    assert len(curves(tmp_path / "run").Scalars("valid/gap")) == 2
+    assert len(curves(tmp_path / "run" / "latest").Scalars("valid/gap")) == 2

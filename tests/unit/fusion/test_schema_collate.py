@@ -8,7 +8,7 @@ import torch
 
 from common.errors import ConfigError, FeatureError
 from common.post import Features
-from config.train import TokenLimits
+from config.fusion_models import TokenLimits
 from fusion.data.collate import Collate, Sample
 from fusion.data.schema import FeatureManifest, InputSchema
 from tests.support.fusion import support

@@ -44,7 +44,7 @@ def test_bad_posts_are_listed_and_left_out(
     spoil(few_posts)
     config = runs.config_file(few_posts, trainer={"epochs": 1}, data={"loaders": loaders})
     assert train_net.main(["--model_config", str(config), "--skip_bad"]) == 0
-    lines = (few_posts / "run" / "log" / "skipped.jsonl").read_text().splitlines()
+    lines = (few_posts / "run" / "latest" / "log" / "skipped.jsonl").read_text().splitlines()
     listed = [json.loads(line) for line in lines]
     assert {entry["post_id"]: entry["kind"] for entry in listed} == BAD
     reasons = {entry["post_id"]: entry["reason"] for entry in listed}
@@ -66,17 +66,15 @@ def test_they_end_the_run_otherwise(few_posts: Path, capsys: pytest.CaptureFixtu
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 1
     assert "post train3: label 'nope' is not in the label map" in said[0]
-    assert not (few_posts / "run" / "log" / "skipped.jsonl").exists()
+    assert not list(few_posts.rglob("skipped.jsonl"))
 
 
 def test_nothing_is_listed_where_nothing_is_bad(few_posts: Path) -> None:
-    """An earlier run's list does not stay; the weights are those without the option."""
+    """The list is there and empty; the weights are those without the option."""
     runs.run(few_posts, trainer={"epochs": 1})
     plain = runs.weights(few_posts)
-    file = few_posts / "run" / "log" / "skipped.jsonl"
-    file.write_text("old\n")
     runs.run(few_posts, trainer={"epochs": 1}, data={"skip_bad": True})
-    assert file.read_text() == ""
+    assert (few_posts / "run" / "latest" / "log" / "skipped.jsonl").read_text() == ""
     assert runs.equal(plain, runs.weights(few_posts))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from config.train import DataSettings, LossSettings
 from fusion.bundle.bundle import check_fingerprints, load_bundle, save_bundle
 from fusion.data.collate import Batch, Collate, Sample
 from fusion.data.data_file import Record
-from fusion.data.dataset import find_manifest
+from fusion.data.dataset import FeatureFiles, find_manifest
 from fusion.data.schema import FeatureManifest, InputSchema
 from fusion.models import MODELS, FusionModel, build_model
 from fusion.models.base import ModalityDropout
@@ -169,30 +170,30 @@ def test_a_bundle_carries_streams(tmp_path: Path) -> None:
         check_fingerprints(bundle.manifest, {**PRINTS, "video_lstm": "x"}, bundle="b")
 
 
-class _Reader:
+@dataclass(frozen=True)
+class _Reader(FeatureFiles):
     """Feature files in memory."""
 
-    def __init__(self, posts: list[Features]) -> None:
-        self.posts = {post.post_id: post for post in posts}
-        self.asked = 0
+    posts: dict[str, Features] = field(default_factory=dict)
+    reads: list[str] = field(default_factory=list)
 
     def fingerprints(self, post_id: str, path: Path | None) -> dict[Stream, str]:
         return PRINTS
 
     def features(self, post_id: str, path: Path | None, fingerprints: Any) -> Features:
-        self.asked += 1
+        self.reads.append(post_id)
         return self.posts[post_id]
 
 
 def test_the_manifest_takes_every_stream_of_the_modalities_asked_for() -> None:
     """`data.modalities: [video]` is rows and vector; one stream alone does not delay it."""
     posts = [features(str(i)) for i in range(40)]
-    reader = _Reader(posts)
+    reader = _Reader(posts={post.post_id: post for post in posts})
     records = [Record(post.post_id) for post in posts]
     found = find_manifest(records, reader, DataSettings(modalities=("video", "text")))
     assert dict(found.dims) == {"video": 12, "video_lstm": 9, "text": 10}
-    assert reader.asked < 10
-    plain = _Reader([support.features(str(i)) for i in range(40)])
+    assert len(reader.reads) < 10
+    plain = _Reader(posts={str(i): support.features(str(i)) for i in range(40)})
     dims = find_manifest(records, plain, DataSettings(modalities=("video", "text"))).dims
     assert set(dims) == {"video", "text"}
-    assert plain.asked < 10
+    assert len(plain.reads) < 10

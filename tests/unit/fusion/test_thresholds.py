@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fusion.data.feature_files import FeatureFiles
+from fusion.data.dataset import FeatureFiles
 from fusion.infer.inferer import Inferer
 from fusion.metrics.calibration import fit_calibration
 from fusion.metrics.thresholds import best_f1_threshold, fit_thresholds, precision_threshold
@@ -72,7 +72,7 @@ def test_tags_are_given_by_the_fitted_thresholds(precision: float | None, tmp_pa
         report={"enabled": True, "subset_posts": 0},
     )
     report = train(settings, FeatureFiles())
-    judged = Judged.load(tmp_path / "run" / "report" / "scores.npz")
+    judged = Judged.load(tmp_path / "run" / "latest" / "report" / "scores.npz")
     inferer = Inferer.load(report.bundle)
     reader = FeatureFiles(tmp_path / "features")
     features = [reader.features(i, None, support.FINGERPRINTS) for i in judged.post_ids]

@@ -12,18 +12,17 @@ from lightning_fabric import Fabric
 from safetensors.torch import load_file
 
 from fusion.data.collate import Batch
-from fusion.data.dataset import PostDataset
-from fusion.data.feature_files import FeatureFiles
+from fusion.data.dataset import FeatureFiles, PostDataset
 from fusion.data.posts import PostList
 from fusion.infer.inferer import Inferer
 from fusion.metrics import ranking as metrics
 from fusion.metrics.scoring import targets_of
 from fusion.metrics.thresholds import best_f1_threshold, fit_thresholds
 from fusion.models import build_model
+from fusion.train.checkpoint import model_signature
 from fusion.train.losses import TaggingLoss, binary_cross_entropy
 from fusion.train.objective import Objective
 from fusion.train.prepare import prepare
-from fusion.train.resume import model_signature
 from fusion.train.trainer import Trainer
 from tests.support.fusion import runs, support
 
@@ -144,7 +143,7 @@ def test_the_end_of_an_epoch_can_be_watched(few_posts: Path) -> None:
     fabric = Fabric(accelerator="cpu", devices=1)
     prepared = prepare(settings, FeatureFiles(), fabric)
     mark = model_signature(settings.model, prepared.manifest, prepared.schema, prepared.labels)
-    data = prepared.data(settings)
+    data = prepared.data(settings, prepared.posts, prepared.valid)
     torch.manual_seed(0)
     model = build_model(prepared.schema, settings.model)
     trainer = Trainer(
@@ -154,7 +153,7 @@ def test_the_end_of_an_epoch_can_be_watched(few_posts: Path) -> None:
     progress = trainer.fit(Objective(model, loss), data)
     assert [epoch for epoch, _ in seen] == [1, 2, 3]
     assert runs.equal(dict(model.state_dict()), seen[progress.best_epoch - 1][1])
-    average = runs.checkpoint(few_posts)["average"]["state"]
+    average = torch.load(trainer.last, weights_only=True)["average"]["state"]
     assert runs.equal(average, seen[-1][1])
 
 

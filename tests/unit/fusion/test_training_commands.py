@@ -51,7 +51,12 @@ def test_the_commands_train_infer_and_agree(
     np.testing.assert_allclose(found[0]["scores"], scores[0], atol=1e-5)
     assert "labels" not in found[0]
 
-    more = ["--model_config", config, "--resume", str(posts / "run" / "ckpt" / "last.pt")]
+    more = [
+        "--model_config",
+        config,
+        "--resume",
+        str(posts / "run" / "latest" / "ckpt" / "last.pt"),
+    ]
     assert train_net.main([*more, "--epoch", "5", "--set", "trainer.progress=true"]) == 0
     assert runs.checkpoint(posts)["progress"]["epoch"] == 5
 

@@ -13,8 +13,7 @@ from safetensors.torch import save_file
 
 import train_net
 from common.errors import ConfigError
-from config.backbone_train import BackboneTrainSettings
-from config.train import TrainSettings
+from config.train import BackboneTrainSettings, TrainSettings
 from fusion.bundle.bundle import load_bundle
 from fusion.train.options import train_options, train_settings
 from tests.support.fusion import runs
@@ -65,8 +64,8 @@ def test_epoch(few_posts: Path) -> None:
 def test_save_dir(few_posts: Path) -> None:
     """Checkpoints and log lie there, and nowhere else."""
     trained(few_posts, "--save_dir", few_posts / "elsewhere")
-    assert (few_posts / "elsewhere" / "ckpt" / "last.pt").exists()
-    assert (few_posts / "elsewhere" / "log" / "train.jsonl").exists()
+    assert (few_posts / "elsewhere" / "latest" / "ckpt" / "last.pt").exists()
+    assert (few_posts / "elsewhere" / "latest" / "log" / "train.jsonl").exists()
     assert not (few_posts / "run").exists()
 
 
@@ -111,10 +110,9 @@ def test_n_gpu(few_posts: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_resume_goes_on_from_a_run(few_posts: Path) -> None:
     """A folder or its last checkpoint: the epochs that are done are not done again."""
     trained(few_posts, epochs=2)
-    for start in (few_posts / "run", few_posts / "run" / "ckpt" / "last.pt"):
+    for start in (few_posts / "run", few_posts / "run" / "latest" / "ckpt" / "last.pt"):
         trained(few_posts, "--resume", start, "--epoch", "3", "--save_dir", few_posts / "more")
         assert [e["epoch"] for e in of(few_posts, "epoch", "more")] == [3]
-        (few_posts / "more" / "log" / "train.jsonl").unlink()
 
 
 KINDS = ["best.pt", "bundle", "model.safetensors", "plain.safetensors", "weights.pth"]
@@ -129,7 +127,7 @@ def test_resume_takes_weights(kind: str, few_posts: Path) -> None:
     start = few_posts / "old"
     (few_posts / "bundle").rename(start)
     if kind == "best.pt":
-        start = few_posts / "run" / "ckpt" / kind
+        start = few_posts / "run" / "latest" / "ckpt" / kind
     elif kind == "model.safetensors":
         start /= kind
     elif kind == "plain.safetensors":

@@ -13,8 +13,7 @@ import torch
 from config.features import LstmSizes, VideoLstmSettings
 from extractors.models.video_lstm import AttentionLstm, VideoLstm
 from fusion.backbones.media import STREAM
-from fusion.backbones.model import save_backbone
-from fusion.backbones.video_lstm import LstmTagger, save_lstm
+from fusion.backbones.model import LstmTagger, save_backbone, save_lstm
 from fusion.data.collate import Batch
 
 SIZES = LstmSizes(projection=6, hidden=5, join=9, width=7)

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from common.post import MODALITIES, Features, Stream
-from config.fusion_models import MbtSettings, NextVladSettings
-from config.train import LossSettings, ModelSettings, OptimizerSettings
+from config.fusion_models import MbtSettings, ModelSettings, NextVladSettings
+from config.train import LossSettings, OptimizerSettings
 from fusion.data.collate import Batch, Collate, Sample
 from fusion.models import MODELS, build_model
 from fusion.models.blocks import Block
