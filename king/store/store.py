@@ -7,13 +7,12 @@ from the state that was read, and a result never replaces that of a newer bundle
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from pymongo import DeleteOne, InsertOne, UpdateOne
 from pymongo.errors import DuplicateKeyError
 
-from common.errors import PostNotFound, StoreRefused
+from common.errors import StoreRefused
 from common.post import Failure
 from common.result import TagResult
 from king.jobs import (
@@ -22,41 +21,28 @@ from king.jobs import (
     Claim,
     ClaimContext,
     Dead,
-    Decision,
     HeldElsewhere,
     Job,
     Outcome,
     Rejected,
-    Released,
     Retry,
-    Settled,
     Started,
     Tagged,
     Unreadable,
     Verdict,
     WriteRefused,
-    decide,
-    exhausted,
     message_key,
     number,
 )
+from king.store.claims import changes_after, judge, unreadable_letter
 from king.store.client import DUPLICATE_KEY, Operation, StoreClient
-from king.store.documents import id_candidates, match_ids, projection, read_post, tagged_by
+from king.store.documents import id_candidates, match_ids, projection
 from king.store.embedded_quirks import all_of
 from king.store.queries import PostQueries
 
 # A claim that was lost to another King is looked at again after this: by then the other one has
 # written its own. At half, it is only asked for twice; at double, a post waits for nothing.
 _RETRY_SOON_S = 0.5
-
-
-@dataclass(frozen=True, slots=True)
-class _Judged:
-    """A claim's verdict, the change of its job, and the result that is written at once."""
-
-    verdict: Verdict
-    operation: Operation | None = None
-    result: UpdateOne | None = None
 
 
 class Store:
@@ -99,13 +85,22 @@ class Store:
         documents = self.read_documents(post_ids)
         jobs = self.read_jobs(post_ids)
         judged = [
-            self._judge(claim, documents.get(post_id), jobs.get(post_id), context)
+            judge(claim, documents.get(post_id), jobs.get(post_id), context, self._settings)
             for post_id, claim in zip(post_ids, claims, strict=True)
         ]
-        self.client.bulk(self.client.posts, [j.result for j in judged if j.result is not None])
-        writes = [(j.verdict.post_id, j.operation) for j in judged if j.operation is not None]
+        results: list[UpdateOne] = []
+        writes: list[tuple[str, Operation]] = []
+        for post_id, each in zip(post_ids, judged, strict=True):
+            document, job = documents.get(post_id), jobs.get(post_id)
+            if isinstance(each.verdict, Rejected) and document is not None:
+                results.append(self.result_write(document["_id"], each.verdict.result(context)))
+            if each.job is not None:
+                writes.append((post_id, _job_write(job, each.job)))
+            elif each.is_stale and job is not None:
+                writes.append((post_id, DeleteOne(as_read(job))))
+        self.client.bulk(self.client.posts, results)
         effective, refused = self.client.bulk(self.client.jobs, [write for _, write in writes])
-        verdicts = [j.verdict for j in judged]
+        verdicts = [each.verdict for each in judged]
         # Every insert and update takes effect unless the job has changed since it was read: then
         # another King was quicker, and the jobs tell who holds what. (A delete may find nothing.)
         if effective < sum(not isinstance(write, DeleteOne) for _, write in writes):
@@ -132,83 +127,6 @@ class Store:
         with self.client.edge():
             jobs = map(Job.of, self.client.jobs.find({"_id": {"$in": list(post_ids)}}))
             return {job.post_id: job for job in jobs}
-
-    def _judge(
-        self,
-        claim: Claim,
-        document: Mapping[str, Any] | None,
-        job: Job | None,
-        context: ClaimContext,
-    ) -> _Judged:
-        post_id = claim.message.post_id
-        decision = decide(job, claim, context)
-        tagged = self._tagged(document, claim, job, context)
-        if decision == "elsewhere" and job is not None and not tagged:
-            return _Judged(HeldElsewhere(post_id, job.lease_until))
-        if document is None:
-            where = f"{self._settings.database}.{self._settings.collection}"
-            error = PostNotFound(f"no post {post_id!r} in {where}")
-            attempts = job.attempts if job is not None else 0
-            rejected = Rejected(post_id, Failure.of("load", error), attempts)
-            return _Judged(rejected, _dead_letter(claim, job, rejected, context))
-        if tagged:
-            stale = DeleteOne(as_read(job)) if job is not None and decision != "elsewhere" else None
-            return _Judged(Settled(post_id, "tagged"), stale)
-        if decision in ("waiting", "dead"):
-            return _Judged(Settled(post_id, "waiting" if decision == "waiting" else "dead"))
-        if decision == "exhausted" and job is not None:
-            rejected = Rejected(post_id, exhausted(job), job.attempts)
-            result = self.result_write(document["_id"], rejected.result(context))
-            return _Judged(rejected, _dead_letter(claim, job, rejected, context), result)
-        return self._start(claim, document, job, decision, context)
-
-    def _tagged(
-        self,
-        document: Mapping[str, Any] | None,
-        claim: Claim,
-        job: Job | None,
-        context: ClaimContext,
-    ) -> bool:
-        forced = claim.message.force or (job is not None and job.force and job.state != "dead")
-        if document is None or forced:
-            return False
-        return tagged_by(document, self._settings.result_path, context.bundle)
-
-    def _start(
-        self,
-        claim: Claim,
-        document: Mapping[str, Any],
-        job: Job | None,
-        decision: Decision,
-        context: ClaimContext,
-    ) -> _Judged:
-        message = claim.message
-        ended = job.attempts if job is not None and decision in ("take", "resume") else 0
-        started = Started(
-            post=read_post(message.post_id, document, self._settings.fields),
-            document_id=document["_id"],
-            attempt=ended if decision == "resume" else ended + 1,
-            priority=message.priority,
-            force=message.force or (job.force if job is not None else False),
-            payload=claim.payload,
-            received_at=context.now,
-        )
-        if decision == "resume":
-            return _Judged(started)
-        change = {
-            "state": "running",
-            "payload": claim.payload,
-            "priority": message.priority,
-            "force": started.force,
-            "updated_at": context.now,
-            **context.lease,
-        }
-        if job is None:
-            first = {"_id": message.post_id, "attempts": 1, "last_error": None}
-            return _Judged(started, InsertOne({**first, "first_at": context.now, **change}))
-        if decision == "restart":
-            return _Judged(started, UpdateOne(as_read(job), {"$set": {**change, "attempts": 1}}))
-        return _Judged(started, UpdateOne(as_read(job), {"$set": change, "$inc": {"attempts": 1}}))
 
     def _confirm(
         self, verdicts: Sequence[Verdict], refused: Mapping[str, str], context: ClaimContext
@@ -414,56 +332,25 @@ def as_read(job: Job) -> dict[str, Any]:
     }
 
 
-def _dead_letter(
-    claim: Claim, job: Job | None, rejected: Rejected, context: ClaimContext
-) -> Operation:
-    dead = Job(
-        post_id=claim.message.post_id,
-        state="dead",
-        attempts=rejected.attempts,
-        last_error=rejected.failure.as_dict(),
-        payload=claim.payload,
-        priority=claim.message.priority,
-        force=claim.message.force,
-        first_at=job.first_at if job is not None else context.now,
-        updated_at=context.now,
-    ).as_document()
+def _job_write(job: Job | None, after: Job) -> Operation:
+    """Return the write that turns a job as it was read into another."""
+    content = after.as_document()
     if job is None:
-        return InsertOne(dead)
-    del dead["_id"]
-    return UpdateOne(as_read(job), {"$set": dead})
+        return InsertOne(content)
+    del content["_id"]
+    return UpdateOne(as_read(job), {"$set": content})
 
 
 def _job_after(outcome: Outcome, context: ClaimContext) -> Operation:
-    """Return the change of the job that follows from an outcome."""
+    """Return the write of the job that follows from an outcome."""
     if isinstance(outcome, Unreadable):
-        key = message_key(outcome.payload)
-        dead = Job(
-            post_id=key,
-            state="dead",
-            last_error=outcome.failure.as_dict(),
-            payload=outcome.payload,
-            updated_at=context.now,
-        ).as_document()
-        del dead["_id"], dead["first_at"]
-        change = {"$set": dead, "$setOnInsert": {"first_at": context.now}}
+        letter = unreadable_letter(outcome, context).as_document()
+        key, first_at = letter.pop("_id"), letter.pop("first_at")
+        change = {"$set": letter, "$setOnInsert": {"first_at": first_at}}
         return UpdateOne({"_id": key}, change, upsert=True)
     mine = {"_id": outcome.started.post_id, "owner": context.owner}
-    free = {"owner": None, "lease_until": 0.0, "updated_at": context.now}
-    attempts = outcome.started.attempt
-    match outcome:
-        case Released() if attempts > 1:
-            due_at = context.now + QUEUED_FOR_S
-            queued = {"state": "queued", "attempts": attempts - 1, "due_at": due_at}
-            return UpdateOne(mine, {"$set": {**free, **queued}})
-        case Tagged() | Released():
-            return DeleteOne(mine)
-        case Retry():
-            next_ = {"state": "waiting", "due_at": round(outcome.due_at, 3)}
-        case Dead():
-            next_ = {"state": "dead", "due_at": 0.0}
-    error = {"last_error": outcome.failure.as_dict()}
-    return UpdateOne(mine, {"$set": {**free, **error, **next_}})
+    changes = changes_after(outcome, context)
+    return DeleteOne(mine) if changes is None else UpdateOne(mine, {"$set": changes})
 
 
 def _refused(outcome: Tagged | Retry | Dead, message: str) -> Dead:

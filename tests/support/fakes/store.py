@@ -9,40 +9,29 @@ from typing import Any
 
 from common.errors import StoreUnavailable
 from common.post import Failure
-from config.settings import FieldMap
+from config.settings import StoreSettings
 from king.jobs import (
     QUEUED_FOR_S,
     Claim,
     ClaimContext,
     Dead,
-    HeldElsewhere,
     Job,
     Outcome,
     Rejected,
-    Released,
-    Retry,
-    Settled,
-    Started,
     Tagged,
     Unreadable,
     Verdict,
-    decide,
-    exhausted,
-    message_key,
 )
-from king.store.documents import (
-    match_ids,
-    read_post,
-    tagged_by,
-)
+from king.store.claims import changes_after, judge, unreadable_letter
+from king.store.documents import match_ids
 
 
 class FakeStore:
     """Posts and jobs in dictionaries.
 
     Attributes:
-        posts: ``_id`` ─► document.
-        jobs: Post ID ─► job.
+        posts: ``_id`` -> document.
+        jobs: Post ID -> job.
         down: Set to make every call raise `StoreUnavailable`.
         refuse: IDs of posts whose results cannot be written.
     """
@@ -56,7 +45,6 @@ class FakeStore:
         self.refuse: set[str] = set()
         self.closed = False
         self.leases: dict[str, tuple[str, float]] = {}
-        self._publishing: dict[str, str] = {}
 
     def connect(self) -> None:
         """Nothing to reach."""
@@ -71,60 +59,16 @@ class FakeStore:
         return [self._begin(claim, context) for claim in claims]
 
     def _begin(self, claim: Claim, context: ClaimContext) -> Verdict:
-        message, post_id = claim.message, claim.message.post_id
-        job = self.jobs.get(post_id)
-        decision = decide(job, claim, context)
-        document = match_ids(self.posts.values(), [post_id], "_id").get(post_id)
-        forced = message.force or (job is not None and job.force and job.state != "dead")
-        tagged = document is not None and tagged_by(document, "insight", context.bundle)
-        if tagged and not forced:
-            if decision != "elsewhere":
-                self.jobs.pop(post_id, None)
-            return Settled(post_id, "tagged")
-        if decision == "elsewhere" and job is not None:
-            return HeldElsewhere(post_id, job.lease_until)
-        if document is None:
-            failure = Failure("load", "PostNotFound", f"no post {post_id!r}")
-            return self._bury(claim, job, failure, context)
-        if decision in ("waiting", "dead"):
-            return Settled(post_id, "waiting" if decision == "waiting" else "dead")
-        if decision == "exhausted" and job is not None:
-            verdict = self._bury(claim, job, exhausted(job), context)
-            self._write(document, verdict.result(context).document())
-            return verdict
-        before = job.attempts if job is not None and decision in ("take", "resume") else 0
-        attempt = before if decision == "resume" else before + 1
-        force = message.force or (job is not None and job.force)
-        self.jobs[post_id] = replace(
-            job or Job(post_id, "running", first_at=context.now),
-            state="running",
-            attempts=attempt,
-            payload=claim.payload,
-            priority=message.priority,
-            force=force,
-            updated_at=context.now,
-            **context.lease,
-        )
-        post = read_post(post_id, document, FieldMap())
-        args = (message.priority, force, claim.payload, context.now)
-        return Started(post, document["_id"], attempt, *args)
-
-    def _bury(
-        self, claim: Claim, job: Job | None, failure: Failure, context: ClaimContext
-    ) -> Rejected:
         post_id = claim.message.post_id
-        attempts = job.attempts if job is not None else 0
-        self.jobs[post_id] = Job(
-            post_id,
-            "dead",
-            attempts,
-            last_error=failure.as_dict(),
-            payload=claim.payload,
-            priority=claim.message.priority,
-            force=claim.message.force,
-            updated_at=context.now,
-        )
-        return Rejected(post_id, failure, attempts)
+        document = match_ids(self.posts.values(), [post_id], "_id").get(post_id)
+        judged = judge(claim, document, self.jobs.get(post_id), context, StoreSettings())
+        if judged.job is not None:
+            self.jobs[post_id] = judged.job
+        elif judged.is_stale:
+            del self.jobs[post_id]
+        if isinstance(judged.verdict, Rejected) and document is not None:
+            self._write(document, judged.verdict.result(context).document())
+        return judged.verdict
 
     def finish(self, outcomes: Sequence[Outcome], context: ClaimContext) -> list[Outcome]:
         self._require()
@@ -132,10 +76,8 @@ class FakeStore:
 
     def _finish(self, outcome: Outcome, context: ClaimContext) -> Outcome:
         if isinstance(outcome, Unreadable):
-            key, error = message_key(outcome.payload), outcome.failure.as_dict()
-            self.jobs[key] = Job(
-                key, "dead", last_error=error, payload=outcome.payload, updated_at=context.now
-            )
+            letter = unreadable_letter(outcome, context)
+            self.jobs[letter.post_id] = letter
             return outcome
         started = outcome.started
         if isinstance(outcome, Tagged) and started.post_id in self.refuse:
@@ -147,25 +89,12 @@ class FakeStore:
         elif isinstance(outcome, Dead):
             self._write(document, outcome.result(context.bundle).document())
         job = self.jobs.get(started.post_id)
-        if job is None or job.owner != context.owner:
-            return outcome
-        job = replace(job, owner=None, lease_until=0.0, updated_at=context.now)
-        if isinstance(outcome, Tagged) or (isinstance(outcome, Released) and job.attempts == 1):
-            del self.jobs[started.post_id]
-        elif isinstance(outcome, Released):
-            attempts, due_at = started.attempt - 1, context.now + QUEUED_FOR_S
-            self.jobs[started.post_id] = replace(
-                job, state="queued", attempts=attempts, due_at=due_at
-            )
-        else:
-            error = outcome.failure.as_dict()
-            waits = isinstance(outcome, Retry)
-            self.jobs[started.post_id] = replace(
-                job,
-                state="waiting" if waits else "dead",
-                due_at=round(outcome.due_at, 3) if isinstance(outcome, Retry) else 0.0,
-                last_error=error,
-            )
+        if job is not None and job.owner == context.owner:
+            changes = changes_after(outcome, context)
+            if changes is None:
+                del self.jobs[started.post_id]
+            else:
+                self.jobs[started.post_id] = replace(job, **changes)
         return outcome
 
     def _write(self, document: dict[str, Any] | Mapping[str, Any], content: dict[str, Any]) -> None:
