@@ -1,1 +1,1 @@
-"""Media on disk ─► features; no network, no database."""
+"""Media on disk -> features; no network, no database."""

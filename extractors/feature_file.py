@@ -16,7 +16,7 @@ from urllib.parse import quote
 
 import numpy as np
 
-from common.errors import FeatureError
+from common.errors import FeatureError, one_line
 from common.files import write_whole
 from common.fingerprint import differing, known_parts, with_parts
 from common.post import (
@@ -35,16 +35,16 @@ _FORMAT_1 = "insighttag.features/1"
 """The same content in one header key for each part, in random order."""
 _KEY = "insighttag"
 _PARTS = ("fingerprints", "statuses", "failures", "ocr_text")
-_LONGEST_NAME = 180
+_LONGEST_NAME = 180  # bytes; file systems take 255, and temporary names and suffixes are added
 _SUFFIX = ".safetensors"
 
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What a feature file says of itself.
+    """The header of a feature file.
 
     Attributes:
-        inputs: Modality ─► digest of what it was made from; only the offline scripts know it.
+        inputs: Modality -> digest of what it was made from; only the offline scripts know it.
     """
 
     post_id: str
@@ -56,7 +56,7 @@ class Header:
 
 
 def feature_path(root: Path, post_id: str) -> Path:
-    """Where the features of a post lie.
+    """Return the path of the features of a post.
 
     The ID is percent-encoded; one too long for a file name is cut and ends in its hash.
     """
@@ -92,12 +92,12 @@ def features_bytes(
     fingerprints: Mapping[Stream, str],
     inputs: Mapping[Modality, str] | None = None,
 ) -> bytes:
-    """The content of a feature file; the same for the same features.
+    """Return the content of a feature file; equal features give equal bytes.
 
     Args:
         features: As `write_features`.
         fingerprints: As `write_features`.
-        inputs: Modality ─► digest of what it was made from, where that is known.
+        inputs: Modality -> digest of what it was made from, where that is known.
 
     Raises:
         FeatureError: As `write_features`.
@@ -149,32 +149,34 @@ def read_features(
     path = feature_path(root, post_id)
     header, arrays = _read(path, post_id)
     made_with: dict[str, str] = header["fingerprints"]
-    wanted = STREAMS if fingerprints is None else tuple(s for s in STREAMS if s in fingerprints)
-    for stream in wanted if fingerprints is not None else ():
-        found, needed = made_with.get(stream), (fingerprints or {})[stream]
-        if found != needed:
+    for stream, needed in (fingerprints or {}).items():
+        stored = made_with.get(stream)
+        if stored != needed:
             raise FeatureError(
-                f"{path}: {stream} was made with {found or 'no extractor'}, but {needed} is "
-                f"needed{differing(needed, found)}: extract it again (scripts/{script_of(stream)})"
+                f"{path}: {stream} was made with {stored or 'no extractor'}, but {needed} is "
+                f"needed{differing(needed, stored)}: extract it again (scripts/{script_of(stream)})"
             )
-    asked = tuple(dict.fromkeys(modality_of(stream) for stream in wanted))
+    streams = [s for s in STREAMS if fingerprints is None or s in fingerprints]
+    modalities = tuple(dict.fromkeys(modality_of(stream) for stream in streams))
     return Features(
         post_id=post_id,
-        arrays={s: arrays[s] for s in wanted if s in arrays},
-        statuses={m: cast(Status, header["statuses"].get(m, "missing")) for m in asked},
-        failures={m: Failure(**header["failures"][m]) for m in asked if m in header["failures"]},
+        arrays={s: arrays[s] for s in streams if s in arrays},
+        statuses={m: cast(Status, header["statuses"].get(m, "missing")) for m in modalities},
+        failures={
+            m: Failure(**header["failures"][m]) for m in modalities if m in header["failures"]
+        },
         ocr_text=header["ocr_text"],
     )
 
 
 def script_of(stream: Stream) -> str:
-    """The script that makes a stream: words in pictures are embedded with the text."""
+    """Return the script that makes a stream: words in pictures are embedded with the text."""
     modality = modality_of(stream)
     return f"extract_{'text' if modality == 'ocr' else modality}_features.py"
 
 
 def read_fingerprints(path: Path) -> dict[Stream, str]:
-    """The fingerprints that a feature file was made with.
+    """Return the fingerprints that a feature file was made with.
 
     Raises:
         FeatureError: The file is missing or broken.
@@ -184,11 +186,11 @@ def read_fingerprints(path: Path) -> dict[Stream, str]:
 
 
 def read_header(path: Path, post_id: str | None = None) -> Header:
-    """What a feature file says of itself, without its arrays.
+    """Read the header of a feature file, without its arrays.
 
     Args:
         path: The file.
-        post_id: Whose it must be; None: anybody's.
+        post_id: The post that it must belong to; None allows any.
 
     Raises:
         FeatureError: The file is missing or broken, or belongs to another post.
@@ -222,23 +224,27 @@ def _open(path: Path, *, arrays: bool) -> tuple[dict[str, str], dict[str, np.nda
     except FileNotFoundError as error:
         raise FeatureError(f"{path}: no such feature file") from error
     except (OSError, SafetensorError) as error:
-        raise FeatureError(f"{path}: cannot be read as a feature file") from error
+        raise FeatureError(
+            f"{path}: cannot be read as a feature file: {one_line(error, 200)}"
+        ) from error
 
 
 def _checked_header(path: Path, metadata: dict[str, str], post_id: str | None) -> dict[str, Any]:
     try:
         header = _header(metadata)
     except (KeyError, ValueError, TypeError) as error:
-        raise FeatureError(f"{path}: its header is broken") from error
+        raise FeatureError(f"{path}: its header is broken: {one_line(error)}") from error
     if header["format"] != _FORMAT:
-        raise FeatureError(f"{path}: is no feature file of format {_FORMAT}")
+        raise FeatureError(
+            f"{path}: is no feature file of format {_FORMAT}: its header names {header['format']}"
+        )
     if post_id is not None and header["post_id"] != post_id:
         raise FeatureError(f"{path}: belongs to post {header['post_id']!r}")
     return header
 
 
 def _header(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """The header's parts; ``format`` is None in a file that is none of ours.
+    """Return the header's parts; ``format`` is None in a file that is none of ours.
 
     Raises:
         KeyError: A part is missing.

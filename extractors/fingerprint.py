@@ -15,23 +15,23 @@ from common.post import Stream
 from config.settings import FeatureSettings
 
 FORMAT = 1
-"""Raise it when the meaning of any feature changes in this code."""
+"""Raise it when the meaning of any feature changes in this code: all must be extracted again."""
 
 _OWN: tuple[Stream, ...] = ("video", "video_lstm", "image", "audio")
 
 
 def digest(parts: Mapping[str, Any]) -> Fingerprint:
-    """Hex digest of a mapping of JSON values, independent of the order of its keys."""
+    """Return the hex digest of a mapping of JSON values, independent of the order of its keys."""
     text = json.dumps({"format": FORMAT, **parts}, sort_keys=True, ensure_ascii=True)
     inner = {key: parts_of(value) or value for key, value in {"format": FORMAT, **parts}.items()}
-    found = json.loads(json.dumps(inner))
-    return Fingerprint(hashlib.sha256(text.encode("ascii")).hexdigest()[:32], found)
+    values = json.loads(json.dumps(inner))
+    return Fingerprint(hashlib.sha256(text.encode("ascii")).hexdigest()[:32], values)
 
 
 def stream_fingerprints(
     features: FeatureSettings, by_extractor: Mapping[Stream, str]
 ) -> dict[Stream, str]:
-    """Fingerprint of each stream out of those of the extractors.
+    """Return the fingerprint of each stream, made of those of the extractors.
 
     ``ocr`` is embedded by the text extractor, so its fingerprint joins both; with ``ocr_mode:
     append`` what was read is part of ``text``, and there is no ``ocr``. With OCR disabled, text

@@ -28,7 +28,7 @@ from config.settings import AudioSettings, DecodeSettings, FeatureSettings, Sett
 PartKind: TypeAlias = Literal["frames", "image", "sound", "picture"]
 
 ALIGNMENT = 64
-"""Arrays in a slot begin at multiples of so many bytes: a cache line, and the widest vector load
+"""Arrays in a slot begin at multiples of this many bytes: a cache line, and the widest vector load
 of the CPU. Half would split loads; double would only waste space."""
 
 _PAGE = 4096

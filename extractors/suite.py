@@ -74,7 +74,7 @@ class ExtractorSuite:
     """The extractors that one process hosts.
 
     Args:
-        names: Which ones; OCR is left out where the settings disable it.
+        names: Those to load; OCR is left out where the settings disable it.
         threads: CPU threads for torch and OCR; None leaves torch's setting and gives OCR one.
     """
 

@@ -1,4 +1,4 @@
-"""Containers of video and sound, by PyAV: opened safely, read a packet at a time."""
+"""Containers of video and sound, by PyAV: opened safely, read one packet at a time."""
 
 from __future__ import annotations
 
@@ -37,12 +37,17 @@ _DEMUXERS = {
 }
 
 _NO_PICTURES = ("attached_pic", "timed_thumbnails", "still_image")
-"""Dispositions of streams that are no video: cover art and previews."""
+"""Dispositions of streams that are not the film: cover art and previews."""
 
 _MAX_BROKEN_READS = 100
+"""Failed reads before the rest of a file is given up.
+
+FFmpeg finds its way again after a few. Half would lose films with a long scratch; double only
+wastes time on files that never recover.
+"""
 
 
-def open_container(path: Path, found: FileType) -> Container:
+def open_container(path: Path, file_type: FileType) -> Container:
     """Open a file with the demuxer of its sniffed type and no other.
 
     FFmpeg would otherwise also open playlists, and what they name, on disk and on the network.
@@ -51,34 +56,34 @@ def open_container(path: Path, found: FileType) -> Container:
         MediaError: FFmpeg cannot read it.
     """
     av.logging.set_level(av.logging.PANIC)  # what goes wrong comes as an exception
-    options = {"format_whitelist": _DEMUXERS[found.family], "protocol_whitelist": "file"}
+    options = {"format_whitelist": _DEMUXERS[file_type.family], "protocol_whitelist": "file"}
     try:
         return av.open(f"file:{path}", options=options, metadata_errors="ignore")
     except (av.error.FFmpegError, ValueError) as error:
-        raise MediaError(f"{found.name} cannot be read: {reason(error)}") from error
+        raise MediaError(f"{file_type.name} cannot be read: {reason(error)}") from error
 
 
 def reason(error: BaseException) -> str:
-    """An exception of PyAV in one line, without the path that it carries."""
+    """Return an exception of PyAV in one line, without the path that it carries."""
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return str(text).splitlines()[0]
 
 
 def find_stream(container: Container, kind: str) -> Stream | None:
-    """The stream to use: the one marked as default, else the first; None where there is none.
+    """Return the stream marked as default, else the first; None where there is none.
 
     Args:
         container: An open container.
         kind: ``video`` or ``audio``.
     """
-    found = None
+    first = None
     for stream in container.streams:
         if stream.type != kind or stream.codec_context is None or _has(stream, *_NO_PICTURES):
             continue
         if _has(stream, "default"):
             return stream
-        found = found or stream
-    return found
+        first = first or stream
+    return first
 
 
 def _has(stream: Stream, *names: str) -> bool:
@@ -87,7 +92,7 @@ def _has(stream: Stream, *names: str) -> bool:
 
 
 def packets(container: Container, *streams: Stream) -> Iterator[Packet]:
-    """The packets of some streams up to the end of what can be read; broken ones are left out."""
+    """Yield the packets of some streams up to the end of what can be read, but for broken ones."""
     demuxed = container.demux(*streams)
     broken = 0
     while broken < _MAX_BROKEN_READS:

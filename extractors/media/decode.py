@@ -37,15 +37,23 @@ Waveform: TypeAlias = npt.NDArray[np.float32]
 _UINT8 = np.dtype(np.uint8)
 
 _ENOUGH = 0.5
-"""A video is broken when less than this share of its frames, or of the chosen ones, is there."""
+"""Share of a video's frames, and of the chosen ones, that must decode; else it is broken.
+
+Below half, what is left says little about the film; a stricter bound would refuse films with a
+scratch.
+"""
 
 _LOST_SOUND = 0.1
-"""Share of a sound file's duration that may be missing: decoders drop a frame at either end."""
+"""Share of a sound file's duration that may be missing.
+
+Decoders drop a frame at either end, which is 5% of a second of MP3; double would take files that
+are cut.
+"""
 
 
 @dataclass(frozen=True)
 class DecodedMedia:
-    """What one media file gave.
+    """The arrays of one media file.
 
     Attributes:
         frames: uint8 ``(m, S, S, 3)`` RGB of a video, S its extractor's size, in order of time;
@@ -53,7 +61,7 @@ class DecodedMedia:
         image: uint8 ``(n, S, S, 3)`` RGB of an image; n above 1 only for animations.
         sound: float32 ``(j, ...)`` of a sound file or of a video's sound, as its encoder takes it.
         pictures: uint8 ``(height, width, 3)`` RGB for OCR.
-        failures: Which side of a video is broken while the other is usable.
+        failures: Of the broken side of a video whose other side is usable.
     """
 
     frames: Pixels | None = None
@@ -125,12 +133,12 @@ def _decode_sound(
     from extractors.media.sniff import check_type
     from extractors.media.sound import SoundTrack
 
-    found = check_type(path, "audio")
+    file_type = check_type(path, "audio")
     sound = audio_encoder(features.audio).sound
-    with open_container(path, found) as container:
+    with open_container(path, file_type) as container:
         stream = find_stream(container, "audio")
         if stream is None:
-            raise MediaError(f"{found.name} has no sound")
+            raise MediaError(f"{file_type.name} has no sound")
         track = SoundTrack(stream, min(limits.max_audio_s, limits.max_duration_s), sound.rate_hz)
         for packet in packets(container, stream):
             track.feed(packet)
@@ -138,12 +146,12 @@ def _decode_sound(
                 break
         waveform = track.waveform()
         if not len(waveform):
-            raise MediaError(f"{found.name} is empty: it has no sound")
-        if found.family in ("flac", "mp3", "id3") and stream.duration and not track.full:
+            raise MediaError(f"{file_type.name} is empty: it has no sound")
+        if file_type.family in ("flac", "mp3", "id3") and stream.duration and not track.full:
             promised_s = float(stream.duration * stream.time_base)
             got_s = len(waveform) / sound.rate_hz
             if got_s < (1 - _LOST_SOUND) * promised_s:
-                raise MediaError(f"truncated {found.name}: {got_s:.1f} of {promised_s:.1f} s")
+                raise MediaError(f"truncated {file_type.name}: {got_s:.1f} of {promised_s:.1f} s")
     return DecodedMedia(sound=_sound_rows(waveform, sound, allocate))
 
 
@@ -152,18 +160,18 @@ def _decode_video(
 ) -> DecodedMedia:
     from extractors.media.sniff import check_type
 
-    found = check_type(path, "video")
+    file_type = check_type(path, "video")
     failures: dict[Modality, Failure] = {}
     sound: SoundRows | None = None
-    taken = audio_encoder(features.audio).sound
-    index, waveform = _scan(path, found, limits, taken.rate_hz)
+    sound_input = audio_encoder(features.audio).sound
+    index, waveform = _scan(path, file_type, limits, sound_input.rate_hz)
     if isinstance(waveform, MediaError):
         failures["audio"] = Failure.of("decode", waveform)
     elif len(waveform):
-        sound = _sound_rows(waveform, taken, allocate)
+        sound = _sound_rows(waveform, sound_input, allocate)
     try:
         frames, pictures = _frames(
-            path, found, index, features=features, limits=limits, allocate=allocate
+            path, file_type, index, features=features, limits=limits, allocate=allocate
         )
     except MediaError as error:
         if sound is None:
@@ -174,14 +182,14 @@ def _decode_video(
 
 
 def _scan(
-    path: Path, found: FileType, limits: DecodeSettings, rate_hz: int
+    path: Path, file_type: FileType, limits: DecodeSettings, rate_hz: int
 ) -> tuple[PacketIndex | None, Waveform | MediaError]:
-    """First pass: the index of the video's packets, and its sound, or why that is broken."""
+    """Make the first pass: index the video's packets and decode its sound."""
     from extractors.media.containers import find_stream, open_container, packets
     from extractors.media.sound import SoundTrack
     from extractors.media.video import PacketIndex
 
-    with open_container(path, found) as container:
+    with open_container(path, file_type) as container:
         video, audio = find_stream(container, "video"), find_stream(container, "audio")
         index = PacketIndex(video, limits.max_duration_s) if video is not None else None
         track = SoundTrack(audio, min(limits.max_audio_s, limits.max_duration_s), rate_hz)
@@ -200,14 +208,14 @@ def _scan(
 
 def _frames(
     path: Path,
-    found: FileType,
+    file_type: FileType,
     index: PacketIndex | None,
     *,
     features: FeatureSettings,
     limits: DecodeSettings,
     allocate: Allocate,
 ) -> tuple[Pixels, tuple[Pixels, ...]]:
-    """Second pass: the chosen frames, and those of them that OCR reads.
+    """Make the second pass: decode the chosen frames, and those of them that OCR reads.
 
     Raises:
         MediaError: There are no frames, or too few of those that there should be.
@@ -216,12 +224,12 @@ def _frames(
     from extractors.media.pictures import centres, fitted_size
     from extractors.media.video import FrameScaler, check_size, choose_frames, decode_frames
 
-    with open_container(path, found) as container:
+    with open_container(path, file_type) as container:
         stream = find_stream(container, "video")
         if index is None or stream is None:
-            raise MediaError(f"{found.name} has no video stream")
+            raise MediaError(f"{file_type.name} has no video stream")
         check_size(stream, limits.max_pixels)
-        _check_whole(len(index), stream.frames if not index.past_limit else 0, found)
+        _check_whole(len(index), stream.frames if not index.past_limit else 0, file_type)
         chosen = choose_frames(index, features.video.frames, features.video.decode)
         ocr = features.ocr
         read = set(centres(len(chosen), min(ocr.frames, len(chosen)))) if ocr.enabled else set()
@@ -235,7 +243,7 @@ def _frames(
             if count in read:
                 pictures.append(_copy(fitted(frame), allocate))
             count += 1
-    _check_whole(count, len(chosen), found)
+    _check_whole(count, len(chosen), file_type)
     return frames[:count], tuple(pictures)
 
 
@@ -248,7 +256,7 @@ def read_frames(
     mode: Literal["accurate", "keyframes"] = "accurate",
     random: np.random.Generator | None = None,
 ) -> Pixels:
-    """The frames of a video file as `decode_media` gives them, without its sound.
+    """Return the frames of a video file as `decode_media` gives them, without its sound.
 
     Args:
         path: The file.
@@ -274,11 +282,11 @@ def read_frames(
         decode_frames,
     )
 
-    found = check_type(path, "video")
-    with open_container(path, found) as container:
+    file_type = check_type(path, "video")
+    with open_container(path, file_type) as container:
         stream = find_stream(container, "video")
         if stream is None:
-            raise MediaError(f"{found.name} has no video stream")
+            raise MediaError(f"{file_type.name} has no video stream")
         index = PacketIndex(stream, limits.max_duration_s)
         for packet in packets(container, stream):
             index.add(packet)
@@ -286,20 +294,20 @@ def read_frames(
                 break
     chosen = choose_frames(index, count, mode, random)
     scale = FrameScaler(lambda width, height: (side, side))
-    with open_container(path, found) as container:
+    with open_container(path, file_type) as container:
         stream = find_stream(container, "video")
         if stream is None:
-            raise MediaError(f"{found.name} has no video stream")
+            raise MediaError(f"{file_type.name} has no video stream")
         check_size(stream, limits.max_pixels)
-        _check_whole(len(index), stream.frames if not index.past_limit else 0, found)
+        _check_whole(len(index), stream.frames if not index.past_limit else 0, file_type)
         frames = [scale(frame) for frame in decode_frames(container, stream, index, chosen)]
-    _check_whole(len(frames), len(chosen), found)
+    _check_whole(len(frames), len(chosen), file_type)
     return np.stack(frames)
 
 
-def _check_whole(got: int, expected: int, found: FileType) -> None:
+def _check_whole(got: int, expected: int, file_type: FileType) -> None:
     if not got or got < _ENOUGH * expected:
-        raise MediaError(f"broken {found.name}: {got} of {expected} frames are there")
+        raise MediaError(f"broken {file_type.name}: {got} of {expected} frames can be read")
 
 
 def _sound_rows(waveform: Waveform, sound: SoundInput, allocate: Allocate) -> SoundRows:

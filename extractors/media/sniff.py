@@ -1,4 +1,4 @@
-"""What a file really is, by its first bytes and never by its name, and whether its end is missing.
+"""The type of a file by its first bytes, never by its name, and a check that its end is there.
 
 Only the formats named here are opened at all: FFmpeg would also take playlists, which name
 further files and addresses, and would find sound in random bytes.
@@ -15,16 +15,23 @@ from typing import BinaryIO
 from common.errors import MediaError
 from common.post import MediaKind
 
-_HEAD = 4096
+_HEAD = 4096  # bytes; the first two frames of any MPEG sound fit, and an HTML page shows itself
 _NOUNS: dict[MediaKind, str] = {"image": "picture", "video": "video", "audio": "sound"}
 _UNKNOWN_SIZES = (0, 0x7FFFFFFF)  # what recorders write that never came back to fill in the size
 
 TOLERATED_LOSS = 0.01
-"""A file that lacks more than this share of the bytes that its header promises is truncated."""
+"""Share of the promised bytes that may be missing.
 
+Some writers promise a few bytes more than they write. Double would take films that lack seconds;
+half would refuse short ones for their padding.
+"""
 
 MAX_PARTS = 1_000_000
-"""Boxes, chunks, blocks or segments of a file; only one made to waste time has more."""
+"""Boxes, chunks, blocks or segments of a file; only one made to waste time has more.
+
+Walking through them takes a few seconds at most. A GIF of 200 MB, the most that is downloaded, has
+800,000 blocks: half would refuse it, double would only double the time that can be wasted.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +40,7 @@ class FileType:
 
     Attributes:
         name: For a person: ``MP4 video``.
-        family: Short name that code compares: ``jpeg``, ``mp4``, ``wav`` …
+        family: Short name that code compares: ``jpeg``, ``mp4``, ``wav``, ...
         kinds: What a post may use it as; empty for what is no media file.
     """
 
@@ -90,7 +97,7 @@ _BOXES = (b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot")
 
 
 def sniff(head: bytes) -> FileType | None:
-    """The type that a file's first bytes show; None when they show none."""
+    """Return the type that a file's first bytes show; None when they show none."""
     for prefix, kind in _PREFIXES:
         if head.startswith(prefix):
             return kind
@@ -98,21 +105,21 @@ def sniff(head: bytes) -> FileType | None:
 
 
 def _by_structure(head: bytes) -> FileType | None:
-    """Types whose mark is not at the very beginning."""
-    found = None
+    """Return a type whose mark is not at the very beginning."""
+    file_type = None
     if head[:4] == b"RIFF":
-        found = _RIFF.get(head[8:12])
+        file_type = _RIFF.get(head[8:12])
     elif head[:4] == b"FORM" and head[8:12] in (b"AIFF", b"AIFC"):
-        found = _sound("AIFF", "aiff")
+        file_type = _sound("AIFF", "aiff")
     elif head[4:8] == b"ftyp":
-        found = _by_brand(head)
+        file_type = _by_brand(head)
     elif head[4:8] in _BOXES:
-        found = _container("QuickTime", "mp4")
+        file_type = _container("QuickTime", "mp4")
     elif head[:2] == b"BM" and len(head) >= 18 and head[6:10] == b"\0\0\0\0":
-        found = _picture("BMP", "bmp")
+        file_type = _picture("BMP", "bmp")
     elif len(head) > 376 and head[0] == head[188] == head[376] == 0x47:
-        found = _TS
-    return found
+        file_type = _TS
+    return file_type
 
 
 def _by_brand(head: bytes) -> FileType:
@@ -128,7 +135,7 @@ def _by_brand(head: bytes) -> FileType:
 
 
 def _by_sync(head: bytes) -> FileType | None:
-    """MPEG audio without a tag: a header whose length leads to a second one of the same kind."""
+    """Return the type of MPEG audio without a tag: a header that leads to a second one like it."""
     length = _mpeg_audio_length(head)
     if length is not None and _same_stream(head, length):
         return _MP3
@@ -145,7 +152,7 @@ def _same_stream(head: bytes, length: int) -> bool:
 
 
 def _mpeg_audio_length(head: bytes) -> int | None:
-    """Bytes of the MPEG audio frame that starts here; None when none does."""
+    """Return the bytes of the MPEG audio frame that starts here; None when none does."""
     if len(head) < 4 or head[0] != 0xFF or head[1] & 0xE0 != 0xE0:
         return None
     version, layer = head[1] >> 3 & 3, head[1] >> 1 & 3
@@ -177,7 +184,7 @@ def _by_text(head: bytes) -> FileType | None:
 
 
 def check_type(path: Path, kind: MediaKind) -> FileType:
-    """The type of a file that a post uses as `kind`.
+    """Return the type of a file that a post uses as `kind`.
 
     Raises:
         MediaError: The file is missing, empty, truncated, or of another or an unknown type.
@@ -188,31 +195,31 @@ def check_type(path: Path, kind: MediaKind) -> FileType:
             head = stream.read(_HEAD)
             if not size:
                 raise MediaError("the file is empty")
-            found = sniff(head)
-            if found is None or kind not in found.kinds:
-                is_what = found.name if found else "unknown type of file"
+            file_type = sniff(head)
+            if file_type is None or kind not in file_type.kinds:
+                is_what = file_type.name if file_type else "unknown type of file"
                 raise MediaError(f"is not a {_NOUNS[kind]}: {is_what}")
-            promised = _promised_bytes(stream, size, found)
+            promised = _promised_bytes(stream, size, file_type)
     except OSError as error:
         raise MediaError(f"cannot be read: {error.strerror}") from error
     if promised > size and promised - size > TOLERATED_LOSS * promised:
-        raise MediaError(f"truncated {found.name}: {size} of {promised} bytes")
-    return found
+        raise MediaError(f"truncated {file_type.name}: {size} of {promised} bytes")
+    return file_type
 
 
-def _promised_bytes(stream: BinaryIO, size: int, found: FileType) -> int:
-    """Bytes that the file says it has; 0 where its format does not say."""
-    if found.family == "mp4":
+def _promised_bytes(stream: BinaryIO, size: int, file_type: FileType) -> int:
+    """Return the bytes that a file says it has; 0 where its format does not say."""
+    if file_type.family == "mp4":
         return _end_of_boxes(stream, size)
-    if found.family in ("wav", "avi", "webp"):
+    if file_type.family in ("wav", "avi", "webp"):
         return _end_of_riff(stream)
-    if found.family == "matroska":
+    if file_type.family == "matroska":
         return _end_of_segment(stream)
     return 0
 
 
 def _end_of_boxes(stream: BinaryIO, size: int) -> int:
-    """ISO base media: the boxes of the top level, ISO/IEC 14496-12 section 4.2."""
+    """Return the end of the last box of the top level, ISO/IEC 14496-12 section 4.2."""
     position = count = 0
     while position + 8 <= size:
         count += 1
@@ -232,14 +239,14 @@ def _end_of_boxes(stream: BinaryIO, size: int) -> int:
 
 
 def _end_of_riff(stream: BinaryIO) -> int:
-    """RIFF: the outer chunk's length."""
+    """Return the end of the outer chunk of a RIFF file."""
     stream.seek(4)
     (length,) = struct.unpack("<I", stream.read(4).ljust(4, b"\0"))
     return 0 if length in _UNKNOWN_SIZES or length >= 0xFFFFFF00 else length + 8
 
 
 def _end_of_segment(stream: BinaryIO) -> int:
-    """Matroska: the end of the Segment element; 0 when its length is unknown (live recordings)."""
+    """Return the end of a Matroska Segment; 0 when its length is unknown (live recordings)."""
     stream.seek(4)
     length, _ = _ebml_length(stream)
     stream.seek(length, os.SEEK_CUR)
@@ -250,7 +257,7 @@ def _end_of_segment(stream: BinaryIO) -> int:
 
 
 def _ebml_length(stream: BinaryIO) -> tuple[int, bool]:
-    """A variable-length integer, and whether it is not the reserved "unknown"."""
+    """Return a variable-length integer, and False where it is the reserved "unknown"."""
     first = (stream.read(1) or b"\0")[0]
     if not first:
         return 0, False

@@ -26,11 +26,14 @@ Rows: TypeAlias = npt.NDArray[np.float32]
 PATCH_FRAMES, BANDS = LogMelPatches.shape
 _WINDOW, _HOP, _FFT = 400, 160, 512  # samples
 _LOWEST_HZ, _HIGHEST_HZ = 125.0, 7500.0
-_LOG_OFFSET = 0.01
-_RATES_HZ = (1000, 1_000_000)  # a second of sound at 1 Hz would be made of one sample
-_LOUDEST = 8.0  # full scale is 1; files of floating point may hold anything, infinity too
+_LOG_OFFSET = 0.01  # as VGGish was trained
+_RATES_HZ = (1000, 1_000_000)
+"""Sample rates of real files are 8 to 384 kHz. At 1 Hz a packet would be resampled to hours."""
+_LOUDEST = 8.0
+"""Samples are cut to it. Full scale is 1; floating-point files may hold anything, infinity too, and
+real ones pass full scale a little: half would cut loud masters, double lets noise through."""
 _PATCH_SAMPLES = _WINDOW + (PATCH_FRAMES - 1) * _HOP
-_BLOCK_PATCHES = 10  # patches transformed at once, so that minutes of sound need no gigabytes
+_BLOCK_PATCHES = 10  # transformed at once: 8 MB of spectra; minutes at once would need gigabytes
 
 
 def sound_rows(waveform: Waveform, sound: SoundInput) -> Rows:
@@ -65,8 +68,8 @@ def waveform_windows(waveform: Waveform, samples: int) -> Rows:
     """
     count = max(1, (len(waveform) + samples // 2) // samples)
     windows = np.zeros(count * samples, np.float32)
-    kept = waveform[: len(windows)]
-    windows[: len(kept)] = kept
+    whole = waveform[: len(windows)]
+    windows[: len(whole)] = whole
     return windows.reshape(count, samples)  # (count * samples,) -> (count, samples)
 
 
@@ -98,14 +101,14 @@ def log_mel_patches(waveform: Waveform) -> Rows:
 
 @lru_cache(maxsize=1)
 def _window() -> npt.NDArray[np.float64]:
-    """Periodic Hann ``(400,)``: one whole period, not numpy's symmetric window."""
+    """Return the periodic Hann window ``(400,)``: one period, not numpy's symmetric window."""
     phase = 2 * np.pi * np.arange(_WINDOW) / _WINDOW
     return np.asarray(0.5 - 0.5 * np.cos(phase))
 
 
 @lru_cache(maxsize=1)
 def _mel_weights() -> npt.NDArray[np.float64]:
-    """HTK mel triangles ``(257, 64)``: FFT bins -> bands; the DC bin has no weight."""
+    """Return HTK mel triangles ``(257, 64)``: FFT bins -> bands; the DC bin has no weight."""
     bins = _mel(np.linspace(0.0, LogMelPatches.rate_hz / 2, _FFT // 2 + 1))[:, None]  # (257, 1)
     edges = np.linspace(_mel(np.float64(_LOWEST_HZ)), _mel(np.float64(_HIGHEST_HZ)), BANDS + 2)
     lower, centre, upper = edges[:-2], edges[1:-1], edges[2:]  # (64,) each
@@ -140,7 +143,7 @@ class SoundTrack:
 
     @property
     def full(self) -> bool:
-        """Whether the limit is reached: further packets are ignored."""
+        """True when the limit is reached: further packets are ignored."""
         return self._left <= 0
 
     def feed(self, packet: Packet | None) -> None:

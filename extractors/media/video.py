@@ -1,4 +1,4 @@
-"""Video files ─► a few frames, spread evenly over the time that they are shown.
+"""Video files -> a few frames, spread evenly over the time that they are shown.
 
 Source of the sampling: TSN (Wang et al., ECCV 2016): equal segments, the centre frame of each.
 
@@ -47,7 +47,7 @@ class PacketIndex:
         self.past_limit = False
 
     def add(self, packet: Packet) -> None:
-        """Take the next packet, unless it lies behind the longest duration."""
+        """Add the next packet, unless it lies behind the longest duration."""
         time = _time_of(packet)
         if time is None:  # no time stamps at all: count
             time = self.times[-1] + self._interval if self.times else 0
@@ -65,7 +65,7 @@ class PacketIndex:
         return len(self.times)
 
     def choose(self, count: int, random: np.random.Generator | None = None) -> list[int]:
-        """Packets of the centre frames of `count` equal segments of time, in order of time.
+        """Return the packets of the centre frames of `count` equal segments, in order of time.
 
         A segment's centre frame is the one on display at the middle of the segment, so that a
         variable frame rate is followed. A clip of fewer frames gives each of its frames once; a
@@ -84,12 +84,14 @@ class PacketIndex:
         times = [self.times[i] for i in order]
         start, end = times[0], times[-1] + (self._last[1] or self._interval)
         if end - start < count:  # all times alike: no clock to go by
-            return [order[int((k + at) * len(order) / count)] for k, at in _places(count, random)]
-        moments = (start + (k + at) * (end - start) / count for k, at in _places(count, random))
+            return [
+                order[int((k + at) * len(order) / count)] for k, at in _positions(count, random)
+            ]
+        moments = (start + (k + at) * (end - start) / count for k, at in _positions(count, random))
         return list(dict.fromkeys(order[bisect_right(times, moment) - 1] for moment in moments))
 
     def nearest_keys(self, chosen: list[int]) -> list[int]:
-        """The key frames nearest in time to chosen packets, each once, in order of time."""
+        """Return the key frames nearest in time to chosen packets, each once, in order of time."""
         keys = sorted((i for i in range(len(self)) if self.keys[i]), key=self.times.__getitem__)
         if not keys:
             return chosen
@@ -97,7 +99,7 @@ class PacketIndex:
         return sorted(dict.fromkeys(near), key=self.times.__getitem__)
 
     def key_before(self, position: int) -> int:
-        """The key frame that decoding must start from to reach a packet; 0 where there is none.
+        """Return the key frame that decoding must start from to reach a packet; 0 without one.
 
         A frame that follows a key frame in the file but is shown before it may refer to frames
         before that key frame (an open group of pictures): then it is the key frame before.
@@ -108,8 +110,8 @@ class PacketIndex:
         return 0
 
 
-def _places(count: int, random: np.random.Generator | None) -> Iterator[tuple[int, float]]:
-    """Each segment and the place in it, in [0, 1): the middle, or a random one."""
+def _positions(count: int, random: np.random.Generator | None) -> Iterator[tuple[int, float]]:
+    """Yield each segment and a position in it, in [0, 1): the middle, or a random one."""
     if random is None:
         return ((k, 0.5) for k in range(count))
     return enumerate(random.random(count).tolist())
@@ -135,17 +137,17 @@ class Run:
 
 
 def plan_runs(index: PacketIndex, chosen: list[int]) -> list[Run]:
-    """Which packets must be decoded to reach the chosen ones, in decoding order."""
+    """Return the packets to decode to reach the chosen ones, in decoding order."""
     spans = sorted((index.key_before(i), i) for i in chosen)
     runs: list[Run] = []
-    for first, wanted in spans:
-        time = index.times[wanted]
+    for first, target in spans:
+        time = index.times[target]
         if runs and first <= runs[-1].last + 1:
             last = runs[-1]
             times = tuple(sorted((*last.times, time)))
-            runs[-1] = Run(last.first, max(last.last, wanted), times)
+            runs[-1] = Run(last.first, max(last.last, target), times)
         else:
-            runs.append(Run(first, wanted, (time,)))
+            runs.append(Run(first, target, (time,)))
     return runs
 
 
@@ -165,7 +167,7 @@ def decode_frames(
         return
     codec = stream.codec_context
     codec.thread_count = 1  # decoder processes are the parallelism; more threads only fight
-    wanted = {index.times[i] for i in chosen}
+    chosen_times = {index.times[i] for i in chosen}
     position, current = -1, 0
     picker = _Picker(runs[0].times)
     for packet in packets(container, stream):
@@ -173,7 +175,7 @@ def decode_frames(
         run = runs[current]
         if position < run.first:
             continue
-        codec.skip_frame = _skip(codec, index, position, wanted)
+        codec.skip_frame = _skip(codec, index, position, chosen_times)
         yield from picker.pick(_decode(codec, packet))
         if position < run.last:
             continue
@@ -188,9 +190,9 @@ def decode_frames(
     yield from picker.rest()
 
 
-def _skip(codec: Any, index: PacketIndex, position: int, wanted: set[int]) -> str:
-    """Frames that are neither wanted nor referred to need not be decoded."""
-    needed = codec.name not in _DISCARDABLE or index.times[position] in wanted
+def _skip(codec: Any, index: PacketIndex, position: int, chosen_times: set[int]) -> str:
+    """Let the decoder pass over frames that are neither chosen nor referred to."""
+    needed = codec.name not in _DISCARDABLE or index.times[position] in chosen_times
     return "DEFAULT" if needed else "NONREF"
 
 
@@ -209,7 +211,7 @@ class _Picker:
         self._last: Frame | None = None
 
     def pick(self, frames: list[Frame]) -> Iterator[Frame]:
-        """The wanted ones among the next frames."""
+        """Yield the chosen ones among the next frames."""
         for frame in frames:
             time = frame.pts if frame.pts is not None else frame.dts
             self._last = frame
@@ -222,14 +224,14 @@ class _Picker:
                 yield frame
 
     def rest(self) -> Iterator[Frame]:
-        """The run's last frame where frames are still wanted: the nearest that decodes."""
+        """Yield the run's last frame where frames are still missing: the nearest that decodes."""
         if self._times and self._last is not None:
             yield self._last
         self._times, self._last = [], None
 
 
 def check_size(stream: Stream, max_pixels: int) -> None:
-    """Look at a video's size before a frame of it is decoded.
+    """Refuse a video by its size before a frame of it is decoded.
 
     Raises:
         MediaError: It has no size, or more than `max_pixels`.
@@ -247,7 +249,7 @@ class FrameScaler:
     """Scales frames, turns them upright and converts them; keeps FFmpeg's tables between frames.
 
     Args:
-        size: Upright width and height of a frame ─► the wanted ones.
+        size: Upright width and height of a frame -> those of the result.
     """
 
     def __init__(self, size: Callable[[int, int], tuple[int, int]]) -> None:
@@ -282,6 +284,6 @@ Mode: TypeAlias = Literal["accurate", "keyframes"]
 def choose_frames(
     index: PacketIndex, count: int, mode: Mode, random: np.random.Generator | None = None
 ) -> list[int]:
-    """The frames to decode: exactly those of `PacketIndex.choose`, or the key frames nearest."""
+    """Return the frames to decode: those of `PacketIndex.choose`, or the key frames nearest."""
     chosen = index.choose(count, random)
     return chosen if mode == "accurate" else index.nearest_keys(chosen)

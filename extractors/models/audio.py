@@ -143,7 +143,7 @@ class Vggish(Encoder):
         return _DIM
 
     def _state(self, weights: Weights) -> dict[str, torch.Tensor]:
-        """The network's state dict, with the PCA's where it is wanted; empty for random ones."""
+        """Return the network's state dict, with the PCA's if it is used; empty for random ones."""
         setting = f"{_SETTING}.weights"
         if weights.path is not None:
             return read_state_dict(
@@ -197,13 +197,13 @@ def _network(weights: Weights, state: dict[str, torch.Tensor], where: str) -> An
 
 
 def source_module() -> ModuleType:
-    """The module ``torchvggish.torchvggish`` without its package.
+    """Return the module ``torchvggish.torchvggish`` without its package.
 
     The package imports resampy, and with it numba: two seconds and 100 MB for a resampler that
     nothing here uses.
 
     Raises:
-        ConfigError: The package is not installed, or its file is not where it was.
+        ConfigError: The package is not installed, or its file has moved.
     """
     package = find_spec("torchvggish")
     if package is None or not package.submodule_search_locations:

@@ -32,7 +32,7 @@ _WEIGHT_FILES = ("*.safetensors", "*.bin")
 _SHAPE_KEYS = ("model_type", "num_hidden_layers", "num_attention_heads", "hidden_act")
 
 _PAD_MULTIPLE = 32
-"""Batches are padded to multiples of so many tokens.
+"""Batches are padded to multiples of this many tokens.
 
 Kernels round differently for odd lengths: with lengths of 32, 64, ... a text's features are the
 same whatever it shares a batch with. Half makes no difference to them; double wastes time on the

@@ -47,7 +47,7 @@ class AttentionLstm(nn.Module):
 
 
 class VideoLstm(Encoder):
-    """The loaded model; part of the video extractor, behind the encoder of the frames.
+    """The attention LSTM in service: part of the video extractor, behind the frames' encoder.
 
     Attributes:
         fingerprint: Of the vectors, that of the frames in it; known after `load_for`.

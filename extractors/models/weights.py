@@ -1,4 +1,4 @@
-"""Where weights come from: ``pretrained`` (a hub), a PATH, or ``random:SEED`` (tests).
+"""Sources of weights: ``pretrained`` (a hub), a PATH, or ``random:SEED`` (tests).
 
 A missing file or an unreachable hub is one line that says which file to put where; the hub's own
 client would retry for half a minute first, so a short probe goes before it.
@@ -25,8 +25,12 @@ from common.pth import load_pth
 if TYPE_CHECKING:
     import torch
 
-_PROBE_S = 3.0
-_PROBE_TOTAL_S = 8.0  # name resolution has a time-out of its own that requests cannot set
+_PROBE_S = 3.0  # to connect, and to answer: slow satellite links take 1; hubs answer in 0.2
+_PROBE_TOTAL_S = 8.0
+"""Of the whole probe: name resolution has a time-out of its own that requests cannot set.
+
+Double makes a start without network feel hung; half gives up on slow resolvers.
+"""
 
 _log = structlog.get_logger()
 
@@ -45,7 +49,7 @@ class Weights:
 
     @property
     def pretrained(self) -> bool:
-        """Whether the weights come from the library's hub."""
+        """True when the weights come from the library's hub."""
         return self.path is None and self.seed is None
 
 
@@ -98,7 +102,7 @@ def read_state_dict(
     Args:
         path: Of the file.
         setting: Key that names it, such as ``features.image.weights``.
-        allow_pickle: Value of the key ``allow_pickle`` beside that one.
+        allow_pickle: Value of the key ``allow_pickle`` next to that one.
 
     Raises:
         ConfigError: It cannot be read, or holds more than tensors.
@@ -119,7 +123,7 @@ def read_state_dict(
 
 
 def tensors_digest(state: Mapping[str, torch.Tensor]) -> str:
-    """Hex sha256 over names, shapes, dtypes and values of a state dict, in order of names."""
+    """Return the hex sha256 over names, shapes, dtypes and values of a state dict, by name."""
     import torch
 
     total = hashlib.sha256()
@@ -131,7 +135,7 @@ def tensors_digest(state: Mapping[str, torch.Tensor]) -> str:
 
 
 def weights_digest(weights: Weights, files: Sequence[Path], state: Any) -> str:
-    """Digest of weights: of the files for a PATH, of the tensors for pretrained ones.
+    """Return a digest of the files for a PATH, of the tensors for pretrained weights.
 
     Random weights are named by their seed: initialisation may differ in the last bit between
     processors, which is no other model.
@@ -142,7 +146,7 @@ def weights_digest(weights: Weights, files: Sequence[Path], state: Any) -> str:
 
 
 def reachable(url: str) -> bool:
-    """Whether the host of a URL answers within seconds; respects proxy variables."""
+    """Return True if the host of a URL answers within seconds; respects proxy variables."""
     import requests
 
     parts = urlsplit(url)
@@ -162,16 +166,16 @@ def reachable(url: str) -> bool:
 
 
 def hub_offline() -> bool:
-    """Whether the Hugging Face hub must not, or cannot, be asked."""
+    """Return True if the Hugging Face hub must not, or cannot, be used."""
     from huggingface_hub import constants
 
     return bool(constants.HF_HUB_OFFLINE) or not reachable(constants.ENDPOINT)
 
 
 def hub_file(repo: str, names: Sequence[str], *, setting: str) -> Path:
-    """The local path of the first of some files of a Hugging Face repository.
+    """Return the local path of the first of some files of a Hugging Face repository.
 
-    The cache is asked first, so that cached weights need no network.
+    The cache is tried first, so that cached weights need no network.
 
     Raises:
         ConfigError: None is cached and the hub cannot give one.
@@ -205,7 +209,7 @@ def hub_file(repo: str, names: Sequence[str], *, setting: str) -> Path:
 
 
 def release_file(url: str, *, setting: str) -> Path:
-    """The local path of a released file, in torch hub's cache.
+    """Return the local path of a released file, in torch hub's cache.
 
     Raises:
         ConfigError: It is not cached and cannot be downloaded.

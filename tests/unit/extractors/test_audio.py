@@ -1,4 +1,4 @@
-"""Patches ─► VGGish features: against torchvggish itself, its PCA, and timm models over patches."""
+"""Patches -> VGGish features: against torchvggish itself, its PCA, and timm models over patches."""
 
 from __future__ import annotations
 

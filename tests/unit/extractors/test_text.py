@@ -1,4 +1,4 @@
-"""Text ─► token features: against transformers itself, padding, truncation, odd text."""
+"""Text -> token features: against transformers itself, padding, truncation, odd text."""
 
 from __future__ import annotations
 

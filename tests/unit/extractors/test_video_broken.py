@@ -56,7 +56,7 @@ def test_broken_frames_leave_the_sound(tmp_path: Path) -> None:
     assert decoded.frames is None
     assert decoded.sound is not None
     assert "0 of 16 frames" in decoded.failures["video"].message
-    with pytest.raises(MediaError, match=r"^broken Matroska video: 0 of 16 frames are there$"):
+    with pytest.raises(MediaError, match=r"^broken Matroska video: 0 of 16 frames can be read$"):
         decode(silent)
 
 

@@ -43,9 +43,6 @@ def pixels(count: int, seed: int = 0, size: int = 32) -> Any:
     return np.random.default_rng(seed).integers(0, 256, (count, size, size, 3)).astype(np.uint8)
 
 
-# The LSTM --------------------------------------------------------------------------------------
-
-
 def sigmoid(x: Any) -> Any:
     return 1 / (1 + np.exp(-x))
 
@@ -141,9 +138,6 @@ def test_what_is_not_finite_is_refused() -> None:
     """A NaN in the frames is an error of this video, not a vector."""
     with pytest.raises(FeatureError, match=r"video\.lstm: .* not finite"):
         loaded().vectors([np.full((2, DIM), np.nan, np.float16)])
-
-
-# The extractor ---------------------------------------------------------------------------------
 
 
 def test_a_video_gives_rows_and_a_vector() -> None:
@@ -248,9 +242,6 @@ def test_the_suite_serves_both_streams() -> None:
     suite.close()
 
 
-# Sampling --------------------------------------------------------------------------------------
-
-
 class _Packet:
     """A packet of a stream of 25 frames a second."""
 
@@ -272,7 +263,7 @@ def index_of(count: int) -> PacketIndex:
 
 @pytest.mark.parametrize(("total", "count"), [(300, 300), (1000, 300), (31, 8), (9, 3)])
 def test_test_sampling_is_the_centre_of_each_segment(total: int, count: int) -> None:
-    """TSN in test: frame floor((k + 0.5) · N / S)."""
+    """TSN in test: frame floor((k + 0.5) * N / S)."""
     wanted = [int(np.floor((k + 0.5) * total / count)) for k in range(count)]
     assert index_of(total).choose(count) == wanted
 

@@ -1,4 +1,4 @@
-"""Pictures ─► timm features: against timm itself, batches, sizes, and what is refused."""
+"""Pictures -> timm features: against timm itself, batches, sizes, and what is refused."""
 
 from __future__ import annotations
 
