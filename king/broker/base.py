@@ -91,18 +91,21 @@ class Broker(ABC):
         self._in_hand: dict[int | str, Delivery] = {}  # in the order of arrival
         self._inbox: deque[Delivery] = deque()  # in hand, but not handed over yet
         self._loss: BrokerUnavailable | None = None
+        self._is_probe = False
 
     def connect(self, *, declare: bool = True) -> None:
         """Connect, or connect again; consuming goes on if it had begun.
 
         Args:
-            declare: Create a missing queue, and check the arguments of one that exists.
+            declare: Create a missing queue, and check the arguments of one that exists. Without
+                it the connection is a probe, on which every refusal means wrong settings.
 
         Raises:
             BrokerUnavailable: The broker cannot be reached now.
             ConfigError: It refuses the credentials, or the queue has other arguments.
         """
         self._drop()
+        self._is_probe = not declare
         try:
             with self.errors.mapped(self.settings.url, setup=True):
                 self._open(declare)
@@ -167,7 +170,7 @@ class Broker(ABC):
 
         Raises:
             BrokerUnavailable: The connection is lost.
-            ConfigError: The broker refuses to tell.
+            ConfigError: The broker refuses the question of a probe.
         """
 
     def cancel(self) -> None:
@@ -221,13 +224,13 @@ class Broker(ABC):
         return is_current and self._in_hand.pop(delivery.token, None) is not None
 
     @contextlib.contextmanager
-    def _client_call(self, *, setup: bool = False) -> Iterator[None]:
+    def _client_call(self) -> Iterator[None]:
         """Map the client library's errors inside the block; drop a connection that is lost."""
         if not self.connected:
             where = redact(self.settings.url)
             raise self._loss or BrokerUnavailable(f"broker {where}: not connected")
         try:
-            with self.errors.mapped(self.settings.url, setup=setup):
+            with self.errors.mapped(self.settings.url, setup=self._is_probe):
                 yield
         except BrokerUnavailable as error:
             self._loss = error

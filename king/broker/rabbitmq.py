@@ -234,7 +234,7 @@ class RabbitBroker(Broker):
         self._refused.append(str(error))
 
     def depth(self, queue: str | None = None) -> int:
-        with self._client_call(setup=True):
+        with self._client_call():
             channel = self._kombu.channel()  # of its own: an absent queue closes the channel
             try:
                 reply = channel.queue_declare(queue or self.settings.queue, passive=True)

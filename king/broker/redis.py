@@ -189,7 +189,7 @@ class RedisBroker(Broker):
 
     def depth(self, queue: str | None = None) -> int:
         suffixes = [key.removeprefix(self.settings.queue) for key in self._lists]
-        with self._client_call(setup=True):
+        with self._client_call():
             return self._size([(queue or self.settings.queue) + suffix for suffix in suffixes])
 
     def _size(self, lists: Iterable[str]) -> int:

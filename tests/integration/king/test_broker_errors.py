@@ -87,6 +87,7 @@ def test_ours_pass_unchanged_and_bugs_too() -> None:
         ("redis://127.0.0.1:6379/notanumber", "no host, port or database"),
         ("amqp://guest:secretpw1@127.0.0.1:99999//", "no host, port or database"),
         ("amqp://guest:secretpw1@127.0.0.1:1//?colour=blue", "not understood"),
+        ("redis://:secretpw1@127.0.0.1:1/0?colour=blue", "not understood"),
     ],
 )
 def test_unusable_urls(url: str, reason: str) -> None:
@@ -113,7 +114,7 @@ def _refusal(settings: BrokerSettings) -> str:
 
 @pytest.mark.rabbitmq
 def test_wrong_credentials_on_rabbitmq(rabbitmq: RabbitMQServer, queue_name: str) -> None:
-    """A wrong password, or a virtual host that is not there, is the user's to mend: ConfigError."""
+    """A wrong password, or a virtual host that is not there, is an error of the configuration."""
     base = f"127.0.0.1:{rabbitmq.port}"
     text = _refusal(settings_for(f"amqp://guest:wrong-pass@{base}//", queue_name))
     assert "user or password refused" in text
