@@ -33,10 +33,13 @@ class TaggingError(Exception):
     """Base of every error that InsightTag raises on purpose.
 
     Attributes:
-        reasons: Modality -> why, where the error of a post has a reason for each.
+        reasons: Modality -> reason, where the error of a post has a reason for each.
+        stage: Of the post that failed: ``load``, ``fetch``, ``decode``, ``extract`` or ``fuse``;
+            empty for errors that are not of a post.
     """
 
     reasons: Mapping[str, str] = MappingProxyType({})
+    stage: str = ""
 
 
 def one_line(error: BaseException, limit: int | None = None) -> str:

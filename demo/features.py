@@ -11,7 +11,7 @@ from demo.layout import Layout
 from demo.parallel import map_items
 from scripts.commands.post_file import read_posts
 
-_tagger: Any = None
+_runner: Any = None
 _layout: Layout | None = None
 
 
@@ -37,15 +37,15 @@ def extract_posts(layout: Layout, settings: Settings, posts: Sequence[Post]) -> 
 
 
 def _setup(layout: Layout, settings: Settings) -> None:
-    global _tagger, _layout  # noqa: PLW0603  loaded once in each process
+    global _runner, _layout  # noqa: PLW0603  loaded once in each process
     import torch
 
-    from workers.local import LocalTagger
+    from workers.local import local_runner
 
     torch.set_num_threads(1)
     _layout = layout
-    _tagger = LocalTagger(settings)
-    _tagger.load(fusion=False)
+    _runner = local_runner(settings, fuse=False)
+    _runner.start()
 
 
 def _extract(post: Post) -> None:
@@ -53,4 +53,4 @@ def _extract(post: Post) -> None:
 
     if _layout is None:
         raise RuntimeError("_setup comes first")
-    write_features(_layout.features, _tagger.features(post), _tagger.fingerprints)
+    write_features(_layout.features, _runner.run(post).features, dict(_runner.fingerprints))

@@ -29,7 +29,7 @@ from config.settings import Settings
 from king.broker.base import Broker
 from king.broker.connect import open_broker
 from king.broker_thread import BrokerThread
-from king.dispatch_thread import Dispatcher
+from king.dispatch_thread import DispatchThread
 from king.identity import is_dead, own_name
 from king.in_flight import InFlight
 from king.stacks import dumped_on_signal
@@ -86,7 +86,7 @@ class King:
             self.status,
             inbox.deliver,
         )
-        self._dispatcher = Dispatcher(
+        self._dispatch_thread = DispatchThread(
             pool if pool is not None else _real_pool(settings),
             settings,
             self.status,
@@ -101,7 +101,7 @@ class King:
             status=self.status,
             in_flight=self.in_flight,
             broker_thread=self._broker_thread,
-            start=self._dispatcher.start,
+            start=self._dispatch_thread.start,
             batch_size=settings.store.batch_size,
         )
         self._threads: dict[str, threading.Thread] = {}
@@ -146,7 +146,7 @@ class King:
         log.info("king.started", pid=os.getpid(), queue=self._settings.broker.queue)
         self._spawn("store", self._store_thread.run)
         self._spawn("broker", self._broker_thread.run)
-        self._spawn("dispatch", self._dispatcher.run)
+        self._spawn("dispatch", self._dispatch_thread.run)
 
     def _spawn(self, name: str, work: Callable[[], None]) -> None:
         def run() -> None:
@@ -232,14 +232,14 @@ class King:
         limit_s = self._settings.king.drain_timeout_s
         if not self._wait(limit_s, self._landed):
             log.warning("king.drain_timed_out", in_flight=len(self.in_flight))
-            self._dispatcher.give_back()
+            self._dispatch_thread.give_back()
             flush_s = _FLUSH_S if self._signals < 2 else _HURRY_S
             self._wait(flush_s, self._given_back, hurry=True)
         self._store_thread.leave()
         self._store_thread.stop()
         self._join("store")
         self._broker_thread.stop()
-        self._dispatcher.stop()
+        self._dispatch_thread.stop()
         self._join("broker")
         self._join("dispatch", self._settings.workers.shutdown_timeout_s)
         self.status.stopped = True

@@ -12,7 +12,7 @@ from common.errors import BundleError, ConfigError
 from common.post import Tags
 from common.result import TagResult, rounded
 from config.labels import LabelMap
-from workers.runner import Ran
+from workers.post_run import PostTags
 
 
 class Labels:
@@ -39,7 +39,7 @@ class Labels:
 
 
 def tagged(
-    ran: Ran, *, labels: Labels | None = None, hide: Callable[[str], str] = str
+    ran: PostTags, *, labels: Labels | None = None, hide: Callable[[str], str] = str
 ) -> dict[str, Any]:
     """Return the answer to ``POST /v1/tag``: the result's document, as `insighttag tag` prints it.
 
@@ -52,8 +52,6 @@ def tagged(
         BundleError: The names cannot be read, or are not those of the model.
     """
     features, tags = ran.features, ran.tags
-    if tags is None:
-        raise BundleError("there is no fusion")
     failures = {
         modality: replace(failure, message=hide(failure.message))
         for modality, failure in features.failures.items()

@@ -31,7 +31,8 @@ from web.errors import ApiError, bad_request, of_tagging
 from web.guard import guard, note
 from web.reading import checked_id, read_post, read_queue_body
 from web.uploads import Uploads
-from workers.runner import PostRunner, Ran
+from workers.post_run import PostTags
+from workers.runner import PostRunner
 
 # How often a waiting request checks that its client is still connected.
 _LOOK_S = 0.5
@@ -237,7 +238,7 @@ def _flag(name: str) -> bool:
     return _YES_NO[value]
 
 
-def _wait(future: Future[Ran]) -> Ran:
+def _wait(future: Future[PostTags]) -> PostTags:
     """Return the result; cancel the work when the client has gone."""
     while True:
         try:

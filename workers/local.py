@@ -1,243 +1,267 @@
-"""A post to features and tags in this process: what the daemon does, without queue or workers.
+"""The worker pool in this process: one task after the other, no process, no queue.
 
-It walks the same plan with the same task functions as the pool's workers, so a post gets the same
-features and tags offline and online.
+    with local_runner(settings) as runner:
+        tags = runner.run(post).tags
+
+`LocalPool` keeps the promises of `workers.pool.events.TaskPool` with the task functions of the
+worker processes, so that a post takes the same way as in the daemon.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 import tempfile
-from collections import deque
-from collections.abc import Sequence
+import threading
+import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from common.errors import BundleError, FeatureError, TaggingError
+from common.errors import BundleError, ConfigError
+from common.post import Failure, Stream
 from config.settings import Settings
 from extractors.parts import slot_bytes
 from workers.cache.features import FeatureCache
 from workers.cache.store import GuardedStore
 from workers.fetch.client import Fetcher
-from workers.fetch.sources import is_url, local_file
 from workers.fetch.spool import file_name
-from workers.plan import PostPlan, Step
-from workers.pool.arena import Arena
+from workers.plan import Step
+from workers.pool.arena import Arena, SlotTable
+from workers.pool.events import PoolEvent, PoolReady, TaskDone, TaskFailed, WorkerView
 from workers.pool.fingerprints import mismatch
 from workers.protocol import (
     CacheHits,
     CacheLookup,
+    Decoded,
     DecodeTask,
     ExtractTask,
-    Failure,
-    Features,
     Fetched,
     FetchTask,
     FuseTask,
-    Media,
-    Post,
-    Stream,
-    Tags,
     Task,
 )
-from workers.roles.tasks import Outcome, failure_of, run_decode, run_extract, run_fuse
+from workers.roles.tasks import DeviceLost, Outcome, failure_of, run_decode, run_extract, run_fuse
+from workers.runner import PostRunner
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
     from extractors.suite import ExtractorSuite
     from fusion.infer.inferer import Inferer
 
+_NAME = "local"
 
-class LocalTagger:
-    """Fetch, decode, extract and fuse in this process, one task after the other.
 
-    Sources that are paths are read in place (for files that this machine's user names himself,
-    never for posts of the platform); http and https are downloaded under `fetch`'s limits.
+def local_runner(settings: Settings, *, fuse: bool = True, device: str | None = None) -> PostRunner:
+    """Return a runner whose models are all in this process.
+
+    Posts have no time limit here: nothing else waits for them, and one device does all the work.
+
+    Args:
+        settings: Of the features, and of the fusion.
+        fuse: Give tags; without, no bundle is loaded.
+        device: Replaces that of the first extractor placement.
+    """
+    pool = LocalPool(settings, fuse=fuse, device=device)
+    return PostRunner(settings, fuse=fuse, pool=pool, post_limit_s=math.inf)
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    task_id: int
+    task: Task
+
+
+class LocalPool:
+    """A pool without processes; `poll` runs one task and gives its event.
+
+    Attributes:
+        ready: The models are loaded.
+        refused: Always None: what cannot be loaded is raised by `start`.
+        bundle: Name and version of the bundle, once loaded.
     """
 
-    def __init__(self, settings: Settings, *, device: str | None = None) -> None:
-        """Describe it; starts and loads nothing.
-
-        ``device`` replaces that of the first extractor placement.
-        """
+    def __init__(self, settings: Settings, *, fuse: bool = True, device: str | None = None) -> None:
         first = settings.workers.extractors[0]
+        self.ready = False
+        self.refused: str | None = None
+        self.bundle: tuple[str, str] | None = None
         self._settings = settings
+        self._fuse = fuse
         self._device = device or first.device
         self._threads = first.threads
+        # One slot: a media file's arrays are extracted before the next file is decoded.
+        self._slots = SlotTable(1)
         self._arena: Arena | None = None
         self._suite: ExtractorSuite | None = None
         self._inferer: Inferer | None = None
+        self._cache: FeatureCache | None = None
         self._fetcher: Fetcher | None = None
         self._spool: tempfile.TemporaryDirectory[str] | None = None
-        self._downloads = 0
-        self._cache: FeatureCache | None = None
+        self._ids = itertools.count(1)
+        self._queue: list[_Entry] = []
+        self._woken = threading.Event()
 
     @property
     def fingerprints(self) -> dict[Stream, str]:
-        """Fingerprint of each stream, once loaded."""
-        return self._loaded()[0].fingerprints
+        """Stream -> fingerprint of the features, once ready."""
+        return self._suite.fingerprints if self._suite is not None else {}
 
     @property
-    def bundle(self) -> tuple[str, str]:
-        """Name and version of the bundle, once loaded."""
-        if self._inferer is None:
-            raise RuntimeError("load() comes first")
-        return self._inferer.name, self._inferer.version
+    def workers(self) -> list[WorkerView]:
+        """None: the work is done here."""
+        return []
 
-    def load(self, *, fusion: bool = True) -> None:
-        """Load the extractors, and the bundle unless only features are wanted.
+    def start(self) -> None:
+        """Load the models.
 
         Raises:
-            ConfigError: Weights are missing.
-            BundleError: The bundle is missing, broken, or made for other features.
+            ConfigError: Weights are missing, or the bundle is missing, broken, or made for other
+                features.
         """
         from extractors.suite import ExtractorSuite
 
-        if self._suite is None:
-            suite = ExtractorSuite(self._settings.features, self._device, threads=self._threads)
-            suite.load()
-            self._suite = suite
-            # One slot: a media file's arrays are extracted before the next file is decoded.
-            self._arena = Arena.private(1, slot_bytes(self._settings))
-            if self._settings.cache.url is not None:
-                cache = FeatureCache(GuardedStore.open(self._settings.cache), self._settings)
-                cache.expect(suite.by_extractor)
-                self._cache = cache
-        if fusion and self._inferer is None:
-            self._inferer = self._open_bundle(self._suite.fingerprints)
+        self._suite = ExtractorSuite(self._settings.features, self._device, threads=self._threads)
+        self._suite.load()
+        self._arena = Arena.private(len(self._slots), slot_bytes(self._settings))
+        if self._settings.cache.url is not None:
+            self._cache = FeatureCache(GuardedStore.open(self._settings.cache), self._settings)
+            self._cache.expect(self._suite.by_extractor)
+        if self._fuse:
+            self._inferer = self._open_bundle()
+            self.bundle = (self._inferer.name, self._inferer.version)
 
-    def features(self, post: Post) -> Features:
-        """The post's features.
+    def submit(self, task: Task, *, deadline: float, priority: int = 0) -> int:
+        """Queue a task; the newest is run first, whatever its priority."""
+        del deadline, priority
+        if isinstance(task, ExtractTask):
+            for ref in task.refs[:1]:
+                self._slots.retain(ref.slot)
+        entry = _Entry(next(self._ids), task)
+        self._queue.append(entry)
+        return entry.task_id
 
-        Raises:
-            RetryableError: Nothing is usable, but a later try may do better.
-            NothingUsable: Nothing is usable.
-        """
-        self._loaded()
-        plan = PostPlan(
-            post,
-            self._settings.features,
-            max_media=self._settings.fetch.max_media,
-            cache=self._cache is not None,
-            local=lambda source: not is_url(source),
-        )
-        steps = deque(plan.start())
-        while steps:
-            step = steps.popleft()
-            outcome = self._run(step)
-            if isinstance(outcome, Failure):
-                follow = plan.failed(step, outcome)
-            else:
-                follow = plan.done(step, outcome)
-            self._clean(step, follow)
-            # Depth first: what was decoded is extracted before the slot is written again.
-            steps.extendleft(reversed(follow))
-        return plan.features()
+    def cancel(self, task_id: int) -> None:
+        """Forget a queued task."""
+        for entry in [entry for entry in self._queue if entry.task_id == task_id]:
+            self._queue.remove(entry)
+            self._drop_slot(entry.task)
 
-    def tag(self, post: Post) -> Tags:
-        """The post's tags.
+    def release(self, slot: int) -> None:
+        """Take note that no more tasks will refer to a decoded slot."""
+        self._slots.release(slot)
 
-        Raises:
-            RetryableError: Nothing is usable, but a later try may do better.
-            NothingUsable: Nothing is usable.
-            FeatureError: The features do not fit the bundle.
-        """
-        return self.fuse(self.features(post))
+    def poll(self, timeout_s: float) -> list[PoolEvent]:
+        """Run one task; without any, wait for `wake`."""
+        if not self.ready:
+            self.ready = True
+            return [PoolReady()]
+        entry = self._next()
+        if entry is None:
+            self._woken.wait(timeout_s)
+            self._woken.clear()
+            return []
+        return [self._run(entry)]
 
-    def fuse(self, features: Features) -> Tags:
-        """The tags of a post whose features are there already.
+    def wake(self) -> None:
+        """Interrupt `poll`; from any thread."""
+        self._woken.set()
 
-        Raises:
-            FeatureError: The features do not fit the bundle.
-        """
-        if self._inferer is None:
-            raise RuntimeError("load() comes first")
-        outcome = run_fuse(self._inferer, [FuseTask(features)])[0]
-        if isinstance(outcome, Tags):
-            return outcome
-        reason = outcome.message if isinstance(outcome, Failure) else "no tags"
-        raise FeatureError(f"post {features.post_id}: {reason}")
-
-    def close(self) -> None:
+    def stop(self, timeout_s: float) -> None:
         """Free models, memory and files."""
+        del timeout_s
+        self._queue.clear()
         store = self._cache.store if self._cache is not None else None
         for each in (self._suite, self._inferer, self._fetcher, self._arena, store):
             if each is not None:
                 each.close()
         if self._spool is not None:
             self._spool.cleanup()
-        self._suite = self._inferer = self._fetcher = self._arena = self._spool = None
-        self._cache = None
+        self._suite = self._inferer = self._fetcher = self._arena = None
+        self._cache = self._spool = None
 
-    def __enter__(self) -> LocalTagger:
-        """Use with ``with``; `load` is still the caller's."""
-        return self
+    def _next(self) -> _Entry | None:
+        """Take the newest task that can run: posts go depth first, and hold little meanwhile."""
+        for entry in reversed(self._queue):
+            if not isinstance(entry.task, DecodeTask) or self._slots.free:
+                self._queue.remove(entry)
+                return entry
+        return None
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Close."""
-        self.close()
-
-    # Parts ------------------------------------------------------------------------------------
-
-    def _loaded(self) -> tuple[ExtractorSuite, Arena]:
-        if self._suite is None or self._arena is None:
-            raise RuntimeError("load() comes first")
-        return self._suite, self._arena
-
-    def _open_bundle(self, fingerprints: dict[Stream, str]) -> Inferer:
-        from workers.roles.fuse import open_bundle
-
-        inferer = open_bundle(self._settings.fusion, self._device)
-        wrong = mismatch(inferer.fingerprints, fingerprints)
-        if wrong is not None:
-            inferer.close()
-            raise BundleError(f"{self._settings.fusion.bundle}: {wrong}")
-        return inferer
-
-    def _run(self, step: Step) -> Outcome:
+    def _run(self, entry: _Entry) -> TaskDone | TaskFailed:
+        began = time.perf_counter()
+        task = entry.task
         try:
-            outcome = self._execute(step.task)
-        except TaggingError as error:
-            outcome = failure_of(step.stage, error)
+            outcome = self._execute(task, entry.task_id)
+        except DeviceLost:
+            raise
+        except Exception as error:  # noqa: BLE001 - the loop: a task costs only itself
+            outcome = failure_of(Step(task, 0).stage, error)
+        self._drop_slot(task)
         if self._cache is not None:
-            self._cache.learn(step.task, outcome)
-        return outcome
+            self._cache.learn(task, outcome)
+        if isinstance(outcome, Failure):
+            return TaskFailed(entry.task_id, outcome, _NAME)
+        return TaskDone(entry.task_id, outcome, time.perf_counter() - began, _NAME)
 
-    def _execute(self, task: Task) -> Outcome:
-        suite, arena = self._loaded()
-        if isinstance(task, CacheLookup):
-            return self._cache.lookup(task) if self._cache is not None else CacheHits()
-        if isinstance(task, FetchTask):
-            return self._fetch(task.media)
-        if isinstance(task, DecodeTask):
-            in_slot = msgspec.structs.replace(task, slot=0)
-            return run_decode(in_slot, self._settings.features, self._settings.decode, arena)
-        if isinstance(task, ExtractTask):
-            return run_extract(suite, [task], arena)[0]
-        raise TypeError(f"{type(task).__name__} is no step of a plan")
+    def _execute(self, task: Task, task_id: int) -> Outcome:
+        if self._suite is None or self._arena is None:
+            raise RuntimeError("start() comes first")
+        match task:
+            case CacheLookup():
+                return self._cache.lookup(task) if self._cache is not None else CacheHits()
+            case FetchTask():
+                return self._fetch(task, task_id)
+            case DecodeTask():
+                return self._decode(task, self._arena)
+            case ExtractTask():
+                return run_extract(self._suite, [task], self._arena)[0]
+            case FuseTask():
+                if self._inferer is None:
+                    raise RuntimeError("this pool has no fusion")
+                return run_fuse(self._inferer, [task])[0]
 
-    def _fetch(self, media: Media) -> Fetched:
-        if not is_url(media.source):
-            return local_file(media.source)
+    def _fetch(self, task: FetchTask, task_id: int) -> Fetched:
+        if self._spool is None:
+            self._spool = tempfile.TemporaryDirectory(prefix="insighttag-")
         if self._fetcher is None:
             self._fetcher = Fetcher(self._settings.fetch)
-            self._spool = tempfile.TemporaryDirectory(prefix="insighttag-")
-        if self._spool is None:
-            raise RuntimeError("a downloader without a folder")
-        self._downloads += 1
-        return self._fetcher.fetch(media, Path(self._spool.name) / file_name(self._downloads))
+        return self._fetcher.fetch(task.media, Path(self._spool.name) / file_name(task_id))
 
-    def _clean(self, step: Step, follow: Sequence[Step]) -> None:
-        """Delete a download once no step holds it; a file that was read in place stays."""
-        if step.path is None or self._spool is None:
-            return
-        path = Path(step.path)
-        if path.parent == Path(self._spool.name) and step.path not in [s.path for s in follow]:
-            path.unlink(missing_ok=True)
+    def _decode(self, task: DecodeTask, arena: Arena) -> Decoded:
+        slot = self._slots.acquire()
+        if slot is None:
+            raise RuntimeError("no slot is free")
+        decoded: Decoded | None = None
+        try:
+            decoded = run_decode(
+                msgspec.structs.replace(task, slot=slot),
+                self._settings.features,
+                self._settings.decode,
+                arena,
+            )
+        finally:
+            if decoded is not None and decoded.parts:
+                self._slots.hand_over(slot)
+            else:
+                self._slots.abandon(slot)
+        return decoded
+
+    def _drop_slot(self, task: Task) -> None:
+        if isinstance(task, ExtractTask):
+            for ref in task.refs[:1]:  # all arrays of a task lie in one slot
+                self._slots.drop(ref.slot)
+
+    def _open_bundle(self) -> Inferer:
+        from workers.roles.fuse import open_bundle
+
+        try:
+            inferer = open_bundle(self._settings.fusion, self._device)
+        except BundleError as error:
+            raise ConfigError(f"fusion.bundle: {error}") from error
+        wrong = mismatch(inferer.fingerprints, self.fingerprints)
+        if wrong is not None:
+            inferer.close()
+            raise ConfigError(f"fusion.bundle: {self._settings.fusion.bundle}: {wrong}")
+        return inferer

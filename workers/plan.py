@@ -24,7 +24,7 @@ from typing import Literal
 
 import numpy as np
 
-from common.errors import NothingUsable, RetryableError, WorkerDied
+from common.errors import NothingUsable, RetryableError
 from common.post import (
     MODALITIES,
     STREAMS,
@@ -53,12 +53,16 @@ from workers.protocol import (
     ExtractTask,
     Fetched,
     FetchTask,
+    FuseTask,
     Result,
     Task,
 )
 
 NO_SLOT = -1
 """Slot of a `DecodeTask` before its pool has assigned one."""
+
+STAGES = ("recall", "fetch", "decode", "extract", "fuse")
+"""The stages of a post, in order; ``recall`` is the lookup in the feature cache."""
 
 _TEXT = -1  # media index of steps that belong to no media file
 
@@ -72,7 +76,7 @@ class Step:
 
     @property
     def stage(self) -> str:
-        """``recall``, ``fetch``, ``decode`` or ``extract``."""
+        """One of `STAGES`."""
         match self.task:
             case CacheLookup():
                 return "recall"
@@ -80,8 +84,10 @@ class Step:
                 return "fetch"
             case DecodeTask():
                 return "decode"
-            case _:
+            case ExtractTask():
                 return "extract"
+            case FuseTask():
+                return "fuse"
 
     @property
     def path(self) -> str | None:
@@ -377,7 +383,10 @@ class PostPlan:
 
     def _nothing_usable(self) -> NothingUsable | RetryableError:
         if not self._failures:
-            return NothingUsable("the post has no text and no media")
+            empty = NothingUsable("the post has no text and no media")
+            empty.stage = "load"
+            return empty
+        first = next(iter(self._failures.values()))[0]
         reasons = {m: failures[0].message for m, failures in self._failures.items()}
         text = "; ".join(f"{modality}: {reason}" for modality, reason in reasons.items())
         retryable = any(f.retryable for failures in self._failures.values() for f in failures)
@@ -386,20 +395,9 @@ class PostPlan:
             if retryable
             else NothingUsable(f"nothing usable: {text}")
         )
+        error.stage = first.stage
         error.reasons = {str(modality): reason for modality, reason in reasons.items()}
         return error
-
-
-def costs_attempt(step: Step, failure: Failure) -> bool:
-    """Whether a step's failure says more about its worker than about its media file."""
-    if step.stage == "recall":
-        return False  # the post goes on as if the cache were empty
-    return is_worker_death(failure) or (failure.retryable and step.stage in ("decode", "extract"))
-
-
-def is_worker_death(failure: Failure) -> bool:
-    """Whether a step failed because its worker died."""
-    return failure.type == WorkerDied.__name__
 
 
 def read_text(ocr: str | None, ocr_of_media: Mapping[int, str]) -> str | None:

@@ -1,17 +1,21 @@
-"""Posts on their way through a pool: which steps of which post run, and what becomes of it.
+"""One post being worked on, on any pool: the one executor of a post's plan.
 
-For the one thread that owns the pool. What fails inside a post costs that modality. What kills a
-worker costs the attempt: the post is begun once more, and then it costs the modality.
+The King, the HTTP server, the offline scripts and ``insighttag tag`` all run posts through
+`PostRuns`, so that a post gets the same features, tags and failures on every path. A run is one
+attempt; `common.retry.RetryPolicy` decides about the next.
+
+What fails inside a post costs that modality. What kills a worker costs the attempt, unless it is
+the last one: then it costs the modality too.
 """
 
 from __future__ import annotations
 
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeAlias
 
 import structlog
 
@@ -22,66 +26,93 @@ from common.errors import (
     RetryableError,
     TaggingError,
 )
-from workers.fetch.sources import is_url, local_file
-from workers.plan import PostPlan, Step, costs_attempt
+from common.post import Failure, Features, Tags
+from common.retry import RetryPolicy
+from workers.fetch.sources import is_url
+from workers.plan import STAGES, PostPlan, Step
 from workers.pool.events import TaskDone, TaskFailed, TaskPool
-from workers.protocol import (
-    Decoded,
-    Failure,
-    Features,
-    Fetched,
-    FetchTask,
-    FuseTask,
-    Tags,
-)
+from workers.protocol import Decoded, Fetched, FetchTask, FuseTask
 
-_ATTEMPTS = 2
+_NO_MEDIA = -1  # media index of the fusion's step
 
 _log = structlog.get_logger()
 
 
-@dataclass(frozen=True)
-class Ran:
-    """What became of a post.
+@dataclass(frozen=True, slots=True)
+class PostTags:
+    """Features and tags of a post.
 
     Attributes:
-        tags: None where there is no fusion.
-        timings_ms: Stage ─► milliseconds that workers spent; ``total`` is by the clock.
+        fused: The tags; None where the runs do not fuse.
+        timings_ms: Stage -> milliseconds that workers spent; ``total`` is by the clock.
     """
 
     features: Features
-    tags: Tags | None
+    fused: Tags | None
+    timings_ms: Mapping[str, int]
+
+    @property
+    def tags(self) -> Tags:
+        """The tags.
+
+        Raises:
+            RuntimeError: The runs do not fuse.
+        """
+        if self.fused is None:
+            raise RuntimeError(f"post {self.features.post_id}: the fusion was left out")
+        return self.fused
+
+
+@dataclass(frozen=True, slots=True)
+class PostFailed:
+    """A failed attempt.
+
+    Attributes:
+        failure: For documents and logs.
+        error: The same for a caller in this process.
+    """
+
+    failure: Failure
+    error: TaggingError
     timings_ms: Mapping[str, int]
 
 
+PostOutcome: TypeAlias = PostTags | PostFailed
+
+
 @dataclass(slots=True, eq=False)
-class Walk:
-    """One post on the pool.
+class PostRun:
+    """One attempt at one post.
 
     Attributes:
-        plan: Of the present attempt.
-        limit_s: How long the post may take, from `began` on (`time.monotonic`).
-        attempt: 1 for the first.
-        tasks: Task ID ─► step, for what runs.
-        downloads: Files that are ours to delete.
-        seconds: Stage ─► time that workers spent.
+        plan: Of this attempt.
+        deadline: `time.monotonic` past which the attempt has failed.
+        limit: The same for a person, for example ``king.post_deadline_s (300 s)``.
+        last: No attempt follows: a worker's death costs a modality and not the attempt.
+        on_end: Called once, when the run is off the pool; not for a run that was dropped.
+        began: `time.monotonic` that the total time counts from.
+        tasks: Task ID -> step, of the tasks on the pool.
+        downloads: Files that this run has to delete.
+        seconds: Stage -> time that workers spent.
     """
 
     plan: PostPlan
-    limit_s: float
-    future: Future[Ran] = field(default_factory=Future)
+    deadline: float
+    limit: str
+    last: bool
+    on_end: Callable[[PostRun, PostOutcome], None]
+    priority: int = 0
     began: float = field(default_factory=time.monotonic)
-    attempt: int = 1
-    tasks: dict[int, Step] = field(default_factory=dict)
-    fusing: int | None = None
     features: Features | None = None
+    tasks: dict[int, Step] = field(default_factory=dict)
     downloads: set[str] = field(default_factory=set)
     seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     @property
-    def deadline(self) -> float:
-        """`time.monotonic` past which the post has failed."""
-        return self.began + self.limit_s
+    def stage(self) -> str:
+        """The earliest stage that the post waits for."""
+        stages = {step.stage for step in self.tasks.values()}
+        return next((stage for stage in STAGES if stage in stages), "fuse")
 
     @property
     def timings_ms(self) -> dict[str, int]:
@@ -89,197 +120,179 @@ class Walk:
         by_stage = {stage: round(seconds * 1000) for stage, seconds in self.seconds.items()}
         return {**by_stage, "total": round((time.monotonic() - self.began) * 1000)}
 
-    def end(self, outcome: Ran | TaggingError) -> None:
-        """Tell who waits, unless he has cancelled."""
-        if not self.future.set_running_or_notify_cancel():
-            return
-        if isinstance(outcome, Ran):
-            self.future.set_result(outcome)
-        else:
-            self.future.set_exception(outcome)
 
-
-class Walks:
-    """The posts on a pool."""
+class PostRuns:
+    """The posts on a pool, for the one thread that owns it."""
 
     def __init__(
         self,
         pool: TaskPool,
         *,
-        fuse: bool,
-        local_root: Path | None,
-        replan: Callable[[PostPlan], PostPlan],
-        on_end: Callable[[Walk, Ran | TaggingError], None],
+        fuse: bool = True,
+        open_local: Callable[[str], Fetched] | None = None,
     ) -> None:
-        """Nothing runs yet.
+        """Take a pool; nothing runs yet.
 
         Args:
             pool: Of this thread.
-            fuse: Whether features are followed by tags.
-            local_root: The only folder whose files may be read in place; None: any.
-            replan: A fresh plan of the same post, for the second attempt.
-            on_end: Called once for each post, when it is off the pool.
+            fuse: Follow features by tags.
+            open_local: Opens a source that is a path, in place, or raises `PermanentError`; None
+                leaves every source to the pool's downloader, which refuses paths.
         """
         self._pool = pool
         self._fuse = fuse
-        self._local_root = local_root
-        self._replan = replan
-        self._on_end = on_end
-        self._walks: set[Walk] = set()
-        self._by_task: dict[int, Walk] = {}
+        self._open_local = open_local
+        self._runs: set[PostRun] = set()
+        self._by_task: dict[int, PostRun] = {}
 
-    def begin(self, walk: Walk) -> None:
-        """Start a post."""
-        self._walks.add(walk)
-        self._submit(walk, walk.plan.start())
-        self._advance(walk)  # a post without text and media has no step to wait for
+    def __len__(self) -> int:
+        return len(self._runs)
+
+    def __iter__(self) -> Iterator[PostRun]:
+        """Iterate over a copy, so that runs may end meanwhile."""
+        return iter(list(self._runs))
+
+    def begin(self, run: PostRun) -> None:
+        """Put a run on the pool."""
+        self._runs.add(run)
+        self._submit(run, run.plan.start())
+        self._advance(run)  # a post without text and media has no step to wait for
+
+    def drop(self, run: PostRun) -> None:
+        """Take a run off the pool without an outcome."""
+        self._runs.discard(run)
+        for task_id in run.tasks:
+            if self._by_task.pop(task_id, None) is not None:
+                self._pool.cancel(task_id)
+        run.tasks.clear()
+        while run.downloads:
+            _delete(run.downloads.pop())
 
     def expire(self) -> None:
-        """End what was cancelled, and what runs past its deadline."""
+        """End the runs that are past their deadline."""
         now = time.monotonic()
-        for walk in list(self._walks):
-            if walk.future.cancelled():
-                self._end(walk, RetryableError("cancelled"))
-            elif walk.deadline <= now:
-                self._end(walk, DeadlineExceeded(f"the post ran past {walk.limit_s:g} s"))
+        for run in self:
+            if run.deadline <= now:
+                self._expire(run)
 
-    def end_all(self, error: TaggingError) -> None:
-        """End every post with this error."""
-        for walk in list(self._walks):
-            self._end(walk, error)
+    def handle(self, event: TaskDone | TaskFailed) -> None:
+        """Take a task's end, and put the tasks that follow from it on the pool."""
+        run = self._by_task.pop(event.task_id, None)
+        if run is None:  # its run ended while this event was on its way
+            if isinstance(event, TaskDone):
+                self._discard(event.result)
+            return
+        if isinstance(event, TaskFailed) and run.deadline <= time.monotonic():
+            self._expire(run)  # tasks have the same deadline: the worker was only quicker to say so
+            return
+        step = run.tasks.pop(event.task_id)
+        match event:
+            case TaskDone():
+                run.seconds[step.stage] += event.seconds
+                self._done(run, step, event)
+            case TaskFailed():
+                self._failed(run, step, event.failure)
 
-    def done(self, event: TaskDone) -> None:
-        """Take a task's result."""
-        walk = self._by_task.pop(event.task_id, None)
+    def _expire(self, run: PostRun) -> None:
+        message = f"the post ran past {run.limit}"
+        failure = Failure(run.stage, DeadlineExceeded.__name__, message, retryable=True)
+        self._fail(run, failure, DeadlineExceeded(message))
+
+    def _done(self, run: PostRun, step: Step, event: TaskDone) -> None:
         result = event.result
-        if walk is None:  # its post ended while this event was on its way
-            if isinstance(result, Fetched):
-                _delete(result.path)
-            self._release(result)
+        if isinstance(step.task, FuseTask):
+            self._tagged(run, result)
             return
-        if event.task_id == walk.fusing:
-            walk.seconds["fuse"] += event.seconds
-            self._tagged(walk, result)
-            return
-        step = walk.tasks.pop(event.task_id)
-        walk.seconds[step.stage] += event.seconds
         if isinstance(result, Fetched):
-            walk.downloads.add(result.path)
-        follow = walk.plan.done(step, result)
-        self._clean(walk, step, follow)
-        self._submit(walk, follow)
-        # Only now: the slot must not be free before the tasks that read it are known.
+            run.downloads.add(result.path)
+        self._follow(run, step, run.plan.done(step, result))
+        # Only now: the slot must not be free before the tasks that read it are on the pool.
         self._release(result)
-        self._advance(walk)
+        self._advance(run)
 
-    def failed(self, event: TaskFailed) -> None:
-        """Take a task's failure."""
-        walk = self._by_task.pop(event.task_id, None)
-        if walk is None:
+    def _failed(self, run: PostRun, step: Step, failure: Failure) -> None:
+        costs_attempt = not run.last and RetryPolicy.costs_attempt(step.stage, failure)
+        if isinstance(step.task, FuseTask) or costs_attempt:
+            kind = RetryableError if failure.retryable else FeatureError
+            self._fail(run, failure, kind(failure.message))
             return
-        if event.task_id == walk.fusing:
-            self._not_fused(walk, event.failure)
-            return
-        step = walk.tasks.pop(event.task_id)
-        if costs_attempt(step, event.failure) and walk.attempt < _ATTEMPTS:
-            self._begin_again(walk)
-            return
-        follow = walk.plan.failed(step, event.failure)
-        self._clean(walk, step, follow)
-        self._submit(walk, follow)
-        self._advance(walk)
+        self._follow(run, step, run.plan.failed(step, failure))
+        self._advance(run)
 
-    # Parts ------------------------------------------------------------------------------------
+    def _follow(self, run: PostRun, ended: Step, follow: Sequence[Step]) -> None:
+        """Submit the steps that follow; delete a download that none of them needs."""
+        if ended.path in run.downloads and all(step.path != ended.path for step in follow):
+            run.downloads.discard(ended.path)
+            _delete(ended.path)
+        self._submit(run, follow)
 
-    def _submit(self, walk: Walk, steps: Sequence[Step]) -> None:
+    def _submit(self, run: PostRun, steps: Sequence[Step]) -> None:
         todo = deque(steps)
         while todo:
             step = todo.popleft()
-            if isinstance(step.task, FetchTask) and not is_url(step.task.media.source):
-                todo.extend(self._in_place(walk.plan, step, step.task.media.source))
+            source = step.task.media.source if isinstance(step.task, FetchTask) else None
+            if source is not None and self._open_local is not None and not is_url(source):
+                todo.extend(self._open_in_place(run, step, source, self._open_local))
                 continue
-            task_id = self._pool.submit(step.task, deadline=walk.deadline)
-            walk.tasks[task_id] = step
-            self._by_task[task_id] = walk
+            task_id = self._pool.submit(step.task, deadline=run.deadline, priority=run.priority)
+            run.tasks[task_id] = step
+            self._by_task[task_id] = run
 
-    def _in_place(self, plan: PostPlan, step: Step, source: str) -> list[Step]:
+    @staticmethod
+    def _open_in_place(
+        run: PostRun, step: Step, source: str, open_local: Callable[[str], Fetched]
+    ) -> list[Step]:
         try:
-            return plan.done(step, local_file(source, root=self._local_root))
+            return run.plan.done(step, open_local(source))
         except PermanentError as error:
-            return plan.failed(step, Failure.of("fetch", error))
+            return run.plan.failed(step, Failure.of("fetch", error))
 
-    def _begin_again(self, walk: Walk) -> None:
-        _log.info("runner.begun_again", post_id=walk.plan.post.post_id)
-        self._drop_tasks(walk)
-        walk.attempt += 1
-        walk.plan = self._replan(walk.plan)
-        self.begin(walk)
-
-    def _advance(self, walk: Walk) -> None:
-        if not walk.plan.finished or walk.tasks:
+    def _advance(self, run: PostRun) -> None:
+        """Fuse the features, once every step of the plan has ended."""
+        if run.tasks or not run.plan.finished:
             return
         try:
-            features = walk.plan.features()
+            run.features = run.plan.features()
         except TaggingError as error:
-            self._end(walk, error)
-            return
-        except ValueError as error:  # arrays of one modality that do not fit together
-            self._end(walk, FeatureError(f"the features do not fit together: {error}"))
-            return
-        walk.features = features
-        if self._fuse:
-            self._tag(walk, features)
+            retryable = isinstance(error, RetryableError)
+            self._fail(run, Failure.of(error.stage, error, retryable=retryable), error)
+        except ValueError as mismatch:  # arrays of one stream that differ in width
+            misfit = FeatureError(f"the features do not fit together: {mismatch}")
+            self._fail(run, Failure.of("extract", misfit), misfit)
         else:
-            self._end(walk, Ran(features, None, walk.timings_ms))
+            if self._fuse:
+                self._submit(run, [Step(FuseTask(run.features), _NO_MEDIA)])
+            else:
+                self._end(run, PostTags(run.features, None, run.timings_ms))
 
-    def _tag(self, walk: Walk, features: Features) -> None:
-        walk.fusing = self._pool.submit(FuseTask(features), deadline=walk.deadline)
-        self._by_task[walk.fusing] = walk
-
-    def _tagged(self, walk: Walk, result: object) -> None:
-        if isinstance(result, Tags) and walk.features is not None:
-            self._end(walk, Ran(walk.features, result, walk.timings_ms))
+    def _tagged(self, run: PostRun, result: object) -> None:
+        if isinstance(result, Tags) and run.features is not None:
+            self._end(run, PostTags(run.features, result, run.timings_ms))
         else:
-            self._end(walk, FeatureError(f"the fusion gave {type(result).__name__}, not tags"))
+            error = FeatureError(f"the fusion gave {type(result).__name__}, not tags")
+            self._fail(run, Failure.of("fuse", error), error)
 
-    def _not_fused(self, walk: Walk, failure: Failure) -> None:
-        walk.fusing = None
-        if failure.retryable and walk.attempt < _ATTEMPTS and walk.features is not None:
-            walk.attempt += 1
-            self._tag(walk, walk.features)
-            return
-        kind = RetryableError if failure.retryable else FeatureError
-        self._end(walk, kind(failure.message))
+    def _fail(self, run: PostRun, failure: Failure, error: TaggingError) -> None:
+        error.stage = failure.stage
+        self._end(run, PostFailed(failure, error, run.timings_ms))
+
+    def _end(self, run: PostRun, outcome: PostOutcome) -> None:
+        self.drop(run)
+        run.on_end(run, outcome)
+
+    def _discard(self, result: object) -> None:
+        if isinstance(result, Fetched):
+            _delete(result.path)
+        self._release(result)
 
     def _release(self, result: object) -> None:
         if isinstance(result, Decoded) and result.parts:
             self._pool.release(result.parts[0].ref.slot)
 
-    def _end(self, walk: Walk, outcome: Ran | TaggingError) -> None:
-        self._walks.discard(walk)
-        self._drop_tasks(walk)
-        self._on_end(walk, outcome)
-
-    def _drop_tasks(self, walk: Walk) -> None:
-        fusing = [walk.fusing] if walk.fusing is not None else []
-        for task_id in [*walk.tasks, *fusing]:
-            if self._by_task.pop(task_id, None) is not None:
-                self._pool.cancel(task_id)
-        walk.tasks.clear()
-        walk.fusing = None
-        while walk.downloads:
-            _delete(walk.downloads.pop())
-
-    def _clean(self, walk: Walk, step: Step, follow: Sequence[Step]) -> None:
-        """A download is of no more use once no step holds it; a file read in place stays."""
-        held = step.path
-        if held in walk.downloads and all(each.path != held for each in follow):
-            walk.downloads.discard(held)
-            _delete(held)
-
 
 def _delete(path: str) -> None:
+    """Delete a download, which may be gone already."""
     try:
         Path(path).unlink(missing_ok=True)
     except OSError as error:
-        _log.warning("runner.spool_file_left", error=error.strerror)
+        _log.warning("workers.spool_file_left", error=error.strerror)

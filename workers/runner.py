@@ -3,24 +3,35 @@
     with PostRunner(settings) as runner:
         futures = [runner.submit(post) for post in posts]  # waits while too many are in flight
         for future in futures:
-            ran = future.result()
+            tagged = future.result()
 
-One thread owns the pool and walks the posts' plans on it (`workers.post_run`), as the daemon's
-does.
+One thread owns the pool and runs the posts on it (`workers.post_run`), as the daemon's does. A post
+has as many attempts as in the daemon, with the same back-off, within its time limit.
 """
 
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Collection, Mapping
 from concurrent.futures import Future
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 
 import structlog
 
-from common.errors import Busy, ConfigError, PermanentError, RetryableError, TaggingError
+from common.errors import (
+    Busy,
+    ConfigError,
+    DeadlineExceeded,
+    PermanentError,
+    RetryableError,
+    TaggingError,
+)
+from common.post import Modality, Post, Stream
 from config.settings import ExtractorName, FeatureSettings, Settings
 from workers.fetch.sources import is_url, local_file
 from workers.plan import PostPlan
@@ -34,14 +45,46 @@ from workers.pool.events import (
     WorkerView,
 )
 from workers.pool.pool import ProcessPool
-from workers.post_run import Ran, Walk, Walks
-from workers.protocol import Modality, Post, Stream
+from workers.post_run import PostFailed, PostOutcome, PostRun, PostRuns, PostTags
 
-__all__ = ["PostRunner", "Ran", "extractors_of"]
-
+# Deadlines, retries and cancelled posts are looked at this often: at double, HTTP's shortest
+# deadlines end visibly late; at half, an idle server wakes up twice as often for nothing.
 _POLL_S = 0.25
 
 _log = structlog.get_logger()
+
+
+@dataclass(slots=True, eq=False)
+class _Submission:
+    """A submitted post.
+
+    Attributes:
+        deadline: `time.monotonic` past which the post has failed, attempts and pauses included.
+        attempt: 1 for the first.
+        due: `time.monotonic` at which the attempt begins.
+        run: The attempt on the pool; None before it and between two of them.
+    """
+
+    post: Post
+    limit_s: float
+    began: float = field(default_factory=time.monotonic)
+    future: Future[PostTags] = field(default_factory=Future)
+    attempt: int = 1
+    due: float = 0.0
+    run: PostRun | None = None
+
+    @property
+    def deadline(self) -> float:
+        return self.began + self.limit_s
+
+    def settle(self, outcome: PostTags | TaggingError) -> None:
+        """Resolve the future, unless it was cancelled."""
+        if not self.future.set_running_or_notify_cancel():
+            return
+        if isinstance(outcome, PostTags):
+            self.future.set_result(outcome)
+        else:
+            self.future.set_exception(outcome)
 
 
 class PostRunner:
@@ -60,51 +103,50 @@ class PostRunner:
         pool: TaskPool | None = None,
         local_root: Path | None = None,
         limit: int = 32,
+        post_limit_s: float | None = None,
     ) -> None:
         """Describe it; starts nothing.
 
         Args:
             settings: Of the pool, and of the features.
-            fuse: Whether tags are wanted; without, there is no fusion worker, and no bundle.
+            fuse: Give tags; without, there is no fusion worker, and no bundle.
             modalities: Only these, and only their extractors are loaded; None: all.
             pool: The workers; None takes real ones.
             local_root: The only folder whose files may be read in place; None: any file that
                 this process may read, for sources that this machine's user names himself.
             limit: Posts in flight at most.
+            post_limit_s: Time that a post may take; None takes ``king.post_deadline_s``.
         """
         self._settings = settings
         self._modalities = modalities
         self._pool: TaskPool = pool or ProcessPool(
             settings, fuse=fuse, extractors=extractors_of(modalities, settings.features)
         )
-        self._walks = Walks(
-            self._pool,
-            fuse=fuse,
-            local_root=local_root,
-            replan=lambda plan: self._plan(plan.post),
-            on_end=self._on_end,
-        )
-        self._local_root = local_root
+        self._open_local = partial(local_file, root=local_root)
+        self._runs = PostRuns(self._pool, fuse=fuse, open_local=self._open_local)
+        self._policy = settings.king.retry
         self._limit = limit
+        self._post_limit_s = (
+            post_limit_s if post_limit_s is not None else settings.king.post_deadline_s
+        )
         self._room = threading.Condition()
         self._in_flight = 0
-        self._inbox: deque[Walk] = deque()
+        self._inbox: deque[_Submission] = deque()
+        self._submissions: set[_Submission] = set()  # begun, and not yet settled
         self._thread: threading.Thread | None = None
         self._stopping = threading.Event()
-        self._told = threading.Event()
-        self._over: TaggingError | None = None
-
-    # For any thread ---------------------------------------------------------------------------
+        self._started = threading.Event()  # loaded, or ended
+        self._ended_by: TaggingError | None = None
 
     @property
     def ready(self) -> bool:
-        """Whether the workers have loaded, and nothing has ended them."""
+        """The workers have loaded, and nothing has ended them."""
         return self._pool.ready and self.trouble is None and not self._stopping.is_set()
 
     @property
     def trouble(self) -> str | None:
         """Why no post can be run (any more), or None."""
-        return str(self._over) if self._over is not None else self._pool.refused
+        return str(self._ended_by) if self._ended_by is not None else self._pool.refused
 
     @property
     def bundle(self) -> tuple[str, str] | None:
@@ -113,7 +155,7 @@ class PostRunner:
 
     @property
     def fingerprints(self) -> Mapping[Stream, str]:
-        """Stream ─► fingerprint of the features that the extractors give, once ready."""
+        """Stream -> fingerprint of the features that the extractors give, once ready."""
         return self._pool.fingerprints
 
     @property
@@ -141,42 +183,47 @@ class PostRunner:
             self._thread.start()
         if not wait:
             return
-        self._told.wait()
-        if self._over is not None:
+        self._started.wait()
+        if self._ended_by is not None:
             self.close()
-            raise self._again(self._over)
+            raise _copy(self._ended_by)
 
     def submit(
         self, post: Post, *, deadline_s: float | None = None, wait_s: float | None = None
-    ) -> Future[Ran]:
+    ) -> Future[PostTags]:
         """Run a post; cancelling the future breaks it off.
 
         The future fails with `NothingUsable` or `RetryableError` where no modality could be used
-        (its `reasons` name them), with `DeadlineExceeded`, or with `FeatureError`.
+        (its `reasons` name them), with `DeadlineExceeded`, or with `FeatureError`; the error's
+        `stage` says where.
 
         Args:
             post: With URLs or local paths as sources.
-            deadline_s: How long it may take; None takes ``king.post_deadline_s``.
-            wait_s: How long to wait while `limit` posts are in flight; None: until there is room.
+            deadline_s: Time that it may take; None takes the runner's.
+            wait_s: Time to wait while `limit` posts are in flight; None: until there is room.
 
         Raises:
             Busy: There was no room in time.
             TaggingError: The runner has ended, and why.
         """
-        limit_s = deadline_s if deadline_s is not None else self._settings.king.post_deadline_s
+        limit_s = deadline_s if deadline_s is not None else self._post_limit_s
         with self._room:
             if not self._room.wait_for(self._has_room, wait_s):
                 raise Busy(f"{self._limit} posts are in flight already")
-            if self._over is not None:
-                raise self._again(self._over)
+            if self._ended_by is not None:
+                raise _copy(self._ended_by)
             if self._thread is None or self._stopping.is_set():
                 raise RetryableError("the workers are not running")
             self._in_flight += 1
-            walk = Walk(self._plan(post), limit_s)
-            self._inbox.append(walk)
-        walk.future.add_done_callback(self._on_done)
+            submission = _Submission(post, limit_s)
+            self._inbox.append(submission)
+        submission.future.add_done_callback(self._wake_if_cancelled)
         self._pool.wake()
-        return walk.future
+        return submission.future
+
+    def run(self, post: Post) -> PostTags:
+        """Run one post and wait for it; raises what the future of `submit` fails with."""
+        return self.submit(post).result()
 
     def close(self) -> None:
         """Break off what is in flight, and end the workers; may be called again."""
@@ -190,7 +237,7 @@ class PostRunner:
             self._thread.join()
 
     def __enter__(self) -> PostRunner:
-        """Started."""
+        """Start."""
         try:
             self.start()
         except BaseException:
@@ -208,32 +255,26 @@ class PostRunner:
         self.close()
 
     def _has_room(self) -> bool:
-        ended = self._stopping.is_set() or self._over is not None
+        ended = self._stopping.is_set() or self._ended_by is not None
         return ended or self._in_flight < self._limit
 
-    def _on_done(self, future: Future[Ran]) -> None:
+    def _wake_if_cancelled(self, future: Future[PostTags]) -> None:
         if future.cancelled():
             self._pool.wake()
 
-    @staticmethod
-    def _again(error: TaggingError) -> TaggingError:
-        """The same error for another thread: each has a traceback of its own."""
-        return type(error)(str(error))
-
-    # The thread -------------------------------------------------------------------------------
-
     def _run(self) -> None:
+        """The thread: everything below runs in it."""
         try:
             self._pool.start()
             while not self._stopping.is_set():
-                while self._inbox:
-                    self._walks.begin(self._inbox.popleft())
+                self._begin_due()
                 for event in self._pool.poll(_POLL_S):
                     self._handle(event)
-                self._walks.expire()
+                self._runs.expire()
+                self._drop_cancelled()
         except TaggingError as error:
             self._end_all(error)
-        except BaseException as error:  # noqa: BLE001 - the thread's end: who waits must be told
+        except BaseException as error:  # noqa: BLE001 - the thread's end: callers wait for it
             _log.exception("runner.thread_died")
             self._end_all(RetryableError(f"the workers' thread has ended: {type(error).__name__}"))
         finally:
@@ -241,29 +282,78 @@ class PostRunner:
             self._end_all(RetryableError("the workers have been stopped"))
 
     def _handle(self, event: PoolEvent) -> None:
-        if isinstance(event, TaskDone):
-            self._walks.done(event)
-        elif isinstance(event, TaskFailed):
-            self._walks.failed(event)
-        elif isinstance(event, PoolReady):
-            self._told.set()
-        elif isinstance(event, PoolRefused):
-            self._end_all(ConfigError(event.message))
+        match event:
+            case TaskDone() | TaskFailed():
+                self._runs.handle(event)
+            case PoolReady():
+                self._started.set()
+            case PoolRefused(message=message):
+                self._end_all(ConfigError(message))
+
+    def _begin_due(self) -> None:
+        while self._inbox:
+            self._submissions.add(self._inbox.popleft())
+        now = time.monotonic()
+        for submission in [s for s in self._submissions if s.run is None and s.due <= now]:
+            submission.run = PostRun(
+                plan=self._plan(submission.post),
+                deadline=submission.deadline,
+                limit=f"{submission.limit_s:g} s",
+                last=self._policy.is_last(submission.attempt),
+                on_end=partial(self._attempt_ended, submission),
+                began=submission.began,
+            )
+            self._runs.begin(submission.run)
+
+    def _attempt_ended(self, submission: _Submission, _run: PostRun, outcome: PostOutcome) -> None:
+        submission.run = None
+        if isinstance(outcome, PostTags):
+            self._settle(submission, outcome)
+        elif not self._tries_again(submission, outcome):
+            self._settle(submission, outcome.error)
+
+    def _tries_again(self, submission: _Submission, failed: PostFailed) -> bool:
+        if isinstance(failed.error, DeadlineExceeded):
+            return False
+        if not self._policy.tries_again(failed.failure, submission.attempt):
+            return False
+        due = time.monotonic() + self._policy.delay_s(submission.attempt)
+        if due >= submission.deadline:
+            return False
+        _log.info(
+            "runner.post_retried",
+            post_id=submission.post.post_id,
+            attempt=submission.attempt,
+            stage=failed.failure.stage,
+            error=failed.failure.message,
+        )
+        submission.attempt, submission.due = submission.attempt + 1, due
+        return True
+
+    def _drop_cancelled(self) -> None:
+        for submission in [s for s in self._submissions if s.future.cancelled()]:
+            if submission.run is not None:
+                self._runs.drop(submission.run)
+            self._settle(submission, RetryableError("cancelled"))
 
     def _end_all(self, error: TaggingError) -> None:
         with self._room:
-            self._over = self._over or error
+            self._ended_by = self._ended_by or error
             self._room.notify_all()
-        self._told.set()
-        self._walks.end_all(error)
+        self._started.set()
+        for run in self._runs:
+            self._runs.drop(run)
         while self._inbox:
-            self._on_end(self._inbox.popleft(), error)
+            self._submissions.add(self._inbox.popleft())
+        for submission in list(self._submissions):
+            self._settle(submission, error)
 
-    def _on_end(self, walk: Walk, outcome: Ran | TaggingError) -> None:
-        with self._room:  # before the future: who has its answer finds room for the next post
+    def _settle(self, submission: _Submission, outcome: PostTags | TaggingError) -> None:
+        self._submissions.discard(submission)
+        with self._room:  # before the future: its caller finds room for the next post
             self._in_flight -= 1
             self._room.notify()
-        walk.end(outcome)
+        submission.settle(outcome)
 
     def _plan(self, post: Post) -> PostPlan:
         return PostPlan(
@@ -278,18 +368,23 @@ class PostRunner:
     def _is_local(self, source: str) -> bool:
         """Whether a source is a file that may be read in place."""
         try:
-            return not is_url(source) and bool(local_file(source, root=self._local_root))
+            return not is_url(source) and bool(self._open_local(source))
         except PermanentError:
             return False
+
+
+def _copy(error: TaggingError) -> TaggingError:
+    """Return the same error for another thread: each has a traceback of its own."""
+    return type(error)(str(error))
 
 
 def extractors_of(
     modalities: Collection[Modality] | None, features: FeatureSettings
 ) -> frozenset[ExtractorName] | None:
-    """The extractors that give these modalities; None: all."""
+    """Return the extractors that give these modalities; None: all."""
     if modalities is None:
         return None
     names: set[ExtractorName] = set(modalities)
     if "ocr" in names or ("text" in names and features.ocr_mode == "append"):
-        names |= {"ocr", "text"}  # what is read in pictures is embedded as text
+        names |= {"ocr", "text"}  # the text in pictures is embedded as text
     return frozenset(names)

@@ -19,13 +19,14 @@ from corpus.extract.values import Entry, FailedPart, Result, Work
 from corpus.runs import Interrupt
 
 if TYPE_CHECKING:
-    from workers.runner import PostRunner, Ran
+    from workers.post_run import PostTags
+    from workers.runner import PostRunner
 
 # The time of a post counts from when it is queued behind others; its tasks have their own limits.
 _POST_LIMIT_S = 24 * 3600.0
 _POLL_S = 0.5
 
-_Ended: TypeAlias = "queue.SimpleQueue[tuple[Work, Future[Ran]]]"
+_Ended: TypeAlias = "queue.SimpleQueue[tuple[Work, Future[PostTags]]]"
 
 
 class LocalEngine:
@@ -132,7 +133,7 @@ class LocalEngine:
             except queue.Empty:
                 continue
 
-    def _finish(self, work: Work, future: Future[Ran]) -> Result:
+    def _finish(self, work: Work, future: Future[PostTags]) -> Result:
         runner, store = self._opened
         try:
             return store.put(work, future.result().features)
@@ -143,6 +144,8 @@ class LocalEngine:
                 raise RetryableError(f"the workers have ended: {runner.trouble}") from error
             retryable = isinstance(error, RetryableError)
             part = FailedPart(
-                work.post.post_id, None, Failure.of("extract", error, retryable=retryable)
+                work.post.post_id,
+                None,
+                Failure.of(error.stage or "extract", error, retryable=retryable),
             )
             return Result(work.index, work.post.post_id, "failed", {}, (part,), self._node)

@@ -4,32 +4,18 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from common.errors import BundleError, ConfigError, TaggingError
-from common.post import Failure, Features, Post, Tags
+from common.errors import TaggingError
+from common.post import Failure, Post
 from common.result import TagResult
 from scripts.commands.common import AsJson, Config, Overrides, print_json, print_table, settings_of
 from scripts.commands.post_file import read_posts
 
-
-class Tagger(Protocol):
-    """What is asked of `workers.local.LocalTagger`."""
-
-    @property
-    def bundle(self) -> tuple[str, str]:
-        """Name and version of what tags."""
-        ...
-
-    def features(self, post: Post) -> Features:
-        """The post's features."""
-        ...
-
-    def fuse(self, features: Features) -> Tags:
-        """The tags that follow from them."""
-        ...
+if TYPE_CHECKING:
+    from workers.runner import PostRunner
 
 
 def tag(
@@ -44,14 +30,10 @@ def tag(
     """
     settings = settings_of(config, overrides)
     posts = read_posts(file)  # before the models, which take long to load
-    from workers.local import LocalTagger
+    from workers.local import local_runner
 
-    with LocalTagger(settings) as tagger:
-        try:
-            tagger.load()
-        except BundleError as error:
-            raise ConfigError(f"fusion.bundle: {error}") from error
-        results = [result_of(post, tagger).answer() for post in posts]
+    with local_runner(settings) as runner:
+        results = [result_of(post, runner).answer() for post in posts]
     if as_json:
         print_json(results)
     else:
@@ -61,14 +43,15 @@ def tag(
         raise typer.Exit(1)
 
 
-def result_of(post: Post, tagger: Tagger) -> TagResult:
+def result_of(post: Post, runner: PostRunner) -> TagResult:
     """Return one post's result."""
     try:
-        features = tagger.features(post)
-        tags = tagger.fuse(features)
+        ran = runner.run(post)
     except TaggingError as error:
-        return TagResult.failed(post.post_id, tagger.bundle, Failure.of("extract", error))
-    return TagResult.tagged(tags, features.statuses, features.failures)
+        failure = Failure.of(error.stage or "load", error)
+        return TagResult.failed(post.post_id, runner.bundle or ("", ""), failure)
+    features = ran.features
+    return TagResult.tagged(ran.tags, features.statuses, features.failures)
 
 
 def _print(result: dict[str, Any]) -> None:

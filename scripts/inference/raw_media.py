@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from common.errors import BundleError, ConfigError, TaggingError
+from common.errors import TaggingError
 from common.post import Post
 from config.settings import Settings
 from fusion.infer.input import Bad
 from fusion.infer.outputs import Result
 from fusion.infer.processes import Outcome
-from workers.local import LocalTagger
+from workers.local import local_runner
+from workers.runner import PostRunner
 
 
 @dataclass(frozen=True)
@@ -23,19 +24,15 @@ class RawMaker:
     def __call__(self, device: str) -> RawTagger:
         """Load the extractors and the bundle; on the config's device where no GPUs are named."""
         chosen = device if self.settings.infer.n_gpus is not None else None
-        return RawTagger(LocalTagger(self.settings, device=chosen))
+        return RawTagger(local_runner(self.settings, device=chosen))
 
 
 class RawTagger:
     """See `fusion.infer.processes.Tagger`."""
 
-    def __init__(self, tagger: LocalTagger) -> None:
-        self._tagger = tagger
-        try:
-            tagger.load()
-        except BundleError as error:
-            tagger.close()
-            raise ConfigError(f"fusion.bundle: {error}") from error
+    def __init__(self, runner: PostRunner) -> None:
+        self._runner = runner
+        runner.start()
 
     def run(self, posts: Sequence[Post]) -> list[Outcome]:
         """Their tags; a post with nothing usable is bad."""
@@ -43,12 +40,12 @@ class RawTagger:
 
     def close(self) -> None:
         """Free the models and downloads."""
-        self._tagger.close()
+        self._runner.close()
 
     def _tag(self, post: Post) -> Outcome:
         try:
-            features = self._tagger.features(post)
-            tags = self._tagger.fuse(features)
+            tagged = self._runner.run(post)
         except TaggingError as error:
             return Bad(post.post_id, f"{type(error).__name__}: {' '.join(str(error).split())}")
-        return Result(tags, post.labels, features.statuses, features.failures)
+        features = tagged.features
+        return Result(tagged.tags, post.labels, features.statuses, features.failures)

@@ -129,7 +129,7 @@ def test_from_message_to_tags_on_real_media(tmp_path: Path, settings: Settings, 
 
     The same posts through `workers.local` get the same tags.
     """
-    from workers.local import LocalTagger
+    from workers.local import local_runner
 
     version = make_bundle(settings.fusion.bundle, settings)
     store = Store(StoreClient(settings.store))
@@ -167,13 +167,12 @@ def test_from_message_to_tags_on_real_media(tmp_path: Path, settings: Settings, 
     assert {job.post_id for job in store.queries.dead_letters()} == {"nothing", "unknown"}
     assert not list((tmp_path / "spool").glob("king-*"))
 
-    with LocalTagger(settings) as tagger:
-        tagger.load()
+    with local_runner(settings) as runner:
         for post_id in ("full", "7", "junk"):
             stored = store.queries.post(post_id)
             assert stored is not None
             assert stored.result is not None
-            tags = tagger.tag(stored.post)
+            tags = runner.run(stored.post).tags
             assert [t["name"] for t in stored.result["tags"]] == [t.name for t in tags.tags]
             for online, offline in zip(stored.result["tags"], tags.tags, strict=True):
                 assert online["score"] == pytest.approx(offline.score, abs=1e-3)

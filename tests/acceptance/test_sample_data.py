@@ -17,7 +17,7 @@ from config.load import load_settings
 from extractors.feature_file import read_features, read_fingerprints
 from fusion.data.data_file import read_data_file
 from scripts.commands.post_file import read_posts
-from workers.local import LocalTagger
+from workers.local import local_runner
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT / "data"
@@ -62,15 +62,14 @@ def test_sample_features_can_be_made_again() -> None:
     """The extractors of the sample config give the features that lie in ``data/features``."""
     settings = load_settings(ROOT / "config/infer_config_sample.yaml")
     posts: list[Post] = list(read_posts(DATA / "test_cls24_samples.json"))[:4]
-    with LocalTagger(settings) as tagger:
-        tagger.load(fusion=False)
+    with local_runner(settings, fuse=False) as runner:
         for post in posts:
-            made, kept = tagger.features(post), read_features(DATA / "features", post.post_id)
+            made, kept = runner.run(post).features, read_features(DATA / "features", post.post_id)
             assert made.statuses == kept.statuses
             for stream, array in kept.arrays.items():
                 np.testing.assert_allclose(made.arrays[stream], array, atol=2e-2, rtol=2e-2)
         file = next((DATA / "features").rglob(f"{posts[0].post_id}.safetensors"))
-        assert read_fingerprints(file) == tagger.fingerprints
+        assert read_fingerprints(file) == runner.fingerprints
 
 
 @pytest.mark.slow

@@ -33,7 +33,7 @@ from tests.support import media
 from tests.support.fakes.broker import MemoryBroker, MemoryQueue
 from tests.support.fakes.store import FakeStore
 from tests.support.tiny_models import TINY_CNN, tiny_features
-from workers.local import LocalTagger
+from workers.local import local_runner
 from workers.pool.pool import ProcessPool
 
 Scheme = Literal[1, 2]
@@ -100,10 +100,9 @@ class Corpus:
         key = (scheme, mode)
         if key not in self.done:
             root = self.folder / f"features-{scheme}-{mode}"
-            with LocalTagger(Settings(features=features_of(scheme, mode))) as tagger:
-                tagger.load(fusion=False)
+            with local_runner(Settings(features=features_of(scheme, mode)), fuse=False) as runner:
                 for post in self.posts:
-                    write_features(root, tagger.features(post), tagger.fingerprints)
+                    write_features(root, runner.run(post).features, runner.fingerprints)
             self.done[key] = root
         return self.done[key]
 
@@ -272,10 +271,9 @@ def test_a_combination_trains_infers_and_serves(
     assert set(offline) == {post.post_id for post in corpus.posts}
     assert any(line["tags"] for line in offline.values())
     settings = daemon_settings(tmp_path, scheme, mode, bundle, as_frames=as_frames)
-    with LocalTagger(settings) as tagger:
-        tagger.load()
+    with local_runner(settings) as runner:
         for post in (corpus.posts[0], corpus.posts[6]):
-            same_tags(as_dicts(tagger.tag(post)), offline[post.post_id]["tags"])
+            same_tags(as_dicts(runner.run(post).tags), offline[post.post_id]["tags"])
 
 
 class _Quiet(SimpleHTTPRequestHandler):

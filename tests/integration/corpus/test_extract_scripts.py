@@ -25,7 +25,7 @@ from tests.support.corpus.extraction_corpus import (
     write_corpus,
     write_pictures,
 )
-from workers.local import LocalTagger
+from workers.local import local_runner
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -58,20 +58,19 @@ def posts_of(corpus: Path) -> list[Post]:
 def test_the_features_are_those_of_the_daemon(corpus: Path) -> None:
     """Bit for bit those that all modalities at once, in one process, give."""
     compared = 0
-    with LocalTagger(load_settings(corpus / "tiny.yaml")) as tagger:
-        tagger.load(fusion=False)
+    with local_runner(load_settings(corpus / "tiny.yaml"), fuse=False) as runner:
         for post in posts_of(corpus):
             path = feature_path(corpus / "features", post.post_id)
             if post.post_id == "broken" or post.post_id == "lost":  # noqa: PLR1714
                 continue  # below: which script names what is broken
             expected, found = (
-                tagger.features(post),
+                runner.run(post).features,
                 read_features(corpus / "features", post.post_id),
             )
             for stream, array in expected.arrays.items():
                 np.testing.assert_array_equal(found.arrays[stream], array)
             inputs = read_header(path).inputs
-            assert path.read_bytes() == features_bytes(expected, tagger.fingerprints, inputs)
+            assert path.read_bytes() == features_bytes(expected, runner.fingerprints, inputs)
             compared += 1
     assert compared == 4
 

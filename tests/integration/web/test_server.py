@@ -21,7 +21,7 @@ from common.post import Media, Post
 from tests.support.ports import free_port
 from tests.support.web.fixtures import ROOT, FlaskServer, Site
 from tests.support.workers.driving import alive
-from workers.local import LocalTagger
+from workers.local import local_runner
 
 TEXT = "a cat in the sea 一只猫"
 
@@ -30,10 +30,9 @@ TEXT = "a cat in the sea 一只猫"
 def wanted(site: Site) -> dict[str, Any]:
     """What one process makes of the same files, without queue, workers and server."""
     media = (Media("image", str(site.media / "a.png")), Media("video", str(site.media / "v.mp4")))
-    with LocalTagger(site.settings) as tagger:
-        tagger.load()
-        features = tagger.features(Post("p1", TEXT, media))
-        tags = tagger.fuse(features)
+    with local_runner(site.settings) as runner:
+        ran = runner.run(Post("p1", TEXT, media))
+    features, tags = ran.features, ran.tags
     return {
         "modalities": dict(features.statuses),
         "tags": [(tag.id, tag.name) for tag in tags.tags],

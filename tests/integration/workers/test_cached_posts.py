@@ -22,7 +22,7 @@ from tests.support import media
 from tests.support.tiny_models import tiny_features
 from workers import local
 from workers.cache.store import open_store
-from workers.local import LocalTagger
+from workers.local import local_runner
 from workers.protocol import Features, Media, Post
 from workers.roles import tasks
 
@@ -50,7 +50,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class World:
-    """A media server that counts, and taggers whose work is counted."""
+    """A media server and runners whose work is counted."""
 
     def __init__(self, files: Path, folder: Path) -> None:
         self.files = files
@@ -96,12 +96,11 @@ class World:
         return Post("p", "a cat", tuple(listed))
 
     def features(self, post: Post, settings: Settings) -> Features:
-        """One tagger of its own for one post; `work` says what it did."""
+        """Run one post in a runner of its own; `work` says what it did."""
         self.work.clear()
         self.downloads.clear()
-        with LocalTagger(settings) as tagger:
-            tagger.load(fusion=False)
-            return tagger.features(post)
+        with local_runner(settings, fuse=False) as runner:
+            return runner.run(post).features
 
 
 @pytest.fixture

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import queue
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -15,9 +16,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from common.errors import BundleError, MediaError, NothingUsable
+from common.errors import ConfigError, MediaError, NothingUsable
 from config.settings import FeatureSettings, Settings
 from extractors.suite import ExtractorSuite
+from king.dispatch_thread import DispatchThread
+from king.jobs import Outcome, Started, Tagged
+from king.status import Status
 from tests.support import media
 from tests.support.tiny_models import tiny_features
 from tests.support.workers.driving import Driver, alive, fetch_task, toy_settings
@@ -25,11 +29,23 @@ from tests.support.workers.small_bundle import write_bundle
 from tests.support.workers.toys import ROLES as TOYS
 from tests.support.workers.toys import TOY
 from workers.fetch.sources import is_url
-from workers.local import LocalTagger
-from workers.plan import PostPlan, Step
+from workers.local import local_runner
+from workers.plan import PostPlan
 from workers.pool.launch import ROLES
-from workers.pool.pool import BundleChanged, PoolRefused, TaskDone
-from workers.protocol import Decoded, DecodeTask, Features, FetchTask, FuseTask, Media, Post, Tags
+from workers.pool.pool import BundleChanged, PoolRefused, ProcessPool, TaskDone, TaskFailed
+from workers.post_run import PostOutcome, PostRun, PostRuns, PostTags
+from workers.protocol import (
+    Decoded,
+    DecodeTask,
+    Features,
+    FetchTask,
+    FuseTask,
+    Media,
+    Post,
+    Tags,
+    Task,
+)
+from workers.runner import PostRunner
 
 MAX_BYTES = 2_000_000
 
@@ -127,37 +143,36 @@ def driver(pooled: Driver) -> Iterator[Driver]:
 
 
 @pytest.fixture(scope="module")
-def tagger(site: Site) -> Iterator[LocalTagger]:
-    with LocalTagger(site.settings) as made:
-        made.load()
+def runner(site: Site) -> Iterator[PostRunner]:
+    """Everything in this process."""
+    with local_runner(site.settings) as made:
         yield made
 
 
 def through(driver: Driver, *posts: Post) -> list[Features]:
-    """Walk the plans of posts on the pool, all at once, as the King does."""
-    plans = [PostPlan(post, driver.pool._settings.features, max_media=20) for post in posts]
-    open_steps: dict[int, tuple[PostPlan, Step]] = {}
-
-    def submit(plan: PostPlan, steps: list[Step]) -> None:
-        for step in steps:
-            open_steps[driver.submit(step.task)] = (plan, step)
-
-    for plan in plans:
-        submit(plan, plan.start())
-    while open_steps:
-        driver.until(lambda: any(driver.outcome(i) for i in open_steps))
-        for task_id in [i for i in open_steps if driver.outcome(i)]:
-            (plan, step), event = open_steps.pop(task_id), driver.outcome(task_id)
-            if isinstance(step.task, DecodeTask):
-                Path(step.task.path).unlink()
-            if isinstance(event, TaskDone):
-                submit(plan, plan.done(step, event.result))
-                if isinstance(event.result, Decoded) and event.result.parts:
-                    driver.pool.release(event.result.parts[0].ref.slot)
-            else:
-                assert event is not None
-                submit(plan, plan.failed(step, event.failure))
-    return [plan.features() for plan in plans]
+    """Run posts on the pool, all at once."""
+    outcomes: dict[PostRun, PostOutcome] = {}
+    runs = PostRuns(driver.pool, fuse=False)
+    begun = [
+        PostRun(
+            PostPlan(post, driver.settings.features, max_media=20),
+            deadline=time.monotonic() + 60,
+            limit="60 s",
+            last=True,
+            on_end=outcomes.__setitem__,
+        )
+        for post in posts
+    ]
+    for run in begun:
+        runs.begin(run)
+    while len(runs):
+        for event in driver.pool.poll(0.1):
+            if isinstance(event, (TaskDone, TaskFailed)):
+                runs.handle(event)
+        runs.expire()
+    found = [outcomes[run] for run in begun]
+    assert all(isinstance(outcome, PostTags) for outcome in found), found
+    return [outcome.features for outcome in found if isinstance(outcome, PostTags)]
 
 
 def same(one: Features, other: Features) -> None:
@@ -172,25 +187,99 @@ def same(one: Features, other: Features) -> None:
 # Whole posts ---------------------------------------------------------------------------------
 
 
-def test_pool_and_local_agree(driver: Driver, tagger: LocalTagger, site: Site) -> None:
+class Lent:
+    """A running pool that its borrower neither starts nor stops.
+
+    Attributes:
+        fused: The features that came to the fusion.
+    """
+
+    fused: Features
+
+    def __init__(self, pool: ProcessPool) -> None:
+        self.pool = pool
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.pool, name)
+
+    def start(self) -> None:
+        """Do nothing: it runs."""
+
+    def stop(self, timeout_s: float) -> None:
+        """Do nothing: its owner stops it."""
+
+    def submit(self, task: Task, *, deadline: float, priority: int = 0) -> int:
+        if isinstance(task, FuseTask):
+            self.fused = task.features
+        return self.pool.submit(task, deadline=deadline, priority=priority)
+
+
+def by_daemon(pool: Any, settings: Settings, post: Post) -> tuple[Features, Tags]:
+    """Through the King's dispatch thread."""
+    outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
+    dispatch = DispatchThread(pool, settings, Status(), outcomes.put)
+    thread = Thread(target=dispatch.run)
+    thread.start()
+    try:
+        dispatch.start(Started(post, post.post_id, attempt=1))
+        outcome = outcomes.get(timeout=120)
+    finally:
+        dispatch.stop()
+        thread.join()
+    assert isinstance(outcome, Tagged), outcome
+    assert (outcome.statuses, outcome.failures) == (pool.fused.statuses, pool.fused.failures)
+    return pool.fused, outcome.tags
+
+
+def by_runner(pool: Any, settings: Settings, post: Post) -> tuple[Features, Tags]:
+    """As the HTTP server and the offline scripts do."""
+    runner = PostRunner(settings, pool=pool)
+    runner.start(wait=False)
+    try:
+        ran = runner.submit(post).result(120)
+    finally:
+        runner.close()
+    return ran.features, ran.tags
+
+
+@pytest.mark.parametrize("path", [by_daemon, by_runner])
+def test_every_path_gives_the_same(
+    path: Callable[[Any, Settings, Post], tuple[Features, Tags]],
+    driver: Driver,
+    runner: PostRunner,
+    site: Site,
+) -> None:
+    """Daemon, HTTP and this process give a post the same features, failures and tags."""
+    names = ("a.png", "v.mp4", "b.jpg", "s.wav", "random.mp4", "none.png")
+    post = Post("p1", "a cat in the sea", site.media(*names))
+    ran = runner.run(post)
+    assert ran.features.arrays["video"].shape == (4, 64)
+    assert {f.stage for f in ran.features.failures.values()} == {"fetch", "decode"}
+    features, tags = path(Lent(driver.pool), site.settings, post)
+    same(features, ran.features)
+    assert np.allclose(tags.scores, ran.tags.scores, atol=1e-3)
+    assert [tag.name for tag in tags.tags] == [tag.name for tag in ran.tags.tags]
+
+
+def test_pool_and_local_agree(driver: Driver, runner: PostRunner, site: Site) -> None:
     """The same post gives the same features and tags by the pool, by URL and by path in place."""
     post = Post("p1", "a cat in the sea", site.media("a.png", "v.mp4", "b.jpg", "s.wav"))
     [pooled] = through(driver, post)
     assert pooled.arrays["video"].shape == (4, 64)
     assert pooled.arrays["image"].shape == (2, 64)
     assert pooled.statuses["ocr"] == "missing"
-    for where in (post, site.local(post)):
-        same(pooled, tagger.features(where))
     tags = driver.run(FuseTask(pooled))
     assert isinstance(tags, Tags)
     assert (tags.model, tags.version) == driver.pool.bundle
-    local = tagger.tag(site.local(post))
-    assert [tag.name for tag in tags.tags] == [tag.name for tag in local.tags]
-    assert np.allclose(tags.scores, local.scores, atol=1e-3)
+    for where in (post, site.local(post)):
+        ran = runner.run(where)
+        same(pooled, ran.features)
+        assert [tag.name for tag in tags.tags] == [tag.name for tag in ran.tags.tags]
+        assert np.allclose(tags.scores, ran.tags.scores, atol=1e-3)
     assert all((site.folder / name).exists() for name in ("a.png", "v.mp4", "s.wav"))
 
 
-def test_broken_media_fail_alone(driver: Driver, tagger: LocalTagger, site: Site) -> None:
+def test_broken_media_fail_alone(driver: Driver, runner: PostRunner, site: Site) -> None:
     """404, too large, truncated, random: each its reason; the post is tagged from the rest."""
     post = Post("p2", "still here", site.media("none.png", "random.mp4", "s.wav"))
     [features] = through(driver, post)
@@ -206,7 +295,7 @@ def test_broken_media_fail_alone(driver: Driver, tagger: LocalTagger, site: Site
         "decode",
         "MediaError",
     )
-    same(features, tagger.features(post))
+    same(features, runner.run(post).features)
     huge, cut = through(
         driver,
         Post("p3", "x", site.media("huge.png")),
@@ -249,9 +338,9 @@ def test_decoder_that_needs_too_much_memory(driver: Driver, site: Site, tmp_path
     import cv2
 
     cv2.imwrite(str(path), np.zeros((side, side, 3), np.uint8))  # 675 MB of pixels, small file
-    assert side * side > driver.pool._settings.decode.max_pixels
-    limits = driver.pool._settings.decode.model_copy(update={"max_pixels": side * side * 2})
-    settings = driver.pool._settings.model_copy(update={"decode": limits})
+    assert side * side > driver.settings.decode.max_pixels
+    limits = driver.settings.decode.model_copy(update={"max_pixels": side * side * 2})
+    settings = driver.settings.model_copy(update={"decode": limits})
     other = Driver(settings, {**ROLES, "extract": TOY, "fuse": TOY}).start()
     try:
         failed = other.failed(other.submit(DecodeTask("image", str(path), -1))).failure
@@ -330,30 +419,18 @@ def test_local_needs_the_right_bundle(site: Site, tmp_path: Path) -> None:
     write_bundle(folder, site.suite, fingerprints=wrong)
     fusion = site.settings.fusion.model_copy(update={"bundle": folder})
     settings = site.settings.model_copy(update={"fusion": fusion})
-    with LocalTagger(settings) as tagger:
-        with pytest.raises(BundleError, match="modality image: the bundle needs of others"):
-            tagger.load()
+    with pytest.raises(ConfigError, match="modality image: the bundle needs of others"):
+        local_runner(settings).start()
     write_bundle(folder, site.suite)
     switched = fusion.model_copy(update={"image_as_frames": True})
-    with LocalTagger(settings.model_copy(update={"fusion": switched})) as tagger:
-        with pytest.raises(BundleError, match=r"fusion\.image_as_frames is True, but bundle"):
-            tagger.load()
+    with pytest.raises(ConfigError, match=r"fusion\.image_as_frames is True, but bundle"):
+        local_runner(settings.model_copy(update={"fusion": switched})).start()
 
 
-def test_local_without_anything_usable(tagger: LocalTagger, tmp_path: Path) -> None:
+def test_local_without_anything_usable(runner: PostRunner, tmp_path: Path) -> None:
     """A missing file and no text: the reason names the file."""
     with pytest.raises(NothingUsable, match=r"gone\.png: no such file"):
-        tagger.tag(Post("p", "", (Media("image", str(tmp_path / "gone.png")),)))
-
-
-def test_local_must_be_loaded(site: Site) -> None:
-    """Nothing is loaded by constructing; using it then is a programmer's error."""
-    made = LocalTagger(site.settings)
-    with pytest.raises(RuntimeError, match="load"):
-        made.features(Post("p", "x"))
-    with pytest.raises(RuntimeError, match="load"):
-        made.fuse(Features("p", {}, {}))
-    made.close()
+        runner.run(Post("p", "", (Media("image", str(tmp_path / "gone.png")),)))
 
 
 def test_what_is_a_url() -> None:

@@ -33,7 +33,13 @@ from workers.pool.pool import ProcessPool
 from workers.protocol import DecodeTask, ExtractTask, FetchTask, FuseTask, Task
 from workers.runner import PostRunner, extractors_of
 
-SETTINGS = Settings.model_validate({"features": {"ocr_mode": "separate"}})
+ATTEMPTS = 3
+SETTINGS = Settings.model_validate(
+    {
+        "features": {"ocr_mode": "separate"},
+        "king": {"attempts": ATTEMPTS, "backoff_s": 0.01, "backoff_max_s": 0.02},
+    }
+)
 URL = "https://host/a.png"
 
 
@@ -94,7 +100,7 @@ def test_a_post_goes_from_its_sources_to_its_tags(made: Made, tmp_path: Path) ->
     local.write_bytes(b"x")
     post = Post("p", "words", (Media("image", URL), Media("video", str(local))))
     ran = runner.submit(post).result(60)
-    assert ran.tags is not None
+    assert ran.fused is not None
     assert [tag.name for tag in ran.tags.tags] == ["sport"]
     assert ran.features.statuses["video"] == ran.features.statuses["image"] == "ok"
     assert set(ran.timings_ms) == {"fetch", "decode", "extract", "fuse", "total"}
@@ -107,7 +113,7 @@ def test_features_alone_need_no_fusion(made: Made) -> None:
     """Without fusion there are no tags, and no such task."""
     runner, pool = made(fuse=False)
     ran = runner.submit(Post("p", "words")).result(60)
-    assert ran.tags is None
+    assert ran.fused is None
     assert ran.features.statuses["text"] == "ok"
     assert not any(isinstance(task, FuseTask) for task in pool.submitted)
 
@@ -175,32 +181,57 @@ def test_files_outside_the_one_folder_are_not_read(made: Made, tmp_path: Path, w
 
 
 @pytest.mark.parametrize("stage", ["fetch", "decode", "image", "text"])
-def test_a_workers_death_is_forgiven_once(made: Made, stage: str) -> None:
-    """The post is begun again; a second death costs the modality and no more."""
+def test_a_workers_death_costs_an_attempt_but_not_the_last(made: Made, stage: str) -> None:
+    """As in the daemon: the post begins again; in the last attempt a death costs the modality."""
     post = Post("p", "words", (Media("image", URL),))
     runner, _ = made(Scripted({stage: [DIED]}))
     ran = runner.submit(post).result(60)
     assert ran.features.statuses["image"] == ran.features.statuses["text"] == "ok"
-    runner, _ = made(Scripted({stage: [DIED, DIED]}))
+    runner, _ = made(Scripted({stage: [DIED] * ATTEMPTS}))
     ran = runner.submit(post).result(60)
-    assert ran.tags is not None
+    assert ran.fused is not None
     broken: Modality = "text" if stage == "text" else "image"
     assert ran.features.statuses[broken] == "failed"
     assert ran.features.failures[broken].type == "WorkerDied"
 
 
-def test_a_death_in_fusion_is_forgiven_once(made: Made) -> None:
-    """The features are there: only the fusion is tried again."""
+def test_a_death_in_fusion_costs_an_attempt(made: Made) -> None:
+    """There is no modality to lose: after the last attempt the post has failed, in that stage."""
     runner, pool = made(Scripted({"fuse": [DIED]}))
-    assert runner.submit(Post("p", "words")).result(60).tags is not None
-    assert [type(t).__name__ for t in pool.submitted] == ["ExtractTask", "FuseTask", "FuseTask"]
-    runner, _ = made(Scripted({"fuse": [DIED, DIED]}))
-    with pytest.raises(RetryableError, match="died"):
+    assert runner.submit(Post("p", "words")).result(60).fused is not None
+    assert [type(t).__name__ for t in pool.submitted] == ["ExtractTask", "FuseTask"] * 2
+    runner, _ = made(Scripted({"fuse": [replace(DIED, stage="fuse")] * ATTEMPTS}))
+    with pytest.raises(RetryableError, match="died") as died:
         runner.submit(Post("p", "words")).result(60)
     wrong = Failure("fuse", "FeatureError", "of other features")
     runner, _ = made(Scripted({"fuse": [wrong]}))
-    with pytest.raises(FeatureError, match="of other features"):
+    with pytest.raises(FeatureError, match="of other features") as refused:
         runner.submit(Post("p", "words")).result(60)
+    assert died.value.stage == refused.value.stage == "fuse"
+
+
+@pytest.mark.parametrize("attempts", [1, ATTEMPTS])
+def test_what_may_pass_is_tried_as_often_as_the_policy_says(made: Made, attempts: int) -> None:
+    """Downloads that time out, and nothing else to use: the reasons are told after the last."""
+    slow = Failure("fetch", "FetchRetryable", "timed out after 15 s", retryable=True)
+    settings = SETTINGS.model_copy(
+        update={"king": SETTINGS.king.model_copy(update={"attempts": attempts})}
+    )
+    runner, pool = made(lambda _task: slow, settings=settings)
+    with pytest.raises(RetryableError, match="timed out") as caught:
+        runner.submit(Post("p", media=(Media("image", URL),))).result(60)
+    assert (caught.value.stage, set(caught.value.reasons)) == ("fetch", {"image"})
+    assert len(pool.submitted) == attempts
+
+
+def test_a_pause_past_the_time_limit_is_not_waited_for(made: Made) -> None:
+    """The caller gets the post's own failure in time, and not that it ran out of time."""
+    king = SETTINGS.king.model_copy(update={"backoff_s": 1e6, "backoff_max_s": 1e6})
+    runner, _ = made(
+        Scripted({"fuse": [DIED]}), settings=SETTINGS.model_copy(update={"king": king})
+    )
+    with pytest.raises(RetryableError, match="died"):
+        runner.submit(Post("p", "words"), deadline_s=30).result(20)
 
 
 def never(task: Task) -> Answer:
@@ -305,7 +336,11 @@ def test_a_mistake_in_the_thread_is_told(made: Made) -> None:
 
 def test_real_workers_that_are_killed(tmp_path: Path) -> None:
     """Toy workers: a post whose text kills its worker costs itself only; no process is left."""
-    settings = toy_settings(tmp_path / "spool", features={"ocr_mode": "separate"})
+    settings = toy_settings(
+        tmp_path / "spool",
+        features={"ocr_mode": "separate"},
+        king={"attempts": 2, "backoff_s": 0.01},
+    )
     with PostRunner(settings, pool=ProcessPool(settings, roles=ROLES)) as runner:
         pids = [view.pid for view in runner.workers if view.pid]
         assert len(pids) == 4

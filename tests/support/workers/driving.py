@@ -51,6 +51,7 @@ class Driver:
         roles: Mapping[WorkerRole, str] = ROLES,
         grace_s: float = 0.5,
     ) -> None:
+        self.settings = settings
         self.pool = ProcessPool(settings, roles=roles, grace_s=grace_s)
         self.told: list[PoolEvent] = []
 

@@ -15,7 +15,7 @@ import pytest
 
 from common.post import Failure, Media, Post
 from config.settings import FeatureSettings, KingSettings, OcrSettings, Settings
-from king.dispatch_thread import Dispatcher
+from king.dispatch_thread import DispatchThread
 from king.jobs import Dead, Outcome, Released, Retry, Started, Tagged, Unreadable
 from king.status import Status
 from tests.support.fakes.pool import DIED, Answer, FakePool, decoded, default_answer
@@ -41,7 +41,7 @@ FULL = Post(
 
 
 class Bench:
-    """A dispatcher on a fake pool, and what it said."""
+    """A dispatch thread on a fake pool, and what it said."""
 
     def __init__(
         self,
@@ -55,14 +55,14 @@ class Bench:
         self.outcomes: list[Outcome] = []
         self.spool = spool
         settings = Settings(king=king, features=FeatureSettings(ocr=OcrSettings()))
-        self.dispatcher = Dispatcher(
+        self.thread = DispatchThread(
             self.pool, settings, self.status, self.outcomes.append, random.Random(1)
         )
 
     def run(self, *posts: Started, timeout_s: float = 60) -> list[Outcome]:
         """Work on posts until each has an outcome."""
         for post in posts:
-            self.dispatcher.start(post)
+            self.thread.start(post)
         end = time.monotonic() + timeout_s
         while len(self.outcomes) < len(posts):
             assert time.monotonic() < end, f"{len(self.outcomes)} of {len(posts)}"
@@ -70,13 +70,12 @@ class Bench:
         return self.outcomes
 
     def settle(self) -> None:
-        """Nothing is left behind: no slot, no file, no flight."""
+        """Nothing is left behind: no slot, no file, no post."""
         end = time.monotonic() + 60
         while self.pool.slots.free < len(self.pool.slots) or list(self.spool.iterdir()):
             assert time.monotonic() < end, (self.pool.slots.free, list(self.spool.iterdir()))
             time.sleep(0.005)
-        assert not self.dispatcher._flights
-        assert not self.dispatcher._by_task
+        assert self.thread.in_flight == 0
 
 
 @contextmanager
@@ -88,16 +87,16 @@ def bench(
     deadline_s: float = 30,
     **pool: object,
 ) -> Iterator[Bench]:
-    """A running dispatcher."""
+    """A running dispatch thread."""
     spool.mkdir(exist_ok=True)
     king = KingSettings(attempts=attempts, backoff_s=2, post_deadline_s=deadline_s)
     it = Bench(spool, answer, king, **pool)
-    thread = threading.Thread(target=it.dispatcher.run)
+    thread = threading.Thread(target=it.thread.run)
     thread.start()
     try:
         yield it
     finally:
-        it.dispatcher.stop()
+        it.thread.stop()
         thread.join(60)
     assert it.pool.stopped
 
@@ -299,9 +298,9 @@ def test_media_beyond_the_limit_are_left_out(tmp_path: Path) -> None:
 def test_drain_gives_back_what_is_in_flight(tmp_path: Path) -> None:
     """Posts that a drain breaks off come back as given back, and so do those that come later."""
     with bench(tmp_path / "s", lambda _task: None) as it:
-        it.dispatcher.start(begun())
+        it.thread.start(begun())
         time.sleep(0.05)
-        it.dispatcher.give_back()
+        it.thread.give_back()
         outcomes = it.run(begun(replace(FULL, post_id="p2")), begun(replace(FULL, post_id="p3")))
         end = time.monotonic() + 60
         while len(outcomes) < 3:

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import json
-import sys
-import types
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from common.errors import BundleError, ConfigError, MediaError, NothingUsable
+from common.errors import ConfigError, MediaError, NothingUsable
 from common.post import Failure, Features, Media, Post, Tag, Tags
 from common.times import since_time
 from config.settings import Settings
 from scripts.cli import run
 from scripts.commands.common import ago
 from scripts.commands.post_file import read_posts
+from workers import local
+from workers.post_run import PostTags
 
 
 def written(folder: Path, content: Any) -> Path:
@@ -86,46 +86,42 @@ def test_text_that_is_no_json_is_named(tmp_path: Path) -> None:
         read_posts(file)
 
 
-class FakeTagger:
-    """Tags what has text; stands in for the models."""
+class FakeRunner:
+    """Tags posts that have text; stands in for the models."""
+
+    bundle = ("demo", "v1")
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
 
-    def __enter__(self) -> FakeTagger:
+    def __enter__(self) -> FakeRunner:
+        if self.settings.fusion.bundle == Path("absent"):
+            raise ConfigError("fusion.bundle: absent: no such bundle")
         return self
 
     def __exit__(self, *_: object) -> None:
         """Nothing to close."""
 
-    def load(self) -> None:
-        if self.settings.fusion.bundle == Path("absent"):
-            raise BundleError("absent: no such bundle")
-
-    bundle = ("demo", "v1")
-
-    def features(self, post: Post) -> Features:
+    def run(self, post: Post) -> PostTags:
         if not post.text:
-            raise NothingUsable("the post has no text and no media")
+            error = NothingUsable("the post has no text and no media")
+            error.stage = "load"
+            raise error
         failure = Failure.of("decode", MediaError("truncated"))
-        return Features(
+        features = Features(
             post.post_id,
             arrays={"text": np.zeros((1, 4), np.float16)},
             statuses={"video": "failed", "text": "ok"},
             failures={"video": failure},
-            ocr_text=post.text,
         )
-
-    def fuse(self, features: Features) -> Tags:
-        tags = (Tag(3, "猫", 0.9),) if features.ocr_text == "cat" else ()
-        return Tags(features.post_id, "demo", "v1", tags, np.zeros(4, np.float32))
+        tags = (Tag(3, "猫", 0.9),) if post.text == "cat" else ()
+        scores = np.zeros(4, np.float32)
+        return PostTags(features, Tags(post.post_id, "demo", "v1", tags, scores), {})
 
 
 @pytest.fixture
 def models(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = types.ModuleType("workers.local")
-    monkeypatch.setattr(module, "LocalTagger", FakeTagger, raising=False)
-    monkeypatch.setitem(sys.modules, "workers.local", module)
+    monkeypatch.setattr(local, "local_runner", FakeRunner)
 
 
 @pytest.mark.usefixtures("models")
@@ -162,6 +158,7 @@ def test_a_post_that_fails_is_said_and_exits_1(
     assert run(["tag", str(file), "--json", "--config", str(config)]) == 1
     results = json.loads(capsys.readouterr().out)
     assert [r["status"] for r in results] == ["failed", "tagged"]
+    assert results[0]["error"]["stage"] == "load"
     assert [(r["model"], r["version"]) for r in results] == [("demo", "v1")] * 2
     assert results[0].keys() == results[1].keys()
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from common.errors import NothingUsable, RetryableError
 from config.settings import FeatureSettings, Settings
 from extractors.parts import slot_bytes
-from workers.plan import NO_SLOT, PostPlan, Step, is_worker_death
+from workers.plan import NO_SLOT, PostPlan, Step
 from workers.protocol import (
     ArrayRef,
     Decoded,
@@ -297,12 +297,6 @@ def test_nothing_usable() -> None:
     walk(plan, {"fetch image": GONE, "fetch audio": SLOW})
     with pytest.raises(RetryableError, match=r"^nothing usable yet: image: HTTP 404; audio: timed"):
         plan.features()
-
-
-def test_death_of_a_worker_is_recognised() -> None:
-    """The King charges an attempt for a death, and not for a file that is broken."""
-    assert is_worker_death(Failure("decode", "WorkerDied", "died", retryable=True))
-    assert not is_worker_death(BROKEN)
 
 
 @given(
