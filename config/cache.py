@@ -12,19 +12,21 @@ from config.base import PositiveInt, Seconds, Section
 
 
 class CacheSettings(Section):
-    """Features that were extracted before, by the content of the media file and the extractor.
+    """Features by the content of their media file and their extractor, so that each is made once.
 
     Shared by every daemon and script that names the same place. With it, tagging posts again with
     another bundle needs no download and no extraction.
     """
 
     url: str | None = None
-    """A folder (``workshop/cache`` or ``file:///…``), ``redis://…``, or any fsspec URL, as
+    """A folder (``workshop/cache`` or ``file:///path``), ``redis://…``, or any fsspec URL, as
     ``s3://bucket/prefix``. Null: no cache."""
     max_mb: PositiveInt = 20_000
-    """Past this the entries used least recently go (on an object store: the oldest)."""
+    """Folder: past this the entries used least recently are deleted. Redis and object stores have
+    limits of their own (``maxmemory``, life-cycle rules); there it is the size that ``insighttag
+    cache prune`` goes down to."""
     ttl_s: Seconds | None = 90 * 86400
-    """Redis only: an entry that nobody has asked for in this time goes; null keeps it."""
+    """Redis only: an entry that is not used for this time is deleted; null keeps it."""
     sources_ttl_s: Annotated[float, Field(ge=0)] | None = None
     """Time for which a URL is trusted to lead to the same file, so that it is not downloaded
     again; null: for ever, 0: never (every file is downloaded, and only then looked up)."""
@@ -35,7 +37,7 @@ class CacheSettings(Section):
     threads: PositiveInt = 4
     """Look-ups at once."""
     options: Mapping[str, Any] = Field(default_factory=dict)
-    """Options of the fsspec file system, as ``{endpoint_url: …}``; credentials are better left to
+    """Options of the fsspec file system, as ``{endpoint_url: URL}``; credentials belong into
     the environment."""
 
     @field_validator("url")

@@ -1,38 +1,56 @@
-"""The protocol of a cache store."""
+"""The protocol of a cache store, and what its backends share."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+_ENTRY = re.compile(r"(?:.*/)?[0-9a-f]{2}/[0-9a-f]{62}", re.DOTALL)
+
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """How much a store holds; ``max_bytes`` is its limit."""
+    """Size of a store; ``max_bytes`` is `cache.max_mb`."""
 
     entries: int
     bytes: int
     max_bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class StoredEntry:
+    """One stored entry.
+
+    Attributes:
+        name: Path or key.
+        size: In bytes.
+        used_at: Greater is later: of its last use, or of its writing where that is not known.
+    """
+
+    name: str
+    size: int
+    used_at: float
+
+
 class CacheStore(Protocol):
     """Bytes by key, for many threads and processes at once.
 
-    Keys are 64 hex digits. What is put may be evicted at any time. Every method raises
-    `CacheUnavailable` when the backend does not do it.
+    Keys are 64 hex digits. An entry may be evicted at any time. Every method raises
+    `CacheUnavailable` when the backend fails.
     """
 
     def get_many(self, keys: Sequence[str]) -> Mapping[str, bytes]:
-        """What is there of these; what is missing is left out."""
+        """Return the values of these keys; missing ones are left out."""
         ...
 
     def put(self, key: str, value: bytes) -> None:
-        """Keep a value, whole or not at all; evicts now and then."""
+        """Store a value, whole or not at all."""
         ...
 
     def delete(self, keys: Iterable[str]) -> None:
-        """Forget these; one that is not there is no mistake."""
+        """Delete these; missing ones are ignored."""
         ...
 
     def stats(self) -> Stats:
@@ -40,9 +58,25 @@ class CacheStore(Protocol):
         ...
 
     def prune(self, max_bytes: int) -> Stats:
-        """Evict down to so many bytes; gives what went, as entries and bytes."""
+        """Delete the oldest entries down to a size; return what was deleted."""
         ...
 
     def close(self) -> None:
         """Close connections."""
         ...
+
+
+def is_entry(path: str) -> bool:
+    """Whether a path ends as those of entries do; other files are not ours to delete."""
+    return _ENTRY.fullmatch(path) is not None
+
+
+def oldest_beyond(entries: Iterable[StoredEntry], max_bytes: int) -> list[StoredEntry]:
+    """Return the oldest entries, without which the others are no larger than ``max_bytes``."""
+    by_age = sorted(entries, key=lambda entry: entry.used_at)
+    size = sum(entry.size for entry in by_age)
+    for count, entry in enumerate(by_age):
+        if size <= max_bytes:
+            return by_age[:count]
+        size -= entry.size
+    return by_age

@@ -1,7 +1,7 @@
 """Entries in any file system that fsspec reaches: S3 and its like, GCS, Azure, HDFS, memory.
 
-What is used is not written down there, so that the oldest entries go first; a bucket's life-cycle
-rule may do the same without us.
+Nothing is evicted here: a life-cycle rule of the bucket bounds it, or ``insighttag cache prune``,
+which deletes the entries that were written first.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ from typing import Any
 
 from common.errors import CacheUnavailable, one_line
 from common.urls import redact
-from workers.cache.base import Stats
-from workers.cache.eviction import Evictor, Held, evict, is_entry
+from workers.cache.base import Stats, StoredEntry, is_entry, oldest_beyond
 
-_CHUNK = 500
+_BATCH = 500
+"""Files of one delete request. S3 takes 1000 at once; with fewer, pruning a full bucket would take
+as many more round trips."""
+
 _TIMES = ("LastModified", "mtime", "updated", "last_modified", "created")
 
 
@@ -44,16 +46,14 @@ class RemoteStore:
         self._root = str(root).rstrip("/")
         self._where = redact(url)
         self._max_bytes = max_bytes
-        self._evictor = Evictor(max_bytes, self._held, self._remove)
 
     def get_many(self, keys: Sequence[str]) -> dict[str, bytes]:
-        """See `CacheStore.get_many`; at once where the file system can."""
         paths = {self._path(key): key for key in keys}
         if not paths:
             return {}
         with self._edge():
-            found = self._fs.cat(list(paths), on_error="return")
-        by_name = {self._strip(path): content for path, content in found.items()}
+            contents = self._fs.cat(list(paths), on_error="return")
+        by_name = {self._strip(path): content for path, content in contents.items()}
         values: dict[str, bytes] = {}
         for path, key in paths.items():
             content = by_name.get(self._strip(path))
@@ -64,69 +64,61 @@ class RemoteStore:
         return values
 
     def put(self, key: str, value: bytes) -> None:
-        """See `CacheStore.put`."""
         with self._edge():
             try:
                 self._fs.pipe_file(self._path(key), value)
             except FileNotFoundError:  # a file system with real folders
                 self._fs.makedirs(f"{self._root}/{key[:2]}", exist_ok=True)
                 self._fs.pipe_file(self._path(key), value)
-        self._evictor.put(key[:2], len(value))
 
     def delete(self, keys: Iterable[str]) -> None:
-        """See `CacheStore.delete`."""
         self._remove([self._path(key) for key in keys])
 
     def stats(self) -> Stats:
-        """See `CacheStore.stats`."""
-        held = list(self._all())
-        return Stats(len(held), sum(h.size for h in held), self._max_bytes)
+        entries = self._entries()
+        return Stats(len(entries), sum(entry.size for entry in entries), self._max_bytes)
 
     def prune(self, max_bytes: int) -> Stats:
-        """See `CacheStore.prune`."""
-        return Stats(*evict(list(self._all()), max_bytes, self._remove), self._max_bytes)
+        oldest = oldest_beyond(self._entries(), max_bytes)
+        self._remove([entry.name for entry in oldest])
+        return Stats(len(oldest), sum(entry.size for entry in oldest), self._max_bytes)
 
     def close(self) -> None:
-        """Fsspec keeps its own connections."""
-
-    # Parts ------------------------------------------------------------------------------------
+        """Do nothing: fsspec keeps its own connections."""
 
     def _path(self, key: str) -> str:
         return f"{self._root}/{key[:2]}/{key[2:]}"
 
     @staticmethod
     def _strip(path: str) -> str:
-        """Shard and name: what comes back may stand behind a protocol, or not."""
+        """Return shard and name: paths come back with or without a protocol."""
         return "/".join(path.rsplit("/", 2)[-2:])
 
-    def _all(self) -> list[Held]:
-        return self._held("")
-
-    def _held(self, shard: str) -> list[Held]:
+    def _entries(self) -> list[StoredEntry]:
         with self._edge():
             try:
-                found = self._fs.find(f"{self._root}/{shard}".rstrip("/"), detail=True)
+                files = self._fs.find(self._root, detail=True)
             except FileNotFoundError:
                 return []
         return [
-            Held(str(path), int(facts.get("size") or 0), _time(facts))
-            for path, facts in found.items()
+            StoredEntry(str(path), int(info.get("size") or 0), _time(info))
+            for path, info in files.items()
             if self._is_ours(str(path))
         ]
 
     def _is_ours(self, path: str) -> bool:
-        """An entry directly below our root: deeper down the same pattern is somebody else's."""
+        """Whether it is an entry directly below our root; deeper down it belongs to others."""
         strip = self._fs._strip_protocol
         folder = str(strip(path)).rpartition("/")[0].rpartition("/")[0]
         return is_entry(path) and folder == str(strip(self._root)).rstrip("/")
 
     def _remove(self, paths: Sequence[str]) -> None:
-        for start in range(0, len(paths), _CHUNK):
+        for start in range(0, len(paths), _BATCH):
             with self._edge():
                 try:
-                    self._fs.rm(list(paths[start : start + _CHUNK]))
+                    self._fs.rm(list(paths[start : start + _BATCH]))
                 except FileNotFoundError:
-                    for path in paths[start : start + _CHUNK]:
+                    for path in paths[start : start + _BATCH]:
                         with contextlib.suppress(FileNotFoundError):
                             self._fs.rm_file(path)
 
@@ -145,6 +137,6 @@ class RemoteStore:
         return CacheUnavailable(f"{self._where}: {reason}")
 
 
-def _time(facts: Mapping[str, Any]) -> float:
-    value = next((facts[name] for name in _TIMES if facts.get(name)), 0.0)
+def _time(info: Mapping[str, Any]) -> float:
+    value = next((info[name] for name in _TIMES if info.get(name)), 0.0)
     return value.timestamp() if isinstance(value, datetime) else float(value)

@@ -1,4 +1,8 @@
-"""Where entries lie: one Protocol, and which backend a URL names."""
+"""The backend that a URL names, behind a guard: a cache never costs a post more than a moment.
+
+A failure of the backend is a miss; after it the backend is left alone for a while (a circuit
+breaker), and the log has one line for that and one when it works again.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +27,7 @@ _log = structlog.get_logger()
 
 
 def open_store(settings: CacheSettings) -> CacheStore:
-    """The store that ``cache.url`` names; nothing is reached or made yet.
+    """Return the store that ``cache.url`` names; nothing is reached or made yet.
 
     Raises:
         ConfigError: There is no such backend, or its package is missing.
@@ -56,7 +60,7 @@ class GuardedStore:
     """Entries of a store; nothing here raises. Safe between threads."""
 
     def __init__(self, store: CacheStore, *, retry_s: float, where: str = "") -> None:
-        """Args: where: the store's address for the log, without credentials."""
+        """Guard a store; ``where`` is its address for the log, without credentials."""
         self._store = store
         self._retry_s = retry_s
         self._where = where
@@ -66,7 +70,7 @@ class GuardedStore:
 
     @classmethod
     def open(cls, settings: CacheSettings) -> GuardedStore:
-        """The store that the settings name; nothing is reached yet.
+        """Return the guarded store that the settings name; nothing is reached yet.
 
         Raises:
             ConfigError: There is no such backend.
@@ -80,7 +84,7 @@ class GuardedStore:
         return time.monotonic() >= self._closed_until
 
     def get_many(self, keys: Sequence[str]) -> dict[str, Entry]:
-        """The good entries among these; a bad one is deleted."""
+        """Return the good entries of these keys; a bad one is deleted."""
         nothing: Mapping[str, bytes] = {}
         contents = self._try(lambda: self._store.get_many(keys), nothing) if keys else nothing
         entries: dict[str, Entry] = {}
@@ -96,13 +100,13 @@ class GuardedStore:
         return entries
 
     def put(self, key: str, entry: Entry) -> None:
-        """Keep an entry, if that can be done."""
+        """Store an entry, if the backend can."""
         if self.available:
             content = encode(key, entry)
             self._try(lambda: self._store.put(key, content), None)
 
     def failed(self, reason: str) -> None:
-        """Leave the backend alone for a while; also for who has waited in vain for a call."""
+        """Leave the backend alone for a while; also called when one of its calls hangs."""
         with self._lock:
             first, self._failed = not self._failed, True
             self._closed_until = time.monotonic() + self._retry_s
