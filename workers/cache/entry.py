@@ -29,11 +29,11 @@ class CorruptEntry(Exception):
 
 @dataclass(frozen=True)
 class Entry:
-    """What is kept under one key.
+    """The value of one key.
 
     Attributes:
-        arrays: Stream ─► float16 ``(n, dim)``.
-        text: What OCR read.
+        arrays: Stream -> float16 ``(n, dim)``.
+        text: Read by OCR.
         facts: JSON values of entries that hold no features.
     """
 
@@ -43,7 +43,7 @@ class Entry:
 
 
 def encode(key: str, entry: Entry) -> bytes:
-    """The bytes of an entry; they belong to its key."""
+    """Return the bytes of an entry; they belong to its key."""
     arrays = {name: np.ascontiguousarray(a, "<f2") for name, a in entry.arrays.items()}
     header = json.dumps(
         {
@@ -58,7 +58,7 @@ def encode(key: str, entry: Entry) -> bytes:
 
 
 def decode(key: str, content: bytes) -> Entry:
-    """The entry in the bytes.
+    """Return the entry in the bytes.
 
     Raises:
         CorruptEntry: They were cut, changed or mixed up, or hold values that are no features.

@@ -1,16 +1,18 @@
-"""What is looked up and written for a post.
+"""The entries that are looked up and written for a post.
 
-source URL ─► sha256 ─► what decoding gave ─► features of each stream, text that was read
-text ─► features
+source URL -> sha256 -> parts that decoding gave -> features of each stream, text that was read
+text -> features
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from common.errors import MediaError
 from common.files import file_digest
@@ -31,6 +33,7 @@ from workers.protocol import (
     ExtractTask,
     Failure,
     FeatureArray,
+    Modality,
     PartKind,
     Result,
     Stream,
@@ -52,45 +55,42 @@ class FeatureCache:
         """Look up and write what these extractors give, by name; ``video_lstm`` is one of them."""
         self._fingerprints = dict(fingerprints)
 
-    # Reading ----------------------------------------------------------------------------------
-
     def lookup(self, task: CacheLookup) -> CacheHits:
-        """What is known of a post."""
+        """Return the known features of a post."""
         shas = self._contents(task.media)
-        known = [asked for asked in task.media if asked.index in shas]
-        keys = {asked.index: self._keys_of(asked, shas[asked.index]) for asked in known}
+        known = [query for query in task.media if query.index in shas]
+        keys = {query.index: self._keys_of(query, shas[query.index]) for query in known}
         early = self._text_keys(task, None)
-        found = self.store.get_many([*{k for each in keys.values() for k in each.values()}, *early])
-        media = [
-            self._recalled(asked, shas[asked.index], keys[asked.index], found) for asked in known
-        ]
-        # What was not read yet may change the texts: then they are looked up as far as they stand.
-        read = {m.index: m.text for m in media if m.text is not None}
-        seen = {m.index for m in media if "picture" in m.ready}
+        entries = self.store.get_many(
+            [*{k for each in keys.values() for k in each.values()}, *early]
+        )
+        hits = [self._hit(query, shas[query.index], keys[query.index], entries) for query in known]
+        # Pictures that were not read yet may change the texts: then only the certain ones count.
+        read = {m.index: m.text for m in hits if m.text is not None}
+        seen = {m.index for m in hits if "picture" in m.ready}
         texts = early
-        if all("picture" not in a.wants or a.index in seen for a in task.media):
+        if all("picture" not in query.wants or query.index in seen for query in task.media):
             texts = self._text_keys(task, read)
-            found |= self.store.get_many([key for key in texts if key not in found])
+            entries |= self.store.get_many([key for key in texts if key not in entries])
         arrays = {
-            text: found[key].arrays["text"]
+            text: entries[key].arrays["text"]
             for key, text in texts.items()
-            if key in found and "text" in found[key].arrays
+            if key in entries and "text" in entries[key].arrays
         }
-        return CacheHits(tuple(media), arrays)
+        return CacheHits(tuple(hits), arrays)
 
     def _contents(self, media: Iterable[CacheQuery]) -> dict[int, str]:
-        """Index ─► sha256, where it is known or trusted."""
+        """Return index -> sha256, where it is known or trusted."""
         shas: dict[int, str] = {}
         sources: dict[int, str] = {}
-        for asked in media:
-            if asked.sha256:
-                shas[asked.index] = asked.sha256
-            elif asked.local:
-                found = _file_digest(Path(asked.media.source))
-                if found is not None:
-                    shas[asked.index] = found
+        for query in media:
+            if query.sha256:
+                shas[query.index] = query.sha256
+            elif query.local:
+                with suppress(OSError, ValueError):
+                    shas[query.index] = file_digest(Path(query.media.source))
             elif self._sources_ttl_s != 0:
-                sources[asked.index] = self._keys.source(asked.media.source)
+                sources[query.index] = self._keys.source(query.media.source)
         entries = self.store.get_many(list(dict.fromkeys(sources.values())))
         oldest = time.time() - self._sources_ttl_s if self._sources_ttl_s is not None else 0.0
         for index, key in sources.items():
@@ -100,34 +100,34 @@ class FeatureCache:
         return shas
 
     def _streams(self, part: PartKind) -> list[Stream]:
-        """The streams that a part is turned into, of those that the extractors give."""
+        """Return the streams that the extractors make of a part."""
         modality = PARTS[part].modality
         return [s for s in STREAMS if modality_of(s) == modality and s in self._fingerprints]
 
-    def _keys_of(self, asked: CacheQuery, sha256: str) -> dict[str, str]:
-        """``media`` and each stream ─► key."""
-        kind = asked.media.kind
+    def _keys_of(self, query: CacheQuery, sha256: str) -> dict[str, str]:
+        """Return ``media`` and each stream -> key."""
+        kind = query.media.kind
         keys = {"media": self._keys.media(sha256, kind)}
-        for part in asked.wants:
+        for part in query.wants:
             for stream in self._streams(part):
                 fingerprint = self._fingerprints[stream]
                 keys[stream] = self._keys.stream(sha256, kind, stream, fingerprint)
         return keys
 
-    def _recalled(
-        self, asked: CacheQuery, sha256: str, keys: Mapping[str, str], found: Mapping[str, Entry]
+    def _hit(
+        self, query: CacheQuery, sha256: str, keys: Mapping[str, str], known: Mapping[str, Entry]
     ) -> CacheHit:
-        """What is known of one file."""
-        decoded = _Decoding.of(found.get(keys["media"]), self._keys.limits)
+        """Return what is known of one file."""
+        decoded = _Decoding.of(known.get(keys["media"]), self._keys.limits)
         ready: set[PartKind] = set()
         arrays: dict[Stream, FeatureArray] = {}
         text: str | None = None
-        for part in asked.wants:
+        for part in query.wants:
             if decoded is not None and part not in decoded.parts:
                 ready.add(part)  # the file has none
                 continue
             streams = self._streams(part)
-            entries = {s: found[keys[s]] for s in streams if keys[s] in found}
+            entries = {s: known[keys[s]] for s in streams if keys[s] in known}
             if not streams or len(entries) < len(streams):
                 continue
             if part == "picture":
@@ -140,9 +140,9 @@ class FeatureCache:
                 continue
             ready.add(part)
         return CacheHit(
-            index=asked.index,
+            index=query.index,
             sha256=sha256,
-            whole=decoded is not None and len(ready) == len(asked.wants),
+            whole=decoded is not None and len(ready) == len(query.wants),
             ready=frozenset(ready),
             arrays=arrays,
             text=text,
@@ -151,20 +151,18 @@ class FeatureCache:
         )
 
     def _text_keys(self, task: CacheLookup, read: Mapping[int, str] | None) -> dict[str, str]:
-        """Key ─► text of what will be embedded; without ``read`` what is certain already."""
+        """Return key -> text to embed; without ``read`` only the texts that are certain already."""
         fingerprint = self._fingerprints.get("text")
         if fingerprint is None or not task.texts:
             return {}
-        certain = task.ocr is not None or not any("picture" in a.wants for a in task.media)
+        certain = task.ocr is not None or not any("picture" in query.wants for query in task.media)
         if read is None and not certain and task.mode == "append":
             return {}
         texts = embedded_texts(task.text, read_text(task.ocr, read or {}), task.mode)
         return {self._keys.text(t, fingerprint): t for m, t in texts.items() if m in task.texts}
 
-    # Writing ----------------------------------------------------------------------------------
-
     def entries_of(self, task: ExtractTask, result: Extracted) -> dict[str, Entry]:
-        """Key ─► entry of what an extractor gave."""
+        """Return key -> entry of an extractor's result."""
         if task.extractor == "text":
             fingerprint = self._fingerprints.get("text")
             if fingerprint is None or result.array is None:
@@ -172,37 +170,40 @@ class FeatureCache:
             return {self._keys.text(task.text, fingerprint): Entry({"text": result.array})}
         if not task.sha256 or task.kind is None:
             return {}
-        found: dict[Stream, Entry] = {}
+        entries: dict[Stream, Entry] = {}
         if task.extractor == "ocr":
-            found["ocr"] = Entry(text=result.text)
+            entries["ocr"] = Entry(text=result.text)
         elif result.array is not None:
-            found[task.extractor] = Entry({task.extractor: result.array})
-            found.update({s: Entry({s: array}) for s, array in result.also.items()})
+            entries[task.extractor] = Entry({task.extractor: result.array})
+            entries.update({s: Entry({s: array}) for s, array in result.also.items()})
         return {
             self._keys.stream(task.sha256, task.kind, s, self._fingerprints[s]): entry
-            for s, entry in found.items()
+            for s, entry in entries.items()
             if s in self._fingerprints
         }
 
     def update(self, update: CacheUpdate) -> None:
-        """Keep which content a URL led to, or what decoding a file gave."""
+        """Write the content that a URL led to, or the outcome of decoding a file."""
         if update.source:
             if self._sources_ttl_s != 0:
                 facts: dict[str, Any] = {"sha256": update.sha256, "at": time.time()}
                 self.store.put(self._keys.source(update.source), Entry(facts=facts))
             return
-        decoded = _Decoding(frozenset(update.parts), update.failure, update.failures)
-        found = decoded.facts(self._keys.limits)
-        if found is not None:
-            self.store.put(self._keys.media(update.sha256, update.kind), Entry(facts=found))
+        reasons = [*update.failures.values(), *([update.failure] if update.failure else [])]
+        if any(f.retryable or f.type != MediaError.__name__ for f in reasons):
+            return  # it may turn out otherwise another time
+        limits = self._keys.limits if reasons else None
+        decoding = _Decoding(frozenset(update.parts), update.failure, update.failures, limits)
+        facts = msgspec.to_builtins(decoding)
+        self.store.put(self._keys.media(update.sha256, update.kind), Entry(facts=facts))
 
     def keep(self, task: ExtractTask, result: Extracted) -> None:
-        """Write what an extractor gave."""
+        """Write an extractor's result."""
         for key, entry in self.entries_of(task, result).items():
             self.store.put(key, entry)
 
     def learn(self, task: Task, outcome: Result | Failure) -> None:
-        """Write what came of a task, where it is worth it."""
+        """Write the outcome of a task, if it is worth it."""
         update = CacheUpdate.of(task, outcome)
         if update is not None:
             self.update(update)
@@ -210,46 +211,25 @@ class FeatureCache:
             self.keep(task, outcome)
 
 
-class _Decoding:
-    """What decoding a file gave, as it is kept."""
+class _Decoding(msgspec.Struct, frozen=True):
+    """The outcome of decoding a file, as it is stored.
 
-    def __init__(
-        self,
-        parts: frozenset[PartKind],
-        failure: Failure | None,
-        failures: Mapping[Any, Failure],
-    ) -> None:
-        self.parts, self.failure, self.failures = parts, failure, failures
+    Attributes:
+        limits: The limits under which something failed; None: nothing did.
+    """
 
-    def facts(self, limits: str) -> dict[str, Any] | None:
-        """As JSON; None where it may turn out otherwise another time."""
-        reasons = [*self.failures.values(), *([self.failure] if self.failure else [])]
-        if any(f.retryable or f.type != MediaError.__name__ for f in reasons):
-            return None
-        return {
-            "parts": sorted(self.parts),
-            "failure": asdict(self.failure) if self.failure else None,
-            "failures": {m: asdict(f) for m, f in self.failures.items()},
-            "limits": limits if reasons else None,
-        }
+    parts: frozenset[PartKind]
+    failure: Failure | None
+    failures: Mapping[Modality, Failure]
+    limits: str | None
 
     @classmethod
     def of(cls, entry: Entry | None, limits: str) -> _Decoding | None:
-        """From an entry; None where there is none, or it holds no longer."""
-        facts = entry.facts if entry is not None else None
-        try:
-            if facts is None or facts["limits"] not in (None, limits):
-                return None
-            failure = Failure(**facts["failure"]) if facts["failure"] else None
-            failures = {m: Failure(**f) for m, f in facts["failures"].items()}
-            return cls(frozenset(facts["parts"]), failure, failures)
-        except (KeyError, TypeError, AttributeError):
+        """Return it from an entry; None if there is none, or it failed under other limits."""
+        if entry is None:
             return None
-
-
-def _file_digest(path: Path) -> str | None:
-    """Hex sha256 of a file; None where it cannot be read."""
-    try:
-        return file_digest(path)
-    except (OSError, ValueError):
-        return None
+        try:
+            decoding = msgspec.convert(entry.facts, cls)
+        except msgspec.ValidationError:
+            return None
+        return decoding if decoding.limits in (None, limits) else None

@@ -20,7 +20,7 @@ from extractors.parts import slot_bytes
 from workers.protocol import STREAMS, MediaKind, Stream
 
 FORMAT = 1
-"""Raise it when entries of this code mean something else than before."""
+"""Raise it when the meaning of entries changes: older ones are then never found."""
 
 _DECODERS = ("av", "opencv-python", "opencv-python-headless")
 
@@ -43,25 +43,25 @@ class Keys:
         }
 
     def source(self, url: str) -> str:
-        """Which content a URL led to; never across daemons that may reach other hosts."""
+        """Return the key of the content that a URL leads to, apart for daemons with other hosts."""
         return _key("source", url, self._private)
 
     def media(self, sha256: str, kind: MediaKind) -> str:
-        """What decoding a file gave."""
+        """Return the key of the outcome of decoding a file."""
         return _key("parts", sha256, kind, self._parts[kind])
 
     def stream(self, sha256: str, kind: MediaKind, stream: Stream, fingerprint: str) -> str:
-        """Features of a media file; for ``ocr`` the text that was read in it."""
+        """Return the key of a media file's features; for ``ocr``, of the text read in it."""
         how = self._inputs[kind, stream]
         return _key("features", sha256, kind, stream, fingerprint, how)
 
     def text(self, text: str, fingerprint: str) -> str:
-        """Features of a text, whether written or read."""
+        """Return the key of a text's features, whether written or read."""
         return _key("text", text, fingerprint, self._precision)
 
     @cached_property
     def limits(self) -> str:
-        """Everything that makes a file fail beside its content.
+        """Return a digest of what, apart from its content, makes a file fail.
 
         Inside the entry and not in its key: only files that failed are decoded again when a limit
         or a decoder's version changes.
@@ -77,7 +77,7 @@ class Keys:
         )
 
     def _parts_of(self, kind: MediaKind) -> Mapping[str, Any]:
-        """What decides which parts a file gives."""
+        """Return the settings that decide which parts a file gives."""
         features = self._settings.features
         if kind == "audio":
             return self._sound_limits
@@ -91,7 +91,7 @@ class Keys:
         }
 
     def _input_of(self, kind: MediaKind, stream: Stream) -> Mapping[str, Any]:
-        """What decides an extractor's input beside its fingerprint."""
+        """Return the settings that decide an extractor's input, apart from its fingerprint."""
         features = self._settings.features
         if stream == "image":
             return {"precision": features.image.precision}

@@ -83,11 +83,13 @@ class RedisStore:
                 cursor, keys = self._client.scan(cursor, match=f"{_PREFIX}*", count=_BATCH)
                 pipeline = self._client.pipeline(transaction=False)
                 for key in keys:
-                    pipeline.strlen(key).pttl(key)
+                    pipeline.strlen(key)
+                    pipeline.pttl(key)
                 answers = pipeline.execute()
-            for key, size, ttl_ms in zip(keys, answers[::2], answers[1::2], strict=True):
+            names = [key.decode() if isinstance(key, bytes) else key for key in keys]
+            for name, size, ttl_ms in zip(names, answers[::2], answers[1::2], strict=True):
                 if ttl_ms != -2:  # -2: it is gone since the scan
-                    yield StoredEntry(key.decode(), int(size), float(ttl_ms))
+                    yield StoredEntry(name, int(size), float(ttl_ms))
             if cursor == 0:
                 return
 
