@@ -259,7 +259,7 @@ def number(value: object) -> float:
 
 @dataclass(frozen=True, slots=True)
 class ClaimContext:
-    """The King that works on jobs, and the rules it works by.
+    """The King that works on jobs, with its rules.
 
     Attributes:
         owner: This King's name, unique per process.

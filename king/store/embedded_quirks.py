@@ -3,7 +3,7 @@
 Everything that is written or asked in a certain way only for its sake is here; each form is correct
 for MongoDB too. Known faults of version 0.8.1, and what the code does about them:
 
-    ``$or`` beside other keys of an update's filter changes other documents -> `all_of`
+    ``$or`` next to other keys of an update's filter changes other documents -> `all_of`
     a projection drops paths through lists, and names parts with dots       -> `whole_fields`
     ``$set`` of a date at the top level of a document stores text           -> jobs keep their times
         as numbers of seconds, which both servers compare and sort alike

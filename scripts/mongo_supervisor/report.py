@@ -105,4 +105,4 @@ def _limit(value: float | None) -> str:
 
 def _line(text: str) -> str:
     line = " ".join(text.split())
-    return line if len(line) <= _SHORT else line[: _SHORT - 1] + "…"
+    return line if len(line) <= _SHORT else line[: _SHORT - 3] + "..."

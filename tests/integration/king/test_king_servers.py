@@ -102,7 +102,7 @@ class Site:
 
     @property
     def log(self) -> list[dict[str, Any]]:
-        """What the children logged."""
+        """Return the log lines of the children."""
         lines = (self.folder / "child.log").read_text().splitlines()
         return [json.loads(line) for line in lines if line.startswith("{")]
 

@@ -1,4 +1,4 @@
-"""What the store writes: attempts, results, dead letters; the same in memory and in MongoDB."""
+"""Attempts, results and dead letters in the store; the same in memory and in MongoDB."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ def test_platform_paths_and_result_path_are_settings(mongo_url: str, unique_name
 
 
 def test_commands_see_posts_letters_and_counts(mongo: Store) -> None:
-    """What `publish --untagged`, `status`, `show` and `dead` ask for."""
+    """The queries of `publish --untagged`, `status`, `show` and `dead`."""
     mongo.client.posts.insert_many([{"_id": f"p{i}", "text": "t"} for i in range(4)] + [{"_id": 5}])
     mongo.finish([tagged(started(mongo, "p0"))], context())
     failure = Failure("decode", "MediaError", "no picture")

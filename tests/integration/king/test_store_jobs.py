@@ -1,4 +1,4 @@
-"""Who works on a post: retries, leases, claims and jobs of the dead."""
+"""Retries, leases, claims, and jobs of dead Kings."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def test_interrupted_attempt_is_given_back(rig: StoreRig) -> None:
 
 
 def test_jobs_of_dead_kings_are_released(rig: StoreRig) -> None:
-    """What a King that is known to be dead was doing is due at once; the living keep theirs."""
+    """Posts of a King that is known to be dead are due at once; the living keep theirs."""
     rig.insert({"_id": "p1"}, {"_id": "p2"})
     started(rig.store, "p1", context(owner="dead"))
     started(rig.store, "p2", context(owner="alive"))

@@ -107,7 +107,7 @@ def test_facts_of_a_real_database(place: Place) -> None:
 
 
 def test_ages_can_come_from_a_field_and_a_look_is_bounded(place: Place) -> None:
-    """`store.fields.created` names the time; past `scan` posts it says "at least" so many."""
+    """`store.fields.created` names the time; past `scan` posts it says "at least"."""
     for i in range(12):
         place.post(f"p{i}", meta={"at": datetime.now(timezone.utc) - timedelta(hours=1 + i)})
     fields = place.settings.store.fields.model_copy(update={"created": "meta.at"})

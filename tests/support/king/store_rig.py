@@ -1,4 +1,4 @@
-"""What the tests of the store and of the King share: one store, and a look behind it."""
+"""Support for tests of the store and of the King: one store, and a look behind it."""
 
 from __future__ import annotations
 

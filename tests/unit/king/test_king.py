@@ -95,7 +95,7 @@ def test_same_post_delivered_again_joins_the_running_job(tmp_path: Path) -> None
 
 
 def test_tagged_post_is_settled_and_forced_post_is_not(tmp_path: Path) -> None:
-    """What this bundle has tagged is acknowledged without work, unless the message insists."""
+    """A post that this bundle has tagged is acknowledged without work, unless it is forced."""
     done = {"model": "fake", "version": "1", "status": "tagged", "tags": []}
     store = FakeStore(posts("p1", "p2", insight=done))
     broker = MemoryBroker(queue_of(b"p1", PostMessage("p2", force=True).encode()))

@@ -1,4 +1,4 @@
-"""How the King ends: drained, out of time, refused, or by a thread that dies."""
+"""Ends of the King: drained, out of time, refused, or by a thread that dies."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_drain_finishes_what_is_in_flight(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("at_once", [False, True])
 def test_drain_out_of_time_puts_posts_back_and_attempts_too(tmp_path: Path, at_once: bool) -> None:
-    """What is not finished in time is requeued and has cost no attempt; twice means at once."""
+    """Posts that are not finished in time are requeued at no attempt; two stops mean at once."""
     store = FakeStore(posts("p1", "p2"))
     store.jobs["p2"] = Job("p2", "queued", attempts=1, due_at=time.time() + 900)
     broker = MemoryBroker(queue_of(b"p1", b"p2"))
@@ -98,7 +98,7 @@ def test_drain_out_of_time_puts_posts_back_and_attempts_too(tmp_path: Path, at_o
 
 
 def test_refused_workers_end_the_king_with_one_line(tmp_path: Path) -> None:
-    """A bundle that does not fit is the user's to mend: ConfigError, hence exit 2."""
+    """A bundle that does not fit is a mistake of the user: ConfigError, hence exit 2."""
     pool = fake_pool(tmp_path, refuse="fusion.bundle: made for other features")
     store, broker = FakeStore(), MemoryBroker()
     with Running(king_settings(tmp_path), pool, store=store, broker=broker) as it:

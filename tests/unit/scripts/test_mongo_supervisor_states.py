@@ -1,4 +1,4 @@
-"""What the monitor makes of what it saw: states, exit codes, one line."""
+"""Judgement of the monitor: states, exit codes, one line."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from scripts.mongo_supervisor.report import as_json, plugin_line, summary
 
 
 def facts(**changes: Any) -> Facts:
-    """A system that does well, but for what is named."""
+    """Return the facts of a healthy system, with changes."""
     values: dict[str, Any] = {
         "latency_s": 0.002,
         "replicas": None,

@@ -1,0 +1,38 @@
+"""The decision on a claim, seen from the job alone: one row for each case."""
+
+from __future__ import annotations
+
+import pytest
+
+from king.jobs import Job, decide
+from tests.support.king.store_rig import NOW, claim, context
+
+RUNNING = Job("p", "running", 1, owner="k2", lease_until=NOW + 9)
+
+
+@pytest.mark.parametrize(
+    ("job", "message", "decision"),
+    [
+        (None, {}, "new"),
+        (Job("p", "running", 1, owner="k1", lease_until=NOW - 9), {}, "resume"),
+        (RUNNING, {}, "elsewhere"),
+        (RUNNING, {"force": True}, "elsewhere"),
+        (Job("p", "running", 1, owner="k2", lease_until=NOW - 9), {}, "take"),
+        (Job("p", "running", 1, owner="dead", lease_until=NOW + 9), {}, "take"),
+        (Job("p", "running", 3, owner="dead", lease_until=NOW + 9), {}, "exhausted"),
+        (Job("p", "waiting", 1, due_at=NOW + 9), {}, "waiting"),
+        (Job("p", "waiting", 1, due_at=NOW + 9), {"force": True}, "take"),
+        (Job("p", "waiting", 1, due_at=NOW - 9), {}, "take"),
+        (Job("p", "queued", 2, due_at=NOW + 900), {}, "take"),
+        (Job("p", "queued", 3), {}, "exhausted"),
+        (Job("p", "dead", 3), {}, "restart"),
+        (Job("p", "dead", 3), {"redelivered": True}, "dead"),
+        (Job("p", "dead", 3), {"redelivered": True, "force": True}, "restart"),
+    ],
+)
+def test_claims_are_decided_by_the_state_of_the_job(
+    job: Job | None, message: dict[str, bool], decision: str
+) -> None:
+    """King k1 claims, with three attempts at a post; the King named dead is known to be dead."""
+    rules = context(is_dead=lambda owner: owner == "dead")
+    assert decide(job, claim("p", **message), rules) == decision
