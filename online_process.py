@@ -4,41 +4,47 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
 
-from common.cli import OneLineParser
-from common.errors import ConfigError
+import typer
+
+from common.cli import ConfigFile, Overrides, exit_code, read_options
 from common.logs import configure_logs
-from config.load import DEFAULT_CONFIG, load_settings
+from config.load import load_settings
+
+_NAME = "online_process.py"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommandLine:
+    """The command line."""
+
+    config: ConfigFile = None
+    overrides: Overrides
+    drain: Annotated[
+        bool,
+        typer.Option(
+            "--drain",
+            help="exit 0 when the queue is empty, nothing is in flight and no retry is due",
+        ),
+    ] = False
+
+
+def run(arguments: Sequence[str] | None) -> int:
+    """Run the daemon; return the exit code."""
+    line = read_options(CommandLine, _NAME, arguments, about=__doc__)
+    settings = load_settings(line.config, line.overrides)
+    configure_logs(settings.log.format, settings.log.level)
+    from deploy import embedded
+    from king.king import King
+
+    return King(embedded.resolve(settings)).run(drain=line.drain)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the daemon; gives the exit code."""
-    parser = OneLineParser(prog="online_process.py", description=__doc__)
-    parser.add_argument("--config", metavar="FILE", help=f"settings (default: {DEFAULT_CONFIG})")
-    parser.add_argument(
-        "--set",
-        metavar="A.B=C",
-        action="append",
-        default=[],
-        dest="overrides",
-        help="one setting, over file and environment; may be repeated",
-    )
-    parser.add_argument(
-        "--drain",
-        action="store_true",
-        help="exit 0 when the queue is empty, nothing is in flight and no retry is due",
-    )
-    options = parser.parse_args(arguments)
-    try:
-        settings = load_settings(options.config, options.overrides)
-        configure_logs(settings.log.format, settings.log.level)
-        from deploy import embedded
-        from king.king import King
-
-        return King(embedded.resolve(settings)).run(drain=options.drain)
-    except ConfigError as error:
-        sys.stderr.write(f"online_process.py: {error}\n")
-        return 2
+    """Run the daemon; 0 done, 2 the configuration is wrong, 1 anything else."""
+    return exit_code(_NAME, lambda: run(arguments))
 
 
 if __name__ == "__main__":

@@ -1,86 +1,168 @@
-"""Command lines of the plain scripts: a mistake is one line."""
+"""Command lines on typer: options as a dataclass, mistakes as one line, exit codes in one place.
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+posts: Annotated[Path, typer.Argument(metavar="POSTS", help="posts file")]
+limit: Annotated[int | None, typer.Option("--limit", min=1)] = None
+
+def main(arguments: Sequence[str] | None = None) -> int:
+return exit_code("count_posts", lambda: count(read_options(Options, "count_posts", arguments)))
+"""
 
 from __future__ import annotations
 
-import argparse
-from typing import NoReturn
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, TypeAlias, TypeVar
+
+import typer
+
+from common.errors import ConfigError, TaggingError, one_line
+
+Options = TypeVar("Options")
+
+ConfigFile: TypeAlias = Annotated[
+    Path | None, typer.Option("--config", metavar="FILE", help="settings, YAML")
+]
+Overrides: TypeAlias = Annotated[
+    list[str],
+    typer.Option(
+        "--set",
+        metavar="A.B=C",
+        default_factory=list,
+        help="one setting, over file and environment; may be repeated",
+    ),
+]
+
+# typer has carried click inside since 0.2x and imported it before: the class is found either way.
+USAGE_ERROR: type[Exception] = next(
+    base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException"
+)
 
 
-class OneLineParser(argparse.ArgumentParser):
-    """Mistakes are one line and exit 2, as everywhere; argparse would show the usage as well."""
+def read_options(
+    options: Callable[..., Options],
+    name: str,
+    arguments: Sequence[str] | None = None,
+    *,
+    about: str | None = None,
+    flags: Sequence[str] = (),
+    many: Sequence[str] = (),
+) -> Options:
+    """Parse a command line into a dataclass whose fields are annotated with typer's options.
 
-    def error(self, message: str) -> NoReturn:
-        """Say what is wrong and exit."""
-        self.exit(2, f"{self.prog}: {' '.join(message.split())} (see --help)\n")
-
-
-def whole_number(text: str) -> int:
-    """An option's whole number; argparse would tell the name of the function that fails.
+    Args:
+        options: The dataclass.
+        name: Of the program, in its help.
+        arguments: The words; those of this process when None.
+        about: What the program does.
+        flags: Options that take a value or none, which is ``true``.
+        many: Options that take several values in a row: ``--input a b``.
 
     Raises:
-        argparse.ArgumentTypeError: It is none.
+        ConfigError: The option, its value, and what it must be.
+        SystemExit: The help was asked for, and is shown.
+    """
+    app = typer.Typer(add_completion=False, rich_markup_mode=None)
+    app.command(help=about or "")(options)
+    words = _spelled_out(sys.argv[1:] if arguments is None else arguments, flags, many)
+    command = typer.main.get_command(app)
+    try:
+        parsed: Any = command.main(args=words, prog_name=name, standalone_mode=False)
+    except USAGE_ERROR as error:
+        raise ConfigError(usage_text(error)) from error
+    if isinstance(parsed, int):
+        raise SystemExit(parsed)
+    return parsed  # type: ignore[no-any-return]
+
+
+def usage_text(error: Any) -> str:
+    """Return a mistake on the command line as one line."""
+    message = " ".join(error.format_message().split()).removesuffix(".")
+    return f"{message} (see --help)"
+
+
+def exit_code(
+    name: str,
+    run: Callable[[], int | None],
+    *,
+    mistakes: tuple[type[TaggingError], ...] = (ConfigError,),
+    interrupted: str = "interrupted",
+    again: str = "",
+) -> int:
+    """Run a command and return its exit code: 0 done, 2 the user's mistake, 1 anything else.
+
+    Args:
+        name: Of the program, before its one line on standard error.
+        run: Gives another exit code, or None for 0.
+        mistakes: Errors that are the user's.
+        interrupted: Said after Ctrl-C.
+        again: Added to errors that are not the user's: the way to go on.
     """
     try:
-        return int(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text}: must be a whole number") from error
+        return run() or 0
+    except mistakes as error:
+        return complain(name, one_line(error), 2)
+    except TaggingError as error:
+        return complain(name, one_line(error) + again, 1)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        return complain(name, f"{where}{error.strerror or one_line(error)}{again}", 1)
+    except KeyboardInterrupt:
+        return complain(name, interrupted, 1)
 
 
-def number(text: str) -> float:
-    """An option's number, as `whole_number`.
-
-    Raises:
-        argparse.ArgumentTypeError: It is none.
-    """
-    try:
-        return float(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text}: must be a number") from error
-
-
-def count(text: str) -> int:
-    """An option's whole number from 1 on.
-
-    Raises:
-        argparse.ArgumentTypeError: It is none.
-    """
-    value = whole_number(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text}: must be 1 or more")
-    return value
-
-
-def natural(text: str) -> int:
-    """An option's whole number from 0 on.
-
-    Raises:
-        argparse.ArgumentTypeError: It is none.
-    """
-    value = whole_number(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text}: must be 0 or more")
-    return value
+def complain(name: str, text: str, code: int) -> int:
+    """Write one line on standard error, and return the exit code."""
+    sys.stderr.write(f"{name}: {text}\n")
+    return code
 
 
 def share(text: str) -> float:
-    """An option's part of a whole, 0 to 1.
+    """Parse a part of a whole, 0 to 1.
 
     Raises:
-        argparse.ArgumentTypeError: It is none.
+        typer.BadParameter: It is none.
     """
-    value = number(text)
+    value = _number(text)
     if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text}: must lie in 0 to 1")
+        raise typer.BadParameter(f"{text}: must lie in 0 to 1")
     return value
 
 
 def seconds(text: str) -> float:
-    """An option's time in seconds, above 0.
+    """Parse a time in seconds, above 0.
 
     Raises:
-        argparse.ArgumentTypeError: It is none.
+        typer.BadParameter: It is none.
     """
-    value = number(text)
+    value = _number(text)
     if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text}: must be above 0")
+        raise typer.BadParameter(f"{text}: must be above 0")
     return value
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"{text}: must be a number") from error
+
+
+def _spelled_out(words: Sequence[str], flags: Sequence[str], many: Sequence[str]) -> list[str]:
+    """Give every option exactly one value, which is all that typer can read."""
+    spelled: list[str] = []
+    option = ""
+    for index, word in enumerate(words):
+        is_option = word.startswith("-")
+        if not is_option and option in many and spelled[-1] != option:
+            spelled.append(option)
+        spelled.append(word)
+        if is_option:
+            option = word
+            if word in flags and (index + 1 == len(words) or words[index + 1].startswith("-")):
+                spelled.append("true")
+    return spelled

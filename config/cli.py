@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,19 +13,8 @@ from config.load import merge, parse_overrides, read_yaml, validate
 Chosen = TypeVar("Chosen", bound=BaseModel)
 
 
-def add_set(parser: argparse.ArgumentParser) -> None:
-    """Add ``--set a.b=c``."""
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="a.b=c",
-        help="any key of the config; may be given many times",
-    )
-
-
-def given_options(options: argparse.Namespace, keys: dict[str, str]) -> dict[str, Any]:
-    """Nested settings out of the options that were given; ``keys`` maps options to keys."""
+def given_options(options: object, keys: Mapping[str, str]) -> dict[str, Any]:
+    """Return nested settings out of the options that are set; ``keys`` maps options to keys."""
     values = {key: getattr(options, name) for name, key in keys.items()}
     return parse_overrides(f"{key}={value}" for key, value in values.items() if value is not None)
 
@@ -33,7 +22,7 @@ def given_options(options: argparse.Namespace, keys: dict[str, str]) -> dict[str
 def layered(
     model: type[Chosen], path: Path | None, default: Path, given: dict[str, Any], sets: list[str]
 ) -> Chosen:
-    """Settings out of a YAML file, then options, then ``--set``; each is checked by itself.
+    """Return settings out of a YAML file, then options, then ``--set``; each is checked by itself.
 
     Raises:
         ConfigError: One line that names the file or option, the key and the mistake.

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Annotated, Any
 
-from common.cli import OneLineParser, count
-from common.errors import ConfigError, TaggingError
+import typer
+
+from common.cli import Overrides, exit_code, read_options
 from common.logs import configure_logs
 from config.labels import LabelMap
 from config.load import load_settings
@@ -26,21 +26,37 @@ CONFIG = Path("config/demo.yaml")
 ROOT = Path("workshop/demo")
 
 
+@dataclass(frozen=True, kw_only=True)
+class CommandLine:
+    """The command line."""
+
+    config: Annotated[Path, typer.Option("--config", metavar="FILE")] = CONFIG
+    overrides: Overrides
+    train: Annotated[
+        int | None, typer.Option("--train", min=1, metavar="N", help="training posts")
+    ] = None
+    online: Annotated[
+        int | None,
+        typer.Option("--online", min=1, metavar="N", help="posts that the daemon tags"),
+    ] = None
+    seed: Annotated[int, typer.Option("--seed", help="of the posts")] = 7
+    fresh: Annotated[bool, typer.Option("--fresh", help="make everything anew")] = False
+    keep: Annotated[bool, typer.Option("--keep", help="leave the embedded services running")] = (
+        False
+    )
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the demo; gives the exit code."""
-    options = _parse(arguments)
-    signal.signal(signal.SIGTERM, _interrupt)
-    try:
-        return _demo(options)
-    except ConfigError as error:
-        sys.stderr.write(f"demo: {error}\n")
-        return 2
-    except (TaggingError, OSError) as error:
-        sys.stderr.write(f"demo: {error}\n")
-        return 1
-    except KeyboardInterrupt:
-        sys.stderr.write("\ndemo: interrupted; the next run goes on from the last whole stage\n")
-        return 1
+    """Run the demo; 0 done, 2 the configuration is wrong, 1 anything else."""
+
+    def run() -> int:
+        line = read_options(CommandLine, "python -m demo", arguments, about=__doc__)
+        signal.signal(signal.SIGTERM, _interrupt)
+        return _demo(line)
+
+    return exit_code(
+        "demo", run, interrupted="interrupted; the next run goes on from the last whole stage"
+    )
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
@@ -48,21 +64,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = OneLineParser(prog="python -m demo", description=__doc__)
-    parser.add_argument("--config", type=Path, default=CONFIG, metavar="FILE")
-    parser.add_argument(
-        "--set", metavar="A.B=C", action="append", default=[], dest="overrides", help="one setting"
-    )
-    parser.add_argument("--train", type=count, metavar="N", help="training posts")
-    parser.add_argument("--online", type=count, metavar="N", help="posts that the daemon tags")
-    parser.add_argument("--seed", type=int, default=7, help="of the posts")
-    parser.add_argument("--fresh", action="store_true", help="make everything anew")
-    parser.add_argument("--keep", action="store_true", help="leave the embedded services running")
-    return parser.parse_args(arguments)
-
-
-def _demo(options: argparse.Namespace) -> int:
+def _demo(options: CommandLine) -> int:
     started = time.monotonic()
     settings = load_settings(options.config, options.overrides)
     configure_logs("pretty", "warning")
@@ -96,7 +98,7 @@ def _services(settings: Settings, *, keep: bool) -> Iterator[Settings]:
 
 
 def _tag(
-    options: argparse.Namespace, layout: Layout, settings: Settings
+    options: CommandLine, layout: Layout, settings: Settings
 ) -> tuple[dict[str, Mapping[str, Any]], float]:
     """Let the daemon tag the online posts; gives results and the seconds it took."""
     from demo.media_server import MediaServer

@@ -21,12 +21,13 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 import structlog
+import typer
 
-from common.cli import OneLineParser
-from common.errors import ConfigError, RetryableError, TaggingError
+from common.cli import ConfigFile, Overrides, exit_code, read_options
+from common.errors import RetryableError, TaggingError
 from common.logs import configure_logs
 from config.load import load_settings
 from config.settings import Settings
@@ -357,17 +358,20 @@ def _number(value: object) -> float:
     return float(value) if isinstance(value, (int, float)) else 0.0
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@dataclass(frozen=True, kw_only=True)
+class CommandLine:
+    """The command line."""
+
+    config: ConfigFile = None
+    overrides: Overrides
+    # The daemon's option, which KING_ARGS may hold.
+    drain: Annotated[bool, typer.Option("--drain", hidden=True)] = False
+
+
+def run(arguments: Sequence[str] | None) -> None:
     """Run the watchdog until SIGTERM."""
-    parser = OneLineParser(prog="python -m deploy.watchdog", description=__doc__)
-    parser.add_argument("--config", metavar="F", help="settings, YAML")
-    parser.add_argument("--set", metavar="a.b=c", action="append", default=[], dest="overrides")
-    options, _ = parser.parse_known_args(arguments)  # KING_ARGS may hold more than ours
-    try:
-        settings = load_settings(options.config, options.overrides)
-    except ConfigError as error:
-        sys.stderr.write(f"watchdog: {error}\n")
-        return 2
+    line = read_options(CommandLine, "python -m deploy.watchdog", arguments, about=__doc__)
+    settings = load_settings(line.config, line.overrides)
     configure_logs(settings.log.format, settings.log.level)
     limits = settings.watchdog
     watchdog = Watchdog(settings, open_supervisor(limits))
@@ -379,7 +383,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         log.warning("watchdog.stall_s_is_short", stall_s=limits.stall_s, timeouts_s=longest_s)
     watchdog.run()
     log.info("watchdog.stopped")
-    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the watchdog; 0 done, 2 the configuration is wrong, 1 anything else."""
+    return exit_code("watchdog", lambda: run(arguments))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from typing import Any
 
 import typer
 
-from common.errors import ConfigError, TaggingError
+from common.cli import USAGE_ERROR, complain, exit_code
 from scripts.commands import (
     cache,
     dead,
@@ -27,16 +27,13 @@ from scripts.commands import (
     tag,
 )
 
-# typer has carried click inside since 0.2x and imported it before: the class is found either way.
-_USAGE_ERROR: type[Exception] = next(
-    base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException"
-)
+_NAME = "insighttag"
 
 
 def build_app() -> typer.Typer:
     """Every command by its name."""
     app = typer.Typer(
-        name="insighttag",
+        name=_NAME,
         help="Multimodal tagging: posts in by message queue, tags out to MongoDB.",
         no_args_is_help=True,
         add_completion=False,
@@ -63,27 +60,28 @@ def build_app() -> typer.Typer:
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and give its exit code."""
+    """Run one command and return its exit code."""
     command = typer.main.get_command(build_app())
+
+    def call() -> int:
+        try:
+            code = command.main(
+                args=list(arguments) if arguments is not None else None,
+                prog_name=_NAME,
+                standalone_mode=False,
+            )
+        except USAGE_ERROR as error:
+            return _usage(error)
+        except typer.Abort as error:
+            raise KeyboardInterrupt from error
+        return int(code) if isinstance(code, int) else 0
+
     try:
-        code = command.main(
-            args=list(arguments) if arguments is not None else None,
-            prog_name="insighttag",
-            standalone_mode=False,
-        )
-    except _USAGE_ERROR as error:
-        return _usage(error)
-    except ConfigError as error:
-        return _complain(str(error), 2)
-    except TaggingError as error:
-        return _complain(str(error), 1)
-    except (KeyboardInterrupt, typer.Abort):
-        return _complain("interrupted", 1)
+        return exit_code(_NAME, call)
     except BrokenPipeError:
         # `insighttag dead list | head`: nobody reads on; Python would complain once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    return int(code) if isinstance(code, int) else 0
 
 
 def main() -> None:
@@ -99,12 +97,7 @@ def _usage(error: Any) -> int:
     context = getattr(error, "ctx", None)
     path = context.command_path.removeprefix("insighttag").strip() if context else ""
     message = " ".join(error.format_message().split())
-    return _complain(f"{path}: {message}" if path else message, 2)
-
-
-def _complain(message: str, code: int) -> int:
-    sys.stderr.write(f"insighttag: {' '.join(message.split())}\n")
-    return code
+    return complain(_NAME, f"{path}: {message}" if path else message, 2)
 
 
 if __name__ == "__main__":

@@ -2,89 +2,123 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sqlite3
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
+import typer
+
+from common.cli import exit_code, read_options
 from common.errors import ConfigError, TaggingError
 from common.files import write_whole
 from common.progress import progress_bar
 from config.labels import LabelMap
-from common.cli import OneLineParser
 from common.post import MODALITIES
-from corpus.build.gather import Gatherer, Rules
+from corpus.build.gather import Check, Gatherer, Rules, Unknown
 from corpus.build.index import Index
 from corpus.build.sides import Dealing, Split, split
 from corpus.build.write import Target, write_files
+from corpus.lines import Form
 from corpus.records import Summary
 
 NAME = "build_trainval_data.py"
+_ABOUT = (
+    "Join labels and features, and split the posts into training, validation and test files "
+    "without leakage: posts that share an author, a medium, a text or a group of near-duplicates "
+    "never stand on two sides."
+)
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = OneLineParser(
-        prog=NAME,
-        description="Join labels and features, and split the posts into training, validation and "
-        "test files without leakage: posts that share an author, a medium, a text or a group of "
-        "near-duplicates never stand on two sides.",
-    )
-    add = parser.add_argument
-    add("--input", type=Path, required=True, metavar="F", help="posts, *.jsonl or *.json")
-    add("--features", type=Path, required=True, metavar="DIR", help="root of the feature files")
-    add("--labels", type=Path, required=True, metavar="F", help="label map, idx2name_cls*.json")
-    add("--out", type=Path, required=True, metavar="DIR", help="folder of the data files")
-    add(
-        "--valid", type=float, default=0.1, metavar="X", help="share of validation; 0 leaves it out"
-    )
-    add("--test", type=float, default=0.1, metavar="X", help="share of test; 0 leaves it out")
-    add("--seed", type=_natural, default=0, metavar="N", help="of every draw")
-    add("--manifest", type=Path, metavar="F", help="of download_mp: which media are the same")
-    add("--duplicates", type=Path, metavar="F", help="duplicates.jsonl of analyze_posts")
-    add("--keep", type=Path, metavar="F", help="an earlier split.jsonl: its posts keep their side")
-    add("--unknown", choices=("error", "skip_tag", "skip_post"), default="error",
-        help="what a label beside the map does")  # fmt: skip
-    add("--check", choices=("quick", "full"), default="quick",
-        help="read the headers of feature files, or every number")  # fmt: skip
-    add("--modalities", nargs="+", choices=MODALITIES, default=[], metavar="M",
-        help="leave out posts without any of these")  # fmt: skip
-    add("--format", choices=("json", "jsonl"), default="json", help="of the data files")
-    return parser.parse_args(arguments)
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The command line."""
+
+    input: Annotated[
+        Path, typer.Option("--input", metavar="F", help="posts, *.jsonl or *.json")
+    ]
+    features: Annotated[
+        Path, typer.Option("--features", metavar="DIR", help="root of the feature files")
+    ]
+    labels: Annotated[
+        Path, typer.Option("--labels", metavar="F", help="label map, idx2name_cls*.json")
+    ]
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="folder of the data files")]
+    valid: Annotated[
+        float,
+        typer.Option("--valid", metavar="X", help="share of validation; 0 leaves it out"),
+    ] = 0.1
+    test: Annotated[
+        float, typer.Option("--test", metavar="X", help="share of test; 0 leaves it out")
+    ] = 0.1
+    seed: Annotated[int, typer.Option("--seed", min=0, metavar="N", help="of every draw")] = 0
+    manifest: Annotated[
+        Path | None,
+        typer.Option("--manifest", metavar="F", help="of download_mp: which media are the same"),
+    ] = None
+    duplicates: Annotated[
+        Path | None,
+        typer.Option("--duplicates", metavar="F", help="duplicates.jsonl of analyze_posts"),
+    ] = None
+    keep: Annotated[
+        Path | None,
+        typer.Option(
+            "--keep", metavar="F", help="an earlier split.jsonl: its posts keep their side"
+        ),
+    ] = None
+    unknown: Annotated[
+        Unknown, typer.Option("--unknown", help="what a label outside the map does")
+    ] = "error"
+    check: Annotated[
+        Check,
+        typer.Option("--check", help="read the headers of feature files, or every number"),
+    ] = "quick"
+    modalities: Annotated[
+        list[str],
+        typer.Option(
+            "--modalities",
+            metavar="M...",
+            default_factory=list,
+            help="leave out posts without any of these",
+        ),
+    ]
+    format: Annotated[Form, typer.Option("--format", help="of the data files")] = "json"
 
 
-def _natural(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text}: must be a whole number, 0 or more")
-    return int(text)
-
-
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Build; 0 done, 2 the input is wrong, 1 anything else."""
-    options = parse(arguments)
+    return exit_code(
+        NAME,
+        lambda: _build(
+            read_options(Options, NAME, arguments, about=_ABOUT, many=("--modalities",))
+        ),
+        interrupted="interrupted; nothing was changed, run it again",
+    )
+
+
+def _build(options: Options) -> int:
     try:
-        return _build(options)
-    except TaggingError as error:
-        sys.stderr.write(f"{NAME}: {error}\n")
-        return 2 if isinstance(error, ConfigError) else 1
-    except OSError as error:
-        sys.stderr.write(f"{NAME}: {error.filename or options.out}: {error.strerror or error}\n")
-        return 1
+        files = _built(options)
     except sqlite3.Error as error:
-        sys.stderr.write(f"{NAME}: index in the temporary folder (TMPDIR names another): {error}\n")
-        return 1
-    except KeyboardInterrupt:
-        sys.stderr.write(f"{NAME}: interrupted; nothing was changed, run it again\n")
-        return 1
+        raise TaggingError(f"index in the temporary folder (TMPDIR names another): {error}") from (
+            error
+        )
+    for path in files.values():
+        sys.stdout.write(f"{path}\n")
+    return 0
 
 
-def _build(options: argparse.Namespace) -> int:
+def _built(options: Options) -> Mapping[str, Path]:
     shares = _shares(options)
     labels = LabelMap.load(options.labels)
-    rules = Rules(options.unknown, options.check, tuple(options.modalities))
+    odd = [name for name in options.modalities if name not in MODALITIES]
+    if odd:
+        raise ConfigError(f"--modalities {odd[0]}: must be one of {', '.join(MODALITIES)}")
+    modalities = tuple(name for name in MODALITIES if name in options.modalities)
+    rules = Rules(options.unknown, options.check, modalities)
     with Index() as found:
         read_manifest(options.manifest, found)
         with progress_bar("reading", None) as bar:
@@ -98,12 +132,10 @@ def _build(options: argparse.Namespace) -> int:
             target = Target(options.out, options.features, labels, options.format)
             files = write_files(options.input, target, found, dealt, bar.advance)
         _show(found, dealt, labels, options.out)
-    for path in files.values():
-        sys.stdout.write(f"{path}\n")
-    return 0
+    return files
 
 
-def _shares(options: argparse.Namespace) -> tuple[float, float, float]:
+def _shares(options: Options) -> tuple[float, float, float]:
     valid, test = options.valid, options.test
     if valid < 0 or test < 0:
         raise ConfigError(f"--valid {valid:g} --test {test:g}: a share is 0 or more, below 1")

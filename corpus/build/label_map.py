@@ -2,63 +2,69 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
+import typer
+
+from common.cli import exit_code, read_options
 from common.errors import ConfigError, TaggingError
 from common.files import write_whole
 from common.progress import progress_bar
 from config.labels import LabelMap
-from common.cli import OneLineParser, count
 from corpus.records import BadLine, read_posts
 
 NAME = "build_label_map.py"
-_SHOWN = 20
+_ABOUT = (
+    "Make a label map, index to name, from the labels of posts. Tags stand in the order of their "
+    "number of posts, equal ones by name; with --base the tags of an earlier map keep their index "
+    "and new ones follow."
+)
+_SHOWN = 20  # tags that the terminal shows
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = OneLineParser(
-        prog=NAME,
-        description="Make a label map, index to name, from the labels of posts. Tags stand in the "
-        "order of their number of posts, equal ones by name; with --base the tags of an earlier "
-        "map keep their index and new ones follow.",
-    )
-    add = parser.add_argument
-    add(
-        "--input", type=Path, nargs="+", required=True, metavar="F", help="posts, *.jsonl or *.json"
-    )
-    add("--out", type=Path, metavar="F", help="default: config/idx2name_cls<N>.json")
-    add("--min_posts", type=count, default=1, metavar="N", help="leave out tags with fewer posts")
-    add("--base", type=Path, metavar="F", help="a label map whose indices stay")
-    return parser.parse_args(arguments)
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The command line."""
+
+    input: Annotated[
+        list[Path], typer.Option("--input", metavar="F...", help="posts, *.jsonl or *.json")
+    ]
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="F", help="default: config/idx2name_cls<N>.json"),
+    ] = None
+    min_posts: Annotated[
+        int,
+        typer.Option("--min_posts", min=1, metavar="N", help="leave out tags with fewer posts"),
+    ] = 1
+    base: Annotated[
+        Path | None, typer.Option("--base", metavar="F", help="a label map whose indices stay")
+    ] = None
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Make the map; 0 done, 2 the input is wrong, 1 anything else."""
-    options = parse(arguments)
-    try:
-        counts, broken, bare = count_labels(options.input)
-        base = LabelMap.load(options.base) if options.base is not None else None
-        labels = order_labels(counts, options.min_posts, base)
-    except TaggingError as error:
-        sys.stderr.write(f"{NAME}: {error}\n")
-        return 2
+    return exit_code(
+        NAME, lambda: _make(read_options(Options, NAME, arguments, about=_ABOUT, many=("--input",)))
+    )
+
+
+def _make(options: Options) -> None:
+    counts, broken, bare = count_labels(options.input)
+    base = LabelMap.load(options.base) if options.base is not None else None
+    labels = order_labels(counts, options.min_posts, base)
     out = options.out or Path(f"config/idx2name_cls{len(labels)}.json")
-    try:
-        write_whole(out, json.dumps(labels.as_json(), ensure_ascii=False, indent=2))
-    except OSError as error:
-        sys.stderr.write(f"{NAME}: {out}: {error.strerror or error}\n")
-        return 1
+    write_whole(out, json.dumps(labels.as_json(), ensure_ascii=False, indent=2))
     _tell(labels, counts, base)
     if broken or bare:
         sys.stdout.write(f"left out: {broken} broken lines, {bare} posts without labels\n")
     sys.stdout.write(f"{len(labels)} tags: {out}\n")
-    return 0
 
 
 def count_labels(files: Sequence[Path]) -> tuple[Counter[str], int, int]:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from common.cli import OneLineParser, count, natural
+import typer
+
+from common.cli import ConfigFile, Overrides, read_options
 from common.errors import ConfigError
 from config.load import load_settings, validate
 from config.settings import Settings
@@ -67,14 +68,77 @@ class Options:
     retry_failed: bool
 
 
+@dataclass(frozen=True, kw_only=True)
+class CommandLine:
+    """The command line."""
+
+    config: ConfigFile = None
+    overrides: Overrides
+    input: Annotated[
+        Path | None, typer.Option("--input", metavar="FILE", help="posts.jsonl, or a data file")
+    ] = None
+    manifest: Annotated[
+        Path | None,
+        typer.Option(
+            "--manifest", metavar="FILE", help="of download_mp.py, its posts.jsonl next to it"
+        ),
+    ] = None
+    features: Annotated[
+        Path, typer.Option("--features", metavar="DIR", help="root of feature files")
+    ]
+    workers: Annotated[
+        int, typer.Option("--workers", min=0, help="extractor processes; 0: by the cores")
+    ] = 0
+    devices: Annotated[
+        str | None,
+        typer.Option("--devices", metavar="LIST", help="cpu, or cuda:0,cuda:1; default: settings'"),
+    ] = None
+    engine: Annotated[EngineName, typer.Option("--engine")] = "local"
+    address: Annotated[
+        str | None,
+        typer.Option(
+            "--address", help="cluster of Ray: auto, ray://host:10001; default: one on this machine"
+        ),
+    ] = None
+    batch: Annotated[
+        int | None,
+        typer.Option(
+            "--batch", min=1, help="frames, images, patches or texts of one pass of a model"
+        ),
+    ] = None
+    share: Annotated[
+        Share,
+        typer.Option(
+            "--share",
+            help="whether posts share a pass: faster on GPUs, but the last bit of a feature may "
+            "then differ from run to run; auto: on GPUs only",
+        ),
+    ] = "auto"
+    failures: Annotated[
+        Path | None,
+        typer.Option("--failures", metavar="FILE", help="default: DIR/failures_KIND.jsonl"),
+    ] = None
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, help="only the first lines of the input")
+    ] = None
+    force: Annotated[bool, typer.Option("--force", help="extract what is there, too")] = False
+    retry_failed: Annotated[
+        bool, typer.Option("--retry_failed", help="extract what has failed for good, too")
+    ] = False
+
+
 def parse(kind: Kind, arguments: Sequence[str] | None = None) -> Options:
     """Read the command line and the settings.
 
     Raises:
-        ConfigError: A setting is wrong, or options do not go together.
+        ConfigError: An option or a setting is wrong, or options do not go together.
     """
-    given = _parser(kind).parse_args(arguments)
-    settings = load_settings(given.config, given.set)
+    about = f"Extract the features of {_WHAT[kind]} into one feature file a post.\n{_EPILOG}"
+    given = read_options(CommandLine, f"extract_{kind}_features", arguments, about=about)
+    source = given.manifest or given.input
+    if source is None or (given.manifest and given.input):
+        raise ConfigError("name the posts with either --input or --manifest")
+    settings = load_settings(given.config, given.overrides)
     if ":/" in str(given.features):  # what is left of a URL as a path
         raise ConfigError(
             f"--features {given.features}: must be a folder; for several machines one that all "
@@ -82,10 +146,10 @@ def parse(kind: Kind, arguments: Sequence[str] | None = None) -> Options:
         )
     if given.address is not None and given.engine != "ray":
         raise ConfigError("--address: names a cluster of Ray; add --engine ray")
-    devices = given.devices or _devices_of(settings)
+    devices = _devices_of(settings) if given.devices is None else _devices(given.devices)
     features = given.features.absolute()
     manifest = given.manifest.absolute() if given.manifest else None
-    posts = manifest.parent / POSTS_OF_MANIFEST if manifest else given.input.absolute()
+    posts = manifest.parent / POSTS_OF_MANIFEST if manifest else source.absolute()
     ours = len(devices) if given.engine == "local" else 1
     workers = given.workers or (0 if given.engine == "ray" else _auto_workers(devices))
     processes = max(workers, ours) if given.engine == "local" else 1
@@ -110,58 +174,6 @@ def parse(kind: Kind, arguments: Sequence[str] | None = None) -> Options:
 def cores() -> int:
     """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0))
-
-
-# Parts ----------------------------------------------------------------------------------------
-
-
-def _parser(kind: Kind) -> OneLineParser:
-    parser = OneLineParser(
-        prog=f"extract_{kind}_features",
-        description=f"Extract the features of {_WHAT[kind]} into one feature file a post.",
-        epilog=_EPILOG,
-    )
-    parser.add_argument("--config", type=Path, help="settings; default as the daemon's")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="A.B=C", help="a setting, before the file's"
-    )
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--input", type=Path, metavar="FILE", help="posts.jsonl, or a data file")
-    source.add_argument(
-        "--manifest", type=Path, metavar="FILE", help="of download_mp.py, its posts.jsonl beside it"
-    )
-    parser.add_argument(
-        "--features", type=Path, required=True, metavar="DIR", help="root of feature files"
-    )
-    parser.add_argument(
-        "--workers", type=natural, default=0, help="extractor processes; 0: by the cores"
-    )
-    parser.add_argument(
-        "--devices", type=_devices, metavar="LIST", help="cpu, or cuda:0,cuda:1; default: settings'"
-    )
-    parser.add_argument("--engine", choices=("local", "ray"), default="local")
-    parser.add_argument(
-        "--address", help="cluster of Ray: auto, ray://host:10001; default: one on this machine"
-    )
-    parser.add_argument(
-        "--batch", type=count, help="frames, images, patches or texts of one pass of a model"
-    )
-    parser.add_argument(
-        "--share",
-        choices=("auto", "yes", "no"),
-        default="auto",
-        help="whether posts share a pass: faster on GPUs, but the last bit of a feature may then "
-        "differ from run to run; auto: on GPUs only",
-    )
-    parser.add_argument(
-        "--failures", type=Path, metavar="FILE", help="default: DIR/failures_" + f"{kind}.jsonl"
-    )
-    parser.add_argument("--limit", type=count, help="only the first lines of the input")
-    parser.add_argument("--force", action="store_true", help="extract what is there, too")
-    parser.add_argument(
-        "--retry_failed", action="store_true", help="extract what has failed for good, too"
-    )
-    return parser
 
 
 def _placed(
@@ -202,5 +214,5 @@ def _auto_workers(devices: Sequence[str]) -> int:
 def _devices(text: str) -> tuple[str, ...]:
     names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
     if not names or not all(_DEVICE.fullmatch(name) for name in names):
-        raise argparse.ArgumentTypeError(f"{text}: write it as cpu, or as cuda:0,cuda:1")
+        raise ConfigError(f"--devices {text}: write it as cpu, or as cuda:0,cuda:1")
     return names

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
-from common.errors import ConfigError, TaggingError
+from common.cli import exit_code
 from common.logs import configure_logs
 from corpus.extract.failures import FailureFile
 from corpus.extract.options import Options, parse
@@ -35,22 +35,16 @@ class Engine(Protocol):
 
 
 def main(kind: Kind, arguments: Sequence[str] | None = None) -> int:
-    """Extract; gives the exit code."""
-    name = f"extract_{kind}_features"
-    try:
-        return _run(parse(kind, arguments), name)
-    except ConfigError as error:
-        return _say(name, str(error), 2)
-    except TaggingError as error:
-        return _say(name, str(error), 1)
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        return _say(name, f"{where}{error.strerror or error}; run it again to go on", 1)
-    except KeyboardInterrupt:
-        return _say(name, "interrupted; run it again to go on", 1)
+    """Extract; 0 done, 2 the input is wrong, 1 anything else."""
+    return exit_code(
+        f"extract_{kind}_features",
+        lambda: _run(parse(kind, arguments)),
+        interrupted="interrupted; run it again to go on",
+        again="; run it again to go on",
+    )
 
 
-def _run(options: Options, name: str) -> int:
+def _run(options: Options) -> int:
     settings = options.settings
     configure_logs(settings.log.format, settings.log.level)
     check_holds_post(options.posts, options.limit)  # before models are loaded for nothing
@@ -97,8 +91,3 @@ def _tell(summary: Summary, tally: Tally, options: Options) -> None:
         sys.stdout.write(f"node {node}: {count:,} posts\n")
     if summary.failures:
         sys.stdout.write(f"what failed, and why: {options.failures}\n")
-
-
-def _say(name: str, text: str, status: int) -> int:
-    sys.stderr.write(f"{name}: {' '.join(text.split())}\n")
-    return status

@@ -2,92 +2,130 @@
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from common.cli import OneLineParser
+import typer
+
+from common.cli import Overrides, read_options
 from common.errors import ConfigError
-from config.cli import add_set, given_options, layered
+from config.cli import given_options, layered
 from config.infer import InferSettings, RunSettings
 from config.load import load_settings, read_yaml
 from config.settings import Settings
 from fusion.bundle.legacy import WEIGHT_FILES
 
 INFER_CONFIG = Path("config/infer_config.yaml")
-_KEYS = {name: name for name in ("n_gpus", "processes", "format", "skip_bad")}
+_KEYS = {name: name for name in ("n_gpus", "processes", "format")}
 
 
-def infer_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the options of `infer_net.py`."""
-    parser = OneLineParser(
-        prog="infer_net.py",
-        description="Tag posts from their feature files, or from raw media.",
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    add(
-        "--infer_config",
-        type=Path,
-        metavar="F",
-        help=f"YAML file; default {INFER_CONFIG}; one with the daemon's keys, such as "
-        "config/infer_config_e2e.yaml, tags raw media",
-    )
-    add(
-        "--input",
-        type=Path,
-        required=True,
-        metavar="F",
-        help="data file (.json, .jsonl), or a list (.txt) of post IDs or feature files, one a line",
-    )
-    add(
-        "--output",
-        metavar="F",
-        help="file, or mongodb://HOST/DATABASE.COLLECTION; default standard output",
-    )
-    add("--format", metavar="X", help="jsonl, csv or mongodb; default by the output's name")
-    add("--n_gpus", metavar="N", help="number of GPUs, a process for each; 0 runs on the CPU")
-    add("--processes", metavar="N", help="number of processes on the CPU")
-    add(
-        "--best_model",
-        type=Path,
-        metavar="M",
-        help="folder of a bundle, its model.safetensors, or a .pth with weights for the bundle "
-        "of the config",
-    )
-    add("--skip_bad", action="store_const", const="true", help="leave out bad posts, and list them")
-    where = parser.add_mutually_exclusive_group()
-    where.add_argument(
-        "--resume", action="store_true", help="go on where a killed run stopped (the default)"
-    )
-    where.add_argument(
-        "--restart", action="store_true", help="begin anew, whatever is there already"
-    )
-    add_set(parser)
-    return parser.parse_args(arguments)
+@dataclass(frozen=True, kw_only=True)
+class InferOptions:
+    """The command line of `infer_net.py`; the settings check the values."""
+
+    infer_config: Annotated[
+        Path | None,
+        typer.Option(
+            "--infer_config",
+            metavar="F",
+            help=f"YAML file; default {INFER_CONFIG}; one with the daemon's keys, such as "
+            "config/infer_config_e2e.yaml, tags raw media",
+        ),
+    ] = None
+    input: Annotated[
+        Path,
+        typer.Option(
+            "--input",
+            metavar="F",
+            help="data file (.json, .jsonl), or a list (.txt) of post IDs or feature files, "
+            "one a line",
+        ),
+    ]
+    output: Annotated[
+        str | None,
+        typer.Option(
+            "--output",
+            metavar="F",
+            help="file, or mongodb://HOST/DATABASE.COLLECTION; default standard output",
+        ),
+    ] = None
+    format: Annotated[
+        str | None,
+        typer.Option(
+            "--format", metavar="X", help="jsonl, csv or mongodb; default by the output's name"
+        ),
+    ] = None
+    n_gpus: Annotated[
+        str | None,
+        typer.Option(
+            "--n_gpus", metavar="N", help="number of GPUs, a process for each; 0 runs on the CPU"
+        ),
+    ] = None
+    processes: Annotated[
+        str | None,
+        typer.Option("--processes", metavar="N", help="number of processes on the CPU"),
+    ] = None
+    best_model: Annotated[
+        Path | None,
+        typer.Option(
+            "--best_model",
+            metavar="M",
+            help="folder of a bundle, its model.safetensors, or a .pth with weights for the "
+            "bundle of the config",
+        ),
+    ] = None
+    skip_bad: Annotated[
+        bool, typer.Option("--skip_bad", help="leave out bad posts, and list them")
+    ] = False
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="go on where a killed run stopped (the default)"),
+    ] = False
+    restart: Annotated[
+        bool, typer.Option("--restart", help="begin anew, whatever is there already")
+    ] = False
+    overrides: Overrides
 
 
-def infer_settings(options: argparse.Namespace) -> InferSettings | Settings:
-    """Settings of an inference: the YAML file, then the options, then ``--set``.
+def infer_options(arguments: Sequence[str] | None = None) -> InferOptions:
+    """Parse the options of `infer_net.py`.
 
-    Which kind it is, features or raw media, is told by the keys of the YAML file.
+    Raises:
+        ConfigError: One line that names the option and the mistake.
+    """
+    about = "Tag posts from their feature files, or from raw media."
+    options = read_options(InferOptions, "infer_net.py", arguments, about=about)
+    if options.resume and options.restart:
+        raise ConfigError("--restart: not allowed with --resume")
+    return options
+
+
+def infer_settings(options: InferOptions) -> InferSettings | Settings:
+    """Return the settings of an inference: the YAML file, then the options, then ``--set``.
+
+    The keys of the YAML file tell features from raw media.
 
     Raises:
         ConfigError: One line that names the file or option, the key and the mistake.
     """
     given = given_options(options, _KEYS)
+    if options.skip_bad:
+        given["skip_bad"] = True
     if options.output is not None:
         given["output"] = options.output
     file = options.infer_config or INFER_CONFIG
     content = read_yaml(file) if options.infer_config is not None or file.exists() else {}
     settings: InferSettings | Settings
     if tags_raw_media(content, file):
-        settings = load_settings(file, [*_as_overrides(given), *options.set])
+        settings = load_settings(file, [*_as_overrides(given), *options.overrides])
     else:
-        settings = layered(InferSettings, options.infer_config, INFER_CONFIG, given, options.set)
+        settings = layered(
+            InferSettings, options.infer_config, INFER_CONFIG, given, options.overrides
+        )
     model: Path | None = options.best_model
     # A file with weights alone becomes a bundle later: that takes torch.
     if model is None or model.suffix in WEIGHT_FILES:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-from common.cli import OneLineParser
+import typer
+
+from common.cli import Overrides, read_options
 from common.errors import ConfigError
-from config.cli import add_set, given_options, layered
+from config.cli import given_options, layered
 from config.load import merge, parse_overrides, read_yaml
 from config.train import BackboneTrainSettings, TrainSettings
 
@@ -31,48 +34,83 @@ _TASKS: dict[str, type[TrainSettings | BackboneTrainSettings]] = {
 }
 
 
-def train_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the options of `train_net.py`."""
-    parser = OneLineParser(
-        prog="train_net.py",
-        description="Train a fusion model on feature files and write its bundle; or a backbone.",
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    add("--model_config", type=Path, metavar="F", help=f"YAML file; default {TRAIN_CONFIG}")
-    add("--batch_size", metavar="N", help="posts in a training batch")
-    add("--learning_rate", metavar="X", help="peak learning rate")
-    add(
-        "--resume",
-        type=Path,
-        metavar="F",
-        help="a run's folder or checkpoint to go on from; or weights: best.pt, a bundle, a .pth",
-    )
-    add("--n_gpu", metavar="N", help="number of GPUs; 0 trains on the CPU")
-    add("--epoch", metavar="N", help="number of epochs; 0 takes the config's")
-    add("--save_dir", type=Path, metavar="DIR", help="folder of the runs; latest leads to one")
-    add("--valid_interval", metavar="N", help="epochs between validations; 0 only at the end")
-    add("--log_interval", metavar="N", help="batches between two lines of the log")
-    add(
-        "--fix_random_seed",
-        nargs="?",
-        const="true",
-        metavar="BOOL",
-        help="the same seed in every run",
-    )
-    add(
-        "--skip_bad",
-        nargs="?",
-        const="true",
-        metavar="BOOL",
-        help="leave out posts that cannot be used, and list them in log/skipped.jsonl",
-    )
-    add_set(parser)
-    return parser.parse_args(arguments)
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """The command line of `train_net.py`; the settings check the values."""
+
+    model_config: Annotated[
+        Path | None,
+        typer.Option("--model_config", metavar="F", help=f"YAML file; default {TRAIN_CONFIG}"),
+    ] = None
+    batch_size: Annotated[
+        str | None, typer.Option("--batch_size", metavar="N", help="posts in a training batch")
+    ] = None
+    learning_rate: Annotated[
+        str | None, typer.Option("--learning_rate", metavar="X", help="peak learning rate")
+    ] = None
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            "--resume",
+            metavar="F",
+            help="a run's folder or checkpoint to go on from; or weights: best.pt, a bundle, "
+            "a .pth",
+        ),
+    ] = None
+    n_gpu: Annotated[
+        str | None,
+        typer.Option("--n_gpu", metavar="N", help="number of GPUs; 0 trains on the CPU"),
+    ] = None
+    epoch: Annotated[
+        str | None,
+        typer.Option("--epoch", metavar="N", help="number of epochs; 0 takes the config's"),
+    ] = None
+    save_dir: Annotated[
+        Path | None,
+        typer.Option("--save_dir", metavar="DIR", help="folder of the runs; latest leads to one"),
+    ] = None
+    valid_interval: Annotated[
+        str | None,
+        typer.Option(
+            "--valid_interval", metavar="N", help="epochs between validations; 0 only at the end"
+        ),
+    ] = None
+    log_interval: Annotated[
+        str | None,
+        typer.Option("--log_interval", metavar="N", help="batches between two lines of the log"),
+    ] = None
+    fix_random_seed: Annotated[
+        str | None,
+        typer.Option("--fix_random_seed", metavar="[BOOL]", help="the same seed in every run"),
+    ] = None
+    skip_bad: Annotated[
+        str | None,
+        typer.Option(
+            "--skip_bad",
+            metavar="[BOOL]",
+            help="leave out posts that cannot be used, and list them in log/skipped.jsonl",
+        ),
+    ] = None
+    overrides: Overrides
 
 
-def train_settings(options: argparse.Namespace) -> TrainSettings | BackboneTrainSettings:
-    """Settings of a training: the YAML file, then the options, then ``--set``.
+def train_options(arguments: Sequence[str] | None = None) -> TrainOptions:
+    """Parse the options of `train_net.py`.
+
+    Raises:
+        ConfigError: One line that names the option and the mistake.
+    """
+    return read_options(
+        TrainOptions,
+        "train_net.py",
+        arguments,
+        about="Train a fusion model on feature files and write its bundle; or a backbone.",
+        flags=("--fix_random_seed", "--skip_bad"),
+    )
+
+
+def train_settings(options: TrainOptions) -> TrainSettings | BackboneTrainSettings:
+    """Return the settings of a training: the YAML file, then the options, then ``--set``.
 
     The file's ``task`` tells what is trained, and with it which keys there are.
 
@@ -85,7 +123,7 @@ def train_settings(options: argparse.Namespace) -> TrainSettings | BackboneTrain
     if given.get("trainer", {}).get("epochs") == 0:
         del given["trainer"]["epochs"]
     path = options.model_config
-    return layered(_task(path, options.set), path, TRAIN_CONFIG, given, options.set)
+    return layered(_task(path, options.overrides), path, TRAIN_CONFIG, given, options.overrides)
 
 
 def _task(path: Path | None, sets: list[str]) -> type[TrainSettings | BackboneTrainSettings]:

@@ -8,72 +8,94 @@ are opened; run it again after whatever ended it, and none is opened twice.
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs as a plain script too
 
-from common.cli import OneLineParser, count, number, whole_number
-from common.errors import ConfigError, TaggingError
+from common.cli import exit_code, read_options, share
 from corpus.analyze.command import ANALYSIS, DUPLICATES, REPORT, Options, analyze
 
 _NAME = "analyze_posts"
 
 
 def _threshold(text: str) -> float:
-    value = number(text)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text}: must be above 0 and at most 1")
+    value = share(text)
+    if not value:
+        raise typer.BadParameter(f"{text}: must be above 0 and at most 1")
     return value
 
 
-def _bits(text: str) -> int:
-    value = whole_number(text)
-    if not 0 <= value <= 16:
-        raise argparse.ArgumentTypeError(f"{text}: must lie in 0 to 16")
-    return value
+@dataclass(frozen=True, kw_only=True)
+class CommandLine:
+    """The command line."""
+
+    posts: Annotated[Path, typer.Argument(metavar="POSTS", help="posts file or data file")]
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="output folder")]
+    media: Annotated[
+        Path | None,
+        typer.Option(
+            "--media",
+            metavar="DIR",
+            help="where the media lie: output of download_mp, or a folder; without it they are "
+            "counted, not opened",
+        ),
+    ] = None
+    labels: Annotated[
+        Path | None,
+        typer.Option("--labels", metavar="F", help="label map to hold the tags against"),
+    ] = None
+    rare: Annotated[
+        int, typer.Option("--rare", min=1, metavar="N", help="fewer posts are rare")
+    ] = 10
+    text_threshold: Annotated[
+        float,
+        typer.Option(
+            "--text_threshold",
+            parser=_threshold,
+            metavar="X",
+            help="share of their runs of three characters that alike texts share",
+        ),
+    ] = 0.9
+    hash_distance: Annotated[
+        int,
+        typer.Option(
+            "--hash_distance",
+            min=0,
+            max=16,
+            metavar="N",
+            help="bits of 64 in which pictures that look alike may differ",
+        ),
+    ] = 6
+    processes: Annotated[
+        int, typer.Option("--processes", min=1, metavar="N", help="that open media")
+    ] = min(4, os.cpu_count() or 1)
 
 
-def parse(arguments: Sequence[str] | None = None) -> Options:
-    """Read the command line."""
-    parser = OneLineParser(
-        prog=_NAME, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("posts", type=Path, metavar="POSTS", help="posts file or data file")
-    add("--out", type=Path, required=True, metavar="DIR", help="output folder")
-    add("--media", type=Path, metavar="DIR", help="where the media lie: output of download_mp, "
-        "or a folder; without it they are counted, not opened")  # fmt: skip
-    add("--labels", type=Path, metavar="F", help="label map to hold the tags against")
-    add("--rare", type=count, default=10, metavar="N", help="fewer posts are rare; 10")
-    add("--text_threshold", type=_threshold, default=0.9, metavar="X",
-        help="share of their runs of three characters that alike texts share; 0.9")  # fmt: skip
-    add("--hash_distance", type=_bits, default=6, metavar="N",
-        help="bits of 64 in which pictures that look alike may differ; 6")  # fmt: skip
-    add("--processes", type=count, default=min(4, os.cpu_count() or 1), metavar="N",
-        help="that open media")  # fmt: skip
-    return Options(**vars(parser.parse_args(arguments)))
+def run(arguments: Sequence[str] | None) -> None:
+    """Analyse, and name the files.
+
+    Raises:
+        TaggingError: One line that says what is wrong.
+    """
+    line = read_options(CommandLine, _NAME, arguments, about=__doc__)
+    analyze(Options(**vars(line)))
+    print(", ".join(str(line.out / name) for name in (REPORT, ANALYSIS, DUPLICATES)))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Analyse; gives the exit code."""
-    options = parse(arguments)
-    try:
-        analyze(options)
-    except ConfigError as error:
-        print(f"{_NAME}: {error}", file=sys.stderr)
-        return 2
-    except TaggingError as error:
-        print(f"{_NAME}: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"{_NAME}: interrupted; run it again: what is measured stays", file=sys.stderr)
-        return 1
-    print(", ".join(str(options.out / name) for name in (REPORT, ANALYSIS, DUPLICATES)))
-    return 0
+    """Analyse; return the exit code."""
+    return exit_code(
+        _NAME,
+        lambda: run(arguments),
+        interrupted="interrupted; run it again: what is measured stays",
+    )
 
 
 if __name__ == "__main__":

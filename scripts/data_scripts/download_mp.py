@@ -1,4 +1,4 @@
-"""Download the media of posts: many processes and connections, the daemon's own safety limits.
+"""Download the media of posts: many connections at once, the daemon's own safety limits.
 
 Reads a posts file (*.jsonl) or a data file (*.json). Writes DIR/media (each content once, by its
 hash), DIR/manifest.jsonl (a line per media with its status and reason), DIR/posts.jsonl (the posts
@@ -8,92 +8,96 @@ after whatever ended it, and it goes on where it stopped.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs as a plain script too
 
-from common.cli import OneLineParser, count, natural, seconds
-from common.errors import ConfigError, TaggingError
+from common.cli import ConfigFile, Overrides, exit_code, read_options, seconds
 from config.load import load_settings
-from corpus.download.run import download
-from corpus.download.values import Options
 
 _NAME = "download_mp"
 
 
-def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = OneLineParser(
-        prog=_NAME, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+@dataclass(frozen=True, kw_only=True)
+class CommandLine:
+    """The command line."""
+
+    posts: Annotated[Path, typer.Argument(metavar="POSTS", help="posts file or data file")]
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="output folder")]
+    processes: Annotated[
+        int, typer.Option("--processes", min=1, help="times --connections: downloads at once")
+    ] = 2
+    connections: Annotated[int, typer.Option("--connections", min=1)] = 16
+    per_host: Annotated[
+        int, typer.Option("--per_host", min=1, metavar="N", help="downloads from one host at once")
+    ] = 8
+    retries: Annotated[
+        int,
+        typer.Option(
+            "--retries",
+            min=0,
+            metavar="N",
+            help="more tries at what may pass, each after a longer wait",
+        ),
+    ] = 4
+    backoff: Annotated[
+        float,
+        typer.Option("--backoff", parser=seconds, metavar="S", help="wait before the first one"),
+    ] = 1.0
+    timeout: Annotated[
+        float | None,
+        typer.Option(
+            "--timeout",
+            parser=seconds,
+            metavar="S",
+            help="seconds for one file; fetch.total_timeout_s",
+        ),
+    ] = None
+    local: Annotated[bool, typer.Option("--local", help="take local files of POSTS too")] = False
+    verify: Annotated[bool, typer.Option("--verify", help="hash files that are there already")] = (
+        False
     )
-    parser.add_argument("posts", type=Path, metavar="POSTS", help="posts file or data file")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="output folder")
-    parser.add_argument("--processes", type=count, default=2)
-    parser.add_argument("--connections", type=count, default=16, help="of each process; 16")
-    parser.add_argument(
-        "--per_host", type=count, default=8, metavar="N", help="downloads from one host at once; 8"
-    )
-    parser.add_argument(
-        "--retries",
-        type=natural,
-        default=4,
-        metavar="N",
-        help="more tries at what may pass, each after a longer wait; 4",
-    )
-    parser.add_argument(
-        "--backoff", type=seconds, default=1.0, metavar="S", help="wait before the first; 1"
-    )
-    parser.add_argument(
-        "--timeout", type=seconds, metavar="S", help="seconds for one file; fetch.total_timeout_s"
-    )
-    parser.add_argument("--local", action="store_true", help="take local files of POSTS too")
-    parser.add_argument("--verify", action="store_true", help="hash files that are there already")
-    parser.add_argument(
-        "--retry_failed", action="store_true", help="ask again for what was refused before"
-    )
-    parser.add_argument("--config", type=Path, metavar="F", help="settings, YAML; section fetch")
-    parser.add_argument("--set", metavar="a.b=c", action="append", default=[], dest="overrides")
-    return parser.parse_args(arguments)
+    retry_failed: Annotated[
+        bool, typer.Option("--retry_failed", help="ask again for what was refused before")
+    ] = False
+    config: ConfigFile = None
+    overrides: Overrides
 
 
-def options_of(parsed: argparse.Namespace) -> Options:
-    """The options with the settings' limits.
+def run(line: CommandLine) -> int:
+    """Download with the settings' limits; return the exit code."""
+    from corpus.download.run import download
+    from corpus.download.values import Options
 
-    Raises:
-        ConfigError: One line that names the source, the key and the mistake.
-    """
-    overrides = list(parsed.overrides)
-    if parsed.timeout is not None:
-        overrides.append(f"fetch.total_timeout_s={parsed.timeout}")
-    return Options(
-        posts=parsed.posts,
-        out=parsed.out,
-        fetch=load_settings(parsed.config, overrides).fetch,
-        processes=parsed.processes,
-        connections=parsed.connections,
-        per_host=parsed.per_host,
-        retries=parsed.retries,
-        backoff_s=parsed.backoff,
-        local=parsed.local,
-        verify=parsed.verify,
-        retry_failed=parsed.retry_failed,
+    overrides = list(line.overrides)
+    if line.timeout is not None:
+        overrides.append(f"fetch.total_timeout_s={line.timeout}")
+    return download(
+        Options(
+            posts=line.posts,
+            out=line.out,
+            fetch=load_settings(line.config, overrides).fetch,
+            processes=line.processes,
+            connections=line.connections,
+            per_host=line.per_host,
+            retries=line.retries,
+            backoff_s=line.backoff,
+            local=line.local,
+            verify=line.verify,
+            retry_failed=line.retry_failed,
+        )
     )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Download; gives the exit code."""
-    parsed = parse(arguments)
-    try:
-        return download(options_of(parsed))
-    except ConfigError as error:
-        print(f"{_NAME}: {error}", file=sys.stderr)
-        return 2
-    except TaggingError as error:
-        print(f"{_NAME}: {error}", file=sys.stderr)
-        return 1
+    """Download; return the exit code."""
+    return exit_code(_NAME, lambda: run(read_options(CommandLine, _NAME, arguments, about=__doc__)))
 
 
 if __name__ == "__main__":

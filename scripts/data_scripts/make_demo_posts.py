@@ -6,53 +6,73 @@ The same seed, split and number of posts give the same posts.
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs as a plain script too
 
-from common.cli import OneLineParser, count, natural, share
+from common.cli import exit_code, read_options, share
+from common.errors import ConfigError
 from demo.posts.make import DATA_FILE, make_posts
-from demo.posts.plan import SPLITS, plan_posts
+from demo.posts.plan import Split, plan_posts
+
+_NAME = "make_demo_posts"
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = OneLineParser(prog="make_demo_posts", description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder to write to")
-    parser.add_argument("--posts", type=count, required=True, help="number of posts")
-    parser.add_argument("--seed", type=natural, default=0)
-    parser.add_argument("--split", choices=SPLITS, default="train", help="splits share no post")
-    parser.add_argument("--noise", type=share, default=0.0, help="disturbance, 0 to 1")
-    parser.add_argument(
-        "--missing", type=share, default=0.0, help="chance that a needed modality is left out"
-    )
-    parser.add_argument("--processes", type=count, default=os.cpu_count() or 1)
-    return parser.parse_args(arguments)
+@dataclass(frozen=True, kw_only=True)
+class CommandLine:
+    """The command line."""
+
+    out: Annotated[Path, typer.Option("--out", help="folder to write to")]
+    posts: Annotated[int, typer.Option("--posts", min=1, help="number of posts")]
+    seed: Annotated[int, typer.Option("--seed", min=0)] = 0
+    split: Annotated[
+        Split,
+        typer.Option("--split", help="splits share no post"),
+    ] = "train"
+    noise: Annotated[
+        float, typer.Option("--noise", parser=share, metavar="X", help="disturbance, 0 to 1")
+    ] = 0.0
+    missing: Annotated[
+        float,
+        typer.Option(
+            "--missing",
+            parser=share,
+            metavar="X",
+            help="chance that a needed modality is left out",
+        ),
+    ] = 0.0
+    processes: Annotated[int, typer.Option("--processes", min=1)] = os.cpu_count() or 1
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Make the posts; gives the exit code."""
-    options = parse(arguments)
+def run(line: CommandLine) -> None:
+    """Make the posts.
+
+    Raises:
+        ConfigError: The folder cannot be written.
+    """
     from common.progress import track
 
-    plans = plan_posts(
-        options.posts, options.seed, options.split, noise=options.noise, missing=options.missing
-    )
-    made = make_posts(options.out, plans, options.processes)
+    plans = plan_posts(line.posts, line.seed, line.split, noise=line.noise, missing=line.missing)
     try:
-        for _ in track(made, f"{options.split} posts", len(plans)):
+        for _ in track(
+            make_posts(line.out, plans, line.processes), f"{line.split} posts", len(plans)
+        ):
             pass
     except OSError as error:
-        print(f"make_demo_posts: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("make_demo_posts: interrupted", file=sys.stderr)
-        return 1
-    print(f"{len(plans)} posts: {options.out / DATA_FILE}")
-    return 0
+        raise ConfigError(str(error)) from error
+    print(f"{len(plans)} posts: {line.out / DATA_FILE}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Make the posts; return the exit code."""
+    return exit_code(_NAME, lambda: run(read_options(CommandLine, _NAME, arguments, about=__doc__)))
 
 
 if __name__ == "__main__":

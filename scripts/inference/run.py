@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import sys
@@ -22,12 +21,12 @@ from fusion.infer.infer_features import FeatureMaker
 from fusion.infer.inference import Facts, InferReport, Job, infer, shown
 from fusion.infer.input import Input, read_record
 from fusion.infer.journal import Journal
-from fusion.infer.options import bundle_of, run_settings, with_bundle
+from fusion.infer.options import InferOptions, bundle_of, run_settings, with_bundle
 from fusion.infer.outputs import CsvTable, JsonLines, Sink, TextSink
 from scripts.commands.post_file import post_of
 
 
-def run(settings: InferSettings | Settings, options: argparse.Namespace) -> None:
+def run(settings: InferSettings | Settings, options: InferOptions) -> None:
     """Infer, and say what came out.
 
     Raises:

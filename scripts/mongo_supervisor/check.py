@@ -9,16 +9,19 @@ the section `monitor` of the settings, and options override them.
 
 from __future__ import annotations
 
-import argparse
 import signal
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Annotated
+
+import typer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs as a plain script too
 
+from common.cli import ConfigFile, Overrides, read_options
 from common.errors import ConfigError, TaggingError
 from common.logs import configure_logs
 from common.times import since_time
@@ -35,51 +38,75 @@ _UNKNOWN = EXIT_CODES["unknown"]
 NAMES = tuple(n for n, f in MonitorSettings.model_fields.items() if f.annotation is Threshold)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """Exit with 3 after a usage error: to a monitoring system, 2 is an alarm."""
-        self.exit(_UNKNOWN, f"UNKNOWN: {' '.join(message.split())}\n")
+_NAMES = ", ".join(NAMES)
 
 
-def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = _Parser(
-        prog="check.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config", metavar="F", help="settings, YAML")
-    parser.add_argument("--set", metavar="a.b=c", action="append", default=[], dest="overrides")
-    for level in ("warning", "critical"):
-        parser.add_argument(
-            f"--{level}",
+@dataclass(frozen=True, kw_only=True)
+class CommandLine:
+    """The command line."""
+
+    config: ConfigFile = None
+    overrides: Overrides
+    warning: Annotated[
+        list[str],
+        typer.Option(
+            "--warning",
             metavar="NAME=VALUE",
-            action="append",
-            default=[],
-            help=f"from which value on a check is {level}; NAME: {', '.join(NAMES)}",
-        )
-    parser.add_argument("--older-than", metavar="T", help="untagged posts of this age: 15m, 2h, 0s")
-    parser.add_argument("--window", metavar="T", help="recent time of the failed ratio: 1h, 1d")
-    parser.add_argument("--json", action="store_true", help="JSON instead of a table")
-    parser.add_argument(
-        "--watch",
-        metavar="SECONDS",
-        type=float,
-        help="look again and again: redrawn on a terminal, otherwise a log line for each look",
-    )
-    parser.add_argument(
-        "--requeue",
-        action="store_true",
-        help="publish every untagged post without a job again, and say how many",
-    )
+            default_factory=list,
+            help=f"from which value on a check is a warning; NAME: {_NAMES}",
+        ),
+    ]
+    critical: Annotated[
+        list[str],
+        typer.Option(
+            "--critical",
+            metavar="NAME=VALUE",
+            default_factory=list,
+            help=f"from which value on a check is critical; NAME: {_NAMES}",
+        ),
+    ]
+    older_than: Annotated[
+        str | None,
+        typer.Option("--older-than", metavar="T", help="untagged posts of this age: 15m, 2h, 0s"),
+    ] = None
+    window: Annotated[
+        str | None,
+        typer.Option("--window", metavar="T", help="recent time of the failed ratio: 1h, 1d"),
+    ] = None
+    json: Annotated[bool, typer.Option("--json", help="JSON instead of a table")] = False
+    watch: Annotated[
+        float | None,
+        typer.Option(
+            "--watch",
+            metavar="SECONDS",
+            help="look again and again: redrawn on a terminal, otherwise a log line for each look",
+        ),
+    ] = None
+    requeue: Annotated[
+        bool,
+        typer.Option(
+            "--requeue",
+            help="publish every untagged post without a job again, and say how many",
+        ),
+    ] = False
     # The daemon's option, which KING_ARGS may hold.
-    parser.add_argument("--drain", action="store_true", help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
-    if options.watch is not None and (options.requeue or options.watch <= 0):
-        parser.error("--watch takes seconds above 0, and goes without --requeue")
+    drain: Annotated[bool, typer.Option("--drain", hidden=True)] = False
+
+
+def parse(arguments: Sequence[str] | None = None) -> CommandLine:
+    """Read the command line.
+
+    Raises:
+        ConfigError: One line that names the option and the mistake.
+    """
+    options = read_options(CommandLine, "check.py", arguments, about=__doc__)
+    if options.watch is not None and (options.requeue or not options.watch > 0):
+        raise ConfigError("--watch takes seconds above 0, and goes without --requeue")
     return options
 
 
-def settings_of(options: argparse.Namespace) -> Settings:
-    """Return the settings, overridden by the options.
+def settings_of(options: CommandLine) -> Settings:
+    """The settings, with the options over them.
 
     Raises:
         ConfigError: One line that names the source, the key and the mistake.
@@ -180,9 +207,9 @@ def _say(checks: Sequence[Check], as_json: bool) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Look once or repeatedly, and return the exit code."""
-    options = parse(arguments)
+    """Look, once or again and again; gives the exit code."""
     try:
+        options = parse(arguments)
         settings = settings_of(options)
         configure_logs(settings.log.format, settings.log.level)
         if options.watch is not None:

@@ -326,8 +326,8 @@ def test_full_disk_stops_it_with_one_line(site: MediaSite, tmp_path: Path) -> No
         (["p.json", "--out", "o"], "p.json: must be a list of posts"),
         (["p.jsonl", "--out", "p.jsonl"], "p.jsonl/.state: cannot be written: Not a directory"),
         (["p.jsonl", "--out", "o", "--set", "fetch.nope=1"], "fetch.nope: unknown key"),
-        (["p.jsonl"], "required: --out"),
-        (["p.jsonl", "--out", "o", "--per_host", "0"], "must be 1 or more"),
+        (["p.jsonl"], "Missing option '--out'"),
+        (["p.jsonl", "--out", "o", "--per_host", "0"], "'--per_host'"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -343,10 +343,7 @@ def test_mistakes_are_one_line(
     Path("p.json").write_text("{")
     Path("empty.jsonl").write_text("")
     Path("bad.jsonl").write_text("{\n[]\n")
-    try:
-        code = main(args)
-    except SystemExit as left:
-        code = int(str(left.code))
+    code = main(args)
     error = capsys.readouterr().err
     assert code == 2
     assert said in error

@@ -208,10 +208,8 @@ def test_a_smaller_split_leaves_no_old_side(tmp_path: Path) -> None:
 
 def test_a_seed_below_zero_is_a_mistake(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It ends with 2 and a line, not with numpy's traceback."""
-    with pytest.raises(SystemExit) as ended:
-        _build(tmp_path, "--seed", "-1")
-    assert ended.value.code == 2
-    assert "must be a whole number" in capsys.readouterr().err
+    assert _build(tmp_path, "--seed", "-1") == 2
+    assert "'--seed'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("at_once", [sides._AT_ONCE, 16])
@@ -291,6 +289,4 @@ def test_a_label_map_is_made_from_posts(tmp_path: Path, capsys: pytest.CaptureFi
     assert label_map.main([*asked, "--base", str(out)]) == 0
     assert LabelMap.load(out).names == ("z", "b", "a", "c")
     assert label_map.main([*asked, "--min_posts", "9"]) == 2
-    with pytest.raises(SystemExit) as ended:
-        label_map.main([*asked, "--min_posts", "-1"])
-    assert ended.value.code == 2
+    assert label_map.main([*asked, "--min_posts", "-1"]) == 2
