@@ -10,7 +10,7 @@ Runs in decoder processes that may die of a file; what a file can do short of th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -182,17 +182,18 @@ def _decode_video(
 
 
 def _scan(
-    path: Path, file_type: FileType, limits: DecodeSettings, rate_hz: int
+    path: Path, file_type: FileType, limits: DecodeSettings, rate_hz: int | None
 ) -> tuple[PacketIndex | None, Waveform | MediaError]:
-    """Make the first pass: index the video's packets and decode its sound."""
+    """Make the first pass: index the video's packets and decode its sound at a rate, if any."""
     from extractors.media.containers import find_stream, open_container, packets
     from extractors.media.sound import SoundTrack
     from extractors.media.video import PacketIndex
 
     with open_container(path, file_type) as container:
-        video, audio = find_stream(container, "video"), find_stream(container, "audio")
+        video = find_stream(container, "video")
+        audio = find_stream(container, "audio") if rate_hz is not None else None
         index = PacketIndex(video, limits.max_duration_s) if video is not None else None
-        track = SoundTrack(audio, min(limits.max_audio_s, limits.max_duration_s), rate_hz)
+        track = SoundTrack(audio, min(limits.max_audio_s, limits.max_duration_s), rate_hz or 0)
         for packet in packets(container, *(s for s in (video, audio) if s is not None)):
             if index is not None and packet.stream.type == "video":
                 index.add(packet)
@@ -215,14 +216,46 @@ def _frames(
     limits: DecodeSettings,
     allocate: Allocate,
 ) -> tuple[Pixels, tuple[Pixels, ...]]:
-    """Make the second pass: decode the chosen frames, and those of them that OCR reads.
+    """Make the second pass: decode the chosen frames, and those of them that OCR reads."""
+    from extractors.media.pictures import centres, fitted_size
+    from extractors.media.video import FrameScaler, choose_frames
+
+    ocr, side = features.ocr, features.video.image_size
+    square = FrameScaler(lambda width, height: (side, side))
+    fitted = FrameScaler(lambda width, height: fitted_size(width, height, ocr.max_side))
+    frames: Any = None
+    pictures: list[Pixels] = []
+    count = 0
+    for frame, total in _chosen_frames(
+        path,
+        file_type,
+        index,
+        limits,
+        lambda index: choose_frames(index, features.video.frames, features.video.decode),
+    ):
+        if frames is None:
+            frames = allocate((total, side, side, 3), _UINT8)
+        frames[count] = square(frame)
+        if ocr.enabled and count in centres(total, min(ocr.frames, total)):
+            pictures.append(_copy(fitted(frame), allocate))
+        count += 1
+    return frames[:count], tuple(pictures)
+
+
+def _chosen_frames(
+    path: Path,
+    file_type: FileType,
+    index: PacketIndex | None,
+    limits: DecodeSettings,
+    choose: Callable[[PacketIndex], list[int]],
+) -> Iterator[tuple[Any, int]]:
+    """Yield the chosen frames that decode, at least one, each with the number of chosen ones.
 
     Raises:
         MediaError: There are no frames, or too few of those that there should be.
     """
     from extractors.media.containers import find_stream, open_container
-    from extractors.media.pictures import centres, fitted_size
-    from extractors.media.video import FrameScaler, check_size, choose_frames, decode_frames
+    from extractors.media.video import check_size, decode_frames
 
     with open_container(path, file_type) as container:
         stream = find_stream(container, "video")
@@ -230,21 +263,11 @@ def _frames(
             raise MediaError(f"{file_type.name} has no video stream")
         check_size(stream, limits.max_pixels)
         _check_whole(len(index), stream.frames if not index.past_limit else 0, file_type)
-        chosen = choose_frames(index, features.video.frames, features.video.decode)
-        ocr = features.ocr
-        read = set(centres(len(chosen), min(ocr.frames, len(chosen)))) if ocr.enabled else set()
-        side, count = features.video.image_size, 0
-        square = FrameScaler(lambda width, height: (side, side))
-        fitted = FrameScaler(lambda width, height: fitted_size(width, height, ocr.max_side))
-        frames = allocate((len(chosen), side, side, 3), _UINT8)
-        pictures: list[Pixels] = []
+        chosen, count = choose(index), 0
         for frame in decode_frames(container, stream, index, chosen):
-            frames[count] = square(frame)
-            if count in read:
-                pictures.append(_copy(fitted(frame), allocate))
+            yield frame, len(chosen)
             count += 1
     _check_whole(count, len(chosen), file_type)
-    return frames[:count], tuple(pictures)
 
 
 def read_frames(
@@ -272,37 +295,16 @@ def read_frames(
     Raises:
         MediaError: The file is missing, of another type, truncated, broken or too large.
     """
-    from extractors.media.containers import find_stream, open_container, packets
     from extractors.media.sniff import check_type
-    from extractors.media.video import (
-        FrameScaler,
-        PacketIndex,
-        check_size,
-        choose_frames,
-        decode_frames,
-    )
+    from extractors.media.video import FrameScaler, choose_frames
 
     file_type = check_type(path, "video")
-    with open_container(path, file_type) as container:
-        stream = find_stream(container, "video")
-        if stream is None:
-            raise MediaError(f"{file_type.name} has no video stream")
-        index = PacketIndex(stream, limits.max_duration_s)
-        for packet in packets(container, stream):
-            index.add(packet)
-            if index.past_limit:
-                break
-    chosen = choose_frames(index, count, mode, random)
+    index, _ = _scan(path, file_type, limits, None)
     scale = FrameScaler(lambda width, height: (side, side))
-    with open_container(path, file_type) as container:
-        stream = find_stream(container, "video")
-        if stream is None:
-            raise MediaError(f"{file_type.name} has no video stream")
-        check_size(stream, limits.max_pixels)
-        _check_whole(len(index), stream.frames if not index.past_limit else 0, file_type)
-        frames = [scale(frame) for frame in decode_frames(container, stream, index, chosen)]
-    _check_whole(len(frames), len(chosen), file_type)
-    return np.stack(frames)
+    frames = _chosen_frames(
+        path, file_type, index, limits, lambda index: choose_frames(index, count, mode, random)
+    )
+    return np.stack([scale(frame) for frame, _ in frames])
 
 
 def _check_whole(got: int, expected: int, file_type: FileType) -> None:
