@@ -35,6 +35,9 @@ _FABRIC_PRECISION: Mapping[Precision, Literal["32-true", "bf16-mixed", "16-mixed
 # How long processes of a failed training may take to end before they are killed: they have nothing
 # to save, so less than torch's 30 s; much less would cut off a log that is being written.
 _SHUTDOWN_S = 5
+# How long a process waits for the launcher to end it: far more than the 0.1 s in which the launcher
+# sees a dead process, for a machine that is overloaded. Too short, and the wrong one is named.
+_LAUNCHER_S = 60
 _OWN_RUN = "insighttag"
 _DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
 _GONE = ("closed by peer", "reset by peer", "gloo", "NCCL", "Broken pipe", "TCPStore")
@@ -62,12 +65,12 @@ def run(settings: TrainerSettings, work: Callable[[Fabric], Result]) -> Result:
 
 
 def under_torchrun() -> bool:
-    """Whether torchrun has started this process."""
+    """Return whether torchrun has started this process."""
     return distributed.is_torchelastic_launched()
 
 
 def on_this_host() -> int:
-    """Processes of this training on this host."""
+    """Return the number of processes of this training on this host."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
@@ -79,27 +82,25 @@ def all_ranks(fabric: Fabric, work: Callable[[], Result]) -> Result:
     """
     if fabric.world_size == 1:
         return work()
-    found: Result | None = None
-    problem: TaggingError | None = None
+    result: Result | None = None
+    own_error: TaggingError | None = None
     try:
-        found = work()
+        result = work()
     except TaggingError as error:
-        problem = error
-    problems: list[TaggingError | None] = [None] * fabric.world_size
-    distributed.all_gather_object(problems, problem)
-    for raised in problems:
-        if raised is not None:
-            raise same_everywhere(raised)
-    return cast("Result", found)
+        own_error = error
+    for error_of_rank in gathered(fabric, own_error):
+        if error_of_rank is not None:
+            raise same_everywhere(error_of_rank)
+    return cast("Result", result)
 
 
 def same_everywhere(error: TaggingError) -> BaseException:
-    """What to raise for a mistake that every process meets: one of them speaks of it."""
-    return error if _speaks() else SystemExit(2)
+    """Return what to raise for a mistake that every process meets: one of them reports it."""
+    return error if _reports() else SystemExit(2)
 
 
 def gathered(fabric: Fabric, value: Result) -> list[Result]:
-    """The values of all processes, in their order."""
+    """Return the values of all processes, in the order of their ranks."""
     if fabric.world_size == 1:
         return [value]
     values: list[Any] = [None] * fabric.world_size
@@ -110,7 +111,8 @@ def gathered(fabric: Fabric, value: Result) -> list[Result]:
 def _launched(settings: TrainerSettings, work: Callable[[Fabric], Result], count: int) -> Result:
     """Do ``work`` in processes of this host, by torch's own launcher."""
     # Its lines and tracebacks would hide ours: the error below says which process was the first.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for name in ("torch.distributed.elastic", "torch.multiprocessing.spawn"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -178,8 +180,8 @@ def _joined(settings: TrainerSettings, work: Callable[[Fabric], Result]) -> Resu
             if os.environ["TORCHELASTIC_RUN_ID"] == _OWN_RUN:
                 # The launcher names the process that ends first, which must be the one that died;
                 # it then ends this one.
-                time.sleep(_SHUTDOWN_S)
-            if not _speaks():
+                time.sleep(_LAUNCHER_S)
+            if not _reports():
                 raise SystemExit(1) from error
             raise WorkerDied(
                 "another process of this training has ended, and this one with it; "
@@ -191,8 +193,8 @@ def _joined(settings: TrainerSettings, work: Callable[[Fabric], Result]) -> Resu
             distributed.destroy_process_group()
 
 
-def _speaks() -> bool:
-    """False in torchrun's processes but the first; processes of our own tell who started them."""
+def _reports() -> bool:
+    """Return whether this process reports errors: the first of torchrun's, and all of our own."""
     return os.environ.get("TORCHELASTIC_RUN_ID", _OWN_RUN) == _OWN_RUN or os.environ["RANK"] == "0"
 
 
