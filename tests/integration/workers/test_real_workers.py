@@ -184,9 +184,6 @@ def same(one: Features, other: Features) -> None:
         assert difference.max() < 1e-3, modality
 
 
-# Whole posts ---------------------------------------------------------------------------------
-
-
 class Lent:
     """A running pool that its borrower neither starts nor stops.
 
@@ -328,9 +325,6 @@ def test_wrong_features_fail_their_post_only(driver: Driver, site: Site) -> None
     driver.done(tasks[2])
 
 
-# Decoders ------------------------------------------------------------------------------------
-
-
 def test_decoder_that_needs_too_much_memory(driver: Driver, site: Site, tmp_path: Path) -> None:
     """A file beyond `decode.memory_mb` fails with that reason or as broken; decoding goes on."""
     side = 15_000
@@ -364,9 +358,6 @@ def test_more_than_a_slot_holds(driver: Driver, site: Site) -> None:
     with pytest.raises(MediaError, match=r"more than a slot holds \(4096 bytes\)"):
         run_decode(task, site.settings.features, site.settings.decode, arena)
     arena.close()
-
-
-# Fusion --------------------------------------------------------------------------------------
 
 
 def test_hot_swap(driver: Driver, site: Site) -> None:
@@ -407,9 +398,6 @@ def test_missing_bundle_refuses_the_pool(site: Site, tmp_path: Path) -> None:
     message = refusal(site.settings.model_copy(update={"fusion": fusion}))
     assert str(tmp_path / "none") in message
     assert "\n" not in message
-
-
-# In this process -----------------------------------------------------------------------------
 
 
 def test_local_needs_the_right_bundle(site: Site, tmp_path: Path) -> None:

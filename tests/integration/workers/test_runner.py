@@ -331,9 +331,6 @@ def test_a_mistake_in_the_thread_is_told(made: Made) -> None:
     assert not runner.ready
 
 
-# Real processes ------------------------------------------------------------------------------
-
-
 def test_real_workers_that_are_killed(tmp_path: Path) -> None:
     """Toy workers: a post whose text kills its worker costs itself only; no process is left."""
     settings = toy_settings(

@@ -90,15 +90,12 @@ def walk(plan: PostPlan, fails: dict[str, Failure] | None = None, read: str = "s
 
 
 def texts(steps: list[Step]) -> dict[str, str]:
-    """Modality ─► text of the embeddings."""
+    """Modality -> text of the embeddings."""
     return {
         s.task.modality: s.task.text
         for s in steps
         if isinstance(s.task, ExtractTask) and s.task.extractor == "text"
     }
-
-
-# The flow ------------------------------------------------------------------------------------
 
 
 def test_text_alone() -> None:
@@ -144,9 +141,6 @@ def test_media_beyond_the_limit_are_left_out_and_counted() -> None:
     plan = plan_of(Post("p", "", (IMAGE,) * 5), max_media=2)
     assert plan.media_left_out == 3
     assert len(plan.start()) == 2
-
-
-# OCR modes -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -202,9 +196,6 @@ def test_what_is_read_keeps_the_order_of_the_media() -> None:
         read = f"line {step.media_index}"
         todo += plan.done(step, result_of(step, read))
     assert plan.features().ocr_text == "line 0\nline 1"
-
-
-# Failures ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -338,9 +329,6 @@ def test_any_order_ends_and_gives_the_same(
         return arrays, features.statuses, features.ocr_text
 
     assert run(lambda n: 0) == run(random.randrange)
-
-
-# Sizes ---------------------------------------------------------------------------------------
 
 
 def test_reference_knows_its_size() -> None:
