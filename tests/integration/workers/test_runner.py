@@ -25,6 +25,7 @@ from common.post import Failure, Media, Modality, Post
 from config.settings import Settings
 from tests.support import media
 from tests.support.fakes.pool import DIED, Answer, FakePool, default_answer
+from tests.support.services import wait_until
 from tests.support.tiny_models import tiny_features
 from tests.support.workers.driving import alive, toy_settings
 from tests.support.workers.toys import ROLES
@@ -84,13 +85,6 @@ def made(tmp_path: Path) -> Iterator[Made]:
         assert runner.in_flight == 0
         assert pool.slots.free == 4
     assert list(spool.iterdir()) == []
-
-
-def wait_for(check: Callable[[], object]) -> None:
-    end = time.monotonic() + 60
-    while not check():
-        assert time.monotonic() < end, "not within 60 s"
-        time.sleep(0.005)
 
 
 def test_a_post_goes_from_its_sources_to_its_tags(made: Made, tmp_path: Path) -> None:
@@ -252,9 +246,9 @@ def test_cancelling_breaks_a_post_off(made: Made) -> None:
     """Its place is free at once, not at its deadline."""
     runner, pool = made(never, limit=1)
     future = runner.submit(Post("p", "words", (Media("image", URL),)))
-    wait_for(lambda: any(isinstance(t, ExtractTask) for t in pool.submitted))
+    wait_until(lambda: any(isinstance(t, ExtractTask) for t in pool.submitted), 60, "an extraction")
     assert future.cancel()
-    wait_for(lambda: runner.in_flight == 0)
+    wait_until(lambda: runner.in_flight == 0, 60, "room")
 
 
 def test_intake_is_bounded(made: Made) -> None:

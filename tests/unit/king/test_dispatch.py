@@ -19,6 +19,7 @@ from king.dispatch_thread import DispatchThread
 from king.jobs import Dead, Outcome, Released, Retry, Started, Tagged, Unreadable
 from king.status import Status
 from tests.support.fakes.pool import DIED, Answer, FakePool, decoded, default_answer
+from tests.support.services import wait_until
 from workers.protocol import (
     Decoded,
     DecodeTask,
@@ -63,18 +64,14 @@ class Bench:
         """Work on posts until each has an outcome."""
         for post in posts:
             self.thread.start(post)
-        end = time.monotonic() + timeout_s
-        while len(self.outcomes) < len(posts):
-            assert time.monotonic() < end, f"{len(self.outcomes)} of {len(posts)}"
-            time.sleep(0.005)
+        wait_until(lambda: len(self.outcomes) >= len(posts), timeout_s, f"{len(posts)} outcomes")
         return self.outcomes
 
     def settle(self) -> None:
         """Nothing is left behind: no slot, no file, no post."""
-        end = time.monotonic() + 60
-        while self.pool.slots.free < len(self.pool.slots) or list(self.spool.iterdir()):
-            assert time.monotonic() < end, (self.pool.slots.free, list(self.spool.iterdir()))
-            time.sleep(0.005)
+        slots = self.pool.slots
+        wait_until(lambda: slots.free == len(slots), 60, "free slots")
+        wait_until(lambda: not list(self.spool.iterdir()), 60, "an empty spool")
         assert self.thread.in_flight == 0
 
 
@@ -299,13 +296,10 @@ def test_drain_gives_back_what_is_in_flight(tmp_path: Path) -> None:
     """Posts that a drain breaks off come back as given back, and so do those that come later."""
     with bench(tmp_path / "s", lambda _task: None) as it:
         it.thread.start(begun())
-        time.sleep(0.05)
+        wait_until(lambda: bool(it.pool.submitted), 60, "a task")
         it.thread.give_back()
         outcomes = it.run(begun(replace(FULL, post_id="p2")), begun(replace(FULL, post_id="p3")))
-        end = time.monotonic() + 60
-        while len(outcomes) < 3:
-            assert time.monotonic() < end
-            time.sleep(0.01)
+        wait_until(lambda: len(outcomes) == 3, 60, "three outcomes")
         assert all(isinstance(outcome, Released) for outcome in outcomes)
         it.settle()
 
@@ -313,18 +307,13 @@ def test_drain_gives_back_what_is_in_flight(tmp_path: Path) -> None:
 def test_refused_pool_and_new_bundle_reach_the_board(tmp_path: Path) -> None:
     """What the workers say of themselves is known to the other threads."""
     with bench(tmp_path / "s", refuse="workshop/weights/current: no such bundle") as it:
-        end = time.monotonic() + 60
-        while it.status.refused is None:
-            assert time.monotonic() < end
-            time.sleep(0.01)
+        wait_until(lambda: it.status.refused is not None, 60, "the refusal")
+        assert it.status.refused is not None
         assert "no such bundle" in it.status.refused
     with bench(tmp_path / "s") as it:
         it.run(begun())
         it.pool.swap_bundle("fake", "2")
-        end = time.monotonic() + 60
-        while it.status.bundle != ("fake", "2"):
-            assert time.monotonic() < end
-            time.sleep(0.01)
+        wait_until(lambda: it.status.bundle == ("fake", "2"), 60, "the new bundle")
         assert [worker["role"] for worker in it.status.workers] == ["extract"]
 
 
