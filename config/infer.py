@@ -45,7 +45,8 @@ class RunSettings(Section):
     the run."""
     collection: CollectionSettings = CollectionSettings()
     progress_dir: Path = Path("workshop/infer")
-    """Folder in which a run that writes to MongoDB records its progress."""
+    """Folder for the list of posts that a run into MongoDB left out; others list them beside the
+    output."""
     allow_pickle: bool = False
     """Load a ``.pth`` that is a whole pickled model, which runs code that is in the file."""
     progress: bool = True

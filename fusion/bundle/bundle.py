@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -21,6 +21,8 @@ import numpy.typing as npt
 import torch
 import yaml
 from pydantic import Field, ValidationError, model_validator
+from torch import nn
+from torch.nn import functional
 
 from common.errors import BundleError, ConfigError, one_line
 from common.files import file_digest, new_folder
@@ -30,7 +32,7 @@ from config.fusion_models import ModelSettings
 from config.labels import LabelMap
 from config.load import validation_line
 from config.settings import Section
-from fusion.bundle.ensemble import Averaging, Ensemble
+from fusion.data.collate import Batch
 from fusion.data.schema import FeatureManifest, InputSchema
 from fusion.metrics.calibration import Calibration
 from fusion.models import FusionModel, build_model
@@ -38,6 +40,41 @@ from fusion.models import FusionModel, build_model
 WEIGHTS, LABELS, ABOUT = "model.safetensors", "labels.json", "bundle.yaml"
 MEMBERS = "members"
 FORMAT: Literal[1] = 1
+Averaging = Literal["probabilities", "logits"]
+
+
+class Ensemble(nn.Module):
+    """The mean of its members; takes a batch and gives logits, as each of them does.
+
+    Args:
+        members: At least one, of one schema.
+        averaging: What is averaged.
+    """
+
+    def __init__(
+        self, members: Sequence[FusionModel], averaging: Averaging = "probabilities"
+    ) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(members)
+        self.averaging: Averaging = averaging
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """Return logits float32 ``(posts, classes)``, whose sigmoid is the ensemble's score."""
+        logits = torch.stack([member(batch) for member in self.members])  # (members, posts, cls)
+        return averaged(logits, self.averaging)
+
+
+def averaged(logits: torch.Tensor, averaging: Averaging) -> torch.Tensor:
+    """Return the ensemble's logits ``(...)`` of its members' ``(members, ...)``.
+
+    The mean of probabilities is taken in logarithms: where all members are sure, a mean of
+    float32 probabilities would be exactly 0 or 1, and posts that differ would tie.
+    """
+    if averaging == "logits":
+        return logits.mean(dim=0)
+    yes = functional.logsigmoid(logits).logsumexp(dim=0)
+    no = functional.logsigmoid(-logits).logsumexp(dim=0)
+    return yes - no
 
 
 class ModalityEntry(Section):
@@ -91,6 +128,20 @@ class About(Section):
 
 
 @dataclass(frozen=True)
+class BundleInfo:
+    """What a command needs of a bundle beside its model.
+
+    Attributes:
+        thresholds: float32 ``(classes,)``.
+    """
+
+    name: str
+    version: str
+    labels: LabelMap
+    thresholds: npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
 class Bundle:
     """A bundle in memory.
 
@@ -112,6 +163,11 @@ class Bundle:
     metrics: Mapping[str, float]
     calibration: Calibration | None = None
     subsets: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def info(self) -> BundleInfo:
+        """Return everything but the model."""
+        return BundleInfo(self.name, self.version, self.labels, self.thresholds)
 
     @property
     def members(self) -> tuple[FusionModel, ...]:

@@ -17,7 +17,7 @@ from common.pth import load_pth
 from fusion.bundle.bundle import ABOUT, LABELS, MEMBERS, WEIGHTS, load_bundle, members_of
 
 if TYPE_CHECKING:
-    from fusion.bundle.ensemble import Ensemble
+    from fusion.bundle.bundle import Ensemble
     from fusion.models import FusionModel
 
 WEIGHT_FILES = (".pth", ".pt", ".bin", ".safetensors")

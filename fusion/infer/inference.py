@@ -1,47 +1,81 @@
-"""Offline inference: posts in, tags out, with metrics where labels are."""
+"""Offline inference: posts in, tags out, with metrics where labels are.
+
+What an earlier run of the same command has written is not computed again: the output is asked
+for the posts that it holds. Chunks of posts go through one tagger in this process, or through
+several in processes of their own; results come back in the order of the input either way.
+"""
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
+from dataclasses import dataclass
 from itertools import islice
+from multiprocessing.queues import SimpleQueue
+from multiprocessing.util import Finalize
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from tempfile import TemporaryFile
+from typing import IO, Any, Generic, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from common.errors import ConfigError, FeatureError
+from common.errors import ConfigError, FeatureError, WorkerDied
+from common.files import write_whole
+from common.processes import process_pool
 from common.progress import progress_bar
 from config.infer import RunSettings
 from config.labels import LabelMap
-from fusion.bundle.bundle import load_bundle
-from fusion.infer.infer_complete import Made, completed, note_complete
+from fusion.bundle.bundle import BundleInfo
 from fusion.infer.input import Bad, Input, Labelled
-from fusion.infer.journal import Journal
-from fusion.infer.outputs import Result, Sink
-from fusion.infer.processes import Maker, Outcome, chunked, run_chunks
+from fusion.infer.outputs import Outcome, Sink
 from fusion.metrics import ranking as metrics
 
 P = TypeVar("P", bound=Labelled)
+P_contra = TypeVar("P_contra", bound=Labelled, contravariant=True)
+
+# Chunks in flight for each process: with 1 it waits for this process between chunks; more than 2
+# only hold more posts in memory.
+_AHEAD = 2
+
+
+class Tagger(Protocol[P_contra]):
+    """A loaded model, from posts to their tags; one bad post costs only itself."""
+
+    def run(self, posts: Sequence[P_contra]) -> list[Outcome]:
+        """Return an outcome for each post, in order."""
+        ...
+
+    def close(self) -> None:
+        """Free its models."""
+        ...
+
+
+Maker: TypeAlias = Callable[[str], Tagger[Any]]
+"""Makes a loaded tagger on a device; pickles."""
 
 
 @dataclass(frozen=True)
 class InferReport:
-    """What came out of an inference.
+    """The outcome of an inference.
 
     Attributes:
-        posts: All that were tagged, by this run and the one that it went on from.
-        labelled: Those whose true labels are known.
+        posts: All that are tagged, by this run and by earlier ones.
+        labelled: Posts whose true labels and scores of all classes are known.
         metrics: Over these; empty where there are none.
         skipped: Posts that were left out.
         skipped_at: The list of them; None where nothing was left out.
         resumed: Entries of the input that an earlier run had done.
+        unscored: Labelled posts among these that are not in the metrics, because the output does
+            not hold their scores.
         posts_per_s: Of this run, models loaded.
-        complete: The output was there already, whole: nothing was computed.
     """
 
     posts: int
@@ -50,32 +84,13 @@ class InferReport:
     skipped: int = 0
     skipped_at: Path | None = None
     resumed: int = 0
+    unscored: int = 0
     posts_per_s: float = 0.0
-    complete: bool = False
 
-
-@dataclass(frozen=True)
-class Facts:
-    """What is to be known of a bundle before it is used.
-
-    Attributes:
-        thresholds: float32 ``(classes,)``.
-    """
-
-    name: str
-    version: str
-    labels: LabelMap
-    thresholds: npt.NDArray[np.float32]
-
-    @classmethod
-    def of(cls, folder: Path) -> Facts:
-        """Read a bundle.
-
-        Raises:
-            BundleError: It is missing or broken.
-        """
-        bundle = load_bundle(folder)
-        return cls(bundle.name, bundle.version, bundle.labels, bundle.thresholds)
+    @property
+    def complete(self) -> bool:
+        """Tell whether the output was whole already, and nothing was computed."""
+        return self.posts == self.resumed and not self.skipped
 
 
 @dataclass(frozen=True)
@@ -85,164 +100,229 @@ class Job(Generic[P]):
     Attributes:
         source: The posts.
         maker: Makes a tagger on a device.
-        facts: Of the bundle.
+        bundle: The bundle of the taggers.
         settings: How to run.
-        base: What the journal's names begin with.
-        output: The file that is made; None where results go elsewhere.
-        sink: Takes the results; the file's journal is its argument.
-        about: What else a killed run must have been begun with.
-        made_of: What else an output that is whole must have been made of; None where that is not
-            known, and it is computed each time.
+        sink: Takes the results.
+        skipped: File for the list of posts that are left out; large temporary files are made in
+            the same folder.
     """
 
     source: Input[P]
     maker: Maker
-    facts: Facts
+    bundle: BundleInfo
     settings: RunSettings
-    base: Path
-    output: Path | None
-    sink: Callable[[Journal], Sink]
-    about: Mapping[str, Any] = field(default_factory=dict)
-    made_of: Mapping[str, Any] | None = None
+    sink: Sink
+    skipped: Path
 
 
-def infer(job: Job[P], *, restart: bool = False) -> InferReport:
+def infer(job: Job[P]) -> InferReport:
     """Tag posts, in their order.
 
-    Args:
-        job: What to do.
-        restart: Do not go on with what a killed run has left, and compute what is whole anew.
-
     Raises:
-        ConfigError: The input or the device is wrong, or a label is not in the bundle's map.
+        ConfigError: The input, the output or the device is wrong, or a label is not in the
+            bundle's map.
         FeatureError: A post is bad, without ``skip_bad``.
         WorkerDied: A process has died; the same command goes on.
     """
-    settings, labels = job.settings, job.facts.labels
+    settings, sink = job.settings, job.sink
     devices = devices_of(settings)
-    survey = job.source.survey()
-    signature = {
-        "input": survey.sha256,
-        "bundle": job.facts.version,
-        "device": devices[0].partition(":")[0],
-        **{key: getattr(settings, key) for key in ("batch_size", "scores", "skip_bad")},
-        **job.about,
-    }
-    beside = job.base.with_name(f"{job.base.name}.skipped.jsonl")
-    with Journal(job.base, signature, restart=restart) as journal:
-        if (found := _whole(job, signature, journal)) is not None:
-            return found
-        resumed, rows = journal.done, _Rows(labels)
-        left = islice(job.source, resumed, None)
-        chunks = chunked(left, settings.batch_size)
-        sink = job.sink(journal)
+    entries = job.source.count()
+    try:
+        job.skipped.parent.mkdir(parents=True, exist_ok=True)
+        scratch = TemporaryFile(dir=job.skipped.parent)  # noqa: SIM115 - closed by the with below
+    except OSError as error:
+        raise ConfigError(f"{job.skipped.parent}: cannot be written: {error}") from error
+    with scratch, closing(sink):
+        sink.open(lambda: _post_ids(job.source))
+        rows, bad = _LabelledRows(scratch, job.bundle.labels), list[Bad]()
+        resumed = computed = timed = 0
         started = 0.0
-        try:
-            with progress_bar("infer", survey.entries, enabled=settings.progress) as bar:
-                bar.advance(resumed)
-                for outcomes in run_chunks(job.maker, devices, chunks):
-                    started = started or time.monotonic()
-                    posts = _record(outcomes, sink, journal, rows, skip_bad=settings.skip_bad)
-                    journal.commit(len(outcomes), posts)
-                    bar.advance(len(outcomes))
-        finally:
-            sink.close()
+        with progress_bar("infer", entries, enabled=settings.progress) as bar:
+
+            def to_tag() -> Iterator[P | Bad]:
+                nonlocal resumed
+                for batch in chunked(job.source, settings.batch_size):
+                    left = list(_not_written(batch, sink, rows))
+                    resumed += len(batch) - len(left)
+                    bar.advance(len(batch) - len(left))
+                    yield from left
+
+            chunks = chunked(to_tag(), settings.batch_size)
+            for outcomes in run_chunks(job.maker, devices, chunks):
+                bad += _record(outcomes, sink, rows, skip_bad=settings.skip_bad)
+                computed += len(outcomes)
+                # The first chunk is not timed: the models are loaded before it comes.
+                if started:
+                    timed += len(outcomes)
+                started = started or time.monotonic()
+                bar.advance(len(outcomes))
         seconds = time.monotonic() - started
-        first = min(settings.batch_size, survey.entries - resumed)  # before the clock was started
-        timed = survey.entries - resumed - first
-        measured, labelled = rows.measure(journal, job.facts.thresholds)
-        posts, skipped = journal.posts, survey.entries - journal.posts
-        journal.finish(job.output, beside)
-        if job.output is not None and job.made_of is not None:
-            made = Made(posts=posts, labelled=labelled, metrics=measured, skipped=skipped)
-            note_complete(job.output, _made_of(job, signature), made)
+        measured = rows.measure(job.bundle.thresholds)
+        sink.finish()
+        _list_skipped(bad, job.skipped)
     return InferReport(
-        posts,
-        labelled,
-        measured,
-        skipped,
-        beside if skipped else None,
-        resumed,
-        timed / seconds if timed else 0.0,
+        posts=entries - len(bad),
+        labelled=rows.count,
+        metrics=measured,
+        skipped=len(bad),
+        skipped_at=job.skipped if bad else None,
+        resumed=resumed,
+        unscored=rows.unscored,
+        posts_per_s=timed / seconds if timed else 0.0,
     )
 
 
 def devices_of(settings: RunSettings) -> list[str]:
-    """The device of each process.
+    """Return the device of each process.
 
     Raises:
-        ConfigError: There are not as many GPUs.
+        ConfigError: This machine has fewer GPUs.
     """
-    there, wanted = torch.cuda.device_count(), settings.n_gpus
-    if wanted is None:
-        wanted = min(1, there) if settings.processes == 1 else 0
-    if wanted > there:
-        raise ConfigError(f"n_gpus: {wanted} GPUs wanted, this machine has {there}")
-    if wanted and settings.processes > 1:
+    present, asked = torch.cuda.device_count(), settings.n_gpus
+    if asked is None:
+        asked = min(1, present) if settings.processes == 1 else 0
+    if asked > present:
+        raise ConfigError(f"n_gpus: {asked} GPUs wanted, this machine has {present}")
+    if asked and settings.processes > 1:
         raise ConfigError(
-            f"processes: {settings.processes} on the CPU and n_gpus: {wanted}: give one of them; "
+            f"processes: {settings.processes} on the CPU and n_gpus: {asked}: give one of them; "
             "each GPU has a process of its own"
         )
-    return [f"cuda:{i}" for i in range(wanted)] or ["cpu"] * settings.processes
+    return [f"cuda:{i}" for i in range(asked)] or ["cpu"] * settings.processes
 
 
-def shown(found: Mapping[str, float]) -> str:
-    """Metrics in one line for a person."""
-    return "  ".join(f"{key} {value:.4f}" for key, value in found.items())
+def shown(values: Mapping[str, float]) -> str:
+    """Return metrics in one line for a person."""
+    return "  ".join(f"{key} {value:.4f}" for key, value in values.items())
 
 
-def _made_of(job: Job[Any], signature: Mapping[str, Any]) -> dict[str, Any]:
-    """What an output is made of; whether bad posts are left out matters only where there are."""
-    rest = {key: value for key, value in signature.items() if key != "skip_bad"}
-    return {**rest, **(job.made_of or {})}
+def chunked(posts: Iterable[P | Bad], size: int) -> Iterator[list[P | Bad]]:
+    """Return chunks of a size; the last may be smaller."""
+    iterator = iter(posts)
+    while chunk := list(islice(iterator, size)):
+        yield chunk
 
 
-def _whole(job: Job[Any], signature: Mapping[str, Any], journal: Journal) -> InferReport | None:
-    """The report of an output that is whole already; None where there is something to do."""
-    if job.output is None or job.made_of is None or journal.restart or journal.done:
-        return None
-    made = completed(job.output, _made_of(job, signature))
-    if made is None or made.skipped:  # what was left out may be good by now
-        return None
-    return InferReport(made.posts, made.labelled, dict(made.metrics), complete=True)
+def run_chunks(
+    maker: Maker, devices: Sequence[str], chunks: Iterable[list[P | Bad]]
+) -> Iterator[list[Outcome]]:
+    """Return the outcomes of every chunk, in order.
+
+    Args:
+        maker: Makes the taggers.
+        devices: One for each process; a single one is used in this process.
+        chunks: Posts, and entries that are known to be bad.
+
+    Raises:
+        TaggingError: A tagger could not be made.
+        WorkerDied: A process has died.
+    """
+    if len(devices) == 1:
+        with closing(maker(devices[0])) as tagger:
+            for chunk in chunks:
+                yield _outcomes(tagger, chunk)
+        return
+    queue = multiprocessing.get_context("spawn").SimpleQueue()
+    for device in devices:
+        queue.put(device)
+    pool = process_pool(len(devices), _prepare, maker, queue)
+    flying: deque[Future[list[Outcome]]] = deque()
+    try:
+        for chunk in chunks:
+            if len(flying) == _AHEAD * len(devices):
+                yield flying.popleft().result()
+            flying.append(pool.submit(_tag, chunk))
+        while flying:
+            yield flying.popleft().result()
+    except BrokenProcessPool as error:
+        raise WorkerDied(
+            "a process that tags has died: it was killed, or ran out of memory"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
-class _Rows:
-    """Scores and targets of the labelled posts, in a file: metrics are of the whole set."""
+class _Worker:
+    """The tagger of a process of the pool: made with its first chunk, so that errors get out."""
 
-    def __init__(self, labels: LabelMap) -> None:
+    maker: Maker
+    device: str
+    tagger: Tagger[Any] | None = None
+
+
+def _prepare(maker: Maker, devices: SimpleQueue[str]) -> None:
+    _Worker.maker, _Worker.device = staticmethod(maker), devices.get()
+
+
+def _tag(chunk: Sequence[Any]) -> list[Outcome]:
+    if _Worker.tagger is None:
+        _Worker.tagger = _Worker.maker(_Worker.device)
+        # Processes of a pool run no atexit functions, and temporary folders would stay.
+        Finalize(None, _Worker.tagger.close, exitpriority=10)
+    return _outcomes(_Worker.tagger, chunk)
+
+
+def _outcomes(tagger: Tagger[P], chunk: Sequence[P | Bad]) -> list[Outcome]:
+    outcomes = iter(tagger.run([post for post in chunk if not isinstance(post, Bad)]))
+    return [post if isinstance(post, Bad) else next(outcomes) for post in chunk]
+
+
+def _post_ids(source: Iterable[Labelled | Bad]) -> Counter[str]:
+    return Counter(post.post_id for post in source if not isinstance(post, Bad))
+
+
+def _not_written(batch: Sequence[P | Bad], sink: Sink, rows: _LabelledRows) -> Iterator[P | Bad]:
+    """Return the posts that are to be tagged; of the others, the scores count as they are."""
+    posts = [post for post in batch if not isinstance(post, Bad)]
+    written = iter(sink.written([post.post_id for post in posts]))
+    for post in batch:
+        earlier = None if isinstance(post, Bad) else next(written)
+        if earlier is None:
+            yield post
+        elif not isinstance(post, Bad):
+            rows.add(earlier.scores, post.labels)
+
+
+class _LabelledRows:
+    """Scores and targets of the labelled posts, in a file: metrics are of the whole set.
+
+    Attributes:
+        count: Posts in the file.
+        unscored: Labelled posts whose scores are not known.
+    """
+
+    def __init__(self, file: IO[bytes], labels: LabelMap) -> None:
         shape = (len(labels),)
-        self._labels = labels
+        self.count = self.unscored = 0
+        self._file, self._labels = file, labels
         self._kind = np.dtype([("scores", "<f4", shape), ("targets", "?", shape)])
 
-    def of(self, results: Sequence[Result]) -> bytes:
-        chosen = [result for result in results if result.labels]
-        rows = np.zeros(len(chosen), self._kind)
-        for row, result in zip(rows, chosen, strict=True):
-            row["scores"] = result.tags.scores
-            row["targets"][self._labels.encode(result.labels)] = True
-        return rows.tobytes()
+    def add(self, scores: npt.NDArray[np.float32] | None, labels: Sequence[str]) -> None:
+        """Add a post, if it has labels."""
+        if not labels:
+            return
+        if scores is None:
+            self.unscored += 1
+            return
+        row = np.zeros((), self._kind)
+        row["scores"] = scores
+        row["targets"][self._labels.encode(labels)] = True
+        self._file.write(row.tobytes())
+        self.count += 1
 
-    def measure(
-        self, journal: Journal, thresholds: npt.NDArray[np.float32]
-    ) -> tuple[dict[str, float], int]:
-        path = journal.path("scores")
-        count = path.stat().st_size // self._kind.itemsize
-        if not count:
-            return {}, 0
-        rows = np.memmap(path, self._kind, mode="r")
-        return metrics.summary(rows["scores"], rows["targets"], thresholds), count
+    def measure(self, thresholds: npt.NDArray[np.float32]) -> dict[str, float]:
+        """Return the metrics of all; empty where there are none."""
+        if not self.count:
+            return {}
+        self._file.flush()
+        rows = np.memmap(self._file, self._kind, mode="r")
+        return metrics.summary(rows["scores"], rows["targets"], thresholds)
 
 
 def _record(
-    outcomes: Sequence[Outcome],
-    sink: Sink,
-    journal: Journal,
-    rows: _Rows,
-    *,
-    skip_bad: bool,
-) -> int:
-    """Write a chunk's results and list its bad posts; gives how many were tagged."""
+    outcomes: Sequence[Outcome], sink: Sink, rows: _LabelledRows, *, skip_bad: bool
+) -> list[Bad]:
+    """Write a chunk's results; return its bad posts."""
     bad = [outcome for outcome in outcomes if isinstance(outcome, Bad)]
     results = [outcome for outcome in outcomes if not isinstance(outcome, Bad)]
     if skip_bad or not bad:
@@ -251,18 +331,21 @@ def _record(
         results = [result for result in results if result.post_id not in names]
         bad += refused
     if bad and not skip_bad:
-        raise FeatureError(f"{named(bad[0])}; --skip_bad leaves such posts out")
-    journal.write("scores", rows.of(results))
-    journal.write("skipped", "".join(map(_listed, bad)).encode("utf-8"))
-    return len(results)
+        name = f"post {bad[0].post_id}"
+        reason = bad[0].reason if name in bad[0].reason else f"{name}: {bad[0].reason}"
+        raise FeatureError(f"{reason}; --skip_bad leaves such posts out")
+    for result in results:
+        rows.add(result.tags.scores, result.labels)
+    return bad
 
 
-def named(bad: Bad) -> str:
-    """A bad post and why, in one line."""
-    name = f"post {bad.post_id}"
-    return bad.reason if name in bad.reason else f"{name}: {bad.reason}"
-
-
-def _listed(bad: Bad) -> str:
-    line = {"post_id": bad.post_id, "reason": bad.reason}
-    return json.dumps(line, ensure_ascii=False) + "\n"
+def _list_skipped(bad: Sequence[Bad], path: Path) -> None:
+    rows = ({"post_id": each.post_id, "reason": each.reason} for each in bad)
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    try:
+        if bad:
+            write_whole(path, text.encode())
+        else:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written: {error}") from error

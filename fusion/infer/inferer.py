@@ -1,19 +1,26 @@
-"""Features of posts ─► their tags, with the model of a bundle."""
+"""From the features of posts to their tags, with the model of a bundle."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from common.errors import FeatureError
 from common.post import Features, Modality, Stream, Tag, Tags
 from common.precision import require_device, set_threads
+from config.infer import InferSettings
 from config.labels import LabelMap
 from fusion.bundle.bundle import Bundle, check_fingerprints, load_bundle
 from fusion.data.collate import Batch, Collate, Sample
+from fusion.data.data_file import Record
+from fusion.data.dataset import FeatureFiles
+from fusion.infer.input import Bad
+from fusion.infer.outputs import Outcome, Result
 from fusion.metrics.calibration import calibrated
 
 
@@ -153,3 +160,63 @@ class Inferer:
             tags=tuple(Tag(int(i), names[i], float(scores[i])) for i in ranked),
             scores=scores.copy(),
         )
+
+
+@dataclass(frozen=True)
+class FeatureMaker:
+    """A maker of taggers of posts with feature files, for `fusion.infer.inference.Job`."""
+
+    settings: InferSettings
+    reader: FeatureFiles
+
+    def __call__(self, device: str) -> FeatureTagger:
+        """Load the bundle on a device."""
+        return FeatureTagger(self.settings, self.reader, device)
+
+
+class FeatureTagger:
+    """A `fusion.infer.inference.Tagger` of posts with feature files."""
+
+    def __init__(self, settings: InferSettings, reader: FeatureFiles, device: str) -> None:
+        set_threads(settings.threads)
+        self._reader = reader
+        self._inferer = Inferer.load(settings.bundle, device=device, batch_size=settings.batch_size)
+
+    def run(self, posts: Sequence[Record]) -> list[Outcome]:
+        """Return the posts' tags, and `Bad` for those whose features cannot be used."""
+        features = [self._features(post) for post in posts]
+        tags = iter(self._predict([each for each in features if isinstance(each, Features)]))
+        outcomes: list[Outcome] = []
+        for post, each in zip(posts, features, strict=True):
+            outcome = each if isinstance(each, Bad) else next(tags)
+            if isinstance(each, Features) and isinstance(outcome, Tags):
+                outcomes.append(Result(outcome, post.labels, each.statuses, each.failures))
+            elif isinstance(outcome, Bad):
+                outcomes.append(outcome)
+        return outcomes
+
+    def close(self) -> None:
+        """Free the model."""
+        self._inferer.close()
+
+    def _features(self, post: Record) -> Features | Bad:
+        try:
+            features = self._reader.features(
+                post.post_id, post.features, self._inferer.fingerprints
+            )
+        except FeatureError as error:
+            return Bad(post.post_id or str(post.features), str(error))
+        for stream, array in features.arrays.items():
+            if not np.isfinite(array).all():
+                return Bad(features.post_id, f"{stream} features are not finite")
+        return features
+
+    def _predict(self, posts: Sequence[Features]) -> list[Tags | Bad]:
+        """Return tags, or `Bad` for features of a shape that the model does not take."""
+        try:
+            return list(self._inferer.predict(posts))
+        except FeatureError as error:
+            if len(posts) == 1:
+                return [Bad(posts[0].post_id, str(error))]
+        # One of the batch is bad: each is tried alone.
+        return [outcome for post in posts for outcome in self._predict([post])]

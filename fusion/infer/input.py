@@ -1,7 +1,7 @@
-"""What `infer_net.py` reads: posts of a JSON list, JSON lines or a text list, one at a time.
+"""Input of `infer_net.py`: posts of a JSON list, JSON lines or a text list, one at a time.
 
-The file is read twice: `Input.survey` checks every entry and counts before any model is loaded,
-then they are given one by one, so that memory does not grow with their number.
+The file is read twice: `Input.count` checks every entry before any model is loaded, then posts
+are given one by one, so that memory does not grow with their number.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 from common.errors import ConfigError, one_line
-from common.files import file_digest
 from config.labels import LabelMap
 from fusion.data.data_file import Record, entries, record_of
 
@@ -25,12 +24,12 @@ class Labelled(Protocol):
 
     @property
     def post_id(self) -> str:
-        """Its ID; empty where only its feature file knows it."""
+        """Return the post's ID; empty where only its feature file knows it."""
         ...
 
     @property
     def labels(self) -> Sequence[str]:
-        """Names of its true tags; empty where they are not known."""
+        """Return the names of its true tags; empty where they are not known."""
         ...
 
 
@@ -50,26 +49,12 @@ class Bad:
 
 
 @dataclass(frozen=True)
-class Survey:
-    """What an input holds.
-
-    Attributes:
-        entries: All of them, bad ones included.
-        labelled: Good ones with labels.
-        sha256: Of the file.
-    """
-
-    entries: int
-    labelled: int
-    sha256: str
-
-
-@dataclass(frozen=True)
 class Input(Generic[P]):
-    """Posts of a file, as often as they are asked for.
+    """The posts of a file, for any number of readings.
 
     Attributes:
-        read: An entry, the file, and where the entry stands ─► the post. Raises `ConfigError`.
+        read: Makes a post of an entry, the file, and the entry's place in it; raises
+            `ConfigError`.
         labels: Names that labels must have.
         skip_bad: Give what is wrong as `Bad`; otherwise it is raised.
     """
@@ -79,29 +64,23 @@ class Input(Generic[P]):
     labels: LabelMap
     skip_bad: bool = False
 
-    def survey(self) -> Survey:
-        """Read everything once.
+    def count(self) -> int:
+        """Read everything once; return the number of entries, bad ones included.
 
         Raises:
             ConfigError: The file is missing, broken or empty; or, without ``skip_bad``, an entry
                 is wrong.
         """
-        count = labelled = 0
-        for entry in self:
-            count += 1
-            labelled += not isinstance(entry, Bad) and bool(entry.labels)
-        if not count:
+        entries = sum(1 for _ in self)
+        if not entries:
             raise ConfigError(f"{self.path}: holds no posts")
-        try:
-            return Survey(count, labelled, file_digest(self.path))
-        except OSError as error:
-            raise ConfigError(f"{self.path}: cannot be read: {error}") from error
+        return entries
 
     def __iter__(self) -> Iterator[P | Bad]:
-        """Every post, or why it is none.
+        """Yield every post, or `Bad` for an entry that is none.
 
         Raises:
-            ConfigError: As `survey`.
+            ConfigError: As `count`.
         """
         for where, content in raw_entries(self.path):
             try:
@@ -118,7 +97,7 @@ class Input(Generic[P]):
 
 
 def raw_entries(path: Path) -> Iterator[tuple[str, Any]]:
-    """Where an entry stands and its content; a `ConfigError` for a line that is no JSON.
+    """Yield the place of an entry and its content; a `ConfigError` for a line that is no JSON.
 
     Raises:
         ConfigError: The file is missing, of another kind, or its JSON is broken.
@@ -137,7 +116,7 @@ def raw_entries(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def read_record(content: Any, path: Path, where: str) -> Record:
-    """A post with features: an entry of a data file, or a line of a list.
+    """Return a post with features: an entry of a data file, or a line of a list.
 
     Raises:
         ConfigError: It is not as it should be; names ``where``.
@@ -175,9 +154,9 @@ def _parsed(text: str, where: str) -> Any:
 
 
 def _is_object(path: Path) -> bool:
-    """Whether a JSON file is one post and no list."""
+    """Tell whether a JSON file is one post and no list."""
     try:
         with path.open("rb") as file:
             return file.read(_BLOCK).lstrip().startswith(b"{")
     except OSError:
-        return False  # said by who reads it
+        return False  # whoever reads it will say so

@@ -1,16 +1,30 @@
-"""Where tags go: JSON lines or CSV in a file, or anything else that is a `Sink`."""
+"""Outputs of an inference: JSON lines or CSV, in a file that a killed run goes on with."""
 
 from __future__ import annotations
 
 import csv
+import fcntl
 import io
 import json
-from collections.abc import Callable, Mapping, Sequence
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
-from typing import Protocol
+from mmap import ACCESS_READ, mmap
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import IO, BinaryIO, ClassVar, NamedTuple, Protocol, TextIO, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
+
+from common.errors import ConfigError, one_line
+from common.files import publish, sync_file
 from common.post import Failure, Modality, Status, Tags
 from common.result import TagResult, rounded
+from fusion.bundle.bundle import BundleInfo
 from fusion.infer.input import Bad
 
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
@@ -22,8 +36,8 @@ class Result:
 
     Attributes:
         labels: Names of its true tags, where they are known.
-        statuses: Which modalities there were.
-        failures: Why some could not be used.
+        statuses: State of each modality.
+        failures: Reasons of the modalities that could not be used.
     """
 
     tags: Tags
@@ -33,59 +47,305 @@ class Result:
 
     @property
     def post_id(self) -> str:
-        """Its ID."""
+        """Return the post's ID."""
         return self.tags.post_id
 
 
+Outcome: TypeAlias = Result | Bad
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """A post whose tags an earlier run has written.
+
+    Attributes:
+        scores: float32 ``(classes,)``; None where the output does not hold them.
+    """
+
+    scores: npt.NDArray[np.float32] | None = None
+
+
 class Sink(Protocol):
-    """Something that takes results away; what it takes is safe when `write` returns."""
+    """A destination of results; what it takes is safe when `write` returns."""
+
+    def open(self, input_ids: Callable[[], Counter[str]]) -> None:
+        """Open the output, and see what an earlier run has written.
+
+        Args:
+            input_ids: Reads the IDs of the input's posts, each with the number of its entries;
+                those that only their feature files know count as ``""``.
+
+        Raises:
+            ConfigError: The output cannot be written, or does not belong to this run.
+        """
+        ...
+
+    def written(self, post_ids: Sequence[str]) -> Sequence[Earlier | None]:
+        """Return what is written of posts already, None for each that is to be tagged."""
+        ...
 
     def write(self, results: Sequence[Result]) -> Sequence[Bad]:
-        """Take results, in order; gives those that it could not take."""
+        """Take results, in order; return those that could not be taken."""
+        ...
+
+    def finish(self) -> None:
+        """Make the output whole: everything is written."""
         ...
 
     def close(self) -> None:
-        """Let go of what it holds."""
+        """Let go of what it holds; without `finish` the same command goes on later."""
         ...
+
+
+class Row(NamedTuple):
+    """What an output says of a post.
+
+    Attributes:
+        key: Its ID, as the format writes it.
+        model: Name of the bundle that tagged it.
+        version: Version of that bundle.
+        scores: Of every class; None where the output does not hold them.
+    """
+
+    key: str
+    model: str
+    version: str
+    scores: Sequence[float] | None
 
 
 class Form(Protocol):
-    """How results become text."""
+    """A text format of results.
+
+    Attributes:
+        end: What every row ends with.
+    """
+
+    @property
+    def end(self) -> bytes: ...
 
     def head(self) -> str:
-        """What comes first."""
+        """Return what comes before the first row."""
         ...
 
     def text(self, results: Sequence[Result]) -> str:
-        """Some results."""
+        """Return the rows of some results."""
+        ...
+
+    def key(self, text: str) -> str:
+        """Return an ID or a name as the format writes it."""
+        ...
+
+    def rows(self, file: TextIO) -> Iterator[Row]:
+        """Read rows back.
+
+        Raises:
+            ValueError: The file is of another form, or broken.
+        """
         ...
 
 
-class TextSink:
-    """Results as text; see `Sink`.
+class StreamSink:
+    """A `Sink` of text that nobody can read back, such as standard output."""
 
-    Args:
-        form: Of the text.
-        write: Takes text away.
-        begun: Whether the head is written already.
-    """
+    def __init__(self, form: Form, write: Callable[[str], object]) -> None:
+        self._form, self._write, self._begun = form, write, False
 
-    def __init__(self, form: Form, write: Callable[[str], object], *, begun: bool) -> None:
-        self._form, self._write, self._begun = form, write, begun
+    def open(self, input_ids: Callable[[], Counter[str]]) -> None:
+        """Write nothing: the head comes with the first results."""
+
+    def written(self, post_ids: Sequence[str]) -> Sequence[Earlier | None]:
+        """Return None for every post."""
+        return [None] * len(post_ids)
 
     def write(self, results: Sequence[Result]) -> Sequence[Bad]:
-        """Write them; none is refused."""
+        """Write results; none is refused."""
         self._write(("" if self._begun else self._form.head()) + self._form.text(results))
         self._begun = True
         return ()
+
+    def finish(self) -> None:
+        """Nothing is left to do."""
 
     def close(self) -> None:
         """Nothing is held."""
 
 
+class FileSink:
+    """A `Sink` that is a file ``F``, which appears whole.
+
+    Rows go to ``F.part``, which becomes ``F`` at the end. A later run reads back the rows that a
+    killed one has left there, and goes on behind them. It does the same with the rows of a whole
+    ``F`` where these are of the same bundle and of posts of its input.
+
+    Args:
+        output: The file.
+        form: Its format.
+        bundle: The bundle that makes the tags.
+        restart: Throw away what is there.
+        reuse: Take over rows of a whole file; otherwise only those of a killed run.
+    """
+
+    def __init__(
+        self, output: Path, form: Form, bundle: BundleInfo, *, restart: bool, reuse: bool
+    ) -> None:
+        self._output, self._form, self._bundle = output, form, bundle
+        self._restart, self._reuse = restart, reuse
+        self._part = output.with_name(f"{output.name}.part")
+        self._held = ExitStack()
+        self._file: BinaryIO | None = None
+        # Positions of the rows of each post in `_scores`, which would not fit into memory.
+        self._earlier: dict[str, list[int]] = {}
+        self._scores: IO[bytes] | None = None
+        self._copy_first = False
+
+    def open(self, input_ids: Callable[[], Counter[str]]) -> None:
+        """See `Sink`; of a half-written last row nothing stays.
+
+        Raises:
+            ConfigError: The folder cannot be written, another run is at the file, or what a
+                killed run has left is of another bundle, input or format.
+        """
+        try:
+            self._output.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._held.enter_context(self._part.open("ab+", buffering=0))
+            self._lock(self._file)
+            if self._restart:
+                self._file.truncate(0)
+                return
+            _cut_half_row(self._file, self._form.end)
+            if self._part.stat().st_size:
+                self._take_over(self._part, input_ids)
+            elif self._reuse and self._output.exists():
+                with suppress(ConfigError):  # of something else: it is made anew, and replaced
+                    self._take_over(self._output, input_ids)
+                    self._copy_first = True
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def written(self, post_ids: Sequence[str]) -> Sequence[Earlier | None]:
+        """See `Sink`; a post that the input names twice is written twice."""
+        return [self._take(post_id) for post_id in post_ids]
+
+    def write(self, results: Sequence[Result]) -> Sequence[Bad]:
+        """Append results; none is refused.
+
+        Raises:
+            ConfigError: The disk is full, or the like.
+        """
+        # Of a post whose ID only its feature file knows, it comes out here that it is written.
+        self._append([result for result in results if self._take(result.post_id) is None])
+        return ()
+
+    def finish(self) -> None:
+        """Give the file its name.
+
+        Raises:
+            ConfigError: It cannot be written.
+        """
+        if self._copy_first:
+            return  # nothing was added to the whole file
+        self._append([])
+        try:
+            sync_file(self._part)
+            publish(self._part, self._output)
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def close(self) -> None:
+        """See `Sink`."""
+        if self._file is not None and not os.fstat(self._file.fileno()).st_size:
+            self._part.unlink(missing_ok=True)
+        self._file = None
+        self._held.close()
+
+    def _lock(self, file: BinaryIO) -> None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The run that held the lock may have finished, and given the file its name.
+            same = self._part.exists() and os.path.samestat(
+                os.fstat(file.fileno()), self._part.stat()
+            )
+        except BlockingIOError:
+            same = False
+        if not same:
+            self._held.close()
+            self._file = None
+            raise ConfigError(f"{self._output}: another run is writing it")
+
+    def _take_over(self, path: Path, input_ids: Callable[[], Counter[str]]) -> None:
+        """Read rows back.
+
+        Raises:
+            ConfigError: They are not what this run would write.
+        """
+        earlier: dict[str, list[int]] = {}
+        names = self._form.key(self._bundle.name), self._bundle.version
+        scores = self._held.enter_context(TemporaryFile(dir=self._output.parent))  # noqa: SIM115
+        try:
+            with path.open(encoding="utf-8", newline="") as file:
+                for number, row in enumerate(self._form.rows(file)):
+                    if (row.model, row.version) != names:
+                        made_by = f"{row.model} {row.version}, now {names[0]} {names[1]}"
+                        raise ValueError(f"was begun with another bundle ({made_by})")
+                    earlier.setdefault(row.key, []).append(number)
+                    if row.scores is not None:
+                        scores.write(np.asarray(row.scores, np.float32).tobytes())
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{path}: {one_line(error)}: begin anew with --restart") from error
+        ids = input_ids()
+        known = Counter({self._form.key(post_id): ids[post_id] for post_id in ids if post_id})
+        extra = Counter({key: len(numbers) for key, numbers in earlier.items()}) - known
+        if extra.total() > ids[""]:
+            raise ConfigError(
+                f"{path}: was begun with another input: it holds post {next(iter(extra))!r}, which "
+                "the input does not: begin anew with --restart"
+            )
+        self._earlier = earlier
+        self._scores = scores if scores.tell() else None
+
+    def _take(self, post_id: str) -> Earlier | None:
+        numbers = self._earlier.get(self._form.key(post_id))
+        if not numbers:
+            return None
+        number = numbers.pop(0)
+        if self._scores is None:
+            return Earlier()
+        size = 4 * len(self._bundle.labels)
+        self._scores.seek(number * size)
+        return Earlier(np.frombuffer(self._scores.read(size), np.float32))
+
+    def _append(self, results: Sequence[Result]) -> None:
+        if self._file is None:
+            raise RuntimeError("the output is not open")
+        try:
+            if self._copy_first and results:
+                with self._output.open("rb") as whole:
+                    shutil.copyfileobj(whole, self._file)
+                self._copy_first = False
+            elif self._copy_first:
+                return
+            head = "" if os.fstat(self._file.fileno()).st_size else self._form.head()
+            view = memoryview((head + self._form.text(results)).encode("utf-8"))
+            while view:
+                view = view[self._file.write(view) :]
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def _unwritable(self, error: OSError) -> ConfigError:
+        return ConfigError(f"{self._output}: cannot be written: {error}")
+
+
+def _cut_half_row(file: BinaryIO, end: bytes) -> None:
+    if not os.fstat(file.fileno()).st_size:
+        return
+    with mmap(file.fileno(), 0, access=ACCESS_READ) as content:
+        last = content.rfind(end)
+    file.truncate(0 if last < 0 else last + len(end))
+
+
 @dataclass(frozen=True)
 class JsonLines:
-    """A line for each post: the result's document, as `insighttag tag` prints it.
+    """A `Form` with a line for each post: the result's document, as `insighttag tag` prints it.
 
     Then ``labels`` where they are known, and ``scores``: every class, with all digits, so that
     reading them gives the same float32 numbers again.
@@ -95,14 +355,28 @@ class JsonLines:
     """
 
     scores: bool = True
+    end: ClassVar[bytes] = b"\n"
 
     def head(self) -> str:
-        """Nothing."""
+        """Return nothing: JSON lines have no head."""
         return ""
 
     def text(self, results: Sequence[Result]) -> str:
-        """A line for each."""
+        """Return a line for each result."""
         return "".join(self._line(result) for result in results)
+
+    def key(self, text: str) -> str:
+        """Return the text itself."""
+        return text
+
+    def rows(self, file: TextIO) -> Iterator[Row]:
+        """See `Form`."""
+        for line in file:
+            content = json.loads(line)
+            if ("scores" in content) != self.scores:
+                raise ValueError(f"was begun with another scores ({not self.scores})")
+            post_id, model, version = (content[k] for k in ("post_id", "model", "version"))
+            yield Row(post_id, model, version, content.get("scores"))
 
     def _line(self, result: Result) -> str:
         tags = result.tags
@@ -116,10 +390,10 @@ class JsonLines:
 
 @dataclass(frozen=True)
 class CsvTable:
-    """Columns ``post_id, tags, scores, model, version``, and one for each class.
+    """A `Form` with columns ``post_id, tags, scores, model, version``, and one for each class.
 
-    ``tags`` and ``scores`` hold as many items, with a bar between them. Text that a spreadsheet
-    would take for a formula gets an apostrophe in front.
+    ``tags`` and ``scores`` hold the same number of items, with a bar between them. Text that a
+    spreadsheet would take for a formula gets an apostrophe in front.
 
     Attributes:
         names: Of the classes.
@@ -128,15 +402,35 @@ class CsvTable:
 
     names: tuple[str, ...]
     scores: bool = True
+    end: ClassVar[bytes] = b"\r\n"
 
     def head(self) -> str:
-        """The names of the columns."""
-        columns = ["post_id", "tags", "scores", "model", "version"]
-        return _row([*columns, *(f"score {name}" for name in self.names if self.scores)])
+        """Return the names of the columns."""
+        return _row(self._columns)
 
     def text(self, results: Sequence[Result]) -> str:
-        """A row for each."""
+        """Return a row for each result."""
         return "".join(self._line(result.tags) for result in results)
+
+    def key(self, text: str) -> str:
+        """Return the text as `plain` writes it."""
+        return plain(text)
+
+    def rows(self, file: TextIO) -> Iterator[Row]:
+        """See `Form`."""
+        table = csv.reader(file)
+        if next(table, None) != self._columns:
+            raise ValueError("was begun with other columns")
+        for row in table:
+            if len(row) != len(self._columns):
+                raise ValueError(f"line {table.line_num} has {len(row)} columns")
+            post_id, _, _, model, version, *scores = row
+            yield Row(post_id, model, version, [float(s) for s in scores] if self.scores else None)
+
+    @property
+    def _columns(self) -> list[str]:
+        columns = ["post_id", "tags", "scores", "model", "version"]
+        return [*columns, *(f"score {name}" for name in self.names if self.scores)]
 
     def _line(self, tags: Tags) -> str:
         columns = [
@@ -150,7 +444,7 @@ class CsvTable:
 
 
 def plain(text: str) -> str:
-    """Text that no spreadsheet runs: one that begins like a formula gets an apostrophe.
+    """Return text that no spreadsheet runs: what begins like a formula gets an apostrophe.
 
     Source: OWASP, CSV injection.
     """

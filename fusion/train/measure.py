@@ -14,8 +14,7 @@ from lightning_fabric import Fabric
 from common.post import Features, modality_of
 from common.progress import progress_bar
 from config.train import TrainSettings
-from fusion.bundle.bundle import Bundle
-from fusion.bundle.ensemble import Ensemble
+from fusion.bundle.bundle import Bundle, Ensemble
 from fusion.data.posts import PostList
 from fusion.infer.inferer import Inferer
 from fusion.metrics import ranking as metrics

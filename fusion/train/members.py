@@ -14,7 +14,7 @@ from torch import nn
 
 from common.progress import notice
 from config.train import TrainSettings
-from fusion.bundle.ensemble import Ensemble
+from fusion.bundle.bundle import Ensemble
 from fusion.data.posts import PostList
 from fusion.models import FusionModel, build_model
 from fusion.train.checkpoint import (

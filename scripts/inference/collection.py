@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from urllib.parse import urlsplit, urlunsplit
 
 from common.errors import ConfigError
@@ -11,27 +12,32 @@ from common.result import TagResult
 from config.infer import CollectionSettings, collection_of
 from config.settings import FieldMap, StoreSettings
 from fusion.infer.input import Bad
-from fusion.infer.outputs import Result
+from fusion.infer.outputs import Earlier, Result
 from king.store.client import StoreClient
+from king.store.documents import tagged_by
 from king.store.store import Store
 
 
 class CollectionSink:
-    """Writes results into the collection; see `fusion.infer.outputs.Sink`.
+    """A `fusion.infer.outputs.Sink` that is a collection.
 
-    Writing the same results again changes nothing but their time, so a run that was killed
-    between a write and its note of it continues without harm.
+    Writing the same results again changes nothing but their time.
 
     Args:
         settings: Database and collection.
         insert: Create documents for posts that have none.
+        skip_bundle: Name and version of a bundle: posts that it has tagged are not tagged again;
+            None tags all.
     """
 
-    def __init__(self, settings: StoreSettings, *, insert: bool) -> None:
+    def __init__(
+        self, settings: StoreSettings, *, insert: bool, skip_bundle: tuple[str, str] | None
+    ) -> None:
         self._store = Store(StoreClient(settings))
-        self._insert = insert
+        self._result_path = settings.result_path
+        self._insert, self._skip_bundle = insert, skip_bundle
 
-    def connect(self) -> None:
+    def open(self, input_ids: Callable[[], Counter[str]]) -> None:
         """Reach the database.
 
         Raises:
@@ -39,6 +45,20 @@ class CollectionSink:
             ConfigError: It refuses the user or the password.
         """
         self._store.connect()
+
+    def written(self, post_ids: Sequence[str]) -> Sequence[Earlier | None]:
+        """See `fusion.infer.outputs.Sink`; a collection holds no scores of all classes."""
+        if self._skip_bundle is None or not post_ids:
+            return [None] * len(post_ids)
+        tagged = {
+            post_id
+            for post_id, document in self._store.read_documents(post_ids).items()
+            if tagged_by(document, self._result_path, self._skip_bundle)
+        }
+        return [Earlier() if post_id in tagged else None for post_id in post_ids]
+
+    def finish(self) -> None:
+        """Do nothing: every batch was safe when it was written."""
 
     def write(self, results: Sequence[Result]) -> Sequence[Bad]:
         """Write results; return those whose post does not exist or that were refused.

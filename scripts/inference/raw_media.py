@@ -1,4 +1,4 @@
-"""Posts with raw media ─► tags, with the same extractors and fusion as the daemon."""
+"""From posts with raw media to their tags, with the same extractors and fusion as the daemon."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ from common.errors import TaggingError
 from common.post import Post
 from config.settings import Settings
 from fusion.infer.input import Bad
-from fusion.infer.outputs import Result
-from fusion.infer.processes import Outcome
+from fusion.infer.outputs import Outcome, Result
 from workers.local import local_runner
 from workers.runner import PostRunner
 
 
 @dataclass(frozen=True)
 class RawMaker:
-    """Makes taggers of posts with raw media."""
+    """A maker of taggers of posts with raw media, for `fusion.infer.inference.Job`."""
 
     settings: Settings
 
@@ -28,14 +27,14 @@ class RawMaker:
 
 
 class RawTagger:
-    """See `fusion.infer.processes.Tagger`."""
+    """A `fusion.infer.inference.Tagger` of posts with raw media."""
 
     def __init__(self, runner: PostRunner) -> None:
         self._runner = runner
         runner.start()
 
     def run(self, posts: Sequence[Post]) -> list[Outcome]:
-        """Their tags; a post with nothing usable is bad."""
+        """Return the posts' tags; a post with nothing usable is bad."""
         return [self._tag(post) for post in posts]
 
     def close(self) -> None:

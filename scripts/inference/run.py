@@ -15,14 +15,14 @@ from common.errors import ConfigError
 from common.urls import redact
 from config.infer import InferSettings, RunSettings, is_database
 from config.settings import Settings
+from fusion.bundle.bundle import BundleInfo, load_bundle
 from fusion.bundle.legacy import resolve_model
 from fusion.data.dataset import FeatureFiles
-from fusion.infer.infer_features import FeatureMaker
-from fusion.infer.inference import Facts, InferReport, Job, infer, shown
+from fusion.infer.inference import InferReport, Job, infer, shown
+from fusion.infer.inferer import FeatureMaker
 from fusion.infer.input import Input, read_record
-from fusion.infer.journal import Journal
 from fusion.infer.options import InferOptions, bundle_of, run_settings, with_bundle
-from fusion.infer.outputs import CsvTable, JsonLines, Sink, TextSink
+from fusion.infer.outputs import CsvTable, FileSink, JsonLines, Sink, StreamSink
 from scripts.commands.post_file import post_of
 
 
@@ -33,21 +33,21 @@ def run(settings: InferSettings | Settings, options: InferOptions) -> None:
         TaggingError: One line that names what is wrong.
     """
     plan = run_settings(settings)
-    with _best_model(settings, options.best_model) as chosen, _scratch(plan) as scratch:
-        job = _job(chosen, options.input, scratch)
-        report = infer(job, restart=options.restart)
+    with (
+        _best_model(settings, options.best_model) as chosen,
+        tempfile.TemporaryDirectory(prefix="insighttag-") as scratch,
+    ):
+        report = infer(_job(chosen, options, Path(scratch)))
         _say(report, plan)
 
 
-def _job(settings: InferSettings | Settings, posts: Path, scratch: Path | None) -> Job[Any]:
-    plan = run_settings(settings)
+def _job(settings: InferSettings | Settings, options: InferOptions, scratch: Path) -> Job[Any]:
+    plan, posts = run_settings(settings), options.input
     form, output = _target(plan)
     if isinstance(settings, InferSettings):
-        facts = Facts.of(settings.bundle)
+        bundle = load_bundle(settings.bundle).info
         read: Callable[[Any, Path, str], Any] = read_record
         maker: Any = FeatureMaker(settings, FeatureFiles(settings.features))
-        about: dict[str, Any] = {}
-        made_of: dict[str, Any] | None = {"features_root": str(settings.features.resolve())}
     else:
         from common.logs import configure_logs
         from scripts.inference.raw_media import RawMaker
@@ -55,25 +55,24 @@ def _job(settings: InferSettings | Settings, posts: Path, scratch: Path | None) 
         if posts.suffix == ".txt":
             raise ConfigError(f"{posts}: names no media: raw media take .json or .jsonl")
         configure_logs(settings.log.format, settings.log.level)
-        facts, read, maker = Facts.of(settings.fusion.bundle), post_of, RawMaker(settings)
-        about = {"features": _digest(settings.features.model_dump_json())}
-        made_of = None  # media may have failed, and be had now
-        # Of posts whose media are decoded a batch is dear: each is written when it is done.
+        bundle = load_bundle(settings.fusion.bundle).info
+        read, maker = post_of, RawMaker(settings)
+        # A batch of posts whose media are decoded is expensive: each is written when it is done.
         plan = plan.model_copy(update={"batch_size": 1})
-    base = output or scratch
-    if base is None:
-        noted = _digest(f"{redact(plan.output or '')} {posts.resolve()}")
-        base = plan.progress_dir / noted
+    if output is not None:
+        skipped = output.with_name(f"{output.name}.skipped.jsonl")
+    elif plan.output is None:
+        skipped = scratch / "skipped.jsonl"
+    else:
+        name = hashlib.sha256(f"{redact(plan.output)} {posts.resolve()}".encode()).hexdigest()
+        skipped = plan.progress_dir / f"{name[:16]}.skipped.jsonl"
     return Job(
-        source=Input(posts, read, facts.labels, plan.skip_bad),
+        source=Input(posts, read, bundle.labels, plan.skip_bad),
         maker=maker,
-        facts=facts,
+        bundle=bundle,
         settings=plan,
-        base=base,
-        output=output,
-        sink=_sink(form, plan, facts),
-        about={"format": form, **about},
-        made_of=made_of,
+        sink=_sink(form, plan, bundle, options, reuse=isinstance(settings, InferSettings)),
+        skipped=skipped,
     )
 
 
@@ -96,31 +95,29 @@ def _target(plan: RunSettings) -> tuple[str, Path | None]:
     return ("csv" if file.suffix == ".csv" else "jsonl"), file
 
 
-def _sink(form: str, plan: RunSettings, facts: Facts) -> Callable[[Journal], Sink]:
+def _sink(
+    form: str, plan: RunSettings, bundle: BundleInfo, options: InferOptions, *, reuse: bool
+) -> Sink:
+    """Return the output.
+
+    Args:
+        form: ``jsonl``, ``csv`` or ``mongodb``.
+        plan: Names the output.
+        bundle: The bundle that makes the tags.
+        options: Those of the command.
+        reuse: Take over posts of an output that is whole. Of raw media everything is computed
+            again: media that failed may be readable now.
+    """
     if form == "mongodb":
         from scripts.inference.collection import CollectionSink, store_of
 
         store = store_of(str(plan.output), plan.collection)
-
-        def into_collection(_: Journal) -> Sink:
-            sink = CollectionSink(store, insert=plan.collection.insert)
-            try:
-                sink.connect()
-            except BaseException:
-                sink.close()
-                raise
-            return sink
-
-        return into_collection
-    shape = CsvTable(facts.labels.names, plan.scores) if form == "csv" else JsonLines(plan.scores)
-
-    def as_text(journal: Journal) -> Sink:
-        if plan.output is None:
-            return TextSink(shape, sys.stdout.write, begun=False)
-        begun = bool(journal.path("part").stat().st_size)
-        return TextSink(shape, lambda t: journal.write("part", t.encode("utf-8")), begun=begun)
-
-    return as_text
+        skip = None if options.restart or not reuse else (bundle.name, bundle.version)
+        return CollectionSink(store, insert=plan.collection.insert, skip_bundle=skip)
+    shape = CsvTable(bundle.labels.names, plan.scores) if form == "csv" else JsonLines(plan.scores)
+    if plan.output is None:
+        return StreamSink(shape, sys.stdout.write)
+    return FileSink(Path(plan.output), shape, bundle, restart=options.restart, reuse=reuse)
 
 
 @contextmanager
@@ -140,16 +137,6 @@ def _best_model(
         yield with_bundle(settings, bundle)
 
 
-@contextmanager
-def _scratch(plan: RunSettings) -> Iterator[Path | None]:
-    """Where a run to standard output keeps its notes: it cannot be gone on with."""
-    if plan.output is not None:
-        yield None
-        return
-    with tempfile.TemporaryDirectory(prefix="insighttag-") as folder:
-        yield Path(folder) / "stdout"
-
-
 def _say(report: InferReport, plan: RunSettings) -> None:
     # Beside the tags on standard output, what is for people goes to standard error.
     people = sys.stderr if plan.output is None else sys.stdout
@@ -159,8 +146,13 @@ def _say(report: InferReport, plan: RunSettings) -> None:
         f"posts {report.posts}  labelled {report.labelled}{left_out}  {shown(report.metrics)}"
         f"{gone_on}\n"
     )
+    if report.unscored:
+        people.write(
+            f"without {report.unscored} labelled posts of an earlier run: the output does not hold "
+            "their scores\n"
+        )
     if report.complete:
-        people.write(f"complete already: {plan.output}; --restart computes it anew\n")
+        people.write(f"complete already: {redact(plan.output or '')}; --restart computes it anew\n")
     if report.posts_per_s:  # of one batch alone there is no rate
         people.write(f"{report.posts_per_s:,.1f} posts/s\n")
     if report.skipped_at is None:
@@ -172,7 +164,3 @@ def _say(report: InferReport, plan: RunSettings) -> None:
         for line in file:
             bad = json.loads(line)
             people.write(f"skipped {bad['post_id']}: {bad['reason']}\n")
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8")).hexdigest()[:16]

@@ -13,7 +13,6 @@ import yaml
 
 from config.load import load_settings
 from config.settings import Settings
-from fusion.infer.infer_complete import note_of
 from fusion.infer.options import infer_options, infer_settings
 from scripts.cli import run
 from tests.support.scripts import infer_rig as rig
@@ -114,7 +113,6 @@ def test_media_are_tagged_anew_each_time(folder: Path, capsys: pytest.CaptureFix
     assert "complete already" not in capsys.readouterr().out
     [after] = rig.lines(output)
     assert (before["modalities"]["image"], after["modalities"]["image"]) == ("failed", "ok")
-    assert not note_of(output).exists()
 
 
 def test_other_extractors_than_the_bundles_are_refused(

@@ -15,8 +15,7 @@ import torch
 import yaml
 
 import infer_net
-from fusion.bundle.bundle import save_bundle
-from fusion.bundle.ensemble import Ensemble
+from fusion.bundle.bundle import Ensemble, save_bundle
 from fusion.models import FusionModel
 from tests.support.fusion import support
 

@@ -15,7 +15,7 @@ import yaml
 from common.errors import BundleError, ConfigError
 from extractors.feature_file import read_features
 from fusion.bundle import bundle
-from fusion.bundle.ensemble import Averaging, Ensemble, averaged
+from fusion.bundle.bundle import Averaging, Ensemble, averaged
 from fusion.data.dataset import FeatureFiles
 from fusion.data.posts import PostList, PostPool, stratified_folds
 from fusion.infer.inferer import Inferer
