@@ -17,8 +17,7 @@ from common.files import write_whole
 from common.post import Post
 from common.progress import Bars, notice, progress_bars
 from config.labels import LabelMap
-from corpus.analyze.duplicates import find_groups
-from corpus.analyze.groups import GroupTally
+from corpus.analyze.duplicates import GroupTally, find_groups
 from corpus.analyze.media import MediaBase
 from corpus.analyze.report import render
 from corpus.analyze.tally import Tally
@@ -31,7 +30,7 @@ ANALYSIS, DUPLICATES, REPORT = "analysis.json", "duplicates.jsonl", "report.html
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What to analyse, and how.
+    """The options of an analysis.
 
     Attributes:
         media: Folder of the media; None opens none.

@@ -9,21 +9,24 @@ Likeness is passed on: where A is like B and B like C, all three are one group.
 
 from __future__ import annotations
 
+import json
 import sqlite3
 import tempfile
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-from corpus.analyze.facts import MediaFact
 from corpus.analyze.looks import hash_of, near_pairs, same_colours
+from corpus.analyze.measure import MediaFact
+from corpus.analyze.tally import ranked
 from corpus.analyze.texts import (
     MAX_CHARS,
     Bands,
@@ -34,7 +37,7 @@ from corpus.analyze.texts import (
     shingles,
 )
 from corpus.build.groups import Groups
-from corpus.records import CorpusPost
+from corpus.records import AtomicLines, CorpusPost
 
 Kind: TypeAlias = Literal["exact_media", "near_image", "near_text"]
 KINDS: tuple[Kind, ...] = ("exact_media", "near_image", "near_text")
@@ -46,6 +49,9 @@ which a large part shares a bucket, for example one text with a number in it."""
 MAX_MEMBERS = 1000
 """Members of a part: a picture may be in a million posts."""
 _MAX_MEDIA = 16
+
+# Groups that the report shows, and the members of each: what a person looks through.
+_EXAMPLES, _MEMBERS = 30, 8
 
 _TABLES = """
 PRAGMA journal_mode = OFF;
@@ -112,7 +118,7 @@ def find_groups(
 
     Args:
         posts: Each post_id once.
-        media_of: Source of a medium ─► what is known of its file; None where nothing is.
+        media_of: Returns what is known of the file of a source; None where nothing is.
         text_threshold: Share of three-character runs that two texts must have in common,
             above 0 and at most 1.
         hash_distance: Bits of 64 in which the structure of two pictures may differ, 0 to 16.
@@ -122,8 +128,8 @@ def find_groups(
         OSError: The temporary file cannot be made.
         sqlite3.Error: It cannot be written.
     """
-    with tempfile.TemporaryDirectory(prefix="duplicates-", dir=folder) as place:
-        path = Path(place) / "posts.sqlite"
+    with tempfile.TemporaryDirectory(prefix="duplicates-", dir=folder) as work:
+        path = Path(work) / "posts.sqlite"
         with closing(sqlite3.connect(path, isolation_level=None)) as base:
             base.executescript(_TABLES)
             base.execute("BEGIN")  # never committed: the file is thrown away
@@ -140,8 +146,6 @@ class _Finder:
         self._base, self._threshold, self._distance = base, threshold, distance
         self._bands = Bands(threshold)
         self._count = self._pictures = 0
-
-    # Reading ---------------------------------------------------------------------------------
 
     def add(self, entry: CorpusPost, media_of: Callable[[str], MediaFact | None]) -> None:
         number, post = self._count, entry.post
@@ -178,8 +182,6 @@ class _Finder:
             return
         keys = self._bands.keys(shingles(text[:MAX_CHARS]))
         self._base.executemany("INSERT INTO bands VALUES (?, ?)", ((key, number) for key in keys))
-
-    # Groups ----------------------------------------------------------------------------------
 
     def exact_media(self) -> Iterator[Group]:
         rows = self._base.execute(
@@ -279,3 +281,85 @@ class _Finder:
     def _shingles(self, number: int) -> frozenset[str]:
         query = "SELECT content FROM texts WHERE number = ?"
         return shingles(self._base.execute(query, (number,)).fetchone()[0])
+
+
+class GroupTally:
+    """Counts of groups of duplicates, and those whose labels disagree.
+
+    Args:
+        labels_of: Returns the distinct tags of a post.
+    """
+
+    def __init__(self, labels_of: Callable[[str], frozenset[str]]) -> None:
+        self._labels_of = labels_of
+        self._kinds = {kind: Counter[str]() for kind in KINDS}
+        self._examples: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
+        self._disputes: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
+        self._disputed: Counter[str] = Counter()
+        self._size = 0  # of the group so far
+        self._shown: list[dict[str, Any]] = []  # of the group: its size may grow
+
+    def write(self, groups: Iterable[Group], out: AtomicLines) -> Iterator[None]:
+        """Write and count; one step for each group, or part of one."""
+        for group in groups:
+            out.write(group_line(group))
+            self._add(group)
+            yield
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return for each kind: groups, posts, the largest, how many disagree, and examples."""
+        return {
+            "kinds": {
+                kind: {
+                    "groups": counts["groups"],
+                    "posts": counts["posts"],
+                    "largest": counts["largest"],
+                    "labels_differ": counts["differ"],
+                    "examples": self._examples[kind],
+                    "disputes": self._disputes[kind],
+                }
+                for kind, counts in self._kinds.items()
+            },
+            "disputed_tags": ranked(self._disputed, 50),
+        }
+
+    def _add(self, group: Group) -> None:
+        counts = self._kinds[group.kind]
+        new = len(group.members) - group.continued
+        self._size = new + self._size * group.continued
+        counts["posts"] += new
+        counts["largest"] = max(counts["largest"], self._size)
+        if group.continued:  # its tags are not compared
+            for example in self._shown:
+                example["posts"] = self._size
+            return
+        self._shown = []
+        counts["groups"] += 1
+        sets = {post_id: self._labels_of(post_id) for post_id in group.members}
+        given = {post_id: labels for post_id, labels in sets.items() if labels}
+        shown = {post_id: sorted(sets[post_id]) for post_id in group.members[:_MEMBERS]}
+        example = {"posts": len(group.members), "labels": shown}
+        if len(self._examples[group.kind]) < _EXAMPLES:
+            self._examples[group.kind].append(example)
+            self._shown.append(example)
+        if len(set(given.values())) < 2:
+            return
+        counts["differ"] += 1
+        some = frozenset[str]().union(*given.values())
+        every = some.intersection(*given.values())
+        self._disputed.update(some - every)
+        if len(self._disputes[group.kind]) < _EXAMPLES:
+            disputed = sorted(some - every)
+            dispute = {**example, "disputed": disputed[:20]}
+            self._disputes[group.kind].append(dispute)
+            self._shown.append(dispute)
+
+
+def group_line(group: Group) -> str:
+    """Return a line of ``duplicates.jsonl``: ``{kind, members, media, continued}``."""
+    content: dict[str, Any] = {"kind": group.kind, "members": list(group.members)}
+    if group.media:
+        content["media"] = list(group.media)
+    if group.continued:
+        content["continued"] = True
+    return json.dumps(content, ensure_ascii=False)

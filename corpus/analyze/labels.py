@@ -44,11 +44,11 @@ class Labels:
                 self._most = sorted(self._most)[:_TOP_POSTS]
 
     def ranked(self) -> list[tuple[str, int]]:
-        """Tags and their posts, most frequent first."""
+        """Return tags and their posts, most frequent first."""
         return sorted(self.counts.items(), key=lambda item: (-item[1], item[0]))
 
     def as_dict(self, rare: int, taxonomy: Iterable[str] | None) -> dict[str, Any]:
-        """Everything about the tags.
+        """Return everything about the tags.
 
         Args:
             rare: Tags with fewer posts are rare.
@@ -82,16 +82,19 @@ class Labels:
         }
 
     def _variants(self, taxonomy: Iterable[str]) -> list[dict[str, int]]:
-        """Names that differ only in case, spaces, separators or width."""
+        """Return names that differ only in case, spaces, separators or width."""
         alike: dict[str, set[str]] = {}
         for name in {*self.counts, *taxonomy}:
             alike.setdefault(bare(name), set()).add(name)
-        found = [sorted(names, key=lambda n: (-self.counts[n], n)) for names in alike.values()
-                 if len(names) > 1]  # fmt: skip
-        return [{name: self.counts[name] for name in names} for names in sorted(found)]
+        groups = [
+            sorted(names, key=lambda n: (-self.counts[n], n))
+            for names in alike.values()
+            if len(names) > 1
+        ]
+        return [{name: self.counts[name] for name in names} for names in sorted(groups)]
 
     def _together(self) -> list[dict[str, Any]]:
-        """Pairs of tags of which neither ever stands without the other."""
+        """Return pairs of tags of which neither ever stands without the other."""
         return [
             {"tags": [a, b], "posts": count}
             for (a, b), count in self._by_count()
@@ -99,7 +102,7 @@ class Labels:
         ][:_TOP_PAIRS]
 
     def _implied(self) -> list[dict[str, Any]]:
-        """Tags that never stand without a more frequent one."""
+        """Return tags that never stand without a more frequent one."""
         found = []
         for (a, b), count in self._by_count():
             if count < _IMPLIED or self.counts[a] == self.counts[b]:
@@ -119,7 +122,7 @@ class Labels:
         ]
 
     def _heat(self, names: list[str]) -> dict[str, Any]:
-        """Posts with both tags, for the most frequent ones; the diagonal has each one's posts."""
+        """Return the posts with both of two frequent tags; the diagonal has each tag's own."""
 
         def posts(a: str, b: str) -> int:
             return self.counts[a] if a == b else self._pairs[min(a, b), max(a, b)]
@@ -139,5 +142,5 @@ class Labels:
 
 
 def bare(name: str) -> str:
-    """A tag's name without what is easily written in two ways."""
+    """Return a tag's name without what is easily written in two ways."""
     return _SEPARATORS.sub("", unicodedata.normalize("NFKC", name).casefold())

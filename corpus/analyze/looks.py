@@ -32,7 +32,11 @@ _BLOCK = 1 << 21
 
 
 def look_of(pixels: npt.NDArray[np.uint8]) -> bytes | None:
-    """The look of a picture, uint8 RGB ``(height, width, 3)``; None for one of a single tone."""
+    """Return the look of an RGB picture, None for one of a single tone.
+
+    Args:
+        pixels: uint8 ``(height, width, 3)``.
+    """
     import cv2
 
     from extractors.media.pictures import squash
@@ -48,12 +52,12 @@ def look_of(pixels: npt.NDArray[np.uint8]) -> bytes | None:
 
 
 def hash_of(look: bytes) -> int:
-    """The 64 bits of structure."""
+    """Return the 64 bits of structure."""
     return int.from_bytes(look[:HASH_BYTES], "big")
 
 
 def same_colours(one: bytes, other: bytes) -> bool:
-    """Whether the grids of two looks are about the same."""
+    """Tell whether the grids of two looks are about the same."""
     a = np.frombuffer(one, np.uint8, offset=HASH_BYTES).astype(np.int16)
     b = np.frombuffer(other, np.uint8, offset=HASH_BYTES).astype(np.int16)
     apart = np.abs(a - b)
@@ -61,7 +65,7 @@ def same_colours(one: bytes, other: bytes) -> bool:
 
 
 def near_pairs(hashes: npt.NDArray[np.uint64], distance: int) -> Iterator[tuple[int, int]]:
-    """Pairs of hashes, uint64 ``(n,)``, that differ in at most `distance` bits; a pair may repeat.
+    """Yield pairs of hashes that differ in at most `distance` bits; a pair may repeat.
 
     Cut into ``distance + 1`` chunks, two such hashes agree in one chunk at least: only those that
     share a chunk are compared. Source: Norouzi et al., Fast Search in Hamming Space with

@@ -1,24 +1,51 @@
-"""One media file ─► what is known of it: headers of video and sound, pixels of pictures."""
+"""Measuring of media files: headers of video and sound, pixels of pictures."""
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
-from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 from common.errors import MediaError
 from common.files import file_digest
 from common.post import MediaKind
-from corpus.analyze.facts import MediaFact
+from common.processes import process_pool
 
 _NUMBERS = re.compile(r"\d+(?:[.×]\d+)*")
 _MICROSECONDS = 1_000_000
 DIED = "the reader died of it"
+
+
+@dataclass(frozen=True, slots=True)
+class MediaFact:
+    """One media file as a post uses it.
+
+    Attributes:
+        sha256: Of its content, in hex; empty where there is no file.
+        kind: What the posts use it as.
+        size_bytes: Of the file.
+        reason: Why it is broken or missing, a class of failures; None when it is fine.
+        width: In pixels, as it is shown; 0 for sound.
+        height: In pixels; 0 for sound.
+        duration_s: Of video and sound; None where the file does not say.
+        codec: Of the picture, the video stream, or a sound file's stream.
+        sound: Codec of a video's sound; empty when it has none.
+        look: What `corpus.analyze.looks.look_of` gave for a picture; None for what has none.
+    """
+
+    sha256: str
+    kind: MediaKind
+    size_bytes: int = 0
+    reason: str | None = None
+    width: int = 0
+    height: int = 0
+    duration_s: float | None = None
+    codec: str = ""
+    sound: str = ""
+    look: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +67,7 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What came of a task; `size_bytes` and `mtime_ns` tell later whether the file is the same."""
+    """The result of a task; `size_bytes` and `mtime_ns` tell later whether the file is the same."""
 
     task: Task
     fact: MediaFact
@@ -65,7 +92,7 @@ def measure(task: Task) -> Measured:
 
 
 def class_of(reason: str) -> str:
-    """A reason without its numbers: failures of one class count as one."""
+    """Return a reason without its numbers: failures of one class count as one."""
     return _NUMBERS.sub("N", reason)
 
 
@@ -80,31 +107,31 @@ def measure_all(tasks: Iterable[Task], processes: int) -> Iterator[Measured | tu
         suspects: list[Task] = []
         more = False
         with _pool(processes) as pool:
-            flying: dict[Future[Measured], Task] = {}
+            in_flight: dict[Future[Measured], Task] = {}
             try:
                 for task in waiting:
                     more = True
-                    flying[pool.submit(measure, task)] = task
-                    if len(flying) >= 4 * processes:
-                        yield from _landed(flying, suspects)
+                    in_flight[pool.submit(measure, task)] = task
+                    if len(in_flight) >= 4 * processes:
+                        yield from _ended(in_flight, suspects)
                     if suspects:
                         break
                 else:
                     more = False
             except BrokenProcessPool:
                 suspects.append(task)
-            while flying:
-                yield from _landed(flying, suspects)
+            while in_flight:
+                yield from _ended(in_flight, suspects)
         for task in suspects:
             yield from _alone(task)
 
 
-def _landed(
-    flying: dict[Future[Measured], Task], suspects: list[Task]
+def _ended(
+    in_flight: dict[Future[Measured], Task], suspects: list[Task]
 ) -> Iterator[Measured | tuple[Task, str]]:
-    done, _ = wait(flying, return_when=FIRST_COMPLETED)
+    done, _ = wait(in_flight, return_when=FIRST_COMPLETED)
     for future in done:
-        task = flying.pop(future)
+        task = in_flight.pop(future)
         try:
             yield future.result()
         except BrokenProcessPool:
@@ -127,27 +154,13 @@ def _alone(task: Task) -> Iterator[Measured | tuple[Task, str]]:
 
 
 def _pool(processes: int) -> ProcessPoolExecutor:
-    # A fork would carry the parent's database along, and OpenCV's threads do not survive one.
-    return ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_begin)
+    return process_pool(processes, _use_one_thread)
 
 
-def _begin() -> None:
-    import signal
-    import threading
-
+def _use_one_thread() -> None:
     import cv2
 
-    cv2.setNumThreads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """A killed parent would leave its children waiting for tasks for ever."""
-    parent = parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
+    cv2.setNumThreads(1)  # the processes are what runs in parallel
 
 
 def _picture(task: Task, fact: MediaFact) -> MediaFact:

@@ -1,4 +1,4 @@
-"""What is known of the media of a corpus, in a SQLite file that survives a kill.
+"""Facts about the media of a corpus, in a SQLite file that survives a kill.
 
 A file is hashed and measured once: later runs, and runs after a kill, take what is there. Files
 that a manifest names are known by its hashes; others are measured anew when size or time change.
@@ -18,8 +18,7 @@ from typing import Any
 
 from common.errors import ConfigError
 from common.post import MediaKind, Post
-from corpus.analyze.facts import MediaFact
-from corpus.analyze.measure import Measured, Task, class_of, measure_all
+from corpus.analyze.measure import Measured, MediaFact, Task, class_of, measure_all
 from corpus.records import is_url, local_path
 
 _VERSION = 1
@@ -118,7 +117,7 @@ class MediaBase:
                 self._base.execute("COMMIT")
 
     def fact(self, source: str, kind: MediaKind) -> MediaFact:
-        """What is known of a source that a post uses as `kind`."""
+        """Return what is known of a source that a post uses as `kind`."""
         found = self._locate(source, kind)
         if isinstance(found, MediaFact):
             return found
@@ -130,7 +129,7 @@ class MediaBase:
         return MediaFact("", kind, reason=NO_FILE if reason is None else reason[0])
 
     def any_fact(self, source: str) -> MediaFact | None:
-        """What is known of a source, whatever it is used as."""
+        """Return what is known of a source, whatever it is used as."""
         facts = (self.fact(source, kind) for kind in ("image", "video", "audio"))
         return next((fact for fact in facts if fact.sha256), None)
 
@@ -138,8 +137,6 @@ class MediaBase:
         """Close the file."""
         with suppress(sqlite3.Error):
             self._base.close()
-
-    # -----------------------------------------------------------------------------------------
 
     def _manifest_lines(self) -> Iterator[str]:
         try:
@@ -183,7 +180,7 @@ class MediaBase:
         return Task(os.path.abspath(path), path, kind)  # noqa: PTH100 - links stay as they are
 
     def _known(self, task: Task) -> str:
-        """The hash of a file that has not changed since it was measured; empty for others."""
+        """Return the hash of a file that is unchanged since it was measured; empty for others."""
         row = self._base.execute(
             "SELECT sha256, size_bytes, mtime_ns FROM files WHERE name = ?", (task.name,)
         ).fetchone()
@@ -212,7 +209,7 @@ class MediaBase:
 
 
 def _rows(line: dict[str, Any]) -> Iterator[tuple[str, str, str, str, str]]:
-    """Of a line of the manifest: by its source, and by the path that the local posts file has."""
+    """Yield rows of a line of the manifest: by its source, and by its path in local posts."""
     kind = str(line["kind"])
     if line["status"] == "ok":
         path, sha256 = str(line["path"]), str(line["sha256"])

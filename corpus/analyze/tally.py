@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import json
 import re
 import sqlite3
@@ -11,20 +12,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from common.post import MEDIA_KINDS, MODALITIES, MediaKind, Post
-from corpus.analyze.facts import MediaFact
-from corpus.analyze.histogram import (
-    BYTE_EDGES,
-    SECOND_EDGES,
-    SIDE_EDGES,
-    TEXT_EDGES,
-    Histogram,
-)
 from corpus.analyze.labels import Labels
-from corpus.analyze.languages import language_of
+from corpus.analyze.measure import MediaFact
+from corpus.analyze.texts import language_of
 from corpus.records import BadLine, CorpusPost
 
 _DATE = re.compile(r"(\d{4})-(0[1-9]|1[0-2])-(0[1-9]|[12]\d|3[01])(?!\d)")
 _TOP_AUTHORS, _TOP_SIZES, _EXAMPLES = 20, 20, 20
+
+# Reasons and codecs that are counted by name: texts that never repeat must not fill the memory.
 _MAX_REASONS = 1000
 
 _TABLES = """
@@ -35,7 +31,52 @@ CREATE TABLE posts (post_id TEXT PRIMARY KEY, labels TEXT) WITHOUT ROWID;
 CREATE TABLE contents (sha256 BLOB, kind TEXT, PRIMARY KEY (sha256, kind)) WITHOUT ROWID;
 CREATE TABLE authors (author TEXT PRIMARY KEY, posts INTEGER) WITHOUT ROWID;
 """
+# Edges of the classes of histograms: steps that a person has a feeling for.
+TEXT_EDGES = (1, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000)
+BYTE_EDGES = tuple(10**i * k for i in range(3, 9) for k in (1, 3))
+SECOND_EDGES = (1, 3, 5, 10, 15, 30, 60, 120, 300, 600, 1800, 3600)
+SIDE_EDGES = (64, 128, 240, 360, 480, 720, 1080, 1440, 2160, 4320)
+
 FactOf = Callable[[str, MediaKind], MediaFact]
+
+
+@dataclass
+class Histogram:
+    """Counts of numbers in fixed classes: of any number of values, the same few bytes.
+
+    Attributes:
+        edges: Ascending; class i holds values of ``edges[i - 1]`` up to below ``edges[i]``, the
+            first all below, the last all from the last edge on.
+    """
+
+    edges: Sequence[float]
+    counts: list[int] = field(init=False)
+    total: float = 0.0
+    lowest: float | None = None
+    highest: float | None = None
+
+    def __post_init__(self) -> None:
+        """Set every class to 0."""
+        self.counts = [0] * (len(self.edges) + 1)
+
+    def add(self, value: float) -> None:
+        """Count a value."""
+        self.counts[bisect.bisect_right(self.edges, value)] += 1
+        self.total += value
+        self.lowest = value if self.lowest is None else min(self.lowest, value)
+        self.highest = value if self.highest is None else max(self.highest, value)
+
+    def as_dict(self) -> dict[str, object]:
+        """Return ``{values, lowest, mean, highest, edges, counts}``."""
+        values = sum(self.counts)
+        return {
+            "values": values,
+            "lowest": self.lowest,
+            "mean": round(self.total / values, 3) if values else None,
+            "highest": self.highest,
+            "edges": list(self.edges),
+            "counts": self.counts,
+        }
 
 
 @dataclass
@@ -56,7 +97,7 @@ class MediaTally:
     sides: Histogram = field(default_factory=lambda: Histogram(SIDE_EDGES))
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything about the media of this kind."""
+        """Return everything about the media of this kind."""
         return {
             "uses": self.uses,
             "posts": self.posts,
@@ -78,7 +119,7 @@ class Tally:
 
     Args:
         base: An empty database that is thrown away.
-        fact_of: What is known of a medium; None counts media without opening any.
+        fact_of: Returns what is known of a medium; None counts media without opening any.
     """
 
     def __init__(self, base: sqlite3.Connection, fact_of: FactOf | None) -> None:
@@ -102,7 +143,7 @@ class Tally:
         self._leave_out(entry.line, entry.post_id, entry.reason, entry.reason.partition(":")[0])
 
     def add(self, entry: CorpusPost) -> bool:
-        """Count a post; false where its post_id was there before, and it counts as left out."""
+        """Count a post; return False for a post_id that was counted already: it is left out."""
         post = entry.post
         row = (post.post_id, json.dumps(sorted(set(post.labels))))
         if not self._base.execute("INSERT OR IGNORE INTO posts VALUES (?, ?)", row).rowcount:
@@ -121,13 +162,13 @@ class Tally:
         return True
 
     def labels_of(self, post_id: str) -> frozenset[str]:
-        """Distinct tags of a post that was counted."""
+        """Return the distinct tags of a post that was counted."""
         query = "SELECT labels FROM posts WHERE post_id = ?"
         row = self._base.execute(query, (post_id,)).fetchone()
         return frozenset(json.loads(row[0])) if row else frozenset()
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything but the tags."""
+        """Return everything but the tags."""
         return {
             "posts": {
                 "read": self.posts + self.bad,
@@ -154,8 +195,6 @@ class Tally:
                 "unreadable": self._bad_dates,
             },
         }
-
-    # -----------------------------------------------------------------------------------------
 
     def _leave_out(self, line: int, post_id: str | None, reason: str, kind: str) -> None:
         self.bad += 1
@@ -199,11 +238,11 @@ class Tally:
             tally.seconds.add(fact.duration_s)
 
     def _count_modalities(self, post: Post) -> None:
-        there = {media.kind for media in post.media}
+        kinds = {media.kind for media in post.media}
         texts = {"text": post.text.strip(), "ocr": (post.ocr or "").strip()}
-        found = tuple(name for name in MODALITIES if name in there or texts.get(name))
-        self._modalities.update(found)
-        self._combinations[found] += 1
+        names = tuple(name for name in MODALITIES if name in kinds or texts.get(name))
+        self._modalities.update(names)
+        self._combinations[names] += 1
 
     def _count_origin(self, entry: CorpusPost) -> None:
         if entry.author:
@@ -214,8 +253,8 @@ class Tally:
             )
         if entry.created is None:
             self._undated += 1
-        elif found := _DATE.match(entry.created):
-            self._days[found.group()] += 1
+        elif match := _DATE.match(entry.created):
+            self._days[match.group()] += 1
         else:
             self._bad_dates += 1
 
@@ -229,7 +268,7 @@ class Tally:
 
 
 def ranked(counts: Counter[str] | dict[str, int], most: int | None = None) -> dict[str, int]:
-    """The largest counts first; equal ones by name."""
+    """Return the largest counts first; equal ones by name."""
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:most])
 
 

@@ -1,4 +1,4 @@
-"""The summary on the terminal."""
+"""The summary on the terminal, and numbers and names as people read them."""
 
 from __future__ import annotations
 
@@ -6,9 +6,35 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from corpus.analyze import words
-
 _TOP = 15
+
+_LANGUAGES = {
+    "ar": "Arabic",
+    "de": "German",
+    "en": "English",
+    "es": "Spanish",
+    "fr": "French",
+    "hi": "Hindi",
+    "id": "Indonesian",
+    "it": "Italian",
+    "ja": "Japanese",
+    "ko": "Korean",
+    "nl": "Dutch",
+    "pl": "Polish",
+    "pt": "Portuguese",
+    "ru": "Russian",
+    "th": "Thai",
+    "tr": "Turkish",
+    "uk": "Ukrainian",
+    "vi": "Vietnamese",
+    "zh": "Chinese",
+}
+
+KIND_NAMES = {
+    "exact_media": "the same file",
+    "near_image": "pictures that look alike",
+    "near_text": "nearly the same text",
+}
 
 
 def show(facts: Mapping[str, Any]) -> None:
@@ -31,23 +57,23 @@ def _tables(
     title = (
         f"{len(counts):,} tags" if len(counts) <= _TOP else f"Top {_TOP} of {len(counts):,} tags"
     )
-    tags = [(name, f"{n:,}", words.share(n, total)) for name, n in counts[:_TOP]]
-    there = [(n, f"{c:,}", words.share(c, total)) for n, c in facts["modalities"].items() if c]
-    codes = list(words.languages(facts["text"]["languages"]).items())[:8]
-    languages = [(name, f"{count:,}", words.share(count, total)) for name, count in codes]
+    tags = [(name, f"{n:,}", share(n, total)) for name, n in counts[:_TOP]]
+    modalities = [(n, f"{c:,}", share(c, total)) for n, c in facts["modalities"].items() if c]
+    codes = list(languages(facts["text"]["languages"]).items())[:8]
+    spoken = [(name, f"{count:,}", share(count, total)) for name, count in codes]
     media = [
         (kind, f"{f['uses']:,}", *_opened(f, facts["media_opened"]))
         for kind, f in facts["media"].items()
         if f["uses"]
     ]
     groups = [
-        (words.KIND_NAMES[kind], *(f"{f[key]:,}" for key in ("groups", "posts", "labels_differ")))
+        (KIND_NAMES[kind], *(f"{f[key]:,}" for key in ("groups", "posts", "labels_differ")))
         for kind, f in facts["duplicates"]["kinds"].items()
     ]
     return [
-        (f"{total:,} posts", ("modality", "posts", "share"), there),
+        (f"{total:,} posts", ("modality", "posts", "share"), modalities),
         ("Lines left out", ("reason", "lines"), left_out),
-        ("Languages of the texts", ("language", "posts", "share"), languages),
+        ("Languages of the texts", ("language", "posts", "share"), spoken),
         (title, ("tag", "posts", "share"), tags),
         ("Media", ("kind", "uses", "files", "size", "broken"), media),
         ("Duplicates", ("what", "groups", "posts", "tags differ"), groups),
@@ -59,7 +85,7 @@ def _opened(found: Mapping[str, Any], opened: bool) -> tuple[str, str, str]:
     if not opened:
         return ("not opened", "", "")
     broken = sum(found["broken"].values())
-    return (f"{found['files']:,}", words.size(found["bytes"]), f"{broken:,}")
+    return (f"{found['files']:,}", size(found["bytes"]), f"{broken:,}")
 
 
 def _doubts(facts: Mapping[str, Any]) -> list[tuple[str, ...]]:
@@ -90,3 +116,34 @@ def _table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> o
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     return table
+
+
+def languages(counts: Mapping[str, int]) -> dict[str, int]:
+    """Return counts with names of languages for codes."""
+    return {_LANGUAGES.get(code, code): count for code, count in counts.items()}
+
+
+def size(value: float) -> str:
+    """Return a number of bytes, to three digits at most."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.3g} TB"
+
+
+def seconds(value: float) -> str:
+    """Return a duration, to three digits at most."""
+    if value < 60:
+        return f"{value:.3g} s"
+    return f"{value / 60:.3g} min" if value < 3600 else f"{value / 3600:.3g} h"
+
+
+def plain(value: float) -> str:
+    """Return a whole number."""
+    return f"{value:,.0f}"
+
+
+def share(part: int, whole: int) -> str:
+    """Return a share in percent; a dash where there is no whole."""
+    return f"{part / whole:.1%}" if whole else "–"

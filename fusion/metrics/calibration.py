@@ -7,7 +7,7 @@ map for all tags leaves the order of scores as it is, and needs no positives of 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -155,6 +155,14 @@ class Reliability:
     scores: FloatArray
     right: FloatArray
     error: float
+
+    def as_json(self) -> dict[str, Any]:
+        """Return JSON values; None where a bin is empty."""
+        means = {
+            key: [None if np.isnan(x) else float(x) for x in values]
+            for key, values in (("scores", self.scores), ("right", self.right))
+        }
+        return {"error": self.error, "counts": self.counts.tolist(), **means}
 
 
 def reliability(scores: npt.ArrayLike, targets: npt.ArrayLike, bins: int = 15) -> Reliability:

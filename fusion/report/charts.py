@@ -1,61 +1,33 @@
-"""The charts of a report, drawn by matplotlib without a display.
-
-Colours are Okabe and Ito's, which people with any colour vision can tell apart.
-"""
+"""The charts of a training's report; draw them inside `common.charts.style`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from common.charts import BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, shown_names, whole_numbers
+from common.charts import figure as new_figure
 from common.post import MODALITIES
 from fusion.metrics import ranking as metrics
 from fusion.metrics.calibration import Reliability
-from fusion.report.fonts import families, shown_names
-from fusion.report.judged import Judged
+from fusion.report.predictions import Predictions, TagRow, confusion_counts
 from fusion.report.subsets import SubsetGap
-from fusion.report.tables import TagRow, confusion_counts
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
-PINK, SKY, GREY = "#CC79A7", "#56B4E9", "#8a8a8a"
 _MANY = (BLUE, ORANGE, GREEN, RED, PINK, SKY, "#333333")
 _DASHES = ("-", "--", ":", "-.", (0, (5, 1)))
+# Bars and cells that fit on a page and can still be read; the tables hold the rest.
 _MOST_TAGS, _MOST_CONFUSED, _MOST_SUBSETS = 48, 24, 63
+# Points of a curve: more than a chart has pixels.
 _POINTS = 1500
-_MOST_DECISIONS = 20_000_000  # of a curve over all tags: sorting more takes minutes
-
-
-@contextmanager
-def style() -> Iterator[None]:
-    """How all charts look; tag names are text, never formulas."""
-    import matplotlib as mpl
-
-    with mpl.rc_context(
-        {
-            "font.family": list(families()),
-            "font.size": 10,
-            "text.parse_math": False,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.grid": True,
-            "axes.axisbelow": True,
-            "grid.color": "#e4e4e4",
-            "axes.titlesize": 11,
-            "axes.titlelocation": "left",
-            "legend.frameon": False,
-            "figure.dpi": 110,
-        }
-    ):
-        yield
-
+# Of a curve over all tags: sorting more takes minutes.
+_MOST_DECISIONS = 20_000_000
 
 _VALID = (
     ("gap", "GAP@20", BLUE, "-"),
@@ -66,12 +38,12 @@ _VALID = (
 
 
 def training_curves(runs: Sequence[Sequence[Mapping[str, Any]]]) -> Figure:
-    """Loss, validation and learning rate over the epochs, as far as they were logged.
+    """Draw loss, validation and learning rate over the epochs, as far as they were logged.
 
     Args:
         runs: Events of each training; of several, validation shows GAP alone.
     """
-    figure, (left, middle, right) = _figure(11, 3.4, columns=3)
+    figure, (left, middle, right) = new_figure(11, 3.4, columns=3)
     for number, events in enumerate(runs):
         look: dict[str, Any] = {
             "color": _MANY[number % len(_MANY)],
@@ -97,7 +69,7 @@ def training_curves(runs: Sequence[Sequence[Mapping[str, Any]]]) -> Figure:
     right.yaxis.set_major_formatter("{x:.3g}")
     for axes in (left, middle, right):
         axes.set_xlabel("epoch")
-        _whole_numbers(axes)
+        whole_numbers(axes.xaxis)
         if not axes.lines:
             axes.text(0.5, 0.5, "not logged", color=GREY, ha="center", transform=axes.transAxes)
             axes.set(xticks=[], yticks=[])
@@ -118,20 +90,20 @@ def _columns(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[f
     return [x for x, _ in points], [y for _, y in points]
 
 
-def pr_curves(judged: Judged, rows: Sequence[TagRow]) -> Figure:
-    """Precision over recall: all tags together, then the five best and the five worst tags."""
-    figure, axes = _figure(11, 3.9, columns=3)
-    step = max(1, judged.scores.size // _MOST_DECISIONS)
-    scores, truth = judged.scores[::step], judged.targets[::step]
+def pr_curves(predictions: Predictions, rows: Sequence[TagRow]) -> Figure:
+    """Draw precision over recall: all tags together, then the five best and the five worst tags."""
+    figure, axes = new_figure(11, 3.9, columns=3)
+    step = max(1, predictions.scores.size // _MOST_DECISIONS)
+    scores, truth = predictions.scores[::step], predictions.targets[::step]
     curve = metrics.precision_recall(scores, truth)
     _curve(axes[0], curve, BLUE, "-", None)
-    given = judged.given
-    right = float((given & judged.targets).sum())
-    point = (right / max(1, judged.targets.sum()), right / max(1, given.sum()))
+    given = predictions.given
+    right = float((given & predictions.targets).sum())
+    point = (right / max(1, predictions.targets.sum()), right / max(1, given.sum()))
     axes[0].plot(*point, "o", color=RED, label="at the thresholds")
     axes[0].legend(loc="lower left")
     axes[0].set_title("All tags together (micro)")
-    names = shown_names(judged.names)
+    names = shown_names(predictions.names)
     known = sorted((r for r in rows if r.ap is not None), key=lambda r: -(r.ap or 0))
     half = min(5, -(-len(known) // 2))
     for area, chosen, title in (
@@ -141,7 +113,9 @@ def pr_curves(judged: Judged, rows: Sequence[TagRow]) -> Figure:
         for row, colour, dash in zip(
             chosen, (BLUE, ORANGE, GREEN, RED, PINK), _DASHES, strict=False
         ):
-            curve = metrics.precision_recall(judged.scores[:, row.id], judged.targets[:, row.id])
+            curve = metrics.precision_recall(
+                predictions.scores[:, row.id], predictions.targets[:, row.id]
+            )
             _curve(area, curve, colour, dash, f"{names[row.id]}  {row.ap:.2f}")
         area.set_title(f"{title} (average precision)")
         if chosen:
@@ -151,19 +125,19 @@ def pr_curves(judged: Judged, rows: Sequence[TagRow]) -> Figure:
     return figure
 
 
-def tag_precisions(judged: Judged, rows: Sequence[TagRow]) -> Figure:
-    """Average precision of every tag with its support; of many tags, a histogram and the worst."""
+def tag_precisions(predictions: Predictions, rows: Sequence[TagRow]) -> Figure:
+    """Draw the average precision and support of every tag; of many, a histogram and the worst."""
     known = sorted((r for r in rows if r.ap is not None), key=lambda r: (r.ap or 0, r.id))
     shown = known[:_MOST_TAGS]
     many = len(known) > len(shown)
     height = max(2.6, 0.24 * len(shown) + 1)
-    names = shown_names(judged.names, 30)
+    names = shown_names(predictions.names, 30)
     if many:
-        figure, (top, area) = _figure(9, height + 2.8, rows=2, ratios=(2.2, height))
+        figure, (top, area) = new_figure(9, height + 2.8, rows=2, ratios=(2.2, height))
         top.hist([r.ap or 0 for r in known], bins=40, range=(0, 1), color=BLUE)
         top.set(title=f"All {len(known)} tags", xlabel="average precision", ylabel="tags")
     else:
-        figure, (area,) = _figure(9, height)
+        figure, (area,) = new_figure(9, height)
     places = np.arange(len(shown))[::-1]
     bars = [r.ap or 0 for r in shown]
     area.barh(places, bars, color=BLUE, height=0.72)
@@ -181,8 +155,8 @@ def tag_precisions(judged: Judged, rows: Sequence[TagRow]) -> Figure:
 
 
 def calibration(before: Reliability, after: Reliability, fitted: str) -> Figure:
-    """How often scores are right: a calibrated model lies on the diagonal."""
-    figure, (left, right) = _figure(9.5, 4.4, columns=2)
+    """Draw how often scores are right: a calibrated model lies on the diagonal."""
+    figure, (left, right) = new_figure(9.5, 4.4, columns=2)
     left.plot([0, 1], [0, 1], color=GREY, lw=0.9)
     same = fitted == "none"
     kinds = (
@@ -194,11 +168,17 @@ def calibration(before: Reliability, after: Reliability, fitted: str) -> Figure:
         ]
     )
     edges = np.linspace(0, 1, len(after.counts) + 1)
-    for found, colour, look, name in kinds:
-        there = found.counts > 0
-        label = f"{name}: ECE {found.error:.4f}"
-        left.plot(found.scores[there], found.right[there], look, color=colour, ms=4.5, label=label)
-        right.stairs(found.counts, edges, color=colour, label=name, lw=1.6, ls=look[1:])
+    for values, colour, look, name in kinds:
+        filled = values.counts > 0
+        left.plot(
+            values.scores[filled],
+            values.right[filled],
+            look,
+            color=colour,
+            ms=4.5,
+            label=f"{name}: ECE {values.error:.4f}",
+        )
+        right.stairs(values.counts, edges, color=colour, label=name, lw=1.6, ls=look[1:])
     left.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
     left.set(title="Share that is true", xlabel="score", xlim=(0, 1), ylim=(0, 1.02))
     left.set_aspect("equal")
@@ -209,13 +189,13 @@ def calibration(before: Reliability, after: Reliability, fitted: str) -> Figure:
     return figure
 
 
-def subsets(found: Sequence[SubsetGap]) -> Figure:
-    """GAP of every subset of the modalities, the best first; dots show what is in it."""
-    shown = found[:_MOST_SUBSETS]
+def subsets(gaps: Sequence[SubsetGap]) -> Figure:
+    """Draw the GAP of every subset of the modalities, the best first, with dots for its parts."""
+    shown = gaps[:_MOST_SUBSETS]
     used = {m for subset in shown for m in subset.modalities}
     order = [m for m in MODALITIES if m in used]
     width = max(6.0, 0.34 * len(shown) + 2)
-    figure, (top, bottom) = _figure(
+    figure, (top, bottom) = new_figure(
         width, 3 + 0.3 * len(order), rows=2, ratios=(2.6, 0.28 * len(order))
     )
     places = range(len(shown))
@@ -243,9 +223,9 @@ def subsets(found: Sequence[SubsetGap]) -> Figure:
     return figure
 
 
-def confusion(judged: Judged) -> Figure | None:
-    """Posts in which one tag was missed and another wrongly given; None where there are none."""
-    counts = confusion_counts(judged)
+def confusion(predictions: Predictions) -> Figure | None:
+    """Draw how many posts have one tag missed and another wrongly given; None where none has."""
+    counts = confusion_counts(predictions)
     weight = counts.sum(axis=0) + counts.sum(axis=1)
     chosen = np.sort(np.argsort(-weight, kind="stable")[:_MOST_CONFUSED])
     chosen = chosen[weight[chosen] > 0]
@@ -253,12 +233,12 @@ def confusion(judged: Judged) -> Figure | None:
         return None
     part = counts[np.ix_(chosen, chosen)]  # (tags, tags)
     side = max(3.6, 0.3 * len(chosen) + 2.4)
-    figure, (area,) = _figure(side + 0.6, side)
+    figure, (area,) = new_figure(side + 0.6, side)
     area.imshow(part, cmap="Blues", vmin=0, vmax=max(1, part.max() * 1.25))
     for i, j in np.argwhere(part).tolist():
         dark = part[i, j] > 0.75 * part.max()
         area.text(j, i, part[i, j], ha="center", va="center", size=8, color="w" if dark else "k")
-    names = shown_names(judged.names, 16)
+    names = shown_names(predictions.names, 16)
     labels = [names[i] for i in chosen]
     area.set_xticks(range(len(chosen)), labels, rotation=90, size=9)
     area.set_yticks(range(len(chosen)), labels, size=9)
@@ -278,25 +258,3 @@ def _curve(
         recall = np.append(0.0, curve.recall[points])
         precision = np.append(curve.precision[0], curve.precision[points])
         axes.plot(recall, precision, color=colour, ls=dash, label=label, lw=1.5)
-
-
-def _figure(
-    width: float,
-    height: float,
-    *,
-    rows: int = 1,
-    columns: int = 1,
-    ratios: tuple[float, ...] | None = None,
-) -> tuple[Figure, tuple[Axes, ...]]:
-    """A figure in inches and its axes, without pyplot and its global state."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    areas = figure.subplots(rows, columns, squeeze=False, height_ratios=ratios)
-    return figure, tuple(areas.ravel())
-
-
-def _whole_numbers(axes: Axes) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))

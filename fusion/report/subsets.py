@@ -1,4 +1,4 @@
-"""What every subset of the modalities is worth: the same model, shown only these."""
+"""GAP of every subset of the modalities: the same model, shown only these."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ class SubsetGap:
 
     @property
     def name(self) -> str:
-        """The modalities joined with ``+``."""
+        """Return the modalities joined with ``+``."""
         return "+".join(self.modalities)
 
 
 def subsets_of(modalities: Iterable[Modality]) -> list[tuple[Modality, ...]]:
-    """All subsets but the empty one, the small ones first."""
-    there = frozenset(modalities)
-    ordered = [m for m in MODALITIES if m in there]
+    """Return all subsets but the empty one, the small ones first."""
+    chosen = frozenset(modalities)
+    ordered = [m for m in MODALITIES if m in chosen]
     return [some for size in range(1, len(ordered) + 1) for some in combinations(ordered, size)]
 
 
@@ -49,7 +49,7 @@ def measure_subsets(
     modalities: Iterable[Modality],
     advance: Callable[[int], None] = lambda _: None,
 ) -> list[SubsetGap]:
-    """GAP of every subset of the modalities.
+    """Measure GAP for every subset of the modalities.
 
     Features are read once; memory holds the 20 best scores of each post and subset.
 
@@ -79,11 +79,11 @@ def measure_subsets(
             present[i].add(scores[some], targets[some])
             counts[i] += int(some.sum())
         advance(len(features))
-    found = [
+    gaps = [
         SubsetGap(shown, every[i].value(), int(counts[i]), present[i].value())
         for i, shown in enumerate(subsets)
     ]
-    return sorted(found, key=lambda subset: (-subset.gap, len(subset.modalities)))
+    return sorted(gaps, key=lambda subset: (-subset.gap, len(subset.modalities)))
 
 
 def _has(post: Features, modality: Modality) -> bool:

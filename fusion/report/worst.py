@@ -1,4 +1,4 @@
-"""The worst mistakes, and what is known of their posts."""
+"""The worst mistakes, and the texts, links and pictures of their posts."""
 
 from __future__ import annotations
 
@@ -14,13 +14,18 @@ from urllib.parse import quote
 
 import numpy as np
 
-from fusion.report.judged import Judged
+from fusion.report.predictions import Predictions
 
 Kind = Literal["wrongly given", "missed"]
+# The logarithm of 0 is no number; 1e-12 is far below what float32 scores can differ by.
 _TINY = 1e-12
+# A few kilobytes each: 40 cards of three such pictures keep the page below a megabyte.
 _THUMBNAIL, _THUMBNAILS = (160, 120), 3
 _PICTURES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"})
+# Decoding takes 3 bytes a pixel: a picture of 180 MB is no help for a thumbnail.
 _LARGEST_PIXELS = 60_000_000
+# A few lines of a card.
+_SHOWN_CHARACTERS = 280
 
 
 @dataclass(frozen=True)
@@ -39,18 +44,18 @@ class Mistake:
     loss: float
 
 
-def worst(judged: Judged, most: int) -> tuple[list[Mistake], list[Mistake]]:
-    """The wrongly given and the missed tags of the highest loss, ``most`` of each."""
-    given, truth = judged.given, judged.targets
+def worst(predictions: Predictions, most: int) -> tuple[list[Mistake], list[Mistake]]:
+    """Return the wrongly given and the missed tags of the highest loss, ``most`` of each."""
+    given, truth = predictions.given, predictions.targets
     return (
-        _highest("wrongly given", judged, given & ~truth, most),
-        _highest("missed", judged, truth & ~given, most),
+        _highest("wrongly given", predictions, given & ~truth, most),
+        _highest("missed", predictions, truth & ~given, most),
     )
 
 
-def _highest(kind: Kind, judged: Judged, where: Any, most: int) -> list[Mistake]:
+def _highest(kind: Kind, predictions: Predictions, where: Any, most: int) -> list[Mistake]:
     rows, tags = np.nonzero(where)
-    scores = judged.scores[rows, tags].astype(np.float64)
+    scores = predictions.scores[rows, tags].astype(np.float64)
     off = scores if kind == "wrongly given" else 1 - scores
     losses = -np.log(np.maximum(1 - off, _TINY))
     order = np.argsort(-losses, kind="stable")[:most]
@@ -61,7 +66,7 @@ def _highest(kind: Kind, judged: Judged, where: Any, most: int) -> list[Mistake]
 
 @dataclass(frozen=True)
 class Link:
-    """Where something can be seen."""
+    """A link to a post, or to a file of it."""
 
     text: str
     href: str
@@ -69,7 +74,7 @@ class Link:
 
 @dataclass(frozen=True)
 class PostView:
-    """What the page shows of a post.
+    """The part of a post that the page shows.
 
     Attributes:
         links: To the post, or to its local files.
@@ -90,7 +95,7 @@ def view_post(
     post_url: str | None,
     thumbnails: bool,
 ) -> PostView:
-    """What a data file says of a post.
+    """Return what a data file says of a post.
 
     Args:
         post_id: Its ID.
@@ -120,7 +125,9 @@ def view_post(
         made = (_thumbnail(path) for path in pictures[: 2 * _THUMBNAILS] if path is not None)
         small = [address for address in made if address is not None][:_THUMBNAILS]
     shown = " ".join(text.split())
-    return PostView(f"{shown[:280]}…" if len(shown) > 280 else shown, tuple(links), tuple(small))
+    if len(shown) > _SHOWN_CHARACTERS:
+        shown = f"{shown[:_SHOWN_CHARACTERS]}…"
+    return PostView(shown, tuple(links), tuple(small))
 
 
 def _listed(value: Any) -> Sequence[str]:
@@ -138,7 +145,7 @@ def _href(source: str, data_file: Path, report: Path) -> str | None:
 
 
 def _local(source: str, data_file: Path) -> Path | None:
-    """The file that a data file names, or None where there is none."""
+    """Return the file that a data file names, or None where there is none."""
     for path in (data_file.parent / source, Path(source)):
         try:
             if path.is_file():
@@ -149,7 +156,7 @@ def _local(source: str, data_file: Path) -> Path | None:
 
 
 def _thumbnail(path: Path) -> str | None:
-    """A small copy of a picture, or None where it is none, is broken, or is huge."""
+    """Return a small copy of a picture, or None where it is none, is broken, or is huge."""
     from PIL import Image
 
     if path.suffix.lower() not in _PICTURES:
@@ -164,12 +171,12 @@ def _thumbnail(path: Path) -> str | None:
         small.thumbnail(_THUMBNAIL)
         small.save(held, "JPEG", quality=80)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return None  # broken pictures of posts are nothing that a report could mend
+        return None  # a report cannot repair the pictures of posts
     return "data:image/jpeg;base64," + base64.b64encode(held.getvalue()).decode()
 
 
 def _small(path: Path) -> Any:
-    """An RGB picture of at least the thumbnail's size, or None where it is huge."""
+    """Return an RGB picture of at least the thumbnail's size, or None where it is huge."""
     from PIL import Image
 
     with Image.open(path) as picture:

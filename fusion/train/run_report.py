@@ -10,7 +10,7 @@ from typing import Any
 from config.train import TrainSettings
 from fusion.bundle.bundle import members_of
 from fusion.data.posts import PostList, PostPool
-from fusion.report.judged import Judged
+from fusion.report.predictions import Predictions
 from fusion.report.subsets import SubsetGap
 from fusion.report.worst import PostView, view_post
 from fusion.report.write import ReportInput, write_report
@@ -39,9 +39,9 @@ def report_run(
     """
     places = [(part.posts, row) for part in trained.held_out for row in range(len(part.posts))]
     folder = settings.trainer.save_dir / FOLDER
-    judged = None
+    predictions = None
     if places:
-        judged = Judged(
+        predictions = Predictions(
             post_ids=tuple(posts[row].post_id for posts, row in places),
             names=prepared.labels.names,
             raw=measured.raw,
@@ -53,7 +53,7 @@ def report_run(
         title=settings.bundle.name,
         subtitle=_subtitle(settings, len(places)),
         facts=_facts(settings, prepared, trained, version=version, seconds=seconds),
-        judged=judged,
+        predictions=predictions,
         runs=[read_run(path) for path in trained.logs],
         subsets=subsets,
         calibration="none" if measured.calibration is None else measured.calibration.kind,

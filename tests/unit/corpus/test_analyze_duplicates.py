@@ -14,10 +14,9 @@ from PIL import Image
 from scipy.fft import dctn
 
 from common.post import Media, Post
-from corpus.analyze.duplicates import Group, find_groups
-from corpus.analyze.facts import MediaFact
-from corpus.analyze.groups import GroupTally
+from corpus.analyze.duplicates import Group, GroupTally, find_groups
 from corpus.analyze.looks import hash_of, look_of, near_pairs, same_colours
+from corpus.analyze.measure import MediaFact
 from corpus.analyze.texts import Bands, comparable, jaccard, key_of, normal, shingles
 from corpus.records import AtomicLines, CorpusPost, read_posts
 from extractors.media.pictures import read_pictures, squash

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from corpus.analyze import charts, measure, words
-from corpus.analyze.histogram import Histogram
+from corpus.analyze import measure, report, terminal
 from corpus.analyze.labels import Labels
-from corpus.analyze.languages import EMPTY, NO_WORDS, SHORT, language_of
 from corpus.analyze.measure import DIED, Measured, Task, measure_all
+from corpus.analyze.tally import Histogram
+from corpus.analyze.texts import EMPTY, NO_WORDS, SHORT, language_of
 from tests.support.media import quadrants, write_jpeg
 
 
@@ -99,18 +99,12 @@ def test_histogram_classes_are_closed_below() -> None:
     }  # fmt: skip
 
 
-def test_charts_of_nothing_say_so() -> None:
+def test_there_are_no_charts_of_nothing() -> None:
     """No chart divides by nothing."""
-    empty = Histogram((1, 2)).as_dict()
-    for chart in (
-        charts.bars({}),
-        charts.columns([], []),
-        charts.long_tail([], 10),
-        charts.heat_map(["a"], [[1]]),
-        charts.histogram(empty, words.plain, ""),
-        charts.by_time({}),
-    ):
-        assert chart.startswith("<p class=none>")
+    assert report.columns([], [], "") is None
+    assert report.long_tail([], 10) is None
+    assert report.histogram(Histogram((1, 2)).as_dict(), terminal.plain, "") is None
+    assert report.by_time({}) == ("day", {})
 
 
 @pytest.mark.parametrize(
@@ -124,9 +118,9 @@ def test_charts_of_nothing_say_so() -> None:
 )
 def test_times_are_shown_with_their_gaps(days: dict[str, int], unit: str, columns: int) -> None:
     """By day, month or year, a column for each between the first and the last."""
-    chart = charts.by_time(days)
-    assert f"by {unit}" in chart
-    assert chart.count("<rect class=bar") == columns
+    found, counts = report.by_time(days)
+    assert (found, len(counts)) == (unit, columns)
+    assert sum(counts.values()) == sum(days.values())
 
 
 _REAL = measure.measure

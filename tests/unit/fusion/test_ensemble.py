@@ -20,7 +20,7 @@ from fusion.data.dataset import FeatureFiles
 from fusion.data.posts import PostList, PostPool, stratified_folds
 from fusion.infer.inferer import Inferer
 from fusion.metrics import ranking as metrics
-from fusion.report.judged import Judged
+from fusion.report.predictions import Predictions
 from fusion.train import fold_training
 from fusion.train.trainer import TrainData, Trainer
 from fusion.train.training import TrainReport, train
@@ -153,20 +153,20 @@ def test_folds_leak_nothing(pool_valid: bool, posts: Path, monkeypatch: pytest.M
     left_out = [everything - learned for learned in by_fold.values()]
     assert sorted(i for some in left_out for i in some) == sorted(everything)
     assert all(abs(len(some) - len(everything) / 3) <= 3 for some in left_out)
-    judged = Judged.load(posts / "run" / "latest" / "report" / "scores.npz")
+    predictions = Predictions.load(posts / "run" / "latest" / "report" / "scores.npz")
     if pool_valid:
         # Rows are the folds one after another, each the posts that its model had not seen.
         ends = np.cumsum([0, *map(len, left_out)])
         for fold, some in enumerate(left_out):
-            assert set(judged.post_ids[ends[fold] : ends[fold + 1]]) == some
+            assert set(predictions.post_ids[ends[fold] : ends[fold + 1]]) == some
     else:
-        assert list(judged.post_ids) == [record.post_id for record in lists[1]]
+        assert list(predictions.post_ids) == [record.post_id for record in lists[1]]
 
 
 def test_folds_are_scored_by_their_own_model(posts: Path) -> None:
     """Each left-out post has the score of the one member that did not learn from it."""
     report = run(posts, ensemble={"folds": 3}, trainer={"epochs": 1}, report={"enabled": True})
-    judged = Judged.load(posts / "run" / "latest" / "report" / "scores.npz")
+    predictions = Predictions.load(posts / "run" / "latest" / "report" / "scores.npz")
     lists = [PostList.read(posts / f"{n}.json", support.LABELS) for n in ("train", "valid")]
     pool = PostPool(lists)
     ends, labels = pool.label_rows()
@@ -179,11 +179,13 @@ def test_folds_are_scored_by_their_own_model(posts: Path) -> None:
         features = [read_features(posts / "features", i, support.FINGERPRINTS) for i in ids]
         scores = Inferer.load(posts / "one").scores(features)
         here = slice(start, start + len(ids))
-        assert list(judged.post_ids[here]) == ids
-        np.testing.assert_allclose(judged.raw[here], scores, atol=1e-6)
+        assert list(predictions.post_ids[here]) == ids
+        np.testing.assert_allclose(predictions.raw[here], scores, atol=1e-6)
         start += len(ids)
-    assert report.metrics["gap"] == metrics.global_average_precision(judged.scores, judged.targets)
-    assert len(judged.post_ids) == 60
+    assert report.metrics["gap"] == metrics.global_average_precision(
+        predictions.scores, predictions.targets
+    )
+    assert len(predictions.post_ids) == 60
 
 
 def test_a_killed_run_goes_on_with_its_fold(posts: Path) -> None:
@@ -243,10 +245,12 @@ def test_snapshots_are_the_ends_of_the_cycles(posts: Path) -> None:
     end = next(i for i, e in enumerate(steps) if e["epoch"] == 3)
     # A line has the rate of the step that follows.
     assert rates[end - 2] < rates[end] / 2
-    judged = Judged.load(posts / "run" / "latest" / "report" / "scores.npz")
-    features = [read_features(posts / "features", i, support.FINGERPRINTS) for i in judged.post_ids]
+    predictions = Predictions.load(posts / "run" / "latest" / "report" / "scores.npz")
+    features = [
+        read_features(posts / "features", i, support.FINGERPRINTS) for i in predictions.post_ids
+    ]
     found = Inferer.load(report.bundle).scores(features)
-    np.testing.assert_array_equal(found, judged.scores)
+    np.testing.assert_array_equal(found, predictions.scores)
 
 
 @pytest.mark.parametrize(

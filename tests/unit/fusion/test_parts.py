@@ -9,21 +9,25 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from common.charts import png, shown_names, style
+from common.html import render
 from common.post import MODALITIES
 from fusion.metrics.calibration import reliability
-from fusion.report import charts, fonts, tables
-from fusion.report.judged import Judged
-from fusion.report.page import Card, Chapter, Table, page
+from fusion.report import charts
+from fusion.report import predictions as tables
+from fusion.report.predictions import Predictions
 from fusion.report.subsets import SubsetGap, subsets_of
 from fusion.report.worst import view_post, worst
 
 
-def judged(posts: int = 60, tags: int = 5, seed: int = 0, name: str = "tag") -> Judged:
+def some_predictions(
+    posts: int = 60, tags: int = 5, seed: int = 0, name: str = "tag"
+) -> Predictions:
     """Scores that know something of random truth."""
     chance = np.random.default_rng(seed)
     targets = chance.random((posts, tags)) < 0.3
     scores = (0.35 * targets + 0.65 * chance.random((posts, tags))).astype(np.float32)
-    return Judged(
+    return Predictions(
         tuple(f"p{i}" for i in range(posts)),
         tuple(f"{name} {i}" for i in range(tags)),
         scores**2,
@@ -35,9 +39,9 @@ def judged(posts: int = 60, tags: int = 5, seed: int = 0, name: str = "tag") -> 
 
 def test_scores_come_back_from_their_file(tmp_path: Path) -> None:
     """Every array, names in any script, and no pickle."""
-    wanted = judged(name="猫")
+    wanted = some_predictions(name="猫")
     wanted.save(tmp_path / "scores.npz")
-    found = Judged.load(tmp_path / "scores.npz")
+    found = Predictions.load(tmp_path / "scores.npz")
     assert (found.post_ids, found.names) == (wanted.post_ids, wanted.names)
     for key in ("raw", "scores", "targets", "thresholds"):
         np.testing.assert_array_equal(getattr(found, key), getattr(wanted, key))
@@ -45,7 +49,7 @@ def test_scores_come_back_from_their_file(tmp_path: Path) -> None:
 
 def test_confusions_are_counted_post_by_post() -> None:
     """A pair counts once for each post where the one was missed and the other wrongly given."""
-    some = judged(80, 6)
+    some = some_predictions(80, 6)
     wanted = np.zeros((6, 6), int)
     for truth, given in zip(some.targets, some.given, strict=True):
         for i in np.flatnonzero(truth & ~given):
@@ -60,7 +64,7 @@ def test_confusions_are_counted_post_by_post() -> None:
 
 def test_the_worst_mistakes_have_the_highest_loss() -> None:
     """Of all wrong decisions at the thresholds, found by looking at each of them."""
-    some = judged(50, 4)
+    some = some_predictions(50, 4)
     wrong, missed = worst(some, 7)
     for mistakes, is_given in ((wrong, True), (missed, False)):
         losses = []
@@ -75,7 +79,7 @@ def test_the_worst_mistakes_have_the_highest_loss() -> None:
 
 def test_tags_that_no_post_has_and_no_post_gets() -> None:
     """What cannot be said is None, not zero."""
-    some = judged(10, 3)
+    some = some_predictions(10, 3)
     some.targets[:, 1] = False
     some.scores[:, 1] = 0
     row = tables.tag_rows(some)[1]
@@ -95,11 +99,11 @@ def test_reliability_of_edges_and_nothing() -> None:
 @pytest.mark.parametrize("tags", [1, 24, 200])
 def test_charts_of_any_number_of_tags(tags: int) -> None:
     """Drawn without a warning, with names of every kind; no text leaves the picture."""
-    some = judged(40, tags, name="$x_{1 long name of a tag in a deep taxonomy 猫 \u0627")
+    some = some_predictions(40, tags, name="$x_{1 long name of a tag in a deep taxonomy 猫 \u0627")
     rows = tables.tag_rows(some)
     subsets = [SubsetGap(s, 0.5, 3, 0.6) for s in subsets_of(MODALITIES)]
     before, after = tables.reliabilities(some)
-    with charts.style():
+    with style():
         figures = [
             charts.training_curves([[]]),
             charts.pr_curves(some, rows),
@@ -112,9 +116,7 @@ def test_charts_of_any_number_of_tags(tags: int) -> None:
             if figure is None:  # a single tag is not mistaken for another
                 assert tags == 1
                 continue
-            held = io.BytesIO()
-            figure.savefig(held, format="png")
-            with Image.open(held) as picture:
+            with Image.open(io.BytesIO(png(figure))) as picture:
                 assert picture.width > 300
                 edge = np.asarray(picture.convert("L"))
             assert edge[:, [0, -1]].min() > 200, "nothing is cut off at the sides"
@@ -123,20 +125,26 @@ def test_charts_of_any_number_of_tags(tags: int) -> None:
 
 def test_names_that_no_font_can_draw_are_numbers() -> None:
     """Otherwise a chart would show boxes; long names are cut by their width."""
-    found = fonts.shown_names(["cat", "\U0001f9ff\u0fff", "a" * 40, "$x$"], width=10)
+    found = shown_names(["cat", "\U0001f9ff\u0fff", "a" * 40, "$x$"], width=10)
     assert found == ["cat", "#1", "aaaaaaaaa…", "$x$"]
     assert len(subsets_of(("text", "video"))) == 3
 
 
-def test_the_page_escapes_everything() -> None:
-    """Texts of posts and tags are other people's: none becomes markup."""
+def test_pages_escape_everything(tmp_path: Path) -> None:
+    """Texts of posts and tags are other people's: none becomes markup, in any part of a page."""
+    template = tmp_path / "page.html.j2"
+    template.write_text(
+        '{% extends "base.html.j2" %}'
+        '{% from "parts.html.j2" import bars, chips, figures, section, table %}'
+        "{% block body %}{% call section(bad) %}{{ table((bad,), [(bad,)]) }}{{ bars({bad: 1}) }}"
+        "{{ chips([bad]) }}{{ chips({bad: 1}) }}{{ figures([(bad, bad, bad)]) }}{% endcall %}"
+        "{% endblock %}"
+    )
     bad = '<script>alert("x")</script>'
-    card = Card(bad, [bad], [(bad, 'https://x/"onmouseover="y')], [])
-    table = Table((bad,), [(bad,), (bad,)])
-    text = page(bad, bad, {bad: bad}, [Chapter(bad, bad, {}, table, [(bad, [card])])])
+    text = render(template, title=bad, bad=bad)
     assert "<script" not in text
-    assert '"onmouseover' not in text
-    assert text.count("&lt;script&gt;") >= 9
+    assert '"x"' not in text
+    assert text.count("&lt;script&gt;") == 12
 
 
 def test_posts_are_linked_and_shown(tmp_path: Path) -> None:

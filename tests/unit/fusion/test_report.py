@@ -19,7 +19,7 @@ from extractors.feature_file import read_features
 from fusion.bundle import bundle
 from fusion.data.dataset import FeatureFiles
 from fusion.infer.inferer import Inferer
-from fusion.report.judged import Judged
+from fusion.report.predictions import Predictions
 from fusion.report.write import ReportInput, write_report
 from fusion.train.training import TrainReport, train
 from tests.support.fusion import support
@@ -73,10 +73,10 @@ def test_three_ways_to_gap_agree(trained: tuple[Path, TrainReport], tmp_path: Pa
     sets = ["--n_gpus", "0", "--set", "progress=false", "--set", "threads=1"]
     assert infer_net.main([*arguments, "--output", str(output), *sets]) == 0
     rows = []
-    judged = Judged.load(folder / "run" / "latest" / "report" / "scores.npz")
+    predictions = Predictions.load(folder / "run" / "latest" / "report" / "scores.npz")
     written = {line["post_id"]: line for line in map(json.loads, output.read_text().splitlines())}
     assert len(written) == 70
-    for post_id, scores in zip(judged.post_ids, judged.scores, strict=True):
+    for post_id, scores in zip(predictions.post_ids, predictions.scores, strict=True):
         line = written[post_id]
         # Text and back changes no bit of a float32.
         np.testing.assert_array_equal(np.array(line["scores"], np.float32), scores)
@@ -90,30 +90,30 @@ def test_three_ways_to_gap_agree(trained: tuple[Path, TrainReport], tmp_path: Pa
 def test_the_numbers_are_those_of_the_written_scores(trained: tuple[Path, TrainReport]) -> None:
     """Every tag's row and the calibration errors, recomputed by scikit-learn and by hand."""
     folder, report = trained
-    judged, found = (
-        Judged.load(folder / "run" / "latest" / "report" / "scores.npz"),
+    predictions, found = (
+        Predictions.load(folder / "run" / "latest" / "report" / "scores.npz"),
         numbers(folder),
     )
-    predicted = judged.scores >= judged.thresholds
+    predicted = predictions.scores >= predictions.thresholds
     precision, recall, f1, support_ = precision_recall_fscore_support(
-        judged.targets, predicted, zero_division=0
+        predictions.targets, predicted, zero_division=0
     )
     for i, row in enumerate(found["tags"]):
         assert (row["id"], row["name"]) == (i, support.LABELS.names[i])
         assert (row["support"], row["given"]) == (support_[i], predicted[:, i].sum())
         assert row["ap"] == pytest.approx(
-            average_precision_score(judged.targets[:, i], judged.scores[:, i])
+            average_precision_score(predictions.targets[:, i], predictions.scores[:, i])
         )
         assert (row["precision"] or 0) == pytest.approx(precision[i])
         assert (row["recall"], row["f1"]) == (pytest.approx(recall[i]), pytest.approx(f1[i]))
     assert found["metrics"]["f1_macro"] == pytest.approx(f1.mean())
     assert found["metrics"] == dict(report.metrics)
-    for kind, scores in (("before", judged.raw), ("after", judged.scores)):
+    for kind, scores in (("before", predictions.raw), ("after", predictions.scores)):
         assert found["calibration"][kind]["error"] == pytest.approx(
-            plain_ece(scores.ravel().tolist(), judged.targets.ravel().tolist())
+            plain_ece(scores.ravel().tolist(), predictions.targets.ravel().tolist())
         )
     loaded = bundle.load_bundle(report.bundle)
-    np.testing.assert_array_equal(judged.thresholds, loaded.thresholds)
+    np.testing.assert_array_equal(predictions.thresholds, loaded.thresholds)
 
 
 def plain_ece(scores: list[float], truth: list[bool], bins: int = 15) -> float:

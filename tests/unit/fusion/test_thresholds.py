@@ -11,7 +11,7 @@ from fusion.data.dataset import FeatureFiles
 from fusion.infer.inferer import Inferer
 from fusion.metrics.calibration import fit_calibration
 from fusion.metrics.thresholds import best_f1_threshold, fit_thresholds, precision_threshold
-from fusion.report.judged import Judged
+from fusion.report.predictions import Predictions
 from fusion.train.training import train
 from tests.support.fusion import support
 
@@ -72,15 +72,15 @@ def test_tags_are_given_by_the_fitted_thresholds(precision: float | None, tmp_pa
         report={"enabled": True, "subset_posts": 0},
     )
     report = train(settings, FeatureFiles())
-    judged = Judged.load(tmp_path / "run" / "latest" / "report" / "scores.npz")
+    predictions = Predictions.load(tmp_path / "run" / "latest" / "report" / "scores.npz")
     inferer = Inferer.load(report.bundle)
     reader = FeatureFiles(tmp_path / "features")
-    features = [reader.features(i, None, support.FINGERPRINTS) for i in judged.post_ids]
-    given = judged.given
+    features = [reader.features(i, None, support.FINGERPRINTS) for i in predictions.post_ids]
+    given = predictions.given
     for tags, row in zip(inferer.predict(features), given, strict=True):
         assert {tag.id for tag in tags.tags} == set(np.flatnonzero(row))
     assert given.any()
     if precision is not None:
-        reached = judged.thresholds < 1
-        right = (given & judged.targets)[:, reached].sum(axis=0)
+        reached = predictions.thresholds < 1
+        right = (given & predictions.targets)[:, reached].sum(axis=0)
         assert (right >= precision * given[:, reached].sum(axis=0)).all()

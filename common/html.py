@@ -1,0 +1,48 @@
+"""HTML pages of reports: one file each, that needs no network, no script and no other file."""
+
+from __future__ import annotations
+
+import base64
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+_SHARED = Path(__file__).parent / "templates"
+
+
+def render(template: Path, **values: Any) -> str:
+    """Return the page that a template makes; every text in it is escaped.
+
+    The template extends ``base.html.j2`` and finds the macros of ``parts.html.j2``.
+
+    Args:
+        template: A file ``*.html.j2``.
+        values: What the template shows.
+    """
+    environment = Environment(
+        loader=FileSystemLoader([template.parent, _SHARED]),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"anchor": _anchor, "cell": _cell, "png_address": _png_address}
+    return environment.get_template(template.name).render(**values)
+
+
+def _anchor(name: str) -> str:
+    """Return the anchor of a heading."""
+    return "".join(c if c.isalnum() else "-" for c in name.lower())
+
+
+def _cell(value: object) -> str:
+    """Return a value as a table shows it: three decimals for fractions, a dash for None."""
+    if value is None:
+        return "–"
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def _png_address(content: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(content).decode()

@@ -1,0 +1,190 @@
+"""Posts whose true tags are known with the predictions for them, and what a report counts there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from common.errors import ConfigError
+from fusion.metrics import ranking as metrics
+from fusion.metrics.calibration import Reliability, reliability
+
+SCORES = "scores.npz"
+
+# Pairs of tags in the table of confusions: more are single posts, in most data sets.
+_CONFUSIONS = 40
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Scores and the truth of posts.
+
+    Attributes:
+        post_ids: Of every row.
+        names: Of every tag.
+        raw: Scores as they leave the model, float32 ``(posts, classes)``.
+        scores: Scores as the bundle gives them: calibrated, where it has a calibration; float32
+            ``(posts, classes)``.
+        targets: bool ``(posts, classes)``.
+        thresholds: float32 ``(classes,)``, on ``scores``.
+    """
+
+    post_ids: tuple[str, ...]
+    names: tuple[str, ...]
+    raw: npt.NDArray[np.float32]
+    scores: npt.NDArray[np.float32]
+    targets: npt.NDArray[np.bool_]
+    thresholds: npt.NDArray[np.float32]
+
+    @property
+    def given(self) -> npt.NDArray[np.bool_]:
+        """Return where a tag is given, bool ``(posts, classes)``."""
+        return self.scores >= self.thresholds
+
+    def summary(self) -> dict[str, float]:
+        """Return the metrics of `fusion.metrics.ranking.summary`, at the thresholds."""
+        return metrics.summary(self.scores, self.targets, self.thresholds)
+
+    def save(self, path: Path) -> None:
+        """Write everything as numpy arrays, readable without pickle."""
+        np.savez_compressed(
+            path,
+            post_ids=_texts(self.post_ids),
+            names=_texts(self.names),
+            raw=self.raw,
+            scores=self.scores,
+            targets=self.targets.astype(np.uint8),
+            thresholds=self.thresholds,
+        )
+
+    @classmethod
+    def load(cls, path: Path) -> Predictions:
+        """Read what `save` wrote.
+
+        Raises:
+            ConfigError: The file is missing or broken.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as held:
+                return cls(
+                    tuple(str(i) for i in held["post_ids"]),
+                    tuple(str(n) for n in held["names"]),
+                    held["raw"],
+                    held["scores"],
+                    held["targets"].astype(np.bool_),
+                    held["thresholds"],
+                )
+        except (OSError, ValueError, KeyError) as error:
+            raise ConfigError(f"{path}: cannot be read as scores: {error}") from error
+
+
+def _texts(values: Sequence[str]) -> npt.NDArray[np.str_]:
+    return np.array(values, dtype=np.str_)
+
+
+@dataclass(frozen=True)
+class TagRow:
+    """One tag.
+
+    Attributes:
+        support: Posts that have it.
+        ap: Average precision; None where no post has it.
+        given: Posts that it is given to.
+        precision: Share of these that have it; None where it is never given.
+        recall: Share of the posts that have it to which it is given; None where there are none.
+        f1: None where it is neither given nor there.
+    """
+
+    id: int
+    name: str
+    support: int
+    ap: float | None
+    threshold: float
+    given: int
+    precision: float | None
+    recall: float | None
+    f1: float | None
+
+
+def tag_rows(predictions: Predictions) -> list[TagRow]:
+    """Return a row for each tag, in label order."""
+    given, truth = predictions.given, predictions.targets
+    aps = metrics.average_precisions(predictions.scores, truth)
+    counts = zip(
+        truth.sum(axis=0).tolist(),
+        given.sum(axis=0).tolist(),
+        (given & truth).sum(axis=0).tolist(),
+        strict=True,
+    )
+    return [
+        TagRow(
+            id=i,
+            name=predictions.names[i],
+            support=support,
+            ap=None if np.isnan(aps[i]) else float(aps[i]),
+            threshold=float(predictions.thresholds[i]),
+            given=gave,
+            precision=_share(right, gave),
+            recall=_share(right, support),
+            f1=_share(2 * right, gave + support),
+        )
+        for i, (support, gave, right) in enumerate(counts)
+    ]
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """One tag that was missed where another was wrongly given.
+
+    Attributes:
+        posts: Posts where both happened.
+        share: Of the posts in which the missed tag was missed.
+    """
+
+    missed: int
+    given: int
+    posts: int
+    share: float
+
+
+def confusion_counts(predictions: Predictions) -> npt.NDArray[np.int64]:
+    """Count posts in which the row's tag was missed and the column's wrongly given.
+
+    Returns:
+        int64 ``(classes, classes)``.
+    """
+    given, truth = predictions.given, predictions.targets
+    missed = (truth & ~given).astype(np.float32)
+    wrong = (given & ~truth).astype(np.float32)
+    # In float32, which counts exactly to 16 million: integer matrices multiply slowly.
+    counts: npt.NDArray[np.int64] = np.rint(missed.T @ wrong).astype(np.int64)
+    return counts
+
+
+def confusions(predictions: Predictions) -> list[Confusion]:
+    """Return the pairs of tags that are mistaken for one another most often."""
+    counts = confusion_counts(predictions)
+    misses = (predictions.targets & ~predictions.given).sum(axis=0)
+    order = np.argsort(-counts, axis=None, kind="stable")[:_CONFUSIONS]
+    rows, columns = np.unravel_index(order, counts.shape)
+    return [
+        Confusion(int(i), int(j), int(counts[i, j]), float(counts[i, j] / misses[i]))
+        for i, j in zip(rows, columns, strict=True)
+        if counts[i, j]
+    ]
+
+
+def reliabilities(predictions: Predictions) -> tuple[Reliability, Reliability]:
+    """Hold scores against the truth, before and after the calibration."""
+    return (
+        reliability(predictions.raw, predictions.targets),
+        reliability(predictions.scores, predictions.targets),
+    )
+
+
+def _share(part: int, whole: int) -> float | None:
+    return part / whole if whole else None
