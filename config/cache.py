@@ -19,7 +19,7 @@ class CacheSettings(Section):
     """
 
     url: str | None = None
-    """A folder (``workshop/cache`` or ``file:///path``), ``redis://…``, or any fsspec URL, as
+    """A folder (``workshop/cache`` or ``file:///path``), ``redis://host``, or any fsspec URL, as
     ``s3://bucket/prefix``. Null: no cache."""
     max_mb: PositiveInt = 20_000
     """Folder: past this the entries used least recently are deleted. Redis and object stores have

@@ -244,7 +244,7 @@ Task: TypeAlias = CacheLookup | FetchTask | DecodeTask | ExtractTask | FuseTask
 
 
 class CacheHit(Message, frozen=True):
-    """What the feature cache knows of one media file.
+    """Known features of one media file.
 
     Attributes:
         whole: Nothing of the file needs to be decoded.
@@ -266,7 +266,7 @@ class CacheHit(Message, frozen=True):
 
 
 class CacheHits(Message, frozen=True):
-    """What the feature cache knows; a file that it does not know is left out.
+    """Known features of a post or a file; unknown files are left out.
 
     Attributes:
         texts: Text -> its features, float16 ``(t, dim)``.
@@ -277,7 +277,7 @@ class CacheHits(Message, frozen=True):
 
 
 class Fetched(Message, frozen=True):
-    """A media file in the spool folder; who gets it deletes it.
+    """A media file in the spool folder; the receiver deletes it.
 
     Attributes:
         sha256: Of its content, hex, hashed as it came; empty where it was not.
@@ -289,7 +289,7 @@ class Fetched(Message, frozen=True):
 
 
 class Decoded(Message, frozen=True):
-    """What a media file gave.
+    """The arrays that a media file was decoded to.
 
     Attributes:
         parts: In order of time.

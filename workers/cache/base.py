@@ -67,7 +67,7 @@ class CacheStore(Protocol):
 
 
 def is_entry(path: str) -> bool:
-    """Whether a path ends as those of entries do; other files are not ours to delete."""
+    """Tell whether a path ends as those of entries do; other files are not ours to delete."""
     return _ENTRY.fullmatch(path) is not None
 
 

@@ -107,7 +107,7 @@ class RemoteStore:
         ]
 
     def _is_ours(self, path: str) -> bool:
-        """Whether it is an entry directly below our root; deeper down it belongs to others."""
+        """Tell whether it is an entry directly below our root; deeper down it belongs to others."""
         strip = self._fs._strip_protocol
         folder = str(strip(path)).rpartition("/")[0].rpartition("/")[0]
         return is_entry(path) and folder == str(strip(self._root)).rstrip("/")

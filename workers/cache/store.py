@@ -80,7 +80,7 @@ class GuardedStore:
 
     @property
     def available(self) -> bool:
-        """Whether the next call would reach the backend."""
+        """Tell whether the next call would reach the backend."""
         return time.monotonic() >= self._closed_until
 
     def get_many(self, keys: Sequence[str]) -> dict[str, Entry]:

@@ -1,7 +1,7 @@
 """Download one media file into a folder, under limits, from hosts that may be reached.
 
-A post's URLs come from anybody: where they lead, how much comes, in which encoding and how slowly
-is the other side's choice, so every one of these is bounded here.
+A post's URLs come from anybody: the other side chooses the target, the size, the encoding and the
+speed, so each of these is bounded here.
 """
 
 from __future__ import annotations
@@ -26,12 +26,23 @@ from workers.fetch.guard import Expired, ForbiddenAddress, Guard, Unreachable, g
 from workers.protocol import Fetched, Media
 
 FETCH_TRIES = 2
+"""Tries close together: the second is for a kept-alive connection that the server has just closed.
+More belong to the King, which waits longer between them."""
+
 
 _CHUNK_BYTES = 1 << 16
+"""Bytes of one read, and the most that one unpacked chunk of a bomb may grow to. Smaller ones cost
+time in Python, larger ones memory on each of the connections."""
+
 _PAUSE_S = 0.2
+"""Pause before the second try: long enough for a server that restarts a worker, short against the
+time that a download takes."""
+
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _RETRYABLE = frozenset({408, 425, 429})
 _MAX_URL = 8192
+"""Longer URLs are refused; browsers and servers stop at about as many characters."""
+
 _NO_MEDIA = frozenset({"application/json", "application/xhtml+xml", "application/xml"})
 _BAD_URL = (
     requests.exceptions.InvalidURL,
@@ -97,7 +108,7 @@ class Fetcher:
             raise FetchRefused("not a URL that can be requested") from error
 
     def _open(self, url: str) -> requests.Response:
-        """The answer at the end of the redirects, its body still to be read."""
+        """Return the answer at the end of the redirects, its body still to be read."""
         for _ in range(self._settings.max_redirects + 1):
             _check_url(url)
             response = self._session.get(
@@ -155,7 +166,7 @@ class Fetcher:
         return f"timed out after {self._settings.total_timeout_s:g} s" if expired else message
 
     def _mapped(self, error: Exception) -> FetchRetryable | FetchRefused:
-        """Our error; never the library's text, which may hold the URL."""
+        """Return our error; never the library's text, which may hold the URL."""
         if self._guard.expired:
             return FetchRetryable(self._cut_or(""))
         if isinstance(error, (requests.exceptions.SSLError, urllib3.exceptions.SSLError)):
@@ -184,7 +195,7 @@ def _check_url(url: str) -> None:
 
 
 def seconds_of(retry_after: str) -> float | None:
-    """The header Retry-After, seconds or a date; None for anything else."""
+    """Return the header Retry-After, seconds or a date, in seconds; None for anything else."""
     text = retry_after.strip()
     if text.isascii() and text.isdigit():
         return float(text[:9])
@@ -203,7 +214,7 @@ class _Unpacker(Protocol):
 
 
 def _decoded(response: requests.Response) -> Iterator[bytes]:
-    """The body in chunks of bounded size, unpacked if the server packed it unasked.
+    """Yield the body in chunks of bounded size, unpacked if the server packed it unasked.
 
     urllib3 unpacks a chunk whole, however large it becomes; here a bomb costs one chunk.
     """

@@ -1,4 +1,4 @@
-"""Connections that go only where they may, and never longer than they may.
+"""Connections to allowed addresses only, for a limited time.
 
 The address is checked where the connection is made, on the very address that is connected to: a
 check of the host name before would be undone by a second answer of the name server. Nothing here
@@ -58,7 +58,7 @@ class Unreachable(Exception):
 
 
 def is_public(address: Address) -> bool:
-    """Whether an address is one of the public internet, also inside the IPv6 forms of IPv4."""
+    """Tell whether an address is one of the public internet, also inside the IPv6 forms of IPv4."""
     if isinstance(address, ipaddress.IPv6Address):
         inner = address.ipv4_mapped or address.sixtofour
         if inner is None and address in _NAT64:
@@ -88,7 +88,7 @@ class Guard:
 
     @property
     def expired(self) -> bool:
-        """Whether the clock has cut the current download."""
+        """Tell whether the clock has cut the current download."""
         return self._expired
 
     @property

@@ -1,4 +1,4 @@
-"""Where a media file comes from: a URL for the downloader, or a file that is read in place."""
+"""Sources of media files: a URL for the downloader, or a file that is read in place."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from workers.protocol import Fetched
 
 
 def is_url(source: str) -> bool:
-    """Whether a source is to be downloaded; ``C:/a.png`` and ``a.png`` are paths."""
+    """Tell whether a source is to be downloaded; ``C:/a.png`` and ``a.png`` are paths."""
     try:
         return len(urlsplit(source).scheme) > 1
     except ValueError:  # a broken host in brackets: the downloader says what is wrong with it
@@ -18,7 +18,7 @@ def is_url(source: str) -> bool:
 
 
 def local_file(source: str, *, root: Path | None = None) -> Fetched:
-    """A file that is read in place.
+    """Return a file that is read in place.
 
     Args:
         source: Its path.

@@ -1,4 +1,4 @@
-"""The spool: where downloads lie until they are decoded.
+"""The spool: the folder of downloads until they are decoded.
 
 Each King has a folder of its own with a lock that the kernel frees when the King ends, however
 it ends; at start the folders of dead Kings are removed. A lock, and not a process ID: Kings in
@@ -46,7 +46,7 @@ class Spool:
             raise ConfigError(f"fetch.spool: {root} cannot be used: {reason}") from error
 
     def remove_of(self, task_ids: Iterable[int]) -> None:
-        """Remove what the tasks of a dead downloader have left."""
+        """Remove the files of a dead downloader's tasks."""
         for task_id in task_ids:
             for path in self.folder.glob(f"{task_id}-*"):
                 path.unlink(missing_ok=True)
@@ -63,7 +63,7 @@ class Spool:
 
 
 def file_name(task_id: int) -> str:
-    """A name that cannot be guessed; it starts with its task, so that leftovers can be found."""
+    """Return a name that cannot be guessed and starts with its task, to find leftovers."""
     return f"{task_id}-{secrets.token_hex(16)}"
 
 

@@ -148,7 +148,7 @@ class Channel(Generic[_T]):
 
     @property
     def unsent(self) -> bool:
-        """Whether bytes wait for the other side to read."""
+        """Tell whether bytes wait for the other side to read."""
         return bool(self._out)
 
     def send(self, message: Command | Reply) -> None:

@@ -26,7 +26,7 @@ ROLES: Mapping[WorkerRole, str] = MappingProxyType(
         "cache": "workers.roles.lookup:run",
     }
 )
-"""Role ─► ``module:function``, by name so that the King never imports what the workers load."""
+"""Role -> ``module:function``, by name so that the King never imports what the workers load."""
 
 REFUSED_STATUS = 2
 """Exit status of a worker that said `Refused`: a restart would not help."""

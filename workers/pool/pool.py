@@ -356,7 +356,7 @@ class ProcessPool:
             self._events.append(PoolReady())
 
     def _fits(self) -> bool:
-        """Whether the extractors agree and the bundle was made for them; refuses if not.
+        """Check that the extractors agree and the bundle was made for them; refuse if not.
 
         Checked again for every replaced worker: weights and bundles may change on disk meanwhile.
         """

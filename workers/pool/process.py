@@ -107,7 +107,7 @@ class WorkerProcess:
 
     @property
     def ended(self) -> bool:
-        """Whether the process has ended; reaps it."""
+        """Tell whether the process has ended; reaps it."""
         return self._popen.poll() is not None
 
     @property

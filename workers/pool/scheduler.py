@@ -112,7 +112,7 @@ class Scheduler:
 
     @property
     def busy(self) -> bool:
-        """Whether any task is queued or held by a worker."""
+        """Tell whether any task is queued or held by a worker."""
         return bool(self._open_tasks) or any(load.tasks for load in self._loads.values())
 
     def submit(self, task: Task, deadline: float, priority: int = 0) -> int:

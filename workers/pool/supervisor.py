@@ -25,8 +25,8 @@ from workers.protocol import Command, Launch, ProtocolError, Reply, Stop
 _log = structlog.get_logger()
 
 TICK_S = 0.1
-"""How often deadlines are checked while tasks run. A second would add half of one to each death by
-deadline; a tenth of it would only cost wake-ups."""
+"""Interval between checks of deadlines while tasks run. A second would add half of one to each
+death by deadline; a tenth of it would only cost wake-ups."""
 
 _CLOSING_S = 2.0
 """Time for an exiting worker's interpreter after it has closed its channel, before it is killed."""

@@ -70,7 +70,7 @@ enough that a leak of 1 MB a task passes its limit by 50 MB at most."""
 
 @dataclass(frozen=True)
 class Context:
-    """What a role's function gets.
+    """The argument of a role's function.
 
     Attributes:
         arena: The shared slots; None for a role that does not use them.
