@@ -23,7 +23,7 @@ Count = Annotated[int, Field(ge=0)]
 
 
 class DataSettings(Section):
-    """What is learned from."""
+    """The posts to learn from."""
 
     train: Path = Path("data/train.json")
     valid: Path | None = Path("data/valid.json")
@@ -88,7 +88,7 @@ class TrainerSettings(Section):
 
 
 class BundleSettings(Section):
-    """What is deployed at the end."""
+    """The bundle that is deployed at the end."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")] = "insight"
     out: Path | None = None
@@ -103,7 +103,7 @@ class BundleSettings(Section):
 
     @property
     def folder(self) -> Path:
-        """Where the bundle is written."""
+        """Return the folder of the bundle."""
         return self.out if self.out is not None else Path("workshop/weights") / self.name
 
 
@@ -126,7 +126,7 @@ class AsymmetricSettings(Section):
 
 
 class LossSettings(Section):
-    """What is minimised: ``name`` chooses which of the sections below counts."""
+    """The loss: ``name`` chooses which of the sections below counts."""
 
     name: LossName = "bce"
     focal: FocalSettings = FocalSettings()
@@ -266,7 +266,7 @@ class TrainSettings(Section):
 
 
 class BackboneDataSettings(Section):
-    """What is learned from: data files that name pictures or videos."""
+    """The posts to learn from: data files that name pictures or videos."""
 
     train: Path = Path("data/train.json")
     valid: Path | None = Path("data/valid.json")

@@ -1,4 +1,4 @@
-"""Items of posts ─► batches for a backbone, with light augmentation.
+"""Items of posts -> batches for a backbone, with light augmentation.
 
 An item is one picture ``(S, S, 3)``, one clip ``(m, S, S, 3)`` or one patch ``(96, 64)``; a post
 has several. Nothing is mirrored: which way things point or move may be what the label is about.
@@ -45,7 +45,7 @@ class ItemSet:
     """Posts with at least one item, checked.
 
     Attributes:
-        items: One array ``(n, …)`` per post, n at least 1.
+        items: One array ``(n, ...)`` per post, n at least 1.
         targets: float32 ``(posts, classes)``.
     """
 

@@ -34,7 +34,7 @@ class FrameStore:
         self.dim = dim
 
     def has(self, path: Path) -> bool:
-        """Whether a video's features are there."""
+        """Return whether a video's features are stored."""
         return self._place(path).exists()
 
     def write(self, path: Path, features: npt.NDArray[np.float16]) -> None:

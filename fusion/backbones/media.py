@@ -35,7 +35,7 @@ MediaName: TypeAlias = Literal["images", "videos"]
 Pixels: TypeAlias = npt.NDArray[np.uint8]
 Chance: TypeAlias = np.random.Generator
 STREAM: Stream = "video"
-"""Where a batch has its items: one name, whatever they are."""
+"""The stream of a batch that holds its items: one name for pictures, clips and features."""
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ def targets_of(posts: Sequence[MediaPost], classes: int) -> npt.NDArray[np.float
 
 @dataclass(frozen=True)
 class Posts:
-    """What a run learns from.
+    """The posts of a run.
 
     Attributes:
         valid: None without validation.
@@ -297,7 +297,7 @@ class MediaSample:
     """One post as a backbone takes it.
 
     Attributes:
-        items: Its media ``(n, …)``; n is at least 1.
+        items: Its media ``(n, ...)``; n is at least 1.
         target: float32 ``(classes,)``.
     """
 
@@ -410,7 +410,7 @@ class CollateMedia:
     """Makes batches out of `MediaSample`; pickles, for loader processes."""
 
     def __call__(self, samples: Sequence[MediaSample]) -> Batch:
-        """Pad to the most media of one post: tokens ``(posts, n, …)``, masks ``(posts, n)``."""
+        """Pad to the most media of one post: tokens ``(posts, n, ...)``, masks ``(posts, n)``."""
         counts = [len(sample.items) for sample in samples]
         first = samples[0].items
         padded = np.zeros((len(samples), max(counts), *first.shape[1:]), first.dtype)

@@ -64,7 +64,7 @@ def create_backbone(arch: str, kind: Kind, size: tuple[int, int], weights: str) 
 
 
 class Normalize(nn.Module):
-    """Pixels in [0, 255] ─► what the architecture was designed for; patches pass as they are."""
+    """Pixels in [0, 255] -> what the architecture was designed for; patches pass as they are."""
 
     mean: torch.Tensor
     scale: torch.Tensor
@@ -87,7 +87,7 @@ class Normalize(nn.Module):
 
 
 class MotionHead(nn.Module):
-    """Ordered frame features of a clip ─► one vector, by a recurrence over time.
+    """Ordered frame features of a clip -> one vector, by a recurrence over time.
 
     Averaged feature maps forget where things are, and the label of a movement is visible only in
     how positions change. So each frame's feature must also tell where in the frame the clip
@@ -123,7 +123,7 @@ class MotionHead(nn.Module):
 
 @torch.no_grad()
 def where_it_moves(clips: torch.Tensor) -> torch.Tensor:
-    """Where each frame differs from what its clip mostly shows.
+    """Return the places in which each frame differs from what its clip mostly shows.
 
     Args:
         clips: float32 pixels in [0, 255], ``(clips, m, 3, S, S)``.
@@ -196,7 +196,7 @@ class PostTagger(nn.Module):
 
 
 class MediaTagger(nn.Module):
-    """Backbone ─► dropout ─► classifier ─► mean over segments ─► best of the post's media.
+    """Backbone -> dropout -> classifier -> mean over segments -> best of the post's media.
 
     A picture is a clip of one segment. The labels belong to posts, so a post's score is that of
     its best medium (multiple-instance learning).
@@ -230,7 +230,7 @@ class MediaTagger(nn.Module):
 
 
 class LstmTagger(nn.Module):
-    """Features of the frames of posts' videos ─► logits of the posts."""
+    """Features of the frames of posts' videos -> logits of the posts."""
 
     def __init__(self, dim: int, sizes: LstmSizes, classes: int) -> None:
         super().__init__()

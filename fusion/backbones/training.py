@@ -1,8 +1,8 @@
 """Training of backbones out of data files: what `train_net.py` does for tasks of backbones.
 
-    image_backbone    pictures ─► <arch>.safetensors
-    video_backbone    segments of clips ─► tsn.safetensors
-                      its features of every frame ─► attention LSTM ─► video_lstm.safetensors
+    image_backbone    pictures -> <arch>.safetensors
+    video_backbone    segments of clips -> tsn.safetensors
+                      its features of every frame -> attention LSTM -> video_lstm.safetensors
 
 The newest files are ``<save_dir>/weights/*``, which ``features.*.weights`` name; those of each run
 stay in ``weights`` of its own folder.
@@ -55,7 +55,7 @@ from fusion.train.trainer import TrainData, Trainer
 
 @dataclass(frozen=True)
 class StageReport:
-    """What came out of one training.
+    """The outcome of one training.
 
     Attributes:
         name: ``image``, ``tsn`` or ``lstm``.
@@ -129,7 +129,7 @@ class _Task:
     folder: Path
 
     def start(self, name: str, resume: Path | None) -> Start | None:
-        """Where a stage begins; None begins anew.
+        """Return the start of a stage; None begins anew.
 
         Raises:
             ConfigError: As `fusion.train.checkpoint.find_start`.
@@ -296,7 +296,7 @@ class _Run:
 
 
 def _signature(settings: BackboneTrainSettings, posts: Posts, stage: str) -> str:
-    """What must be equal for the weights of one run to serve another."""
+    """Return everything that must be equal for the weights of one run to fit another."""
     parts: dict[str, Any] = {
         "stage": stage,
         "arch": settings.backbone.arch,

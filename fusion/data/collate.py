@@ -1,4 +1,4 @@
-"""Features of several posts ─► one padded batch with masks."""
+"""Features of several posts -> one padded batch with masks."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Data files: posts with their labels and features, read as a stream.
 
-A data file is a JSON list of ``{post_id, labels: [name, …], features: path, …}``, or the same
+A data file is a JSON list of ``{post_id, labels: [name, ...], features: path, ...}``, or the same
 entries one a line (``.jsonl``); other keys are for other readers. Paths are relative to the data
 file, or else to the working directory. Files may hold millions of posts: never more than one
 block of the file is in memory.

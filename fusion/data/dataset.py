@@ -37,7 +37,7 @@ class FeatureFiles:
     root: Path | None = None
 
     def fingerprints(self, post_id: str, path: Path | None) -> Mapping[Stream, str]:
-        """What a post's features were made with.
+        """Return the fingerprints that a post's features were made with.
 
         Raises:
             FeatureError: There is no such file, or it is broken.

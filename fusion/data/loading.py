@@ -138,7 +138,7 @@ def ahead(items: Iterable[Item], depth: int = _AHEAD) -> Iterator[Item]:
 
 
 class DataWait:
-    """How much of the time of training steps was spent waiting for batches."""
+    """Measures how long training steps wait for batches."""
 
     def __init__(self) -> None:
         self.waited_s = self.total_s = 0.0

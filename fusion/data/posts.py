@@ -363,7 +363,7 @@ def stratified_folds(
 
 
 class _Lacking:
-    """What each part still lacks."""
+    """The posts and tags that each part still lacks."""
 
     def __init__(self, counts: npt.NDArray[np.int64], posts: int, folds: int) -> None:
         self._posts = np.full(folds, posts / folds)  # (folds,)

@@ -1,4 +1,4 @@
-"""What a fusion model is fed with: which streams, how long their features, how many tokens."""
+"""The input of a fusion model: its streams, the length of their features, their tokens."""
 
 from __future__ import annotations
 

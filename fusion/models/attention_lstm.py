@@ -14,7 +14,7 @@ from fusion.models.base import Fused, FusionModel, Stage, learned_vectors
 
 
 class Branch(nn.Module):
-    """Tokens of one stream: FC, tanh ─► LSTM both ways ─► dropout ─► sum by softmax attention.
+    """Tokens of one stream: FC, tanh -> LSTM both ways -> dropout -> sum by softmax attention.
 
     Source: PaddleVideo, VideoTag's attention LSTM.
     """
@@ -53,7 +53,7 @@ class Branch(nn.Module):
 
 
 class AttentionLSTM(FusionModel):
-    """A `Branch` for each stream ─► concat ─► FC, ReLU ─► FC, tanh ─► logits."""
+    """A `Branch` for each stream -> concat -> FC, ReLU -> FC, tanh -> logits."""
 
     def __init__(self, schema: InputSchema, settings: ModelSettings) -> None:
         super().__init__(schema, settings)

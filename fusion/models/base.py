@@ -1,4 +1,4 @@
-"""What every fusion model is, and the parts that they share."""
+"""The base of every fusion model, and the parts that they share."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Stage(NamedTuple):
 
 
 class Fused(NamedTuple):
-    """What `FusionModel.fuse` gives.
+    """The result of `FusionModel.fuse`.
 
     Attributes:
         logits: ``(posts, classes)``.
@@ -43,7 +43,7 @@ class Fused(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """What a model says in training.
+    """The outputs of a model in training.
 
     Attributes:
         logits: float32 ``(posts, classes)``.
@@ -97,7 +97,7 @@ class FusionModel(nn.Module):
     @property
     @abstractmethod
     def head(self) -> nn.Linear:
-        """The last layer, ``(…) ─► (classes)``."""
+        """The last layer, ``(...) -> (classes)``."""
 
     @abstractmethod
     def layers(self) -> tuple[Stage, ...]:
@@ -147,7 +147,7 @@ class FusionModel(nn.Module):
 
 
 def _some(rows: torch.Tensor) -> torch.Tensor:
-    """``(posts, n, …)`` with n at least 1: a stream that no post has gets a row of padding.
+    """``(posts, n, ...)`` with n at least 1: a stream that no post has gets a row of padding.
 
     Its layers then take part in every step, which DDP demands.
     """

@@ -38,7 +38,7 @@ def refuse_uneven(width: int, heads: int, key: str) -> None:
 
 
 class Projection(nn.Module):
-    """Features of one stream ─► tokens of the transformer's width.
+    """Features of one stream -> tokens of the transformer's width.
 
     With ``motion`` a token also carries its change from the one before: how something moves is
     visible only there, and attention finds it in few examples only when it is handed over.
@@ -69,7 +69,7 @@ def projections(schema: InputSchema, width: int, *, motion: bool) -> nn.ModuleDi
 
 
 def position_scales(schema: InputSchema) -> nn.ParameterDict:
-    """How much positions count, for each stream whose tokens have an order."""
+    """Return a learned weight of positions for each stream whose tokens have an order."""
     return nn.ParameterDict(
         {m: nn.Parameter(torch.tensor(0.2)) for m in schema.dims if m in ORDERED}
     )

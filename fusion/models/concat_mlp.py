@@ -16,7 +16,7 @@ from fusion.models.pooling import MeanPooling
 
 
 class ConcatMLP(FusionModel):
-    """Mean of each stream's tokens ─► projection ─► concat ─► layers with ReLU ─► logits."""
+    """Mean of each stream's tokens -> projection -> concat -> layers with ReLU -> logits."""
 
     def __init__(self, schema: InputSchema, settings: ModelSettings) -> None:
         super().__init__(schema, settings)

@@ -18,7 +18,7 @@ _CLUSTERED: frozenset[Stream] = frozenset({"video", "audio"})
 
 
 class ConcatSE(FusionModel):
-    """One vector of each stream ─► projection ─► concat ─► dropout ─► FC ─► SE ─► logits.
+    """One vector of each stream -> projection -> concat -> dropout -> FC -> SE -> logits.
 
     Source: the TAAC-2021 multimodal tagging baseline, whose pooling of video and sound is NeXtVLAD.
     """
@@ -50,7 +50,7 @@ class ConcatSE(FusionModel):
         return self.classify
 
     def layers(self) -> tuple[Stage, ...]:
-        """What each modality has, what joins them, the head."""
+        """Return the stages: the modalities' own layers, the fusion, the head."""
         return (
             Stage("modality", ("norms", "vlads", "projections", "missing")),
             Stage("fusion", ("join", "gate")),

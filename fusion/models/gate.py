@@ -7,7 +7,7 @@ from torch import nn
 
 
 class SqueezeExcitation(nn.Module):
-    """Gate of a vector by itself: H ─► H/r, BN, ReLU ─► H, sigmoid, multiply.
+    """Gate of a vector by itself: H -> H/r, BN, ReLU -> H, sigmoid, multiply.
 
     Source: linrongc/youtube-8m, nextvlad.py (the SE context gate).
     """

@@ -15,7 +15,7 @@ from fusion.models.pooling import MeanPooling
 
 
 class GMU(FusionModel):
-    """Mean of each stream ─► h ─► Σ gate · tanh(h) ─► FC, ReLU ─► logits.
+    """Mean of each stream -> h -> Σ gate · tanh(h) -> FC, ReLU -> logits.
 
     The gates are a softmax, for each element, over the modalities that are there: with two it is
     the sigmoid of the paper. What stands for a missing modality is seen by the gates of the others

@@ -19,7 +19,7 @@ _WHOLE: frozenset[Stream] = frozenset({"video_lstm"})
 
 
 class NeXtVLADSE(FusionModel):
-    """LayerNorm ─► NeXtVLAD of each stream ─► concat ─► dropout ─► FC, BN ─► SE ─► logits.
+    """LayerNorm -> NeXtVLAD of each stream -> concat -> dropout -> FC, BN -> SE -> logits.
 
     Source: arXiv 1811.05014; linrongc/youtube-8m, nextvlad.py. There the features are whitened
     and need no LayerNorm, and the classifier is a mixture of experts.
@@ -53,7 +53,7 @@ class NeXtVLADSE(FusionModel):
         return self.classify
 
     def layers(self) -> tuple[Stage, ...]:
-        """What each modality has, what joins them, the head."""
+        """Return the stages: the modalities' own layers, the fusion, the head."""
         return (
             Stage("modality", ("norms", "vlads", "missing")),
             Stage("fusion", ("join", "norm", "gate")),

@@ -15,7 +15,7 @@ from fusion.models.base import learned_vectors, masked_mean
 
 
 class MeanPooling(nn.Module):
-    """Each stream: LayerNorm ─► mean of its tokens ─► projection, or its "missing" vector."""
+    """Each stream: LayerNorm -> mean of its tokens -> projection, or its "missing" vector."""
 
     def __init__(self, schema: InputSchema, width: int) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class MaskedBatchNorm(nn.BatchNorm1d):
     """
 
     def forward(self, rows: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        """Normalise ``(…, channels)``; ``mask`` bool ``(…)`` says which rows are there."""
+        """Normalise ``(..., channels)``; ``mask`` bool ``(...)`` says which rows are there."""
         flat = rows.flatten(0, -2)  # (rows, channels)
         if not self.training:
             return self._learned(flat).view(rows.shape)
@@ -63,9 +63,9 @@ class MaskedBatchNorm(nn.BatchNorm1d):
 
 
 class NeXtVLAD(nn.Module):
-    """Tokens of one stream ─► how they differ from learned clusters, in groups.
+    """Tokens of one stream -> how they differ from learned clusters, in groups.
 
-    FC N ─► λN; attention sigmoid(FC λN ─► G); assignment softmax over K of BN(linear λN ─► G·K),
+    FC N -> λN; attention sigmoid(FC λN -> G); assignment softmax over K of BN(linear λN -> G·K),
     times attention; sum of weight · (x - centre) over tokens and groups; L2 per cluster; BN.
     λN is rounded up to a multiple of G.
 

@@ -25,7 +25,7 @@ LAST, BEST = "last.pt", "best.pt"
 
 @dataclass
 class Progress:
-    """How far a run has come.
+    """The progress of a run.
 
     Attributes:
         seed: Of the run; epochs derive their own from it, so that a resumed epoch is the same.
@@ -141,7 +141,7 @@ def _checkpoint(content: Mapping[str, Any]) -> Checkpoint:
 
 
 def difference(found: str, wanted: str) -> str:
-    """What two signatures differ in first, as the end of a sentence."""
+    """Return the first difference of two signatures, as the end of a sentence."""
     before, now = json.loads(found), json.loads(wanted)
     key = next(k for k in sorted({*before, *now}) if before.get(k) != now.get(k))
     was, wants = (json.dumps(side.get(key), ensure_ascii=False)[:200] for side in (before, now))
@@ -150,7 +150,7 @@ def difference(found: str, wanted: str) -> str:
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run begins.
+    """The start of a run.
 
     Attributes:
         path: What was read, for errors.
@@ -164,14 +164,14 @@ class Start:
 
     @property
     def exact(self) -> bool:
-        """Whether the run goes on where another one stopped."""
+        """True if the run goes on where another one stopped."""
         return bool(self.checkpoint.optimizer)
 
 
 def model_signature(
     settings: ModelSettings, manifest: FeatureManifest, schema: InputSchema, labels: LabelMap
 ) -> str:
-    """What must be equal for the weights of one run to serve another."""
+    """Return everything that must be equal for the weights of one run to fit another."""
     options = settings.model_dump(mode="json")
     name = settings.name
     return signature(
@@ -186,14 +186,14 @@ def model_signature(
     )
 
 
-def find_start(path: Path, mark: str, *, allow_pickle: bool = False) -> Start:
+def find_start(path: Path, signed: str, *, allow_pickle: bool = False) -> Start:
     """Read what ``--resume`` names.
 
     Args:
         path: A run's folder, a checkpoint (``last.pt`` goes on exactly, ``best.pt`` gives its
             weights), a bundle or its weights file (of an ensemble the first member's), or a
             legacy ``.pth`` of weights.
-        mark: The `model_signature` of this run; checkpoints and bundles must have the same.
+        signed: The `model_signature` of this run; checkpoints and bundles must have the same.
         allow_pickle: Whether a ``.pth`` may be a whole pickled model.
 
     Raises:
@@ -201,18 +201,18 @@ def find_start(path: Path, mark: str, *, allow_pickle: bool = False) -> Start:
         BundleError: A bundle is broken.
     """
     if path.is_dir() and (path / ABOUT).exists():
-        return _bundled(path, path, mark)
+        return _bundled(path, path, signed)
     if path.name == WEIGHTS and (path.parent / ABOUT).exists():
-        return _bundled(path.parent, path, mark)
+        return _bundled(path.parent, path, signed)
     if path.suffix in {".safetensors", ".pth"}:
         state = load_legacy(path, allow_pickle=allow_pickle, setting="trainer.allow_pickle")
-        return Start(path, Checkpoint(mark, Progress(0), state))
+        return Start(path, Checkpoint(signed, Progress(0), state))
     if path.is_dir():
         folders = (path / "ckpt", path)
         path = next((f / LAST for f in folders if (f / LAST).exists()), path / "ckpt" / LAST)
         if not path.exists():
             raise ConfigError(f"{path}: no such checkpoint; start without --resume")
-    checkpoint = load_checkpoint(path, mark)
+    checkpoint = load_checkpoint(path, signed)
     best = path.with_name(BEST)
     return Start(path, checkpoint, best if best.exists() else None)
 
@@ -243,11 +243,11 @@ def check_fit(model: torch.nn.Module, start: Start) -> None:
             raise ConfigError(f"{start.path}: does not fit this model: {name} {shapes}")
 
 
-def _bundled(folder: Path, path: Path, mark: str) -> Start:
+def _bundled(folder: Path, path: Path, signed: str) -> Start:
     bundle = load_bundle(folder)
     model = bundle.members[0]
     options = About.model_validate(yaml.safe_load((folder / ABOUT).read_bytes())).model
     found = model_signature(options, bundle.manifest, bundle.schema, bundle.labels)
-    if found != mark:
-        raise ConfigError(f"{path}: {difference(found, mark)}")
-    return Start(path, Checkpoint(mark, Progress(0), model.state_dict()))
+    if found != signed:
+        raise ConfigError(f"{path}: {difference(found, signed)}")
+    return Start(path, Checkpoint(signed, Progress(0), model.state_dict()))

@@ -47,7 +47,7 @@ class HeldOutScores:
 
 @dataclass(frozen=True)
 class Measured:
-    """What is fitted to held-out posts, and what is measured on them.
+    """Calibration and thresholds fitted to held-out posts, and metrics on them.
 
     Attributes:
         thresholds: float32 ``(classes,)``.

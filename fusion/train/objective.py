@@ -1,4 +1,4 @@
-"""What is minimised: a model and its loss as one module, so that DDP sees the whole of it."""
+"""The objective: a model and its loss as one module, so that DDP sees the whole of it."""
 
 from __future__ import annotations
 

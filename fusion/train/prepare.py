@@ -1,4 +1,4 @@
-"""What is known before a model is made: labels, posts, and what their features are."""
+"""Labels, posts and the kind of their features: all that a training needs before its model."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _AT_ONCE = 64
 
 @dataclass(frozen=True)
 class Prepared:
-    """What is known before a model is made.
+    """The input of a training, read and checked.
 
     Attributes:
         posts: To learn from.

@@ -1,4 +1,4 @@
-"""What happened in a run: JSON lines for people's scripts, and TensorBoard for their eyes."""
+"""The log of a run: JSON lines for scripts, and TensorBoard for people."""
 
 from __future__ import annotations
 

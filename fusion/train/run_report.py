@@ -104,7 +104,7 @@ def _views(
     folder: Path,
     places: Sequence[tuple[PostList, int]],
 ) -> Mapping[int, PostView]:
-    """What the data files say of some posts, by row."""
+    """Return views of some posts, from the data files, by row."""
     found = {}
     for row in set(rows):
         posts, place = places[row]

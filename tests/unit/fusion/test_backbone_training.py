@@ -95,7 +95,7 @@ def events(log: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
 
 
-# Whole runs ------------------------------------------------------------------------------------
+# Whole runs
 
 
 def test_pictures_become_the_image_extractors_weights(
@@ -240,7 +240,7 @@ def test_a_video_run_goes_on_in_either_stage(posts: Path, tmp_path: Path) -> Non
     assert [e["epoch"] for e in log] == [1, 2, 3, 4, 5, 6]
 
 
-# Mistakes --------------------------------------------------------------------------------------
+# Mistakes
 
 
 def broken(posts: Path, folder: Path) -> Path:

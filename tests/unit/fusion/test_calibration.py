@@ -136,7 +136,7 @@ def test_calibration_makes_scores_as_often_right_as_they_say() -> None:
     assert calibrated(None, scores) is scores
 
 
-# Thresholds ----------------------------------------------------------------------------------
+# Thresholds
 
 
 def test_a_precision_threshold_is_the_lowest_that_gives_it() -> None:
@@ -172,7 +172,7 @@ def test_rare_tags_take_the_common_precision_threshold() -> None:
     assert found[1] == pytest.approx(precision_threshold(scores, truth, 0.9), abs=1e-6)
 
 
-# In the bundle -------------------------------------------------------------------------------
+# In the bundle
 
 CALIBRATIONS = {
     "temperature": Temperature(temperature=2.5),
@@ -251,7 +251,7 @@ def test_a_broken_calibration_is_refused_in_one_line(name: str, tmp_path: Path) 
     assert str(path) in str(caught.value)
 
 
-# Whole trainings -----------------------------------------------------------------------------
+# Whole trainings
 
 EPOCHS = {"attention_lstm": 16, "nextvlad_se": 14, "mbt": 12, "concat_mlp": 22, "gmu": 22}
 OPTIONS: dict[str, dict[str, Any]] = {

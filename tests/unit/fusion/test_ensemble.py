@@ -47,7 +47,7 @@ def posts(tmp_path: Path) -> Path:
     return tmp_path
 
 
-# The bundle ----------------------------------------------------------------------------------
+# The bundle
 
 
 @pytest.mark.parametrize("averaging", ["probabilities", "logits"])
@@ -124,7 +124,7 @@ def test_a_bundle_of_before_ensembles_loads(tmp_path: Path) -> None:
     assert (len(found.members), found.subsets) == (1, {})
 
 
-# Training ------------------------------------------------------------------------------------
+# Training
 
 
 @pytest.mark.parametrize("pool_valid", [True, False])

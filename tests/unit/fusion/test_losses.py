@@ -174,7 +174,7 @@ def test_a_loss_that_does_not_exist_is_one_line() -> None:
         validate(TrainSettings, {"loss": {"name": "hinge"}}, "test")
 
 
-# Mixup ---------------------------------------------------------------------------------------
+# Mixup
 
 
 def batch() -> Batch:

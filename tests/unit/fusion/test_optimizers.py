@@ -212,7 +212,7 @@ def test_the_moving_average() -> None:
     assert model.weight.item() == 1
 
 
-# In the trainer ------------------------------------------------------------------------------
+# In the trainer
 
 
 def posts(count: int) -> list[Sample]:

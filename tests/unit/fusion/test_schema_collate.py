@@ -1,4 +1,4 @@
-"""Features of posts ─► padded batches."""
+"""Features of posts -> padded batches."""
 
 from __future__ import annotations
 

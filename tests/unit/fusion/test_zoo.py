@@ -237,7 +237,7 @@ def test_a_parameter_without_a_stage_is_refused() -> None:
         parameter_groups(model, OptimizerSettings())
 
 
-# Parts ---------------------------------------------------------------------------------------
+# Parts
 
 
 def test_gmu_with_two_modalities_is_the_sigmoid_of_the_paper() -> None:
