@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 MEDIA_KEYS: dict[MediaKind, str] = {"image": "images", "video": "videos", "audio": "audios"}
-"""Kind of media ─► its key in the files."""
+"""Kind of media -> its key in the files."""
 
 MAX_LINE_BYTES = 32 * 1024 * 1024
 """A longer line is no post: it is passed over, not held in memory."""
@@ -199,9 +199,6 @@ def _reading(file: Path) -> Iterator[None]:
         raise ConfigError(f"{file}: cannot be read: {error.strerror or error}") from error
 
 
-# Lines ---------------------------------------------------------------------------------------
-
-
 def _lines(stream: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
     """Numbers and lines that are not empty; None for one that is too long."""
     number = 0
@@ -241,9 +238,6 @@ def _list(file: Path) -> Iterator[Any]:
             yield entry.value
     except ConfigError as error:
         raise ConfigError(f"{error}; name a file of lines *.jsonl") from error
-
-
-# Posts ---------------------------------------------------------------------------------------
 
 
 def _entry(content: Any, line: int) -> Entry:

@@ -68,8 +68,6 @@ class Index:
         """Posts that are kept."""
         return self._one("SELECT COUNT(*) FROM posts")
 
-    # Reading ---------------------------------------------------------------------------------
-
     def see(self, post_id: str) -> bool:
         """Note a post_id; False where it was there before."""
         insert = "INSERT OR IGNORE INTO seen VALUES (?, NULL)"
@@ -116,8 +114,6 @@ class Index:
         """How many posts were made with each of the `fingerprints`."""
         return dict(self.base.execute("SELECT made_with, COUNT(*) FROM posts GROUP BY made_with"))
 
-    # Media -----------------------------------------------------------------------------------
-
     def add_medium(self, source: str, sha256: str) -> None:
         """Note what a manifest says."""
         row = (_text(source), sha256)
@@ -128,8 +124,6 @@ class Index:
         query = "SELECT sha256 FROM media WHERE source = ?"
         row = self.base.execute(query, (_text(source),)).fetchone()
         return None if row is None else str(row[0])
-
-    # Groups ----------------------------------------------------------------------------------
 
     def number_of(self, post_id: str) -> int | None:
         """Number of a kept post."""
@@ -171,10 +165,8 @@ class Index:
 
         batches(self.base, "UPDATE posts SET part = ? WHERE number = ?", rows())
 
-    # Results ---------------------------------------------------------------------------------
-
     def reasons(self) -> dict[str, int]:
-        """Reason ─► how many lines were left out for it."""
+        """Reason -> how many lines were left out for it."""
         return dict(self.base.execute("SELECT reason, COUNT(*) FROM left_out GROUP BY reason"))
 
     def left_out(self, line: int) -> tuple[str, str | None, str] | None:

@@ -41,7 +41,7 @@ def write_files(
     """Write ``<side>_cls<N>``, ``idx2name_cls<N>.json``, ``split.jsonl``, ``left_out.jsonl``.
 
     Returns:
-        Side ─► its data file.
+        Side -> its data file.
 
     Raises:
         OSError: The disk is full, or gone.

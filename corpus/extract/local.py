@@ -108,8 +108,6 @@ class LocalEngine:
             yield self._take(ended)
             open_ -= 1
 
-    # Parts ------------------------------------------------------------------------------------
-
     def _settled(self, entry: Entry) -> Result | None:
         if isinstance(entry, Result):
             return entry

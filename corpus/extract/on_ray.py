@@ -76,8 +76,6 @@ class RayEngine:
         if paths and not self._interrupt.asked:
             yield from self._results(paths)
 
-    # Parts ------------------------------------------------------------------------------------
-
     def _join(self, ray: Any) -> None:
         environment = {"PYTHONPATH": _python_path(), "RAY_USAGE_STATS_ENABLED": "0"}
         common: dict[str, Any] = {

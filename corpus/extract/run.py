@@ -9,9 +9,8 @@ from typing import Protocol
 
 from common.cli import exit_code
 from common.logs import configure_logs
-from corpus.extract.failures import FailureFile
 from corpus.extract.options import Options, parse
-from corpus.extract.tally import Tally, watch
+from corpus.extract.tally import FailureFile, Tally, watch
 from corpus.extract.values import WANTED, Entry, Kind, Result
 from corpus.extract.work import Inputs
 from corpus.records import Summary, check_holds_post

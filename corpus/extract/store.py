@@ -87,8 +87,6 @@ class FeatureStore:
         failures = _parts(work.post.post_id, ours.failures)
         return Result(work.index, work.post.post_id, "done", ours.statuses, failures, self.node)
 
-    # Parts ------------------------------------------------------------------------------------
-
     def _own(self, work: Work, features: Features) -> Features:
         """This script's share, with the media that were lost before it."""
         failures = {m: _without_name(f) for m, f in features.failures.items() if m in self.wanted}

@@ -58,8 +58,8 @@ class Work:
     Attributes:
         index: Its place in the input, from 0; failures are listed in this order.
         post: Its sources are absolute paths or URLs.
-        digests: Modality ─► digest of what its features are made from.
-        lost: Modality ─► why media of it were not to be had before this run.
+        digests: Modality -> digest of what its features are made from.
+        lost: Modality -> why media of it were not to be had before this run.
     """
 
     index: int

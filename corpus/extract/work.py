@@ -95,8 +95,6 @@ class Inputs:
         if losses is not None and self._limit is None:
             losses.check_all_taken()
 
-    # Parts ------------------------------------------------------------------------------------
-
     def _work(self, index: int, entry: CorpusPost, lost: Sequence[_Loss]) -> Work:
         post = entry.post
         lost = [*lost, *(self._outside(media) for media in post.media if _leaves(media.source))]
@@ -169,9 +167,6 @@ class Inputs:
         return {m: digest({"made_from": parts[m]}) for m in parts if m in self._wanted}
 
 
-# Manifest ------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True)
 class _Loss:
     kind: MediaKind
@@ -240,9 +235,6 @@ def _loss(content: dict[str, Any], where: str) -> _Loss:
         str(reason.get("message", "was not downloaded")),
     )
     return _Loss(kind, str(content.get("source", "")), failure)
-
-
-# Lines ---------------------------------------------------------------------------------------
 
 
 def _leaves(source: str) -> bool:

@@ -160,8 +160,6 @@ class _Pull:
                 times[name] = _moment(name, text)
         self._since, self._until = times["since"], times["until"]
 
-    # Choosing --------------------------------------------------------------------------------
-
     def _choose(self, total: int, known: Choice | None) -> Choice:
         minimum, count = self._options.min_posts_per_tag, self._options.sample
         if not minimum and count is None:
@@ -190,8 +188,6 @@ class _Pull:
                     if isinstance(kept, CorpusPost):
                         yield kept
                 advance(len(page.documents), "")
-
-    # Writing ---------------------------------------------------------------------------------
 
     def _write(self, choice: Choice, total: int) -> None:
         files = self.files

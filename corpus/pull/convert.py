@@ -1,4 +1,4 @@
-"""A document of the platform ─► a post of the file, or why it is none; pure."""
+"""A document of the platform -> a post of the file, or why it is none; pure."""
 
 from __future__ import annotations
 

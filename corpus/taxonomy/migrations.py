@@ -31,7 +31,7 @@ class Migration:
         version: Of the map after it, from 1.
         old: Names that it takes away.
         new: Names that stand for them; of a split at least two, of a retirement none.
-        ids: Index before ─► index after, None where the tag is gone.
+        ids: Index before -> index after, None where the tag is gone.
         before: sha256 of the map's names before it.
     """
 

@@ -67,7 +67,7 @@ def apply(
     Args:
         data: ``*.json``, a list, or ``*.jsonl``.
         migrations: All changes of the map, oldest first.
-        by_post: post_id ─► the parts that it has of tags that were split, now or before.
+        by_post: post_id -> the parts that it has of tags that were split, now or before.
 
     Raises:
         ConfigError: The file cannot be read or written.

@@ -107,9 +107,6 @@ def _king(settings: Settings) -> dict[str, Any] | None:
     return {**health, "alive": alive, "age_s": round(age_s, 1)}
 
 
-# Output --------------------------------------------------------------------------------------
-
-
 def _print(content: dict[str, Any]) -> None:
     queue, store = content["queue"], content["store"]
     write = sys.stdout.write

@@ -11,9 +11,9 @@ import pytest
 from common.errors import ConfigError
 from common.post import Failure, Modality
 from config.settings import Settings
-from corpus.extract.failures import FailureFile
 from corpus.extract.options import parse
 from corpus.extract.parts import PartFolder, read_part, tries
+from corpus.extract.tally import FailureFile
 from corpus.extract.values import FailedPart, Result, Work
 from corpus.extract.work import Inputs
 from tests.support.corpus.extraction_corpus import write_corpus, write_lines
