@@ -162,7 +162,7 @@ def test_the_page_needs_nothing_else(trained: tuple[Path, TrainReport]) -> None:
     """Charts are embedded and lie beside it; there is no script and nothing from the network."""
     folder, report = trained
     report_folder = folder / "run" / "latest" / "report"
-    assert report.page == report_folder / "report.html"
+    assert report.page == report_folder.resolve() / "report.html"
     text = (report_folder / "report.html").read_text(encoding="utf-8")
     charts = sorted(p.stem for p in report_folder.glob("*.png"))
     assert {"calibration", "precision_recall", "subsets", "tags", "training"} <= set(charts)
