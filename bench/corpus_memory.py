@@ -55,38 +55,83 @@ _arrays: dict[str, dict[Stream, Any]] = {}
 
 
 def scripts(corpus: Corpus) -> dict[str, list[str]]:
-    """Name ─► command of each script."""
+    """Return the command of each script by name."""
     config, out = ("--config", str(corpus.config)), corpus.folder / "out"
     data = "scripts/data_scripts"
-    build = ["scripts/build_trainval_data.py", "--input", str(corpus.urls), "--features",
-             str(corpus.features), "--labels", str(LABELS), "--format", "jsonl"]  # fmt: skip
+    build = [
+        "scripts/build_trainval_data.py",
+        "--input",
+        str(corpus.urls),
+        "--features",
+        str(corpus.features),
+        "--labels",
+        str(LABELS),
+        "--format",
+        "jsonl",
+    ]
 
     def extract(kind: str) -> list[str]:
-        return [f"scripts/extract_{kind}_features.py", *config, "--input", str(corpus.local),
-                "--features", str(out / kind), "--workers", "1"]  # fmt: skip
+        return [
+            f"scripts/extract_{kind}_features.py",
+            *config,
+            "--input",
+            str(corpus.local),
+            "--features",
+            str(out / kind),
+            "--workers",
+            "1",
+        ]
 
     return {
         "pull": [f"{data}/pull_posts.py", *config, "--out", str(out / "posts.jsonl")],
         "pull, sample and rare tags": [
-            f"{data}/pull_posts.py", *config, "--out", str(out / "sample.jsonl"),
-            "--sample", str(corpus.size // 2), "--min_posts_per_tag", "5",
+            f"{data}/pull_posts.py",
+            *config,
+            "--out",
+            str(out / "sample.jsonl"),
+            "--sample",
+            str(corpus.size // 2),
+            "--min_posts_per_tag",
+            "5",
         ],
         "build_label_map": [
-            "scripts/build_label_map.py", "--input", str(corpus.urls), "--out", str(out / "l.json"),
+            "scripts/build_label_map.py",
+            "--input",
+            str(corpus.urls),
+            "--out",
+            str(out / "l.json"),
         ],
-        "download": [f"{data}/download_mp.py", str(corpus.urls), "--out", str(out / "media"),
-                     *config, "--per_host", "32"],
-        "analyze": [f"{data}/analyze_posts.py", str(corpus.local), "--out", str(out / "analysis"),
-                    "--media", str(corpus.local.parent)],
+        "download": [
+            f"{data}/download_mp.py",
+            str(corpus.urls),
+            "--out",
+            str(out / "media"),
+            *config,
+            "--per_host",
+            "32",
+        ],
+        "analyze": [
+            f"{data}/analyze_posts.py",
+            str(corpus.local),
+            "--out",
+            str(out / "analysis"),
+            "--media",
+            str(corpus.local.parent),
+        ],
         "build": [*build, "--out", str(out / "data")],
         "build, grown corpus": [
-            *build, "--out", str(out / "grown"),
-            "--manifest", str(corpus.folder / "known.jsonl"),
-            "--duplicates", str(corpus.folder / "duplicates.jsonl"),
-            "--keep", str(corpus.folder / "split.jsonl"),
+            *build,
+            "--out",
+            str(out / "grown"),
+            "--manifest",
+            str(corpus.folder / "known.jsonl"),
+            "--duplicates",
+            str(corpus.folder / "duplicates.jsonl"),
+            "--keep",
+            str(corpus.folder / "split.jsonl"),
         ],
         **{f"extract {kind}": extract(kind) for kind in ("text", "image", "audio", "video")},
-    }  # fmt: skip
+    }
 
 
 def settings(folder: Path) -> Any:
@@ -177,9 +222,6 @@ def pictures(path: Path) -> Iterator[str]:
         server.server_close()
 
 
-# Measuring -----------------------------------------------------------------------------------
-
-
 def measure(name: str, command: Sequence[str], size: int, limit_s: float) -> dict[str, Any]:
     """Run a script; ``{posts, peak_mb, seconds, exit}``."""
     started, peak = time.monotonic(), 0
@@ -222,7 +264,7 @@ def measure(name: str, command: Sequence[str], size: int, limit_s: float) -> dic
 
 
 def tree_bytes(process: psutil.Process) -> int:
-    """What a process and all below it hold themselves."""
+    """Return the bytes of memory that a process and all its descendants hold themselves."""
     total = 0
     with contextlib.suppress(psutil.Error):
         for one in (process, *process.children(recursive=True)):
@@ -292,9 +334,12 @@ def main() -> int:
     parser.add_argument("--sizes", type=int, nargs="+", default=[1000, 10_000, 100_000])
     parser.add_argument("--only", nargs="+", help="scripts whose names begin so")
     parser.add_argument(
-        "--extract", type=int, default=100_000, help="posts to extract at most: those before the "
-        "last so many count as extracted by an earlier run"
-    )  # fmt: skip
+        "--extract",
+        type=int,
+        default=100_000,
+        help="posts to extract at most: those before the "
+        "last so many count as extracted by an earlier run",
+    )
     parser.add_argument("--limit_s", type=float, default=3600, help="of one run")
     parser.add_argument("--out", type=Path, default=FOLDER)
     parser.add_argument("--name", default="corpus_memory")

@@ -1,4 +1,4 @@
-"""How long training steps wait for data, and how memory grows, with 100,000 posts on disk.
+"""Measure how long training waits for data, and how memory grows, with 100,000 posts on disk.
 
 Feature files of synthetic posts are written once (a few tokens of scheme 1's sizes each), then
 `train_net.py`'s trainer learns one epoch of the first 1,000, 10,000 and 100,000 of them with the

@@ -143,7 +143,7 @@ class Job:
 
     @property
     def folder(self) -> Path:
-        """Where its checkpoints and bundle lie while it runs."""
+        """Return the folder of its checkpoints and bundle while it runs."""
         return FOLDER / "runs" / f"{self.model}-{self.seed}-{self.learning_rate:g}"
 
 

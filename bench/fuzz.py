@@ -52,7 +52,7 @@ def known_types() -> frozenset[str]:
 
 @dataclass
 class Outcome:
-    """What became of the posts and messages.
+    """The end of the posts and messages.
 
     Attributes:
         open: IDs without a terminal state.

@@ -39,9 +39,13 @@ def make(folder: Path, size: int, url: str, *, with_features: bool) -> Corpus:
     folder.mkdir(parents=True)
     write_media(folder / "m")
     corpus = Corpus(
-        folder, size, folder / "urls.jsonl", folder / "local.jsonl", folder / "features",
+        folder,
+        size,
+        folder / "urls.jsonl",
+        folder / "local.jsonl",
+        folder / "features",
         folder / "settings.yaml",
-    )  # fmt: skip
+    )
     rng = np.random.default_rng(1)
     names = list(TAGS)
     with corpus.urls.open("w") as urls, corpus.local.open("w") as local:

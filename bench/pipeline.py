@@ -1,4 +1,4 @@
-"""How many posts per second the daemon tags, against the pure work that a post is.
+"""Measure the posts per second that the daemon tags, against the pure work that a post is.
 
 The daemon is the real one with the demo's config, bundle and online posts: embedded broker and
 database, media over HTTP on loopback, every process. The pure work is the same posts, one after
@@ -46,7 +46,7 @@ from workers.roles.tasks import run_decode, run_extract, run_fuse
 
 
 class PureWork:
-    """Walks posts through decoding and forward passes in this process, and keeps the time."""
+    """Take posts through decoding and forward passes in this process, and keeps the time."""
 
     def __init__(self, settings: Settings) -> None:
         """Load the extractors and the bundle, on one thread."""

@@ -1,4 +1,4 @@
-"""What every benchmark writes: ``bench/results/<name>.json``."""
+"""The file that every benchmark writes: ``bench/results/<name>.json``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How long it takes to tag posts again with another bundle, once their features are in the cache.
+"""Measure how long tagging posts again with another bundle takes, with features in the cache.
 
 The daemon is the real one with the demo's config and models: embedded broker and database, media
 over HTTP on loopback, every process; all of its files lie in a temporary folder. First pass: the

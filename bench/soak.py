@@ -55,7 +55,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def memory(site: Site) -> dict[str, tuple[int, float, float]]:
-    """Process ─► its ID, anonymous and resident MiB, now."""
+    """Return the ID, anonymous and resident MiB of each process now, by name."""
     king = site.king_pid
     pids = {"king": king} if king else {}
     for view in site.health.get("workers", []):
@@ -153,7 +153,7 @@ def figures(
     counts: dict[str, Any],
     seconds: float,
 ) -> dict[str, Any]:
-    """What is written."""
+    """Return the results as they are written."""
     processes = {}
     for name, (pid, anonymous, resident) in before.items():
         pid_after, anonymous_after, resident_after = after.get(name, (0, 0.0, 0.0))
@@ -177,7 +177,7 @@ def figures(
 
 
 def broken(results: dict[str, Any]) -> list[str]:
-    """What is not as it must be."""
+    """Return everything that is not as it must be."""
     wrong = []
     if results["tagged"] != results["posts"]:
         wrong.append(f"{results['tagged']} of {results['posts']} posts are tagged")

@@ -35,7 +35,7 @@ _FEW = {
     "--min-posts 20": "--min-posts 0",
     "labels.json --data": "labels.json --min-posts 0 --data",
 }
-"""What differs for fewer posts than that: few tags have 20 of them."""
+"""Options that differ for fewer posts than that: few tags have 20 of them."""
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -54,7 +54,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Walk; 0 when all is as it should be."""
+    """Run all steps; return 0 when all is as it should be."""
     options = parse(arguments)
     spoilt = options.posts // 10 if options.broken is None else options.broken
     with tempfile.TemporaryDirectory(prefix="insighttag-walk-") as name:
@@ -115,11 +115,14 @@ def walk(world: Platform, *, write_page: bool) -> dict[str, Any]:
         "ways": table,
         "bundle": bundle,
         "commands": [
-            {"command": " ".join(one.command.split()), "seconds": round(one.seconds, 1),
-             "exit": one.code}
+            {
+                "command": " ".join(one.command.split()),
+                "seconds": round(one.seconds, 1),
+                "exit": one.code,
+            }
             for one in ran
         ],
-    }  # fmt: skip
+    }
 
 
 def fitted(command: str, posts: int) -> str:
@@ -144,7 +147,7 @@ def shims(folder: Path) -> Path:
 
 
 def bundle_of(folder: Path) -> dict[str, Any]:
-    """What the bundle says of itself; empty where there is none that can be loaded."""
+    """Return the figures of the bundle; empty where there is none that can be loaded."""
     from common.errors import TaggingError
     from fusion.bundle.bundle import load_bundle
 
@@ -158,7 +161,7 @@ def bundle_of(folder: Path) -> dict[str, Any]:
 
 
 def show(table: Sequence[Mapping[str, Any]]) -> None:
-    """Print planted ─► where named ─► reason."""
+    """Print each planted fault, where it was named, and the reason."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table

@@ -21,7 +21,7 @@ _LARGEST_FLOAT16 = 65504.0
 
 @lru_cache(maxsize=1)
 def cpu_has_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """Whether this CPU multiplies bfloat16 in hardware; emulation is slower than float32."""
+    """Return True when this CPU multiplies bfloat16 in hardware; emulated, it is slow."""
     try:
         text = cpuinfo.read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -31,7 +31,7 @@ def cpu_has_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
 
 
 def resolve_precision(wanted: Precision, device: str, *, setting: str) -> Arithmetic:
-    """What ``auto`` means on a device.
+    """Return the arithmetic of a setting on a device; ``auto`` is decided here.
 
     Args:
         wanted: The setting's value.

@@ -22,7 +22,7 @@ _PARALLEL = "module."
 def load_pth(path: Path, *, allow_pickle: bool, setting: str) -> dict[str, torch.Tensor]:
     """The state dict in a ``.pth`` file.
 
-    Wrappers are taken off: ``{"state_dict": …}``, ``{"model": …}``, the ``module.`` that
+    Wrappers are taken off: ``{"state_dict": ...}``, ``{"model": ...}``, the ``module.`` that
     DataParallel puts before every name. Without ``allow_pickle`` nothing in the file is executed.
 
     Args:

@@ -73,7 +73,7 @@ class ConcatSeSettings(Section):
     reduction: PositiveInt = 8
     dropout: Share = 0.5
     pooling: Literal["mean", "nextvlad"] = "mean"
-    """How the tokens of video and sound become one vector; the others take their mean."""
+    """Pooling of the tokens of video and sound into one vector; the others take their mean."""
     nextvlad: NextVladSettings = NextVladSettings()
 
 

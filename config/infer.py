@@ -35,7 +35,7 @@ class RunSettings(Section):
     batch_size: PositiveInt = 64
     """Posts that are written, and on feature files inferred, together."""
     output: str | None = None
-    """A file, or ``mongodb://…/database.collection``; null writes to standard output."""
+    """A file, or ``mongodb://.../database.collection``; null writes to standard output."""
     format: Literal["auto", "jsonl", "csv", "mongodb"] = "auto"
     """``auto`` goes by the output's name."""
     scores: bool = True

@@ -59,7 +59,7 @@ class MonitorSettings(Section):
     backlog: Threshold = Threshold(warning=100, critical=10_000)
     failed_ratio: Threshold = Threshold(warning=0.05, critical=0.25)
     last_tag_age_s: Threshold = Threshold(warning=900, critical=3600)
-    """Judged only while posts wait."""
+    """Checked only while posts wait."""
     overdue_jobs: Threshold = Threshold(warning=1, critical=100)
     dead_letters: Threshold = Threshold(warning=100, critical=10_000)
     queue_depth: Threshold = Threshold(warning=10_000, critical=100_000)

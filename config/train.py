@@ -33,7 +33,7 @@ class DataSettings(Section):
     image_as_frames: bool = False
     """Images join the video's frames; both must then have features of one length."""
     ocr_mode: Literal["append", "separate"] = "separate"
-    """How the features were extracted; stands in the bundle."""
+    """Mode that the features were extracted with; stands in the bundle."""
     loaders: Count | None = None
     """Processes that read feature files; 0 reads in a thread of the training process. null takes
     that on a CPU, and up to 8 processes for each GPU."""
@@ -99,7 +99,7 @@ class BundleSettings(Section):
     """Share of given tags that shall be right: thresholds are the lowest that give it. null takes
     the thresholds with the best F1."""
     calibration: CalibrationName = "none"
-    """How scores are made probabilities, fitted on validation before the thresholds."""
+    """Method that makes scores probabilities, fitted on validation before the thresholds."""
 
     @property
     def folder(self) -> Path:
@@ -111,7 +111,7 @@ class FocalSettings(Section):
     """Focal loss: what is already right counts less."""
 
     gamma: Weight = 2.0
-    """How much less; 0 is the plain cross entropy."""
+    """Strength of that; 0 is the plain cross entropy."""
     alpha: Positive | None = None
     """Weight of positives, 1 - alpha of negatives; null weighs both 1. The paper has 0.25."""
 
@@ -144,9 +144,9 @@ class GroupRates(Section):
     """Learning rates of parts of the model; null takes ``learning_rate``."""
 
     modality: Rate | None = None
-    """What sees one modality only: norms, projections, pooling, "missing" vectors."""
+    """Layers that see one modality only: norms, projections, pooling, "missing" vectors."""
     fusion: Rate | None = None
-    """What joins the modalities."""
+    """Layers that join the modalities."""
     head: Rate | None = None
     """The layers that give logits."""
 
@@ -224,7 +224,7 @@ class EnsembleSettings(Section):
     """Models taken from one training, each at the end of a cycle of the learning rate; the epochs
     must be a multiple of it."""
     averaging: Literal["probabilities", "logits"] = "probabilities"
-    """What the models' mean is taken of."""
+    """Values that the models' mean is taken of."""
 
     @field_validator("folds")
     @classmethod
@@ -288,7 +288,7 @@ class BackboneSettings(Section):
 
     arch: str = "efficientnet_b5"
     weights: str = "scratch"
-    """Where it starts: ``scratch``, ``pretrained``, or the path of a state dict."""
+    """Start of the weights: ``scratch``, ``pretrained``, or the path of a state dict."""
     image_size: PositiveInt = 456
     """Side of the square input in pixels; must be what ``features`` gives to the extractor."""
     dropout: Share = 0.2

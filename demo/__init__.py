@@ -1,1 +1,1 @@
-"""The demo: posts ─► backbones ─► features ─► fusion ─► daemon ─► tags, in one command."""
+"""The demo: posts -> backbones -> features -> fusion -> daemon -> tags, in one command."""

@@ -1,1 +1,1 @@
-"""Features ─► tags: models, losses, metrics, trainer, inferer, bundle."""
+"""Features -> tags: models, losses, metrics, trainer, inferer, bundle."""

@@ -1,4 +1,4 @@
-"""What is answered: a post's tags as JSON, and the names of all classes."""
+"""The answers: a post's tags as JSON, and the names of all classes."""
 
 from __future__ import annotations
 

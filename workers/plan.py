@@ -268,7 +268,7 @@ class PostPlan:
         return self._advance(step, [Step(decode, query.index)])
 
     def _complete(self, index: int) -> bool:
-        """Whether the cache has everything that the file would give."""
+        """Return True when the cache has everything that the file would give."""
         hit = self._hits.get(index)
         return hit is not None and hit.whole
 

@@ -366,7 +366,7 @@ class PostRunner:
         )
 
     def _is_local(self, source: str) -> bool:
-        """Whether a source is a file that may be read in place."""
+        """Return True when a source is a file that may be read in place."""
         try:
             return not is_url(source) and bool(self._open_local(source))
         except PermanentError:

@@ -1,1 +1,1 @@
-"""What `bench/chaos.py` and `bench/soak.py` are made of: a whole installation that can be hurt."""
+"""The parts of `bench/chaos.py` and `bench/soak.py`: a whole installation that can be hurt."""

@@ -44,7 +44,7 @@ class Audit:
 
     @property
     def rows(self) -> int:
-        """How many results were written up to now."""
+        """Return the number of results that were written up to now."""
         with self._open() as database:
             found = database.execute("SELECT max(number) FROM chaos_audit").fetchone()
         return int(found[0] or 0)

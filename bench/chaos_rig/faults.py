@@ -52,9 +52,6 @@ class Wound:
 Inject: TypeAlias = Callable[[Site, random.Random], Hurt]
 
 
-# Processes -----------------------------------------------------------------------------------
-
-
 def _kill(role: str) -> Inject:
     def inject(site: Site, _rng: random.Random) -> Hurt:
         name, pid = site.worker(role)
@@ -111,9 +108,6 @@ def _terminate_king(site: Site, _rng: random.Random) -> Hurt:
     return Hurt(time.time(), note=f"FAILED: {', '.join(wrong)}; {note}" if wrong else note)
 
 
-# Servers -------------------------------------------------------------------------------------
-
-
 def _broker(site: Site) -> Server:
     return site.broker
 
@@ -144,9 +138,6 @@ def _kill_king_without_database(site: Site, rng: random.Random) -> Hurt:
     time.sleep(rng.uniform(1.0, 3.0))
     site.database.start()
     return Hurt(time.time())
-
-
-# Connections ---------------------------------------------------------------------------------
 
 
 def _cut(site: Site, _rng: random.Random) -> Hurt:

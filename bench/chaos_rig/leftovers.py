@@ -1,4 +1,4 @@
-"""What may be left behind: processes, shared memory, spool files.
+"""Things that a run may leave behind: processes, shared memory, spool files.
 
 This process makes itself the subreaper of its descendants: whatever loses its parent becomes a
 child of this process, so that no orphan can hide, whatever it calls itself.
@@ -87,7 +87,7 @@ class Watch:
 
     @property
     def arenas(self) -> int:
-        """How many arenas were seen."""
+        """Return the number of arenas that were seen."""
         return len(self._arenas)
 
 

@@ -96,7 +96,7 @@ def serve(folder: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Shipment:
-    """What is published in one part of the run.
+    """The posts that are published in one part of the run.
 
     Attributes:
         burst: IDs that are on the queue before the fault.

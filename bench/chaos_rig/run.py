@@ -52,7 +52,7 @@ _LOADED = 0.25
 
 @dataclass(frozen=True)
 class Stock:
-    """What the runs share.
+    """Things that the runs share.
 
     Attributes:
         media: Folder of the media files.
@@ -66,7 +66,7 @@ class Stock:
 
     @classmethod
     def at(cls, folder: Path, posts: int) -> Stock:
-        """What lies in the folder; so many posts' media, and the model, are made when it is new."""
+        """Read the folder; make the media of that many posts, and the model, when it is new."""
         media, bundle = folder / "media", folder / "bundle"
         if not bundle.exists():
             make_media(media, posts, seed=7)
@@ -76,7 +76,7 @@ class Stock:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run does.
+    """The faults and limits of a run.
 
     Attributes:
         kinds: The faults, in order.
@@ -92,7 +92,7 @@ class Plan:
 
 @dataclass
 class Report:
-    """What a run gives."""
+    """The outcome of a run."""
 
     figures: dict[str, Any]
     wounds: list[Wound]
@@ -147,8 +147,6 @@ class Run:
         self._judge_leftovers(site, report)
         report.seconds = time.monotonic() - began
         return report
-
-    # Parts -----------------------------------------------------------------------------------
 
     def _hurt_it(self, site: Site, feeder: Feeder) -> None:
         dealt = shipments(self._ids, len(self._plan.kinds) + 1, self._rng)

@@ -87,8 +87,6 @@ class Site:
         sections["log"] = {"format": "json"}
         return Settings.model_validate(sections)
 
-    # Life ------------------------------------------------------------------------------------
-
     def open(self, posts: list[dict[str, Any]]) -> None:
         """Start the servers, put the posts in, declare the queue."""
         self.run_folder.mkdir(parents=True)
@@ -159,8 +157,6 @@ class Site:
         self.broker_proxy.close()
         self.database_proxy.close()
 
-    # The daemon ------------------------------------------------------------------------------
-
     @property
     def health(self) -> dict[str, Any]:
         """The King's health file; empty when there is none."""
@@ -220,8 +216,6 @@ class Site:
         with xmlrpc.client.ServerProxy("http://127.0.0.1", transport) as server:
             return getattr(server.supervisor, method)(*arguments)
 
-    # Queue and posts -------------------------------------------------------------------------
-
     def publish(self, ids: list[str]) -> None:
         """Publish past the proxies, with confirms."""
         publish_posts(self.direct.broker, [PostMessage(post_id) for post_id in ids])
@@ -245,7 +239,7 @@ class Site:
         return queue_depth(self.direct.broker, dead_queue(self.direct.broker.queue))
 
     def ends(self) -> dict[str, str]:
-        """Post ─► ``tagged`` or ``dead``, for those that have come to an end."""
+        """Return ``tagged`` or ``dead`` for each post that has come to an end."""
         path = f"{self.direct.store.result_path}.status"
         tagged = self.store.client.posts.find({path: "tagged"}, {"_id": 1})
         ends = {str(post["_id"]): "tagged" for post in tagged}

@@ -1,1 +1,1 @@
-"""What `bench/fuzz.py` is made of: hostile files, hostile messages, the place they are sent to."""
+"""The parts of `bench/fuzz.py`: hostile files, hostile messages, the place they are sent to."""

@@ -1,4 +1,4 @@
-"""Where the fuzzing happens: the real daemon, its servers on loopback, and a host of bad files."""
+"""The target of the fuzzing: the real daemon, its servers on loopback, and a host of bad files."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.support.workers.small_bundle import write_bundle
 
 ROOT = Path(__file__).resolve().parents[2]
 FAULTS = ("short", "reset", "html", "unpacked", "empty", "slow", "loop", "gone")
-"""What the server does besides sending bad files; ``/FAULT/path``."""
+"""Faults of the server besides sending bad files; ``/FAULT/path``."""
 
 TEXTS = (
     "a post",
@@ -44,7 +44,7 @@ TEXTS = (
     "[CLS] [SEP] [MASK] [PAD]",
     "\U0010ffff\ufffe",
 )
-"""What the other half of the posts say."""
+"""Texts of the other half of the posts."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -95,7 +95,6 @@ class BadHost(ThreadingHTTPServer):
 
     @property
     def url(self) -> str:
-        """Where it is."""
         return f"http://127.0.0.1:{self.server_port}"
 
     def content(self, path: str) -> bytes:
@@ -103,7 +102,7 @@ class BadHost(ThreadingHTTPServer):
         return self._cases[int(path.partition(".")[0])].content
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that hangs up."""
+        """Ignore a client that hangs up."""
 
     def close(self) -> None:
         """End the thread."""
@@ -188,8 +187,6 @@ class Site:
                     batch.append(PostMessage(next(posts)))
         publish_posts(self.settings.broker, batch)
 
-    # The King --------------------------------------------------------------------------------
-
     def start_king(self) -> None:
         """Start the daemon."""
         with (self._folder / "king.log").open("ab") as log:
@@ -212,7 +209,7 @@ class Site:
             return 0
 
     def phase(self) -> str:
-        """What the King says that it does."""
+        """Return the phase that the King reports."""
         with suppress(OSError, ValueError):
             return str(json.loads((self._folder / "king.json").read_text("utf-8"))["phase"])
         return "starting"

@@ -1,1 +1,1 @@
-"""What `bench/walk.py` is made of: a platform to pull from, the commands of the docs, the judge."""
+"""The parts of `bench/walk.py`: a platform to pull from, the commands of the docs, the judge."""

@@ -68,7 +68,7 @@ def put_back(page: str, ran: Sequence[Ran], shown: Mapping[str, str]) -> str:
     Args:
         page: Text of the page.
         ran: Commands that were run; others keep what stands under them.
-        shown: Text that a reader shall not see ─► what stands there instead.
+        shown: Text that a reader shall not see -> what stands there instead.
     """
     left = list(ran)
 
@@ -112,5 +112,5 @@ def _short(output: str, shown: Mapping[str, str]) -> list[str]:
     lines = [line for line in lines if line]
     if len(lines) > _MOST_LINES:
         head = _MOST_LINES * 2 // 3
-        lines = [*lines[:head], "…", *lines[head - _MOST_LINES + 1 :]]
+        lines = [*lines[:head], "...", *lines[head - _MOST_LINES + 1 :]]
     return lines

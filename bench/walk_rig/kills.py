@@ -37,7 +37,7 @@ class Case:
         arguments: Of it, given the folder for its results.
         results: What it writes, relative to that folder.
         done: How many things are finished, given the folder; None: moments are drawn by time.
-        finished: Thing ─► its state, given the folder: what may not be made again.
+        finished: Thing -> its state, given the folder: what may not be made again.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Case:
 
 @dataclass
 class Row:
-    """What came of a case."""
+    """The outcome of a case."""
 
     script: str
     seconds: float
@@ -99,45 +99,72 @@ def cases(world: Platform, clean: Path) -> list[Case]:
             f"extract {kind}",
             f"scripts/extract_{kind}_features.py",
             lambda out: [
-                *settings, "--manifest", str(media / "manifest.jsonl"),
-                "--features", str(out / "features"),
+                *settings,
+                "--manifest",
+                str(media / "manifest.jsonl"),
+                "--features",
+                str(out / "features"),
             ],
             done=lambda out: len(_made(out, kind)),
             finished=lambda out: _made(out, kind),
-        )  # fmt: skip
+        )
 
     return [
         Case(
-            "pull", "scripts/data_scripts/pull_posts.py",
+            "pull",
+            "scripts/data_scripts/pull_posts.py",
             lambda out: [*settings, "--page", "7", "--out", str(out / "posts.jsonl")],
         ),
         Case(
-            "download", "scripts/data_scripts/download_mp.py",
+            "download",
+            "scripts/data_scripts/download_mp.py",
             lambda out: [
-                str(clean / "posts.jsonl"), "--out", str(out / "media"), *settings,
-                "--retries", "1", "--backoff", "0.1", "--connections", "4",
+                str(clean / "posts.jsonl"),
+                "--out",
+                str(out / "media"),
+                *settings,
+                "--retries",
+                "1",
+                "--backoff",
+                "0.1",
+                "--connections",
+                "4",
             ],
             done=lambda out: len(_downloaded(out, origin)),
             finished=lambda out: _downloaded(out, origin),
             asked=lambda since: Counter(world.site.requests(since)),
         ),
         Case(
-            "analyze", "scripts/data_scripts/analyze_posts.py",
+            "analyze",
+            "scripts/data_scripts/analyze_posts.py",
             lambda out: [
-                str(media / "posts.jsonl"), "--media", str(media), "--out", str(out / "analysis"),
-                "--labels", str(ROOT / "config/idx2name_cls24.json"),
+                str(media / "posts.jsonl"),
+                "--media",
+                str(media),
+                "--out",
+                str(out / "analysis"),
+                "--labels",
+                str(ROOT / "config/idx2name_cls24.json"),
             ],
         ),
         *(extract(kind) for kind in ("text", "image", "audio", "video")),
         Case(
-            "build", "scripts/build_trainval_data.py",
+            "build",
+            "scripts/build_trainval_data.py",
             lambda out: [
-                "--input", str(out / "media" / "posts.jsonl"), "--features", str(out / "features"),
-                "--labels", str(ROOT / "config/idx2name_cls24.json"), "--unknown", "skip_post",
-                "--out", str(out / "data"),
+                "--input",
+                str(out / "media" / "posts.jsonl"),
+                "--features",
+                str(out / "features"),
+                "--labels",
+                str(ROOT / "config/idx2name_cls24.json"),
+                "--unknown",
+                "skip_post",
+                "--out",
+                str(out / "data"),
             ],
         ),
-    ]  # fmt: skip
+    ]
 
 
 def run_case(case: Case, clean: Path, hurt: Path, kills: int, chance: random.Random) -> Row:
@@ -174,9 +201,6 @@ def tree(folder: Path) -> dict[str, str]:
 
 def _is_own(path: Path) -> bool:
     return any(part in _OWN or part.endswith(".lock") for part in path.parts)
-
-
-# One run -------------------------------------------------------------------------------------
 
 
 def _start(case: Case, out: Path) -> subprocess.Popen[bytes]:
@@ -249,7 +273,7 @@ def _finish(case: Case, out: Path, row: Row) -> None:
 
 
 class _Watch:
-    """What was finished before a run, and what of it the run has made or asked for again."""
+    """The things finished before a run, and those that the run has made or asked for again."""
 
     def __init__(self, case: Case, out: Path) -> None:
         self._case, self._out = case, out
@@ -271,11 +295,8 @@ def _count(case: Case, out: Path) -> int:
     return case.done(out) if case.done is not None else 0
 
 
-# What is finished ----------------------------------------------------------------------------
-
-
 def _made(out: Path, kind: str) -> dict[str, tuple[int, int]]:
-    """Feature files that hold a modality ─► when and where they were written."""
+    """Return when and where each feature file that holds a modality was written."""
     from common.errors import FeatureError
     from extractors.feature_file import read_header
 

@@ -1,4 +1,4 @@
-"""Whether every broken post is named with its reason by the step that should find it."""
+"""Check that the step that should find a broken post names it with its reason."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FILES: Mapping[Step, tuple[str, ...]] = {
     "extract video": ("features/failures_video.jsonl",),
     "build": ("data/left_out.jsonl",),
 }
-"""Step ─► what it writes of what it left out, in the folder of the walk."""
+"""Step -> its files about posts that it left out, in the folder of the walk."""
 
 _OTHERS = ("features/failures_text.jsonl", "features/failures_audio.jsonl")
 
@@ -33,7 +33,7 @@ class Note:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of a planted post; `note` is None where it was not named."""
+    """The end of a planted post; `note` is None where it was not named."""
 
     plant: Plant
     note: Note | None
@@ -45,7 +45,7 @@ def judge(folder: Path, plants: Sequence[Plant], cut: Mapping[str, int]) -> list
     Args:
         folder: Of the walk.
         plants: What was broken.
-        cut: post_id ─► line that was cut, of `broken.cut_lines`.
+        cut: post_id -> line that was cut, of `broken.cut_lines`.
     """
     by_line = {line: post_id for post_id, line in cut.items()}
     found: dict[tuple[Step, str], list[Note]] = {}
@@ -69,7 +69,7 @@ def false_alarms(folder: Path, plants: Sequence[Plant], cut: Mapping[str, int]) 
 
 
 def notes(folder: Path, files: Sequence[str], by_line: Mapping[int, str]) -> Iterator[Note]:
-    """What the files say of posts that were left out, or that lack something."""
+    """Read the notes of the files on posts that were left out, or that lack something."""
     for file in files:
         path = folder / file
         if not path.exists():

@@ -27,7 +27,7 @@ from walk_rig.site import Site
 
 @dataclass(frozen=True)
 class Platform:
-    """What the walk begins with.
+    """The platform at the beginning of the walk.
 
     Attributes:
         folder: Of the walk; settings.yaml lies there.

@@ -71,7 +71,7 @@ class Site:
 
     @property
     def url(self) -> str:
-        """Where the folder is, without a slash at the end."""
+        """Return the address of the folder, without a slash at the end."""
         return f"http://127.0.0.1:{self.server.server_port}"
 
     def requests(self, since: float = 0.0) -> list[str]:

@@ -64,7 +64,7 @@ TAGS: dict[str, tuple[Evidence, ...]] = {
     "giveaway": (Evidence("text", "follow"), Evidence("ocr", "prize")),
     "carousel": (Evidence("video", "orbit"), Evidence("audio", "music box")),
 }
-"""Tag ─► its evidence, in label order."""
+"""Tag -> its evidence, in label order."""
 
 CUES: tuple[Evidence, ...] = tuple(
     cue for evidence in TAGS.values() if len(evidence) > 1 for cue in evidence

@@ -83,7 +83,7 @@ class ModalityEntry(Section):
     dim: int = Field(ge=1)
     fingerprint: str = Field(min_length=1)
     made_of: dict[str, Any] = Field(default_factory=dict)
-    """What the fingerprint is a digest of, where that is known."""
+    """The values that the fingerprint is a digest of; empty where they are not known."""
 
 
 class About(Section):
@@ -102,7 +102,7 @@ class About(Section):
     subsets: dict[str, float] = Field(default_factory=dict)
     """GAP where only these modalities are shown, by their names joined with ``+``."""
     averaging: Averaging = "probabilities"
-    """What an ensemble takes the mean of."""
+    """Values that an ensemble takes the mean of."""
     weights_sha256: str
     members_sha256: tuple[str, ...] = ()
     """Of an ensemble's further members, in their order."""
@@ -115,7 +115,7 @@ class About(Section):
         return self
 
     def manifest(self) -> FeatureManifest:
-        """The features that the model was trained on."""
+        """Return the features that the model was trained on."""
         return FeatureManifest(
             dims={m: entry.dim for m, entry in self.features.items()},
             fingerprints=with_parts(
@@ -129,7 +129,7 @@ class About(Section):
 
 @dataclass(frozen=True)
 class BundleInfo:
-    """What a command needs of a bundle beside its model.
+    """Everything that a command needs of a bundle besides its model.
 
     Attributes:
         thresholds: float32 ``(classes,)``.
@@ -171,7 +171,7 @@ class Bundle:
 
     @property
     def members(self) -> tuple[FusionModel, ...]:
-        """The models that answer: one, or an ensemble's."""
+        """Return the one model, or an ensemble's members."""
         return members_of(self.model)
 
 
@@ -282,14 +282,14 @@ def load_bundle(folder: Path) -> Bundle:
 
 
 def members_of(model: FusionModel | Ensemble) -> tuple[FusionModel, ...]:
-    """An ensemble's members, or the one model."""
+    """Return an ensemble's members, or the one model."""
     if isinstance(model, Ensemble):
         return tuple(cast("FusionModel", member) for member in model.members)
     return (model,)
 
 
 def newest_version(folder: Path) -> str | None:
-    """The version that lies in the folder now, None while there is none; reads one small file."""
+    """Return the version in the folder now, None while there is none; reads one small file."""
     try:
         text = (folder / ABOUT).read_text(encoding="utf-8")
         # The thresholds of many tags take long to parse, and the version stands before them.
@@ -302,7 +302,7 @@ def newest_version(folder: Path) -> str | None:
 def check_fingerprints(
     manifest: FeatureManifest, given: Mapping[Stream, str], *, bundle: str
 ) -> None:
-    """See that the extractors make the features that a bundle was trained on.
+    """Check that the extractors make the features that a bundle was trained on.
 
     Args:
         manifest: The bundle's.
@@ -328,7 +328,7 @@ def _weight_files(members: int) -> tuple[str, ...]:
 
 
 def _write_weights(folder: Path, members: tuple[FusionModel, ...]) -> tuple[str, ...]:
-    """Write each member's weights; their files."""
+    """Write each member's weights; return the files."""
     from safetensors.torch import save_file
 
     files = _weight_files(len(members))

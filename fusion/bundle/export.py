@@ -42,8 +42,8 @@ class Port:
     """One input of a graph.
 
     Attributes:
-        free: Axis ─► name of its length; the others are fixed.
-        most: Name of a length ─► its largest value.
+        free: Axis -> name of its length; the others are fixed.
+        most: Name of a length -> its largest value.
     """
 
     name: str
@@ -53,7 +53,7 @@ class Port:
 
 @dataclass(frozen=True)
 class Graph:
-    """What is exported.
+    """The model that is exported.
 
     Attributes:
         module: In evaluation mode, float32, on the CPU; tensors in the order of ``ports`` in, one
@@ -61,8 +61,8 @@ class Graph:
         legacy: What is written as ``.pth``: the model itself.
         output: Name of the output.
         example: Inputs that the module is traced with; every free length is at least 2.
-        cases: Name ─► inputs that are compared.
-        about: Facts for the file beside it.
+        cases: Name -> inputs that are compared.
+        about: Entries of the JSON file next to it.
     """
 
     module: nn.Module
@@ -76,12 +76,12 @@ class Graph:
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written.
+    """The file that was written.
 
     Attributes:
         how: The exporter's name.
-        differences: Case ─► largest absolute difference to the model.
-        sidecar: The JSON file beside it.
+        differences: Case -> largest absolute difference to the model.
+        sidecar: The JSON file next to it.
     """
 
     path: Path
@@ -141,9 +141,6 @@ class ExportRefused(TaggingError):
 
 class ParityError(TaggingError):
     """An exported file gives something else than the model."""
-
-
-# Formats -------------------------------------------------------------------------------------
 
 
 def _write_onnx(graph: Graph, path: Path) -> tuple[str, Runner]:
@@ -231,14 +228,11 @@ class _Positional(nn.Module):
 
 
 def _shapes(graph: Graph) -> tuple[tuple[dict[int, Any], ...]]:
-    """Free lengths of each input of `_Positional`."""
+    """Return the free lengths of each input of `_Positional`."""
     most = {name: value for port in graph.ports for name, value in port.most.items()}
     names = {name for port in graph.ports for name in port.free.values()}
     made = {name: torch.export.Dim(name, min=1, max=most.get(name)) for name in sorted(names)}
     return (tuple({axis: made[name] for axis, name in p.free.items()} for p in graph.ports),)
-
-
-# Parity --------------------------------------------------------------------------------------
 
 
 def _reference(graph: Graph, inputs: Inputs) -> npt.NDArray[np.float32]:
@@ -290,7 +284,7 @@ def _refused(form: Format) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporters warn of their own affairs; errors are raised all the same."""
+    """Silence the exporters' warnings about themselves; errors are still raised."""
     loggers = [logging.getLogger(name) for name in _NOISY]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():

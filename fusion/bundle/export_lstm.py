@@ -19,7 +19,7 @@ _One: TypeAlias = Callable[..., torch.Tensor]
 
 
 def exportable(module: nn.Module, kind: Kind) -> nn.Module:
-    """A copy of a module whose LSTMs can be exported; without LSTMs the module itself."""
+    """Return a copy of a module whose LSTMs can be exported; without LSTMs the module itself."""
     if not any(isinstance(part, nn.LSTM) for part in module.modules()):
         return module
     changed = copy.deepcopy(module)
@@ -48,7 +48,7 @@ class ExportableLSTM(nn.Module):
             self.register_buffer(name, value.detach().clone())
 
     def forward(self, tokens: torch.Tensor) -> tuple[torch.Tensor, None]:
-        """``(posts, n, dim)`` to ``(posts, n, hidden)``, twice as wide where it goes both ways."""
+        """Map ``(posts, n, dim)`` to ``(posts, n, hidden)``, twice as wide if bidirectional."""
         ahead = self._one(tokens, *self._weights(""))
         if not self.both:
             return ahead, None
@@ -67,7 +67,7 @@ def _scanned(
     b_in: torch.Tensor,
     b_hidden: torch.Tensor,
 ) -> torch.Tensor:
-    """One direction; torch's gates are input, forget, cell, output."""
+    """Run one direction; torch's gates are input, forget, cell, output."""
     from torch._higher_order_ops.scan import scan
 
     gates = (tokens @ w_in.T + b_in + b_hidden).transpose(0, 1)  # (n, posts, 4·hidden)
@@ -122,7 +122,7 @@ def _operator() -> bool:
 
 
 def onnx_translations() -> Mapping[Any, Any]:
-    """How ``insighttag::lstm`` is written in ONNX: its gates are input, output, forget, cell."""
+    """Return ``insighttag::lstm`` as ONNX writes it: gates are input, output, forget, cell."""
     _operator()
     from onnxscript import opset18
 

@@ -95,7 +95,7 @@ def backbone_graph(name: Backbone, features: FeatureSettings) -> Graph:
 
 
 def fingerprints(name: Backbone, features: FeatureSettings) -> dict[Stream, str]:
-    """What the extractor of a backbone writes into feature files."""
+    """Return the fingerprints that the extractor of a backbone writes into feature files."""
     extractor: Any = "video" if name == "video_lstm" else name
     suite = ExtractorSuite(features, names=(extractor,))
     suite.load()

@@ -21,7 +21,11 @@ class FusionScores(nn.Module):
         self.model, self.streams = model, tuple(streams)
 
     def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
-        """Tokens float32 ``(posts, n, dim)`` and mask bool ``(posts, n)`` of each stream in turn.
+        """Score posts.
+
+        Args:
+            *inputs: Tokens float32 ``(posts, n, dim)`` and mask bool ``(posts, n)`` of each stream
+                in turn.
 
         Returns:
             float32 ``(posts, classes)`` in [0, 1].
@@ -33,7 +37,7 @@ class FusionScores(nn.Module):
 
 
 def fusion_graph(bundle: Bundle) -> Graph:
-    """The graph of a bundle: a stream's tokens under its name, its mask as ``<stream>_mask``.
+    """Return a bundle's graph: a stream's tokens under its name, its mask as ``<stream>_mask``.
 
     A stream that a post does not have is a mask of False over one token of anything.
     """

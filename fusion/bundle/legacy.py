@@ -160,7 +160,7 @@ def with_weights(
 
 
 def _of_members(state: Mapping[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
-    """An ensemble's state dict ─► its members'."""
+    """Split an ensemble's state dict into its members'."""
     parts: dict[int, dict[str, torch.Tensor]] = {}
     for key, value in state.items():
         _, index, name = key.split(".", 2)

@@ -84,7 +84,7 @@ class Inferer:
 
     @property
     def image_as_frames(self) -> bool:
-        """Whether images join the video's frames."""
+        """Return True when images join the video's frames."""
         return self._bundle.manifest.image_as_frames
 
     @property

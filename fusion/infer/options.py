@@ -134,7 +134,7 @@ def infer_settings(options: InferOptions) -> InferSettings | Settings:
 
 
 def tags_raw_media(content: dict[str, Any], file: Path) -> bool:
-    """Whether a config is the daemon's (raw media to tags), and not one for feature files.
+    """Return True for the daemon's config (raw media to tags), False for one for feature files.
 
     Raises:
         ConfigError: It has keys of both, or only keys that neither has.
@@ -161,12 +161,12 @@ def tags_raw_media(content: dict[str, Any], file: Path) -> bool:
 
 
 def run_settings(settings: InferSettings | Settings) -> RunSettings:
-    """What both kinds have in common."""
+    """Return the settings that both kinds have in common."""
     return settings if isinstance(settings, InferSettings) else settings.infer
 
 
 def with_bundle(settings: InferSettings | Settings, bundle: Path) -> InferSettings | Settings:
-    """The same settings with another bundle."""
+    """Return the same settings with another bundle."""
     if isinstance(settings, InferSettings):
         return settings.model_copy(update={"bundle": bundle})
     return settings.model_copy(

@@ -98,7 +98,7 @@ class Sink(Protocol):
 
 
 class Row(NamedTuple):
-    """What an output says of a post.
+    """One post's row of an output.
 
     Attributes:
         key: Its ID, as the format writes it.

@@ -43,7 +43,7 @@ class Isotonic(Section):
     scores: tuple[float, ...] = Field(min_length=1)
     """Of the knots, rising."""
     values: tuple[float, ...] = Field(min_length=1)
-    """What they become; never falling, in [0, 1]."""
+    """Calibrated scores of the knots; never falling, in [0, 1]."""
 
     @model_validator(mode="after")
     def _rising(self) -> Isotonic:
@@ -142,7 +142,7 @@ def fit_isotonic(scores: npt.ArrayLike, targets: npt.ArrayLike) -> Isotonic:
 
 @dataclass(frozen=True)
 class Reliability:
-    """How often scores of about the same height are right.
+    """The share of right decisions among scores of about the same height.
 
     Attributes:
         counts: Decisions in each of the equally wide bins of [0, 1]; int ``(bins,)``.

@@ -56,7 +56,7 @@ def targets_of(batch: Batch) -> torch.Tensor:
 
 
 def _gathered(fabric: Fabric, found: list[torch.Tensor], count: int) -> torch.Tensor:
-    """The parts of all processes ─► ``(2, posts, classes)`` in the posts' order."""
+    """Join the parts of all processes to ``(2, posts, classes)`` in the posts' order."""
     world, device = fabric.world_size, fabric.device
     # A process without a post does not know how many classes there are.
     classes = torch.tensor(found[0].shape[2] if found else 0, device=device)

@@ -32,7 +32,7 @@ from king.store.documents import read_post, tagged_by
 
 
 @dataclass(frozen=True, slots=True)
-class Judged:
+class ClaimResult:
     """A claim's verdict and what becomes of its job.
 
     Attributes:
@@ -51,7 +51,7 @@ def judge(
     job: Job | None,
     context: ClaimContext,
     settings: StoreSettings,
-) -> Judged:
+) -> ClaimResult:
     """Judge a claim by the document and the job of its post, as they were read."""
     message, post_id = claim.message, claim.message.post_id
     decision = decide(job, claim, context)
@@ -59,14 +59,14 @@ def judge(
     path = settings.result_path
     if document is not None and not forced and tagged_by(document, path, context.bundle):
         stale = job is not None and decision != "elsewhere"
-        return Judged(Settled(post_id, "tagged"), is_stale=stale)
+        return ClaimResult(Settled(post_id, "tagged"), is_stale=stale)
     if decision == "elsewhere" and job is not None:
-        return Judged(HeldElsewhere(post_id, job.lease_until))
+        return ClaimResult(HeldElsewhere(post_id, job.lease_until))
     if document is None:
         error = PostNotFound(f"no post {post_id!r} in {settings.database}.{settings.collection}")
         return _rejected(claim, job, Failure.of("load", error), context)
     if decision in ("waiting", "dead"):
-        return Judged(Settled(post_id, "waiting" if decision == "waiting" else "dead"))
+        return ClaimResult(Settled(post_id, "waiting" if decision == "waiting" else "dead"))
     if decision == "exhausted" and job is not None:
         return _rejected(claim, job, exhausted(job), context)
     ended = job.attempts if job is not None and decision in ("take", "resume") else 0
@@ -80,7 +80,7 @@ def judge(
         received_at=context.now,
     )
     if decision == "resume":
-        return Judged(started)
+        return ClaimResult(started)
     running = replace(
         job if job is not None else Job(post_id, "running", first_at=context.now),
         state="running",
@@ -91,10 +91,12 @@ def judge(
         updated_at=context.now,
         **context.lease,
     )
-    return Judged(started, running)
+    return ClaimResult(started, running)
 
 
-def _rejected(claim: Claim, job: Job | None, failure: Failure, context: ClaimContext) -> Judged:
+def _rejected(
+    claim: Claim, job: Job | None, failure: Failure, context: ClaimContext
+) -> ClaimResult:
     message = claim.message
     attempts = job.attempts if job is not None else 0
     dead = Job(
@@ -108,7 +110,7 @@ def _rejected(claim: Claim, job: Job | None, failure: Failure, context: ClaimCon
         first_at=job.first_at if job is not None else context.now,
         updated_at=context.now,
     )
-    return Judged(Rejected(message.post_id, failure, attempts), dead)
+    return ClaimResult(Rejected(message.post_id, failure, attempts), dead)
 
 
 def changes_after(

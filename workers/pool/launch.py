@@ -67,7 +67,7 @@ def without_credentials(settings: Settings, role: WorkerRole = "decode") -> Sett
     return settings.model_copy(update=hidden)
 
 
-_RECALL_MARGIN_S = 30
+_LOOKUP_MARGIN_S = 30
 _FETCH_MARGIN_S = 30
 """Seconds beyond a role's own limit before its process is killed. Both keep their limits by
 themselves, but for name resolution, which cannot be interrupted from inside the process and gives
@@ -110,7 +110,7 @@ def worker_specs(
                 extractors=(),
                 threads=1,
                 at_most=4 * settings.cache.threads,  # it has the next ones while the King polls
-                limit_s=2 * settings.cache.timeout_s + _RECALL_MARGIN_S,
+                limit_s=2 * settings.cache.timeout_s + _LOOKUP_MARGIN_S,
             )
         )
     specs += [

@@ -60,8 +60,8 @@ whose King hangs; half would do, but a host that swaps needs its time."""
 _MIB = 1 << 20
 
 _WARM_TASKS = 200
-"""Tasks before memory growth counts: by then allocators and caches have their size. After half as
-many, OCR's buffers still grew in the soak; twice as many would only find a leak later."""
+"""Tasks before memory growth counts: by then allocators and caches have their size. Fewer may take
+their warm-up for a leak; twice as many would only find a leak later."""
 
 _LOOK_EVERY_TASKS = 50
 """Tasks between two looks at the memory, each 20 microseconds: rare enough not to matter, often
