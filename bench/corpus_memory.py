@@ -37,10 +37,9 @@ from results_file import FOLDER, write_results
 
 from common.post import Features, Modality, Status, Stream, modality_of
 from config.load import load_settings
+from corpus.extract.local import FeatureStore
 from corpus.extract.options import parse as parse_extraction
-from corpus.extract.store import FeatureStore
-from corpus.extract.values import WANTED, Kind, Work
-from corpus.extract.work import Inputs
+from corpus.extract.work import WANTED, Inputs, Kind, Work
 from deploy import embedded
 from extractors.feature_file import read_features, read_header
 

@@ -9,33 +9,197 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TypeAlias
+from types import TracebackType
+from typing import IO, Any, BinaryIO, Literal, TypeAlias
 from urllib.parse import urlsplit
 
 from common.errors import ConfigError
+from common.files import new_file, write_whole
 from common.post import Media, MediaKind, Post
-from corpus.lines import AtomicLines
-from corpus.summary import Summary
 from fusion.data.data_file import entries
 
-__all__ = [
-    "MEDIA_KEYS",
-    "AtomicLines",
-    "BadLine",
-    "CorpusPost",
-    "Summary",
-    "bad_line",
-    "check_holds_post",
-    "count_lines",
-    "is_url",
-    "local_path",
-    "post_line",
-    "read_posts",
-]
+Form: TypeAlias = Literal["json", "jsonl"]
+"""Of a data file: one list, or a line each."""
+
+
+class AtomicLines:
+    """A text file of lines that takes its name only when all of it is on the disk.
+
+    Used with ``with``: an exception inside removes what was written. A process that is killed
+    leaves a hidden file ``.NAME.part``, which the next one to write NAME begins anew.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self._stack = ExitStack()
+        self._file: IO[bytes] | None = None
+
+    def __enter__(self) -> AtomicLines:
+        self._file = self._stack.enter_context(new_file(self.path))
+        return self
+
+    def write(self, line: str) -> None:
+        """Add a line; its end is added here.
+
+        Raises:
+            ValueError: Outside the ``with`` block.
+            OSError: The disk is full, or gone.
+        """
+        if self._file is None:
+            raise ValueError(f"{self.path}: not open")
+        self._file.write(line.encode("utf-8") + b"\n")
+
+    def sync(self) -> None:
+        """Push what was written to the disk, so that only the name is still to be given.
+
+        Raises:
+            OSError: The disk is full, or gone.
+        """
+        if self._file is not None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._file = None
+        self._stack.__exit__(kind, error, trace)
+
+
+class DataFile:
+    """A data file that is written an entry at a time: a JSON list, or JSON lines."""
+
+    def __init__(self, lines: AtomicLines, form: Form) -> None:
+        self._lines, self._form = lines, form
+        self._held: str | None = None
+        if form == "json":
+            lines.write("[")
+
+    def add(self, entry: Mapping[str, Any]) -> None:
+        """Write an entry; of a list always the one before, whose comma is only known now."""
+        text = json.dumps(entry, ensure_ascii=False)
+        if self._form == "jsonl":
+            self._lines.write(text)
+            return
+        if self._held is not None:
+            self._lines.write(self._held + ",")
+        self._held = text
+
+    def end(self) -> None:
+        """Write what the list still lacks."""
+        if self._form == "json":
+            if self._held is not None:
+                self._lines.write(self._held)
+            self._lines.write("]")
+
+
+_MAX_REASONS = 1000
+_OTHER = "other reasons"
+
+
+class Summary:
+    """Counts of one run; `show` prints them, `write` keeps them.
+
+    Attributes:
+        facts: Further figures by name, in the order in which they were set.
+    """
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self.facts: dict[str, int | float | str] = {}
+        self._done = 0
+        self._skipped: Counter[str] = Counter()
+        self._failed: Counter[str] = Counter()
+
+    def done(self, count: int = 1) -> None:
+        """Count what was done."""
+        self._done += count
+
+    def skipped(self, reason: str, count: int = 1) -> None:
+        """Count what was left out on purpose."""
+        _add(self._skipped, reason, count)
+
+    def failed(self, reason: str, count: int = 1) -> None:
+        """Count what failed; reasons are classes of failures, not single ones."""
+        _add(self._failed, reason, count)
+
+    @property
+    def total(self) -> int:
+        """All that was counted."""
+        return self._done + self._skipped.total() + self._failed.total()
+
+    @property
+    def failures(self) -> int:
+        """All that failed."""
+        return self._failed.total()
+
+    def as_dict(self) -> dict[str, object]:
+        """``{total, done, skipped: {reason: n}, failed: {reason: n}, facts…}``, reasons sorted."""
+        return {
+            "total": self.total,
+            "done": self._done,
+            "skipped": dict(sorted(self._skipped.items())),
+            "failed": dict(sorted(self._failed.items())),
+            **self.facts,
+        }
+
+    @classmethod
+    def of(cls, title: str, content: Mapping[str, Any]) -> Summary:
+        """The reverse of `as_dict`, to go on counting.
+
+        Raises:
+            KeyError: It is no such content.
+        """
+        summary = cls(title)
+        summary._done = int(content["done"])
+        summary._skipped.update(content["skipped"])
+        summary._failed.update(content["failed"])
+        own = {"total", "done", "skipped", "failed"}
+        summary.facts = {name: value for name, value in content.items() if name not in own}
+        return summary
+
+    def write(self, path: Path) -> None:
+        """Write `as_dict` as JSON; the file appears whole or not at all."""
+        write_whole(path, json.dumps(self.as_dict(), ensure_ascii=False, indent=2))
+
+    def show(self) -> None:
+        """Print the table to standard output."""
+        import sys
+
+        from rich.box import SIMPLE_HEAD
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(title=self.title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+        table.add_column("")
+        table.add_column("count", justify="right")
+        table.add_column("reason", overflow="fold")
+        table.add_row("done", f"{self._done:,}", "")
+        for word, counts in (("skipped", self._skipped), ("failed", self._failed)):
+            for reason, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
+                table.add_row(word, f"{count:,}", Text(reason))
+        for name, value in self.facts.items():
+            shown = f"{value:,}" if isinstance(value, int) else str(value)
+            table.add_row(Text(name), shown, "")
+        width = None if sys.stdout.isatty() else 120
+        Console(width=width, highlight=False).print(table)
+
+
+def _add(counts: Counter[str], reason: str, count: int) -> None:
+    """Reasons that never repeat must not fill the memory."""
+    known = reason in counts or len(counts) < _MAX_REASONS
+    counts[reason if known else _OTHER] += count
+
 
 MEDIA_KEYS: dict[MediaKind, str] = {"image": "images", "video": "videos", "audio": "audios"}
 """Kind of media -> its key in the files."""

@@ -36,7 +36,7 @@ from corpus.analyze.texts import (
     normal,
     shingles,
 )
-from corpus.build.groups import Groups
+from corpus.build.index import Groups
 from corpus.records import AtomicLines, CorpusPost
 
 Kind: TypeAlias = Literal["exact_media", "near_image", "near_text"]

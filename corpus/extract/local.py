@@ -1,26 +1,165 @@
 """The local engine: a pool of decoders and extractors, many posts in flight, batches across them.
 
-What a file does to a native library costs its post, not the run: see `workers.runner`.
+A file that kills a native library costs its post, not the run: see `workers.runner`. Feature files
+are read, merged and replaced under a lock of their folder, so that scripts for different modalities
+may work on one root at once, on one machine or on several that share it.
 """
 
 from __future__ import annotations
 
 import queue
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import CancelledError, Future
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-from common.errors import RetryableError, TaggingError
-from common.post import Failure, Modality
+from common.errors import FeatureError, RetryableError, TaggingError, WorkerDied
+from common.files import locked, write_whole
+from common.post import Failure, Features, Modality, Stream, modality_of
 from config.settings import Settings
-from corpus.extract.store import FeatureStore
-from corpus.extract.values import Entry, FailedPart, Result, Work
+from corpus.extract.work import Entry, FailedPart, Result, Work
 from corpus.runs import Interrupt
+from extractors.feature_file import (
+    Header,
+    feature_path,
+    features_bytes,
+    read_features,
+    read_header,
+)
 
 if TYPE_CHECKING:
     from workers.post_run import PostTags
     from workers.runner import PostRunner
+
+
+_LOCK = ".lock"
+_WORKER_NAME = re.compile(r"^worker \S+ ")
+
+
+@dataclass(frozen=True)
+class FeatureStore:
+    """The feature files of a root, as one script sees them.
+
+    Attributes:
+        root: Of all files.
+        wanted: Modalities that this script extracts.
+        fingerprints: Of every stream that they have.
+        retry_failed: Whether what failed for good before counts as not done.
+        node: Name of this machine in results.
+    """
+
+    root: Path
+    wanted: frozenset[Modality]
+    fingerprints: Mapping[Stream, str]
+    retry_failed: bool = False
+    node: str = ""
+
+    def find(self, work: Work) -> Result | None:
+        """What a former run made of the post; None when it is to be extracted."""
+        try:
+            header = read_header(feature_path(self.root, work.post.post_id), work.post.post_id)
+        except FeatureError:
+            return None  # there is none, or it is broken: it is made again
+        ours = {s: f for s, f in header.fingerprints.items() if modality_of(s) in self.wanted}
+        if ours != dict(self.fingerprints):
+            return None
+        made = {modality_of(stream) for stream in ours}
+        if any(header.inputs.get(m) != work.digests.get(m) for m in made):
+            return None
+        failures = {m: f for m, f in header.failures.items() if m in self.wanted}
+        if failures and self.retry_failed:
+            return None
+        statuses = {m: s for m, s in header.statuses.items() if m in self.wanted}
+        return Result(
+            work.index,
+            work.post.post_id,
+            "there",
+            statuses,
+            _parts(work.post.post_id, failures),
+            self.node,
+        )
+
+    def put(self, work: Work, features: Features) -> Result:
+        """Merge what was extracted into the post's file.
+
+        Raises:
+            FeatureError: The extractors gave what no feature file takes.
+            OSError: The disk is full, or gone.
+        """
+        ours = self._own(work, features)
+        path = feature_path(self.root, work.post.post_id)
+        with locked(path.parent / _LOCK, timeout_s=-1):
+            old = _old(self.root, work.post.post_id)
+            # Not synced: that costs more than to extract a text. What a power cut leaves of a file
+            # is known to be broken by its header, and made again.
+            write_whole(path, self._merged(work, ours, old), sync=False, shared=True)
+        failures = _parts(work.post.post_id, ours.failures)
+        return Result(work.index, work.post.post_id, "done", ours.statuses, failures, self.node)
+
+    def _own(self, work: Work, features: Features) -> Features:
+        """This script's share, with the media that were lost before it."""
+        failures = {m: _without_name(f) for m, f in features.failures.items() if m in self.wanted}
+        statuses = {m: s for m, s in features.statuses.items() if m in self.wanted}
+        for modality, failure in work.lost.items():
+            failures.setdefault(modality, failure)
+            if statuses.get(modality) == "missing":
+                statuses[modality] = "failed"
+        arrays = {s: a for s, a in features.arrays.items() if modality_of(s) in self.wanted}
+        return replace(features, arrays=arrays, statuses=statuses, failures=failures)
+
+    def _merged(self, work: Work, ours: Features, old: tuple[Header, Features] | None) -> bytes:
+        made = {modality_of(stream) for stream in self.fingerprints}
+        # What may pass is not finished: without a digest the next run tries it again.
+        inputs = {
+            m: work.digests[m]
+            for m in made
+            if m not in ours.failures or _is_final(ours.failures[m])
+        }
+        if old is None:
+            own = ours if "text" in self.wanted else replace(ours, ocr_text=None)
+            return features_bytes(own, self.fingerprints, inputs)
+        header, before = old
+        kept: frozenset[Modality] = frozenset(header.statuses) - self.wanted
+        fingerprints = {s: f for s, f in header.fingerprints.items() if modality_of(s) in kept}
+        merged = Features(
+            post_id=ours.post_id,
+            arrays={
+                **{s: a for s, a in before.arrays.items() if modality_of(s) in kept},
+                **ours.arrays,
+            },
+            statuses={**{m: s for m, s in header.statuses.items() if m in kept}, **ours.statuses},
+            failures={**{m: f for m, f in header.failures.items() if m in kept}, **ours.failures},
+            ocr_text=ours.ocr_text if "text" in self.wanted else header.ocr_text,
+        )
+        digests = {m: d for m, d in header.inputs.items() if m in kept}
+        return features_bytes(merged, {**fingerprints, **self.fingerprints}, {**digests, **inputs})
+
+
+def _old(root: Path, post_id: str) -> tuple[Header, Features] | None:
+    try:
+        header = read_header(feature_path(root, post_id), post_id)
+        return header, read_features(root, post_id)
+    except FeatureError:
+        return None
+
+
+def _parts(post_id: str, failures: Mapping[Modality, Failure]) -> tuple[FailedPart, ...]:
+    return tuple(FailedPart(post_id, m, failures[m]) for m in sorted(failures))
+
+
+def _is_final(failure: Failure) -> bool:
+    """Whether trying again is of no use; what killed two workers will kill a third."""
+    return not failure.retryable or failure.type == WorkerDied.__name__
+
+
+def _without_name(failure: Failure) -> Failure:
+    """Which of the workers died is chance, and files shall be the same however often one runs."""
+    if failure.type != WorkerDied.__name__:
+        return failure
+    return replace(failure, message=_WORKER_NAME.sub("its worker ", failure.message))
+
 
 # The time of a post counts from when it is queued behind others; its tasks have their own limits.
 _POST_LIMIT_S = 24 * 3600.0

@@ -1,25 +1,234 @@
 """The Ray engine: actors of Ray Data, each with the extractors loaded, on one machine or many.
 
 Every node must see the code, the settings' files, the media and the feature root under the same
-paths (a shared file system): the actors write the feature files themselves, and only a line for
-each post comes back.
+paths (a shared file system): work goes out in files, the actors write the feature files themselves,
+and only a line for each post comes back. Each actor runs the local engine, whose decoders and
+extractors are processes of their own, so that a file that kills one costs its post. A post that
+kills the actor itself is found by the tries that the actors note.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
 import os
+import secrets
+import shutil
 import socket
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.errors import ConfigError, TaggingError
-from corpus.extract.actor import OUT, ExtractActor, Order, trouble_of
+import numpy as np
+
+from common.errors import ConfigError, TaggingError, one_line
+from common.files import lock_file, locked
+from common.logs import configure_logs
+from common.post import Failure, Modality
+from config.settings import Settings
+from corpus.extract.local import LocalEngine
 from corpus.extract.options import Options
-from corpus.extract.parts import PartFolder
-from corpus.extract.values import WANTED, Entry, Result, Work
+from corpus.extract.work import WANTED, Entry, FailedPart, Result, Work
 from corpus.runs import Interrupt
+
+_PREFIX, _MAKING = ".extract-", ".making-"
+_LOCK = "lock"
+_MADE_WITHIN_S = 3600.0
+"""A folder without a lock may be one that is made just now; one so old was left by a kill."""
+_FIRST, _LARGEST, _GROW_EVERY = 16, 512, 64
+
+
+class PartFolder:
+    """Files of a few posts each, in a hidden folder of the feature root.
+
+    Its lock is freed by the kernel when this run ends, however it ends; the next run removes what
+    has no living owner. The actors note their tries here: see `tries`.
+
+    Attributes:
+        folder: The folder; every node sees it under this path.
+    """
+
+    def __init__(self, root: Path) -> None:
+        root.mkdir(parents=True, exist_ok=True)
+        _remove_dead(root)
+        name = secrets.token_hex(6)
+        # Locked before it has its name, so that nobody takes it for the folder of a dead run.
+        made = root / f"{_MAKING}{name}"
+        made.mkdir()
+        self._lock = lock_file(made / _LOCK)
+        self.folder = root / f"{_PREFIX}{name}"
+        made.rename(self.folder)
+
+    def write(self, works: Iterable[Work]) -> list[str]:
+        """Write the work and give the files; they grow, so that few posts spread as well."""
+        paths: list[str] = []
+        lines: list[str] = []
+        for work in works:
+            lines.append(work.as_json())
+            if len(lines) >= min(_LARGEST, _FIRST * (1 + len(paths) // _GROW_EVERY)):
+                paths.append(self._part(len(paths), lines))
+                lines = []
+        if lines:
+            paths.append(self._part(len(paths), lines))
+        return paths
+
+    def close(self) -> None:
+        """Remove the folder."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self._lock.release()
+
+    def _part(self, number: int, lines: list[str]) -> str:
+        path = self.folder / f"part-{number:06}.txt"
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        return str(path)
+
+
+def read_part(path: str) -> list[Work]:
+    """The work in a file."""
+    with Path(path).open(encoding="utf-8") as file:
+        return [Work.of_json(line) for line in file]
+
+
+def tries(folder: Path, name: str) -> int:
+    """Note that something is begun; how often it has been, this time included.
+
+    A death cannot be told by who died of it: it is read off the tries that were left without end.
+    """
+    with (folder / f"tries-{name}").open("ab") as file:
+        file.write(b".")
+        return file.tell()
+
+
+def ended(folder: Path, name: str) -> None:
+    """Note that something has ended well: its tries are forgotten."""
+    (folder / f"tries-{name}").unlink(missing_ok=True)
+
+
+def _remove_dead(root: Path) -> None:
+    made_after = time.time() - _MADE_WITHIN_S
+    for folder in (*root.glob(f"{_PREFIX}*"), *root.glob(f"{_MAKING}*")):
+        with contextlib.suppress(OSError):
+            if folder.is_symlink() or not folder.is_dir():
+                continue
+            if folder.name.startswith(_MAKING) and folder.stat().st_mtime > made_after:
+                continue
+            with locked(folder / _LOCK):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+IN, OUT = "item", "result"
+"""Columns of the batches: a file of work; a `Result`, or why the run cannot go on, as JSON."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """What an actor is told when it is made; it pickles.
+
+    Attributes:
+        settings: As JSON.
+        root: Of the feature files; every node sees it under this path.
+        folder: Of the run's `PartFolder`.
+        where: Working folder, which relative paths in the settings start from.
+    """
+
+    settings: str
+    root: str
+    wanted: frozenset[Modality]
+    folder: str
+    where: str
+    force: bool
+    retry_failed: bool
+
+
+class ExtractActor:
+    """A callable for `ray.data.Dataset.map_batches`."""
+
+    def __init__(self, order: Order, node: str | None = None) -> None:
+        """Load the models; a mistake is told by the first batch, as Ray would try again for ever.
+
+        Args:
+            order: What to do.
+            node: Name of the machine; None asks Ray.
+        """
+        self._folder = Path(order.folder)
+        self._node = node if node is not None else _node()
+        self._engine: LocalEngine | None = None
+        self._trouble: tuple[str, str] | None = None
+        with contextlib.suppress(OSError):
+            os.chdir(order.where)
+        settings = Settings.model_validate_json(order.settings)
+        configure_logs(settings.log.format, settings.log.level)
+        engine = LocalEngine(
+            settings,
+            Path(order.root),
+            order.wanted,
+            force=order.force,
+            retry_failed=order.retry_failed,
+            node=self._node,
+        )
+        try:
+            engine.open()
+            self._engine = engine
+        except TaggingError as error:
+            self._trouble = _why(error)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Results of files of work, in any order."""
+        if self._trouble is None:
+            try:
+                results = [result for path in batch[IN].tolist() for result in self._run(path)]
+                return _column([result.as_json() for result in results])
+            except (TaggingError, OSError) as error:
+                self._trouble = _why(error)
+        return _column([json.dumps({"trouble": self._trouble})])
+
+    def _run(self, path: str) -> list[Result]:
+        if self._engine is None:
+            raise RuntimeError("no engine")
+        works = read_part(path)
+        if tries(self._folder, Path(path).name) == 1:
+            return list(self._engine.run(works))
+        # An actor has died of this file, or beside it: one at a time shows of which post.
+        results: list[Result] = []
+        for work in works:
+            if tries(self._folder, f"post-{work.index}") == 1:
+                results += self._engine.run([work])
+                ended(self._folder, f"post-{work.index}")
+            else:
+                results.append(self._given_up(work))
+        return results
+
+    def _given_up(self, work: Work) -> Result:
+        failure = Failure("extract", "WorkerDied", "its actor died of it twice", retryable=True)
+        part = FailedPart(work.post.post_id, None, failure)
+        return Result(work.index, work.post.post_id, "failed", {}, (part,), self._node)
+
+
+def trouble_of(line: str) -> TaggingError | None:
+    """Why the run cannot go on, where a row says so."""
+    content = json.loads(line)
+    if "trouble" not in content:
+        return None
+    kind, text = content["trouble"]
+    return ConfigError(text) if kind == ConfigError.__name__ else TaggingError(text)
+
+
+def _column(lines: Sequence[str]) -> dict[str, Any]:
+    return {OUT: np.array(list(lines), dtype=object)}
+
+
+def _why(error: TaggingError | OSError) -> tuple[str, str]:
+    return type(error).__name__, one_line(error)
+
+
+def _node() -> str:
+    import ray
+
+    return str(ray.get_runtime_context().get_node_id())[:8]
+
 
 _STORE_BYTES = 200 * 1024 * 1024  # only lines of text pass through Ray's object store
 _REACH_S = 5.0

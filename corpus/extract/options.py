@@ -16,8 +16,7 @@ from common.cli import ConfigFile, Overrides, read_options
 from common.errors import ConfigError
 from config.load import load_settings, validate
 from config.settings import Settings
-from corpus.extract.values import Kind
-from corpus.extract.work import POSTS_OF_MANIFEST
+from corpus.extract.work import POSTS_OF_MANIFEST, Kind
 
 EngineName = Literal["local", "ray"]
 Share = Literal["auto", "yes", "no"]

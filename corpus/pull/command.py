@@ -1,4 +1,4 @@
-"""The whole command: options checked, pages read, posts chosen and written."""
+"""Posts of the database to a posts file: the options, and the pull from start to end."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import bson
@@ -19,13 +20,52 @@ from common.progress import progress_bar
 from common.times import since_time
 from common.urls import redact
 from config.settings import StoreSettings
-from corpus.pull.choose import Choice, rare_tags, sample
-from corpus.pull.convert import NoPost, convert, created_at, projection, shown_id
-from corpus.pull.pages import Pages
+from corpus.pull.pages import Page, Pages, Place
+from corpus.pull.posts import (
+    Choice,
+    NoPost,
+    convert,
+    created_at,
+    projection,
+    rare_tags,
+    sample,
+    shown_id,
+)
 from corpus.pull.progress import Files
-from corpus.pull.values import Options, Page, Place
 from corpus.records import CorpusPost, post_line
 from corpus.runs import Stopper, only_one
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What to pull.
+
+    Attributes:
+        store: With the URL as it stands in the settings, ``embedded://`` included.
+        query: A MongoDB filter, as it was written: extended JSON.
+        since: Oldest time, as it was written; `until` the same, not included itself.
+        sample: Posts to pick out of all; None takes all.
+        min_posts_per_tag: Tags with fewer posts are left out; 0 leaves out none.
+        seed: Another seed, another sample.
+        limit: Posts written at most.
+        untagged: Only posts without a result.
+        page: Documents read at a time.
+        restart: Forget an unfinished pull.
+    """
+
+    store: StoreSettings
+    out: Path
+    query: str = "{}"
+    since: str | None = None
+    until: str | None = None
+    sample: int | None = None
+    min_posts_per_tag: int = 0
+    seed: int = 0
+    limit: int | None = None
+    untagged: bool = False
+    page: int = 1000
+    restart: bool = False
+
 
 _AGAIN = "run the same command again to go on where it stopped"
 _SHOWN_CHARS = 200

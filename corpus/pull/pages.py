@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from typing import Any, TypeVar
@@ -20,9 +21,30 @@ from pymongo.errors import OperationFailure
 
 from common.errors import ConfigError, RetryableError, StoreUnavailable
 from config.settings import StoreSettings
-from corpus.pull.values import Page, Place
 from king.store.client import StoreClient
 from king.store.embedded_quirks import all_of, is_embedded
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A place in a collection, in the order of ``_id``.
+
+    Attributes:
+        bracket: Which type of ``_id`` is being read; `pages` knows the order.
+        last: The last ``_id`` that was read; None before the first of its bracket.
+    """
+
+    bracket: int = 0
+    last: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """Some documents, and the place behind them."""
+
+    documents: tuple[Mapping[str, Any], ...]
+    place: Place
+
 
 T = TypeVar("T")
 

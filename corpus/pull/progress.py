@@ -20,9 +20,9 @@ from bson import json_util
 
 from common.errors import ConfigError
 from common.files import part_of, publish, write_whole
-from corpus.pull.choose import Choice
-from corpus.pull.values import Place
-from corpus.summary import Summary
+from corpus.pull.pages import Place
+from corpus.pull.posts import Choice
+from corpus.records import Summary
 
 
 class Files:

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from common.errors import ConfigError
-from corpus.taxonomy.migrations import Migration, Operation
+from corpus.taxonomy import Migration, Operation
 
 MapFile = Annotated[Path, typer.Argument(metavar="MAP", help="A label map, idx2name_cls*.json.")]
 Data = Annotated[
@@ -34,7 +34,7 @@ def check(
     Names that differ only in case, width or spaces; tags of the data that the map lacks, or that a
     migration took away; tags with too few posts. Exit code 2 when there is one.
     """
-    from corpus.taxonomy.check import conflicts
+    from corpus.taxonomy import conflicts
 
     found = 0
     for line in conflicts(labels, data or (), bundle, min_posts):
@@ -90,7 +90,7 @@ def retire(
 
 def history(labels: MapFile) -> None:
     """The recorded changes of a label map, oldest first."""
-    from corpus.taxonomy.migrations import load
+    from corpus.taxonomy import load
 
     _, migrations = load(labels)
     for each in migrations:
@@ -111,15 +111,15 @@ def apply(
     ] = None,
 ) -> None:
     """Rewrite data files by the changes that they have not seen yet."""
-    from corpus.taxonomy import rewrite
-    from corpus.taxonomy.migrations import load
+    from corpus import taxonomy
+    from corpus.taxonomy import load
 
     if not data:
         raise ConfigError("labels apply: name data files with --data")
     present, migrations = load(labels, complete=True)
-    said = rewrite.read_by_post(by_post, present, migrations)
+    said = taxonomy.read_by_post(by_post, present, migrations)
     for file in data:
-        done = rewrite.apply(file, migrations, said)
+        done = taxonomy.apply(file, migrations, said)
         if not done.posts:
             sys.stdout.write(f"{file}: follows version {done.version} already\n")
             continue
@@ -128,12 +128,12 @@ def apply(
             f"version {done.version}\n"
         )
         if done.relabel:
-            where = rewrite.relabel_path(file)
+            where = taxonomy.relabel_path(file)
             sys.stdout.write(f"  {done.relabel} posts had a tag that was split: {where}\n")
 
 
 def _change(labels: Path, operation: Operation, old: Sequence[str], new: Sequence[str]) -> None:
-    from corpus.taxonomy.migrations import change, load, record
+    from corpus.taxonomy import change, load, record
 
     present, migrations = load(labels, complete=True)
     changed, migration = change(present, operation, old, new, len(migrations) + 1)

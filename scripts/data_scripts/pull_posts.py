@@ -96,8 +96,7 @@ def run(line: CommandLine) -> int:
     Raises:
         TaggingError: One line that says what is wrong.
     """
-    from corpus.pull.command import pull, query_of
-    from corpus.pull.values import Options
+    from corpus.pull.command import Options, pull, query_of
     from deploy.embedded import resolve
 
     settings = load_settings(line.config, line.overrides)

@@ -14,11 +14,10 @@ import pytest
 from common.errors import ConfigError
 from common.post import Post
 from config.settings import Settings
-from corpus.extract import actor as actor_module
-from corpus.extract.actor import IN, OUT, ExtractActor, Order, trouble_of
-from corpus.extract.parts import PartFolder
+from corpus.extract import on_ray
+from corpus.extract.on_ray import IN, OUT, ExtractActor, Order, PartFolder, trouble_of
 from corpus.extract.run import main
-from corpus.extract.values import WANTED, Result, Work
+from corpus.extract.work import WANTED, Result, Work
 from tests.support.corpus.extraction_corpus import feature_files, write_config, write_pictures
 
 
@@ -86,7 +85,7 @@ def test_a_post_that_kills_its_actor_is_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ray begins a file of work again when its actor dies: the third time only that post fails."""
-    monkeypatch.setattr(actor_module, "LocalEngine", FakeEngine)
+    monkeypatch.setattr(on_ray, "LocalEngine", FakeEngine)
     monkeypatch.setattr(FakeEngine, "poison", 2)
     parts = PartFolder(tmp_path / "features")
     paths = parts.write([Work(i, Post(f"p{i}"), {"image": "d"}) for i in range(5)])
@@ -111,7 +110,7 @@ def test_a_mistake_of_the_settings_reaches_the_user(
         def open(self) -> None:
             raise ConfigError("features.image.weights: none")
 
-    monkeypatch.setattr(actor_module, "LocalEngine", Refusing)
+    monkeypatch.setattr(on_ray, "LocalEngine", Refusing)
     found = ExtractActor(order(tmp_path, tmp_path), node="n")({IN: np.array(["x"], dtype=object)})
     trouble = trouble_of(found[OUT][0])
     assert isinstance(trouble, ConfigError)

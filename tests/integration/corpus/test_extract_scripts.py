@@ -15,8 +15,7 @@ import pytest
 from common.post import Post
 from config.load import load_settings
 from corpus.extract.run import main
-from corpus.extract.values import WANTED, Kind, Work
-from corpus.extract.work import Inputs
+from corpus.extract.work import WANTED, Inputs, Kind, Work
 from extractors.feature_file import feature_path, features_bytes, read_features, read_header
 from tests.support.corpus.extraction_corpus import (
     feature_files,

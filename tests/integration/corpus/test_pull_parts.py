@@ -14,11 +14,10 @@ from bson import ObjectId
 from common.errors import ConfigError
 from common.post import Post
 from config.settings import StoreSettings
-from corpus.pull.choose import Choice, Smallest, hash_of, rare_tags, sample
-from corpus.pull.command import query_of
-from corpus.pull.pages import Pages
+from corpus.pull.command import Options, query_of
+from corpus.pull.pages import Pages, Place
+from corpus.pull.posts import Choice, Smallest, hash_of, rare_tags, sample
 from corpus.pull.progress import Files
-from corpus.pull.values import Options, Place
 from corpus.records import CorpusPost
 
 

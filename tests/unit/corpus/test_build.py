@@ -16,7 +16,7 @@ from common.post import Features
 from config.labels import LabelMap
 from corpus.build import index, label_map, sides
 from corpus.build.command import main
-from corpus.lines import AtomicLines
+from corpus.records import AtomicLines
 from extractors.feature_file import feature_path, write_features
 from fusion.data.data_file import read_data_file
 

@@ -8,10 +8,10 @@ import pytest
 
 from common.errors import ConfigError
 from common.files import file_digest
-from corpus.download.content import classify, incoming_folder, left_over
 from corpus.download.hosts import DEAD_AFTER, Hosts, Try, host_of
 from corpus.download.run import Rate
 from corpus.download.state import State
+from corpus.download.transfer import classify, incoming_folder, left_over
 from corpus.download.values import Ask, Found, key_of
 from tests.support.scripts.media_site import png, wav
 

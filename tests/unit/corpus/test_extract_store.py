@@ -20,8 +20,8 @@ from common.post import (
     Stream,
     modality_of,
 )
-from corpus.extract.store import FeatureStore
-from corpus.extract.values import WANTED, Kind, Work
+from corpus.extract.local import FeatureStore
+from corpus.extract.work import WANTED, Kind, Work
 from extractors.feature_file import feature_path, features_bytes, read_features, write_features
 from tests.support.corpus.extraction_corpus import feature_files
 

@@ -11,11 +11,10 @@ import pytest
 from common.errors import ConfigError
 from common.post import Failure, Modality
 from config.settings import Settings
+from corpus.extract.on_ray import PartFolder, read_part, tries
 from corpus.extract.options import parse
-from corpus.extract.parts import PartFolder, read_part, tries
-from corpus.extract.tally import FailureFile
-from corpus.extract.values import FailedPart, Result, Work
-from corpus.extract.work import Inputs
+from corpus.extract.run import FailureFile
+from corpus.extract.work import FailedPart, Inputs, Result, Work
 from tests.support.corpus.extraction_corpus import write_corpus, write_lines
 
 IMAGE: frozenset[Modality] = frozenset({"image"})

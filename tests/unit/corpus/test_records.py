@@ -12,11 +12,12 @@ import pytest
 from common.errors import ConfigError
 from common.post import Media, Post
 from corpus import records
-from corpus.lines import DataFile, Form
 from corpus.records import (
     AtomicLines,
     BadLine,
     CorpusPost,
+    DataFile,
+    Form,
     Summary,
     bad_line,
     check_holds_post,
@@ -232,7 +233,7 @@ def test_summary_counts_by_reason(
     assert "[x] broken" in shown
     assert "1,500" in shown
     assert "12,345" in shown
-    monkeypatch.setattr("corpus.summary._MAX_REASONS", 2)
+    monkeypatch.setattr("corpus.records._MAX_REASONS", 2)
     for i in range(5):
         summary.failed(f"reason {i}")
     assert summary.failures == 6

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from corpus.build.groups import Groups
-from corpus.build.stratify import GroupTags, Held, stratify
+from corpus.build.index import Groups
+from corpus.build.sides import GroupTags, Held, stratify
 
 
 def _rows(groups: list[int], tags: list[list[int]], classes: int) -> GroupTags:

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from common.errors import ConfigError
 from config.labels import LabelMap
-from corpus.taxonomy import rewrite
-from corpus.taxonomy.migrations import (
+from corpus import taxonomy
+from corpus.taxonomy import (
     Migration,
     change,
     load,
@@ -126,12 +126,12 @@ def test_a_split_names_the_posts_that_people_must_look_at(tmp_path: Path) -> Non
     said.write_text('{"post_id": "p1", "labels": ["hail"]}\n', encoding="utf-8")
     assert run(["labels", "apply", str(labels), "--data", str(data), "--by-post", str(said)]) == 0
     assert _labels(data) == [["sun"], ["hail"], ["food"]]
-    listed = rewrite.relabel_path(data).read_text(encoding="utf-8").splitlines()
+    listed = taxonomy.relabel_path(data).read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["post_id"] for line in listed] == ["p0"]
     said.write_text('{"post_id": "p0", "labels": ["mist", "sun"]}\n', encoding="utf-8")
     assert run(["labels", "apply", str(labels), "--data", str(data), "--by-post", str(said)]) == 0
     assert _labels(data)[0] == ["sun", "mist"]
-    assert not rewrite.relabel_path(data).exists()
+    assert not taxonomy.relabel_path(data).exists()
     said.write_text('{"post_id": "p0", "labels": ["nonsense"]}\n', encoding="utf-8")
     assert run(["labels", "apply", str(labels), "--data", str(data), "--by-post", str(said)]) == 2
 
@@ -143,12 +143,12 @@ def test_killed_between_file_and_note_a_change_is_not_made_twice(tmp_path: Path)
     for old, new in (("sun", "x"), ("rain", "sun"), ("x", "rain")):
         assert run(["labels", "rename", str(labels), old, new]) == 0
     _, migrations = load(labels)
-    rewrite.apply(data, migrations, {})
+    taxonomy.apply(data, migrations, {})
     done = data.read_bytes()
     digest = hashlib.sha256(done).hexdigest()
     pending = {"version": 0, "pending_version": 3, "pending_sha256": digest}
-    rewrite.note_path(data).write_text(json.dumps(pending), encoding="utf-8")
-    assert rewrite.apply(data, migrations, {}).posts == 0
+    taxonomy.note_path(data).write_text(json.dumps(pending), encoding="utf-8")
+    assert taxonomy.apply(data, migrations, {}).posts == 0
     assert data.read_bytes() == done
     assert _labels(data) == [["rain"], ["sun"]]
 
@@ -189,7 +189,7 @@ def test_open_questions_stay_open_until_they_are_answered(tmp_path: Path) -> Non
     assert run(apply) == 0
 
     def listed() -> list[str]:
-        text = rewrite.relabel_path(data).read_text(encoding="utf-8")
+        text = taxonomy.relabel_path(data).read_text(encoding="utf-8")
         return [json.loads(line)["post_id"] for line in text.splitlines()]
 
     assert listed() == ["p0", "p1"]
@@ -200,7 +200,7 @@ def test_open_questions_stay_open_until_they_are_answered(tmp_path: Path) -> Non
     assert listed() == ["p0"]
     said.write_text('{"post_id": "p0", "labels": ["mist"]}\n', encoding="utf-8")
     assert run([*apply, "--by-post", str(said)]) == 0
-    assert not rewrite.relabel_path(data).exists()
+    assert not taxonomy.relabel_path(data).exists()
 
 
 def test_check_finds_every_planted_conflict(
@@ -264,7 +264,7 @@ def test_names_follow_the_ids(data: st.DataObject) -> None:
         place: int | None = start
         for migration in migrations:
             place = None if place is None else migration.ids[place]
-        followed, _ = rewrite.follow([name], migrations)
+        followed, _ = taxonomy.follow([name], migrations)
         assert followed == ([] if place is None else [present.names[place]])
 
 
@@ -276,4 +276,4 @@ def test_rename_and_back_gives_the_same_map(tmp_path: Path) -> None:
     present, second = change(present, "rename", ["x"], ["sun"], 2)
     record(labels, present, (first, second))
     assert LabelMap.load(labels) == start
-    assert rewrite.follow(["sun", "food"], (first, second)) == (["sun", "food"], [])
+    assert taxonomy.follow(["sun", "food"], (first, second)) == (["sun", "food"], [])

@@ -1,0 +1,503 @@
+"""Changes of the taxonomy: label maps, and data files that follow them from version to version.
+
+The changes of a map stand next to it, ``<map>.migrations.jsonl``, one JSON object a line, only ever
+appended: ``{version, operation, from: [name], to: [name], ids: {old id: new id | null}, before}``,
+where ``before`` is the sha256 of the names as they were. The ids of a map run from 0 without gaps,
+because a model has an output for each; a change therefore renumbers, and ``ids`` says how. Names
+are what data files and people go by. The map's version is the number of lines.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
+
+from common.errors import ConfigError
+from common.files import file_digest, part_of, publish, write_whole
+from config.labels import LabelMap
+from corpus.records import AtomicLines, BadLine, DataFile, read_posts
+
+Operation = Literal["rename", "merge", "split", "retire"]
+
+
+@dataclass(frozen=True)
+class Migration:
+    """One change.
+
+    Attributes:
+        version: Of the map after it, from 1.
+        old: Names that it takes away.
+        new: Names that stand for them; of a split at least two, of a retirement none.
+        ids: Index before -> index after, None where the tag is gone.
+        before: sha256 of the map's names before it.
+    """
+
+    version: int
+    operation: Operation
+    old: tuple[str, ...]
+    new: tuple[str, ...]
+    ids: tuple[int | None, ...]
+    before: str = ""
+
+    def line(self) -> str:
+        """As it stands in the file."""
+        content = {
+            "version": self.version,
+            "operation": self.operation,
+            "from": list(self.old),
+            "to": list(self.new),
+            "ids": {str(before): after for before, after in enumerate(self.ids)},
+            "before": self.before,
+        }
+        return json.dumps(content, ensure_ascii=False)
+
+
+def migrations_path(labels: Path) -> Path:
+    """Where the changes of a label map are recorded."""
+    return labels.with_name(f"{labels.stem}.migrations.jsonl")
+
+
+def read_migrations(labels: Path) -> tuple[Migration, ...]:
+    """The changes of a label map, oldest first; none when nothing was ever changed.
+
+    Raises:
+        ConfigError: The record is broken.
+    """
+    path = migrations_path(labels)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return ()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from error
+    found = tuple(_parse(line, f"{path}: line {i}") for i, line in enumerate(lines, 1))
+    for number, migration in enumerate(found, 1):
+        if migration.version != number:
+            raise ConfigError(f"{path}: line {number}: version {migration.version} is out of order")
+    return found
+
+
+def _parse(line: str, where: str) -> Migration:
+    try:
+        content: Any = json.loads(line)
+        if content["operation"] not in get_args(Operation):
+            raise ValueError(f"operation {content['operation']!r}")
+        ids = content["ids"]
+        return Migration(
+            int(content["version"]),
+            cast("Operation", content["operation"]),
+            tuple(str(name) for name in content["from"]),
+            tuple(str(name) for name in content["to"]),
+            tuple(ids[str(i)] for i in range(len(ids))),
+            str(content["before"]),
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{where}: no migration: {error!r}") from error
+
+
+def change(
+    labels: LabelMap, operation: Operation, old: Sequence[str], new: Sequence[str], version: int
+) -> tuple[LabelMap, Migration]:
+    """The map after a change, and its record.
+
+    Args:
+        labels: Before.
+        operation: ``rename`` A to B; ``merge`` A, B… to C, which may be one of them or another
+            tag of the map; ``split`` A to B, C…, of which one may be A; ``retire`` A….
+        old: Names to be taken away.
+        new: Names to stand for them.
+        version: Of the map after the change.
+
+    Raises:
+        ConfigError: A name is not in the map, is in it already, or stands twice; or nothing would
+            be left.
+    """
+    _check(labels, operation, old, new)
+    before = list(labels.names)
+    heir = next((name for name in new if name in old), new[0] if new else None)
+    target: dict[str, str | None] = dict.fromkeys(old, heir)
+    after: list[str] = []  # what is merged stands where the first of it stood
+    for name in before:
+        moved = target.get(name, name)
+        if moved is not None and moved not in after:
+            after.append(moved)
+    after += [name for name in new if name not in after]  # further parts of a split
+    if not after:
+        raise ConfigError("no tag would be left in the map")
+    if operation == "split" and heir not in old:
+        target = dict.fromkeys(old)  # no single part is the tag that was
+    ids = tuple(
+        None if (moved := target.get(name, name)) is None else after.index(moved) for name in before
+    )
+    return LabelMap(tuple(after)), Migration(
+        version, operation, tuple(old), tuple(new), ids, names_digest(labels)
+    )
+
+
+def _check(labels: LabelMap, operation: Operation, old: Sequence[str], new: Sequence[str]) -> None:
+    for name in old:
+        if name not in labels.index:
+            raise ConfigError(f"tag {name!r} is not in the label map")
+    for names in (old, new):
+        if len(set(names)) != len(names):
+            raise ConfigError(f"{operation}: a name stands twice")
+    if any(not name.strip() for name in new):
+        raise ConfigError(f"{operation}: a new name is empty")
+    may_exist = set(old) if operation == "split" else set(labels.names)
+    clash = [name for name in new if name in labels.index and name not in may_exist]
+    if operation == "rename" and new[0] in labels.index:
+        clash = [new[0]]
+    if clash:
+        hint = "; merge joins two tags" if operation == "rename" else ""
+        raise ConfigError(f"{operation}: tag {clash[0]!r} is in the label map already{hint}")
+
+
+def record(labels: Path, changed: LabelMap, migrations: Iterable[Migration]) -> None:
+    """Write the map and its changes; the record comes first.
+
+    Killed between the two, the map lacks the last recorded change: `lacks_last` finds that, and the
+    next command that changes something completes it.
+
+    Raises:
+        ConfigError: A file cannot be written.
+    """
+    try:
+        write_whole(migrations_path(labels), "\n".join(m.line() for m in migrations))
+        text = json.dumps(changed.as_json(), ensure_ascii=False, indent=2)
+        write_whole(labels, text)
+    except OSError as error:
+        raise ConfigError(f"{labels}: cannot be written: {error.strerror or error}") from error
+
+
+def load(labels: Path, *, complete: bool = False) -> tuple[LabelMap, tuple[Migration, ...]]:
+    """A label map and its changes.
+
+    Args:
+        labels: The map's file.
+        complete: Make a change now that was recorded, but whose map was not written any more.
+
+    Raises:
+        ConfigError: A file is missing or broken.
+    """
+    present, migrations = LabelMap.load(labels), read_migrations(labels)
+    if complete and lacks_last(present, migrations):
+        last = migrations[-1]
+        present, _ = change(present, last.operation, last.old, last.new, last.version)
+        record(labels, present, migrations)
+    return present, migrations
+
+
+def lacks_last(labels: LabelMap, migrations: Sequence[Migration]) -> bool:
+    """Whether the map is still just as it was before its last recorded change."""
+    return bool(migrations) and migrations[-1].before == names_digest(labels)
+
+
+def names_digest(labels: LabelMap) -> str:
+    """sha256 of the names in their order."""
+    text = json.dumps(list(labels.names), ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+@dataclass(frozen=True)
+class Applied:
+    """What became of one data file.
+
+    Attributes:
+        posts: All of them.
+        changed: Those whose labels changed.
+        bare: Those without a label now; they stay in the file.
+        relabel: Those that carried a tag that was split, and that nobody has said more of.
+        version: Of the label map that the file follows now.
+    """
+
+    posts: int
+    changed: int
+    bare: int
+    relabel: int
+    version: int
+
+
+def note_path(data: Path) -> Path:
+    """Where it stands which version of the label map a data file follows."""
+    return data.with_name(f"{data.name}.taxonomy.json")
+
+
+def relabel_path(data: Path) -> Path:
+    """The posts that people must look at after a split."""
+    return data.with_name(f"{data.stem}.relabel.jsonl")
+
+
+def followed_version(data: Path) -> int:
+    """The version that a data file follows; 0 when it was never rewritten.
+
+    Raises:
+        ConfigError: The note is broken.
+    """
+    note = _note(data)
+    if note.get("pending_sha256") and _digest(data) == note["pending_sha256"]:
+        return int(note["pending_version"])
+    return int(note.get("version", 0))
+
+
+def apply(
+    data: Path, migrations: Sequence[Migration], by_post: Mapping[str, Sequence[str]]
+) -> Applied:
+    """Rewrite the labels of a data file by the changes that it has not seen.
+
+    The note of the coming content is written before the file takes its place: killed at any
+    moment, the next run knows whether the change was made.
+
+    Args:
+        data: ``*.json``, a list, or ``*.jsonl``.
+        migrations: All changes of the map, oldest first.
+        by_post: post_id -> the parts that it has of tags that were split, now or before.
+
+    Raises:
+        ConfigError: The file cannot be read or written.
+    """
+    before, after = followed_version(data), len(migrations)
+    if before > after:
+        raise ConfigError(f"{data}: follows version {before}, the label map has only {after}")
+    if before == after and not by_post:
+        return Applied(0, 0, 0, 0, after)
+    answers = {post_id: _said(names, migrations) for post_id, names in by_post.items()}
+    asked = [row for row in _asked(data) if not answers.get(str(row["post_id"]))]
+    counts = {"posts": 0, "changed": 0, "bare": 0, "relabel": 0}
+    part = part_of(data)
+    try:
+        with AtomicLines(relabel_path(data)) as relabel, AtomicLines(part) as out:
+            for row in asked:
+                relabel.write(json.dumps(row, ensure_ascii=False))
+            lines = _rewritten(data, migrations[before:], answers, counts, relabel)
+            file = DataFile(out, "json" if data.suffix.lower() == ".json" else "jsonl")
+            for line in lines:
+                file.add(line)
+            file.end()
+        _finish(data, part, before, after)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise ConfigError(f"{data}: cannot be rewritten: {error.strerror or error}") from error
+    if not counts["relabel"] and not asked:
+        relabel_path(data).unlink(missing_ok=True)
+    return Applied(**counts, version=after)
+
+
+def _finish(data: Path, part: Path, before: int, after: int) -> None:
+    note = {"version": before, "pending_version": after, "pending_sha256": file_digest(part)}
+    write_whole(note_path(data), json.dumps(note))
+    publish(part, data)
+    write_whole(note_path(data), json.dumps({"version": after}))
+
+
+def _said(names: Sequence[str], migrations: Sequence[Migration]) -> list[str]:
+    """What people said of a post, as those tags are called by now; other tags do not count."""
+    now: list[str] = []
+    for migration in migrations:
+        if migration.operation == "split":
+            parts = [name for name in names if name in migration.new]
+            now += follow(parts, migrations[migration.version :])[0]
+    return list(dict.fromkeys(now))
+
+
+def _asked(data: Path) -> list[dict[str, Any]]:
+    """Posts that an earlier run has listed for people to look at."""
+    path = relabel_path(data)
+    return list(_entries(path)) if path.exists() else []
+
+
+def _rewritten(
+    data: Path,
+    migrations: Sequence[Migration],
+    answers: Mapping[str, Sequence[str]],
+    counts: dict[str, int],
+    relabel: AtomicLines,
+) -> Iterator[dict[str, Any]]:
+    for entry in _entries(data):
+        before = [str(name) for name in entry.get("labels") or []]
+        answer = answers.get(str(entry.get("post_id")), ())
+        followed, unsaid = follow(before, migrations)
+        labels = list(dict.fromkeys([*followed, *answer]))
+        counts["posts"] += 1
+        counts["changed"] += labels != before
+        counts["bare"] += bool(before) and not labels
+        if unsaid and not answer:
+            counts["relabel"] += 1
+            note = {"post_id": entry.get("post_id"), "labels": labels, "split": unsaid}
+            relabel.write(json.dumps(note, ensure_ascii=False))
+        yield {**entry, "labels": labels}
+
+
+def follow(labels: Sequence[str], migrations: Sequence[Migration]) -> tuple[list[str], list[str]]:
+    """Labels after some changes, oldest first, and those that a split has taken away."""
+    now, gone = list(labels), []
+    for migration in migrations:
+        touched = [name for name in now if name in migration.old]
+        if not touched:
+            continue
+        if migration.operation == "split":
+            gone += touched
+        new = () if migration.operation == "split" else migration.new
+        rest = [name for name in now if name not in migration.old]
+        ahead = sum(name in rest for name in now[: now.index(touched[0])])
+        now = list(dict.fromkeys([*rest[:ahead], *new, *rest[ahead:]]))
+    return now, gone
+
+
+def read_by_post(
+    path: Path | None, labels: LabelMap, migrations: Sequence[Migration]
+) -> dict[str, list[str]]:
+    """``{post_id, labels}`` lines: what people said of the posts whose tag was split.
+
+    Raises:
+        ConfigError: The file cannot be read, or names a tag that never was.
+    """
+    if path is None:
+        return {}
+    known = {*labels.names, *(name for m in migrations for name in (*m.old, *m.new))}
+    said = {str(entry["post_id"]): list(entry.get("labels") or []) for entry in _entries(path)}
+    for post_id, names in said.items():
+        for name in names:
+            if name not in known:
+                raise ConfigError(f"{path}: post {post_id!r}: tag {name!r} is not in the label map")
+    return said
+
+
+def _entries(path: Path) -> Iterator[dict[str, Any]]:
+    """Entries of a list or of JSON lines, all their keys kept."""
+    try:
+        if path.suffix.lower() == ".json":
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(content, list):
+                raise ConfigError(f"{path}: must be a list of posts")
+            yield from (_checked(entry, f"{path}: entry {i}") for i, entry in enumerate(content))
+            return
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield _checked(json.loads(line), f"{path}: line {number}")
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: no such data file") from error
+    except ValueError as error:
+        raise ConfigError(f"{path}: not JSON: {error}") from error
+
+
+def _checked(entry: Any, where: str) -> dict[str, Any]:
+    if not isinstance(entry, dict) or not isinstance(entry.get("post_id"), str):
+        raise ConfigError(f"{where}: must have a post_id, a text")
+    if not isinstance(entry.get("labels") or [], list):
+        raise ConfigError(f"{where}: labels must be a list")
+    return entry
+
+
+def _note(data: Path) -> dict[str, Any]:
+    path = note_path(data)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: must be an object with a version")
+    return content
+
+
+def _digest(data: Path) -> str:
+    try:
+        return file_digest(data)
+    except FileNotFoundError as error:
+        raise ConfigError(f"{data}: no such data file") from error
+
+
+def conflicts(
+    labels: Path, data: Sequence[Path] = (), bundle: Path | None = None, min_posts: int = 1
+) -> Iterator[str]:
+    """Every conflict, a line for a person each.
+
+    Raises:
+        ConfigError: A file is missing or broken; that the map itself is no map is a conflict.
+    """
+    try:
+        names, migrations = load(labels)
+    except ConfigError as error:
+        yield str(error)
+        return
+    yield from _look_alike(names)
+    yield from _history(names, migrations)
+    for file in data:
+        yield from _data(file, names, migrations, min_posts)
+    if bundle is not None:
+        yield from _bundle(bundle, names)
+
+
+def plain(name: str) -> str:
+    """A name as people read it: width, case and spaces do not count."""
+    return " ".join(unicodedata.normalize("NFKC", name).casefold().replace("_", " ").split())
+
+
+def _look_alike(labels: LabelMap) -> Iterator[str]:
+    alike: defaultdict[str, list[str]] = defaultdict(list)
+    for name in labels.names:
+        alike[plain(name)].append(name)
+        if name != name.strip():
+            yield f"tag {name!r} has space around it"
+    for names in alike.values():
+        if len(names) > 1:
+            yield f"tags {', '.join(map(repr, names))} differ only in case, width or spaces"
+
+
+def _history(labels: LabelMap, migrations: Sequence[Migration]) -> Iterator[str]:
+    if lacks_last(labels, migrations):
+        yield f"the map is as before version {len(migrations)}: labels apply completes it"
+        return
+    gone: dict[str, Migration] = {}
+    for migration in migrations:
+        for name in migration.new:
+            gone.pop(name, None)
+        for name in set(migration.old) - set(migration.new):
+            gone[name] = migration
+    for name, migration in gone.items():
+        if name in labels.index:
+            what = f"{migration.operation} of version {migration.version}"
+            yield f"tag {name!r} is in the map, but the {what} took it away"
+    for name in {n for m in migrations for n in m.new} - set(gone) - set(labels.names):
+        yield f"tag {name!r} was made by a migration, but is not in the map"
+
+
+def _data(
+    file: Path, labels: LabelMap, migrations: Sequence[Migration], min_posts: int
+) -> Iterator[str]:
+    counts: Counter[str] = Counter()
+    for entry in read_posts(file):
+        if not isinstance(entry, BadLine):
+            counts.update(set(entry.post.labels))
+    followed = followed_version(file)
+    if followed > len(migrations):
+        yield f"{file}: follows version {followed}, the map has only {len(migrations)}"
+    old = {name: m for m in migrations[followed:] for name in set(m.old) - set(m.new)}
+    for name, count in sorted(counts.items()):
+        if name in labels.index:
+            continue
+        why = f"{old[name].operation} it: labels apply" if name in old else "not in the map"
+        yield f"{file}: tag {name!r} of {count} posts: {why}"
+    for name in labels.names:
+        if counts[name] < min_posts:
+            yield f"{file}: tag {name!r} has {counts[name]} posts, fewer than {min_posts}"
+
+
+def _bundle(bundle: Path, labels: LabelMap) -> Iterator[str]:
+    served = LabelMap.load(bundle / "labels.json")
+    if served.names == labels.names:
+        return
+    lost = [name for name in served.names if name not in labels.index]
+    new = [name for name in labels.names if name not in served.index]
+    if lost or new:
+        yield f"{bundle}: gives tags that the map lacks: {lost}; lacks tags of the map: {new}"
+    else:
+        yield f"{bundle}: has the same tags in another order: their ids differ"

@@ -1,1 +1,0 @@
-"""Changes of the taxonomy: label maps and data files that go from one version to the next."""
