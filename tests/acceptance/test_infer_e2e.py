@@ -47,7 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def untimed(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What `insighttag tag` and `infer_net.py` both say, scores to six places."""
+    """Return the part that `insighttag tag` and `infer_net.py` share, scores to six places."""
     return [
         {
             "post_id": r["post_id"],
@@ -101,7 +101,7 @@ def test_a_post_with_nothing_is_named_or_left_out(
 
 
 def test_media_are_tagged_anew_each_time(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """What could not be had or decoded before may be there now."""
+    """Media that failed before may be there now."""
     picture, posts = folder / "media" / "late.png", folder / "late.json"
     posts.write_text(json.dumps([{"post_id": "p", "text": "cat", "images": ["media/late.png"]}]))
     picture.write_bytes(b"cut off")

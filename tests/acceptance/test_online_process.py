@@ -181,7 +181,7 @@ def test_from_message_to_tags_on_real_media(tmp_path: Path, settings: Settings, 
 
 @pytest.mark.redis
 def test_missing_bundle_is_one_line_and_exit_2(tmp_path: Path, settings: Settings) -> None:
-    """What the user can mend is said in one line, and the King does not try for ever."""
+    """A mistake of the user is one line, and the King does not try for ever."""
     done = run("--config", write_config(tmp_path / "c.yaml", settings))
     assert done.returncode == 2
     [line] = [text for text in done.stderr.splitlines() if not text.startswith("{")]

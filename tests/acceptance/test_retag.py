@@ -162,9 +162,6 @@ def test_mistakes(command: Command, words: list[str], reason: str) -> None:
     assert out == ""
 
 
-# insighttag cache ----------------------------------------------------------------------------
-
-
 def test_cache_commands(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """`stats` counts, `prune` and `clear` delete; a cache that is not set is a mistake."""
     place = tmp_path / "cache"

@@ -209,9 +209,6 @@ def as_dicts(tags: Tags) -> list[dict[str, Any]]:
     return [{"id": tag.id, "name": tag.name, "score": tag.score} for tag in tags.tags]
 
 
-# What a scheme gives -----------------------------------------------------------------------------
-
-
 def test_scheme_2_gives_every_clip_all_its_segments(corpus: Corpus) -> None:
     """Rows of TSN and one vector for each clip, those shorter than the segments too."""
     for post_id, found in corpus.read(2, "separate").items():
@@ -229,7 +226,7 @@ def test_scheme_2_gives_every_clip_all_its_segments(corpus: Corpus) -> None:
 
 @pytest.mark.parametrize("scheme", [1, 2])
 def test_words_in_pictures_join_the_text_or_stand_alone(corpus: Corpus, scheme: Scheme) -> None:
-    """What was read is in the text's tokens, or in tokens of its own; never in both."""
+    """OCR text is in the text's tokens, or in tokens of its own; never in both."""
     append, separate = corpus.read(scheme, "append"), corpus.read(scheme, "separate")
     read = [post_id for post_id, found in separate.items() if "ocr" in found.arrays]
     assert "p0" in read
@@ -250,9 +247,6 @@ def test_the_daemons_config_of_scheme_2_is_the_published_form() -> None:
     assert (video.lstm.join, video.lstm.width) == (8192, 4096)
     assert image.arch == "efficientnet_b5"
     assert slot_bytes(settings) > 300 * 224 * 224 * 3
-
-
-# All the way -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("scheme", "as_frames", "mode"), CASES)

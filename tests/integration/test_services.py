@@ -23,13 +23,11 @@ def _restarts(server: Server, *ends: Callable[[], None]) -> None:
 
 @pytest.mark.rabbitmq
 def test_rabbitmq_comes_back_after_a_stop(rabbitmq: RabbitMQServer) -> None:
-    """RabbitMQ ends on SIGTERM and starts again on the same port."""
     _restarts(rabbitmq, rabbitmq.stop)
 
 
 @pytest.mark.redis
 def test_redis_keeps_its_data_over_a_kill(redis_server: RedisServer, unique_name: str) -> None:
-    """What Redis confirmed is there after SIGKILL and restart."""
     with redis.Redis.from_url(redis_server.url) as client:
         client.set(unique_name, b"kept")
         _restarts(redis_server)
@@ -37,7 +35,6 @@ def test_redis_keeps_its_data_over_a_kill(redis_server: RedisServer, unique_name
 
 
 def test_nx_keeps_its_data_over_a_kill(mongo_server: MongoServer, unique_name: str) -> None:
-    """What nx-27017 confirmed is there after SIGKILL and restart."""
     client: pymongo.MongoClient[dict[str, object]] = pymongo.MongoClient(mongo_server.url)
     try:
         client[unique_name]["posts"].insert_one({"_id": "p1"})

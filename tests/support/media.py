@@ -25,9 +25,6 @@ RED, GREEN, BLUE = (220, 30, 30), (30, 200, 40), (30, 40, 220)
 WHITE, BLACK, GREY = (255, 255, 255), (0, 0, 0), (128, 128, 128)
 
 
-# Content -------------------------------------------------------------------------------------
-
-
 def solid(width: int, height: int, colour: Sequence[int] = RED) -> Pixels:
     """One colour everywhere."""
     return np.full((height, width, len(colour)), colour, np.uint8)
@@ -67,9 +64,6 @@ def tone(
     """A mono sine, float32 ``(samples,)``."""
     times = np.arange(round(duration_s * rate_hz)) / rate_hz
     return (level * np.sin(2 * np.pi * frequency_hz * times)).astype(np.float32)
-
-
-# Pictures ------------------------------------------------------------------------------------
 
 
 def _bgr(pixels: np.ndarray) -> np.ndarray:
@@ -132,9 +126,6 @@ def write_animation(path: Path, frames: Sequence[np.ndarray], *, frame_ms: int =
 def write_gif(path: Path, frames: Sequence[np.ndarray], *, frame_ms: int = 100) -> Path:
     """An animated GIF."""
     return write_animation(path, frames, frame_ms=frame_ms)
-
-
-# Sound ---------------------------------------------------------------------------------------
 
 
 def write_wav(path: Path, sound: Sound, rate_hz: int = 16000, *, subtype: str = "PCM_16") -> Path:
@@ -219,9 +210,6 @@ class _Track:
         for converted in self._resampler.resample(None):
             self._container.mux(self._stream.encode(converted))
         self._container.mux(self._stream.encode(None))
-
-
-# Videos --------------------------------------------------------------------------------------
 
 
 def write_video(
@@ -312,9 +300,6 @@ def _rotate(path: Path, degrees: int) -> None:
     offset = body + (40 if data[body] == 0 else 52)
     data[offset : offset + 36] = struct.pack(">9i", *matrix)
     path.write_bytes(bytes(data))
-
-
-# Damage --------------------------------------------------------------------------------------
 
 
 def truncate(source: Path, target: Path, keep: float) -> Path:

@@ -37,7 +37,7 @@ def _is_free(port: int) -> bool:
 
 
 def _kernels_first_port() -> int:
-    """Where the range of ports that the kernel gives out begins; 0 where it does not tell."""
+    """Return the first port that the kernel gives out by itself; 0 if unknown."""
     try:
         return int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     except (OSError, ValueError, IndexError):
@@ -45,7 +45,7 @@ def _kernels_first_port() -> int:
 
 
 def answers_tcp(port: int) -> bool:
-    """Whether something accepts connections on this loopback port."""
+    """Tell if something accepts connections on this loopback port."""
     with socket.socket() as probe:
         probe.settimeout(1)
         return probe.connect_ex(("127.0.0.1", port)) == 0

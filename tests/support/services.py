@@ -80,7 +80,7 @@ class Server(abc.ABC):
 
     @property
     def running(self) -> bool:
-        """Whether the process lives."""
+        """Tell if the process lives."""
         return self._process is not None and self._process.poll() is None
 
     def start(self) -> None:
@@ -343,7 +343,7 @@ class MongoServer(Server):
 
     @staticmethod
     def available() -> bool:
-        """Whether the package is installed."""
+        """Tell if the package is installed."""
         import importlib.util
 
         return importlib.util.find_spec("nx_27017") is not None

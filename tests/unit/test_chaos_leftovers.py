@@ -1,4 +1,4 @@
-"""What the chaos run counts as left behind: its own shared memory, never another program's."""
+"""The chaos run counts its own shared memory as left behind, never another program's."""
 
 from __future__ import annotations
 
@@ -60,5 +60,5 @@ def test_a_killed_process_leaves_its_file_and_a_foreign_file_is_not_counted(
 
 
 def _files(watch: Any) -> list[str]:
-    """What is left in /dev/shm; other tests of this process may hold arenas."""
+    """Return the leftovers in /dev/shm; other tests of this process may hold arenas."""
     return [name for name in watch.segments() if name.startswith("/")]

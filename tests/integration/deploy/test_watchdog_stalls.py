@@ -75,7 +75,7 @@ class Rig(Checkout):
         publish_posts(load_settings(self.folder / "settings.yaml").broker, [PostMessage(post_id)])
 
     def tagged(self, post_id: str) -> bool:
-        """Whether a post has tags."""
+        """Tell if a post has tags."""
         with self._client() as client:
             post = client[self._name][f"{self._name}_posts"].find_one({"_id": post_id}) or {}
         return bool((post.get("insight") or {}).get("status") == "tagged")
@@ -88,11 +88,11 @@ class Rig(Checkout):
         assert eventually(lambda: not (self.folder / "trouble").exists())
 
     def restarts(self) -> int:
-        """How often the watchdog restarted the King."""
+        """Count the watchdog's restarts of the King."""
         return self.watchdog_log().count('"action": "restart"')
 
     def stacks(self) -> str:
-        """What was written of stalled Kings."""
+        """Return the stack files of stalled Kings."""
         return (self.run / "king.stacks").read_text()
 
     def _client(self) -> pymongo.MongoClient[dict[str, Any]]:

@@ -109,7 +109,6 @@ def test_supervisor_errors_are_one_line(short_path: Path) -> None:
 
 
 def test_unknown_program_is_named(checkout: Checkout) -> None:
-    """A wrong watchdog.program says which program supervisord does not know."""
     checkout.start()
     client = SupervisorClient(f"unix://{checkout.run}/supervisor.sock", "queen", 5)
     with pytest.raises(RetryableError, match="queen: no such program"):

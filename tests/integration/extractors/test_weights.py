@@ -1,4 +1,4 @@
-"""Where weights come from: hubs and their absence, files and their faults, seeds."""
+"""Sources of weights: hubs and their absence, files and their faults, seeds."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ def test_a_run_of_two_goes_on_with_one(few_posts: Path) -> None:
 
 
 def test_mistakes_of_any_process_are_one_line(few_posts: Path) -> None:
-    """What all meet, and what only one meets in the midst of training; as in a single process."""
+    """Mistakes of all processes, and of one in the middle of training, as in one process."""
     with pytest.raises(ConfigError, match="1 posts do not make a batch for 2 processes"):
         runs.run(few_posts, **options(2, str(few_posts / "run"), batch_size=1))
     bad = {"learning_rate": 1e30, "warm_up": 0.0, "schedule": "constant"}

@@ -1,4 +1,4 @@
-"""What every broker does: the one in memory, Redis and RabbitMQ pass the same tests."""
+"""The contract of all brokers: the one in memory, Redis and RabbitMQ pass the same tests."""
 
 from __future__ import annotations
 
@@ -53,7 +53,6 @@ def test_a_published_post_arrives_and_an_acked_one_is_gone(rig: Rig) -> None:
 
 
 def test_order_is_kept(rig: Rig) -> None:
-    """Messages of one priority come in the order they were published, over several windows."""
     broker = rig.broker(prefetch=4)
     count = 2 * PUBLISH_WINDOW + 3
     assert broker.publish(PostMessage(f"p{i}") for i in range(count)) == count
@@ -92,7 +91,7 @@ def test_prefetch_bounds_what_is_in_hand(rig: Rig) -> None:
 
 
 def test_requeued_comes_back_marked(rig: Rig) -> None:
-    """What is put back comes again, says that it did, and before what waited behind it."""
+    """A requeued message comes again, marked, and before those that waited behind it."""
     broker = rig.broker(prefetch=1)
     broker.publish([PostMessage("p1")])
     broker.publish([PostMessage("p2")])
@@ -139,7 +138,6 @@ def test_a_stale_ack_does_nothing(rig: Rig) -> None:
 
 
 def test_a_second_ack_does_nothing(rig: Rig) -> None:
-    """Acknowledging twice is harmless; RabbitMQ alone would close the channel for it."""
     broker = rig.broker()
     broker.publish([PostMessage("p1")])
     consumer = Consumer(broker)

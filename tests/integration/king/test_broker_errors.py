@@ -143,7 +143,7 @@ def test_wrong_credentials_on_redis(tmp_path: Path, queue_name: str) -> None:
 
 @pytest.mark.redis
 def test_a_key_of_another_type(redis_server: RedisServer, queue_name: str) -> None:
-    """Where the queue's key holds something else, that is said at the start."""
+    """A queue's key that holds another type is an error at the start."""
     with redis.Redis.from_url(redis_server.url) as client:
         client.set(queue_name, "not a list")
         assert "WRONGTYPE" in _refusal(settings_for(redis_server.url, queue_name))

@@ -1,4 +1,4 @@
-"""What a broker connection survives: silence, restarts, kills; on real servers."""
+"""Broker connections through silence, restarts and kills, on real servers."""
 
 from __future__ import annotations
 
@@ -97,7 +97,6 @@ def test_a_silent_connection_is_noticed_and_nothing_is_lost(site: Site, replies_
 
 
 def test_a_silent_connection_while_idle_is_noticed(site: Site) -> None:
-    """A consumer that waits on an empty queue finds out that its connection is dead."""
     with connected(site.proxied) as broker:
         consumer = Consumer(broker)
         broker.drain(0.1)
@@ -110,7 +109,6 @@ def test_a_silent_connection_while_idle_is_noticed(site: Site) -> None:
 
 
 def test_publishing_into_silence_fails_in_time(site: Site) -> None:
-    """`publish` on a dead connection raises, so that the caller knows that it may not be there."""
     with connected(site.proxied) as broker:
         broker.publish([PostMessage("p1")])
         site.proxy.blackhole()
@@ -124,7 +122,6 @@ def test_publishing_into_silence_fails_in_time(site: Site) -> None:
 
 
 def test_closing_a_silent_connection_ends(site: Site) -> None:
-    """`close` on a dead connection returns within the time-outs and raises nothing."""
     publish_posts(site.direct, posts(3))
     with connected(site.proxied) as broker:
         Consumer(broker).take(3)
@@ -156,7 +153,6 @@ def test_a_server_restart_loses_nothing(site: Site) -> None:
 
 
 def test_a_killed_consumer_gives_back_what_it_held(site: Site, project_root: Path) -> None:
-    """SIGKILL of a process with messages in hand: another consumer gets all of them."""
     publish_posts(site.direct, posts(6))
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLDER, site.direct.model_dump_json(), "6"],
@@ -224,7 +220,6 @@ def test_heartbeats_keep_an_idle_connection(rabbitmq: RabbitMQServer, queue_name
 
 @pytest.mark.rabbitmq
 def test_a_deleted_queue_is_declared_again(rabbitmq: RabbitMQServer, queue_name: str) -> None:
-    """When somebody deletes the queue, the loss is seen, and connecting makes it anew."""
     with connected(settings_for(rabbitmq.url, queue_name)) as broker:
         consumer = Consumer(broker)
         with connected(settings_for(rabbitmq.url, queue_name)) as other:
@@ -242,7 +237,6 @@ def test_a_deleted_queue_is_declared_again(rabbitmq: RabbitMQServer, queue_name:
 def test_the_broker_dead_letters_what_kills_every_consumer(
     rabbitmq: RabbitMQServer, queue_name: str
 ) -> None:
-    """Past its delivery limit a message goes to the dead queue, and is not dropped."""
     settings = settings_for(rabbitmq.url, queue_name, delivery_limit=2)
     publish_posts(settings, [PostMessage("poison")])
     for _ in range(3):

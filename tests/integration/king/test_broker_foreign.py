@@ -150,7 +150,6 @@ def test_priorities_on_redis(on_redis: BrokerSettings, lists: redis.Redis) -> No
 
 @pytest.mark.redis
 def test_kombu_consumers_read_what_we_publish(on_redis: BrokerSettings) -> None:
-    """What we publish, and what we put back, is an envelope that plain kombu reads."""
     publish_posts(on_redis, [PostMessage("p1")])
     with connected(on_redis) as broker:
         Consumer(broker).take(1)

@@ -116,7 +116,6 @@ def test_database_that_refuses_the_lease_costs_one_period(
 def test_lost_post_is_tagged_and_two_kings_publish_it_once(
     tmp_path: Path, mongo_url: str, unique_name: str
 ) -> None:
-    """Posts that were never published are tagged by themselves; one of two Kings publishes."""
     settings = mongo_settings(mongo_url, unique_name)
     store = mongo_store(mongo_url, unique_name)
     store.client.posts.insert_many([{"_id": f"p{i}", "text": "x"} for i in range(4)])

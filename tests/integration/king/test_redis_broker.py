@@ -37,7 +37,7 @@ def client(redis_server: RedisServer) -> Iterator[Any]:
 
 
 def test_taking_and_recording_is_one_step(settings: BrokerSettings, client: Any) -> None:
-    """What has left the list is in the unacked hash, with the end of its lease, at that moment."""
+    """A message that leaves the list is at once in the unacked hash, with the end of its lease."""
     queue = settings.queue
     with connected(settings.model_copy(update={"prefetch": 3})) as broker:
         Consumer(broker).take(3)
@@ -66,7 +66,6 @@ def test_acks_are_sent_together_and_leave_nothing(settings: BrokerSettings, clie
 
 
 def test_an_ack_after_the_lease_takes_nobody_elses(settings: BrokerSettings, client: Any) -> None:
-    """Once a message is back in the queue, its former holder's ack has no effect on it."""
     with connected(settings) as broker:
         consumer = Consumer(broker)
         (*_, last) = consumer.take(5)
@@ -97,7 +96,6 @@ def test_a_renewed_lease_is_not_given_back(settings: BrokerSettings, client: Any
 def test_acks_before_a_lost_connection_are_sent_after_it(
     settings: BrokerSettings, client: Any
 ) -> None:
-    """What was acknowledged, but not sent yet, is not delivered again."""
     with connected(settings) as broker:
         consumer = Consumer(broker)
         consumer.take(5)

@@ -73,7 +73,6 @@ def test_repeated_write_of_an_outcome_changes_nothing(rig: StoreRig) -> None:
 
 
 def test_the_very_document_is_written_whatever_its_id_is(rig: StoreRig) -> None:
-    """Text, ObjectId and number: the result lands in the document that the post was read from."""
     oid = ObjectId()
     rig.insert({"_id": "p1"}, {"_id": oid}, {"_id": 42}, {"_id": "bystander"})
     ids = ["p1", str(oid), "42"]

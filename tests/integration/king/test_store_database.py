@@ -108,7 +108,6 @@ def test_unreachable_database_is_named_without_its_password() -> None:
 
 
 def test_malformed_url_is_a_configuration_error() -> None:
-    """A URL that pymongo cannot read is the user's mistake: one line, no password."""
     store = StoreClient(StoreSettings(url="mongodb://u:secret@h:notaport/"))
     with pytest.raises(ConfigError, match=r"store\.url") as caught:
         store.connect()
@@ -127,7 +126,6 @@ def test_documents_that_python_has_no_names_for_are_read() -> None:
 
 
 def test_restarted_database_is_used_again(mongo_server: MongoServer, unique_name: str) -> None:
-    """After a kill and a restart the same store object works on, with what it had written."""
     store = mongo_store(mongo_server.url, unique_name)
     store.client.posts.insert_one({"_id": "p1"})
     begun = started(store, "p1")

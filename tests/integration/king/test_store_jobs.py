@@ -50,7 +50,6 @@ def test_retry_waits_then_one_king_publishes_it(rig: StoreRig) -> None:
 
 
 def test_claimed_but_never_published_is_due_again(rig: StoreRig) -> None:
-    """A King that dies between claim and publication loses no retry."""
     rig.insert({"_id": "p1"})
     rig.store.finish([Retry(started(rig.store, "p1"), BROKEN, NOW)], context())
     assert len(rig.store.claim_due(context(NOW + 1), 10)) == 1
@@ -90,7 +89,6 @@ def test_a_crash_counts_as_an_attempt(rig: StoreRig) -> None:
 
 
 def test_leases_are_renewed_only_by_their_owner(rig: StoreRig) -> None:
-    """A renewed lease keeps others away; a King that lost its job cannot renew it."""
     rig.insert({"_id": "p1"})
     started(rig.store, "p1")
     rig.store.renew(["p1"], context(NOW + 50, owner="k2"))
@@ -115,7 +113,6 @@ def test_late_outcome_of_a_lost_job_leaves_the_new_owner_alone(rig: StoreRig) ->
 
 
 def test_own_claim_whose_reply_was_lost_is_resumed(rig: StoreRig) -> None:
-    """Claiming again after a lost reply does not count a second attempt."""
     rig.insert({"_id": "p1"})
     assert started(rig.store, "p1").attempt == 1
     assert started(rig.store, "p1").attempt == 1

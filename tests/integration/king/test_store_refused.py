@@ -24,7 +24,6 @@ from tests.support.king.store_rig import (
 
 
 def test_refused_job_of_a_claim_does_not_hold_up_the_others(mongo: Store) -> None:
-    """A job that cannot be written begins no work; the other claims of its batch begin."""
     StoreRig(mongo).insert(*({"_id": f"p{i}"} for i in range(3)))
     claims = [claim("p0"), replace(claim("p1"), payload="half \ud800"), claim("p2")]
     verdicts = mongo.begin(claims, context())

@@ -122,7 +122,6 @@ def test_publish_from_standard_input(
     database: pymongo.database.Database[dict[str, Any]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """``--file -`` reads the IDs of a pipe."""
     monkeypatch.setattr("sys.stdin", io.StringIO("p1\np2\n"))
     assert command("publish", "--file", "-")[:2] == (0, "published 2 to insighttag.posts\n")
     assert sorted(queued(command)) == [("p1", 0, False), ("p2", 0, False)]
@@ -131,7 +130,6 @@ def test_publish_from_standard_input(
 def test_publish_untagged_leaves_out_results_and_jobs(
     command: Command, database: pymongo.database.Database[dict[str, Any]]
 ) -> None:
-    """Only posts with neither a result nor a job are published."""
     database["posts"].insert_many(
         [
             {"_id": "new", "text": "x"},
@@ -297,7 +295,7 @@ def test_status_says_what_cannot_be_reached(command: Command) -> None:
     "setting", ["broker.url=amqp://host:port/", "store.url=mongodb://user:secret@host:port/"]
 )
 def test_status_refuses_urls_that_no_service_can_have(command: Command, setting: str) -> None:
-    """What cannot be a URL is a mistake of the settings, no service that is down: exit 2."""
+    """A malformed URL is a mistake in the settings, not a service that is down: exit 2."""
     code, _, err = command("status", "--set", setting)
     assert code == 2
     assert setting.partition("=")[0] in err

@@ -148,7 +148,7 @@ def test_only_the_services_that_are_needed_are_started(
 def test_a_filled_queue_waits_for_a_database(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What was published before the database was first started is still there after it."""
+    """Posts published before the first start of the database are tagged after it."""
     command = Command(tmp_path, capsys)
     try:
         assert command("publish", "p1")[0] == 0

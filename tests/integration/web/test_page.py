@@ -80,7 +80,7 @@ def test_an_upload_shows_its_tags(
 
 
 def test_every_field_has_its_label(server: FlaskServer, chromium: str, tmp_path: Path) -> None:
-    """Who cannot see the page, or uses no mouse, can use it; it fits a narrow screen, too."""
+    """The page works with a screen reader, by keyboard, and on a narrow screen."""
     with browser(chromium, tmp_path / "profile") as page:
         page.open(server.url + "/", width=360, height=800)
         page.until("document.readyState === 'complete'")

@@ -176,7 +176,6 @@ def test_trouble_of_one_request_leaves_the_others_their_connection(
 def test_readiness_follows_the_servers(
     posts: Desk, redis_server: RedisServer, mongo_server: MongoServer
 ) -> None:
-    """All there: 200; one of them stopped: 503 with its name; back again: 200."""
     client = posts.client
     assert client.get("/readyz").json["parts"] == {"workers": "ok", "broker": "ok", "store": "ok"}
     assert client.get("/readyz").status_code == 200

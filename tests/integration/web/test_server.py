@@ -28,7 +28,7 @@ TEXT = "a cat in the sea 一只猫"
 
 @pytest.fixture(scope="module")
 def wanted(site: Site) -> dict[str, Any]:
-    """What one process makes of the same files, without queue, workers and server."""
+    """The answer of one process to the same files, without queue, workers and server."""
     media = (Media("image", str(site.media / "a.png")), Media("video", str(site.media / "v.mp4")))
     with local_runner(site.settings) as runner:
         ran = runner.run(Post("p1", TEXT, media))
@@ -128,9 +128,6 @@ def test_readiness_before_and_after(server: FlaskServer) -> None:
     assert not (server.log.parent / "embedded").exists()
 
 
-# Processes -----------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def own(site: Site) -> Iterator[FlaskServer]:
     """A server that a test may end."""
@@ -172,9 +169,6 @@ def test_a_killed_server_leaves_no_worker(own: FlaskServer) -> None:
     own.process.wait(60)
     psutil.wait_procs(found, timeout=60)
     assert alive(process.pid for process in found) == []
-
-
-# Refusals ------------------------------------------------------------------------------------
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -1,4 +1,4 @@
-"""What a worker does with its tasks: batches and the loop."""
+"""A worker's batches and its loop."""
 
 from __future__ import annotations
 

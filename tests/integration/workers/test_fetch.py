@@ -19,8 +19,6 @@ from tests.support.workers.web import BODY, Web, web_server
 from workers.fetch.client import Fetcher, fetch
 from workers.protocol import Media
 
-# What comes ----------------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize(
     "path",
@@ -72,7 +70,6 @@ def test_requests_are_plain(web: Web, tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_credentials_of_a_url_are_used_and_never_told(web: Web, tmp_path: Path) -> None:
-    """A URL's password reaches its host, and no message."""
     url = web.url("/ok").replace("http://", "http://user:hunter2@")
     assert get(url, tmp_path) == BODY
     assert web.headers[-1]["Authorization"].startswith("Basic ")
@@ -145,9 +142,6 @@ def test_what_is_no_url(tmp_path: Path, url: str) -> None:
     assert len(str(caught.value)) < 120
 
 
-# How much and how long -----------------------------------------------------------------------
-
-
 def test_told_size_is_believed_when_it_is_too_large(web: Web, tmp_path: Path) -> None:
     """A length above the limit is refused before a byte is read."""
     reason = refused(web.url("/ok"), tmp_path, max_bytes=len(BODY) - 1)
@@ -163,7 +157,6 @@ def test_size_is_counted_and_not_believed(web: Web, tmp_path: Path, path: str) -
 
 
 def test_slow_answer(web: Web, tmp_path: Path) -> None:
-    """A server that says nothing for longer than the read time-out is left."""
     reason = retryable(web.url("/slow/3"), tmp_path, read_timeout_s=0.3)
     assert reason == "timed out after 0.3 s"
 
@@ -201,7 +194,6 @@ def test_spool_that_is_gone(web: Web, tmp_path: Path) -> None:
 
 
 def test_threads_do_not_share_a_clock(web: Web, tmp_path: Path) -> None:
-    """One thread's slow download does not cut another's."""
     results: dict[str, Any] = {}
 
     def work(name: str, path: str, total_s: float) -> None:

@@ -119,7 +119,6 @@ def test_addresses_that_are_not_public(text: str) -> None:
     ],
 )
 def test_addresses_that_are_public(text: str) -> None:
-    """Ordinary addresses of the internet pass."""
     assert is_public(ipaddress.ip_address(text))
 
 

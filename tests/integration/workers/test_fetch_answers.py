@@ -1,4 +1,4 @@
-"""What a download tells: the content's hash, and what a wait before the next try needs to know."""
+"""Results of downloads: the content's hash, and the wait before the next try."""
 
 from __future__ import annotations
 
@@ -66,5 +66,4 @@ def test_retry_after_is_seconds_or_a_date(text: str, low: float, high: float) ->
 
 @pytest.mark.parametrize("text", ["", "soon", "-5", "1.5", "\u0663"])
 def test_retry_after_of_another_form_is_none(text: str) -> None:
-    """What cannot be read is as if it were not there."""
     assert seconds_of(text) is None

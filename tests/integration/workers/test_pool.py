@@ -21,8 +21,6 @@ from workers.protocol import ExtractTask, Fetched, Tags
 
 ROOT = Path(__file__).resolve().parents[3]
 
-# What it does --------------------------------------------------------------------------------
-
 
 def test_every_stage_answers(driver: Driver) -> None:
     """Each kind of task reaches its role, and a decoded array is read where it was written."""
@@ -47,7 +45,7 @@ def test_decoded_to_nothing_holds_no_slot(driver: Driver) -> None:
 
 
 def test_tasks_are_batched_across_posts(driver: Driver, tmp_path: Path) -> None:
-    """What comes in while a worker is busy runs as one batch."""
+    """Tasks that arrive while a worker is busy run as one batch."""
     with driver.held(text_task, tmp_path / "hold"):
         asked = [driver.submit(text_task("batch")) for _ in range(6)]
         driver.told += driver.pool.poll(0.1)  # sends them
@@ -55,7 +53,6 @@ def test_tasks_are_batched_across_posts(driver: Driver, tmp_path: Path) -> None:
 
 
 def test_a_bad_member_fails_alone(driver: Driver) -> None:
-    """A task that raises fails with its own reason; its batch goes on."""
     driver.submit(text_task("sleep:0.3"))
     good = driver.submit(text_task("fine"))
     bad = driver.submit(text_task("bad:no such thing"))
@@ -100,7 +97,6 @@ def test_big_messages_pass(driver: Driver) -> None:
 
 
 def test_wake_from_another_thread(driver: Driver) -> None:
-    """`wake` ends a long poll at once."""
     timer = threading.Timer(0.2, driver.pool.wake)
     timer.start()
     started = time.monotonic()
@@ -110,15 +106,11 @@ def test_wake_from_another_thread(driver: Driver) -> None:
 
 
 def test_poll_returns_in_time(driver: Driver, tmp_path: Path) -> None:
-    """Without events `poll` returns after its time, also when workers are busy."""
     with driver.held(text_task, tmp_path / "hold") as task:
         started = time.monotonic()
         assert driver.pool.poll(0.3) == []
         assert 0.25 < time.monotonic() - started < 10
     driver.done(task)
-
-
-# Forgetting ----------------------------------------------------------------------------------
 
 
 def test_cancelled_tasks_tell_nothing_and_hold_nothing(driver: Driver) -> None:

@@ -57,7 +57,6 @@ def test_lost_device_replaces_the_process(driver: Driver) -> None:
 
 
 def test_stopped_worker_is_killed_at_the_deadline(driver: Driver) -> None:
-    """SIGSTOP in a task: the task fails at its deadline and the worker is replaced."""
     before = driver.pid("extract-0")
     started = time.monotonic()
     failed = driver.failed(driver.submit(text_task("stop"), seconds=2))

@@ -1,4 +1,4 @@
-"""How the pool starts, is refused and stops (`tests.support.workers.toys`)."""
+"""Start, refusal and stop of the pool, with toy workers (`tests.support.workers.toys`)."""
 
 from __future__ import annotations
 
@@ -52,7 +52,6 @@ def test_start_that_fails_again_and_again(tmp_path: Path) -> None:
 
 
 def test_start_that_hangs(tmp_path: Path) -> None:
-    """A worker that loads for longer than it may is killed and tried again."""
     settings = toy_settings(
         tmp_path,
         features={"text": {"arch": "decode-hangs"}},
@@ -128,7 +127,6 @@ def test_constructing_starts_nothing(tmp_path: Path) -> None:
 
 
 def test_unusable_spool_is_a_config_error(tmp_path: Path) -> None:
-    """A spool that is a file is told by its key."""
     (tmp_path / "file").write_text("")
     pool = ProcessPool(toy_settings(tmp_path / "file" / "spool"))
     with pytest.raises(ConfigError, match=r"^fetch\.spool: .* cannot be used"):

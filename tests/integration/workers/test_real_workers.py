@@ -393,7 +393,6 @@ def refusal(settings: Settings) -> str:
 
 
 def test_missing_bundle_refuses_the_pool(site: Site, tmp_path: Path) -> None:
-    """No bundle: one line that names where it was looked for."""
     fusion = site.settings.fusion.model_copy(update={"bundle": tmp_path / "none"})
     message = refusal(site.settings.model_copy(update={"fusion": fusion}))
     assert str(tmp_path / "none") in message

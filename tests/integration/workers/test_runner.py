@@ -104,7 +104,6 @@ def test_a_post_goes_from_its_sources_to_its_tags(made: Made, tmp_path: Path) ->
 
 
 def test_features_alone_need_no_fusion(made: Made) -> None:
-    """Without fusion there are no tags, and no such task."""
     runner, pool = made(fuse=False)
     ran = runner.submit(Post("p", "words")).result(60)
     assert ran.fused is None
@@ -233,7 +232,7 @@ def never(task: Task) -> Answer:
 
 
 def test_a_deadline_ends_a_post(made: Made) -> None:
-    """What hangs is given up in time, and what it held is free."""
+    """A post that hangs is given up in time, and its slots and files are free."""
     runner, _ = made(never)
     began = time.monotonic()
     future = runner.submit(Post("p", "words", (Media("image", URL),)), deadline_s=0.2)
@@ -291,7 +290,7 @@ def test_closing_tells_who_waits(made: Made) -> None:
 
 
 def test_a_refusal_is_raised(tmp_path: Path) -> None:
-    """What the pool refuses is a mistake in the configuration; nothing can be submitted."""
+    """A pool that refuses is a mistake in the configuration; nothing can be submitted."""
     pool = FakePool(tmp_path, refuse="no such bundle")
     runner = PostRunner(SETTINGS, pool=pool)
     with pytest.raises(ConfigError, match="no such bundle"):

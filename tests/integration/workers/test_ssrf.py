@@ -266,9 +266,6 @@ def test_other_schemes_are_refused(net: Net, tmp_path: Path, url: str) -> None:
     assert net.dialled == []
 
 
-# Redirects -----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
 @pytest.mark.parametrize(
     "target",
@@ -292,7 +289,6 @@ def test_redirect_to_a_private_address(net: Net, tmp_path: Path, status: int, ta
 
 @pytest.mark.parametrize("target", ["file:///etc/passwd", "gopher://127.0.0.1/", "data:,x"])
 def test_redirect_to_another_scheme(net: Net, tmp_path: Path, target: str) -> None:
-    """A redirect cannot leave http and https either."""
     reason = refused(f"http://public.example/302/{quote(target, safe='')}", tmp_path)
     assert "is not http or https" in reason
     assert net.trap.connections == 0
@@ -310,7 +306,6 @@ def test_chain_of_redirects_that_ends_at_home(net: Net, tmp_path: Path) -> None:
 
 
 def test_redirects_without_end(net: Net, tmp_path: Path) -> None:
-    """A chain is followed as far as the settings allow."""
     target = "http://public.example/a"
     for _ in range(5):
         target = f"http://public.example/302/{quote(target, safe='')}"
@@ -321,9 +316,6 @@ def test_redirects_for_browsers_are_not_followed(net: Net, tmp_path: Path) -> No
     """A ``Refresh`` header is no redirect: what came is taken as it is."""
     assert get("http://public.example/refresh/http:%2F%2F127.0.0.1%2F", tmp_path) == BODY
     assert net.trap.connections == 0
-
-
-# Names ---------------------------------------------------------------------------------------
 
 
 def test_rebinding_after_the_first_answer(net: Net, tmp_path: Path) -> None:

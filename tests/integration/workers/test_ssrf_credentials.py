@@ -1,4 +1,4 @@
-"""What a worker knows: nothing that leads from a hostile file to the broker or the database."""
+"""A worker knows nothing that leads from a hostile file to the broker or the database."""
 
 from __future__ import annotations
 

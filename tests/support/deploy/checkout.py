@@ -21,7 +21,7 @@ ROOT = Path(deploy.__file__).resolve().parents[1]
 
 
 def eventually(check: Callable[[], bool], timeout_s: float = 60.0) -> bool:
-    """Whether something becomes so in time; what a process that is being replaced raises is no."""
+    """Tell if a condition becomes true in time; errors of a process being replaced count as no."""
     end = time.monotonic() + timeout_s
     while time.monotonic() < end:
         try:
@@ -87,11 +87,11 @@ class Checkout:
                 child.kill()
 
     def health(self) -> dict[str, Any]:
-        """What the King last said; empty when it said nothing."""
+        """Return the King's last health file; empty without one."""
         return read_health(self.run / "king.json") or {}
 
     def serving(self, pid: int | None = None) -> bool:
-        """Whether a King serves, and is not the one of this pid."""
+        """Tell if a King serves, and is not the one of this pid."""
         health = self.health()
         fresh = time.time() - health.get("updated_at", 0) < 2
         return bool(fresh and health.get("phase") == "serving" and health["pid"] != pid)
@@ -102,5 +102,5 @@ class Checkout:
         return "\n".join(f"== {f.name}\n{f.read_text()}" for f in files if f.exists())
 
     def watchdog_log(self) -> str:
-        """What the watchdog logged."""
+        """Return the watchdog's log."""
         return (self.run / "watchdog.log").read_text()

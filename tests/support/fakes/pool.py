@@ -163,8 +163,6 @@ class FakePool:
         self.bundle = self._bundle = (name, version)
         self._events.append(BundleChanged(name, version))
 
-    # The worker ------------------------------------------------------------------------------
-
     def _work(self) -> None:
         now = time.monotonic()
         if self._refuse is not None and self.refused is None:

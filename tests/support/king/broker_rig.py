@@ -1,4 +1,4 @@
-"""What the broker tests share: one queue on one kind of broker, and a consumer that remembers."""
+"""Fixtures of the broker tests: one queue on one kind of broker, and a recording consumer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tests of the HTTP server share: an application over fake workers, and a real server."""
+"""Fixtures of the HTTP server's tests: an application over fake workers, and a real server."""
 
 from __future__ import annotations
 
@@ -35,9 +35,6 @@ from workers.runner import PostRunner
 ROOT = Path(__file__).resolve().parents[3]
 
 
-# An application in this process --------------------------------------------------------------
-
-
 @dataclass
 class Desk:
     """The application over fake workers.
@@ -54,7 +51,7 @@ class Desk:
 
     @property
     def files(self) -> list[str]:
-        """What lies in the uploads' folder, without its lock."""
+        """Return the files in the uploads' folder, without its lock."""
         return [path.name for path in self.uploads.folder.iterdir() if path.name != "lock"]
 
 
@@ -100,9 +97,6 @@ def desk(tmp_path: Path) -> Iterator[Desk]:
         yield made
         assert made.files == []
         assert list(downloads.iterdir()) == []
-
-
-# The real server -----------------------------------------------------------------------------
 
 
 class _Quiet(SimpleHTTPRequestHandler):
@@ -233,5 +227,5 @@ def server(site: Site) -> Iterator[FlaskServer]:
 
 
 def no_traceback(text: str) -> bool:
-    """Whether an answer keeps what is ours to itself."""
+    """Tell if an answer shows no internals."""
     return not re.search(r"Traceback|File \"|king-[0-9a-f]{8}|/tmp/", text)

@@ -110,7 +110,7 @@ class Driver:
         return self.done(self.submit(task, **options)).result
 
     def say(self, text: str, **options: Any) -> str:
-        """What the extract worker answers to a text."""
+        """Return the extract worker's answer to a text."""
         result = self.run(text_task(text), **options)
         assert isinstance(result, Extracted)
         assert result.text is not None

@@ -52,7 +52,7 @@ class NameServer:
         self._socket.close()
 
     def forget(self) -> None:
-        """What was asked: every name begins with its first answer again."""
+        """Forget the questions: every name begins with its first answer again."""
         self._turns.clear()
         self.asked.clear()
 
@@ -162,7 +162,7 @@ class HttpServer(ThreadingHTTPServer):
 
 
 class Net:
-    """What the guard sees as the network.
+    """The network as the guard sees it.
 
     Attributes:
         names: The name server.

@@ -54,7 +54,6 @@ def test_what_a_kill_left_is_written_anew(tmp_path: Path) -> None:
 
 
 def test_a_part_takes_the_place_of_the_file(tmp_path: Path) -> None:
-    """Its name is hidden until then."""
     path = tmp_path / "file"
     path.write_bytes(b"old")
     part = part_of(path)

@@ -1,4 +1,4 @@
-"""Where settings come from, which source wins, and how each mistake is told."""
+"""Sources of settings, their precedence, and the error line of each mistake."""
 
 from __future__ import annotations
 
@@ -170,7 +170,6 @@ def test_overrides_are_read_as_yaml() -> None:
 
 
 def test_merge_is_deep_and_leaves_its_layers_alone() -> None:
-    """Mappings are merged, lists and values are replaced."""
     low = {"a": {"b": 1, "l": [1, 2]}, "c": 1}
     high = {"a": {"l": [3]}, "c": {"d": 2}}
     assert merge(low, high) == {"a": {"b": 1, "l": [3]}, "c": {"d": 2}}
@@ -178,7 +177,6 @@ def test_merge_is_deep_and_leaves_its_layers_alone() -> None:
 
 
 def test_settings_are_frozen() -> None:
-    """Nobody changes settings behind another's back."""
     settings = Settings()
     with pytest.raises(ValidationError):
         settings.broker.queue = "other"  # type: ignore[misc]
@@ -193,7 +191,6 @@ def test_settings_survive_json() -> None:
 
 
 def test_validate_works_for_any_model() -> None:
-    """Other commands' configurations are told in the same words."""
     with pytest.raises(ConfigError, match=r"train\.yaml: queue: "):
         validate(BrokerSettings, {"queue": []}, "train.yaml")
 

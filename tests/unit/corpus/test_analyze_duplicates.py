@@ -162,7 +162,6 @@ def test_structure_hash_is_that_of_scipy(corpus: Corpus) -> None:
 
 @pytest.mark.parametrize("distance", [0, 3, 6, 16])
 def test_near_pairs_are_those_of_brute_force(distance: int) -> None:
-    """Every pair within the distance, and no other."""
     random = np.random.default_rng(distance)
     hashes = random.integers(0, 2**64, 300, np.uint64)
     for i in range(200, 300):  # neighbours at 0 to 19 bits
@@ -202,7 +201,6 @@ def test_texts_are_compared_without_case_width_and_spaces() -> None:
 
 
 def test_noise_pictures_are_not_alike() -> None:
-    """A hundred random pictures share no group."""
     looks = {str(i): look_of(noise(48, 36, seed=i)) for i in range(100)}
     posts = [CorpusPost(Post(s, media=(Media("image", s),))) for s in looks]
 

@@ -164,7 +164,6 @@ def test_media_are_the_same_by_their_content(tmp_path: Path) -> None:
 
 
 def test_a_second_run_gives_the_same_bytes(tmp_path: Path) -> None:
-    """Files of two runs are equal; those of another seed are not."""
     _corpus(tmp_path, [_post(i) for i in range(80)])
     for out, seed in (("a", "0"), ("b", "0"), ("c", "1")):
         assert _build(tmp_path, "--seed", seed, out=out) == 0

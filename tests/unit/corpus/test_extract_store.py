@@ -42,7 +42,7 @@ def whole(post_id: str = "p", **changes: Failure) -> Features:
 
 
 def share(features: Features, kind: Kind) -> Features:
-    """What a script of one kind gets of them: `workers.plan` leaves out the rest."""
+    """Return the results for a script of one kind: `workers.plan` leaves out the rest."""
     wanted = WANTED[kind]
     return Features(
         features.post_id,
@@ -154,7 +154,7 @@ def test_which_worker_died_is_not_written(tmp_path: Path) -> None:
 
 
 def test_media_lost_before_are_failures_of_their_modality(tmp_path: Path) -> None:
-    """Where nothing else is there it has failed; where something is, it is named beside it."""
+    """Without other media the modality has failed; with some, the failure is kept next to them."""
     missing = Features("p", {}, dict.fromkeys(MODALITIES, "missing"))
     result = store(tmp_path, "image").put(work("image", image=GONE), missing)
     assert result.statuses == {"image": "failed"}

@@ -76,7 +76,7 @@ def test_a_digest_is_that_of_what_the_features_are_made_from(tmp_path: Path) -> 
 
 
 def test_words_of_pictures_belong_to_the_text(tmp_path: Path) -> None:
-    """What is read in pictures counts where it is read: not where the post brings its words."""
+    """Pictures count for the text where OCR reads them, not where the post brings its OCR text."""
     read = one(tmp_path, TEXT, text="x", images=["a.jpg"]).digests
     other = one(tmp_path, TEXT, text="x", images=["b.jpg"]).digests
     assert read["text"] == other["text"]

@@ -43,7 +43,7 @@ FULL = {
 
 
 def test_line_is_read_and_written_alike(tmp_path: Path) -> None:
-    """What was read is written as the same bytes, keys in their order, and reads alike again."""
+    """Posts are written as the bytes that were read, keys in their order, and read alike again."""
     line = json.dumps(FULL, ensure_ascii=False)
     file = tmp_path / "p.jsonl"
     file.write_text(line + "\n", encoding="utf-8")

@@ -134,6 +134,5 @@ def test_what_the_sides_hold_counts() -> None:
 @given(st.integers(0, 5))
 @settings(max_examples=6, deadline=None)
 def test_the_seed_fixes_the_split(seed: int) -> None:
-    """Equal seeds, equal sides."""
     rows = _rows(list(range(60)), [[i % 5, 5 + i % 2] for i in range(60)], 7)
     assert (stratify(rows, (0.7, 0.3), seed) == stratify(rows, (0.7, 0.3), seed)).all()

@@ -91,7 +91,6 @@ def test_each_change_renumbers_without_gaps(
 def test_impossible_changes_are_refused_by_name(
     arguments: tuple[Any, list[str], list[str]], message: str
 ) -> None:
-    """One line says what cannot be done."""
     with pytest.raises(ConfigError, match=message):
         change(LabelMap(NAMES), *arguments, version=1)
 
@@ -230,14 +229,12 @@ def test_check_finds_every_planted_conflict(
 
 
 def test_a_clean_map_has_no_conflicts(tmp_path: Path) -> None:
-    """Exit code 0 where there is nothing to find."""
     labels = _map(tmp_path)
     data = _data(tmp_path, [[name] for name in NAMES])
     assert run(["labels", "check", str(labels), "--data", str(data)]) == 0
 
 
 def test_a_broken_record_is_named(tmp_path: Path) -> None:
-    """A line that is no migration is named with its number."""
     labels = _map(tmp_path)
     migrations_path(labels).write_text('{"version": 1}\n', encoding="utf-8")
     with pytest.raises(ConfigError, match="line 1: no migration"):
@@ -269,7 +266,6 @@ def test_names_follow_the_ids(data: st.DataObject) -> None:
 
 
 def test_rename_and_back_gives_the_same_map(tmp_path: Path) -> None:
-    """A change and its inverse leave map and data as they were."""
     labels = _map(tmp_path)
     start = LabelMap.load(labels)
     present, first = change(start, "rename", ["sun"], ["x"], 1)

@@ -150,7 +150,7 @@ def test_an_unreachable_broker_is_no_backlog() -> None:
 
 
 def test_work_past_its_deadline_counts_only_while_serving() -> None:
-    """What was in flight during an outage gets its whole deadline again."""
+    """Posts in flight during an outage get their whole deadline again."""
     story = Story()
     story.content["in_flight"] = 1
     story.phase = "store_down"
@@ -176,7 +176,6 @@ def test_another_kings_file_says_nothing() -> None:
 
 
 def test_a_new_process_begins_a_new_story() -> None:
-    """What was measured of the last one does not count against it."""
     story = Story()
     story.frozen = {"main"}
     assert story.run(9).tick_ages["main"] == 8
@@ -185,7 +184,7 @@ def test_a_new_process_begins_a_new_story() -> None:
 
 
 def test_a_full_disk_is_not_the_kings_fault(tmp_path: Path) -> None:
-    """Where nobody can write the health file, an old one proves nothing."""
+    """An old health file proves nothing when nobody can write a new one."""
     story = Story(health_file=tmp_path / "missing" / "king.json")
     story.frozen = {"main"}
     story.run(30)

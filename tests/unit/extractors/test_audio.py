@@ -138,7 +138,6 @@ def test_a_file_without_pca_cannot_be_postprocessed(tmp_path: Path) -> None:
 
 
 def test_patches_are_checked() -> None:
-    """Wrong shapes, types and values that are not finite are refused."""
     extractor = AudioExtractor(AudioSettings())
     bad = patches(1)
     bad[0, 0, 0] = np.inf
@@ -148,7 +147,6 @@ def test_patches_are_checked() -> None:
 
 
 def test_the_switches_are_in_the_fingerprint(tmp_path: Path) -> None:
-    """Features with another activation or post-processing have another fingerprint."""
     prints = set()
     for update in ({}, {"stray_relu": True}, {"weights": "random:2"}):
         settings = AudioSettings(**{"weights": "random:1", **update})

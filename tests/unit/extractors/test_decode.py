@@ -89,7 +89,6 @@ def test_an_animation_gives_several_images(tmp_path: Path) -> None:
 
 
 def test_ocr_settings_do_not_change_the_image(tmp_path: Path) -> None:
-    """The image's features have a fingerprint of their own: OCR settings must not enter them."""
     path = media.write_jpeg(tmp_path / "a.jpg", media.noise(3000, 2200))
     given = []
     for ocr in ({"enabled": False}, {"max_side": 960}, {"max_side": 2000}):

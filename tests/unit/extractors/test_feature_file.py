@@ -51,7 +51,6 @@ def example(post_id: str = "p1", rows: int = 3) -> Features:
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
-    """Arrays, statuses, failures and the read text come back as they were."""
     features = example()
     path = write_features(tmp_path, features, PRINTS)
     assert path == tmp_path / hashlib.sha256(b"p1").hexdigest()[:2] / "p1.safetensors"
@@ -153,7 +152,6 @@ def test_files_of_the_format_before_are_read(tmp_path: Path) -> None:
 def test_the_old_file_survives_a_failed_write(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A write that fails leaves the old file whole and no rubbish beside it."""
     path = write_features(tmp_path, example(), PRINTS)
 
     def fail(*_: object) -> None:
@@ -168,7 +166,6 @@ def test_the_old_file_survives_a_failed_write(
 
 
 def test_broken_files_are_one_line(tmp_path: Path) -> None:
-    """Missing, truncated, foreign and swapped files are refused with their path."""
     path = write_features(tmp_path, example(), PRINTS)
     content = path.read_bytes()
     other = write_features(tmp_path, example("p2"), PRINTS)

@@ -57,7 +57,6 @@ def test_items_keep_their_own_text_and_order(ocr: OcrExtractor) -> None:
 
 
 def test_a_line_that_stays_on_screen_is_read_once(ocr: OcrExtractor) -> None:
-    """Frames of one video that show the same line give it once."""
     (found,) = run(ocr, (picture("SALE"), picture("SALE"), picture("SALE", "now")))
     assert words(found).split("\n") == ["sale", "now"]
 
@@ -89,7 +88,6 @@ def test_colours_are_taken_as_rgb(ocr: OcrExtractor) -> None:
 
 
 def test_what_is_no_picture_is_refused(ocr: OcrExtractor) -> None:
-    """Floats, grey pictures and empty arrays are refused."""
     item: Any
     for item in (np.zeros((4, 4, 3)), np.zeros((4, 4), np.uint8), np.zeros((0, 4, 3), np.uint8)):
         with pytest.raises(FeatureError, match="ocr: a picture must be"):

@@ -45,7 +45,6 @@ def middle(pixels: np.ndarray) -> list[int]:
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", ["jpg", "png", "webp", "tif", "avif"])
 def test_exif_orientation(tmp_path: Path, orientation: int, kind: str) -> None:
-    """All eight orientations come out as Pillow turns them, in every format that stores one."""
     path = tmp_path / f"a.{kind}"
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -116,7 +115,6 @@ def test_cmyk_jpeg(tmp_path: Path, adobe: bool) -> None:
 
 
 def test_grey_jpeg(tmp_path: Path) -> None:
-    """A JPEG of one channel gives three equal ones."""
     pixels = one(media.write_jpeg(tmp_path / "a.jpg", np.full((24, 32), 90, np.uint8)))
     assert pixels.shape == (24, 32, 3)
     assert set(middle(pixels)) == {90}
@@ -124,13 +122,11 @@ def test_grey_jpeg(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["a.bmp", "a.webp", "a.avif", "a.tif"])
 def test_other_formats(tmp_path: Path, name: str) -> None:
-    """BMP, WebP, AVIF and TIFF are read too."""
     Image.fromarray(media.quadrants(96, 64)).save(tmp_path / name)
     assert near(one(tmp_path / name)[::63, ::95], media.quadrants(96, 64)[::63, ::95], 25)
 
 
 def test_floating_point_tiff(tmp_path: Path) -> None:
-    """A TIFF of 32-bit floats comes out as 8 bits."""
     cv2.imwrite(str(tmp_path / "a.tif"), np.full((8, 8, 3), 0.5, np.float32))
     assert np.unique(one(tmp_path / "a.tif")).tolist() == [127]
 
@@ -238,7 +234,6 @@ def no_width() -> bytes:
 def test_the_reason_is_one_plain_line(
     tmp_path: Path, content: bytes, said: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """What is wrong is said in the error, and nothing is printed."""
     (tmp_path / "a").write_bytes(content)
     with pytest.raises(MediaError, match=f"^{said}$"):
         read(tmp_path / "a")
@@ -278,7 +273,6 @@ def test_sizes() -> None:
 
 
 def test_no_picture_at_all(tmp_path: Path) -> None:
-    """A wrong extension does not help."""
     path = media.write_video(tmp_path / "a.mp4", media.grey_steps(3)).rename(tmp_path / "a.jpg")
     with pytest.raises(MediaError, match=r"^is not a picture: MP4 video$"):
         read(path)
@@ -303,7 +297,6 @@ def test_damaged_headers_never_raise_anything_else(tmp_path: Path, name: str) ->
 
 
 def test_damage_inside_a_jpeg(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Flipped bits between whole ends give a picture or a MediaError, and print nothing."""
     data = media.write_jpeg(tmp_path / "a.jpg", media.noise(200, 160)).read_bytes()
     random = np.random.default_rng(1)
     for _ in range(30):

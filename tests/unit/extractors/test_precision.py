@@ -1,4 +1,4 @@
-"""Which arithmetic is used, and what half precision keeps."""
+"""Choice of the arithmetic, and the accuracy of half precision."""
 
 from __future__ import annotations
 
@@ -72,7 +72,6 @@ def test_float16_is_clamped_not_overflown() -> None:
 
 
 def test_a_device_that_is_not_there_is_named() -> None:
-    """A CUDA device beyond those of this process is one line."""
     check_device("cpu")
     with pytest.raises(ConfigError, match="device cuda:99: this process sees"):
         check_device("cuda:99")

@@ -1,4 +1,4 @@
-"""What a file is, by its bytes."""
+"""The type of a file by its bytes."""
 
 from __future__ import annotations
 
@@ -85,7 +85,6 @@ def test_what_is_no_picture_is_named(tmp_path: Path, content: bytes, said: str) 
     ],
 )
 def test_the_wrong_kind_is_named(tmp_path: Path, name: str, kind: MediaKind, said: str) -> None:
-    """A file is refused by its content, whatever its name says."""
     path = tmp_path / "file.bin"
     MAKERS[name][1](tmp_path / name)
     (tmp_path / name).rename(path)
@@ -111,7 +110,6 @@ def test_random_bytes_are_nothing(tmp_path: Path, seed: int) -> None:
 @pytest.mark.parametrize("name", ["a.mp4", "a.mov", "a.mkv", "a.avi", "a.wav", "a.m4a"])
 @pytest.mark.parametrize("keep", [0.5, 0.8])
 def test_a_missing_end_is_noticed(tmp_path: Path, name: str, keep: float) -> None:
-    """Containers that say how long they are, are truncated when less is there."""
     MAKERS[name][1](tmp_path / name)
     kind: MediaKind = "audio" if name in ("a.wav", "a.m4a") else "video"
     check_type(tmp_path / name, kind)
@@ -133,7 +131,6 @@ def test_live_recordings_have_no_length(tmp_path: Path) -> None:
 
 
 def test_rubbish_behind_the_end_is_tolerated(tmp_path: Path) -> None:
-    """Bytes appended to an MP4 do not make it truncated."""
     path = media.write_video(tmp_path / "a.mp4", media.grey_steps(5))
     path.write_bytes(path.read_bytes() + b"\0" * 500)
     assert check_type(path, "video").family == "mp4"

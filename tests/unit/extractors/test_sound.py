@@ -89,7 +89,6 @@ def test_patches_equal_vggish(seconds: float) -> None:
 
 @pytest.mark.parametrize("samples", [0, 1, 400, 15359, 15599, 15600])
 def test_short_sound_is_padded_to_one_patch(samples: int) -> None:
-    """Sound under one patch counts as followed by silence."""
     waveform = np.full(samples, 0.3, np.float32)
     expected = reference_patches(np.pad(waveform, (0, 15600 - samples)))
     patches = log_mel_patches(waveform)
@@ -98,7 +97,6 @@ def test_short_sound_is_padded_to_one_patch(samples: int) -> None:
 
 
 def test_the_tail_is_dropped() -> None:
-    """What does not fill a patch is dropped, as VGGish does."""
     assert len(log_mel_patches(np.zeros(15600 + 15359, np.float32))) == 1
     assert len(log_mel_patches(np.zeros(15600 + 15360, np.float32))) == 2
 
@@ -152,7 +150,6 @@ def test_channels_are_mixed(tmp_path: Path, channels: int, name: str) -> None:
 
 
 def test_stereo_is_the_mean(tmp_path: Path) -> None:
-    """As VGGish's own code mixes: the mean of left and right."""
     left, right = media.tone(440, 1, level=0.4), media.tone(880, 1, level=0.6)
     path = media.write_wav(tmp_path / "a.wav", np.stack([left, right], 1), subtype="FLOAT")
     assert np.abs(waveform_of(path) - (left + right) / 2).max() < 1e-4
@@ -184,7 +181,6 @@ def test_formats(tmp_path: Path, name: str) -> None:
 
 
 def test_the_default_stream_of_several(tmp_path: Path) -> None:
-    """Of several sound tracks the default one is taken: here the first."""
     first, second = media.tone(500, 1, 48000), media.tone(3000, 1, 48000)
     path = media.write_video(
         tmp_path / "a.mp4", media.grey_steps(25), audio=[first, second], audio_rate_hz=48000
@@ -203,7 +199,6 @@ def test_a_rate_that_changes_on_the_way(tmp_path: Path) -> None:
 
 
 def test_max_audio_s(tmp_path: Path) -> None:
-    """No more sound than the limit is decoded."""
     path = media.write_wav(tmp_path / "a.wav", media.tone(440, 20, 16000))
     assert patches_of(path, max_audio_s=5).shape == (5, 96, 64)
     assert patches_of(path, max_duration_s=3).shape == (3, 96, 64)
@@ -211,14 +206,12 @@ def test_max_audio_s(tmp_path: Path) -> None:
 
 
 def test_a_video_without_sound_is_no_sound(tmp_path: Path) -> None:
-    """A file used as sound that has none says so."""
     path = media.write_video(tmp_path / "a.mp4", media.grey_steps(5))
     with pytest.raises(MediaError, match=r"^MP4 video has no sound$"):
         patches_of(path)
 
 
 def test_an_empty_track(tmp_path: Path) -> None:
-    """A sound file of no samples is refused."""
     path = media.write_wav(tmp_path / "a.wav", np.zeros(0, np.float32))
     with pytest.raises(MediaError, match=r"^WAV sound is empty: it has no sound$"):
         patches_of(path)
@@ -227,7 +220,6 @@ def test_an_empty_track(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["a.wav", "a.flac", "a.mp3", "a.m4a"])
 @pytest.mark.parametrize("keep", [0.3, 0.7])
 def test_truncated_sound_fails(tmp_path: Path, name: str, keep: float) -> None:
-    """A sound file without its end is failed with that reason."""
     path = tmp_path / name
     rich = np.random.default_rng(0).normal(0, 0.1, 88200).astype(np.float32)
     if name == "a.wav":

@@ -26,7 +26,6 @@ def pixels(count: int) -> np.ndarray:
 
 
 def test_every_extractor_answers_a_batch_in_order(suite: ExtractorSuite) -> None:
-    """Each of the five gives as many results as items, with its own columns."""
     patches = np.zeros((3, 96, 64), np.float32)
     for name, items in (
         ("video", [pixels(4), pixels(0), pixels(2)]),

@@ -62,14 +62,12 @@ def test_features_are_those_of_transformers(bert: Path) -> None:
     ],
 )
 def test_features_do_not_depend_on_the_batch(bert: Path, precision: str) -> None:
-    """A text gives the same features alone and beside longer ones, to 1e-3."""
     extractor = loaded(weights=str(bert), precision=precision)
     for text, together in zip(TEXTS, run(extractor, *TEXTS), strict=True):
         np.testing.assert_allclose(together, run(extractor, text)[0], atol=1e-3)
 
 
 def test_bfloat16_stays_near_float32(bert: Path) -> None:
-    """bfloat16 changes the features by under two percent of their length."""
     exact = np.concatenate(run(loaded(weights=str(bert), precision="fp32"), *TEXTS)).astype(float)
     rough = np.concatenate(run(loaded(weights=str(bert), precision="bf16"), *TEXTS)).astype(float)
     assert 0 < np.linalg.norm(exact - rough) / np.linalg.norm(exact) < 0.02
@@ -97,7 +95,6 @@ def test_long_text_is_cut(bert: Path) -> None:
 
 
 def test_arch_may_be_a_local_folder(bert: Path) -> None:
-    """A folder as `arch` with pretrained weights is the same as that folder as `weights`."""
     by_arch, by_weights = loaded(arch=str(bert)), loaded(weights=str(bert))
     assert by_arch.fingerprint == by_weights.fingerprint
     assert loaded(arch=str(bert), weights="random:1").fingerprint != by_arch.fingerprint
@@ -118,7 +115,6 @@ def test_random_weights_need_no_file() -> None:
 
 
 def test_the_fingerprint_names_weights_tokenizer_and_length(bert: Path, tmp_path: Path) -> None:
-    """Other weights, another vocabulary or another length give another fingerprint."""
     other = tiny_bert(tmp_path / "other", seed=3, dim=128)
     vocabulary = tiny_bert(tmp_path / "vocabulary", seed=2, dim=128)
     words = (vocabulary / "vocab.txt").read_text("utf-8").split("\n")
@@ -137,7 +133,6 @@ def test_the_fingerprint_names_weights_tokenizer_and_length(bert: Path, tmp_path
 
 
 def test_weights_that_lack_layers_are_refused(tmp_path: Path) -> None:
-    """A folder whose weights do not fill its configuration is refused, in one line."""
     folder = tiny_bert(tmp_path / "bert")
     config = json.loads((folder / "config.json").read_text("utf-8"))
     (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}), "utf-8")
@@ -148,7 +143,6 @@ def test_weights_that_lack_layers_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("broken", ["empty", "config", "weights"])
 def test_broken_folders_are_one_line(tmp_path: Path, broken: str) -> None:
-    """A folder without configuration, or with damaged files, is one line that names it."""
     folder = tmp_path / "bert"
     if broken == "empty":
         folder.mkdir()

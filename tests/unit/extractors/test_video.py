@@ -38,7 +38,7 @@ from tests.support.extractors.video_support import (
 )
 @pytest.mark.parametrize("count", [3, 16])
 def test_skipping_is_exact(tmp_path: Path, name: str, options: dict[str, Any], count: int) -> None:
-    """What is decoded with gaps equals, bit for bit, what plain decoding of everything gives."""
+    """Decoding with gaps gives, bit for bit, the frames of plain decoding."""
     path = media.write_video(tmp_path / name, moving(100), 25, **options)
     some, all_frames = taken(path, count), everything(path)
     assert len(some) == count
@@ -109,7 +109,6 @@ def test_the_whole_frame_is_squashed(tmp_path: Path) -> None:
 
 
 def test_key_frames_only(tmp_path: Path) -> None:
-    """`decode: keyframes` takes the key frames nearest to the centres, each once."""
     steps = media.grey_steps(96)
     path = media.write_video(
         tmp_path / "a.mp4", steps, 25, gop=12, options={"crf": "1", "sc_threshold": "0"}
@@ -148,7 +147,6 @@ def test_sound_and_silence(tmp_path: Path) -> None:
 
 
 def test_ten_bits(tmp_path: Path) -> None:
-    """Frames of ten bits a channel come out as eight."""
     path = media.write_video(
         tmp_path / "a.mp4", [media.solid(64, 48)] * 3, 25, pix_fmt="yuv420p10le"
     )
@@ -158,6 +156,5 @@ def test_ten_bits(tmp_path: Path) -> None:
 
 
 def test_gif_as_video(tmp_path: Path) -> None:
-    """An animated GIF may be posted as a video."""
     path = media.write_gif(tmp_path / "a.gif", media.grey_steps(8))
     assert len(greys(path)) == 8

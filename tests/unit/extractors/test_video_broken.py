@@ -70,7 +70,6 @@ def test_sound_only(tmp_path: Path) -> None:
 
 
 def test_cover_art_is_no_video(tmp_path: Path) -> None:
-    """An attached picture does not make a sound file a video."""
     path = tmp_path / "a.mp4"
     sound = media.write_mp3(
         tmp_path / "a.mp3", media.tone(440, 1, 44100), cover=media.solid(64, 48)
@@ -106,7 +105,6 @@ def test_truncated_mp4(tmp_path: Path, keep: float, faststart: bool) -> None:
 
 
 def test_an_mp4_without_its_index(tmp_path: Path) -> None:
-    """The `moov` box missing altogether: one line that names the type."""
     data = media.write_video(tmp_path / "a.mp4", moving(20), 25).read_bytes()
     (tmp_path / "b.mp4").write_bytes(data[: data.index(b"moov") - 4])
     with pytest.raises(MediaError, match=r"^MP4 video cannot be read: Invalid data"):
@@ -136,7 +134,6 @@ def test_no_duration(tmp_path: Path) -> None:
 
 
 def test_max_duration_s(tmp_path: Path) -> None:
-    """Of a longer video only the beginning is looked at."""
     path = media.write_video(tmp_path / "a.mp4", media.grey_steps(100), 10)
     decoded = decode(path, settings(4), max_duration_s=5)
     assert decoded.frames is not None
@@ -144,7 +141,6 @@ def test_max_duration_s(tmp_path: Path) -> None:
 
 
 def test_max_pixels(tmp_path: Path) -> None:
-    """A video of too many pixels is refused before a frame of it is decoded."""
     path = media.write_video(tmp_path / "a.mp4", [media.solid(320, 240)] * 2, 25)
     with pytest.raises(MediaError, match=r"320×240 pixels are more than decode.max_pixels: 10000"):
         decode(path, max_pixels=10000)

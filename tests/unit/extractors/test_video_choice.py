@@ -38,7 +38,6 @@ def test_without_any_time_stamps() -> None:
 
 
 def test_without_key_frames() -> None:
-    """A stream that marks no key frame is decoded from its beginning."""
     made = index([40 * i for i in range(20)], set())
     assert [(r.first, r.last) for r in plan_runs(made, [5, 15])] == [(0, 15)]
     assert made.nearest_keys([5, 15]) == [5, 15]

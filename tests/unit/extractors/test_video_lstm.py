@@ -112,7 +112,6 @@ def test_the_published_sizes_are_the_defaults() -> None:
 
 
 def test_a_vector_does_not_depend_on_its_neighbours() -> None:
-    """Videos of many lengths, in batches of two, give what each gives alone."""
     chance = np.random.default_rng(5)
     videos = [chance.normal(0, 1, (n, DIM)).astype(np.float16) for n in (3, 9, 3, 0, 3, 9)]
     together = loaded(batch_size=2).vectors(videos)
@@ -135,7 +134,6 @@ def test_weights_that_do_not_fit_are_one_line(tmp_path: Path) -> None:
 
 
 def test_what_is_not_finite_is_refused() -> None:
-    """A NaN in the frames is an error of this video, not a vector."""
     with pytest.raises(FeatureError, match=r"video\.lstm: .* not finite"):
         loaded().vectors([np.full((2, DIM), np.nan, np.float16)])
 
@@ -172,7 +170,6 @@ def test_short_clips_repeat_their_frames(count: int) -> None:
 
 
 def test_no_frames_give_no_rows_and_no_vector() -> None:
-    """An empty clip is no feature, and does not disturb the clip beside it."""
     extractor = VideoExtractor(settings())
     extractor.load()
     empty, other = extractor.forward([pixels(0), pixels(3)])
@@ -230,7 +227,6 @@ def test_fingerprints_tell_what_a_stream_was_made_with() -> None:
 
 
 def test_the_suite_serves_both_streams() -> None:
-    """Fingerprints and dims are there by stream."""
     features = tiny_features(video=settings())
     suite = ExtractorSuite(features, names=("video",))
     suite.load()

@@ -32,7 +32,6 @@ def loaded(**settings: object) -> VisualExtractor:
     ("arch", "size"), [(TINY_VIT, 160), (TINY_CNN, 96), ("test_efficientnet", 96)]
 )
 def test_features_are_those_of_timm(tmp_path: Path, arch: str, size: int) -> None:
-    """The features equal a direct call of timm with torchvision-style normalisation."""
     path = tiny_timm_weights(tmp_path, arch, seed=3)
     extractor = loaded(arch=arch, weights=str(path), image_size=size, precision="fp32")
     items = pictures(3, size)
@@ -49,7 +48,6 @@ def test_features_are_those_of_timm(tmp_path: Path, arch: str, size: int) -> Non
 
 
 def test_the_default_architecture_gives_1024_columns() -> None:
-    """The default of both visual extractors is timm's ViT-L/16 at 224 pixels, 1024 columns."""
     for settings in (ImageSettings(), VideoSettings()):
         assert settings.arch == "vit_large_patch16_224"
         with torch.device("meta"):
@@ -67,7 +65,6 @@ def test_the_default_architecture_gives_1024_columns() -> None:
 )
 @pytest.mark.parametrize("arch", [TINY_VIT, TINY_CNN])
 def test_features_do_not_depend_on_the_batch(arch: str, precision: str) -> None:
-    """An item gives the same features alone and between others, over chunk borders, to 1e-3."""
     extractor = loaded(
         arch=arch, weights="random:1", image_size=64, batch_size=4, precision=precision
     )
@@ -98,7 +95,6 @@ def test_a_vit_takes_another_size_and_the_weights_of_its_own(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
 def test_weights_with_a_classifier_load(tmp_path: Path, suffix: str) -> None:
-    """A state dict of either kind loads; its classifier is left out."""
     path = tiny_timm_weights(tmp_path, TINY_CNN, num_classes=7, suffix=suffix)
     state = timm.create_model(TINY_CNN, num_classes=7).state_dict()
     assert any(key.startswith("fc") for key in state)
@@ -118,7 +114,6 @@ def test_weights_with_a_classifier_load(tmp_path: Path, suffix: str) -> None:
     ],
 )
 def test_wrong_settings_are_one_line(settings: dict[str, object], words: tuple[str, ...]) -> None:
-    """A setting that cannot be honoured is one line that names its key."""
     with pytest.raises(ConfigError) as caught:
         loaded(**{"image_size": 64, **settings})
     assert "\n" not in str(caught.value)
@@ -127,7 +122,6 @@ def test_wrong_settings_are_one_line(settings: dict[str, object], words: tuple[s
 
 
 def test_weights_of_another_architecture_are_refused(tmp_path: Path) -> None:
-    """A file whose tensors are not the model's is refused in one line, not loaded in part."""
     path = tiny_timm_weights(tmp_path, TINY_CNN)
     with pytest.raises(
         ConfigError, match=r"features.image.weights: .*does not fit test_vit"
@@ -137,7 +131,6 @@ def test_weights_of_another_architecture_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_file_that_lacks_a_layer_is_refused(tmp_path: Path) -> None:
-    """Weights with a layer missing would leave it random: they are refused."""
     path = tmp_path / "part.pth"
     state = timm.create_model(TINY_CNN, num_classes=0).state_dict()
     state.pop("layer1.0.conv1.weight")
@@ -174,7 +167,6 @@ def test_a_batch_is_halved_when_memory_runs_out(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_values_that_are_not_finite_are_an_error(tmp_path: Path) -> None:
-    """A model that gives NaN fails its batch and says what to try."""
     path = tmp_path / "nan.pth"
     state = timm.create_model(TINY_CNN, num_classes=0).state_dict()
     state["conv1.0.weight"].fill_(torch.nan)

@@ -150,7 +150,6 @@ def test_the_same_seed_gives_the_same_file(tmp_path: Path) -> None:
 
 
 def test_training_goes_on_from_a_file(tmp_path: Path) -> None:
-    """Weights of an earlier training are the start, with any number of classes."""
     first = learn("picture", pictures(60, 1), pictures(30, 2), tmp_path / "a.safetensors")
     again = learn(
         "picture",
@@ -164,7 +163,6 @@ def test_training_goes_on_from_a_file(tmp_path: Path) -> None:
 
 
 def test_posts_without_items_are_left_out(tmp_path: Path) -> None:
-    """A post without pictures neither fails nor counts."""
     items, targets = pictures(20, 1)
     items[3] = items[3][:0]
     out = tmp_path / "x.safetensors"
@@ -222,7 +220,6 @@ def test_what_cannot_be_trained_is_said_in_one_line(
 
 
 def test_items_that_are_not_finite(tmp_path: Path) -> None:
-    """A loss that is no number ends the training, and no file appears."""
     items, targets = patches(20, 1)
     items[7][0, 0, 0] = np.nan
     with pytest.raises(ConfigError, match="the training loss is nan"):

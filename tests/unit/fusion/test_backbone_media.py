@@ -1,4 +1,4 @@
-"""What a backbone is shown of posts' media, and how its scores become a post's."""
+"""A backbone's view of posts' media, and its scores joined to a post's."""
 
 from __future__ import annotations
 

@@ -35,7 +35,6 @@ def write(folder: Path, seed: int = 0, **changes: object) -> str:
 
 
 def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
-    """Weights, labels, manifest, thresholds, metrics, name and version come back."""
     thresholds = np.linspace(0.1, 0.9, support.CLASSES).astype(np.float32)
     version = write(tmp_path / "b", thresholds=thresholds)
     found = bundle.load_bundle(tmp_path / "b")
@@ -110,7 +109,6 @@ def test_a_broken_bundle_is_refused_in_one_line(name: str, tmp_path: Path) -> No
 
 
 def test_other_features_are_refused_by_name(tmp_path: Path) -> None:
-    """The line names the modality, what the bundle wants and what is given."""
     write(tmp_path / "b")
     inferer = Inferer.load(tmp_path / "b")
     inferer.check(support.FINGERPRINTS)
@@ -173,14 +171,12 @@ def test_a_reader_never_sees_half_a_bundle(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
-    """A file in the way is named, and nothing is left behind."""
     (tmp_path / "file").write_text("")
     with pytest.raises(BundleError, match="cannot be written"):
         write(tmp_path / "file" / "b")
 
 
 def test_scores_do_not_depend_on_the_batch(tmp_path: Path) -> None:
-    """Alone, among others, or in small batches: within 1e-5, in the order given."""
     write(tmp_path / "b")
     posts = [
         support.features(f"p{i}", seed=i, lengths={"video": 1 + i, "ocr": i % 3}) for i in range(9)
@@ -232,7 +228,6 @@ def test_features_of_another_length_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_device_that_is_not_there(tmp_path: Path) -> None:
-    """One line says how many there are."""
     write(tmp_path / "b")
     with pytest.raises(ConfigError, match=r"cuda:99: this machine has \d+ CUDA"):
         Inferer.load(tmp_path / "b", device="cuda:99")

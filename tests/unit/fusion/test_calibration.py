@@ -81,7 +81,7 @@ def test_a_temperature_keeps_the_order_and_the_middle() -> None:
 
 
 def test_a_temperature_of_one_sided_truth_stays_within_its_bounds() -> None:
-    """Where everything is right the cross entropy has no minimum; the bound is taken."""
+    """The cross entropy of perfect scores has no minimum; the bound is taken."""
     assert fit_temperature([0.1, 0.9], [0, 1]) == pytest.approx(0.02)
     assert fit_temperature([0.9, 0.1], [0, 1]) == pytest.approx(50)
 
@@ -156,7 +156,6 @@ def test_a_precision_threshold_is_the_lowest_that_gives_it() -> None:
 
 
 def test_a_precision_out_of_reach_gives_the_tag_no_more() -> None:
-    """Where the best-scoring post is wrong, or no post has the tag."""
     assert precision_threshold([0.9, 0.8, 0.3], [0, 1, 0], 0.9) == 1.0
     assert precision_threshold([0.9, 0.8], [0, 0], 0.5) == 1.0
     assert precision_threshold([0.9, 0.8, 0.3], [1, 1, 0], 0.9) == pytest.approx(0.55)
@@ -164,7 +163,6 @@ def test_a_precision_out_of_reach_gives_the_tag_no_more() -> None:
 
 
 def test_rare_tags_take_the_common_precision_threshold() -> None:
-    """With too few positives the threshold is that of all tags together."""
     scores = np.array([[0.9, 0.2], [0.8, 0.1], [0.3, 0.15], [0.2, 0.05]])
     truth = np.array([[1, 1], [1, 0], [0, 0], [0, 0]])
     found = fit_thresholds(scores, truth, min_positives=2, precision=0.9)
@@ -197,7 +195,6 @@ def write(folder: Path, **changes: Any) -> None:
 
 @pytest.mark.parametrize("name", CALIBRATIONS)
 def test_a_bundle_keeps_and_applies_its_calibration(name: str, tmp_path: Path) -> None:
-    """Scores, and the tags by their thresholds, are calibrated ones."""
     calibration = CALIBRATIONS[name]
     write(tmp_path / "plain")
     write(tmp_path / "b", calibration=calibration)
@@ -240,7 +237,6 @@ BROKEN: dict[str, tuple[Any, str]] = {
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_calibration_is_refused_in_one_line(name: str, tmp_path: Path) -> None:
-    """The bundle's file and the mistake are named."""
     content, says = BROKEN[name]
     write(tmp_path / "b")
     path = tmp_path / "b" / "bundle.yaml"

@@ -17,7 +17,6 @@ from tests.support.fusion import runs
 
 @pytest.mark.parametrize("content", [b"", b"no checkpoint", None])
 def test_a_broken_checkpoint_is_refused(content: bytes | None, tmp_path: Path) -> None:
-    """Missing, empty or other files are named, not unpickled."""
     path = tmp_path / "last.pt"
     if content is not None:
         path.write_bytes(content)
@@ -36,7 +35,6 @@ def test_a_broken_checkpoint_is_refused(content: bytes | None, tmp_path: Path) -
     ids=["no signature", "no schedule", "no progress", "more progress"],
 )
 def test_a_checkpoint_of_another_release_is_refused(change: Any, tmp_path: Path) -> None:
-    """Parts that are missing or more than known: one line that names the file."""
     path = tmp_path / "last.pt"
     save_checkpoint(path, Checkpoint("{}", Progress(1), {}))
     content = torch.load(path, weights_only=True)

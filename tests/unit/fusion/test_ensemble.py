@@ -91,7 +91,6 @@ def test_sure_members_do_not_tie() -> None:
 
 
 def test_the_version_knows_every_member(tmp_path: Path) -> None:
-    """Another second member is another version, though the first is the same."""
     versions = [
         write(tmp_path / str(seed), model=Ensemble([member(0), member(seed)])) for seed in (1, 2)
     ]
@@ -129,7 +128,7 @@ def test_a_bundle_of_before_ensembles_loads(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("pool_valid", [True, False])
 def test_folds_leak_nothing(pool_valid: bool, posts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a fold's model learned from never meets what it is scored on; each post is left once."""
+    """No post that a fold's model learned from is close to one it scores; each is held out once."""
     by_fold: dict[str, set[str]] = {}
     original = Trainer.fit
 
@@ -164,7 +163,6 @@ def test_folds_leak_nothing(pool_valid: bool, posts: Path, monkeypatch: pytest.M
 
 
 def test_folds_are_scored_by_their_own_model(posts: Path) -> None:
-    """Each left-out post has the score of the one member that did not learn from it."""
     report = run(posts, ensemble={"folds": 3}, trainer={"epochs": 1}, report={"enabled": True})
     predictions = Predictions.load(posts / "run" / "latest" / "report" / "scores.npz")
     lists = [PostList.read(posts / f"{n}.json", support.LABELS) for n in ("train", "valid")]
@@ -265,13 +263,11 @@ def test_snapshots_are_the_ends_of_the_cycles(posts: Path) -> None:
     ],
 )
 def test_snapshots_that_cannot_be(sections: Any, says: str, tmp_path: Path) -> None:
-    """One line says what must be changed."""
     with pytest.raises(ConfigError, match=says):
         support.train_settings(tmp_path, ensemble={"snapshots": 2}, **sections)
 
 
 def test_more_folds_than_posts(posts: Path) -> None:
-    """One line names the key."""
     with pytest.raises(ConfigError, match=r"ensemble.folds: 60 posts are too few for 31"):
         run(posts, ensemble={"folds": 31})
 
@@ -279,8 +275,6 @@ def test_more_folds_than_posts(posts: Path) -> None:
 def test_files_of_a_fold_that_cannot_be_written(
     posts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A full disk is one line that names the file."""
-
     def full(path: Path, content: bytes) -> None:
         raise OSError(28, "No space left on device")
 

@@ -77,7 +77,6 @@ def test_onnx_gives_the_inferers_scores(name: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*MODELS, "ensemble"])
 def test_torch_export_gives_the_inferers_scores(name: str, tmp_path: Path) -> None:
-    """The file is read by torch alone."""
     many = name == "ensemble"
     bundle = bundle_of(tmp_path, "gmu" if many else name, members=2 if many else 1)
     found = export(fusion_graph(bundle), "torch", tmp_path / "model.pt2")
@@ -166,7 +165,6 @@ def test_a_model_that_cannot_be_exported_is_one_line(tmp_path: Path) -> None:
 def test_without_the_packages_it_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Onnx and onnxscript are an extra."""
     graph = fusion_graph(bundle_of(tmp_path, "concat_mlp"))
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(ConfigError, match=r"pip install insighttag\[export\]"):

@@ -113,7 +113,7 @@ def test_csv_is_safe_in_a_spreadsheet(tmp_path: Path) -> None:
 
 
 def test_standard_output_holds_tags_alone(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """What is for people goes to standard error; without scores lines are short."""
+    """Messages for people go to standard error; without scores lines are short."""
     assert rig.infer(folder, "--set", "scores=false") == 0
     printed = capsys.readouterr()
     found = [json.loads(line) for line in printed.out.splitlines()]
@@ -144,7 +144,6 @@ def test_gpus_that_are_not_there(folder: Path, capsys: pytest.CaptureFixture[str
 
 @pytest.mark.gpu
 def test_gpus_give_the_same_scores(folder: Path) -> None:
-    """``--n_gpus 1``: within rounding of the CPU's."""
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     scores = []
@@ -223,7 +222,6 @@ def test_bad_posts_are_left_out_and_listed(
 def test_a_bad_post_ends_the_run_and_is_named(
     bad: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Without ``--skip_bad``: one line, exit 2, no output."""
     spoil(folder)
     entries = json.loads((folder / "posts.json").read_text())
     alone = [e for e in entries if e["post_id"] == bad or e["post_id"] not in BAD]
@@ -266,7 +264,6 @@ def test_a_broken_line_is_a_bad_post(folder: Path, capsys: pytest.CaptureFixture
 def test_a_mistake_in_the_config_is_one_line(
     content: str, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Exit 2, naming the file's key; never a password."""
     (tmp_path / "infer.yaml").write_text(content)
     (tmp_path / "posts.json").write_text('[{"post_id": "p"}]')
     assert rig.infer(tmp_path) == 2
@@ -290,7 +287,6 @@ def test_a_mistake_in_the_config_is_one_line(
 def test_a_mistake_in_the_options_is_one_line(
     given: list[str], says: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Exit 2, naming the option."""
     assert rig.infer(folder, *given) == 2
     said = capsys.readouterr().err
     assert says in said

@@ -212,7 +212,6 @@ def test_posts_of_a_whole_output_are_not_computed_again(
 def test_a_whole_output_of_something_else_is_made_anew(
     change: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It is replaced at the end of the run."""
     folder = rig.make(tmp_path, posts=8)
     output, more = folder / "t.jsonl", list[str]()
     assert rig.infer(folder, "--output", str(output)) == 0

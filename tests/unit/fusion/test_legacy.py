@@ -81,7 +81,6 @@ def test_no_command_executes_it(tmp_path: Path, capsys: pytest.CaptureFixture[st
     ids=["plain", "state_dict", "model", "both", "module", "net module"],
 )
 def test_wrappers_are_taken_off(wrap: Any, tmp_path: Path) -> None:
-    """What training scripts put around a state dict."""
     state = {"a.weight": torch.arange(4.0), "b": torch.ones(2, 2)}
     torch.save(wrap(state), tmp_path / "w.pth")
     found = load_legacy(tmp_path / "w.pth")
@@ -117,7 +116,6 @@ def test_a_whole_model_is_read_when_allowed(
 
 
 def test_a_model_whose_code_is_not_here_says_so(tmp_path: Path) -> None:
-    """Models of another code base cannot be unpickled without it."""
     (tmp_path / "elsewhere.py").write_text("import torch\nclass Net(torch.nn.Linear): pass\n")
     script = "import elsewhere, torch; torch.save(elsewhere.Net(2, 2), 'net.pth')"
     subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True)
@@ -149,7 +147,6 @@ def test_what_is_written_is_read_by_plain_torch(tmp_path: Path) -> None:
     ],
 )
 def test_a_broken_file_is_one_line(content: bytes, says: str, tmp_path: Path) -> None:
-    """It names the file."""
     (tmp_path / "w.pth").write_bytes(content)
     (tmp_path / "w.safetensors").write_bytes(content)
     for name, words in (("w.pth", says), ("w.safetensors", "cannot be read as weights")):

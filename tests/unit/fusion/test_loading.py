@@ -47,7 +47,6 @@ def test_a_mistake_in_the_thread_is_raised_where_the_item_was_wanted() -> None:
 
 
 def test_a_caller_that_stops_early_ends_the_thread() -> None:
-    """Closing the iterator leaves no thread behind, though items without end are to come."""
     before = set(threading.enumerate())
     found = ahead(iter(int, 1), depth=1)
     next(found)

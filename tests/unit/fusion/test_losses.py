@@ -114,7 +114,6 @@ def test_losses_are_finite_where_probabilities_are_not(
 
 @pytest.mark.parametrize("name", ["bce", "focal", "asymmetric"])
 def test_posts_without_any_tag_teach_their_absence(name: str) -> None:
-    """A row of zeros has a positive loss that pushes every logit down."""
     logits = torch.zeros(1, 4, requires_grad=True)
     loss = TaggingLoss(LossSettings.model_validate({"name": name}), torch.ones(4))
     loss(logits, torch.zeros(1, 4)).backward()
@@ -137,7 +136,6 @@ def test_class_weights_follow_the_effective_number() -> None:
 
 
 def test_class_weights_weigh_a_class_column() -> None:
-    """Each class's costs count by its weight."""
     logits, targets = given()
     positives = torch.tensor([1, 2, 3, 400, 5])
     settings = LossSettings.model_validate({"class_balance": 0.9})
@@ -169,7 +167,6 @@ def test_masked_posts_cost_nothing_and_teach_nothing() -> None:
 
 
 def test_a_loss_that_does_not_exist_is_one_line() -> None:
-    """The key and the names that there are."""
     with pytest.raises(ConfigError, match=r"loss\.name.*'bce', 'focal' or 'asymmetric'"):
         validate(TrainSettings, {"loss": {"name": "hinge"}}, "test")
 
@@ -258,7 +255,6 @@ def test_mixup_is_for_training_only_and_its_loss_is_finite() -> None:
 
 
 def test_an_objective_wants_targets() -> None:
-    """A batch without them is a mistake of the caller, not a zero loss."""
     model = build_model(support.schema(), support.SMALL)
     with pytest.raises(ValueError, match="needs targets"):
         Objective(model, TaggingLoss(LossSettings(), torch.ones(6)))(batch()._replace(targets=None))

@@ -45,13 +45,11 @@ def case(seed: int) -> tuple[np.ndarray, np.ndarray, int]:
 
 
 def test_gap_of_the_golden_vectors() -> None:
-    """The published definition gives these two numbers."""
     assert metrics.global_average_precision(SCORES, TARGETS, 2) == pytest.approx(0.916667, abs=1e-6)
     assert metrics.global_average_precision(SCORES, TARGETS, 1) == pytest.approx(0.666667, abs=1e-6)
 
 
 def test_gap_agrees_with_a_slow_implementation() -> None:
-    """200 random cases of all shapes, with few and many classes, agree to rounding."""
     for seed in range(200):
         scores, targets, top_k = case(seed)
         found = metrics.global_average_precision(scores, targets, top_k)
@@ -79,13 +77,11 @@ def test_ties_are_broken_by_chance_and_not_by_position() -> None:
 
 
 def test_gap_counts_positives_outside_the_top_k() -> None:
-    """A positive that is not among a sample's top k is missed, not forgotten."""
     scores, targets = [[0.9, 0.8, 0.1]], [[1, 0, 1]]
     assert metrics.global_average_precision(scores, targets, 1) == pytest.approx(0.5)
 
 
 def test_gap_without_positives_is_zero() -> None:
-    """There is nothing to find."""
     assert metrics.global_average_precision([[0.5, 0.1]], [[0, 0]]) == 0.0
     assert metrics.global_average_precision(np.zeros((0, 3)), np.zeros((0, 3))) == 0.0
 
@@ -150,7 +146,6 @@ def test_hit_at_one_and_perr_by_hand() -> None:
 
 
 def test_accuracy_agrees_with_scikit_learn() -> None:
-    """Of decisions and of whole posts, thresholds per class."""
     chance = np.random.default_rng(4)
     scores, targets = chance.random((90, 5)), (chance.random((90, 5)) < 0.3).astype(int)
     thresholds = chance.uniform(0.5, 0.9, 5)
@@ -178,7 +173,6 @@ def test_the_precision_recall_curve_agrees_with_scikit_learn() -> None:
 
 
 def test_the_summary_is_its_parts() -> None:
-    """Each number under its name, at the thresholds that are given."""
     chance = np.random.default_rng(8)
     scores, targets = chance.random((60, 6)), chance.random((60, 6)) < 0.3
     thresholds = chance.random(6)

@@ -26,7 +26,7 @@ def batch_of(posts: list[Features], **changes: bool) -> Batch:
 
 
 def logits(name: str, posts: list[Features], seed: int = 0) -> np.ndarray:
-    """What a small model with the seed's weights says."""
+    """Return the logits of a small model with the seed's weights."""
     torch.manual_seed(seed)
     with torch.inference_mode():
         found: np.ndarray = support.model(name)(batch_of(posts)).numpy()
@@ -35,7 +35,6 @@ def logits(name: str, posts: list[Features], seed: int = 0) -> np.ndarray:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_post_is_scored_alike_alone_and_in_any_batch(name: str) -> None:
-    """Padding changes nothing: longer posts beside it leave a post's logits as they are."""
     post = support.features("a", seed=1, lengths={"video": 3, "text": 2})
     others = [
         support.features("b", seed=2, lengths={"video": 9, "text": 20, "audio": 11}),
@@ -47,7 +46,6 @@ def test_a_post_is_scored_alike_alone_and_in_any_batch(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_stands_in_the_padding_changes_nothing(name: str) -> None:
-    """Even a NaN behind the end of a post does not reach its logits."""
     torch.manual_seed(0)
     model = support.model(name)
     batch = batch_of([support.features("a", lengths={"audio": 2}), support.features("b")])
@@ -60,7 +58,6 @@ def test_what_stands_in_the_padding_changes_nothing(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("modality", MODALITIES)
 def test_a_masked_modality_equals_a_missing_one(name: str, modality: Modality) -> None:
-    """Clearing a modality's mask gives just what a post without it gets."""
     torch.manual_seed(0)
     model = support.model(name)
     whole = batch_of([support.features()])
@@ -73,7 +70,6 @@ def test_a_masked_modality_equals_a_missing_one(name: str, modality: Modality) -
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_modality_counts(name: str) -> None:
-    """Taking any one modality away moves the logits."""
     whole = logits(name, [support.features()])
     for modality in MODALITIES:
         without = logits(name, [support.features(lengths={modality: 0})])
@@ -82,7 +78,6 @@ def test_every_modality_counts(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_missing_vectors_learn(name: str) -> None:
-    """The learned stand-in gets a gradient where its modality is missing, and only there."""
     torch.manual_seed(0)
     model = support.model(name)
     model(batch_of([support.features(lengths={"ocr": 0})])).sum().backward()
@@ -104,7 +99,6 @@ def test_the_order_of_frames_matters_and_that_of_images_does_not() -> None:
 
 
 def test_modality_dropout_always_leaves_one() -> None:
-    """At any chance every post keeps at least one of the modalities that it has."""
     drop = ModalityDropout(0.9).train()
     torch.manual_seed(0)
     has = torch.rand(500, 5) < 0.5
@@ -129,7 +123,6 @@ def test_modality_dropout_hides_independently_and_about_as_often_as_asked() -> N
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_parameter_is_optimized_once(name: str) -> None:
-    """The groups with and without decay cover the model and do not overlap."""
     model = support.model(name).train()
     groups = parameter_groups(model, OptimizerSettings())
     ids = [id(p) for group in groups for p in group["params"]]
@@ -138,7 +131,6 @@ def test_every_parameter_is_optimized_once(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_an_untrained_model_predicts_the_frequencies(name: str) -> None:
-    """`start_at` puts the first predictions near how often each tag occurs."""
     torch.manual_seed(0)
     model = support.model(name)
     frequencies = torch.linspace(0.02, 0.6, support.CLASSES)
@@ -149,7 +141,6 @@ def test_an_untrained_model_predicts_the_frequencies(name: str) -> None:
 
 
 def test_positions_are_distinct_for_any_width() -> None:
-    """No two places look alike, for even and odd widths."""
     for width in (7, 32):
         places = positions(64, width)
         assert places.shape == (64, width)
@@ -158,7 +149,6 @@ def test_positions_are_distinct_for_any_width() -> None:
 
 
 def test_heads_must_divide_the_width() -> None:
-    """One line names the key."""
     options = support.SMALL.token_transformer.model_copy(update={"heads": 5})
     settings = support.SMALL.model_copy(update={"token_transformer": options})
     with pytest.raises(ConfigError, match=r"model.token_transformer.width: 32"):

@@ -185,7 +185,6 @@ def test_an_optimizer_equals_its_definition(name: str) -> None:
 
 
 def test_steps_that_do_not_rise_are_refused() -> None:
-    """One line names the key."""
     with pytest.raises(ConfigError, match="steps_at must rise"):
         validate(TrainSettings, {"optimizer": {"steps_at": [0.7, 0.5]}}, "test")
 
@@ -200,7 +199,6 @@ def test_the_learning_rate_goes_up_and_down() -> None:
 
 
 def test_the_moving_average() -> None:
-    """It follows the weights, is applied for a while, and gives the own weights back."""
     model = torch.nn.Linear(1, 1, bias=False)
     with torch.no_grad():
         model.weight.fill_(0)

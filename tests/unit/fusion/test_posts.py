@@ -92,7 +92,6 @@ def test_a_broken_data_file_is_one_line(text: str, says: str, tmp_path: Path) ->
 
 
 def test_a_broken_line_is_named_by_its_number(tmp_path: Path) -> None:
-    """Of JSON lines; bytes that are no UTF-8 are a mistake, too."""
     file = tmp_path / "a.jsonl"
     file.write_text('{"post_id": "a"}\n{"post_id"\n')
     with pytest.raises(ConfigError, match="line 2: not JSON"):
@@ -128,7 +127,6 @@ def test_some_posts_of_a_list(tmp_path: Path) -> None:
 
 
 def test_what_is_left_out_is_told(tmp_path: Path) -> None:
-    """Unknown labels, entries that are none and repeated IDs, each with its reason."""
     content = [{"post_id": "a"}, {"post_id": "b", "labels": ["nope"]}, {}, {"post_id": "a"}]
     file = written(tmp_path, "a.json", content)
     told: list[tuple[str | None, str, str]] = []

@@ -159,7 +159,6 @@ def test_every_subset_is_the_gap_of_posts_that_have_only_it(
 
 
 def test_the_page_needs_nothing_else(trained: tuple[Path, TrainReport]) -> None:
-    """Charts are embedded and lie beside it; there is no script and nothing from the network."""
     folder, report = trained
     report_folder = folder / "run" / "latest" / "report"
     assert report.page == report_folder.resolve() / "report.html"
@@ -179,7 +178,6 @@ def test_the_page_needs_nothing_else(trained: tuple[Path, TrainReport]) -> None:
 
 
 def test_without_a_report_nothing_is_measured_twice(tmp_path: Path) -> None:
-    """`report.enabled: false` leaves out the folder and the subsets."""
     support.write_posts(tmp_path, "train", 20, 1)
     support.write_posts(tmp_path, "valid", 10, 2)
     report = train(support.train_settings(tmp_path, trainer={"epochs": 1}), FeatureFiles())
@@ -205,7 +203,6 @@ def test_a_report_without_validation_shows_the_run(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
-    """The error names it, and the report that was there stays."""
     given = ReportInput("a", "b", {}, None)
     write_report(tmp_path / "report", given, ReportSettings())
     before = (tmp_path / "report" / "report.html").read_text()
@@ -218,6 +215,5 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("url", ["ftp://x/{post_id}", "https://x.test/", "javascript:{post_id}"])
 def test_addresses_of_posts_that_are_none(url: str) -> None:
-    """Without the ID, or of another scheme."""
     with pytest.raises(ValueError, match="must begin with http"):
         ReportSettings(post_url=url)

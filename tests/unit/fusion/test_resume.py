@@ -39,7 +39,6 @@ def interrupt(settings: TrainSettings, epoch: int, step: int) -> None:
 
 @pytest.mark.parametrize("ema", [0.0, 0.9])
 def test_a_resumed_run_ends_with_the_same_weights(ema: float, posts: Path) -> None:
-    """Interrupted within the third epoch and resumed: bit-equal to the run that was left alone."""
     options: dict[str, Any] = {"optimizer": {"ema_decay": ema}, "trainer": {"epochs": 4}}
     runs.run(posts, **options)
     whole = runs.weights(posts)
@@ -112,7 +111,6 @@ RUNS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", RUNS)
 def test_every_optimizer_resumes_exactly(name: str, tmp_path: Path) -> None:
-    """Interrupted in the third epoch and resumed: bit-equal to the run that was left alone."""
     for file, count in (("train", 40), ("valid", 16)):
         support.write_posts(tmp_path, file, count, 1)
     finals = []

@@ -95,7 +95,6 @@ def test_only_the_last_checkpoint_goes_on_in_its_folder(
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
-    """The line names the setting."""
     (tmp_path / "save").write_text("a file in the way")
     with pytest.raises(ConfigError, match=r"trainer\.save_dir: .*save cannot be written"):
         link_latest(Fabric(accelerator="cpu", devices=1), tmp_path / "save" / "run")

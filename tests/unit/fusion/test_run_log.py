@@ -22,7 +22,7 @@ def log(folder: Path, *, tensorboard: bool = True) -> RunLog:
 
 
 def epochs(run: RunLog, first: int, last: int, loss: float) -> None:
-    """What a trainer writes in epochs of two steps."""
+    """Write the log of a trainer with epochs of two steps."""
     for epoch in range(first, last + 1):
         for step in (1, 2):
             run.write("step", epoch=epoch, step=step, loss=loss + step, learning_rate=0.1)
@@ -31,7 +31,7 @@ def epochs(run: RunLog, first: int, last: int, loss: float) -> None:
 
 
 def curves(folder: Path) -> EventAccumulator:
-    """What TensorBoard shows of a folder."""
+    """Return TensorBoard's view of a folder."""
     found = EventAccumulator(str(folder / "log" / "tensorboard"))
     found.Reload()
     return found
@@ -82,7 +82,7 @@ def test_after_a_resume_no_point_stands_twice(tmp_path: Path) -> None:
 
 
 def test_a_resume_inside_an_epoch_keeps_its_first_steps(tmp_path: Path) -> None:
-    """What was done before the checkpoint counts, what came after it is done anew."""
+    """Steps before the checkpoint count, those after it are done again."""
     run = log(tmp_path)
     run.begin(steps=2)
     epochs(run, 1, 2, 0.0)
@@ -109,7 +109,6 @@ def test_a_new_run_in_the_same_folder_hides_the_one_before(tmp_path: Path) -> No
 
 
 def test_curves_at_the_end(tmp_path: Path) -> None:
-    """The precision-recall curve of all decisions, and a histogram of the tags' precisions."""
     run = log(tmp_path)
     run.begin(steps=2)
     chance = np.random.default_rng(0)
@@ -136,7 +135,6 @@ def test_without_tensorboard_there_is_no_folder(tmp_path: Path) -> None:
 
 
 def test_a_log_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
-    """The file is named."""
     (tmp_path / "log").write_text("a file in the way")
     with pytest.raises(ConfigError, match=r"train.jsonl: the log cannot be written"):
         log(tmp_path).begin(steps=1)

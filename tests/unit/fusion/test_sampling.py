@@ -22,7 +22,6 @@ def test_every_post_once_an_epoch_in_a_new_order() -> None:
 
 @pytest.mark.parametrize(("count", "size"), [(5, 8), (2, 1), (16, 8), (17, 8), (18, 8), (3, 2)])
 def test_batches_know_their_number(count: int, size: int) -> None:
-    """What `len` says is what comes, for sets smaller than a batch too."""
     batches = EpochBatches(count, size, 0, rank=0, world=1)
     found = list(batches)
     assert len(found) == len(batches)

@@ -49,14 +49,12 @@ def test_long_texts_are_cut_and_long_videos_thinned() -> None:
 
 
 def test_features_of_another_shape_are_refused_by_name() -> None:
-    """The line names post, modality and both shapes."""
     wrong = Features("p7", {"audio": np.zeros((2, 5), np.float16)}, {})
     with pytest.raises(FeatureError, match=r"p7: audio features are \(2, 5\).*\(n, 6\)"):
         support.schema().arrays(wrong)
 
 
 def test_modalities_can_be_left_out_or_unknown() -> None:
-    """`without` hides a modality, and one that the model was not trained with is ignored."""
     found = support.schema().arrays(support.features(), frozenset({"audio"}))
     assert set(found) == {"video", "image", "text", "ocr"}
     only_text = InputSchema.of(FeatureManifest({"text": 10}, {"text": "t"}), TokenLimits(), 2)

@@ -40,7 +40,6 @@ def spoil(folder: Path) -> None:
 def test_bad_posts_are_listed_and_left_out(
     loaders: int, few_posts: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The run ends well on the others, and one line says how many and why."""
     spoil(few_posts)
     config = runs.config_file(few_posts, trainer={"epochs": 1}, data={"loaders": loaders})
     assert train_net.main(["--model_config", str(config), "--skip_bad"]) == 0

@@ -81,7 +81,6 @@ def test_a_model_of_two_streams_equals_a_numpy_forward(name: str) -> None:
 
 
 def test_without_video_hides_both_streams() -> None:
-    """Leaving out the modality leaves out its rows and its vector, and nothing else."""
     found = schema().arrays(features(), frozenset({"video"}))
     assert set(found) == {"image", "audio", "text", "ocr"}
     assert set(schema().arrays(features())) == set(DIMS)
@@ -123,7 +122,6 @@ def test_the_last_modality_stays_with_both_streams() -> None:
 
 
 def test_hidden_streams_have_no_loss_of_their_own() -> None:
-    """When the video is hidden from a post, both its heads are masked for that post."""
     made = model("concat_mlp", modality_dropout=0.5).train()
     for part in made.modules():
         if isinstance(part, torch.nn.Dropout):

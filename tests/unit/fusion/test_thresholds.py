@@ -62,7 +62,6 @@ def test_calibration_of_what_says_nothing(kind: str, truth: int, score: float) -
 
 @pytest.mark.parametrize("precision", [None, 0.9])
 def test_tags_are_given_by_the_fitted_thresholds(precision: float | None, tmp_path: Path) -> None:
-    """What is served is what the report counts: the same tags for the same posts."""
     support.write_posts(tmp_path, "train", 60, 1)
     support.write_posts(tmp_path, "valid", 40, 2)
     settings = support.train_settings(

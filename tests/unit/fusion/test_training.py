@@ -50,7 +50,6 @@ def test_a_fixed_seed_gives_the_same_weights_and_another_seed_others(posts: Path
 
 
 def test_early_stopping(posts: Path) -> None:
-    """Training ends once so many validations brought no better GAP."""
     report = runs.run(
         posts,
         trainer={"epochs": 30, "patience": 2},
@@ -66,7 +65,6 @@ def test_without_validation(posts: Path) -> None:
 
 
 def test_bfloat16_trains(posts: Path) -> None:
-    """Mixed precision runs through Fabric and still gives a float32 bundle."""
     report = runs.run(posts, trainer={"epochs": 1, "precision": "bf16"})
     state = load_file(report.bundle / "model.safetensors")
     assert {t.dtype for t in state.values() if t.is_floating_point()} == {torch.float32}
@@ -82,7 +80,6 @@ def test_images_as_frames_train(posts: Path) -> None:
 
 @pytest.mark.slow
 def test_loader_processes_read_the_same(posts: Path) -> None:
-    """Reading in other processes changes nothing in the result."""
     runs.run(posts, trainer={"epochs": 1})
     first = runs.weights(posts)
     runs.run(posts, trainer={"epochs": 1}, data={"loaders": 1})
@@ -101,7 +98,6 @@ def test_the_loss_is_the_logits_form() -> None:
 
 
 def test_targets_are_required_in_training() -> None:
-    """A batch without targets is a mistake of the caller, not a zero loss."""
     with pytest.raises(ValueError, match="needs targets"):
         targets_of(Batch(("a",), {}, {}))
 
@@ -120,7 +116,6 @@ def test_a_threshold_lies_between_what_it_parts() -> None:
 
 
 def test_rare_tags_take_the_common_threshold() -> None:
-    """A tag with fewer positives than asked for gets the threshold of all tags together."""
     scores = np.array([[0.9, 0.2], [0.8, 0.1], [0.3, 0.15], [0.2, 0.05]])
     targets = np.array([[1, 1], [1, 0], [0, 0], [0, 0]])
     fitted = fit_thresholds(scores, targets, min_positives=2)

@@ -84,6 +84,5 @@ def test_a_mistake_in_the_options_exits_2(
 
 @pytest.mark.parametrize("main", [train_net.main, infer_net.main])
 def test_an_unknown_option_is_one_line(main: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    """No usage text of ten lines around it."""
     assert main(["--nothing"]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1

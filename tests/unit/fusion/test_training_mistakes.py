@@ -81,20 +81,17 @@ def test_a_loss_that_is_no_number_stops_the_run(posts: Path) -> None:
 
 
 def test_a_checkpoint_of_another_architecture_is_refused(posts: Path) -> None:
-    """The line says what differs."""
     runs.run(posts, trainer={"epochs": 1})
     with pytest.raises(ConfigError, match=r"made with another model: .*token_transformer"):
         runs.run(posts, resume=posts / "run", model={"name": "concat_se"})
 
 
 def test_more_gpus_than_there_are(posts: Path) -> None:
-    """One line says how many this machine has."""
     with pytest.raises(ConfigError, match=r"trainer.n_gpu: 99 GPUs wanted"):
         runs.run(posts, trainer={"n_gpu": 99})
 
 
 def test_broken_feature_files(tmp_path: Path) -> None:
-    """The first one is named."""
     support.write_posts(tmp_path, "train", 4, 1)
     support.write_posts(tmp_path, "valid", 4, 2)
     for file in (tmp_path / "features").rglob("*.safetensors"):

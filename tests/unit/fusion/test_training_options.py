@@ -47,7 +47,6 @@ def test_batch_size(few_posts: Path) -> None:
 
 
 def test_learning_rate(few_posts: Path) -> None:
-    """It is the highest rate of the schedule."""
     schedule = {"schedule": "constant", "warm_up": 0.0}
     trained(few_posts, "--learning_rate", "4e-4", "--log_interval", "1", optimizer=schedule)
     assert {e["learning_rate"] for e in of(few_posts, "step")} == {4e-4}
@@ -62,7 +61,6 @@ def test_epoch(few_posts: Path) -> None:
 
 
 def test_save_dir(few_posts: Path) -> None:
-    """Checkpoints and log lie there, and nowhere else."""
     trained(few_posts, "--save_dir", few_posts / "elsewhere")
     assert (few_posts / "elsewhere" / "latest" / "ckpt" / "last.pt").exists()
     assert (few_posts / "elsewhere" / "latest" / "log" / "train.jsonl").exists()
@@ -169,7 +167,7 @@ def test_resume_refuses_what_does_not_fit(
 
 
 class _Trap:
-    """What a whole pickled model could do."""
+    """A pickled model that runs code when it is loaded."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -214,7 +212,6 @@ def test_the_task_chooses_what_is_trained(tmp_path: Path) -> None:
 
 
 def test_the_sample_config_is_whole() -> None:
-    """The file that comes with the program names only keys that exist."""
     file = runs.ROOT / "config" / "train_config.yaml"
     found = train_settings(train_options(["--model_config", str(file)]))
     assert isinstance(found, TrainSettings)

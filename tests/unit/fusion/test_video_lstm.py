@@ -65,7 +65,6 @@ def test_weights_that_do_not_reach_the_disk_are_no_weights(
 
 
 def test_training_has_dropout_and_serving_has_none() -> None:
-    """Two passes differ in training and agree in evaluation."""
     model = AttentionLstm(DIM, SIZES)
     frames = torch.randn(2, 5, DIM)
     assert not torch.equal(model(frames), model(frames))

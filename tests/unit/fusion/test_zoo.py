@@ -99,7 +99,6 @@ def test_a_model_equals_a_numpy_forward(name: str, changes: dict[str, object]) -
 
 @pytest.mark.parametrize("name", NAMES)
 def test_an_own_head_sees_its_modality_only(name: str) -> None:
-    """Whatever is done to the others, what a modality says alone stays as it is."""
     model = lively(name)
     bare = {m: 0 for m in MODALITIES if m != "audio"}
     with torch.inference_mode():
@@ -110,7 +109,6 @@ def test_an_own_head_sees_its_modality_only(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_in_training_too_a_post_is_blind_to_the_padding_of_others(name: str) -> None:
-    """Longer padding changes neither logits nor what batch normalisation learns."""
     posts, found = POSTS[:3], []
     for padding in (0, 6):
         model = lively(name).train()
@@ -161,7 +159,6 @@ def test_the_loss_of_own_heads_is_masked_post_by_post(name: str) -> None:
 
 
 def test_a_hidden_modality_has_no_loss_of_its_own() -> None:
-    """What modality dropout hides is not learned from: its head's weights get no gradient."""
     model = lively("concat_mlp").train()
     model.drop.chance = 0.999999  # all but one of each post
     torch.manual_seed(3)
@@ -230,7 +227,6 @@ def test_groups_cover_every_parameter_once_at_the_rate_of_its_stage(name: str) -
 
 
 def test_a_parameter_without_a_stage_is_refused() -> None:
-    """A layer that is added to a model and to none of its stages would never learn."""
     model = support.model("gmu")
     model.forgotten = nn.Linear(2, 2)
     with pytest.raises(ValueError, match=r"forgotten\.weight is in 0 stages"):
@@ -276,7 +272,6 @@ def test_nextvlad_rounds_its_width_up_to_the_groups() -> None:
 
 
 def test_masked_batch_normalisation_learns_from_what_is_there() -> None:
-    """Its statistics and results are those of torch's own on the rows that are there."""
     torch.manual_seed(0)
     rows, mask = torch.randn(4, 5, 3) * 2 + 1, torch.rand(4, 5) < 0.6
     masked, plain = MaskedBatchNorm(3).train(), nn.BatchNorm1d(3).train()

@@ -131,7 +131,6 @@ def test_every_modality_reaches_the_fusion(tmp_path: Path) -> None:
 
 
 def test_more_media_than_slots_do_not_deadlock(tmp_path: Path) -> None:
-    """Many posts with many media pass through one slot."""
     media = tuple(Media("video", f"http://a/{i}") for i in range(6))
     with bench(tmp_path / "s", slots=1) as it:
         posts = [begun(Post(f"p{i}", media=media)) for i in range(8)]
@@ -152,7 +151,6 @@ def test_more_media_than_slots_do_not_deadlock(tmp_path: Path) -> None:
 def test_broken_modality_leaves_the_rest(
     tmp_path: Path, kind: type, name: str | None, broken: set[str]
 ) -> None:
-    """A step that fails for good marks its modality, and the post is tagged from the others."""
     failure = Failure("decode", "MediaError", "not a picture")
     with bench(tmp_path / "s", failing(kind, failure, name)) as it:
         [outcome] = it.run(begun())
@@ -168,7 +166,6 @@ def test_broken_modality_leaves_the_rest(
 def test_worker_death_costs_the_attempt_but_not_the_last(
     tmp_path: Path, kind: type, name: str | None
 ) -> None:
-    """A death comes back with back-off; on the last attempt the post is tagged from the rest."""
     with bench(tmp_path / "s", failing(kind, DIED, name)) as it:
         [outcome] = it.run(begun())
         assert isinstance(outcome, Retry)
@@ -219,7 +216,6 @@ def test_fusion_failures(tmp_path: Path, failure: Failure, attempt: int, kind: t
 
 @pytest.mark.parametrize("kind", [FetchTask, DecodeTask, ExtractTask, FuseTask])
 def test_post_deadline_ends_the_attempt(tmp_path: Path, kind: type) -> None:
-    """A post that hangs in any stage fails its attempt in time and leaves nothing behind."""
     with bench(
         tmp_path / "s",
         lambda task: None if isinstance(task, kind) else default_answer(task),
@@ -265,7 +261,6 @@ def test_decoded_but_empty_file_needs_no_slot(tmp_path: Path) -> None:
 
 
 def test_arrays_that_do_not_fit_together_are_a_failure(tmp_path: Path) -> None:
-    """Two images with features of different width kill the post, not the King."""
     dims = iter((4, 5))
 
     def answer(task: Task) -> Answer:
@@ -283,7 +278,6 @@ def test_arrays_that_do_not_fit_together_are_a_failure(tmp_path: Path) -> None:
 
 
 def test_media_beyond_the_limit_are_left_out(tmp_path: Path) -> None:
-    """A post with very many media is tagged from the first ones."""
     post = Post("p1", media=tuple(Media("image", f"http://a/{i}") for i in range(50)))
     with bench(tmp_path / "s") as it:
         [outcome] = it.run(begun(post))
@@ -293,7 +287,6 @@ def test_media_beyond_the_limit_are_left_out(tmp_path: Path) -> None:
 
 
 def test_drain_gives_back_what_is_in_flight(tmp_path: Path) -> None:
-    """Posts that a drain breaks off come back as given back, and so do those that come later."""
     with bench(tmp_path / "s", lambda _task: None) as it:
         it.thread.start(begun())
         wait_until(lambda: bool(it.pool.submitted), 60, "a task")
@@ -305,7 +298,6 @@ def test_drain_gives_back_what_is_in_flight(tmp_path: Path) -> None:
 
 
 def test_refused_pool_and_new_bundle_reach_the_board(tmp_path: Path) -> None:
-    """What the workers say of themselves is known to the other threads."""
     with bench(tmp_path / "s", refuse="workshop/weights/current: no such bundle") as it:
         wait_until(lambda: it.status.refused is not None, 60, "the refusal")
         assert it.status.refused is not None
@@ -318,7 +310,6 @@ def test_refused_pool_and_new_bundle_reach_the_board(tmp_path: Path) -> None:
 
 
 def test_random_failures_leave_no_slot_and_no_file(tmp_path: Path) -> None:
-    """Whatever fails whenever, each post has one outcome and nothing stays behind."""
     rng = random.Random(5)
 
     def answer(task: Task) -> Answer:

@@ -42,7 +42,6 @@ def test_media_come_in_many_shapes(value: Any, found: list[str]) -> None:
 
 @pytest.mark.parametrize("text", [None, 5, ["a"], {"a": 1}, b"x"])
 def test_text_of_another_type_is_no_text(text: Any) -> None:
-    """A post whose text is no text is tagged from the rest."""
     post = read_post("p", {"_id": "p", "text": text, "images": "http://a/1"}, FieldMap())
     assert post.text == ""
     assert post.media == (Media("image", "http://a/1"),)

@@ -80,7 +80,6 @@ def test_messages_that_cannot_be_served_are_dead_letters(tmp_path: Path) -> None
 
 
 def test_same_post_delivered_again_joins_the_running_job(tmp_path: Path) -> None:
-    """Two messages for one post are one job; both are acknowledged at its end."""
     store, gate = FakeStore(posts("p1")), Gate()
     broker = MemoryBroker(queue_of(b"p1", b'"p1"'))
     pool = fake_pool(tmp_path, gate)
@@ -95,7 +94,6 @@ def test_same_post_delivered_again_joins_the_running_job(tmp_path: Path) -> None
 
 
 def test_tagged_post_is_settled_and_forced_post_is_not(tmp_path: Path) -> None:
-    """A post that this bundle has tagged is acknowledged without work, unless it is forced."""
     done = {"model": "fake", "version": "1", "status": "tagged", "tags": []}
     store = FakeStore(posts("p1", "p2", insight=done))
     broker = MemoryBroker(queue_of(b"p1", PostMessage("p2", force=True).encode()))
@@ -108,7 +106,6 @@ def test_tagged_post_is_settled_and_forced_post_is_not(tmp_path: Path) -> None:
 
 
 def test_retryable_failures_come_back_until_they_succeed(tmp_path: Path) -> None:
-    """Two deaths and a success: three attempts, one result, no job left."""
     deaths = iter((DIED, DIED))
 
     def answer(task: Task) -> Answer:
@@ -133,7 +130,6 @@ def test_retryable_failures_come_back_until_they_succeed(tmp_path: Path) -> None
 
 
 def test_exhausted_attempts_are_a_dead_letter(tmp_path: Path) -> None:
-    """A post that always kills its worker is set aside after its last attempt."""
     store = FakeStore(posts("p1"))
     broker = MemoryBroker(queue_of(b"p1"))
     pool = fake_pool(
@@ -177,8 +173,6 @@ def test_health_file_shows_progress(tmp_path: Path) -> None:
 
 
 def test_fetch_failures_are_named_in_the_result(tmp_path: Path) -> None:
-    """A 404 costs its modality; its reason stands in the result and in the log line."""
-
     def answer(task: Task) -> Answer:
         if isinstance(task, FetchTask):
             return Failure("fetch", "FetchRefused", "HTTP 404")

@@ -58,7 +58,6 @@ def test_drain_mode_waits_for_retries_and_exits_zero(
 
 
 def test_drain_finishes_what_is_in_flight(tmp_path: Path) -> None:
-    """After a stop nothing new begins; what has begun is finished, written, acknowledged."""
     store, gate = FakeStore(posts("p1", "p2")), Gate()
     broker = MemoryBroker(queue_of(b"p1"))
     with on_fakes(tmp_path, store, broker, gate) as it:

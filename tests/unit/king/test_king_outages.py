@@ -16,7 +16,6 @@ from workers.protocol import FuseTask
 
 
 def test_database_away_stops_intake_and_nothing_else(tmp_path: Path) -> None:
-    """While the database is away nothing is acknowledged and no more is taken; then all is done."""
     ids = [f"p{i}" for i in range(30)]
     store = FakeStore(posts(*ids))
     broker = MemoryBroker(queue_of(*[i.encode() for i in ids]), prefetch=8)
@@ -104,7 +103,6 @@ def test_drain_with_the_database_away_ends_in_time(tmp_path: Path) -> None:
 def test_orphans_of_a_dead_king_are_published(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A job whose King is dead and whose message is lost is done by the next King."""
     monkeypatch.setattr("king.store_thread._RELEASE_AFTER_S", 0.1)
     monkeypatch.setattr("king.king.is_dead", lambda owner: owner == "dead")
     store, broker = FakeStore(posts("p1")), MemoryBroker()

@@ -37,7 +37,6 @@ from king.messages import PostMessage, parse_message
     ],
 )
 def test_reads_every_accepted_form(body: bytes | str, expected: PostMessage) -> None:
-    """Bare text, JSON text, JSON numbers and objects name the post they look like."""
     assert parse_message(body) == expected
 
 
@@ -74,7 +73,6 @@ def test_reads_every_accepted_form(body: bytes | str, expected: PostMessage) -> 
     ],
 )
 def test_refuses_with_a_one_line_reason(body: bytes | str, reason: str) -> None:
-    """What cannot be read raises MessageError, never anything else, and says why."""
     with pytest.raises(MessageError, match=reason) as caught:
         parse_message(body)
     assert "\n" not in str(caught.value)
@@ -96,6 +94,5 @@ def test_encode_and_parse_are_inverse(post_id: str, priority: int, force: bool) 
 
 @given(st.binary(max_size=200))
 def test_never_raises_anything_else(body: bytes) -> None:
-    """Random bytes are a message or a MessageError."""
     with contextlib.suppress(MessageError):
         assert parse_message(body).post_id

@@ -55,7 +55,6 @@ class PickyStore(FakeStore):
 def test_refused_job_waits_alone_and_is_written_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
 ) -> None:
-    """The others are acknowledged at once, the refused one when its job is written at last."""
     monkeypatch.setattr("king.store_thread._REFUSED_AGAIN_S", 0.3)
     store = PickyStore([{"_id": "bad", "text": "x"}, {"_id": "good", "text": "x"}], at, 3)
     broker = MemoryBroker(queue_of(b"bad", b"good"))
@@ -71,7 +70,6 @@ def test_refused_job_waits_alone_and_is_written_later(
 
 @pytest.mark.parametrize("at", ["begin", "finish"])
 def test_drain_puts_a_refused_post_back(tmp_path: Path, at: str) -> None:
-    """A stop does not wait for a job that is refused: its message goes back to the queue."""
     store = PickyStore([{"_id": "bad", "text": "x"}], at, 10_000)
     broker = MemoryBroker(queue_of(b"bad"))
     with on_fakes(tmp_path, store, broker, drain_timeout_s=50) as it:

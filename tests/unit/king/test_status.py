@@ -18,7 +18,6 @@ from king.status import Status, read_health, write_health
 
 
 def test_health_file_is_always_whole(tmp_path: Path) -> None:
-    """A reader never sees half a file, however often it is replaced."""
     path = tmp_path / "run" / "king.json"
     seen = {"pid": 1, "updated_at": 2.0, "n": 0, "pad": "x" * 50_000}
     write_health(path, seen)
@@ -45,7 +44,6 @@ def test_health_file_is_always_whole(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", [None, "", "{", "[]", "3"])
 def test_unreadable_health_is_none(tmp_path: Path, content: str | None) -> None:
-    """No file, half a file or another file is no health, and no exception."""
     path = tmp_path / "king.json"
     if content is not None:
         path.write_text(content)
@@ -78,7 +76,6 @@ def test_phases_follow_what_is_up() -> None:
 
 
 def test_rate_is_over_the_last_minute() -> None:
-    """Posts older than a minute count no more."""
     now = time.time()
     status = Status(lambda: now)
     status.started_at = now - 1000
@@ -92,7 +89,6 @@ def test_rate_is_over_the_last_minute() -> None:
 
 
 def test_deliveries_of_a_post_leave_together() -> None:
-    """Deliveries of one post gather, and leave together, once."""
     in_flight = InFlight()
     first, second = Delivery(b"p1", 1, 1), Delivery(b'"p1"', 2, 1)
     assert in_flight.add("p1", first)

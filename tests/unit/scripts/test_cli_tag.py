@@ -67,7 +67,6 @@ def test_a_post_is_read_with_its_media(tmp_path: Path) -> None:
     ],
 )
 def test_mistakes_in_the_file_are_named(tmp_path: Path, content: Any, named: str) -> None:
-    """Each names the file, the entry and the key."""
     file = written(tmp_path, content)
     with pytest.raises(ConfigError) as caught:
         read_posts(file)
@@ -76,7 +75,6 @@ def test_mistakes_in_the_file_are_named(tmp_path: Path, content: Any, named: str
 
 
 def test_text_that_is_no_json_is_named(tmp_path: Path) -> None:
-    """A broken file is the user's mistake too."""
     file = tmp_path / "posts.json"
     file.write_bytes(b"\xff\xfe{")
     with pytest.raises(ConfigError, match="cannot be read"):
@@ -167,7 +165,6 @@ def test_a_post_that_fails_is_said_and_exits_1(
 def test_a_missing_bundle_is_the_users_mistake(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Exit 2, naming the key that leads to the bundle."""
     config = tmp_path / "settings.yaml"
     config.write_text("fusion: {bundle: absent}")
     file = written(tmp_path, {"post_id": "a", "text": "cat"})

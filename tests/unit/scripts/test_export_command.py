@@ -95,7 +95,6 @@ def test_exported_backbones_give_the_extractors_features(config: Path, tmp_path:
 
 @pytest.mark.slow
 def test_vggish_is_exported(config: Path, tmp_path: Path) -> None:
-    """The published size, with random weights."""
     out = tmp_path / "vggish.pt2"
     given = ["--backbone", "audio", "--format", "torch", "--out", str(out), "--config", str(config)]
     assert run(["export", *given, "--set", "features.audio.arch=vggish"]) == 0
@@ -136,7 +135,6 @@ def test_mistakes_are_one_line(
 def test_a_difference_exits_1(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Where nothing is allowed, rounding is too much; no file is left."""
     rig.write_bundle(tmp_path / "bundle", "concat_mlp")
     monkeypatch.setattr(fusion.bundle.export, "TOLERANCE", -1.0)
     out = tmp_path / "out.pth"

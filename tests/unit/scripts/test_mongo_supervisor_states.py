@@ -132,7 +132,6 @@ def test_the_plugin_line_has_performance_data() -> None:
     ],
 )
 def test_times_of_many_types_are_read(value: object, seconds: float | None) -> None:
-    """The platform's documents are not ours."""
     assert moment_of(value) == seconds
 
 

@@ -1,4 +1,4 @@
-"""What is answered over fake workers: tags, all scores, labels, health, queue and database away."""
+"""Answers over fake workers: tags, all scores, labels, health, queue and database away."""
 
 from __future__ import annotations
 
@@ -141,7 +141,6 @@ def test_safe_headers_and_a_page_from_here_alone(desk: Desk) -> None:
 
 
 def test_one_line_a_request_without_payloads(desk: Desk) -> None:
-    """What was asked and what became of it; neither text nor URLs nor names of files."""
     with structlog.testing.capture_logs() as events:
         desk.client.post(
             "/v1/tag", json={"text": "SECRET words", "images": ["http://h/SECRET.png"]}

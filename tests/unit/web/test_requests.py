@@ -1,4 +1,4 @@
-"""What clients get wrong: each mistake its status and its reason, and nothing of ours."""
+"""Mistakes of clients: each has its status and its reason, and shows no internals."""
 
 from __future__ import annotations
 
@@ -170,7 +170,6 @@ def test_only_our_names_are_answered(tmp_path: Path, host: str, status: int) -> 
 
 
 def test_routes_that_are_not(desk: Desk) -> None:
-    """404 and 405, as JSON, with what is allowed."""
     for method, path, status in (
         ("get", "/v2/tag", 404),
         ("get", "/v1/posts/", 404),

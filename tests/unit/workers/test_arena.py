@@ -38,7 +38,6 @@ def test_what_a_decoder_writes_an_extractor_reads() -> None:
 
 
 def test_arrays_from_elsewhere_are_copied_in() -> None:
-    """What does not lie whole, aligned and in order in the slot is copied there."""
     arena = Arena.private(1, 8192)
     writer = arena.writer(0)
     mine = writer((4, 6), np.dtype(np.uint8))
@@ -53,7 +52,6 @@ def test_arrays_from_elsewhere_are_copied_in() -> None:
 
 
 def test_slot_has_an_end() -> None:
-    """Asking for more than a slot holds fails before a byte of the next slot is touched."""
     arena = Arena.private(2, 4096)
     writer = arena.writer(0)
     writer((4000,), np.dtype(np.uint8))
@@ -95,7 +93,6 @@ def test_memory_file_cannot_be_shrunk() -> None:
 
 
 def test_slot_is_free_after_release_and_last_task() -> None:
-    """A slot outlives its release as long as a task refers to it, and no longer."""
     table = SlotTable(1)
     slot = table.acquire()
     assert slot == 0
@@ -111,7 +108,6 @@ def test_slot_is_free_after_release_and_last_task() -> None:
 
 
 def test_slot_misuse_is_told() -> None:
-    """Releasing twice, referring to a released slot, or to none, is an error and not a leak."""
     table = SlotTable(1)
     table.acquire()
     with pytest.raises(ValueError, match="being written"):

@@ -104,7 +104,6 @@ def test_arrays_arrive_as_they_were_sent(ends: Ends) -> None:
     ],
 )
 def test_messages_arrive_as_they_were_sent(message: Any, decode: Callable[[Any], object]) -> None:
-    """Every kind of message comes out equal on its way, and is refused on the other."""
     body = encode(message)[8:]
     assert decode(body) == message
     with pytest.raises(ProtocolError):
@@ -119,7 +118,6 @@ def test_texts_that_utf8_cannot_write_still_cross(ends: Ends) -> None:
 
 
 def test_sending_never_blocks_and_resumes(ends: Ends) -> None:
-    """What the other side does not read waits here, and goes out piece by piece."""
     king, worker = ends
     big = "x" * 3_000_000
     worker.send(Ready({"big": big}))
@@ -133,7 +131,6 @@ def test_sending_never_blocks_and_resumes(ends: Ends) -> None:
 
 
 def test_end_is_seen_after_the_last_message(ends: Ends) -> None:
-    """What was sent before the end still arrives; sending to nobody is no error."""
     king, worker = ends
     king.send(Stop())
     king.close()
@@ -202,13 +199,11 @@ def body_of(*fields: Any) -> bytes:
     ],
 )
 def test_what_is_no_message_is_refused(body: bytes, reason: str) -> None:
-    """Another type than the protocol's would break the King where it is read; the error says it."""
     with pytest.raises(ProtocolError, match=f"(?i){reason}"):
         to_king(body)
 
 
 def test_absurd_frame_is_refused() -> None:
-    """A length that no message has is not waited for."""
     ours, theirs = socket.socketpair()
     king = Channel(ours, to_king)
     with theirs:

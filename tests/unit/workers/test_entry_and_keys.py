@@ -32,7 +32,6 @@ def arrays() -> dict[str, np.ndarray]:
 
 
 def test_entry_comes_back() -> None:
-    """Arrays of every shape, text in any script, and facts come back as they were."""
     entry = Entry(arrays(), "猫 \ud83d\nx", {"parts": ["frames"], "at": 1.5})
     found = decode(KEY, encode(KEY, entry))
     assert (found.text, found.facts) == (entry.text, entry.facts)
@@ -59,13 +58,10 @@ def test_changed_bytes_are_no_entry() -> None:
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_values_that_are_no_features(value: float) -> None:
-    """An entry that is whole, but whose values are not finite, is refused."""
     content = encode(KEY, Entry({"image": np.full((1, 2), value, np.float16)}))
     with pytest.raises(CorruptEntry, match="not finite"):
         decode(KEY, content)
 
-
-# Keys ----------------------------------------------------------------------------------------
 
 BASE: dict[str, Any] = {"features": tiny_features(ocr=True).model_dump()}
 
@@ -131,16 +127,12 @@ def test_what_changes_a_result_changes_its_key(change: dict[str, Any], changed: 
 
 
 def test_keys_are_all_different() -> None:
-    """No two things share a key; another fingerprint, text or content is another key."""
     keys = Keys(Settings.model_validate(BASE))
     found = list(keys_of().values())
     found += [keys.stream(SHA, "image", "image", "g"), keys.stream(KEY, "image", "image", "f")]
     found += [keys.text("t", "g"), keys.text("u", "f"), keys.text("\ud800", "f")]
     assert len(set(found)) == len(found)
     assert all(len(key) == 64 and set(key) <= set("0123456789abcdef") for key in found)
-
-
-# Guard ---------------------------------------------------------------------------------------
 
 
 class Flaky:
@@ -203,7 +195,6 @@ def test_cache_that_is_away_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_corrupt_entry_is_a_miss_and_goes() -> None:
-    """What does not fit its digest is not there, and is deleted; the others are read."""
     store = Flaky()
     guarded = GuardedStore(store, retry_s=1)
     other = "ef" * 32
@@ -215,14 +206,12 @@ def test_corrupt_entry_is_a_miss_and_goes() -> None:
 
 
 def test_closing_a_dead_cache_is_quiet() -> None:
-    """A cache that is away at the end does not keep a worker from ending."""
     store = Flaky()
     store.away = True
     GuardedStore(store, retry_s=1).close()
 
 
 def test_url_of_a_cache_is_shown_without_password() -> None:
-    """The log names the cache, and not its password."""
     settings = CacheSettings(url="redis://user:hush@127.0.0.1:1/0", timeout_s=0.3)
     guarded = GuardedStore.open(settings)
     with capture_logs() as logs:

@@ -39,7 +39,6 @@ def test_every_line_names_what_exists() -> None:
 
 
 def test_each_part_is_decoded_from_its_media() -> None:
-    """A kind of media gives the parts that name it, in the table's order."""
     assert {kind: parts_of(kind) for kind in MEDIA_KINDS} == {
         "image": ("image", "picture"),
         "video": ("frames", "sound", "picture"),

@@ -57,7 +57,7 @@ def ref(rows: int = 2) -> ArrayRef:
 
 
 def result_of(step: Step, read: str = "sign") -> Result:
-    """What a healthy worker answers to a step."""
+    """Return a healthy worker's answer to a step."""
     task = step.task
     if isinstance(task, FetchTask):
         return Fetched(f"/spool/{task.media.kind}", 1)
@@ -99,7 +99,6 @@ def texts(steps: list[Step]) -> dict[str, str]:
 
 
 def test_text_alone() -> None:
-    """A post of text is one embedding, at once."""
     plan = plan_of(Post("p", "hello"))
     [step] = plan.start()
     assert step.stage == "extract"
@@ -137,7 +136,6 @@ def test_every_media_in_order() -> None:
 
 
 def test_media_beyond_the_limit_are_left_out_and_counted() -> None:
-    """`fetch.max_media` bounds what one post may cost."""
     plan = plan_of(Post("p", "", (IMAGE,) * 5), max_media=2)
     assert plan.media_left_out == 3
     assert len(plan.start()) == 2
@@ -158,7 +156,7 @@ def test_media_beyond_the_limit_are_left_out_and_counted() -> None:
 def test_ocr_modes(
     mode: Literal["separate", "append"], text: str, read: str, wanted: dict[str, str]
 ) -> None:
-    """What was read stands alone or joins the text; nothing is embedded from nothing."""
+    """Text read in pictures stands alone or joins the post's; empty text is not embedded."""
     plan = plan_of(Post("p", text, (IMAGE,)), FeatureSettings(ocr_mode=mode))
     assert texts(walk(plan, read=read)) == wanted
     features = plan.features()
@@ -176,7 +174,6 @@ def test_separate_text_does_not_wait_for_media() -> None:
 
 @pytest.mark.parametrize("settings", [SEPARATE, APPEND])
 def test_known_ocr_text_is_not_read_again(settings: FeatureSettings) -> None:
-    """A post that brings its OCR text costs no reading, with media or without."""
     for media in ((), (IMAGE,), (VIDEO, SOUND)):
         plan = plan_of(Post("p", "own", media, ocr="known"), settings)
         steps = walk(plan)
@@ -188,7 +185,6 @@ def test_known_ocr_text_is_not_read_again(settings: FeatureSettings) -> None:
 
 
 def test_what_is_read_keeps_the_order_of_the_media() -> None:
-    """The joined text does not depend on which media was read first."""
     plan = plan_of(Post("p", "", (IMAGE, IMAGE)), APPEND)
     todo = plan.start()
     while todo:
@@ -211,7 +207,6 @@ def test_what_is_read_keeps_the_order_of_the_media() -> None:
 def test_a_broken_side_is_told_and_the_rest_goes_on(
     fails: dict[str, Failure], modality: Any
 ) -> None:
-    """One broken side has status failed with its reason; the others are used."""
     plan = plan_of(Post("p", "own", (IMAGE, VIDEO, SOUND)))
     walk(plan, fails)
     features = plan.features()
@@ -262,7 +257,6 @@ def test_ocr_that_fails() -> None:
 
 
 def test_empty_results_are_missing_not_ok() -> None:
-    """An extractor that gives no rows gives no modality."""
     plan = plan_of(Post("p", "own", (SOUND,)))
     todo = plan.start()
     while todo:
@@ -304,7 +298,6 @@ def test_any_order_ends_and_gives_the_same(
     mode: FeatureSettings,
     order: tuple[Any, int],
 ) -> None:
-    """Whatever the order of the answers, a plan ends, and its features do not depend on it."""
     post = Post("p", text, tuple(media), ocr=ocr)
     random, fail_every = order
 
@@ -332,14 +325,12 @@ def test_any_order_ends_and_gives_the_same(
 
 
 def test_reference_knows_its_size() -> None:
-    """Bytes of an array out of shape and dtype."""
     assert ArrayRef(0, 0, (3, 96, 64), "float32").nbytes == 3 * 96 * 64 * 4
     assert ArrayRef(0, 0, (), "uint8").nbytes == 1
 
 
 @pytest.mark.parametrize("ocr", [True, False])
 def test_slot_holds_the_most_a_file_can_give(ocr: bool) -> None:
-    """Every array of the largest video, or the largest image, fits with its alignment."""
     settings = Settings.model_validate(
         {
             "features": {

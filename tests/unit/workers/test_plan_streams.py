@@ -119,7 +119,6 @@ def test_only_what_is_needed_is_done(
 
 
 def test_all_modalities_wanted_is_the_whole_post() -> None:
-    """Naming every modality does the steps of a plan without names, with the same features."""
     whole = PostPlan(EVERYTHING, SEPARATE, max_media=20)
     named = partly("video", "image", "audio", "text", "ocr")
     assert done(walk(whole)) == done(walk(named))
@@ -131,7 +130,6 @@ def _arrays(features: Features) -> dict[str, bytes]:
 
 
 def test_known_ocr_text_needs_no_pictures() -> None:
-    """A post that brings its read text needs no media for it."""
     post = Post("p", "", (Media("image", "i"),), ocr="sign")
     plan = partly("ocr", post=post)
     assert done(walk(plan)) == ["text for ocr"]
@@ -139,7 +137,6 @@ def test_known_ocr_text_needs_no_pictures() -> None:
 
 
 def test_failures_of_others_are_left_out() -> None:
-    """The broken side of a video is no failure for who wants its sound."""
     plan = partly("audio", post=Post("p", media=(Media("video", "v"),)))
     [fetch] = plan.start()
     [decode] = plan.done(fetch, Fetched("/spool/v", 1))
@@ -151,7 +148,6 @@ def test_failures_of_others_are_left_out() -> None:
 
 
 def test_a_lost_file_fails_what_was_wanted_of_it() -> None:
-    """A file that cannot be had is told under the modality that was to come out of it."""
     plan = partly("audio", post=Post("p", media=(Media("video", "v"),)))
     walk(plan, {"fetch": GONE})
     found = plan.features()

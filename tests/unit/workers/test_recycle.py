@@ -13,7 +13,6 @@ MIB = 2**20
 
 
 def test_ends_after_so_many_tasks() -> None:
-    """The batch that reaches the number is the last one."""
     recycler = Recycler(WorkerSettings(recycle_tasks=10, recycle_growth_mb=0))
     assert recycler.served(4) is None
     assert recycler.served(5) is None
@@ -21,7 +20,7 @@ def test_ends_after_so_many_tasks() -> None:
 
 
 def test_ends_after_so_much_growth_over_its_warm_size() -> None:
-    """What it took to warm up does not count, what it holds more than then does."""
+    """Growth counts from the size after the warm-up."""
     held = [500 * MIB]
     settings = WorkerSettings(recycle_tasks=0, recycle_growth_mb=100)
     recycler = Recycler(settings, lambda: held[0])
@@ -35,7 +34,6 @@ def test_ends_after_so_much_growth_over_its_warm_size() -> None:
 
 
 def test_zero_switches_it_off() -> None:
-    """Neither number nor size ends a process then."""
     settings = WorkerSettings(recycle_tasks=0, recycle_growth_mb=0)
     recycler = Recycler(settings, lambda: 2**60)
     assert [recycler.served(1000) for _ in range(1000)] == [None] * 1000

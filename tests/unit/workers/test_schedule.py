@@ -1,4 +1,4 @@
-"""Which task goes to which worker when, and what a death or a deadline costs."""
+"""Order of tasks, choice of workers, and the cost of a death or a deadline."""
 
 from __future__ import annotations
 
@@ -9,11 +9,8 @@ from tests.support.workers.scheduling import decoder, extractor, ids, picture, s
 from workers.pool.scheduler import MAX_QUEUED, WorkerLoad
 from workers.protocol import ExtractTask
 
-# Queues and credits --------------------------------------------------------------------------
-
 
 def test_priority_then_age() -> None:
-    """A higher priority goes first; equals go in the order they came."""
     made = scheduler()
     low = [made.submit(text_task("x"), 99, 0) for _ in range(2)]
     high = made.submit(text_task("x"), 99, 5)
@@ -36,7 +33,6 @@ def test_pipe_holds_one_waiting_batch_behind_the_running_one() -> None:
 
 
 def test_a_task_larger_than_a_batch_is_sent() -> None:
-    """A task with more rows than a batch still runs: it is a batch by itself."""
     made = scheduler(decoder())
     decode = made.submit(decode_task(), 99)
     sent(made)
@@ -47,7 +43,6 @@ def test_a_task_larger_than_a_batch_is_sent() -> None:
 
 
 def test_work_is_spread_over_workers() -> None:
-    """Two workers of a queue get alternate tasks, the less loaded one first."""
     made = scheduler(extractor("a"), extractor("b"))
     for _ in range(4):
         made.submit(text_task("x"), 99)
@@ -55,7 +50,7 @@ def test_work_is_spread_over_workers() -> None:
 
 
 def test_decoding_waits_for_a_slot_and_fetching_for_the_decoders() -> None:
-    """What is full downstream stops what is upstream."""
+    """A full stage stops the stages before it."""
     decoders = [decoder(f"d{i}") for i in range(5)]
     made = scheduler(*decoders)
     for _ in range(9):
@@ -103,9 +98,6 @@ def test_submit_for_a_foreign_slot_changes_nothing() -> None:
         made.submit(both, 99)
     made.slots.release(0)
     assert made.slots.free == 3
-
-
-# Deaths and deadlines ------------------------------------------------------------------------
 
 
 def test_death_of_a_batch_makes_suspects_that_run_alone() -> None:
@@ -224,7 +216,7 @@ def test_worker_that_never_begins_is_killed() -> None:
 
 
 def test_waiting_behind_a_batch_is_no_reason_to_kill() -> None:
-    """What waits in the pipe behind a running batch has no limit of its own."""
+    """A task that waits in the pipe behind a running batch has no limit of its own."""
     made = scheduler(extractor())
     running, waiting = (made.submit(text_task("x"), 99.0) for _ in range(2))
     sent(made, 0.0)

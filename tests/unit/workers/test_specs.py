@@ -1,4 +1,4 @@
-"""Which workers there are and what they are held to: pins, back-off, fingerprints, memory."""
+"""Specs of workers: pins, back-off, fingerprints, memory."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ from workers.pool.fingerprints import bundle_fingerprints, expected_fingerprints
 from workers.pool.launch import worker_specs
 from workers.pool.process import pinned_environment
 from workers.pool.supervisor import ManagedProcess
-
-# Pins, specs, back-off -----------------------------------------------------------------------
 
 
 def test_workers_of_the_settings() -> None:
@@ -73,9 +71,6 @@ def test_back_off_grows_has_a_cap_and_forgets() -> None:
     assert worker.deaths == 13
 
 
-# Bundle and extractors -----------------------------------------------------------------------
-
-
 def test_bundle_is_held_against_the_extractors() -> None:
     """Every modality of the bundle must be made as in training; more than it needs is fine."""
     infos = [{"fingerprints": '{"video": "v1", "image": "i1"}'}, {"fingerprints": '{"text": "t"}'}]
@@ -96,9 +91,6 @@ def test_workers_that_disagree_are_refused() -> None:
     infos = [{"fingerprints": '{"text": "one"}'}, {"fingerprints": '{"text": "two"}'}]
     with pytest.raises(ConfigError, match="extractor text differs between workers: one and two"):
         expected_fingerprints(FeatureSettings(), infos)
-
-
-# A decoder's memory --------------------------------------------------------------------------
 
 
 LIMITED = """

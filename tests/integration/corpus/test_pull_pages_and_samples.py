@@ -1,4 +1,4 @@
-"""Paging, choosing and going on, each by itself."""
+"""Pages, samples and the resume record of ``pull_posts``, each by itself."""
 
 from __future__ import annotations
 
@@ -129,7 +129,6 @@ def test_rare_tags_are_those_below_the_minimum() -> None:
 
 
 def test_lines_after_the_record_are_cut_off(tmp_path: Path) -> None:
-    """What was written after the last record is written again, not twice."""
     out = tmp_path / "p.jsonl"
     files = Files(out, {"query": "{}"})
     files.open()

@@ -37,7 +37,6 @@ from config.labels import LabelMap
     ],
 )
 def test_passwords_are_hidden_and_the_rest_is_not(url: str, shown: str) -> None:
-    """What is shown of a URL says where it leads, and no password."""
     assert redact(url) == shown
 
 
@@ -86,7 +85,6 @@ def test_wrong_label_maps_are_refused(tmp_path: Path, content: object, told: str
 
 
 def test_missing_and_broken_label_maps_are_refused(tmp_path: Path) -> None:
-    """A file that is not there, and one that is no JSON."""
     with pytest.raises(ConfigError, match="no such label map"):
         LabelMap.load(tmp_path / "none.json")
     (tmp_path / "bad.json").write_text("{")

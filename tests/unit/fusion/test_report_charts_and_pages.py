@@ -1,4 +1,4 @@
-"""The parts of a report: tables, charts of any number of tags, the page, and posts' pictures."""
+"""A report's tables, charts of any number of tags, page, and pictures of posts."""
 
 from __future__ import annotations
 
@@ -48,7 +48,6 @@ def test_scores_come_back_from_their_file(tmp_path: Path) -> None:
 
 
 def test_confusions_are_counted_post_by_post() -> None:
-    """A pair counts once for each post where the one was missed and the other wrongly given."""
     some = some_predictions(80, 6)
     wanted = np.zeros((6, 6), int)
     for truth, given in zip(some.targets, some.given, strict=True):
@@ -63,7 +62,6 @@ def test_confusions_are_counted_post_by_post() -> None:
 
 
 def test_the_worst_mistakes_have_the_highest_loss() -> None:
-    """Of all wrong decisions at the thresholds, found by looking at each of them."""
     some = some_predictions(50, 4)
     wrong, missed = worst(some, 7)
     for mistakes, is_given in ((wrong, True), (missed, False)):
@@ -78,7 +76,6 @@ def test_the_worst_mistakes_have_the_highest_loss() -> None:
 
 
 def test_tags_that_no_post_has_and_no_post_gets() -> None:
-    """What cannot be said is None, not zero."""
     some = some_predictions(10, 3)
     some.targets[:, 1] = False
     some.scores[:, 1] = 0
@@ -131,7 +128,6 @@ def test_names_that_no_font_can_draw_are_numbers() -> None:
 
 
 def test_pages_escape_everything(tmp_path: Path) -> None:
-    """Texts of posts and tags are other people's: none becomes markup, in any part of a page."""
     template = tmp_path / "page.html.j2"
     template.write_text(
         '{% extends "base.html.j2" %}'

@@ -1,4 +1,4 @@
-"""Parts of ``analyze_posts``: tags, languages, charts, measuring."""
+"""Tags, languages, charts and measurements of ``analyze_posts``."""
 
 from __future__ import annotations
 
@@ -100,7 +100,6 @@ def test_histogram_classes_are_closed_below() -> None:
 
 
 def test_there_are_no_charts_of_nothing() -> None:
-    """No chart divides by nothing."""
     assert report.columns([], [], "") is None
     assert report.long_tail([], 10) is None
     assert report.histogram(Histogram((1, 2)).as_dict(), terminal.plain, "") is None
@@ -136,7 +135,6 @@ def _die(task: Task) -> Measured:
 def test_file_that_kills_its_reader_costs_only_itself(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The others are measured all the same, and it is named."""
     path = write_jpeg(tmp_path / "a.jpg", quadrants(64, 48))
     names = ["a", "b", "deadly", "c", "d", "e", "f", "g", "h"]
     monkeypatch.setattr(measure, "measure", _die)

@@ -1,4 +1,4 @@
-"""Turns and waits of hosts, the state's file, types of files, and rates; no network."""
+"""Turns and waits of hosts, the state file, types of files, and rates; no network."""
 
 from __future__ import annotations
 
@@ -105,14 +105,13 @@ def test_host_that_is_never_reached_is_given_up() -> None:
 
 
 def test_hosts_are_told_apart_by_port_and_not_by_login() -> None:
-    """The limit is of a server."""
     assert host_of("http://u:p@H.example:8080/x?y") == "h.example:8080"
     assert host_of("https://h.example/x") == "h.example"
     assert host_of("http://[broken") == host_of("no url") == ""
 
 
 def test_state_keeps_results_over_runs(tmp_path: Path) -> None:
-    """What is settled stays; what may pass is asked for again by the next run, not by this one."""
+    """Final results stay; passing failures are tried again by the next run, not by this one."""
     path = tmp_path / "s.sqlite"
     ok = Found("ok", "ab" * 32, "png", 7, frozenset({"image", "video"}), "GIF picture")
     refused = Found("refused", reason=("FetchRefused", "HTTP 404"))
@@ -136,7 +135,6 @@ def test_state_keeps_results_over_runs(tmp_path: Path) -> None:
 
 
 def test_file_that_is_no_state_is_named(tmp_path: Path) -> None:
-    """A file of another kind is the user's to move away."""
     (tmp_path / "s.sqlite").write_bytes(b"no database" * 1000)
     with pytest.raises(ConfigError, match=r"s\.sqlite: not the state of a download"):
         State(tmp_path / "s.sqlite")
@@ -200,7 +198,6 @@ def test_what_a_kill_left_is_taken_or_deleted(tmp_path: Path) -> None:
 
 
 def test_rate_is_that_of_the_last_seconds() -> None:
-    """A slow beginning does not weigh on it for ever."""
     rate = Rate()
     assert rate.of(0.0, 0, 0) == (0.0, 0.0)
     for second in range(1, 101):

@@ -1,4 +1,4 @@
-"""The demo's parts that its end-to-end run would not show: skipping, failing, serving."""
+"""Stages of the demo: skipped, failing and serving, as its end-to-end run does not show them."""
 
 from __future__ import annotations
 
