@@ -62,7 +62,7 @@ def start(folder: Path, port: int) -> subprocess.Popen[bytes]:
 
 
 def measure(name: str, ask: Ask, clients: int, number: int) -> dict[str, Any]:
-    """So many requests by so many clients, after a warm-up."""
+    """Send the requests from all clients at once, after a warm-up."""
     turns = itertools.count()
 
     def client(share: int) -> list[float]:

@@ -5,7 +5,7 @@ with random weights) tags posts that all have the same text, the same picture an
 so that every process works and every post has the same features: what grows is a leak. Resident
 memory (RSS) is sampled after ``--warm`` posts and at the end, each time as the median of several
 samples while posts are being tagged, and must not have grown by more than the limit. The
-anonymous part of it (heap and stacks, without files and shared slots) is shown beside it: in a
+anonymous part of it (heap and stacks, without files and shared slots) is shown next to it: in a
 small process one step of the allocator, of a mebibyte or two, is a large share of that part.
 
 Run: ``python bench/soak.py [--posts 20000] [--warm 2000] [--limit 0.03]``.

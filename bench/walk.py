@@ -126,7 +126,7 @@ def walk(world: Platform, *, write_page: bool) -> dict[str, Any]:
 
 
 def fitted(command: str, posts: int) -> str:
-    """The command as so many posts need it."""
+    """Return the command as that many posts need it."""
     for text, other in _FEW.items() if posts < _ENOUGH else ():
         command = command.replace(text, other)
     return command

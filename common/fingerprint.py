@@ -25,7 +25,7 @@ class Fingerprint(str):
     parts: Mapping[str, Any]
 
     def __new__(cls, text: str, parts: Mapping[str, Any] | None = None) -> Fingerprint:
-        """A digest, and what it is of."""
+        """Return a digest, and what it is of."""
         made = super().__new__(cls, text)
         made.parts = dict(parts or {})
         return made
@@ -53,19 +53,19 @@ def known_parts(fingerprints: Mapping[Name, str]) -> dict[str, dict[str, Any]]:
 
 
 def packed(fingerprints: Mapping[Name, str]) -> str:
-    """Fingerprints as one JSON text, which `unpacked` reads."""
+    """Return fingerprints as one JSON text, which `unpacked` reads."""
     return json.dumps([dict(fingerprints), known_parts(fingerprints)])
 
 
 def unpacked(text: str) -> dict[Any, str]:
-    """The fingerprints in a JSON text: of `packed`, or plain digests by stream."""
+    """Return the fingerprints in a JSON text: of `packed`, or plain digests by stream."""
     content = json.loads(text)
     digests, parts = content if isinstance(content, list) else (content, None)
     return with_parts(digests, parts)
 
 
 def differing(wanted: str, found: str | None) -> str:
-    """The end of a sentence that names what two fingerprints differ in; empty if not known."""
+    """Return the end of a sentence on how two fingerprints differ; empty if not known."""
     names = _differences(parts_of(wanted), parts_of(found))
     if not (parts_of(wanted) and parts_of(found) and names):
         return ""

@@ -33,12 +33,12 @@ def clean(text: str) -> str:
 
 
 def modality_of(stream: Stream) -> Modality:
-    """The modality that a stream belongs to: what is there, missing or hidden as one."""
+    """Return the modality of a stream: it is missing or hidden as one."""
     return "video" if stream == "video_lstm" else stream
 
 
 def streams_of(modalities: Iterable[Modality]) -> tuple[Stream, ...]:
-    """Every stream of some modalities, in the order of `STREAMS`."""
+    """Return every stream of some modalities, in the order of `STREAMS`."""
     wanted = frozenset(modalities)
     return tuple(stream for stream in STREAMS if modality_of(stream) in wanted)
 

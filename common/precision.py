@@ -53,7 +53,7 @@ def resolve_precision(wanted: Precision, device: str, *, setting: str) -> Arithm
 
 
 def torch_dtype(arithmetic: Arithmetic) -> torch.dtype:
-    """The torch dtype of an arithmetic."""
+    """Return the torch dtype of an arithmetic."""
     import torch
 
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[arithmetic]
@@ -86,7 +86,7 @@ def autocast(device: str, arithmetic: Arithmetic) -> AbstractContextManager[Any]
 
 
 def to_float16(tensor: torch.Tensor) -> torch.Tensor:
-    """float16 on the CPU; what is beyond its range is clamped, what is NaN stays NaN."""
+    """Return float16 on the CPU; values beyond its range are clamped, NaN stays NaN."""
     import torch
 
     clamped = tensor.float().clamp(-_LARGEST_FLOAT16, _LARGEST_FLOAT16)
@@ -94,7 +94,7 @@ def to_float16(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def require_device(device: str) -> torch.device:
-    """A torch device that is there.
+    """Return a torch device after checking that it exists.
 
     Raises:
         ConfigError: The device does not exist on this machine.

@@ -20,7 +20,7 @@ _PARALLEL = "module."
 
 
 def load_pth(path: Path, *, allow_pickle: bool, setting: str) -> dict[str, torch.Tensor]:
-    """The state dict in a ``.pth`` file.
+    """Return the state dict in a ``.pth`` file.
 
     Wrappers are taken off: ``{"state_dict": ...}``, ``{"model": ...}``, the ``module.`` that
     DataParallel puts before every name. Without ``allow_pickle`` nothing in the file is executed.
@@ -38,7 +38,7 @@ def load_pth(path: Path, *, allow_pickle: bool, setting: str) -> dict[str, torch
 
 
 def unwrapped(content: object, path: Path) -> dict[str, torch.Tensor]:
-    """The state dict inside what a ``.pth`` file holds.
+    """Return the state dict inside the content of a ``.pth`` file.
 
     Raises:
         ConfigError: The file holds no state dict.

@@ -45,7 +45,7 @@ class RunSettings(Section):
     the run."""
     collection: CollectionSettings = CollectionSettings()
     progress_dir: Path = Path("workshop/infer")
-    """Folder for the list of posts that a run into MongoDB left out; others list them beside the
+    """Folder for the list of posts that a run into MongoDB left out; others list them next to the
     output."""
     allow_pickle: bool = False
     """Load a ``.pth`` that is a whole pickled model, which runs code that is in the file."""

@@ -31,7 +31,7 @@ class LabelMap:
         return len(self.names)
 
     def encode(self, labels: Iterable[str], *, where: str = "labels") -> list[int]:
-        """Indices of label names.
+        """Return indices of label names.
 
         Raises:
             ConfigError: A label is not in the map.

@@ -131,7 +131,7 @@ def _fields_at(model: type[BaseModel], path: tuple[int | str, ...]) -> set[str]:
 
 
 def validation_line(error: ValidationError, model: type[BaseModel]) -> str:
-    """The first mistake of a validation error with its key's path, in one line."""
+    """Return the first mistake of a validation error with its key's path, in one line."""
     first = error.errors(include_url=False)[0]
     location = tuple(first["loc"])
     path = ".".join(str(part) for part in location) or "(top level)"

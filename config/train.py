@@ -301,7 +301,7 @@ class TsnSettings(Section):
     """Temporal segment network: a picture model over segments of a clip."""
 
     segments: PositiveInt = 3
-    """Frames of a clip in training: a random one of each of so many equal segments."""
+    """Frames of a clip in training: a random one of each of that many equal segments."""
     test_segments: PositiveInt = 8
     """Frames of a clip in validation: the centre one of each segment."""
     frames: PositiveInt = 300

@@ -10,7 +10,7 @@ from demo.posts.make import DATA_FILE
 from demo.posts.plan import Split
 
 READ_FILE = "posts_read.json"
-"""The data file beside `DATA_FILE` whose posts also carry what was read in their pictures."""
+"""The data file next to `DATA_FILE` whose posts also carry what was read in their pictures."""
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ FORMAT = 1
 """Raise it when the meaning of any feature changes in this code: all must be extracted again."""
 
 _OWN: tuple[Stream, ...] = ("video", "video_lstm", "image", "audio")
+"""Streams of one extractor each; text and OCR share one."""
 
 
 def digest(parts: Mapping[str, Any]) -> Fingerprint:

@@ -32,6 +32,7 @@ ALIGNMENT = 64
 of the CPU. Half would split loads; double would only waste space."""
 
 _PAGE = 4096
+"""Bytes that a slot's size is rounded up to: a page of memory, the unit that can be mapped."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +67,7 @@ class WaveformWindows:
 
     @property
     def row_s(self) -> float:
-        """Seconds of sound in one window."""
+        """Return the seconds of sound in one window."""
         return self.samples / self.rate_hz
 
     @property

@@ -93,7 +93,7 @@ class BrokerThread:
 
     @property
     def quiet(self) -> bool:
-        """True if no more messages come and every command has been carried out."""
+        """Return True if no more messages come and every command has been carried out."""
         return not self._commands and not self._consuming
 
     def stop(self) -> None:

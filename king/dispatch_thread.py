@@ -68,7 +68,7 @@ class DispatchThread:
 
     @property
     def in_flight(self) -> int:
-        """Posts on the pool."""
+        """Return posts on the pool."""
         return len(self._runs)
 
     def start(self, started: Started) -> None:

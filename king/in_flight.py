@@ -53,7 +53,7 @@ class InFlight:
 
     @property
     def oldest_s(self) -> float:
-        """Seconds for which the oldest post has been in flight."""
+        """Return the seconds for which the oldest post has been in flight."""
         with self._lock:
             since = [post.since for post in self._posts.values()]
         return time.monotonic() - min(since) if since else 0.0

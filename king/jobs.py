@@ -212,7 +212,7 @@ class Job:
 
     @property
     def message(self) -> PostMessage:
-        """The message that asks for this post again."""
+        """Return the message that asks for this post again."""
         return PostMessage(self.post_id, priority=self.priority, force=self.force)
 
     @property
@@ -279,7 +279,7 @@ class ClaimContext:
 
     @property
     def lease(self) -> dict[str, Any]:
-        """The fields of a job that name its holder and the end of its lease."""
+        """Return the fields of a job that name its holder and the end of its lease."""
         until = round(self.now + self.lease_s, 3)
         # The lease ends first, so that another King that is asked may take over. Only a job that
         # nobody asks for even then (its message is lost) is published again.

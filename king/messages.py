@@ -62,7 +62,7 @@ class PostMessage:
     force: bool = False
 
     def encode(self) -> bytes:
-        """The JSON body, UTF-8; defaults are left out."""
+        """Return the JSON body, UTF-8; defaults are left out."""
         content: dict[str, object] = {"post_id": self.post_id}
         if self.priority:
             content["priority"] = self.priority

@@ -90,7 +90,7 @@ class Status:
 
     @property
     def phase(self) -> Phase:
-        """The state of the King, the most telling first."""
+        """Return the state of the King, the most telling first."""
         self._seen_store = self._seen_store or self.store_up.is_set()
         self._seen_broker = self._seen_broker or self.broker_up.is_set()
         if self.draining:

@@ -135,12 +135,12 @@ class StoreInbox:
 
     @property
     def idle(self) -> bool:
-        """True when nothing waits and the latest batch is done."""
+        """Return True when nothing waits and the latest batch is done."""
         return not (self._items or self._busy)
 
     @property
     def empty(self) -> bool:
-        """True when nothing waits."""
+        """Return True when nothing waits."""
         return not self._items
 
     def next_batch(self, limit: int, wait_s: float) -> list[_Item]:
@@ -224,7 +224,7 @@ class StoreThread:
 
     @property
     def idle(self) -> bool:
-        """True when nothing waits to be begun or written."""
+        """Return True when nothing waits to be begun or written."""
         waits = self._parked or self._unwritten or self._publishing
         return self._inbox.idle and not waits
 

@@ -110,7 +110,6 @@ class LocalPool:
 
     @property
     def workers(self) -> list[WorkerView]:
-        """None: the work is done here."""
         return []
 
     def start(self) -> None:

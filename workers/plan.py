@@ -76,7 +76,7 @@ class Step:
 
     @property
     def stage(self) -> str:
-        """One of `STAGES`."""
+        """Return one of `STAGES`."""
         match self.task:
             case CacheLookup():
                 return "recall"
@@ -91,7 +91,7 @@ class Step:
 
     @property
     def path(self) -> str | None:
-        """The downloaded file that it needs; it can be deleted once no step needs it."""
+        """Return the downloaded file that it needs; it can be deleted once no step needs it."""
         match self.task:
             case CacheLookup(path=path) | DecodeTask(path=path):
                 return path or None
@@ -153,7 +153,7 @@ class PostPlan:
 
     @property
     def finished(self) -> bool:
-        """Every step has ended."""
+        """Return True when every step has ended."""
         return not self._running and self._texts_issued
 
     def start(self) -> list[Step]:

@@ -53,7 +53,7 @@ class PostTags:
 
     @property
     def tags(self) -> Tags:
-        """The tags.
+        """Return the tags.
 
         Raises:
             RuntimeError: The runs do not fuse.
@@ -110,13 +110,13 @@ class PostRun:
 
     @property
     def stage(self) -> str:
-        """The earliest stage that the post waits for."""
+        """Return the earliest stage that the post waits for."""
         stages = {step.stage for step in self.tasks.values()}
         return next((stage for stage in STAGES if stage in stages), "fuse")
 
     @property
     def timings_ms(self) -> dict[str, int]:
-        """Milliseconds of work by stage, and of the whole by the clock."""
+        """Return milliseconds of work by stage, and of the whole by the clock."""
         by_stage = {stage: round(seconds * 1000) for stage, seconds in self.seconds.items()}
         return {**by_stage, "total": round((time.monotonic() - self.began) * 1000)}
 

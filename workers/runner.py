@@ -140,12 +140,12 @@ class PostRunner:
 
     @property
     def ready(self) -> bool:
-        """The workers have loaded, and nothing has ended them."""
+        """Return True while the workers have loaded and nothing has ended them."""
         return self._pool.ready and self.trouble is None and not self._stopping.is_set()
 
     @property
     def trouble(self) -> str | None:
-        """Why no post can be run (any more), or None."""
+        """Return why no post can be run (any more), or None."""
         return str(self._ended_by) if self._ended_by is not None else self._pool.refused
 
     @property
@@ -160,12 +160,11 @@ class PostRunner:
 
     @property
     def workers(self) -> list[WorkerView]:
-        """Every worker, for health."""
         return self._pool.workers
 
     @property
     def in_flight(self) -> int:
-        """Posts that were submitted and have not ended."""
+        """Return posts that were submitted and have not ended."""
         return self._in_flight
 
     def start(self, *, wait: bool = True) -> None:
@@ -263,7 +262,7 @@ class PostRunner:
             self._pool.wake()
 
     def _run(self) -> None:
-        """The thread: everything below runs in it."""
+        """Run the thread: everything below runs in it."""
         try:
             self._pool.start()
             while not self._stopping.is_set():

@@ -251,7 +251,7 @@ class Run:
 
 
 def _wait_for(site: Site, ended: int, timeout_s: float) -> None:
-    """Wait until so many posts have ended, or the time is over: then the load is another."""
+    """Wait until that many posts have ended, or the time is over."""
     end = time.monotonic() + timeout_s
     while site.journal.ended < ended and time.monotonic() < end:
         time.sleep(0.01)

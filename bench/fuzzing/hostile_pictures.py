@@ -20,7 +20,7 @@ def _ihdr(width: int, height: int, depth: int = 8, colour: int = 2, interlaced: 
 
 
 def _zeros(size: int) -> bytes:
-    """So many zero bytes, compressed: a thousandth of the size."""
+    """Return that many zero bytes, compressed to a thousandth of the size."""
     packer = zlib.compressobj(9)
     block = b"\0" * _MIB
     parts = [packer.compress(block) for _ in range(size // _MIB)]

@@ -37,7 +37,7 @@ class BadMessage:
 
 
 def bad_messages(seed: int, count: int) -> list[BadMessage]:
-    """So many messages, each form in turn."""
+    """Return that many messages, each form in turn."""
     forms = list(_FORMS)
     return [_message(forms[i % len(forms)], i, seed) for i in range(count)]
 

@@ -72,7 +72,7 @@ class DecodedMedia:
 
     @property
     def parts(self) -> list[tuple[PartKind, npt.NDArray[Any]]]:
-        """Every array that has rows, by its name in the table."""
+        """Return every array that has rows, by its name in the table."""
         arrays: list[tuple[PartKind, npt.NDArray[Any] | None]] = [
             ("frames", self.frames),
             ("image", self.image),

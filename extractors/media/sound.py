@@ -24,9 +24,10 @@ Waveform: TypeAlias = npt.NDArray[np.float32]
 Rows: TypeAlias = npt.NDArray[np.float32]
 
 PATCH_FRAMES, BANDS = LogMelPatches.shape
+# As VGGish was trained, 25 and 10 ms at 16 kHz: its weights know no other features.
 _WINDOW, _HOP, _FFT = 400, 160, 512  # samples
 _LOWEST_HZ, _HIGHEST_HZ = 125.0, 7500.0
-_LOG_OFFSET = 0.01  # as VGGish was trained
+_LOG_OFFSET = 0.01
 _RATES_HZ = (1000, 1_000_000)
 """Sample rates of real files are 8 to 384 kHz. At 1 Hz a packet would be resampled to hours."""
 _LOUDEST = 8.0
@@ -143,7 +144,7 @@ class SoundTrack:
 
     @property
     def full(self) -> bool:
-        """True when the limit is reached: further packets are ignored."""
+        """Return True when the limit is reached: further packets are ignored."""
         return self._left <= 0
 
     def feed(self, packet: Packet | None) -> None:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import torch
 
 _SETTING = "features.audio"
-_DIM = 128
+_DIM = 128  # of VGGish's last layer
 _CLIP = 2.0  # of the release: whitened values beyond +-2 are rare
 _PCA_VECTORS, _PCA_MEANS = "pca_eigen_vectors", "pca_means"
 

@@ -140,7 +140,7 @@ class Encoder(ABC):
 
     @property
     def model(self) -> torch.nn.Module:
-        """The loaded network, for export; what `_call` does around it is not part of it."""
+        """Return the loaded network for export, without the work of `_call` around it."""
         if self._network is None:
             raise RuntimeError("load() comes first")
         network: torch.nn.Module = self._network

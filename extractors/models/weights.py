@@ -49,7 +49,7 @@ class Weights:
 
     @property
     def pretrained(self) -> bool:
-        """True when the weights come from the library's hub."""
+        """Return True when the weights come from the library's hub."""
         return self.path is None and self.seed is None
 
 

@@ -51,7 +51,7 @@ class FrameStore:
             raise ConfigError(f"{place}: cannot be written: {error}") from error
 
     def read(self, path: Path) -> npt.NDArray[np.float16]:
-        """The features ``(frames, dim)`` of a video.
+        """Return the features ``(frames, dim)`` of a video.
 
         Raises:
             FeatureError: They are not there, or broken.
@@ -91,7 +91,6 @@ class FrameDataset(MediaDataset):
         self._store = store
 
     def item(self, path: Path, chance: Chance | None) -> npt.NDArray[Any]:
-        """Features of one video."""
         return self._store.read(path)
 
 

@@ -49,7 +49,7 @@ class MediaItems:
     limits: DecodeSettings = field(default_factory=DecodeSettings)
 
     def picture(self, path: Path, size: int) -> npt.NDArray[np.uint8]:
-        """A picture as the image extractor sees it, uint8 RGB ``(size, size, 3)``.
+        """Return a picture as the image extractor sees it, uint8 RGB ``(size, size, 3)``.
 
         Raises:
             MediaError: The file cannot be decoded.
@@ -60,7 +60,7 @@ class MediaItems:
     def frames(
         self, path: Path, size: int, count: int, random: np.random.Generator | None
     ) -> npt.NDArray[np.uint8]:
-        """A frame of each of ``count`` segments of a video, uint8 RGB ``(count, size, size, 3)``.
+        """Return a frame of each of ``count`` segments, uint8 RGB ``(count, size, size, 3)``.
 
         The centre one, or with ``random`` one at a random time; those of a short clip repeat.
 
@@ -74,7 +74,7 @@ class MediaItems:
     def extractor(
         self, arch: str, weights: Path, *, size: int, frames: int, device: str
     ) -> Iterator[FrameExtractor]:
-        """The video extractor with trained weights, loaded inside the block.
+        """Yield the video extractor with trained weights, loaded inside the block.
 
         Raises:
             ConfigError: It cannot be loaded.
@@ -109,7 +109,7 @@ class FrameExtractor:
         self.dim: int = self._extractor.dim
 
     def __call__(self, path: Path) -> npt.NDArray[np.float16]:
-        """Features ``(frames, dim)`` of a video file.
+        """Return features ``(frames, dim)`` of a video file.
 
         Raises:
             MediaError: The file cannot be decoded.
@@ -146,7 +146,7 @@ class MediaPost:
 
 
 def read_posts(path: Path, labels: LabelMap, kind: MediaName) -> tuple[MediaPost, ...]:
-    """The posts of a data file that have media of a kind; the others are left out.
+    """Return the posts of a data file that have media of a kind; the others are left out.
 
     Raises:
         ConfigError: The file is missing, not as it should be, names an unknown label, or has no
@@ -169,12 +169,12 @@ def read_posts(path: Path, labels: LabelMap, kind: MediaName) -> tuple[MediaPost
 
 
 def _beside(name: str, file: Path) -> Path:
-    beside = file.parent / name  # an absolute path stays as it is
-    return beside if beside.exists() else Path(name)
+    relative = file.parent / name  # an absolute path stays as it is
+    return relative if relative.exists() else Path(name)
 
 
 def targets_of(posts: Sequence[MediaPost], classes: int) -> npt.NDArray[np.float32]:
-    """The true tags as float32 ``(posts, classes)`` of 0 and 1."""
+    """Return the true tags as float32 ``(posts, classes)`` of 0 and 1."""
     targets = np.zeros((len(posts), classes), np.float32)
     for row, post in zip(targets, posts, strict=True):
         row[list(post.labels)] = 1
@@ -256,7 +256,7 @@ def _readable(
     posts: Sequence[MediaPost],
     file: Path,
 ) -> tuple[tuple[MediaPost, ...], int]:
-    """The posts without the media that cannot be decoded, and how many these are.
+    """Return the posts without media that cannot be decoded, and the number of those media.
 
     Every file is decoded once.
 
@@ -328,7 +328,7 @@ class MediaDataset(Dataset[Any], ABC):
         return len(self._posts)
 
     def __getitem__(self, row: int) -> MediaSample:
-        """One post.
+        """Return one post.
 
         Raises:
             MediaError: One of its files cannot be decoded.
@@ -336,7 +336,7 @@ class MediaDataset(Dataset[Any], ABC):
         return self.__getitems__([row])[0]
 
     def __getitems__(self, rows: list[int]) -> list[MediaSample]:
-        """The posts of a batch.
+        """Return the posts of a batch.
 
         What is drawn depends on the batch's posts and their order alone. An epoch's order is one
         of its own, so each epoch draws anew, and a resumed one what the interrupted one drew,
@@ -350,7 +350,7 @@ class MediaDataset(Dataset[Any], ABC):
 
     @abstractmethod
     def item(self, path: Path, chance: Chance | None) -> npt.NDArray[Any]:
-        """One media file."""
+        """Return one media file."""
 
     def _sample(self, row: int, chance: Chance | None) -> MediaSample:
         post = self._posts[row]
@@ -395,7 +395,7 @@ class PixelDataset(MediaDataset):
         self._augmented = augmented
 
     def item(self, path: Path, chance: Chance | None) -> Pixels:
-        """Pixels of one file, uint8 ``(segments or 1, S, S, 3)``."""
+        """Return pixels of one file, uint8 ``(segments or 1, S, S, 3)``."""
         if self._segments is None:
             pixels = self._reader.picture(path, self._size)[None]
         else:
@@ -426,7 +426,7 @@ class CollateMedia:
 
 
 def best_of_post(scores: torch.Tensor, mask: torch.Tensor, none: torch.Tensor) -> torch.Tensor:
-    """The highest score of each class among a post's media: labels belong to posts.
+    """Return the highest score of each class among a post's media: labels belong to posts.
 
     Args:
         scores: ``(media, classes)`` of all posts, in order.

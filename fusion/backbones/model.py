@@ -20,13 +20,17 @@ from fusion.backbones.media import STREAM, best_of_post
 from fusion.data.collate import Batch
 
 Pooling: TypeAlias = Literal["max", "mean"]
+# Cells a side that tell where something moves. It is the size of a layer's output: weights trained
+# with this one do not fit another.
 _GRID = 7
-_STILL = 5.0  # summed grey levels of the cells: under it a frame counts as still
+# Summed grey levels of the cells: under it a frame counts as still. Much lower takes noise for
+# movement, much higher misses small things that move.
+_STILL = 5.0
 CHANNELS: dict[Kind, int] = {"picture": 3, "clip": 3, "patch": 1}
 
 
 def create_backbone(arch: str, kind: Kind, size: tuple[int, int], weights: str) -> nn.Module:
-    """A timm model without its classifier.
+    """Return a timm model without its classifier.
 
     Args:
         arch: timm's name.
@@ -82,7 +86,7 @@ class Normalize(nn.Module):
         self.register_buffer("scale", 1 / (torch.tensor(std).view(shape) * 255), persistent=False)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """``(n, channels, height, width)`` float32 in, the same shape out."""
+        """Normalise float32 ``(n, channels, height, width)``; the shape stays."""
         return (pixels - self.mean) * self.scale
 
 
@@ -102,14 +106,14 @@ class MotionHead(nn.Module):
         self.dim = 4 * width + width
 
     def forward(self, frames: torch.Tensor) -> torch.Tensor:
-        """Frame features ``(clips, m, dim)`` to ``(clips, self.dim)``."""
+        """Map frame features ``(clips, m, dim)`` to ``(clips, self.dim)``."""
         narrow = self.project(frames)  # (clips, m, width)
         change = torch.diff(narrow, dim=1, prepend=narrow[:, :1])
         states, _ = self.recurrence(torch.cat([narrow, change], dim=2))  # (clips, m, 2·width)
         return torch.cat([states.mean(1), states.amax(1), narrow.mean(1)], dim=1)
 
     def lesson(self, frames: torch.Tensor, clips: torch.Tensor) -> torch.Tensor:
-        """Cross entropy of where each frame's feature says that the clip changes.
+        """Return the cross entropy of where each frame's feature says that the clip changes.
 
         Args:
             frames: Features ``(clips, m, dim)``.
@@ -172,7 +176,7 @@ class PostTagger(nn.Module):
     def forward(
         self, items: torch.Tensor, owners: torch.Tensor, posts: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits of posts, and a loss that the items teach without labels.
+        """Return logits of posts, and a loss that the items teach without labels.
 
         Args:
             items: As in `demo.backbone_data.ItemBatch`.
@@ -217,7 +221,7 @@ class MediaTagger(nn.Module):
         _start_at(self.classify, frequencies)
 
     def forward(self, batch: Batch) -> torch.Tensor:
-        """Logits float32 ``(posts, classes)`` of uint8 ``(posts, n, segments, S, S, 3)``."""
+        """Return logits float32 ``(posts, classes)`` of uint8 ``(posts, n, segments, S, S, 3)``."""
         mask = batch.masks[STREAM]  # (posts, n)
         media = batch.tokens[STREAM][mask]  # (media, segments, S, S, 3)
         count, segments = media.shape[:2]
@@ -242,7 +246,7 @@ class LstmTagger(nn.Module):
         _start_at(self.classify, frequencies)
 
     def forward(self, batch: Batch) -> torch.Tensor:
-        """Logits float32 ``(posts, classes)`` from tokens ``(posts, videos, n, dim)``."""
+        """Return logits float32 ``(posts, classes)`` from tokens ``(posts, videos, n, dim)``."""
         mask = batch.masks[STREAM]  # (posts, videos)
         scores = self.classify(self.lstm(batch.tokens[STREAM][mask].float()))
         return best_of_post(scores.float(), mask, self.classify.bias)

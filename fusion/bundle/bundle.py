@@ -48,7 +48,7 @@ class Ensemble(nn.Module):
 
     Args:
         members: At least one, of one schema.
-        averaging: What is averaged.
+        averaging: Values that are averaged.
     """
 
     def __init__(
@@ -149,7 +149,7 @@ class Bundle:
         model: With its weights, in evaluation mode, on the CPU; where there are several members,
             all of them as one.
         thresholds: float32 ``(classes,)``, on calibrated scores.
-        calibration: What makes the model's scores probabilities; None leaves them.
+        calibration: Makes the model's scores probabilities; None leaves them.
         subsets: GAP where only these modalities are shown; empty where it was not measured.
     """
 
@@ -188,7 +188,7 @@ def save_bundle(
     calibration: Calibration | None = None,
     subsets: Mapping[str, float] | None = None,
 ) -> str:
-    """Write a bundle; one that is there is replaced in one step.
+    """Write a bundle; an older one is replaced in one step.
 
     Returns:
         The version: time in UTC and the beginning of the weights' sha256; later is greater.

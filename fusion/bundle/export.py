@@ -1,7 +1,7 @@
 """Export of models: ONNX, ``torch.export``, or a legacy ``.pth``, each checked against the model.
 
-What is exported is a `Graph`: a module with named inputs whose batch and token counts are free,
-and inputs on which the written file must give what the module gives.
+A `Graph` is a module with named inputs whose batch and token counts are free, and inputs on which
+the written file must give the same as the module.
 """
 
 from __future__ import annotations
@@ -31,8 +31,12 @@ Format: TypeAlias = Literal["onnx", "torch", "state_dict", "pickle"]
 Inputs: TypeAlias = Sequence[torch.Tensor]
 Runner: TypeAlias = Callable[[Inputs], npt.NDArray[np.float32]]
 
+# Largest difference of a score or feature to the model's: runtimes add float32 in another order.
+# Much less would refuse good files; much more could let a wrong operator through.
 TOLERANCE = 1e-4
+# Of ONNX's operators; `export_lstm` writes its LSTM for the same one.
 _OPSET = 18
+# Just under the 2 GiB that protobuf allows for a file; a larger one would need files next to it.
 _LARGEST_ONNX = 2_000_000_000
 _NOISY = ("onnxscript", "onnx_ir", "torch.onnx")
 
@@ -58,7 +62,7 @@ class Graph:
     Attributes:
         module: In evaluation mode, float32, on the CPU; tensors in the order of ``ports`` in, one
             tensor out.
-        legacy: What is written as ``.pth``: the model itself.
+        legacy: The model itself, for ``.pth``.
         output: Name of the output.
         example: Inputs that the module is traced with; every free length is at least 2.
         cases: Name -> inputs that are compared.
@@ -91,19 +95,19 @@ class Exported:
 
     @property
     def largest(self) -> float:
-        """The largest difference of all."""
+        """Return the largest difference of all."""
         return max(self.differences.values())
 
 
 def export(graph: Graph, form: Format, path: Path) -> Exported:
     """Write a graph, and compare the file with the module before it gets its name.
 
-    Beside it lies ``<name>.json``: inputs, output, and facts such as labels and thresholds.
+    ``<name>.json`` next to it holds inputs, output, labels, thresholds and the like.
 
     Raises:
         ConfigError: A package is missing, or the file cannot be written.
         ExportRefused: The exporter cannot write the module.
-        ParityError: The file gives something else than the module.
+        ParityError: The file gives other numbers than the module.
     """
     writers: Mapping[Format, Callable[[Graph, Path], tuple[str, Runner]]] = {
         "onnx": _write_onnx,
@@ -124,10 +128,10 @@ def export(graph: Graph, form: Format, path: Path) -> Exported:
                     f"{path}: is not written: it differs from the model by {found.largest:.2e} "
                     f"({worst}), allowed are {TOLERANCE:.0e}"
                 )
-            beside = Path(folder) / "about.json"
+            about = Path(folder) / "about.json"
             text = json.dumps(_about(graph, form, found), ensure_ascii=False, indent=1)
-            beside.write_text(text + "\n", encoding="utf-8")
-            for file, target in ((beside, sidecar), (part, path)):
+            about.write_text(text + "\n", encoding="utf-8")
+            for file, target in ((about, sidecar), (part, path)):
                 sync_file(file)
                 file.replace(target)
     except OSError as error:
@@ -140,7 +144,7 @@ class ExportRefused(TaggingError):
 
 
 class ParityError(TaggingError):
-    """An exported file gives something else than the model."""
+    """An exported file gives other numbers than the model."""
 
 
 def _write_onnx(graph: Graph, path: Path) -> tuple[str, Runner]:
@@ -216,7 +220,7 @@ def _write_legacy(graph: Graph, path: Path, *, whole: bool) -> tuple[str, Runner
 
 
 class _Positional(nn.Module):
-    """Takes ``*inputs`` whatever its module's arguments are called: shapes are told by place."""
+    """A module that takes ``*inputs``, so that free lengths are given by position."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -276,7 +280,7 @@ def _refused(form: Format) -> Iterator[None]:
             yield
         except OSError:
             raise
-        except Exception as error:  # exporters raise whatever the model's code made them meet
+        except Exception as error:  # exporters raise many types
             cause = error.__cause__ or error
             text = one_line(cause, 300)
             raise ExportRefused(f"{form}: the model cannot be exported: {text}") from error

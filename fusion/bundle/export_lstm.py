@@ -1,7 +1,7 @@
 """LSTMs that can be exported with any number of tokens.
 
-`torch.export` unrolls an `nn.LSTM` over the tokens of its example, which fixes their number. So
-for ONNX an LSTM becomes one operator that is written as ONNX's own LSTM, and for torch a `scan`.
+`torch.export` unrolls an `nn.LSTM` over the tokens of its example, which fixes their number.
+Therefore an LSTM becomes one operator for ONNX, written as its own LSTM, and a `scan` for torch.
 """
 
 from __future__ import annotations

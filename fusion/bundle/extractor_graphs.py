@@ -1,4 +1,4 @@
-"""The extractors' models as graphs for export: what goes in is what `preprocess` gives."""
+"""The extractors' models as graphs for export; they take the output of `preprocess`."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ from fusion.bundle.export import Graph, Inputs, Port
 Backbone: TypeAlias = Literal["image", "video", "audio", "text", "video_lstm"]
 BACKBONES: tuple[Backbone, ...] = ("image", "video", "audio", "text", "video_lstm")
 
+# Tokens of the texts that are compared, besides the longest. torch.export treats a length of 1 as
+# fixed unless told otherwise; an odd one is no length of the example.
 _TEXT_LENGTHS = (1, 2, 7, 32)
 
 
@@ -39,7 +41,7 @@ class Pictures(nn.Module):
         self.register_buffer("scale", 1 / (torch.tensor(backbone.std).view(shape) * 255))
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """RGB float32 ``(n, 3, size, size)`` in [0, 255] to ``(n, dim)``."""
+        """Map RGB float32 ``(n, 3, size, size)`` in [0, 255] to ``(n, dim)``."""
         states = self.model.forward_features((pixels - self.shift) * self.scale)
         pooled: torch.Tensor = self.model.forward_head(states, pre_logits=True)
         return pooled
@@ -54,7 +56,7 @@ class Patches(nn.Module):
         self._after = after
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
-        """float32 ``(n, 96, 64)`` to ``(n, dim)``."""
+        """Map float32 ``(n, 96, 64)`` to ``(n, dim)``."""
         inputs = patches[:, None]  # (n, 1, 96, 64)
         if not hasattr(self.model, "forward_head"):
             return self._after(self.model(inputs))
@@ -71,18 +73,18 @@ class Tokens(nn.Module):
         self.model = model
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """int64 ``(texts, t)`` twice to ``(texts, t, dim)``; rows of padding mean nothing."""
+        """Map int64 ``(texts, t)`` twice to ``(texts, t, dim)``; rows of padding are 0."""
         found = self.model(input_ids=input_ids, attention_mask=attention_mask)
-        # What stands behind a text's end is no feature; zeros are the same in every runtime.
+        # Tokens behind a text's end are no features; zeros are the same in every runtime.
         states: torch.Tensor = found.last_hidden_state * attention_mask[:, :, None]
         return states
 
 
 def backbone_graph(name: Backbone, features: FeatureSettings) -> Graph:
-    """The graph of one backbone, loaded as the settings say, in float32.
+    """Return the graph of one backbone, loaded as the settings say, in float32.
 
     Raises:
-        ConfigError: It, or its weights, are not to be had.
+        ConfigError: The backbone or its weights are missing, or it cannot be exported.
     """
     makers: Mapping[Backbone, Callable[[FeatureSettings], Graph]] = {
         "image": lambda f: _pictures("image", f.image, f),

@@ -21,19 +21,17 @@ if TYPE_CHECKING:
     from fusion.models import FusionModel
 
 WEIGHT_FILES = (".pth", ".pt", ".bin", ".safetensors")
-
-
 _SETTING = "allow_pickle"
 
 
 def load_legacy(
     path: Path, *, allow_pickle: bool = False, setting: str = _SETTING
 ) -> dict[str, torch.Tensor]:
-    """The state dict in a ``.pth`` or ``.safetensors`` file, without its wrappers.
+    """Return the state dict in a ``.pth`` or ``.safetensors`` file, without its wrappers.
 
     Args:
         path: Of the file.
-        allow_pickle: Whether a whole pickled model may be loaded, which runs code in the file.
+        allow_pickle: Allow a whole pickled model, which runs code in the file.
         setting: Key that allows it, for errors.
 
     Raises:
@@ -84,11 +82,11 @@ def fit(model: FusionModel, state: Mapping[str, torch.Tensor], path: Path) -> No
 def resolve_model(
     model: Path, bundle: Path, target: Path, *, allow_pickle: bool, setting: str = _SETTING
 ) -> Path:
-    """The bundle that ``--best_model`` means.
+    """Return the bundle that ``--best_model`` means.
 
     Args:
         model: A bundle's folder, its ``model.safetensors``, or a file with other weights.
-        bundle: What weights without a bundle are for.
+        bundle: The one that weights without a bundle belong to.
         target: Where a bundle with such weights is made.
         allow_pickle: As in `load_legacy`.
         setting: As in `load_legacy`.

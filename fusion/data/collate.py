@@ -43,7 +43,7 @@ class Batch(NamedTuple):
     targets: torch.Tensor | None = None
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on a device."""
+        """Return the same batch on a device."""
         return Batch(
             self.post_ids,
             {m: t.to(device, non_blocking=True) for m, t in self.tokens.items()},

@@ -18,7 +18,10 @@ from typing import Any, BinaryIO, NamedTuple
 
 from common.errors import ConfigError
 
+# Bytes of one read. Half would double the reads; much more only holds more of the file in memory.
 _BLOCK_BYTES = 1 << 20
+# Characters of one post. Without a limit, a missing brace would pull the rest of the file into
+# memory; posts are far smaller, so half or double changes nothing for them.
 _LARGEST_ENTRY = 64 << 20
 _BLANK = re.compile(r"[ \t\r\n]*")
 
@@ -54,7 +57,7 @@ class Entry(NamedTuple):
 
 
 def read_data_file(path: Path) -> tuple[Record, ...]:
-    """All posts of a small data file at once.
+    """Return all posts of a small data file at once.
 
     Raises:
         ConfigError: It is missing, no JSON list, empty, or an entry is not as it should be.
@@ -71,7 +74,7 @@ def read_data_file(path: Path) -> tuple[Record, ...]:
 
 
 def iterate_records(path: Path) -> Iterator[Record]:
-    """The posts of a data file one after another; that IDs are unique is not checked.
+    """Yield the posts of a data file; that IDs are unique is not checked.
 
     Raises:
         ConfigError: It is missing, no JSON list, or an entry is not as it should be.
@@ -81,7 +84,7 @@ def iterate_records(path: Path) -> Iterator[Record]:
 
 
 def entries(path: Path) -> Iterator[Entry]:
-    """The entries of a data file one after another.
+    """Yield the entries of a data file one after another.
 
     Raises:
         ConfigError: It is missing, or no JSON list.
@@ -97,7 +100,7 @@ def entries(path: Path) -> Iterator[Entry]:
 
 
 def record_of(entry: Any, where: str, file: Path) -> Record:
-    """An entry as a record.
+    """Return an entry as a record.
 
     Args:
         entry: What JSON made of it.
@@ -120,8 +123,8 @@ def record_of(entry: Any, where: str, file: Path) -> Record:
 def _resolve(features: str | None, file: Path) -> Path | None:
     if not features:
         return None
-    beside = file.parent / features  # an absolute path stays as it is
-    return beside if beside.exists() else Path(features)
+    relative = file.parent / features  # an absolute path stays as it is
+    return relative if relative.exists() else Path(features)
 
 
 def _line_entries(file: BinaryIO, path: Path) -> Iterator[Entry]:
@@ -171,7 +174,7 @@ class _Text:
         file.seek(self._bytes)
 
     def next_sign(self) -> str:
-        """The next character that is no white space, empty at the file's end; stays before it."""
+        """Return the next character that is no white space, empty at the end; stays before it."""
         while True:
             blank = _BLANK.match(self._text, self._at)
             self.skip(0 if blank is None else blank.end() - self._at)

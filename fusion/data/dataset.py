@@ -21,6 +21,8 @@ from fusion.data.posts import PostList
 from fusion.data.schema import FeatureManifest, InputSchema
 
 _LOOKED_AT = 2048  # posts; what none of them has is not worth a part of the model
+# Posts that vote on how features were made, with `skip_bad`: a few badly made ones are outvoted.
+# Double reads more files before each training; with half, chance counts for more.
 _VOTERS = 64
 _KEPT_BYTES = 1024  # what Python needs for the arrays of one post that is kept
 
@@ -47,7 +49,7 @@ class FeatureFiles:
     def features(
         self, post_id: str, path: Path | None, fingerprints: Mapping[Stream, str] | None
     ) -> Features:
-        """A post's features.
+        """Return a post's features.
 
         Args:
             post_id: Its ID; empty takes it from the file's name.
@@ -110,7 +112,7 @@ def find_manifest(
 
 
 def _spread(count: int) -> list[int]:
-    """Rows from all over a list, its first ones first: they are what a person looks at."""
+    """Return rows from all over a list, its first ones first: people look at those."""
     first = range(min(count, 16))
     return list(dict.fromkeys([*first, *np.linspace(0, count - 1, _LOOKED_AT).astype(int)]))
 
@@ -157,7 +159,7 @@ class PostDataset(Dataset[Sample]):
         return len(self.posts)
 
     def __getitem__(self, row: int) -> Sample:
-        """One post.
+        """Return one post.
 
         Raises:
             FeatureError: Its features are missing, broken, not finite, or made otherwise.

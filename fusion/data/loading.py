@@ -14,8 +14,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from fusion.data.collate import Batch, Collate, Sample
 
+# Batches that are ready before they are wanted: they hide one that is slow to read. Each one more
+# only takes memory; with 1, every slow one makes the model wait.
 _AHEAD = 4
+# Processes that read for one GPU, at most: each holds Python, torch and its batches in memory.
 _MOST_LOADERS = 8
+# How late the thread notices that its caller stops early, and so how long the caller waits then. At
+# half, a full queue wakes the thread up twice as often.
 _POLL_S = 0.2
 Item = TypeVar("Item")
 Batches: TypeAlias = Generator[Batch, None, None]
@@ -23,7 +28,7 @@ Batches: TypeAlias = Generator[Batch, None, None]
 
 
 class Loading:
-    """Reads batches of posts ahead, in processes or in a thread.
+    """A reader of batches ahead, in processes or in a thread.
 
     The processes of a data set live until `close`, so that they start only once.
     """
@@ -40,7 +45,7 @@ class Loading:
         self._open: dict[int, tuple[DataLoader[Batch], _Plan]] = {}
 
     def batches(self, posts: Dataset[Sample], rows: Iterable[list[int]]) -> Batches:
-        """The batches whose rows are given, in their order.
+        """Yield the batches of these rows, in their order.
 
         Raises:
             FeatureError: Features cannot be read.
@@ -73,7 +78,7 @@ class Loading:
 
 
 class _Plan:
-    """Rows of the batches to come; what a `DataLoader` takes for a batch sampler."""
+    """Rows of the batches to come, as the batch sampler of a `DataLoader`."""
 
     def __init__(self) -> None:
         self.rows: Iterable[list[int]] = ()
@@ -83,7 +88,7 @@ class _Plan:
 
 
 def default_loaders(device_type: str, processes: int) -> int:
-    """Loader processes that are sensible: none on a CPU, whose cores training needs itself.
+    """Return a sensible number of loader processes: none on a CPU, whose cores training needs.
 
     Args:
         device_type: ``cpu`` or ``cuda``.
@@ -95,9 +100,9 @@ def default_loaders(device_type: str, processes: int) -> int:
 
 
 def ahead(items: Iterable[Item], depth: int = _AHEAD) -> Iterator[Item]:
-    """The same items, made in a thread up to ``depth`` before they are wanted.
+    """Yield the same items, made in a thread up to ``depth`` before they are wanted.
 
-    What the thread raises is raised here. A caller that stops early should close the iterator.
+    Errors of the thread are raised here. A caller that stops early should close the iterator.
     """
     ready: queue.Queue[tuple[bool, Item | BaseException | None]] = queue.Queue(depth)
     stopped = threading.Event()
@@ -138,13 +143,13 @@ def ahead(items: Iterable[Item], depth: int = _AHEAD) -> Iterator[Item]:
 
 
 class DataWait:
-    """Measures how long training steps wait for batches."""
+    """A clock of the time that training steps wait for batches."""
 
     def __init__(self) -> None:
         self.waited_s = self.total_s = 0.0
 
     def watch(self, items: Iterable[Item]) -> Iterator[Item]:
-        """The same items; time until the next one is waiting, time between two is the step's."""
+        """Yield the same items; time until the next is waiting, time between two is the step's."""
         started = time.perf_counter()
         for item in items:
             waited = time.perf_counter() - started

@@ -25,6 +25,7 @@ from fusion.data.data_file import Entry, Record, entries, record_of
 Skip: TypeAlias = Callable[[str | None, str, str], None]
 """Takes the ID of a post that is left out, which kind of mistake it has, and the whole reason."""
 
+# Smaller files are read before a bar would be of any use.
 _SHOWN_FROM_MB = 64
 
 
@@ -111,7 +112,7 @@ class PostList(Sequence[Record]):
     def __getitem__(self, row: slice) -> PostList: ...
 
     def __getitem__(self, row: int | slice) -> Record | PostList:
-        """One post, read from the file; a slice is a list of posts.
+        """Return one post, read from the file; a slice is a list of posts.
 
         Raises:
             ConfigError: The file has changed since it was read first.
@@ -127,7 +128,7 @@ class PostList(Sequence[Record]):
         return record
 
     def entry(self, row: int) -> Any:
-        """A post as it stands in the file, with what other readers want of it.
+        """Return a post as it stands in the file, with what other readers want of it.
 
         Raises:
             ConfigError: The file has changed since it was read first.
@@ -141,28 +142,28 @@ class PostList(Sequence[Record]):
             raise self._changed() from error
 
     def label_indices(self, row: int) -> npt.NDArray[np.int32]:
-        """Indices of a post's labels, as they stand in the file."""
+        """Return indices of a post's labels, as they stand in the file."""
         return self._indices[self._ends[row] : self._ends[row + 1]]
 
     def keys(self) -> npt.NDArray[np.int64]:
-        """A hash of each post's ID, int64 ``(posts,)``."""
+        """Return a hash of each post's ID, int64 ``(posts,)``."""
         return self._places[:, 2]
 
     def target(self, row: int) -> npt.NDArray[np.float32]:
-        """The true tags of a post, float32 ``(classes,)`` of 0 and 1."""
+        """Return the true tags of a post, float32 ``(classes,)`` of 0 and 1."""
         target = np.zeros(len(self.labels), np.float32)
         target[self._indices[self._ends[row] : self._ends[row + 1]]] = 1
         return target
 
     def targets(self) -> npt.NDArray[np.float32]:
-        """The true tags of all posts, float32 ``(posts, classes)``: for small lists."""
+        """Return the true tags of all posts, float32 ``(posts, classes)``: for small lists."""
         targets = np.zeros((len(self), len(self.labels)), np.float32)
         rows = np.repeat(np.arange(len(self)), np.diff(self._ends))
         targets[rows, self._indices] = 1
         return targets
 
     def positives(self) -> npt.NDArray[np.int64]:
-        """Posts of each class, int64 ``(classes,)``."""
+        """Return the number of posts of each class, int64 ``(classes,)``."""
         rows = np.repeat(np.arange(len(self)), np.diff(self._ends))
         pairs = np.unique(rows * len(self.labels) + self._indices)  # a label may stand twice
         return np.bincount(pairs % len(self.labels), minlength=len(self.labels))
@@ -223,35 +224,35 @@ class PostPool(PostList):
     def __getitem__(self, row: slice) -> PostList: ...
 
     def __getitem__(self, row: int | slice) -> Record | PostList:
-        """One post, read from its file; a slice is a pool."""
+        """Return one post, read from its file; a slice is a pool."""
         if isinstance(row, slice):
             return self.take(np.arange(len(self))[row])
         some, place = self.place(row)
         return some[place]
 
     def place(self, row: int) -> tuple[PostList, int]:
-        """The list that a post is of, and its row there."""
+        """Return the list that a post is of, and its row there."""
         at = int(self._rows[row])
         number = int(np.searchsorted(self._starts, at, side="right")) - 1
         return self.lists[number], at - int(self._starts[number])
 
     def entry(self, row: int) -> Any:
-        """A post as it stands in its file."""
+        """Return a post as it stands in its file."""
         some, place = self.place(row)
         return some.entry(place)
 
     def target(self, row: int) -> npt.NDArray[np.float32]:
-        """The true tags of a post, float32 ``(classes,)`` of 0 and 1."""
+        """Return the true tags of a post, float32 ``(classes,)`` of 0 and 1."""
         some, place = self.place(row)
         return some.target(place)
 
     def targets(self) -> npt.NDArray[np.float32]:
-        """The true tags of all posts, float32 ``(posts, classes)``: for small pools."""
+        """Return the true tags of all posts, float32 ``(posts, classes)``: for small pools."""
         found = [self.target(row) for row in range(len(self))]
         return np.stack(found) if found else np.zeros((0, len(self.labels)), np.float32)
 
     def positives(self) -> npt.NDArray[np.int64]:
-        """Posts of each class, int64 ``(classes,)``."""
+        """Return the number of posts of each class, int64 ``(classes,)``."""
         ends, labels = self.label_rows()
         pairs = np.unique(
             np.repeat(np.arange(len(self)), np.diff(ends)) * len(self.labels) + labels
@@ -263,7 +264,7 @@ class PostPool(PostList):
         return PostPool(self.lists, self._rows[np.asarray(rows, np.int64)])
 
     def label_rows(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Labels by post: of post i they are ``labels[ends[i]:ends[i + 1]]``.
+        """Return labels by post: of post i they are ``labels[ends[i]:ends[i + 1]]``.
 
         Returns:
             ``ends`` ``(posts + 1,)`` and ``labels``, both int64.
@@ -276,12 +277,12 @@ class PostPool(PostList):
         return ends, np.concatenate([np.empty(0, np.int64), *found]).astype(np.int64)
 
     def label_indices(self, row: int) -> npt.NDArray[np.int32]:
-        """Indices of a post's labels, as they stand in its file."""
+        """Return indices of a post's labels, as they stand in its file."""
         some, place = self.place(row)
         return some.label_indices(place)
 
     def keys(self) -> npt.NDArray[np.int64]:
-        """A hash of each post's ID, int64 ``(posts,)``."""
+        """Return a hash of each post's ID, int64 ``(posts,)``."""
         return np.concatenate([some.keys() for some in self.lists])[self._rows]
 
     def refuse_repeats(self) -> None:
@@ -370,7 +371,7 @@ class _Lacking:
         self._tags = np.repeat(counts[None, :] / folds, folds, axis=0)  # (folds, classes)
 
     def deal(self, tag: int | None, tags: list[int], chance: float) -> int:
-        """The part that a post goes to: the one that lacks the tag most, and then posts most."""
+        """Return the part of a post: the one that lacks the tag most, and then posts most."""
         wanted = self._posts if tag is None else self._tags[:, tag]
         best = np.flatnonzero(wanted >= wanted.max() - 1e-9)
         best = best[self._posts[best] >= self._posts[best].max() - 1e-9]

@@ -45,11 +45,11 @@ class EpochBatches(Sampler[list[int]]):
         self.epoch = self.start = 0
 
     def __len__(self) -> int:
-        """Batches in one epoch, those before `start` as well."""
+        """Return the number of batches in one epoch, those before `start` as well."""
         return self._steps
 
     def __iter__(self) -> Iterator[list[int]]:
-        """This process's part of the batches of the current `epoch` from `start`."""
+        """Yield this process's part of the batches of the current `epoch` from `start`."""
         chance = torch.Generator().manual_seed(epoch_seed(self._seed, self.epoch))
         order = torch.randperm(self._count, generator=chance)
         for step in range(self.start, self._steps):
@@ -57,17 +57,17 @@ class EpochBatches(Sampler[list[int]]):
             yield order[first : first + self.posts(step)][self._rank :: self._world].tolist()
 
     def posts(self, step: int) -> int:
-        """Posts of a batch in all processes together; steps are counted from 0."""
+        """Return the number of posts of a batch in all processes together; steps are counted from 0."""
         if step + 1 < self._steps:
             return self._batch_size
         return self._count - step * self._batch_size
 
 
 def epoch_seed(seed: int, epoch: int, rank: int = 0) -> int:
-    """A seed for one epoch in one process."""
+    """Return a seed for one epoch in one process."""
     return (seed * 1_000_003 + epoch * 1_009 + rank) % (1 << 63)
 
 
 def step_seed(seed: int, epoch: int, step: int, rank: int) -> int:
-    """A seed for one step: what it draws does not depend on whether the run was interrupted."""
+    """Return a seed for one step; its draws do not depend on an interruption of the run."""
     return (epoch_seed(seed, epoch, rank) * 1_000_033 + step * 65_537) % (1 << 63)

@@ -33,7 +33,7 @@ class FeatureManifest:
     ocr_mode: Literal["append", "separate"] = "separate"
 
     def input_dims(self) -> dict[Stream, int]:
-        """Dims of what the model sees, in the order of `STREAMS`.
+        """Return the dims of the model's input, in the order of `STREAMS`.
 
         Raises:
             ConfigError: Images shall be frames, and their features differ in length.
@@ -68,7 +68,7 @@ class InputSchema:
 
     @classmethod
     def of(cls, manifest: FeatureManifest, limits: TokenLimits, classes: int) -> InputSchema:
-        """The schema of a model for these features.
+        """Return the schema of a model for these features.
 
         Raises:
             ConfigError: As `FeatureManifest.input_dims`; or there is no modality at all.
@@ -82,7 +82,7 @@ class InputSchema:
     def arrays(
         self, features: Features, without: frozenset[Modality] = frozenset()
     ) -> dict[Stream, FeatureArray]:
-        """A post's features as the model takes them: images joined, tokens thinned.
+        """Return a post's features as the model takes them: images joined, tokens thinned.
 
         Args:
             features: Of one post; streams that the model does not know are left out.

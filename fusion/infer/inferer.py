@@ -27,7 +27,7 @@ from fusion.metrics.calibration import calibrated
 class Inferer:
     """One loaded bundle.
 
-    On a CPU it computes in float32, and a post's scores do not depend on the posts beside it
+    On a CPU it computes in float32, and a post's scores do not depend on its neighbours
     (within 1e-5).
     """
 
@@ -74,12 +74,11 @@ class Inferer:
 
     @property
     def labels(self) -> LabelMap:
-        """The tags it knows."""
         return self._bundle.labels
 
     @property
     def fingerprints(self) -> dict[Stream, str]:
-        """Of the extractors whose features it takes, by stream."""
+        """Return the fingerprints of the extractors whose features it takes, by stream."""
         return dict(self._bundle.manifest.fingerprints)
 
     @property
@@ -89,7 +88,7 @@ class Inferer:
 
     @property
     def ocr_mode(self) -> str:
-        """``append`` or ``separate``: how OCR text was embedded in training."""
+        """Return ``append`` or ``separate``: how OCR text was embedded in training."""
         return self._bundle.manifest.ocr_mode
 
     @property
@@ -108,7 +107,7 @@ class Inferer:
     def predict(
         self, posts: Sequence[Features], *, without: frozenset[Modality] = frozenset()
     ) -> list[Tags]:
-        """Tags of posts, in their order.
+        """Return tags of posts, in their order.
 
         A tag is given where its score reaches its threshold, so a post may get none.
 
@@ -125,7 +124,7 @@ class Inferer:
     def scores(
         self, posts: Sequence[Features], *, without: frozenset[Modality] = frozenset()
     ) -> npt.NDArray[np.float32]:
-        """Scores of posts, float32 ``(posts, classes)``; arguments and errors as of `predict`."""
+        """Return scores float32 ``(posts, classes)``; arguments and errors are those of `predict`."""
         samples = [
             Sample(post.post_id, self._bundle.schema.arrays(post, without)) for post in posts
         ]

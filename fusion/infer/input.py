@@ -16,6 +16,7 @@ from common.errors import ConfigError, one_line
 from config.labels import LabelMap
 from fusion.data.data_file import Record, entries, record_of
 
+# Bytes in which the first sign of a file is looked for; more blanks than that are not expected.
 _BLOCK = 1 << 20
 
 
@@ -125,8 +126,8 @@ def read_record(content: Any, path: Path, where: str) -> Record:
         return record_of(content, where, path)
     if not content.endswith(".safetensors"):
         return Record(content)
-    beside = path.parent / content
-    return Record("", features=beside if beside.exists() else Path(content))
+    relative = path.parent / content
+    return Record("", features=relative if relative.exists() else Path(content))
 
 
 def _name_of(content: Any, where: str) -> str:

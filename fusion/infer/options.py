@@ -175,7 +175,7 @@ def with_bundle(settings: InferSettings | Settings, bundle: Path) -> InferSettin
 
 
 def bundle_of(settings: InferSettings | Settings) -> Path:
-    """The folder of the bundle that the settings name."""
+    """Return the folder of the bundle that the settings name."""
     return settings.bundle if isinstance(settings, InferSettings) else settings.fusion.bundle
 
 

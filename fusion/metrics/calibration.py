@@ -18,7 +18,10 @@ from config.train import CalibrationName
 
 FloatArray: TypeAlias = npt.NDArray[np.float64]
 
+# Temperatures between which the best one is searched. At the ends logits are times or over 50:
+# nearly all scores are 0 and 1, or 0.5.
 _COLDEST, _HOTTEST = 0.02, 50.0
+# They stand in bundle.yaml as text. Half gives coarser steps; double makes the file longer.
 _MOST_KNOTS = 1000
 _PASSES = 30  # over all levels at once, before what is left is pooled one by one
 _TINY = 1e-12  # nearer to 0 and 1 a float64 logit says nothing
@@ -65,7 +68,7 @@ Calibration: TypeAlias = Annotated[Temperature | Isotonic, Field(discriminator="
 
 
 def calibrated(calibration: Calibration | None, scores: npt.ArrayLike) -> npt.NDArray[np.float32]:
-    """Scores as they leave the model or, with a calibration, as probabilities."""
+    """Return scores as they leave the model or, with a calibration, as probabilities."""
     if calibration is None:
         return np.asarray(scores, dtype=np.float32)
     return calibration.apply(scores)
@@ -74,7 +77,7 @@ def calibrated(calibration: Calibration | None, scores: npt.ArrayLike) -> npt.ND
 def fit_calibration(
     name: CalibrationName, scores: npt.ArrayLike, targets: npt.ArrayLike
 ) -> Calibration | None:
-    """The calibration that a name means, fitted to validation posts; None for ``none``.
+    """Return the calibration that a name means, fitted to validation posts; None for ``none``.
 
     Args:
         name: Of the kind.
@@ -89,7 +92,7 @@ def fit_calibration(
 
 
 def fit_temperature(scores: npt.ArrayLike, targets: npt.ArrayLike) -> float:
-    """The temperature with the least cross entropy, within [0.02, 50].
+    """Return the temperature with the least cross entropy, within [0.02, 50].
 
     The cross entropy is convex in 1/T and its slope is known, so its zero is found by halving.
 
@@ -110,9 +113,9 @@ def fit_temperature(scores: npt.ArrayLike, targets: npt.ArrayLike) -> float:
 
 
 def fit_isotonic(scores: npt.ArrayLike, targets: npt.ArrayLike) -> Isotonic:
-    """The rising map of scores with the least squared error, by pooling adjacent violators.
+    """Return the rising map of scores with the least squared error, by pooling adjacent violators.
 
-    Beyond 1,000 knots every so many are left out.
+    Beyond 1,000 knots some are left out at equal distances.
 
     Args:
         scores: Floats in [0, 1], of any shape.
@@ -166,7 +169,7 @@ class Reliability:
 
 
 def reliability(scores: npt.ArrayLike, targets: npt.ArrayLike, bins: int = 15) -> Reliability:
-    """Scores held against the truth.
+    """Compare scores with the truth.
 
     Args:
         scores: Floats in [0, 1], of any shape.

@@ -14,14 +14,15 @@ import numpy.typing as npt
 FloatArray = npt.NDArray[np.floating]
 BoolArray = npt.NDArray[np.bool_]
 
+# Posts whose scores are ranked at once: it bounds the memory of the copies; double would double it.
 _ROWS_AT_ONCE = 8192
 
 
 def _checked(scores: npt.ArrayLike, targets: npt.ArrayLike) -> tuple[FloatArray, BoolArray]:
-    """Scores as floats and targets as booleans, both ``(samples, classes)``.
+    """Return scores as floats and targets as booleans, both ``(samples, classes)``.
 
     Raises:
-        ValueError: Wrong shape, a score that is no number, or a target beside 0 and 1.
+        ValueError: Wrong shape, a score that is no number, or a target other than 0 and 1.
     """
     given, truth = np.asarray(scores), np.asarray(targets)
     if given.ndim != 2 or given.shape != truth.shape:
@@ -37,7 +38,7 @@ def _checked(scores: npt.ArrayLike, targets: npt.ArrayLike) -> tuple[FloatArray,
 
 
 def _top_k(scores: FloatArray, ties: FloatArray, top_k: int) -> npt.NDArray[np.intp]:
-    """Columns of each row's ``top_k`` highest scores, ties by the smaller tie key.
+    """Return columns of each row's ``top_k`` highest scores, ties by the smaller tie key.
 
     Returns:
         ``(rows, top_k)``, in no particular order within a row.
@@ -70,7 +71,7 @@ class GapMeter:
             targets: ``(samples, classes)`` of 0 and 1.
 
         Raises:
-            ValueError: Wrong shape, a score that is NaN, or a target beside 0 and 1.
+            ValueError: Wrong shape, a score that is NaN, or a target other than 0 and 1.
         """
         numbers, truth = _checked(scores, targets)
         self._positives += int(truth.sum())
@@ -92,7 +93,7 @@ class GapMeter:
             )
 
     def value(self) -> float:
-        """GAP of everything added so far, in [0, 1]; 0 where the set has no positive."""
+        """Return GAP of everything added so far, in [0, 1]; 0 where the set has no positive."""
         if not self._positives or not self._kept:
             return 0.0
         scores, ties, hits = (np.concatenate(column) for column in zip(*self._kept, strict=True))
@@ -105,7 +106,7 @@ class GapMeter:
 def global_average_precision(
     scores: npt.ArrayLike, targets: npt.ArrayLike, top_k: int = 20
 ) -> float:
-    """GAP@k: average precision of the pooled ``top_k`` predictions of every sample.
+    """Return GAP@k: average precision of the pooled ``top_k`` predictions of every sample.
 
     The denominator counts all positives of the set, those outside the top k too. Ties are broken
     by a shuffle with a fixed seed.
@@ -116,7 +117,7 @@ def global_average_precision(
         top_k: Predictions of each sample that are pooled.
 
     Raises:
-        ValueError: Wrong shape, a score that is NaN, or a target beside 0 and 1.
+        ValueError: Wrong shape, a score that is NaN, or a target other than 0 and 1.
     """
     meter = GapMeter(top_k)
     meter.add(scores, targets)
@@ -240,7 +241,7 @@ class PrecisionRecall:
 
 
 def precision_recall(scores: npt.ArrayLike, targets: npt.ArrayLike) -> PrecisionRecall:
-    """The curve of one class, or of all decisions together.
+    """Return the curve of one class, or of all decisions together.
 
     Args:
         scores: Floats, of any shape.
@@ -268,7 +269,7 @@ def _column(values: npt.ArrayLike) -> npt.NDArray[np.generic]:
 def summary(
     scores: npt.ArrayLike, targets: npt.ArrayLike, thresholds: npt.ArrayLike = 0.5
 ) -> dict[str, float]:
-    """The metrics that are logged and stored in a bundle.
+    """Return the metrics that are logged and stored in a bundle.
 
     Returns:
         ``gap`` (GAP@20), ``hit_at_1``, ``perr``, ``map``, ``f1_micro``, ``f1_macro``,

@@ -21,7 +21,7 @@ Scored: TypeAlias = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]
 def score_posts(
     fabric: Fabric, model: nn.Module, loading: Loading, posts: Dataset[Sample], batch_size: int
 ) -> Scored:
-    """Scores and targets of all posts, both float32 ``(posts, classes)``, in every process.
+    """Return scores and targets of all posts, float32 ``(posts, classes)``, on every rank.
 
     Every post is scored once, whatever the number of processes: metrics are those of one.
     """
@@ -45,7 +45,7 @@ def score_posts(
 
 
 def targets_of(batch: Batch) -> torch.Tensor:
-    """The targets of a batch, float32 ``(posts, classes)``.
+    """Return the targets of a batch, float32 ``(posts, classes)``.
 
     Raises:
         ValueError: It has none.
@@ -73,7 +73,7 @@ def _gathered(fabric: Fabric, found: list[torch.Tensor], count: int) -> torch.Te
 
 
 def _share_buffers(fabric: Fabric, model: nn.Module) -> None:
-    """The first process's running statistics everywhere, as its weights are."""
+    """Give every process the running statistics of the first, as its weights are."""
     if fabric.world_size > 1:
         for buffer in model.buffers():
             distributed.broadcast(buffer, 0)

@@ -9,7 +9,7 @@ LOWEST, HIGHEST = 0.05, 0.95
 
 
 def best_f1_threshold(scores: npt.ArrayLike, targets: npt.ArrayLike) -> float:
-    """The threshold with the best F1, midway between the scores on its two sides.
+    """Return the threshold with the best F1, midway between the scores on its two sides.
 
     Args:
         scores: Floats ``(samples,)`` in [0, 1].
@@ -28,7 +28,7 @@ def best_f1_threshold(scores: npt.ArrayLike, targets: npt.ArrayLike) -> float:
 
 
 def precision_threshold(scores: npt.ArrayLike, targets: npt.ArrayLike, precision: float) -> float:
-    """The lowest threshold at which so many of the given tags are right.
+    """Return the lowest threshold at which this share of the given tags is right.
 
     Args:
         scores: Floats ``(samples,)`` in [0, 1].
@@ -70,7 +70,7 @@ def fit_thresholds(
     min_positives: int,
     precision: float | None = None,
 ) -> npt.NDArray[np.float32]:
-    """A threshold for each tag, by its best F1 or for a wanted precision.
+    """Return a threshold for each tag, by its best F1 or for a wanted precision.
 
     Tags with fewer than ``min_positives`` positives take the one that is best for all tags
     together: a threshold fitted to two posts says nothing.

@@ -29,7 +29,7 @@ MODELS: Mapping[ModelName, Callable[[InputSchema, ModelSettings], FusionModel]] 
 
 
 def build_model(schema: InputSchema, settings: ModelSettings) -> FusionModel:
-    """The model that the settings name, with fresh weights.
+    """Return the model that the settings name, with fresh weights.
 
     Raises:
         ConfigError: Its options do not fit together.

@@ -31,7 +31,7 @@ class Branch(nn.Module):
         self.attend = nn.Linear(self.width, 1)
 
     def forward(self, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """``(posts, n, dim)`` and bool ``(posts, n)`` to ``(posts, 2·hidden)``.
+        """Map ``(posts, n, dim)`` and bool ``(posts, n)`` to ``(posts, 2·hidden)``.
 
         Posts without tokens get something that means nothing.
         """
@@ -68,11 +68,10 @@ class AttentionLSTM(FusionModel):
 
     @property
     def head(self) -> nn.Linear:
-        """The last layer."""
         return self.classify
 
     def layers(self) -> tuple[Stage, ...]:
-        """The branches, the two layers that join them, the head."""
+        """Return the branches, the two layers that join them, the head."""
         return (
             Stage("modality", ("branches", "missing")),
             Stage("fusion", ("join",)),
@@ -83,7 +82,6 @@ class AttentionLSTM(FusionModel):
     def fuse(
         self, tokens: Mapping[Stream, torch.Tensor], masks: Mapping[Stream, torch.Tensor]
     ) -> Fused:
-        """Logits ``(posts, classes)``."""
         alone: dict[Stream, torch.Tensor] = {}
         for stream in self.streams:
             mask = masks[stream]

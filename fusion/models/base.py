@@ -72,11 +72,11 @@ class FusionModel(nn.Module):
         self.has_own_heads = settings.auxiliary > 0
 
     def forward(self, batch: Batch) -> torch.Tensor:
-        """Logits float32 ``(posts, classes)``."""
+        """Return logits float32 ``(posts, classes)``."""
         return self._fused(batch)[0].logits.float()
 
     def outputs(self, batch: Batch) -> Outputs:
-        """Logits of the model and of each stream's own head."""
+        """Return logits of the model and of each stream's own head."""
         fused, masks = self._fused(batch)
         heads = self._own_heads()
         return Outputs(
@@ -89,7 +89,7 @@ class FusionModel(nn.Module):
     def fuse(
         self, tokens: Mapping[Stream, torch.Tensor], masks: Mapping[Stream, torch.Tensor]
     ) -> Fused:
-        """Logits from tokens ``(posts, n, dim)``, zero where masks ``(posts, n)`` are False.
+        """Return logits from tokens ``(posts, n, dim)``, zero where masks ``(posts, n)`` are False.
 
         n is at least 1, and the True ones of a mask stand before the False ones.
         """
@@ -97,21 +97,21 @@ class FusionModel(nn.Module):
     @property
     @abstractmethod
     def head(self) -> nn.Linear:
-        """The last layer, ``(...) -> (classes)``."""
+        """Return the last layer, ``(...) -> (classes)``."""
 
     @abstractmethod
     def layers(self) -> tuple[Stage, ...]:
-        """The model's stages from its input up, without own heads; each parameter in one."""
+        """Return the model's stages from its input up, without own heads; each parameter in one."""
 
     def stages(self) -> tuple[Stage, ...]:
-        """All stages from the input up; every parameter of the model is in exactly one."""
+        """Return all stages from the input up; every parameter of the model is in exactly one."""
         stages = self.layers()
         if not self.has_own_heads:
             return stages
         return (*stages[:-1], stages[-1]._replace(names=(*stages[-1].names, "own")))
 
     def undecayed(self) -> frozenset[str]:
-        """Names of parameters that are learned vectors, though they have two dimensions."""
+        """Return names of parameters that are learned vectors, though they have two dimensions."""
         return frozenset()
 
     def start_at(self, frequencies: torch.Tensor) -> None:
@@ -165,7 +165,7 @@ class ModalityDropout(nn.Module):
         self.chance = chance
 
     def forward(self, masks: Mapping[Stream, torch.Tensor]) -> dict[Stream, torch.Tensor]:
-        """Masks ``(posts, n)`` with the hidden modalities all False."""
+        """Return masks ``(posts, n)`` with the hidden modalities all False."""
         if not self.training or self.chance == 0:
             return dict(masks)
         there: dict[Modality, torch.Tensor] = {}
@@ -183,7 +183,7 @@ class ModalityDropout(nn.Module):
 
 
 def learned_vectors(schema: InputSchema, width: int) -> nn.ParameterDict:
-    """A small random vector ``(width,)`` for each stream."""
+    """Return a small random vector ``(width,)`` for each stream."""
     return nn.ParameterDict({m: nn.Parameter(torch.randn(width) * 0.02) for m in schema.dims})
 
 

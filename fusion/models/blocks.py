@@ -51,7 +51,7 @@ class Projection(nn.Module):
         self.change = nn.Linear(dim, width, bias=False) if motion else None
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """``(posts, n, dim)`` to ``(posts, n, width)``."""
+        """Map ``(posts, n, dim)`` to ``(posts, n, width)``."""
         normed = self.norm(tokens)
         projected: torch.Tensor = self.project(normed)
         if self.change is None or not tokens.shape[1]:
@@ -62,7 +62,7 @@ class Projection(nn.Module):
 
 
 def projections(schema: InputSchema, width: int, *, motion: bool) -> nn.ModuleDict:
-    """A `Projection` for each stream; motion only for those that move."""
+    """Return a `Projection` for each stream; motion only for those that move."""
     return nn.ModuleDict(
         {m: Projection(d, width, motion=motion and m in _CHANGING) for m, d in schema.dims.items()}
     )

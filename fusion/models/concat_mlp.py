@@ -30,7 +30,6 @@ class ConcatMLP(FusionModel):
 
     @property
     def head(self) -> nn.Linear:
-        """The last layer."""
         return self.classify
 
     def layers(self) -> tuple[Stage, ...]:
@@ -41,7 +40,6 @@ class ConcatMLP(FusionModel):
     def fuse(
         self, tokens: Mapping[Stream, torch.Tensor], masks: Mapping[Stream, torch.Tensor]
     ) -> Fused:
-        """Logits ``(posts, classes)``."""
         alone = self.pool(tokens, masks)
         vector = torch.relu(torch.cat([alone[m] for m in self.streams], dim=1))
         for layer in self.hidden:

@@ -46,7 +46,6 @@ class ConcatSE(FusionModel):
 
     @property
     def head(self) -> nn.Linear:
-        """The last layer."""
         return self.classify
 
     def layers(self) -> tuple[Stage, ...]:
@@ -60,7 +59,6 @@ class ConcatSE(FusionModel):
     def fuse(
         self, tokens: Mapping[Stream, torch.Tensor], masks: Mapping[Stream, torch.Tensor]
     ) -> Fused:
-        """Logits ``(posts, classes)``."""
         alone: dict[Stream, torch.Tensor] = {}
         for stream in self.streams:
             mask = masks[stream]

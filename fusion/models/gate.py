@@ -20,6 +20,6 @@ class SqueezeExcitation(nn.Module):
         self.excite = nn.Linear(narrow, width)
 
     def forward(self, vectors: torch.Tensor) -> torch.Tensor:
-        """``(posts, width)`` in and out."""
+        """Gate ``(posts, width)``; the shape stays."""
         gate = torch.relu(self.norm(self.squeeze(vectors)))
         return vectors * torch.sigmoid(self.excite(gate))

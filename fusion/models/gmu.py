@@ -38,7 +38,6 @@ class GMU(FusionModel):
 
     @property
     def head(self) -> nn.Linear:
-        """The last layer."""
         return self.classify
 
     def layers(self) -> tuple[Stage, ...]:
@@ -53,7 +52,6 @@ class GMU(FusionModel):
     def fuse(
         self, tokens: Mapping[Stream, torch.Tensor], masks: Mapping[Stream, torch.Tensor]
     ) -> Fused:
-        """Logits ``(posts, classes)``."""
         alone = self.pool(tokens, masks)
         vectors = torch.stack([alone[m] for m in self.streams], dim=1)
         posts, count, width = vectors.shape  # (posts, modalities, width)

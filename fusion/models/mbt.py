@@ -62,11 +62,10 @@ class MBT(FusionModel):
 
     @property
     def head(self) -> nn.Linear:
-        """The last layer."""
         return self.classify
 
     def layers(self) -> tuple[Stage, ...]:
-        """Projections, the layers one by one, the head."""
+        """Return projections, the layers one by one, the head."""
         first = Stage("modality", ("projections", "starts", "missing", "scales"))
         blocks: list[Stage] = []
         for i in range(len(self.blocks)):
@@ -76,13 +75,12 @@ class MBT(FusionModel):
         return (first, *blocks, Stage("head", ("norms", "classify")))
 
     def undecayed(self) -> frozenset[str]:
-        """The bottleneck tokens are vectors."""
+        """Return the names of the bottleneck tokens, which are vectors."""
         return frozenset({"bottlenecks"})
 
     def fuse(
         self, tokens: Mapping[Stream, torch.Tensor], masks: Mapping[Stream, torch.Tensor]
     ) -> Fused:
-        """Logits ``(posts, classes)``."""
         streams, seen = self._embed(tokens, masks)
         for layer in self.blocks[: self.first_shared]:
             streams = {m: block(streams[m], seen[m]) for m, block in _of_streams(layer)}
@@ -101,7 +99,7 @@ class MBT(FusionModel):
     def _embed(
         self, tokens: Mapping[Stream, torch.Tensor], masks: Mapping[Stream, torch.Tensor]
     ) -> tuple[dict[Stream, torch.Tensor], dict[Stream, torch.Tensor]]:
-        """[CLS], the tokens and the stand-in ``(posts, 1 + n + 1, width)``, and which are there."""
+        """Return [CLS], tokens and stand-in ``(posts, 1 + n + 1, width)``, and their mask."""
         streams: dict[Stream, torch.Tensor] = {}
         seen: dict[Stream, torch.Tensor] = {}
         for stream in self.streams:
@@ -137,7 +135,7 @@ class MBT(FusionModel):
 
 
 def _of_streams(layer: nn.Module) -> list[tuple[Stream, nn.Module]]:
-    """The blocks of one layer, by stream."""
+    """Return the blocks of one layer, by stream."""
     if not isinstance(layer, nn.ModuleDict):
         raise TypeError("a layer holds a block for each stream")
     return [(cast(Stream, stream), block) for stream, block in layer.items()]

@@ -49,7 +49,6 @@ class NeXtVLADSE(FusionModel):
 
     @property
     def head(self) -> nn.Linear:
-        """The last layer."""
         return self.classify
 
     def layers(self) -> tuple[Stage, ...]:
@@ -63,7 +62,6 @@ class NeXtVLADSE(FusionModel):
     def fuse(
         self, tokens: Mapping[Stream, torch.Tensor], masks: Mapping[Stream, torch.Tensor]
     ) -> Fused:
-        """Logits ``(posts, classes)``."""
         alone: dict[Stream, torch.Tensor] = {}
         for stream in self.streams:
             mask = masks[stream]

@@ -26,7 +26,7 @@ class MeanPooling(nn.Module):
     def forward(
         self, tokens: Mapping[Stream, torch.Tensor], masks: Mapping[Stream, torch.Tensor]
     ) -> dict[Stream, torch.Tensor]:
-        """``(posts, width)`` of each stream."""
+        """Return ``(posts, width)`` of each stream."""
         return {m: self._vector(m, tokens[m], masks[m]) for m in tokens}
 
     def _vector(self, stream: Stream, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -88,7 +88,7 @@ class NeXtVLAD(nn.Module):
         self.norm = MaskedBatchNorm(self.width)
 
     def forward(self, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """``(posts, n, dim)`` and bool ``(posts, n)`` to ``(posts, clusters · λN/G)``.
+        """Map ``(posts, n, dim)`` and bool ``(posts, n)`` to ``(posts, clusters · λN/G)``.
 
         Posts without tokens get something that means nothing.
         """

@@ -41,11 +41,10 @@ class TokenTransformer(FusionModel):
 
     @property
     def head(self) -> nn.Linear:
-        """The last layer."""
         return self.classify
 
     def layers(self) -> tuple[Stage, ...]:
-        """Projections, the blocks one by one, the head."""
+        """Return projections, the blocks one by one, the head."""
         blocks = (Stage("fusion", (f"blocks.{i}",)) for i in range(len(self.blocks)))
         first = Stage("modality", ("projections", "kinds", "missing", "scales", "start"))
         return (first, *blocks, Stage("head", ("norm", "classify")))
@@ -53,7 +52,6 @@ class TokenTransformer(FusionModel):
     def fuse(
         self, tokens: Mapping[Stream, torch.Tensor], masks: Mapping[Stream, torch.Tensor]
     ) -> Fused:
-        """Logits ``(posts, classes)``."""
         first = tokens[self.streams[0]]
         posts = first.shape[0]
         sequence = [self.start.expand(posts, 1, -1)]

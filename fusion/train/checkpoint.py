@@ -73,7 +73,7 @@ class Checkpoint:
 
 
 def signature(parts: Mapping[str, Any]) -> str:
-    """One text for JSON values, independent of the order of their keys."""
+    """Return one text for JSON values, independent of the order of their keys."""
     return json.dumps(parts, sort_keys=True, ensure_ascii=False)
 
 
@@ -164,7 +164,7 @@ class Start:
 
     @property
     def exact(self) -> bool:
-        """True if the run goes on where another one stopped."""
+        """Return True if the run goes on where another one stopped."""
         return bool(self.checkpoint.optimizer)
 
 

@@ -36,7 +36,7 @@ def cross_entropy_costs(logits: torch.Tensor, targets: torch.Tensor) -> torch.Te
 def focal_costs(
     logits: torch.Tensor, targets: torch.Tensor, settings: FocalSettings
 ) -> torch.Tensor:
-    """``-α·t·(1-p)^γ·log p - (1-α)·(1-t)·p^γ·log(1-p)``, float32 ``(posts, classes)``.
+    """Return float32 ``(posts, classes)``: ``-α·t·(1-p)^γ·log p - (1-α)·(1-t)·p^γ·log(1-p)``.
 
     Source: arXiv 1708.02002, equation 5.
     """
@@ -52,7 +52,7 @@ def focal_costs(
 def asymmetric_costs(
     logits: torch.Tensor, targets: torch.Tensor, settings: AsymmetricSettings
 ) -> torch.Tensor:
-    """``-t·(1-p)^γ⁺·log p - (1-t)·q^γ⁻·log(1-q)`` with ``q = max(p - margin, 0)``.
+    """Return ``-t·(1-p)^γ⁺·log p - (1-t)·q^γ⁻·log(1-q)`` with ``q = max(p - margin, 0)``.
 
     float32 ``(posts, classes)``.
 
@@ -71,7 +71,7 @@ def asymmetric_costs(
 
 
 def class_weights(positives: torch.Tensor, beta: float) -> torch.Tensor:
-    """Weights by the effective number of positives, float32 ``(classes,)`` with mean 1.
+    """Return weights by the effective number of positives, float32 ``(classes,)`` with mean 1.
 
     A class without positives counts as one with one.
 
@@ -87,7 +87,7 @@ def class_weights(positives: torch.Tensor, beta: float) -> torch.Tensor:
 
 
 def smoothed(targets: torch.Tensor, epsilon: float) -> torch.Tensor:
-    """Targets moved by ε/2 from 0 and 1 towards each other."""
+    """Move targets by ε/2 from 0 and 1 towards each other."""
     return targets * (1 - epsilon) + epsilon / 2
 
 
@@ -110,7 +110,7 @@ class TaggingLoss(nn.Module):
     def forward(
         self, logits: torch.Tensor, targets: torch.Tensor, there: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """The mean cost.
+        """Return the mean cost.
 
         Args:
             logits: float ``(posts, classes)``.

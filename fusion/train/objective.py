@@ -35,7 +35,7 @@ class Objective(nn.Module):
         self._auxiliary, self._mixup = auxiliary, mixup
 
     def forward(self, batch: Batch) -> torch.Tensor:
-        """The loss, a scalar.
+        """Return the loss, a scalar.
 
         Raises:
             ValueError: The batch has no targets.
@@ -56,7 +56,7 @@ class Objective(nn.Module):
 
 
 def mixed(batch: Batch, alpha: float) -> Batch:
-    """Each post mixed with another at random, by a share drawn from Beta(α, α).
+    """Mix each post with another at random, by a share drawn from Beta(α, α).
 
     Source: arXiv 1710.09412; for tokens as in `mixed_with`.
     """
@@ -67,7 +67,7 @@ def mixed(batch: Batch, alpha: float) -> Batch:
 
 
 def mixed_with(batch: Batch, partners: torch.Tensor, shares: torch.Tensor) -> Batch:
-    """Each post mixed with a given other one.
+    """Mix each post with a given other one.
 
     A token is the weighted mean of the two posts' tokens at its place; where one of them has none,
     the other's stays whole, so that a modality of one post only is not faded. Targets are mixed.

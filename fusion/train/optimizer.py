@@ -21,11 +21,12 @@ Factor: TypeAlias = Callable[[int], float]
 # Gradients that are 0 but for rounding, as of attention's key biases, stay small against this: they
 # would else be blown up to full steps, and differ between one process and several.
 _EPSILON = 1e-7
+# The defaults of torch's OneCycleLR: 1 / div_factor, and that divided by final_div_factor.
 _ONE_CYCLE_START, _ONE_CYCLE_END = 1 / 25, 1 / 250_000
 
 
 def parameter_groups(model: nn.Module, settings: OptimizerSettings) -> list[ParameterGroup]:
-    """Every parameter that learns in exactly one group, with its learning rate and decay.
+    """Return every parameter that learns in exactly one group, with its learning rate and decay.
 
     Matrices and filters decay; biases, norms and learned vectors do not. A model that is no
     `FusionModel` is one stage.
@@ -92,7 +93,7 @@ def warm_up_cosine(step: int, steps: int, warm_up: float) -> float:
 
 
 def restarts(step: int, steps: int, warm_up: float, cycles: int) -> float:
-    """Factor of the learning rate at a step: `warm_up_cosine` so many times, one after another.
+    """Return the factor of the learning rate at a step: `warm_up_cosine` for each cycle in turn.
 
     Source: arXiv 1704.00109 (snapshot ensembles), with a warm-up in each cycle.
     """
@@ -102,12 +103,12 @@ def restarts(step: int, steps: int, warm_up: float, cycles: int) -> float:
 
 
 def cycle_ends(epochs: int, cycles: int) -> tuple[int, ...]:
-    """The epochs, from 1, at whose ends the learning rate is at its lowest."""
+    """Return the epochs, from 1, at whose ends the learning rate is at its lowest."""
     return tuple(-(-c * epochs // cycles) for c in range(1, cycles + 1))
 
 
 def one_cycle(step: int, steps: int, warm_up: float) -> float:
-    """Factor of the learning rate at a step: a cosine from 1/25 to 1, one down to 1/250,000.
+    """Return the factor of the learning rate at a step: cosines from 1/25 to 1 to 1/250,000.
 
     Momentum stays as it is.
 
@@ -155,7 +156,7 @@ OPTIMIZERS: Mapping[
 def build_optimizer(
     model: nn.Module, settings: OptimizerSettings, steps: int
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
-    """The optimizer that settings name and its schedule over ``steps`` steps.
+    """Return the optimizer that settings name and its schedule over ``steps`` steps.
 
     The schedule is a function of the step alone, so that a resumed run goes on just where it was.
     """
@@ -165,7 +166,7 @@ def build_optimizer(
 
 
 def saved_with(state: Mapping[str, Any]) -> str:
-    """The name of the optimizer whose state_dict this is; before there were several, adamw."""
+    """Return the name of the optimizer of a state_dict; old ones without a name are adamw's."""
     return str(state["param_groups"][0].get("optimizer", "adamw"))
 
 

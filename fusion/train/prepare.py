@@ -27,7 +27,10 @@ from fusion.data.schema import FeatureManifest, InputSchema
 from fusion.train.distributed import all_ranks, gathered, on_this_host
 from fusion.train.trainer import TrainData
 
+# Tags named in one warning: about two lines of a terminal.
 _SHOWN_TAGS = 10
+# Posts that a loader checks before it answers. Half sends twice as many answers between processes;
+# double moves the progress bar in longer steps.
 _AT_ONCE = 64
 
 
@@ -166,7 +169,7 @@ class Skipped:
 
     @property
     def summary(self) -> str:
-        """One line for a person; empty where nothing was skipped."""
+        """Return one line for a person; empty where nothing was skipped."""
         count = sum(self._counts.values())
         kinds = ", ".join(f"{kind} {n}" for kind, n in sorted(self._counts.items()))
         return f"skipped {count} posts ({kinds}); listed in {self.path}" if count else ""
@@ -210,7 +213,7 @@ class Skipped:
 def readable(
     fabric: Fabric, dataset: PostDataset, skipped: Skipped, *, loaders: int, progress: bool
 ) -> PostList:
-    """The posts whose features can be read; every feature file is read once.
+    """Return the posts whose features can be read; every feature file is read once.
 
     Args:
         fabric: Every process reads a part of the files.
@@ -249,7 +252,7 @@ def readable(
 
 
 class _Reasons(Dataset[str | None]):
-    """Why a post's features cannot be used; None where they can."""
+    """The reason why features of each post cannot be used; None where they can."""
 
     def __init__(self, posts: PostDataset) -> None:
         self._posts = posts

@@ -18,13 +18,13 @@ _PLACES = frozenset({"epoch", "step", "posts"})
 
 
 class RunLog:
-    """JSON lines, flushed line by line, and TensorBoard's events beside them.
+    """JSON lines, flushed line by line, and TensorBoard's events next to them.
 
     `write` alone makes JSON lines. After `begin` the numbers of the events ``step``, ``epoch`` and
     ``valid`` become TensorBoard's scalars too, all over the same axis: steps since the first one.
 
     Args:
-        path: Of the JSON lines; TensorBoard's folder ``tensorboard`` lies beside it.
+        path: Of the JSON lines; TensorBoard's folder ``tensorboard`` lies next to it.
         enabled: False in the processes of a distributed run that do not speak.
         tensorboard: Whether TensorBoard's events are written.
     """
@@ -37,7 +37,6 @@ class RunLog:
 
     @property
     def path(self) -> Path:
-        """The JSON lines."""
         return self._path
 
     def begin(self, steps: int, done: int = 0) -> None:
@@ -121,7 +120,7 @@ class RunLog:
 
 
 def read_run(path: Path) -> list[dict[str, Any]]:
-    """Events of the latest run in a log: what a resumed run did anew counts once.
+    """Return the events of the latest run in a log; steps repeated by a resumed run count once.
 
     Args:
         path: The JSON lines; a line that was cut off by a kill is left out.
@@ -148,7 +147,7 @@ def read_run(path: Path) -> list[dict[str, Any]]:
 
 
 def _at(event: dict[str, Any], begin: dict[str, Any]) -> int:
-    """Steps that were done when an event was written; 0 for those that belong to no step."""
+    """Return steps that were done when an event was written; 0 for those that belong to no step."""
     if event["event"] not in _SCALARS or "epoch" not in event:
         return 0
     steps = int(begin["steps"])

@@ -32,7 +32,7 @@ def report_run(
     version: str,
     seconds: float,
 ) -> Path:
-    """Write the report folder beside the run's checkpoints; the page.
+    """Write the report folder next to the run's checkpoints; return the page.
 
     Raises:
         ConfigError: It cannot be written.

@@ -94,7 +94,7 @@ class _Run:
 
     @property
     def validated(self) -> nn.Module:
-        """The model that is validated and served: the moving average if there is one."""
+        """Return the model that is validated and served: the moving average if there is one."""
         return self.model if self.average is None else self.average.module
 
 

@@ -219,7 +219,7 @@ class Broker(ABC):
         return count
 
     def _settle(self, delivery: Delivery) -> bool:
-        """Cross a delivery off; False if it is of another generation, or crossed off already."""
+        """Cross a delivery off; return False if it is of another generation, or crossed off."""
         is_current = self.connected and delivery.generation == self.generation
         return is_current and self._in_hand.pop(delivery.token, None) is not None
 

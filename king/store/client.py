@@ -50,12 +50,12 @@ class StoreClient:
 
     @property
     def url(self) -> str:
-        """The database's URL without its password."""
+        """Return the database's URL without its password."""
         return redact(self.settings.url)
 
     @property
     def posts(self) -> Collection[Document]:
-        """The platform's posts."""
+        """Return the platform's posts."""
         return self.database[self.settings.collection]
 
     @property
@@ -65,12 +65,12 @@ class StoreClient:
 
     @property
     def leases(self) -> Collection[Document]:
-        """Leases of work that only one King does at a time; apart from the jobs they would skew."""
+        """Return the leases of work that only one King does; jobs would be skewed by them."""
         return self.database[f"{self.settings.jobs_collection}_leases"]
 
     @property
     def database(self) -> Database[Document]:
-        """The database; connects when it is first used.
+        """Return the database; connects when it is first used.
 
         Raises:
             ConfigError: The URL is malformed.

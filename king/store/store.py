@@ -59,7 +59,7 @@ class Store:
 
     @property
     def url(self) -> str:
-        """The database's URL without its password."""
+        """Return the database's URL without its password."""
         return self.client.url
 
     def connect(self) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 from common.post import FeatureArray
 
 _MAGIC = b"ITC1"
-_DIGEST_BYTES = 16
+_DIGEST_BYTES = 16  # finds damage, which even half would; it is no protection against an attacker
 _LENGTH = struct.Struct("<I")
 _BODY_AT = len(_MAGIC) + _DIGEST_BYTES
 

@@ -116,7 +116,7 @@ def _key(*parts: str) -> str:
 
 
 def _text_of(*values: Any) -> str:
-    """Settings as text; the same for the same values."""
+    """Return settings as text; the same for the same values."""
     return json.dumps([FORMAT, *values], sort_keys=True, ensure_ascii=True)
 
 

@@ -124,7 +124,7 @@ class RemoteStore:
 
     @contextlib.contextmanager
     def _edge(self) -> Iterator[None]:
-        """Every file system has errors of its own, and no base class in common."""
+        """Join the errors of all file systems, which have no base class in common."""
         try:
             yield
         except FileNotFoundError:

@@ -93,7 +93,7 @@ class Guard:
 
     @property
     def left_s(self) -> float:
-        """Seconds left of the current download."""
+        """Return the seconds left of the current download."""
         return float("inf") if self._end is None else self._end - time.monotonic()
 
     @contextmanager
@@ -189,7 +189,7 @@ def _addresses(host: str, port: int) -> list[tuple[int, int, int, tuple[Any, ...
 
 
 def guarded_session(guard: Guard, *, user_agent: str) -> requests.Session:
-    """A requests session whose every connection is made by the guard; for one thread."""
+    """Return a requests session whose every connection is made by the guard; for one thread."""
     session = requests.Session()
     session.trust_env = False  # no proxies, no .netrc: what is connected to is what was checked
     session.cookies.set_policy(_NoCookies())
@@ -226,7 +226,7 @@ class _GuardedAdapter(HTTPAdapter):
 
 
 def _pool_classes(guard: Guard) -> dict[str, type[urllib3.HTTPConnectionPool]]:
-    """urllib3's pools with connections that ask the guard."""
+    """Return urllib3's pools with connections that ask the guard."""
 
     class Guarded(HTTPConnection):
         def _new_conn(self) -> socket.socket:

@@ -68,7 +68,7 @@ class Arena:
 
     @classmethod
     def private(cls, slots: int, slot_bytes: int) -> Arena:
-        """Slots of this process alone; pages that are never written cost nothing."""
+        """Return slots of this process alone; pages that are never written cost nothing."""
         return cls(mmap.mmap(-1, slots * slot_bytes), slots, slot_bytes)
 
     def view(self, ref: ArrayRef) -> AnyArray:

@@ -88,12 +88,12 @@ class TaskPool(Protocol):
 
     @property
     def ready(self) -> bool:
-        """Every worker has been ready once, and none has refused."""
+        """Return True when every worker has been ready once, and none has refused."""
         ...
 
     @property
     def refused(self) -> str | None:
-        """Why the pool cannot work."""
+        """Return why the pool cannot work."""
         ...
 
     @property
@@ -107,9 +107,7 @@ class TaskPool(Protocol):
         ...
 
     @property
-    def workers(self) -> list[WorkerView]:
-        """Every worker."""
-        ...
+    def workers(self) -> list[WorkerView]: ...
 
     def start(self) -> None:
         """Start every worker; returns at once."""

@@ -133,7 +133,6 @@ class ProcessPool:
 
     @property
     def workers(self) -> list[WorkerView]:
-        """Every worker, in a fixed order."""
         return [m.view(self._scheduler.load(m.name)) for m in self._supervisor.workers.values()]
 
     @property

@@ -60,7 +60,7 @@ class QueuedTask:
 
     @property
     def stage(self) -> str:
-        """``recall``, ``fetch``, ``decode``, ``extract`` or ``fuse``."""
+        """Return ``recall``, ``fetch``, ``decode``, ``extract`` or ``fuse``."""
         return stage_of(self.queue_name)
 
 

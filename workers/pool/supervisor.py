@@ -73,7 +73,6 @@ class ManagedProcess:
 
     @property
     def name(self) -> str:
-        """The worker's name."""
         return self.spec.name
 
     def started(self, process: WorkerProcess, now: float) -> None:
