@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -35,17 +34,13 @@ class CommandLine:
 
 
 def run(arguments: Sequence[str] | None) -> int:
-    """Serve until stopped; return the exit code.
-
-    Raises:
-        ConfigError: An option or a setting is wrong, or there is no bundle.
-    """
+    """Serve until stopped; return the exit code."""
     line = read_options(CommandLine, _NAME, arguments, about=__doc__)
     named = {"host": line.host, "port": line.port}
     overrides = [f"http.{key}={value}" for key, value in named.items() if value is not None]
     settings = load_settings(line.config, [*line.overrides, *overrides])
     configure_logs(settings.log.format, "debug" if line.debug else settings.log.level)
-    bundle = Path(settings.fusion.bundle)
+    bundle = settings.fusion.bundle
     if not (bundle / "bundle.yaml").is_file():
         raise ConfigError(f"fusion.bundle: {bundle}: no bundle there; train_net.py makes one")
     from deploy import embedded
@@ -57,7 +52,6 @@ def run(arguments: Sequence[str] | None) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Serve; 0 done, 2 the configuration is wrong, 1 anything else."""
     return exit_code(_NAME, lambda: run(arguments))
 
 

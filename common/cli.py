@@ -2,11 +2,11 @@
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-posts: Annotated[Path, typer.Argument(metavar="POSTS", help="posts file")]
-limit: Annotated[int | None, typer.Option("--limit", min=1)] = None
+    posts: Annotated[Path, typer.Argument(metavar="POSTS", help="posts file")]
+    limit: Annotated[int | None, typer.Option("--limit", min=1)] = None
 
 def main(arguments: Sequence[str] | None = None) -> int:
-return exit_code("count_posts", lambda: count(read_options(Options, "count_posts", arguments)))
+    return exit_code("count_posts", lambda: count(read_options(Options, "count_posts", arguments)))
 """
 
 from __future__ import annotations

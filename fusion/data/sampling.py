@@ -57,7 +57,7 @@ class EpochBatches(Sampler[list[int]]):
             yield order[first : first + self.posts(step)][self._rank :: self._world].tolist()
 
     def posts(self, step: int) -> int:
-        """Return the number of posts of a batch in all processes together; steps are counted from 0."""
+        """Return the number of posts of a batch in all processes; steps are counted from 0."""
         if step + 1 < self._steps:
             return self._batch_size
         return self._count - step * self._batch_size

@@ -124,7 +124,7 @@ class Inferer:
     def scores(
         self, posts: Sequence[Features], *, without: frozenset[Modality] = frozenset()
     ) -> npt.NDArray[np.float32]:
-        """Return scores float32 ``(posts, classes)``; arguments and errors are those of `predict`."""
+        """Return float32 ``(posts, classes)``; arguments and errors are those of `predict`."""
         samples = [
             Sample(post.post_id, self._bundle.schema.arrays(post, without)) for post in posts
         ]

@@ -147,7 +147,7 @@ class FusionModel(nn.Module):
 
 
 def _some(rows: torch.Tensor) -> torch.Tensor:
-    """``(posts, n, ...)`` with n at least 1: a stream that no post has gets a row of padding.
+    """Make n of ``(posts, n, ...)`` at least 1: a stream of no post gets a row of padding.
 
     Its layers then take part in every step, which DDP demands.
     """
