@@ -39,7 +39,7 @@ from common.post import Features, Modality, Status, Stream, modality_of
 from config.load import load_settings
 from corpus.extract.local import FeatureStore
 from corpus.extract.options import parse as parse_extraction
-from corpus.extract.work import WANTED, Inputs, Kind, Work
+from corpus.extract.work import MODALITIES_OF, Inputs, Kind, Work
 from deploy import embedded
 from extractors.feature_file import read_features, read_header
 
@@ -180,7 +180,7 @@ def extract_before(corpus: Corpus, kind: Kind, count: int) -> None:
         _fingerprints[kind] = header.fingerprints
         _arrays[kind] = {stream: np.zeros_like(values) for stream, values in arrays.items()}
     options = parse_extraction(kind, scripts(corpus)[f"extract {kind}"][1:])
-    wanted = WANTED[kind]
+    wanted = MODALITIES_OF[kind]
     store = FeatureStore(options.features, wanted, _fingerprints[kind])
     arrays = _arrays[kind]
     statuses: dict[Modality, Status] = {

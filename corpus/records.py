@@ -80,7 +80,7 @@ class DataFile:
 
     def __init__(self, lines: AtomicLines, form: Form) -> None:
         self._lines, self._form = lines, form
-        self._held: str | None = None
+        self._last: str | None = None
         if form == "json":
             lines.write("[")
 
@@ -90,15 +90,15 @@ class DataFile:
         if self._form == "jsonl":
             self._lines.write(text)
             return
-        if self._held is not None:
-            self._lines.write(self._held + ",")
-        self._held = text
+        if self._last is not None:
+            self._lines.write(self._last + ",")
+        self._last = text
 
     def end(self) -> None:
         """Write what the list still lacks."""
         if self._form == "json":
-            if self._held is not None:
-                self._lines.write(self._held)
+            if self._last is not None:
+                self._lines.write(self._last)
             self._lines.write("]")
 
 
@@ -110,12 +110,12 @@ class Summary:
     """Counts of one run; `show` prints them, `write` keeps them.
 
     Attributes:
-        facts: Further figures by name, in the order in which they were set.
+        figures: Further figures by name, in the order in which they were set.
     """
 
     def __init__(self, title: str) -> None:
         self.title = title
-        self.facts: dict[str, int | float | str] = {}
+        self.figures: dict[str, int | float | str] = {}
         self._done = 0
         self._skipped: Counter[str] = Counter()
         self._failed: Counter[str] = Counter()
@@ -143,13 +143,13 @@ class Summary:
         return self._failed.total()
 
     def as_dict(self) -> dict[str, object]:
-        """``{total, done, skipped: {reason: n}, failed: {reason: n}, facts…}``, reasons sorted."""
+        """Return ``{total, done, skipped: {reason: n}, failed: {reason: n}, ...figures}``."""
         return {
             "total": self.total,
             "done": self._done,
             "skipped": dict(sorted(self._skipped.items())),
             "failed": dict(sorted(self._failed.items())),
-            **self.facts,
+            **self.figures,
         }
 
     @classmethod
@@ -164,7 +164,7 @@ class Summary:
         summary._skipped.update(content["skipped"])
         summary._failed.update(content["failed"])
         own = {"total", "done", "skipped", "failed"}
-        summary.facts = {name: value for name, value in content.items() if name not in own}
+        summary.figures = {name: value for name, value in content.items() if name not in own}
         return summary
 
     def write(self, path: Path) -> None:
@@ -188,7 +188,7 @@ class Summary:
         for word, counts in (("skipped", self._skipped), ("failed", self._failed)):
             for reason, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
                 table.add_row(word, f"{count:,}", Text(reason))
-        for name, value in self.facts.items():
+        for name, value in self.figures.items():
             shown = f"{value:,}" if isinstance(value, int) else str(value)
             table.add_row(Text(name), shown, "")
         width = None if sys.stdout.isatty() else 120
@@ -197,8 +197,8 @@ class Summary:
 
 def _add(counts: Counter[str], reason: str, count: int) -> None:
     """Reasons that never repeat must not fill the memory."""
-    known = reason in counts or len(counts) < _MAX_REASONS
-    counts[reason if known else _OTHER] += count
+    listed = reason in counts or len(counts) < _MAX_REASONS
+    counts[reason if listed else _OTHER] += count
 
 
 MEDIA_KEYS: dict[MediaKind, str] = {"image": "images", "video": "videos", "audio": "audios"}
@@ -345,11 +345,11 @@ def local_path(source: str, file: Path | str) -> Path | None:
     """
     if is_url(source) or "\0" in source:
         return None
-    beside = Path(file).parent / source
+    near = Path(file).parent / source
     try:
-        return beside if beside.exists() or not Path(source).exists() else Path(source)
+        return near if near.exists() or not Path(source).exists() else Path(source)
     except OSError:  # a name that is too long for the file system
-        return beside
+        return near
 
 
 @contextmanager

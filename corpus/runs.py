@@ -27,11 +27,11 @@ class Stopper:
 
     def __init__(self) -> None:
         self.asked = ""
-        self._before: dict[signal.Signals, Any] = {}
+        self._handlers: dict[signal.Signals, Any] = {}
 
     def __enter__(self: _Stopper) -> _Stopper:
         for number in self.signals:
-            self._before[number] = signal.signal(number, self._stop)
+            self._handlers[number] = signal.signal(number, self._stop)
         return self
 
     def __exit__(
@@ -40,13 +40,13 @@ class Stopper:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         self.asked = signal.Signals(number).name
-        for known in self._before:
-            signal.signal(known, signal.SIG_DFL)
+        for each in self._handlers:
+            signal.signal(each, signal.SIG_DFL)
 
 
 class Interrupt(Stopper):
@@ -78,7 +78,7 @@ def only_one(lock: Path, what: str) -> Iterator[None]:
         ConfigError: Another process holds it, or the file cannot be made.
     """
     try:
-        held = lock_file(lock)
+        handle = lock_file(lock)
     except TimeoutError as error:
         raise ConfigError(f"{what} is being written by another run") from error
     except OSError as error:
@@ -86,4 +86,4 @@ def only_one(lock: Path, what: str) -> Iterator[None]:
     try:
         yield
     finally:
-        held.release()
+        handle.release()

@@ -76,11 +76,11 @@ def read_migrations(labels: Path) -> tuple[Migration, ...]:
         return ()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from error
-    found = tuple(_parse(line, f"{path}: line {i}") for i, line in enumerate(lines, 1))
-    for number, migration in enumerate(found, 1):
+    migrations = tuple(_parse(line, f"{path}: line {i}") for i, line in enumerate(lines, 1))
+    for number, migration in enumerate(migrations, 1):
         if migration.version != number:
             raise ConfigError(f"{path}: line {number}: version {migration.version} is out of order")
-    return found
+    return migrations
 
 
 def _parse(line: str, where: str) -> Migration:

@@ -2,39 +2,38 @@
 
 from __future__ import annotations
 
-from common.files import write_whole
 import json
 import os
-from collections.abc import Callable
+import sqlite3
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-from config.labels import LabelMap
-from extractors.feature_file import feature_path
-from corpus.build.index import Index
-from corpus.build.sides import SIDES, Split
-from corpus.records import AtomicLines, DataFile, Form
-from corpus.records import MEDIA_KEYS, CorpusPost, is_url, local_path, read_posts
-import json
-import sqlite3
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
+
 import typer
+
 from common.cli import exit_code, read_options
 from common.errors import ConfigError, TaggingError
 from common.files import write_whole
+from common.post import MODALITIES
 from common.progress import progress_bar
 from config.labels import LabelMap
-from common.post import MODALITIES
-from corpus.build.index import Check, Gatherer, Rules, Unknown
-from corpus.build.index import Index
-from corpus.build.sides import Dealing, Split, split
-from corpus.records import Form
-from corpus.records import Summary
+from corpus.build.index import Check, Gatherer, Index, Rules, Unknown
+from corpus.build.sides import SIDES, Dealing, Split, split
+from corpus.records import (
+    MEDIA_KEYS,
+    AtomicLines,
+    CorpusPost,
+    DataFile,
+    Form,
+    Summary,
+    is_url,
+    local_path,
+    read_posts,
+)
+from extractors.feature_file import feature_path
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ class Target:
 
 
 def write_files(
-    posts: Path, target: Target, found: Index, split: Split, advance: Callable[[], None]
+    posts: Path, target: Target, index: Index, split: Split, advance: Callable[[], None]
 ) -> dict[str, Path]:
     """Write ``<side>_cls<N>``, ``idx2name_cls<N>.json``, ``split.jsonl``, ``left_out.jsonl``.
 
@@ -64,8 +63,8 @@ def write_files(
     Raises:
         OSError: The disk is full, or gone.
     """
-    kept = found.dealt()  # in the order of the lines
-    following = next(kept, None)
+    posts_dealt = index.dealt()  # in the order of the lines
+    following = next(posts_dealt, None)
     out, labels, form = target.out, target.labels, target.form
     files = {name: out / f"{name}_cls{len(labels)}.{form}" for name in split.names}
     with ExitStack() as stack:
@@ -76,9 +75,9 @@ def write_files(
         for entry in read_posts(posts):
             advance()
             if following is None or following[0] != entry.line:
-                rejects.write(_reject(entry.line, posts, found, getattr(entry, "post", None)))
+                rejects.write(_reject(entry.line, posts, index, getattr(entry, "post", None)))
                 continue
-            (_, group, side), following = following, next(kept, None)
+            (_, group, side), following = following, next(posts_dealt, None)
             if not isinstance(entry, CorpusPost):
                 raise OSError(f"{posts}: changed while it was read")
             name = split.names[side]
@@ -104,11 +103,11 @@ def _earlier(out: Path) -> list[Path]:
     return [path for path in sides if path.is_file()]
 
 
-def _reject(line: int, posts: Path, found: Index, post: Any) -> str:
-    left = found.left_out(line)
-    if left is None:
+def _reject(line: int, posts: Path, index: Index, post: Any) -> str:
+    rejected = index.left_out(line)
+    if rejected is None:
         raise OSError(f"{posts}: changed while it was read")
-    reason, post_id, detail = left
+    reason, post_id, detail = rejected
     content = {
         "line": line,
         "post_id": post.post_id if post is not None else post_id,
@@ -129,16 +128,16 @@ def _entry(entry: CorpusPost, posts: Path, target: Target) -> dict[str, Any]:
     for kind, key in MEDIA_KEYS.items():
         sources = [media.source for media in post.media if media.kind == kind]
         content[key] = [_relative(source, posts, out) for source in sources]
-    content["features"] = _beside(feature_path(target.features, post.post_id), out)
+    content["features"] = _relative_to(feature_path(target.features, post.post_id), out)
     return content
 
 
 def _relative(source: str, posts: Path, out: Path) -> str:
     path = None if is_url(source) else local_path(source, posts)
-    return source if path is None else _beside(path, out)
+    return source if path is None else _relative_to(path, out)
 
 
-def _beside(path: Path, out: Path) -> str:
+def _relative_to(path: Path, out: Path) -> str:
     """The path as it is written in a file of the folder ``out``."""
     return os.path.relpath(path.absolute(), out.absolute())
 
@@ -155,9 +154,7 @@ _ABOUT = (
 class Options:
     """The command line."""
 
-    input: Annotated[
-        Path, typer.Option("--input", metavar="F", help="posts, *.jsonl or *.json")
-    ]
+    input: Annotated[Path, typer.Option("--input", metavar="F", help="posts, *.jsonl or *.json")]
     features: Annotated[
         Path, typer.Option("--features", metavar="DIR", help="root of the feature files")
     ]
@@ -237,19 +234,19 @@ def _built(options: Options) -> Mapping[str, Path]:
         raise ConfigError(f"--modalities {odd[0]}: must be one of {', '.join(MODALITIES)}")
     modalities = tuple(name for name in MODALITIES if name in options.modalities)
     rules = Rules(options.unknown, options.check, modalities)
-    with Index() as found:
-        read_manifest(options.manifest, found)
+    with Index() as index:
+        read_manifest(options.manifest, index)
         with progress_bar("reading", None) as bar:
-            Gatherer(labels, options.features, rules, found).read(options.input, bar.advance)
-        if not len(found):
-            _show(found, None, labels, options.out)
+            Gatherer(labels, options.features, rules, index).read(options.input, bar.advance)
+        if not len(index):
+            _show(index, None, labels, options.out)
             raise ConfigError(f"{options.input}: no post can be learned from")
-        found.link(duplicate_groups(options.duplicates))
-        dealt = split(found, labels, Dealing(shares, options.seed, options.keep))
+        index.link(duplicate_groups(options.duplicates))
+        dealt = split(index, labels, Dealing(shares, options.seed, options.keep))
         with progress_bar("writing", None) as bar:
             target = Target(options.out, options.features, labels, options.format)
-            files = write_files(options.input, target, found, dealt, bar.advance)
-        _show(found, dealt, labels, options.out)
+            files = write_files(options.input, target, index, dealt, bar.advance)
+        _show(index, dealt, labels, options.out)
     return files
 
 
@@ -307,31 +304,31 @@ def _json_lines(path: Path, what: str) -> Iterator[dict[str, object]]:
         raise ConfigError(f"{path}: cannot be read: {error}") from error
 
 
-def _show(found: Index, dealt: Split | None, labels: LabelMap, out: Path) -> None:
+def _show(index: Index, dealt: Split | None, labels: LabelMap, out: Path) -> None:
     """The summary on the terminal, and in ``summary.json``."""
     summary = Summary("training data")
-    summary.done(len(found))
-    for reason, count in found.reasons().items():
+    summary.done(len(index))
+    for reason, count in index.reasons().items():
         summary.failed(reason, count)
-    if found.dropped_tags:
-        summary.facts["labels passed over"] = sum(found.dropped_tags.values())
+    if index.dropped_tags:
+        summary.figures["labels passed over"] = sum(index.dropped_tags.values())
     if dealt is not None:
         for name, count in zip(dealt.names, dealt.posts, strict=True):
-            summary.facts[f"{name} posts"] = int(count)
-        summary.facts["groups"] = dealt.groups
-        summary.facts["largest group"] = dealt.largest_group
+            summary.figures[f"{name} posts"] = int(count)
+        summary.figures["groups"] = dealt.groups
+        summary.figures["largest group"] = dealt.largest_group
         worst, tag = dealt.worst()
         if tag >= 0:
-            summary.facts["largest deviation of a tag's share"] = (
+            summary.figures["largest deviation of a tag's share"] = (
                 f"{worst:.1%} ({labels.names[tag]})"
             )
         if dealt.moved:
-            summary.facts["moved by new links"] = dealt.moved
+            summary.figures["moved by new links"] = dealt.moved
         absent = [n for n, c in zip(labels.names, dealt.counts.sum(axis=0), strict=True) if not c]
         if absent:
-            summary.facts["tags without posts"] = ", ".join(absent[:20])
+            summary.figures["tags without posts"] = ", ".join(absent[:20])
         if dealt.largest_group > 0.5 * min(dealt.posts):
-            summary.facts["note"] = "the largest group is over half of the smallest side"
+            summary.figures["note"] = "the largest group is over half of the smallest side"
     summary.show()
     if dealt is None:
         return
@@ -339,7 +336,7 @@ def _show(found: Index, dealt: Split | None, labels: LabelMap, out: Path) -> Non
         name: {side: int(dealt.counts[i, tag]) for i, side in enumerate(dealt.names)}
         for tag, name in enumerate(labels.names)
     }
-    content = {**summary.as_dict(), "passed_over": dict(sorted(found.dropped_tags.items()))}
+    content = {**summary.as_dict(), "passed_over": dict(sorted(index.dropped_tags.items()))}
 
     text = json.dumps({**content, "tags": by_tag}, ensure_ascii=False, indent=2)
     write_whole(out / "summary.json", text)

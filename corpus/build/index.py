@@ -7,25 +7,22 @@ takes about 100 bytes a post.
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Iterable
 import hashlib
 import sqlite3
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from typing import TypeAlias
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeAlias
+
 import numpy as np
+
 from common.errors import ConfigError, FeatureError
-from config.labels import LabelMap
-from extractors.feature_file import feature_path, read_features, read_header
 from common.post import Features, Modality
+from config.labels import LabelMap
 from corpus.records import BadLine, CorpusPost, read_posts
+from extractors.feature_file import feature_path, read_features, read_header
 
 
 class Groups:
@@ -76,7 +73,7 @@ CREATE TABLE parts (number INTEGER PRIMARY KEY, size INTEGER, tags BLOB, fixed I
                     lot INTEGER, side INTEGER);
 """
 _MAX_NAMES = 10_000
-"""Labels beside the map that are counted by name: wild ones must not fill the memory."""
+"""Labels outside the map that are counted by name: wild ones must not fill the memory."""
 OTHERS = "(others)"
 
 
@@ -136,8 +133,8 @@ class Index:
     def drop(self, names: Iterable[str]) -> None:
         """Count labels that are passed over."""
         for name in names:
-            known = name in self.dropped_tags or len(self.dropped_tags) < _MAX_NAMES
-            self.dropped_tags[name if known else OTHERS] += 1
+            listed = name in self.dropped_tags or len(self.dropped_tags) < _MAX_NAMES
+            self.dropped_tags[name if listed else OTHERS] += 1
 
     def refuse(self, made_with: int, reason: str, detail: str) -> None:
         """Leave out the posts whose features were made in some way."""
@@ -182,14 +179,14 @@ class Index:
                 over.
         """
         groups = Groups(self._next)  # 4 bytes a post, as much again for the numbers
-        before: tuple[int, int] | None = None
+        previous: tuple[int, int] | None = None
         for row in self.base.execute("SELECT key, number FROM keys ORDER BY key, number"):
-            if before is not None and before[0] == row[0]:
-                groups.join((before[1], row[1]))
-            before = row
+            if previous is not None and previous[0] == row[0]:
+                groups.join((previous[1], row[1]))
+            previous = row
         for members in more:
-            found = (self.number_of(post_id) for post_id in members)
-            groups.join(number for number in found if number is not None)
+            numbers = (self.number_of(post_id) for post_id in members)
+            groups.join(number for number in numbers if number is not None)
         self._number(groups)
 
     def _number(self, groups: Groups) -> None:
@@ -272,7 +269,7 @@ class Rules:
     """What a post must be to be learned from.
 
     Attributes:
-        unknown: What a label beside the map does.
+        unknown: What a label outside the map does.
         check: ``quick`` reads headers, ``full`` also every number.
         modalities: At least one of them must have features; empty takes any.
     """
@@ -350,12 +347,12 @@ class Gatherer:
         except FeatureError as error:
             self._index.leave(entry.line, BROKEN, post_id, str(error))
             return None
-        there = {modality for modality, status in header.statuses.items() if status == "ok"}
-        if not there or (self._rules.modalities and not there & set(self._rules.modalities)):
-            wanted = ", ".join(self._rules.modalities)
+        ok = {modality for modality, status in header.statuses.items() if status == "ok"}
+        if not ok or (self._rules.modalities and not ok & set(self._rules.modalities)):
+            required = ", ".join(self._rules.modalities)
             failed = "; ".join(sorted({failure.message for failure in header.failures.values()}))
-            detail = f"has none of: {wanted}" if wanted and there else failed
-            self._index.leave(entry.line, TOO_FEW if there else NOTHING, post_id, detail)
+            detail = f"has none of: {required}" if required and ok else failed
+            self._index.leave(entry.line, TOO_FEW if ok else NOTHING, post_id, detail)
             return None
         return tuple(sorted((str(k), str(v)) for k, v in header.fingerprints.items()))
 

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from common.cli import exit_code, read_options
-from common.errors import ConfigError, TaggingError
+from common.errors import ConfigError
 from common.files import write_whole
 from common.progress import progress_bar
 from config.labels import LabelMap
@@ -94,18 +94,18 @@ def order_labels(counts: Counter[str], min_posts: int, base: LabelMap | None = N
     Raises:
         ConfigError: No tag is left.
     """
-    known = base.names if base is not None else ()
-    new = [name for name, count in counts.items() if count >= min_posts and name not in known]
+    base_names = base.names if base is not None else ()
+    new = [name for name, count in counts.items() if count >= min_posts and name not in base_names]
     new.sort(key=lambda name: (-counts[name], name))
-    if not known and not new:
+    if not base_names and not new:
         raise ConfigError(f"no tag has {min_posts} posts or more")
-    return LabelMap((*known, *new))
+    return LabelMap((*base_names, *new))
 
 
 def _tell(labels: LabelMap, counts: Counter[str], base: LabelMap | None) -> None:
-    known = len(base) if base is not None else 0
+    base_count = len(base) if base is not None else 0
     for index, name in list(enumerate(labels.names))[:_SHOWN]:
-        new = "  new" if base is not None and index >= known else ""
+        new = "  new" if base is not None and index >= base_count else ""
         sys.stdout.write(f"{index:>5}  {counts[name]:>9,}  {name}{new}\n")
     if len(labels) > _SHOWN:
         sys.stdout.write(f"  ...  {len(labels) - _SHOWN} more\n")

@@ -8,23 +8,19 @@ Data, 2011; here whole groups are dealt instead of single examples.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import combinations
-import numpy as np
-import numpy.typing as npt
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import combinations, groupby
 from pathlib import Path
+
 import numpy as np
 import numpy.typing as npt
+
 from common.errors import ConfigError
 from config.labels import LabelMap
 from corpus.build.index import Index, batches
-
 
 _MOVE_PASSES = 30
 _POSTS_WEIGHT = 1.0
@@ -90,7 +86,7 @@ class GroupTags:
 
 
 @dataclass
-class Held:
+class SideCounts:
     """What the sides hold already, of groups that are dealt and stay where they are.
 
     Attributes:
@@ -102,7 +98,7 @@ class Held:
     posts: Ints
 
     @classmethod
-    def nothing(cls, sides: int, classes: int) -> Held:
+    def nothing(cls, sides: int, classes: int) -> SideCounts:
         """Empty sides."""
         return cls(np.zeros((sides, classes), np.int64), np.zeros(sides, np.int64))
 
@@ -124,7 +120,7 @@ def stratify(
     rows: GroupTags,
     shares: Sequence[float],
     seed: int,
-    held: Held | None = None,
+    settled: SideCounts | None = None,
     *,
     frequent: npt.NDArray[np.bool_] | None = None,
     begin: Ints | None = None,
@@ -135,7 +131,7 @@ def stratify(
         rows: What the groups hold.
         shares: Of the sides, positive; they sum to 1.
         seed: Of every draw.
-        held: What the sides hold of other groups; the shares are of these and those together.
+        settled: Posts of other groups on each side; the shares are of all posts together.
         frequent: bool ``(classes,)``: tags with so many posts in all that they must come out even;
             by default those with `FREQUENT` here.
         begin: int64 ``(groups,)``: sides to begin with; by default they are dealt.
@@ -144,9 +140,9 @@ def stratify(
         int64 ``(groups,)``.
     """
     random = np.random.default_rng(seed)
-    held = held or Held.nothing(len(shares), rows.classes)
+    settled = settled or SideCounts.nothing(len(shares), rows.classes)
     frequent = rows.totals() >= FREQUENT if frequent is None else frequent
-    board = _Board(rows, np.asarray(shares, np.float64), held, frequent)
+    board = _Board(rows, np.asarray(shares, np.float64), settled, frequent)
     if begin is None:
         _deal(board, random)
     else:
@@ -157,22 +153,22 @@ def stratify(
 
 
 class _Board:
-    """Where the groups are, and how far the sides are from what is wanted."""
+    """Where the groups are, and how far the sides are from the target."""
 
     def __init__(
-        self, rows: GroupTags, shares: Floats, held: Held, frequent: npt.NDArray[np.bool_]
+        self, rows: GroupTags, shares: Floats, settled: SideCounts, frequent: npt.NDArray[np.bool_]
     ) -> None:
         self.rows, self.shares = rows, shares
         self.side: Ints = np.full(len(rows.sizes), -1, np.int64)
         # (sides, classes) and (sides,)
-        totals = rows.totals() + held.tags.sum(axis=0)
-        self.wanted_tags: Floats = shares[:, None] * totals[None, :]
-        self.wanted_posts: Floats = shares * (rows.sizes.sum() + held.posts.sum())
+        totals = rows.totals() + settled.tags.sum(axis=0)
+        self.target_tags: Floats = shares[:, None] * totals[None, :]
+        self.target_posts: Floats = shares * (rows.sizes.sum() + settled.posts.sum())
         # (classes,): a rare tag gives way, so that a frequent one comes out even.
         rare = _RARE_WEIGHT if frequent.any() else 1.0
         self.weight: Floats = np.where(frequent, 1.0, rare)
-        self.tags: Floats = held.tags.astype(np.float64)
-        self.posts: Floats = held.posts.astype(np.float64)
+        self.tags: Floats = settled.tags.astype(np.float64)
+        self.posts: Floats = settled.posts.astype(np.float64)
 
     def put(self, group: int, side: int) -> None:
         """Put a group on a side, or move it there."""
@@ -199,13 +195,13 @@ class _Board:
     def _change(self, tags: Ints, counts: Floats, size: float) -> Floats:
         """Change of each side's error when these posts come (or, negative, go), ``(sides,)``.
 
-        The error of a side is Σ weight · (is - wanted)² / wanted over tags, and of its posts.
+        The error of a side is sum(weight * (is - target)^2 / target) over tags, and of its posts.
         """
-        wanted = np.maximum(self.wanted_tags[:, tags], 1e-9)  # (sides, entries)
-        off = self.tags[:, tags] - wanted
-        by_tag = (self.weight[tags] * counts * (2 * off + counts) / wanted).sum(axis=1)
-        off_posts = self.posts - self.wanted_posts
-        by_posts = size * (2 * off_posts + size) / np.maximum(self.wanted_posts, 1e-9)
+        target = np.maximum(self.target_tags[:, tags], 1e-9)  # (sides, entries)
+        off = self.tags[:, tags] - target
+        by_tag = (self.weight[tags] * counts * (2 * off + counts) / target).sum(axis=1)
+        off_posts = self.posts - self.target_posts
+        by_posts = size * (2 * off_posts + size) / np.maximum(self.target_posts, 1e-9)
         change: Floats = by_tag + _POSTS_WEIGHT * by_posts
         return change
 
@@ -217,26 +213,26 @@ def _deal(board: _Board, random: np.random.Generator) -> None:
     shuffled = random.permutation(len(rows.sizes))
     rank = np.empty_like(shuffled)
     rank[shuffled] = np.arange(len(shuffled))
-    left = rows.totals().astype(np.float64)
-    open_tags = set(np.flatnonzero(left > 0).tolist())
+    remaining = rows.totals().astype(np.float64)
+    open_tags = set(np.flatnonzero(remaining > 0).tolist())
     while open_tags:
-        tag = min(open_tags, key=lambda each: (left[each], each))
+        tag = min(open_tags, key=lambda each: (remaining[each], each))
         open_tags.discard(tag)
         members = groups_of[tag]
         waiting = members[board.side[members] < 0]
         # Large groups first: small ones then even out what they left.
         for group in waiting[np.lexsort((rank[waiting], -rows.sizes[waiting]))]:
-            lack = board.wanted_tags[:, tag] - board.tags[:, tag]
-            lack_posts = board.wanted_posts - board.posts
+            lack = board.target_tags[:, tag] - board.tags[:, tag]
+            lack_posts = board.target_posts - board.posts
             best = max(
                 range(len(lack)), key=lambda s: (round(float(lack[s]), 6), lack_posts[s], -s)
             )
             board.put(int(group), best)
             tags, counts = rows.row(int(group))
-            left[tags] -= counts
+            remaining[tags] -= counts
     rest = np.flatnonzero(board.side < 0)  # groups without a tag
     for group in rest[np.lexsort((rank[rest], -rows.sizes[rest]))]:
-        board.put(int(group), int(np.argmax(board.wanted_posts - board.posts)))
+        board.put(int(group), int(np.argmax(board.target_posts - board.posts)))
 
 
 def _by_tag(rows: GroupTags) -> list[Ints]:
@@ -268,16 +264,16 @@ def _swap(board: _Board, movable: Ints) -> int:
     """Exchange two groups of different sides where that makes the error smaller; how often."""
     swapped = 0
     for first, second in combinations(movable.tolist(), 2):
-        here, there = int(board.side[first]), int(board.side[second])
-        if here == there:
+        first_side, second_side = int(board.side[first]), int(board.side[second])
+        if first_side == second_side:
             continue
-        gain = float(board.gain(first)[there])
-        board.put(first, there)
-        if gain + float(board.gain(second)[here]) > 1e-9:
-            board.put(second, here)
+        gain = float(board.gain(first)[second_side])
+        board.put(first, second_side)
+        if gain + float(board.gain(second)[first_side]) > 1e-9:
+            board.put(second, first_side)
             swapped += 1
         else:
-            board.put(first, here)
+            board.put(first, first_side)
     return swapped
 
 
@@ -288,7 +284,6 @@ what is uneven so far."""
 
 _DEAL_PASSES = 2
 """How often those dealt together are looked at again, where the groups are more than that."""
-
 
 
 @dataclass(frozen=True)
@@ -316,8 +311,8 @@ class Split:
         with np.errstate(divide="ignore", invalid="ignore"):
             overall = self.counts.sum(axis=0) / self.posts.sum()
             own = self.counts / self.posts[:, None]
-            found: npt.NDArray[np.float64] = np.nan_to_num(np.abs(own / overall - 1.0))
-        return found
+            deviations: npt.NDArray[np.float64] = np.nan_to_num(np.abs(own / overall - 1.0))
+        return deviations
 
     def worst(self) -> tuple[float, int]:
         """The largest such difference of tags with enough posts, and the tag; 0 and -1 if none."""
@@ -359,22 +354,22 @@ def split(index: Index, labels: LabelMap, how: Dealing) -> Split:
         raise ConfigError(
             f"{len(index)} usable posts in {groups.count} groups are too few for {', '.join(names)}"
         )
-    held = Held.nothing(len(names), len(labels))
+    settled = SideCounts.nothing(len(names), len(labels))
     for part in groups.read(fixed=True):
-        held.add(part.rows, groups.settle(part.numbers, part.side))
+        settled.add(part.rows, groups.settle(part.numbers, part.side))
     frequent = groups.totals >= FREQUENT
     parts = 0
     for part in groups.read(fixed=False):
-        side = stratify(part.rows, used, how.seed, held, frequent=frequent)
-        held.add(part.rows, groups.settle(part.numbers, side))
+        side = stratify(part.rows, used, how.seed, settled, frequent=frequent)
+        settled.add(part.rows, groups.settle(part.numbers, side))
         parts += 1
     # Those that came first did not know what would follow.
     for _ in range(_DEAL_PASSES if parts > 1 else 0):
         for part in groups.read(fixed=False):
-            held.take(part.rows, part.side)
-            side = stratify(part.rows, used, how.seed, held, frequent=frequent, begin=part.side)
-            held.add(part.rows, groups.settle(part.numbers, side))
-    return Split(names, held.tags, held.posts, groups.count, groups.largest, groups.moved())
+            settled.take(part.rows, part.side)
+            side = stratify(part.rows, used, how.seed, settled, frequent=frequent, begin=part.side)
+            settled.add(part.rows, groups.settle(part.numbers, side))
+    return Split(names, settled.tags, settled.posts, groups.count, groups.largest, groups.moved())
 
 
 @dataclass(frozen=True)

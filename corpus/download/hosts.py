@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
-from corpus.download.values import Ask, Found
+from corpus.download.values import Ask, UrlResult
 
 # Times in a row that a host is not reached before it is given up for this run. Half would give up
 # a host that restarts; double costs its last URLs another dozen time-outs.
@@ -60,7 +60,7 @@ class Hosts:
         self._timed: list[tuple[float, int, Try | str]] = []
         self._count = 0
         self._unreached: dict[str, int] = {}
-        self._dead: dict[str, Found] = {}
+        self._dead: dict[str, UrlResult] = {}
         self.size = 0
 
     def add(self, item: Try) -> None:
@@ -113,23 +113,23 @@ class Hosts:
         """A host has answered, whatever it said."""
         self._unreached.pop(name, None)
 
-    def unreached(self, name: str, found: Found) -> None:
-        """A host could not be reached; `found` is what its URLs get when it is given up."""
+    def unreached(self, name: str, result: UrlResult) -> None:
+        """A host could not be reached; `result` is what its URLs get when it is given up."""
         times = self._unreached.pop(name, 0) + 1
         if times >= DEAD_AFTER:
-            self.give_up(name, found)
+            self.give_up(name, result)
             return
         self._unreached[name] = times
         if len(self._unreached) > _MOST_REMEMBERED:
             self._unreached.pop(next(iter(self._unreached)))
 
-    def give_up(self, name: str, found: Found) -> None:
+    def give_up(self, name: str, result: UrlResult) -> None:
         """Ask this host for nothing more in this run."""
-        self._dead[name] = found
+        self._dead[name] = result
         if len(self._dead) > _MOST_REMEMBERED:
             self._dead.pop(next(iter(self._dead)))
 
-    def verdict(self, name: str) -> Found | None:
+    def verdict(self, name: str) -> UrlResult | None:
         """Return what every URL of a host that was given up gets; None for any other."""
         return self._dead.get(name)
 

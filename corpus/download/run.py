@@ -22,8 +22,8 @@ from common.progress import Bar, progress_bar
 from common.retry import backoff_s
 from corpus.download.hosts import Hosts, Try, host_of
 from corpus.download.state import BrokenState, State
-from corpus.download.transfer import Transfers, incoming_folder, left_over, place, present
-from corpus.download.values import Answer, Ask, Found, Options, ask_for
+from corpus.download.transfer import Transfers, incoming_folder, left_over, move_in_place, present
+from corpus.download.values import Answer, Ask, Options, UrlResult, ask_for
 from corpus.records import (
     AtomicLines,
     BadLine,
@@ -59,7 +59,7 @@ def write_report(
     summary, out, posts, left_out = Summary("Media"), options.out, 0, 0
     with (
         AtomicLines(out / MANIFEST) as manifest,
-        AtomicLines(out / POSTS) as kept,
+        AtomicLines(out / POSTS) as local_posts,
         AtomicLines(out / REJECTED) as rejected,
     ):
         for entry in read_posts(options.posts):
@@ -73,16 +73,16 @@ def write_report(
             posts += 1
             local: list[Media] = []
             for i, media in enumerate(entry.post.media):
-                found = _found(media, i, options, state)
-                manifest.write(_manifest_line(entry.post.post_id, media, found))
-                _count(summary, found)
-                if found.status == "ok":
-                    local.append(Media(media.kind, found.path))
-            kept.write(_local_line(entry, local))
-    summary.facts["posts"] = posts
-    summary.facts["lines left out"] = left_out
+                result = _result_of_use(media, i, options, state)
+                manifest.write(_manifest_line(entry.post.post_id, media, result))
+                _count(summary, result)
+                if result.status == "ok":
+                    local.append(Media(media.kind, result.path))
+            local_posts.write(_local_line(entry, local))
+    summary.figures["posts"] = posts
+    summary.figures["lines left out"] = left_out
     files, size_bytes = state.totals()
-    summary.facts["files"], summary.facts["bytes"] = files, size_bytes
+    summary.figures["files"], summary.figures["bytes"] = files, size_bytes
     summary.write(out / SUMMARY)
     return summary
 
@@ -91,35 +91,35 @@ class Interrupted(Exception):
     """A signal came while files were being written; none of them is there in part."""
 
 
-def _found(media: Media, place: int, options: Options, state: State) -> Found:
+def _result_of_use(media: Media, position: int, options: Options, state: State) -> UrlResult:
     """Return the result of one use of a source."""
     limit = options.fetch.max_media
-    if place >= limit:
+    if position >= limit:
         return _refused(FetchRefused.__name__, f"beyond fetch.max_media ({limit})")
-    found = state.get(ask_for(media.source, options).key)
-    if found is None:  # the posts file has changed since it was read
+    result = state.get(ask_for(media.source, options).key)
+    if result is None:  # the posts file has changed since it was read
         return _refused(FetchRefused.__name__, "not asked for: run again")
-    if found.status == "ok" and media.kind not in found.kinds:
-        return _refused(MediaError.__name__, f"is not a {_NOUNS[media.kind]}: {found.what}")
-    return found
+    if result.status == "ok" and media.kind not in result.kinds:
+        return _refused(MediaError.__name__, f"is not a {_NOUNS[media.kind]}: {result.what}")
+    return result
 
 
-def _refused(kind: str, message: str) -> Found:
-    return Found("refused", reason=(kind, message))
+def _refused(kind: str, message: str) -> UrlResult:
+    return UrlResult("refused", reason=(kind, message))
 
 
-def _manifest_line(post_id: str, media: Media, found: Found) -> str:
-    there = found.status == "ok"
-    kind, message = found.reason
+def _manifest_line(post_id: str, media: Media, result: UrlResult) -> str:
+    ok = result.status == "ok"
+    kind, message = result.reason
     content = {
         "post_id": post_id,
         "kind": media.kind,
         "source": media.source,
-        "status": "ok" if there else "failed",
-        "sha256": found.sha256 if there else None,
-        "path": found.path if there else None,
-        "bytes": found.size_bytes if there else None,
-        "reason": None if there else {"stage": "fetch", "type": kind, "message": message},
+        "status": "ok" if ok else "failed",
+        "sha256": result.sha256 if ok else None,
+        "path": result.path if ok else None,
+        "bytes": result.size_bytes if ok else None,
+        "reason": None if ok else {"stage": "fetch", "type": kind, "message": message},
     }
     return json.dumps(content, ensure_ascii=False)
 
@@ -130,13 +130,13 @@ def _local_line(entry: CorpusPost, local: list[Media]) -> str:
     return post_line(replace(entry, post=post, features=None))
 
 
-def _count(summary: Summary, found: Found) -> None:
-    if found.status == "ok":
+def _count(summary: Summary, result: UrlResult) -> None:
+    if result.status == "ok":
         summary.done()
         return
-    kind, message = found.reason
+    kind, message = result.reason
     message = _AMOUNT.sub("", message)  # reasons are counted: they must not all differ
-    again = " (tried again by the next run)" if found.status == "retryable" else ""
+    again = " (tried again by the next run)" if result.status == "retryable" else ""
     summary.failed(f"{kind}: {message}{again}")
 
 
@@ -246,10 +246,10 @@ class Download:
 
     def _recover(self) -> None:
         incoming_folder(self._options.out).mkdir(parents=True, exist_ok=True)
-        for key, name, found in left_over(self._options.out):
-            self._state.put([(key, found)])
-            if found.status == "ok":
-                place(self._options.out, name, found)
+        for key, name, result in left_over(self._options.out):
+            self._state.put([(key, result)])
+            if result.status == "ok":
+                move_in_place(self._options.out, name, result)
             else:
                 (incoming_folder(self._options.out) / name).unlink()
 
@@ -280,16 +280,16 @@ class Download:
                 yield None if skip else ask
 
     def _is_settled(self, key: str) -> bool:
-        known = self._state.settled(key)
-        if known is None:
+        settled = self._state.settled(key)
+        if settled is None:
             return False
-        found, of_this_run = known
-        if found.status != "ok" or of_this_run:
+        result, of_this_run = settled
+        if result.status != "ok" or of_this_run:
             return True
-        if present(self._options.out, found, verify=self._options.verify):
+        if present(self._options.out, result, verify=self._options.verify):
             return True
         # The file first: a kill in between must not leave a spoilt one that counts as there.
-        (self._options.out / found.path).unlink(missing_ok=True)
+        (self._options.out / result.path).unlink(missing_ok=True)
         self._state.forget(key)
         return False
 
@@ -312,62 +312,62 @@ class Download:
             self._transfers.start(item.ask)
 
     def _settle(self, answers: Iterable[Answer]) -> None:
-        results: list[tuple[str, Found, str]] = []
+        results: list[tuple[str, UrlResult, str]] = []
         broken = ""
         for answer in answers:
             broken = broken or answer.broken
             item = self._active.pop(answer.key)
             if answer.broken:
                 continue
-            if answer.found.status == "retryable":
-                results += [(key, found, "") for key, found in self._retry(item, answer)]
+            if answer.result.status == "retryable":
+                results += [(key, result, "") for key, result in self._retry(item, answer)]
             else:
                 self._hosts.reached(item.host)
                 self._hosts.done(item.host)
-                results.append((answer.key, answer.found, answer.incoming))
+                results.append((answer.key, answer.result, answer.incoming))
         self._keep(results)
         if broken:
             raise BrokenDisk(f"{self._options.out}: {broken}")
 
-    def _retry(self, item: Try, answer: Answer) -> list[tuple[str, Found]]:
+    def _retry(self, item: Try, answer: Answer) -> list[tuple[str, UrlResult]]:
         """Have a URL tried again later, or return what it and others get for good."""
         hosts, now, name = self._hosts, time.monotonic(), item.host
         wait_s = backoff_s(item.failed + 1, self._options.backoff_s, self._options.backoff_max_s)
         wait_s *= self._chance.uniform(0.5, 1.0)
         if answer.unreachable:
-            hosts.unreached(name, answer.found)
+            hosts.unreached(name, answer.result)
         else:
             hosts.reached(name)
         if answer.retry_after_s is not None and answer.retry_after_s > _LONGEST_WAIT_S:
-            hosts.give_up(name, answer.found)
-        elif answer.retry_after_s is not None or answer.found.reason[1] == _TOO_MANY:
+            hosts.give_up(name, answer.result)
+        elif answer.retry_after_s is not None or answer.result.reason[1] == _TOO_MANY:
             wait_s = max(wait_s, answer.retry_after_s or 0.0)
             hosts.pause(name, now + wait_s)
         hosts.done(name)
         verdict = hosts.verdict(name)
         if verdict is not None:
             others = [(other.ask.key, verdict) for other in hosts.drop(name)]
-            return [(answer.key, answer.found), *others]
+            return [(answer.key, answer.result), *others]
         if item.failed >= self._options.retries:
-            return [(answer.key, answer.found)]
+            return [(answer.key, answer.result)]
         item.failed += 1
         hosts.again(item, now + wait_s)
         return []
 
-    def _keep(self, results: list[tuple[str, Found, str]]) -> None:
+    def _keep(self, results: list[tuple[str, UrlResult, str]]) -> None:
         """Record results, then put files in their place: a kill between the two is recovered."""
-        self._state.put((key, found) for key, found, _ in results)
-        for key, found, incoming in results:
+        self._state.put((key, result) for key, result, _ in results)
+        for key, result, incoming in results:
             self._pending.discard(key)
-            if found.status != "ok":
+            if result.status != "ok":
                 self._failures += 1
                 continue
             try:
-                place(self._options.out, incoming, found)
+                move_in_place(self._options.out, incoming, result)
             except OSError as error:
                 raise BrokenDisk(f"{self._options.out}: {error.strerror or error}") from error
             self.files += 1
-            self._size_bytes += found.size_bytes
+            self._size_bytes += result.size_bytes
 
     def _wait_s(self, *, waiting: bool) -> float:
         if not waiting and self._hosts.size < _WINDOW:

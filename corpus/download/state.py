@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from common.errors import ConfigError
 from common.post import MEDIA_KINDS
-from corpus.download.values import Found, Status
+from corpus.download.values import Status, UrlResult
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -52,25 +52,25 @@ class State:
             self._check_version()
             self.run = self._next_run()
 
-    def get(self, key: str) -> Found | None:
+    def get(self, key: str) -> UrlResult | None:
         """Return what a URL gave; None when it was never asked for."""
         row = self._row(key)
-        return None if row is None else _found(row)
+        return None if row is None else _result_of_row(row)
 
-    def settled(self, key: str) -> tuple[Found, bool] | None:
+    def settled(self, key: str) -> tuple[UrlResult, bool] | None:
         """Return what a URL gave and whether in this very run; None where a try is worth it."""
         row = self._row(key)
         if row is None or (row[0] == "retryable" and row[1] < self.run):
             return None
-        return _found(row), row[1] == self.run
+        return _result_of_row(row), row[1] == self.run
 
-    def put(self, found: Iterable[tuple[str, Found]]) -> None:
+    def put(self, results: Iterable[tuple[str, UrlResult]]) -> None:
         """Keep results, in one transaction.
 
         Raises:
             BrokenState: They could not be written.
         """
-        rows = [_row(key, self.run, entry) for key, entry in found]
+        rows = [_row(key, self.run, result) for key, result in results]
         if not rows:
             return
         with self._edge():
@@ -146,23 +146,23 @@ class State:
             ) from error
 
 
-def _row(key: str, run: int, found: Found) -> tuple[Any, ...]:
+def _row(key: str, run: int, result: UrlResult) -> tuple[Any, ...]:
     return (
         bytes.fromhex(key),
-        found.status,
+        result.status,
         run,
-        bytes.fromhex(found.sha256),
-        found.extension,
-        found.size_bytes,
-        ",".join(kind for kind in MEDIA_KINDS if kind in found.kinds),
-        found.what,
-        *found.reason,
+        bytes.fromhex(result.sha256),
+        result.extension,
+        result.size_bytes,
+        ",".join(kind for kind in MEDIA_KINDS if kind in result.kinds),
+        result.what,
+        *result.reason,
     )
 
 
-def _found(row: tuple[Any, ...]) -> Found:
+def _result_of_row(row: tuple[Any, ...]) -> UrlResult:
     status, _, sha256, extension, size_bytes, kinds, what, kind, message = row
-    return Found(
+    return UrlResult(
         cast(Status, status),
         sha256=bytes(sha256).hex(),
         extension=extension,

@@ -22,7 +22,7 @@ from pathlib import Path
 from common.errors import FetchRefused, FetchRetryable, MediaError
 from common.files import file_digest
 from common.post import Failure, Media
-from corpus.download.values import Answer, Ask, Found, Options, Status
+from corpus.download.values import Answer, Ask, Options, Status, UrlResult
 from extractors.media.sniff import FileType, check_type, sniff
 from workers.fetch.client import Fetcher
 
@@ -44,7 +44,7 @@ def incoming_folder(out: Path) -> Path:
     return out / ".state" / "incoming"
 
 
-def classify(path: Path, sha256: str) -> Found:
+def classify(path: Path, sha256: str) -> UrlResult:
     """Return the type of a downloaded file, or the reason why it is of no use.
 
     Raises:
@@ -61,7 +61,7 @@ def classify(path: Path, sha256: str) -> Found:
         check_type(path, sorted(kind.kinds)[0])
     except MediaError as error:
         return _refused(str(error))
-    return Found(
+    return UrlResult(
         "ok",
         sha256=sha256,
         extension=_extension(kind),
@@ -71,8 +71,8 @@ def classify(path: Path, sha256: str) -> Found:
     )
 
 
-def _refused(message: str) -> Found:
-    return Found("refused", reason=(MediaError.__name__, message))
+def _refused(message: str) -> UrlResult:
+    return UrlResult("refused", reason=(MediaError.__name__, message))
 
 
 def _extension(kind: FileType) -> str:
@@ -81,15 +81,15 @@ def _extension(kind: FileType) -> str:
     return _EXTENSIONS.get(kind.family, kind.family)
 
 
-def place(out: Path, incoming: str, found: Found) -> bool:
+def move_in_place(out: Path, incoming: str, result: UrlResult) -> bool:
     """Move a finished download to its final path; False when the same content is there already.
 
     Raises:
         OSError: The output folder cannot be written to.
     """
     source = incoming_folder(out) / incoming
-    target = out / found.path
-    if present(out, found):
+    target = out / result.path
+    if present(out, result):
         source.unlink(missing_ok=True)
         return False
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -97,18 +97,18 @@ def place(out: Path, incoming: str, found: Found) -> bool:
     return True
 
 
-def present(out: Path, found: Found, *, verify: bool = False) -> bool:
+def present(out: Path, result: UrlResult, *, verify: bool = False) -> bool:
     """Return whether the content is there, by its size, or with `verify` by its hash."""
-    path = out / found.path
+    path = out / result.path
     try:
-        if path.stat().st_size != found.size_bytes:
+        if path.stat().st_size != result.size_bytes:
             return False
-        return not verify or file_digest(path) == found.sha256
+        return not verify or file_digest(path) == result.sha256
     except OSError:
         return False
 
 
-def left_over(out: Path) -> Iterator[tuple[str, str, Found]]:
+def left_over(out: Path) -> Iterator[tuple[str, str, UrlResult]]:
     """Yield downloads that an earlier run finished and did not record: key, name, result.
 
     What it had only begun is deleted, and so is what a power cut has spoilt.
@@ -198,10 +198,10 @@ class Transfers:
             done.chmod(self._mode)
             with done.open("rb") as file:
                 os.fsync(file.fileno())
-            found = classify(done, sha256)
-            if found.status != "ok":
+            result = classify(done, sha256)
+            if result.status != "ok":
                 done.unlink()
-            return Answer(ask.key, found, incoming=done.name if found.status == "ok" else "")
+            return Answer(ask.key, result, incoming=done.name if result.status == "ok" else "")
         except FetchRefused as error:
             return Answer(ask.key, _failed("refused", error))
         except FetchRetryable as error:
@@ -236,9 +236,9 @@ class Transfers:
         return digest.hexdigest()
 
 
-def _failed(status: Status, error: Exception) -> Found:
+def _failed(status: Status, error: Exception) -> UrlResult:
     failure = Failure.of("fetch", error)
-    return Found(status, reason=(failure.type, failure.message))
+    return UrlResult(status, reason=(failure.type, failure.message))
 
 
 def _umask() -> int:

@@ -54,7 +54,7 @@ class Ask:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class UrlResult:
     """What a URL gave, as the state keeps it.
 
     Attributes:
@@ -91,7 +91,7 @@ class Answer:
     """
 
     key: str
-    found: Found
+    result: UrlResult
     incoming: str = ""
     retry_after_s: float | None = None
     unreachable: bool = False

@@ -120,20 +120,20 @@ class FeatureStore:
         if old is None:
             own = ours if "text" in self.wanted else replace(ours, ocr_text=None)
             return features_bytes(own, self.fingerprints, inputs)
-        header, before = old
-        kept: frozenset[Modality] = frozenset(header.statuses) - self.wanted
-        fingerprints = {s: f for s, f in header.fingerprints.items() if modality_of(s) in kept}
+        header, old_features = old
+        others: frozenset[Modality] = frozenset(header.statuses) - self.wanted
+        fingerprints = {s: f for s, f in header.fingerprints.items() if modality_of(s) in others}
         merged = Features(
             post_id=ours.post_id,
             arrays={
-                **{s: a for s, a in before.arrays.items() if modality_of(s) in kept},
+                **{s: a for s, a in old_features.arrays.items() if modality_of(s) in others},
                 **ours.arrays,
             },
-            statuses={**{m: s for m, s in header.statuses.items() if m in kept}, **ours.statuses},
-            failures={**{m: f for m, f in header.failures.items() if m in kept}, **ours.failures},
+            statuses={**{m: s for m, s in header.statuses.items() if m in others}, **ours.statuses},
+            failures={**{m: f for m, f in header.failures.items() if m in others}, **ours.failures},
             ocr_text=ours.ocr_text if "text" in self.wanted else header.ocr_text,
         )
-        digests = {m: d for m, d in header.inputs.items() if m in kept}
+        digests = {m: d for m, d in header.inputs.items() if m in others}
         return features_bytes(merged, {**fingerprints, **self.fingerprints}, {**digests, **inputs})
 
 

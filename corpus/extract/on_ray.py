@@ -31,7 +31,7 @@ from common.post import Failure, Modality
 from config.settings import Settings
 from corpus.extract.local import LocalEngine
 from corpus.extract.options import Options
-from corpus.extract.work import WANTED, Entry, FailedPart, Result, Work
+from corpus.extract.work import MODALITIES_OF, Entry, FailedPart, Result, Work
 from corpus.runs import Interrupt
 
 _PREFIX, _MAKING = ".extract-", ".making-"
@@ -360,7 +360,7 @@ class RayEngine:
         return Order(
             settings=options.settings.model_dump_json(),
             root=str(options.features),
-            wanted=WANTED[options.kind],
+            wanted=MODALITIES_OF[options.kind],
             folder=str(self._parts.folder),
             where=str(Path.cwd()),
             force=options.force,

@@ -133,40 +133,40 @@ def parse(kind: Kind, arguments: Sequence[str] | None = None) -> Options:
         ConfigError: An option or a setting is wrong, or options do not go together.
     """
     about = f"Extract the features of {_WHAT[kind]} into one feature file a post.\n{_EPILOG}"
-    given = read_options(CommandLine, f"extract_{kind}_features", arguments, about=about)
-    source = given.manifest or given.input
-    if source is None or (given.manifest and given.input):
+    line = read_options(CommandLine, f"extract_{kind}_features", arguments, about=about)
+    source = line.manifest or line.input
+    if source is None or (line.manifest and line.input):
         raise ConfigError("name the posts with either --input or --manifest")
-    settings = load_settings(given.config, given.overrides)
-    if ":/" in str(given.features):  # what is left of a URL as a path
+    settings = load_settings(line.config, line.overrides)
+    if ":/" in str(line.features):  # what is left of a URL as a path
         raise ConfigError(
-            f"--features {given.features}: must be a folder; for several machines one that all "
+            f"--features {line.features}: must be a folder; for several machines one that all "
             "of them mount at the same path"
         )
-    if given.address is not None and given.engine != "ray":
+    if line.address is not None and line.engine != "ray":
         raise ConfigError("--address: names a cluster of Ray; add --engine ray")
-    devices = _devices_of(settings) if given.devices is None else _devices(given.devices)
-    features = given.features.absolute()
-    manifest = given.manifest.absolute() if given.manifest else None
+    devices = _devices_of(settings) if line.devices is None else _devices(line.devices)
+    features = line.features.absolute()
+    manifest = line.manifest.absolute() if line.manifest else None
     posts = manifest.parent / POSTS_OF_MANIFEST if manifest else source.absolute()
-    ours = len(devices) if given.engine == "local" else 1
-    workers = given.workers or (0 if given.engine == "ray" else _auto_workers(devices))
-    processes = max(workers, ours) if given.engine == "local" else 1
+    ours = len(devices) if line.engine == "local" else 1
+    workers = line.workers or (0 if line.engine == "ray" else _auto_workers(devices))
+    processes = max(workers, ours) if line.engine == "local" else 1
     return Options(
         kind=kind,
-        settings=_placed(settings, devices, processes, given.batch, given.share),
+        settings=_placed(settings, devices, processes, line.batch, line.share),
         posts=posts,
         manifest=manifest,
         features=features,
-        failures=(given.failures or features / f"failures_{kind}.jsonl").absolute(),
+        failures=(line.failures or features / f"failures_{kind}.jsonl").absolute(),
         summary=features / f"summary_{kind}.json",
-        engine=given.engine,
-        address=given.address,
+        engine=line.engine,
+        address=line.address,
         workers=workers,
         devices=devices,
-        limit=given.limit,
-        force=given.force,
-        retry_failed=given.retry_failed,
+        limit=line.limit,
+        force=line.force,
+        retry_failed=line.retry_failed,
     )
 
 

@@ -18,7 +18,7 @@ from common.cli import exit_code
 from common.logs import configure_logs
 from common.progress import progress_bar
 from corpus.extract.options import Options, parse
-from corpus.extract.work import WANTED, Entry, FailedPart, Inputs, Kind, Result
+from corpus.extract.work import MODALITIES_OF, Entry, FailedPart, Inputs, Kind, Result
 from corpus.records import AtomicLines, Summary, check_holds_post
 from corpus.runs import Interrupt
 
@@ -57,8 +57,8 @@ class Tally:
 
     def close(self) -> Summary:
         """The summary, with the counts of modalities; the record has them too."""
-        self.summary.facts = {name: self._statuses[name] for name in sorted(self._statuses)}
-        self.record.facts = dict(self.summary.facts)
+        self.summary.figures = {name: self._statuses[name] for name in sorted(self._statuses)}
+        self.record.figures = dict(self.summary.figures)
         return self.summary
 
 
@@ -150,8 +150,10 @@ def _run(options: Options) -> int:
     settings = options.settings
     configure_logs(settings.log.format, settings.log.level)
     check_holds_post(options.posts, options.limit)  # before models are loaded for nothing
-    wanted = WANTED[options.kind]
-    inputs = Inputs(options.posts, settings, wanted, manifest=options.manifest, limit=options.limit)
+    modalities = MODALITIES_OF[options.kind]
+    inputs = Inputs(
+        options.posts, settings, modalities, manifest=options.manifest, limit=options.limit
+    )
     total = inputs.count()
     options.features.mkdir(parents=True, exist_ok=True)
     tally = Tally(f"{options.kind} features")
@@ -179,7 +181,7 @@ def _engine(options: Options, interrupt: Interrupt) -> Engine:
     return LocalEngine(
         options.settings,
         options.features,
-        WANTED[options.kind],
+        MODALITIES_OF[options.kind],
         force=options.force,
         retry_failed=options.retry_failed,
         interrupt=interrupt,

@@ -25,7 +25,7 @@ from extractors.fingerprint import digest
 Kind: TypeAlias = Literal["text", "audio", "image", "video"]
 """Which of the scripts runs."""
 
-WANTED: Mapping[Kind, frozenset[Modality]] = MappingProxyType(
+MODALITIES_OF: Mapping[Kind, frozenset[Modality]] = MappingProxyType(
     {
         "text": frozenset({"text", "ocr"}),
         "audio": frozenset({"audio"}),
@@ -164,15 +164,15 @@ class _Source:
     """One media of a post: as written, where it lies, and its size there."""
 
     media: Media
-    place: str
+    location: str
     size_bytes: int | None
 
     @property
     def identity(self) -> list[Any]:
         """What changes when the media does: content-addressed names move without it."""
         name = self.media.source.rpartition("/")[2]
-        known = _CONTENT_NAME.fullmatch(name) and not is_url(self.media.source)
-        return [self.media.kind, name if known else self.media.source, self.size_bytes]
+        is_content = _CONTENT_NAME.fullmatch(name) and not is_url(self.media.source)
+        return [self.media.kind, name if is_content else self.media.source, self.size_bytes]
 
 
 class Inputs:
@@ -240,7 +240,7 @@ class Inputs:
             modality = self._blame(loss.kind, post)
             if modality is not None:
                 blamed.setdefault(modality, loss.failure)
-        media = tuple(Media(source.media.kind, source.place) for source in sources)
+        media = tuple(Media(source.media.kind, source.location) for source in sources)
         located = Post(post.post_id, text=post.text, media=media, ocr=post.ocr)
         return Work(index, located, self._digests(post, counted, lost), blamed)
 
@@ -253,11 +253,11 @@ class Inputs:
         path = local_path(source, self._path)
         if path is None:
             return _Source(media, source, None)
-        place = path.absolute()
+        location = path.absolute()
         try:
-            return _Source(media, str(place), place.stat().st_size)
+            return _Source(media, str(location), location.stat().st_size)
         except (OSError, ValueError):
-            return _Source(media, str(place), None)
+            return _Source(media, str(location), None)
 
     def _blame(self, kind: MediaKind, post: Post) -> Modality | None:
         """Which modality lacks a media file that is not there, as `workers.plan` has it."""
@@ -285,9 +285,9 @@ class Inputs:
 
         def media(kinds: Iterable[MediaKind]) -> list[Any]:
             chosen = frozenset(kinds)
-            there = [s.identity for s in sources if s.media.kind in chosen]
+            present = [s.identity for s in sources if s.media.kind in chosen]
             gone = [[one.kind, one.source, one.failure.type] for one in lost if one.kind in chosen]
-            return [there, gone, limits]
+            return [present, gone, limits]
 
         read = media(kind for kind in ("image", "video") if self._reads(post, kind))
         words = [post.ocr, read]
@@ -319,13 +319,13 @@ class _Losses:
 
     def of(self, post_id: str) -> list[_Loss]:
         """The losses of the next post."""
-        found: list[_Loss] = []
+        losses: list[_Loss] = []
         while self._next is not None and self._next[1].get("post_id") == post_id:
             number, content = self._next
             if content.get("status") == "failed":
-                found.append(_loss(content, f"{self._path}: line {number}"))
+                losses.append(_loss(content, f"{self._path}: line {number}"))
             self._next = next(self._lines, None)
-        return found
+        return losses
 
     def check_all_taken(self) -> None:
         """Find lines whose posts are not there.

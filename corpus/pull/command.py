@@ -20,7 +20,7 @@ from common.progress import progress_bar
 from common.times import since_time
 from common.urls import redact
 from config.settings import StoreSettings
-from corpus.pull.pages import Page, Pages, Place
+from corpus.pull.pages import Page, Pages, Position
 from corpus.pull.posts import (
     Choice,
     NoPost,
@@ -83,7 +83,7 @@ def pull(options: Options, resolved: StoreSettings) -> int:
         resolved: The store as it can be reached: no ``embedded://``.
 
     Raises:
-        ConfigError: The query or a time is wrong, or another pull lies there.
+        ConfigError: The query or a time is wrong, or another pull is under way there.
         TaggingError: The database stayed away, or the disk is full.
     """
     query = query_of(options)
@@ -114,13 +114,13 @@ def pull(options: Options, resolved: StoreSettings) -> int:
 def _nothing(options: Options) -> str:
     """What there was no document of; one line."""
     store = options.store
-    place = f"collection {store.database}.{store.collection}"
+    where = f"collection {store.database}.{store.collection}"
     if not query_of(options):
-        return f"{place} holds no document"
+        return f"{where} holds no document"
     query = f"--query {' '.join(options.query.split())}"[:_SHOWN_CHARS]
     asked = [query] if read_query(options.query) else []
     asked += ["--untagged"] if options.untagged else []
-    return f"no document of {place} matches {' '.join(asked)}"
+    return f"no document of {where} matches {' '.join(asked)}"
 
 
 def query_of(options: Options) -> dict[str, Any]:
@@ -200,52 +200,52 @@ class _Pull:
                 times[name] = _moment(name, text)
         self._since, self._until = times["since"], times["until"]
 
-    def _choose(self, total: int, known: Choice | None) -> Choice:
+    def _choose(self, total: int, saved: Choice | None) -> Choice:
         minimum, count = self._options.min_posts_per_tag, self._options.sample
         if not minimum and count is None:
             return Choice()
-        if known is not None:
-            return known
+        if saved is not None:
+            return saved
         choice = Choice(seed=self._options.seed, need_tag=minimum > 0)
         if minimum:
             choice = replace(choice, rare=rare_tags(self._eligible(Choice(), total), minimum))
         if count is not None:
             choice = sample(self._eligible(choice, total), choice, count, minimum)
         self.files.keep_choice(choice)
-        self.files.save(Place())
+        self.files.save(Position())
         return choice
 
     def _eligible(self, choice: Choice, total: int) -> Iterator[CorpusPost]:
         with _bar("counting", total) as advance:
-            for page in self._pages.pages(Place()):
+            for page in self._pages.pages(Position()):
                 self._heed()
                 for document in page.documents:
                     try:
                         entry = self._in_time(document)
                     except (NoPost, _LeftOut):
                         continue
-                    kept = choice.without_rare(entry)
-                    if isinstance(kept, CorpusPost):
-                        yield kept
+                    post = choice.without_rare(entry)
+                    if isinstance(post, CorpusPost):
+                        yield post
                 advance(len(page.documents), "")
 
     def _write(self, choice: Choice, total: int) -> None:
         files = self.files
         begun = files.summary.total
         if choice.need_tag:
-            files.summary.facts["tags of too few posts"] = len(choice.rare)
-        place = files.place
+            files.summary.figures["tags of too few posts"] = len(choice.rare)
+        position = files.position
         with _bar("posts", total) as advance:
             advance(begun, "")
-            for page in self._pages.pages(files.place):
+            for page in self._pages.pages(files.position):
                 full = self._write_page(page, choice)
-                place = page.place
-                files.save(place, complete=full)
+                position = page.position
+                files.save(position, complete=full)
                 advance(len(page.documents), f"{files.written:,} written")
                 if full:
                     return
                 self._heed()
-        files.save(place, complete=True)
+        files.save(position, complete=True)
 
     def _write_page(self, page: Page, choice: Choice) -> bool:
         """Write what of a page is taken; true when the limit is reached."""
@@ -262,13 +262,13 @@ class _Pull:
             except _LeftOut as error:
                 files.summary.skipped(str(error))
                 continue
-            kept = choice.without_rare(entry)
-            if isinstance(kept, str):
-                files.summary.skipped(kept)
-            elif not choice.sampled(kept.post.post_id):
+            post = choice.without_rare(entry)
+            if isinstance(post, str):
+                files.summary.skipped(post)
+            elif not choice.sampled(post.post.post_id):
                 files.summary.skipped("not in the sample")
             else:
-                files.write(post_line(kept))
+                files.write(post_line(post))
                 files.summary.done()
         return limit is not None and files.written >= limit
 

@@ -1,4 +1,4 @@
-"""The documents of a collection in the order of ``_id``, a page at a time, from any place on.
+"""The documents of a collection in the order of ``_id``, a page at a time, from any position on.
 
 Two ways. By ranges (``_id`` above the last one), a type of ``_id`` after the other, because a
 range holds one type only. And, for servers that only speak like MongoDB (the embedded one orders
@@ -26,8 +26,8 @@ from king.store.embedded_quirks import all_of, is_embedded
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """A place in a collection, in the order of ``_id``.
+class Position:
+    """A position in a collection, in the order of ``_id``.
 
     Attributes:
         bracket: Which type of ``_id`` is being read; `pages` knows the order.
@@ -40,10 +40,10 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """Some documents, and the place behind them."""
+    """Some documents, and the position behind them."""
 
     documents: tuple[Mapping[str, Any], ...]
-    place: Place
+    position: Position
 
 
 T = TypeVar("T")
@@ -99,13 +99,13 @@ class Pages:
         """
         return self._patiently(self._count)
 
-    def pages(self, after: Place) -> Iterator[Page]:
-        """Pages from behind a place on; a database that is away for a while is waited for.
+    def pages(self, after: Position) -> Iterator[Page]:
+        """Pages from behind a position on; a database that is away for a while is waited for.
 
         Raises:
             StoreUnavailable: It stayed away.
             ConfigError: It does not understand the query.
-            RetryableError: The document at the place is gone, and the way by ranges is closed.
+            RetryableError: The document at the position is gone, and the way by ranges is closed.
         """
         if self._by_range is None:
             self._by_range = self._patiently(self._can_range)
@@ -119,19 +119,19 @@ class Pages:
         with self._client.edge():
             return not is_embedded(self._client.database.client)
 
-    def _ranges(self, place: Place) -> Iterator[Page]:
-        for bracket in range(place.bracket, len(_BRACKETS)):
-            last = place.last if bracket == place.bracket else None
+    def _ranges(self, position: Position) -> Iterator[Page]:
+        for bracket in range(position.bracket, len(_BRACKETS)):
+            last = position.last if bracket == position.bracket else None
             while True:
                 bounds: dict[str, Any] = (
                     {"$type": _BRACKETS[bracket]} if last is None else {"$gt": last}
                 )
-                found = self._patiently(partial(self._read, bounds))
-                if not found:
+                documents = self._patiently(partial(self._read, bounds))
+                if not documents:
                     break
-                last = found[-1]["_id"]
-                yield Page(tuple(found), Place(bracket, last))
-                if len(found) < self._size or last is None:
+                last = documents[-1]["_id"]
+                yield Page(tuple(documents), Position(bracket, last))
+                if len(documents) < self._size or last is None:
                     break
 
     def _read(self, bounds: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -140,13 +140,13 @@ class Pages:
             cursor = self._client.posts.find(condition, self._fields).sort("_id", 1)
             return list(cursor.limit(self._size))
 
-    def _listed(self, place: Place) -> Iterator[Page]:
-        last = place.last
+    def _listed(self, position: Position) -> Iterator[Page]:
+        last = position.last
         while True:
             try:
                 for chunk in self._chunks(last):
                     last = chunk[-1]["_id"]
-                    yield Page(tuple(chunk), Place(0, last))
+                    yield Page(tuple(chunk), Position(0, last))
                     self._wait_s = _FIRST_WAIT_S
                 return
             except StoreUnavailable as error:  # from where it was, through a new cursor
@@ -155,8 +155,8 @@ class Pages:
     def _chunks(self, after: Any) -> Iterator[list[dict[str, Any]]]:
         """The documents behind the one with this ``_id``."""
         documents = self._all()
-        wanted = None if after is None else _key(after)
-        if wanted is not None and not any(_key(found["_id"]) == wanted for found in documents):
+        target = None if after is None else _key(after)
+        if target is not None and not any(_key(each["_id"]) == target for each in documents):
             raise RetryableError(
                 f"the post at which the pull stopped (_id {after}) is gone: add --restart"
             )

@@ -142,8 +142,8 @@ class Choice:
 
     def sampled(self, post_id: str) -> bool:
         """Whether the post is in the sample."""
-        place = hash_of(post_id, self.seed)
-        return place <= self.highest or place in self.extra
+        position = hash_of(post_id, self.seed)
+        return position <= self.highest or position in self.extra
 
     def dumps(self) -> str:
         """As JSON."""
@@ -177,7 +177,7 @@ class Choice:
 
 
 def hash_of(post_id: str, seed: int) -> int:
-    """The place of a post in every sample of this seed, 64 bits."""
+    """The position of a post in every sample of this seed, 64 bits."""
     salt = seed.to_bytes(8, "big")
     raw = hashlib.blake2b(post_id.encode("utf-8"), digest_size=8, key=salt).digest()
     return int.from_bytes(raw, "big")
@@ -188,7 +188,7 @@ class Smallest:
 
     def __init__(self, count: int) -> None:
         self._count = count
-        self._kept = np.empty(0, np.uint64)
+        self._smallest = np.empty(0, np.uint64)
         self._new: list[int] = []
 
     def add(self, value: int) -> None:
@@ -200,14 +200,14 @@ class Smallest:
     def sorted(self) -> list[int]:
         """The smallest ones, in order."""
         self._shrink()
-        return [int(value) for value in np.sort(self._kept)]
+        return [int(value) for value in np.sort(self._smallest)]
 
     def _shrink(self) -> None:
-        both = np.concatenate([self._kept, np.array(self._new, np.uint64)])
+        both = np.concatenate([self._smallest, np.array(self._new, np.uint64)])
         self._new = []
         if len(both) > self._count:
             both = np.partition(both, self._count - 1)[: self._count].copy()
-        self._kept = both
+        self._smallest = both
 
 
 def rare_tags(posts: Iterable[CorpusPost], minimum: int) -> frozenset[str]:
@@ -230,12 +230,12 @@ def sample(posts: Iterator[CorpusPost], choice: Choice, count: int, minimum: int
     smallest = Smallest(count)
     by_tag: dict[str, list[int]] = {}
     for entry in posts:
-        place = hash_of(entry.post.post_id, choice.seed)
-        smallest.add(place)
+        position = hash_of(entry.post.post_id, choice.seed)
+        smallest.add(position)
         for name in entry.post.labels if minimum else ():
-            _keep_smallest(by_tag.setdefault(name, []), -place, minimum)
-    needed = {-place for places in by_tag.values() for place in places}
-    others = [place for place in smallest.sorted() if place not in needed]
+            _keep_smallest(by_tag.setdefault(name, []), -position, minimum)
+    needed = {-position for positions in by_tag.values() for position in positions}
+    others = [position for position in smallest.sorted() if position not in needed]
     taken = others[: max(0, count - len(needed))]
     highest = taken[-1] if taken else -1
     return replace(choice, highest=highest, extra=frozenset(p for p in needed if p > highest))

@@ -20,7 +20,7 @@ from bson import json_util
 
 from common.errors import ConfigError
 from common.files import part_of, publish, write_whole
-from corpus.pull.pages import Place
+from corpus.pull.pages import Position
 from corpus.pull.posts import Choice
 from corpus.records import Summary
 
@@ -29,7 +29,7 @@ class Files:
     """Output, rejects and record of one pull.
 
     Attributes:
-        place: How far it has come.
+        position: How far it has come.
         summary: What was counted up to there.
         written: Posts up to there.
         complete: Nothing more is to be read.
@@ -45,7 +45,7 @@ class Files:
         self._asked = dict(asked)
         self._posts: BinaryIO | None = None
         self._rejects: BinaryIO | None = None
-        self.place = Place()
+        self.position = Position()
         self.summary = Summary("Posts")
         self.written = 0
         self.complete = False
@@ -84,14 +84,14 @@ class Files:
         if self._rejects is not None:
             self._rejects.write(line.encode("utf-8") + b"\n")
 
-    def save(self, place: Place, *, complete: bool = False) -> None:
+    def save(self, position: Position, *, complete: bool = False) -> None:
         """Keep how far it has come; what was written before is on the disk then."""
-        self.place, self.complete = place, complete
+        self.position, self.complete = position, complete
         content = {
             "asked": self._asked,
             "times": self.times,
-            "bracket": place.bracket,
-            "last": json_util.dumps(place.last, json_options=json_util.CANONICAL_JSON_OPTIONS),
+            "bracket": position.bracket,
+            "last": json_util.dumps(position.last, json_options=json_util.CANONICAL_JSON_OPTIONS),
             "lengths": [_synced(self._posts), _synced(self._rejects)],
             "written": self.written,
             "summary": self.summary.as_dict(),
@@ -133,7 +133,7 @@ class Files:
             content = json.loads(self._record.read_text(encoding="utf-8"))
             asked: dict[str, Any] = content["asked"]
             last = json_util.loads(content["last"])
-            self.place = Place(int(content["bracket"]), last)
+            self.position = Position(int(content["bracket"]), last)
             self.summary = Summary.of("Posts", content["summary"])
             self.written, self.complete = int(content["written"]), bool(content["complete"])
             self.times = dict(content["times"])

@@ -30,14 +30,12 @@ from config.settings import MonitorSettings, Settings, Threshold
 from scripts.commands.common import print_json
 from scripts.mongo_supervisor import report
 from scripts.mongo_supervisor.checks import EXIT_CODES, Check, judge, worst
-from scripts.mongo_supervisor.facts import look
+from scripts.mongo_supervisor.snapshot import look
 
 # How late a signal is noticed between two looks.
 _STEP_S = 0.1
 _UNKNOWN = EXIT_CODES["unknown"]
 NAMES = tuple(n for n, f in MonitorSettings.model_fields.items() if f.annotation is Threshold)
-
-
 _NAMES = ", ".join(NAMES)
 
 
@@ -116,9 +114,8 @@ def settings_of(options: CommandLine) -> Settings:
         for text in getattr(options, level):
             name, separator, value = text.partition("=")
             if not separator or name not in NAMES:
-                known = ", ".join(NAMES)
                 raise ConfigError(
-                    f"--{level} {text}: write it as NAME=VALUE; NAME is one of {known}"
+                    f"--{level} {text}: write it as NAME=VALUE; NAME is one of {_NAMES}"
                 )
             overrides.append(f"monitor.{name}.{level}={value}")
     for key, text in (("backlog_age_s", options.older_than), ("window_s", options.window)):
@@ -129,12 +126,12 @@ def settings_of(options: CommandLine) -> Settings:
 
 def _seconds(text: str) -> float:
     try:
-        before = since_time(text, 0.0)
+        since_s = since_time(text, 0.0)
     except ConfigError as error:
         raise ConfigError(f"{text}: write a time as 90s, 15m, 2h or 7d") from error
-    if before is None or before > 0:
+    if since_s is None or since_s > 0:
         raise ConfigError(f"{text}: write a time as 90s, 15m, 2h or 7d")
-    return abs(before)
+    return abs(since_s)
 
 
 def requeue(settings: Settings) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from config.settings import MonitorSettings, Threshold
-from scripts.mongo_supervisor.facts import Facts
+from scripts.mongo_supervisor.snapshot import Snapshot
 
 State: TypeAlias = Literal["ok", "warning", "critical", "unknown"]
 
@@ -34,20 +34,20 @@ class Check:
     threshold: Threshold = _NO_LIMITS
 
 
-def judge(facts: Facts, limits: MonitorSettings) -> list[Check]:
+def judge(snapshot: Snapshot, limits: MonitorSettings) -> list[Check]:
     """Return every check, in a fixed order."""
-    if facts.latency_s is None:
-        reason = facts.errors.get("latency_s", "no answer")
-        return [Check("database", "critical", None, reason), _queue(facts, limits)]
-    milliseconds = f"answers in {facts.latency_s * 1000:.1f} ms"
+    if snapshot.latency_s is None:
+        reason = snapshot.errors.get("latency_s", "no answer")
+        return [Check("database", "critical", None, reason), _queue(snapshot, limits)]
+    milliseconds = f"answers in {snapshot.latency_s * 1000:.1f} ms"
     return [
-        _check("database", facts.latency_s, limits.latency_s, milliseconds),
-        *_replicas(facts, limits),
-        _backlog(facts, limits),
-        _failed_ratio(facts, limits),
-        _last_tag(facts, limits),
-        *_jobs(facts, limits),
-        _queue(facts, limits),
+        _check("database", snapshot.latency_s, limits.latency_s, milliseconds),
+        *_replicas(snapshot, limits),
+        _backlog(snapshot, limits),
+        _failed_ratio(snapshot, limits),
+        _last_tag(snapshot, limits),
+        *_jobs(snapshot, limits),
+        _queue(snapshot, limits),
     ]
 
 
@@ -66,22 +66,22 @@ def _check(name: str, value: float, threshold: Threshold, text: str) -> Check:
     return Check(name, state, value, text, threshold)
 
 
-def _unknown(name: str, facts: Facts, field: str) -> Check:
-    return Check(name, "unknown", None, facts.errors.get(field, "not known"))
+def _unknown(name: str, snapshot: Snapshot, field: str) -> Check:
+    return Check(name, "unknown", None, snapshot.errors.get(field, "not known"))
 
 
-def _replicas(facts: Facts, limits: MonitorSettings) -> list[Check]:
-    if "replicas" in facts.errors:
-        return [_unknown("replicas", facts, "replicas")]
-    if facts.replicas is None:
+def _replicas(snapshot: Snapshot, limits: MonitorSettings) -> list[Check]:
+    if "replicas" in snapshot.errors:
+        return [_unknown("replicas", snapshot, "replicas")]
+    if snapshot.replicas is None:
         return []
-    name, states = facts.replicas.name, facts.replicas.states
+    name, states = snapshot.replicas.name, snapshot.replicas.states
     if not states:
         return [Check("replicas", "ok", None, f"set {name}; no right to see its members")]
     shown = f"set {name}: " + ", ".join(f"{m} {state}" for m, state in sorted(states.items()))
     if "PRIMARY" not in states.values():
         return [Check("replicas", "critical", None, f"no primary; {shown}")]
-    lag_s = max(facts.replicas.lag_s.values(), default=0.0)
+    lag_s = max(snapshot.replicas.lag_s.values(), default=0.0)
     text = f"{shown}; {lag_s:.0f} s behind"
     check = _check("replicas", lag_s, limits.replica_lag_s, text)
     if check.state == "ok" and not set(states.values()) <= _GOOD_MEMBERS:
@@ -89,10 +89,10 @@ def _replicas(facts: Facts, limits: MonitorSettings) -> list[Check]:
     return [check]
 
 
-def _backlog(facts: Facts, limits: MonitorSettings) -> Check:
-    backlog = facts.backlog
+def _backlog(snapshot: Snapshot, limits: MonitorSettings) -> Check:
+    backlog = snapshot.backlog
     if backlog is None:
-        return _unknown("backlog", facts, "backlog")
+        return _unknown("backlog", snapshot, "backlog")
     least = "" if backlog.complete else "at least "
     text = (
         f"{backlog.old} untagged for {limits.backlog_age_s:g} s or longer, "
@@ -105,10 +105,10 @@ def _backlog(facts: Facts, limits: MonitorSettings) -> Check:
     return _check("backlog", backlog.old, limits.backlog, text)
 
 
-def _failed_ratio(facts: Facts, limits: MonitorSettings) -> Check:
-    results = facts.results
+def _failed_ratio(snapshot: Snapshot, limits: MonitorSettings) -> Check:
+    results = snapshot.results
     if results is None:
-        return _unknown("failed_ratio", facts, "results")
+        return _unknown("failed_ratio", snapshot, "results")
     total = results.tagged + results.failed
     text = f"{results.failed} of {total} results of the last {_duration(limits.window_s)}"
     if total < limits.min_results:
@@ -117,27 +117,27 @@ def _failed_ratio(facts: Facts, limits: MonitorSettings) -> Check:
     return _check("failed_ratio", results.failed / total, limits.failed_ratio, text)
 
 
-def _last_tag(facts: Facts, limits: MonitorSettings) -> Check:
+def _last_tag(snapshot: Snapshot, limits: MonitorSettings) -> Check:
     """Judge the time since the last tag, which is a fault only while posts wait."""
     name, threshold = "last_tag_age_s", limits.last_tag_age_s
-    if facts.results is None:
-        return _unknown(name, facts, "results")
-    age_s = facts.results.last_tag_s
-    old = facts.backlog is not None and facts.backlog.old > 0
-    due = facts.jobs is not None and facts.jobs.due > 0
+    if snapshot.results is None:
+        return _unknown(name, snapshot, "results")
+    age_s = snapshot.results.last_tag_s
+    old = snapshot.backlog is not None and snapshot.backlog.old > 0
+    due = snapshot.jobs is not None and snapshot.jobs.due > 0
     text = "no post was ever tagged" if age_s is None else f"{_duration(age_s)} ago"
-    if not (facts.queue_depth or old or due):
+    if not (snapshot.queue_depth or old or due):
         return Check(name, "ok", age_s, f"{text}; no posts wait", threshold)
     if age_s is None:
-        oldest_s = facts.backlog.oldest_s if facts.backlog is not None else None
+        oldest_s = snapshot.backlog.oldest_s if snapshot.backlog is not None else None
         return _check(name, oldest_s or 0.0, threshold, text)
     return _check(name, age_s, threshold, f"{text}, and posts wait")
 
 
-def _jobs(facts: Facts, limits: MonitorSettings) -> list[Check]:
-    jobs = facts.jobs
+def _jobs(snapshot: Snapshot, limits: MonitorSettings) -> list[Check]:
+    jobs = snapshot.jobs
     if jobs is None:
-        return [_unknown(name, facts, "jobs") for name in ("overdue_jobs", "dead_letters")]
+        return [_unknown(name, snapshot, "jobs") for name in ("overdue_jobs", "dead_letters")]
     opened = ", ".join(f"{n} {state}" for state, n in jobs.states.items() if state != "dead")
     overdue = f"{jobs.overdue} due for {limits.overdue_s:g} s or longer, {jobs.due} due; {opened}"
     dead = jobs.states.get("dead", 0)
@@ -147,10 +147,10 @@ def _jobs(facts: Facts, limits: MonitorSettings) -> list[Check]:
     ]
 
 
-def _queue(facts: Facts, limits: MonitorSettings) -> Check:
-    depth = facts.queue_depth
+def _queue(snapshot: Snapshot, limits: MonitorSettings) -> Check:
+    depth = snapshot.queue_depth
     if depth is None:
-        reason = facts.errors.get("queue_depth", "no answer")
+        reason = snapshot.errors.get("queue_depth", "no answer")
         return Check("queue_depth", "critical", None, reason)
     return _check("queue_depth", depth, limits.queue_depth, f"{depth} messages wait")
 

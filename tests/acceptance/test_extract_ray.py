@@ -17,7 +17,7 @@ from config.settings import Settings
 from corpus.extract import on_ray
 from corpus.extract.on_ray import IN, OUT, ExtractActor, Order, PartFolder, trouble_of
 from corpus.extract.run import main
-from corpus.extract.work import WANTED, Result, Work
+from corpus.extract.work import MODALITIES_OF, Result, Work
 from tests.support.corpus.extraction_corpus import feature_files, write_config, write_pictures
 
 
@@ -78,7 +78,7 @@ class FakeEngine:
 
 def order(tmp_path: Path, folder: Path) -> Order:
     settings = Settings().model_dump_json()
-    return Order(settings, str(tmp_path), WANTED["image"], str(folder), ".", False, False)
+    return Order(settings, str(tmp_path), MODALITIES_OF["image"], str(folder), ".", False, False)
 
 
 def test_a_post_that_kills_its_actor_is_found(

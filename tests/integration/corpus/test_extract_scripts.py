@@ -15,7 +15,7 @@ import pytest
 from common.post import Post
 from config.load import load_settings
 from corpus.extract.run import main
-from corpus.extract.work import WANTED, Inputs, Kind, Work
+from corpus.extract.work import MODALITIES_OF, Inputs, Kind, Work
 from extractors.feature_file import feature_path, features_bytes, read_features, read_header
 from tests.support.corpus.extraction_corpus import (
     feature_files,
@@ -35,7 +35,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("corpus")
     posts = write_corpus(folder)
     config = write_config(folder)
-    for kind in WANTED:
+    for kind in MODALITIES_OF:
         assert main(kind, arguments(config, posts, folder / "features")) == 0
     return folder
 
@@ -50,7 +50,7 @@ def lines(path: Path) -> list[dict[str, str]]:
 
 def posts_of(corpus: Path) -> list[Post]:
     settings = load_settings(corpus / "tiny.yaml")
-    entries = Inputs(corpus / "posts.jsonl", settings, WANTED["image"])
+    entries = Inputs(corpus / "posts.jsonl", settings, MODALITIES_OF["image"])
     return [entry.post for entry in entries if isinstance(entry, Work)]
 
 

@@ -15,7 +15,7 @@ from common.errors import ConfigError
 from common.post import Post
 from config.settings import StoreSettings
 from corpus.pull.command import Options, query_of
-from corpus.pull.pages import Pages, Place
+from corpus.pull.pages import Pages, Position
 from corpus.pull.posts import Choice, Smallest, hash_of, rare_tags, sample
 from corpus.pull.progress import Files
 from corpus.records import CorpusPost
@@ -34,19 +34,19 @@ from corpus.records import CorpusPost
 def test_pages_hold_every_document_once(
     mongo_url: str, unique_name: str, ids: list[Any], by_range: bool | None
 ) -> None:
-    """From any place on, with IDs of any type, in an order that stays the same."""
+    """From any position on, with IDs of any type, in an order that stays the same."""
     client: pymongo.MongoClient[dict[str, Any]] = pymongo.MongoClient(mongo_url)
     posts = client["insighttag"][unique_name]
     posts.insert_many([{"_id": i, "k": n % 3} for n, i in enumerate(ids)])
     store = StoreSettings(url=mongo_url, collection=unique_name)
     reader = Pages(store, {"k": {"$lt": 2}}, {"k": 1}, 4, by_range=by_range)
     try:
-        pages = list(reader.pages(Place()))
+        pages = list(reader.pages(Position()))
         read = [document["_id"] for page in pages for document in page.documents]
         assert Counter(map(str, read)) == Counter(str(i) for n, i in enumerate(ids) if n % 3 < 2)
         assert {len(page.documents) for page in pages[:-1]} <= {1, 2, 3, 4}
         for n, page in enumerate(pages):
-            rest = [d["_id"] for later in reader.pages(page.place) for d in later.documents]
+            rest = [d["_id"] for later in reader.pages(page.position) for d in later.documents]
             assert rest == [d["_id"] for later in pages[n + 1 :] for d in later.documents]
     finally:
         reader.close()
@@ -119,9 +119,9 @@ def test_rare_tags_are_those_below_the_minimum() -> None:
     choice = Choice(rare=rare_tags(posts, minimum), need_tag=True)
     assert choice.rare == {name for name, count in counts.items() if count < minimum}
     assert "t3" not in choice.rare
-    kept = choice.without_rare(CorpusPost(Post("a", labels=("often", *choice.rare))))
-    assert isinstance(kept, CorpusPost)
-    assert kept.post.labels == ("often",)
+    post = choice.without_rare(CorpusPost(Post("a", labels=("often", *choice.rare))))
+    assert isinstance(post, CorpusPost)
+    assert post.post.labels == ("often",)
     rare = CorpusPost(Post("a", labels=tuple(choice.rare)))
     assert choice.without_rare(rare) == "only tags of too few posts"
     assert choice.without_rare(CorpusPost(Post("a"))) == "no tags"
@@ -135,15 +135,15 @@ def test_lines_after_the_record_are_cut_off(tmp_path: Path) -> None:
     files.write("one")
     files.reject("bad")
     files.summary.done()
-    files.save(Place(2, ObjectId("65a000000000000000000001")))
+    files.save(Position(2, ObjectId("65a000000000000000000001")))
     files.write("lost")
     files.close()
     again = Files(out, {"query": "{}"})
     again.open()
-    assert again.place == Place(2, ObjectId("65a000000000000000000001"))
+    assert again.position == Position(2, ObjectId("65a000000000000000000001"))
     assert again.written == again.summary.total == 1
     again.write("two")
-    again.save(Place(2, 5), complete=True)
+    again.save(Position(2, 5), complete=True)
     again.finish()
     assert out.read_text() == "one\ntwo\n"
     assert (tmp_path / "p.rejected.jsonl").read_text() == "bad\n"
@@ -156,7 +156,7 @@ def test_spoilt_record_is_named(tmp_path: Path) -> None:
     files = Files(out, {})
     files.open()
     files.write("one")
-    files.save(Place())
+    files.save(Position())
     files.close()
     (tmp_path / ".p.jsonl.part").write_text("")
     with pytest.raises(ConfigError, match="shorter than it was; add --restart"):

@@ -22,7 +22,7 @@ from king.jobs import Job
 from king.store.client import StoreClient
 from king.store.store import Store
 from scripts.mongo_supervisor import check
-from scripts.mongo_supervisor.facts import (
+from scripts.mongo_supervisor.snapshot import (
     look,
 )
 from tests.support.services import MongoServer, RedisServer

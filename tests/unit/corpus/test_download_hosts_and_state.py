@@ -12,10 +12,10 @@ from corpus.download.hosts import DEAD_AFTER, Hosts, Try, host_of
 from corpus.download.run import Rate
 from corpus.download.state import State
 from corpus.download.transfer import classify, incoming_folder, left_over
-from corpus.download.values import Ask, Found, key_of
+from corpus.download.values import Ask, UrlResult, key_of
 from tests.support.scripts.media_site import png, wav
 
-FAILED = Found("retryable", reason=("FetchRetryable", "no"))
+FAILED = UrlResult("retryable", reason=("FetchRetryable", "no"))
 
 
 def items(host: str, count: int) -> list[Try]:
@@ -113,8 +113,8 @@ def test_hosts_are_told_apart_by_port_and_not_by_login() -> None:
 def test_state_keeps_results_over_runs(tmp_path: Path) -> None:
     """Final results stay; passing failures are tried again by the next run, not by this one."""
     path = tmp_path / "s.sqlite"
-    ok = Found("ok", "ab" * 32, "png", 7, frozenset({"image", "video"}), "GIF picture")
-    refused = Found("refused", reason=("FetchRefused", "HTTP 404"))
+    ok = UrlResult("ok", "ab" * 32, "png", 7, frozenset({"image", "video"}), "GIF picture")
+    refused = UrlResult("refused", reason=("FetchRefused", "HTTP 404"))
     keys = [key_of(name) for name in ("ok", "refused", "retryable", "none")]
     state = State(path)
     state.put(zip(keys, (ok, refused, FAILED), strict=False))
@@ -141,7 +141,7 @@ def test_file_that_is_no_state_is_named(tmp_path: Path) -> None:
 
 
 def test_state_that_is_damaged_later_is_named(tmp_path: Path) -> None:
-    """Pages spoilt behind a sound beginning are found while reading, and the way out is said."""
+    """Pages spoilt behind a sound beginning are result while reading, and the way out is said."""
     path = tmp_path / "s.sqlite"
     state = State(path)
     keys = [key_of(str(i)) for i in range(2000)]
@@ -177,8 +177,8 @@ def test_files_are_what_their_bytes_say(
 ) -> None:
     """Extension and use by the first bytes; what is no media is refused with its reason."""
     (tmp_path / "f").write_bytes(content)
-    found = classify(tmp_path / "f", "00")
-    assert (found.status, found.extension, set(found.kinds), found.reason[1]) == expected
+    result = classify(tmp_path / "f", "00")
+    assert (result.status, result.extension, set(result.kinds), result.reason[1]) == expected
 
 
 def test_what_a_kill_left_is_taken_or_deleted(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from common.post import (
     modality_of,
 )
 from corpus.extract.local import FeatureStore
-from corpus.extract.work import WANTED, Kind, Work
+from corpus.extract.work import MODALITIES_OF, Kind, Work
 from extractors.feature_file import feature_path, features_bytes, read_features, write_features
 from tests.support.corpus.extraction_corpus import feature_files
 
@@ -43,7 +43,7 @@ def whole(post_id: str = "p", **changes: Failure) -> Features:
 
 def share(features: Features, kind: Kind) -> Features:
     """Return the results for a script of one kind: `workers.plan` leaves out the rest."""
-    wanted = WANTED[kind]
+    wanted = MODALITIES_OF[kind]
     return Features(
         features.post_id,
         {s: a for s, a in features.arrays.items() if modality_of(s) in wanted},
@@ -54,12 +54,12 @@ def share(features: Features, kind: Kind) -> Features:
 
 
 def store(root: Path, kind: Kind, *, version: str = "", retry_failed: bool = False) -> FeatureStore:
-    made = {s: f + version for s, f in MADE_WITH.items() if modality_of(s) in WANTED[kind]}
-    return FeatureStore(root, WANTED[kind], made, retry_failed)
+    made = {s: f + version for s, f in MADE_WITH.items() if modality_of(s) in MODALITIES_OF[kind]}
+    return FeatureStore(root, MODALITIES_OF[kind], made, retry_failed)
 
 
 def work(kind: Kind, post_id: str = "p", digest: str = "d", **lost: Failure) -> Work:
-    digests = {m: f"{digest} {m}" for m in WANTED[kind]}
+    digests = {m: f"{digest} {m}" for m in MODALITIES_OF[kind]}
     return Work(0, Post(post_id), digests, {m: lost[m] for m in MODALITIES if m in lost})
 
 
@@ -72,7 +72,7 @@ def test_the_order_of_the_scripts_does_not_matter(tmp_path: Path) -> None:
     features = whole(image=GONE)
     digests: dict[Modality, str] = {m: f"d {m}" for m in MODALITIES}
     expected = features_bytes(features, MADE_WITH, digests)
-    for i, order in enumerate(itertools.permutations(WANTED)):
+    for i, order in enumerate(itertools.permutations(MODALITIES_OF)):
         for kind in order:
             put(tmp_path / str(i), features, kind)
         assert feature_path(tmp_path / str(i), "p").read_bytes() == expected, order
@@ -99,7 +99,7 @@ def test_a_stream_that_is_no_longer_made_goes(tmp_path: Path) -> None:
     only: dict[Stream, str] = {"video": "new"}
     features = share(whole(), "video")
     single = Features("p", {"video": features.arrays["video"]}, features.statuses)
-    FeatureStore(tmp_path, WANTED["video"], only).put(work("video"), single)
+    FeatureStore(tmp_path, MODALITIES_OF["video"], only).put(work("video"), single)
     assert set(read_features(tmp_path, "p").arrays) == {"video"}
 
 
@@ -175,10 +175,10 @@ def test_scripts_side_by_side_lose_nothing(tmp_path: Path) -> None:
 
     The lock belongs to what is opened, not to the process: threads compete as processes do.
     """
-    with ThreadPoolExecutor(len(WANTED)) as pool:
-        for future in [pool.submit(_write_all, tmp_path / "many", kind) for kind in WANTED]:
+    with ThreadPoolExecutor(len(MODALITIES_OF)) as pool:
+        for future in [pool.submit(_write_all, tmp_path / "many", kind) for kind in MODALITIES_OF]:
             future.result()
-    for kind in WANTED:
+    for kind in MODALITIES_OF:
         _write_all(tmp_path / "one", kind)
     assert len(feature_files(tmp_path / "one")) == 8
     assert feature_files(tmp_path / "many") == feature_files(tmp_path / "one")

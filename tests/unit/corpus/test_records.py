@@ -217,7 +217,7 @@ def test_summary_counts_by_reason(
     summary.done(3)
     summary.failed("[x] broken")
     summary.skipped("later", 1500)
-    summary.facts["bytes"] = 12345
+    summary.figures["bytes"] = 12345
     summary.write(tmp_path / "s.json")
     content = json.loads((tmp_path / "s.json").read_text())
     assert content == {

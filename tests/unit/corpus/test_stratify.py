@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from corpus.build.index import Groups
-from corpus.build.sides import GroupTags, Held, stratify
+from corpus.build.sides import GroupTags, SideCounts, stratify
 
 
 def _rows(groups: list[int], tags: list[list[int]], classes: int) -> GroupTags:
@@ -57,7 +57,7 @@ def test_tags_of_groups_are_counted() -> None:
 
 
 def _error(rows: GroupTags, side: np.ndarray, shares: tuple[float, ...]) -> float:
-    """Σ over sides and tags of the squared distance from what is wanted."""
+    """Σ over sides and tags of the squared distance from the target."""
     total = 0.0
     for number, share in enumerate(shares):
         held = np.zeros(rows.classes)
@@ -124,11 +124,11 @@ def test_a_giant_group_goes_where_there_is_room() -> None:
 def test_what_the_sides_hold_counts() -> None:
     """Nine groups of thirty lie on the small side already: it gets no more of the tag."""
     rows = _rows(list(range(21)), [[0]] * 21, 1)
-    held = Held(np.array([[0], [9]]), np.array([0, 9]))
-    assert (stratify(rows, (0.9, 0.1), 3, held) == 0).all()
-    held.add(rows, np.zeros(21, np.int64))
-    assert held.tags.tolist() == [[21], [9]]
-    assert held.posts.tolist() == [21, 9]
+    settled = SideCounts(np.array([[0], [9]]), np.array([0, 9]))
+    assert (stratify(rows, (0.9, 0.1), 3, settled) == 0).all()
+    settled.add(rows, np.zeros(21, np.int64))
+    assert settled.tags.tolist() == [[21], [9]]
+    assert settled.posts.tolist() == [21, 9]
 
 
 @given(st.integers(0, 5))

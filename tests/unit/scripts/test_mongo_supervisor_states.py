@@ -12,12 +12,19 @@ from bson import ObjectId
 from common.times import moment_of
 from config.settings import MonitorSettings, Threshold
 from scripts.mongo_supervisor.checks import EXIT_CODES, judge, worst
-from scripts.mongo_supervisor.facts import Backlog, Facts, Jobs, Replicas, Results, replicas_of
 from scripts.mongo_supervisor.report import as_json, plugin_line, summary
+from scripts.mongo_supervisor.snapshot import (
+    Backlog,
+    Jobs,
+    Replicas,
+    Results,
+    Snapshot,
+    replicas_of,
+)
 
 
-def facts(**changes: Any) -> Facts:
-    """Return the facts of a healthy system, with changes."""
+def snapshot(**changes: Any) -> Snapshot:
+    """Return the snapshot of a healthy system, with changes."""
     values: dict[str, Any] = {
         "latency_s": 0.002,
         "replicas": None,
@@ -27,26 +34,30 @@ def facts(**changes: Any) -> Facts:
         "queue_depth": 7,
         "errors": {},
     }
-    return Facts(**{**values, **changes})
+    return Snapshot(**{**values, **changes})
 
 
 @pytest.mark.parametrize(
     ("seen", "state", "told"),
     [
-        (facts(), "ok", "OK: 7 checks"),
-        (facts(latency_s=0.6), "warning", "answers in 600.0 ms"),
-        (facts(latency_s=2.0), "critical", "answers in 2000.0 ms"),
-        (facts(latency_s=None, errors={"latency_s": "refused"}), "critical", "database: refused"),
-        (facts(backlog=Backlog(300, 200, 0, 2000.0, True)), "warning", "200 untagged for 900 s"),
-        (facts(backlog=Backlog(9, 10_000, 0, 7200, False)), "critical", "at least 9 untagged"),
-        (facts(backlog=None, errors={"backlog": "too slow"}), "unknown", "backlog: too slow"),
-        (facts(results=Results(95, 5, 1.0)), "warning", "5 of 100 results of the last 1 h"),
-        (facts(results=Results(0, 30, 1.0)), "critical", "30 of 30"),
-        (facts(results=Results(0, 19, 1.0)), "ok", "OK"),
-        # Silence is a fault only while posts wait.
-        (facts(results=Results(0, 0, 4000.0)), "critical", "1.11 h ago, and posts wait"),
+        (snapshot(), "ok", "OK: 7 checks"),
+        (snapshot(latency_s=0.6), "warning", "answers in 600.0 ms"),
+        (snapshot(latency_s=2.0), "critical", "answers in 2000.0 ms"),
         (
-            facts(
+            snapshot(latency_s=None, errors={"latency_s": "refused"}),
+            "critical",
+            "database: refused",
+        ),
+        (snapshot(backlog=Backlog(300, 200, 0, 2000.0, True)), "warning", "200 untagged for 900 s"),
+        (snapshot(backlog=Backlog(9, 10_000, 0, 7200, False)), "critical", "at least 9 untagged"),
+        (snapshot(backlog=None, errors={"backlog": "too slow"}), "unknown", "backlog: too slow"),
+        (snapshot(results=Results(95, 5, 1.0)), "warning", "5 of 100 results of the last 1 h"),
+        (snapshot(results=Results(0, 30, 1.0)), "critical", "30 of 30"),
+        (snapshot(results=Results(0, 19, 1.0)), "ok", "OK"),
+        # Silence is a fault only while posts wait.
+        (snapshot(results=Results(0, 0, 4000.0)), "critical", "1.11 h ago, and posts wait"),
+        (
+            snapshot(
                 results=Results(0, 0, 4000.0),
                 queue_depth=0,
                 jobs=Jobs({}, 0, 0),
@@ -55,39 +66,39 @@ def facts(**changes: Any) -> Facts:
             "OK",
         ),
         (
-            facts(
+            snapshot(
                 results=Results(0, 0, None),
                 backlog=Backlog(9, 9, 0, 1000.0, True),
             ),
             "warning",
             "no post was ever tagged",
         ),
-        (facts(jobs=Jobs({"dead": 0}, 5, 3)), "warning", "3 due for 120 s or longer, 5 due"),
-        (facts(jobs=Jobs({"dead": 100}, 0, 0)), "warning", "100 set aside"),
-        (facts(queue_depth=20_000), "warning", "20000 messages wait"),
-        (facts(queue_depth=None, errors={"queue_depth": "refused"}), "critical", "refused"),
+        (snapshot(jobs=Jobs({"dead": 0}, 5, 3)), "warning", "3 due for 120 s or longer, 5 due"),
+        (snapshot(jobs=Jobs({"dead": 100}, 0, 0)), "warning", "100 set aside"),
+        (snapshot(queue_depth=20_000), "warning", "20000 messages wait"),
+        (snapshot(queue_depth=None, errors={"queue_depth": "refused"}), "critical", "refused"),
         # Replica sets.
-        (facts(replicas=Replicas("rs0")), "ok", "OK: 8 checks"),
+        (snapshot(replicas=Replicas("rs0")), "ok", "OK: 8 checks"),
         (
-            facts(replicas=Replicas("rs0", {"a": "PRIMARY", "b": "SECONDARY"}, {"b": 11.0})),
+            snapshot(replicas=Replicas("rs0", {"a": "PRIMARY", "b": "SECONDARY"}, {"b": 11.0})),
             "warning",
             "11 s behind",
         ),
-        (facts(replicas=Replicas("rs0", {"a": "SECONDARY"})), "critical", "no primary"),
+        (snapshot(replicas=Replicas("rs0", {"a": "SECONDARY"})), "critical", "no primary"),
         (
-            facts(replicas=Replicas("rs0", {"a": "PRIMARY", "b": "RECOVERING"})),
+            snapshot(replicas=Replicas("rs0", {"a": "PRIMARY", "b": "RECOVERING"})),
             "warning",
             "b RECOVERING",
         ),
         # What is known to be wrong weighs more than what is not known.
         (
-            facts(latency_s=0.6, results=None, errors={"results": "too slow"}),
+            snapshot(latency_s=0.6, results=None, errors={"results": "too slow"}),
             "warning",
             "too slow",
         ),
     ],
 )
-def test_each_fact_has_its_state(seen: Facts, state: str, told: str) -> None:
+def test_each_fact_has_its_state(seen: Snapshot, state: str, told: str) -> None:
     """At the default thresholds; the summary names what is not well."""
     checks = judge(seen, MonitorSettings())
     assert worst(checks) == state
@@ -105,14 +116,14 @@ def test_exit_codes_are_those_of_monitoring_plugins() -> None:
 def test_the_plugin_line_has_performance_data() -> None:
     """``name=value;warning;critical`` after the only bar."""
     errors = {"queue_depth": "a | b"}
-    line = plugin_line(judge(facts(queue_depth=None, errors=errors), MonitorSettings()))
+    line = plugin_line(judge(snapshot(queue_depth=None, errors=errors), MonitorSettings()))
     text, bar, data = line.partition(" | ")
     assert bar
     assert "a / b" in text
     assert "database=0.002;0.5;2" in data.split()
     assert "dead_letters=4;100;10000" in data.split()
     open_ended = MonitorSettings(backlog=Threshold())
-    assert " backlog=0;;" in plugin_line(judge(facts(), open_ended))
+    assert " backlog=0;;" in plugin_line(judge(snapshot(), open_ended))
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,7 @@ class Replicas:
 
 
 @dataclass(frozen=True)
-class Facts:
+class Snapshot:
     """One look; a fact that could not be learnt is None, and `errors` has its reason by field name.
 
     Attributes:
@@ -101,7 +101,7 @@ class Facts:
     errors: Mapping[str, str]
 
 
-def look(asked: Settings) -> Facts:
+def look(asked: Settings) -> Snapshot:
     """Gather all facts; start no service, and never raise for one that does not answer."""
     settings = embedded.peek(asked)
     limits = settings.monitor
@@ -124,7 +124,7 @@ def look(asked: Settings) -> Facts:
     try:
         latency_s = ask("latency_s", database.latency_s)
         reached = latency_s is not None
-        return Facts(
+        return Snapshot(
             latency_s=latency_s,
             replicas=ask("replicas", database.replicas) if reached else None,
             backlog=ask("backlog", database.backlog) if reached else None,
