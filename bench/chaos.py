@@ -73,7 +73,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def kinds_of(options: argparse.Namespace, broker: BrokerName) -> list[str]:
-    """The faults of a run, in order."""
+    """Return the faults of a run, in order."""
     if options.faults:
         return [kind.strip() for kind in options.faults.split(",")]
     if options.short:
@@ -84,7 +84,7 @@ def kinds_of(options: argparse.Namespace, broker: BrokerName) -> list[str]:
 def run_one(
     options: argparse.Namespace, broker: BrokerName, stock: Stock, shown: Console
 ) -> Report:
-    """One broker."""
+    """Run one broker."""
     columns = (
         TextColumn(broker),
         BarColumn(),

@@ -195,7 +195,7 @@ def extract_before(corpus: Corpus, kind: Kind, count: int) -> None:
 
 @contextlib.contextmanager
 def pictures(path: Path) -> Iterator[str]:
-    """A server that gives one picture under every name."""
+    """Yield a server that gives one picture under every name."""
     content = path.read_bytes()
 
     class Handler(BaseHTTPRequestHandler):
@@ -277,7 +277,7 @@ def tree_bytes(process: psutil.Process) -> int:
 def run_size(
     folder: Path, size: int, wanted: Callable[[str], bool], options: argparse.Namespace
 ) -> dict[str, Any]:
-    """Every script on one corpus."""
+    """Run every script on one corpus."""
     found = {}
     online_settings = settings(folder)
     with contextlib.ExitStack() as stack:
@@ -302,7 +302,7 @@ def run_size(
 
 
 def summary(found: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """A row for each script: peaks, how much they grow, and by how many bytes a post."""
+    """Return a row for each script: peaks, their growth, and by how many bytes a post."""
     rows = []
     for name, runs in found.items():
         whole = [run for run in runs if not run["exit"]]

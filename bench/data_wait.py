@@ -77,7 +77,7 @@ def _arrays(chance: np.random.Generator) -> tuple[dict[Stream, Any], list[int]]:
 
 
 def subset(folder: Path, count: int) -> Path:
-    """A data file of the first posts."""
+    """Return a data file of the first posts."""
     file = folder / f"train{count}.json"
     with (folder / "all.jsonl").open() as lines:
         entries = [line.rstrip("\n") for line, _ in zip(lines, range(count), strict=False)]
@@ -103,7 +103,7 @@ def _files(root: Path) -> Iterator[str]:
 
 
 def measure(folder: Path, count: int, changes: dict[str, Any]) -> dict[str, Any]:
-    """One epoch in this process: waiting, speed, and the highest memory."""
+    """Train one epoch in this process: waiting, speed, and the highest memory."""
     from fusion.data.dataset import FeatureFiles
     from fusion.train.training import train
 
@@ -140,7 +140,7 @@ def measure(folder: Path, count: int, changes: dict[str, Any]) -> dict[str, Any]
 
 
 def run(folder: Path, count: int, changes: dict[str, Any]) -> dict[str, Any]:
-    """`measure` in a process of its own, with nothing in the system's cache."""
+    """Run `measure` in a process of its own, with nothing in the system's cache."""
     subset(folder, count)
     forget(folder)
     command = [sys.executable, __file__, "--measure", str(count), "--folder", str(folder)]

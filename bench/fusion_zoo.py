@@ -80,7 +80,7 @@ class Run:
 
 
 def prepare(settings: Settings) -> Layout:
-    """Posts and their features, made once."""
+    """Make posts and their features, once."""
     from demo.stages import prepare as prepare_demo
 
     prepare_demo(Layout(ROOT), settings, Sizes(), seed=7)
@@ -105,7 +105,7 @@ def _make_posts(layout: Layout) -> None:
 
 
 def _extract(layout: Layout, settings: Settings) -> None:
-    """Features of all posts; made anew when the extractors have changed since."""
+    """Extract features of all posts; again when the extractors have changed since."""
     from demo.features import extract_posts
     from demo.stamps import Stamp, digest, source_digest
 
@@ -225,7 +225,7 @@ def _measure(inferer: Any, layout: Layout, posts: Sequence[Post]) -> tuple[float
 
 
 def summarise(runs: Sequence[Run]) -> dict[str, Any]:
-    """One model's entry of the results."""
+    """Return one model's entry of the results."""
     gaps = [run.gap for run in runs]
     return {
         "model": runs[0].model,
@@ -242,7 +242,7 @@ def summarise(runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def show(results: Sequence[dict[str, Any]]) -> None:
-    """The table, best first, in Markdown."""
+    """Return the table, best first, in Markdown."""
     print("| model | GAP@20 | ± | mAP | parameters | learning rate | training s | ms per post |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     for entry in sorted(results, key=lambda entry: -float(entry["gap"])):
@@ -254,7 +254,7 @@ def show(results: Sequence[dict[str, Any]]) -> None:
 
 
 def run_all(jobs: Sequence[Job], processes: int) -> list[Run]:
-    """Every job, in processes of one thread each; the order of the results is the jobs'."""
+    """Run every job, in processes of one thread each; the order of the results is the jobs'."""
     found: dict[Job, Run] = {}
     context = multiprocessing.get_context("spawn")  # forked threads of torch may hang
     with (

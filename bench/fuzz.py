@@ -41,7 +41,7 @@ _GROWTH_LIMIT = 0.05
 
 
 def known_types() -> frozenset[str]:
-    """Every type that a failure may have."""
+    """Return every type that a failure may have."""
     ours = [
         name
         for name, value in vars(errors).items()
@@ -138,7 +138,7 @@ def growth_of(samples: Sequence[tuple[int, int]], total: int) -> float:
 
 
 def report(results: Mapping[str, Any], outcome: Outcome, console: Console) -> None:
-    """The tables that a person reads."""
+    """Return the tables that a person reads."""
     table = Table(title="fuzzing")
     for name in ("measure", "value"):
         table.add_column(name)
@@ -162,7 +162,7 @@ def report(results: Mapping[str, Any], outcome: Outcome, console: Console) -> No
 
 
 def run(options: argparse.Namespace, folder: Path, console: Console) -> int:
-    """One run; the exit code."""
+    """Run once; return the exit code."""
     from fuzzing.cases import Cases
     from fuzzing.messages import bad_messages
     from fuzzing.seeds import make_seeds

@@ -36,14 +36,14 @@ Ask = Callable[[requests.Session, int], requests.Response]
 
 
 def free_port() -> int:
-    """A port that nobody listens on now."""
+    """Return a port that nobody listens on now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def start(folder: Path, port: int) -> subprocess.Popen[bytes]:
-    """The server, ready."""
+    """Return the server, ready."""
     command = [sys.executable, "flask_server.py", "--config", str(CONFIG), "--port", str(port)]
     command += ["--set", f"fetch.spool={folder / 'spool'}", "--set", "log.level=warning"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

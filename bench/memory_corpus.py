@@ -70,7 +70,7 @@ def make(folder: Path, size: int, url: str, *, with_features: bool) -> Corpus:
 
 
 def write_media(folder: Path) -> None:
-    """One picture, one sound, one video, as small as they may be."""
+    """Write one picture, one sound, one video, as small as they may be."""
     import cv2
 
     from demo.posts.encode import write_sound, write_video
@@ -83,7 +83,7 @@ def write_media(folder: Path) -> None:
 
 
 def write_features(corpus: Corpus) -> None:
-    """A feature file of a few bytes for each post."""
+    """Write a feature file of a few bytes for each post."""
     text = np.ones((1, 8), np.float16)
     for i in range(corpus.size):
         post_id = f"p{i:07}"
@@ -94,7 +94,7 @@ def write_features(corpus: Corpus) -> None:
 
 
 def write_earlier(corpus: Corpus, url: str) -> None:
-    """A manifest of all media, a near-duplicate for every tenth post, a split of the first half."""
+    """Write a manifest of all media, near-duplicates of every tenth post, and a split of half."""
     folder = corpus.folder
     with (
         (folder / "known.jsonl").open("w") as media,

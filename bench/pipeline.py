@@ -61,7 +61,7 @@ class PureWork:
         self.seconds: defaultdict[str, float] = defaultdict(float)
 
     def run(self, post: Post) -> None:
-        """One post, from its files to its tags."""
+        """Run one post, from its files to its tags."""
         plan = PostPlan(post, self._settings.features, max_media=self._settings.fetch.max_media)
         steps = deque(plan.start())
         while steps:
@@ -107,7 +107,7 @@ def pure_seconds(settings: Settings, posts: list[Post], runs: int) -> dict[str, 
 
 
 def daemon_rates(settings: Settings, layout: Layout, n_posts: int, runs: int) -> list[float]:
-    """Posts per second of each run, from publishing to the last result in the database."""
+    """Return posts per second of each run, from publishing to the last result in the database."""
     from demo.media_server import MediaServer
     from demo.online import PostBox, daemon, publish_and_wait
 
@@ -133,7 +133,7 @@ def daemon_rates(settings: Settings, layout: Layout, n_posts: int, runs: int) ->
 
 
 def _copies(source: Path, target: Path, n_posts: int, run: int) -> Path:
-    """A data file of ``n_posts`` posts with IDs of their own."""
+    """Return a data file of ``n_posts`` posts with IDs of their own."""
     entries = json.loads(source.read_text(encoding="utf-8"))
     copies = [{**entries[i % len(entries)], "post_id": f"bench-{run}-{i}"} for i in range(n_posts)]
     target.write_text(json.dumps(copies), encoding="utf-8")

@@ -30,7 +30,7 @@ def machine() -> str:
 
 
 def commit() -> str:
-    """The commit that was measured; ``+`` behind it when the tree differs from it."""
+    """Return the commit that was measured; ``+`` behind it when the tree differs from it."""
     try:
         head = subprocess.run(
             ["git", "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"],

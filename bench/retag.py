@@ -61,7 +61,7 @@ class Pass:
 
 
 def documents(count: int, url: str) -> list[dict[str, Any]]:
-    """The demo's posts as the database holds them, their media on the server."""
+    """Return the demo's posts as the database holds them, their media on the server."""
     found: list[dict[str, Any]] = []
     for split in SPLITS:
         entries = json.loads((ROOT / "posts" / split / "posts.json").read_text(encoding="utf-8"))
@@ -148,7 +148,7 @@ class Bench:
             time.sleep(0.2)
 
     def version(self) -> str:
-        """Of the bundle in the folder."""
+        """Return the version of the bundle in the folder."""
         from scripts.commands.retag import current_version
 
         return current_version(self.settings)
@@ -190,7 +190,7 @@ def _model_settings(folder: Path) -> Any:
 
 
 def measure(count: int, more: Sequence[str]) -> dict[str, Any]:
-    """One run."""
+    """Measure one run."""
     with tempfile.TemporaryDirectory(prefix="insighttag-retag-") as name:
         bench = Bench(Path(name), more)
         try:

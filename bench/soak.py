@@ -75,7 +75,7 @@ def _status_mib(pid: int, key: str) -> float:
 
 
 def look(site: Site) -> dict[str, tuple[int, float, float]]:
-    """The median of several samples."""
+    """Return the median of several samples."""
     samples = []
     for _ in range(_SAMPLES):
         samples.append(memory(site))
@@ -92,7 +92,7 @@ def look(site: Site) -> dict[str, tuple[int, float, float]]:
 
 
 def soak(options: argparse.Namespace, folder: Path, tell: Callable[[int], None]) -> dict[str, Any]:
-    """The run; its figures."""
+    """Run the soak; return its figures."""
     features = tiny_features()
     tiny_bundle(folder / "bundle", features)
     files = folder / "web"

@@ -133,7 +133,7 @@ def fitted(command: str, posts: int) -> str:
 
 
 def shims(folder: Path) -> Path:
-    """A folder with ``python`` and ``insighttag`` as a user's environment has them."""
+    """Return a folder with ``python`` and ``insighttag`` as a user's environment has them."""
     programs = folder / ".programs"
     programs.mkdir(exist_ok=True)
     for name, line in (

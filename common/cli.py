@@ -1,12 +1,13 @@
 """Command lines on typer: options as a dataclass, mistakes as one line, exit codes in one place.
 
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    posts: Annotated[Path, typer.Argument(metavar="POSTS", help="posts file")]
-    limit: Annotated[int | None, typer.Option("--limit", min=1)] = None
+Example:
+    @dataclass(frozen=True, kw_only=True)
+    class Options:
+        posts: Annotated[Path, typer.Argument(metavar="POSTS", help="posts file")]
+        limit: Annotated[int | None, typer.Option("--limit", min=1)] = None
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    return exit_code("count_posts", lambda: count(read_options(Options, "count_posts", arguments)))
+    def main(arguments: Sequence[str] | None = None) -> int:
+        return exit_code("count", lambda: count(read_options(Options, "count", arguments)))
 """
 
 from __future__ import annotations

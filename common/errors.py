@@ -77,7 +77,7 @@ class DeadlineExceeded(RetryableError):
 
 
 class Busy(RetryableError):
-    """As many posts are in flight as may be."""
+    """The limit of posts in flight is reached."""
 
 
 class StoreUnavailable(RetryableError):

@@ -86,7 +86,7 @@ def _demo(options: CommandLine) -> int:
 
 @contextmanager
 def _services(settings: Settings, *, keep: bool) -> Iterator[Settings]:
-    """Settings with running services; those that the demo itself started are stopped again."""
+    """Yield settings with running services; stop those that the demo itself started."""
     from deploy import embedded
 
     before = any(view.state == "running" for view in embedded.status(settings))

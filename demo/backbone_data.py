@@ -80,7 +80,7 @@ class ItemSet:
     def batches(
         self, batch_size: int, max_items: int, random: np.random.Generator | None
     ) -> Iterator[ItemBatch]:
-        """All posts in batches; shuffled, sampled and augmented when ``random`` is given.
+        """Yield all posts in batches; shuffled, sampled and augmented when ``random`` is given.
 
         Args:
             batch_size: Posts in a batch.

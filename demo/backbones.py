@@ -33,7 +33,7 @@ _MEDIA: dict[Backbone, tuple[MediaKind, ...]] = {
 
 
 def outputs(settings: Settings) -> tuple[Path, ...]:
-    """The files and folders that this stage makes."""
+    """Return the files and folders that this stage makes."""
     features = settings.features
     visual = (features.video.weights, features.image.weights, features.audio.weights)
     return tuple(Path(weights) for weights in (*visual, features.text.weights))

@@ -83,7 +83,7 @@ def _stored(result: Mapping[str, Any] | None) -> list[tuple[int, float]]:
 
 
 def _matrix(tags: Iterable[Iterable[tuple[int, float]]], classes: int) -> npt.NDArray[np.float32]:
-    """Scores float32 ``(posts, classes)``, 0 where there is no tag."""
+    """Return scores float32 ``(posts, classes)``, 0 where there is no tag."""
     rows = []
     for listed in tags:
         row = np.zeros(classes, np.float32)
@@ -96,7 +96,7 @@ def _matrix(tags: Iterable[Iterable[tuple[int, float]]], classes: int) -> npt.ND
 def _predict(
     inferer: Any, features: Sequence[Features], classes: int, without: frozenset[Modality]
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """Scores of the tags over their thresholds, and of every class; ``(posts, classes)``."""
+    """Return scores of the tags over their thresholds, and of every class; ``(posts, classes)``."""
     found = inferer.predict(list(features), without=without)
     tags = _matrix(([(tag.id, tag.score) for tag in post.tags] for post in found), classes)
     return tags, np.stack([post.scores for post in found])

@@ -20,11 +20,11 @@ class Layout:
     root: Path
 
     def posts(self, split: Split) -> Path:
-        """The data file of a split, as it was made."""
+        """Return the data file of a split, as it was made."""
         return self.root / "posts" / split / DATA_FILE
 
     def read(self, split: Split) -> Path:
-        """The data file of a split, with the words of its pictures."""
+        """Return the data file of a split, with the words of its pictures."""
         return self.root / "posts" / split / READ_FILE
 
     @property
@@ -39,7 +39,7 @@ class Layout:
 
     @property
     def training(self) -> Path:
-        """Checkpoints and log of the fusion training."""
+        """Return checkpoints and log of the fusion training."""
         return self.root / "training"
 
     @property
@@ -49,7 +49,7 @@ class Layout:
 
     @property
     def report(self) -> Path:
-        """The result, machine-readable."""
+        """Return the result, machine-readable."""
         return self.root / "report.json"
 
 

@@ -32,7 +32,7 @@ class Lesson:
 
 
 def targets(posts: Sequence[Post], labels: LabelMap) -> npt.NDArray[np.float32]:
-    """The true tags, float32 ``(posts, classes)`` of 0 and 1."""
+    """Return the true tags, float32 ``(posts, classes)`` of 0 and 1."""
     rows = np.zeros((len(posts), len(labels)), np.float32)
     for row, post in zip(rows, posts, strict=True):
         row[labels.encode(post.labels)] = 1

@@ -20,7 +20,7 @@ class _Quiet(SimpleHTTPRequestHandler):
 
 
 class MediaServer:
-    """Serves a folder on a free port of 127.0.0.1 while the block runs."""
+    """A server of a folder on a free port of 127.0.0.1 while the block runs."""
 
     def __init__(self, folder: Path) -> None:
         """Describe it; starts nothing."""

@@ -67,7 +67,7 @@ def map_items(
     setup: Callable[..., None],
     arguments: tuple[Any, ...],
 ) -> list[Result]:
-    """Results of a function over items, in their order, in one process per core.
+    """Return results of a function over items, in their order, in one process per core.
 
     Args:
         title: Of the bar.

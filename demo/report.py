@@ -14,7 +14,7 @@ from scripts.commands.common import console
 
 
 def show_posts(posts: Sequence[Post], results: Mapping[str, Mapping[str, Any]]) -> None:
-    """The table of posts, true labels, predicted tags and modalities used."""
+    """Return the table of posts, true labels, predicted tags and modalities used."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text

@@ -13,13 +13,13 @@ from common.files import write_whole
 
 
 def digest(*parts: Any) -> str:
-    """A hex digest of JSON values."""
+    """Return a hex digest of JSON values."""
     text = json.dumps(parts, sort_keys=True, ensure_ascii=False, default=str)
     return hashlib.sha256(text.encode("utf-8")).hexdigest()[:16]
 
 
 def source_digest(*folders: Path) -> str:
-    """A digest of the Python files of some folders: other code makes other outputs."""
+    """Return a digest of the Python files of some folders: other code, other outputs."""
     files = sorted(file for folder in folders for file in folder.glob("*.py"))
     return digest([(file.name, file.read_text(encoding="utf-8")) for file in files])
 
@@ -40,7 +40,7 @@ class Stamp:
 
     @classmethod
     def of(cls, folder: Path, stage: str, inputs: str, outputs: Iterable[Path]) -> Stamp:
-        """The stamp of a stage."""
+        """Return the stamp of a stage."""
         return cls(folder / f"{stage}.json", inputs, tuple(outputs))
 
     @property

@@ -60,7 +60,7 @@ def train_text(lesson: Lesson) -> None:
 
 
 def _examples(posts: Sequence[Post]) -> tuple[list[str], list[int]]:
-    """Texts, and the post that each belongs to."""
+    """Return texts, and the post that each belongs to."""
     texts, rows = [], []
     for i in range(len(posts)):
         for text in (posts[i].text, posts[i].ocr or ""):
@@ -71,7 +71,7 @@ def _examples(posts: Sequence[Post]) -> tuple[list[str], list[int]]:
 
 
 def make_tokenizer(texts: Iterable[str], max_tokens: int) -> Any:
-    """A WordPiece tokenizer: every word seen, and letters for those not seen.
+    """Return a WordPiece tokenizer: every word seen, and letters for those not seen.
 
     Chinese is split into its characters, as BERT does.
     """

@@ -260,7 +260,7 @@ class _Loop:
 
     @torch.no_grad()
     def scores(self) -> npt.NDArray[np.float32]:
-        """Scores ``(posts, classes)`` of the validation posts."""
+        """Return scores ``(posts, classes)`` of the validation posts."""
         self.tagger.eval()
         parts = [
             torch.sigmoid(self._logits(batch)[0]).cpu().numpy()

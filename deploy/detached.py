@@ -137,7 +137,7 @@ def port_is_free(port: int) -> bool:
 
 
 def free_port() -> int:
-    """A loopback port that nobody holds at this moment."""
+    """Return a port that nobody listens on now."""
     with socket.socket() as probe:
         probe.bind((LOOPBACK, 0))
         return int(probe.getsockname()[1])
@@ -163,7 +163,7 @@ def locked(path: Path, timeout_s: float, what: str) -> Iterator[None]:
 
 
 def last_lines(path: Path, count: int = 1, limit_bytes: int = 4096) -> str:
-    """The end of a log file in one line, for error messages."""
+    """Return the end of a log file in one line, for error messages."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - limit_bytes))

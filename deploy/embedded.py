@@ -57,7 +57,7 @@ class Service:
 
     @property
     def url(self) -> str:
-        """The URL that kombu or pymongo take."""
+        """Return the URL that kombu or pymongo take."""
         return KINDS[self.name].url.format(port=self.port)
 
     def running(self) -> bool:
@@ -119,7 +119,7 @@ def _write(folder: Path, services: dict[str, Service]) -> None:
 
 @contextlib.contextmanager
 def _open(settings: Settings) -> Iterator[Path]:
-    """The folder, made when it is missing, under its lock."""
+    """Open the folder, made when it is missing, under its lock."""
     folder = settings.embedded.folder.resolve()
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -181,7 +181,7 @@ def ensure(settings: Settings, names: Sequence[str] = tuple(KINDS)) -> dict[str,
 
 
 def wanted(settings: Settings) -> tuple[str, ...]:
-    """The services that these settings ask for."""
+    """Return the services that these settings ask for."""
     asked = {"redis": settings.broker.url, "mongo": settings.store.url}
     return tuple(name for name, url in asked.items() if url.startswith(SCHEME))
 
@@ -204,7 +204,7 @@ def resolve(settings: Settings, names: Sequence[str] = tuple(KINDS)) -> Settings
 
 
 def peek(settings: Settings) -> Settings:
-    """`resolve` that starts nothing: what is down keeps its ``embedded://`` URL."""
+    """Resolve, but start nothing: a service that is down keeps its ``embedded://`` URL."""
     recorded = _read(settings.embedded.folder.resolve())
     names = (n for n in wanted(settings) if n in recorded and recorded[n].running())
     return _with_urls(settings, {name: recorded[name] for name in names})

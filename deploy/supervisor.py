@@ -114,7 +114,7 @@ class _UnixTransport(xmlrpc.client.Transport):
         self._timeout_s = timeout_s
 
     def make_connection(self, host: Any) -> http.client.HTTPConnection:
-        """One connection to the socket file, with a time-out; `close` closes what is kept here."""
+        """Return one connection to the socket file, with a time-out."""
         connection = _UnixConnection(self._path, self._timeout_s)
         self._connection = (host, connection)
         return connection

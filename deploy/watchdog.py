@@ -134,7 +134,7 @@ def _judge_work(seen: Observation, settings: Settings) -> Decision:
 
 
 class Progress:
-    """Turns health files into durations.
+    """The durations that health files show.
 
     A duration runs from the moment at which a value was last seen to change, on the watchdog's
     own clock: a clock that is set is not a stall.
@@ -222,7 +222,7 @@ class Progress:
 
 
 class Watchdog:
-    """Observes, decides and acts; logs each decision once."""
+    """A loop that observes, decides and acts; each decision is logged once."""
 
     def __init__(
         self, settings: Settings, supervisor: Supervisor, progress: Progress | None = None

@@ -38,7 +38,7 @@ log = structlog.get_logger()
 
 
 class BrokerThread:
-    """Runs the broker; the methods that other threads call only append to a deque or set a flag.
+    """The broker's thread; methods that other threads call only append to a deque or set a flag.
 
     The deque needs no bound of its own: each delivery is acknowledged once, the broker hands over
     no more than ``broker.prefetch`` of them, and one batch of retries is published at a time.

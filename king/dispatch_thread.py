@@ -43,7 +43,7 @@ log = structlog.get_logger()
 
 
 class DispatchThread:
-    """Runs begun posts on the pool and reports the outcome of each attempt."""
+    """The thread that runs posts on the pool and reports the outcome of each attempt."""
 
     def __init__(
         self,

@@ -158,7 +158,7 @@ class StoreInbox:
 
 
 class StoreThread:
-    """Claims posts, writes outcomes, renews leases, publishes what is due."""
+    """The thread that claims posts, writes outcomes, renews leases and publishes due retries."""
 
     def __init__(
         self,

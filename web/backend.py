@@ -26,7 +26,7 @@ _DOWN = "the embedded service is not running; the first request for /v1/posts st
 
 @dataclass(frozen=True)
 class Services:
-    """Turns ``embedded://`` into URLs that can be connected to.
+    """Makers of URLs that can be connected to, out of ``embedded://``.
 
     Attributes:
         resolve: Returns settings with real URLs; starts embedded services that are down.

@@ -88,7 +88,7 @@ class _Submission:
 
 
 class PostRunner:
-    """Runs posts on a pool of workers; `start` it, `submit` posts, `close` it.
+    """A runner of posts on a pool of workers; `start` it, `submit` posts, `close` it.
 
     URLs are downloaded by the pool's downloader under `fetch`'s limits; sources that are paths
     are read in place by the decoders, and are never deleted.

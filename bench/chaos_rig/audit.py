@@ -50,7 +50,7 @@ class Audit:
         return int(found[0] or 0)
 
     def tagged_twice(self) -> set[str]:
-        """Posts whose result was changed after they had been tagged, by the same bundle."""
+        """Return posts whose result was changed after they had been tagged, by the same bundle."""
         with self._open() as database:
             rows = database.execute(
                 "SELECT post, status, version FROM chaos_audit ORDER BY number"

@@ -78,7 +78,7 @@ def _kill_king(site: Site, _rng: random.Random) -> Hurt:
 
 
 def _kill_king_at_a_write(site: Site, _rng: random.Random) -> Hurt:
-    """As soon as a result is in the database, and before its message can be acknowledged."""
+    """Kill the King once a result is in the database, before its message can be acknowledged."""
     before, end = site.audit.rows, time.monotonic() + 20
     while site.audit.rows == before and time.monotonic() < end:
         time.sleep(0.0005)
@@ -131,7 +131,7 @@ def _restart(server: Callable[[Site], Server], *, kill: bool) -> Inject:
 
 
 def _kill_king_without_database(site: Site, rng: random.Random) -> Hurt:
-    """The King dies while the database is away, and its successor finds neither."""
+    """Kill the King while the database is away; its successor finds neither."""
     site.database.kill()
     time.sleep(rng.uniform(0.5, 1.5))
     site.kill_king()
@@ -204,7 +204,7 @@ SHORT = {
 
 
 def schedule(kinds: tuple[str, ...], seed: int) -> list[str]:
-    """The faults in the order in which they will happen."""
+    """Return the faults in the order in which they will happen."""
     order = list(kinds)
     random.Random(seed).shuffle(order)
     return order

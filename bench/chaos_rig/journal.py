@@ -12,7 +12,7 @@ from typing import Any
 
 
 class Journal(threading.Thread):
-    """Follows a log file of JSON lines; what is no JSON is counted and left out."""
+    """A follower of a log file of JSON lines; other lines are counted and left out."""
 
     def __init__(self, file: Path) -> None:
         super().__init__(name="journal", daemon=True)
@@ -27,24 +27,24 @@ class Journal(threading.Thread):
 
     @property
     def ended(self) -> int:
-        """Posts that the log says are tagged or dead."""
+        """Return posts that the log says are tagged or dead."""
         with self._lock:
             return len(self._ends)
 
     @property
     def tagged_twice(self) -> set[str]:
-        """Posts of which the log says more than once that they were tagged."""
+        """Return posts of which the log says more than once that they were tagged."""
         with self._lock:
             return {post_id for post_id, ats in self._tagged.items() if len(ats) > 1}
 
     def first_tagged(self, post_ids: Iterable[str]) -> float | None:
-        """When the first of these posts was tagged; Unix time, None while none is."""
+        """Return when the first of these posts was tagged; Unix time, None while none is."""
         with self._lock:
             ats = [self._tagged[post_id][0] for post_id in post_ids if post_id in self._tagged]
         return min(ats, default=None)
 
     def ready_since(self, worker: str, after: float) -> float | None:
-        """When that worker was ready for the first time after a moment."""
+        """Return when that worker was ready for the first time after a moment."""
         with self._lock:
             return min((at for at in self._ready[worker] if at >= after), default=None)
 

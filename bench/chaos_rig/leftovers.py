@@ -28,7 +28,7 @@ def become_subreaper() -> None:
 
 
 class Watch:
-    """Remembers what belongs to the run; asked at its end what is still there."""
+    """A memory of everything that belongs to the run; tells at its end what is left."""
 
     def __init__(self) -> None:
         self._shm = _shm_files()
@@ -59,7 +59,7 @@ class Watch:
             self._files |= _shared_files(process.pid)
 
     def orphans(self, allowed: set[int], wait_s: float = 10.0) -> list[str]:
-        """Descendants of this process that live on, but for those allowed; reaps the dead."""
+        """Return living descendants of this process but for those allowed; reap the dead."""
         end = time.monotonic() + wait_s
         while True:
             left = []
@@ -74,7 +74,7 @@ class Watch:
             time.sleep(0.2)
 
     def segments(self) -> list[str]:
-        """Arenas of the run that a process still holds, and new files in ``/dev/shm`` of the run.
+        """Return arenas that a process of the run still holds, and its new files in ``/dev/shm``.
 
         Of the run is what one of its processes was seen to use: other programs on this machine
         make such files as well, and may be killed and leave them.
@@ -92,7 +92,7 @@ class Watch:
 
 
 def spool_files(folder: Path) -> list[str]:
-    """Files and folders under the spool; the lock file that all Kings share is none."""
+    """Return files and folders under the spool; the lock file that all Kings share is none."""
     return [str(p.relative_to(folder)) for p in folder.rglob("*") if p.name != ".lock"]
 
 
@@ -109,7 +109,7 @@ def _reap(pid: int, allowed: set[int]) -> None:
 
 
 def _memory_files(pid: int) -> set[int]:
-    """Inodes of the anonymous memory files of slots that a process has open or mapped."""
+    """Return inodes of the anonymous memory files of slots that a process has open or mapped."""
     found = set[int]()
     with contextlib.suppress(OSError):
         for link in Path(f"/proc/{pid}/fd").iterdir():
@@ -124,7 +124,7 @@ def _memory_files(pid: int) -> set[int]:
 
 
 def _shared_files(pid: int) -> set[str]:
-    """Files in ``/dev/shm`` that a process has open or mapped."""
+    """Return files in ``/dev/shm`` that a process has open or mapped."""
     found = set[str]()
     with contextlib.suppress(OSError):
         for link in Path(f"/proc/{pid}/fd").iterdir():
@@ -138,7 +138,7 @@ def _shared_files(pid: int) -> set[str]:
 
 
 def _shm_files() -> set[str]:
-    """This user's files in ``/dev/shm``."""
+    """Return this user's files in ``/dev/shm``."""
     found = set[str]()
     with contextlib.suppress(OSError):
         for path in Path("/dev/shm").iterdir():

@@ -82,7 +82,7 @@ def media_server(folder: Path) -> Iterator[str]:
 
 class _Quiet(http.server.SimpleHTTPRequestHandler):
     def log_message(self, *_: Any) -> None:
-        """A line for each of thousands of requests tells nothing."""
+        """Ignore: a line for each of thousands of requests tells nothing."""
 
 
 def serve(folder: str) -> None:
@@ -135,7 +135,7 @@ def shipments(ids: list[str], parts: int, rng: random.Random) -> list[Shipment]:
 
 
 class Feeder(threading.Thread):
-    """Publishes: what is `ship`ped at once, what is `trickle`d one by one.
+    """A publisher: `ship` sends at once, `trickle` one by one.
 
     Attributes:
         published: Messages that the broker has confirmed.

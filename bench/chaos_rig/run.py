@@ -166,7 +166,7 @@ class Run:
         feeder.ship([*dealt[-1].burst, *dealt[-1].trickle])
 
     def _new(self, ids: list[str]) -> set[str]:
-        """Those that were not published before."""
+        """Return those that were not published before."""
         fresh = set(ids) - self._shipped
         self._shipped |= fresh
         return fresh

@@ -159,12 +159,12 @@ class Site:
 
     @property
     def health(self) -> dict[str, Any]:
-        """The King's health file; empty when there is none."""
+        """Return the King's health file; empty when there is none."""
         return read_health(self.direct.king.health_file) or {}
 
     @property
     def king_pid(self) -> int | None:
-        """The King that lives now and has written its health file."""
+        """Return the King that lives now and has written its health file."""
         pid = self.health.get("pid")
         try:
             alive = psutil.Process(int(pid or 0)).status() != psutil.STATUS_ZOMBIE
@@ -222,7 +222,7 @@ class Site:
 
     @property
     def messages_left(self) -> int:
-        """Messages on the queue or in somebody's hands; those in hands only where that is known."""
+        """Return messages on the queue or in somebody's hands, where the latter are known."""
         left = queue_depth(self.direct.broker)
         if isinstance(self.broker, RedisServer):
             import redis
@@ -233,7 +233,7 @@ class Site:
 
     @property
     def messages_given_up(self) -> int:
-        """Messages that RabbitMQ itself has dead-lettered."""
+        """Return messages that RabbitMQ itself has dead-lettered."""
         if isinstance(self.broker, RedisServer):
             return 0
         return queue_depth(self.direct.broker, dead_queue(self.direct.broker.queue))
@@ -247,5 +247,5 @@ class Site:
         return ends
 
     def open_jobs(self) -> int:
-        """Jobs that are no dead letters."""
+        """Return jobs that are no dead letters."""
         return sum(n for state, n in self.store.queries.counts()["jobs"].items() if state != "dead")

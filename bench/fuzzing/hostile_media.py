@@ -17,7 +17,7 @@ _LARGEST = 0xFFFFFFFF
 
 
 def box(name: bytes, *bodies: bytes) -> bytes:
-    """An ISO base media box."""
+    """Return an ISO base media box."""
     body = b"".join(bodies)
     return struct.pack(">I", 8 + len(body)) + name + body
 
@@ -36,7 +36,7 @@ def _mp4(
     reference: bytes = b"",
     format_: bytes = b"avc1",
 ) -> bytes:
-    """A small MP4 with one video track; every number of it can be a lie."""
+    """Return a small MP4 with one video track; every number of it can be a lie."""
     width, height = size
     mvhd = struct.pack(">IIIII", 0, 0, 0, timescale, duration) + b"\0\1\0\0\1" + b"\0" * 75
     tkhd = struct.pack(">IIIIII", 7, 0, 0, 1, 0, duration) + b"\0" * 52
@@ -64,7 +64,7 @@ def _mp4(
 
 
 def _alias(path: bytes) -> bytes:
-    """A data reference of QuickTime to another file."""
+    """Return a data reference of QuickTime to another file."""
     return box(b"alis", b"\0" * 4, b"\0" * 150, struct.pack(">HH", 2, len(path)), path + b"\0")
 
 
@@ -109,7 +109,7 @@ def _flac(rate: int, samples: int, block: int = 4096) -> bytes:
 
 
 def _silence(seconds: int, rate_hz: int = 8000) -> bytes:
-    """Hours of sound in few bytes."""
+    """Return hours of sound in few bytes."""
     target = io.BytesIO()
     with soundfile.SoundFile(target, "w", rate_hz, 1, format="FLAC", subtype="PCM_16") as file:
         minute = np.zeros(rate_hz * 60, np.int16)
@@ -119,7 +119,7 @@ def _silence(seconds: int, rate_hz: int = 8000) -> bytes:
 
 
 def _film(count: int, *, size: tuple[int, int] = (16, 16), step_s: float = 1.0) -> bytes:
-    """A film of black frames with one key frame, so that the last needs all before it."""
+    """Return a film of black frames with one key frame, so that the last needs all before it."""
     target = io.BytesIO()
     with av.open(target, "w", format="mp4") as container:
         stream: Any = container.add_stream("libx264", rate=25, options={"preset": "ultrafast"})
@@ -137,7 +137,7 @@ def _film(count: int, *, size: tuple[int, int] = (16, 16), step_s: float = 1.0) 
 
 
 def _growing() -> bytes:
-    """A transport stream whose picture becomes larger on the way."""
+    """Return a transport stream whose picture becomes larger on the way."""
     parts = []
     for size in ((32, 32), (1280, 720), (64, 2048)):
         target = io.BytesIO()
@@ -154,7 +154,7 @@ def _growing() -> bytes:
 
 
 def _hls_in_avi() -> bytes:
-    """A playlist in an AVI's subtitle, by which FFmpeg once read local files."""
+    """Return a playlist in an AVI's subtitle, by which FFmpeg once read local files."""
     playlist = (
         b"#EXTM3U\n#EXT-X-MEDIA-SEQUENCE:0\n#EXTINF:1.0\nfile:///etc/passwd\n#EXT-X-ENDLIST\n"
     )

@@ -39,7 +39,7 @@ def _png_with(name: bytes, body: bytes) -> bytes:
 
 
 def _png_bomb(side: int) -> bytes:
-    """A whole picture of one colour, grey, so that `side` squared pixels are few bytes."""
+    """Return a whole picture of one colour, grey, so that `side` squared pixels are few bytes."""
     return _png(side, side, _zeros((side + 1) * side), colour=0)
 
 

@@ -54,7 +54,7 @@ def _message(name: str, number: int, seed: int) -> BadMessage:
 
 
 def _envelope(body: Any, encoding: Any = "base64", **more: Any) -> bytes:
-    """As kombu's publishers wrap a body for Redis."""
+    """Wrap a body as kombu's publishers do for Redis."""
     if isinstance(body, bytes):
         body = base64.b64encode(body).decode()
     content = {
@@ -77,7 +77,7 @@ def _compressed(mark: str, body: bytes, name: str = "application/x-gzip") -> byt
 
 
 def _flipped(mark: str, rng: random.Random) -> bytes:
-    """A good message with some bits wrong, behind its number."""
+    """Return a good message with some bits wrong, behind its number."""
     body = bytearray(json.dumps({"mark": mark, "post_id": f"{mark}-flipped"}).encode())
     for _ in range(rng.choice((1, 3, 20))):
         body[rng.randrange(len(mark) + 12, len(body))] ^= 1 << rng.randrange(8)

@@ -54,7 +54,7 @@ def _place(data: bytearray, rng: random.Random) -> int:
 
 
 def _number(data: bytearray, other: bytes, rng: random.Random) -> bytes:
-    """A field of 1 to 8 bytes becomes 0, 1, or the largest there is."""
+    """Set a field of 1 to 8 bytes to 0, 1, or the largest there is."""
     for _ in range(rng.choice((1, 1, 3))):
         size = rng.choice((1, 2, 4, 8))
         value = rng.choice(_EXTREMES) if rng.random() < 0.8 else rng.getrandbits(8 * size)
@@ -93,7 +93,7 @@ def _insert(data: bytearray, other: bytes, rng: random.Random) -> bytes:
 
 
 def _splice(data: bytearray, other: bytes, rng: random.Random) -> bytes:
-    """The beginning of this file and the end of another."""
+    """Join the beginning of this file and the end of another."""
     return bytes(data[: rng.randrange(len(data) or 1)]) + other[rng.randrange(len(other) or 1) :]
 
 
@@ -137,7 +137,7 @@ MUTATIONS: dict[str, Callable[[bytearray, bytes, random.Random], bytes]] = {
 
 
 def with_png_checksums(data: bytes) -> bytes:
-    """A PNG with right checksums, as far as its chunks can be followed."""
+    """Return a PNG with right checksums, as far as its chunks can be followed."""
     out, position = bytearray(data), 8
     while position + 12 <= len(data):
         (length,) = struct.unpack_from(">I", data, position)
@@ -150,7 +150,7 @@ def with_png_checksums(data: bytes) -> bytes:
 
 
 def png_of(chunks: Sequence[tuple[bytes, bytes]]) -> bytes:
-    """A PNG of named chunks."""
+    """Return a PNG of named chunks."""
     parts = [_PNG]
     for name, body in chunks:
         parts += [struct.pack(">I", len(body)), name, body]

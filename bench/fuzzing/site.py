@@ -82,7 +82,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 class BadHost(ThreadingHTTPServer):
-    """Serves the cases by the number that their paths begin with."""
+    """A server of the cases by the number that their paths begin with."""
 
     daemon_threads = True
     request_queue_size = 64
@@ -98,7 +98,7 @@ class BadHost(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}"
 
     def content(self, path: str) -> bytes:
-        """The file of a path."""
+        """Return the file of a path."""
         return self._cases[int(path.partition(".")[0])].content
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -112,7 +112,7 @@ class BadHost(ThreadingHTTPServer):
 
 
 def site_settings(folder: Path, *, ocr: bool = False) -> Settings:
-    """The daemon with the smallest models, short back-off, and everything below one folder."""
+    """Return settings with the smallest models, short back-off, and everything in one folder."""
     return Settings.model_validate(
         {
             "broker": {"prefetch": 48},
@@ -228,12 +228,12 @@ class Site:
             self.deaths += 1
 
     def spool_files(self) -> int:
-        """Downloads that were left behind."""
+        """Return downloads that were left behind."""
         found = self.settings.fetch.spool.rglob("*")
         return sum(path.is_file() and path.name not in (".lock", "lock") for path in found)
 
     def queue_left(self) -> int:
-        """Messages that wait or are unacknowledged."""
+        """Return messages that wait or are unacknowledged."""
         queue = self.settings.broker.queue
         with redis.Redis.from_url(self.settings.broker.url) as client:
             return int(client.llen(queue)) + int(client.hlen(f"{queue}.unacked"))

@@ -35,7 +35,7 @@ class Ran:
 
 
 def commands(page: str) -> list[str]:
-    """The commands of a page in their order."""
+    """Return the commands of a page in their order."""
     return [command for block in _BLOCK.findall(page) for command, _ in _parts(block)]
 
 
@@ -63,7 +63,7 @@ def run(command: str, folder: Path, root: Path, programs: Path) -> Ran:
 
 
 def put_back(page: str, ran: Sequence[Ran], shown: Mapping[str, str]) -> str:
-    """The page with each command's output under it.
+    """Return the page with each command's output under it.
 
     Args:
         page: Text of the page.
@@ -73,7 +73,7 @@ def put_back(page: str, ran: Sequence[Ran], shown: Mapping[str, str]) -> str:
     left = list(ran)
 
     def output_of(command: str) -> str | None:
-        """Of the first run that is not used up: a command may stand in the page twice."""
+        """Return the output of the first unused run: a command may stand in the page twice."""
         found = next((one for one in left if one.command == command), None)
         if found is not None:
             left.remove(found)

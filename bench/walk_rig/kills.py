@@ -90,7 +90,7 @@ def kill_all(
 
 
 def cases(world: Platform, clean: Path) -> list[Case]:
-    """The scripts in their order; each reads what the undisturbed ones before it have written."""
+    """Return the scripts in order; each reads the files that undisturbed ones have written."""
     settings, media = ("--config", str(world.settings)), clean / "media"
     origin = world.site.folder
 
@@ -191,7 +191,7 @@ def run_case(case: Case, clean: Path, hurt: Path, kills: int, chance: random.Ran
 
 
 def tree(folder: Path) -> dict[str, str]:
-    """sha256 of every file of the results by its relative path."""
+    """Return sha256 of every file of the results by its relative path."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))
@@ -281,7 +281,7 @@ class _Watch:
         self._before = dict(case.finished(out)) if case.finished is not None else {}
 
     def repeated(self) -> list[str]:
-        """Names of what was done again."""
+        """Return the names of things that were done again."""
         if self._case.asked is not None:
             asked = self._case.asked(self._since)
             return [name for name in self._before if asked[name]]
@@ -316,7 +316,7 @@ _names: dict[Path, dict[str, str]] = {}
 
 
 def _downloaded(out: Path, origin: Path) -> dict[str, str]:
-    """Paths on the server whose content is in its place, those that share it left out."""
+    """Return paths on the server whose content is in its place, without those that share it."""
     if origin not in _names:
         hashes: dict[str, list[str]] = {}
         for path in sorted(origin.rglob("*")):

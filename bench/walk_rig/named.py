@@ -61,7 +61,7 @@ def judge(folder: Path, plants: Sequence[Plant], cut: Mapping[str, int]) -> list
 
 
 def false_alarms(folder: Path, plants: Sequence[Plant], cut: Mapping[str, int]) -> list[Note]:
-    """Posts that are named and were not broken."""
+    """Return posts that are named and were not broken."""
     planted = {plant.post_id for plant in plants}
     by_line = {line: post_id for post_id, line in cut.items()}
     files = [file for files in FILES.values() for file in files]
@@ -95,7 +95,7 @@ def _reason(content: Mapping[str, Any]) -> str:
 
 
 def rows(verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:
-    """One row a way: ``{way, posts, named, step, file, reason}``; the reason of the first post."""
+    """Return one row a way: ``{way, posts, named, step, file, reason}``, with the first reason."""
     table = []
     for name, way in WAYS.items():
         mine = [v for v in verdicts if v.plant.way == name]

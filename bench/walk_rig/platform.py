@@ -42,7 +42,7 @@ class Platform:
 
     @property
     def settings(self) -> Path:
-        """The settings file that the commands name."""
+        """Return the settings file that the commands name."""
         return self.folder / "settings.yaml"
 
 
@@ -82,7 +82,7 @@ def platform(
 
 
 def write_settings(folder: Path) -> Settings:
-    """The demo's settings with a database of their own, in ``folder/settings.yaml``."""
+    """Write the demo's settings with a database of their own, in ``folder/settings.yaml``."""
     content: dict[str, Any] = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))
     content["store"] = {
         "url": "embedded://",
@@ -98,14 +98,14 @@ def write_settings(folder: Path) -> Settings:
 
 @contextlib.contextmanager
 def closed_port() -> Iterator[int]:
-    """A port that nobody listens on, and that nobody else gets."""
+    """Yield a port that nobody listens on, and that nobody else gets."""
     with socket.socket() as holder:
         holder.bind(("127.0.0.1", 0))
         yield int(holder.getsockname()[1])
 
 
 def fresh(folder: Path) -> Path:
-    """An empty folder."""
+    """Return an empty folder."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     return folder

@@ -12,7 +12,7 @@ from typing import Any
 
 
 class _Handler(SimpleHTTPRequestHandler):
-    """Serves files only, and tells the server of each request."""
+    """A server of files only, which tells the server of each request."""
 
     server: _Server
 
@@ -47,11 +47,11 @@ class _Server(ThreadingHTTPServer):
             self.requests.append((time.monotonic(), path))
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A killed client is no error of the server."""
+        """Ignore: a killed client is no error of the server."""
 
 
 class Site:
-    """Serves a folder on a free port of 127.0.0.1 while the block runs."""
+    """A server of a folder on a free port of 127.0.0.1 while the block runs."""
 
     def __init__(self, folder: Path) -> None:
         """Describe it; starts nothing."""
@@ -60,7 +60,7 @@ class Site:
 
     @property
     def server(self) -> _Server:
-        """The running server.
+        """Return the running server.
 
         Raises:
             RuntimeError: It does not run.
@@ -75,7 +75,7 @@ class Site:
         return f"http://127.0.0.1:{self.server.server_port}"
 
     def requests(self, since: float = 0.0) -> list[str]:
-        """Paths that were asked for from a moment of `time.monotonic` on, in order."""
+        """Return paths that were asked for from a moment of `time.monotonic` on, in order."""
         return [path for at, path in list(self.server.requests) if at >= since]
 
     def __enter__(self) -> Site:

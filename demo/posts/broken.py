@@ -194,7 +194,7 @@ def _put(document: Document, key: str, url: str) -> str:
 
 
 def bomb() -> bytes:
-    """A PNG of one colour with `BOMB_SIDE` squared pixels of one bit."""
+    """Return a PNG of one colour with `BOMB_SIDE` squared pixels of one bit."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         check = zlib.crc32(kind + data)

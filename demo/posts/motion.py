@@ -65,7 +65,7 @@ NEUTRAL_PATHS = ("still", "left")
 
 
 def clip(rng: np.random.Generator, keys: Sequence[str], noise: float = 0.0) -> list[Picture]:
-    """``FRAMES`` frames, BGR uint8 ``(height, width, 3)``, that show the first motion named."""
+    """Draw ``FRAMES`` frames, BGR uint8 ``(height, width, 3)``, of the first motion named."""
     key = keys[0] if keys else str(rng.choice(NEUTRAL_PATHS))
     width, height = CLIP_SIZES[int(rng.integers(len(CLIP_SIZES)))]
     ground = background(rng, width, height) // 6

@@ -17,7 +17,7 @@ SIGN_SIZE = (192, 144)
 
 
 def background(rng: np.random.Generator, width: int, height: int) -> Picture:
-    """A colour gradient in a random direction, uint8 ``(height, width, 3)``."""
+    """Return a colour gradient in a random direction, uint8 ``(height, width, 3)``."""
     first, second = rng.integers(40, 200, (2, 3))
     angle = rng.uniform(0, 2 * np.pi)
     y, x = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j]
@@ -27,7 +27,7 @@ def background(rng: np.random.Generator, width: int, height: int) -> Picture:
 
 
 def contrast(rng: np.random.Generator, below: Sequence[int]) -> Colour:
-    """A random colour that stands out from another."""
+    """Return a random colour that stands out from another."""
     while True:
         colour = rng.integers(0, 256, 3)
         if int(np.abs(colour - np.asarray(below)).sum()) > 230:
@@ -39,7 +39,7 @@ HUES = {"sun": (15, 35), "house": (-12, 12), "tree": (45, 75), "fish": (95, 130)
 
 
 def paint(rng: np.random.Generator, name: str, below: Sequence[int]) -> Colour:
-    """A colour for an object, lighter or darker than what is below it."""
+    """Return a colour for an object, lighter or darker than what is below it."""
     hue = HUES[name]
     dark = sum(below) > 3 * 125
     value = rng.integers(60, 110) if dark and hue is not None else rng.integers(190, 256)
@@ -120,7 +120,7 @@ def disturb(rng: np.random.Generator, picture: Picture, noise: float) -> Picture
 
 
 def scene(rng: np.random.Generator, objects: Sequence[str], noise: float = 0.0) -> Picture:
-    """A picture with up to two objects side by side, BGR uint8 ``(height, width, 3)``."""
+    """Return a picture with up to two objects side by side, BGR uint8 ``(height, width, 3)``."""
     width, height = SCENE_SIZES[int(rng.integers(len(SCENE_SIZES)))]
     picture = background(rng, width, height)
     _clutter(rng, picture)
@@ -142,7 +142,7 @@ def scene(rng: np.random.Generator, objects: Sequence[str], noise: float = 0.0) 
 
 
 def sign(rng: np.random.Generator, words: Sequence[str], noise: float = 0.0) -> Picture:
-    """A sign with one word a line, BGR uint8 ``(144, 192, 3)``; its look is random."""
+    """Return a sign with one word a line, BGR uint8 ``(144, 192, 3)``; its look is random."""
     width, height = SIGN_SIZE
     light = bool(rng.random() < 0.5)
     shade = rng.integers(175, 256, 3) if light else rng.integers(0, 70, 3)

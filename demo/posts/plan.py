@@ -65,7 +65,7 @@ def plan_posts(
 
 
 class _Deck:
-    """Deals tags so that each is dealt equally often; what does not fit waits for the next post."""
+    """A deck of tags, dealt equally often; one that does not fit waits for the next post."""
 
     def __init__(self, rng: np.random.Generator) -> None:
         self._rng = rng

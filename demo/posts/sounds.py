@@ -18,7 +18,7 @@ def _time(duration_s: float) -> Wave:
 
 
 def _sweep(frequency_hz: Wave) -> Wave:
-    """A sine of changing frequency."""
+    """Return a sine of changing frequency."""
     return np.sin(2 * np.pi * np.cumsum(frequency_hz) / SAMPLE_RATE_HZ)
 
 
@@ -94,7 +94,7 @@ SOUNDS: dict[str, Callable[[np.random.Generator, Wave], Wave]] = {
 def sound(
     rng: np.random.Generator, keys: Sequence[str], duration_s: float, noise: float = 0.0
 ) -> npt.NDArray[np.float32]:
-    """The sounds one after the other; a hum where none is named.
+    """Return the sounds one after the other; a hum where none is named.
 
     Returns:
         float32 ``(samples,)`` at 16 kHz, at most 0.7 in size.

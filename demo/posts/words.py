@@ -108,7 +108,7 @@ SIGN_WORDS: dict[str, tuple[str, ...]] = {
 
 
 def post_text(rng: np.random.Generator, keys: Sequence[str], noise: float = 0.0) -> str:
-    """A text of one sentence for each thing it talks about, among neutral ones."""
+    """Return a text of one sentence for each thing it talks about, among neutral ones."""
     language = "zh" if rng.random() < 0.4 else "en"
     neutral = rng.permutation(SENTENCES["neutral"][language])[: 1 if keys else 2]
     sentences = [str(sentence) for sentence in neutral]

@@ -124,7 +124,7 @@ def _mel(frequency_hz: Any) -> Any:
 
 
 class SoundTrack:
-    """Collects one sound stream as mono at one rate, packet by packet, up to a limit.
+    """One sound stream as mono at one rate, collected packet by packet up to a limit.
 
     A stream of None stands for no sound, which is no mistake: it gives an empty waveform.
 

@@ -204,7 +204,7 @@ def _decode(codec: Any, packet: Packet | None) -> list[Frame]:
 
 
 class _Picker:
-    """Takes from a run's frames, which come in order of time, those on display at given times."""
+    """A picker of those frames of a run, in order of time, that are shown at given times."""
 
     def __init__(self, times: tuple[int, ...]) -> None:
         self._times = list(times)
@@ -246,7 +246,7 @@ def check_size(stream: Stream, max_pixels: int) -> None:
 
 
 class FrameScaler:
-    """Scales frames, turns them upright and converts them; keeps FFmpeg's tables between frames.
+    """A scaler that also turns frames upright; keeps FFmpeg's tables between frames.
 
     Args:
         size: Upright width and height of a frame -> those of the result.

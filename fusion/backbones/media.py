@@ -307,7 +307,7 @@ class MediaSample:
 
 
 class MediaDataset(Dataset[Any], ABC):
-    """Posts whose media are read when they are asked for; a subclass says how."""
+    """Posts whose media are read when they are asked for, by a subclass."""
 
     def __init__(
         self, posts: Sequence[MediaPost], classes: int, *, max_items: int, seed: int | None
@@ -407,7 +407,7 @@ class PixelDataset(MediaDataset):
 
 
 class CollateMedia:
-    """Makes batches out of `MediaSample`; pickles, for loader processes."""
+    """A maker of batches out of `MediaSample`; pickles, for loader processes."""
 
     def __call__(self, samples: Sequence[MediaSample]) -> Batch:
         """Pad to the most media of one post: tokens ``(posts, n, ...)``, masks ``(posts, n)``."""

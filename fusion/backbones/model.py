@@ -68,7 +68,7 @@ def create_backbone(arch: str, kind: Kind, size: tuple[int, int], weights: str) 
 
 
 class Normalize(nn.Module):
-    """Pixels in [0, 255] -> what the architecture was designed for; patches pass as they are."""
+    """Pixels in [0, 255] -> the architecture's normalised input; patches pass as they are."""
 
     mean: torch.Tensor
     scale: torch.Tensor

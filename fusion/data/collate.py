@@ -53,7 +53,7 @@ class Batch(NamedTuple):
 
 
 class Collate:
-    """Makes batches for one schema; pickles, so that loader processes can use it."""
+    """A maker of batches for one schema; pickles, so that loader processes can use it."""
 
     def __init__(self, schema: InputSchema) -> None:
         self._dims = dict(schema.dims)

@@ -28,7 +28,7 @@ _TINY = 1e-12  # nearer to 0 and 1 a float64 logit says nothing
 
 
 class Temperature(Section):
-    """Logits are divided by a temperature: above 1 the model was too sure."""
+    """A temperature that logits are divided by: above 1 the model was too sure."""
 
     kind: Literal["temperature"] = "temperature"
     temperature: float = Field(gt=0)

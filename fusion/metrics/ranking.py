@@ -50,7 +50,7 @@ def _top_k(scores: FloatArray, ties: FloatArray, top_k: int) -> npt.NDArray[np.i
 
 
 class GapMeter:
-    """Accumulates GAP@k over a set, batch by batch; the value does not depend on the batches.
+    """GAP@k over a set, added batch by batch; the value does not depend on the batches.
 
     Source: google/youtube-8m, eval_util.py and average_precision_calculator.py.
     """

@@ -1,4 +1,4 @@
-"""Parts of the transformers: positions, projection of features to tokens, and the block."""
+"""Parts of the models: positions, projection of features to tokens, the block, and the gate."""
 
 from __future__ import annotations
 
@@ -119,3 +119,22 @@ class Block(nn.Module):
             return branch
         stays = torch.rand(branch.shape[0], 1, 1, device=branch.device) >= self.skip
         return branch * stays / (1 - self.skip)
+
+
+class SqueezeExcitation(nn.Module):
+    """Gate of a vector by itself: H -> H/r, BN, ReLU -> H, sigmoid, multiply.
+
+    Source: linrongc/youtube-8m, nextvlad.py (the SE context gate).
+    """
+
+    def __init__(self, width: int, reduction: int) -> None:
+        super().__init__()
+        narrow = max(1, width // reduction)
+        self.squeeze = nn.Linear(width, narrow, bias=False)
+        self.norm = nn.BatchNorm1d(narrow)
+        self.excite = nn.Linear(narrow, width)
+
+    def forward(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Gate ``(posts, width)``; the shape stays."""
+        gate = torch.relu(self.norm(self.squeeze(vectors)))
+        return vectors * torch.sigmoid(self.excite(gate))

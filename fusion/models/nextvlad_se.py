@@ -11,7 +11,7 @@ from common.post import Stream
 from config.fusion_models import ModelSettings
 from fusion.data.schema import InputSchema
 from fusion.models.base import Fused, FusionModel, Stage, masked_mean
-from fusion.models.gate import SqueezeExcitation
+from fusion.models.blocks import SqueezeExcitation
 from fusion.models.pooling import NeXtVLAD
 
 _WHOLE: frozenset[Stream] = frozenset({"video_lstm"})

@@ -63,7 +63,7 @@ class MaskedBatchNorm(nn.BatchNorm1d):
 
 
 class NeXtVLAD(nn.Module):
-    """Tokens of one stream -> how they differ from learned clusters, in groups.
+    """Tokens of one stream -> their differences from learned clusters, in groups.
 
     FC N -> λN; attention sigmoid(FC λN -> G); assignment softmax over K of BN(linear λN -> G·K),
     times attention; sum of weight · (x - centre) over tokens and groups; L2 per cluster; BN.

@@ -99,7 +99,7 @@ class _Run:
 
 
 class Trainer:
-    """Trains one model; `fit` leaves it with the best weights.
+    """The training of one model; `fit` leaves it with the best weights.
 
     Files under ``save_dir``: ``ckpt/last.pt`` after every epoch, ``ckpt/best.pt`` by GAP, and
     ``log/train.jsonl``.

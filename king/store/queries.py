@@ -34,7 +34,7 @@ class StoredPost:
 
 
 class PostQueries:
-    """Reads posts and manages dead letters; every method raises `StoreUnavailable`."""
+    """Queries of posts and dead letters; every method may raise `StoreUnavailable`."""
 
     def __init__(self, client: StoreClient) -> None:
         self._client = client

@@ -206,7 +206,7 @@ def guarded_session(guard: Guard, *, user_agent: str) -> requests.Session:
 
 
 class _NoCookies(DefaultCookiePolicy):
-    """Posts have nothing to do with each other: no cookie is kept."""
+    """A jar that keeps no cookie: posts have nothing to do with each other."""
 
     def set_ok(self, cookie: object, request: object) -> bool:
         return False

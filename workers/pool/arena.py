@@ -107,7 +107,7 @@ class Arena:
 
 
 class SlotWriter:
-    """Hands out arrays of one slot, one after the other (`extractors.media.decode.Allocate`)."""
+    """A writer of arrays into one slot, in turn (`extractors.media.decode.Allocate`)."""
 
     def __init__(self, slot: int, room: npt.NDArray[np.uint8]) -> None:
         self.slot = slot

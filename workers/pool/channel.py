@@ -74,7 +74,7 @@ _encoder = msgspec.msgpack.Encoder(enc_hook=_encode_other)
 
 
 class Decoder(Generic[_T]):
-    """Turns the body of a frame into a message of some types, and nothing else."""
+    """A decoder of a frame's body into a message of some types, and nothing else."""
 
     def __init__(self, kind: Any) -> None:
         self._decoder = msgspec.msgpack.Decoder(kind, dec_hook=_decode_other)

@@ -83,7 +83,7 @@ class Context:
 
 
 class Retire(Exception):
-    """Ends this process between two batches, so that a fresh one takes over."""
+    """The end of this process between two batches, so that a fresh one takes over."""
 
 
 class Handler(Protocol):
@@ -198,7 +198,7 @@ def answer(task_id: int, outcome: Outcome, seconds: float) -> Done | Failed:
 
 
 class Recycler:
-    """Counts a process's tasks and watches its growth, to replace it before leaks add up."""
+    """A watch on a process's tasks and growth, to replace it before leaks add up."""
 
     def __init__(
         self, settings: WorkerSettings, resident_bytes: Callable[[], int] | None = None

@@ -99,11 +99,11 @@ def test_the_error_tree_is_the_one_that_is_drawn() -> None:
         for name, cls in inspect.getmembers(errors, inspect.isclass)
         if cls.__module__ == errors.__name__
     }
-    drawn = re.findall(r"^[ │├└─]{4,}(\w+)", errors.__doc__ or "", re.MULTILINE)
+    drawn = re.findall(r"^[ |'-]{4,}(\w+)", errors.__doc__ or "", re.MULTILINE)
     assert set(drawn) == set(defined)
     parents: list[tuple[int, str]] = []
     for line in (errors.__doc__ or "").splitlines():
-        found = re.match(r"^([ │├└─]{4,})(\w+)", line)
+        found = re.match(r"^([ |'-]{4,})(\w+)", line)
         if found is None or found[2] not in defined:
             continue
         depth = len(found[1])
