@@ -62,7 +62,7 @@ def torch_dtype(arithmetic: Arithmetic) -> torch.dtype:
 def cast_weights(model: torch.nn.Module, arithmetic: Arithmetic) -> None:
     """Store linear and convolution weights in the arithmetic's dtype, in place.
 
-    Autocast would cast them anew in every forward pass; casting once gives the same numbers, half
+    Autocast would cast them again in every forward pass; casting once gives the same numbers, half
     the memory and a third more speed on single pictures. Norms, embeddings and subclasses, which
     may compute on their weights, stay float32.
     """

@@ -99,7 +99,7 @@ def _read(folder: Path) -> dict[str, Service]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return {}  # half a file says nothing; the services are started anew on their data
+        return {}  # half a file says nothing; the services are started again on their data
 
 
 def _write(folder: Path, services: dict[str, Service]) -> None:

@@ -303,7 +303,7 @@ def decide(job: Job | None, claim: Claim, context: ClaimContext) -> Decision:
     if job is None:
         return "new"
     if job.state == "dead":
-        # The broker repeats a message whose acknowledgement was lost; a fresh one asks anew.
+        # The broker repeats a message whose acknowledgement was lost; a fresh one asks again.
         return "dead" if claim.redelivered and not claim.message.force else "restart"
     if job.state == "running":
         if job.owner == context.owner:

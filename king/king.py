@@ -39,7 +39,7 @@ from king.store.store import Store
 from king.store_thread import PostStore, StoreInbox, StoreThread
 from workers.pool.events import TaskPool
 
-# The watchdog sends it: connect to the broker anew, and subscribe again.
+# The watchdog sends it: connect to the broker and subscribe again.
 SUBSCRIBE_SIGNAL = signal.SIGUSR1
 # How late a signal or the end of a thread is noticed; less only burns CPU.
 _TICK_S = 0.1
@@ -274,7 +274,7 @@ class King:
 
     @contextlib.contextmanager
     def _signals_caught(self) -> Iterator[None]:
-        """Handle SIGTERM and SIGINT: drain; SIGUSR1: subscribe anew; SIGUSR2: write the stacks."""
+        """Handle SIGTERM and SIGINT: drain; SIGUSR1: subscribe again; SIGUSR2: write the stacks."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return

@@ -24,7 +24,7 @@ class Labels:
         self._known: tuple[tuple[str, str], LabelMap] | None = None
 
     def of(self, bundle: tuple[str, str]) -> LabelMap:
-        """Return the names for a bundle's name and version; read anew when it changes.
+        """Return the names for a bundle's name and version; read again when it changes.
 
         Raises:
             BundleError: They cannot be read.

@@ -63,7 +63,7 @@ class Extractor(ABC):
             self._loaded = True
 
     def close(self) -> None:
-        """Free the model; a later `load` starts anew."""
+        """Free the model; a later `load` starts again."""
         if self._loaded:
             self._close()
         self._loaded = False

@@ -339,7 +339,7 @@ class MediaDataset(Dataset[Any], ABC):
         """Return the posts of a batch.
 
         What is drawn depends on the batch's posts and their order alone. An epoch's order is one
-        of its own, so each epoch draws anew, and a resumed one what the interrupted one drew,
+        of its own, so each epoch draws others, and a resumed one the same as the interrupted one,
         in whichever process it is read.
 
         Raises:

@@ -138,7 +138,7 @@ def where_it_moves(clips: torch.Tensor) -> torch.Tensor:
     still = clips.median(dim=1, keepdim=True).values
     change = (clips - still).abs().mean(dim=2)  # (clips, m, S, S)
     cells = nn.functional.adaptive_avg_pool2d(change, _GRID).flatten(2)  # (clips, m, cells)
-    # What changes everywhere alike is noise or a moving camera.
+    # A change of all cells alike is noise or a moving camera.
     above = (cells - cells.mean(dim=2, keepdim=True)).clamp(min=0)
     total = above.sum(dim=2, keepdim=True)
     return torch.where(total > _STILL, above / total.clamp(min=1e-6), 0.0)

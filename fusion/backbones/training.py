@@ -129,7 +129,7 @@ class _Task:
     folder: Path
 
     def start(self, name: str, resume: Path | None) -> Start | None:
-        """Return the start of a stage; None begins anew.
+        """Return the start of a stage; None begins from scratch.
 
         Raises:
             ConfigError: As `fusion.train.checkpoint.find_start`.

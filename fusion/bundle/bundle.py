@@ -253,8 +253,8 @@ def load_bundle(folder: Path) -> Bundle:
             strict=True,
         )
     )
-    for file, wanted in (*weights.items(), (LABELS, about.labels_sha256)):
-        if _sha256(folder / file) != wanted:
+    for file, sha256 in (*weights.items(), (LABELS, about.labels_sha256)):
+        if _sha256(folder / file) != sha256:
             raise BundleError(f"{folder / file}: is truncated, or not this bundle's (sha256)")
     try:
         labels = LabelMap.load(folder / LABELS)
@@ -300,24 +300,24 @@ def newest_version(folder: Path) -> str | None:
 
 
 def check_fingerprints(
-    manifest: FeatureManifest, given: Mapping[Stream, str], *, bundle: str
+    manifest: FeatureManifest, fingerprints: Mapping[Stream, str], *, bundle: str
 ) -> None:
     """Check that the extractors make the features that a bundle was trained on.
 
     Args:
         manifest: The bundle's.
-        given: The extractors' fingerprints by stream; more than the bundle needs is fine.
+        fingerprints: The extractors' by stream; more than the bundle needs is fine.
         bundle: Its name or folder, for the error.
 
     Raises:
         BundleError: A stream is made otherwise or not at all; names it and both fingerprints.
     """
-    for stream, wanted in manifest.fingerprints.items():
-        found = given.get(stream)
-        if found != wanted:
+    for stream, trained_on in manifest.fingerprints.items():
+        made = fingerprints.get(stream)
+        if made != trained_on:
             raise BundleError(
-                f"bundle {bundle} wants {stream} features {wanted}, "
-                f"the extractors give {found or 'none'}{differing(wanted, found)}: "
+                f"bundle {bundle} wants {stream} features {trained_on}, "
+                f"the extractors give {made or 'none'}{differing(trained_on, made)}: "
                 f"train it anew or set "
                 f"features.{modality_of(stream)} as it was in training"
             )

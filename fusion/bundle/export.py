@@ -121,22 +121,22 @@ def export(graph: Graph, form: Format, path: Path) -> Exported:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
             part = Path(folder) / f"part{path.suffix}"
             how, runner = writers[form](graph, part)
-            found = Exported(path, sidecar, how, _differences(graph, runner))
-            if not found.largest <= TOLERANCE:
-                worst = max(found.differences, key=lambda case: found.differences[case])
+            exported = Exported(path, sidecar, how, _differences(graph, runner))
+            if not exported.largest <= TOLERANCE:
+                worst = max(exported.differences, key=lambda case: exported.differences[case])
                 raise ParityError(
-                    f"{path}: is not written: it differs from the model by {found.largest:.2e} "
+                    f"{path}: is not written: it differs from the model by {exported.largest:.2e} "
                     f"({worst}), allowed are {TOLERANCE:.0e}"
                 )
             about = Path(folder) / "about.json"
-            text = json.dumps(_about(graph, form, found), ensure_ascii=False, indent=1)
+            text = json.dumps(_about(graph, form, exported), ensure_ascii=False, indent=1)
             about.write_text(text + "\n", encoding="utf-8")
             for file, target in ((about, sidecar), (part, path)):
                 sync_file(file)
                 file.replace(target)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be written: {error}") from error
-    return found
+    return exported
 
 
 class ExportRefused(TaggingError):
@@ -176,8 +176,8 @@ def _write_onnx(graph: Graph, path: Path) -> tuple[str, Runner]:
     names = [port.name for port in graph.ports]
 
     def run(inputs: Inputs) -> npt.NDArray[np.float32]:
-        given = {name: tensor.numpy() for name, tensor in zip(names, inputs, strict=True)}
-        return np.asarray(session.run([graph.output], given)[0])
+        feed = {name: tensor.numpy() for name, tensor in zip(names, inputs, strict=True)}
+        return np.asarray(session.run([graph.output], feed)[0])
 
     return f"torch.onnx {torch.__version__.partition('+')[0]}, opset {_OPSET}", run
 
@@ -227,8 +227,8 @@ class _Positional(nn.Module):
         self.module = module
 
     def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
-        found: torch.Tensor = self.module(*inputs)
-        return found
+        output: torch.Tensor = self.module(*inputs)
+        return output
 
 
 def _shapes(graph: Graph) -> tuple[tuple[dict[int, Any], ...]]:
@@ -245,16 +245,16 @@ def _reference(graph: Graph, inputs: Inputs) -> npt.NDArray[np.float32]:
 
 
 def _differences(graph: Graph, runner: Runner) -> dict[str, float]:
-    found: dict[str, float] = {}
+    differences: dict[str, float] = {}
     for name, inputs in graph.cases.items():
-        expected, given = _reference(graph, inputs), runner(inputs)
-        same = expected.shape == given.shape
+        expected, output = _reference(graph, inputs), runner(inputs)
+        same = expected.shape == output.shape
         # A NaN is a difference too: no comparison with it is true.
-        found[name] = float(np.abs(expected - given).max()) if same else math.inf
-    return {name: math.inf if math.isnan(d) else d for name, d in found.items()}
+        differences[name] = float(np.abs(expected - output).max()) if same else math.inf
+    return {name: math.inf if math.isnan(d) else d for name, d in differences.items()}
 
 
-def _about(graph: Graph, form: Format, found: Exported) -> dict[str, Any]:
+def _about(graph: Graph, form: Format, exported: Exported) -> dict[str, Any]:
     ports = [
         {
             "name": port.name,
@@ -265,10 +265,10 @@ def _about(graph: Graph, form: Format, found: Exported) -> dict[str, Any]:
     ]
     return {
         "format": form,
-        "made_by": found.how,
+        "made_by": exported.how,
         "inputs": ports,
         "output": graph.output,
-        "largest_difference": found.largest,
+        "largest_difference": exported.largest,
         **graph.about,
     }
 

@@ -100,10 +100,10 @@ def _operator() -> bool:
     ) -> torch.Tensor:
         start = tokens.new_zeros(1, tokens.shape[0], w_hidden.shape[1])
         weights = [w_in, w_hidden, b_in, b_hidden]
-        found: torch.Tensor = torch.lstm(
+        states: torch.Tensor = torch.lstm(
             tokens, [start, start.clone()], weights, True, 1, 0.0, False, False, True
         )[0]
-        return found
+        return states
 
     def shape(
         tokens: torch.Tensor,

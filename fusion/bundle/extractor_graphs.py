@@ -74,9 +74,9 @@ class Tokens(nn.Module):
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """Map int64 ``(texts, t)`` twice to ``(texts, t, dim)``; rows of padding are 0."""
-        found = self.model(input_ids=input_ids, attention_mask=attention_mask)
+        output = self.model(input_ids=input_ids, attention_mask=attention_mask)
         # Tokens behind a text's end are no features; zeros are the same in every runtime.
-        states: torch.Tensor = found.last_hidden_state * attention_mask[:, :, None]
+        states: torch.Tensor = output.last_hidden_state * attention_mask[:, :, None]
         return states
 
 
@@ -101,9 +101,9 @@ def fingerprints(name: Backbone, features: FeatureSettings) -> dict[Stream, str]
     extractor: Any = "video" if name == "video_lstm" else name
     suite = ExtractorSuite(features, names=(extractor,))
     suite.load()
-    found = dict(suite.fingerprints)
+    result = dict(suite.fingerprints)
     suite.close()
-    return found
+    return result
 
 
 def _in_float32(features: FeatureSettings) -> FeatureSettings:

@@ -68,9 +68,9 @@ def fit(model: FusionModel, state: Mapping[str, torch.Tensor], path: Path) -> No
         ConfigError: They are of another architecture; names the first difference.
     """
     own = {key: value for key, value in model.state_dict().items() if key.startswith("own.")}
-    wanted = {k: v for k, v in state.items() if not k.startswith("own.") or k in own}
+    weights = {k: v for k, v in state.items() if not k.startswith("own.") or k in own}
     try:
-        model.load_state_dict({**own, **wanted}, strict=True)
+        model.load_state_dict({**own, **weights}, strict=True)
     except RuntimeError as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = " ".join(lines[1:2] or lines)[:300]

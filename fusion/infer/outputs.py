@@ -216,7 +216,7 @@ class FileSink:
             if self._part.stat().st_size:
                 self._take_over(self._part, input_ids)
             elif self._reuse and self._output.exists():
-                with suppress(ConfigError):  # of something else: it is made anew, and replaced
+                with suppress(ConfigError):  # of something else: it is made again, and replaced
                     self._take_over(self._output, input_ids)
                     self._copy_first = True
         except OSError as error:

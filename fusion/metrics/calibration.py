@@ -199,7 +199,7 @@ def _pooled(sums: FloatArray, counts: FloatArray) -> tuple[npt.NDArray[np.intp],
         kept = np.flatnonzero(np.append(True, rises))
         if len(kept) == len(sums):
             break
-        # Whatever falls or stays level is one block in the end.
+        # Levels that fall or stay equal are one block in the end.
         starts, sums, counts = (
             starts[kept],
             np.add.reduceat(sums, kept),

@@ -104,11 +104,11 @@ def pr_curves(predictions: Predictions, rows: Sequence[TagRow]) -> Figure:
     axes[0].legend(loc="lower left")
     axes[0].set_title("All tags together (micro)")
     names = shown_names(predictions.names)
-    known = sorted((r for r in rows if r.ap is not None), key=lambda r: -(r.ap or 0))
-    half = min(5, -(-len(known) // 2))
+    measured = sorted((r for r in rows if r.ap is not None), key=lambda r: -(r.ap or 0))
+    half = min(5, -(-len(measured) // 2))
     for area, chosen, title in (
-        (axes[1], known[:half], "Best tags"),
-        (axes[2], known[half:][-5:], "Worst tags"),
+        (axes[1], measured[:half], "Best tags"),
+        (axes[2], measured[half:][-5:], "Worst tags"),
     ):
         for row, colour, dash in zip(
             chosen, (BLUE, ORANGE, GREEN, RED, PINK), _DASHES, strict=False
@@ -127,15 +127,15 @@ def pr_curves(predictions: Predictions, rows: Sequence[TagRow]) -> Figure:
 
 def tag_precisions(predictions: Predictions, rows: Sequence[TagRow]) -> Figure:
     """Draw the average precision and support of every tag; of many, a histogram and the worst."""
-    known = sorted((r for r in rows if r.ap is not None), key=lambda r: (r.ap or 0, r.id))
-    shown = known[:_MOST_TAGS]
-    many = len(known) > len(shown)
+    measured = sorted((r for r in rows if r.ap is not None), key=lambda r: (r.ap or 0, r.id))
+    shown = measured[:_MOST_TAGS]
+    many = len(measured) > len(shown)
     height = max(2.6, 0.24 * len(shown) + 1)
     names = shown_names(predictions.names, 30)
     if many:
         figure, (top, area) = new_figure(9, height + 2.8, rows=2, ratios=(2.2, height))
-        top.hist([r.ap or 0 for r in known], bins=40, range=(0, 1), color=BLUE)
-        top.set(title=f"All {len(known)} tags", xlabel="average precision", ylabel="tags")
+        top.hist([r.ap or 0 for r in measured], bins=40, range=(0, 1), color=BLUE)
+        top.set(title=f"All {len(measured)} tags", xlabel="average precision", ylabel="tags")
     else:
         figure, (area,) = new_figure(9, height)
     places = np.arange(len(shown))[::-1]

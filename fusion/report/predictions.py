@@ -1,4 +1,4 @@
-"""Posts whose true tags are known with the predictions for them, and what a report counts there."""
+"""Posts whose true tags are known with the predictions for them, and the counts of a report."""
 
 from __future__ import annotations
 
@@ -69,14 +69,14 @@ class Predictions:
             ConfigError: The file is missing or broken.
         """
         try:
-            with np.load(path, allow_pickle=False) as held:
+            with np.load(path, allow_pickle=False) as arrays:
                 return cls(
-                    tuple(str(i) for i in held["post_ids"]),
-                    tuple(str(n) for n in held["names"]),
-                    held["raw"],
-                    held["scores"],
-                    held["targets"].astype(np.bool_),
-                    held["thresholds"],
+                    tuple(str(i) for i in arrays["post_ids"]),
+                    tuple(str(n) for n in arrays["names"]),
+                    arrays["raw"],
+                    arrays["scores"],
+                    arrays["targets"].astype(np.bool_),
+                    arrays["thresholds"],
                 )
         except (OSError, ValueError, KeyError) as error:
             raise ConfigError(f"{path}: cannot be read as scores: {error}") from error
@@ -96,7 +96,7 @@ class TagRow:
         given: Posts that it is given to.
         precision: Share of these that have it; None where it is never given.
         recall: Share of the posts that have it to which it is given; None where there are none.
-        f1: None where it is neither given nor there.
+        f1: None where no post has it and none is given it.
     """
 
     id: int

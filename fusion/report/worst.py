@@ -95,7 +95,7 @@ def view_post(
     post_url: str | None,
     thumbnails: bool,
 ) -> PostView:
-    """Return what a data file says of a post.
+    """Return the view of a post in a data file.
 
     Args:
         post_id: Its ID.
@@ -103,7 +103,7 @@ def view_post(
         data_file: Local paths are relative to it.
         report: The report's folder, which links to local files start from.
         post_url: As in `config.train.ReportSettings`.
-        thumbnails: Whether small pictures are made.
+        thumbnails: Make small pictures.
     """
     text = " ".join((*_listed(entry.get("text")), *_listed(entry.get("ocr"))))
     sources = [
@@ -161,7 +161,7 @@ def _thumbnail(path: Path) -> str | None:
 
     if path.suffix.lower() not in _PICTURES:
         return None
-    held = io.BytesIO()
+    buffer = io.BytesIO()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of huge or odd pictures, which are left out
@@ -169,10 +169,10 @@ def _thumbnail(path: Path) -> str | None:
         if small is None:
             return None
         small.thumbnail(_THUMBNAIL)
-        small.save(held, "JPEG", quality=80)
+        small.save(buffer, "JPEG", quality=80)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return None  # a report cannot repair the pictures of posts
-    return "data:image/jpeg;base64," + base64.b64encode(held.getvalue()).decode()
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def _small(path: Path) -> Any:

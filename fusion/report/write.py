@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 PAGE, NUMBERS = "report.html", "report.json"
 _TEMPLATE = Path(__file__).with_name("report.html.j2")
-_BEST_TAGS = 4  # of a post with a mistake: what the model would rather have said
+_BEST_TAGS = 4  # highest scores that the card of a mistake shows
 
 _SHOWN_METRICS = {
     "gap": "GAP@20",
@@ -59,7 +59,7 @@ class ReportInput:
         runs: Events of each training's log.
         subsets: The best first; empty leaves their chapter out.
         calibration: Kind that was fitted.
-        view: Returns what is known of the posts of some rows.
+        view: Returns the views of the posts of some rows, where they can be read.
     """
 
     title: str
@@ -75,7 +75,7 @@ class ReportInput:
 def write_report(
     folder: Path, content: ReportInput, settings: ReportSettings, *, progress: bool = False
 ) -> Path:
-    """Write the folder; one that is there is replaced in one step.
+    """Write the folder; an older one is replaced in one step.
 
     Returns:
         The page.

@@ -154,7 +154,7 @@ class Start:
 
     Attributes:
         path: What was read, for errors.
-        checkpoint: Without an optimizer it is weights alone: the run starts anew with them.
+        checkpoint: Without an optimizer it is weights alone: the run starts from step 0 with them.
         best: The checkpoint with the best weights of an interrupted run, where there is one.
     """
 

@@ -207,7 +207,7 @@ def model_of(job: Job, path: Path) -> FusionModel:
 
 
 def start_of(job: Job, resume: Path | None) -> Start | None:
-    """Read what `fusion.train.checkpoint.find_start` finds, in every process; None begins anew.
+    """Read what `fusion.train.checkpoint.find_start` finds, on every rank; None begins from step 0.
 
     Raises:
         ConfigError: It does not fit; see `find_start`.

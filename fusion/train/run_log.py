@@ -40,7 +40,7 @@ class RunLog:
         return self._path
 
     def begin(self, steps: int, done: int = 0) -> None:
-        """Start, or go on after a resume: points of steps that will be done anew disappear.
+        """Start, or go on after a resume: points of steps that will be repeated disappear.
 
         Args:
             steps: Steps of one epoch.
