@@ -180,13 +180,13 @@ def extract_before(corpus: Corpus, kind: Kind, count: int) -> None:
         _fingerprints[kind] = header.fingerprints
         _arrays[kind] = {stream: np.zeros_like(values) for stream, values in arrays.items()}
     options = parse_extraction(kind, scripts(corpus)[f"extract {kind}"][1:])
-    wanted = MODALITIES_OF[kind]
-    store = FeatureStore(options.features, wanted, _fingerprints[kind])
+    modalities = MODALITIES_OF[kind]
+    store = FeatureStore(options.features, modalities, _fingerprints[kind])
     arrays = _arrays[kind]
     statuses: dict[Modality, Status] = {
-        m: "ok" if m in {modality_of(s) for s in arrays} else "missing" for m in wanted
+        m: "ok" if m in {modality_of(s) for s in arrays} else "missing" for m in modalities
     }
-    for work in Inputs(corpus.local, options.settings, wanted):
+    for work in Inputs(corpus.local, options.settings, modalities):
         if work.index >= count:
             return
         if isinstance(work, Work):

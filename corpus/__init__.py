@@ -1,1 +1,1 @@
-"""What the offline scripts share: files of posts, JSON-lines files, summaries."""
+"""Offline scripts and what they share: files of posts, JSON-lines files, summaries."""

@@ -25,7 +25,7 @@ from common.post import Media, MediaKind, Post
 from fusion.data.data_file import entries
 
 Form: TypeAlias = Literal["json", "jsonl"]
-"""Of a data file: one list, or a line each."""
+"""Format of a data file: one list, or a line for each entry."""
 
 
 class AtomicLines:
@@ -45,7 +45,7 @@ class AtomicLines:
         return self
 
     def write(self, line: str) -> None:
-        """Add a line; its end is added here.
+        """Add a line; the newline is added here.
 
         Raises:
             ValueError: Outside the ``with`` block.
@@ -56,7 +56,7 @@ class AtomicLines:
         self._file.write(line.encode("utf-8") + b"\n")
 
     def sync(self) -> None:
-        """Push what was written to the disk, so that only the name is still to be given.
+        """Flush to the disk, so that only the rename remains.
 
         Raises:
             OSError: The disk is full, or gone.
@@ -85,7 +85,7 @@ class DataFile:
             lines.write("[")
 
     def add(self, entry: Mapping[str, Any]) -> None:
-        """Write an entry; of a list always the one before, whose comma is only known now."""
+        """Write an entry; in a list the previous one, which needs a comma now."""
         text = json.dumps(entry, ensure_ascii=False)
         if self._form == "jsonl":
             self._lines.write(text)
@@ -95,7 +95,7 @@ class DataFile:
         self._last = text
 
     def end(self) -> None:
-        """Write what the list still lacks."""
+        """Write the last entry and close the list."""
         if self._form == "json":
             if self._last is not None:
                 self._lines.write(self._last)
@@ -121,11 +121,9 @@ class Summary:
         self._failed: Counter[str] = Counter()
 
     def done(self, count: int = 1) -> None:
-        """Count what was done."""
         self._done += count
 
     def skipped(self, reason: str, count: int = 1) -> None:
-        """Count what was left out on purpose."""
         _add(self._skipped, reason, count)
 
     def failed(self, reason: str, count: int = 1) -> None:
@@ -134,12 +132,10 @@ class Summary:
 
     @property
     def total(self) -> int:
-        """All that was counted."""
         return self._done + self._skipped.total() + self._failed.total()
 
     @property
     def failures(self) -> int:
-        """All that failed."""
         return self._failed.total()
 
     def as_dict(self) -> dict[str, object]:
@@ -154,7 +150,7 @@ class Summary:
 
     @classmethod
     def of(cls, title: str, content: Mapping[str, Any]) -> Summary:
-        """The reverse of `as_dict`, to go on counting.
+        """Restore a summary from `as_dict`, to go on counting.
 
         Raises:
             KeyError: It is no such content.
@@ -172,7 +168,6 @@ class Summary:
         write_whole(path, json.dumps(self.as_dict(), ensure_ascii=False, indent=2))
 
     def show(self) -> None:
-        """Print the table to standard output."""
         import sys
 
         from rich.box import SIMPLE_HEAD
@@ -196,7 +191,7 @@ class Summary:
 
 
 def _add(counts: Counter[str], reason: str, count: int) -> None:
-    """Reasons that never repeat must not fill the memory."""
+    """Count a reason; those that never repeat must not fill the memory."""
     listed = reason in counts or len(counts) < _MAX_REASONS
     counts[reason if listed else _OTHER] += count
 
@@ -232,7 +227,7 @@ class CorpusPost:
 
 @dataclass(frozen=True, slots=True)
 class BadLine:
-    """What stands where a post should.
+    """A line or entry that is no post.
 
     Attributes:
         line: As `CorpusPost.line`.
@@ -268,7 +263,7 @@ def read_posts(path: Path | str) -> Iterator[Entry]:
 
 
 def count_lines(path: Path | str) -> int:
-    """Lines of a posts file, nearly: empty ones count; or entries of a data file.
+    """Count the lines of a posts file, empty ones included, or the entries of a data file.
 
     Raises:
         ConfigError: As `read_posts`.
@@ -285,7 +280,7 @@ def count_lines(path: Path | str) -> int:
 
 
 def check_holds_post(path: Path | str, limit: int | None = None) -> None:
-    """Find a file that gives nothing to do; reads up to its first post.
+    """Refuse a file without a post; reads up to the first one.
 
     Args:
         path: As for `read_posts`.
@@ -308,7 +303,7 @@ def check_holds_post(path: Path | str, limit: int | None = None) -> None:
 
 
 def post_line(entry: CorpusPost) -> str:
-    """A post as a line of a posts file, without the line's end; the same post, the same bytes."""
+    """Return a post as a line of a posts file, without newline; the same post, the same bytes."""
     post = entry.post
     content: dict[str, Any] = {
         "post_id": post.post_id,
@@ -325,13 +320,13 @@ def post_line(entry: CorpusPost) -> str:
 
 
 def bad_line(entry: BadLine) -> str:
-    """A line of a file of rejects: ``{line, post_id, reason}``."""
+    """Return a line of a file of rejects: ``{line, post_id, reason}``."""
     content = {"line": entry.line, "post_id": entry.post_id, "reason": entry.reason}
     return json.dumps(content, ensure_ascii=False)
 
 
 def is_url(source: str) -> bool:
-    """Whether a source lies on the network; anything else is a path."""
+    """Tell a URL from a path."""
     try:
         return urlsplit(source).scheme.lower() in {"http", "https"}
     except ValueError:
@@ -339,7 +334,7 @@ def is_url(source: str) -> bool:
 
 
 def local_path(source: str, file: Path | str) -> Path | None:
-    """Where a local source of a file of posts lies; None for a URL.
+    """Return the path of a local source of a file of posts; None for a URL.
 
     Relative to the file's folder, or else, when nothing lies there, to the working directory.
     """
@@ -354,7 +349,7 @@ def local_path(source: str, file: Path | str) -> Path | None:
 
 @contextmanager
 def _reading(file: Path) -> Iterator[None]:
-    """Name the file that cannot be read."""
+    """Turn errors of reading into a ConfigError that names the file."""
     try:
         yield
     except FileNotFoundError as error:
@@ -364,7 +359,7 @@ def _reading(file: Path) -> Iterator[None]:
 
 
 def _lines(stream: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
-    """Numbers and lines that are not empty; None for one that is too long."""
+    """Yield numbers and lines that are not empty; None for one that is too long."""
     number = 0
     while raw := stream.readline(MAX_LINE_BYTES + 1):
         number += 1
@@ -394,7 +389,7 @@ def _parse(raw: bytes | None, line: int) -> Entry:
 
 
 def _list(file: Path) -> Iterator[Any]:
-    """The entries of a JSON list, a block of the file at a time."""
+    """Yield the entries of a JSON list, a block of the file at a time."""
     with _reading(file):
         file.open("rb").close()
     try:
@@ -458,5 +453,5 @@ def _texts(content: Mapping[str, Any], key: str) -> list[str]:
 
 
 def _clean(text: str) -> str:
-    """Text that can be written: JSON's escapes may name half a character."""
+    """Return text that can be written: JSON's escapes may name half a character."""
     return text.encode("utf-8", "replace").decode("utf-8")

@@ -16,14 +16,14 @@ _Stopper = TypeVar("_Stopper", bound="Stopper")
 
 
 class Stopper:
-    """Used with ``with``: SIGINT and SIGTERM set `asked`; a second one ends the process at once.
+    """A context in which SIGINT and SIGTERM set `asked`; a second one ends the process at once.
 
     Attributes:
         asked: Name of the signal that came; empty until then.
     """
 
     signals: tuple[signal.Signals, ...] = (signal.SIGINT, signal.SIGTERM)
-    """Those that ask for an end."""
+    """Signals that ask for an end."""
 
     def __init__(self) -> None:
         self.asked = ""

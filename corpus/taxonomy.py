@@ -28,7 +28,7 @@ Operation = Literal["rename", "merge", "split", "retire"]
 
 @dataclass(frozen=True)
 class Migration:
-    """One change.
+    """One change of a label map.
 
     Attributes:
         version: Of the map after it, from 1.
@@ -46,7 +46,7 @@ class Migration:
     before: str = ""
 
     def line(self) -> str:
-        """As it stands in the file."""
+        """Return the migration as a line of the record."""
         content = {
             "version": self.version,
             "operation": self.operation,
@@ -59,12 +59,12 @@ class Migration:
 
 
 def migrations_path(labels: Path) -> Path:
-    """Where the changes of a label map are recorded."""
+    """Return the path of a label map's record of changes."""
     return labels.with_name(f"{labels.stem}.migrations.jsonl")
 
 
 def read_migrations(labels: Path) -> tuple[Migration, ...]:
-    """The changes of a label map, oldest first; none when nothing was ever changed.
+    """Read the changes of a label map, oldest first; none when nothing was ever changed.
 
     Raises:
         ConfigError: The record is broken.
@@ -104,12 +104,12 @@ def _parse(line: str, where: str) -> Migration:
 def change(
     labels: LabelMap, operation: Operation, old: Sequence[str], new: Sequence[str], version: int
 ) -> tuple[LabelMap, Migration]:
-    """The map after a change, and its record.
+    """Return the map after a change, and the record of the change.
 
     Args:
         labels: Before.
-        operation: ``rename`` A to B; ``merge`` A, B… to C, which may be one of them or another
-            tag of the map; ``split`` A to B, C…, of which one may be A; ``retire`` A….
+        operation: ``rename`` A to B; ``merge`` A, B... to C, which may be one of them or another
+            tag of the map; ``split`` A to B, C..., of which one may be A; ``retire`` A....
         old: Names to be taken away.
         new: Names to stand for them.
         version: Of the map after the change.
@@ -119,11 +119,11 @@ def change(
             be left.
     """
     _check(labels, operation, old, new)
-    before = list(labels.names)
+    old_names = list(labels.names)
     heir = next((name for name in new if name in old), new[0] if new else None)
     target: dict[str, str | None] = dict.fromkeys(old, heir)
     after: list[str] = []  # what is merged stands where the first of it stood
-    for name in before:
+    for name in old_names:
         moved = target.get(name, name)
         if moved is not None and moved not in after:
             after.append(moved)
@@ -133,7 +133,8 @@ def change(
     if operation == "split" and heir not in old:
         target = dict.fromkeys(old)  # no single part is the tag that was
     ids = tuple(
-        None if (moved := target.get(name, name)) is None else after.index(moved) for name in before
+        None if (moved := target.get(name, name)) is None else after.index(moved)
+        for name in old_names
     )
     return LabelMap(tuple(after)), Migration(
         version, operation, tuple(old), tuple(new), ids, names_digest(labels)
@@ -176,7 +177,7 @@ def record(labels: Path, changed: LabelMap, migrations: Iterable[Migration]) -> 
 
 
 def load(labels: Path, *, complete: bool = False) -> tuple[LabelMap, tuple[Migration, ...]]:
-    """A label map and its changes.
+    """Load a label map and its changes.
 
     Args:
         labels: The map's file.
@@ -194,19 +195,19 @@ def load(labels: Path, *, complete: bool = False) -> tuple[LabelMap, tuple[Migra
 
 
 def lacks_last(labels: LabelMap, migrations: Sequence[Migration]) -> bool:
-    """Whether the map is still just as it was before its last recorded change."""
+    """True when the map is still as it was before its last recorded change."""
     return bool(migrations) and migrations[-1].before == names_digest(labels)
 
 
 def names_digest(labels: LabelMap) -> str:
-    """sha256 of the names in their order."""
+    """Return the sha256 of the names in their order."""
     text = json.dumps(list(labels.names), ensure_ascii=False)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 @dataclass(frozen=True)
 class Applied:
-    """What became of one data file.
+    """Counts of one rewritten data file.
 
     Attributes:
         posts: All of them.
@@ -224,17 +225,17 @@ class Applied:
 
 
 def note_path(data: Path) -> Path:
-    """Where it stands which version of the label map a data file follows."""
+    """Return the path of the note of the version that a data file follows."""
     return data.with_name(f"{data.name}.taxonomy.json")
 
 
 def relabel_path(data: Path) -> Path:
-    """The posts that people must look at after a split."""
+    """Return the path of the list of posts that people must look at after a split."""
     return data.with_name(f"{data.stem}.relabel.jsonl")
 
 
 def followed_version(data: Path) -> int:
-    """The version that a data file follows; 0 when it was never rewritten.
+    """Return the version that a data file follows; 0 when it was never rewritten.
 
     Raises:
         ConfigError: The note is broken.
@@ -261,11 +262,13 @@ def apply(
     Raises:
         ConfigError: The file cannot be read or written.
     """
-    before, after = followed_version(data), len(migrations)
-    if before > after:
-        raise ConfigError(f"{data}: follows version {before}, the label map has only {after}")
-    if before == after and not by_post:
-        return Applied(0, 0, 0, 0, after)
+    old_version, new_version = followed_version(data), len(migrations)
+    if old_version > new_version:
+        raise ConfigError(
+            f"{data}: follows version {old_version}, the label map has only {new_version}"
+        )
+    if old_version == new_version and not by_post:
+        return Applied(0, 0, 0, 0, new_version)
     answers = {post_id: _said(names, migrations) for post_id, names in by_post.items()}
     asked = [row for row in _asked(data) if not answers.get(str(row["post_id"]))]
     counts = {"posts": 0, "changed": 0, "bare": 0, "relabel": 0}
@@ -274,29 +277,33 @@ def apply(
         with AtomicLines(relabel_path(data)) as relabel, AtomicLines(part) as out:
             for row in asked:
                 relabel.write(json.dumps(row, ensure_ascii=False))
-            lines = _rewritten(data, migrations[before:], answers, counts, relabel)
+            lines = _rewritten(data, migrations[old_version:], answers, counts, relabel)
             file = DataFile(out, "json" if data.suffix.lower() == ".json" else "jsonl")
             for line in lines:
                 file.add(line)
             file.end()
-        _finish(data, part, before, after)
+        _finish(data, part, old_version, new_version)
     except OSError as error:
         part.unlink(missing_ok=True)
         raise ConfigError(f"{data}: cannot be rewritten: {error.strerror or error}") from error
     if not counts["relabel"] and not asked:
         relabel_path(data).unlink(missing_ok=True)
-    return Applied(**counts, version=after)
+    return Applied(**counts, version=new_version)
 
 
-def _finish(data: Path, part: Path, before: int, after: int) -> None:
-    note = {"version": before, "pending_version": after, "pending_sha256": file_digest(part)}
+def _finish(data: Path, part: Path, old_version: int, new_version: int) -> None:
+    note = {
+        "version": old_version,
+        "pending_version": new_version,
+        "pending_sha256": file_digest(part),
+    }
     write_whole(note_path(data), json.dumps(note))
     publish(part, data)
-    write_whole(note_path(data), json.dumps({"version": after}))
+    write_whole(note_path(data), json.dumps({"version": new_version}))
 
 
 def _said(names: Sequence[str], migrations: Sequence[Migration]) -> list[str]:
-    """What people said of a post, as those tags are called by now; other tags do not count."""
+    """Return people's answers for a post under today's names; tags never split are ignored."""
     now: list[str] = []
     for migration in migrations:
         if migration.operation == "split":
@@ -306,7 +313,7 @@ def _said(names: Sequence[str], migrations: Sequence[Migration]) -> list[str]:
 
 
 def _asked(data: Path) -> list[dict[str, Any]]:
-    """Posts that an earlier run has listed for people to look at."""
+    """Return the posts that an earlier run has listed for people to look at."""
     path = relabel_path(data)
     return list(_entries(path)) if path.exists() else []
 
@@ -319,13 +326,13 @@ def _rewritten(
     relabel: AtomicLines,
 ) -> Iterator[dict[str, Any]]:
     for entry in _entries(data):
-        before = [str(name) for name in entry.get("labels") or []]
+        old_labels = [str(name) for name in entry.get("labels") or []]
         answer = answers.get(str(entry.get("post_id")), ())
-        followed, unsaid = follow(before, migrations)
+        followed, unsaid = follow(old_labels, migrations)
         labels = list(dict.fromkeys([*followed, *answer]))
         counts["posts"] += 1
-        counts["changed"] += labels != before
-        counts["bare"] += bool(before) and not labels
+        counts["changed"] += labels != old_labels
+        counts["bare"] += bool(old_labels) and not labels
         if unsaid and not answer:
             counts["relabel"] += 1
             note = {"post_id": entry.get("post_id"), "labels": labels, "split": unsaid}
@@ -334,7 +341,7 @@ def _rewritten(
 
 
 def follow(labels: Sequence[str], migrations: Sequence[Migration]) -> tuple[list[str], list[str]]:
-    """Labels after some changes, oldest first, and those that a split has taken away."""
+    """Return labels after some changes, oldest first, and those that a split has taken away."""
     now, gone = list(labels), []
     for migration in migrations:
         touched = [name for name in now if name in migration.old]
@@ -352,24 +359,24 @@ def follow(labels: Sequence[str], migrations: Sequence[Migration]) -> tuple[list
 def read_by_post(
     path: Path | None, labels: LabelMap, migrations: Sequence[Migration]
 ) -> dict[str, list[str]]:
-    """``{post_id, labels}`` lines: what people said of the posts whose tag was split.
+    """Read people's answers for posts whose tag was split: ``{post_id, labels}`` lines.
 
     Raises:
         ConfigError: The file cannot be read, or names a tag that never was.
     """
     if path is None:
         return {}
-    known = {*labels.names, *(name for m in migrations for name in (*m.old, *m.new))}
+    names_ever = {*labels.names, *(name for m in migrations for name in (*m.old, *m.new))}
     said = {str(entry["post_id"]): list(entry.get("labels") or []) for entry in _entries(path)}
     for post_id, names in said.items():
         for name in names:
-            if name not in known:
+            if name not in names_ever:
                 raise ConfigError(f"{path}: post {post_id!r}: tag {name!r} is not in the label map")
     return said
 
 
 def _entries(path: Path) -> Iterator[dict[str, Any]]:
-    """Entries of a list or of JSON lines, all their keys kept."""
+    """Yield the entries of a list or of JSON lines, with all their keys."""
     try:
         if path.suffix.lower() == ".json":
             content = json.loads(path.read_text(encoding="utf-8"))
@@ -418,7 +425,7 @@ def _digest(data: Path) -> str:
 def conflicts(
     labels: Path, data: Sequence[Path] = (), bundle: Path | None = None, min_posts: int = 1
 ) -> Iterator[str]:
-    """Every conflict, a line for a person each.
+    """Yield every conflict as a line for a person.
 
     Raises:
         ConfigError: A file is missing or broken; that the map itself is no map is a conflict.
@@ -437,7 +444,7 @@ def conflicts(
 
 
 def plain(name: str) -> str:
-    """A name as people read it: width, case and spaces do not count."""
+    """Return a name as people read it, without regard to width, case and spaces."""
     return " ".join(unicodedata.normalize("NFKC", name).casefold().replace("_", " ").split())
 
 

@@ -38,7 +38,7 @@ from extractors.feature_file import feature_path
 
 @dataclass(frozen=True)
 class Target:
-    """What is written, and where.
+    """The files to write.
 
     Attributes:
         out: Folder of the files.
@@ -98,7 +98,7 @@ def write_files(
 
 
 def _earlier(out: Path) -> list[Path]:
-    """Data files of an earlier run."""
+    """Return the data files of an earlier run."""
     sides = [path for name in SIDES for path in out.glob(f"{name}_cls*.json*")]
     return [path for path in sides if path.is_file()]
 
@@ -138,7 +138,7 @@ def _relative(source: str, posts: Path, out: Path) -> str:
 
 
 def _relative_to(path: Path, out: Path) -> str:
-    """The path as it is written in a file of the folder ``out``."""
+    """Return the path relative to the folder ``out``."""
     return os.path.relpath(path.absolute(), out.absolute())
 
 
@@ -260,7 +260,7 @@ def _shares(options: Options) -> tuple[float, float, float]:
 
 
 def read_manifest(manifest: Path | None, index: Index) -> None:
-    """Note which media have which content.
+    """Add the hashes of a manifest's media to the index.
 
     ``download_mp`` names files by their hash; a manifest adds those of media named otherwise.
 
@@ -276,7 +276,7 @@ def read_manifest(manifest: Path | None, index: Index) -> None:
 
 
 def duplicate_groups(path: Path | None) -> Iterator[tuple[str, ...]]:
-    """Post IDs of each group of ``duplicates.jsonl``.
+    """Yield the post IDs of each group of ``duplicates.jsonl``.
 
     Raises:
         ConfigError: The file cannot be read.
@@ -305,7 +305,7 @@ def _json_lines(path: Path, what: str) -> Iterator[dict[str, object]]:
 
 
 def _show(index: Index, dealt: Split | None, labels: LabelMap, out: Path) -> None:
-    """The summary on the terminal, and in ``summary.json``."""
+    """Show the summary, and write ``summary.json``."""
     summary = Summary("training data")
     summary.done(len(index))
     for reason, count in index.reasons().items():

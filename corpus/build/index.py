@@ -35,11 +35,10 @@ class Groups:
         self._parent = array("I", range(count))
 
     def __len__(self) -> int:
-        """Number of posts."""
         return len(self._parent)
 
     def root(self, post: int) -> int:
-        """The post that stands for the set; paths are halved on the way."""
+        """Return the post that stands for the set; halve the path on the way."""
         parent = self._parent
         while parent[post] != post:
             parent[post] = parent[parent[post]]
@@ -47,7 +46,7 @@ class Groups:
         return post
 
     def join(self, posts: Iterable[int]) -> None:
-        """Put posts into one set.
+        """Join posts into one set.
 
         The smallest index stands for it, so that the result does not depend on the order of calls.
         """
@@ -78,7 +77,7 @@ OTHERS = "(others)"
 
 
 class Index:
-    """Posts that are kept, what links them, and what was left out; used with ``with``.
+    """Posts to learn from, their links, and the lines left out; a context manager.
 
     Attributes:
         base: The database. ``posts``: kept ones, numbered in the order of their lines, `tags` as
@@ -105,18 +104,17 @@ class Index:
         self.base.close()
 
     def __len__(self) -> int:
-        """Posts that are kept."""
         return self._one("SELECT COUNT(*) FROM posts")
 
     def see(self, post_id: str) -> bool:
-        """Note a post_id; False where it was there before."""
+        """Note a post_id; return False when it came before."""
         insert = "INSERT OR IGNORE INTO seen VALUES (?, NULL)"
         return bool(self.base.execute(insert, (key_of("id", post_id),)).rowcount)
 
     def keep(
         self, line: int, post_id: str, tags: Iterable[int], made_with: Marks, keys: Iterable[int]
     ) -> None:
-        """Take a post in."""
+        """Add a post to learn from."""
         number, self._next = self._next, self._next + 1
         index = self.fingerprints.setdefault(made_with, len(self.fingerprints))
         row = (number, line, index, array("i", tags).tobytes(), 0, -1)
@@ -131,13 +129,12 @@ class Index:
         self.base.execute("INSERT INTO left_out VALUES (?, ?, ?, ?)", row)
 
     def drop(self, names: Iterable[str]) -> None:
-        """Count labels that are passed over."""
         for name in names:
             listed = name in self.dropped_tags or len(self.dropped_tags) < _MAX_NAMES
             self.dropped_tags[name if listed else OTHERS] += 1
 
     def refuse(self, made_with: int, reason: str, detail: str) -> None:
-        """Leave out the posts whose features were made in some way."""
+        """Leave out the posts whose features have a fingerprint."""
         which = (reason, detail, made_with)
         self.base.execute(
             "INSERT INTO left_out SELECT line, ?, NULL, ? FROM posts WHERE made_with = ?", which
@@ -151,22 +148,20 @@ class Index:
         self.base.execute("DELETE FROM posts WHERE made_with = ?", (made_with,))
 
     def shares(self) -> dict[int, int]:
-        """How many posts were made with each of the `fingerprints`."""
+        """Count the posts of each of the `fingerprints`."""
         return dict(self.base.execute("SELECT made_with, COUNT(*) FROM posts GROUP BY made_with"))
 
     def add_medium(self, source: str, sha256: str) -> None:
-        """Note what a manifest says."""
         row = (_text(source), sha256)
         self.base.execute("INSERT OR REPLACE INTO media VALUES (?, ?)", row)
 
     def medium(self, source: str) -> str | None:
-        """sha256 of a medium's content, where a manifest says so."""
+        """Return the sha256 of a medium's content, from a manifest; None if it names none."""
         query = "SELECT sha256 FROM media WHERE source = ?"
         row = self.base.execute(query, (_text(source),)).fetchone()
         return None if row is None else str(row[0])
 
     def number_of(self, post_id: str) -> int | None:
-        """Number of a kept post."""
         query = "SELECT number FROM seen WHERE mark = ?"
         row = self.base.execute(query, (key_of("id", post_id),)).fetchone()
         return None if row is None else row[0]
@@ -190,7 +185,7 @@ class Index:
         self._number(groups)
 
     def _number(self, groups: Groups) -> None:
-        """Give each post the number of its group; those that were refused are in none."""
+        """Number the groups; refused posts are in none."""
         numbers = array("I", bytes(4 * len(groups)))
 
         def rows() -> Iterator[tuple[int, int]]:
@@ -206,17 +201,17 @@ class Index:
         batches(self.base, "UPDATE posts SET part = ? WHERE number = ?", rows())
 
     def reasons(self) -> dict[str, int]:
-        """Reason -> how many lines were left out for it."""
+        """Count the lines left out, by reason."""
         return dict(self.base.execute("SELECT reason, COUNT(*) FROM left_out GROUP BY reason"))
 
     def left_out(self, line: int) -> tuple[str, str | None, str] | None:
-        """Reason, post_id and detail of a line that was left out."""
+        """Return reason, post_id and detail of a line that was left out."""
         query = "SELECT reason, post_id, detail FROM left_out WHERE line = ?"
         row = self.base.execute(query, (line,)).fetchone()
         return None if row is None else (str(row[0]), row[1], str(row[2]))
 
     def dealt(self) -> Iterator[tuple[int, int, int]]:
-        """Line, group and side of each kept post, in the order of the lines."""
+        """Yield line, group and side of each post, in the order of the lines."""
         yield from self.base.execute(
             "SELECT line, part, side FROM posts JOIN parts ON parts.number = part "
             "ORDER BY posts.number"
@@ -229,7 +224,7 @@ class Index:
 def batches(
     base: sqlite3.Connection, query: str, rows: Iterable[tuple[object, ...]], size: int = 1000
 ) -> None:
-    """`executemany` a part at a time, for rows that come from a query on what it changes."""
+    """Run `executemany` in batches, for rows that come from a query on the same table."""
     batch: list[tuple[object, ...]] = []
     for row in rows:
         batch.append(row)
@@ -240,13 +235,13 @@ def batches(
 
 
 def key_of(kind: str, value: str) -> int:
-    """64 bits of a hash, signed; two things that differ share one about never."""
+    """Return a signed 64-bit hash; collisions are negligible."""
     raw = f"{kind}\0{value}".encode("utf-8", "surrogatepass")
     return int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little", signed=True)
 
 
 def _text(text: str | None) -> str | None:
-    """Half a pair of surrogates, which JSON may hold, is no text to SQLite."""
+    """Replace lone surrogates, which JSON may hold and SQLite refuses."""
     return None if text is None else text.encode("utf-8", "replace").decode()
 
 
@@ -266,7 +261,7 @@ BAD_LINE = "broken line"
 
 @dataclass(frozen=True)
 class Rules:
-    """What a post must be to be learned from.
+    """Conditions for a post to be learned from.
 
     Attributes:
         unknown: What a label outside the map does.
@@ -280,7 +275,7 @@ class Rules:
 
 
 class Gatherer:
-    """Reads the posts once.
+    """The first reading of the posts.
 
     Args:
         labels: The map.
@@ -327,12 +322,12 @@ class Gatherer:
                 f"{path}: line {entry.line}: post {post.post_id!r}: label {unknown[0]!r} is not in "
                 "the label map; --unknown skip_tag or skip_post leaves it out"
             )
-        known = sorted({self._labels.index[n] for n in post.labels if n in self._labels.index})
-        if unknown and (self._rules.unknown == "skip_post" or not known):
+        tags = sorted({self._labels.index[n] for n in post.labels if n in self._labels.index})
+        if unknown and (self._rules.unknown == "skip_post" or not tags):
             self._index.leave(entry.line, UNKNOWN, post.post_id, ", ".join(unknown))
             return None
         self._index.drop(unknown)
-        return known
+        return tags
 
     def _made_with(self, entry: CorpusPost) -> Marks | None:
         post_id = entry.post.post_id
@@ -357,7 +352,7 @@ class Gatherer:
         return tuple(sorted((str(k), str(v)) for k, v in header.fingerprints.items()))
 
     def _keys(self, entry: CorpusPost) -> Iterator[int]:
-        """Hashes of what a post may share with another."""
+        """Yield hashes of what a post may share with another."""
         if entry.author:
             yield key_of("author", entry.author)
         text = " ".join(entry.post.text.casefold().split())
@@ -367,7 +362,7 @@ class Gatherer:
             yield key_of("media", self._content(media.source))
 
     def _content(self, source: str) -> str:
-        """What says which medium it is: the hash of its content where it is known."""
+        """Return the identity of a medium: the hash of its content where it is known."""
         stem = Path(source).stem  # `download_mp` names files by their hash
         named = len(stem) == 64 and all(char in "0123456789abcdef" for char in stem)
         return self._index.medium(source) or (stem if named else source)
@@ -395,5 +390,5 @@ def _refuse_minorities(index: Index) -> None:
 
 
 def _most_common(counts: Counter[str]) -> str:
-    """Of equally common ones the first as text, whatever the order of the posts."""
+    """Return the most common; of equals the first as text, whatever the order of the posts."""
     return min(counts, key=lambda each: (-counts[each], each))

@@ -68,7 +68,7 @@ def _make(options: Options) -> None:
 
 
 def count_labels(files: Sequence[Path]) -> tuple[Counter[str], int, int]:
-    """Posts of each tag, broken lines, and posts without labels.
+    """Count the posts of each tag, broken lines, and posts without labels.
 
     Raises:
         ConfigError: A file cannot be read.
@@ -89,7 +89,7 @@ def count_labels(files: Sequence[Path]) -> tuple[Counter[str], int, int]:
 
 
 def order_labels(counts: Counter[str], min_posts: int, base: LabelMap | None = None) -> LabelMap:
-    """The map: tags of the base where they were, then the others by number of posts.
+    """Return the map: tags of the base where they were, then the others by number of posts.
 
     Raises:
         ConfigError: No tag is left.

@@ -24,7 +24,7 @@ from corpus.build.index import Index, batches
 
 _MOVE_PASSES = 30
 _POSTS_WEIGHT = 1.0
-"""How much the number of posts of a side weighs against one tag."""
+"""Weight of a side's number of posts against one tag."""
 FREQUENT = 50
 """Tags with so many posts can be dealt evenly, and are what people compare."""
 _RARE_WEIGHT = 0.05
@@ -40,7 +40,7 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class GroupTags:
-    """How often each tag occurs in each group, in compressed rows.
+    """Counts of each tag in each group, in compressed rows.
 
     Attributes:
         starts: int64 ``(groups + 1,)``; entries of group g are ``starts[g]`` to ``starts[g + 1]``.
@@ -76,18 +76,18 @@ class GroupTags:
         )
 
     def row(self, group: int) -> tuple[Ints, Ints]:
-        """Tags of a group and how many of its posts carry each."""
+        """Return the tags of a group, and how many of its posts carry each."""
         part = slice(self.starts[group], self.starts[group + 1])
         return self.tags[part], self.counts[part]
 
     def totals(self) -> Ints:
-        """Posts of each tag, int64 ``(classes,)``."""
+        """Count the posts of each tag, int64 ``(classes,)``."""
         return np.bincount(self.tags, weights=self.counts, minlength=self.classes).astype(np.int64)
 
 
 @dataclass
 class SideCounts:
-    """What the sides hold already, of groups that are dealt and stay where they are.
+    """Posts on each side, of groups that are dealt and stay where they are.
 
     Attributes:
         tags: int64 ``(sides, classes)``: posts of each tag.
@@ -99,7 +99,6 @@ class SideCounts:
 
     @classmethod
     def nothing(cls, sides: int, classes: int) -> SideCounts:
-        """Empty sides."""
         return cls(np.zeros((sides, classes), np.int64), np.zeros(sides, np.int64))
 
     def add(self, rows: GroupTags, side: Ints) -> None:
@@ -107,7 +106,7 @@ class SideCounts:
         self._count(rows, side, 1)
 
     def take(self, rows: GroupTags, side: Ints) -> None:
-        """The reverse of `add`."""
+        """Undo `add`."""
         self._count(rows, side, -1)
 
     def _count(self, rows: GroupTags, side: Ints, sign: int) -> None:
@@ -125,7 +124,7 @@ def stratify(
     frequent: npt.NDArray[np.bool_] | None = None,
     begin: Ints | None = None,
 ) -> Ints:
-    """The side of each group.
+    """Assign each group to a side.
 
     Args:
         rows: What the groups hold.
@@ -153,7 +152,7 @@ def stratify(
 
 
 class _Board:
-    """Where the groups are, and how far the sides are from the target."""
+    """The sides of the groups, and the distance of each side from its target."""
 
     def __init__(
         self, rows: GroupTags, shares: Floats, settled: SideCounts, frequent: npt.NDArray[np.bool_]
@@ -173,16 +172,16 @@ class _Board:
     def put(self, group: int, side: int) -> None:
         """Put a group on a side, or move it there."""
         tags, counts = self.rows.row(group)
-        before = self.side[group]
-        if before >= 0:
-            self.tags[before, tags] -= counts
-            self.posts[before] -= self.rows.sizes[group]
+        old_side = self.side[group]
+        if old_side >= 0:
+            self.tags[old_side, tags] -= counts
+            self.posts[old_side] -= self.rows.sizes[group]
         self.tags[side, tags] += counts
         self.posts[side] += self.rows.sizes[group]
         self.side[group] = side
 
     def gain(self, group: int) -> Floats:
-        """What each side's error would lose by taking a group from where it is, ``(sides,)``."""
+        """Return how much the error falls when a group moves to each side, ``(sides,)``."""
         tags, counts = self.rows.row(group)
         here = int(self.side[group])
         size = float(self.rows.sizes[group])
@@ -193,7 +192,7 @@ class _Board:
         return gains
 
     def _change(self, tags: Ints, counts: Floats, size: float) -> Floats:
-        """Change of each side's error when these posts come (or, negative, go), ``(sides,)``.
+        """Return the change of each side's error when posts come (negative: go), ``(sides,)``.
 
         The error of a side is sum(weight * (is - target)^2 / target) over tags, and of its posts.
         """
@@ -236,7 +235,7 @@ def _deal(board: _Board, random: np.random.Generator) -> None:
 
 
 def _by_tag(rows: GroupTags) -> list[Ints]:
-    """Groups of each tag."""
+    """List the groups of each tag."""
     groups = np.repeat(np.arange(len(rows.sizes)), np.diff(rows.starts))  # (entries,)
     order = np.argsort(rows.tags, kind="stable")
     ends = np.cumsum(np.bincount(rows.tags, minlength=rows.classes))
@@ -261,7 +260,7 @@ def _improve(board: _Board, random: np.random.Generator) -> None:
 
 
 def _swap(board: _Board, movable: Ints) -> int:
-    """Exchange two groups of different sides where that makes the error smaller; how often."""
+    """Exchange pairs of groups where that makes the error smaller; return how many."""
     swapped = 0
     for first, second in combinations(movable.tolist(), 2):
         first_side, second_side = int(board.side[first]), int(board.side[second])
@@ -283,12 +282,12 @@ _AT_ONCE = 2048
 what is uneven so far."""
 
 _DEAL_PASSES = 2
-"""How often those dealt together are looked at again, where the groups are more than that."""
+"""Further passes over those dealt together, where the groups are more than that."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """The sides of posts; which post is where stands in the index.
+    """Counts of a split; the side of each post is in the index.
 
     Attributes:
         names: Of the sides, those with a share.
@@ -307,7 +306,7 @@ class Split:
     moved: int = 0
 
     def deviations(self) -> npt.NDArray[np.float64]:
-        """Relative difference of each tag's share from its share of all, ``(sides, classes)``."""
+        """Return each tag's relative deviation from its overall share, ``(sides, classes)``."""
         with np.errstate(divide="ignore", invalid="ignore"):
             overall = self.counts.sum(axis=0) / self.posts.sum()
             own = self.counts / self.posts[:, None]
@@ -315,7 +314,7 @@ class Split:
         return deviations
 
     def worst(self) -> tuple[float, int]:
-        """The largest such difference of tags with enough posts, and the tag; 0 and -1 if none."""
+        """Return the largest deviation of frequent tags, and the tag; 0 and -1 if none."""
         frequent = self.counts.sum(axis=0) >= FREQUENT
         if not frequent.any():
             return 0.0, -1
@@ -325,7 +324,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Dealing:
-    """How posts are dealt.
+    """Options of a split.
 
     Attributes:
         shares: Of training, validation and test; a side with 0 is left out.
@@ -374,7 +373,7 @@ def split(index: Index, labels: LabelMap, how: Dealing) -> Split:
 
 @dataclass(frozen=True)
 class _Part:
-    """Some groups.
+    """A bounded number of groups.
 
     Attributes:
         numbers: Of the groups.
@@ -388,7 +387,7 @@ class _Part:
 
 
 class _Groups:
-    """The table of groups: made of the posts, read and settled a bounded number at a time."""
+    """The table of groups: built from the posts, read and settled in bounded parts."""
 
     def __init__(self, index: Index, classes: int) -> None:
         self._base, self._classes = index.base, classes
@@ -396,7 +395,7 @@ class _Groups:
         self.totals: Ints = np.zeros(classes, np.int64)
 
     def fill(self, seed: int) -> None:
-        """Count the tags of each group, and say in what order the groups are dealt.
+        """Count the tags of each group, and set the order in which the groups are dealt.
 
         Posts of one group that were on different sides all go to the latest of them: what was
         tested with must not be learned from.
@@ -412,17 +411,17 @@ class _Groups:
         rows = self._base.execute("SELECT part, tags, held FROM posts ORDER BY part, number")
         for number, members in groupby(rows, key=lambda row: row[0]):
             tags, size, fixed = Counter[int](), 0, -1
-            for _, blob, held in members:
+            for _, blob, earlier in members:
                 listed = np.frombuffer(blob, np.int32).tolist()
                 tags.update(listed)
-                size, fixed = size + 1, max(fixed, held)
+                size, fixed = size + 1, max(fixed, earlier)
             self.count, self.largest = self.count + 1, max(self.largest, size)
             pairs = np.array(sorted(tags.items()), np.int32).reshape(-1, 2)
             np.add.at(self.totals, pairs[:, 0], pairs[:, 1])
             yield number, size, pairs.tobytes(), fixed, int(random.integers(2**62))
 
     def read(self, *, fixed: bool) -> Iterator[_Part]:
-        """The groups that are fixed, or the others, a bounded number at a time."""
+        """Yield the groups that are fixed, or the others, in bounded parts."""
         query = (
             "SELECT turns.rowid, number, COALESCE(side, fixed), size, tags FROM turns "
             "JOIN parts ON number = part "
@@ -440,13 +439,13 @@ class _Groups:
             )
 
     def settle(self, numbers: list[int], side: Ints) -> Ints:
-        """Write the sides of groups; returns them."""
+        """Write the sides of groups, and return them."""
         rows = zip(side.tolist(), numbers, strict=True)
         self._base.executemany("UPDATE parts SET side = ? WHERE number = ?", rows)
         return side
 
     def moved(self) -> int:
-        """Posts that are not on the side which held them."""
+        """Count the posts that are no longer on the side of the earlier split."""
         query = (
             "SELECT COUNT(*) FROM posts JOIN parts ON parts.number = part "
             "WHERE held >= 0 AND held != side"

@@ -96,7 +96,7 @@ class Hosts:
         return None
 
     def done(self, name: str) -> None:
-        """One of a host's downloads has ended."""
+        """Note that one of a host's downloads has ended."""
         host = self._hosts[name]
         host.busy -= 1
         self._queue(name, host)
@@ -110,11 +110,11 @@ class Hosts:
             self._push(until, name)
 
     def reached(self, name: str) -> None:
-        """A host has answered, whatever it said."""
+        """Note that a host has answered, whatever it said."""
         self._unreached.pop(name, None)
 
     def unreached(self, name: str, result: UrlResult) -> None:
-        """A host could not be reached; `result` is what its URLs get when it is given up."""
+        """Note that a host could not be reached; `result` is for its URLs when it is given up."""
         times = self._unreached.pop(name, 0) + 1
         if times >= DEAD_AFTER:
             self.give_up(name, result)

@@ -200,7 +200,7 @@ class BrokenDisk(Exception):
 
 
 class Download:
-    """Everything of one run up to the results of all URLs.
+    """One run up to the results of all URLs.
 
     Attributes:
         complete: Whether every URL has its result.
@@ -355,7 +355,7 @@ class Download:
         return []
 
     def _keep(self, results: list[tuple[str, UrlResult, str]]) -> None:
-        """Record results, then put files in their place: a kill between the two is recovered."""
+        """Record results, then move the files: a kill between the two is recovered."""
         self._state.put((key, result) for key, result, _ in results)
         for key, result, incoming in results:
             self._pending.discard(key)

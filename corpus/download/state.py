@@ -58,7 +58,7 @@ class State:
         return None if row is None else _result_of_row(row)
 
     def settled(self, key: str) -> tuple[UrlResult, bool] | None:
-        """Return what a URL gave and whether in this very run; None where a try is worth it."""
+        """Return what a URL gave, and True if in this run; None where a try is worth it."""
         row = self._row(key)
         if row is None or (row[0] == "retryable" and row[1] < self.run):
             return None
@@ -98,7 +98,7 @@ class State:
             self._db.execute(_FORGET)
 
     def totals(self) -> tuple[int, int]:
-        """Distinct contents that are there, and their bytes."""
+        """Count the distinct contents, and their bytes."""
         with self._edge():
             cursor = self._db.execute(
                 "SELECT COUNT(*), COALESCE(SUM(size_bytes), 0) FROM "
@@ -108,7 +108,6 @@ class State:
         return int(files), int(size_bytes)
 
     def close(self) -> None:
-        """Close the file."""
         with suppress(sqlite3.Error):
             self._db.close()
 

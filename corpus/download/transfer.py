@@ -98,7 +98,7 @@ def move_in_place(out: Path, incoming: str, result: UrlResult) -> bool:
 
 
 def present(out: Path, result: UrlResult, *, verify: bool = False) -> bool:
-    """Return whether the content is there, by its size, or with `verify` by its hash."""
+    """True when the content exists, by its size, or with `verify` by its hash."""
     path = out / result.path
     try:
         if path.stat().st_size != result.size_bytes:
@@ -141,7 +141,7 @@ class Transfers:
 
     @property
     def free(self) -> int:
-        """How many more downloads can begin now."""
+        """Number of downloads that can begin now."""
         return self._most - self.busy
 
     def start(self, ask: Ask) -> None:

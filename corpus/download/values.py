@@ -18,7 +18,7 @@ Status: TypeAlias = Literal["ok", "refused", "retryable"]
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How to download.
+    """Options of a download.
 
     Attributes:
         processes: Times `connections` gives the downloads at once; all run in this process.
@@ -55,7 +55,7 @@ class Ask:
 
 @dataclass(frozen=True, slots=True)
 class UrlResult:
-    """What a URL gave, as the state keeps it.
+    """The result of a URL, as the state keeps it.
 
     Attributes:
         sha256: Of the content; empty unless ``ok``.
@@ -75,13 +75,13 @@ class UrlResult:
 
     @property
     def path(self) -> str:
-        """The path of the content, relative to the output folder."""
+        """Path of the content, relative to the output folder."""
         return f"media/{self.sha256[:2]}/{self.sha256}.{self.extension}"
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """How one download went.
+    """The outcome of one download.
 
     Attributes:
         incoming: Name of the finished file in the folder of incoming ones; empty when none.

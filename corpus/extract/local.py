@@ -44,34 +44,34 @@ class FeatureStore:
 
     Attributes:
         root: Of all files.
-        wanted: Modalities that this script extracts.
+        modalities: Modalities that this script extracts.
         fingerprints: Of every stream that they have.
         retry_failed: Whether what failed for good before counts as not done.
         node: Name of this machine in results.
     """
 
     root: Path
-    wanted: frozenset[Modality]
+    modalities: frozenset[Modality]
     fingerprints: Mapping[Stream, str]
     retry_failed: bool = False
     node: str = ""
 
     def find(self, work: Work) -> Result | None:
-        """What a former run made of the post; None when it is to be extracted."""
+        """Return the result of an earlier run; None when the post must be extracted."""
         try:
             header = read_header(feature_path(self.root, work.post.post_id), work.post.post_id)
         except FeatureError:
             return None  # there is none, or it is broken: it is made again
-        ours = {s: f for s, f in header.fingerprints.items() if modality_of(s) in self.wanted}
+        ours = {s: f for s, f in header.fingerprints.items() if modality_of(s) in self.modalities}
         if ours != dict(self.fingerprints):
             return None
         made = {modality_of(stream) for stream in ours}
         if any(header.inputs.get(m) != work.digests.get(m) for m in made):
             return None
-        failures = {m: f for m, f in header.failures.items() if m in self.wanted}
+        failures = {m: f for m, f in header.failures.items() if m in self.modalities}
         if failures and self.retry_failed:
             return None
-        statuses = {m: s for m, s in header.statuses.items() if m in self.wanted}
+        statuses = {m: s for m, s in header.statuses.items() if m in self.modalities}
         return Result(
             work.index,
             work.post.post_id,
@@ -82,7 +82,7 @@ class FeatureStore:
         )
 
     def put(self, work: Work, features: Features) -> Result:
-        """Merge what was extracted into the post's file.
+        """Merge new features into the post's file.
 
         Raises:
             FeatureError: The extractors gave what no feature file takes.
@@ -99,14 +99,16 @@ class FeatureStore:
         return Result(work.index, work.post.post_id, "done", ours.statuses, failures, self.node)
 
     def _own(self, work: Work, features: Features) -> Features:
-        """This script's share, with the media that were lost before it."""
-        failures = {m: _without_name(f) for m, f in features.failures.items() if m in self.wanted}
-        statuses = {m: s for m, s in features.statuses.items() if m in self.wanted}
+        """Return this script's share, with the media that were lost before it."""
+        failures = {
+            m: _without_name(f) for m, f in features.failures.items() if m in self.modalities
+        }
+        statuses = {m: s for m, s in features.statuses.items() if m in self.modalities}
         for modality, failure in work.lost.items():
             failures.setdefault(modality, failure)
             if statuses.get(modality) == "missing":
                 statuses[modality] = "failed"
-        arrays = {s: a for s, a in features.arrays.items() if modality_of(s) in self.wanted}
+        arrays = {s: a for s, a in features.arrays.items() if modality_of(s) in self.modalities}
         return replace(features, arrays=arrays, statuses=statuses, failures=failures)
 
     def _merged(self, work: Work, ours: Features, old: tuple[Header, Features] | None) -> bytes:
@@ -118,10 +120,10 @@ class FeatureStore:
             if m not in ours.failures or _is_final(ours.failures[m])
         }
         if old is None:
-            own = ours if "text" in self.wanted else replace(ours, ocr_text=None)
+            own = ours if "text" in self.modalities else replace(ours, ocr_text=None)
             return features_bytes(own, self.fingerprints, inputs)
         header, old_features = old
-        others: frozenset[Modality] = frozenset(header.statuses) - self.wanted
+        others: frozenset[Modality] = frozenset(header.statuses) - self.modalities
         fingerprints = {s: f for s, f in header.fingerprints.items() if modality_of(s) in others}
         merged = Features(
             post_id=ours.post_id,
@@ -131,7 +133,7 @@ class FeatureStore:
             },
             statuses={**{m: s for m, s in header.statuses.items() if m in others}, **ours.statuses},
             failures={**{m: f for m, f in header.failures.items() if m in others}, **ours.failures},
-            ocr_text=ours.ocr_text if "text" in self.wanted else header.ocr_text,
+            ocr_text=ours.ocr_text if "text" in self.modalities else header.ocr_text,
         )
         digests = {m: d for m, d in header.inputs.items() if m in others}
         return features_bytes(merged, {**fingerprints, **self.fingerprints}, {**digests, **inputs})
@@ -150,12 +152,12 @@ def _parts(post_id: str, failures: Mapping[Modality, Failure]) -> tuple[FailedPa
 
 
 def _is_final(failure: Failure) -> bool:
-    """Whether trying again is of no use; what killed two workers will kill a third."""
+    """True when trying again is of no use; a post that killed two workers will kill a third."""
     return not failure.retryable or failure.type == WorkerDied.__name__
 
 
 def _without_name(failure: Failure) -> Failure:
-    """Which of the workers died is chance, and files shall be the same however often one runs."""
+    """Drop the worker's name, which is chance: files must be the same for every run."""
     if failure.type != WorkerDied.__name__:
         return failure
     return replace(failure, message=_WORKER_NAME.sub("its worker ", failure.message))
@@ -169,7 +171,7 @@ _Ended: TypeAlias = "queue.SimpleQueue[tuple[Work, Future[PostTags]]]"
 
 
 class LocalEngine:
-    """Extracts on this machine; `open` it, `run` entries through it, `close` it.
+    """The engine on this machine; `open` it, `run` entries through it, `close` it.
 
     Args:
         force: Extract what is there, too.
@@ -180,14 +182,14 @@ class LocalEngine:
         self,
         settings: Settings,
         root: Path,
-        wanted: frozenset[Modality],
+        modalities: frozenset[Modality],
         *,
         force: bool = False,
         retry_failed: bool = False,
         interrupt: Interrupt | None = None,
         node: str = "",
     ) -> None:
-        self._settings, self._root, self._wanted = settings, root, wanted
+        self._settings, self._root, self._modalities = settings, root, modalities
         self._force, self._retry_failed, self._node = force, retry_failed, node
         self._interrupt = interrupt or Interrupt()
         processes = sum(group.processes for group in settings.workers.extractors)
@@ -204,25 +206,26 @@ class LocalEngine:
         """
         from workers.runner import PostRunner
 
-        runner = PostRunner(self._settings, fuse=False, modalities=self._wanted, limit=self._limit)
+        runner = PostRunner(
+            self._settings, fuse=False, modalities=self._modalities, limit=self._limit
+        )
         runner.start()
         self._runner = runner
         self._store = FeatureStore(
             self._root,
-            self._wanted,
+            self._modalities,
             dict(runner.fingerprints),
             self._retry_failed,
             self._node,
         )
 
     def close(self) -> None:
-        """End the processes."""
         if self._runner is not None:
             self._runner.close()
         self._runner = None
 
     def run(self, entries: Iterable[Entry]) -> Iterator[Result]:
-        """Results in the order in which they come.
+        """Yield results in the order in which they come.
 
         Raises:
             OSError: Features cannot be written.

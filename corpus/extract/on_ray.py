@@ -63,7 +63,7 @@ class PartFolder:
         made.rename(self.folder)
 
     def write(self, works: Iterable[Work]) -> list[str]:
-        """Write the work and give the files; they grow, so that few posts spread as well."""
+        """Write the work and return the files; they grow, so that few posts spread too."""
         paths: list[str] = []
         lines: list[str] = []
         for work in works:
@@ -76,7 +76,6 @@ class PartFolder:
         return paths
 
     def close(self) -> None:
-        """Remove the folder."""
         shutil.rmtree(self.folder, ignore_errors=True)
         self._lock.release()
 
@@ -87,13 +86,12 @@ class PartFolder:
 
 
 def read_part(path: str) -> list[Work]:
-    """The work in a file."""
     with Path(path).open(encoding="utf-8") as file:
         return [Work.of_json(line) for line in file]
 
 
 def tries(folder: Path, name: str) -> int:
-    """Note that something is begun; how often it has been, this time included.
+    """Note that something begins; return how often it has begun, this time included.
 
     A death cannot be told by who died of it: it is read off the tries that were left without end.
     """
@@ -125,7 +123,7 @@ IN, OUT = "item", "result"
 
 @dataclass(frozen=True)
 class Order:
-    """What an actor is told when it is made; it pickles.
+    """Constructor arguments of an actor; picklable.
 
     Attributes:
         settings: As JSON.
@@ -136,7 +134,7 @@ class Order:
 
     settings: str
     root: str
-    wanted: frozenset[Modality]
+    modalities: frozenset[Modality]
     folder: str
     where: str
     force: bool
@@ -144,10 +142,10 @@ class Order:
 
 
 class ExtractActor:
-    """A callable for `ray.data.Dataset.map_batches`."""
+    """An actor: a callable for `ray.data.Dataset.map_batches`."""
 
     def __init__(self, order: Order, node: str | None = None) -> None:
-        """Load the models; a mistake is told by the first batch, as Ray would try again for ever.
+        """Load the models; the first batch reports an error, as Ray would try again for ever.
 
         Args:
             order: What to do.
@@ -164,7 +162,7 @@ class ExtractActor:
         engine = LocalEngine(
             settings,
             Path(order.root),
-            order.wanted,
+            order.modalities,
             force=order.force,
             retry_failed=order.retry_failed,
             node=self._node,
@@ -176,7 +174,7 @@ class ExtractActor:
             self._trouble = _why(error)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Results of files of work, in any order."""
+        """Return the results of files of work, in any order."""
         if self._trouble is None:
             try:
                 results = [result for path in batch[IN].tolist() for result in self._run(path)]
@@ -208,7 +206,7 @@ class ExtractActor:
 
 
 def trouble_of(line: str) -> TaggingError | None:
-    """Why the run cannot go on, where a row says so."""
+    """Return the error of a row that ends the run; None for a result."""
     content = json.loads(line)
     if "trouble" not in content:
         return None
@@ -237,7 +235,7 @@ _CODE = Path(__file__).resolve().parents[2]
 
 
 class RayEngine:
-    """Extracts with actors of Ray; `open` it, `run` entries through it, `close` it."""
+    """The engine with actors of Ray; `open` it, `run` entries through it, `close` it."""
 
     def __init__(self, options: Options, interrupt: Interrupt) -> None:
         self._options, self._interrupt = options, interrupt
@@ -271,7 +269,7 @@ class RayEngine:
             self._parts = None
 
     def run(self, entries: Iterable[Entry]) -> Iterator[Result]:
-        """Results in the order in which they come.
+        """Yield results in the order in which they come.
 
         Raises:
             ConfigError: The extractors cannot be loaded.
@@ -309,7 +307,7 @@ class RayEngine:
             raise ConfigError(f"--address {address or 'local'}: {reason}") from error
 
     def _fit(self, ray: Any) -> None:
-        """How many actors, and what each of them takes of its node."""
+        """Choose the number of actors, and the share of its node that each takes."""
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         on_gpus = any(device != "cpu" for device in self._options.devices)
         gpus = int(sum(node.get("GPU", 0) for node in nodes))
@@ -360,7 +358,7 @@ class RayEngine:
         return Order(
             settings=options.settings.model_dump_json(),
             root=str(options.features),
-            wanted=MODALITIES_OF[options.kind],
+            modalities=MODALITIES_OF[options.kind],
             folder=str(self._parts.folder),
             where=str(Path.cwd()),
             force=options.force,
@@ -369,7 +367,7 @@ class RayEngine:
 
 
 def _check_reachable(address: str) -> None:
-    """Ray itself would try for minutes.
+    """Fail at once where nothing listens; Ray itself would try for minutes.
 
     Raises:
         OSError: Nothing listens there.

@@ -39,7 +39,7 @@ order, or side by side. What was interrupted goes on when the same command is ru
 
 @dataclass(frozen=True)
 class Options:
-    """One command.
+    """Options of one run.
 
     Attributes:
         settings: With the workers that the command asks for.
@@ -171,14 +171,14 @@ def parse(kind: Kind, arguments: Sequence[str] | None = None) -> Options:
 
 
 def cores() -> int:
-    """CPU cores that this process may use."""
+    """Count the CPU cores that this process may use."""
     return len(os.sched_getaffinity(0))
 
 
 def _placed(
     settings: Settings, devices: Sequence[str], processes: int, batch: int | None, share: Share
 ) -> Settings:
-    """The settings with the workers that the command asks for, and quiet logs."""
+    """Return the settings with the workers that the command asks for, and quiet logs."""
     values: dict[str, Any] = settings.model_dump()
     first = settings.workers.extractors[0]
     on = [devices[i % len(devices)] for i in range(processes)]

@@ -24,7 +24,7 @@ from corpus.runs import Interrupt
 
 
 class Tally:
-    """Counts results.
+    """Counts of results.
 
     Attributes:
         summary: Of this run, for the terminal.
@@ -38,7 +38,6 @@ class Tally:
         self._statuses: Counter[str] = Counter()
 
     def add(self, result: Result) -> None:
-        """Count one result."""
         if result.failures:
             self.summary.failed(result.failures[0].reason)
             self.record.failed(result.failures[0].reason)
@@ -56,14 +55,14 @@ class Tally:
             self.nodes[result.node] += 1
 
     def close(self) -> Summary:
-        """The summary, with the counts of modalities; the record has them too."""
+        """Return the summary, with the counts of modalities; the record has them too."""
         self.summary.figures = {name: self._statuses[name] for name in sorted(self._statuses)}
         self.record.figures = dict(self.summary.figures)
         return self.summary
 
 
 def watch(results: Iterable[Result], title: str, total: int) -> Iterator[Result]:
-    """Pass results on, and show how far they are."""
+    """Pass results on, and show the progress."""
     began = time.monotonic()
     done = existing = failed = 0
     with progress_bar(title, total) as bar:
@@ -78,7 +77,7 @@ def watch(results: Iterable[Result], title: str, total: int) -> Iterator[Result]
 
 
 class FailureFile:
-    """Takes failures as they come and writes them in order at the end of a ``with`` block.
+    """A context that takes failures as they come, and writes them in order at its end.
 
     They wait in a file without a name, which goes with the process however that ends; memory
     holds 16 bytes for each. An exception inside the block leaves the old file as it is.
@@ -94,7 +93,6 @@ class FailureFile:
         return self
 
     def add(self, index: int, failures: Iterable[FailedPart]) -> None:
-        """Add the failures of one line of the input."""
         lines = [part.line() for part in failures]
         if lines:
             self._indexes.append(index)
@@ -121,14 +119,14 @@ class FailureFile:
 
 
 class Engine(Protocol):
-    """What runs the extractors: see `local` and `on_ray`."""
+    """The interface of `local` and `on_ray`."""
 
     def open(self) -> None:
         """Get ready; raises ConfigError where it cannot be."""
         ...
 
     def run(self, entries: Iterable[Entry]) -> Iterator[Result]:
-        """One result for each entry, in any order; fewer after an interruption."""
+        """Yield one result for each entry, in any order; fewer after an interruption."""
         ...
 
     def close(self) -> None:

@@ -23,7 +23,7 @@ from corpus.records import BadLine, CorpusPost, count_lines, is_url, local_path,
 from extractors.fingerprint import digest
 
 Kind: TypeAlias = Literal["text", "audio", "image", "video"]
-"""Which of the scripts runs."""
+"""The four scripts."""
 
 MODALITIES_OF: Mapping[Kind, frozenset[Modality]] = MappingProxyType(
     {
@@ -33,10 +33,10 @@ MODALITIES_OF: Mapping[Kind, frozenset[Modality]] = MappingProxyType(
         "video": frozenset({"video"}),
     }
 )
-"""What each script extracts; the words in pictures belong to the text."""
+"""Modalities of each script; the words in pictures belong to the text."""
 
 State: TypeAlias = Literal["done", "there", "failed", "rejected", "repeated"]
-"""Of a post: extracted now; extracted before; nothing was kept of it; no post; seen before."""
+"""Extracted now; extracted by an earlier run; lost; not a post; a repeated post_id."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,13 +53,13 @@ class FailedPart:
     failure: Failure
 
     def line(self) -> str:
-        """``{post_id, modality, stage, type, message}``."""
+        """Return ``{post_id, modality, stage, type, message}``."""
         content = {"post_id": self.post_id, "modality": self.modality, **self.failure.as_dict()}
         return json.dumps(content, ensure_ascii=False)
 
     @property
     def reason(self) -> str:
-        """Its class, for counting."""
+        """Return the class of the failure, for counting."""
         return f"{self.modality or 'post'}: {self.failure.stage} {self.failure.type}"
 
 
@@ -80,7 +80,6 @@ class Work:
     lost: Mapping[Modality, Failure] = field(default_factory=dict)
 
     def as_json(self) -> str:
-        """One line, for an actor on another machine."""
         post = self.post
         content = {
             "index": self.index,
@@ -95,7 +94,6 @@ class Work:
 
     @classmethod
     def of_json(cls, line: str) -> Work:
-        """What `as_json` wrote."""
         content: dict[str, Any] = json.loads(line)
         post = Post(
             content["post_id"],
@@ -109,7 +107,7 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What became of one line of the input.
+    """The outcome of one line of the input.
 
     Attributes:
         statuses: Of the modalities of this script.
@@ -124,7 +122,6 @@ class Result:
     node: str = ""
 
     def as_json(self) -> str:
-        """One line, for the driver on another machine."""
         content = {
             "index": self.index,
             "post_id": self.post_id,
@@ -137,7 +134,6 @@ class Result:
 
     @classmethod
     def of_json(cls, line: str) -> Result:
-        """What `as_json` wrote."""
         content: dict[str, Any] = json.loads(line)
         failures = tuple(
             FailedPart(content["post_id"], modality, Failure(**failure))
@@ -147,7 +143,7 @@ class Result:
 
 
 Entry: TypeAlias = Work | Result
-"""A line of the input: something to do, or settled already (no post, or seen before)."""
+"""A line of the input: work, or the result of a line that needs none."""
 
 
 def _failure_dict(failure: Failure) -> dict[str, Any]:
@@ -156,12 +152,12 @@ def _failure_dict(failure: Failure) -> dict[str, Any]:
 
 _CONTENT_NAME = re.compile(r"[0-9a-f]{64}(\.\w+)?")
 POSTS_OF_MANIFEST = "posts.jsonl"
-"""Beside a manifest: its posts, with paths in the place of URLs."""
+"""File next to a manifest: its posts, with paths instead of URLs."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Source:
-    """One media of a post: as written, where it lies, and its size there."""
+    """One media of a post: as written, its location, and its size there."""
 
     media: Media
     location: str
@@ -169,7 +165,7 @@ class _Source:
 
     @property
     def identity(self) -> list[Any]:
-        """What changes when the media does: content-addressed names move without it."""
+        """Return what changes when the media does: content-addressed names may move."""
         name = self.media.source.rpartition("/")[2]
         is_content = _CONTENT_NAME.fullmatch(name) and not is_url(self.media.source)
         return [self.media.kind, name if is_content else self.media.source, self.size_bytes]
@@ -181,7 +177,7 @@ class Inputs:
     Args:
         path: A posts file, or a data file.
         settings: Decide which media count, and what the pictures are read for.
-        wanted: Modalities of the script.
+        modalities: Modalities of the script.
         manifest: Of `scripts/data_scripts/download_mp.py`: tells why media are not there.
         limit: Lines at most; None: all.
     """
@@ -190,16 +186,16 @@ class Inputs:
         self,
         path: Path,
         settings: Settings,
-        wanted: frozenset[Modality],
+        modalities: frozenset[Modality],
         *,
         manifest: Path | None = None,
         limit: int | None = None,
     ) -> None:
         self._path, self._manifest, self._limit = path, manifest, limit
-        self._settings, self._wanted = settings, wanted
+        self._settings, self._modalities = settings, modalities
 
     def count(self) -> int:
-        """Lines of the input, nearly: empty ones count.
+        """Count the lines of the input, empty ones included.
 
         Raises:
             ConfigError: The file is missing or cannot be read.
@@ -208,7 +204,7 @@ class Inputs:
         return lines if self._limit is None else min(lines, self._limit)
 
     def __iter__(self) -> Iterator[Entry]:
-        """The entries, in order.
+        """Yield the entries, in order.
 
         Raises:
             ConfigError: A file is missing or broken, or manifest and posts do not belong together.
@@ -260,17 +256,16 @@ class Inputs:
             return _Source(media, str(location), None)
 
     def _blame(self, kind: MediaKind, post: Post) -> Modality | None:
-        """Which modality lacks a media file that is not there, as `workers.plan` has it."""
-        if kind in self._wanted:
+        """Return the modality that a missing media file fails, as `workers.plan` has it."""
+        if kind in self._modalities:
             return kind
-        if kind == "video" and "audio" in self._wanted:
+        if kind == "video" and "audio" in self._modalities:
             return "audio"
-        if "text" not in self._wanted or not self._reads(post, kind):
+        if "text" not in self._modalities or not self._reads(post, kind):
             return None
         return "text" if self._settings.features.ocr_mode == "append" else "ocr"
 
     def _reads(self, post: Post, kind: MediaKind) -> bool:
-        """Whether the text in a kind of media is read."""
         ocr = self._settings.features.ocr
         if not ocr.enabled or post.ocr is not None:
             return False
@@ -279,7 +274,7 @@ class Inputs:
     def _digests(
         self, post: Post, sources: Sequence[_Source], lost: Sequence[_Loss]
     ) -> dict[Modality, str]:
-        """What the features of each modality are made from."""
+        """Digest what the features of each modality are made from."""
         decode = self._settings.decode
         limits = [decode.max_pixels, decode.max_duration_s, decode.max_audio_s]
 
@@ -299,7 +294,7 @@ class Inputs:
             "text": [post.text, words] if appended else [post.text],
             "ocr": words,
         }
-        return {m: digest({"made_from": parts[m]}) for m in parts if m in self._wanted}
+        return {m: digest({"made_from": parts[m]}) for m in parts if m in self._modalities}
 
 
 @dataclass(frozen=True, slots=True)
@@ -318,7 +313,7 @@ class _Losses:
         self._next = next(self._lines, None)
 
     def of(self, post_id: str) -> list[_Loss]:
-        """The losses of the next post."""
+        """Return the losses of the next post."""
         losses: list[_Loss] = []
         while self._next is not None and self._next[1].get("post_id") == post_id:
             number, content = self._next
@@ -328,7 +323,7 @@ class _Losses:
         return losses
 
     def check_all_taken(self) -> None:
-        """Find lines whose posts are not there.
+        """Refuse a manifest with lines left.
 
         Raises:
             ConfigError: There are some.
@@ -373,7 +368,7 @@ def _loss(content: dict[str, Any], where: str) -> _Loss:
 
 
 def _leaves(source: str) -> bool:
-    """Whether a relative path climbs out of its file's folder: other files are not its business."""
+    """True when a relative path leaves its file's folder."""
     if is_url(source) or source.startswith("/"):
         return False
     return os.path.normpath(source).split("/")[0] == ".."
@@ -386,6 +381,6 @@ def _rejected(index: int, entry: BadLine) -> Result:
 
 
 def _short_hash(post_id: str) -> int:
-    """64 bits of a post's ID: a set of them is a tenth of a set of IDs."""
+    """Return a 64-bit hash of a post's ID: a set of them is a tenth of a set of IDs."""
     raw = hashlib.blake2b(post_id.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(raw, "little")

@@ -38,7 +38,7 @@ from corpus.runs import Stopper, only_one
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What to pull.
+    """Options of a pull.
 
     Attributes:
         store: With the URL as it stands in the settings, ``embedded://`` included.
@@ -76,7 +76,7 @@ class Interrupted(Exception):
 
 
 def pull(options: Options, resolved: StoreSettings) -> int:
-    """Pull everything; gives the exit code.
+    """Pull everything; return the exit code.
 
     Args:
         options: What to pull.
@@ -112,7 +112,7 @@ def pull(options: Options, resolved: StoreSettings) -> int:
 
 
 def _nothing(options: Options) -> str:
-    """What there was no document of; one line."""
+    """Say in one line that nothing matched."""
     store = options.store
     where = f"collection {store.database}.{store.collection}"
     if not query_of(options):
@@ -124,7 +124,7 @@ def _nothing(options: Options) -> str:
 
 
 def query_of(options: Options) -> dict[str, Any]:
-    """The filter.
+    """Return the filter.
 
     Raises:
         ConfigError: See `read_query`.
@@ -137,7 +137,7 @@ def query_of(options: Options) -> dict[str, Any]:
 
 
 def read_query(text: str) -> dict[str, Any]:
-    """A condition in MongoDB's extended JSON.
+    """Read a condition in MongoDB's extended JSON.
 
     Raises:
         ConfigError: It is no JSON object, or holds what a database has no type for.
@@ -193,7 +193,7 @@ class _Pull:
         files.finish()
 
     def _set_times(self) -> None:
-        """``7d`` is counted from the beginning of the pull, also when it goes on later."""
+        """Count ``7d`` from the beginning of the pull, also when it goes on later."""
         times = self.files.times
         for name, text in (("since", self._options.since), ("until", self._options.until)):
             if name not in times:
@@ -248,7 +248,7 @@ class _Pull:
         files.save(position, complete=True)
 
     def _write_page(self, page: Page, choice: Choice) -> bool:
-        """Write what of a page is taken; true when the limit is reached."""
+        """Write the chosen posts of a page; return True when the limit is reached."""
         files, limit = self.files, self._options.limit
         for document in page.documents:
             if limit is not None and files.written >= limit:
@@ -295,7 +295,7 @@ class _LeftOut(Exception):
 
 
 def _asked(options: Options) -> dict[str, Any]:
-    """What must be the same for a pull to go on; nothing secret."""
+    """Return the options that must be the same for a pull to go on; nothing secret."""
     store = options.store
     return {
         "database": f"{redact(store.url)} {store.database}.{store.collection}",
@@ -324,7 +324,7 @@ def _rejected(document: Mapping[str, Any], reason: str) -> str:
 
 @contextmanager
 def _bar(description: str, total: int) -> Iterator[Callable[[int, str], None]]:
-    """A bar that is told how many more are done."""
+    """Show a progress bar; yield a function that adds to it."""
     done = 0
     with progress_bar(description, total) as bar:
 

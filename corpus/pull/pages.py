@@ -40,7 +40,7 @@ class Position:
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """Some documents, and the position behind them."""
+    """Some documents, and the position after them."""
 
     documents: tuple[Mapping[str, Any], ...]
     position: Position
@@ -62,7 +62,7 @@ log = structlog.get_logger()
 
 
 class Pages:
-    """Reads the posts collection.
+    """A reader of the posts collection.
 
     Args:
         settings: Where it is; ``embedded://`` already resolved.
@@ -87,11 +87,10 @@ class Pages:
         self._wait_s = _FIRST_WAIT_S
 
     def close(self) -> None:
-        """Close the connections."""
         self._client.close()
 
     def count(self) -> int:
-        """How many documents there are to read.
+        """Count the documents to read.
 
         Raises:
             StoreUnavailable: The database cannot be reached.
@@ -100,7 +99,7 @@ class Pages:
         return self._patiently(self._count)
 
     def pages(self, after: Position) -> Iterator[Page]:
-        """Pages from behind a position on; a database that is away for a while is waited for.
+        """Yield the pages after a position; wait for a database that is away for a while.
 
         Raises:
             StoreUnavailable: It stayed away.
@@ -153,7 +152,7 @@ class Pages:
                 self._wait(error)
 
     def _chunks(self, after: Any) -> Iterator[list[dict[str, Any]]]:
-        """The documents behind the one with this ``_id``."""
+        """Yield the documents after the one with this ``_id``."""
         documents = self._all()
         target = None if after is None else _key(after)
         if target is not None and not any(_key(each["_id"]) == target for each in documents):
@@ -180,7 +179,7 @@ class Pages:
                 return value
 
     def _wait(self, error: StoreUnavailable) -> None:
-        """Wait longer each time; at last the error is the caller's."""
+        """Wait, longer each time; raise the error when that was long enough."""
         cause = error.__cause__
         if isinstance(cause, OperationFailure) and cause.code in _MISTAKES:
             raise ConfigError(f"--query: {error}") from error
@@ -192,5 +191,5 @@ class Pages:
 
 
 def _key(value: Any) -> bytes:
-    """An ``_id`` of any type as something that can be compared."""
+    """Return an ``_id`` of any type as bytes that can be compared."""
     return bson.encode({"": value})

@@ -23,11 +23,11 @@ from king.store.documents import dig, read_post, sources
 
 
 class NoPost(Exception):
-    """A document that is no post; says why."""
+    """A document that is no post, with the reason."""
 
 
 def convert(document: Mapping[str, Any], fields: FieldMap) -> CorpusPost:
-    """A post out of a document.
+    """Convert a document to a post.
 
     Raises:
         NoPost: It has no usable ID, or nothing to tag.
@@ -47,7 +47,7 @@ def convert(document: Mapping[str, Any], fields: FieldMap) -> CorpusPost:
 
 
 def created_at(document: Mapping[str, Any], fields: FieldMap) -> float | None:
-    """When a post was made, Unix seconds: by ``store.fields.created``, or by its ObjectId."""
+    """Return the time of creation, Unix seconds: ``store.fields.created``, or the ObjectId's."""
     value = dig(document, fields.created or "_id")
     if fields.created is None and not isinstance(value, ObjectId):
         return None  # a number that counts posts is no time
@@ -58,7 +58,7 @@ def created_at(document: Mapping[str, Any], fields: FieldMap) -> float | None:
 
 
 def iso(seconds: float | None) -> str | None:
-    """Unix seconds as ISO 8601 in UTC; None for what no calendar holds."""
+    """Return Unix seconds as ISO 8601 in UTC; None for what no calendar holds."""
     if seconds is None:
         return None
     try:
@@ -76,7 +76,6 @@ def projection(store: StoreSettings) -> dict[str, int]:
 
 
 def shown_id(document: Mapping[str, Any]) -> str:
-    """The ``_id`` for a person."""
     value = document.get("_id")
     return str(value) if isinstance(value, (str, int, ObjectId)) else json_util.dumps(value)
 
@@ -97,7 +96,7 @@ def _post_id(value: Any, path: str) -> str:
 
 
 def _labels(value: Any) -> list[str]:
-    """As `sources`, and ``{name: text}`` too: many platforms keep tags as objects."""
+    """Read labels like `sources`, and ``{name: text}`` too: many platforms keep tags as objects."""
     if isinstance(value, Mapping) and isinstance(value.get("name"), str):
         return sources(value["name"])
     if isinstance(value, list):
@@ -117,7 +116,7 @@ _ROOM = 1 << 16
 
 @dataclass(frozen=True)
 class Choice:
-    """What was chosen.
+    """The rule by which posts are taken.
 
     Attributes:
         rare: Tags that are left out.
@@ -132,7 +131,7 @@ class Choice:
     extra: frozenset[int] = frozenset()
 
     def without_rare(self, entry: CorpusPost) -> CorpusPost | str:
-        """The post with the tags that are kept, or why it is left out."""
+        """Return the post without rare tags, or the reason to leave it out."""
         if not self.need_tag:
             return entry
         labels = tuple(name for name in entry.post.labels if name not in self.rare)
@@ -141,12 +140,10 @@ class Choice:
         return replace(entry, post=replace(entry.post, labels=labels))
 
     def sampled(self, post_id: str) -> bool:
-        """Whether the post is in the sample."""
         position = hash_of(post_id, self.seed)
         return position <= self.highest or position in self.extra
 
     def dumps(self) -> str:
-        """As JSON."""
         content = {
             "seed": self.seed,
             "rare": sorted(self.rare),
@@ -158,7 +155,7 @@ class Choice:
 
     @classmethod
     def loads(cls, text: str) -> Choice:
-        """The reverse of `dumps`.
+        """Restore a choice from `dumps`.
 
         Raises:
             ValueError: It is no such text.
@@ -177,7 +174,7 @@ class Choice:
 
 
 def hash_of(post_id: str, seed: int) -> int:
-    """The position of a post in every sample of this seed, 64 bits."""
+    """Return the position of a post in every sample of this seed, 64 bits."""
     salt = seed.to_bytes(8, "big")
     raw = hashlib.blake2b(post_id.encode("utf-8"), digest_size=8, key=salt).digest()
     return int.from_bytes(raw, "big")
@@ -192,13 +189,11 @@ class Smallest:
         self._new: list[int] = []
 
     def add(self, value: int) -> None:
-        """Look at one more."""
         self._new.append(value)
         if len(self._new) >= _ROOM:
             self._shrink()
 
     def sorted(self) -> list[int]:
-        """The smallest ones, in order."""
         self._shrink()
         return [int(value) for value in np.sort(self._smallest)]
 
@@ -211,7 +206,7 @@ class Smallest:
 
 
 def rare_tags(posts: Iterable[CorpusPost], minimum: int) -> frozenset[str]:
-    """Tags with fewer posts than the minimum."""
+    """Return the tags with fewer posts than the minimum."""
     counts = Counter(name for entry in posts for name in entry.post.labels)
     return frozenset(name for name, count in counts.items() if count < minimum)
 
@@ -242,7 +237,7 @@ def sample(posts: Iterator[CorpusPost], choice: Choice, count: int, minimum: int
 
 
 def _keep_smallest(heap: list[int], negative: int, count: int) -> None:
-    """A heap of negated hashes holds the `count` smallest hashes."""
+    """Keep the `count` smallest hashes, negated, in a heap."""
     if len(heap) < count:
         heapq.heappush(heap, negative)
     else:

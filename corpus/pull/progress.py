@@ -53,16 +53,15 @@ class Files:
 
     @property
     def begun(self) -> bool:
-        """Whether an unfinished pull lies there."""
+        """True when an unfinished pull exists."""
         return self._record.exists()
 
     def forget(self) -> None:
-        """Begin anew."""
         for path in (self._record, self._choice, part_of(self.out), part_of(self.rejected)):
             path.unlink(missing_ok=True)
 
     def open(self) -> None:
-        """Go on where the record says, or begin.
+        """Open the parts, at the lengths of the record if there is one.
 
         Raises:
             ConfigError: The record is of a pull with other options, or is none.
@@ -74,18 +73,16 @@ class Files:
         self._rejects = _open(part_of(self.rejected), lengths[1])
 
     def write(self, line: str) -> None:
-        """Add a post."""
         if self._posts is not None:
             self._posts.write(line.encode("utf-8") + b"\n")
         self.written += 1
 
     def reject(self, line: str) -> None:
-        """Add a document that is no post."""
         if self._rejects is not None:
             self._rejects.write(line.encode("utf-8") + b"\n")
 
     def save(self, position: Position, *, complete: bool = False) -> None:
-        """Keep how far it has come; what was written before is on the disk then."""
+        """Record the position, after all posts up to it are on the disk."""
         self.position, self.complete = position, complete
         content = {
             "asked": self._asked,
@@ -100,7 +97,7 @@ class Files:
         write_whole(self._record, json.dumps(content, ensure_ascii=False))
 
     def finish(self) -> None:
-        """Give the files their names; after a kill it is done again from where it was."""
+        """Publish the files; safe to repeat after a kill."""
         for file in (self._posts, self._rejects):
             if file is not None:
                 file.close()
@@ -112,20 +109,18 @@ class Files:
         self._record.unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Close what is open."""
         for file in (self._posts, self._rejects):
             if file is not None:
                 file.close()
 
     def read_choice(self) -> Choice | None:
-        """What was chosen before the pull was interrupted."""
+        """Return the choice of an interrupted pull."""
         try:
             return Choice.loads(self._choice.read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError):
             return None
 
     def keep_choice(self, choice: Choice) -> None:
-        """Keep what was chosen."""
         write_whole(self._choice, choice.dumps())
 
     def _read(self) -> tuple[int, int]:
@@ -152,7 +147,7 @@ class Files:
 
 
 def _open(path: Path, length: int) -> BinaryIO:
-    """A part to go on writing, cut to the length that is known to be whole."""
+    """Open a part for appending, cut to the recorded length."""
     path.parent.mkdir(parents=True, exist_ok=True)
     file = path.open("r+b" if length else "w+b")
     if file.seek(0, os.SEEK_END) < length:

@@ -31,21 +31,21 @@ _MIB = 1 << 20
 def stats(as_json: AsJson = False, config: Config = None, overrides: Overrides = None) -> None:
     """Count the entries and their size."""
     with _store(config, overrides) as (store, settings):
-        found = store.stats()
+        usage = store.stats()
     content = {
         "cache": redact(settings.cache.url or ""),
-        "entries": found.entries,
-        "bytes": found.bytes,
-        "max_bytes": found.max_bytes,
+        "entries": usage.entries,
+        "bytes": usage.bytes,
+        "max_bytes": usage.max_bytes,
     }
     if as_json:
         print_json(content)
         return
-    size = f"{found.bytes / _MIB:.1f} of {found.max_bytes / _MIB:.0f} MiB"
+    size = f"{usage.bytes / _MIB:.1f} of {usage.max_bytes / _MIB:.0f} MiB"
     print_table(
         "",
         ("field", "value"),
-        [("cache", content["cache"]), ("entries", found.entries), ("size", size)],
+        [("cache", content["cache"]), ("entries", usage.entries), ("size", size)],
     )
 
 

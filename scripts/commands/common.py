@@ -1,4 +1,4 @@
-"""What the commands share: their common options, settings, services, and output."""
+"""Options, settings, services and output of all commands."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def online_settings(
     broker: bool = False,
     store: bool = False,
 ) -> Settings:
-    """`settings_of` with ``embedded://`` replaced by running services.
+    """Load the settings with ``embedded://`` replaced by running services.
 
     Args:
         config: As of `settings_of`.
@@ -61,7 +61,7 @@ def online_settings(
 
 
 def print_json(value: Any) -> None:
-    """One JSON document on standard output."""
+    """Print one JSON document."""
     sys.stdout.write(json.dumps(value, ensure_ascii=False, indent=2, default=_plain) + "\n")
 
 
@@ -72,7 +72,7 @@ def _plain(value: Any) -> Any:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """A table; narrow terminals fold long cells instead of cutting them."""
+    """Print a table; narrow terminals fold long cells instead of cutting them."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
@@ -87,14 +87,14 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[obje
 
 
 def console() -> Any:
-    """The terminal; wide enough for whole rows when the output is a pipe or a file."""
+    """Return the terminal; wide enough for whole rows when the output is a pipe or a file."""
     from rich.console import Console
 
     return Console(width=None if sys.stdout.isatty() else 160, highlight=False, soft_wrap=False)
 
 
 def ago(then_s: float | None, now_s: float) -> str:
-    """How long ago a Unix time was, in words."""
+    """Return the age of a Unix time, in words."""
     if not then_s:
         return "never"
     seconds = max(0.0, now_s - then_s)
@@ -105,7 +105,7 @@ def ago(then_s: float | None, now_s: float) -> str:
 
 
 def moment(then_s: float | None) -> str:
-    """A Unix time in ISO form, UTC."""
+    """Return a Unix time in ISO form, UTC."""
     if not then_s:
         return ""
     return datetime.fromtimestamp(then_s, timezone.utc).isoformat(timespec="seconds")

@@ -146,7 +146,7 @@ def drop(
 
 
 def letter_json(job: Job) -> dict[str, Any]:
-    """One dead letter as ``--json`` prints it."""
+    """Return one dead letter as ``--json`` prints it."""
     return {
         "post_id": job.post_id,
         "error": dict(job.last_error) if job.last_error else None,
@@ -157,9 +157,9 @@ def letter_json(job: Job) -> dict[str, Any]:
     }
 
 
-def _rest(left: int) -> str:
+def _rest(count: int) -> str:
     return (
-        f"; {left} left as they were (no dead letter, or a message without an ID)" if left else ""
+        f"; {count} left as they were (no dead letter, or a message without an ID)" if count else ""
     )
 
 
@@ -176,15 +176,14 @@ def _queries(
 
 @dataclass(frozen=True)
 class Filters:
-    """Which letters are meant; None leaves a side open."""
+    """Filters of dead letters; None leaves a side open."""
 
     stage: str | None
     type: str | None
     since: str | None
 
     @property
-    def given(self) -> bool:
-        """Whether anything narrows the choice."""
+    def is_set(self) -> bool:
         return (self.stage, self.type, self.since) != (None, None, None)
 
 
@@ -203,21 +202,21 @@ def _choose(
     *,
     everything: bool,
 ) -> tuple[list[str], str]:
-    """The letters that are meant, and which of the IDs cannot be; all only when that was said."""
+    """Return the IDs of the chosen letters, and a message about IDs that cannot be."""
     if not ids:
-        if not (filters.given or everything):
+        if not (filters.is_set or everything):
             raise ConfigError(f"dead {verb}: name IDs, a filter (--stage --type --since), or --all")
         return [job.post_id for job in _find(queries, filters, _NO_LIMIT)], ""
-    if filters.given or everything:
+    if filters.is_set or everything:
         raise ConfigError(f"dead {verb}: name IDs, or filters, not both")
     named = list(dict.fromkeys(ids))
-    found = queries.dead_among(named)
-    unknown = [post_id for post_id in named if post_id not in found]
-    mute = {i: job for i, job in found.items() if verb == "replay" and not job.names_a_post}
+    letters = queries.dead_among(named)
+    unknown = [post_id for post_id in named if post_id not in letters]
+    mute = {i: job for i, job in letters.items() if verb == "replay" and not job.names_a_post}
     wrong = [f"no dead letter: {_listed(unknown)} (see insighttag dead list)"] if unknown else []
     if mute:
         wrong.append(f"names no post, so that it can only be dropped: {_listed(list(mute))}")
-    chosen = [post_id for post_id in named if post_id in found and post_id not in mute]
+    chosen = [post_id for post_id in named if post_id in letters and post_id not in mute]
     return chosen, "; ".join(wrong)
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Format(str, Enum):
-    """What is written."""
+    """Formats of the file."""
 
     onnx = "onnx"
     torch = "torch"
@@ -27,7 +27,7 @@ class Format(str, Enum):
 
 
 class Backbone(str, Enum):
-    """Which extractor's model is written."""
+    """Backbones that can be written."""
 
     image = "image"
     video = "video"
@@ -65,11 +65,13 @@ def export(  # noqa: PLR0917  typer calls it by names
             graph = _backbone(backbone, settings.features, bundle)
         else:
             graph = _fusion(bundle or settings.fusion.bundle)
-        found = write(graph, form.value, out)
-    for case, difference in found.differences.items():
+        written = write(graph, form.value, out)
+    for case, difference in written.differences.items():
         sys.stdout.write(f"{difference:9.2e}  {case}\n")
-    sys.stdout.write(f"largest difference {found.largest:.2e} on {len(found.differences)} inputs\n")
-    sys.stdout.write(f"{found.path} ({found.how}), facts in {found.sidecar}\n")
+    sys.stdout.write(
+        f"largest difference {written.largest:.2e} on {len(written.differences)} inputs\n"
+    )
+    sys.stdout.write(f"{written.path} ({written.how}), facts in {written.sidecar}\n")
 
 
 def _fusion(folder: Path) -> Graph:
@@ -83,20 +85,20 @@ def _fusion(folder: Path) -> Graph:
 
 
 def _backbone(name: Backbone, features: FeatureSettings, bundle: Path | None) -> Graph:
-    """A backbone's graph; with a bundle it must be the one that the bundle was trained with."""
+    """Return a backbone's graph; a bundle must have been trained with it."""
     from fusion.bundle.extractor_graphs import backbone_graph, fingerprints
 
     if bundle is not None:
         from fusion.bundle.bundle import load_bundle
 
         try:
-            wanted = load_bundle(bundle).manifest.fingerprints
+            expected = load_bundle(bundle).manifest.fingerprints
         except BundleError as error:
             raise ConfigError(f"--bundle: {error}") from error
-        for stream, found in fingerprints(name.value, features).items():
-            if stream in wanted and wanted[stream] != found:
+        for stream, digest in fingerprints(name.value, features).items():
+            if stream in expected and expected[stream] != digest:
                 raise ConfigError(
-                    f"--bundle {bundle}: was trained with {stream} features {wanted[stream]}, the "
-                    f"config's extractor gives {found}: name the config that it is served with"
+                    f"--bundle {bundle}: was trained with {stream} features {expected[stream]}, "
+                    f"the config's extractor gives {digest}: name the config that it is served with"
                 )
     return backbone_graph(name.value, features)

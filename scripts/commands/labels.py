@@ -36,12 +36,12 @@ def check(
     """
     from corpus.taxonomy import conflicts
 
-    found = 0
+    count = 0
     for line in conflicts(labels, data or (), bundle, min_posts):
         sys.stdout.write(f"{line}\n")
-        found += 1
-    if found:
-        raise ConfigError(f"labels check: {found} conflicts in {labels}")
+        count += 1
+    if count:
+        raise ConfigError(f"labels check: {count} conflicts in {labels}")
     sys.stdout.write(f"{labels}: no conflicts\n")
 
 

@@ -1,4 +1,4 @@
-"""The data-file format: a post as JSON, ``{post_id, text, ocr, images, videos, audios, …}``."""
+"""The data-file format: a post as JSON, ``{post_id, text, ocr, images, videos, audios, ...}``."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def _read(path: Path) -> Any:
 
 
 def post_of(content: Any, path: Path, where: str) -> Post:
-    """An entry as a post.
+    """Convert an entry to a post.
 
     Args:
         content: What JSON made of it.

@@ -72,12 +72,11 @@ def publish(
 
 
 def read_ids(file: Path) -> list[str]:
-    """The IDs of `read_messages`."""
     return [message.post_id for message in read_messages(file)]
 
 
 def read_messages(file: Path) -> list[PostMessage]:
-    """A message a line, each as the queue would carry it; empty lines are left out.
+    """Read one message a line, each as the queue would carry it; skip empty lines.
 
     A bare ID with white space or braces, which a client could publish, is refused here: a line of
     a table or of broken JSON is much likelier.
@@ -85,14 +84,14 @@ def read_messages(file: Path) -> list[PostMessage]:
     Raises:
         ConfigError: The file cannot be read, or lines name no post: how many, which, and why.
     """
-    found: list[PostMessage] = []
+    messages: list[PostMessage] = []
     wrong: list[str] = []
     # No splitlines: it would take some control characters inside an ID for ends of lines.
     for number, line in enumerate(_text(file).split("\n"), 1):
         if not line.strip():
             continue
         try:
-            found.append(_message(line.strip()))
+            messages.append(_message(line.strip()))
         except MessageError as error:
             wrong.append(f"line {number}: {error}")
     if wrong:
@@ -102,7 +101,7 @@ def read_messages(file: Path) -> list[PostMessage]:
             f"--file {file}: {lines} no post, so nothing was done: "
             f"{'; '.join(wrong[:_NAMED])}{more}"
         )
-    return found
+    return messages
 
 
 def _message(line: str) -> PostMessage:
@@ -126,7 +125,7 @@ def _text(file: Path) -> str:
 
 
 def _checked(post_id: str) -> PostMessage:
-    """The ID as the daemon will read it."""
+    """Check an ID as the daemon will read it."""
     from king.messages import PostMessage, parse_message
 
     try:
@@ -136,11 +135,11 @@ def _checked(post_id: str) -> PostMessage:
 
 
 @contextlib.contextmanager
-def _untagged(settings: Settings, wanted: bool) -> Iterator[Iterator[str]]:
-    """IDs without a result, read from the database while they are being published."""
+def _untagged(settings: Settings, asked: bool) -> Iterator[Iterator[str]]:
+    """Yield IDs without a result, read from the database while they are being published."""
     from king.store.queries import open_queries
 
-    if not wanted:
+    if not asked:
         yield iter(())
         return
     with open_queries(settings.store) as queries:
@@ -148,13 +147,13 @@ def _untagged(settings: Settings, wanted: bool) -> Iterator[Iterator[str]]:
 
 
 def _once(messages: Iterable[PostMessage]) -> dict[str, PostMessage]:
-    """Each post once, with all that was asked for it."""
-    found: dict[str, PostMessage] = {}
+    """Merge the messages of each post."""
+    by_id: dict[str, PostMessage] = {}
     for message in messages:
-        known = found.setdefault(message.post_id, message)
-        found[message.post_id] = replace(
-            known,
-            priority=max(known.priority, message.priority),
-            force=known.force or message.force,
+        earlier = by_id.setdefault(message.post_id, message)
+        by_id[message.post_id] = replace(
+            earlier,
+            priority=max(earlier.priority, message.priority),
+            force=earlier.force or message.force,
         )
-    return found
+    return by_id

@@ -74,7 +74,7 @@ def retag(
 
 
 def _version(text: str) -> str:
-    """The beginning of a bundle's version, or all of it; versions sort as text."""
+    """Check a bundle's version or its beginning; versions sort as text."""
     if not re.fullmatch(r"\d{8}(T\d{6}Z(-[0-9a-f]{8})?)?", text):
         raise ConfigError(
             f"retag: --bundle-older-than {text!r} is no version: current, or for example 20260131"
@@ -83,7 +83,7 @@ def _version(text: str) -> str:
 
 
 def current_version(settings: Settings) -> str:
-    """The version of the bundle in ``fusion.bundle``; reads nothing but that.
+    """Return the version of the bundle in ``fusion.bundle``; read nothing else.
 
     Raises:
         ConfigError: There is no bundle.
@@ -131,7 +131,7 @@ def _publish(
 def _chosen(
     queries: PostQueries, condition: dict[str, Any], ids: Iterable[str] | None, limit: int | None
 ) -> tuple[Iterator[str], int | None]:
-    """The posts' IDs while they are read, and how many there will be where that is known."""
+    """Return an iterator of post IDs, and their number where it is known."""
     if ids is not None:
         return islice(queries.among(ids, condition), limit), None
     total = queries.matching(condition)
@@ -139,7 +139,7 @@ def _chosen(
 
 
 def _shown(messages: Iterator[Any], total: int | None) -> Iterator[Any]:
-    """The same, with a progress bar on standard error."""
+    """Show a progress bar on standard error."""
     from common.progress import track
 
     yield from track(messages, "posts", total)

@@ -48,7 +48,7 @@ def status(as_json: AsJson = False, config: Config = None, overrides: Overrides 
 
 
 def view_json(view: embedded.ServiceView) -> dict[str, object]:
-    """One service as ``--json`` prints it."""
+    """Return one service as ``--json`` prints it."""
     return {"name": view.name, "state": view.state, "url": view.url, "pid": view.pid}
 
 

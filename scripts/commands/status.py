@@ -46,7 +46,7 @@ def status(as_json: AsJson = False, config: Config = None, overrides: Overrides 
 
 
 def collect(asked: Settings, settings: Settings) -> dict[str, Any]:
-    """Everything that ``--json`` prints.
+    """Return everything that ``--json`` prints.
 
     Args:
         asked: As configured; tells whether the services are embedded ones.

@@ -104,7 +104,7 @@ def parse(arguments: Sequence[str] | None = None) -> CommandLine:
 
 
 def settings_of(options: CommandLine) -> Settings:
-    """The settings, with the options over them.
+    """Load the settings, with the options over them.
 
     Raises:
         ConfigError: One line that names the source, the key and the mistake.
@@ -204,7 +204,7 @@ def _say(checks: Sequence[Check], as_json: bool) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Look, once or again and again; gives the exit code."""
+    """Look, once or again and again; return the exit code."""
     try:
         options = parse(arguments)
         settings = settings_of(options)

@@ -1,4 +1,4 @@
-"""Facts and thresholds -> checks, each with its state; pure."""
+"""Checks of a snapshot against thresholds, each with its state; pure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Facts about the database and the queue; each may be missing, with its reason."""
+"""Measurements of the database and the queue; each may be missing, with its reason."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class Replicas:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """One look; a fact that could not be learnt is None, and `errors` has its reason by field name.
+    """One look; a missing measurement is None, and `errors` has its reason by field name.
 
     Attributes:
         latency_s: Median of a few pings.
@@ -102,7 +102,7 @@ class Snapshot:
 
 
 def look(asked: Settings) -> Snapshot:
-    """Gather all facts; start no service, and never raise for one that does not answer."""
+    """Take a snapshot; start no service, and never raise for one that does not answer."""
     settings = embedded.peek(asked)
     limits = settings.monitor
     errors: dict[str, str] = {}

@@ -43,12 +43,12 @@ def whole(post_id: str = "p", **changes: Failure) -> Features:
 
 def share(features: Features, kind: Kind) -> Features:
     """Return the results for a script of one kind: `workers.plan` leaves out the rest."""
-    wanted = MODALITIES_OF[kind]
+    modalities = MODALITIES_OF[kind]
     return Features(
         features.post_id,
-        {s: a for s, a in features.arrays.items() if modality_of(s) in wanted},
-        {m: s if m in wanted else "missing" for m, s in features.statuses.items()},
-        {m: f for m, f in features.failures.items() if m in wanted},
+        {s: a for s, a in features.arrays.items() if modality_of(s) in modalities},
+        {m: s if m in modalities else "missing" for m, s in features.statuses.items()},
+        {m: f for m, f in features.failures.items() if m in modalities},
         ocr_text=features.ocr_text if kind == "text" else None,
     )
 

@@ -23,13 +23,13 @@ AUDIO: frozenset[Modality] = frozenset({"audio"})
 SHA = "ab" * 32
 
 
-def works(path: Path, wanted: frozenset[Modality] = IMAGE, **changes: object) -> list[Work]:
+def works(path: Path, modalities: frozenset[Modality] = IMAGE, **changes: object) -> list[Work]:
     settings = Settings.model_validate(changes)
-    return [entry for entry in Inputs(path, settings, wanted) if isinstance(entry, Work)]
+    return [entry for entry in Inputs(path, settings, modalities) if isinstance(entry, Work)]
 
 
-def one(tmp_path: Path, wanted: frozenset[Modality] = IMAGE, **post: object) -> Work:
-    (work,) = works(write_lines(tmp_path / "one.jsonl", [{"post_id": "p", **post}]), wanted)
+def one(tmp_path: Path, modalities: frozenset[Modality] = IMAGE, **post: object) -> Work:
+    (work,) = works(write_lines(tmp_path / "one.jsonl", [{"post_id": "p", **post}]), modalities)
     return work
 
 
