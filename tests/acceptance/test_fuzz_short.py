@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.support.processes import python
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -16,15 +16,8 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.mark.slow
 def test_hostile_files_and_messages_end_somewhere(tmp_path: Path) -> None:
     """Whatever comes, the King lives, and every post and message ends with a reason of ours."""
-    command = [sys.executable, "bench/fuzz.py", "--media", "60", "--messages", "54"]
-    done = subprocess.run(
-        [*command, "--seed", "3", "--out", str(tmp_path), "--timeout", "150"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
+    command = ["bench/fuzz.py", "--media", "60", "--messages", "54", "--seed", "3"]
+    done = python(*command, "--out", str(tmp_path), "--timeout", "150", timeout_s=200)
     assert (tmp_path / "fuzz.json").exists(), done.stderr[-3000:]
     written = json.loads((tmp_path / "fuzz.json").read_text(encoding="utf-8"))
     growth = written["results"].pop("memory_growth")

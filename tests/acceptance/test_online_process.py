@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-import http.server
 import subprocess
-import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import yaml
 
@@ -22,22 +17,16 @@ from king.store.client import StoreClient
 from king.store.store import Store
 from tests.support import media
 from tests.support.king.store_rig import mongo_settings
+from tests.support.processes import file_server, python
 from tests.support.services import MongoServer, RedisServer
-from tests.support.tiny_models import tiny_features
+from tests.support.tiny_models import tiny_bundle, tiny_features
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(*arguments: str, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
     """The daemon's command."""
-    return subprocess.run(
-        [sys.executable, "online_process.py", *arguments],
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=timeout_s,
-        cwd=ROOT,
-    )
+    return python("online_process.py", *arguments, timeout_s=timeout_s)
 
 
 @pytest.fixture
@@ -51,45 +40,8 @@ def web(tmp_path: Path) -> Iterator[str]:
     )
     media.write_wav(folder / "a.wav", media.tone(duration_s=1.2))
     media.write_random(folder / "junk.jpg")
-
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    handler = functools.partial(Quiet, directory=str(folder))
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_address[1]}"
-    server.shutdown()
-    server.server_close()
-    thread.join()
-
-
-def make_bundle(folder: Path, settings: Settings) -> str:
-    """A fusion model with random weights for the features of these settings; its version."""
-    from config.fusion_models import ModelSettings
-    from config.labels import LabelMap
-    from extractors.suite import ExtractorSuite
-    from fusion.bundle.bundle import save_bundle
-    from fusion.data.schema import FeatureManifest, InputSchema
-    from fusion.models import build_model
-
-    suite = ExtractorSuite(settings.features)
-    suite.load()
-    manifest = FeatureManifest(dims=suite.dims, fingerprints=suite.fingerprints)
-    suite.close()
-    labels, model = LabelMap(("sport", "雨", "food")), ModelSettings()
-    return save_bundle(
-        folder,
-        name="tiny",
-        model=build_model(InputSchema.of(manifest, model.tokens, len(labels)), model),
-        settings=model,
-        manifest=manifest,
-        labels=labels,
-        thresholds=np.array([0.01, 0.01, 0.99], np.float32),
-        metrics={},
-    )
+    with file_server(folder) as url:
+        yield url
 
 
 @pytest.fixture
@@ -131,7 +83,7 @@ def test_from_message_to_tags_on_real_media(tmp_path: Path, settings: Settings, 
     """
     from workers.local import local_runner
 
-    version = make_bundle(settings.fusion.bundle, settings)
+    version = tiny_bundle(settings.fusion.bundle, settings.features, threshold=(0.01, 0.01, 0.99))
     store = Store(StoreClient(settings.store))
     files: dict[str, Any] = {
         "images": [f"{web}/a.jpg"],
@@ -227,13 +179,7 @@ def test_unreachable_servers_are_named_without_passwords(tmp_path: Path) -> None
 
 def test_help_is_quick_and_light() -> None:
     """``--help`` loads no torch, cv2, av or transformers."""
-    done = subprocess.run(
-        [sys.executable, "-X", "importtime", "online_process.py", "--help"],
-        check=True,
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-    )
+    done = python("-X", "importtime", "online_process.py", "--help", check=True)
     assert "--drain" in done.stdout
     loaded = {line.rpartition("|")[2].strip().split(".")[0] for line in done.stderr.splitlines()}
     assert not loaded & {"torch", "cv2", "av", "transformers", "timm", "pymongo", "kombu"}

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +15,7 @@ from config.load import load_settings
 from extractors.feature_file import read_features, read_fingerprints
 from fusion.data.data_file import read_data_file
 from scripts.commands.post_file import read_posts
+from tests.support.processes import python
 from workers.local import local_runner
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,16 +24,7 @@ SPLITS = ("train", "valid", "test")
 
 
 def _run(*command: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, *command],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
+    return python(*command, timeout_s=600, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
 
 
 @pytest.mark.parametrize("split", SPLITS)

@@ -8,12 +8,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 from typing import Any, Literal
 
 import cv2
@@ -32,6 +28,7 @@ from extractors.parts import slot_bytes
 from tests.support import media
 from tests.support.fakes.broker import MemoryBroker, MemoryQueue
 from tests.support.fakes.store import FakeStore
+from tests.support.processes import file_server
 from tests.support.tiny_models import TINY_CNN, tiny_features
 from workers.local import local_runner
 from workers.pool.pool import ProcessPool
@@ -270,25 +267,6 @@ def test_a_combination_trains_infers_and_serves(
             same_tags(as_dicts(runner.run(post).tags), offline[post.post_id]["tags"])
 
 
-class _Quiet(SimpleHTTPRequestHandler):
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
-
-
-@contextmanager
-def web_server(folder: Path) -> Iterator[str]:
-    """The posts' media on a loopback port."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=str(folder)))
-    thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
-
-
 @pytest.mark.parametrize(
     ("scheme", "as_frames", "mode"), [(1, False, "append"), (2, True, "separate")]
 )
@@ -302,7 +280,7 @@ def test_the_king_serves_what_was_tagged_offline(
     offline = infer(corpus, tmp_path, corpus.features(scheme, mode), bundle)
     settings = daemon_settings(tmp_path, scheme, mode, bundle, as_frames=as_frames)
     post = corpus.posts[0]
-    with web_server(corpus.folder / "media") as url:
+    with file_server(corpus.folder / "media") as url:
         names = {"image": "images", "video": "videos", "audio": "audios"}
         document: dict[str, Any] = {"_id": post.post_id, "text": post.text}
         for medium in post.media:

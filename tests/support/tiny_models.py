@@ -142,13 +142,13 @@ def tiny_bert(folder: Path, *, seed: int = 0, dim: int = 32, layers: int = 2) ->
     return folder
 
 
-def tiny_bundle(folder: Path, features: FeatureSettings, *, threshold: float = 0.01) -> str:
+def tiny_bundle(folder: Path, features: FeatureSettings, *, threshold: Any = 0.01) -> str:
     """Save a fusion model with random weights for these features; its version.
 
     Args:
         folder: Where to.
         features: What the model shall be served with.
-        threshold: Scores above it become tags.
+        threshold: Scores above it become tags; one for all tags, or one each.
     """
     import numpy as np
 

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import socket
-import subprocess
-import sys
 import time
 import zipfile
 from pathlib import Path
@@ -29,6 +26,7 @@ from extractors.models.weights import (
     weights_digest,
 )
 from tests.support.hub_server import hub_server
+from tests.support.processes import python
 from tests.support.tiny_models import TINY_VIT, tiny_bert, tiny_timm_weights
 
 _SCRIPT = """
@@ -64,21 +62,16 @@ def load_in_a_fresh_process(
     Returns:
         Fingerprint or error of each model, and the seconds that each took.
     """
-    result = subprocess.run(
-        [sys.executable, "-c", _SCRIPT, *archs],
-        env={
-            **os.environ,
-            "HF_ENDPOINT": endpoint,
-            "HF_HOME": str(cache),
-            "HF_HUB_DISABLE_XET": "1",
-            "OMP_NUM_THREADS": "1",
-            "no_proxy": "127.0.0.1",
-        },
-        cwd=Path(__file__).parents[3],
-        capture_output=True,
-        text=True,
+    result = python(
+        "-c",
+        _SCRIPT,
+        *archs,
         check=True,
-        timeout=120,
+        HF_ENDPOINT=endpoint,
+        HF_HOME=str(cache),
+        HF_HUB_DISABLE_XET="1",
+        OMP_NUM_THREADS="1",
+        no_proxy="127.0.0.1",
     )
     assert "Traceback" not in result.stderr
     found: dict[str, tuple[str, float]] = json.loads(result.stdout.splitlines()[-1])
@@ -158,15 +151,7 @@ def test_seeded_weights_are_the_same_in_every_process() -> None:
         "with seeded(11): model = timm.create_model('test_vit', num_classes=0)\n"
         "print(tensors_digest(model.state_dict()))"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", script],
-        env={**os.environ, "OMP_NUM_THREADS": "2"},
-        cwd=Path(__file__).parents[3],
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=120,
-    )
+    result = python("-c", script, check=True, OMP_NUM_THREADS="2")
     import timm
 
     torch.manual_seed(1)

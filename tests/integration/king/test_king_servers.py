@@ -24,6 +24,7 @@ from king.store.store import Store
 from tests.support.fakes.pool import DIED, Answer, default_answer
 from tests.support.king.king_rig import Running, fake_pool, king_settings
 from tests.support.king.store_rig import mongo_settings
+from tests.support.processes import python
 from tests.support.services import MongoServer, RedisServer, wait_until
 from workers.protocol import DecodeTask, FetchTask, FuseTask, Task
 
@@ -240,13 +241,7 @@ def test_king_process_is_small_and_free_of_models(site: Site) -> None:
     content = {"settings": site.settings.model_dump(mode="json"), "latency_s": 0, "drain": True}
     file = site.folder / "child.json"
     file.write_text(json.dumps(content))
-    done = subprocess.run(
-        [sys.executable, "-c", probe, str(file)],
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    done = python("-c", probe, str(file), timeout_s=60)
     code, rss_mb, *heavy = done.stdout.split()
     assert (code, heavy) == ("0", []), done.stderr[-2000:]
     assert int(rss_mb) < 150

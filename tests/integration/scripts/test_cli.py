@@ -22,6 +22,7 @@ from king.broker.base import Delivery
 from king.broker.connect import open_broker
 from king.messages import parse_message
 from scripts.cli import run
+from tests.support.processes import python
 
 
 class Command:
@@ -360,9 +361,7 @@ def test_help_of_every_command_loads_no_model_library() -> None:
         f"loaded = {heavy!r} & set(sys.modules)\n"
         "sys.exit(f'loaded {loaded}' if loaded else 0)\n"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
-    )
+    result = python("-c", program, timeout_s=60)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("Usage: insighttag") == len(commands)
 

@@ -19,6 +19,7 @@ import requests
 
 from common.post import Media, Post
 from tests.support.ports import free_port
+from tests.support.processes import python
 from tests.support.web.fixtures import ROOT, FlaskServer, Site
 from tests.support.workers.driving import alive
 from workers.local import local_runner
@@ -172,10 +173,7 @@ def test_a_killed_server_leaves_no_worker(own: FlaskServer) -> None:
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "flask_server.py", *arguments]
-    return subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
-    )
+    return python("flask_server.py", *arguments)
 
 
 def test_mistakes_are_one_line(site: Site, tmp_path: Path) -> None:
@@ -234,14 +232,7 @@ def test_help_and_mistakes_load_no_models() -> None:
         f"print(json.dumps([n for n in {heavy} if n in sys.modules]))"
     )
     for arguments in (["--help"], ["--set", "http.prot=1"]):
-        done = subprocess.run(
-            [sys.executable, "-c", script, *arguments],
-            check=True,
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
+        done = python("-c", script, *arguments, check=True)
         assert json.loads(done.stdout.splitlines()[-1]) == []
 
 

@@ -6,9 +6,8 @@ import queue
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -23,6 +22,7 @@ from king.dispatch_thread import DispatchThread
 from king.jobs import Outcome, Started, Tagged
 from king.status import Status
 from tests.support import media
+from tests.support.processes import file_server
 from tests.support.tiny_models import tiny_features
 from tests.support.workers.driving import Driver, alive, fetch_task, toy_settings
 from tests.support.workers.small_bundle import write_bundle
@@ -48,11 +48,6 @@ from workers.protocol import (
 from workers.runner import PostRunner
 
 MAX_BYTES = 2_000_000
-
-
-class _Quiet(SimpleHTTPRequestHandler):
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
 
 
 @dataclass
@@ -109,16 +104,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
         decode={"memory_mb": 600, "deadline_s": 20},
         fusion={"bundle": str(bundle), "reload_s": 0.3},
     )
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=str(files)))
-    thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-    thread.start()
-    try:
-        yield Site(files, f"http://127.0.0.1:{server.server_port}", settings, bundle, suite)
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
-        suite.close()
+    with closing(suite), file_server(files) as url:
+        yield Site(files, url, settings, bundle, suite)
 
 
 @pytest.fixture(scope="module")

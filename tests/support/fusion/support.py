@@ -15,6 +15,7 @@ from config.labels import LabelMap
 from config.load import merge, validate
 from config.train import TrainSettings
 from extractors.feature_file import write_features
+from fusion.bundle.bundle import save_bundle
 from fusion.data.schema import FeatureManifest, InputSchema
 from fusion.models import FusionModel, build_model
 
@@ -96,6 +97,22 @@ def model(name: str, **changes: Any) -> FusionModel:
     """A small model with fresh weights, in evaluation mode."""
     settings = SMALL.model_copy(update={"name": name})
     return build_model(schema(**changes), settings).eval()
+
+
+def write_bundle(folder: Path, name: str = "token_transformer", **changes: Any) -> str:
+    """Save a small model with fresh weights; the bundle's version."""
+    values: dict[str, Any] = {
+        "name": "small",
+        "settings": SMALL.model_copy(update={"name": name}),
+        "manifest": manifest(),
+        "labels": LABELS,
+        "thresholds": np.full(CLASSES, 0.5, np.float32),
+        "metrics": {},
+        **changes,
+    }
+    if "model" not in values:
+        values["model"] = model(name)
+    return save_bundle(folder, **values)
 
 
 def write_posts(folder: Path, name: str, count: int, seed: int, *, classes: int = CLASSES) -> Path:

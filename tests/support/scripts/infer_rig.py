@@ -10,12 +10,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import yaml
 
 import infer_net
-from fusion.bundle.bundle import Ensemble, save_bundle
+from fusion.bundle.bundle import Ensemble
 from fusion.models import FusionModel
 from tests.support.fusion import support
 
@@ -27,16 +26,8 @@ def write_bundle(folder: Path, name: str = "gmu", *, members: int = 1, seed: int
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         models: list[FusionModel] = [support.model(name) for _ in range(members)]
-    return save_bundle(
-        folder,
-        name="small",
-        model=models[0] if members == 1 else Ensemble(models),
-        settings=support.SMALL.model_copy(update={"name": name}),
-        manifest=support.manifest(),
-        labels=support.LABELS,
-        thresholds=np.full(support.CLASSES, 0.5, np.float32),
-        metrics={},
-    )
+    model = models[0] if members == 1 else Ensemble(models)
+    return support.write_bundle(folder, name, model=model)
 
 
 def write_config(folder: Path, **changes: Any) -> Path:

@@ -14,6 +14,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+from tests.support.processes import serving
+
 
 def png(seed: int, size_bytes: int = 400) -> bytes:
     """A small PNG picture, another one for each seed, padded with a text chunk."""
@@ -148,15 +150,8 @@ class _Handler(BaseHTTPRequestHandler):
 @contextmanager
 def media_site(delay_s: float = 0.0) -> Iterator[MediaSite]:
     """A running server."""
-    server = MediaSite(delay_s)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-    thread.start()
-    try:
+    with serving(MediaSite(delay_s)) as server:
         yield server
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
 
 
 def write_posts(path: Path, media: Sequence[Sequence[str]], kind: str = "images") -> Path:

@@ -10,10 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import psutil
@@ -25,6 +22,7 @@ from config.settings import Settings
 from tests.support import media
 from tests.support.fakes.pool import FakePool
 from tests.support.ports import free_port
+from tests.support.processes import file_server
 from tests.support.tiny_models import tiny_bundle, tiny_features
 from tests.support.workers.driving import toy_settings
 from web.app import create_app, routes_of
@@ -99,11 +97,6 @@ def desk(tmp_path: Path) -> Iterator[Desk]:
         assert list(downloads.iterdir()) == []
 
 
-class _Quiet(SimpleHTTPRequestHandler):
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
-
-
 @dataclass
 class Site:
     """Media on disk and on a loopback server, a bundle, and settings as a file."""
@@ -142,15 +135,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     )
     config = folder / "settings.yaml"
     config.write_text(yaml.safe_dump(json.loads(settings.model_dump_json())), encoding="utf-8")
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=str(files)))
-    thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-    thread.start()
-    try:
-        yield Site(folder, f"http://127.0.0.1:{server.server_port}", settings, config)
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    with file_server(files) as url:
+        yield Site(folder, url, settings, config)
 
 
 class FlaskServer:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import os
 import socket
-import threading
 import time
 import zlib
 from collections.abc import Iterator
@@ -13,6 +12,8 @@ from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote
+
+from tests.support.processes import serving
 
 BODY = bytes(range(256)) * 40
 
@@ -167,12 +168,5 @@ class _Handler(BaseHTTPRequestHandler):
 @contextmanager
 def web_server() -> Iterator[Web]:
     """A running server."""
-    server = Web()
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-    thread.start()
-    try:
+    with serving(Web()) as server:
         yield server
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()

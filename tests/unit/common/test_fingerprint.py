@@ -23,7 +23,7 @@ from extractors.feature_file import (
     write_features,
 )
 from extractors.fingerprint import digest, stream_fingerprints
-from fusion.bundle.bundle import check_fingerprints, load_bundle, save_bundle
+from fusion.bundle.bundle import check_fingerprints, load_bundle
 from tests.support.fusion import support
 from workers.pool.channel import encode, to_worker
 from workers.pool.fingerprints import expectation, known_extractors, mismatch
@@ -122,18 +122,7 @@ def test_a_feature_file_keeps_it(tmp_path: Path) -> None:
 def test_a_bundle_keeps_it(tmp_path: Path) -> None:
     """The daemon's refusal names the setting; a bundle without it is served as before."""
     prints = {**support.FINGERPRINTS, "video": of()}
-    manifest = support.manifest(fingerprints=prints)
-    model = support.model("gmu")
-    save_bundle(
-        tmp_path / "b",
-        name="b",
-        model=model,
-        settings=support.SMALL.model_copy(update={"name": "gmu"}),
-        manifest=manifest,
-        labels=support.LABELS,
-        thresholds=np.full(support.CLASSES, 0.5, np.float32),
-        metrics={},
-    )
+    support.write_bundle(tmp_path / "b", "gmu", manifest=support.manifest(fingerprints=prints))
     about = yaml.safe_load((tmp_path / "b" / "bundle.yaml").read_text())
     assert [name for name, entry in about["features"].items() if "made_of" in entry] == ["video"]
     found = load_bundle(tmp_path / "b").manifest

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ import pytest
 from common.files import file_digest
 from config.settings import ExtractorName, FeatureSettings, OcrSettings
 from extractors.fingerprint import digest, stream_fingerprints
+from tests.support.processes import python
 
 ALL: dict[ExtractorName, str] = {"video": "v", "image": "i", "audio": "a", "text": "t", "ocr": "o"}
 
@@ -78,12 +77,5 @@ def test_the_king_can_use_it_without_heavy_libraries() -> None:
         "heavy = {'torch', 'cv2', 'transformers', 'timm', 'onnxruntime', 'safetensors'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=Path(__file__).parents[3],
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=60,
-    )
+    result = python("-c", script, check=True)
     assert result.stdout.strip() == "[]"

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,19 +20,10 @@ from fusion.infer.inferer import Inferer
 from tests.support.fusion import support
 
 
-def write(folder: Path, seed: int = 0, **changes: object) -> str:
+def write(folder: Path, seed: int = 0, **changes: Any) -> str:
     """Write a bundle with random weights."""
     torch.manual_seed(seed)
-    given = {
-        "name": "small",
-        "model": support.model("token_transformer"),
-        "settings": support.SMALL,
-        "manifest": support.manifest(),
-        "labels": support.LABELS,
-        "thresholds": np.full(support.CLASSES, 0.5, np.float32),
-        "metrics": {"gap": 0.9},
-    }
-    return bundle.save_bundle(folder, **{**given, **changes})  # type: ignore[arg-type]
+    return support.write_bundle(folder, **{"metrics": {"gap": 0.9}, **changes})
 
 
 def test_what_is_saved_is_loaded(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from scipy.optimize import minimize_scalar
 from sklearn.isotonic import IsotonicRegression
 
 from common.errors import BundleError
-from fusion.bundle.bundle import load_bundle, save_bundle
+from fusion.bundle.bundle import load_bundle
 from fusion.data.dataset import FeatureFiles
 from fusion.infer.inferer import Inferer
 from fusion.metrics import ranking as metrics
@@ -181,16 +181,7 @@ CALIBRATIONS = {
 def write(folder: Path, **changes: Any) -> None:
     """A bundle with random weights."""
     torch.manual_seed(0)
-    given_parts: dict[str, Any] = {
-        "name": "small",
-        "model": support.model("token_transformer"),
-        "settings": support.SMALL,
-        "manifest": support.manifest(),
-        "labels": support.LABELS,
-        "thresholds": np.full(support.CLASSES, 0.5, np.float32),
-        "metrics": {},
-    }
-    save_bundle(folder, **{**given_parts, **changes})
+    support.write_bundle(folder, **changes)
 
 
 @pytest.mark.parametrize("name", CALIBRATIONS)

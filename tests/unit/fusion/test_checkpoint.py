@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import torch
 from common.errors import ConfigError
 from fusion.train.checkpoint import Checkpoint, Progress, load_checkpoint, save_checkpoint
 from tests.support.fusion import runs
+from tests.support.processes import python
 
 
 @pytest.mark.parametrize("content", [b"", b"no checkpoint", None])
@@ -76,14 +75,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(few_posts: Path) -> None:
         f"import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size})); "
         "import train_net; sys.exit(train_net.main(sys.argv[1:]))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script, "--model_config", str(config)],
-        cwd=runs.ROOT,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    done = python("-c", script, "--model_config", str(config), timeout_s=240)
     assert done.returncode == 2, done.stderr
     [said] = done.stderr.strip().splitlines()
     assert "the checkpoint cannot be written" in said

@@ -8,12 +8,10 @@ import torch
 
 from common.errors import ConfigError
 from common.post import MODALITIES, Features, Modality, Stream
-from config.train import OptimizerSettings
 from fusion.data.collate import Batch, Collate, Sample
 from fusion.models import MODELS, build_model
 from fusion.models.base import ModalityDropout
 from fusion.models.blocks import positions
-from fusion.train.optimizer import parameter_groups
 from tests.support.fusion import support
 
 NAMES = sorted(MODELS)
@@ -119,14 +117,6 @@ def test_modality_dropout_hides_independently_and_about_as_often_as_asked() -> N
     masks = {m: torch.ones(20_000, 1, dtype=torch.bool) for m in MODALITIES}
     hidden = [1 - mask.float().mean().item() for mask in drop(masks).values()]
     assert all(abs(share - 0.15) < 0.01 for share in hidden)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_every_parameter_is_optimized_once(name: str) -> None:
-    model = support.model(name).train()
-    groups = parameter_groups(model, OptimizerSettings())
-    ids = [id(p) for group in groups for p in group["params"]]
-    assert sorted(ids) == sorted(id(p) for p in model.parameters())
 
 
 @pytest.mark.parametrize("name", NAMES)

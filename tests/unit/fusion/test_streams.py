@@ -12,7 +12,7 @@ import torch
 
 from common.post import MODALITIES, Features, Stream, modality_of, streams_of
 from config.train import DataSettings, LossSettings
-from fusion.bundle.bundle import check_fingerprints, load_bundle, save_bundle
+from fusion.bundle.bundle import check_fingerprints, load_bundle
 from fusion.data.collate import Batch, Collate, Sample
 from fusion.data.data_file import Record
 from fusion.data.dataset import FeatureFiles, find_manifest
@@ -148,18 +148,7 @@ def test_hidden_streams_have_no_loss_of_their_own() -> None:
 def test_a_bundle_carries_streams(tmp_path: Path) -> None:
     """Manifest, dims and fingerprints of both streams come back, and a wrong one is named."""
     made = model("token_transformer", auxiliary=0.0)
-    settings = support.SMALL
-    manifest = FeatureManifest(DIMS, PRINTS)
-    save_bundle(
-        tmp_path / "b",
-        name="two",
-        model=made,
-        settings=settings,
-        manifest=manifest,
-        labels=support.LABELS,
-        thresholds=np.full(support.CLASSES, 0.5, np.float32),
-        metrics={},
-    )
+    support.write_bundle(tmp_path / "b", model=made, manifest=FeatureManifest(DIMS, PRINTS))
     bundle = load_bundle(tmp_path / "b")
     assert dict(bundle.manifest.dims) == DIMS
     assert dict(bundle.manifest.fingerprints) == PRINTS

@@ -11,12 +11,10 @@ import torch
 from lightning_fabric import Fabric
 from safetensors.torch import load_file
 
-from fusion.data.collate import Batch
 from fusion.data.dataset import FeatureFiles, PostDataset
 from fusion.data.posts import PostList
 from fusion.infer.inferer import Inferer
 from fusion.metrics import ranking as metrics
-from fusion.metrics.scoring import targets_of
 from fusion.metrics.thresholds import best_f1_threshold, fit_thresholds
 from fusion.models import build_model
 from fusion.train.checkpoint import model_signature
@@ -95,11 +93,6 @@ def test_the_loss_is_the_logits_form() -> None:
     wanted = -(targets * p.log() + (1 - targets) * (1 - p).log()).mean()
     assert float(binary_cross_entropy(logits, targets)) == pytest.approx(float(wanted), abs=1e-6)
     assert float(binary_cross_entropy(torch.tensor([[200.0]]), torch.tensor([[0.0]]))) == 200.0
-
-
-def test_targets_are_required_in_training() -> None:
-    with pytest.raises(ValueError, match="needs targets"):
-        targets_of(Batch(("a",), {}, {}))
 
 
 def test_a_threshold_lies_between_what_it_parts() -> None:

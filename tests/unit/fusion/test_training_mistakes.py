@@ -86,11 +86,6 @@ def test_a_checkpoint_of_another_architecture_is_refused(posts: Path) -> None:
         runs.run(posts, resume=posts / "run", model={"name": "concat_se"})
 
 
-def test_more_gpus_than_there_are(posts: Path) -> None:
-    with pytest.raises(ConfigError, match=r"trainer.n_gpu: 99 GPUs wanted"):
-        runs.run(posts, trainer={"n_gpu": 99})
-
-
 def test_broken_feature_files(tmp_path: Path) -> None:
     support.write_posts(tmp_path, "train", 4, 1)
     support.write_posts(tmp_path, "valid", 4, 2)

@@ -102,7 +102,7 @@ def test_n_gpu(few_posts: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train_net.main(["--model_config", str(config), "--n_gpu", "99"]) == 2
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 1
-    assert "99 GPUs wanted, this machine has" in said[0]
+    assert "trainer.n_gpu: 99 GPUs wanted, this machine has" in said[0]
 
 
 def test_resume_goes_on_from_a_run(few_posts: Path) -> None:

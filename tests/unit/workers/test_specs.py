@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
 from common.errors import ConfigError
 from config.settings import FeatureSettings, Settings
+from tests.support.processes import python
 from workers.pool.fingerprints import bundle_fingerprints, expected_fingerprints, mismatch
 from workers.pool.launch import worker_specs
 from workers.pool.process import pinned_environment
@@ -109,11 +107,5 @@ except MemoryError:
 
 def test_memory_limit_counts_private_growth() -> None:
     """Past the limit an allocation fails in the decoder alone; shared slots do not count."""
-    ran = subprocess.run(
-        [sys.executable, "-c", LIMITED],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=Path(__file__).resolve().parents[3],
-    )
+    ran = python("-c", LIMITED, check=True)
     assert ran.stdout == "limited\n"
