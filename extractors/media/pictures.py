@@ -178,6 +178,9 @@ def _reading(file_type: FileType) -> Iterator[None]:
             yield
         except MediaError:
             raise
+        except MemoryError as error:
+            reason = "needs more memory than decode.memory_mb allows"
+            raise MediaError(f"{file_type.name} {reason}") from error
         except Exception as error:  # readers of broken bytes raise anything; no common base class
             verdict = "truncated" if "truncated" in str(error).lower() else "broken"
             raise MediaError(f"{verdict} {file_type.name}") from error
