@@ -28,7 +28,7 @@ help: ## this list
 # Environment ----------------------------------------------------------------------------------
 # Stamps, so that an environment is made once and again only when its inputs change.
 
-# uv installs in a third of pip's time and resolves for other Pythons than the running one.
+# uv also resolves for other Pythons than the running one.
 UV_VERSION := uv>=0.9,<1
 
 $(VENV)/bin/python:
