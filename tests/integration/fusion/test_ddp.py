@@ -120,7 +120,7 @@ def test_a_process_that_dies_ends_the_others(victim: int, few_posts: Path) -> No
             time.sleep(0.05)
         children.sort(key=lambda child: child.create_time())
         os.kill(children[victim].pid, signal.SIGKILL)
-        _, said = process.communicate(timeout=60)
+        _, said = process.communicate(timeout=150)
     finally:
         process.kill()
         process.wait()
