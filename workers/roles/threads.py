@@ -7,6 +7,7 @@ import queue
 import select
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, suppress
 
@@ -18,7 +19,7 @@ _FINISH_S = 2.0
 download that needs more is begun again by the next King anyway."""
 
 
-class ThreadedRole:
+class ThreadedRole(ABC):
     """Base of a role whose tasks run in threads.
 
     A subclass says in `worker` what a thread does with a message; from there it answers with
@@ -35,9 +36,9 @@ class ThreadedRole:
             for i in range(threads)
         ]
 
+    @abstractmethod
     def worker(self) -> AbstractContextManager[Callable[[Command], None]]:
         """Return what one thread does with a message, and with it what only that thread uses."""
-        raise NotImplementedError
 
     def accept(self, message: Command) -> Reply | None:
         """Queue a message, or answer it at once."""
