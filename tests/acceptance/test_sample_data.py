@@ -75,7 +75,7 @@ def test_train_and_inference_run_as_the_readme_writes_them(tmp_path: Path) -> No
     assert trained.returncode == 0, trained.stderr
     assert "gap" in trained.stdout
     assert (tmp_path / "latest" / "ckpt" / "last.pt").is_file()
-    assert (tmp_path / "report" / "report.html").is_file()
+    assert (tmp_path / "latest" / "report" / "report.html").is_file()
     by_kind: list[list[dict[str, object]]] = []
     for name in ("test_cls24_samples.json", "test_cls24_samples.txt"):
         output = tmp_path / f"{name}.jsonl"
