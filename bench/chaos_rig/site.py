@@ -104,7 +104,9 @@ class Site:
         """Start supervisord with the shipped configuration: the King and its watchdog."""
         (self.folder / "deploy").mkdir()
         conf = self.folder / "deploy" / "supervisord.conf"
-        conf.write_text((ROOT / "deploy" / "supervisord.conf").read_text())
+        shipped = (ROOT / "deploy" / "supervisord.conf").read_text()
+        # Without the monitor, whose script this folder does not have: it would only be restarted.
+        conf.write_text(shipped[: shipped.index("[program:mongo_supervisor]")])
         (self.folder / "online_process.py").symlink_to(ROOT / "online_process.py")
         content = self.through.model_dump(mode="json")
         (self.folder / "settings.yaml").write_text(yaml.safe_dump(content))
