@@ -40,7 +40,7 @@ from demo.__main__ import CONFIG, ROOT
 from demo.layout import Layout, Sizes
 from demo.posts.plan import SPLITS, Split
 from demo.training import LABELS
-from scripts.commands.post_file import read_posts
+from fusion.data.data_file import read_whole_posts
 
 FOLDER = Path("workshop/zoo")
 POSTS: dict[Split, int] = {"train": 1500, "valid": 200, "online": 300}
@@ -117,7 +117,7 @@ def _extract(layout: Layout, settings: Settings) -> None:
     stamp.clear()
     shutil.rmtree(layout.features, ignore_errors=True)
     extract_posts(
-        layout, settings, [p for split in SPLITS for p in read_posts(layout.posts(split))]
+        layout, settings, [p for split in SPLITS for p in read_whole_posts(layout.posts(split))]
     )
     stamp.write()
 
@@ -160,7 +160,7 @@ def train_one(job: Job) -> Run:
     report = train(_settings(layout, job), FeatureFiles(layout.features))
     train_s = time.process_time() - started
     inferer = Inferer.load(out / "bundle", threads=1)
-    posts = read_posts(layout.posts("online"))
+    posts = read_whole_posts(layout.posts("online"))
     gap, mean_ap, seconds = _measure(inferer, layout, posts)
     shutil.rmtree(out, ignore_errors=True)
     return Run(

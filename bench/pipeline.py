@@ -32,7 +32,7 @@ from config.settings import Settings
 from demo.__main__ import CONFIG, ROOT
 from demo.layout import Layout, Sizes
 from extractors.parts import slot_bytes
-from scripts.commands.post_file import read_posts
+from fusion.data.data_file import read_whole_posts
 from workers.plan import PostPlan, Step
 from workers.pool.arena import Arena
 from workers.protocol import (
@@ -170,7 +170,7 @@ def main() -> int:
     from demo.stages import prepare
 
     prepare(layout, settings, Sizes(), seed=7)
-    pure = pure_seconds(settings, read_posts(layout.posts("online")), options.runs)
+    pure = pure_seconds(settings, read_whole_posts(layout.posts("online")), options.runs)
     with _services(settings) as online:
         rates = daemon_rates(online, layout, options.posts, options.runs)
     total_s, rate, cores = sum(pure.values()), statistics.median(rates), os.cpu_count() or 1

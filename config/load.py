@@ -106,14 +106,17 @@ def _environment() -> dict[str, Any]:
             continue
         section = name[len(prefix) :].split("__")[0].lower()
         if section not in known:
-            raise ConfigError(f"environment {name}: no section {section!r}{_hint(section, known)}")
+            raise ConfigError(
+                f"environment {name}: no section {section!r}{did_you_mean(section, known)}"
+            )
     try:
         return EnvSettingsSource(Settings)()
     except Exception as error:  # pydantic-settings raises its own type on undecodable JSON
         raise ConfigError(f"environment: {' '.join(str(error).split())}") from error
 
 
-def _hint(word: str, known: Iterable[str]) -> str:
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return the nearest known word as the end of an error message, or nothing."""
     close = difflib.get_close_matches(word, sorted(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
 
@@ -137,7 +140,7 @@ def validation_line(error: ValidationError, model: type[BaseModel]) -> str:
     path = ".".join(str(part) for part in location) or "(top level)"
     if first["type"] == "extra_forbidden":
         known = _fields_at(model, location[:-1])
-        return f"{path}: unknown key{_hint(str(location[-1]), known)}"
+        return f"{path}: unknown key{did_you_mean(str(location[-1]), known)}"
     if first["type"] == "missing":
         return f"{path}: is required"
     message = first["msg"].removeprefix("Value error, ")

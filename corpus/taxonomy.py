@@ -21,7 +21,8 @@ from typing import Any, Literal, cast, get_args
 from common.errors import ConfigError
 from common.files import file_digest, part_of, publish, write_whole
 from config.labels import LabelMap
-from corpus.records import AtomicLines, BadLine, DataFile, read_posts
+from corpus.records import AtomicLines, DataFile
+from fusion.data.data_file import BadLine, objects, read_posts, record_of
 
 Operation = Literal["rename", "merge", "split", "retire"]
 
@@ -315,7 +316,7 @@ def _said(names: Sequence[str], migrations: Sequence[Migration]) -> list[str]:
 def _asked(data: Path) -> list[dict[str, Any]]:
     """Return the posts that an earlier run has listed for people to look at."""
     path = relabel_path(data)
-    return list(_entries(path)) if path.exists() else []
+    return list(_posts(path)) if path.exists() else []
 
 
 def _rewritten(
@@ -325,7 +326,7 @@ def _rewritten(
     counts: dict[str, int],
     relabel: AtomicLines,
 ) -> Iterator[dict[str, Any]]:
-    for entry in _entries(data):
+    for entry in _posts(data):
         old_labels = [str(name) for name in entry.get("labels") or []]
         answer = answers.get(str(entry.get("post_id")), ())
         followed, unsaid = follow(old_labels, migrations)
@@ -367,7 +368,7 @@ def read_by_post(
     if path is None:
         return {}
     names_ever = {*labels.names, *(name for m in migrations for name in (*m.old, *m.new))}
-    said = {str(entry["post_id"]): list(entry.get("labels") or []) for entry in _entries(path)}
+    said = {str(entry["post_id"]): list(entry.get("labels") or []) for entry in _posts(path)}
     for post_id, names in said.items():
         for name in names:
             if name not in names_ever:
@@ -375,31 +376,11 @@ def read_by_post(
     return said
 
 
-def _entries(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the entries of a list or of JSON lines, with all their keys."""
-    try:
-        if path.suffix.lower() == ".json":
-            content = json.loads(path.read_text(encoding="utf-8"))
-            if not isinstance(content, list):
-                raise ConfigError(f"{path}: must be a list of posts")
-            yield from (_checked(entry, f"{path}: entry {i}") for i, entry in enumerate(content))
-            return
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield _checked(json.loads(line), f"{path}: line {number}")
-    except FileNotFoundError as error:
-        raise ConfigError(f"{path}: no such data file") from error
-    except ValueError as error:
-        raise ConfigError(f"{path}: not JSON: {error}") from error
-
-
-def _checked(entry: Any, where: str) -> dict[str, Any]:
-    if not isinstance(entry, dict) or not isinstance(entry.get("post_id"), str):
-        raise ConfigError(f"{where}: must have a post_id, a text")
-    if not isinstance(entry.get("labels") or [], list):
-        raise ConfigError(f"{where}: labels must be a list")
-    return entry
+def _posts(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the posts of a file with all their keys."""
+    for where, entry in objects(path):
+        record_of(entry, where, path)  # refuses what is no post
+        yield entry
 
 
 def _note(data: Path) -> dict[str, Any]:

@@ -129,9 +129,9 @@ def _conclude(
     from demo.evaluate import evaluate
     from demo.report import show_posts, show_summary, write_report
     from demo.training import LABELS
-    from scripts.commands.post_file import read_posts
+    from fusion.data.data_file import read_whole_posts
 
-    posts = read_posts(layout.posts("online"))
+    posts = read_whole_posts(layout.posts("online"))
     found = evaluate(layout, settings, LabelMap.load(LABELS), posts, results)
     tagged = sum(result.get("status") == "tagged" for result in results.values())
     content = {

@@ -16,7 +16,7 @@ from config.settings import Settings
 from demo.layout import Layout, Sizes
 from demo.lesson import Lesson, targets
 from demo.parallel import run_jobs, tell
-from scripts.commands.post_file import read_posts
+from fusion.data.data_file import read_whole_posts
 
 Backbone = Literal["video", "image", "audio"]
 
@@ -59,7 +59,7 @@ def _train(name: Backbone, lesson: Lesson) -> None:
     from demo.train_backbone import train_backbone
 
     settings, sizes, labels = lesson.settings, lesson.sizes, lesson.labels
-    posts, valid_posts = read_posts(lesson.train), read_posts(lesson.valid)
+    posts, valid_posts = read_whole_posts(lesson.train), read_whole_posts(lesson.valid)
     section = getattr(settings.features, name)
     train_backbone(
         section.arch,

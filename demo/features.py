@@ -9,7 +9,7 @@ from common.post import Post
 from config.settings import Settings
 from demo.layout import Layout
 from demo.parallel import map_items
-from scripts.commands.post_file import read_posts
+from fusion.data.data_file import read_whole_posts
 
 _runner: Any = None
 _layout: Layout | None = None
@@ -23,7 +23,7 @@ def extract_features(layout: Layout, settings: Settings) -> None:
         NothingUsable: No modality of a post can be used.
     """
     files = (layout.read("train"), layout.read("valid"), layout.posts("online"))
-    extract_posts(layout, settings, [post for file in files for post in read_posts(file)])
+    extract_posts(layout, settings, [post for file in files for post in read_whole_posts(file)])
 
 
 def extract_posts(layout: Layout, settings: Settings, posts: Sequence[Post]) -> None:

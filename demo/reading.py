@@ -10,7 +10,7 @@ from config.settings import Settings
 from demo.layout import Layout
 from demo.parallel import map_items
 from demo.posts.plan import Split
-from scripts.commands.post_file import read_posts
+from fusion.data.data_file import read_whole_posts
 
 _reader: Any = None
 _settings: Settings | None = None
@@ -22,7 +22,7 @@ def read_pictures(layout: Layout, settings: Settings, splits: tuple[Split, ...])
     Raises:
         ConfigError: OCR is not installed, or a data file is wrong.
     """
-    posts = [(split, post) for split in splits for post in read_posts(layout.posts(split))]
+    posts = [(split, post) for split in splits for post in read_whole_posts(layout.posts(split))]
     texts = map_items("words in pictures", _read, [p for _, p in posts], _setup, (settings,))
     found = {(split, p.post_id): text for (split, p), text in zip(posts, texts, strict=True)}
     for split in splits:

@@ -14,7 +14,7 @@ from torch import nn
 from common.post import Post
 from demo.lesson import Lesson, targets
 from demo.parallel import tell
-from scripts.commands.post_file import read_posts
+from fusion.data.data_file import read_whole_posts
 
 _DIM, _LAYERS, _HEADS, _POSITIONS = 64, 2, 4, 128
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -26,7 +26,7 @@ def train_text(lesson: Lesson) -> None:
 
     A post gives two examples, its text and the words of its pictures, each with all its tags.
     """
-    posts, labels, sizes = read_posts(lesson.train), lesson.labels, lesson.sizes
+    posts, labels, sizes = read_whole_posts(lesson.train), lesson.labels, lesson.sizes
     settings = lesson.settings
     wanted = targets(posts, labels)
     texts, rows = _examples(posts)

@@ -22,8 +22,9 @@ from corpus.analyze.media import MediaBase
 from corpus.analyze.report import render
 from corpus.analyze.tally import Tally
 from corpus.analyze.terminal import show
-from corpus.records import AtomicLines, BadLine, CorpusPost, count_lines, read_posts
+from corpus.records import AtomicLines
 from corpus.runs import only_one
+from fusion.data.data_file import BadLine, CorpusPost, count_lines, read_posts
 
 ANALYSIS, DUPLICATES, REPORT = "analysis.json", "duplicates.jsonl", "report.html"
 

@@ -37,7 +37,8 @@ from corpus.analyze.texts import (
     shingles,
 )
 from corpus.build.index import Groups
-from corpus.records import AtomicLines, CorpusPost
+from corpus.records import AtomicLines
+from fusion.data.data_file import CorpusPost
 
 Kind: TypeAlias = Literal["exact_media", "near_image", "near_text"]
 KINDS: tuple[Kind, ...] = ("exact_media", "near_image", "near_text")

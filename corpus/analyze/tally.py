@@ -15,7 +15,7 @@ from common.post import MEDIA_KINDS, MODALITIES, MediaKind, Post
 from corpus.analyze.labels import Labels
 from corpus.analyze.measure import MediaFact
 from corpus.analyze.texts import language_of
-from corpus.records import BadLine, CorpusPost
+from fusion.data.data_file import BadLine, CorpusPost
 
 _DATE = re.compile(r"(\d{4})-(0[1-9]|1[0-2])-(0[1-9]|[12]\d|3[01])(?!\d)")
 _TOP_AUTHORS, _TOP_SIZES, _EXAMPLES = 20, 20, 20

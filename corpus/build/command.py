@@ -22,18 +22,9 @@ from common.progress import progress_bar
 from config.labels import LabelMap
 from corpus.build.index import Check, Gatherer, Index, Rules, Unknown
 from corpus.build.sides import SIDES, Dealing, Split, split
-from corpus.records import (
-    MEDIA_KEYS,
-    AtomicLines,
-    CorpusPost,
-    DataFile,
-    Form,
-    Summary,
-    is_url,
-    local_path,
-    read_posts,
-)
+from corpus.records import AtomicLines, DataFile, Form, Summary
 from extractors.feature_file import feature_path
+from fusion.data.data_file import MEDIA_KEYS, CorpusPost, is_url, local_path, objects, read_posts
 
 
 @dataclass(frozen=True)
@@ -267,7 +258,7 @@ def read_manifest(manifest: Path | None, index: Index) -> None:
     Raises:
         ConfigError: The manifest cannot be read.
     """
-    for content in [] if manifest is None else _json_lines(manifest, "manifest"):
+    for _, content in [] if manifest is None else objects(manifest):
         digest = content.get("sha256")
         if content.get("status") == "ok" and isinstance(digest, str):
             for source in (content.get("source"), content.get("path")):
@@ -283,25 +274,11 @@ def duplicate_groups(path: Path | None) -> Iterator[tuple[str, ...]]:
     """
     if path is None:
         return
-    for content in _json_lines(path, "duplicates file"):
+    for where, content in objects(path):
         members = content.get("members")
         if not isinstance(members, list) or not all(isinstance(m, str) for m in members):
-            raise ConfigError(f"{path}: a group must have members, a list of post IDs")
+            raise ConfigError(f"{where}: a group must have members, a list of post IDs")
         yield tuple(members)
-
-
-def _json_lines(path: Path, what: str) -> Iterator[dict[str, object]]:
-    try:
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                content = json.loads(line)
-                if not isinstance(content, dict):
-                    raise ConfigError(f"{path}: line {number} is no object")
-                yield content
-    except FileNotFoundError as error:
-        raise ConfigError(f"{path}: no such {what}") from error
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from error
 
 
 def _show(index: Index, dealt: Split | None, labels: LabelMap, out: Path) -> None:

@@ -21,8 +21,8 @@ import numpy as np
 from common.errors import ConfigError, FeatureError
 from common.post import Features, Modality
 from config.labels import LabelMap
-from corpus.records import BadLine, CorpusPost, read_posts
 from extractors.feature_file import feature_path, read_features, read_header
+from fusion.data.data_file import BadLine, CorpusPost, read_posts
 
 
 class Groups:

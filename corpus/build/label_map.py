@@ -17,7 +17,7 @@ from common.errors import ConfigError
 from common.files import write_whole
 from common.progress import progress_bar
 from config.labels import LabelMap
-from corpus.records import BadLine, read_posts
+from fusion.data.data_file import BadLine, read_posts
 
 NAME = "build_label_map.py"
 _ABOUT = (

@@ -8,9 +8,8 @@ Data, 2011; here whole groups are dealt instead of single examples.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations, groupby
 from pathlib import Path
@@ -21,6 +20,7 @@ import numpy.typing as npt
 from common.errors import ConfigError
 from config.labels import LabelMap
 from corpus.build.index import Index, batches
+from fusion.data.data_file import objects
 
 _MOVE_PASSES = 30
 _POSTS_WEIGHT = 1.0
@@ -457,24 +457,12 @@ def _hold(index: Index, names: tuple[str, ...], keep: Path) -> None:
     """Note the sides of an earlier split."""
 
     def rows() -> Iterator[tuple[int, int]]:
-        for post_id, side in _read_split(keep):
+        for where, entry in objects(keep):
+            post_id, side = entry.get("post_id"), entry.get("side")
+            if not (isinstance(post_id, str) and isinstance(side, str)):
+                raise ConfigError(f"{where}: post_id and side must be texts: no split.jsonl")
             number = index.number_of(post_id)
             if number is not None and side in names:
                 yield names.index(side), number
 
     batches(index.base, "UPDATE posts SET held = ? WHERE number = ?", rows())
-
-
-def _read_split(path: Path) -> Iterable[tuple[str, str]]:
-    try:
-        with path.open(encoding="utf-8") as lines:
-            for line in lines:
-                entry = json.loads(line)
-                post_id, side = entry["post_id"], entry["side"]
-                if not (isinstance(post_id, str) and isinstance(side, str)):
-                    raise TypeError("post_id and side must be texts")
-                yield post_id, side
-    except FileNotFoundError as error:
-        raise ConfigError(f"{path}: no such split") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path}: no split.jsonl: {error}") from error

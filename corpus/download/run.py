@@ -24,18 +24,9 @@ from corpus.download.hosts import Hosts, Try, host_of
 from corpus.download.state import BrokenState, State
 from corpus.download.transfer import Transfers, incoming_folder, left_over, move_in_place, present
 from corpus.download.values import Answer, Ask, Options, UrlResult, ask_for
-from corpus.records import (
-    AtomicLines,
-    BadLine,
-    CorpusPost,
-    Summary,
-    bad_line,
-    check_holds_post,
-    count_lines,
-    post_line,
-    read_posts,
-)
+from corpus.records import AtomicLines, Summary, bad_line, post_line
 from corpus.runs import Stopper, only_one
+from fusion.data.data_file import BadLine, CorpusPost, check_holds_post, count_lines, read_posts
 
 MANIFEST, POSTS, REJECTED, SUMMARY = (
     "manifest.jsonl",

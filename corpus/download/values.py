@@ -10,7 +10,7 @@ from urllib.parse import urldefrag
 
 from common.post import MediaKind
 from config.settings import FetchSettings
-from corpus.records import is_url, local_path
+from fusion.data.data_file import is_url, local_path
 
 Status: TypeAlias = Literal["ok", "refused", "retryable"]
 """``refused`` stays so however often one tries; ``retryable`` may succeed later."""

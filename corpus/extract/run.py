@@ -19,8 +19,9 @@ from common.logs import configure_logs
 from common.progress import progress_bar
 from corpus.extract.options import Options, parse
 from corpus.extract.work import MODALITIES_OF, Entry, FailedPart, Inputs, Kind, Result
-from corpus.records import AtomicLines, Summary, check_holds_post
+from corpus.records import AtomicLines, Summary
 from corpus.runs import Interrupt
+from fusion.data.data_file import check_holds_post
 
 
 class Tally:

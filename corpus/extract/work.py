@@ -19,8 +19,16 @@ from typing import Any, Literal, TypeAlias
 from common.errors import ConfigError
 from common.post import Failure, Media, MediaKind, Modality, Post, Status
 from config.settings import Settings
-from corpus.records import BadLine, CorpusPost, count_lines, is_url, local_path, read_posts
 from extractors.fingerprint import digest
+from fusion.data.data_file import (
+    BadLine,
+    CorpusPost,
+    count_lines,
+    is_url,
+    local_path,
+    objects,
+    read_posts,
+)
 
 Kind: TypeAlias = Literal["text", "audio", "image", "video"]
 """The four scripts."""
@@ -308,17 +316,16 @@ class _Losses:
     """Failed media of a manifest, post by post in its order."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
-        self._lines = _manifest_lines(path)
+        self._lines = objects(path)
         self._next = next(self._lines, None)
 
     def of(self, post_id: str) -> list[_Loss]:
         """Return the losses of the next post."""
         losses: list[_Loss] = []
         while self._next is not None and self._next[1].get("post_id") == post_id:
-            number, content = self._next
+            where, content = self._next
             if content.get("status") == "failed":
-                losses.append(_loss(content, f"{self._path}: line {number}"))
+                losses.append(_loss(content, where))
             self._next = next(self._lines, None)
         return losses
 
@@ -329,29 +336,11 @@ class _Losses:
             ConfigError: There are some.
         """
         if self._next is not None:
-            number, content = self._next
+            where, content = self._next
             raise ConfigError(
-                f"{self._path}: line {number}: post {content.get('post_id')!r} is not at its "
+                f"{where}: post {content.get('post_id')!r} is not at its "
                 f"place in {POSTS_OF_MANIFEST}: the two were not made together"
             )
-
-
-def _manifest_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    try:
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                content = json.loads(line)
-                if not isinstance(content, dict):
-                    raise ConfigError(f"{path}: line {number}: not an object")
-                yield number, content
-    except FileNotFoundError as error:
-        raise ConfigError(f"{path}: no such file") from error
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except ValueError as error:
-        raise ConfigError(f"{path}: not JSON lines: {error}") from error
 
 
 def _loss(content: dict[str, Any], where: str) -> _Loss:

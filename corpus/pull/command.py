@@ -32,8 +32,9 @@ from corpus.pull.posts import (
     shown_id,
 )
 from corpus.pull.progress import Files
-from corpus.records import CorpusPost, post_line
+from corpus.records import post_line
 from corpus.runs import Stopper, only_one
+from fusion.data.data_file import CorpusPost
 
 
 @dataclass(frozen=True, slots=True)

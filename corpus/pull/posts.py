@@ -17,7 +17,7 @@ from bson import ObjectId, json_util
 from common.post import clean
 from common.times import moment_of
 from config.settings import FieldMap, StoreSettings
-from corpus.records import CorpusPost
+from fusion.data.data_file import CorpusPost
 from king.messages import MAX_ID_BYTES
 from king.store.documents import dig, read_post, sources
 

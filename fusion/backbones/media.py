@@ -27,7 +27,7 @@ from extractors.media.pictures import read_pictures, squash
 from extractors.models.visual import VideoExtractor, segments
 from fusion.backbones.augment import augment
 from fusion.data.collate import Batch
-from fusion.data.data_file import entries, record_of
+from fusion.data.data_file import MEDIA_KEYS, beside, entries, parse_post
 from fusion.train.distributed import all_ranks, gathered
 from fusion.train.prepare import Skipped
 
@@ -154,23 +154,16 @@ def read_posts(path: Path, labels: LabelMap, kind: MediaName) -> tuple[MediaPost
     """
     found: list[MediaPost] = []
     for entry in entries(path):
-        where = f"{path}: entry {entry.number}"
-        record = record_of(entry.value, where, path)
-        listed = entry.value.get(kind) or []
-        if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
-            raise ConfigError(f"{where}: {kind} must be a list of paths")
-        known = labels.encode(record.labels, where=f"{path}: post {record.post_id}")
-        if listed:
-            media = tuple(_beside(name, path) for name in listed)
-            found.append(MediaPost(record.post_id, media, tuple(known)))
+        post = parse_post(entry.value, entry.where).post
+        known = labels.encode(post.labels, where=f"{path}: post {post.post_id}")
+        media = tuple(
+            beside(each.source, path) for each in post.media if MEDIA_KEYS[each.kind] == kind
+        )
+        if media:
+            found.append(MediaPost(post.post_id, media, tuple(known)))
     if not found:
         raise ConfigError(f"{path}: no post has {kind}")
     return tuple(found)
-
-
-def _beside(name: str, file: Path) -> Path:
-    relative = file.parent / name  # an absolute path stays as it is
-    return relative if relative.exists() else Path(name)
 
 
 def targets_of(posts: Sequence[MediaPost], classes: int) -> npt.NDArray[np.float32]:

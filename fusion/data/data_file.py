@@ -1,34 +1,59 @@
-"""Data files: posts with their labels and features, read as a stream.
+"""The one reader of files of posts: a stream, whatever the size of the file.
 
-A data file is a JSON list of ``{post_id, labels: [name, ...], features: path, ...}``, or the same
-entries one a line (``.jsonl``); other keys are for other readers. Paths are relative to the data
-file, or else to the working directory. Files may hold millions of posts: never more than one
-block of the file is in memory.
+A file ``.json`` is a list of posts or one post alone, any other JSON lines. A post is ``{post_id,
+labels: [name, ...], text, ocr, images: [path or URL, ...], videos, audios, features: path, author,
+created}``; only ``post_id`` must be there, other keys are for other readers. Paths are relative to
+the file, or else to the working directory.
 """
 
 from __future__ import annotations
 
 import codecs
+import itertools
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, TypeAlias
+from urllib.parse import urlsplit
 
 from common.errors import ConfigError
+from common.post import Media, MediaKind, Post, clean
+from config.load import did_you_mean
 
 # Bytes of one read. Half would double the reads; much more only holds more of the file in memory.
 _BLOCK_BYTES = 1 << 20
-# Characters of one post. Without a limit, a missing brace would pull the rest of the file into
+# Of one post. Without a limit, a missing brace or end of line would pull the rest of the file into
 # memory; posts are far smaller, so half or double changes nothing for them.
-_LARGEST_ENTRY = 64 << 20
+MAX_ENTRY_BYTES = 32 << 20
 _BLANK = re.compile(r"[ \t\r\n]*")
+MEDIA_KEYS: dict[MediaKind, str] = {"image": "images", "video": "videos", "audio": "audios"}
+"""Kind of media -> its key in the files."""
+_KEYS = ("post_id", "labels", "text", "ocr", *MEDIA_KEYS.values(), "features", "author", "created")
 
 
-@dataclass(frozen=True)
+class Entry(NamedTuple):
+    """One entry of a file, as it stands there.
+
+    Attributes:
+        where: File and line or place, for errors.
+        line: Its line, or its place in the list; from 1.
+        start: Its first byte in the file.
+        size: Its bytes.
+        value: JSON's value; of a line that is none, a `ConfigError` says why.
+    """
+
+    where: str
+    line: int
+    start: int
+    size: int
+    value: Any
+
+
+@dataclass(frozen=True, slots=True)
 class Record:
-    """One post of a data file.
+    """The labels and features of a post.
 
     Attributes:
         labels: Names of the true tags.
@@ -40,107 +65,319 @@ class Record:
     features: Path | None = None
 
 
-class Entry(NamedTuple):
-    """One entry of a data file, as it stands there.
+@dataclass(frozen=True, slots=True)
+class CorpusPost:
+    """A post of a file.
 
     Attributes:
-        number: From 0; of ``.jsonl`` the line.
-        start: Its first byte in the file.
-        size: Its bytes.
-        value: What JSON makes of it.
+        post: Its media's sources stand as in the file: see `local_path`.
+        created: When it was made, ISO 8601.
+        features: Its feature file, where the file names one.
+        line: As `Entry.line`.
     """
 
-    number: int
-    start: int
-    size: int
-    value: Any
+    post: Post
+    author: str | None = None
+    created: str | None = None
+    features: str | None = None
+    line: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class BadLine:
+    """A line or entry that is no post.
+
+    Attributes:
+        line: As `Entry.line`.
+        reason: One line for a person.
+        post_id: Its post's ID, where that could be read.
+    """
+
+    line: int
+    reason: str
+    post_id: str | None = None
+
+
+FileEntry: TypeAlias = CorpusPost | BadLine
+
+
+def entries(path: Path) -> Iterator[Entry]:
+    """Yield the entries of a file one after another; empty lines are passed over.
+
+    Raises:
+        ConfigError: The file is missing or cannot be read; or it is no JSON list, which shows when
+            the reading comes there.
+    """
+    try:
+        with path.open("rb") as file:
+            listed = path.suffix.lower() == ".json"
+            yield from _list_entries(file, path) if listed else _line_entries(file, path)
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: no such data file") from error
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: not a JSON data file: {error}") from error
+
+
+def objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the place and content of every entry of a file that holds objects of any kind.
+
+    Raises:
+        ConfigError: As `entries`; or an entry is no object.
+    """
+    for entry in entries(path):
+        if isinstance(entry.value, ConfigError):
+            raise entry.value
+        if not isinstance(entry.value, dict):
+            raise ConfigError(f"{entry.where}: must be an object, got {_shown(entry.value)}")
+        yield entry.where, entry.value
+
+
+def read_posts(path: Path | str) -> Iterator[FileEntry]:
+    """Yield the posts of a file, and what is no post; repeated IDs are not looked for.
+
+    Raises:
+        ConfigError: As `entries`.
+    """
+    for entry in entries(Path(path)):
+        post_id = None
+        try:
+            post_id = post_id_of(entry.value, entry.where)
+            yield parse_post(entry.value, entry.where, entry.line)
+        except ConfigError as error:
+            yield BadLine(entry.line, str(error).removeprefix(f"{entry.where}: "), post_id)
+
+
+def count_lines(path: Path | str) -> int:
+    """Count the lines of a file, empty ones included, or the entries of a list.
+
+    Raises:
+        ConfigError: As `entries`.
+    """
+    file = Path(path)
+    if file.suffix.lower() == ".json":
+        return sum(1 for _ in entries(file))
+    next(entries(file), None)  # refuses a file that cannot be read
+    count, last = 0, b"\n"
+    with file.open("rb") as stream:
+        while block := stream.read(_BLOCK_BYTES):
+            count += block.count(b"\n")
+            last = block[-1:]
+    return count + (last != b"\n")
+
+
+def check_holds_post(path: Path | str, limit: int | None = None) -> None:
+    """Refuse a file without a post; reads up to the first one.
+
+    Args:
+        path: As for `read_posts`.
+        limit: Entries that count; None: all.
+
+    Raises:
+        ConfigError: As `read_posts`; or no entry is a post, with the reason.
+    """
+    broken, first = 0, None
+    for entry in itertools.islice(read_posts(path), limit):
+        if isinstance(entry, CorpusPost):
+            return
+        broken, first = broken + 1, first or entry
+    reason = "it is empty"
+    if first is not None:
+        which = "all" if limit is None or broken < limit else "the first"
+        lines = "the line is" if broken == 1 else f"{which} {broken:,} lines are"
+        reason = f"{lines} broken; line {first.line}: {first.reason}"
+    raise ConfigError(f"{path}: holds no readable post: {reason}")
 
 
 def read_data_file(path: Path) -> tuple[Record, ...]:
     """Return all posts of a small data file at once.
 
     Raises:
-        ConfigError: It is missing, no JSON list, empty, or an entry is not as it should be.
+        ConfigError: As `entries`; or it is empty, an entry is wrong, or an ID stands twice.
     """
-    records = tuple(iterate_records(path))
+    records: dict[str, Record] = {}
+    for entry in entries(path):
+        record = record_of(entry.value, entry.where, path)
+        if record.post_id in records:
+            raise ConfigError(f"{path}: post {record.post_id!r} stands twice")
+        records[record.post_id] = record
     if not records:
         raise ConfigError(f"{path}: holds no posts")
-    ids = [record.post_id for record in records]
-    if len(set(ids)) != len(ids):
-        seen: set[str] = set()
-        twice = next(i for i in ids if i in seen or seen.add(i))  # type: ignore[func-returns-value]
-        raise ConfigError(f"{path}: post {twice!r} stands twice")
-    return records
+    return tuple(records.values())
 
 
-def iterate_records(path: Path) -> Iterator[Record]:
-    """Yield the posts of a data file; that IDs are unique is not checked.
-
-    Raises:
-        ConfigError: It is missing, no JSON list, or an entry is not as it should be.
-    """
-    for entry in entries(path):
-        yield record_of(entry.value, f"{path}: entry {entry.number}", path)
-
-
-def entries(path: Path) -> Iterator[Entry]:
-    """Yield the entries of a data file one after another.
-
-    Raises:
-        ConfigError: It is missing, or no JSON list.
-    """
-    try:
-        with path.open("rb") as file:
-            lines = path.suffix == ".jsonl"
-            yield from _line_entries(file, path) if lines else _list_entries(file, path)
-    except FileNotFoundError as error:
-        raise ConfigError(f"{path}: no such data file") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: not a JSON data file: {error}") from error
-
-
-def record_of(entry: Any, where: str, file: Path) -> Record:
-    """Return an entry as a record.
+def record_of(value: Any, where: str, path: Path) -> Record:
+    """Return an entry's labels and features.
 
     Args:
-        entry: What JSON made of it.
+        value: As `Entry.value`.
         where: For the error.
-        file: The data file, which paths are relative to.
+        path: The file, which paths are relative to.
 
     Raises:
         ConfigError: It is not as it should be.
     """
-    if not isinstance(entry, dict) or not isinstance(entry.get("post_id"), str):
-        raise ConfigError(f"{where}: must have a post_id, a text")
-    labels, features = entry.get("labels") or [], entry.get("features")
-    if not isinstance(labels, list) or not all(isinstance(name, str) for name in labels):
-        raise ConfigError(f"{where}: labels must be a list of names")
-    if features is not None and not isinstance(features, str):
-        raise ConfigError(f"{where}: features must be a path")
-    return Record(entry["post_id"], tuple(labels), _resolve(features, file))
+    post_id = post_id_of(value, where)
+    labels, features = _texts(value, "labels", where), _text(value, "features", where)
+    return Record(post_id, labels, beside(features, path) if features else None)
 
 
-def _resolve(features: str | None, file: Path) -> Path | None:
-    if not features:
-        return None
-    relative = file.parent / features  # an absolute path stays as it is
-    return relative if relative.exists() else Path(features)
+def parse_post(value: Any, where: str, line: int = 0) -> CorpusPost:
+    """Return an entry as a post; the arguments are those of `record_of`.
+
+    Raises:
+        ConfigError: It is not as it should be.
+    """
+    post_id = post_id_of(value, where)
+    media = [
+        Media(kind, source)
+        for kind, key in MEDIA_KEYS.items()
+        for source in _texts(value, key, where)
+        if source
+    ]
+    post = Post(
+        post_id,
+        text=_text(value, "text", where) or "",
+        media=tuple(media),
+        ocr=_text(value, "ocr", where),
+        labels=_texts(value, "labels", where),
+    )
+    author, created, features = (_text(value, k, where) for k in ("author", "created", "features"))
+    return CorpusPost(post, author, created, features, line)
+
+
+def read_whole_posts(path: Path) -> list[Post]:
+    """Return the posts of a small file, ready to be tagged: see `post_to_tag`.
+
+    Raises:
+        ConfigError: As `entries`; or it is empty, or an entry is wrong.
+    """
+    posts = [post_to_tag(entry.value, path, entry.where) for entry in entries(path)]
+    if not posts:
+        raise ConfigError(f"{path}: holds no post")
+    return posts
+
+
+def post_to_tag(value: Any, path: Path, where: str) -> Post:
+    """Return an entry as a post whose local media exist; the arguments are those of `record_of`.
+
+    Raises:
+        ConfigError: It is not as it should be, has an unknown key, or names a medium that is not
+            there.
+    """
+    post_id_of(value, where)
+    odd = next((key for key in value if key not in _KEYS), None)
+    if odd is not None:
+        raise ConfigError(f"{where}: {odd}: unknown key{did_you_mean(odd, _KEYS)}")
+    post = parse_post(value, where).post
+    media = []
+    for each in post.media:
+        local = local_path(each.source, path)
+        if local is not None and not local.is_file():
+            raise ConfigError(f"{where}: {MEDIA_KEYS[each.kind]}: no such file: {each.source}")
+        media.append(each if local is None else Media(each.kind, str(local)))
+    return Post(post.post_id, post.text, tuple(media), post.ocr, post.labels)
+
+
+def is_url(source: str) -> bool:
+    """Tell a URL from a path."""
+    try:
+        return urlsplit(source).scheme.lower() in {"http", "https"}
+    except ValueError:
+        return source[:8].lower().startswith(("http://", "https://"))
+
+
+def local_path(source: str, file: Path | str) -> Path | None:
+    """Return the path of a local source of a file of posts; None for a URL."""
+    return None if is_url(source) or "\0" in source else beside(source, Path(file))
+
+
+def beside(source: str, file: Path) -> Path:
+    """Return a path that a file names: beside it, or in the working directory if only there."""
+    near = file.parent / source  # an absolute path stays as it is
+    try:
+        return near if near.exists() or not Path(source).exists() else Path(source)
+    except OSError:  # a name that is too long for the file system
+        return near
+
+
+def post_id_of(value: Any, where: str) -> str:
+    """Return the ID of an entry.
+
+    Raises:
+        ConfigError: It has none, or one that is no text.
+    """
+    if isinstance(value, ConfigError):
+        raise value
+    post_id = value.get("post_id") if isinstance(value, dict) else None
+    if not isinstance(post_id, str) or not post_id:
+        actual = value if not isinstance(value, dict) else value.get("post_id", "none")
+        raise ConfigError(f"{where}: must have a post_id, a text; got {_shown(actual)}")
+    if post_id != clean(post_id) or "\0" in post_id:
+        raise ConfigError(f"{where}: post_id holds what UTF-8 or a file name cannot: {post_id!r}")
+    return post_id
+
+
+def _text(value: Mapping[str, Any], key: str, where: str) -> str | None:
+    text = value.get(key)
+    if text is not None and not isinstance(text, str):
+        raise ConfigError(f"{where}: {key} must be a text, got {_shown(text)}")
+    return None if text is None else clean(text)
+
+
+def _texts(value: Mapping[str, Any], key: str, where: str) -> tuple[str, ...]:
+    texts = value.get(key)
+    if texts is None:
+        return ()
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise ConfigError(f"{where}: {key} must be a list of texts, got {_shown(texts)}")
+    return tuple(map(clean, texts))
+
+
+def _shown(value: Any) -> str:
+    return f"{json.dumps(value):.60}"
 
 
 def _line_entries(file: BinaryIO, path: Path) -> Iterator[Entry]:
-    start = 0
-    for number, line in enumerate(file):
-        if line.strip():
-            try:
-                value = json.loads(line)
-            except ValueError as error:
-                raise ConfigError(f"{path}: line {number + 1}: not JSON: {error}") from error
-            yield Entry(number, start, len(line), value)
-        start += len(line)
+    start, line = 0, 0
+    while raw := file.readline(MAX_ENTRY_BYTES + 1):
+        line += 1
+        size = len(raw)
+        where = f"{path}: line {line}"
+        if line == 1 and raw.startswith(codecs.BOM_UTF8):
+            raw = raw.removeprefix(codecs.BOM_UTF8)
+            start += len(codecs.BOM_UTF8)
+            size -= len(codecs.BOM_UTF8)
+        if size > MAX_ENTRY_BYTES and not raw.endswith(b"\n"):
+            while (rest := file.readline(_BLOCK_BYTES)) and not rest.endswith(b"\n"):
+                size += len(rest)
+            size += len(rest)
+            problem = ConfigError(f"{where}: longer than {MAX_ENTRY_BYTES} bytes")
+            yield Entry(where, line, start, size, problem)
+        elif raw.strip():
+            yield Entry(where, line, start, size, _parsed(raw, where))
+        start += size
+
+
+def _parsed(raw: bytes, where: str) -> Any:
+    try:
+        return json.loads(raw.decode("utf-8"))
+    except UnicodeDecodeError:
+        return ConfigError(f"{where}: not UTF-8")
+    except ValueError as error:
+        return ConfigError(f"{where}: not JSON: {error}")
+    except RecursionError:
+        return ConfigError(f"{where}: not JSON: nested too deeply")
 
 
 def _list_entries(file: BinaryIO, path: Path) -> Iterator[Entry]:
-    text = _Text(file)
+    text = _Text(file, path)
+    if text.next_sign() == "{":
+        yield text.entry(1)
+        if text.next_sign():
+            raise ConfigError(f"{path}: must be a list of posts; name a file of lines *.jsonl")
+        return
     if text.next_sign() != "[":
         raise ConfigError(f"{path}: must be a list of posts")
     text.skip(1)
@@ -149,14 +386,14 @@ def _list_entries(file: BinaryIO, path: Path) -> Iterator[Entry]:
         text.skip(1)
     else:
         while True:
-            yield text.entry(number)
             number += 1
+            yield text.entry(number)
             sign = text.next_sign()
             text.skip(1)
             if sign == "]":
                 break
             if sign != ",":
-                raise ValueError(f"behind entry {number - 1} must be a comma or the list's end")
+                raise ValueError(f"behind entry {number} must be a comma or the list's end")
     if text.next_sign():
         raise ValueError("something stands behind the list")
 
@@ -164,8 +401,8 @@ def _list_entries(file: BinaryIO, path: Path) -> Iterator[Entry]:
 class _Text:
     """A window on a UTF-8 file that moves on, and knows how many bytes it has passed."""
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
+    def __init__(self, file: BinaryIO, path: Path) -> None:
+        self._file, self._path = file, path
         self._decoder = codecs.getincrementaldecoder("utf-8")()
         self._json = json.JSONDecoder()
         self._text, self._at = "", 0
@@ -199,7 +436,7 @@ class _Text:
             try:
                 value, end = self._json.raw_decode(self._text, self._at)
             except json.JSONDecodeError as error:
-                too_large = len(self._text) - self._at > _LARGEST_ENTRY
+                too_large = len(self._text) - self._at > MAX_ENTRY_BYTES
                 # Perhaps the block ends inside the entry.
                 if too_large or not self._more():
                     raise ValueError(f"entry {number}: {error.msg}") from error
@@ -208,14 +445,12 @@ class _Text:
             if end == len(self._text) and self._text[end - 1] not in "}]" and self._more():
                 continue
             size = len(self._text[self._at : end].encode("utf-8"))
-            found = Entry(number, self._bytes, size, value)
-            self._at = end
-            self._bytes += size
-            return found
+            start, self._at, self._bytes = self._bytes, end, self._bytes + size
+            return Entry(f"{self._path}: entry {number}", number, start, size, value)
 
     def _more(self) -> bool:
-        kept = self._text[self._at :]
+        rest = self._text[self._at :]
         # As much again as there is, so that a large entry is not decoded over and over.
-        block = self._file.read(max(_BLOCK_BYTES, len(kept)))
-        self._text, self._at = kept + self._decoder.decode(block, final=not block), 0
+        block = self._file.read(max(_BLOCK_BYTES, len(rest)))
+        self._text, self._at = rest + self._decoder.decode(block, final=not block), 0
         return bool(block)

@@ -387,7 +387,7 @@ def _wanted(
     """ID and labels of an entry; None leaves it out."""
     post_id: str | None = None
     try:
-        record = record_of(entry.value, f"{path}: entry {entry.number}", path)
+        record = record_of(entry.value, entry.where, path)
         post_id = record.post_id
         return post_id, labels.encode(record.labels, where=f"{path}: post {post_id}")
     except ConfigError as error:

@@ -6,7 +6,6 @@ are given one by one, so that memory does not grow with their number.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +13,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from common.errors import ConfigError, one_line
 from config.labels import LabelMap
-from fusion.data.data_file import Record, entries, record_of
-
-# Bytes in which the first sign of a file is looked for; more blanks than that are not expected.
-_BLOCK = 1 << 20
+from fusion.data.data_file import Record, beside, entries, record_of
 
 
 class Labelled(Protocol):
@@ -85,8 +81,6 @@ class Input(Generic[P]):
         """
         for where, content in raw_entries(self.path):
             try:
-                if isinstance(content, ConfigError):
-                    raise content
                 post = self.read(content, self.path, where)
                 self.labels.encode(post.labels, where=f"{self.path}: post {post.post_id}")
             except ConfigError as error:
@@ -107,13 +101,10 @@ def raw_entries(path: Path) -> Iterator[tuple[str, Any]]:
         raise ConfigError(
             f"{path}: must be a .json data file or a .txt list (or .jsonl, a post a line)"
         )
-    if path.suffix != ".json":
-        for where, line in _lines(path):
-            yield where, line if path.suffix == ".txt" else _parsed(line, where)
-    elif _is_object(path):
-        yield str(path), _parsed(path.read_text(encoding="utf-8"), str(path))
+    if path.suffix == ".txt":
+        yield from _lines(path)
     else:
-        yield from ((f"{path}: entry {entry.number}", entry.value) for entry in entries(path))
+        yield from ((entry.where, entry.value) for entry in entries(path))
 
 
 def read_record(content: Any, path: Path, where: str) -> Record:
@@ -126,8 +117,7 @@ def read_record(content: Any, path: Path, where: str) -> Record:
         return record_of(content, where, path)
     if not content.endswith(".safetensors"):
         return Record(content)
-    relative = path.parent / content
-    return Record("", features=relative if relative.exists() else Path(content))
+    return Record("", features=beside(content, path))
 
 
 def _name_of(content: Any, where: str) -> str:
@@ -145,19 +135,3 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
         raise ConfigError(f"{path}: no such file") from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from error
-
-
-def _parsed(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        return ConfigError(f"{where}: not JSON: {error}")
-
-
-def _is_object(path: Path) -> bool:
-    """Tell whether a JSON file is one post and no list."""
-    try:
-        with path.open("rb") as file:
-            return file.read(_BLOCK).lstrip().startswith(b"{")
-    except OSError:
-        return False  # whoever reads it will say so

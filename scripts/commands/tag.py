@@ -11,8 +11,8 @@ import typer
 from common.errors import TaggingError
 from common.post import Failure, Post
 from common.result import TagResult
+from fusion.data.data_file import read_whole_posts
 from scripts.commands.common import AsJson, Config, Overrides, print_json, print_table, settings_of
-from scripts.commands.post_file import read_posts
 
 if TYPE_CHECKING:
     from workers.runner import PostRunner
@@ -29,7 +29,7 @@ def tag(
     Media are local paths or URLs; all models run in this process.
     """
     settings = settings_of(config, overrides)
-    posts = read_posts(file)  # before the models, which take long to load
+    posts = read_whole_posts(file)  # before the models, which take long to load
     from workers.local import local_runner
 
     with local_runner(settings) as runner:

@@ -17,13 +17,13 @@ from config.infer import InferSettings, RunSettings, is_database
 from config.settings import Settings
 from fusion.bundle.bundle import BundleInfo, load_bundle
 from fusion.bundle.legacy import resolve_model
+from fusion.data.data_file import post_to_tag
 from fusion.data.dataset import FeatureFiles
 from fusion.infer.inference import InferReport, Job, infer, shown
 from fusion.infer.inferer import FeatureMaker
 from fusion.infer.input import Input, read_record
 from fusion.infer.options import InferOptions, bundle_of, run_settings, with_bundle
 from fusion.infer.outputs import CsvTable, FileSink, JsonLines, Sink, StreamSink
-from scripts.commands.post_file import post_of
 
 
 def run(settings: InferSettings | Settings, options: InferOptions) -> None:
@@ -56,7 +56,7 @@ def _job(settings: InferSettings | Settings, options: InferOptions, scratch: Pat
             raise ConfigError(f"{posts}: names no media: raw media take .json or .jsonl")
         configure_logs(settings.log.format, settings.log.level)
         bundle = load_bundle(settings.fusion.bundle).info
-        read, maker = post_of, RawMaker(settings)
+        read, maker = post_to_tag, RawMaker(settings)
         # A batch of posts whose media are decoded is expensive: each is written when it is done.
         plan = plan.model_copy(update={"batch_size": 1})
     if output is not None:

@@ -13,8 +13,7 @@ from common.post import Post
 from config.labels import LabelMap
 from config.load import load_settings
 from extractors.feature_file import read_features, read_fingerprints
-from fusion.data.data_file import read_data_file
-from scripts.commands.post_file import read_posts
+from fusion.data.data_file import read_data_file, read_whole_posts
 from tests.support.processes import python
 from workers.local import local_runner
 
@@ -35,13 +34,13 @@ def test_every_sample_is_whole(split: str) -> None:
         assert labels.encode(record.labels)
         assert record.features is not None
         assert record.features.is_file()
-    posts = read_posts(DATA / f"{split}_cls24_samples.json")
+    posts = read_whole_posts(DATA / f"{split}_cls24_samples.json")
     assert all(Path(media.source).is_file() for post in posts for media in post.media)
 
 
 def test_the_splits_share_no_post() -> None:
     """No post ID and no medium stands in two of the files."""
-    posts = [read_posts(DATA / f"{split}_cls24_samples.json") for split in SPLITS]
+    posts = [read_whole_posts(DATA / f"{split}_cls24_samples.json") for split in SPLITS]
     names = [{post.post_id for post in split} for split in posts]
     media = [{m.source for post in split for m in post.media} for split in posts]
     for found in (names, media):
@@ -51,7 +50,7 @@ def test_the_splits_share_no_post() -> None:
 def test_sample_features_can_be_made_again() -> None:
     """The extractors of the sample config give the features that lie in ``data/features``."""
     settings = load_settings(ROOT / "config/infer_config_sample.yaml")
-    posts: list[Post] = list(read_posts(DATA / "test_cls24_samples.json"))[:4]
+    posts: list[Post] = list(read_whole_posts(DATA / "test_cls24_samples.json"))[:4]
     with local_runner(settings, fuse=False) as runner:
         for post in posts:
             made, kept = runner.run(post).features, read_features(DATA / "features", post.post_id)

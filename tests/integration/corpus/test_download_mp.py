@@ -320,10 +320,10 @@ def test_full_disk_stops_it_with_one_line(site: MediaSite, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        (["none.jsonl", "--out", "o"], "none.jsonl: no such file"),
+        (["none.jsonl", "--out", "o"], "none.jsonl: no such data file"),
         (["empty.jsonl", "--out", "o"], "empty.jsonl: holds no readable post: it is empty"),
         (["bad.jsonl", "--out", "o"], "all 2 lines are broken; line 1: not JSON"),
-        (["p.json", "--out", "o"], "p.json: must be a list of posts"),
+        (["p.json", "--out", "o"], "p.json: not a JSON data file"),
         (["p.jsonl", "--out", "p.jsonl"], "p.jsonl/.state: cannot be written: Not a directory"),
         (["p.jsonl", "--out", "o", "--set", "fetch.nope=1"], "fetch.nope: unknown key"),
         (["p.jsonl"], "Missing option '--out'"),

@@ -18,7 +18,7 @@ from corpus.pull.command import Options, query_of
 from corpus.pull.pages import Pages, Position
 from corpus.pull.posts import Choice, Smallest, hash_of, rare_tags, sample
 from corpus.pull.progress import Files
-from corpus.records import CorpusPost
+from fusion.data.data_file import CorpusPost
 
 
 @pytest.mark.parametrize(

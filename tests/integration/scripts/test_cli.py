@@ -164,7 +164,7 @@ def test_publish_untagged_leaves_out_results_and_jobs(
         (["dead", "drop"], "--all"),
         (["dead", "replay", "p1", "--all"], "not both"),
         (["dead", "list", "--since", "yesterday"], "--since yesterday"),
-        (["tag", "/nowhere/post.json"], "/nowhere/post.json: no such file"),
+        (["tag", "/nowhere/post.json"], "/nowhere/post.json: no such data file"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_2(

@@ -18,8 +18,9 @@ from corpus.analyze.duplicates import Group, GroupTally, find_groups
 from corpus.analyze.looks import hash_of, look_of, near_pairs, same_colours
 from corpus.analyze.measure import MediaFact
 from corpus.analyze.texts import Bands, comparable, jaccard, key_of, normal, shingles
-from corpus.records import AtomicLines, CorpusPost, read_posts
+from corpus.records import AtomicLines
 from extractors.media.pictures import read_pictures, squash
+from fusion.data.data_file import CorpusPost, read_posts
 from tests.support.corpus.analyze_corpus import Corpus, make_corpus
 from tests.support.media import halves, noise, solid
 

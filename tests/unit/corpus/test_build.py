@@ -243,9 +243,9 @@ def test_kept_posts_stay_and_new_ones_join(
         ((), "label 'nowhere' is not in the label map; --unknown"),
         (("--valid", "0.6", "--test", "0.5"), "nothing would be left"),
         (("--valid", "-1"), "a share is 0 or more"),
-        (("--keep", "none.jsonl", "--unknown", "skip_tag"), "no such split"),
-        (("--manifest", "none.jsonl"), "no such manifest"),
-        (("--duplicates", "none.jsonl", "--unknown", "skip_tag"), "no such duplicates file"),
+        (("--keep", "none.jsonl", "--unknown", "skip_tag"), "no such data file"),
+        (("--manifest", "none.jsonl"), "no such data file"),
+        (("--duplicates", "none.jsonl", "--unknown", "skip_tag"), "no such data file"),
     ],
 )
 def test_mistakes_end_with_2_and_one_line(

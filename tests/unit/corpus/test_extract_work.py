@@ -57,7 +57,7 @@ def test_the_count_is_that_of_lines_and_is_limited(tmp_path: Path) -> None:
     listed = tmp_path / "posts.json"
     listed.write_text(json.dumps([{"post_id": "1"}, {"post_id": "2"}]), encoding="utf-8")
     assert Inputs(listed, Settings(), IMAGE).count() == 2
-    with pytest.raises(ConfigError, match=r"none\.jsonl: no such file"):
+    with pytest.raises(ConfigError, match=r"none\.jsonl: no such data file"):
         Inputs(tmp_path / "none.jsonl", Settings(), IMAGE).count()
 
 

@@ -11,23 +11,18 @@ import pytest
 
 from common.errors import ConfigError
 from common.post import Media, Post
-from corpus import records
-from corpus.records import (
-    AtomicLines,
+from corpus.records import AtomicLines, DataFile, Form, Summary, bad_line, post_line
+from corpus.runs import Interrupt, Stopper, only_one
+from fusion.data import data_file
+from fusion.data.data_file import (
     BadLine,
     CorpusPost,
-    DataFile,
-    Form,
-    Summary,
-    bad_line,
     check_holds_post,
     count_lines,
     is_url,
     local_path,
-    post_line,
     read_posts,
 )
-from corpus.runs import Interrupt, Stopper, only_one
 
 FULL = {
     "post_id": "a/猫",
@@ -64,10 +59,10 @@ def test_line_is_read_and_written_alike(tmp_path: Path) -> None:
     [
         (b"{", "not JSON: ", None),
         (b"[" * 100_000, "not JSON: nested too deeply", None),
-        (b"[1]", "not an object", None),
-        (b"{}", "no post_id", None),
-        (b'{"post_id": 3}', "post_id must be a text", None),
-        (b'{"post_id": ""}', "post_id must be a text", None),
+        (b"[1]", "must have a post_id, a text; got [1]", None),
+        (b"{}", "must have a post_id, a text", None),
+        (b'{"post_id": 3}', "must have a post_id, a text; got 3", None),
+        (b'{"post_id": ""}', "must have a post_id, a text", None),
         (b'{"post_id": "\\ud800"}', "post_id holds what UTF-8 or a file name cannot", None),
         (b'{"post_id": "a", "text": 3}', "text must be a text", "a"),
         (b'{"post_id": "a", "labels": "x"}', "labels must be a list of texts", "a"),
@@ -96,7 +91,7 @@ def test_bad_line_is_named_and_passed_over(
 
 def test_endless_line_is_not_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A line longer than any post is passed over in pieces."""
-    monkeypatch.setattr(records, "MAX_LINE_BYTES", 100)
+    monkeypatch.setattr(data_file, "MAX_ENTRY_BYTES", 100)
     file = tmp_path / "p.jsonl"
     file.write_bytes(b'{"post_id": "' + b"x" * 5_000_000 + b'"}\n{"post_id": "b"}\n')
     bad, good = read_posts(file)
@@ -111,7 +106,7 @@ def test_data_file_is_read_by_the_same_reader(tmp_path: Path) -> None:
     file.write_text(text, encoding="utf-8-sig")
     good, bad = read_posts(file)
     assert good == CorpusPost(Post("a", text="?"), features="f/a", line=1)
-    assert bad == BadLine(2, "not an object")
+    assert bad == BadLine(2, "must have a post_id, a text; got 5")
     assert isinstance(good, CorpusPost)
     assert json.loads(post_line(good))["features"] == "f/a"
 
@@ -119,9 +114,8 @@ def test_data_file_is_read_by_the_same_reader(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("none.jsonl", None, "no such file"),
-        ("none.json", None, "no such file"),
-        ("a.json", '{"post_id": "a"}', "must be a list of posts"),
+        ("none.jsonl", None, "no such data file"),
+        ("none.json", None, "no such data file"),
         ("b.json", '{"post_id": "a"}\n{"post_id": "b"}', "must be a list of posts; name a file of"),
         ("c.json", '[{"post_id": "a"} {', "not a JSON data file"),
     ],
@@ -143,9 +137,9 @@ def test_file_that_cannot_be_read_is_named(
         ("p.jsonl", "\n \n", None, "it is empty"),
         ("p.json", "[]", None, "it is empty"),
         ("p.jsonl", "\n{\n", None, "the line is broken; line 2: not JSON"),
-        ("p.jsonl", "[]\n{}\n", None, "all 2 lines are broken; line 1: not an object"),
-        ("p.json", "[{}, 1]", None, "all 2 lines are broken; line 1: no post_id"),
-        ("p.jsonl", '1\n2\n{"post_id": "a"}\n', 2, "the first 2 lines are broken; line 1: not"),
+        ("p.jsonl", "[]\n{}\n", None, "all 2 lines are broken; line 1: must have a post_id"),
+        ("p.json", "[{}, 1]", None, "all 2 lines are broken; line 1: must have a post_id"),
+        ("p.jsonl", '1\n2\n{"post_id": "a"}\n', 2, "the first 2 lines are broken; line 1: must"),
     ],
 )
 def test_file_without_a_readable_post_is_told(

@@ -47,8 +47,8 @@ MISTAKES: dict[str, tuple[Any, str]] = {
     ),
     "empty": (lambda d: (d / "train.json").write_text("[]"), "train.json: holds no posts"),
     "no JSON": (lambda d: (d / "train.json").write_text("[{"), "train.json: not a JSON data file"),
-    "no list": (lambda d: (d / "train.json").write_text("{}"), "must be a list"),
-    "no ID": (lambda d: (d / "train.json").write_text("[{}]"), "entry 0: must have a post_id"),
+    "no list": (lambda d: (d / "train.json").write_text("{}"), "must have a post_id"),
+    "no ID": (lambda d: (d / "train.json").write_text("[{}]"), "entry 1: must have a post_id"),
     "twice": (
         lambda d: _entries(d, lambda e: e.append(e[5])),
         "post 'train5' stands twice",

@@ -13,9 +13,9 @@ from common.errors import ConfigError, MediaError, NothingUsable
 from common.post import Failure, Features, Media, Post, Tag, Tags
 from common.times import since_time
 from config.settings import Settings
+from fusion.data.data_file import read_whole_posts
 from scripts.cli import run
 from scripts.commands.common import ago
-from scripts.commands.post_file import read_posts
 from workers import local
 from workers.post_run import PostTags
 
@@ -38,7 +38,7 @@ def test_a_post_is_read_with_its_media(tmp_path: Path) -> None:
         "videos": ["https://host/v.mp4"],
         "features": "features/p1",
     }
-    (post,) = read_posts(written(tmp_path, entry))
+    (post,) = read_whole_posts(written(tmp_path, entry))
     assert post == Post(
         "p1",
         text="你好",
@@ -48,7 +48,7 @@ def test_a_post_is_read_with_its_media(tmp_path: Path) -> None:
         ),
         labels=("cat",),
     )
-    two = read_posts(written(tmp_path, [entry, {"post_id": "p2", "ocr": "SALE"}]))
+    two = read_whole_posts(written(tmp_path, [entry, {"post_id": "p2", "ocr": "SALE"}]))
     assert [p.post_id for p in two] == ["p1", "p2"]
     assert two[1].ocr == "SALE"
 
@@ -57,19 +57,22 @@ def test_a_post_is_read_with_its_media(tmp_path: Path) -> None:
     ("content", "named"),
     [
         ([], "holds no post"),
-        (3, "an object with a post_id"),
-        ({}, "post_id: is required"),
+        (3, "must be a list of posts"),
+        ({}, "must have a post_id"),
         ({"post_id": 7}, "post_id"),
         ({"post_id": ""}, "post_id"),
         ({"post_id": "p", "image": []}, "image: unknown key; did you mean 'images'?"),
-        ([{"post_id": "p"}, {"post_id": "q", "images": "a.jpg"}], "[1]: images"),
-        ({"post_id": "p", "videos": ["none.mp4"]}, "videos.0: no such file: none.mp4"),
+        (
+            [{"post_id": "p"}, {"post_id": "q", "images": "a.jpg"}],
+            "entry 2: images must be",
+        ),
+        ({"post_id": "p", "videos": ["none.mp4"]}, "videos: no such file: none.mp4"),
     ],
 )
 def test_mistakes_in_the_file_are_named(tmp_path: Path, content: Any, named: str) -> None:
     file = written(tmp_path, content)
     with pytest.raises(ConfigError) as caught:
-        read_posts(file)
+        read_whole_posts(file)
     assert named in str(caught.value)
     assert str(file) in str(caught.value)
 
@@ -77,11 +80,11 @@ def test_mistakes_in_the_file_are_named(tmp_path: Path, content: Any, named: str
 def test_text_that_is_no_json_is_named(tmp_path: Path) -> None:
     file = tmp_path / "posts.json"
     file.write_bytes(b"\xff\xfe{")
-    with pytest.raises(ConfigError, match="cannot be read"):
-        read_posts(file)
+    with pytest.raises(ConfigError, match="not a JSON data file"):
+        read_whole_posts(file)
     file.write_text("{")
-    with pytest.raises(ConfigError, match="not JSON"):
-        read_posts(file)
+    with pytest.raises(ConfigError, match="not a JSON data file"):
+        read_whole_posts(file)
 
 
 class FakeRunner:
