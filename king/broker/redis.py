@@ -106,6 +106,7 @@ class RedisBroker(Broker):
         self._tag_numbers = itertools.count()
         self._is_empty = True  # by the last answer
         self._acked: list[int | str] = []
+        self._asked: list[str] = []  # tags of a `take` whose answer has not come
         self._renew_every_s = settings.visibility_timeout_s / 4
         self._renewal_due = self._collection_due = 0.0
 
@@ -120,7 +121,10 @@ class RedisBroker(Broker):
                 f"broker.url: {redact(self.settings.url)!r} has a part that is not understood"
             ) from error
         self._size(self._lists)  # raises if the key is of another type
-        self._give_back(reversed(self._in_hand))
+        # A connection lost in a `take` may have cost the answer alone: the messages are taken then,
+        # and without this would wait for the end of their lease.
+        self._give_back([*reversed(self._asked), *reversed(self._in_hand)])
+        self._asked = []
         self._renewal_due = time.monotonic() + self._renew_every_s
         self._collection_due = 0.0
 
@@ -155,9 +159,11 @@ class RedisBroker(Broker):
         # An empty queue is asked for one message, since each one asked for costs a tag.
         count = 1 if self._is_empty else room
         tags = [f"{self._tag_prefix}.{next(self._tag_numbers)}" for _ in range(count)]
+        self._asked = tags
         entries = self._run(
             "take", self.settings.visibility_timeout_s, *tags, lists=reversed(self._lists)
         )
+        self._asked = []
         self._is_empty = not entries
         for tag, entry in zip(tags, entries, strict=False):  # fewer may come than were asked for
             body, redelivered = read_item(entry[1:])

@@ -337,7 +337,10 @@ class RabbitMQServer(Server):
 
 
 class MongoServer(Server):
-    """nx-27017: the MongoDB protocol on a SQLite file."""
+    """nx-27017: the MongoDB protocol on SQLite, a file for each database.
+
+    With a single file all databases would share their collections, and tests their documents.
+    """
 
     name = "nx-27017"
 
@@ -356,7 +359,7 @@ class MongoServer(Server):
     def _command(self) -> list[str]:
         return [
             *(sys.executable, "-m", "nx_27017.nx_27017", "--host", "127.0.0.1"),
-            *("--port", str(self.port), "--db", str(self.folder / "mongo.db")),
+            *("--port", str(self.port), "--data-dir", str(self.folder / "data")),
             *("--log-file", str(self.folder / "nx.log"), "--pid-file", str(self.folder / "nx.pid")),
         ]
 

@@ -32,8 +32,6 @@ broker: {{url: "{redis}", queue: "{name}.posts", socket_timeout_s: 1, visibility
 store:
   url: "{mongo}"
   database: {name}
-  collection: {name}_posts
-  jobs_collection: {name}_jobs
   timeout_s: 1
 king: {{drain_timeout_s: 2, lease_s: 3}}
 watchdog: {{stall_s: {stall_s}, interval_s: 0.3, start_timeout_s: 30, probe_timeout_s: 1}}
@@ -71,13 +69,13 @@ class Rig(Checkout):
         from king.messages import PostMessage
 
         with self._client() as client:
-            client[self._name][f"{self._name}_posts"].insert_one({"_id": post_id, "text": "words"})
+            client[self._name]["posts"].insert_one({"_id": post_id, "text": "words"})
         publish_posts(load_settings(self.folder / "settings.yaml").broker, [PostMessage(post_id)])
 
     def tagged(self, post_id: str) -> bool:
         """Tell if a post has tags."""
         with self._client() as client:
-            post = client[self._name][f"{self._name}_posts"].find_one({"_id": post_id}) or {}
+            post = client[self._name]["posts"].find_one({"_id": post_id}) or {}
         return bool((post.get("insight") or {}).get("status") == "tagged")
 
     def trouble(self, word: str) -> None:

@@ -35,7 +35,7 @@ def monitored(
     """A checkout with the monitor, on real servers."""
     settings = {
         "broker": {"url": redis_server.url, "queue": unique_name},
-        "store": {"url": mongo_server.url, "database": unique_name, "collection": unique_name},
+        "store": {"url": mongo_server.url, "database": unique_name},
         "log": {"format": "json"},
     }
     made = Checkout(short_path, KING, json.dumps(settings), monitor=True)

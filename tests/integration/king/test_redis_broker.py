@@ -10,10 +10,12 @@ import pytest
 import redis
 
 import king.broker.redis
+from common.errors import BrokerUnavailable
 from config.settings import BrokerSettings
-from king.broker.connect import publish_posts
+from king.broker.connect import publish_posts, queue_depth
 from king.messages import PostMessage
 from tests.support.king.broker_rig import Consumer, connected, settings_for
+from tests.support.proxy import proxy_to
 from tests.support.services import RedisServer
 
 pytestmark = pytest.mark.redis
@@ -104,6 +106,24 @@ def test_acks_before_a_lost_connection_are_sent_after_it(
         broker.connect()
         assert consumer.idle(0.1) == 0
         assert client.keys(f"{settings.queue}*") == []
+
+
+def test_messages_whose_answer_was_lost_come_with_the_next_connection(
+    settings: BrokerSettings, redis_server: RedisServer
+) -> None:
+    """The server has handed them out, and nobody has them: they wait for no lease to run out."""
+    with proxy_to(redis_server.address) as proxy:
+        url = settings.url.replace(f":{redis_server.port}/", f":{proxy.port}/")
+        with connected(settings.model_copy(update={"url": url})) as broker:
+            consumer = Consumer(broker)
+            consumer.take(5)
+            publish_posts(settings, [PostMessage("late")])
+            proxy.blackhole(replies_only=True)
+            with pytest.raises(BrokerUnavailable):
+                consumer.until(lambda: False)
+            assert queue_depth(settings) == 0
+            broker.connect()
+            consumer.take(5 + 6, timeout_s=30)
 
 
 def test_queues_do_not_share_keys(settings: BrokerSettings, redis_server: RedisServer) -> None:

@@ -35,13 +35,7 @@ class Place:
         self.file = folder / "settings.yaml"
         content = {
             "broker": {"url": redis.url, "queue": f"{name}.posts", "socket_timeout_s": 1},
-            "store": {
-                "url": mongo.url,
-                "database": name,
-                "collection": f"{name}_posts",
-                "jobs_collection": f"{name}_jobs",
-                "timeout_s": 2,
-            },
+            "store": {"url": mongo.url, "database": name, "timeout_s": 2},
             "embedded": {"folder": str(folder / "embedded")},
             "log": {"format": "json"},
         }

@@ -74,9 +74,8 @@ class StoreRig:
 
 
 def mongo_settings(url: str, name: str, **changes: Any) -> StoreSettings:
-    """A database of its own; nx-27017 ignores the database's name, so its collections too."""
-    names = {"database": name, "collection": f"{name}_posts", "jobs_collection": f"{name}_jobs"}
-    return StoreSettings(url=url, timeout_s=3, **names, **changes)
+    """A database of its own."""
+    return StoreSettings(url=url, timeout_s=3, database=name, **changes)
 
 
 def mongo_store(url: str, name: str, **changes: Any) -> Store:
