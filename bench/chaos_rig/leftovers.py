@@ -17,7 +17,9 @@ from pathlib import Path
 import psutil
 
 _PR_SET_CHILD_SUBREAPER = 36
-_LOOK_EVERY_S = 0.2
+# Memory is held from a worker's start to its death, which are seconds apart; more often would load
+# the machine that is measured: each look reads the maps of every process.
+_LOOK_EVERY_S = 1.0
 
 
 def become_subreaper() -> None:

@@ -12,7 +12,7 @@ import pytest
 from tests.support.services import MongoServer, RabbitMQServer, RedisServer, unavailable
 
 ROOT = Path(__file__).resolve().parents[2]
-POSTS = 60
+POSTS = 30
 
 
 @pytest.mark.slow

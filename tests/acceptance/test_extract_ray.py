@@ -20,6 +20,8 @@ from corpus.extract.run import main
 from corpus.extract.work import MODALITIES_OF, Result, Work
 from tests.support.corpus.extraction_corpus import feature_files, write_config, write_pictures
 
+POSTS = 64  # four files of work: two for each actor
+
 
 @pytest.mark.filterwarnings("ignore")  # Ray warns of itself, of its processes and of its sockets
 @pytest.mark.slow
@@ -32,7 +34,7 @@ def test_ray_gives_the_same_features_on_two_nodes(
     from ray.cluster_utils import Cluster
     from ray.data import DataContext
 
-    posts, config = write_pictures(tmp_path / "in", 120), write_config(tmp_path)
+    posts, config = write_pictures(tmp_path / "in", POSTS), write_config(tmp_path)
     common = ["--config", str(config), "--input", str(posts)]
     assert main("image", [*common, "--features", str(tmp_path / "local")]) == 0
     capsys.readouterr()
@@ -53,7 +55,7 @@ def test_ray_gives_the_same_features_on_two_nodes(
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("node ")]
     counts = [int(line.rpartition(": ")[2].removesuffix(" posts")) for line in said]
     assert len(counts) == 2
-    assert sum(counts) == 120
+    assert sum(counts) == POSTS
     assert feature_files(root) == feature_files(tmp_path / "local")
     assert not list(root.glob(".extract-*"))
 

@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import infer_net
+import train_net
 from common.post import Post
 from config.labels import LabelMap
 from config.load import load_settings
 from extractors.feature_file import read_features, read_fingerprints
 from fusion.data.data_file import read_data_file, read_whole_posts
-from tests.support.processes import python
 from workers.local import local_runner
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT / "data"
 SPLITS = ("train", "valid", "test")
-
-
-def _run(*command: str) -> subprocess.CompletedProcess[str]:
-    return python(*command, timeout_s=600, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -62,41 +58,38 @@ def test_sample_features_can_be_made_again() -> None:
 
 
 @pytest.mark.slow
-def test_train_and_inference_run_as_the_readme_writes_them(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("one_thread")
+def test_train_and_inference_run_as_the_readme_writes_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Training with custom parameters, inference from ``.json`` and ``.txt``, raw media to tags."""
+    monkeypatch.chdir(ROOT)
     bundle = tmp_path / "bundle"
-    trained = _run(
-        "train_net.py", "--model_config", "config/train_config.yaml", "--batch_size", "8",
+    assert train_net.main([
+        "--model_config", "config/train_config.yaml", "--batch_size", "8",
         "--learning_rate", "0.002", "--n_gpu", "0", "--epoch", "2", "--save_dir", str(tmp_path),
         "--valid_interval", "1", "--log_interval", "1", "--fix_random_seed", "True",
         "--set", f"bundle.out={bundle}", "--set", "report.subset_posts=0",
-    )  # fmt: skip
-    assert trained.returncode == 0, trained.stderr
-    assert "gap" in trained.stdout
+    ]) == 0  # fmt: skip
+    assert "gap" in capsys.readouterr().out
     assert (tmp_path / "latest" / "ckpt" / "last.pt").is_file()
     assert (tmp_path / "latest" / "report" / "report.html").is_file()
-    by_kind: list[list[dict[str, object]]] = []
-    for name in ("test_cls24_samples.json", "test_cls24_samples.txt"):
-        output = tmp_path / f"{name}.jsonl"
-        inferred = _run(
-            "infer_net.py", "--infer_config", "config/infer_config.yaml", "--input", f"data/{name}",
+
+    def tags(config: str, name: str) -> list[dict[str, object]]:
+        output = tmp_path / f"{config}-{name}.jsonl"
+        assert infer_net.main([
+            "--infer_config", f"config/{config}.yaml", "--input", f"data/{name}",
             "--n_gpus", "0", "--best_model", str(bundle), "--output", str(output),
-        )  # fmt: skip
-        assert inferred.returncode == 0, inferred.stderr
-        by_kind.append([json.loads(line) for line in output.read_text().splitlines()])
-    assert [len(found) for found in by_kind] == [10, 10]
-    for first, second in zip(*by_kind, strict=True):
+        ]) == 0  # fmt: skip
+        return [json.loads(line) for line in output.read_text().splitlines()]
+
+    of_json = tags("infer_config", "test_cls24_samples.json")
+    of_text = tags("infer_config", "test_cls24_samples.txt")
+    of_media = tags("infer_config_sample", "test_cls24_samples.json")
+    assert len(of_json) == 10
+    for first, second, raw in zip(of_json, of_text, of_media, strict=True):
         assert first["scores"] == second["scores"]
-        assert first["post_id"] == second["post_id"]
-    raw = tmp_path / "raw.jsonl"
-    inferred = _run(
-        "infer_net.py", "--infer_config", "config/infer_config_sample.yaml",
-        "--input", "data/test_cls24_samples.json", "--best_model", str(bundle), "--n_gpus", "0",
-        "--output", str(raw),
-    )  # fmt: skip
-    assert inferred.returncode == 0, inferred.stderr
-    tags = [json.loads(line) for line in raw.read_text().splitlines()]
-    for first, second in zip(by_kind[0], tags, strict=True):
-        assert first["post_id"] == second["post_id"]
-        scores = np.asarray(first["scores"], np.float64)
-        np.testing.assert_allclose(scores, second["scores"], atol=1e-2)
+        assert first["post_id"] == second["post_id"] == raw["post_id"]
+        np.testing.assert_allclose(
+            np.asarray(raw["scores"], float), np.asarray(first["scores"], float), atol=1e-2
+        )

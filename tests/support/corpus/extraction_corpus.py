@@ -35,6 +35,7 @@ def write_config(folder: Path, **features: Any) -> Path:
     content = {
         "fetch": {"spool": str(folder / "spool")},
         "features": tiny_features(**features).model_dump(mode="json"),
+        "decode": {"processes": 1},
         "workers": {"extractors": [{"threads": 1}]},
     }
     path = folder / "tiny.yaml"
