@@ -69,8 +69,11 @@ demo: $(VENV)/.runtime ## posts, training, services, daemon, tags: everything on
 t: $(VENV)/.dev ## the unit tests: no servers, under a minute
 	@$(PY) -m pytest -q $(PYTEST_ARGS) tests/unit
 
-test: check ## lint, types, arrows, all tests with coverage
-	$(PY) -m pytest --cov --cov-report=term:skip-covered $(PYTEST_ARGS)
+# Coverage makes the tests about half as slow again, so it is left to CI, and to: make test CI=1
+COVERAGE_ARGS := $(if $(CI),--cov --cov-report=term:skip-covered)
+
+test: check ## lint, types, arrows, all tests; with CI=1 coverage too
+	$(PY) -m pytest $(COVERAGE_ARGS) $(PYTEST_ARGS)
 
 check: style types arrows ## lint, format, types, import arrows
 
