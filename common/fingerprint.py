@@ -72,6 +72,19 @@ def differing(wanted: str, found: str | None) -> str:
     return f" (another {', '.join(names[:_NAMED])})"
 
 
+def mismatch(bundle: Mapping[Any, str], expected: Mapping[Any, str]) -> str | None:
+    """Return the first stream that the bundle needs and the extractors do not give, in one line."""
+    for stream, needed in bundle.items():
+        actual = expected.get(stream)
+        if actual != needed:
+            named = actual or "nothing (its extractor is not enabled)"
+            return (
+                f"modality {stream}: the bundle needs {needed}, the extractors give "
+                f"{named}{differing(needed, actual)}"
+            )
+    return None
+
+
 def _differences(wanted: Mapping[str, Any], found: Mapping[str, Any], at: str = "") -> list[str]:
     names: list[str] = []
     for key in sorted({*wanted, *found}):

@@ -20,7 +20,8 @@ from config.settings import Settings
 from king.jobs import Dead, Outcome, Released, Retry, Started, Tagged
 from king.status import Status
 from workers.plan import PostPlan
-from workers.pool.events import (
+from workers.post_run import PostFailed, PostOutcome, PostRun, PostRuns, PostTags
+from workers.protocol import (
     BundleChanged,
     PoolEvent,
     PoolReady,
@@ -29,7 +30,6 @@ from workers.pool.events import (
     TaskFailed,
     TaskPool,
 )
-from workers.post_run import PostFailed, PostOutcome, PostRun, PostRuns, PostTags
 
 # Events of the pool and `wake` end a poll at once; only deadlines and the heartbeat for the
 # watchdog wait for it. At double these come half a second late; at half an idle King wakes up

@@ -37,7 +37,7 @@ from king.status import Status, write_health
 from king.store.client import StoreClient
 from king.store.store import Store
 from king.store_thread import PostStore, StoreInbox, StoreThread
-from workers.pool.events import TaskPool
+from workers.protocol import TaskPool
 
 # The watchdog sends it: connect to the broker and subscribe again.
 SUBSCRIBE_SIGNAL = signal.SIGUSR1

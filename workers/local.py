@@ -3,7 +3,7 @@
     with local_runner(settings) as runner:
         tags = runner.run(post).tags
 
-`LocalPool` keeps the promises of `workers.pool.events.TaskPool` with the task functions of the
+`LocalPool` keeps the promises of `workers.protocol.TaskPool` with the task functions of the
 worker processes, so that a post takes the same way as in the daemon.
 """
 
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from common.errors import BundleError, ConfigError
+from common.fingerprint import mismatch
 from common.post import Failure, Stream
 from config.settings import Settings
 from extractors.parts import slot_bytes
@@ -28,10 +29,7 @@ from workers.cache.features import FeatureCache
 from workers.cache.store import GuardedStore
 from workers.fetch.client import Fetcher
 from workers.fetch.spool import file_name
-from workers.plan import Step
 from workers.pool.arena import Arena, SlotTable
-from workers.pool.events import PoolEvent, PoolReady, TaskDone, TaskFailed, WorkerView
-from workers.pool.fingerprints import mismatch
 from workers.protocol import (
     CacheHits,
     CacheLookup,
@@ -41,7 +39,12 @@ from workers.protocol import (
     Fetched,
     FetchTask,
     FuseTask,
+    PoolEvent,
+    PoolReady,
     Task,
+    TaskDone,
+    TaskFailed,
+    WorkerView,
 )
 from workers.roles.tasks import DeviceLost, Outcome, failure_of, run_decode, run_extract, run_fuse
 from workers.runner import PostRunner
@@ -196,7 +199,7 @@ class LocalPool:
         except DeviceLost:
             raise
         except Exception as error:  # noqa: BLE001 - the loop: a task costs only itself
-            outcome = failure_of(Step(task, 0).stage, error)
+            outcome = failure_of(task.stage, error)
         self._drop_slot(task)
         if self._cache is not None:
             self._cache.learn(task, outcome)

@@ -42,6 +42,7 @@ from common.post import (
 from config.settings import FeatureSettings
 from extractors.parts import PARTS, PartKind, parts_of
 from workers.protocol import (
+    NO_SLOT,
     ArrayRef,
     CacheHit,
     CacheHits,
@@ -53,16 +54,9 @@ from workers.protocol import (
     ExtractTask,
     Fetched,
     FetchTask,
-    FuseTask,
     Result,
     Task,
 )
-
-NO_SLOT = -1
-"""Slot of a `DecodeTask` before its pool has assigned one."""
-
-STAGES = ("recall", "fetch", "decode", "extract", "fuse")
-"""The stages of a post, in order; ``recall`` is the lookup in the feature cache."""
 
 _TEXT = -1  # media index of steps that belong to no media file
 
@@ -73,21 +67,6 @@ class Step:
 
     task: Task
     media_index: int
-
-    @property
-    def stage(self) -> str:
-        """Return one of `STAGES`."""
-        match self.task:
-            case CacheLookup():
-                return "recall"
-            case FetchTask():
-                return "fetch"
-            case DecodeTask():
-                return "decode"
-            case ExtractTask():
-                return "extract"
-            case FuseTask():
-                return "fuse"
 
     @property
     def path(self) -> str | None:

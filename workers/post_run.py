@@ -28,10 +28,18 @@ from common.errors import (
 )
 from common.post import Failure, Features, Tags
 from common.retry import RetryPolicy
-from workers.fetch.sources import is_url
-from workers.plan import STAGES, PostPlan, Step
-from workers.pool.events import TaskDone, TaskFailed, TaskPool
-from workers.protocol import Decoded, Fetched, FetchTask, FuseTask
+from workers.fetch.spool import is_url
+from workers.plan import PostPlan, Step
+from workers.protocol import (
+    STAGES,
+    Decoded,
+    Fetched,
+    FetchTask,
+    FuseTask,
+    TaskDone,
+    TaskFailed,
+    TaskPool,
+)
 
 _NO_MEDIA = -1  # media index of the fusion's step
 
@@ -111,7 +119,7 @@ class PostRun:
     @property
     def stage(self) -> str:
         """Return the earliest stage that the post waits for."""
-        stages = {step.stage for step in self.tasks.values()}
+        stages = {step.task.stage for step in self.tasks.values()}
         return next((stage for stage in STAGES if stage in stages), "fuse")
 
     @property
@@ -188,7 +196,7 @@ class PostRuns:
         step = run.tasks.pop(event.task_id)
         match event:
             case TaskDone():
-                run.seconds[step.stage] += event.seconds
+                run.seconds[step.task.stage] += event.seconds
                 self._done(run, step, event)
             case TaskFailed():
                 self._failed(run, step, event.failure)
@@ -211,7 +219,7 @@ class PostRuns:
         self._advance(run)
 
     def _failed(self, run: PostRun, step: Step, failure: Failure) -> None:
-        costs_attempt = not run.last and RetryPolicy.costs_attempt(step.stage, failure)
+        costs_attempt = not run.last and RetryPolicy.costs_attempt(step.task.stage, failure)
         if isinstance(step.task, FuseTask) or costs_attempt:
             kind = RetryableError if failure.retryable else FeatureError
             self._fail(run, failure, kind(failure.message))

@@ -1,4 +1,4 @@
-"""The messages between the King and its workers: frozen values, no torch, no cv2.
+"""The messages between the King and its workers, and the pool of workers as its users see it.
 
 Pixels and patches lie in shared-memory slots and are named by `ArrayRef`; everything else
 crosses as one of these messages on one channel per worker (`workers.pool.channel`). Types and
@@ -12,86 +12,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, ClassVar, Literal, Protocol, TypeAlias
 
 import msgspec
 import numpy as np
 
-from common.post import (
-    MODALITIES,
-    STREAMS,
-    Failure,
-    FeatureArray,
-    Features,
-    Media,
-    MediaKind,
-    Modality,
-    Post,
-    Status,
-    Stream,
-    Tag,
-    Tags,
-    modality_of,
-)
+from common.post import Failure, FeatureArray, Features, Media, MediaKind, Modality, Stream, Tags
 from config.settings import ExtractorName
 from extractors.parts import PartKind
 
-__all__ = [
-    "MAX_PARTS",
-    "MODALITIES",
-    "STREAMS",
-    "ArrayRef",
-    "Began",
-    "BundleLoaded",
-    "CacheFingerprints",
-    "CacheHit",
-    "CacheHits",
-    "CacheLookup",
-    "CacheQuery",
-    "CacheUpdate",
-    "Command",
-    "DecodeTask",
-    "Decoded",
-    "Done",
-    "Envelope",
-    "Expect",
-    "ExtractTask",
-    "Extracted",
-    "ExtractorName",
-    "Failed",
-    "Failure",
-    "FeatureArray",
-    "Features",
-    "FetchTask",
-    "Fetched",
-    "FuseTask",
-    "Fused",
-    "Launch",
-    "Media",
-    "MediaKind",
-    "Modality",
-    "Part",
-    "PartKind",
-    "Post",
-    "ProtocolError",
-    "Ready",
-    "Refused",
-    "Reply",
-    "Result",
-    "Status",
-    "Stop",
-    "Stream",
-    "Tag",
-    "Tags",
-    "Task",
-    "WorkerRole",
-    "modality_of",
-    "validate_reply",
-]
-
 WorkerRole: TypeAlias = Literal["fetch", "decode", "extract", "fuse", "cache"]
+WorkerState: TypeAlias = Literal["waiting", "starting", "ready", "refused"]
 
+STAGES = ("recall", "fetch", "decode", "extract", "fuse")
+"""The stages of a post, in order; ``recall`` is the look-up in the feature cache."""
+
+NO_SLOT = -1
+"""Slot of a `DecodeTask` before its pool has assigned one."""
 
 _Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0)]
 
@@ -115,7 +54,7 @@ class Launch(Message, frozen=True):
     Attributes:
         run: ``module:function`` that gets the `workers.roles.loop.Context`.
         name: Unique name, ``extract-0``; in logs and in the process title.
-        settings: As JSON, `workers.pool.launch.without_credentials`.
+        settings: As JSON, `workers.pool.supervisor.without_credentials`.
         arena: Descriptor of the shared slots, or -1 for a role that does not use them.
         device: ``cpu``, or ``cuda:0`` of the one device that the process can see.
         spool: Folder of downloaded files.
@@ -188,6 +127,7 @@ class CacheLookup(Message, frozen=True):
         path: The downloaded file, which is kept meanwhile; "" where there is none.
     """
 
+    stage: ClassVar[str] = "recall"
     media: tuple[CacheQuery, ...]
     texts: frozenset[Modality] = frozenset()
     text: str = ""
@@ -199,6 +139,7 @@ class CacheLookup(Message, frozen=True):
 class FetchTask(Message, frozen=True):
     """Download one media file into the spool folder."""
 
+    stage: ClassVar[str] = "fetch"
     media: Media
 
 
@@ -209,6 +150,7 @@ class DecodeTask(Message, frozen=True):
         sha256: Of its content, hex, where what it gives is to be remembered.
     """
 
+    stage: ClassVar[str] = "decode"
     kind: MediaKind
     path: str
     slot: int
@@ -226,6 +168,7 @@ class ExtractTask(Message, frozen=True):
         kind: Of the media file.
     """
 
+    stage: ClassVar[str] = "extract"
     extractor: ExtractorName
     modality: Modality
     refs: tuple[ArrayRef, ...] = ()
@@ -237,6 +180,7 @@ class ExtractTask(Message, frozen=True):
 class FuseTask(Message, frozen=True):
     """Predict the tags of one post from its features."""
 
+    stage: ClassVar[str] = "fuse"
     features: Features
 
 
@@ -313,14 +257,7 @@ class Extracted(Message, frozen=True):
     also: Mapping[Stream, FeatureArray] = msgspec.field(default_factory=dict)
 
 
-class Fused(Message, frozen=True):
-    """The tags of one post, as they cross."""
-
-    tags: Tags
-
-
 Result: TypeAlias = CacheHits | Fetched | Decoded | Extracted | Tags
-"""The result of a task, for the caller of the pool."""
 
 
 class Envelope(Message, frozen=True):
@@ -338,20 +275,14 @@ class Envelope(Message, frozen=True):
 
 
 class Expect(Message, frozen=True):
-    """King -> fusion worker: the extractors' fingerprints, which every later bundle must match.
+    """King -> fusion or cache worker: the fingerprints of the features from now on.
 
     Attributes:
-        made_of: What they are of, where that is known; for errors.
+        fingerprints: `common.fingerprint.packed`. Fusion gets those of the streams, which every
+            later bundle must match; the cache those of the extractors.
     """
 
-    fingerprints: Mapping[Stream, str]
-    made_of: Mapping[str, Mapping[str, Any]] = msgspec.field(default_factory=dict)
-
-
-class CacheFingerprints(Message, frozen=True):
-    """King -> cache worker: the fingerprint of each extractor, and of the video's LSTM."""
-
-    fingerprints: Mapping[Stream, str]
+    fingerprints: str
 
 
 class CacheUpdate(Message, frozen=True):
@@ -405,7 +336,7 @@ class Done(Message, frozen=True):
     """Worker -> King: a task's result."""
 
     task_id: int
-    result: CacheHits | Fetched | Decoded | Extracted | Fused
+    result: Result
     seconds: float
 
 
@@ -429,7 +360,7 @@ class Refused(Message, frozen=True):
     message: str
 
 
-Command: TypeAlias = Launch | Envelope | Expect | CacheFingerprints | CacheUpdate | Stop
+Command: TypeAlias = Launch | Envelope | Expect | CacheUpdate | Stop
 """King -> worker."""
 Reply: TypeAlias = Ready | Began | Done | Failed | BundleLoaded | Refused
 """Worker -> King."""
@@ -439,7 +370,7 @@ _RESULTS: Mapping[type, type] = {
     FetchTask: Fetched,
     DecodeTask: Decoded,
     ExtractTask: Extracted,
-    FuseTask: Fused,
+    FuseTask: Tags,
 }
 
 
@@ -467,3 +398,129 @@ def validate_reply(reply: Done, task: Task, slot: int | None, spool: Path) -> No
                 raise ProtocolError(
                     f"task {reply.task_id}: `parts[{i}].ref.slot` is {part.ref.slot}, not {slot}"
                 )
+
+
+@dataclass(frozen=True, slots=True)
+class TaskDone:
+    """A task's result.
+
+    A `Fetched` file is the caller's to delete; the slot of a `Decoded` that has parts is the
+    caller's to release, exactly once, even when it no longer wants the post.
+
+    Attributes:
+        seconds: The task's share of the time that its batch ran.
+    """
+
+    task_id: int
+    result: Result
+    seconds: float
+    worker: str
+
+
+@dataclass(frozen=True, slots=True)
+class TaskFailed:
+    """A task failed; ``worker`` is empty when it never reached one."""
+
+    task_id: int
+    failure: Failure
+    worker: str
+
+
+@dataclass(frozen=True, slots=True)
+class PoolReady:
+    """Every worker has loaded, and the bundle fits the extractors; sent once."""
+
+
+@dataclass(frozen=True, slots=True)
+class PoolRefused:
+    """The pool cannot work, and trying again would not help; sent once."""
+
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class BundleChanged:
+    """The fusion worker now serves another bundle."""
+
+    name: str
+    version: str
+
+
+PoolEvent: TypeAlias = TaskDone | TaskFailed | PoolReady | PoolRefused | BundleChanged
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerView:
+    """One worker, for health and logs.
+
+    Attributes:
+        pid: None while there is no process.
+        held: Tasks that it has, begun or not.
+        done: Tasks that it has answered since it started.
+        deaths: Number of times it died.
+    """
+
+    name: str
+    role: WorkerRole
+    device: str
+    extractors: tuple[ExtractorName, ...]
+    state: WorkerState
+    pid: int | None
+    held: int
+    done: int
+    deaths: int
+
+
+class TaskPool(Protocol):
+    """The workers as the King sees them; all but `wake` are for one thread."""
+
+    @property
+    def ready(self) -> bool:
+        """Return True when every worker has been ready once, and none has refused."""
+        ...
+
+    @property
+    def refused(self) -> str | None:
+        """Return why the pool cannot work."""
+        ...
+
+    @property
+    def bundle(self) -> tuple[str, str] | None:
+        """Name and version of the bundle that is served."""
+        ...
+
+    @property
+    def fingerprints(self) -> Mapping[Stream, str]:
+        """Stream -> fingerprint of the features that the extractors give, once ready."""
+        ...
+
+    @property
+    def workers(self) -> list[WorkerView]: ...
+
+    def start(self) -> None:
+        """Start every worker; returns at once."""
+        ...
+
+    def submit(self, task: Task, *, deadline: float, priority: int = 0) -> int:
+        """Queue a task and return its ID; ``deadline`` is `time.monotonic()`."""
+        ...
+
+    def cancel(self, task_id: int) -> None:
+        """Forget a task: it has no event, and what it holds is freed."""
+        ...
+
+    def release(self, slot: int) -> None:
+        """Say that no more tasks will refer to a decoded slot."""
+        ...
+
+    def poll(self, timeout_s: float) -> list[PoolEvent]:
+        """Drive the pool; returns with the first events, when woken, or after ``timeout_s``."""
+        ...
+
+    def wake(self) -> None:
+        """Interrupt `poll`; from any thread."""
+        ...
+
+    def stop(self, timeout_s: float) -> None:
+        """Let workers finish what they have begun, then kill what is left."""
+        ...

@@ -33,9 +33,11 @@ from common.errors import (
 )
 from common.post import Modality, Post, Stream
 from config.settings import ExtractorName, FeatureSettings, Settings
-from workers.fetch.sources import is_url, local_file
+from workers.fetch.spool import is_url, local_file
 from workers.plan import PostPlan
-from workers.pool.events import (
+from workers.pool.pool import ProcessPool
+from workers.post_run import PostFailed, PostOutcome, PostRun, PostRuns, PostTags
+from workers.protocol import (
     PoolEvent,
     PoolReady,
     PoolRefused,
@@ -44,8 +46,6 @@ from workers.pool.events import (
     TaskPool,
     WorkerView,
 )
-from workers.pool.pool import ProcessPool
-from workers.post_run import PostFailed, PostOutcome, PostRun, PostRuns, PostTags
 
 # Deadlines, retries and cancelled posts are looked at this often: at double, HTTP's shortest
 # deadlines end visibly late; at half, an idle server wakes up twice as often for nothing.

@@ -16,14 +16,14 @@ import msgspec
 
 from common.errors import MediaError
 from common.files import file_digest
+from common.post import STREAMS, Failure, FeatureArray, Modality, Stream, modality_of
 from config.settings import Settings
-from extractors.parts import PARTS
+from extractors.parts import PARTS, PartKind
 from workers.cache.entry import Entry
 from workers.cache.keys import Keys
 from workers.cache.store import GuardedStore
 from workers.plan import embedded_texts, read_text
 from workers.protocol import (
-    STREAMS,
     CacheHit,
     CacheHits,
     CacheLookup,
@@ -31,14 +31,8 @@ from workers.protocol import (
     CacheUpdate,
     Extracted,
     ExtractTask,
-    Failure,
-    FeatureArray,
-    Modality,
-    PartKind,
     Result,
-    Stream,
     Task,
-    modality_of,
 )
 
 

@@ -14,10 +14,9 @@ from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from common.post import MEDIA_KINDS
+from common.post import MEDIA_KINDS, STREAMS, MediaKind, Stream
 from config.settings import Settings
 from extractors.parts import slot_bytes
-from workers.protocol import STREAMS, MediaKind, Stream
 
 FORMAT = 1
 """Raise it when the meaning of entries changes: older ones are then never found."""

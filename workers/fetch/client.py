@@ -1,29 +1,37 @@
 """Download one media file into a folder, under limits, from hosts that may be reached.
 
 A post's URLs come from anybody: the other side chooses the target, the size, the encoding and the
-speed, so each of these is bounded here.
+speed, so each of these is bounded here. No proxies, no cookies, and redirects are followed by hand.
 """
 
 from __future__ import annotations
 
 import hashlib
+import ipaddress
+import math
 import os
+import socket
+import ssl
 import time
 import zlib
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from email.utils import parsedate_to_datetime
+from http.cookiejar import DefaultCookiePolicy
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, TypeAlias
 from urllib.parse import urljoin, urlsplit
 
 import requests
 import urllib3
+from requests.adapters import HTTPAdapter
+from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.util.ssl_ import create_urllib3_context
 
 from common.errors import FetchRefused, FetchRetryable
+from common.post import Media
 from config.settings import FetchSettings
-from workers.fetch.guard import Expired, ForbiddenAddress, Guard, Unreachable, guarded_session
-from workers.protocol import Fetched, Media
+from workers.protocol import Fetched
 
 FETCH_TRIES = 2
 """Tries close together: the second is for a kept-alive connection that the server has just closed.
@@ -52,13 +60,199 @@ _BAD_URL = (
 )
 
 
+Address: TypeAlias = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+# Named here because Python's releases differ in what they call global.
+_NEVER_V4 = tuple(
+    ipaddress.IPv4Network(text)
+    for text in (
+        "192.0.0.0/24",  # protocol assignments, and metadata of one cloud
+        "192.88.99.0/24",  # 6to4 relays, deprecated
+        "168.63.129.16/32",  # public by number, yet a cloud's own service inside it
+    )
+)
+_NEVER_V6 = tuple(
+    ipaddress.IPv6Network(text)
+    for text in (
+        "64:ff9b:1::/48",  # NAT64 of the local network
+        "::/96",  # IPv4-compatible, deprecated
+        "2001::/23",  # protocol assignments; Teredo, which embeds two IPv4 addresses
+        "3fff::/20",  # documentation
+        "fec0::/10",  # site-local, deprecated
+    )
+)
+
+
+class ForbiddenAddress(Exception):
+    """The host is at no address that may be connected to."""
+
+
+class Expired(Exception):
+    """The whole time of the download is over."""
+
+
+class Unreachable(Exception):
+    """The host does not answer, or its name is not known; may pass."""
+
+
+def is_public(address: Address) -> bool:
+    """Tell whether an address is one of the public internet, also inside the IPv6 forms of IPv4."""
+    if isinstance(address, ipaddress.IPv6Address):
+        inner = address.ipv4_mapped or address.sixtofour
+        if inner is None and address in _NAT64:
+            inner = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+        if inner is not None:
+            return is_public(inner)
+        if any(address in network for network in _NEVER_V6):
+            return False
+    elif any(address in network for network in _NEVER_V4):
+        return False
+    return address.is_global and not (address.is_multicast or address.is_reserved)
+
+
+class Guard:
+    """Rules and clock of one downloading thread.
+
+    The address is checked where the connection is made, on the very address that is connected to:
+    a check of the host name before would be undone by a second answer of the name server.
+    """
+
+    def __init__(self, *, allow_private: bool) -> None:
+        """Take the rules; ``allow_private`` lets every address pass."""
+        self._allow_private = allow_private
+        self._end = math.inf
+
+    @property
+    def left_s(self) -> float:
+        """Return the seconds left of the current download."""
+        return self._end - time.monotonic()
+
+    @contextmanager
+    def clock(self, seconds: float) -> Iterator[None]:
+        """Bound the whole of a download: every connection and every read ends with the time."""
+        self._end = time.monotonic() + seconds
+        try:
+            yield
+        finally:
+            self._end = math.inf
+
+    def connect(self, host: str, port: int, timeout_s: float, options: Any) -> socket.socket:
+        """Connect to the first allowed address that answers.
+
+        Raises:
+            ForbiddenAddress: Every address of the host is forbidden.
+            Expired: The time is over.
+            Unreachable: Nothing answers, or the name is not known.
+        """
+        try:
+            addresses = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)
+        except (socket.gaierror, UnicodeError) as failed:
+            raise Unreachable("the host name cannot be resolved") from failed
+        error: Exception = Unreachable("the host name has no address")
+        for family, kind, protocol, _, target in addresses:
+            address = ipaddress.ip_address(target[0])
+            if not self._allow_private and not is_public(address):
+                error = ForbiddenAddress(
+                    f"address {address} is private: set fetch.allow_private_hosts to allow it"
+                )
+                continue
+            if self.left_s <= 0:
+                raise Expired
+            sock = socket.socket(family, kind, protocol)
+            try:
+                for option in options or ():
+                    sock.setsockopt(*option)
+                sock.settimeout(min(timeout_s, max(0.01, self.left_s)))
+                sock.connect(target)
+                return sock
+            except TimeoutError:
+                sock.close()
+                error = Unreachable(f"timed out after {timeout_s:g} s (connecting)")
+            except OSError as failed:
+                sock.close()
+                error = Unreachable(failed.strerror or str(failed))
+        raise error
+
+
+class _TimedSocket(socket.socket):
+    """A socket whose reads end with its guard's clock.
+
+    A time-out of each read is not enough: a server that sends a byte now and then, also in its
+    headers, would hold the thread for as long as it likes.
+    """
+
+    guard: Guard
+
+    def recv_into(self, *arguments: Any) -> int:
+        timeout_s, left_s = self.gettimeout(), self.guard.left_s
+        if left_s <= 0:
+            raise TimeoutError
+        self.settimeout(left_s if timeout_s is None else min(timeout_s, left_s))
+        try:
+            return super().recv_into(*arguments)
+        finally:
+            self.settimeout(timeout_s)
+
+
+def _guarded_session(guard: Guard, user_agent: str) -> requests.Session:
+    """Return a requests session whose every connection is made by the guard; for one thread."""
+    session = requests.Session()
+    session.trust_env = False  # no proxies, no .netrc: what is connected to is what was checked
+    # No cookies: posts have nothing to do with each other.
+    session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
+    session.headers.clear()
+    session.headers.update(
+        {"User-Agent": user_agent, "Accept": "*/*", "Accept-Encoding": "identity"}
+    )
+    session.adapters.clear()
+    adapter = HTTPAdapter(pool_connections=4, pool_maxsize=1, max_retries=0)
+    adapter.poolmanager.pool_classes_by_scheme = _pool_classes(guard)
+    session.mount("http://", adapter)
+    session.mount("https://", adapter)
+    return session
+
+
+def _pool_classes(of_thread: Guard) -> dict[str, type[urllib3.HTTPConnectionPool]]:
+    """Return urllib3's pools with connections that the guard makes."""
+
+    class Plain(_TimedSocket):
+        guard = of_thread
+
+    class Tls(_TimedSocket, ssl.SSLSocket):
+        guard = of_thread
+
+    class Guarded(HTTPConnection):
+        def _new_conn(self) -> socket.socket:
+            timeout_s = self.timeout if isinstance(self.timeout, (int, float)) else 60.0
+            made = of_thread.connect(self._dns_host, self.port, timeout_s, self.socket_options)
+            sock = Plain(fileno=made.detach())
+            sock.settimeout(min(timeout_s, max(0.01, of_thread.left_s)))
+            return sock
+
+    class GuardedTls(Guarded, HTTPSConnection):
+        def connect(self) -> None:
+            if self.ssl_context is None:
+                self.ssl_context = create_urllib3_context(cert_reqs=ssl.CERT_REQUIRED)
+                self.ssl_context.sslsocket_class = Tls
+            super().connect()
+
+    class Pool(urllib3.HTTPConnectionPool):
+        ConnectionCls = Guarded
+
+    class TlsPool(urllib3.HTTPSConnectionPool):
+        ConnectionCls = GuardedTls
+
+    return {"http": Pool, "https": TlsPool}
+
+
 class Fetcher:
     """Downloads for one thread; connections are kept alive between downloads."""
 
     def __init__(self, settings: FetchSettings) -> None:
         self._settings = settings
         self._guard = Guard(allow_private=settings.allow_private_hosts)
-        self._session = guarded_session(self._guard, user_agent=settings.user_agent)
+        self._session = _guarded_session(self._guard, settings.user_agent)
 
     def fetch(self, media: Media, target: Path, *, tries: int = FETCH_TRIES) -> Fetched:
         """Download to a file that must not exist yet.
@@ -80,7 +274,7 @@ class Fetcher:
                     target.unlink(missing_ok=True)
                     if not left or self._guard.left_s <= _PAUSE_S:
                         raise
-                    self._guard.pause(_PAUSE_S)
+                    time.sleep(_PAUSE_S)
                 except BaseException:
                     target.unlink(missing_ok=True)
                     raise
@@ -152,8 +346,6 @@ class Fetcher:
                     file.write(chunk)
         except OSError as error:
             raise FetchRetryable(f"spool: {error.strerror or error}") from error
-        if self._guard.expired:
-            raise Expired  # a body without a length ends where the clock has cut it
         if not size:
             raise FetchRefused("the answer is empty")
         return Fetched(str(target), size, digest.hexdigest())
@@ -162,24 +354,18 @@ class Fetcher:
         return FetchRefused(f"larger than fetch.max_bytes ({self._settings.max_bytes})")
 
     def _cut_or(self, message: str) -> str:
-        expired = self._guard.expired or self._guard.left_s <= 0 or not message
-        return f"timed out after {self._settings.total_timeout_s:g} s" if expired else message
+        late = self._guard.left_s <= 0 or not message
+        return f"timed out after {self._settings.total_timeout_s:g} s" if late else message
 
     def _mapped(self, error: Exception) -> FetchRetryable | FetchRefused:
         """Return our error; never the library's text, which may hold the URL."""
-        if self._guard.expired:
+        if self._guard.left_s <= 0:
             return FetchRetryable(self._cut_or(""))
         if isinstance(error, (requests.exceptions.SSLError, urllib3.exceptions.SSLError)):
             return FetchRefused("the TLS connection cannot be trusted or agreed on")
         if isinstance(error, (requests.Timeout, urllib3.exceptions.TimeoutError)):
             return FetchRetryable(f"timed out after {self._settings.read_timeout_s:g} s")
-        if isinstance(
-            error, (requests.exceptions.InvalidURL, urllib3.exceptions.LocationValueError)
-        ):
-            return FetchRefused("not a URL that can be requested")
-        if isinstance(
-            error, (requests.exceptions.InvalidHeader, requests.exceptions.InvalidSchema)
-        ):
+        if isinstance(error, _BAD_URL):
             return FetchRefused("not a URL that can be requested")
         return FetchRetryable("the connection broke")
 
@@ -234,12 +420,3 @@ def _decoded(response: requests.Response) -> Iterator[bytes]:
                 left = unpacker.unconsumed_tail
     except zlib.error as error:
         raise FetchRefused(f"content encoding {encoding}: the body is broken") from error
-
-
-def fetch(media: Media, settings: FetchSettings, folder: Path, name: str) -> Fetched:
-    """Download one media file in this process (see `Fetcher.fetch`)."""
-    fetcher = Fetcher(settings)
-    try:
-        return fetcher.fetch(media, folder / name)
-    finally:
-        fetcher.close()

@@ -8,69 +8,57 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import structlog
 
 from common.errors import ConfigError, RetryableError, WorkerDied
+from common.fingerprint import differing, mismatch, packed, unpacked
+from common.post import Failure, Stream
 from config.settings import ExtractorName, Settings
+from extractors.fingerprint import stream_fingerprints
 from extractors.parts import slot_bytes
 from workers.fetch.spool import Spool
 from workers.pool.arena import create_arena
-from workers.pool.events import (
-    BundleChanged,
-    PoolEvent,
-    PoolReady,
-    PoolRefused,
-    TaskDone,
-    TaskFailed,
-    TaskPool,
-    WorkerView,
-)
-from workers.pool.fingerprints import (
-    bundle_fingerprints,
-    expectation,
-    expected_fingerprints,
-    known_extractors,
-    mismatch,
-)
-from workers.pool.launch import ROLES, WorkerSpec, without_credentials, worker_specs
 from workers.pool.scheduler import QueuedTask, Scheduler, WorkerLoad
-from workers.pool.supervisor import TICK_S, Ended, ManagedProcess, Report, Supervisor
+from workers.pool.supervisor import (
+    ROLES,
+    TICK_S,
+    Ended,
+    ManagedProcess,
+    Report,
+    Supervisor,
+    WorkerSpec,
+    without_credentials,
+    worker_specs,
+)
 from workers.protocol import (
     Began,
+    BundleChanged,
     BundleLoaded,
     CacheLookup,
     CacheUpdate,
     Decoded,
     Done,
+    Expect,
     Failed,
-    Failure,
     Fetched,
-    Fused,
     Launch,
+    PoolEvent,
+    PoolReady,
+    PoolRefused,
     ProtocolError,
     Ready,
     Refused,
     Reply,
     Result,
-    Stream,
     Task,
+    TaskDone,
+    TaskFailed,
     WorkerRole,
+    WorkerView,
     validate_reply,
 )
-
-__all__ = [
-    "BundleChanged",
-    "PoolEvent",
-    "PoolReady",
-    "PoolRefused",
-    "ProcessPool",
-    "TaskDone",
-    "TaskFailed",
-    "TaskPool",
-    "WorkerView",
-]
 
 _log = structlog.get_logger()
 
@@ -84,15 +72,7 @@ give up while the worker is replaced; more would hold every post of a King whose
 
 
 class ProcessPool:
-    """`workers.pool.events.TaskPool` on real processes.
-
-    All but `wake` are for one thread, and that thread must live as long as the pool.
-
-    Attributes:
-        ready: Every worker has been ready once, and none has refused.
-        refused: Why the pool cannot work.
-        bundle: Name and version of the bundle that is served.
-    """
+    """`workers.protocol.TaskPool` on real processes; its thread must live as long as the pool."""
 
     def __init__(
         self,
@@ -126,7 +106,8 @@ class ProcessPool:
         self._spool: Spool | None = None
         self._stopped = False
         self._next_tick = 0.0
-        self._expected: Mapping[Stream, str] = {}
+        self._by_extractor: dict[Stream, str] = {}
+        self.fingerprints: Mapping[Stream, str] = {}
         self.ready = False
         self.refused: str | None = None
         self.bundle: tuple[str, str] | None = None
@@ -135,52 +116,29 @@ class ProcessPool:
     def workers(self) -> list[WorkerView]:
         return [m.view(self._scheduler.load(m.name)) for m in self._supervisor.workers.values()]
 
-    @property
-    def fingerprints(self) -> Mapping[Stream, str]:
-        """Stream -> fingerprint of the features that the extractors give, once ready."""
-        return self._expected
-
     def start(self) -> None:
-        """Start every worker; returns at once.
-
-        Raises:
-            ConfigError: The spool folder cannot be used.
-        """
+        """Start every worker; raises `ConfigError` where the spool folder cannot be used."""
         self._spool = Spool(self._settings.fetch.spool)
         self._arena = create_arena(self._slot_bytes * self._settings.workers.slots)
         self._supervisor.on_time(time.monotonic(), restart=True)
 
     def submit(self, task: Task, *, deadline: float, priority: int = 0) -> int:
-        """Queue a task; it is sent in the next `poll`.
-
-        Raises:
-            ValueError: It refers to a slot that is not the caller's (any more).
-        """
+        """Queue a task for the next `poll`; raises `ValueError` for a slot that is not its own."""
         if isinstance(task, CacheLookup):  # a post does not wait for a cache
             deadline = min(deadline, time.monotonic() + LOOKUP_S + self._settings.cache.timeout_s)
         return self._scheduler.submit(task, deadline, priority)
 
     def cancel(self, task_id: int) -> None:
-        """Forget a task; ended and unknown ones are ignored.
-
-        An event that `poll` has returned before stays the caller's, with its slot and file.
-        """
+        # An event that `poll` has returned before stays the caller's, with its slot and file.
         self._scheduler.cancel(task_id)
 
     def release(self, slot: int) -> None:
-        """Say, once, that no more tasks will refer to a decoded slot.
-
-        Raises:
-            ValueError: The slot is not the caller's (any more).
-        """
         self._scheduler.slots.release(slot)
 
     def wake(self) -> None:
-        """Interrupt `poll`; from any thread, and also when the pool has stopped."""
         self._supervisor.wake()
 
     def poll(self, timeout_s: float) -> list[PoolEvent]:
-        """Drive the pool; returns with the first events, when woken, or after ``timeout_s``."""
         end = time.monotonic() + timeout_s
         while not self._stopped:
             now = time.monotonic()
@@ -204,7 +162,6 @@ class ProcessPool:
         return events
 
     def stop(self, timeout_s: float) -> None:
-        """Let workers finish what they have begun, then kill the others; forgets all tasks."""
         if self._stopped:
             return
         self._stopped, self.ready = True, False
@@ -236,12 +193,12 @@ class ProcessPool:
             if worker.kill_for is None:
                 _log.error("workers.killed_overdue", worker=name, tasks=len(task_ids))
                 worker.kill_for = task_ids
-                self._supervisor.kill(worker)
+                worker.kill()
 
     def _fail(
         self, queued: QueuedTask, error: type[RetryableError], message: str, worker: str | None
     ) -> None:
-        failure = Failure(queued.stage, error.__name__, message, retryable=True)
+        failure = Failure(queued.task.stage, error.__name__, message, retryable=True)
         self._events.append(TaskFailed(queued.task_id, failure, worker or ""))
 
     def _on_report(self, report: Report) -> None:
@@ -253,7 +210,7 @@ class ProcessPool:
             self._on_message(worker, report.message)
         except ProtocolError as error:
             _log.error("workers.bad_message", worker=worker.name, error=str(error))
-            self._supervisor.kill(worker)
+            worker.kill()
 
     def _on_ended(self, ended: Ended) -> None:
         worker = ended.worker
@@ -306,7 +263,7 @@ class ProcessPool:
         if answered is None or self._spool is None:
             raise ProtocolError(f"`task_id` {message.task_id} is not a task of this worker")
         validate_reply(message, answered.task, answered.slot, self._spool.folder)
-        result = message.result.tags if isinstance(message.result, Fused) else message.result
+        result = message.result
         gives = isinstance(result, Decoded) and bool(result.parts)
         queued = self._scheduler.ended(worker.name, message.task_id, now, gives_slot=gives)
         if queued is not None:
@@ -319,10 +276,10 @@ class ProcessPool:
     def _update_cache(self, task: Task, outcome: Result | Failure) -> None:
         """Tell the cache worker the outcome of a file, unless it lags behind."""
         cache = self._supervisor.workers.get("cache-0")
-        if cache is None or cache.process is None or cache.state != "ready":
+        if cache is None or cache.channel is None or cache.state != "ready":
             return
         update = CacheUpdate.of(task, outcome)
-        if update is not None and not cache.process.channel.unsent:
+        if update is not None and not cache.channel.unsent:
             self._supervisor.send(cache, update)
 
     def _launch(self, spec: WorkerSpec) -> Launch:
@@ -359,16 +316,17 @@ class ProcessPool:
 
         Checked again for every replaced worker: weights and bundles may change on disk meanwhile.
         """
-        workers = self._supervisor.workers.values()
+        by_role: dict[WorkerRole, list[Mapping[str, str]]] = {"extract": [], "fuse": []}
+        for worker in self._supervisor.workers.values():
+            by_role.setdefault(worker.spec.role, []).append(worker.info)
         try:
-            self._expected = expected_fingerprints(
-                self._settings.features, [m.info for m in workers if m.spec.role == "extract"]
-            )
+            self._by_extractor = extractor_fingerprints(by_role["extract"])
         except ConfigError as error:
             self._refuse(str(error))
             return False
-        made_for = [bundle_fingerprints(m.info) for m in workers if m.spec.role == "fuse"]
-        wrong = mismatch(made_for[0], self._expected) if made_for else None
+        self.fingerprints = stream_fingerprints(self._settings.features, self._by_extractor)
+        made_for = extractor_fingerprints(by_role["fuse"])
+        wrong = mismatch(made_for, self.fingerprints)
         if wrong is not None:
             self._refuse(f"fusion.bundle {self._settings.fusion.bundle}: {wrong}")
         return wrong is None
@@ -376,11 +334,10 @@ class ProcessPool:
     def _admit(self, worker: ManagedProcess) -> None:
         spec = worker.spec
         if spec.role == "cache":
-            infos = [m.info for m in self._supervisor.workers.values() if m.spec.role == "extract"]
-            self._supervisor.send(worker, known_extractors(infos))
+            self._supervisor.send(worker, Expect(packed(self._by_extractor)))
         self._scheduler.add(WorkerLoad(spec.name, spec.queues, spec.at_most, spec.limit_s))
         if spec.role == "fuse":
-            self._supervisor.send(worker, expectation(self._expected))
+            self._supervisor.send(worker, Expect(packed(self.fingerprints)))
             if "name" in worker.info:
                 self._on_bundle(worker.info["name"], worker.info.get("version", ""))
 
@@ -394,3 +351,21 @@ class ProcessPool:
             self.refused, self.ready = message, False
             self._events.append(PoolRefused(message))
             _log.error("workers.refused", reason=message)
+
+
+def extractor_fingerprints(infos: Iterable[Mapping[str, str]]) -> dict[Stream, str]:
+    """Return the fingerprints in the `Ready` of workers of one role.
+
+    Raises:
+        ConfigError: Two workers give the same extractor another fingerprint.
+    """
+    by_extractor: dict[Stream, str] = {}
+    for info in infos:
+        for name, fingerprint in unpacked(info.get("fingerprints", "{}")).items():
+            known = by_extractor.setdefault(name, fingerprint)
+            if known != fingerprint:
+                raise ConfigError(
+                    f"extractor {name} differs between workers: {known} and {fingerprint}"
+                    f"{differing(known, fingerprint)}"
+                )
+    return by_extractor

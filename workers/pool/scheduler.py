@@ -11,15 +11,18 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import msgspec
 
 from config.settings import Settings
 from workers.pool.arena import SlotTable
-from workers.pool.batching import TaskQueue, batch_rows, queue_of, stage_of, weight_of
 from workers.protocol import DecodeTask, Envelope, ExtractTask, Task
+
+TaskQueue: TypeAlias = str
+"""``recall``, ``fetch``, ``decode``, ``fuse``, or an extractor's name."""
 
 MAX_QUEUED = 1 << 16
 """Tasks in the pool. Posts in flight times tasks a post is a few hundred; this only stops a caller
@@ -28,6 +31,40 @@ without a bound before memory does."""
 _MAX_DELIVERIES = 5
 """Workers that a task is sent to. Each death doubles the evidence against it; with fewer, a task
 would be charged with the deaths of its neighbours, with more it would kill more workers."""
+
+
+def queue_of(task: Task) -> TaskQueue:
+    """Return the queue of a task: tasks of one queue can be one batch."""
+    return task.extractor if isinstance(task, ExtractTask) else task.stage
+
+
+def batch_rows(settings: Settings) -> Mapping[TaskQueue, int]:
+    """Return the rows of a full batch: frames, images, patches, texts, pictures or posts.
+
+    With one row, each task is a batch of its own; its extractor cuts it as its settings say. The
+    scheduler and the workers count alike, so that tasks that are sent together run together.
+    """
+    features, fuse = settings.features, {"fuse": settings.fusion.batch_size}
+    if not settings.workers.share_batches:
+        return dict.fromkeys(("video", "image", "audio", "text", "ocr"), 1) | fuse
+    hosts = [group.threads for group in settings.workers.extractors if "ocr" in group.extractors]
+    return fuse | {
+        "video": features.video.batch_size,
+        "image": features.image.batch_size,
+        "audio": features.audio.batch_size,
+        "text": features.text.batch_size,
+        "ocr": min(hosts, default=1),  # pictures are read one a thread: more would only wait
+    }
+
+
+def weight_of(task: Task, rows: Mapping[TaskQueue, int]) -> float:
+    """Return the share of a full batch that a task takes, at most 1."""
+    task_queue, count = queue_of(task), 1
+    if isinstance(task, ExtractTask) and task_queue == "ocr":
+        count = len(task.refs)
+    elif isinstance(task, ExtractTask) and task_queue != "text":
+        count = sum(ref.shape[0] for ref in task.refs if ref.shape)
+    return min(1.0, count / rows.get(task_queue, 1))
 
 
 @dataclass(slots=True)
@@ -57,11 +94,6 @@ class QueuedTask:
     batch: int = 0
     sent_at: float = 0.0
     begun_at: float = 0.0
-
-    @property
-    def stage(self) -> str:
-        """Return ``recall``, ``fetch``, ``decode``, ``extract`` or ``fuse``."""
-        return stage_of(self.queue_name)
 
 
 @dataclass(slots=True)

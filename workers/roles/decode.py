@@ -13,9 +13,10 @@ from pathlib import Path
 import structlog
 
 from common.errors import ConfigError, MediaError
+from common.post import Failure
 from workers.pool.arena import Arena
 from workers.pool.channel import Channel
-from workers.protocol import Command, DecodeTask, Failure, Task
+from workers.protocol import Command, DecodeTask, Task
 from workers.roles.loop import Context, Retire, serve
 from workers.roles.tasks import Outcome, failure_of, run_decode
 

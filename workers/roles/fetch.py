@@ -8,13 +8,13 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 from common.errors import ConfigError, RetryableError
+from common.post import Failure
 from config.settings import FetchSettings
 from workers.fetch.client import Fetcher
 from workers.fetch.spool import file_name
-from workers.protocol import Began, Command, Envelope, Failed, Failure, FetchTask
-from workers.roles.loop import Context, answer
+from workers.protocol import Began, Command, Envelope, Failed, FetchTask
+from workers.roles.loop import Context, ThreadedRole, answer
 from workers.roles.tasks import failure_of
-from workers.roles.threads import ThreadedRole
 
 
 class _Downloads(ThreadedRole):

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 import structlog
 
 from common.errors import BundleError, TaggingError, one_line
-from common.fingerprint import packed, with_parts
+from common.fingerprint import mismatch, packed, unpacked
+from common.post import Stream
 from config.settings import FusionSettings
 from workers.pool.channel import Channel
-from workers.pool.fingerprints import mismatch
-from workers.protocol import BundleLoaded, Command, Expect, FuseTask, Stream, Task
+from workers.protocol import BundleLoaded, Command, Expect, FuseTask, Task
 from workers.roles.loop import Context, serve
 from workers.roles.tasks import Outcome, run_fuse
 
@@ -65,7 +65,7 @@ class _Fusion:
 
     def control(self, message: Command) -> None:
         if isinstance(message, Expect):
-            self._expected = with_parts(message.fingerprints, message.made_of)
+            self._expected = unpacked(message.fingerprints)
 
     def close(self) -> None:
         if self._inferer is not None:

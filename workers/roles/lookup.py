@@ -13,21 +13,21 @@ from pathlib import Path
 
 import structlog
 
+from common.fingerprint import unpacked
 from config.settings import Settings
 from workers.cache.features import FeatureCache
 from workers.cache.store import GuardedStore
 from workers.protocol import (
-    CacheFingerprints,
     CacheHits,
     CacheLookup,
     CacheUpdate,
     Command,
     Done,
     Envelope,
+    Expect,
     Reply,
 )
-from workers.roles.loop import Context, answer
-from workers.roles.threads import ThreadedRole
+from workers.roles.loop import Context, ThreadedRole, answer
 
 _MOST_WAITING = 4096
 """Updates beyond this are dropped: some 2 MB of them. They come at the rate of downloads, so this
@@ -62,8 +62,8 @@ class _Lookups(ThreadedRole):
             case CacheUpdate():
                 if self.store.available and self.waiting.qsize() < _MOST_WAITING:
                     self.waiting.put(message)
-            case CacheFingerprints():
-                self._cache.expect(message.fingerprints)
+            case Expect():
+                self._cache.expect(unpacked(message.fingerprints))
         return None
 
     def settle(self, replies: Iterable[Reply]) -> Iterable[Reply]:

@@ -8,17 +8,21 @@ kind up to a batch, runs them, and never waits for more to come.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import importlib
 import logging
 import os
+import queue
+import select
 import signal
 import socket
 import sys
+import threading
 import time
+from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -27,25 +31,23 @@ import structlog
 
 from common.errors import RetryableError, TaggingError, one_line
 from common.logs import configure_logs
+from common.post import Failure
 from config.settings import Settings, WorkerSettings
 from workers.pool.arena import Arena
-from workers.pool.batching import TaskQueue, batch_rows, queue_of, stage_of, weight_of
 from workers.pool.channel import Channel, to_worker
-from workers.pool.launch import BROKEN_STATUS, REFUSED_STATUS
+from workers.pool.scheduler import TaskQueue, batch_rows, queue_of, weight_of
 from workers.protocol import (
     Began,
     Command,
     Done,
     Envelope,
     Failed,
-    Failure,
-    Fused,
     Launch,
     ProtocolError,
     Ready,
     Refused,
+    Reply,
     Stop,
-    Tags,
     Task,
 )
 from workers.roles.tasks import DeviceLost, Outcome
@@ -53,9 +55,18 @@ from workers.roles.tasks import DeviceLost, Outcome
 _log = structlog.get_logger()
 _PR_SET_PDEATHSIG = 1
 
+REFUSED_STATUS = 2
+"""Exit status of a worker that said `Refused`: a restart would not help."""
+BROKEN_STATUS = 3
+"""Exit status of a worker whose device state is lost (a device-side assert): restart it."""
+
 _LAUNCH_TIMEOUT_S = 30.0
 """Wait for the first message. The King sends it right after the fork, so this only ends a process
 whose King hangs; half would do, but a host that swaps needs its time."""
+
+_FINISH_S = 2.0
+"""Time that begun work gets after `Stop`. The King waits longer than that before it kills; a
+download that needs more is begun again by the next King anyway."""
 
 _MIB = 1 << 20
 
@@ -173,8 +184,9 @@ def _run_batch(channel: Channel[Command], handler: Handler, batch: list[Envelope
     now = time.monotonic()
     for envelope in batch:
         if envelope.deadline <= now:
-            stage = stage_of(queue_of(envelope.task))
-            waited = Failure(stage, RetryableError.__name__, "waited past its deadline", True)
+            waited = Failure(
+                envelope.task.stage, RetryableError.__name__, "waited past its deadline", True
+            )
             channel.send_wait(Failed(envelope.task_id, waited))
     live = [envelope for envelope in batch if envelope.deadline > now]
     if not live:
@@ -192,8 +204,6 @@ def answer(task_id: int, outcome: Outcome, seconds: float) -> Done | Failed:
     match outcome:
         case Failure():
             return Failed(task_id, outcome)
-        case Tags():
-            return Done(task_id, Fused(outcome), seconds)
     return Done(task_id, outcome, seconds)
 
 
@@ -237,6 +247,94 @@ def _resident_bytes() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
+class ThreadedRole(ABC):
+    """Base of a role whose tasks run in threads.
+
+    A subclass says in `worker` what a thread does with a message; from there it answers with
+    `reply`. The other hooks run in the main thread.
+    """
+
+    def __init__(self, threads: int, name: str) -> None:
+        """Describe it; starts nothing."""
+        self.waiting: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
+        self._replies: queue.SimpleQueue[Reply] = queue.SimpleQueue()
+        self._wake_in, self._wake_out = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._threads = [
+            threading.Thread(target=self._run_thread, name=f"{name}-{i}", daemon=True)
+            for i in range(threads)
+        ]
+
+    @abstractmethod
+    def worker(self) -> AbstractContextManager[Callable[[Command], None]]:
+        """Return what one thread does with a message, and with it what only that thread uses."""
+
+    def accept(self, message: Command) -> Reply | None:
+        """Queue a message, or answer it at once."""
+        self.waiting.put(message)
+        return None
+
+    def settle(self, replies: Iterable[Reply]) -> Iterable[Reply]:
+        """Return the replies to send: those of the threads, and any that are due by themselves."""
+        return replies
+
+    def next_timer(self) -> float | None:
+        """Return when `settle` is due without a reply, `time.monotonic()`; None for never."""
+        return None
+
+    def reply(self, reply: Reply) -> None:
+        """Hand a reply to the main thread; from any thread."""
+        self._replies.put(reply)
+        with suppress(BlockingIOError):  # full: the main thread will wake anyway
+            os.write(self._wake_out, b"r")
+
+    def serve(self, channel: Channel[Command]) -> None:
+        """Work until told to stop or the King is gone."""
+        for thread in self._threads:
+            thread.start()
+        channel.send_wait(Ready())
+        poller = select.poll()
+        poller.register(self._wake_in, select.POLLIN)
+        poller.register(channel.fileno(), select.POLLIN)
+        while True:
+            timer = self.next_timer()
+            poller.poll(None if timer is None else max(0.0, timer - time.monotonic()) * 1000 + 1)
+            for message in channel.receive():
+                if isinstance(message, Stop):
+                    self._finish()
+                    self._send_replies(channel)
+                    return
+                reply = self.accept(message)
+                if reply is not None:
+                    channel.send_wait(reply)
+            if channel.closed:
+                return
+            self._send_replies(channel)
+
+    def _send_replies(self, channel: Channel[Command]) -> None:
+        with suppress(BlockingIOError):
+            while os.read(self._wake_in, 4096):
+                pass
+        replies: list[Reply] = []
+        with suppress(queue.Empty):
+            while True:
+                replies.append(self._replies.get_nowait())
+        for reply in self.settle(replies):
+            channel.send_wait(reply)
+
+    def _finish(self) -> None:
+        """Let the threads end what they have begun."""
+        for _ in self._threads:
+            self.waiting.put(None)
+        end = time.monotonic() + _FINISH_S
+        for thread in self._threads:
+            thread.join(max(0.0, end - time.monotonic()))
+
+    def _run_thread(self) -> None:
+        with self.worker() as work:
+            while (message := self.waiting.get()) is not None:
+                work(message)
+
+
 def die_with_parent(king_pid: int) -> None:
     """Have the kernel kill this process when the King ends, however it ends.
 
@@ -259,7 +357,7 @@ def ignore_signals() -> None:
 
 def set_title(title: str) -> None:
     """Name the process for ``ps``; titles never hold a URL or a post's data."""
-    with contextlib.suppress(ImportError):
+    with suppress(ImportError):
         from setproctitle import setproctitle
 
         setproctitle(f"insighttag: {title}")

@@ -18,18 +18,10 @@ from common.errors import (
     TaggingError,
     one_line,
 )
+from common.post import Failure
 from config.settings import DecodeSettings, FeatureSettings
 from workers.pool.arena import Arena
-from workers.protocol import (
-    Decoded,
-    DecodeTask,
-    Extracted,
-    ExtractTask,
-    Failure,
-    FuseTask,
-    Part,
-    Result,
-)
+from workers.protocol import Decoded, DecodeTask, Extracted, ExtractTask, FuseTask, Part, Result
 
 if TYPE_CHECKING:
     from extractors.suite import ExtractorSuite

@@ -16,6 +16,7 @@ import cv2
 import numpy as np
 import pytest
 
+from common.post import Features, Media, Post
 from config.settings import Settings
 from extractors.suite import ExtractorSuite
 from tests.support import media
@@ -23,7 +24,6 @@ from tests.support.tiny_models import tiny_features
 from workers import local
 from workers.cache.store import open_store
 from workers.local import local_runner
-from workers.protocol import Features, Media, Post
 from workers.roles import tasks
 
 KINDS = {".png": "image", ".mp4": "video", ".wav": "audio"}

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 from common.errors import FetchRefused, FetchRetryable
+from common.post import Media
 from tests.support.ports import free_port
-from tests.support.workers.fetching import get, refused, retryable, settings_of
+from tests.support.workers.fetching import fetch, get, refused, retryable, settings_of
 from tests.support.workers.web import BODY, Web, web_server
-from workers.fetch.client import Fetcher, fetch
-from workers.protocol import Media
+from workers.fetch.client import Fetcher
 
 
 @pytest.mark.parametrize(

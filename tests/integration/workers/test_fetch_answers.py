@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 from common.errors import FetchRetryable
+from common.post import Media
 from config.settings import FetchSettings
+from tests.support.workers.fetching import fetch
 from tests.support.workers.web import Web, web_server
-from workers.fetch.client import Fetcher, fetch, seconds_of
-from workers.protocol import Media
+from workers.fetch.client import Fetcher, seconds_of
 
 SETTINGS = FetchSettings(allow_private_hosts=True, total_timeout_s=5)
 

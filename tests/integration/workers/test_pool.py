@@ -8,6 +8,7 @@ from pathlib import Path
 
 import psutil
 
+from common.post import Tags
 from extractors.fingerprint import stream_fingerprints
 from tests.support.workers.driving import (
     Driver,
@@ -16,8 +17,7 @@ from tests.support.workers.driving import (
     fuse_task,
     text_task,
 )
-from workers.pool.pool import BundleChanged
-from workers.protocol import ExtractTask, Fetched, Tags
+from workers.protocol import BundleChanged, ExtractTask, Fetched
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -78,7 +78,7 @@ def test_fusion_is_told_the_fingerprints(driver: Driver) -> None:
         {"video": "fp-video", "image": "fp-image", "audio": "fp-audio", "text": "fp-text"}
         | {"ocr": "fp-ocr"},  # type: ignore[arg-type]
     )
-    assert driver.pool._expected == expected
+    assert driver.pool.fingerprints == expected
     assert driver.pool.bundle is not None
     assert driver.pool.bundle[0] == "toy"
 

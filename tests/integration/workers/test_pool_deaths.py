@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from common.post import Tags
 from tests.support.workers.driving import (
     Driver,
     decode_task,
@@ -17,8 +18,7 @@ from tests.support.workers.driving import (
     fuse_task,
     text_task,
 )
-from workers.pool.pool import TaskDone
-from workers.protocol import Decoded, ExtractTask, Tags
+from workers.protocol import Decoded, ExtractTask, TaskDone
 
 
 def test_killed_worker_costs_its_task_one_attempt(driver: Driver, tmp_path: Path) -> None:

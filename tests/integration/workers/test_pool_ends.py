@@ -22,7 +22,8 @@ from tests.support.workers.driving import (
     toy_settings,
 )
 from tests.support.workers.toys import ROLES
-from workers.pool.pool import PoolRefused, ProcessPool, TaskPool
+from workers.pool.pool import ProcessPool
+from workers.protocol import PoolRefused, TaskPool
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -103,17 +104,6 @@ def test_stop_lets_the_begun_finish_and_kills_the_rest(tmp_path: Path) -> None:
     driver.pool.stop(1)
     driver.pool.wake()
     assert list(tmp_path.glob("king-*")) == []
-
-
-def test_without_pidfd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a kernel without pidfd a death is noticed too, by its pipe or by asking now and then."""
-    monkeypatch.setattr("workers.pool.process._open_pidfd", lambda pid: None)
-    driver = Driver(toy_settings(tmp_path)).start()
-    with driver.held(text_task, tmp_path / "hold") as task:
-        os.kill(driver.pid("extract-0"), signal.SIGKILL)
-        assert "SIGKILL" in driver.failed(task).failure.message
-    assert driver.say("again") == "again"
-    driver.stop()
 
 
 def test_constructing_starts_nothing(tmp_path: Path) -> None:

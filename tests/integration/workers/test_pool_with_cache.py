@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from common.files import new_folder
+from common.post import Features, Post
 from config.settings import Settings
 from tests.integration.workers.test_cached_posts import NAMES, World, files, same
 from tests.support.services import RedisServer
@@ -23,9 +24,8 @@ from tests.support.tiny_models import tiny_features
 from tests.support.workers.driving import Driver, alive, toy_settings
 from tests.support.workers.small_bundle import write_bundle
 from workers.plan import PostPlan, Step
-from workers.pool.launch import ROLES, without_credentials, worker_specs
-from workers.pool.process import pinned_environment
-from workers.protocol import Decoded, Features, FuseTask, Post, WorkerRole
+from workers.pool.supervisor import ROLES, pinned_environment, without_credentials, worker_specs
+from workers.protocol import Decoded, FuseTask, WorkerRole
 
 __all__ = ["files"]
 

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from common.errors import ConfigError, MediaError, NothingUsable
+from common.post import Features, Media, Post, Tags
 from config.settings import FeatureSettings, Settings
 from extractors.suite import ExtractorSuite
 from king.dispatch_thread import DispatchThread
@@ -28,22 +29,22 @@ from tests.support.workers.driving import Driver, alive, fetch_task, toy_setting
 from tests.support.workers.small_bundle import write_bundle
 from tests.support.workers.toys import ROLES as TOYS
 from tests.support.workers.toys import TOY
-from workers.fetch.sources import is_url
+from workers.fetch.spool import is_url
 from workers.local import local_runner
 from workers.plan import PostPlan
-from workers.pool.launch import ROLES
-from workers.pool.pool import BundleChanged, PoolRefused, ProcessPool, TaskDone, TaskFailed
+from workers.pool.pool import ProcessPool
+from workers.pool.supervisor import ROLES
 from workers.post_run import PostOutcome, PostRun, PostRuns, PostTags
 from workers.protocol import (
+    BundleChanged,
     Decoded,
     DecodeTask,
-    Features,
     FetchTask,
     FuseTask,
-    Media,
-    Post,
-    Tags,
+    PoolRefused,
     Task,
+    TaskDone,
+    TaskFailed,
 )
 from workers.runner import PostRunner
 

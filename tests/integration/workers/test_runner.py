@@ -29,8 +29,8 @@ from tests.support.services import wait_until
 from tests.support.tiny_models import tiny_features
 from tests.support.workers.driving import alive, toy_settings
 from tests.support.workers.toys import ROLES
-from workers.pool.launch import worker_specs
 from workers.pool.pool import ProcessPool
+from workers.pool.supervisor import worker_specs
 from workers.protocol import DecodeTask, ExtractTask, FetchTask, FuseTask, Task
 from workers.runner import PostRunner, extractors_of
 

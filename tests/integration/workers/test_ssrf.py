@@ -14,10 +14,10 @@ from urllib.parse import quote
 import pytest
 
 from common.errors import FetchRefused, FetchRetryable
+from common.post import Media
 from config.settings import FetchSettings
+from tests.support.workers.fetching import fetch
 from tests.support.workers.ssrf_net import BODY, PUBLIC_V4, PUBLIC_V6, Net, loopback_net
-from workers.fetch.client import fetch
-from workers.protocol import Media
 
 ZONE = {
     "public.example": [[PUBLIC_V4]],

@@ -6,9 +6,8 @@ from pathlib import Path
 
 from config.settings import BrokerSettings, FetchSettings, Settings, StoreSettings
 from workers.pool.channel import encode
-from workers.pool.launch import worker_specs
 from workers.pool.pool import ProcessPool
-from workers.pool.process import pinned_environment
+from workers.pool.supervisor import pinned_environment, worker_specs
 
 
 def test_workers_get_no_passwords(tmp_path: Path) -> None:

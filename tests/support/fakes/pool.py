@@ -1,4 +1,4 @@
-"""A worker pool in memory: `FakePool` keeps the promises of `workers.pool.events.TaskPool`.
+"""A worker pool in memory: `FakePool` keeps the promises of `workers.protocol.TaskPool`.
 
 Tasks are answered inside `poll`, in order of priority and age, by a function that the test gives;
 slots are counted by the real `SlotTable`, downloads are real files.
@@ -17,19 +17,12 @@ from typing import TypeAlias
 import msgspec
 import numpy as np
 
-from common.post import Failure, Tag, Tags
+from common.post import Failure, MediaKind, Stream, Tag, Tags
+from extractors.parts import PartKind
 from workers.pool.arena import SlotTable
-from workers.pool.events import (
-    BundleChanged,
-    PoolEvent,
-    PoolReady,
-    PoolRefused,
-    TaskDone,
-    TaskFailed,
-    WorkerView,
-)
 from workers.protocol import (
     ArrayRef,
+    BundleChanged,
     Decoded,
     DecodeTask,
     Extracted,
@@ -37,12 +30,15 @@ from workers.protocol import (
     Fetched,
     FetchTask,
     FuseTask,
-    MediaKind,
     Part,
-    PartKind,
+    PoolEvent,
+    PoolReady,
+    PoolRefused,
     Result,
-    Stream,
     Task,
+    TaskDone,
+    TaskFailed,
+    WorkerView,
 )
 
 Answer: TypeAlias = Result | Failure | None

@@ -10,19 +10,22 @@ from typing import Any
 
 import psutil
 
+from common.post import Features, Media
 from config.settings import Settings
 from tests.support.workers.toys import ROLES
-from workers.pool.pool import PoolEvent, PoolReady, ProcessPool, TaskDone, TaskFailed
+from workers.pool.pool import ProcessPool
 from workers.protocol import (
     Decoded,
     DecodeTask,
     Extracted,
     ExtractTask,
-    Features,
     FetchTask,
     FuseTask,
-    Media,
+    PoolEvent,
+    PoolReady,
     Task,
+    TaskDone,
+    TaskFailed,
     WorkerRole,
 )
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from common.errors import FetchRefused, FetchRetryable
+from common.post import Media
 from config.settings import FetchSettings
-from workers.fetch.client import fetch
-from workers.protocol import Media
+from workers.fetch.client import Fetcher
+from workers.protocol import Fetched
 
 
 def settings_of(**changes: Any) -> FetchSettings:
@@ -22,6 +24,12 @@ def settings_of(**changes: Any) -> FetchSettings:
         "total_timeout_s": 30,
     }
     return FetchSettings.model_validate(values | changes)
+
+
+def fetch(media: Media, settings: FetchSettings, folder: Path, name: str) -> Fetched:
+    """Download one file; the fetcher is closed."""
+    with closing(Fetcher(settings)) as fetcher:
+        return fetcher.fetch(media, folder / name)
 
 
 def get(url: str, folder: Path, **changes: Any) -> bytes:

@@ -18,6 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import ConfigError
+from common.fingerprint import unpacked
+from common.post import Failure, Tags
 from workers.pool.channel import Channel
 from workers.protocol import (
     BundleLoaded,
@@ -27,13 +29,11 @@ from workers.protocol import (
     Expect,
     Extracted,
     ExtractTask,
-    Failure,
     Fetched,
     FetchTask,
     FuseTask,
     Part,
     Result,
-    Tags,
     Task,
     WorkerRole,
 )
@@ -90,7 +90,7 @@ class Toy:
 
     def control(self, message: Command) -> None:
         if isinstance(message, Expect):
-            self.expected = {str(k): v for k, v in message.fingerprints.items()}
+            self.expected = unpacked(message.fingerprints)
 
     def close(self) -> None:
         pass

@@ -12,7 +12,15 @@ import pytest
 import yaml
 
 from common.errors import BundleError, FeatureError
-from common.fingerprint import Fingerprint, differing, packed, parts_of, unpacked, with_parts
+from common.fingerprint import (
+    Fingerprint,
+    differing,
+    mismatch,
+    packed,
+    parts_of,
+    unpacked,
+    with_parts,
+)
 from common.post import Features
 from config.settings import FeatureSettings
 from extractors.feature_file import (
@@ -25,9 +33,6 @@ from extractors.feature_file import (
 from extractors.fingerprint import digest, stream_fingerprints
 from fusion.bundle.bundle import check_fingerprints, load_bundle
 from tests.support.fusion import support
-from workers.pool.channel import encode, to_worker
-from workers.pool.fingerprints import expectation, known_extractors, mismatch
-from workers.protocol import CacheFingerprints, Expect
 
 WEIGHTS = "a" * 64, "b" * 64
 
@@ -93,12 +98,6 @@ def test_a_process_tells_what_its_fingerprints_are_of() -> None:
     found = unpacked(packed({"video": of(), "text": "t"}))
     assert found == {"video": of(), "text": "t"}
     assert parts_of(found["video"]) == parts_of(of())
-    for message in (expectation(found), known_extractors([{"fingerprints": packed(found)}])):
-        received = to_worker(encode(message)[8:])
-        assert received == message
-        assert isinstance(received, (CacheFingerprints, Expect))
-        assert {type(text) for text in received.fingerprints.values()} == {str}
-    assert parts_of(with_parts(found, expectation(found).made_of)["video"]) == parts_of(of())
 
 
 def test_a_feature_file_keeps_it(tmp_path: Path) -> None:

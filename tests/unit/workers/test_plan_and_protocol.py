@@ -11,22 +11,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.errors import NothingUsable, RetryableError
+from common.post import Failure, Media, Post
 from config.settings import FeatureSettings, Settings
-from extractors.parts import slot_bytes
-from workers.plan import NO_SLOT, PostPlan, Step
+from extractors.parts import PartKind, slot_bytes
+from workers.plan import PostPlan, Step
 from workers.protocol import (
+    NO_SLOT,
     ArrayRef,
     Decoded,
     DecodeTask,
     Extracted,
     ExtractTask,
-    Failure,
     Fetched,
     FetchTask,
-    Media,
     Part,
-    PartKind,
-    Post,
     Result,
 )
 
@@ -76,7 +74,7 @@ def walk(plan: PostPlan, fails: dict[str, Failure] | None = None, read: str = "s
     while todo:
         step = todo.pop(0)
         seen.append(step)
-        names = {step.stage}
+        names = {step.task.stage}
         if isinstance(step.task, FetchTask):
             names.add(f"fetch {step.task.media.kind}")
         elif isinstance(step.task, DecodeTask):
@@ -101,7 +99,7 @@ def texts(steps: list[Step]) -> dict[str, str]:
 def test_text_alone() -> None:
     plan = plan_of(Post("p", "hello"))
     [step] = plan.start()
-    assert step.stage == "extract"
+    assert step.task.stage == "extract"
     assert not plan.finished
     assert plan.done(step, result_of(step)) == []
     features = plan.features()
@@ -121,7 +119,7 @@ def test_every_media_in_order() -> None:
     """Each media goes fetch, decode, extract; a video feeds three extractors, in one task each."""
     plan = plan_of(Post("p", "t", (IMAGE, VIDEO, SOUND)))
     steps = walk(plan)
-    assert [s.stage for s in steps].count("fetch") == 3
+    assert [s.task.stage for s in steps].count("fetch") == 3
     decodes = [s.task for s in steps if isinstance(s.task, DecodeTask)]
     assert {task.slot for task in decodes} == {NO_SLOT}
     assert {task.path for task in decodes} == {"/spool/image", "/spool/video", "/spool/audio"}
@@ -168,8 +166,8 @@ def test_ocr_modes(
 def test_separate_text_does_not_wait_for_media() -> None:
     """With `separate` the post's text is embedded at once; with `append` it waits for OCR."""
     post = Post("p", "own", (IMAGE,))
-    assert [s.stage for s in plan_of(post).start()] == ["fetch", "extract"]
-    assert [s.stage for s in plan_of(post, APPEND).start()] == ["fetch"]
+    assert [s.task.stage for s in plan_of(post).start()] == ["fetch", "extract"]
+    assert [s.task.stage for s in plan_of(post, APPEND).start()] == ["fetch"]
 
 
 @pytest.mark.parametrize("settings", [SEPARATE, APPEND])
@@ -302,7 +300,7 @@ def test_any_order_ends_and_gives_the_same(
     random, fail_every = order
 
     def fails(step: Step) -> bool:
-        return (len(step.stage) + 3 * step.media_index) % fail_every == 0
+        return (len(step.task.stage) + 3 * step.media_index) % fail_every == 0
 
     def run(pick: Any) -> Any:
         plan, count = plan_of(post, mode), 0

@@ -7,12 +7,11 @@ from dataclasses import replace
 import pytest
 
 from common.errors import ConfigError
-from config.settings import FeatureSettings, Settings
+from common.fingerprint import mismatch
+from config.settings import Settings
 from tests.support.processes import python
-from workers.pool.fingerprints import bundle_fingerprints, expected_fingerprints, mismatch
-from workers.pool.launch import worker_specs
-from workers.pool.process import pinned_environment
-from workers.pool.supervisor import ManagedProcess
+from workers.pool.pool import extractor_fingerprints
+from workers.pool.supervisor import ManagedProcess, pinned_environment, worker_specs
 
 
 def test_workers_of_the_settings() -> None:
@@ -72,23 +71,21 @@ def test_back_off_grows_has_a_cap_and_forgets() -> None:
 def test_bundle_is_held_against_the_extractors() -> None:
     """Every modality of the bundle must be made as in training; more than it needs is fine."""
     infos = [{"fingerprints": '{"video": "v1", "image": "i1"}'}, {"fingerprints": '{"text": "t"}'}]
-    features = FeatureSettings.model_validate({"ocr": {"enabled": False}})
-    expected = expected_fingerprints(features, infos)
+    expected = extractor_fingerprints(infos)
     assert expected["video"] == "v1"
     assert expected["text"] == "t"
     assert mismatch({"video": "v1"}, expected) is None
     wrong = mismatch({"video": "v1", "image": "i2"}, expected)
     assert wrong == "modality image: the bundle needs i2, the extractors give i1"
     assert "not enabled" in str(mismatch({"audio": "a"}, expected))
-    assert bundle_fingerprints({}) == {}
-    assert expected_fingerprints(features, []) == {}
+    assert extractor_fingerprints([{}]) == {}
 
 
 def test_workers_that_disagree_are_refused() -> None:
     """The same extractor must give the same features on every worker."""
     infos = [{"fingerprints": '{"text": "one"}'}, {"fingerprints": '{"text": "two"}'}]
     with pytest.raises(ConfigError, match="extractor text differs between workers: one and two"):
-        expected_fingerprints(FeatureSettings(), infos)
+        extractor_fingerprints(infos)
 
 
 LIMITED = """
