@@ -5,11 +5,15 @@ Where features do not fit, the settings that differ can then be named, and not o
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
 Name = TypeVar("Name", bound=str)
+
+FORMAT = 1
+"""Raise it when the meaning of any feature changes in this code: all must be extracted again."""
 
 _NAMED = 5
 _SHOWN = 60
@@ -29,6 +33,16 @@ class Fingerprint(str):
         made = super().__new__(cls, text)
         made.parts = dict(parts or {})
         return made
+
+
+def digest(parts: Mapping[str, Any]) -> Fingerprint:
+    """Return the hex digest of a mapping of JSON values, independent of the order of its keys."""
+    values = {"format": FORMAT, **parts}
+    text = json.dumps(values, sort_keys=True, ensure_ascii=True)
+    inner = {key: parts_of(value) or value for key, value in values.items()}
+    return Fingerprint(
+        hashlib.sha256(text.encode("ascii")).hexdigest()[:32], json.loads(json.dumps(inner))
+    )
 
 
 def parts_of(fingerprint: object) -> dict[str, Any]:

@@ -11,32 +11,35 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 from urllib.parse import quote
 
 import numpy as np
 
 from common.errors import FeatureError, one_line
 from common.files import write_whole
-from common.fingerprint import differing, known_parts, with_parts
+from common.fingerprint import differing, digest, known_parts, with_parts
 from common.post import (
     STREAMS,
     Failure,
-    FeatureArray,
     Features,
     Modality,
     Status,
     Stream,
     modality_of,
 )
+from config.settings import FeatureSettings
 
 _FORMAT = "insighttag.features/2"
 _FORMAT_1 = "insighttag.features/1"
-"""The same content in one header key for each part, in random order."""
-_KEY = "insighttag"
+"""The same content in a header key for each of these parts, in random order."""
 _PARTS = ("fingerprints", "statuses", "failures", "ocr_text")
+_KEY = "insighttag"
 _LONGEST_NAME = 180  # bytes; file systems take 255, and temporary names and suffixes are added
-_SUFFIX = ".safetensors"
+
+
+# Streams of one extractor each; text and OCR share one.
+_OWN: tuple[Stream, ...] = ("video", "video_lstm", "image", "audio")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +58,33 @@ class Header:
     inputs: Mapping[Modality, str]
 
 
+def stream_fingerprints(
+    features: FeatureSettings, by_extractor: Mapping[Stream, str]
+) -> dict[Stream, str]:
+    """Return the fingerprint of each stream, made of those of the extractors.
+
+    ``ocr`` is embedded by the text extractor, so its fingerprint joins both; with ``ocr_mode:
+    append`` what was read is part of ``text``, and there is no ``ocr``. With OCR disabled, text
+    that a post brings along as already read is still embedded.
+
+    Args:
+        features: The settings that the extractors were made from.
+        by_extractor: Those that are loaded, ``video_lstm`` as one of them; a stream whose
+            extractors are not all there is left out.
+    """
+    result: dict[Stream, str] = {name: by_extractor[name] for name in _OWN if name in by_extractor}
+    text = by_extractor.get("text")
+    engine = by_extractor.get("ocr") if features.ocr.enabled else "disabled"
+    if text is None:
+        return result
+    if features.ocr_mode == "separate":
+        result["text"] = text
+    if engine is not None:
+        stream: Stream = "text" if features.ocr_mode == "append" else "ocr"
+        result[stream] = digest({"text": text, "ocr": engine, "mode": features.ocr_mode})
+    return result
+
+
 def feature_path(root: Path, post_id: str) -> Path:
     """Return the path of the features of a post.
 
@@ -65,22 +95,14 @@ def feature_path(root: Path, post_id: str) -> Path:
     name = quote(raw, safe="")
     if len(name) > _LONGEST_NAME:
         name = f"{name[:_LONGEST_NAME]}~{hashed[:32]}"
-    return root / hashed[:2] / f"{name}{_SUFFIX}"
+    return root / hashed[:2] / f"{name}.safetensors"
 
 
 def write_features(root: Path, features: Features, fingerprints: Mapping[Stream, str]) -> Path:
-    """Write the features of one post; a reader sees the old file or the new one, never half.
-
-    Args:
-        root: Folder of all feature files.
-        features: What the extractors gave.
-        fingerprints: Of every stream that the extractors serve, missing ones included.
-
-    Returns:
-        The file's path.
+    """Write the features of one post under a root, whole or not at all, and return the file's path.
 
     Raises:
-        FeatureError: An array is not float16 ``(n, dim)``, or has no fingerprint.
+        FeatureError: As `features_bytes`.
     """
     path = feature_path(root, features.post_id)
     write_whole(path, features_bytes(features, fingerprints), sync=False, shared=True)
@@ -95,12 +117,12 @@ def features_bytes(
     """Return the content of a feature file; equal features give equal bytes.
 
     Args:
-        features: As `write_features`.
-        fingerprints: As `write_features`.
+        features: What the extractors gave.
+        fingerprints: Of every stream that the extractors serve, missing ones included.
         inputs: Modality -> digest of what it was made from, where that is known.
 
     Raises:
-        FeatureError: As `write_features`.
+        FeatureError: An array is not float16 ``(n, dim)``, or has no fingerprint.
     """
     from safetensors.numpy import save
 
@@ -147,10 +169,12 @@ def read_features(
             made by another extractor; the line names which.
     """
     path = feature_path(root, post_id)
-    header, arrays = _read(path, post_id)
-    made_with: dict[str, str] = header["fingerprints"]
+    metadata, arrays = _open(path, arrays=True)
+    header = _header(path, metadata, post_id)
+    if any(array.dtype != np.float16 or array.ndim != 2 for array in arrays.values()):
+        raise FeatureError(f"{path}: its arrays must be float16 (n, dim)")
     for stream, needed in (fingerprints or {}).items():
-        stored = made_with.get(stream)
+        stored = header.fingerprints.get(stream)
         if stored != needed:
             raise FeatureError(
                 f"{path}: {stream} was made with {stored or 'no extractor'}, but {needed} is "
@@ -161,11 +185,9 @@ def read_features(
     return Features(
         post_id=post_id,
         arrays={s: arrays[s] for s in streams if s in arrays},
-        statuses={m: cast(Status, header["statuses"].get(m, "missing")) for m in modalities},
-        failures={
-            m: Failure(**header["failures"][m]) for m in modalities if m in header["failures"]
-        },
-        ocr_text=header["ocr_text"],
+        statuses={m: header.statuses.get(m, "missing") for m in modalities},
+        failures={m: header.failures[m] for m in modalities if m in header.failures},
+        ocr_text=header.ocr_text,
     )
 
 
@@ -173,16 +195,6 @@ def script_of(stream: Stream) -> str:
     """Return the script that makes a stream: words in pictures are embedded with the text."""
     modality = modality_of(stream)
     return f"extract_{'text' if modality == 'ocr' else modality}_features.py"
-
-
-def read_fingerprints(path: Path) -> dict[Stream, str]:
-    """Return the fingerprints that a feature file was made with.
-
-    Raises:
-        FeatureError: The file is missing or broken.
-    """
-    header, _ = _read(path, None)
-    return cast("dict[Stream, str]", header["fingerprints"])
 
 
 def read_header(path: Path, post_id: str | None = None) -> Header:
@@ -195,23 +207,7 @@ def read_header(path: Path, post_id: str | None = None) -> Header:
     Raises:
         FeatureError: The file is missing or broken, or belongs to another post.
     """
-    header = _checked_header(path, _open(path, arrays=False)[0], post_id)
-    return Header(
-        post_id=header["post_id"],
-        fingerprints=header["fingerprints"],
-        statuses=header["statuses"],
-        failures={m: Failure(**failure) for m, failure in header["failures"].items()},
-        ocr_text=header["ocr_text"],
-        inputs=header.get("inputs", {}),
-    )
-
-
-def _read(path: Path, post_id: str | None) -> tuple[dict[str, Any], dict[Stream, FeatureArray]]:
-    metadata, arrays = _open(path, arrays=True)
-    header = _checked_header(path, metadata, post_id)
-    if any(array.dtype != np.float16 or array.ndim != 2 for array in arrays.values()):
-        raise FeatureError(f"{path}: its arrays must be float16 (n, dim)")
-    return header, cast("dict[Stream, FeatureArray]", arrays)
+    return _header(path, _open(path, arrays=False)[0], post_id)
 
 
 def _open(path: Path, *, arrays: bool) -> tuple[dict[str, str], dict[str, np.ndarray]]:
@@ -229,36 +225,28 @@ def _open(path: Path, *, arrays: bool) -> tuple[dict[str, str], dict[str, np.nda
         ) from error
 
 
-def _checked_header(path: Path, metadata: dict[str, str], post_id: str | None) -> dict[str, Any]:
+def _header(path: Path, metadata: Mapping[str, str], post_id: str | None) -> Header:
     try:
-        header = _header(metadata)
-    except (KeyError, ValueError, TypeError) as error:
-        raise FeatureError(f"{path}: its header is broken: {one_line(error)}") from error
-    if header["format"] != _FORMAT:
-        raise FeatureError(
-            f"{path}: is no feature file of format {_FORMAT}: its header names {header['format']}"
+        if metadata.get("format") == _FORMAT_1:
+            content: Any = {key: json.loads(metadata[key]) for key in _PARTS}
+            content |= {"format": _FORMAT, "post_id": metadata["post_id"]}
+        else:
+            content = json.loads(metadata.get(_KEY, '{"format": null}'))
+        if content["format"] != _FORMAT:
+            raise FeatureError(
+                f"{path}: is no feature file of format {_FORMAT}: its header names "
+                f"{content['format']}"
+            )
+        header = Header(
+            post_id=content["post_id"],
+            fingerprints=with_parts(dict(content["fingerprints"]), content.get("made_of")),
+            statuses=content["statuses"],
+            failures={m: Failure(**failure) for m, failure in content["failures"].items()},
+            ocr_text=content["ocr_text"],
+            inputs=content.get("inputs", {}),
         )
-    if post_id is not None and header["post_id"] != post_id:
-        raise FeatureError(f"{path}: belongs to post {header['post_id']!r}")
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise FeatureError(f"{path}: its header is broken: {one_line(error)}") from error
+    if post_id is not None and header.post_id != post_id:
+        raise FeatureError(f"{path}: belongs to post {header.post_id!r}")
     return header
-
-
-def _header(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """Return the header's parts; ``format`` is None in a file that is none of ours.
-
-    Raises:
-        KeyError: A part is missing.
-        ValueError: It is no JSON.
-        TypeError: It is no JSON object.
-    """
-    if metadata.get("format") == _FORMAT_1:
-        parts = {key: json.loads(metadata[key]) for key in _PARTS}
-        return {"format": _FORMAT, "post_id": metadata["post_id"], **parts}
-    if _KEY not in metadata:
-        return {"format": None}
-    header = json.loads(metadata[_KEY])
-    if not isinstance(header, dict):
-        raise TypeError("no JSON object")
-    parts = {key: header[key] for key in ("format", "post_id", *_PARTS)}
-    parts["fingerprints"] = with_parts(dict(header["fingerprints"]), header.get("made_of"))
-    return {**parts, "inputs": header.get("inputs", {})}

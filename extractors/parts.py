@@ -22,22 +22,25 @@ from typing import ClassVar, Literal, TypeAlias
 
 import numpy as np
 
-from common.post import MediaKind, Modality
-from config.settings import AudioSettings, DecodeSettings, FeatureSettings, Settings, VisualSettings
+from common.post import MEDIA_KINDS, MediaKind, Modality
+from config.settings import AudioSettings, DecodeSettings, FeatureSettings, Settings
 
 PartKind: TypeAlias = Literal["frames", "image", "sound", "picture"]
 
+# Arrays in a slot begin at multiples of this many bytes: a cache line, and the widest vector load
+# of the CPU. Half would split loads; double would only waste space.
 ALIGNMENT = 64
-"""Arrays in a slot begin at multiples of this many bytes: a cache line, and the widest vector load
-of the CPU. Half would split loads; double would only waste space."""
-
-_PAGE = 4096
-"""Bytes that a slot's size is rounded up to: a page of memory, the unit that can be mapped."""
+_PAGE = 4096  # bytes that a slot's size is rounded up to: the unit of memory that can be mapped
 
 
 @dataclass(frozen=True, slots=True)
 class LogMelPatches:
-    """The input of VGGish: log-mel patches of 0.96 s without overlap, float32 ``(n, 96, 64)``."""
+    """The input of VGGish: log-mel patches of 0.96 s without overlap, float32 ``(n, 96, 64)``.
+
+    Attributes:
+        row_s: Seconds of sound in one row.
+        preprocessing: Part of the features' fingerprint.
+    """
 
     rate_hz: ClassVar[int] = 16_000
     shape: ClassVar[tuple[int, int]] = (96, 64)
@@ -67,12 +70,10 @@ class WaveformWindows:
 
     @property
     def row_s(self) -> float:
-        """Return the seconds of sound in one window."""
         return self.samples / self.rate_hz
 
     @property
     def preprocessing(self) -> str:
-        """Description that is part of the features' fingerprint."""
         return f"{self.rate_hz} Hz mono waveform, windows of {self.samples} samples"
 
 
@@ -108,7 +109,7 @@ def audio_encoder(settings: AudioSettings) -> AudioEncoder:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row of a part; of a picture, which is an array of its own, the largest there can be."""
+    """One row of a part; a picture is an array of its own, and this the largest there can be."""
 
     shape: tuple[int, ...]
     dtype: Literal["uint8", "float32"]
@@ -135,12 +136,8 @@ class PartSpec:
     most_rows: Callable[[MediaKind, FeatureSettings, DecodeSettings], int]
 
 
-def _square(settings: VisualSettings) -> Row:
-    return Row((settings.image_size, settings.image_size, 3), "uint8")
-
-
-def _sound_rows(limits: DecodeSettings, sound: SoundInput) -> int:
-    return math.ceil(limits.max_audio_s / sound.row_s)
+def _square(side: int) -> Row:
+    return Row((side, side, 3), "uint8")
 
 
 def _pictures(kind: MediaKind, features: FeatureSettings) -> int:
@@ -153,27 +150,27 @@ PARTS: Mapping[PartKind, PartSpec] = {
     "frames": PartSpec(
         modality="video",
         media=("video",),
-        row=lambda features: _square(features.video),
+        row=lambda features: _square(features.video.image_size),
         most_rows=lambda _kind, features, _limits: features.video.frames,
     ),
     "image": PartSpec(
         modality="image",
         media=("image",),
-        row=lambda features: _square(features.image),
+        row=lambda features: _square(features.image.image_size),
         most_rows=lambda _kind, features, _limits: features.image.max_frames,
     ),
     "sound": PartSpec(
         modality="audio",
         media=("video", "audio"),
         row=lambda features: Row(audio_encoder(features.audio).sound.shape, "float32"),
-        most_rows=lambda _kind, features, limits: _sound_rows(
-            limits, audio_encoder(features.audio).sound
+        most_rows=lambda _kind, features, limits: math.ceil(
+            limits.max_audio_s / audio_encoder(features.audio).sound.row_s
         ),
     ),
     "picture": PartSpec(
         modality="ocr",
         media=("image", "video"),
-        row=lambda features: Row((features.ocr.max_side, features.ocr.max_side, 3), "uint8"),
+        row=lambda features: _square(features.ocr.max_side),
         most_rows=lambda kind, features, _limits: _pictures(kind, features),
     ),
 }
@@ -189,13 +186,12 @@ def slot_bytes(settings: Settings) -> int:
     features = settings.features
 
     def decoded_bytes(kind: MediaKind) -> int:
-        specs = [PARTS[part] for part in parts_of(kind)]
         return sum(
             spec.row(features).nbytes * spec.most_rows(kind, features, settings.decode)
-            for spec in specs
+            for spec in PARTS.values()
+            if kind in spec.media
         )
 
     # Each part is one array, each picture too; a few more are allowed for arrays that are copied.
     alignment = ALIGNMENT * (8 + features.ocr.frames)
-    most = max(decoded_bytes("image"), decoded_bytes("video"), decoded_bytes("audio"))
-    return -(-(most + alignment) // _PAGE) * _PAGE
+    return -(-(max(map(decoded_bytes, MEDIA_KINDS)) + alignment) // _PAGE) * _PAGE

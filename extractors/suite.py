@@ -3,77 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import structlog
 
 from common.errors import ConfigError, FeatureError
 from common.post import Stream
-from config.settings import ExtractorName, FeatureSettings, VisualSettings
-from extractors.fingerprint import stream_fingerprints
+from config.settings import ExtractorName, FeatureSettings
+from extractors.feature_file import stream_fingerprints
 from extractors.models.base import Extractor
 
 if TYPE_CHECKING:
-    from extractors.models.timm_backbone import TimmBackbone
+    from extractors.models.visual import TimmBackbone
 
 ALL_EXTRACTORS: tuple[ExtractorName, ...] = ("video", "image", "audio", "text", "ocr")
 
 _log = structlog.get_logger()
 
 
-Backbones: TypeAlias = "dict[tuple[object, ...], TimmBackbone]"
-
-
-def build_extractor(
-    name: ExtractorName,
-    features: FeatureSettings,
-    device: str = "cpu",
-    *,
-    threads: int = 1,
-    backbones: Backbones | None = None,
-) -> Extractor:
-    """Return one extractor; nothing is loaded yet.
-
-    Args:
-        name: Of the modality.
-        features: Settings of all of them.
-        device: ``cpu`` or ``cuda:N``; OCR runs on the CPU in any case.
-        threads: CPU threads that OCR reads pictures with; the others follow torch's setting.
-        backbones: Models that the extractors of this process share where their settings are equal.
-    """
-    from extractors.models.audio import AudioExtractor
-    from extractors.models.ocr import OcrExtractor
-    from extractors.models.text import TextExtractor
-    from extractors.models.visual import (
-        VideoExtractor,
-        VisualExtractor,
-        backbone_key,
-        make_backbone,
-    )
-
-    def backbone(name: Literal["video", "image"], own: VisualSettings) -> TimmBackbone:
-        made = make_backbone(name, own, device)
-        return made if backbones is None else backbones.setdefault(backbone_key(own), made)
-
-    match name:
-        case "video":
-            shared = backbone("video", features.video)
-            return VideoExtractor(features.video, device, backbone=shared)
-        case "image":
-            shared = backbone("image", features.image)
-            return VisualExtractor("image", features.image, device, backbone=shared)
-        case "audio":
-            return AudioExtractor(features.audio, device)
-        case "text":
-            return TextExtractor(features.text, device)
-        case "ocr":
-            return OcrExtractor(features.ocr, threads=threads)
-
-
 class ExtractorSuite:
     """The extractors that one process hosts.
 
     Args:
+        features: Settings of all of them.
+        device: ``cpu`` or ``cuda:N``; OCR runs on the CPU in any case.
         names: Those to load; OCR is left out where the settings disable it.
         threads: CPU threads for torch and OCR; None leaves torch's setting and gives OCR one.
     """
@@ -91,6 +44,7 @@ class ExtractorSuite:
         self.names = tuple(n for n in names if n != "ocr" or features.ocr.enabled)
         self._threads = threads
         self._extractors: dict[ExtractorName, Extractor] = {}
+        self._backbones: dict[tuple[object, ...], TimmBackbone] = {}
 
     def load(self) -> None:
         """Load every extractor; a second call does nothing.
@@ -100,19 +54,15 @@ class ExtractorSuite:
         """
         if self._extractors:
             return
-        self._set_threads()
+        if self._threads is not None and set(self.names) - {"ocr"}:
+            import torch
+
+            torch.set_num_threads(self._threads)
         try:
-            backbones: Backbones = {}
             for name in self.names:
-                extractor = build_extractor(
-                    name,
-                    self.features,
-                    self.device,
-                    threads=self._threads or 1,
-                    backbones=backbones,
-                )
-                extractor.load()
+                extractor = self._build(name)
                 self._extractors[name] = extractor
+                extractor.load()
                 _log.info(
                     "extractors.loaded",
                     extractor=name,
@@ -137,20 +87,12 @@ class ExtractorSuite:
         extractor = self._extractors.get(name)
         if extractor is None:
             raise FeatureError(f"{name}: this process does not host that extractor")
-        results = extractor.forward([extractor.preprocess(item) for item in items])
-        if len(results) != len(items):
-            raise FeatureError(f"{name}: {len(items)} items gave {len(results)} results")
-        return results
+        return extractor.forward([extractor.preprocess(item) for item in items])
 
     @property
     def by_extractor(self) -> Mapping[Stream, str]:
         """Return the fingerprint of each loaded extractor, and of the video's LSTM."""
         return {name: fingerprint for name, (_, fingerprint) in self._loaded().items()}
-
-    @property
-    def extractor_dims(self) -> Mapping[Stream, int]:
-        """Return the columns of each loaded extractor and of the video's LSTM; 0 for OCR."""
-        return {name: dim for name, (dim, _) in self._loaded().items()}
 
     @property
     def fingerprints(self) -> dict[Stream, str]:
@@ -160,25 +102,44 @@ class ExtractorSuite:
     @property
     def dims(self) -> dict[Stream, int]:
         """Return the columns of each stream's arrays."""
-        return {s: self.extractor_dims["text" if s == "ocr" else s] for s in self.fingerprints}
+        loaded = self._loaded()
+        return {s: loaded["text" if s == "ocr" else s][0] for s in self.fingerprints}
 
     def close(self) -> None:
         """Free every model."""
         for extractor in self._extractors.values():
             extractor.close()
-        self._extractors = {}
+        self._extractors, self._backbones = {}, {}
 
     def _loaded(self) -> dict[Stream, tuple[int, str]]:
         """Return columns and fingerprint of each stream that an extractor makes by itself."""
         streams: dict[Stream, tuple[int, str]] = {}
-        for name, extractor in self._extractors.items():
-            streams[name] = (extractor.dim, extractor.fingerprint)
-            streams.update(extractor.further())
+        for extractor in self._extractors.values():
+            streams.update(extractor.streams())
         return streams
 
-    def _set_threads(self) -> None:
-        if self._threads is None or set(self.names) <= {"ocr"}:
-            return
-        import torch
+    def _build(self, name: ExtractorName) -> Extractor:
+        """Return one extractor, not loaded; video and image share a model where they can."""
+        features, device = self.features, self.device
+        match name:
+            case "video" | "image":
+                from extractors.models.visual import VideoExtractor, VisualExtractor, make_backbone
 
-        torch.set_num_threads(self._threads)
+                settings = features.video if name == "video" else features.image
+                key = (settings.arch, settings.weights, settings.image_size, settings.precision)
+                backbone = self._backbones.setdefault(key, make_backbone(name, settings, device))
+                if name == "video":
+                    return VideoExtractor(features.video, device, backbone=backbone)
+                return VisualExtractor("image", features.image, device, backbone=backbone)
+            case "audio":
+                from extractors.models.audio import AudioExtractor
+
+                return AudioExtractor(features.audio, device)
+            case "text":
+                from extractors.models.text import TextExtractor
+
+                return TextExtractor(features.text, device)
+            case "ocr":
+                from extractors.models.ocr import OcrExtractor
+
+                return OcrExtractor(features.ocr, threads=self._threads or 1)

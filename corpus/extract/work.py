@@ -17,9 +17,9 @@ from types import MappingProxyType
 from typing import Any, Literal, TypeAlias
 
 from common.errors import ConfigError
+from common.fingerprint import digest
 from common.post import Failure, Media, MediaKind, Modality, Post, Status
 from config.settings import Settings
-from extractors.fingerprint import digest
 from fusion.data.data_file import (
     BadLine,
     CorpusPost,

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib import import_module
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
 
 from common.errors import ConfigError, FeatureError
-from common.post import FeatureArray
-from config.settings import AudioSettings, ExtractorName
-from extractors.models.base import Encoder, Extractor, Rows, check_rows, run_rows
-from extractors.models.timm_backbone import TimmBackbone
+from config.settings import AudioSettings
+from extractors.models.base import Encoder, RowExtractor, Rows
+from extractors.models.visual import TimmBackbone
 from extractors.models.weights import (
     Weights,
     first_finding,
@@ -25,76 +25,40 @@ from extractors.models.weights import (
 )
 from extractors.parts import LogMelPatches, audio_encoder
 
-if TYPE_CHECKING:
-    import torch
-
 _SETTING = "features.audio"
-_DIM = 128  # of VGGish's last layer
 _CLIP = 2.0  # of the release: whitened values beyond +-2 are rare
 _PCA_VECTORS, _PCA_MEANS = "pca_eigen_vectors", "pca_means"
 
 
 def timm_model(settings: AudioSettings, device: str) -> TimmBackbone:
     """Return any timm model, which reads log-mel patches as a picture of one channel."""
-    return TimmBackbone(
-        settings.arch,
-        settings.weights,
-        channels=1,
-        size=LogMelPatches.shape,
-        precision=settings.precision,
-        device=device,
-        setting=_SETTING,
-        allow_pickle=settings.allow_pickle,
-    )
+    return TimmBackbone(_SETTING, settings, device, size=LogMelPatches.shape, channels=1)
 
 
-def sound_encoder(settings: AudioSettings, device: str) -> Encoder:
-    """Return the encoder that the settings name; nothing is loaded yet."""
-    module, _, name = audio_encoder(settings).model.partition(":")
-    encoder: Encoder = getattr(import_module(module), name)(settings, device)
-    return encoder
-
-
-class AudioExtractor(Extractor):
+class AudioExtractor(RowExtractor):
     """Rows of sound, float32 ``(j, *shape)`` as the part table says -> float16 ``(j, dim)``."""
 
-    name: ExtractorName = "audio"
-
     def __init__(self, settings: AudioSettings, device: str = "cpu") -> None:
-        self._settings = settings
-        self._sound = audio_encoder(settings).sound
-        self._encoder = sound_encoder(settings, device)
+        line = audio_encoder(settings)
+        module, _, name = line.model.partition(":")
+        encoder: Encoder = getattr(import_module(module), name)(settings, device)
+        super().__init__("audio", encoder, line.sound.shape, "float32", settings.batch_size)
+        self._settings, self._sound = settings, line.sound
 
-    def preprocess(self, item: Rows) -> Rows:
-        rows = check_rows("audio", item, self._sound.shape, "float32")
+    def preprocess(self, item: Any) -> Rows:
+        rows = super().preprocess(item)
         if not np.isfinite(rows).all():
             raise FeatureError("audio: the sound holds values that are not finite")
         return rows
 
-    def forward(self, items: Sequence[Rows]) -> list[FeatureArray]:
-        return run_rows(
-            items,
-            dim=self.dim,
-            batch_size=self._settings.batch_size,
-            run=lambda rows: self._encoder.run(rows, "audio"),
-        )
-
-    def _load(self) -> Mapping[str, Any]:
-        self._encoder.load()
-        self.dim = self._encoder.dim
+    def _preprocessing(self) -> Mapping[str, Any]:
         vggish = self._encoder.kind == "vggish"
         return {
-            "kind": self._encoder.kind,
             "arch": self._settings.arch,
-            "weights": self._encoder.digest,
-            "dim": self.dim,
             "preprocessing": self._sound.preprocessing,
             "stray_relu": vggish and self._settings.stray_relu,
             "postprocess": vggish and self._settings.postprocess,
         }
-
-    def _close(self) -> None:
-        self._encoder.close()
 
 
 class Vggish(Encoder):
@@ -105,11 +69,10 @@ class Vggish(Encoder):
     """
 
     kind = "vggish"
+    dim = 128
 
     def __init__(self, settings: AudioSettings, device: str) -> None:
-        super().__init__(
-            _SETTING, weights=settings.weights, precision=settings.precision, device=device
-        )
+        super().__init__(_SETTING, settings, device)
         self._settings = settings
         self._vectors: torch.Tensor | None = None
         self._means: torch.Tensor | None = None
@@ -125,11 +88,23 @@ class Vggish(Encoder):
         return ((turned.clamp(-_CLIP, _CLIP) + _CLIP) * (255.0 / (2 * _CLIP))).round()
 
     def _build(self, weights: Weights) -> Any:
-        import torch
-
         state = self._state(weights)
         self._take_pca(state)
-        network = _network(weights, state, self._settings.weights)
+        build = source_module()._vgg
+        if weights.seed is not None:
+            with seeded(weights.seed):
+                network = build(postprocess=False)
+        else:
+            with torch.device("meta"):  # 72 million random numbers would only be overwritten
+                network = build(postprocess=False)
+            try:
+                network.load_state_dict(state, assign=True)
+            except RuntimeError as error:
+                raise ConfigError(
+                    f"{_SETTING}.weights: {self._weights} does not fit VGGish: "
+                    f"{first_finding(error)}"
+                ) from error
+            network = network.float()
         if not self._settings.stray_relu:
             network.embeddings = torch.nn.Sequential(*list(network.embeddings)[:-1])
         return network
@@ -138,9 +113,6 @@ class Vggish(Encoder):
         [patches] = inputs  # (n, 96, 64)
         features: torch.Tensor = self._network(patches[:, None])  # (n, 1, 96, 64) -> (n, 128)
         return features
-
-    def _find_dim(self) -> int:
-        return _DIM
 
     def _state(self, weights: Weights) -> dict[str, torch.Tensor]:
         """Return the network's state dict, with the PCA's if it is used; empty for random ones."""
@@ -167,33 +139,15 @@ class Vggish(Encoder):
             return
         if vectors is None or means is None:
             raise ConfigError(
-                f"{_SETTING}.postprocess: {self._settings.weights} holds no {_PCA_VECTORS} and "
+                f"{_SETTING}.postprocess: {self._weights} holds no {_PCA_VECTORS} and "
                 f"{_PCA_MEANS}; add them to the file, or switch postprocess off"
             )
-        if tuple(vectors.shape) != (_DIM, _DIM) or means.numel() != _DIM:
+        if tuple(vectors.shape) != (self.dim, self.dim) or means.numel() != self.dim:
             raise ConfigError(
-                f"{_SETTING}.weights: the PCA must be {_DIM}x{_DIM} with {_DIM} means"
+                f"{_SETTING}.weights: the PCA must be {self.dim}x{self.dim} with {self.dim} means"
             )
         self._vectors = vectors.float().to(self.device)
-        self._means = means.float().reshape(1, _DIM).to(self.device)
-
-
-def _network(weights: Weights, state: dict[str, torch.Tensor], where: str) -> Any:
-    import torch
-
-    build = source_module()._vgg
-    if weights.seed is not None:
-        with seeded(weights.seed):
-            return build(postprocess=False)
-    with torch.device("meta"):  # 72 million random numbers would only be overwritten
-        network = build(postprocess=False)
-    try:
-        network.load_state_dict(state, assign=True)
-    except RuntimeError as error:
-        raise ConfigError(
-            f"{_SETTING}.weights: {where} does not fit VGGish: {first_finding(error)}"
-        ) from error
-    return network.float()
+        self._means = means.float().reshape(1, self.dim).to(self.device)
 
 
 def source_module() -> ModuleType:

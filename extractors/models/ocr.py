@@ -83,7 +83,7 @@ class OcrExtractor(Extractor):
         read = iter(list(self._pool.map(self._read, pictures)))
         return [self._join(next(read) for _ in item) for item in items]
 
-    def _close(self) -> None:
+    def close(self) -> None:
         if self._pool is not None:
             self._pool.shutdown()
         self._pool = None

@@ -6,29 +6,31 @@ import hashlib
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from common.errors import ConfigError, FeatureError, one_line
 from common.post import FeatureArray
-from config.settings import ExtractorName, TextSettings
-from extractors.models.base import Encoder, Extractor, check_finite
-from extractors.models.weights import Weights, hub_offline, seeded, weights_digest
+from config.settings import TextSettings
+from extractors.models.base import Encoder, RowExtractor, check_finite
+from extractors.models.weights import (
+    Weights,
+    from_cache_or_hub,
+    hub_url,
+    seeded,
+    weights_digest,
+)
 
-if TYPE_CHECKING:
-    import torch
-
-TokenIds = npt.NDArray[np.int64]
+TokenIds: TypeAlias = npt.NDArray[np.int64]
 
 _SETTING = "features.text"
 _FOLDER = "config.json, model.safetensors and the tokenizer's files"
 _NO_LIMIT = 1_000_000  # tokens; models without a longest input say nothing, or astronomical numbers
-_WEIGHT_FILES = ("*.safetensors", "*.bin")
 _SHAPE_KEYS = ("model_type", "num_hidden_layers", "num_attention_heads", "hidden_act")
 
 _PAD_MULTIPLE = 32
@@ -52,20 +54,18 @@ _PAD, _BEGIN, _END, _FIRST_WORD = 0, 1, 2, 3
 _WORD = re.compile(r"[^\W\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff_]+|\S")
 
 
-class TextExtractor(Extractor):
+class TextExtractor(RowExtractor):
     """Text -> float16 ``(t, dim)``: the last hidden state of its t tokens, special ones included.
 
     Text without a token gives ``(0, dim)``. Longer text is cut after ``max_tokens``, or after
     what the model can take where that is less.
     """
 
-    name: ExtractorName = "text"
-
     def __init__(self, settings: TextSettings, device: str = "cpu") -> None:
-        self._settings = settings
-        self._encoder = TextEncoder(settings, device)
+        self._text = TextEncoder(settings, device)
+        super().__init__("text", self._text, (), "int64", settings.batch_size)
 
-    def preprocess(self, item: str) -> TokenIds:
+    def preprocess(self, item: Any) -> TokenIds:
         """Return the token ids int64 ``(t,)`` of a text.
 
         Raises:
@@ -73,11 +73,11 @@ class TextExtractor(Extractor):
         """
         if not isinstance(item, str):
             raise FeatureError(f"text: an item must be text, not {type(item).__name__}")
-        limit = self._encoder.limit
+        limit = self._text.limit
         # Lone surrogates become question marks: tokenizers refuse them.
         text = item[: limit * _CHARS_PER_TOKEN].encode("utf-8", "replace").decode("utf-8")
-        ids = self._encoder.tokenize(text, limit) if text.strip() else []
-        if len(ids) <= self._encoder.special_tokens:
+        ids = self._text.tokenize(text, limit) if text.strip() else []
+        if len(ids) <= self._text.special_tokens:
             ids = []
         return np.asarray(ids, dtype=np.int64)
 
@@ -85,41 +85,26 @@ class TextExtractor(Extractor):
         """Encode token ids; texts of like length share a batch."""
         results = [np.empty((0, self.dim), np.float16) for _ in items]
         order = sorted((i for i, ids in enumerate(items) if len(ids)), key=lambda i: len(items[i]))
-        size = self._settings.batch_size
-        for start in range(0, len(order), size):
-            batch = order[start : start + size]
+        for start in range(0, len(order), self._batch_size):
+            batch = order[start : start + self._batch_size]
             for i, features in zip(batch, self._encode([items[i] for i in batch]), strict=True):
-                results[i] = check_finite("text", features)
+                check_finite("text", features)
+                results[i] = features
         return results
 
     def _encode(self, batch: Sequence[TokenIds]) -> list[FeatureArray]:
-        import torch
-
-        encoder, longest = self._encoder, max(map(len, batch))
-        width = min(-(-longest // _PAD_MULTIPLE) * _PAD_MULTIPLE, encoder.positions)
-        ids = np.full((len(batch), width), encoder.pad_id, np.int64)
+        longest = max(map(len, batch))
+        width = min(-(-longest // _PAD_MULTIPLE) * _PAD_MULTIPLE, self._text.positions)
+        ids = np.full((len(batch), width), self._text.pad_id, np.int64)
         mask = np.zeros((len(batch), width), np.int64)
         for row, tokens in enumerate(batch):
             ids[row, : len(tokens)] = tokens
             mask[row, : len(tokens)] = 1
-        states = encoder.infer(torch.from_numpy(ids), torch.from_numpy(mask))  # (batch, width, dim)
+        states = self._text.run(ids, mask)  # (batch, width, dim)
         return [states[row, : len(tokens)].copy() for row, tokens in enumerate(batch)]
 
-    def _load(self) -> Mapping[str, Any]:
-        encoder = self._encoder
-        encoder.load()
-        self.dim = encoder.dim
-        return {
-            "kind": encoder.kind,
-            "arch": encoder.arch,
-            "weights": encoder.digest,
-            "dim": self.dim,
-            "tokenizer": encoder.tokenizer_digest,
-            "max_tokens": encoder.limit,
-        }
-
-    def _close(self) -> None:
-        self._encoder.close()
+    def _preprocessing(self) -> Mapping[str, Any]:
+        return {"tokenizer": self._text.tokenizer_digest, "max_tokens": self._text.limit}
 
 
 class TextEncoder(Encoder):
@@ -139,9 +124,10 @@ class TextEncoder(Encoder):
     kind = "transformers"
 
     def __init__(self, settings: TextSettings, device: str = "cpu") -> None:
-        super().__init__(
-            _SETTING, weights=settings.weights, precision=settings.precision, device=device
-        )
+        self._folder = Path(settings.arch).expanduser()
+        if settings.weights == "pretrained" and self._folder.is_dir():
+            settings = settings.model_copy(update={"weights": settings.arch})
+        super().__init__(_SETTING, settings, device)
         self._settings = settings
         self._from_file: frozenset[str] = frozenset()
         self.tokenize: Callable[[str, int], list[int]] = hashed_tokens
@@ -154,30 +140,28 @@ class TextEncoder(Encoder):
     def limit(self) -> int:
         return min(self._settings.max_tokens, self.positions)
 
-    def _parse_weights(self) -> Weights:
-        weights, folder = super()._parse_weights(), Path(self._settings.arch).expanduser()
-        return Weights(path=folder) if weights.pretrained and folder.is_dir() else weights
-
     def _build(self, weights: Weights) -> Any:
-        folder = weights.path or Path(self._settings.arch).expanduser()
-        with _quiet():
-            if weights.path is not None or (weights.seed is not None and folder.is_dir()):
-                return self._use(*_load_folder(folder, weights))
-            if weights.seed is None:
-                return self._use(*_load_hub(self._settings.arch, weights))
-            return _built_in(weights.seed)
+        _silence()
+        if weights.path is not None:
+            return self._use(*_load_folder(weights.path, weights))
+        if weights.seed is None:
+            return self._use(*_load_hub(self._settings.arch, weights))
+        if self._folder.is_dir():
+            return self._use(*_load_folder(self._folder, weights))
+        return self._built_in(weights.seed)
 
     def _call(self, *inputs: torch.Tensor) -> torch.Tensor:
         ids, mask = inputs  # (batch, width) each
         states: torch.Tensor = self._network(input_ids=ids, attention_mask=mask).last_hidden_state
         return states
 
-    def _find_dim(self) -> int:
-        return int(self._network.config.hidden_size)
-
     def _digest(self, weights: Weights, network: Any) -> str:
         state = {k: v for k, v in network.state_dict().items() if k in self._from_file}
-        return weights_digest(weights, _weight_files(weights.path), state)
+        files: list[Path] = []
+        if weights.path is not None:
+            names = ("*.safetensors", "*.bin")
+            files = next((f for name in names if (f := sorted(weights.path.glob(name)))), [])
+        return weights_digest(weights, files, state)
 
     def _use(self, tokenizer: Any, network: Any, from_file: frozenset[str]) -> Any:
         """Take tokenizer and limits from what was loaded, and return its network."""
@@ -186,6 +170,7 @@ class TextEncoder(Encoder):
         longest = int(getattr(tokenizer, "model_max_length", _NO_LIMIT) or _NO_LIMIT)
         shape = {key: getattr(config, key, None) for key in _SHAPE_KEYS}
         self._from_file = from_file
+        self.dim = int(config.hidden_size)
         self.arch = " ".join(f"{key}={value}" for key, value in shape.items())
         self.positions, self.pad_id = min(positions, longest), int(tokenizer.pad_token_id or 0)
         self.special_tokens = int(tokenizer.num_special_tokens_to_add())
@@ -198,6 +183,21 @@ class TextEncoder(Encoder):
 
         self.tokenize = tokenize
         return network
+
+    def _built_in(self, seed: int) -> Any:
+        from transformers import BertConfig, BertModel
+
+        self.dim = _DIM
+        config = BertConfig(
+            vocab_size=_VOCABULARY,
+            hidden_size=_DIM,
+            num_hidden_layers=_LAYERS,
+            num_attention_heads=_HEADS,
+            intermediate_size=4 * _DIM,
+            max_position_embeddings=_POSITIONS,
+        )
+        with seeded(seed):
+            return BertModel(config, add_pooling_layer=False)
 
 
 def hashed_tokens(text: str, limit: int) -> list[int]:
@@ -223,30 +223,19 @@ def _load_folder(folder: Path, weights: Weights) -> tuple[Any, Any, frozenset[st
 
 
 def _load_hub(name: str, weights: Weights) -> tuple[Any, Any, frozenset[str]]:
-    """Look into the cache first, so that a cached model needs no network."""
-    try:
-        return _from_transformers(name, weights, local_files_only=True)
-    except (OSError, ValueError):
-        pass  # not cached: the hub is tried below, and its error says more
-    if hub_offline():
-        raise ConfigError(
-            f"{_SETTING}.weights: {name} is not on this machine and its hub cannot be reached: set "
-            f"{_SETTING}.weights to a folder with its {_FOLDER}, or put it into the Hugging Face "
-            "cache"
-        )
-    try:
-        return _from_transformers(name, weights, local_files_only=False)
-    except Exception as error:  # as above, and errors of the hub's client
-        raise ConfigError(
-            f"{_SETTING}.arch: {name} cannot be loaded: {one_line(error, 300)}"
-        ) from (error)
+    return from_cache_or_hub(
+        lambda local: _from_transformers(name, weights, local_files_only=local),
+        hub_url(),
+        name=f"{_SETTING}.arch: {name}",
+        remedy=f"set {_SETTING}.weights to a folder with its {_FOLDER}, or put it into the "
+        "Hugging Face cache",
+    )
 
 
 def _from_transformers(
     source: str, weights: Weights, *, local_files_only: bool
 ) -> tuple[Any, Any, frozenset[str]]:
     """Return tokenizer, network, and the names of the tensors that came from a file."""
-    import torch
     from transformers import AutoConfig, AutoModel, AutoTokenizer
 
     auto_model: Any = AutoModel
@@ -270,49 +259,17 @@ def _from_transformers(
     return tokenizer, model.to(torch.float32), frozenset(model.state_dict()) - missing
 
 
-def _weight_files(folder: Path | None) -> list[Path]:
-    if folder is None:
-        return []
-    for pattern in _WEIGHT_FILES:
-        files = sorted(folder.glob(pattern))
-        if files:
-            return files
-    return []
-
-
 def _tokenizer_digest(tokenizer: Any) -> str:
     fast = getattr(tokenizer, "backend_tokenizer", None)
     text = fast.to_str() if fast is not None else repr(sorted(tokenizer.get_vocab().items()))
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
-def _built_in(seed: int) -> Any:
-    from transformers import BertConfig, BertModel
-
-    config = BertConfig(
-        vocab_size=_VOCABULARY,
-        hidden_size=_DIM,
-        num_hidden_layers=_LAYERS,
-        num_attention_heads=_HEADS,
-        intermediate_size=4 * _DIM,
-        max_position_embeddings=_POSITIONS,
-    )
-    with seeded(seed):
-        return BertModel(config, add_pooling_layer=False)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
+def _silence() -> None:
     """Keep progress bars and advice of transformers off standard error, and fork no tokenizers."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from transformers.utils import logging as transformers_logging
 
     logging: Any = transformers_logging
-    verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        logging.enable_progress_bar()

@@ -1,33 +1,191 @@
-"""Pictures and frames of videos -> features of a timm model, by default a ViT.
+"""Pictures and frames -> features of a timm model, and a vector for a whole video.
 
-Scheme 2 of videos is a TSN and an attention LSTM: a row for each segment, and one for the video.
+Scheme 1 is a ViT; scheme 2 of videos is a TSN, a row for each segment, and an attention LSTM over
+these rows.
 """
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import nn
 
 from common.errors import ConfigError
-from common.post import Stream
-from config.settings import ExtractorName, ImageSettings, VideoSettings, VisualSettings
-from extractors.models.base import Extractor, Rows, check_rows, run_rows
-from extractors.models.timm_backbone import TimmBackbone
-
-if TYPE_CHECKING:
-    from extractors.models.video_lstm import VideoLstm
+from common.fingerprint import digest
+from common.post import FeatureArray, Stream
+from config.features import (
+    AudioSettings,
+    ImageSettings,
+    LstmSizes,
+    VideoLstmSettings,
+    VideoSettings,
+    VisualSettings,
+)
+from extractors.models.base import Encoder, RowExtractor, Rows, check_finite
+from extractors.models.weights import Weights, first_finding, hub_file, read_state_dict, seeded
 
 _PREPROCESSING = "whole picture squashed to a square, area interpolation, RGB"
 
 
-class VisualExtractor(Extractor):
+class TimmBackbone(Encoder):
+    """Pooled features of a timm model: its last layer before the classifier.
+
+    Args:
+        setting: As of `Encoder`.
+        settings: As of `Encoder`.
+        device: As of `Encoder`.
+        size: Height and width of the input in pixels.
+        channels: 3 for pictures, normalised here with the model's own mean and deviation; 1 for
+            log-mel patches, which are taken as they are.
+    """
+
+    kind = "timm"
+
+    def __init__(
+        self,
+        setting: str,
+        settings: VisualSettings | AudioSettings,
+        device: str,
+        *,
+        size: tuple[int, int],
+        channels: Literal[1, 3] = 3,
+    ) -> None:
+        super().__init__(setting, settings, device)
+        self.arch, self.size = settings.arch, size
+        self.mean: tuple[float, ...] = ()
+        self.std: tuple[float, ...] = ()
+        self._channels, self._allow_pickle = channels, settings.allow_pickle
+        self._shift: Any = None
+        self._scale: Any = None
+
+    def load(self) -> None:
+        super().load()
+        if self.dim:
+            return
+        empty = (
+            np.zeros((1, *self.size), np.float32)
+            if self._channels == 1
+            else np.zeros((1, *self.size, 3), np.uint8)
+        )
+        try:
+            features = self.run(empty)
+        except (RuntimeError, AssertionError, ValueError, AttributeError, TypeError) as error:
+            raise self._wrong_size(self._network.pretrained_cfg["input_size"], error) from error
+        if features.ndim != 2:
+            raise ConfigError(f"{self.setting}.arch: {self.arch} gives no pooled features")
+        self.dim = int(features.shape[1])
+
+    def _build(self, weights: Weights) -> Any:
+        import timm
+
+        setting = f"{self.setting}.weights"
+        known = timm.is_model(self.arch.split(".", 1)[0])
+        config: Any = timm.get_pretrained_cfg(self.arch) if known else None
+        if config is None:
+            close = difflib.get_close_matches(self.arch, timm.list_models(), n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise ConfigError(f"{self.setting}.arch: timm has no model {self.arch!r}{hint}")
+        arguments: dict[str, Any] = {"num_classes": 0, "in_chans": self._channels}
+        if config.fixed_input_size:
+            arguments["img_size"] = self.size
+        if weights.seed is None:
+            overlay = (
+                _from_hub(config, self.arch, setting)
+                if weights.path is None
+                else self._from_file(weights.path, config, setting)
+            )
+            overlay["custom_load"] = False
+            arguments |= {"pretrained": True, "pretrained_cfg_overlay": overlay}
+        try:
+            with seeded(weights.seed):
+                model: Any = timm.create_model(self.arch, **arguments)
+        except (TypeError, RuntimeError, ValueError, AssertionError, KeyError) as error:
+            if weights.seed is not None or "img_size" in str(error):
+                raise self._wrong_size(config.input_size, error) from error
+            raise ConfigError(
+                f"{setting}: {self._weights} does not fit {self.arch}: {first_finding(error)}"
+            ) from error
+        model.pretrained_cfg.pop("state_dict", None)  # it would keep the weights twice in memory
+        if self._channels == 3:
+            self.mean = tuple(float(x) for x in model.pretrained_cfg["mean"])
+            self.std = tuple(float(x) for x in model.pretrained_cfg["std"])
+            shape = (1, 3, 1, 1)
+            self._shift = torch.tensor(self.mean).view(shape).mul(255).to(self.device)
+            self._scale = torch.tensor(self.std).view(shape).mul(255).reciprocal().to(self.device)
+        return model
+
+    def _call(self, *inputs: torch.Tensor) -> torch.Tensor:
+        """Encode uint8 ``(n, height, width, 3)``, or float32 ``(n, height, width)``."""
+        [pixels] = inputs
+        if self._channels == 1:
+            images = pixels[:, None].float()
+        else:  # (n, h, w, c) as (n, c, h, w): a view, which torch takes as channels_last
+            images = pixels.permute(0, 3, 1, 2).float().sub_(self._shift).mul_(self._scale)
+        states = self._network.forward_features(images)
+        pooled: torch.Tensor = self._network.forward_head(states, pre_logits=True)  # (n, dim)
+        return pooled
+
+    def _from_file(self, path: Path, config: Any, setting: str) -> dict[str, Any]:
+        """Let timm fit a state dict to the model, or refuse one with gaps."""
+        if not path.is_file():
+            raise ConfigError(f"{setting}: {path} is no file")
+        state = read_state_dict(path, setting=setting, allow_pickle=self._allow_pickle)
+        for name in _names(config.classifier):
+            state.pop(f"{name}.weight", None)
+            state.pop(f"{name}.bias", None)
+        # Without a classifier in its configuration timm loads strictly.
+        overlay: dict[str, Any] = {"state_dict": state, "classifier": None}
+        for name in _names(config.first_conv):
+            stem = state.get(f"{name}.weight")
+            if stem is not None and stem.ndim == 4 and stem.shape[1] == self._channels:
+                overlay["first_conv"] = None  # it fits as it is
+        return overlay
+
+    def _wrong_size(self, own: tuple[int, ...], error: BaseException) -> ConfigError:
+        key = "image_size" if self._channels == 3 else "arch"
+        return ConfigError(
+            f"{self.setting}.{key}: {self.arch} does not take {self.size[0]}x{self.size[1]} "
+            f"(its own size is {own[1]}x{own[2]}): {first_finding(error)}"
+        )
+
+
+def _names(entry: str | Sequence[str] | None) -> Sequence[str]:
+    return (entry,) if isinstance(entry, str) else entry or ()
+
+
+def _from_hub(config: Any, arch: str, setting: str) -> dict[str, Any]:
+    """Let timm load its own pretrained weights, from the cache or the hub."""
+    if not config.hf_hub_id:
+        raise ConfigError(
+            f"{setting}: timm has no pretrained weights for {arch}; set {setting} to a path"
+        )
+    repo = str(config.hf_hub_id)
+    if repo.endswith("/"):
+        repo = f"{repo}{config.architecture}.{config.tag}"
+    own = config.hf_hub_filename
+    files = (own,) if own else ("model.safetensors", "pytorch_model.bin")
+    return {"file": str(hub_file(repo, files, setting=setting))}
+
+
+def make_backbone(
+    name: Literal["video", "image"], settings: VisualSettings, device: str
+) -> TimmBackbone:
+    """Return the encoder that the settings of a visual extractor name; nothing is loaded yet."""
+    size = (settings.image_size, settings.image_size)
+    return TimmBackbone(f"features.{name}", settings, device, size=size)
+
+
+class VisualExtractor(RowExtractor):
     """uint8 RGB ``(n, size, size, 3)`` -> float16 ``(n, dim)``, one row per picture.
 
     Args:
-        backbone: A model to share with another extractor of the same `backbone_key`.
+        backbone: A model to share with another extractor of the same architecture and weights.
     """
 
     def __init__(
@@ -38,40 +196,31 @@ class VisualExtractor(Extractor):
         *,
         backbone: TimmBackbone | None = None,
     ) -> None:
-        self.name: ExtractorName = name
-        self._settings = settings
         self._backbone = backbone or make_backbone(name, settings, device)
+        shape = (*self._backbone.size, 3)
+        super().__init__(name, self._backbone, shape, "uint8", settings.batch_size)
+        self._settings = settings
 
-    def preprocess(self, item: Rows) -> Rows:
-        size = self._settings.image_size
-        return check_rows(self.name, item, (size, size, 3), "uint8")
-
-    def forward(self, items: Sequence[Rows]) -> list[Any]:
-        return run_rows(
-            items,
-            dim=self.dim,
-            batch_size=self._settings.batch_size,
-            run=lambda rows: self._backbone.run(rows, self.name),
-        )
-
-    def _load(self) -> Mapping[str, Any]:
-        backbone = self._backbone
-        backbone.load()
-        self.dim = backbone.dim
+    def _preprocessing(self) -> Mapping[str, Any]:
         return {
-            "kind": backbone.kind,
-            "arch": backbone.arch,
-            "weights": backbone.digest,
-            "dim": self.dim,
             "size": self._settings.image_size,
-            "mean": backbone.mean,
-            "std": backbone.std,
+            "mean": self._backbone.mean,
+            "std": self._backbone.std,
             "preprocessing": _PREPROCESSING,
             "sampling": _sampling(self._settings),
         }
 
-    def _close(self) -> None:
-        self._backbone.close()
+
+def _sampling(settings: VisualSettings) -> dict[str, object]:
+    match settings:
+        case VideoSettings(short_clips="once"):
+            # older fingerprints know only "once", and do not say so
+            return {"frames": settings.frames, "decode": settings.decode}
+        case VideoSettings():
+            return settings.model_dump(include={"frames", "decode", "short_clips"})
+        case ImageSettings():
+            return {"max_frames": settings.max_frames}
+    return {}
 
 
 class VideoExtractor(VisualExtractor):
@@ -91,22 +240,17 @@ class VideoExtractor(VisualExtractor):
     ) -> None:
         super().__init__("video", settings, device, backbone=backbone)
         self._video = settings
-        self._lstm: VideoLstm | None = None
-        if settings.lstm.weights is not None:
-            from extractors.models.video_lstm import VideoLstm
-
-            self._lstm = VideoLstm(settings.lstm, device)
+        self._lstm = VideoLstm(settings.lstm, device) if settings.lstm.weights is not None else None
 
     def load(self) -> None:
-        if self._loaded:
-            return
         super().load()
         if self._lstm is not None:
-            try:
-                self._lstm.load_for(self.dim, self.fingerprint)
-            except ConfigError:
-                self.close()
-                raise
+            self._lstm.load_for(self.dim, self.fingerprint)
+
+    def close(self) -> None:
+        if self._lstm is not None:
+            self._lstm.close()
+        super().close()
 
     def forward(self, items: Sequence[Rows]) -> list[Any]:
         rows = super().forward(items)
@@ -117,15 +261,11 @@ class VideoExtractor(VisualExtractor):
         vectors = self._lstm.vectors(rows)
         return [{"video": r, "video_lstm": v} for r, v in zip(rows, vectors, strict=True)]
 
-    def further(self) -> Mapping[Stream, tuple[int, str]]:
+    def streams(self) -> Mapping[Stream, tuple[int, str]]:
+        own = super().streams()
         if self._lstm is None:
-            return {}
-        return {"video_lstm": (self._lstm.dim, self._lstm.fingerprint)}
-
-    def _close(self) -> None:
-        if self._lstm is not None:
-            self._lstm.close()
-        super()._close()
+            return own
+        return {**own, "video_lstm": (self._lstm.dim, self._lstm.fingerprint)}
 
 
 def segments(count: int, wanted: int) -> npt.NDArray[np.intp]:
@@ -140,33 +280,117 @@ def segments(count: int, wanted: int) -> npt.NDArray[np.intp]:
     return ((2 * np.arange(wanted) + 1) * count) // (2 * wanted)
 
 
-def make_backbone(
-    name: Literal["video", "image"], settings: VisualSettings, device: str
-) -> TimmBackbone:
-    """Return the encoder that the settings of a visual extractor name; nothing is loaded yet."""
-    return TimmBackbone(
-        settings.arch,
-        settings.weights,
-        channels=3,
-        size=(settings.image_size, settings.image_size),
-        precision=settings.precision,
-        device=device,
-        setting=f"features.{name}",
-        allow_pickle=settings.allow_pickle,
-    )
+class AttentionLstm(nn.Module):
+    """FC, tanh -> LSTM both ways -> dropout -> softmax attention, summed -> FC, ReLU -> FC, tanh.
+
+    `fusion.backbones` trains it; in evaluation mode the dropout does nothing.
+
+    Source: PaddleVideo, VideoTag's attention LSTM.
+    """
+
+    def __init__(self, dim: int, sizes: LstmSizes) -> None:
+        super().__init__()
+        self.project = nn.Linear(dim, sizes.projection)
+        self.lstm = nn.LSTM(sizes.projection, sizes.hidden, batch_first=True, bidirectional=True)
+        self.dropout = nn.Dropout(sizes.dropout)
+        self.attend = nn.Linear(2 * sizes.hidden, 1)
+        self.join = nn.Linear(2 * sizes.hidden, sizes.join)
+        self.narrow = nn.Linear(sizes.join, sizes.width)
+
+    def forward(self, frames: torch.Tensor) -> torch.Tensor:
+        """Return ``(videos, width)`` for frames ``(videos, n, dim)`` float32, n at least 1."""
+        states, _ = self.lstm(torch.tanh(self.project(frames)))  # (videos, n, 2 * hidden)
+        states = self.dropout(states)
+        weights = self.attend(states).float().softmax(dim=1)  # (videos, n, 1)
+        summed = (weights * states).sum(dim=1)  # (videos, 2 * hidden)
+        vector: torch.Tensor = torch.tanh(self.narrow(torch.relu(self.join(summed))))
+        return vector
 
 
-def backbone_key(settings: VisualSettings) -> tuple[object, ...]:
-    """Return what two visual extractors must have in common to share one model."""
-    return (settings.arch, settings.weights, settings.image_size, settings.precision)
+class VideoLstm(Encoder):
+    """The attention LSTM in service: part of the video extractor, behind the frames' encoder.
 
+    Attributes:
+        fingerprint: Of the vectors, that of the frames in it; known after `load_for`.
+    """
 
-def _sampling(settings: VisualSettings) -> dict[str, object]:
-    if isinstance(settings, VideoSettings):
-        sampling: dict[str, object] = {"frames": settings.frames, "decode": settings.decode}
-        if settings.short_clips != "once":  # older fingerprints know only "once", and do not say so
-            sampling["short_clips"] = settings.short_clips
-        return sampling
-    if isinstance(settings, ImageSettings):
-        return {"max_frames": settings.max_frames}
-    return {}
+    kind = "attention lstm"
+
+    def __init__(self, settings: VideoLstmSettings, device: str) -> None:
+        super().__init__("features.video.lstm", settings, device)
+        self.dim = settings.width
+        self.fingerprint = ""
+        self._settings = settings
+        self._frames_dim = 0
+
+    def load_for(self, frames_dim: int, frames_fingerprint: str) -> None:
+        """Load the weights for features of frames.
+
+        Args:
+            frames_dim: Length of a frame's features.
+            frames_fingerprint: Of these features.
+
+        Raises:
+            ConfigError: The weights or the device cannot be had, or do not fit.
+        """
+        self._frames_dim = frames_dim
+        self.load()
+        sizes = self._settings
+        self.fingerprint = digest(
+            {
+                "kind": self.kind,
+                "frames": frames_fingerprint,
+                "weights": self.digest,
+                "sizes": [sizes.projection, sizes.hidden, sizes.join, sizes.width],
+            }
+        )
+
+    def vectors(self, videos: Sequence[FeatureArray]) -> list[FeatureArray]:
+        """Return float16 ``(1, dim)`` for each video, ``(0, dim)`` for one without frames.
+
+        Args:
+            videos: float16 ``(n, frames_dim)`` of each.
+
+        Raises:
+            FeatureError: The model gave values that are not finite.
+        """
+        vectors: list[FeatureArray] = [np.empty((0, self.dim), np.float16)] * len(videos)
+        by_length: dict[int, list[int]] = {}
+        for index, video in enumerate(videos):
+            by_length.setdefault(len(video), []).append(index)
+        # Only videos of one length share a batch: padding would let them change one another.
+        for indices in (same for length, same in by_length.items() if length):
+            for start in range(0, len(indices), self._settings.batch_size):
+                batch = indices[start : start + self._settings.batch_size]
+                rows = self.run(np.stack([videos[i] for i in batch]))
+                check_finite("video.lstm", rows)
+                for i, vector in zip(batch, rows, strict=True):
+                    vectors[i] = vector[None]  # (dim) -> (1, dim)
+        return vectors
+
+    def _build(self, weights: Weights) -> AttentionLstm:
+        settings, setting = self._settings, f"{self.setting}.weights"
+        if weights.pretrained:
+            raise ConfigError(
+                f"{setting}: nobody publishes these weights: train them (train_net.py, "
+                "config/train_video_tsn_lstm.yaml) and name the file"
+            )
+        with seeded(weights.seed):
+            model = AttentionLstm(self._frames_dim, settings)
+        if weights.path is not None:
+            state = read_state_dict(
+                weights.path, setting=setting, allow_pickle=settings.allow_pickle
+            )
+            try:
+                model.load_state_dict(state, strict=True)
+            except RuntimeError as error:
+                raise ConfigError(
+                    f"{setting}: {weights.path} does not fit frames of length "
+                    f"{self._frames_dim} and the sizes in {self.setting}: {first_finding(error)}"
+                ) from error
+        return model
+
+    def _call(self, *inputs: torch.Tensor) -> torch.Tensor:
+        [frames] = inputs  # (videos, n, frames_dim) float16
+        vectors: torch.Tensor = self._network(frames.float())  # (videos, dim)
+        return vectors

@@ -1,7 +1,7 @@
 """Sources of weights: ``pretrained`` (a hub), a PATH, or ``random:SEED`` (tests).
 
-A missing file or an unreachable hub is one line that says which file to put where; the hub's own
-client would retry for half a minute first, so a short probe goes before it.
+A hub's own client would retry for half a minute where there is no network, so a short probe goes
+before it.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 import structlog
@@ -32,6 +32,8 @@ _PROBE_TOTAL_S = 8.0
 Double makes a start without network feel hung; half gives up on slow resolvers.
 """
 
+Loaded = TypeVar("Loaded")
+
 _log = structlog.get_logger()
 
 
@@ -49,16 +51,11 @@ class Weights:
 
     @property
     def pretrained(self) -> bool:
-        """Return True when the weights come from the library's hub."""
         return self.path is None and self.seed is None
 
 
 def parse_weights(value: str, *, setting: str) -> Weights:
-    """Read a ``weights`` setting.
-
-    Args:
-        value: The setting's value.
-        setting: Key of the setting, for errors and the log.
+    """Read the value of a ``weights`` setting.
 
     Raises:
         ConfigError: The seed is no number, or the path does not exist.
@@ -66,10 +63,8 @@ def parse_weights(value: str, *, setting: str) -> Weights:
     if value == "pretrained":
         return Weights()
     if value.startswith("random:"):
-        try:
-            seed = int(value.removeprefix("random:"))
-        except ValueError:
-            seed = -1
+        digits = value.removeprefix("random:")
+        seed = int(digits) if digits.isdecimal() else -1
         if not 0 <= seed < 2**63:
             raise ConfigError(f"{setting}: {value!r} must be random:SEED, SEED a whole number")
         _log.warning("extractors.random_weights", setting=setting, seed=seed, use="tests only")
@@ -153,11 +148,9 @@ def reachable(url: str) -> bool:
     answered = threading.Event()
 
     def probe() -> None:
-        try:
-            requests.head(f"{parts.scheme}://{parts.netloc}", timeout=(_PROBE_S, _PROBE_S))
-        except requests.RequestException:
-            return
-        answered.set()
+        with suppress(requests.RequestException):
+            requests.head(f"{parts.scheme}://{parts.netloc}", timeout=_PROBE_S)
+            answered.set()
 
     thread = threading.Thread(target=probe, daemon=True)
     thread.start()
@@ -165,47 +158,65 @@ def reachable(url: str) -> bool:
     return answered.is_set()
 
 
-def hub_offline() -> bool:
-    """Return True if the Hugging Face hub must not, or cannot, be used."""
+def from_cache_or_hub(
+    load: Callable[[bool], Loaded], url: str | None, *, name: str, remedy: str
+) -> Loaded:
+    """Load from a cache, so that cached weights need no network, and otherwise from their host.
+
+    Args:
+        load: Loads from the cache alone with True, and from the host with False.
+        url: Of the host; None where it must not be asked.
+        name: Setting and weights, for the error.
+        remedy: What to do without that host.
+
+    Raises:
+        ConfigError: They are not cached and cannot be downloaded.
+    """
+    try:
+        return load(True)
+    except (OSError, ValueError):
+        pass  # not cached: the error of the host says more
+    if url is None or not reachable(url):
+        raise ConfigError(f"{name} is not on this machine and its hub cannot be reached: {remedy}")
+    try:
+        return load(False)
+    except Exception as error:  # hub clients and readers of weights share no base class
+        raise ConfigError(
+            f"{name} cannot be loaded: {one_line(error, 300)}; or {remedy}"
+        ) from error
+
+
+def hub_url() -> str | None:
+    """Return the URL of the Hugging Face hub; None where it must not be used."""
     from huggingface_hub import constants
 
-    return bool(constants.HF_HUB_OFFLINE) or not reachable(constants.ENDPOINT)
+    return None if constants.HF_HUB_OFFLINE else constants.ENDPOINT
 
 
 def hub_file(repo: str, names: Sequence[str], *, setting: str) -> Path:
     """Return the local path of the first of some files of a Hugging Face repository.
 
-    The cache is tried first, so that cached weights need no network.
-
     Raises:
         ConfigError: None is cached and the hub cannot give one.
     """
     from huggingface_hub import constants, hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError
 
-    for name in names:
-        try:
-            return Path(hf_hub_download(repo, name, local_files_only=True))
-        except LocalEntryNotFoundError:
-            continue
-    missing = ConfigError(
-        f"{setting}: {repo}/{names[0]} is not on this machine and its hub cannot be reached: set "
-        f"{setting} to the path of that file, or put it into the cache {constants.HF_HUB_CACHE}"
-    )
-    if hub_offline():
+    def load(local: bool) -> Path:
+        for name in names:
+            try:
+                return Path(hf_hub_download(repo, name, local_files_only=local))
+            except EntryNotFoundError as error:  # and LocalEntryNotFoundError, for the cache
+                missing = error
         raise missing
-    for name in names:
-        try:
-            return Path(hf_hub_download(repo, name))
-        except LocalEntryNotFoundError as error:
-            raise missing from error
-        except EntryNotFoundError:
-            continue
-        except (OSError, ValueError) as error:
-            raise ConfigError(
-                f"{setting}: {repo} cannot be downloaded: {one_line(error, 300)}"
-            ) from (error)
-    raise ConfigError(f"{setting}: {repo} holds none of {', '.join(names)}")
+
+    return from_cache_or_hub(
+        load,
+        hub_url(),
+        name=f"{setting}: {repo}/{names[0]}",
+        remedy=f"set {setting} to the path of that file, or put it into the cache "
+        f"{constants.HF_HUB_CACHE}",
+    )
 
 
 def release_file(url: str, *, setting: str) -> Path:
@@ -214,29 +225,26 @@ def release_file(url: str, *, setting: str) -> Path:
     Raises:
         ConfigError: It is not cached and cannot be downloaded.
     """
-    import torch
+    from torch import hub
 
-    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    folder = Path(hub.get_dir()) / "checkpoints"
     path = folder / Path(urlsplit(url).path).name
-    if path.exists():
+
+    def load(local: bool) -> Path:
+        if local:
+            path.stat()
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            prefix = path.stem.rpartition("-")[2]
+            hub.download_url_to_file(url, str(path), hash_prefix=prefix, progress=os.isatty(2))
         return path
-    missing = ConfigError(
-        f"{setting}: {path.name} is not on this machine and cannot be downloaded: get {url} and "
-        f"put it into {folder}, or set {setting} to its path"
+
+    return from_cache_or_hub(
+        load,
+        url,
+        name=f"{setting}: {path.name}",
+        remedy=f"get {url} and put it into {folder}, or set {setting} to its path",
     )
-    if not reachable(url):
-        raise missing
-    folder.mkdir(parents=True, exist_ok=True)
-    prefix = path.stem.rpartition("-")[2]
-    try:
-        torch.hub.download_url_to_file(url, str(path), hash_prefix=prefix, progress=_interactive())
-    except (OSError, RuntimeError) as error:
-        raise missing from error
-    return path
-
-
-def _interactive() -> bool:
-    return os.isatty(2)
 
 
 def first_finding(error: BaseException) -> str:

@@ -13,8 +13,7 @@ from common.post import Stream
 from config.settings import FeatureSettings
 from extractors.models.audio import Vggish, timm_model
 from extractors.models.text import TextEncoder
-from extractors.models.timm_backbone import TimmBackbone
-from extractors.models.visual import make_backbone
+from extractors.models.visual import TimmBackbone, VideoLstm, make_backbone
 from extractors.parts import LogMelPatches, audio_encoder
 from extractors.suite import ExtractorSuite
 from fusion.bundle.export import Graph, Inputs, Port
@@ -191,8 +190,6 @@ def _text(features: FeatureSettings) -> Graph:
 
 
 def _video_lstm(features: FeatureSettings) -> Graph:
-    from extractors.models.video_lstm import VideoLstm
-
     if features.video.lstm.weights is None:
         raise ConfigError("features.video.lstm.weights: is null: there is no video_lstm to export")
     backbone = make_backbone("video", features.video, "cpu")

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from common.errors import ConfigError, FeatureError
 from common.post import FeatureArray, Features, Stream, modality_of, streams_of
 from config.train import DataSettings
-from extractors.feature_file import feature_path, read_features, read_fingerprints
+from extractors.feature_file import feature_path, read_features, read_header
 from fusion.data.collate import Sample
 from fusion.data.data_file import Record
 from fusion.data.posts import PostList
@@ -44,7 +44,7 @@ class FeatureFiles:
         Raises:
             FeatureError: There is no such file, or it is broken.
         """
-        return read_fingerprints(path or feature_path(self._root(post_id), post_id))
+        return read_header(path or feature_path(self._root(post_id), post_id)).fingerprints
 
     def features(
         self, post_id: str, path: Path | None, fingerprints: Mapping[Stream, str] | None

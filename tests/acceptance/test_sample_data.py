@@ -13,7 +13,7 @@ import train_net
 from common.post import Post
 from config.labels import LabelMap
 from config.load import load_settings
-from extractors.feature_file import read_features, read_fingerprints
+from extractors.feature_file import read_features, read_header
 from fusion.data.data_file import read_data_file, read_whole_posts
 from workers.local import local_runner
 
@@ -54,7 +54,7 @@ def test_sample_features_can_be_made_again() -> None:
             for stream, array in kept.arrays.items():
                 np.testing.assert_allclose(made.arrays[stream], array, atol=2e-2, rtol=2e-2)
         file = next((DATA / "features").rglob(f"{posts[0].post_id}.safetensors"))
-        assert read_fingerprints(file) == runner.fingerprints
+        assert read_header(file).fingerprints == runner.fingerprints
 
 
 @pytest.mark.slow

@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
-import numpy as np
+import torch
 
-from common.post import FeatureArray
 from config.settings import AudioSettings
-from extractors.models.base import Rows
+from extractors.models.base import Encoder
+from extractors.models.weights import Weights, seeded
 from extractors.parts import AudioEncoder, WaveformWindows
 
 DIM = 8
 LINE = AudioEncoder(f"{__name__}:TinyWaveform", WaveformWindows(rate_hz=48_000, samples=24_000))
 
 
-class TinyWaveform:
+class TinyWaveform(Encoder):
     """Energy of random filters over each window."""
 
     kind = "tiny waveform"
+    dim = DIM
 
     def __init__(self, settings: AudioSettings, device: str) -> None:
-        self.dim = DIM
-        self.digest = f"{settings.weights} on {device}"
+        super().__init__("features.audio", settings, device)
 
-    def load(self) -> None:
-        self.filters = np.random.default_rng(1).normal(size=(480, DIM))
+    def _build(self, weights: Weights) -> torch.nn.Module:
+        with seeded(weights.seed):
+            return torch.nn.Linear(480, DIM, bias=False)
 
-    def run(self, rows: Rows, name: str) -> FeatureArray:
-        frames = rows.reshape(len(rows), -1, 480)  # (n, samples) -> (n, samples / 480, 480)
-        return np.asarray(np.abs(frames @ self.filters).mean(1), np.float16)
-
-    def close(self) -> None:
-        del self.filters
+    def _call(self, *inputs: torch.Tensor) -> torch.Tensor:
+        [windows] = inputs
+        frames = windows.reshape(len(windows), -1, 480)  # (n, samples) -> (n, samples / 480, 480)
+        energy: torch.Tensor = self._network(frames).abs().mean(1)  # (n, dim)
+        return energy

@@ -16,7 +16,7 @@ from common.errors import ConfigError, RetryableError, WorkerDied
 from common.fingerprint import differing, mismatch, packed, unpacked
 from common.post import Failure, Stream
 from config.settings import ExtractorName, Settings
-from extractors.fingerprint import stream_fingerprints
+from extractors.feature_file import stream_fingerprints
 from extractors.parts import slot_bytes
 from workers.fetch.spool import Spool
 from workers.pool.arena import create_arena

@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 
 from common.post import Tags
-from extractors.fingerprint import stream_fingerprints
+from extractors.feature_file import stream_fingerprints
 from tests.support.workers.driving import (
     Driver,
     decode_task,

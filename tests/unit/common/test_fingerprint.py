@@ -15,6 +15,7 @@ from common.errors import BundleError, FeatureError
 from common.fingerprint import (
     Fingerprint,
     differing,
+    digest,
     mismatch,
     packed,
     parts_of,
@@ -26,11 +27,10 @@ from config.settings import FeatureSettings
 from extractors.feature_file import (
     features_bytes,
     read_features,
-    read_fingerprints,
     read_header,
+    stream_fingerprints,
     write_features,
 )
-from extractors.fingerprint import digest, stream_fingerprints
 from fusion.bundle.bundle import check_fingerprints, load_bundle
 from tests.support.fusion import support
 
@@ -106,11 +106,10 @@ def test_a_feature_file_keeps_it(tmp_path: Path) -> None:
     features = Features("p", {"video": array}, {"video": "ok"}, {}, None)
     path = write_features(tmp_path, features, {"video": of()})
     assert read_features(tmp_path, "p", {"video": str(of())}).arrays["video"].shape == (1, 4)
-    for found in (read_fingerprints(path), read_header(path).fingerprints):
-        assert parts_of(found["video"]) == parts_of(of())
+    assert parts_of(read_header(path).fingerprints["video"]) == parts_of(of())
     with pytest.raises(FeatureError, match=r"is needed \(another sampling\.frames: 9, now 64\): "):
         read_features(tmp_path, "p", {"video": of(sampling={"frames": 9})})
-    assert path.read_bytes() == features_bytes(features, read_fingerprints(path))
+    assert path.read_bytes() == features_bytes(features, read_header(path).fingerprints)
 
     plain = write_features(tmp_path, features, {"video": str(of())})
     assert b"made_of" not in plain.read_bytes()

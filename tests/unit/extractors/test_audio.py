@@ -29,6 +29,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def features(settings: AudioSettings, item: np.ndarray) -> np.ndarray:
     extractor = AudioExtractor(settings)
     extractor.load()
+    found: np.ndarray
     (found,) = extractor.forward([extractor.preprocess(item)])
     extractor.close()
     return found

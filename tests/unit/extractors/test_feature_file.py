@@ -23,7 +23,7 @@ from extractors.feature_file import (
     feature_path,
     features_bytes,
     read_features,
-    read_fingerprints,
+    read_header,
     write_features,
 )
 
@@ -62,7 +62,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     for modality, array in features.arrays.items():
         assert found.arrays[modality].dtype == np.float16
         np.testing.assert_array_equal(found.arrays[modality], array)
-    assert read_fingerprints(path) == PRINTS
+    assert read_header(path).fingerprints == PRINTS
     assert load_file(path)["video"].shape == (3, 8)  # plain safetensors for anyone else
 
 
@@ -138,7 +138,7 @@ def test_files_of_the_format_before_are_read(tmp_path: Path) -> None:
     assert found.failures == features.failures
     assert found.ocr_text == features.ocr_text
     np.testing.assert_array_equal(found.arrays["video"], features.arrays["video"])
-    assert read_fingerprints(path) == PRINTS
+    assert read_header(path).fingerprints == PRINTS
     other = feature_path(tmp_path, "p2")
     other.parent.mkdir()
     other.write_bytes(path.read_bytes())

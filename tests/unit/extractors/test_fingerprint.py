@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from common.files import file_digest
+from common.fingerprint import digest
 from config.settings import ExtractorName, FeatureSettings, OcrSettings
-from extractors.fingerprint import digest, stream_fingerprints
+from extractors.feature_file import stream_fingerprints
 from tests.support.processes import python
 
 ALL: dict[ExtractorName, str] = {"video": "v", "image": "i", "audio": "a", "text": "t", "ocr": "o"}
@@ -73,7 +74,7 @@ def test_digests_do_not_depend_on_order(tmp_path: Path) -> None:
 def test_the_king_can_use_it_without_heavy_libraries() -> None:
     """Importing fingerprints, feature files and the suite loads no torch, cv2 or transformers."""
     script = (
-        "import sys, extractors.fingerprint, extractors.feature_file, extractors.suite\n"
+        "import sys, extractors.feature_file, extractors.suite\n"
         "heavy = {'torch', 'cv2', 'transformers', 'timm', 'onnxruntime', 'safetensors'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )

@@ -12,10 +12,10 @@ from common.precision import (
     autocast,
     cast_weights,
     cpu_has_bf16,
+    require_device,
     resolve_precision,
     to_float16,
 )
-from extractors.models.base import check_device
 
 
 @pytest.mark.parametrize(
@@ -72,6 +72,6 @@ def test_float16_is_clamped_not_overflown() -> None:
 
 
 def test_a_device_that_is_not_there_is_named() -> None:
-    check_device("cpu")
-    with pytest.raises(ConfigError, match="device cuda:99: this process sees"):
-        check_device("cuda:99")
+    assert require_device("cpu").type == "cpu"
+    with pytest.raises(ConfigError, match="device cuda:99: this machine has"):
+        require_device("cuda:99")

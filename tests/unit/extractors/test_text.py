@@ -82,7 +82,7 @@ def test_empty_and_odd_texts(bert: Path) -> None:
     assert len(found[3]) > 4
     assert run(extractor) == []
     with pytest.raises(FeatureError, match="must be text"):
-        extractor.preprocess(b"bytes")  # type: ignore[arg-type]
+        extractor.preprocess(b"bytes")
 
 
 def test_long_text_is_cut(bert: Path) -> None:

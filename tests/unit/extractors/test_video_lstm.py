@@ -15,8 +15,7 @@ from config.features import LstmSizes, VideoLstmSettings
 from config.settings import DecodeSettings, VideoSettings
 from extractors.media.decode import read_frames
 from extractors.media.video import PacketIndex
-from extractors.models.video_lstm import AttentionLstm, VideoLstm
-from extractors.models.visual import VideoExtractor, segments
+from extractors.models.visual import AttentionLstm, VideoExtractor, VideoLstm, segments
 from extractors.suite import ExtractorSuite
 from tests.support import media
 from tests.support.tiny_models import TINY_CNN, tiny_features, tiny_timm_weights
@@ -211,8 +210,8 @@ def test_fingerprints_tell_what_a_stream_was_made_with() -> None:
     def prints(**changes: Any) -> tuple[str, str]:
         extractor = VideoExtractor(settings(**changes))
         extractor.load()
-        further = extractor.further()
-        return extractor.fingerprint, further["video_lstm"][1] if further else ""
+        streams = extractor.streams()
+        return extractor.fingerprint, streams["video_lstm"][1] if "video_lstm" in streams else ""
 
     rows, vector = prints()
     for lstm in ({"weights": "random:3"}, {"join": 10, "weights": "random:2"}):

@@ -13,8 +13,7 @@ import torch
 from common.errors import ConfigError, FeatureError
 from common.precision import cpu_has_bf16
 from config.settings import ImageSettings, VideoSettings
-from extractors.models.base import run_rows
-from extractors.models.visual import VisualExtractor
+from extractors.models.visual import TimmBackbone, VisualExtractor
 from tests.support.tiny_models import TINY_CNN, TINY_VIT, tiny_timm_weights
 
 
@@ -144,7 +143,7 @@ def test_items_of_the_wrong_shape_or_type_are_refused() -> None:
     extractor = VisualExtractor("video", VideoSettings(image_size=64))
     for item in (pictures(1, 32), pictures(1, 64).astype(np.float32), pictures(1, 64)[0], "x"):
         with pytest.raises(FeatureError, match="video: an item must be"):
-            extractor.preprocess(item)  # type: ignore[arg-type]
+            extractor.preprocess(item)
 
 
 def test_a_batch_is_halved_when_memory_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,18 +151,27 @@ def test_a_batch_is_halved_when_memory_runs_out(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     sizes: list[int] = []
 
-    def run(rows: np.ndarray) -> np.ndarray:
-        sizes.append(len(rows))
-        if len(rows) > 2:
-            raise torch.cuda.OutOfMemoryError("out of memory")
-        return rows.astype(np.float16)
+    class SmallDevice(TimmBackbone):
+        most = 2
 
-    items = [np.arange(10, dtype=np.float32).reshape(5, 2)] * 2
-    found = run_rows(items, dim=2, batch_size=8, run=run)
+        def run(self, *inputs: np.ndarray) -> np.ndarray:
+            sizes.append(len(inputs[0]))
+            if len(inputs[0]) > self.most:
+                raise torch.cuda.OutOfMemoryError("out of memory")
+            return super().run(*inputs)
+
+    settings = ImageSettings(arch=TINY_CNN, weights="random:1", image_size=32, batch_size=8)
+    model = SmallDevice("features.image", settings, "cpu", size=(32, 32))
+    extractor = VisualExtractor("image", settings, backbone=model)
+    extractor.load()
+    sizes.clear()
+    items = [pictures(5, 32), pictures(5, 32, seed=1)]
+    found = extractor.forward(items)
     assert sizes == [8, 4, 2, 2, 2, 2, 2]
-    np.testing.assert_array_equal(found[1], items[1])
+    np.testing.assert_allclose(found[1][:2], model.run(items[1][:2]), atol=1e-3)
+    model.most = 0
     with pytest.raises(torch.cuda.OutOfMemoryError):
-        run_rows(items, dim=2, batch_size=1, run=lambda rows: run(np.concatenate([rows] * 3)))
+        extractor.forward(items)
 
 
 def test_values_that_are_not_finite_are_an_error(tmp_path: Path) -> None:

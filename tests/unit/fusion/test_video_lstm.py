@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from config.features import LstmSizes, VideoLstmSettings
-from extractors.models.video_lstm import AttentionLstm, VideoLstm
+from extractors.models.visual import AttentionLstm, VideoLstm
 from fusion.backbones.media import STREAM
 from fusion.backbones.model import LstmTagger, save_backbone, save_lstm
 from fusion.data.collate import Batch

@@ -80,7 +80,7 @@ def test_an_encoder_of_waveforms_needs_only_its_line(
         media.write_wav(path, tone, 44_100)
     else:
         media.write_video(path, media.grey_steps(75), audio=tone, audio_rate_hz=44_100)
-    features = tiny_features(audio=AudioSettings(arch="tiny-waveform"))
+    features = tiny_features(audio=AudioSettings(arch="tiny-waveform", weights="random:1"))
     settings = Settings(features=features).model_copy(
         update={"decode": Settings().decode.model_copy(update={"max_audio_s": 2})}
     )
