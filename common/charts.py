@@ -96,14 +96,9 @@ def png(drawn: Figure) -> bytes:
 
 
 def shown_names(names: Sequence[str], width: int = 22) -> list[str]:
-    """Return names as charts show them.
+    """Return names as charts show them, cut to a width in columns (a Chinese character takes two).
 
-    Args:
-        names: Of tags, in label order.
-        width: Columns, of which a Chinese character takes two; the rest is cut off.
-
-    Returns:
-        ``#7`` for a name that holds a character that no font here can draw.
+    A name that holds a character that no font here can draw becomes ``#7``, its label's number.
     """
     drawable = _characters()
     return [

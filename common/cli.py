@@ -123,11 +123,7 @@ def complain(name: str, text: str, code: int) -> int:
 
 
 def share(text: str) -> float:
-    """Parse a part of a whole, 0 to 1.
-
-    Raises:
-        typer.BadParameter: It is none.
-    """
+    """Parse a part of a whole, 0 to 1."""
     value = _number(text)
     if not 0 <= value <= 1:
         raise typer.BadParameter(f"{text}: must lie in 0 to 1")
@@ -135,11 +131,7 @@ def share(text: str) -> float:
 
 
 def seconds(text: str) -> float:
-    """Parse a time in seconds, above 0.
-
-    Raises:
-        typer.BadParameter: It is none.
-    """
+    """Parse a time in seconds, above 0."""
     value = _number(text)
     if not 0 < value < float("inf"):
         raise typer.BadParameter(f"{text}: must be above 0")

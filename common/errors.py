@@ -1,26 +1,7 @@
 """The error tree.
 
-    TaggingError
-    |- RetryableError      may succeed on a later attempt: the post comes back with back-off
-    |   |- FetchRetryable      time-out, reset connection, HTTP 408, 425, 429, 5xx
-    |   |- WorkerDied          a worker process died or ran past its deadline with the task
-    |   |- DeadlineExceeded    a post took longer than its caller waits for it
-    |   |- Busy                as many posts are in flight as may be
-    |   |- StoreUnavailable    the database cannot be reached
-    |   |- CacheUnavailable    the feature cache cannot be used; never leaves workers.cache
-    |   '- BrokerUnavailable   the broker cannot be reached
-    |- PermanentError      no attempt can succeed
-    |   |- FetchRefused        404, too large, forbidden address, not a media type
-    |   |- MediaError          the file cannot be decoded
-    |   |- MessageError        the queue message cannot be read
-    |   |- PostNotFound        the ID is not in the posts collection
-    |   |- NothingUsable       no modality of the post could be used
-    |   |- FeatureError        a feature file or array is not what its reader needs
-    |   |- StoreRefused        the database is there, and refuses a write for good
-    |   '- BundleError         a bundle is missing, broken, or made for other features
-    '- ConfigError         the user's input or configuration is wrong; commands exit 2
-
-Foreign exceptions are mapped to these at the edge that meets them, with ``raise ... from``.
+What is a `RetryableError` may succeed on a later attempt, a `PermanentError` never; a `ConfigError`
+is the user's. Foreign exceptions are mapped at the edge that meets them, with ``raise ... from``.
 """
 
 from __future__ import annotations
@@ -43,12 +24,7 @@ class TaggingError(Exception):
 
 
 def one_line(error: BaseException, limit: int | None = None) -> str:
-    """Return an error's text on one line, or the name of its type where it has no text.
-
-    Args:
-        error: Any exception.
-        limit: Characters at most; a foreign library's text may be pages long.
-    """
+    """Return an error's text on one line, cut to a limit, or else the name of its type."""
     return " ".join(str(error).split())[:limit] or type(error).__name__
 
 

@@ -22,11 +22,7 @@ _RENAME_EXCHANGE = 2
 
 
 def file_digest(*paths: Path) -> str:
-    """Return the hex sha256 over the content of files, in the given order.
-
-    Raises:
-        OSError: One of them cannot be read.
-    """
+    """Return the hex sha256 over the content of files, in the given order."""
     total = hashlib.sha256()
     for path in paths:
         with path.open("rb") as file:
@@ -48,16 +44,8 @@ def locked(path: Path, timeout_s: float = 0.0) -> Iterator[None]:
 def lock_file(path: Path, timeout_s: float = 0.0) -> BaseFileLock:
     """Take a lock; the kernel frees it when the process ends, however it ends.
 
-    Args:
-        path: Of the lock file, which stays; its folder is made.
-        timeout_s: How long to wait for another holder; below 0 without end.
-
-    Returns:
-        The lock, held until its `release`.
-
-    Raises:
-        TimeoutError: Somebody else holds it.
-        OSError: The file cannot be made, or its file system has no locks.
+    The lock file stays; its folder is made. A time-out below 0 waits without end. Raises
+    TimeoutError when another process holds it, OSError when the file system has no locks.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     # No fallback: a lock that is a mere file outlives a killed holder, and blocks everybody.
@@ -72,9 +60,6 @@ def write_whole(
     """Write a file so that a reader sees the old content or the new; its folder is made.
 
     A text is written in UTF-8 and ends with one end of line. See `new_file` for the options.
-
-    Raises:
-        OSError: It cannot be written; the old content is intact.
     """
     with new_file(path, sync=sync, shared=shared) as file:
         if isinstance(content, str):
@@ -115,16 +100,9 @@ def new_file(path: Path, *, sync: bool = True, shared: bool = False) -> Iterator
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Fill a folder that takes the place of another when the block ends.
+    """Yield a hidden folder that takes the place of another when the block ends.
 
-    Args:
-        path: The name it gets; what is there disappears. A symbolic link is followed.
-
-    Yields:
-        A hidden folder next to it; an exception removes it.
-
-    Raises:
-        OSError: It cannot be written; the old folder is intact.
+    An exception removes it and leaves the old folder intact. A symbolic link is followed.
     """
     target = path.resolve()
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -20,11 +20,7 @@ _SHOWN = 60
 
 
 class Fingerprint(str):
-    """A digest that may know what it is of; compares, hashes and is written as its text.
-
-    Attributes:
-        parts: JSON values, empty where they are not known; those of other fingerprints inside.
-    """
+    """A digest with the JSON values that it is of, where they are known; compares as its text."""
 
     parts: Mapping[str, Any]
 

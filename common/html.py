@@ -12,13 +12,9 @@ _SHARED = Path(__file__).parent / "templates"
 
 
 def render(template: Path, **values: Any) -> str:
-    """Return the page that a template makes; every text in it is escaped.
+    """Return the page that a template ``*.html.j2`` makes; every text in it is escaped.
 
     The template extends ``base.html.j2`` and finds the macros of ``parts.html.j2``.
-
-    Args:
-        template: A file ``*.html.j2``.
-        values: What the template shows.
     """
     environment = Environment(
         loader=FileSystemLoader([template.parent, _SHARED]),

@@ -73,12 +73,7 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Media:
-    """One image, video or audio file of a post.
-
-    Attributes:
-        kind: What the post says it is.
-        source: URL (http or https), or the path of a local file in the offline commands.
-    """
+    """One media file of a post: what the post says it is, and a URL or a local path."""
 
     kind: MediaKind
     source: str

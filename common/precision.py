@@ -31,15 +31,9 @@ def cpu_has_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
 
 
 def resolve_precision(wanted: Precision, device: str, *, setting: str) -> Arithmetic:
-    """Return the arithmetic of a setting on a device; ``auto`` is decided here.
+    """Return the arithmetic on a device (``cpu`` or ``cuda:N``); ``auto`` is decided here.
 
-    Args:
-        wanted: The setting's value.
-        device: ``cpu`` or ``cuda:N``.
-        setting: Key of the setting, for the error.
-
-    Raises:
-        ConfigError: The device cannot do what is wanted.
+    Raises ConfigError, naming the setting, when the device cannot do what is wanted.
     """
     if wanted == "auto":
         if device == "cpu":
@@ -94,11 +88,7 @@ def to_float16(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def require_device(device: str) -> torch.device:
-    """Return a torch device after checking that it exists.
-
-    Raises:
-        ConfigError: The device does not exist on this machine.
-    """
+    """Return a torch device; ConfigError when this machine does not have it."""
     import torch
 
     wanted = torch.device(device)

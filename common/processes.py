@@ -16,14 +16,9 @@ def process_pool(
 ) -> ProcessPoolExecutor:
     """Return a pool of spawned processes; shut it down, for example with ``with``.
 
-    A fork would carry the parent's locks, threads and database connections along. Ctrl-C is left
-    to the parent, and the processes end when the parent does, killed or not.
-
-    Args:
-        processes: The most that run at once.
-        prepare: Called with the arguments in every process before its first task. What it raises
-            breaks the pool, so let the tasks do what may fail.
-        arguments: Of `prepare`; they are pickled.
+    A fork would carry the parent's locks, threads and database connections along. Ctrl-C is left to
+    the parent, and the processes end when the parent does. ``prepare`` is called with the arguments
+    in every process before its first task; what it raises breaks the pool.
     """
     return ProcessPoolExecutor(
         processes,

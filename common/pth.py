@@ -24,25 +24,14 @@ def load_pth(path: Path, *, allow_pickle: bool, setting: str) -> dict[str, torch
 
     Wrappers are taken off: ``{"state_dict": ...}``, ``{"model": ...}``, the ``module.`` that
     DataParallel puts before every name. Without ``allow_pickle`` nothing in the file is executed.
-
-    Args:
-        path: Of the file.
-        allow_pickle: Whether a whole pickled model may be loaded, which runs what is in the file.
-        setting: Key that allows it, for errors.
-
-    Raises:
-        ConfigError: There is no such file, it is broken, holds a pickled model that is not
-            allowed or whose code is not here, or something else than weights.
+    Raises ConfigError, with the setting that allows it, when the file is missing, broken, holds a
+    pickled model that is not allowed or whose code is not here, or something else than weights.
     """
     return unwrapped(_content(path, allow_pickle=allow_pickle, setting=setting), path)
 
 
 def unwrapped(content: object, path: Path) -> dict[str, torch.Tensor]:
-    """Return the state dict inside the content of a ``.pth`` file.
-
-    Raises:
-        ConfigError: The file holds no state dict.
-    """
+    """Return the state dict inside the content of a ``.pth`` file."""
     import torch
 
     if isinstance(content, torch.nn.Module):

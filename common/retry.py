@@ -25,13 +25,7 @@ _RANDOM = random.Random()  # noqa: S311 - jitter
 
 
 def backoff_s(attempt: int, base_s: float, max_s: float) -> float:
-    """Return the longest delay after a failed attempt: `base_s` doubled each time, up to `max_s`.
-
-    Args:
-        attempt: Number of the attempt that failed; the first is 1.
-        base_s: Limit after the first attempt.
-        max_s: Limit that no delay exceeds.
-    """
+    """Return the longest delay after an attempt (1 is the first): doubled, up to `max_s`."""
     exponent = min(max(attempt, 1) - 1, 60)  # 2 ** 60 is past every limit, and does not overflow
     return float(min(max_s, base_s * 2.0**exponent))
 
@@ -46,17 +40,10 @@ def reconnect_delay_s(failures: int) -> float:
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """Attempts at one post.
+    """Attempts at one post before it is a dead letter, and the longest delay between two.
 
     Full jitter (a uniform draw between zero and the limit) spreads the retries of posts that failed
-    together, so that they do not fail together again.
-
-    Source: AWS Architecture Blog, "Exponential Backoff And Jitter" (2015).
-
-    Attributes:
-        attempts: Tries at one post before it is a dead letter.
-        base_s: Longest delay after the first attempt.
-        max_s: Limit that no delay exceeds.
+    together. Source: AWS Architecture Blog, "Exponential Backoff And Jitter" (2015).
     """
 
     attempts: int

@@ -14,11 +14,7 @@ _UNITS_S = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400, "w": 604800}
 
 
 def since_time(text: str | None, now_s: float) -> float | None:
-    """Read ``30m``, ``2h``, ``7d`` or an ISO date into Unix time in seconds.
-
-    Raises:
-        ConfigError: The text is none of these.
-    """
+    """Read ``30m``, ``2h``, ``7d`` or an ISO date into Unix time in seconds."""
     if text is None:
         return None
     number = text.rstrip("abcdefghijklmnopqrstuvwxyz")

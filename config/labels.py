@@ -13,11 +13,7 @@ from common.errors import ConfigError
 
 @dataclass(frozen=True)
 class LabelMap:
-    """Tag names in index order.
-
-    Attributes:
-        names: Name of each class; its position is the tag's ID.
-    """
+    """Tag names in index order; the position of a name is its tag's ID."""
 
     names: tuple[str, ...]
 
@@ -31,11 +27,7 @@ class LabelMap:
         return len(self.names)
 
     def encode(self, labels: Iterable[str], *, where: str = "labels") -> list[int]:
-        """Return indices of label names.
-
-        Raises:
-            ConfigError: A label is not in the map.
-        """
+        """Return indices of label names; ConfigError when one is not in the map."""
         try:
             return [self.index[label] for label in labels]
         except KeyError as error:
@@ -47,11 +39,7 @@ class LabelMap:
 
     @classmethod
     def from_mapping(cls, content: Mapping[str, object], where: str) -> LabelMap:
-        """Build from index -> name.
-
-        Raises:
-            ConfigError: Indices are not 0 to n-1, or names repeat.
-        """
+        """Build from index -> name; ConfigError when indices are not 0 to n-1, or names repeat."""
         try:
             pairs = sorted((int(key), value) for key, value in content.items())
         except ValueError as error:
@@ -69,11 +57,7 @@ class LabelMap:
 
     @classmethod
     def load(cls, path: Path) -> LabelMap:
-        """Read a label map.
-
-        Raises:
-            ConfigError: The file is missing or no label map.
-        """
+        """Read a label map; ConfigError when the file is missing or no label map."""
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError as error:

@@ -28,11 +28,7 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML mapping.
-
-    Raises:
-        ConfigError: The file is missing, unreadable, no YAML, or not a mapping.
-    """
+    """Read a YAML mapping; ConfigError when the file is missing or holds something else."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
@@ -61,11 +57,7 @@ def _yaml_mistake(error: Exception) -> str:
 
 
 def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
-    """Turn ``a.b=c`` strings into a nested mapping; values are read as YAML.
-
-    Raises:
-        ConfigError: An override has no ``=`` or an empty key.
-    """
+    """Turn ``a.b=c`` strings into a nested mapping; values are read as YAML."""
     tree: dict[str, Any] = {}
     for override in overrides:
         path, separator, raw = override.partition("=")
@@ -154,11 +146,7 @@ def validation_line(error: ValidationError, model: type[BaseModel]) -> str:
 
 
 def validate(model: type[Model], values: Mapping[str, Any], source: str) -> Model:
-    """Validate a mapping against a model.
-
-    Raises:
-        ConfigError: One line with ``source``, the key's path, and what is wrong.
-    """
+    """Validate a mapping; ConfigError names source, key and mistake in one line."""
     odd = next((key for key in values if not isinstance(key, str)), None)
     if odd is not None:
         raise ConfigError(f"{source}: {odd!r}: unknown key")
@@ -174,15 +162,12 @@ def validate(model: type[Model], values: Mapping[str, Any], source: str) -> Mode
 def load_settings(
     path: Path | str | None = None, overrides: Iterable[str] = (), *, default: Path = DEFAULT_CONFIG
 ) -> Settings:
-    """Load the daemon's settings.
+    """Load the daemon's settings; ConfigError names the file or variable, the key and the mistake.
 
     Args:
         path: YAML file; None takes ``default``, and the built-in defaults where that is absent.
         overrides: ``section.key=value`` strings, highest precedence.
         default: The file that is taken when ``path`` is None.
-
-    Raises:
-        ConfigError: One line that names the file or variable, the key's path and the mistake.
     """
     file = Path(path) if path is not None else default
     from_file = read_yaml(file) if path is not None or file.exists() else {}
@@ -191,3 +176,20 @@ def load_settings(
     validate(Settings, merge(from_file, from_environment), "environment")
     from_options = parse_overrides(overrides)
     return validate(Settings, merge(from_file, from_environment, from_options), "--set")
+
+
+def given_options(options: object, keys: Mapping[str, str]) -> dict[str, Any]:
+    """Return nested settings out of the options that are set; ``keys`` maps options to keys."""
+    values = {key: getattr(options, name) for name, key in keys.items()}
+    return parse_overrides(f"{key}={value}" for key, value in values.items() if value is not None)
+
+
+def layered(
+    model: type[Model], path: Path | None, default: Path, given: dict[str, Any], sets: list[str]
+) -> Model:
+    """Return settings out of a YAML file, then options, then ``--set``; each is checked."""
+    file = path or default
+    from_file = read_yaml(file) if path is not None or file.exists() else {}
+    validate(model, from_file, str(file))  # so that a mistake is blamed on the right source
+    validate(model, merge(from_file, given), "options")
+    return validate(model, merge(from_file, given, parse_overrides(sets)), "--set")

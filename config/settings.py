@@ -1,16 +1,20 @@
-"""Typed, frozen settings. Unknown keys are refused; units are in the names.
+"""Typed, frozen settings of the daemon, the commands and `infer_net.py`; units are in the names.
 
-Loaded once by :func:`config.load.load_settings` and passed in; nothing reads settings at import.
+Loaded once by `config.load.load_settings` and passed in; nothing reads settings at import.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
+    BaseModel,
+    ConfigDict,
     Field,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -20,53 +24,22 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
+from common.precision import Precision
 from common.retry import RetryPolicy
 from common.urls import redact
-from config.base import ExtractorName, PositiveInt, Seconds, Section
-from config.cache import CacheSettings
-from config.features import (
-    AudioSettings,
-    FeatureSettings,
-    ImageSettings,
-    OcrSettings,
-    TextSettings,
-    VideoSettings,
-    VisualSettings,
-)
-from config.http import HttpSettings
-from config.infer import RunSettings
-from config.operations import MonitorSettings, Threshold, WatchdogSettings
 
-__all__ = [
-    "AudioSettings",
-    "BrokerSettings",
-    "CacheSettings",
-    "DecodeSettings",
-    "EmbeddedSettings",
-    "ExtractorName",
-    "ExtractorPlacement",
-    "FeatureSettings",
-    "FetchSettings",
-    "FieldMap",
-    "FusionSettings",
-    "HttpSettings",
-    "ImageSettings",
-    "KingSettings",
-    "LogSettings",
-    "MonitorSettings",
-    "OcrSettings",
-    "PositiveInt",
-    "Seconds",
-    "Section",
-    "Settings",
-    "StoreSettings",
-    "TextSettings",
-    "Threshold",
-    "VideoSettings",
-    "VisualSettings",
-    "WatchdogSettings",
-    "WorkerSettings",
-]
+PositiveInt = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+Seconds = Annotated[float, Field(gt=0)]
+ExtractorName = Literal["video", "image", "audio", "text", "ocr"]
+MIB = 1024 * 1024
+HostName = Annotated[str, Field(pattern=r"^[^\s/:]+$")]
+
+
+class Section(BaseModel):
+    """Base of every section: frozen, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
 
 class BrokerSettings(Section):
@@ -212,6 +185,154 @@ class WorkerSettings(Section):
         return self
 
 
+class VisualSettings(Section):
+    """A timm model over pictures or frames."""
+
+    arch: str = "vit_large_patch16_224"
+    weights: str = "pretrained"
+    allow_pickle: bool = False
+    """``weights`` may be a whole pickled model (.pth), which runs code that is in the file."""
+    image_size: PositiveInt = 224
+    """Side of the square input in pixels; whole pictures are scaled to it."""
+    batch_size: PositiveInt = 32
+    precision: Precision = "auto"
+
+
+class LstmSizes(Section):
+    """Sizes of the attention LSTM; the defaults are the published ones (VideoTag)."""
+
+    projection: PositiveInt = 1024
+    hidden: PositiveInt = 512
+    """Of one direction."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    join: PositiveInt = 8192
+    width: PositiveInt = 4096
+    """Length of the video's vector."""
+
+
+class VideoLstmSettings(LstmSizes):
+    """An attention LSTM over the frames' features: one vector for each video."""
+
+    weights: str | None = None
+    """A path, or ``random:SEED``; null leaves the stream ``video_lstm`` out (scheme 1)."""
+    allow_pickle: bool = False
+    """``weights`` may be a whole pickled model (.pth), which runs code that is in the file."""
+    batch_size: PositiveInt = 16
+    precision: Precision = "auto"
+
+
+class VideoSettings(VisualSettings):
+    """A timm model over the frames of videos."""
+
+    frames: PositiveInt = 16
+    """Segments of one video; the centre frame of each is taken (TSN). 300 frames of 224 pixels
+    make each of ``workers.pool.slots`` 45 MB large."""
+    decode: Literal["accurate", "keyframes"] = "accurate"
+    short_clips: Literal["once", "repeat"] = "once"
+    """Of a clip with fewer frames than ``frames``: each frame once, or repeated until there are
+    ``frames`` (scheme 2)."""
+    lstm: VideoLstmSettings = VideoLstmSettings()
+
+
+class ImageSettings(VisualSettings):
+    """A timm model over images."""
+
+    max_frames: PositiveInt = 1
+    """Frames taken from an animated picture."""
+
+
+class AudioSettings(Section):
+    """VGGish, or any timm model with one input channel, over 0.96 s log-mel patches."""
+
+    arch: str = "vggish"
+    weights: str = "pretrained"
+    allow_pickle: bool = False
+    """``weights`` may be a whole pickled model (.pth), which runs code that is in the file."""
+    stray_relu: bool = False
+    """Apply the last ReLU, as torchvggish's released graph does (its issue 24)."""
+    postprocess: bool = False
+    """Subtract the mean, PCA, clip and quantise, as the AudioSet release does."""
+    batch_size: PositiveInt = 64
+    precision: Precision = "auto"
+
+
+class TextSettings(Section):
+    """A transformers encoder over tokens."""
+
+    arch: str = "bert-base-chinese"
+    weights: str = "pretrained"
+    max_tokens: PositiveInt = 256
+    batch_size: PositiveInt = 16
+    precision: Precision = "auto"
+
+
+class OcrSettings(Section):
+    """Text inside pictures."""
+
+    enabled: bool = True
+    max_side: PositiveInt = 960
+    """Pictures are shrunk so that their longer side is at most this many pixels."""
+    detect_side: PositiveInt = 480
+    """Smaller pictures are enlarged for finding text until their shorter side has this length."""
+    frames: Annotated[int, Field(ge=0)] = 2
+    """Frames of each video that are read."""
+    min_confidence: Annotated[float, Field(ge=0, le=1)] = 0.5
+    max_chars: PositiveInt = 1000
+
+
+class FeatureSettings(Section):
+    """Everything that determines a feature; its digest is the extractor fingerprint."""
+
+    ocr_mode: Literal["append", "separate"] = "separate"
+    """OCR text joins the post's text, or stands as its own modality."""
+    video: VideoSettings = VideoSettings()
+    image: ImageSettings = ImageSettings()
+    audio: AudioSettings = AudioSettings()
+    text: TextSettings = TextSettings()
+    ocr: OcrSettings = OcrSettings()
+
+
+class CacheSettings(Section):
+    """Features by the content of their media file and their extractor, so that each is made once.
+
+    Shared by every daemon and script that names the same place. With it, tagging posts again with
+    another bundle needs no download and no extraction.
+    """
+
+    url: str | None = None
+    """A folder (``workshop/cache`` or ``file:///path``), ``redis://host``, or any fsspec URL, as
+    ``s3://bucket/prefix``. Null: no cache."""
+    max_mb: PositiveInt = 20_000
+    """Folder: past this the entries used least recently are deleted. Redis and object stores have
+    limits of their own (``maxmemory``, life-cycle rules); there it is the size that ``insighttag
+    cache prune`` goes down to."""
+    ttl_s: Seconds | None = 90 * 86400
+    """Redis only: an entry that is not used for this time is deleted; null keeps it."""
+    sources_ttl_s: Annotated[float, Field(ge=0)] | None = None
+    """Time for which a URL is trusted to lead to the same file, so that it is not downloaded
+    again; null: for ever, 0: never (every file is downloaded, and only then looked up)."""
+    timeout_s: Seconds = 1
+    """A look-up that takes longer counts as a miss."""
+    retry_s: Seconds = 30
+    """A cache that failed is left alone for this long."""
+    threads: PositiveInt = 4
+    """Look-ups at once."""
+    options: Mapping[str, Any] = Field(default_factory=dict)
+    """Options of the fsspec file system, as ``{endpoint_url: URL}``; credentials belong into
+    the environment."""
+
+    @field_validator("url")
+    @classmethod
+    def _not_http(cls, value: str | None) -> str | None:
+        if value is not None and not value.strip():
+            raise ValueError("is empty; null switches the cache off")
+        if value is not None and value.startswith(("http://", "https://", "embedded://")):
+            raise ValueError(
+                f"{redact(value)!r} is no cache; use a folder, redis:// or an fsspec URL as s3://"
+            )
+        return value
+
+
 class KingSettings(Section):
     """The coordinator."""
 
@@ -248,6 +369,174 @@ class LogSettings(Section):
     format: Literal["auto", "json", "pretty"] = "auto"
     """`auto` is pretty on a terminal, JSON elsewhere."""
     level: Literal["debug", "info", "warning", "error"] = "info"
+
+
+class WatchdogSettings(Section):
+    """The watchdog under supervisord or systemd."""
+
+    stall_s: Seconds = 60
+    """A King without progress for so long is restarted; above the time-outs of the broker and the
+    database, or a King that waits for one of them may be restarted with them."""
+    interval_s: Seconds = 2
+    probe_timeout_s: Seconds = 3
+    """The watchdog's own questions to the broker and the database may take this long."""
+    dump_s: Seconds = 2
+    """Time for a stalled King to write its stacks before it is killed."""
+    start_timeout_s: Seconds = 900
+    """Loading of models may take this long; above workers.start_timeout_s."""
+    restarts: PositiveInt = 5
+    """Restarts within `restart_window_s`; past them the watchdog only reports."""
+    restart_window_s: Seconds = 1800
+    rpc_timeout_s: Seconds = 5
+    program: str = "king"
+    supervisor_url: Annotated[str, Field(pattern=r"^(unix://.|systemd$)")] = (
+        "unix://workshop/run/supervisor.sock"
+    )
+    """supervisord's socket, or ``systemd``: then `program` is the name of a unit."""
+
+
+class Threshold(Section):
+    """From which value on a check warns, and from which it is critical; null never does."""
+
+    warning: Annotated[float, Field(ge=0)] | None = None
+    critical: Annotated[float, Field(ge=0)] | None = None
+
+
+class MonitorSettings(Section):
+    """Questions and limits of `scripts/mongo_supervisor/check.py`."""
+
+    backlog_age_s: Annotated[float, Field(ge=0)] = 900
+    """Untagged posts older than this are backlog. A post's age is that of `store.fields.created`,
+    or of its ObjectId; with 0 every untagged post counts, also where there is neither."""
+    scan: PositiveInt = 100_000
+    """Untagged posts that one look reads at most."""
+    window_s: Seconds = 3600
+    """Results of this recent time make the failed ratio."""
+    min_results: PositiveInt = 20
+    """Fewer results than this make no ratio."""
+    overdue_s: Seconds = 120
+    """A job that is due for longer than this is overdue: no daemon looks after it."""
+    timeout_s: Seconds = 10
+    latency_s: Threshold = Threshold(warning=0.5, critical=2)
+    backlog: Threshold = Threshold(warning=100, critical=10_000)
+    failed_ratio: Threshold = Threshold(warning=0.05, critical=0.25)
+    last_tag_age_s: Threshold = Threshold(warning=900, critical=3600)
+    """Checked only while posts wait."""
+    overdue_jobs: Threshold = Threshold(warning=1, critical=100)
+    dead_letters: Threshold = Threshold(warning=100, critical=10_000)
+    queue_depth: Threshold = Threshold(warning=10_000, critical=100_000)
+    replica_lag_s: Threshold = Threshold(warning=10, critical=60)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _other_half(cls, value: object, info: ValidationInfo) -> object:
+        """Keep the default of the value of a threshold that is not set."""
+        default = cls.model_fields[str(info.field_name)].default
+        if isinstance(default, Threshold) and isinstance(value, dict):
+            return {**default.model_dump(), **value}
+        return value
+
+
+class HttpSettings(Section):
+    """`flask_server.py`: where it listens, and what one request may ask for.
+
+    Uploads lie in a folder of their own under ``fetch.spool`` while their post is being tagged.
+    """
+
+    host: str = "127.0.0.1"
+    """There is no log-in: let others in only through a proxy that asks for one."""
+    allowed_hosts: tuple[HostName, ...] = ()
+    """Names without port that requests may be addressed to, as a proxy's; besides `host`,
+    ``localhost`` and IP addresses. Others are refused: a foreign site could point its own here."""
+    port: Annotated[int, Field(ge=1, le=65535)] = 8080
+    threads: PositiveInt = 32
+    """Requests that are served at once; above `posts`, so that health is answered while busy."""
+    posts: PositiveInt = 16
+    """Posts that are being tagged at once; more wait for `queue_s`, and are then refused."""
+    queue_s: Annotated[float, Field(ge=0)] = 5
+    retry_after_s: PositiveInt = 5
+    """Value of Retry-After for a refused client."""
+    deadline_s: Seconds = 120
+    """One post may take this long."""
+    body_timeout_s: Seconds = 120
+    """A request's body must have arrived within this time."""
+    max_body_bytes: PositiveInt = 256 * MIB
+    max_json_bytes: PositiveInt = MIB
+    max_files: PositiveInt = 20
+    """Files and URLs of one post together."""
+    max_text_chars: PositiveInt = 20_000
+    shutdown_timeout_s: Seconds = 30
+    """Requests in flight may take this long to finish on SIGTERM."""
+    probe_timeout_s: Seconds = 2
+    """`/readyz` asks the broker and the database for at most this long."""
+
+
+class CollectionSettings(Section):
+    """Options for tags written to a MongoDB collection."""
+
+    id: str = "_id"
+    """Dotted path of a post's ID in its document."""
+    result_path: str = "insight"
+    """The sub-document that tags are written to."""
+    insert: bool = True
+    """Make a document for a post that the collection does not have; false skips such a post."""
+    timeout_s: Seconds = 10
+
+
+class RunSettings(Section):
+    """Options of an inference, from feature files or from raw media."""
+
+    n_gpus: Count | None = None
+    """0 runs on the CPU; null takes one GPU where there is one. Each has a process of its own."""
+    processes: PositiveInt = 1
+    """Processes on the CPU."""
+    batch_size: PositiveInt = 64
+    """Posts that are written, and on feature files inferred, together."""
+    output: str | None = None
+    """A file, or ``mongodb://.../database.collection``; null writes to standard output."""
+    format: Literal["auto", "jsonl", "csv", "mongodb"] = "auto"
+    """``auto`` goes by the output's name."""
+    scores: bool = True
+    """Write the score of every class next to the tags."""
+    skip_bad: bool = False
+    """Leave out posts that cannot be tagged, count and list them; otherwise the first one ends
+    the run."""
+    collection: CollectionSettings = CollectionSettings()
+    progress_dir: Path = Path("workshop/infer")
+    """Folder for the list of posts that a run into MongoDB left out; others list them next to the
+    output."""
+    allow_pickle: bool = False
+    """Load a ``.pth`` that is a whole pickled model, which runs code that is in the file."""
+    progress: bool = True
+
+    @field_validator("output")
+    @classmethod
+    def _named(cls, value: str | None) -> str | None:
+        if value is not None and is_database(value) and not collection_of(value):
+            raise ValueError(f"{redact(value)!r} must end in /database.collection")
+        return value
+
+
+class InferSettings(RunSettings):
+    """All settings of `infer_net.py` on feature files."""
+
+    bundle: Path = Path("workshop/weights/insight")
+    features: Path = Path("workshop/features")
+    """Root of the feature files, for inputs that name only post IDs."""
+    threads: PositiveInt | None = None
+
+
+def is_database(output: str) -> bool:
+    """Tell whether an output is a MongoDB URL."""
+    return output.startswith(("mongodb://", "mongodb+srv://"))
+
+
+def collection_of(url: str) -> tuple[str, str] | None:
+    """Database and collection that a URL ends in, before its options."""
+    base = url.partition("?")[0]
+    rest = base.partition("://")[2].rpartition("@")[2]
+    database, _, collection = rest.partition("/")[2].partition(".")
+    return (database, collection) if database and collection else None
 
 
 class Settings(BaseSettings):

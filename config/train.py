@@ -8,9 +8,8 @@ from typing import Annotated, Literal, TypeAlias
 from pydantic import Field, field_validator, model_validator
 
 from common.precision import Precision
-from config.features import LstmSizes
 from config.fusion_models import ModelSettings, Share, Weight
-from config.settings import PositiveInt, Section
+from config.settings import Count, LstmSizes, PositiveInt, Section
 
 ModalityName: TypeAlias = Literal["video", "image", "audio", "text", "ocr"]
 LossName: TypeAlias = Literal["bce", "focal", "asymmetric"]
@@ -19,7 +18,6 @@ ScheduleName: TypeAlias = Literal["cosine", "one_cycle", "step", "constant"]
 CalibrationName: TypeAlias = Literal["none", "temperature", "isotonic"]
 Rate = Annotated[float, Field(gt=0)]
 Positive = Annotated[float, Field(gt=0, lt=1)]
-Count = Annotated[int, Field(ge=0)]
 
 
 class DataSettings(Section):

@@ -38,19 +38,11 @@ class Supervisor(Protocol):
     """The process that starts the King again."""
 
     def program(self) -> Program:
-        """Return the watched program.
-
-        Raises:
-            RetryableError: The supervisor does not answer in time, or does not know it.
-        """
+        """Return the watched program; RetryableError when the supervisor does not answer."""
         ...
 
     def kill(self) -> None:
-        """End the watched program at once, so that the supervisor starts it again.
-
-        Raises:
-            RetryableError: The supervisor does not answer in time, or refuses.
-        """
+        """End the watched program at once, so that the supervisor starts it again."""
         ...
 
 
@@ -71,8 +63,7 @@ class SupervisorClient:
     def kill(self) -> None:
         """Send SIGKILL through supervisord, which starts the program again.
 
-        A program that has stopped making progress is past SIGTERM: asking politely would only
-        cost the whole drain limit. Its children die with it; its messages are redelivered.
+        A program without progress is past SIGTERM: asking would cost the whole drain limit.
         """
         self._call("signalProcess", self._name, "KILL")
 

@@ -20,9 +20,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
+import psutil
 import structlog
 import typer
 
@@ -32,16 +34,19 @@ from common.logs import configure_logs
 from config.load import load_settings
 from config.settings import Settings
 from deploy import embedded
-from deploy.stacks import catches, send_signal, write_stacks
 from deploy.supervisor import Program, Supervisor, open_supervisor
 from king.broker.connect import queue_depth
 from king.king import SUBSCRIBE_SIGNAL
-from king.status import read_health
+from king.status import DUMP_SIGNAL, read_health, stack_file
 
 THREADS = ("main", "broker", "store", "dispatch")
 
 # How often a stop is noticed while waiting for the next round; longer delays the supervisor's stop.
 _STEP_S = 0.1
+# The King sets its stack file aside at 4 MiB when it starts; a King that never starts stops here.
+_MAX_STACK_BYTES = 8 * 2**20
+# Stacks come within milliseconds; a shorter step only burns CPU, a longer one delays the restart.
+_DUMP_STEP_S = 0.05
 # supervisord gives start times in whole seconds; a file this much older may still be of this King.
 _CLOCK_SLACK_S = 1.0
 # A drain also flushes and joins three threads; less kills drains that would have ended.
@@ -136,11 +141,8 @@ def _judge_work(seen: Observation, settings: Settings) -> Decision:
 class Progress:
     """The durations that health files show.
 
-    A duration runs from the moment at which a value was last seen to change, on the watchdog's
-    own clock: a clock that is set is not a stall.
-
-    Args:
-        ask_queue: Returns the number of waiting messages, None when the broker does not answer.
+    A duration runs from the moment at which a value was last seen to change, on the watchdog's own
+    clock: a clock that is set is not a stall. ``ask_queue`` returns the number of waiting messages.
     """
 
     def __init__(
@@ -335,6 +337,52 @@ def waiting_messages(settings: Settings) -> int | None:
         return queue_depth(broker.model_copy(update={"socket_timeout_s": limit_s}))
     except TaggingError:
         return None
+
+
+def catches(pid: int, number: int) -> bool:
+    """Tell whether a process handles a signal; without a handler the signal would end it."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return False
+    caught = next((line.split()[1] for line in lines if line.startswith("SigCgt:")), "0")
+    return bool(int(caught, 16) >> (number - 1) & 1)
+
+
+def send_signal(pid: int, number: int) -> None:
+    """Send a signal to a process that may just have ended."""
+    try:
+        os.kill(pid, number)
+    except OSError as error:
+        log.warning("watchdog.signal_failed", pid=pid, reason=error.strerror)
+
+
+def write_stacks(pid: int, health_file: Path, reason: str, wait_s: float) -> Path | None:
+    """Let the King append its Python stacks to the stack file, under a line with the reason.
+
+    A stopped process writes nothing, and is not waited for. Returns None when the file cannot be
+    written; never raises.
+    """
+    path = stack_file(health_file)
+    try:
+        status = str(psutil.Process(pid).status())
+    except psutil.Error:
+        status = "gone"
+    moment = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    try:
+        if not path.exists() or path.stat().st_size < _MAX_STACK_BYTES:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(f"==== {moment} pid {pid} ({status}): {reason}\n")
+        size = path.stat().st_size
+        if status != psutil.STATUS_STOPPED and catches(pid, DUMP_SIGNAL):
+            os.kill(pid, DUMP_SIGNAL)
+            end = time.monotonic() + wait_s
+            while time.monotonic() < end and path.stat().st_size == size:
+                time.sleep(_DUMP_STEP_S)
+            time.sleep(_DUMP_STEP_S)  # the rest of the stacks, once the first have come
+    except OSError:
+        return path if path.exists() else None
+    return path
 
 
 def _written_by(program: Program, health: Mapping[str, Any]) -> bool:

@@ -67,12 +67,7 @@ class BrokerThread:
         self._commands.extend(partial(self._broker.requeue, delivery) for delivery in deliveries)
 
     def publish(self, messages: Sequence[PostMessage], on_confirmed: Callable[[], None]) -> None:
-        """Publish messages (any thread).
-
-        Args:
-            messages: To put on the queue.
-            on_confirmed: Called on the broker thread once the broker has all of them.
-        """
+        """Publish messages (any thread); `on_confirmed` runs once the broker has them."""
 
         def publish() -> None:
             self._broker.publish(messages)
@@ -85,10 +80,7 @@ class BrokerThread:
         self._may_consume = False
 
     def subscribe_anew(self) -> None:
-        """Drop the connection and subscribe again, for a subscription that the broker has lost.
-
-        It only sets a flag, since a signal handler calls it.
-        """
+        """Connect and subscribe again; only sets a flag, since a signal handler calls it."""
         self._reconnect_asked = True
 
     @property

@@ -8,16 +8,21 @@ A job is the record of a post that is being worked on, in the `jobs` collection:
 
 ``due_at`` is the time at which a job must be looked at when nothing happened to it before: a
 waiting job is published again, the message of a queued one was lost by the broker, a running one
-has lost its King. Times are seconds since the epoch as numbers (see `king.store.embedded_quirks`).
+has lost its King. Times are seconds since the epoch as numbers (see `king.store.client`).
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
+import socket
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Literal, TypeAlias
+
+import psutil
 
 from common.post import Failure, Modality, Post, Status, Tags
 from common.result import TagResult
@@ -77,11 +82,7 @@ class Started:
 
 @dataclass(frozen=True, slots=True)
 class Settled:
-    """Verdict: there is nothing to do, and the message is acknowledged.
-
-    Attributes:
-        reason: ``tagged`` by this bundle already, ``waiting`` for its next attempt, or ``dead``.
-    """
+    """Verdict: nothing to do, the message is acknowledged."""
 
     post_id: str
     reason: Literal["tagged", "waiting", "dead"]
@@ -324,3 +325,41 @@ def exhausted(job: Job) -> Failure:
         type="Exhausted",
         message=f"{job.attempts} attempts used up; the last: {last}"[:500],
     )
+
+
+def own_name() -> str:
+    """Return ``host:namespace:pid:started``, unique to this process and testable on its host."""
+    return f"{_host()}:{_namespace()}:{os.getpid()}:{_started(psutil.Process())}"
+
+
+def is_dead(owner: str) -> bool:
+    """Return True if the named King certainly is dead: it ran on this host and is gone.
+
+    False when that cannot be known, for example on another host; its lease decides then.
+    """
+    parts = owner.split(":")
+    if len(parts) != 4 or parts[:2] != [_host(), _namespace()] or not parts[2].isdigit():
+        return False
+    try:
+        process = psutil.Process(int(parts[2]))
+        return process.status() == psutil.STATUS_ZOMBIE or _started(process) != parts[3]
+    except psutil.NoSuchProcess:
+        return True
+    except psutil.Error:
+        return False
+
+
+def _started(process: psutil.Process) -> str:
+    return str(round(process.create_time() * 1000))
+
+
+def _host() -> str:
+    return socket.gethostname().replace(":", "-").replace(" ", "-")
+
+
+def _namespace() -> str:
+    # Containers may share a host's name, and process IDs mean the same only within one namespace.
+    try:
+        return str(Path("/proc/self/ns/pid").stat().st_ino)
+    except OSError:
+        return "-"

@@ -30,13 +30,11 @@ from king.broker.base import Broker
 from king.broker.connect import open_broker
 from king.broker_thread import BrokerThread
 from king.dispatch_thread import DispatchThread
-from king.identity import is_dead, own_name
-from king.in_flight import InFlight
-from king.stacks import dumped_on_signal
-from king.status import Status, write_health
+from king.jobs import is_dead, own_name
+from king.status import Status, dumped_on_signal, write_health
 from king.store.client import StoreClient
 from king.store.store import Store
-from king.store_thread import PostStore, StoreInbox, StoreThread
+from king.store_thread import InFlight, PostStore, StoreInbox, StoreThread
 from workers.protocol import TaskPool
 
 # The watchdog sends it: connect to the broker and subscribe again.
@@ -68,14 +66,9 @@ class King:
         broker: Broker | None = None,
         owner: str | None = None,
     ) -> None:
-        """Describe the King; starts nothing.
+        """Describe the King; starts nothing. Its parts default to the real ones.
 
-        Args:
-            settings: Settings whose ``embedded://`` URLs are resolved.
-            pool: Workers; None starts real ones.
-            store: Database; None takes MongoDB.
-            broker: Queue; None takes the one that the URL names.
-            owner: Name of this King in the jobs; None takes that of the process.
+        ``embedded://`` URLs of the settings are resolved; ``owner`` names this King in the jobs.
         """
         self._settings = settings
         self.status = Status()
@@ -116,16 +109,9 @@ class King:
         self._signals += 1
 
     def run(self, *, drain: bool = False) -> int:
-        """Serve until stopped.
+        """Serve until stopped, or with ``drain`` until there is no work left; return the exit code.
 
-        Args:
-            drain: Stop by itself when there is no work left.
-
-        Returns:
-            The exit code: 0, or 1 when a thread died.
-
-        Raises:
-            ConfigError: The workers, the broker or the database refuse the configuration.
+        Raises ConfigError when the workers, the broker or the database refuse the configuration.
         """
         with self._signals_caught():
             self._start()

@@ -89,12 +89,9 @@ def decompressed(body: bytes, headers: object) -> bytes:
 
 
 def parse_message(body: bytes | str) -> PostMessage:
-    """Read a message's body.
+    """Read a message's body; MessageError says in one line why it cannot be read.
 
     Unknown keys are ignored: a newer publisher may send more than this reader knows.
-
-    Raises:
-        MessageError: The body cannot be read; the text says why, in one line.
     """
     text = _text(body).strip()
     if not text:

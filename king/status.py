@@ -1,19 +1,25 @@
 """The status of the King, which its threads write and the main thread puts into the health file.
 
 The file is one JSON object, replaced as a whole once a second. It shows progress rather than life:
-the tick of every thread, the latest delivery and completion, the oldest post in flight.
+the tick of every thread, the latest delivery and completion, the oldest post in flight. On SIGUSR2
+the King also writes the stack of each thread, into a file next to it.
 """
 
 from __future__ import annotations
 
+import contextlib
+import faulthandler
 import json
 import os
+import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
+
+import structlog
 
 from common.files import write_whole
 from king.jobs import Bundle
@@ -35,6 +41,12 @@ COUNTERS: dict[str, bool] = {
 
 # The rate is that of the last minute: half of it jumps with every batch, double hides a stall.
 RATE_WINDOW_S = 60
+
+DUMP_SIGNAL = signal.SIGUSR2
+# The file is set aside at this size: some hundred dumps, and still quick to open.
+_LIMIT_BYTES = 4 * 2**20
+
+log = structlog.get_logger()
 
 
 class Status:
@@ -63,7 +75,7 @@ class Status:
         self._last: dict[str, float] = {}
         self._lock = threading.Lock()
         self._counters = dict.fromkeys(COUNTERS, 0)
-        self._per_second: deque[tuple[int, int]] = deque()
+        self._recent: deque[tuple[float, int]] = deque()
 
     def tick(self, thread: str) -> None:
         """Note that a thread's loop has come round."""
@@ -79,7 +91,7 @@ class Status:
         with self._lock:
             self._counters[name] += number
             if name == "tagged":
-                self._remember(int(now), number)
+                self._recent.append((now, number))
         if COUNTERS[name]:
             self._last["done"] = now
 
@@ -131,29 +143,16 @@ class Status:
             "open_jobs": self.open_jobs[0] if self.open_jobs else None,
         }
 
-    def _remember(self, second: int, number: int) -> None:
-        if self._per_second and self._per_second[-1][0] == second:
-            number += self._per_second.pop()[1]
-        self._per_second.append((second, number))
-        self._forget(second)
-
-    def _forget(self, second: int) -> None:
-        while self._per_second and self._per_second[0][0] <= second - RATE_WINDOW_S:
-            self._per_second.popleft()
-
     def _rate(self) -> float:
         """Return the tagged posts per second of the last minute (at first: since the start)."""
-        self._forget(int(self._clock()))
+        while self._recent and self._recent[0][0] <= self._clock() - RATE_WINDOW_S:
+            self._recent.popleft()
         window_s = min(max(self._age_s, 1.0), float(RATE_WINDOW_S))
-        return round(sum(number for _, number in self._per_second) / window_s, 3)
+        return round(sum(number for _, number in self._recent) / window_s, 3)
 
 
 def write_health(path: Path, content: Mapping[str, Any]) -> None:
-    """Replace the health file as a whole.
-
-    Raises:
-        OSError: The folder cannot be written.
-    """
+    """Replace the health file as a whole; OSError when the folder cannot be written."""
     write_whole(path, json.dumps(content, ensure_ascii=False), sync=False, shared=True)
 
 
@@ -164,3 +163,35 @@ def read_health(path: Path) -> dict[str, Any] | None:
         return {**content, "pid": int(content["pid"]), "updated_at": float(content["updated_at"])}
     except (OSError, ValueError, TypeError, KeyError):
         return None
+
+
+def stack_file(health_file: Path) -> Path:
+    """Return the file of the stacks, which lies next to the health file."""
+    return health_file.with_suffix(".stacks")
+
+
+@contextlib.contextmanager
+def dumped_on_signal(health_file: Path) -> Iterator[None]:
+    """Write the Python stack of every thread on `DUMP_SIGNAL`, as long as the block runs.
+
+    The handler is C code that needs neither the interpreter lock nor the main thread, so it shows
+    where a King hangs. When the file cannot be opened, that is only logged.
+    """
+    path = stack_file(health_file)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and path.stat().st_size > _LIMIT_BYTES:
+            path.replace(path.with_name(path.name + ".1"))
+        file = path.open("a", encoding="utf-8")
+    except OSError as error:
+        log.warning("king.stack_file_failed", file=str(path), error=error.strerror)
+        yield
+        return
+    with file:
+        faulthandler.register(DUMP_SIGNAL, file=file, all_threads=True)
+        try:
+            yield
+        finally:
+            # Ignored and not default: a late signal must not end a King that ends by itself.
+            faulthandler.unregister(DUMP_SIGNAL)
+            signal.signal(DUMP_SIGNAL, signal.SIG_IGN)

@@ -11,7 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from typing import Protocol, TypeAlias, TypeVar
@@ -24,7 +24,6 @@ from common.retry import reconnect_delay_s
 from config.settings import KingSettings
 from king.broker.base import Delivery
 from king.broker_thread import BrokerThread
-from king.in_flight import InFlight
 from king.jobs import (
     Claim,
     ClaimContext,
@@ -89,6 +88,54 @@ class PostStore(Protocol):
     def untagged_ids(self) -> Iterator[str]: ...
     def take_lease(self, name: str, context: ClaimContext, lease_s: float) -> bool: ...
     def close(self) -> None: ...
+
+
+@dataclass(slots=True)
+class _Post:
+    since: float = field(default_factory=time.monotonic)
+    deliveries: list[Delivery] = field(default_factory=list)
+
+
+class InFlight:
+    """Posts in flight with the deliveries that asked for them; safe between threads.
+
+    A second message for a post in flight joins the first; all are acknowledged together once its
+    outcome is written.
+    """
+
+    def __init__(self) -> None:
+        self._posts: dict[str, _Post] = {}
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        """Return the number of posts in flight."""
+        return len(self._posts)
+
+    def add(self, post_id: str, delivery: Delivery) -> bool:
+        """Add a delivery to its post; return False if the post was in flight already."""
+        with self._lock:
+            is_new = post_id not in self._posts
+            self._posts.setdefault(post_id, _Post()).deliveries.append(delivery)
+            return is_new
+
+    def remove(self, post_id: str) -> Sequence[Delivery]:
+        """End a post's flight and return all of its deliveries."""
+        with self._lock:
+            post = self._posts.pop(post_id, None)
+        return post.deliveries if post is not None else ()
+
+    def touch(self, post_id: str) -> None:
+        """Restart the clock of a post that waits on purpose and must not look like a stall."""
+        with self._lock:
+            if post_id in self._posts:
+                self._posts[post_id].since = time.monotonic()
+
+    @property
+    def oldest_s(self) -> float:
+        """Return the seconds for which the oldest post has been in flight."""
+        with self._lock:
+            since = [post.since for post in self._posts.values()]
+        return time.monotonic() - min(since) if since else 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,20 +221,7 @@ class StoreThread:
         start: Callable[[Started], None],
         batch_size: int,
     ) -> None:
-        """Describe the thread; `run` does the work.
-
-        Args:
-            store: The database.
-            inbox: Filled by the broker thread and the dispatch thread.
-            settings: Attempts, leases and periods.
-            owner: Name of this King in the jobs.
-            is_dead: Returns True when the King of a name is dead for certain.
-            status: Counters and states that the health file shows.
-            in_flight: Posts in flight with their deliveries.
-            broker_thread: Acknowledges, requeues and publishes.
-            start: Hands a begun post to the dispatch thread.
-            batch_size: Most items that one round trip to the database works on.
-        """
+        """Describe the thread; `run` does the work."""
         self._store = store
         self._inbox = inbox
         self._settings = settings
@@ -452,10 +486,9 @@ class StoreThread:
             self._publish([job.message for job in jobs], post_ids, context)
 
     def _reconcile(self, now: float) -> None:
-        """Publish a batch of posts that nobody will tag: those with neither result nor job.
+        """Publish a batch of posts with neither result nor job: lost messages, or none ever sent.
 
-        Their messages were lost before a King saw them, or never sent. A post that is published
-        needlessly is settled or joins its running job, so that a second message does no harm.
+        A post that is published needlessly is settled or joins its running job.
         """
         if self._publishing or self._draining or now < self._reconcile_due:
             return

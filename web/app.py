@@ -1,19 +1,20 @@
-"""The routes; answers are built in `web.answers`, refusals in `web.errors`.
+"""The routes and their answers; refusals are raised, and become JSON in `web.guard`.
 
 POST /v1/tag          a post in, its tags out; needs neither queue nor database
 POST /v1/posts/<id>   put it on the queue       GET /v1/posts/<id>   its state and tags
 GET  /v1/labels       all tags of the bundle    GET /                a page to try it
 GET  /healthz         the process is alive      GET /readyz          everything it needs answers
-
-Errors are raised, and become JSON in `web.guard`.
 """
 
 from __future__ import annotations
 
 import select
 import socket
+import threading
+from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotYet
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -22,15 +23,15 @@ from flask import Flask, Response, jsonify, request
 from werkzeug.exceptions import NotFound
 from werkzeug.routing import PathConverter
 
-from common.errors import TaggingError
+from common.errors import BundleError, ConfigError, TaggingError
+from common.post import Tags
+from common.result import TagResult, rounded
+from config.labels import LabelMap
 from config.settings import Settings
 from king.messages import PostMessage
-from web.answers import Labels, tagged
 from web.backend import Backend, Services, state_of
-from web.errors import ApiError, bad_request, of_tagging
-from web.guard import guard, note
-from web.reading import checked_id, read_post, read_queue_body
-from web.uploads import Uploads
+from web.guard import ApiError, bad_request, guard, note, of_tagging
+from web.reading import Uploads, checked_id, read_post, read_queue_body
 from workers.post_run import PostTags
 from workers.runner import PostRunner
 
@@ -64,13 +65,9 @@ class _AnyId(PathConverter):
 def create_app(
     settings: Settings, runner: PostRunner, uploads: Uploads, services: Services
 ) -> Flask:
-    """Return the WSGI application.
+    """Return the WSGI application; the caller starts and closes the runner.
 
-    Args:
-        settings: Server, limits and bundle.
-        runner: Started and closed by the caller.
-        uploads: Folder of the uploaded files, the only one that the runner may read from.
-        services: Finds the queue and the database.
+    Uploads lie in the only folder that the runner may read from.
     """
     app = Flask(__name__, static_folder=None)
     app.json.ensure_ascii = False  # type: ignore[attr-defined]
@@ -79,7 +76,6 @@ def create_app(
     app.url_map.converters["any_id"] = _AnyId
     guard(app, settings.http)
     routes = _Routes(settings, runner, uploads, services)
-    app.extensions["insighttag"] = routes
     app.add_url_rule("/", "page", routes.page)
     app.add_url_rule("/assets/<path:name>", "assets", routes.assets)
     app.add_url_rule("/healthz", "healthz", routes.healthz)
@@ -103,7 +99,7 @@ class _Routes:
         self._uploads = uploads
         self._labels = Labels(settings.fusion.bundle)
         self._page = Page()
-        self.backend = Backend(services, probe_timeout_s=settings.http.probe_timeout_s)
+        self._backend = Backend(services, probe_timeout_s=settings.http.probe_timeout_s)
 
     def tag(self) -> Response:
         """Tag the post in the request."""
@@ -152,14 +148,14 @@ class _Routes:
         message_id = checked_id(post_id)
         body = read_queue_body(request, self._http)
         note(post_id=message_id)
-        self.backend.publish(PostMessage(message_id, priority=body.priority, force=body.force))
+        self._backend.publish(PostMessage(message_id, priority=body.priority, force=body.force))
         return jsonify({"post_id": message_id, "state": "queued"}), 202
 
     def post(self, post_id: str) -> Response:
         """Return the state of a post and its tags."""
         name = checked_id(post_id)
         note(post_id=name)
-        stored, job = self.backend.look_up(name)
+        stored, job = self._backend.look_up(name)
         if stored is None and job is None:
             raise ApiError(404, "PostNotFound", f"post {name!r} is not in the database")
         return jsonify({"post_id": name, **state_of(stored, job)})
@@ -176,7 +172,7 @@ class _Routes:
         loading = None if runner.ready else "the models are being loaded"
         parts: dict[str, str | None] = {"workers": runner.trouble or loading}
         if not only:
-            parts.update(self.backend.trouble())
+            parts.update(self._backend.trouble())
         bundle = runner.bundle
         document = {
             "ready": not any(parts.values()),
@@ -200,11 +196,7 @@ class Page:
         self._files = {path.name: path.read_bytes() for path in sorted(_FOLDER.iterdir())}
 
     def answer(self, name: str) -> Response:
-        """Return a file; revalidated each time by its ETag, so that a new release is seen at once.
-
-        Raises:
-            NotFound: No file has this name.
-        """
+        """Return a file, revalidated by its ETag: a new release is seen at once."""
         content = self._files.get(name)
         kind = _TYPES.get(Path(name).suffix)
         if content is None or kind is None:
@@ -251,6 +243,51 @@ def _wait(future: Future[PostTags]) -> PostTags:
             raise ApiError(499, "ClientClosedRequest", "the client has hung up")
 
 
-def routes_of(app: Flask) -> Any:
-    """Return the object behind the routes."""
-    return app.extensions["insighttag"]
+class Labels:
+    """The names of the classes of the bundle that is served."""
+
+    def __init__(self, bundle: Path) -> None:
+        self._file = bundle / "labels.json"
+        self._lock = threading.Lock()
+        self._known: tuple[tuple[str, str], LabelMap] | None = None
+
+    def of(self, bundle: tuple[str, str]) -> LabelMap:
+        """Return the names for a bundle, read again when it changes; or raise BundleError."""
+        with self._lock:
+            if self._known is None or self._known[0] != bundle:
+                try:
+                    self._known = (bundle, LabelMap.load(self._file))
+                except ConfigError as error:
+                    raise BundleError(str(error)) from error
+            return self._known[1]
+
+
+def tagged(
+    ran: PostTags, *, labels: Labels | None = None, hide: Callable[[str], str] = str
+) -> dict[str, Any]:
+    """Return the answer to ``POST /v1/tag``: the result's document, as `insighttag tag` prints it.
+
+    With ``labels`` it has the scores of all classes; ``hide`` replaces the server's own paths in
+    messages. Raises BundleError when the names cannot be read, or are not those of the model.
+    """
+    features, tags = ran.features, ran.tags
+    failures = {
+        modality: replace(failure, message=hide(failure.message))
+        for modality, failure in features.failures.items()
+    }
+    result = TagResult.tagged(tags, features.statuses, failures).measured(ran.timings_ms)
+    document = result.answer()
+    if labels is not None:
+        document["scores"] = _all_scores(tags, labels.of((tags.model, tags.version)))
+    return document
+
+
+def _all_scores(tags: Tags, labels: LabelMap) -> list[dict[str, Any]]:
+    """Return every class with its score, the highest first."""
+    if len(labels) != len(tags.scores):
+        raise BundleError("labels.json does not belong to the bundle that is served")
+    scores = [
+        {"id": i, "name": name, "score": rounded(score)}
+        for i, (name, score) in enumerate(zip(labels.names, tags.scores.tolist(), strict=True))
+    ]
+    return sorted(scores, key=lambda each: (-each["score"], each["id"]))

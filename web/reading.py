@@ -2,18 +2,20 @@
 
     {"text": "...", "images": ["https://..."], "videos": [], "audios": [], "post_id": "p1"}
 
-In JSON a source is a URL, never a path: only uploads are read from this machine's disk, and their
-paths are ours.
+In JSON a source is a URL, never a path: only uploads are read from this machine's disk. They are
+streamed into our own spool folder, under names of ours, and removed when their request ends.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import secrets
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from http import HTTPStatus
+from pathlib import Path
 from socket import SHUT_RD
 from typing import IO, NoReturn, TypeVar
 from urllib.parse import urlsplit
@@ -27,12 +29,90 @@ from werkzeug.wsgi import get_input_stream
 
 from common.errors import ConfigError, MessageError, one_line
 from common.post import Media, MediaKind, Post, clean
-from config.http import HttpSettings
 from config.load import validate
-from config.settings import Section
+from config.settings import HttpSettings, Section
 from king.messages import PostMessage, parse_message
-from web.errors import ApiError, bad_request, too_large
-from web.uploads import Box, is_empty
+from web.guard import ApiError, bad_request, too_large
+from workers.fetch.spool import Spool
+
+
+class Box:
+    """The files of one request."""
+
+    def __init__(self, folder: Path, max_files: int) -> None:
+        self._folder = folder
+        self._max_files = max_files
+        self._files: list[IO[bytes]] = []
+        self.paths: list[Path] = []
+
+    def stream(
+        self,
+        total_content_length: int | None,
+        content_type: str | None,
+        filename: str | None,
+        content_length: int | None = None,
+    ) -> IO[bytes]:
+        """Return a file to write into; a stream factory for Werkzeug's form parser.
+
+        We choose its name: the client's file name is never a path here.
+        """
+        del total_content_length, content_type, filename, content_length
+        if len(self.paths) >= self._max_files:
+            raise too_large(f"more than {self._max_files} files (http.max_files)")
+        path = self._folder / f"upload-{secrets.token_hex(16)}"
+        file = path.open("x+b")
+        self.paths.append(path)
+        self._files.append(file)
+        return file
+
+    def finish(self) -> None:
+        """Flush and close the files after the last byte."""
+        for file in self._files:
+            file.close()
+
+    def empty(self) -> None:
+        """Remove the files."""
+        for file in self._files:
+            with suppress(OSError):  # a full disk: some bytes could not be flushed
+                file.close()
+        for path in self.paths:
+            path.unlink(missing_ok=True)
+
+
+class Uploads:
+    """A spool folder for uploads; created by the constructor, removed by `close`."""
+
+    def __init__(self, root: Path, *, max_files: int) -> None:
+        """Create the folder, and remove those of dead processes."""
+        self._spool = Spool(root)
+        self._max_files = max_files
+
+    @property
+    def folder(self) -> Path:
+        return self._spool.folder
+
+    @contextmanager
+    def box(self) -> Iterator[Box]:
+        """Yield a box for a request's files, removed at its end; ApiError on a full disk."""
+        box = Box(self.folder, self._max_files)
+        try:
+            yield box
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            status = HTTPStatus.INSUFFICIENT_STORAGE
+            raise ApiError(status, "SpoolFull", "there is no room for the upload") from error
+        finally:
+            box.empty()
+
+    def hide(self, text: str) -> str:
+        """Return a message without our paths."""
+        return text.replace(f"{self.folder}/", "")
+
+    def close(self) -> None:
+        """Remove the folder."""
+        self._spool.close()
+
 
 _KINDS: tuple[tuple[MediaKind, str], ...] = (
     ("image", "images"),
@@ -64,15 +144,9 @@ class QueueBody(Section):
 
 
 def read_post(request: Request, box: Box, limits: HttpSettings) -> Post:
-    """Return the post that a request describes.
+    """Return the post that a JSON body or a form describes; the box takes its files.
 
-    Args:
-        request: JSON or a form.
-        box: Takes the uploaded files.
-        limits: Limits of one request.
-
-    Raises:
-        ApiError: 400, 408, 413 or 415, naming the mistake.
+    Raises ApiError 400, 408, 413 or 415, naming the mistake.
     """
     if request.mimetype == "application/json":
         return _of_json(read_json(request, limits), limits)
@@ -87,11 +161,7 @@ def read_post(request: Request, box: Box, limits: HttpSettings) -> Post:
 
 
 def read_json(request: Request, limits: HttpSettings) -> object:
-    """Return the JSON of a body.
-
-    Raises:
-        ApiError: The body is too large, too late, or not JSON.
-    """
+    """Return the JSON of a body; ApiError when it is too large, too late, or not JSON."""
     with _body(request, limits, limits.max_json_bytes, "http.max_json_bytes") as stream:
         raw = stream.read()
     if len(raw) > limits.max_json_bytes:
@@ -107,11 +177,7 @@ def read_json(request: Request, limits: HttpSettings) -> object:
 
 
 def read_queue_body(request: Request, limits: HttpSettings) -> QueueBody:
-    """Return priority and force; a request without a body has neither.
-
-    Raises:
-        ApiError: The body is not a JSON object, or has another key.
-    """
+    """Return priority and force; a request without a body has neither."""
     if not request.content_length and "chunked" not in request.headers.get("Transfer-Encoding", ""):
         return QueueBody()
     if request.mimetype != "application/json":
@@ -124,11 +190,7 @@ def read_queue_body(request: Request, limits: HttpSettings) -> QueueBody:
 
 
 def checked_id(post_id: str) -> str:
-    """Return the ID as the daemon would read it.
-
-    Raises:
-        ApiError: The text cannot be an ID.
-    """
+    """Return the ID as the daemon would read it; ApiError when the text cannot be an ID."""
     try:
         return parse_message(PostMessage(post_id).encode()).post_id
     except (MessageError, UnicodeEncodeError) as error:
@@ -188,7 +250,7 @@ def _of_form(request: Request, box: Box, limits: HttpSettings) -> Post:
     for kind, name in _KINDS:
         urls = [line.strip() for value in form.getlist(name) for line in value.splitlines()]
         media += [Media(kind, _url(url, name)) for url in urls if url]
-        media += [Media(kind, _path(file)) for file in files.getlist(name) if not is_empty(file)]
+        media += [Media(kind, _path(file)) for file in files.getlist(name) if file.filename]
     post_id = form.get("post_id", "").strip() or None
     return _post(post_id, "\n".join(form.getlist("text")), media, limits)
 
@@ -212,11 +274,7 @@ def _post(post_id: str | None, text: str, media: Sequence[Media], limits: HttpSe
 
 
 def _url(source: str, where: str) -> str:
-    """Return a source that the downloader may fetch; never a path.
-
-    Raises:
-        ApiError: The source is not an http or https URL.
-    """
+    """Return a source that the downloader may fetch; never a path."""
     if len(source) > _MAX_URL_CHARS:
         raise bad_request(f"{where}: the URL is over {_MAX_URL_CHARS} characters")
     try:
@@ -233,11 +291,7 @@ def _url(source: str, where: str) -> str:
 def _body(
     request: Request, limits: HttpSettings, max_bytes: int, setting: str
 ) -> Iterator[IO[bytes]]:
-    """Yield the body's stream, bounded in bytes and in time.
-
-    Raises:
-        ApiError: 413, or 408; 400 when the client hung up.
-    """
+    """Yield the body's stream, bounded in bytes and in time."""
     if (request.content_length or 0) > max_bytes:
         raise too_large(f"the body is over {max_bytes} bytes ({setting})")
     late = threading.Event()

@@ -23,9 +23,9 @@ from flask import Flask
 
 from common.errors import ConfigError
 from config.settings import Settings
-from web.app import create_app, routes_of
+from web.app import create_app
 from web.backend import Services
-from web.uploads import Uploads
+from web.reading import Uploads
 from workers.runner import PostRunner
 
 # How often the runner is asked for trouble; a restart by the supervisor waits this long.
@@ -49,16 +49,11 @@ class Served:
         """End the workers and remove the uploads."""
         self.closing = True
         self.runner.close()
-        routes_of(self.app).backend.close()
         self.uploads.close()
 
 
 def build(settings: Settings, services: Services) -> Served:
-    """Build the application and start its workers; return before they have loaded.
-
-    Raises:
-        ConfigError: The spool cannot be used.
-    """
+    """Build the application and start its workers; return before they have loaded."""
     http = settings.http
     uploads = Uploads(settings.fetch.spool, max_files=http.max_files)
     runner = PostRunner(settings, local_root=uploads.folder, limit=http.posts)
@@ -71,8 +66,7 @@ def build(settings: Settings, services: Services) -> Served:
 def serve(settings: Settings, services: Services) -> int:
     """Serve with gunicorn until stopped; return the exit code.
 
-    Raises:
-        ConfigError: The address cannot be listened on, or the workers refuse the configuration.
+    Raises ConfigError when the address is taken, or the workers refuse the configuration.
     """
     check_address(settings.http.host, settings.http.port)
     caller = os.getpid()
@@ -90,11 +84,7 @@ def serve(settings: Settings, services: Services) -> int:
 
 
 def serve_for_debugging(settings: Settings, services: Services) -> int:
-    """Serve with Werkzeug's server in this process; for one person at a desk.
-
-    Raises:
-        ConfigError: As `serve`.
-    """
+    """Serve with Werkzeug's server in this process; for one person at a desk."""
     from werkzeug.serving import make_server
 
     http = settings.http
@@ -114,11 +104,7 @@ def serve_for_debugging(settings: Settings, services: Services) -> int:
 
 
 def check_address(host: str, port: int) -> None:
-    """Check that an address can be listened on.
-
-    Raises:
-        ConfigError: It cannot.
-    """
+    """Raise ConfigError when an address cannot be listened on."""
     try:
         infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, kind, protocol, _, address = infos[0]

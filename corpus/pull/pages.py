@@ -21,8 +21,7 @@ from pymongo.errors import OperationFailure
 
 from common.errors import ConfigError, RetryableError, StoreUnavailable
 from config.settings import StoreSettings
-from king.store.client import StoreClient
-from king.store.embedded_quirks import all_of, is_embedded
+from king.store.client import StoreClient, all_of, is_embedded
 
 
 @dataclass(frozen=True, slots=True)

@@ -68,7 +68,7 @@ def iso(seconds: float | None) -> str | None:
 
 
 def projection(store: StoreSettings) -> dict[str, int]:
-    """Return the top-level fields to read, see `king.store.embedded_quirks`."""
+    """Return the top-level fields to read, see `king.store.client`."""
     fields = store.fields
     paths = ("_id", fields.id, fields.text, fields.images, fields.videos, fields.audios)
     more = (fields.labels, fields.author, fields.created)

@@ -26,8 +26,13 @@ from common.precision import (
     resolve_precision,
     to_float16,
 )
-from config.features import AudioSettings, TextSettings, VideoLstmSettings, VisualSettings
-from config.settings import ExtractorName
+from config.settings import (
+    AudioSettings,
+    ExtractorName,
+    TextSettings,
+    VideoLstmSettings,
+    VisualSettings,
+)
 from extractors.models.weights import Weights, parse_weights, weights_digest
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from torch import nn
 from common.errors import ConfigError
 from common.fingerprint import digest
 from common.post import FeatureArray, Stream
-from config.features import (
+from config.settings import (
     AudioSettings,
     ImageSettings,
     LstmSizes,

@@ -13,7 +13,7 @@ from torch import nn
 
 from common.errors import ConfigError, one_line
 from common.files import write_whole
-from config.features import LstmSizes
+from config.settings import LstmSizes
 from extractors.models.visual import AttentionLstm
 from fusion.backbones.augment import Kind
 from fusion.backbones.media import STREAM, best_of_post

@@ -31,8 +31,8 @@ from common.errors import ConfigError, FeatureError, WorkerDied
 from common.files import write_whole
 from common.processes import process_pool
 from common.progress import progress_bar
-from config.infer import RunSettings
 from config.labels import LabelMap
+from config.settings import RunSettings
 from fusion.bundle.bundle import BundleInfo
 from fusion.infer.input import Bad, Input, Labelled
 from fusion.infer.outputs import Outcome, Sink

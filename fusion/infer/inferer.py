@@ -13,8 +13,8 @@ import torch
 from common.errors import FeatureError
 from common.post import Features, Modality, Stream, Tag, Tags
 from common.precision import require_device, set_threads
-from config.infer import InferSettings
 from config.labels import LabelMap
+from config.settings import InferSettings
 from fusion.bundle.bundle import Bundle, check_fingerprints, load_bundle
 from fusion.data.collate import Batch, Collate, Sample
 from fusion.data.data_file import Record

@@ -13,10 +13,8 @@ import typer
 
 from common.cli import Overrides, read_options
 from common.errors import ConfigError
-from config.cli import given_options, layered
-from config.infer import InferSettings, RunSettings
-from config.load import load_settings, read_yaml
-from config.settings import Settings
+from config.load import given_options, layered, load_settings, read_yaml
+from config.settings import InferSettings, RunSettings, Settings
 from fusion.bundle.legacy import WEIGHT_FILES
 
 INFER_CONFIG = Path("config/infer_config.yaml")

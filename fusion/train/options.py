@@ -11,8 +11,7 @@ import typer
 
 from common.cli import Overrides, read_options
 from common.errors import ConfigError
-from config.cli import given_options, layered
-from config.load import merge, parse_overrides, read_yaml
+from config.load import given_options, layered, merge, parse_overrides, read_yaml
 from config.train import BackboneTrainSettings, TrainSettings
 
 TRAIN_CONFIG = Path("config/train_config.yaml")

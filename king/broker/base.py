@@ -5,17 +5,16 @@ from __future__ import annotations
 import contextlib
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import ClassVar, TypeAlias
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import structlog
 
-from common.errors import BrokerUnavailable, ConfigError
+from common.errors import BrokerUnavailable, ConfigError, TaggingError, one_line
 from common.urls import redact
 from config.settings import BrokerSettings
-from king.broker.errors import ClientErrors
 from king.messages import PostMessage
 
 # Messages published before the broker's answer is waited for. One by one, each would cost a round
@@ -23,6 +22,57 @@ from king.messages import PostMessage
 PUBLISH_WINDOW = 500
 
 log = structlog.get_logger("king.broker")
+
+
+@dataclass(frozen=True)
+class ClientErrors:
+    """The exceptions of one client library.
+
+    Attributes:
+        types: All that may come out of it; others are bugs of ours and pass unchanged.
+        is_refusal: True for errors that mean wrong settings, while a connection is set up.
+        hints: Text for a type of error, with ``{}`` for its own text.
+    """
+
+    types: tuple[type[BaseException], ...] = (OSError, EOFError)
+    is_refusal: Callable[[BaseException], bool] = lambda _error: False
+    hints: Mapping[type[BaseException], str] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def mapped(self, url: str, *, setup: bool = False) -> Iterator[None]:
+        """Map the library's errors of the block to ConfigError or BrokerUnavailable.
+
+        With ``setup`` the block connects or declares, so that a refusal means wrong settings.
+        """
+        try:
+            yield
+        except TaggingError:
+            raise
+        except self.types as error:
+            text = f"broker {redact(url)}: {self._reason(error, url)}"
+            if setup and self.is_refusal(error):
+                raise ConfigError(text) from error
+            raise BrokerUnavailable(text) from error
+
+    def _reason(self, error: BaseException, url: str) -> str:
+        """Return one line that a person understands, without credentials."""
+        is_bare = isinstance(error, TimeoutError) and not str(error)
+        text = "timed out" if is_bare else one_line(error)
+        for kind, hint in self.hints.items():
+            if isinstance(error, kind):
+                text = hint.format(text)
+        for secret in _secrets(url):
+            text = text.replace(secret, "***")
+        return text
+
+
+def _secrets(url: str) -> set[str]:
+    try:
+        password = urlsplit(url).password
+    except ValueError:
+        return set()
+    # Short passwords are words like "guest", which the broker's answer uses for the user's name.
+    return {p for p in (password, unquote(password or "")) if p and len(p) > 5}
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,11 +129,7 @@ class Broker(ABC):
     errors: ClassVar[ClientErrors] = ClientErrors()
 
     def __init__(self, settings: BrokerSettings) -> None:
-        """Describe the broker; opens nothing.
-
-        Raises:
-            ConfigError: The URL cannot be used.
-        """
+        """Describe the broker; ConfigError when its URL cannot be used."""
         self.settings = settings
         self.connected = False
         self.generation = 0
@@ -96,13 +142,10 @@ class Broker(ABC):
     def connect(self, *, declare: bool = True) -> None:
         """Connect, or connect again; consuming goes on if it had begun.
 
-        Args:
-            declare: Create a missing queue, and check the arguments of one that exists. Without
-                it the connection is a probe, on which every refusal means wrong settings.
-
-        Raises:
-            BrokerUnavailable: The broker cannot be reached now.
-            ConfigError: It refuses the credentials, or the queue has other arguments.
+        With ``declare`` a missing queue is created and an existing one checked; without, the
+        connection is a probe, on which every refusal means wrong settings. Raises
+        BrokerUnavailable, and ConfigError when the credentials are refused or the queue has other
+        arguments.
         """
         self._drop()
         self._is_probe = not declare
@@ -127,50 +170,31 @@ class Broker(ABC):
 
     @abstractmethod
     def drain(self, timeout_s: float) -> int:
-        """Wait for messages, at most this long, and hand over those that came.
+        """Wait this long at most, and hand over the messages that came; return their number.
 
-        Returns:
-            The number of messages handed over.
-
-        Raises:
-            BrokerUnavailable: The connection is lost.
+        Raises BrokerUnavailable when the connection is lost.
         """
 
     @abstractmethod
     def ack(self, delivery: Delivery) -> bool:
-        """Remove the message for good; False if it is not in hand (any more).
-
-        A lost connection shows in the next `drain`.
-        """
+        """Remove the message for good; False if it is not in hand. A loss shows in `drain`."""
 
     @abstractmethod
     def requeue(self, delivery: Delivery) -> bool:
-        """Put the message back, to be served next; False if it is not in hand (any more).
-
-        A lost connection shows in the next `drain`.
-        """
+        """Put the message back, to be served next; False if it is not in hand."""
 
     @abstractmethod
     def publish(self, messages: Iterable[PostMessage]) -> int:
-        """Put posts on the queue and wait until the broker has them all.
+        """Put posts on the queue; return their number once the broker has them all.
 
-        Returns:
-            The number of messages published.
-
-        Raises:
-            BrokerUnavailable: Some of them may have arrived; publishing again is harmless.
+        On BrokerUnavailable some of them may have arrived; publishing again is harmless.
         """
 
     @abstractmethod
     def depth(self, queue: str | None = None) -> int:
-        """Return the number of messages that wait, without those in hand; 0 without a queue.
+        """Return the number of messages that wait in the queue, or in another; 0 without a queue.
 
-        Args:
-            queue: Another queue than that of the settings.
-
-        Raises:
-            BrokerUnavailable: The connection is lost.
-            ConfigError: The broker refuses the question of a probe.
+        Raises BrokerUnavailable, and ConfigError when the broker refuses the question of a probe.
         """
 
     def cancel(self) -> None:
@@ -252,11 +276,7 @@ class Broker(ABC):
 
 
 def require_host(url: str) -> None:
-    """Check the URL of a broker that is reached over the network.
-
-    Raises:
-        ConfigError: It names several brokers, or none that can be reached.
-    """
+    """Refuse a URL that names several brokers, or none that can be reached (ConfigError)."""
     if ";" in url:
         raise ConfigError("broker.url: name one broker; put a cluster behind one name")
     try:

@@ -21,11 +21,7 @@ BROKERS: dict[str, type[Broker]] = {
 
 
 def open_broker(settings: BrokerSettings) -> Broker:
-    """Return the broker that the URL names; `Broker.connect` connects it.
-
-    Raises:
-        ConfigError: The URL cannot be used.
-    """
+    """Return the broker that the URL names; ConfigError when it names none."""
     scheme = settings.url.partition("://")[0].lower()
     if scheme == "embedded":
         raise ConfigError("broker.url: embedded:// must be resolved before the queue is used")
@@ -38,15 +34,10 @@ def open_broker(settings: BrokerSettings) -> Broker:
 
 
 def publish_posts(settings: BrokerSettings, messages: Iterable[PostMessage]) -> int:
-    """Connect, publish the messages, disconnect; returns when the broker has all of them.
+    """Connect, publish, disconnect; return the number of messages once the broker has all of them.
 
-    Returns:
-        The number of messages published.
-
-    Raises:
-        BrokerUnavailable: The broker cannot be reached, or stopped answering; some of the
-            messages may have arrived, and publishing them again is harmless.
-        ConfigError: It refuses the credentials, or the queue has other arguments.
+    Raises BrokerUnavailable (some may have arrived; publishing again is harmless), and ConfigError
+    when it refuses the credentials or the queue has other arguments.
     """
     broker = open_broker(settings)
     broker.connect()
@@ -59,14 +50,7 @@ def publish_posts(settings: BrokerSettings, messages: Iterable[PostMessage]) -> 
 def queue_depth(settings: BrokerSettings, queue: str | None = None) -> int:
     """Connect, count the messages that wait, disconnect; declares nothing.
 
-    Args:
-        settings: Of the broker.
-        queue: Another queue than that of the settings, for example
-            `king.broker.rabbitmq.dead_queue`.
-
-    Raises:
-        BrokerUnavailable: The broker does not answer within the time-outs.
-        ConfigError: It refuses the credentials.
+    Raises BrokerUnavailable, and ConfigError when the credentials are refused.
     """
     broker = open_broker(settings)
     broker.connect(declare=False)

@@ -17,8 +17,14 @@ from kombu.exceptions import KombuError, OperationalError
 from common.errors import ConfigError
 from common.urls import redact
 from config.settings import BrokerSettings
-from king.broker.base import PUBLISH_WINDOW, Broker, Delivery, OnDelivery, require_host
-from king.broker.errors import ClientErrors
+from king.broker.base import (
+    PUBLISH_WINDOW,
+    Broker,
+    ClientErrors,
+    Delivery,
+    OnDelivery,
+    require_host,
+)
 from king.messages import PostMessage, decompressed
 
 # Wait for the next event once some have come, in which the rest of a burst is read too. Zero would

@@ -33,8 +33,7 @@ from redis.retry import Retry
 from common.errors import ConfigError
 from common.urls import redact
 from config.settings import BrokerSettings
-from king.broker.base import PUBLISH_WINDOW, Broker, Delivery, require_host
-from king.broker.errors import ClientErrors
+from king.broker.base import PUBLISH_WINDOW, Broker, ClientErrors, Delivery, require_host
 from king.messages import MAX_PRIORITY, MIN_PRIORITY, PostMessage, decompressed
 
 # Pause between two looks at an empty queue. At half, an idle King costs Redis and itself twice as
@@ -215,12 +214,9 @@ class RedisBroker(Broker):
             self._acked.clear()
 
     def _give_back(self, tags: Iterable[int | str], *, expired_only: bool = False) -> None:
-        """Put messages back on their lists; one that is not recorded any more is passed over.
+        """Put messages back on their lists, to be served next; skip those not recorded any more.
 
-        Args:
-            tags: Of the messages.
-            expired_only: Only if the lease has run out, and to the end of the queue; otherwise to
-                its head, to be served next.
+        With ``expired_only``, only if the lease has run out, and to the end of the queue.
         """
         tags = list(tags)
         entries = self._client.hmget(self._unacked[0], tags) if tags else []
@@ -279,8 +275,7 @@ def _client_options(settings: BrokerSettings) -> dict[str, Any]:
 def read_item(item: bytes) -> tuple[bytes, bool]:
     """Read an item of a list: the body, decompressed, and True if it was delivered before.
 
-    What cannot be read is a body as it stands: `king.messages` then refuses it with a reason, and
-    nothing is lost on the way there.
+    What cannot be read is a body as it stands: `king.messages` then refuses it with a reason.
     """
     envelope = _parsed(item)
     if envelope is None:

@@ -1,4 +1,16 @@
-"""The client of MongoDB: collections, foreign errors mapped, bulk writes read one by one."""
+"""The client of MongoDB: collections, foreign errors mapped, bulk writes read one by one.
+
+Some things are written or asked in a certain way only for nx-27017, the embedded server that speaks
+MongoDB's protocol on SQLite; each form is correct for MongoDB too. Known faults of version 0.8.1:
+
+    ``$or`` next to other keys of an update's filter changes other documents -> `all_of`
+    a projection drops paths through lists, and names parts with dots       -> `whole_fields`
+    ``$set`` of a date at the top level of a document stores text           -> jobs keep their times
+        as numbers of seconds, which both servers compare and sort alike
+    ``_id`` is sorted as text, and ``$type: objectId`` finds nothing        -> `is_embedded`
+    ``find_one_and_update``, ``$not``, update pipelines and ``$nor`` on
+        absent fields are wrong                                             -> not used
+"""
 
 from __future__ import annotations
 
@@ -70,11 +82,7 @@ class StoreClient:
 
     @property
     def database(self) -> Database[Document]:
-        """Return the database; connects when it is first used.
-
-        Raises:
-            ConfigError: The URL is malformed.
-        """
+        """Return the database, connected on first use; ConfigError when the URL is malformed."""
         if self._client is None:
             timeout_ms = round(self.settings.timeout_s * 1000)
             try:
@@ -99,9 +107,7 @@ class StoreClient:
     def connect(self) -> None:
         """Reach the database and create the index of the jobs.
 
-        Raises:
-            StoreUnavailable: It cannot be reached now.
-            ConfigError: It refuses the user or the password.
+        Raises StoreUnavailable, and ConfigError when it refuses the user or the password.
         """
         with self.edge():
             try:
@@ -125,9 +131,7 @@ class StoreClient:
     def edge(self) -> Iterator[None]:
         """Map the errors that pymongo raises inside the block.
 
-        Raises:
-            StoreRefused: A write was refused for good, or a value has no BSON form.
-            StoreUnavailable: Every other error of pymongo.
+        StoreRefused: a write is refused for good, or a value has no BSON; else StoreUnavailable.
         """
         try:
             yield
@@ -144,12 +148,8 @@ class StoreClient:
     ) -> tuple[int, dict[int, tuple[int, str]]]:
         """Write, unordered, with majority write concern.
 
-        Returns:
-            The number of operations that took effect, and for each refused one its position ->
-            code and reason.
-
-        Raises:
-            StoreUnavailable: It is not known which took effect; writing again does no harm.
+        Return the number of operations that took effect, and for each refused one its position ->
+        code and reason. After StoreUnavailable it is not known; writing again does no harm.
         """
         if not operations:
             return 0, {}
@@ -202,3 +202,13 @@ def _one_line(error: BaseException) -> str:
     """Return pymongo's reason without the description of its topology."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text.split(", Timeout:")[0].split(", full error:")[0][:300]
+
+
+def all_of(*conditions: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a filter that holds where every condition holds, one of them perhaps an ``$or``."""
+    return {"$and": [dict(condition) for condition in conditions]}
+
+
+def is_embedded(client: MongoClient[dict[str, Any]]) -> bool:
+    """Return True for nx-27017: MongoDB states its version in parts as well."""
+    return "versionArray" not in client.admin.command("buildInfo")

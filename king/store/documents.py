@@ -14,7 +14,6 @@ from bson import ObjectId
 from common.post import Media, MediaKind, Post, clean
 from config.settings import FieldMap
 from king.jobs import Bundle
-from king.store.embedded_quirks import whole_fields
 
 _INT64_DIGITS = 18  # every number of 18 digits fits into the int64 of BSON; of 19 digits, some
 
@@ -73,6 +72,14 @@ def projection(fields: FieldMap, result_path: str) -> dict[str, int]:
     """Return the projection that a post and its result are read with."""
     paths = ("_id", fields.id, fields.text, fields.images, fields.videos, fields.audios)
     return whole_fields((*paths, result_path))
+
+
+def whole_fields(paths: Iterable[str]) -> dict[str, int]:
+    """Return a projection of the top-level fields that dotted paths lead into.
+
+    MongoDB, too, refuses a projection that names both a path and a part of it.
+    """
+    return {path.split(".")[0]: 1 for path in paths}
 
 
 def read_post(post_id: str, document: Mapping[str, Any], fields: FieldMap) -> Post:

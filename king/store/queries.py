@@ -13,9 +13,8 @@ from common.post import Post
 from config.settings import StoreSettings
 from king.jobs import JOB_STATES, QUEUED_FOR_S, Bundle, Job
 from king.messages import PostMessage
-from king.store.client import StoreClient
+from king.store.client import StoreClient, all_of
 from king.store.documents import dig, id_candidates, is_id, match_ids, read_post
-from king.store.embedded_quirks import all_of
 
 # IDs of one question. At half, twice as many round trips; at double, filters of 100 kB and more.
 _CHUNK = 500
@@ -23,11 +22,7 @@ _CHUNK = 500
 
 @dataclass(frozen=True, slots=True)
 class StoredPost:
-    """A post as the database has it.
-
-    Attributes:
-        result: The result sub-document; None before the first.
-    """
+    """A post as the database has it, with its result sub-document; None before the first."""
 
     post: Post
     result: Mapping[str, Any] | None
@@ -41,13 +36,9 @@ class PostQueries:
         self._settings = client.settings
 
     def untagged_ids(self, limit: int | None = None, bundle: Bundle | None = None) -> Iterator[str]:
-        """Yield the IDs of posts to publish, as text.
+        """Yield the IDs of posts without a result, or not tagged by a bundle, as text.
 
-        Args:
-            limit: Largest number of them.
-            bundle: None gives the posts that have no result at all; a bundle gives those that
-                it has not tagged. Posts that have a job are left out either way: they will be
-                tried again by themselves, or are dead letters.
+        Posts that have a job are left out: they are tried again by themselves, or are dead letters.
         """
         path = self._settings.result_path
         condition: dict[str, Any] = {f"{path}.status": None}
@@ -130,14 +121,7 @@ class PostQueries:
         since_s: float | None = None,
         limit: int = 100,
     ) -> list[Job]:
-        """Return the dead letters, the newest first.
-
-        Args:
-            stage: Only those that failed in this stage.
-            type: Only those of this error class.
-            since_s: Only those set aside since then, in seconds since the epoch.
-            limit: Largest number of them.
-        """
+        """Return the dead letters of a stage, an error class, or since a time; newest first."""
         condition: dict[str, Any] = {"state": "dead"}
         if stage is not None:
             condition["last_error.stage"] = stage
@@ -152,8 +136,7 @@ class PostQueries:
     def replay(self, post_ids: Iterable[str]) -> list[PostMessage]:
         """Give dead letters all their attempts again, and return the messages to publish.
 
-        IDs that are not dead letters are ignored, and letters of unreadable messages stay, since
-        they name no post. A message that is not published is published by the daemon later.
+        Other IDs, and letters of unreadable messages, are ignored.
         """
         now = time.time()
         replayed: list[PostMessage] = []

@@ -7,14 +7,16 @@ from the state that was read, and a result never replaces that of a newer bundle
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pymongo import DeleteOne, InsertOne, UpdateOne
 from pymongo.errors import DuplicateKeyError
 
-from common.errors import StoreRefused
+from common.errors import PostNotFound, StoreRefused
 from common.post import Failure
 from common.result import TagResult
+from config.settings import StoreSettings
 from king.jobs import (
     OPEN_STATES,
     QUEUED_FOR_S,
@@ -25,19 +27,21 @@ from king.jobs import (
     Job,
     Outcome,
     Rejected,
+    Released,
     Retry,
+    Settled,
     Started,
     Tagged,
     Unreadable,
     Verdict,
     WriteRefused,
+    decide,
+    exhausted,
     message_key,
     number,
 )
-from king.store.claims import changes_after, judge, unreadable_letter
-from king.store.client import DUPLICATE_KEY, Operation, StoreClient
-from king.store.documents import id_candidates, match_ids, projection
-from king.store.embedded_quirks import all_of
+from king.store.client import DUPLICATE_KEY, Operation, StoreClient, all_of
+from king.store.documents import id_candidates, match_ids, projection, read_post, tagged_by
 from king.store.queries import PostQueries
 
 # A claim that was lost to another King is looked at again after this: by then the other one has
@@ -63,11 +67,7 @@ class Store:
         return self.client.url
 
     def connect(self) -> None:
-        """Reach the database.
-
-        Raises:
-            ConfigError: It refuses the user or the password.
-        """
+        """Reach the database; ConfigError when it refuses the user or the password."""
         self.client.connect()
 
     def close(self) -> None:
@@ -213,11 +213,9 @@ class Store:
     def write_results(
         self, results: Mapping[str, TagResult], *, insert: bool = False
     ) -> dict[str, str]:
-        """Write results outside of any job; return the reason for each post not written.
+        """Write results by post ID, outside of any job; return the reason for each not written.
 
-        Args:
-            results: Post ID -> result.
-            insert: Create documents for posts that have none.
+        With ``insert``, posts that have no document get one.
         """
         documents = self.read_documents(list(results))
         where = f"{self._settings.database}.{self._settings.collection}"
@@ -300,8 +298,7 @@ class Store:
     def take_lease(self, name: str, context: ClaimContext, lease_s: float) -> bool:
         """Take or renew work that only one King does at a time; False when another holds it.
 
-        Raises:
-            StoreRefused: The user has no right to write leases.
+        Raises StoreRefused when the user has no right to write leases.
         """
         mine = {"owner": context.owner, "lease_until": round(context.now + lease_s, 3)}
         leases = self.client.leases
@@ -320,6 +317,119 @@ class Store:
             # Won only from the state that was read: of two Kings that find it free, one matches.
             seen = {"_id": name, "owner": owner, "lease_until": until}
             return leases.update_one(seen, {"$set": mine}).matched_count == 1
+
+
+@dataclass(frozen=True, slots=True)
+class ClaimResult:
+    """A claim's verdict, and the job to write; None leaves the job as it is.
+
+    A stale job is removed, since its post is tagged already.
+    """
+
+    verdict: Verdict
+    job: Job | None = None
+    is_stale: bool = False
+
+
+def judge(
+    claim: Claim,
+    document: Mapping[str, Any] | None,
+    job: Job | None,
+    context: ClaimContext,
+    settings: StoreSettings,
+) -> ClaimResult:
+    """Judge a claim by the document and the job of its post, as they were read."""
+    message, post_id = claim.message, claim.message.post_id
+    decision = decide(job, claim, context)
+    forced = message.force or (job is not None and job.force and job.state != "dead")
+    path = settings.result_path
+    if document is not None and not forced and tagged_by(document, path, context.bundle):
+        stale = job is not None and decision != "elsewhere"
+        return ClaimResult(Settled(post_id, "tagged"), is_stale=stale)
+    if decision == "elsewhere" and job is not None:
+        return ClaimResult(HeldElsewhere(post_id, job.lease_until))
+    if document is None:
+        error = PostNotFound(f"no post {post_id!r} in {settings.database}.{settings.collection}")
+        return _rejected(claim, job, Failure.of("load", error), context)
+    if decision in ("waiting", "dead"):
+        return ClaimResult(Settled(post_id, "waiting" if decision == "waiting" else "dead"))
+    if decision == "exhausted" and job is not None:
+        return _rejected(claim, job, exhausted(job), context)
+    ended = job.attempts if job is not None and decision in ("take", "resume") else 0
+    started = Started(
+        post=read_post(post_id, document, settings.fields),
+        document_id=document["_id"],
+        attempt=ended if decision == "resume" else ended + 1,
+        priority=message.priority,
+        force=message.force or (job.force if job is not None else False),
+        payload=claim.payload,
+        received_at=context.now,
+    )
+    if decision == "resume":
+        return ClaimResult(started)
+    running = replace(
+        job if job is not None else Job(post_id, "running", first_at=context.now),
+        state="running",
+        attempts=started.attempt,
+        payload=claim.payload,
+        priority=message.priority,
+        force=started.force,
+        updated_at=context.now,
+        **context.lease,
+    )
+    return ClaimResult(started, running)
+
+
+def _rejected(
+    claim: Claim, job: Job | None, failure: Failure, context: ClaimContext
+) -> ClaimResult:
+    message = claim.message
+    attempts = job.attempts if job is not None else 0
+    dead = Job(
+        post_id=message.post_id,
+        state="dead",
+        attempts=attempts,
+        last_error=failure.as_dict(),
+        payload=claim.payload,
+        priority=message.priority,
+        force=message.force,
+        first_at=job.first_at if job is not None else context.now,
+        updated_at=context.now,
+    )
+    return ClaimResult(Rejected(message.post_id, failure, attempts), dead)
+
+
+def changes_after(
+    outcome: Tagged | Retry | Dead | Released, context: ClaimContext
+) -> dict[str, Any] | None:
+    """Return the fields of the job that change with an outcome; None when the job is removed."""
+    free = {"owner": None, "lease_until": 0.0, "updated_at": context.now}
+    match outcome:
+        case Tagged():
+            return None
+        case Released(started):
+            if started.attempt == 1:
+                return None
+            due_at = context.now + QUEUED_FOR_S
+            return {**free, "state": "queued", "attempts": started.attempt - 1, "due_at": due_at}
+        case Retry():
+            error, due_at = outcome.failure.as_dict(), round(outcome.due_at, 3)
+            return {**free, "state": "waiting", "last_error": error, "due_at": due_at}
+        case Dead():
+            error = outcome.failure.as_dict()
+            return {**free, "state": "dead", "last_error": error, "due_at": 0.0}
+
+
+def unreadable_letter(outcome: Unreadable, context: ClaimContext) -> Job:
+    """Return the dead letter of a message that names no post."""
+    return Job(
+        post_id=message_key(outcome.payload),
+        state="dead",
+        last_error=outcome.failure.as_dict(),
+        payload=outcome.payload,
+        first_at=context.now,
+        updated_at=context.now,
+    )
 
 
 def as_read(job: Job) -> dict[str, Any]:

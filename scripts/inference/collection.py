@@ -9,8 +9,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 from common.errors import ConfigError
 from common.result import TagResult
-from config.infer import CollectionSettings, collection_of
-from config.settings import FieldMap, StoreSettings
+from config.settings import CollectionSettings, FieldMap, StoreSettings, collection_of
 from fusion.infer.input import Bad
 from fusion.infer.outputs import Earlier, Result
 from king.store.client import StoreClient

@@ -13,8 +13,7 @@ from typing import Any
 
 from common.errors import ConfigError
 from common.urls import redact
-from config.infer import InferSettings, RunSettings, is_database
-from config.settings import Settings
+from config.settings import InferSettings, RunSettings, Settings, is_database
 from fusion.bundle.bundle import BundleInfo, load_bundle
 from fusion.bundle.legacy import resolve_model
 from fusion.data.data_file import post_to_tag

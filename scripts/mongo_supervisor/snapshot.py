@@ -18,8 +18,7 @@ from deploy import embedded
 from king.broker.connect import queue_depth
 from king.jobs import JOB_STATES, OPEN_STATES
 from king.store.client import StoreClient
-from king.store.documents import dig
-from king.store.embedded_quirks import whole_fields
+from king.store.documents import dig, whole_fields
 
 T = TypeVar("T")
 

@@ -12,8 +12,8 @@ import pymongo
 import pytest
 from bson import ObjectId
 
-from config.cache import CacheSettings
 from config.load import load_settings
+from config.settings import CacheSettings
 from deploy import embedded
 from king.broker.base import Delivery
 from king.broker.connect import open_broker

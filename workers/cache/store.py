@@ -17,7 +17,7 @@ import structlog
 
 from common.errors import CacheUnavailable, ConfigError, one_line
 from common.urls import redact
-from config.cache import CacheSettings
+from config.settings import CacheSettings
 from workers.cache.base import CacheStore
 from workers.cache.entry import CorruptEntry, Entry, decode, encode
 

@@ -20,10 +20,11 @@ import pytest
 import redis
 
 from common.errors import ConfigError, RetryableError
+from common.files import locked
 from config.load import load_settings
 from config.settings import Settings
-from deploy import detached, embedded, kinds
-from deploy.detached import Identity
+from deploy import embedded
+from deploy.embedded import Service
 
 
 def settings_for(folder: Path, *more: str) -> Settings:
@@ -116,6 +117,7 @@ def test_everything_lies_in_the_folder_and_on_loopback(settings: Settings) -> No
     embedded.resolve(settings)
     folder = settings.embedded.folder.resolve()
     names = {path.name for path in folder.rglob("*")}
+    inherited = {os.devnull, *(file.path for file in psutil.Process().open_files())}
     assert {"services.json", "lock", "redis.conf", "appendonly.aof", "mongo.log"} <= names
     for pid in pids(settings).values():
         assert pid is not None
@@ -126,7 +128,7 @@ def test_everything_lies_in_the_folder_and_on_loopback(settings: Settings) -> No
         outside = [
             file.path
             for file in process.open_files()
-            if not Path(file.path).is_relative_to(folder) and file.path != os.devnull
+            if not Path(file.path).is_relative_to(folder) and file.path not in inherited
         ]
         assert outside == []
 
@@ -166,9 +168,11 @@ def test_a_taken_port_leads_to_another(settings: Settings) -> None:
 
 
 def test_a_recycled_pid_is_neither_trusted_nor_killed(settings: Settings) -> None:
-    """services.json that names a stranger's pid: the stranger lives, the service is started."""
+    """Half a services.json, or one that names a stranger's pid, costs a start and no error."""
     folder = settings.embedded.folder
     folder.mkdir()
+    (folder / "services.json").write_text('{"redis": {"pid"')
+    assert [view.state for view in embedded.status(settings)] == ["stopped", "stopped"]
     entry = {"pid": os.getpid(), "port": 1, "started_at": 12345.0, "marker": "redis-server"}
     (folder / "services.json").write_text(json.dumps({"redis": entry}))
     assert embedded.status(settings)[0].state == "dead"
@@ -176,15 +180,7 @@ def test_a_recycled_pid_is_neither_trusted_nor_killed(settings: Settings) -> Non
     assert embedded.status(settings)[0].state == "running"
     own = psutil.Process()
     # Right pid and start time, another command line: still a stranger.
-    assert not detached.alive(Identity(own.pid, own.create_time(), "redis-server-not-me"))
-
-
-def test_a_broken_registry_is_started_anew(settings: Settings) -> None:
-    """Half a services.json costs a restart and no error."""
-    folder = settings.embedded.folder
-    folder.mkdir()
-    (folder / "services.json").write_text('{"redis": {"pid"')
-    assert embedded.resolve(settings).broker.url.startswith("redis://")
+    assert not Service("redis", 1, own.pid, own.create_time(), "redis-server-not-me").alive()
 
 
 def test_only_what_is_asked_for_is_started(tmp_path: Path) -> None:
@@ -222,7 +218,7 @@ def test_revive_starts_the_dead_and_not_the_stopped(settings: Settings) -> None:
 
 
 def test_a_hanging_service_is_replaced(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kinds, "PING_TIMEOUT_S", 1.5)
+    monkeypatch.setattr(embedded, "PING_TIMEOUT_S", 1.5)
     half = settings.model_copy(
         update={"store": settings.store.model_copy(update={"url": "mongodb://127.0.0.1"})}
     )
@@ -230,8 +226,7 @@ def test_a_hanging_service_is_replaced(settings: Settings, monkeypatch: pytest.M
     before = pids(half)["redis"]
     os.kill(before or 0, signal.SIGSTOP)
     assert embedded.status(half)[0].state == "not answering"
-    stop = detached.stop
-    monkeypatch.setattr(detached, "stop", lambda identity: stop(identity, timeout_s=0.5))
+    monkeypatch.setattr(embedded, "STOP_TIMEOUT_S", 0.5)
     embedded.resolve(half)
     assert pids(half)["redis"] != before
     assert embedded.status(half)[0].state == "running"
@@ -241,13 +236,7 @@ def test_a_folder_that_cannot_be_made_is_the_users_mistake(tmp_path: Path) -> No
     """One line that names the key and the folder."""
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"embedded\.folder .*file/embedded"):
-        embedded.resolve(settings_for_path(tmp_path, tmp_path / "file" / "embedded"))
-
-
-def settings_for_path(tmp_path: Path, folder: Path) -> Settings:
-    config = tmp_path / "settings.yaml"
-    config.write_text("{}")
-    return load_settings(config, (f"embedded.folder={folder}",))
+        embedded.resolve(load_settings(None, (f"embedded.folder={tmp_path}/file/embedded",)))
 
 
 def test_a_missing_package_is_named(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,14 +256,16 @@ def test_a_server_that_dies_at_start_is_quoted(
         del folder, port
         return [sys.executable, "-c", "import sys; sys.exit('disk on fire')"], sys.executable
 
-    kind = kinds.ServiceKind("redis", broken, lambda port: False, "redis://{port}")
-    monkeypatch.setitem(kinds.KINDS, "redis", kind)
+    kind = embedded.ServiceKind("redis", broken, lambda port: False, "redis://{port}")
+    monkeypatch.setitem(embedded.KINDS, "redis", kind)
     with pytest.raises(RetryableError, match=r"redis\.log.*disk on fire"):
         embedded.ensure(settings, ["redis"])
 
 
-def test_the_lock_gives_up_with_its_path(tmp_path: Path) -> None:
-    with detached.locked(tmp_path / "lock", 1, "services"):
+def test_the_lock_gives_up_with_its_path(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embedded, "START_TIMEOUT_S", 0.05)
+    with locked(settings.embedded.folder / "lock"):
         with pytest.raises(RetryableError, match=r"another command holds .*/lock"):
-            with detached.locked(tmp_path / "lock", 0.1, "services"):
-                pass
+            embedded.ensure(settings)

@@ -29,58 +29,56 @@ def make(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A folder with what make reads, and no environment."""
+    for name in ("Makefile", "setup.cfg", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    return tmp_path
+
+
 @needs_make
-@pytest.mark.parametrize(
-    ("target", "does"),
-    [
-        ("demo", "-m demo"),
-        ("test", "-m pytest --cov"),
-        ("check", "ruff format --check"),
-        ("check", "lint-imports"),
-        ("check", "mypy common config"),
-        ("bench", "bench/"),
-        ("run", "deploy/supervisord.conf"),
-        ("env", '-c "constraints/'),
-        ("clean", "rm -rf build"),
-    ],
-)
-def test_every_promised_target_is_there(tmp_path: Path, target: str, does: str) -> None:
+def test_every_promised_target_is_there(checkout: Path) -> None:
     """Each target runs its command; without an environment it makes one first, pinned."""
-    shutil.copy(ROOT / "Makefile", tmp_path)
-    for name in ("setup.cfg", "pyproject.toml"):
-        shutil.copy(ROOT / name, tmp_path)
-    result = make("-n", target, cwd=tmp_path)
+    demo = make("-n", "demo", cwd=checkout).stdout
+    assert "-m demo" in demo
+    assert "-m venv .venv" in demo
+    assert "[dev]" not in demo  # the demo's environment is the small one
+    result = make("-n", "test", "bench", "run", "env", "clean", cwd=checkout)
     assert result.returncode == 0, result.stderr
-    assert does in result.stdout
-    if target != "clean":
-        assert "-m venv .venv" in result.stdout
-    if target == "demo":
-        assert "[dev]" not in result.stdout  # the demo's environment is the small one
+    for does in (
+        "-m pytest --cov",
+        "ruff format --check",
+        "lint-imports",
+        "mypy common config",
+        "bench/",
+        "deploy/supervisord.conf",
+        '-c "constraints/',
+        "rm -rf build",
+    ):
+        assert does in result.stdout
 
 
 @needs_make
-def test_another_python_is_refused_in_one_line(tmp_path: Path) -> None:
+def test_another_python_is_refused_in_one_line(checkout: Path) -> None:
     """Outside 3.10 to 3.12: the version, the way out, no environment left behind."""
-    shutil.copy(ROOT / "Makefile", tmp_path)
-    for name in ("setup.cfg", "pyproject.toml"):
-        shutil.copy(ROOT / name, tmp_path)
     program = (
         "import sys, collections\n"
         "V = collections.namedtuple('V', 'major minor micro')\n"
         "sys.version_info = V(3, 13, 0)\n"
         "exec(sys.argv[2])\n"
     )
-    (tmp_path / "future.py").write_text(program)
-    future = tmp_path / "python3.13"
-    future.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{tmp_path / "future.py"}" "$@"\n')
+    (checkout / "future.py").write_text(program)
+    future = checkout / "python3.13"
+    future.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{checkout / "future.py"}" "$@"\n')
     future.chmod(0o755)
-    result = make("env", f"PYTHON={future}", cwd=tmp_path)
+    result = make("env", f"PYTHON={future}", cwd=checkout)
     assert result.returncode != 0
     said = [line for line in result.stderr.splitlines() if not line.startswith("make")]
     assert len(said) == 1
     assert "3.10 to 3.12" in said[0]
     assert "3.13" in said[0]
-    assert not (tmp_path / ".venv").exists()
+    assert not (checkout / ".venv").exists()
 
 
 def test_ci_script_runs_the_test_command_without_standard_input(tmp_path: Path) -> None:

@@ -17,17 +17,23 @@ import structlog
 from common.errors import RetryableError
 from config.load import load_settings
 from config.settings import Settings, WatchdogSettings
-from deploy.stacks import catches, write_stacks
-from deploy.supervisor import Program, SupervisorClient, SystemdClient, open_supervisor
-from deploy.watchdog import Observation, Progress, Watchdog, main, waiting_messages
+from deploy.supervisor import Program, SystemdClient, open_supervisor
+from deploy.watchdog import (
+    Observation,
+    Progress,
+    Watchdog,
+    catches,
+    main,
+    waiting_messages,
+    write_stacks,
+)
 from king.king import SUBSCRIBE_SIGNAL
-from king.stacks import DUMP_SIGNAL, dumped_on_signal, stack_file
-from king.status import read_health
+from king.status import DUMP_SIGNAL, dumped_on_signal, stack_file
 from tests.support.services import RedisServer
 
 SLEEPER = """
 import faulthandler, pathlib, signal, sys, threading, time
-from king.stacks import dumped_on_signal
+from king.status import dumped_on_signal
 got = []
 signal.signal(signal.SIGUSR1, lambda *_: pathlib.Path(sys.argv[1]).write_text("nudged"))
 def a_blocked_thread(): threading.Event().wait()
@@ -288,22 +294,6 @@ def test_systemd_is_another_supervisor(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("PATH", str(tmp_path / "empty"))
     with pytest.raises(RetryableError, match="systemctl"):
         client.program()
-
-
-def test_the_settings_name_the_supervisor() -> None:
-    """A socket is supervisord's."""
-    assert isinstance(open_supervisor(WatchdogSettings()), SupervisorClient)
-
-
-@pytest.mark.parametrize(
-    "text", ["", "{", "[]", "{}", '{"pid": "x", "updated_at": 1}', '{"pid": 1, "updated_at": null}']
-)
-def test_unreadable_health_file_is_no_snapshot(tmp_path: Path, text: str) -> None:
-    """Whatever stands in the file, reading it raises nothing."""
-    file = tmp_path / "king.json"
-    file.write_text(text)
-    assert read_health(file) is None
-    assert read_health(tmp_path / "absent.json") is None
 
 
 def test_a_wrong_setting_ends_the_watchdog_with_2(

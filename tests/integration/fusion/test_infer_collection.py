@@ -12,7 +12,7 @@ import pytest
 from bson import ObjectId
 from pymongo import MongoClient
 
-from config.infer import CollectionSettings
+from config.settings import CollectionSettings
 from extractors.feature_file import write_features
 from scripts.inference.collection import store_of
 from tests.support.fusion import support

@@ -13,8 +13,8 @@ import redis.exceptions
 
 from common.errors import BrokerUnavailable, ConfigError, MessageError
 from config.settings import BrokerSettings
+from king.broker.base import ClientErrors
 from king.broker.connect import open_broker, publish_posts, queue_depth
-from king.broker.errors import ClientErrors
 from king.broker.rabbitmq import RabbitBroker
 from king.broker.redis import RedisBroker
 from king.messages import PostMessage

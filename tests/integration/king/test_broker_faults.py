@@ -96,18 +96,6 @@ def test_a_silent_connection_is_noticed_and_nothing_is_lost(site: Site, replies_
         consumer.until(lambda: broker.depth() == 0, heal=True)
 
 
-def test_a_silent_connection_while_idle_is_noticed(site: Site) -> None:
-    with connected(site.proxied) as broker:
-        consumer = Consumer(broker)
-        broker.drain(0.1)
-        site.proxy.blackhole()
-        start = time.monotonic()
-        with pytest.raises(BrokerUnavailable):
-            consumer.until(lambda: False)
-        assert time.monotonic() - start < 30
-        assert not broker.connected
-
-
 def test_publishing_into_silence_fails_in_time(site: Site) -> None:
     with connected(site.proxied) as broker:
         broker.publish([PostMessage("p1")])
@@ -178,25 +166,6 @@ def test_a_killed_consumer_gives_back_what_it_held(site: Site, project_root: Pat
             holder.stdout.close()
 
 
-def test_a_frozen_server_is_noticed(site: Site) -> None:
-    """A server that is stopped in its tracks is reported as unavailable, and used again after."""
-    publish_posts(site.direct, posts(1))
-    with connected(site.direct) as broker:
-        consumer = Consumer(broker)
-        broker.drain(0.1)
-        site.server.pause()
-        try:
-            with pytest.raises(BrokerUnavailable):
-                consumer.until(lambda: False)
-            with pytest.raises(BrokerUnavailable):
-                broker.connect()
-            with pytest.raises(BrokerUnavailable):
-                queue_depth(site.direct)
-        finally:
-            site.server.resume()
-        consumer.until(lambda: "p0" in ids(consumer), heal=True)
-
-
 def delete_queue(server: RabbitMQServer, name: str) -> None:
     """Delete a queue, as an operator could."""
     with amqp.Connection(f"127.0.0.1:{server.port}") as client:
@@ -249,17 +218,17 @@ def test_the_broker_dead_letters_what_kills_every_consumer(
 @pytest.mark.redis
 def test_long_work_is_not_redelivered(redis_server: RedisServer, queue_name: str) -> None:
     """A message in hand for three visibility time-outs stays there while its holder drains."""
-    settings = settings_for(redis_server.url, queue_name, visibility_timeout_s=2)
+    settings = settings_for(redis_server.url, queue_name, visibility_timeout_s=1)
     publish_posts(settings, posts(1))
     with connected(settings) as holder, connected(settings) as other:
         mine, theirs = Consumer(holder), Consumer(other)
         mine.take(1)
-        end = time.monotonic() + 6
+        end = time.monotonic() + 3
         while time.monotonic() < end:
             holder.drain(0.05)
             other.drain(0.05)
         assert len(theirs.got) == 0
-        time.sleep(2.2)  # the holder hangs
+        time.sleep(1.1)  # the holder hangs
         theirs.take(1)
         assert theirs.got[0].redelivered
         holder.ack(mine.got[0])  # too late: it must not take the other's message away

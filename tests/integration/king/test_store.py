@@ -83,20 +83,14 @@ def test_the_very_document_is_written_whatever_its_id_is(rig: StoreRig) -> None:
     assert names == {"p1": "p1", oid: str(oid), 42: "42", "bystander": None}
 
 
-def test_unknown_post_is_a_dead_letter(rig: StoreRig) -> None:
-    """An ID that is not in the database is set aside with its reason and payload."""
-    verdict = begin_one(rig.store, "nobody")
+def test_unknown_post_that_appears_later_is_tagged(rig: StoreRig) -> None:
+    """An unknown ID is a dead letter; published again it starts over, redelivered it does not."""
+    verdict = begin_one(rig.store, "p1")
     assert isinstance(verdict, Rejected)
     assert verdict.failure.type == "PostNotFound"
-    job = rig.the_job("nobody")
-    assert (job.state, job.payload) == ("dead", "nobody")
-    assert job.last_error is not None
-    assert job.last_error["stage"] == "load"
-
-
-def test_unknown_post_that_appears_later_is_tagged(rig: StoreRig) -> None:
-    """Publishing a dead letter's ID again starts it over; a mere redelivery does not."""
-    begin_one(rig.store, "p1")
+    job = rig.the_job("p1")
+    assert (job.state, job.payload) == ("dead", "p1")
+    assert (job.last_error or {})["stage"] == "load"
     rig.insert({"_id": "p1"})
     assert begin_one(rig.store, "p1", redelivered=True) == Settled("p1", "dead")
     assert started(rig.store, "p1").attempt == 1

@@ -17,7 +17,6 @@ from king.jobs import (
 )
 from king.store.client import StoreClient
 from king.store.store import Store
-from tests.conftest import MONGO_KINDS
 from tests.support.king.store_rig import (
     NOW,
     begin_one,
@@ -136,8 +135,3 @@ def test_restarted_database_is_used_again(mongo_server: MongoServer, unique_name
     store.finish([tagged(begun)], context())
     assert store.queries.counts()["tagged"] == 1
     store.close()
-
-
-def test_kinds_of_database() -> None:
-    """The protocol server always takes part; MongoDB itself where it is named."""
-    assert MONGO_KINDS[0] == "nx"

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -12,17 +10,13 @@ from typing import Any
 import pymongo
 import pytest
 
-from common.errors import BrokerUnavailable
 from config.settings import Settings
 from king.broker.connect import queue_depth
 from king.messages import PostMessage, parse_message
-from king.store.client import StoreClient
-from king.store.documents import match_ids
 from tests.support.fakes.pool import FakePool
 from tests.support.king.broker_rig import Consumer, connected
 from tests.support.services import MongoServer, RedisServer
 from tests.support.web.fixtures import Desk, desk_settings, make_desk
-from web.backend import Backend, Services
 
 
 @pytest.fixture
@@ -134,43 +128,6 @@ def test_every_state_of_a_post(posts: Desk, database: Any) -> None:
         "error": error,
     }
     assert found["42"].json["job"]["due_at"] == "1970-01-01T00:00:05+00:00"
-
-
-def test_trouble_of_one_request_leaves_the_others_their_connection(
-    settings: Settings, database: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A broker that is away makes one thread look anew while another is reading; it reads on."""
-    database.posts.insert_one({"_id": "p1", "text": "x"})
-    asked, going, closed = threading.Event(), threading.Event(), []
-
-    def slowly(cursor: Any, *rest: Any) -> Any:
-        asked.set()
-        assert going.wait(20)
-        return match_ids(cursor, *rest)
-
-    close_client = StoreClient.close
-
-    def close(self: StoreClient) -> None:
-        closed.append(self)
-        close_client(self)
-
-    monkeypatch.setattr("king.store.queries.match_ids", slowly)
-    monkeypatch.setattr(StoreClient, "close", close)
-    away = settings.broker.model_copy(update={"url": "redis://127.0.0.1:1/0"})
-    found = settings.model_copy(update={"broker": away})
-    backend = Backend(Services(lambda: found, lambda: found), probe_timeout_s=1)
-    with ThreadPoolExecutor(1) as thread:
-        reading = thread.submit(backend.look_up, "p1")
-        assert asked.wait(20)
-        with pytest.raises(BrokerUnavailable):
-            backend.publish(PostMessage("p2"))
-        assert closed == []
-        going.set()
-        stored, job = reading.result(20)
-    assert stored is not None
-    assert (stored.post.post_id, job) == ("p1", None)
-    assert len(closed) == 1, "the last one closed it"
-    backend.close()
 
 
 def test_readiness_follows_the_servers(

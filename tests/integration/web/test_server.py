@@ -10,21 +10,142 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import requests
+import yaml
 
+import flask_server
 from common.post import Media, Post
+from config.settings import Settings
+from tests.support import media
 from tests.support.ports import free_port
-from tests.support.processes import python
-from tests.support.web.fixtures import ROOT, FlaskServer, Site
-from tests.support.workers.driving import alive
+from tests.support.processes import file_server, python
+from tests.support.tiny_models import tiny_bundle, tiny_features
+from tests.support.workers.driving import alive, toy_settings
 from workers.local import local_runner
 
 TEXT = "a cat in the sea 一只猫"
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@dataclass
+class Site:
+    """Media on disk and on a loopback server, a bundle, and settings as a file."""
+
+    folder: Path
+    media_url: str
+    settings: Settings
+    config: Path
+
+    @property
+    def media(self) -> Path:
+        """The folder of media."""
+        return self.folder / "media"
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    """Small media, small models, small bundle."""
+    folder = tmp_path_factory.mktemp("http")
+    files = folder / "media"
+    files.mkdir()
+    media.write_png(files / "a.png", media.quadrants(90, 70))
+    sound = media.tone(duration_s=2, rate_hz=44100)
+    media.write_video(files / "v.mp4", media.grey_steps(30), audio=sound)
+    media.write_wav(files / "s.wav", media.tone(duration_s=1.5))
+    features = tiny_features()
+    tiny_bundle(folder / "bundle", features)
+    settings = toy_settings(
+        folder / "spool",
+        fetch={"allow_private_hosts": True},
+        features=features.model_dump(),
+        decode={"memory_mb": 600},
+        fusion={"bundle": str(folder / "bundle")},
+        embedded={"folder": str(folder / "embedded")},
+        log={"format": "json", "level": "info"},
+    )
+    config = folder / "settings.yaml"
+    config.write_text(yaml.safe_dump(json.loads(settings.model_dump_json())), encoding="utf-8")
+    with file_server(files) as url:
+        yield Site(folder, url, settings, config)
+
+
+class FlaskServer:
+    """``python flask_server.py`` on a free port."""
+
+    def __init__(self, config: Path, folder: Path, *overrides: str) -> None:
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log = folder / f"flask-{self.port}.log"
+        self.spool = folder / f"spool-{self.port}"
+        command = [sys.executable, "flask_server.py", "--config", str(config)]
+        command += ["--port", str(self.port), "--set", f"fetch.spool={self.spool}"]
+        for override in overrides:
+            command += ["--set", override]
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+
+    def answer(self, path: str, **options: Any) -> requests.Response | None:
+        """A GET, or None while nothing listens."""
+        try:
+            return requests.get(self.url + path, timeout=20, **options)
+        except requests.ConnectionError:
+            return None
+
+    def until_ready(self, timeout_s: float = 120) -> FlaskServer:
+        """Wait for the workers."""
+        end = time.monotonic() + timeout_s
+        while True:
+            found = self.answer("/readyz?only=workers")
+            if found is not None and found.status_code == 200:
+                return self
+            assert self.process.poll() is None, self.said
+            assert time.monotonic() < end, self.said
+            time.sleep(0.2)
+
+    @property
+    def said(self) -> str:
+        """Its log."""
+        return self.log.read_text(encoding="utf-8")
+
+    def events(self, name: str) -> list[dict[str, Any]]:
+        """The events of a name in its log."""
+        lines = [json.loads(line) for line in self.said.splitlines() if line.startswith("{")]
+        return [line for line in lines if line["event"] == name]
+
+    def descendants(self) -> list[psutil.Process]:
+        """The processes under it."""
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        """Ask it to end; gives its exit code."""
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        return self.process.wait(60)
+
+    def close(self) -> None:
+        """End it, whatever it takes."""
+        try:
+            self.stop()
+        except subprocess.TimeoutExpired:
+            for each in [*self.descendants(), psutil.Process(self.process.pid)]:
+                each.kill()
+            self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def server(site: Site) -> Iterator[FlaskServer]:
+    """A real server that is ready; shared by the tests that only ask it."""
+    made = FlaskServer(site.config, site.folder)
+    try:
+        yield made.until_ready()
+    finally:
+        made.close()
 
 
 @pytest.fixture(scope="module")
@@ -129,54 +250,36 @@ def test_readiness_before_and_after(server: FlaskServer) -> None:
     assert not (server.log.parent / "embedded").exists()
 
 
-@pytest.fixture
-def own(site: Site) -> Iterator[FlaskServer]:
-    """A server that a test may end."""
-    made = FlaskServer(site.config, site.folder)
-    try:
-        yield made
-    finally:
-        made.close()
-
-
-def test_sigterm_finishes_what_is_in_flight(own: FlaskServer, site: Site) -> None:
+def test_sigterm_finishes_what_is_in_flight(site: Site) -> None:
     """Not ready while models load, then ready; SIGTERM: the answer comes, and nothing is left."""
-    end = time.monotonic() + 60
-    while (answer := own.answer("/readyz?only=workers")) is None:
-        assert time.monotonic() < end
-        time.sleep(0.05)
-    assert answer.status_code == 503
-    assert "loaded" in answer.json()["parts"]["workers"]
-    own.until_ready()
-    pids = [process.pid for process in own.descendants()]
-    assert len(pids) >= 5
-    with ThreadPoolExecutor(1) as thread:
-        pending = thread.submit(upload, own, site)
-        while own.answer("/readyz?only=workers").json()["in_flight"] == 0:  # type: ignore[union-attr]
-            if pending.done():
-                pending = thread.submit(upload, own, site)
-        assert own.stop() == 0
-        assert pending.result().status_code == 200
-    assert alive(pids) == []
-    assert list(own.spool.glob("king-*")) == []
-    assert own.events("http.failed") == []
+    own = FlaskServer(site.config, site.folder)
+    try:
+        end = time.monotonic() + 60
+        while (answer := own.answer("/readyz?only=workers")) is None:
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        assert answer.status_code == 503
+        assert "loaded" in answer.json()["parts"]["workers"]
+        own.until_ready()
+        pids = [process.pid for process in own.descendants()]
+        assert len(pids) >= 5
+        with ThreadPoolExecutor(1) as thread:
+            pending = thread.submit(upload, own, site)
+            while own.answer("/readyz?only=workers").json()["in_flight"] == 0:  # type: ignore[union-attr]
+                if pending.done():
+                    pending = thread.submit(upload, own, site)
+            assert own.stop() == 0
+            assert pending.result().status_code == 200
+        assert alive(pids) == []
+        assert list(own.spool.glob("king-*")) == []
+        assert own.events("http.failed") == []
+    finally:
+        own.close()
 
 
-def test_a_killed_server_leaves_no_worker(own: FlaskServer) -> None:
-    """SIGKILL to the process that listens: its server and all workers end by themselves."""
-    own.until_ready()
-    found = own.descendants()
-    own.process.kill()
-    own.process.wait(60)
-    psutil.wait_procs(found, timeout=60)
-    assert alive(process.pid for process in found) == []
-
-
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return python("flask_server.py", *arguments)
-
-
-def test_mistakes_are_one_line(site: Site, tmp_path: Path) -> None:
+def test_mistakes_are_one_line(
+    site: Site, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Exit 2, naming the key, file or address."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -189,23 +292,20 @@ def test_mistakes_are_one_line(site: Site, tmp_path: Path) -> None:
             ((*config, "--set", "http.prot=1"), "did you mean 'port'?"),
             ((*config, "--port", "x"), "http.port: "),
             ((*config, "--port", "70000"), "http.port: "),
-            (
-                (*config, "--set", f"fusion.bundle={none}"),
-                f"fusion.bundle: {none}: no bundle",
-            ),
+            ((*config, "--set", f"fusion.bundle={none}"), f"fusion.bundle: {none}: no bundle"),
             ((*config, "--port", port), "Address already in use"),
             ((*config, "--host", "203.0.113.1"), "http.host"),
             ((*config, "--prot", "1"), "--help"),
         ):
-            done = run(*arguments)
-            assert done.returncode == 2, done
-            assert named in done.stderr, done.stderr
-            assert len(done.stderr.splitlines()) == 1
-            assert done.stderr.startswith("flask_server.py: ")
+            assert flask_server.main(arguments) == 2
+            said = capsys.readouterr().err
+            assert named in said
+            assert len(said.splitlines()) == 1
+            assert said.startswith("flask_server.py: ")
 
 
 def test_what_the_workers_refuse_is_a_mistake_too(site: Site, tmp_path: Path) -> None:
-    """A bundle for other features, found out after the start: exit 2, its line is the last."""
+    """A broken bundle, found out after the start: exit 2, its line is the last."""
     bundle = tmp_path / "bundle"
     bundle.mkdir()
     for name in ("bundle.yaml", "labels.json", "model.safetensors"):
@@ -213,7 +313,7 @@ def test_what_the_workers_refuse_is_a_mistake_too(site: Site, tmp_path: Path) ->
     (bundle / "model.safetensors").write_bytes(b"broken")
     arguments = ["--config", str(site.config), "--port", str(free_port())]
     arguments += ["--set", f"fusion.bundle={bundle}", "--set", f"fetch.spool={tmp_path / 'spool'}"]
-    done = run(*arguments)
+    done = python("flask_server.py", *arguments)
     assert done.returncode == 2, done.stderr
     last = done.stderr.splitlines()[-1]
     assert last.startswith("flask_server.py: ")
@@ -260,3 +360,15 @@ def test_the_development_server(site: Site) -> None:
     finally:
         process.kill()
         process.wait()
+
+
+def test_a_killed_server_leaves_no_worker(server: FlaskServer) -> None:
+    """SIGKILL to the process that listens: its server and all workers end by themselves.
+
+    The last test of the shared server.
+    """
+    found = server.descendants()
+    server.process.kill()
+    server.process.wait(60)
+    psutil.wait_procs(found, timeout=60)
+    assert alive(process.pid for process in found) == []

@@ -15,7 +15,7 @@ import fsspec
 import pytest
 
 from common.errors import CacheUnavailable, ConfigError
-from config.cache import CacheSettings
+from config.settings import CacheSettings
 from tests.support.ports import free_port
 from tests.support.services import RedisServer, unavailable
 from workers.cache.base import CacheStore

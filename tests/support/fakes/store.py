@@ -22,8 +22,8 @@ from king.jobs import (
     Unreadable,
     Verdict,
 )
-from king.store.claims import changes_after, judge, unreadable_letter
 from king.store.documents import match_ids
+from king.store.store import changes_after, judge, unreadable_letter
 
 
 class FakeStore:

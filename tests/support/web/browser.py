@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import json
 import os
@@ -92,11 +91,6 @@ class Browser:
         root = self.call("DOM.getDocument")["root"]["nodeId"]
         node = self.call("DOM.querySelector", nodeId=root, selector=selector)["nodeId"]
         self.call("DOM.setFileInputFiles", nodeId=node, files=[str(path) for path in files])
-
-    def screenshot(self, path: Path) -> None:
-        """Write a PNG of what is in view."""
-        content = self.call("Page.captureScreenshot")
-        path.write_bytes(base64.b64decode(content["data"]))
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
         """Call the protocol and wait for the answer."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import re
 from pathlib import Path
 
 import pytest
@@ -90,28 +89,6 @@ def test_missing_and_broken_label_maps_are_refused(tmp_path: Path) -> None:
     (tmp_path / "bad.json").write_text("{")
     with pytest.raises(ConfigError, match="not a JSON label map"):
         LabelMap.load(tmp_path / "bad.json")
-
-
-def test_the_error_tree_is_the_one_that_is_drawn() -> None:
-    """Every class stands in the docstring's tree, below the parent that it really has."""
-    defined = {
-        name: cls
-        for name, cls in inspect.getmembers(errors, inspect.isclass)
-        if cls.__module__ == errors.__name__
-    }
-    drawn = re.findall(r"^[ |'-]{4,}(\w+)", errors.__doc__ or "", re.MULTILINE)
-    assert set(drawn) == set(defined)
-    parents: list[tuple[int, str]] = []
-    for line in (errors.__doc__ or "").splitlines():
-        found = re.match(r"^([ |'-]{4,})(\w+)", line)
-        if found is None or found[2] not in defined:
-            continue
-        depth = len(found[1])
-        while parents and parents[-1][0] >= depth:
-            parents.pop()
-        if parents:
-            assert issubclass(defined[found[2]], defined[parents[-1][1]]), line
-        parents.append((depth, found[2]))
 
 
 def test_every_error_is_either_retryable_or_permanent_or_configuration() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from config.infer import InferSettings
+from config.settings import InferSettings
 from fusion.infer.options import infer_options, infer_settings
 from fusion.train.options import train_options, train_settings
 

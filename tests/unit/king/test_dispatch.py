@@ -21,7 +21,6 @@ from king.status import Status
 from tests.support.fakes.pool import DIED, Answer, FakePool, decoded, default_answer
 from tests.support.services import wait_until
 from workers.protocol import (
-    Decoded,
     DecodeTask,
     Extracted,
     ExtractTask,
@@ -224,39 +223,6 @@ def test_post_deadline_ends_the_attempt(tmp_path: Path, kind: type) -> None:
         [outcome] = it.run(begun())
         assert isinstance(outcome, Retry)
         assert outcome.failure.retryable
-        it.settle()
-
-
-def test_slots_of_a_failed_post_are_freed_when_its_results_come_late(tmp_path: Path) -> None:
-    """A decoded slot whose post has just died is released, and a late download is deleted."""
-    post = Post("p1", media=tuple(Media("video", f"http://a/{i}") for i in range(4)))
-    calls = {"decode": 0}
-
-    def second_decode_dies(task: Task) -> Answer:
-        if isinstance(task, DecodeTask):
-            calls["decode"] += 1
-            return replace(DIED, stage="decode") if calls["decode"] == 2 else decoded("frames")
-        return default_answer(task)
-
-    for _ in range(5):
-        calls["decode"] = 0
-        with bench(tmp_path / "s", second_decode_dies, slots=4) as it:
-            [outcome] = it.run(begun(post))
-            assert isinstance(outcome, Retry)
-            it.settle()
-
-
-def test_decoded_but_empty_file_needs_no_slot(tmp_path: Path) -> None:
-    """A file that gives nothing has no slot to release; its failures are kept."""
-    silent = Decoded((), {"audio": Failure("decode", "MediaError", "no sound")})
-
-    def answer(task: Task) -> Answer:
-        return silent if isinstance(task, DecodeTask) else default_answer(task)
-
-    with bench(tmp_path / "s", answer) as it:
-        [outcome] = it.run(begun())
-        assert isinstance(outcome, Tagged)
-        assert outcome.statuses["audio"] == "failed"
         it.settle()
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from bson import ObjectId
 
-from common.post import Media, clean
+from common.post import Media
 from config.settings import FieldMap
 from king.store.documents import (
     dig,
@@ -108,8 +108,3 @@ def test_only_this_very_bundle_counts_as_tagged() -> None:
         None,
     ):
         assert not tagged_by({"insight": other}, "insight", bundle)
-
-
-def test_half_a_character_does_not_stop_a_write() -> None:
-    """A lone surrogate cannot be encoded; it is replaced."""
-    assert clean("a\ud800b").encode() == b"a?b"

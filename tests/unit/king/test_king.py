@@ -9,7 +9,6 @@ from typing import Any
 
 import structlog
 
-from common.post import Failure
 from king.jobs import message_key
 from king.messages import PostMessage
 from king.status import read_health
@@ -25,7 +24,7 @@ from tests.support.king.king_rig import (
     posts,
     queue_of,
 )
-from workers.protocol import FetchTask, FuseTask, Task
+from workers.protocol import FuseTask, Task
 
 
 def test_posts_are_tagged_and_acknowledged_after_the_write(tmp_path: Path) -> None:
@@ -170,22 +169,3 @@ def test_health_file_shows_progress(tmp_path: Path) -> None:
         assert seen["posts_per_s"] > 0
         assert seen["last_done_at"] >= seen["last_delivery_at"] - 1
     assert health()["phase"] == "stopped"
-
-
-def test_fetch_failures_are_named_in_the_result(tmp_path: Path) -> None:
-    def answer(task: Task) -> Answer:
-        if isinstance(task, FetchTask):
-            return Failure("fetch", "FetchRefused", "HTTP 404")
-        return default_answer(task)
-
-    store = FakeStore(posts("p1", images="http://a/1"))
-    broker = MemoryBroker(queue_of(b"p1"))
-    with structlog.testing.capture_logs() as logs:
-        with on_fakes(tmp_path, store, broker, answer) as it:
-            it.until(lambda: len(broker.acked) == 1)
-    result = store.posts["p1"]["insight"]
-    assert result["status"] == "tagged"
-    assert result["modalities"]["image"] == "failed"
-    assert result["failures"]["image"]["message"] == "HTTP 404"
-    [line] = [line for line in logs if line["event"] == "king.post_tagged"]
-    assert "HTTP 404" in line["failures"]["image"]

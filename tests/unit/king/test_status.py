@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from king.broker.base import Delivery
-from king.identity import is_dead, own_name
-from king.in_flight import InFlight
+from king.jobs import is_dead, own_name
 from king.status import Status, read_health, write_health
+from king.store_thread import InFlight
 
 
 def test_health_file_is_always_whole(tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_deliveries_of_a_post_leave_together() -> None:
 
 def test_kings_know_who_is_dead() -> None:
     """A neighbour that has ended is dead; one that lives, or lives elsewhere, is not."""
-    code = "from king.identity import own_name; print(own_name(), flush=True); input()"
+    code = "from king.jobs import own_name; print(own_name(), flush=True); input()"
     child = subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )

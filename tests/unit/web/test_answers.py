@@ -141,6 +141,7 @@ def test_safe_headers_and_a_page_from_here_alone(desk: Desk) -> None:
 
 
 def test_one_line_a_request_without_payloads(desk: Desk) -> None:
+    """Its ID is the client's where that is plain, and another where it could break a log."""
     with structlog.testing.capture_logs() as events:
         desk.client.post(
             "/v1/tag", json={"text": "SECRET words", "images": ["http://h/SECRET.png"]}
@@ -153,10 +154,6 @@ def test_one_line_a_request_without_payloads(desk: Desk) -> None:
     assert lines[1]["error"] == "BadRequest"
     assert all(line["request_id"] and line["ms"] >= 0 for line in lines)
     assert "SECRET" not in str(events)
-
-
-def test_request_ids_of_the_client_are_kept_when_they_are_plain(desk: Desk) -> None:
-    """Another is given where it could break a log."""
     for given, kept in (("abc-1.2_3", True), ("a b", False), ("x" * 65, False), ("", False)):
         answer = desk.client.get("/healthz", headers={"X-Request-ID": given})
         assert (answer.headers["X-Request-ID"] == given) is kept

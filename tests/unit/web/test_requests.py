@@ -16,12 +16,11 @@ from werkzeug.wrappers import Request
 
 from common.errors import NothingUsable
 from common.post import Failure, Media, Post
-from config.http import HttpSettings
+from config.settings import HttpSettings
 from tests.support.fakes.pool import FakePool, default_answer
 from tests.support.web.fixtures import Desk, desk_settings, make_desk, no_traceback
-from web.errors import ApiError
-from web.reading import read_post
-from web.uploads import Uploads
+from web.guard import ApiError
+from web.reading import Uploads, read_post
 from workers.protocol import DecodeTask, FetchTask, Task
 
 JSON = {"content_type": "application/json"}

@@ -10,8 +10,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from common.errors import CacheUnavailable
-from config.cache import CacheSettings
-from config.settings import Settings
+from config.settings import CacheSettings, Settings
 from tests.support.tiny_models import tiny_features
 from workers.cache.base import Stats
 from workers.cache.entry import CorruptEntry, Entry, decode, encode
