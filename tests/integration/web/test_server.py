@@ -25,6 +25,7 @@ from config.settings import Settings
 from tests.support import media
 from tests.support.ports import free_port
 from tests.support.processes import file_server, python
+from tests.support.services import wait_until
 from tests.support.tiny_models import tiny_bundle, tiny_features
 from tests.support.workers.driving import alive, toy_settings
 from workers.local import local_runner
@@ -201,7 +202,7 @@ def test_uploads_give_what_one_process_gives(
     """One form; many at once give the same; no upload is left in the spool."""
     check(upload(server, site), wanted)
     with ThreadPoolExecutor(6) as threads:
-        for answer in threads.map(lambda _: upload(server, site), range(12)):
+        for answer in threads.map(lambda _: upload(server, site), range(6)):
             check(answer, wanted)
     assert {path.name for path in server.spool.glob("king-*/*")} == {"lock"}
 
@@ -250,8 +251,8 @@ def test_readiness_before_and_after(server: FlaskServer) -> None:
     assert not (server.log.parent / "embedded").exists()
 
 
-def test_sigterm_finishes_what_is_in_flight(site: Site) -> None:
-    """Not ready while models load, then ready; SIGTERM: the answer comes, and nothing is left."""
+def test_a_killed_server_leaves_no_worker(site: Site) -> None:
+    """Not ready while models load. SIGKILL to the process that listens ends all others too."""
     own = FlaskServer(site.config, site.folder)
     try:
         end = time.monotonic() + 60
@@ -260,19 +261,12 @@ def test_sigterm_finishes_what_is_in_flight(site: Site) -> None:
             time.sleep(0.05)
         assert answer.status_code == 503
         assert "loaded" in answer.json()["parts"]["workers"]
-        own.until_ready()
-        pids = [process.pid for process in own.descendants()]
-        assert len(pids) >= 5
-        with ThreadPoolExecutor(1) as thread:
-            pending = thread.submit(upload, own, site)
-            while own.answer("/readyz?only=workers").json()["in_flight"] == 0:  # type: ignore[union-attr]
-                if pending.done():
-                    pending = thread.submit(upload, own, site)
-            assert own.stop() == 0
-            assert pending.result().status_code == 200
-        assert alive(pids) == []
-        assert list(own.spool.glob("king-*")) == []
-        assert own.events("http.failed") == []
+        wait_until(lambda: len(own.descendants()) >= 5, 60, "the workers")
+        found = own.descendants()
+        own.process.kill()
+        own.process.wait(60)
+        psutil.wait_procs(found, timeout=60)
+        assert alive(process.pid for process in found) == []
     finally:
         own.close()
 
@@ -362,13 +356,16 @@ def test_the_development_server(site: Site) -> None:
         process.wait()
 
 
-def test_a_killed_server_leaves_no_worker(server: FlaskServer) -> None:
-    """SIGKILL to the process that listens: its server and all workers end by themselves.
-
-    The last test of the shared server.
-    """
-    found = server.descendants()
-    server.process.kill()
-    server.process.wait(60)
-    psutil.wait_procs(found, timeout=60)
-    assert alive(process.pid for process in found) == []
+def test_sigterm_finishes_what_is_in_flight(server: FlaskServer, site: Site) -> None:
+    """SIGTERM: the answer comes, and nothing is left. The last test of the shared server."""
+    pids = [process.pid for process in server.descendants()]
+    with ThreadPoolExecutor(1) as thread:
+        pending = thread.submit(upload, server, site)
+        while server.answer("/readyz?only=workers").json()["in_flight"] == 0:  # type: ignore[union-attr]
+            if pending.done():
+                pending = thread.submit(upload, server, site)
+        assert server.stop() == 0
+        assert pending.result().status_code == 200
+    assert alive(pids) == []
+    assert list(server.spool.glob("king-*")) == []
+    assert server.events("http.failed") == []
