@@ -94,12 +94,8 @@ def exit_code(
 ) -> int:
     """Run a command and return its exit code: 0 done, 2 the user's mistake, 1 anything else.
 
-    Args:
-        name: Of the program, before its one line on standard error.
-        run: Gives another exit code, or None for 0.
-        mistakes: Errors that are the user's.
-        interrupted: Said after Ctrl-C.
-        again: Added to errors that are not the user's: the way to go on.
+    ``mistakes`` are the errors that are the user's; ``interrupted`` is said after Ctrl-C, and
+    ``again`` after errors that are not the user's: the way to go on.
     """
     try:
         return run() or 0

@@ -13,10 +13,8 @@ from types import MappingProxyType
 class TaggingError(Exception):
     """Base of every error that InsightTag raises on purpose.
 
-    Attributes:
-        reasons: Modality -> reason, where the error of a post has a reason for each.
-        stage: Of the post that failed: ``load``, ``fetch``, ``decode``, ``extract`` or ``fuse``;
-            empty for errors that are not of a post.
+    That of a post has its stage (``load``, ``fetch``, ``decode``, ``extract``, ``fuse``), and may
+    have a reason for each modality.
     """
 
     reasons: Mapping[str, str] = MappingProxyType({})
@@ -35,9 +33,7 @@ class RetryableError(TaggingError):
 class FetchRetryable(RetryableError):
     """A download failed in a way that may pass.
 
-    Attributes:
-        retry_after_s: How long the server asks to be left alone; None when it does not say.
-        unreachable: The host was not reached at all: its other files will not be had either.
+    `retry_after_s` is what the server asks for; of an unreachable host no other file will be had.
     """
 
     retry_after_s: float | None = None

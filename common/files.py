@@ -73,13 +73,9 @@ def new_file(path: Path, *, sync: bool = True, shared: bool = False) -> Iterator
 
     Args:
         path: The name it gets; its folder is made.
-        sync: Survive a power cut. It costs a few milliseconds for each file: False where a
-            broken file is recognised and made again.
+        sync: Survive a power cut, which costs a few milliseconds for each file.
         shared: Several processes may write this file at once. Each writes a part with a name of
             its own, which stays if the process is killed; otherwise the next writer reuses it.
-
-    Raises:
-        OSError: It cannot be written; the old content is intact.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{secrets.token_hex(8)}.part") if shared else part_of(path)

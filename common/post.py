@@ -45,13 +45,9 @@ def streams_of(modalities: Iterable[Modality]) -> tuple[Stream, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Reason of a failure.
+    """Reason of a failure: error class, one line for a person, and whether it may pass.
 
-    Attributes:
-        stage: ``message``, ``load``, ``fetch``, ``decode``, ``extract``, ``fuse`` or ``store``.
-        type: Name of the error class, for example ``MediaError``.
-        message: One line for a person.
-        retryable: Whether a later attempt may succeed.
+    The stage is ``message``, ``load``, ``fetch``, ``decode``, ``extract``, ``fuse`` or ``store``.
     """
 
     stage: str

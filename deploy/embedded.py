@@ -46,12 +46,9 @@ _STEP_S = 0.02
 
 @dataclass(frozen=True)
 class ServiceKind:
-    """One kind of embedded service.
+    """One kind of embedded service, and its URL with ``{port}``.
 
-    Attributes:
-        prepare: ``(folder, port)`` -> ``(argv, marker)``; writes what the server needs.
-        ping: Returns True when a server of this kind answers on the port.
-        url: Its URL, with ``{port}``.
+    ``prepare`` takes folder and port, writes what the server needs, and returns argv and a marker.
     """
 
     name: str
@@ -142,12 +139,8 @@ KINDS: dict[str, ServiceKind] = {
 class Service:
     """One started server as `services.json` holds it.
 
-    A PID alone proves nothing: after a crash the system gives it to another process. A process is
-    ours when its PID, its start time and a marker in its command line are those recorded.
-
-    Attributes:
-        started_at: Unix time in seconds at which the system says that it started.
-        marker: Text in its command line, for example its data folder.
+    A PID alone proves nothing: the system gives it to another process later. A process is ours
+    when PID, start time (Unix) and a marker in its command line are those recorded.
     """
 
     name: str

@@ -21,12 +21,9 @@ _GONE_FAULTS = {10: "no such program", 70: "not running"}
 
 @dataclass(frozen=True)
 class Program:
-    """State of one program, in supervisord's words.
+    """State of one program in supervisord's words: ``RUNNING``, ``BACKOFF``, ``EXITED``, ...
 
-    Attributes:
-        state: ``RUNNING``, ``STARTING``, ``BACKOFF``, ``STOPPING``, ``EXITED``, ``FATAL``, ...
-        pid: 0 when it does not run.
-        started_at: Unix time of its last start, whole seconds.
+    The PID is 0 when it does not run; the time of its last start is in whole Unix seconds.
     """
 
     state: str

@@ -40,8 +40,7 @@ log = structlog.get_logger()
 class BrokerThread:
     """The broker's thread; methods that other threads call only append to a deque or set a flag.
 
-    The deque needs no bound of its own: each delivery is acknowledged once, the broker hands over
-    no more than ``broker.prefetch`` of them, and one batch of retries is published at a time.
+    ``broker.prefetch`` bounds the deque: each delivery is acknowledged once.
     """
 
     def __init__(

@@ -44,12 +44,7 @@ Bundle: TypeAlias = tuple[str, str]
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A delivered message that asks to begin its post.
-
-    Attributes:
-        payload: Body of the message, as text.
-        redelivered: True when the broker delivered this message before.
-    """
+    """A delivered message that asks to begin its post; the payload is its body as text."""
 
     message: PostMessage
     payload: str
@@ -58,12 +53,9 @@ class Claim:
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """Verdict: the post is loaded and its attempt is recorded.
+    """Verdict: the post is loaded from the document of this ID, and its attempt is recorded.
 
-    Attributes:
-        document_id: ``_id`` of the document that the post was read from.
-        attempt: 1 for the first.
-        received_at: Arrival of its message, seconds since the epoch.
+    The first attempt is 1; its message came at ``received_at``, seconds since the epoch.
     """
 
     post: Post
@@ -125,9 +117,7 @@ Verdict: TypeAlias = Started | Settled | HeldElsewhere | Rejected | WriteRefused
 class Tagged:
     """Outcome: the attempt gave tags.
 
-    Attributes:
-        ended_at: Seconds since the epoch. A write that is repeated because its reply was lost is
-            the same write to the byte, and changes nothing.
+    A write is repeated when its reply was lost: with the time of the end it is the same write.
     """
 
     started: Started
@@ -190,12 +180,10 @@ Outcome: TypeAlias = Tagged | Retry | Dead | Released | Unreadable
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One document of the jobs collection.
+    """One document of the jobs collection; times are seconds since the epoch.
 
-    Attributes:
-        post_id: ID of the post; ``message:<digest>`` for a message that names none.
-        last_error: ``{stage, type, message}`` of the latest failed attempt.
-        due_at: Seconds since the epoch, as are the other times.
+    The ID is the post's, or ``message:<digest>`` for a message that names none. The last error is
+    ``{stage, type, message}`` of the latest failed attempt.
     """
 
     post_id: str
@@ -260,15 +248,9 @@ def number(value: object) -> float:
 
 @dataclass(frozen=True, slots=True)
 class ClaimContext:
-    """The King that works on jobs, with its rules.
+    """The King that works on jobs, with its rules; a claim holds for ``lease_s`` without renewal.
 
-    Attributes:
-        owner: This King's name, unique per process.
-        bundle: Bundle that it tags with.
-        now: Seconds since the epoch.
-        retry: Attempts at one post.
-        lease_s: Time for which a claim holds without being renewed.
-        is_dead: Returns True when the King of this name is dead for certain, whatever its lease.
+    ``is_dead`` returns True when the King of a name is dead for certain, whatever its lease.
     """
 
     owner: str

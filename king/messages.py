@@ -50,11 +50,9 @@ _DECOMPRESSORS: dict[str, Callable[[], Any]] = {
 
 @dataclass(frozen=True, slots=True)
 class PostMessage:
-    """One post to tag.
+    """One post to tag, sooner with a higher priority (0 to 9).
 
-    Attributes:
-        priority: 0 to 9; a higher number is served sooner.
-        force: Tag again even when this bundle has tagged the post already.
+    With ``force`` it is tagged again even when this bundle has tagged it already.
     """
 
     post_id: str

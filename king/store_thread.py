@@ -99,8 +99,7 @@ class _Post:
 class InFlight:
     """Posts in flight with the deliveries that asked for them; safe between threads.
 
-    A second message for a post in flight joins the first; all are acknowledged together once its
-    outcome is written.
+    All messages of a post are acknowledged together once its outcome is written.
     """
 
     def __init__(self) -> None:

@@ -265,10 +265,9 @@ class Labels:
 def tagged(
     ran: PostTags, *, labels: Labels | None = None, hide: Callable[[str], str] = str
 ) -> dict[str, Any]:
-    """Return the answer to ``POST /v1/tag``: the result's document, as `insighttag tag` prints it.
+    """Return the answer to ``POST /v1/tag``, with the scores of all classes where labels are given.
 
-    With ``labels`` it has the scores of all classes; ``hide`` replaces the server's own paths in
-    messages. Raises BundleError when the names cannot be read, or are not those of the model.
+    ``hide`` replaces the server's own paths in messages. Raises BundleError for unfit labels.
     """
     features, tags = ran.features, ran.tags
     failures = {

@@ -79,11 +79,7 @@ def _secrets(url: str) -> set[str]:
 class Delivery:
     """One message in hand; it belongs to this process until `ack` or `requeue`.
 
-    Attributes:
-        body: The publisher's bytes, whatever their content type.
-        token: The broker's name for the message, unique within a generation.
-        generation: Number of the connection that it came over.
-        redelivered: True if it may have been delivered before.
+    The token is the broker's name for it, unique within its generation (connection).
     """
 
     body: bytes
@@ -143,9 +139,7 @@ class Broker(ABC):
         """Connect, or connect again; consuming goes on if it had begun.
 
         With ``declare`` a missing queue is created and an existing one checked; without, the
-        connection is a probe, on which every refusal means wrong settings. Raises
-        BrokerUnavailable, and ConfigError when the credentials are refused or the queue has other
-        arguments.
+        connection is a probe, on which every refusal means wrong settings (ConfigError).
         """
         self._drop()
         self._is_probe = not declare

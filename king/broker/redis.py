@@ -80,10 +80,8 @@ def _is_refusal(error: BaseException) -> bool:
 class RedisBroker(Broker):
     """A queue in Redis (``redis://``, ``rediss://``) that cannot lose a message.
 
-    A script takes a message from its list and records it as unacknowledged in one step, so it is
-    at any time either in its list or in the hash, under a lease that `drain` renews. When a lease
-    has run out, any consumer of the queue puts the message back: to the end of the queue, since
-    it may be what killed its consumer.
+    A script takes a message from its list and records it under a lease in one step. When that has
+    run out, any consumer puts the message back: to the end, since it may have killed its consumer.
     """
 
     errors: ClassVar[ClientErrors] = ClientErrors(

@@ -129,10 +129,7 @@ class StoreClient:
 
     @contextmanager
     def edge(self) -> Iterator[None]:
-        """Map the errors that pymongo raises inside the block.
-
-        StoreRefused: a write is refused for good, or a value has no BSON; else StoreUnavailable.
-        """
+        """Map the errors of pymongo to StoreRefused (for good) or StoreUnavailable."""
         try:
             yield
         except WriteError as error:

@@ -52,8 +52,7 @@ _RETRY_SOON_S = 0.5
 class Store:
     """Posts, jobs and results; only the store thread calls it.
 
-    Every method but `close` raises `StoreUnavailable` when the database does not answer: call it
-    again with the same arguments.
+    After a `StoreUnavailable`, any method may be called again with the same arguments.
     """
 
     def __init__(self, client: StoreClient) -> None:
