@@ -107,11 +107,12 @@ def _make_posts(layout: Layout) -> None:
 def _extract(layout: Layout, settings: Settings) -> None:
     """Extract features of all posts; again when the extractors have changed since."""
     from demo.features import extract_posts
-    from demo.stamps import Stamp, digest, source_digest
+    from demo.stages import Stamp, digest, source_digest
 
     features = digest(settings.features.model_dump(mode="json"), source_digest(Path("extractors")))
     weights = digest(*(_weights(settings)))
-    stamp = Stamp.of(layout.stamps, "features", digest(features, weights), (layout.features,))
+    inputs = digest(features, weights)
+    stamp = Stamp(layout.root / "stamps" / "features.json", inputs, (layout.features,))
     if stamp.valid:
         return
     stamp.clear()

@@ -108,8 +108,7 @@ def pure_seconds(settings: Settings, posts: list[Post], runs: int) -> dict[str, 
 
 def daemon_rates(settings: Settings, layout: Layout, n_posts: int, runs: int) -> list[float]:
     """Return posts per second of each run, from publishing to the last result in the database."""
-    from demo.media_server import MediaServer
-    from demo.online import PostBox, daemon, publish_and_wait
+    from demo.online import PostBox, daemon, media_server, publish_and_wait
 
     source = layout.posts("online")
     log = layout.root / "bench.log"
@@ -117,13 +116,13 @@ def daemon_rates(settings: Settings, layout: Layout, n_posts: int, runs: int) ->
     rates = []
     try:
         with (
-            MediaServer(source.parent) as media,
+            media_server(source.parent) as url,
             daemon(["--config", str(CONFIG)], settings, log) as child,
             tempfile.TemporaryDirectory() as folder,
         ):
             for number in range(-1, runs):  # run -1 warms up
                 copies = _copies(source, Path(folder) / "posts.json", n_posts, number)
-                ids = box.put(copies, media.url)
+                ids = box.put(copies, url)
                 _, seconds = publish_and_wait(settings, box, ids, child, log)
                 if number >= 0:
                     rates.append(n_posts / seconds)

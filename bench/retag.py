@@ -29,8 +29,7 @@ from common.logs import configure_logs
 from config.load import load_settings
 from config.settings import Settings
 from demo.__main__ import CONFIG, ROOT
-from demo.media_server import MediaServer
-from demo.online import alive, daemon
+from demo.online import alive, daemon, media_server
 from deploy import embedded
 from king.broker.connect import publish_posts
 from king.messages import PostMessage
@@ -214,8 +213,8 @@ def measure(count: int, more: Sequence[str]) -> dict[str, Any]:
 
 
 def _both(bench: Bench, child: Any, count: int) -> tuple[Pass, Pass]:
-    with MediaServer(ROOT / "posts") as media:
-        found = documents(count + WARM_UP, media.url)
+    with media_server(ROOT / "posts") as url:
+        found = documents(count + WARM_UP, url)
         bench.posts.insert_many(found)
         warm, ids = [d["_id"] for d in found[:WARM_UP]], [d["_id"] for d in found[WARM_UP:]]
 

@@ -1,6 +1,6 @@
 """The walk of docs/data.md: from a database of 1,000 posts, 100 of them broken, to a bundle.
 
-The posts are made with real media, spoilt in the ways of `demo.posts.broken`, served on
+The posts are made with real media, spoilt in the ways of `walk_rig.broken`, served on
 loopback, and put into a MongoDB-protocol server. Then every command of docs/data.md runs in its
 order. It fails where a command fails, where a broken post is not named with its reason by the
 step that should find it, or where one that is not broken is named.
@@ -21,10 +21,9 @@ from typing import Any
 
 from results_file import FOLDER, write_results
 from walk_rig import docs, named
+from walk_rig.broken import cut_lines
 from walk_rig.kills import kill_all
 from walk_rig.platform import Platform, platform
-
-from demo.posts.broken import cut_lines
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "data.md"

@@ -101,8 +101,7 @@ def _tag(
     options: CommandLine, layout: Layout, settings: Settings
 ) -> tuple[dict[str, Mapping[str, Any]], float]:
     """Let the daemon tag the online posts; gives results and the seconds it took."""
-    from demo.media_server import MediaServer
-    from demo.online import PostBox, daemon, publish_and_wait
+    from demo.online import PostBox, daemon, media_server, publish_and_wait
 
     sys.stderr.write("daemon\n")
     command = ["--config", str(options.config)]
@@ -111,8 +110,8 @@ def _tag(
     posts, log = layout.posts("online"), layout.daemon_log
     box = PostBox(settings.store)
     try:
-        with MediaServer(posts.parent) as media:
-            ids = box.put(posts, media.url)
+        with media_server(posts.parent) as url:
+            ids = box.put(posts, url)
             with daemon(command, settings, log) as child:
                 return publish_and_wait(settings, box, ids, child, log)
     finally:
@@ -126,8 +125,7 @@ def _conclude(
     seconds: float,
     started: float,
 ) -> int:
-    from demo.evaluate import evaluate
-    from demo.report import show_posts, show_summary, write_report
+    from demo.evaluate import evaluate, show_posts, show_summary, write_report
     from demo.training import LABELS
     from fusion.data.data_file import read_whole_posts
 

@@ -1,7 +1,8 @@
-"""Stage: features of every post, by the same code as the daemon's, into feature files."""
+"""Stages: the words in pictures, and the features of every post, by the daemon's own code."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,19 +10,53 @@ from common.post import Post
 from config.settings import Settings
 from demo.layout import Layout
 from demo.parallel import map_items
+from demo.posts.plan import Split
 from fusion.data.data_file import read_whole_posts
 
-_runner: Any = None
-_layout: Layout | None = None
+# Loaded once in each process of `map_items`: its extractors, and what they need.
+_loaded: Any = None
+
+
+def read_pictures(layout: Layout, settings: Settings, splits: tuple[Split, ...]) -> None:
+    """Write each split's data file again, with `ocr` filled in: for vocabulary and features.
+
+    Raises:
+        ConfigError: OCR is not installed, or a data file is wrong.
+    """
+    posts = [(split, post) for split in splits for post in read_whole_posts(layout.posts(split))]
+    texts = map_items("words in pictures", _read, [p for _, p in posts], _load_ocr, (settings,))
+    words = {(split, p.post_id): text for (split, p), text in zip(posts, texts, strict=True)}
+    for split in splits:
+        entries = json.loads(layout.posts(split).read_text(encoding="utf-8"))
+        for entry in entries:
+            entry["ocr"] = words[split, entry["post_id"]]
+        content = json.dumps(entries, ensure_ascii=False, indent=1) + "\n"
+        layout.read(split).write_text(content, encoding="utf-8")
+
+
+def _load_ocr(settings: Settings) -> None:
+    global _loaded  # noqa: PLW0603
+    from extractors.suite import ExtractorSuite
+
+    suite = ExtractorSuite(settings.features, names=("ocr",), threads=1)
+    suite.load()
+    _loaded = settings, suite
+
+
+def _read(post: Post) -> str:
+    from extractors.media.decode import decode_media
+
+    settings, suite = _loaded
+    lines = []
+    for media in post.media:
+        if media.kind == "image" or (media.kind == "video" and settings.features.ocr.frames):
+            decoded = decode_media(media.kind, media.source, settings.features, settings.decode)
+            lines.append(str(suite.run("ocr", [decoded.pictures])[0]).strip())
+    return "\n".join(line for line in lines if line)
 
 
 def extract_features(layout: Layout, settings: Settings) -> None:
-    """Extract all splits; the online posts from their raw media, words in pictures included.
-
-    Raises:
-        ConfigError: A backbone is missing.
-        NothingUsable: No modality of a post can be used.
-    """
+    """Extract all splits; the online posts from their raw media, words in pictures included."""
     files = (layout.read("train"), layout.read("valid"), layout.posts("online"))
     extract_posts(layout, settings, [post for file in files for post in read_whole_posts(file)])
 
@@ -33,24 +68,23 @@ def extract_posts(layout: Layout, settings: Settings, posts: Sequence[Post]) -> 
         ConfigError: A backbone is missing.
         NothingUsable: No modality of a post can be used.
     """
-    map_items("features", _extract, posts, _setup, (layout, settings))
+    map_items("features", _extract, posts, _load_runner, (layout, settings))
 
 
-def _setup(layout: Layout, settings: Settings) -> None:
-    global _runner, _layout  # noqa: PLW0603  loaded once in each process
+def _load_runner(layout: Layout, settings: Settings) -> None:
+    global _loaded  # noqa: PLW0603
     import torch
 
     from workers.local import local_runner
 
     torch.set_num_threads(1)
-    _layout = layout
-    _runner = local_runner(settings, fuse=False)
-    _runner.start()
+    runner = local_runner(settings, fuse=False)
+    runner.start()
+    _loaded = layout, runner
 
 
 def _extract(post: Post) -> None:
     from extractors.feature_file import write_features
 
-    if _layout is None:
-        raise RuntimeError("_setup comes first")
-    write_features(_layout.features, _runner.run(post).features, dict(_runner.fingerprints))
+    layout, runner = _loaded
+    write_features(layout.features, runner.run(post).features, dict(runner.fingerprints))

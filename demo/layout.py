@@ -9,9 +9,6 @@ from pathlib import Path
 from demo.posts.make import DATA_FILE
 from demo.posts.plan import Split
 
-READ_FILE = "posts_read.json"
-"""The data file next to `DATA_FILE` whose posts also carry what was read in their pictures."""
-
 
 @dataclass(frozen=True)
 class Layout:
@@ -25,26 +22,21 @@ class Layout:
 
     def read(self, split: Split) -> Path:
         """Return the data file of a split, with the words of its pictures."""
-        return self.root / "posts" / split / READ_FILE
-
-    @property
-    def stamps(self) -> Path:
-        """Return the folder of the stamps, one per stage."""
-        return self.root / "stamps"
+        return self.posts(split).with_name("posts_read.json")
 
     @property
     def features(self) -> Path:
-        """Root of the feature files."""
+        """Return the root of the feature files."""
         return self.root / "features"
 
     @property
     def training(self) -> Path:
-        """Return checkpoints and log of the fusion training."""
+        """Return the folder of checkpoints and logs of the trainings."""
         return self.root / "training"
 
     @property
     def daemon_log(self) -> Path:
-        """Standard error of the daemon."""
+        """Return the file of the daemon's standard error."""
         return self.root / "daemon.log"
 
     @property
@@ -55,15 +47,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Number of posts and length of the trainings.
-
-    Attributes:
-        posts: Of each split.
-        epochs: Of each backbone.
-        batch_size: Posts in a batch of each backbone's training.
-        learning_rate: Of each backbone.
-        fusion_epochs: Of the fusion model.
-    """
+    """Number of posts of each split, and length of the trainings."""
 
     posts: Mapping[Split, int] = field(
         default_factory=lambda: {"train": 1300, "valid": 150, "online": 60}

@@ -1,4 +1,4 @@
-"""The daemon as a child process, the posts it is given, and what the database says of them."""
+"""The daemon as a child process, its posts and their media, and what the database says of them."""
 
 from __future__ import annotations
 
@@ -7,26 +7,48 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from pymongo import MongoClient
-from pymongo.errors import PyMongoError
-
-from common.errors import StoreUnavailable, TaggingError, one_line
+from common.errors import TaggingError
 from common.progress import progress_bar
-from common.urls import redact
 from config.settings import Settings, StoreSettings
 from king.broker.connect import publish_posts
 from king.messages import PostMessage
 from king.status import read_health
+from king.store.client import StoreClient
 
 START_TIMEOUT_S = 240.0
 STALL_TIMEOUT_S = 120.0
 _POLL_S = 0.1
 _STOP_S = 30.0
+
+
+class _Files(SimpleHTTPRequestHandler):
+    def log_message(self, format: str, *args: Any) -> None:
+        """Say nothing: the daemon logs its own downloads."""
+
+    def list_directory(self, path: Any) -> None:
+        """Serve files only."""
+        self.send_error(404)
+
+
+@contextlib.contextmanager
+def media_server(folder: Path) -> Iterator[str]:
+    """Serve a folder on a free port of 127.0.0.1, so that downloads are real; yields its URL."""
+    handler = partial(_Files, directory=str(folder))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, name="media", daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
 
 
 @contextlib.contextmanager
@@ -99,12 +121,7 @@ class PostBox:
 
     def __init__(self, settings: StoreSettings) -> None:
         """Describe it; connects on first use."""
-        self._settings = settings
-        self._client: MongoClient[dict[str, Any]] = MongoClient(
-            settings.url, serverSelectionTimeoutMS=int(settings.timeout_s * 1000)
-        )
-        database = self._client[settings.database]
-        self._posts, self._jobs = database[settings.collection], database[settings.jobs_collection]
+        self._client = StoreClient(settings)
 
     def put(self, file: Path, url: str) -> list[str]:
         """Write a data file's posts without result, their media as URLs; gives their IDs.
@@ -114,10 +131,11 @@ class PostBox:
         """
         entries = json.loads(file.read_text(encoding="utf-8"))
         ids = [str(entry["post_id"]) for entry in entries]
-        with self._edge():
-            self._jobs.delete_many({"_id": {"$in": ids}})  # of an earlier run that was cut short
-            self._posts.delete_many({"_id": {"$in": ids}})
-            self._posts.insert_many([_document(entry, url, self._settings) for entry in entries])
+        client = self._client
+        with client.edge():
+            client.jobs.delete_many({"_id": {"$in": ids}})  # of a run that was cut short
+            client.posts.delete_many({"_id": {"$in": ids}})
+            client.posts.insert_many([_document(entry, url, client.settings) for entry in entries])
         return ids
 
     def results(self, post_ids: Sequence[str]) -> dict[str, Mapping[str, Any]]:
@@ -126,35 +144,26 @@ class PostBox:
         Raises:
             StoreUnavailable: The database cannot be reached.
         """
-        path = self._settings.result_path
-        with self._edge():
-            found = list(self._posts.find({"_id": {"$in": list(post_ids)}}))
+        path = self._client.settings.result_path
+        with self._client.edge():
+            found = list(self._client.posts.find({"_id": {"$in": list(post_ids)}}))
         return {str(document["_id"]): document[path] for document in found if document.get(path)}
 
     def close(self) -> None:
         """Close the connection."""
         self._client.close()
 
-    @contextlib.contextmanager
-    def _edge(self) -> Iterator[None]:
-        try:
-            yield
-        except PyMongoError as error:
-            reason = one_line(error, 200)
-            raise StoreUnavailable(f"{redact(self._settings.url)}: {reason}") from error
-
 
 def _document(entry: Mapping[str, Any], url: str, settings: StoreSettings) -> dict[str, Any]:
     fields = settings.fields
-    document: dict[str, Any] = {"_id": entry["post_id"], fields.text: entry["text"]}
-    document[fields.labels] = entry["labels"]
-    for key, path in (
-        ("images", fields.images),
-        ("videos", fields.videos),
-        ("audios", fields.audios),
-    ):
-        document[path] = [f"{url}/{name}" for name in entry[key]]
-    return document
+    document = {
+        "_id": entry["post_id"],
+        fields.text: entry["text"],
+        fields.labels: entry["labels"],
+    }
+    media = {"images": fields.images, "videos": fields.videos, "audios": fields.audios}
+    urls = {path: [f"{url}/{name}" for name in entry[key]] for key, path in media.items()}
+    return document | urls
 
 
 def publish_and_wait(

@@ -9,7 +9,7 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.context import SpawnContext
 from typing import Any, TypeVar
 
@@ -44,7 +44,7 @@ def run_jobs(jobs: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]) -> dic
         Name -> what the function gave.
     """
     channel = _CONTEXT.Queue()
-    with _pool(min(len(jobs), cores()), channel) as pool, progress_bars() as bars:
+    with process_pool(min(len(jobs), cores()), channel) as pool, progress_bars() as bars:
         shown = {name: bars.add(name) for name in jobs}
         futures: dict[Future[Any], str] = {
             pool.submit(function, *arguments): name for name, (function, arguments) in jobs.items()
@@ -53,8 +53,10 @@ def run_jobs(jobs: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]) -> dic
         open_ = set(futures)
         while open_:
             done, open_ = wait(open_, timeout=_POLL_S, return_when=FIRST_COMPLETED)
-            for name, count, total, note in _drain(channel):
-                shown[name].update(count, note, total)
+            with suppress(queue.Empty):
+                while True:
+                    name, count, total, note = channel.get_nowait()
+                    shown[name].update(count, note, total)
             for future in done:
                 results[futures[future]] = future.result()
     return results
@@ -76,17 +78,22 @@ def map_items(
         setup: Run once in every process with ``arguments``, for what is costly to load.
         arguments: Of ``setup``.
     """
-    with _pool(min(len(items), cores()), None, setup, arguments) as pool:
+    with process_pool(min(len(items), cores()), None, setup, arguments) as pool:
         return list(track(pool.map(function, items, chunksize=4), title, len(items)))
 
 
 @contextmanager
-def _pool(
+def process_pool(
     processes: int,
-    channel: Any,
+    channel: Any = None,
     setup: Callable[..., None] | None = None,
     arguments: tuple[Any, ...] = (),
 ) -> Iterator[ProcessPoolExecutor]:
+    """Yield a pool whose processes end with the block, at once when it fails.
+
+    Raises:
+        TaggingError: A process was killed.
+    """
     threads = max(1, cores() // max(1, processes))
     pool = ProcessPoolExecutor(
         processes,
@@ -123,11 +130,3 @@ def _begin(
     cv2.setNumThreads(1)
     if setup is not None:
         setup(*arguments)
-
-
-def _drain(channel: Any) -> Iterator[tuple[str, int, int, str]]:
-    while True:
-        try:
-            yield channel.get_nowait()
-        except queue.Empty:
-            return

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from demo.posts.broken import WAYS, Plant, Step
+from walk_rig.broken import WAYS, Plant, Step
 
 FILES: Mapping[Step, tuple[str, ...]] = {
     "pull": ("posts.rejected.jsonl",),

@@ -17,11 +17,11 @@ from pymongo import MongoClient
 from config.load import load_settings
 from config.settings import Settings
 from demo.__main__ import CONFIG
-from demo.posts import broken
-from demo.posts.broken import Plant
 from demo.posts.make import make_posts
 from demo.posts.plan import plan_posts
 from deploy import embedded
+from walk_rig import broken
+from walk_rig.broken import Plant
 from walk_rig.site import Site
 
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import shutil
-import signal
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import TypedDict
 
 import numpy as np
 
+from common.files import write_whole
+from demo.parallel import process_pool
 from demo.posts.plan import PostPlan
 
 DATA_FILE = "posts.json"
@@ -134,22 +133,8 @@ def make_posts(folder: Path, plans: Sequence[PostPlan], processes: int) -> Itera
     shutil.rmtree(media, ignore_errors=True)
     media.mkdir(parents=True)
     entries = []
-    # spawn: forked threads of OpenCV and FFmpeg may hang
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_begin)
-    try:
+    with process_pool(processes) as pool:
         for entry in pool.map(make_post, [folder] * len(plans), plans, chunksize=8):
             entries.append(entry)
             yield entry
-    finally:
-        pool.shutdown(cancel_futures=True)  # Ctrl-C does not wait for what has not begun
-    partial = data_file.with_suffix(".tmp")
-    partial.write_text(json.dumps(entries, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    partial.replace(data_file)
-
-
-def _begin() -> None:
-    import cv2
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
-    cv2.setNumThreads(1)
+    write_whole(data_file, json.dumps(entries, ensure_ascii=False, indent=1) + "\n")

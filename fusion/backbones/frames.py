@@ -6,7 +6,6 @@ import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,15 +14,11 @@ from lightning_fabric import Fabric
 from common.errors import ConfigError, FeatureError, MediaError
 from common.files import new_file
 from common.progress import progress_bar
+from config.settings import VideoSettings
 from config.train import BackboneTrainSettings
-from fusion.backbones.media import (
-    Chance,
-    FrameExtractor,
-    MediaDataset,
-    MediaItems,
-    MediaPost,
-    all_media,
-)
+from extractors.media.decode import read_frames
+from extractors.models.visual import VideoExtractor
+from fusion.backbones.media import MediaItems, MediaPost, all_media
 
 
 class FrameStore:
@@ -34,15 +29,10 @@ class FrameStore:
         self.dim = dim
 
     def has(self, path: Path) -> bool:
-        """Return whether a video's features are stored."""
         return self._place(path).exists()
 
     def write(self, path: Path, features: npt.NDArray[np.float16]) -> None:
-        """Keep the features ``(frames, dim)`` of a video; the file is whole or not there.
-
-        Raises:
-            ConfigError: The file cannot be written.
-        """
+        """Keep the features ``(frames, dim)`` of a video; the file is whole or not there."""
         place = self._place(path)
         try:
             with new_file(place, sync=False, shared=True) as file:
@@ -51,11 +41,7 @@ class FrameStore:
             raise ConfigError(f"{place}: cannot be written: {error}") from error
 
     def read(self, path: Path) -> npt.NDArray[np.float16]:
-        """Return the features ``(frames, dim)`` of a video.
-
-        Raises:
-            FeatureError: They are not there, or broken.
-        """
+        """Return the features ``(frames, dim)`` of a video."""
         place = self._place(path)
         try:
             found: npt.NDArray[np.float16] = np.load(place, allow_pickle=False)
@@ -75,25 +61,6 @@ class FrameStore:
         return self._folder / name[:2] / f"{name}.npy"
 
 
-class FrameDataset(MediaDataset):
-    """Posts with the features of their videos' frames, float16 ``(n, frames, dim)``."""
-
-    def __init__(
-        self,
-        posts: Sequence[MediaPost],
-        classes: int,
-        store: FrameStore,
-        *,
-        max_items: int,
-        seed: int | None = None,
-    ) -> None:
-        super().__init__(posts, classes, max_items=max_items, seed=seed)
-        self._store = store
-
-    def item(self, path: Path, chance: Chance | None) -> npt.NDArray[Any]:
-        return self._store.read(path)
-
-
 def extract_frames(
     settings: BackboneTrainSettings,
     reader: MediaItems,
@@ -107,34 +74,38 @@ def extract_frames(
         ConfigError: The model cannot be loaded, or a file cannot be written.
         MediaError: A video cannot be decoded.
     """
-    backbone, options = settings.backbone, settings.tsn
-    opened = reader.extractor(
-        backbone.arch,
-        weights,
-        size=backbone.image_size,
-        frames=options.frames,
-        device=_device(fabric),
+    device = str(fabric.device) if fabric.device.type == "cuda" else "cpu"
+    video = VideoSettings(
+        arch=settings.backbone.arch,
+        weights=str(weights),
+        image_size=settings.backbone.image_size,
+        frames=settings.tsn.frames,
+        short_clips="repeat",
     )
-    with opened as extract:
-        folder = settings.trainer.save_dir / "frames"
-        store = FrameStore(folder, extract.fingerprint, extract.dim)
-        todo = [found for found in all_media(posts) if not store.has(found[1])]
+    extractor = VideoExtractor(video, device)
+    extractor.load()
+    try:
+        store = FrameStore(
+            settings.trainer.save_dir / "frames", extractor.fingerprint, extractor.dim
+        )
+        todo = [(post_id, path) for post_id, path in all_media(posts) if not store.has(path)]
         mine = todo[fabric.global_rank :: fabric.world_size]
         shown = settings.trainer.progress and fabric.is_global_zero
         with progress_bar("frames", len(mine), enabled=shown) as bar:
             for post_id, path in mine:
-                store.write(path, _features(extract, post_id, path))
+                try:
+                    pixels = read_frames(
+                        path,
+                        count=video.frames,
+                        side=video.image_size,
+                        limits=reader.limits,
+                        mode=video.decode,
+                    )
+                except MediaError as error:
+                    raise MediaError(f"post {post_id}: {path}: {error}") from error
+                [features] = extractor.forward([extractor.preprocess(pixels)])
+                store.write(path, features)
                 bar.advance()
+    finally:
+        extractor.close()
     return store
-
-
-def _features(extract: FrameExtractor, post_id: str, path: Path) -> npt.NDArray[np.float16]:
-    try:
-        return extract(path)
-    except MediaError as error:
-        raise MediaError(f"post {post_id}: {path}: {error}") from error
-
-
-def _device(fabric: Fabric) -> str:
-    device = fabric.device
-    return "cpu" if device.type == "cpu" else f"cuda:{device.index or 0}"

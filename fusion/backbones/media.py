@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,17 +19,17 @@ from common.errors import ConfigError, MediaError
 from common.post import Stream
 from common.progress import notice, progress_bar
 from config.labels import LabelMap
-from config.settings import DecodeSettings, VideoSettings
+from config.settings import DecodeSettings
 from config.train import BackboneTrainSettings
 from extractors.media.decode import read_frames
 from extractors.media.pictures import read_pictures, squash
-from extractors.models.visual import VideoExtractor, segments
-from fusion.backbones.augment import augment
+from extractors.models.visual import segments
 from fusion.data.collate import Batch
 from fusion.data.data_file import MEDIA_KEYS, beside, entries, parse_post
 from fusion.train.distributed import all_ranks, gathered
 from fusion.train.prepare import Skipped
 
+Kind: TypeAlias = Literal["picture", "clip", "patch"]
 MediaName: TypeAlias = Literal["images", "videos"]
 Pixels: TypeAlias = npt.NDArray[np.uint8]
 Chance: TypeAlias = np.random.Generator
@@ -69,66 +68,6 @@ class MediaItems:
         """
         found = read_frames(path, count=count, side=size, limits=self.limits, random=random)
         return found[segments(len(found), count)]
-
-    @contextmanager
-    def extractor(
-        self, arch: str, weights: Path, *, size: int, frames: int, device: str
-    ) -> Iterator[FrameExtractor]:
-        """Yield the video extractor with trained weights, loaded inside the block.
-
-        Raises:
-            ConfigError: It cannot be loaded.
-        """
-        settings = VideoSettings(
-            arch=arch,
-            weights=str(weights),
-            image_size=size,
-            frames=frames,
-            short_clips="repeat",
-        )
-        found = FrameExtractor(settings, self.limits, device)
-        try:
-            yield found
-        finally:
-            found.close()
-
-
-class FrameExtractor:
-    """Features of a video's frames, of the very extractor that serves them.
-
-    Attributes:
-        fingerprint: Of the features.
-        dim: Length of a frame's.
-    """
-
-    def __init__(self, settings: VideoSettings, limits: DecodeSettings, device: str) -> None:
-        self._settings, self._limits = settings, limits
-        self._extractor = VideoExtractor(settings, device)
-        self._extractor.load()
-        self.fingerprint: str = self._extractor.fingerprint
-        self.dim: int = self._extractor.dim
-
-    def __call__(self, path: Path) -> npt.NDArray[np.float16]:
-        """Return features ``(frames, dim)`` of a video file.
-
-        Raises:
-            MediaError: The file cannot be decoded.
-            FeatureError: The model gave values that are not finite.
-        """
-        pixels = read_frames(
-            path,
-            count=self._settings.frames,
-            side=self._settings.image_size,
-            limits=self._limits,
-            mode=self._settings.decode,
-        )
-        [features] = self._extractor.forward([self._extractor.preprocess(pixels)])
-        rows: npt.NDArray[np.float16] = features
-        return rows
-
-    def close(self) -> None:
-        """Free the model."""
-        self._extractor.close()
 
 
 @dataclass(frozen=True)
@@ -300,20 +239,29 @@ class MediaSample:
 
 
 class MediaDataset(Dataset[Any], ABC):
-    """Posts whose media are read when they are asked for, by a subclass."""
+    """Posts whose media are made ready when they are asked for, by a subclass.
+
+    Attributes:
+        targets: float32 ``(posts, classes)`` of 0 and 1.
+    """
 
     def __init__(
-        self, posts: Sequence[MediaPost], classes: int, *, max_items: int, seed: int | None
+        self,
+        posts: Sequence[tuple[str, Any]],
+        targets: npt.NDArray[np.float32],
+        *,
+        max_items: int,
+        seed: int | None = None,
     ) -> None:
         """Make one.
 
         Args:
-            posts: With media.
-            classes: Number of tags.
-            max_items: Media of one post.
+            posts: ID of each post, and a sequence of its media; at least one.
+            targets: The true tags.
+            max_items: Media of one post: random ones in training, else evenly spaced ones.
             seed: Of what is drawn in training; None draws nothing.
         """
-        self._posts, self._targets = tuple(posts), targets_of(posts, classes)
+        self._posts, self.targets = tuple(posts), targets
         self._max_items, self._seed = max_items, seed
 
     def __len__(self) -> int:
@@ -321,11 +269,7 @@ class MediaDataset(Dataset[Any], ABC):
         return len(self._posts)
 
     def __getitem__(self, row: int) -> MediaSample:
-        """Return one post.
-
-        Raises:
-            MediaError: One of its files cannot be decoded.
-        """
+        """Return one post; errors are those of `__getitems__`."""
         return self.__getitems__([row])[0]
 
     def __getitems__(self, rows: list[int]) -> list[MediaSample]:
@@ -342,22 +286,30 @@ class MediaDataset(Dataset[Any], ABC):
         return [self._sample(row, chance) for row in rows]
 
     @abstractmethod
-    def item(self, path: Path, chance: Chance | None) -> npt.NDArray[Any]:
-        """Return one media file."""
+    def item(self, medium: Any, chance: Chance | None) -> npt.NDArray[Any]:
+        """Return one medium as the model takes it."""
 
     def _sample(self, row: int, chance: Chance | None) -> MediaSample:
-        post = self._posts[row]
+        post_id, media = self._posts[row]
         items: list[npt.NDArray[Any]] = []
-        for index in _chosen(len(post.paths), self._max_items, chance):
+        for index in _chosen(len(media), self._max_items, chance):
             try:
-                items.append(self.item(post.paths[index], chance))
+                items.append(self.item(media[index], chance))
             except MediaError as error:
-                raise MediaError(f"post {post.post_id}: {post.paths[index]}: {error}") from error
-        return MediaSample(post.post_id, np.stack(items), self._targets[row])
+                raise MediaError(f"post {post_id}: {media[index]}: {error}") from error
+        return MediaSample(post_id, np.stack(items), self.targets[row])
 
 
 class PixelDataset(MediaDataset):
-    """Pictures ``(n, 1, S, S, 3)``, or segments of clips ``(n, segments, S, S, 3)``, uint8."""
+    """Files: pictures ``(n, 1, S, S, 3)``, or segments of clips ``(n, segments, S, S, 3)``, uint8.
+
+    Args:
+        reader: Decodes them.
+        size: Side of the square pictures, in pixels.
+        segments: Of a clip; None for pictures.
+        augmented: Change pictures a little in training.
+        options: Of `MediaDataset`.
+    """
 
     def __init__(
         self,
@@ -367,36 +319,107 @@ class PixelDataset(MediaDataset):
         *,
         size: int,
         segments: int | None,
-        max_items: int,
-        seed: int | None = None,
         augmented: bool = False,
+        **options: Any,
     ) -> None:
-        """Make one.
-
-        Args:
-            posts: With media.
-            classes: Number of tags.
-            reader: Decodes them.
-            size: Side of the square pictures, in pixels.
-            segments: Of a clip; None for pictures.
-            max_items: Media of one post.
-            seed: Of what is drawn in training; None for validation.
-            augmented: Change pictures a little.
-        """
-        super().__init__(posts, classes, max_items=max_items, seed=seed)
+        super().__init__(_media_of(posts), targets_of(posts, classes), **options)
         self._reader, self._size, self._segments = reader, size, segments
         self._augmented = augmented
 
-    def item(self, path: Path, chance: Chance | None) -> Pixels:
-        """Return pixels of one file, uint8 ``(segments or 1, S, S, 3)``."""
+    def item(self, medium: Path, chance: Chance | None) -> Pixels:
         if self._segments is None:
-            pixels = self._reader.picture(path, self._size)[None]
+            pixels = self._reader.picture(medium, self._size)[None]
         else:
-            pixels = self._reader.frames(path, self._size, self._segments, chance)
-        if chance is None or not self._augmented:
-            return pixels
-        changed = augment(pixels.astype(np.float32), "clip", chance)
-        return np.rint(changed).astype(np.uint8)
+            pixels = self._reader.frames(medium, self._size, self._segments, chance)
+        return pixels if chance is None or not self._augmented else augment(pixels, "clip", chance)
+
+
+class FrameDataset(MediaDataset):
+    """Videos' features of frames, float16 ``(n, frames, dim)``, from where they are stored."""
+
+    def __init__(
+        self,
+        posts: Sequence[MediaPost],
+        classes: int,
+        read: Callable[[Path], npt.NDArray[np.float16]],
+        **options: Any,
+    ) -> None:
+        super().__init__(_media_of(posts), targets_of(posts, classes), **options)
+        self._read = read
+
+    def item(self, medium: Path, chance: Chance | None) -> npt.NDArray[np.float16]:
+        return self._read(medium)
+
+
+class ArrayDataset(MediaDataset):
+    """Items that are in memory, as their extractor takes them; changed a little in training.
+
+    Pictures uint8 ``(n, 1, S, S, 3)``, clips in the order of their frames uint8
+    ``(n, frames, S, S, 3)``, patches of sound float32 ``(n, 1, 96, 64, 1)``.
+
+    Args:
+        items: One array of each post: pictures ``(n, S, S, 3)``, clips ``(n, frames, S, S, 3)``,
+            patches ``(n, 96, 64)``. Posts with n = 0 are left out.
+        targets: float32 ``(posts, classes)``.
+        options: Of `MediaDataset`.
+    """
+
+    def __init__(
+        self,
+        kind: Kind,
+        items: Sequence[npt.NDArray[Any]],
+        targets: npt.NDArray[np.float32],
+        **options: Any,
+    ) -> None:
+        rows = [row for row in range(len(items)) if len(items[row])]
+        super().__init__([(str(row), items[row]) for row in rows], targets[rows], **options)
+        self._kind = kind
+
+    def item(self, medium: npt.NDArray[Any], chance: Chance | None) -> npt.NDArray[Any]:
+        array: npt.NDArray[Any] = medium
+        if chance is not None:
+            array = augment(medium, self._kind, chance)
+        if self._kind == "clip":
+            return array
+        return array[None, ..., None] if self._kind == "patch" else array[None]
+
+
+def augment(item: npt.NDArray[Any], kind: Kind, chance: Chance) -> npt.NDArray[Any]:
+    """Shift an item a little and change light or loudness; one draw for all frames of a clip.
+
+    Nothing is mirrored: which way things point or move may be what the label is about.
+
+    Args:
+        item: Pixels uint8 ``(..., S, S, 3)``, or a log-mel patch float32 ``(96, 64)``.
+        kind: What the item is.
+        chance: Source of chance.
+
+    Returns:
+        Of the same shape and dtype.
+    """
+    if kind == "patch":
+        louder = np.float32(chance.uniform(-0.7, 0.7))  # log amplitude
+        shifted: npt.NDArray[np.float32] = np.roll(item, int(chance.integers(-10, 11)), 0) + louder
+        band = int(chance.integers(0, 60))
+        shifted[:, band : band + int(chance.integers(0, 5))] = shifted.mean()
+        return shifted
+    size = item.shape[-2]
+    reach = max(1, size // 16)
+    down, right = (int(v) for v in chance.integers(-reach, reach + 1, 2))
+    # Shifted by index, the border repeated: no black edges that a model could read.
+    ys = np.clip(np.arange(size) + down, 0, size - 1)
+    xs = np.clip(np.arange(size) + right, 0, size - 1)
+    moved = item[..., ys[:, None], xs[None, :], :]
+    # A table of the 256 levels: far less work than arithmetic on every pixel.
+    levels = np.arange(256, dtype=np.float32) - 127.5
+    lit = levels * np.float32(chance.uniform(0.8, 1.2)) + 127.5 + chance.uniform(-20, 20)
+    table: npt.NDArray[np.uint8] = np.rint(np.clip(lit, 0, 255)).astype(np.uint8)
+    changed: npt.NDArray[np.uint8] = table[moved]
+    return changed
+
+
+def _media_of(posts: Sequence[MediaPost]) -> list[tuple[str, Any]]:
+    return [(post.post_id, post.paths) for post in posts]
 
 
 class CollateMedia:

@@ -1,11 +1,12 @@
-"""A timm backbone with a head that tags posts from their pictures, clips or patches."""
+"""Backbones with a head that tags posts from their pictures, clips, sound or texts."""
 
 from __future__ import annotations
 
 import difflib
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save
@@ -15,11 +16,10 @@ from common.errors import ConfigError, one_line
 from common.files import write_whole
 from config.settings import LstmSizes
 from extractors.models.visual import AttentionLstm
-from fusion.backbones.augment import Kind
-from fusion.backbones.media import STREAM, best_of_post
+from fusion.backbones.media import STREAM, Kind, best_of_post
 from fusion.data.collate import Batch
+from fusion.train.objective import Objective
 
-Pooling: TypeAlias = Literal["max", "mean"]
 # Cells a side that tell where something moves. It is the size of a layer's output: weights trained
 # with this one do not fit another.
 _GRID = 7
@@ -144,93 +144,70 @@ def where_it_moves(clips: torch.Tensor) -> torch.Tensor:
     return torch.where(total > _STILL, above / total.clamp(min=1e-6), 0.0)
 
 
-class PostTagger(nn.Module):
-    """Backbone, temporal head for clips, classifier, and pooling over a post's items."""
-
-    def __init__(
-        self, backbone: nn.Module, kind: Kind, size: tuple[int, int], classes: int, pooling: Pooling
-    ) -> None:
-        super().__init__()
-        self.backbone, self.kind, self.pooling = backbone, kind, pooling
-        self.normalize = Normalize(backbone, kind)
-        self.dim = _feature_dim(backbone, kind, size)
-        self.motion = MotionHead(self.dim) if kind == "clip" else None
-        width = self.motion.dim if self.motion is not None else self.dim
-        self.dropout = nn.Dropout(0.2)
-        self.classify = nn.Linear(width, classes)
-
-    def start_at(self, frequencies: torch.Tensor) -> None:
-        """Let the untrained classifier predict each class's frequency ``(classes,)``."""
-        _start_at(self.classify, frequencies)
-
-    def features(self, items: torch.Tensor) -> torch.Tensor:
-        """Backbone features ``(items, dim)``, for clips ``(items, m, dim)``."""
-        if self.kind != "clip":
-            pixels = self.normalize(items).contiguous(memory_format=torch.channels_last)
-            return torch.as_tensor(self.backbone(pixels))
-        clips, frames = items.shape[:2]
-        flat = self.normalize(items.flatten(0, 1))  # (clips·m, 3, S, S)
-        found = self.backbone(flat.contiguous(memory_format=torch.channels_last))
-        return torch.as_tensor(found).view(clips, frames, -1)  # (clips, m, dim)
-
-    def forward(
-        self, items: torch.Tensor, owners: torch.Tensor, posts: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return logits of posts, and a loss that the items teach without labels.
-
-        Args:
-            items: As in `demo.backbone_data.ItemBatch`.
-            owners: int64 ``(items,)``.
-            posts: Number of posts in the batch.
-
-        Returns:
-            float32 ``(posts, classes)``, and a scalar: for clips `MotionHead.lesson`, else 0.
-        """
-        vectors = self.features(items).float()
-        lesson = vectors.new_zeros(())
-        with torch.autocast(vectors.device.type, enabled=False):
-            if self.motion is not None:
-                lesson = self.motion.lesson(vectors, items)
-                vectors = self.motion(vectors)
-            scores = self.classify(self.dropout(vectors))  # (items, classes)
-        where = owners[:, None].expand_as(scores)
-        empty = scores.new_full((posts, scores.shape[1]), float("-inf"))
-        reduce = "amax" if self.pooling == "max" else "mean"
-        return empty.scatter_reduce(0, where, scores, reduce, include_self=False), lesson
-
-
 class MediaTagger(nn.Module):
     """Backbone -> dropout -> classifier -> mean over segments -> best of the post's media.
 
-    A picture is a clip of one segment. The labels belong to posts, so a post's score is that of
-    its best medium (multiple-instance learning).
+    A picture or a patch of sound is a clip of one segment. Clips whose order tells go through a
+    `MotionHead` instead of the mean. The labels belong to posts, so a post's score is that of its
+    best medium (multiple-instance learning).
 
     Source: TSN (arXiv 1608.00859), segments with an averaging consensus.
     """
 
-    def __init__(self, backbone: nn.Module, size: int, classes: int, dropout: float) -> None:
+    def __init__(
+        self,
+        backbone: nn.Module,
+        size: tuple[int, int],
+        classes: int,
+        dropout: float,
+        kind: Kind = "picture",
+    ) -> None:
         super().__init__()
         self.backbone = backbone
-        self.normalize = Normalize(backbone, "picture")
-        self.dim = _feature_dim(backbone, "picture", (size, size))
+        self.normalize = Normalize(backbone, kind)
+        self.dim = _feature_dim(backbone, kind, size)
+        self.motion = MotionHead(self.dim) if kind == "clip" else None
         self.dropout = nn.Dropout(dropout)
-        self.classify = nn.Linear(self.dim, classes)
+        self.classify = nn.Linear(self.motion.dim if self.motion else self.dim, classes)
 
     def start_at(self, frequencies: torch.Tensor) -> None:
         """Let the untrained classifier predict each class's frequency ``(classes,)``."""
-        _start_at(self.classify, frequencies)
+        start_at(self.classify, frequencies)
 
     def forward(self, batch: Batch) -> torch.Tensor:
-        """Return logits float32 ``(posts, classes)`` of uint8 ``(posts, n, segments, S, S, 3)``."""
+        """Return logits float32 ``(posts, classes)`` of ``(posts, n, segments, H, W, chans)``."""
+        return self.outputs(batch)[0]
+
+    def outputs(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the logits, and for ordered clips the loss `MotionHead.lesson`, else 0."""
         mask = batch.masks[STREAM]  # (posts, n)
-        media = batch.tokens[STREAM][mask]  # (media, segments, S, S, 3)
+        media = batch.tokens[STREAM][mask].float()  # (media, segments, H, W, channels)
         count, segments = media.shape[:2]
-        flat = media.flatten(0, 1).permute(0, 3, 1, 2)  # (media·segments, 3, S, S)
-        pixels = self.normalize(flat.float()).contiguous(memory_format=torch.channels_last)
-        scores = self.classify(self.dropout(self.backbone(pixels)))
-        # (media·segments, classes) -> (media, segments, classes) -> (media, classes)
-        consensus = scores.float().view(count, segments, -1).mean(dim=1)
-        return best_of_post(consensus, mask, self.classify.bias)
+        media = media.permute(0, 1, 4, 2, 3)  # (media, segments, channels, H, W)
+        pixels = self.normalize(media.flatten(0, 1))  # (media * segments, channels, H, W)
+        vectors = self.backbone(pixels.contiguous(memory_format=torch.channels_last))
+        lesson = vectors.new_zeros(())
+        if self.motion is None:
+            scores = self.classify(self.dropout(vectors))
+            # (media * segments, classes) -> (media, segments, classes) -> (media, classes)
+            scores = scores.float().view(count, segments, -1).mean(dim=1)
+        else:
+            frames = vectors.float().view(count, segments, -1)  # (media, segments, dim)
+            lesson = self.motion.lesson(frames, media)
+            scores = self.classify(self.dropout(self.motion(frames)))
+        return best_of_post(scores.float(), mask, self.classify.bias), lesson
+
+
+class MediaObjective(Objective):
+    """The loss of a `MediaTagger`, and what its media teach without labels."""
+
+    model: MediaTagger
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        logits, lesson = self.model.outputs(batch)
+        # The lesson counts as much as all classes together: the loss is their mean.
+        total: torch.Tensor = self.loss(logits, batch.targets) + lesson / logits.shape[1]
+        return total
 
 
 class LstmTagger(nn.Module):
@@ -243,22 +220,13 @@ class LstmTagger(nn.Module):
 
     def start_at(self, frequencies: torch.Tensor) -> None:
         """Let the untrained classifier predict each class's frequency ``(classes,)``."""
-        _start_at(self.classify, frequencies)
+        start_at(self.classify, frequencies)
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Return logits float32 ``(posts, classes)`` from tokens ``(posts, videos, n, dim)``."""
         mask = batch.masks[STREAM]  # (posts, videos)
         scores = self.classify(self.lstm(batch.tokens[STREAM][mask].float()))
         return best_of_post(scores.float(), mask, self.classify.bias)
-
-
-def save_lstm(lstm: AttentionLstm, out: Path, about: dict[str, str]) -> None:
-    """Write the state_dict that ``features.video.lstm.weights`` loads, whole or not at all.
-
-    Raises:
-        OSError: The file cannot be written.
-    """
-    _save(lstm, out, "lstm", about)
 
 
 def _feature_dim(backbone: nn.Module, kind: Kind, size: tuple[int, int]) -> int:
@@ -272,27 +240,26 @@ def _feature_dim(backbone: nn.Module, kind: Kind, size: tuple[int, int]) -> int:
     return int(found.shape[1])
 
 
-def save_backbone(backbone: nn.Module, out: Path, about: dict[str, str]) -> None:
-    """Write the backbone's state_dict, whole or not at all.
+def save_weights(model: nn.Module, out: Path, key: str, about: Mapping[str, object]) -> None:
+    """Write the state_dict that an extractor loads, whole or not at all.
 
     Args:
-        backbone: A timm model with ``num_classes=0``.
+        model: A timm model with ``num_classes=0``, or an `AttentionLstm`.
         out: Path of the ``.safetensors`` file.
-        about: Kept in the file's header as JSON under ``backbone``.
+        key: ``backbone`` or ``lstm``.
+        about: Kept in the file's header as JSON under the key, values as texts.
 
     Raises:
         OSError: The file cannot be written.
     """
-    _save(backbone, out, "backbone", about)
-
-
-def _save(model: nn.Module, out: Path, key: str, about: dict[str, str]) -> None:
     state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    texts = {name: str(value) for name, value in about.items()}
     # One key: safetensors writes several in random order, and equal weights must be equal files.
-    write_whole(out, save(state, metadata={key: json.dumps(about, sort_keys=True)}))
+    write_whole(out, save(state, metadata={key: json.dumps(texts, sort_keys=True)}))
 
 
-def _start_at(classifier: nn.Linear, frequencies: torch.Tensor) -> None:
+def start_at(classifier: nn.Linear, frequencies: torch.Tensor) -> None:
+    """Let an untrained classifier predict each class's frequency ``(classes,)``."""
     nn.init.normal_(classifier.weight, std=0.01)
     with torch.no_grad():
         # Clamped: the logit of a class that no post or every post has is infinite.

@@ -18,28 +18,30 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from lightning_fabric import Fabric
 from torch import nn
 
 from common.errors import ConfigError
 from config.train import BackboneTrainSettings, LossSettings, OptimizerSettings, TrainerSettings
-from fusion.backbones.frames import FrameDataset, extract_frames
+from fusion.backbones.frames import extract_frames
 from fusion.backbones.media import (
     CollateMedia,
+    FrameDataset,
     MediaDataset,
     MediaItems,
     PixelDataset,
     Posts,
     prepare,
-    targets_of,
 )
 from fusion.backbones.model import (
     LstmTagger,
+    MediaObjective,
     MediaTagger,
     create_backbone,
-    save_backbone,
-    save_lstm,
+    save_weights,
 )
 from fusion.data.collate import Collate
 from fusion.data.loading import default_loaders
@@ -50,7 +52,7 @@ from fusion.train.distributed import all_ranks
 from fusion.train.losses import TaggingLoss
 from fusion.train.objective import Objective
 from fusion.train.run_folder import link_latest, located, run_folder
-from fusion.train.trainer import TrainData, Trainer
+from fusion.train.trainer import OnEpochEnd, TrainData, Trainer
 
 
 @dataclass(frozen=True)
@@ -165,17 +167,16 @@ class _Task:
         def model() -> nn.Module:
             size = (backbone.image_size, backbone.image_size)
             made = create_backbone(backbone.arch, "picture", size, backbone.weights)
-            tagger = MediaTagger(made, backbone.image_size, classes, backbone.dropout)
+            tagger = MediaTagger(made, size, classes, backbone.dropout)
             return tagger.to(memory_format=torch.channels_last)
 
         def save(tagger: MediaTagger, out: Path) -> None:
-            side = str(backbone.image_size)
+            side = backbone.image_size
             about = {"arch": backbone.arch, "kind": "picture", "height": side, "width": side}
-            save_backbone(tagger.backbone, out, about)
+            save_weights(tagger.backbone, out, "backbone", about)
 
-        return run.train(
-            self._data(train, valid or None), self.posts, model, save, self._weights(file)
-        )
+        data = self._data(train, valid or None)
+        return run.train(data, train.targets, model, save, self._weights(file))
 
     def lstm(self, frames_weights: Path, start: Start | None) -> StageReport:
         """Extract the frames of every clip with the trained model, and train the LSTM on them."""
@@ -198,24 +199,18 @@ class _Task:
         optimizer = settings.optimizer.model_copy(update=rate)
         run = self._run("lstm", trainer, optimizer, start)
         build = partial(
-            FrameDataset, classes=classes, store=store, max_items=settings.data.max_items
+            FrameDataset, classes=classes, read=store.read, max_items=settings.data.max_items
         )
         train = build(self.posts.train, seed=run.seed)
         valid = self.posts.valid and build(self.posts.valid)
 
         def save(tagger: LstmTagger, out: Path) -> None:
             sizes = options.model_dump(include={"projection", "hidden", "join", "width"})
-            about = {key: str(size) for key, size in sizes.items()}
-            save_lstm(tagger.lstm, out, {**about, "frames_dim": str(store.dim)})
+            save_weights(tagger.lstm, out, "lstm", {**sizes, "frames_dim": store.dim})
 
         model = partial(LstmTagger, store.dim, options, classes)
-        return run.train(
-            self._data(train, valid or None),
-            self.posts,
-            model,
-            save,
-            self._weights("video_lstm.safetensors"),
-        )
+        data, files = self._data(train, valid or None), self._weights("video_lstm.safetensors")
+        return run.train(data, train.targets, model, save, files)
 
     def _weights(self, file: str) -> tuple[Path, Path]:
         """Return where weights are written: in the run's folder, and where extractors load them."""
@@ -230,10 +225,10 @@ class _Task:
         trainer: TrainerSettings,
         optimizer: OptimizerSettings,
         start: Start | None,
-    ) -> _Run:
+    ) -> BackboneRun:
         signed = _signature(self.settings, self.posts, name)
         seed = _seed(self.fabric, trainer, start)
-        return _Run(name, self.fabric, trainer, optimizer, signed, seed, start)
+        return BackboneRun(name, self.fabric, trainer, optimizer, signed, seed, start)
 
     def _data(self, train: MediaDataset, valid: MediaDataset | None) -> TrainData:
         loaders = self.settings.data.loaders
@@ -244,53 +239,79 @@ class _Task:
 
 
 @dataclass(frozen=True)
-class _Run:
+class BackboneRun:
+    """The training of one model, by the one training loop.
+
+    Attributes:
+        name: Of the stage, for the report.
+        signature: Of what its checkpoints fit.
+        start: None begins from scratch.
+    """
+
     name: str
     fabric: Fabric
     trainer: TrainerSettings
     optimizer: OptimizerSettings
     signature: str
     seed: int
-    start: Start | None
+    start: Start | None = None
+    on_epoch_end: OnEpochEnd | None = None
 
     def train(
         self,
         data: TrainData,
-        posts: Posts,
+        targets: npt.NDArray[np.float32],
         build: Callable[[], Any],
         save: Callable[[Any, Path], None],
-        files: tuple[Path, Path],
+        files: tuple[Path, ...],
     ) -> StageReport:
-        """Train a model, and save what the extractors load."""
+        """Train a model, and save what the extractors load.
+
+        Args:
+            data: The posts.
+            targets: Of the training posts, ``(posts, classes)``.
+            build: Makes the model: `start_at`, and a `Batch` in, logits ``(posts, classes)`` out.
+            save: Writes what an extractor loads.
+            files: Where; the report names the last one.
+
+        Raises:
+            ConfigError: The loss is not finite, or a file cannot be written.
+        """
         started = time.monotonic()
-        targets = torch.from_numpy(targets_of(posts.train, len(posts.labels)))
+        truth = torch.from_numpy(targets)
         torch.manual_seed(self.seed)
         model = build()
-        model.start_at(targets.mean(dim=0))
+        model.start_at(truth.mean(dim=0))
         trainer = Trainer(
-            self.fabric, self.trainer, self.optimizer, signature=self.signature, seed=self.seed
+            self.fabric,
+            self.trainer,
+            self.optimizer,
+            signature=self.signature,
+            seed=self.seed,
+            on_epoch_end=self.on_epoch_end,
         )
-        objective = Objective(model, TaggingLoss(LossSettings(), targets.sum(dim=0)))
+        kind = MediaObjective if isinstance(model, MediaTagger) else Objective
+        objective = kind(model, TaggingLoss(LossSettings(), truth.sum(dim=0)))
         progress = trainer.fit(objective, data, self.start)
-        found: dict[str, float] = {}
+        scores: dict[str, float] = {}
         if data.valid is not None:
-            found = metrics.summary(*trainer.scores(model, data, data.valid))
+            scores = metrics.summary(*trainer.scores(model, data, data.valid))
         if self.fabric.is_global_zero:
             for out in files:
                 try:
                     save(model, out)
                 except OSError as error:
                     raise ConfigError(f"{out}: cannot be written: {error}") from error
-        trainer.log.write("weights", file=str(files[1]), best_epoch=progress.best_epoch, **found)
+        trainer.log.write("weights", file=str(files[-1]), best_epoch=progress.best_epoch, **scores)
         self.fabric.barrier()
         return StageReport(
             name=self.name,
-            weights=files[1],
-            metrics=found,
+            weights=files[-1],
+            metrics=scores,
             best_epoch=progress.best_epoch,
             epochs=progress.epoch,
             parameters=sum(p.numel() for p in model.parameters()),
-            posts=len(posts.train),
+            posts=data.train_count,
             seconds=time.monotonic() - started,
         )
 

@@ -12,12 +12,11 @@ import requests
 from config.labels import LabelMap
 from config.load import load_settings
 from demo.__main__ import main
-from demo.layout import Sizes
-from demo.lesson import Lesson
-from demo.media_server import MediaServer
+from demo.backbones import train_backbone
+from demo.layout import Layout, Sizes
+from demo.online import media_server
 from demo.parallel import map_items, run_jobs, tell
-from demo.stamps import Stamp
-from demo.text_backbone import train_text
+from demo.stages import Stamp
 from extractors.models.text import TextExtractor
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,12 +42,11 @@ def _nothing() -> None:
 def test_a_stage_is_done_only_with_its_inputs_and_outputs(tmp_path: Path) -> None:
     """Other inputs, a missing output, or a cleared stamp: the stage runs again."""
     output = tmp_path / "output"
-    stamp = Stamp.of(tmp_path / "stamps", "stage", "inputs", [output])
-    assert Stamp.of(tmp_path / "stamps", "stage", "inputs", [output]) == stamp
+    stamp = Stamp(tmp_path / "stage.json", "inputs", (output,))
     stamp.write()
     found: list[bool] = [stamp.valid]
     output.touch()
-    found += [stamp.valid, Stamp.of(tmp_path / "stamps", "stage", "others", [output]).valid]
+    found += [stamp.valid, Stamp(stamp.path, "others", (output,)).valid]
     stamp.clear()
     assert [*found, stamp.valid] == [False, True, False, False]
 
@@ -57,8 +55,7 @@ def test_media_are_served_on_loopback_and_nothing_else(tmp_path: Path) -> None:
     """A file comes as it is; folders are not listed; afterwards the port is closed."""
     (tmp_path / "media").mkdir()
     (tmp_path / "media" / "a.bin").write_bytes(b"abc")
-    with MediaServer(tmp_path) as server:
-        url = server.url
+    with media_server(tmp_path) as url:
         assert requests.get(f"{url}/media/a.bin", timeout=5).content == b"abc"
         assert requests.get(f"{url}/media/", timeout=5).status_code == 404
     with pytest.raises(requests.ConnectionError):
@@ -79,15 +76,16 @@ def test_the_text_backbone_is_a_folder_that_the_extractor_loads(tmp_path: Path) 
         {"post_id": str(i), "labels": ["travel"], "text": text, "ocr": "SALE"}
         for i, text in enumerate(("the hotel by the sea", "老城旁边的酒店", "A plain day."))
     ]
-    data = tmp_path / "posts.json"
-    data.write_text(json.dumps(posts), encoding="utf-8")
+    layout = Layout(tmp_path)
+    layout.read("train").parent.mkdir(parents=True)
+    layout.read("train").write_text(json.dumps(posts), encoding="utf-8")
     folder = tmp_path / "text"
     settings = load_settings(
         ROOT / "config/demo.yaml",
         [f"features.text.arch={folder}", f"features.text.weights={folder}"],
     )
     labels = LabelMap.load(ROOT / "config/idx2name_cls24.json")
-    train_text(Lesson(data, data, settings, Sizes(), labels))
+    train_backbone("text", layout, settings, Sizes(), labels)
     extractor = TextExtractor(settings.features.text)
     extractor.load()
     ids = [extractor.preprocess(text) for text in ("The hotel", "酒店", "sale", "sdlx")]

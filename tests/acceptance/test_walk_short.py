@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from walk_rig.broken import WAYS, Site, cut_lines, plant
 
-from demo.posts.broken import WAYS, Site, cut_lines, plant
 from tests.support.media import grey_steps, write_video
 from tests.support.services import MongoServer, unavailable
 

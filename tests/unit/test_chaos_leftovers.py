@@ -7,11 +7,10 @@ import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
+from chaos_rig.leftovers import Watch
 
-ROOT = Path(__file__).resolve().parents[2]
 SHM = Path("/dev/shm")
 HOLD = """
 import mmap, sys
@@ -36,11 +35,8 @@ def names() -> Iterator[tuple[Path, Path]]:
 
 
 def test_a_killed_process_leaves_its_file_and_a_foreign_file_is_not_counted(
-    names: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+    names: tuple[Path, Path],
 ) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "bench"))
-    from chaos_rig.leftovers import Watch
-
     ours, foreign = names
     watch = Watch()
     child = subprocess.Popen(
@@ -59,6 +55,6 @@ def test_a_killed_process_leaves_its_file_and_a_foreign_file_is_not_counted(
     assert _files(watch) == []
 
 
-def _files(watch: Any) -> list[str]:
+def _files(watch: Watch) -> list[str]:
     """Return the leftovers in /dev/shm; other tests of this process may hold arenas."""
     return [name for name in watch.segments() if name.startswith("/")]

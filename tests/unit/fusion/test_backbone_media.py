@@ -61,7 +61,7 @@ def test_consensus_is_the_mean_over_segments_and_the_best_over_media() -> None:
     """A post's logits, written out: each frame alone, mean of a clip, highest of the clips."""
     torch.manual_seed(0)
     tagger = MediaTagger(
-        create_backbone(TINY_CNN, "picture", (SIZE, SIZE), "scratch"), SIZE, 3, 0.5
+        create_backbone(TINY_CNN, "picture", (SIZE, SIZE), "scratch"), (SIZE, SIZE), 3, 0.5
     )
     tagger.eval()
     chance = np.random.default_rng(0)

@@ -116,7 +116,9 @@ def test_pictures_become_the_image_extractors_weights(
     picture = MediaItems().picture(posts / "pictures" / "0-0.jpg", SIZE)
     [found] = extractor.forward([picture[None]])
     best = torch.load(out / "latest" / "ckpt" / "best.pt", weights_only=True)["model"]
-    tagger = MediaTagger(create_backbone(TINY_CNN, "picture", (SIZE, SIZE), "scratch"), SIZE, 3, 0)
+    tagger = MediaTagger(
+        create_backbone(TINY_CNN, "picture", (SIZE, SIZE), "scratch"), (SIZE, SIZE), 3, 0
+    )
     tagger.load_state_dict(best)
     tagger.eval()
     with torch.inference_mode():

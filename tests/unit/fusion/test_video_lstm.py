@@ -13,7 +13,7 @@ import torch
 from config.settings import LstmSizes, VideoLstmSettings
 from extractors.models.visual import AttentionLstm, VideoLstm
 from fusion.backbones.media import STREAM
-from fusion.backbones.model import LstmTagger, save_backbone, save_lstm
+from fusion.backbones.model import LstmTagger, save_weights
 from fusion.data.collate import Batch
 
 SIZES = LstmSizes(projection=6, hidden=5, join=9, width=7)
@@ -25,9 +25,9 @@ def test_saved_weights_load_in_the_extractor(tmp_path: Path) -> None:
     torch.manual_seed(1)
     model = AttentionLstm(DIM, SIZES)
     out = tmp_path / "weights" / "video_lstm.safetensors"
-    save_lstm(model, out, {"frames_dim": "11"})
+    save_weights(model, out, "lstm", {"frames_dim": "11"})
     first = out.read_bytes()
-    save_lstm(model, out, {"frames_dim": "11"})
+    save_weights(model, out, "lstm", {"frames_dim": "11"})
     assert out.read_bytes() == first
     served = VideoLstm(VideoLstmSettings(**SIZES.model_dump(), weights=str(out)), "cpu")
     served.load_for(DIM, "frames")
@@ -37,12 +37,12 @@ def test_saved_weights_load_in_the_extractor(tmp_path: Path) -> None:
 
 def save_frames(out: Path) -> None:
     """A small model of pictures."""
-    save_backbone(torch.nn.Linear(3, 2), out, {"arch": "linear"})
+    save_weights(torch.nn.Linear(3, 2), out, "backbone", {"arch": "linear"})
 
 
 def save_videos(out: Path) -> None:
     """A small model of videos."""
-    save_lstm(AttentionLstm(DIM, SIZES), out, {"frames_dim": "11"})
+    save_weights(AttentionLstm(DIM, SIZES), out, "lstm", {"frames_dim": "11"})
 
 
 @pytest.mark.parametrize("save", [save_frames, save_videos])

@@ -1,0 +1,116 @@
+"""A small BERT and its vocabulary out of posts' own texts, for a platform without a model."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from common.files import part_of
+from fusion.backbones.media import STREAM, Chance, MediaDataset
+from fusion.backbones.model import start_at
+from fusion.data.collate import Batch
+
+_DIM, _LAYERS, _HEADS, _POSITIONS = 64, 2, 4, 128
+_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+_LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
+
+
+class TextDataset(MediaDataset):
+    """Texts as token IDs int64 ``(1, tokens)``, padded with 0 to the longest of all."""
+
+    def __init__(
+        self, tokenizer: Any, texts: Sequence[str], targets: npt.NDArray[np.float32]
+    ) -> None:
+        ids = tokenizer(list(texts), padding=True, truncation=True, return_tensors="np")
+        rows = [(str(i), row[None]) for i, row in enumerate(ids["input_ids"])]
+        super().__init__(rows, targets, max_items=1)
+
+    def item(self, medium: npt.NDArray[np.int64], chance: Chance | None) -> npt.NDArray[np.int64]:
+        return medium
+
+
+class TextTagger(nn.Module):
+    """BERT -> classifier of each token -> the best token of each class."""
+
+    def __init__(self, vocabulary: int, classes: int) -> None:
+        from transformers import BertConfig, BertModel
+
+        super().__init__()
+        config = BertConfig(
+            vocab_size=vocabulary,
+            hidden_size=_DIM,
+            num_hidden_layers=_LAYERS,
+            num_attention_heads=_HEADS,
+            intermediate_size=2 * _DIM,
+            max_position_embeddings=_POSITIONS,
+        )
+        bert: Any = BertModel(config, add_pooling_layer=False)
+        self.bert, self.classify = bert, nn.Linear(_DIM, classes)
+
+    def start_at(self, frequencies: torch.Tensor) -> None:
+        """Let the untrained classifier predict each class's frequency ``(classes,)``."""
+        start_at(self.classify, frequencies)
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """Return logits ``(texts, classes)`` of token IDs ``(texts, 1, tokens)``."""
+        ids = batch.tokens[STREAM][:, 0]  # (texts, tokens)
+        ids = ids[:, : int((ids != 0).sum(dim=1).max())]
+        mask = ids != 0
+        states = self.bert(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+        # (texts, tokens, classes) -> (texts, classes): one word may be all that tells.
+        logits: torch.Tensor = (
+            self.classify(states).masked_fill(~mask[:, :, None], -1e4).amax(dim=1)
+        )
+        return logits
+
+
+def make_tokenizer(texts: Iterable[str], max_tokens: int) -> Any:
+    """Return a WordPiece tokenizer: every word seen, and letters for those not seen.
+
+    Chinese is split into its characters, as BERT does.
+    """
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    normalizer = normalizers.BertNormalizer(lowercase=True)
+    splitter = pre_tokenizers.BertPreTokenizer()
+    words = {
+        word for t in texts for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(t))
+    }
+    letters = [*_LETTERS, *(f"##{letter}" for letter in _LETTERS)]
+    entries = [*_SPECIAL, *letters, *sorted(words - set(letters))]
+    vocabulary = {entry: i for i, entry in enumerate(entries)}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))  # noqa: S106  no secret
+    tokenizer.normalizer = normalizer
+    tokenizer.pre_tokenizer = splitter
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        special_tokens=[("[CLS]", vocabulary["[CLS]"]), ("[SEP]", vocabulary["[SEP]"])],
+    )
+    names = ("pad", "unk", "cls", "sep", "mask")
+    special = {f"{name}_token": f"[{name.upper()}]" for name in names}
+    tokenizer_class: Any = PreTrainedTokenizerFast
+    return tokenizer_class(
+        tokenizer_object=tokenizer, model_max_length=min(max_tokens, _POSITIONS), **special
+    )
+
+
+def save_text(tagger: TextTagger, tokenizer: Any, folder: Path) -> None:
+    """Write the transformers folder that ``features.text.weights`` names."""
+    from transformers.utils import logging
+
+    part = part_of(folder)
+    for old in (part, folder):
+        shutil.rmtree(old, ignore_errors=True)
+    quiet: Any = logging.disable_progress_bar
+    quiet()
+    tagger.bert.save_pretrained(part)
+    tokenizer.save_pretrained(part)
+    part.replace(folder)
