@@ -23,6 +23,10 @@ from tests.support.services import (
     unavailable,
 )
 
+# Small models are no faster on two threads, which only wait for each other; set before torch is
+# imported, and taken over by the processes that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 pytest_plugins = [
     "tests.support.deploy.fixtures",
     "tests.support.fusion.fixtures",

@@ -29,9 +29,6 @@ from tests.support.tiny_models import TINY_CNN, tiny_features
 SIZE = 32
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 @pytest.fixture(scope="module")
 def posts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Data files of pictures and of videos, and their label map."""

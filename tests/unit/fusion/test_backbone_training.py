@@ -30,9 +30,6 @@ SIZE = 32
 LSTM = {"projection": 16, "hidden": 8, "join": 32, "width": 24, "epochs": 4, "batch_size": 6}
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 @pytest.fixture(scope="module")
 def posts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Data files of pictures and of videos, and their label map."""

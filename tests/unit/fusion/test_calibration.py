@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,7 @@ from sklearn.isotonic import IsotonicRegression
 
 from common.errors import BundleError
 from fusion.bundle.bundle import load_bundle
-from fusion.data.dataset import FeatureFiles
 from fusion.infer.inferer import Inferer
-from fusion.metrics import ranking as metrics
 from fusion.metrics.calibration import (
     Isotonic,
     Temperature,
@@ -29,8 +26,6 @@ from fusion.metrics.calibration import (
     fit_temperature,
 )
 from fusion.metrics.thresholds import fit_thresholds, precision_threshold
-from fusion.models import MODELS
-from fusion.train.training import train
 from tests.support.fusion import support
 
 
@@ -236,46 +231,3 @@ def test_a_broken_calibration_is_refused_in_one_line(name: str, tmp_path: Path) 
         load_bundle(tmp_path / "b")
     assert "\n" not in str(caught.value)
     assert str(path) in str(caught.value)
-
-
-# Whole trainings
-
-EPOCHS = {"attention_lstm": 16, "nextvlad_se": 14, "mbt": 12, "concat_mlp": 22, "gmu": 22}
-OPTIONS: dict[str, dict[str, Any]] = {
-    "concat_mlp": {"loss": {"name": "focal", "focal": {"alpha": 0.5}}},
-    "concat_se": {"model": {"concat_se": {"pooling": "nextvlad"}}},
-    "gmu": {"loss": {"name": "asymmetric", "class_balance": 0.9}},
-    "nextvlad_se": {"model": {"auxiliary": 1.0}},
-    "attention_lstm": {"optimizer": {"learning_rate": 0.01}},
-    "mbt": {"loss": {"label_smoothing": 0.1}, "model": {"auxiliary": 0.3}},
-    "token_transformer": {"loss": {"mixup": 0.3}, "optimizer": {"schedule": "one_cycle"}},
-}
-
-
-@pytest.mark.parametrize("name", sorted(MODELS))
-def test_every_model_learns_and_is_served_as_it_was_measured(name: str, tmp_path: Path) -> None:
-    """Planted tags are found on new posts; the bundle's scores give the GAP of the training."""
-    support.write_posts(tmp_path, "train", 120, 1)
-    support.write_posts(tmp_path, "valid", 48, 2)
-    options = dict(OPTIONS[name])
-    model = {**options.pop("model", {}), "name": name}
-    calibration = "isotonic" if name in ("gmu", "mbt") else "temperature"
-    given_settings = support.train_settings(
-        tmp_path,
-        model=model,
-        trainer={"epochs": EPOCHS.get(name, 10), "valid_interval": 0},
-        bundle={"calibration": calibration, "precision": 0.8, "min_positives": 3},
-        **options,
-    )
-    report = train(given_settings, FeatureFiles())
-    assert report.metrics["gap"] > 0.9
-    entries = json.loads((tmp_path / "valid.json").read_text())
-    files = FeatureFiles()
-    posts = [files.features(e["post_id"], tmp_path / e["features"], None) for e in entries]
-    found = Inferer.load(report.bundle).predict(posts)
-    truth = [[n in e["labels"] for n in support.LABELS.names] for e in entries]
-    scores = [tags.scores for tags in found]
-    gap = metrics.global_average_precision(scores, truth)
-    assert gap == pytest.approx(report.metrics["gap"], abs=1e-9)
-    right = [truth[i][tag.id] for i, tags in enumerate(found) for tag in tags.tags]
-    assert np.mean(right) >= 0.8

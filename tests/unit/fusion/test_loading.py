@@ -7,11 +7,15 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 
+from fusion.data.dataset import FeatureFiles, PostDataset
 from fusion.data.loading import DataWait, ahead, default_loaders
-from tests.support.fusion import runs
+from fusion.data.posts import PostList
+from tests.support.fusion import support
 
 
 def test_items_come_in_order_and_are_made_ahead() -> None:
@@ -84,10 +88,25 @@ def test_loaders_fit_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [default_loaders("cuda", n) for n in (1, 2, 8, 16)] == [8, 7, 1, 1]
 
 
-def test_a_training_says_how_long_it_waited(posts: Path) -> None:
-    """In its report and in the log of every epoch; here reading is a small part."""
-    report = runs.run(posts, trainer={"epochs": 2})
-    shares = [e["data_wait"] for e in runs.events(posts) if e["event"] == "epoch"]
-    assert len(shares) == 2
-    assert all(0 <= share < 0.5 for share in shares)
-    assert min(shares) <= report.data_wait <= max(shares)
+def test_kept_features_stay_within_their_budget(few_posts: Path) -> None:
+    """A post that does not fit is read anew each time; what comes is the same."""
+
+    class Counting(FeatureFiles):
+        reads = 0
+
+        def features(self, *given: Any) -> Any:
+            Counting.reads += 1
+            return super().features(*given)
+
+    posts = PostList.read(few_posts / "train.json", support.LABELS)
+    for cache_mb, reads in ((0, 74), (1, 37)):
+        Counting.reads = 0
+        build = PostDataset(
+            posts, Counting(), support.manifest(), support.schema(), cache_mb=cache_mb
+        )
+        first, again = ([build[i] for i in range(37)] for _ in range(2))
+        assert Counting.reads == reads
+        for one, other in zip(first, again, strict=True):
+            assert one.post_id == other.post_id
+            assert one.arrays.keys() == other.arrays.keys()
+            assert all(np.array_equal(one.arrays[s], other.arrays[s]) for s in one.arrays)

@@ -15,7 +15,6 @@ from common.errors import ConfigError
 from config.load import validate
 from config.train import LossSettings, OptimizerSettings, TrainSettings
 from fusion.data.collate import Collate, Sample
-from fusion.data.dataset import FeatureFiles
 from fusion.models import MODELS
 from fusion.train.losses import TaggingLoss
 from fusion.train.objective import Objective
@@ -28,7 +27,6 @@ from fusion.train.optimizer import (
 )
 from fusion.train.run_log import read_run
 from fusion.train.trainer import TrainData, Trainer
-from fusion.train.training import train
 from tests.support.fusion import support
 
 STEPS = 40
@@ -270,17 +268,3 @@ def test_clipping_bounds_the_norm_of_all_gradients_together(tmp_path: Path) -> N
     assert moved[0.01] == pytest.approx(0.01, rel=1e-3)
     assert moved[None] == pytest.approx(moved[1e6], rel=1e-5)
     assert moved[None] > 0.05
-
-
-def test_an_epoch_of_accumulated_batches_takes_fewer_steps(tmp_path: Path) -> None:
-    """The schedule ends where the run does: 40 posts by 8, three together, are two steps."""
-    for name, count in (("train", 40), ("valid", 10)):
-        support.write_posts(tmp_path, name, count, 1)
-    options = {"accumulate": 3, "warm_up": 0.0, "learning_rate": 0.01}
-    given = support.train_settings(
-        tmp_path, optimizer=options, trainer={"epochs": 2, "batch_size": 8, "log_interval": 1}
-    )
-    train(given, FeatureFiles())
-    content = torch.load(tmp_path / "run" / "latest" / "ckpt" / "last.pt", weights_only=True)
-    assert content["schedule"]["last_epoch"] == 4
-    assert content["schedule"]["_last_lr"][0] == pytest.approx(0, abs=1e-9)

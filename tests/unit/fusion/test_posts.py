@@ -167,6 +167,6 @@ def test_a_post_takes_few_bytes(tmp_path: Path) -> None:
         assert len(posts) == count
         return kept, peak
 
-    few, many = kept_and_peak(2_000), kept_and_peak(20_000)
-    assert (many[0] - few[0]) / 18_000 < 60
-    assert (many[1] - few[1]) / 18_000 < 200
+    few, many = kept_and_peak(4_000), kept_and_peak(10_000)
+    assert (many[0] - few[0]) / 6_000 < 60
+    assert (many[1] - few[1]) / 6_000 < 200

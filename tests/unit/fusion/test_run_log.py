@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from common.errors import ConfigError
-from fusion.data.dataset import FeatureFiles
 from fusion.train.run_log import RunLog, read_run
-from fusion.train.training import train
-from tests.support.fusion import support
 
 
 def log(folder: Path, *, tensorboard: bool = True) -> RunLog:
@@ -138,20 +134,3 @@ def test_a_log_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "log").write_text("a file in the way")
     with pytest.raises(ConfigError, match=r"train.jsonl: the log cannot be written"):
         log(tmp_path).begin(steps=1)
-
-
-@pytest.mark.parametrize("on", [True, False])
-def test_training_writes_the_curves(on: bool, tmp_path: Path) -> None:
-    """`trainer.tensorboard` decides; two trainings, the second going on, give one curve."""
-    support.write_posts(tmp_path, "train", 40, 1)
-    support.write_posts(tmp_path, "valid", 16, 2)
-    options: dict[str, Any] = {"tensorboard": on, "log_interval": 1}
-    for epochs_wanted, resume in ((1, None), (2, tmp_path / "run")):
-        settings = support.train_settings(tmp_path, trainer={**options, "epochs": epochs_wanted})
-        train(settings, FeatureFiles(), resume=resume)
-    if not on:
-        assert not (tmp_path / "run" / "latest" / "log" / "tensorboard").exists()
-        return
-    steps = [point.step for point in curves(tmp_path / "run" / "latest").Scalars("step/loss")]
-    assert steps == list(range(1, len(steps) + 1))
-    assert len(curves(tmp_path / "run" / "latest").Scalars("valid/gap")) == 2

@@ -9,6 +9,7 @@ import pytest
 
 from fusion.data.dataset import FeatureFiles
 from fusion.infer.inferer import Inferer
+from fusion.metrics import ranking as metrics
 from fusion.metrics.calibration import fit_calibration
 from fusion.metrics.thresholds import best_f1_threshold, fit_thresholds, precision_threshold
 from fusion.report.predictions import Predictions
@@ -58,6 +59,29 @@ def test_calibration_of_what_says_nothing(kind: str, truth: int, score: float) -
     assert ((found >= 0) & (found <= 1)).all()
     if kind == "isotonic":
         np.testing.assert_array_equal(found, np.full(5, truth, np.float32))
+
+
+def test_a_threshold_lies_between_what_it_parts() -> None:
+    """The best F1 by trying every threshold, and midway between the two scores beside it."""
+    chance = np.random.default_rng(0)
+    for _ in range(20):
+        scores, targets = chance.random(40), chance.random(40) < 0.4
+        found = best_f1_threshold(scores, targets)
+        tried = [metrics.f1_scores(scores[:, None], targets[:, None], t).micro for t in scores]
+        here = metrics.f1_scores(scores[:, None], targets[:, None], found).micro
+        assert here >= max(tried) - 1e-12 or found in (0.05, 0.95)
+    assert best_f1_threshold([0.9, 0.8, 0.3, 0.2], [1, 1, 0, 0]) == pytest.approx(0.55)
+    assert best_f1_threshold([0.9, 0.8], [0, 0]) == 0.5
+
+
+def test_rare_tags_take_the_common_threshold() -> None:
+    scores = np.array([[0.9, 0.2], [0.8, 0.1], [0.3, 0.15], [0.2, 0.05]])
+    targets = np.array([[1, 1], [1, 0], [0, 0], [0, 0]])
+    fitted = fit_thresholds(scores, targets, min_positives=2)
+    assert fitted[0] == pytest.approx(0.55)
+    assert fitted[1] == pytest.approx(best_f1_threshold(scores, targets), abs=1e-6)
+    own = fit_thresholds(scores, targets, min_positives=1)
+    assert own[1] == pytest.approx(0.175)
 
 
 @pytest.mark.parametrize("precision", [None, 0.9])

@@ -32,9 +32,6 @@ POSTS = [
 ]
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 def batch_of(posts: list[Features], *, targets: bool = False) -> Batch:
     """Posts as the model takes them."""
     schema = support.schema()

@@ -1,4 +1,4 @@
-"""``--skip_bad``: what cannot be learned from is counted, listed and left out."""
+"""Bad input to a training: one clear line each, or with ``--skip_bad`` left out and listed."""
 
 from __future__ import annotations
 
@@ -10,9 +10,90 @@ import numpy as np
 import pytest
 
 import train_net
-from common.errors import ConfigError
+from common.errors import ConfigError, TaggingError
 from extractors.feature_file import feature_path, write_features
 from tests.support.fusion import runs, support
+
+ONE: dict[str, Any] = {"epochs": 1}
+
+
+def _entries(folder: Path, change: Any) -> None:
+    file = folder / "train.json"
+    entries = json.loads(file.read_text())
+    change(entries)
+    file.write_text(json.dumps(entries))
+
+
+def _other_fingerprint(folder: Path) -> None:
+    found = support.features("train30", seed=1)
+    write_features(folder / "features", found, {**support.FINGERPRINTS, "audio": "audio-2"})
+
+
+def _not_finite(folder: Path) -> None:
+    found = support.features("train30", seed=1)
+    found.arrays["text"][0, 0] = np.inf
+    write_features(folder / "features", found, support.FINGERPRINTS)
+
+
+MISTAKES: dict[str, tuple[Any, str]] = {
+    "label": (
+        lambda d: _entries(d, lambda e: e[3].update(labels=["nope"])),
+        "post train3: label 'nope' is not in the label map",
+    ),
+    "no file": (
+        lambda d: _entries(d, lambda e: e[3].update(features="features/00/x.safetensors")),
+        "features/00/x.safetensors",
+    ),
+    "no path": (
+        lambda d: _entries(d, lambda e: e[3].pop("features")),
+        "post train3: the data file names no feature file",
+    ),
+    "missing": (lambda d: (d / "valid.json").unlink(), "valid.json: no such data file"),
+    "fingerprint": (_other_fingerprint, "audio was made with audio-2, but audio-1 is needed"),
+    "broken": (
+        lambda d: feature_path(d / "features", "train0").write_bytes(b"x"),
+        "cannot be read as a feature file",
+    ),
+    "not finite": (_not_finite, "post train30: text features are not finite"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_in_the_data_is_one_line(name: str, few_posts: Path) -> None:
+    """The line names the file or post, and no list of skipped posts is written."""
+    spoil, says = MISTAKES[name]
+    spoil(few_posts)
+    with pytest.raises(TaggingError) as caught:
+        runs.run(few_posts, trainer=ONE)
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not list(few_posts.rglob("skipped.jsonl"))
+
+
+def test_a_loss_that_is_no_number_stops_the_run(few_posts: Path) -> None:
+    """The epoch and step are named, and the checkpoints from before are intact."""
+    runs.run(few_posts, trainer=ONE)
+    earlier = (few_posts / "run" / "latest" / "ckpt").resolve()
+    before = {path.name: path.read_bytes() for path in earlier.iterdir()}
+    with pytest.raises(ConfigError, match=r"epoch 1, step \d+: the loss is"):
+        runs.run(few_posts, trainer={"epochs": 3}, optimizer={"learning_rate": 1e30})
+    assert {path.name: path.read_bytes() for path in earlier.iterdir()} == before
+
+
+def test_posts_without_the_modalities_asked_for(tmp_path: Path) -> None:
+    """There is nothing to learn from; the line names the modalities."""
+    for name in ("train", "valid"):
+        entries = []
+        for i in range(4):
+            found = support.features(f"{name}{i}", lengths={"audio": 0, "ocr": 0})
+            path = write_features(tmp_path / "features", found, support.FINGERPRINTS)
+            entries.append({"post_id": found.post_id, "labels": ["tag1"], "features": str(path)})
+        (tmp_path / f"{name}.json").write_text(json.dumps(entries))
+    with pytest.raises(ConfigError, match="no post has features of audio, ocr"):
+        runs.run(tmp_path, data={"modalities": ["audio", "ocr"]})
+
+
+# Left out
 
 BAD = {"train3": "label", "train5": "features", "train9": "features", "train20": "features"}
 BAD |= {"train0": "features", "train31": "features", "valid2": "features"}
@@ -36,12 +117,11 @@ def spoil(folder: Path) -> None:
     write_features(root, found, support.FINGERPRINTS)
 
 
-@pytest.mark.parametrize("loaders", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_bad_posts_are_listed_and_left_out(
-    loaders: int, few_posts: Path, capsys: pytest.CaptureFixture[str]
+    few_posts: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     spoil(few_posts)
-    config = runs.config_file(few_posts, trainer={"epochs": 1}, data={"loaders": loaders})
+    config = runs.config_file(few_posts, trainer=ONE)
     assert train_net.main(["--model_config", str(config), "--skip_bad"]) == 0
     lines = (few_posts / "run" / "latest" / "log" / "skipped.jsonl").read_text().splitlines()
     listed = [json.loads(line) for line in lines]
@@ -57,22 +137,11 @@ def test_bad_posts_are_listed_and_left_out(
     assert epoch["posts"] == 37 - 6
 
 
-def test_they_end_the_run_otherwise(few_posts: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Without the option the first is an error, and no list is written."""
-    spoil(few_posts)
-    config = runs.config_file(few_posts, trainer={"epochs": 1})
-    assert train_net.main(["--model_config", str(config)]) == 2
-    said = capsys.readouterr().err.splitlines()
-    assert len(said) == 1
-    assert "post train3: label 'nope' is not in the label map" in said[0]
-    assert not list(few_posts.rglob("skipped.jsonl"))
-
-
 def test_nothing_is_listed_where_nothing_is_bad(few_posts: Path) -> None:
     """The list is there and empty; the weights are those without the option."""
-    runs.run(few_posts, trainer={"epochs": 1})
+    runs.run(few_posts, trainer=ONE)
     plain = runs.weights(few_posts)
-    runs.run(few_posts, trainer={"epochs": 1}, data={"skip_bad": True})
+    runs.run(few_posts, trainer=ONE, data={"skip_bad": True})
     assert (few_posts / "run" / "latest" / "log" / "skipped.jsonl").read_text() == ""
     assert runs.equal(plain, runs.weights(few_posts))
 
@@ -99,7 +168,7 @@ def test_tags_without_posts_are_named_and_training_goes_on(
     for entry in entries:
         entry["labels"] = [name for name in entry["labels"] if name not in {"tag2", "tag5"}]
     (few_posts / "train.json").write_text(json.dumps(entries))
-    runs.run(few_posts, trainer={"epochs": 1})
+    runs.run(few_posts, trainer=ONE)
     assert "no post has tag2, tag5; these tags will not be learned" in capsys.readouterr().err
     warnings = [e["text"] for e in runs.events(few_posts) if e["event"] == "warning"]
     assert len(warnings) == 1

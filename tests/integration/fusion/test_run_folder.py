@@ -100,22 +100,6 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
         link_latest(Fabric(accelerator="cpu", devices=1), tmp_path / "save" / "run")
 
 
-def test_folds_go_on_in_their_folder(few_posts: Path) -> None:
-    """With `--resume` a k-fold run stays in its folder; other folders are refused."""
-    sections = {"trainer": ONE, "ensemble": {"folds": 2}}
-    config = ["--model_config", str(runs.config_file(few_posts, **sections))]
-    save = few_posts / "run"
-    assert train_net.main(config) == 0
-    assert train_net.main([*config, "--resume", str(save)]) == 0
-    [folder] = run_folders(save)
-    files = tree(folder)
-    assert train_net.main([*config, "--resume", str(few_posts)]) == 2
-    assert train_net.main(config) == 0
-    assert tree(folder) == files
-    done = [json.loads((save / f"latest/fold-{i}/done.json").read_text()) for i in (1, 2)]
-    assert [fold["epochs"] for fold in done] == [1, 1]
-
-
 # Runs that cannot begin
 
 

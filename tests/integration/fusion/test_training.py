@@ -1,0 +1,200 @@
+"""Training from feature files to a bundle: it learns, and every switch does what it says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning_fabric import Fabric
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import infer_net
+import train_net
+from fusion.data.dataset import FeatureFiles
+from fusion.infer.inferer import Inferer
+from fusion.metrics import ranking as metrics
+from fusion.models import MODELS, build_model
+from fusion.train.checkpoint import model_signature
+from fusion.train.losses import TaggingLoss
+from fusion.train.objective import Objective
+from fusion.train.prepare import prepare
+from fusion.train.trainer import Trainer
+from tests.support.fusion import runs, support
+
+EPOCHS = {"concat_mlp": 12, "token_transformer": 8, "gmu": 8, "attention_lstm": 6}
+ONE: dict[str, Any] = {"epochs": 1}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "concat_mlp": {"loss": {"name": "focal", "focal": {"alpha": 0.5}}},
+    "concat_se": {"model": {"concat_se": {"pooling": "nextvlad"}}},
+    "gmu": {"loss": {"name": "asymmetric", "class_balance": 0.9}},
+    "nextvlad_se": {"model": {"auxiliary": 1.0}},
+    "attention_lstm": {},
+    "mbt": {"loss": {"label_smoothing": 0.1}, "model": {"auxiliary": 0.3}},
+    "token_transformer": {"loss": {"mixup": 0.3}, "optimizer": {"schedule": "one_cycle"}},
+}
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_every_model_learns_and_is_served_as_it_was_measured(name: str, posts: Path) -> None:
+    """Planted tags are found on new posts; the bundle's scores give the GAP of the training."""
+    options, epochs = {k: dict(v) for k, v in OPTIONS[name].items()}, EPOCHS.get(name, 5)
+    report = runs.run(
+        posts,
+        model={**options.pop("model", {}), "name": name},
+        optimizer={**options.pop("optimizer", {}), "learning_rate": 0.01},
+        trainer={"epochs": epochs, "valid_interval": 0},
+        bundle={
+            "calibration": "isotonic" if name in ("gmu", "mbt") else "temperature",
+            "precision": 0.8,
+            "min_positives": 3,
+        },
+        **options,
+    )
+    assert report.metrics["gap"] > 0.9
+    events = runs.events(posts)
+    assert report.version == events[-1]["version"]
+    kinds = [event["event"] for event in events]
+    assert (kinds.count("epoch"), kinds.count("valid")) == (epochs, 1)
+    shares = [event["data_wait"] for event in events if event["event"] == "epoch"]
+    assert 0 <= min(shares) <= report.data_wait <= max(shares) <= 1
+    entries = json.loads((posts / "valid.json").read_text())
+    files = FeatureFiles()
+    features = [files.features(e["post_id"], posts / e["features"], None) for e in entries]
+    found = Inferer.load(report.bundle).predict(features)
+    truth = [[n in e["labels"] for n in support.LABELS.names] for e in entries]
+    gap = metrics.global_average_precision([tags.scores for tags in found], truth)
+    assert gap == pytest.approx(report.metrics["gap"], abs=1e-9)
+    right = [truth[i][tag.id] for i, tags in enumerate(found) for tag in tags.tags]
+    assert np.mean(right) >= 0.8
+
+
+def test_the_commands_train_infer_and_agree(
+    few_posts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All options of training; then GAP of validation, inference and the written scores agree."""
+    folder = few_posts
+    given = ["--model_config", str(runs.config_file(folder)), "--batch_size", "12"]
+    given += ["--learning_rate", "4e-3", "--n_gpu", "0", "--epoch", "4"]
+    given += ["--save_dir", str(folder / "run"), "--valid_interval", "2", "--log_interval", "2"]
+    given += ["--fix_random_seed", "True", "--set", "trainer.progress=true"]
+    assert train_net.main(given) == 0
+    said = capsys.readouterr().out
+    assert f"bundle {folder / 'bundle'}" in said
+    assert "waiting for data" in said
+    events = runs.events(folder)
+    assert [e["epoch"] for e in events if e["event"] == "valid"] == [2, 4]
+    assert {e["step"] for e in events if e["event"] == "step"} == {2}
+    gap = next(e for e in reversed(events) if e["event"] == "bundle")["gap"]
+
+    (folder / "infer.yaml").write_text(f"progress: false\nfeatures: {folder / 'features'}\n")
+    arguments = ["--infer_config", str(folder / "infer.yaml"), "--n_gpus", "0"]
+    arguments += ["--best_model", str(folder / "bundle")]
+    output = folder / "out" / "tags.jsonl"
+    again = [*arguments, "--input", str(folder / "valid.json"), "--output", str(output)]
+    assert infer_net.main(again) == 0
+    assert f"gap {gap:.4f}" in capsys.readouterr().out
+    lines = [json.loads(line) for line in output.read_text().splitlines()]
+    targets = [[name in line["labels"] for name in support.LABELS.names] for line in lines]
+    scores = [line["scores"] for line in lines]
+    assert metrics.global_average_precision(scores, targets) == pytest.approx(gap, abs=1e-9)
+
+    listed = [lines[0]["post_id"], json.loads((folder / "valid.json").read_text())[1]["features"]]
+    (folder / "list.txt").write_text("\n".join(listed) + "\n\n")
+    assert infer_net.main([*arguments, "--input", str(folder / "list.txt")]) == 0
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [f["post_id"] for f in found] == [line["post_id"] for line in lines[:2]]
+    np.testing.assert_allclose(found[0]["scores"], scores[0], atol=1e-5)
+    assert "labels" not in found[0]
+
+
+# Switches
+
+
+def test_a_fixed_seed_gives_the_same_weights_and_another_seed_others(few_posts: Path) -> None:
+    """Bit-equal on a CPU, also when another process reads; without a fixed seed they differ."""
+    states = []
+    for trainer, loaders in (({}, 0), ({}, 1), ({"fix_random_seed": False}, 0)):
+        data = {"loaders": loaders, "valid": None}
+        runs.run(few_posts, trainer={**ONE, **trainer}, data=data)
+        states.append(runs.weights(few_posts))
+    assert runs.equal(states[0], states[1])
+    assert not runs.equal(states[0], states[2])
+
+
+def test_early_stopping(few_posts: Path) -> None:
+    still = {"learning_rate": 1e-9}
+    report = runs.run(few_posts, trainer={"epochs": 30, "patience": 2}, optimizer=still)
+    assert report.epochs <= 6
+
+
+def test_without_validation(few_posts: Path) -> None:
+    """The last epoch is kept, thresholds are 0.5, and early stopping does not apply."""
+    report = runs.run(few_posts, data={"valid": None}, trainer={"epochs": 2, "patience": 1})
+    assert (report.epochs, report.best_epoch, report.metrics) == (2, 2, {})
+
+
+def test_images_as_frames_train_in_bfloat16(few_posts: Path) -> None:
+    """The bundle remembers the switch and both fingerprints; its weights are whole."""
+    trainer = {**ONE, "precision": "bf16"}
+    report = runs.run(few_posts, data={"image_as_frames": True}, trainer=trainer)
+    inferer = Inferer.load(report.bundle)
+    assert inferer.image_as_frames
+    assert inferer.fingerprints == support.FINGERPRINTS
+    state = load_file(report.bundle / "model.safetensors")
+    assert {t.dtype for t in state.values() if t.is_floating_point()} == {torch.float32}
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_tensorboard_gets_one_curve_of_a_run_that_goes_on(on: bool, few_posts: Path) -> None:
+    options: dict[str, Any] = {"tensorboard": on, "log_interval": 1}
+    for epochs, resume in ((1, None), (2, few_posts / "run")):
+        runs.run(few_posts, resume, trainer={**options, "epochs": epochs})
+    folder = few_posts / "run" / "latest" / "log" / "tensorboard"
+    assert folder.exists() == on
+    if on:
+        curves = EventAccumulator(str(folder))
+        curves.Reload()
+        steps = [point.step for point in curves.Scalars("step/loss")]
+        assert steps == list(range(1, len(steps) + 1))
+        assert len(curves.Scalars("valid/gap")) == 2
+
+
+def test_an_epoch_of_accumulated_batches_takes_fewer_steps(few_posts: Path) -> None:
+    """The schedule ends where the run does: 37 posts by 8, three together, are two steps."""
+    options = {"accumulate": 3, "warm_up": 0.0, "learning_rate": 0.01}
+    runs.run(few_posts, optimizer=options, trainer={"epochs": 2, "batch_size": 8})
+    schedule = runs.checkpoint(few_posts)["schedule"]
+    assert schedule["last_epoch"] == 4
+    assert schedule["_last_lr"][0] == pytest.approx(0, abs=1e-9)
+
+
+def test_the_end_of_an_epoch_can_be_watched(few_posts: Path) -> None:
+    """Whoever asks sees the averaged weights of each epoch, which are those that are validated."""
+    seen: list[tuple[int, runs.State]] = []
+
+    def watch(epoch: int, model: torch.nn.Module) -> None:
+        seen.append((epoch, {k: v.detach().clone() for k, v in model.state_dict().items()}))
+
+    settings = support.train_settings(
+        few_posts, trainer={"epochs": 3}, optimizer={"ema_decay": 0.9}
+    )
+    fabric = Fabric(accelerator="cpu", devices=1)
+    prepared = prepare(settings, FeatureFiles(), fabric)
+    mark = model_signature(settings.model, prepared.manifest, prepared.schema, prepared.labels)
+    data = prepared.data(settings, prepared.posts, prepared.valid)
+    torch.manual_seed(0)
+    model = build_model(prepared.schema, settings.model)
+    trainer = Trainer(
+        fabric, settings.trainer, settings.optimizer, signature=mark, seed=0, on_epoch_end=watch
+    )
+    loss = TaggingLoss(settings.loss, torch.ones(support.CLASSES))
+    progress = trainer.fit(Objective(model, loss), data)
+    assert [epoch for epoch, _ in seen] == [1, 2, 3]
+    assert runs.equal(dict(model.state_dict()), seen[progress.best_epoch - 1][1])
+    average = torch.load(trainer.last, weights_only=True)["average"]["state"]
+    assert runs.equal(average, seen[-1][1])
