@@ -49,8 +49,7 @@ from fusion.metrics import ranking as metrics
 from fusion.train import distributed
 from fusion.train.checkpoint import LAST, Start, find_start, signature
 from fusion.train.distributed import all_ranks
-from fusion.train.losses import TaggingLoss
-from fusion.train.objective import Objective
+from fusion.train.losses import Objective, TaggingLoss
 from fusion.train.run_folder import link_latest, located, run_folder
 from fusion.train.trainer import OnEpochEnd, TrainData, Trainer
 

@@ -1,16 +1,16 @@
-"""Batches ready before they are wanted, and how long training waited for them all the same."""
+"""Batches of posts in each epoch's order, ready before they are wanted."""
 
 from __future__ import annotations
 
 import os
-import queue
-import threading
 import time
+from collections import deque
 from collections.abc import Generator, Iterable, Iterator
-from typing import TypeAlias, TypeVar
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeAlias, TypeVar, cast
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from fusion.data.collate import Batch, Collate, Sample
 
@@ -19,9 +19,7 @@ from fusion.data.collate import Batch, Collate, Sample
 _AHEAD = 4
 # Processes that read for one GPU, at most: each holds Python, torch and its batches in memory.
 _MOST_LOADERS = 8
-# How late the thread notices that its caller stops early, and so how long the caller waits then. At
-# half, a full queue wakes the thread up twice as often.
-_POLL_S = 0.2
+_END = object()
 Item = TypeVar("Item")
 Batches: TypeAlias = Generator[Batch, None, None]
 """To be closed by a caller that stops early."""
@@ -104,42 +102,15 @@ def ahead(items: Iterable[Item], depth: int = _AHEAD) -> Iterator[Item]:
 
     Errors of the thread are raised here. A caller that stops early should close the iterator.
     """
-    ready: queue.Queue[tuple[bool, Item | BaseException | None]] = queue.Queue(depth)
-    stopped = threading.Event()
-
-    def put(more: bool, value: Item | BaseException | None) -> bool:
-        while not stopped.is_set():
-            try:
-                ready.put((more, value), timeout=_POLL_S)
-            except queue.Full:
-                continue
-            return True
-        return False
-
-    def make() -> None:
+    source = iter(items)
+    with ThreadPoolExecutor(1, "read-ahead") as thread:
+        ready = deque(thread.submit(next, source, _END) for _ in range(depth))
         try:
-            for item in items:
-                if not put(True, item):
-                    return
-        except BaseException as error:  # noqa: BLE001  raised by the thread that waits
-            put(False, error)
-        else:
-            put(False, None)
-
-    thread = threading.Thread(target=make, name="read-ahead", daemon=True)
-    thread.start()
-    try:
-        while True:
-            more, value = ready.get()
-            if more:
-                yield value  # type: ignore[misc]
-            elif isinstance(value, BaseException):
-                raise value
-            else:
-                return
-    finally:
-        stopped.set()
-        thread.join()
+            while (item := ready.popleft().result()) is not _END:
+                ready.append(thread.submit(next, source, _END))
+                yield cast("Item", item)
+        finally:
+            thread.shutdown(cancel_futures=True)
 
 
 class DataWait:
@@ -167,3 +138,68 @@ class DataWait:
     def share(self) -> float:
         """Waiting / all, in [0, 1]; 0 before the first step."""
         return self.waited_s / self.total_s if self.total_s else 0.0
+
+
+class EpochBatches(Sampler[list[int]]):
+    """Shuffled batches of rows; the order depends on seed and epoch alone.
+
+    Batches are those of the whole run, whatever the number of its processes: each takes every
+    ``world``-th post of every batch, so that together they see what one process would. A last
+    batch with less than two posts for each process joins the batch before it: batch normalisation
+    cannot learn from one.
+
+    Attributes:
+        epoch: Whose order `__iter__` gives.
+        start: Batches of it that are left out, because they were learned from already.
+    """
+
+    def __init__(self, count: int, batch_size: int, seed: int, *, rank: int, world: int) -> None:
+        """Make one.
+
+        Args:
+            count: Posts.
+            batch_size: Posts of one batch, over all processes together.
+            seed: Of the run.
+            rank: This process, from 0.
+            world: Processes in all.
+
+        Raises:
+            ValueError: A batch, or the whole set, has no post for each process.
+        """
+        if min(count, batch_size) < world:
+            raise ValueError(f"{min(count, batch_size)} posts do not make a batch for {world}")
+        super().__init__()
+        self._count, self._batch_size, self._seed = count, batch_size, seed
+        self._rank, self._world = rank, world
+        whole, rest = divmod(count, batch_size)
+        least = world * min(2, batch_size // world)
+        self._steps = max(1, whole + (rest >= least))
+        self.epoch = self.start = 0
+
+    def __len__(self) -> int:
+        """Return the number of batches in one epoch, those before `start` as well."""
+        return self._steps
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Yield this process's part of the batches of the current `epoch` from `start`."""
+        chance = torch.Generator().manual_seed(epoch_seed(self._seed, self.epoch))
+        order = torch.randperm(self._count, generator=chance)
+        for step in range(self.start, self._steps):
+            first = step * self._batch_size
+            yield order[first : first + self.posts(step)][self._rank :: self._world].tolist()
+
+    def posts(self, step: int) -> int:
+        """Return the number of posts of a batch in all processes; steps are counted from 0."""
+        if step + 1 < self._steps:
+            return self._batch_size
+        return self._count - step * self._batch_size
+
+
+def epoch_seed(seed: int, epoch: int, rank: int = 0) -> int:
+    """Return a seed for one epoch in one process."""
+    return (seed * 1_000_003 + epoch * 1_009 + rank) % (1 << 63)
+
+
+def step_seed(seed: int, epoch: int, step: int, rank: int) -> int:
+    """Return a seed for one step; its draws do not depend on an interruption of the run."""
+    return (epoch_seed(seed, epoch, rank) * 1_000_033 + step * 65_537) % (1 << 63)

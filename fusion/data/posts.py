@@ -1,4 +1,4 @@
-"""The posts of a data file as numbers: a hundred thousand take about four megabytes.
+"""The posts of data files as numbers: a hundred thousand take about five megabytes.
 
 No Python object is kept for a post: only where it stands in the file, a hash of its ID, and the
 indices of its labels. The rest is read from the file again when it is asked for.
@@ -10,7 +10,7 @@ import hashlib
 import heapq
 import json
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias, overload
 
@@ -30,16 +30,16 @@ _SHOWN_FROM_MB = 64
 
 
 class PostList(Sequence[Record]):
-    """Posts of one data file with their labels; pickles, and may be read by many threads.
+    """Posts of one or several data files with their labels; pickles, and is safe for threads.
 
     Attributes:
-        path: The data file.
+        paths: The data files.
         labels: The map that the labels' indices are of.
     """
 
     def __init__(
         self,
-        path: Path,
+        paths: Sequence[Path],
         labels: LabelMap,
         places: npt.NDArray[np.int64],
         ends: npt.NDArray[np.int64],
@@ -48,13 +48,13 @@ class PostList(Sequence[Record]):
         """Take what `read` has found.
 
         Args:
-            path: The data file.
+            paths: The data files.
             labels: The label map.
-            places: int64 ``(posts, 3)``: first byte, bytes, hash of the ID.
+            places: int64 ``(posts, 4)``: number of the file, first byte, bytes, hash of the ID.
             ends: int64 ``(posts + 1,)``: where the labels of a post begin and end in ``indices``.
             indices: int32 ``(labels of all posts,)``.
         """
-        self.path, self.labels = path, labels
+        self.paths, self.labels = tuple(paths), labels
         self._places, self._ends, self._indices = places, ends, indices
 
     @classmethod
@@ -85,13 +85,13 @@ class PostList(Sequence[Record]):
                 found = _wanted(entry, path, labels, skip)
                 if found is not None:
                     post_id, tags = found
-                    places.extend((entry.start, entry.size, _hash(post_id)))
+                    places.extend((0, entry.start, entry.size, _hash(post_id)))
                     indices.extend(tags)
                     ends.append(len(indices))
         posts = cls(
-            path,
+            (path,),
             labels,
-            np.array(places, np.int64).reshape(-1, 3),  # (posts, 3)
+            np.array(places, np.int64).reshape(-1, 4),  # (posts, 4)
             np.array(ends, np.int64),
             np.array(indices, np.int32),
         )
@@ -99,6 +99,29 @@ class PostList(Sequence[Record]):
         if not len(posts):
             what = "holds no posts" if skip is None else "holds no posts that can be used"
             raise ConfigError(f"{path}: {what}")
+        return posts
+
+    @classmethod
+    def joined(cls, lists: Sequence[PostList]) -> PostList:
+        """Return the posts of lists that share a label map, one list after another.
+
+        Raises:
+            ConfigError: A post stands in two of them: it would be learned and held out at once.
+        """
+        places = np.concatenate([some._places for some in lists])
+        files = np.cumsum([0, *(len(some.paths) for some in lists)])[:-1]
+        places[:, 0] += np.repeat(files, [len(some) for some in lists])
+        counts = np.concatenate([np.diff(some._ends) for some in lists])
+        ends = np.concatenate([[0], np.cumsum(counts)])
+        indices = np.concatenate([some._indices for some in lists])
+        paths = [path for some in lists for path in some.paths]
+        posts = cls(paths, lists[0].labels, places, ends, indices)
+        for first, again in posts._repeats():
+            raise ConfigError(
+                f"post {posts[first].post_id!r} stands in {posts.file(first)} and in "
+                f"{posts.file(again)}; take it out of one of them, or set ensemble.pool_valid to "
+                "false"
+            )
         return posts
 
     def __len__(self) -> int:
@@ -120,12 +143,17 @@ class PostList(Sequence[Record]):
         if isinstance(row, slice):
             return self.take(np.arange(len(self))[row])
         try:
-            record = record_of(self.entry(row), str(self.path), self.path)
+            file = self.file(row)
+            record = record_of(self.entry(row), str(file), file)
         except ConfigError as error:
-            raise self._changed() from error
-        if _hash(record.post_id) != int(self._places[row, 2]):
-            raise self._changed()
+            raise self._changed(row) from error
+        if _hash(record.post_id) != int(self._places[row, 3]):
+            raise self._changed(row)
         return record
+
+    def file(self, row: int) -> Path:
+        """Return the data file of a post."""
+        return self.paths[int(self._places[row, 0])]
 
     def entry(self, row: int) -> Any:
         """Return a post as it stands in the file, with what other readers want of it.
@@ -133,21 +161,28 @@ class PostList(Sequence[Record]):
         Raises:
             ConfigError: The file has changed since it was read first.
         """
-        start, size = (int(number) for number in self._places[row, :2])
+        start, size = (int(number) for number in self._places[row, 1:3])
         try:
-            with self.path.open("rb") as file:
+            with self.file(row).open("rb") as file:
                 file.seek(start)
                 return json.loads(file.read(size))
         except (OSError, ValueError) as error:
-            raise self._changed() from error
+            raise self._changed(row) from error
 
-    def label_indices(self, row: int) -> npt.NDArray[np.int32]:
-        """Return indices of a post's labels, as they stand in the file."""
-        return self._indices[self._ends[row] : self._ends[row + 1]]
+    def label_rows(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Return labels by post: of post i they are ``labels[ends[i]:ends[i + 1]]``.
 
-    def keys(self) -> npt.NDArray[np.int64]:
-        """Return a hash of each post's ID, int64 ``(posts,)``."""
-        return self._places[:, 2]
+        Returns:
+            ``ends`` ``(posts + 1,)`` and ``labels``, both int64.
+        """
+        return self._ends, self._indices.astype(np.int64)
+
+    def digest(self) -> str:
+        """Equal for equal posts in equal order with equal labels."""
+        found = hashlib.sha256(self._places[:, 3].tobytes())
+        for part in self.label_rows():
+            found.update(part.tobytes())
+        return found.hexdigest()
 
     def target(self, row: int) -> npt.NDArray[np.float32]:
         """Return the true tags of a post, float32 ``(classes,)`` of 0 and 1."""
@@ -176,138 +211,32 @@ class PostList(Sequence[Record]):
         # For each label of a chosen post its place in the old array.
         first = np.repeat(self._ends[chosen] - ends[:-1], counts)
         indices = self._indices[first + np.arange(len(first))]
-        return PostList(self.path, self.labels, self._places[chosen], ends, indices)
+        return PostList(self.paths, self.labels, self._places[chosen], ends, indices)
 
     def _without_repeats(self, skip: Skip | None) -> PostList:
-        hashes = self._places[:, 2]
-        order = np.argsort(hashes, kind="stable")
-        same = np.flatnonzero(hashes[order][1:] == hashes[order][:-1])
         drop: list[int] = []
-        for first, again in zip(order[same].tolist(), order[same + 1].tolist(), strict=True):
+        for _, again in self._repeats():
             post_id = self[again].post_id
-            if post_id != self[first].post_id:  # two IDs of one hash
-                continue
-            reason = f"{self.path}: post {post_id!r} stands twice"
+            reason = f"{self.file(again)}: post {post_id!r} stands twice"
             if skip is None:
                 raise ConfigError(reason)
             skip(post_id, "repeated", reason)
             drop.append(again)
         return self.take(np.delete(np.arange(len(self)), drop)) if drop else self
 
-    def _changed(self) -> ConfigError:
-        return ConfigError(f"{self.path}: has changed since the run began; start with --resume")
+    def _repeats(self) -> Iterator[tuple[int, int]]:
+        """Yield rows of two posts with the same ID, the earlier one first."""
+        hashes = self._places[:, 3]
+        order = np.argsort(hashes, kind="stable")
+        for at in np.flatnonzero(np.diff(hashes[order]) == 0).tolist():
+            first, again = int(order[at]), int(order[at + 1])
+            if self[first].post_id == self[again].post_id:  # not only their hashes
+                yield first, again
 
-
-class PostPool(PostList):
-    """Posts of several lists, which share their label map.
-
-    Args:
-        lists: In the order in which their posts are counted.
-        rows: int64 ``(posts,)``: those that are in the pool; None takes all.
-    """
-
-    def __init__(self, lists: Sequence[PostList], rows: npt.ArrayLike | None = None) -> None:
-        self.lists = tuple(lists)
-        self.path, self.labels = lists[0].path, lists[0].labels
-        self._starts = np.cumsum([0, *(len(some) for some in lists)])  # (lists + 1,)
-        everything = np.arange(self._starts[-1]) if rows is None else rows
-        self._rows = np.asarray(everything, np.int64)
-
-    def __len__(self) -> int:
-        """Number of posts."""
-        return len(self._rows)
-
-    @overload
-    def __getitem__(self, row: int) -> Record: ...
-
-    @overload
-    def __getitem__(self, row: slice) -> PostList: ...
-
-    def __getitem__(self, row: int | slice) -> Record | PostList:
-        """Return one post, read from its file; a slice is a pool."""
-        if isinstance(row, slice):
-            return self.take(np.arange(len(self))[row])
-        some, place = self.place(row)
-        return some[place]
-
-    def place(self, row: int) -> tuple[PostList, int]:
-        """Return the list that a post is of, and its row there."""
-        at = int(self._rows[row])
-        number = int(np.searchsorted(self._starts, at, side="right")) - 1
-        return self.lists[number], at - int(self._starts[number])
-
-    def entry(self, row: int) -> Any:
-        """Return a post as it stands in its file."""
-        some, place = self.place(row)
-        return some.entry(place)
-
-    def target(self, row: int) -> npt.NDArray[np.float32]:
-        """Return the true tags of a post, float32 ``(classes,)`` of 0 and 1."""
-        some, place = self.place(row)
-        return some.target(place)
-
-    def targets(self) -> npt.NDArray[np.float32]:
-        """Return the true tags of all posts, float32 ``(posts, classes)``: for small pools."""
-        found = [self.target(row) for row in range(len(self))]
-        return np.stack(found) if found else np.zeros((0, len(self.labels)), np.float32)
-
-    def positives(self) -> npt.NDArray[np.int64]:
-        """Return the number of posts of each class, int64 ``(classes,)``."""
-        ends, labels = self.label_rows()
-        pairs = np.unique(
-            np.repeat(np.arange(len(self)), np.diff(ends)) * len(self.labels) + labels
+    def _changed(self, row: int) -> ConfigError:
+        return ConfigError(
+            f"{self.file(row)}: has changed since the run began; start with --resume"
         )
-        return np.bincount(pairs % len(self.labels), minlength=len(self.labels))
-
-    def take(self, rows: npt.ArrayLike) -> PostPool:
-        """Some of the posts, in the order of ``rows``."""
-        return PostPool(self.lists, self._rows[np.asarray(rows, np.int64)])
-
-    def label_rows(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Return labels by post: of post i they are ``labels[ends[i]:ends[i + 1]]``.
-
-        Returns:
-            ``ends`` ``(posts + 1,)`` and ``labels``, both int64.
-        """
-        found = []
-        for row in range(len(self)):
-            some, place = self.place(row)
-            found.append(some.label_indices(place))
-        ends = np.cumsum([0, *(len(labels) for labels in found)]).astype(np.int64)
-        return ends, np.concatenate([np.empty(0, np.int64), *found]).astype(np.int64)
-
-    def label_indices(self, row: int) -> npt.NDArray[np.int32]:
-        """Return indices of a post's labels, as they stand in its file."""
-        some, place = self.place(row)
-        return some.label_indices(place)
-
-    def keys(self) -> npt.NDArray[np.int64]:
-        """Return a hash of each post's ID, int64 ``(posts,)``."""
-        return np.concatenate([some.keys() for some in self.lists])[self._rows]
-
-    def refuse_repeats(self) -> None:
-        """See that no post stands in two of the lists: it would be learned and held out at once.
-
-        Raises:
-            ConfigError: Names the first that does.
-        """
-        keys = self.keys()
-        order = np.argsort(keys, kind="stable")
-        for at in np.flatnonzero(np.diff(keys[order]) == 0).tolist():
-            first, again = (self.place(int(order[at + i])) for i in (0, 1))
-            post_id = first[0][first[1]].post_id
-            if post_id == again[0][again[1]].post_id:
-                raise ConfigError(
-                    f"post {post_id!r} stands in {first[0].path} and in {again[0].path}; take it "
-                    "out of one of them, or set ensemble.pool_valid to false"
-                )
-
-    def digest(self) -> str:
-        """Equal for equal posts in equal order with equal labels."""
-        found = hashlib.sha256(self.keys().tobytes())
-        for part in self.label_rows():
-            found.update(part.tobytes())
-        return found.hexdigest()
 
 
 def stratified_folds(

@@ -8,12 +8,9 @@ from config.fusion_models import ModelName, ModelSettings
 from fusion.data.schema import InputSchema
 from fusion.models.attention_lstm import AttentionLSTM
 from fusion.models.base import FusionModel
-from fusion.models.concat_mlp import ConcatMLP
-from fusion.models.concat_se import ConcatSE
-from fusion.models.gmu import GMU
-from fusion.models.mbt import MBT
-from fusion.models.nextvlad_se import NeXtVLADSE
-from fusion.models.token_transformer import TokenTransformer
+from fusion.models.pooled import GMU, ConcatMLP
+from fusion.models.transformers import MBT, TokenTransformer
+from fusion.models.vlad import ConcatSE, NeXtVLADSE
 
 __all__ = ["MODELS", "FusionModel", "build_model"]
 

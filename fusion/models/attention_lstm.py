@@ -10,7 +10,7 @@ from torch import nn
 from common.post import Stream
 from config.fusion_models import AttentionLstmSettings, ModelSettings
 from fusion.data.schema import InputSchema
-from fusion.models.base import Fused, FusionModel, Stage, learned_vectors
+from fusion.models.base import Fused, FusionModel, Stage, learned_vectors, or_missing
 
 
 class Branch(nn.Module):
@@ -66,10 +66,6 @@ class AttentionLSTM(FusionModel):
         self.classify = nn.Linear(options.width, schema.classes)
         self._add_own_heads(dict.fromkeys(schema.dims, width))
 
-    @property
-    def head(self) -> nn.Linear:
-        return self.classify
-
     def layers(self) -> tuple[Stage, ...]:
         """Return the branches, the two layers that join them, the head."""
         return (
@@ -84,10 +80,8 @@ class AttentionLSTM(FusionModel):
     ) -> Fused:
         alone: dict[Stream, torch.Tensor] = {}
         for stream in self.streams:
-            mask = masks[stream]
-            vector = self.branches[stream](tokens[stream], mask)
-            there = mask.any(dim=1, keepdim=True)
-            alone[stream] = torch.where(there, vector, self.missing[stream])
+            vector = self.branches[stream](tokens[stream], masks[stream])
+            alone[stream] = or_missing(vector, masks[stream], self.missing[stream])
         vectors = torch.cat([alone[m] for m in self.streams], dim=1)
         vector = torch.tanh(self.narrow(torch.relu(self.join(vectors))))  # (posts, width)
         return Fused(self.classify(vector), alone)

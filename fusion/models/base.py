@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias, cast
 
 import torch
 from torch import nn
@@ -62,7 +62,12 @@ class FusionModel(nn.Module):
     Padding, and what stands in the padding, changes nothing; a missing stream is replaced by a
     learned vector. With ``model.auxiliary`` each stream also has a head of its own, which is
     there for training only.
+
+    Attributes:
+        classify: The last layer, ``(...) -> (classes)``.
     """
+
+    classify: nn.Linear
 
     def __init__(self, schema: InputSchema, settings: ModelSettings) -> None:
         super().__init__()
@@ -94,11 +99,6 @@ class FusionModel(nn.Module):
         n is at least 1, and the True ones of a mask stand before the False ones.
         """
 
-    @property
-    @abstractmethod
-    def head(self) -> nn.Linear:
-        """Return the last layer, ``(...) -> (classes)``."""
-
     @abstractmethod
     def layers(self) -> tuple[Stage, ...]:
         """Return the model's stages from its input up, without own heads; each parameter in one."""
@@ -116,7 +116,7 @@ class FusionModel(nn.Module):
 
     def start_at(self, frequencies: torch.Tensor) -> None:
         """Let the untrained model predict each class's frequency ``(classes,)``: saves epochs."""
-        for head in (self.head, *self._own_heads().values()):
+        for head in (self.classify, *self._own_heads().values()):
             nn.init.normal_(head.weight, std=0.02)
             with torch.no_grad():
                 head.bias.copy_(torch.logit(frequencies.clamp(1e-3, 1 - 1e-3)))
@@ -130,12 +130,7 @@ class FusionModel(nn.Module):
     def _own_heads(self) -> dict[Stream, nn.Linear]:
         if not self.has_own_heads:
             return {}
-        found: dict[Stream, nn.Linear] = {}
-        for stream in self.streams:
-            head = self.own[stream]
-            if isinstance(head, nn.Linear):
-                found[stream] = head
-        return found
+        return {stream: cast("nn.Linear", self.own[stream]) for stream in self.streams}
 
     def _fused(self, batch: Batch) -> tuple[Fused, Mapping[Stream, torch.Tensor]]:
         masks = {m: _some(mask) for m, mask in self.drop(batch.masks).items()}
@@ -185,6 +180,11 @@ class ModalityDropout(nn.Module):
 def learned_vectors(schema: InputSchema, width: int) -> nn.ParameterDict:
     """Return a small random vector ``(width,)`` for each stream."""
     return nn.ParameterDict({m: nn.Parameter(torch.randn(width) * 0.02) for m in schema.dims})
+
+
+def or_missing(vector: torch.Tensor, mask: torch.Tensor, missing: torch.Tensor) -> torch.Tensor:
+    """Return vectors ``(posts, width)``, and ``missing`` for posts whose ``mask`` is all False."""
+    return torch.where(mask.any(dim=1, keepdim=True), vector, missing)
 
 
 def masked_mean(tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

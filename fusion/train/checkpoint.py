@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import yaml
@@ -84,16 +84,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         ConfigError: The folder cannot be written, or the disk is full.
     """
     part = part_of(path)
-    content = {
-        "format": FORMAT,
-        "signature": checkpoint.signature,
-        "progress": vars(checkpoint.progress),
-        "model": checkpoint.model,
-        "optimizer": checkpoint.optimizer,
-        "schedule": checkpoint.schedule,
-        "average": checkpoint.average,
-        "scaler": checkpoint.scaler,
-    }
+    content = {"format": FORMAT, **vars(checkpoint), "progress": vars(checkpoint.progress)}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(content, part)
@@ -117,27 +108,15 @@ def load_checkpoint(path: Path, wanted_signature: str) -> Checkpoint:
         raise ConfigError(f"{path}: no such checkpoint") from error
     except Exception as error:  # torch has no error of its own for what a damaged file may hold
         raise ConfigError(f"{path}: cannot be read as a checkpoint") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
         raise ConfigError(f"{path}: is no checkpoint of {FORMAT}")
     try:
-        checkpoint = _checkpoint(content)
+        checkpoint = Checkpoint(**{**content, "progress": Progress(**content["progress"])})
     except (KeyError, TypeError) as error:
         raise ConfigError(f"{path}: is a checkpoint of another release of this program") from error
     if checkpoint.signature != wanted_signature:
         raise ConfigError(f"{path}: {difference(checkpoint.signature, wanted_signature)}")
     return checkpoint
-
-
-def _checkpoint(content: Mapping[str, Any]) -> Checkpoint:
-    return Checkpoint(
-        signature=cast(str, content["signature"]),
-        progress=Progress(**content["progress"]),
-        model=content["model"],
-        optimizer=content["optimizer"],
-        schedule=content["schedule"],
-        average=content["average"],
-        scaler=content.get("scaler", {}),
-    )
 
 
 def difference(found: str, wanted: str) -> str:
@@ -221,7 +200,7 @@ def fill(model: torch.nn.Module, start: Start) -> None:
     """Put the weights into a model.
 
     Raises:
-        ConfigError: They do not fit; names the first that does not.
+        ConfigError: As `check_fit`.
     """
     check_fit(model, start)
     model.load_state_dict(start.checkpoint.model)
@@ -236,11 +215,12 @@ def check_fit(model: torch.nn.Module, start: Start) -> None:
     wanted, found = model.state_dict(), start.checkpoint.model
     for name in sorted({*wanted, *found}):
         if name not in found or name not in wanted:
-            where = "is missing" if name not in found else "is no part of this model"
-            raise ConfigError(f"{start.path}: does not fit this model: {name} {where}")
-        if wanted[name].shape != found[name].shape:
-            shapes = f"has shape {tuple(found[name].shape)}, not {tuple(wanted[name].shape)}"
-            raise ConfigError(f"{start.path}: does not fit this model: {name} {shapes}")
+            reason = "is missing" if name not in found else "is no part of this model"
+        elif wanted[name].shape != found[name].shape:
+            reason = f"has shape {tuple(found[name].shape)}, not {tuple(wanted[name].shape)}"
+        else:
+            continue
+        raise ConfigError(f"{start.path}: does not fit this model: {name} {reason}")
 
 
 def _bundled(folder: Path, path: Path, signed: str) -> Start:

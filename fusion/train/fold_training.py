@@ -17,19 +17,20 @@ from common.errors import ConfigError
 from common.files import write_whole
 from common.progress import notice
 from config.train import TrainSettings
-from fusion.data.posts import PostPool, stratified_folds
+from fusion.bundle.bundle import members_of
+from fusion.data.posts import PostList, stratified_folds
 from fusion.models import FusionModel
 from fusion.train.checkpoint import BEST, LAST, find_start
 from fusion.train.distributed import all_ranks
 from fusion.train.measure import HeldOutScores, score_held_out
-from fusion.train.members import Job, Trained, joined, model_of, seed_of, train_one
+from fusion.train.members import Job, Trained, joined, model_of, seed_of, train_model
 from fusion.train.prepare import Prepared
 from fusion.train.run_log import RunLog
 
 FOLDS, DONE, SCORES = "folds.json", "done.json", "scores.npy"
 
 
-def pool_of(settings: TrainSettings, prepared: Prepared) -> PostPool:
+def pool_of(settings: TrainSettings, prepared: Prepared) -> PostList:
     """Return the posts that the folds share out.
 
     Raises:
@@ -38,17 +39,16 @@ def pool_of(settings: TrainSettings, prepared: Prepared) -> PostPool:
     lists = [prepared.posts]
     if settings.ensemble.pool_valid and prepared.valid is not None:
         lists.append(prepared.valid)
-    pool, count = PostPool(lists), settings.ensemble.folds
+    pool, count = PostList.joined(lists), settings.ensemble.folds
     if len(pool) < 2 * count:
         raise ConfigError(f"ensemble.folds: {len(pool)} posts are too few for {count}")
-    pool.refuse_repeats()
     return pool
 
 
 class FoldTraining:
     """k trainings in ``fold-1`` and so on; those that are done are not done again."""
 
-    def __init__(self, job: Job, pool: PostPool) -> None:
+    def __init__(self, job: Job, pool: PostList) -> None:
         self._job, self._pool = job, pool
         self._fabric, self._settings = job.fabric, job.settings
         self._folder = job.settings.trainer.save_dir
@@ -63,7 +63,7 @@ class FoldTraining:
 
         Raises:
             ConfigError: The run there was another one, a file cannot be written, or what
-                `fusion.train.members.train_alone` raises.
+                `fusion.train.members.train_model` raises.
             FeatureError: Features cannot be read.
         """
         job, count = self._job, self._settings.ensemble.folds
@@ -71,25 +71,22 @@ class FoldTraining:
         ends, labels = self._pool.label_rows()
         parts = stratified_folds(ends, labels, len(job.prepared.labels), count, seed)
         folds = [self._fold(i, parts == i, seed, resumed=resumed) for i in range(count)]
-        model = joined([model for models, _, _ in folds for model in models], self._settings)
-        held_out = tuple(scores for _, scores, _ in folds)
+        models = [model for fold in folds for model in members_of(fold.model)]
+        model = joined(models, self._settings)
+        held_out = tuple(scores for fold in folds for scores in fold.held_out)
         valid = job.prepared.valid
         if valid is not None and not self._settings.ensemble.pool_valid:
             scores = score_held_out(self._fabric, self._settings, job.prepared, model, valid)
             held_out = (scores,)
-        facts = [fact for _, _, fact in folds]
         return Trained(
             model=model,
             held_out=held_out,
-            best_epoch=int(facts[0]["best_epoch"]),
-            epochs=int(facts[0]["epochs"]),
-            logs=tuple(self._path(i) / "log" / "train.jsonl" for i in range(count)),
-            data_wait=float(np.mean([fact["data_wait"] for fact in facts])),
+            best_epoch=folds[0].best_epoch,
+            epochs=folds[0].epochs,
+            logs=tuple(log for fold in folds for log in fold.logs),
+            data_wait=float(np.mean([fold.data_wait for fold in folds])),
             log=self._log,
         )
-
-    def _path(self, fold: int) -> Path:
-        return self._folder / f"fold-{fold + 1}"
 
     def _begin(self, *, resumed: bool) -> int:
         """Return the run's seed; write down which run this is, or check that it is the same."""
@@ -118,8 +115,8 @@ class FoldTraining:
 
     def _fold(
         self, fold: int, left_out: npt.NDArray[np.bool_], seed: int, *, resumed: bool
-    ) -> tuple[tuple[FusionModel, ...], HeldOutScores, dict[str, Any]]:
-        """Return a fold's models, the scores of the posts left out, and facts of the training.
+    ) -> Trained:
+        """Train a fold, or load what is there, with the scores of the posts left out.
 
         Args:
             fold: From 0.
@@ -127,7 +124,7 @@ class FoldTraining:
             seed: Of the run.
             resumed: Whether an earlier run may have left something in the folder.
         """
-        folder, fabric = self._path(fold), self._fabric
+        folder, fabric = self._folder / f"fold-{fold + 1}", self._fabric
         trainer = self._settings.trainer.model_copy(update={"save_dir": folder})
         settings = self._settings.model_copy(update={"trainer": trainer})
         prepared = self._job.prepared if fold == 0 else replace(self._job.prepared, notes=())
@@ -139,27 +136,25 @@ class FoldTraining:
         fabric.barrier()
         if done:
             notice(f"fold {fold + 1} of {count}: there already", enabled=self._shown)
-            models = _trained_models(job)
-            raw = np.load(folder / SCORES, allow_pickle=False)
-            scores = HeldOutScores(joined(models, settings), out, raw)
-            return models, scores, _read_json(folder / DONE)
+            model = joined(_trained_models(job), settings)
+            scores = HeldOutScores(model, out, np.load(folder / SCORES, allow_pickle=False))
+            log = RunLog(folder / "log" / "train.jsonl", enabled=False)
+            facts = _read_json(folder / DONE)
+            return Trained(model, (scores,), logs=(log.path,), log=log, **facts)
         notice(f"fold {fold + 1} of {count}", enabled=self._shown)
         start = None
         if resumed and (folder / "ckpt" / LAST).exists():
             start = all_ranks(fabric, partial(find_start, folder, job.signature))
-        one = train_one(job, rest, out, seed=seed + fold, start=start)
-        scores = score_held_out(fabric, settings, prepared, joined(one.models, settings), out)
-        facts = {
-            "best_epoch": one.progress.best_epoch,
-            "epochs": one.progress.epoch,
-            "data_wait": one.data_wait,
-        }
+        trained = train_model(job, rest, out, seed=seed + fold, start=start)
+        facts = {key: getattr(trained, key) for key in ("best_epoch", "epochs", "data_wait")}
         self._log.write("fold", fold=fold + 1, learned=len(rest), left_out=len(out), **facts)
         if fabric.is_global_zero:
-            _write(folder / SCORES, _as_npy(scores.raw))
+            buffer = io.BytesIO()
+            np.save(buffer, trained.held_out[0].raw, allow_pickle=False)
+            _write(folder / SCORES, buffer.getvalue())
             _write(folder / DONE, json.dumps(facts).encode())
-        one.log.close()
-        return one.models, scores, facts
+        trained.log.close()
+        return trained
 
 
 def _trained_models(job: Job) -> tuple[FusionModel, ...]:
@@ -183,9 +178,3 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: must hold keys and values")
     return content
-
-
-def _as_npy(values: npt.NDArray[np.float32]) -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, values, allow_pickle=False)
-    return buffer.getvalue()

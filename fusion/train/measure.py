@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import TypeAlias
 
@@ -26,6 +26,7 @@ from fusion.train.distributed import all_ranks, gathered
 from fusion.train.prepare import Prepared
 
 Scores: TypeAlias = npt.NDArray[np.float32]
+Served: TypeAlias = FusionModel | Ensemble
 
 BATCH = 64
 """Posts of one pass, as `infer_net.py` takes them: in other batches, scores differ by rounding."""
@@ -40,7 +41,7 @@ class HeldOutScores:
         raw: Before calibration, float32 ``(posts, classes)``.
     """
 
-    model: FusionModel | Ensemble
+    model: Served
     posts: PostList
     raw: Scores
 
@@ -54,7 +55,6 @@ class Measured:
         metrics: Of calibrated scores at the thresholds; empty without held-out posts.
         scores: Calibrated, float32 ``(posts, classes)``; of the parts one after another.
         targets: In the same shape.
-        subsets: GAP of every subset of the modalities; empty where it was not asked for.
     """
 
     calibration: Calibration | None
@@ -63,7 +63,6 @@ class Measured:
     raw: Scores
     scores: Scores
     targets: Scores
-    subsets: Sequence[SubsetGap] = field(default=())
 
 
 def score_held_out(
@@ -150,9 +149,6 @@ def subset_gaps(
 
     with progress_bar("modalities", min(total, most), enabled=settings.trainer.progress) as bar:
         return measure_subsets(chunks(), modalities, bar.advance)
-
-
-Served: TypeAlias = "FusionModel | Ensemble"
 
 
 def _features(prepared: Prepared, posts: PostList, start: int) -> list[Features]:

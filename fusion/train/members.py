@@ -27,9 +27,8 @@ from fusion.train.checkpoint import (
     save_checkpoint,
 )
 from fusion.train.distributed import all_ranks
-from fusion.train.losses import TaggingLoss
+from fusion.train.losses import Objective, TaggingLoss
 from fusion.train.measure import HeldOutScores, Served, score_held_out
-from fusion.train.objective import Objective
 from fusion.train.optimizer import cycle_ends
 from fusion.train.prepare import Prepared
 from fusion.train.run_log import RunLog
@@ -76,46 +75,10 @@ class Trained:
     log: RunLog
 
 
-@dataclass(frozen=True)
-class One:
-    """The outcome of one training."""
-
-    models: tuple[FusionModel, ...]
-    progress: Progress
-    log: RunLog
-    data_wait: float
-
-
-def train_alone(job: Job, start: Start | None) -> Trained:
-    """Train once, on all posts to learn from.
-
-    Raises:
-        ConfigError: A checkpoint does not fit, the loss is not finite, or a file cannot be
-            written.
-        FeatureError: Features cannot be read.
-    """
-    prepared = job.prepared
-    seed = int(job.fabric.broadcast(seed_of(job.settings, start)))
-    one = train_one(job, prepared.posts, prepared.valid, seed=seed, start=start)
-    model = joined(one.models, job.settings)
-    held_out: tuple[HeldOutScores, ...] = ()
-    if prepared.valid is not None:
-        held_out = (score_held_out(job.fabric, job.settings, prepared, model, prepared.valid),)
-    return Trained(
-        model=model,
-        held_out=held_out,
-        best_epoch=one.progress.best_epoch,
-        epochs=one.progress.epoch,
-        logs=(one.log.path,),
-        data_wait=one.data_wait,
-        log=one.log,
-    )
-
-
-def train_one(
+def train_model(
     job: Job, posts: PostList, valid: PostList | None, *, seed: int, start: Start | None
-) -> One:
-    """Train one model on ``posts``; return it, or its snapshots, with the best weights.
+) -> Trained:
+    """Train a model, or its snapshots, and score the validation posts with the best weights.
 
     Args:
         job: The training's.
@@ -123,6 +86,11 @@ def train_one(
         valid: Chooses the best epoch.
         seed: Of weights, order and noise.
         start: Where to begin.
+
+    Raises:
+        ConfigError: A checkpoint does not fit, the loss is not finite, or a file cannot be
+            written.
+        FeatureError: Features cannot be read.
     """
     fabric, settings, prepared = job.fabric, job.settings, job.prepared
     count = settings.ensemble.snapshots
@@ -152,8 +120,19 @@ def train_one(
         mixup=settings.loss.mixup,
     )
     progress = trainer.fit(objective, prepared.data(settings, posts, valid), start)
-    models = (model,) if snapshots is None else snapshots.models()
-    return One(models, progress, trainer.log, trainer.wait.share)
+    served = joined((model,) if snapshots is None else snapshots.models(), settings)
+    held_out: tuple[HeldOutScores, ...] = ()
+    if valid is not None:
+        held_out = (score_held_out(fabric, settings, prepared, served, valid),)
+    return Trained(
+        model=served,
+        held_out=held_out,
+        best_epoch=progress.best_epoch,
+        epochs=progress.epoch,
+        logs=(trainer.log.path,),
+        data_wait=trainer.wait.share,
+        log=trainer.log,
+    )
 
 
 def joined(models: Sequence[FusionModel], settings: TrainSettings) -> Served:

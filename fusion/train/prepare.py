@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TextIO
 
 import numpy as np
 from lightning_fabric import Fabric
-from torch.utils.data import DataLoader, Dataset, Subset
 
 from common.errors import ConfigError, FeatureError
-from common.files import part_of, publish
+from common.files import write_whole
 from common.progress import progress_bar
 from config.labels import LabelMap
 from config.train import TrainSettings
@@ -29,9 +27,10 @@ from fusion.train.trainer import TrainData
 
 # Tags named in one warning: about two lines of a terminal.
 _SHOWN_TAGS = 10
-# Posts that a loader checks before it answers. Half sends twice as many answers between processes;
-# double moves the progress bar in longer steps.
-_AT_ONCE = 64
+# Threads that read feature files, which is waiting for the disk; more wait for Python's lock.
+_READERS = 8
+# Posts between two moves of the progress bar; their futures are all that is held in memory.
+_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,7 @@ def prepare(settings: TrainSettings, reader: FeatureFiles, fabric: Fabric) -> Pr
         found = all_ranks(fabric, read)
         if not data.skip_bad:
             return found
-        check = partial(readable, fabric, skipped=skipped, loaders=found.loaders, progress=progress)
+        check = partial(_readable, fabric, skipped=skipped, progress=progress)
         build = partial(PostDataset, reader=reader, manifest=found.manifest, schema=found.schema)
         posts = check(build(found.posts))
         valid = None if found.valid is None else check(build(found.valid))
@@ -139,11 +138,11 @@ def _without_positives(labels: LabelMap, posts: PostList) -> list[str]:
         return []
     shown = ", ".join(names[:_SHOWN_TAGS])
     more = f" and {len(names) - _SHOWN_TAGS} more" if len(names) > _SHOWN_TAGS else ""
-    return [f"{posts.path}: no post has {shown}{more}; these tags will not be learned"]
+    return [f"{posts.paths[0]}: no post has {shown}{more}; these tags will not be learned"]
 
 
 class Skipped:
-    """The list of posts that are left out; the file appears when it is whole.
+    """The list of posts that are left out; its file appears when the block ends, however it ends.
 
     Args:
         path: JSON lines ``{post_id, file, kind, reason}``; what is there is replaced.
@@ -152,117 +151,70 @@ class Skipped:
 
     def __init__(self, path: Path, *, enabled: bool) -> None:
         self.path, self._enabled = path, enabled
-        self._part = part_of(path)
         self._counts: Counter[str] = Counter()
-        self._file: TextIO | None = None
+        self._lines: list[str] = []
 
     def add(self, file: Path, post_id: str | None, kind: str, reason: str) -> None:
-        """List one post.
-
-        Raises:
-            ConfigError: The list cannot be written.
-        """
+        """List one post."""
         self._counts[kind] += 1
         if self._enabled:
             entry = {"post_id": post_id, "file": str(file), "kind": kind, "reason": reason}
-            self._write(json.dumps(entry, ensure_ascii=False) + "\n")
+            self._lines.append(json.dumps(entry, ensure_ascii=False) + "\n")
 
     @property
     def summary(self) -> str:
         """Return one line for a person; empty where nothing was skipped."""
-        count = sum(self._counts.values())
         kinds = ", ".join(f"{kind} {n}" for kind, n in sorted(self._counts.items()))
+        count = self._counts.total()
         return f"skipped {count} posts ({kinds}); listed in {self.path}" if count else ""
 
     def __enter__(self) -> Skipped:
-        """Begin an empty list."""
-        self._write("")
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Put the file in its place, also when a mistake ended the run: it tells why.
+        """Write the list.
 
         Raises:
             ConfigError: It cannot be written.
         """
-        if self._file is None:
-            return
-        try:
-            with self._file as file:
-                file.flush()
-                os.fsync(file.fileno())
-            publish(self._part, self.path)
-        except OSError as error:
-            raise self._unwritable(error) from error
-
-    def _write(self, text: str) -> None:
-        if not self._enabled:
-            return
-        try:
-            if self._file is None:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                self._file = self._part.open("w", encoding="utf-8", errors="surrogatepass")
-            self._file.write(text)
-        except OSError as error:
-            raise self._unwritable(error) from error
-
-    def _unwritable(self, error: OSError) -> ConfigError:
-        return ConfigError(f"{self.path}: cannot be written: {error}")
+        if self._enabled:
+            try:
+                write_whole(self.path, "".join(self._lines).encode("utf-8", "surrogatepass"))
+            except OSError as error:
+                raise ConfigError(f"{self.path}: cannot be written: {error}") from error
 
 
-def readable(
-    fabric: Fabric, dataset: PostDataset, skipped: Skipped, *, loaders: int, progress: bool
+def _readable(
+    fabric: Fabric, dataset: PostDataset, skipped: Skipped, *, progress: bool
 ) -> PostList:
-    """Return the posts whose features can be read; every feature file is read once.
-
-    Args:
-        fabric: Every process reads a part of the files.
-        dataset: The posts and what their features must be.
-        skipped: Is told of the others.
-        loaders: Processes that read.
-        progress: Show a bar.
+    """Return the posts whose features can be read; each process reads a part of the files.
 
     Raises:
         ConfigError: No post is left.
     """
     posts = dataset.posts
+    file = posts.paths[0]
     rows = range(fabric.global_rank, len(posts), fabric.world_size)
-    reasons: DataLoader[list[str | None]] = DataLoader(
-        Subset(_Reasons(dataset), rows),  # type: ignore[arg-type]
-        batch_size=_AT_ONCE,
-        collate_fn=list,
-        num_workers=loaders,
-        multiprocessing_context="spawn" if loaders else None,
-    )
-    bad: list[tuple[int, str]] = []
-    at = 0
-    with progress_bar(f"check {posts.path.name}", len(rows), enabled=progress) as bar:
-        for part in reasons:
-            bad += [(rows[at + n], reason) for n, reason in enumerate(part) if reason is not None]
-            at += len(part)
-            bar.advance(len(part))
-    everyone = sorted(found for part in gathered(fabric, bad) for found in part)
-    for row, reason in everyone:
-        skipped.add(posts.path, posts[row].post_id, "features", reason)
-    if len(everyone) == len(posts):
-        raise ConfigError(
-            f"{posts.path}: features of no post can be used; the first: {everyone[0][1]}"
-        )
-    return posts.take(np.delete(np.arange(len(posts)), [row for row, _ in everyone]))
 
-
-class _Reasons(Dataset[str | None]):
-    """The reason why features of each post cannot be used; None where they can."""
-
-    def __init__(self, posts: PostDataset) -> None:
-        self._posts = posts
-
-    def __len__(self) -> int:
-        return len(self._posts)
-
-    def __getitem__(self, row: int) -> str | None:
+    def reason(row: int) -> str | None:
         try:
-            self._posts[row]
+            dataset[row]
         except FeatureError as error:
             return str(error)
         return None
+
+    bad: list[tuple[int, str]] = []
+    shown = progress_bar(f"check {file.name}", len(rows), enabled=progress)
+    with shown as bar, ThreadPoolExecutor(_READERS) as readers:
+        for start in range(0, len(rows), _AT_ONCE):
+            some = rows[start : start + _AT_ONCE]
+            for row, why in zip(some, readers.map(reason, some), strict=True):
+                if why is not None:
+                    bad.append((row, why))
+            bar.advance(len(some))
+    everyone = sorted(found for part in gathered(fabric, bad) for found in part)
+    for row, why in everyone:
+        skipped.add(file, posts[row].post_id, "features", why)
+    if len(everyone) == len(posts):
+        raise ConfigError(f"{file}: features of no post can be used; the first: {everyone[0][1]}")
+    return posts.take(np.delete(np.arange(len(posts)), [row for row, _ in everyone]))

@@ -30,8 +30,7 @@ from common.errors import ConfigError
 from common.progress import Bar, notice, progress_bar
 from config.train import OptimizerSettings, TrainerSettings
 from fusion.data.collate import Batch, Collate, Sample
-from fusion.data.loading import DataWait, Loading
-from fusion.data.sampling import EpochBatches, step_seed
+from fusion.data.loading import DataWait, EpochBatches, Loading, step_seed
 from fusion.metrics import ranking as metrics
 from fusion.metrics.scoring import Scored, score_posts
 from fusion.train.checkpoint import (
@@ -45,7 +44,7 @@ from fusion.train.checkpoint import (
     save_checkpoint,
 )
 from fusion.train.distributed import same_everywhere
-from fusion.train.objective import Objective
+from fusion.train.losses import Objective
 from fusion.train.optimizer import (
     average_of,
     average_state,

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from lightning_fabric import Fabric
@@ -16,14 +17,19 @@ from common.progress import notice
 from config.train import TrainSettings
 from fusion.bundle.bundle import members_of, save_bundle
 from fusion.data.dataset import FeatureFiles
+from fusion.data.posts import PostList
 from fusion.metrics.ranking import average_precisions
+from fusion.report.predictions import Predictions
+from fusion.report.subsets import SubsetGap
+from fusion.report.worst import PostView, view_post
+from fusion.report.write import ReportInput, write_report
 from fusion.train import distributed
 from fusion.train.checkpoint import model_signature
 from fusion.train.distributed import all_ranks
 from fusion.train.fold_training import FOLDS, FoldTraining, pool_of
 from fusion.train.measure import Measured, measure, subset_gaps
-from fusion.train.members import Job, Trained, start_of, train_alone
-from fusion.train.prepare import prepare
+from fusion.train.members import Job, Trained, seed_of, start_of, train_model
+from fusion.train.prepare import Prepared, prepare
 from fusion.train.run_folder import (
     keep_bundle,
     link_latest,
@@ -31,7 +37,7 @@ from fusion.train.run_folder import (
     refuse_foreign,
     run_folder,
 )
-from fusion.train.run_report import report_run
+from fusion.train.run_log import read_run
 
 
 @dataclass(frozen=True)
@@ -107,7 +113,8 @@ def _train(
     else:
         start = start_of(job, resume)
         link_latest(fabric, folder)
-        trained = train_alone(job, start)
+        seed = int(fabric.broadcast(seed_of(settings, start)))
+        trained = train_model(job, prepared.posts, prepared.valid, seed=seed, start=start)
     measured = measure(settings, prepared, trained.held_out)
     version, page = all_ranks(fabric, partial(_write, job, trained, measured, started))
     trained.log.close()
@@ -182,7 +189,102 @@ def _write(
     if not settings.report.enabled:
         return version, None
     seconds = time.monotonic() - started
-    page = report_run(
-        settings, prepared, trained, measured, subsets, version=version, seconds=seconds
-    )
+    page = _report(settings, prepared, trained, measured, subsets, version=version, seconds=seconds)
     return version, page
+
+
+def _report(
+    settings: TrainSettings,
+    prepared: Prepared,
+    trained: Trained,
+    measured: Measured,
+    subsets: Sequence[SubsetGap],
+    *,
+    version: str,
+    seconds: float,
+) -> Path:
+    """Write the report folder next to the run's checkpoints; return the page.
+
+    Raises:
+        ConfigError: It cannot be written.
+    """
+    places = [(part.posts, row) for part in trained.held_out for row in range(len(part.posts))]
+    folder = settings.trainer.save_dir / "report"
+    predictions = None
+    if places:
+        predictions = Predictions(
+            post_ids=tuple(posts[row].post_id for posts, row in places),
+            names=prepared.labels.names,
+            raw=measured.raw,
+            scores=measured.scores,
+            targets=measured.targets.astype(bool),
+            thresholds=measured.thresholds,
+        )
+    given = ReportInput(
+        title=settings.bundle.name,
+        subtitle=_subtitle(settings, len(places)),
+        facts=_facts(settings, prepared, trained, version=version, seconds=seconds),
+        predictions=predictions,
+        runs=[read_run(path) for path in trained.logs],
+        subsets=subsets,
+        calibration="none" if measured.calibration is None else measured.calibration.kind,
+        view=partial(_views, settings=settings, folder=folder, places=places),
+    )
+    return write_report(folder, given, settings.report, progress=settings.trainer.progress)
+
+
+def _subtitle(settings: TrainSettings, held: int) -> str:
+    if not held:
+        return "There are no validation posts: nothing was measured."
+    folds = settings.ensemble.folds
+    if folds and settings.ensemble.pool_valid:
+        return f"Measured on {held:,} posts, each with the model that has not learned from it."
+    return f"Measured on {held:,} validation posts."
+
+
+def _facts(
+    settings: TrainSettings, prepared: Prepared, trained: Trained, *, version: str, seconds: float
+) -> dict[str, Any]:
+    members = members_of(trained.model)
+    return {
+        "bundle": str(settings.bundle.folder),
+        "version": version,
+        "model": settings.model.name,
+        "members": len(members),
+        "parameters": sum(p.numel() for m in members for p in m.parameters()),
+        "tags": len(prepared.labels),
+        "streams": ", ".join(prepared.manifest.dims),
+        "posts to learn from": len(prepared.posts),
+        "validation posts": 0 if prepared.valid is None else len(prepared.valid),
+        "epochs": trained.epochs,
+        "best epoch": trained.best_epoch,
+        "seconds": round(seconds, 1),
+        "share of steps spent waiting for data": round(trained.data_wait, 4),
+        "loss": settings.loss.name,
+        "optimizer": settings.optimizer.name,
+        "learning rate": settings.optimizer.learning_rate,
+        "batch size": settings.trainer.batch_size,
+        "calibration": settings.bundle.calibration,
+    }
+
+
+def _views(
+    rows: Sequence[int],
+    *,
+    settings: TrainSettings,
+    folder: Path,
+    places: Sequence[tuple[PostList, int]],
+) -> Mapping[int, PostView]:
+    """Return views of some posts, from the data files, by row."""
+    found = {}
+    for row in set(rows):
+        posts, place = places[row]
+        found[row] = view_post(
+            posts[place].post_id,
+            posts.entry(place),
+            data_file=posts.file(place),
+            report=folder,
+            post_url=settings.report.post_url,
+            thumbnails=settings.report.thumbnails,
+        )
+    return found

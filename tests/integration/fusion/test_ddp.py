@@ -119,11 +119,11 @@ def test_torchrun_starts_them_on_several_hosts(few_posts: Path) -> None:
     once = options(1, "one", epochs=1, tensorboard=False)
     runs.run(few_posts, **{**once, "trainer": {**once["trainer"], "save_dir": few_posts / "one"}})
     given = ("--model_config", runs.config_file(few_posts, **once), "--save_dir")
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--nnodes", "2")
-    torchrun += ("--nproc-per-node", "1", "--master-addr", "127.0.0.1")
-    torchrun += ("--master-port", str(free_port()), "--node-rank")
+    torchrun = f"{sys.executable} -m torch.distributed.run --nnodes 2 --nproc-per-node 1"
+    address = f"--master-addr 127.0.0.1 --master-port {free_port()} --node-rank"
+    launcher = (*torchrun.split(), *address.split())
     started = [
-        runs.start_command(*given, few_posts / "hosts", launcher=(*torchrun, str(rank)))
+        runs.start_command(*given, few_posts / "hosts", launcher=(*launcher, str(rank)))
         for rank in range(2)
     ]
     said = [process.communicate(timeout=240) for process in started]

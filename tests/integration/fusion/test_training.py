@@ -20,8 +20,7 @@ from fusion.infer.inferer import Inferer
 from fusion.metrics import ranking as metrics
 from fusion.models import MODELS, build_model
 from fusion.train.checkpoint import model_signature
-from fusion.train.losses import TaggingLoss
-from fusion.train.objective import Objective
+from fusion.train.losses import Objective, TaggingLoss
 from fusion.train.prepare import prepare
 from fusion.train.trainer import Trainer
 from tests.support.fusion import runs, support
@@ -42,7 +41,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", sorted(MODELS))
 def test_every_model_learns_and_is_served_as_it_was_measured(name: str, posts: Path) -> None:
     """Planted tags are found on new posts; the bundle's scores give the GAP of the training."""
-    options, epochs = {k: dict(v) for k, v in OPTIONS[name].items()}, EPOCHS.get(name, 5)
+    epochs = EPOCHS.get(name, 5)
+    options: dict[str, Any] = {key: dict(value) for key, value in OPTIONS[name].items()}
     report = runs.run(
         posts,
         model={**options.pop("model", {}), "name": name},

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pytest
 
 from common.errors import ConfigError
-from fusion.data.posts import PostList, PostPool, stratified_folds
+from fusion.data.posts import PostList, stratified_folds
 from tests.support.fusion import support
 
 
@@ -77,7 +77,7 @@ def lists(tmp_path: Path) -> tuple[PostList, PostList]:
 
 def test_a_pool_is_its_lists_one_after_another(lists: tuple[PostList, PostList]) -> None:
     """Posts, targets, counts and keys are those of the lists, in every selection."""
-    pool, rows = PostPool(lists), [13, 0, 9, 8, 4]
+    pool, rows = PostList.joined(lists), [13, 0, 9, 8, 4]
     both = [record.post_id for some in lists for record in some]
     targets = np.concatenate([some.targets() for some in lists])
     assert [record.post_id for record in pool] == both
@@ -92,16 +92,15 @@ def test_a_pool_is_its_lists_one_after_another(lists: tuple[PostList, PostList])
     assert some.entry(0)["post_id"] == both[13]
     ends, labels = some.label_rows()
     assert set(labels[ends[1] : ends[2]]) == set(np.flatnonzero(targets[0]))
-    assert PostPool(lists).digest() == pool.digest() != some.digest()
+    assert PostList.joined(lists).digest() == pool.digest() != some.digest()
 
 
 def test_a_post_in_two_files_is_refused(lists: tuple[PostList, PostList], tmp_path: Path) -> None:
     """It would be learned in one fold as what it is judged by in another."""
-    PostPool(lists).refuse_repeats()
-    entries = json.loads(lists[1].path.read_text())
+    entries = json.loads(lists[1].paths[0].read_text())
     entries[2]["post_id"] = "a4"
     file = tmp_path / "c.json"
     file.write_text(json.dumps(entries))
-    pool = PostPool((lists[0], PostList.read(file, support.LABELS)))
+    again = PostList.read(file, support.LABELS)
     with pytest.raises(ConfigError, match=r"post 'a4' stands in .*a\.json and in .*c\.json"):
-        pool.refuse_repeats()
+        PostList.joined((lists[0], again))

@@ -1,4 +1,4 @@
-"""Batches are read ahead; how long training waits for them is measured."""
+"""Batches: their order, shared by processes; read ahead; and how long training waits for them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from fusion.data.dataset import FeatureFiles, PostDataset
-from fusion.data.loading import DataWait, ahead, default_loaders
+from fusion.data.loading import DataWait, EpochBatches, ahead, default_loaders
 from fusion.data.posts import PostList
 from tests.support.fusion import support
 
@@ -30,10 +30,10 @@ def test_items_come_in_order_and_are_made_ahead() -> None:
     found = ahead(items(), depth=3)
     assert next(found) == 0
     deadline = time.monotonic() + 60
-    while len(made) < 5 and time.monotonic() < deadline:
+    while len(made) < 4 and time.monotonic() < deadline:
         time.sleep(0.01)
     time.sleep(0.05)
-    assert len(made) == 5, "one used, three ready, one in hand"
+    assert len(made) == 4, "one used, three ready"
     assert list(found) == list(range(1, 20))
 
 
@@ -110,3 +110,31 @@ def test_kept_features_stay_within_their_budget(few_posts: Path) -> None:
             assert one.post_id == other.post_id
             assert one.arrays.keys() == other.arrays.keys()
             assert all(np.array_equal(one.arrays[s], other.arrays[s]) for s in one.arrays)
+
+
+def test_every_post_once_an_epoch_in_a_new_order() -> None:
+    """The order depends on seed and epoch alone, and no batch is left with one post."""
+    batches = EpochBatches(33, 8, 5, rank=0, world=1)
+    seen = []
+    for epoch in (1, 2, 1):
+        batches.epoch = epoch
+        seen.append(list(batches))
+    assert seen[0] == seen[2] != seen[1]
+    assert sorted(i for batch in seen[0] for i in batch) == list(range(33))
+    assert [len(b) for b in seen[0]] == [8, 8, 8, 9]
+    assert len(batches) == 4
+
+
+@pytest.mark.parametrize(("count", "size"), [(5, 8), (2, 1), (16, 8), (17, 8), (18, 8), (3, 2)])
+def test_batches_know_their_number(count: int, size: int) -> None:
+    batches = EpochBatches(count, size, 0, rank=0, world=1)
+    found = list(batches)
+    assert len(found) == len(batches)
+    assert sorted(i for batch in found for i in batch) == list(range(count))
+
+
+def test_processes_share_an_epoch() -> None:
+    """Two processes see every post together, in the same number of steps."""
+    both = [list(EpochBatches(21, 4, 0, rank=r, world=2)) for r in range(2)]
+    alone = list(EpochBatches(21, 4, 0, rank=0, world=1))
+    assert len(both[0]) == len(both[1]) == len(alone)

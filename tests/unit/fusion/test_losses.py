@@ -14,8 +14,7 @@ from config.load import validate
 from config.train import LossSettings, TrainSettings
 from fusion.data.collate import Batch, Collate, Sample
 from fusion.models import build_model
-from fusion.train.losses import TaggingLoss, class_weights
-from fusion.train.objective import Objective, mixed, mixed_with
+from fusion.train.losses import Objective, TaggingLoss, class_weights, mixed, mixed_with
 from tests.support.fusion import support
 
 Numbers = Any  # float64

@@ -11,7 +11,7 @@ from common.post import MODALITIES, Features, Modality, Stream
 from fusion.data.collate import Batch, Collate, Sample
 from fusion.models import MODELS, build_model
 from fusion.models.base import ModalityDropout
-from fusion.models.blocks import positions
+from fusion.models.transformers import positions
 from tests.support.fusion import support
 
 NAMES = sorted(MODELS)

@@ -16,8 +16,7 @@ from config.load import validate
 from config.train import LossSettings, OptimizerSettings, TrainSettings
 from fusion.data.collate import Collate, Sample
 from fusion.models import MODELS
-from fusion.train.losses import TaggingLoss
-from fusion.train.objective import Objective
+from fusion.train.losses import Objective, TaggingLoss
 from fusion.train.optimizer import (
     SCHEDULES,
     average_of,

@@ -157,7 +157,7 @@ def test_a_post_takes_few_bytes(tmp_path: Path) -> None:
     """Ten times the posts add less than 100 bytes each, whatever their text is."""
 
     def kept_and_peak(count: int) -> tuple[int, int]:
-        entry = '{"post_id": "post%d", "labels": ["tag1", "tag2"], "text": "' + "x" * 300 + '"}'
+        entry = '{"post_id": "post%d", "labels": ["tag1", "tag2"], "text": "' + "x" * 3_000 + '"}'
         file = tmp_path / f"{count}.json"
         file.write_text("[" + ",".join(entry % i for i in range(count)) + "]")
         tracemalloc.start()
@@ -167,6 +167,6 @@ def test_a_post_takes_few_bytes(tmp_path: Path) -> None:
         assert len(posts) == count
         return kept, peak
 
-    few, many = kept_and_peak(4_000), kept_and_peak(10_000)
-    assert (many[0] - few[0]) / 6_000 < 60
-    assert (many[1] - few[1]) / 6_000 < 200
+    few, many = kept_and_peak(1_000), kept_and_peak(4_000)
+    assert (many[0] - few[0]) / 3_000 < 60
+    assert (many[1] - few[1]) / 3_000 < 200

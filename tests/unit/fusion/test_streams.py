@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.nn.functional import binary_cross_entropy_with_logits
 
 from common.post import MODALITIES, Features, Stream, modality_of, streams_of
 from config.train import DataSettings, LossSettings
@@ -19,8 +20,7 @@ from fusion.data.dataset import FeatureFiles, find_manifest
 from fusion.data.schema import FeatureManifest, InputSchema
 from fusion.models import MODELS, FusionModel, build_model
 from fusion.models.base import ModalityDropout
-from fusion.train.losses import TaggingLoss, binary_cross_entropy
-from fusion.train.objective import Objective
+from fusion.train.losses import Objective, TaggingLoss
 from tests.support.fusion import support
 from tests.support.fusion.numpy_models import FORWARDS
 
@@ -137,10 +137,10 @@ def test_hidden_streams_have_no_loss_of_their_own() -> None:
     assert torch.equal(said.there["video"], said.there["video_lstm"])
     assert 0 < said.there["video"].sum() < 8
     assert batch.targets is not None
-    wanted = binary_cross_entropy(said.logits, batch.targets)
+    wanted = binary_cross_entropy_with_logits(said.logits, batch.targets)
     for stream, there in said.there.items():
         if there.any():
-            own = binary_cross_entropy(said.own[stream][there], batch.targets[there])
+            own = binary_cross_entropy_with_logits(said.own[stream][there], batch.targets[there])
             wanted = wanted + own * there.float().mean()
     torch.testing.assert_close(total, wanted)
 

@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import binary_cross_entropy_with_logits
 
 from common.post import MODALITIES, Features, Stream
 from config.fusion_models import MbtSettings, ModelSettings, NextVladSettings
 from config.train import LossSettings, OptimizerSettings
 from fusion.data.collate import Batch, Collate, Sample
 from fusion.models import MODELS, build_model
-from fusion.models.blocks import Block
-from fusion.models.pooling import MaskedBatchNorm, NeXtVLAD
-from fusion.train.losses import TaggingLoss, binary_cross_entropy
-from fusion.train.objective import Objective
+from fusion.models.transformers import Block
+from fusion.models.vlad import MaskedBatchNorm, NeXtVLAD
+from fusion.train.losses import Objective, TaggingLoss
 from fusion.train.optimizer import parameter_groups
 from tests.support.fusion import support
 from tests.support.fusion.numpy_models import FORWARDS
@@ -141,11 +141,11 @@ def test_the_loss_of_own_heads_is_masked_post_by_post(name: str) -> None:
         found = float(Objective(model, loss, auxiliary=0.5)(batch))
         said = model.outputs(batch)
     assert batch.targets is not None
-    wanted = float(binary_cross_entropy(said.logits, batch.targets))
+    wanted = float(binary_cross_entropy_with_logits(said.logits, batch.targets))
     for modality, logits in said.own.items():
         for i, post in enumerate(POSTS):
             if modality in post.arrays:
-                own = float(binary_cross_entropy(logits[i], batch.targets[i]))
+                own = float(binary_cross_entropy_with_logits(logits[i], batch.targets[i]))
                 wanted += 0.5 * own / len(POSTS)
     assert found == pytest.approx(wanted, abs=1e-5)
 
