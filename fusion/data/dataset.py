@@ -159,12 +159,7 @@ class PostDataset(Dataset[Sample]):
         return len(self.posts)
 
     def __getitem__(self, row: int) -> Sample:
-        """Return one post.
-
-        Raises:
-            FeatureError: Its features are missing, broken, not finite, or made otherwise.
-            ConfigError: The data file has changed.
-        """
+        """Return one post."""
         kept = self._kept.get(row)
         if kept is None:
             kept = self._read(self.posts[row])

@@ -29,16 +29,14 @@ class Loading:
     """A reader of batches ahead, in processes or in a thread.
 
     The processes of a data set live until `close`, so that they start only once.
+
+    Args:
+        collate: Makes batches.
+        loaders: Processes for each data set; 0 reads in a thread of this one.
+        device: Where batches will go.
     """
 
     def __init__(self, collate: Collate, loaders: int, device: torch.device) -> None:
-        """Make one; nothing starts yet.
-
-        Args:
-            collate: Makes batches.
-            loaders: Processes for each data set; 0 reads in a thread of this one.
-            device: Where batches will go.
-        """
         self._collate, self._loaders, self._device = collate, loaders, device
         self._open: dict[int, tuple[DataLoader[Batch], _Plan]] = {}
 
@@ -151,21 +149,12 @@ class EpochBatches(Sampler[list[int]]):
     Attributes:
         epoch: Whose order `__iter__` gives.
         start: Batches of it that are left out, because they were learned from already.
+
+    Raises:
+        ValueError: A batch, or the whole set, has no post for each process.
     """
 
     def __init__(self, count: int, batch_size: int, seed: int, *, rank: int, world: int) -> None:
-        """Make one.
-
-        Args:
-            count: Posts.
-            batch_size: Posts of one batch, over all processes together.
-            seed: Of the run.
-            rank: This process, from 0.
-            world: Processes in all.
-
-        Raises:
-            ValueError: A batch, or the whole set, has no post for each process.
-        """
         if min(count, batch_size) < world:
             raise ValueError(f"{min(count, batch_size)} posts do not make a batch for {world}")
         super().__init__()

@@ -135,11 +135,7 @@ class PostList(Sequence[Record]):
     def __getitem__(self, row: slice) -> PostList: ...
 
     def __getitem__(self, row: int | slice) -> Record | PostList:
-        """Return one post, read from the file; a slice is a list of posts.
-
-        Raises:
-            ConfigError: The file has changed since it was read first.
-        """
+        """Return one post, read from the file; a slice is a list of posts."""
         if isinstance(row, slice):
             return self.take(np.arange(len(self))[row])
         try:
@@ -156,11 +152,7 @@ class PostList(Sequence[Record]):
         return self.paths[int(self._places[row, 0])]
 
     def entry(self, row: int) -> Any:
-        """Return a post as it stands in the file, with what other readers want of it.
-
-        Raises:
-            ConfigError: The file has changed since it was read first.
-        """
+        """Return a post as it stands in the file, with what other readers want of it."""
         start, size = (int(number) for number in self._places[row, 1:3])
         try:
             with self.file(row).open("rb") as file:

@@ -197,21 +197,13 @@ def find_start(path: Path, signed: str, *, allow_pickle: bool = False) -> Start:
 
 
 def fill(model: torch.nn.Module, start: Start) -> None:
-    """Put the weights into a model.
-
-    Raises:
-        ConfigError: As `check_fit`.
-    """
+    """Put the weights into a model."""
     check_fit(model, start)
     model.load_state_dict(start.checkpoint.model)
 
 
 def check_fit(model: torch.nn.Module, start: Start) -> None:
-    """See whether the weights are this model's, by name and shape.
-
-    Raises:
-        ConfigError: They do not fit; names the first that does not.
-    """
+    """See whether the weights are this model's, by name and shape."""
     wanted, found = model.state_dict(), start.checkpoint.model
     for name in sorted({*wanted, *found}):
         if name not in found or name not in wanted:

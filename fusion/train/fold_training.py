@@ -31,11 +31,7 @@ FOLDS, DONE, SCORES = "folds.json", "done.json", "scores.npy"
 
 
 def pool_of(settings: TrainSettings, prepared: Prepared) -> PostList:
-    """Return the posts that the folds share out.
-
-    Raises:
-        ConfigError: They are too few, or one stands in both data files.
-    """
+    """Return the posts that the folds share out."""
     lists = [prepared.posts]
     if settings.ensemble.pool_valid and prepared.valid is not None:
         lists.append(prepared.valid)
@@ -56,16 +52,7 @@ class FoldTraining:
         self._shown = job.settings.trainer.progress and job.fabric.is_global_zero
 
     def train(self, *, resumed: bool) -> Trained:
-        """Train every fold and score the posts that it has not learned from.
-
-        Args:
-            resumed: Whether the folder holds this very run, to go on with.
-
-        Raises:
-            ConfigError: The run there was another one, a file cannot be written, or what
-                `fusion.train.members.train_model` raises.
-            FeatureError: Features cannot be read.
-        """
+        """Train every fold and score the posts that it has not learned from."""
         job, count = self._job, self._settings.ensemble.folds
         seed = all_ranks(self._fabric, partial(self._begin, resumed=resumed))
         ends, labels = self._pool.label_rows()
@@ -116,14 +103,7 @@ class FoldTraining:
     def _fold(
         self, fold: int, left_out: npt.NDArray[np.bool_], seed: int, *, resumed: bool
     ) -> Trained:
-        """Train a fold, or load what is there, with the scores of the posts left out.
-
-        Args:
-            fold: From 0.
-            left_out: bool ``(posts,)``, True for the posts that this fold does not learn from.
-            seed: Of the run.
-            resumed: Whether an earlier run may have left something in the folder.
-        """
+        """Train a fold, or load what is there, with the scores of the posts left out."""
         folder, fabric = self._folder / f"fold-{fold + 1}", self._fabric
         trainer = self._settings.trainer.model_copy(update={"save_dir": folder})
         settings = self._settings.model_copy(update={"trainer": trainer})

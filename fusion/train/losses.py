@@ -86,15 +86,14 @@ def smoothed(targets: torch.Tensor, epsilon: float) -> torch.Tensor:
 
 
 class TaggingLoss(nn.Module):
-    """The loss that settings name: a mean over posts and classes."""
+    """The loss that settings name: a mean over posts and classes.
+
+    Args:
+        settings: All of ``loss``.
+        positives: Training posts of each class ``(classes,)``.
+    """
 
     def __init__(self, settings: LossSettings, positives: torch.Tensor) -> None:
-        """Make one.
-
-        Args:
-            settings: All of ``loss``.
-            positives: Training posts of each class ``(classes,)``.
-        """
         super().__init__()
         self._smoothing = settings.label_smoothing
         self._costs = _FORMS[settings.name](settings)
@@ -132,20 +131,15 @@ class Objective(nn.Module):
 
     The loss of the model, and of each modality's own head for the posts that have the modality,
     weighted by ``auxiliary``, summed.
+
+    Args:
+        model: Takes a `Batch`, gives logits ``(posts, classes)``.
+        mixup: α, 0 mixes nothing.
     """
 
     def __init__(
         self, model: nn.Module, loss: TaggingLoss, *, auxiliary: float = 0.0, mixup: float = 0.0
     ) -> None:
-        """Make one.
-
-        Args:
-            model: Takes a `Batch`, gives logits ``(posts, classes)``; a `FusionModel` may have
-                own heads.
-            loss: Of logits and targets.
-            auxiliary: Weight of the own heads' losses.
-            mixup: α, 0 mixes nothing.
-        """
         super().__init__()
         self.model, self.loss = model, loss
         self._auxiliary, self._mixup = auxiliary, mixup

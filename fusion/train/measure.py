@@ -68,11 +68,7 @@ class Measured:
 def score_held_out(
     fabric: Fabric, settings: TrainSettings, prepared: Prepared, model: Served, posts: PostList
 ) -> HeldOutScores:
-    """Score posts that a model has not learned from; every process does a part of them.
-
-    Raises:
-        FeatureError: Features cannot be read.
-    """
+    """Score posts that a model has not learned from; every process does a part of them."""
     inferer = _inferer(fabric, prepared, model, None)
     starts = range(0, len(posts), BATCH)
     rank, world = fabric.global_rank, fabric.world_size
@@ -125,11 +121,7 @@ def subset_gaps(
     held_out: Sequence[HeldOutScores],
     calibration: Calibration | None,
 ) -> list[SubsetGap]:
-    """GAP of every subset of the modalities over some of the held-out posts.
-
-    Raises:
-        FeatureError: Features cannot be read.
-    """
+    """GAP of every subset of the modalities over some of the held-out posts."""
     total, most = sum(len(part.posts) for part in held_out), settings.report.subset_posts
     if not total or not most:
         return []

@@ -159,11 +159,7 @@ class _Snapshots:
             save_checkpoint(self._path(epoch), Checkpoint(self._job.signature, progress, state))
 
     def models(self) -> tuple[FusionModel, ...]:
-        """Return all of them, the earliest first.
-
-        Raises:
-            ConfigError: One is missing.
-        """
+        """Return all of them, the earliest first."""
         self._job.fabric.barrier()
         models = []
         for epoch in self._ends:
@@ -186,12 +182,7 @@ def model_of(job: Job, path: Path) -> FusionModel:
 
 
 def start_of(job: Job, resume: Path | None) -> Start | None:
-    """Read what `fusion.train.checkpoint.find_start` finds, on every rank; None begins from step 0.
-
-    Raises:
-        ConfigError: It does not fit; see `find_start`.
-        BundleError: A bundle is broken.
-    """
+    """Read on every rank what `find_start` finds; None begins from step 0."""
     if resume is None:
         return None
 

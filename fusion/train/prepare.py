@@ -172,11 +172,7 @@ class Skipped:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Write the list.
-
-        Raises:
-            ConfigError: It cannot be written.
-        """
+        """Write the list."""
         if self._enabled:
             try:
                 write_whole(self.path, "".join(self._lines).encode("utf-8", "surrogatepass"))
@@ -187,11 +183,7 @@ class Skipped:
 def _readable(
     fabric: Fabric, dataset: PostDataset, skipped: Skipped, *, progress: bool
 ) -> PostList:
-    """Return the posts whose features can be read; each process reads a part of the files.
-
-    Raises:
-        ConfigError: No post is left.
-    """
+    """Return the posts whose features can be read; each process reads a part of the files."""
     posts = dataset.posts
     file = posts.paths[0]
     rows = range(fabric.global_rank, len(posts), fabric.world_size)

@@ -81,11 +81,7 @@ def link_latest(fabric: Fabric, folder: Path) -> None:
 
 
 def refuse_foreign(bundle: Path) -> None:
-    """Check that a folder may be replaced by a bundle.
-
-    Raises:
-        ConfigError: It holds something other than a bundle, which would be lost.
-    """
+    """Check that a folder may be replaced by a bundle."""
     try:
         other = bundle.exists() and not (bundle / ABOUT).exists() and any(bundle.iterdir())
     except OSError as error:

@@ -66,11 +66,7 @@ class RunLog:
             raise ConfigError(f"{folder}: cannot be written: {error}") from error
 
     def write(self, event: str, **values: Any) -> None:
-        """Append one line; numbers of a step or an epoch go to TensorBoard as well.
-
-        Raises:
-            ConfigError: The file cannot be written.
-        """
+        """Append one line; numbers of a step or an epoch go to TensorBoard as well."""
         if not self._enabled:
             return
         line = json.dumps({"event": event, "time": round(time.time(), 3), **values})

@@ -171,11 +171,7 @@ class Trainer:
     def _begin(
         self, objective: Objective, data: TrainData, start: Start | None
     ) -> tuple[_Run, int]:
-        """Build everything that training changes, and restore it from a checkpoint.
-
-        Returns:
-            The run, and the number of steps that are left.
-        """
+        """Build everything that training changes, and restore it from a checkpoint."""
         fabric, settings, accumulate = self._fabric, self._settings, self._optimizer.accumulate
         try:
             batches = EpochBatches(
@@ -267,14 +263,7 @@ class Trainer:
         bar.note(_note(run))
 
     def _step(self, run: _Run, batches: list[Batch], posts: int, where: str) -> float:
-        """Learn from batches as if they were one; return their mean loss over all processes.
-
-        Args:
-            run: Is changed.
-            batches: This process's parts.
-            posts: Number of posts of the batches in all processes.
-            where: Epoch and step, for errors.
-        """
+        """Learn from batches as if they were one; return their mean loss over all processes."""
         fabric, world = self._fabric, self._fabric.world_size
         total = torch.zeros((), device=fabric.device)
         run.wrapped_optimizer.zero_grad(set_to_none=True)
@@ -382,11 +371,7 @@ def _restored(
     optimizer: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LambdaLR,
 ) -> Progress:
-    """Fill optimizer and schedule from a checkpoint, and return how far its run had come.
-
-    Raises:
-        ConfigError: The optimizer, or the epoch that the checkpoint stands in, does not fit.
-    """
+    """Fill optimizer and schedule from a checkpoint, and return how far its run had come."""
     checkpoint, path = start.checkpoint, start.path
     saved_name = saved_with(checkpoint.optimizer)
     if saved_name != name:

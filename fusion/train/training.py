@@ -133,11 +133,7 @@ def _train(
 
 
 def _check_folds(resume: Path, folder: Path) -> None:
-    """Check that ``--resume`` names a k-fold run in ``save_dir``.
-
-    Raises:
-        ConfigError: It does not.
-    """
+    """Check that ``--resume`` names a k-fold run in ``save_dir``."""
     if not (resume / FOLDS).exists() or resume.resolve() != folder.resolve():
         raise ConfigError(
             f"{resume}: with ensemble.folds, --resume takes the folder of a k-fold run in "
@@ -148,10 +144,7 @@ def _check_folds(resume: Path, folder: Path) -> None:
 def _write(
     job: Job, trained: Trained, measured: Measured, started: float
 ) -> tuple[str, Path | None]:
-    """Write bundle and report; return the bundle's version and the report's page.
-
-    One process does; the others return an empty version.
-    """
+    """Write bundle and report; return the bundle's version and the report's page."""
     settings, prepared = job.settings, job.prepared
     if not job.fabric.is_global_zero:
         return "", None
@@ -203,11 +196,7 @@ def _report(
     version: str,
     seconds: float,
 ) -> Path:
-    """Write the report folder next to the run's checkpoints; return the page.
-
-    Raises:
-        ConfigError: It cannot be written.
-    """
+    """Write the report folder next to the run's checkpoints; return the page."""
     places = [(part.posts, row) for part in trained.held_out for row in range(len(part.posts))]
     folder = settings.trainer.save_dir / "report"
     predictions = None
