@@ -55,18 +55,13 @@ def run(settings: TrainerSettings, work: Callable[[Fabric], Result]) -> Result:
         TaggingError: What ``work`` raises, in whichever process it was.
         WorkerDied: A process was killed.
     """
-    if under_torchrun():
+    if distributed.is_torchelastic_launched():  # torchrun has started this process
         return _joined(settings, work)
     gpus = _gpus(settings)
     processes = gpus or settings.processes
     if processes == 1:
         return work(_fabric(settings, gpus=gpus, local=1, hosts=1))
     return _launched(settings, work, processes)
-
-
-def under_torchrun() -> bool:
-    """Return whether torchrun has started this process."""
-    return distributed.is_torchelastic_launched()
 
 
 def on_this_host() -> int:

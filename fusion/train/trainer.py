@@ -197,14 +197,7 @@ class Trainer:
         # A checkpoint inside an epoch only fits a run with the same batches.
         progress = Progress(self._seed, shape=(data.train_count, settings.batch_size, accumulate))
         if start is not None and start.exact:
-            progress = _restored(
-                fabric,
-                start,
-                progress,
-                name=self._optimizer.name,
-                optimizer=optimizer,
-                schedule=schedule,
-            )
+            progress = self._restored(start, progress, optimizer, schedule)
             if average is not None and start.checkpoint.average is not None:
                 load_average(average, start.checkpoint.average)
             self._bring_best(start)
@@ -347,6 +340,38 @@ class Trainer:
                 save_checkpoint(self.best, checkpoint)
         self._fabric.barrier()
 
+    def _restored(
+        self,
+        start: Start,
+        progress: Progress,
+        optimizer: torch.optim.Optimizer,
+        schedule: torch.optim.lr_scheduler.LambdaLR,
+    ) -> Progress:
+        """Fill optimizer and schedule from a checkpoint, and return how far its run had come."""
+        checkpoint, path = start.checkpoint, start.path
+        saved_name = saved_with(checkpoint.optimizer)
+        if saved_name != self._optimizer.name:
+            raise ConfigError(
+                f"{path}: was made with optimizer {saved_name}, this run has {self._optimizer.name}"
+            )
+        saved = checkpoint.progress
+        if saved.step and tuple(saved.shape) != progress.shape:
+            names = ("posts", "trainer.batch_size", "optimizer.accumulate")
+            differ = next(i for i in range(3) if saved.shape[i] != progress.shape[i])
+            raise ConfigError(
+                f"{path}: stands inside an epoch with {names[differ]} {saved.shape[differ]}, "
+                f"this run has {progress.shape[differ]}"
+            )
+        try:
+            optimizer.load_state_dict(checkpoint.optimizer)
+            schedule.load_state_dict(checkpoint.schedule)
+            if checkpoint.scaler:
+                self._fabric.strategy.precision.load_state_dict(checkpoint.scaler)
+        except (ValueError, KeyError) as error:
+            raise ConfigError(f"{path}: its optimizer does not fit this run: {error}") from error
+        saved.shape = progress.shape
+        return saved
+
     def _synchronise_norms(self, objective: Objective) -> None:
         """Let batch normalisation see the whole batch of all processes, where torch can."""
         normalises = any(isinstance(part, _BatchNorm) for part in objective.modules())
@@ -360,39 +385,6 @@ class Trainer:
                 "batch: results depend on the number of processes",
                 enabled=self._fabric.is_global_zero,
             )
-
-
-def _restored(
-    fabric: Fabric,
-    start: Start,
-    progress: Progress,
-    *,
-    name: str,
-    optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LambdaLR,
-) -> Progress:
-    """Fill optimizer and schedule from a checkpoint, and return how far its run had come."""
-    checkpoint, path = start.checkpoint, start.path
-    saved_name = saved_with(checkpoint.optimizer)
-    if saved_name != name:
-        raise ConfigError(f"{path}: was made with optimizer {saved_name}, this run has {name}")
-    saved = checkpoint.progress
-    if saved.step and tuple(saved.shape) != progress.shape:
-        names = ("posts", "trainer.batch_size", "optimizer.accumulate")
-        differ = next(i for i in range(3) if saved.shape[i] != progress.shape[i])
-        raise ConfigError(
-            f"{path}: stands inside an epoch with {names[differ]} {saved.shape[differ]}, "
-            f"this run has {progress.shape[differ]}"
-        )
-    try:
-        optimizer.load_state_dict(checkpoint.optimizer)
-        schedule.load_state_dict(checkpoint.schedule)
-        if checkpoint.scaler:
-            fabric.strategy.precision.load_state_dict(checkpoint.scaler)
-    except (ValueError, KeyError) as error:
-        raise ConfigError(f"{path}: its optimizer does not fit this run: {error}") from error
-    saved.shape = progress.shape
-    return saved
 
 
 def _groups(loader: Iterable[Batch], count: int) -> Iterator[list[Batch]]:

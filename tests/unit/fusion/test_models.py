@@ -1,26 +1,72 @@
-"""The fusion models: padding, missing modalities, order, and an independent forward."""
+"""The fusion models: padding, missing modalities, own heads, and each against plain numpy."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
+from torch.nn.functional import binary_cross_entropy_with_logits
 
 from common.errors import ConfigError
 from common.post import MODALITIES, Features, Modality, Stream
+from config.fusion_models import MbtSettings, ModelSettings, NextVladSettings
+from config.train import LossSettings, OptimizerSettings
 from fusion.data.collate import Batch, Collate, Sample
 from fusion.models import MODELS, build_model
 from fusion.models.base import ModalityDropout
-from fusion.models.transformers import positions
+from fusion.models.transformers import Block, positions
+from fusion.models.vlad import MaskedBatchNorm, NeXtVLAD
+from fusion.train.losses import Objective, TaggingLoss
+from fusion.train.optimizer import parameter_groups
 from tests.support.fusion import support
+from tests.support.fusion.numpy_models import FORWARDS
 
 NAMES = sorted(MODELS)
+POSTS = [
+    support.features("a", seed=1),
+    support.features("b", seed=2, lengths={"audio": 0, "video": 9, "text": 1}),
+    support.features("c", seed=3, lengths={"video": 0, "image": 0, "ocr": 0, "text": 11}),
+    support.features("d", seed=4, lengths=dict.fromkeys(MODALITIES, 0)),
+]
 
 
-def batch_of(posts: list[Features], **changes: bool) -> Batch:
+def batch_of(posts: list[Features], *, targets: bool = False) -> Batch:
     """Posts as the model takes them."""
-    schema = support.schema(**changes)
-    return Collate(schema)([Sample(p.post_id, schema.arrays(p)) for p in posts])
+    schema = support.schema()
+    chance = np.random.default_rng(7)
+    truth = (chance.random((len(posts), support.CLASSES)) < 0.4).astype(np.float32)
+    return Collate(schema)(
+        [
+            Sample(p.post_id, schema.arrays(p), truth[i] if targets else None)
+            for i, p in enumerate(posts)
+        ]
+    )
+
+
+def lively(name: str, **changes: object) -> Any:
+    """A small model with own heads, all of whose weights and statistics are far from their start.
+
+    ``changes`` are of the model's own section.
+    """
+    torch.manual_seed(4)
+    options = getattr(support.SMALL, name).model_copy(update=changes)
+    settings = support.SMALL.model_copy(update={"name": name, "auxiliary": 0.5, name: options})
+    model = build_model(support.schema(), settings).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim <= 1:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+        for part in model.modules():
+            if isinstance(part, nn.BatchNorm1d):
+                assert part.running_mean is not None
+                assert part.running_var is not None
+                part.running_mean.normal_()
+                part.running_var.uniform_(0.5, 2)
+    return model
 
 
 def logits(name: str, posts: list[Features], seed: int = 0) -> np.ndarray:
@@ -143,3 +189,264 @@ def test_heads_must_divide_the_width() -> None:
     settings = support.SMALL.model_copy(update={"token_transformer": options})
     with pytest.raises(ConfigError, match=r"model.token_transformer.width: 32"):
         build_model(support.schema(), settings)
+
+
+CASES: list[tuple[str, dict[str, object]]] = [(name, {}) for name in NAMES] + [
+    ("concat_se", {"pooling": "nextvlad"})
+]
+
+
+@pytest.mark.parametrize(("name", "changes"), CASES)
+def test_a_model_equals_a_numpy_forward(name: str, changes: dict[str, object]) -> None:
+    """The same weights in float64, post by post: full, with gaps, and with nothing at all."""
+    model = lively(name, **changes)
+    weights = {k: v.numpy().astype(np.float64) for k, v in model.state_dict().items()}
+    with torch.inference_mode():
+        said = model.outputs(batch_of(POSTS))
+        np.testing.assert_array_equal(model(batch_of(POSTS)), said.logits)
+    for i, post in enumerate(POSTS):
+        logits, own = FORWARDS[name](weights, post)
+        np.testing.assert_allclose(said.logits[i], logits, atol=2e-5, err_msg=post.post_id)
+        assert set(own) == set(post.arrays) == {m for m in said.there if said.there[m][i]}
+        said_own: Mapping[Any, torch.Tensor] = said.own
+        for modality, wanted in own.items():
+            np.testing.assert_allclose(said_own[modality][i], wanted, atol=2e-5, err_msg=modality)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_own_head_sees_its_modality_only(name: str) -> None:
+    model = lively(name)
+    bare = {m: 0 for m in MODALITIES if m != "audio"}
+    with torch.inference_mode():
+        whole = model.outputs(batch_of([support.features()])).own["audio"]
+        alone = model.outputs(batch_of([support.features(lengths=bare)])).own["audio"]
+    torch.testing.assert_close(whole, alone, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_in_training_too_a_post_is_blind_to_the_padding_of_others(name: str) -> None:
+    posts, found = POSTS[:3], []
+    for padding in (0, 6):
+        model = lively(name).train()
+        for part in model.modules():
+            if isinstance(part, nn.Dropout):
+                part.p = 0.0
+            if isinstance(part, Block):
+                part.rate = part.skip = 0.0
+        model.drop.chance = 0.0
+        batch = batch_of(posts)
+        tokens = {m: nn.functional.pad(t, (0, 0, 0, padding)) for m, t in batch.tokens.items()}
+        masks = {m: nn.functional.pad(t, (0, padding)) for m, t in batch.masks.items()}
+        logits = model(batch._replace(tokens=tokens, masks=masks)).detach()
+        learned = [b.clone() for b in model.buffers() if b.is_floating_point()]
+        found.append([logits, *learned])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_parameter_learns_also_where_no_post_has_a_modality(name: str) -> None:
+    """Each gets a gradient, though it may be zero: DDP stops at parameters without one."""
+    model = lively(name).train()
+    batch = batch_of([POSTS[2], POSTS[2]], targets=True)
+    Objective(model, TaggingLoss(LossSettings(), torch.ones(6)), auxiliary=1.0)(batch).backward()
+    lost = [k for k, p in model.named_parameters() if p.grad is None]
+    assert lost == []
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_loss_of_own_heads_is_masked_post_by_post(name: str) -> None:
+    """A modality's loss is that of the posts that have it: summed by hand, with no broadcasting."""
+    model = lively(name)
+    batch = batch_of(POSTS, targets=True)
+    loss = TaggingLoss(LossSettings(), torch.ones(6))
+    with torch.no_grad():
+        found = float(Objective(model, loss, auxiliary=0.5)(batch))
+        said = model.outputs(batch)
+    assert batch.targets is not None
+    wanted = float(binary_cross_entropy_with_logits(said.logits, batch.targets))
+    for modality, logits in said.own.items():
+        for i, post in enumerate(POSTS):
+            if modality in post.arrays:
+                own = float(binary_cross_entropy_with_logits(logits[i], batch.targets[i]))
+                wanted += 0.5 * own / len(POSTS)
+    assert found == pytest.approx(wanted, abs=1e-5)
+
+
+def test_a_hidden_modality_has_no_loss_of_its_own() -> None:
+    model = lively("concat_mlp").train()
+    model.drop.chance = 0.999999  # all but one of each post
+    torch.manual_seed(3)
+    batch = batch_of([POSTS[0]], targets=True)
+    Objective(model, TaggingLoss(LossSettings(), torch.ones(6)), auxiliary=1.0)(batch).backward()
+    taught = [m for m in MODALITIES if model.own[m].weight.grad.any()]
+    assert len(taught) == 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_model_trains_in_bfloat16(name: str) -> None:
+    """Under autocast loss and gradients are finite float32, near those of full precision."""
+    batch, losses = batch_of(POSTS, targets=True), []
+    for half in (False, True):
+        model = lively(name)
+        objective = Objective(model, TaggingLoss(LossSettings(), torch.ones(6)), auxiliary=1.0)
+        model.train()
+        model.drop.chance = 0.0
+        torch.manual_seed(0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            loss = objective(batch)
+        loss.backward()
+        losses.append(loss.item())
+        assert loss.dtype == torch.float32
+        assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+    assert losses[1] == pytest.approx(losses[0], rel=0.1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_weight_for_own_heads_makes_none(name: str) -> None:
+    """A model without them has the same weights by name as ever, and says nothing on its own."""
+    plain = support.model(name)
+    assert not [k for k in plain.state_dict() if k.startswith("own.")]
+    assert plain.outputs(batch_of(POSTS[:1])).own == {}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_groups_cover_every_parameter_once_at_the_rate_of_its_stage(name: str) -> None:
+    """Rates of groups and layers: counted by parameter, and each as its stage says."""
+    model = lively(name)
+    settings = OptimizerSettings.model_validate(
+        {
+            "learning_rate": 1e-3,
+            "group_rates": {"modality": 1e-4, "head": 1e-2},
+            "layer_decay": 0.5,
+            "weight_decay": 0.1,
+        }
+    )
+    groups = parameter_groups(model, settings)
+    placed = {id(p): group for group in groups for p in group["params"]}
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+    names = dict(model.named_parameters())
+    assert set(placed) == {id(p) for p in names.values()}
+    stages = model.stages()
+    rates = {"modality": 1e-4, "fusion": 1e-3, "head": 1e-2}
+    for height, stage in enumerate(reversed(stages)):
+        within = [k for k in names if any(k == n or k.startswith(f"{n}.") for n in stage.names)]
+        assert within, stage
+        for key in within:
+            group = placed[id(names[key])]
+            assert group["lr"] == pytest.approx(rates[stage.group] * 0.5**height), key
+            plain = names[key].ndim <= 1 or key == "bottlenecks"
+            assert group["weight_decay"] == (0.0 if plain else 0.1), key
+    assert stages[-1].group == "head"
+    assert "own" in stages[-1].names
+
+
+def test_a_parameter_without_a_stage_is_refused() -> None:
+    model = support.model("gmu")
+    model.forgotten = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"forgotten\.weight is in 0 stages"):
+        parameter_groups(model, OptimizerSettings())
+
+
+# Parts
+
+
+def test_gmu_with_two_modalities_is_the_sigmoid_of_the_paper() -> None:
+    """The softmax of two gates is z = σ(W[h1; h2]) and 1 - z, with W the difference of both."""
+    model = lively("gmu")
+    post = support.features(lengths={"image": 0, "audio": 0, "ocr": 0})
+    seen: list[torch.Tensor] = []
+    model.hidden.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    with torch.inference_mode():
+        model(batch_of([post]))
+        pooled = model.pool(*_inputs(post))
+        gates = model.gates(torch.cat([pooled[m] for m in MODALITIES], dim=1))[0]
+    width = len(gates) // 5
+    first, second = gates[:width], gates[3 * width : 4 * width]
+    z = torch.sigmoid(first - second)
+    wanted = z * torch.tanh(pooled["video"][0]) + (1 - z) * torch.tanh(pooled["text"][0])
+    torch.testing.assert_close(seen[0][0], wanted, atol=1e-6, rtol=0)
+
+
+def _inputs(post: Features) -> tuple[dict[Stream, torch.Tensor], dict[Stream, torch.Tensor]]:
+    batch = batch_of([post])
+    tokens = {
+        m: t if t.shape[1] else t.new_zeros(1, 1, t.shape[2]) for m, t in batch.tokens.items()
+    }
+    masks = {m: t if t.shape[1] else t.new_zeros(1, 1) for m, t in batch.masks.items()}
+    return dict(tokens), dict(masks)
+
+
+def test_nextvlad_rounds_its_width_up_to_the_groups() -> None:
+    """λN need not divide by G; sound has half the clusters and groups."""
+    pool = NeXtVLAD(10, NextVladSettings(clusters=6, groups=8), share=1)
+    assert pool.expand.out_features == 24
+    assert pool.width == 6 * 3
+    half = NeXtVLAD(10, NextVladSettings(clusters=6, groups=8), share=2)
+    assert (half.clusters, half.groups) == (3, 4)
+
+
+def test_masked_batch_normalisation_learns_from_what_is_there() -> None:
+    torch.manual_seed(0)
+    rows, mask = torch.randn(4, 5, 3) * 2 + 1, torch.rand(4, 5) < 0.6
+    masked, plain = MaskedBatchNorm(3).train(), nn.BatchNorm1d(3).train()
+    found = masked(rows, mask)
+    torch.testing.assert_close(found[mask], plain(rows[mask]))
+    assert not found[~mask].any()
+    torch.testing.assert_close(masked.running_mean, plain.running_mean)
+    torch.testing.assert_close(masked.running_var, plain.running_var)
+    torch.testing.assert_close(masked.eval()(rows)[mask], plain.eval()(rows[mask]))
+    before = masked.train().running_mean
+    assert before is not None
+    kept = before.clone()
+    one = torch.zeros(4, 5, dtype=torch.bool)
+    one[0, 0] = True
+    assert torch.isfinite(masked(rows, one)).all(), "one row has no variance"
+    torch.testing.assert_close(masked.running_mean, kept)
+
+
+def test_stochastic_depth_skips_posts_as_often_as_asked_and_keeps_the_mean() -> None:
+    """A skipped branch is zero, a kept one is scaled; in evaluation nothing is skipped."""
+    torch.manual_seed(0)
+    block = Block(8, 2, 0.0, skip=0.25).train()
+    branch = torch.ones(8000, 1, 8)
+    found = block._sometimes(branch)[:, 0, 0]
+    assert sorted(set(found.tolist())) == pytest.approx([0, 4 / 3])
+    assert (found == 0).float().mean().item() == pytest.approx(0.25, abs=0.02)
+    assert torch.equal(block.eval()._sometimes(branch), branch)
+    settings = support.SMALL.model_copy(update={"name": "mbt"})
+    built: Any = build_model(support.schema(), settings)
+    layers = built.blocks
+    assert [b["video"].skip for b in layers] == pytest.approx([0, 0.05, 0.1])
+
+
+def test_the_bottleneck_is_the_only_way_between_modalities() -> None:
+    """With nothing shared in the exchange, a modality's stream would not know of the others."""
+    model = lively("mbt", bottlenecks=1)
+    batch = batch_of([POSTS[0]])
+    other = batch_of([support.features("a", seed=9)])
+    swapped = {**batch.tokens, "text": other.tokens["text"]}
+    found = []
+    for tokens in (batch.tokens, swapped):
+        seen: list[torch.Tensor] = []
+        hook = model.norms["video"].register_forward_hook(
+            lambda _, __, out, seen=seen: seen.append(out)
+        )
+        with torch.inference_mode():
+            model(batch._replace(tokens=tokens))
+        hook.remove()
+        found.append(seen[0])
+    assert (found[0] - found[1]).abs().max() > 1e-5, "text reaches video through one token"
+    first = MbtSettings(layers=2, fusion_layers=1)
+    assert first.layers - first.fusion_layers == 1
+    with pytest.raises(ValueError, match="fusion_layers 3 are more than layers"):
+        MbtSettings(layers=2, fusion_layers=3)
+
+
+def test_old_settings_still_describe_old_models() -> None:
+    """A bundle of before names two sections; its concat model has the weights it always had."""
+    old = {"name": "concat_se", "concat_se": {"modality_width": 16, "width": 32}}
+    model = build_model(support.schema(), ModelSettings.model_validate(old))
+    parts = {key.split(".")[0] for key in model.state_dict()}
+    assert parts == {"norms", "projections", "missing", "join", "gate", "classify"}

@@ -22,7 +22,6 @@ from fusion.train.optimizer import (
     average_of,
     build_optimizer,
     cycle_ends,
-    warm_up_cosine,
 )
 from fusion.train.run_log import read_run
 from fusion.train.trainer import TrainData, Trainer
@@ -184,15 +183,6 @@ def test_an_optimizer_equals_its_definition(name: str) -> None:
 def test_steps_that_do_not_rise_are_refused() -> None:
     with pytest.raises(ConfigError, match="steps_at must rise"):
         validate(TrainSettings, {"optimizer": {"steps_at": [0.7, 0.5]}}, "test")
-
-
-def test_the_learning_rate_goes_up_and_down() -> None:
-    """Linear over the warm-up, at its peak after it, near zero at the end."""
-    rates = [warm_up_cosine(step, 100, 0.1) for step in range(100)]
-    assert rates[:10] == pytest.approx(np.arange(1, 11) / 10)
-    assert max(rates) == rates[10] == 1
-    assert rates[-1] < 0.001
-    assert rates[10:] == sorted(rates[10:], reverse=True)
 
 
 def test_the_moving_average() -> None:
