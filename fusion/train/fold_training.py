@@ -22,8 +22,16 @@ from fusion.data.posts import PostList, stratified_folds
 from fusion.models import FusionModel
 from fusion.train.checkpoint import BEST, LAST, find_start
 from fusion.train.distributed import all_ranks
-from fusion.train.measure import HeldOutScores, score_held_out
-from fusion.train.members import Job, Trained, joined, model_of, seed_of, train_model
+from fusion.train.members import (
+    HeldOutScores,
+    Job,
+    Trained,
+    joined,
+    model_of,
+    score_held_out,
+    seed_of,
+    train_model,
+)
 from fusion.train.prepare import Prepared
 from fusion.train.run_log import RunLog
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, TypeAlias
 
 import typer
 
@@ -15,6 +15,7 @@ from config.load import given_options, layered, merge, parse_overrides, read_yam
 from config.train import BackboneTrainSettings, TrainSettings
 
 TRAIN_CONFIG = Path("config/train_config.yaml")
+Text: TypeAlias = str | None
 
 _TRAIN_KEYS = {
     "batch_size": "trainer.batch_size",
@@ -33,61 +34,47 @@ _TASKS: dict[str, type[TrainSettings | BackboneTrainSettings]] = {
 }
 
 
+def _option(name: str, metavar: str, text: str) -> Any:
+    return typer.Option(f"--{name}", metavar=metavar, help=text)
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions:
     """The command line of `train_net.py`; the settings check the values."""
 
     model_config: Annotated[
-        Path | None,
-        typer.Option("--model_config", metavar="F", help=f"YAML file; default {TRAIN_CONFIG}"),
+        Path | None, _option("model_config", "F", f"YAML file; default {TRAIN_CONFIG}")
     ] = None
-    batch_size: Annotated[
-        str | None, typer.Option("--batch_size", metavar="N", help="posts in a training batch")
-    ] = None
-    learning_rate: Annotated[
-        str | None, typer.Option("--learning_rate", metavar="X", help="peak learning rate")
-    ] = None
+    batch_size: Annotated[Text, _option("batch_size", "N", "posts in a training batch")] = None
+    learning_rate: Annotated[Text, _option("learning_rate", "X", "peak learning rate")] = None
     resume: Annotated[
         Path | None,
-        typer.Option(
-            "--resume",
-            metavar="F",
-            help="a run's folder or checkpoint to go on from; or weights: best.pt, a bundle, "
-            "a .pth",
+        _option(
+            "resume",
+            "F",
+            "a run's folder or checkpoint to go on from; or weights: best.pt, a bundle, a .pth",
         ),
     ] = None
-    n_gpu: Annotated[
-        str | None,
-        typer.Option("--n_gpu", metavar="N", help="number of GPUs; 0 trains on the CPU"),
-    ] = None
-    epoch: Annotated[
-        str | None,
-        typer.Option("--epoch", metavar="N", help="number of epochs; 0 takes the config's"),
-    ] = None
+    n_gpu: Annotated[Text, _option("n_gpu", "N", "number of GPUs; 0 trains on the CPU")] = None
+    epoch: Annotated[Text, _option("epoch", "N", "number of epochs; 0 takes the config's")] = None
     save_dir: Annotated[
-        Path | None,
-        typer.Option("--save_dir", metavar="DIR", help="folder of the runs; latest leads to one"),
+        Path | None, _option("save_dir", "DIR", "folder of the runs; latest leads to one")
     ] = None
     valid_interval: Annotated[
-        str | None,
-        typer.Option(
-            "--valid_interval", metavar="N", help="epochs between validations; 0 only at the end"
-        ),
+        Text, _option("valid_interval", "N", "epochs between validations; 0 only at the end")
     ] = None
     log_interval: Annotated[
-        str | None,
-        typer.Option("--log_interval", metavar="N", help="batches between two lines of the log"),
+        Text, _option("log_interval", "N", "batches between two lines of the log")
     ] = None
     fix_random_seed: Annotated[
-        str | None,
-        typer.Option("--fix_random_seed", metavar="[BOOL]", help="the same seed in every run"),
+        Text, _option("fix_random_seed", "[BOOL]", "the same seed in every run")
     ] = None
     skip_bad: Annotated[
-        str | None,
-        typer.Option(
-            "--skip_bad",
-            metavar="[BOOL]",
-            help="leave out posts that cannot be used, and list them in log/skipped.jsonl",
+        Text,
+        _option(
+            "skip_bad",
+            "[BOOL]",
+            "leave out posts that cannot be used, and list them in log/skipped.jsonl",
         ),
     ] = None
     overrides: Overrides

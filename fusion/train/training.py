@@ -27,8 +27,16 @@ from fusion.train import distributed
 from fusion.train.checkpoint import model_signature
 from fusion.train.distributed import all_ranks
 from fusion.train.fold_training import FOLDS, FoldTraining, pool_of
-from fusion.train.measure import Measured, measure, subset_gaps
-from fusion.train.members import Job, Trained, seed_of, start_of, train_model
+from fusion.train.members import (
+    Job,
+    Measured,
+    Trained,
+    measure,
+    seed_of,
+    start_of,
+    subset_gaps,
+    train_model,
+)
 from fusion.train.prepare import Prepared, prepare
 from fusion.train.run_folder import (
     keep_bundle,
