@@ -30,14 +30,10 @@ class RunLog:
     """
 
     def __init__(self, path: Path, *, enabled: bool, tensorboard: bool = False) -> None:
-        self._path, self._enabled = path, enabled
+        self.path, self._enabled = path, enabled
         self._tensorboard = enabled and tensorboard
         self._writer: Any = None
         self._steps = 1
-
-    @property
-    def path(self) -> Path:
-        return self._path
 
     def begin(self, steps: int, done: int = 0) -> None:
         """Start, or go on after a resume: points of steps that will be repeated disappear.
@@ -56,7 +52,7 @@ class RunLog:
             return
         from torch.utils.tensorboard import SummaryWriter
 
-        folder = self._path.parent / "tensorboard"
+        folder = self.path.parent / "tensorboard"
         try:
             # Events of the same folder with this step or a later one are hidden by TensorBoard.
             self._writer = SummaryWriter(
@@ -71,11 +67,11 @@ class RunLog:
             return
         line = json.dumps({"event": event, "time": round(time.time(), 3), **values})
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open("a", encoding="utf-8") as file:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
                 file.write(f"{line}\n")
         except OSError as error:
-            raise ConfigError(f"{self._path}: the log cannot be written: {error}") from error
+            raise ConfigError(f"{self.path}: the log cannot be written: {error}") from error
         if self._writer is not None and event in _SCALARS and "epoch" in values:
             self._scalars(event, values)
 

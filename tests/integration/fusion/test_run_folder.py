@@ -103,21 +103,6 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
 # Runs that cannot begin
 
 
-def twice(folder: Path) -> None:
-    """Put a post of the training data into the validation data too."""
-    train, valid = (json.loads((folder / f"{n}.json").read_text()) for n in ("train", "valid"))
-    (folder / "none.json").write_text(json.dumps([train[3], *valid]))
-
-
-MISTAKES = {
-    "data": ("none.json: no such data file", ["data.valid=NONE"]),
-    "resume": ("cannot be read as a checkpoint", ["--resume"]),
-    "bundle": ("holds something that is no bundle and would be replaced", ["bundle.out=FOLDER"]),
-    "few posts": ("posts are too few for 30", ["ensemble.folds=30"]),
-    "post twice": ("post 'train3' stands in", ["data.valid=NONE", "ensemble.folds=2"]),
-}
-
-
 def test_a_run_that_cannot_begin_leaves_the_latest(
     few_posts: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -125,17 +110,20 @@ def test_a_run_that_cannot_begin_leaves_the_latest(
     config = runs.config_file(few_posts, trainer=ONE)
     assert train_net.main(["--model_config", str(config)]) == 0
     before = tree(few_posts / "run")
-    (few_posts / "other.pt").write_bytes(b"no checkpoint")
-    for mistake, (says, changes) in MISTAKES.items():
-        if mistake == "post twice":
-            twice(few_posts)
-        wrong = []
-        for change in changes:
-            named = change.replace("NONE", str(few_posts / "none.json"))
-            named = named.replace("FOLDER", str(few_posts))
-            wrong += [named, str(few_posts / "other.pt")] if "=" not in named else ["--set", named]
+    broken, twice = few_posts / "other.pt", few_posts / "twice.json"
+    broken.write_bytes(b"no checkpoint")
+    train, valid = (json.loads((few_posts / f"{n}.json").read_text()) for n in ("train", "valid"))
+    twice.write_text(json.dumps([train[3], *valid]))
+    mistakes = {
+        "none.json: no such data file": ["--set", "data.valid=none.json"],
+        "cannot be read as a checkpoint": ["--resume", str(broken)],
+        "holds something that is no bundle and would": ["--set", f"bundle.out={few_posts}"],
+        "posts are too few for 30": ["--set", "ensemble.folds=30"],
+        "post 'train3' stands in": ["--set", f"data.valid={twice}", "--set", "ensemble.folds=2"],
+    }
+    for says, options in mistakes.items():
         capsys.readouterr()
-        assert train_net.main(["--model_config", str(config), *wrong]) == 2, mistake
+        assert train_net.main(["--model_config", str(config), *options]) == 2, says
         assert says in capsys.readouterr().err
         assert tree(few_posts / "run") == before
 
