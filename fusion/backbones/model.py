@@ -18,7 +18,7 @@ from config.settings import LstmSizes
 from extractors.models.visual import AttentionLstm
 from fusion.backbones.media import STREAM, Kind, best_of_post
 from fusion.data.collate import Batch
-from fusion.train.objective import Objective
+from fusion.train.losses import Objective
 
 # Cells a side that tell where something moves. It is the size of a layer's output: weights trained
 # with this one do not fit another.

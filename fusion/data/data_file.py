@@ -190,23 +190,6 @@ def check_holds_post(path: Path | str, limit: int | None = None) -> None:
     raise ConfigError(f"{path}: holds no readable post: {reason}")
 
 
-def read_data_file(path: Path) -> tuple[Record, ...]:
-    """Return all posts of a small data file at once.
-
-    Raises:
-        ConfigError: As `entries`; or it is empty, an entry is wrong, or an ID stands twice.
-    """
-    records: dict[str, Record] = {}
-    for entry in entries(path):
-        record = record_of(entry.value, entry.where, path)
-        if record.post_id in records:
-            raise ConfigError(f"{path}: post {record.post_id!r} stands twice")
-        records[record.post_id] = record
-    if not records:
-        raise ConfigError(f"{path}: holds no posts")
-    return tuple(records.values())
-
-
 def record_of(value: Any, where: str, path: Path) -> Record:
     """Return an entry's labels and features.
 

@@ -14,7 +14,8 @@ from common.post import Post
 from config.labels import LabelMap
 from config.load import load_settings
 from extractors.feature_file import read_features, read_header
-from fusion.data.data_file import read_data_file, read_whole_posts
+from fusion.data.data_file import read_whole_posts
+from tests.support.fusion import support
 from workers.local import local_runner
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,7 +27,7 @@ SPLITS = ("train", "valid", "test")
 def test_every_sample_is_whole(split: str) -> None:
     """Labels are in the map; media and feature files are there."""
     labels = LabelMap.load(ROOT / "config/idx2name_cls24.json")
-    for record in read_data_file(DATA / f"{split}_cls24_samples.json"):
+    for record in support.records(DATA / f"{split}_cls24_samples.json"):
         assert labels.encode(record.labels)
         assert record.features is not None
         assert record.features.is_file()

@@ -16,6 +16,7 @@ from config.load import merge, validate
 from config.train import TrainSettings
 from extractors.feature_file import write_features
 from fusion.bundle.bundle import save_bundle
+from fusion.data.data_file import Record, entries, record_of
 from fusion.data.schema import FeatureManifest, InputSchema
 from fusion.models import FusionModel, build_model
 
@@ -130,6 +131,11 @@ def write_posts(folder: Path, name: str, count: int, seed: int, *, classes: int 
     file = folder / f"{name}.json"
     file.write_text(json.dumps(entries), encoding="utf-8")
     return file
+
+
+def records(path: Path) -> tuple[Record, ...]:
+    """All posts of a small data file."""
+    return tuple(record_of(entry.value, entry.where, path) for entry in entries(path))
 
 
 def train_settings(folder: Path, **sections: Any) -> TrainSettings:

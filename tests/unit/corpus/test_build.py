@@ -18,7 +18,7 @@ from corpus.build import index, label_map, sides
 from corpus.build.command import main
 from corpus.records import AtomicLines
 from extractors.feature_file import feature_path, write_features
-from fusion.data.data_file import read_data_file
+from tests.support.fusion import support
 
 TAGS = tuple(f"tag{i}" for i in range(6))
 ABSENT = {"image": "missing", "audio": "missing", "video": "missing", "ocr": "missing"}
@@ -103,7 +103,7 @@ def test_the_trainer_reads_what_was_built(tmp_path: Path) -> None:
     _corpus(tmp_path, [_post(i) for i in range(40)])
     for form in ("json", "jsonl"):
         assert _build(tmp_path, "--format", form, out=form) == 0
-        records = read_data_file(tmp_path / form / f"train_cls6.{form}")
+        records = support.records(tmp_path / form / f"train_cls6.{form}")
         first = next(iter(records))
         assert first.features is not None
         assert first.features.exists()

@@ -13,7 +13,7 @@ import pytest
 
 from common.errors import ConfigError
 from fusion.data import data_file
-from fusion.data.data_file import Record, entries, read_data_file
+from fusion.data.data_file import Record, entries
 from fusion.data.posts import PostList
 from tests.support.fusion import support
 
@@ -80,15 +80,14 @@ def test_entries_are_what_json_says_wherever_blocks_end(
     ],
 )
 def test_a_broken_data_file_is_one_line(text: str, says: str, tmp_path: Path) -> None:
-    """Read whole or as numbers: the line names the file and what is wrong."""
+    """The line names the file and what is wrong."""
     file = tmp_path / "a.json"
     file.write_text(text)
-    for read in (read_data_file, lambda f: PostList.read(f, support.LABELS)):
-        with pytest.raises(ConfigError) as caught:
-            read(file)
-        assert str(file) in str(caught.value)
-        assert says in str(caught.value)
-        assert "\n" not in str(caught.value)
+    with pytest.raises(ConfigError) as caught:
+        PostList.read(file, support.LABELS)
+    assert str(file) in str(caught.value)
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_broken_line_is_named_by_its_number(tmp_path: Path) -> None:
@@ -106,7 +105,7 @@ def test_posts_come_back_as_they_stand_in_the_file(tmp_path: Path) -> None:
     file = written(tmp_path, "a.json", ENTRIES, ensure_ascii=False)
     posts = PostList.read(file, support.LABELS)
     for copy in (posts, pickle.loads(pickle.dumps(posts))):
-        assert tuple(copy) == read_data_file(file)
+        assert tuple(copy) == support.records(file)
     wanted = np.zeros((4, support.CLASSES), np.float32)
     wanted[0, [1, 3]] = wanted[3, 0] = 1
     np.testing.assert_array_equal(posts.targets(), wanted)
