@@ -42,7 +42,7 @@ from workers.protocol import (
     FetchTask,
     FuseTask,
 )
-from workers.roles.tasks import run_decode, run_extract, run_fuse
+from workers.roles.batched import run_decode, run_extract, run_fuse
 
 
 class PureWork:

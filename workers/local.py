@@ -25,8 +25,8 @@ from common.fingerprint import mismatch
 from common.post import Failure, Stream
 from config.settings import Settings
 from extractors.parts import slot_bytes
+from workers.cache.entries import GuardedStore
 from workers.cache.features import FeatureCache
-from workers.cache.store import GuardedStore
 from workers.fetch.client import Fetcher
 from workers.fetch.spool import file_name
 from workers.pool.arena import Arena, SlotTable
@@ -46,7 +46,8 @@ from workers.protocol import (
     TaskFailed,
     WorkerView,
 )
-from workers.roles.tasks import DeviceLost, Outcome, failure_of, run_decode, run_extract, run_fuse
+from workers.roles.batched import run_decode, run_extract, run_fuse
+from workers.roles.loop import DeviceLost, Outcome, failure_of
 from workers.runner import PostRunner
 
 if TYPE_CHECKING:
@@ -256,7 +257,7 @@ class LocalPool:
                 self._slots.drop(ref.slot)
 
     def _open_bundle(self) -> Inferer:
-        from workers.roles.fuse import open_bundle
+        from workers.roles.batched import open_bundle
 
         try:
             inferer = open_bundle(self._settings.fusion, self._device)

@@ -23,7 +23,7 @@ from scripts.commands.common import (
 )
 
 if TYPE_CHECKING:
-    from workers.cache.base import CacheStore
+    from workers.cache.store import CacheStore
 
 _MIB = 1 << 20
 

@@ -49,11 +49,11 @@ _log = structlog.get_logger()
 
 ROLES: Mapping[WorkerRole, str] = MappingProxyType(
     {
-        "fetch": "workers.roles.fetch:run",
-        "decode": "workers.roles.decode:run",
-        "extract": "workers.roles.extract:run",
-        "fuse": "workers.roles.fuse:run",
-        "cache": "workers.roles.lookup:run",
+        "fetch": "workers.roles.threaded:fetch",
+        "decode": "workers.roles.batched:decode",
+        "extract": "workers.roles.batched:extract",
+        "fuse": "workers.roles.batched:fuse",
+        "cache": "workers.roles.threaded:lookup",
     }
 )
 """Role -> ``module:function``, by name so that the King never imports what the workers load."""

@@ -12,24 +12,29 @@ import ctypes
 import importlib
 import logging
 import os
-import queue
-import select
 import signal
 import socket
 import sys
-import threading
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TypeAlias, TypeVar
 
 import psutil
 import structlog
 
-from common.errors import RetryableError, TaggingError, one_line
+from common.errors import (
+    FeatureError,
+    FetchRefused,
+    MediaError,
+    PermanentError,
+    RetryableError,
+    TaggingError,
+    one_line,
+)
 from common.logs import configure_logs
 from common.post import Failure
 from config.settings import Settings, WorkerSettings
@@ -46,13 +51,16 @@ from workers.protocol import (
     ProtocolError,
     Ready,
     Refused,
-    Reply,
+    Result,
     Stop,
     Task,
 )
-from workers.roles.tasks import DeviceLost, Outcome
 
 _log = structlog.get_logger()
+Item = TypeVar("Item")
+Outcome: TypeAlias = Result | Failure
+_FOREIGN: dict[str, type[PermanentError]] = {"fetch": FetchRefused, "decode": MediaError}
+_LOST_DEVICE = ("device-side assert", "cuda error", "cublas_status", "cudnn_status_execution")
 _PR_SET_PDEATHSIG = 1
 
 REFUSED_STATUS = 2
@@ -63,10 +71,6 @@ BROKEN_STATUS = 3
 _LAUNCH_TIMEOUT_S = 30.0
 """Wait for the first message. The King sends it right after the fork, so this only ends a process
 whose King hangs; half would do, but a host that swaps needs its time."""
-
-_FINISH_S = 2.0
-"""Time that begun work gets after `Stop`. The King waits longer than that before it kills; a
-download that needs more is begun again by the next King anyway."""
 
 _MIB = 1 << 20
 
@@ -97,20 +101,20 @@ class Retire(Exception):
     """The end of this process between two batches, so that a fresh one takes over."""
 
 
-class Handler(Protocol):
-    """The work of a role; `serve` does the rest."""
+class Handler(ABC):
+    """The work of a role that runs in batches; `serve` does the rest."""
 
+    @abstractmethod
     def load(self) -> Mapping[str, str]:
         """Load models and return the information for `Ready`.
 
         Raises:
             TaggingError: It cannot start, and a restart would not help.
         """
-        ...
 
+    @abstractmethod
     def run(self, tasks: Sequence[Task]) -> list[Outcome]:
         """Return one result or failure per task, in order."""
-        ...
 
     def between_batches(self, channel: Channel[Command]) -> float | None:
         """Do what is due between batches or when idle; return the seconds until the next time.
@@ -118,15 +122,14 @@ class Handler(Protocol):
         Raises:
             Retire: End this process, and have it replaced.
         """
-        ...
+        del channel
+        return None
 
-    def control(self, message: Command) -> None:
+    def control(self, message: Command) -> None:  # noqa: B027 - most roles are told nothing
         """Handle a control message."""
-        ...
 
-    def close(self) -> None:
-        """Free what `load` has allocated."""
-        ...
+    def close(self) -> None:  # noqa: B027 - the process ends anyway
+        """End what must not be cut off."""
 
 
 def serve(context: Context, handler: Handler) -> None:
@@ -207,6 +210,89 @@ def answer(task_id: int, outcome: Outcome, seconds: float) -> Done | Failed:
     return Done(task_id, outcome, seconds)
 
 
+class DeviceLost(Exception):
+    """The device's state cannot be recovered in this process: it must end and be replaced."""
+
+
+def failure_of(stage: str, error: Exception) -> Failure:
+    """Return an exception as a failure.
+
+    A foreign exception is logged with its traceback, and becomes the error of its stage with a
+    message that begins with the exception's own name.
+    """
+    if not isinstance(error, TaggingError):
+        _log.error("workers.task_error", stage=stage, exc_info=error)
+        error = _typed(stage, error, str(error))
+    return Failure.of(stage, error, retryable=isinstance(error, RetryableError))
+
+
+def _typed(stage: str, error: Exception, text: str) -> TaggingError:
+    name = type(error).__name__
+    return _FOREIGN.get(stage, FeatureError)(f"{name}: {text}" if text else name)
+
+
+def run_batch(
+    stage: str, run: Callable[[Sequence[Item]], Sequence[Result]], items: Sequence[Item]
+) -> list[Outcome]:
+    """Return the results of all items in order; halve when out of memory, run each alone on errors.
+
+    ``run`` returns one result per item, or raises.
+
+    Raises:
+        DeviceLost: A CUDA error that no later call in this process would survive.
+    """
+    try:
+        results = list(run(items))
+        if len(results) != len(items):
+            raise RuntimeError(f"{stage}: {len(results)} results for {len(items)} items")
+        return list(results)
+    except Exception as error:  # the worker's loop: it goes on whatever an item does
+        if _is_out_of_memory(error):
+            return _smaller(stage, run, items, error)
+        if _is_device_lost(error):
+            raise DeviceLost(one_line(error, 300)) from error
+        if len(items) == 1:
+            return [failure_of(stage, error)]
+    return [outcome for item in items for outcome in run_batch(stage, run, [item])]
+
+
+def _smaller(
+    stage: str,
+    run: Callable[[Sequence[Item]], Sequence[Result]],
+    items: Sequence[Item],
+    error: Exception,
+) -> list[Outcome]:
+    text = one_line(error, 200)
+    _log.warning("workers.out_of_memory", stage=stage, batch=len(items), error=text)
+    # The exception's frames keep the tensors alive that did not fit.
+    error.__traceback__ = None
+    _empty_cache()
+    if len(items) == 1:
+        failed = _typed(stage, error, f"out of memory: {text}")
+        return [Failure.of(stage, failed, retryable=True)]
+    half = len(items) // 2
+    return run_batch(stage, run, items[:half]) + run_batch(stage, run, items[half:])
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # By name: torch is not imported here, and may not be in this process at all.
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+def _is_device_lost(error: Exception) -> bool:
+    text = str(error).lower()
+    kind = type(error).__name__ == "AcceleratorError" or isinstance(error, RuntimeError)
+    return kind and any(sign in text for sign in _LOST_DEVICE)
+
+
+def _empty_cache() -> None:
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 class Recycler:
     """A watch on a process's tasks and growth, to replace it before leaks add up."""
 
@@ -245,94 +331,6 @@ class Recycler:
 
 def _resident_bytes() -> int:
     return int(psutil.Process().memory_info().rss)
-
-
-class ThreadedRole(ABC):
-    """Base of a role whose tasks run in threads.
-
-    A subclass says in `worker` what a thread does with a message; from there it answers with
-    `reply`. The other hooks run in the main thread.
-    """
-
-    def __init__(self, threads: int, name: str) -> None:
-        """Describe it; starts nothing."""
-        self.waiting: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
-        self._replies: queue.SimpleQueue[Reply] = queue.SimpleQueue()
-        self._wake_in, self._wake_out = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self._threads = [
-            threading.Thread(target=self._run_thread, name=f"{name}-{i}", daemon=True)
-            for i in range(threads)
-        ]
-
-    @abstractmethod
-    def worker(self) -> AbstractContextManager[Callable[[Command], None]]:
-        """Return what one thread does with a message, and with it what only that thread uses."""
-
-    def accept(self, message: Command) -> Reply | None:
-        """Queue a message, or answer it at once."""
-        self.waiting.put(message)
-        return None
-
-    def settle(self, replies: Iterable[Reply]) -> Iterable[Reply]:
-        """Return the replies to send: those of the threads, and any that are due by themselves."""
-        return replies
-
-    def next_timer(self) -> float | None:
-        """Return when `settle` is due without a reply, `time.monotonic()`; None for never."""
-        return None
-
-    def reply(self, reply: Reply) -> None:
-        """Hand a reply to the main thread; from any thread."""
-        self._replies.put(reply)
-        with suppress(BlockingIOError):  # full: the main thread will wake anyway
-            os.write(self._wake_out, b"r")
-
-    def serve(self, channel: Channel[Command]) -> None:
-        """Work until told to stop or the King is gone."""
-        for thread in self._threads:
-            thread.start()
-        channel.send_wait(Ready())
-        poller = select.poll()
-        poller.register(self._wake_in, select.POLLIN)
-        poller.register(channel.fileno(), select.POLLIN)
-        while True:
-            timer = self.next_timer()
-            poller.poll(None if timer is None else max(0.0, timer - time.monotonic()) * 1000 + 1)
-            for message in channel.receive():
-                if isinstance(message, Stop):
-                    self._finish()
-                    self._send_replies(channel)
-                    return
-                reply = self.accept(message)
-                if reply is not None:
-                    channel.send_wait(reply)
-            if channel.closed:
-                return
-            self._send_replies(channel)
-
-    def _send_replies(self, channel: Channel[Command]) -> None:
-        with suppress(BlockingIOError):
-            while os.read(self._wake_in, 4096):
-                pass
-        replies: list[Reply] = []
-        with suppress(queue.Empty):
-            while True:
-                replies.append(self._replies.get_nowait())
-        for reply in self.settle(replies):
-            channel.send_wait(reply)
-
-    def _finish(self) -> None:
-        """Let the threads end what they have begun."""
-        for _ in self._threads:
-            self.waiting.put(None)
-        end = time.monotonic() + _FINISH_S
-        for thread in self._threads:
-            thread.join(max(0.0, end - time.monotonic()))
-
-    def _run_thread(self) -> None:
-        with self.worker() as work:
-            while (message := self.waiting.get()) is not None:
-                work(message)
 
 
 def die_with_parent(king_pid: int) -> None:

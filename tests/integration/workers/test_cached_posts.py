@@ -24,7 +24,7 @@ from tests.support.tiny_models import tiny_features
 from workers import local
 from workers.cache.store import open_store
 from workers.local import local_runner
-from workers.roles import tasks
+from workers.roles import batched
 
 KINDS = {".png": "image", ".mp4": "video", ".wav": "audio"}
 _LOADED: dict[str, Any] = {}
@@ -106,7 +106,7 @@ class World:
 @pytest.fixture
 def world(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     made = World(files, tmp_path)
-    run, decode, load = ExtractorSuite.run, tasks.run_decode, ExtractorSuite.load
+    run, decode, load = ExtractorSuite.run, batched.run_decode, ExtractorSuite.load
 
     def loaded_once(suite: ExtractorSuite) -> None:
         """Models are loaded once for all tests."""

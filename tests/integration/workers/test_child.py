@@ -37,10 +37,17 @@ from workers.protocol import (
     Stop,
     Task,
 )
-from workers.roles import decode as decoder
-from workers.roles import fetch as fetcher
-from workers.roles.loop import Context, Retire, serve, take_batch
-from workers.roles.tasks import DeviceLost, failure_of, run_batch
+from workers.roles import batched, threaded
+from workers.roles.loop import (
+    Context,
+    DeviceLost,
+    Handler,
+    Retire,
+    failure_of,
+    run_batch,
+    serve,
+    take_batch,
+)
 
 
 class OutOfMemoryError(RuntimeError):
@@ -131,7 +138,7 @@ def test_batches_are_taken_by_queue_and_room() -> None:
     assert batches == [[0, 2], [1], [3], [4], [5]]
 
 
-class Scripted:
+class Scripted(Handler):
     """A handler that remembers what it was asked."""
 
     def __init__(self) -> None:
@@ -210,16 +217,16 @@ def test_decoder_out_of_memory_is_replaced(ends: Ends, monkeypatch: pytest.Monke
             raise MemoryError
         raise MediaError("truncated")
 
-    monkeypatch.setattr("workers.roles.decode.run_decode", run_decode)
-    monkeypatch.setattr("workers.roles.decode.limit_memory", lambda megabytes: None)
+    monkeypatch.setattr("workers.roles.batched.run_decode", run_decode)
+    monkeypatch.setattr("workers.roles.batched.limit_memory", lambda megabytes: None)
     king, worker = ends
     for i, path in enumerate(["broken", "hungry"]):
         king.send(Envelope(i, DecodeTask("image", path, 0), time.monotonic() + 60))
-    decoder.run(context_of(worker, Arena.private(1, 4096), decode={"memory_mb": 7}))
+    batched.decode(context_of(worker, Arena.private(1, 4096), decode={"memory_mb": 7}))
     failures = [m.failure.message for m in king.receive_wait(5) if isinstance(m, Failed)]
     assert failures == ["truncated", "needs more memory than decode.memory_mb (7)"]
     with pytest.raises(ConfigError, match="needs the slots"):
-        decoder.run(context_of(worker))
+        batched.decode(context_of(worker))
 
 
 def test_downloader_answers_through_one_channel(ends: Ends, tmp_path: Path) -> None:
@@ -232,7 +239,7 @@ def test_downloader_answers_through_one_channel(ends: Ends, tmp_path: Path) -> N
         for i, path in enumerate(["/ok", "/status/404", "/ok"]):
             king.send(Envelope(i, fetch_task(web.url(path)), time.monotonic() + 60))
         king.send(Envelope(3, fetch_task(web.url("/ok")), 0.0))
-        thread = threading.Thread(target=fetcher.run, args=(context,))
+        thread = threading.Thread(target=threaded.fetch, args=(context,))
         thread.start()
         said: list[Any] = []
         while sum(isinstance(message, (Done, Failed)) for message in said) < 4:
@@ -245,4 +252,4 @@ def test_downloader_answers_through_one_channel(ends: Ends, tmp_path: Path) -> N
     assert {m.task_ids for m in said if isinstance(m, Began)} == {(0,), (1,), (2,)}
     assert sorted(path.name.split("-")[0] for path in tmp_path.iterdir()) == ["0", "2"]
     with pytest.raises(ConfigError, match=r"fetch\.spool"):
-        fetcher.run(context_of(worker))
+        threaded.fetch(context_of(worker))

@@ -339,7 +339,7 @@ def test_more_than_a_slot_holds(driver: Driver, site: Site) -> None:
     arena_bytes = driver.pool._slot_bytes
     assert arena_bytes % 4096 == 0
     from workers.pool.arena import Arena
-    from workers.roles.tasks import run_decode
+    from workers.roles.batched import run_decode
 
     arena = Arena.private(2, 4096)
     task = DecodeTask("image", str(site.folder / "a.png"), 0)

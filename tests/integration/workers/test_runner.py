@@ -351,7 +351,7 @@ def test_real_workers_that_are_killed(tmp_path: Path) -> None:
 def test_a_missing_bundle_is_a_configuration_error(tmp_path: Path) -> None:
     """The real fusion worker's refusal reaches who starts the runner; without fusion none is."""
     settings = toy_settings(tmp_path / "spool", fusion={"bundle": str(tmp_path / "none")})
-    roles = {**ROLES, "fuse": "workers.roles.fuse:run"}
+    roles = {**ROLES, "fuse": "workers.roles.batched:fuse"}
     runner = PostRunner(settings, pool=ProcessPool(settings, roles=roles))
     with pytest.raises(ConfigError, match=str(tmp_path / "none")):
         runner.start()

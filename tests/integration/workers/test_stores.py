@@ -18,10 +18,7 @@ from common.errors import CacheUnavailable, ConfigError
 from config.settings import CacheSettings
 from tests.support.ports import free_port
 from tests.support.services import RedisServer, unavailable
-from workers.cache.base import CacheStore
-from workers.cache.folder import FolderStore
-from workers.cache.remote import RemoteStore
-from workers.cache.store import open_store
+from workers.cache.store import CacheStore, FolderStore, RemoteStore, open_store
 
 KINDS = ("folder", "file", "redis", "memory", "s3")
 Open = Callable[..., CacheStore]

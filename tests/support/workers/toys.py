@@ -37,8 +37,7 @@ from workers.protocol import (
     Task,
     WorkerRole,
 )
-from workers.roles.loop import Context, serve
-from workers.roles.tasks import DeviceLost, Outcome, run_batch
+from workers.roles.loop import Context, DeviceLost, Handler, Outcome, run_batch, serve
 
 TOY = "tests.support.workers.toys:run"
 ROLES: dict[WorkerRole, str] = {"fetch": TOY, "decode": TOY, "extract": TOY, "fuse": TOY}
@@ -55,7 +54,7 @@ def text_of(task: Task) -> str:
     return task.features.post_id
 
 
-class Toy:
+class Toy(Handler):
     """Does as it is told."""
 
     def __init__(self, context: Context) -> None:

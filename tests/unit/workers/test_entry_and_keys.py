@@ -12,10 +12,9 @@ from structlog.testing import capture_logs
 from common.errors import CacheUnavailable
 from config.settings import CacheSettings, Settings
 from tests.support.tiny_models import tiny_features
-from workers.cache.base import Stats
-from workers.cache.entry import CorruptEntry, Entry, decode, encode
-from workers.cache.keys import Keys
-from workers.cache.store import GuardedStore
+from workers.cache.entries import CorruptEntry, Entry, GuardedStore, decode, encode
+from workers.cache.features import Keys
+from workers.cache.store import Stats
 
 KEY = "ab" * 32
 SHA = "cd" * 32

@@ -27,7 +27,7 @@ from tests.support.tiny_models import tiny_features
 from tests.support.waveform_encoder import DIM, LINE
 from workers.pool.arena import Arena
 from workers.protocol import DecodeTask, Extracted, ExtractTask
-from workers.roles.tasks import run_decode, run_extract
+from workers.roles.batched import run_decode, run_extract
 
 
 def test_every_line_names_what_exists() -> None:

@@ -91,7 +91,7 @@ def test_workers_that_disagree_are_refused() -> None:
 LIMITED = """
 import mmap
 import numpy as np
-from workers.roles.decode import limit_memory
+from workers.roles.batched import limit_memory
 limit_memory(64)
 shared = mmap.mmap(-1, 256 << 20)  # the slots are shared, and do not count
 small = np.ones(16 << 20, np.uint8)

@@ -1,0 +1,360 @@
+"""The roles that work in batches: decode, extract and fuse. `workers.local` uses their functions.
+
+torch, the codecs and the bundles are imported only in the process that needs them: a decoder, where
+hostile files meet native libraries, holds nothing else.
+"""
+
+from __future__ import annotations
+
+import resource
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import structlog
+
+from common.errors import BundleError, ConfigError, FeatureError, MediaError, TaggingError, one_line
+from common.fingerprint import mismatch, packed, unpacked
+from common.post import Failure, Stream
+from config.settings import DecodeSettings, FeatureSettings, FusionSettings, Settings
+from extractors.suite import ExtractorSuite
+from workers.cache.entries import GuardedStore
+from workers.cache.features import FeatureCache
+from workers.pool.arena import Arena
+from workers.pool.channel import Channel
+from workers.protocol import (
+    BundleLoaded,
+    Command,
+    Decoded,
+    DecodeTask,
+    Expect,
+    Extracted,
+    ExtractTask,
+    FuseTask,
+    Part,
+    Task,
+)
+from workers.roles.loop import Context, Handler, Outcome, Retire, failure_of, run_batch, serve
+
+if TYPE_CHECKING:
+    from fusion.infer.inferer import Inferer
+
+_MIB = 1 << 20
+_PAGES_OF_DATA = 5  # column of /proc/self/statm: data and stack, what RLIMIT_DATA counts
+
+_MOST_WAITING_BYTES = 64 << 20
+"""Results that wait for the cache; beyond it they are not written. 64 MiB is a minute of a fast
+GPU's features; a cache that is that far behind will not catch up, and half as much would drop
+results when a bucket is slow for some seconds."""
+
+_ENTRY_BYTES = 4096
+"""Least that a waiting result counts for: Python's own objects around a short text."""
+
+_FLUSH_S = 2.0
+"""Time to write the waiting results at the end, less than the King waits before it kills."""
+
+_BUNDLE_FILES = ("bundle.yaml", "model.safetensors", "labels.json")
+
+_log = structlog.get_logger()
+
+
+def run_decode(
+    task: DecodeTask, features: FeatureSettings, limits: DecodeSettings, arena: Arena
+) -> Decoded:
+    """Decode a media file into its slot.
+
+    Raises:
+        MediaError: The file cannot be decoded, or gives more than a slot holds.
+    """
+    from extractors.media.decode import decode_media
+
+    writer = arena.writer(task.slot)
+    media = decode_media(task.kind, task.path, features, limits, writer)
+    parts = tuple(Part(kind, writer.ref(array)) for kind, array in media.parts)
+    return Decoded(parts, dict(media.failures))
+
+
+def run_extract(suite: ExtractorSuite, tasks: Sequence[ExtractTask], arena: Arena) -> list[Outcome]:
+    """Run one extractor on a batch of its tasks; a bad one fails alone.
+
+    Raises:
+        DeviceLost: The process must be replaced.
+    """
+
+    def run(batch: Sequence[ExtractTask]) -> list[Extracted]:
+        results = suite.run(batch[0].extractor, [_input_of(task, arena) for task in batch])
+        return [_extracted(result) for result in results]
+
+    return run_batch("extract", run, tasks)
+
+
+def _input_of(task: ExtractTask, arena: Arena) -> Any:
+    if task.extractor == "text":
+        return task.text
+    views = [arena.view(ref) for ref in task.refs]
+    if task.extractor == "ocr":
+        return tuple(views)
+    if not views:
+        raise FeatureError(f"{task.extractor}: nothing to extract from")
+    return views[0] if len(views) == 1 else np.concatenate(views)  # (n_i, ...) -> (n, ...)
+
+
+def _extracted(result: Any) -> Extracted:
+    """Wrap one array, the streams of a video, or the text that OCR read."""
+    match result:
+        case str():
+            return Extracted(text=result)
+        case Mapping():
+            streams = dict(result)
+            return Extracted(array=streams.pop("video"), also=streams)
+    return Extracted(array=result)
+
+
+def run_fuse(inferer: Inferer, tasks: Sequence[FuseTask]) -> list[Outcome]:
+    """Predict the tags of a batch of posts; a bad one fails alone.
+
+    Raises:
+        DeviceLost: The process must be replaced.
+    """
+    return run_batch("fuse", lambda batch: inferer.predict([t.features for t in batch]), tasks)
+
+
+class _Decoder(Handler):
+    """The damage of a file is bounded in memory by the kernel, in time by the King, who kills."""
+
+    def __init__(self, settings: Settings, arena: Arena) -> None:
+        self._settings = settings
+        self._arena = arena
+        self._spent = False
+
+    def load(self) -> Mapping[str, str]:
+        import av
+        import cv2
+
+        import extractors.media.decode  # noqa: F401  - so that the limit below counts from here
+
+        cv2.setNumThreads(1)
+        av.logging.set_level(None)  # ffmpeg's own lines name files and mean nothing to a person
+        limit_memory(self._settings.decode.memory_mb)
+        return {}
+
+    def run(self, tasks: Sequence[Task]) -> list[Outcome]:
+        return [self._one(task) for task in tasks if isinstance(task, DecodeTask)]
+
+    def _one(self, task: DecodeTask) -> Outcome:
+        try:
+            return run_decode(task, self._settings.features, self._settings.decode, self._arena)
+        except MemoryError:
+            self._spent = True
+            limit = self._settings.decode.memory_mb
+            message = f"needs more memory than decode.memory_mb ({limit})"
+            return Failure("decode", MediaError.__name__, message)
+        except Exception as error:  # noqa: BLE001 - the loop: a file costs only itself
+            return failure_of("decode", error)
+
+    def between_batches(self, channel: Channel[Command]) -> float | None:
+        if self._spent:
+            raise Retire  # its memory may be fragmented
+        return None
+
+
+def limit_memory(megabytes: int) -> None:
+    """Limit the growth of this process's private memory; beyond it malloc fails."""
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[_PAGES_OF_DATA])
+    limit = pages * resource.getpagesize() + megabytes * _MIB
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    if hard != resource.RLIM_INFINITY:
+        limit = min(limit, hard)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+
+
+class CacheWriter:
+    """A thread that writes results to the cache, so that the device never waits for it."""
+
+    def __init__(self, cache: FeatureCache) -> None:
+        self._cache = cache
+        self._queue: deque[tuple[ExtractTask, Extracted, int]] = deque()
+        self._bytes = 0
+        self._dropped = 0
+        self._changed = threading.Condition()
+        self._ending = False
+        self._thread = threading.Thread(target=self._run, name="cache-writer", daemon=True)
+        self._thread.start()
+
+    def keep(self, task: ExtractTask, result: Extracted) -> None:
+        """Queue a result; never waits."""
+        arrays = [a for a in (result.array, *result.also.values()) if a is not None]
+        size = sum(a.nbytes for a in arrays) + len(result.text or "") + _ENTRY_BYTES
+        with self._changed:
+            if self._bytes + size <= _MOST_WAITING_BYTES:
+                self._queue.append((task, result, size))
+                self._bytes += size
+                self._changed.notify()
+                return
+            self._dropped += 1
+            if self._dropped & (self._dropped - 1) == 0:  # 1, 2, 4, 8 and so on
+                _log.warning("cache.too_slow", not_kept=self._dropped)
+
+    def close(self) -> None:
+        """Write the waiting results for `_FLUSH_S` at most, then end."""
+        with self._changed:
+            self._ending = True
+            self._changed.notify()
+        self._thread.join(_FLUSH_S)
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._queue or self._ending)
+                if not self._queue:
+                    return
+                task, result, size = self._queue.popleft()
+                self._bytes -= size
+            try:
+                self._cache.keep(task, result)
+            except Exception:  # noqa: BLE001 - the thread's loop: only this result is lost
+                _log.exception("cache.not_kept", extractor=task.extractor)
+
+
+class _Extractors(Handler):
+    """The models of one placement on one device."""
+
+    def __init__(self, context: Context, arena: Arena) -> None:
+        self._context = context
+        self._arena = arena
+        self._writer: CacheWriter | None = None
+
+    def load(self) -> Mapping[str, str]:
+        launch, settings = self._context.launch, self._context.settings
+        self._suite = ExtractorSuite(
+            settings.features, launch.device, launch.extractors, threads=launch.threads
+        )
+        self._suite.load()
+        if settings.cache.url is not None:
+            cache = FeatureCache(GuardedStore.open(settings.cache), settings)
+            cache.expect(self._suite.by_extractor)
+            self._writer = CacheWriter(cache)
+        return {"fingerprints": packed(self._suite.by_extractor)}
+
+    def run(self, tasks: Sequence[Task]) -> list[Outcome]:
+        extracts = [task for task in tasks if isinstance(task, ExtractTask)]
+        outcomes = run_extract(self._suite, extracts, self._arena)
+        if self._writer is not None:
+            for task, outcome in zip(extracts, outcomes, strict=True):
+                if isinstance(outcome, Extracted):
+                    self._writer.keep(task, outcome)
+        return outcomes
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+
+class _Fusion(Handler):
+    """The bundle, and the swap to a newer one between two batches."""
+
+    def __init__(self, settings: FusionSettings, device: str) -> None:
+        self._settings = settings
+        self._device = device
+        self._expected: Mapping[Stream, str] | None = None
+
+    def load(self) -> Mapping[str, str]:
+        self._seen = _signature(self._settings.bundle)
+        self._inferer = open_bundle(self._settings, self._device)
+        self._look_at = time.monotonic() + self._settings.reload_s
+        return {
+            "name": self._inferer.name,
+            "version": self._inferer.version,
+            "fingerprints": packed(self._inferer.fingerprints),
+        }
+
+    def run(self, tasks: Sequence[Task]) -> list[Outcome]:
+        return run_fuse(self._inferer, [task for task in tasks if isinstance(task, FuseTask)])
+
+    def between_batches(self, channel: Channel[Command]) -> float | None:
+        if time.monotonic() >= self._look_at:
+            if self._swap():
+                channel.send_wait(BundleLoaded(self._inferer.name, self._inferer.version))
+            self._look_at = time.monotonic() + self._settings.reload_s
+        return max(0.0, self._look_at - time.monotonic())
+
+    def control(self, message: Command) -> None:
+        if isinstance(message, Expect):
+            self._expected = unpacked(message.fingerprints)
+
+    def _swap(self) -> bool:
+        """Serve the bundle that is in the folder now, if it is a new and good one."""
+        seen = _signature(self._settings.bundle)
+        if seen == self._seen or len(seen) < len(_BUNDLE_FILES) or self._expected is None:
+            return False
+        self._seen = seen  # a bad one is logged once, not at every look
+        try:
+            new = open_bundle(self._settings, self._device)
+        except TaggingError as error:
+            _log.error("workers.bundle_refused", reason=one_line(error))
+            return False
+        wrong = mismatch(new.fingerprints, self._expected)
+        if wrong is not None:
+            new.close()
+            _log.error("workers.bundle_refused", version=new.version, reason=wrong)
+            return False
+        self._inferer.close()
+        self._inferer = new
+        _log.info("workers.bundle_swapped", name=new.name, version=new.version)
+        return True
+
+
+def open_bundle(settings: FusionSettings, device: str) -> Inferer:
+    """Load the bundle that the settings name.
+
+    Raises:
+        BundleError: It is missing, broken, or was trained with the other switch.
+    """
+    from fusion.infer.inferer import Inferer
+
+    inferer = Inferer.load(
+        settings.bundle, device=device, threads=settings.threads, batch_size=settings.batch_size
+    )
+    if inferer.image_as_frames != settings.image_as_frames:
+        inferer.close()
+        raise BundleError(
+            f"fusion.image_as_frames is {settings.image_as_frames}, but bundle "
+            f"{settings.bundle} was trained with {inferer.image_as_frames}"
+        )
+    return inferer
+
+
+def _signature(bundle: Path) -> list[tuple[int, int, int]]:
+    """Return what changes whenever the bundle's files do, or the link to them."""
+    files: list[tuple[int, int, int]] = []
+    for name in _BUNDLE_FILES:
+        with suppress(OSError):
+            stat = (bundle / name).stat()
+            files.append((stat.st_ino, stat.st_mtime_ns, stat.st_size))
+    return files
+
+
+def decode(context: Context) -> None:
+    """Serve decode tasks."""
+    serve(context, _Decoder(context.settings, _slots(context)))
+
+
+def extract(context: Context) -> None:
+    """Serve extract tasks, batching across posts."""
+    serve(context, _Extractors(context, _slots(context)))
+
+
+def fuse(context: Context) -> None:
+    """Serve fuse tasks."""
+    serve(context, _Fusion(context.settings.fusion, context.launch.device))
+
+
+def _slots(context: Context) -> Arena:
+    if context.arena is None:
+        raise ConfigError(f"{context.launch.role}: the King passed no slots")
+    return context.arena
