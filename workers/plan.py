@@ -132,7 +132,6 @@ class PostPlan:
 
     @property
     def finished(self) -> bool:
-        """Return True when every step has ended."""
         return not self._running and self._texts_issued
 
     def start(self) -> list[Step]:
@@ -247,12 +246,10 @@ class PostPlan:
         return self._advance(step, [Step(decode, query.index)])
 
     def _complete(self, index: int) -> bool:
-        """Return True when the cache has everything that the file would give."""
         hit = self._hits.get(index)
         return hit is not None and hit.whole
 
     def _use_complete_hit(self, index: int) -> None:
-        """Take a file's arrays and failures from the cache."""
         hit = self._hits[index]
         self._use_hit(index)
         if hit.failure is not None:
@@ -320,7 +317,6 @@ class PostPlan:
         return follow
 
     def _text_steps(self) -> list[Step]:
-        """Return the embeddings that wait for the text in the pictures."""
         self._texts_issued = True
         texts = embedded_texts(self.post.text, self._ocr_text(), self._settings.ocr_mode)
         return [s for m, t in texts.items() if m not in self._embedded for s in self._embed(m, t)]
@@ -340,7 +336,6 @@ class PostPlan:
         return read_text(self.post.ocr, self._ocr_of_media)
 
     def _blamed(self, step: Step) -> Modality:
-        """Return the modality that a failed step breaks."""
         if isinstance(step.task, ExtractTask):
             return step.task.modality
         return self._blamed_media(self._media[step.media_index].kind)

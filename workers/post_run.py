@@ -36,6 +36,7 @@ from workers.protocol import (
     Fetched,
     FetchTask,
     FuseTask,
+    Result,
     TaskDone,
     TaskFailed,
     TaskPool,
@@ -119,12 +120,11 @@ class PostRun:
     @property
     def stage(self) -> str:
         """Return the earliest stage that the post waits for."""
-        stages = {step.task.stage for step in self.tasks.values()}
-        return next((stage for stage in STAGES if stage in stages), "fuse")
+        stages = [step.task.stage for step in self.tasks.values()]
+        return min(stages, key=STAGES.index, default="fuse")
 
     @property
     def timings_ms(self) -> dict[str, int]:
-        """Return milliseconds of work by stage, and of the whole by the clock."""
         by_stage = {stage: round(seconds * 1000) for stage, seconds in self.seconds.items()}
         return {**by_stage, "total": round((time.monotonic() - self.began) * 1000)}
 
@@ -157,11 +157,9 @@ class PostRuns:
         return len(self._runs)
 
     def __iter__(self) -> Iterator[PostRun]:
-        """Iterate over a copy, so that runs may end meanwhile."""
         return iter(list(self._runs))
 
     def begin(self, run: PostRun) -> None:
-        """Put a run on the pool."""
         self._runs.add(run)
         self._submit(run, run.plan.start())
         self._advance(run)  # a post without text and media has no step to wait for
@@ -177,7 +175,6 @@ class PostRuns:
             _delete(run.downloads.pop())
 
     def expire(self) -> None:
-        """End the runs that are past their deadline."""
         now = time.monotonic()
         for run in self:
             if run.deadline <= now:
@@ -188,28 +185,28 @@ class PostRuns:
         run = self._by_task.pop(event.task_id, None)
         if run is None:  # its run ended while this event was on its way
             if isinstance(event, TaskDone):
-                self._discard(event.result)
+                if isinstance(event.result, Fetched):
+                    _delete(event.result.path)
+                self._release(event.result)
             return
         if isinstance(event, TaskFailed) and run.deadline <= time.monotonic():
             self._expire(run)  # tasks have the same deadline: the worker was only quicker to say so
             return
         step = run.tasks.pop(event.task_id)
-        match event:
-            case TaskDone():
-                run.seconds[step.task.stage] += event.seconds
-                self._done(run, step, event)
-            case TaskFailed():
-                self._failed(run, step, event.failure)
+        if isinstance(event, TaskDone):
+            run.seconds[step.task.stage] += event.seconds
+            self._done(run, step, event.result)
+        else:
+            self._failed(run, step, event.failure)
 
     def _expire(self, run: PostRun) -> None:
         message = f"the post ran past {run.limit}"
         failure = Failure(run.stage, DeadlineExceeded.__name__, message, retryable=True)
         self._fail(run, failure, DeadlineExceeded(message))
 
-    def _done(self, run: PostRun, step: Step, event: TaskDone) -> None:
-        result = event.result
-        if isinstance(step.task, FuseTask):
-            self._tagged(run, result)
+    def _done(self, run: PostRun, step: Step, result: Result) -> None:
+        if isinstance(result, Tags) and run.features is not None:
+            self._end(run, PostTags(run.features, result, run.timings_ms))
             return
         if isinstance(result, Fetched):
             run.downloads.add(result.path)
@@ -240,20 +237,14 @@ class PostRuns:
             step = todo.popleft()
             source = step.task.media.source if isinstance(step.task, FetchTask) else None
             if source is not None and self._open_local is not None and not is_url(source):
-                todo.extend(self._open_in_place(run, step, source, self._open_local))
+                try:
+                    todo += run.plan.done(step, self._open_local(source))
+                except PermanentError as error:
+                    todo += run.plan.failed(step, Failure.of("fetch", error))
                 continue
             task_id = self._pool.submit(step.task, deadline=run.deadline, priority=run.priority)
             run.tasks[task_id] = step
             self._by_task[task_id] = run
-
-    @staticmethod
-    def _open_in_place(
-        run: PostRun, step: Step, source: str, open_local: Callable[[str], Fetched]
-    ) -> list[Step]:
-        try:
-            return run.plan.done(step, open_local(source))
-        except PermanentError as error:
-            return run.plan.failed(step, Failure.of("fetch", error))
 
     def _advance(self, run: PostRun) -> None:
         """Fuse the features, once every step of the plan has ended."""
@@ -273,13 +264,6 @@ class PostRuns:
             else:
                 self._end(run, PostTags(run.features, None, run.timings_ms))
 
-    def _tagged(self, run: PostRun, result: object) -> None:
-        if isinstance(result, Tags) and run.features is not None:
-            self._end(run, PostTags(run.features, result, run.timings_ms))
-        else:
-            error = FeatureError(f"the fusion gave {type(result).__name__}, not tags")
-            self._fail(run, Failure.of("fuse", error), error)
-
     def _fail(self, run: PostRun, failure: Failure, error: TaggingError) -> None:
         error.stage = failure.stage
         self._end(run, PostFailed(failure, error, run.timings_ms))
@@ -288,12 +272,7 @@ class PostRuns:
         self.drop(run)
         run.on_end(run, outcome)
 
-    def _discard(self, result: object) -> None:
-        if isinstance(result, Fetched):
-            _delete(result.path)
-        self._release(result)
-
-    def _release(self, result: object) -> None:
+    def _release(self, result: Result) -> None:
         if isinstance(result, Decoded) and result.parts:
             self._pool.release(result.parts[0].ref.slot)
 

@@ -88,7 +88,6 @@ class ArrayRef(Message, frozen=True):
 
     @property
     def nbytes(self) -> int:
-        """Size in bytes."""
         return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
 
@@ -477,50 +476,39 @@ class TaskPool(Protocol):
     @property
     def ready(self) -> bool:
         """Return True when every worker has been ready once, and none has refused."""
-        ...
 
     @property
     def refused(self) -> str | None:
         """Return why the pool cannot work."""
-        ...
 
     @property
     def bundle(self) -> tuple[str, str] | None:
         """Name and version of the bundle that is served."""
-        ...
 
     @property
     def fingerprints(self) -> Mapping[Stream, str]:
         """Stream -> fingerprint of the features that the extractors give, once ready."""
-        ...
 
     @property
     def workers(self) -> list[WorkerView]: ...
 
     def start(self) -> None:
         """Start every worker; returns at once."""
-        ...
 
     def submit(self, task: Task, *, deadline: float, priority: int = 0) -> int:
         """Queue a task and return its ID; ``deadline`` is `time.monotonic()`."""
-        ...
 
     def cancel(self, task_id: int) -> None:
         """Forget a task: it has no event, and what it holds is freed."""
-        ...
 
     def release(self, slot: int) -> None:
         """Say that no more tasks will refer to a decoded slot."""
-        ...
 
     def poll(self, timeout_s: float) -> list[PoolEvent]:
         """Drive the pool; returns with the first events, when woken, or after ``timeout_s``."""
-        ...
 
     def wake(self) -> None:
         """Interrupt `poll`; from any thread."""
-        ...
 
     def stop(self, timeout_s: float) -> None:
         """Let workers finish what they have begun, then kill what is left."""
-        ...

@@ -19,7 +19,6 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 
 import structlog
 
@@ -140,22 +139,18 @@ class PostRunner:
 
     @property
     def ready(self) -> bool:
-        """Return True while the workers have loaded and nothing has ended them."""
         return self._pool.ready and self.trouble is None and not self._stopping.is_set()
 
     @property
     def trouble(self) -> str | None:
-        """Return why no post can be run (any more), or None."""
         return str(self._ended_by) if self._ended_by is not None else self._pool.refused
 
     @property
     def bundle(self) -> tuple[str, str] | None:
-        """Name and version of the bundle that is served."""
         return self._pool.bundle
 
     @property
     def fingerprints(self) -> Mapping[Stream, str]:
-        """Stream -> fingerprint of the features that the extractors give, once ready."""
         return self._pool.fingerprints
 
     @property
@@ -164,7 +159,6 @@ class PostRunner:
 
     @property
     def in_flight(self) -> int:
-        """Return posts that were submitted and have not ended."""
         return self._in_flight
 
     def start(self, *, wait: bool = True) -> None:
@@ -185,7 +179,7 @@ class PostRunner:
         self._started.wait()
         if self._ended_by is not None:
             self.close()
-            raise _copy(self._ended_by)
+            raise type(self._ended_by)(str(self._ended_by))
 
     def submit(
         self, post: Post, *, deadline_s: float | None = None, wait_s: float | None = None
@@ -210,7 +204,7 @@ class PostRunner:
             if not self._room.wait_for(self._has_room, wait_s):
                 raise Busy(f"{self._limit} posts are in flight already")
             if self._ended_by is not None:
-                raise _copy(self._ended_by)
+                raise type(self._ended_by)(str(self._ended_by))
             if self._thread is None or self._stopping.is_set():
                 raise RetryableError("the workers are not running")
             self._in_flight += 1
@@ -236,7 +230,6 @@ class PostRunner:
             self._thread.join()
 
     def __enter__(self) -> PostRunner:
-        """Start."""
         try:
             self.start()
         except BaseException:
@@ -244,13 +237,7 @@ class PostRunner:
             raise
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Close."""
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _has_room(self) -> bool:
@@ -370,11 +357,6 @@ class PostRunner:
             return not is_url(source) and bool(self._open_local(source))
         except PermanentError:
             return False
-
-
-def _copy(error: TaggingError) -> TaggingError:
-    """Return the same error for another thread: each has a traceback of its own."""
-    return type(error)(str(error))
 
 
 def extractors_of(

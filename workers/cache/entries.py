@@ -133,7 +133,6 @@ class GuardedStore:
         return time.monotonic() >= self._closed_until
 
     def get_many(self, keys: Sequence[str]) -> dict[str, Entry]:
-        """Return the good entries of these keys; a bad one is deleted."""
         nothing: Mapping[str, bytes] = {}
         contents = self._try(lambda: self._store.get_many(keys), nothing) if keys else nothing
         entries: dict[str, Entry] = {}
@@ -149,7 +148,6 @@ class GuardedStore:
         return entries
 
     def put(self, key: str, entry: Entry) -> None:
-        """Store an entry, if the backend can."""
         if self.available:
             content = encode(key, entry)
             self._try(lambda: self._store.put(key, content), None)
@@ -165,7 +163,6 @@ class GuardedStore:
             )
 
     def close(self) -> None:
-        """Close connections."""
         self._try(self._store.close, None)
 
     def _try(self, call: Callable[[], _Result], otherwise: _Result) -> _Result:

@@ -197,7 +197,6 @@ class FeatureCache:
         return CacheHits(tuple(hits), arrays)
 
     def _contents(self, media: Iterable[CacheQuery]) -> dict[int, str]:
-        """Return index -> sha256, where it is known or trusted."""
         shas: dict[int, str] = {}
         sources: dict[int, str] = {}
         for query in media:
@@ -217,12 +216,10 @@ class FeatureCache:
         return shas
 
     def _streams(self, part: PartKind) -> list[Stream]:
-        """Return the streams that the extractors make of a part."""
         modality = PARTS[part].modality
         return [s for s in STREAMS if modality_of(s) == modality and s in self._fingerprints]
 
     def _keys_of(self, query: CacheQuery, sha256: str) -> dict[str, str]:
-        """Return ``media`` and each stream -> key."""
         kind = query.media.kind
         keys = {"media": self._keys.media(sha256, kind)}
         for part in query.wants:
@@ -234,7 +231,6 @@ class FeatureCache:
     def _hit(
         self, query: CacheQuery, sha256: str, keys: Mapping[str, str], known: Mapping[str, Entry]
     ) -> CacheHit:
-        """Return what is known of one file."""
         decoded = _Decoding.of(known.get(keys["media"]), self._keys.limits)
         ready: set[PartKind] = set()
         arrays: dict[Stream, FeatureArray] = {}
@@ -315,7 +311,6 @@ class FeatureCache:
         self.store.put(self._keys.media(update.sha256, update.kind), Entry(facts=facts))
 
     def keep(self, task: ExtractTask, result: Extracted) -> None:
-        """Write an extractor's result."""
         for key, entry in self.entries_of(task, result).items():
             self.store.put(key, entry)
 

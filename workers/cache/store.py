@@ -14,11 +14,12 @@ import re
 import secrets
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import redis
@@ -55,8 +56,6 @@ half would list twice as often."""
 _LOW_MARK = 7 / 8
 """Size after a sweep, as a part of the limit: far enough below that not each sweep evicts."""
 
-_PREFIX = "insighttag:features:"
-
 _KEYS_A_TRIP = 500
 """Keys of one round trip when entries are counted or deleted: some milliseconds of the server's one
 thread. Ten times as many would be felt by the look-ups in between."""
@@ -92,52 +91,66 @@ class StoredEntry:
     used_at: float
 
 
-class CacheStore(Protocol):
+class CacheStore(ABC):
     """Bytes by key, for many threads and processes at once.
 
     Keys are 64 hex digits. An entry may be evicted at any time. Every method raises
     `CacheUnavailable` when the backend fails.
     """
 
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+
+    @abstractmethod
     def get_many(self, keys: Sequence[str]) -> Mapping[str, bytes]:
         """Return the values of these keys; missing ones are left out."""
-        ...
 
+    @abstractmethod
     def put(self, key: str, value: bytes) -> None:
         """Store a value, whole or not at all."""
-        ...
 
     def delete(self, keys: Iterable[str]) -> None:
         """Delete these; missing ones are ignored."""
-        ...
+        self._remove([self._name(key) for key in keys])
 
     def stats(self) -> Stats:
         """Count entries and bytes; may take long."""
-        ...
+        entries = total = 0
+        for entry in self._entries():
+            entries, total = entries + 1, total + entry.size
+        return Stats(entries, total, self.max_bytes)
 
     def prune(self, max_bytes: int) -> Stats:
         """Delete the oldest entries down to a size; return what was deleted."""
-        ...
+        return self._evict(self._entries(), max_bytes)
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - most have nothing open
         """Close connections."""
-        ...
+
+    @abstractmethod
+    def _name(self, key: str) -> str:
+        """Return the path or the backend's key of an entry."""
+
+    @abstractmethod
+    def _entries(self) -> Iterable[StoredEntry]: ...
+
+    @abstractmethod
+    def _remove(self, names: Sequence[str]) -> None: ...
+
+    def _evict(self, entries: Iterable[StoredEntry], max_bytes: int) -> Stats:
+        by_age = sorted(entries, key=lambda entry: entry.used_at)
+        size = sum(entry.size for entry in by_age)
+        count = removed = 0
+        while count < len(by_age) and size - removed > max_bytes:
+            removed += by_age[count].size
+            count += 1
+        self._remove([entry.name for entry in by_age[:count]])
+        return Stats(count, removed, self.max_bytes)
 
 
 def _is_entry(path: str) -> bool:
     """Tell whether a path ends as those of entries do; other files are not ours to delete."""
     return _ENTRY.fullmatch(path) is not None
-
-
-def _oldest_beyond(entries: Iterable[StoredEntry], max_bytes: int) -> list[StoredEntry]:
-    """Return the oldest entries, without which the others are no larger than ``max_bytes``."""
-    by_age = sorted(entries, key=lambda entry: entry.used_at)
-    size = sum(entry.size for entry in by_age)
-    for count, entry in enumerate(by_age):
-        if size <= max_bytes:
-            return by_age[:count]
-        size -= entry.size
-    return by_age
 
 
 def open_store(settings: CacheSettings) -> CacheStore:
@@ -164,13 +177,12 @@ def open_store(settings: CacheSettings) -> CacheStore:
         raise ConfigError(f"cache.url: {redact(url)} cannot be used: {reason}{hint}") from error
 
 
-class FolderStore:
+class FolderStore(CacheStore):
     """`CacheStore` in a folder, which is made with the first entry."""
 
     def __init__(self, root: Path, max_bytes: int) -> None:
-        """Describe it; touches nothing."""
         self._root = str(root)
-        self._max_bytes = max_bytes
+        super().__init__(max_bytes)
         whole = max_bytes < _SHARD_BY_SHARD_BYTES
         self._groups = [_SHARDS] if whole else [(shard,) for shard in _SHARDS]
         self._group_bytes = max_bytes // len(self._groups)
@@ -182,7 +194,7 @@ class FolderStore:
     def get_many(self, keys: Sequence[str]) -> dict[str, bytes]:
         values: dict[str, bytes] = {}
         for key in keys:
-            path = self._path(key)
+            path = self._name(key)
             try:
                 descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             except FileNotFoundError:
@@ -210,29 +222,14 @@ class FolderStore:
             except FileNotFoundError:
                 Path(folder).mkdir(parents=True, exist_ok=True)
                 self._write(partial, value)
-            os.rename(partial, self._path(key))  # noqa: PTH104  as below
+            os.rename(partial, self._name(key))  # noqa: PTH104  as below
         except OSError as error:
             with contextlib.suppress(OSError):
                 Path(partial).unlink()
             raise self._unavailable(error) from error
         self._sweep_when_due(len(value))
 
-    def delete(self, keys: Iterable[str]) -> None:
-        self._unlink(self._path(key) for key in keys)
-
-    def stats(self) -> Stats:
-        entries = total = 0
-        for entry in self._entries(_SHARDS):
-            entries, total = entries + 1, total + entry.size
-        return Stats(entries, total, self._max_bytes)
-
-    def prune(self, max_bytes: int) -> Stats:
-        return self._evict(list(self._entries(_SHARDS)), max_bytes)
-
-    def close(self) -> None:
-        """Do nothing: no file stays open."""
-
-    def _path(self, key: str) -> str:
+    def _name(self, key: str) -> str:
         return f"{self._root}/{key[:2]}/{key[2:]}"
 
     def _write(self, path: str, value: bytes) -> None:
@@ -256,12 +253,7 @@ class FolderStore:
         if sum(entry.size for entry in entries) > self._group_bytes * (1 - _SWEEP):
             self._evict(entries, int(self._group_bytes * _LOW_MARK))
 
-    def _evict(self, entries: Sequence[StoredEntry], max_bytes: int) -> Stats:
-        oldest = _oldest_beyond(entries, max_bytes)
-        self._unlink(entry.name for entry in oldest)
-        return Stats(len(oldest), sum(entry.size for entry in oldest), self._max_bytes)
-
-    def _entries(self, shards: Iterable[str]) -> Iterator[StoredEntry]:
+    def _entries(self, shards: Iterable[str] = _SHARDS) -> Iterator[StoredEntry]:
         """Yield the entries of some shards; removes partial files of killed writers."""
         for shard in shards:
             try:
@@ -278,8 +270,8 @@ class FolderStore:
             except OSError as error:
                 raise self._unavailable(error) from error
 
-    def _unlink(self, paths: Iterable[str]) -> None:
-        for path in paths:
+    def _remove(self, names: Sequence[str]) -> None:
+        for path in names:
             try:
                 Path(path).unlink(missing_ok=True)
             except OSError as error:
@@ -301,13 +293,12 @@ def _read_file(descriptor: int, size: int) -> bytes:
     return content
 
 
-class RedisStore:
+class RedisStore(CacheStore):
     """`CacheStore` in Redis 6 or newer; connects on first use."""
 
     def __init__(self, url: str, max_bytes: int, *, ttl_s: float | None, timeout_s: float) -> None:
-        """Describe it; ``ttl_s`` is renewed when an entry is used."""
         self._where = redact(url)
-        self._max_bytes = max_bytes
+        super().__init__(max_bytes)
         self._ttl_ms = int((ttl_s or 0) * 1000)
         self._client = redis.Redis.from_url(
             url,
@@ -322,40 +313,29 @@ class RedisStore:
             return {}
         with self._edge():
             pipeline = self._client.pipeline(transaction=False)
-            pipeline.mget([_PREFIX + key for key in keys])
+            pipeline.mget([self._name(key) for key in keys])
             if self._ttl_ms:
                 for key in keys:
-                    pipeline.pexpire(_PREFIX + key, self._ttl_ms)
+                    pipeline.pexpire(self._name(key), self._ttl_ms)
             values = pipeline.execute()[0]
         return {k: bytes(v) for k, v in zip(keys, values, strict=True) if v is not None}
 
     def put(self, key: str, value: bytes) -> None:
         with self._edge():
-            self._client.set(_PREFIX + key, value, px=self._ttl_ms or None)
-
-    def delete(self, keys: Iterable[str]) -> None:
-        self._unlink([_PREFIX + key for key in keys])
-
-    def stats(self) -> Stats:
-        entries = total = 0
-        for entry in self._entries():
-            entries, total = entries + 1, total + entry.size
-        return Stats(entries, total, self._max_bytes)
-
-    def prune(self, max_bytes: int) -> Stats:
-        oldest = _oldest_beyond(self._entries(), max_bytes)
-        self._unlink([entry.name for entry in oldest])
-        return Stats(len(oldest), sum(entry.size for entry in oldest), self._max_bytes)
+            self._client.set(self._name(key), value, px=self._ttl_ms or None)
 
     def close(self) -> None:
         self._client.close()
+
+    def _name(self, key: str) -> str:
+        return f"insighttag:features:{key}"
 
     def _entries(self) -> Iterator[StoredEntry]:
         """Yield all entries; the less time one has to live, the longer ago was its last use."""
         cursor = 0
         while True:
             with self._edge():
-                cursor, keys = self._client.scan(cursor, match=f"{_PREFIX}*", count=_KEYS_A_TRIP)
+                cursor, keys = self._client.scan(cursor, match=self._name("*"), count=_KEYS_A_TRIP)
                 pipeline = self._client.pipeline(transaction=False)
                 for key in keys:
                     pipeline.strlen(key)
@@ -368,7 +348,7 @@ class RedisStore:
             if cursor == 0:
                 return
 
-    def _unlink(self, names: Sequence[str]) -> None:
+    def _remove(self, names: Sequence[str]) -> None:
         for start in range(0, len(names), _KEYS_A_TRIP):
             with self._edge():
                 self._client.unlink(*names[start : start + _KEYS_A_TRIP])
@@ -383,7 +363,7 @@ class RedisStore:
             raise CacheUnavailable(f"{self._where}: {one_line(error, 200)}") from error
 
 
-class RemoteStore:
+class RemoteStore(CacheStore):
     """`CacheStore` on an fsspec file system."""
 
     def __init__(
@@ -406,10 +386,10 @@ class RemoteStore:
         self._fs, root = url_to_fs(url, **{**own, **options})
         self._root = str(root).rstrip("/")
         self._where = redact(url)
-        self._max_bytes = max_bytes
+        super().__init__(max_bytes)
 
     def get_many(self, keys: Sequence[str]) -> dict[str, bytes]:
-        paths = {self._path(key): key for key in keys}
+        paths = {self._name(key): key for key in keys}
         if not paths:
             return {}
         with self._edge():
@@ -427,27 +407,12 @@ class RemoteStore:
     def put(self, key: str, value: bytes) -> None:
         with self._edge():
             try:
-                self._fs.pipe_file(self._path(key), value)
+                self._fs.pipe_file(self._name(key), value)
             except FileNotFoundError:  # a file system with real folders
                 self._fs.makedirs(f"{self._root}/{key[:2]}", exist_ok=True)
-                self._fs.pipe_file(self._path(key), value)
+                self._fs.pipe_file(self._name(key), value)
 
-    def delete(self, keys: Iterable[str]) -> None:
-        self._remove([self._path(key) for key in keys])
-
-    def stats(self) -> Stats:
-        entries = self._entries()
-        return Stats(len(entries), sum(entry.size for entry in entries), self._max_bytes)
-
-    def prune(self, max_bytes: int) -> Stats:
-        oldest = _oldest_beyond(self._entries(), max_bytes)
-        self._remove([entry.name for entry in oldest])
-        return Stats(len(oldest), sum(entry.size for entry in oldest), self._max_bytes)
-
-    def close(self) -> None:
-        """Do nothing: fsspec keeps its own connections."""
-
-    def _path(self, key: str) -> str:
+    def _name(self, key: str) -> str:
         return f"{self._root}/{key[:2]}/{key[2:]}"
 
     @staticmethod
@@ -473,13 +438,13 @@ class RemoteStore:
         folder = str(strip(path)).rpartition("/")[0].rpartition("/")[0]
         return _is_entry(path) and folder == str(strip(self._root)).rstrip("/")
 
-    def _remove(self, paths: Sequence[str]) -> None:
-        for start in range(0, len(paths), _FILES_A_TRIP):
+    def _remove(self, names: Sequence[str]) -> None:
+        for start in range(0, len(names), _FILES_A_TRIP):
             with self._edge():
                 try:
-                    self._fs.rm(list(paths[start : start + _FILES_A_TRIP]))
+                    self._fs.rm(list(names[start : start + _FILES_A_TRIP]))
                 except FileNotFoundError:
-                    for path in paths[start : start + _FILES_A_TRIP]:
+                    for path in names[start : start + _FILES_A_TRIP]:
                         with contextlib.suppress(FileNotFoundError):
                             self._fs.rm_file(path)
 

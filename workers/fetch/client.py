@@ -19,7 +19,7 @@ from contextlib import closing, contextmanager
 from email.utils import parsedate_to_datetime
 from http.cookiejar import DefaultCookiePolicy
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 from urllib.parse import urljoin, urlsplit
 
 import requests
@@ -119,13 +119,11 @@ class Guard:
     """
 
     def __init__(self, *, allow_private: bool) -> None:
-        """Take the rules; ``allow_private`` lets every address pass."""
         self._allow_private = allow_private
         self._end = math.inf
 
     @property
     def left_s(self) -> float:
-        """Return the seconds left of the current download."""
         return self._end - time.monotonic()
 
     @contextmanager
@@ -196,7 +194,6 @@ class _TimedSocket(socket.socket):
 
 
 def _guarded_session(guard: Guard, user_agent: str) -> requests.Session:
-    """Return a requests session whose every connection is made by the guard; for one thread."""
     session = requests.Session()
     session.trust_env = False  # no proxies, no .netrc: what is connected to is what was checked
     # No cookies: posts have nothing to do with each other.
@@ -281,7 +278,6 @@ class Fetcher:
         raise FetchRetryable("no try was made")  # not reached: tries is positive
 
     def close(self) -> None:
-        """Close the connections."""
         self._session.close()
 
     def _try(self, url: str, target: Path) -> Fetched:
@@ -392,13 +388,6 @@ def seconds_of(retry_after: str) -> float | None:
         return None
 
 
-class _Unpacker(Protocol):
-    def decompress(self, data: bytes, max_length: int, /) -> bytes: ...
-
-    @property
-    def unconsumed_tail(self) -> bytes: ...
-
-
 def _decoded(response: requests.Response) -> Iterator[bytes]:
     """Yield the body in chunks of bounded size, unpacked if the server packed it unasked.
 
@@ -411,7 +400,7 @@ def _decoded(response: requests.Response) -> Iterator[bytes]:
         return
     if encoding not in ("gzip", "x-gzip", "deflate"):
         raise FetchRefused(f"content encoding {encoding[:20]!r} was not asked for")
-    unpacker: _Unpacker = zlib.decompressobj(zlib.MAX_WBITS | 32)  # gzip or zlib, by its header
+    unpacker = zlib.decompressobj(zlib.MAX_WBITS | 32)  # gzip or zlib, by its header
     try:
         for chunk in chunks:
             left = chunk

@@ -48,7 +48,6 @@ class Spool:
             raise ConfigError(f"fetch.spool: {root} cannot be used: {reason}") from error
 
     def remove_of(self, task_ids: Iterable[int]) -> None:
-        """Remove the files of a dead downloader's tasks."""
         for task_id in task_ids:
             for path in self.folder.glob(f"{task_id}-*"):
                 path.unlink(missing_ok=True)
@@ -59,7 +58,6 @@ class Spool:
             Path(path).unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Remove the folder."""
         shutil.rmtree(self.folder, ignore_errors=True)
         self._lock.release()
 

@@ -54,8 +54,6 @@ class Arena:
     """A worker's mapping of all slots."""
 
     def __init__(self, mapping: mmap.mmap, slots: int, slot_bytes: int) -> None:
-        if len(mapping) < slots * slot_bytes:
-            raise ValueError(f"{len(mapping)} bytes are not {slots} slots of {slot_bytes}")
         self.slots = slots
         self.slot_bytes = slot_bytes
         self._mapping = mapping
@@ -63,7 +61,6 @@ class Arena:
 
     @classmethod
     def map(cls, descriptor: int, slots: int, slot_bytes: int) -> Arena:
-        """Map the memory file that the King passed."""
         return cls(mmap.mmap(descriptor, slots * slot_bytes), slots, slot_bytes)
 
     @classmethod
@@ -89,11 +86,6 @@ class Arena:
         return view
 
     def writer(self, slot: int) -> SlotWriter:
-        """Return an allocator of arrays inside one slot.
-
-        Raises:
-            ValueError: There is no such slot.
-        """
         if not 0 <= slot < self.slots:
             raise ValueError(f"there is no slot {slot}")
         start = slot * self.slot_bytes
@@ -163,19 +155,17 @@ class _Slot:
 
 
 class SlotTable:
-    """States and reference counts of all slots."""
+    """States and reference counts of all slots; `ValueError` for a step that is not allowed."""
 
     def __init__(self, count: int) -> None:
         self._slots = [_Slot() for _ in range(count)]
         self._free = list(range(count))[::-1]
 
     def __len__(self) -> int:
-        """Return the number of slots."""
         return len(self._slots)
 
     @property
     def free(self) -> int:
-        """Number of free slots."""
         return len(self._free)
 
     def acquire(self) -> int | None:
@@ -191,45 +181,30 @@ class SlotTable:
         return slot
 
     def hand_over(self, slot: int) -> None:
-        """Give a slot that was written to the caller, until it is released."""
         self._expect(slot, _State.WRITING).state = _State.OWNED
 
     def abandon(self, slot: int) -> None:
         """Free a slot whose decoder failed or died."""
-        self._expect(slot, _State.WRITING)
-        self._make_free(slot)
+        self._make_free(slot, self._expect(slot, _State.WRITING))
 
     def retain(self, slot: int) -> None:
-        """Count a task that refers to the slot.
-
-        Raises:
-            ValueError: The slot is not owned by the caller (any more).
-        """
         self._expect(slot, _State.OWNED).refs += 1
 
     def drop(self, slot: int) -> None:
-        """Discount a task that referred to the slot and has ended.
-
-        Raises:
-            ValueError: No task refers to the slot.
-        """
+        """Discount a task that referred to the slot and has ended."""
         entry = self._slots[slot]
         if entry.refs < 1:
             raise ValueError(f"slot {slot}: no task refers to it")
         entry.refs -= 1
         if entry.refs == 0 and entry.state is _State.RELEASED:
-            self._make_free(slot)
+            self._make_free(slot, entry)
 
     def release(self, slot: int) -> None:
-        """Free the slot once no task refers to it: the caller submits no more of them.
-
-        Raises:
-            ValueError: The slot is not owned by the caller, so it was released before.
-        """
+        """Free the slot once no task refers to it: the caller submits no more of them."""
         entry = self._expect(slot, _State.OWNED)
         entry.state = _State.RELEASED
         if entry.refs == 0:
-            self._make_free(slot)
+            self._make_free(slot, entry)
 
     def _expect(self, slot: int, state: _State) -> _Slot:
         if not 0 <= slot < len(self._slots):
@@ -239,7 +214,6 @@ class SlotTable:
             raise ValueError(f"slot {slot} is {entry.state.value}, not {state.value}")
         return entry
 
-    def _make_free(self, slot: int) -> None:
-        entry = self._slots[slot]
+    def _make_free(self, slot: int, entry: _Slot) -> None:
         entry.state, entry.refs = _State.FREE, 0
         self._free.append(slot)

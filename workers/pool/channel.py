@@ -51,7 +51,6 @@ def _encode_other(value: object) -> Any:
 
 @functools.cache
 def _dtype_of(kind: Any) -> np.dtype[Any]:
-    """Return the dtype that an annotation ``NDArray[np.float16]`` names."""
     [scalar] = get_args(get_args(kind)[1])
     dtype: np.dtype[Any] = np.dtype(scalar)
     return dtype
@@ -143,12 +142,10 @@ class Channel(Generic[_T]):
         self.closed = False
 
     def fileno(self) -> int:
-        """Return the socket's descriptor, for selectors."""
         return self._socket.fileno()
 
     @property
     def unsent(self) -> bool:
-        """Tell whether bytes wait for the other side to read."""
         return bool(self._out)
 
     def send(self, message: Command | Reply) -> None:
@@ -215,20 +212,20 @@ class Channel(Generic[_T]):
     def send_wait(self, message: Reply) -> None:
         """Send a message whole, waiting for the other side to read (workers only)."""
         self.send(message)
-        poller = select.poll()
-        poller.register(self._socket, select.POLLOUT)
         while self._out:
-            poller.poll()
+            self._wait(select.POLLOUT, None)
             self.flush()
 
     def receive_wait(self, timeout_s: float | None) -> list[_T]:
         """Return the messages that have arrived, waiting up to ``timeout_s`` for a first one."""
-        poller = select.poll()
-        poller.register(self._socket, select.POLLIN)
-        poller.poll(None if timeout_s is None else max(0.0, timeout_s) * 1000)
+        self._wait(select.POLLIN, timeout_s)
         return self.receive()
 
+    def _wait(self, event: int, timeout_s: float | None) -> None:
+        poller = select.poll()
+        poller.register(self._socket, event)
+        poller.poll(None if timeout_s is None else max(0.0, timeout_s) * 1000)
+
     def close(self) -> None:
-        """Close this end."""
         self._out.clear()
         self._socket.close()

@@ -139,12 +139,10 @@ class Scheduler:
         self._loads: dict[str, WorkerLoad] = {}
 
     def __len__(self) -> int:
-        """Return the number of tasks that the caller still waits for."""
         return len(self._open_tasks)
 
     @property
     def busy(self) -> bool:
-        """Tell whether any task is queued or held by a worker."""
         return bool(self._open_tasks) or any(load.tasks for load in self._loads.values())
 
     def submit(self, task: Task, deadline: float, priority: int = 0) -> int:
@@ -186,7 +184,6 @@ class Scheduler:
         return self._queue_sizes.get(queue_name, 0)
 
     def add(self, load: WorkerLoad) -> None:
-        """Add a worker that is ready."""
         self._loads[load.name] = load
 
     def load(self, name: str) -> WorkerLoad | None:

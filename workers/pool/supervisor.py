@@ -243,7 +243,6 @@ class ManagedProcess:
 
     @property
     def running(self) -> bool:
-        """Tell whether there is a process that has not been reaped."""
         return self._popen is not None
 
     def start(self, launch: Launch, now: float) -> Channel[Reply]:
@@ -302,7 +301,6 @@ class ManagedProcess:
         return status
 
     def became_ready(self, info: Mapping[str, str], now: float) -> None:
-        """Record that it has loaded."""
         self.state, self.since, self.info = "ready", now, info
         self.false_starts = 0
 
@@ -324,7 +322,6 @@ class ManagedProcess:
         return delay_s
 
     def view(self, load: WorkerLoad | None) -> WorkerView:
-        """Return it as seen from outside."""
         return WorkerView(
             name=self.spec.name,
             role=self.spec.role,
@@ -397,7 +394,6 @@ class Supervisor:
             self._wake_out.send(b"w")
 
     def send(self, worker: ManagedProcess, message: Command) -> None:
-        """Send a message without waiting for the worker to read it."""
         if worker.channel is not None and worker.closing_at is None:
             worker.channel.send(message)
             self._watch_room(worker, worker.channel)
@@ -415,7 +411,6 @@ class Supervisor:
                 worker.kill()
 
     def next_timer(self) -> float:
-        """Return when `on_time` has something to do next, `time.monotonic()`."""
         return min(map(self._due_at, self.workers.values()), default=float("inf"))
 
     def _due_at(self, worker: ManagedProcess) -> float:

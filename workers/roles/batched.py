@@ -340,17 +340,14 @@ def _signature(bundle: Path) -> list[tuple[int, int, int]]:
 
 
 def decode(context: Context) -> None:
-    """Serve decode tasks."""
     serve(context, _Decoder(context.settings, _slots(context)))
 
 
 def extract(context: Context) -> None:
-    """Serve extract tasks, batching across posts."""
     serve(context, _Extractors(context, _slots(context)))
 
 
 def fuse(context: Context) -> None:
-    """Serve fuse tasks."""
     serve(context, _Fusion(context.settings.fusion, context.launch.device))
 
 

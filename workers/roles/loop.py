@@ -9,9 +9,9 @@ kind up to a batch, runs them, and never waits for more to come.
 from __future__ import annotations
 
 import ctypes
-import importlib
 import logging
 import os
+import pkgutil
 import signal
 import socket
 import sys
@@ -19,12 +19,12 @@ import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeAlias, TypeVar
 
 import psutil
 import structlog
+from setproctitle import setproctitle
 
 from common.errors import (
     FeatureError,
@@ -276,9 +276,8 @@ def _smaller(
 
 def _is_out_of_memory(error: Exception) -> bool:
     # By name: torch is not imported here, and may not be in this process at all.
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
 
 
 def _is_device_lost(error: Exception) -> bool:
@@ -297,16 +296,12 @@ class Recycler:
     """A watch on a process's tasks and growth, to replace it before leaks add up."""
 
     def __init__(
-        self, settings: WorkerSettings, resident_bytes: Callable[[], int] | None = None
+        self,
+        settings: WorkerSettings,
+        resident_bytes: Callable[[], int] = lambda: int(psutil.Process().memory_info().rss),
     ) -> None:
-        """Begin to count.
-
-        Args:
-            settings: ``recycle_tasks`` and ``recycle_growth_mb``; 0 switches either off.
-            resident_bytes: Returns the memory of the process; None asks the system.
-        """
         self._settings = settings
-        self._resident_bytes = resident_bytes or _resident_bytes
+        self._resident_bytes = resident_bytes
         self._tasks = 0
         self._look_at = _WARM_TASKS
         self._base_bytes: int | None = None
@@ -329,36 +324,16 @@ class Recycler:
         return None
 
 
-def _resident_bytes() -> int:
-    return int(psutil.Process().memory_info().rss)
-
-
-def die_with_parent(king_pid: int) -> None:
-    """Have the kernel kill this process when the King ends, however it ends.
-
-    Raises:
-        OSError: The kernel refuses.
-    """
+def _obey_the_king_alone(king_pid: int) -> None:
+    """Ignore SIGTERM and SIGINT, which reach the whole group, and die when the King ends."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGINT})
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
     if os.getppid() != king_pid:
         sys.exit(1)  # the King ended before the line above
-
-
-def ignore_signals() -> None:
-    """Ignore SIGTERM and SIGINT, which reach the whole group: the King decides when to stop."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGINT})
-
-
-def set_title(title: str) -> None:
-    """Name the process for ``ps``; titles never hold a URL or a post's data."""
-    with suppress(ImportError):
-        from setproctitle import setproctitle
-
-        setproctitle(f"insighttag: {title}")
 
 
 class _LibraryLog(logging.Handler):
@@ -367,12 +342,6 @@ class _LibraryLog(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         text = " ".join(record.getMessage().split())[:300]
         _log.debug("workers.library", logger=record.name, text=text)
-
-
-def _quiet_libraries() -> None:
-    logging.captureWarnings(True)
-    logging.getLogger().addHandler(_LibraryLog(logging.WARNING))
-    logging.getLogger("urllib3").propagate = False  # its lines hold URLs of posts
 
 
 def _first_message(channel: Channel[Command]) -> Launch:
@@ -385,32 +354,26 @@ def _first_message(channel: Channel[Command]) -> Launch:
     raise ProtocolError("the King sent no launch message")
 
 
-def _role(name: str) -> Callable[[Context], None]:
-    module, _, function = name.partition(":")
-    run: Callable[[Context], None] = getattr(importlib.import_module(module), function)
-    return run
-
-
 def main(arguments: Sequence[str]) -> int:
-    """Run one worker and return its exit status."""
-    ignore_signals()
-    descriptor, king_pid = int(arguments[0]), int(arguments[1])
-    die_with_parent(king_pid)
+    descriptor, king_pid = map(int, arguments)
+    _obey_the_king_alone(king_pid)
     channel = Channel(socket.socket(fileno=descriptor), to_worker)
     os.set_inheritable(descriptor, False)
     launch = _first_message(channel)
     devices = f" {launch.device} {','.join(launch.extractors)}" if launch.extractors else ""
-    set_title(f"{launch.role}{devices}")
+    setproctitle(f"insighttag: {launch.role}{devices}")
     settings = Settings.model_validate_json(launch.settings)
     configure_logs(settings.log.format, settings.log.level)
     structlog.contextvars.bind_contextvars(worker=launch.name)
-    _quiet_libraries()
+    logging.captureWarnings(True)
+    logging.getLogger().addHandler(_LibraryLog(logging.WARNING))
+    logging.getLogger("urllib3").propagate = False  # its lines hold URLs of posts
     arena = None
     if launch.arena >= 0:
         arena = Arena.map(launch.arena, launch.slots, launch.slot_bytes)
         os.close(launch.arena)
     try:
-        _role(launch.run)(Context(channel, launch, settings, arena))
+        pkgutil.resolve_name(launch.run)(Context(channel, launch, settings, arena))
     except TaggingError as error:
         channel.send_wait(Refused(one_line(error)))
         return REFUSED_STATUS

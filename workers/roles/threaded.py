@@ -63,7 +63,6 @@ class ThreadedRole(ABC):
     """
 
     def __init__(self, threads: int, name: str) -> None:
-        """Describe it; starts nothing."""
         self.waiting: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         self._replies: queue.SimpleQueue[Reply] = queue.SimpleQueue()
         self._wake_in, self._wake_out = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)

@@ -14,7 +14,7 @@ from config.settings import CacheSettings, Settings
 from tests.support.tiny_models import tiny_features
 from workers.cache.entries import CorruptEntry, Entry, GuardedStore, decode, encode
 from workers.cache.features import Keys
-from workers.cache.store import Stats
+from workers.cache.store import CacheStore, StoredEntry
 
 KEY = "ab" * 32
 SHA = "cd" * 32
@@ -133,10 +133,11 @@ def test_keys_are_all_different() -> None:
     assert all(len(key) == 64 and set(key) <= set("0123456789abcdef") for key in found)
 
 
-class Flaky:
+class Flaky(CacheStore):
     """A store in memory that can be switched off."""
 
     def __init__(self) -> None:
+        super().__init__(0)
         self.values: dict[str, bytes] = {}
         self.away = False
         self.calls = 0
@@ -159,11 +160,14 @@ class Flaky:
         for key in keys:
             self.values.pop(key, None)
 
-    def stats(self) -> Stats:
-        return Stats(len(self.values), 0, 0)
+    def _name(self, key: str) -> str:
+        return key
 
-    def prune(self, max_bytes: int) -> Stats:
-        return Stats(0, 0, 0)
+    def _entries(self) -> list[StoredEntry]:
+        return []
+
+    def _remove(self, names: Sequence[str]) -> None:
+        pass
 
     def close(self) -> None:
         self._check()
@@ -172,7 +176,7 @@ class Flaky:
 def test_cache_that_is_away_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """One warning, no further call until the time is over; then it is used again, and says so."""
     now = [100.0]
-    monkeypatch.setattr("workers.cache.store.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("workers.cache.entries.time.monotonic", lambda: now[0])
     store = Flaky()
     guarded = GuardedStore(store, retry_s=30, where="redis://***")
     entry = Entry(text="read")
