@@ -14,8 +14,10 @@ import msgspec
 import pytest
 
 from common.errors import ConfigError, FeatureError, FetchRetryable, MediaError
+from common.fingerprint import packed
 from common.post import Failure
 from config.settings import Settings
+from tests.support.services import RedisServer
 from tests.support.workers.driving import decode_task, fetch_task, text_task
 from tests.support.workers.fixtures import Ends
 from tests.support.workers.web import web_server
@@ -23,6 +25,8 @@ from workers.pool.arena import Arena
 from workers.pool.channel import Channel
 from workers.protocol import (
     Began,
+    CacheHits,
+    CacheLookup,
     Command,
     Decoded,
     DecodeTask,
@@ -253,3 +257,35 @@ def test_downloader_answers_through_one_channel(ends: Ends, tmp_path: Path) -> N
     assert sorted(path.name.split("-")[0] for path in tmp_path.iterdir()) == ["0", "2"]
     with pytest.raises(ConfigError, match=r"fetch\.spool"):
         threaded.fetch(context_of(worker))
+
+
+def test_cache_that_hangs(ends: Ends, tmp_path: Path) -> None:
+    """A Redis that has stopped costs a time-out once, and then nothing until it is tried again."""
+    server = RedisServer(tmp_path / "redis")
+    server.start()
+    king, worker = ends
+    cache = {"url": server.url, "timeout_s": 0.5, "retry_s": 120}
+    thread = threading.Thread(target=threaded.lookup, args=(context_of(worker, cache=cache),))
+    thread.start()
+    said: list[Any] = []
+
+    def ask(task_id: int) -> None:
+        task = CacheLookup((), frozenset({"text"}), "a cat")
+        king.send(Envelope(task_id, task, time.monotonic() + 60))
+        while not any(isinstance(message, Done) and message.task_id == task_id for message in said):
+            said.extend(king.receive_wait(60))
+
+    try:
+        king.send(Expect(packed({"text": "f"})))
+        ask(0)
+        server.pause()
+        started = time.monotonic()
+        for task_id in range(1, 20):
+            ask(task_id)
+        assert 0.5 <= time.monotonic() - started < 8, "once for each look-up is 10 s and more"
+        assert all(m.result == CacheHits() for m in said if isinstance(m, Done))
+        king.send(Stop())
+    finally:
+        server.resume()
+        thread.join(60)
+        server.close()

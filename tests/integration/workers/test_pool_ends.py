@@ -23,7 +23,7 @@ from tests.support.workers.driving import (
 )
 from tests.support.workers.toys import ROLES
 from workers.pool.pool import ProcessPool
-from workers.protocol import PoolRefused, TaskPool
+from workers.protocol import Extracted, PoolRefused, TaskPool
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -164,3 +164,16 @@ def test_killed_king_leaves_nothing(tmp_path: Path) -> None:
     pool.start()
     assert len(list(tmp_path.glob("king-*"))) == 1, "the dead King's folder is still there"
     pool.stop(0)
+
+
+def test_a_recycled_worker_loses_no_task(tmp_path: Path) -> None:
+    """Tasks that wait in a retiring process run in the next one, and nobody is charged."""
+    driver = Driver(toy_settings(tmp_path, workers={"recycle_tasks": 5})).start()
+    try:
+        first = driver.pid("extract-0")
+        tasks = [driver.submit(text_task(f"t{i}")) for i in range(40)]
+        results = [driver.done(task).result for task in tasks]
+        assert [r.text for r in results if isinstance(r, Extracted)] == [f"t{i}" for i in range(40)]
+        assert driver.pid("extract-0") != first
+    finally:
+        driver.stop()

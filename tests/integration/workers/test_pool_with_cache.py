@@ -1,4 +1,4 @@
-"""The cache in the real pool: posts without downloads, and a cache that dies, hangs or lies."""
+"""The cache in the real pool: posts without downloads, and a cache worker that dies."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import shutil
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,10 @@ from common.files import new_folder
 from common.post import Features, Post
 from config.settings import Settings
 from tests.integration.workers.test_cached_posts import NAMES, World, files, same
-from tests.support.services import RedisServer
 from tests.support.tiny_models import tiny_features
 from tests.support.workers.driving import Driver, alive, toy_settings
 from tests.support.workers.small_bundle import write_bundle
+from workers.local import local_runner
 from workers.plan import PostPlan, Step
 from workers.pool.supervisor import ROLES, pinned_environment, without_credentials, worker_specs
 from workers.protocol import Decoded, FuseTask, WorkerRole
@@ -49,18 +48,30 @@ def pool_settings(folder: Path, world: World, **cache: Any) -> Settings:
     )
 
 
-@contextmanager
-def running(settings: Settings) -> Iterator[Driver]:
-    driver = Driver(settings, ROLES).start()
+@pytest.fixture(scope="module")
+def world(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    made = World(files, tmp_path_factory.mktemp("world"))
     try:
-        yield driver
-        driver.until(lambda: not driver.pool._scheduler.busy)
-        assert driver.free_slots == 4
-        spool = driver.pool._spool
+        yield made
+    finally:
+        if made.thread.is_alive():
+            made.close()
+
+
+@pytest.fixture(scope="module")
+def driver(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Driver]:
+    """One pool of real workers; after all tests it holds no slot and no file."""
+    settings = pool_settings(tmp_path_factory.mktemp("pool"), world, timeout_s=0.5, retry_s=0.5)
+    made = Driver(settings, ROLES).start()
+    try:
+        yield made
+        made.until(lambda: not made.pool._scheduler.busy)
+        assert made.free_slots == 4
+        spool = made.pool._spool
         assert spool is not None
         assert [path.name for path in spool.folder.iterdir()] == ["lock"]
     finally:
-        driver.stop()
+        made.stop()
 
 
 def through(driver: Driver, *posts: Post) -> list[Features]:
@@ -91,16 +102,6 @@ def through(driver: Driver, *posts: Post) -> list[Features]:
     return [plan.features() for plan in plans]
 
 
-@pytest.fixture
-def world(files: Path, tmp_path: Path) -> Iterator[World]:
-    made = World(files, tmp_path)
-    try:
-        yield made
-    finally:
-        if made.thread.is_alive():
-            made.close()
-
-
 def settled(world: World, least: int) -> None:
     """Wait until what is written behind is there."""
     end = time.monotonic() + 60
@@ -115,73 +116,49 @@ def replaced(driver: Driver, pid: int) -> bool:
     return worker.pid not in (None, pid)
 
 
-def test_two_pools_share_one_cache(world: World, tmp_path: Path) -> None:
-    """With the server gone another pool gives the same tags, and another bundle's too."""
-    settings = pool_settings(tmp_path, world)
+def test_cache_worker_dies(driver: Driver, world: World) -> None:
+    """Killed, or stopped: posts go on without it, and with it when it is back."""
+    post = world.post("sign.png")
+    [first] = through(driver, post)
+    settled(world, 4)
+    for number in (signal.SIGKILL, signal.SIGSTOP):
+        pid = driver.pid("cache-0")
+        os.kill(pid, number)
+        started = time.monotonic()
+        [again] = through(driver, post)
+        assert time.monotonic() - started < 40
+        same(first, again)
+        driver.until(partial(replaced, driver, pid))
+        assert not alive([pid])
+        driver.ready()
+    before = world.downloads["sign.png"]
+    [known] = through(driver, post)
+    same(first, known)
+    assert world.downloads["sign.png"] == before
+
+
+def test_another_process_uses_the_cache(driver: Driver, world: World) -> None:
+    """With the server gone both give the features and tags of before; another bundle other tags."""
     posts = [world.post(*NAMES), world.post("sign.png"), world.post("v.mp4", "s.wav")]
-    with running(settings) as one, running(settings) as two:
-        plain = through(one, *posts)
-        settled(world, 3 + 4 + 4 + 1)  # URLs, what decoding gave, image video audio audio, text
-        world.close()
-        tags = one.run(FuseTask(plain[0]))
-        for driver in (one, two):
-            found = through(driver, *posts)
-            for known, again in zip(plain, found, strict=True):
-                same(known, again)
-            again = driver.run(FuseTask(found[0]))
-            assert [tag.name for tag in again.tags] == [tag.name for tag in tags.tags]
-            assert np.array_equal(again.scores, tags.scores)
-        before = two.pool.bundle
-        with new_folder(tmp_path / "bundle") as new:
-            shutil.copytree(tmp_path / "another", new, dirs_exist_ok=True)
-        two.until(lambda: two.pool.bundle != before)
-        other = two.run(FuseTask(through(two, posts[0])[0]))
-        assert (other.model, other.version) == two.pool.bundle
-        assert not np.array_equal(other.scores, tags.scores)
-        idle = [w for w in two.pool.workers if w.role in ("fetch", "decode")]
-        assert all(worker.done == 0 for worker in idle)
-
-
-def test_cache_worker_dies(world: World, tmp_path: Path) -> None:
-    """Killed, stopped or killed again: posts go on without it, and with it when it is back."""
-    settings = pool_settings(tmp_path, world, timeout_s=0.5, retry_s=0.5)
-    post = world.post("sign.png")
-    with running(settings) as driver:
-        [first] = through(driver, post)
-        settled(world, 4)
-        for number in (signal.SIGKILL, signal.SIGSTOP):
-            pid = driver.pid("cache-0")
-            os.kill(pid, number)
-            started = time.monotonic()
-            [again] = through(driver, post)
-            assert time.monotonic() - started < 40
-            same(first, again)
-            driver.until(partial(replaced, driver, pid))
-            assert not alive([pid])
-            driver.ready()
-        before = world.downloads["sign.png"]
-        [known] = through(driver, post)
-        same(first, known)
-        assert world.downloads["sign.png"] == before
-
-
-def test_cache_that_hangs(world: World, tmp_path: Path) -> None:
-    """A Redis that has stopped costs a time-out once, and then nothing until it is tried again."""
-    server = RedisServer(tmp_path / "redis")
-    server.start()
-    settings = pool_settings(tmp_path, world, url=server.url, timeout_s=3, retry_s=120)
-    post = world.post("sign.png")
-    try:
-        with running(settings) as driver:
-            [first] = through(driver, post)
-            server.pause()
-            started = time.monotonic()
-            for _ in range(10):
-                same(first, through(driver, post)[0])
-            assert time.monotonic() - started < 25, "once for each post is 30 s and more"
-            server.resume()
-    finally:
-        server.close()
+    plain = through(driver, *posts)
+    settled(world, 3 + 4 + 4 + 1)  # URLs, what decoding gave, image video audio audio, text
+    world.close()
+    tags = driver.run(FuseTask(plain[0]))
+    for known, again in zip(plain, through(driver, *posts), strict=True):
+        same(known, again)
+    with local_runner(driver.settings) as runner:
+        for known, post in zip(plain, posts, strict=True):
+            same(known, runner.run(post).features)
+        ran = runner.run(posts[0]).tags
+    assert [tag.name for tag in ran.tags] == [tag.name for tag in tags.tags]
+    np.testing.assert_allclose(ran.scores, tags.scores, atol=1e-6)
+    before, bundle = driver.pool.bundle, driver.settings.fusion.bundle
+    with new_folder(bundle) as new:
+        shutil.copytree(bundle.parent / "another", new, dirs_exist_ok=True)
+    driver.until(lambda: driver.pool.bundle != before)
+    other = driver.run(FuseTask(through(driver, posts[0])[0]))
+    assert (other.model, other.version) == driver.pool.bundle
+    assert not np.array_equal(other.scores, tags.scores)
 
 
 def test_who_knows_the_cache() -> None:

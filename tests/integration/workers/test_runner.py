@@ -23,10 +23,8 @@ from common.errors import (
 )
 from common.post import Failure, Media, Modality, Post
 from config.settings import Settings
-from tests.support import media
 from tests.support.fakes.pool import DIED, Answer, FakePool, default_answer
 from tests.support.services import wait_until
-from tests.support.tiny_models import tiny_features
 from tests.support.workers.driving import alive, toy_settings
 from tests.support.workers.toys import ROLES
 from workers.pool.pool import ProcessPool
@@ -360,22 +358,3 @@ def test_a_missing_bundle_is_a_configuration_error(tmp_path: Path) -> None:
         assert fine.ready
         assert fine.bundle is None
         assert fine.fingerprints["text"]
-
-
-@pytest.mark.slow
-def test_real_features_of_one_modality(tmp_path: Path) -> None:
-    """Only the audio extractor is loaded, and its features are those of a local file's sound."""
-    path = tmp_path / "s.wav"
-    media.write_wav(path, media.tone(duration_s=1.5))
-    settings = toy_settings(tmp_path / "spool", features=tiny_features().model_dump())
-    with PostRunner(settings, fuse=False, modalities=frozenset({"audio"})) as runner:
-        hosted = [view.extractors for view in runner.workers if view.role == "extract"]
-        assert hosted == [("audio",)]
-        post = Post("p", "words", (Media("audio", str(path)),))
-        features = runner.submit(post).result(60).features
-        assert features.arrays["audio"].shape == (1, 96)
-        assert set(features.arrays) == {"audio"}
-        again = runner.submit(replace(post, post_id="q")).result(60).features
-        assert (again.arrays["audio"] == features.arrays["audio"]).all()
-        assert set(runner.fingerprints) == {"audio"}
-    assert path.exists()

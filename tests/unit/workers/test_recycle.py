@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from config.settings import WorkerSettings
-from tests.support.workers.driving import Driver, text_task, toy_settings
-from workers.protocol import Extracted
 from workers.roles.loop import Recycler
 
 MIB = 2**20
@@ -37,16 +33,3 @@ def test_zero_switches_it_off() -> None:
     settings = WorkerSettings(recycle_tasks=0, recycle_growth_mb=0)
     recycler = Recycler(settings, lambda: 2**60)
     assert [recycler.served(1000) for _ in range(1000)] == [None] * 1000
-
-
-def test_a_recycled_worker_loses_no_task(tmp_path: Path) -> None:
-    """Tasks that wait in a retiring process run in the next one, and nobody is charged."""
-    driver = Driver(toy_settings(tmp_path, workers={"recycle_tasks": 5})).start()
-    try:
-        first = driver.pid("extract-0")
-        tasks = [driver.submit(text_task(f"t{i}")) for i in range(40)]
-        results = [driver.done(task).result for task in tasks]
-        assert [r.text for r in results if isinstance(r, Extracted)] == [f"t{i}" for i in range(40)]
-        assert driver.pid("extract-0") != first
-    finally:
-        driver.stop()
