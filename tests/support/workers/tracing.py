@@ -1,0 +1,67 @@
+"""Notes which of our modules run while a test asks, in this process and in real workers."""
+
+from __future__ import annotations
+
+import os
+import pkgutil
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+from workers.pool.supervisor import ROLES
+from workers.protocol import WorkerRole
+from workers.roles.loop import Context
+
+ROOT = Path(__file__).resolve().parents[3]
+PACKAGES = ("common", "config", "extractors", "fusion", "king", "workers")
+FOLDER = "TRACE_FOLDER"
+"""Environment variable with the folder in which workers write what they noted."""
+
+TRACED: dict[WorkerRole, str] = dict.fromkeys(ROLES, "tests.support.workers.tracing:run")
+
+
+class Trace:
+    """The files whose functions begin or end while it is on, in threads that start later."""
+
+    def __init__(self, *, this_thread: bool) -> None:
+        self.on = False
+        self._files: set[str] = set()
+        threading.setprofile(self._note)
+        if this_thread:
+            sys.setprofile(self._note)
+
+    def _note(self, frame: Any, event: str, _argument: object) -> None:
+        if self.on and event in ("call", "return"):
+            self._files.add(frame.f_code.co_filename)
+
+    def stop(self) -> None:
+        """Stop noting, and leave new threads alone."""
+        self.on = False
+        threading.setprofile(None)
+
+    @property
+    def modules(self) -> set[str]:
+        """The modules of ours, as ``workers/plan.py``."""
+        inside = [Path(file) for file in self._files if file.startswith(str(ROOT))]
+        names = {str(path.relative_to(ROOT)) for path in inside}
+        return {name for name in names if name.partition("/")[0] in PACKAGES}
+
+
+def run(context: Context) -> None:
+    """Run the real role: SIGUSR1 begins to note, SIGUSR2 writes what was noted."""
+    trace = Trace(this_thread=True)
+
+    def begin(_number: int, _frame: object) -> None:
+        trace.on = True
+
+    def write(_number: int, _frame: object) -> None:
+        trace.on = False
+        path = Path(os.environ[FOLDER]) / context.launch.name
+        path.with_suffix(".part").write_text("\n".join(trace.modules))
+        path.with_suffix(".part").rename(path)
+
+    signal.signal(signal.SIGUSR1, begin)
+    signal.signal(signal.SIGUSR2, write)
+    pkgutil.resolve_name(ROLES[context.launch.role])(context)
