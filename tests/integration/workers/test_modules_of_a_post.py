@@ -64,13 +64,13 @@ def test_a_post_passes_few_modules(
     store, broker = Store(StoreClient(settings.store)), open_broker(settings.broker)
     store.connect()
     broker.connect()
-    trace = Trace(this_thread=False)
+    trace = Trace()
     pool: Any = ProcessPool(settings, roles=TRACED)
     try:
         with file_server(site) as url, Running(settings, pool) as running:
             document = {"_id": "p1", "text": "a cat", "images": [f"{url}/a.png"]}
             store.client.posts.insert_one(document)
-            running.until(lambda: pool.ready)
+            running.until(lambda: pool.ready, 180)
             tell(pool, signal.SIGUSR1)
             trace.on = True
             publish_posts(settings.broker, [PostMessage("p1")])

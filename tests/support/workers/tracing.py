@@ -25,20 +25,24 @@ TRACED: dict[WorkerRole, str] = dict.fromkeys(ROLES, "tests.support.workers.trac
 class Trace:
     """The files whose functions begin or end while it is on, in threads that start later."""
 
-    def __init__(self, *, this_thread: bool) -> None:
+    def __init__(self) -> None:
         self.on = False
         self._files: set[str] = set()
         threading.setprofile(self._note)
-        if this_thread:
-            sys.setprofile(self._note)
 
     def _note(self, frame: Any, event: str, _argument: object) -> None:
         if self.on and event in ("call", "return"):
             self._files.add(frame.f_code.co_filename)
 
+    def note_this_thread(self) -> None:
+        """Note this thread too, from now on."""
+        self.on = True
+        sys.setprofile(self._note)
+
     def stop(self) -> None:
-        """Stop noting, and leave new threads alone."""
+        """Stop noting, and leave this thread and new ones alone."""
         self.on = False
+        sys.setprofile(None)
         threading.setprofile(None)
 
     @property
@@ -51,13 +55,13 @@ class Trace:
 
 def run(context: Context) -> None:
     """Run the real role: SIGUSR1 begins to note, SIGUSR2 writes what was noted."""
-    trace = Trace(this_thread=True)
+    trace = Trace()
 
     def begin(_number: int, _frame: object) -> None:
-        trace.on = True
+        trace.note_this_thread()
 
     def write(_number: int, _frame: object) -> None:
-        trace.on = False
+        trace.stop()
         path = Path(os.environ[FOLDER]) / context.launch.name
         path.with_suffix(".part").write_text("\n".join(trace.modules))
         path.with_suffix(".part").rename(path)
