@@ -33,8 +33,8 @@ from demo.__main__ import CONFIG, ROOT
 from demo.layout import Layout, Sizes
 from extractors.parts import slot_bytes
 from fusion.data.data_file import read_whole_posts
-from workers.plan import PostPlan, Step
-from workers.pool.arena import Arena
+from workers.pool.channel import Arena
+from workers.post_run import PostPlan, Step
 from workers.protocol import (
     DecodeTask,
     ExtractTask,

@@ -19,8 +19,7 @@ import structlog
 from config.settings import Settings
 from king.jobs import Dead, Outcome, Released, Retry, Started, Tagged
 from king.status import Status
-from workers.plan import PostPlan
-from workers.post_run import PostFailed, PostOutcome, PostRun, PostRuns, PostTags
+from workers.post_run import PostFailed, PostOutcome, PostPlan, PostRun, PostRuns, PostTags
 from workers.protocol import (
     BundleChanged,
     PoolEvent,

@@ -33,7 +33,7 @@ from config.load import validate
 from config.settings import HttpSettings, Section
 from king.messages import PostMessage, parse_message
 from web.guard import ApiError, bad_request, too_large
-from workers.fetch.spool import Spool
+from workers.fetch import Spool
 
 
 class Box:

@@ -29,9 +29,8 @@ from extractors.parts import slot_bytes
 from extractors.suite import ExtractorSuite
 from workers.cache.entries import GuardedStore
 from workers.cache.features import FeatureCache
-from workers.fetch.client import Fetcher
-from workers.fetch.spool import file_name
-from workers.pool.arena import Arena, SlotTable
+from workers.fetch import Fetcher, file_name
+from workers.pool.channel import Arena, SlotTable
 from workers.protocol import (
     CacheHits,
     CacheLookup,

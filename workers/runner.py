@@ -32,10 +32,9 @@ from common.errors import (
 )
 from common.post import Modality, Post, Stream
 from config.settings import ExtractorName, FeatureSettings, Settings
-from workers.fetch.spool import is_url, local_file
-from workers.plan import PostPlan
+from workers.fetch import is_url, local_file
 from workers.pool.pool import ProcessPool
-from workers.post_run import PostFailed, PostOutcome, PostRun, PostRuns, PostTags
+from workers.post_run import PostFailed, PostOutcome, PostPlan, PostRun, PostRuns, PostTags
 from workers.protocol import (
     PoolEvent,
     PoolReady,

@@ -24,7 +24,7 @@ from common.files import file_digest
 from common.post import Failure, Media
 from corpus.download.values import Answer, Ask, Options, Status, UrlResult
 from extractors.media.sniff import FileType, check_type, sniff
-from workers.fetch.client import Fetcher
+from workers.fetch import Fetcher
 
 _HEAD_BYTES = 4096
 _NAME = re.compile(r"([0-9a-f]{32})-([0-9a-f]{64})")

@@ -264,7 +264,7 @@ class Inputs:
             return _Source(media, str(location), None)
 
     def _blame(self, kind: MediaKind, post: Post) -> Modality | None:
-        """Return the modality that a missing media file fails, as `workers.plan` has it."""
+        """Return the modality that a missing media file fails, as `workers.post_run` has it."""
         if kind in self._modalities:
             return kind
         if kind == "video" and "audio" in self._modalities:

@@ -33,7 +33,7 @@ from common.post import (
 from config.settings import Settings
 from extractors.parts import PARTS, PartKind, slot_bytes
 from workers.cache.entries import Entry, GuardedStore
-from workers.plan import embedded_texts, read_text
+from workers.post_run import embedded_texts, read_text
 from workers.protocol import (
     CacheHit,
     CacheHits,

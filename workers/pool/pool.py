@@ -18,8 +18,8 @@ from common.post import Failure, Stream
 from config.settings import ExtractorName, Settings
 from extractors.feature_file import stream_fingerprints
 from extractors.parts import slot_bytes
-from workers.fetch.spool import Spool
-from workers.pool.arena import create_arena
+from workers.fetch import Spool
+from workers.pool.channel import create_arena
 from workers.pool.scheduler import QueuedTask, Scheduler, WorkerLoad
 from workers.pool.supervisor import (
     ROLES,

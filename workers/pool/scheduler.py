@@ -18,7 +18,7 @@ from typing import TypeAlias
 import msgspec
 
 from config.settings import Settings
-from workers.pool.arena import SlotTable
+from workers.pool.channel import SlotTable
 from workers.protocol import DecodeTask, Envelope, ExtractTask, Task
 
 TaskQueue: TypeAlias = str

@@ -49,11 +49,11 @@ _log = structlog.get_logger()
 
 ROLES: Mapping[WorkerRole, str] = MappingProxyType(
     {
-        "fetch": "workers.roles.threaded:fetch",
+        "fetch": "workers.roles.loop:fetch",
         "decode": "workers.roles.batched:decode",
         "extract": "workers.roles.batched:extract",
         "fuse": "workers.roles.batched:fuse",
-        "cache": "workers.roles.threaded:lookup",
+        "cache": "workers.roles.loop:lookup",
     }
 )
 """Role -> ``module:function``, by name so that the King never imports what the workers load."""

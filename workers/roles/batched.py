@@ -25,8 +25,7 @@ from config.settings import DecodeSettings, FeatureSettings, FusionSettings, Set
 from extractors.suite import ExtractorSuite
 from workers.cache.entries import GuardedStore
 from workers.cache.features import FeatureCache
-from workers.pool.arena import Arena
-from workers.pool.channel import Channel
+from workers.pool.channel import Arena, Channel
 from workers.protocol import (
     BundleLoaded,
     Command,

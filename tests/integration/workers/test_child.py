@@ -21,8 +21,7 @@ from tests.support.services import RedisServer
 from tests.support.workers.driving import decode_task, fetch_task, text_task
 from tests.support.workers.fixtures import Ends
 from tests.support.workers.web import web_server
-from workers.pool.arena import Arena
-from workers.pool.channel import Channel
+from workers.pool.channel import Arena, Channel
 from workers.protocol import (
     Began,
     CacheHits,
@@ -41,7 +40,7 @@ from workers.protocol import (
     Stop,
     Task,
 )
-from workers.roles import batched, threaded
+from workers.roles import batched, loop
 from workers.roles.loop import (
     Context,
     DeviceLost,
@@ -243,7 +242,7 @@ def test_downloader_answers_through_one_channel(ends: Ends, tmp_path: Path) -> N
         for i, path in enumerate(["/ok", "/status/404", "/ok"]):
             king.send(Envelope(i, fetch_task(web.url(path)), time.monotonic() + 60))
         king.send(Envelope(3, fetch_task(web.url("/ok")), 0.0))
-        thread = threading.Thread(target=threaded.fetch, args=(context,))
+        thread = threading.Thread(target=loop.fetch, args=(context,))
         thread.start()
         said: list[Any] = []
         while sum(isinstance(message, (Done, Failed)) for message in said) < 4:
@@ -256,7 +255,7 @@ def test_downloader_answers_through_one_channel(ends: Ends, tmp_path: Path) -> N
     assert {m.task_ids for m in said if isinstance(m, Began)} == {(0,), (1,), (2,)}
     assert sorted(path.name.split("-")[0] for path in tmp_path.iterdir()) == ["0", "2"]
     with pytest.raises(ConfigError, match=r"fetch\.spool"):
-        threaded.fetch(context_of(worker))
+        loop.fetch(context_of(worker))
 
 
 def test_cache_that_hangs(ends: Ends, tmp_path: Path) -> None:
@@ -265,7 +264,7 @@ def test_cache_that_hangs(ends: Ends, tmp_path: Path) -> None:
     server.start()
     king, worker = ends
     cache = {"url": server.url, "timeout_s": 0.5, "retry_s": 120}
-    thread = threading.Thread(target=threaded.lookup, args=(context_of(worker, cache=cache),))
+    thread = threading.Thread(target=loop.lookup, args=(context_of(worker, cache=cache),))
     thread.start()
     said: list[Any] = []
 

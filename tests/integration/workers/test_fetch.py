@@ -17,7 +17,7 @@ from common.post import Media
 from tests.support.ports import free_port
 from tests.support.workers.fetching import fetch, get, refused, retryable, settings_of
 from tests.support.workers.web import BODY, Web, web_server
-from workers.fetch.client import Fetcher
+from workers.fetch import Fetcher
 
 
 @pytest.mark.parametrize(

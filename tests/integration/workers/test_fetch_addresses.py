@@ -12,7 +12,7 @@ import pytest
 
 from tests.support.workers.fetching import refused
 from tests.support.workers.web import Web, web_server
-from workers.fetch.client import Expired, ForbiddenAddress, Guard, Unreachable, is_public
+from workers.fetch import Expired, ForbiddenAddress, Guard, Unreachable, is_public
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "0.0.0.0", "2130706433", "127.1"])
@@ -34,12 +34,12 @@ def test_redirect_to_a_private_address_is_refused(
     The rule is narrowed to one port here, so that the first host counts as public.
     """
     with web_server() as inner:
-        monkeypatch.setattr("workers.fetch.client.is_public", lambda address: True)
+        monkeypatch.setattr("workers.fetch.is_public", lambda address: True)
         original = Guard.connect
 
         def connect(self: Guard, host: str, port: int, timeout_s: float, options: Any) -> Any:
             if port == inner.server_port:
-                monkeypatch.setattr("workers.fetch.client.is_public", lambda address: False)
+                monkeypatch.setattr("workers.fetch.is_public", lambda address: False)
             return original(self, host, port, timeout_s, options)
 
         monkeypatch.setattr(Guard, "connect", connect)
@@ -134,7 +134,7 @@ def test_guard_takes_the_first_allowed_address(web: Web, monkeypatch: pytest.Mon
         lambda *_: [(socket.AF_INET, socket.SOCK_STREAM, 6, "", t) for t in targets],
     )
     private = ipaddress.ip_address("10.0.0.1")
-    monkeypatch.setattr("workers.fetch.client.is_public", lambda address: address != private)
+    monkeypatch.setattr("workers.fetch.is_public", lambda address: address != private)
     guard = Guard(allow_private=False)
     sock = guard.connect("h", 80, 1.0, [(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)])
     assert sock.getpeername()[1] == web.server_port

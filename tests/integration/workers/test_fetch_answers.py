@@ -15,7 +15,7 @@ from common.post import Media
 from config.settings import FetchSettings
 from tests.support.workers.fetching import fetch
 from tests.support.workers.web import Web, web_server
-from workers.fetch.client import Fetcher, seconds_of
+from workers.fetch import Fetcher, seconds_of
 
 SETTINGS = FetchSettings(allow_private_hosts=True, total_timeout_s=5)
 

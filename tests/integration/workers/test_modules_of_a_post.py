@@ -64,7 +64,7 @@ def test_a_post_passes_few_modules(
     store, broker = Store(StoreClient(settings.store)), open_broker(settings.broker)
     store.connect()
     broker.connect()
-    trace = Trace()
+    trace = Trace(("king-broker", "king-store", "king-dispatch"))
     pool: Any = ProcessPool(settings, roles=TRACED)
     try:
         with file_server(site) as url, Running(settings, pool) as running:
@@ -72,7 +72,7 @@ def test_a_post_passes_few_modules(
             store.client.posts.insert_one(document)
             running.until(lambda: pool.ready, 180)
             tell(pool, signal.SIGUSR1)
-            trace.on = True
+            trace.on = True  # the King's own loop, which watches its threads, is not noted
             publish_posts(settings.broker, [PostMessage("p1")])
             running.until(lambda: store.queries.counts()["tagged"] == 1 and not broker.depth())
             running.until(lambda: not running.king.in_flight)

@@ -22,8 +22,8 @@ from tests.support.tiny_models import tiny_features
 from tests.support.workers.driving import Driver, alive, toy_settings
 from tests.support.workers.small_bundle import write_bundle
 from workers.local import local_runner
-from workers.plan import PostPlan, Step
 from workers.pool.supervisor import ROLES, pinned_environment, without_credentials, worker_specs
+from workers.post_run import PostPlan, Step
 from workers.protocol import Decoded, FuseTask, WorkerRole
 
 __all__ = ["files"]

@@ -30,11 +30,10 @@ from tests.support.workers.driving import Driver, toy_settings
 from tests.support.workers.small_bundle import write_bundle
 from tests.support.workers.toys import ROLES as TOYS
 from workers.local import local_runner
-from workers.plan import PostPlan
-from workers.pool.arena import Arena
+from workers.pool.channel import Arena
 from workers.pool.pool import ProcessPool
 from workers.pool.supervisor import ROLES
-from workers.post_run import PostOutcome, PostRun, PostRuns, PostTags
+from workers.post_run import PostOutcome, PostPlan, PostRun, PostRuns, PostTags
 from workers.protocol import (
     BundleChanged,
     Decoded,

@@ -19,7 +19,7 @@ import numpy as np
 
 from common.post import Failure, MediaKind, Stream, Tag, Tags
 from extractors.parts import PartKind
-from workers.pool.arena import SlotTable
+from workers.pool.channel import SlotTable
 from workers.protocol import (
     ArrayRef,
     BundleChanged,

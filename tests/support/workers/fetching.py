@@ -11,7 +11,7 @@ import pytest
 from common.errors import FetchRefused, FetchRetryable
 from common.post import Media
 from config.settings import FetchSettings
-from workers.fetch.client import Fetcher
+from workers.fetch import Fetcher
 from workers.protocol import Fetched
 
 

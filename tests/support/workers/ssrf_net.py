@@ -215,7 +215,7 @@ def _is_number(host: str) -> bool:
 def loopback_net(
     monkeypatch: pytest.MonkeyPatch, zone: Mapping[str, Sequence[Addresses]]
 ) -> Iterator[Net]:
-    """Put the network behind `workers.fetch.client`, and only there."""
+    """Put the network behind `workers.fetch`, and only there."""
     names, public, trap = NameServer(zone), HttpServer(), HttpServer()
     net = Net(names, public, trap)
 
@@ -231,7 +231,7 @@ def loopback_net(
         def __getattr__(self, name: str) -> Any:
             return Socket if name == "socket" else getattr(socket, name)
 
-    monkeypatch.setattr("workers.fetch.client.socket", Module())
+    monkeypatch.setattr("workers.fetch.socket", Module())
     threads = [
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
         for server in (public, trap)

@@ -23,15 +23,22 @@ TRACED: dict[WorkerRole, str] = dict.fromkeys(ROLES, "tests.support.workers.trac
 
 
 class Trace:
-    """The files whose functions begin or end while it is on, in threads that start later."""
+    """The files whose functions begin or end while it is on, in threads that start later.
 
-    def __init__(self) -> None:
+    Args:
+        threads: How the names of these threads begin.
+    """
+
+    def __init__(self, threads: tuple[str, ...] = ("",)) -> None:
         self.on = False
+        self._threads = threads
         self._files: set[str] = set()
         threading.setprofile(self._note)
 
     def _note(self, frame: Any, event: str, _argument: object) -> None:
-        if self.on and event in ("call", "return"):
+        if not self.on or event not in ("call", "return"):
+            return
+        if threading.current_thread().name.startswith(self._threads):
             self._files.add(frame.f_code.co_filename)
 
     def note_this_thread(self) -> None:

@@ -42,7 +42,7 @@ def whole(post_id: str = "p", **changes: Failure) -> Features:
 
 
 def share(features: Features, kind: Kind) -> Features:
-    """Return the results for a script of one kind: `workers.plan` leaves out the rest."""
+    """Return the results for a script of one kind: `workers.post_run` leaves out the rest."""
     modalities = MODALITIES_OF[kind]
     return Features(
         features.post_id,

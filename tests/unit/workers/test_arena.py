@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from common.errors import FeatureError, MediaError
-from workers.pool.arena import Arena, SlotTable, create_arena
+from workers.pool.channel import Arena, SlotTable, create_arena
 from workers.protocol import ArrayRef
 
 

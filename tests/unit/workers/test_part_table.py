@@ -25,7 +25,7 @@ from extractors.suite import ExtractorSuite
 from tests.support import media
 from tests.support.tiny_models import tiny_features
 from tests.support.waveform_encoder import DIM, LINE
-from workers.pool.arena import Arena
+from workers.pool.channel import Arena
 from workers.protocol import DecodeTask, Extracted, ExtractTask
 from workers.roles.batched import run_decode, run_extract
 

@@ -14,7 +14,7 @@ from common.errors import NothingUsable, RetryableError
 from common.post import Failure, Media, Post
 from config.settings import FeatureSettings, Settings
 from extractors.parts import PartKind, slot_bytes
-from workers.plan import PostPlan, Step
+from workers.post_run import PostPlan, Step
 from workers.protocol import (
     NO_SLOT,
     ArrayRef,

@@ -9,7 +9,7 @@ from common.errors import NothingUsable
 from common.post import Features, Media, Modality, Post
 from config.settings import FeatureSettings
 from tests.unit.workers.test_plan_and_protocol import BROKEN, GONE, result_of, walk
-from workers.plan import PostPlan, Step
+from workers.post_run import PostPlan, Step
 from workers.protocol import (
     Decoded,
     DecodeTask,

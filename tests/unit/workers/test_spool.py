@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from workers.fetch.spool import Spool, file_name
+from workers.fetch import Spool, file_name
 
 
 def test_spool_is_private_and_ends_with_its_king(tmp_path: Path) -> None:

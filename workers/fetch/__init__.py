@@ -1,1 +1,0 @@
-"""Downloads: HTTP client, address guard and spool."""
