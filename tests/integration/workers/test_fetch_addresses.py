@@ -5,106 +5,11 @@ from __future__ import annotations
 import ipaddress
 import socket
 import time
-from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.support.workers.fetching import refused
-from tests.support.workers.web import Web, web_server
+from tests.support.workers.web import Web
 from workers.fetch import Expired, ForbiddenAddress, Guard, Unreachable, is_public
-
-
-@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "0.0.0.0", "2130706433", "127.1"])
-def test_loopback_is_refused(web: Web, tmp_path: Path, host: str) -> None:
-    """However loopback is written, it is not connected to; the way out is named."""
-    before = web.connections
-    url = web.url("/private").replace("127.0.0.1", host)
-    reason = refused(url, tmp_path, allow_private_hosts=False)
-    assert "is private: set fetch.allow_private_hosts to allow it" in reason
-    assert reason.startswith("address ")
-    assert web.connections == before
-
-
-def test_redirect_to_a_private_address_is_refused(
-    web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The check is made on every connection: a public host cannot send us home.
-
-    The rule is narrowed to one port here, so that the first host counts as public.
-    """
-    with web_server() as inner:
-        monkeypatch.setattr("workers.fetch.is_public", lambda address: True)
-        original = Guard.connect
-
-        def connect(self: Guard, host: str, port: int, timeout_s: float, options: Any) -> Any:
-            if port == inner.server_port:
-                monkeypatch.setattr("workers.fetch.is_public", lambda address: False)
-            return original(self, host, port, timeout_s, options)
-
-        monkeypatch.setattr(Guard, "connect", connect)
-        reason = refused(web.url(f"/to/{inner.url('/ok')}"), tmp_path, allow_private_hosts=False)
-        assert reason.startswith("address 127.0.0.1 is private")
-        assert inner.paths == []
-
-
-def test_address_is_checked_where_it_is_connected_to(
-    web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A name server that answers something else the second time gains nothing."""
-    asked: list[str] = []
-    real = socket.getaddrinfo
-
-    def getaddrinfo(host: str, port: int, *rest: Any) -> Any:
-        asked.append(host)
-        return real("127.0.0.1" if asked else "93.184.216.34", port, *rest)
-
-    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
-    url = f"http://rebind.example:{web.server_port}/ok"
-    reason = refused(url, tmp_path, allow_private_hosts=False)
-    assert reason.startswith("address 127.0.0.1 is private")
-    assert asked == ["rebind.example"], "a name must be resolved once, for the connection itself"
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "0.0.0.0",
-        "10.1.2.3",
-        "100.64.0.1",
-        "127.0.0.1",
-        "169.254.169.254",
-        "172.16.0.1",
-        "192.168.1.1",
-        "192.0.2.1",
-        "198.18.0.1",
-        "224.0.0.1",
-        "224.0.1.1",
-        "240.0.0.1",
-        "255.255.255.255",
-        "::",
-        "::1",
-        "fe80::1",
-        "fe80::1%eth0",
-        "fc00::1",
-        "fec0::1",
-        "ff02::1",
-        "::ffff:127.0.0.1",
-        "::ffff:10.0.0.1",
-        "::127.0.0.1",
-        "2002:7f00:1::",
-        "2002:a00:1::1",
-        "64:ff9b::7f00:1",
-        "64:ff9b::a9fe:a9fe",
-        "64:ff9b:1::808:808",
-        "2001:0:5ef5:79fd::1",
-        "2001:db8::1",
-        "100::1",
-    ],
-)
-def test_addresses_that_are_not_public(text: str) -> None:
-    """Private, local, reserved and multicast addresses, also inside the IPv6 forms of IPv4."""
-    assert not is_public(ipaddress.ip_address(text))
 
 
 @pytest.mark.parametrize(

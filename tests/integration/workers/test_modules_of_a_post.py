@@ -85,7 +85,11 @@ def test_a_post_passes_few_modules(
         store.close()
         broker.close()
     modules = trace.modules.union(*((notes / name).read_text().splitlines() for name in names))
-    assert {"workers/post_run.py", "fusion/infer/inferer.py", "extractors/media/decode.py"} <= modules
+    assert {
+        "workers/post_run.py",
+        "fusion/infer/inferer.py",
+        "extractors/media/decode.py",
+    } <= modules
     assert len(modules) <= LIMIT, "\n".join([f"{len(modules)} modules:", *sorted(modules)])
 
 
