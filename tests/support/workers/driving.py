@@ -29,7 +29,8 @@ from workers.protocol import (
     WorkerRole,
 )
 
-PATIENCE_S = 60.0
+PATIENCE_S = 180.0
+"""Loading torch takes a worker a minute where many tests share two cores."""
 
 
 def toy_settings(spool: Path, **sections: Any) -> Settings:
