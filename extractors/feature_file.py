@@ -31,13 +31,10 @@ from common.post import (
 from config.settings import FeatureSettings
 
 _FORMAT = "insighttag.features/2"
-_FORMAT_1 = "insighttag.features/1"
-"""The same content in a header key for each of these parts, in random order."""
+_FORMAT_1 = "insighttag.features/1"  # the same with a key for each of these parts
 _PARTS = ("fingerprints", "statuses", "failures", "ocr_text")
 _KEY = "insighttag"
 _LONGEST_NAME = 180  # bytes; file systems take 255, and temporary names and suffixes are added
-
-
 # Streams of one extractor each; text and OCR share one.
 _OWN: tuple[Stream, ...] = ("video", "video_lstm", "image", "audio")
 
@@ -72,14 +69,12 @@ def stream_fingerprints(
         by_extractor: Those that are loaded, ``video_lstm`` as one of them; a stream whose
             extractors are not all there is left out.
     """
-    result: dict[Stream, str] = {name: by_extractor[name] for name in _OWN if name in by_extractor}
+    result: dict[Stream, str] = {s: by_extractor[s] for s in _OWN if s in by_extractor}
     text = by_extractor.get("text")
     engine = by_extractor.get("ocr") if features.ocr.enabled else "disabled"
-    if text is None:
-        return result
-    if features.ocr_mode == "separate":
+    if text is not None and features.ocr_mode == "separate":
         result["text"] = text
-    if engine is not None:
+    if text is not None and engine is not None:
         stream: Stream = "text" if features.ocr_mode == "append" else "ocr"
         result[stream] = digest({"text": text, "ocr": engine, "mode": features.ocr_mode})
     return result

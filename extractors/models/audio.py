@@ -74,17 +74,17 @@ class Vggish(Encoder):
     def __init__(self, settings: AudioSettings, device: str) -> None:
         super().__init__(_SETTING, settings, device)
         self._settings = settings
-        self._vectors: torch.Tensor | None = None
-        self._means: torch.Tensor | None = None
+        self._pca: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def postprocess(self, features: torch.Tensor) -> torch.Tensor:
         """Apply PCA with whitening and 8-bit quantisation, as AudioSet's release does.
 
         Source: tensorflow/models, ``audioset/vggish/vggish_postprocess.py``.
         """
-        if self._vectors is None or self._means is None:
+        if self._pca is None:
             return features
-        turned = (features - self._means) @ self._vectors.T
+        vectors, means = self._pca
+        turned = (features - means) @ vectors.T
         return ((turned.clamp(-_CLIP, _CLIP) + _CLIP) * (255.0 / (2 * _CLIP))).round()
 
     def _build(self, weights: Weights) -> Any:
@@ -124,30 +124,23 @@ class Vggish(Encoder):
         if not weights.pretrained:
             return {}
         module = source_module()
-        state = read_state_dict(
-            release_file(module.VGGISH_WEIGHTS, setting=setting), setting=setting
-        )
-        if self._settings.postprocess:
-            extra = release_file(module.PCA_PARAMS, setting=setting)
-            state |= read_state_dict(extra, setting=setting)
-        return state
+        urls = [module.VGGISH_WEIGHTS, *([module.PCA_PARAMS] if self._settings.postprocess else [])]
+        states = [read_state_dict(release_file(u, setting=setting), setting=setting) for u in urls]
+        return {key: tensor for state in states for key, tensor in state.items()}
 
     def _take_pca(self, state: dict[str, torch.Tensor]) -> None:
         """Move the PCA's parameters out of a state dict."""
         vectors, means = state.pop(_PCA_VECTORS, None), state.pop(_PCA_MEANS, None)
         if not self._settings.postprocess:
             return
-        if vectors is None or means is None:
+        dim = self.dim
+        if vectors is None or vectors.shape != (dim, dim) or means is None or means.numel() != dim:
             raise ConfigError(
-                f"{_SETTING}.postprocess: {self._weights} holds no {_PCA_VECTORS} and "
-                f"{_PCA_MEANS}; add them to the file, or switch postprocess off"
+                f"{_SETTING}.postprocess: {self._weights} holds no {_PCA_VECTORS} ({dim}, {dim}) "
+                f"and {_PCA_MEANS} ({dim}); add them to the file, or switch postprocess off"
             )
-        if tuple(vectors.shape) != (self.dim, self.dim) or means.numel() != self.dim:
-            raise ConfigError(
-                f"{_SETTING}.weights: the PCA must be {self.dim}x{self.dim} with {self.dim} means"
-            )
-        self._vectors = vectors.float().to(self.device)
-        self._means = means.float().reshape(1, self.dim).to(self.device)
+        means = means.float().reshape(1, dim)
+        self._pca = vectors.float().to(self.device), means.to(self.device)
 
 
 def source_module() -> ModuleType:

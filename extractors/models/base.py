@@ -155,8 +155,6 @@ class Encoder(ABC):
     @property
     def model(self) -> torch.nn.Module:
         """Return the loaded network for export, without the work of `_call` around it."""
-        if self._network is None:
-            raise RuntimeError("load() comes first")
         network: torch.nn.Module = self._network
         return network
 
@@ -192,10 +190,7 @@ class RowExtractor(Extractor):
     """Arrays of rows for an encoder: ``(n, *shape)`` -> float16 ``(n, dim)``, a row for each.
 
     Args:
-        name: Of the modality.
-        encoder: The model; another extractor may have it too.
         shape: Of one row.
-        dtype: Of the rows.
         batch_size: Rows that run at once.
     """
 
@@ -245,8 +240,11 @@ class RowExtractor(Extractor):
                 # concatenate copies: shared memory is read-only and torch wants writable arrays
                 out[start:stop] = self._encoder.run(np.concatenate(pieces))
             except RuntimeError as error:
-                if not _out_of_memory(error) or batch_size == 1:
+                import torch
+
+                if not isinstance(error, torch.cuda.OutOfMemoryError) or batch_size == 1:
                     raise
+                torch.cuda.empty_cache()
                 batch_size = max(1, batch_size // 2)
                 _log.warning("extractors.batch_halved", batch_size=batch_size)
                 continue
@@ -280,12 +278,3 @@ def check_finite(name: str, features: FeatureArray) -> None:
         raise FeatureError(
             f"{name}: the model gave values that are not finite; try features.{name}.precision=fp32"
         )
-
-
-def _out_of_memory(error: RuntimeError) -> bool:
-    import torch
-
-    if not isinstance(error, torch.cuda.OutOfMemoryError):
-        return False
-    torch.cuda.empty_cache()
-    return True

@@ -18,10 +18,10 @@ from extractors.models.base import Extractor
 
 Picture = npt.NDArray[np.uint8]
 
+# Longer side over shorter; strips are padded to it. The engine enlarges the shorter side of a
+# picture to its detection size: without a bound, one row of pixels would become gigabytes. Double
+# doubles that memory; half would shrink the text of ordinary banners.
 _LONGEST_RATIO = 8
-"""Longer side over shorter; strips are padded to it. The engine enlarges the shorter side of a
-picture to its detection size: without a bound, one row of pixels would become gigabytes. Double
-doubles that memory; half would shrink the text of ordinary banners."""
 _LEAST_SIDE = 32  # the engine's detector works on blocks of 32 pixels
 
 
@@ -53,19 +53,19 @@ class OcrExtractor(Extractor):
                 f"features.ocr.enabled: rapidocr-onnxruntime cannot be imported: {error}"
             ) from error
         models = sorted((Path(rapidocr_onnxruntime.__file__).parent / "models").glob("*.onnx"))
-        if not models:
-            raise ConfigError("features.ocr.enabled: rapidocr-onnxruntime came without its models")
         for _ in range(self._threads):
-            self._engines.put(_engine(self._settings))
+            engine = rapidocr_onnxruntime.RapidOCR(
+                intra_op_num_threads=1,
+                inter_op_num_threads=1,
+                text_score=self._settings.min_confidence,
+                det_limit_side_len=self._settings.detect_side,
+            )
+            self._engines.put(engine)
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="ocr")
         return {
             "kind": "rapidocr",
             "weights": file_digest(*models),
-            "min_confidence": self._settings.min_confidence,
-            "max_chars": self._settings.max_chars,
-            "max_side": self._settings.max_side,
-            "detect_side": self._settings.detect_side,
-            "frames": self._settings.frames,
+            **self._settings.model_dump(exclude={"enabled"}),
         }
 
     def preprocess(self, item: Iterable[Picture]) -> tuple[Picture, ...]:
@@ -110,18 +110,6 @@ class OcrExtractor(Extractor):
     def _join(self, pictures: Iterable[list[str]]) -> str:
         lines = dict.fromkeys(line for lines in pictures for line in lines if line)
         return "\n".join(lines)[: self._settings.max_chars]
-
-
-def _engine(settings: OcrSettings) -> Callable[[Picture], Any]:
-    from rapidocr_onnxruntime import RapidOCR
-
-    engine: Callable[[Picture], Any] = RapidOCR(
-        intra_op_num_threads=1,
-        inter_op_num_threads=1,
-        text_score=settings.min_confidence,
-        det_limit_side_len=settings.detect_side,
-    )
-    return engine
 
 
 def _prepare(picture: Picture) -> Picture:

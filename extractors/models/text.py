@@ -6,7 +6,7 @@ import hashlib
 import os
 import re
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -18,13 +18,7 @@ from common.errors import ConfigError, FeatureError, one_line
 from common.post import FeatureArray
 from config.settings import TextSettings
 from extractors.models.base import Encoder, RowExtractor, check_finite
-from extractors.models.weights import (
-    Weights,
-    from_cache_or_hub,
-    hub_url,
-    seeded,
-    weights_digest,
-)
+from extractors.models.weights import Weights, from_cache_or_hub, seeded, weights_digest
 
 TokenIds: TypeAlias = npt.NDArray[np.int64]
 
@@ -33,20 +27,14 @@ _FOLDER = "config.json, model.safetensors and the tokenizer's files"
 _NO_LIMIT = 1_000_000  # tokens; models without a longest input say nothing, or astronomical numbers
 _SHAPE_KEYS = ("model_type", "num_hidden_layers", "num_attention_heads", "hidden_act")
 
+# Batches are padded to multiples of this many tokens. Kernels round differently for odd lengths:
+# with lengths of 32, 64, ... a text's features are the same whatever it shares a batch with. Half
+# makes no difference to them; double wastes time on the many short texts.
 _PAD_MULTIPLE = 32
-"""Batches are padded to multiples of this many tokens.
-
-Kernels round differently for odd lengths: with lengths of 32, 64, ... a text's features are the
-same whatever it shares a batch with. Half makes no difference to them; double wastes time on the
-many short texts.
-"""
-
+# Characters that are tokenized for each token that is kept; a megabyte of text would take seconds.
+# Words are 5 characters on average, the longest real ones about 60: half could cut a text of long
+# words before its last token, double only costs time.
 _CHARS_PER_TOKEN = 64
-"""Characters that are tokenized for each token that is kept; a megabyte of text would take seconds.
-
-Words are 5 characters on average, the longest real ones about 60: half could cut a text of long
-words before its last token, double only costs time.
-"""
 
 # The built-in model of `random:SEED`: as small as a BERT can be and still tell words apart.
 _VOCABULARY, _DIM, _LAYERS, _HEADS, _POSITIONS = 8192, 64, 2, 4, 512
@@ -73,13 +61,10 @@ class TextExtractor(RowExtractor):
         """
         if not isinstance(item, str):
             raise FeatureError(f"text: an item must be text, not {type(item).__name__}")
-        limit = self._text.limit
         # Lone surrogates become question marks: tokenizers refuse them.
-        text = item[: limit * _CHARS_PER_TOKEN].encode("utf-8", "replace").decode("utf-8")
-        ids = self._text.tokenize(text, limit) if text.strip() else []
-        if len(ids) <= self._text.special_tokens:
-            ids = []
-        return np.asarray(ids, dtype=np.int64)
+        text = item[: self._text.limit * _CHARS_PER_TOKEN].encode(errors="replace").decode()
+        ids = self._text.tokenize(text) if text.strip() else []
+        return np.asarray(ids if len(ids) > self._text.special_tokens else [], dtype=np.int64)
 
     def forward(self, items: Sequence[TokenIds]) -> list[FeatureArray]:
         """Encode token ids; texts of like length share a batch."""
@@ -114,10 +99,7 @@ class TextEncoder(Encoder):
     is a local folder, and a small built-in BERT with a hashed vocabulary otherwise.
 
     Attributes:
-        tokenize: Text, most tokens -> token ids, special ones included.
-        arch: Shape of the network, for the fingerprint.
         positions: The longest sequence that the network takes.
-        limit: The most tokens of one text.
         special_tokens: How many tokens an empty text gives.
     """
 
@@ -129,26 +111,47 @@ class TextEncoder(Encoder):
             settings = settings.model_copy(update={"weights": settings.arch})
         super().__init__(_SETTING, settings, device)
         self._settings = settings
+        self._tokenizer: Any = None
         self._from_file: frozenset[str] = frozenset()
-        self.tokenize: Callable[[str, int], list[int]] = hashed_tokens
-        self.arch = f"built-in bert {_DIM}x{_LAYERS}"
+        self.dim, self.arch = _DIM, f"built-in bert {_DIM}x{_LAYERS}"
         self.positions, self.pad_id = _POSITIONS, _PAD
         self.special_tokens = len(hashed_tokens("", _POSITIONS))
         self.tokenizer_digest = f"crc32 {_VOCABULARY} {_WORD.pattern}"
 
     @property
     def limit(self) -> int:
+        """Return the most tokens of one text."""
         return min(self._settings.max_tokens, self.positions)
+
+    def tokenize(self, text: str) -> list[int]:
+        """Return the token ids of a text, special ones included, `limit` at most."""
+        if self._tokenizer is None:
+            return hashed_tokens(text, self.limit)
+        tokens = self._tokenizer(text, truncation=True, max_length=self.limit, verbose=False)
+        return [int(i) for i in tokens["input_ids"]]
 
     def _build(self, weights: Weights) -> Any:
         _silence()
-        if weights.path is not None:
-            return self._use(*_load_folder(weights.path, weights))
-        if weights.seed is None:
-            return self._use(*_load_hub(self._settings.arch, weights))
-        if self._folder.is_dir():
-            return self._use(*_load_folder(self._folder, weights))
-        return self._built_in(weights.seed)
+        arch, seed = self._settings.arch, weights.seed
+        if weights.pretrained:
+            return from_cache_or_hub(
+                lambda local: self._from_transformers(arch, seed, local_files_only=local),
+                name=f"{_SETTING}.arch: {arch}",
+                remedy=f"set {_SETTING}.weights to a folder with its {_FOLDER}, or put it into "
+                "the Hugging Face cache",
+            )
+        if seed is not None and not self._folder.is_dir():
+            return _built_in(seed)
+        folder = weights.path or self._folder
+        if not (folder / "config.json").is_file():
+            raise ConfigError(f"{_SETTING}: {folder} must be a transformers folder: {_FOLDER}")
+        try:
+            return self._from_transformers(str(folder), seed, local_files_only=True)
+        except Exception as error:  # readers of JSON, vocabularies and weights share no base class
+            raise ConfigError(
+                f"{_SETTING}: {folder} cannot be loaded as a transformers folder ({_FOLDER}): "
+                f"{one_line(error, 300)}"
+            ) from error
 
     def _call(self, *inputs: torch.Tensor) -> torch.Tensor:
         ids, mask = inputs  # (batch, width) each
@@ -163,41 +166,59 @@ class TextEncoder(Encoder):
             files = next((f for name in names if (f := sorted(weights.path.glob(name)))), [])
         return weights_digest(weights, files, state)
 
-    def _use(self, tokenizer: Any, network: Any, from_file: frozenset[str]) -> Any:
-        """Take tokenizer and limits from what was loaded, and return its network."""
-        config = network.config
-        positions = int(getattr(config, "max_position_embeddings", _NO_LIMIT) or _NO_LIMIT)
-        longest = int(getattr(tokenizer, "model_max_length", _NO_LIMIT) or _NO_LIMIT)
+    def _from_transformers(self, source: str, seed: int | None, *, local_files_only: bool) -> Any:
+        """Return the network of a folder or a hub's model; take tokenizer and limits from it."""
+        from transformers import AutoConfig, AutoModel, AutoTokenizer
+
+        auto_model: Any = AutoModel
+        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local_files_only)
+        if seed is not None:
+            config = AutoConfig.from_pretrained(source, local_files_only=True)
+            with seeded(seed):
+                model = auto_model.from_config(config)
+        else:
+            model, info = auto_model.from_pretrained(
+                source, local_files_only=local_files_only, output_loading_info=True
+            )
+            missing = frozenset(str(key) for key in info["missing_keys"])
+            needed = sorted(key for key in missing if "pooler" not in key)
+            if needed:
+                raise ValueError(f"the weights lack {needed[0]} and {len(needed) - 1} more")
+            if info.get("mismatched_keys"):
+                raise ValueError(f"{len(info['mismatched_keys'])} weights have another shape")
+            # The pooler of a language model's checkpoint is random, and unused here.
+            self._from_file = frozenset(model.state_dict()) - missing
+        config = model.config
         shape = {key: getattr(config, key, None) for key in _SHAPE_KEYS}
-        self._from_file = from_file
         self.dim = int(config.hidden_size)
         self.arch = " ".join(f"{key}={value}" for key, value in shape.items())
-        self.positions, self.pad_id = min(positions, longest), int(tokenizer.pad_token_id or 0)
+        self.positions = min(
+            int(getattr(config, "max_position_embeddings", None) or _NO_LIMIT),
+            int(getattr(tokenizer, "model_max_length", None) or _NO_LIMIT),
+        )
+        self.pad_id = int(tokenizer.pad_token_id or 0)
         self.special_tokens = int(tokenizer.num_special_tokens_to_add())
         # Before it is used: truncation is part of its state.
-        self.tokenizer_digest = _tokenizer_digest(tokenizer)
+        fast = getattr(tokenizer, "backend_tokenizer", None)
+        text = fast.to_str() if fast is not None else repr(sorted(tokenizer.get_vocab().items()))
+        self.tokenizer_digest = hashlib.sha256(text.encode("utf-8")).hexdigest()
+        self._tokenizer = tokenizer
+        return model.to(torch.float32)
 
-        def tokenize(text: str, limit: int) -> list[int]:
-            tokens = tokenizer(text, truncation=True, max_length=limit, verbose=False)
-            return [int(i) for i in tokens["input_ids"]]
 
-        self.tokenize = tokenize
-        return network
+def _built_in(seed: int) -> Any:
+    from transformers import BertConfig, BertModel
 
-    def _built_in(self, seed: int) -> Any:
-        from transformers import BertConfig, BertModel
-
-        self.dim = _DIM
-        config = BertConfig(
-            vocab_size=_VOCABULARY,
-            hidden_size=_DIM,
-            num_hidden_layers=_LAYERS,
-            num_attention_heads=_HEADS,
-            intermediate_size=4 * _DIM,
-            max_position_embeddings=_POSITIONS,
-        )
-        with seeded(seed):
-            return BertModel(config, add_pooling_layer=False)
+    config = BertConfig(
+        vocab_size=_VOCABULARY,
+        hidden_size=_DIM,
+        num_hidden_layers=_LAYERS,
+        num_attention_heads=_HEADS,
+        intermediate_size=4 * _DIM,
+        max_position_embeddings=_POSITIONS,
+    )
+    with seeded(seed):
+        return BertModel(config, add_pooling_layer=False)
 
 
 def hashed_tokens(text: str, limit: int) -> list[int]:
@@ -208,61 +229,6 @@ def hashed_tokens(text: str, limit: int) -> list[int]:
     words = _WORD.findall(text.lower())[: max(0, limit - 2)]
     span = _VOCABULARY - _FIRST_WORD
     return [_BEGIN, *(_FIRST_WORD + zlib.crc32(w.encode("utf-8")) % span for w in words), _END]
-
-
-def _load_folder(folder: Path, weights: Weights) -> tuple[Any, Any, frozenset[str]]:
-    if not (folder / "config.json").is_file():
-        raise ConfigError(f"{_SETTING}: {folder} must be a transformers folder: {_FOLDER}")
-    try:
-        return _from_transformers(str(folder), weights, local_files_only=True)
-    except Exception as error:  # readers of JSON, vocabularies and weights share no base class
-        raise ConfigError(
-            f"{_SETTING}: {folder} cannot be loaded as a transformers folder ({_FOLDER}): "
-            f"{one_line(error, 300)}"
-        ) from error
-
-
-def _load_hub(name: str, weights: Weights) -> tuple[Any, Any, frozenset[str]]:
-    return from_cache_or_hub(
-        lambda local: _from_transformers(name, weights, local_files_only=local),
-        hub_url(),
-        name=f"{_SETTING}.arch: {name}",
-        remedy=f"set {_SETTING}.weights to a folder with its {_FOLDER}, or put it into the "
-        "Hugging Face cache",
-    )
-
-
-def _from_transformers(
-    source: str, weights: Weights, *, local_files_only: bool
-) -> tuple[Any, Any, frozenset[str]]:
-    """Return tokenizer, network, and the names of the tensors that came from a file."""
-    from transformers import AutoConfig, AutoModel, AutoTokenizer
-
-    auto_model: Any = AutoModel
-
-    tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local_files_only)
-    if weights.seed is not None:
-        config = AutoConfig.from_pretrained(source, local_files_only=True)
-        with seeded(weights.seed):
-            model = auto_model.from_config(config)
-        return tokenizer, model.to(torch.float32), frozenset()
-    model, info = auto_model.from_pretrained(
-        source, local_files_only=local_files_only, output_loading_info=True
-    )
-    missing = frozenset(str(key) for key in info["missing_keys"])
-    needed = sorted(key for key in missing if "pooler" not in key)
-    if needed:
-        raise ValueError(f"the weights lack {needed[0]} and {len(needed) - 1} more")
-    if info.get("mismatched_keys"):
-        raise ValueError(f"{len(info['mismatched_keys'])} weights have another shape")
-    # The pooler of a language model's checkpoint is random, and unused here.
-    return tokenizer, model.to(torch.float32), frozenset(model.state_dict()) - missing
-
-
-def _tokenizer_digest(tokenizer: Any) -> str:
-    fast = getattr(tokenizer, "backend_tokenizer", None)
-    text = fast.to_str() if fast is not None else repr(sorted(tokenizer.get_vocab().items()))
-    return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
 def _silence() -> None:

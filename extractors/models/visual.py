@@ -21,7 +21,6 @@ from common.fingerprint import digest
 from common.post import FeatureArray, Stream
 from config.settings import (
     AudioSettings,
-    ImageSettings,
     LstmSizes,
     VideoLstmSettings,
     VideoSettings,
@@ -37,9 +36,6 @@ class TimmBackbone(Encoder):
     """Pooled features of a timm model: its last layer before the classifier.
 
     Args:
-        setting: As of `Encoder`.
-        settings: As of `Encoder`.
-        device: As of `Encoder`.
         size: Height and width of the input in pixels.
         channels: 3 for pictures, normalised here with the model's own mean and deviation; 1 for
             log-mel patches, which are taken as they are.
@@ -212,15 +208,10 @@ class VisualExtractor(RowExtractor):
 
 
 def _sampling(settings: VisualSettings) -> dict[str, object]:
-    match settings:
-        case VideoSettings(short_clips="once"):
-            # older fingerprints know only "once", and do not say so
-            return {"frames": settings.frames, "decode": settings.decode}
-        case VideoSettings():
-            return settings.model_dump(include={"frames", "decode", "short_clips"})
-        case ImageSettings():
-            return {"max_frames": settings.max_frames}
-    return {}
+    sampling = settings.model_dump(include={"frames", "decode", "short_clips", "max_frames"})
+    if sampling.get("short_clips") == "once":
+        del sampling["short_clips"]  # older fingerprints know only "once", and do not say so
+    return sampling
 
 
 class VideoExtractor(VisualExtractor):
@@ -324,11 +315,7 @@ class VideoLstm(Encoder):
         self._frames_dim = 0
 
     def load_for(self, frames_dim: int, frames_fingerprint: str) -> None:
-        """Load the weights for features of frames.
-
-        Args:
-            frames_dim: Length of a frame's features.
-            frames_fingerprint: Of these features.
+        """Load the weights for features of frames, of this length and fingerprint.
 
         Raises:
             ConfigError: The weights or the device cannot be had, or do not fit.
@@ -355,13 +342,11 @@ class VideoLstm(Encoder):
             FeatureError: The model gave values that are not finite.
         """
         vectors: list[FeatureArray] = [np.empty((0, self.dim), np.float16)] * len(videos)
-        by_length: dict[int, list[int]] = {}
-        for index, video in enumerate(videos):
-            by_length.setdefault(len(video), []).append(index)
         # Only videos of one length share a batch: padding would let them change one another.
-        for indices in (same for length, same in by_length.items() if length):
-            for start in range(0, len(indices), self._settings.batch_size):
-                batch = indices[start : start + self._settings.batch_size]
+        for length in {len(video) for video in videos} - {0}:
+            same = [i for i, video in enumerate(videos) if len(video) == length]
+            for start in range(0, len(same), self._settings.batch_size):
+                batch = same[start : start + self._settings.batch_size]
                 rows = self.run(np.stack([videos[i] for i in batch]))
                 check_finite("video.lstm", rows)
                 for i, vector in zip(batch, rows, strict=True):

@@ -26,11 +26,9 @@ if TYPE_CHECKING:
     import torch
 
 _PROBE_S = 3.0  # to connect, and to answer: slow satellite links take 1; hubs answer in 0.2
+# Of the whole probe: name resolution has a time-out of its own that requests cannot set. Double
+# makes a start without network feel hung; half gives up on slow resolvers.
 _PROBE_TOTAL_S = 8.0
-"""Of the whole probe: name resolution has a time-out of its own that requests cannot set.
-
-Double makes a start without network feel hung; half gives up on slow resolvers.
-"""
 
 Loaded = TypeVar("Loaded")
 
@@ -118,7 +116,7 @@ def read_state_dict(
 
 
 def tensors_digest(state: Mapping[str, torch.Tensor]) -> str:
-    """Return the hex sha256 over names, shapes, dtypes and values of a state dict, by name."""
+    """Return the hex sha256 over names, shapes, dtypes and values of a state dict."""
     import torch
 
     total = hashlib.sha256()
@@ -159,38 +157,32 @@ def reachable(url: str) -> bool:
 
 
 def from_cache_or_hub(
-    load: Callable[[bool], Loaded], url: str | None, *, name: str, remedy: str
+    load: Callable[[bool], Loaded], *, name: str, remedy: str, host: str | None = None
 ) -> Loaded:
-    """Load from a cache, so that cached weights need no network, and otherwise from their host.
+    """Load from a cache, so that cached weights need no network, and otherwise from a hub.
 
     Args:
-        load: Loads from the cache alone with True, and from the host with False.
-        url: Of the host; None where it must not be asked.
+        load: Loads from the cache alone with True, and from the hub with False.
         name: Setting and weights, for the error.
-        remedy: What to do without that host.
+        remedy: What to do without the hub.
+        host: URL of the hub; None is Hugging Face's.
 
     Raises:
         ConfigError: They are not cached and cannot be downloaded.
     """
+    from huggingface_hub import constants
+
     try:
         return load(True)
     except (OSError, ValueError):
-        pass  # not cached: the error of the host says more
-    if url is None or not reachable(url):
+        pass  # not cached: the error of the hub says more
+    if constants.HF_HUB_OFFLINE or not reachable(host or constants.ENDPOINT):
         raise ConfigError(f"{name} is not on this machine and its hub cannot be reached: {remedy}")
     try:
         return load(False)
     except Exception as error:  # hub clients and readers of weights share no base class
-        raise ConfigError(
-            f"{name} cannot be loaded: {one_line(error, 300)}; or {remedy}"
-        ) from error
-
-
-def hub_url() -> str | None:
-    """Return the URL of the Hugging Face hub; None where it must not be used."""
-    from huggingface_hub import constants
-
-    return None if constants.HF_HUB_OFFLINE else constants.ENDPOINT
+        reason = one_line(error, 300)
+        raise ConfigError(f"{name} cannot be loaded: {reason}; or {remedy}") from error
 
 
 def hub_file(repo: str, names: Sequence[str], *, setting: str) -> Path:
@@ -212,7 +204,6 @@ def hub_file(repo: str, names: Sequence[str], *, setting: str) -> Path:
 
     return from_cache_or_hub(
         load,
-        hub_url(),
         name=f"{setting}: {repo}/{names[0]}",
         remedy=f"set {setting} to the path of that file, or put it into the cache "
         f"{constants.HF_HUB_CACHE}",
@@ -241,7 +232,7 @@ def release_file(url: str, *, setting: str) -> Path:
 
     return from_cache_or_hub(
         load,
-        url,
+        host=url,
         name=f"{setting}: {path.name}",
         remedy=f"get {url} and put it into {folder}, or set {setting} to its path",
     )
@@ -251,4 +242,4 @@ def first_finding(error: BaseException) -> str:
     """Return the first thing that torch finds wrong with a state dict; it lists every key."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     finding = lines[1] if len(lines) > 1 and lines[0].startswith("Error(s)") else "".join(lines[:1])
-    return finding if len(finding) < 200 else f"{finding[:200]}..."
+    return finding[:200]
