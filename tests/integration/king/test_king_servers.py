@@ -195,6 +195,7 @@ def test_broker_restarted_in_the_middle(site: Site, redis_server: RedisServer) -
     assert site.store.queries.counts()["jobs"]["running"] == 0
 
 
+@pytest.mark.parametrize("site", BROKERS[1:], indirect=True)
 def test_sigterm_drains_and_puts_the_rest_back(site: Site) -> None:
     """SIGTERM: what is in flight is finished or put back without costing an attempt, exit 0."""
     site.add(100)
