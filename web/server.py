@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partialmethod
 from typing import Any
 
 import structlog
@@ -127,26 +128,17 @@ def application(settings: Settings, services: Services, refuse: Callable[[bytes]
         def setup(self, cfg: Any) -> None:
             self.cfg = cfg
 
-        def critical(self, msg: Any, *args: Any, **_: Any) -> None:
-            log.error("http.server", text=_text(msg, args))
+        def _say(self, level: str, msg: Any, *args: Any, **_: Any) -> None:
+            getattr(log, level)("http.server", text=_text(msg, args))
 
-        error = critical
+        critical = error = partialmethod(_say, "error")
+        warning = partialmethod(_say, "warning")
+        info = partialmethod(_say, "info")
+        debug = partialmethod(_say, "debug")
+        exception = partialmethod(_say, "exception")
 
-        def warning(self, msg: Any, *args: Any, **_: Any) -> None:
-            log.warning("http.server", text=_text(msg, args))
-
-        def info(self, msg: Any, *args: Any, **_: Any) -> None:
-            log.info("http.server", text=_text(msg, args))
-
-        def debug(self, msg: Any, *args: Any, **_: Any) -> None:
-            log.debug("http.server", text=_text(msg, args))
-
-        def exception(self, msg: Any, *args: Any, **_: Any) -> None:
-            log.exception("http.server", text=_text(msg, args))
-
-        def log(self, lvl: Any, msg: Any, *args: Any, **_: Any) -> None:
-            del lvl
-            log.info("http.server", text=_text(msg, args))
+        def log(self, _level: Any, msg: Any, *args: Any, **_: Any) -> None:
+            self._say("info", msg, *args)
 
         def access(self, resp: Any, req: Any, environ: Any, request_time: Any) -> None:
             pass
