@@ -98,7 +98,7 @@ class FlaskServer:
         except requests.ConnectionError:
             return None
 
-    def until_ready(self, timeout_s: float = 120) -> FlaskServer:
+    def until_ready(self, timeout_s: float = 300) -> FlaskServer:
         """Wait for the workers."""
         end = time.monotonic() + timeout_s
         while True:
