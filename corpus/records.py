@@ -41,11 +41,7 @@ class AtomicLines:
         self._context.__exit__(*error)
 
     def write(self, line: str) -> None:
-        """Add a line; the newline is added here.
-
-        Raises:
-            OSError: The disk is full, or gone.
-        """
+        """Add a line; the newline is added here."""
         self._file.write(line.encode("utf-8") + b"\n")
 
     def sync(self) -> None:
@@ -129,11 +125,7 @@ class Summary:
 
     @classmethod
     def of(cls, title: str, content: Mapping[str, Any]) -> Summary:
-        """Restore a summary from `as_dict`, to go on counting.
-
-        Raises:
-            KeyError: It is no such content.
-        """
+        """Restore a summary from `as_dict`, to go on counting."""
         summary = cls(title)
         summary._done = int(content["done"])
         summary._skipped.update(content["skipped"])

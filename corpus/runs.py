@@ -6,7 +6,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, TypeVar
 
 from common.errors import ConfigError
@@ -16,14 +16,9 @@ _Stopper = TypeVar("_Stopper", bound="Stopper")
 
 
 class Stopper:
-    """A context in which SIGINT and SIGTERM set `asked`; a second one ends the process at once.
-
-    Attributes:
-        asked: Name of the signal that came; empty until then.
-    """
+    """A context in which SIGINT and SIGTERM set `asked`; a second one ends the process at once."""
 
     signals: tuple[signal.Signals, ...] = (signal.SIGINT, signal.SIGTERM)
-    """Signals that ask for an end."""
 
     def __init__(self) -> None:
         self.asked = ""
@@ -34,12 +29,7 @@ class Stopper:
             self._handlers[number] = signal.signal(number, self._stop)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
@@ -72,11 +62,7 @@ class Interrupt(Stopper):
 
 @contextmanager
 def only_one(lock: Path, what: str) -> Iterator[None]:
-    """Hold a lock while the block runs; the kernel frees it with the process.
-
-    Raises:
-        ConfigError: Another process holds it, or the file cannot be made.
-    """
+    """Hold a lock while the block runs; refuse a second run, and a folder that takes no file."""
     try:
         handle = lock_file(lock)
     except TimeoutError as error:

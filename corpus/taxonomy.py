@@ -1,10 +1,9 @@
 """Changes of the taxonomy: label maps, and data files that follow them from version to version.
 
 The changes of a map stand next to it, ``<map>.migrations.jsonl``, one JSON object a line, only ever
-appended: ``{version, operation, from: [name], to: [name], ids: {old id: new id | null}, before}``,
-where ``before`` is the sha256 of the names as they were. The ids of a map run from 0 without gaps,
-because a model has an output for each; a change therefore renumbers, and ``ids`` says how. Names
-are what data files and people go by. The map's version is the number of lines.
+appended: ``{version, operation, from: [name], to: [name], ids: {old id: new id | null}, before}``.
+The ids of a map run from 0 without gaps, because a model has an output for each; a change therefore
+renumbers, and ``ids`` says how. The map's version is the number of lines.
 """
 
 from __future__ import annotations
@@ -60,33 +59,23 @@ class Migration:
 
 
 def migrations_path(labels: Path) -> Path:
-    """Return the path of a label map's record of changes."""
     return labels.with_name(f"{labels.stem}.migrations.jsonl")
 
 
 def read_migrations(labels: Path) -> tuple[Migration, ...]:
-    """Read the changes of a label map, oldest first; none when nothing was ever changed.
-
-    Raises:
-        ConfigError: The record is broken.
-    """
+    """Read the changes of a label map, oldest first."""
     path = migrations_path(labels)
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
+    if not path.exists():
         return ()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from error
-    migrations = tuple(_parse(line, f"{path}: line {i}") for i, line in enumerate(lines, 1))
+    migrations = tuple(_parse(content, where) for where, content in objects(path))
     for number, migration in enumerate(migrations, 1):
         if migration.version != number:
             raise ConfigError(f"{path}: line {number}: version {migration.version} is out of order")
     return migrations
 
 
-def _parse(line: str, where: str) -> Migration:
+def _parse(content: Mapping[str, Any], where: str) -> Migration:
     try:
-        content: Any = json.loads(line)
         if content["operation"] not in get_args(Operation):
             raise ValueError(f"operation {content['operation']!r}")
         ids = content["ids"]
@@ -107,13 +96,8 @@ def change(
 ) -> tuple[LabelMap, Migration]:
     """Return the map after a change, and the record of the change.
 
-    Args:
-        labels: Before.
-        operation: ``rename`` A to B; ``merge`` A, B... to C, which may be one of them or another
-            tag of the map; ``split`` A to B, C..., of which one may be A; ``retire`` A....
-        old: Names to be taken away.
-        new: Names to stand for them.
-        version: Of the map after the change.
+    ``rename`` A to B; ``merge`` A, B... to C, which may be one of them or another tag of the map;
+    ``split`` A to B, C..., of which one may be A; ``retire`` A.... `version` is that of the result.
 
     Raises:
         ConfigError: A name is not in the map, is in it already, or stands twice; or nothing would
@@ -165,9 +149,6 @@ def record(labels: Path, changed: LabelMap, migrations: Iterable[Migration]) -> 
 
     Killed between the two, the map lacks the last recorded change: `lacks_last` finds that, and the
     next command that changes something completes it.
-
-    Raises:
-        ConfigError: A file cannot be written.
     """
     try:
         write_whole(migrations_path(labels), "\n".join(m.line() for m in migrations))
@@ -178,15 +159,7 @@ def record(labels: Path, changed: LabelMap, migrations: Iterable[Migration]) -> 
 
 
 def load(labels: Path, *, complete: bool = False) -> tuple[LabelMap, tuple[Migration, ...]]:
-    """Load a label map and its changes.
-
-    Args:
-        labels: The map's file.
-        complete: Make a change now that was recorded, but whose map was not written any more.
-
-    Raises:
-        ConfigError: A file is missing or broken.
-    """
+    """Load a label map and its changes; `complete` makes a recorded change that the map lacks."""
     present, migrations = LabelMap.load(labels), read_migrations(labels)
     if complete and lacks_last(present, migrations):
         last = migrations[-1]
@@ -208,11 +181,9 @@ def names_digest(labels: LabelMap) -> str:
 
 @dataclass(frozen=True)
 class Applied:
-    """Counts of one rewritten data file.
+    """Counts of posts of one rewritten data file.
 
     Attributes:
-        posts: All of them.
-        changed: Those whose labels changed.
         bare: Those without a label now; they stay in the file.
         relabel: Those that carried a tag that was split, and that nobody has said more of.
         version: Of the label map that the file follows now.
@@ -226,7 +197,6 @@ class Applied:
 
 
 def note_path(data: Path) -> Path:
-    """Return the path of the note of the version that a data file follows."""
     return data.with_name(f"{data.name}.taxonomy.json")
 
 
@@ -236,13 +206,12 @@ def relabel_path(data: Path) -> Path:
 
 
 def followed_version(data: Path) -> int:
-    """Return the version that a data file follows; 0 when it was never rewritten.
-
-    Raises:
-        ConfigError: The note is broken.
-    """
-    note = _note(data)
-    if note.get("pending_sha256") and _digest(data) == note["pending_sha256"]:
+    """Return the version that a data file follows; 0 when it was never rewritten."""
+    path = note_path(data)
+    if not path.exists():
+        return 0
+    note = next((content for _, content in objects(path)), {})
+    if note.get("pending_sha256") and file_digest(data) == note["pending_sha256"]:
         return int(note["pending_version"])
     return int(note.get("version", 0))
 
@@ -256,12 +225,9 @@ def apply(
     moment, the next run knows whether the change was made.
 
     Args:
-        data: ``*.json``, a list, or ``*.jsonl``.
+        data: The file.
         migrations: All changes of the map, oldest first.
         by_post: post_id -> the parts that it has of tags that were split, now or before.
-
-    Raises:
-        ConfigError: The file cannot be read or written.
     """
     old_version, new_version = followed_version(data), len(migrations)
     if old_version > new_version:
@@ -271,11 +237,16 @@ def apply(
     if old_version == new_version and not by_post:
         return Applied(0, 0, 0, 0, new_version)
     answers = {post_id: _said(names, migrations) for post_id, names in by_post.items()}
-    asked = [row for row in _asked(data) if not answers.get(str(row["post_id"]))]
+    listed = relabel_path(data)  # by an earlier run, for people to look at
+    asked = (
+        [row for row in _posts(listed) if not answers.get(row["post_id"])]
+        if listed.exists()
+        else []
+    )
     counts = {"posts": 0, "changed": 0, "bare": 0, "relabel": 0}
     part = part_of(data)
     try:
-        with AtomicLines(relabel_path(data)) as relabel, AtomicLines(part) as out:
+        with AtomicLines(listed) as relabel, AtomicLines(part) as out:
             for row in asked:
                 relabel.write(json.dumps(row, ensure_ascii=False))
             lines = _rewritten(data, migrations[old_version:], answers, counts, relabel)
@@ -283,24 +254,16 @@ def apply(
             for line in lines:
                 file.add(line)
             file.end()
-        _finish(data, part, old_version, new_version)
+        pending = {"pending_version": new_version, "pending_sha256": file_digest(part)}
+        write_whole(note_path(data), json.dumps({"version": old_version, **pending}))
+        publish(part, data)
+        write_whole(note_path(data), json.dumps({"version": new_version}))
     except OSError as error:
         part.unlink(missing_ok=True)
         raise ConfigError(f"{data}: cannot be rewritten: {error.strerror or error}") from error
     if not counts["relabel"] and not asked:
-        relabel_path(data).unlink(missing_ok=True)
+        listed.unlink(missing_ok=True)
     return Applied(**counts, version=new_version)
-
-
-def _finish(data: Path, part: Path, old_version: int, new_version: int) -> None:
-    note = {
-        "version": old_version,
-        "pending_version": new_version,
-        "pending_sha256": file_digest(part),
-    }
-    write_whole(note_path(data), json.dumps(note))
-    publish(part, data)
-    write_whole(note_path(data), json.dumps({"version": new_version}))
 
 
 def _said(names: Sequence[str], migrations: Sequence[Migration]) -> list[str]:
@@ -313,12 +276,6 @@ def _said(names: Sequence[str], migrations: Sequence[Migration]) -> list[str]:
     return list(dict.fromkeys(now))
 
 
-def _asked(data: Path) -> list[dict[str, Any]]:
-    """Return the posts that an earlier run has listed for people to look at."""
-    path = relabel_path(data)
-    return list(_posts(path)) if path.exists() else []
-
-
 def _rewritten(
     data: Path,
     migrations: Sequence[Migration],
@@ -327,8 +284,8 @@ def _rewritten(
     relabel: AtomicLines,
 ) -> Iterator[dict[str, Any]]:
     for entry in _posts(data):
-        old_labels = [str(name) for name in entry.get("labels") or []]
-        answer = answers.get(str(entry.get("post_id")), ())
+        post_id, old_labels = entry["post_id"], entry.get("labels") or []
+        answer = answers.get(post_id, ())
         followed, unsaid = follow(old_labels, migrations)
         labels = list(dict.fromkeys([*followed, *answer]))
         counts["posts"] += 1
@@ -336,7 +293,7 @@ def _rewritten(
         counts["bare"] += bool(old_labels) and not labels
         if unsaid and not answer:
             counts["relabel"] += 1
-            note = {"post_id": entry.get("post_id"), "labels": labels, "split": unsaid}
+            note = {"post_id": post_id, "labels": labels, "split": unsaid}
             relabel.write(json.dumps(note, ensure_ascii=False))
         yield {**entry, "labels": labels}
 
@@ -360,15 +317,11 @@ def follow(labels: Sequence[str], migrations: Sequence[Migration]) -> tuple[list
 def read_by_post(
     path: Path | None, labels: LabelMap, migrations: Sequence[Migration]
 ) -> dict[str, list[str]]:
-    """Read people's answers for posts whose tag was split: ``{post_id, labels}`` lines.
-
-    Raises:
-        ConfigError: The file cannot be read, or names a tag that never was.
-    """
+    """Read people's answers for posts whose tag was split: ``{post_id, labels}`` lines."""
     if path is None:
         return {}
     names_ever = {*labels.names, *(name for m in migrations for name in (*m.old, *m.new))}
-    said = {str(entry["post_id"]): list(entry.get("labels") or []) for entry in _posts(path)}
+    said = {entry["post_id"]: list(entry.get("labels") or []) for entry in _posts(path)}
     for post_id, names in said.items():
         for name in names:
             if name not in names_ever:
@@ -383,34 +336,10 @@ def _posts(path: Path) -> Iterator[dict[str, Any]]:
         yield entry
 
 
-def _note(data: Path) -> dict[str, Any]:
-    path = note_path(data)
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: must be an object with a version")
-    return content
-
-
-def _digest(data: Path) -> str:
-    try:
-        return file_digest(data)
-    except FileNotFoundError as error:
-        raise ConfigError(f"{data}: no such data file") from error
-
-
 def conflicts(
     labels: Path, data: Sequence[Path] = (), bundle: Path | None = None, min_posts: int = 1
 ) -> Iterator[str]:
-    """Yield every conflict as a line for a person.
-
-    Raises:
-        ConfigError: A file is missing or broken; that the map itself is no map is a conflict.
-    """
+    """Yield every conflict as a line for a person; that the map itself is no map is one."""
     try:
         names, migrations = load(labels)
     except ConfigError as error:

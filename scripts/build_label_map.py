@@ -1,7 +1,5 @@
 """Make a label map from the labels of posts."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Join labels and features, and split the posts into training, validation and test files."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Extract the features of posts' sounds, their videos' among them, into feature files."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

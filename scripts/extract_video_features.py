@@ -1,7 +1,5 @@
 """Extract the features of posts' videos into feature files."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

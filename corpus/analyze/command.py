@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sqlite3
 import tempfile
@@ -10,8 +11,11 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
+
+from common.cli import share
 from common.errors import ConfigError, TaggingError
 from common.files import write_whole
 from common.post import Post
@@ -29,26 +33,57 @@ from fusion.data.data_file import BadLine, CorpusPost, count_lines, read_posts
 ANALYSIS, DUPLICATES, REPORT = "analysis.json", "duplicates.jsonl", "report.html"
 
 
-@dataclass(frozen=True, slots=True)
+def _threshold(text: str) -> float:
+    value = share(text)
+    if not value:
+        raise typer.BadParameter(f"{text}: must be above 0 and at most 1")
+    return value
+
+
+@dataclass(frozen=True, kw_only=True)
 class Options:
-    """The options of an analysis.
+    """The command line of an analysis."""
 
-    Attributes:
-        media: Folder of the media; None opens none.
-        labels: Label map to hold the tags against.
-        rare: Tags with fewer posts are rare.
-        text_threshold: As `find_groups`.
-        hash_distance: As `find_groups`.
-    """
-
-    posts: Path
-    out: Path
-    media: Path | None = None
-    labels: Path | None = None
-    rare: int = 10
-    text_threshold: float = 0.9
-    hash_distance: int = 6
-    processes: int = 2
+    posts: Annotated[Path, typer.Argument(metavar="POSTS", help="posts file or data file")]
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="output folder")]
+    media: Annotated[
+        Path | None,
+        typer.Option(
+            "--media",
+            metavar="DIR",
+            help="where the media lie: output of download_mp, or a folder; without it they are "
+            "counted, not opened",
+        ),
+    ] = None
+    labels: Annotated[
+        Path | None,
+        typer.Option("--labels", metavar="F", help="label map to hold the tags against"),
+    ] = None
+    rare: Annotated[
+        int, typer.Option("--rare", min=1, metavar="N", help="fewer posts are rare")
+    ] = 10
+    text_threshold: Annotated[
+        float,
+        typer.Option(
+            "--text_threshold",
+            parser=_threshold,
+            metavar="X",
+            help="share of their runs of three characters that alike texts share",
+        ),
+    ] = 0.9
+    hash_distance: Annotated[
+        int,
+        typer.Option(
+            "--hash_distance",
+            min=0,
+            max=16,
+            metavar="N",
+            help="bits of 64 in which pictures that look alike may differ",
+        ),
+    ] = 6
+    processes: Annotated[
+        int, typer.Option("--processes", min=1, metavar="N", help="that open media")
+    ] = min(4, os.cpu_count() or 1)
 
 
 def analyze(options: Options) -> None:

@@ -6,7 +6,7 @@ import json
 import os
 import sqlite3
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,42 +21,19 @@ from common.post import MODALITIES
 from common.progress import progress_bar
 from config.labels import LabelMap
 from corpus.build.index import Check, Gatherer, Index, Rules, Unknown
-from corpus.build.sides import SIDES, Dealing, Split, split
+from corpus.build.sides import SIDES, Split, split
 from corpus.records import AtomicLines, DataFile, Form, Summary
 from extractors.feature_file import feature_path
-from fusion.data.data_file import MEDIA_KEYS, CorpusPost, is_url, local_path, objects, read_posts
+from fusion.data.data_file import MEDIA_KEYS, CorpusPost, local_path, objects, read_posts
 
 
-@dataclass(frozen=True)
-class Target:
-    """The files to write.
-
-    Attributes:
-        out: Folder of the files.
-        features: Root of the feature files.
-        form: Of the data files.
-    """
-
-    out: Path
-    features: Path
-    labels: LabelMap
-    form: Form
-
-
-def write_files(
-    posts: Path, target: Target, index: Index, split: Split, advance: Callable[[], None]
-) -> dict[str, Path]:
-    """Write ``<side>_cls<N>``, ``idx2name_cls<N>.json``, ``split.jsonl``, ``left_out.jsonl``.
-
-    Returns:
-        Side -> its data file.
-
-    Raises:
-        OSError: The disk is full, or gone.
-    """
+def _write_files(
+    options: Options, labels: LabelMap, index: Index, split: Split, advance: Callable[[], None]
+) -> Iterable[Path]:
+    """Write ``<side>_cls<N>``, ``idx2name_cls<N>.json``, ``split.jsonl``, ``left_out.jsonl``."""
     posts_dealt = index.dealt()  # in the order of the lines
     following = next(posts_dealt, None)
-    out, labels, form = target.out, target.labels, target.form
+    posts, out, form = options.input, options.out, options.format
     files = {name: out / f"{name}_cls{len(labels)}.{form}" for name in split.names}
     with ExitStack() as stack:
         lists = {n: stack.enter_context(AtomicLines(path)) for n, path in files.items()}
@@ -72,7 +49,7 @@ def write_files(
             if not isinstance(entry, CorpusPost):
                 raise OSError(f"{posts}: changed while it was read")
             name = split.names[side]
-            data[name].add(_entry(entry, posts, target))
+            data[name].add(_entry(entry, options, labels))
             note = {"post_id": entry.post.post_id, "side": name, "group": group}
             sides.write(json.dumps(note, ensure_ascii=False))
         for each in data.values():
@@ -81,17 +58,11 @@ def write_files(
             lines.sync()  # a full disk shows here, while the earlier files are still there
         # The files take their names one after another, the split before its sides: killed in
         # between, sides must be missing, never be of two different splits.
-        for old in _earlier(out):
-            old.unlink()
+        for path in [path for side in SIDES for path in out.glob(f"{side}_cls*.json*")]:
+            path.unlink()
     text = json.dumps(labels.as_json(), ensure_ascii=False, indent=2)
     write_whole(out / f"idx2name_cls{len(labels)}.json", text)
-    return files
-
-
-def _earlier(out: Path) -> list[Path]:
-    """Return the data files of an earlier run."""
-    sides = [path for name in SIDES for path in out.glob(f"{name}_cls*.json*")]
-    return [path for path in sides if path.is_file()]
+    return files.values()
 
 
 def _reject(line: int, posts: Path, index: Index, post: Any) -> str:
@@ -108,8 +79,8 @@ def _reject(line: int, posts: Path, index: Index, post: Any) -> str:
     return json.dumps(content, ensure_ascii=False)
 
 
-def _entry(entry: CorpusPost, posts: Path, target: Target) -> dict[str, Any]:
-    post, out, labels = entry.post, target.out, target.labels
+def _entry(entry: CorpusPost, options: Options, labels: LabelMap) -> dict[str, Any]:
+    post, out = entry.post, options.out
     content: dict[str, Any] = {
         "post_id": post.post_id,
         "labels": [name for name in post.labels if name in labels.index],
@@ -117,19 +88,15 @@ def _entry(entry: CorpusPost, posts: Path, target: Target) -> dict[str, Any]:
         "ocr": post.ocr,
     }
     for kind, key in MEDIA_KEYS.items():
-        sources = [media.source for media in post.media if media.kind == kind]
-        content[key] = [_relative(source, posts, out) for source in sources]
-    content["features"] = _relative_to(feature_path(target.features, post.post_id), out)
+        content[key] = []
+        for source in (media.source for media in post.media if media.kind == kind):
+            path = local_path(source, options.input)
+            content[key].append(source if path is None else _relative(path, out))
+    content["features"] = _relative(feature_path(options.features, post.post_id), out)
     return content
 
 
-def _relative(source: str, posts: Path, out: Path) -> str:
-    path = None if is_url(source) else local_path(source, posts)
-    return source if path is None else _relative_to(path, out)
-
-
-def _relative_to(path: Path, out: Path) -> str:
-    """Return the path relative to the folder ``out``."""
+def _relative(path: Path, out: Path) -> str:
     return os.path.relpath(path.absolute(), out.absolute())
 
 
@@ -205,19 +172,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
 
 
-def _build(options: Options) -> int:
+def _build(options: Options) -> None:
     try:
-        files = _built(options)
+        for path in _built(options):
+            sys.stdout.write(f"{path}\n")
     except sqlite3.Error as error:
-        raise TaggingError(f"index in the temporary folder (TMPDIR names another): {error}") from (
-            error
-        )
-    for path in files.values():
-        sys.stdout.write(f"{path}\n")
-    return 0
+        where = "index in the temporary folder (TMPDIR names another)"
+        raise TaggingError(f"{where}: {error}") from error
 
 
-def _built(options: Options) -> Mapping[str, Path]:
+def _built(options: Options) -> Iterable[Path]:
     shares = _shares(options)
     labels = LabelMap.load(options.labels)
     odd = [name for name in options.modalities if name not in MODALITIES]
@@ -226,17 +190,16 @@ def _built(options: Options) -> Mapping[str, Path]:
     modalities = tuple(name for name in MODALITIES if name in options.modalities)
     rules = Rules(options.unknown, options.check, modalities)
     with Index() as index:
-        read_manifest(options.manifest, index)
+        _read_manifest(options.manifest, index)
         with progress_bar("reading", None) as bar:
             Gatherer(labels, options.features, rules, index).read(options.input, bar.advance)
         if not len(index):
             _show(index, None, labels, options.out)
             raise ConfigError(f"{options.input}: no post can be learned from")
-        index.link(duplicate_groups(options.duplicates))
-        dealt = split(index, labels, Dealing(shares, options.seed, options.keep))
+        index.link(_duplicate_groups(options.duplicates))
+        dealt = split(index, labels, shares, options.seed, options.keep)
         with progress_bar("writing", None) as bar:
-            target = Target(options.out, options.features, labels, options.format)
-            files = write_files(options.input, target, index, dealt, bar.advance)
+            files = _write_files(options, labels, index, dealt, bar.advance)
         _show(index, dealt, labels, options.out)
     return files
 
@@ -250,14 +213,8 @@ def _shares(options: Options) -> tuple[float, float, float]:
     return 1 - valid - test, valid, test
 
 
-def read_manifest(manifest: Path | None, index: Index) -> None:
-    """Add the hashes of a manifest's media to the index.
-
-    ``download_mp`` names files by their hash; a manifest adds those of media named otherwise.
-
-    Raises:
-        ConfigError: The manifest cannot be read.
-    """
+def _read_manifest(manifest: Path | None, index: Index) -> None:
+    """Add the hashes of a manifest's media to the index."""
     for _, content in [] if manifest is None else objects(manifest):
         digest = content.get("sha256")
         if content.get("status") == "ok" and isinstance(digest, str):
@@ -266,15 +223,9 @@ def read_manifest(manifest: Path | None, index: Index) -> None:
                     index.add_medium(source, digest)
 
 
-def duplicate_groups(path: Path | None) -> Iterator[tuple[str, ...]]:
-    """Yield the post IDs of each group of ``duplicates.jsonl``.
-
-    Raises:
-        ConfigError: The file cannot be read.
-    """
-    if path is None:
-        return
-    for where, content in objects(path):
+def _duplicate_groups(path: Path | None) -> Iterator[tuple[str, ...]]:
+    """Yield the post IDs of each group of ``duplicates.jsonl``."""
+    for where, content in [] if path is None else objects(path):
         members = content.get("members")
         if not isinstance(members, list) or not all(isinstance(m, str) for m in members):
             raise ConfigError(f"{where}: a group must have members, a list of post IDs")
@@ -314,6 +265,5 @@ def _show(index: Index, dealt: Split | None, labels: LabelMap, out: Path) -> Non
         for tag, name in enumerate(labels.names)
     }
     content = {**summary.as_dict(), "passed_over": dict(sorted(index.dropped_tags.items()))}
-
     text = json.dumps({**content, "tags": by_tag}, ensure_ascii=False, indent=2)
     write_whole(out / "summary.json", text)

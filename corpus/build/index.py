@@ -13,13 +13,14 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Literal, TypeAlias
 
 import numpy as np
 
 from common.errors import ConfigError, FeatureError
-from common.post import Features, Modality
+from common.post import Features, Modality, clean
 from config.labels import LabelMap
 from extractors.feature_file import feature_path, read_features, read_header
 from fusion.data.data_file import BadLine, CorpusPost, read_posts
@@ -104,7 +105,7 @@ class Index:
         self.base.close()
 
     def __len__(self) -> int:
-        return self._one("SELECT COUNT(*) FROM posts")
+        return int(self.base.execute("SELECT COUNT(*) FROM posts").fetchone()[0])
 
     def see(self, post_id: str) -> bool:
         """Note a post_id; return False when it came before."""
@@ -125,7 +126,7 @@ class Index:
 
     def leave(self, line: int, reason: str, post_id: str | None, detail: str) -> None:
         """Note a line that gives no post to learn from."""
-        row = (line, reason, _text(post_id), _text(detail))
+        row = (line, reason, post_id, clean(detail))
         self.base.execute("INSERT INTO left_out VALUES (?, ?, ?, ?)", row)
 
     def drop(self, names: Iterable[str]) -> None:
@@ -143,22 +144,18 @@ class Index:
             "DELETE FROM keys WHERE number IN (SELECT number FROM posts WHERE made_with = ?)",
             "UPDATE seen SET number = NULL "
             "WHERE number IN (SELECT number FROM posts WHERE made_with = ?)",
+            "DELETE FROM posts WHERE made_with = ?",
         ):
             self.base.execute(query, (made_with,))
-        self.base.execute("DELETE FROM posts WHERE made_with = ?", (made_with,))
-
-    def shares(self) -> dict[int, int]:
-        """Count the posts of each of the `fingerprints`."""
-        return dict(self.base.execute("SELECT made_with, COUNT(*) FROM posts GROUP BY made_with"))
 
     def add_medium(self, source: str, sha256: str) -> None:
-        row = (_text(source), sha256)
+        row = (clean(source), sha256)
         self.base.execute("INSERT OR REPLACE INTO media VALUES (?, ?)", row)
 
     def medium(self, source: str) -> str | None:
         """Return the sha256 of a medium's content, from a manifest; None if it names none."""
         query = "SELECT sha256 FROM media WHERE source = ?"
-        row = self.base.execute(query, (_text(source),)).fetchone()
+        row = self.base.execute(query, (clean(source),)).fetchone()
         return None if row is None else str(row[0])
 
     def number_of(self, post_id: str) -> int | None:
@@ -169,9 +166,7 @@ class Index:
     def link(self, more: Iterable[tuple[str, ...]] = ()) -> None:
         """Join the posts that share something, and number the groups in the order of their posts.
 
-        Args:
-            more: Further sets of post IDs, for example near-duplicates; unknown ones are passed
-                over.
+        `more` are further sets of post IDs, such as near-duplicates; unknown IDs are passed over.
         """
         groups = Groups(self._next)  # 4 bytes a post, as much again for the numbers
         previous: tuple[int, int] | None = None
@@ -217,32 +212,17 @@ class Index:
             "ORDER BY posts.number"
         )
 
-    def _one(self, query: str) -> int:
-        return int(self.base.execute(query).fetchone()[0])
 
-
-def batches(
-    base: sqlite3.Connection, query: str, rows: Iterable[tuple[object, ...]], size: int = 1000
-) -> None:
+def batches(base: sqlite3.Connection, query: str, rows: Iterator[tuple[object, ...]]) -> None:
     """Run `executemany` in batches, for rows that come from a query on the same table."""
-    batch: list[tuple[object, ...]] = []
-    for row in rows:
-        batch.append(row)
-        if len(batch) == size:
-            base.executemany(query, batch)
-            batch = []
-    base.executemany(query, batch)
+    while batch := list(islice(rows, 1000)):
+        base.executemany(query, batch)
 
 
 def key_of(kind: str, value: str) -> int:
     """Return a signed 64-bit hash; collisions are negligible."""
     raw = f"{kind}\0{value}".encode("utf-8", "surrogatepass")
     return int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little", signed=True)
-
-
-def _text(text: str | None) -> str | None:
-    """Replace lone surrogates, which JSON may hold and SQLite refuses."""
-    return None if text is None else text.encode("utf-8", "replace").decode()
 
 
 Unknown = Literal["error", "skip_tag", "skip_post"]
@@ -261,13 +241,7 @@ BAD_LINE = "broken line"
 
 @dataclass(frozen=True)
 class Rules:
-    """Conditions for a post to be learned from.
-
-    Attributes:
-        unknown: What a label outside the map does.
-        check: ``quick`` reads headers, ``full`` also every number.
-        modalities: At least one of them must have features; empty takes any.
-    """
+    """Conditions for a post to be learned from: see the options of the same names."""
 
     unknown: Unknown = "error"
     check: Check = "quick"
@@ -275,23 +249,13 @@ class Rules:
 
 
 class Gatherer:
-    """The first reading of the posts.
-
-    Args:
-        labels: The map.
-        features: Root of the feature files.
-        index: Takes what is found; media of a manifest are in it already.
-    """
+    """The first reading of the posts into an index, which has the media of a manifest already."""
 
     def __init__(self, labels: LabelMap, features: Path, rules: Rules, index: Index) -> None:
         self._labels, self._features, self._rules, self._index = labels, features, rules, index
 
     def read(self, path: Path, advance: Callable[[], None]) -> None:
-        """Read a posts file.
-
-        Raises:
-            ConfigError: The file cannot be read; or a label is not in the map and must be.
-        """
+        """Read a posts file; refuse a label that is not in the map and must be."""
         for entry in read_posts(path):
             advance()
             if isinstance(entry, BadLine):
@@ -377,7 +341,8 @@ def _refuse_not_finite(features: Features, path: Path) -> None:
 def _refuse_minorities(index: Index) -> None:
     """Leave out posts whose features were made otherwise than most posts'."""
     counts: dict[str, Counter[str]] = {}
-    shares = index.shares()
+    query = "SELECT made_with, COUNT(*) FROM posts GROUP BY made_with"
+    shares = dict(index.base.execute(query))
     for marks, number in index.fingerprints.items():
         for stream, fingerprint in marks:
             counts.setdefault(stream, Counter())[fingerprint] += shares.get(number, 0)

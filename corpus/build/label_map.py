@@ -68,11 +68,7 @@ def _make(options: Options) -> None:
 
 
 def count_labels(files: Sequence[Path]) -> tuple[Counter[str], int, int]:
-    """Count the posts of each tag, broken lines, and posts without labels.
-
-    Raises:
-        ConfigError: A file cannot be read.
-    """
+    """Count the posts of each tag, broken lines, and posts without labels."""
     counts: Counter[str] = Counter()
     broken = bare = 0
     with progress_bar("posts", None) as bar:
@@ -89,11 +85,7 @@ def count_labels(files: Sequence[Path]) -> tuple[Counter[str], int, int]:
 
 
 def order_labels(counts: Counter[str], min_posts: int, base: LabelMap | None = None) -> LabelMap:
-    """Return the map: tags of the base where they were, then the others by number of posts.
-
-    Raises:
-        ConfigError: No tag is left.
-    """
+    """Return the map: tags of the base where they were, then the others by number of posts."""
     base_names = base.names if base is not None else ()
     new = [name for name, count in counts.items() if count >= min_posts and name not in base_names]
     new.sort(key=lambda name: (-counts[name], name))

@@ -47,7 +47,6 @@ class GroupTags:
         tags: int64 ``(entries,)``: tag of each entry.
         counts: int64 ``(entries,)``: posts of the group that carry it.
         sizes: int64 ``(groups,)``: posts of each group.
-        classes: Number of tags.
     """
 
     starts: Ints
@@ -58,13 +57,7 @@ class GroupTags:
 
     @classmethod
     def of(cls, sizes: Sequence[int], tags: Sequence[Ints32], classes: int) -> GroupTags:
-        """Put the rows of groups one after another.
-
-        Args:
-            sizes: Posts of each group.
-            tags: int32 ``(n, 2)`` for each group: tag, ascending, and posts that carry it.
-            classes: Number of tags.
-        """
+        """Join groups; `tags` are int32 ``(n, 2)`` for each: tag, ascending, and its posts."""
         starts = np.cumsum([0, *(len(each) for each in tags)])
         joined = np.concatenate([np.empty((0, 2), np.int64), *tags])
         return cls(
@@ -87,12 +80,7 @@ class GroupTags:
 
 @dataclass
 class SideCounts:
-    """Posts on each side, of groups that are dealt and stay where they are.
-
-    Attributes:
-        tags: int64 ``(sides, classes)``: posts of each tag.
-        posts: int64 ``(sides,)``.
-    """
+    """Posts of settled groups: of each tag int64 ``(sides, classes)``, and all ``(sides,)``."""
 
     tags: Ints
     posts: Ints
@@ -101,15 +89,8 @@ class SideCounts:
     def nothing(cls, sides: int, classes: int) -> SideCounts:
         return cls(np.zeros((sides, classes), np.int64), np.zeros(sides, np.int64))
 
-    def add(self, rows: GroupTags, side: Ints) -> None:
-        """Count groups whose sides, int64 ``(groups,)``, are settled."""
-        self._count(rows, side, 1)
-
-    def take(self, rows: GroupTags, side: Ints) -> None:
-        """Undo `add`."""
-        self._count(rows, side, -1)
-
-    def _count(self, rows: GroupTags, side: Ints, sign: int) -> None:
+    def add(self, rows: GroupTags, side: Ints, sign: int = 1) -> None:
+        """Count groups whose sides, int64 ``(groups,)``, are settled; -1 takes them away again."""
         of_entries = np.repeat(side, np.diff(rows.starts))
         np.add.at(self.tags, (of_entries, rows.tags), sign * rows.counts)
         np.add.at(self.posts, side, sign * rows.sizes)
@@ -244,25 +225,25 @@ def _by_tag(rows: GroupTags) -> list[Ints]:
 
 def _improve(board: _Board, random: np.random.Generator) -> None:
     """Move single groups as long as the error gets smaller, a limited number of times."""
-    movable = np.arange(len(board.rows.sizes))
+    count = len(board.rows.sizes)
     for _ in range(_MOVE_PASSES):
         moved = 0
-        for group in random.permutation(movable):
+        for group in random.permutation(count):
             gains = board.gain(int(group))
             best = int(np.argmax(gains))
             if gains[best] > 1e-9:
                 board.put(int(group), best)
                 moved += 1
-        if len(movable) <= _FEW:
-            moved += _swap(board, movable)
-        if moved <= _ENOUGH * len(movable):
+        if count <= _FEW:
+            moved += _swap(board)
+        if moved <= _ENOUGH * count:
             break
 
 
-def _swap(board: _Board, movable: Ints) -> int:
+def _swap(board: _Board) -> int:
     """Exchange pairs of groups where that makes the error smaller; return how many."""
     swapped = 0
-    for first, second in combinations(movable.tolist(), 2):
+    for first, second in combinations(range(len(board.side)), 2):
         first_side, second_side = int(board.side[first]), int(board.side[second])
         if first_side == second_side:
             continue
@@ -290,11 +271,9 @@ class Split:
     """Counts of a split; the side of each post is in the index.
 
     Attributes:
-        names: Of the sides, those with a share.
+        names: Of the sides with a share.
         counts: int64 ``(sides, classes)``: posts of each tag.
         posts: int64 ``(sides,)``.
-        groups: Number of groups.
-        largest_group: Posts of the largest.
         moved: Posts that a link to another side has taken from where `keep` had them.
     """
 
@@ -305,50 +284,40 @@ class Split:
     largest_group: int
     moved: int = 0
 
-    def deviations(self) -> npt.NDArray[np.float64]:
-        """Return each tag's relative deviation from its overall share, ``(sides, classes)``."""
-        with np.errstate(divide="ignore", invalid="ignore"):
-            overall = self.counts.sum(axis=0) / self.posts.sum()
-            own = self.counts / self.posts[:, None]
-            deviations: npt.NDArray[np.float64] = np.nan_to_num(np.abs(own / overall - 1.0))
-        return deviations
-
     def worst(self) -> tuple[float, int]:
-        """Return the largest deviation of frequent tags, and the tag; 0 and -1 if none."""
-        frequent = self.counts.sum(axis=0) >= FREQUENT
-        if not frequent.any():
+        """Return the largest relative deviation of a frequent tag's share, and the tag, or -1."""
+        totals = self.counts.sum(axis=0)  # (classes,)
+        if not (totals >= FREQUENT).any():
             return 0.0, -1
-        largest = np.where(frequent, self.deviations().max(axis=0), -1.0)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            own = self.counts / self.posts[:, None]  # (sides, classes)
+            deviations = np.nan_to_num(np.abs(own / (totals / self.posts.sum()) - 1.0))
+        largest = np.where(totals >= FREQUENT, deviations.max(axis=0), -1.0)
         return float(largest.max()), int(largest.argmax())
 
 
-@dataclass(frozen=True)
-class Dealing:
-    """Options of a split.
+def split(
+    index: Index,
+    labels: LabelMap,
+    shares: tuple[float, float, float],
+    seed: int = 0,
+    keep: Path | None = None,
+) -> Split:
+    """Deal the posts of a linked index; what one group holds goes to one side.
 
-    Attributes:
+    Args:
+        index: The posts.
+        labels: The label map.
         shares: Of training, validation and test; a side with 0 is left out.
         seed: Of every draw.
         keep: A ``split.jsonl`` whose posts stay on their side.
     """
-
-    shares: tuple[float, float, float]
-    seed: int = 0
-    keep: Path | None = None
-
-
-def split(index: Index, labels: LabelMap, how: Dealing) -> Split:
-    """Deal the posts of a linked index; what one group holds goes to one side.
-
-    Raises:
-        ConfigError: There are too few posts for as many sides, or ``keep`` cannot be read.
-    """
-    names = tuple(n for n, share in zip(SIDES, how.shares, strict=True) if share > 0)
-    used = [share for share in how.shares if share > 0]
-    if how.keep is not None:
-        _hold(index, names, how.keep)
+    names = tuple(n for n, share in zip(SIDES, shares, strict=True) if share > 0)
+    used = [share for share in shares if share > 0]
+    if keep is not None:
+        _hold(index, names, keep)
     groups = _Groups(index, len(labels))
-    groups.fill(how.seed)
+    groups.fill(seed)
     if groups.count < len(names):
         raise ConfigError(
             f"{len(index)} usable posts in {groups.count} groups are too few for {', '.join(names)}"
@@ -359,27 +328,21 @@ def split(index: Index, labels: LabelMap, how: Dealing) -> Split:
     frequent = groups.totals >= FREQUENT
     parts = 0
     for part in groups.read(fixed=False):
-        side = stratify(part.rows, used, how.seed, settled, frequent=frequent)
+        side = stratify(part.rows, used, seed, settled, frequent=frequent)
         settled.add(part.rows, groups.settle(part.numbers, side))
         parts += 1
     # Those that came first did not know what would follow.
     for _ in range(_DEAL_PASSES if parts > 1 else 0):
         for part in groups.read(fixed=False):
-            settled.take(part.rows, part.side)
-            side = stratify(part.rows, used, how.seed, settled, frequent=frequent, begin=part.side)
+            settled.add(part.rows, part.side, -1)
+            side = stratify(part.rows, used, seed, settled, frequent=frequent, begin=part.side)
             settled.add(part.rows, groups.settle(part.numbers, side))
     return Split(names, settled.tags, settled.posts, groups.count, groups.largest, groups.moved())
 
 
 @dataclass(frozen=True)
 class _Part:
-    """A bounded number of groups.
-
-    Attributes:
-        numbers: Of the groups.
-        side: int64 ``(groups,)``: where they are, or are fixed to; -1 of those not dealt yet.
-        rows: Their tags.
-    """
+    """Some groups; `side` int64 ``(groups,)`` is where they are or must be, -1 if not dealt yet."""
 
     numbers: list[int]
     side: Ints

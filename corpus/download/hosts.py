@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
@@ -19,16 +18,10 @@ from corpus.download.values import Ask, UrlResult
 # a host that restarts; double costs its last URLs another dozen time-outs.
 DEAD_AFTER = 12
 
-_MOST_REMEMBERED = 10_000  # hosts in trouble: about 1 MB, whatever the posts hold
-
 
 @dataclass(slots=True)
 class Try:
-    """A URL on its way.
-
-    Attributes:
-        failed: Tries that failed so far.
-    """
+    """A URL on its way, and how many tries have failed."""
 
     ask: Ask
     host: str
@@ -46,11 +39,7 @@ class _Host:
 
 
 class Hosts:
-    """The URLs that wait, by host.
-
-    Attributes:
-        size: URLs that wait, those that wait for another try included.
-    """
+    """The URLs that wait, by host; `size` counts those that wait for another try too."""
 
     def __init__(self, per_host: int) -> None:
         self._per_host = per_host
@@ -115,38 +104,33 @@ class Hosts:
 
     def unreached(self, name: str, result: UrlResult) -> None:
         """Note that a host could not be reached; `result` is for its URLs when it is given up."""
-        times = self._unreached.pop(name, 0) + 1
-        if times >= DEAD_AFTER:
+        self._unreached[name] = self._unreached.get(name, 0) + 1
+        if self._unreached[name] >= DEAD_AFTER:
             self.give_up(name, result)
-            return
-        self._unreached[name] = times
-        if len(self._unreached) > _MOST_REMEMBERED:
-            self._unreached.pop(next(iter(self._unreached)))
 
     def give_up(self, name: str, result: UrlResult) -> None:
         """Ask this host for nothing more in this run."""
         self._dead[name] = result
-        if len(self._dead) > _MOST_REMEMBERED:
-            self._dead.pop(next(iter(self._dead)))
 
     def verdict(self, name: str) -> UrlResult | None:
         """Return what every URL of a host that was given up gets; None for any other."""
         return self._dead.get(name)
 
-    def drop(self, name: str) -> Iterator[Try]:
+    def drop(self, name: str) -> list[Try]:
         """Take the URLs of a host that was given up out of the queue."""
-        host = self._hosts.get(name)
-        while host is not None and host.waiting:
-            self.size -= 1
-            yield host.waiting.popleft()
-        dropped = [entry for entry in self._timed if _is_of(entry[2], name)]
-        if dropped:
-            self._timed = [entry for entry in self._timed if not _is_of(entry[2], name)]
-            heapq.heapify(self._timed)
-        for _, _, item in dropped:
-            if isinstance(item, Try):
-                self.size -= 1
-                yield item
+        host = self._hosts.get(name) or _Host()
+        dropped, timed = list(host.waiting), []
+        host.waiting.clear()
+        for entry in self._timed:
+            item = entry[2]
+            if isinstance(item, Try) and item.host == name:
+                dropped.append(item)
+            else:
+                timed.append(entry)
+        self._timed = timed
+        heapq.heapify(self._timed)
+        self.size -= len(dropped)
+        return dropped
 
     def next_at(self) -> float | None:
         """Return when the next wait ends; None when nothing waits for a time."""
@@ -177,10 +161,6 @@ class Hosts:
     def _forget_idle(self, name: str, host: _Host) -> None:
         if not (host.waiting or host.busy or host.resume_at):
             del self._hosts[name]
-
-
-def _is_of(item: Try | str, name: str) -> bool:
-    return isinstance(item, Try) and item.host == name
 
 
 def host_of(source: str) -> str:

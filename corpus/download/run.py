@@ -1,8 +1,7 @@
 """One run: posts in, URLs downloaded host by host, results kept, the report written.
 
-Memory does not grow with the posts. The report (manifest, posts with local paths, rejects, summary)
-is written from the posts file and the state alone, in the order of the posts file: however often a
-run was killed before, the bytes are the same.
+The report (manifest, posts with local paths, rejects, summary) is written from the posts file and
+the state alone: however often a run was killed before, the bytes are the same.
 """
 
 from __future__ import annotations
@@ -12,28 +11,23 @@ import random
 import re
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from dataclasses import replace
+from typing import Any
 
 from common.errors import FetchRefused, MediaError, TaggingError
 from common.post import Media
 from common.progress import Bar, progress_bar
 from common.retry import backoff_s
 from corpus.download.hosts import Hosts, Try, host_of
-from corpus.download.state import BrokenState, State
+from corpus.download.state import State
 from corpus.download.transfer import Transfers, incoming_folder, left_over, move_in_place, present
 from corpus.download.values import Answer, Ask, Options, UrlResult, ask_for
 from corpus.records import AtomicLines, Summary, bad_line, post_line
 from corpus.runs import Stopper, only_one
 from fusion.data.data_file import BadLine, CorpusPost, check_holds_post, count_lines, read_posts
 
-MANIFEST, POSTS, REJECTED, SUMMARY = (
-    "manifest.jsonl",
-    "posts.jsonl",
-    "rejected.jsonl",
-    "summary.json",
-)
 _AMOUNT = re.compile(r": \d+ of \d+ bytes$")
 _NOUNS = {"image": "picture", "video": "video", "audio": "sound"}
 
@@ -41,24 +35,19 @@ _NOUNS = {"image": "picture", "video": "video", "audio": "sound"}
 def write_report(
     options: Options, state: State, tick: Callable[[int], None], asked: Callable[[], object]
 ) -> Summary:
-    """Write the four files.
-
-    Raises:
-        Interrupted: `asked` became true before they were whole.
-        OSError: The disk is full, or gone.
-    """
-    summary, out, posts, left_out = Summary("Media"), options.out, 0, 0
+    """Write the four files."""
+    summary, out, posts, bad_lines = Summary("Media"), options.out, 0, 0
     with (
-        AtomicLines(out / MANIFEST) as manifest,
-        AtomicLines(out / POSTS) as local_posts,
-        AtomicLines(out / REJECTED) as rejected,
+        AtomicLines(out / "manifest.jsonl") as manifest,
+        AtomicLines(out / "posts.jsonl") as local_posts,
+        AtomicLines(out / "rejected.jsonl") as rejected,
     ):
         for entry in read_posts(options.posts):
             tick(1)
             if asked():
-                raise Interrupted
+                raise InterruptedError
             if isinstance(entry, BadLine):
-                left_out += 1
+                bad_lines += 1
                 rejected.write(bad_line(entry))
                 continue
             posts += 1
@@ -69,56 +58,44 @@ def write_report(
                 _count(summary, result)
                 if result.status == "ok":
                     local.append(Media(media.kind, result.path))
-            local_posts.write(_local_line(entry, local))
-    summary.figures["posts"] = posts
-    summary.figures["lines left out"] = left_out
+            post = replace(entry.post, media=tuple(local))
+            # Its features lie relative to another folder.
+            local_posts.write(post_line(replace(entry, post=post, features=None)))
     files, size_bytes = state.totals()
-    summary.figures["files"], summary.figures["bytes"] = files, size_bytes
-    summary.write(out / SUMMARY)
+    summary.figures |= {
+        "posts": posts,
+        "lines left out": bad_lines,
+        "files": files,
+        "bytes": size_bytes,
+    }
+    summary.write(out / "summary.json")
     return summary
 
 
-class Interrupted(Exception):
-    """A signal came while files were being written; none of them is there in part."""
-
-
 def _result_of_use(media: Media, position: int, options: Options, state: State) -> UrlResult:
-    """Return the result of one use of a source."""
     limit = options.fetch.max_media
+    refused = FetchRefused.__name__
     if position >= limit:
-        return _refused(FetchRefused.__name__, f"beyond fetch.max_media ({limit})")
+        return UrlResult("refused", reason=(refused, f"beyond fetch.max_media ({limit})"))
     result = state.get(ask_for(media.source, options).key)
     if result is None:  # the posts file has changed since it was read
-        return _refused(FetchRefused.__name__, "not asked for: run again")
+        return UrlResult("refused", reason=(refused, "not asked for: run again"))
     if result.status == "ok" and media.kind not in result.kinds:
-        return _refused(MediaError.__name__, f"is not a {_NOUNS[media.kind]}: {result.what}")
+        wrong = f"is not a {_NOUNS[media.kind]}: {result.what}"
+        return UrlResult("refused", reason=(MediaError.__name__, wrong))
     return result
 
 
-def _refused(kind: str, message: str) -> UrlResult:
-    return UrlResult("refused", reason=(kind, message))
-
-
 def _manifest_line(post_id: str, media: Media, result: UrlResult) -> str:
-    ok = result.status == "ok"
-    kind, message = result.reason
-    content = {
-        "post_id": post_id,
-        "kind": media.kind,
-        "source": media.source,
-        "status": "ok" if ok else "failed",
-        "sha256": result.sha256 if ok else None,
-        "path": result.path if ok else None,
-        "bytes": result.size_bytes if ok else None,
-        "reason": None if ok else {"stage": "fetch", "type": kind, "message": message},
-    }
-    return json.dumps(content, ensure_ascii=False)
-
-
-def _local_line(entry: CorpusPost, local: list[Media]) -> str:
-    """Return the post with its local files; its features lie relative to another folder."""
-    post = replace(entry.post, media=tuple(local))
-    return post_line(replace(entry, post=post, features=None))
+    content = {"post_id": post_id, "kind": media.kind, "source": media.source, "status": "failed"}
+    outcome: dict[str, Any] = dict.fromkeys(("sha256", "path", "bytes", "reason"))
+    if result.status == "ok":
+        content["status"] = "ok"
+        outcome |= {"sha256": result.sha256, "path": result.path, "bytes": result.size_bytes}
+    else:
+        kind, message = result.reason
+        outcome["reason"] = {"stage": "fetch", "type": kind, "message": message}
+    return json.dumps(content | outcome, ensure_ascii=False)
 
 
 def _count(summary: Summary, result: UrlResult) -> None:
@@ -135,31 +112,23 @@ _WINDOW = 5_000  # URLs in memory: enough hosts to keep every connection busy, a
 _FEED = 500  # of them read in one go, so that the first downloads begin at once
 _IDLE_S = 0.2  # a signal is noticed this late
 _LONGEST_WAIT_S = 300.0  # a host that wants to be left alone for longer is left to the next run
+_LONGEST_BACKOFF_S = 60.0
 _TOO_MANY = "HTTP 429"
 _PATIENCE_S = 3.0  # after a signal: most downloads under way end, and nobody waits for the rest
-_RATE_WINDOW_S = 15.0  # of the rates that are shown: steady enough to read, soon up to date
 _AGAIN = "run the same command again to go on where it stopped"
 
 
 def download(options: Options) -> int:
-    """Download everything and write the report; return the exit code.
-
-    Raises:
-        ConfigError: The posts file or the output folder is not as it should be.
-        TaggingError: It cannot go on now.
-    """
+    """Download everything and write the report; return the exit code."""
     check_holds_post(options.posts)
     total = count_lines(options.posts)
     folder = options.out / ".state"
     with only_one(folder / "lock", str(options.out)), Stopper() as stopper:
         try:
-            state = State(folder / "download.sqlite")
-            try:
+            with closing(State(folder / "download.sqlite")) as state:
                 return _download(options, state, stopper, total)
-            finally:
-                state.close()
-        except (BrokenDisk, BrokenState, OSError) as error:
-            text = getattr(error, "strerror", None) or str(error)
+        except OSError as error:
+            text = error.strerror or str(error)
             raise TaggingError(f"stopped: {text}; make room, then {_AGAIN}") from error
 
 
@@ -174,7 +143,7 @@ def _download(options: Options, state: State, stopper: Stopper, total: int) -> i
     try:
         with progress_bar("manifest", total) as bar:
             summary = write_report(options, state, bar.advance, lambda: stopper.asked)
-    except Interrupted:
+    except InterruptedError:
         return _interrupted(stopper, "all files are downloaded, the manifest is not written")
     summary.show()
     sys.stdout.write(f"{options.out}/manifest.jsonl, posts.jsonl, summary.json\n")
@@ -186,17 +155,8 @@ def _interrupted(stopper: Stopper, what: str) -> int:
     return 1
 
 
-class BrokenDisk(Exception):
-    """Nothing can be written: the disk is full, or the folder is gone."""
-
-
 class Download:
-    """One run up to the results of all URLs.
-
-    Attributes:
-        complete: Whether every URL has its result.
-        files: Downloaded in this run.
-    """
+    """One run up to the results of all URLs; `files` were downloaded in this run."""
 
     def __init__(self, options: Options, state: State, bar: Bar) -> None:
         self._options, self._state, self._bar = options, state, bar
@@ -206,19 +166,13 @@ class Download:
         self._active: dict[str, Try] = {}
         self._posts_read = self._urls_read = 0
         self._chance = random.Random()  # noqa: S311 - for waits
-        self._rate = Rate()
+        self._began = time.monotonic()
         self._shown_at = 0.0
         self.complete = False
         self.files = self._size_bytes = self._failures = 0
 
     def run(self, asked: Callable[[], object]) -> None:
-        """Download all that has no result yet; end early, in good order, when `asked` is true.
-
-        Raises:
-            BrokenDisk: Nothing can be written.
-            BrokenState: The state cannot be written.
-            ConfigError: The posts file cannot be read.
-        """
+        """Download all that has no result yet; end early, in good order, when `asked` is true."""
         self._recover()
         asks = self._asks()
         try:
@@ -246,14 +200,14 @@ class Download:
 
     def _feed(self, asks: Iterator[Ask | None]) -> bool:
         """Queue some more URLs; return whether there are no more."""
+        done = object()
         for _ in range(_FEED):
             if self._hosts.size >= _WINDOW:
                 return False
-            try:
-                ask = next(asks)
-            except StopIteration:
+            ask = next(asks, done)
+            if ask is done:
                 return True
-            if ask is not None:
+            if isinstance(ask, Ask):
                 self._queue(ask)
         return False
 
@@ -279,7 +233,7 @@ class Download:
             return True
         if present(self._options.out, result, verify=self._options.verify):
             return True
-        # The file first: a kill in between must not leave a spoilt one that counts as there.
+        # The file first: a kill in between must not leave a spoilt one that counts as good.
         (self._options.out / result.path).unlink(missing_ok=True)
         self._state.forget(key)
         return False
@@ -318,12 +272,12 @@ class Download:
                 results.append((answer.key, answer.result, answer.incoming))
         self._keep(results)
         if broken:
-            raise BrokenDisk(f"{self._options.out}: {broken}")
+            raise OSError(f"{self._options.out}: {broken}")
 
     def _retry(self, item: Try, answer: Answer) -> list[tuple[str, UrlResult]]:
         """Have a URL tried again later, or return what it and others get for good."""
         hosts, now, name = self._hosts, time.monotonic(), item.host
-        wait_s = backoff_s(item.failed + 1, self._options.backoff_s, self._options.backoff_max_s)
+        wait_s = backoff_s(item.failed + 1, self._options.backoff, _LONGEST_BACKOFF_S)
         wait_s *= self._chance.uniform(0.5, 1.0)
         if answer.unreachable:
             hosts.unreached(name, answer.result)
@@ -353,10 +307,7 @@ class Download:
             if result.status != "ok":
                 self._failures += 1
                 continue
-            try:
-                move_in_place(self._options.out, incoming, result)
-            except OSError as error:
-                raise BrokenDisk(f"{self._options.out}: {error.strerror or error}") from error
+            move_in_place(self._options.out, incoming, result)
             self.files += 1
             self._size_bytes += result.size_bytes
 
@@ -374,25 +325,10 @@ class Download:
         # Posts read, less those whose media may still be under way.
         per_post = max(self._urls_read / max(self._posts_read, 1), 1e-9)
         done = max(0.0, self._posts_read - len(self._pending) / per_post)
-        files_hz, bytes_hz = self._rate.of(now, self.files, self._size_bytes)
+        seconds = max(now - self._began, 1e-9)
         self._bar.update(
             int(done),
             f"{self.files:,} files, {self._failures:,} failed, "
-            f"{files_hz:,.1f} files/s, {bytes_hz / 1e6:,.1f} MB/s",
+            f"{self.files / seconds:,.1f} files/s, "
+            f"{self._size_bytes / seconds / 1e6:,.1f} MB/s",
         )
-
-
-class Rate:
-    """Amounts a second over the last seconds."""
-
-    def __init__(self) -> None:
-        self._marks: deque[tuple[float, float, float]] = deque()
-
-    def of(self, now: float, files: float, size_bytes: float) -> tuple[float, float]:
-        """Return files and bytes a second, from their totals by now."""
-        self._marks.append((now, files, size_bytes))
-        while len(self._marks) > 2 and now - self._marks[1][0] >= _RATE_WINDOW_S:
-            self._marks.popleft()
-        then, files_then, bytes_then = self._marks[0]
-        seconds = max(now - then, 1e-9)
-        return (files - files_then) / seconds, (size_bytes - bytes_then) / seconds

@@ -7,17 +7,14 @@ a kill loses nothing; a power cut may lose the last ones, never spoils the rest.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from common.errors import ConfigError
 from common.post import MEDIA_KINDS
 from corpus.download.values import Status, UrlResult
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 _VERSION = 1
 _TABLES = """
@@ -29,17 +26,12 @@ CREATE TABLE IF NOT EXISTS urls (
 CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
 """
 _COLUMNS = "status, run, sha256, extension, size_bytes, kinds, what, type, message"
-_FORGET = "DELETE FROM urls WHERE status = 'refused'"
-
-
-class BrokenState(Exception):
-    """The state cannot be written now: the disk is full, or gone."""
 
 
 class State:
     """The URLs of one output folder; closed at the end, or left to a kill.
 
-    Everything raises `ConfigError` when the file is damaged.
+    Everything raises `ConfigError` when the file is damaged, and OSError when the disk is full.
     """
 
     def __init__(self, path: Path) -> None:
@@ -65,27 +57,14 @@ class State:
         return _result_of_row(row), row[1] == self.run
 
     def put(self, results: Iterable[tuple[str, UrlResult]]) -> None:
-        """Keep results, in one transaction.
-
-        Raises:
-            BrokenState: They could not be written.
-        """
-        rows = [_row(key, self.run, result) for key, result in results]
-        if not rows:
-            return
-        with self._edge():
+        """Keep results, in one transaction."""
+        insert = (
+            f"INSERT OR REPLACE INTO urls (key, {_COLUMNS}) "  # noqa: S608 - our constant
+            "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+        )
+        with self._edge(), self._db:
             self._db.execute("BEGIN IMMEDIATE")
-            try:
-                self._db.executemany(
-                    f"INSERT OR REPLACE INTO urls (key, {_COLUMNS}) "  # noqa: S608 - our constant
-                    "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                    rows,
-                )
-                self._db.execute("COMMIT")
-            except BaseException:
-                with suppress(sqlite3.Error):
-                    self._db.execute("ROLLBACK")
-                raise
+            self._db.executemany(insert, (_row(key, self.run, result) for key, result in results))
 
     def forget(self, key: str) -> None:
         """Ask for a URL again: its file is gone or spoilt."""
@@ -95,7 +74,7 @@ class State:
     def forget_refused(self) -> None:
         """Ask again for all that was refused."""
         with self._edge():
-            self._db.execute(_FORGET)
+            self._db.execute("DELETE FROM urls WHERE status = 'refused'")
 
     def totals(self) -> tuple[int, int]:
         """Count the distinct contents, and their bytes."""
@@ -137,7 +116,7 @@ class State:
         try:
             yield
         except sqlite3.OperationalError as error:
-            raise BrokenState(f"{self._path}: {error}") from error
+            raise OSError(f"{self._path}: {error}") from error
         except sqlite3.DatabaseError as error:
             raise ConfigError(
                 f"{self._path}: not the state of a download, or damaged ({error}); "

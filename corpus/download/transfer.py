@@ -10,10 +10,11 @@ right then has lost nothing.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import queue
 import re
+import shutil
+import stat
 import threading
 import time
 from collections.abc import Iterator
@@ -23,13 +24,15 @@ from common.errors import FetchRefused, FetchRetryable, MediaError
 from common.files import file_digest
 from common.post import Failure, Media
 from corpus.download.values import Answer, Ask, Options, Status, UrlResult
-from extractors.media.sniff import FileType, check_type, sniff
+from extractors.media.sniff import check_type, sniff
 from workers.fetch import Fetcher
 
 _HEAD_BYTES = 4096
 _NAME = re.compile(r"([0-9a-f]{32})-([0-9a-f]{64})")
-# Families that are not their own extension.
+# Types, and families of types, that are not their own extension.
 _EXTENSIONS = {
+    "QuickTime video": "mov",
+    "M4A sound": "m4a",
     "jpeg": "jpg",
     "matroska": "mkv",
     "mpeg": "mpg",
@@ -45,11 +48,7 @@ def incoming_folder(out: Path) -> Path:
 
 
 def classify(path: Path, sha256: str) -> UrlResult:
-    """Return the type of a downloaded file, or the reason why it is of no use.
-
-    Raises:
-        OSError: The file cannot be read.
-    """
+    """Return the type of a downloaded file, or the reason why it is of no use."""
     with path.open("rb") as stream:
         size = os.fstat(stream.fileno()).st_size
         kind = sniff(stream.read(_HEAD_BYTES))
@@ -61,32 +60,16 @@ def classify(path: Path, sha256: str) -> UrlResult:
         check_type(path, sorted(kind.kinds)[0])
     except MediaError as error:
         return _refused(str(error))
-    return UrlResult(
-        "ok",
-        sha256=sha256,
-        extension=_extension(kind),
-        size_bytes=size,
-        kinds=kind.kinds,
-        what=kind.name,
-    )
+    extension = _EXTENSIONS.get(kind.name) or _EXTENSIONS.get(kind.family, kind.family)
+    return UrlResult("ok", sha256, extension, size, kind.kinds, kind.name)
 
 
 def _refused(message: str) -> UrlResult:
     return UrlResult("refused", reason=(MediaError.__name__, message))
 
 
-def _extension(kind: FileType) -> str:
-    if kind.family == "mp4":
-        return {"QuickTime video": "mov", "M4A sound": "m4a"}.get(kind.name, "mp4")
-    return _EXTENSIONS.get(kind.family, kind.family)
-
-
 def move_in_place(out: Path, incoming: str, result: UrlResult) -> bool:
-    """Move a finished download to its final path; False when the same content is there already.
-
-    Raises:
-        OSError: The output folder cannot be written to.
-    """
+    """Move a finished download to its final path; False when the same content is there already."""
     source = incoming_folder(out) / incoming
     target = out / result.path
     if present(out, result):
@@ -122,7 +105,6 @@ def left_over(out: Path) -> Iterator[tuple[str, str, UrlResult]]:
         yield named[1], path.name, classify(path, named[2])
 
 
-_CHUNK_BYTES = 1 << 20  # of a local file: as much as one read of a spinning disk is worth
 _OURS = "spool: "  # how a Fetcher's error begins when our own disk failed
 
 
@@ -219,21 +201,18 @@ class Transfers:
     def _copy(self, path: Path, part: Path) -> str:
         """Copy a local file, and return its hash."""
         try:
+            about = path.stat()
+            if not stat.S_ISREG(about.st_mode):
+                raise FetchRefused("local file: is none")
             source = path.open("rb")
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or "no path"
             raise FetchRefused(f"local file: {reason}") from error
-        limit = self._options.fetch.max_bytes
-        digest, size = hashlib.sha256(), 0
         with source, part.open("xb") as target:
-            while chunk := source.read(_CHUNK_BYTES):
-                digest.update(chunk)
-                size += len(chunk)
-                if size > limit:
-                    part.unlink()
-                    raise FetchRefused(f"larger than fetch.max_bytes ({limit})")
-                target.write(chunk)
-        return digest.hexdigest()
+            if about.st_size > (limit := self._options.fetch.max_bytes):
+                raise FetchRefused(f"larger than fetch.max_bytes ({limit})")
+            shutil.copyfileobj(source, target)
+        return file_digest(part)
 
 
 def _failed(status: Status, error: Exception) -> UrlResult:

@@ -1,14 +1,19 @@
-"""A URL, what it gave, and the options of a download."""
+"""The options of a download, a URL, and what it gave."""
 
 from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias
 from urllib.parse import urldefrag
 
+import typer
+
+from common.cli import ConfigFile, Overrides, seconds
 from common.post import MediaKind
+from config.load import load_settings
 from config.settings import FetchSettings
 from fusion.data.data_file import is_url, local_path
 
@@ -16,32 +21,56 @@ Status: TypeAlias = Literal["ok", "refused", "retryable"]
 """``refused`` stays so however often one tries; ``retryable`` may succeed later."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Options:
-    """Options of a download.
+    """The command line of a download."""
 
-    Attributes:
-        processes: Times `connections` gives the downloads at once; all run in this process.
-        per_host: Downloads from one host at once.
-        retries: Tries after the first one that failed in a way that may pass.
-        backoff_s: Wait before the first of them; it doubles each time, up to `backoff_max_s`.
-        local: Take local files too, relative to the posts file.
-        verify: Hash the files that are there already instead of looking at their size.
-        retry_failed: Try again what an earlier run was refused.
-    """
+    posts: Annotated[Path, typer.Argument(metavar="POSTS", help="posts file or data file")]
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="output folder")]
+    processes: Annotated[
+        int, typer.Option("--processes", min=1, help="times --connections: downloads at once")
+    ] = 2
+    connections: Annotated[int, typer.Option("--connections", min=1)] = 16
+    per_host: Annotated[
+        int, typer.Option("--per_host", min=1, metavar="N", help="downloads from one host at once")
+    ] = 8
+    retries: Annotated[
+        int,
+        typer.Option(
+            "--retries",
+            min=0,
+            metavar="N",
+            help="more tries at what may pass, each after a longer wait",
+        ),
+    ] = 4
+    backoff: Annotated[
+        float,
+        typer.Option("--backoff", parser=seconds, metavar="S", help="wait before the first one"),
+    ] = 1.0
+    timeout: Annotated[
+        float | None,
+        typer.Option(
+            "--timeout",
+            parser=seconds,
+            metavar="S",
+            help="seconds for one file; fetch.total_timeout_s",
+        ),
+    ] = None
+    local: Annotated[bool, typer.Option("--local", help="take local files of POSTS too")] = False
+    verify: Annotated[bool, typer.Option("--verify", help="hash files that are there already")] = (
+        False
+    )
+    retry_failed: Annotated[
+        bool, typer.Option("--retry_failed", help="ask again for what was refused before")
+    ] = False
+    config: ConfigFile = None
+    overrides: Overrides
 
-    posts: Path
-    out: Path
-    fetch: FetchSettings
-    processes: int = 2
-    connections: int = 16
-    per_host: int = 8
-    retries: int = 4
-    backoff_s: float = 1.0
-    backoff_max_s: float = 60.0
-    local: bool = False
-    verify: bool = False
-    retry_failed: bool = False
+    @cached_property
+    def fetch(self) -> FetchSettings:
+        """Limits of the settings."""
+        timeout = [] if self.timeout is None else [f"fetch.total_timeout_s={self.timeout}"]
+        return load_settings(self.config, [*self.overrides, *timeout]).fetch
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +87,7 @@ class UrlResult:
     """The result of a URL, as the state keeps it.
 
     Attributes:
-        sha256: Of the content; empty unless ``ok``.
-        extension: Of the sniffed type, without the dot.
-        kinds: What posts may use it as.
+        kinds: Kinds of media that its content may stand for.
         what: Name of its type, for a person: ``PNG picture``.
         reason: Class of the error and one line; empty when ``ok``.
     """
@@ -112,5 +139,5 @@ def ask_for(source: str, options: Options) -> Ask:
     path = None if is_url(source) or not options.local else local_path(source, options.posts)
     if path is None:
         return Ask(key_of(source), source)
-    absolute = str(Path(path).absolute())
+    absolute = str(path.absolute())
     return Ask(key_of(f"local:{absolute}"), absolute, local=True)

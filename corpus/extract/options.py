@@ -37,36 +37,6 @@ order, or side by side. What was interrupted goes on when the same command is ru
 """
 
 
-@dataclass(frozen=True)
-class Options:
-    """Options of one run.
-
-    Attributes:
-        settings: With the workers that the command asks for.
-        posts: The posts file.
-        manifest: Of the download, where one was named.
-        workers: Extractor processes, or actors of Ray; 0: as many actors as suit the cluster.
-        devices: What they run on, in turn.
-        force: Extract what is there, too.
-        retry_failed: Extract again what has failed for good, too.
-    """
-
-    kind: Kind
-    settings: Settings
-    posts: Path
-    manifest: Path | None
-    features: Path
-    failures: Path
-    summary: Path
-    engine: EngineName
-    address: str | None
-    workers: int
-    devices: tuple[str, ...]
-    limit: int | None
-    force: bool
-    retry_failed: bool
-
-
 @dataclass(frozen=True, kw_only=True)
 class CommandLine:
     """The command line."""
@@ -126,12 +96,29 @@ class CommandLine:
     ] = False
 
 
-def parse(kind: Kind, arguments: Sequence[str] | None = None) -> Options:
-    """Read the command line and the settings.
+@dataclass(frozen=True)
+class Options:
+    """Options of one run, with what follows from the command line.
 
-    Raises:
-        ConfigError: An option or a setting is wrong, or options do not go together.
+    Attributes:
+        settings: With the workers that the command asks for.
+        posts: The posts file; relative paths are whole here and below.
+        workers: Extractor processes, or actors of Ray; 0: as many actors as suit the cluster.
+        devices: What they run on, in turn.
     """
+
+    kind: Kind
+    line: CommandLine
+    settings: Settings
+    posts: Path
+    features: Path
+    failures: Path
+    workers: int
+    devices: tuple[str, ...]
+
+
+def parse(kind: Kind, arguments: Sequence[str] | None = None) -> Options:
+    """Read the command line and the settings."""
     about = f"Extract the features of {_WHAT[kind]} into one feature file a post.\n{_EPILOG}"
     line = read_options(CommandLine, f"extract_{kind}_features", arguments, about=about)
     source = line.manifest or line.input
@@ -145,28 +132,22 @@ def parse(kind: Kind, arguments: Sequence[str] | None = None) -> Options:
         )
     if line.address is not None and line.engine != "ray":
         raise ConfigError("--address: names a cluster of Ray; add --engine ray")
-    devices = _devices_of(settings) if line.devices is None else _devices(line.devices)
+    devices = _devices(line.devices, settings)
     features = line.features.absolute()
-    manifest = line.manifest.absolute() if line.manifest else None
-    posts = manifest.parent / POSTS_OF_MANIFEST if manifest else source.absolute()
-    ours = len(devices) if line.engine == "local" else 1
-    workers = line.workers or (0 if line.engine == "ray" else _auto_workers(devices))
-    processes = max(workers, ours) if line.engine == "local" else 1
+    workers, processes = line.workers, 1
+    if line.engine == "local":
+        gpus = sum(device != "cpu" for device in devices)
+        workers = workers or gpus or max(1, cores() // 2)
+        processes = max(workers, len(devices))
     return Options(
-        kind=kind,
-        settings=_placed(settings, devices, processes, line.batch, line.share),
-        posts=posts,
-        manifest=manifest,
+        kind,
+        line,
+        _placed(settings, devices, processes, line.batch, line.share),
+        posts=(source.parent / POSTS_OF_MANIFEST if line.manifest else source).absolute(),
         features=features,
         failures=(line.failures or features / f"failures_{kind}.jsonl").absolute(),
-        summary=features / f"summary_{kind}.json",
-        engine=line.engine,
-        address=line.address,
         workers=workers,
         devices=devices,
-        limit=line.limit,
-        force=line.force,
-        retry_failed=line.retry_failed,
     )
 
 
@@ -201,16 +182,9 @@ def _placed(
     return validate(Settings, values, "options")
 
 
-def _devices_of(settings: Settings) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(group.device for group in settings.workers.extractors))
-
-
-def _auto_workers(devices: Sequence[str]) -> int:
-    gpus = sum(device != "cpu" for device in devices)
-    return gpus or max(1, cores() // 2)
-
-
-def _devices(text: str) -> tuple[str, ...]:
+def _devices(text: str | None, settings: Settings) -> tuple[str, ...]:
+    if text is None:
+        return tuple(dict.fromkeys(group.device for group in settings.workers.extractors))
     names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
     if not names or not all(_DEVICE.fullmatch(name) for name in names):
         raise ConfigError(f"--devices {text}: write it as cpu, or as cuda:0,cuda:1")

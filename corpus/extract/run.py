@@ -39,27 +39,29 @@ class Tally:
         self._statuses: Counter[str] = Counter()
 
     def add(self, result: Result) -> None:
-        if result.failures:
-            self.summary.failed(result.failures[0].reason)
-            self.record.failed(result.failures[0].reason)
-        elif result.state == "repeated":
-            self.summary.skipped("the same post_id again")
-            self.record.skipped("the same post_id again")
-        else:
-            self.record.done()
-            if result.state == "done":
-                self.summary.done()
+        for summary in (self.summary, self.record):
+            if result.failures:
+                summary.failed(result.failures[0].reason)
+            elif result.state == "repeated":
+                summary.skipped("the same post_id again")
+            elif result.state == "done" or summary is self.record:
+                summary.done()
             else:
-                self.summary.skipped("there already")
+                summary.skipped("there already")
         self._statuses.update(f"{m} {status}" for m, status in result.statuses.items())
         if result.state == "done" and result.node:
             self.nodes[result.node] += 1
 
-    def close(self) -> Summary:
-        """Return the summary, with the counts of modalities; the record has them too."""
-        self.summary.figures = {name: self._statuses[name] for name in sorted(self._statuses)}
-        self.record.figures = dict(self.summary.figures)
-        return self.summary
+    def tell(self, options: Options) -> None:
+        """Write the record, and show the summary; both get the counts of modalities."""
+        for summary in (self.summary, self.record):
+            summary.figures = dict(sorted(self._statuses.items()))
+        self.record.write(options.features / f"summary_{options.kind}.json")
+        self.summary.show()
+        for node, count in sorted(self.nodes.items()):
+            sys.stdout.write(f"node {node}: {count:,} posts\n")
+        if self.summary.failures:
+            sys.stdout.write(f"what failed, and why: {options.failures}\n")
 
 
 def watch(results: Iterable[Result], title: str, total: int) -> Iterator[Result]:
@@ -148,11 +150,10 @@ def main(kind: Kind, arguments: Sequence[str] | None = None) -> int:
 def _run(options: Options) -> int:
     settings = options.settings
     configure_logs(settings.log.format, settings.log.level)
-    check_holds_post(options.posts, options.limit)  # before models are loaded for nothing
-    modalities = MODALITIES_OF[options.kind]
-    inputs = Inputs(
-        options.posts, settings, modalities, manifest=options.manifest, limit=options.limit
-    )
+    limit = options.line.limit
+    check_holds_post(options.posts, limit)  # before models are loaded for nothing
+    manifest = options.line.manifest and options.line.manifest.absolute()
+    inputs = Inputs(options.posts, settings, MODALITIES_OF[options.kind], manifest, limit)
     total = inputs.count()
     options.features.mkdir(parents=True, exist_ok=True)
     tally = Tally(f"{options.kind} features")
@@ -166,31 +167,15 @@ def _run(options: Options) -> int:
             if interrupt.asked:
                 # The files of a run tell of all posts, or they are those of the run before.
                 raise KeyboardInterrupt
-    _tell(tally.close(), tally, options)
+    tally.tell(options)
     return 0
 
 
 def _engine(options: Options, interrupt: Interrupt) -> Engine:
-    if options.engine == "ray":
+    if options.line.engine == "ray":
         from corpus.extract.on_ray import RayEngine
 
         return RayEngine(options, interrupt)
     from corpus.extract.local import LocalEngine
 
-    return LocalEngine(
-        options.settings,
-        options.features,
-        MODALITIES_OF[options.kind],
-        force=options.force,
-        retry_failed=options.retry_failed,
-        interrupt=interrupt,
-    )
-
-
-def _tell(summary: Summary, tally: Tally, options: Options) -> None:
-    tally.record.write(options.summary)
-    summary.show()
-    for node, count in sorted(tally.nodes.items()):
-        sys.stdout.write(f"node {node}: {count:,} posts\n")
-    if summary.failures:
-        sys.stdout.write(f"what failed, and why: {options.failures}\n")
+    return LocalEngine(options, interrupt)

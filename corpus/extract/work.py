@@ -49,12 +49,7 @@ State: TypeAlias = Literal["done", "there", "failed", "rejected", "repeated"]
 
 @dataclass(frozen=True, slots=True)
 class FailedPart:
-    """A line of the failures file.
-
-    Attributes:
-        post_id: None where a line of the input names none.
-        modality: None where the whole post failed.
-    """
+    """A line of the failures file; no modality where the whole post failed."""
 
     post_id: str | None
     modality: Modality | None
@@ -87,40 +82,10 @@ class Work:
     digests: Mapping[Modality, str]
     lost: Mapping[Modality, Failure] = field(default_factory=dict)
 
-    def as_json(self) -> str:
-        post = self.post
-        content = {
-            "index": self.index,
-            "post_id": post.post_id,
-            "text": post.text,
-            "ocr": post.ocr,
-            "media": [[media.kind, media.source] for media in post.media],
-            "digests": dict(self.digests),
-            "lost": {m: _failure_dict(failure) for m, failure in self.lost.items()},
-        }
-        return json.dumps(content)
-
-    @classmethod
-    def of_json(cls, line: str) -> Work:
-        content: dict[str, Any] = json.loads(line)
-        post = Post(
-            content["post_id"],
-            text=content["text"],
-            media=tuple(Media(kind, source) for kind, source in content["media"]),
-            ocr=content["ocr"],
-        )
-        lost = {m: Failure(**failure) for m, failure in content["lost"].items()}
-        return cls(content["index"], post, content["digests"], lost)
-
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """The outcome of one line of the input.
-
-    Attributes:
-        statuses: Of the modalities of this script.
-        node: Where it was done; empty on this machine.
-    """
+    """The outcome of one line of the input; `node` is where, empty on this machine."""
 
     index: int
     post_id: str | None
@@ -129,33 +94,9 @@ class Result:
     failures: tuple[FailedPart, ...] = ()
     node: str = ""
 
-    def as_json(self) -> str:
-        content = {
-            "index": self.index,
-            "post_id": self.post_id,
-            "state": self.state,
-            "statuses": dict(self.statuses),
-            "failures": [[part.modality, _failure_dict(part.failure)] for part in self.failures],
-            "node": self.node,
-        }
-        return json.dumps(content)
-
-    @classmethod
-    def of_json(cls, line: str) -> Result:
-        content: dict[str, Any] = json.loads(line)
-        failures = tuple(
-            FailedPart(content["post_id"], modality, Failure(**failure))
-            for modality, failure in content["failures"]
-        )
-        return cls(**{**content, "failures": failures})
-
 
 Entry: TypeAlias = Work | Result
 """A line of the input: work, or the result of a line that needs none."""
-
-
-def _failure_dict(failure: Failure) -> dict[str, Any]:
-    return {**failure.as_dict(), "retryable": failure.retryable}
 
 
 _CONTENT_NAME = re.compile(r"[0-9a-f]{64}(\.\w+)?")
@@ -180,22 +121,13 @@ class _Source:
 
 
 class Inputs:
-    """The work in a posts file.
-
-    Args:
-        path: A posts file, or a data file.
-        settings: Decide which media count, and what the pictures are read for.
-        modalities: Modalities of the script.
-        manifest: Of `scripts/data_scripts/download_mp.py`: tells why media are not there.
-        limit: Lines at most; None: all.
-    """
+    """The work in a posts file; the manifest of its download tells why media are not there."""
 
     def __init__(
         self,
         path: Path,
         settings: Settings,
         modalities: frozenset[Modality],
-        *,
         manifest: Path | None = None,
         limit: int | None = None,
     ) -> None:
@@ -203,35 +135,29 @@ class Inputs:
         self._settings, self._modalities = settings, modalities
 
     def count(self) -> int:
-        """Count the lines of the input, empty ones included.
-
-        Raises:
-            ConfigError: The file is missing or cannot be read.
-        """
+        """Count the lines of the input, empty ones included."""
         lines = count_lines(self._path)
         return lines if self._limit is None else min(lines, self._limit)
 
     def __iter__(self) -> Iterator[Entry]:
-        """Yield the entries, in order.
-
-        Raises:
-            ConfigError: A file is missing or broken, or manifest and posts do not belong together.
-        """
+        """Yield the entries, in order."""
         seen: set[int] = set()
-        losses = _Losses(self._manifest) if self._manifest is not None else None
+        losses = _Losses(self._manifest)
         entries = itertools.islice(read_posts(self._path), self._limit)
         for index, entry in enumerate(entries):
             if isinstance(entry, BadLine):
-                yield _rejected(index, entry)
+                failure = Failure("input", "BadLine", f"line {entry.line}: {entry.reason}")
+                part = FailedPart(entry.post_id, None, failure)
+                yield Result(index, entry.post_id, "rejected", failures=(part,))
                 continue
-            lost = losses.of(entry.post.post_id) if losses is not None else ()
+            lost = losses.of(entry.post.post_id)
             key = _short_hash(entry.post.post_id)
             if key in seen:
                 yield Result(index, entry.post.post_id, "repeated")
                 continue
             seen.add(key)
             yield self._work(index, entry, lost)
-        if losses is not None and self._limit is None:
+        if self._limit is None:
             losses.check_all_taken()
 
     def _work(self, index: int, entry: CorpusPost, lost: Sequence[_Loss]) -> Work:
@@ -313,10 +239,10 @@ class _Loss:
 
 
 class _Losses:
-    """Failed media of a manifest, post by post in its order."""
+    """Failed media of a manifest, post by post in its order; without one there are none."""
 
-    def __init__(self, path: Path) -> None:
-        self._lines = objects(path)
+    def __init__(self, path: Path | None) -> None:
+        self._lines = iter(()) if path is None else objects(path)
         self._next = next(self._lines, None)
 
     def of(self, post_id: str) -> list[_Loss]:
@@ -330,11 +256,7 @@ class _Losses:
         return losses
 
     def check_all_taken(self) -> None:
-        """Refuse a manifest with lines left.
-
-        Raises:
-            ConfigError: There are some.
-        """
+        """Refuse a manifest with lines left."""
         if self._next is not None:
             where, content = self._next
             raise ConfigError(
@@ -361,12 +283,6 @@ def _leaves(source: str) -> bool:
     if is_url(source) or source.startswith("/"):
         return False
     return os.path.normpath(source).split("/")[0] == ".."
-
-
-def _rejected(index: int, entry: BadLine) -> Result:
-    failure = Failure("input", "BadLine", f"line {entry.line}: {entry.reason}")
-    part = FailedPart(entry.post_id, None, failure)
-    return Result(index, entry.post_id, "rejected", failures=(part,))
 
 
 def _short_hash(post_id: str) -> int:

@@ -6,23 +6,28 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import bson
+import typer
 from bson import json_util
 from bson.errors import BSONError
 
+from common.cli import ConfigFile, Overrides
 from common.errors import ConfigError, TaggingError, one_line
 from common.progress import progress_bar
 from common.times import since_time
 from common.urls import redact
+from config.load import load_settings
 from config.settings import StoreSettings
 from corpus.pull.pages import Page, Pages, Position
 from corpus.pull.posts import (
     Choice,
+    LeftOut,
     NoPost,
     convert,
     created_at,
@@ -37,56 +42,79 @@ from corpus.runs import Stopper, only_one
 from fusion.data.data_file import CorpusPost
 
 
-@dataclass(frozen=True, slots=True)
+def _lines_file(text: str) -> Path:
+    if not text.endswith(".jsonl"):
+        raise typer.BadParameter(f"{text}: must end in .jsonl")
+    return Path(text)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Options:
-    """Options of a pull.
+    """The command line of a pull."""
 
-    Attributes:
-        store: With the URL as it stands in the settings, ``embedded://`` included.
-        query: A MongoDB filter, as it was written: extended JSON.
-        since: Oldest time, as it was written; `until` the same, not included itself.
-        sample: Posts to pick out of all; None takes all.
-        min_posts_per_tag: Tags with fewer posts are left out; 0 leaves out none.
-        seed: Another seed, another sample.
-        limit: Posts written at most.
-        untagged: Only posts without a result.
-        page: Documents read at a time.
-        restart: Forget an unfinished pull.
-    """
+    out: Annotated[
+        Path,
+        typer.Option("--out", parser=_lines_file, metavar="POSTS.jsonl", help="file to write"),
+    ]
+    query: Annotated[
+        str, typer.Option("--query", metavar="JSON", help="MongoDB filter, extended JSON")
+    ] = "{}"
+    since: Annotated[
+        str | None,
+        typer.Option(
+            "--since", metavar="T", help="posts from then on: 2026-01-31[T12:00], or 7d, 12h ago"
+        ),
+    ] = None
+    until: Annotated[str | None, typer.Option("--until", metavar="T", help="posts before then")] = (
+        None
+    )
+    sample: Annotated[
+        int | None,
+        typer.Option("--sample", min=1, metavar="N", help="this many, picked by a hash of the ID"),
+    ] = None
+    seed: Annotated[
+        int,
+        typer.Option(
+            "--seed", min=0, max=(1 << 63) - 1, metavar="N", help="another seed, another sample"
+        ),
+    ] = 0
+    min_posts_per_tag: Annotated[
+        int,
+        typer.Option(
+            "--min_posts_per_tag",
+            min=0,
+            metavar="N",
+            help="leave out tags with fewer posts, and posts without any other tag; a sample keeps "
+            "this many posts of each tag",
+        ),
+    ] = 0
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, metavar="N", help="stop after this many posts")
+    ] = None
+    untagged: Annotated[bool, typer.Option("--untagged", help="only posts without a result")] = (
+        False
+    )
+    page: Annotated[
+        int, typer.Option("--page", min=1, metavar="N", help="documents read at a time")
+    ] = 1000
+    restart: Annotated[
+        bool, typer.Option("--restart", help="forget an unfinished pull into the same file")
+    ] = False
+    config: ConfigFile = None
+    overrides: Overrides
 
-    store: StoreSettings
-    out: Path
-    query: str = "{}"
-    since: str | None = None
-    until: str | None = None
-    sample: int | None = None
-    min_posts_per_tag: int = 0
-    seed: int = 0
-    limit: int | None = None
-    untagged: bool = False
-    page: int = 1000
-    restart: bool = False
+    @cached_property
+    def store(self) -> StoreSettings:
+        """The database as it stands in the settings, ``embedded://`` included."""
+        return load_settings(self.config, self.overrides).store
 
 
 _AGAIN = "run the same command again to go on where it stopped"
 _SHOWN_CHARS = 200
 
 
-class Interrupted(Exception):
-    """A signal came."""
-
-
 def pull(options: Options, resolved: StoreSettings) -> int:
-    """Pull everything; return the exit code.
-
-    Args:
-        options: What to pull.
-        resolved: The store as it can be reached: no ``embedded://``.
-
-    Raises:
-        ConfigError: The query or a time is wrong, or another pull is under way there.
-        TaggingError: The database stayed away, or the disk is full.
-    """
+    """Pull everything from the store as it can be reached; return the exit code."""
     query = query_of(options)
     lock = options.out.with_name(f".{options.out.name}.lock")
     with only_one(lock, str(options.out)), Stopper() as stopper:
@@ -94,7 +122,7 @@ def pull(options: Options, resolved: StoreSettings) -> int:
         run = _Pull(options, pages, lambda: stopper.asked)
         try:
             run.run()
-        except Interrupted:
+        except _Interrupted:
             sys.stderr.write(
                 f"pull_posts: {stopper.asked}: {run.files.written:,} posts written; {_AGAIN}\n"
             )
@@ -125,11 +153,7 @@ def _nothing(options: Options) -> str:
 
 
 def query_of(options: Options) -> dict[str, Any]:
-    """Return the filter.
-
-    Raises:
-        ConfigError: See `read_query`.
-    """
+    """Return the filter; raises as `read_query`."""
     query = read_query(options.query)
     if not options.untagged:
         return query
@@ -145,23 +169,14 @@ def read_query(text: str) -> dict[str, Any]:
     """
     try:
         query = json_util.loads(text)
-    except (
-        ValueError,
-        TypeError,
-        LookupError,
-        ArithmeticError,
-        RecursionError,
-        BSONError,
-    ) as error:
-        reason = one_line(error)
-        raise ConfigError(f"--query: not JSON: {reason}") from error
+    except Exception as error:  # bson raises whatever a value's type raises
+        raise ConfigError(f"--query: not JSON: {one_line(error)}") from error
     if not isinstance(query, dict):
         raise ConfigError('--query: must be an object, as {"lang": "en"}')
     try:
         bson.encode(query)
     except (ValueError, OverflowError, RecursionError, BSONError) as error:
-        reason = one_line(error)
-        raise ConfigError(f"--query: cannot be asked for: {reason}") from error
+        raise ConfigError(f"--query: cannot be asked for: {one_line(error)}") from error
     return query
 
 
@@ -176,11 +191,7 @@ class _Pull:
         self.files = Files(options.out, _asked(options))
 
     def run(self) -> None:
-        """Read, choose, write.
-
-        Raises:
-            Interrupted: A signal came; the record is up to date.
-        """
+        """Read, choose, write."""
         files = self.files
         if self._options.restart:
             files.forget()
@@ -217,32 +228,26 @@ class _Pull:
         return choice
 
     def _eligible(self, choice: Choice, total: int) -> Iterator[CorpusPost]:
-        with _bar("counting", total) as advance:
+        with progress_bar("counting", total) as bar:
             for page in self._pages.pages(Position()):
                 self._heed()
                 for document in page.documents:
-                    try:
-                        entry = self._in_time(document)
-                    except (NoPost, _LeftOut):
-                        continue
-                    post = choice.without_rare(entry)
-                    if isinstance(post, CorpusPost):
-                        yield post
-                advance(len(page.documents), "")
+                    with suppress(NoPost, LeftOut):
+                        yield choice.without_rare(self._in_time(document))
+                bar.advance(len(page.documents))
 
     def _write(self, choice: Choice, total: int) -> None:
         files = self.files
-        begun = files.summary.total
         if choice.need_tag:
             files.summary.figures["tags of too few posts"] = len(choice.rare)
         position = files.position
-        with _bar("posts", total) as advance:
-            advance(begun, "")
+        with progress_bar("posts", total) as bar:
+            bar.advance(files.summary.total)
             for page in self._pages.pages(files.position):
                 full = self._write_page(page, choice)
                 position = page.position
                 files.save(position, complete=full)
-                advance(len(page.documents), f"{files.written:,} written")
+                bar.update(files.summary.total, f"{files.written:,} written")
                 if full:
                     return
                 self._heed()
@@ -255,21 +260,15 @@ class _Pull:
             if limit is not None and files.written >= limit:
                 return True
             try:
-                entry = self._in_time(document)
+                entry = choice.without_rare(self._in_time(document))
+                choice.check_sampled(entry.post.post_id)
             except NoPost as error:
                 files.summary.failed(str(error))
                 files.reject(_rejected(document, str(error)))
-                continue
-            except _LeftOut as error:
+            except LeftOut as error:
                 files.summary.skipped(str(error))
-                continue
-            post = choice.without_rare(entry)
-            if isinstance(post, str):
-                files.summary.skipped(post)
-            elif not choice.sampled(post.post.post_id):
-                files.summary.skipped("not in the sample")
             else:
-                files.write(post_line(post))
+                files.write(post_line(entry))
                 files.summary.done()
         return limit is not None and files.written >= limit
 
@@ -279,36 +278,31 @@ class _Pull:
             return entry
         made_at = created_at(document, self._fields)
         if made_at is None:
-            raise _LeftOut("no time is known")
+            raise LeftOut("no time is known")
         if self._since is not None and made_at < self._since:
-            raise _LeftOut("before --since")
+            raise LeftOut("before --since")
         if self._until is not None and made_at >= self._until:
-            raise _LeftOut("not before --until")
+            raise LeftOut("not before --until")
         return entry
 
     def _heed(self) -> None:
         if self._asked():
-            raise Interrupted
+            raise _Interrupted
 
 
-class _LeftOut(Exception):
-    """A post that was not asked for; says why."""
+class _Interrupted(Exception):
+    """A signal came."""
 
 
 def _asked(options: Options) -> dict[str, Any]:
     """Return the options that must be the same for a pull to go on; nothing secret."""
     store = options.store
+    same = ("query", "since", "until", "sample", "min_posts_per_tag", "seed", "limit")
     return {
         "database": f"{redact(store.url)} {store.database}.{store.collection}",
         "fields": store.fields.model_dump(),
-        "query": options.query,
         "untagged": options.untagged and store.result_path,
-        "since": options.since,
-        "until": options.until,
-        "sample": options.sample,
-        "min_posts_per_tag": options.min_posts_per_tag,
-        "seed": options.seed,
-        "limit": options.limit,
+        **{name: getattr(options, name) for name in same},
     }
 
 
@@ -321,17 +315,3 @@ def _moment(name: str, text: str | None) -> float | None:
 
 def _rejected(document: Mapping[str, Any], reason: str) -> str:
     return json.dumps({"_id": shown_id(document), "reason": reason}, ensure_ascii=False)
-
-
-@contextmanager
-def _bar(description: str, total: int) -> Iterator[Callable[[int, str], None]]:
-    """Show a progress bar; yield a function that adds to it."""
-    done = 0
-    with progress_bar(description, total) as bar:
-
-        def advance(count: int, note: str) -> None:
-            nonlocal done
-            done += count
-            bar.update(done, note)
-
-        yield advance

@@ -26,12 +26,7 @@ from king.store.client import StoreClient, all_of, is_embedded
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """A position in a collection, in the order of ``_id``.
-
-    Attributes:
-        bracket: Which type of ``_id`` is being read; `pages` knows the order.
-        last: The last ``_id`` that was read; None before the first of its bracket.
-    """
+    """The last ``_id`` that was read, and the number of its type in `_BRACKETS`."""
 
     bracket: int = 0
     last: Any = None
@@ -61,15 +56,7 @@ log = structlog.get_logger()
 
 
 class Pages:
-    """A reader of the posts collection.
-
-    Args:
-        settings: Where it is; ``embedded://`` already resolved.
-        query: Which documents.
-        fields: Their top-level fields that are read.
-        size: Documents of a page.
-        by_range: None asks the server whether it can.
-    """
+    """A reader of the posts collection, `size` documents a page; it knows how the server reads."""
 
     def __init__(
         self,
@@ -89,33 +76,15 @@ class Pages:
         self._client.close()
 
     def count(self) -> int:
-        """Count the documents to read.
-
-        Raises:
-            StoreUnavailable: The database cannot be reached.
-            ConfigError: It does not understand the query.
-        """
-        return self._patiently(self._count)
+        """Count the documents to read."""
+        return self._patiently(lambda: int(self._client.posts.count_documents(self._query)))
 
     def pages(self, after: Position) -> Iterator[Page]:
-        """Yield the pages after a position; wait for a database that is away for a while.
-
-        Raises:
-            StoreUnavailable: It stayed away.
-            ConfigError: It does not understand the query.
-            RetryableError: The document at the position is gone, and the way by ranges is closed.
-        """
+        """Yield the pages after a position; wait for a database that is away for a while."""
         if self._by_range is None:
-            self._by_range = self._patiently(self._can_range)
+            client = self._client.database.client
+            self._by_range = self._patiently(lambda: not is_embedded(client))
         yield from self._ranges(after) if self._by_range else self._listed(after)
-
-    def _count(self) -> int:
-        with self._client.edge():
-            return int(self._client.posts.count_documents(self._query))
-
-    def _can_range(self) -> bool:
-        with self._client.edge():
-            return not is_embedded(self._client.database.client)
 
     def _ranges(self, position: Position) -> Iterator[Page]:
         for bracket in range(position.bracket, len(_BRACKETS)):
@@ -134,9 +103,8 @@ class Pages:
 
     def _read(self, bounds: Mapping[str, Any]) -> list[dict[str, Any]]:
         condition = all_of({"_id": bounds}, self._query)
-        with self._client.edge():
-            cursor = self._client.posts.find(condition, self._fields).sort("_id", 1)
-            return list(cursor.limit(self._size))
+        cursor = self._client.posts.find(condition, self._fields).sort("_id", 1)
+        return list(cursor.limit(self._size))
 
     def _listed(self, position: Position) -> Iterator[Page]:
         last = position.last
@@ -170,7 +138,8 @@ class Pages:
     def _patiently(self, read: Callable[[], T]) -> T:
         while True:
             try:
-                value = read()
+                with self._client.edge():
+                    value = read()
             except StoreUnavailable as error:
                 self._wait(error)
             else:

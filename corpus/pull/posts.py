@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import heapq
-import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from typing import Any
 
-import numpy as np
 from bson import ObjectId, json_util
 
 from common.post import clean
@@ -24,6 +22,10 @@ from king.store.documents import dig, read_post, sources
 
 class NoPost(Exception):
     """A document that is no post, with the reason."""
+
+
+class LeftOut(Exception):
+    """A post that was not asked for, with the reason."""
 
 
 def convert(document: Mapping[str, Any], fields: FieldMap) -> CorpusPost:
@@ -42,7 +44,7 @@ def convert(document: Mapping[str, Any], fields: FieldMap) -> CorpusPost:
     return CorpusPost(
         replace(post, labels=labels, media=media),
         author=_name(author),
-        created=iso(created_at(document, fields)),
+        created=_iso(created_at(document, fields)),
     )
 
 
@@ -57,12 +59,12 @@ def created_at(document: Mapping[str, Any], fields: FieldMap) -> float | None:
         return None
 
 
-def iso(seconds: float | None) -> str | None:
+def _iso(seconds: float | None) -> str | None:
     """Return Unix seconds as ISO 8601 in UTC; None for what no calendar holds."""
-    if seconds is None:
-        return None
     try:
-        return datetime.fromtimestamp(seconds, timezone.utc).isoformat()
+        return (
+            None if seconds is None else datetime.fromtimestamp(seconds, timezone.utc).isoformat()
+        )
     except (OverflowError, ValueError, OSError):
         return None
 
@@ -111,7 +113,6 @@ def _name(value: Any) -> str | None:
 
 
 _ALL = (1 << 64) - 1
-_ROOM = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -130,47 +131,20 @@ class Choice:
     highest: int = _ALL
     extra: frozenset[int] = frozenset()
 
-    def without_rare(self, entry: CorpusPost) -> CorpusPost | str:
-        """Return the post without rare tags, or the reason to leave it out."""
+    def without_rare(self, entry: CorpusPost) -> CorpusPost:
+        """Return the post without rare tags; raise `LeftOut` if it has no other."""
         if not self.need_tag:
             return entry
         labels = tuple(name for name in entry.post.labels if name not in self.rare)
         if not labels:
-            return "only tags of too few posts" if entry.post.labels else "no tags"
+            raise LeftOut("only tags of too few posts" if entry.post.labels else "no tags")
         return replace(entry, post=replace(entry.post, labels=labels))
 
-    def sampled(self, post_id: str) -> bool:
+    def check_sampled(self, post_id: str) -> None:
+        """Raise `LeftOut` for a post that is not in the sample."""
         position = hash_of(post_id, self.seed)
-        return position <= self.highest or position in self.extra
-
-    def dumps(self) -> str:
-        content = {
-            "seed": self.seed,
-            "rare": sorted(self.rare),
-            "need_tag": self.need_tag,
-            "highest": self.highest,
-            "extra": sorted(self.extra),
-        }
-        return json.dumps(content, ensure_ascii=False)
-
-    @classmethod
-    def loads(cls, text: str) -> Choice:
-        """Restore a choice from `dumps`.
-
-        Raises:
-            ValueError: It is no such text.
-        """
-        try:
-            content: dict[str, Any] = json.loads(text)
-            return cls(
-                seed=int(content["seed"]),
-                rare=frozenset(content["rare"]),
-                need_tag=bool(content["need_tag"]),
-                highest=int(content["highest"]),
-                extra=frozenset(map(int, content["extra"])),
-            )
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"not a choice: {error}") from error
+        if position > self.highest and position not in self.extra:
+            raise LeftOut("not in the sample")
 
 
 def hash_of(post_id: str, seed: int) -> int:
@@ -178,31 +152,6 @@ def hash_of(post_id: str, seed: int) -> int:
     salt = seed.to_bytes(8, "big")
     raw = hashlib.blake2b(post_id.encode("utf-8"), digest_size=8, key=salt).digest()
     return int.from_bytes(raw, "big")
-
-
-class Smallest:
-    """The `count` smallest of any number of hashes."""
-
-    def __init__(self, count: int) -> None:
-        self._count = count
-        self._smallest = np.empty(0, np.uint64)
-        self._new: list[int] = []
-
-    def add(self, value: int) -> None:
-        self._new.append(value)
-        if len(self._new) >= _ROOM:
-            self._shrink()
-
-    def sorted(self) -> list[int]:
-        self._shrink()
-        return [int(value) for value in np.sort(self._smallest)]
-
-    def _shrink(self) -> None:
-        both = np.concatenate([self._smallest, np.array(self._new, np.uint64)])
-        self._new = []
-        if len(both) > self._count:
-            both = np.partition(both, self._count - 1)[: self._count].copy()
-        self._smallest = both
 
 
 def rare_tags(posts: Iterable[CorpusPost], minimum: int) -> frozenset[str]:
@@ -214,23 +163,17 @@ def rare_tags(posts: Iterable[CorpusPost], minimum: int) -> frozenset[str]:
 def sample(posts: Iterator[CorpusPost], choice: Choice, count: int, minimum: int) -> Choice:
     """Pick a sample of `count` posts in which each tag keeps `minimum` posts.
 
-    Where these alone are more than `count`, the sample is just these.
-
-    Args:
-        posts: Those that can be picked, rare tags already taken off.
-        choice: What was chosen before.
-        count: Size of the sample.
-        minimum: Posts of each tag; 0 for none in particular.
+    Where these alone are more than `count`, the sample is just these. Rare tags are off already.
     """
-    smallest = Smallest(count)
+    smallest: list[int] = []
     by_tag: dict[str, list[int]] = {}
     for entry in posts:
         position = hash_of(entry.post.post_id, choice.seed)
-        smallest.add(position)
+        _keep_smallest(smallest, -position, count)
         for name in entry.post.labels if minimum else ():
             _keep_smallest(by_tag.setdefault(name, []), -position, minimum)
     needed = {-position for positions in by_tag.values() for position in positions}
-    others = [position for position in smallest.sorted() if position not in needed]
+    others = [p for p in sorted(-negative for negative in smallest) if p not in needed]
     taken = others[: max(0, count - len(needed))]
     highest = taken[-1] if taken else -1
     return replace(choice, highest=highest, extra=frozenset(p for p in needed if p > highest))

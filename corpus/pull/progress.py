@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,12 +27,9 @@ from corpus.records import Summary
 
 
 class Files:
-    """Output, rejects and record of one pull.
+    """Output, rejects and record of one pull: position, and what was counted and written up to it.
 
     Attributes:
-        position: How far it has come.
-        summary: What was counted up to there.
-        written: Posts up to there.
         complete: Nothing more is to be read.
         times: Times that were worked out at the beginning, kept for going on.
     """
@@ -43,8 +41,7 @@ class Files:
         self._record = out.with_name(f".{out.name}.pull")
         self._choice = out.with_name(f".{out.name}.choice")
         self._asked = dict(asked)
-        self._posts: BinaryIO | None = None
-        self._rejects: BinaryIO | None = None
+        self._parts: list[BinaryIO] = []  # of posts, and of rejects
         self.position = Position()
         self.summary = Summary("Posts")
         self.written = 0
@@ -61,25 +58,19 @@ class Files:
             path.unlink(missing_ok=True)
 
     def open(self) -> None:
-        """Open the parts, at the lengths of the record if there is one.
-
-        Raises:
-            ConfigError: The record is of a pull with other options, or is none.
-        """
-        lengths = self._read() if self.begun else (0, 0)
+        """Open the parts, at the lengths of the record if there is one."""
+        lengths = self._read() if self.begun else [0, 0]
         if self.complete:
             return
-        self._posts = _open(part_of(self.out), lengths[0])
-        self._rejects = _open(part_of(self.rejected), lengths[1])
+        for path, length in zip((self.out, self.rejected), lengths, strict=True):
+            self._parts.append(_open(part_of(path), length))
 
     def write(self, line: str) -> None:
-        if self._posts is not None:
-            self._posts.write(line.encode("utf-8") + b"\n")
+        self._parts[0].write(line.encode("utf-8") + b"\n")
         self.written += 1
 
     def reject(self, line: str) -> None:
-        if self._rejects is not None:
-            self._rejects.write(line.encode("utf-8") + b"\n")
+        self._parts[1].write(line.encode("utf-8") + b"\n")
 
     def save(self, position: Position, *, complete: bool = False) -> None:
         """Record the position, after all posts up to it are on the disk."""
@@ -89,7 +80,7 @@ class Files:
             "times": self.times,
             "bracket": position.bracket,
             "last": json_util.dumps(position.last, json_options=json_util.CANONICAL_JSON_OPTIONS),
-            "lengths": [_synced(self._posts), _synced(self._rejects)],
+            "lengths": [_synced(part) for part in self._parts],
             "written": self.written,
             "summary": self.summary.as_dict(),
             "complete": complete,
@@ -98,9 +89,7 @@ class Files:
 
     def finish(self) -> None:
         """Publish the files; safe to repeat after a kill."""
-        for file in (self._posts, self._rejects):
-            if file is not None:
-                file.close()
+        self.close()
         for path in (self.rejected, self.out):
             if part_of(path).exists():
                 publish(part_of(path), path)
@@ -109,21 +98,23 @@ class Files:
         self._record.unlink(missing_ok=True)
 
     def close(self) -> None:
-        for file in (self._posts, self._rejects):
-            if file is not None:
-                file.close()
+        for part in self._parts:
+            part.close()
 
     def read_choice(self) -> Choice | None:
         """Return the choice of an interrupted pull."""
         try:
-            return Choice.loads(self._choice.read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):
+            content = json.loads(self._choice.read_text(encoding="utf-8"))
+            rare, extra = frozenset(content.pop("rare")), frozenset(content.pop("extra"))
+            return Choice(**content, rare=rare, extra=extra)
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
 
     def keep_choice(self, choice: Choice) -> None:
-        write_whole(self._choice, choice.dumps())
+        content = asdict(choice) | {"rare": sorted(choice.rare), "extra": sorted(choice.extra)}
+        write_whole(self._choice, json.dumps(content, ensure_ascii=False))
 
-    def _read(self) -> tuple[int, int]:
+    def _read(self) -> list[int]:
         try:
             content = json.loads(self._record.read_text(encoding="utf-8"))
             asked: dict[str, Any] = content["asked"]
@@ -132,7 +123,7 @@ class Files:
             self.summary = Summary.of("Posts", content["summary"])
             self.written, self.complete = int(content["written"]), bool(content["complete"])
             self.times = dict(content["times"])
-            posts, rejects = map(int, content["lengths"])
+            lengths = list(map(int, content["lengths"]))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(
                 f"{self._record}: cannot be read; add --restart to begin anew"
@@ -143,7 +134,7 @@ class Files:
                 f"{self.out}: an unfinished pull with another {', '.join(other)} lies there: "
                 "repeat its options, or add --restart to begin anew"
             )
-        return posts, rejects
+        return lengths
 
 
 def _open(path: Path, length: int) -> BinaryIO:
@@ -158,9 +149,7 @@ def _open(path: Path, length: int) -> BinaryIO:
     return file
 
 
-def _synced(file: BinaryIO | None) -> int:
-    if file is None:
-        return 0
+def _synced(file: BinaryIO) -> int:
     file.flush()
     os.fsync(file.fileno())
     return file.tell()

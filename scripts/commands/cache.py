@@ -42,11 +42,8 @@ def stats(as_json: AsJson = False, config: Config = None, overrides: Overrides =
         print_json(content)
         return
     size = f"{usage.bytes / _MIB:.1f} of {usage.max_bytes / _MIB:.0f} MiB"
-    print_table(
-        "",
-        ("field", "value"),
-        [("cache", content["cache"]), ("entries", usage.entries), ("size", size)],
-    )
+    rows = [("cache", content["cache"]), ("entries", usage.entries), ("size", size)]
+    print_table("", ("field", "value"), rows)
 
 
 def prune(
@@ -59,8 +56,7 @@ def prune(
     """Delete the entries used least recently, down to a size."""
     with _store(config, overrides) as (store, settings):
         target = settings.cache.max_mb if max_mb is None else max_mb
-        gone = store.prune(target * _MIB)
-    sys.stdout.write(f"deleted {gone.entries} entries, {gone.bytes / _MIB:.1f} MiB\n")
+        _prune(store, target * _MIB)
 
 
 def clear(
@@ -73,7 +69,11 @@ def clear(
         if not yes:
             where = redact(settings.cache.url or "")
             typer.confirm(f"Delete every entry of {where}?", abort=True, err=True)
-        gone = store.prune(0)
+        _prune(store, 0)
+
+
+def _prune(store: CacheStore, max_bytes: int) -> None:
+    gone = store.prune(max_bytes)
     sys.stdout.write(f"deleted {gone.entries} entries, {gone.bytes / _MIB:.1f} MiB\n")
 
 

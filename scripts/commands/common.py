@@ -26,14 +26,15 @@ Overrides = Annotated[
     typer.Option("--set", metavar="a.b=c", help="Override one setting; may be repeated."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Ids = Annotated[list[str] | None, typer.Argument(metavar="ID…", help="IDs of posts.")]
+PostId = Annotated[str, typer.Argument(metavar="ID")]
+Priority = Annotated[
+    int, typer.Option("--priority", min=0, max=9, help="0 to 9; higher is served sooner.")
+]
 
 
 def settings_of(config: Path | None, overrides: Sequence[str] | None) -> Settings:
-    """Load the settings and set up the logs by them.
-
-    Raises:
-        ConfigError: One line that names the source, the key and the mistake.
-    """
+    """Load the settings and set up the logs by them."""
     settings = load_settings(config, overrides or ())
     configure_logs(settings.log.format, settings.log.level)
     return settings
@@ -46,14 +47,7 @@ def online_settings(
     broker: bool = False,
     store: bool = False,
 ) -> Settings:
-    """Load the settings with ``embedded://`` replaced by running services.
-
-    Args:
-        config: As of `settings_of`.
-        overrides: As of `settings_of`.
-        broker: Whether the queue is needed; a service that is not needed is not started.
-        store: Whether the database is.
-    """
+    """Load the settings with ``embedded://`` replaced by the running services it needs."""
     from deploy.embedded import resolve
 
     needed = {"redis": broker, "mongo": store}

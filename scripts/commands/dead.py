@@ -6,7 +6,6 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,7 +17,9 @@ from config.settings import Settings
 from scripts.commands.common import (
     AsJson,
     Config,
+    Ids,
     Overrides,
+    PostId,
     moment,
     online_settings,
     print_json,
@@ -43,7 +44,6 @@ Since = Annotated[
     str | None, typer.Option("--since", help="Only those since then: 30m, 2h, 7d, or a date.")
 ]
 Limit = Annotated[int, typer.Option("--limit", min=1, help="At most so many.")]
-Ids = Annotated[list[str] | None, typer.Argument(metavar="ID…", help="IDs of posts.")]
 All = Annotated[bool, typer.Option("--all", help="Every dead letter that the filters leave.")]
 
 _NO_LIMIT = 1_000_000_000
@@ -61,8 +61,9 @@ def list_letters(
     overrides: Overrides = None,
 ) -> None:
     """List dead letters, the newest first."""
+    filters = _filters(stage, type_, since)
     with _queries(config, overrides) as (queries, _):
-        jobs = _find(queries, Filters(stage, type_, since), limit)
+        jobs = queries.dead_letters(**filters, limit=limit)
     if as_json:
         print_json([letter_json(job) for job in jobs])
         return
@@ -80,7 +81,7 @@ def list_letters(
 
 
 def show(
-    post_id: Annotated[str, typer.Argument(metavar="ID")],
+    post_id: PostId,
     as_json: AsJson = False,
     config: Config = None,
     overrides: Overrides = None,
@@ -112,16 +113,13 @@ def replay(
     """Give dead letters all their attempts again and put them on the queue."""
     from king.broker.connect import publish_posts
 
+    filters = _filters(stage, type_, since)
     with _queries(config, overrides, broker=True) as (queries, settings):
-        chosen, wrong = _choose(
-            queries, "replay", ids, Filters(stage, type_, since), everything=everything
-        )
+        chosen, wrong = _choose(queries, "replay", ids, filters, everything=everything)
         messages = queries.replay(chosen)
         # The jobs are queued already: if this fails, the daemon publishes them later by itself.
         count = publish_posts(settings.broker, messages)
-    sys.stdout.write(f"replayed {count}{_rest(len(chosen) - count)}\n")
-    if wrong:
-        raise ConfigError(f"dead replay: {wrong}")
+    _tell("replay", f"replayed {count}", len(chosen) - count, wrong)
 
 
 def drop(
@@ -135,14 +133,11 @@ def drop(
     overrides: Overrides = None,
 ) -> None:
     """Delete dead letters."""
+    filters = _filters(stage, type_, since)
     with _queries(config, overrides) as (queries, _):
-        chosen, wrong = _choose(
-            queries, "drop", ids, Filters(stage, type_, since), everything=everything
-        )
+        chosen, wrong = _choose(queries, "drop", ids, filters, everything=everything)
         count = queries.drop(chosen)
-    sys.stdout.write(f"dropped {count}{_rest(len(chosen) - count)}\n")
-    if wrong:
-        raise ConfigError(f"dead drop: {wrong}")
+    _tell("drop", f"dropped {count}", len(chosen) - count, wrong)
 
 
 def letter_json(job: Job) -> dict[str, Any]:
@@ -157,10 +152,11 @@ def letter_json(job: Job) -> dict[str, Any]:
     }
 
 
-def _rest(count: int) -> str:
-    return (
-        f"; {count} left as they were (no dead letter, or a message without an ID)" if count else ""
-    )
+def _tell(verb: str, done: str, rest: int, wrong: str) -> None:
+    kept = f"; {rest} left as they were (no dead letter, or a message without an ID)"
+    sys.stdout.write(f"{done}{kept if rest else ''}\n")
+    if wrong:
+        raise ConfigError(f"dead {verb}: {wrong}")
 
 
 @contextlib.contextmanager
@@ -174,40 +170,25 @@ def _queries(
         yield queries, settings
 
 
-@dataclass(frozen=True)
-class Filters:
-    """Filters of dead letters; None leaves a side open."""
-
-    stage: str | None
-    type: str | None
-    since: str | None
-
-    @property
-    def is_set(self) -> bool:
-        return (self.stage, self.type, self.since) != (None, None, None)
-
-
-def _find(queries: PostQueries, filters: Filters, limit: int) -> list[Job]:
-    since_s = since_time(filters.since, time.time())
-    return queries.dead_letters(
-        stage=filters.stage, type=filters.type, since_s=since_s, limit=limit
-    )
+def _filters(stage: str | None, type_: str | None, since: str | None) -> dict[str, Any]:
+    return {"stage": stage, "type": type_, "since_s": since_time(since, time.time())}
 
 
 def _choose(
     queries: PostQueries,
     verb: str,
     ids: Sequence[str] | None,
-    filters: Filters,
+    filters: dict[str, Any],
     *,
     everything: bool,
 ) -> tuple[list[str], str]:
     """Return the IDs of the chosen letters, and a message about IDs that cannot be."""
+    filtered = everything or any(value is not None for value in filters.values())
     if not ids:
-        if not (filters.is_set or everything):
+        if not filtered:
             raise ConfigError(f"dead {verb}: name IDs, a filter (--stage --type --since), or --all")
-        return [job.post_id for job in _find(queries, filters, _NO_LIMIT)], ""
-    if filters.is_set or everything:
+        return [job.post_id for job in queries.dead_letters(**filters, limit=_NO_LIMIT)], ""
+    if filtered:
         raise ConfigError(f"dead {verb}: name IDs, or filters, not both")
     named = list(dict.fromkeys(ids))
     letters = queries.dead_among(named)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import sys
-from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -14,31 +13,17 @@ from scripts.commands.common import Config, Overrides, settings_of
 
 if TYPE_CHECKING:
     from config.settings import FeatureSettings
+    from fusion.bundle.bundle import Bundle
     from fusion.bundle.export import Graph
 
 
-class Format(str, Enum):
-    """Formats of the file."""
-
-    onnx = "onnx"
-    torch = "torch"
-    state_dict = "state_dict"
-    pickle = "pickle"
-
-
-class Backbone(str, Enum):
-    """Backbones that can be written."""
-
-    image = "image"
-    video = "video"
-    audio = "audio"
-    text = "text"
-    video_lstm = "video_lstm"
+Format = Literal["onnx", "torch", "state_dict", "pickle"]
+Backbone = Literal["image", "video", "audio", "text", "video_lstm"]
 
 
 def export(  # noqa: PLR0917  typer calls it by names
     out: Annotated[Path, typer.Option("--out", metavar="F", help="The file to write.")],
-    form: Annotated[Format, typer.Option("--format", help="What is written.")] = Format.onnx,
+    form: Annotated[Format, typer.Option("--format", help="What is written.")] = "onnx",
     bundle: Annotated[
         Path | None,
         typer.Option("--bundle", metavar="DIR", help="The bundle; fusion.bundle when absent."),
@@ -58,14 +43,16 @@ def export(  # noqa: PLR0917  typer calls it by names
     from rich.console import Console
 
     console = Console(stderr=True, highlight=False)
-    with console.status(f"export {backbone.value if backbone else 'fusion'} as {form.value}"):
+    with console.status(f"export {backbone or 'fusion'} as {form}"):
         from fusion.bundle.export import export as write
 
         if backbone is not None:
             graph = _backbone(backbone, settings.features, bundle)
         else:
-            graph = _fusion(bundle or settings.fusion.bundle)
-        written = write(graph, form.value, out)
+            from fusion.bundle.fusion_graph import fusion_graph
+
+            graph = fusion_graph(_load(bundle or settings.fusion.bundle))
+        written = write(graph, form, out)
     for case, difference in written.differences.items():
         sys.stdout.write(f"{difference:9.2e}  {case}\n")
     sys.stdout.write(
@@ -74,12 +61,11 @@ def export(  # noqa: PLR0917  typer calls it by names
     sys.stdout.write(f"{written.path} ({written.how}), facts in {written.sidecar}\n")
 
 
-def _fusion(folder: Path) -> Graph:
+def _load(folder: Path) -> Bundle:
     from fusion.bundle.bundle import load_bundle
-    from fusion.bundle.fusion_graph import fusion_graph
 
     try:
-        return fusion_graph(load_bundle(folder))
+        return load_bundle(folder)
     except BundleError as error:
         raise ConfigError(f"--bundle: {error}") from error
 
@@ -89,16 +75,11 @@ def _backbone(name: Backbone, features: FeatureSettings, bundle: Path | None) ->
     from fusion.bundle.extractor_graphs import backbone_graph, fingerprints
 
     if bundle is not None:
-        from fusion.bundle.bundle import load_bundle
-
-        try:
-            expected = load_bundle(bundle).manifest.fingerprints
-        except BundleError as error:
-            raise ConfigError(f"--bundle: {error}") from error
-        for stream, digest in fingerprints(name.value, features).items():
+        expected = _load(bundle).manifest.fingerprints
+        for stream, digest in fingerprints(name, features).items():
             if stream in expected and expected[stream] != digest:
                 raise ConfigError(
                     f"--bundle {bundle}: was trained with {stream} features {expected[stream]}, "
                     f"the config's extractor gives {digest}: name the config that it is served with"
                 )
-    return backbone_graph(name.value, features)
+    return backbone_graph(name, features)

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from common.errors import ConfigError
+from corpus import taxonomy
 from corpus.taxonomy import Migration, Operation
 
 MapFile = Annotated[Path, typer.Argument(metavar="MAP", help="A label map, idx2name_cls*.json.")]
@@ -34,10 +35,8 @@ def check(
     Names that differ only in case, width or spaces; tags of the data that the map lacks, or that a
     migration took away; tags with too few posts. Exit code 2 when there is one.
     """
-    from corpus.taxonomy import conflicts
-
     count = 0
-    for line in conflicts(labels, data or (), bundle, min_posts):
+    for line in taxonomy.conflicts(labels, data or (), bundle, min_posts):
         sys.stdout.write(f"{line}\n")
         count += 1
     if count:
@@ -90,9 +89,7 @@ def retire(
 
 def history(labels: MapFile) -> None:
     """The recorded changes of a label map, oldest first."""
-    from corpus.taxonomy import load
-
-    _, migrations = load(labels)
+    _, migrations = taxonomy.load(labels)
     for each in migrations:
         sys.stdout.write(f"{each.version:>4}  {_told(each)}\n")
     if not migrations:
@@ -111,12 +108,9 @@ def apply(
     ] = None,
 ) -> None:
     """Rewrite data files by the changes that they have not seen yet."""
-    from corpus import taxonomy
-    from corpus.taxonomy import load
-
     if not data:
         raise ConfigError("labels apply: name data files with --data")
-    present, migrations = load(labels, complete=True)
+    present, migrations = taxonomy.load(labels, complete=True)
     said = taxonomy.read_by_post(by_post, present, migrations)
     for file in data:
         done = taxonomy.apply(file, migrations, said)
@@ -133,11 +127,9 @@ def apply(
 
 
 def _change(labels: Path, operation: Operation, old: Sequence[str], new: Sequence[str]) -> None:
-    from corpus.taxonomy import change, load, record
-
-    present, migrations = load(labels, complete=True)
-    changed, migration = change(present, operation, old, new, len(migrations) + 1)
-    record(labels, changed, (*migrations, migration))
+    present, migrations = taxonomy.load(labels, complete=True)
+    changed, migration = taxonomy.change(present, operation, old, new, len(migrations) + 1)
+    taxonomy.record(labels, changed, (*migrations, migration))
     sys.stdout.write(f"{_told(migration)}\n")
     moved = sum(after not in (None, before) for before, after in enumerate(migration.ids))
     sys.stdout.write(

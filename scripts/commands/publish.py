@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from common.errors import ConfigError, MessageError
-from config.settings import Settings
-from scripts.commands.common import Config, Overrides, online_settings
+from scripts.commands.common import Config, Ids, Overrides, Priority, online_settings
 
 if TYPE_CHECKING:
     from king.messages import PostMessage
@@ -23,7 +22,7 @@ _NAMED = 5
 
 
 def publish(
-    ids: Annotated[list[str] | None, typer.Argument(metavar="ID…", help="IDs of posts.")] = None,
+    ids: Ids = None,
     *,
     file: Annotated[
         Path | None,
@@ -37,9 +36,7 @@ def publish(
     untagged: Annotated[
         bool, typer.Option("--untagged", help="Every post of the database without a result.")
     ] = False,
-    priority: Annotated[
-        int, typer.Option("--priority", min=0, max=9, help="0 to 9; higher is served sooner.")
-    ] = 0,
+    priority: Priority = 0,
     force: Annotated[
         bool, typer.Option("--force", help="Tag again what this bundle has tagged already.")
     ] = False,
@@ -52,6 +49,7 @@ def publish(
     """
     from king.broker.connect import publish_posts
     from king.messages import PostMessage
+    from king.store.queries import open_queries
 
     # All of them are checked before any is published.
     named = [_checked(post_id) for post_id in ids or ()]
@@ -61,8 +59,11 @@ def publish(
         raise ConfigError("publish: name IDs, --file F or --untagged")
     settings = online_settings(config, overrides, broker=True, store=untagged)
     once = _once(named)
-    with _untagged(settings, untagged) as more:
-        others = (PostMessage(post_id) for post_id in more if post_id not in once)
+    with contextlib.ExitStack() as stack:
+        others: Iterable[PostMessage] = ()
+        if untagged:
+            queries = stack.enter_context(open_queries(settings.store))
+            others = (PostMessage(i) for i in queries.untagged_ids() if i not in once)
         asked = (
             replace(each, priority=each.priority or priority, force=each.force or force)
             for each in chain(once.values(), others)
@@ -71,18 +72,11 @@ def publish(
     sys.stdout.write(f"published {count} to {settings.broker.queue}\n")
 
 
-def read_ids(file: Path) -> list[str]:
-    return [message.post_id for message in read_messages(file)]
-
-
 def read_messages(file: Path) -> list[PostMessage]:
     """Read one message a line, each as the queue would carry it; skip empty lines.
 
     A bare ID with white space or braces, which a client could publish, is refused here: a line of
     a table or of broken JSON is much likelier.
-
-    Raises:
-        ConfigError: The file cannot be read, or lines name no post: how many, which, and why.
     """
     messages: list[PostMessage] = []
     wrong: list[str] = []
@@ -132,18 +126,6 @@ def _checked(post_id: str) -> PostMessage:
         return parse_message(PostMessage(post_id).encode())
     except (MessageError, UnicodeEncodeError) as error:
         raise ConfigError(f"publish: {post_id!r:.80}: {error}") from error
-
-
-@contextlib.contextmanager
-def _untagged(settings: Settings, asked: bool) -> Iterator[Iterator[str]]:
-    """Yield IDs without a result, read from the database while they are being published."""
-    from king.store.queries import open_queries
-
-    if not asked:
-        yield iter(())
-        return
-    with open_queries(settings.store) as queries:
-        yield queries.untagged_ids()
 
 
 def _once(messages: Iterable[PostMessage]) -> dict[str, PostMessage]:

@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from common.errors import ConfigError
+from common.progress import track
 from config.settings import Settings
-from scripts.commands.common import Config, Overrides, online_settings
-from scripts.commands.publish import read_ids
-
-if TYPE_CHECKING:
-    from king.store.queries import PostQueries
-
-CURRENT = "current"
+from scripts.commands.common import Config, Overrides, Priority, online_settings
+from scripts.commands.publish import read_messages
 
 
 def retag(
@@ -47,9 +43,7 @@ def retag(
     limit: Annotated[
         int | None, typer.Option("--limit", min=1, help="At most so many posts.")
     ] = None,
-    priority: Annotated[
-        int, typer.Option("--priority", min=0, max=9, help="0 to 9; higher is served sooner.")
-    ] = 0,
+    priority: Priority = 0,
     config: Config = None,
     overrides: Overrides = None,
 ) -> None:
@@ -61,15 +55,31 @@ def retag(
         raise ConfigError("retag: --query, --file and --all exclude one another")
     if query is None and file is None and not everything and older is None:
         raise ConfigError("retag: name --query JSON, --file F, --all or --bundle-older-than V")
-    condition = _condition(query)
-    ids = read_ids(file) if file is not None else None  # priority and force are this command's
+    from corpus.pull.command import read_query
+    from king.broker.connect import publish_posts
+    from king.messages import PostMessage
+    from king.store.queries import open_queries
+
+    condition = read_query(query or "{}")
+    named = read_messages(file) if file is not None else None
     settings = online_settings(config, overrides, broker=True, store=True)
     if older is not None:
-        version = current_version(settings) if older == CURRENT else _version(older)
+        version = current_version(settings) if older == "current" else _version(older)
         path = f"{settings.store.result_path}.version"
         tagged_before = {path: {"$lt": version}}
         condition = {"$and": [condition, tagged_before]} if condition else tagged_before
-    count = _publish(settings, condition, ids, limit=limit, priority=priority)
+    with open_queries(settings.store) as queries:
+        ids: Iterator[str]
+        total = None
+        if named is not None:
+            ids = islice(queries.among((each.post_id for each in named), condition), limit)
+        else:
+            total = queries.matching(condition)
+            total = total if limit is None else min(total, limit)
+            ids = queries.matching_ids(condition, limit)
+        # Priority and force are this command's, not those of the file.
+        messages = (PostMessage(post_id, priority=priority, force=True) for post_id in ids)
+        count = publish_posts(settings.broker, track(messages, "posts", total))
     sys.stdout.write(f"retagging {count} posts through {settings.broker.queue}\n")
 
 
@@ -83,11 +93,7 @@ def _version(text: str) -> str:
 
 
 def current_version(settings: Settings) -> str:
-    """Return the version of the bundle in ``fusion.bundle``; read nothing else.
-
-    Raises:
-        ConfigError: There is no bundle.
-    """
+    """Return the version of the bundle in ``fusion.bundle``; read nothing else."""
     import yaml
 
     file = settings.fusion.bundle / "bundle.yaml"
@@ -100,46 +106,3 @@ def current_version(settings: Settings) -> str:
     if not isinstance(version, str):
         raise ConfigError(f"fusion.bundle: {file} names no version")
     return version
-
-
-def _condition(query: str | None) -> dict[str, Any]:
-    if query is None:
-        return {}
-    from corpus.pull.command import read_query
-
-    return read_query(query)
-
-
-def _publish(
-    settings: Settings,
-    condition: dict[str, Any],
-    ids: Iterable[str] | None,
-    *,
-    limit: int | None,
-    priority: int,
-) -> int:
-    from king.broker.connect import publish_posts
-    from king.messages import PostMessage
-    from king.store.queries import open_queries
-
-    with open_queries(settings.store) as queries:
-        chosen, total = _chosen(queries, condition, ids, limit)
-        messages = (PostMessage(post_id, priority=priority, force=True) for post_id in chosen)
-        return publish_posts(settings.broker, _shown(messages, total))
-
-
-def _chosen(
-    queries: PostQueries, condition: dict[str, Any], ids: Iterable[str] | None, limit: int | None
-) -> tuple[Iterator[str], int | None]:
-    """Return an iterator of post IDs, and their number where it is known."""
-    if ids is not None:
-        return islice(queries.among(ids, condition), limit), None
-    total = queries.matching(condition)
-    return queries.matching_ids(condition, limit), min(total, limit) if limit else total
-
-
-def _shown(messages: Iterator[Any], total: int | None) -> Iterator[Any]:
-    """Show a progress bar on standard error."""
-    from common.progress import track
-
-    yield from track(messages, "posts", total)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from common.errors import ConfigError
 from scripts.commands.common import (
     AsJson,
     Config,
     Overrides,
+    PostId,
     ago,
     moment,
     online_settings,
@@ -22,7 +21,7 @@ from scripts.commands.common import (
 
 
 def show(
-    post_id: Annotated[str, typer.Argument(metavar="ID")],
+    post_id: PostId,
     as_json: AsJson = False,
     config: Config = None,
     overrides: Overrides = None,

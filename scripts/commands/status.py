@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import psutil
@@ -51,51 +52,47 @@ def collect(asked: Settings, settings: Settings) -> dict[str, Any]:
     Args:
         asked: As configured; tells whether the services are embedded ones.
         settings: With the URLs of running embedded services.
-
-    Raises:
-        ConfigError: ``broker.url`` or ``store.url`` cannot be used, now or later.
     """
-    content: dict[str, Any] = {
+    services = embedded.status(asked) if embedded.wanted(asked) else None
+    return {
         "queue": _queue(settings.broker),
         "store": _store(settings.store),
         "king": _king(settings),
-        "services": None,
+        "services": services and [view_json(view) for view in services],
     }
-    if embedded.wanted(asked):
-        content["services"] = [view_json(view) for view in embedded.status(asked)]
-    return content
 
 
 def _queue(settings: BrokerSettings) -> dict[str, Any]:
     from king.broker.connect import queue_depth
 
-    content: dict[str, Any] = {"url": redact(settings.url), "name": settings.queue}
-    if settings.url.startswith(embedded.SCHEME):
-        return {**content, "depth": None, "error": _DOWN}
     timeout_s = min(settings.socket_timeout_s, _TIMEOUT_S)
     quick = settings.model_copy(update={"socket_timeout_s": timeout_s})
-    try:
-        return {**content, "depth": queue_depth(quick), "error": None}
-    except ConfigError:
-        raise
-    except TaggingError as error:
-        return {**content, "depth": None, "error": str(error)}
+    about = {"url": redact(settings.url), "name": settings.queue}
+    return {**about, **_answer("depth", settings.url, lambda: queue_depth(quick))}
 
 
 def _store(settings: StoreSettings) -> dict[str, Any]:
     from king.store.queries import open_queries
 
-    content: dict[str, Any] = {"url": redact(settings.url), "database": settings.database}
-    if settings.url.startswith(embedded.SCHEME):
-        return {**content, "counts": None, "error": _DOWN}
-    quick = settings.model_copy(update={"timeout_s": min(settings.timeout_s, _TIMEOUT_S)})
-    try:
+    def counts() -> dict[str, Any]:
+        quick = settings.model_copy(update={"timeout_s": min(settings.timeout_s, _TIMEOUT_S)})
         with open_queries(quick) as queries:
-            return {**content, "counts": queries.counts(), "error": None}
+            return dict(queries.counts())
+
+    about = {"url": redact(settings.url), "database": settings.database}
+    return {**about, **_answer("counts", settings.url, counts)}
+
+
+def _answer(name: str, url: str, question: Callable[[], Any]) -> dict[str, Any]:
+    """Return the answer of a service under its name, or the reason why there is none."""
+    if url.startswith(embedded.SCHEME):
+        return {name: None, "error": _DOWN}
+    try:
+        return {name: question(), "error": None}
     except ConfigError:
         raise
     except TaggingError as error:
-        return {**content, "counts": None, "error": str(error)}
+        return {name: None, "error": str(error)}
 
 
 def _king(settings: Settings) -> dict[str, Any] | None:

@@ -52,11 +52,7 @@ class CommandLine:
 
 
 def run(line: CommandLine) -> None:
-    """Make the posts.
-
-    Raises:
-        ConfigError: The folder cannot be written.
-    """
+    """Make the posts."""
     from common.progress import track
 
     plans = plan_posts(line.posts, line.seed, line.split, noise=line.noise, missing=line.missing)

@@ -25,8 +25,7 @@ class CollectionSink:
     Args:
         settings: Database and collection.
         insert: Create documents for posts that have none.
-        skip_bundle: Name and version of a bundle: posts that it has tagged are not tagged again;
-            None tags all.
+        skip_bundle: Name and version of the bundle whose posts are not tagged again.
     """
 
     def __init__(
@@ -37,12 +36,7 @@ class CollectionSink:
         self._insert, self._skip_bundle = insert, skip_bundle
 
     def open(self, input_ids: Callable[[], Counter[str]]) -> None:
-        """Reach the database.
-
-        Raises:
-            StoreUnavailable: It cannot be reached.
-            ConfigError: It refuses the user or the password.
-        """
+        """Reach the database."""
         self._store.connect()
 
     def written(self, post_ids: Sequence[str]) -> Sequence[Earlier | None]:
@@ -63,9 +57,6 @@ class CollectionSink:
         """Write results; return those whose post does not exist or that were refused.
 
         Where a post occurs several times among them, the last one is written.
-
-        Raises:
-            StoreUnavailable: The database cannot be reached.
         """
         if not results:
             return ()
@@ -85,11 +76,7 @@ class CollectionSink:
 
 
 def store_of(url: str, settings: CollectionSettings) -> StoreSettings:
-    """Return the database that ``mongodb://HOST/database.collection`` names.
-
-    Raises:
-        ConfigError: The URL names no collection.
-    """
+    """Return the database that ``mongodb://HOST/database.collection`` names."""
     named = collection_of(url)
     if named is None:
         raise ConfigError("output: the URL must end in /database.collection")

@@ -26,11 +26,7 @@ from fusion.infer.outputs import CsvTable, FileSink, JsonLines, Sink, StreamSink
 
 
 def run(settings: InferSettings | Settings, options: InferOptions) -> None:
-    """Infer, and say what came out.
-
-    Raises:
-        TaggingError: One line that names what is wrong.
-    """
+    """Infer, and say what came out."""
     plan = run_settings(settings)
     with (
         _best_model(settings, options.best_model) as chosen,
@@ -97,15 +93,9 @@ def _target(plan: RunSettings) -> tuple[str, Path | None]:
 def _sink(
     form: str, plan: RunSettings, bundle: BundleInfo, options: InferOptions, *, reuse: bool
 ) -> Sink:
-    """Return the output.
+    """Return the output; `reuse` takes over posts of an output that is whole.
 
-    Args:
-        form: ``jsonl``, ``csv`` or ``mongodb``.
-        plan: Names the output.
-        bundle: The bundle that makes the tags.
-        options: Those of the command.
-        reuse: Take over posts of an output that is whole. Of raw media everything is computed
-            again: media that failed may be readable now.
+    Of raw media everything is computed again: media that failed may be readable now.
     """
     if form == "mongodb":
         from scripts.inference.collection import CollectionSink, store_of

@@ -9,13 +9,12 @@ the section `monitor` of the settings, and options override them.
 
 from __future__ import annotations
 
-import signal
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -27,16 +26,21 @@ from common.logs import configure_logs
 from common.times import since_time
 from config.load import load_settings
 from config.settings import MonitorSettings, Settings, Threshold
+from corpus.runs import Stopper
 from scripts.commands.common import print_json
 from scripts.mongo_supervisor import report
-from scripts.mongo_supervisor.checks import EXIT_CODES, Check, judge, worst
+from scripts.mongo_supervisor.checks import EXIT_CODES, judge, worst
 from scripts.mongo_supervisor.snapshot import look
 
 # How late a signal is noticed between two looks.
 _STEP_S = 0.1
-_UNKNOWN = EXIT_CODES["unknown"]
 NAMES = tuple(n for n, f in MonitorSettings.model_fields.items() if f.annotation is Threshold)
 _NAMES = ", ".join(NAMES)
+
+
+def _limit_option(name: str, state: str) -> Any:
+    about = f"from which value on a check is {state}; NAME: {_NAMES}"
+    return typer.Option(name, metavar="NAME=VALUE", default_factory=list, help=about)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,24 +49,8 @@ class CommandLine:
 
     config: ConfigFile = None
     overrides: Overrides
-    warning: Annotated[
-        list[str],
-        typer.Option(
-            "--warning",
-            metavar="NAME=VALUE",
-            default_factory=list,
-            help=f"from which value on a check is a warning; NAME: {_NAMES}",
-        ),
-    ]
-    critical: Annotated[
-        list[str],
-        typer.Option(
-            "--critical",
-            metavar="NAME=VALUE",
-            default_factory=list,
-            help=f"from which value on a check is critical; NAME: {_NAMES}",
-        ),
-    ]
+    warning: Annotated[list[str], _limit_option("--warning", "a warning")]
+    critical: Annotated[list[str], _limit_option("--critical", "critical")]
     older_than: Annotated[
         str | None,
         typer.Option("--older-than", metavar="T", help="untagged posts of this age: 15m, 2h, 0s"),
@@ -92,11 +80,7 @@ class CommandLine:
 
 
 def parse(arguments: Sequence[str] | None = None) -> CommandLine:
-    """Read the command line.
-
-    Raises:
-        ConfigError: One line that names the option and the mistake.
-    """
+    """Read the command line."""
     options = read_options(CommandLine, "check.py", arguments, about=__doc__)
     if options.watch is not None and (options.requeue or not options.watch > 0):
         raise ConfigError("--watch takes seconds above 0, and goes without --requeue")
@@ -104,11 +88,7 @@ def parse(arguments: Sequence[str] | None = None) -> CommandLine:
 
 
 def settings_of(options: CommandLine) -> Settings:
-    """Load the settings, with the options over them.
-
-    Raises:
-        ConfigError: One line that names the source, the key and the mistake.
-    """
+    """Load the settings, with the options over them."""
     overrides = list(options.overrides)
     for level in ("warning", "critical"):
         for text in getattr(options, level):
@@ -127,19 +107,15 @@ def settings_of(options: CommandLine) -> Settings:
 def _seconds(text: str) -> float:
     try:
         since_s = since_time(text, 0.0)
-    except ConfigError as error:
-        raise ConfigError(f"{text}: write a time as 90s, 15m, 2h or 7d") from error
-    if since_s is None or since_s > 0:
+    except ConfigError:
+        since_s = None
+    if since_s is None or since_s > 0:  # a date lies after the time 0, too
         raise ConfigError(f"{text}: write a time as 90s, 15m, 2h or 7d")
     return abs(since_s)
 
 
 def requeue(settings: Settings) -> int:
-    """Publish every untagged post without a job, and return their number.
-
-    Raises:
-        TaggingError: The database or the broker stopped answering; doing it again is harmless.
-    """
+    """Publish every untagged post without a job, and return their number; repeat it freely."""
     from deploy import embedded
     from king.broker.connect import publish_posts
     from king.messages import PostMessage
@@ -158,49 +134,36 @@ def once(settings: Settings, *, as_json: bool, again: bool) -> int:
     checks = judge(look(settings), settings.monitor)
     code = EXIT_CODES[worst(checks)]
     requeued: int | None = None
-    failure: str | None = None
     if again:
         try:
             requeued = requeue(settings)
         except TaggingError as error:
-            failure, code = str(error), EXIT_CODES["critical"]
+            sys.stderr.write(f"check.py: not requeued: {error}\n")
+            code = EXIT_CODES["critical"]
     if as_json:
         print_json(report.as_json(checks, requeued))
-    else:
-        report.show(checks)
-        if requeued is not None:
-            sys.stdout.write(f"requeued {requeued} posts to {settings.broker.queue}\n")
-    if failure is not None:
-        sys.stderr.write(f"check.py: not requeued: {failure}\n")
+        return code
+    report.show(checks)
+    if requeued is not None:
+        sys.stdout.write(f"requeued {requeued} posts to {settings.broker.queue}\n")
     return code
 
 
 def watch(settings: Settings, every_s: float, *, as_json: bool) -> int:
     """Look every few seconds until SIGTERM or Ctrl-C, and return the exit code."""
-    stopping = False
-
-    def stop(*_: object) -> None:
-        nonlocal stopping
-        stopping = True
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop)
-    while not stopping:
-        due = time.monotonic() + every_s
-        checks = judge(look(settings), settings.monitor)
-        _say(checks, as_json)
-        while not stopping and (left_s := due - time.monotonic()) > 0:
-            time.sleep(min(left_s, _STEP_S))
+    with Stopper() as stopper:
+        while not stopper.asked:
+            due = time.monotonic() + every_s
+            checks = judge(look(settings), settings.monitor)
+            if as_json:
+                report.write_json_line(checks)
+            elif sys.stdout.isatty():
+                report.show(checks, redraw=True)
+            else:
+                report.log_look(checks)
+            while not stopper.asked and (left_s := due - time.monotonic()) > 0:
+                time.sleep(min(left_s, _STEP_S))
     return 0
-
-
-def _say(checks: Sequence[Check], as_json: bool) -> None:
-    if as_json:
-        report.write_json_line(checks)
-    elif sys.stdout.isatty():
-        report.show(checks, redraw=True)
-    else:
-        report.log_look(checks)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -214,7 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return once(settings, as_json=options.json, again=options.requeue)
     except ConfigError as error:
         sys.stdout.write(f"UNKNOWN: {error}\n")
-        return _UNKNOWN
+        return EXIT_CODES["unknown"]
 
 
 if __name__ == "__main__":

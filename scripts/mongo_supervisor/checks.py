@@ -20,12 +20,7 @@ _NO_LIMITS = Threshold()
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the table.
-
-    Attributes:
-        value: Number that the thresholds apply to; None when there is nothing to judge.
-        text: The value with its circumstances, for people.
-    """
+    """One line of the table; no `value` where there is nothing to hold against the thresholds."""
 
     name: str
     state: State

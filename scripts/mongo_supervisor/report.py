@@ -22,7 +22,7 @@ log = structlog.get_logger()
 def summary(checks: Sequence[Check]) -> str:
     """Return the worst state and every check that is not ok: ``WARNING: backlog: 120 untagged``."""
     state = worst(checks)
-    odd = [f"{check.name}: {_line(check.text)}" for check in checks if check.state != "ok"]
+    odd = [f"{c.name}: " + " ".join(c.text.split())[:_SHORT] for c in checks if c.state != "ok"]
     told = "; ".join(odd) if odd else f"{len(checks)} checks"
     return f"{state.upper()}: {told}"
 
@@ -86,7 +86,6 @@ def as_json(checks: Sequence[Check], requeued: int | None = None) -> dict[str, A
 
 
 def write_json_line(checks: Sequence[Check]) -> None:
-    """Print one line of JSON."""
     sys.stdout.write(json.dumps(as_json(checks), ensure_ascii=False) + "\n")
     sys.stdout.flush()
 
@@ -101,8 +100,3 @@ def log_look(checks: Sequence[Check]) -> None:
 
 def _limit(value: float | None) -> str:
     return "" if value is None else f"{value:g}"
-
-
-def _line(text: str) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= _SHORT else line[: _SHORT - 3] + "..."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -47,11 +48,7 @@ class Backlog:
 
 @dataclass(frozen=True)
 class Results:
-    """Results within the recent window.
-
-    Attributes:
-        last_tag_s: Seconds since the last post was tagged; None when none ever was.
-    """
+    """Results within the recent window, and the seconds since the last tag of all."""
 
     tagged: int
     failed: int
@@ -69,12 +66,7 @@ class Jobs:
 
 @dataclass(frozen=True)
 class Replicas:
-    """A replica set.
-
-    Attributes:
-        states: Member -> ``PRIMARY``, ``SECONDARY`` and so on; empty without the right to ask.
-        lag_s: Member -> seconds behind the primary.
-    """
+    """A replica set: member -> state, empty without the right to ask; member -> lag."""
 
     name: str
     states: Mapping[str, str] = field(default_factory=dict)
@@ -117,23 +109,21 @@ def look(asked: Settings) -> Snapshot:
 
     depth = ask("queue_depth", lambda: _queue_depth(settings))
     timeout_s = min(settings.store.timeout_s, limits.timeout_s)
-    quick = settings.store.model_copy(update={"timeout_s": timeout_s})
-    client = StoreClient(quick)
+    client = StoreClient(settings.store.model_copy(update={"timeout_s": timeout_s}))
     database = Database(client, limits)
-    try:
+    with contextlib.closing(client):
         latency_s = ask("latency_s", database.latency_s)
-        reached = latency_s is not None
+        if latency_s is None:
+            return Snapshot(None, None, None, None, None, depth, errors)
         return Snapshot(
             latency_s=latency_s,
-            replicas=ask("replicas", database.replicas) if reached else None,
-            backlog=ask("backlog", database.backlog) if reached else None,
-            results=ask("results", database.results) if reached else None,
-            jobs=ask("jobs", database.open_and_dead) if reached else None,
+            replicas=ask("replicas", database.replicas),
+            backlog=ask("backlog", database.backlog),
+            results=ask("results", database.results),
+            jobs=ask("jobs", database.open_and_dead),
             queue_depth=depth,
             errors=errors,
         )
-    finally:
-        client.close()
 
 
 def _queue_depth(settings: Settings) -> int:

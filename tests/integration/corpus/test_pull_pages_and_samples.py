@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from common.post import Post
 from config.settings import StoreSettings
 from corpus.pull.command import Options, query_of
 from corpus.pull.pages import Pages, Position
-from corpus.pull.posts import Choice, Smallest, hash_of, rare_tags, sample
+from corpus.pull.posts import Choice, LeftOut, hash_of, rare_tags, sample
 from corpus.pull.progress import Files
 from fusion.data.data_file import CorpusPost
 
@@ -66,7 +67,7 @@ def test_pages_hold_every_document_once(
 )
 def test_values_that_are_none_are_the_askers_mistake(tmp_path: Path, value: str) -> None:
     """Extended JSON whose values cannot be made is refused in a line, whatever reading raises."""
-    options = Options(StoreSettings(), tmp_path / "p.jsonl", query=f'{{"a": {value}}}')
+    options = Options(out=tmp_path / "p.jsonl", query=f'{{"a": {value}}}', overrides=[])
     with pytest.raises(ConfigError, match=r"--query: not JSON: .+"):
         query_of(options)
 
@@ -81,23 +82,16 @@ def tagged(count: int) -> list[CorpusPost]:
     return posts
 
 
-@pytest.mark.parametrize("count", [1, 10, 70_000, 200_000])
-def test_smallest_are_those_of_a_sorted_list(count: int) -> None:
-    """Against sorting all of them, over the size at which they are thinned out."""
-    chance = random.Random(count)
-    values = [chance.getrandbits(64) for _ in range(150_000)]
-    smallest = Smallest(count)
-    for value in values:
-        smallest.add(value)
-    assert smallest.sorted() == sorted(values)[:count]
-
-
 @pytest.mark.parametrize(("count", "minimum"), [(50, 0), (200, 10), (20, 10), (5000, 3)])
-def test_sample_is_that_of_the_definition(count: int, minimum: int) -> None:
+def test_sample_is_that_of_the_definition(count: int, minimum: int, tmp_path: Path) -> None:
     """The smallest hashes of each tag, then the smallest of all, until there are enough."""
     posts = tagged(1000)
     choice = sample(iter(posts), Choice(seed=5), count, minimum)
-    taken = {p.post.post_id for p in posts if choice.sampled(p.post.post_id)}
+    taken = set()
+    for post in posts:
+        with suppress(LeftOut):
+            choice.check_sampled(post.post.post_id)
+            taken.add(post.post.post_id)
 
     order = sorted(posts, key=lambda p: hash_of(p.post.post_id, 5))
     expected: set[str] = set()
@@ -108,7 +102,8 @@ def test_sample_is_that_of_the_definition(count: int, minimum: int) -> None:
         if len(expected) < count:
             expected.add(post.post.post_id)
     assert taken == expected
-    assert Choice.loads(choice.dumps()) == choice
+    Files(tmp_path / "p.jsonl", {}).keep_choice(choice)
+    assert Files(tmp_path / "p.jsonl", {}).read_choice() == choice
 
 
 def test_rare_tags_are_those_below_the_minimum() -> None:
@@ -120,11 +115,12 @@ def test_rare_tags_are_those_below_the_minimum() -> None:
     assert choice.rare == {name for name, count in counts.items() if count < minimum}
     assert "t3" not in choice.rare
     post = choice.without_rare(CorpusPost(Post("a", labels=("often", *choice.rare))))
-    assert isinstance(post, CorpusPost)
     assert post.post.labels == ("often",)
     rare = CorpusPost(Post("a", labels=tuple(choice.rare)))
-    assert choice.without_rare(rare) == "only tags of too few posts"
-    assert choice.without_rare(CorpusPost(Post("a"))) == "no tags"
+    with pytest.raises(LeftOut, match="only tags of too few posts"):
+        choice.without_rare(rare)
+    with pytest.raises(LeftOut, match="no tags"):
+        choice.without_rare(CorpusPost(Post("a")))
     assert Choice().without_rare(rare) is rare
 
 

@@ -9,7 +9,6 @@ import pytest
 from common.errors import ConfigError
 from common.files import file_digest
 from corpus.download.hosts import DEAD_AFTER, Hosts, Try, host_of
-from corpus.download.run import Rate
 from corpus.download.state import State
 from corpus.download.transfer import classify, incoming_folder, left_over
 from corpus.download.values import Ask, UrlResult, key_of
@@ -58,6 +57,7 @@ def test_waits_end_in_time() -> None:
     hosts.add(second)
     assert hosts.take(0.0) is first
     hosts.pause("a", 10.0)
+    hosts.pause("a", 3.0)  # the later end counts
     hosts.done("a")
     hosts.again(first, 5.0)
     hosts.add(third)
@@ -69,20 +69,6 @@ def test_waits_end_in_time() -> None:
     hosts.again(first, 20.0)
     assert (take_all(hosts, 19.9), hosts.next_at(), hosts.size) == ([], 20.0, 1)
     assert take_all(hosts, 20.0) == ["a0"]
-
-
-def test_longer_rest_holds() -> None:
-    """Two answers that ask for rest: the later end counts."""
-    hosts = Hosts(per_host=2)
-    for item in items("a", 3):
-        hosts.add(item)
-    assert take_all(hosts) == ["a0", "a1"]
-    hosts.pause("a", 10.0)
-    hosts.pause("a", 30.0)
-    hosts.done("a")
-    hosts.done("a")
-    assert take_all(hosts, 11.0) == []
-    assert take_all(hosts, 30.0) == ["a2"]
 
 
 def test_host_that_is_never_reached_is_given_up() -> None:
@@ -195,12 +181,3 @@ def test_what_a_kill_left_is_taken_or_deleted(tmp_path: Path) -> None:
         (key, f"{key}-{sha256}", "ok")
     ]
     assert [path.name for path in folder.iterdir()] == [f"{key}-{sha256}"]
-
-
-def test_rate_is_that_of_the_last_seconds() -> None:
-    rate = Rate()
-    assert rate.of(0.0, 0, 0) == (0.0, 0.0)
-    for second in range(1, 101):
-        files_hz, bytes_hz = rate.of(float(second), 10.0 * max(0, second - 50), 0.0)
-    assert files_hz == pytest.approx(10.0)
-    assert bytes_hz == 0.0

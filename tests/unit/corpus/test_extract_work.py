@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,6 @@ import pytest
 from common.errors import ConfigError
 from common.post import Failure, Modality
 from config.settings import Settings
-from corpus.extract.on_ray import PartFolder, read_part, tries
 from corpus.extract.options import parse
 from corpus.extract.run import FailureFile
 from corpus.extract.work import FailedPart, Inputs, Result, Work
@@ -133,15 +131,6 @@ def test_a_manifest_tells_why_media_are_not_there(tmp_path: Path) -> None:
         list(Inputs(path, Settings(), AUDIO, manifest=manifest))
 
 
-def test_values_cross_machines_unchanged(tmp_path: Path) -> None:
-    """Work and results are the same after their way as JSON, line breaks and all."""
-    work = one(tmp_path, TEXT, text="two\nlines\u2028 猫", ocr="x", images=["a.jpg", "/../b.jpg"])
-    assert Work.of_json(work.as_json()) == work
-    part = FailedPart("p", "image", Failure("fetch", "FetchRefused", "gone", retryable=True))
-    result = Result(3, "p", "done", {"image": "failed"}, (part,), "n1")
-    assert Result.of_json(result.as_json()) == result
-
-
 def test_failures_are_listed_in_the_order_of_the_input(tmp_path: Path) -> None:
     """However they come; an exception leaves the file of the last run."""
     path = tmp_path / "failures.jsonl"
@@ -170,39 +159,6 @@ def _interrupted(path: Path, part: FailedPart) -> None:
     with FailureFile(path) as failures:
         failures.add(0, [part])
         raise KeyboardInterrupt
-
-
-def test_part_folders_of_dead_runs_go_and_those_of_living_ones_stay(tmp_path: Path) -> None:
-    """The lock tells them apart; tries are counted over processes."""
-    root = tmp_path / "features"
-    work = [Work(i, one(tmp_path).post, {"image": "d"}) for i in range(40)]
-    living = PartFolder(root)
-    dead = root / ".extract-dead"
-    dead.mkdir()
-    paths = living.write(work)
-    assert [len(read_part(path)) for path in paths] == [16, 16, 8]
-    assert [w for path in paths for w in read_part(path)] == work
-    assert [tries(living.folder, "a"), tries(living.folder, "a"), tries(living.folder, "b")] == [
-        1,
-        2,
-        1,
-    ]
-    other = PartFolder(root)
-    assert not dead.exists()
-    assert living.folder.exists()
-    for folder in (living, other):
-        folder.close()
-    assert list(root.iterdir()) == []
-
-
-def test_part_folder_that_was_never_finished_goes_later(tmp_path: Path) -> None:
-    """A kill between making and locking leaves one; a young one may still be in the making."""
-    left, young = tmp_path / ".making-left", tmp_path / ".making-young"
-    for folder in (left, young):
-        folder.mkdir()
-    os.utime(left, (1, 1))
-    PartFolder(tmp_path).close()
-    assert list(tmp_path.iterdir()) == [young]
 
 
 def test_the_command_decides_on_processes(tmp_path: Path) -> None:

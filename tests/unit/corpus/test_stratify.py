@@ -68,7 +68,7 @@ def _error(rows: GroupTags, side: np.ndarray, shares: tuple[float, ...]) -> floa
     return total
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(4))
 def test_small_cases_come_near_the_best_of_all(seed: int) -> None:
     """Against every possible dealing of nine groups: close to the best, far from the mean."""
     random = np.random.default_rng(seed)
@@ -83,10 +83,9 @@ def test_small_cases_come_near_the_best_of_all(seed: int) -> None:
     assert found <= np.quantile(errors, 0.1)
 
 
-@pytest.mark.parametrize("classes", [24, 200])
-def test_frequent_tags_are_dealt_evenly(classes: int) -> None:
+def test_frequent_tags_are_dealt_evenly() -> None:
     """Long-tailed tags, groups of all sizes: under 10% off for tags with 50 posts or more."""
-    random = np.random.default_rng(classes)
+    classes, random = 24, np.random.default_rng(24)
     chance = 1 / np.arange(1, classes + 1)
     chance /= chance.sum()
     tags = [
@@ -131,8 +130,8 @@ def test_what_the_sides_hold_counts() -> None:
     assert settled.posts.tolist() == [21, 9]
 
 
-@given(st.integers(0, 5))
-@settings(max_examples=6, deadline=None)
-def test_the_seed_fixes_the_split(seed: int) -> None:
-    rows = _rows(list(range(60)), [[i % 5, 5 + i % 2] for i in range(60)], 7)
-    assert (stratify(rows, (0.7, 0.3), seed) == stratify(rows, (0.7, 0.3), seed)).all()
+def test_the_seed_fixes_the_split() -> None:
+    rows = _rows(list(range(30)), [[i % 5, 5 + i % 2] for i in range(30)], 7)
+    first, again, other = (stratify(rows, (0.7, 0.3), seed) for seed in (3, 3, 4))
+    assert (first == again).all()
+    assert (first != other).any()
