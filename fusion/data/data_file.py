@@ -130,7 +130,7 @@ def objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         if isinstance(entry.value, ConfigError):
             raise entry.value
         if not isinstance(entry.value, dict):
-            raise ConfigError(f"{entry.where}: must be an object, got {_shown(entry.value)}")
+            raise ConfigError(f"{entry.where}: must be an object: got {_shown(entry.value)}")
         yield entry.where, entry.value
 
 
@@ -296,7 +296,7 @@ def post_id_of(value: Any, where: str) -> str:
     post_id = value.get("post_id") if isinstance(value, dict) else None
     if not isinstance(post_id, str) or not post_id:
         actual = value if not isinstance(value, dict) else value.get("post_id", "none")
-        raise ConfigError(f"{where}: must have a post_id, a text; got {_shown(actual)}")
+        raise ConfigError(f"{where}: must have a post_id, a text: got {_shown(actual)}")
     if post_id != clean(post_id) or "\0" in post_id:
         raise ConfigError(f"{where}: post_id holds what UTF-8 or a file name cannot: {post_id!r}")
     return post_id
@@ -305,7 +305,7 @@ def post_id_of(value: Any, where: str) -> str:
 def _text(value: Mapping[str, Any], key: str, where: str) -> str | None:
     text = value.get(key)
     if text is not None and not isinstance(text, str):
-        raise ConfigError(f"{where}: {key} must be a text, got {_shown(text)}")
+        raise ConfigError(f"{where}: {key} must be a text: got {_shown(text)}")
     return None if text is None else clean(text)
 
 
@@ -314,7 +314,7 @@ def _texts(value: Mapping[str, Any], key: str, where: str) -> tuple[str, ...]:
     if texts is None:
         return ()
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise ConfigError(f"{where}: {key} must be a list of texts, got {_shown(texts)}")
+        raise ConfigError(f"{where}: {key} must be a list of texts: got {_shown(texts)}")
     return tuple(map(clean, texts))
 
 

@@ -28,8 +28,15 @@ from config.load import load_settings
 from config.settings import MonitorSettings, Settings, Threshold
 from corpus.runs import Stopper
 from scripts.commands.common import print_json
-from scripts.mongo_supervisor import report
-from scripts.mongo_supervisor.checks import EXIT_CODES, judge, worst
+from scripts.mongo_supervisor.checks import (
+    EXIT_CODES,
+    as_dict,
+    judge,
+    log_look,
+    show,
+    worst,
+    write_json_line,
+)
 from scripts.mongo_supervisor.snapshot import look
 
 # How late a signal is noticed between two looks.
@@ -141,9 +148,9 @@ def once(settings: Settings, *, as_json: bool, again: bool) -> int:
             sys.stderr.write(f"check.py: not requeued: {error}\n")
             code = EXIT_CODES["critical"]
     if as_json:
-        print_json(report.as_json(checks, requeued))
+        print_json(as_dict(checks, requeued))
         return code
-    report.show(checks)
+    show(checks)
     if requeued is not None:
         sys.stdout.write(f"requeued {requeued} posts to {settings.broker.queue}\n")
     return code
@@ -156,11 +163,11 @@ def watch(settings: Settings, every_s: float, *, as_json: bool) -> int:
             due = time.monotonic() + every_s
             checks = judge(look(settings), settings.monitor)
             if as_json:
-                report.write_json_line(checks)
+                write_json_line(checks)
             elif sys.stdout.isatty():
-                report.show(checks, redraw=True)
+                show(checks, redraw=True)
             else:
-                report.log_look(checks)
+                log_look(checks)
             while not stopper.asked and (left_s := due - time.monotonic()) > 0:
                 time.sleep(min(left_s, _STEP_S))
     return 0

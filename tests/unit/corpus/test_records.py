@@ -59,9 +59,9 @@ def test_line_is_read_and_written_alike(tmp_path: Path) -> None:
     [
         (b"{", "not JSON: ", None),
         (b"[" * 100_000, "not JSON: nested too deeply", None),
-        (b"[1]", "must have a post_id, a text; got [1]", None),
+        (b"[1]", "must have a post_id, a text: got [1]", None),
         (b"{}", "must have a post_id, a text", None),
-        (b'{"post_id": 3}', "must have a post_id, a text; got 3", None),
+        (b'{"post_id": 3}', "must have a post_id, a text: got 3", None),
         (b'{"post_id": ""}', "must have a post_id, a text", None),
         (b'{"post_id": "\\ud800"}', "post_id holds what UTF-8 or a file name cannot", None),
         (b'{"post_id": "a", "text": 3}', "text must be a text", "a"),
@@ -106,7 +106,7 @@ def test_data_file_is_read_by_the_same_reader(tmp_path: Path) -> None:
     file.write_text(text, encoding="utf-8-sig")
     good, bad = read_posts(file)
     assert good == CorpusPost(Post("a", text="?"), features="f/a", line=1)
-    assert bad == BadLine(2, "must have a post_id, a text; got 5")
+    assert bad == BadLine(2, "must have a post_id, a text: got 5")
     assert isinstance(good, CorpusPost)
     assert json.loads(post_line(good))["features"] == "f/a"
 

@@ -11,8 +11,14 @@ from bson import ObjectId
 
 from common.times import moment_of
 from config.settings import MonitorSettings, Threshold
-from scripts.mongo_supervisor.checks import EXIT_CODES, judge, worst
-from scripts.mongo_supervisor.report import as_json, plugin_line, summary
+from scripts.mongo_supervisor.checks import (
+    EXIT_CODES,
+    as_dict,
+    judge,
+    plugin_line,
+    summary,
+    worst,
+)
 from scripts.mongo_supervisor.snapshot import (
     Backlog,
     Jobs,
@@ -105,7 +111,7 @@ def test_each_fact_has_its_state(seen: Snapshot, state: str, told: str) -> None:
     assert summary(checks).startswith(f"{state.upper()}: ")
     assert told in summary(checks)
     assert "\n" not in plugin_line(checks)
-    json.dumps(as_json(checks))
+    json.dumps(as_dict(checks))
 
 
 def test_exit_codes_are_those_of_monitoring_plugins() -> None:
