@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 import sys
@@ -16,6 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from common.cli import Overrides, exit_code, read_options
+from common.files import write_whole
 from common.logs import configure_logs
 from config.labels import LabelMap
 from config.load import load_settings
@@ -125,7 +127,7 @@ def _conclude(
     seconds: float,
     started: float,
 ) -> int:
-    from demo.evaluate import evaluate, show_posts, show_summary, write_report
+    from demo.evaluate import evaluate, show_posts, show_summary
     from demo.training import LABELS
     from fusion.data.data_file import read_whole_posts
 
@@ -141,7 +143,7 @@ def _conclude(
         "seconds": round(time.monotonic() - started, 3),
     }
     show_posts(posts, results)
-    write_report(layout.report, content)
+    write_whole(layout.report, json.dumps(content, indent=2))
     places = {
         "report": layout.report,
         "posts and media": layout.root / "posts",

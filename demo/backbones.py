@@ -46,11 +46,7 @@ def outputs(settings: Settings) -> tuple[Path, ...]:
 
 
 def train_backbones(layout: Layout, settings: Settings, sizes: Sizes, labels: LabelMap) -> None:
-    """Train all four side by side, the longest first.
-
-    Raises:
-        ConfigError: An architecture is unknown, or a data file is missing.
-    """
+    """Train all four side by side, the longest first."""
     names: tuple[Backbone, ...] = ("image", "video", "audio", "text")
     run_jobs({name: (train_backbone, (name, layout, settings, sizes, labels)) for name in names})
 
@@ -58,11 +54,7 @@ def train_backbones(layout: Layout, settings: Settings, sizes: Sizes, labels: La
 def train_backbone(
     name: Backbone, layout: Layout, settings: Settings, sizes: Sizes, labels: LabelMap
 ) -> None:
-    """Train one backbone, by the training loop of `train_net.py`.
-
-    Raises:
-        ConfigError: The architecture is unknown, or a data file is missing.
-    """
+    """Train one backbone, by the training loop of `train_net.py`."""
     from fusion.backbones.media import CollateMedia
     from fusion.backbones.training import BackboneRun
     from fusion.train import distributed

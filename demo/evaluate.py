@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from common.files import write_whole
 from common.post import MODALITIES, Features, Modality, Post
 from config.labels import LabelMap
 from config.settings import Settings
@@ -47,12 +45,7 @@ def evaluate(
     posts: Sequence[Post],
     results: Mapping[str, Mapping[str, Any]],
 ) -> Evaluation:
-    """Judge the database's tags, and the offline path's with and without each modality.
-
-    Raises:
-        FeatureError: Features are missing.
-        BundleError: The bundle is missing or broken.
-    """
+    """Judge the database's tags, and the offline path's with and without each modality."""
     from extractors.feature_file import read_features
     from fusion.infer.inferer import Inferer
     from fusion.metrics.ranking import global_average_precision as gap
@@ -148,8 +141,3 @@ def show_summary(
     print(f"seconds          {content['seconds']:.0f}")
     for name, path in places.items():
         print(f"{name:<17}{path}")
-
-
-def write_report(path: Path, content: Mapping[str, Any]) -> None:
-    """Write the report, whole or not at all."""
-    write_whole(path, json.dumps(content, indent=2))

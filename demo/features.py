@@ -18,11 +18,7 @@ _loaded: Any = None
 
 
 def read_pictures(layout: Layout, settings: Settings, splits: tuple[Split, ...]) -> None:
-    """Write each split's data file again, with `ocr` filled in: for vocabulary and features.
-
-    Raises:
-        ConfigError: OCR is not installed, or a data file is wrong.
-    """
+    """Write each split's data file again, with `ocr` filled in: for vocabulary and features."""
     posts = [(split, post) for split in splits for post in read_whole_posts(layout.posts(split))]
     texts = map_items("words in pictures", _read, [p for _, p in posts], _load_ocr, (settings,))
     words = {(split, p.post_id): text for (split, p), text in zip(posts, texts, strict=True)}
@@ -62,12 +58,7 @@ def extract_features(layout: Layout, settings: Settings) -> None:
 
 
 def extract_posts(layout: Layout, settings: Settings, posts: Sequence[Post]) -> None:
-    """Write the feature files of posts.
-
-    Raises:
-        ConfigError: A backbone is missing.
-        NothingUsable: No modality of a post can be used.
-    """
+    """Write the feature files of posts."""
     map_items("features", _extract, posts, _load_runner, (layout, settings))
 
 

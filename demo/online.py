@@ -55,11 +55,7 @@ def media_server(folder: Path) -> Iterator[str]:
 def daemon(
     command: Sequence[str], settings: Settings, log: Path
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """Run the daemon until the block ends; yields when it serves.
-
-    Raises:
-        TaggingError: It ends, or does not serve in time; quotes its last line.
-    """
+    """Run the daemon until the block ends; yields when it serves, and raises when it does not."""
     settings.king.health_file.unlink(missing_ok=True)
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as output:
@@ -94,11 +90,7 @@ def _wait_until_serving(child: subprocess.Popen[bytes], health_file: Path, log: 
 
 
 def alive(child: subprocess.Popen[bytes], log: Path) -> None:
-    """See that the daemon runs.
-
-    Raises:
-        TaggingError: It ended; quotes its last line.
-    """
+    """Raise a `TaggingError` with its last line when the daemon has ended."""
     if child.poll() is not None:
         lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         last = lines[-1][:300] if lines else "it said nothing"
@@ -124,11 +116,7 @@ class PostBox:
         self._client = StoreClient(settings)
 
     def put(self, file: Path, url: str) -> list[str]:
-        """Write a data file's posts without result, their media as URLs; gives their IDs.
-
-        Raises:
-            StoreUnavailable: The database cannot be reached.
-        """
+        """Write a data file's posts without result, their media as URLs; gives their IDs."""
         entries = json.loads(file.read_text(encoding="utf-8"))
         ids = [str(entry["post_id"]) for entry in entries]
         client = self._client
@@ -139,11 +127,7 @@ class PostBox:
         return ids
 
     def results(self, post_ids: Sequence[str]) -> dict[str, Mapping[str, Any]]:
-        """Return the results by post ID.
-
-        Raises:
-            StoreUnavailable: The database cannot be reached.
-        """
+        """Return the results by post ID."""
         path = self._client.settings.result_path
         with self._client.edge():
             found = list(self._client.posts.find({"_id": {"$in": list(post_ids)}}))

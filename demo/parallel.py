@@ -71,12 +71,7 @@ def map_items(
 ) -> list[Result]:
     """Return results of a function over items, in their order, in one process per core.
 
-    Args:
-        title: Of the bar.
-        function: Takes one item.
-        items: Pickle, as do the results.
-        setup: Run once in every process with ``arguments``, for what is costly to load.
-        arguments: Of ``setup``.
+    ``setup`` runs once in every process with ``arguments``, for what is costly to load.
     """
     with process_pool(min(len(items), cores()), None, setup, arguments) as pool:
         return list(track(pool.map(function, items, chunksize=4), title, len(items)))

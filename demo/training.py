@@ -45,13 +45,7 @@ def train_settings(layout: Layout, settings: Settings, sizes: Sizes) -> TrainSet
 
 
 def train_fusion(layout: Layout, settings: Settings, sizes: Sizes) -> None:
-    """Train and write the bundle.
-
-    Raises:
-        ConfigError: Settings or data files are wrong.
-        FeatureError: Features are missing or were made by other backbones.
-        BundleError: The bundle cannot be written.
-    """
+    """Train and write the bundle."""
     from fusion.data.dataset import FeatureFiles
     from fusion.train.training import train
 

@@ -137,4 +137,4 @@ def make_posts(folder: Path, plans: Sequence[PostPlan], processes: int) -> Itera
         for entry in pool.map(make_post, [folder] * len(plans), plans, chunksize=8):
             entries.append(entry)
             yield entry
-    write_whole(data_file, json.dumps(entries, ensure_ascii=False, indent=1) + "\n")
+    write_whole(data_file, json.dumps(entries, ensure_ascii=False, indent=1))

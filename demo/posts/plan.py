@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
@@ -92,8 +91,9 @@ def _contents(
     tags: tuple[str, ...], rng: np.random.Generator, noise: float, missing: float
 ) -> dict[Channel, tuple[str, ...]]:
     carried: dict[Channel, list[str]] = {channel: [] for channel in CHANNELS}
-    for evidence in _evidence(tags):
-        carried[evidence.channel].append(evidence.key)
+    for tag in tags:
+        for evidence in TAGS[tag]:
+            carried[evidence.channel].append(evidence.key)
     for cue in rng.permutation(np.arange(len(CUES))):
         _add_lone_cue(carried, CUES[cue], rng)
     contents: dict[Channel, tuple[str, ...]] = {}
@@ -108,21 +108,11 @@ def _contents(
     return contents
 
 
-def _evidence(tags: tuple[str, ...]) -> Iterator[Evidence]:
-    for tag in tags:
-        yield from TAGS[tag]
-
-
 def _add_lone_cue(
     carried: dict[Channel, list[str]], cue: Evidence, rng: np.random.Generator
 ) -> None:
-    partner = next(
-        other
-        for evidence in TAGS.values()
-        if cue in evidence and len(evidence) > 1
-        for other in evidence
-        if other != cue
-    )
+    [pair] = [pair for pair in TAGS.values() if cue in pair and len(pair) == 2]
+    partner = pair[1 - pair.index(cue)]
     keys = carried[cue.channel]
     wanted = rng.random() < LONE_CUE
     fits = len(keys) < CAPACITY[cue.channel] and cue.key not in keys

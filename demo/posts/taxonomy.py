@@ -24,41 +24,33 @@ CAPACITY: dict[Channel, int] = {"image": 2, "video": 1, "audio": 2, "text": 2, "
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """One thing that can be seen, heard or read.
-
-    Attributes:
-        key: What the maker of that modality is asked for.
-    """
+    """One thing that can be seen, heard or read: what the maker of a modality is asked for."""
 
     channel: Channel
     key: str
 
 
-def _one(channel: Channel, key: str) -> tuple[Evidence, ...]:
-    return (Evidence(channel, key),)
-
-
 TAGS: dict[str, tuple[Evidence, ...]] = {
-    "sunshine": _one("image", "sun"),
-    "house": _one("image", "house"),
-    "forest": _one("image", "tree"),
-    "fishing": _one("image", "fish"),
-    "rocket launch": _one("video", "up"),
-    "snowfall": _one("video", "down"),
-    "race": _one("video", "right"),
-    "earthquake": _one("video", "shake"),
-    "church bell": _one("audio", "bell"),
-    "siren": _one("audio", "siren"),
-    "drums": _one("audio", "drums"),
-    "birdsong": _one("audio", "birds"),
-    "travel": _one("text", "travel"),
-    "food": _one("text", "food"),
-    "fitness": _one("text", "fitness"),
-    "finance": _one("text", "finance"),
-    "sale": _one("ocr", "sale"),
-    "menu": _one("ocr", "menu"),
-    "news": _one("ocr", "news"),
-    "warning": _one("ocr", "warning"),
+    "sunshine": (Evidence("image", "sun"),),
+    "house": (Evidence("image", "house"),),
+    "forest": (Evidence("image", "tree"),),
+    "fishing": (Evidence("image", "fish"),),
+    "rocket launch": (Evidence("video", "up"),),
+    "snowfall": (Evidence("video", "down"),),
+    "race": (Evidence("video", "right"),),
+    "earthquake": (Evidence("video", "shake"),),
+    "church bell": (Evidence("audio", "bell"),),
+    "siren": (Evidence("audio", "siren"),),
+    "drums": (Evidence("audio", "drums"),),
+    "birdsong": (Evidence("audio", "birds"),),
+    "travel": (Evidence("text", "travel"),),
+    "food": (Evidence("text", "food"),),
+    "fitness": (Evidence("text", "fitness"),),
+    "finance": (Evidence("text", "finance"),),
+    "sale": (Evidence("ocr", "sale"),),
+    "menu": (Evidence("ocr", "menu"),),
+    "news": (Evidence("ocr", "news"),),
+    "warning": (Evidence("ocr", "warning"),),
     "storm": (Evidence("image", "cloud"), Evidence("audio", "rain")),
     "dance class": (Evidence("video", "swing"), Evidence("text", "lesson")),
     "giveaway": (Evidence("text", "follow"), Evidence("ocr", "prize")),

@@ -39,11 +39,7 @@ STREAM: Stream = "video"
 
 @dataclass(frozen=True)
 class MediaItems:
-    """Media files as the extractors would see them; pickles, for loader processes.
-
-    Attributes:
-        limits: What a file may be.
-    """
+    """Media files as the extractors would see them; pickles, for loader processes."""
 
     limits: DecodeSettings = field(default_factory=DecodeSettings)
 
@@ -72,12 +68,7 @@ class MediaItems:
 
 @dataclass(frozen=True)
 class MediaPost:
-    """One post.
-
-    Attributes:
-        paths: Its pictures or videos; at least one.
-        labels: Indices of its true tags.
-    """
+    """One post with at least one picture or video, and the indices of its true tags."""
 
     post_id: str
     paths: tuple[Path, ...]
@@ -115,11 +106,7 @@ def targets_of(posts: Sequence[MediaPost], classes: int) -> npt.NDArray[np.float
 
 @dataclass(frozen=True)
 class Posts:
-    """The posts of a run.
-
-    Attributes:
-        valid: None without validation.
-    """
+    """The posts of a run; ``valid`` is None without validation."""
 
     labels: LabelMap
     train: tuple[MediaPost, ...]
@@ -188,13 +175,7 @@ def _readable(
     posts: Sequence[MediaPost],
     file: Path,
 ) -> tuple[tuple[MediaPost, ...], int]:
-    """Return the posts without media that cannot be decoded, and the number of those media.
-
-    Every file is decoded once.
-
-    Raises:
-        ConfigError: None can be.
-    """
+    """Return the posts without media that cannot be decoded, and the number of those media."""
     media = list(all_media(posts))
     mine = media[fabric.global_rank :: fabric.world_size]
     size, bad = settings.backbone.image_size, dict[Path, tuple[str, str]]()
@@ -226,12 +207,7 @@ def _readable(
 
 @dataclass(frozen=True)
 class MediaSample:
-    """One post as a backbone takes it.
-
-    Attributes:
-        items: Its media ``(n, ...)``; n is at least 1.
-        target: float32 ``(classes,)``.
-    """
+    """One post as a backbone takes it: media ``(n, ...)``, and float32 ``(classes,)``."""
 
     post_id: str
     items: npt.NDArray[Any]

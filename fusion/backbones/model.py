@@ -144,7 +144,20 @@ def where_it_moves(clips: torch.Tensor) -> torch.Tensor:
     return torch.where(total > _STILL, above / total.clamp(min=1e-6), 0.0)
 
 
-class MediaTagger(nn.Module):
+class Tagger(nn.Module):
+    """A model that gives logits ``(posts, classes)`` by a linear layer at its end."""
+
+    classify: nn.Linear
+
+    def start_at(self, frequencies: torch.Tensor) -> None:
+        """Let the untrained classifier predict each class's frequency ``(classes,)``."""
+        nn.init.normal_(self.classify.weight, std=0.01)
+        with torch.no_grad():
+            # Clamped: the logit of a class that no post or every post has is infinite.
+            self.classify.bias.copy_(torch.logit(frequencies.clamp(1e-3, 1 - 1e-3)))
+
+
+class MediaTagger(Tagger):
     """Backbone -> dropout -> classifier -> mean over segments -> best of the post's media.
 
     A picture or a patch of sound is a clip of one segment. Clips whose order tells go through a
@@ -169,10 +182,6 @@ class MediaTagger(nn.Module):
         self.motion = MotionHead(self.dim) if kind == "clip" else None
         self.dropout = nn.Dropout(dropout)
         self.classify = nn.Linear(self.motion.dim if self.motion else self.dim, classes)
-
-    def start_at(self, frequencies: torch.Tensor) -> None:
-        """Let the untrained classifier predict each class's frequency ``(classes,)``."""
-        start_at(self.classify, frequencies)
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Return logits float32 ``(posts, classes)`` of ``(posts, n, segments, H, W, chans)``."""
@@ -210,17 +219,13 @@ class MediaObjective(Objective):
         return total
 
 
-class LstmTagger(nn.Module):
+class LstmTagger(Tagger):
     """Features of the frames of posts' videos -> logits of the posts."""
 
     def __init__(self, dim: int, sizes: LstmSizes, classes: int) -> None:
         super().__init__()
         self.lstm = AttentionLstm(dim, sizes)
         self.classify = nn.Linear(sizes.width, classes)
-
-    def start_at(self, frequencies: torch.Tensor) -> None:
-        """Let the untrained classifier predict each class's frequency ``(classes,)``."""
-        start_at(self.classify, frequencies)
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Return logits float32 ``(posts, classes)`` from tokens ``(posts, videos, n, dim)``."""
@@ -256,11 +261,3 @@ def save_weights(model: nn.Module, out: Path, key: str, about: Mapping[str, obje
     texts = {name: str(value) for name, value in about.items()}
     # One key: safetensors writes several in random order, and equal weights must be equal files.
     write_whole(out, save(state, metadata={key: json.dumps(texts, sort_keys=True)}))
-
-
-def start_at(classifier: nn.Linear, frequencies: torch.Tensor) -> None:
-    """Let an untrained classifier predict each class's frequency ``(classes,)``."""
-    nn.init.normal_(classifier.weight, std=0.01)
-    with torch.no_grad():
-        # Clamped: the logit of a class that no post or every post has is infinite.
-        classifier.bias.copy_(torch.logit(frequencies.clamp(1e-3, 1 - 1e-3)))

@@ -14,7 +14,7 @@ from torch import nn
 
 from common.files import part_of
 from fusion.backbones.media import STREAM, Chance, MediaDataset
-from fusion.backbones.model import start_at
+from fusion.backbones.model import Tagger
 from fusion.data.collate import Batch
 
 _DIM, _LAYERS, _HEADS, _POSITIONS = 64, 2, 4, 128
@@ -36,7 +36,7 @@ class TextDataset(MediaDataset):
         return medium
 
 
-class TextTagger(nn.Module):
+class TextTagger(Tagger):
     """BERT -> classifier of each token -> the best token of each class."""
 
     def __init__(self, vocabulary: int, classes: int) -> None:
@@ -53,10 +53,6 @@ class TextTagger(nn.Module):
         )
         bert: Any = BertModel(config, add_pooling_layer=False)
         self.bert, self.classify = bert, nn.Linear(_DIM, classes)
-
-    def start_at(self, frequencies: torch.Tensor) -> None:
-        """Let the untrained classifier predict each class's frequency ``(classes,)``."""
-        start_at(self.classify, frequencies)
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Return logits ``(texts, classes)`` of token IDs ``(texts, 1, tokens)``."""
