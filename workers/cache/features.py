@@ -62,8 +62,10 @@ class Keys:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._video_limits = {"max_duration_s": settings.decode.max_duration_s}
-        self._sound_limits = {**self._video_limits, "max_audio_s": settings.decode.max_audio_s}
+        # As floats: a default may be an integer here, and none once it has crossed to a worker.
+        self._video_limits = {"max_duration_s": float(settings.decode.max_duration_s)}
+        max_audio_s = float(settings.decode.max_audio_s)
+        self._sound_limits = {**self._video_limits, "max_audio_s": max_audio_s}
         # A post has a dozen keys, of which only contents and fingerprints differ.
         self._private = _text_of(settings.fetch.allow_private_hosts)
         self._precision = _text_of(settings.features.text.precision)
