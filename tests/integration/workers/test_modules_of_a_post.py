@@ -29,7 +29,7 @@ from tests.support.workers.tracing import FOLDER, TRACED, Trace
 from workers.pool.pool import ProcessPool
 
 LIMIT = 41
-"""docs/architecture.md lists the modules; a new one there needs a reason."""
+"""docs/architecture.md lists the 40 of today; one more is for an error on a busy host."""
 
 
 @pytest.mark.redis
