@@ -60,6 +60,7 @@ def style() -> Iterator[None]:
             "axes.titlelocation": "left",
             "legend.frameon": False,
             "figure.dpi": 110,
+            "date.converter": "concise",
         }
     ):
         yield

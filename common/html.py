@@ -37,6 +37,8 @@ def _cell(value: object) -> str:
     """Return a value as a table shows it: three decimals for fractions, a dash for None."""
     if value is None:
         return "–"
+    if isinstance(value, int):
+        return f"{value:,}"
     return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 

@@ -21,11 +21,10 @@ from common.files import write_whole
 from common.post import Post
 from common.progress import Bars, notice, progress_bars
 from config.labels import LabelMap
-from corpus.analyze.duplicates import GroupTally, find_groups
+from corpus.analyze.duplicates import GroupTally, find_groups, group_line
 from corpus.analyze.media import MediaBase
-from corpus.analyze.report import render
+from corpus.analyze.report import render, show
 from corpus.analyze.tally import Tally
-from corpus.analyze.terminal import show
 from corpus.records import AtomicLines
 from corpus.runs import only_one
 from fusion.data.data_file import BadLine, CorpusPost, count_lines, read_posts
@@ -87,13 +86,13 @@ class Options:
 
 
 def analyze(options: Options) -> None:
-    """Analyse a posts file and write the three files.
+    """Analyse a posts file, write the three files, and show the summary.
 
     Raises:
         ConfigError: The input or the output folder is not as it should be.
         TaggingError: It cannot go on now: the disk is full, or gone.
     """
-    taxonomy = None if options.labels is None else LabelMap.load(options.labels).names
+    names = None if options.labels is None else LabelMap.load(options.labels).names
     if options.media is not None and not options.media.is_dir():
         raise ConfigError(f"{options.media}: no such folder")
     if not options.posts.is_file():
@@ -103,7 +102,7 @@ def analyze(options: Options) -> None:
         for left in state.glob("work-*"):  # of a run that was killed
             shutil.rmtree(left, ignore_errors=True)
         try:
-            facts = _analyze(options, state, taxonomy)
+            facts = _analyze(options, state, names)
         except (sqlite3.Error, OSError) as error:
             text = getattr(error, "strerror", None) or str(error)
             raise TaggingError(
@@ -130,7 +129,9 @@ def _analyze(options: Options, state: Path, taxonomy: tuple[str, ...] | None) ->
                 folder=Path(work),
             )
             tick = _ticker(bars, "groups", None)
-            for _ in groups.write(found, lines):
+            for group in found:
+                lines.write(group_line(group))
+                groups.add(group)
                 tick()
         facts = {
             "source": options.posts.name,
@@ -184,11 +185,6 @@ def _counted(posts: Path, tally: Tally, tick: Callable[[], None]) -> Iterator[Co
 
 
 def _ticker(bars: Bars, what: str, lines: Path | None) -> Callable[[], None]:
-    """Advances a bar by one; its end is known for a file of lines."""
-    return bars.add(what, None if lines is None else _lines_of(lines)).advance
-
-
-def _lines_of(path: Path) -> int | None:
-    if path.suffix.lower() == ".json" or not path.is_file():
-        return None
-    return count_lines(path)
+    """Return what advances a bar by one; its end is known for a file of lines."""
+    counted = lines is not None and lines.suffix.lower() != ".json" and lines.is_file()
+    return bars.add(what, count_lines(lines) if lines and counted else None).advance

@@ -1,10 +1,8 @@
 """Posts that are the same or nearly: by the bytes of a medium, by a picture's look, by the text.
 
-Everything that grows with the posts lies in a temporary SQLite file: about 400 bytes a post and its
-text, 350 bytes a picture. In memory stay 4 bytes a post and 40 bytes a distinct picture; a group of
-many posts comes in parts.
-
-Likeness is passed on: where A is like B and B like C, all three are one group.
+What grows with the posts lies in a temporary SQLite file: about 400 bytes a post and its text, 350
+bytes a picture. In memory stay 4 bytes a post and 40 bytes a distinct picture; a group of many
+posts comes in parts. Where A is like B and B like C, all three are one group.
 """
 
 from __future__ import annotations
@@ -19,14 +17,15 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
+from corpus.analyze.labels import ranked
 from corpus.analyze.looks import hash_of, near_pairs, same_colours
 from corpus.analyze.measure import MediaFact
-from corpus.analyze.tally import ranked
 from corpus.analyze.texts import (
     MAX_CHARS,
     Bands,
@@ -37,7 +36,6 @@ from corpus.analyze.texts import (
     shingles,
 )
 from corpus.build.index import Groups
-from corpus.records import AtomicLines
 from fusion.data.data_file import CorpusPost
 
 Kind: TypeAlias = Literal["exact_media", "near_image", "near_text"]
@@ -167,10 +165,8 @@ class _Finder:
         if fact.look is None:
             return
         signed = int.from_bytes(fact.look[:8], "big", signed=True)
-        added = self._base.execute(
-            "INSERT OR IGNORE INTO looks VALUES (?, ?, ?, ?)",
-            (self._pictures, sha256, signed, fact.look),
-        )
+        row = (self._pictures, sha256, signed, fact.look)
+        added = self._base.execute("INSERT OR IGNORE INTO looks VALUES (?, ?, ?, ?)", row)
         self._pictures += added.rowcount
 
     def _add_text(self, number: int, text: str) -> None:
@@ -190,75 +186,55 @@ class _Finder:
             "FROM uses GROUP BY sha256 HAVING COUNT(*) > 1) AS shared "
             "JOIN uses USING (sha256) JOIN posts USING (number) ORDER BY 1, 2, number"
         )
-        for (_, sha256), members in groupby(rows, key=lambda row: (row[0], row[1])):
+        for (_, sha256), members in groupby(rows, key=itemgetter(0, 1)):
             yield from _parts("exact_media", ((post_id, sha256) for _, _, post_id in members))
 
     def near_images(self) -> Iterator[Group]:
         if self._pictures < 2:
             return
         groups = Groups(self._pictures)
-        leaders, hashes = self._distinct_looks(groups)
+
+        def alike(one: int, other: int) -> bool:
+            return same_colours(look(one), look(other))
+
+        look = lru_cache(maxsize=2 * _MAX_LEADERS)(self._look)
+        # Pictures that stand for all with their hash and colours, and their hashes: a corpus may
+        # hold one picture a million times, each time encoded anew.
+        leaders, hashes = array("q"), array("Q")
+        rows = self._base.execute("SELECT hash, picture FROM looks ORDER BY hash, picture")
+        for bucket in _join_buckets(rows, groups, alike):
+            leaders.extend(bucket)
+            hashes.extend([hash_of(look(bucket[0]))] * len(bucket))
         for i, j in near_pairs(np.frombuffer(hashes, np.uint64), self._distance):
             one, other = leaders[i], leaders[j]
-            if groups.root(one) != groups.root(other) and same_colours(
-                self._look(one), self._look(other)
-            ):
+            if groups.root(one) != groups.root(other) and alike(one, other):
                 groups.join((one, other))
-        self._keep(groups, (picture for (picture,) in self._select("SELECT picture FROM looks")))
+        self._keep(groups, (row[0] for row in self._base.execute("SELECT picture FROM looks")))
         rows = self._base.execute(
             "SELECT first, uses.number, post_id, sha256 FROM found "
             "JOIN looks ON picture = found.number "
             "JOIN uses USING (sha256) JOIN posts ON posts.number = uses.number "
             "ORDER BY first, uses.number, sha256"
         )
-        for _, members in groupby(rows, key=lambda row: row[0]):
+        for _, members in groupby(rows, key=itemgetter(0)):
             yield from _parts("near_image", ((row[2], row[3]) for row in members))
 
     def near_texts(self) -> Iterator[Group]:
         groups = Groups(self._count)
-        for number, first in self._select("SELECT number, first FROM same"):
-            groups.join((number, first))
+        for pair in self._base.execute("SELECT number, first FROM same"):
+            groups.join(pair)
         parts = lru_cache(maxsize=2 * _MAX_LEADERS)(self._shingles)
         rows = self._base.execute("SELECT key, number FROM bands ORDER BY key, number")
-        for _, bucket in groupby(rows, key=lambda row: row[0]):
-            leaders: list[int] = []
-            for _, number in bucket:
-                for leader in leaders:
-                    if groups.root(leader) == groups.root(number):
-                        break
-                    if jaccard(parts(leader), parts(number)) >= self._threshold:
-                        groups.join((leader, number))
-                        break
-                else:
-                    if len(leaders) < _MAX_LEADERS:
-                        leaders.append(number)
+        for _ in _join_buckets(
+            rows, groups, lambda one, other: jaccard(parts(one), parts(other)) >= self._threshold
+        ):
+            pass
         self._keep(groups, range(self._count))
         rows = self._base.execute(
             "SELECT first, post_id FROM found JOIN posts USING (number) ORDER BY first, number"
         )
-        for _, members in groupby(rows, key=lambda row: row[0]):
+        for _, members in groupby(rows, key=itemgetter(0)):
             yield from _parts("near_text", ((post_id, None) for _, post_id in members))
-
-    def _distinct_looks(self, groups: Groups) -> tuple[array[int], array[int]]:
-        """Pictures that stand for all with their hash and colours, and their hashes.
-
-        A corpus may hold one picture a million times, each time encoded anew.
-        """
-        leaders, hashes = array("q"), array("Q")
-        rows = self._base.execute("SELECT hash, picture, look FROM looks ORDER BY hash, picture")
-        for _, bucket in groupby(rows, key=lambda row: row[0]):
-            own: list[tuple[int, bytes]] = []
-            for _, picture, look in bucket:
-                for leader, known in own:
-                    if same_colours(known, look):
-                        groups.join((leader, picture))
-                        break
-                else:
-                    if len(own) < _MAX_LEADERS:
-                        own.append((picture, look))
-                        leaders.append(picture)
-                        hashes.append(hash_of(look))
-        return leaders, hashes
 
     def _keep(self, groups: Groups, numbers: Iterable[int]) -> None:
         """Put the sets of two and more into the table ``found``."""
@@ -272,9 +248,6 @@ class _Finder:
         )
         self._base.executemany("INSERT OR IGNORE INTO found VALUES (?, ?)", rows)
 
-    def _select(self, query: str) -> Iterator[tuple[int, ...]]:
-        yield from self._base.execute(query)
-
     def _look(self, picture: int) -> bytes:
         query = "SELECT look FROM looks WHERE picture = ?"
         return bytes(self._base.execute(query, (picture,)).fetchone()[0])
@@ -282,6 +255,25 @@ class _Finder:
     def _shingles(self, number: int) -> frozenset[str]:
         query = "SELECT content FROM texts WHERE number = ?"
         return shingles(self._base.execute(query, (number,)).fetchone()[0])
+
+
+def _join_buckets(
+    rows: Iterable[tuple[int, int]], groups: Groups, alike: Callable[[int, int], bool]
+) -> Iterator[list[int]]:
+    """Join what is alike in each bucket of rows with one key; yield its distinct members."""
+    for _, bucket in groupby(rows, key=itemgetter(0)):
+        leaders: list[int] = []
+        for _, number in bucket:
+            for leader in leaders:
+                if groups.root(leader) == groups.root(number):
+                    break
+                if alike(leader, number):
+                    groups.join((leader, number))
+                    break
+            else:
+                if len(leaders) < _MAX_LEADERS:
+                    leaders.append(number)
+        yield leaders
 
 
 class GroupTally:
@@ -300,22 +292,12 @@ class GroupTally:
         self._size = 0  # of the group so far
         self._shown: list[dict[str, Any]] = []  # of the group: its size may grow
 
-    def write(self, groups: Iterable[Group], out: AtomicLines) -> Iterator[None]:
-        """Write and count; one step for each group, or part of one."""
-        for group in groups:
-            out.write(group_line(group))
-            self._add(group)
-            yield
-
     def as_dict(self) -> dict[str, Any]:
         """Return for each kind: groups, posts, the largest, how many disagree, and examples."""
         return {
             "kinds": {
                 kind: {
-                    "groups": counts["groups"],
-                    "posts": counts["posts"],
-                    "largest": counts["largest"],
-                    "labels_differ": counts["differ"],
+                    **{key: counts[key] for key in ("groups", "posts", "largest", "labels_differ")},
                     "examples": self._examples[kind],
                     "disputes": self._disputes[kind],
                 }
@@ -324,7 +306,8 @@ class GroupTally:
             "disputed_tags": ranked(self._disputed, 50),
         }
 
-    def _add(self, group: Group) -> None:
+    def add(self, group: Group) -> None:
+        """Count a group, or a further part of the last one."""
         counts = self._kinds[group.kind]
         new = len(group.members) - group.continued
         self._size = new + self._size * group.continued
@@ -345,13 +328,12 @@ class GroupTally:
             self._shown.append(example)
         if len(set(given.values())) < 2:
             return
-        counts["differ"] += 1
+        counts["labels_differ"] += 1
         some = frozenset[str]().union(*given.values())
         every = some.intersection(*given.values())
         self._disputed.update(some - every)
         if len(self._disputes[group.kind]) < _EXAMPLES:
-            disputed = sorted(some - every)
-            dispute = {**example, "disputed": disputed[:20]}
+            dispute = {**example, "disputed": sorted(some - every)[:20]}
             self._disputes[group.kind].append(dispute)
             self._shown.append(dispute)
 

@@ -43,10 +43,6 @@ class Labels:
             if len(self._most) > 2 * _TOP_POSTS:
                 self._most = sorted(self._most)[:_TOP_POSTS]
 
-    def ranked(self) -> list[tuple[str, int]]:
-        """Return tags and their posts, most frequent first."""
-        return sorted(self.counts.items(), key=lambda item: (-item[1], item[0]))
-
     def as_dict(self, rare: int, taxonomy: Iterable[str] | None) -> dict[str, Any]:
         """Return everything about the tags.
 
@@ -54,31 +50,30 @@ class Labels:
             rare: Tags with fewer posts are rare.
             taxonomy: Names of the label map, where one is given.
         """
-        ranked = self.ranked()
+        counts = ranked(self.counts)
         return {
-            "distinct": len(ranked),
+            "distinct": len(counts),
             "uses": self.counts.total(),
             "per_post": {str(n): self.per_post[n] for n in sorted(self.per_post)},
-            "counts": dict(ranked),
+            "counts": counts,
             "rare_below": rare,
-            "rare": {name: count for name, count in ranked if count < rare},
-            "map": None if taxonomy is None else self._against(taxonomy),
+            "rare": {name: count for name, count in counts.items() if count < rare},
+            "map": None if taxonomy is None else self._against(list(taxonomy)),
             "variants": self._variants(taxonomy or ()),
             "always_together": self._together(),
             "implied": self._implied(),
             "pairs": self._top_pairs(),
-            "heat": self._heat([name for name, _ in ranked[:_HEAT]]),
+            "heat": self._heat(list(counts)[:_HEAT]),
             "repeated_in_a_post": self.repeated,
             "nearly_all_tags": self._nearly_all(),
         }
 
-    def _against(self, taxonomy: Iterable[str]) -> dict[str, Any]:
-        names = list(taxonomy)
+    def _against(self, names: list[str]) -> dict[str, Any]:
         known = set(names)
         return {
             "tags": len(names),
             "never": [name for name in names if name not in self.counts],
-            "unknown": {name: count for name, count in self.ranked() if name not in known},
+            "unknown": {n: count for n, count in ranked(self.counts).items() if n not in known},
         }
 
     def _variants(self, taxonomy: Iterable[str]) -> list[dict[str, int]]:
@@ -139,6 +134,11 @@ class Labels:
 
     def _by_count(self) -> list[tuple[tuple[str, str], int]]:
         return sorted(self._pairs.items(), key=lambda item: (-item[1], item[0]))
+
+
+def ranked(counts: Counter[str], most: int | None = None) -> dict[str, int]:
+    """Return the largest counts first; equal ones by name."""
+    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:most])
 
 
 def bare(name: str) -> str:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from common.errors import MediaError
 from common.files import file_digest
@@ -17,6 +18,9 @@ from common.processes import process_pool
 _NUMBERS = re.compile(r"\d+(?:[.×]\d+)*")
 _MICROSECONDS = 1_000_000
 DIED = "the reader died of it"
+# Tasks in flight for each process: with 1 it waits between two, more than 4 are read again for
+# nothing when a file kills its reader.
+_AHEAD = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +69,7 @@ class Task:
     max_pixels: int = 100_000_000
 
 
-@dataclass(frozen=True, slots=True)
-class Measured:
+class Measured(NamedTuple):
     """The result of a task; `size_bytes` and `mtime_ns` tell later whether the file is the same."""
 
     task: Task
@@ -75,17 +78,29 @@ class Measured:
     mtime_ns: int
 
 
-def measure(task: Task) -> Measured:
+class Unreadable(NamedTuple):
+    """A task whose file cannot be read."""
+
+    task: Task
+    reason: str
+
+
+def measure(task: Task, reason: str | None = None) -> Measured:
     """Measure a file; what is wrong with it becomes its reason.
+
+    Args:
+        task: The file.
+        reason: What is known to be wrong with it; it is hashed then, and not opened.
 
     Raises:
         OSError: It cannot be read.
     """
     stat = task.path.stat()
     sha256 = task.sha256 or file_digest(task.path)
-    fact = MediaFact(sha256, task.kind, stat.st_size)
+    fact = MediaFact(sha256, task.kind, stat.st_size, reason)
     try:
-        fact = _picture(task, fact) if task.kind == "image" else _container(task, fact)
+        if reason is None:
+            fact = _picture(task, fact) if task.kind == "image" else _container(task, fact)
     except MediaError as error:
         fact = replace(fact, reason=class_of(str(error)))
     return Measured(task, fact, stat.st_size, stat.st_mtime_ns)
@@ -96,39 +111,41 @@ def class_of(reason: str) -> str:
     return _NUMBERS.sub("N", reason)
 
 
-def measure_all(tasks: Iterable[Task], processes: int) -> Iterator[Measured | tuple[Task, str]]:
-    """Measure files in child processes, in any order; a file that cannot be read gives its reason.
+def measure_all(tasks: Iterable[Task], processes: int) -> Iterator[Measured | Unreadable]:
+    """Measure files in child processes, in any order.
 
     A file that a child dies of costs that child alone: those in flight are tried again, one by one.
     """
     waiting = iter(tasks)
-    more = True
-    while more:
+    while True:
         suspects: list[Task] = []
-        more = False
-        with _pool(processes) as pool:
+        with process_pool(processes, _use_one_thread) as pool:
             in_flight: dict[Future[Measured], Task] = {}
-            try:
-                for task in waiting:
-                    more = True
+            for task in waiting:
+                try:
                     in_flight[pool.submit(measure, task)] = task
-                    if len(in_flight) >= 4 * processes:
-                        yield from _ended(in_flight, suspects)
-                    if suspects:
-                        break
-                else:
-                    more = False
-            except BrokenProcessPool:
-                suspects.append(task)
+                except BrokenProcessPool:
+                    suspects.append(task)
+                if len(in_flight) >= _AHEAD * processes:
+                    yield from _ended(in_flight, suspects)
+                if suspects:
+                    break
             while in_flight:
                 yield from _ended(in_flight, suspects)
+        if not suspects:
+            return
         for task in suspects:
-            yield from _alone(task)
+            with process_pool(1, _use_one_thread) as pool:
+                killers: list[Task] = []
+                yield from _ended({pool.submit(measure, task): task}, killers)
+            for killer in killers:
+                yield measure(killer, DIED)
 
 
 def _ended(
     in_flight: dict[Future[Measured], Task], suspects: list[Task]
-) -> Iterator[Measured | tuple[Task, str]]:
+) -> Iterator[Measured | Unreadable]:
+    """Yield the tasks that have ended, at least one; of those without an answer, see `suspects`."""
     done, _ = wait(in_flight, return_when=FIRST_COMPLETED)
     for future in done:
         task = in_flight.pop(future)
@@ -137,24 +154,7 @@ def _ended(
         except BrokenProcessPool:
             suspects.append(task)
         except OSError as error:
-            yield task, f"cannot be read: {error.strerror or error}"
-
-
-def _alone(task: Task) -> Iterator[Measured | tuple[Task, str]]:
-    with _pool(1) as pool:
-        try:
-            yield pool.submit(measure, task).result()
-        except BrokenProcessPool:
-            stat = task.path.stat()
-            sha256 = task.sha256 or file_digest(task.path)
-            fact = MediaFact(sha256, task.kind, stat.st_size, reason=DIED)
-            yield Measured(task, fact, stat.st_size, stat.st_mtime_ns)
-        except OSError as error:
-            yield task, f"cannot be read: {error.strerror or error}"
-
-
-def _pool(processes: int) -> ProcessPoolExecutor:
-    return process_pool(processes, _use_one_thread)
+            yield Unreadable(task, f"cannot be read: {error.strerror or error}")
 
 
 def _use_one_thread() -> None:
@@ -186,21 +186,13 @@ def _container(task: Task, fact: MediaFact) -> MediaFact:
         if main is None:
             what = "video stream" if task.kind == "video" else "sound"
             raise MediaError(f"{found.name} has no {what}")
-        duration_s: float | None = None
         if main.duration and main.time_base:
-            duration_s = float(main.duration * main.time_base)
+            fact = replace(fact, duration_s=round(float(main.duration * main.time_base), 3))
         elif container.duration:
-            duration_s = container.duration / _MICROSECONDS
-        fact = replace(
-            fact,
-            duration_s=None if duration_s is None else round(duration_s, 3),
-            codec=str(main.codec_context.name),
-        )
+            fact = replace(fact, duration_s=round(container.duration / _MICROSECONDS, 3))
+        context = main.codec_context
+        fact = replace(fact, codec=str(context.name))
         if task.kind == "video":
-            fact = replace(
-                fact,
-                width=int(main.codec_context.width),
-                height=int(main.codec_context.height),
-                sound=str(sound.codec_context.name) if sound is not None else "",
-            )
+            name = str(sound.codec_context.name) if sound is not None else ""
+            fact = replace(fact, width=int(context.width), height=int(context.height), sound=name)
     return fact

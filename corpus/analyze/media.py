@@ -47,7 +47,7 @@ class MediaBase:
     Args:
         state: The SQLite file.
         posts: The posts file: local sources may lie relative to it.
-        folder: Where the media lie: an output folder of ``download_mp`` with its manifest, or any.
+        folder: Output folder of ``download_mp`` with its manifest, or any folder of media.
 
     Attributes:
         measured: Files hashed and measured by this process.
@@ -106,7 +106,7 @@ class MediaBase:
                 if isinstance(result, Measured):
                     self._keep(result)
                 else:
-                    row = (result[0].name, class_of(result[1]))
+                    row = (result.task.name, class_of(result.reason))
                     self._base.execute("INSERT OR REPLACE INTO unreadable VALUES (?, ?)", row)
                 if not self.measured % _COMMIT_FILES or time.monotonic() - since > _COMMIT_S:
                     self._base.execute("COMMIT")
@@ -134,7 +134,6 @@ class MediaBase:
         return next((fact for fact in facts if fact.sha256), None)
 
     def close(self) -> None:
-        """Close the file."""
         with suppress(sqlite3.Error):
             self._base.close()
 

@@ -1,27 +1,51 @@
-"""The HTML page: one file, no network, with the parts of ``analysis.json`` that people look for."""
+"""The results as people read them: one HTML page that loads nothing, and tables on the terminal."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from datetime import date, timedelta
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import date
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from common import charts
 from common.html import render as render_template
-from corpus.analyze.terminal import KIND_NAMES, languages, plain, seconds, share, size
 
-if TYPE_CHECKING:
-    pass
-
-# Tags that are shown before everything is folded: two screens of bars.
-_TOP = 40
-
+# Tags that the page and the terminal show before the rest is folded or left out: two screens of
+# bars, and half a screen of lines.
+_TOP, _TOP_LINES = 40, 15
 # Columns of a chart over time: more would be thinner than five pixels.
 _MOST_COLUMNS = 120
-# Days or years that are listed one by one: a wrong year must not make a million columns.
-_MOST_SPAN = 400
+
+_LANGUAGES = {
+    "ar": "Arabic",
+    "de": "German",
+    "en": "English",
+    "es": "Spanish",
+    "fr": "French",
+    "hi": "Hindi",
+    "id": "Indonesian",
+    "it": "Italian",
+    "ja": "Japanese",
+    "ko": "Korean",
+    "nl": "Dutch",
+    "pl": "Polish",
+    "pt": "Portuguese",
+    "ru": "Russian",
+    "th": "Thai",
+    "tr": "Turkish",
+    "uk": "Ukrainian",
+    "vi": "Vietnamese",
+    "zh": "Chinese",
+}
+_KIND_NAMES = {
+    "exact_media": "the same file",
+    "near_image": "pictures that look alike",
+    "near_text": "nearly the same text",
+}
+
+Write = Callable[[float], str]
 
 
 def render(facts: Mapping[str, Any], title: str) -> str:
@@ -35,9 +59,11 @@ def render(facts: Mapping[str, Any], title: str) -> str:
     with charts.style():
         drawn = {
             "long_tail": long_tail(list(labels["counts"].values()), labels["rare_below"]),
-            "per_post": columns(*_split(labels["per_post"]), "tags"),
+            "per_post": columns(
+                list(labels["per_post"]), list(labels["per_post"].values()), "tags"
+            ),
             "text_chars": histogram(facts["text"]["chars"], plain, "characters"),
-            "days": _days(facts["time"]["days"]),
+            "days": by_time(facts["time"]["days"]),
         }
         media = [
             _medium(kind, content, opened=facts["media_opened"])
@@ -49,32 +75,93 @@ def render(facts: Mapping[str, Any], title: str) -> str:
         **{**facts, "media": media},
         title=title,
         charts=drawn,
-        kind_names=KIND_NAMES,
+        kind_names=_KIND_NAMES,
         figure_rows=_figures(facts),
-        left_out_examples=[
-            (e["line"], e["post_id"] or "", e["reason"])
-            for e in facts["posts"]["left_out_examples"]
-        ],
+        left_out_examples=[list(each.values()) for each in facts["posts"]["left_out_examples"]],
         top_tags=dict(list(labels["counts"].items())[:_TOP]),
-        pairs=[
-            (*p["tags"], f"{p['posts']:,}", f"{p['jaccard']:.2f}") for p in labels["pairs"][:15]
-        ],
+        pairs=[(*p["tags"], p["posts"], p["jaccard"]) for p in labels["pairs"][:15]],
         heat=_heat(labels["heat"]["tags"], labels["heat"]["posts"]),
-        disputes=lambda item: [(k, ", ".join(v) or "–") for k, v in item["labels"].items()],
+        disputes=lambda item: [(k, ", ".join(v) or None) for k, v in item["labels"].items()],
         variants=[
             " ≈ ".join(f"{name} ({n:,})" for name, n in names.items())
             for names in labels["variants"]
         ],
-        together=[(*p["tags"], f"{p['posts']:,}") for p in labels["always_together"]],
-        implied=[(p["tag"], p["never_without"], f"{p['posts']:,}") for p in labels["implied"]],
+        together=[(*p["tags"], p["posts"]) for p in labels["always_together"]],
+        implied=[list(each.values()) for each in labels["implied"]],
         nearly_all=[f"{p['post_id']} ({p['tags']:,} tags)" for p in labels["nearly_all_tags"]],
         disputed_tags=dict(list(duplicates["disputed_tags"].items())[:20]),
-        duplicate_rows=[
-            (KIND_NAMES[kind], *(f"{counts[k]:,}" for k in ("groups", "posts", "largest")))
-            for kind, counts in duplicates["kinds"].items()
-        ],
-        languages=languages(facts["text"]["languages"]),
+        duplicate_rows=_groups(facts, "groups", "posts", "largest"),
+        languages=_named(facts["text"]["languages"]),
     )
+
+
+def show(facts: Mapping[str, Any]) -> None:
+    """Print what a person wants to know first."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    for title, heads, rows in _tables(facts):
+        table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+        for i, head in enumerate(heads):
+            table.add_column(head, justify="right" if i else "left", overflow="fold")
+        for row in rows:
+            table.add_row(*(Text(f"{c:,}" if isinstance(c, int) else c) for c in row))
+        if rows:
+            console.print(table)
+
+
+def _tables(
+    facts: Mapping[str, Any],
+) -> Iterator[tuple[str, Sequence[str], Sequence[Sequence[Any]]]]:
+    """Yield titles, heads and rows."""
+    labels, posts, opened = facts["labels"], facts["posts"], facts["media_opened"]
+    total, tags = posts["kept"], len(labels["counts"])
+
+    def shares(counts: Mapping[str, int], most: int) -> list[tuple[str, int, str]]:
+        return [(name, n, share(n, total)) for name, n in list(counts.items())[:most] if n]
+
+    yield f"{total:,} posts", ("modality", "posts", "share"), shares(facts["modalities"], 9)
+    yield "Lines left out", ("reason", "lines"), list(posts["left_out"].items())
+    languages = shares(_named(facts["text"]["languages"]), 8)
+    yield "Languages of the texts", ("language", "posts", "share"), languages
+    title = f"{tags:,} tags" if tags <= _TOP_LINES else f"Top {_TOP_LINES} of {tags:,} tags"
+    yield title, ("tag", "posts", "share"), shares(labels["counts"], _TOP_LINES)
+    media = [
+        (kind, f["uses"], f["files"], size(f["bytes"]), sum(f["broken"].values()))
+        if opened
+        else (kind, f["uses"], "not opened", "", "")
+        for kind, f in facts["media"].items()
+        if f["uses"]
+    ]
+    yield "Media", ("kind", "uses", "files", "size", "broken"), media
+    groups = _groups(facts, "groups", "posts", "labels_differ")
+    yield "Duplicates", ("what", "groups", "posts", "tags differ"), groups
+    doubts = {
+        "posts without tags": posts["without_labels"],
+        "posts with nothing in them": posts["empty"],
+        f"tags with fewer than {labels['rare_below']:,} posts": len(labels["rare"]),
+        "names of tags that differ in case, spaces or width": len(labels["variants"]),
+        "pairs of tags that only occur together": len(labels["always_together"]),
+        "tags that never occur without another": len(labels["implied"]),
+        "posts with nearly every tag": len(labels["nearly_all_tags"]),
+    }
+    if labels["map"] is not None:
+        doubts["tags of the label map that never occur"] = len(labels["map"]["never"])
+        doubts["tags that are not in the label map"] = len(labels["map"]["unknown"])
+    yield "To look at", ("what", "count"), [row for row in doubts.items() if row[1]]
+
+
+def _groups(facts: Mapping[str, Any], *keys: str) -> list[tuple[Any, ...]]:
+    """Return a row for each kind of duplicates."""
+    kinds = facts["duplicates"]["kinds"].items()
+    return [(_KIND_NAMES[kind], *(counts[key] for key in keys)) for kind, counts in kinds]
+
+
+def _named(codes: Mapping[str, int]) -> dict[str, int]:
+    return {_LANGUAGES.get(code, code): count for code, count in codes.items()}
 
 
 def _figures(facts: Mapping[str, Any]) -> list[tuple[str, str, str]]:
@@ -147,24 +234,40 @@ def columns(names: Sequence[str], counts: Sequence[int], unit: str) -> bytes | N
     longest = max(len(name) for name in names)
     every = max(1, -(-len(names) * (longest + 2) // 76))
     area.set_xticks(range(0, len(names), every), names[::every], fontsize=8.5)
-    area.yaxis.set_major_formatter("{x:,.0f}")
-    charts.whole_numbers(area.yaxis)
     area.set(xlabel=unit, xlim=(-0.6, max(len(counts), 6) - 0.4))
-    area.grid(visible=False, axis="x")
-    return charts.png(figure)
+    return _counted(figure, area)
 
 
-def histogram(content: Mapping[str, Any], write: Callable[[float], str], unit: str) -> bytes | None:
+def histogram(content: Mapping[str, Any], write: Write, unit: str) -> bytes | None:
     """Return a PNG of a `Histogram.as_dict`, without the empty classes at both ends."""
     edges, counts = content["edges"], content["counts"]
     names = [f"<{write(edges[0])}"]
     names += [f"{write(low)}–{write(high)}" for low, high in pairwise(edges)]
     names.append(f"≥{write(edges[-1])}")
-    filled = [i for i, count in enumerate(counts) if count]
-    if not filled:
-        return None
+    filled = [i for i, count in enumerate(counts) if count] or [0]
     first, last = max(0, filled[0] - 1), filled[-1] + 2
     return columns(names[first:last], counts[first:last], unit)
+
+
+def by_time(days: Mapping[str, int]) -> bytes | None:
+    """Return a PNG of the posts over time, in columns of a day or, of a long time, of more."""
+    # Wrong years would leave no room for the others, and some of them cannot be drawn.
+    shown = {date.fromisoformat(d): count for d, count in days.items() if "1900" < d < "2200"}
+    if not shown:
+        return None
+    span = (max(shown) - min(shown)).days + 1
+    figure, (area,) = charts.figure(6.4, 2.5)
+    at: Any = list(shown)  # matplotlib takes dates, whatever its annotations say
+    area.hist(at, min(span, _MOST_COLUMNS), weights=list(shown.values()), color=charts.BLUE)
+    return _counted(figure, area)
+
+
+def _counted(figure: Any, area: Any) -> bytes:
+    """Return a PNG of columns, with whole numbers at their side."""
+    area.yaxis.set_major_formatter("{x:,.0f}")
+    charts.whole_numbers(area.yaxis)
+    area.grid(visible=False, axis="x")
+    return charts.png(figure)
 
 
 def long_tail(counts: Sequence[int], rare: int) -> bytes | None:
@@ -178,15 +281,8 @@ def long_tail(counts: Sequence[int], rare: int) -> bytes | None:
         return None
     figure, (area,) = charts.figure(6.4, 2.8)
     area.step(range(1, len(counts) + 1), counts, where="mid", color=charts.BLUE, lw=1.8)
-    area.axhline(rare, color=charts.RED, ls="--", lw=1)
-    area.annotate(
-        f"rare: fewer than {rare:,}",
-        (1, rare),
-        (4, -11),
-        textcoords="offset points",
-        color=charts.RED,
-        size=8.5,
-    )
+    area.axhline(rare, color=charts.RED, ls="--", lw=1, label=f"rare: fewer than {rare:,}")
+    area.legend(loc="lower left", fontsize=8.5)
     area.set(xscale="log", yscale="log", xlabel="rank of the tag", ylabel="posts")
     area.set(xlim=(1, max(len(counts), 2)), ylim=(0.8, 1.3 * max(counts[0], rare, 2)))
     for axis in (area.xaxis, area.yaxis):
@@ -194,46 +290,27 @@ def long_tail(counts: Sequence[int], rare: int) -> bytes | None:
     return charts.png(figure)
 
 
-def _days(days: Mapping[str, int]) -> bytes | None:
-    unit, merged = by_time(days)
-    return columns(*_split(merged), f"by {unit}")
+def size(value: float) -> str:
+    """Return a number of bytes, to three digits at most."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.3g} TB"
 
 
-def _split(counts: Mapping[str, int]) -> tuple[list[str], list[int]]:
-    return list(counts), list(counts.values())
+def seconds(value: float) -> str:
+    """Return a duration, to three digits at most."""
+    if value < 60:
+        return f"{value:.3g} s"
+    return f"{value / 60:.3g} min" if value < 3600 else f"{value / 3600:.3g} h"
 
 
-def by_time(days: Mapping[str, int]) -> tuple[str, dict[str, int]]:
-    """Return ``day``, ``month`` or ``year``, whichever is not too fine, and posts by it.
-
-    Spans without posts are there with 0.
-    """
-    if not days:
-        return "day", {}
-    unit, merged, names = "day", dict(days), None
-    for unit, length in (("day", 10), ("month", 7), ("year", 4)):  # noqa: B007 - named in the chart
-        merged = {}
-        for day, count in days.items():
-            merged[day[:length]] = merged.get(day[:length], 0) + count
-        names = _between(min(merged), max(merged), length)
-        if names is not None and len(names) <= _MOST_COLUMNS:
-            break
-    return unit, {name: merged.get(name, 0) for name in names or sorted(merged)}
+def plain(value: float) -> str:
+    """Return a whole number."""
+    return f"{value:,.0f}"
 
 
-def _between(first: str, last: str, length: int) -> list[str] | None:
-    """Return every day, month or year of a span; None for days that no calendar has."""
-    if length == len("YYYY-MM-DD"):
-        try:
-            start, end = date.fromisoformat(first), date.fromisoformat(last)
-        except ValueError:
-            return None
-        span = (end - start).days
-        return [str(start + timedelta(i)) for i in range(span + 1)] if span < _MOST_SPAN else None
-    years = range(int(first[:4]), int(last[:4]) + 1)
-    if len(years) > _MOST_SPAN:
-        return None
-    if length == len("YYYY"):
-        return [f"{year:04}" for year in years]
-    months = [f"{year:04}-{month:02}" for year in years for month in range(1, 13)]
-    return [month for month in months if first <= month <= last]
+def share(part: int, whole: int) -> str:
+    """Return a share in percent; a dash where there is no whole."""
+    return f"{part / whole:.1%}" if whole else "–"

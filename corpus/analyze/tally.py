@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import bisect
 import json
-import re
+import math
 import sqlite3
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import date
 from typing import Any
 
 from common.post import MEDIA_KINDS, MODALITIES, MediaKind, Post
-from corpus.analyze.labels import Labels
+from corpus.analyze.labels import Labels, ranked
 from corpus.analyze.measure import MediaFact
 from corpus.analyze.texts import language_of
 from fusion.data.data_file import BadLine, CorpusPost
 
-_DATE = re.compile(r"(\d{4})-(0[1-9]|1[0-2])-(0[1-9]|[12]\d|3[01])(?!\d)")
 _TOP_AUTHORS, _TOP_SIZES, _EXAMPLES = 20, 20, 20
 
 # Reasons and codecs that are counted by name: texts that never repeat must not fill the memory.
@@ -40,7 +40,6 @@ SIDE_EDGES = (64, 128, 240, 360, 480, 720, 1080, 1440, 2160, 4320)
 FactOf = Callable[[str, MediaKind], MediaFact]
 
 
-@dataclass
 class Histogram:
     """Counts of numbers in fixed classes: of any number of values, the same few bytes.
 
@@ -49,31 +48,23 @@ class Histogram:
             first all below, the last all from the last edge on.
     """
 
-    edges: Sequence[float]
-    counts: list[int] = field(init=False)
-    total: float = 0.0
-    lowest: float | None = None
-    highest: float | None = None
-
-    def __post_init__(self) -> None:
-        """Set every class to 0."""
-        self.counts = [0] * (len(self.edges) + 1)
+    def __init__(self, edges: Sequence[float]) -> None:
+        self.edges, self.counts = edges, [0] * (len(edges) + 1)
+        self._total, self._lowest, self._highest = 0.0, math.inf, -math.inf
 
     def add(self, value: float) -> None:
-        """Count a value."""
         self.counts[bisect.bisect_right(self.edges, value)] += 1
-        self.total += value
-        self.lowest = value if self.lowest is None else min(self.lowest, value)
-        self.highest = value if self.highest is None else max(self.highest, value)
+        self._total += value
+        self._lowest, self._highest = min(self._lowest, value), max(self._highest, value)
 
     def as_dict(self) -> dict[str, object]:
         """Return ``{values, lowest, mean, highest, edges, counts}``."""
         values = sum(self.counts)
         return {
             "values": values,
-            "lowest": self.lowest,
-            "mean": round(self.total / values, 3) if values else None,
-            "highest": self.highest,
+            "lowest": self._lowest if values else None,
+            "mean": round(self._total / values, 3) if values else None,
+            "highest": self._highest if values else None,
             "edges": list(self.edges),
             "counts": self.counts,
         }
@@ -97,7 +88,6 @@ class MediaTally:
     sides: Histogram = field(default_factory=lambda: Histogram(SIDE_EDGES))
 
     def as_dict(self) -> dict[str, Any]:
-        """Return everything about the media of this kind."""
         return {
             "uses": self.uses,
             "posts": self.posts,
@@ -127,7 +117,7 @@ class Tally:
         base.executescript(_TABLES)
         base.execute("BEGIN")  # never committed
         self.labels = Labels()
-        self.posts = self.bad = self.twice = 0
+        self.posts = self.bad = 0
         self.reasons: Counter[str] = Counter()
         self.examples: list[dict[str, Any]] = []
         self._modalities: Counter[str] = Counter()
@@ -139,7 +129,6 @@ class Tally:
         self._undated = self._bad_dates = 0
 
     def reject(self, entry: BadLine) -> None:
-        """Count a line that is no post."""
         self._leave_out(entry.line, entry.post_id, entry.reason, entry.reason.partition(":")[0])
 
     def add(self, entry: CorpusPost) -> bool:
@@ -147,7 +136,6 @@ class Tally:
         post = entry.post
         row = (post.post_id, json.dumps(sorted(set(post.labels))))
         if not self._base.execute("INSERT OR IGNORE INTO posts VALUES (?, ?)", row).rowcount:
-            self.twice += 1
             self._leave_out(entry.line, post.post_id, "post_id stands twice", "")
             return False
         self.posts += 1
@@ -180,7 +168,7 @@ class Tally:
             },
             "modalities": {name: self._modalities[name] for name in MODALITIES},
             "combinations": ranked(
-                {" + ".join(names) or "nothing": n for names, n in self._combinations.items()}
+                Counter({" + ".join(n) or "nothing": c for n, c in self._combinations.items()})
             ),
             "text": {
                 "chars": self._lengths.as_dict(),
@@ -218,10 +206,8 @@ class Tally:
         if fact.reason is not None:
             add(tally.broken, fact.reason)
         row = (bytes.fromhex(fact.sha256), fact.kind)
-        if (
-            not fact.sha256
-            or not self._base.execute("INSERT OR IGNORE INTO contents VALUES (?, ?)", row).rowcount
-        ):
+        query = "INSERT OR IGNORE INTO contents VALUES (?, ?)"
+        if not fact.sha256 or not self._base.execute(query, row).rowcount:
             return
         tally.files += 1
         tally.size_bytes += fact.size_bytes
@@ -253,10 +239,11 @@ class Tally:
             )
         if entry.created is None:
             self._undated += 1
-        elif match := _DATE.match(entry.created):
-            self._days[match.group()] += 1
         else:
-            self._bad_dates += 1
+            try:
+                self._days[date.fromisoformat(entry.created[:10]).isoformat()] += 1
+            except ValueError:
+                self._bad_dates += 1
 
     def _authors(self) -> dict[str, Any]:
         query = "SELECT COUNT(*), COALESCE(SUM(posts), 0) FROM authors"
@@ -265,11 +252,6 @@ class Tally:
             "SELECT author, posts FROM authors ORDER BY posts DESC, author LIMIT ?", (_TOP_AUTHORS,)
         ).fetchall()
         return {"authors": count, "posts": posts, "top": dict(top)}
-
-
-def ranked(counts: Counter[str] | dict[str, int], most: int | None = None) -> dict[str, int]:
-    """Return the largest counts first; equal ones by name."""
-    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:most])
 
 
 def add(counts: Counter[str], name: str) -> None:

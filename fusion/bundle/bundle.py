@@ -1,9 +1,7 @@
-"""The bundle: what is deployed. A folder of three files, read without any training code.
+"""The bundle that is deployed: a folder that is read without any training code.
 
-``model.safetensors`` the weights, ``labels.json`` the tags, ``bundle.yaml`` everything else: the
-architecture, the manifest of the features it was trained on, thresholds, metrics, name, version
-and the digests of the others. An ensemble's further members lie in ``members/1.safetensors`` and
-so on, weights of the same architecture.
+``model.safetensors`` has the weights (an ensemble's further members: ``members/1.safetensors`` and
+so on), ``labels.json`` the tags, ``bundle.yaml`` everything else and the digests of the others.
 """
 
 from __future__ import annotations
@@ -38,18 +36,11 @@ from fusion.metrics.calibration import Calibration
 from fusion.models import FusionModel, build_model
 
 WEIGHTS, LABELS, ABOUT = "model.safetensors", "labels.json", "bundle.yaml"
-MEMBERS = "members"
-FORMAT: Literal[1] = 1
 Averaging = Literal["probabilities", "logits"]
 
 
 class Ensemble(nn.Module):
-    """The mean of its members; takes a batch and gives logits, as each of them does.
-
-    Args:
-        members: At least one, of one schema.
-        averaging: Values that are averaged.
-    """
+    """The mean of its members; takes a batch and gives logits, as each of them does."""
 
     def __init__(
         self, members: Sequence[FusionModel], averaging: Averaging = "probabilities"
@@ -128,20 +119,6 @@ class About(Section):
 
 
 @dataclass(frozen=True)
-class BundleInfo:
-    """Everything that a command needs of a bundle besides its model.
-
-    Attributes:
-        thresholds: float32 ``(classes,)``.
-    """
-
-    name: str
-    version: str
-    labels: LabelMap
-    thresholds: npt.NDArray[np.float32]
-
-
-@dataclass(frozen=True)
 class Bundle:
     """A bundle in memory.
 
@@ -165,11 +142,6 @@ class Bundle:
     subsets: Mapping[str, float] = field(default_factory=dict)
 
     @property
-    def info(self) -> BundleInfo:
-        """Return everything but the model."""
-        return BundleInfo(self.name, self.version, self.labels, self.thresholds)
-
-    @property
     def members(self) -> tuple[FusionModel, ...]:
         """Return the one model, or an ensemble's members."""
         return members_of(self.model)
@@ -187,8 +159,11 @@ def save_bundle(
     metrics: Mapping[str, float],
     calibration: Calibration | None = None,
     subsets: Mapping[str, float] | None = None,
+    made_at: str | None = None,
 ) -> str:
     """Write a bundle; an older one is replaced in one step.
+
+    Args are the fields of `Bundle`, and ``made_at``: time in the version; now by default.
 
     Returns:
         The version: time in UTC and the beginning of the weights' sha256; later is greater.
@@ -198,14 +173,16 @@ def save_bundle(
     """
     try:
         with new_folder(folder) as part:
-            files = _write_weights(part, members_of(model))
+            digests = _write_weights(part, members_of(model))
             text = json.dumps(labels.as_json(), ensure_ascii=False, indent=1)
             (part / LABELS).write_text(text + "\n", encoding="utf-8")
-            digests = tuple(_sha256(part / file) for file in files)
-            digest = digests[0] if len(digests) == 1 else _digest(digests)
-            version = f"{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}-{digest[:8]}"
+            digest = (
+                hashlib.sha256("".join(digests).encode()).hexdigest() if digests[1:] else digests[0]
+            )
+            made_at = made_at or f"{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}"
+            version = f"{made_at}-{digest[:8]}"
             about = About(
-                format=FORMAT,
+                format=1,
                 name=name,
                 version=version,
                 image_as_frames=manifest.image_as_frames,
@@ -245,15 +222,10 @@ def load_bundle(folder: Path) -> Bundle:
     Raises:
         BundleError: A file is missing, broken, or does not fit the others.
     """
-    about = _read_about(folder)
-    weights = dict(
-        zip(
-            _weight_files(1 + len(about.members_sha256)),
-            (about.weights_sha256, *about.members_sha256),
-            strict=True,
-        )
-    )
-    for file, sha256 in (*weights.items(), (LABELS, about.labels_sha256)):
+    about = read_about(folder)
+    digests = (about.weights_sha256, *about.members_sha256)
+    weights = _weight_files(len(digests))
+    for file, sha256 in zip((*weights, LABELS), (*digests, about.labels_sha256), strict=True):
         if _sha256(folder / file) != sha256:
             raise BundleError(f"{folder / file}: is truncated, or not this bundle's (sha256)")
     try:
@@ -324,33 +296,34 @@ def check_fingerprints(
 
 
 def _weight_files(members: int) -> tuple[str, ...]:
-    return (WEIGHTS, *(f"{MEMBERS}/{i}.safetensors" for i in range(1, members)))
+    return (WEIGHTS, *(f"members/{i}.safetensors" for i in range(1, members)))
 
 
 def _write_weights(folder: Path, members: tuple[FusionModel, ...]) -> tuple[str, ...]:
-    """Write each member's weights; return the files."""
+    """Write each member's weights; return the files' digests."""
     from safetensors.torch import save_file
 
-    files = _weight_files(len(members))
-    if len(files) > 1:
-        (folder / MEMBERS).mkdir()
-    for member, file in zip(members, files, strict=True):
+    paths = [folder / file for file in _weight_files(len(members))]
+    for member, path in zip(members, paths, strict=True):
+        path.parent.mkdir(exist_ok=True)
         state = {k: v.detach().cpu().contiguous() for k, v in member.state_dict().items()}
-        save_file(state, folder / file)
-    return files
+        save_file(state, path)
+    return tuple(_sha256(path) for path in paths)
 
 
-def _digest(digests: tuple[str, ...]) -> str:
-    return hashlib.sha256("".join(digests).encode()).hexdigest()
+def read_about(folder: Path) -> About:
+    """Read ``bundle.yaml``.
 
-
-def _read_about(folder: Path) -> About:
+    Raises:
+        BundleError: It is missing or broken.
+    """
     path = folder / ABOUT
     try:
         content = _parse(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        reason = f"holds no bundle ({ABOUT} is missing): train one, or name another"
-        raise BundleError(f"{folder}: {reason}") from error
+        raise BundleError(
+            f"{folder}: holds no bundle ({ABOUT} is missing): train one, or name another"
+        ) from error
     except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
         raise BundleError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
     try:
@@ -371,11 +344,11 @@ def _fill(model: FusionModel, path: Path) -> None:
     from safetensors.torch import load_file
 
     try:
-        state: dict[str, torch.Tensor] = load_file(path)
-        model.load_state_dict(state, strict=True)
+        model.load_state_dict(load_file(path), strict=True)
     except (OSError, SafetensorError, RuntimeError) as error:
-        reason = one_line(error, 300)
-        raise BundleError(f"{path}: does not fit the architecture: {reason}") from error
+        raise BundleError(
+            f"{path}: does not fit the architecture: {one_line(error, 300)}"
+        ) from error
 
 
 def _sha256(path: Path) -> str:

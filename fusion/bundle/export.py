@@ -13,7 +13,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -23,9 +23,12 @@ import torch
 from torch import nn
 
 from common.errors import ConfigError, TaggingError, one_line
-from common.files import sync_file
+from common.files import publish, sync_file, write_whole
+from common.post import Stream
+from fusion.bundle.bundle import Bundle
 from fusion.bundle.export_lstm import exportable, onnx_translations
 from fusion.bundle.legacy import save_legacy
+from fusion.data.collate import Batch
 
 Format: TypeAlias = Literal["onnx", "torch", "state_dict", "pickle"]
 Inputs: TypeAlias = Sequence[torch.Tensor]
@@ -38,7 +41,6 @@ TOLERANCE = 1e-4
 _OPSET = 18
 # Just under the 2 GiB that protobuf allows for a file; a larger one would need files next to it.
 _LARGEST_ONNX = 2_000_000_000
-_NOISY = ("onnxscript", "onnx_ir", "torch.onnx")
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,14 @@ class Graph:
     example: Inputs
     cases: Mapping[str, Inputs]
     about: Mapping[str, Any]
+
+
+class ExportRefused(TaggingError):
+    """The exporter cannot write this model."""
+
+
+class ParityError(TaggingError):
+    """An exported file gives other numbers than the model."""
 
 
 @dataclass(frozen=True)
@@ -128,23 +138,20 @@ def export(graph: Graph, form: Format, path: Path) -> Exported:
                     f"{path}: is not written: it differs from the model by {exported.largest:.2e} "
                     f"({worst}), allowed are {TOLERANCE:.0e}"
                 )
-            about = Path(folder) / "about.json"
-            text = json.dumps(_about(graph, form, exported), ensure_ascii=False, indent=1)
-            about.write_text(text + "\n", encoding="utf-8")
-            for file, target in ((about, sidecar), (part, path)):
-                sync_file(file)
-                file.replace(target)
+            about = {
+                "format": form,
+                "made_by": how,
+                "inputs": [asdict(port) for port in graph.ports],
+                "output": graph.output,
+                "largest_difference": exported.largest,
+                **graph.about,
+            }
+            write_whole(sidecar, json.dumps(about, ensure_ascii=False, indent=1))
+            sync_file(part)
+            publish(part, path)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be written: {error}") from error
     return exported
-
-
-class ExportRefused(TaggingError):
-    """The exporter cannot write this model."""
-
-
-class ParityError(TaggingError):
-    """An exported file gives other numbers than the model."""
 
 
 def _write_onnx(graph: Graph, path: Path) -> tuple[str, Runner]:
@@ -226,9 +233,8 @@ class _Positional(nn.Module):
         super().__init__()
         self.module = module
 
-    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
-        output: torch.Tensor = self.module(*inputs)
-        return output
+    def forward(self, *inputs: torch.Tensor) -> Any:
+        return self.module(*inputs)
 
 
 def _shapes(graph: Graph) -> tuple[tuple[dict[int, Any], ...]]:
@@ -248,29 +254,11 @@ def _differences(graph: Graph, runner: Runner) -> dict[str, float]:
     differences: dict[str, float] = {}
     for name, inputs in graph.cases.items():
         expected, output = _reference(graph, inputs), runner(inputs)
-        same = expected.shape == output.shape
-        # A NaN is a difference too: no comparison with it is true.
-        differences[name] = float(np.abs(expected - output).max()) if same else math.inf
-    return {name: math.inf if math.isnan(d) else d for name, d in differences.items()}
-
-
-def _about(graph: Graph, form: Format, exported: Exported) -> dict[str, Any]:
-    ports = [
-        {
-            "name": port.name,
-            "free": {str(axis): name for axis, name in port.free.items()},
-            "most": dict(port.most),
-        }
-        for port in graph.ports
-    ]
-    return {
-        "format": form,
-        "made_by": exported.how,
-        "inputs": ports,
-        "output": graph.output,
-        "largest_difference": exported.largest,
-        **graph.about,
-    }
+        largest = math.inf
+        if expected.shape == output.shape:
+            largest = float(np.abs(expected - output).max())
+        differences[name] = math.inf if math.isnan(largest) else largest
+    return differences
 
 
 @contextmanager
@@ -289,14 +277,101 @@ def _refused(form: Format) -> Iterator[None]:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Silence the exporters' warnings about themselves; errors are still raised."""
-    loggers = [logging.getLogger(name) for name in _NOISY]
-    levels = [logger.level for logger in loggers]
+    before = logging.root.manager.disable
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
+        logging.disable(logging.WARNING)
         try:
             yield
         finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
+            logging.disable(before)
+
+
+class FusionScores(nn.Module):
+    """A bundle's model, or ensemble, with tensors for inputs; its scores before calibration.
+
+    Takes tokens float32 ``(posts, n, dim)`` and mask bool ``(posts, n)`` of each stream in turn,
+    gives float32 ``(posts, classes)`` in [0, 1].
+    """
+
+    def __init__(self, model: nn.Module, streams: Sequence[Stream]) -> None:
+        super().__init__()
+        self.model, self.streams = model, tuple(streams)
+
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        tokens = dict(zip(self.streams, inputs[::2], strict=True))
+        masks = dict(zip(self.streams, inputs[1::2], strict=True))
+        scores: torch.Tensor = torch.sigmoid(self.model(Batch((), tokens, masks)))
+        return scores
+
+
+def fusion_graph(bundle: Bundle) -> Graph:
+    """Return a bundle's graph: a stream's tokens under its name, its mask as ``<stream>_mask``.
+
+    A stream that a post does not have is a mask of False over one token of anything.
+    """
+    dims, most = bundle.schema.dims, bundle.schema.tokens
+    ports: list[Port] = []
+    for stream in dims:
+        length = f"{stream}_tokens"
+        for name in (stream, f"{stream}_mask"):
+            ports.append(Port(name, {0: "posts", 1: length}, {length: most[stream]}))
+    calibration = bundle.calibration
+    return Graph(
+        module=FusionScores(bundle.model, tuple(dims)).eval(),
+        legacy=bundle.model,
+        ports=tuple(ports),
+        output="scores",
+        example=_tokens(bundle, 2, {s: 2 + i for i, s in enumerate(dims)}, seed=0),
+        cases=_fusion_cases(bundle),
+        about={
+            "bundle": bundle.name,
+            "version": bundle.version,
+            "labels": bundle.labels.as_json(),
+            "thresholds": [float(t) for t in bundle.thresholds],
+            "calibration": calibration.model_dump(mode="json") if calibration else None,
+            "scores": "sigmoid of the logits; calibrate them, then compare with the thresholds",
+            "features": {s: {"dim": d, "tokens": most[s]} for s, d in bundle.schema.dims.items()},
+            "fingerprints": dict(bundle.manifest.fingerprints),
+            "image_as_frames": bundle.manifest.image_as_frames,
+            "ocr_mode": bundle.manifest.ocr_mode,
+        },
+    )
+
+
+def _fusion_cases(bundle: Bundle) -> dict[str, Inputs]:
+    dims, most = bundle.schema.dims, bundle.schema.tokens
+    one = dict.fromkeys(dims, 1)
+    some = {s: min(most[s], 3 + 2 * i) for i, s in enumerate(dims)}
+    cases: dict[str, Inputs] = {
+        "one post, one token each": _tokens(bundle, 1, one, seed=1),
+        "one post": _tokens(bundle, 1, some, seed=2),
+        "many posts, padded": _tokens(bundle, 7, some, seed=3),
+        "as many tokens as allowed": _tokens(bundle, 2, dict(most), seed=4),
+        "nothing at all": _tokens(bundle, 2, one, seed=5, without=tuple(dims)),
+    }
+    for stream in dims:
+        cases[f"no {stream}"] = _tokens(bundle, 3, some, seed=6, without=(stream,))
+    return cases
+
+
+def _tokens(
+    bundle: Bundle,
+    posts: int,
+    counts: Mapping[Stream, int],
+    *,
+    seed: int,
+    without: Sequence[Stream] = (),
+) -> list[torch.Tensor]:
+    chance = torch.Generator().manual_seed(seed)
+    inputs: list[torch.Tensor] = []
+    for stream, dim in bundle.schema.dims.items():
+        count = counts[stream]
+        lengths = torch.randint(1, count + 1, (posts, 1), generator=chance)
+        lengths[0] = count
+        if stream in without:
+            lengths.zero_()
+        mask = torch.arange(count)[None, :] < lengths  # (posts, n)
+        tokens = torch.randn(posts, count, dim, generator=chance)
+        inputs += [tokens * mask[:, :, None], mask]
+    return inputs

@@ -19,7 +19,6 @@ from extractors.suite import ExtractorSuite
 from fusion.bundle.export import Graph, Inputs, Port
 
 Backbone: TypeAlias = Literal["image", "video", "audio", "text", "video_lstm"]
-BACKBONES: tuple[Backbone, ...] = ("image", "video", "audio", "text", "video_lstm")
 
 # Tokens of the texts that are compared, besides the longest. torch.export treats a length of 1 as
 # fixed unless told otherwise; an odd one is no length of the example.
@@ -85,14 +84,18 @@ def backbone_graph(name: Backbone, features: FeatureSettings) -> Graph:
     Raises:
         ConfigError: The backbone or its weights are missing, or it cannot be exported.
     """
-    makers: Mapping[Backbone, Callable[[FeatureSettings], Graph]] = {
-        "image": lambda f: _pictures("image", f.image, f),
-        "video": lambda f: _pictures("video", f.video, f),
-        "audio": _audio,
-        "text": _text,
-        "video_lstm": _video_lstm,
-    }
-    return makers[name](_in_float32(features))
+    features = _in_float32(features)
+    match name:
+        case "image":
+            return _pictures(name, features.image)
+        case "video":
+            return _pictures(name, features.video)
+        case "audio":
+            return _audio(features)
+        case "text":
+            return _text(features)
+        case "video_lstm":
+            return _video_lstm(features)
 
 
 def fingerprints(name: Backbone, features: FeatureSettings) -> dict[Stream, str]:
@@ -115,7 +118,7 @@ def _in_float32(features: FeatureSettings) -> FeatureSettings:
     return features.model_copy(update={"video": video, **rest})
 
 
-def _pictures(name: Literal["image", "video"], settings: Any, features: FeatureSettings) -> Graph:
+def _pictures(name: Literal["image", "video"], settings: Any) -> Graph:
     backbone = make_backbone(name, settings, "cpu")
     backbone.load()
     size = settings.image_size
@@ -141,13 +144,9 @@ def _audio(features: FeatureSettings) -> Graph:
             f"features.audio.arch: {settings.arch} cannot be exported; only encoders of log-mel "
             "patches can"
         )
-    model: Vggish | TimmBackbone
-    if settings.arch == "vggish":
-        model = Vggish(settings, "cpu")
-        after = model.postprocess
-    else:
-        model = timm_model(settings, "cpu")
-        after = nn.Identity()
+    vggish = settings.arch == "vggish"
+    model = Vggish(settings, "cpu") if vggish else timm_model(settings, "cpu")
+    after = model.postprocess if isinstance(model, Vggish) else nn.Identity()
     model.load()
     about = {
         "backbone": "audio",

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-import yaml
 
-from common.errors import BundleError, ConfigError
-from common.files import sync_file
+from common.errors import ConfigError
 from common.pth import load_pth
-from fusion.bundle.bundle import ABOUT, LABELS, MEMBERS, WEIGHTS, load_bundle, members_of
+from fusion.bundle.bundle import (
+    ABOUT,
+    WEIGHTS,
+    Ensemble,
+    load_bundle,
+    members_of,
+    read_about,
+    save_bundle,
+)
 
 if TYPE_CHECKING:
-    from fusion.bundle.bundle import Ensemble
     from fusion.models import FusionModel
 
 WEIGHT_FILES = (".pth", ".pt", ".bin", ".safetensors")
@@ -126,35 +129,26 @@ def with_weights(
         ConfigError: The weights cannot be read, or do not fit.
         BundleError: The bundle is missing or broken.
     """
-    from safetensors.torch import save_file
-
     state = load_legacy(weights, allow_pickle=allow_pickle, setting=setting)
-    model: FusionModel | Ensemble = load_bundle(bundle).model
-    members = members_of(model)
+    base, about = load_bundle(bundle), read_about(bundle)
     parts = _of_members(state) if all(k.startswith("members.") for k in state) else [state]
+    members = members_of(base.model)[: len(parts)]
     if len(parts) > len(members):
         raise ConfigError(f"{weights}: holds {len(parts)} members, bundle {bundle} {len(members)}")
-    target.mkdir(parents=True)
-    digests: list[str] = []
-    for index, (member, part) in enumerate(zip(members, parts, strict=False)):
+    for member, part in zip(members, parts, strict=True):
         fit(member, part, weights)
-        file = target / (WEIGHTS if not index else f"{MEMBERS}/{index}.safetensors")
-        file.parent.mkdir(exist_ok=True)
-        save_file({k: v.contiguous() for k, v in member.state_dict().items()}, file)
-        digests.append(hashlib.sha256(file.read_bytes()).hexdigest())
-    shutil.copyfile(bundle / LABELS, target / LABELS)
-    about: dict[str, Any] = yaml.safe_load((bundle / ABOUT).read_text(encoding="utf-8"))
-    whole = hashlib.sha256("".join(digests).encode()).hexdigest()
-    about["version"] = f"{about['version'].partition('-')[0]}-{whole[:8]}"
-    about |= {"weights_sha256": digests[0], "members_sha256": digests[1:], "metrics": {}}
-    about.pop("subsets", None)
-    text = yaml.safe_dump(about, sort_keys=False, allow_unicode=True)
-    (target / ABOUT).write_text(text, encoding="utf-8")
-    try:
-        sync_file(target / ABOUT)
-    except OSError as error:
-        raise BundleError(f"{target}: the bundle cannot be written: {error}") from error
-    return str(about["version"])
+    return save_bundle(
+        target,
+        name=base.name,
+        model=members[0] if len(members) == 1 else Ensemble(members, about.averaging),
+        settings=about.model,
+        manifest=base.manifest,
+        labels=base.labels,
+        thresholds=base.thresholds,
+        metrics={},
+        calibration=base.calibration,
+        made_at=base.version.partition("-")[0],
+    )
 
 
 def _of_members(state: Mapping[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:

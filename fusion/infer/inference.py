@@ -33,7 +33,7 @@ from common.processes import process_pool
 from common.progress import progress_bar
 from config.labels import LabelMap
 from config.settings import RunSettings
-from fusion.bundle.bundle import BundleInfo
+from fusion.bundle.bundle import Bundle
 from fusion.infer.input import Bad, Input, Labelled
 from fusion.infer.outputs import Outcome, Sink
 from fusion.metrics import ranking as metrics
@@ -55,7 +55,6 @@ class Tagger(Protocol[P_contra]):
 
     def close(self) -> None:
         """Free its models."""
-        ...
 
 
 Maker: TypeAlias = Callable[[str], Tagger[Any]]
@@ -81,16 +80,11 @@ class InferReport:
     posts: int
     labelled: int
     metrics: dict[str, float]
-    skipped: int = 0
-    skipped_at: Path | None = None
-    resumed: int = 0
-    unscored: int = 0
-    posts_per_s: float = 0.0
-
-    @property
-    def complete(self) -> bool:
-        """Tell whether the output was whole already, and nothing was computed."""
-        return self.posts == self.resumed and not self.skipped
+    skipped: int
+    skipped_at: Path | None
+    resumed: int
+    unscored: int
+    posts_per_s: float
 
 
 @dataclass(frozen=True)
@@ -109,7 +103,7 @@ class Job(Generic[P]):
 
     source: Input[P]
     maker: Maker
-    bundle: BundleInfo
+    bundle: Bundle
     settings: RunSettings
     sink: Sink
     skipped: Path
@@ -133,9 +127,9 @@ def infer(job: Job[P]) -> InferReport:
     except OSError as error:
         raise ConfigError(f"{job.skipped.parent}: cannot be written: {error}") from error
     with scratch, closing(sink):
-        sink.open(lambda: _post_ids(job.source))
+        sink.open(lambda: Counter(post.post_id for post in job.source if not isinstance(post, Bad)))
         rows, bad = _LabelledRows(scratch, job.bundle.labels), list[Bad]()
-        resumed = computed = timed = 0
+        resumed = timed = 0
         started = 0.0
         with progress_bar("infer", entries, enabled=settings.progress) as bar:
 
@@ -150,7 +144,6 @@ def infer(job: Job[P]) -> InferReport:
             chunks = chunked(to_tag(), settings.batch_size)
             for outcomes in run_chunks(job.maker, devices, chunks):
                 bad += _record(outcomes, sink, rows, skip_bad=settings.skip_bad)
-                computed += len(outcomes)
                 # The first chunk is not timed: the models are loaded before it comes.
                 if started:
                     timed += len(outcomes)
@@ -267,14 +260,9 @@ def _outcomes(tagger: Tagger[P], chunk: Sequence[P | Bad]) -> list[Outcome]:
     return [post if isinstance(post, Bad) else next(outcomes) for post in chunk]
 
 
-def _post_ids(source: Iterable[Labelled | Bad]) -> Counter[str]:
-    return Counter(post.post_id for post in source if not isinstance(post, Bad))
-
-
 def _not_written(batch: Sequence[P | Bad], sink: Sink, rows: _LabelledRows) -> Iterator[P | Bad]:
     """Return the posts that are to be tagged; of the others, the scores count as they are."""
-    posts = [post for post in batch if not isinstance(post, Bad)]
-    written = iter(sink.written([post.post_id for post in posts]))
+    written = iter(sink.written([post.post_id for post in batch if not isinstance(post, Bad)]))
     for post in batch:
         earlier = None if isinstance(post, Bad) else next(written)
         if earlier is None:
@@ -299,16 +287,14 @@ class _LabelledRows:
 
     def add(self, scores: npt.NDArray[np.float32] | None, labels: Sequence[str]) -> None:
         """Add a post, if it has labels."""
-        if not labels:
-            return
-        if scores is None:
+        if labels and scores is not None:
+            row = np.zeros((), self._kind)
+            row["scores"] = scores
+            row["targets"][self._labels.encode(labels)] = True
+            self._file.write(row.tobytes())
+            self.count += 1
+        elif labels:
             self.unscored += 1
-            return
-        row = np.zeros((), self._kind)
-        row["scores"] = scores
-        row["targets"][self._labels.encode(labels)] = True
-        self._file.write(row.tobytes())
-        self.count += 1
 
     def measure(self, thresholds: npt.NDArray[np.float32]) -> dict[str, float]:
         """Return the metrics of all; empty where there are none."""
@@ -341,10 +327,9 @@ def _record(
 
 def _list_skipped(bad: Sequence[Bad], path: Path) -> None:
     rows = ({"post_id": each.post_id, "reason": each.reason} for each in bad)
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     try:
         if bad:
-            write_whole(path, text.encode())
+            write_whole(path, "\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
         else:
             path.unlink(missing_ok=True)
     except OSError as error:

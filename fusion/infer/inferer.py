@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -64,12 +63,10 @@ class Inferer:
 
     @property
     def name(self) -> str:
-        """Name of the bundle."""
         return self._bundle.name
 
     @property
     def version(self) -> str:
-        """Version of the bundle."""
         return self._bundle.version
 
     @property
@@ -83,7 +80,6 @@ class Inferer:
 
     @property
     def image_as_frames(self) -> bool:
-        """Return True when images join the video's frames."""
         return self._bundle.manifest.image_as_frames
 
     @property
@@ -161,20 +157,8 @@ class Inferer:
         )
 
 
-@dataclass(frozen=True)
-class FeatureMaker:
-    """A maker of taggers of posts with feature files, for `fusion.infer.inference.Job`."""
-
-    settings: InferSettings
-    reader: FeatureFiles
-
-    def __call__(self, device: str) -> FeatureTagger:
-        """Load the bundle on a device."""
-        return FeatureTagger(self.settings, self.reader, device)
-
-
 class FeatureTagger:
-    """A `fusion.infer.inference.Tagger` of posts with feature files."""
+    """A `fusion.infer.inference.Tagger` of posts with feature files, on one device."""
 
     def __init__(self, settings: InferSettings, reader: FeatureFiles, device: str) -> None:
         set_threads(settings.threads)
@@ -195,7 +179,6 @@ class FeatureTagger:
         return outcomes
 
     def close(self) -> None:
-        """Free the model."""
         self._inferer.close()
 
     def _features(self, post: Record) -> Features | Bad:

@@ -68,43 +68,24 @@ class Input(Generic[P]):
             ConfigError: The file is missing, broken or empty; or, without ``skip_bad``, an entry
                 is wrong.
         """
-        entries = sum(1 for _ in self)
-        if not entries:
+        found = sum(1 for _ in self)
+        if not found:
             raise ConfigError(f"{self.path}: holds no posts")
-        return entries
+        return found
 
     def __iter__(self) -> Iterator[P | Bad]:
-        """Yield every post, or `Bad` for an entry that is none.
-
-        Raises:
-            ConfigError: As `count`.
-        """
-        for where, content in raw_entries(self.path):
+        """Yield every post, or `Bad` for an entry that is none; raises as `count`."""
+        for where, content in _raw_entries(self.path):
             try:
                 post = self.read(content, self.path, where)
                 self.labels.encode(post.labels, where=f"{self.path}: post {post.post_id}")
             except ConfigError as error:
                 if not self.skip_bad:
                     raise
-                yield Bad(_name_of(content, where), one_line(error))
+                name = content.get("post_id") if isinstance(content, dict) else None
+                yield Bad(name if isinstance(name, str) and name else where, one_line(error))
             else:
                 yield post
-
-
-def raw_entries(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yield the place of an entry and its content; a `ConfigError` for a line that is no JSON.
-
-    Raises:
-        ConfigError: The file is missing, of another kind, or its JSON is broken.
-    """
-    if path.suffix not in (".json", ".jsonl", ".txt"):
-        raise ConfigError(
-            f"{path}: must be a .json data file or a .txt list (or .jsonl, a post a line)"
-        )
-    if path.suffix == ".txt":
-        yield from _lines(path)
-    else:
-        yield from ((entry.where, entry.value) for entry in entries(path))
 
 
 def read_record(content: Any, path: Path, where: str) -> Record:
@@ -120,12 +101,15 @@ def read_record(content: Any, path: Path, where: str) -> Record:
     return Record("", features=beside(content, path))
 
 
-def _name_of(content: Any, where: str) -> str:
-    found = content.get("post_id") if isinstance(content, dict) else None
-    return found if isinstance(found, str) and found else where
-
-
-def _lines(path: Path) -> Iterator[tuple[str, str]]:
+def _raw_entries(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield the place of an entry and its content; a `ConfigError` for a line that is no JSON."""
+    if path.suffix not in (".json", ".jsonl", ".txt"):
+        raise ConfigError(
+            f"{path}: must be a .json data file or a .txt list (or .jsonl, a post a line)"
+        )
+    if path.suffix != ".txt":
+        yield from ((entry.where, entry.value) for entry in entries(path))
+        return
     try:
         with path.open(encoding="utf-8") as file:
             for number, line in enumerate(file, 1):

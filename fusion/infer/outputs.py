@@ -24,7 +24,7 @@ from common.errors import ConfigError, one_line
 from common.files import publish, sync_file
 from common.post import Failure, Modality, Status, Tags
 from common.result import TagResult, rounded
-from fusion.bundle.bundle import BundleInfo
+from fusion.bundle.bundle import Bundle
 from fusion.infer.input import Bad
 
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
@@ -47,7 +47,6 @@ class Result:
 
     @property
     def post_id(self) -> str:
-        """Return the post's ID."""
         return self.tags.post_id
 
 
@@ -78,7 +77,6 @@ class Sink(Protocol):
         Raises:
             ConfigError: The output cannot be written, or does not belong to this run.
         """
-        ...
 
     def written(self, post_ids: Sequence[str]) -> Sequence[Earlier | None]:
         """Return what is written of posts already, None for each that is to be tagged."""
@@ -90,22 +88,13 @@ class Sink(Protocol):
 
     def finish(self) -> None:
         """Make the output whole: everything is written."""
-        ...
 
     def close(self) -> None:
         """Let go of what it holds; without `finish` the same command goes on later."""
-        ...
 
 
 class Row(NamedTuple):
-    """One post's row of an output.
-
-    Attributes:
-        key: Its ID, as the format writes it.
-        model: Name of the bundle that tagged it.
-        version: Version of that bundle.
-        scores: Of every class; None where the output does not hold them.
-    """
+    """One post's row of an output, as the format writes it; scores of every class, or None."""
 
     key: str
     model: str
@@ -113,27 +102,36 @@ class Row(NamedTuple):
     scores: Sequence[float] | None
 
 
-class Form(Protocol):
-    """A text format of results.
+@dataclass(frozen=True)
+class JsonLines:
+    """A format with a line for each post: the result's document, as `insighttag tag` prints it.
+
+    Then ``labels`` where they are known, and ``scores``: every class, with all digits, so that
+    reading them gives the same float32 numbers again.
 
     Attributes:
-        end: What every row ends with.
+        scores: Write the score of every class.
+        head: Text before the first row.
+        end: Bytes that every row ends with.
     """
 
-    @property
-    def end(self) -> bytes: ...
-
-    def head(self) -> str:
-        """Return what comes before the first row."""
-        ...
-
-    def text(self, results: Sequence[Result]) -> str:
-        """Return the rows of some results."""
-        ...
+    scores: bool = True
+    head: ClassVar[str] = ""
+    end: ClassVar[bytes] = b"\n"
 
     def key(self, text: str) -> str:
         """Return an ID or a name as the format writes it."""
-        ...
+        return text
+
+    def text(self, result: Result) -> str:
+        """Return the row of a result."""
+        tags = result.tags
+        content = TagResult.tagged(tags, result.statuses, result.failures).answer()
+        if result.labels:
+            content["labels"] = list(result.labels)
+        if self.scores:
+            content["scores"] = [float(score) for score in tags.scores]
+        return json.dumps(content, ensure_ascii=False) + "\n"
 
     def rows(self, file: TextIO) -> Iterator[Row]:
         """Read rows back.
@@ -141,25 +139,87 @@ class Form(Protocol):
         Raises:
             ValueError: The file is of another form, or broken.
         """
-        ...
+        for line in file:
+            content = json.loads(line)
+            if ("scores" in content) != self.scores:
+                raise ValueError(f"was begun with another scores ({not self.scores})")
+            post_id, model, version = (content[k] for k in ("post_id", "model", "version"))
+            yield Row(post_id, model, version, content.get("scores"))
+
+
+@dataclass(frozen=True)
+class CsvTable:
+    """A format with columns ``post_id, tags, scores, model, version``, and one for each class.
+
+    ``tags`` and ``scores`` hold the same number of items, with a bar between them. Text that a
+    spreadsheet would take for a formula gets an apostrophe in front. Attributes and methods are
+    those of `JsonLines`.
+
+    Attributes:
+        names: Of the classes.
+    """
+
+    names: tuple[str, ...]
+    scores: bool = True
+    end: ClassVar[bytes] = b"\r\n"
+
+    @property
+    def head(self) -> str:
+        return _row(self._columns)
+
+    def key(self, text: str) -> str:
+        # Source: OWASP, CSV injection.
+        return f"'{text}" if text.startswith(_FORMULA) else text
+
+    def text(self, result: Result) -> str:
+        tags = result.tags
+        columns = [
+            self.key(tags.post_id),
+            self.key("|".join(tag.name.replace("|", "/") for tag in tags.tags)),
+            "|".join(repr(rounded(tag.score)) for tag in tags.tags),
+            self.key(tags.model),
+            tags.version,
+        ]
+        return _row([*columns, *(repr(float(score)) for score in tags.scores if self.scores)])
+
+    def rows(self, file: TextIO) -> Iterator[Row]:
+        table = csv.reader(file)
+        if next(table, None) != self._columns:
+            raise ValueError("was begun with other columns")
+        for row in table:
+            if len(row) != len(self._columns):
+                raise ValueError(f"line {table.line_num} has {len(row)} columns")
+            post_id, _, _, model, version, *scores = row
+            yield Row(post_id, model, version, [float(s) for s in scores] if self.scores else None)
+
+    @property
+    def _columns(self) -> list[str]:
+        columns = ["post_id", "tags", "scores", "model", "version"]
+        return [*columns, *(f"score {name}" for name in self.names if self.scores)]
+
+
+def _row(cells: Sequence[str]) -> str:
+    line = io.StringIO()
+    csv.writer(line, lineterminator="\r\n").writerow(cells)
+    return line.getvalue()
 
 
 class StreamSink:
     """A `Sink` of text that nobody can read back, such as standard output."""
 
-    def __init__(self, form: Form, write: Callable[[str], object]) -> None:
+    def __init__(self, form: JsonLines | CsvTable, write: Callable[[str], object]) -> None:
         self._form, self._write, self._begun = form, write, False
 
     def open(self, input_ids: Callable[[], Counter[str]]) -> None:
         """Write nothing: the head comes with the first results."""
 
     def written(self, post_ids: Sequence[str]) -> Sequence[Earlier | None]:
-        """Return None for every post."""
         return [None] * len(post_ids)
 
     def write(self, results: Sequence[Result]) -> Sequence[Bad]:
-        """Write results; none is refused."""
-        self._write(("" if self._begun else self._form.head()) + self._form.text(results))
+        self._write(
+            "".join(["" if self._begun else self._form.head, *map(self._form.text, results)])
+        )
         self._begun = True
         return ()
 
@@ -186,7 +246,13 @@ class FileSink:
     """
 
     def __init__(
-        self, output: Path, form: Form, bundle: BundleInfo, *, restart: bool, reuse: bool
+        self,
+        output: Path,
+        form: JsonLines | CsvTable,
+        bundle: Bundle,
+        *,
+        restart: bool,
+        reuse: bool,
     ) -> None:
         self._output, self._form, self._bundle = output, form, bundle
         self._restart, self._reuse = restart, reuse
@@ -196,15 +262,10 @@ class FileSink:
         # Positions of the rows of each post in `_scores`, which would not fit into memory.
         self._earlier: dict[str, list[int]] = {}
         self._scores: IO[bytes] | None = None
-        self._copy_first = False
+        self._copy_first = False  # rows of a whole file, once there is something to add
 
     def open(self, input_ids: Callable[[], Counter[str]]) -> None:
-        """See `Sink`; of a half-written last row nothing stays.
-
-        Raises:
-            ConfigError: The folder cannot be written, another run is at the file, or what a
-                killed run has left is of another bundle, input or format.
-        """
+        """See `Sink`; of a half-written last row nothing stays."""
         try:
             self._output.parent.mkdir(parents=True, exist_ok=True)
             self._file = self._held.enter_context(self._part.open("ab+", buffering=0))
@@ -233,18 +294,15 @@ class FileSink:
             ConfigError: The disk is full, or the like.
         """
         # Of a post whose ID only its feature file knows, it comes out here that it is written.
-        self._append([result for result in results if self._take(result.post_id) is None])
+        new = [result for result in results if self._take(result.post_id) is None]
+        if new or not self._copy_first:
+            self._append("".join(map(self._form.text, new)))
         return ()
 
     def finish(self) -> None:
-        """Give the file its name.
-
-        Raises:
-            ConfigError: It cannot be written.
-        """
         if self._copy_first:
             return  # nothing was added to the whole file
-        self._append([])
+        self._append("")
         try:
             sync_file(self._part)
             publish(self._part, self._output)
@@ -252,7 +310,6 @@ class FileSink:
             raise self._unwritable(error) from error
 
     def close(self) -> None:
-        """See `Sink`."""
         if self._file is not None and not os.fstat(self._file.fileno()).st_size:
             self._part.unlink(missing_ok=True)
         self._file = None
@@ -314,18 +371,16 @@ class FileSink:
         self._scores.seek(number * size)
         return Earlier(np.frombuffer(self._scores.read(size), np.float32))
 
-    def _append(self, results: Sequence[Result]) -> None:
+    def _append(self, text: str) -> None:
         if self._file is None:
             raise RuntimeError("the output is not open")
         try:
-            if self._copy_first and results:
+            if self._copy_first:
                 with self._output.open("rb") as whole:
                     shutil.copyfileobj(whole, self._file)
                 self._copy_first = False
-            elif self._copy_first:
-                return
-            head = "" if os.fstat(self._file.fileno()).st_size else self._form.head()
-            view = memoryview((head + self._form.text(results)).encode("utf-8"))
+            head = "" if os.fstat(self._file.fileno()).st_size else self._form.head
+            view = memoryview((head + text).encode("utf-8"))
             while view:
                 view = view[self._file.write(view) :]
         except OSError as error:
@@ -341,117 +396,3 @@ def _cut_half_row(file: BinaryIO, end: bytes) -> None:
     with mmap(file.fileno(), 0, access=ACCESS_READ) as content:
         last = content.rfind(end)
     file.truncate(0 if last < 0 else last + len(end))
-
-
-@dataclass(frozen=True)
-class JsonLines:
-    """A `Form` with a line for each post: the result's document, as `insighttag tag` prints it.
-
-    Then ``labels`` where they are known, and ``scores``: every class, with all digits, so that
-    reading them gives the same float32 numbers again.
-
-    Attributes:
-        scores: Write the score of every class.
-    """
-
-    scores: bool = True
-    end: ClassVar[bytes] = b"\n"
-
-    def head(self) -> str:
-        """Return nothing: JSON lines have no head."""
-        return ""
-
-    def text(self, results: Sequence[Result]) -> str:
-        """Return a line for each result."""
-        return "".join(self._line(result) for result in results)
-
-    def key(self, text: str) -> str:
-        """Return the text itself."""
-        return text
-
-    def rows(self, file: TextIO) -> Iterator[Row]:
-        """See `Form`."""
-        for line in file:
-            content = json.loads(line)
-            if ("scores" in content) != self.scores:
-                raise ValueError(f"was begun with another scores ({not self.scores})")
-            post_id, model, version = (content[k] for k in ("post_id", "model", "version"))
-            yield Row(post_id, model, version, content.get("scores"))
-
-    def _line(self, result: Result) -> str:
-        tags = result.tags
-        content = TagResult.tagged(tags, result.statuses, result.failures).answer()
-        if result.labels:
-            content["labels"] = list(result.labels)
-        if self.scores:
-            content["scores"] = [float(score) for score in tags.scores]
-        return json.dumps(content, ensure_ascii=False) + "\n"
-
-
-@dataclass(frozen=True)
-class CsvTable:
-    """A `Form` with columns ``post_id, tags, scores, model, version``, and one for each class.
-
-    ``tags`` and ``scores`` hold the same number of items, with a bar between them. Text that a
-    spreadsheet would take for a formula gets an apostrophe in front.
-
-    Attributes:
-        names: Of the classes.
-        scores: Write a column for each class.
-    """
-
-    names: tuple[str, ...]
-    scores: bool = True
-    end: ClassVar[bytes] = b"\r\n"
-
-    def head(self) -> str:
-        """Return the names of the columns."""
-        return _row(self._columns)
-
-    def text(self, results: Sequence[Result]) -> str:
-        """Return a row for each result."""
-        return "".join(self._line(result.tags) for result in results)
-
-    def key(self, text: str) -> str:
-        """Return the text as `plain` writes it."""
-        return plain(text)
-
-    def rows(self, file: TextIO) -> Iterator[Row]:
-        """See `Form`."""
-        table = csv.reader(file)
-        if next(table, None) != self._columns:
-            raise ValueError("was begun with other columns")
-        for row in table:
-            if len(row) != len(self._columns):
-                raise ValueError(f"line {table.line_num} has {len(row)} columns")
-            post_id, _, _, model, version, *scores = row
-            yield Row(post_id, model, version, [float(s) for s in scores] if self.scores else None)
-
-    @property
-    def _columns(self) -> list[str]:
-        columns = ["post_id", "tags", "scores", "model", "version"]
-        return [*columns, *(f"score {name}" for name in self.names if self.scores)]
-
-    def _line(self, tags: Tags) -> str:
-        columns = [
-            plain(tags.post_id),
-            plain("|".join(tag.name.replace("|", "/") for tag in tags.tags)),
-            "|".join(repr(rounded(tag.score)) for tag in tags.tags),
-            plain(tags.model),
-            tags.version,
-        ]
-        return _row([*columns, *(repr(float(score)) for score in tags.scores if self.scores)])
-
-
-def plain(text: str) -> str:
-    """Return text that no spreadsheet runs: what begins like a formula gets an apostrophe.
-
-    Source: OWASP, CSV injection.
-    """
-    return f"'{text}" if text.startswith(_FORMULA) else text
-
-
-def _row(cells: Sequence[str]) -> str:
-    line = io.StringIO()
-    csv.writer(line, lineterminator="\r\n").writerow(cells)
-    return line.getvalue()

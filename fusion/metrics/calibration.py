@@ -1,13 +1,13 @@
-"""Calibration: scores become probabilities, by one rising map that all tags share.
+"""Calibration and thresholds, fitted on validation posts and kept in the bundle.
 
-Fitted on validation posts, kept in the bundle, applied to every score that leaves the model. One
-map for all tags leaves the order of scores as it is, and needs no positives of rare tags.
+Calibration makes scores probabilities, by one rising map that all tags share: it leaves the order
+of scores as it is, and needs no positives of rare tags. A tag's threshold is the calibrated score
+from which on it is given.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 
 from config.settings import Section
 from config.train import CalibrationName
+from fusion.metrics.ranking import cuts
 
 FloatArray: TypeAlias = npt.NDArray[np.float64]
 
@@ -25,6 +26,9 @@ _COLDEST, _HOTTEST = 0.02, 50.0
 _MOST_KNOTS = 1000
 _PASSES = 30  # over all levels at once, before what is left is pooled one by one
 _TINY = 1e-12  # nearer to 0 and 1 a float64 logit says nothing
+# A lower threshold would give a tag to nearly every post, a higher one to nearly none, when they
+# are fitted to few posts.
+_LOWEST, _HIGHEST = 0.05, 0.95
 
 
 class Temperature(Section):
@@ -35,8 +39,7 @@ class Temperature(Section):
 
     def apply(self, scores: npt.ArrayLike) -> npt.NDArray[np.float32]:
         """Calibrated scores, float32 in the shape of ``scores``."""
-        logits = _logits(scores)
-        return _sigmoid(logits / self.temperature).astype(np.float32)
+        return _sigmoid(_logits(scores) / self.temperature).astype(np.float32)
 
 
 class Isotonic(Section):
@@ -77,18 +80,10 @@ def calibrated(calibration: Calibration | None, scores: npt.ArrayLike) -> npt.ND
 def fit_calibration(
     name: CalibrationName, scores: npt.ArrayLike, targets: npt.ArrayLike
 ) -> Calibration | None:
-    """Return the calibration that a name means, fitted to validation posts; None for ``none``.
-
-    Args:
-        name: Of the kind.
-        scores: Floats ``(samples, classes)`` in [0, 1].
-        targets: ``(samples, classes)`` of 0 and 1.
-    """
+    """Return the calibration of a kind, fitted to scores in [0, 1] and the truth; None for none."""
     if name == "temperature":
         return Temperature(temperature=fit_temperature(scores, targets))
-    if name == "isotonic":
-        return fit_isotonic(scores, targets)
-    return None
+    return fit_isotonic(scores, targets) if name == "isotonic" else None
 
 
 def fit_temperature(scores: npt.ArrayLike, targets: npt.ArrayLike) -> float:
@@ -143,8 +138,43 @@ def fit_isotonic(scores: npt.ArrayLike, targets: npt.ArrayLike) -> Isotonic:
     )
 
 
-@dataclass(frozen=True)
-class Reliability:
+def _pooled(sums: FloatArray, counts: FloatArray) -> tuple[npt.NDArray[np.intp], FloatArray]:
+    """Return the first level and the mean of each block, with means that rise."""
+    starts = np.arange(len(sums), dtype=np.intp)
+    for _ in range(_PASSES):
+        # Compared as products: equal means must not differ by rounding.
+        rises = sums[1:] * counts[:-1] > sums[:-1] * counts[1:]
+        kept = np.flatnonzero(np.append(True, rises))
+        if len(kept) == len(sums):
+            break
+        # Levels that fall or stay equal are one block in the end.
+        starts = starts[kept]
+        sums, counts = np.add.reduceat(sums, kept), np.add.reduceat(counts, kept)
+    blocks: list[tuple[int, float, float]] = []
+    for start, total, weight in zip(starts.tolist(), sums.tolist(), counts.tolist(), strict=True):
+        first, own, size = start, total, weight
+        while blocks and blocks[-1][1] * size >= own * blocks[-1][2]:
+            first, before, more = blocks.pop()
+            own, size = own + before, size + more
+        blocks.append((first, own, size))
+    firsts = np.array([block[0] for block in blocks], dtype=np.intp)
+    return firsts, np.array([block[1] / block[2] for block in blocks])
+
+
+def _logits(scores: npt.ArrayLike) -> FloatArray:
+    given = np.clip(np.asarray(scores, dtype=np.float64), _TINY, 1 - _TINY)
+    found: FloatArray = np.log(given) - np.log1p(-given)
+    return found
+
+
+def _sigmoid(logits: FloatArray) -> FloatArray:
+    """Return the sigmoid, without overflow at either end."""
+    small = np.exp(-np.abs(logits))
+    found: FloatArray = np.where(logits >= 0, 1 / (1 + small), small / (1 + small))
+    return found
+
+
+class Reliability(NamedTuple):
     """The share of right decisions among scores of about the same height.
 
     Attributes:
@@ -169,17 +199,13 @@ class Reliability:
 
 
 def reliability(scores: npt.ArrayLike, targets: npt.ArrayLike, bins: int = 15) -> Reliability:
-    """Compare scores with the truth.
-
-    Args:
-        scores: Floats in [0, 1], of any shape.
-        targets: 0 and 1, in the same shape.
-        bins: A score on an edge belongs to the bin above it.
+    """Compare scores in [0, 1] with the truth, both of any shape.
 
     Source: arXiv 1706.04599, section 2.
     """
     numbers = np.asarray(scores, dtype=np.float64).ravel()
     truth = np.asarray(targets, dtype=np.float64).ravel()
+    # A score on an edge belongs to the bin above it.
     place = np.minimum((numbers * bins).astype(np.intp), bins - 1)
     counts = np.bincount(place, minlength=bins)
     some = np.where(counts, counts, np.nan)
@@ -190,40 +216,89 @@ def reliability(scores: npt.ArrayLike, targets: npt.ArrayLike, bins: int = 15) -
     return Reliability(counts.astype(np.int64), mean, right, error)
 
 
-def _pooled(sums: FloatArray, counts: FloatArray) -> tuple[npt.NDArray[np.intp], FloatArray]:
-    """First level and mean of each block, with means that rise."""
-    starts = np.arange(len(sums), dtype=np.intp)
-    for _ in range(_PASSES):
-        # Compared as products: equal means must not differ by rounding.
-        rises = sums[1:] * counts[:-1] > sums[:-1] * counts[1:]
-        kept = np.flatnonzero(np.append(True, rises))
-        if len(kept) == len(sums):
-            break
-        # Levels that fall or stay equal are one block in the end.
-        starts, sums, counts = (
-            starts[kept],
-            np.add.reduceat(sums, kept),
-            np.add.reduceat(counts, kept),
-        )
-    blocks: list[tuple[int, float, float]] = []
-    for level_start, level_total, level_weight in zip(starts, sums, counts, strict=True):
-        start, total, weight = int(level_start), float(level_total), float(level_weight)
-        while blocks and blocks[-1][1] * weight >= total * blocks[-1][2]:
-            start, before, more = blocks.pop()
-            total, weight = total + before, weight + more
-        blocks.append((start, total, weight))
-    firsts = np.array([block[0] for block in blocks], dtype=np.intp)
-    return firsts, np.array([block[1] / block[2] for block in blocks])
+def best_f1_threshold(scores: npt.ArrayLike, targets: npt.ArrayLike) -> float:
+    """Return the threshold with the best F1, midway between the scores on its two sides.
+
+    Args:
+        scores: Floats in [0, 1], of any shape.
+        targets: 0 and 1, in the same shape.
+
+    Returns:
+        Within [0.05, 0.95]; 0.5 where there is no positive.
+    """
+    found = _thresholds(scores, targets)
+    if found is None:
+        return 0.5
+    thresholds, given, right = found
+    f1 = 2 * right / (given + right[-1])
+    return float(np.clip(thresholds[int(f1.argmax())], _LOWEST, _HIGHEST))
 
 
-def _logits(scores: npt.ArrayLike) -> FloatArray:
-    given = np.clip(np.asarray(scores, dtype=np.float64), _TINY, 1 - _TINY)
-    found: FloatArray = np.log(given) - np.log1p(-given)
-    return found
+def precision_threshold(scores: npt.ArrayLike, targets: npt.ArrayLike, precision: float) -> float:
+    """Return the lowest threshold at which this share of the given tags is right.
+
+    Args:
+        scores: Floats in [0, 1], of any shape.
+        targets: 0 and 1, in the same shape.
+        precision: Wanted share of right ones.
+
+    Returns:
+        Within [0.05, 1], midway between the scores on its two sides; 1 where no threshold gives
+        the precision: the tag is then all but never given.
+    """
+    found = _thresholds(scores, targets)
+    if found is None:
+        return 1.0
+    thresholds, given, right = found
+    fit = np.flatnonzero((right >= precision * given) & (thresholds >= _LOWEST))
+    return float(thresholds[fit[-1]]) if len(fit) else 1.0
 
 
-def _sigmoid(logits: FloatArray) -> FloatArray:
-    """Without overflow at either end."""
-    small = np.exp(-np.abs(logits))
-    found: FloatArray = np.where(logits >= 0, 1 / (1 + small), small / (1 + small))
-    return found
+def _thresholds(
+    scores: npt.ArrayLike, targets: npt.ArrayLike
+) -> tuple[FloatArray, npt.NDArray[np.int64], npt.NDArray[np.int64]] | None:
+    """Return falling thresholds midway between the scores, the last midway to 0, and their counts.
+
+    None where nothing is true.
+    """
+    truth = np.asarray(targets).astype(np.bool_).ravel()
+    if not truth.any():
+        return None
+    found = cuts(np.asarray(scores, dtype=np.float64).ravel(), truth)
+    return (found.scores + np.append(found.scores[1:], 0.0)) / 2, found.given, found.right
+
+
+def fit_thresholds(
+    scores: npt.ArrayLike,
+    targets: npt.ArrayLike,
+    *,
+    min_positives: int,
+    precision: float | None = None,
+) -> npt.NDArray[np.float32]:
+    """Return a threshold for each tag, by its best F1 or for a wanted precision.
+
+    Tags with fewer than ``min_positives`` positives take the one that is best for all tags
+    together: a threshold fitted to two posts says nothing.
+
+    Args:
+        scores: Floats ``(samples, classes)`` in [0, 1].
+        targets: ``(samples, classes)`` of 0 and 1.
+        min_positives: Positives that a threshold of its own takes.
+        precision: As in `precision_threshold`; None takes the best F1.
+
+    Returns:
+        float32 ``(classes,)``, with six decimals, as they are written in the bundle.
+    """
+    numbers, truth = np.asarray(scores), np.asarray(targets).astype(np.bool_)
+
+    def fit(column: npt.ArrayLike, positive: npt.ArrayLike) -> float:
+        if precision is None:
+            return best_f1_threshold(column, positive)
+        return precision_threshold(column, positive, precision)
+
+    common = fit(numbers, truth)
+    enough = truth.sum(axis=0) >= min_positives
+    fitted = [
+        fit(numbers[:, i], truth[:, i]) if enough[i] else common for i in range(truth.shape[1])
+    ]
+    return np.array([round(t, 6) for t in fitted], dtype=np.float32)

@@ -1,12 +1,13 @@
 """Ranking and threshold metrics of multi-label predictions, in numpy, over whole sets.
 
-GAP is what models are chosen by. Scores are ``(samples, classes)``, higher is more likely;
-targets hold 0 and 1 in the same shape.
+GAP is what models are chosen by. Scores are floats ``(samples, classes)``, higher is more likely;
+targets hold 0 and 1 in the same shape. Every metric raises ValueError for another shape, a score
+that is NaN, or another target.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,11 +20,7 @@ _ROWS_AT_ONCE = 8192
 
 
 def _checked(scores: npt.ArrayLike, targets: npt.ArrayLike) -> tuple[FloatArray, BoolArray]:
-    """Return scores as floats and targets as booleans, both ``(samples, classes)``.
-
-    Raises:
-        ValueError: Wrong shape, a score that is no number, or a target other than 0 and 1.
-    """
+    """Return scores as floats and targets as booleans, both ``(samples, classes)``."""
     given, truth = np.asarray(scores), np.asarray(targets)
     if given.ndim != 2 or given.shape != truth.shape:
         raise ValueError(
@@ -37,88 +34,62 @@ def _checked(scores: npt.ArrayLike, targets: npt.ArrayLike) -> tuple[FloatArray,
     return numbers, truth.astype(np.bool_)
 
 
-def _top_k(scores: FloatArray, ties: FloatArray, top_k: int) -> npt.NDArray[np.intp]:
-    """Return columns of each row's ``top_k`` highest scores, ties by the smaller tie key.
-
-    Returns:
-        ``(rows, top_k)``, in no particular order within a row.
-    """
-    boundary = -np.partition(-scores, top_k - 1, axis=1)[:, top_k - 1 : top_k]  # (rows, 1)
-    # Above the boundary always in, on it by the tie key, below it never.
-    rank = np.where(scores > boundary, -1.0, np.where(scores == boundary, ties, 2.0))
-    return np.argpartition(rank, top_k - 1, axis=1)[:, :top_k]
-
-
 class GapMeter:
     """GAP@k over a set, added batch by batch; the value does not depend on the batches.
+
+    The denominator counts all positives of the set, those outside the top k too. Ties are broken
+    by a shuffle with a fixed seed.
 
     Source: google/youtube-8m, eval_util.py and average_precision_calculator.py.
     """
 
-    def __init__(self, top_k: int = 20, *, seed: int = 0) -> None:
-        if top_k < 1:
-            raise ValueError(f"top_k must be at least 1, not {top_k}")
+    def __init__(self, top_k: int = 20) -> None:
         self._top_k = top_k
-        self._random = np.random.default_rng(seed)
+        self._random = np.random.default_rng(0)
         self._kept: list[tuple[FloatArray, FloatArray, BoolArray]] = []
         self._positives = 0
 
     def add(self, scores: npt.ArrayLike, targets: npt.ArrayLike) -> None:
-        """Take the next samples of the set.
-
-        Args:
-            scores: ``(samples, classes)`` floats.
-            targets: ``(samples, classes)`` of 0 and 1.
-
-        Raises:
-            ValueError: Wrong shape, a score that is NaN, or a target other than 0 and 1.
-        """
+        """Take the next samples of the set, scores and targets ``(samples, classes)``."""
         numbers, truth = _checked(scores, targets)
         self._positives += int(truth.sum())
         top_k = min(self._top_k, numbers.shape[1])
         for start in range(0, len(numbers), _ROWS_AT_ONCE):
             rows = slice(start, start + _ROWS_AT_ONCE)
-            part, hits = numbers[rows], truth[rows]
             # Drawn row by row in order, so that batching does not change which key a pair gets.
-            ties = self._random.random(part.shape)
-            if not top_k:
-                continue
-            columns = _top_k(part, ties, top_k)
-            self._kept.append(
-                (
-                    np.take_along_axis(part, columns, 1).ravel(),
-                    np.take_along_axis(ties, columns, 1).ravel(),
-                    np.take_along_axis(hits, columns, 1).ravel(),
+            ties = self._random.random(numbers[rows].shape)
+            if top_k:
+                columns = _top_k(numbers[rows], ties, top_k)
+                self._kept.append(
+                    (
+                        np.take_along_axis(numbers[rows], columns, 1).ravel(),
+                        np.take_along_axis(ties, columns, 1).ravel(),
+                        np.take_along_axis(truth[rows], columns, 1).ravel(),
+                    )
                 )
-            )
 
     def value(self) -> float:
         """Return GAP of everything added so far, in [0, 1]; 0 where the set has no positive."""
         if not self._positives or not self._kept:
             return 0.0
         scores, ties, hits = (np.concatenate(column) for column in zip(*self._kept, strict=True))
-        order = np.lexsort((ties, -scores))
-        ranked = hits[order]
+        ranked = hits[np.lexsort((ties, -scores))]
         precision = np.cumsum(ranked) / np.arange(1, len(ranked) + 1)
         return float(precision[ranked].sum() / self._positives)
+
+
+def _top_k(scores: FloatArray, ties: FloatArray, top_k: int) -> npt.NDArray[np.intp]:
+    """Return columns ``(rows, top_k)`` of each row's highest scores, ties by the smaller key."""
+    boundary = -np.partition(-scores, top_k - 1, axis=1)[:, top_k - 1 : top_k]  # (rows, 1)
+    # Above the boundary always in, on it by the tie key, below it never.
+    rank = np.where(scores > boundary, -1.0, np.where(scores == boundary, ties, 2.0))
+    return np.argpartition(rank, top_k - 1, axis=1)[:, :top_k]
 
 
 def global_average_precision(
     scores: npt.ArrayLike, targets: npt.ArrayLike, top_k: int = 20
 ) -> float:
-    """Return GAP@k: average precision of the pooled ``top_k`` predictions of every sample.
-
-    The denominator counts all positives of the set, those outside the top k too. Ties are broken
-    by a shuffle with a fixed seed.
-
-    Args:
-        scores: ``(samples, classes)`` floats.
-        targets: ``(samples, classes)`` of 0 and 1.
-        top_k: Predictions of each sample that are pooled.
-
-    Raises:
-        ValueError: Wrong shape, a score that is NaN, or a target other than 0 and 1.
-    """
+    """Return GAP@k: average precision of the pooled ``top_k`` predictions of every sample."""
     meter = GapMeter(top_k)
     meter.add(scores, targets)
     return meter.value()
@@ -129,8 +100,7 @@ def hit_at_one(scores: npt.ArrayLike, targets: npt.ArrayLike) -> float:
     numbers, truth = _checked(scores, targets)
     if not numbers.size:
         return 0.0
-    best = numbers.argmax(axis=1)
-    return float(truth[np.arange(len(truth)), best].mean())
+    return float(truth[np.arange(len(truth)), numbers.argmax(axis=1)].mean())
 
 
 def precision_at_equal_recall(scores: npt.ArrayLike, targets: npt.ArrayLike) -> float:
@@ -148,6 +118,29 @@ def precision_at_equal_recall(scores: npt.ArrayLike, targets: npt.ArrayLike) -> 
     return float(((ranked & inside).sum(axis=1) / np.maximum(wanted, 1)).mean())
 
 
+class Cuts(NamedTuple):
+    """The places where a falling threshold takes in further scores; arrays ``(cuts,)``.
+
+    Attributes:
+        scores: Different scores, from the highest down.
+        given: Decisions at or above each.
+        right: True ones among these.
+    """
+
+    scores: FloatArray
+    given: npt.NDArray[np.int64]
+    right: npt.NDArray[np.int64]
+
+
+def cuts(scores: FloatArray, truth: BoolArray) -> Cuts:
+    """Return the cuts of scores and their truth, both ``(decisions,)``, at least one."""
+    order = np.argsort(-scores, kind="stable")
+    ranked = scores[order]
+    # A cut lies behind the last of each run of equal scores.
+    ends = np.append(np.flatnonzero(np.diff(ranked)), len(ranked) - 1)
+    return Cuts(ranked[ends], ends + 1, np.cumsum(truth[order])[ends])
+
+
 def average_precisions(scores: npt.ArrayLike, targets: npt.ArrayLike) -> npt.NDArray[np.float64]:
     """Average precision of every class, untruncated; tied scores count as one threshold.
 
@@ -157,14 +150,9 @@ def average_precisions(scores: npt.ArrayLike, targets: npt.ArrayLike) -> npt.NDA
     numbers, truth = _checked(scores, targets)
     result = np.full(numbers.shape[1], np.nan)
     for column in np.flatnonzero(truth.any(axis=0)):
-        order = np.argsort(-numbers[:, column], kind="stable")
-        ranked, sorted_scores = truth[order, column], numbers[order, column]
-        # Last position of each run of equal scores.
-        ends = np.append(np.flatnonzero(np.diff(sorted_scores)), len(ranked) - 1)
-        found = np.cumsum(ranked)[ends]
-        precision = found / (ends + 1)
-        recall_steps = np.diff(found, prepend=0) / ranked.sum()
-        result[column] = float((recall_steps * precision).sum())
+        _, given, right = cuts(numbers[:, column], truth[:, column])
+        recall_steps = np.diff(right, prepend=0) / right[-1]
+        result[column] = float((recall_steps * (right / given)).sum())
     return result
 
 
@@ -175,8 +163,7 @@ def mean_average_precision(scores: npt.ArrayLike, targets: npt.ArrayLike) -> flo
     return float(known.mean()) if len(known) else 0.0
 
 
-@dataclass(frozen=True)
-class F1:
+class F1(NamedTuple):
     """F1 at given thresholds.
 
     Attributes:
@@ -206,8 +193,7 @@ def f1_scores(scores: npt.ArrayLike, targets: npt.ArrayLike, thresholds: npt.Arr
     return F1(micro=micro, macro=float(per_class[known].mean()) if known.any() else 0.0)
 
 
-@dataclass(frozen=True)
-class Accuracy:
+class Accuracy(NamedTuple):
     """Share of right answers at given thresholds.
 
     Attributes:
@@ -231,8 +217,7 @@ def accuracy(
     return Accuracy(float(right.mean()), float(right.all(axis=1).mean()))
 
 
-@dataclass(frozen=True)
-class PrecisionRecall:
+class PrecisionRecall(NamedTuple):
     """A precision-recall curve: one point for each different score, from the highest down."""
 
     precision: npt.NDArray[np.float64]
@@ -250,20 +235,13 @@ def precision_recall(scores: npt.ArrayLike, targets: npt.ArrayLike) -> Precision
     Returns:
         Three arrays ``(points,)``; empty where there is no score, recall 0 without positives.
     """
-    one, hits = _checked(_column(scores), _column(targets))
-    numbers, truth = one[:, 0], hits[:, 0]
+    numbers, truth = _checked(*(np.asarray(v).reshape(-1, 1) for v in (scores, targets)))
     if not len(numbers):
         return PrecisionRecall(np.empty(0), np.empty(0), np.empty(0))
-    order = np.argsort(-numbers, kind="stable")
-    ranked, found = numbers[order], np.cumsum(truth[order])
-    # Last position of each run of equal scores.
-    ends = np.append(np.flatnonzero(np.diff(ranked)), len(ranked) - 1)
-    right = found[ends]
-    return PrecisionRecall(right / (ends + 1), right / max(1, int(found[-1])), ranked[ends])
-
-
-def _column(values: npt.ArrayLike) -> npt.NDArray[np.generic]:
-    return np.asarray(values).reshape(-1, 1)  # (samples·classes, 1)
+    found = cuts(numbers[:, 0], truth[:, 0])
+    return PrecisionRecall(
+        found.right / found.given, found.right / max(1, int(found.right[-1])), found.scores
+    )
 
 
 def summary(

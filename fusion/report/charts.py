@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _MANY = (BLUE, ORANGE, GREEN, RED, PINK, SKY, "#333333")
 _DASHES = ("-", "--", ":", "-.", (0, (5, 1)))
 # Bars and cells that fit on a page and can still be read; the tables hold the rest.
-_MOST_TAGS, _MOST_CONFUSED, _MOST_SUBSETS = 48, 24, 63
+_MOST_TAGS, _MOST_CONFUSED = 48, 24
 # Points of a curve: more than a chart has pixels.
 _POINTS = 1500
 # Of a curve over all tags: sorting more takes minutes.
@@ -191,30 +191,29 @@ def calibration(before: Reliability, after: Reliability, fitted: str) -> Figure:
 
 def subsets(gaps: Sequence[SubsetGap]) -> Figure:
     """Draw the GAP of every subset of the modalities, the best first, with dots for its parts."""
-    shown = gaps[:_MOST_SUBSETS]
-    used = {m for subset in shown for m in subset.modalities}
+    used = {m for subset in gaps for m in subset.modalities}
     order = [m for m in MODALITIES if m in used]
-    width = max(6.0, 0.34 * len(shown) + 2)
+    width = max(6.0, 0.34 * len(gaps) + 2)
     figure, (top, bottom) = new_figure(
         width, 3 + 0.3 * len(order), rows=2, ratios=(2.6, 0.28 * len(order))
     )
-    places = range(len(shown))
-    alone = [len(s.modalities) == 1 for s in shown]
-    top.bar(places, [s.gap for s in shown], color=[ORANGE if a else BLUE for a in alone], width=0.7)
-    for place, subset in zip(places, shown, strict=True):
+    places = range(len(gaps))
+    alone = [len(s.modalities) == 1 for s in gaps]
+    top.bar(places, [s.gap for s in gaps], color=[ORANGE if a else BLUE for a in alone], width=0.7)
+    for place, subset in zip(places, gaps, strict=True):
         number = f"{subset.gap:.3f}"
         top.text(place, subset.gap + 0.015, number, ha="center", va="bottom", size=8, rotation=90)
     top.set(ylim=(0, 1.2), ylabel="GAP@20", title="GAP by the modalities shown (orange: one alone)")
     top.set_yticks(np.arange(0, 1.01, 0.2))
     top.grid(visible=False, axis="x")
     rows = {m: len(order) - 1 - i for i, m in enumerate(order)}
-    for place, subset in zip(places, shown, strict=True):
+    for place, subset in zip(places, gaps, strict=True):
         inside = [rows[m] for m in subset.modalities]
         bottom.plot([place] * len(order), range(len(order)), "o", color="#dddddd", ms=7, zorder=1)
         bottom.plot([place] * len(inside), inside, "o-", color="#333333", ms=7, lw=1.4, zorder=2)
     bottom.set_yticks(list(rows.values()), list(rows))
     for axes in (top, bottom):
-        axes.set_xlim(-0.6, len(shown) - 0.4)
+        axes.set_xlim(-0.6, len(gaps) - 0.4)
         axes.set_xticks([])
     bottom.set_ylim(-0.5, len(order) - 0.5)
     bottom.grid(visible=False)

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from common.errors import ConfigError
 from fusion.metrics import ranking as metrics
-from fusion.metrics.calibration import Reliability, reliability
 
 SCORES = "scores.npz"
 
 # Pairs of tags in the table of confusions: more are single posts, in most data sets.
 _CONFUSIONS = 40
+# The logarithm of 0 is no number; 1e-12 is far below what float32 scores can differ by.
+_TINY = 1e-12
 
 
 @dataclass(frozen=True)
@@ -45,21 +46,12 @@ class Predictions:
         """Return where a tag is given, bool ``(posts, classes)``."""
         return self.scores >= self.thresholds
 
-    def summary(self) -> dict[str, float]:
-        """Return the metrics of `fusion.metrics.ranking.summary`, at the thresholds."""
-        return metrics.summary(self.scores, self.targets, self.thresholds)
-
     def save(self, path: Path) -> None:
         """Write everything as numpy arrays, readable without pickle."""
-        np.savez_compressed(
-            path,
-            post_ids=_texts(self.post_ids),
-            names=_texts(self.names),
-            raw=self.raw,
-            scores=self.scores,
-            targets=self.targets.astype(np.uint8),
-            thresholds=self.thresholds,
-        )
+        arrays: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        for key in ("post_ids", "names"):
+            arrays[key] = np.array(arrays[key], dtype=np.str_)
+        np.savez_compressed(path, **{**arrays, "targets": self.targets.astype(np.uint8)})
 
     @classmethod
     def load(cls, path: Path) -> Predictions:
@@ -69,25 +61,16 @@ class Predictions:
             ConfigError: The file is missing or broken.
         """
         try:
-            with np.load(path, allow_pickle=False) as arrays:
-                return cls(
-                    tuple(str(i) for i in arrays["post_ids"]),
-                    tuple(str(n) for n in arrays["names"]),
-                    arrays["raw"],
-                    arrays["scores"],
-                    arrays["targets"].astype(np.bool_),
-                    arrays["thresholds"],
-                )
+            with np.load(path, allow_pickle=False) as file:
+                arrays: dict[str, Any] = {field.name: file[field.name] for field in fields(cls)}
         except (OSError, ValueError, KeyError) as error:
             raise ConfigError(f"{path}: cannot be read as scores: {error}") from error
+        for key in ("post_ids", "names"):
+            arrays[key] = tuple(arrays[key].tolist())
+        return cls(**{**arrays, "targets": arrays["targets"].astype(np.bool_)})
 
 
-def _texts(values: Sequence[str]) -> npt.NDArray[np.str_]:
-    return np.array(values, dtype=np.str_)
-
-
-@dataclass(frozen=True)
-class TagRow:
+class TagRow(NamedTuple):
     """One tag.
 
     Attributes:
@@ -114,12 +97,11 @@ def tag_rows(predictions: Predictions) -> list[TagRow]:
     """Return a row for each tag, in label order."""
     given, truth = predictions.given, predictions.targets
     aps = metrics.average_precisions(predictions.scores, truth)
-    counts = zip(
-        truth.sum(axis=0).tolist(),
-        given.sum(axis=0).tolist(),
-        (given & truth).sum(axis=0).tolist(),
-        strict=True,
-    )
+    sums = (each.sum(axis=0).tolist() for each in (truth, given, given & truth))
+
+    def share(part: int, whole: int) -> float | None:
+        return part / whole if whole else None
+
     return [
         TagRow(
             id=i,
@@ -128,16 +110,15 @@ def tag_rows(predictions: Predictions) -> list[TagRow]:
             ap=None if np.isnan(aps[i]) else float(aps[i]),
             threshold=float(predictions.thresholds[i]),
             given=gave,
-            precision=_share(right, gave),
-            recall=_share(right, support),
-            f1=_share(2 * right, gave + support),
+            precision=share(right, gave),
+            recall=share(right, support),
+            f1=share(2 * right, gave + support),
         )
-        for i, (support, gave, right) in enumerate(counts)
+        for i, (support, gave, right) in enumerate(zip(*sums, strict=True))
     ]
 
 
-@dataclass(frozen=True)
-class Confusion:
+class Confusion(NamedTuple):
     """One tag that was missed where another was wrongly given.
 
     Attributes:
@@ -178,13 +159,30 @@ def confusions(predictions: Predictions) -> list[Confusion]:
     ]
 
 
-def reliabilities(predictions: Predictions) -> tuple[Reliability, Reliability]:
-    """Hold scores against the truth, before and after the calibration."""
-    return (
-        reliability(predictions.raw, predictions.targets),
-        reliability(predictions.scores, predictions.targets),
-    )
+class Mistake(NamedTuple):
+    """One tag of one post, wrongly given or missed.
+
+    Attributes:
+        row: Of the post.
+        loss: Cross entropy of this decision.
+    """
+
+    row: int
+    tag: int
+    score: float
+    loss: float
 
 
-def _share(part: int, whole: int) -> float | None:
-    return part / whole if whole else None
+def worst(predictions: Predictions, most: int) -> dict[str, list[Mistake]]:
+    """Return the tags of the highest loss, ``wrongly given`` and ``missed``, ``most`` of each."""
+    given, truth = predictions.given, predictions.targets
+    found: dict[str, list[Mistake]] = {}
+    for kind, where in (("wrongly given", given & ~truth), ("missed", truth & ~given)):
+        rows, tags = np.nonzero(where)
+        scores = predictions.scores[rows, tags].astype(np.float64)
+        losses = -np.log(np.maximum(1 - scores if kind == "wrongly given" else scores, _TINY))
+        found[kind] = [
+            Mistake(int(rows[i]), int(tags[i]), float(scores[i]), float(losses[i]))
+            for i in np.argsort(-losses, kind="stable")[:most]
+        ]
+    return found

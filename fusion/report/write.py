@@ -14,22 +14,15 @@ from common.files import new_folder
 from common.html import render
 from common.progress import Bar, progress_bar
 from config.train import ReportSettings
+from fusion.metrics.calibration import reliability
+from fusion.metrics.ranking import summary
 from fusion.report import charts
-from fusion.report.predictions import (
-    SCORES,
-    Predictions,
-    TagRow,
-    confusions,
-    reliabilities,
-    tag_rows,
-)
+from fusion.report.predictions import SCORES, Predictions, confusions, tag_rows, worst
 from fusion.report.subsets import SubsetGap
-from fusion.report.worst import Mistake, PostView, worst
+from fusion.report.view import PostView
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-    from fusion.metrics.calibration import Reliability
 
 PAGE, NUMBERS = "report.html", "report.json"
 _TEMPLATE = Path(__file__).with_name("report.html.j2")
@@ -95,32 +88,16 @@ def write_report(
 
 
 def _write(folder: Path, content: ReportInput, settings: ReportSettings, bar: Bar) -> None:
-    predictions = content.predictions
     numbers: dict[str, Any] = {"facts": dict(content.facts)}
-    shown: dict[str, Any] = {"predictions": False, "subsets": []}
+    shown: dict[str, Any] = {"predictions": False}
     figures: dict[str, Callable[[], Figure | None]] = {}
     if any(event["event"] == "epoch" for run in content.runs for event in run):
         figures["training"] = lambda: charts.training_curves(content.runs)
-    if predictions is not None and len(predictions.post_ids):
-        predictions.save(folder / SCORES)
-        rows, mistakes = tag_rows(predictions), worst(predictions, settings.mistakes)
-        reliability = reliabilities(predictions)
-        numbers |= _numbers(content, predictions, rows, reliability, mistakes)
-        shown |= _tables(content, predictions, rows, mistakes)
-        shown["predictions"] = True
-        shown["figure_rows"] = [
-            (round(numbers["metrics"][key], 4), name, "")
-            for key, name in _SHOWN_METRICS.items()
-            if key in numbers["metrics"]
-        ]
-        figures |= {
-            "precision_recall": lambda: charts.pr_curves(predictions, rows),
-            "tags": lambda: charts.tag_precisions(predictions, rows),
-            "calibration": lambda: charts.calibration(*reliability, content.calibration),
-            "confusion": lambda: charts.confusion(predictions),
-        }
-        if content.subsets:
-            figures["subsets"] = lambda: charts.subsets(content.subsets)
+    if content.predictions is not None and len(content.predictions.post_ids):
+        content.predictions.save(folder / SCORES)
+        more, shown, measured = _measured(content, content.predictions, settings)
+        numbers |= more
+        figures |= measured
     drawn: dict[str, bytes] = {}
     with drawing.style():
         for name, draw in figures.items():
@@ -135,6 +112,9 @@ def _write(folder: Path, content: ReportInput, settings: ReportSettings, bar: Ba
         subtitle=content.subtitle,
         runs=len(content.runs),
         facts=[(name, _fact(value)) for name, value in content.facts.items()],
+        subsets=[
+            (" + ".join(s.modalities), s.gap, s.posts, s.gap_of_posts) for s in content.subsets
+        ],
         charts={name: drawn.get(name) for name in (*figures, "training")},
         **shown,
     )
@@ -144,86 +124,81 @@ def _write(folder: Path, content: ReportInput, settings: ReportSettings, bar: Ba
     bar.advance()
 
 
-def _tables(
-    content: ReportInput,
-    predictions: Predictions,
-    rows: Sequence[TagRow],
-    mistakes: tuple[list[Mistake], list[Mistake]],
-) -> dict[str, Any]:
-    """Return the rows and cards of the page."""
-    names = predictions.names
-    views = content.view([mistake.row for some in mistakes for mistake in some])
-    return {
-        "tags": [
-            (r.name, r.support, r.ap, r.threshold, r.given, r.precision, r.recall, r.f1)
-            for r in rows
-        ],
-        "subsets": [
-            (s.name.replace("+", " + "), s.gap, s.posts, s.gap_of_posts) for s in content.subsets
-        ],
-        "confusions": [
-            (names[c.missed], names[c.given], c.posts, c.share) for c in confusions(predictions)
-        ],
-        "mistakes": [
-            (kind, [_card(predictions, mistake, views.get(mistake.row)) for mistake in some])
-            for kind, some in zip(("Wrongly given", "Missed"), mistakes, strict=True)
-        ],
-    }
-
-
-def _card(predictions: Predictions, mistake: Mistake, view: PostView | None) -> dict[str, Any]:
-    row, names = mistake.row, predictions.names
-    view = view or PostView()
-    true = ", ".join(names[i] for i in predictions.targets[row].nonzero()[0]) or "none"
-    order = predictions.scores[row].argsort()[::-1][:_BEST_TAGS]
-    lines = [
-        f"score {mistake.score:.3f}, threshold {predictions.thresholds[mistake.tag]:.3f}",
-        f"true: {true}",
-        "highest: " + ", ".join(f"{names[i]} {predictions.scores[row, i]:.2f}" for i in order),
-    ]
-    if view.text:
-        lines.append(f"“{view.text}”")
-    title = f"{names[mistake.tag]}: post {predictions.post_ids[row]}"
-    return {"title": title, "lines": lines, "view": view}
-
-
-def _numbers(
-    content: ReportInput,
-    predictions: Predictions,
-    rows: Sequence[TagRow],
-    reliability: tuple[Reliability, Reliability],
-    mistakes: tuple[list[Mistake], list[Mistake]],
-) -> dict[str, Any]:
-    """Return the content of ``report.json``, but for the facts."""
-    before, after = reliability
-    return {
-        "metrics": predictions.summary(),
-        "tags": [asdict(row) for row in rows],
+def _measured(
+    content: ReportInput, predictions: Predictions, settings: ReportSettings
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Callable[[], Figure | None]]]:
+    """Return what ``report.json``, the page and the charts show of predictions."""
+    names, targets = predictions.names, predictions.targets
+    rows, mistakes = tag_rows(predictions), worst(predictions, settings.mistakes)
+    confused = confusions(predictions)
+    metrics = summary(predictions.scores, targets, predictions.thresholds)
+    before, after = (reliability(s, targets) for s in (predictions.raw, predictions.scores))
+    views = content.view([mistake.row for some in mistakes.values() for mistake in some])
+    numbers = {
+        "metrics": metrics,
+        "tags": [row._asdict() for row in rows],
         "subsets": [{**asdict(s), "modalities": list(s.modalities)} for s in content.subsets],
         "calibration": {
             "kind": content.calibration,
             "before": before.as_json(),
             "after": after.as_json(),
         },
-        "confusions": [asdict(confusion) for confusion in confusions(predictions)],
+        "confusions": [pair._asdict() for pair in confused],
         "mistakes": [
             {
-                "kind": mistake.kind,
+                "kind": kind,
                 "post_id": predictions.post_ids[mistake.row],
-                "tag": predictions.names[mistake.tag],
+                "tag": names[mistake.tag],
                 "score": mistake.score,
                 "threshold": float(predictions.thresholds[mistake.tag]),
                 "loss": mistake.loss,
             }
-            for some in mistakes
+            for kind, some in mistakes.items()
             for mistake in some
         ],
+    }
+    shown = {
+        "predictions": True,
+        "figure_rows": [(round(metrics[key], 4), name, "") for key, name in _SHOWN_METRICS.items()],
+        "tags": [row[1:] for row in rows],
+        "confusions": [(names[c.missed], names[c.given], c.posts, c.share) for c in confused],
+        "mistakes": [
+            (kind.capitalize(), [_card(predictions, *m[:3], views.get(m.row)) for m in some])
+            for kind, some in mistakes.items()
+        ],
+    }
+    figures: dict[str, Callable[[], Figure | None]] = {
+        "precision_recall": lambda: charts.pr_curves(predictions, rows),
+        "tags": lambda: charts.tag_precisions(predictions, rows),
+        "calibration": lambda: charts.calibration(before, after, content.calibration),
+        "confusion": lambda: charts.confusion(predictions),
+    }
+    if content.subsets:
+        figures["subsets"] = lambda: charts.subsets(content.subsets)
+    return numbers, shown, figures
+
+
+def _card(
+    predictions: Predictions, row: int, tag: int, score: float, view: PostView | None
+) -> dict[str, Any]:
+    names, view = predictions.names, view or PostView()
+    true = ", ".join(names[i] for i in predictions.targets[row].nonzero()[0]) or "none"
+    order = predictions.scores[row].argsort()[::-1][:_BEST_TAGS]
+    lines = [
+        f"score {score:.3f}, threshold {predictions.thresholds[tag]:.3f}",
+        f"true: {true}",
+        "highest: " + ", ".join(f"{names[i]} {predictions.scores[row, i]:.2f}" for i in order),
+    ]
+    if view.text:
+        lines.append(f"“{view.text}”")
+    return {
+        "title": f"{names[tag]}: post {predictions.post_ids[row]}",
+        "lines": lines,
+        "view": view,
     }
 
 
 def _fact(value: Any) -> str:
-    if isinstance(value, bool) or value is None:
-        return "–" if value is None else ("yes" if value else "no")
-    if isinstance(value, int):
-        return f"{value:,}"
-    return f"{value:,.4g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:,.4g}"
+    return f"{value:,}" if isinstance(value, int) else str("–" if value is None else value)

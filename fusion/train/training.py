@@ -21,7 +21,7 @@ from fusion.data.posts import PostList
 from fusion.metrics.ranking import average_precisions
 from fusion.report.predictions import Predictions
 from fusion.report.subsets import SubsetGap
-from fusion.report.worst import PostView, view_post
+from fusion.report.view import PostView, view_post
 from fusion.report.write import ReportInput, write_report
 from fusion.train import distributed
 from fusion.train.checkpoint import model_signature

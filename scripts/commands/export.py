@@ -49,7 +49,7 @@ def export(  # noqa: PLR0917  typer calls it by names
         if backbone is not None:
             graph = _backbone(backbone, settings.features, bundle)
         else:
-            from fusion.bundle.fusion_graph import fusion_graph
+            from fusion.bundle.export import fusion_graph
 
             graph = fusion_graph(_load(bundle or settings.fusion.bundle))
         written = write(graph, form, out)

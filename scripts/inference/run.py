@@ -8,18 +8,19 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from common.errors import ConfigError
 from common.urls import redact
 from config.settings import InferSettings, RunSettings, Settings, is_database
-from fusion.bundle.bundle import BundleInfo, load_bundle
+from fusion.bundle.bundle import Bundle, load_bundle
 from fusion.bundle.legacy import resolve_model
 from fusion.data.data_file import post_to_tag
 from fusion.data.dataset import FeatureFiles
 from fusion.infer.inference import InferReport, Job, infer, shown
-from fusion.infer.inferer import FeatureMaker
+from fusion.infer.inferer import FeatureTagger
 from fusion.infer.input import Input, read_record
 from fusion.infer.options import InferOptions, bundle_of, run_settings, with_bundle
 from fusion.infer.outputs import CsvTable, FileSink, JsonLines, Sink, StreamSink
@@ -40,9 +41,9 @@ def _job(settings: InferSettings | Settings, options: InferOptions, scratch: Pat
     plan, posts = run_settings(settings), options.input
     form, output = _target(plan)
     if isinstance(settings, InferSettings):
-        bundle = load_bundle(settings.bundle).info
+        bundle = load_bundle(settings.bundle)
         read: Callable[[Any, Path, str], Any] = read_record
-        maker: Any = FeatureMaker(settings, FeatureFiles(settings.features))
+        maker: Any = partial(FeatureTagger, settings, FeatureFiles(settings.features))
     else:
         from common.logs import configure_logs
         from scripts.inference.raw_media import RawMaker
@@ -50,7 +51,7 @@ def _job(settings: InferSettings | Settings, options: InferOptions, scratch: Pat
         if posts.suffix == ".txt":
             raise ConfigError(f"{posts}: names no media: raw media take .json or .jsonl")
         configure_logs(settings.log.format, settings.log.level)
-        bundle = load_bundle(settings.fusion.bundle).info
+        bundle = load_bundle(settings.fusion.bundle)
         read, maker = post_to_tag, RawMaker(settings)
         # A batch of posts whose media are decoded is expensive: each is written when it is done.
         plan = plan.model_copy(update={"batch_size": 1})
@@ -91,7 +92,7 @@ def _target(plan: RunSettings) -> tuple[str, Path | None]:
 
 
 def _sink(
-    form: str, plan: RunSettings, bundle: BundleInfo, options: InferOptions, *, reuse: bool
+    form: str, plan: RunSettings, bundle: Bundle, options: InferOptions, *, reuse: bool
 ) -> Sink:
     """Return the output; `reuse` takes over posts of an output that is whole.
 
@@ -140,7 +141,7 @@ def _say(report: InferReport, plan: RunSettings) -> None:
             f"without {report.unscored} labelled posts of an earlier run: the output does not hold "
             "their scores\n"
         )
-    if report.complete:
+    if report.posts == report.resumed and not report.skipped:
         people.write(f"complete already: {redact(plan.output or '')}; --restart computes it anew\n")
     if report.posts_per_s:  # of one batch alone there is no rate
         people.write(f"{report.posts_per_s:,.1f} posts/s\n")

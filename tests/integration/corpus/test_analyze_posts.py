@@ -17,9 +17,11 @@ from typing import Any
 
 import pytest
 
+from corpus.analyze import measure
+from corpus.analyze.measure import DIED, Measured, Task, measure_all
 from scripts.data_scripts.analyze_posts import main
 from tests.support.corpus.analyze_corpus import Corpus, make_corpus
-from tests.support.media import noise, write_png
+from tests.support.media import noise, quadrants, write_jpeg, write_png
 
 SCRIPT = Path(__file__).resolve().parents[3] / "scripts/data_scripts/analyze_posts.py"
 RESULTS = ("analysis.json", "duplicates.jsonl", "report.html")
@@ -296,3 +298,24 @@ def test_memory_does_not_grow_with_the_posts(tmp_path: Path) -> None:
                              cwd=SCRIPT.parents[2])  # fmt: skip
         peaks.append(int(ran.stderr.splitlines()[-1].split()[-1]) / 1024)
     assert peaks[1] - peaks[0] < 40
+
+
+_REAL = measure.measure
+
+
+def _die(task: Task, reason: str | None = None) -> Measured:
+    if task.name == "deadly" and reason is None:
+        time.sleep(0.2)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return _REAL(task, reason)
+
+
+def test_file_that_kills_its_reader_costs_only_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_jpeg(tmp_path / "a.jpg", quadrants(64, 48))
+    names = ["a", "b", "deadly", "c", "d", "e", "f", "g", "h"]
+    monkeypatch.setattr(measure, "measure", _die)
+    found = list(measure_all([Task(name, path, "image") for name in names], 1))
+    by_name = {m.task.name: m.fact.reason for m in found if isinstance(m, Measured)}
+    assert by_name == {name: DIED if name == "deadly" else None for name in names}

@@ -48,7 +48,7 @@ def test_the_documents_of_tagged_and_failed_posts_have_the_same_keys() -> None:
 def test_a_line_of_json_is_the_answer_and_all_scores() -> None:
     """The tags are rounded as everywhere; the scores of all classes keep every digit."""
     result = Result(TAGS, labels=("猫",), statuses={"text": "ok"}, failures={"image": BROKEN})
-    line = json.loads(JsonLines().text([result]))
+    line = json.loads(JsonLines().text(result))
     assert next(iter(line)) == "post_id"
     answer = TagResult.tagged(TAGS, {"text": "ok"}, {"image": BROKEN}).answer()
     assert line == {**answer, "labels": ["猫"], "scores": [float(np.float32(0.1234567))]}

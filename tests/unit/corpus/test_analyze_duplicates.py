@@ -14,11 +14,10 @@ from PIL import Image
 from scipy.fft import dctn
 
 from common.post import Media, Post
-from corpus.analyze.duplicates import Group, GroupTally, find_groups
+from corpus.analyze.duplicates import Group, GroupTally, find_groups, group_line
 from corpus.analyze.looks import hash_of, look_of, near_pairs, same_colours
 from corpus.analyze.measure import MediaFact
 from corpus.analyze.texts import Bands, comparable, jaccard, key_of, normal, shingles
-from corpus.records import AtomicLines
 from extractors.media.pictures import read_pictures, squash
 from fusion.data.data_file import CorpusPost, read_posts
 from tests.support.corpus.analyze_corpus import Corpus, make_corpus
@@ -89,7 +88,7 @@ def test_the_same_posts_give_the_same_groups(corpus: Corpus) -> None:
         assert places == sorted(set(places))
 
 
-def test_exact_texts_form_one_group_however_many(tmp_path: Path) -> None:
+def test_exact_texts_form_one_group_however_many() -> None:
     """A text that half of the posts share is one group, in parts that hang together."""
     text = "Congratulations, you are today's lucky visitor, write to us for your gift card"
     posts = [CorpusPost(Post(str(i), text=text if i % 2 else f"{i} {i * 7919:x} " * 5))
@@ -100,14 +99,14 @@ def test_exact_texts_form_one_group_however_many(tmp_path: Path) -> None:
     assert groups[1].members[0] == groups[0].members[0] == "1"
     assert len({member for group in groups for member in group.members}) == 1500
     tally = GroupTally(lambda post_id: frozenset({"even" if int(post_id) % 4 == 1 else "odd"}))
-    with AtomicLines(tmp_path / "groups") as lines:
-        assert len(list(tally.write(groups, lines))) == 2
+    for group in groups:
+        tally.add(group)
     counts = tally.as_dict()["kinds"]["near_text"]
     assert [counts[key] for key in ("groups", "posts", "largest", "labels_differ")] == [
         1, 1500, 1500, 1,
     ]  # fmt: skip
     assert [each["posts"] for each in (*counts["examples"], *counts["disputes"])] == [1500, 1500]
-    written = [json.loads(line) for line in (tmp_path / "groups").read_text().splitlines()]
+    written = [json.loads(group_line(group)) for group in groups]
     assert [line.get("continued") for line in written] == [None, True]
 
 

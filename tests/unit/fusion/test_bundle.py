@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -45,19 +43,6 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
         "model.safetensors",
     ]
     assert [p.name for p in tmp_path.iterdir()] == ["b"], "nothing is left beside it"
-
-
-def test_a_bundle_is_read_without_training_code(tmp_path: Path) -> None:
-    """Serving imports neither Lightning nor the trainer."""
-    write(tmp_path / "b")
-    code = (
-        "import sys; from pathlib import Path; from fusion.infer.inferer import Inferer; "
-        f"Inferer.load(Path({str(tmp_path / 'b')!r})); "
-        "bad = [m for m in sys.modules if m.startswith(('lightning', 'fusion.train', 'timm'))]; "
-        "sys.exit(str(bad) if bad else 0)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
 
 
 def _cut(path: Path) -> None:
@@ -154,7 +139,7 @@ def test_a_reader_never_sees_half_a_bundle(tmp_path: Path) -> None:
     reader = threading.Thread(target=look)
     reader.start()
     try:
-        for seed in range(15):
+        for seed in range(8):
             write(folder, seed)
     finally:
         done.set()

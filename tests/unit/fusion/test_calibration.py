@@ -25,7 +25,7 @@ from fusion.metrics.calibration import (
     fit_isotonic,
     fit_temperature,
 )
-from fusion.metrics.thresholds import fit_thresholds, precision_threshold
+from fusion.metrics.calibration import fit_thresholds, precision_threshold
 from tests.support.fusion import support
 
 

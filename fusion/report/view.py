@@ -1,4 +1,4 @@
-"""The worst mistakes, and the texts, links and pictures of their posts."""
+"""The text, links and small pictures of a post, for the cards of a report."""
 
 from __future__ import annotations
 
@@ -9,16 +9,9 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 from urllib.parse import quote
 
-import numpy as np
-
-from fusion.report.predictions import Predictions
-
-Kind = Literal["wrongly given", "missed"]
-# The logarithm of 0 is no number; 1e-12 is far below what float32 scores can differ by.
-_TINY = 1e-12
 # A few kilobytes each: 40 cards of three such pictures keep the page below a megabyte.
 _THUMBNAIL, _THUMBNAILS = (160, 120), 3
 _PICTURES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"})
@@ -29,60 +22,16 @@ _SHOWN_CHARACTERS = 280
 
 
 @dataclass(frozen=True)
-class Mistake:
-    """One tag of one post.
-
-    Attributes:
-        row: Of the post.
-        loss: Cross entropy of this decision.
-    """
-
-    kind: Kind
-    row: int
-    tag: int
-    score: float
-    loss: float
-
-
-def worst(predictions: Predictions, most: int) -> tuple[list[Mistake], list[Mistake]]:
-    """Return the wrongly given and the missed tags of the highest loss, ``most`` of each."""
-    given, truth = predictions.given, predictions.targets
-    return (
-        _highest("wrongly given", predictions, given & ~truth, most),
-        _highest("missed", predictions, truth & ~given, most),
-    )
-
-
-def _highest(kind: Kind, predictions: Predictions, where: Any, most: int) -> list[Mistake]:
-    rows, tags = np.nonzero(where)
-    scores = predictions.scores[rows, tags].astype(np.float64)
-    off = scores if kind == "wrongly given" else 1 - scores
-    losses = -np.log(np.maximum(1 - off, _TINY))
-    order = np.argsort(-losses, kind="stable")[:most]
-    return [
-        Mistake(kind, int(rows[i]), int(tags[i]), float(scores[i]), float(losses[i])) for i in order
-    ]
-
-
-@dataclass(frozen=True)
-class Link:
-    """A link to a post, or to a file of it."""
-
-    text: str
-    href: str
-
-
-@dataclass(frozen=True)
 class PostView:
     """The part of a post that the page shows.
 
     Attributes:
-        links: To the post, or to its local files.
+        links: Texts and addresses: of the post, or of its local files.
         thumbnails: Small pictures, JPEG as ``data:`` addresses.
     """
 
     text: str = ""
-    links: tuple[Link, ...] = ()
+    links: tuple[tuple[str, str], ...] = ()
     thumbnails: tuple[str, ...] = ()
 
 
@@ -112,10 +61,10 @@ def view_post(
         for source in _listed(entry.get(kind))
     ]
     if post_url is not None:
-        links = [Link("post", post_url.replace("{post_id}", quote(post_id, safe="")))]
+        links = [("post", post_url.replace("{post_id}", quote(post_id, safe="")))]
     else:
         links = [
-            Link(f"{kind.removesuffix('s')} {Path(source).name}", href)
+            (f"{kind.removesuffix('s')} {Path(source).name}", href)
             for kind, source in sources
             if (href := _href(source, data_file, report))
         ]
@@ -165,22 +114,13 @@ def _thumbnail(path: Path) -> str | None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of huge or odd pictures, which are left out
-            small = _small(path)
-        if small is None:
-            return None
+            with Image.open(path) as picture:
+                if picture.width * picture.height > _LARGEST_PIXELS:
+                    return None
+                picture.draft("RGB", (_THUMBNAIL[0] * 2, _THUMBNAIL[1] * 2))
+                small = picture.convert("RGB")
         small.thumbnail(_THUMBNAIL)
         small.save(buffer, "JPEG", quality=80)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return None  # a report cannot repair the pictures of posts
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def _small(path: Path) -> Any:
-    """Return an RGB picture of at least the thumbnail's size, or None where it is huge."""
-    from PIL import Image
-
-    with Image.open(path) as picture:
-        if picture.width * picture.height > _LARGEST_PIXELS:
-            return None
-        picture.draft("RGB", (_THUMBNAIL[0] * 2, _THUMBNAIL[1] * 2))
-        return picture.convert("RGB")

@@ -40,10 +40,18 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["image", "video", "audio", "text", "video_lstm"])
-@pytest.mark.parametrize("form", ["onnx", "torch", "state_dict", "pickle"])
-def test_every_backbone_in_every_format(
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        ("audio", "onnx"),
+        ("video_lstm", "onnx"),  # image and text: below
+        ("text", "torch"),
+        ("video_lstm", "torch"),
+        ("image", "state_dict"),
+        ("video", "pickle"),
+    ],
+)
+def test_backbones_are_written(
     name: str, form: str, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Exit 0, the largest difference printed and small, facts beside the file."""
@@ -68,7 +76,6 @@ def session(path: Path) -> Any:
     return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 
 
-@pytest.mark.slow
 def test_exported_backbones_give_the_extractors_features(config: Path, tmp_path: Path) -> None:
     """Within float16, on what the extractors' own preprocessing gives."""
     from config.load import load_settings
@@ -93,7 +100,6 @@ def test_exported_backbones_give_the_extractors_features(config: Path, tmp_path:
     np.testing.assert_allclose(found[0], wanted.astype(np.float32), atol=5e-3)
 
 
-@pytest.mark.slow
 def test_vggish_is_exported(config: Path, tmp_path: Path) -> None:
     out = tmp_path / "vggish.pt2"
     given = ["--backbone", "audio", "--format", "torch", "--out", str(out), "--config", str(config)]
@@ -105,11 +111,11 @@ def test_vggish_is_exported(config: Path, tmp_path: Path) -> None:
 def test_a_bundle_is_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Every input that was compared is named; another bundle's extractor is refused."""
     rig.write_bundle(tmp_path / "bundle", "concat_mlp")
-    out = tmp_path / "model.pt2"
-    given = ["--bundle", str(tmp_path / "bundle"), "--format", "torch", "--out", str(out)]
+    out = tmp_path / "model.pth"
+    given = ["--bundle", str(tmp_path / "bundle"), "--format", "state_dict", "--out", str(out)]
     assert run(["export", *given]) == 0
     printed = capsys.readouterr().out
-    for case in ("one post, one token each", "no video", "nothing at all", "torch.export"):
+    for case in ("one post, one token each", "no video", "nothing at all", "torch.save"):
         assert case in printed
     assert out.exists()
 
