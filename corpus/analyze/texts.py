@@ -23,7 +23,6 @@ MIN_WIDTH = 20
 MAX_CHARS = 5000
 """What is compared of a longer text."""
 
-
 EMPTY, NO_WORDS, SHORT = "empty", "no words", "too short to tell"
 
 # The model is sure long before; the rest only takes time.
@@ -92,22 +91,15 @@ class Bands:
         """Return a signed 64-bit key for each band."""
         from datasketch import MinHash
 
-        if self._blank is None:
-            self._blank = MinHash(_PERMUTATIONS, _SEED, hashfunc=zlib.crc32)
+        self._blank = self._blank or MinHash(_PERMUTATIONS, _SEED, hashfunc=zlib.crc32)
         found = self._blank.copy()
         found.update_batch([part.encode("utf-8", "replace") for part in parts])
-        values = found.hashvalues
-        return [
-            int.from_bytes(
-                hashlib.blake2b(
-                    bytes([band]) + values[band * self.rows : (band + 1) * self.rows].tobytes(),
-                    digest_size=8,
-                ).digest(),
-                "little",
-                signed=True,
-            )
-            for band in range(self.count)
-        ]
+        keys = []
+        for band in range(self.count):
+            values = found.hashvalues[band * self.rows : (band + 1) * self.rows]
+            digest = hashlib.blake2b(bytes([band]) + values.tobytes(), digest_size=8).digest()
+            keys.append(int.from_bytes(digest, "little", signed=True))
+        return keys
 
 
 def language_of(text: str) -> str:

@@ -56,13 +56,11 @@ class Ensemble(nn.Module):
 
 
 def averaged(logits: torch.Tensor, averaging: Averaging) -> torch.Tensor:
-    """Return the ensemble's logits ``(...)`` of its members' ``(members, ...)``.
-
-    The mean of probabilities is taken in logarithms: where all members are sure, a mean of
-    float32 probabilities would be exactly 0 or 1, and posts that differ would tie.
-    """
+    """Return the ensemble's logits ``(...)`` of its members' ``(members, ...)``."""
     if averaging == "logits":
         return logits.mean(dim=0)
+    # In logarithms: where all members are sure, a mean of float32 probabilities would be exactly 0
+    # or 1, and posts that differ would tie.
     yes = functional.logsigmoid(logits).logsumexp(dim=0)
     no = functional.logsigmoid(-logits).logsumexp(dim=0)
     return yes - no
@@ -123,8 +121,7 @@ class Bundle:
     """A bundle in memory.
 
     Attributes:
-        model: With its weights, in evaluation mode, on the CPU; where there are several members,
-            all of them as one.
+        model: In evaluation mode, on the CPU; several members are one `Ensemble`.
         thresholds: float32 ``(classes,)``, on calibrated scores.
         calibration: Makes the model's scores probabilities; None leaves them.
         subsets: GAP where only these modalities are shown; empty where it was not measured.
@@ -288,9 +285,8 @@ def check_fingerprints(
         made = fingerprints.get(stream)
         if made != trained_on:
             raise BundleError(
-                f"bundle {bundle} wants {stream} features {trained_on}, "
-                f"the extractors give {made or 'none'}{differing(trained_on, made)}: "
-                f"train it anew or set "
+                f"bundle {bundle} wants {stream} features {trained_on}, the extractors give "
+                f"{made or 'none'}{differing(trained_on, made)}: train it anew or set "
                 f"features.{modality_of(stream)} as it was in training"
             )
 

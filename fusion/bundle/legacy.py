@@ -24,11 +24,10 @@ if TYPE_CHECKING:
     from fusion.models import FusionModel
 
 WEIGHT_FILES = (".pth", ".pt", ".bin", ".safetensors")
-_SETTING = "allow_pickle"
 
 
 def load_legacy(
-    path: Path, *, allow_pickle: bool = False, setting: str = _SETTING
+    path: Path, *, allow_pickle: bool = False, setting: str = "allow_pickle"
 ) -> dict[str, torch.Tensor]:
     """Return the state dict in a ``.pth`` or ``.safetensors`` file, without its wrappers.
 
@@ -54,13 +53,7 @@ def load_legacy(
 
 
 def save_legacy(model: torch.nn.Module, path: Path, *, whole: bool) -> None:
-    """Write a ``.pth`` file that plain ``torch.load`` reads.
-
-    Args:
-        model: On the CPU.
-        path: Of the file.
-        whole: Pickle the model itself; otherwise its state dict.
-    """
+    """Write a ``.pth`` file that plain ``torch.load`` reads: the whole model, or its state dict."""
     torch.save(model if whole else dict(model.state_dict()), path)
 
 
@@ -77,29 +70,22 @@ def fit(model: FusionModel, state: Mapping[str, torch.Tensor], path: Path) -> No
     except RuntimeError as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = " ".join(lines[1:2] or lines)[:300]
-        raise ConfigError(f"{path}: does not fit the architecture of the bundle: {reason}") from (
-            error
-        )
+        raise ConfigError(
+            f"{path}: does not fit the architecture of the bundle: {reason}"
+        ) from error
 
 
 def resolve_model(
-    model: Path, bundle: Path, target: Path, *, allow_pickle: bool, setting: str = _SETTING
+    model: Path, bundle: Path, target: Path, *, allow_pickle: bool, setting: str = "allow_pickle"
 ) -> Path:
-    """Return the bundle that ``--best_model`` means.
+    """Return the folder of the bundle that ``--best_model`` means.
 
     Args:
         model: A bundle's folder, its ``model.safetensors``, or a file with other weights.
-        bundle: The one that weights without a bundle belong to.
+        bundle: The one that such weights belong to.
         target: Where a bundle with such weights is made.
         allow_pickle: As in `load_legacy`.
         setting: As in `load_legacy`.
-
-    Returns:
-        A bundle's folder.
-
-    Raises:
-        ConfigError: There is no such file, or its weights do not fit.
-        BundleError: The bundle is missing or broken.
     """
     if model.is_dir() or model.suffix not in WEIGHT_FILES:
         return model
@@ -115,7 +101,7 @@ def with_weights(
     target: Path,
     *,
     allow_pickle: bool = False,
-    setting: str = _SETTING,
+    setting: str = "allow_pickle",
 ) -> str:
     """Make a bundle that differs from another in its weights only.
 

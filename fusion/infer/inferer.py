@@ -84,20 +84,14 @@ class Inferer:
 
     @property
     def ocr_mode(self) -> str:
-        """Return ``append`` or ``separate``: how OCR text was embedded in training."""
         return self._bundle.manifest.ocr_mode
 
     @property
     def metrics(self) -> Mapping[str, float]:
-        """On the validation posts of the training."""
         return self._bundle.metrics
 
     def check(self, fingerprints: Mapping[Stream, str]) -> None:
-        """See that extractors make the features that this bundle was trained on.
-
-        Raises:
-            BundleError: Names the stream and both fingerprints.
-        """
+        """See that extractors make this bundle's features; see `check_fingerprints`."""
         check_fingerprints(self._bundle.manifest, fingerprints, bundle=self.name)
 
     def predict(

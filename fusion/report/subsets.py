@@ -49,18 +49,15 @@ def measure_subsets(
     modalities: Iterable[Modality],
     advance: Callable[[int], None] = lambda _: None,
 ) -> list[SubsetGap]:
-    """Measure GAP for every subset of the modalities.
+    """Measure GAP for every subset of the modalities; return the best first.
 
-    Features are read once; memory holds the 20 best scores of each post and subset.
+    Memory holds the 20 best scores of each post and subset.
 
     Args:
         posts: Chunks of features, each with the inferer that scores it, and with its targets
             ``(posts, classes)``.
         modalities: Those that the model knows.
         advance: Told of the posts of each chunk when they are done.
-
-    Returns:
-        The best subset first.
 
     Raises:
         FeatureError: A post's features do not fit the model.

@@ -44,8 +44,8 @@ def three_posts() -> list[Features]:
     """One with everything, others without some, or with a single token of it."""
     return [
         support.features("a", seed=1),
-        support.features("b", seed=2, lengths={"image": 0, "text": 1}),
-        support.features("c", seed=3, lengths={"video": 1, "ocr": 0, "audio": 0}),
+        support.features("b", seed=2, lengths={"video": 0, "text": 1}),
+        support.features("c", seed=3, lengths={"video": 1, "text": 0}),
     ]
 
 
