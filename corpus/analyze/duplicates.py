@@ -113,8 +113,6 @@ def find_groups(
 ) -> Iterator[Group]:
     """Find the groups of posts that are duplicates of each other; reads `posts` once, first.
 
-    The same posts in the same order give the same groups in the same order.
-
     Args:
         posts: Each post_id once.
         media_of: Returns what is known of the file of a source; None where nothing is.
@@ -124,8 +122,7 @@ def find_groups(
         folder: Where the temporary file is made; the system's own folder by default.
 
     Raises:
-        OSError: The temporary file cannot be made.
-        sqlite3.Error: It cannot be written.
+        OSError, sqlite3.Error: The temporary file cannot be written.
     """
     with tempfile.TemporaryDirectory(prefix="duplicates-", dir=folder) as work:
         path = Path(work) / "posts.sqlite"

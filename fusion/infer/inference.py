@@ -207,7 +207,6 @@ def run_chunks(
         chunks: Posts, and entries that are known to be bad.
 
     Raises:
-        TaggingError: A tagger could not be made.
         WorkerDied: A process has died.
     """
     if len(devices) == 1:

@@ -288,11 +288,6 @@ class FileSink:
         return [self._take(post_id) for post_id in post_ids]
 
     def write(self, results: Sequence[Result]) -> Sequence[Bad]:
-        """Append results; none is refused.
-
-        Raises:
-            ConfigError: The disk is full, or the like.
-        """
         # Of a post whose ID only its feature file knows, it comes out here that it is written.
         new = [result for result in results if self._take(result.post_id) is None]
         if new or not self._copy_first:
@@ -330,11 +325,7 @@ class FileSink:
             raise ConfigError(f"{self._output}: another run is writing it")
 
     def _take_over(self, path: Path, input_ids: Callable[[], Counter[str]]) -> None:
-        """Read rows back.
-
-        Raises:
-            ConfigError: They are not what this run would write.
-        """
+        """Read rows back, if they are what this run would write."""
         earlier: dict[str, list[int]] = {}
         names = self._form.key(self._bundle.name), self._bundle.version
         scores = self._held.enter_context(TemporaryFile(dir=self._output.parent))  # noqa: SIM115

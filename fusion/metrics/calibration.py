@@ -90,10 +90,7 @@ def fit_temperature(scores: npt.ArrayLike, targets: npt.ArrayLike) -> float:
     """Return the temperature with the least cross entropy, within [0.02, 50].
 
     The cross entropy is convex in 1/T and its slope is known, so its zero is found by halving.
-
-    Args:
-        scores: Floats in [0, 1], of any shape.
-        targets: 0 and 1, in the same shape.
+    Scores in [0, 1] and targets may have any shape.
 
     Source: arXiv 1706.04599, section 4.2.
     """
@@ -110,11 +107,7 @@ def fit_temperature(scores: npt.ArrayLike, targets: npt.ArrayLike) -> float:
 def fit_isotonic(scores: npt.ArrayLike, targets: npt.ArrayLike) -> Isotonic:
     """Return the rising map of scores with the least squared error, by pooling adjacent violators.
 
-    Beyond 1,000 knots some are left out at equal distances.
-
-    Args:
-        scores: Floats in [0, 1], of any shape.
-        targets: 0 and 1, in the same shape.
+    Beyond 1,000 knots some are left out at equal distances. Arguments may have any shape.
 
     Source: Barlow et al., Statistical inference under order restrictions, 1972.
     """
@@ -219,12 +212,7 @@ def reliability(scores: npt.ArrayLike, targets: npt.ArrayLike, bins: int = 15) -
 def best_f1_threshold(scores: npt.ArrayLike, targets: npt.ArrayLike) -> float:
     """Return the threshold with the best F1, midway between the scores on its two sides.
 
-    Args:
-        scores: Floats in [0, 1], of any shape.
-        targets: 0 and 1, in the same shape.
-
-    Returns:
-        Within [0.05, 0.95]; 0.5 where there is no positive.
+    It lies within [0.05, 0.95]; 0.5 where there is no positive. Arguments may have any shape.
     """
     found = _thresholds(scores, targets)
     if found is None:
@@ -237,14 +225,8 @@ def best_f1_threshold(scores: npt.ArrayLike, targets: npt.ArrayLike) -> float:
 def precision_threshold(scores: npt.ArrayLike, targets: npt.ArrayLike, precision: float) -> float:
     """Return the lowest threshold at which this share of the given tags is right.
 
-    Args:
-        scores: Floats in [0, 1], of any shape.
-        targets: 0 and 1, in the same shape.
-        precision: Wanted share of right ones.
-
-    Returns:
-        Within [0.05, 1], midway between the scores on its two sides; 1 where no threshold gives
-        the precision: the tag is then all but never given.
+    It lies within [0.05, 1], midway between the scores on its two sides; 1 where no threshold gives
+    the precision: the tag is then all but never given. Arguments may have any shape.
     """
     found = _thresholds(scores, targets)
     if found is None:

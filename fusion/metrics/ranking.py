@@ -178,10 +178,7 @@ class F1(NamedTuple):
 def f1_scores(scores: npt.ArrayLike, targets: npt.ArrayLike, thresholds: npt.ArrayLike = 0.5) -> F1:
     """Micro and macro F1; a class is predicted where its score reaches its threshold.
 
-    Args:
-        scores: ``(samples, classes)`` floats.
-        targets: ``(samples, classes)`` of 0 and 1.
-        thresholds: One number, or ``(classes,)``.
+    Thresholds are one number, or ``(classes,)``.
     """
     numbers, truth = _checked(scores, targets)
     predicted = numbers >= np.asarray(thresholds)
@@ -226,14 +223,9 @@ class PrecisionRecall(NamedTuple):
 
 
 def precision_recall(scores: npt.ArrayLike, targets: npt.ArrayLike) -> PrecisionRecall:
-    """Return the curve of one class, or of all decisions together.
+    """Return the curve of one class, or of all decisions together; arguments of any shape.
 
-    Args:
-        scores: Floats, of any shape.
-        targets: 0 and 1, in the same shape.
-
-    Returns:
-        Three arrays ``(points,)``; empty where there is no score, recall 0 without positives.
+    Its arrays are ``(points,)``; empty where there is no score, recall 0 without positives.
     """
     numbers, truth = _checked(*(np.asarray(v).reshape(-1, 1) for v in (scores, targets)))
     if not len(numbers):
