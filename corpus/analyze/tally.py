@@ -5,7 +5,6 @@ from __future__ import annotations
 import bisect
 import json
 import math
-import re
 import sqlite3
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -130,8 +129,7 @@ class Tally:
         self._undated = self._bad_dates = 0
 
     def reject(self, entry: BadLine) -> None:
-        kind = re.split(r":|[,;] got ", entry.reason)[0]  # without what the line holds
-        self._leave_out(entry.line, entry.post_id, entry.reason, kind)
+        self._leave_out(entry.line, entry.post_id, entry.reason, entry.reason.partition(":")[0])
 
     def add(self, entry: CorpusPost) -> bool:
         """Count a post; return False for a post_id that was counted already: it is left out."""

@@ -22,8 +22,7 @@ from fusion.bundle.bundle import Bundle, Ensemble
 from fusion.data.posts import PostList
 from fusion.infer.inferer import Inferer
 from fusion.metrics import ranking as metrics
-from fusion.metrics.calibration import Calibration, calibrated, fit_calibration
-from fusion.metrics.calibration import fit_thresholds
+from fusion.metrics.calibration import Calibration, calibrated, fit_calibration, fit_thresholds
 from fusion.models import FusionModel, build_model
 from fusion.report.subsets import SubsetGap, measure_subsets
 from fusion.train.checkpoint import (

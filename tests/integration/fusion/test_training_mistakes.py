@@ -121,11 +121,7 @@ def test_bad_posts_are_listed_and_left_out(
     few_posts: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     spoil(few_posts)
-<<<<<<<< HEAD:tests/integration/fusion/test_training_mistakes.py
     config = runs.config_file(few_posts, trainer=ONE)
-========
-    config = runs.config_file(few_posts, trainer={"epochs": 1})
->>>>>>>> bccea1b (Reports, bundles, inference and analysis: one module a story; tests that export, train or start processes are integration tests):tests/integration/fusion/test_skip_bad.py
     assert train_net.main(["--model_config", str(config), "--skip_bad"]) == 0
     lines = (few_posts / "run" / "latest" / "log" / "skipped.jsonl").read_text().splitlines()
     listed = [json.loads(line) for line in lines]

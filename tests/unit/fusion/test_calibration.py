@@ -24,8 +24,9 @@ from fusion.metrics.calibration import (
     fit_calibration,
     fit_isotonic,
     fit_temperature,
+    fit_thresholds,
+    precision_threshold,
 )
-from fusion.metrics.calibration import fit_thresholds, precision_threshold
 from tests.support.fusion import support
 
 

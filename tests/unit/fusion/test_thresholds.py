@@ -10,8 +10,12 @@ import pytest
 from fusion.data.dataset import FeatureFiles
 from fusion.infer.inferer import Inferer
 from fusion.metrics import ranking as metrics
-from fusion.metrics.calibration import fit_calibration
-from fusion.metrics.calibration import best_f1_threshold, fit_thresholds, precision_threshold
+from fusion.metrics.calibration import (
+    best_f1_threshold,
+    fit_calibration,
+    fit_thresholds,
+    precision_threshold,
+)
 from fusion.report.predictions import Predictions
 from fusion.train.training import train
 from tests.support.fusion import support
