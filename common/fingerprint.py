@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 Name = TypeVar("Name", bound=str)
 
-FORMAT = 1
+FORMAT = 2
 """Raise it when the meaning of any feature changes in this code: all must be extracted again."""
 
 _NAMED = 5

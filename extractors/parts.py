@@ -32,6 +32,10 @@ PartKind: TypeAlias = Literal["frames", "image", "sound", "picture"]
 ALIGNMENT = 64
 _PAGE = 4096  # bytes that a slot's size is rounded up to: the unit of memory that can be mapped
 
+LONG_PICTURE = 4
+"""Area of the largest picture for OCR, in squares of `features.ocr.max_side`: a tall one is read in
+tiles. At 2 the small print of a chat of 12 screens is lost; at 8 reading it takes seconds more."""
+
 
 @dataclass(frozen=True, slots=True)
 class LogMelPatches:
@@ -127,7 +131,8 @@ class PartSpec:
         modality: Of the features; the extractor that reads the part has the same name.
         media: Kinds of media files that give the part.
         row: Shape and dtype of one row under some settings.
-        most_rows: The most rows that one media file of a kind gives.
+        most_rows: The most rows that one media file of a kind gives; of pictures, how many of the
+            size of `row` one file's are as large as.
     """
 
     modality: Modality
@@ -143,7 +148,7 @@ def _square(side: int) -> Row:
 def _pictures(kind: MediaKind, features: FeatureSettings) -> int:
     if not features.ocr.enabled:
         return 0
-    return features.ocr.frames if kind == "video" else 1
+    return features.ocr.frames if kind == "video" else LONG_PICTURE
 
 
 PARTS: Mapping[PartKind, PartSpec] = {

@@ -18,6 +18,7 @@ from scripts.commands import (
     cache,
     dead,
     export,
+    inspect,
     labels,
     publish,
     retag,
@@ -42,6 +43,7 @@ def build_app() -> typer.Typer:
     app.command("publish")(publish.publish)
     app.command("retag")(retag.retag)
     app.command("tag")(tag.tag)
+    app.command("inspect")(inspect.inspect)
     app.command("status")(status.status)
     app.command("show")(show.show)
     app.command("export")(export.export)

@@ -39,6 +39,7 @@ from common.errors import ConfigError, FetchRefused, FetchRetryable
 from common.files import lock_file, locked
 from common.post import Media
 from config.settings import FetchSettings
+from extractors.media.sniff import sniff
 from workers.protocol import Fetched
 
 FETCH_TRIES = 2
@@ -333,8 +334,7 @@ class Fetcher:
             retryable.retry_after_s = seconds_of(response.headers.get("Retry-After", ""))
             raise retryable
         content_type = response.headers.get("Content-Type", "").partition(";")[0].strip().lower()
-        if content_type.startswith("text/html") or content_type in _NO_MEDIA:
-            raise FetchRefused(f"content type {content_type[:60]} is no media")
+        suspect = content_type.startswith("text/html") or content_type in _NO_MEDIA
         length = response.headers.get("Content-Length", "")
         if length.isdigit() and int(length[:20]) > self._settings.max_bytes:
             raise self._too_large()
@@ -343,6 +343,8 @@ class Fetcher:
             descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
             with os.fdopen(descriptor, "wb") as file:
                 for chunk in _decoded(response):
+                    if suspect and not size and not _is_media(chunk):
+                        raise FetchRefused(f"content type {content_type[:60]} is no media")
                     size += len(chunk)
                     if size > self._settings.max_bytes:
                         raise self._too_large()
@@ -372,6 +374,12 @@ class Fetcher:
         if isinstance(error, _BAD_URL):
             return FetchRefused("not a URL that can be requested")
         return FetchRetryable("the connection broke")
+
+
+def _is_media(head: bytes) -> bool:
+    """Return True where the content is media after all: servers call pictures text/html."""
+    file_type = sniff(head)
+    return file_type is not None and bool(file_type.kinds)
 
 
 def _check_url(url: str) -> None:

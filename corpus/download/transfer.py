@@ -24,10 +24,9 @@ from common.errors import FetchRefused, FetchRetryable, MediaError
 from common.files import file_digest
 from common.post import Failure, Media
 from corpus.download.values import Answer, Ask, Options, Status, UrlResult
-from extractors.media.sniff import check_type, sniff
+from extractors.media.sniff import check_type, type_of
 from workers.fetch import Fetcher
 
-_HEAD_BYTES = 4096
 _NAME = re.compile(r"([0-9a-f]{32})-([0-9a-f]{64})")
 # Types, and families of types, that are not their own extension.
 _EXTENSIONS = {
@@ -39,6 +38,9 @@ _EXTENSIONS = {
     "mpegts": "ts",
     "asf": "wmv",
     "id3": "mp3",
+    "jpeg2000": "jp2",
+    "heif": "heic",
+    "mpegvideo": "mpg",
 }
 
 
@@ -51,7 +53,7 @@ def classify(path: Path, sha256: str) -> UrlResult:
     """Return the type of a downloaded file, or the reason why it is of no use."""
     with path.open("rb") as stream:
         size = os.fstat(stream.fileno()).st_size
-        kind = sniff(stream.read(_HEAD_BYTES))
+        kind = type_of(stream)
     if not size:
         return _refused("the file is empty")
     if kind is None or not kind.kinds:

@@ -34,7 +34,32 @@ _DEMUXERS = {
     "amr": "amr",
     "caf": "caf",
     "aiff": "aiff",
+    "mpegvideo": "mpegvideo",
+    "ivf": "ivf",
+    "rm": "rm",
+    "mxf": "mxf",
+    "dv": "dv",
+    "w64": "w64",
+    "au": "au",
+    "wv": "wv",
+    "ape": "ape",
+    "tta": "tta",
+    "dts": "dts",
+    "voc": "voc",
+    "ac3": "ac3,eac3",
 }
+
+_UNCERTAIN = ("mpegts", "mp3", "aac")
+"""Families that FFmpeg is told: it would not recognise one that begins inside a packet or frame."""
+
+_CLOCK_JUMPS = ("mpegts", "mpeg")
+"""Demuxers whose clocks may restart or jump where recordings were joined or the source changed."""
+
+_JUMP_S = 10.0
+"""A step of such a clock that is none of its film, as ffmpeg itself judges it.
+
+Half would close real gaps of bad reception; double would leave holes that nothing was shown in.
+"""
 
 _NO_PICTURES = ("attached_pic", "timed_thumbnails", "still_image")
 """Dispositions of streams that are not the film: cover art and previews."""
@@ -56,9 +81,13 @@ def open_container(path: Path, file_type: FileType) -> Container:
         MediaError: FFmpeg cannot read it.
     """
     av.logging.set_level(av.logging.PANIC)  # what goes wrong comes as an exception
-    options = {"format_whitelist": _DEMUXERS[file_type.family], "protocol_whitelist": "file"}
+    demuxer, url = _DEMUXERS[file_type.family], f"file:{path}"
+    if file_type.start:
+        url = f"subfile,,start,{file_type.start},end,0,,:{url}"
+    options = {"format_whitelist": demuxer, "protocol_whitelist": "file,subfile"}
+    told = demuxer if file_type.family in _UNCERTAIN else None
     try:
-        return av.open(f"file:{path}", options=options, metadata_errors="ignore")
+        return av.open(url, format=told, options=options, metadata_errors="ignore")
     except (av.error.FFmpegError, ValueError) as error:
         raise MediaError(f"{file_type.name} cannot be read: {reason(error)}") from error
 
@@ -91,9 +120,21 @@ def _has(stream: Stream, *names: str) -> bool:
     return any(bool(stream.disposition & getattr(flags, n, flags(0))) for n in names)
 
 
+def promised_packets(stream: Stream) -> int:
+    """Return the packets that the index of an MP4 lists, edits applied; 0 without such an index."""
+    if "mp4" not in stream.container.format.name.split(","):
+        return 0
+    return len(getattr(stream, "index_entries", ()))  # PyAV has it since 17
+
+
 def packets(container: Container, *streams: Stream) -> Iterator[Packet]:
-    """Yield the packets of some streams up to the end of what can be read, but for broken ones."""
+    """Yield the packets of some streams up to the end of what can be read, but for broken ones.
+
+    Clocks that restart or jump are made to go on.
+    """
     demuxed = container.demux(*streams)
+    jumps = container.format.name in _CLOCK_JUMPS
+    clocks = {stream.index: _Clock(stream) for stream in streams if jumps}
     broken = 0
     while broken < _MAX_BROKEN_READS:
         try:
@@ -108,4 +149,31 @@ def packets(container: Container, *streams: Stream) -> Iterator[Packet]:
             demuxed = container.demux(*streams)
             continue
         if packet.size:  # the empty ones at the end are there to flush decoders
+            if jumps:
+                clocks[packet.stream_index].set(packet)
             yield packet
+
+
+class _Clock:
+    """The clock of one stream, going on where that of the file restarts or jumps."""
+
+    def __init__(self, stream: Stream) -> None:
+        self._jump = round(_JUMP_S / float(stream.time_base))
+        self._step = round(0.04 / float(stream.time_base))  # of a packet that tells no duration
+        self._expected: int | None = None
+        self._offset = 0
+
+    def set(self, packet: Packet) -> None:
+        """Move a packet's time stamps to this clock."""
+        stamp = packet.dts if packet.dts is not None else packet.pts
+        if stamp is None:
+            return
+        if self._expected is not None:
+            step = stamp + self._offset - self._expected
+            if step < -self._jump // 10 or step > self._jump:
+                self._offset -= step
+        if packet.pts is not None:
+            packet.pts += self._offset
+        if packet.dts is not None:
+            packet.dts += self._offset
+        self._expected = stamp + self._offset + (packet.duration or self._step)

@@ -36,19 +36,13 @@ Waveform: TypeAlias = npt.NDArray[np.float32]
 
 _UINT8 = np.dtype(np.uint8)
 
-_ENOUGH = 0.5
-"""Share of a video's frames, and of the chosen ones, that must decode; else it is broken.
+_LOST_SOUND_S = 0.2
+"""Seconds that may lack without a word: decoders drop a frame at either end, up to 0.1 s together.
+Double would hide that a short sound is cut."""
 
-Below half, what is left says little about the film; a stricter bound would refuse films with a
-scratch.
-"""
-
-_LOST_SOUND = 0.1
-"""Share of a sound file's duration that may be missing.
-
-Decoders drop a frame at either end, which is 5% of a second of MP3; double would take files that
-are cut.
-"""
+_LOST_PACKETS = 2
+"""Packets of sound that may be broken without a word: the first and last of a recording that was
+cut out of a broadcast. One would refuse short ones; more would hide damage to them."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +55,10 @@ class DecodedMedia:
         image: uint8 ``(n, S, S, 3)`` RGB of an image; n above 1 only for animations.
         sound: float32 ``(j, ...)`` of a sound file or of a video's sound, as its encoder takes it.
         pictures: uint8 ``(height, width, 3)`` RGB for OCR.
-        failures: Of the broken side of a video whose other side is usable.
+        failures: Of the broken side of a video whose other side is usable; and what is missing of a
+            file of which the rest is used.
+        times_s: When the frames are shown.
+        turned: How they, or the picture, were turned upright.
     """
 
     frames: Pixels | None = None
@@ -69,6 +66,8 @@ class DecodedMedia:
     sound: SoundRows | None = None
     pictures: tuple[Pixels, ...] = ()
     failures: Mapping[Modality, Failure] = field(default_factory=dict)
+    times_s: tuple[float, ...] = ()
+    turned: str = ""
 
     @property
     def parts(self) -> list[tuple[PartKind, npt.NDArray[Any]]]:
@@ -111,48 +110,57 @@ def decode_media(
 def _decode_image(
     path: Path, features: FeatureSettings, limits: DecodeSettings, allocate: Allocate
 ) -> DecodedMedia:
-    from extractors.media.pictures import fitted_size, read_pictures, squash
+    from extractors.media.pictures import read_pictures, reading_size, squash
 
     side, count = features.image.image_size, features.image.max_frames
     pictures: tuple[Pixels, ...] = ()
     squares: list[Pixels] = []
-    for pixels in read_pictures(path, max_pixels=limits.max_pixels, max_frames=count):
+    notes: list[str] = []
+    for pixels in read_pictures(path, max_pixels=limits.max_pixels, max_frames=count, notes=notes):
         squares.append(squash(pixels, side, side))
         if features.ocr.enabled and not pictures:
-            width, height = fitted_size(pixels.shape[1], pixels.shape[0], features.ocr.max_side)
+            width, height = reading_size(pixels.shape[1], pixels.shape[0], features.ocr.max_side)
             pictures = (_copy(squash(pixels, width, height), allocate),)
     image = allocate((len(squares), side, side, 3), _UINT8)
     np.stack(squares, out=image)
-    return DecodedMedia(image=image, pictures=pictures)
+    return DecodedMedia(image=image, pictures=pictures, failures=_noted("image", *notes))
+
+
+def _noted(modality: Modality, *notes: str) -> dict[Modality, Failure]:
+    """Return what is missing of a file that is used; it stands in the result like a failure."""
+    first = next(filter(None, notes), "")
+    return {modality: Failure.of("decode", MediaError(first))} if first else {}
 
 
 def _decode_sound(
     path: Path, features: FeatureSettings, limits: DecodeSettings, allocate: Allocate
 ) -> DecodedMedia:
-    from extractors.media.containers import find_stream, open_container, packets
     from extractors.media.sniff import check_type
-    from extractors.media.sound import SoundTrack
 
     file_type = check_type(path, "audio")
     sound = audio_encoder(features.audio).sound
-    with open_container(path, file_type) as container:
-        stream = find_stream(container, "audio")
-        if stream is None:
-            raise MediaError(f"{file_type.name} has no sound")
-        track = SoundTrack(stream, min(limits.max_audio_s, limits.max_duration_s), sound.rate_hz)
-        for packet in packets(container, stream):
-            track.feed(packet)
-            if track.full:
-                break
-        waveform = track.waveform()
-        if not len(waveform):
-            raise MediaError(f"{file_type.name} is empty: it has no sound")
-        if file_type.family in ("flac", "mp3", "id3") and stream.duration and not track.full:
-            promised_s = float(stream.duration * stream.time_base)
-            got_s = len(waveform) / sound.rate_hz
-            if got_s < (1 - _LOST_SOUND) * promised_s:
-                raise MediaError(f"truncated {file_type.name}: {got_s:.1f} of {promised_s:.1f} s")
-    return DecodedMedia(sound=_sound_rows(waveform, sound, allocate))
+    _, waveform, note = _scan(path, file_type, limits, sound.rate_hz, only_sound=True)
+    if isinstance(waveform, MediaError):
+        raise waveform
+    if not len(waveform):
+        raise MediaError(f"{file_type.name} is empty: it has no sound")
+    rows = _sound_rows(waveform, sound, allocate)
+    return DecodedMedia(sound=rows, failures=_noted("audio", note))
+
+
+def read_waveform(path: Path, limits: DecodeSettings, rate_hz: int) -> Waveform:
+    """Return the sound of a video or sound file as the extractors hear it, float32 ``(samples,)``.
+
+    Raises:
+        MediaError: The file has no sound that can be read.
+    """
+    from extractors.media.sniff import check_type
+
+    file_type = check_type(path, "audio")
+    _, waveform, _ = _scan(path, file_type, limits, rate_hz, only_sound=True)
+    if isinstance(waveform, MediaError):
+        raise waveform
+    return waveform
 
 
 def _decode_video(
@@ -164,58 +172,95 @@ def _decode_video(
     failures: dict[Modality, Failure] = {}
     sound: SoundRows | None = None
     sound_input = audio_encoder(features.audio).sound
-    index, waveform = _scan(path, file_type, limits, sound_input.rate_hz)
+    index, waveform, note = _scan(path, file_type, limits, sound_input.rate_hz)
     if isinstance(waveform, MediaError):
         failures["audio"] = Failure.of("decode", waveform)
     elif len(waveform):
         sound = _sound_rows(waveform, sound_input, allocate)
+        failures.update(_noted("audio", note))
+    film = _Film(path, file_type, index, limits)
     try:
-        frames, pictures = _frames(
-            path, file_type, index, features=features, limits=limits, allocate=allocate
-        )
+        frames, times_s, pictures = _frames(film, features=features, allocate=allocate)
     except MediaError as error:
         if sound is None:
             raise
         failures["video"] = Failure.of("decode", error)
         return DecodedMedia(sound=sound, failures=failures)
-    return DecodedMedia(frames=frames, sound=sound, pictures=pictures, failures=failures)
+    failures.update(_noted("video", *film.notes))
+    return DecodedMedia(
+        frames=frames,
+        sound=sound,
+        pictures=pictures,
+        failures=failures,
+        times_s=times_s,
+        turned=film.turned,
+    )
 
 
 def _scan(
-    path: Path, file_type: FileType, limits: DecodeSettings, rate_hz: int | None
-) -> tuple[PacketIndex | None, Waveform | MediaError]:
-    """Make the first pass: index the video's packets and decode its sound at a rate, if any."""
-    from extractors.media.containers import find_stream, open_container, packets
+    path: Path,
+    file_type: FileType,
+    limits: DecodeSettings,
+    rate_hz: int | None,
+    *,
+    only_sound: bool = False,
+) -> tuple[PacketIndex | None, Waveform | MediaError, str]:
+    """Make the first pass: index the video's packets and decode its sound at a rate, if any.
+
+    Returns:
+        The index, the sound or why it is broken, and a note of what is missing of the sound.
+    """
+    from extractors.media.containers import (
+        find_stream,
+        open_container,
+        packets,
+        promised_packets,
+    )
+    from extractors.media.sniff import check_share, has_duration
     from extractors.media.sound import SoundTrack
     from extractors.media.video import PacketIndex
 
     with open_container(path, file_type) as container:
-        video = find_stream(container, "video")
+        video = find_stream(container, "video") if not only_sound else None
         audio = find_stream(container, "audio") if rate_hz is not None else None
+        if only_sound and audio is None:
+            raise MediaError(f"{file_type.name} has no sound")
         index = PacketIndex(video, limits.max_duration_s) if video is not None else None
         track = SoundTrack(audio, min(limits.max_audio_s, limits.max_duration_s), rate_hz or 0)
+        read = 0
         for packet in packets(container, *(s for s in (video, audio) if s is not None)):
             if index is not None and packet.stream.type == "video":
                 index.add(packet)
             else:
+                read += 1
                 track.feed(packet)
             if track.full and (index is None or index.past_limit):
                 break
         try:
-            return index, track.waveform()
+            waveform = track.waveform()
+            if audio is None or not len(waveform):
+                return index, waveform, ""
+            notes = [file_type.note]
+            if not track.full:
+                notes.append(check_share(read, promised_packets(audio), "packets", file_type))
+                notes.append(
+                    check_share(
+                        track.fed - track.broken + _LOST_PACKETS, track.fed, "packets", file_type
+                    )
+                )
+                got_s = len(waveform) / (rate_hz or 1)
+                if audio.duration and has_duration(path, file_type):
+                    promised_s = float(audio.duration * audio.time_base)
+                    if promised_s - got_s > _LOST_SOUND_S:
+                        notes.append(check_share(got_s, promised_s, "s", file_type))
+            return index, waveform, next(filter(None, notes), "")
         except MediaError as error:
-            return index, error
+            return index, error, ""
 
 
 def _frames(
-    path: Path,
-    file_type: FileType,
-    index: PacketIndex | None,
-    *,
-    features: FeatureSettings,
-    limits: DecodeSettings,
-    allocate: Allocate,
-) -> tuple[Pixels, tuple[Pixels, ...]]:
+    film: _Film, *, features: FeatureSettings, allocate: Allocate
+) -> tuple[Pixels, tuple[float, ...], tuple[Pixels, ...]]:
     """Make the second pass: decode the chosen frames, and those of them that OCR reads."""
     from extractors.media.pictures import centres, fitted_size
     from extractors.media.video import FrameScaler, choose_frames
@@ -225,49 +270,96 @@ def _frames(
     fitted = FrameScaler(lambda width, height: fitted_size(width, height, ocr.max_side))
     frames: Any = None
     pictures: list[Pixels] = []
-    count = 0
-    for frame, total in _chosen_frames(
-        path,
-        file_type,
-        index,
-        limits,
-        lambda index: choose_frames(index, features.video.frames, features.video.decode),
+    times_s: list[float] = []
+    for frame, total in film.chosen(
+        lambda index: choose_frames(index, features.video.frames, features.video.decode)
     ):
         if frames is None:
             frames = allocate((total, side, side, 3), _UINT8)
+        count = len(times_s)
         frames[count] = square(frame)
         if ocr.enabled and count in centres(total, min(ocr.frames, total)):
             pictures.append(_copy(fitted(frame), allocate))
-        count += 1
-    return frames[:count], tuple(pictures)
+        times_s.append(film.time_s(frame))
+    return frames[: len(times_s)], tuple(times_s), tuple(pictures)
 
 
-def _chosen_frames(
-    path: Path,
-    file_type: FileType,
-    index: PacketIndex | None,
-    limits: DecodeSettings,
-    choose: Callable[[PacketIndex], list[int]],
-) -> Iterator[tuple[Any, int]]:
-    """Yield the chosen frames that decode, at least one, each with the number of chosen ones.
+class _Film:
+    """The second pass over a video.
 
-    Raises:
-        MediaError: There are no frames, or too few of those that there should be.
+    Attributes:
+        notes: What is missing of it.
+        turned: How its frames are turned upright.
     """
-    from extractors.media.containers import find_stream, open_container
-    from extractors.media.video import check_size, decode_frames
 
-    with open_container(path, file_type) as container:
-        stream = find_stream(container, "video")
-        if index is None or stream is None:
-            raise MediaError(f"{file_type.name} has no video stream")
-        check_size(stream, limits.max_pixels)
-        _check_whole(len(index), stream.frames if not index.past_limit else 0, file_type)
-        chosen, count = choose(index), 0
-        for frame in decode_frames(container, stream, index, chosen):
-            yield frame, len(chosen)
-            count += 1
-    _check_whole(count, len(chosen), file_type)
+    def __init__(
+        self, path: Path, file_type: FileType, index: PacketIndex | None, limits: DecodeSettings
+    ) -> None:
+        self._path, self._type, self._index, self._limits = path, file_type, index, limits
+        self._time_base = 0.0
+        self.notes = [file_type.note]
+        self.turned = ""
+
+    def time_s(self, frame: Any) -> float:
+        """Return when a frame is shown, in seconds from the first one."""
+        from extractors.media.video import frame_time
+
+        start = min(self._index.times, default=0) if self._index is not None else 0
+        return round(((frame_time(frame) or start) - start) * self._time_base, 3)
+
+    def chosen(self, choose: Callable[[PacketIndex], list[int]]) -> Iterator[tuple[Any, int]]:
+        """Yield the chosen frames that decode, at least one, each with the number of chosen ones.
+
+        Raises:
+            MediaError: There are no frames, or too few of those that there should be.
+        """
+        from extractors.media.sniff import check_share
+        from extractors.media.video import FalseKey, frame_time, orientation
+
+        index = self._index
+        chosen: list[int] = []
+        count, last, ended = 0, -(1 << 62), False
+        while not ended:
+            if index is not None and not count:
+                chosen = choose(index)
+            try:
+                for frame in self._decode(chosen, last):
+                    if not count:
+                        self.turned = _turns(orientation(frame))
+                    yield frame, len(chosen)
+                    count += 1
+                    last = max(last, frame_time(frame) or last)
+                ended = True
+            except FalseKey as lie:
+                if index is not None:
+                    index.doubt(lie)
+        if not count:
+            raise MediaError(f"broken {self._type.name}: 0 of {len(chosen)} frames can be read")
+        self.notes.append(check_share(count, len(chosen), "chosen frames", self._type, "broken"))
+
+    def _decode(self, chosen: list[int], after: int) -> Iterator[Any]:
+        """Decode those of the chosen frames that are shown after a time."""
+        from extractors.media.containers import find_stream, open_container, promised_packets
+        from extractors.media.sniff import check_share
+        from extractors.media.video import check_size, decode_frames
+
+        index = self._index
+        with open_container(self._path, self._type) as container:
+            stream = find_stream(container, "video")
+            if index is None or stream is None:
+                raise MediaError(f"{self._type.name} has no video stream")
+            check_size(stream, self._limits.max_pixels)
+            self._time_base = float(stream.time_base)
+            if not index.past_limit:
+                promised = promised_packets(stream)
+                self.notes.append(check_share(len(index), promised, "frames", self._type))
+            left = [i for i in chosen if index.times[i] > after and index.shown[i]]
+            yield from decode_frames(container, stream, index, left)
+
+
+def _turns(upright: tuple[bool, bool, bool]) -> str:
+    names = ("transposed", "left and right swapped", "top and bottom swapped")
+    return ", ".join(name for name, turned in zip(names, upright, strict=True) if turned)
 
 
 def read_frames(
@@ -299,17 +391,11 @@ def read_frames(
     from extractors.media.video import FrameScaler, choose_frames
 
     file_type = check_type(path, "video")
-    index, _ = _scan(path, file_type, limits, None)
+    index, _, _ = _scan(path, file_type, limits, None)
     scale = FrameScaler(lambda width, height: (side, side))
-    frames = _chosen_frames(
-        path, file_type, index, limits, lambda index: choose_frames(index, count, mode, random)
-    )
+    film = _Film(path, file_type, index, limits)
+    frames = film.chosen(lambda index: choose_frames(index, count, mode, random))
     return np.stack([scale(frame) for frame, _ in frames])
-
-
-def _check_whole(got: int, expected: int, file_type: FileType) -> None:
-    if not got or got < _ENOUGH * expected:
-        raise MediaError(f"broken {file_type.name}: {got} of {expected} frames can be read")
 
 
 def _sound_rows(waveform: Waveform, sound: SoundInput, allocate: Allocate) -> SoundRows:

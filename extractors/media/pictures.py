@@ -1,10 +1,11 @@
 """Picture files -> upright RGB pixels.
 
-Pillow reads the header and checks the file to its end. It decodes JPEG, PNG, WebP and animations;
-OpenCV decodes the rest, and what has more than 8 bits a colour, and scales.
+Pillow reads the header and decodes nearly everything; OpenCV decodes stills of GIF, TIFF, and PNG
+of 16 bits, and scales. The structure of JPEG, PNG and GIF is walked here, to their end and no
+further.
 
-Alpha is laid on white. Refused with the reason: truncated files, more pixels than allowed, what is
-no picture.
+Transparency is laid on white, or on black where it would vanish. Refused with the reason: files of
+which too much is missing, more pixels than allowed, what is no picture.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ import contextlib
 import mmap
 import re
 import warnings
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import IO, Any, TypeAlias, cast
 
@@ -26,7 +27,8 @@ from PIL import Image
 from PIL.ExifTags import Base as Tag
 
 from common.errors import MediaError
-from extractors.media.sniff import MAX_PARTS, FileType, check_type
+from extractors.media.sniff import MAX_PARTS, FileType, check_share, check_type
+from extractors.parts import LONG_PICTURE
 
 Pixels: TypeAlias = npt.NDArray[np.uint8]
 
@@ -46,8 +48,16 @@ _MAX_SCANS = 500
 Half would still be 25 times what encoders write; double lets a file of 100 megapixels take minutes.
 """
 
-_BY_PILLOW = ("jpeg", "png", "webp")
-"""Formats whose pixels are Pillow's. The rest it only checks: it takes damage in their pixels."""
+_ANIMATED = ("png", "webp", "avif")
+"""Formats whose number of frames Pillow knows; those of a GIF are counted here."""
+
+_VANISHING = 208
+"""Brightness, of 255, that does not stand out from a white page: white and pale text. At 192, light
+grey stickers would get a black page; at 224, cream-coloured text would vanish."""
+
+_VISIBLE_SHARE = 0.02
+"""Share of the visible pixels that must stand out from white: of white letters hardly any do, the
+outlines of a pale drawing are more."""
 
 _PNG_DEPTH_AT = 24
 """Offset of the bits of one colour in a PNG; Pillow would cut 16 to 8 without rounding."""
@@ -64,28 +74,47 @@ _TRANSPOSED = {
 """EXIF orientation -> what turns the picture upright."""
 
 
-def read_pictures(path: Path, *, max_pixels: int, max_frames: int = 1) -> Iterator[Pixels]:
+def read_pictures(
+    path: Path, *, max_pixels: int, max_frames: int = 1, notes: list[str] | None = None
+) -> Iterator[Pixels]:
     """Decode a picture file, one uint8 RGB ``(height, width, 3)`` at a time.
 
     A still gives one picture. An animation gives the centre frames of at most `max_frames` equal
     parts, or its first frame where `max_frames` is 1: viewers show that one as the still.
 
+    Args:
+        path: The file.
+        max_pixels: Larger pictures are refused.
+        max_frames: Most pictures of an animation.
+        notes: Gets what is missing of a picture that is cut but used.
+
     Raises:
-        MediaError: The file is no picture, truncated, broken, or has more than `max_pixels`.
+        MediaError: The file is no picture, too much of it is missing, it is broken, or has more
+            than `max_pixels`.
     """
     picture = _open(path)
     _check_size(picture.width, picture.height, max_pixels)
+    note = picture.file_type.note
     if picture.frames == 1 or max_frames == 1:
-        yield _decode_still(picture)
-        return
-    image = picture.image
-    for index in centres(picture.frames, min(max_frames, picture.frames)):
-        with _reading(picture.file_type):
-            image.seek(index)
-            # A frame of a GIF may lie outside its canvas, which grows then.
-            _check_size(image.width, image.height, max_pixels)
-            pixels = _rgb(image)
+        pixels, share = _still(picture)
+        note = _check(share, "pixels", picture) or note
         yield pixels
+    else:
+        note = _check(picture.share, "frames", picture) or note
+        image = picture.image
+        for index in centres(picture.frames, min(max_frames, picture.frames)):
+            with _reading(picture.file_type):
+                image.seek(index)
+                # A frame of a GIF may lie outside its canvas, which grows then.
+                _check_size(image.width, image.height, max_pixels)
+                pixels = _rgb(image)
+            yield pixels
+    if note and notes is not None:
+        notes.append(note)
+
+
+def _check(share: float, unit: str, picture: _Picture) -> str:
+    return check_share(round(100 * share), 100, f"percent of its {unit}", picture.file_type)
 
 
 def picture_size(path: Path) -> tuple[int, int]:
@@ -103,6 +132,13 @@ class _Source(mmap.mmap):
 
     _reads = 0
 
+    @classmethod
+    def of(cls, content: bytes) -> _Source:
+        """Return bytes as a file."""
+        source = cls(-1, max(1, len(content)))
+        source[: len(content)] = content
+        return source
+
     def read(self, n: int | None = None) -> bytes:
         self._reads += 1
         if self._reads > 2 * MAX_PARTS:
@@ -115,9 +151,12 @@ class _Picture:
     """A picture file, its pixels not decoded yet.
 
     Attributes:
+        source: Its content, up to its end.
         width: Of the picture turned upright.
         height: Of the picture turned upright.
         frames: Pictures of an animation; 1 for a still.
+        share: Of its frames that are whole, in (0, 1].
+        cut: Its end is missing.
         image: What Pillow opened; None for TIFF.
     """
 
@@ -126,6 +165,8 @@ class _Picture:
     width: int
     height: int
     frames: int
+    share: float
+    cut: bool
     image: Any
 
 
@@ -136,33 +177,45 @@ def _open(path: Path) -> _Picture:
             source = _Source(file.fileno(), 0, access=mmap.ACCESS_READ)
     except OSError as error:
         raise MediaError(f"cannot be read: {error.strerror}") from error
+    family, frames, whole, cut = file_type.family, 1, 0, False
     image: Any = None
-    frames, stream = 1, cast("IO[bytes]", source)
     with _reading(file_type):
-        if file_type.family == "tiff":
+        if file_type.start:
+            source = _Source.of(source[file_type.start :])
+        if family == "tiff":
             exif = Image.Exif()
-            exif.load_from_fp(stream)
+            exif.load_from_fp(cast("IO[bytes]", source))
             width, height = exif[Tag.ImageWidth], exif[Tag.ImageLength]
         else:
-            image = Image.open(stream, formats=[file_type.family])
-            if file_type.family == "png":
-                image.verify()  # checksums up to the last chunk's, whose own is left
-                if len(source.read(4)) < 4:
-                    raise ValueError("truncated")
-                image = Image.open(stream, formats=["png"])  # `verify` leaves it unusable
-            elif file_type.family == "jpeg":
-                _check_scans(source)
-            elif file_type.family == "gif":
-                frames = _gif_frames(source)
-            if file_type.family in ("png", "webp"):
-                frames = image.n_frames
+            if family == "jpeg":
+                source, cut = _jpeg(source)
+            elif family == "png":
+                cut, whole = _png(source)
+            elif family == "gif":
+                source, frames, whole, cut = _gif(source)
+            elif family == "heif":
+                _know_heif(file_type)
+            image = Image.open(cast("IO[bytes]", source), formats=[family])
+            if family in _ANIMATED:
+                frames = getattr(image, "n_frames", 1)
             width, height = image.size
             exif = _exif(image)
         if width < 1 or height < 1:
             raise ValueError("no pixels")
     if exif.get(Tag.Orientation) in (5, 6, 7, 8):
         width, height = height, width
-    return _Picture(file_type, source, width, height, frames, image)
+    share = whole / frames if cut and frames > 1 else 1.0
+    return _Picture(file_type, source, width, height, frames, share, cut, image)
+
+
+def _know_heif(file_type: FileType) -> None:
+    try:
+        from pi_heif import register_heif_opener
+    except ImportError as error:
+        raise MediaError(
+            f"{file_type.name} cannot be decoded here: install insighttag[heic]"
+        ) from error
+    register_heif_opener()
 
 
 @contextlib.contextmanager
@@ -186,39 +239,115 @@ def _reading(file_type: FileType) -> Iterator[None]:
             raise MediaError(f"{verdict} {file_type.name}") from error
 
 
-def _check_scans(source: _Source) -> None:
-    scans = re.finditer(b"\xff\xda", source)
-    if sum(1 for _ in islice(scans, _MAX_SCANS + 1)) > _MAX_SCANS:
-        raise ValueError("more scans than can be meant")
+_END_OF_JPEG = b"\xff\xd9"
+_SEGMENT = re.compile(rb"\xff[\x01-\xfe]")
+_BEHIND_SCAN = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")  # neither a stuffed byte nor a restart
 
 
-def _gif_frames(source: _Source) -> int:
-    """Count the frames of a GIF; Pillow would take a truncated animation for a shorter one.
+def _jpeg(data: _Source) -> tuple[_Source, bool]:
+    """Return a JPEG up to its end without stray bytes between segments, and True where it is cut.
+
+    Phones append films and further pictures, which are none of its scans; the list of these
+    (MPF) is left out, since it would lead there.
 
     Raises:
-        ValueError: The file ends before its trailer, or is nothing but blocks.
+        ValueError: It is nothing but segments, scans or stray bytes; or scans of a progressive one
+            are missing altogether.
+    """
+    pieces, position, parts, scans, cut = [b"\xff\xd8"], 2, 0, 0, True
+    missing: set[tuple[int, int]] = set()  # component and coefficient of a progressive JPEG
+    while cut and (found := _SEGMENT.search(data, position)):
+        start, mark, body = found.start(), data[found.start() + 1], found.end()
+        parts += 1 + start - position
+        position, cut = body, mark != 0xD9
+        if not cut or mark == 1 or 0xD0 <= mark <= 0xD8:
+            continue  # the end, or marks without a body
+        end = body + int.from_bytes(data[body : body + 2], "big")
+        head = data[body + 2 : end]
+        if end > len(data) or end < body + 2:
+            break
+        if mark == 0xC2:
+            missing = {(component, k) for component in head[6::3] for k in range(64)}
+        elif mark == 0xDA:
+            scans += 1
+            if len(head) > 3 and not head[-1] & 15:  # its last bits
+                band = range(head[-3], head[-2] + 1)
+                missing -= {(component, k) for component in head[1:-3:2] for k in band}
+            behind = _BEHIND_SCAN.search(data, end)
+            end = behind.start() if behind else len(data)
+        if not (mark == 0xE2 and head.startswith(b"MPF\0")):
+            pieces.append(data[start:end])
+        position = end
+        if parts > MAX_PARTS or scans > _MAX_SCANS:
+            raise ValueError("more parts than can be meant")
+    if not scans or (cut and missing):
+        raise ValueError("truncated")
+    return _Source.of(b"".join([*pieces, _END_OF_JPEG])), cut
+
+
+def _png(data: _Source) -> tuple[bool, int]:
+    """Return True for a PNG whose end is missing, and its whole frames if it is an animation.
+
+    Raises:
+        ValueError: A chunk does not have its checksum, or there is nothing but chunks.
+    """
+    position, controls = 8, 0
+    for _ in range(MAX_PARTS):
+        length = int.from_bytes(data[position : position + 4], "big")
+        end = position + 8 + length
+        if end + 4 > len(data):
+            return True, max(0, controls - 1)
+        if zlib.crc32(data[position + 4 : end]) != int.from_bytes(data[end : end + 4], "big"):
+            raise ValueError("a wrong checksum")
+        kind = data[position + 4 : position + 8]
+        if kind == b"IEND":
+            return False, controls
+        controls += kind == b"fcTL"
+        position = end + 4
+    raise ValueError("more chunks than can be meant")
+
+
+def _gif(data: _Source) -> tuple[_Source, int, int, bool]:
+    """Return a GIF, its frames, those of them that are whole, and True where it is cut.
+
+    Pillow would take a truncated animation for a shorter one. A screen of no size, which some
+    programs write, gets that of the frames.
+
+    Raises:
+        ValueError: There is no frame, or nothing but blocks.
     """
 
     def colour_table_bytes(flags: int) -> int:
         return 3 << (flags & 7) + 1 if flags & 0x80 else 0
 
-    frames = blocks = 0
-    try:
-        position = 13 + colour_table_bytes(source[10])
-        while (mark := source[position]) != ord(";"):
+    frames = whole = blocks = width = height = 0
+    cut = True
+    with contextlib.suppress(IndexError):
+        position = 13 + colour_table_bytes(data[10])
+        while (mark := data[position]) != ord(";"):
             if mark == ord(","):  # a frame; everything else is an extension
                 frames += 1
-                position += 9 + colour_table_bytes(source[position + 9])
+                left, top, columns, rows = (
+                    int.from_bytes(data[position + i : position + i + 2], "little")
+                    for i in (1, 3, 5, 7)
+                )
+                width, height = max(width, left + columns), max(height, top + rows)
+                position += 9 + colour_table_bytes(data[position + 9])
             position += 2
-            while length := source[position]:
+            while length := data[position]:
                 position += 1 + length
                 blocks += 1
                 if blocks > MAX_PARTS:
                     raise ValueError("more blocks than can be meant")
             position += 1
-    except IndexError as error:
-        raise ValueError("truncated") from error
-    return frames
+            whole = frames
+        cut = False
+    if not frames:
+        raise ValueError("truncated")
+    if data[6:8] == b"\0\0" or data[8:10] == b"\0\0":
+        screen = width.to_bytes(2, "little") + height.to_bytes(2, "little")
+        data = _Source.of(data[:6] + screen + data[10:])
+    return data, frames, whole, cut
 
 
 def _exif(image: Any) -> Image.Exif:
@@ -234,20 +363,78 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
         raise MediaError(f"{width}×{height} pixels are more than decode.max_pixels: {max_pixels}")
 
 
+def _still(picture: _Picture) -> tuple[Pixels, float]:
+    """Decode a still, or the first frame; return it and the share of it that is there."""
+    if not picture.cut or picture.frames > 1:
+        try:
+            return _decode_still(picture), picture.share
+        except MediaError:
+            if picture.file_type.family not in ("bmp", "tiff"):  # their length is not checked
+                raise
+    with _reading(picture.file_type):
+        return _salvage(picture)
+
+
 def _decode_still(picture: _Picture) -> Pixels:
     image, family = picture.image, picture.file_type.family
     with _reading(picture.file_type):
         if family == "tiff":
-            return _decode_by_opencv(picture.source)
-        if family == "jpeg":
-            factor = _reduction(*image.size)
-            image.draft(None, (image.width // factor, image.height // factor))
-        if family in _BY_PILLOW:
+            picture.source.seek(0)
+            with contextlib.suppress(Exception):  # Pillow does not know all that OpenCV does
+                image = Image.open(cast("IO[bytes]", picture.source), formats=["tiff"])
+            if (
+                image is None or not image.has_transparency_data
+            ):  # OpenCV darkens what shines through
+                return _decode_by_opencv(picture.source)
+        _draft(image)
+        if family != "gif":
             image.load()
-        if family not in _BY_PILLOW or (family == "png" and picture.source[_PNG_DEPTH_AT] == 16):
-            pixels = Image.fromarray(_decode_by_opencv(picture.source))
+        if family == "gif" or (family == "png" and picture.source[_PNG_DEPTH_AT] == 16):
+            decoded = _decode_by_opencv(picture.source)
+            clear = image.info.get("transparency")
+            if isinstance(clear, int) and image.mode.startswith("I"):  # OpenCV leaves it opaque
+                alpha = np.where(np.asarray(image) == clear, 0, 255).astype(np.uint8)
+                decoded = on_page(np.dstack([decoded, alpha]))
+            pixels = Image.fromarray(decoded)
             return np.asarray(_upright(pixels, image))
         return _rgb(image)
+
+
+def _draft(image: Any) -> None:
+    """Let a large JPEG be decoded at a fraction of its size; nothing for other formats."""
+    factor = _reduction(*image.size)
+    image.draft(None, (image.width // factor, image.height // factor))
+
+
+_NOISE = bytes(range(1, 255)) * 400
+
+
+def _salvage(picture: _Picture) -> tuple[Pixels, float]:
+    """Decode what there is of a cut still; return it and its share of the pixels.
+
+    It is decoded twice, with other content where some is missing: the same pixels are there.
+    """
+    images = []
+    for other in (False, True):
+        source = picture.source
+        if picture.file_type.family == "jpeg":
+            end = (_NOISE if other else b"") + _END_OF_JPEG
+            source = _Source.of(source[: -len(_END_OF_JPEG)] + end)
+        source.seek(0)
+        image: Any = Image.open(cast("IO[bytes]", source), formats=[picture.file_type.family])
+        _draft(image)
+        if picture.file_type.family != "jpeg":
+            image.load_prepare()
+            ink = 255 * other
+            image.im.paste(ink if len(image.getbands()) == 1 else (ink,) * 4, (0, 0, *image.size))
+        try:
+            image.load()
+        except (OSError, ValueError, SyntaxError, EOFError):
+            image.tile = []  # what was decoded stays
+        images.append(image)
+    same = np.asarray(images[0]) == np.asarray(images[1])
+    share = float((same if same.ndim == 2 else same.all(axis=2)).mean())
+    return _rgb(images[0]), share
 
 
 def centres(total: int, parts: int) -> list[int]:
@@ -261,13 +448,15 @@ def _reduction(width: int, height: int) -> int:
 
 
 def _rgb(image: Any) -> Pixels:
-    """Decode the current frame of a picture of 8 bits: upright, on white."""
+    """Decode the current frame of a picture: upright, on its page."""
     image.load()  # EXIF of a PNG may stand behind the pixels
     upright = _upright(image, image)
     if image.mode == "CMYK":
         return _from_cmyk(np.asarray(upright))
+    if image.mode[0] in "IF":  # grey of more than 8 bits
+        return np.asarray(cv2.cvtColor(_eight_bits(np.asarray(upright)), cv2.COLOR_GRAY2RGB))
     if image.has_transparency_data:
-        return _on_white(np.asarray(upright.convert("RGBA")))
+        return on_page(np.asarray(upright.convert("RGBA")))
     return np.asarray(upright.convert("RGB"))
 
 
@@ -289,27 +478,44 @@ def _decode_by_opencv(source: _Source) -> Pixels:
     pixels: Any = cv2.imdecode(np.frombuffer(source, np.uint8), cv2.IMREAD_UNCHANGED)
     if pixels is None:
         raise ValueError("OpenCV cannot decode it")
-    if pixels.dtype == np.uint16:
-        pixels = cv2.convertScaleAbs(pixels, alpha=1 / 257)  # 65535 -> 255
-    elif pixels.dtype != np.uint8:  # floating-point TIFF, 0 to 1
-        pixels = (np.clip(np.nan_to_num(pixels), 0, 1) * 255).astype(np.uint8)
+    pixels = _eight_bits(pixels)
     if pixels.ndim == 2 or pixels.shape[2] == 1:
         return np.asarray(cv2.cvtColor(pixels, cv2.COLOR_GRAY2RGB), np.uint8)
     if pixels.shape[2] == 4:
-        return _on_white(np.asarray(cv2.cvtColor(pixels, cv2.COLOR_BGRA2RGBA), np.uint8))
+        return on_page(np.asarray(cv2.cvtColor(pixels, cv2.COLOR_BGRA2RGBA), np.uint8))
     return np.asarray(cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB), np.uint8)
 
 
-def _on_white(pixels: Pixels) -> Pixels:
-    """Lay RGBA ``(height, width, 4)`` on a white page, a band of rows at a time: RGB."""
-    colours, alpha = np.ascontiguousarray(pixels[:, :, :3]), pixels[:, :, 3:]
+def _eight_bits(pixels: Any) -> Any:
+    if pixels.dtype == np.uint8:
+        return pixels
+    if pixels.dtype == np.uint16:
+        return cv2.convertScaleAbs(pixels, alpha=1 / 257)  # 65535 -> 255
+    if pixels.dtype.kind == "i":  # Pillow's 32 bits for 16
+        return cv2.convertScaleAbs(np.clip(pixels, 0, 65535).astype(np.uint16), alpha=1 / 257)
+    return (np.clip(np.nan_to_num(pixels), 0, 1) * 255).astype(np.uint8)  # floating point, 0 to 1
+
+
+def on_page(pixels: Pixels) -> Pixels:
+    """Lay RGBA ``(height, width, 4)`` on a white page, or on black what white would hide: RGB."""
+    alpha = pixels[:, :, 3]
     if alpha.min() == 255:
-        return colours
+        return np.ascontiguousarray(pixels[:, :, :3])
+    colours = _laid_on(pixels, 255)
+    shown = cv2.cvtColor(colours, cv2.COLOR_RGB2GRAY)[alpha >= 16]
+    if shown.size and float((shown < _VANISHING).mean()) < _VISIBLE_SHARE:
+        return _laid_on(pixels, 0)
+    return colours
+
+
+def _laid_on(pixels: Pixels, page: int) -> Pixels:
+    """Lay RGBA on a page of one grey, a band of rows at a time."""
+    colours, alpha = np.ascontiguousarray(pixels[:, :, :3]), pixels[:, :, 3:]
     rows = 256  # whole pictures as uint16 would need three times their memory
     for top in range(0, len(colours), rows):
         band = colours[top : top + rows].astype(np.uint16)  # (rows, width, 3)
         cover = alpha[top : top + rows].astype(np.uint16)  # (rows, width, 1)
-        colours[top : top + rows] = (band * cover + 255 * (255 - cover) + 127) // 255
+        colours[top : top + rows] = (band * cover + page * (255 - cover) + 127) // 255
     return colours
 
 
@@ -335,3 +541,24 @@ def fitted_size(width: int, height: int, max_side: int) -> tuple[int, int]:
     if longer <= max_side:
         return width, height
     return max(1, round(width * max_side / longer)), max(1, round(height * max_side / longer))
+
+
+_TALLEST_RATIO = 40
+"""Height over width beyond which a picture is no screen but a line: it is shrunk like any other.
+Half would lose long chats; double would read a dozen more tiles of lines too narrow for words."""
+
+_LEGIBLE_RATIO = 2.5
+"""Longer side over shorter up to which a picture is shrunk to `max_side` for OCR: the text of a
+telephone's screen is still readable. At 2 these would cost twice the time; at 5 it is noise."""
+
+
+def reading_size(width: int, height: int, max_side: int) -> tuple[int, int]:
+    """Width and height at which OCR reads a picture: `fitted_size`, larger for tall ones.
+
+    Tall pictures are read in tiles: their width is at most `max_side`, and their area at most
+    `LONG_PICTURE` squares of it.
+    """
+    if height <= max_side or not _LEGIBLE_RATIO * width < height <= _TALLEST_RATIO * width:
+        return fitted_size(width, height, max_side)
+    scale = min(1.0, max_side / width, max_side * (LONG_PICTURE / (width * height)) ** 0.5)
+    return max(1, int(width * scale)), max(1, int(height * scale))

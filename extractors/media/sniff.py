@@ -1,29 +1,43 @@
-"""The type of a file by its first bytes, never by its name, and a check that its end is there.
+"""The type of a file by its bytes, never by its name, and a check that its end is there.
 
 Only the formats named here are opened at all: FFmpeg would also take playlists, which name
 further files and addresses, and would find sound in random bytes.
+
+The one policy for files that are cut or damaged is `check_share`.
 """
 
 from __future__ import annotations
 
 import os
-import struct
-from dataclasses import dataclass
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
 from common.errors import MediaError
 from common.post import MediaKind
 
-_HEAD = 4096  # bytes; the first two frames of any MPEG sound fit, and an HTML page shows itself
+HEAD_BYTES = 1 << 16
+"""Read to tell the type: dozens of frames of sound that begins inside a frame. Half would miss some
+behind a picture that has lost its tag; double only costs time."""
 _NOUNS: dict[MediaKind, str] = {"image": "picture", "video": "video", "audio": "sound"}
-_UNKNOWN_SIZES = (0, 0x7FFFFFFF)  # what recorders write that never came back to fill in the size
+_LARGEST_PROMISE = 1_000_000_000
+"""RIFF sizes from here on are placeholders of pipes, recorders and speech servers that never come
+back to fill in the size (0x7FFFFFFF, 2e9, 0x80000000, 0xFFFFFFFF, and these less a header)."""
 
 TOLERATED_LOSS = 0.01
-"""Share of the promised bytes that may be missing.
+"""Share of what was promised that may be missing without a word.
 
-Some writers promise a few bytes more than they write. Double would take films that lack seconds;
-half would refuse short ones for their padding.
+Some writers promise a few bytes more than they write. Double would hide that films lack seconds;
+half would remark on short ones for their padding.
+"""
+
+LEAST_SHARE = 0.9
+"""Share of a file that must be readable; with less it is broken.
+
+Lower would tag posts for what they hardly show; higher would refuse downloads that lack their last
+moment.
 """
 
 MAX_PARTS = 1_000_000
@@ -42,11 +56,15 @@ class FileType:
         name: For a person: ``MP4 video``.
         family: Short name that code compares: ``jpeg``, ``mp4``, ``wav``, ...
         kinds: What a post may use it as; empty for what is no media file.
+        start: Offset of the first byte; what is before it belongs to no format.
+        note: What is missing of the file, where the rest is used.
     """
 
     name: str
     family: str
     kinds: frozenset[MediaKind] = frozenset()
+    start: int = 0
+    note: str = ""
 
 
 def _picture(name: str, family: str) -> FileType:
@@ -61,8 +79,29 @@ def _sound(name: str, family: str) -> FileType:
     return FileType(f"{name} sound", family, frozenset({"audio"}))
 
 
+def check_share(
+    got: float, promised: float, unit: str, file_type: FileType, verdict: str = "truncated"
+) -> str:
+    """Judge a file by how much of what it promises can be read; return a note, "" for a whole one.
+
+    The one policy for all formats. A promise is what a container must keep (an index, the size of
+    a chunk), never an estimate.
+
+    Raises:
+        MediaError: Less than `LEAST_SHARE` can be read.
+    """
+    if got >= (1 - TOLERATED_LOSS) * promised:
+        return ""
+    amounts = f"{got:.4g} of {promised:.4g}" if isinstance(got, float) else f"{got} of {promised}"
+    text = f"{verdict} {file_type.name}: {amounts} {unit}"
+    if round(got / promised, 3) < LEAST_SHARE:
+        raise MediaError(text)
+    return f"{text}, which are used"
+
+
 _GIF = FileType("GIF picture", "gif", frozenset({"image", "video"}))
-_MP3, _AAC, _TS = _sound("MP3", "mp3"), _sound("AAC", "aac"), _container("MPEG-TS", "mpegts")
+_MP3, _AAC, _AC3 = _sound("MP3", "mp3"), _sound("AAC", "aac"), _sound("AC-3", "ac3")
+_TS, _PS = _container("MPEG-TS", "mpegts"), _container("MPEG", "mpeg")
 _TEXT = FileType("text", "text")
 
 _PREFIXES: tuple[tuple[bytes, FileType], ...] = (
@@ -76,7 +115,25 @@ _PREFIXES: tuple[tuple[bytes, FileType], ...] = (
     (b"OggS", FileType("Ogg file", "ogg", frozenset({"video", "audio"}))),
     (b"FLV\x01", _container("Flash", "flv")),
     (b"\x30\x26\xb2\x75\x8e\x66\xcf\x11", _container("Windows Media", "asf")),
-    (b"\x00\x00\x01\xba", _container("MPEG", "mpeg")),
+    (b"\x00\x00\x01\xba", _PS),
+    (b"\x00\x00\x01\xb3", _container("MPEG stream", "mpegvideo")),
+    (b"DKIF", _container("IVF", "ivf")),
+    (b".RMF", _container("RealMedia", "rm")),
+    (b"\x06\x0e\x2b\x34\x02\x05\x01\x01", _container("MXF", "mxf")),
+    (b"\x1f\x07\x00", _container("DV", "dv")),
+    (b"riff\x2e\x91\xcf\x11", _sound("Wave64", "w64")),
+    (b".snd", _sound("AU", "au")),
+    (b"wvpk", _sound("WavPack", "wv")),
+    (b"MAC ", _sound("Monkey's Audio", "ape")),
+    (b"TTA1", _sound("True Audio", "tta")),
+    (b"\x7f\xfe\x80\x01", _sound("DTS", "dts")),
+    (b"Creative Voice File", _sound("VOC", "voc")),
+    (b"\x00\x00\x00\x0cjP  ", _picture("JPEG 2000", "jpeg2000")),
+    (b"\xff\x4f\xff\x51", _picture("JPEG 2000", "jpeg2000")),
+    (b"\x00\x00\x00\x0cJXL ", FileType("JPEG XL picture, which cannot be decoded", "jxl")),
+    (b"\xff\x0a", FileType("JPEG XL picture, which cannot be decoded", "jxl")),
+    (b"II\xbc", FileType("JPEG XR picture, which cannot be decoded", "jxr")),
+    (b"8BPS", FileType("Photoshop document, which cannot be decoded", "psd")),
     (b"fLaC", _sound("FLAC", "flac")),
     (b"#!AMR", _sound("AMR", "amr")),
     (b"caff", _sound("CAF", "caf")),
@@ -96,18 +153,28 @@ _RIFF: dict[bytes, FileType] = {
 _BOXES = (b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot")
 
 
+_JUNK = b"\0\t\n\r \xef\xbb\xbf"  # before some files: padding of recorders, lines of broken servers
+
+
 def sniff(head: bytes) -> FileType | None:
     """Return the type that a file's first bytes show; None when they show none."""
+    found = _by_mark(head)
+    if found is None:
+        junk = len(head) - len(head.lstrip(_JUNK))
+        if head.startswith(b"APETAGEX"):
+            junk = 32 + int.from_bytes(head[12:16], "little")
+        inner = _by_mark(head[junk:]) if junk else None
+        found = replace(inner, start=junk) if inner and inner.kinds else None
+    return found or _by_text(head) or _by_search(head)
+
+
+def _by_mark(head: bytes) -> FileType | None:
+    """Return the type of a file that begins here."""
     for prefix, kind in _PREFIXES:
         if head.startswith(prefix):
             return kind
-    return _by_structure(head) or _by_sync(head) or _by_text(head)
-
-
-def _by_structure(head: bytes) -> FileType | None:
-    """Return a type whose mark is not at the very beginning."""
     file_type = None
-    if head[:4] == b"RIFF":
+    if head[:4] in (b"RIFF", b"RIFX", b"RF64", b"BW64"):
         file_type = _RIFF.get(head[8:12])
     elif head[:4] == b"FORM" and head[8:12] in (b"AIFF", b"AIFC"):
         file_type = _sound("AIFF", "aiff")
@@ -119,7 +186,24 @@ def _by_structure(head: bytes) -> FileType | None:
         file_type = _picture("BMP", "bmp")
     elif len(head) > 376 and head[0] == head[188] == head[376] == 0x47:
         file_type = _TS
-    return file_type
+    return file_type or next((kind for kind in _FRAMED if _frames(head, 0, kind, 1)), None)
+
+
+def _by_search(head: bytes) -> FileType | None:
+    """Return the type of a recording that begins inside a packet or frame."""
+    for size in (192, 188, 204):  # of cameras, of broadcasts, with error correction
+        packets = min(8, len(head) // size)
+        for at in range(size if packets >= _CHAIN else 0):
+            if head[at : at + packets * size : size].count(0x47) == packets:
+                return _TS  # FFmpeg finds the first packet itself
+    pack = head.find(b"\0\0\1\xba")
+    if pack > 0 and (head[pack + 4 : pack + 5] or b"\0")[0] >> 4 in (2, 4, 5, 6, 7):
+        return replace(_PS, start=pack)
+    for match in _SYNC.finditer(head):
+        for kind in _FRAMED:
+            if _frames(head, match.start(), kind, _CHAIN):
+                return replace(kind, start=match.start())
+    return None
 
 
 def _by_brand(head: bytes) -> FileType:
@@ -128,27 +212,10 @@ def _by_brand(head: bytes) -> FileType:
     if brands & {b"avif", b"avis"}:
         return _picture("AVIF", "avif")
     if head[8:12] in (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1"):
-        return FileType("HEIC picture, which cannot be decoded", "heic")
+        return _picture("HEIC", "heif")
     if head[8:12] in (b"M4A ", b"M4B "):
         return FileType("M4A sound", "mp4", frozenset({"audio"}))
     return _container("QuickTime" if head[8:12] == b"qt  " else "MP4", "mp4")
-
-
-def _by_sync(head: bytes) -> FileType | None:
-    """Return the type of MPEG audio without a tag: a header that leads to a second one like it."""
-    length = _mpeg_audio_length(head)
-    if length is not None and _same_stream(head, length):
-        return _MP3
-    if len(head) > 6 and head[0] == 0xFF and head[1] & 0xF6 == 0xF0:
-        length = (head[3] & 3) << 11 | head[4] << 3 | head[5] >> 5
-        if length > 7 and _same_stream(head, length):
-            return _AAC
-    return None
-
-
-def _same_stream(head: bytes, length: int) -> bool:
-    following = head[length : length + 2]
-    return len(following) == 2 and following[0] == 0xFF and (following[1] ^ head[1]) & 0xFE == 0
 
 
 def _mpeg_audio_length(head: bytes) -> int | None:
@@ -169,6 +236,54 @@ def _mpeg_audio_length(head: bytes) -> int | None:
     rate_hz = (44100, 48000, 32000)[rate_index] // {3: 1, 2: 2, 0: 4}[version]
     factor = 72 if layer == 1 and not first else 144
     return factor * table[index - 1] * 1000 // rate_hz + padding
+
+
+def _aac_length(head: bytes) -> int | None:
+    """Return the bytes of the ADTS frame that starts here; None when none does."""
+    if len(head) < 6 or head[0] != 0xFF or head[1] & 0xF6 != 0xF0:
+        return None
+    length = (head[3] & 3) << 11 | head[4] << 3 | head[5] >> 5
+    return length if length > 7 else None
+
+
+def _ac3_length(head: bytes) -> int | None:
+    """Return the bytes of the AC-3 or E-AC-3 frame that starts here; None when none does."""
+    if len(head) < 6 or head[:2] != b"\x0b\x77" or head[5] >> 3 > 16:
+        return None
+    if head[5] >> 3 > 10:  # E-AC-3 says its size itself
+        return ((head[2] & 7) << 8 | head[3]) * 2 + 2
+    rate, index = head[4] >> 6, (head[4] & 63) >> 1
+    if rate == 3 or index > 18:
+        return None
+    rates = (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512, 576, 640)
+    words = rates[index] * 96_000 // (48_000, 44_100, 32_000)[rate]
+    return 2 * (words + (head[4] & 1 if rate == 1 else 0))
+
+
+_FRAMED: dict[FileType, Callable[[bytes], int | None]] = {
+    _MP3: _mpeg_audio_length,
+    _AAC: _aac_length,
+    _AC3: _ac3_length,
+}
+"""Sound without a container -> the length of a frame."""
+_SYNC = re.compile(rb"\xff[\xe0-\xff]|\x0b\x77")
+_CHAIN = 5
+"""Frames that follow each other where a file does not begin with one. Random bytes hold two frames
+in a row once in some hundred files, five never."""
+
+
+def _frames(head: bytes, at: int, kind: FileType, count: int) -> bool:
+    """Return True where frames of one stream follow each other, and one more begins behind them."""
+    first = head[at : at + 2]
+    for _ in range(count):
+        length = _FRAMED[kind](head[at : at + 8])
+        if length is None:
+            return False
+        at += length
+        following = head[at : at + 2]
+        if following[:1] != first[:1] or (following[1:] or b"\0")[0] & 0xFE != first[1] & 0xFE:
+            return False
+    return True
 
 
 def _by_text(head: bytes) -> FileType | None:
@@ -192,27 +307,64 @@ def check_type(path: Path, kind: MediaKind) -> FileType:
     try:
         with path.open("rb") as stream:
             size = os.fstat(stream.fileno()).st_size
-            head = stream.read(_HEAD)
             if not size:
                 raise MediaError("the file is empty")
-            file_type = sniff(head)
+            file_type = type_of(stream)
             if file_type is None or kind not in file_type.kinds:
                 is_what = file_type.name if file_type else "unknown type of file"
                 raise MediaError(f"is not a {_NOUNS[kind]}: {is_what}")
             promised = _promised_bytes(stream, size, file_type)
     except OSError as error:
         raise MediaError(f"cannot be read: {error.strerror}") from error
-    if promised > size and promised - size > TOLERATED_LOSS * promised:
-        raise MediaError(f"truncated {file_type.name}: {size} of {promised} bytes")
-    return file_type
+    return replace(file_type, note=check_share(size, promised, "bytes", file_type))
+
+
+def type_of(stream: BinaryIO) -> FileType | None:
+    """Return the type of an open file, behind padding and behind its ID3 tag too."""
+    skipped, head = 0, stream.read(HEAD_BYTES)
+    while head and not head.strip(b"\0"):
+        skipped, head = skipped + len(head), stream.read(HEAD_BYTES)
+    found = sniff(head)
+    if found is None:
+        return None
+    if found.family == "id3":
+        behind = found.start + skipped + id3_bytes(head[found.start :])
+        stream.seek(behind)
+        inner = sniff(stream.read(HEAD_BYTES))
+        if inner is not None and "audio" in inner.kinds and inner.start:
+            return replace(inner, start=inner.start + behind)
+    return replace(found, start=found.start + skipped)
+
+
+def id3_bytes(head: bytes) -> int:
+    """Return the length of the ID3 tag that a file begins with, 0 without one."""
+    if not head.startswith(b"ID3") or len(head) < 10:
+        return 0
+    size = head[6] << 21 | head[7] << 14 | head[8] << 7 | head[9]
+    return size + (20 if head[5] & 0x10 else 10)
+
+
+def has_duration(path: Path, file_type: FileType) -> bool:
+    """Return True where sound without a container says its length, False where it is estimated."""
+    if file_type.family == "flac":
+        return True
+    if file_type.family not in ("mp3", "id3"):
+        return False
+    with path.open("rb") as stream:
+        stream.seek(file_type.start)
+        stream.seek(file_type.start + id3_bytes(stream.read(10)))
+        frame = stream.read(64)
+    return any(mark in frame for mark in (b"Xing", b"Info", b"VBRI"))
 
 
 def _promised_bytes(stream: BinaryIO, size: int, file_type: FileType) -> int:
     """Return the bytes that a file says it has; 0 where its format does not say."""
+    if file_type.start:
+        return 0
     if file_type.family == "mp4":
         return _end_of_boxes(stream, size)
-    if file_type.family in ("wav", "avi", "webp"):
-        return _end_of_riff(stream)
+    if file_type.family in ("wav", "avi", "webp", "aiff"):
+        return _end_of_chunk(stream)
     if file_type.family == "matroska":
         return _end_of_segment(stream)
     return 0
@@ -238,11 +390,12 @@ def _end_of_boxes(stream: BinaryIO, size: int) -> int:
     return position
 
 
-def _end_of_riff(stream: BinaryIO) -> int:
-    """Return the end of the outer chunk of a RIFF file."""
-    stream.seek(4)
-    (length,) = struct.unpack("<I", stream.read(4).ljust(4, b"\0"))
-    return 0 if length in _UNKNOWN_SIZES or length >= 0xFFFFFF00 else length + 8
+def _end_of_chunk(stream: BinaryIO) -> int:
+    """Return the end of the outer chunk of a RIFF or AIFF file; 0 where its size is made up."""
+    stream.seek(0)
+    head = stream.read(8)
+    length = int.from_bytes(head[4:], "little" if head[:4] == b"RIFF" else "big")
+    return length + 8 if 0 < length < _LARGEST_PROMISE and head[:4] != b"RF64" else 0
 
 
 def _end_of_segment(stream: BinaryIO) -> int:

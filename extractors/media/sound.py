@@ -130,6 +130,8 @@ class SoundTrack:
 
     Attributes:
         error: Why packets could not be decoded; None when all could.
+        fed: Packets that were to be decoded.
+        broken: Packets and frames that could not be.
     """
 
     def __init__(self, stream: Stream | None, max_audio_s: float, rate_hz: int) -> None:
@@ -139,7 +141,7 @@ class SoundTrack:
         self._left = int(max_audio_s * rate_hz) if stream is not None else 0
         self._setup: tuple[object, ...] | None = None
         self._resampler: Any = None
-        self._broken = self._decoded = 0
+        self.fed = self.broken = 0
         self.error: str | None = None
 
     @property
@@ -151,10 +153,11 @@ class SoundTrack:
         """Decode a packet; None flushes the decoder."""
         if self.full:
             return
+        self.fed += packet is not None
         try:
             frames = self._codec.decode(packet)
         except (av.error.FFmpegError, ValueError) as error:
-            self._broken += 1
+            self.broken += 1
             self.error = self.error or reason(error)
             return
         for frame in frames:
@@ -164,11 +167,11 @@ class SoundTrack:
         """Flush and return float32 ``(samples,)``.
 
         Raises:
-            MediaError: Nothing, or less than half of the packets, could be decoded.
+            MediaError: Nothing could be decoded.
         """
         self.feed(None)
         self._drain()
-        if self.error and (not self._chunks or self._broken > self._decoded):
+        if self.error and not self._chunks:
             raise MediaError(f"the sound cannot be decoded: {self.error}")
         if not self._chunks:
             return np.empty(0, np.float32)
@@ -176,7 +179,7 @@ class SoundTrack:
 
     def _resample(self, frame: Any) -> None:
         if not _RATES_HZ[0] <= frame.sample_rate <= _RATES_HZ[1]:
-            self._broken += 1
+            self.broken += 1
             self.error = self.error or f"{frame.sample_rate} Hz is no rate of sound"
             return
         setup = (frame.format.name, frame.layout.name, frame.sample_rate)
@@ -187,7 +190,6 @@ class SoundTrack:
             self._resampler = av.AudioResampler(
                 format="flt", layout=frame.layout, rate=self._rate_hz
             )
-        self._decoded += 1
         frame.pts = None  # gaps and jumps of time stamps are no silence
         self._convert(self._resampler, frame)
 
@@ -200,7 +202,7 @@ class SoundTrack:
         try:
             self._keep(resampler.resample(frame))
         except (av.error.FFmpegError, ValueError) as error:
-            self._broken += 1
+            self.broken += 1
             self.error = self.error or reason(error)
 
     def _keep(self, frames: list[Any]) -> None:

@@ -6,7 +6,8 @@ Two passes. The first only reads packets (15 ms for 30 s of 720p) and learns the
 of every frame: headers lie about duration and rate, packets hardly. Sound is decoded on the way.
 The second decodes from the key frame before each chosen frame up to that frame, and passes over
 what lies between without decoding it. It reads sequentially instead of seeking, which is exact
-in every container, those without an index too.
+in every container, those without an index too. Key frames of packets are a claim: where the first
+decoded frame is none, decoding starts further back.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal, TypeAlias
 
 import av
 import numpy as np
 import numpy.typing as npt
+from av.bitstream import BitStreamFilterContext
 from av.video.reformatter import VideoReformatter
 
 from common.errors import MediaError
@@ -30,6 +33,29 @@ Frame: TypeAlias = Any
 
 _DISCARDABLE = ("h264",)
 """Codecs whose frames that no other frame refers to are marked for certain (nal_ref_idc = 0)."""
+
+
+_MAX_LIES = 3
+"""False key frames before none is believed any more: each costs another reading of the file. Half
+would decode whole films for two of them; double only reads more."""
+
+_FREE = (0, 1, 5)  # AVPictureType: unknown, I, SI; the others refer to frames before them
+
+_PACKED_DELAY = 4
+"""Packets between one that holds two frames and the last of the two; real files need two."""
+
+
+class FalseKey(Exception):
+    """A packet that decoding started from gave no frame to start from.
+
+    Attributes:
+        position: Of the packet.
+        time: Of the first frame that did; None without one.
+    """
+
+    def __init__(self, position: int, time: int | None) -> None:
+        super().__init__(position, time)
+        self.position, self.time = position, time
 
 
 class PacketIndex:
@@ -44,7 +70,13 @@ class PacketIndex:
         """Presentation time of each packet in decoding order, in the stream's time base."""
         self.keys = bytearray()
         self.shown = bytearray()
+        self.cut_away = bytearray()
+        """Packets that an edit list hides; their frames are decoded and never come out."""
         self.past_limit = False
+        self.packed = False
+        """Packets hold two frames, as DivX wrote them into AVI files."""
+        self._may_be_packed = stream.codec_context.name == "mpeg4"
+        self._lies = 0
 
     def add(self, packet: Packet) -> None:
         """Add the next packet, unless it lies behind the longest duration."""
@@ -58,8 +90,26 @@ class PacketIndex:
             return
         self.times.append(time)
         self.keys.append(packet.is_keyframe)
-        self.shown.append(not getattr(packet, "is_discard", False))
+        self.cut_away.append(getattr(packet, "is_discard", False))
+        self.shown.append(not self.cut_away[-1])
         self._last = max(self._last, (time, packet.duration or 0))
+        if self._may_be_packed and not self.packed:
+            self.packed = bytes(packet).count(b"\0\0\1\xb6") > 1  # starts of frames
+
+    def doubt(self, lie: FalseKey) -> None:
+        """Take note of a key frame that is none, or of a beginning inside a group of pictures."""
+        self._lies += 1
+        if lie.position == 0:
+            self._hide_before(lie.time)
+        elif self._lies <= _MAX_LIES:
+            self.keys[lie.position] = False
+        else:
+            self.keys = bytearray(len(self))
+
+    def _hide_before(self, time: int | None) -> None:
+        for i, own in enumerate(self.times):
+            if time is not None and own < time:
+                self.shown[i] = False
 
     def __len__(self) -> int:
         return len(self.times)
@@ -78,6 +128,8 @@ class PacketIndex:
         Returns:
             Positions in decoding order, at most `count`.
         """
+        if (first := self.keys.find(True)) > 0:  # frames before it refer to some that are not there
+            self._hide_before(self.times[first])
         order = sorted((i for i in range(len(self)) if self.shown[i]), key=self.times.__getitem__)
         if len(order) <= count:
             return order
@@ -104,6 +156,8 @@ class PacketIndex:
         A frame that follows a key frame in the file but is shown before it may refer to frames
         before that key frame (an open group of pictures): then it is the key frame before.
         """
+        if self.packed:
+            return 0
         for i in range(position, -1, -1):
             if self.keys[i] and self.times[i] <= self.times[position]:
                 return i
@@ -129,15 +183,21 @@ def _time_of(packet: Packet) -> int | None:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Packets `first` to `last`, decoded without a gap, for the frames at `times`."""
+    """Packets `first` to `last`, decoded without a gap, for the frames at `times`.
+
+    Attributes:
+        silent: The first frame is hidden by an edit list, so that it cannot be judged.
+    """
 
     first: int
     last: int
     times: tuple[int, ...]
+    silent: bool = False
 
 
 def plan_runs(index: PacketIndex, chosen: list[int]) -> list[Run]:
     """Return the packets to decode to reach the chosen ones, in decoding order."""
+    delay = _PACKED_DELAY if index.packed else 0
     spans = sorted((index.key_before(i), i) for i in chosen)
     runs: list[Run] = []
     for first, target in spans:
@@ -145,9 +205,10 @@ def plan_runs(index: PacketIndex, chosen: list[int]) -> list[Run]:
         if runs and first <= runs[-1].last + 1:
             last = runs[-1]
             times = tuple(sorted((*last.times, time)))
-            runs[-1] = Run(last.first, max(last.last, target), times)
+            runs[-1] = Run(last.first, max(last.last, target + delay), times, last.silent)
         else:
-            runs.append(Run(first, target, (time,)))
+            silent = bool(index.cut_away[first])
+            runs.append(Run(first, target + delay, (time,), silent))
     return runs
 
 
@@ -161,16 +222,19 @@ def decode_frames(
 
     A frame that is broken is replaced by the nearest one that decodes between its neighbours,
     and left out where there is none. The container must stand at its beginning.
+
+    Raises:
+        FalseKey: Frames are missing because decoding started where it cannot: `PacketIndex.doubt`
+            it, and choose again those that were not yielded.
     """
     runs = plan_runs(index, chosen)
     if not runs:
         return
-    codec = stream.codec_context
-    codec.thread_count = 1  # decoder processes are the parallelism; more threads only fight
+    codec = _decoder(stream)
     chosen_times = {index.times[i] for i in chosen}
     position, current = -1, 0
-    picker = _Picker(runs[0].times)
-    for packet in packets(container, stream):
+    picker = _Picker(runs[0])
+    for packet in _unpacked(packets(container, stream), stream, index):
         position += 1
         run = runs[current]
         if position < run.first:
@@ -185,9 +249,32 @@ def decode_frames(
         if current == len(runs):
             return
         codec.flush_buffers()  # after a flush the decoder takes no more packets without it
-        picker = _Picker(runs[current].times)
+        picker = _Picker(runs[current])
     yield from picker.pick(_decode(codec, None))
     yield from picker.rest()
+
+
+def _decoder(stream: Stream) -> Any:
+    """Return the stream's decoder, or the only one that knows the transparency of VP8 and VP9."""
+    codec = stream.codec_context
+    if stream.metadata.get("alpha_mode") == "1" and codec.name in ("vp8", "vp9"):
+        name = "libvpx-vp9" if codec.name == "vp9" else "libvpx"
+        codec, options = av.CodecContext.create(name, "r"), codec.options
+        codec.options = options
+    codec.thread_count = 1  # decoder processes are the parallelism; more threads only fight
+    return codec
+
+
+def _unpacked(read: Iterator[Packet], stream: Stream, index: PacketIndex) -> Iterator[Packet]:
+    """Yield packets of one frame each, also where they are packed in twos."""
+    if not index.packed:
+        yield from read
+        return
+    unpack = BitStreamFilterContext("mpeg4_unpack_bframes", stream)
+    for packet in read:
+        for single in unpack.filter(packet):
+            single.pts = None  # it is that of the frame it was packed with; the decoder knows dts
+            yield single
 
 
 def _skip(codec: Any, index: PacketIndex, position: int, chosen_times: set[int]) -> str:
@@ -204,16 +291,27 @@ def _decode(codec: Any, packet: Packet | None) -> list[Frame]:
 
 
 class _Picker:
-    """A picker of those frames of a run, in order of time, that are shown at given times."""
+    """A picker of those frames of a run, in order of time, that are shown at given times.
 
-    def __init__(self, times: tuple[int, ...]) -> None:
-        self._times = list(times)
+    Frames before the first that needs no other one are passed over: they are grey or smeared.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self._first = run.first
+        self._times = list(run.times)
         self._last: Frame | None = None
+        self._begun = run.silent
 
     def pick(self, frames: list[Frame]) -> Iterator[Frame]:
         """Yield the chosen ones among the next frames."""
         for frame in frames:
-            time = frame.pts if frame.pts is not None else frame.dts
+            time = frame_time(frame)
+            if not self._begun:
+                if not _starts(frame):
+                    continue
+                self._begun = True
+                if time is not None and self._times and time > self._times[0]:
+                    raise FalseKey(self._first, time)
             self._last = frame
             if self._times and (time is None or time >= self._times[0]):
                 while self._times and (time is None or time >= self._times[0]):
@@ -225,9 +323,22 @@ class _Picker:
 
     def rest(self) -> Iterator[Frame]:
         """Yield the run's last frame where frames are still missing: the nearest that decodes."""
+        if not self._begun and self._first:
+            raise FalseKey(self._first, None)
         if self._times and self._last is not None:
             yield self._last
         self._times, self._last = [], None
+
+
+def frame_time(frame: Frame) -> int | None:
+    """Return the time at which a frame is shown, in its stream's time base."""
+    time = frame.pts if frame.pts is not None else frame.dts
+    return None if time is None else int(time)
+
+
+def _starts(frame: Frame) -> bool:
+    """Return True for a frame that refers to no other one, as far as its decoder tells."""
+    return bool(frame.key_frame) or int(frame.pict_type) in _FREE
 
 
 def check_size(stream: Stream, max_pixels: int) -> None:
@@ -262,20 +373,51 @@ class FrameScaler:
         Raises:
             MediaError: The frame's pixel format cannot be converted.
         """
-        turns = round(frame.rotation / 90) % 4  # quarter turns, counter-clockwise
-        lying = turns % 2 == 1
+        lying, mirrored, flipped = orientation(frame)
         width, height = (frame.height, frame.width) if lying else (frame.width, frame.height)
         width, height = self._size(width, height)
         if lying:
             width, height = height, width
         try:
-            scaled = self._reformatter.reformat(
-                frame, width=width, height=height, format="rgb24", interpolation="AREA"
-            )
-            pixels = scaled.to_ndarray()
+            pixels: Any = _on_page(frame, width, height) if _has_alpha(frame.format.name) else None
+            if pixels is None:
+                pixels = self._reformatter.reformat(
+                    frame, width=width, height=height, format="rgb24", interpolation="AREA"
+                ).to_ndarray()
         except (av.error.FFmpegError, ValueError) as error:
             raise MediaError(f"frames cannot be converted: {reason(error)}") from error
-        return np.rot90(np.asarray(pixels, np.uint8), turns)
+        upright = np.asarray(pixels, np.uint8)
+        if lying:
+            upright = upright.transpose(1, 0, 2)  # (width, height, 3) -> (height, width, 3)
+        return upright[:: -1 if flipped else 1, :: -1 if mirrored else 1]
+
+
+def orientation(frame: Frame) -> tuple[bool, bool, bool]:
+    """Return what turns a frame upright: transpose it, then swap left and right, top and bottom.
+
+    Of the display matrix, not of its angle: that of a mirrored frame means nothing.
+    """
+    side = frame.side_data.get("DISPLAYMATRIX")
+    if side is None:
+        return False, False, False
+    # (x, y) is shown at (a x + c y, b x + d y).
+    a, b, _, c, d = (int(v) for v in np.frombuffer(bytes(side), np.int32)[:5])
+    if abs(a) + abs(d) >= abs(b) + abs(c):
+        return False, a < 0, d < 0
+    return True, c < 0, b < 0
+
+
+@lru_cache(maxsize=64)
+def _has_alpha(pixel_format: str) -> bool:
+    return any(part.is_alpha for part in av.VideoFormat(pixel_format).components)
+
+
+def _on_page(frame: Frame, width: int, height: int) -> Pixels | None:
+    """Return a frame laid on a page as pictures are, at a size; None where it is opaque."""
+    from extractors.media.pictures import on_page, squash
+
+    pixels = frame.to_ndarray(format="rgba")
+    return None if pixels[:, :, 3].min() == 255 else squash(on_page(pixels), width, height)
 
 
 Mode: TypeAlias = Literal["accurate", "keyframes"]

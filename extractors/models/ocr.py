@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
@@ -22,6 +23,9 @@ Picture = npt.NDArray[np.uint8]
 # picture to its detection size: without a bound, one row of pixels would become gigabytes. Double
 # doubles that memory; half would shrink the text of ordinary banners.
 _LONGEST_RATIO = 8
+# Share of a tile that the next one repeats, as 1/8: the tallest line of text that is surely whole
+# in one of them. Double would read a quarter of the picture twice; half would cut headings.
+_OVERLAP = 8
 _LEAST_SIDE = 32  # the engine's detector works on blocks of 32 pixels
 
 
@@ -74,7 +78,7 @@ class OcrExtractor(Extractor):
         Raises:
             FeatureError: A picture is not uint8 ``(h, w, 3)``.
         """
-        return tuple(_prepare(picture) for picture in item)
+        return tuple(_prepare(picture, self._settings.max_side) for picture in item)
 
     def forward(self, items: Sequence[tuple[Picture, ...]]) -> list[str]:
         if self._pool is None:
@@ -95,15 +99,21 @@ class OcrExtractor(Extractor):
         from rapidocr_onnxruntime.utils.infer_engine import ONNXRuntimeError
 
         engine = self._engines.get()  # an engine keeps state between its steps: one user at a time
+        lines: list[tuple[Any, str, float]] = []
         try:
-            lines, _ = engine(picture)
+            for tile, top, first, last in _tiles(picture, self._settings.max_side):
+                found, _ = engine(tile)
+                # A line is that tile's which has it whole: the middle of its box tells.
+                lines += [line for line in found or () if first <= top + _middle(line[0]) < last]
+                if sum(len(text) for _, text, _ in lines) > self._settings.max_chars:
+                    break
         except (ONNXRuntimeError, OpenCvError, ValueError, IndexError) as error:
             raise FeatureError(f"ocr: the engine failed: {one_line(error, 300)}") from error
         finally:
             self._engines.put(engine)
         return [
             str(text).strip()
-            for _, text, score in lines or ()
+            for _, text, score in lines
             if float(score) >= self._settings.min_confidence
         ]
 
@@ -112,13 +122,28 @@ class OcrExtractor(Extractor):
         return "\n".join(lines)[: self._settings.max_chars]
 
 
-def _prepare(picture: Picture) -> Picture:
+def _tiles(picture: Picture, side: int) -> Iterator[tuple[Picture, int, float, float]]:
+    """Yield overlapping tiles of a picture taller than `side`, with their tops and own rows."""
+    height = len(picture)
+    overlap = side // _OVERLAP
+    tops = range(0, max(1, height - overlap), side - overlap)
+    for top in tops:
+        first = top + overlap / 2 if top else -math.inf
+        last = top + side - overlap / 2 if top != tops[-1] else math.inf
+        yield np.ascontiguousarray(picture[top : top + side]), top, first, last
+
+
+def _middle(box: Any) -> float:
+    return float(np.mean([point[1] for point in box]))
+
+
+def _prepare(picture: Picture, tile: int) -> Picture:
     if not isinstance(picture, np.ndarray) or picture.dtype != np.uint8:
         raise FeatureError("ocr: a picture must be an array of uint8")
     if picture.ndim != 3 or picture.shape[2] != 3 or 0 in picture.shape:
         raise FeatureError(f"ocr: a picture must be (h, w, 3), not {picture.shape}")
     height, width = picture.shape[:2]
-    least = max(_LEAST_SIDE, -(-max(height, width) // _LONGEST_RATIO))
+    least = max(_LEAST_SIDE, -(-max(min(height, tile), width) // _LONGEST_RATIO))
     below, right = max(0, least - height), max(0, least - width)
     if below or right:
         picture = np.pad(picture, ((0, below), (0, right), (0, 0)), mode="edge")

@@ -146,10 +146,18 @@ def write_flac(path: Path, sound: Sound, rate_hz: int = 16000) -> Path:
     return path
 
 
-def write_aac(path: Path, sound: Sound, rate_hz: int = 44100, *, codec: str = "aac") -> Path:
+def write_aac(
+    path: Path,
+    sound: Sound,
+    rate_hz: int = 44100,
+    *,
+    codec: str = "aac",
+    options: dict[str, str] | None = None,
+    encoder: dict[str, str] | None = None,
+) -> Path:
     """Sound by PyAV in the container that the extension names (.m4a, .mp3 with codec mp3, …)."""
-    with av.open(str(path), "w") as container:
-        track = _Track(container, codec, rate_hz, sound)
+    with av.open(str(path), "w", options=options or {}) as container:
+        track = _Track(container, codec, rate_hz, sound, encoder)
         track.write(None)
         track.close()
     return path
@@ -177,10 +185,17 @@ def write_mp3(
 class _Track:
     """Encodes one sound into one stream, as far as it is asked to."""
 
-    def __init__(self, container: Any, codec: str, rate_hz: int, sound: Sound) -> None:
+    def __init__(
+        self,
+        container: Any,
+        codec: str,
+        rate_hz: int,
+        sound: Sound,
+        options: dict[str, str] | None = None,
+    ) -> None:
         self._container = container
         layout = {1: "mono", 2: "stereo", 6: "5.1"}[1 if sound.ndim == 1 else sound.shape[1]]
-        self._stream: Any = container.add_stream(codec, rate=rate_hz)
+        self._stream: Any = container.add_stream(codec, rate=rate_hz, options=options or {})
         self._stream.layout = layout
         self._resampler = av.AudioResampler(self._stream.format, layout, rate_hz)
         self._layout, self._rate_hz = layout, rate_hz

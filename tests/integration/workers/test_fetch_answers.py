@@ -33,6 +33,12 @@ def test_content_is_hashed_as_it_comes(web: Web, tmp_path: Path) -> None:
         assert fetched.sha256 == hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()
 
 
+def test_the_content_counts_not_its_declared_type(web: Web, tmp_path: Path) -> None:
+    """A picture that is sent as text/html is a picture."""
+    fetched = fetch(Media("image", web.url("/mislabelled/")), SETTINGS, tmp_path, "a")
+    assert Path(fetched.path).read_bytes().startswith(b"\x89PNG")
+
+
 def test_who_waits_longer_asks_for_one_try(web: Web, tmp_path: Path) -> None:
     """With one try there is one request, and the error tells what a wait needs to know."""
     fetcher = Fetcher(SETTINGS)

@@ -74,6 +74,10 @@ class _Handler(BaseHTTPRequestHandler):
     def do_html(self, rest: str) -> None:
         self.answer(b"<html>", Content_Type="text/html; charset=utf-8")
 
+    def do_mislabelled(self, rest: str) -> None:
+        """A picture of a server that calls everything a page."""
+        self.answer(b"\x89PNG\r\n\x1a\n" + BODY, Content_Type="text/html; charset=utf-8")
+
     def do_empty(self, rest: str) -> None:
         self.answer(b"")
 

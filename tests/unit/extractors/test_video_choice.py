@@ -9,7 +9,12 @@ from extractors.media.video import PacketIndex, plan_runs
 
 
 def index(times: list[int | None], keys: set[int], duration: int = 40) -> PacketIndex:
-    stream = SimpleNamespace(time_base=Fraction(1, 1000), average_rate=25, guessed_rate=25)
+    stream = SimpleNamespace(
+        time_base=Fraction(1, 1000),
+        average_rate=25,
+        guessed_rate=25,
+        codec_context=SimpleNamespace(name="h264"),
+    )
     made = PacketIndex(stream, 3600)
     for i, time in enumerate(times):
         made.add(SimpleNamespace(pts=time, dts=None, duration=duration, is_keyframe=i in keys))

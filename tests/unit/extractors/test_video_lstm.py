@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -216,6 +217,7 @@ class _Packet:
 
 class _Stream:
     time_base, average_rate, guessed_rate = 0.001, 25, 25
+    codec_context = SimpleNamespace(name="h264")
 
 
 def index_of(count: int) -> PacketIndex:
