@@ -75,7 +75,7 @@ class Site:
         self.through = self._settings(self.broker_proxy.port, self.database_proxy.port)
         self.store = Store(StoreClient(self.direct.store))
         self.journal = Journal(self.run_folder / "king.log")
-        self.audit = Audit(self.database.folder / "mongo.db")
+        self.audit = Audit(self.database.folder / "data" / f"{self.direct.store.database}.db")
         self._supervisord: subprocess.Popen[bytes] | None = None
 
     def _settings(self, broker_port: int, database_port: int) -> Settings:

@@ -254,11 +254,13 @@ def post_to_tag(value: Any, path: Path, where: str) -> Post:
     if odd is not None:
         raise ConfigError(f"{where}: {odd}: unknown key{did_you_mean(odd, _KEYS)}")
     post = parse_post(value, where).post
-    media = []
+    media: list[Media] = []
     for each in post.media:
         local = local_path(each.source, path)
         if local is not None and not local.is_file():
-            raise ConfigError(f"{where}: {MEDIA_KEYS[each.kind]}: no such file: {each.source}")
+            index = sum(other.kind == each.kind for other in media)
+            key = f"{MEDIA_KEYS[each.kind]}.{index}"
+            raise ConfigError(f"{where}: {key}: no such file: {each.source}")
         media.append(each if local is None else Media(each.kind, str(local)))
     return Post(post.post_id, post.text, tuple(media), post.ocr, post.labels)
 
