@@ -59,7 +59,7 @@ def test_what_differs_is_named(other: str | None, says: str) -> None:
 
 
 def test_a_fingerprint_is_its_text() -> None:
-    """It equals, hashes, and is written as the digest of format 2; another digest makes all features new."""
+    """It equals, hashes, and is written as its digest; another one makes all features new."""
     known = of()
     plain = str(known)
     assert type(plain) is str
