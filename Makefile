@@ -66,7 +66,7 @@ env-dev: $(VENV)/.dev
 demo: $(VENV)/.runtime ## posts, training, services, daemon, tags: everything once
 	@$(PY) -m demo
 
-t: $(VENV)/.dev ## the unit tests: no servers, under a minute
+t: $(VENV)/.dev ## the unit tests: no servers
 	@$(PY) -m pytest -q $(PYTEST_ARGS) tests/unit
 
 # Coverage makes the tests about half as slow again, so it is left to CI, and to: make test CI=1
