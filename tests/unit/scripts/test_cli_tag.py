@@ -66,7 +66,7 @@ def test_a_post_is_read_with_its_media(tmp_path: Path) -> None:
             [{"post_id": "p"}, {"post_id": "q", "images": "a.jpg"}],
             "entry 2: images must be",
         ),
-        ({"post_id": "p", "videos": ["none.mp4"]}, "videos: no such file: none.mp4"),
+        ({"post_id": "p", "videos": ["none.mp4"]}, "videos.0: no such file: none.mp4"),
     ],
 )
 def test_mistakes_in_the_file_are_named(tmp_path: Path, content: Any, named: str) -> None:
