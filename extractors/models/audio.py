@@ -18,7 +18,7 @@ from extractors.models.base import Encoder, RowExtractor, Rows
 from extractors.models.visual import TimmBackbone
 from extractors.models.weights import (
     Weights,
-    first_finding,
+    load_strictly,
     read_state_dict,
     release_file,
     seeded,
@@ -97,13 +97,8 @@ class Vggish(Encoder):
         else:
             with torch.device("meta"):  # 72 million random numbers would only be overwritten
                 network = build(postprocess=False)
-            try:
-                network.load_state_dict(state, assign=True)
-            except RuntimeError as error:
-                raise ConfigError(
-                    f"{_SETTING}.weights: {self._weights} does not fit VGGish: "
-                    f"{first_finding(error)}"
-                ) from error
+            what = f"{_SETTING}.weights: {self._weights} does not fit VGGish"
+            load_strictly(network, state, what, assign=True)
             network = network.float()
         if not self._settings.stray_relu:
             network.embeddings = torch.nn.Sequential(*list(network.embeddings)[:-1])

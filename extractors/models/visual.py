@@ -27,7 +27,14 @@ from config.settings import (
     VisualSettings,
 )
 from extractors.models.base import Encoder, RowExtractor, Rows, check_finite
-from extractors.models.weights import Weights, first_finding, hub_file, read_state_dict, seeded
+from extractors.models.weights import (
+    Weights,
+    first_finding,
+    hub_file,
+    load_strictly,
+    read_state_dict,
+    seeded,
+)
 
 _PREPROCESSING = "whole picture squashed to a square, area interpolation, RGB"
 
@@ -366,13 +373,11 @@ class VideoLstm(Encoder):
             state = read_state_dict(
                 weights.path, setting=setting, allow_pickle=settings.allow_pickle
             )
-            try:
-                model.load_state_dict(state, strict=True)
-            except RuntimeError as error:
-                raise ConfigError(
-                    f"{setting}: {weights.path} does not fit frames of length "
-                    f"{self._frames_dim} and the sizes in {self.setting}: {first_finding(error)}"
-                ) from error
+            what = (
+                f"{setting}: {weights.path} does not fit frames of length {self._frames_dim} "
+                f"and the sizes in {self.setting}"
+            )
+            load_strictly(model, state, what)
         return model
 
     def _call(self, *inputs: torch.Tensor) -> torch.Tensor:

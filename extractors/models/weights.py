@@ -238,6 +238,16 @@ def release_file(url: str, *, setting: str) -> Path:
     )
 
 
+def load_strictly(
+    network: torch.nn.Module, state: Mapping[str, torch.Tensor], what: str, *, assign: bool = False
+) -> None:
+    """Load a state dict that must fit; ConfigError says `what` does not, and torch's reason."""
+    try:
+        network.load_state_dict(state, assign=assign)
+    except RuntimeError as error:
+        raise ConfigError(f"{what}: {first_finding(error)}") from error
+
+
 def first_finding(error: BaseException) -> str:
     """Return the first thing that torch finds wrong with a state dict; it lists every key."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

@@ -137,7 +137,8 @@ def test_from_message_to_tags_on_real_media(tmp_path: Path, settings: Settings, 
     [
         (("--set", "king.attemps=3"), "king.attemps"),
         (("--config", "/none/absent.yaml"), "absent.yaml"),
-        (("--set", "broker.url=http://x"), "broker.url"),
+        # A database of its own: the embedded one would be started before the queue is looked at.
+        (("--set", "broker.url=http://x", "--set", "store.url=mongodb://h/"), "broker.url"),
     ],
 )
 def test_wrong_settings_are_one_line_and_exit_2(
