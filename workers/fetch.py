@@ -20,7 +20,6 @@ import shutil
 import socket
 import ssl
 import time
-import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from email.utils import parsedate_to_datetime
@@ -39,17 +38,13 @@ from common.errors import ConfigError, FetchRefused, FetchRetryable
 from common.files import lock_file, locked
 from common.post import Media
 from config.settings import FetchSettings
-from extractors.media.sniff import sniff
 from workers.protocol import Fetched
+from workers.unpacking import STEP_BYTES, is_media, unpacked
 
 FETCH_TRIES = 2
 """Tries close together: the second is for a kept-alive connection that the server has just closed.
 More belong to the King, which waits longer between them."""
 
-
-_CHUNK_BYTES = 1 << 16
-"""Bytes of one read, and the most that one unpacked chunk of a bomb may grow to. Smaller ones cost
-time in Python, larger ones memory on each of the connections."""
 
 _PAUSE_S = 0.2
 """Pause before the second try: long enough for a server that restarts a worker, short against the
@@ -339,11 +334,15 @@ class Fetcher:
         if length.isdigit() and int(length[:20]) > self._settings.max_bytes:
             raise self._too_large()
         size, digest = 0, hashlib.sha256()
+        # Not unpacked by urllib3, which unpacks a chunk whole, however large it becomes.
+        body = response.raw.stream(STEP_BYTES, decode_content=False)
         try:
             descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
             with os.fdopen(descriptor, "wb") as file:
-                for chunk in _decoded(response):
-                    if suspect and not size and not _is_media(chunk):
+                for chunk in unpacked(body, response.headers.get("Content-Encoding", "")):
+                    if self._guard.left_s <= 0:
+                        raise Expired
+                    if suspect and chunk and not size and not is_media(chunk):
                         raise FetchRefused(f"content type {content_type[:60]} is no media")
                     size += len(chunk)
                     if size > self._settings.max_bytes:
@@ -376,12 +375,6 @@ class Fetcher:
         return FetchRetryable("the connection broke")
 
 
-def _is_media(head: bytes) -> bool:
-    """Return True where the content is media after all: servers call pictures text/html."""
-    file_type = sniff(head)
-    return file_type is not None and bool(file_type.kinds)
-
-
 def _check_url(url: str) -> None:
     if len(url) > _MAX_URL or any(ord(char) < 0x20 or char == "\x7f" for char in url):
         raise FetchRefused("not a URL that can be requested")
@@ -402,29 +395,6 @@ def seconds_of(retry_after: str) -> float | None:
         return max(0.0, moment.timestamp() - time.time())
     except (TypeError, ValueError, OverflowError, OSError):
         return None
-
-
-def _decoded(response: requests.Response) -> Iterator[bytes]:
-    """Yield the body in chunks of bounded size, unpacked if the server packed it unasked.
-
-    urllib3 unpacks a chunk whole, however large it becomes; here a bomb costs one chunk.
-    """
-    encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
-    chunks: Iterator[bytes] = response.raw.stream(_CHUNK_BYTES, decode_content=False)
-    if encoding in ("", "identity"):
-        yield from chunks
-        return
-    if encoding not in ("gzip", "x-gzip", "deflate"):
-        raise FetchRefused(f"content encoding {encoding[:20]!r} was not asked for")
-    unpacker = zlib.decompressobj(zlib.MAX_WBITS | 32)  # gzip or zlib, by its header
-    try:
-        for chunk in chunks:
-            left = chunk
-            while left:
-                yield unpacker.decompress(left, _CHUNK_BYTES)
-                left = unpacker.unconsumed_tail
-    except zlib.error as error:
-        raise FetchRefused(f"content encoding {encoding}: the body is broken") from error
 
 
 _LOCK = "lock"

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import psutil
@@ -29,7 +32,21 @@ from tests.support.tiny_models import tiny_features
 from tests.support.workers.small_bundle import write_bundle
 
 ROOT = Path(__file__).resolve().parents[2]
-FAULTS = ("short", "reset", "html", "unpacked", "empty", "slow", "loop", "gone")
+PACKINGS: Mapping[str, Callable[[bytes], bytes]] = MappingProxyType(
+    {
+        "unpacked": lambda content: content,
+        "stray": lambda content: gzip.compress(content) + b"x",
+        "padded": lambda content: zlib.compress(content) + b"\0" * 70_000,
+        "members": lambda content: (
+            gzip.compress(content[:99]) + gzip.compress(content[99:]) + b"\x1f"
+        ),
+        "hollow": lambda content: gzip.compress(b"") * 5000 + gzip.compress(content) + b"\x1f\x8b",
+        "cut": lambda content: gzip.compress(content)[:-5],
+    }
+)
+"""Fault -> what is sent as packed by gzip."""
+
+FAULTS = (*PACKINGS, "short", "reset", "html", "empty", "slow", "loop", "gone")
 """Faults of the server besides sending bad files; ``/FAULT/path``."""
 
 TEXTS = (
@@ -70,8 +87,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Type", "text/html" if fault == "html" else "image/png")
         if fault == "loop":
             self.send_header("Location", self.path)
-        if fault == "unpacked":
+        if fault in PACKINGS:
             self.send_header("Content-Encoding", "gzip")
+            content = PACKINGS[fault](content)
         if fault == "empty":
             content = b""
         self.close_connection = fault == "short"
@@ -161,7 +179,7 @@ class Site:
 
     def _add(self, cases: Cases, number: int) -> str:
         case = cases[number]
-        fault = f"{FAULTS[number // 50 % len(FAULTS)]}/" if number % 50 == 7 else ""
+        fault = f"{FAULTS[number // 25 % len(FAULTS)]}/" if number % 25 == 7 else ""
         document: dict[str, Any] = {
             "_id": f"post-{number:05}",
             "text": TEXTS[number // 2 % len(TEXTS)] if number % 2 else "",

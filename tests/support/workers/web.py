@@ -120,6 +120,22 @@ class _Handler(BaseHTTPRequestHandler):
     def do_gzip(self, rest: str) -> None:
         self.answer(gzip.compress(BODY), Content_Encoding="gzip")
 
+    def do_stray(self, rest: str) -> None:
+        """A byte behind the packed body."""
+        self.answer(gzip.compress(BODY) + b"x", Content_Encoding="gzip")
+
+    def do_cutzip(self, rest: str) -> None:
+        self.answer(gzip.compress(BODY)[:-1], Content_Encoding="gzip")
+
+    def do_hollow(self, rest: str) -> None:
+        """Members without content, for as long as somebody reads."""
+        self.close_connection = True
+        self.send_response(200)
+        self.send_header("Content-Encoding", "gzip")
+        self.end_headers()
+        while True:
+            self.wfile.write(gzip.compress(b"") * 1000)
+
     def do_deflate(self, rest: str) -> None:
         self.answer(zlib.compress(BODY), Content_Encoding="deflate")
 
