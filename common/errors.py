@@ -6,6 +6,7 @@ is the user's. Foreign exceptions are mapped at the edge that meets them, with `
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Mapping
 from types import MappingProxyType
 
@@ -102,3 +103,16 @@ class BundleError(PermanentError):
 
 class ConfigError(TaggingError):
     """The user's input or configuration is wrong: one line names it and the way out."""
+
+
+# The path or the rights to it are wrong. All else may pass: a full disk, a quota, no descriptors.
+_WRONG_PATH = {
+    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP),
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EINVAL, errno.ENOTSUP),
+}
+
+
+def path_error(what: str, error: OSError) -> ConfigError | RetryableError:
+    """Return the error of a file or folder of the settings: a wrong one, or one that may pass."""
+    kind = ConfigError if error.errno in _WRONG_PATH else RetryableError
+    return kind(f"{what}: {error.strerror or one_line(error)}")

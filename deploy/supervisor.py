@@ -11,9 +11,8 @@ import xmlrpc.client
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import psutil
-
 from common.errors import RetryableError, one_line
+from common.processes import process_identity
 from config.settings import WatchdogSettings
 
 _GONE_FAULTS = {10: "no such program", 70: "not running"}
@@ -23,12 +22,12 @@ _GONE_FAULTS = {10: "no such program", 70: "not running"}
 class Program:
     """State of one program in supervisord's words: ``RUNNING``, ``BACKOFF``, ``EXITED``, ...
 
-    The PID is 0 when it does not run; the time of its last start is in whole Unix seconds.
+    The PID is 0 when it does not run; ``identity`` is that of `common.processes`.
     """
 
     state: str
     pid: int
-    started_at: float
+    identity: str | None
 
 
 class Supervisor(Protocol):
@@ -53,9 +52,8 @@ class SupervisorClient:
 
     def program(self) -> Program:
         info = self._call("getProcessInfo", self._name)
-        return Program(
-            state=str(info["statename"]), pid=int(info["pid"]), started_at=float(info["start"])
-        )
+        pid = int(info["pid"])
+        return Program(str(info["statename"]), pid, process_identity(pid))
 
     def kill(self) -> None:
         """Send SIGKILL through supervisord, which starts the program again.
@@ -134,11 +132,7 @@ class SystemdClient:
         state = _STATES.get(facts.get("ActiveState", ""), "UNKNOWN")
         if facts.get("SubState") == "auto-restart":
             state = "BACKOFF"
-        try:
-            started_at = psutil.Process(pid).create_time() if pid else 0.0
-        except psutil.Error:
-            started_at = 0.0
-        return Program(state=state, pid=pid, started_at=started_at)
+        return Program(state, pid, process_identity(pid))
 
     def kill(self) -> None:
         """Kill the main process; Restart= of the unit starts it again."""

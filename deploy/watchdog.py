@@ -29,7 +29,7 @@ import structlog
 import typer
 
 from common.cli import ConfigFile, Overrides, exit_code, read_options
-from common.errors import RetryableError, TaggingError
+from common.errors import RetryableError, TaggingError, one_line
 from common.logs import configure_logs
 from config.load import load_settings
 from config.settings import Settings
@@ -47,8 +47,6 @@ _STEP_S = 0.1
 _MAX_STACK_BYTES = 8 * 2**20
 # Stacks come within milliseconds; a shorter step only burns CPU, a longer one delays the restart.
 _DUMP_STEP_S = 0.05
-# supervisord gives start times in whole seconds; a file this much older may still be of this King.
-_CLOCK_SLACK_S = 1.0
 # A drain also flushes and joins three threads; less kills drains that would have ended.
 _DRAIN_SLACK_S = 40.0
 
@@ -154,7 +152,7 @@ class Progress:
         self._settings = settings
         self._ask_queue = ask_queue
         self._clock = clock
-        self._identity: tuple[int, float] | None = None
+        self._identity: str | None = None
         self.forget()
 
     def forget(self) -> None:
@@ -167,11 +165,12 @@ class Progress:
 
     def observe(self, program: Program, health: Mapping[str, Any] | None) -> Observation:
         """Add what the supervisor and the health file say now."""
-        if (program.pid, program.started_at) != self._identity:
-            self._identity = (program.pid, program.started_at)
+        if program.identity != self._identity:
+            self._identity = program.identity
             self.forget()
         seen_s = self._clock() - self._since
-        if health is None or not _written_by(program, health):
+        # In a container PIDs come back after a restart, and dates of files move with the clock.
+        if health is None or health.get("process") != program.identity or not program.identity:
             return Observation(program, seen_s)
         phase = str(health.get("phase", ""))
         phase_s = self._age_s("phase", phase)
@@ -270,8 +269,8 @@ class Watchdog:
             seen = self._progress.observe(self._supervisor.program(), health)
             decision = decide(seen, self._settings)
             self._act(seen, decision)
-        except RetryableError as error:
-            self._log_once("watchdog.supervisor_unreachable", Decision("none", str(error)))
+        except (RetryableError, OSError) as error:  # OSError: no descriptors are left, for now
+            self._log_once("watchdog.supervisor_unreachable", Decision("none", one_line(error)))
             return None
         return decision
 
@@ -320,8 +319,8 @@ class Watchdog:
     def _revive_services(self) -> None:
         try:
             revived = embedded.revive(self._settings)
-        except TaggingError as error:
-            log.warning("watchdog.services_down", reason=str(error))
+        except (TaggingError, OSError) as error:
+            log.warning("watchdog.services_down", reason=one_line(error))
             return
         if revived:
             log.warning("watchdog.services_revived", services=list(revived))
@@ -383,12 +382,6 @@ def write_stacks(pid: int, health_file: Path, reason: str, wait_s: float) -> Pat
     except OSError:
         return path if path.exists() else None
     return path
-
-
-def _written_by(program: Program, health: Mapping[str, Any]) -> bool:
-    """Tell whether this King wrote the file; in a container PIDs come back after a restart."""
-    updated_at = _number(health.get("updated_at"))
-    return health.get("pid") == program.pid and updated_at >= program.started_at - _CLOCK_SLACK_S
 
 
 def _write_error(health_file: Path) -> str | None:

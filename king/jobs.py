@@ -22,9 +22,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-import psutil
-
 from common.post import Failure, Modality, Post, Status, Tags
+from common.processes import process_identity
 from common.result import TagResult
 from common.retry import RetryPolicy
 from king.messages import PostMessage
@@ -310,8 +309,9 @@ def exhausted(job: Job) -> Failure:
 
 
 def own_name() -> str:
-    """Return ``host:namespace:pid:started``, unique to this process and testable on its host."""
-    return f"{_host()}:{_namespace()}:{os.getpid()}:{_started(psutil.Process())}"
+    """Return ``host:namespace:pid:identity``, unique to this process and testable on its host."""
+    pid = os.getpid()
+    return f"{_host()}:{_namespace()}:{pid}:{process_identity(pid)}"
 
 
 def is_dead(owner: str) -> bool:
@@ -323,16 +323,9 @@ def is_dead(owner: str) -> bool:
     if len(parts) != 4 or parts[:2] != [_host(), _namespace()] or not parts[2].isdigit():
         return False
     try:
-        process = psutil.Process(int(parts[2]))
-        return process.status() == psutil.STATUS_ZOMBIE or _started(process) != parts[3]
-    except psutil.NoSuchProcess:
-        return True
-    except psutil.Error:
+        return process_identity(int(parts[2])) != parts[3]
+    except OSError:
         return False
-
-
-def _started(process: psutil.Process) -> str:
-    return str(round(process.create_time() * 1000))
 
 
 def _host() -> str:

@@ -22,6 +22,7 @@ from typing import Any, Literal, TypeAlias
 import structlog
 
 from common.files import write_whole
+from common.processes import process_identity
 from king.jobs import Bundle
 
 Phase: TypeAlias = Literal[
@@ -52,9 +53,12 @@ log = structlog.get_logger()
 class Status:
     """State that several threads write and the main thread shows."""
 
-    def __init__(self, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        """Begin the life of a King; ``clock`` measures durations, dates are for people."""
         self._clock = clock
-        self.started_at = self._clock()
+        self._identity = process_identity(os.getpid())
+        self.started_at = time.time()
+        self._began = self._clock()
         self.ready = threading.Event()
         """Set when the workers are loaded: posts may be taken."""
         self.store_up = threading.Event()
@@ -71,7 +75,7 @@ class Status:
         self._seen_store = False
         self._seen_broker = False
         self.ticks: dict[str, float] = {}
-        """Thread -> time of its latest tick."""
+        """Thread -> Unix time of its latest tick."""
         self._last: dict[str, float] = {}
         self._lock = threading.Lock()
         self._counters = dict.fromkeys(COUNTERS, 0)
@@ -79,11 +83,11 @@ class Status:
 
     def tick(self, thread: str) -> None:
         """Note that a thread's loop has come round."""
-        self.ticks[thread] = self._clock()
+        self.ticks[thread] = time.time()
 
     def delivered(self) -> None:
         """Note that a message arrived."""
-        self._last["delivery"] = self._clock()
+        self._last["delivery"] = time.time()
 
     def count(self, name: str, number: int = 1) -> None:
         """Count posts under a name of `COUNTERS`."""
@@ -93,7 +97,7 @@ class Status:
             if name == "tagged":
                 self._recent.append((now, number))
         if COUNTERS[name]:
-            self._last["done"] = now
+            self._last["done"] = time.time()
 
     def counter(self, name: str) -> int:
         """Return one counter."""
@@ -117,7 +121,7 @@ class Status:
 
     @property
     def _age_s(self) -> float:
-        return self._clock() - self.started_at
+        return self._clock() - self._began
 
     def snapshot(self, *, in_flight: int, oldest_in_flight_s: float) -> dict[str, Any]:
         """Return the content of the health file."""
@@ -126,8 +130,9 @@ class Status:
             rate = self._rate()
         return {
             "pid": os.getpid(),
+            "process": self._identity,
             "started_at": self.started_at,
-            "updated_at": self._clock(),
+            "updated_at": time.time(),
             "phase": self.phase,
             "ticks": dict(self.ticks),
             "last_delivery_at": self._last.get("delivery"),

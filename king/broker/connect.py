@@ -17,6 +17,7 @@ BROKERS: dict[str, type[Broker]] = {
     "amqps": RabbitBroker,
     "redis": RedisBroker,
     "rediss": RedisBroker,
+    "unix": RedisBroker,
 }
 
 

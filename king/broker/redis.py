@@ -78,7 +78,7 @@ def _is_refusal(error: BaseException) -> bool:
 
 
 class RedisBroker(Broker):
-    """A queue in Redis (``redis://``, ``rediss://``) that cannot lose a message.
+    """A queue in Redis (``redis://``, ``rediss://``, ``unix://PATH``) that cannot lose a message.
 
     A script takes a message from its list and records it under a lease in one step. When that has
     run out, any consumer puts the message back: to the end, since it may have killed its consumer.
@@ -91,7 +91,8 @@ class RedisBroker(Broker):
     )
 
     def __init__(self, settings: BrokerSettings) -> None:
-        require_host(settings.url)
+        if not settings.url.startswith("unix://"):
+            require_host(settings.url)
         super().__init__(settings)
         self._options = _client_options(settings)
         queue = settings.queue
@@ -245,8 +246,10 @@ class RedisBroker(Broker):
 
 def _client_options(settings: BrokerSettings) -> dict[str, Any]:
     """Return the arguments of the connection pool; the URL's query overrides ours."""
+    on_socket = settings.url.startswith("unix://")
     try:
-        int(urlsplit(settings.url).path.strip("/") or 0)
+        if not on_socket:
+            int(urlsplit(settings.url).path.strip("/") or 0)
         options = parse_url(settings.url)  # type: ignore[no-untyped-call]  # redis-py lacks its types
     except ValueError as error:
         raise ConfigError(
@@ -257,10 +260,11 @@ def _client_options(settings: BrokerSettings) -> dict[str, Any]:
         options["ssl_cert_reqs"] = requirement.removeprefix("CERT_").lower()
     if settings.url.startswith("rediss://"):
         options = {"ssl_cert_reqs": "required", "ssl_check_hostname": True, **options}
+    if not on_socket:
+        options = {"socket_keepalive": True, **options}
     return {
         "socket_timeout": settings.socket_timeout_s,
         "socket_connect_timeout": settings.socket_timeout_s,
-        "socket_keepalive": True,
         "health_check_interval": settings.heartbeat_s,
         "client_name": "insighttag",
         # The owner connects again. redis-py would send a command twice, and so take messages

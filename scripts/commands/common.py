@@ -89,13 +89,15 @@ def console() -> Any:
 
 def ago(then_s: float | None, now_s: float) -> str:
     """Return the age of a Unix time, in words."""
-    if not then_s:
-        return "never"
-    seconds = max(0.0, now_s - then_s)
+    return duration(max(0.0, now_s - then_s)) + " ago" if then_s else "never"
+
+
+def duration(seconds: float) -> str:
+    """Return a time in its largest unit."""
     for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= size:
-            return f"{seconds / size:.1f} {unit} ago"
-    return f"{seconds:.0f} s ago"
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 def moment(then_s: float | None) -> str:

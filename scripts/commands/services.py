@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable, Mapping
 
 from deploy import embedded
@@ -11,7 +10,7 @@ from scripts.commands.common import (
     AsJson,
     Config,
     Overrides,
-    ago,
+    duration,
     print_json,
     print_table,
     settings_of,
@@ -38,13 +37,12 @@ def status(as_json: AsJson = False, config: Config = None, overrides: Overrides 
     if as_json:
         print_json([view_json(view) for view in views])
         return
-    now = time.time()
     rows = [
-        (view.name, view.state, view.url, view.pid, ago(view.started_at, now) if view.pid else None)
-        for view in views
+        (v.name, v.state, v.url, v.pid, None if v.running_s is None else duration(v.running_s))
+        for v in views
     ]
     title = f"embedded services in {settings.embedded.folder}"
-    print_table(title, ("service", "state", "url", "pid", "started"), rows)
+    print_table(title, ("service", "state", "url", "pid", "for"), rows)
 
 
 def view_json(view: embedded.ServiceView) -> dict[str, object]:

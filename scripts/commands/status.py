@@ -10,9 +10,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import psutil
-
 from common.errors import ConfigError, TaggingError
+from common.processes import process_identity
 from common.urls import redact
 from config.settings import BrokerSettings, Settings, StoreSettings
 from deploy import embedded
@@ -100,7 +99,7 @@ def _king(settings: Settings) -> dict[str, Any] | None:
     if health is None:
         return None
     age_s = max(0.0, time.time() - health["updated_at"])
-    alive = psutil.pid_exists(health["pid"]) and age_s < _FRESH_S
+    alive = process_identity(health["pid"]) == health.get("process") and age_s < _FRESH_S
     return {**health, "alive": alive, "age_s": round(age_s, 1)}
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -24,7 +24,6 @@ from common.files import locked
 from config.load import load_settings
 from config.settings import Settings
 from deploy import embedded
-from deploy.embedded import Service
 
 
 def settings_for(folder: Path, *more: str) -> Settings:
@@ -50,11 +49,9 @@ def pids(settings: Settings) -> dict[str, int | None]:
     return {view.name: view.pid for view in embedded.status(settings)}
 
 
-def test_services_keep_their_data_and_ports_through_a_kill(settings: Settings) -> None:
+def test_services_keep_their_data_and_addresses_through_a_kill(settings: Settings) -> None:
     """After SIGKILL both come back on the same URLs with what was written before."""
     resolved = embedded.resolve(settings)
-    assert resolved.broker.url.startswith("redis://127.0.0.1:")
-    assert resolved.store.url.startswith("mongodb://127.0.0.1:")
     with redis.Redis.from_url(resolved.broker.url) as broker:
         broker.lpush("queue", "p1")
     with mongo(resolved.store.url) as client:
@@ -112,18 +109,19 @@ def test_a_second_command_finds_the_services(settings: Settings) -> None:
     wait_gone(before)
 
 
-def test_everything_lies_in_the_folder_and_on_loopback(settings: Settings) -> None:
-    """No file elsewhere, no listener but on 127.0.0.1, and a session of their own."""
+def test_everything_lies_in_a_folder_for_its_owner_alone(settings: Settings) -> None:
+    """No file elsewhere, no port that other users could reach, and a session of their own."""
+    settings.embedded.folder.mkdir(mode=0o755)
     embedded.resolve(settings)
     folder = settings.embedded.folder.resolve()
+    assert folder.stat().st_mode & 0o777 == 0o700
     names = {path.name for path in folder.rglob("*")}
     inherited = {os.devnull, *(file.path for file in psutil.Process().open_files())}
     assert {"services.json", "lock", "redis.conf", "appendonly.aof", "mongo.log"} <= names
     for pid in pids(settings).values():
         assert pid is not None
         process = psutil.Process(pid)
-        addresses = {c.laddr.ip for c in process.net_connections("tcp") if c.status == "LISTEN"}
-        assert addresses == {"127.0.0.1"}
+        assert process.net_connections("inet") == []
         assert os.getsid(pid) == pid
         outside = [
             file.path
@@ -131,6 +129,89 @@ def test_everything_lies_in_the_folder_and_on_loopback(settings: Settings) -> No
             if not Path(file.path).is_relative_to(folder) and file.path not in inherited
         ]
         assert outside == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_another_user_of_the_host_reaches_neither_service(settings: Settings) -> None:
+    resolved = embedded.resolve(settings)
+    program = (
+        "import os, socket, sys\n"
+        "os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
+        "for path in sys.argv[1:]:\n"
+        "    try: socket.socket(socket.AF_UNIX).connect(path)\n"
+        "    except PermissionError: print('refused')\n"
+    )
+    sockets = [str(settings.embedded.folder / f"{name}.sock") for name in embedded.KINDS]
+    said = subprocess.run(
+        [sys.executable, "-c", program, *sockets], capture_output=True, text=True, check=True
+    )
+    assert said.stdout.split() == ["refused", "refused"]
+    with redis.Redis.from_url(resolved.broker.url) as broker:
+        for command in ("CONFIG GET dir", "MODULE LIST", "DEBUG SLEEP 0", "SAVE", "BGSAVE"):
+            with pytest.raises(redis.ResponseError, match="unknown command"):
+                broker.execute_command(command)
+
+
+def test_a_copied_installation_leaves_the_services_of_the_original_alone(
+    settings: Settings, tmp_path: Path
+) -> None:
+    """The copy starts and stops its own; what was moved is still the same installation."""
+    resolved = embedded.resolve(settings)
+    before = pids(settings)
+    shutil.copytree(settings.embedded.folder, tmp_path / "copy", ignore=_sockets)
+    copied = settings_for(tmp_path / "copy")
+    assert [view.state for view in embedded.status(copied)] == ["stopped", "stopped"]
+    assert embedded.stop(copied) == []
+    try:
+        assert embedded.resolve(copied).broker.url != resolved.broker.url
+        assert not set(before.values()) & set(pids(copied).values())
+    finally:
+        assert sorted(embedded.stop(copied)) == ["mongo", "redis"]
+    assert [view.state for view in embedded.status(settings)] == ["running", "running"]
+
+    settings.embedded.folder.rename(tmp_path / "moved")
+    moved = settings_for(tmp_path / "moved")
+    assert pids(moved) == before
+    assert sorted(embedded.stop(moved)) == ["mongo", "redis"]
+
+
+def _sockets(folder: str, names: list[str]) -> list[str]:
+    return [name for name in names if (Path(folder) / name).is_socket()]
+
+
+def test_setting_the_clock_starts_no_second_server(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Start times as dates move with the clock; the services are known by what does not."""
+    embedded.resolve(settings)
+    before = pids(settings)
+    created = psutil.Process.create_time
+    monkeypatch.setattr(psutil.Process, "create_time", lambda self: created(self) + 7200)
+    monkeypatch.setattr(time, "time", lambda: 0.0)
+    embedded.resolve(settings)
+    assert pids(settings) == before
+    assert all((view.running_s or 0.0) < 3600 for view in embedded.status(settings))
+
+
+def test_clients_find_a_service_that_was_revived(settings: Settings) -> None:
+    """A client that was connected before goes on after a kill, on the address that it knows."""
+    resolved = embedded.resolve(settings)
+    with redis.Redis.from_url(resolved.broker.url) as broker, mongo(resolved.store.url) as client:
+        broker.ping()
+        client["a"]["posts"].find_one()
+        before = pids(settings)
+        for pid in before.values():
+            os.kill(pid or 0, signal.SIGKILL)
+        wait_gone(before)
+        assert sorted(embedded.revive(settings)) == ["mongo", "redis"]
+        assert broker.ping()
+        assert client["a"]["posts"].find_one() is None
+
+
+def test_a_folder_too_deep_for_a_socket_is_named(tmp_path: Path) -> None:
+    deep = tmp_path / ("d" * 100)
+    with pytest.raises(ConfigError, match=r"embedded\.folder .*too long for a unix socket"):
+        embedded.ensure(settings_for(deep))
 
 
 def test_two_starters_at_once_start_one_of_each(settings: Settings) -> None:
@@ -147,40 +228,25 @@ def test_two_starters_at_once_start_one_of_each(settings: Settings) -> None:
     assert len(urls) == 1
     assert [starter.returncode for starter in starters] == [0, 0, 0]
     ours = [p for p in psutil.process_iter(["cmdline"]) if str(folder) in str(p.info["cmdline"])]
-    assert len([p for p in ours if "nx_27017" in str(p.info["cmdline"])]) == 1
-
-
-def test_a_taken_port_leads_to_another(settings: Settings) -> None:
-    """Somebody else on the old port: the service moves, and says so through its new URL."""
-    resolved = embedded.resolve(settings)
-    embedded_pids = pids(settings)
-    os.kill(embedded_pids["redis"] or 0, signal.SIGKILL)
-    wait_gone({"redis": embedded_pids["redis"]})
-    port = int(resolved.broker.url.split(":")[2].split("/")[0])
-    with socket.socket() as stranger:
-        stranger.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        stranger.bind(("127.0.0.1", port))
-        stranger.listen()
-        assert embedded.status(settings)[0].state == "dead"
-        again = embedded.resolve(settings)
-    assert again.broker.url != resolved.broker.url
-    assert again.store.url == resolved.store.url
+    assert len([p for p in ours if "mongo_server" in str(p.info["cmdline"])]) == 1
 
 
 def test_a_recycled_pid_is_neither_trusted_nor_killed(settings: Settings) -> None:
     """Half a services.json, or one that names a stranger's pid, costs a start and no error."""
     folder = settings.embedded.folder
     folder.mkdir()
-    (folder / "services.json").write_text('{"redis": {"pid"')
+    file = folder / "services.json"
+    file.write_text('{"redis": {"pid"')
     assert [view.state for view in embedded.status(settings)] == ["stopped", "stopped"]
-    entry = {"pid": os.getpid(), "port": 1, "started_at": 12345.0, "marker": "redis-server"}
-    (folder / "services.json").write_text(json.dumps({"redis": entry}))
+    embedded.resolve(settings)
+    embedded.stop(settings)
+    content = json.loads(file.read_text())
+    content["services"] = {"redis": {"pid": os.getpid(), "identity": "another-5"}}
+    file.write_text(json.dumps(content))
     assert embedded.status(settings)[0].state == "dead"
+    assert embedded.stop(settings) == []
     embedded.resolve(settings)
     assert embedded.status(settings)[0].state == "running"
-    own = psutil.Process()
-    # Right pid and start time, another command line: still a stranger.
-    assert not Service("redis", 1, own.pid, own.create_time(), "redis-server-not-me").alive()
 
 
 def test_only_what_is_asked_for_is_started(tmp_path: Path) -> None:
@@ -252,11 +318,11 @@ def test_a_server_that_dies_at_start_is_quoted(
 ) -> None:
     """The error names the log and its last line."""
 
-    def broken(folder: Path, port: int) -> tuple[list[str], str]:
-        del folder, port
-        return [sys.executable, "-c", "import sys; sys.exit('disk on fire')"], sys.executable
+    def broken(folder: Path, socket: Path) -> list[str]:
+        del folder, socket
+        return [sys.executable, "-c", "import sys; sys.exit('disk on fire')"]
 
-    kind = embedded.ServiceKind("redis", broken, lambda port: False, "redis://{port}")
+    kind = embedded.ServiceKind("redis", broken, lambda url: False, lambda socket: "redis://")
     monkeypatch.setitem(embedded.KINDS, "redis", kind)
     with pytest.raises(RetryableError, match=r"redis\.log.*disk on fire"):
         embedded.ensure(settings, ["redis"])

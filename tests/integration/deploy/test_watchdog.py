@@ -15,6 +15,7 @@ import pytest
 import structlog
 
 from common.errors import RetryableError
+from common.processes import process_identity
 from config.load import load_settings
 from config.settings import Settings, WatchdogSettings
 from deploy.supervisor import Program, SystemdClient, open_supervisor
@@ -67,7 +68,7 @@ class FakeSupervisor:
     def program(self) -> Program:
         if self.error:
             raise RetryableError(self.error)
-        return Program("RUNNING", self.pid, 1.0)
+        return Program("RUNNING", self.pid, "boot-5")
 
     def kill(self) -> None:
         self.kills += 1
@@ -101,7 +102,7 @@ def watched(settings: Settings, supervisor: FakeSupervisor) -> tuple[Watchdog, F
 
 def stalled(pid: int = 7, seen_s: float = 100.0) -> Observation:
     ages = {"main": 61.0}
-    return Observation(Program("RUNNING", pid, 1.0), seen_s, "serving", 90.0, ages)
+    return Observation(Program("RUNNING", pid, "boot-5"), seen_s, "serving", 90.0, ages)
 
 
 def test_a_stalled_king_is_killed_until_the_budget_is_spent(tmp_path: Path) -> None:
@@ -134,7 +135,7 @@ def test_the_nudge_is_one_signal(tmp_path: Path, sleeper: subprocess.Popen[str])
     """A starving King gets SIGUSR1 once, with one log line, and lives on."""
     supervisor = FakeSupervisor(pid=sleeper.pid)
     watchdog, progress = watched(settings_in(tmp_path), supervisor)
-    program = Program("RUNNING", sleeper.pid, 1.0)
+    program = Program("RUNNING", sleeper.pid, "boot-5")
     progress.seen = Observation(program, 100.0, "serving", 90.0, starved_s=31.0, backlog=2)
     with structlog.testing.capture_logs() as logs:
         watchdog.tick()
@@ -152,7 +153,7 @@ def test_a_process_without_the_handler_is_not_signalled(tmp_path: Path) -> None:
     with subprocess.Popen(["sleep", "60"]) as process:
         assert not catches(process.pid, SUBSCRIBE_SIGNAL)
         watchdog, progress = watched(settings_in(tmp_path), FakeSupervisor(process.pid))
-        program = Program("RUNNING", process.pid, 1.0)
+        program = Program("RUNNING", process.pid, "boot-5")
         progress.seen = Observation(program, 100.0, "serving", starved_s=31.0, backlog=2)
         watchdog.tick()
         write_stacks(process.pid, tmp_path / "king.json", "for the test", 0.1)
@@ -220,7 +221,7 @@ def test_a_machine_that_slept_stalls_nobody(
     """When the watchdog itself wakes far too late, every measurement begins anew."""
     settings = settings_in(tmp_path, interval_s=0.01, stall_s=0.2)
     watchdog, progress = watched(settings, FakeSupervisor())
-    progress.seen = Observation(Program("RUNNING", 7, 1.0), 1.0, "serving")
+    progress.seen = Observation(Program("RUNNING", 7, "boot-5"), 1.0, "serving")
     before = progress.forgotten
 
     def sleep_long(_seconds: float, real: Callable[[float], None] = time.sleep) -> None:
@@ -275,7 +276,7 @@ def test_systemd_is_another_supervisor(tmp_path: Path, monkeypatch: pytest.Monke
         answer("loaded", "active", "running", process.pid)
         program = client.program()
         assert (program.state, program.pid) == ("RUNNING", process.pid)
-        assert abs(program.started_at - time.time()) < 60
+        assert program.identity == process_identity(process.pid)
         client.kill()
         assert process.wait(60) == -signal.SIGKILL
     with pytest.raises(RetryableError, match="No such process"):

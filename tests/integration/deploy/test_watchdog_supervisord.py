@@ -18,6 +18,8 @@ from tests.support.deploy.checkout import Checkout, eventually
 KING = '''
 """Stands in for the King: writes its health file every 0.1 s and ends on SIGTERM."""
 import json, os, pathlib, signal, subprocess, sys, time
+stat = pathlib.Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 code = pathlib.Path("exit_code")
 if code.exists():
     sys.exit(int(code.read_text()))
@@ -25,7 +27,8 @@ signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
 file = pathlib.Path("workshop/run/king.json")
 while True:
     part = file.with_suffix(".part")
-    part.write_text(json.dumps({"pid": os.getpid(), "updated_at": time.time(), "phase": "serving"}))
+    part.write_text(json.dumps({"pid": os.getpid(), "process": f"{boot}-{stat[19]}",
+                                "updated_at": time.time(), "phase": "serving"}))
     part.replace(file)
     time.sleep(0.1)
 '''

@@ -16,6 +16,7 @@ from typing import Any
 import pymongo
 import pytest
 
+from common.processes import process_identity
 from config.load import load_settings
 from deploy import embedded
 from king.broker.base import Delivery
@@ -305,6 +306,7 @@ def test_status_shows_the_king(command: Command) -> None:
     worker = {"name": "extract-0", "state": "ready", "held": 1}
     content = {
         "pid": os.getpid(),
+        "process": process_identity(os.getpid()),
         "updated_at": time.time(),
         "phase": "serving",
         "in_flight": 7,
@@ -336,7 +338,7 @@ def test_services_start_status_stop(tmp_path: Path, capsys: pytest.CaptureFixtur
         assert "insighttag services start" in command("status")[1]
         code, out, _ = command("services", "start")
         assert code == 0
-        assert "redis\tredis://127.0.0.1:" in out
+        assert "redis\tunix://" in out
         assert "mongo\tmongodb://127.0.0.1:" in out
         assert [s["state"] for s in command.json("services", "status")] == ["running"] * 2
         assert "running" in command("services", "status")[1]

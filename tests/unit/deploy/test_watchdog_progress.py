@@ -26,7 +26,7 @@ class Story:
         )
         self.now = 0.0
         self.wall = WALL
-        self.pid = 7
+        self.process = "boot-5"
         self.backlog: int | None = 0
         self.questions = 0
         self.progress = Progress(self.settings, self._ask_queue, lambda: self.now)
@@ -35,7 +35,7 @@ class Story:
         self.updated_at = WALL
         self.content: dict[str, Any] = {"in_flight": 0, "last_delivery_at": None, "counters": {}}
         self.phase = "serving"
-        self.started_at = WALL - 5
+        self.writer = "boot-5"
         self.actions: list[str] = []
 
     def _ask_queue(self) -> int | None:
@@ -55,11 +55,11 @@ class Story:
             health = {
                 **self.content,
                 "ticks": dict(self.ticks),
-                "pid": self.pid,
+                "process": self.writer,
                 "updated_at": self.updated_at,
                 "phase": self.phase,
             }
-            seen = self.progress.observe(Program("RUNNING", 7, self.started_at), health)
+            seen = self.progress.observe(Program("RUNNING", 7, self.process), health)
             self.actions.append(decide(seen, self.settings).action)
         return seen
 
@@ -84,7 +84,6 @@ def test_a_thread_that_stops_is_seen_after_stall_s(thread: str) -> None:
 def test_a_clock_that_is_set_is_no_stall(step_s: float) -> None:
     """Forward or back, only what changes counts."""
     story = Story()
-    story.started_at -= 10_000
     story.run(20)
     story.wall += step_s
     story.run(20)
@@ -166,12 +165,9 @@ def test_work_past_its_deadline_counts_only_while_serving() -> None:
 
 
 def test_another_kings_file_says_nothing() -> None:
-    """Another pid, or a file that is older than the process: no word yet."""
+    """Another process wrote it, perhaps one that had the same PID: no word yet."""
     story = Story()
-    story.pid = 8
-    assert story.run(1).phase is None
-    story = Story()
-    story.started_at = story.wall + 10
+    story.writer = "boot-4"
     assert story.run(1).phase is None
 
 
@@ -179,7 +175,7 @@ def test_a_new_process_begins_a_new_story() -> None:
     story = Story()
     story.frozen = {"main"}
     assert story.run(9).tick_ages["main"] == 8
-    story.started_at += 1
+    story.process = story.writer = "boot-6"
     assert story.run(1).tick_ages["main"] == 0
 
 

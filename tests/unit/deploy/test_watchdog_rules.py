@@ -14,7 +14,6 @@ LIMITS = Settings(
     watchdog=WatchdogSettings(stall_s=60, start_timeout_s=900),
     king=KingSettings(post_deadline_s=300, lease_s=60, drain_timeout_s=30),
 )
-NOW = 1_000_000.0
 THREADS = ("main", "broker", "store", "dispatch")
 
 
@@ -22,7 +21,7 @@ def seen(*, state: str = "RUNNING", phase: str | None = "serving", **facts: Any)
     """Build a healthy King with some values changed; ``main=61`` is a thread's age."""
     ages = {thread: facts.pop(thread, 0.2) for thread in THREADS}
     return Observation(
-        program=Program(state, 7, NOW),
+        program=Program(state, 7, "boot-5"),
         phase=phase,
         tick_ages=ages,
         **{"seen_s": 5000.0, "phase_s": 4000.0, **facts},
