@@ -127,11 +127,11 @@ class Tags:
         model: Name of the bundle.
         version: Version of the bundle; versions of one name sort as text, later is greater.
         tags: Those whose score reaches their threshold, highest first.
-        scores: float32 ``(classes,)``, every class, in label order.
+        scores: float64 ``(classes,)``, every class, in label order.
     """
 
     post_id: str
     model: str
     version: str
     tags: tuple[Tag, ...]
-    scores: npt.NDArray[np.float32]
+    scores: npt.NDArray[np.float64]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -50,8 +51,8 @@ class LabelMap:
         if not all(isinstance(name, str) and name for name in names):
             raise ConfigError(f"{where}: every name must be text")
         texts = [str(name) for name in names]
-        if len(set(texts)) != len(texts):
-            twice = next(name for name in texts if texts.count(name) > 1)
+        twice, count = Counter(texts).most_common(1)[0]
+        if count > 1:
             raise ConfigError(f"{where}: name {twice!r} stands twice")
         return cls(tuple(texts))
 

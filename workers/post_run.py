@@ -433,7 +433,9 @@ class PostTags:
 
     Attributes:
         fused: The tags; None where the runs do not fuse.
-        timings_ms: Stage -> milliseconds that workers spent; ``total`` is by the clock.
+        timings_ms: Stage -> milliseconds by the clock that the post waited for it, in a queue or at
+            work; of stages that run side by side the earliest counts, so that all add up to
+            ``total``.
     """
 
     features: Features
@@ -482,7 +484,8 @@ class PostRun:
         began: `time.monotonic` that the total time counts from.
         tasks: Task ID -> step, of the tasks on the pool.
         downloads: Files that this run has to delete.
-        seconds: Stage -> time that workers spent.
+        seconds: Stage -> time that the post has waited for it.
+        counted: `time.monotonic` up to which `seconds` counts.
     """
 
     plan: PostPlan
@@ -496,6 +499,12 @@ class PostRun:
     tasks: dict[int, Step] = field(default_factory=dict)
     downloads: set[str] = field(default_factory=set)
     seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    counted: float = field(default_factory=time.monotonic)
+
+    def count(self) -> None:
+        """Count the time until now for the stage that the post has waited for."""
+        before, self.counted = self.counted, time.monotonic()
+        self.seconds[self.stage] += self.counted - before
 
     @property
     def stage(self) -> str:
@@ -505,8 +514,9 @@ class PostRun:
 
     @property
     def timings_ms(self) -> dict[str, int]:
-        by_stage = {stage: round(seconds * 1000) for stage, seconds in self.seconds.items()}
-        return {**by_stage, "total": round((time.monotonic() - self.began) * 1000)}
+        # Rounded down: the stages must not add up to more than the total.
+        by_stage = {stage: int(seconds * 1000) for stage, seconds in self.seconds.items()}
+        return {**by_stage, "total": int((time.monotonic() - self.began) * 1000)}
 
 
 class PostRuns:
@@ -572,9 +582,9 @@ class PostRuns:
         if isinstance(event, TaskFailed) and run.deadline <= time.monotonic():
             self._expire(run)  # tasks have the same deadline: the worker was only quicker to say so
             return
+        run.count()
         step = run.tasks.pop(event.task_id)
         if isinstance(event, TaskDone):
-            run.seconds[step.task.stage] += event.seconds
             self._done(run, step, event.result)
         else:
             self._failed(run, step, event.failure)

@@ -6,9 +6,11 @@ import json
 import os
 import sqlite3
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,9 +21,10 @@ from common.errors import ConfigError, TaggingError
 from common.files import write_whole
 from common.post import MODALITIES
 from common.progress import progress_bar
+from common.times import since_time
 from config.labels import LabelMap
-from corpus.build.index import Check, Gatherer, Index, Rules, Unknown
-from corpus.build.sides import SIDES, Split, split
+from corpus.build.index import SIDES, Check, Gatherer, Index, Rules, Unknown
+from corpus.build.sides import Split, split
 from corpus.records import AtomicLines, DataFile, Form, Summary
 from extractors.feature_file import feature_path
 from fusion.data.data_file import MEDIA_KEYS, CorpusPost, local_path, objects, read_posts
@@ -48,7 +51,7 @@ def _write_files(
             (_, group, side), following = following, next(posts_dealt, None)
             if not isinstance(entry, CorpusPost):
                 raise OSError(f"{posts}: changed while it was read")
-            name = split.names[side]
+            name = SIDES[side]
             data[name].add(_entry(entry, options, labels))
             note = {"post_id": entry.post.post_id, "side": name, "group": group}
             sides.write(json.dumps(note, ensure_ascii=False))
@@ -101,6 +104,7 @@ def _relative(path: Path, out: Path) -> str:
 
 
 NAME = "build_trainval_data.py"
+_SHOWN_MOVES = 20  # a screen; the rest can be seen by comparing the two split.jsonl
 _ABOUT = (
     "Join labels and features, and split the posts into training, validation and test files "
     "without leakage: posts that share an author, a medium, a text or a group of near-duplicates "
@@ -121,12 +125,30 @@ class Options:
     ]
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="folder of the data files")]
     valid: Annotated[
-        float,
-        typer.Option("--valid", metavar="X", help="share of validation; 0 leaves it out"),
-    ] = 0.1
+        float | None,
+        typer.Option("--valid", metavar="X", help="share of validation, 0.1; 0 leaves it out"),
+    ] = None
     test: Annotated[
-        float, typer.Option("--test", metavar="X", help="share of test; 0 leaves it out")
-    ] = 0.1
+        float | None,
+        typer.Option("--test", metavar="X", help="share of test, 0.1; 0 leaves it out"),
+    ] = None
+    split: Annotated[
+        Path | None,
+        typer.Option(
+            "--split",
+            metavar="F",
+            help='the exact split: {"train": [post_id, ...], "valid": [...], "test": [...]}, or '
+            "lines as of split.jsonl; posts that it does not name are left out",
+        ),
+    ] = None
+    test_since: Annotated[
+        str | None,
+        typer.Option(
+            "--test_since",
+            metavar="T",
+            help="the test is every post created from then on: 2026-01-31[T12:00], or 7d, 12h ago",
+        ),
+    ] = None
     seed: Annotated[int, typer.Option("--seed", min=0, metavar="N", help="of every draw")] = 0
     manifest: Annotated[
         Path | None,
@@ -139,7 +161,10 @@ class Options:
     keep: Annotated[
         Path | None,
         typer.Option(
-            "--keep", metavar="F", help="an earlier split.jsonl: its posts keep their side"
+            "--keep",
+            metavar="F",
+            help="an earlier split.jsonl: its posts keep their side, unless linked with a "
+            "later one; those are named before anything is written",
         ),
     ] = None
     unknown: Annotated[
@@ -188,29 +213,95 @@ def _built(options: Options) -> Iterable[Path]:
     if odd:
         raise ConfigError(f"--modalities {odd[0]}: must be one of {', '.join(MODALITIES)}")
     modalities = tuple(name for name in MODALITIES if name in options.modalities)
-    rules = Rules(options.unknown, options.check, modalities)
+    exact = options.split is not None or options.test_since is not None
+    rules = Rules(
+        options.unknown,
+        options.check,
+        modalities,
+        exact=options.split is not None,
+        test_since=_since(options.test_since),
+    )
     with Index() as index:
         _read_manifest(options.manifest, index)
+        for post_id, side in _given_sides(options, shares):
+            index.give_side(post_id, side)
         with progress_bar("reading", None) as bar:
             Gatherer(labels, options.features, rules, index).read(options.input, bar.advance)
         if not len(index):
             _show(index, None, labels, options.out)
             raise ConfigError(f"{options.input}: no post can be learned from")
-        index.link(_duplicate_groups(options.duplicates))
-        dealt = split(index, labels, shares, options.seed, options.keep)
+        index.link(_duplicate_groups(options.duplicates), within_sides=exact)
+        dealt = split(index, labels, shares, options.seed)
+        if not dealt.posts.all():
+            empty = next(n for n, c in zip(dealt.names, dealt.posts, strict=True) if not c)
+            raise ConfigError(f"{empty}: no usable post is left for it")
+        if options.keep is not None and dealt.moved:
+            _tell_moves(index, options.keep, _given_sides(options, shares), dealt.moved)
         with progress_bar("writing", None) as bar:
             files = _write_files(options, labels, index, dealt, bar.advance)
-        _show(index, dealt, labels, options.out)
+        _show(index, dealt, labels, options.out, exact=exact)
     return files
 
 
 def _shares(options: Options) -> tuple[float, float, float]:
-    valid, test = options.valid, options.test
+    ways = {"--split": options.split, "--test_since": options.test_since, "--keep": options.keep}
+    chosen = [name for name, value in ways.items() if value is not None]
+    if len(chosen) > 1:
+        raise ConfigError(
+            f"{chosen[0]}: not allowed with {chosen[1]}: both say which side is whose"
+        )
+    fixed = {"--split": ("valid", "test"), "--test_since": ("test",)}
+    for name in fixed.get(chosen[0], ()) if chosen else ():
+        if getattr(options, name) is not None:
+            raise ConfigError(f"--{name}: not allowed with {chosen[0]}, which says what it holds")
+    if options.split is not None:
+        return 0.0, 0.0, 0.0
+    valid = 0.1 if options.valid is None else options.valid
+    test = 0.1 if options.test is None else options.test
+    if options.test_since is not None:
+        test = 0.0
     if valid < 0 or test < 0:
         raise ConfigError(f"--valid {valid:g} --test {test:g}: a share is 0 or more, below 1")
     if not valid + test < 1:
         raise ConfigError(f"--valid {valid:g} --test {test:g}: nothing would be left for training")
     return 1 - valid - test, valid, test
+
+
+def _since(text: str | None) -> float | None:
+    try:
+        return since_time(text, time.time())
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("--since", "--test_since", 1)) from error
+
+
+def _given_sides(options: Options, shares: tuple[float, float, float]) -> Iterator[tuple[str, int]]:
+    """Yield each post of ``--split`` or ``--keep`` with its side; lists by side, or our lines."""
+    path = options.split or options.keep
+    for where, content in [] if path is None else objects(path):
+        line = "post_id" in content and "side" in content
+        for name, ids in [(content["side"], [content["post_id"]])] if line else content.items():
+            if name not in SIDES or not isinstance(ids, list):
+                raise ConfigError(f"{where}: {name!r} must be one of {', '.join(SIDES)}, with IDs")
+            side = SIDES.index(name)
+            for post_id in ids:
+                if not isinstance(post_id, str):
+                    raise ConfigError(f"{where}: {name}: a post_id must be a text: got {post_id!r}")
+                if options.split is not None or shares[side] > 0:
+                    yield post_id, side
+
+
+def _tell_moves(index: Index, keep: Path, given: Iterator[tuple[str, int]], count: int) -> None:
+    """Say which posts leave the side of the earlier split, before anything is written."""
+    moves = (
+        f"  {post_id}: {SIDES[side]} -> {SIDES[now]}\n"
+        for post_id, side in given
+        if (now := index.side_of(post_id)) is not None and now != side
+    )
+    sys.stdout.write(f"--keep {keep}: {count} posts move, linked with posts of a later side\n")
+    sys.stdout.writelines(islice(moves, _SHOWN_MOVES))
+    if count > _SHOWN_MOVES:
+        sys.stdout.write(f"  and {count - _SHOWN_MOVES} more\n")
+    sys.stdout.flush()
 
 
 def _read_manifest(manifest: Path | None, index: Index) -> None:
@@ -232,7 +323,9 @@ def _duplicate_groups(path: Path | None) -> Iterator[tuple[str, ...]]:
         yield tuple(members)
 
 
-def _show(index: Index, dealt: Split | None, labels: LabelMap, out: Path) -> None:
+def _show(
+    index: Index, dealt: Split | None, labels: LabelMap, out: Path, *, exact: bool = False
+) -> None:
     """Show the summary, and write ``summary.json``."""
     summary = Summary("training data")
     summary.done(len(index))
@@ -250,6 +343,8 @@ def _show(index: Index, dealt: Split | None, labels: LabelMap, out: Path) -> Non
             summary.figures["largest deviation of a tag's share"] = (
                 f"{worst:.1%} ({labels.names[tag]})"
             )
+        if exact and (crossing := index.split_links()):
+            summary.figures["authors, media and texts on two sides"] = crossing
         if dealt.moved:
             summary.figures["moved by new links"] = dealt.moved
         absent = [n for n, c in zip(labels.names, dealt.counts.sum(axis=0), strict=True) if not c]

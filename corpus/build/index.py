@@ -21,6 +21,7 @@ import numpy as np
 
 from common.errors import ConfigError, FeatureError
 from common.post import Features, Modality, clean
+from common.times import moment_of
 from config.labels import LabelMap
 from extractors.feature_file import feature_path, read_features, read_header
 from fusion.data.data_file import BadLine, CorpusPost, read_posts
@@ -56,6 +57,9 @@ class Groups:
             self._parent[other] = roots[0]
 
 
+SIDES = ("train", "valid", "test")
+TEST = SIDES.index("test")
+
 Marks: TypeAlias = tuple[tuple[str, str], ...]
 
 _TABLES = """
@@ -68,6 +72,7 @@ CREATE TABLE posts (number INTEGER PRIMARY KEY, line INTEGER, made_with INTEGER,
 CREATE TABLE seen (mark INTEGER PRIMARY KEY, number INTEGER);
 CREATE TABLE keys (key INTEGER, number INTEGER);
 CREATE TABLE left_out (line INTEGER PRIMARY KEY, reason TEXT, post_id TEXT, detail TEXT);
+CREATE TABLE sides (mark INTEGER PRIMARY KEY, side INTEGER);
 CREATE TABLE media (source TEXT PRIMARY KEY, sha256 TEXT) WITHOUT ROWID;
 CREATE TABLE parts (number INTEGER PRIMARY KEY, size INTEGER, tags BLOB, fixed INTEGER,
                     lot INTEGER, side INTEGER);
@@ -82,10 +87,10 @@ class Index:
 
     Attributes:
         base: The database. ``posts``: kept ones, numbered in the order of their lines, `tags` as
-            int32 numbers, `part` the group, `held` the side of an earlier split. ``seen``: hash of
-            each post_id. ``keys``: hash of each thing that two posts may share. ``parts``: the
-            groups, `tags` as pairs of tag and count, `fixed` the side of an
-            earlier split or -1, `lot` a random number.
+            int32 numbers, `part` the group, `held` the side that is given, or -1. ``seen``: hash of
+            each post_id. ``sides``: sides that are given. ``keys``: hash of each thing that two
+            posts may share. ``parts``: the groups, `tags` as pairs of tag and count, `fixed` the
+            side that is given or -1, `lot` a random number.
         fingerprints: What feature files were made with; ``posts.made_with`` counts them.
         dropped_tags: Labels that were passed over, and how often.
     """
@@ -112,15 +117,33 @@ class Index:
         insert = "INSERT OR IGNORE INTO seen VALUES (?, NULL)"
         return bool(self.base.execute(insert, (key_of("id", post_id),)).rowcount)
 
+    def give_side(self, post_id: str, side: int) -> None:
+        """Note the side of a post, before it is read; ConfigError when it has another."""
+        if self.given_side(post_id) not in (-1, side):
+            raise ConfigError(f"post {post_id!r} is given to two sides of the split")
+        row = (key_of("id", post_id), side)
+        self.base.execute("INSERT OR REPLACE INTO sides VALUES (?, ?)", row)
+
+    def given_side(self, post_id: str) -> int:
+        """Return the side that is given for a post, or -1."""
+        query = "SELECT side FROM sides WHERE mark = ?"
+        row = self.base.execute(query, (key_of("id", post_id),)).fetchone()
+        return -1 if row is None else int(row[0])
+
     def keep(
-        self, line: int, post_id: str, tags: Iterable[int], made_with: Marks, keys: Iterable[int]
+        self,
+        entry: CorpusPost,
+        tags: Iterable[int],
+        made_with: Marks,
+        keys: Iterable[int],
+        held: int,
     ) -> None:
-        """Add a post to learn from."""
+        """Add a post to learn from; `held` is its side, -1 where that is open."""
         number, self._next = self._next, self._next + 1
         index = self.fingerprints.setdefault(made_with, len(self.fingerprints))
-        row = (number, line, index, array("i", tags).tobytes(), 0, -1)
+        row = (number, entry.line, index, array("i", tags).tobytes(), 0, held)
         self.base.execute("INSERT INTO posts VALUES (?, ?, ?, ?, ?, ?)", row)
-        mark = key_of("id", post_id)
+        mark = key_of("id", entry.post.post_id)
         self.base.execute("UPDATE seen SET number = ? WHERE mark = ?", (number, mark))
         self.base.executemany("INSERT INTO keys VALUES (?, ?)", ((key, number) for key in keys))
 
@@ -163,21 +186,46 @@ class Index:
         row = self.base.execute(query, (key_of("id", post_id),)).fetchone()
         return None if row is None else row[0]
 
-    def link(self, more: Iterable[tuple[str, ...]] = ()) -> None:
+    def link(self, more: Iterable[tuple[str, ...]] = (), *, within_sides: bool = False) -> None:
         """Join the posts that share something, and number the groups in the order of their posts.
 
-        `more` are further sets of post IDs, such as near-duplicates; unknown IDs are passed over.
+        Args:
+            more: Further sets of post IDs, such as near-duplicates; unknown IDs are passed over.
+            within_sides: Join only posts of one given side: an exact split stays as it is.
         """
-        groups = Groups(self._next)  # 4 bytes a post, as much again for the numbers
-        previous: tuple[int, int] | None = None
-        for row in self.base.execute("SELECT key, number FROM keys ORDER BY key, number"):
-            if previous is not None and previous[0] == row[0]:
-                groups.join((previous[1], row[1]))
-            previous = row
         for members in more:
+            key = key_of("set", "\0".join(members))
             numbers = (self.number_of(post_id) for post_id in members)
-            groups.join(number for number in numbers if number is not None)
+            rows = [(key, number) for number in numbers if number is not None]
+            self.base.executemany("INSERT INTO keys VALUES (?, ?)", rows)
+        groups = Groups(self._next)  # 4 bytes a post, as much again for the numbers
+        previous: tuple[int, int, int] | None = None
+        query = (
+            "SELECT key, iif(?, held, 0), number FROM keys JOIN posts USING (number) "
+            "ORDER BY 1, 2, 3"
+        )
+        for row in self.base.execute(query, (within_sides,)):
+            if previous is not None and previous[:2] == row[:2]:
+                groups.join((previous[2], row[2]))
+            previous = row
         self._number(groups)
+
+    def split_links(self) -> int:
+        """Count the authors, media, texts and sets that stand on two sides."""
+        query = (
+            "SELECT COUNT(*) FROM (SELECT key FROM keys JOIN posts USING (number) "
+            "JOIN parts ON parts.number = part GROUP BY key HAVING COUNT(DISTINCT side) > 1)"
+        )
+        return int(self.base.execute(query).fetchone()[0])
+
+    def side_of(self, post_id: str) -> int | None:
+        """Return the side that a post was dealt to; None for one that is left out."""
+        query = (
+            "SELECT side FROM seen JOIN posts USING (number) JOIN parts ON parts.number = part "
+            "WHERE mark = ?"
+        )
+        row = self.base.execute(query, (key_of("id", post_id),)).fetchone()
+        return None if row is None else int(row[0])
 
     def _number(self, groups: Groups) -> None:
         """Number the groups; refused posts are in none."""
@@ -237,6 +285,8 @@ OTHERWISE = "features made otherwise than most"
 TOO_FEW = "lacks a modality that is asked for"
 NOTHING = "features of no modality"
 BAD_LINE = "broken line"
+NOT_LISTED = "not in --split"
+NO_TIME = "created is not known"
 
 
 @dataclass(frozen=True)
@@ -246,6 +296,10 @@ class Rules:
     unknown: Unknown = "error"
     check: Check = "quick"
     modalities: tuple[Modality, ...] = ()
+    exact: bool = False
+    """Leave out posts without a given side."""
+    test_since: float | None = None
+    """Unix seconds from which on posts are held for the last side, the test."""
 
 
 class Gatherer:
@@ -271,9 +325,24 @@ class Gatherer:
         if tags is None:
             return
         made_with = self._made_with(entry)
-        if made_with is not None:
-            keys = self._keys(entry)
-            self._index.keep(entry.line, entry.post.post_id, tags, made_with, keys)
+        held = None if made_with is None else self._held(entry)
+        if made_with is not None and held is not None:
+            self._index.keep(entry, tags, made_with, self._keys(entry), held)
+
+    def _held(self, entry: CorpusPost) -> int | None:
+        """Return the side that a post must be on, or -1; None leaves it out."""
+        post_id = entry.post.post_id
+        if self._rules.test_since is not None:
+            created = moment_of(entry.created)
+            if created is None:
+                self._index.leave(entry.line, NO_TIME, post_id, str(entry.created or ""))
+                return None
+            return TEST if created >= self._rules.test_since else -1
+        side = self._index.given_side(post_id)
+        if side < 0 and self._rules.exact:
+            self._index.leave(entry.line, NOT_LISTED, post_id, "")
+            return None
+        return side
 
     def _tags(self, entry: CorpusPost, path: Path) -> list[int] | None:
         post = entry.post

@@ -87,7 +87,8 @@ def count_labels(files: Sequence[Path]) -> tuple[Counter[str], int, int]:
 def order_labels(counts: Counter[str], min_posts: int, base: LabelMap | None = None) -> LabelMap:
     """Return the map: tags of the base where they were, then the others by number of posts."""
     base_names = base.names if base is not None else ()
-    new = [name for name, count in counts.items() if count >= min_posts and name not in base_names]
+    names = (name for name, count in counts.items() if count >= min_posts)
+    new = [name for name in names if base is None or name not in base.index]
     new.sort(key=lambda name: (-counts[name], name))
     if not base_names and not new:
         raise ConfigError(f"no tag has {min_posts} posts or more")

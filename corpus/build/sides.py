@@ -12,15 +12,13 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations, groupby
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from common.errors import ConfigError
 from config.labels import LabelMap
-from corpus.build.index import Index, batches
-from fusion.data.data_file import objects
+from corpus.build.index import SIDES, Index, batches
 
 _MOVE_PASSES = 30
 _POSTS_WEIGHT = 1.0
@@ -257,7 +255,6 @@ def _swap(board: _Board) -> int:
     return swapped
 
 
-SIDES = ("train", "valid", "test")
 _AT_ONCE = 2048
 """Groups that are dealt together, the largest first: bounds the memory. Those that follow even out
 what is uneven so far."""
@@ -271,10 +268,10 @@ class Split:
     """Counts of a split; the side of each post is in the index.
 
     Attributes:
-        names: Of the sides with a share.
+        names: Of the sides that have posts.
         counts: int64 ``(sides, classes)``: posts of each tag.
         posts: int64 ``(sides,)``.
-        moved: Posts that a link to another side has taken from where `keep` had them.
+        moved: Posts that a link to another side has taken from the side that was given.
     """
 
     names: tuple[str, ...]
@@ -297,47 +294,50 @@ class Split:
 
 
 def split(
-    index: Index,
-    labels: LabelMap,
-    shares: tuple[float, float, float],
-    seed: int = 0,
-    keep: Path | None = None,
+    index: Index, labels: LabelMap, shares: tuple[float, float, float], seed: int = 0
 ) -> Split:
     """Deal the posts of a linked index; what one group holds goes to one side.
 
     Args:
-        index: The posts.
+        index: The posts; those with a given side take their group there.
         labels: The label map.
-        shares: Of training, validation and test; a side with 0 is left out.
+        shares: Of training, validation and test, of the posts that are dealt; a side with 0 only
+            has the posts that are given to it.
         seed: Of every draw.
-        keep: A ``split.jsonl`` whose posts stay on their side.
     """
-    names = tuple(n for n, share in zip(SIDES, shares, strict=True) if share > 0)
-    used = [share for share in shares if share > 0]
-    if keep is not None:
-        _hold(index, names, keep)
+    open_sides = [side for side, share in enumerate(shares) if share > 0]
+    used = [shares[side] for side in open_sides]
     groups = _Groups(index, len(labels))
     groups.fill(seed)
+    settled = SideCounts.nothing(len(SIDES), len(labels))
+    for part in groups.read(fixed=True):
+        settled.add(part.rows, groups.settle(part.numbers, part.side))
+    used_sides = [s for s in range(len(SIDES)) if shares[s] > 0 or settled.posts[s]]
+    names = tuple(SIDES[side] for side in used_sides)
     if groups.count < len(names):
         raise ConfigError(
             f"{len(index)} usable posts in {groups.count} groups are too few for {', '.join(names)}"
         )
-    settled = SideCounts.nothing(len(names), len(labels))
-    for part in groups.read(fixed=True):
-        settled.add(part.rows, groups.settle(part.numbers, part.side))
     frequent = groups.totals >= FREQUENT
+    number = np.array(open_sides, np.int64)  # of each side that is dealt to
+    place = {side: at for at, side in enumerate(open_sides)}
+
+    def deal(part: _Part, begin: Ints | None) -> None:
+        before = SideCounts(settled.tags[open_sides], settled.posts[open_sides])
+        side = stratify(part.rows, used, seed, before, frequent=frequent, begin=begin)
+        settled.add(part.rows, groups.settle(part.numbers, number[side]))
+
     parts = 0
     for part in groups.read(fixed=False):
-        side = stratify(part.rows, used, seed, settled, frequent=frequent)
-        settled.add(part.rows, groups.settle(part.numbers, side))
+        deal(part, None)
         parts += 1
     # Those that came first did not know what would follow.
     for _ in range(_DEAL_PASSES if parts > 1 else 0):
         for part in groups.read(fixed=False):
             settled.add(part.rows, part.side, -1)
-            side = stratify(part.rows, used, seed, settled, frequent=frequent, begin=part.side)
-            settled.add(part.rows, groups.settle(part.numbers, side))
-    return Split(names, settled.tags, settled.posts, groups.count, groups.largest, groups.moved())
+            deal(part, np.array([place[side] for side in part.side.tolist()], np.int64))
+    counts, posts = settled.tags[used_sides], settled.posts[used_sides]
+    return Split(names, counts, posts, groups.count, groups.largest, groups.moved())
 
 
 @dataclass(frozen=True)
@@ -408,24 +408,9 @@ class _Groups:
         return side
 
     def moved(self) -> int:
-        """Count the posts that are no longer on the side of the earlier split."""
+        """Count the posts that are not on the side that was given."""
         query = (
             "SELECT COUNT(*) FROM posts JOIN parts ON parts.number = part "
             "WHERE held >= 0 AND held != side"
         )
         return int(self._base.execute(query).fetchone()[0])
-
-
-def _hold(index: Index, names: tuple[str, ...], keep: Path) -> None:
-    """Note the sides of an earlier split."""
-
-    def rows() -> Iterator[tuple[int, int]]:
-        for where, entry in objects(keep):
-            post_id, side = entry.get("post_id"), entry.get("side")
-            if not (isinstance(post_id, str) and isinstance(side, str)):
-                raise ConfigError(f"{where}: post_id and side must be texts: no split.jsonl")
-            number = index.number_of(post_id)
-            if number is not None and side in names:
-                yield names.index(side), number
-
-    batches(index.base, "UPDATE posts SET held = ? WHERE number = ?", rows())

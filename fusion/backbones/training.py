@@ -294,7 +294,7 @@ class BackboneRun:
         progress = trainer.fit(objective, data, self.start)
         scores: dict[str, float] = {}
         if data.valid is not None:
-            scores = metrics.summary(*trainer.scores(model, data, data.valid))
+            scores = metrics.summary(*trainer.logits(model, data, data.valid), thresholds=0.0)
         if self.fabric.is_global_zero:
             for out in files:
                 try:

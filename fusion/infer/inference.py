@@ -282,9 +282,9 @@ class _LabelledRows:
         shape = (len(labels),)
         self.count = self.unscored = 0
         self._file, self._labels = file, labels
-        self._kind = np.dtype([("scores", "<f4", shape), ("targets", "?", shape)])
+        self._kind = np.dtype([("scores", "<f8", shape), ("targets", "?", shape)])
 
-    def add(self, scores: npt.NDArray[np.float32] | None, labels: Sequence[str]) -> None:
+    def add(self, scores: npt.NDArray[np.float64] | None, labels: Sequence[str]) -> None:
         """Add a post, if it has labels."""
         if labels and scores is not None:
             row = np.zeros((), self._kind)

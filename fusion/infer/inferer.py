@@ -113,8 +113,8 @@ class Inferer:
 
     def scores(
         self, posts: Sequence[Features], *, without: frozenset[Modality] = frozenset()
-    ) -> npt.NDArray[np.float32]:
-        """Return float32 ``(posts, classes)``; arguments and errors are those of `predict`."""
+    ) -> npt.NDArray[np.float64]:
+        """Return float64 ``(posts, classes)``; arguments and errors are those of `predict`."""
         samples = [
             Sample(post.post_id, self._bundle.schema.arrays(post, without)) for post in posts
         ]
@@ -122,7 +122,7 @@ class Inferer:
             self._scores(self._collate(samples[start : start + self._batch_size]))
             for start in range(0, len(samples), self._batch_size)
         ]
-        return np.concatenate([np.empty((0, len(self.labels)), np.float32), *rows])
+        return np.concatenate([np.empty((0, len(self.labels))), *rows])
 
     def close(self) -> None:
         """Give the model's memory back."""
@@ -130,15 +130,16 @@ class Inferer:
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _scores(self, batch: Batch) -> npt.NDArray[np.float32]:
+    def _scores(self, batch: Batch) -> npt.NDArray[np.float64]:
         if self._model is None:
             raise RuntimeError("the inferer is closed")
         with torch.inference_mode():
             logits = self._model(batch.to(self._device))
-            scores: npt.NDArray[np.float32] = torch.sigmoid(logits.float()).cpu().numpy()
+            # In float32 all logits above 17 would give exactly 1, and posts that differ would tie.
+            scores: npt.NDArray[np.float64] = torch.sigmoid(logits.double().cpu()).numpy()
         return calibrated(self._bundle.calibration, scores)
 
-    def _tags(self, post_id: str, scores: npt.NDArray[np.float32]) -> Tags:
+    def _tags(self, post_id: str, scores: npt.NDArray[np.float64]) -> Tags:
         reached = np.flatnonzero(scores >= self._bundle.thresholds)
         ranked = reached[np.argsort(-scores[reached], kind="stable")]
         names = self._bundle.labels.names

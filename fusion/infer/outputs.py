@@ -58,10 +58,10 @@ class Earlier:
     """A post whose tags an earlier run has written.
 
     Attributes:
-        scores: float32 ``(classes,)``; None where the output does not hold them.
+        scores: float64 ``(classes,)``; None where the output does not hold them.
     """
 
-    scores: npt.NDArray[np.float32] | None = None
+    scores: npt.NDArray[np.float64] | None = None
 
 
 class Sink(Protocol):
@@ -107,7 +107,7 @@ class JsonLines:
     """A format with a line for each post: the result's document, as `insighttag tag` prints it.
 
     Then ``labels`` where they are known, and ``scores``: every class, with all digits, so that
-    reading them gives the same float32 numbers again.
+    reading them gives the same numbers again.
 
     Attributes:
         scores: Write the score of every class.
@@ -130,7 +130,7 @@ class JsonLines:
         if result.labels:
             content["labels"] = list(result.labels)
         if self.scores:
-            content["scores"] = [float(score) for score in tags.scores]
+            content["scores"] = tags.scores.tolist()
         return json.dumps(content, ensure_ascii=False) + "\n"
 
     def rows(self, file: TextIO) -> Iterator[Row]:
@@ -180,7 +180,7 @@ class CsvTable:
             self.key(tags.model),
             tags.version,
         ]
-        return _row([*columns, *(repr(float(score)) for score in tags.scores if self.scores)])
+        return _row([*columns, *(map(repr, tags.scores.tolist()) if self.scores else ())])
 
     def rows(self, file: TextIO) -> Iterator[Row]:
         table = csv.reader(file)
@@ -337,7 +337,7 @@ class FileSink:
                         raise ValueError(f"was begun with another bundle ({made_by})")
                     earlier.setdefault(row.key, []).append(number)
                     if row.scores is not None:
-                        scores.write(np.asarray(row.scores, np.float32).tobytes())
+                        scores.write(np.asarray(row.scores, np.float64).tobytes())
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{path}: {one_line(error)}: begin anew with --restart") from error
         ids = input_ids()
@@ -358,9 +358,9 @@ class FileSink:
         number = numbers.pop(0)
         if self._scores is None:
             return Earlier()
-        size = 4 * len(self._bundle.labels)
+        size = 8 * len(self._bundle.labels)
         self._scores.seek(number * size)
-        return Earlier(np.frombuffer(self._scores.read(size), np.float32))
+        return Earlier(np.frombuffer(self._scores.read(size)))
 
     def _append(self, text: str) -> None:
         if self._file is None:

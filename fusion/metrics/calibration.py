@@ -25,7 +25,7 @@ _COLDEST, _HOTTEST = 0.02, 50.0
 # They stand in bundle.yaml as text. Half gives coarser steps; double makes the file longer.
 _MOST_KNOTS = 1000
 _PASSES = 30  # over all levels at once, before what is left is pooled one by one
-_TINY = 1e-12  # nearer to 0 and 1 a float64 logit says nothing
+_TINY = 2.0**-53  # as near to 1 as a float64 comes
 # A lower threshold would give a tag to nearly every post, a higher one to nearly none, when they
 # are fitted to few posts.
 _LOWEST, _HIGHEST = 0.05, 0.95
@@ -37,9 +37,9 @@ class Temperature(Section):
     kind: Literal["temperature"] = "temperature"
     temperature: float = Field(gt=0)
 
-    def apply(self, scores: npt.ArrayLike) -> npt.NDArray[np.float32]:
-        """Calibrated scores, float32 in the shape of ``scores``."""
-        return _sigmoid(_logits(scores) / self.temperature).astype(np.float32)
+    def apply(self, scores: npt.ArrayLike) -> FloatArray:
+        """Calibrated scores in the shape of ``scores``."""
+        return _sigmoid(_logits(scores) / self.temperature)
 
 
 class Isotonic(Section):
@@ -61,19 +61,18 @@ class Isotonic(Section):
             raise ValueError("values must lie in [0, 1]")
         return self
 
-    def apply(self, scores: npt.ArrayLike) -> npt.NDArray[np.float32]:
-        """Calibrated scores, float32 in the shape of ``scores``."""
-        given = np.asarray(scores, dtype=np.float64)
-        return np.interp(given, self.scores, self.values).astype(np.float32)
+    def apply(self, scores: npt.ArrayLike) -> FloatArray:
+        """Calibrated scores in the shape of ``scores``."""
+        return np.interp(np.asarray(scores, dtype=np.float64), self.scores, self.values)
 
 
 Calibration: TypeAlias = Annotated[Temperature | Isotonic, Field(discriminator="kind")]
 
 
-def calibrated(calibration: Calibration | None, scores: npt.ArrayLike) -> npt.NDArray[np.float32]:
+def calibrated(calibration: Calibration | None, scores: npt.ArrayLike) -> FloatArray:
     """Return scores as they leave the model or, with a calibration, as probabilities."""
     if calibration is None:
-        return np.asarray(scores, dtype=np.float32)
+        return np.asarray(scores, dtype=np.float64)
     return calibration.apply(scores)
 
 

@@ -2,7 +2,8 @@
 
 GAP is what models are chosen by. Scores are floats ``(samples, classes)``, higher is more likely;
 targets hold 0 and 1 in the same shape. Every metric raises ValueError for another shape, a score
-that is NaN, or another target.
+that is NaN, or another target. No metric depends on the order of samples or classes: equal scores
+count as one threshold, or as the mean over their orders.
 """
 
 from __future__ import annotations
@@ -35,18 +36,19 @@ def _checked(scores: npt.ArrayLike, targets: npt.ArrayLike) -> tuple[FloatArray,
 
 
 class GapMeter:
-    """GAP@k over a set, added batch by batch; the value does not depend on the batches.
+    """GAP@k over a set, added batch by batch; the value depends on no order, of posts or of tags.
 
-    The denominator counts all positives of the set, those outside the top k too. Ties are broken
-    by a shuffle with a fixed seed.
+    The denominator counts all positives of the set, those outside the top k too. Equal scores
+    count as one threshold; of scores that are equal at a sample's k-th place each counts in part,
+    as if all their orders were averaged.
 
-    Source: google/youtube-8m, eval_util.py and average_precision_calculator.py.
+    Source: google/youtube-8m, eval_util.py and average_precision_calculator.py, which shuffles
+    equal scores.
     """
 
     def __init__(self, top_k: int = 20) -> None:
         self._top_k = top_k
-        self._random = np.random.default_rng(0)
-        self._kept: list[tuple[FloatArray, FloatArray, BoolArray]] = []
+        self._chosen: list[tuple[FloatArray, FloatArray, FloatArray]] = []
         self._positives = 0
 
     def add(self, scores: npt.ArrayLike, targets: npt.ArrayLike) -> None:
@@ -54,36 +56,34 @@ class GapMeter:
         numbers, truth = _checked(scores, targets)
         self._positives += int(truth.sum())
         top_k = min(self._top_k, numbers.shape[1])
-        for start in range(0, len(numbers), _ROWS_AT_ONCE):
+        for start in range(0, len(numbers) if top_k else 0, _ROWS_AT_ONCE):
             rows = slice(start, start + _ROWS_AT_ONCE)
-            # Drawn row by row in order, so that batching does not change which key a pair gets.
-            ties = self._random.random(numbers[rows].shape)
-            if top_k:
-                columns = _top_k(numbers[rows], ties, top_k)
-                self._kept.append(
-                    (
-                        np.take_along_axis(numbers[rows], columns, 1).ravel(),
-                        np.take_along_axis(ties, columns, 1).ravel(),
-                        np.take_along_axis(truth[rows], columns, 1).ravel(),
-                    )
-                )
+            some, true = numbers[rows], truth[rows]
+            last = -np.partition(-some, top_k - 1, axis=1)[:, top_k - 1 : top_k]  # (rows, 1)
+            above = some > last
+            places = (top_k - above.sum(axis=1)).astype(np.float64)  # left for those at the edge
+            hits = places * _share_at(some, true, last)
+            ones = np.ones(int(above.sum()))
+            self._chosen.append((some[above], ones, true[above].astype(np.float64)))
+            self._chosen.append((last[:, 0], places, hits))
 
     def value(self) -> float:
         """Return GAP of everything added so far, in [0, 1]; 0 where the set has no positive."""
-        if not self._positives or not self._kept:
+        if not self._positives or not self._chosen:
             return 0.0
-        scores, ties, hits = (np.concatenate(column) for column in zip(*self._kept, strict=True))
-        ranked = hits[np.lexsort((ties, -scores))]
-        precision = np.cumsum(ranked) / np.arange(1, len(ranked) + 1)
-        return float(precision[ranked].sum() / self._positives)
+        scores, places, hits = (np.concatenate(each) for each in zip(*self._chosen, strict=True))
+        levels, level = np.unique(-scores, return_inverse=True)
+        found = np.bincount(level, weights=hits, minlength=len(levels))
+        given = np.bincount(level, weights=places, minlength=len(levels))
+        precision = np.cumsum(found) / np.cumsum(given)
+        return float((found * precision)[found > 0].sum() / self._positives)
 
 
-def _top_k(scores: FloatArray, ties: FloatArray, top_k: int) -> npt.NDArray[np.intp]:
-    """Return columns ``(rows, top_k)`` of each row's highest scores, ties by the smaller key."""
-    boundary = -np.partition(-scores, top_k - 1, axis=1)[:, top_k - 1 : top_k]  # (rows, 1)
-    # Above the boundary always in, on it by the tie key, below it never.
-    rank = np.where(scores > boundary, -1.0, np.where(scores == boundary, ties, 2.0))
-    return np.argpartition(rank, top_k - 1, axis=1)[:, :top_k]
+def _share_at(scores: FloatArray, truth: BoolArray, edge: FloatArray) -> FloatArray:
+    """Return the share of positives among each row's scores at its edge ``(rows, 1)``."""
+    tied = scores == edge
+    shares: FloatArray = (tied & truth).sum(axis=1) / tied.sum(axis=1)
+    return shares
 
 
 def global_average_precision(
@@ -96,26 +96,29 @@ def global_average_precision(
 
 
 def hit_at_one(scores: npt.ArrayLike, targets: npt.ArrayLike) -> float:
-    """Share of the samples whose highest score is a positive; ties go to the lower index."""
+    """Share of the samples whose highest score is a positive; of equal ones each counts in part."""
     numbers, truth = _checked(scores, targets)
     if not numbers.size:
         return 0.0
-    return float(truth[np.arange(len(truth)), numbers.argmax(axis=1)].mean())
+    return float(_share_at(numbers, truth, numbers.max(axis=1, keepdims=True)).mean())
 
 
 def precision_at_equal_recall(scores: npt.ArrayLike, targets: npt.ArrayLike) -> float:
     """PERR: precision in each sample's top n, n its number of labels; 0 for one without labels.
+
+    Of scores that are equal at the n-th place each counts in part.
 
     Source: google/youtube-8m, eval_util.py.
     """
     numbers, truth = _checked(scores, targets)
     if not numbers.size:
         return 0.0
-    order = np.argsort(-numbers, axis=1, kind="stable")
-    ranked = np.take_along_axis(truth, order, axis=1)
-    wanted = truth.sum(axis=1)  # (samples,)
-    inside = np.arange(truth.shape[1])[None, :] < wanted[:, None]
-    return float(((ranked & inside).sum(axis=1) / np.maximum(wanted, 1)).mean())
+    wanted = truth.sum(axis=1, keepdims=True)  # (samples, 1)
+    last = np.take_along_axis(-np.sort(-numbers, axis=1), np.maximum(wanted - 1, 0), axis=1)
+    above = numbers > last
+    hits = (above & truth).sum(axis=1)
+    hits = hits + (wanted[:, 0] - above.sum(axis=1)) * _share_at(numbers, truth, last)
+    return float(np.where(wanted[:, 0] > 0, hits / np.maximum(wanted[:, 0], 1), 0.0).mean())
 
 
 class Cuts(NamedTuple):

@@ -1,4 +1,4 @@
-"""Scores of a whole set of posts, each process a part of them."""
+"""Logits of a whole set of posts, each process a part of them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Scored: TypeAlias = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]
 def score_posts(
     fabric: Fabric, model: nn.Module, loading: Loading, posts: Dataset[Sample], batch_size: int
 ) -> Scored:
-    """Return scores and targets of all posts, float32 ``(posts, classes)``, on every rank.
+    """Return logits and targets of all posts, float32 ``(posts, classes)``, on every rank.
 
     Every post is scored once, whatever the number of processes: metrics are those of one.
     """
@@ -36,9 +36,8 @@ def score_posts(
     with torch.inference_mode(), closing(loading.batches(posts, rows)) as batches:
         for batch in batches:
             # In full precision whatever the training's: as the bundle will be served.
-            logits = model(batch.to(fabric.device))
-            scores = torch.sigmoid(logits.float()).cpu()
-            found.append(torch.stack([scores, targets_of(batch)]))  # (2, posts, classes)
+            logits = model(batch.to(fabric.device)).float().cpu()
+            found.append(torch.stack([logits, targets_of(batch)]))  # (2, posts, classes)
     model.train(training)
     both = _gathered(fabric, found, count) if world > 1 else torch.cat(found, dim=1)
     return both[0].numpy(), both[1].numpy()

@@ -16,7 +16,7 @@ SCORES = "scores.npz"
 
 # Pairs of tags in the table of confusions: more are single posts, in most data sets.
 _CONFUSIONS = 40
-# The logarithm of 0 is no number; 1e-12 is far below what float32 scores can differ by.
+# The logarithm of 0 is no number; scores nearer to 0 and 1 are as bad as this one.
 _TINY = 1e-12
 
 
@@ -27,8 +27,8 @@ class Predictions:
     Attributes:
         post_ids: Of every row.
         names: Of every tag.
-        raw: Scores as they leave the model, float32 ``(posts, classes)``.
-        scores: Scores as the bundle gives them: calibrated, where it has a calibration; float32
+        raw: Scores as they leave the model, float64 ``(posts, classes)``.
+        scores: Scores as the bundle gives them: calibrated, where it has a calibration; float64
             ``(posts, classes)``.
         targets: bool ``(posts, classes)``.
         thresholds: float32 ``(classes,)``, on ``scores``.
@@ -36,8 +36,8 @@ class Predictions:
 
     post_ids: tuple[str, ...]
     names: tuple[str, ...]
-    raw: npt.NDArray[np.float32]
-    scores: npt.NDArray[np.float32]
+    raw: npt.NDArray[np.float64]
+    scores: npt.NDArray[np.float64]
     targets: npt.NDArray[np.bool_]
     thresholds: npt.NDArray[np.float32]
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 import base64
 import io
 import os
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from common.errors import MediaError
+from extractors.media.pictures import read_pictures
+
 # A few kilobytes each: 40 cards of three such pictures keep the page below a megabyte.
 _THUMBNAIL, _THUMBNAILS = (160, 120), 3
-_PICTURES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"})
 # Decoding takes 3 bytes a pixel: a picture of 180 MB is no help for a thumbnail.
 _LARGEST_PIXELS = 60_000_000
 # A few lines of a card.
@@ -105,22 +106,14 @@ def _local(source: str, data_file: Path) -> Path | None:
 
 
 def _thumbnail(path: Path) -> str | None:
-    """Return a small copy of a picture, or None where it is none, is broken, or is huge."""
+    """Return a small copy of a picture as the model sees it, or None where it cannot be read."""
     from PIL import Image
 
-    if path.suffix.lower() not in _PICTURES:
-        return None
-    buffer = io.BytesIO()
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of huge or odd pictures, which are left out
-            with Image.open(path) as picture:
-                if picture.width * picture.height > _LARGEST_PIXELS:
-                    return None
-                picture.draft("RGB", (_THUMBNAIL[0] * 2, _THUMBNAIL[1] * 2))
-                small = picture.convert("RGB")
-        small.thumbnail(_THUMBNAIL)
-        small.save(buffer, "JPEG", quality=80)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        small = Image.fromarray(next(read_pictures(path, max_pixels=_LARGEST_PIXELS)))
+    except MediaError:
         return None  # a report cannot repair the pictures of posts
+    small.thumbnail(_THUMBNAIL)
+    buffer = io.BytesIO()
+    small.save(buffer, "JPEG", quality=80)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -41,7 +41,8 @@ from fusion.train.prepare import Prepared
 from fusion.train.run_log import RunLog
 from fusion.train.trainer import Trainer
 
-Scores: TypeAlias = npt.NDArray[np.float32]
+Scores: TypeAlias = npt.NDArray[np.float64]
+Targets: TypeAlias = npt.NDArray[np.float32]
 Served: TypeAlias = FusionModel | Ensemble
 
 BATCH = 64
@@ -54,7 +55,7 @@ class HeldOutScores:
 
     Attributes:
         model: One model, or an ensemble; in evaluation mode.
-        raw: Before calibration, float32 ``(posts, classes)``.
+        raw: Before calibration, float64 ``(posts, classes)``.
     """
 
     model: Served
@@ -69,16 +70,16 @@ class Measured:
     Attributes:
         thresholds: float32 ``(classes,)``.
         metrics: Of calibrated scores at the thresholds; empty without held-out posts.
-        scores: Calibrated, float32 ``(posts, classes)``; of the parts one after another.
+        scores: Calibrated, float64 ``(posts, classes)``; of the parts one after another.
         targets: In the same shape.
     """
 
     calibration: Calibration | None
-    thresholds: Scores
+    thresholds: Targets
     metrics: dict[str, float]
     raw: Scores
     scores: Scores
-    targets: Scores
+    targets: Targets
 
 
 def score_held_out(
@@ -101,7 +102,7 @@ def score_held_out(
     parts: dict[int, Scores] = {}
     for some in gathered(fabric, all_ranks(fabric, mine)):
         parts |= some
-    empty = np.empty((0, len(prepared.labels)), np.float32)
+    empty = np.empty((0, len(prepared.labels)))
     return HeldOutScores(model, posts, np.concatenate([empty, *(parts[start] for start in starts)]))
 
 
@@ -113,9 +114,9 @@ def measure(
     Without held-out posts: no calibration, thresholds of 0.5, no metrics.
     """
     classes = len(prepared.labels)
-    empty = np.empty((0, classes), np.float32)
+    empty = np.empty((0, classes))
     raw = np.concatenate([empty, *(part.raw for part in held_out)])
-    targets = np.concatenate([empty, *(part.posts.targets() for part in held_out)])
+    targets = np.concatenate([empty.astype(np.float32), *(p.posts.targets() for p in held_out)])
     if not len(raw):
         return Measured(None, np.full(classes, 0.5, np.float32), {}, raw, raw, targets)
     calibration = fit_calibration(settings.bundle.calibration, raw, targets)
@@ -143,7 +144,7 @@ def subset_gaps(
         return []
     modalities = {modality_of(stream) for stream in prepared.manifest.dims}
 
-    def chunks() -> Iterator[tuple[Inferer, Sequence[Features], Scores]]:
+    def chunks() -> Iterator[tuple[Inferer, Sequence[Features], Targets]]:
         for part in held_out:
             rows = np.arange(len(part.posts))
             if total > most:

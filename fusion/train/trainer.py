@@ -160,8 +160,8 @@ class Trainer:
             run.model.load_state_dict(load_checkpoint(self.best, self._signature).model)
         return run.progress
 
-    def scores(self, model: nn.Module, data: TrainData, posts: Dataset[Sample]) -> Scored:
-        """Return scores and targets of posts, both float32 ``(posts, classes)``.
+    def logits(self, model: nn.Module, data: TrainData, posts: Dataset[Sample]) -> Scored:
+        """Return logits and targets of posts, both float32 ``(posts, classes)``.
 
         Every process scores a part of them, and has the whole at the end.
         """
@@ -301,14 +301,14 @@ class Trainer:
         interval = settings.valid_interval
         if epoch != settings.epochs and not (interval and epoch % interval == 0):
             return
-        scores, targets = score_posts(
+        logits, targets = score_posts(
             self._fabric, run.validated, run.loading, data.valid, settings.batch_size
         )
-        if np.isnan(scores).any():
+        if np.isnan(logits).any():
             raise ConfigError(
                 f"epoch {epoch}: the model's scores are NaN; lower optimizer.learning_rate"
             )
-        summary = metrics.summary(scores, targets)
+        summary = metrics.summary(logits, targets, thresholds=0.0)  # scores of 0.5
         self.log.write("valid", epoch=epoch, **summary)
         gap = summary["gap"]
         # Of equal epochs the later one has seen the lower learning rate.

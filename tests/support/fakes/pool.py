@@ -244,5 +244,5 @@ def decoded(kind: PartKind) -> Decoded:
 
 def tags_of(task: FuseTask, version: str = "1") -> Tags:
     """One tag."""
-    scores = np.array([0.9, 0.1], np.float32)
+    scores = np.array([0.9, 0.1])
     return Tags(task.features.post_id, "fake", version, (Tag(0, "sport", 0.9),), scores)

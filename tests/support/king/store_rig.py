@@ -117,7 +117,7 @@ def started(
 def tagged(begun: Started, version: str = BUNDLE[1], *names: str) -> Tagged:
     """Tags for a begun post."""
     tags: Sequence[Tag] = [Tag(i, name, 0.75) for i, name in enumerate(names or ("雨",))]
-    scores = np.array([0.75], np.float32)
+    scores = np.array([0.75])
     return Tagged(
         started=begun,
         tags=Tags(begun.post_id, BUNDLE[0], version, tuple(tags), scores),

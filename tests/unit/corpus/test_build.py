@@ -199,7 +199,9 @@ def test_a_smaller_split_leaves_no_old_side(tmp_path: Path) -> None:
     ]
 
 
-def test_kept_posts_stay_and_new_ones_join(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kept_posts_stay_and_new_ones_join(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A grown corpus: the test set of before stays one; a link to it pulls a training post over."""
     monkeypatch.setattr(sides, "_AT_ONCE", 16)
     posts = [_post(i) for i in range(60)]
@@ -220,6 +222,68 @@ def test_kept_posts_stay_and_new_ones_join(tmp_path: Path, monkeypatch: pytest.M
         p: s for p, s in old.items() if p != learned
     }
     assert json.loads((tmp_path / "new/summary.json").read_text())["moved by new links"] == 1
+    said = capsys.readouterr().out
+    assert f"1 posts move, linked with posts of a later side\n  {learned}: train -> test\n" in said
+
+
+def _sides(folder: Path) -> dict[str, str]:
+    return {each["post_id"]: each["side"] for each in _lines(folder / "split.jsonl")}
+
+
+@pytest.mark.parametrize("form", ["json", "jsonl"])
+def test_an_exact_split_is_taken_as_it_is(
+    tmp_path: Path, form: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Linked posts too, which are counted; posts that it does not name are left out."""
+    posts = [_post(i, author="all of one") for i in range(40)]
+    _corpus(tmp_path, posts)
+    ids = [post["post_id"] for post in posts]
+    given = {"train": ids[:25], "valid": ids[25:28], "test": [*ids[28:37], "unknown"]}
+    lines = [{"post_id": p, "side": side} for side, some in given.items() for p in some]
+    path = tmp_path / f"given.{form}"
+    path.write_text(
+        json.dumps(given) if form == "json" else "\n".join(map(json.dumps, lines)), "utf-8"
+    )
+    assert _build(tmp_path, "--split", str(path)) == 0
+    assert _sides(tmp_path / "out") == {
+        p: s for s, some in given.items() for p in some[:25] if p != "unknown"
+    }
+    left_out = {each["post_id"]: each["reason"] for each in _lines(tmp_path / "out/left_out.jsonl")}
+    assert left_out == dict.fromkeys(ids[37:], "not in --split")
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    assert summary["authors, media and texts on two sides"] == 1
+    # A side of its own is enough; and what it says must be a split.
+    path.write_text(json.dumps({"train": ids}), "utf-8")
+    assert _build(tmp_path, "--split", str(path)) == 0
+    assert set(_sides(tmp_path / "out").values()) == {"train"}
+    for content, message in (
+        ({"train": ids, "test": ids[:1]}, "post 'p0' is given to two sides"),
+        ({"train": ids, "dev": []}, "'dev' must be one of train, valid, test"),
+        ({"train": [7]}, "a post_id must be a text: got 7"),
+    ):
+        path.write_text(json.dumps(content), "utf-8")
+        assert _build(tmp_path, "--split", str(path), out="none") == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_split_by_time_holds_every_later_post(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And no earlier one, whoever its author is; the earlier posts are dealt in their groups."""
+    monkeypatch.setattr(sides, "_AT_ONCE", 16)
+    posts = [
+        _post(i, author=f"a{i % 30}", created=f"2026-0{1 + i // 30}-{1 + i % 28:02}T12:00:00Z")
+        for i in range(120)
+    ]
+    posts.append(_post(120, created=None))
+    _corpus(tmp_path, posts)
+    assert _build(tmp_path, "--test_since", "2026-04-01") == 0
+    found = _sides(tmp_path / "out")
+    assert {p for p, side in found.items() if side == "test"} == {f"p{i}" for i in range(90, 120)}
+    assert all(len({found[f"p{i + n}"] for n in (0, 30, 60)}) == 1 for i in range(30))
+    assert 3 <= list(found.values()).count("valid") <= 15
+    [left_out] = _lines(tmp_path / "out/left_out.jsonl")
+    assert (left_out["post_id"], left_out["reason"]) == ("p120", "created is not known")
 
 
 @pytest.mark.parametrize(
@@ -228,6 +292,10 @@ def test_kept_posts_stay_and_new_ones_join(tmp_path: Path, monkeypatch: pytest.M
         ((), "label 'nowhere' is not in the label map; --unknown"),
         (("--valid", "0.6", "--test", "0.5"), "nothing would be left"),
         (("--valid", "-1"), "a share is 0 or more"),
+        (("--split", "a", "--keep", "b"), "--split: not allowed with --keep"),
+        (("--split", "a", "--valid", "0.2"), "--valid: not allowed with --split"),
+        (("--test_since", "2026-01-01", "--test", "0.2"), "--test: not allowed with --test_since"),
+        (("--test_since", "soon"), "--test_since soon: write it as"),
         (("--seed", "-1"), "'--seed'"),
         (("--keep", "none.jsonl", "--unknown", "skip_tag"), "no such data file"),
         (("--manifest", "none.jsonl"), "no such data file"),

@@ -15,6 +15,7 @@ from common.errors import BundleError, ConfigError, FeatureError
 from common.post import Features, Stream
 from fusion.bundle import bundle
 from fusion.infer.inferer import Inferer
+from fusion.metrics.calibration import Temperature
 from tests.support.fusion import support
 
 
@@ -43,6 +44,19 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
         "model.safetensors",
     ]
     assert [p.name for p in tmp_path.iterdir()] == ["b"], "nothing is left beside it"
+
+
+def test_sure_scores_do_not_tie(tmp_path: Path) -> None:
+    """Logits from 17 on are all 1 in float32, and posts that differ would be ranked by chance."""
+    model = support.model("token_transformer")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(5)
+    write(tmp_path / "b", model=model, calibration=Temperature(temperature=1.5))
+    posts = [support.features(f"p{i}", seed=i) for i in range(60)]
+    scores = Inferer.load(tmp_path / "b").scores(posts)
+    assert (scores.astype(np.float32) == 1).sum() > 1
+    assert len(np.unique(scores)) == scores.size
 
 
 def _cut(path: Path) -> None:

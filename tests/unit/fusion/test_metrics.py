@@ -56,8 +56,8 @@ def test_gap_agrees_with_a_slow_implementation() -> None:
         assert found == pytest.approx(slow_gap(scores, targets, top_k), abs=1e-12), seed
 
 
-def test_gap_does_not_depend_on_batches() -> None:
-    """The meter gives the same value whatever pieces the set comes in, ties included."""
+def test_no_order_changes_a_metric() -> None:
+    """Of batches, of samples or of classes, where nearly every score is tied."""
     chance = np.random.default_rng(5)
     scores = chance.integers(0, 4, (50, 30)) / 4
     targets = chance.random((50, 30)) < 0.1
@@ -65,15 +65,24 @@ def test_gap_does_not_depend_on_batches() -> None:
     for start, end in ((0, 7), (7, 8), (8, 31), (31, 50)):
         meter.add(scores[start:end], targets[start:end])
     assert meter.value() == metrics.global_average_precision(scores, targets)
+    found = metrics.summary(scores, targets)
+    for _ in range(5):
+        rows, columns = chance.permutation(50), chance.permutation(30)
+        other = metrics.summary(scores[rows][:, columns], targets[rows][:, columns])
+        assert other == pytest.approx(found, abs=1e-12)
 
 
-def test_ties_are_broken_by_chance_and_not_by_position() -> None:
+def test_ties_count_as_the_mean_of_their_orders() -> None:
     """A model that scores everything alike gains nothing from where the positives stand."""
-    targets = np.zeros((2000, 40))
+    targets = np.zeros((200, 40))
     targets[:, :4] = 1  # first in every row: a stable sort would put them all on top
-    value = metrics.global_average_precision(np.full((2000, 40), 0.5), targets, 20)
-    assert value == pytest.approx(0.1 * 0.5, abs=0.01)
-    assert value == metrics.global_average_precision(np.full((2000, 40), 0.5), targets, 20)
+    same = np.full((200, 40), 0.5)
+    assert metrics.global_average_precision(same, targets, 20) == pytest.approx(0.1 * 0.5)
+    assert metrics.hit_at_one(same, targets) == pytest.approx(0.1)
+    assert metrics.precision_at_equal_recall(same, targets) == pytest.approx(0.1)
+    # 0.9 is in the top 2; of the two at 0.5 one is, and half of it is a positive.
+    found = metrics.global_average_precision([[0.9, 0.5, 0.5, 0.1]], [[1, 1, 0, 0]], 2)
+    assert found == pytest.approx((1 + 0.5 * 1.5 / 2) / 2)
 
 
 def test_gap_counts_positives_outside_the_top_k() -> None:

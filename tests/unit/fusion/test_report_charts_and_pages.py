@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 from pathlib import Path
 
@@ -26,7 +27,7 @@ def some_predictions(
     """Scores that know something of random truth."""
     chance = np.random.default_rng(seed)
     targets = chance.random((posts, tags)) < 0.3
-    scores = (0.35 * targets + 0.65 * chance.random((posts, tags))).astype(np.float32)
+    scores = 0.35 * targets + 0.65 * chance.random((posts, tags))
     return Predictions(
         tuple(f"p{i}" for i in range(posts)),
         tuple(f"{name} {i}" for i in range(tags)),
@@ -146,7 +147,9 @@ def test_pages_escape_everything(tmp_path: Path) -> None:
 def test_posts_are_linked_and_shown(tmp_path: Path) -> None:
     """Local files relative to the report, addresses as they are, pictures small; junk is left."""
     (tmp_path / "media").mkdir()
-    Image.new("RGB", (800, 600), "red").save(tmp_path / "media" / "a b.png")
+    drawing = Image.new("RGBA", (800, 600))
+    drawing.paste("red", (200, 150, 600, 450))
+    drawing.save(tmp_path / "media" / "a b.png")
     (tmp_path / "media" / "broken.jpg").write_bytes(b"no picture")
     entry = {
         "text": "hello  world",
@@ -166,6 +169,8 @@ def test_posts_are_linked_and_shown(tmp_path: Path) -> None:
     ]
     assert len(found.thumbnails) == 1
     assert len(found.thumbnails[0]) < 5000
+    pixels = Image.open(io.BytesIO(base64.b64decode(found.thumbnails[0].partition(",")[2])))
+    assert np.asarray(pixels)[5, 5].min() > 250, "the model sees white where nothing is drawn"
     url = view_post(
         "p/1&",
         {},

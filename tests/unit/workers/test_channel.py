@@ -55,7 +55,7 @@ def test_arrays_arrive_as_they_were_sent(ends: Ends) -> None:
     king, worker = ends
     grid = np.arange(12, dtype=np.float16).reshape(3, 4)
     empty = np.empty((0, 4), np.float16)
-    scores = np.ones(3, np.float32)
+    scores = np.ones(3)
     tag = Tag(1, "cat", np.float64(0.1))
     for array in (grid, grid[:, ::2], empty):
         worker.send(Done(1, Extracted(array=array, also={"video_lstm": array}), 0.5))

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any, Literal
+import threading
+import time
+from pathlib import Path
+from typing import Any, Literal, cast
 
 import numpy as np
 import pytest
@@ -14,7 +17,8 @@ from common.errors import NothingUsable, RetryableError
 from common.post import Failure, Media, Post
 from config.settings import FeatureSettings, Settings
 from extractors.parts import PartKind, slot_bytes
-from workers.post_run import PostPlan, Step
+from tests.support.fakes.pool import FakePool, default_answer
+from workers.post_run import PostPlan, PostRun, PostRuns, PostTags, Step
 from workers.protocol import (
     NO_SLOT,
     ArrayRef,
@@ -26,6 +30,7 @@ from workers.protocol import (
     FetchTask,
     Part,
     Result,
+    TaskDone,
 )
 
 SEPARATE = FeatureSettings(ocr_mode="separate")
@@ -347,3 +352,29 @@ def test_slot_holds_the_most_a_file_can_give(ocr: bool) -> None:
         aligned = list(itertools.accumulate(-(-size // 64) * 64 for size in sizes))
         assert aligned[-1] <= slot_bytes(settings)
     assert slot_bytes(settings) % 4096 == 0
+
+
+def test_the_times_of_stages_add_up_to_the_total(tmp_path: Path) -> None:
+    """However long workers say that they worked on media side by side: it is time by the clock."""
+    ended: list[PostTags] = []
+    pool = FakePool(tmp_path)
+    runs = PostRuns(pool)
+    post = Post("p", "a text", (IMAGE, IMAGE, VIDEO))
+    run = PostRun(
+        plan_of(post),
+        time.monotonic() + 60,
+        "60 s",
+        last=False,
+        on_end=lambda _, outcome: ended.append(cast("PostTags", outcome)),
+    )
+    runs.begin(run)
+    while run.tasks:
+        task_id, step = min(run.tasks.items())
+        threading.Event().wait(0.003)  # the stages take time
+        answer = Decoded(()) if isinstance(step.task, DecodeTask) else default_answer(step.task)
+        runs.handle(TaskDone(task_id, cast("Result", answer), 5.0, "w"))
+    times = dict(ended[0].timings_ms)
+    total = times.pop("total")
+    assert set(times) == {"fetch", "decode", "fuse"}  # the text was extracted beside downloads
+    assert total - len(times) - 5 <= sum(times.values()) <= total
+    assert min(times.values()) > 0
