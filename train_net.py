@@ -28,7 +28,8 @@ def run(arguments: Sequence[str] | None) -> None:
 
         sys.stdout.writelines(
             f"{stage.name}: epochs {stage.epochs}  best epoch {stage.best_epoch}  "
-            f"{shown(stage.metrics)}\nweights {stage.weights}  {stage.seconds:.1f} s\n"
+            f"{shown(stage.metrics, seen=stage.seen)}\n"
+            f"weights {stage.weights}  {stage.seconds:.1f} s\n"
             for stage in train_backbones(settings, MediaItems(), resume=options.resume)
         )
         return
@@ -39,7 +40,8 @@ def run(arguments: Sequence[str] | None) -> None:
     if report.version:  # one process of a distributed run writes the bundle, and speaks
         sys.stdout.write(
             f"epochs {report.epochs}  best epoch {report.best_epoch}  "
-            f"{shown(report.metrics)}\nbundle {report.bundle}  version {report.version}  "
+            f"{shown(report.metrics, seen=report.seen_posts > 0)}\n"
+            f"bundle {report.bundle}  version {report.version}  "
             f"{report.seconds:.1f} s  waiting for data {report.data_wait:.1%}\n"
         )
 

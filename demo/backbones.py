@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast
 
@@ -10,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from common.post import MediaKind, Post
+from common.post_set import PostSet
 from config.labels import LabelMap
 from config.settings import Settings
 from config.train import OptimizerSettings, TrainerSettings
@@ -84,6 +86,7 @@ def train_backbone(
     )
 
     def work(fabric: Any) -> None:
+        learned = PostSet.of(post.post_id for post in read_whole_posts(layout.read("train")))
         parts = _text if name == "text" else _visual
         train, valid, build, save = parts(cast("Visual", name), layout, settings, labels)
         run = BackboneRun(
@@ -95,8 +98,9 @@ def train_backbone(
             trainer.seed,
             on_epoch_end=lambda epoch, _: tell(name, epoch, trainer.epochs, "epochs"),
         )
-        data = TrainData(train, valid, cast("Any", CollateMedia()), len(train))
+        data = TrainData(train, valid, cast("Any", CollateMedia()), len(train), learned)
         weights = Path(getattr(settings.features, name).weights)
+        save = partial(save, learned_from=learned)
         run.train(data, train.targets, build, save, (weights,))
 
     distributed.run(trainer, work)
@@ -122,9 +126,9 @@ def _visual(name: Visual, layout: Layout, settings: Settings, labels: LabelMap) 
             create_backbone(arch, kind, size, "scratch"), size, len(labels), 0.2, kind
         )
 
-    def save(tagger: MediaTagger, out: Path) -> None:
+    def save(tagger: MediaTagger, out: Path, learned_from: PostSet) -> None:
         about = {"arch": arch, "kind": kind, "height": size[0], "width": size[1]}
-        save_weights(tagger.backbone, out, "backbone", about)
+        save_weights(tagger.backbone, out, "backbone", about, learned_from)
 
     train, valid = dataset(layout.read("train"), 6, 0), dataset(layout.read("valid"), 16, None)
     return train, valid, build, save
@@ -151,8 +155,8 @@ def _text(name: Backbone, layout: Layout, settings: Settings, labels: LabelMap) 
     def build() -> TextTagger:
         return TextTagger(len(tokenizer), len(labels))
 
-    def save(tagger: TextTagger, out: Path) -> None:
-        save_text(tagger, tokenizer, out)
+    def save(tagger: TextTagger, out: Path, learned_from: PostSet) -> None:
+        save_text(tagger, tokenizer, out, learned_from)
 
     return train, None, build, save
 

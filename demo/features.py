@@ -66,16 +66,19 @@ def _load_runner(layout: Layout, settings: Settings) -> None:
     global _loaded  # noqa: PLW0603
     import torch
 
+    from extractors.learned import learned_from
     from workers.local import local_runner
 
     torch.set_num_threads(1)
     runner = local_runner(settings, fuse=False)
     runner.start()
-    _loaded = layout, runner
+    _loaded = layout, runner, learned_from(settings.features)
 
 
 def _extract(post: Post) -> None:
     from extractors.feature_file import write_features
+    from extractors.learned import streams_of_post
 
-    layout, runner = _loaded
-    write_features(layout.features, runner.run(post).features, dict(runner.fingerprints))
+    layout, runner, learned = _loaded
+    features, streams = runner.run(post).features, streams_of_post(post.post_id, learned)
+    write_features(layout.features, features, dict(runner.fingerprints), streams)

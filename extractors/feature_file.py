@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,8 @@ class Header:
 
     Attributes:
         inputs: Modality -> digest of what it was made from; only the offline scripts know it.
+        learned_from: Streams whose weights have learned from this very post: a score from them
+            says nothing of new posts.
     """
 
     post_id: str
@@ -53,6 +55,7 @@ class Header:
     failures: Mapping[Modality, Failure]
     ocr_text: str | None
     inputs: Mapping[Modality, str]
+    learned_from: tuple[Stream, ...] = ()
 
 
 def stream_fingerprints(
@@ -93,14 +96,20 @@ def feature_path(root: Path, post_id: str) -> Path:
     return root / hashed[:2] / f"{name}.safetensors"
 
 
-def write_features(root: Path, features: Features, fingerprints: Mapping[Stream, str]) -> Path:
+def write_features(
+    root: Path,
+    features: Features,
+    fingerprints: Mapping[Stream, str],
+    learned_from: Sequence[Stream] = (),
+) -> Path:
     """Write the features of one post under a root, whole or not at all, and return the file's path.
 
     Raises:
         FeatureError: As `features_bytes`.
     """
     path = feature_path(root, features.post_id)
-    write_whole(path, features_bytes(features, fingerprints), sync=False, shared=True)
+    content = features_bytes(features, fingerprints, learned_from=learned_from)
+    write_whole(path, content, sync=False, shared=True)
     return path
 
 
@@ -108,6 +117,7 @@ def features_bytes(
     features: Features,
     fingerprints: Mapping[Stream, str],
     inputs: Mapping[Modality, str] | None = None,
+    learned_from: Sequence[Stream] = (),
 ) -> bytes:
     """Return the content of a feature file; equal features give equal bytes.
 
@@ -115,6 +125,7 @@ def features_bytes(
         features: What the extractors gave.
         fingerprints: Of every stream that the extractors serve, missing ones included.
         inputs: Modality -> digest of what it was made from, where that is known.
+        learned_from: As in `Header`.
 
     Raises:
         FeatureError: An array is not float16 ``(n, dim)``, or has no fingerprint.
@@ -139,6 +150,7 @@ def features_bytes(
         "ocr_text": features.ocr_text,
         **({"inputs": dict(inputs)} if inputs else {}),
         **({"made_of": made_of} if made_of else {}),
+        **({"learned_from": sorted(learned_from)} if learned_from else {}),
     }
     # One key: safetensors writes several in random order.
     metadata = {_KEY: json.dumps(header, sort_keys=True)}
@@ -239,6 +251,7 @@ def _header(path: Path, metadata: Mapping[str, str], post_id: str | None) -> Hea
             failures={m: Failure(**failure) for m, failure in content["failures"].items()},
             ocr_text=content["ocr_text"],
             inputs=content.get("inputs", {}),
+            learned_from=tuple(content.get("learned_from", ())),
         )
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise FeatureError(f"{path}: its header is broken: {one_line(error)}") from error

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import CancelledError, Future
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TypeAlias, TypeVar
@@ -19,6 +19,7 @@ from typing import TypeAlias, TypeVar
 from common.errors import FeatureError, RetryableError, TaggingError, WorkerDied
 from common.files import locked, write_whole
 from common.post import Failure, Features, Modality, Status, Stream, modality_of
+from common.post_set import PostSet
 from corpus.extract.options import Options
 from corpus.extract.work import MODALITIES_OF, Entry, FailedPart, Result, State, Work
 from corpus.runs import Interrupt
@@ -29,6 +30,7 @@ from extractors.feature_file import (
     read_features,
     read_header,
 )
+from extractors.learned import learned_from, streams_of_post
 from workers.post_run import PostTags
 from workers.runner import PostRunner
 
@@ -45,6 +47,7 @@ class FeatureStore:
 
     Attributes:
         fingerprints: Of every stream of the modalities.
+        learned_from: Posts that the weights of each stream have learned from.
         retry_failed: What failed for good before counts as not done.
         node: Name of this machine in results.
     """
@@ -52,6 +55,7 @@ class FeatureStore:
     root: Path
     modalities: frozenset[Modality]
     fingerprints: Mapping[Stream, str]
+    learned_from: Mapping[Stream, PostSet] = field(default_factory=dict)
     retry_failed: bool = False
     node: str = ""
 
@@ -106,6 +110,7 @@ class FeatureStore:
 
     def _merged(self, work: Work, ours: Features, old: tuple[Header, Features] | None) -> bytes:
         made = {modality_of(stream) for stream in self.fingerprints}
+        learned = streams_of_post(work.post.post_id, self.learned_from)
         # What may pass is not finished: without a digest the next run tries it again.
         inputs = {
             m: work.digests[m]
@@ -114,7 +119,7 @@ class FeatureStore:
         }
         if old is None:
             own = ours if "text" in self.modalities else replace(ours, ocr_text=None)
-            return features_bytes(own, self.fingerprints, inputs)
+            return features_bytes(own, self.fingerprints, inputs, learned)
         header, old_features = old
         others = frozenset(header.statuses) - self.modalities
         merged = Features(
@@ -125,7 +130,9 @@ class FeatureStore:
             ocr_text=ours.ocr_text if "text" in self.modalities else header.ocr_text,
         )
         fingerprints = {**_of(header.fingerprints, others), **self.fingerprints}
-        return features_bytes(merged, fingerprints, {**_of(header.inputs, others), **inputs})
+        inputs = {**_of(header.inputs, others), **inputs}
+        learned += tuple(s for s in header.learned_from if modality_of(s) in others)
+        return features_bytes(merged, fingerprints, inputs, learned)
 
 
 def _of(values: Mapping[K, V], modalities: frozenset[Modality]) -> dict[K, V]:
@@ -183,6 +190,7 @@ class LocalEngine:
             self._options.features,
             modalities,
             _of(self._runner.fingerprints, modalities),
+            _of(learned_from(self._options.settings.features), modalities),
             self._options.line.retry_failed,
             self._node,
         )

@@ -14,7 +14,9 @@ from torch import nn
 
 from common.errors import ConfigError, one_line
 from common.files import write_whole
+from common.post_set import PostSet
 from config.settings import LstmSizes
+from extractors.learned import KEY
 from extractors.models.visual import AttentionLstm
 from fusion.backbones.media import STREAM, Kind, best_of_post
 from fusion.data.collate import Batch
@@ -245,7 +247,13 @@ def _feature_dim(backbone: nn.Module, kind: Kind, size: tuple[int, int]) -> int:
     return int(found.shape[1])
 
 
-def save_weights(model: nn.Module, out: Path, key: str, about: Mapping[str, object]) -> None:
+def save_weights(
+    model: nn.Module,
+    out: Path,
+    key: str,
+    about: Mapping[str, object],
+    learned_from: PostSet | None = None,
+) -> None:
     """Write the state_dict that an extractor loads, whole or not at all.
 
     Args:
@@ -253,11 +261,14 @@ def save_weights(model: nn.Module, out: Path, key: str, about: Mapping[str, obje
         out: Path of the ``.safetensors`` file.
         key: ``backbone`` or ``lstm``.
         about: Kept in the file's header as JSON under the key, values as texts.
+        learned_from: Kept there too: features of these posts will be marked.
 
     Raises:
         OSError: The file cannot be written.
     """
     state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     texts = {name: str(value) for name, value in about.items()}
+    if learned_from is not None:
+        texts[KEY] = learned_from.as_text()
     # One key: safetensors writes several in random order, and equal weights must be equal files.
     write_whole(out, save(state, metadata={key: json.dumps(texts, sort_keys=True)}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -13,6 +14,8 @@ import torch
 from torch import nn
 
 from common.files import part_of
+from common.post_set import PostSet
+from extractors.learned import FILE, KEY
 from fusion.backbones.media import STREAM, Chance, MediaDataset
 from fusion.backbones.model import Tagger
 from fusion.data.collate import Batch
@@ -98,7 +101,7 @@ def make_tokenizer(texts: Iterable[str], max_tokens: int) -> Any:
     )
 
 
-def save_text(tagger: TextTagger, tokenizer: Any, folder: Path) -> None:
+def save_text(tagger: TextTagger, tokenizer: Any, folder: Path, learned_from: PostSet) -> None:
     """Write the transformers folder that ``features.text.weights`` names."""
     from transformers.utils import logging
 
@@ -109,4 +112,5 @@ def save_text(tagger: TextTagger, tokenizer: Any, folder: Path) -> None:
     quiet()
     tagger.bert.save_pretrained(part)
     tokenizer.save_pretrained(part)
+    (part / FILE).write_text(json.dumps({KEY: learned_from.as_text()}), encoding="utf-8")
     part.replace(folder)

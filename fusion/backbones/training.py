@@ -13,7 +13,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -25,7 +25,10 @@ from lightning_fabric import Fabric
 from torch import nn
 
 from common.errors import ConfigError
+from common.post_set import PostSet
+from common.progress import notice
 from config.train import BackboneTrainSettings, LossSettings, OptimizerSettings, TrainerSettings
+from extractors.learned import posts_of_weights
 from fusion.backbones.frames import extract_frames
 from fusion.backbones.media import (
     CollateMedia,
@@ -62,12 +65,14 @@ class StageReport:
         name: ``image``, ``tsn`` or ``lstm``.
         weights: What the extractors load.
         metrics: On the validation posts, of the epoch that was kept; empty without validation.
+        seen: These were all learned from.
         best_epoch: That epoch, from 1.
     """
 
     name: str
     weights: Path
     metrics: Mapping[str, float]
+    seen: bool
     best_epoch: int
     epochs: int
     parameters: int
@@ -105,16 +110,18 @@ def _train(
         raise ConfigError(f"{resume}: --resume takes the folder of a run here, with tsn/ in it")
     folder = run_folder(fabric, save_dir, resume)
     posts = prepare(settings, reader, "images" if images else "videos", folder, fabric)
-    task = _Task(settings, reader, fabric, posts, folder)
+    task = _Task(settings, reader, fabric, posts, folder, PostSet())
     stages: tuple[StageReport, ...]
     if images:
         start = task.start("image", resume)
+        task = task.without_learned(start)
         link_latest(fabric, folder)
         stages = (task.pixels("image", f"{settings.backbone.arch}.safetensors", folder, start),)
     else:
         tsn_start = task.start("tsn", resume and resume / "tsn")
         begun = resume is not None and (resume / "lstm" / "ckpt" / LAST).exists()
         lstm_start = task.start("lstm", resume / "lstm" if resume and begun else None)
+        task = task.without_learned(tsn_start)
         link_latest(fabric, folder)
         tsn = task.pixels("tsn", "tsn.safetensors", folder / "tsn", tsn_start)
         stages = (tsn, task.lstm(tsn.weights, lstm_start))
@@ -128,6 +135,26 @@ class _Task:
     fabric: Fabric
     posts: Posts
     folder: Path
+    learned_from: PostSet
+    seen: bool = False
+
+    def without_learned(self, start: Start | None) -> _Task:
+        """Validate on posts that nothing has learned from; where there are none, on seen posts."""
+        weights = Path(self.settings.backbone.weights)
+        learned = PostSet.of(post.post_id for post in self.posts.train)
+        learned |= posts_of_weights(weights) if weights.exists() else PostSet()
+        learned |= PostSet() if start is None else start.learned_from
+        valid = self.posts.valid or ()
+        new = tuple(post for post in valid if post.post_id not in learned)
+        if len(new) < len(valid):
+            rest = "they are left out of validation" if new else "its figures are of seen posts"
+            notice(
+                f"warning: {len(valid) - len(new)} of {len(valid)} validation posts were learned "
+                f"from: {rest}",
+                enabled=self.fabric.is_global_zero,
+            )
+        posts = replace(self.posts, valid=new or self.posts.valid)
+        return replace(self, posts=posts, learned_from=learned, seen=bool(valid) and not new)
 
     def start(self, name: str, resume: Path | None) -> Start | None:
         """Return the start of a stage; None begins from scratch.
@@ -172,7 +199,7 @@ class _Task:
         def save(tagger: MediaTagger, out: Path) -> None:
             side = backbone.image_size
             about = {"arch": backbone.arch, "kind": "picture", "height": side, "width": side}
-            save_weights(tagger.backbone, out, "backbone", about)
+            save_weights(tagger.backbone, out, "backbone", about, self.learned_from)
 
         data = self._data(train, valid or None)
         return run.train(data, train.targets, model, save, self._weights(file))
@@ -205,7 +232,8 @@ class _Task:
 
         def save(tagger: LstmTagger, out: Path) -> None:
             sizes = options.model_dump(include={"projection", "hidden", "join", "width"})
-            save_weights(tagger.lstm, out, "lstm", {**sizes, "frames_dim": store.dim})
+            about = {**sizes, "frames_dim": store.dim}
+            save_weights(tagger.lstm, out, "lstm", about, self.learned_from)
 
         model = partial(LstmTagger, store.dim, options, classes)
         data, files = self._data(train, valid or None), self._weights("video_lstm.safetensors")
@@ -234,7 +262,9 @@ class _Task:
         if loaders is None:
             loaders = default_loaders(self.fabric.device.type, distributed.on_this_host())
         collate = cast("Collate", CollateMedia())
-        return TrainData(train, valid, collate, train_count=len(train), loaders=loaders)
+        return TrainData(
+            train, valid, collate, len(train), self.learned_from, seen=self.seen, loaders=loaders
+        )
 
 
 @dataclass(frozen=True)
@@ -307,6 +337,7 @@ class BackboneRun:
             name=self.name,
             weights=files[-1],
             metrics=scores,
+            seen=data.seen,
             best_epoch=progress.best_epoch,
             epochs=progress.epoch,
             parameters=sum(p.numel() for p in model.parameters()),

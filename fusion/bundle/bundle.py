@@ -26,10 +26,12 @@ from common.errors import BundleError, ConfigError, one_line
 from common.files import file_digest, new_folder
 from common.fingerprint import differing, parts_of, with_parts
 from common.post import Stream, modality_of
+from common.post_set import PostSet
 from config.fusion_models import ModelSettings
 from config.labels import LabelMap
 from config.load import validation_line
 from config.settings import Section
+from extractors.learned import KEY, posts_of_weights
 from fusion.data.collate import Batch
 from fusion.data.schema import FeatureManifest, InputSchema
 from fusion.metrics.calibration import Calibration
@@ -88,6 +90,9 @@ class About(Section):
     thresholds: tuple[float, ...]
     calibration: Calibration | None = None
     metrics: dict[str, float]
+    seen_posts: int = 0
+    """Posts that the metrics are of, where parts had learned from all of them: they then say
+    nothing of new posts, and no threshold was fitted to them."""
     subsets: dict[str, float] = Field(default_factory=dict)
     """GAP where only these modalities are shown, by their names joined with ``+``."""
     averaging: Averaging = "probabilities"
@@ -125,6 +130,8 @@ class Bundle:
         thresholds: float32 ``(classes,)``, on calibrated scores.
         calibration: Makes the model's scores probabilities; None leaves them.
         subsets: GAP where only these modalities are shown; empty where it was not measured.
+        seen_posts: As in `About`.
+        learned_from: The posts that the fusion model has learned from.
     """
 
     name: str
@@ -137,6 +144,8 @@ class Bundle:
     metrics: Mapping[str, float]
     calibration: Calibration | None = None
     subsets: Mapping[str, float] = field(default_factory=dict)
+    seen_posts: int = 0
+    learned_from: PostSet = field(default_factory=PostSet)
 
     @property
     def members(self) -> tuple[FusionModel, ...]:
@@ -156,6 +165,8 @@ def save_bundle(
     metrics: Mapping[str, float],
     calibration: Calibration | None = None,
     subsets: Mapping[str, float] | None = None,
+    seen_posts: int = 0,
+    learned_from: PostSet | None = None,
     made_at: str | None = None,
 ) -> str:
     """Write a bundle; an older one is replaced in one step.
@@ -170,7 +181,7 @@ def save_bundle(
     """
     try:
         with new_folder(folder) as part:
-            digests = _write_weights(part, members_of(model))
+            digests = _write_weights(part, members_of(model), learned_from)
             text = json.dumps(labels.as_json(), ensure_ascii=False, indent=1)
             (part / LABELS).write_text(text + "\n", encoding="utf-8")
             digest = (
@@ -196,6 +207,7 @@ def save_bundle(
                 thresholds=tuple(round(float(t), 6) for t in thresholds),
                 calibration=calibration,
                 metrics={key: float(value) for key, value in metrics.items()},
+                seen_posts=seen_posts,
                 subsets={key: float(value) for key, value in (subsets or {}).items()},
                 averaging=model.averaging if isinstance(model, Ensemble) else "probabilities",
                 weights_sha256=digests[0],
@@ -206,6 +218,8 @@ def save_bundle(
             for entry in content["features"].values():
                 if not entry["made_of"]:
                     del entry["made_of"]
+            if not seen_posts:
+                del content["seen_posts"]
             lines = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
             (part / ABOUT).write_text(lines, encoding="utf-8")
     except OSError as error:
@@ -247,6 +261,8 @@ def load_bundle(folder: Path) -> Bundle:
         metrics=about.metrics,
         calibration=about.calibration,
         subsets=about.subsets,
+        seen_posts=about.seen_posts,
+        learned_from=posts_of_weights(folder / WEIGHTS),
     )
 
 
@@ -295,15 +311,20 @@ def _weight_files(members: int) -> tuple[str, ...]:
     return (WEIGHTS, *(f"members/{i}.safetensors" for i in range(1, members)))
 
 
-def _write_weights(folder: Path, members: tuple[FusionModel, ...]) -> tuple[str, ...]:
-    """Write each member's weights; return the files' digests."""
+def _write_weights(
+    folder: Path, members: tuple[FusionModel, ...], learned_from: PostSet | None
+) -> tuple[str, ...]:
+    """Write each member's weights, the first with the posts of all; return the files' digests."""
     from safetensors.torch import save_file
 
     paths = [folder / file for file in _weight_files(len(members))]
     for member, path in zip(members, paths, strict=True):
         path.parent.mkdir(exist_ok=True)
         state = {k: v.detach().cpu().contiguous() for k, v in member.state_dict().items()}
-        save_file(state, path)
+        about: dict[str, str] | None = None
+        if learned_from is not None and path.name == WEIGHTS:
+            about = {KEY: json.dumps({KEY: learned_from.as_text()})}
+        save_file(state, path, metadata=about)
     return tuple(_sha256(path) for path in paths)
 
 

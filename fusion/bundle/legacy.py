@@ -133,6 +133,7 @@ def with_weights(
         thresholds=base.thresholds,
         metrics={},
         calibration=base.calibration,
+        learned_from=base.learned_from,
         made_at=base.version.partition("-")[0],
     )
 

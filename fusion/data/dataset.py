@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote
@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from common.errors import ConfigError, FeatureError
 from common.post import FeatureArray, Features, Stream, modality_of, streams_of
 from config.train import DataSettings
-from extractors.feature_file import feature_path, read_features, read_header
+from extractors.feature_file import Header, feature_path, read_features, read_header
 from fusion.data.collate import Sample
 from fusion.data.data_file import Record
 from fusion.data.posts import PostList
@@ -38,13 +38,21 @@ class FeatureFiles:
 
     root: Path | None = None
 
-    def fingerprints(self, post_id: str, path: Path | None) -> Mapping[Stream, str]:
-        """Return the fingerprints that a post's features were made with.
+    def header(self, post_id: str, path: Path | None) -> Header:
+        """Return the header of a post's feature file.
 
         Raises:
             FeatureError: There is no such file, or it is broken.
         """
-        return read_header(path or feature_path(self._root(post_id), post_id)).fingerprints
+        return read_header(path or feature_path(self._root(post_id), post_id))
+
+    def has_learned(self, post_id: str, path: Path | None, streams: Container[Stream]) -> bool:
+        """Return whether the weights behind some streams have learned from a post.
+
+        Raises:
+            FeatureError: As `header`.
+        """
+        return any(stream in streams for stream in self.header(post_id, path).learned_from)
 
     def features(
         self, post_id: str, path: Path | None, fingerprints: Mapping[Stream, str] | None
@@ -123,7 +131,7 @@ def _made(
     """Length and fingerprint of the streams that a post has."""
     found = reader.features(record.post_id, record.features, None)
     there = [stream for stream in wanted if stream in found.arrays]
-    made_with = reader.fingerprints(record.post_id, record.features) if there else {}
+    made_with = reader.header(record.post_id, record.features).fingerprints if there else {}
     for stream in there:
         if stream not in made_with:
             raise FeatureError(f"post {record.post_id}: {stream} has no fingerprint")

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from common.errors import ConfigError
+from common.post_set import post_hash
 from common.progress import progress_bar
 from config.labels import LabelMap
 from fusion.data.data_file import Entry, Record, entries, record_of
@@ -85,7 +86,7 @@ class PostList(Sequence[Record]):
                 found = _wanted(entry, path, labels, skip)
                 if found is not None:
                     post_id, tags = found
-                    places.extend((0, entry.start, entry.size, _hash(post_id)))
+                    places.extend((0, entry.start, entry.size, post_hash(post_id)))
                     indices.extend(tags)
                     ends.append(len(indices))
         posts = cls(
@@ -143,7 +144,7 @@ class PostList(Sequence[Record]):
             record = record_of(self.entry(row), str(file), file)
         except ConfigError as error:
             raise self._changed(row) from error
-        if _hash(record.post_id) != int(self._places[row, 3]):
+        if post_hash(record.post_id) != int(self._places[row, 3]):
             raise self._changed(row)
         return record
 
@@ -168,6 +169,11 @@ class PostList(Sequence[Record]):
             ``ends`` ``(posts + 1,)`` and ``labels``, both int64.
         """
         return self._ends, self._indices.astype(np.int64)
+
+    @property
+    def hashes(self) -> npt.NDArray[np.int64]:
+        """Return the hash of each post's ID, `common.post_set.post_hash`, ``(posts,)``."""
+        return self._places[:, 3]
 
     def digest(self) -> str:
         """Equal for equal posts in equal order with equal labels."""
@@ -316,8 +322,3 @@ def _wanted(
             raise
         skip(post_id, "entry" if post_id is None else "label", str(error))
         return None
-
-
-def _hash(post_id: str) -> int:
-    raw = post_id.encode("utf-8", "surrogatepass")
-    return int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little", signed=True)

@@ -35,7 +35,7 @@ from config.labels import LabelMap
 from config.settings import RunSettings
 from fusion.bundle.bundle import Bundle
 from fusion.infer.input import Bad, Input, Labelled
-from fusion.infer.outputs import Outcome, Sink
+from fusion.infer.outputs import Earlier, Outcome, Sink
 from fusion.metrics import ranking as metrics
 
 P = TypeVar("P", bound=Labelled)
@@ -68,7 +68,10 @@ class InferReport:
     Attributes:
         posts: All that are tagged, by this run and by earlier ones.
         labelled: Posts whose true labels and scores of all classes are known.
-        metrics: Over these; empty where there are none.
+        metrics: Over those of these that no part has learned from, where there are any; empty
+            without.
+        seen: Labelled posts that a part has learned from; they are in the metrics only where they
+            are all, and these then say nothing of new posts.
         skipped: Posts that were left out.
         skipped_at: The list of them; None where nothing was left out.
         resumed: Entries of the input that an earlier run had done.
@@ -80,6 +83,7 @@ class InferReport:
     posts: int
     labelled: int
     metrics: dict[str, float]
+    seen: int
     skipped: int
     skipped_at: Path | None
     resumed: int
@@ -99,6 +103,7 @@ class Job(Generic[P]):
         sink: Takes the results.
         skipped: File for the list of posts that are left out; large temporary files are made in
             the same folder.
+        seen: Tells whether the bundle or its extractors' weights have learned from a post.
     """
 
     source: Input[P]
@@ -107,6 +112,7 @@ class Job(Generic[P]):
     settings: RunSettings
     sink: Sink
     skipped: Path
+    seen: Callable[[P], bool]
 
 
 def infer(job: Job[P]) -> InferReport:
@@ -123,12 +129,13 @@ def infer(job: Job[P]) -> InferReport:
     entries = job.source.count()
     try:
         job.skipped.parent.mkdir(parents=True, exist_ok=True)
-        scratch = TemporaryFile(dir=job.skipped.parent)  # noqa: SIM115 - closed by the with below
+        files = [TemporaryFile(dir=job.skipped.parent) for _ in range(2)]  # noqa: SIM115 - below
     except OSError as error:
         raise ConfigError(f"{job.skipped.parent}: cannot be written: {error}") from error
-    with scratch, closing(sink):
+    with files[0], files[1], closing(sink):
         sink.open(lambda: Counter(post.post_id for post in job.source if not isinstance(post, Bad)))
-        rows, bad = _LabelledRows(scratch, job.bundle.labels), list[Bad]()
+        new, seen = (_LabelledRows(file, job.bundle.labels) for file in files)
+        bad, into = list[Bad](), deque[_LabelledRows]()
         resumed = timed = 0
         started = 0.0
         with progress_bar("infer", entries, enabled=settings.progress) as bar:
@@ -136,31 +143,41 @@ def infer(job: Job[P]) -> InferReport:
             def to_tag() -> Iterator[P | Bad]:
                 nonlocal resumed
                 for batch in chunked(job.source, settings.batch_size):
-                    left = list(_not_written(batch, sink, rows))
-                    resumed += len(batch) - len(left)
-                    bar.advance(len(batch) - len(left))
-                    yield from left
+                    left = 0
+                    for post, earlier in _written(batch, sink):
+                        learned = not isinstance(post, Bad) and post.labels and job.seen(post)
+                        rows = seen if learned else new
+                        if earlier is not None and not isinstance(post, Bad):
+                            rows.add(earlier.scores, post.labels)
+                        else:
+                            into.append(rows)
+                            left += 1
+                            yield post
+                    resumed += len(batch) - left
+                    bar.advance(len(batch) - left)
 
             chunks = chunked(to_tag(), settings.batch_size)
             for outcomes in run_chunks(job.maker, devices, chunks):
-                bad += _record(outcomes, sink, rows, skip_bad=settings.skip_bad)
+                places = [into.popleft() for _ in outcomes]
+                bad += _record(outcomes, sink, places, skip_bad=settings.skip_bad)
                 # The first chunk is not timed: the models are loaded before it comes.
                 if started:
                     timed += len(outcomes)
                 started = started or time.monotonic()
                 bar.advance(len(outcomes))
         seconds = time.monotonic() - started
-        measured = rows.measure(job.bundle.thresholds)
+        measured = (new if new.count else seen).measure(job.bundle.thresholds)
         sink.finish()
         _list_skipped(bad, job.skipped)
     return InferReport(
         posts=entries - len(bad),
-        labelled=rows.count,
+        labelled=new.count + seen.count,
         metrics=measured,
+        seen=seen.count,
         skipped=len(bad),
         skipped_at=job.skipped if bad else None,
         resumed=resumed,
-        unscored=rows.unscored,
+        unscored=new.unscored + seen.unscored,
         posts_per_s=timed / seconds if timed else 0.0,
     )
 
@@ -184,9 +201,10 @@ def devices_of(settings: RunSettings) -> list[str]:
     return [f"cuda:{i}" for i in range(asked)] or ["cpu"] * settings.processes
 
 
-def shown(values: Mapping[str, float]) -> str:
-    """Return metrics in one line for a person."""
-    return "  ".join(f"{key} {value:.4f}" for key, value in values.items())
+def shown(values: Mapping[str, float], *, seen: bool = False) -> str:
+    """Return metrics in one line for a person; those of posts that were learned from say so."""
+    text = "  ".join(f"{key} {value:.4f}" for key, value in values.items())
+    return f"of seen posts: {text}" if seen else text
 
 
 def chunked(posts: Iterable[P | Bad], size: int) -> Iterator[list[P | Bad]]:
@@ -259,15 +277,10 @@ def _outcomes(tagger: Tagger[P], chunk: Sequence[P | Bad]) -> list[Outcome]:
     return [post if isinstance(post, Bad) else next(outcomes) for post in chunk]
 
 
-def _not_written(batch: Sequence[P | Bad], sink: Sink, rows: _LabelledRows) -> Iterator[P | Bad]:
-    """Return the posts that are to be tagged; of the others, the scores count as they are."""
+def _written(batch: Sequence[P | Bad], sink: Sink) -> Iterator[tuple[P | Bad, Earlier | None]]:
+    """Return each entry with what is written of it already."""
     written = iter(sink.written([post.post_id for post in batch if not isinstance(post, Bad)]))
-    for post in batch:
-        earlier = None if isinstance(post, Bad) else next(written)
-        if earlier is None:
-            yield post
-        elif not isinstance(post, Bad):
-            rows.add(earlier.scores, post.labels)
+    return ((post, None if isinstance(post, Bad) else next(written)) for post in batch)
 
 
 class _LabelledRows:
@@ -305,21 +318,22 @@ class _LabelledRows:
 
 
 def _record(
-    outcomes: Sequence[Outcome], sink: Sink, rows: _LabelledRows, *, skip_bad: bool
+    outcomes: Sequence[Outcome], sink: Sink, places: Sequence[_LabelledRows], *, skip_bad: bool
 ) -> list[Bad]:
-    """Write a chunk's results; return its bad posts."""
+    """Write a chunk's results, the scores of each into its place; return its bad posts."""
+    pairs = list(zip(outcomes, places, strict=True))
     bad = [outcome for outcome in outcomes if isinstance(outcome, Bad)]
-    results = [outcome for outcome in outcomes if not isinstance(outcome, Bad)]
+    results = [(outcome, rows) for outcome, rows in pairs if not isinstance(outcome, Bad)]
     if skip_bad or not bad:
-        refused = list(sink.write(results))
+        refused = list(sink.write([result for result, _ in results]))
         names = {each.post_id for each in refused}
-        results = [result for result in results if result.post_id not in names]
+        results = [(result, rows) for result, rows in results if result.post_id not in names]
         bad += refused
     if bad and not skip_bad:
         name = f"post {bad[0].post_id}"
         reason = bad[0].reason if name in bad[0].reason else f"{name}: {bad[0].reason}"
         raise FeatureError(f"{reason}; --skip_bad leaves such posts out")
-    for result in results:
+    for result, rows in results:
         rows.add(result.tags.scores, result.labels)
     return bad
 

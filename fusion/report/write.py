@@ -48,6 +48,7 @@ class ReportInput:
         title: Name of the bundle.
         subtitle: Names the posts that the numbers are of.
         facts: About the run; shown as they are, and in ``report.json``.
+        seen_posts: Posts that the numbers are of, where the model has learned from all; else 0.
         predictions: Of validation posts; None leaves out everything that needs them.
         runs: Events of each training's log.
         subsets: The best first; empty leaves their chapter out.
@@ -62,6 +63,7 @@ class ReportInput:
     runs: Sequence[Sequence[Mapping[str, Any]]] = ()
     subsets: Sequence[SubsetGap] = ()
     calibration: str = "none"
+    seen_posts: int = 0
     view: Callable[[Sequence[int]], Mapping[int, PostView]] = field(default=lambda _: {})
 
 
@@ -89,10 +91,13 @@ def write_report(
 
 def _write(folder: Path, content: ReportInput, settings: ReportSettings, bar: Bar) -> None:
     numbers: dict[str, Any] = {"facts": dict(content.facts)}
+    if content.seen_posts:
+        numbers["seen_posts"] = content.seen_posts
     shown: dict[str, Any] = {"predictions": False}
     figures: dict[str, Callable[[], Figure | None]] = {}
     if any(event["event"] == "epoch" for run in content.runs for event in run):
-        figures["training"] = lambda: charts.training_curves(content.runs)
+        seen = bool(content.seen_posts)
+        figures["training"] = lambda: charts.training_curves(content.runs, seen=seen)
     if content.predictions is not None and len(content.predictions.post_ids):
         content.predictions.save(folder / SCORES)
         more, shown, measured = _measured(content, content.predictions, settings)
@@ -110,6 +115,7 @@ def _write(folder: Path, content: ReportInput, settings: ReportSettings, bar: Ba
         _TEMPLATE,
         title=f"Training of {content.title}",
         subtitle=content.subtitle,
+        seen=content.seen_posts,
         runs=len(content.runs),
         facts=[(name, _fact(value)) for name, value in content.facts.items()],
         subsets=[

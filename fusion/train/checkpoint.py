@@ -13,6 +13,7 @@ import yaml
 
 from common.errors import ConfigError
 from common.files import part_of, publish, sync_file
+from common.post_set import PostSet
 from config.fusion_models import ModelSettings
 from config.labels import LabelMap
 from fusion.bundle.bundle import ABOUT, WEIGHTS, About, load_bundle
@@ -61,6 +62,7 @@ class Checkpoint:
         schedule: state_dict.
         average: state_dict of the moving average, or None.
         scaler: state_dict of what scales the loss in fp16; empty without.
+        learned_from: The posts that the weights have learned from, as `PostSet.as_text`.
     """
 
     signature: str
@@ -70,6 +72,7 @@ class Checkpoint:
     schedule: dict[str, Any] = field(default_factory=dict)
     average: dict[str, Any] | None = None
     scaler: dict[str, Any] = field(default_factory=dict)
+    learned_from: str = ""
 
 
 def signature(parts: Mapping[str, Any]) -> str:
@@ -140,6 +143,11 @@ class Start:
     path: Path
     checkpoint: Checkpoint
     best: Path | None = None
+
+    @property
+    def learned_from(self) -> PostSet:
+        """Return the posts that the weights have learned from."""
+        return PostSet.from_text(self.checkpoint.learned_from)
 
     @property
     def exact(self) -> bool:
@@ -222,4 +230,5 @@ def _bundled(folder: Path, path: Path, signed: str) -> Start:
     found = model_signature(options, bundle.manifest, bundle.schema, bundle.labels)
     if found != signed:
         raise ConfigError(f"{path}: {difference(found, signed)}")
-    return Start(path, Checkpoint(signed, Progress(0), model.state_dict()))
+    learned = bundle.learned_from.as_text()
+    return Start(path, Checkpoint(signed, Progress(0), model.state_dict(), learned_from=learned))

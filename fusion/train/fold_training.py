@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from common.errors import ConfigError
 from common.files import write_whole
+from common.post_set import PostSet
 from common.progress import notice
 from config.train import TrainSettings
 from fusion.bundle.bundle import members_of
@@ -32,7 +33,7 @@ from fusion.train.members import (
     seed_of,
     train_model,
 )
-from fusion.train.prepare import Prepared
+from fusion.train.prepare import HeldOut, Prepared
 from fusion.train.run_log import RunLog
 
 FOLDS, DONE, SCORES = "folds.json", "done.json", "scores.npy"
@@ -52,8 +53,16 @@ def pool_of(settings: TrainSettings, prepared: Prepared) -> PostList:
 class FoldTraining:
     """k trainings in ``fold-1`` and so on; those that are done are not done again."""
 
-    def __init__(self, job: Job, pool: PostList) -> None:
-        self._job, self._pool = job, pool
+    def __init__(self, job: Job, pool: PostList, left_out: HeldOut, valid: HeldOut) -> None:
+        """Make one.
+
+        Args:
+            job: The training's.
+            pool: The posts that the folds share out.
+            left_out: Those of the pool that may be measured on, when they are left out.
+            valid: What the ensemble is measured on, where the validation posts are not pooled.
+        """
+        self._job, self._pool, self._left_out, self._valid = job, pool, left_out, valid
         self._fabric, self._settings = job.fabric, job.settings
         self._folder = job.settings.trainer.save_dir
         self._log = RunLog(self._folder / "log" / "train.jsonl", enabled=job.fabric.is_global_zero)
@@ -65,14 +74,17 @@ class FoldTraining:
         seed = all_ranks(self._fabric, partial(self._begin, resumed=resumed))
         ends, labels = self._pool.label_rows()
         parts = stratified_folds(ends, labels, len(job.prepared.labels), count, seed)
+        for note in dict.fromkeys((self._left_out.note, self._valid.note)):
+            if note:
+                notice(f"warning: {note}", enabled=self._fabric.is_global_zero)
+                self._log.write("warning", text=note)
         folds = [self._fold(i, parts == i, seed, resumed=resumed) for i in range(count)]
         models = [model for fold in folds for model in members_of(fold.model)]
         model = joined(models, self._settings)
         held_out = tuple(scores for fold in folds for scores in fold.held_out)
-        valid = job.prepared.valid
-        if valid is not None and not self._settings.ensemble.pool_valid:
-            scores = score_held_out(self._fabric, self._settings, job.prepared, model, valid)
-            held_out = (scores,)
+        if self._valid.posts and not self._settings.ensemble.pool_valid:
+            posts = self._valid.posts
+            held_out = (score_held_out(self._fabric, self._settings, job.prepared, model, posts),)
         return Trained(
             model=model,
             held_out=held_out,
@@ -106,6 +118,8 @@ class FoldTraining:
         options = {key: settings[key] for key in ("model", "loss", "optimizer", "ensemble")}
         trainer = {key: settings["trainer"][key] for key in ("epochs", "batch_size", "patience")}
         parts = [self._job.signature, options, trainer, self._pool.digest()]
+        if self._left_out.note and self._left_out.posts:
+            parts.append(self._left_out.posts.digest())
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def _fold(
@@ -117,7 +131,10 @@ class FoldTraining:
         settings = self._settings.model_copy(update={"trainer": trainer})
         prepared = self._job.prepared if fold == 0 else replace(self._job.prepared, notes=())
         job = Job(fabric, settings, prepared, self._job.signature)
-        rest, out = (self._pool.take(np.flatnonzero(rows)) for rows in (~left_out, left_out))
+        rest = self._pool.take(np.flatnonzero(~left_out))
+        measured = PostSet(() if self._left_out.posts is None else self._left_out.posts.hashes)
+        out = self._pool.take(np.flatnonzero(left_out & measured.holds(self._pool.hashes)))
+        held_out = HeldOut(out, self._left_out.seen) if len(out) else HeldOut(None)
         count = settings.ensemble.folds
         # Every process looks before one of them may write.
         done = resumed and (folder / DONE).exists()
@@ -125,20 +142,22 @@ class FoldTraining:
         if done:
             notice(f"fold {fold + 1} of {count}: there already", enabled=self._shown)
             model = joined(_trained_models(job), settings)
-            scores = HeldOutScores(model, out, np.load(folder / SCORES, allow_pickle=False))
+            raw = np.load(folder / SCORES, allow_pickle=False).astype(np.float64)
+            scores = (HeldOutScores(model, out, raw),) if len(out) else ()
             log = RunLog(folder / "log" / "train.jsonl", enabled=False)
             facts = _read_json(folder / DONE)
-            return Trained(model, (scores,), logs=(log.path,), log=log, **facts)
+            return Trained(model, scores, logs=(log.path,), log=log, **facts)
         notice(f"fold {fold + 1} of {count}", enabled=self._shown)
         start = None
         if resumed and (folder / "ckpt" / LAST).exists():
             start = all_ranks(fabric, partial(find_start, folder, job.signature))
-        trained = train_model(job, rest, out, seed=seed + fold, start=start)
+        trained = train_model(job, rest, held_out, seed=seed + fold, start=start)
         facts = {key: getattr(trained, key) for key in ("best_epoch", "epochs", "data_wait")}
         self._log.write("fold", fold=fold + 1, learned=len(rest), left_out=len(out), **facts)
         if fabric.is_global_zero:
             buffer = io.BytesIO()
-            np.save(buffer, trained.held_out[0].raw, allow_pickle=False)
+            raw = trained.held_out[0].raw if trained.held_out else np.empty(0)
+            np.save(buffer, raw, allow_pickle=False)
             _write(folder / SCORES, buffer.getvalue())
             _write(folder / DONE, json.dumps(facts).encode())
         trained.log.close()

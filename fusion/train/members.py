@@ -16,6 +16,7 @@ from lightning_fabric import Fabric
 from torch import nn
 
 from common.post import Features, modality_of
+from common.post_set import PostSet
 from common.progress import notice, progress_bar
 from config.train import TrainSettings
 from fusion.bundle.bundle import Bundle, Ensemble
@@ -37,7 +38,7 @@ from fusion.train.checkpoint import (
 from fusion.train.distributed import all_ranks, gathered
 from fusion.train.losses import Objective, TaggingLoss
 from fusion.train.optimizer import cycle_ends
-from fusion.train.prepare import Prepared
+from fusion.train.prepare import HeldOut, Prepared
 from fusion.train.run_log import RunLog
 from fusion.train.trainer import Trainer
 
@@ -70,6 +71,7 @@ class Measured:
     Attributes:
         thresholds: float32 ``(classes,)``.
         metrics: Of calibrated scores at the thresholds; empty without held-out posts.
+        seen_posts: Posts that the metrics are of, where parts have learned from them; else 0.
         scores: Calibrated, float64 ``(posts, classes)``; of the parts one after another.
         targets: In the same shape.
     """
@@ -80,6 +82,7 @@ class Measured:
     raw: Scores
     scores: Scores
     targets: Targets
+    seen_posts: int = 0
 
 
 def score_held_out(
@@ -107,18 +110,23 @@ def score_held_out(
 
 
 def measure(
-    settings: TrainSettings, prepared: Prepared, held_out: Sequence[HeldOutScores]
+    settings: TrainSettings, prepared: Prepared, held_out: Sequence[HeldOutScores], *, seen: bool
 ) -> Measured:
     """Fit calibration and thresholds, and measure.
 
-    Without held-out posts: no calibration, thresholds of 0.5, no metrics.
+    Without held-out posts: no calibration, thresholds of 0.5, no metrics. To seen posts nothing is
+    fitted either.
     """
     classes = len(prepared.labels)
-    empty = np.empty((0, classes))
+    empty, half = np.empty((0, classes)), np.full(classes, 0.5, np.float32)
     raw = np.concatenate([empty, *(part.raw for part in held_out)])
     targets = np.concatenate([empty.astype(np.float32), *(p.posts.targets() for p in held_out)])
     if not len(raw):
-        return Measured(None, np.full(classes, 0.5, np.float32), {}, raw, raw, targets)
+        return Measured(None, half, {}, raw, raw, targets)
+    if seen:
+        return Measured(
+            None, half, metrics.summary(raw, targets), raw, raw, targets, seen_posts=len(raw)
+        )
     calibration = fit_calibration(settings.bundle.calibration, raw, targets)
     scores = calibrated(calibration, raw)
     thresholds = fit_thresholds(
@@ -224,14 +232,14 @@ class Trained:
 
 
 def train_model(
-    job: Job, posts: PostList, valid: PostList | None, *, seed: int, start: Start | None
+    job: Job, posts: PostList, held_out: HeldOut, *, seed: int, start: Start | None
 ) -> Trained:
     """Train a model, or its snapshots, and score the validation posts with the best weights.
 
     Args:
         job: The training's.
         posts: To learn from.
-        valid: Chooses the best epoch.
+        held_out: Its posts choose the best epoch.
         seed: Of weights, order and noise.
         start: Where to begin.
 
@@ -258,7 +266,7 @@ def train_model(
         seed=seed,
         on_epoch_end=snapshots,
     )
-    for note in prepared.notes:
+    for note in filter(None, (*prepared.notes, held_out.note)):
         notice(f"warning: {note}", enabled=fabric.is_global_zero)
         trainer.log.write("warning", text=note)
     objective = Objective(
@@ -267,14 +275,15 @@ def train_model(
         auxiliary=settings.model.auxiliary,
         mixup=settings.loss.mixup,
     )
-    progress = trainer.fit(objective, prepared.data(settings, posts, valid), start)
+    earlier = PostSet() if start is None else start.learned_from
+    progress = trainer.fit(objective, prepared.data(settings, posts, held_out, earlier), start)
     served = joined((model,) if snapshots is None else snapshots.models(), settings)
-    held_out: tuple[HeldOutScores, ...] = ()
-    if valid is not None:
-        held_out = (score_held_out(fabric, settings, prepared, served, valid),)
+    scores: tuple[HeldOutScores, ...] = ()
+    if held_out.posts:
+        scores = (score_held_out(fabric, settings, prepared, served, held_out.posts),)
     return Trained(
         model=served,
-        held_out=held_out,
+        held_out=scores,
         best_epoch=progress.best_epoch,
         epochs=progress.epoch,
         logs=(trainer.log.path,),

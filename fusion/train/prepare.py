@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
+import numpy.typing as npt
 from lightning_fabric import Fabric
 
 from common.errors import ConfigError, FeatureError
 from common.files import write_whole
+from common.post_set import PostSet
 from common.progress import progress_bar
 from config.labels import LabelMap
 from config.train import TrainSettings
@@ -24,6 +28,8 @@ from fusion.data.posts import PostList, Skip
 from fusion.data.schema import FeatureManifest, InputSchema
 from fusion.train.distributed import all_ranks, gathered, on_this_host
 from fusion.train.trainer import TrainData
+
+T = TypeVar("T")
 
 # Tags named in one warning: about two lines of a terminal.
 _SHOWN_TAGS = 10
@@ -52,7 +58,9 @@ class Prepared:
     reader: FeatureFiles
     notes: tuple[str, ...] = ()
 
-    def data(self, settings: TrainSettings, posts: PostList, valid: PostList | None) -> TrainData:
+    def data(
+        self, settings: TrainSettings, posts: PostList, held_out: HeldOut, learned_from: PostSet
+    ) -> TrainData:
         """Return posts to learn from, and to validate on, as the trainer takes them."""
         # Loader processes would each keep a cache of their own.
         cache_mb = 0 if self.loaders else settings.data.cache_mb // 2
@@ -65,11 +73,75 @@ class Prepared:
         )
         return TrainData(
             train=build(posts),
-            valid=None if valid is None else build(valid),
+            valid=build(held_out.posts) if held_out.posts else None,
             collate=Collate(self.schema),
             train_count=len(posts),
+            learned_from=learned_from | PostSet(posts.hashes),
+            seen=held_out.seen,
             loaders=self.loaders,
         )
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The posts that are validated on.
+
+    Attributes:
+        posts: Those that no part has learned from; where there are none, all; None without.
+        seen: Parts have learned from all of them: figures of them say nothing of new posts.
+        note: A line for the person at the terminal; empty where no post was learned from.
+    """
+
+    posts: PostList | None
+    seen: bool = False
+    note: str = ""
+
+    @classmethod
+    def of(cls, posts: PostList | None, learned: npt.NDArray[np.bool_]) -> HeldOut:
+        """Leave out the posts that a part has learned from, bool ``(posts,)``."""
+        count = int(learned.sum())
+        if posts is None or not count:
+            return cls(posts)
+        by = "the weights of features, or of the model itself, have learned from them"
+        if count < len(posts):
+            note = f"{count} of {len(posts)} posts are left out of validation: {by}"
+            return cls(posts.take(np.flatnonzero(~learned)), note=note)
+        note = (
+            f"all {count} validation posts are seen posts: {by}; figures of them say nothing of "
+            "new posts, and no threshold is fitted to them"
+        )
+        return cls(posts, seen=True, note=note)
+
+
+def rows_learned_from(
+    settings: TrainSettings,
+    fabric: Fabric,
+    prepared: Prepared,
+    posts: PostList | None,
+    earlier: PostSet,
+) -> npt.NDArray[np.bool_]:
+    """Return which posts a part has learned from, bool ``(posts,)``.
+
+    Parts are the extractors, as the feature files tell, and a model with the posts ``earlier``.
+
+    Raises:
+        FeatureError: A feature file cannot be read.
+    """
+    if posts is None:
+        return np.zeros(0, np.bool_)
+    streams, reader = frozenset(prepared.manifest.dims), prepared.reader
+
+    def learned(row: int) -> bool:
+        record = posts[row]
+        return reader.has_learned(record.post_id, record.features, streams)
+
+    found = earlier.holds(posts.hashes)
+    progress = settings.trainer.progress and fabric.is_global_zero
+    check = partial(_by_row, fabric, posts, learned, f"look at {posts.paths[0].name}", progress)
+    for part in gathered(fabric, all_ranks(fabric, check)):
+        for row, told in part:
+            found[row] |= told
+    return found
 
 
 def prepare(settings: TrainSettings, reader: FeatureFiles, fabric: Fabric) -> Prepared:
@@ -186,7 +258,6 @@ def _readable(
     """Return the posts whose features can be read; each process reads a part of the files."""
     posts = dataset.posts
     file = posts.paths[0]
-    rows = range(fabric.global_rank, len(posts), fabric.world_size)
 
     def reason(row: int) -> str | None:
         try:
@@ -195,18 +266,25 @@ def _readable(
             return str(error)
         return None
 
-    bad: list[tuple[int, str]] = []
-    shown = progress_bar(f"check {file.name}", len(rows), enabled=progress)
-    with shown as bar, ThreadPoolExecutor(_READERS) as readers:
-        for start in range(0, len(rows), _AT_ONCE):
-            some = rows[start : start + _AT_ONCE]
-            for row, why in zip(some, readers.map(reason, some), strict=True):
-                if why is not None:
-                    bad.append((row, why))
-            bar.advance(len(some))
-    everyone = sorted(found for part in gathered(fabric, bad) for found in part)
+    found = gathered(fabric, _by_row(fabric, posts, reason, f"check {file.name}", progress))
+    everyone = sorted((row, why) for part in found for row, why in part if why is not None)
     for row, why in everyone:
         skipped.add(file, posts[row].post_id, "features", why)
     if len(everyone) == len(posts):
         raise ConfigError(f"{file}: features of no post can be used; the first: {everyone[0][1]}")
     return posts.take(np.delete(np.arange(len(posts)), [row for row, _ in everyone]))
+
+
+def _by_row(
+    fabric: Fabric, posts: PostList, work: Callable[[int], T], title: str, progress: bool
+) -> list[tuple[int, T]]:
+    """Return what ``work`` gives for each row of this process's part of the posts."""
+    rows = range(fabric.global_rank, len(posts), fabric.world_size)
+    found: list[tuple[int, T]] = []
+    shown = progress_bar(title, len(rows), enabled=progress)
+    with shown as bar, ThreadPoolExecutor(_READERS) as readers:
+        for start in range(0, len(rows), _AT_ONCE):
+            some = rows[start : start + _AT_ONCE]
+            found += zip(some, readers.map(work, some), strict=True)
+            bar.advance(len(some))
+    return found

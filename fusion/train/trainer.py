@@ -14,7 +14,7 @@ import random
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, TypeAlias, cast
 
@@ -27,6 +27,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import Dataset
 
 from common.errors import ConfigError
+from common.post_set import PostSet
 from common.progress import Bar, notice, progress_bar
 from config.train import OptimizerSettings, TrainerSettings
 from fusion.data.collate import Batch, Collate, Sample
@@ -65,6 +66,8 @@ class TrainData:
 
     Attributes:
         valid: None trains without validation.
+        learned_from: The posts to learn from, and those that the start has learned from.
+        seen: The validation posts are among them: their figures say nothing of new posts.
         loaders: Processes that read; 0 reads in a thread of this one.
     """
 
@@ -72,6 +75,8 @@ class TrainData:
     valid: Dataset[Sample] | None
     collate: Collate
     train_count: int
+    learned_from: PostSet = field(default_factory=PostSet)
+    seen: bool = False
     loaders: int = 0
 
 
@@ -309,7 +314,8 @@ class Trainer:
                 f"epoch {epoch}: the model's scores are NaN; lower optimizer.learning_rate"
             )
         summary = metrics.summary(logits, targets, thresholds=0.0)  # scores of 0.5
-        self.log.write("valid", epoch=epoch, **summary)
+        seen = {"seen_posts": len(logits)} if data.seen else {}
+        self.log.write("valid", epoch=epoch, **summary, **seen)
         gap = summary["gap"]
         # Of equal epochs the later one has seen the lower learning rate.
         progress.stale = 0 if gap > progress.best_gap else progress.stale + 1
@@ -322,7 +328,12 @@ class Trainer:
         """Write ``last.pt``, from which a run goes on; or ``best.pt``, which only has weights."""
         if self._fabric.is_global_zero:
             model = run.model if whole else run.validated
-            checkpoint = Checkpoint(self._signature, run.progress, model.state_dict())
+            checkpoint = Checkpoint(
+                self._signature,
+                run.progress,
+                model.state_dict(),
+                learned_from=run.data.learned_from.as_text(),
+            )
             if whole:
                 checkpoint.optimizer = run.optimizer.state_dict()
                 checkpoint.schedule = run.schedule.state_dict()
@@ -402,5 +413,6 @@ def _seed_all(seed: int) -> None:
 
 def _note(run: _Run) -> str:
     progress = run.progress
-    best = f" best gap {progress.best_gap:.4f}" if progress.best_gap >= 0 else ""
+    seen = " of seen posts" if run.data.seen else ""
+    best = f" best gap {progress.best_gap:.4f}{seen}" if progress.best_gap >= 0 else ""
     return f"epoch {progress.epoch} loss {run.loss:.4f}{best}"

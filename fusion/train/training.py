@@ -13,6 +13,7 @@ import numpy as np
 from lightning_fabric import Fabric
 
 from common.errors import ConfigError
+from common.post_set import PostSet
 from common.progress import notice
 from config.train import TrainSettings
 from fusion.bundle.bundle import members_of, save_bundle
@@ -37,7 +38,7 @@ from fusion.train.members import (
     subset_gaps,
     train_model,
 )
-from fusion.train.prepare import Prepared, prepare
+from fusion.train.prepare import HeldOut, Prepared, prepare, rows_learned_from
 from fusion.train.run_folder import (
     keep_bundle,
     link_latest,
@@ -57,6 +58,7 @@ class TrainReport:
         version: Of the bundle; empty in the processes that did not write it.
         run: The folder of the run.
         metrics: On posts that were not learned from, at the bundle's thresholds; empty without any.
+        seen_posts: Posts that the metrics are of, where parts have learned from all; else 0.
         best_epoch: The epoch that was kept, from 1; of several models the first one's.
         epochs: Epochs that were done.
         parameters: Of all members together.
@@ -68,6 +70,7 @@ class TrainReport:
     version: str
     run: Path
     metrics: Mapping[str, float]
+    seen_posts: int
     best_epoch: int
     epochs: int
     parameters: int
@@ -114,23 +117,32 @@ def _train(
     prepared = prepare(settings, reader, fabric)
     signature = model_signature(settings.model, prepared.manifest, prepared.schema, prepared.labels)
     job = Job(fabric, settings, prepared, signature)
+    learned_rows = partial(rows_learned_from, settings, fabric, prepared)
     if folds:
         pool = all_ranks(fabric, partial(pool_of, settings, prepared))
+        learned = PostSet(pool.hashes)
+        held_out = left_out = HeldOut.of(pool, learned_rows(pool, PostSet()))
+        if not settings.ensemble.pool_valid:
+            held_out = HeldOut.of(prepared.valid, learned_rows(prepared.valid, learned))
         link_latest(fabric, folder)
-        trained = FoldTraining(job, pool).train(resumed=resume is not None)
+        folding = FoldTraining(job, pool, left_out, held_out)
+        trained = folding.train(resumed=resume is not None)
     else:
         start = start_of(job, resume)
+        learned = PostSet(prepared.posts.hashes) | (start.learned_from if start else PostSet())
+        held_out = HeldOut.of(prepared.valid, learned_rows(prepared.valid, learned))
         link_latest(fabric, folder)
         seed = int(fabric.broadcast(seed_of(settings, start)))
-        trained = train_model(job, prepared.posts, prepared.valid, seed=seed, start=start)
-    measured = measure(settings, prepared, trained.held_out)
-    version, page = all_ranks(fabric, partial(_write, job, trained, measured, started))
+        trained = train_model(job, prepared.posts, held_out, seed=seed, start=start)
+    measured = measure(settings, prepared, trained.held_out, seen=held_out.seen)
+    version, page = all_ranks(fabric, partial(_write, job, trained, measured, learned, started))
     trained.log.close()
     return TrainReport(
         bundle=settings.bundle.folder,
         version=version,
         run=folder,
         metrics=measured.metrics,
+        seen_posts=measured.seen_posts,
         best_epoch=trained.best_epoch,
         epochs=trained.epochs,
         parameters=sum(p.numel() for m in members_of(trained.model) for p in m.parameters()),
@@ -150,14 +162,15 @@ def _check_folds(resume: Path, folder: Path) -> None:
 
 
 def _write(
-    job: Job, trained: Trained, measured: Measured, started: float
+    job: Job, trained: Trained, measured: Measured, learned_from: PostSet, started: float
 ) -> tuple[str, Path | None]:
     """Write bundle and report; return the bundle's version and the report's page."""
     settings, prepared = job.settings, job.prepared
     if not job.fabric.is_global_zero:
         return "", None
     subsets = []
-    if settings.report.enabled:
+    # Seen posts say which modality's weights know them, not which one tells more of new posts.
+    if settings.report.enabled and not measured.seen_posts:
         subsets = subset_gaps(
             job.fabric, settings, prepared, trained.held_out, measured.calibration
         )
@@ -173,6 +186,8 @@ def _write(
         metrics=measured.metrics,
         calibration=measured.calibration,
         subsets={subset.name: subset.gap for subset in subsets},
+        seen_posts=measured.seen_posts,
+        learned_from=learned_from,
     )
     if copy is not None:
         notice(f"{settings.bundle.folder}: the bundle that was there is kept in {copy}")
@@ -182,6 +197,7 @@ def _write(
         version=version,
         data_wait=round(trained.data_wait, 4),
         **measured.metrics,
+        **({"seen_posts": measured.seen_posts} if measured.seen_posts else {}),
     )
     if len(measured.scores):
         aps = average_precisions(measured.scores, measured.targets)  # NaN without positives
@@ -219,7 +235,8 @@ def _report(
         )
     given = ReportInput(
         title=settings.bundle.name,
-        subtitle=_subtitle(settings, len(places)),
+        subtitle=_subtitle(settings, len(places), seen=bool(measured.seen_posts)),
+        seen_posts=measured.seen_posts,
         facts=_facts(settings, prepared, trained, version=version, seconds=seconds),
         predictions=predictions,
         runs=[read_run(path) for path in trained.logs],
@@ -230,9 +247,15 @@ def _report(
     return write_report(folder, given, settings.report, progress=settings.trainer.progress)
 
 
-def _subtitle(settings: TrainSettings, held: int) -> str:
+def _subtitle(settings: TrainSettings, held: int, *, seen: bool) -> str:
     if not held:
         return "There are no validation posts: nothing was measured."
+    if seen:
+        return (
+            f"Measured on {held:,} seen posts: parts of the model have learned from every one of "
+            "them, so no figure here says anything of new posts. Extract features out of fold "
+            "(scripts/out_of_fold_features.py), or validate on other posts."
+        )
     folds = settings.ensemble.folds
     if folds and settings.ensemble.pool_valid:
         return f"Measured on {held:,} posts, each with the model that has not learned from it."

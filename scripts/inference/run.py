@@ -12,12 +12,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from common.errors import ConfigError
+from common.errors import ConfigError, FeatureError
+from common.post import Post
+from common.post_set import PostSet
 from common.urls import redact
 from config.settings import InferSettings, RunSettings, Settings, is_database
 from fusion.bundle.bundle import Bundle, load_bundle
 from fusion.bundle.legacy import resolve_model
-from fusion.data.data_file import post_to_tag
+from fusion.data.data_file import Record, post_to_tag
 from fusion.data.dataset import FeatureFiles
 from fusion.infer.inference import InferReport, Job, infer, shown
 from fusion.infer.inferer import FeatureTagger
@@ -43,9 +45,12 @@ def _job(settings: InferSettings | Settings, options: InferOptions, scratch: Pat
     if isinstance(settings, InferSettings):
         bundle = load_bundle(settings.bundle)
         read: Callable[[Any, Path, str], Any] = read_record
-        maker: Any = partial(FeatureTagger, settings, FeatureFiles(settings.features))
+        files = FeatureFiles(settings.features)
+        maker: Any = partial(FeatureTagger, settings, files)
+        seen: Callable[[Any], bool] = partial(_seen_by_features, files, bundle)
     else:
         from common.logs import configure_logs
+        from extractors.learned import learned_from
         from scripts.inference.raw_media import RawMaker
 
         if posts.suffix == ".txt":
@@ -53,6 +58,10 @@ def _job(settings: InferSettings | Settings, options: InferOptions, scratch: Pat
         configure_logs(settings.log.format, settings.log.level)
         bundle = load_bundle(settings.fusion.bundle)
         read, maker = post_to_tag, RawMaker(settings)
+        learned = bundle.learned_from
+        for stream, posts_of_stream in learned_from(settings.features).items():
+            learned |= posts_of_stream if stream in bundle.manifest.dims else PostSet()
+        seen = partial(_seen, learned)
         # A batch of posts whose media are decoded is expensive: each is written when it is done.
         plan = plan.model_copy(update={"batch_size": 1})
     if output is not None:
@@ -69,7 +78,22 @@ def _job(settings: InferSettings | Settings, options: InferOptions, scratch: Pat
         settings=plan,
         sink=_sink(form, plan, bundle, options, reuse=isinstance(settings, InferSettings)),
         skipped=skipped,
+        seen=seen,
     )
+
+
+def _seen(learned: PostSet, post: Post) -> bool:
+    return post.post_id in learned
+
+
+def _seen_by_features(files: FeatureFiles, bundle: Bundle, post: Record) -> bool:
+    streams = bundle.manifest.dims
+    try:
+        return post.post_id in bundle.learned_from or files.has_learned(
+            post.post_id, post.features, streams
+        )
+    except FeatureError:
+        return False  # the tagger says what is wrong with it
 
 
 def _target(plan: RunSettings) -> tuple[str, Path | None]:
@@ -131,11 +155,17 @@ def _say(report: InferReport, plan: RunSettings) -> None:
     # Beside the tags on standard output, what is for people goes to standard error.
     people = sys.stderr if plan.output is None else sys.stdout
     left_out = f"  skipped {report.skipped}" if report.skipped else ""
+    new = report.labelled - report.seen
     gone_on = f"  (went on after {report.resumed})" if report.resumed else ""
     people.write(
-        f"posts {report.posts}  labelled {report.labelled}{left_out}  {shown(report.metrics)}"
-        f"{gone_on}\n"
+        f"posts {report.posts}  labelled {report.labelled}{left_out}  "
+        f"{shown(report.metrics, seen=report.seen > 0 and not new)}{gone_on}\n"
     )
+    if new and report.seen:
+        people.write(
+            f"figures are of {new} posts: the bundle or the weights of its features have learned "
+            f"from the other {report.seen}\n"
+        )
     if report.unscored:
         people.write(
             f"without {report.unscored} labelled posts of an earlier run: the output does not hold "

@@ -15,13 +15,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import infer_net
 import train_net
+from common.post_set import PostSet
 from fusion.data.dataset import FeatureFiles
 from fusion.infer.inferer import Inferer
 from fusion.metrics import ranking as metrics
 from fusion.models import MODELS, build_model
 from fusion.train.checkpoint import model_signature
 from fusion.train.losses import Objective, TaggingLoss
-from fusion.train.prepare import prepare
+from fusion.train.prepare import HeldOut, prepare
 from fusion.train.trainer import Trainer
 from tests.support.fusion import runs, support
 
@@ -186,7 +187,7 @@ def test_the_end_of_an_epoch_can_be_watched(few_posts: Path) -> None:
     fabric = Fabric(accelerator="cpu", devices=1)
     prepared = prepare(settings, FeatureFiles(), fabric)
     mark = model_signature(settings.model, prepared.manifest, prepared.schema, prepared.labels)
-    data = prepared.data(settings, prepared.posts, prepared.valid)
+    data = prepared.data(settings, prepared.posts, HeldOut(prepared.valid), PostSet())
     torch.manual_seed(0)
     model = build_model(prepared.schema, settings.model)
     trainer = Trainer(

@@ -55,7 +55,7 @@ def share(features: Features, kind: Kind) -> Features:
 
 def store(root: Path, kind: Kind, *, version: str = "", retry_failed: bool = False) -> FeatureStore:
     made = {s: f + version for s, f in MADE_WITH.items() if modality_of(s) in MODALITIES_OF[kind]}
-    return FeatureStore(root, MODALITIES_OF[kind], made, retry_failed)
+    return FeatureStore(root, MODALITIES_OF[kind], made, retry_failed=retry_failed)
 
 
 def work(kind: Kind, post_id: str = "p", digest: str = "d", **lost: Failure) -> Work:
