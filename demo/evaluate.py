@@ -30,12 +30,14 @@ class Evaluation:
         gap_without: The same of the offline tags when one modality is hidden.
         gap_all_scores: GAP@20 of the offline scores of every class.
         same: Posts whose tags are the same in the database and offline.
+        seen: Posts that the bundle or its features' weights have learned from: none.
     """
 
     gap: float
     gap_without: Mapping[Modality, float]
     gap_all_scores: float
     same: int
+    seen: int
 
 
 def evaluate(
@@ -47,6 +49,8 @@ def evaluate(
 ) -> Evaluation:
     """Judge the database's tags, and the offline path's with and without each modality."""
     from extractors.feature_file import read_features
+    from fusion.bundle.bundle import load_bundle
+    from fusion.data.dataset import FeatureFiles
     from fusion.infer.inferer import Inferer
     from fusion.metrics.ranking import global_average_precision as gap
 
@@ -66,12 +70,19 @@ def evaluate(
         }
     finally:
         inferer.close()
+    bundle, files = load_bundle(settings.fusion.bundle), FeatureFiles(layout.features)
+    seen = sum(
+        post.post_id in bundle.learned_from
+        or files.has_learned(post.post_id, None, bundle.manifest.dims)
+        for post in posts
+    )
     same = (np.abs(stored - offline) <= SCORE_TOLERANCE).all(axis=1)
     return Evaluation(
         gap=gap(stored, truth),
         gap_without={modality: gap(tags, truth) for modality, tags in without.items()},
         gap_all_scores=gap(scores, truth),
         same=int(same.sum()),
+        seen=seen,
     )
 
 
@@ -135,6 +146,7 @@ def show_summary(
     print(
         f"                 {evaluation.gap_all_scores:.4f}  of the scores of every class, offline"
     )
+    print(f"seen posts       {evaluation.seen} of {posts}: those that a part has learned from")
     for modality, gap in content["gap_without"].items():
         print(f"  without {modality:<8}{gap:.4f}")
     print(f"offline = online {evaluation.same} of {posts} posts have the same tags and scores")

@@ -17,6 +17,7 @@ from demo.layout import Layout, Sizes
 from demo.online import media_server
 from demo.parallel import map_items, run_jobs, tell
 from demo.stages import Stamp
+from extractors.learned import learned_from
 from extractors.models.text import TextExtractor
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -94,6 +95,7 @@ def test_the_text_backbone_is_a_folder_that_the_extractor_loads(tmp_path: Path) 
     assert all(unknown not in i for i in ids)
     assert extractor.forward(ids)[0].shape == (4, extractor.dim)
     extractor.close()
+    assert [str(i) in learned_from(settings.features)["text"] for i in range(4)] == [1, 1, 1, 0]
 
 
 def test_a_wrong_setting_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

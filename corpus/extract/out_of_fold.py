@@ -1,0 +1,208 @@
+"""Features out of fold: each post's are made by backbones that have not learned from it.
+
+For every fold a backbone is trained on the other posts, and extracts the fold's; one more is
+trained on all posts, for serving, and the features stand under its fingerprint. Backbones of
+different folds speak of the same things only if they start from the same weights: name pretrained
+ones in the backbone's settings.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+
+from common.cli import ConfigFile, Overrides, exit_code, read_options
+from common.errors import ConfigError
+from common.files import write_whole
+from common.fingerprint import digest
+from common.post import Modality, Post, Stream
+from common.progress import notice
+from config.labels import LabelMap
+from config.load import load_settings
+from config.train import BackboneTrainSettings
+from corpus.extract.local import FeatureStore
+from corpus.extract.run import main as extract
+from corpus.extract.work import MODALITIES_OF, Kind, Work
+from corpus.records import AtomicLines
+from extractors.feature_file import feature_path, read_features, read_header
+from extractors.suite import ExtractorSuite
+from fusion.backbones.media import MediaItems
+from fusion.backbones.training import train_backbones
+from fusion.data.data_file import MEDIA_KEYS, beside, is_url
+from fusion.data.posts import PostList, stratified_folds
+from fusion.train.checkpoint import LAST
+from fusion.train.options import TrainOptions, train_settings
+from fusion.train.run_folder import LATEST
+
+NAME = "out_of_fold_features.py"
+_ABOUT = (
+    "Extract the features of the posts that a backbone learns from, each post's by a backbone that "
+    "has not learned from it; train the backbones for it. Run it again to go on."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The command line."""
+
+    model_config: Annotated[
+        Path,
+        typer.Option("--model_config", metavar="F", help="of train_net.py, for the backbone"),
+    ]
+    config: ConfigFile = None
+    overrides: Overrides
+    train_set: Annotated[
+        list[str],
+        typer.Option(
+            "--train_set", metavar="K=V", default_factory=list, help="as --set, for --model_config"
+        ),
+    ]
+    features: Annotated[
+        Path, typer.Option("--features", metavar="DIR", help="root of feature files")
+    ]
+    folds: Annotated[int, typer.Option("--folds", min=2, metavar="N")] = 5
+    seed: Annotated[int, typer.Option("--seed", min=0, metavar="N", help="of the folds")] = 0
+    work: Annotated[
+        Path | None,
+        typer.Option(
+            "--work", metavar="DIR", help="of the folds; default: out_of_fold in trainer.save_dir"
+        ),
+    ] = None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Extract; 0 done, 2 the input is wrong, 1 anything else."""
+    return exit_code(
+        NAME,
+        lambda: _run(read_options(Options, NAME, arguments, about=_ABOUT)),
+        interrupted="interrupted; run it again to go on",
+        again="; run it again to go on",
+    )
+
+
+def _run(options: Options) -> int:
+    settings = train_settings(
+        TrainOptions(model_config=options.model_config, overrides=options.train_set)
+    )
+    if not isinstance(settings, BackboneTrainSettings):
+        raise ConfigError(
+            f"{options.model_config}: task: must be image_backbone or video_backbone: only these "
+            "learn from posts"
+        )
+    work = options.work or settings.trainer.save_dir / "out_of_fold"
+    data = settings.data
+    posts = PostList.read(data.train, LabelMap.load(data.labels))
+    if len(posts) < 2 * options.folds:
+        raise ConfigError(f"--folds {options.folds}: {len(posts)} posts are too few")
+    _check_same(work, options, settings, posts)
+    ends, labels = posts.label_rows()
+    parts = stratified_folds(ends, labels, len(posts.labels), options.folds, options.seed)
+    kind: Kind = "image" if settings.task == "image_backbone" else "video"
+    serving = _train(settings, work / "all", data.train)
+    fingerprints = _fingerprints(options, kind, serving)
+    store = FeatureStore(options.features, MODALITIES_OF[kind], fingerprints)
+    for fold in range(options.folds):
+        notice(f"fold {fold + 1} of {options.folds}")
+        folder = work / f"fold-{fold + 1}"
+        rest, out = folder / "rest.jsonl", folder / "fold.jsonl"
+        for file, rows in ((rest, parts != fold), (out, parts == fold)):
+            _write_posts(file, posts, np.flatnonzero(rows))
+        weights = _train(settings, folder, rest)
+        code = extract(kind, _command(options, out, folder / "features", weights))
+        if code:
+            return code
+        ids = (record.post_id for record in posts.take(np.flatnonzero(parts == fold)))
+        _take_over(store, folder / "features", ids)
+    names = "  ".join(weight.partition("=")[2] for weight in serving)
+    sys.stdout.write(
+        f"{len(posts)} posts, each by weights that have not learned from it: {options.features}\n"
+        f"to serve: {names}\n"
+    )
+    return 0
+
+
+def _check_same(
+    work: Path, options: Options, settings: BackboneTrainSettings, posts: PostList
+) -> None:
+    """Check that the folder is of these posts, folds and settings, or note that it now is."""
+    made_of = settings.model_dump(mode="json", exclude={"trainer": {"save_dir", "progress"}})
+    parts = {"train": made_of, "posts": posts.digest(), "folds": [options.folds, options.seed]}
+    path, found = work / "folds.json", digest(parts)
+    try:
+        if path.exists() and json.loads(path.read_text(encoding="utf-8")) != found:
+            raise ConfigError(
+                f"{path}: those folds are of other posts, folds or settings: name another --work"
+            )
+        write_whole(path, json.dumps(found))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be used: {error}") from error
+
+
+def _train(settings: BackboneTrainSettings, folder: Path, posts: Path) -> list[str]:
+    """Train on posts, or go on where that was left; return the settings of the weights."""
+    images = settings.task == "image_backbone"
+    keys = {"features.image.weights": f"{settings.backbone.arch}.safetensors"}
+    if not images:
+        keys = {
+            "features.video.weights": "tsn.safetensors",
+            "features.video.lstm.weights": "video_lstm.safetensors",
+        }
+    files = {key: folder / "weights" / name for key, name in keys.items()}
+    if not all(file.exists() for file in files.values()):
+        begun = folder / LATEST / ("ckpt" if images else "tsn/ckpt") / LAST
+        sections = {
+            "data": settings.data.model_copy(update={"train": posts}),
+            "trainer": settings.trainer.model_copy(update={"save_dir": folder}),
+        }
+        train_backbones(
+            settings.model_copy(update=sections),
+            MediaItems(),
+            resume=folder if begun.exists() else None,
+        )
+    return [f"{key}={file.absolute()}" for key, file in files.items()]
+
+
+def _fingerprints(options: Options, kind: Kind, weights: list[str]) -> dict[Stream, str]:
+    settings = load_settings(options.config, [*options.overrides, *weights])
+    suite = ExtractorSuite(settings.features, names=(kind,))
+    suite.load()
+    try:
+        return suite.fingerprints
+    finally:
+        suite.close()
+
+
+def _command(options: Options, posts: Path, features: Path, weights: list[str]) -> list[str]:
+    """Return the command line of the script that extracts a fold."""
+    config = [] if options.config is None else ["--config", str(options.config)]
+    sets = [part for each in (*options.overrides, *weights) for part in ("--set", each)]
+    return ["--input", str(posts), "--features", str(features), *config, *sets]
+
+
+def _write_posts(path: Path, posts: PostList, rows: Iterable[int]) -> None:
+    """Write some posts as a data file of its own: with whole paths, and without feature files."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with AtomicLines(path) as lines:
+        for row in rows:
+            entry = {k: v for k, v in posts.entry(row).items() if k != "features"}
+            for key in MEDIA_KEYS.values():
+                sources = entry.get(key) or []
+                entry[key] = [
+                    s if is_url(s) else str(beside(s, posts.file(row)).absolute()) for s in sources
+                ]
+            lines.write(json.dumps(entry, ensure_ascii=False))
+
+
+def _take_over(store: FeatureStore, root: Path, post_ids: Iterable[str]) -> None:
+    """Merge a fold's features into the root of all, under the serving weights' fingerprint."""
+    for post_id in post_ids:
+        inputs = dict(read_header(feature_path(root, post_id), post_id).inputs)
+        digests: dict[Modality, str] = {m: inputs.get(m, "") for m in store.modalities}
+        store.put(Work(0, Post(post_id), digests), read_features(root, post_id))
