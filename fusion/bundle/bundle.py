@@ -24,8 +24,8 @@ from torch.nn import functional
 
 from common.errors import BundleError, ConfigError, one_line
 from common.files import file_digest, new_folder
-from common.fingerprint import differing, parts_of, with_parts
-from common.post import Stream, modality_of
+from common.fingerprint import parts_of, with_parts
+from common.post import Stream
 from common.post_set import PostSet
 from config.fusion_models import ModelSettings
 from config.labels import LabelMap
@@ -282,29 +282,6 @@ def newest_version(folder: Path) -> str | None:
     except (OSError, ValueError, TypeError, yaml.YAMLError):
         return None
     return version if isinstance(version, str) else None
-
-
-def check_fingerprints(
-    manifest: FeatureManifest, fingerprints: Mapping[Stream, str], *, bundle: str
-) -> None:
-    """Check that the extractors make the features that a bundle was trained on.
-
-    Args:
-        manifest: The bundle's.
-        fingerprints: The extractors' by stream; more than the bundle needs is fine.
-        bundle: Its name or folder, for the error.
-
-    Raises:
-        BundleError: A stream is made otherwise or not at all; names it and both fingerprints.
-    """
-    for stream, trained_on in manifest.fingerprints.items():
-        made = fingerprints.get(stream)
-        if made != trained_on:
-            raise BundleError(
-                f"bundle {bundle} wants {stream} features {trained_on}, the extractors give "
-                f"{made or 'none'}{differing(trained_on, made)}: train it anew or set "
-                f"features.{modality_of(stream)} as it was in training"
-            )
 
 
 def _weight_files(members: int) -> tuple[str, ...]:

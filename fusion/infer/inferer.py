@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ from common.post import Features, Modality, Stream, Tag, Tags
 from common.precision import require_device, set_threads
 from config.labels import LabelMap
 from config.settings import InferSettings
-from fusion.bundle.bundle import Bundle, check_fingerprints, load_bundle
+from fusion.bundle.bundle import Bundle, load_bundle
 from fusion.data.collate import Batch, Collate, Sample
 from fusion.data.data_file import Record
 from fusion.data.dataset import FeatureFiles
@@ -81,18 +81,6 @@ class Inferer:
     @property
     def image_as_frames(self) -> bool:
         return self._bundle.manifest.image_as_frames
-
-    @property
-    def ocr_mode(self) -> str:
-        return self._bundle.manifest.ocr_mode
-
-    @property
-    def metrics(self) -> Mapping[str, float]:
-        return self._bundle.metrics
-
-    def check(self, fingerprints: Mapping[Stream, str]) -> None:
-        """See that extractors make this bundle's features; see `check_fingerprints`."""
-        check_fingerprints(self._bundle.manifest, fingerprints, bundle=self.name)
 
     def predict(
         self, posts: Sequence[Features], *, without: frozenset[Modality] = frozenset()

@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from common.errors import BundleError, ConfigError, FeatureError
-from common.post import Features, Stream
+from common.post import Features
 from fusion.bundle import bundle
 from fusion.infer.inferer import Inferer
 from fusion.metrics.calibration import Temperature
@@ -97,17 +97,6 @@ def test_a_broken_bundle_is_refused_in_one_line(name: str, tmp_path: Path) -> No
         bundle.load_bundle(tmp_path / "b")
     assert "\n" not in str(caught.value)
     assert str(tmp_path / "b") in str(caught.value)
-
-
-def test_other_features_are_refused_by_name(tmp_path: Path) -> None:
-    write(tmp_path / "b")
-    inferer = Inferer.load(tmp_path / "b")
-    inferer.check(support.FINGERPRINTS)
-    with pytest.raises(BundleError, match=r"small wants audio features audio-1.*give audio-2"):
-        inferer.check({**support.FINGERPRINTS, "audio": "audio-2"})
-    without: dict[Stream, str] = {m: f for m, f in support.FINGERPRINTS.items() if m != "ocr"}
-    with pytest.raises(BundleError, match=r"wants ocr features ocr-1.*give none"):
-        inferer.check(without)
 
 
 def test_versions_sort_by_time_and_end_in_the_weights(tmp_path: Path) -> None:
