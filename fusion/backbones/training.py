@@ -10,9 +10,11 @@ stay in ``weights`` of its own folder.
 
 from __future__ import annotations
 
+import hashlib
+import os
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,19 +26,24 @@ import torch
 from lightning_fabric import Fabric
 from torch import nn
 
-from common.errors import ConfigError
+from common.errors import ConfigError, FeatureError, MediaError
+from common.files import new_file
 from common.post_set import PostSet
-from common.progress import notice
+from common.progress import notice, progress_bar
+from config.settings import VideoSettings
 from config.train import BackboneTrainSettings, LossSettings, OptimizerSettings, TrainerSettings
 from extractors.learned import posts_of_weights
-from fusion.backbones.frames import extract_frames
+from extractors.media.decode import read_frames
+from extractors.models.visual import VideoExtractor
 from fusion.backbones.media import (
     CollateMedia,
     FrameDataset,
     MediaDataset,
     MediaItems,
+    MediaPost,
     PixelDataset,
     Posts,
+    all_media,
     prepare,
 )
 from fusion.backbones.model import (
@@ -365,3 +372,93 @@ def _seed(fabric: Fabric, trainer: TrainerSettings, start: Start | None) -> int:
     if start is not None and start.exact:
         seed = start.checkpoint.progress.seed
     return int(fabric.broadcast(seed))
+
+
+class FrameStore:
+    """One file for each video, by the fingerprint of its features and the video's own state."""
+
+    def __init__(self, folder: Path, fingerprint: str, dim: int) -> None:
+        self._folder = folder / fingerprint[:16]
+        self.dim = dim
+
+    def has(self, path: Path) -> bool:
+        return self._place(path).exists()
+
+    def write(self, path: Path, features: npt.NDArray[np.float16]) -> None:
+        """Keep the features ``(frames, dim)`` of a video; the file is whole or not there."""
+        place = self._place(path)
+        try:
+            with new_file(place, sync=False, shared=True) as file:
+                np.save(file, features, allow_pickle=False)
+        except OSError as error:
+            raise ConfigError(f"{place}: cannot be written: {error}") from error
+
+    def read(self, path: Path) -> npt.NDArray[np.float16]:
+        """Return the features ``(frames, dim)`` of a video."""
+        place = self._place(path)
+        try:
+            found: npt.NDArray[np.float16] = np.load(place, allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise FeatureError(f"{place}: cannot be read; delete it and go on with --resume") from (
+                error
+            )
+        return found
+
+    def _place(self, path: Path) -> Path:
+        try:
+            facts = path.stat()
+            version = f" {facts.st_size} {facts.st_mtime_ns}".encode()
+        except OSError:
+            version = b""  # its reader says what is wrong
+        name = hashlib.sha256(os.fsencode(path.absolute()) + version).hexdigest()[:40]
+        return self._folder / name[:2] / f"{name}.npy"
+
+
+def extract_frames(
+    settings: BackboneTrainSettings,
+    reader: MediaItems,
+    weights: Path,
+    posts: Sequence[MediaPost],
+    fabric: Fabric,
+) -> FrameStore:
+    """Run the trained frame model over all videos; those that are done already are kept.
+
+    Raises:
+        ConfigError: The model cannot be loaded, or a file cannot be written.
+        MediaError: A video cannot be decoded.
+    """
+    device = str(fabric.device) if fabric.device.type == "cuda" else "cpu"
+    video = VideoSettings(
+        arch=settings.backbone.arch,
+        weights=str(weights),
+        image_size=settings.backbone.image_size,
+        frames=settings.tsn.frames,
+        short_clips="repeat",
+    )
+    extractor = VideoExtractor(video, device)
+    extractor.load()
+    try:
+        store = FrameStore(
+            settings.trainer.save_dir / "frames", extractor.fingerprint, extractor.dim
+        )
+        todo = [(post_id, path) for post_id, path in all_media(posts) if not store.has(path)]
+        mine = todo[fabric.global_rank :: fabric.world_size]
+        shown = settings.trainer.progress and fabric.is_global_zero
+        with progress_bar("frames", len(mine), enabled=shown) as bar:
+            for post_id, path in mine:
+                try:
+                    pixels = read_frames(
+                        path,
+                        count=video.frames,
+                        side=video.image_size,
+                        limits=reader.limits,
+                        mode=video.decode,
+                    )
+                except MediaError as error:
+                    raise MediaError(f"post {post_id}: {path}: {error}") from error
+                [features] = extractor.forward([extractor.preprocess(pixels)])
+                store.write(path, features)
+                bar.advance()
+    finally:
+        extractor.close()
+    return store

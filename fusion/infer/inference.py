@@ -21,35 +21,47 @@ from multiprocessing.queues import SimpleQueue
 from multiprocessing.util import Finalize
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import IO, Any, Generic, Protocol, TypeAlias, TypeVar
+from typing import IO, Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from common.errors import ConfigError, FeatureError, WorkerDied
+from common.errors import ConfigError, FeatureError, WorkerDied, one_line
 from common.files import write_whole
 from common.processes import process_pool
 from common.progress import progress_bar
 from config.labels import LabelMap
 from config.settings import RunSettings
 from fusion.bundle.bundle import Bundle
-from fusion.infer.input import Bad, Input, Labelled
-from fusion.infer.outputs import Earlier, Outcome, Sink
+from fusion.data.data_file import Record, beside, entries, record_of
+from fusion.infer.outputs import Bad, Earlier, Outcome, Sink
 from fusion.metrics import ranking as metrics
 
-P = TypeVar("P", bound=Labelled)
-P_contra = TypeVar("P_contra", bound=Labelled, contravariant=True)
+
+class Labelled(Protocol):
+    """A post to tag, of either kind: features on disk, or raw media."""
+
+    @property
+    def post_id(self) -> str:
+        """Return the post's ID; empty where only its feature file knows it."""
+        ...
+
+    @property
+    def labels(self) -> Sequence[str]:
+        """Return the names of its true tags; empty where they are not known."""
+        ...
+
 
 # Chunks in flight for each process: with 1 it waits for this process between chunks; more than 2
 # only hold more posts in memory.
 _AHEAD = 2
 
 
-class Tagger(Protocol[P_contra]):
+class Tagger(Protocol):
     """A loaded model, from posts to their tags; one bad post costs only itself."""
 
-    def run(self, posts: Sequence[P_contra]) -> list[Outcome]:
+    def run(self, posts: Sequence[Any]) -> list[Outcome]:
         """Return an outcome for each post, in order."""
         ...
 
@@ -57,7 +69,7 @@ class Tagger(Protocol[P_contra]):
         """Free its models."""
 
 
-Maker: TypeAlias = Callable[[str], Tagger[Any]]
+Maker: TypeAlias = Callable[[str], Tagger]
 """Makes a loaded tagger on a device; pickles."""
 
 
@@ -92,7 +104,83 @@ class InferReport:
 
 
 @dataclass(frozen=True)
-class Job(Generic[P]):
+class Input:
+    """The posts of a file: read once to check them, and again one by one, so that memory is flat.
+
+    Attributes:
+        read: Makes a post of an entry, the file, and the entry's place in it; raises
+            `ConfigError`.
+        labels: Names that labels must have.
+        skip_bad: Give what is wrong as `Bad`; otherwise it is raised.
+    """
+
+    path: Path
+    read: Callable[[Any, Path, str], Labelled]
+    labels: LabelMap
+    skip_bad: bool = False
+
+    def count(self) -> int:
+        """Read everything once; return the number of entries, bad ones included.
+
+        Raises:
+            ConfigError: The file is missing, broken or empty; or, without ``skip_bad``, an entry
+                is wrong.
+        """
+        found = sum(1 for _ in self)
+        if not found:
+            raise ConfigError(f"{self.path}: holds no posts")
+        return found
+
+    def __iter__(self) -> Iterator[Labelled | Bad]:
+        """Yield every post, or `Bad` for an entry that is none; raises as `count`."""
+        for where, content in _raw_entries(self.path):
+            try:
+                post = self.read(content, self.path, where)
+                self.labels.encode(post.labels, where=f"{self.path}: post {post.post_id}")
+            except ConfigError as error:
+                if not self.skip_bad:
+                    raise
+                name = content.get("post_id") if isinstance(content, dict) else None
+                yield Bad(name if isinstance(name, str) and name else where, one_line(error))
+            else:
+                yield post
+
+
+def read_record(content: Any, path: Path, where: str) -> Record:
+    """Return a post with features: an entry of a data file, or a line of a list.
+
+    Raises:
+        ConfigError: It is not as it should be; names ``where``.
+    """
+    if path.suffix != ".txt":
+        return record_of(content, where, path)
+    if not content.endswith(".safetensors"):
+        return Record(content)
+    return Record("", features=beside(content, path))
+
+
+def _raw_entries(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield the place of an entry and its content; a `ConfigError` for a line that is no JSON."""
+    if path.suffix not in (".json", ".jsonl", ".txt"):
+        raise ConfigError(
+            f"{path}: must be a .json data file or a .txt list (or .jsonl, a post a line)"
+        )
+    if path.suffix != ".txt":
+        yield from ((entry.where, entry.value) for entry in entries(path))
+        return
+    try:
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield f"{path}: line {number}", line.strip()
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: no such file") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from error
+
+
+@dataclass(frozen=True)
+class Job:
     """An inference, ready to run.
 
     Attributes:
@@ -106,16 +194,16 @@ class Job(Generic[P]):
         seen: Tells whether the bundle or its extractors' weights have learned from a post.
     """
 
-    source: Input[P]
+    source: Input
     maker: Maker
     bundle: Bundle
     settings: RunSettings
     sink: Sink
     skipped: Path
-    seen: Callable[[P], bool]
+    seen: Callable[[Any], bool]
 
 
-def infer(job: Job[P]) -> InferReport:
+def infer(job: Job) -> InferReport:
     """Tag posts, in their order.
 
     Raises:
@@ -140,7 +228,7 @@ def infer(job: Job[P]) -> InferReport:
         started = 0.0
         with progress_bar("infer", entries, enabled=settings.progress) as bar:
 
-            def to_tag() -> Iterator[P | Bad]:
+            def to_tag() -> Iterator[Labelled | Bad]:
                 nonlocal resumed
                 for batch in chunked(job.source, settings.batch_size):
                     left = 0
@@ -207,7 +295,7 @@ def shown(values: Mapping[str, float], *, seen: bool = False) -> str:
     return f"of seen posts: {text}" if seen else text
 
 
-def chunked(posts: Iterable[P | Bad], size: int) -> Iterator[list[P | Bad]]:
+def chunked(posts: Iterable[Labelled | Bad], size: int) -> Iterator[list[Labelled | Bad]]:
     """Return chunks of a size; the last may be smaller."""
     iterator = iter(posts)
     while chunk := list(islice(iterator, size)):
@@ -215,7 +303,7 @@ def chunked(posts: Iterable[P | Bad], size: int) -> Iterator[list[P | Bad]]:
 
 
 def run_chunks(
-    maker: Maker, devices: Sequence[str], chunks: Iterable[list[P | Bad]]
+    maker: Maker, devices: Sequence[str], chunks: Iterable[list[Labelled | Bad]]
 ) -> Iterator[list[Outcome]]:
     """Return the outcomes of every chunk, in order.
 
@@ -257,7 +345,7 @@ class _Worker:
 
     maker: Maker
     device: str
-    tagger: Tagger[Any] | None = None
+    tagger: Tagger | None = None
 
 
 def _prepare(maker: Maker, devices: SimpleQueue[str]) -> None:
@@ -272,12 +360,14 @@ def _tag(chunk: Sequence[Any]) -> list[Outcome]:
     return _outcomes(_Worker.tagger, chunk)
 
 
-def _outcomes(tagger: Tagger[P], chunk: Sequence[P | Bad]) -> list[Outcome]:
+def _outcomes(tagger: Tagger, chunk: Sequence[Labelled | Bad]) -> list[Outcome]:
     outcomes = iter(tagger.run([post for post in chunk if not isinstance(post, Bad)]))
     return [post if isinstance(post, Bad) else next(outcomes) for post in chunk]
 
 
-def _written(batch: Sequence[P | Bad], sink: Sink) -> Iterator[tuple[P | Bad, Earlier | None]]:
+def _written(
+    batch: Sequence[Labelled | Bad], sink: Sink
+) -> Iterator[tuple[Labelled | Bad, Earlier | None]]:
     """Return each entry with what is written of it already."""
     written = iter(sink.written([post.post_id for post in batch if not isinstance(post, Bad)]))
     return ((post, None if isinstance(post, Bad) else next(written)) for post in batch)

@@ -18,8 +18,7 @@ from fusion.bundle.bundle import Bundle, load_bundle
 from fusion.data.collate import Batch, Collate, Sample
 from fusion.data.data_file import Record
 from fusion.data.dataset import FeatureFiles
-from fusion.infer.input import Bad
-from fusion.infer.outputs import Outcome, Result
+from fusion.infer.outputs import Bad, Outcome, Result
 from fusion.metrics.calibration import calibrated
 
 

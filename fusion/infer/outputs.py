@@ -25,7 +25,6 @@ from common.files import publish, sync_file
 from common.post import Failure, Modality, Status, Tags
 from common.result import TagResult, rounded
 from fusion.bundle.bundle import Bundle
-from fusion.infer.input import Bad
 
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
@@ -48,6 +47,18 @@ class Result:
     @property
     def post_id(self) -> str:
         return self.tags.post_id
+
+
+@dataclass(frozen=True)
+class Bad:
+    """A post that cannot be tagged.
+
+    Attributes:
+        post_id: Its ID, or where it stands in the input.
+    """
+
+    post_id: str
+    reason: str
 
 
 Outcome: TypeAlias = Result | Bad

@@ -10,8 +10,7 @@ from urllib.parse import urlsplit, urlunsplit
 from common.errors import ConfigError
 from common.result import TagResult
 from config.settings import CollectionSettings, FieldMap, StoreSettings, collection_of
-from fusion.infer.input import Bad
-from fusion.infer.outputs import Earlier, Result
+from fusion.infer.outputs import Bad, Earlier, Result
 from king.store.client import StoreClient
 from king.store.documents import tagged_by
 from king.store.store import Store

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from common.errors import TaggingError
 from common.post import Post
 from config.settings import Settings
-from fusion.infer.input import Bad
-from fusion.infer.outputs import Outcome, Result
+from fusion.infer.outputs import Bad, Outcome, Result
 from workers.local import local_runner
 from workers.runner import PostRunner
 

@@ -21,9 +21,8 @@ from fusion.bundle.bundle import Bundle, load_bundle
 from fusion.bundle.legacy import resolve_model
 from fusion.data.data_file import Record, post_to_tag
 from fusion.data.dataset import FeatureFiles
-from fusion.infer.inference import InferReport, Job, infer, shown
+from fusion.infer.inference import InferReport, Input, Job, infer, read_record, shown
 from fusion.infer.inferer import FeatureTagger
-from fusion.infer.input import Input, read_record
 from fusion.infer.options import InferOptions, bundle_of, run_settings, with_bundle
 from fusion.infer.outputs import CsvTable, FileSink, JsonLines, Sink, StreamSink
 
@@ -39,7 +38,7 @@ def run(settings: InferSettings | Settings, options: InferOptions) -> None:
         _say(report, plan)
 
 
-def _job(settings: InferSettings | Settings, options: InferOptions, scratch: Path) -> Job[Any]:
+def _job(settings: InferSettings | Settings, options: InferOptions, scratch: Path) -> Job:
     plan, posts = run_settings(settings), options.input
     form, output = _target(plan)
     if isinstance(settings, InferSettings):
