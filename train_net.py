@@ -12,11 +12,7 @@ from fusion.train.options import train_options, train_settings
 
 
 def run(arguments: Sequence[str] | None) -> None:
-    """Train, and say what came of it.
-
-    Raises:
-        TaggingError: One line that says what is wrong.
-    """
+    """Train, and say what came of it; a `TaggingError` says in one line what is wrong."""
     options = train_options(arguments)
     settings = train_settings(options)
     # Imported here: --help and a mistake in the config need no torch.

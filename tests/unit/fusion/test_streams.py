@@ -14,6 +14,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from common.fingerprint import mismatch
 from common.post import MODALITIES, Features, Stream, modality_of, streams_of
 from config.train import DataSettings, LossSettings
+from extractors.feature_file import Header
 from fusion.bundle.bundle import load_bundle
 from fusion.data.collate import Batch, Collate, Sample
 from fusion.data.data_file import Record
@@ -164,8 +165,8 @@ class _Reader(FeatureFiles):
     posts: dict[str, Features] = field(default_factory=dict)
     reads: list[str] = field(default_factory=list)
 
-    def fingerprints(self, post_id: str, path: Path | None) -> dict[Stream, str]:
-        return PRINTS
+    def header(self, post_id: str, path: Path | None) -> Header:
+        return Header(post_id, PRINTS, {}, {}, None, {})
 
     def features(self, post_id: str, path: Path | None, fingerprints: Any) -> Features:
         self.reads.append(post_id)
