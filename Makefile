@@ -16,7 +16,8 @@ PY := $(VENV)/bin/python
 UV := $(VENV)/bin/uv pip
 SOURCES := common config corpus demo deploy extractors fusion king scripts web workers
 SCRIPTS := $(wildcard *.py)
-PYTEST_ARGS ?= -n 2 --dist loadfile
+# In the order of the folders: the long files of acceptance first, those of unit fill up the end.
+PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 SUPERVISORD_ARGS ?=
 
 .PHONY: help env env-dev headless demo t test check style types arrows bench fuzz chaos soak walk corpus-memory zoo data-wait run lock clean distclean

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 
-from workers.roles.loop import main
+# Imports make millions of objects that live to the end, and the collector would walk over them
+# again and again: a fifth of the time of a start. On again when the worker is ready.
+gc.disable()
+
+from workers.roles.loop import main  # noqa: E402 - after the line above
 
 status = main(sys.argv[1:])
 sys.stdout.flush()

@@ -10,6 +10,7 @@ in the cache wait for others: threads do the work, and the main thread has the c
 from __future__ import annotations
 
 import ctypes
+import gc
 import logging
 import os
 import pkgutil
@@ -148,10 +149,17 @@ class Handler(ABC):
         """End what must not be cut off."""
 
 
+def _report_ready(channel: Channel[Command], ready: Ready) -> None:
+    """Tell the King; collect garbage from now on, but not what the start has made."""
+    gc.freeze()
+    gc.enable()
+    channel.send_wait(ready)
+
+
 def serve(context: Context, handler: Handler) -> None:
     """Load, report `Ready`, and run batches until told to stop or the King is gone."""
     channel = context.channel
-    channel.send_wait(Ready(dict(handler.load())))
+    _report_ready(channel, Ready(dict(handler.load())))
     backlog: deque[Envelope] = deque()
     rows = batch_rows(context.settings)
     recycler = Recycler(context.settings.workers)
@@ -460,7 +468,7 @@ class ThreadedRole(ABC):
         """Work until told to stop or the King is gone."""
         for thread in self._threads:
             thread.start()
-        channel.send_wait(Ready())
+        _report_ready(channel, Ready())
         poller = select.poll()
         poller.register(self._wake_in, select.POLLIN)
         poller.register(channel.fileno(), select.POLLIN)

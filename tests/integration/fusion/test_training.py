@@ -20,10 +20,12 @@ from fusion.data.dataset import FeatureFiles
 from fusion.infer.inferer import Inferer
 from fusion.metrics import ranking as metrics
 from fusion.models import MODELS, build_model
+from fusion.report.predictions import Predictions
 from fusion.train.checkpoint import model_signature
 from fusion.train.losses import Objective, TaggingLoss
 from fusion.train.prepare import HeldOut, prepare
 from fusion.train.trainer import Trainer
+from fusion.train.training import train
 from tests.support.fusion import runs, support
 
 EPOCHS = {"concat_mlp": 12, "token_transformer": 8, "gmu": 8, "attention_lstm": 6}
@@ -199,3 +201,28 @@ def test_the_end_of_an_epoch_can_be_watched(few_posts: Path) -> None:
     assert runs.equal(dict(model.state_dict()), seen[progress.best_epoch - 1][1])
     average = torch.load(trainer.last, weights_only=True)["average"]["state"]
     assert runs.equal(average, seen[-1][1])
+
+
+@pytest.mark.parametrize("precision", [None, 0.9])
+def test_tags_are_given_by_the_fitted_thresholds(precision: float | None, tmp_path: Path) -> None:
+    support.write_posts(tmp_path, "train", 60, 1)
+    support.write_posts(tmp_path, "valid", 40, 2)
+    settings = support.train_settings(
+        tmp_path,
+        trainer={"epochs": 2},
+        bundle={"calibration": "isotonic", "precision": precision},
+        report={"enabled": True, "subset_posts": 0},
+    )
+    report = train(settings, FeatureFiles())
+    predictions = Predictions.load(tmp_path / "run" / "latest" / "report" / "scores.npz")
+    inferer = Inferer.load(report.bundle)
+    reader = FeatureFiles(tmp_path / "features")
+    features = [reader.features(i, None, support.FINGERPRINTS) for i in predictions.post_ids]
+    given = predictions.given
+    for tags, row in zip(inferer.predict(features), given, strict=True):
+        assert {tag.id for tag in tags.tags} == set(np.flatnonzero(row))
+    assert given.any()
+    if precision is not None:
+        reached = predictions.thresholds < 1
+        right = (given & predictions.targets)[:, reached].sum(axis=0)
+        assert (right >= precision * given[:, reached].sum(axis=0)).all()

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 
-from fusion.data.dataset import FeatureFiles
-from fusion.infer.inferer import Inferer
 from fusion.metrics import ranking as metrics
 from fusion.metrics.calibration import (
     best_f1_threshold,
@@ -16,9 +12,6 @@ from fusion.metrics.calibration import (
     fit_thresholds,
     precision_threshold,
 )
-from fusion.report.predictions import Predictions
-from fusion.train.training import train
-from tests.support.fusion import support
 
 
 def test_a_tag_that_no_post_has() -> None:
@@ -86,28 +79,3 @@ def test_rare_tags_take_the_common_threshold() -> None:
     assert fitted[1] == pytest.approx(best_f1_threshold(scores, targets), abs=1e-6)
     own = fit_thresholds(scores, targets, min_positives=1)
     assert own[1] == pytest.approx(0.175)
-
-
-@pytest.mark.parametrize("precision", [None, 0.9])
-def test_tags_are_given_by_the_fitted_thresholds(precision: float | None, tmp_path: Path) -> None:
-    support.write_posts(tmp_path, "train", 60, 1)
-    support.write_posts(tmp_path, "valid", 40, 2)
-    settings = support.train_settings(
-        tmp_path,
-        trainer={"epochs": 2},
-        bundle={"calibration": "isotonic", "precision": precision},
-        report={"enabled": True, "subset_posts": 0},
-    )
-    report = train(settings, FeatureFiles())
-    predictions = Predictions.load(tmp_path / "run" / "latest" / "report" / "scores.npz")
-    inferer = Inferer.load(report.bundle)
-    reader = FeatureFiles(tmp_path / "features")
-    features = [reader.features(i, None, support.FINGERPRINTS) for i in predictions.post_ids]
-    given = predictions.given
-    for tags, row in zip(inferer.predict(features), given, strict=True):
-        assert {tag.id for tag in tags.tags} == set(np.flatnonzero(row))
-    assert given.any()
-    if precision is not None:
-        reached = predictions.thresholds < 1
-        right = (given & predictions.targets)[:, reached].sum(axis=0)
-        assert (right >= precision * given[:, reached].sum(axis=0)).all()
