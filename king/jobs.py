@@ -134,6 +134,18 @@ class Tagged:
 
 
 @dataclass(frozen=True, slots=True)
+class Superseded:
+    """What became of a `Tagged` that changed nothing.
+
+    A bundle of a later ``version`` has tagged the post, or the post is gone (None).
+    """
+
+    started: Started
+    version: str | None
+    timings_ms: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class Retry:
     """Outcome: the attempt failed; the next is due at ``due_at`` (seconds since the epoch)."""
 
@@ -174,7 +186,7 @@ class Unreadable:
     failure: Failure
 
 
-Outcome: TypeAlias = Tagged | Retry | Dead | Released | Unreadable
+Outcome: TypeAlias = Tagged | Superseded | Retry | Dead | Released | Unreadable
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,6 +30,7 @@ Phase: TypeAlias = Literal[
 ]
 COUNTERS: dict[str, bool] = {
     "tagged": True,
+    "superseded": True,
     "failed": True,
     "retried": True,
     "dead": False,
@@ -37,7 +38,8 @@ COUNTERS: dict[str, bool] = {
 }
 """Counter -> whether it counts ends of attempts. A new counter is a line here, and where it counts.
 
-``dead`` counts dead letters, ``settled`` messages for which there was nothing to do.
+``superseded`` counts tags that were not written, since a later bundle has tagged the post; ``dead``
+dead letters, ``settled`` messages for which there was nothing to do.
 """
 
 # The rate is that of the last minute: half of it jumps with every batch, double hides a stall.

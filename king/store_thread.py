@@ -36,6 +36,7 @@ from king.jobs import (
     Retry,
     Settled,
     Started,
+    Superseded,
     Tagged,
     Unreadable,
     Verdict,
@@ -403,7 +404,7 @@ class StoreThread:
         self._unwritten = [] if self._draining else [pair for pair in waiting if pair[0] > now]
         return due
 
-    def _close(self, outcome: Tagged | Retry | Dead | Released) -> None:
+    def _close(self, outcome: Tagged | Superseded | Retry | Dead | Released) -> None:
         """Count, log and acknowledge an attempt whose outcome is written."""
         started = outcome.started
         self._running.discard(started.post_id)
@@ -426,6 +427,14 @@ class StoreThread:
                     modalities=dict(outcome.statuses),
                     **({"failures": failures} if failures else {}),
                 )
+            case Superseded(version=version):
+                self._status.count("superseded")
+                why = (
+                    f"bundle {version} has tagged it; to go back: insighttag bundle rollback"
+                    if version
+                    else "the post is gone"
+                )
+                line.warning("king.result_superseded", why=why)
             case Retry():
                 self._status.count("retried")
                 due_in_s = round(max(outcome.due_at - time.time(), 0.0), 2)
@@ -513,22 +522,13 @@ def lost_messages(
         # Twice the period, so that the holder renews its lease in time.
         if not store.take_lease(RECONCILER_LEASE, context, 2 * period_s):
             return []
-        ids = islice(filter(_publishable, store.untagged_ids()), limit)
-        messages = [PostMessage(post_id) for post_id in ids]
+        messages = [PostMessage(post_id) for post_id in islice(store.untagged_ids(), limit)]
     except (StoreRefused, StoreUnavailable) as error:
         log.warning("king.reconcile_failed", error=str(error))
         return []
     if messages:
         log.info("king.reconciled", posts=len(messages))
     return messages
-
-
-def _publishable(post_id: str) -> bool:
-    """Return True when a message can name the post; a control character is refused every time."""
-    try:
-        return parse_message(PostMessage(post_id).encode()).post_id == post_id
-    except (MessageError, UnicodeEncodeError):
-        return False
 
 
 def _log_write_refused(refused: WriteRefused) -> None:

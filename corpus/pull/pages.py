@@ -21,7 +21,7 @@ from pymongo.errors import OperationFailure
 
 from common.errors import ConfigError, RetryableError, StoreUnavailable
 from config.settings import StoreSettings
-from king.store.client import StoreClient, all_of, is_embedded
+from king.store.client import StoreClient, all_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +42,10 @@ class Page:
 
 T = TypeVar("T")
 
-# The order in which MongoDB sorts the types that an _id can have.
+# The types that an _id can have. An unfinished pull has recorded a number of this list.
 _BRACKETS = (
     *("null", "number", "string", "object", "binData", "objectId", "bool", "date"),
-    "timestamp",
+    *("timestamp", "minKey", "javascript", "maxKey"),
 )
 # BadValue, FailedToParse, TypeMismatch, a broken regular expression: what was asked is wrong.
 _MISTAKES = frozenset((2, 9, 14, 51091))
@@ -82,17 +82,19 @@ class Pages:
     def pages(self, after: Position) -> Iterator[Page]:
         """Yield the pages after a position; wait for a database that is away for a while."""
         if self._by_range is None:
-            client = self._client.database.client
-            self._by_range = self._patiently(lambda: not is_embedded(client))
+            self._by_range = self._patiently(lambda: not self._client.is_embedded)
         yield from self._ranges(after) if self._by_range else self._listed(after)
 
     def _ranges(self, position: Position) -> Iterator[Page]:
         for bracket in range(position.bracket, len(_BRACKETS)):
             last = position.last if bracket == position.bracket else None
             while True:
-                bounds: dict[str, Any] = (
-                    {"$type": _BRACKETS[bracket]} if last is None else {"$gt": last}
-                )
+                bounds: dict[str, Any] = {"$gt": last}
+                if last is None:
+                    bounds = {"$type": _BRACKETS[bracket]}
+                elif not isinstance(last, str) and str(last).lower() == "nan":
+                    # It is the first of the numbers, and no number is greater than it.
+                    bounds = {"$gte": float("-inf")}
                 documents = self._patiently(partial(self._read, bounds))
                 if not documents:
                     break

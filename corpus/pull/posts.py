@@ -12,12 +12,11 @@ from typing import Any
 
 from bson import ObjectId, json_util
 
-from common.post import clean
 from common.times import moment_of
 from config.settings import FieldMap, StoreSettings
 from fusion.data.data_file import CorpusPost
-from king.messages import MAX_ID_BYTES
-from king.store.documents import dig, read_post, sources
+from king.store.documents import dig, read_post
+from king.store.ids import NoIdError, id_text
 
 
 class NoPost(Exception):
@@ -34,15 +33,16 @@ def convert(document: Mapping[str, Any], fields: FieldMap) -> CorpusPost:
     Raises:
         NoPost: It has no usable ID, or nothing to tag.
     """
-    post_id = _post_id(dig(document, fields.id), fields.id)
+    try:
+        post_id = id_text(dig(document, fields.id))
+    except NoIdError as error:
+        raise NoPost(f"{fields.id}: {error}") from error
     post = read_post(post_id, document, fields)
     if not post.text.strip() and not post.media:
         raise NoPost("neither text nor media")
-    labels = tuple(dict.fromkeys(map(clean, _labels(dig(document, fields.labels)))))
-    media = tuple(replace(one, source=clean(one.source)) for one in post.media)
     author = dig(document, fields.author) if fields.author else None
     return CorpusPost(
-        replace(post, labels=labels, media=media),
+        replace(post, labels=tuple(dict.fromkeys(post.labels))),
         author=_name(author),
         created=_iso(created_at(document, fields)),
     )
@@ -78,38 +78,15 @@ def projection(store: StoreSettings) -> dict[str, int]:
 
 
 def shown_id(document: Mapping[str, Any]) -> str:
-    value = document.get("_id")
-    return str(value) if isinstance(value, (str, int, ObjectId)) else json_util.dumps(value)
-
-
-def _post_id(value: Any, path: str) -> str:
-    if value is None:
-        raise NoPost(f"no {path}")
-    if isinstance(value, bool) or not isinstance(value, (str, int, ObjectId)):
-        raise NoPost(f"{path} is a {type(value).__name__}")
-    text = str(value)
-    if not text.strip():
-        raise NoPost(f"{path} is empty")
-    if clean(text) != text or "\0" in text:
-        raise NoPost(f"{path} is no text")
-    if len(text.encode()) > MAX_ID_BYTES:
-        raise NoPost(f"{path} is longer than {MAX_ID_BYTES} bytes")
-    return text
-
-
-def _labels(value: Any) -> list[str]:
-    """Read labels like `sources`, and ``{name: text}`` too: many platforms keep tags as objects."""
-    if isinstance(value, Mapping) and isinstance(value.get("name"), str):
-        return sources(value["name"])
-    if isinstance(value, list):
-        return [name for item in value if not isinstance(item, list) for name in _labels(item)]
-    return sources(value)
+    """Return the ``_id`` of a document that may be no post."""
+    return _name(document.get("_id")) or json_util.dumps(document.get("_id"))
 
 
 def _name(value: Any) -> str | None:
-    if isinstance(value, bool) or not isinstance(value, (str, int, ObjectId)):
+    try:
+        return id_text(value)
+    except NoIdError:
         return None
-    return clean(str(value)) or None
 
 
 _ALL = (1 << 64) - 1

@@ -8,17 +8,21 @@ MongoDB's protocol on SQLite; each form is correct for MongoDB too. Known faults
     ``$set`` of a date at the top level of a document stores text           -> jobs keep their times
         as numbers of seconds, which both servers compare and sort alike
     ``_id`` is sorted as text, and ``$type: objectId`` finds nothing        -> `is_embedded`
+    a question for a value of some types fails as a whole                   -> `StoreClient.named`
     ``find_one_and_update``, ``$not``, update pipelines and ``$nor`` on
         absent fields are wrong                                             -> not used
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 import structlog
+from bson import ObjectId
 from bson.errors import BSONError
 from pymongo import DeleteOne, InsertOne, MongoClient, UpdateOne
 from pymongo.collection import Collection
@@ -36,21 +40,44 @@ from pymongo.errors import (
 from common.errors import ConfigError, StoreRefused, StoreUnavailable
 from common.urls import redact
 from config.settings import StoreSettings
+from king.store.ids import id_candidates
 
 Document = dict[str, Any]
 Operation = InsertOne[Document] | UpdateOne | DeleteOne
 
 DUPLICATE_KEY = 11000
 _AUTHENTICATION_FAILED = 18
-# Codes of states that pass by themselves: elections and shutdowns; time-outs, conflicts, a full
-# disk. A write that is refused with one of them is repeated; with any other it is given up.
-_ELECTION = frozenset((91, 133, 189, 10058, 10107, 11600, 11602, 13435, 13436))
-_BUSY = frozenset((6, 7, 24, 46, 50, 63, 64, 89, 112, 134, 150, 202, 262, 9001, 13388, 14031))
-_PASSING = _ELECTION | _BUSY
-
-_UNWRITABLE = (BSONError, DocumentTooLarge, UnicodeEncodeError, OverflowError)
+# Codes of writes that can never succeed, whatever the state of the server: duplicate keys, values
+# that break a rule of the collection or of an index, keys and documents that are too large. Every
+# other code, also one that we do not know, is a reason to write again: giving up loses tags.
+_PERMANENT = frozenset(
+    (
+        *(DUPLICATE_KEY, 2, 9, 14, 22, 28, 52, 55, 56, 57, 66, 121, 171),
+        *(10334, 16755, 17280, 17419, 17420),
+    )
+)
+_UNWRITABLE = (BSONError, DocumentTooLarge, UnicodeEncodeError, OverflowError, RecursionError)
+# The types that nx-27017 can look for; among others it refuses the whole question.
+_EMBEDDED_TYPES = (str, int, float, ObjectId, datetime)
 
 log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A write that the database refused; unless that is permanent, it may be repeated later."""
+
+    reason: str
+    is_permanent: bool
+    is_duplicate: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class BulkResult:
+    """The number of writes that took effect, and position -> refusal of those that did not."""
+
+    effective: int
+    refused: Mapping[int, Refusal]
 
 
 class StoreClient:
@@ -59,6 +86,7 @@ class StoreClient:
     def __init__(self, settings: StoreSettings) -> None:
         self.settings = settings
         self._client: MongoClient[Document] | None = None
+        self._is_embedded: bool | None = None
 
     @property
     def url(self) -> str:
@@ -133,66 +161,73 @@ class StoreClient:
         try:
             yield
         except WriteError as error:
-            kind = StoreUnavailable if error.code in _PASSING else StoreRefused
+            kind = StoreRefused if error.code in _PERMANENT else StoreUnavailable
             raise kind(f"{self.url}: {_one_line(error)}") from error
         except _UNWRITABLE as error:
             raise StoreRefused(f"{self.url}: {_one_line(error)}") from error
         except PyMongoError as error:
             raise StoreUnavailable(f"{self.url}: {_one_line(error)}") from error
 
-    def bulk(
-        self, collection: Collection[Document], operations: Sequence[Operation]
-    ) -> tuple[int, dict[int, tuple[int, str]]]:
+    def named(self, post_ids: Iterable[str]) -> Document:
+        """Return the filter of the documents that IDs may name; call it inside `edge`."""
+        values = [value for post_id in post_ids for value in id_candidates(post_id)]
+        if self.is_embedded:
+            values = [value for value in values if isinstance(value, _EMBEDDED_TYPES)]
+        return {self.settings.fields.id: {"$in": values}}
+
+    @property
+    def is_embedded(self) -> bool:
+        """Return True for nx-27017: MongoDB states its version in parts as well."""
+        if self._is_embedded is None:
+            self._is_embedded = "versionArray" not in self.database.client.admin.command(
+                "buildInfo"
+            )
+        return self._is_embedded
+
+    def bulk(self, collection: Collection[Document], operations: Sequence[Operation]) -> BulkResult:
         """Write, unordered, with majority write concern.
 
-        Return the number of operations that took effect, and for each refused one its position ->
-        code and reason. After StoreUnavailable it is not known; writing again does no harm.
+        After StoreUnavailable nothing is known; writing again does no harm.
         """
         if not operations:
-            return 0, {}
+            return BulkResult(0, {})
         try:
             with self.edge():
                 result = collection.bulk_write(operations, ordered=False).bulk_api_result
-            return _effective(result), {}
+            return BulkResult(_effective(result), {})
         except (StoreRefused, StoreUnavailable) as error:
             cause = error.__cause__
             if isinstance(cause, BulkWriteError) and not cause.details.get("writeConcernErrors"):
-                refused = _refused(cause.details)
-                if any(code in _PASSING for code, _ in refused.values()):
-                    raise
-                return _effective(cause.details), refused
+                return BulkResult(_effective(cause.details), _refusals(cause.details))
             if not isinstance(cause, _UNWRITABLE):
                 raise
-            return self._one_by_one(collection, operations, cause)
-
-    def _one_by_one(
-        self,
-        collection: Collection[Document],
-        operations: Sequence[Operation],
-        error: BaseException,
-    ) -> tuple[int, dict[int, tuple[int, str]]]:
-        """Find the operation that cannot be encoded, so that it does not hold up the others."""
-        if len(operations) == 1:
-            return 0, {0: (0, _one_line(error))}
+            if len(operations) == 1:
+                return BulkResult(0, {0: Refusal(_one_line(cause), is_permanent=True)})
+        # One of them cannot be encoded, and must not hold up the others.
         effective = 0
-        refused: dict[int, tuple[int, str]] = {}
+        refused: dict[int, Refusal] = {}
         for i, operation in enumerate(operations):
-            count, failed = self.bulk(collection, [operation])
-            effective += count
-            if failed:
-                refused[i] = failed[0]
-        return effective, refused
+            alone = self.bulk(collection, [operation])
+            effective += alone.effective
+            if alone.refused:
+                refused[i] = alone.refused[0]
+        return BulkResult(effective, refused)
 
 
 def _effective(result: Mapping[str, Any]) -> int:
     return sum(int(result.get(key) or 0) for key in ("nInserted", "nMatched", "nUpserted"))
 
 
-def _refused(details: Mapping[str, Any]) -> dict[int, tuple[int, str]]:
-    return {
-        int(error["index"]): (int(error.get("code") or 0), str(error.get("errmsg"))[:300])
-        for error in details.get("writeErrors") or ()
-    }
+def _refusals(details: Mapping[str, Any]) -> dict[int, Refusal]:
+    refused = {}
+    for error in details.get("writeErrors") or ():
+        code = int(error.get("code") or 0)
+        refused[int(error["index"])] = Refusal(
+            f"{str(error.get('errmsg'))[:300]} (code {code})",
+            is_permanent=code in _PERMANENT,
+            is_duplicate=code == DUPLICATE_KEY,
+        )
+    return refused
 
 
 def _one_line(error: BaseException) -> str:
@@ -204,8 +239,3 @@ def _one_line(error: BaseException) -> str:
 def all_of(*conditions: Mapping[str, Any]) -> dict[str, Any]:
     """Return a filter that holds where every condition holds, one of them perhaps an ``$or``."""
     return {"$and": [dict(condition) for condition in conditions]}
-
-
-def is_embedded(client: MongoClient[dict[str, Any]]) -> bool:
-    """Return True for nx-27017: MongoDB states its version in parts as well."""
-    return "versionArray" not in client.admin.command("buildInfo")

@@ -1,71 +1,65 @@
-"""Post documents of the platform -> `Post`; pure.
+"""Post documents of the platform -> `Post`; pure but for one log line for each new shape.
 
-The platform's documents are not ours: what is missing or of another type is read as absent, and
-never raises an error.
+The platform's documents are not ours: what is missing is absent, what has a shape that cannot be
+read is left out and reported as `Unread`, and nothing raises an error.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
-from bson import ObjectId
+import structlog
 
 from common.post import Media, MediaKind, Post, clean
 from config.settings import FieldMap
 from king.jobs import Bundle
 
-_INT64_DIGITS = 18  # every number of 18 digits fits into the int64 of BSON; of 19 digits, some
+# A platform has a handful of shapes; more than this are documents whose keys are data, and a line
+# in the log for each would bury the rest.
+_MAX_REPORTED = 200
+_SHOWN_KEYS = 5
+
+log = structlog.get_logger()
+
+
+class Unread(NamedTuple):
+    """A part of a document that was left out: our name of the field, its path, what stood there."""
+
+    field: str
+    path: str
+    shape: str
+
+
+def values_at(document: Mapping[str, Any], path: str, lost: list[str] | None = None) -> list[Any]:
+    """Return the values at a dotted path.
+
+    Lists on the way are searched item by item, nested ones too; a number takes one item of a list.
+    ``lost`` receives the shapes of values on the way that the path does not lead into.
+    """
+    nodes: list[Any] = [document]
+    for key in path.split("."):
+        nodes = [value for node in nodes for value in _step(node, key, lost)]
+    return nodes
+
+
+def _step(node: Any, key: str, lost: list[str] | None) -> Iterator[Any]:
+    if isinstance(node, Mapping):
+        if key in node:
+            yield node[key]
+    elif isinstance(node, list):
+        if key.isdecimal() and int(key) < len(node):
+            yield node[int(key)]
+        else:
+            for item in node:
+                yield from _step(item, key, lost)
+    elif node is not None and lost is not None:
+        lost.append(f"{_shape(node)} before .{key}")
 
 
 def dig(document: Mapping[str, Any], path: str) -> Any:
-    """Return the value at a dotted path, or None; on the way, lists are searched item by item."""
-    node: Any = document
-    for key in path.split("."):
-        if isinstance(node, list):
-            node = [item[key] for item in node if isinstance(item, Mapping) and key in item]
-        elif isinstance(node, Mapping):
-            node = node.get(key)
-        else:
-            return None
-    return node
-
-
-def id_candidates(post_id: str) -> list[Any]:
-    """Return the values that an ID on the queue (always text) may have in the database.
-
-    The likeliest comes first: text, then an ObjectId, then a number.
-    """
-    candidates: list[Any] = [post_id]
-    if len(post_id) == 24 and ObjectId.is_valid(post_id):
-        candidates.append(ObjectId(post_id))
-    if post_id.isascii() and post_id.isdigit() and len(post_id) <= _INT64_DIGITS:
-        candidates.append(int(post_id))
-    return candidates
-
-
-def is_id(value: object) -> bool:
-    """Return True for a value of the types that `id_candidates` gives."""
-    return isinstance(value, (str, int, ObjectId)) and not isinstance(value, bool)
-
-
-def match_ids(
-    documents: Iterable[Mapping[str, Any]], post_ids: Iterable[str], path: str
-) -> dict[str, Mapping[str, Any]]:
-    """Return the document of each ID; where several match, the likeliest type of ID wins."""
-    by_value: dict[tuple[type, Any], Mapping[str, Any]] = {}
-    for document in documents:
-        value = dig(document, path)
-        if is_id(value):
-            by_value.setdefault((type(value), value), document)
-    matched: dict[str, Mapping[str, Any]] = {}
-    for post_id in post_ids:
-        for candidate in id_candidates(post_id):
-            document_of = by_value.get((type(candidate), candidate))
-            if document_of is not None:
-                matched[post_id] = document_of
-                break
-    return matched
+    """Return the first value at a dotted path, or None."""
+    return next(iter(values_at(document, path)), None)
 
 
 def projection(fields: FieldMap, result_path: str) -> dict[str, int]:
@@ -82,32 +76,70 @@ def whole_fields(paths: Iterable[str]) -> dict[str, int]:
     return {path.split(".")[0]: 1 for path in paths}
 
 
+_reported: set[tuple[str, str]] = set()
+
+
 def read_post(post_id: str, document: Mapping[str, Any], fields: FieldMap) -> Post:
-    """Return the post that a document describes."""
-    text = dig(document, fields.text)
-    paths: tuple[tuple[MediaKind, str], ...] = (
-        ("image", fields.images),
-        ("video", fields.videos),
-        ("audio", fields.audios),
+    """Return the post that a document describes; log what cannot be read, each shape once."""
+    post, unread = read_fields(post_id, document, fields)
+    for field, path, shape in unread:
+        if (field, shape) not in _reported and len(_reported) < _MAX_REPORTED:
+            _reported.add((field, shape))
+            log.warning(
+                "store.field_unread", field=field, path=path, shape=shape, first_post=post_id
+            )
+    return post
+
+
+def read_fields(
+    post_id: str, document: Mapping[str, Any], fields: FieldMap
+) -> tuple[Post, list[Unread]]:
+    """Return the post that a document describes, and what could not be read."""
+    unread: list[Unread] = []
+
+    def texts(field: str, path: str, key: str = "") -> list[str]:
+        lost: list[str] = []
+        found = [text for v in values_at(document, path, lost) for text in _texts(v, key, lost)]
+        unread.extend(Unread(field, path, shape) for shape in lost)
+        return found
+
+    paths: tuple[tuple[MediaKind, str, str], ...] = (
+        ("image", "images", fields.images),
+        ("video", "videos", fields.videos),
+        ("audio", "audios", fields.audios),
     )
-    media = [Media(kind, source) for kind, path in paths for source in sources(dig(document, path))]
-    return Post(
+    post = Post(
         post_id=post_id,
-        text=clean(text) if isinstance(text, str) else "",
-        media=tuple(media),
-        labels=tuple(sources(dig(document, fields.labels))),
+        text="\n".join(texts("text", fields.text)),
+        media=tuple(
+            Media(kind, source.strip())
+            for kind, field, path in paths
+            for source in texts(field, path, "url")
+        ),
+        labels=tuple(label.strip() for label in texts("labels", fields.labels, "name")),
     )
+    return post, unread
 
 
-def sources(value: Any) -> list[str]:
-    """Return the texts in a text, ``{url: text}``, or a list of these; ignore everything else."""
+def _texts(value: Any, key: str, lost: list[str]) -> Iterator[str]:
+    """Yield the texts in a text, ``{key: text}``, or lists of these, however deep."""
     if isinstance(value, str):
-        return [value.strip()] if value.strip() else []
+        if value.strip():
+            yield clean(value)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _texts(item, key, lost)
+    elif isinstance(value, Mapping) and key in value:
+        yield from _texts(value[key], key, lost)
+    elif value is not None and value != {}:
+        lost.append(_shape(value))
+
+
+def _shape(value: Any) -> str:
     if isinstance(value, Mapping):
-        return sources(value.get("url")) if isinstance(value.get("url"), str) else []
-    if isinstance(value, list):
-        return [text for item in value if not isinstance(item, list) for text in sources(item)]
-    return []
+        keys = sorted(value)
+        return f"object with {', '.join(keys[:_SHOWN_KEYS])}{', ...' * (len(keys) > _SHOWN_KEYS)}"
+    return type(value).__name__
 
 
 def tagged_by(document: Mapping[str, Any], result_path: str, bundle: Bundle) -> bool:

@@ -9,15 +9,20 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+import structlog
+
 from common.post import Post
 from config.settings import StoreSettings
 from king.jobs import JOB_STATES, QUEUED_FOR_S, Bundle, Job
 from king.messages import PostMessage
 from king.store.client import StoreClient, all_of
-from king.store.documents import dig, id_candidates, is_id, match_ids, read_post
+from king.store.documents import dig, read_post
+from king.store.ids import NoIdError, id_text, match_ids
 
 # IDs of one question. At half, twice as many round trips; at double, filters of 100 kB and more.
 _CHUNK = 500
+
+log = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,17 +70,26 @@ class PostQueries:
         """Yield those of the IDs whose posts exist and match a condition, in order."""
         path = self._settings.fields.id
         for chunk in _chunks(post_ids):
-            candidates = [value for post_id in chunk for value in id_candidates(post_id)]
-            matching = set(self._ids(all_of({path: {"$in": candidates}}, condition)))
+            with self._client.edge():
+                named = all_of(self._client.named(chunk), condition)
+                matching = match_ids(
+                    self._client.posts.find(named, {"_id": 1, path: 1}), chunk, path
+                )
             yield from (post_id for post_id in chunk if post_id in matching)
 
     def _ids(self, condition: Mapping[str, Any]) -> Iterator[str]:
         path = self._settings.fields.id
+        told: set[type] = set()
         with self._client.edge():
             for document in self._client.posts.find(condition, {"_id": 1, path: 1}):
                 value = dig(document, path)
-                if is_id(value):
-                    yield str(value)
+                try:
+                    yield id_text(value)
+                except NoIdError as error:
+                    if type(value) not in told:
+                        told.add(type(value))
+                        shown = repr(document["_id"])[:100]
+                        log.warning("store.post_without_id", _id=shown, path=path, why=str(error))
 
     def _without_jobs(self, post_ids: Iterator[str]) -> Iterator[str]:
         while chunk := list(islice(post_ids, _CHUNK)):
@@ -88,7 +102,7 @@ class PostQueries:
         """Return one post with its result, or None when there is no such post."""
         fields = self._settings.fields
         with self._client.edge():
-            cursor = self._client.posts.find({fields.id: {"$in": id_candidates(post_id)}})
+            cursor = self._client.posts.find(self._client.named([post_id]))
             document = match_ids(cursor, [post_id], fields.id).get(post_id)
         if document is None:
             return None

@@ -31,6 +31,7 @@ from king.jobs import (
     Retry,
     Settled,
     Started,
+    Superseded,
     Tagged,
     Unreadable,
     Verdict,
@@ -40,8 +41,9 @@ from king.jobs import (
     message_key,
     number,
 )
-from king.store.client import DUPLICATE_KEY, Operation, StoreClient, all_of
-from king.store.documents import id_candidates, match_ids, projection, read_post, tagged_by
+from king.store.client import Operation, Refusal, StoreClient, all_of
+from king.store.documents import dig, projection, read_post, tagged_by
+from king.store.ids import match_ids
 from king.store.queries import PostQueries
 
 # A claim that was lost to another King is looked at again after this: by then the other one has
@@ -81,7 +83,7 @@ class Store:
         if not claims:
             return []
         post_ids = [claim.message.post_id for claim in claims]
-        documents = self.read_documents(post_ids)
+        documents = self._read(post_ids)
         jobs = self.read_jobs(post_ids)
         judged = [
             judge(claim, documents.get(post_id), jobs.get(post_id), context, self._settings)
@@ -91,35 +93,49 @@ class Store:
         writes: list[tuple[str, Operation]] = []
         for post_id, each in zip(post_ids, judged, strict=True):
             document, job = documents.get(post_id), jobs.get(post_id)
-            if isinstance(each.verdict, Rejected) and document is not None:
+            if isinstance(each.verdict, Rejected) and isinstance(document, Mapping):
                 results.append(self.result_write(document["_id"], each.verdict.result(context)))
             if each.job is not None:
                 writes.append((post_id, _job_write(job, each.job)))
             elif each.is_stale and job is not None:
                 writes.append((post_id, DeleteOne(as_read(job))))
         self.client.bulk(self.client.posts, results)
-        effective, refused = self.client.bulk(self.client.jobs, [write for _, write in writes])
+        written = self.client.bulk(self.client.jobs, [write for _, write in writes])
         verdicts = [each.verdict for each in judged]
         # Every insert and update takes effect unless the job has changed since it was read: then
         # another King was quicker, and the jobs tell who holds what. (A delete may find nothing.)
-        if effective < sum(not isinstance(write, DeleteOne) for _, write in writes):
-            reasons = {
-                writes[position][0]: reason
-                for position, (code, reason) in refused.items()
-                if code != DUPLICATE_KEY and not isinstance(writes[position][1], DeleteOne)
+        if written.effective < sum(not isinstance(write, DeleteOne) for _, write in writes):
+            refused = {
+                writes[position][0]: refusal
+                for position, refusal in written.refused.items()
+                if not refusal.is_duplicate and not isinstance(writes[position][1], DeleteOne)
             }
-            verdicts = self._confirm(verdicts, reasons, context)
+            verdicts = self._confirm(claims, verdicts, refused, context)
         return verdicts
 
     def read_documents(self, post_ids: Sequence[str]) -> dict[str, Mapping[str, Any]]:
         """Return the documents of posts by ID, with the fields that a post is read from."""
+        documents = self._read(post_ids)
+        return {key: each for key, each in documents.items() if isinstance(each, Mapping)}
+
+    def _read(self, post_ids: Sequence[str]) -> dict[str, Mapping[str, Any] | StoreRefused]:
+        """Return documents by ID, and errors for those that cannot be read.
+
+        One document that is no valid BSON fails the whole question, and must hold up no other.
+        """
         fields = self._settings.fields
-        candidates = [value for post_id in post_ids for value in id_candidates(post_id)]
-        with self.client.edge():
-            cursor = self.client.posts.find(
-                {fields.id: {"$in": candidates}}, projection(fields, self._settings.result_path)
-            )
-            return match_ids(cursor, post_ids, fields.id)
+        try:
+            with self.client.edge():
+                asked = self.client.named(post_ids)
+                cursor = self.client.posts.find(
+                    asked, projection(fields, self._settings.result_path)
+                )
+                return {**match_ids(cursor, post_ids, fields.id)}
+        except StoreRefused as error:
+            if len(post_ids) <= 1:
+                return dict.fromkeys(post_ids, error)
+        middle = len(post_ids) // 2
+        return self._read(post_ids[:middle]) | self._read(post_ids[middle:])
 
     def read_jobs(self, post_ids: Sequence[str]) -> dict[str, Job]:
         """Return the jobs of posts by ID."""
@@ -128,61 +144,91 @@ class Store:
             return {job.post_id: job for job in jobs}
 
     def _confirm(
-        self, verdicts: Sequence[Verdict], refused: Mapping[str, str], context: ClaimContext
+        self,
+        claims: Sequence[Claim],
+        verdicts: Sequence[Verdict],
+        refused: Mapping[str, Refusal],
+        context: ClaimContext,
     ) -> list[Verdict]:
         """Replace the verdicts on claims that were lost to another King, or refused."""
         jobs = self.read_jobs([v.post_id for v in verdicts if isinstance(v, Started)])
         confirmed: list[Verdict] = []
-        for verdict in verdicts:
-            if verdict.post_id in refused:
-                confirmed.append(WriteRefused(verdict.post_id, refused[verdict.post_id]))
-                continue
-            if isinstance(verdict, Started):
-                job = jobs.get(verdict.post_id)
-                if job is None or job.state != "running" or job.owner != context.owner:
-                    confirmed.append(HeldElsewhere(verdict.post_id, context.now + _RETRY_SOON_S))
-                    continue
-            confirmed.append(verdict)
+        for claim, verdict in zip(claims, verdicts, strict=True):
+            post_id = verdict.post_id
+            job = jobs.get(post_id)
+            if post_id in refused:
+                confirmed.append(self._refused_claim(claim, job, refused[post_id], context))
+            elif isinstance(verdict, Started) and (
+                job is None or job.state != "running" or job.owner != context.owner
+            ):
+                confirmed.append(HeldElsewhere(post_id, context.now + _RETRY_SOON_S))
+            else:
+                confirmed.append(verdict)
         return confirmed
+
+    def _refused_claim(
+        self, claim: Claim, job: Job | None, refusal: Refusal, context: ClaimContext
+    ) -> Rejected | WriteRefused:
+        """Write a dead letter, without the payload that may be what was refused, if that helps."""
+        post_id = claim.message.post_id
+        if refusal.is_permanent:
+            failure = Failure.of("store", StoreRefused(f"the job was refused: {refusal.reason}"))
+            rejected, letter = _rejected(replace(claim, payload=""), job, failure, context)
+            if not self.client.bulk(self.client.jobs, [_job_write(job, letter)]).refused:
+                return rejected
+        return WriteRefused(post_id, refusal.reason)
 
     def finish(
         self, outcomes: Sequence[Outcome], context: ClaimContext
     ) -> list[Outcome | WriteRefused]:
         """Write the outcomes of attempts; return what was recorded, in order.
 
-        An outcome whose write the database refused for good comes back as a `Dead`; or, where it
-        refuses a dead letter too, as a `WriteRefused`, which may be finished again.
+        Tags that changed nothing come back as `Superseded`; an outcome whose write the database
+        refused for good as a `Dead`; and where it refuses that too, or for the moment, as a
+        `WriteRefused`, which may be finished again.
         """
+        recorded: list[Outcome | WriteRefused] = [*outcomes]
         writes = [(i, self._result_write(outcome, context)) for i, outcome in enumerate(outcomes)]
         results = [(i, write) for i, write in writes if write is not None]
-        _, refused = self.client.bulk(self.client.posts, [write for _, write in results])
-        after = list(outcomes)
-        for position, (_, reason) in refused.items():
+        written = self.client.bulk(self.client.posts, [write for _, write in results])
+        for position, refusal in written.refused.items():
             i = results[position][0]
-            outcome = after[i]
-            if isinstance(outcome, Tagged):
-                after[i] = _refused(outcome, f"the result was refused: {reason}")
-        changes = [_job_after(outcome, context) for outcome in after]
-        _, unwritable = self.client.bulk(self.client.jobs, changes)
-        recorded: list[Outcome | WriteRefused] = [*after]
-        for i, (_, reason) in unwritable.items():
-            recorded[i] = self._finish_without_error(after[i], reason, context)
+            recorded[i] = _after_refusal(outcomes[i], refusal)
+        if written.effective + len(written.refused) < len(results):
+            recorded = self._superseded(recorded)
+        jobs = [(i, each) for i, each in enumerate(recorded) if not isinstance(each, WriteRefused)]
+        changes = [_job_after(outcome, context) for _, outcome in jobs]
+        for position, refusal in self.client.bulk(self.client.jobs, changes).refused.items():
+            i, outcome = jobs[position]
+            recorded[i] = self._finish_without_error(outcome, refusal, context)
         return recorded
 
+    def _superseded(
+        self, recorded: Sequence[Outcome | WriteRefused]
+    ) -> list[Outcome | WriteRefused]:
+        """Find the tags whose write matched no document: the fence held, or the post is gone."""
+        tagged = [each.started.post_id for each in recorded if isinstance(each, Tagged)]
+        documents = self.read_documents(tagged) if tagged else {}
+        path = f"{self._settings.result_path}.version"
+        versions = {post_id: dig(document, path) for post_id, document in documents.items()}
+        return [
+            Superseded(each.started, versions.get(each.started.post_id), each.timings_ms)
+            if isinstance(each, Tagged) and versions.get(each.started.post_id) != each.tags.version
+            else each
+            for each in recorded
+        ]
+
     def _finish_without_error(
-        self, outcome: Outcome, reason: str, context: ClaimContext
+        self, outcome: Outcome, refusal: Refusal, context: ClaimContext
     ) -> Outcome | WriteRefused:
-        """Write a refused job again without its error, which may be what was refused."""
-        if isinstance(outcome, (Retry, Dead)):
-            dead = _refused(outcome, f"the job was refused: {reason}")
-            _, unwritable = self.client.bulk(self.client.jobs, [_job_after(dead, context)])
-            if not unwritable:
+        """Write a job that was refused for good again without its error, perhaps the cause."""
+        if isinstance(outcome, (Retry, Dead)) and refusal.is_permanent:
+            dead = _refused(outcome, f"the job was refused: {refusal.reason}")
+            if not self.client.bulk(self.client.jobs, [_job_after(dead, context)]).refused:
                 write = self.result_write(dead.started.document_id, dead.result(context.bundle))
                 self.client.bulk(self.client.posts, [write])
                 return dead
-        if isinstance(outcome, Unreadable):
-            return WriteRefused(message_key(outcome.payload), reason)
-        return WriteRefused(outcome.started.post_id, reason)
+        return WriteRefused(_post_id(outcome), refusal.reason)
 
     def _result_write(self, outcome: Outcome, context: ClaimContext) -> UpdateOne | None:
         match outcome:
@@ -230,9 +276,9 @@ class Store:
                 writes[post_id] = UpdateOne(key, change, upsert=True)
             else:
                 reasons[post_id] = f"{where} holds no such post"
-        _, refused = self.client.bulk(self.client.posts, list(writes.values()))
+        refused = self.client.bulk(self.client.posts, list(writes.values())).refused
         ids = list(writes)
-        return reasons | {ids[i]: reason for i, (_, reason) in refused.items()}
+        return reasons | {ids[i]: refusal.reason for i, refusal in refused.items()}
 
     def renew(self, post_ids: Sequence[str], context: ClaimContext) -> None:
         """Extend the leases of running posts."""
@@ -282,8 +328,7 @@ class Store:
         orphans = [job for job in running if job.owner and context.is_dead(job.owner)]
         change = {"$set": {"state": "waiting", "due_at": context.now, "owner": None}}
         writes = [UpdateOne(as_read(job), change) for job in orphans]
-        effective, _ = self.client.bulk(self.client.jobs, writes)
-        return effective
+        return self.client.bulk(self.client.jobs, writes).effective
 
     def open_jobs(self) -> int:
         """Return the number of jobs that are not dead letters."""
@@ -332,7 +377,7 @@ class ClaimResult:
 
 def judge(
     claim: Claim,
-    document: Mapping[str, Any] | None,
+    document: Mapping[str, Any] | StoreRefused | None,
     job: Job | None,
     context: ClaimContext,
     settings: StoreSettings,
@@ -342,22 +387,24 @@ def judge(
     decision = decide(job, claim, context)
     forced = message.force or (job is not None and job.force and job.state != "dead")
     path = settings.result_path
-    if document is not None and not forced and tagged_by(document, path, context.bundle):
+    read = document if isinstance(document, Mapping) else None
+    if read is not None and not forced and tagged_by(read, path, context.bundle):
         stale = job is not None and decision != "elsewhere"
         return ClaimResult(Settled(post_id, "tagged"), is_stale=stale)
     if decision == "elsewhere" and job is not None:
         return ClaimResult(HeldElsewhere(post_id, job.lease_until))
-    if document is None:
-        error = PostNotFound(f"no post {post_id!r} in {settings.database}.{settings.collection}")
-        return _rejected(claim, job, Failure.of("load", error), context)
+    if read is None:
+        missing = f"no post {post_id!r} in {settings.database}.{settings.collection}"
+        error = document if isinstance(document, StoreRefused) else PostNotFound(missing)
+        return ClaimResult(*_rejected(claim, job, Failure.of("load", error), context))
     if decision in ("waiting", "dead"):
         return ClaimResult(Settled(post_id, "waiting" if decision == "waiting" else "dead"))
     if decision == "exhausted" and job is not None:
-        return _rejected(claim, job, exhausted(job), context)
+        return ClaimResult(*_rejected(claim, job, exhausted(job), context))
     ended = job.attempts if job is not None and decision in ("take", "resume") else 0
     started = Started(
-        post=read_post(post_id, document, settings.fields),
-        document_id=document["_id"],
+        post=read_post(post_id, read, settings.fields),
+        document_id=read["_id"],
         attempt=ended if decision == "resume" else ended + 1,
         priority=message.priority,
         force=message.force or (job.force if job is not None else False),
@@ -381,7 +428,7 @@ def judge(
 
 def _rejected(
     claim: Claim, job: Job | None, failure: Failure, context: ClaimContext
-) -> ClaimResult:
+) -> tuple[Rejected, Job]:
     message = claim.message
     attempts = job.attempts if job is not None else 0
     dead = Job(
@@ -395,16 +442,16 @@ def _rejected(
         first_at=job.first_at if job is not None else context.now,
         updated_at=context.now,
     )
-    return ClaimResult(Rejected(message.post_id, failure, attempts), dead)
+    return Rejected(message.post_id, failure, attempts), dead
 
 
 def changes_after(
-    outcome: Tagged | Retry | Dead | Released, context: ClaimContext
+    outcome: Tagged | Superseded | Retry | Dead | Released, context: ClaimContext
 ) -> dict[str, Any] | None:
     """Return the fields of the job that change with an outcome; None when the job is removed."""
     free = {"owner": None, "lease_until": 0.0, "updated_at": context.now}
     match outcome:
-        case Tagged():
+        case Tagged() | Superseded():
             return None
         case Released(started):
             if started.attempt == 1:
@@ -460,6 +507,21 @@ def _job_after(outcome: Outcome, context: ClaimContext) -> Operation:
     mine = {"_id": outcome.started.post_id, "owner": context.owner}
     changes = changes_after(outcome, context)
     return DeleteOne(mine) if changes is None else UpdateOne(mine, {"$set": changes})
+
+
+def _after_refusal(outcome: Outcome, refusal: Refusal) -> Outcome | WriteRefused:
+    """Return what becomes of an outcome whose result was refused."""
+    if not refusal.is_permanent:
+        return WriteRefused(_post_id(outcome), refusal.reason)
+    if isinstance(outcome, Tagged):
+        return _refused(outcome, f"the result was refused: {refusal.reason}")
+    return outcome
+
+
+def _post_id(outcome: Outcome) -> str:
+    if isinstance(outcome, Unreadable):
+        return message_key(outcome.payload)
+    return outcome.started.post_id
 
 
 def _refused(outcome: Tagged | Retry | Dead, message: str) -> Dead:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from datetime import datetime, timedelta, timezone
 
-from bson import ObjectId
+from bson import Int64, ObjectId
 
 from common.post import Failure, Media
 from king.jobs import (
@@ -13,8 +13,11 @@ from king.jobs import (
     Rejected,
     Settled,
     Started,
+    Superseded,
     Tagged,
 )
+from king.store.ids import id_text
+from king.store.store import Store
 from tests.support.king.store_rig import (
     BUNDLE,
     NOW,
@@ -72,15 +75,24 @@ def test_repeated_write_of_an_outcome_changes_nothing(rig: StoreRig) -> None:
     assert rig.result("p1") == first
 
 
-def test_the_very_document_is_written_whatever_its_id_is(rig: StoreRig) -> None:
-    oid = ObjectId()
-    rig.insert({"_id": "p1"}, {"_id": oid}, {"_id": 42}, {"_id": "bystander"})
-    ids = ["p1", str(oid), "42"]
-    verdicts = rig.store.begin([claim(i) for i in ids], context())
+def test_every_type_of_id_that_the_database_takes_is_tagged_on_every_path(rig: StoreRig) -> None:
+    """Listed, published, begun, written, shown; `tests/unit/king/test_ids.py` has the others."""
+    values = ["p1", " x ", ObjectId(), 42, -7, Int64(1212092628029698048), 43.0, 2.0**31 + 2, 1.5]
+    values.append(datetime(2026, 1, 1, tzinfo=timezone.utc))
+    rig.insert(*({"_id": value, "text": "t"} for value in values))
+    ids = [id_text(value) for value in values]
+    assert sorted(rig.store.untagged_ids()) == sorted(ids)
+    verdicts = rig.store.begin([claim(post_id) for post_id in ids], context())
     outcomes = [tagged(v, BUNDLE[1], v.post_id) for v in verdicts if isinstance(v, Started)]
     rig.store.finish(outcomes, context())
-    names = {key: r and r["tags"][0]["name"] for key, r in rig.results().items()}
-    assert names == {"p1": "p1", oid: str(oid), 42: "42", "bystander": None}
+    results = {id_text(key): r and r["tags"][0]["name"] for key, r in rig.results().items()}
+    assert results == {post_id: post_id for post_id in ids}
+    if isinstance(rig.real, Store):
+        for post_id in ids:
+            stored = rig.real.queries.post(post_id)
+            assert stored is not None
+            assert stored.result is not None
+        assert list(rig.real.queries.among([*ids, "absent"], {})) == ids
 
 
 def test_unknown_post_that_appears_later_is_tagged(rig: StoreRig) -> None:
@@ -109,14 +121,19 @@ def test_same_bundle_tags_once_unless_forced(rig: StoreRig) -> None:
 
 
 def test_older_bundle_never_overwrites_a_newer_one(rig: StoreRig) -> None:
-    """The fence is the bundle's version, for tags and for failures; superseded is success."""
+    """The fence is the bundle's version, for tags and for failures; the loser says so."""
     rig.insert({"_id": "p1"}, {"_id": "p2"}, {"_id": "p3"}, {"_id": "p4"})
     old, new = "20250101T000000Z-00", "20270101T000000Z-ff"
     for post_id, first, second in (("p1", new, old), ("p2", old, new)):
         for version in (first, second):
             run = context(bundle=("demo", version))
             done = tagged(started(rig.store, post_id, run, force=True), version)
-            assert isinstance(rig.store.finish([done], run)[0], Tagged)
+            [recorded] = rig.store.finish([done], run)
+            if (version, second) == (old, old):
+                assert isinstance(recorded, Superseded)
+                assert recorded.version == new
+            else:
+                assert isinstance(recorded, Tagged)
         assert rig.result(post_id)["version"] == new
         assert rig.job(post_id) is None
     permanent = Failure("decode", "MediaError", "broken")

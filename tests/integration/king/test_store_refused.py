@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from common.errors import StoreRefused
-from king.jobs import Dead, Outcome, Retry, Tagged, WriteRefused
-from king.store.client import StoreClient
+from king.jobs import Dead, Outcome, Rejected, Retry, Started, Tagged, WriteRefused
+from king.store.client import Refusal, StoreClient
 from king.store.store import Store
 from tests.support.king.store_rig import (
     BROKEN,
@@ -27,12 +27,10 @@ def test_refused_job_of_a_claim_does_not_hold_up_the_others(mongo: Store) -> Non
     StoreRig(mongo).insert(*({"_id": f"p{i}"} for i in range(3)))
     claims = [claim("p0"), replace(claim("p1"), payload="half \ud800"), claim("p2")]
     verdicts = mongo.begin(claims, context())
-    assert [type(verdict).__name__ for verdict in verdicts] == [
-        "Started",
-        "WriteRefused",
-        "Started",
-    ]
-    assert mongo.queries.job("p1") is None
+    assert [type(verdict) for verdict in verdicts] == [Started, Rejected, Started]
+    job = mongo.queries.job("p1")
+    assert job is not None
+    assert (job.state, (job.last_error or {})["stage"]) == ("dead", "store")
 
 
 def test_refused_job_of_an_attempt_is_a_plain_dead_letter(mongo: Store) -> None:
@@ -71,10 +69,12 @@ def test_job_that_is_refused_whatever_it_says_is_unrecorded(
     bulk = StoreClient.bulk
 
     def picky(self: StoreClient, collection: Any, operations: Any) -> Any:
-        count, refused = bulk(self, collection, operations)
-        if collection.name == self.jobs.name:
-            refused = {i: (121, "validation") for i, o in enumerate(operations) if "p0" in str(o)}
-        return count, refused
+        result = bulk(self, collection, operations)
+        if collection.name != self.jobs.name:
+            return result
+        refusal = Refusal("validation", is_permanent=True)
+        refused = {i: refusal for i, o in enumerate(operations) if "p0" in str(o)}
+        return replace(result, refused=refused)
 
     monkeypatch.setattr(StoreClient, "bulk", picky)
     recorded = mongo.finish([Retry(begun[0], BROKEN, NOW + 5), tagged(begun[1])], context())

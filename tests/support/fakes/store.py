@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,11 +18,12 @@ from king.jobs import (
     Job,
     Outcome,
     Rejected,
+    Superseded,
     Tagged,
     Unreadable,
     Verdict,
 )
-from king.store.documents import match_ids
+from king.store.ids import id_text, match_ids
 from king.store.store import changes_after, judge, unreadable_letter
 
 
@@ -39,7 +40,7 @@ class FakeStore:
     url = "fake://"
 
     def __init__(self, posts: Sequence[Mapping[str, Any]] = ()) -> None:
-        self.posts: dict[Any, dict[str, Any]] = {post["_id"]: dict(post) for post in posts}
+        self.posts: dict[Any, dict[str, Any]] = {_key(post["_id"]): dict(post) for post in posts}
         self.jobs: dict[str, Job] = {}
         self.down = threading.Event()
         self.refuse: set[str] = set()
@@ -83,9 +84,11 @@ class FakeStore:
         if isinstance(outcome, Tagged) and started.post_id in self.refuse:
             refused = Failure("store", "StoreRefused", "the result was refused")
             outcome = Dead(started, refused, outcome.timings_ms)
-        document = self.posts[started.document_id]
+        document = self.posts[_key(started.document_id)]
         if isinstance(outcome, Tagged):
-            self._write(document, outcome.result().document())
+            if not self._write(document, outcome.result().document()):
+                version = document["insight"]["version"]
+                outcome = Superseded(started, version, outcome.timings_ms)
         elif isinstance(outcome, Dead):
             self._write(document, outcome.result(context.bundle).document())
         job = self.jobs.get(started.post_id)
@@ -97,14 +100,16 @@ class FakeStore:
                 self.jobs[started.post_id] = replace(job, **changes)
         return outcome
 
-    def _write(self, document: dict[str, Any] | Mapping[str, Any], content: dict[str, Any]) -> None:
+    def _write(self, document: Mapping[str, Any], content: dict[str, Any]) -> bool:
         known = document.get("insight")
         before = known.get("version") if isinstance(known, dict) else None
         status = known.get("status") if isinstance(known, dict) else None
         older = before is None or before < content["version"]
         same = before == content["version"]
         if older or (same and (content["status"] == "tagged" or status == "failed")):
-            self.posts[document["_id"]]["insight"] = content
+            self.posts[_key(document["_id"])]["insight"] = content
+            return True
+        return False
 
     def renew(self, post_ids: Sequence[str], context: ClaimContext) -> None:
         self._require()
@@ -149,8 +154,8 @@ class FakeStore:
 
     def untagged_ids(self) -> Iterator[str]:
         self._require()
-        without = (key for key, post in self.posts.items() if not post.get("insight"))
-        return (str(key) for key in without if str(key) not in self.jobs)
+        without = (id_text(p["_id"]) for p in self.posts.values() if not p.get("insight"))
+        return (post_id for post_id in without if post_id not in self.jobs)
 
     def take_lease(self, name: str, context: ClaimContext, lease_s: float) -> bool:
         self._require()
@@ -167,3 +172,7 @@ class FakeStore:
     def _require(self) -> None:
         if self.down.is_set():
             raise StoreUnavailable("fake://: switched off")
+
+
+def _key(document_id: Any) -> Any:
+    return document_id if isinstance(document_id, Hashable) else id_text(document_id)

@@ -5,81 +5,99 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from bson import ObjectId
+import structlog
 
 from common.post import Media
 from config.settings import FieldMap
 from king.store.documents import (
     dig,
-    id_candidates,
-    match_ids,
     projection,
+    read_fields,
     read_post,
-    sources,
     tagged_by,
 )
 
+URL = "http://h/a.jpg"
+
 
 @pytest.mark.parametrize(
-    ("value", "found"),
+    ("document", "paths", "sources"),
     [
-        ("http://a/1", ["http://a/1"]),
-        ("  http://a/1 ", ["http://a/1"]),
-        ("", []),
-        (None, []),
-        (7, []),
-        (["http://a/1", "", None, 3, {"url": "http://a/2"}, {"href": "x"}, ["y"]],
-         ["http://a/1", "http://a/2"]),
-        ({"url": "http://a/1"}, ["http://a/1"]),
-        ({"url": ["http://a/1"]}, []),
-        ({}, []),
+        ({"images": URL}, {}, [URL]),
+        ({"images": f"  {URL} "}, {}, [URL]),
+        ({"images": ""}, {}, []),
+        ({"images": None}, {}, []),
+        ({"images": {}}, {}, []),
+        ({"images": {"url": URL}}, {}, [URL]),
+        ({"images": {"url": [URL]}}, {}, [URL]),
+        ({"images": [URL, "", None, {"url": "b"}]}, {}, [URL, "b"]),
+        ({"images": [[URL], [["b"]]]}, {}, [URL, "b"]),
+        ({"media": {"pics": [URL]}}, {"images": "media.pics"}, [URL]),
+        ({"blocks": [{"images": [URL]}, {"x": 1}]}, {"images": "blocks.images"}, [URL]),
+        ({"blocks": [{"images": [{"url": URL}]}]}, {"images": "blocks.images.url"}, [URL]),
+        ({"blocks": [[{"images": {"url": URL}}]]}, {"images": "blocks.images"}, [URL]),
+        ({"images": [{"url": URL}, {"url": "b"}]}, {"images": "images.0.url"}, [URL]),
+        ({"images": [{"url": URL}, {"url": "b"}]}, {"images": "images.1"}, ["b"]),
+        ({"images": [{"url": URL}]}, {"images": "images.7.url"}, []),
+        ({"pages": [{"0": URL}]}, {"images": "pages.0.0"}, [URL]),
     ],
-)  # fmt: skip
-def test_media_come_in_many_shapes(value: Any, found: list[str]) -> None:
-    """A text, an object with a URL, or a list of either; all else is no media."""
-    assert sources(value) == found
+)
+def test_media_come_in_many_shapes(
+    document: dict[str, Any], paths: dict[str, str], sources: list[str]
+) -> None:
+    """Texts, objects with a URL, lists of either however deep, at paths through lists."""
+    post, unread = read_fields("p", document, FieldMap(**paths))
+    assert [media.source for media in post.media] == sources
+    assert unread == []
 
 
-@pytest.mark.parametrize("text", [None, 5, ["a"], {"a": 1}, b"x"])
-def test_text_of_another_type_is_no_text(text: Any) -> None:
-    post = read_post("p", {"_id": "p", "text": text, "images": "http://a/1"}, FieldMap())
-    assert post.text == ""
-    assert post.media == (Media("image", "http://a/1"),)
+@pytest.mark.parametrize(
+    ("document", "paths", "text"),
+    [
+        ({"text": " a "}, {}, " a "),
+        ({"text": ["a", ["b"], None, " "]}, {}, "a\nb"),
+        ({"blocks": [{"text": "a"}, {"text": "b"}]}, {"text": "blocks.text"}, "a\nb"),
+        ({"body": {"text": "a"}}, {"text": "body.text"}, "a"),
+        ({"text": {"zh": "a", "en": "b"}}, {"text": "text.zh"}, "a"),
+    ],
+)
+def test_text_comes_in_many_shapes(
+    document: dict[str, Any], paths: dict[str, str], text: str
+) -> None:
+    post, unread = read_fields("p", document, FieldMap(**paths))
+    assert (post.text, unread) == (text, [])
 
 
-def test_dotted_paths_reach_into_lists() -> None:
-    """Nested documents and lists of documents are read, and a path that leads nowhere is None."""
-    fields = FieldMap(text="body.text", images="media.pics", videos="files.url")
-    document = {
-        "body": {"text": "雨"},
-        "media": {"pics": ["http://a/1"]},
-        "files": [{"url": "http://v/1"}, {"x": 1}, 3, {"url": "http://v/2"}],
-    }
-    post = read_post("p", document, fields)
-    assert post.text == "雨"
-    assert [media.source for media in post.media] == ["http://a/1", "http://v/1", "http://v/2"]
+@pytest.mark.parametrize(
+    ("document", "paths", "unread"),
+    [
+        ({"text": 5}, {}, ("text", "text", "int")),
+        ({"text": {"zh": "a"}}, {}, ("text", "text", "object with zh")),
+        ({"text": b"x"}, {}, ("text", "text", "bytes")),
+        ({"images": [{"src": "a", "id": 1}]}, {}, ("images", "images", "object with id, src")),
+        ({"images": [7]}, {}, ("images", "images", "int")),
+        ({"images": {"url": True}}, {}, ("images", "images", "bool")),
+        ({"body": "a"}, {"text": "body.text"}, ("text", "body.text", "str before .text")),
+        ({"labels": [{"id": 1}]}, {}, ("labels", "labels", "object with id")),
+    ],
+)
+def test_shape_that_cannot_be_read_is_named_once(
+    document: dict[str, Any], paths: dict[str, str], unread: tuple[str, str, str]
+) -> None:
+    fields = FieldMap(**{**paths, "videos": "clips"})
+    document = {**document, "clips": "v"}
+    post, found = read_fields("p", document, fields)
+    assert found == [unread]
+    assert post.media == (Media("video", "v"),)
+    with structlog.testing.capture_logs() as logs:
+        for _ in range(3):
+            read_post("p", document, fields)
+    assert len([line for line in logs if line["event"] == "store.field_unread"]) <= 1
+
+
+def test_path_that_leads_nowhere_is_none() -> None:
     assert dig({"a": "text"}, "a.b.c") is None
     assert dig({}, "a.b") is None
-
-
-def test_ids_are_tried_as_text_then_object_id_then_number() -> None:
-    """An ID on the queue is text; in the database it may be of three types, text first."""
-    oid = ObjectId()
-    assert id_candidates("p1") == ["p1"]
-    assert id_candidates(str(oid)) == [str(oid), oid]
-    assert id_candidates("42") == ["42", 42]
-    assert id_candidates("٤٢") == ["٤٢"]  # digits, but none that a driver would have written
-    both: list[dict[str, Any]] = [
-        {"_id": 42, "n": "number"},
-        {"_id": "42", "n": "text"},
-        {"_id": oid},
-        {"_id": True},
-    ]
-    found = match_ids(both, ["42", str(oid), "1"], "_id")
-    assert found["42"]["n"] == "text"
-    assert found[str(oid)]["_id"] == oid
-    assert "1" not in found
-    assert match_ids(both[:1], ["42"], "_id")["42"]["n"] == "number"
 
 
 def test_projection_names_whole_fields() -> None:
