@@ -148,8 +148,10 @@ class _Routes:
         message_id = checked_id(post_id)
         body = read_queue_body(request, self._http)
         note(post_id=message_id)
-        self._backend.publish(PostMessage(message_id, priority=body.priority, force=body.force))
-        return jsonify({"post_id": message_id, "state": "queued"}), 202
+        message = PostMessage(message_id, priority=body.priority, force=body.force)
+        warning = self._backend.publish(message)
+        about = {"warning": warning} if warning else {}
+        return jsonify({"post_id": message_id, "state": "queued", **about}), 202
 
     def post(self, post_id: str) -> Response:
         """Return the state of a post and its tags."""

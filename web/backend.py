@@ -41,10 +41,25 @@ class Backend:
         self._probe_timeout_s = probe_timeout_s
         self._settings: Settings | None = None
 
-    def publish(self, message: PostMessage) -> None:
-        """Put a post on the queue; return when the broker has confirmed it."""
+    def publish(self, message: PostMessage) -> str | None:
+        """Put a post on the queue; return when the broker has confirmed it.
+
+        The answer is a warning when the database can be asked and has no such post.
+        """
         with self._resolved() as settings:
             publish_posts(settings.broker, [message])
+            store = settings.store
+        timeout_s = min(store.timeout_s, self._probe_timeout_s)
+        try:
+            with open_queries(store.model_copy(update={"timeout_s": timeout_s})) as queries:
+                if not queries.unknown([message.post_id]):
+                    return None
+        except TaggingError:  # the queue is what was asked for
+            return None
+        return (
+            f"{store.database}.{store.collection} has no such post: unless it is there when its "
+            "turn comes, it becomes a dead letter"
+        )
 
     def look_up(self, post_id: str) -> tuple[StoredPost | None, Job | None]:
         """Return a post with its result, and its job."""

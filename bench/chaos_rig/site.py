@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import subprocess
@@ -18,7 +17,7 @@ import yaml
 from chaos_rig.audit import Audit
 from chaos_rig.journal import Journal
 from config.settings import Settings
-from king.broker.connect import publish_posts, queue_depth
+from king.broker.connect import publish_posts, queue_counts, queue_depth
 from king.broker.rabbitmq import dead_queue
 from king.messages import PostMessage
 from king.status import read_health
@@ -225,13 +224,8 @@ class Site:
     @property
     def messages_left(self) -> int:
         """Return messages on the queue or in somebody's hands, where the latter are known."""
-        left = queue_depth(self.direct.broker)
-        if isinstance(self.broker, RedisServer):
-            import redis
-
-            with contextlib.closing(redis.Redis.from_url(self.broker.url)) as client:
-                left += int(client.hlen(f"{self.direct.broker.queue}.unacked"))
-        return left
+        waiting, unacknowledged = queue_counts(self.direct.broker)
+        return waiting + (unacknowledged or 0)
 
     @property
     def messages_given_up(self) -> int:

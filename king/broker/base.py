@@ -191,6 +191,13 @@ class Broker(ABC):
         Raises BrokerUnavailable, and ConfigError when the broker refuses the question of a probe.
         """
 
+    def unacknowledged(self) -> int | None:
+        """Return the number of messages in somebody's hands; None where the broker does not say.
+
+        Raises as `depth`.
+        """
+        return None
+
     def cancel(self) -> None:
         """Ask for no more messages; those handed over can still be acknowledged."""
         self._on_delivery = None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 from common.errors import ConfigError
 from common.urls import redact
@@ -53,9 +54,24 @@ def queue_depth(settings: BrokerSettings, queue: str | None = None) -> int:
 
     Raises BrokerUnavailable, and ConfigError when the credentials are refused.
     """
+    with _probed(settings) as broker:
+        return broker.depth(queue)
+
+
+def queue_counts(settings: BrokerSettings) -> tuple[int, int | None]:
+    """Return the messages that wait, and those in somebody's hands, as `queue_depth`.
+
+    The latter are None where the broker does not say: RabbitMQ tells only its management API.
+    """
+    with _probed(settings) as broker:
+        return broker.depth(), broker.unacknowledged()
+
+
+@contextmanager
+def _probed(settings: BrokerSettings) -> Iterator[Broker]:
     broker = open_broker(settings)
     broker.connect(declare=False)
     try:
-        return broker.depth(queue)
+        yield broker
     finally:
         broker.close()

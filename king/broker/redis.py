@@ -196,6 +196,10 @@ class RedisBroker(Broker):
         with self._client_call():
             return self._size([(queue or self.settings.queue) + suffix for suffix in suffixes])
 
+    def unacknowledged(self) -> int:
+        with self._client_call():
+            return int(self._client.hlen(self._unacked[0]))
+
     def _size(self, lists: Iterable[str]) -> int:
         with self._client.pipeline() as pipe:
             for key in lists:

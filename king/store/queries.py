@@ -77,6 +77,11 @@ class PostQueries:
                 )
             yield from (post_id for post_id in chunk if post_id in matching)
 
+    def unknown(self, post_ids: Sequence[str]) -> list[str]:
+        """Return those of the IDs that name no post."""
+        known = set(self.among(post_ids, {}))
+        return [post_id for post_id in post_ids if post_id not in known]
+
     def _ids(self, condition: Mapping[str, Any]) -> Iterator[str]:
         path = self._settings.fields.id
         told: set[type] = set()

@@ -32,6 +32,8 @@ Priority = Annotated[
     int, typer.Option("--priority", min=0, max=9, help="0 to 9; higher is served sooner.")
 ]
 
+_NAMED = 10
+
 
 def settings_of(config: Path | None, overrides: Sequence[str] | None) -> Settings:
     """Load the settings and set up the logs by them."""
@@ -52,6 +54,12 @@ def online_settings(
 
     needed = {"redis": broker, "mongo": store}
     return resolve(settings_of(config, overrides), [name for name in needed if needed[name]])
+
+
+def listed(post_ids: Sequence[str]) -> str:
+    """Return the first IDs, and the number of the others."""
+    more = f" and {len(post_ids) - _NAMED} more" if len(post_ids) > _NAMED else ""
+    return ", ".join(f"{post_id!r:.80}" for post_id in post_ids[:_NAMED]) + more
 
 
 def print_json(value: Any) -> None:

@@ -20,6 +20,7 @@ from scripts.commands.common import (
     Ids,
     Overrides,
     PostId,
+    listed,
     moment,
     online_settings,
     print_json,
@@ -47,7 +48,6 @@ Limit = Annotated[int, typer.Option("--limit", min=1, help="At most so many.")]
 All = Annotated[bool, typer.Option("--all", help="Every dead letter that the filters leave.")]
 
 _NO_LIMIT = 1_000_000_000
-_NAMED = 10
 
 
 def list_letters(
@@ -194,16 +194,11 @@ def _choose(
     letters = queries.dead_among(named)
     unknown = [post_id for post_id in named if post_id not in letters]
     mute = {i: job for i, job in letters.items() if verb == "replay" and not job.names_a_post}
-    wrong = [f"no dead letter: {_listed(unknown)} (see insighttag dead list)"] if unknown else []
+    wrong = [f"no dead letter: {listed(unknown)} (see insighttag dead list)"] if unknown else []
     if mute:
-        wrong.append(f"names no post, so that it can only be dropped: {_listed(list(mute))}")
+        wrong.append(f"names no post, so that it can only be dropped: {listed(list(mute))}")
     chosen = [post_id for post_id in named if post_id in letters and post_id not in mute]
     return chosen, "; ".join(wrong)
-
-
-def _listed(post_ids: Sequence[str]) -> str:
-    more = f" and {len(post_ids) - _NAMED} more" if len(post_ids) > _NAMED else ""
-    return ", ".join(f"{post_id!r:.80}" for post_id in post_ids[:_NAMED]) + more
 
 
 COMMANDS: Mapping[str, Callable[..., None]] = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -12,13 +12,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from common.errors import ConfigError, MessageError
-from scripts.commands.common import Config, Ids, Overrides, Priority, online_settings
+from common.errors import ConfigError, MessageError, StoreUnavailable
+from config.settings import Settings
+from scripts.commands.common import Config, Ids, Overrides, Priority, listed, online_settings
 
 if TYPE_CHECKING:
     from king.messages import PostMessage
 
 _NAMED = 5
+# Unasked, so many IDs are looked up: a question or two. At double, a slow database is noticed.
+_MAX_CHECKED = 1000
+_CHECK_TIMEOUT_S = 3.0
 
 
 def publish(
@@ -40,6 +44,14 @@ def publish(
     force: Annotated[
         bool, typer.Option("--force", help="Tag again what this bundle has tagged already.")
     ] = False,
+    check: Annotated[
+        bool | None,
+        typer.Option(
+            "--check/--no-check",
+            help="Publish nothing when an ID names no post of the database; without either, such "
+            "IDs are only named, where there are at most 1,000.",
+        ),
+    ] = None,
     config: Config = None,
     overrides: Overrides = None,
 ) -> None:
@@ -57,8 +69,11 @@ def publish(
         named += read_messages(file)
     if not (named or file or untagged):
         raise ConfigError("publish: name IDs, --file F or --untagged")
-    settings = online_settings(config, overrides, broker=True, store=untagged)
+    store = untagged or bool(check)
+    settings = online_settings(config, overrides, broker=True, store=store)
     once = _once(named)
+    if check:
+        _check(settings, list(once), refuse=True)
     with contextlib.ExitStack() as stack:
         others: Iterable[PostMessage] = ()
         if untagged:
@@ -70,6 +85,36 @@ def publish(
         )
         count = publish_posts(settings.broker, asked)
     sys.stdout.write(f"published {count} to {settings.broker.queue}\n")
+    if check is None and len(once) <= _MAX_CHECKED:
+        _check(settings, list(once), refuse=False)
+
+
+def _check(settings: Settings, post_ids: Sequence[str], *, refuse: bool) -> None:
+    """Name the IDs without a post; ``refuse`` them, or go on, also without a database."""
+    from deploy.embedded import SCHEME, peek
+    from king.store.queries import open_queries
+
+    store = peek(settings).store
+    if not post_ids or store.url.startswith(SCHEME):
+        return  # the embedded database does not run, and is not started for a warning
+    if not refuse:
+        timeout_s = min(store.timeout_s, _CHECK_TIMEOUT_S)
+        store = store.model_copy(update={"timeout_s": timeout_s})
+    try:
+        with open_queries(store) as queries:
+            unknown = queries.unknown(post_ids)
+    except StoreUnavailable as error:
+        if refuse:
+            raise
+        sys.stderr.write(f"insighttag: publish: the IDs were not checked: {error}\n")
+        return
+    if unknown:
+        where = f"{store.database}.{store.collection}"
+        count = f"{len(unknown)} of {len(post_ids)} IDs"
+        what = f"publish: not in {where}: {listed(unknown)} ({count})"
+        if refuse:
+            raise ConfigError(f"{what}; nothing was published, --no-check does it all the same")
+        sys.stderr.write(f"insighttag: {what}; dead letters unless their posts come in time\n")
 
 
 def read_messages(file: Path) -> list[PostMessage]:

@@ -14,7 +14,7 @@ import typer
 from common.errors import ConfigError
 from common.progress import track
 from config.settings import Settings
-from scripts.commands.common import Config, Overrides, Priority, online_settings
+from scripts.commands.common import Config, Overrides, Priority, listed, online_settings
 from scripts.commands.publish import read_messages
 
 
@@ -72,7 +72,11 @@ def retag(
         ids: Iterator[str]
         total = None
         if named is not None:
-            ids = islice(queries.among((each.post_id for each in named), condition), limit)
+            named_ids = [each.post_id for each in named]
+            if unknown := queries.unknown(named_ids):
+                where = f"{settings.store.database}.{settings.store.collection}"
+                sys.stderr.write(f"insighttag: retag: not in {where}: {listed(unknown)}\n")
+            ids = islice(queries.among(named_ids, condition), limit)
         else:
             total = queries.matching(condition)
             total = total if limit is None else min(total, limit)

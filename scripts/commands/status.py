@@ -62,12 +62,14 @@ def collect(asked: Settings, settings: Settings) -> dict[str, Any]:
 
 
 def _queue(settings: BrokerSettings) -> dict[str, Any]:
-    from king.broker.connect import queue_depth
+    from king.broker.connect import queue_counts
 
     timeout_s = min(settings.socket_timeout_s, _TIMEOUT_S)
     quick = settings.model_copy(update={"socket_timeout_s": timeout_s})
     about = {"url": redact(settings.url), "name": settings.queue}
-    return {**about, **_answer("depth", settings.url, lambda: queue_depth(quick))}
+    answer = _answer("counts", settings.url, lambda: queue_counts(quick))
+    depth, unacknowledged = answer.pop("counts") or (None, None)
+    return {**about, "depth": depth, "unacknowledged": unacknowledged, **answer}
 
 
 def _store(settings: StoreSettings) -> dict[str, Any]:
@@ -107,7 +109,10 @@ def _print(content: dict[str, Any]) -> None:
     queue, store = content["queue"], content["store"]
     write = sys.stdout.write
     write(f"queue     {queue['name']} at {queue['url']}: ")
-    write(f"{queue['depth']} waiting\n" if queue["error"] is None else f"{queue['error']}\n")
+    unacknowledged = queue["unacknowledged"]
+    held = f", {unacknowledged} unacknowledged" if unacknowledged is not None else ""
+    waiting = f"{queue['depth']} waiting{held}"
+    write(f"{queue['error'] or waiting}\n")
     write(f"database  {store['database']} at {store['url']}: ")
     if store["error"] is None:
         counts = store["counts"]

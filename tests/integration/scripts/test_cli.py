@@ -109,14 +109,38 @@ def test_publish_by_id_and_file(
     command: Command, database: pymongo.database.Database[dict[str, Any]], tmp_path: Path
 ) -> None:
     """IDs of the command line and of a file arrive once each, with priority and force."""
+    database["posts"].insert_many([{"_id": i} for i in ("p1", "p2", "p3", "帖子")])
     file = tmp_path / "ids.txt"
     file.write_text("p2\n\n  p3 \n帖子\n", encoding="utf-8")
     code, out, err = command(
         "publish", "p1", "p2", "--file", str(file), "--priority", "3", "--force"
     )
     assert (code, out, err) == (0, "published 4 to insighttag.posts\n", "")
-    assert command.json("status")["queue"]["depth"] == 4
+    queue = command.json("status")["queue"]
+    assert (queue["depth"], queue["unacknowledged"]) == (4, 0)
+    assert "4 waiting, 0 unacknowledged" in command("status")[1]
     assert sorted(queued(command)) == [(i, 3, True) for i in ("p1", "p2", "p3", "帖子")]
+
+
+def test_publish_says_which_ids_name_no_post(
+    command: Command, database: pymongo.database.Database[dict[str, Any]]
+) -> None:
+    """Unasked they are published all the same; --check refuses them, --no-check looks nowhere."""
+    database["posts"].insert_many([{"_id": "p1"}, {"_id": 7.0}])
+    ids = ("p1", "nobody", "7")
+    code, out, err = command("publish", *ids)
+    assert (code, out) == (0, "published 3 to insighttag.posts\n")
+    where = f"{database.name}.posts"
+    assert err.startswith(f"insighttag: publish: not in {where}: 'nobody' (1 of 3 IDs); dead ")
+    code, out, err = command("publish", *ids, "--check")
+    assert (code, out) == (2, "")
+    assert err.startswith(f"insighttag: publish: not in {where}: 'nobody' (1 of 3 IDs); nothing ")
+    assert command("publish", *ids, "--no-check") == (0, "published 3 to insighttag.posts\n", "")
+    away = ("--set", "store.url=mongodb://127.0.0.1:9", "--set", "store.timeout_s=0.3")
+    code, out, err = command("publish", *ids, *away)
+    assert (code, out) == (0, "published 3 to insighttag.posts\n")
+    assert err.startswith("insighttag: publish: the IDs were not checked: mongodb://127.0.0.1:9")
+    assert command("publish", *ids, "--check", *away)[0] == 1
 
 
 def test_publish_from_standard_input(

@@ -59,10 +59,13 @@ def bodies(settings: Settings) -> list[PostMessage]:
     return [parse_message(body) for body in consumer.bodies]
 
 
-def test_a_post_is_published(posts: Desk, settings: Settings) -> None:
+def test_a_post_is_published(posts: Desk, settings: Settings, database: Any) -> None:
     """202 when the broker has it; priority and force go along; IDs may hold slashes and letters."""
     client = posts.client
-    assert client.post("/v1/posts/p1").status_code == 202
+    database["posts"].insert_one({"_id": "p2"})
+    unknown = client.post("/v1/posts/p1")
+    assert unknown.status_code == 202
+    assert "has no such post" in unknown.json["warning"]
     answer = client.post("/v1/posts/p2", json={"priority": 7, "force": True})
     assert (answer.status_code, answer.json) == (202, {"post_id": "p2", "state": "queued"})
     assert client.post("/v1/posts/a//b%2F%E7%8C%AB").json["post_id"] == "a//b/猫"
