@@ -9,17 +9,18 @@ import difflib
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
-from pydantic_settings import BaseSettings, EnvSettingsSource
+from pydantic_settings import EnvSettingsSource
 
 from common.errors import ConfigError, one_line
 from common.urls import redact
 from config.settings import Settings
 
 DEFAULT_CONFIG = Path("config/infer_config_e2e.yaml")
+_VARIABLES = "INSIGHTTAG_"
 _TEST_VARIABLES = "INSIGHTTAG_TEST_"
 # PyYAML raises the last two itself: for dates such as 2026-13-01, and for nesting without end.
 _NO_YAML = (yaml.YAMLError, ValueError, RecursionError)
@@ -91,20 +92,20 @@ def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _environment() -> dict[str, Any]:
-    prefix = Settings.model_config["env_prefix"]
     known = set(Settings.model_fields)
     for name in os.environ:
-        if not name.startswith(prefix) or name.startswith(_TEST_VARIABLES):
+        if not name.startswith(_VARIABLES) or name.startswith(_TEST_VARIABLES):
             continue
-        section = name[len(prefix) :].split("__")[0].lower()
+        section = name[len(_VARIABLES) :].split("__")[0].lower()
         if section not in known:
             raise ConfigError(
                 f"environment {name}: no section {section!r}{did_you_mean(section, known)}"
             )
+    model: Any = Settings  # no BaseSettings, which would read the sources by itself
     try:
-        return EnvSettingsSource(Settings)()
+        return EnvSettingsSource(model, env_prefix=_VARIABLES, env_nested_delimiter="__")()
     except Exception as error:  # pydantic-settings raises its own type on undecodable JSON
-        raise ConfigError(f"environment: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"environment: {one_line(error)}") from error
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -114,15 +115,13 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def _fields_at(model: type[BaseModel], path: tuple[int | str, ...]) -> set[str]:
-    fields = set(model.model_fields)
     for key in path:
         info = model.model_fields.get(str(key))
         annotation = info.annotation if info else None
         if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            return fields if not path else set()
+            return set()
         model = annotation
-        fields = set(model.model_fields)
-    return fields
+    return set(model.model_fields)
 
 
 def validation_line(error: ValidationError, model: type[BaseModel]) -> str:
@@ -151,9 +150,6 @@ def validate(model: type[Model], values: Mapping[str, Any], source: str) -> Mode
     if odd is not None:
         raise ConfigError(f"{source}: {odd!r}: unknown key")
     try:
-        if issubclass(model, BaseSettings):
-            # The layers are merged already: building with model_validate skips every source.
-            return cast(Model, model.model_validate(dict(values)))
         return model.model_validate(dict(values))
     except ValidationError as error:
         raise ConfigError(f"{source}: {validation_line(error, model)}") from error
@@ -164,18 +160,14 @@ def load_settings(
 ) -> Settings:
     """Load the daemon's settings; ConfigError names the file or variable, the key and the mistake.
 
-    Args:
-        path: YAML file; None takes ``default``, and the built-in defaults where that is absent.
-        overrides: ``section.key=value`` strings, highest precedence.
-        default: The file that is taken when ``path`` is None.
+    Without a path the file is ``default``, and absent it gives the built-in defaults.
     """
     file = Path(path) if path is not None else default
     from_file = read_yaml(file) if path is not None or file.exists() else {}
     validate(Settings, from_file, str(file))  # so that a mistake is blamed on the right source
-    from_environment = _environment()
-    validate(Settings, merge(from_file, from_environment), "environment")
-    from_options = parse_overrides(overrides)
-    return validate(Settings, merge(from_file, from_environment, from_options), "--set")
+    values = merge(from_file, _environment())
+    validate(Settings, values, "environment")
+    return validate(Settings, merge(values, parse_overrides(overrides)), "--set")
 
 
 def given_options(options: object, keys: Mapping[str, str]) -> dict[str, Any]:

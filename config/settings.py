@@ -18,11 +18,6 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic_settings import (
-    BaseSettings,
-    PydanticBaseSettingsSource,
-    SettingsConfigDict,
-)
 
 from common.precision import Precision
 from common.retry import RetryPolicy
@@ -539,16 +534,8 @@ def collection_of(url: str) -> tuple[str, str] | None:
     return (database, collection) if database and collection else None
 
 
-class Settings(BaseSettings):
+class Settings(Section):
     """All settings of the daemon and the online commands."""
-
-    model_config = SettingsConfigDict(
-        frozen=True,
-        extra="forbid",
-        env_prefix="INSIGHTTAG_",
-        env_nested_delimiter="__",
-        protected_namespaces=(),
-    )
 
     broker: BrokerSettings = BrokerSettings()
     store: StoreSettings = StoreSettings()
@@ -566,15 +553,3 @@ class Settings(BaseSettings):
     log: LogSettings = LogSettings()
     infer: RunSettings = RunSettings()
     """`infer_net.py` with these settings: raw media to tags, without queue and workers."""
-
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Only what is passed in: `config.load` merges the sources, so that it can name them."""
-        return (init_settings,)

@@ -19,15 +19,7 @@ import numpy as np
 from common.errors import FeatureError, one_line
 from common.files import write_whole
 from common.fingerprint import differing, digest, known_parts, with_parts
-from common.post import (
-    STREAMS,
-    Failure,
-    Features,
-    Modality,
-    Status,
-    Stream,
-    modality_of,
-)
+from common.post import STREAMS, Failure, Features, Modality, Status, Stream, modality_of
 from config.settings import FeatureSettings
 
 _FORMAT = "insighttag.features/2"
@@ -65,12 +57,8 @@ def stream_fingerprints(
 
     ``ocr`` is embedded by the text extractor, so its fingerprint joins both; with ``ocr_mode:
     append`` what was read is part of ``text``, and there is no ``ocr``. With OCR disabled, text
-    that a post brings along as already read is still embedded.
-
-    Args:
-        features: The settings that the extractors were made from.
-        by_extractor: Those that are loaded, ``video_lstm`` as one of them; a stream whose
-            extractors are not all there is left out.
+    that a post brings along as already read is still embedded. A stream whose extractors are not
+    all among those given (``video_lstm`` is one of them) is left out.
     """
     result: dict[Stream, str] = {s: by_extractor[s] for s in _OWN if s in by_extractor}
     text = by_extractor.get("text")
@@ -102,11 +90,7 @@ def write_features(
     fingerprints: Mapping[Stream, str],
     learned_from: Sequence[Stream] = (),
 ) -> Path:
-    """Write the features of one post under a root, whole or not at all, and return the file's path.
-
-    Raises:
-        FeatureError: As `features_bytes`.
-    """
+    """Write the features of one post whole or not at all, as `features_bytes`; return the path."""
     path = feature_path(root, features.post_id)
     content = features_bytes(features, fingerprints, learned_from=learned_from)
     write_whole(path, content, sync=False, shared=True)
@@ -122,13 +106,10 @@ def features_bytes(
     """Return the content of a feature file; equal features give equal bytes.
 
     Args:
-        features: What the extractors gave.
+        features: What the extractors gave; FeatureError for an array not float16 ``(n, dim)``.
         fingerprints: Of every stream that the extractors serve, missing ones included.
         inputs: Modality -> digest of what it was made from, where that is known.
         learned_from: As in `Header`.
-
-    Raises:
-        FeatureError: An array is not float16 ``(n, dim)``, or has no fingerprint.
     """
     from safetensors.numpy import save
 
@@ -165,15 +146,9 @@ def read_features(
 ) -> Features:
     """Read the features of one post.
 
-    Args:
-        root: Folder of all feature files.
-        post_id: The post's ID.
-        fingerprints: What the reader needs; only these streams are read. None reads all of
-            them, whatever they were made with.
-
-    Raises:
-        FeatureError: The file is missing or broken, belongs to another post, or a stream was
-            made by another extractor; the line names which.
+    `fingerprints` are what the reader needs: only these streams are read. None reads all of them,
+    whatever they were made with. FeatureError names a file that is missing, broken or another
+    post's, or the stream that was made by another extractor.
     """
     path = feature_path(root, post_id)
     metadata, arrays = _open(path, arrays=True)
@@ -205,14 +180,9 @@ def script_of(stream: Stream) -> str:
 
 
 def read_header(path: Path, post_id: str | None = None) -> Header:
-    """Read the header of a feature file, without its arrays.
+    """Read the header of a feature file, without its arrays, as `read_features`.
 
-    Args:
-        path: The file.
-        post_id: The post that it must belong to; None allows any.
-
-    Raises:
-        FeatureError: The file is missing or broken, or belongs to another post.
+    `post_id` is the post that it must belong to; None allows any.
     """
     return _header(path, _open(path, arrays=False)[0], post_id)
 

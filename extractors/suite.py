@@ -47,11 +47,7 @@ class ExtractorSuite:
         self._backbones: dict[tuple[object, ...], TimmBackbone] = {}
 
     def load(self) -> None:
-        """Load every extractor; a second call does nothing.
-
-        Raises:
-            ConfigError: One of them cannot be loaded; none is left half loaded.
-        """
+        """Load every extractor, once; ConfigError leaves none half loaded."""
         if self._extractors:
             return
         if self._threads is not None and set(self.names) - {"ocr"}:
@@ -78,11 +74,8 @@ class ExtractorSuite:
         """Return the results of a batch, in order.
 
         float16 ``(n, dim)`` arrays, texts for ``ocr``; for ``video`` with an LSTM the arrays of
-        both its streams.
-
-        Raises:
-            FeatureError: An item is not what the extractor takes, or its result is no feature;
-                the whole batch fails, so run its members one at a time to learn which.
+        both its streams. A FeatureError fails the whole batch: run its members one at a time to
+        learn which.
         """
         extractor = self._extractors.get(name)
         if extractor is None:
@@ -92,7 +85,7 @@ class ExtractorSuite:
     @property
     def by_extractor(self) -> Mapping[Stream, str]:
         """Return the fingerprint of each loaded extractor, and of the video's LSTM."""
-        return {name: fingerprint for name, (_, fingerprint) in self._loaded().items()}
+        return {stream: fingerprint for stream, (_, fingerprint) in self._loaded().items()}
 
     @property
     def fingerprints(self) -> dict[Stream, str]:
@@ -113,10 +106,8 @@ class ExtractorSuite:
 
     def _loaded(self) -> dict[Stream, tuple[int, str]]:
         """Return columns and fingerprint of each stream that an extractor makes by itself."""
-        streams: dict[Stream, tuple[int, str]] = {}
-        for extractor in self._extractors.values():
-            streams.update(extractor.streams())
-        return streams
+        loaded = self._extractors.values()
+        return {stream: of for each in loaded for stream, of in each.streams().items()}
 
     def _build(self, name: ExtractorName) -> Extractor:
         """Return one extractor, not loaded; video and image share a model where they can."""

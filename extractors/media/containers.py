@@ -76,9 +76,7 @@ def open_container(path: Path, file_type: FileType) -> Container:
     """Open a file with the demuxer of its sniffed type and no other.
 
     FFmpeg would otherwise also open playlists, and what they name, on disk and on the network.
-
-    Raises:
-        MediaError: FFmpeg cannot read it.
+    MediaError when FFmpeg cannot read it.
     """
     av.logging.set_level(av.logging.PANIC)  # what goes wrong comes as an exception
     demuxer, url = _DEMUXERS[file_type.family], f"file:{path}"
@@ -99,12 +97,7 @@ def reason(error: BaseException) -> str:
 
 
 def find_stream(container: Container, kind: str) -> Stream | None:
-    """Return the stream marked as default, else the first; None where there is none.
-
-    Args:
-        container: An open container.
-        kind: ``video`` or ``audio``.
-    """
+    """Return the ``video`` or ``audio`` stream marked as default, else the first, or None."""
     first = None
     for stream in container.streams:
         if stream.type != kind or stream.codec_context is None or _has(stream, *_NO_PICTURES):

@@ -88,23 +88,17 @@ def decode_media(
     limits: DecodeSettings,
     allocate: Allocate = np.empty,
 ) -> DecodedMedia:
-    """Decode one local media file.
+    """Decode one local media file; MediaError for one that cannot be, or is another type.
 
     Args:
-        kind: What the post says it is.
-        path: The file; its name and extension mean nothing.
+        kind: What the post says it is; name and extension of the file mean nothing.
+        path: The file.
         features: Sizes and counts.
         limits: What a file may be; longer ones are read up to the limit.
         allocate: Called with shape and dtype for every array that is returned.
-
-    Raises:
-        MediaError: The file is missing, of another type, truncated, broken or too large.
     """
-    if kind == "image":
-        return _decode_image(Path(path), features, limits, allocate)
-    if kind == "video":
-        return _decode_video(Path(path), features, limits, allocate)
-    return _decode_sound(Path(path), features, limits, allocate)
+    decode = {"image": _decode_image, "video": _decode_video, "audio": _decode_sound}[kind]
+    return decode(Path(path), features, limits, allocate)
 
 
 def _decode_image(
@@ -135,32 +129,26 @@ def _noted(modality: Modality, *notes: str) -> dict[Modality, Failure]:
 def _decode_sound(
     path: Path, features: FeatureSettings, limits: DecodeSettings, allocate: Allocate
 ) -> DecodedMedia:
-    from extractors.media.sniff import check_type
-
-    file_type = check_type(path, "audio")
     sound = audio_encoder(features.audio).sound
-    _, waveform, note = _scan(path, file_type, limits, sound.rate_hz, only_sound=True)
-    if isinstance(waveform, MediaError):
-        raise waveform
-    if not len(waveform):
-        raise MediaError(f"{file_type.name} is empty: it has no sound")
+    waveform, note = read_waveform(path, limits, sound.rate_hz)
     rows = _sound_rows(waveform, sound, allocate)
     return DecodedMedia(sound=rows, failures=_noted("audio", note))
 
 
-def read_waveform(path: Path, limits: DecodeSettings, rate_hz: int) -> Waveform:
-    """Return the sound of a video or sound file as the extractors hear it, float32 ``(samples,)``.
+def read_waveform(path: Path, limits: DecodeSettings, rate_hz: int) -> tuple[Waveform, str]:
+    """Return the sound of a file as the extractors hear it, and a note of what is missing of it.
 
-    Raises:
-        MediaError: The file has no sound that can be read.
+    float32 ``(samples,)``, at least one; MediaError when there is no sound that can be read.
     """
     from extractors.media.sniff import check_type
 
     file_type = check_type(path, "audio")
-    _, waveform, _ = _scan(path, file_type, limits, rate_hz, only_sound=True)
+    _, waveform, note = _scan(path, file_type, limits, rate_hz, only_sound=True)
     if isinstance(waveform, MediaError):
         raise waveform
-    return waveform
+    if not len(waveform):
+        raise MediaError(f"{file_type.name} is empty: it has no sound")
+    return waveform, note
 
 
 def _decode_video(
@@ -207,15 +195,9 @@ def _scan(
 ) -> tuple[PacketIndex | None, Waveform | MediaError, str]:
     """Make the first pass: index the video's packets and decode its sound at a rate, if any.
 
-    Returns:
-        The index, the sound or why it is broken, and a note of what is missing of the sound.
+    Return the index, the sound or why it is broken, and a note of what is missing of the sound.
     """
-    from extractors.media.containers import (
-        find_stream,
-        open_container,
-        packets,
-        promised_packets,
-    )
+    from extractors.media.containers import find_stream, open_container, packets, promised_packets
     from extractors.media.sniff import check_share, has_duration
     from extractors.media.sound import SoundTrack
     from extractors.media.video import PacketIndex
@@ -243,11 +225,8 @@ def _scan(
             notes = [file_type.note]
             if not track.full:
                 notes.append(check_share(read, promised_packets(audio), "packets", file_type))
-                notes.append(
-                    check_share(
-                        track.fed - track.broken + _LOST_PACKETS, track.fed, "packets", file_type
-                    )
-                )
+                whole = track.fed - track.broken + _LOST_PACKETS
+                notes.append(check_share(whole, track.fed, "packets", file_type))
                 got_s = len(waveform) / (rate_hz or 1)
                 if audio.duration and has_duration(path, file_type):
                     promised_s = float(audio.duration * audio.time_base)
@@ -302,19 +281,18 @@ class _Film:
 
     def time_s(self, frame: Any) -> float:
         """Return when a frame is shown, in seconds from the first one."""
-        from extractors.media.video import frame_time
+        from extractors.media.video import time_of
 
         start = min(self._index.times, default=0) if self._index is not None else 0
-        return round(((frame_time(frame) or start) - start) * self._time_base, 3)
+        return round(((time_of(frame) or start) - start) * self._time_base, 3)
 
     def chosen(self, choose: Callable[[PacketIndex], list[int]]) -> Iterator[tuple[Any, int]]:
-        """Yield the chosen frames that decode, at least one, each with the number of chosen ones.
+        """Yield the chosen frames that decode, each with the number of chosen ones.
 
-        Raises:
-            MediaError: There are no frames, or too few of those that there should be.
+        MediaError when there are none, or too few of those that there should be.
         """
         from extractors.media.sniff import check_share
-        from extractors.media.video import FalseKey, frame_time, orientation
+        from extractors.media.video import FalseKey, orientation, time_of
 
         index = self._index
         chosen: list[int] = []
@@ -328,7 +306,7 @@ class _Film:
                         self.turned = _turns(orientation(frame))
                     yield frame, len(chosen)
                     count += 1
-                    last = max(last, frame_time(frame) or last)
+                    last = max(last, time_of(frame) or last)
                 ended = True
             except FalseKey as lie:
                 if index is not None:
@@ -383,9 +361,6 @@ def read_frames(
 
     Returns:
         uint8 RGB ``(n, side, side, 3)``, n from 1 to `count`.
-
-    Raises:
-        MediaError: The file is missing, of another type, truncated, broken or too large.
     """
     from extractors.media.sniff import check_type
     from extractors.media.video import FrameScaler, choose_frames

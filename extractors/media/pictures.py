@@ -83,14 +83,10 @@ def read_pictures(
     parts, or its first frame where `max_frames` is 1: viewers show that one as the still.
 
     Args:
-        path: The file.
+        path: The file; MediaError when it is no picture, broken, or too much of it is missing.
         max_pixels: Larger pictures are refused.
         max_frames: Most pictures of an animation.
         notes: Gets what is missing of a picture that is cut but used.
-
-    Raises:
-        MediaError: The file is no picture, too much of it is missing, it is broken, or has more
-            than `max_pixels`.
     """
     picture = _open(path)
     _check_size(picture.width, picture.height, max_pixels)
@@ -118,11 +114,7 @@ def _check(share: float, unit: str, picture: _Picture) -> str:
 
 
 def picture_size(path: Path) -> tuple[int, int]:
-    """Return the width and height of a picture, upright, without decoding it.
-
-    Raises:
-        MediaError: The file is no picture, truncated or broken.
-    """
+    """Return the width and height of a picture, upright, without decoding it."""
     picture = _open(path)
     return picture.width, picture.height
 
@@ -220,11 +212,7 @@ def _know_heif(file_type: FileType) -> None:
 
 @contextlib.contextmanager
 def _reading(file_type: FileType) -> Iterator[None]:
-    """Turn what Pillow and OpenCV raise at a bad file into one line.
-
-    Raises:
-        MediaError: The file is truncated or broken.
-    """
+    """Turn what Pillow and OpenCV raise at a bad file into one line."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about metadata, which a picture does not need
         try:
@@ -248,11 +236,8 @@ def _jpeg(data: _Source) -> tuple[_Source, bool]:
     """Return a JPEG up to its end without stray bytes between segments, and True where it is cut.
 
     Phones append films and further pictures, which are none of its scans; the list of these
-    (MPF) is left out, since it would lead there.
-
-    Raises:
-        ValueError: It is nothing but segments, scans or stray bytes; or scans of a progressive one
-            are missing altogether.
+    (MPF) is left out, since it would lead there. ValueError for one that is nothing but segments,
+    scans or stray bytes, or a progressive one of which scans are missing altogether.
     """
     pieces, position, parts, scans, cut = [b"\xff\xd8"], 2, 0, 0, True
     missing: set[tuple[int, int]] = set()  # component and coefficient of a progressive JPEG
@@ -288,8 +273,7 @@ def _jpeg(data: _Source) -> tuple[_Source, bool]:
 def _png(data: _Source) -> tuple[bool, int]:
     """Return True for a PNG whose end is missing, and its whole frames if it is an animation.
 
-    Raises:
-        ValueError: A chunk does not have its checksum, or there is nothing but chunks.
+    ValueError when a chunk does not have its checksum, or there is nothing but chunks.
     """
     position, controls = 8, 0
     for _ in range(MAX_PARTS):
@@ -311,10 +295,7 @@ def _gif(data: _Source) -> tuple[_Source, int, int, bool]:
     """Return a GIF, its frames, those of them that are whole, and True where it is cut.
 
     Pillow would take a truncated animation for a shorter one. A screen of no size, which some
-    programs write, gets that of the frames.
-
-    Raises:
-        ValueError: There is no frame, or nothing but blocks.
+    programs write, gets that of the frames. ValueError without a frame, or for nothing but blocks.
     """
 
     def colour_table_bytes(flags: int) -> int:

@@ -84,11 +84,8 @@ def check_share(
 ) -> str:
     """Judge a file by how much of what it promises can be read; return a note, "" for a whole one.
 
-    The one policy for all formats. A promise is what a container must keep (an index, the size of
-    a chunk), never an estimate.
-
-    Raises:
-        MediaError: Less than `LEAST_SHARE` can be read.
+    The one policy for all formats: MediaError below `LEAST_SHARE`. A promise is what a container
+    must keep (an index, the size of a chunk), never an estimate.
     """
     if got >= (1 - TOLERATED_LOSS) * promised:
         return ""
@@ -299,11 +296,7 @@ def _by_text(head: bytes) -> FileType | None:
 
 
 def check_type(path: Path, kind: MediaKind) -> FileType:
-    """Return the type of a file that a post uses as `kind`.
-
-    Raises:
-        MediaError: The file is missing, empty, truncated, or of another or an unknown type.
-    """
+    """Return the type of a file; MediaError when it is none that a post can use as `kind`."""
     try:
         with path.open("rb") as stream:
             size = os.fstat(stream.fileno()).st_size

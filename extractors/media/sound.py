@@ -38,14 +38,9 @@ _BLOCK_PATCHES = 10  # transformed at once: 8 MB of spectra; minutes at once wou
 
 
 def sound_rows(waveform: Waveform, sound: SoundInput) -> Rows:
-    """Turn sound into the rows of an encoder.
+    """Turn sound at ``sound.rate_hz`` into the rows of an encoder.
 
-    Args:
-        waveform: float32 ``(samples,)`` in [-1, 1], mono, at ``sound.rate_hz``.
-        sound: The encoder's input.
-
-    Returns:
-        float32 ``(n, *sound.shape)``, n at least 1.
+    float32 ``(samples,)`` in [-1, 1], mono -> float32 ``(n, *sound.shape)``, n at least 1.
     """
     match sound:
         case LogMelPatches():
@@ -55,17 +50,10 @@ def sound_rows(waveform: Waveform, sound: SoundInput) -> Rows:
 
 
 def waveform_windows(waveform: Waveform, samples: int) -> Rows:
-    """Cut sound into windows without overlap.
+    """Cut sound float32 ``(total,)`` into windows without overlap, float32 ``(windows, samples)``.
 
     The rest beyond whole windows is padded with silence if it fills half a window, else dropped;
     sound shorter than one window is always padded.
-
-    Args:
-        waveform: float32 ``(total,)``.
-        samples: Length of a window.
-
-    Returns:
-        float32 ``(windows, samples)``.
     """
     count = max(1, (len(waveform) + samples // 2) // samples)
     windows = np.zeros(count * samples, np.float32)
@@ -75,15 +63,9 @@ def waveform_windows(waveform: Waveform, samples: int) -> Rows:
 
 
 def log_mel_patches(waveform: Waveform) -> Rows:
-    """Turn sound into VGGish's input.
+    """Turn sound float32 ``(samples,)``, mono, 16 kHz into VGGish's input ``(patches, 96, 64)``.
 
     Sound under one patch is padded with silence; what is left beyond whole patches is dropped.
-
-    Args:
-        waveform: float32 ``(samples,)`` in [-1, 1], mono, 16 kHz.
-
-    Returns:
-        float32 ``(patches, 96, 64)``.
     """
     if len(waveform) < _PATCH_SAMPLES:
         waveform = np.pad(waveform, (0, _PATCH_SAMPLES - len(waveform)))
@@ -157,30 +139,26 @@ class SoundTrack:
         try:
             frames = self._codec.decode(packet)
         except (av.error.FFmpegError, ValueError) as error:
-            self.broken += 1
-            self.error = self.error or reason(error)
+            self._note_broken(reason(error))
             return
         for frame in frames:
             self._resample(frame)
 
-    def waveform(self) -> Waveform:
-        """Flush and return float32 ``(samples,)``.
+    def _note_broken(self, why: str) -> None:
+        self.broken += 1
+        self.error = self.error or why
 
-        Raises:
-            MediaError: Nothing could be decoded.
-        """
+    def waveform(self) -> Waveform:
+        """Flush and return float32 ``(samples,)``; MediaError when nothing could be decoded."""
         self.feed(None)
         self._drain()
         if self.error and not self._chunks:
             raise MediaError(f"the sound cannot be decoded: {self.error}")
-        if not self._chunks:
-            return np.empty(0, np.float32)
-        return np.concatenate(self._chunks)
+        return np.concatenate([np.empty(0, np.float32), *self._chunks])
 
     def _resample(self, frame: Any) -> None:
         if not _RATES_HZ[0] <= frame.sample_rate <= _RATES_HZ[1]:
-            self.broken += 1
-            self.error = self.error or f"{frame.sample_rate} Hz is no rate of sound"
+            self._note_broken(f"{frame.sample_rate} Hz is no rate of sound")
             return
         setup = (frame.format.name, frame.layout.name, frame.sample_rate)
         if setup != self._setup:  # also in mid-stream: joined files change their rate or layout
@@ -202,8 +180,7 @@ class SoundTrack:
         try:
             self._keep(resampler.resample(frame))
         except (av.error.FFmpegError, ValueError) as error:
-            self.broken += 1
-            self.error = self.error or reason(error)
+            self._note_broken(reason(error))
 
     def _keep(self, frames: list[Any]) -> None:
         for frame in frames:

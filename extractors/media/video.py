@@ -80,7 +80,7 @@ class PacketIndex:
 
     def add(self, packet: Packet) -> None:
         """Add the next packet, unless it lies behind the longest duration."""
-        time = _time_of(packet)
+        time = time_of(packet)
         if time is None:  # no time stamps at all: count
             time = self.times[-1] + self._interval if self.times else 0
         if self._start is None:
@@ -100,15 +100,16 @@ class PacketIndex:
         """Take note of a key frame that is none, or of a beginning inside a group of pictures."""
         self._lies += 1
         if lie.position == 0:
-            self._hide_before(lie.time)
+            if lie.time is not None:
+                self._hide_before(lie.time)
         elif self._lies <= _MAX_LIES:
             self.keys[lie.position] = False
         else:
             self.keys = bytearray(len(self))
 
-    def _hide_before(self, time: int | None) -> None:
+    def _hide_before(self, time: int) -> None:
         for i, own in enumerate(self.times):
-            if time is not None and own < time:
+            if own < time:
                 self.shown[i] = False
 
     def __len__(self) -> int:
@@ -119,14 +120,8 @@ class PacketIndex:
 
         A segment's centre frame is the one on display at the middle of the segment, so that a
         variable frame rate is followed. A clip of fewer frames gives each of its frames once; a
-        frame that is on display over several centres is given once.
-
-        Args:
-            count: Segments.
-            random: Takes a frame at a random time of each segment instead, as TSN trains.
-
-        Returns:
-            Positions in decoding order, at most `count`.
+        frame that is on display over several centres is given once. `random` takes a frame at a
+        random time of each segment instead, as TSN trains. They are positions in decoding order.
         """
         if (first := self.keys.find(True)) > 0:  # frames before it refer to some that are not there
             self._hide_before(self.times[first])
@@ -176,8 +171,9 @@ def _interval(stream: Stream) -> int:
     return max(1, round(1 / (float(rate) * float(stream.time_base))))
 
 
-def _time_of(packet: Packet) -> int | None:
-    time = packet.pts if packet.pts is not None else packet.dts
+def time_of(shown: Packet | Frame) -> int | None:
+    """Return the time at which a packet or frame is shown, in its stream's time base."""
+    time = shown.pts if shown.pts is not None else shown.dts
     return None if time is None else int(time)
 
 
@@ -213,19 +209,13 @@ def plan_runs(index: PacketIndex, chosen: list[int]) -> list[Run]:
 
 
 def decode_frames(
-    container: Container,
-    stream: Stream,
-    index: PacketIndex,
-    chosen: list[int],
+    container: Container, stream: Stream, index: PacketIndex, chosen: list[int]
 ) -> Iterator[Frame]:
     """Decode the chosen frames of an index, in order of time, one at a time.
 
     A frame that is broken is replaced by the nearest one that decodes between its neighbours,
-    and left out where there is none. The container must stand at its beginning.
-
-    Raises:
-        FalseKey: Frames are missing because decoding started where it cannot: `PacketIndex.doubt`
-            it, and choose again those that were not yielded.
+    and left out where there is none. The container must stand at its beginning. FalseKey says that
+    decoding started where it cannot: `PacketIndex.doubt` it, and choose again what is missing.
     """
     runs = plan_runs(index, chosen)
     if not runs:
@@ -305,7 +295,7 @@ class _Picker:
     def pick(self, frames: list[Frame]) -> Iterator[Frame]:
         """Yield the chosen ones among the next frames."""
         for frame in frames:
-            time = frame_time(frame)
+            time = time_of(frame)
             if not self._begun:
                 if not _starts(frame):
                     continue
@@ -330,23 +320,13 @@ class _Picker:
         self._times, self._last = [], None
 
 
-def frame_time(frame: Frame) -> int | None:
-    """Return the time at which a frame is shown, in its stream's time base."""
-    time = frame.pts if frame.pts is not None else frame.dts
-    return None if time is None else int(time)
-
-
 def _starts(frame: Frame) -> bool:
     """Return True for a frame that refers to no other one, as far as its decoder tells."""
     return bool(frame.key_frame) or int(frame.pict_type) in _FREE
 
 
 def check_size(stream: Stream, max_pixels: int) -> None:
-    """Refuse a video by its size before a frame of it is decoded.
-
-    Raises:
-        MediaError: It has no size, or more than `max_pixels`.
-    """
+    """Refuse a video without a size, or with more than `max_pixels`, before it is decoded."""
     codec = stream.codec_context
     if not codec.width or not codec.height:
         raise MediaError("the video's header is broken: it has no width and height")
@@ -368,11 +348,7 @@ class FrameScaler:
         self._reformatter = VideoReformatter()
 
     def __call__(self, frame: Frame) -> Pixels:
-        """Convert a frame to uint8 RGB ``(height, width, 3)``.
-
-        Raises:
-            MediaError: The frame's pixel format cannot be converted.
-        """
+        """Convert a frame to uint8 RGB ``(height, width, 3)``."""
         lying, mirrored, flipped = orientation(frame)
         width, height = (frame.height, frame.width) if lying else (frame.width, frame.height)
         width, height = self._size(width, height)

@@ -143,9 +143,6 @@ def source_module() -> ModuleType:
 
     The package imports resampy, and with it numba: two seconds and 100 MB for a resampler that
     nothing here uses.
-
-    Raises:
-        ConfigError: The package is not installed, or its file has moved.
     """
     package = find_spec("torchvggish")
     if package is None or not package.submodule_search_locations:

@@ -58,11 +58,7 @@ class Extractor(ABC):
     fingerprint = ""
 
     def load(self) -> None:
-        """Load the weights onto the device.
-
-        Raises:
-            ConfigError: One line: what is missing or wrong, and the setting or file that helps.
-        """
+        """Load the weights onto the device; ConfigError names the setting or file that helps."""
         self.fingerprint = digest(self._load())
 
     def streams(self) -> Mapping[Stream, tuple[int, str]]:
@@ -75,19 +71,11 @@ class Extractor(ABC):
 
     @abstractmethod
     def preprocess(self, item: Any) -> Any:
-        """Check and prepare one item on the CPU.
-
-        Raises:
-            FeatureError: The item is not what this extractor takes.
-        """
+        """Check and prepare one item on the CPU; FeatureError for what is no item of it."""
 
     @abstractmethod
     def forward(self, items: Sequence[Any]) -> list[Any]:
-        """Run prepared items; a result does not depend on the other items.
-
-        Raises:
-            FeatureError: The model gave values that are not finite.
-        """
+        """Run prepared items; a result does not depend on the other items, and is finite."""
 
     @abstractmethod
     def _load(self) -> Mapping[str, Any]:
@@ -121,11 +109,7 @@ class Encoder(ABC):
         self._network: Any = None
 
     def load(self) -> None:
-        """Load the weights onto the device; a second call does nothing.
-
-        Raises:
-            ConfigError: The architecture, its weights or the device cannot be had.
-        """
+        """Load the weights onto the device, once; ConfigError when one of them cannot be had."""
         if self._network is not None:
             return
         import torch
@@ -269,11 +253,7 @@ class RowExtractor(Extractor):
 
 
 def check_finite(name: str, features: FeatureArray) -> None:
-    """Refuse features that are not finite; half precision overflows.
-
-    Raises:
-        FeatureError: The line says which precision helps.
-    """
+    """Refuse features that are not finite; half precision overflows."""
     if not np.isfinite(features).all():
         raise FeatureError(
             f"{name}: the model gave values that are not finite; try features.{name}.precision=fp32"

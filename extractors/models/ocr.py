@@ -73,11 +73,7 @@ class OcrExtractor(Extractor):
         }
 
     def preprocess(self, item: Iterable[Picture]) -> tuple[Picture, ...]:
-        """Turn an item's pictures into what the engine takes: BGR, no thin strips.
-
-        Raises:
-            FeatureError: A picture is not uint8 ``(h, w, 3)``.
-        """
+        """Turn an item's pictures, uint8 ``(h, w, 3)``, into what the engine takes."""
         return tuple(_prepare(picture, self._settings.max_side) for picture in item)
 
     def forward(self, items: Sequence[tuple[Picture, ...]]) -> list[str]:
@@ -138,6 +134,7 @@ def _middle(box: Any) -> float:
 
 
 def _prepare(picture: Picture, tile: int) -> Picture:
+    """Return a picture as BGR, a thin strip padded."""
     if not isinstance(picture, np.ndarray) or picture.dtype != np.uint8:
         raise FeatureError("ocr: a picture must be an array of uint8")
     if picture.ndim != 3 or picture.shape[2] != 3 or 0 in picture.shape:

@@ -54,11 +54,7 @@ class TextExtractor(RowExtractor):
         super().__init__("text", self._text, (), "int64", settings.batch_size)
 
     def preprocess(self, item: Any) -> TokenIds:
-        """Return the token ids int64 ``(t,)`` of a text.
-
-        Raises:
-            FeatureError: The item is no text.
-        """
+        """Return the token ids int64 ``(t,)`` of a text."""
         if not isinstance(item, str):
             raise FeatureError(f"text: an item must be text, not {type(item).__name__}")
         # Lone surrogates become question marks: tokenizers refuse them.

@@ -322,11 +322,7 @@ class VideoLstm(Encoder):
         self._frames_dim = 0
 
     def load_for(self, frames_dim: int, frames_fingerprint: str) -> None:
-        """Load the weights for features of frames, of this length and fingerprint.
-
-        Raises:
-            ConfigError: The weights or the device cannot be had, or do not fit.
-        """
+        """Load the weights for features of frames, of this length and fingerprint."""
         self._frames_dim = frames_dim
         self.load()
         sizes = self._settings
@@ -340,14 +336,7 @@ class VideoLstm(Encoder):
         )
 
     def vectors(self, videos: Sequence[FeatureArray]) -> list[FeatureArray]:
-        """Return float16 ``(1, dim)`` for each video, ``(0, dim)`` for one without frames.
-
-        Args:
-            videos: float16 ``(n, frames_dim)`` of each.
-
-        Raises:
-            FeatureError: The model gave values that are not finite.
-        """
+        """Return float16 ``(1, dim)`` for each video ``(n, frames_dim)``; ``(0, dim)`` for n 0."""
         vectors: list[FeatureArray] = [np.empty((0, self.dim), np.float16)] * len(videos)
         # Only videos of one length share a batch: padding would let them change one another.
         for length in {len(video) for video in videos} - {0}:

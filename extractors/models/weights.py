@@ -53,11 +53,7 @@ class Weights:
 
 
 def parse_weights(value: str, *, setting: str) -> Weights:
-    """Read the value of a ``weights`` setting.
-
-    Raises:
-        ConfigError: The seed is no number, or the path does not exist.
-    """
+    """Read the value of a ``weights`` setting."""
     if value == "pretrained":
         return Weights()
     if value.startswith("random:"):
@@ -88,17 +84,10 @@ def seeded(seed: int | None) -> Iterator[None]:
 def read_state_dict(
     path: Path, *, setting: str, allow_pickle: bool = False
 ) -> dict[str, torch.Tensor]:
-    """Read a ``.safetensors`` or ``.pth`` state dict.
+    """Read the ``.safetensors`` or ``.pth`` state dict that a setting names.
 
-    Nothing in the file is executed, unless ``allow_pickle`` lets it be a whole pickled model.
-
-    Args:
-        path: Of the file.
-        setting: Key that names it, such as ``features.image.weights``.
-        allow_pickle: Value of the key ``allow_pickle`` next to that one.
-
-    Raises:
-        ConfigError: It cannot be read, or holds more than tensors.
+    Nothing in the file is executed, unless ``allow_pickle``, the key next to that setting, lets it
+    be a whole pickled model.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -166,9 +155,6 @@ def from_cache_or_hub(
         name: Setting and weights, for the error.
         remedy: What to do without the hub.
         host: URL of the hub; None is Hugging Face's.
-
-    Raises:
-        ConfigError: They are not cached and cannot be downloaded.
     """
     from huggingface_hub import constants
 
@@ -186,11 +172,7 @@ def from_cache_or_hub(
 
 
 def hub_file(repo: str, names: Sequence[str], *, setting: str) -> Path:
-    """Return the local path of the first of some files of a Hugging Face repository.
-
-    Raises:
-        ConfigError: None is cached and the hub cannot give one.
-    """
+    """Return the local path of the first of some files of a Hugging Face repository."""
     from huggingface_hub import constants, hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
@@ -211,11 +193,7 @@ def hub_file(repo: str, names: Sequence[str], *, setting: str) -> Path:
 
 
 def release_file(url: str, *, setting: str) -> Path:
-    """Return the local path of a released file, in torch hub's cache.
-
-    Raises:
-        ConfigError: It is not cached and cannot be downloaded.
-    """
+    """Return the local path of a released file, in torch hub's cache."""
     from torch import hub
 
     folder = Path(hub.get_dir()) / "checkpoints"

@@ -157,7 +157,7 @@ def _decoded(
     waveform = None
     if media.sound is not None:
         sound = audio_encoder(settings.features.audio).sound
-        waveform = read_waveform(path, settings.decode, sound.rate_hz)
+        waveform, _ = read_waveform(path, settings.decode, sound.rate_hz)
         facts["sound"] = {
             "seconds": round(len(waveform) / sound.rate_hz, 3),
             "rate_hz": sound.rate_hz,

@@ -68,7 +68,7 @@ FORMATS: dict[str, tuple[str, int]] = {
 
 def check(path: Path, seconds: float = SECONDS, frequency_hz: float = 700) -> np.ndarray:
     """The tone, as long as it is; returns the patches."""
-    waveform = read_waveform(path, LIMITS, 16_000)
+    waveform, _ = read_waveform(path, LIMITS, 16_000)
     assert abs(len(waveform) / 16_000 - seconds) < 0.15
     inner = waveform[4000:-4000]
     spectrum = np.abs(np.fft.rfft(inner))
