@@ -30,7 +30,7 @@ from results_file import write_results
 
 from common.logs import configure_logs
 from common.post import Features, Post
-from common.progress import notice, progress_bar, progress_bars
+from common.progress import notice, progress_bar
 from config.fusion_models import ModelName
 from config.labels import LabelMap
 from config.load import load_settings, validate
@@ -81,35 +81,23 @@ class Run:
 
 def prepare(settings: Settings) -> Layout:
     """Make posts and their features, once."""
+    from demo.stages import make_splits
     from demo.stages import prepare as prepare_demo
 
     prepare_demo(Layout(ROOT), settings, Sizes(), seed=7)
     layout = Layout(FOLDER)
     if not all(layout.posts(split).exists() for split in SPLITS):
-        _make_posts(layout)
+        make_splits(layout, POSTS, SEED, noise=NOISE, missing=MISSING)
     _extract(layout, settings)
     return layout
-
-
-def _make_posts(layout: Layout) -> None:
-    from demo.parallel import cores
-    from demo.posts.make import make_posts
-    from demo.posts.plan import plan_posts
-
-    with progress_bars() as bars:
-        for split, count in POSTS.items():
-            plans = plan_posts(count, SEED, split, noise=NOISE, missing=MISSING)
-            bar = bars.add(f"{split} posts", count)
-            for _ in make_posts(layout.posts(split).parent, plans, cores()):
-                bar.advance()
 
 
 def _extract(layout: Layout, settings: Settings) -> None:
     """Extract features of all posts; again when the extractors have changed since."""
     from demo.features import extract_posts
-    from demo.stages import Stamp, digest, source_digest
+    from demo.stages import Stamp, code_digest, digest
 
-    features = digest(settings.features.model_dump(mode="json"), source_digest(Path("extractors")))
+    features = digest(settings.features.model_dump(mode="json"), code_digest("extractors"))
     weights = digest(*(_weights(settings)))
     inputs = digest(features, weights)
     stamp = Stamp(layout.root / "stamps" / "features.json", inputs, (layout.features,))

@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, Literal, TypeAlias
 
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
 from common.files import new_file, write_whole
+from common.tables import print_table
 from fusion.data.data_file import MEDIA_KEYS, BadLine, CorpusPost
 
 Form: TypeAlias = Literal["json", "jsonl"]
@@ -78,7 +73,6 @@ class DataFile:
 
 
 _MAX_REASONS = 1000
-_OTHER = "other reasons"
 
 
 class Summary:
@@ -99,11 +93,11 @@ class Summary:
         self._done += count
 
     def skipped(self, reason: str, count: int = 1) -> None:
-        _add(self._skipped, reason, count)
+        count_name(self._skipped, reason, count, "other reasons")
 
     def failed(self, reason: str, count: int = 1) -> None:
         """Count what failed; reasons are classes of failures, not single ones."""
-        _add(self._failed, reason, count)
+        count_name(self._failed, reason, count, "other reasons")
 
     @property
     def total(self) -> int:
@@ -140,25 +134,19 @@ class Summary:
 
     def show(self) -> None:
         """Print the counts and their reasons as a table."""
-        table = Table(title=self.title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-        table.add_column("")
-        table.add_column("count", justify="right")
-        table.add_column("reason", overflow="fold")
-        table.add_row("done", f"{self._done:,}", "")
+        rows = [("done", f"{self._done:,}", "")]
         for word, counts in (("skipped", self._skipped), ("failed", self._failed)):
             for reason, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
-                table.add_row(word, f"{count:,}", Text(reason))
+                rows.append((word, f"{count:,}", reason))
         for name, value in self.figures.items():
-            shown = f"{value:,}" if isinstance(value, int) else str(value)
-            table.add_row(Text(name), shown, "")
-        width = None if sys.stdout.isatty() else 120
-        Console(width=width, highlight=False).print(table)
+            rows.append((name, f"{value:,}" if isinstance(value, int) else str(value), ""))
+        print_table(self.title, ("", "count", "reason"), rows, right=(1,), width=120)
 
 
-def _add(counts: Counter[str], reason: str, count: int) -> None:
-    """Count a reason; those that never repeat must not fill the memory."""
-    listed = reason in counts or len(counts) < _MAX_REASONS
-    counts[reason if listed else _OTHER] += count
+def count_name(counts: Counter[str], name: str, count: int = 1, others: str = "others") -> None:
+    """Count by name; names that never repeat must not fill the memory."""
+    listed = name in counts or len(counts) < _MAX_REASONS
+    counts[name if listed else others] += count
 
 
 def post_line(entry: CorpusPost) -> str:

@@ -17,6 +17,7 @@ from config.settings import Settings
 from config.train import OptimizerSettings, TrainerSettings
 from demo.layout import Layout, Sizes
 from demo.parallel import run_jobs, tell
+from demo.training import targets_of
 from fusion.data.data_file import read_whole_posts
 
 Visual: TypeAlias = Literal["image", "video", "audio"]
@@ -114,7 +115,7 @@ def _visual(name: Visual, layout: Layout, settings: Settings, labels: LabelMap) 
     def dataset(file: Path, max_items: int, seed: int | None) -> ArrayDataset:
         posts = read_whole_posts(file)
         items = _items(name, posts, settings)
-        truth = _targets(posts, labels)
+        truth = targets_of(posts, labels)
         return ArrayDataset(_KINDS[name], items, truth, max_items=max_items, seed=seed)
 
     arch, kind = getattr(settings.features, name).arch, _KINDS[name]
@@ -149,7 +150,7 @@ def _text(name: Backbone, layout: Layout, settings: Settings, labels: LabelMap) 
         if text.strip()
     ]
     tokenizer = make_tokenizer([t for t, _ in texts], settings.features.text.max_tokens)
-    truth = _targets(posts, labels)[[row for _, row in texts]]
+    truth = targets_of(posts, labels)[[row for _, row in texts]]
     train = TextDataset(tokenizer, [t for t, _ in texts], truth)
 
     def build() -> TextTagger:
@@ -159,13 +160,6 @@ def _text(name: Backbone, layout: Layout, settings: Settings, labels: LabelMap) 
         save_text(tagger, tokenizer, out, learned_from)
 
     return train, None, build, save
-
-
-def _targets(posts: Sequence[Post], labels: LabelMap) -> npt.NDArray[np.float32]:
-    rows = np.zeros((len(posts), len(labels)), np.float32)
-    for row, post in zip(rows, posts, strict=True):
-        row[labels.encode(post.labels)] = 1
-    return rows
 
 
 def _items(name: Visual, posts: Sequence[Post], settings: Settings) -> list[npt.NDArray[Any]]:

@@ -9,12 +9,14 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from rich.text import Text
 
 from common.post import MODALITIES, Features, Modality, Post
+from common.tables import print_table
 from config.labels import LabelMap
 from config.settings import Settings
 from demo.layout import Layout
-from scripts.commands.common import console
+from demo.training import targets_of
 
 # Offline and online batches differ, and so do the last bits of float16 features.
 SCORE_TOLERANCE = 5e-3
@@ -54,9 +56,7 @@ def evaluate(
     from fusion.infer.inferer import Inferer
     from fusion.metrics.ranking import global_average_precision as gap
 
-    truth = np.zeros((len(posts), len(labels)), np.float32)
-    for row, post in zip(truth, posts, strict=True):
-        row[labels.encode(post.labels)] = 1
+    truth = targets_of(posts, labels)
     stored = _matrix([_stored(results.get(post.post_id)) for post in posts], len(labels))
     inferer = Inferer.load(settings.fusion.bundle, threads=1)
     try:
@@ -93,13 +93,8 @@ def _stored(result: Mapping[str, Any] | None) -> list[tuple[int, float]]:
 
 def _matrix(tags: Iterable[Iterable[tuple[int, float]]], classes: int) -> npt.NDArray[np.float32]:
     """Return scores float32 ``(posts, classes)``, 0 where there is no tag."""
-    rows = []
-    for listed in tags:
-        row = np.zeros(classes, np.float32)
-        for index, score in listed:
-            row[index] = score
-        rows.append(row)
-    return np.stack(rows)
+    listed = [dict(each) for each in tags]
+    return np.array([[each.get(i, 0) for i in range(classes)] for each in listed], np.float32)
 
 
 def _predict(
@@ -113,13 +108,7 @@ def _predict(
 
 def show_posts(posts: Sequence[Post], results: Mapping[str, Mapping[str, Any]]) -> None:
     """Print the posts, true labels, predicted tags and modalities used."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for column in ("post", "true", "predicted", "used"):
-        table.add_column(column, overflow="fold")
+    rows = []
     for post in posts:
         result = results.get(post.post_id, {})
         predicted = Text()
@@ -132,8 +121,8 @@ def show_posts(posts: Sequence[Post], results: Mapping[str, Mapping[str, Any]]) 
             true.append(f"{name}  ", "" if name in names else "bold red")
         statuses = result.get("modalities", {})
         used = " ".join(m for m in MODALITIES if statuses.get(m) == "ok")
-        table.add_row(Text(post.post_id), true, predicted, Text(used))
-    console().print(table)
+        rows.append((post.post_id, true, predicted, used))
+    print_table("", ("post", "true", "predicted", "used"), rows)
 
 
 def show_summary(

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from demo.posts.make import DATA_FILE
-from demo.posts.plan import Split
+from demo.posts.plan import DATA_FILE, Split
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,6 @@ class Layout:
 
     @property
     def features(self) -> Path:
-        """Return the root of the feature files."""
         return self.root / "features"
 
     @property
@@ -36,12 +34,10 @@ class Layout:
 
     @property
     def daemon_log(self) -> Path:
-        """Return the file of the daemon's standard error."""
         return self.root / "daemon.log"
 
     @property
     def report(self) -> Path:
-        """Return the result, machine-readable."""
         return self.root / "report.json"
 
 

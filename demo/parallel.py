@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import queue
-import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
-from multiprocessing.context import SpawnContext
+from multiprocessing import get_context
 from typing import Any, TypeVar
 
+from common import processes
 from common.errors import TaggingError
 from common.progress import progress_bars, track
 
@@ -21,9 +20,6 @@ Result = TypeVar("Result")
 
 _POLL_S = 0.2
 _told: Any = None  # the queue that a job's process tells its progress on
-
-# spawn: forked threads of torch, OpenCV and FFmpeg may hang
-_CONTEXT: SpawnContext = multiprocessing.get_context("spawn")
 
 
 def cores() -> int:
@@ -40,10 +36,9 @@ def tell(name: str, done: int, total: int, note: str = "") -> None:
 def run_jobs(jobs: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]) -> dict[str, Any]:
     """Run functions side by side, one bar each; they report with `tell` under their name.
 
-    Returns:
-        Name -> what the function gave.
+    Return what each gave, by its name.
     """
-    channel = _CONTEXT.Queue()
+    channel = get_context("spawn").Queue()
     with process_pool(min(len(jobs), cores()), channel) as pool, progress_bars() as bars:
         shown = {name: bars.add(name) for name in jobs}
         futures: dict[Future[Any], str] = {
@@ -79,23 +74,17 @@ def map_items(
 
 @contextmanager
 def process_pool(
-    processes: int,
+    count: int,
     channel: Any = None,
     setup: Callable[..., None] | None = None,
     arguments: tuple[Any, ...] = (),
 ) -> Iterator[ProcessPoolExecutor]:
     """Yield a pool whose processes end with the block, at once when it fails.
 
-    Raises:
-        TaggingError: A process was killed.
+    TaggingError when one was killed.
     """
-    threads = max(1, cores() // max(1, processes))
-    pool = ProcessPoolExecutor(
-        processes,
-        mp_context=_CONTEXT,
-        initializer=_begin,
-        initargs=(channel, threads, setup, arguments),
-    )
+    threads = max(1, cores() // max(1, count))
+    pool = processes.process_pool(count, _begin, channel, threads, setup, arguments)
     try:
         yield pool
     except BrokenProcessPool as error:
@@ -115,7 +104,6 @@ def _begin(
 ) -> None:
     global _told  # noqa: PLW0603  one queue per process, set once as it begins
     _told = channel
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides, and terminates us
     os.environ["OMP_NUM_THREADS"] = str(threads)  # before torch is imported
     import cv2
 

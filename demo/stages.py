@@ -6,8 +6,9 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from demo.backbones import outputs, train_backbones
 from demo.features import extract_features, read_pictures
 from demo.layout import Layout, Sizes
 from demo.parallel import cores
-from demo.posts.plan import SPLITS
+from demo.posts.plan import SPLITS, Split, plan_posts
 from demo.training import LABELS, train_fusion, train_settings
 
 _PRODUCT = Path(__file__).resolve().parents[1]
@@ -28,8 +29,7 @@ _PRODUCT = Path(__file__).resolve().parents[1]
 def prepare(layout: Layout, settings: Settings, sizes: Sizes, seed: int) -> None:
     """Make everything that the daemon needs: posts, backbones, features, bundle.
 
-    Raises:
-        TaggingError: A stage failed; what was done before it is kept.
+    What was done before a stage that fails is kept.
     """
     labels, features = LabelMap.load(LABELS), settings.features
 
@@ -43,41 +43,39 @@ def prepare(layout: Layout, settings: Settings, sizes: Sizes, seed: int) -> None
             stamp.write()
             sys.stderr.write(f"  {time.monotonic() - started:.0f} s\n")
 
-    made = digest(dict(sizes.posts), seed, _code("demo/posts"))
-    stage("posts", made, tuple(map(layout.posts, SPLITS)), lambda: _posts(layout, sizes, seed))
-    ocr = digest(made, features.ocr.model_dump(), _code("extractors"))
+    made = digest(dict(sizes.posts), seed, code_digest("demo/posts"))
+    stage(
+        "posts",
+        made,
+        tuple(map(layout.posts, SPLITS)),
+        lambda: make_splits(layout, sizes.posts, seed),
+    )
+    ocr = digest(made, features.ocr.model_dump(), code_digest("extractors"))
     texts = (layout.read("train"), layout.read("valid"))
     stage("words", ocr, texts, lambda: read_pictures(layout, settings, ("train", "valid")))
     backbones = digest(
-        ocr, features.model_dump(mode="json"), sizes, labels.names, _code("fusion/backbones")
+        ocr, features.model_dump(mode="json"), sizes, labels.names, code_digest("fusion/backbones")
     )
-    stage(
-        "backbones",
-        backbones,
-        outputs(settings),
-        lambda: train_backbones(layout, settings, sizes, labels),
-    )
+    train = partial(train_backbones, layout, settings, sizes, labels)
+    stage("backbones", backbones, outputs(settings), train)
     vectors = digest(backbones, settings.decode.model_dump())
     stage("features", vectors, (layout.features,), lambda: extract_features(layout, settings))
     training = train_settings(layout, settings, sizes).model_dump(mode="json")
-    bundle = digest(vectors, training, _code("fusion/models"))
-    stage(
-        "fusion", bundle, (settings.fusion.bundle,), lambda: train_fusion(layout, settings, sizes)
-    )
+    bundle = digest(vectors, training, code_digest("fusion/models"))
+    fuse = partial(train_fusion, layout, settings, sizes)
+    stage("fusion", bundle, (settings.fusion.bundle,), fuse)
 
 
-def _code(package: str) -> str:
-    return source_digest(_PRODUCT / package)
-
-
-def _posts(layout: Layout, sizes: Sizes, seed: int) -> None:
+def make_splits(
+    layout: Layout, counts: Mapping[Split, int], seed: int, *, noise: float = 0, missing: float = 0
+) -> None:
+    """Make the posts of some splits, as `plan_posts` plans them."""
     from demo.posts.make import make_posts
-    from demo.posts.plan import plan_posts
 
     with progress_bars() as bars:
-        for split in SPLITS:
-            plans = plan_posts(sizes.posts[split], seed, split)
-            bar = bars.add(f"{split} posts", len(plans))
+        for split, count in counts.items():
+            plans = plan_posts(count, seed, split, noise=noise, missing=missing)
+            bar = bars.add(f"{split} posts", count)
             for _ in make_posts(layout.posts(split).parent, plans, cores()):
                 bar.advance()
 
@@ -88,9 +86,9 @@ def digest(*parts: Any) -> str:
     return hashlib.sha256(text.encode("utf-8")).hexdigest()[:16]
 
 
-def source_digest(folder: Path) -> str:
-    """Return a digest of the Python files of a folder: other code, other outputs."""
-    files = sorted(folder.glob("*.py"))
+def code_digest(package: str) -> str:
+    """Return a digest of the Python files of a package: other code, other outputs."""
+    files = sorted((_PRODUCT / package).glob("*.py"))
     return digest([(file.name, file.read_text(encoding="utf-8")) for file in files])
 
 
@@ -111,16 +109,13 @@ class Stamp:
     @property
     def valid(self) -> bool:
         """Tell whether the stage ran from these inputs and its outputs still exist."""
-        try:
-            noted = json.loads(self.path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        if not all(path.exists() for path in (self.path, *self.outputs)):
             return False
-        return noted == {"inputs": self.inputs} and all(path.exists() for path in self.outputs)
+        return self.path.read_text(encoding="utf-8") == f"{self.inputs}\n"
 
     def clear(self) -> None:
         """Forget that the stage was done: its outputs are about to change."""
         self.path.unlink(missing_ok=True)
 
     def write(self) -> None:
-        """Note that the stage is done."""
-        write_whole(self.path, json.dumps({"inputs": self.inputs}) + "\n")
+        write_whole(self.path, self.inputs)

@@ -86,12 +86,7 @@ class Options:
 
 
 def analyze(options: Options) -> None:
-    """Analyse a posts file, write the three files, and show the summary.
-
-    Raises:
-        ConfigError: The input or the output folder is not as it should be.
-        TaggingError: It cannot go on now: the disk is full, or gone.
-    """
+    """Analyse a posts file, write the three files, and show the summary."""
     names = None if options.labels is None else LabelMap.load(options.labels).names
     if options.media is not None and not options.media.is_dir():
         raise ConfigError(f"{options.media}: no such folder")
@@ -116,9 +111,8 @@ def _analyze(options: Options, state: Path, taxonomy: tuple[str, ...] | None) ->
         progress_bars() as bars,
         tempfile.TemporaryDirectory(prefix="work-", dir=state) as work,
         _media(options, state, bars) as media,
-        closing(sqlite3.connect(Path(work) / "tally.sqlite", isolation_level=None)) as base,
+        closing(Tally(Path(work) / "tally.sqlite", media.fact if media else None)) as tally,
     ):
-        tally = Tally(base, media.fact if media is not None else None)
         groups = GroupTally(tally.labels_of)
         with AtomicLines(options.out / DUPLICATES) as lines:
             found = find_groups(
@@ -126,7 +120,7 @@ def _analyze(options: Options, state: Path, taxonomy: tuple[str, ...] | None) ->
                 media.any_fact if media is not None else lambda source: None,
                 text_threshold=options.text_threshold,
                 hash_distance=options.hash_distance,
-                folder=Path(work),
+                file=Path(work) / "posts.sqlite",
             )
             tick = _ticker(bars, "groups", None)
             for group in found:

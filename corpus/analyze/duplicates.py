@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import sqlite3
-import tempfile
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -36,6 +35,7 @@ from corpus.analyze.texts import (
     shingles,
 )
 from corpus.build.index import Groups
+from corpus.databases import open_scratch
 from fusion.data.data_file import CorpusPost
 
 Kind: TypeAlias = Literal["exact_media", "near_image", "near_text"]
@@ -53,10 +53,6 @@ _MAX_MEDIA = 16
 _EXAMPLES, _MEMBERS = 30, 8
 
 _TABLES = """
-PRAGMA journal_mode = OFF;
-PRAGMA synchronous = OFF;
-PRAGMA cache_size = -1024;
-PRAGMA temp_store = FILE;
 CREATE TABLE posts (number INTEGER PRIMARY KEY, post_id TEXT);
 CREATE TABLE uses (sha256 BLOB, number INTEGER, PRIMARY KEY (sha256, number)) WITHOUT ROWID;
 CREATE TABLE looks (picture INTEGER PRIMARY KEY, sha256 BLOB UNIQUE, hash INTEGER, look BLOB);
@@ -109,7 +105,7 @@ def find_groups(
     *,
     text_threshold: float = 0.9,
     hash_distance: int = 6,
-    folder: Path | None = None,
+    file: Path | str = "",
 ) -> Iterator[Group]:
     """Find the groups of posts that are duplicates of each other; reads `posts` once, first.
 
@@ -119,22 +115,15 @@ def find_groups(
         text_threshold: Share of three-character runs that two texts must have in common,
             above 0 and at most 1.
         hash_distance: Bits of 64 in which the structure of two pictures may differ, 0 to 16.
-        folder: Where the temporary file is made; the system's own folder by default.
-
-    Raises:
-        OSError, sqlite3.Error: The temporary file cannot be written.
+        file: Of the database that is thrown away; by default one in the system's own folder.
     """
-    with tempfile.TemporaryDirectory(prefix="duplicates-", dir=folder) as work:
-        path = Path(work) / "posts.sqlite"
-        with closing(sqlite3.connect(path, isolation_level=None)) as base:
-            base.executescript(_TABLES)
-            base.execute("BEGIN")  # never committed: the file is thrown away
-            finder = _Finder(base, text_threshold, hash_distance)
-            for entry in posts:
-                finder.add(entry, media_of)
-            yield from finder.exact_media()
-            yield from finder.near_images()
-            yield from finder.near_texts()
+    with closing(open_scratch(file, _TABLES)) as base:
+        finder = _Finder(base, text_threshold, hash_distance)
+        for entry in posts:
+            finder.add(entry, media_of)
+        yield from finder.exact_media()
+        yield from finder.near_images()
+        yield from finder.near_texts()
 
 
 class _Finder:

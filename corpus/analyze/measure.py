@@ -70,11 +70,10 @@ class Task:
 
 
 class Measured(NamedTuple):
-    """The result of a task; `size_bytes` and `mtime_ns` tell later whether the file is the same."""
+    """The result of a task; size and time tell later whether the file is the same."""
 
     task: Task
     fact: MediaFact
-    size_bytes: int
     mtime_ns: int
 
 
@@ -88,12 +87,7 @@ class Unreadable(NamedTuple):
 def measure(task: Task, reason: str | None = None) -> Measured:
     """Measure a file; what is wrong with it becomes its reason.
 
-    Args:
-        task: The file.
-        reason: What is known to be wrong with it; it is hashed then, and not opened.
-
-    Raises:
-        OSError: It cannot be read.
+    With a reason that is known before it is hashed, and not opened.
     """
     stat = task.path.stat()
     sha256 = task.sha256 or file_digest(task.path)
@@ -103,7 +97,7 @@ def measure(task: Task, reason: str | None = None) -> Measured:
             fact = _picture(task, fact) if task.kind == "image" else _container(task, fact)
     except MediaError as error:
         fact = replace(fact, reason=class_of(str(error)))
-    return Measured(task, fact, stat.st_size, stat.st_mtime_ns)
+    return Measured(task, fact, stat.st_mtime_ns)
 
 
 def class_of(reason: str) -> str:

@@ -11,7 +11,7 @@ import os
 import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing, suppress
+from contextlib import suppress
 from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 from common.errors import ConfigError
 from common.post import MediaKind, Post
 from corpus.analyze.measure import Measured, MediaFact, Task, class_of, measure_all
+from corpus.databases import open_state
 from fusion.data.data_file import is_url, local_path
 
 _VERSION = 1
@@ -51,36 +52,21 @@ class MediaBase:
 
     Attributes:
         measured: Files hashed and measured by this process.
-
-    Raises:
-        ConfigError: The state or the manifest cannot be read.
     """
 
     def __init__(self, state: Path, posts: Path, folder: Path) -> None:
         self._posts, self._folder = posts, folder
         self._manifest = folder / "manifest.jsonl"
         self.measured = 0
-        self._base = sqlite3.connect(state, isolation_level=None)
         try:
-            self._base.execute("PRAGMA journal_mode = WAL")
-            self._base.execute("PRAGMA synchronous = NORMAL")
-            self._base.execute("PRAGMA cache_size = -1024")
-            self._base.executescript(_TABLES)
-            (version,) = self._base.execute("PRAGMA user_version").fetchone()
-            if version not in (0, _VERSION):
-                raise ConfigError(f"{state}: made by another version of this script; delete it")
-            self._base.execute(f"PRAGMA user_version = {_VERSION}")
+            self._base = open_state(state, _TABLES, _VERSION)
         except sqlite3.OperationalError:
             raise
         except sqlite3.DatabaseError as error:
             raise ConfigError(f"{state}: not a state file ({error}); delete it") from error
 
     def read_manifest(self, tick: Callable[[], None]) -> None:
-        """Take over what the manifest says, where there is one.
-
-        Raises:
-            ConfigError: It is no manifest.
-        """
+        """Take over what the manifest says, where there is one."""
         self._base.execute("BEGIN")
         self._base.execute("DELETE FROM sources")
         for number, line in enumerate(self._manifest_lines(), 1):
@@ -193,18 +179,17 @@ class MediaBase:
 
     def _row(self, sha256: str, kind: str) -> tuple[Any, ...] | None:
         query = "SELECT * FROM facts WHERE sha256 = ? AND kind = ?"
-        with closing(self._base.execute(query, (sha256, kind))) as cursor:
-            row: tuple[Any, ...] | None = cursor.fetchone()
+        row: tuple[Any, ...] | None = self._base.execute(query, (sha256, kind)).fetchone()
         return row
 
     def _keep(self, found: Measured) -> None:
         self.measured += 1
         if not found.task.sha256:
-            row = (found.task.name, found.size_bytes, found.mtime_ns, found.fact.sha256)
+            fact = found.fact
+            row = (found.task.name, fact.size_bytes, found.mtime_ns, fact.sha256)
             self._base.execute("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?)", row)
-        marks = ", ".join("?" * 10)
-        values = astuple(found.fact)
-        self._base.execute(f"INSERT OR REPLACE INTO facts VALUES ({marks})", values)  # noqa: S608 - question marks
+        insert = "INSERT OR REPLACE INTO facts VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+        self._base.execute(insert, astuple(found.fact))
 
 
 def _rows(line: dict[str, Any]) -> Iterator[tuple[str, str, str, str, str]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import date
 from itertools import pairwise
@@ -11,6 +10,7 @@ from typing import Any
 
 from common import charts
 from common.html import render as render_template
+from common.tables import print_table
 
 # Tags that the page and the terminal show before the rest is folded or left out: two screens of
 # bars, and half a screen of lines.
@@ -97,20 +97,10 @@ def render(facts: Mapping[str, Any], title: str) -> str:
 
 def show(facts: Mapping[str, Any]) -> None:
     """Print what a person wants to know first."""
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     for title, heads, rows in _tables(facts):
-        table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-        for i, head in enumerate(heads):
-            table.add_column(head, justify="right" if i else "left", overflow="fold")
-        for row in rows:
-            table.add_row(*(Text(f"{c:,}" if isinstance(c, int) else c) for c in row))
         if rows:
-            console.print(table)
+            shown = [[f"{c:,}" if isinstance(c, int) else c for c in row] for row in rows]
+            print_table(title, heads, shown, right=range(1, len(heads)), width=120)
 
 
 def _tables(

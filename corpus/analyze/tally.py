@@ -5,28 +5,24 @@ from __future__ import annotations
 import bisect
 import json
 import math
-import sqlite3
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import date
+from pathlib import Path
 from typing import Any
 
 from common.post import MEDIA_KINDS, MODALITIES, MediaKind, Post
 from corpus.analyze.labels import Labels, ranked
 from corpus.analyze.measure import MediaFact
 from corpus.analyze.texts import language_of
+from corpus.databases import open_scratch
+from corpus.records import count_name
 from fusion.data.data_file import BadLine, CorpusPost
 
 _TOP_AUTHORS, _TOP_SIZES, _EXAMPLES = 20, 20, 20
 
-# Reasons and codecs that are counted by name: texts that never repeat must not fill the memory.
-_MAX_REASONS = 1000
-
 _TABLES = """
-PRAGMA journal_mode = OFF;
-PRAGMA synchronous = OFF;
-PRAGMA cache_size = -1024;
 CREATE TABLE posts (post_id TEXT PRIMARY KEY, labels TEXT) WITHOUT ROWID;
 CREATE TABLE contents (sha256 BLOB, kind TEXT, PRIMARY KEY (sha256, kind)) WITHOUT ROWID;
 CREATE TABLE authors (author TEXT PRIMARY KEY, posts INTEGER) WITHOUT ROWID;
@@ -108,14 +104,12 @@ class Tally:
     """Counts posts; what grows with them lies in a temporary SQLite file.
 
     Args:
-        base: An empty database that is thrown away.
+        file: Of that database.
         fact_of: Returns what is known of a medium; None counts media without opening any.
     """
 
-    def __init__(self, base: sqlite3.Connection, fact_of: FactOf | None) -> None:
-        self._base, self._fact_of = base, fact_of
-        base.executescript(_TABLES)
-        base.execute("BEGIN")  # never committed
+    def __init__(self, file: Path, fact_of: FactOf | None) -> None:
+        self._base, self._fact_of = open_scratch(file, _TABLES), fact_of
         self.labels = Labels()
         self.posts = self.bad = 0
         self.reasons: Counter[str] = Counter()
@@ -148,6 +142,9 @@ class Tally:
         self._count_modalities(post)
         self._count_origin(entry)
         return True
+
+    def close(self) -> None:
+        self._base.close()
 
     def labels_of(self, post_id: str) -> frozenset[str]:
         """Return the distinct tags of a post that was counted."""
@@ -186,7 +183,7 @@ class Tally:
 
     def _leave_out(self, line: int, post_id: str | None, reason: str, kind: str) -> None:
         self.bad += 1
-        add(self.reasons, kind or reason)
+        count_name(self.reasons, kind or reason)
         if len(self.examples) < _EXAMPLES:
             self.examples.append({"line": line, "post_id": post_id, "reason": reason})
 
@@ -204,7 +201,7 @@ class Tally:
 
     def _count_fact(self, tally: MediaTally, fact: MediaFact) -> None:
         if fact.reason is not None:
-            add(tally.broken, fact.reason)
+            count_name(tally.broken, fact.reason)
         row = (bytes.fromhex(fact.sha256), fact.kind)
         query = "INSERT OR IGNORE INTO contents VALUES (?, ?)"
         if not fact.sha256 or not self._base.execute(query, row).rowcount:
@@ -213,12 +210,12 @@ class Tally:
         tally.size_bytes += fact.size_bytes
         tally.sizes.add(fact.size_bytes)
         if fact.codec:
-            add(tally.codecs, fact.codec)
+            count_name(tally.codecs, fact.codec)
         if fact.sound:
             tally.with_sound += 1
-            add(tally.codecs, f"{fact.sound} (sound)")
+            count_name(tally.codecs, f"{fact.sound} (sound)")
         if fact.width:
-            add(tally.resolutions, f"{fact.width}×{fact.height}")
+            count_name(tally.resolutions, f"{fact.width}×{fact.height}")
             tally.sides.add(min(fact.width, fact.height))
         if fact.duration_s is not None:
             tally.seconds.add(fact.duration_s)
@@ -252,8 +249,3 @@ class Tally:
             "SELECT author, posts FROM authors ORDER BY posts DESC, author LIMIT ?", (_TOP_AUTHORS,)
         ).fetchall()
         return {"authors": count, "posts": posts, "top": dict(top)}
-
-
-def add(counts: Counter[str], name: str) -> None:
-    """Count; names that never repeat must not fill the memory."""
-    counts[name if name in counts or len(counts) < _MAX_REASONS else "others"] += 1

@@ -12,9 +12,13 @@ import numpy as np
 
 from common.files import write_whole
 from demo.parallel import process_pool
-from demo.posts.plan import PostPlan
+from demo.posts.encode import write_picture, write_sound, write_video
+from demo.posts.motion import FRAME_RATE_HZ, FRAMES, clip
+from demo.posts.pictures import scene, sign
+from demo.posts.plan import DATA_FILE, PostPlan
+from demo.posts.sounds import SAMPLE_RATE_HZ, sound
+from demo.posts.words import post_text, sign_lines
 
-DATA_FILE = "posts.json"
 MEDIA_FOLDER = "media"
 
 
@@ -33,8 +37,6 @@ class Entry(TypedDict):
 
 def make_post(folder: Path, plan: PostPlan) -> Entry:
     """Draw, synthesise and encode one post's media into ``folder/media``."""
-    from demo.posts.words import post_text
-
     rng = np.random.default_rng(plan.seed)
     has = plan.contents
     for_video, for_file = _share_sounds(rng, plan)
@@ -68,10 +70,6 @@ def _share_sounds(
 
 
 def _images(folder: Path, plan: PostPlan, rng: np.random.Generator) -> list[str]:
-    from demo.posts.encode import write_picture
-    from demo.posts.pictures import scene, sign
-    from demo.posts.words import sign_lines
-
     pictures = []
     if "image" in plan.contents:
         keys = plan.contents["image"]
@@ -92,10 +90,6 @@ def _images(folder: Path, plan: PostPlan, rng: np.random.Generator) -> list[str]
 def _video(
     folder: Path, plan: PostPlan, rng: np.random.Generator, sounds: tuple[str, ...] | None
 ) -> list[str]:
-    from demo.posts.encode import write_video
-    from demo.posts.motion import FRAME_RATE_HZ, FRAMES, clip
-    from demo.posts.sounds import SAMPLE_RATE_HZ, sound
-
     if "video" not in plan.contents:
         return []
     frames = clip(rng, plan.contents["video"], plan.noise)
@@ -110,9 +104,6 @@ def _video(
 def _sound(
     folder: Path, plan: PostPlan, rng: np.random.Generator, keys: tuple[str, ...] | None
 ) -> list[str]:
-    from demo.posts.encode import write_sound
-    from demo.posts.sounds import SAMPLE_RATE_HZ, sound
-
     if keys is None:
         return []
     suffix = "wav" if rng.random() < 0.5 else "ogg"

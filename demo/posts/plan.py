@@ -12,6 +12,7 @@ from demo.posts.taxonomy import CAPACITY, CHANNELS, CUES, TAGS, Channel, Evidenc
 Split: TypeAlias = Literal["train", "valid", "online"]
 
 SPLITS: tuple[Split, ...] = ("train", "valid", "online")
+DATA_FILE = "posts.json"
 TAG_COUNTS = (0.25, 0.35, 0.25, 0.15)
 """Share of the posts with one, two, three and four tags."""
 NEUTRAL = {"image": 0.45, "video": 0.4, "audio": 0.35, "text": 0.7, "ocr": 0.2}
@@ -41,15 +42,10 @@ class PostPlan:
 def plan_posts(
     posts: int, seed: int, split: Split = "train", *, noise: float = 0.0, missing: float = 0.0
 ) -> list[PostPlan]:
-    """Plan a split; splits of one seed share no post.
+    """Plan so many posts of a split; splits of one seed share no post.
 
-    Args:
-        posts: How many.
-        seed: Of everything.
-        split: Which of the three.
-        noise: Strength of what disturbs the media, in [0, 1]; also the chance, times 0.2, that a
-            piece of evidence is left out.
-        missing: Chance that a modality is left out although a tag needs it.
+    `noise`, 0 to 1, is the strength of what disturbs the media and, times 0.2, the chance that a
+    piece of evidence is left out; `missing` the chance that a needed modality is left out.
     """
     entropy = (seed, SPLITS.index(split))
     deck = _Deck(np.random.default_rng((*entropy, 0)))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from common.errors import ConfigError
+from common.tables import print_table
 from common.times import since_time
 from config.settings import Settings
 from scripts.commands.common import (
@@ -24,7 +25,6 @@ from scripts.commands.common import (
     moment,
     online_settings,
     print_json,
-    print_table,
 )
 
 if TYPE_CHECKING:

@@ -5,16 +5,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping
 
+from common.tables import print_table
 from deploy import embedded
-from scripts.commands.common import (
-    AsJson,
-    Config,
-    Overrides,
-    duration,
-    print_json,
-    print_table,
-    settings_of,
-)
+from scripts.commands.common import AsJson, Config, Overrides, duration, print_json, settings_of
 
 
 def start(config: Config = None, overrides: Overrides = None) -> None:

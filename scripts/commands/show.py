@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 from common.errors import ConfigError
+from common.tables import print_table
 from scripts.commands.common import (
     AsJson,
     Config,
@@ -16,7 +17,6 @@ from scripts.commands.common import (
     moment,
     online_settings,
     print_json,
-    print_table,
 )
 
 

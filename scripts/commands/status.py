@@ -12,19 +12,12 @@ from typing import Any
 
 from common.errors import ConfigError, TaggingError
 from common.processes import process_identity
+from common.tables import print_table
 from common.urls import redact
 from config.settings import BrokerSettings, Settings, StoreSettings
 from deploy import embedded
 from king.status import read_health
-from scripts.commands.common import (
-    AsJson,
-    Config,
-    Overrides,
-    ago,
-    print_json,
-    print_table,
-    settings_of,
-)
+from scripts.commands.common import AsJson, Config, Overrides, ago, print_json, settings_of
 from scripts.commands.services import view_json
 
 _TIMEOUT_S = 3.0

@@ -11,8 +11,9 @@ import typer
 from common.errors import TaggingError
 from common.post import Failure, Post
 from common.result import TagResult
+from common.tables import print_table
 from fusion.data.data_file import read_whole_posts
-from scripts.commands.common import AsJson, Config, Overrides, print_json, print_table, settings_of
+from scripts.commands.common import AsJson, Config, Overrides, print_json, settings_of
 
 if TYPE_CHECKING:
     from workers.runner import PostRunner

@@ -19,8 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs as a plain 
 
 from common.cli import exit_code, read_options, share
 from common.errors import ConfigError
-from demo.posts.make import DATA_FILE, make_posts
-from demo.posts.plan import Split, plan_posts
+from demo.posts.plan import DATA_FILE, Split, plan_posts
 
 _NAME = "make_demo_posts"
 
@@ -32,10 +31,7 @@ class CommandLine:
     out: Annotated[Path, typer.Option("--out", help="folder to write to")]
     posts: Annotated[int, typer.Option("--posts", min=1, help="number of posts")]
     seed: Annotated[int, typer.Option("--seed", min=0)] = 0
-    split: Annotated[
-        Split,
-        typer.Option("--split", help="splits share no post"),
-    ] = "train"
+    split: Annotated[Split, typer.Option("--split", help="splits share no post")] = "train"
     noise: Annotated[
         float, typer.Option("--noise", parser=share, metavar="X", help="disturbance, 0 to 1")
     ] = 0.0
@@ -54,12 +50,12 @@ class CommandLine:
 def run(line: CommandLine) -> None:
     """Make the posts."""
     from common.progress import track
+    from demo.posts.make import make_posts
 
     plans = plan_posts(line.posts, line.seed, line.split, noise=line.noise, missing=line.missing)
     try:
-        for _ in track(
-            make_posts(line.out, plans, line.processes), f"{line.split} posts", len(plans)
-        ):
+        made = make_posts(line.out, plans, line.processes)
+        for _ in track(made, f"{line.split} posts", len(plans)):
             pass
     except OSError as error:
         raise ConfigError(str(error)) from error

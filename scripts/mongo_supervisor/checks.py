@@ -10,9 +10,10 @@ from datetime import datetime, timezone
 from typing import Any, Literal, TypeAlias
 
 import structlog
+from rich.text import Text
 
+from common.tables import console, print_table
 from config.settings import MonitorSettings, Threshold
-from scripts.commands.common import console
 from scripts.mongo_supervisor.snapshot import Snapshot
 
 State: TypeAlias = Literal["ok", "warning", "critical", "unknown"]
@@ -192,27 +193,21 @@ def plugin_line(checks: Sequence[Check]) -> str:
 
 def show(checks: Sequence[Check], *, redraw: bool = False) -> None:
     """Print the plugin line, and the table below it."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for column in ("state", "check", "finding", "warning", "critical"):
-        table.add_column(column, overflow="fold")
-    for check in checks:
-        limits = (check.threshold.warning, check.threshold.critical)
-        table.add_row(
-            Text(check.state, _COLOURS[check.state]),
-            check.name,
-            Text(check.text),
-            *(_limit(limit) for limit in limits),
-        )
-    terminal = console()
     if redraw:
-        terminal.clear()
+        console().clear()
     sys.stdout.write(plugin_line(checks) + "\n")
     sys.stdout.flush()
-    terminal.print(table)
+    rows = [
+        (
+            Text(check.state, _COLOURS[check.state]),
+            check.name,
+            check.text,
+            _limit(check.threshold.warning),
+            _limit(check.threshold.critical),
+        )
+        for check in checks
+    ]
+    print_table("", ("state", "check", "finding", "warning", "critical"), rows)
 
 
 def as_dict(checks: Sequence[Check], requeued: int | None = None) -> dict[str, Any]:

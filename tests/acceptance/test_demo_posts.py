@@ -14,9 +14,9 @@ import pytest
 import soundfile
 
 from config.labels import LabelMap
-from demo.posts.make import DATA_FILE, Entry
+from demo.posts.make import Entry
 from demo.posts.motion import PATHS, clip
-from demo.posts.plan import plan_posts
+from demo.posts.plan import DATA_FILE, plan_posts
 from demo.posts.taxonomy import CAPACITY, TAGS
 from demo.posts.words import sign_lines
 from scripts.data_scripts.make_demo_posts import main

@@ -10,8 +10,8 @@ from typing import Any
 
 from PIL import Image
 
-from demo.posts.make import DATA_FILE, make_posts
-from demo.posts.plan import plan_posts
+from demo.posts.make import make_posts
+from demo.posts.plan import DATA_FILE, plan_posts
 
 LONG = (
     "We walked from the old harbour to the lighthouse this morning, found a small bakery that "
