@@ -98,10 +98,7 @@ def change(
 
     ``rename`` A to B; ``merge`` A, B... to C, which may be one of them or another tag of the map;
     ``split`` A to B, C..., of which one may be A; ``retire`` A.... `version` is that of the result.
-
-    Raises:
-        ConfigError: A name is not in the map, is in it already, or stands twice; or nothing would
-            be left.
+    ConfigError names what is not possible.
     """
     _check(labels, operation, old, new)
     old_names = list(labels.names)
@@ -222,12 +219,8 @@ def apply(
     """Rewrite the labels of a data file by the changes that it has not seen.
 
     The note of the coming content is written before the file takes its place: killed at any
-    moment, the next run knows whether the change was made.
-
-    Args:
-        data: The file.
-        migrations: All changes of the map, oldest first.
-        by_post: post_id -> the parts that it has of tags that were split, now or before.
+    moment, the next run knows whether the change was made. `migrations` are all changes of the map,
+    oldest first; `by_post` gives the parts that a post_id has of tags that were split, whenever.
     """
     old_version, new_version = followed_version(data), len(migrations)
     if old_version > new_version:
@@ -238,20 +231,16 @@ def apply(
         return Applied(0, 0, 0, 0, new_version)
     answers = {post_id: _said(names, migrations) for post_id, names in by_post.items()}
     listed = relabel_path(data)  # by an earlier run, for people to look at
-    asked = (
-        [row for row in _posts(listed) if not answers.get(row["post_id"])]
-        if listed.exists()
-        else []
-    )
+    rows = _posts(listed) if listed.exists() else ()
+    asked = [row for row in rows if not answers.get(row["post_id"])]
     counts = {"posts": 0, "changed": 0, "bare": 0, "relabel": 0}
     part = part_of(data)
     try:
         with AtomicLines(listed) as relabel, AtomicLines(part) as out:
             for row in asked:
                 relabel.write(json.dumps(row, ensure_ascii=False))
-            lines = _rewritten(data, migrations[old_version:], answers, counts, relabel)
             file = DataFile(out, "json" if data.suffix.lower() == ".json" else "jsonl")
-            for line in lines:
+            for line in _rewritten(data, migrations[old_version:], answers, counts, relabel):
                 file.add(line)
             file.end()
         pending = {"pending_version": new_version, "pending_sha256": file_digest(part)}

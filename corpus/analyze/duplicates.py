@@ -25,15 +25,7 @@ import numpy as np
 from corpus.analyze.labels import ranked
 from corpus.analyze.looks import hash_of, near_pairs, same_colours
 from corpus.analyze.measure import MediaFact
-from corpus.analyze.texts import (
-    MAX_CHARS,
-    Bands,
-    comparable,
-    jaccard,
-    key_of,
-    normal,
-    shingles,
-)
+from corpus.analyze.texts import MAX_CHARS, Bands, comparable, jaccard, key_of, normal, shingles
 from corpus.build.index import Groups
 from corpus.databases import open_scratch
 from fusion.data.data_file import CorpusPost
@@ -265,32 +257,22 @@ def _join_buckets(
 class GroupTally:
     """Counts of groups of duplicates, and those whose labels disagree.
 
-    Args:
-        labels_of: Returns the distinct tags of a post.
+    `labels_of` returns the distinct tags of a post.
     """
 
     def __init__(self, labels_of: Callable[[str], frozenset[str]]) -> None:
         self._labels_of = labels_of
-        self._kinds = {kind: Counter[str]() for kind in KINDS}
-        self._examples: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
-        self._disputes: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
+        counts = ("groups", "posts", "largest", "labels_differ")
+        self._kinds: dict[str, dict[str, Any]] = {
+            kind: {**dict.fromkeys(counts, 0), "examples": [], "disputes": []} for kind in KINDS
+        }
         self._disputed: Counter[str] = Counter()
         self._size = 0  # of the group so far
         self._shown: list[dict[str, Any]] = []  # of the group: its size may grow
 
     def as_dict(self) -> dict[str, Any]:
         """Return for each kind: groups, posts, the largest, how many disagree, and examples."""
-        return {
-            "kinds": {
-                kind: {
-                    **{key: counts[key] for key in ("groups", "posts", "largest", "labels_differ")},
-                    "examples": self._examples[kind],
-                    "disputes": self._disputes[kind],
-                }
-                for kind, counts in self._kinds.items()
-            },
-            "disputed_tags": ranked(self._disputed, 50),
-        }
+        return {"kinds": self._kinds, "disputed_tags": ranked(self._disputed, 50)}
 
     def add(self, group: Group) -> None:
         """Count a group, or a further part of the last one."""
@@ -309,8 +291,8 @@ class GroupTally:
         given = {post_id: labels for post_id, labels in sets.items() if labels}
         shown = {post_id: sorted(sets[post_id]) for post_id in group.members[:_MEMBERS]}
         example = {"posts": len(group.members), "labels": shown}
-        if len(self._examples[group.kind]) < _EXAMPLES:
-            self._examples[group.kind].append(example)
+        if len(counts["examples"]) < _EXAMPLES:
+            counts["examples"].append(example)
             self._shown.append(example)
         if len(set(given.values())) < 2:
             return
@@ -318,9 +300,9 @@ class GroupTally:
         some = frozenset[str]().union(*given.values())
         every = some.intersection(*given.values())
         self._disputed.update(some - every)
-        if len(self._disputes[group.kind]) < _EXAMPLES:
+        if len(counts["disputes"]) < _EXAMPLES:
             dispute = {**example, "disputed": sorted(some - every)[:20]}
-            self._disputes[group.kind].append(dispute)
+            counts["disputes"].append(dispute)
             self._shown.append(dispute)
 
 

@@ -44,12 +44,7 @@ class Labels:
                 self._most = sorted(self._most)[:_TOP_POSTS]
 
     def as_dict(self, rare: int, taxonomy: Iterable[str] | None) -> dict[str, Any]:
-        """Return everything about the tags.
-
-        Args:
-            rare: Tags with fewer posts are rare.
-            taxonomy: Names of the label map, where one is given.
-        """
+        """Return everything about the tags; those with fewer posts than `rare` are rare."""
         counts = ranked(self.counts)
         return {
             "distinct": len(counts),
@@ -81,12 +76,11 @@ class Labels:
         alike: dict[str, set[str]] = {}
         for name in {*self.counts, *taxonomy}:
             alike.setdefault(bare(name), set()).add(name)
-        groups = [
-            sorted(names, key=lambda n: (-self.counts[n], n))
-            for names in alike.values()
-            if len(names) > 1
-        ]
-        return [{name: self.counts[name] for name in names} for names in sorted(groups)]
+        groups = [ranked(self._of(names)) for names in alike.values() if len(names) > 1]
+        return sorted(groups, key=list)
+
+    def _of(self, names: Iterable[str]) -> Counter[str]:
+        return Counter({name: self.counts[name] for name in names})
 
     def _together(self) -> list[dict[str, Any]]:
         """Return pairs of tags of which neither ever stands without the other."""
@@ -108,13 +102,11 @@ class Labels:
         return found[:_TOP_PAIRS]
 
     def _top_pairs(self) -> list[dict[str, Any]]:
-        def share(a: str, b: str, count: int) -> float:
-            return round(count / (self.counts[a] + self.counts[b] - count), 4)
-
-        return [
-            {"tags": [a, b], "posts": count, "jaccard": share(a, b, count)}
-            for (a, b), count in self._by_count()[:_TOP_PAIRS]
-        ]
+        pairs = []
+        for (a, b), count in self._by_count()[:_TOP_PAIRS]:
+            jaccard = round(count / (self.counts[a] + self.counts[b] - count), 4)
+            pairs.append({"tags": [a, b], "posts": count, "jaccard": jaccard})
+        return pairs
 
     def _heat(self, names: list[str]) -> dict[str, Any]:
         """Return the posts with both of two frequent tags; the diagonal has each tag's own."""

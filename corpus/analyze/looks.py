@@ -16,7 +16,6 @@ import numpy as np
 import numpy.typing as npt
 
 HASH_BYTES = 8
-LOOK_BYTES = HASH_BYTES + 8 * 8 * 3
 
 _PLAIN = 3.0
 """A picture whose brightness varies less (standard deviation, of 255) has no structure to hash."""
@@ -32,11 +31,7 @@ _BLOCK = 1 << 21
 
 
 def look_of(pixels: npt.NDArray[np.uint8]) -> bytes | None:
-    """Return the look of an RGB picture, None for one of a single tone.
-
-    Args:
-        pixels: uint8 ``(height, width, 3)``.
-    """
+    """Return the look of RGB pixels ``(height, width, 3)``; None for one of a single tone."""
     import cv2
 
     from extractors.media.pictures import squash

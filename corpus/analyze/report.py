@@ -49,19 +49,13 @@ Write = Callable[[float], str]
 
 
 def render(facts: Mapping[str, Any], title: str) -> str:
-    """Return the page of an analysis.
-
-    Args:
-        facts: Content of ``analysis.json``.
-        title: Name of the posts file.
-    """
+    """Return the page of an analysis, the content of ``analysis.json``."""
     labels, duplicates = facts["labels"], facts["duplicates"]
     with charts.style():
+        per_post = labels["per_post"]
         drawn = {
             "long_tail": long_tail(list(labels["counts"].values()), labels["rare_below"]),
-            "per_post": columns(
-                list(labels["per_post"]), list(labels["per_post"].values()), "tags"
-            ),
+            "per_post": columns(list(per_post), list(per_post.values()), "tags"),
             "text_chars": histogram(facts["text"]["chars"], plain, "characters"),
             "days": by_time(facts["time"]["days"]),
         }
@@ -261,12 +255,7 @@ def _counted(figure: Any, area: Any) -> bytes:
 
 
 def long_tail(counts: Sequence[int], rare: int) -> bytes | None:
-    """Return a PNG of the posts of each tag by its rank, with the line below which it is rare.
-
-    Args:
-        counts: Descending, all above 0.
-        rare: Height of the line.
-    """
+    """Return a PNG of the descending posts of each tag, with the line below which it is rare."""
     if not counts:
         return None
     figure, (area,) = charts.figure(6.4, 2.8)

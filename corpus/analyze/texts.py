@@ -69,12 +69,8 @@ def jaccard(one: frozenset[str], other: frozenset[str]) -> float:
 class Bands:
     """Keys of a text such that texts as alike as `threshold` share one, nearly always.
 
-    Of 128 permutations, as many go into a band as still let 99 in 100 pairs at the threshold meet
-    in at least one band. Pairs that meet by chance are for `jaccard` to tell apart.
-
-    Attributes:
-        rows: Permutations in a band.
-        count: Bands.
+    Of 128 permutations, as many (`rows`) go into each of `count` bands as still let 99 in 100 pairs
+    at the threshold meet in one at least. Pairs that meet by chance are told apart by `jaccard`.
     """
 
     def __init__(self, threshold: float) -> None:

@@ -23,13 +23,7 @@ from common.post_set import PostSet
 from corpus.extract.options import Options
 from corpus.extract.work import MODALITIES_OF, Entry, FailedPart, Result, State, Work
 from corpus.runs import Interrupt
-from extractors.feature_file import (
-    Header,
-    feature_path,
-    features_bytes,
-    read_features,
-    read_header,
-)
+from extractors.feature_file import Header, feature_path, features_bytes, read_features, read_header
 from extractors.learned import learned_from, streams_of_post
 from workers.post_run import PostTags
 from workers.runner import PostRunner
@@ -182,18 +176,17 @@ class LocalEngine:
 
     def open(self) -> None:
         """Load the models, in processes of their own; once is enough."""
-        if self._store is not None:
-            return
-        self._runner.start()
-        modalities = MODALITIES_OF[self._options.kind]
-        self._store = FeatureStore(
-            self._options.features,
-            modalities,
-            _of(self._runner.fingerprints, modalities),
-            _of(learned_from(self._options.settings.features), modalities),
-            self._options.line.retry_failed,
-            self._node,
-        )
+        if self._store is None:
+            self._runner.start()
+            options, modalities = self._options, MODALITIES_OF[self._options.kind]
+            self._store = FeatureStore(
+                options.features,
+                modalities,
+                _of(self._runner.fingerprints, modalities),
+                _of(learned_from(options.settings.features), modalities),
+                options.line.retry_failed,
+                self._node,
+            )
 
     def close(self) -> None:
         self._runner.close()

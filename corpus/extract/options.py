@@ -7,7 +7,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 import typer
@@ -22,14 +21,12 @@ EngineName = Literal["local", "ray"]
 Share = Literal["auto", "yes", "no"]
 
 _DEVICE = re.compile(r"cpu|cuda:\d+")
-_WHAT: Mapping[Kind, str] = MappingProxyType(
-    {
-        "text": "the text of posts, and of the words in their pictures",
-        "audio": "the sounds of posts, and of the sound of their videos",
-        "image": "the images of posts",
-        "video": "the videos of posts",
-    }
-)
+_WHAT: Mapping[Kind, str] = {
+    "text": "the text of posts, and of the words in their pictures",
+    "audio": "the sounds of posts, and of the sound of their videos",
+    "image": "the images of posts",
+    "video": "the videos of posts",
+}
 _EPILOG = """
 A post is passed over when its file has these features already, made by the same extractors from
 the same media. Other modalities in a file stay as they are: the four scripts may run in any

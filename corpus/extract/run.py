@@ -11,8 +11,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Protocol
+from typing import Any, Protocol
 
 from common.cli import exit_code
 from common.logs import configure_logs
@@ -102,21 +101,15 @@ class FailureFile:
             self._offsets.append(self._waiting.tell())
             self._waiting.write(json.dumps(lines).encode("ascii") + b"\n")
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, error: object, *_: Any) -> None:
         with self._waiting:
-            if kind is None:
+            if error is None:
                 self._publish()
 
     def _publish(self) -> None:
-        order = sorted(range(len(self._indexes)), key=self._indexes.__getitem__)
         with AtomicLines(self.path) as lines:
-            for at in order:
-                self._waiting.seek(self._offsets[at])
+            for _, offset in sorted(zip(self._indexes, self._offsets, strict=True)):
+                self._waiting.seek(offset)
                 for line in json.loads(self._waiting.readline()):
                     lines.write(line)
 

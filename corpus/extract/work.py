@@ -13,7 +13,6 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Literal, TypeAlias
 
 from common.errors import ConfigError
@@ -33,14 +32,12 @@ from fusion.data.data_file import (
 Kind: TypeAlias = Literal["text", "audio", "image", "video"]
 """The four scripts."""
 
-MODALITIES_OF: Mapping[Kind, frozenset[Modality]] = MappingProxyType(
-    {
-        "text": frozenset({"text", "ocr"}),
-        "audio": frozenset({"audio"}),
-        "image": frozenset({"image"}),
-        "video": frozenset({"video"}),
-    }
-)
+MODALITIES_OF: Mapping[Kind, frozenset[Modality]] = {
+    "text": frozenset({"text", "ocr"}),
+    "audio": frozenset({"audio"}),
+    "image": frozenset({"image"}),
+    "video": frozenset({"video"}),
+}
 """Modalities of each script; the words in pictures belong to the text."""
 
 State: TypeAlias = Literal["done", "there", "failed", "rejected", "repeated"]
@@ -179,15 +176,14 @@ class Inputs:
         return _Loss(media.kind, media.source, Failure("fetch", "FetchRefused", why))
 
     def _source(self, media: Media) -> _Source:
-        source = media.source
-        path = local_path(source, self._path)
+        path = local_path(media.source, self._path)
         if path is None:
-            return _Source(media, source, None)
-        location = path.absolute()
+            return _Source(media, media.source, None)
         try:
-            return _Source(media, str(location), location.stat().st_size)
+            size_bytes = path.stat().st_size
         except (OSError, ValueError):
-            return _Source(media, str(location), None)
+            size_bytes = None
+        return _Source(media, str(path.absolute()), size_bytes)
 
     def _blame(self, kind: MediaKind, post: Post) -> Modality | None:
         """Return the modality that a missing media file fails, as `workers.post_run` has it."""
@@ -201,9 +197,8 @@ class Inputs:
 
     def _reads(self, post: Post, kind: MediaKind) -> bool:
         ocr = self._settings.features.ocr
-        if not ocr.enabled or post.ocr is not None:
-            return False
-        return kind == "image" or (kind == "video" and ocr.frames > 0)
+        shown = kind == "image" or (kind == "video" and ocr.frames > 0)
+        return ocr.enabled and post.ocr is None and shown
 
     def _digests(
         self, post: Post, sources: Sequence[_Source], lost: Sequence[_Loss]
