@@ -32,16 +32,13 @@ ROOT = Path("workshop/demo")
 class CommandLine:
     """The command line."""
 
-    config: Annotated[Path, typer.Option("--config", metavar="FILE")] = CONFIG
+    config: Annotated[Path, typer.Option(metavar="FILE")] = CONFIG
     overrides: Overrides
-    train: Annotated[
-        int | None, typer.Option("--train", min=1, metavar="N", help="training posts")
-    ] = None
+    train: Annotated[int | None, typer.Option(min=1, metavar="N", help="training posts")] = None
     online: Annotated[
-        int | None,
-        typer.Option("--online", min=1, metavar="N", help="posts that the daemon tags"),
+        int | None, typer.Option(min=1, metavar="N", help="posts that the daemon tags")
     ] = None
-    seed: Annotated[int, typer.Option("--seed", help="of the posts")] = 7
+    seed: Annotated[int, typer.Option(help="of the posts")] = 7
     fresh: Annotated[bool, typer.Option("--fresh", help="make everything anew")] = False
     keep: Annotated[bool, typer.Option("--keep", help="leave the embedded services running")] = (
         False

@@ -44,23 +44,19 @@ class Options:
     """The command line of an analysis."""
 
     posts: Annotated[Path, typer.Argument(metavar="POSTS", help="posts file or data file")]
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="output folder")]
+    out: Annotated[Path, typer.Option(metavar="DIR", help="output folder")]
     media: Annotated[
         Path | None,
         typer.Option(
-            "--media",
             metavar="DIR",
             help="where the media lie: output of download_mp, or a folder; without it they are "
             "counted, not opened",
         ),
     ] = None
     labels: Annotated[
-        Path | None,
-        typer.Option("--labels", metavar="F", help="label map to hold the tags against"),
+        Path | None, typer.Option(metavar="F", help="label map to hold the tags against")
     ] = None
-    rare: Annotated[
-        int, typer.Option("--rare", min=1, metavar="N", help="fewer posts are rare")
-    ] = 10
+    rare: Annotated[int, typer.Option(min=1, metavar="N", help="fewer posts are rare")] = 10
     text_threshold: Annotated[
         float,
         typer.Option(
@@ -80,9 +76,9 @@ class Options:
             help="bits of 64 in which pictures that look alike may differ",
         ),
     ] = 6
-    processes: Annotated[
-        int, typer.Option("--processes", min=1, metavar="N", help="that open media")
-    ] = min(4, os.cpu_count() or 1)
+    processes: Annotated[int, typer.Option(min=1, metavar="N", help="that open media")] = min(
+        4, os.cpu_count() or 1
+    )
 
 
 def analyze(options: Options) -> None:

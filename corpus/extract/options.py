@@ -41,52 +41,39 @@ class CommandLine:
     config: ConfigFile = None
     overrides: Overrides
     input: Annotated[
-        Path | None, typer.Option("--input", metavar="FILE", help="posts.jsonl, or a data file")
+        Path | None, typer.Option(metavar="FILE", help="posts.jsonl, or a data file")
     ] = None
     manifest: Annotated[
         Path | None,
-        typer.Option(
-            "--manifest", metavar="FILE", help="of download_mp.py, its posts.jsonl next to it"
-        ),
+        typer.Option(metavar="FILE", help="of download_mp.py, its posts.jsonl next to it"),
     ] = None
-    features: Annotated[
-        Path, typer.Option("--features", metavar="DIR", help="root of feature files")
-    ]
-    workers: Annotated[
-        int, typer.Option("--workers", min=0, help="extractor processes; 0: by the cores")
-    ] = 0
+    features: Annotated[Path, typer.Option(metavar="DIR", help="root of feature files")]
+    workers: Annotated[int, typer.Option(min=0, help="extractor processes; 0: by the cores")] = 0
     devices: Annotated[
-        str | None,
-        typer.Option("--devices", metavar="LIST", help="cpu, or cuda:0,cuda:1; default: settings'"),
+        str | None, typer.Option(metavar="LIST", help="cpu, or cuda:0,cuda:1; default: settings'")
     ] = None
-    engine: Annotated[EngineName, typer.Option("--engine")] = "local"
+    engine: Annotated[EngineName, typer.Option()] = "local"
     address: Annotated[
         str | None,
-        typer.Option(
-            "--address", help="cluster of Ray: auto, ray://host:10001; default: one on this machine"
-        ),
+        typer.Option(help="cluster of Ray: auto, ray://host:10001; default: one on this machine"),
     ] = None
     batch: Annotated[
         int | None,
-        typer.Option(
-            "--batch", min=1, help="frames, images, patches or texts of one pass of a model"
-        ),
+        typer.Option(min=1, help="frames, images, patches or texts of one pass of a model"),
     ] = None
     share: Annotated[
         Share,
         typer.Option(
-            "--share",
             help="whether posts share a pass: faster on GPUs, but the last bit of a feature may "
-            "then differ from run to run; auto: on GPUs only",
+            "then differ from run to run; auto: on GPUs only"
         ),
     ] = "auto"
     failures: Annotated[
-        Path | None,
-        typer.Option("--failures", metavar="FILE", help="default: DIR/failures_KIND.jsonl"),
+        Path | None, typer.Option(metavar="FILE", help="default: DIR/failures_KIND.jsonl")
     ] = None
-    limit: Annotated[
-        int | None, typer.Option("--limit", min=1, help="only the first lines of the input")
-    ] = None
+    limit: Annotated[int | None, typer.Option(min=1, help="only the first lines of the input")] = (
+        None
+    )
     force: Annotated[bool, typer.Option("--force", help="extract what is there, too")] = False
     retry_failed: Annotated[
         bool, typer.Option("--retry_failed", help="extract what has failed for good, too")

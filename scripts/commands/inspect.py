@@ -32,8 +32,7 @@ def inspect(
         typer.Option("--as", help="Read it as this; by default as what it is first of all."),
     ] = None,
     out: Annotated[
-        Path | None,
-        typer.Option("--out", metavar="DIR", help="Write the pictures and the sound there."),
+        Path | None, typer.Option(metavar="DIR", help="Write the pictures and the sound there.")
     ] = None,
     as_json: AsJson = False,
     config: Config = None,
@@ -79,14 +78,7 @@ def _local(source: str, settings: Settings) -> Iterator[Path]:
 def facts_of(
     path: Path, settings: Settings, *, kind: MediaKind | None = None, out: Path | None = None
 ) -> dict[str, Any]:
-    """Return what a media file gives, as JSON values.
-
-    Args:
-        path: The file.
-        settings: Of the features and of decoding.
-        kind: How it is read; None for what it is first of all.
-        out: Gets the pictures as PNG and the sound as WAV.
-    """
+    """Return what a media file gives, as JSON values; `out` gets its pictures and its sound."""
     from extractors.media.decode import decode_media
     from extractors.media.sniff import type_of
 
@@ -98,9 +90,9 @@ def facts_of(
         "start": file_type.start if file_type else 0,
         "streams": [],
     }
-    kinds = file_type.kinds if file_type else frozenset()
+    kinds = file_type.kinds if file_type else ()
     first: MediaKind = next((k for k in MEDIA_KINDS if k in kinds), "image")
-    read_as = first if kind is None else kind
+    read_as = kind or first
     facts |= {"read_as": read_as, "error": None, "notes": {}}
     if read_as != "image":
         facts |= _streams(path, read_as)
@@ -154,9 +146,8 @@ def _decoded(
         {"width": p.shape[1], "height": p.shape[0], "text": text}
         for p, text in zip(media.pictures, _texts(media, settings), strict=True)
     ]
-    waveform = None
+    waveform, sound = None, audio_encoder(settings.features.audio).sound
     if media.sound is not None:
-        sound = audio_encoder(settings.features.audio).sound
         waveform, _ = read_waveform(path, settings.decode, sound.rate_hz)
         facts["sound"] = {
             "seconds": round(len(waveform) / sound.rate_hz, 3),
@@ -166,7 +157,7 @@ def _decoded(
             "peak": round(float(abs(waveform).max(initial=0)), 4),
         }
     if out is not None:
-        facts["files"] = _write(out, media, waveform, settings)
+        facts["files"] = _write(out, media, waveform, sound.rate_hz)
     return facts
 
 
@@ -185,30 +176,24 @@ def _texts(media: DecodedMedia, settings: Settings) -> list[str]:
 
 
 def _write(
-    out: Path,
-    media: DecodedMedia,
-    waveform: npt.NDArray[np.float32] | None,
-    settings: Settings,
+    out: Path, media: DecodedMedia, waveform: npt.NDArray[np.float32] | None, rate_hz: int
 ) -> list[str]:
     """Write what the extractors get: squares, pictures for OCR, and the sound before its rows."""
     import soundfile
     from PIL import Image
 
-    from extractors.parts import audio_encoder
-
     out.mkdir(parents=True, exist_ok=True)
     files: list[Path] = []
     for name, pictures in (
-        ("frame", media.frames if media.frames is not None else ()),
-        ("image", media.image if media.image is not None else ()),
+        ("frame", media.frames),
+        ("image", media.image),
         ("ocr", media.pictures),
     ):
-        for i, pixels in enumerate(pictures):
+        for i, pixels in enumerate(() if pictures is None else pictures):
             files.append(out / f"{name}_{i:02}.png")
             Image.fromarray(pixels).save(files[-1])
     if waveform is not None:
         files.append(out / "sound.wav")
-        rate_hz = audio_encoder(settings.features.audio).sound.rate_hz
         soundfile.write(str(files[-1]), waveform, rate_hz, subtype="FLOAT")
     return [str(file) for file in files]
 

@@ -24,7 +24,7 @@ def check(
     *,
     data: Data = None,
     bundle: Annotated[
-        Path | None, typer.Option("--bundle", metavar="DIR", help="A bundle that shall fit.")
+        Path | None, typer.Option(metavar="DIR", help="A bundle that shall fit.")
     ] = None,
     min_posts: Annotated[
         int, typer.Option("--min-posts", min=0, help="Fewer posts of a tag are a conflict.")
@@ -57,7 +57,7 @@ def merge(
     labels: MapFile,
     old: Annotated[list[str], typer.Argument(help="The tags.")],
     *,
-    into: Annotated[str, typer.Option("--into", metavar="NAME", help="What they become.")],
+    into: Annotated[str, typer.Option(metavar="NAME", help="What they become.")],
 ) -> None:
     """Make several tags one."""
     if len(set(old) | {into}) < 2:
@@ -69,9 +69,7 @@ def split(
     labels: MapFile,
     old: Annotated[str, typer.Argument(help="The tag.")],
     *,
-    into: Annotated[
-        list[str], typer.Option("--into", metavar="NAME", help="One of its parts; repeat it.")
-    ],
+    into: Annotated[list[str], typer.Option(metavar="NAME", help="One of its parts; repeat it.")],
 ) -> None:
     """Make one tag several; which post has which part, `apply --by-post` says."""
     if len(into) < 2:

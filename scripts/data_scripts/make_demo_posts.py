@@ -28,23 +28,18 @@ _NAME = "make_demo_posts"
 class CommandLine:
     """The command line."""
 
-    out: Annotated[Path, typer.Option("--out", help="folder to write to")]
-    posts: Annotated[int, typer.Option("--posts", min=1, help="number of posts")]
-    seed: Annotated[int, typer.Option("--seed", min=0)] = 0
-    split: Annotated[Split, typer.Option("--split", help="splits share no post")] = "train"
-    noise: Annotated[
-        float, typer.Option("--noise", parser=share, metavar="X", help="disturbance, 0 to 1")
-    ] = 0.0
+    out: Annotated[Path, typer.Option(help="folder to write to")]
+    posts: Annotated[int, typer.Option(min=1, help="number of posts")]
+    seed: Annotated[int, typer.Option(min=0)] = 0
+    split: Annotated[Split, typer.Option(help="splits share no post")] = "train"
+    noise: Annotated[float, typer.Option(parser=share, metavar="X", help="disturbance, 0 to 1")] = (
+        0.0
+    )
     missing: Annotated[
         float,
-        typer.Option(
-            "--missing",
-            parser=share,
-            metavar="X",
-            help="chance that a needed modality is left out",
-        ),
+        typer.Option(parser=share, metavar="X", help="chance that a needed modality is left out"),
     ] = 0.0
-    processes: Annotated[int, typer.Option("--processes", min=1)] = os.cpu_count() or 1
+    processes: Annotated[int, typer.Option(min=1)] = os.cpu_count() or 1
 
 
 def run(line: CommandLine) -> None:

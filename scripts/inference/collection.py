@@ -19,12 +19,8 @@ from king.store.store import Store
 class CollectionSink:
     """A `fusion.infer.outputs.Sink` that is a collection.
 
-    Writing the same results again changes nothing but their time.
-
-    Args:
-        settings: Database and collection.
-        insert: Create documents for posts that have none.
-        skip_bundle: Name and version of the bundle whose posts are not tagged again.
+    Writing the same results again changes nothing but their time. `insert` creates documents for
+    posts that have none; posts tagged by `skip_bundle`, a name and version, are not tagged again.
     """
 
     def __init__(

@@ -50,13 +50,13 @@ def _job(settings: InferSettings | Settings, options: InferOptions, scratch: Pat
     else:
         from common.logs import configure_logs
         from extractors.learned import learned_from
-        from scripts.inference.raw_media import RawMaker
+        from scripts.inference.raw_media import RawTagger
 
         if posts.suffix == ".txt":
             raise ConfigError(f"{posts}: names no media: raw media take .json or .jsonl")
         configure_logs(settings.log.format, settings.log.level)
         bundle = load_bundle(settings.fusion.bundle)
-        read, maker = post_to_tag, RawMaker(settings)
+        read, maker = post_to_tag, partial(RawTagger, settings)
         learned = bundle.learned_from
         for stream, posts_of_stream in learned_from(settings.features).items():
             learned |= posts_of_stream if stream in bundle.manifest.dims else PostSet()

@@ -9,6 +9,7 @@ the section `monitor` of the settings, and options override them.
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Sequence
@@ -35,7 +36,6 @@ from scripts.mongo_supervisor.checks import (
     log_look,
     show,
     worst,
-    write_json_line,
 )
 from scripts.mongo_supervisor.snapshot import look
 
@@ -63,14 +63,12 @@ class CommandLine:
         typer.Option("--older-than", metavar="T", help="untagged posts of this age: 15m, 2h, 0s"),
     ] = None
     window: Annotated[
-        str | None,
-        typer.Option("--window", metavar="T", help="recent time of the failed ratio: 1h, 1d"),
+        str | None, typer.Option(metavar="T", help="recent time of the failed ratio: 1h, 1d")
     ] = None
     json: Annotated[bool, typer.Option("--json", help="JSON instead of a table")] = False
     watch: Annotated[
         float | None,
         typer.Option(
-            "--watch",
             metavar="SECONDS",
             help="look again and again: redrawn on a terminal, otherwise a log line for each look",
         ),
@@ -78,8 +76,7 @@ class CommandLine:
     requeue: Annotated[
         bool,
         typer.Option(
-            "--requeue",
-            help="publish every untagged post without a job again, and say how many",
+            "--requeue", help="publish every untagged post without a job again, and say how many"
         ),
     ] = False
     # The daemon's option, which KING_ARGS may hold.
@@ -163,7 +160,7 @@ def watch(settings: Settings, every_s: float, *, as_json: bool) -> int:
             due = time.monotonic() + every_s
             checks = judge(look(settings), settings.monitor)
             if as_json:
-                write_json_line(checks)
+                print(json.dumps(as_dict(checks), ensure_ascii=False), flush=True)
             elif sys.stdout.isatty():
                 show(checks, redraw=True)
             else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -221,18 +220,12 @@ def as_dict(checks: Sequence[Check], requeued: int | None = None) -> dict[str, A
                 "state": check.state,
                 "value": check.value,
                 "text": check.text,
-                "warning": check.threshold.warning,
-                "critical": check.threshold.critical,
+                **check.threshold.model_dump(),
             }
             for check in checks
         },
         "requeued": requeued,
     }
-
-
-def write_json_line(checks: Sequence[Check]) -> None:
-    sys.stdout.write(json.dumps(as_dict(checks), ensure_ascii=False) + "\n")
-    sys.stdout.flush()
 
 
 def log_look(checks: Sequence[Check]) -> None:

@@ -29,14 +29,9 @@ _DOWN = "the embedded service is not running: insighttag services start"
 
 @dataclass(frozen=True)
 class Backlog:
-    """Posts without a result.
+    """Numbers of posts without a result: all, those old enough to count, those of unknown age.
 
-    Attributes:
-        untagged: Number of all of them.
-        old: Number of those that count as backlog.
-        ageless: Number of those whose time of creation is unknown.
-        oldest_s: Age of the oldest; None when no age is known.
-        complete: False when there are more than `monitor.scan` posts.
+    Incomplete when there are more than `monitor.scan`; no oldest when no age is known.
     """
 
     untagged: int
@@ -77,19 +72,16 @@ class Replicas:
 class Snapshot:
     """One look; a missing measurement is None, and `errors` has its reason by field name.
 
-    Attributes:
-        latency_s: Median of a few pings.
-        replicas: None also where the database is not a replica set.
-        queue_depth: Number of waiting messages.
+    `replicas` are None also where the database is not a replica set.
     """
 
     latency_s: float | None
-    replicas: Replicas | None
-    backlog: Backlog | None
-    results: Results | None
-    jobs: Jobs | None
     queue_depth: int | None
     errors: Mapping[str, str]
+    replicas: Replicas | None = None
+    backlog: Backlog | None = None
+    results: Results | None = None
+    jobs: Jobs | None = None
 
 
 def look(asked: Settings) -> Snapshot:
@@ -114,15 +106,15 @@ def look(asked: Settings) -> Snapshot:
     with contextlib.closing(client):
         latency_s = ask("latency_s", database.latency_s)
         if latency_s is None:
-            return Snapshot(None, None, None, None, None, depth, errors)
+            return Snapshot(None, depth, errors)
         return Snapshot(
-            latency_s=latency_s,
+            latency_s,
+            depth,
+            errors,
             replicas=ask("replicas", database.replicas),
             backlog=ask("backlog", database.backlog),
             results=ask("results", database.results),
             jobs=ask("jobs", database.open_and_dead),
-            queue_depth=depth,
-            errors=errors,
         )
 
 
@@ -149,7 +141,7 @@ class Database:
         if self._settings.url.startswith(embedded.SCHEME):
             raise StoreUnavailable(_DOWN)
         with self._client.edge():
-            self._client.database.command("ping")
+            self._ping_s()  # connects
             return statistics.median(self._ping_s() for _ in range(_PINGS))
 
     def _ping_s(self) -> float:
@@ -218,12 +210,11 @@ class Database:
         opened = {"state": {"$in": list(OPEN_STATES)}}
         overdue_at = self._now - self._limits.overdue_s
         with self._client.edge():
+            jobs = self._client.jobs
             return Jobs(
-                states={
-                    state: self._count(self._client.jobs, {"state": state}) for state in JOB_STATES
-                },
-                due=self._count(self._client.jobs, {**opened, "due_at": {"$lte": self._now}}),
-                overdue=self._count(self._client.jobs, {**opened, "due_at": {"$lte": overdue_at}}),
+                states={state: self._count(jobs, {"state": state}) for state in JOB_STATES},
+                due=self._count(jobs, {**opened, "due_at": {"$lte": self._now}}),
+                overdue=self._count(jobs, {**opened, "due_at": {"$lte": overdue_at}}),
             )
 
     def _count(self, collection: Any, condition: Mapping[str, Any]) -> int:
