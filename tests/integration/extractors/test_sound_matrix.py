@@ -52,6 +52,7 @@ FORMATS: dict[str, tuple[str, int]] = {
     "a.ogg": ("libopus", 48000),
     "a.aac": ("aac", 44100),
     "a.m4a": ("aac", 44100),
+    "a.mp4": ("aac", 44100),
     "alac.m4a": ("alac", 44100),
     "a.ac3": ("ac3", 48000),
     "a.eac3": ("eac3", 48000),

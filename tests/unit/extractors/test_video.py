@@ -79,24 +79,6 @@ def test_variable_frame_rate(tmp_path: Path) -> None:
     assert np.abs(np.array(greys(path, 5)) - expected).max() <= 2
 
 
-@pytest.mark.parametrize("rotation", [0, 90, 180, 270])
-def test_rotated_phone_video(tmp_path: Path, rotation: int) -> None:
-    """The display matrix is applied: frames and the pictures for OCR stand upright."""
-    upright = media.quadrants(64, 96 if rotation % 180 else 48)
-    upright = upright if rotation % 180 else media.quadrants(96, 64)
-    stored = np.ascontiguousarray(np.rot90(upright, rotation // 90))  # counter-clockwise
-    path = media.write_video(tmp_path / "a.mp4", [stored] * 5, 25, rotation=rotation)
-    decoded = decode(path)
-    assert decoded.frames is not None
-    assert decoded.pictures[0].shape == upright.shape
-    for pixels in (decoded.frames[0], decoded.pictures[0]):
-        height, width = pixels.shape[:2]
-        for row, column in ((0.2, 0.2), (0.2, 0.8), (0.8, 0.2), (0.8, 0.8)):
-            got = pixels[int(row * height), int(column * width)].astype(int)
-            want = upright[int(row * upright.shape[0]), int(column * upright.shape[1])].astype(int)
-            assert np.abs(got - want).max() < 25
-
-
 def test_the_whole_frame_is_squashed(tmp_path: Path) -> None:
     """Nothing is cropped: left and right edges of a wide video are there."""
     path = media.write_video(tmp_path / "a.mp4", [media.halves(256, 64)] * 3, 25)
@@ -144,15 +126,6 @@ def test_sound_and_silence(tmp_path: Path) -> None:
     silent = decode(media.write_video(tmp_path / "b.mp4", media.grey_steps(5), 25))
     assert silent.sound is None
     assert silent.failures == {}
-
-
-def test_ten_bits(tmp_path: Path) -> None:
-    path = media.write_video(
-        tmp_path / "a.mp4", [media.solid(64, 48)] * 3, 25, pix_fmt="yuv420p10le"
-    )
-    decoded = decode(path)
-    assert decoded.frames is not None
-    assert np.abs(decoded.frames[0, 16, 16].astype(int) - media.RED).max() < 12
 
 
 def test_gif_as_video(tmp_path: Path) -> None:
