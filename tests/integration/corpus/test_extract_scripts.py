@@ -183,16 +183,3 @@ def test_without_a_readable_post_it_is_a_mistake(
     assert len(lines) == 1
     assert lines[0].startswith(f"extract_image_features: {posts}: {said}")
     assert not (tmp_path / "f").exists()
-
-
-def test_help_needs_no_heavy_library() -> None:
-    """Neither torch nor OpenCV nor Ray: it is there at once."""
-    code = (
-        "import sys; sys.argv=['x','--help']\n"
-        "from corpus.extract.run import main\n"
-        "try: main('image')\n"
-        "except SystemExit as end: assert end.code == 0\n"
-        "heavy = {'torch', 'cv2', 'ray', 'av', 'transformers'} & set(sys.modules)\n"
-        "assert not heavy, heavy\n"
-    )
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)

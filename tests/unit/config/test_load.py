@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -206,13 +204,3 @@ def test_the_shipped_configurations_are_valid() -> None:
     inferred = InferSettings.model_validate(read_yaml(folder / "infer_config.yaml"))
     assert {settings.fusion.bundle, inferred.bundle} == {trained.bundle.folder}
     assert Settings().fusion.bundle == TrainSettings().bundle.folder == InferSettings().bundle
-
-
-def test_loading_settings_imports_nothing_heavy() -> None:
-    """Settings are read by every process, the small ones too."""
-    program = (
-        "import sys; from config.load import load_settings; load_settings()\n"
-        "heavy = {'torch', 'numpy', 'cv2', 'kombu', 'pymongo'} & set(sys.modules)\n"
-        "sys.exit(f'{heavy}' if heavy else 0)\n"
-    )
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -117,16 +115,6 @@ def test_bad_files(tmp_path: Path, kind: MediaKind, case: str) -> None:
     assert message
     assert "\n" not in message
     assert str(tmp_path) not in message
-
-
-def test_nothing_heavy_is_imported() -> None:
-    """The King may import this module's neighbours: av and cv2 come with the first file."""
-    code = (
-        "import sys, extractors.parts, extractors.media.decode; "
-        "print([m for m in ('av', 'cv2', 'torch') if m in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
 
 
 def test_odd_names(tmp_path: Path) -> None:

@@ -62,20 +62,9 @@ def snapshot(**changes: Any) -> Snapshot:
         (snapshot(results=Results(0, 19, 1.0)), "ok", "OK"),
         # Silence is a fault only while posts wait.
         (snapshot(results=Results(0, 0, 4000.0)), "critical", "1.11 h ago, and posts wait"),
+        (snapshot(results=Results(0, 0, 4000.0), queue_depth=0, jobs=Jobs({}, 0, 0)), "ok", "OK"),
         (
-            snapshot(
-                results=Results(0, 0, 4000.0),
-                queue_depth=0,
-                jobs=Jobs({}, 0, 0),
-            ),
-            "ok",
-            "OK",
-        ),
-        (
-            snapshot(
-                results=Results(0, 0, None),
-                backlog=Backlog(9, 9, 0, 1000.0, True),
-            ),
+            snapshot(results=Results(0, 0, None), backlog=Backlog(9, 9, 0, 1000.0, True)),
             "warning",
             "no post was ever tagged",
         ),
