@@ -101,7 +101,7 @@ class Summary:
 
     @property
     def total(self) -> int:
-        return self._done + self._skipped.total() + self._failed.total()
+        return self._done + self._skipped.total() + self.failures
 
     @property
     def failures(self) -> int:

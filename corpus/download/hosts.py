@@ -73,10 +73,9 @@ class Hosts:
             if host is None:
                 continue
             host.queued = False
-            if host.resume_at:
-                continue  # back in turn when its rest is over
-            if not host.waiting or host.busy >= self._per_host:
-                continue  # back in turn when one of its downloads ends
+            # Back in turn when its rest is over, or when one of its downloads ends.
+            if host.resume_at or not host.waiting or host.busy >= self._per_host:
+                continue
             item = host.waiting.popleft()
             host.busy += 1
             self.size -= 1

@@ -62,12 +62,8 @@ def write_report(
             # Its features lie relative to another folder.
             local_posts.write(post_line(replace(entry, post=post, features=None)))
     files, size_bytes = state.totals()
-    summary.figures |= {
-        "posts": posts,
-        "lines left out": bad_lines,
-        "files": files,
-        "bytes": size_bytes,
-    }
+    counts = {"posts": posts, "lines left out": bad_lines, "files": files, "bytes": size_bytes}
+    summary.figures |= counts
     summary.write(out / "summary.json")
     return summary
 
@@ -199,15 +195,15 @@ class Download:
                 (incoming_folder(self._options.out) / name).unlink()
 
     def _feed(self, asks: Iterator[Ask | None]) -> bool:
-        """Queue some more URLs; return whether there are no more."""
-        done = object()
+        """Queue some more URLs; return True when there are no more."""
         for _ in range(_FEED):
             if self._hosts.size >= _WINDOW:
                 return False
-            ask = next(asks, done)
-            if ask is done:
+            try:
+                ask = next(asks)
+            except StopIteration:
                 return True
-            if isinstance(ask, Ask):
+            if ask is not None:
                 self._queue(ask)
         return False
 

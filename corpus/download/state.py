@@ -1,8 +1,4 @@
-"""The result of each URL, in a SQLite file that survives a kill.
-
-Written by one process. In WAL mode a transaction is in the kernel's hands when `commit` returns:
-a kill loses nothing; a power cut may lose the last ones, never spoils the rest.
-"""
+"""The result of each URL, in a SQLite file that survives a kill, written by one process."""
 
 from __future__ import annotations
 
@@ -14,6 +10,7 @@ from typing import Any, cast
 
 from common.errors import ConfigError
 from common.post import MEDIA_KINDS
+from corpus.databases import open_state
 from corpus.download.values import Status, UrlResult
 
 _VERSION = 1
@@ -37,11 +34,7 @@ class State:
     def __init__(self, path: Path) -> None:
         self._path = path
         with self._edge():
-            self._db = sqlite3.connect(path, isolation_level=None)
-            self._db.execute("PRAGMA journal_mode = WAL")
-            self._db.execute("PRAGMA synchronous = NORMAL")
-            self._db.executescript(_TABLES)
-            self._check_version()
+            self._db = open_state(path, _TABLES, _VERSION)
             self.run = self._next_run()
 
     def get(self, key: str) -> UrlResult | None:
@@ -97,12 +90,6 @@ class State:
                 (bytes.fromhex(key),),
             )
             return cast("tuple[Any, ...] | None", cursor.fetchone())
-
-    def _check_version(self) -> None:
-        (version,) = self._db.execute("PRAGMA user_version").fetchone()
-        if version not in (0, _VERSION):
-            raise ConfigError(f"{self._path}: made by another version of this script")
-        self._db.execute(f"PRAGMA user_version = {_VERSION}")
 
     def _next_run(self) -> int:
         self._db.execute(

@@ -189,13 +189,13 @@ class Transfers:
         except FetchRefused as error:
             return Answer(ask.key, _failed("refused", error))
         except FetchRetryable as error:
-            text = str(error)
+            ours, _, why = str(error).partition(_OURS)
             return Answer(
                 ask.key,
                 _failed("retryable", error),
                 retry_after_s=error.retry_after_s,
                 unreachable=error.unreachable,
-                broken=text.removeprefix(_OURS) if text.startswith(_OURS) else "",
+                broken="" if ours else why,
             )
         except OSError as error:
             return Answer(ask.key, _failed("retryable", error), broken=error.strerror or str(error))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
@@ -26,34 +26,27 @@ class Options:
     """The command line of a download."""
 
     posts: Annotated[Path, typer.Argument(metavar="POSTS", help="posts file or data file")]
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="output folder")]
+    out: Annotated[Path, typer.Option(metavar="DIR", help="output folder")]
     processes: Annotated[
-        int, typer.Option("--processes", min=1, help="times --connections: downloads at once")
+        int, typer.Option(min=1, help="times --connections: downloads at once")
     ] = 2
-    connections: Annotated[int, typer.Option("--connections", min=1)] = 16
+    connections: Annotated[int, typer.Option(min=1)] = 16
     per_host: Annotated[
         int, typer.Option("--per_host", min=1, metavar="N", help="downloads from one host at once")
     ] = 8
     retries: Annotated[
         int,
         typer.Option(
-            "--retries",
-            min=0,
-            metavar="N",
-            help="more tries at what may pass, each after a longer wait",
+            min=0, metavar="N", help="more tries at what may pass, each after a longer wait"
         ),
     ] = 4
     backoff: Annotated[
-        float,
-        typer.Option("--backoff", parser=seconds, metavar="S", help="wait before the first one"),
+        float, typer.Option(parser=seconds, metavar="S", help="wait before the first one")
     ] = 1.0
     timeout: Annotated[
         float | None,
         typer.Option(
-            "--timeout",
-            parser=seconds,
-            metavar="S",
-            help="seconds for one file; fetch.total_timeout_s",
+            parser=seconds, metavar="S", help="seconds for one file; fetch.total_timeout_s"
         ),
     ] = None
     local: Annotated[bool, typer.Option("--local", help="take local files of POSTS too")] = False
@@ -96,7 +89,7 @@ class UrlResult:
     sha256: str = ""
     extension: str = ""
     size_bytes: int = 0
-    kinds: frozenset[MediaKind] = field(default_factory=frozenset)
+    kinds: frozenset[MediaKind] = frozenset()
     what: str = ""
     reason: tuple[str, str] = ("", "")
 

@@ -53,30 +53,20 @@ class Options:
     """The command line of a pull."""
 
     out: Annotated[
-        Path,
-        typer.Option("--out", parser=_lines_file, metavar="POSTS.jsonl", help="file to write"),
+        Path, typer.Option(parser=_lines_file, metavar="POSTS.jsonl", help="file to write")
     ]
-    query: Annotated[
-        str, typer.Option("--query", metavar="JSON", help="MongoDB filter, extended JSON")
-    ] = "{}"
+    query: Annotated[str, typer.Option(metavar="JSON", help="MongoDB filter, extended JSON")] = "{}"
     since: Annotated[
         str | None,
-        typer.Option(
-            "--since", metavar="T", help="posts from then on: 2026-01-31[T12:00], or 7d, 12h ago"
-        ),
+        typer.Option(metavar="T", help="posts from then on: 2026-01-31[T12:00], or 7d, 12h ago"),
     ] = None
-    until: Annotated[str | None, typer.Option("--until", metavar="T", help="posts before then")] = (
-        None
-    )
+    until: Annotated[str | None, typer.Option(metavar="T", help="posts before then")] = None
     sample: Annotated[
-        int | None,
-        typer.Option("--sample", min=1, metavar="N", help="this many, picked by a hash of the ID"),
+        int | None, typer.Option(min=1, metavar="N", help="this many, picked by a hash of the ID")
     ] = None
     seed: Annotated[
         int,
-        typer.Option(
-            "--seed", min=0, max=(1 << 63) - 1, metavar="N", help="another seed, another sample"
-        ),
+        typer.Option(min=0, max=(1 << 63) - 1, metavar="N", help="another seed, another sample"),
     ] = 0
     min_posts_per_tag: Annotated[
         int,
@@ -89,14 +79,12 @@ class Options:
         ),
     ] = 0
     limit: Annotated[
-        int | None, typer.Option("--limit", min=1, metavar="N", help="stop after this many posts")
+        int | None, typer.Option(min=1, metavar="N", help="stop after this many posts")
     ] = None
     untagged: Annotated[bool, typer.Option("--untagged", help="only posts without a result")] = (
         False
     )
-    page: Annotated[
-        int, typer.Option("--page", min=1, metavar="N", help="documents read at a time")
-    ] = 1000
+    page: Annotated[int, typer.Option(min=1, metavar="N", help="documents read at a time")] = 1000
     restart: Annotated[
         bool, typer.Option("--restart", help="forget an unfinished pull into the same file")
     ] = False
