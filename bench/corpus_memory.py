@@ -21,7 +21,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -42,6 +41,7 @@ from corpus.extract.options import parse as parse_extraction
 from corpus.extract.work import MODALITIES_OF, Inputs, Kind, Work
 from deploy import embedded
 from extractors.feature_file import read_features, read_header
+from tests.support.processes import serving
 
 ROOT = Path(__file__).resolve().parents[1]
 LABELS = ROOT / "config" / "idx2name_cls24.json"
@@ -211,14 +211,8 @@ def pictures(path: Path) -> Iterator[str]:
         def log_message(self, format: str, *args: Any) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
+    with serving(ThreadingHTTPServer(("127.0.0.1", 0), Handler)) as server:
         yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        server.server_close()
 
 
 def measure(name: str, command: Sequence[str], size: int, limit_s: float) -> dict[str, Any]:

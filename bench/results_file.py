@@ -12,6 +12,8 @@ from typing import Any
 
 import psutil
 
+from common.files import write_whole
+
 FOLDER = Path(__file__).resolve().parent / "results"
 
 
@@ -46,7 +48,6 @@ def commit() -> str:
 
 def write_results(name: str, runs: int, results: Any, folder: Path = FOLDER) -> Path:
     """Write a benchmark's results; gives the file."""
-    folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{name}.json"
     content = {
         "machine": machine(),
@@ -55,7 +56,5 @@ def write_results(name: str, runs: int, results: Any, folder: Path = FOLDER) -> 
         "runs": runs,
         "results": results,
     }
-    partial = file.with_suffix(".tmp")
-    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(file)
+    write_whole(file, json.dumps(content, indent=2, ensure_ascii=False))
     return file

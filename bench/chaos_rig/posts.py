@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.support.processes import QuietFiles
 from tests.support.services import DIE_WITH_PARENT
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -80,14 +81,9 @@ def media_server(folder: Path) -> Iterator[str]:
             child.stdout.close()
 
 
-class _Quiet(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *_: Any) -> None:
-        """Ignore: a line for each of thousands of requests tells nothing."""
-
-
 def serve(folder: str) -> None:
     """Serve for ever; says its URL on standard output."""
-    handler = functools.partial(_Quiet, directory=folder)
+    handler = functools.partial(QuietFiles, directory=folder)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     server.daemon_threads = True
     print(f"http://127.0.0.1:{server.server_address[1]}", flush=True)

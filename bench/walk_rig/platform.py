@@ -22,7 +22,7 @@ from demo.posts.plan import plan_posts
 from deploy import embedded
 from walk_rig import broken
 from walk_rig.broken import Plant
-from walk_rig.site import Site
+from walk_rig.site import Site, site_of
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def platform(
     settings = write_settings(folder)
     online = embedded.ensure(settings, ("mongo",))
     try:
-        with Site(origin) as site, closed_port() as dead:
+        with site_of(origin) as site, closed_port() as dead:
             where = broken.Site(origin, site.url, f"http://127.0.0.1:{dead}")
             documents, plants = broken.plant(entries, where, spoilt, seed)
             note = [{"post_id": p.post_id, "way": p.way, "source": p.source} for p in plants]
