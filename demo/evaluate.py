@@ -57,7 +57,8 @@ def evaluate(
     from fusion.metrics.ranking import global_average_precision as gap
 
     truth = targets_of(posts, labels)
-    stored = _matrix([_stored(results.get(post.post_id)) for post in posts], len(labels))
+    given = [results.get(post.post_id, {}).get("tags", ()) for post in posts]
+    stored = _matrix([[(tag["id"], tag["score"]) for tag in tags] for tags in given], len(labels))
     inferer = Inferer.load(settings.fusion.bundle, threads=1)
     try:
         features = [
@@ -84,11 +85,6 @@ def evaluate(
         same=int(same.sum()),
         seen=seen,
     )
-
-
-def _stored(result: Mapping[str, Any] | None) -> list[tuple[int, float]]:
-    tags = (result or {}).get("tags", ())
-    return [(int(tag["id"]), float(tag["score"])) for tag in tags]
 
 
 def _matrix(tags: Iterable[Iterable[tuple[int, float]]], classes: int) -> npt.NDArray[np.float32]:

@@ -106,11 +106,8 @@ class FeatureStore:
         made = {modality_of(stream) for stream in self.fingerprints}
         learned = streams_of_post(work.post.post_id, self.learned_from)
         # What may pass is not finished: without a digest the next run tries it again.
-        inputs = {
-            m: work.digests[m]
-            for m in made
-            if m not in ours.failures or _is_final(ours.failures[m])
-        }
+        passing = {m for m, failure in ours.failures.items() if _may_pass(failure)}
+        inputs = {m: work.digests[m] for m in made - passing}
         if old is None:
             own = ours if "text" in self.modalities else replace(ours, ocr_text=None)
             return features_bytes(own, self.fingerprints, inputs, learned)
@@ -142,9 +139,9 @@ def _old(root: Path, post_id: str) -> tuple[Header, Features] | None:
         return None
 
 
-def _is_final(failure: Failure) -> bool:
-    """True when trying again is of no use; a post that killed two workers will kill a third."""
-    return not failure.retryable or failure.type == WorkerDied.__name__
+def _may_pass(failure: Failure) -> bool:
+    """Return True when trying again may help; a post that killed two workers will kill a third."""
+    return failure.retryable and failure.type != WorkerDied.__name__
 
 
 def _without_name(failure: Failure) -> Failure:

@@ -19,35 +19,11 @@ Packet: TypeAlias = Any
 _DEMUXERS = {
     "mp4": "mov,mp4,m4a,3gp,3g2,mj2",
     "matroska": "matroska,webm",
-    "avi": "avi",
-    "ogg": "ogg",
     "flv": "flv,live_flv",
-    "asf": "asf",
-    "mpeg": "mpeg",
-    "mpegts": "mpegts",
-    "gif": "gif",
-    "wav": "wav",
-    "flac": "flac",
-    "mp3": "mp3",
-    "aac": "aac",
     "id3": "mp3,aac,flac",
-    "amr": "amr",
-    "caf": "caf",
-    "aiff": "aiff",
-    "mpegvideo": "mpegvideo",
-    "ivf": "ivf",
-    "rm": "rm",
-    "mxf": "mxf",
-    "dv": "dv",
-    "w64": "w64",
-    "au": "au",
-    "wv": "wv",
-    "ape": "ape",
-    "tta": "tta",
-    "dts": "dts",
-    "voc": "voc",
     "ac3": "ac3,eac3",
 }
+"""FFmpeg's names of the demuxers of a family; all others are called as the family."""
 
 _UNCERTAIN = ("mpegts", "mp3", "aac")
 """Families that FFmpeg is told: it would not recognise one that begins inside a packet or frame."""
@@ -79,11 +55,12 @@ def open_container(path: Path, file_type: FileType) -> Container:
     MediaError when FFmpeg cannot read it.
     """
     av.logging.set_level(av.logging.PANIC)  # what goes wrong comes as an exception
-    demuxer, url = _DEMUXERS[file_type.family], f"file:{path}"
+    family, url = file_type.family, f"file:{path}"
+    demuxer = _DEMUXERS.get(family, family)
     if file_type.start:
         url = f"subfile,,start,{file_type.start},end,0,,:{url}"
     options = {"format_whitelist": demuxer, "protocol_whitelist": "file,subfile"}
-    told = demuxer if file_type.family in _UNCERTAIN else None
+    told = demuxer if family in _UNCERTAIN else None
     try:
         return av.open(url, format=told, options=options, metadata_errors="ignore")
     except (av.error.FFmpegError, ValueError) as error:

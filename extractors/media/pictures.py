@@ -383,7 +383,8 @@ def _decode_still(picture: _Picture) -> Pixels:
 
 def _draft(image: Any) -> None:
     """Let a large JPEG be decoded at a fraction of its size; nothing for other formats."""
-    factor = _reduction(*image.size)
+    shorter = min(image.size)
+    factor = next((factor for factor in (8, 4, 2) if shorter // factor >= _FULL_SIDE), 1)
     image.draft(None, (image.width // factor, image.height // factor))
 
 
@@ -421,11 +422,6 @@ def _salvage(picture: _Picture) -> tuple[Pixels, float]:
 def centres(total: int, parts: int) -> list[int]:
     """Return the index of the centre item of each of `parts` equal parts of `total` items."""
     return [(2 * i + 1) * total // (2 * parts) for i in range(parts)]
-
-
-def _reduction(width: int, height: int) -> int:
-    shorter = min(width, height)
-    return next((factor for factor in (8, 4, 2) if shorter // factor >= _FULL_SIDE), 1)
 
 
 def _rgb(image: Any) -> Pixels:

@@ -297,7 +297,8 @@ class _Picker:
         for frame in frames:
             time = time_of(frame)
             if not self._begun:
-                if not _starts(frame):
+                # As far as its decoder tells, a frame to start from refers to no other one.
+                if not frame.key_frame and int(frame.pict_type) not in _FREE:
                     continue
                 self._begun = True
                 if time is not None and self._times and time > self._times[0]:
@@ -318,11 +319,6 @@ class _Picker:
         if self._times and self._last is not None:
             yield self._last
         self._times, self._last = [], None
-
-
-def _starts(frame: Frame) -> bool:
-    """Return True for a frame that refers to no other one, as far as its decoder tells."""
-    return bool(frame.key_frame) or int(frame.pict_type) in _FREE
 
 
 def check_size(stream: Stream, max_pixels: int) -> None:

@@ -100,7 +100,10 @@ class OcrExtractor(Extractor):
             for tile, top, first, last in _tiles(picture, self._settings.max_side):
                 found, _ = engine(tile)
                 # A line is that tile's which has it whole: the middle of its box tells.
-                lines += [line for line in found or () if first <= top + _middle(line[0]) < last]
+                for line in found or ():
+                    middle = np.mean([point[1] for point in line[0]])
+                    if first <= top + middle < last:
+                        lines.append(line)
                 if sum(len(text) for _, text, _ in lines) > self._settings.max_chars:
                     break
         except (ONNXRuntimeError, OpenCvError, ValueError, IndexError) as error:
@@ -127,10 +130,6 @@ def _tiles(picture: Picture, side: int) -> Iterator[tuple[Picture, int, float, f
         first = top + overlap / 2 if top else -math.inf
         last = top + side - overlap / 2 if top != tops[-1] else math.inf
         yield np.ascontiguousarray(picture[top : top + side]), top, first, last
-
-
-def _middle(box: Any) -> float:
-    return float(np.mean([point[1] for point in box]))
 
 
 def _prepare(picture: Picture, tile: int) -> Picture:
