@@ -90,7 +90,6 @@ def whole_numbers(axis: Axis) -> None:
 
 
 def png(drawn: Figure) -> bytes:
-    """Return a figure as a PNG file."""
     file = io.BytesIO()
     drawn.savefig(file, format="png")
     return file.getvalue()

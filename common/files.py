@@ -132,7 +132,6 @@ def publish(part: Path, path: Path) -> None:
 
 
 def sync_file(path: Path) -> None:
-    """Push a file's content to the disk."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
 

@@ -25,7 +25,6 @@ class Fingerprint(str):
     parts: Mapping[str, Any]
 
     def __new__(cls, text: str, parts: Mapping[str, Any] | None = None) -> Fingerprint:
-        """Return a digest, and what it is of."""
         made = super().__new__(cls, text)
         made.parts = dict(parts or {})
         return made

@@ -29,7 +29,6 @@ def render(template: Path, **values: Any) -> str:
 
 
 def _anchor(name: str) -> str:
-    """Return the anchor of a heading."""
     return "".join(c if c.isalnum() else "-" for c in name.lower())
 
 

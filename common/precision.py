@@ -47,7 +47,6 @@ def resolve_precision(wanted: Precision, device: str, *, setting: str) -> Arithm
 
 
 def torch_dtype(arithmetic: Arithmetic) -> torch.dtype:
-    """Return the torch dtype of an arithmetic."""
     import torch
 
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[arithmetic]

@@ -40,7 +40,6 @@ class Bar:
         self._line_due = time.monotonic() + _LINE_EVERY_S
 
     def advance(self, steps: int = 1) -> None:
-        """Move on by some steps."""
         self.update(int(self._task.completed) + steps)
 
     def note(self, text: str) -> None:
@@ -110,7 +109,6 @@ def progress_bar(
     enabled: bool = True,
     watch: Watch | None = None,
 ) -> Iterator[Bar]:
-    """Show one bar while the block runs."""
     with progress_bars(enabled=enabled) as bars:
         yield bars.add(description, total, watch)
 

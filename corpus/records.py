@@ -65,7 +65,6 @@ class DataFile:
         self._last = text
 
     def end(self) -> None:
-        """Write the last entry and close the list."""
         if self._form == "json":
             if self._last is not None:
                 self._lines.write(self._last)

@@ -58,7 +58,6 @@ def extract_features(layout: Layout, settings: Settings) -> None:
 
 
 def extract_posts(layout: Layout, settings: Settings, posts: Sequence[Post]) -> None:
-    """Write the feature files of posts."""
     map_items("features", _extract, posts, _load_runner, (layout, settings))
 
 

@@ -112,7 +112,6 @@ class PostBox:
     """The demo's posts in the database."""
 
     def __init__(self, settings: StoreSettings) -> None:
-        """Describe it; connects on first use."""
         self._client = StoreClient(settings)
 
     def put(self, file: Path, url: str) -> list[str]:
@@ -134,7 +133,6 @@ class PostBox:
         return {str(document["_id"]): document[path] for document in found if document.get(path)}
 
     def close(self) -> None:
-        """Close the connection."""
         self._client.close()
 
 

@@ -23,7 +23,6 @@ _told: Any = None  # the queue that a job's process tells its progress on
 
 
 def cores() -> int:
-    """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0))
 
 

@@ -81,7 +81,6 @@ def make_splits(
 
 
 def digest(*parts: Any) -> str:
-    """Return a hex digest of JSON values."""
     text = json.dumps(parts, sort_keys=True, ensure_ascii=False, default=str)
     return hashlib.sha256(text.encode("utf-8")).hexdigest()[:16]
 

@@ -59,7 +59,6 @@ def train_settings(layout: Layout, settings: Settings, sizes: Sizes) -> TrainSet
 
 
 def train_fusion(layout: Layout, settings: Settings, sizes: Sizes) -> None:
-    """Train and write the bundle."""
     from fusion.data.dataset import FeatureFiles
     from fusion.train.training import train
 

@@ -107,7 +107,6 @@ _TIMM = AudioEncoder("extractors.models.audio:timm_model", LogMelPatches())
 
 
 def audio_encoder(settings: AudioSettings) -> AudioEncoder:
-    """Return the encoder that the settings name."""
     return AUDIO_ENCODERS.get(settings.arch, _TIMM)
 
 

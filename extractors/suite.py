@@ -99,7 +99,6 @@ class ExtractorSuite:
         return {s: loaded["text" if s == "ocr" else s][0] for s in self.fingerprints}
 
     def close(self) -> None:
-        """Free every model."""
         for extractor in self._extractors.values():
             extractor.close()
         self._extractors, self._backbones = {}, {}

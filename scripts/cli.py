@@ -87,7 +87,6 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 
 def main() -> None:
-    """Entry point of the installed command."""
     sys.exit(run())
 
 

@@ -31,7 +31,6 @@ class Labels:
         self._most: list[tuple[int, int, str]] = []
 
     def add(self, post_id: str, labels: Iterable[str]) -> None:
-        """Count the tags of a post."""
         given = list(labels)
         tags = sorted(set(given))
         self.repeated += len(tags) != len(given)

@@ -47,7 +47,6 @@ def look_of(pixels: npt.NDArray[np.uint8]) -> bytes | None:
 
 
 def hash_of(look: bytes) -> int:
-    """Return the 64 bits of structure."""
     return int.from_bytes(look[:HASH_BYTES], "big")
 
 

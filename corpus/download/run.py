@@ -35,7 +35,6 @@ _NOUNS = {"image": "picture", "video": "video", "audio": "sound"}
 def write_report(
     options: Options, state: State, tick: Callable[[int], None], asked: Callable[[], object]
 ) -> Summary:
-    """Write the four files."""
     summary, out, posts, bad_lines = Summary("Media"), options.out, 0, 0
     with (
         AtomicLines(out / "manifest.jsonl") as manifest,

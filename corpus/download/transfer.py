@@ -129,7 +129,6 @@ class Transfers:
         return self._most - self.busy
 
     def start(self, ask: Ask) -> None:
-        """Begin a download."""
         self.busy += 1
         if self.busy > self._threads:
             # Daemons: a download that still hangs after the last signal must not hold up the end.

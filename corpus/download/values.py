@@ -61,7 +61,6 @@ class Options:
 
     @cached_property
     def fetch(self) -> FetchSettings:
-        """Limits of the settings."""
         timeout = [] if self.timeout is None else [f"fetch.total_timeout_s={self.timeout}"]
         return load_settings(self.config, [*self.overrides, *timeout]).fetch
 

@@ -102,7 +102,6 @@ class Options:
 
 
 def parse(kind: Kind, arguments: Sequence[str] | None = None) -> Options:
-    """Read the command line and the settings."""
     about = f"Extract the features of {_WHAT[kind]} into one feature file a post.\n{_EPILOG}"
     line = read_options(CommandLine, f"extract_{kind}_features", arguments, about=about)
     source = line.manifest or line.input

@@ -137,7 +137,6 @@ class Inputs:
         return lines if self._limit is None else min(lines, self._limit)
 
     def __iter__(self) -> Iterator[Entry]:
-        """Yield the entries, in order."""
         seen: set[int] = set()
         losses = _Losses(self._manifest)
         entries = itertools.islice(read_posts(self._path), self._limit)
@@ -241,7 +240,6 @@ class _Losses:
         self._next = next(self._lines, None)
 
     def of(self, post_id: str) -> list[_Loss]:
-        """Return the losses of the next post."""
         losses: list[_Loss] = []
         while self._next is not None and self._next[1].get("post_id") == post_id:
             where, content = self._next

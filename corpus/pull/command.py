@@ -179,7 +179,6 @@ class _Pull:
         self.files = Files(options.out, _asked(options))
 
     def run(self) -> None:
-        """Read, choose, write."""
         files = self.files
         if self._options.restart:
             files.forget()

@@ -76,7 +76,6 @@ class Pages:
         self._client.close()
 
     def count(self) -> int:
-        """Count the documents to read."""
         return self._patiently(lambda: int(self._client.posts.count_documents(self._query)))
 
     def pages(self, after: Position) -> Iterator[Page]:

@@ -50,7 +50,6 @@ class Files:
 
     @property
     def begun(self) -> bool:
-        """True when an unfinished pull exists."""
         return self._record.exists()
 
     def forget(self) -> None:
@@ -102,7 +101,6 @@ class Files:
             part.close()
 
     def read_choice(self) -> Choice | None:
-        """Return the choice of an interrupted pull."""
         try:
             content = json.loads(self._choice.read_text(encoding="utf-8"))
             rare, extra = frozenset(content.pop("rare")), frozenset(content.pop("extra"))

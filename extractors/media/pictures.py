@@ -126,7 +126,6 @@ class _Source(mmap.mmap):
 
     @classmethod
     def of(cls, content: bytes) -> _Source:
-        """Return bytes as a file."""
         source = cls(-1, max(1, len(content)))
         source[: len(content)] = content
         return source

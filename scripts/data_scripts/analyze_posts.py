@@ -26,7 +26,6 @@ def _run(options: Options) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Analyse; return the exit code."""
     return exit_code(
         _NAME,
         lambda: _run(read_options(Options, _NAME, arguments, about=__doc__)),

@@ -21,8 +21,6 @@ _NAME = "download_mp"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Download; return the exit code."""
-
     def run() -> int:
         options = read_options(Options, _NAME, arguments, about=__doc__)
         _ = options.fetch  # a wrong setting is told before anything is made

@@ -43,7 +43,6 @@ class CommandLine:
 
 
 def run(line: CommandLine) -> None:
-    """Make the posts."""
     from common.progress import track
     from demo.posts.make import make_posts
 
@@ -58,7 +57,6 @@ def run(line: CommandLine) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Make the posts; return the exit code."""
     return exit_code(_NAME, lambda: run(read_options(CommandLine, _NAME, arguments, about=__doc__)))
 
 

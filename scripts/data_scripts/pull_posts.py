@@ -35,7 +35,6 @@ def _run(options: Options) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Pull; return the exit code."""
     return exit_code(_NAME, lambda: _run(read_options(Options, _NAME, arguments, about=__doc__)))
 
 

@@ -31,7 +31,6 @@ class CollectionSink:
         self._insert, self._skip_bundle = insert, skip_bundle
 
     def open(self, input_ids: Callable[[], Counter[str]]) -> None:
-        """Reach the database."""
         self._store.connect()
 
     def written(self, post_ids: Sequence[str]) -> Sequence[Earlier | None]:
@@ -66,7 +65,6 @@ class CollectionSink:
         return [Bad(r.post_id, reasons[r.post_id]) for r in results if r.post_id in reasons]
 
     def close(self) -> None:
-        """Close the connections."""
         self._store.close()
 
 

@@ -84,7 +84,6 @@ class CommandLine:
 
 
 def parse(arguments: Sequence[str] | None = None) -> CommandLine:
-    """Read the command line."""
     options = read_options(CommandLine, "check.py", arguments, about=__doc__)
     if options.watch is not None and (options.requeue or not options.watch > 0):
         raise ConfigError("--watch takes seconds above 0, and goes without --requeue")
