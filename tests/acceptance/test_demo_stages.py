@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,6 @@ import requests
 
 from config.labels import LabelMap
 from config.load import load_settings
-from demo.__main__ import main
 from demo.backbones import train_backbone
 from demo.layout import Layout, Sizes
 from demo.online import media_server
@@ -96,16 +94,3 @@ def test_the_text_backbone_is_a_folder_that_the_extractor_loads(tmp_path: Path) 
     assert extractor.forward(ids)[0].shape == (4, extractor.dim)
     extractor.close()
     assert [str(i) in learned_from(settings.features)["text"] for i in range(4)] == [1, 1, 1, 0]
-
-
-def test_a_wrong_setting_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    """Exit code 2 and the key, before anything is made."""
-    here = Path.cwd()
-    os.chdir(ROOT)
-    try:
-        assert main(["--set", "broker.urll=x"]) == 2
-    finally:
-        os.chdir(here)
-    error = capsys.readouterr().err.strip().splitlines()
-    assert len(error) == 1
-    assert "broker.urll" in error[0]

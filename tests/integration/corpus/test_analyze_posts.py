@@ -22,6 +22,7 @@ from corpus.analyze.measure import DIED, Measured, Task, measure_all
 from scripts.data_scripts.analyze_posts import main
 from tests.support.corpus.analyze_corpus import Corpus, make_corpus
 from tests.support.media import noise, quadrants, write_jpeg, write_png
+from tests.support.services import wait_until
 
 SCRIPT = Path(__file__).resolve().parents[3] / "scripts/data_scripts/analyze_posts.py"
 RESULTS = ("analysis.json", "duplicates.jsonl", "report.html")
@@ -145,8 +146,21 @@ def test_names_from_the_posts_are_text_in_the_report(tmp_path: Path) -> None:
     assert parser.loads == []
 
 
+def wait_for_children(group: int) -> None:
+    """Wait until no process of a group is left."""
+
+    def ended() -> bool:
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return True
+        return False
+
+    wait_until(ended, 60, "the end of its children")
+
+
 def test_killed_and_run_again_gives_the_same_bytes(corpus: Corpus, tmp_path: Path) -> None:
-    """Killed at three moments, then left alone: the same bytes, and no file measured twice."""
+    """Killed twice, then left alone: the same bytes, no file measured twice, no child left."""
     folder, count = tmp_path / "corpus", 400
     shutil.copytree(corpus.file.parent, folder)
     larger = Corpus(folder / corpus.file.name, [*corpus.posts])
@@ -164,6 +178,7 @@ def test_killed_and_run_again_gives_the_same_bytes(corpus: Corpus, tmp_path: Pat
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
         process.wait()
+        wait_for_children(process.pid)
         assert least <= known(out) < known(whole)
         assert not any((out / name).exists() for name in RESULTS)
     left = known(whole) - known(out)
@@ -171,24 +186,6 @@ def test_killed_and_run_again_gives_the_same_bytes(corpus: Corpus, tmp_path: Pat
     assert f"{left:,} files measured in this run" in again.stderr
     assert results(out) == results(whole)
     assert not list((out / ".state").glob("work-*"))
-
-
-def test_children_of_a_killed_run_end(corpus: Corpus, tmp_path: Path) -> None:
-    command = [sys.executable, str(SCRIPT), *arguments(corpus, tmp_path / "out")]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
-    end = time.monotonic() + 60
-    while not known(tmp_path / "out") and time.monotonic() < end:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    while time.monotonic() < end:
-        try:
-            os.killpg(process.pid, 0)
-        except ProcessLookupError:
-            return
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
-    pytest.fail("a child is still there")
 
 
 def test_run_again_measures_only_what_changed(

@@ -17,7 +17,6 @@ from typing import Any
 
 import pytest
 
-from corpus.runs import only_one
 from scripts.data_scripts.download_mp import main
 from tests.support.scripts.media_site import MediaSite, media_site, png, wav, write_posts
 from tests.support.services import wait_until
@@ -349,11 +348,3 @@ def test_mistakes_are_one_line(
     assert code == 2
     assert said in error
     assert len(error.strip().splitlines()) == 1
-
-
-def test_two_runs_do_not_share_a_folder(site: MediaSite, tmp_path: Path, capsys: Any) -> None:
-    posts = write_posts(tmp_path / "p.jsonl", [[site.url("/png/1")]])
-    with only_one(tmp_path / "out" / ".state" / "lock", "it"):
-        assert main(command(posts, tmp_path / "out")) == 2
-    assert "is being written by another run" in capsys.readouterr().err
-    assert not site.requests

@@ -36,6 +36,7 @@ from scripts.data_scripts import analyze_posts, download_mp, make_demo_posts, pu
         (make_demo_posts.main, ["--out", "x", "--posts", "1", "--noise", "2"], "lie in 0 to 1"),
         (make_demo_posts.main, ["--posts", "0", "--out", "x"], "'--posts'"),
         (demo_main, ["--train", "abc"], "'--train'"),
+        (demo_main, ["--set", "broker.urll=x"], "broker.urll"),
         (online_process.main, ["--wrong"], "--wrong"),
         (flask_server.main, ["--wrong"], "--wrong"),
         (watchdog.main, ["--config"], "--config"),

@@ -48,14 +48,6 @@ def test_groups_are_the_connected_components(links: list[tuple[int, int]]) -> No
     assert firsts == sorted(firsts)
 
 
-def test_tags_of_groups_are_counted() -> None:
-    """Two posts of one group with the same tag count twice."""
-    rows = _rows([0, 0, 1], [[0, 2], [0], [1]], 3)
-    assert [part.tolist() for part in rows.row(0)] == [[0, 2], [2, 1]]
-    assert rows.totals().tolist() == [2, 1, 1]
-    assert rows.sizes.tolist() == [2, 1]
-
-
 def _error(rows: GroupTags, side: np.ndarray, shares: tuple[float, ...]) -> float:
     """Σ over sides and tags of the squared distance from the target."""
     total = 0.0

@@ -114,26 +114,6 @@ def test_a_data_file_follows_every_change_once(tmp_path: Path, name: str) -> Non
     assert LabelMap.load(labels).names == ("sunshine", "wet", "sun")
 
 
-def test_a_split_names_the_posts_that_people_must_look_at(tmp_path: Path) -> None:
-    """Without a word on a post its label goes and it is listed; said later, it is put right."""
-    labels = _map(tmp_path)
-    data = _data(tmp_path, [["rain", "sun"], ["rain"], ["food"]])
-    split = ["labels", "split", str(labels), "rain", "--into", "mist", "--into", "hail"]
-    assert run(split) == 0
-    said = tmp_path / "said.jsonl"
-    said.write_text('{"post_id": "p1", "labels": ["hail"]}\n', encoding="utf-8")
-    assert run(["labels", "apply", str(labels), "--data", str(data), "--by-post", str(said)]) == 0
-    assert _labels(data) == [["sun"], ["hail"], ["food"]]
-    listed = taxonomy.relabel_path(data).read_text(encoding="utf-8").splitlines()
-    assert [json.loads(line)["post_id"] for line in listed] == ["p0"]
-    said.write_text('{"post_id": "p0", "labels": ["mist", "sun"]}\n', encoding="utf-8")
-    assert run(["labels", "apply", str(labels), "--data", str(data), "--by-post", str(said)]) == 0
-    assert _labels(data)[0] == ["sun", "mist"]
-    assert not taxonomy.relabel_path(data).exists()
-    said.write_text('{"post_id": "p0", "labels": ["nonsense"]}\n', encoding="utf-8")
-    assert run(["labels", "apply", str(labels), "--data", str(data), "--by-post", str(said)]) == 2
-
-
 def test_killed_between_file_and_note_a_change_is_not_made_twice(tmp_path: Path) -> None:
     """A swap of two names, done twice, would be undone: the note of the content prevents it."""
     labels = _map(tmp_path)
@@ -176,13 +156,15 @@ def test_a_tag_put_back_by_hand_is_a_conflict_and_stays(
 
 
 def test_open_questions_stay_open_until_they_are_answered(tmp_path: Path) -> None:
-    """A later change or half of the answers keeps the other posts on the list."""
-    labels = _map(tmp_path)
-    data = _data(tmp_path, [["rain"], ["rain", "sun"], ["food"]])
+    """A later change or half of the answers keeps the other posts of a split tag on the list."""
+    labels, said = _map(tmp_path), tmp_path / "said.jsonl"
+    data = _data(tmp_path, [["rain"], ["rain", "sun"], ["food"], ["rain"]])
     split = ["labels", "split", str(labels), "rain", "--into", "mist", "--into", "hail"]
     assert run(split) == 0
     apply = ["labels", "apply", str(labels), "--data", str(data)]
-    assert run(apply) == 0
+    said.write_text('{"post_id": "p3", "labels": ["hail"]}\n', encoding="utf-8")
+    assert run([*apply, "--by-post", str(said)]) == 0
+    assert _labels(data) == [[], ["sun"], ["food"], ["hail"]]
     assert run(["labels", "rename", str(labels), "hail", "hailstorm"]) == 0
     assert run(apply) == 0
 
@@ -191,11 +173,13 @@ def test_open_questions_stay_open_until_they_are_answered(tmp_path: Path) -> Non
         return [json.loads(line)["post_id"] for line in text.splitlines()]
 
     assert listed() == ["p0", "p1"]
-    said = tmp_path / "said.jsonl"
     said.write_text('{"post_id": "p1", "labels": ["hail"]}\n', encoding="utf-8")
     assert run([*apply, "--by-post", str(said)]) == 0
-    assert _labels(data) == [[], ["sun", "hailstorm"], ["food"]]  # by its name of today
+    # By its name of today.
+    assert _labels(data) == [[], ["sun", "hailstorm"], ["food"], ["hailstorm"]]
     assert listed() == ["p0"]
+    said.write_text('{"post_id": "p0", "labels": ["nonsense"]}\n', encoding="utf-8")
+    assert run([*apply, "--by-post", str(said)]) == 2
     said.write_text('{"post_id": "p0", "labels": ["mist"]}\n', encoding="utf-8")
     assert run([*apply, "--by-post", str(said)]) == 0
     assert not taxonomy.relabel_path(data).exists()
