@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TypeAlias, TypeVar
+from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import (
@@ -19,8 +19,6 @@ from rich.progress import (
 )
 
 Item = TypeVar("Item")
-Watch: TypeAlias = Callable[[int, int, str], None]
-"""Takes steps done, steps in all, and the note: for a bar that another process shows."""
 
 # Without a terminal, as under a scheduler: often enough to see that it moves, and a night's log
 # stays within a thousand lines.
@@ -34,8 +32,8 @@ _ESTIMATE_S = 60.0
 class Bar:
     """One running bar."""
 
-    def __init__(self, progress: Progress, task: TaskID, watch: Watch | None = None) -> None:
-        self._progress, self._id, self._watch = progress, task, watch
+    def __init__(self, progress: Progress, task: TaskID) -> None:
+        self._progress, self._id = progress, task
         self._task = next(each for each in progress.tasks if each.id == task)
         self._line_due = time.monotonic() + _LINE_EVERY_S
 
@@ -51,8 +49,6 @@ class Bar:
         if note is None:
             note = str(self._task.fields["note"])
         self._progress.update(self._id, completed=done, total=total, note=note)
-        if self._watch is not None:
-            self._watch(done, int(self._task.total or 0), note)
         now = time.monotonic()
         shown = self._progress.disable or self._progress.console.is_terminal
         if not shown and now >= self._line_due:
@@ -77,10 +73,9 @@ class Bars:
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
 
-    def add(self, description: str, total: int | None = None, watch: Watch | None = None) -> Bar:
+    def add(self, description: str, total: int | None = None) -> Bar:
         """Add a bar; a total of None is not known yet."""
-        task = self._progress.add_task(description, total=total, note="")
-        return Bar(self._progress, task, watch)
+        return Bar(self._progress, self._progress.add_task(description, total=total, note=""))
 
 
 @contextmanager
@@ -102,15 +97,9 @@ def progress_bars(*, enabled: bool = True) -> Iterator[Bars]:
 
 
 @contextmanager
-def progress_bar(
-    description: str,
-    total: int | None,
-    *,
-    enabled: bool = True,
-    watch: Watch | None = None,
-) -> Iterator[Bar]:
+def progress_bar(description: str, total: int | None, *, enabled: bool = True) -> Iterator[Bar]:
     with progress_bars(enabled=enabled) as bars:
-        yield bars.add(description, total, watch)
+        yield bars.add(description, total)
 
 
 def track(items: Iterable[Item], description: str, total: int | None) -> Iterator[Item]:

@@ -28,10 +28,9 @@ Operation = Literal["rename", "merge", "split", "retire"]
 
 @dataclass(frozen=True)
 class Migration:
-    """One change of a label map.
+    """One change of a label map, to `version` (from 1).
 
     Attributes:
-        version: Of the map after it, from 1.
         old: Names that it takes away.
         new: Names that stand for them; of a split at least two, of a retirement none.
         ids: Index before -> index after, None where the tag is gone.
@@ -127,9 +126,8 @@ def _check(labels: LabelMap, operation: Operation, old: Sequence[str], new: Sequ
     for name in old:
         if name not in labels.index:
             raise ConfigError(f"tag {name!r} is not in the label map")
-    for names in (old, new):
-        if len(set(names)) != len(names):
-            raise ConfigError(f"{operation}: a name stands twice")
+    if any(len(set(names)) != len(names) for names in (old, new)):
+        raise ConfigError(f"{operation}: a name stands twice")
     if any(not name.strip() for name in new):
         raise ConfigError(f"{operation}: a new name is empty")
     may_exist = set(old) if operation == "split" else set(labels.names)
@@ -178,12 +176,10 @@ def names_digest(labels: LabelMap) -> str:
 
 @dataclass(frozen=True)
 class Applied:
-    """Counts of posts of one rewritten data file.
+    """Counts of posts of one rewritten data file, which follows this version of the map now.
 
-    Attributes:
-        bare: Those without a label now; they stay in the file.
-        relabel: Those that carried a tag that was split, and that nobody has said more of.
-        version: Of the label map that the file follows now.
+    `bare` have no label now, and stay; of those to `relabel`, nobody has said which part of a split
+    tag they have.
     """
 
     posts: int

@@ -29,11 +29,8 @@ class MediaFact:
 
     Attributes:
         sha256: Of its content, in hex; empty where there is no file.
-        kind: What the posts use it as.
-        size_bytes: Of the file.
         reason: Why it is broken or missing, a class of failures; None when it is fine.
         width: In pixels, as it is shown; 0 for sound.
-        height: In pixels; 0 for sound.
         duration_s: Of video and sound; None where the file does not say.
         codec: Of the picture, the video stream, or a sound file's stream.
         sound: Codec of a video's sound; empty when it has none.
@@ -54,13 +51,7 @@ class MediaFact:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A file to measure.
-
-    Attributes:
-        name: What the file is called in the state.
-        sha256: Of its content, where a manifest says so; empty where it is to be found.
-        max_pixels: A larger picture is not decoded.
-    """
+    """A file to measure, by its name in the state; a manifest may know its hash already."""
 
     name: str
     path: Path

@@ -39,9 +39,8 @@ FactOf = Callable[[str, MediaKind], MediaFact]
 class Histogram:
     """Counts of numbers in fixed classes: of any number of values, the same few bytes.
 
-    Attributes:
-        edges: Ascending; class i holds values of ``edges[i - 1]`` up to below ``edges[i]``, the
-            first all below, the last all from the last edge on.
+    Class i holds values of ``edges[i - 1]`` up to below ``edges[i]``, the first all below, the last
+    all from the last edge on.
     """
 
     def __init__(self, edges: Sequence[float]) -> None:
@@ -103,9 +102,7 @@ class MediaTally:
 class Tally:
     """Counts posts; what grows with them lies in a temporary SQLite file.
 
-    Args:
-        file: Of that database.
-        fact_of: Returns what is known of a medium; None counts media without opening any.
+    `fact_of` returns what is known of a medium; None counts media without opening any.
     """
 
     def __init__(self, file: Path, fact_of: FactOf | None) -> None:
@@ -236,11 +233,11 @@ class Tally:
             )
         if entry.created is None:
             self._undated += 1
-        else:
-            try:
-                self._days[date.fromisoformat(entry.created[:10]).isoformat()] += 1
-            except ValueError:
-                self._bad_dates += 1
+            return
+        try:
+            self._days[date.fromisoformat(entry.created[:10]).isoformat()] += 1
+        except ValueError:
+            self._bad_dates += 1
 
     def _authors(self) -> dict[str, Any]:
         query = "SELECT COUNT(*), COALESCE(SUM(posts), 0) FROM authors"

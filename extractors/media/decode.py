@@ -264,12 +264,7 @@ def _frames(
 
 
 class _Film:
-    """The second pass over a video.
-
-    Attributes:
-        notes: What is missing of it.
-        turned: How its frames are turned upright.
-    """
+    """The second pass over a video: `notes` say what is missing, `turned` how it lay."""
 
     def __init__(
         self, path: Path, file_type: FileType, index: PacketIndex | None, limits: DecodeSettings
@@ -351,16 +346,8 @@ def read_frames(
 ) -> Pixels:
     """Return the frames of a video file as `decode_media` gives them, without its sound.
 
-    Args:
-        path: The file.
-        count: Segments that it is cut into.
-        side: Of the square frames, in pixels.
-        limits: What a file may be.
-        mode: As ``features.video.decode``.
-        random: Takes a frame at a random time of each segment instead of its centre frame.
-
-    Returns:
-        uint8 RGB ``(n, side, side, 3)``, n from 1 to `count`.
+    uint8 RGB ``(n, side, side, 3)``, n from 1 to `count` segments; `random` takes a frame at a
+    random time of each segment instead of its centre frame.
     """
     from extractors.media.sniff import check_type
     from extractors.media.video import FrameScaler, choose_frames

@@ -108,12 +108,8 @@ def _mel(frequency_hz: Any) -> Any:
 class SoundTrack:
     """One sound stream as mono at one rate, collected packet by packet up to a limit.
 
-    A stream of None stands for no sound, which is no mistake: it gives an empty waveform.
-
-    Attributes:
-        error: Why packets could not be decoded; None when all could.
-        fed: Packets that were to be decoded.
-        broken: Packets and frames that could not be.
+    A stream of None stands for no sound, which is no mistake: it gives an empty waveform. Of the
+    packets that were `fed`, the `broken` ones could not be decoded; `error` says why.
     """
 
     def __init__(self, stream: Stream | None, max_audio_s: float, rate_hz: int) -> None:

@@ -46,12 +46,7 @@ _PACKED_DELAY = 4
 
 
 class FalseKey(Exception):
-    """A packet that decoding started from gave no frame to start from.
-
-    Attributes:
-        position: Of the packet.
-        time: Of the first frame that did; None without one.
-    """
+    """The packet at a position gave no frame to start from; `time` is of the first that did."""
 
     def __init__(self, position: int, time: int | None) -> None:
         super().__init__(position, time)
@@ -181,8 +176,7 @@ def time_of(shown: Packet | Frame) -> int | None:
 class Run:
     """Packets `first` to `last`, decoded without a gap, for the frames at `times`.
 
-    Attributes:
-        silent: The first frame is hidden by an edit list, so that it cannot be judged.
+    The first frame of a `silent` one is hidden by an edit list, so that it cannot be judged.
     """
 
     first: int
@@ -335,8 +329,7 @@ def check_size(stream: Stream, max_pixels: int) -> None:
 class FrameScaler:
     """A scaler that also turns frames upright; keeps FFmpeg's tables between frames.
 
-    Args:
-        size: Upright width and height of a frame -> those of the result.
+    `size` takes the upright width and height of a frame, and gives those of the result.
     """
 
     def __init__(self, size: Callable[[int, int], tuple[int, int]]) -> None:

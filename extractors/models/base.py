@@ -85,10 +85,7 @@ class Extractor(ABC):
 class Encoder(ABC):
     """A network on one device; extractors may share it.
 
-    Args:
-        setting: Section of the settings, for errors: ``features.image``.
-        settings: That section.
-        device: ``cpu`` or ``cuda:N``.
+    `setting` names the section of the settings in errors: ``features.image``.
 
     Attributes:
         kind: The family, part of the features' fingerprint.
@@ -171,12 +168,7 @@ class Encoder(ABC):
 
 
 class RowExtractor(Extractor):
-    """Arrays of rows for an encoder: ``(n, *shape)`` -> float16 ``(n, dim)``, a row for each.
-
-    Args:
-        shape: Of one row.
-        batch_size: Rows that run at once.
-    """
+    """Arrays of rows for an encoder: ``(n, *shape)`` -> float16 ``(n, dim)``, a row for each."""
 
     def __init__(
         self,

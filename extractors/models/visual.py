@@ -187,8 +187,7 @@ def make_backbone(
 class VisualExtractor(RowExtractor):
     """uint8 RGB ``(n, size, size, 3)`` -> float16 ``(n, dim)``, one row per picture.
 
-    Args:
-        backbone: A model to share with another extractor of the same architecture and weights.
+    The backbone may be shared with another extractor of the same architecture and weights.
     """
 
     def __init__(

@@ -37,12 +37,7 @@ _log = structlog.get_logger()
 
 @dataclass(frozen=True)
 class Weights:
-    """A ``weights`` setting, parsed.
-
-    Attributes:
-        path: The file or folder, when it is a PATH.
-        seed: The seed, when it is ``random:SEED``.
-    """
+    """A ``weights`` setting, parsed: a PATH, ``random:SEED``, or neither for ``pretrained``."""
 
     path: Path | None = None
     seed: int | None = None
@@ -150,11 +145,8 @@ def from_cache_or_hub(
 ) -> Loaded:
     """Load from a cache, so that cached weights need no network, and otherwise from a hub.
 
-    Args:
-        load: Loads from the cache alone with True, and from the hub with False.
-        name: Setting and weights, for the error.
-        remedy: What to do without the hub.
-        host: URL of the hub; None is Hugging Face's.
+    `load` takes True for the cache alone, False for the hub; `name` (setting and weights) and
+    `remedy` are for the error. The host is Hugging Face's by default.
     """
     from huggingface_hub import constants
 
