@@ -13,6 +13,7 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -130,9 +131,5 @@ def _cut(name: str, width: int) -> str:
     columns = [2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in name]
     if sum(columns) <= width:
         return name
-    text, used = "", 1
-    for character, wide in zip(name, columns, strict=True):
-        if used + wide > width:
-            break
-        text, used = text + character, used + wide
-    return f"{text}…"
+    most = sum(used < width for used in accumulate(columns))  # one column is the ellipsis'
+    return f"{name[:most]}…"

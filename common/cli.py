@@ -51,19 +51,10 @@ def read_options(
     flags: Sequence[str] = (),
     many: Sequence[str] = (),
 ) -> Options:
-    """Parse a command line into a dataclass whose fields are annotated with typer's options.
+    """Parse the words of this process, or others, into a dataclass annotated with typer's options.
 
-    Args:
-        options: The dataclass.
-        name: Of the program, in its help.
-        arguments: The words; those of this process when None.
-        about: What the program does.
-        flags: Options that take a value or none, which is ``true``.
-        many: Options that take several values in a row: ``--input a b``.
-
-    Raises:
-        ConfigError: The option, its value, and what it must be.
-        SystemExit: The help was asked for, and is shown.
+    `name` and `about` stand in the help, after which SystemExit is raised. Options that are `flags`
+    take a value or none, which is ``true``; those of `many` several in a row: ``--input a b``.
     """
     app = typer.Typer(add_completion=False, rich_markup_mode=None)
     app.command(help=about or "")(options)

@@ -71,11 +71,9 @@ def write_whole(
 def new_file(path: Path, *, sync: bool = True, shared: bool = False) -> Iterator[IO[bytes]]:
     """Open a file that takes its name when the block ends; an exception removes it.
 
-    Args:
-        path: The name it gets; its folder is made.
-        sync: Survive a power cut, which costs a few milliseconds for each file.
-        shared: Several processes may write this file at once. Each writes a part with a name of
-            its own, which stays if the process is killed; otherwise the next writer reuses it.
+    `sync` lets it survive a power cut, which costs a few milliseconds for each file. A `shared` one
+    several processes may write at once: each writes a part with a name of its own, which stays if
+    the process is killed; otherwise the next writer reuses it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{secrets.token_hex(8)}.part") if shared else part_of(path)
@@ -142,8 +140,7 @@ def _replace_folder(new: Path, target: Path) -> None:
         return
     if not _exchange(new, target):
         # An old kernel or file system: for an instant the folder is missing, and readers retry.
-        old = new.with_name(f"{new.name}.old")
-        target.rename(old)
+        old = target.rename(new.with_name(f"{new.name}.old"))
         new.rename(target)
         new = old
     shutil.rmtree(new)
@@ -151,16 +148,8 @@ def _replace_folder(new: Path, target: Path) -> None:
 
 def _exchange(first: Path, second: Path) -> bool:
     """Swap two paths in one step (Linux 3.15, glibc 2.28)."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    try:
-        rename = libc.renameat2
-    except AttributeError:
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    if rename is None:
         return False
-    result = rename(
-        ctypes.c_int(_AT_FDCWD),
-        ctypes.c_char_p(os.fsencode(first)),
-        ctypes.c_int(_AT_FDCWD),
-        ctypes.c_char_p(os.fsencode(second)),
-        ctypes.c_uint(_RENAME_EXCHANGE),
-    )
-    return bool(result == 0)
+    names = (os.fsencode(first), os.fsencode(second))
+    return bool(rename(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0)

@@ -75,10 +75,9 @@ def unpacked(text: str) -> dict[Any, str]:
 
 def differing(wanted: str, found: str | None) -> str:
     """Return the end of a sentence on how two fingerprints differ; empty if not known."""
-    names = _differences(parts_of(wanted), parts_of(found))
-    if not (parts_of(wanted) and parts_of(found) and names):
-        return ""
-    return f" (another {', '.join(names[:_NAMED])})"
+    ours, theirs = parts_of(wanted), parts_of(found)
+    names = _differences(ours, theirs) if ours and theirs else []
+    return f" (another {', '.join(names[:_NAMED])})" if names else ""
 
 
 def mismatch(bundle: Mapping[Any, str], expected: Mapping[Any, str]) -> str | None:
@@ -102,9 +101,7 @@ def _differences(wanted: Mapping[str, Any], found: Mapping[str, Any], at: str = 
             continue
         if isinstance(one, dict) and isinstance(other, dict):
             names += _differences(one, other, f"{at}{key}.")
-        elif any(
-            isinstance(side, (dict, list)) or len(str(side)) > _SHOWN for side in (one, other)
-        ):
+        elif any(isinstance(s, (dict, list)) or len(str(s)) > _SHOWN for s in (one, other)):
             names.append(f"{at}{key}")  # digests of weights tell a person nothing
         else:
             names.append(f"{at}{key}: {json.dumps(one)}, now {json.dumps(other)}")

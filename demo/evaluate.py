@@ -24,15 +24,11 @@ SCORE_TOLERANCE = 5e-3
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Results on the online posts.
+    """Results on the online posts: GAP@20 of their tags, without one modality, and of all scores.
 
-    Attributes:
-        gap: GAP@20 of the tags in the database: what did not reach its threshold is not there,
-            and counts as missed where it is true.
-        gap_without: The same of the offline tags when one modality is hidden.
-        gap_all_scores: GAP@20 of the offline scores of every class.
-        same: Posts whose tags are the same in the database and offline.
-        seen: Posts that the bundle or its features' weights have learned from: none.
+    What did not reach its threshold is not in the database, and counts as missed where it is true.
+    `same` posts have the same tags in the database and offline; of those `seen`, of which there
+    must be none, the bundle or its features' weights have learned.
     """
 
     gap: float

@@ -151,15 +151,9 @@ def _document(entry: Mapping[str, Any], url: str, settings: StoreSettings) -> di
 def publish_and_wait(
     settings: Settings, box: PostBox, ids: Sequence[str], child: subprocess.Popen[bytes], log: Path
 ) -> tuple[dict[str, Mapping[str, Any]], float]:
-    """Publish the posts and wait for their results.
+    """Publish the posts and wait for their results; TaggingError when none comes for long.
 
-    Returns:
-        Post ID -> result, and the seconds from publishing to the last result.
-
-    Raises:
-        BrokerUnavailable: The broker cannot be reached.
-        StoreUnavailable: The database cannot be reached.
-        TaggingError: The daemon ended, or nothing came for a long time.
+    Return them by post ID, and the seconds from publishing to the last one.
     """
     started = time.monotonic()
     publish_posts(settings.broker, [PostMessage(post_id, force=True) for post_id in ids])

@@ -63,10 +63,7 @@ def map_items(
     setup: Callable[..., None],
     arguments: tuple[Any, ...],
 ) -> list[Result]:
-    """Return results of a function over items, in their order, in one process per core.
-
-    ``setup`` runs once in every process with ``arguments``, for what is costly to load.
-    """
+    """Map a function over items in one process per core; ``setup`` loads what it needs there."""
     with process_pool(min(len(items), cores()), None, setup, arguments) as pool:
         return list(track(pool.map(function, items, chunksize=4), title, len(items)))
 
