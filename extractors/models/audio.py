@@ -16,13 +16,7 @@ from common.errors import ConfigError, FeatureError
 from config.settings import AudioSettings
 from extractors.models.base import Encoder, RowExtractor, Rows
 from extractors.models.visual import TimmBackbone
-from extractors.models.weights import (
-    Weights,
-    load_strictly,
-    read_state_dict,
-    release_file,
-    seeded,
-)
+from extractors.models.weights import Weights, load_strictly, read_state_dict, release_file, seeded
 from extractors.parts import LogMelPatches, audio_encoder
 
 _SETTING = "features.audio"

@@ -229,11 +229,7 @@ class VideoExtractor(VisualExtractor):
     """
 
     def __init__(
-        self,
-        settings: VideoSettings,
-        device: str = "cpu",
-        *,
-        backbone: TimmBackbone | None = None,
+        self, settings: VideoSettings, device: str = "cpu", *, backbone: TimmBackbone | None = None
     ) -> None:
         super().__init__("video", settings, device, backbone=backbone)
         self._video = settings

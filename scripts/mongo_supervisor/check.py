@@ -29,14 +29,7 @@ from config.load import load_settings
 from config.settings import MonitorSettings, Settings, Threshold
 from corpus.runs import Stopper
 from scripts.commands.common import print_json
-from scripts.mongo_supervisor.checks import (
-    EXIT_CODES,
-    as_dict,
-    judge,
-    log_look,
-    show,
-    worst,
-)
+from scripts.mongo_supervisor.checks import EXIT_CODES, as_dict, judge, log_look, show, worst
 from scripts.mongo_supervisor.snapshot import look
 
 # How late a signal is noticed between two looks.
