@@ -1,4 +1,4 @@
-"""Legacy ``.pth`` files: a state dict read safely, or a pickled model where that is allowed.
+"""Files of weights: a state dict read safely, or a pickled model where that is allowed.
 
 Here, and not with the weights of fusion or extractors, because both read them and neither may
 import the other. torch is imported when a file is read.
@@ -19,8 +19,10 @@ _WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
 _PARALLEL = "module."
 
 
-def load_pth(path: Path, *, allow_pickle: bool, setting: str) -> dict[str, torch.Tensor]:
-    """Return the state dict in a ``.pth`` file.
+def load_weights(
+    path: Path, *, allow_pickle: bool = False, setting: str = "allow_pickle"
+) -> dict[str, torch.Tensor]:
+    """Return the state dict in a ``.pth`` or ``.safetensors`` file.
 
     Wrappers are taken off: ``{"state_dict": ...}``, ``{"model": ...}``, the ``module.`` that
     DataParallel puts before every name. Without ``allow_pickle`` nothing in the file is executed.
@@ -65,6 +67,10 @@ def _content(path: Path, *, allow_pickle: bool, setting: str) -> Any:
     import torch
 
     try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
         with torch.serialization.safe_globals(_numpy_globals()):
             return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:

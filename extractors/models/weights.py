@@ -20,7 +20,7 @@ import structlog
 
 from common.errors import ConfigError, one_line
 from common.files import file_digest
-from common.pth import load_pth
+from common.pth import load_weights
 
 if TYPE_CHECKING:
     import torch
@@ -84,17 +84,9 @@ def read_state_dict(
     Nothing in the file is executed, unless ``allow_pickle``, the key next to that setting, lets it
     be a whole pickled model.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise ConfigError(f"{setting}: {path} cannot be read as weights") from error
     allowing = f"{setting.rpartition('.')[0]}.allow_pickle"
     try:
-        return load_pth(path, allow_pickle=allow_pickle, setting=allowing)
+        return load_weights(path, allow_pickle=allow_pickle, setting=allowing)
     except ConfigError as error:
         raise ConfigError(f"{setting}: {error}") from error
 

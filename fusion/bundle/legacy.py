@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from common.errors import ConfigError
-from common.pth import load_pth
+from common.pth import load_weights
 from fusion.bundle.bundle import (
     ABOUT,
     WEIGHTS,
@@ -24,32 +24,6 @@ if TYPE_CHECKING:
     from fusion.models import FusionModel
 
 WEIGHT_FILES = (".pth", ".pt", ".bin", ".safetensors")
-
-
-def load_legacy(
-    path: Path, *, allow_pickle: bool = False, setting: str = "allow_pickle"
-) -> dict[str, torch.Tensor]:
-    """Return the state dict in a ``.pth`` or ``.safetensors`` file, without its wrappers.
-
-    Args:
-        path: Of the file.
-        allow_pickle: Allow a whole pickled model, which runs code in the file.
-        setting: Key that allows it, for errors.
-
-    Raises:
-        ConfigError: See `common.pth.load_pth`.
-    """
-    if path.suffix != ".safetensors":
-        return load_pth(path, allow_pickle=allow_pickle, setting=setting)
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except FileNotFoundError as error:
-        raise ConfigError(f"{path}: no such file") from error
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(f"{path}: cannot be read as weights") from error
 
 
 def save_legacy(model: torch.nn.Module, path: Path, *, whole: bool) -> None:
@@ -84,8 +58,8 @@ def resolve_model(
         model: A bundle's folder, its ``model.safetensors``, or a file with other weights.
         bundle: The one that such weights belong to.
         target: Where a bundle with such weights is made.
-        allow_pickle: As in `load_legacy`.
-        setting: As in `load_legacy`.
+        allow_pickle: As in `load_weights`.
+        setting: As in `load_weights`.
     """
     if model.is_dir() or model.suffix not in WEIGHT_FILES:
         return model
@@ -115,7 +89,7 @@ def with_weights(
         ConfigError: The weights cannot be read, or do not fit.
         BundleError: The bundle is missing or broken.
     """
-    state = load_legacy(weights, allow_pickle=allow_pickle, setting=setting)
+    state = load_weights(weights, allow_pickle=allow_pickle, setting=setting)
     base, about = load_bundle(bundle), read_about(bundle)
     parts = _of_members(state) if all(k.startswith("members.") for k in state) else [state]
     members = members_of(base.model)[: len(parts)]

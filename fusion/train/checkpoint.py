@@ -14,10 +14,10 @@ import yaml
 from common.errors import ConfigError
 from common.files import part_of, publish, sync_file
 from common.post_set import PostSet
+from common.pth import load_weights
 from config.fusion_models import ModelSettings
 from config.labels import LabelMap
 from fusion.bundle.bundle import ABOUT, WEIGHTS, About, load_bundle
-from fusion.bundle.legacy import load_legacy
 from fusion.data.schema import FeatureManifest, InputSchema
 
 FORMAT = "insighttag.checkpoint/1"
@@ -192,7 +192,7 @@ def find_start(path: Path, signed: str, *, allow_pickle: bool = False) -> Start:
     if path.name == WEIGHTS and (path.parent / ABOUT).exists():
         return _bundled(path.parent, path, signed)
     if path.suffix in {".safetensors", ".pth"}:
-        state = load_legacy(path, allow_pickle=allow_pickle, setting="trainer.allow_pickle")
+        state = load_weights(path, allow_pickle=allow_pickle, setting="trainer.allow_pickle")
         return Start(path, Checkpoint(signed, Progress(0), state))
     if path.is_dir():
         folders = (path / "ckpt", path)

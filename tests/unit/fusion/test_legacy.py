@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from common.errors import ConfigError
+from common.pth import load_weights
 from extractors.models.weights import read_state_dict
 from fusion.bundle.bundle import load_bundle
-from fusion.bundle.legacy import fit, load_legacy, resolve_model, save_legacy, with_weights
+from fusion.bundle.legacy import fit, resolve_model, save_legacy, with_weights
 from tests.support.fusion import support
 from tests.support.scripts import infer_rig as rig
 
@@ -39,14 +40,14 @@ def test_nothing_in_a_file_is_executed_by_default(bomb: tuple[Path, Path]) -> No
     """Neither for fusion nor for backbones; the line says why, and which key would allow it."""
     path, written = bomb
     with pytest.raises(ConfigError, match=r"would run code .* set allow_pickle: true") as caught:
-        load_legacy(path)
+        load_weights(path)
     assert "\n" not in str(caught.value)
     with pytest.raises(ConfigError, match=r"set features\.image\.allow_pickle: true"):
         read_state_dict(path, setting="features.image.weights")
     assert not written.exists()
     # The test's own test: the file is what it seems to be.
     with pytest.raises(ConfigError, match=r"holds no state dict|is no plain state dict"):
-        load_legacy(path, allow_pickle=True)
+        load_weights(path, allow_pickle=True)
     assert written.read_text() == "executed"
 
 
@@ -83,7 +84,7 @@ def test_no_command_executes_it(tmp_path: Path, capsys: pytest.CaptureFixture[st
 def test_wrappers_are_taken_off(wrap: Any, tmp_path: Path) -> None:
     state = {"a.weight": torch.arange(4.0), "b": torch.ones(2, 2)}
     torch.save(wrap(state), tmp_path / "w.pth")
-    found = load_legacy(tmp_path / "w.pth")
+    found = load_weights(tmp_path / "w.pth")
     assert found.keys() == state.keys()
     assert all(torch.equal(found[key], state[key]) for key in state)
 
@@ -92,7 +93,7 @@ def test_one_module_called_module_keeps_its_name(tmp_path: Path) -> None:
     """Only a prefix that every name has is DataParallel's."""
     state = {"module.a": torch.ones(1), "head.b": torch.ones(1)}
     torch.save(state, tmp_path / "w.pth")
-    assert load_legacy(tmp_path / "w.pth").keys() == state.keys()
+    assert load_weights(tmp_path / "w.pth").keys() == state.keys()
 
 
 def test_a_whole_model_is_read_when_allowed(
@@ -125,7 +126,7 @@ def test_a_model_whose_code_is_not_here_says_so(
         patch.setitem(sys.modules, "elsewhere", elsewhere)
         torch.save(net(2, 2), tmp_path / "net.pth")
     with pytest.raises(ConfigError, match=r"code of its pickled model is not here .*elsewhere"):
-        load_legacy(tmp_path / "net.pth", allow_pickle=True)
+        load_weights(tmp_path / "net.pth", allow_pickle=True)
 
 
 def test_what_is_written_is_read_by_plain_torch(tmp_path: Path) -> None:
@@ -156,10 +157,10 @@ def test_a_broken_file_is_one_line(content: bytes, says: str, tmp_path: Path) ->
     (tmp_path / "w.safetensors").write_bytes(content)
     for name, words in (("w.pth", says), ("w.safetensors", "cannot be read as weights")):
         with pytest.raises(ConfigError, match=rf"{name}.*({words})") as caught:
-            load_legacy(tmp_path / name)
+            load_weights(tmp_path / name)
         assert "\n" not in str(caught.value)
     with pytest.raises(ConfigError, match="no such file"):
-        load_legacy(tmp_path / "none.pth")
+        load_weights(tmp_path / "none.pth")
 
 
 def test_a_file_with_a_damaged_name_is_one_line(tmp_path: Path) -> None:
@@ -172,7 +173,7 @@ def test_a_file_with_a_damaged_name_is_one_line(tmp_path: Path) -> None:
     at = content.rindex(key)
     path.write_bytes(content[:at] + b"?" + content[at + 1 :])
     with pytest.raises(ConfigError, match=r"w\.pth: cannot be read as weights") as caught:
-        load_legacy(path)
+        load_weights(path)
     assert isinstance(caught.value.__cause__, AssertionError)
 
 
