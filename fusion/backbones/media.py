@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from common.errors import ConfigError, MediaError
 from common.post import Stream
-from common.progress import notice, progress_bar
+from common.progress import notice
 from config.labels import LabelMap
 from config.settings import DecodeSettings
 from config.train import BackboneTrainSettings
@@ -27,7 +27,7 @@ from extractors.models.visual import segments
 from fusion.data.collate import Batch
 from fusion.data.data_file import MEDIA_KEYS, beside, entries, parse_post
 from fusion.train.distributed import all_ranks, gathered
-from fusion.train.prepare import Skipped
+from fusion.train.prepare import Skipped, by_item
 
 Kind: TypeAlias = Literal["picture", "clip", "patch"]
 MediaName: TypeAlias = Literal["images", "videos"]
@@ -176,33 +176,32 @@ def _readable(
     file: Path,
 ) -> tuple[tuple[MediaPost, ...], int]:
     """Return the posts without media that cannot be decoded, and the number of those media."""
-    media = list(all_media(posts))
-    mine = media[fabric.global_rank :: fabric.world_size]
-    size, bad = settings.backbone.image_size, dict[Path, tuple[str, str]]()
+    media, size = list(all_media(posts)), settings.backbone.image_size
+
+    def reason(medium: tuple[str, Path]) -> str | None:
+        try:
+            if kind == "images":
+                reader.picture(medium[1], size)
+            else:
+                reader.frames(medium[1], size, settings.tsn.test_segments, None)
+        except MediaError as error:
+            return str(error)
+        return None
+
     shown = settings.trainer.progress and fabric.is_global_zero
-    with progress_bar(f"check {file.name}", len(mine), enabled=shown) as bar:
-        for post_id, path in mine:
-            try:
-                if kind == "images":
-                    reader.picture(path, size)
-                else:
-                    reader.frames(path, size, settings.tsn.test_segments, None)
-            except MediaError as error:
-                bad[path] = (post_id, str(error))
-            bar.advance()
-    everyone = {path: found for part in gathered(fabric, bad) for path, found in part.items()}
-    for _, path in media:
+    found = gathered(fabric, by_item(fabric, media, reason, f"check {file.name}", progress=shown))
+    everyone = {path: why for part in found for (_, path), why in part if why is not None}
+    for post_id, path in media:
         if path in everyone:
-            post_id, reason = everyone[path]
-            skipped.add(path, post_id, "media", reason)
+            skipped.add(path, post_id, "media", everyone[path])
     left = (
         MediaPost(post.post_id, tuple(p for p in post.paths if p not in everyone), post.labels)
         for post in posts
     )
-    found = tuple(post for post in left if post.paths)
-    if len(found) < 2:
+    usable = tuple(post for post in left if post.paths)
+    if len(usable) < 2:
         raise ConfigError(f"{file}: hardly any of its {kind} can be decoded")
-    return found, len(everyone)
+    return usable, len(everyone)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from common.errors import ConfigError
 from common.files import part_of, publish, sync_file
@@ -17,7 +16,7 @@ from common.post_set import PostSet
 from common.pth import load_weights
 from config.fusion_models import ModelSettings
 from config.labels import LabelMap
-from fusion.bundle.bundle import ABOUT, WEIGHTS, About, load_bundle
+from fusion.bundle.bundle import ABOUT, WEIGHTS, load_bundle, read_about
 from fusion.data.schema import FeatureManifest, InputSchema
 
 FORMAT = "insighttag.checkpoint/1"
@@ -226,8 +225,7 @@ def check_fit(model: torch.nn.Module, start: Start) -> None:
 def _bundled(folder: Path, path: Path, signed: str) -> Start:
     bundle = load_bundle(folder)
     model = bundle.members[0]
-    options = About.model_validate(yaml.safe_load((folder / ABOUT).read_bytes())).model
-    found = model_signature(options, bundle.manifest, bundle.schema, bundle.labels)
+    found = model_signature(read_about(folder).model, bundle.manifest, bundle.schema, bundle.labels)
     if found != signed:
         raise ConfigError(f"{path}: {difference(found, signed)}")
     learned = bundle.learned_from.as_text()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -29,6 +29,7 @@ from fusion.data.schema import FeatureManifest, InputSchema
 from fusion.train.distributed import all_ranks, gathered, on_this_host
 from fusion.train.trainer import TrainData
 
+Item = TypeVar("Item")
 T = TypeVar("T")
 
 # Tags named in one warning: about two lines of a terminal.
@@ -137,7 +138,8 @@ def rows_learned_from(
 
     found = earlier.holds(posts.hashes)
     progress = settings.trainer.progress and fabric.is_global_zero
-    check = partial(_by_row, fabric, posts, learned, f"look at {posts.paths[0].name}", progress)
+    rows, title = range(len(posts)), f"look at {posts.paths[0].name}"
+    check = partial(by_item, fabric, rows, learned, title, progress=progress)
     for part in gathered(fabric, all_ranks(fabric, check)):
         for row, told in part:
             found[row] |= told
@@ -266,7 +268,8 @@ def _readable(
             return str(error)
         return None
 
-    found = gathered(fabric, _by_row(fabric, posts, reason, f"check {file.name}", progress))
+    rows, title = range(len(posts)), f"check {file.name}"
+    found = gathered(fabric, by_item(fabric, rows, reason, title, progress=progress))
     everyone = sorted((row, why) for part in found for row, why in part if why is not None)
     for row, why in everyone:
         skipped.add(file, posts[row].post_id, "features", why)
@@ -275,16 +278,16 @@ def _readable(
     return posts.take(np.delete(np.arange(len(posts)), [row for row, _ in everyone]))
 
 
-def _by_row(
-    fabric: Fabric, posts: PostList, work: Callable[[int], T], title: str, progress: bool
-) -> list[tuple[int, T]]:
-    """Return what ``work`` gives for each row of this process's part of the posts."""
-    rows = range(fabric.global_rank, len(posts), fabric.world_size)
-    found: list[tuple[int, T]] = []
-    shown = progress_bar(title, len(rows), enabled=progress)
+def by_item(
+    fabric: Fabric, items: Sequence[Item], work: Callable[[Item], T], title: str, *, progress: bool
+) -> list[tuple[Item, T]]:
+    """Return this process's part of the items with what ``work`` gives for each, in order."""
+    mine = items[fabric.global_rank :: fabric.world_size]
+    found: list[tuple[Item, T]] = []
+    shown = progress_bar(title, len(mine), enabled=progress)
     with shown as bar, ThreadPoolExecutor(_READERS) as readers:
-        for start in range(0, len(rows), _AT_ONCE):
-            some = rows[start : start + _AT_ONCE]
+        for start in range(0, len(mine), _AT_ONCE):
+            some = mine[start : start + _AT_ONCE]
             found += zip(some, readers.map(work, some), strict=True)
             bar.advance(len(some))
     return found
