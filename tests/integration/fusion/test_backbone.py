@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import pytest
-import timm
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file
 
 from common.errors import ConfigError
-from config.settings import AudioSettings, ImageSettings
+from config.settings import AudioSettings
 from config.train import OptimizerSettings, TrainerSettings
 from extractors.models.audio import AudioExtractor
-from extractors.models.visual import VisualExtractor
 from fusion.backbones.media import ArrayDataset, CollateMedia, Kind, augment
 from fusion.backbones.model import MediaTagger, create_backbone, save_weights, where_it_moves
 from fusion.backbones.training import BackboneRun, StageReport
@@ -115,29 +110,6 @@ def learn(
         return run.train(data, posts.targets, build, save, (folder / "weights.safetensors",))
 
     return distributed.run(trainer, work)
-
-
-def test_pictures_are_learned_and_serve_as_an_extractor(tmp_path: Path) -> None:
-    """The file loads strictly into timm, and the extractor gives features that tell colours."""
-    report = learn("picture", pictures(60, 1), pictures(30, 2), tmp_path, epochs=4)
-    assert report.metrics["gap"] > 0.9
-    model: Any = timm.create_model(ARCH, num_classes=0, in_chans=3)
-    model.load_state_dict(load_file(report.weights), strict=True)
-    settings = ImageSettings(
-        arch=ARCH, weights=str(report.weights), image_size=SIDE, precision="fp32"
-    )
-    extractor = VisualExtractor("image", settings)
-    extractor.load()
-    items, _ = pictures(3, 3)
-    [found, *_] = extractor.forward([extractor.preprocess(item) for item in items])
-    model.eval()
-    mean = torch.tensor(model.pretrained_cfg["mean"]) * 255
-    std = torch.tensor(model.pretrained_cfg["std"]) * 255
-    with torch.inference_mode():
-        wanted = model(((torch.from_numpy(items[0]) - mean) / std).permute(0, 3, 1, 2)).numpy()
-    np.testing.assert_allclose(found, wanted, atol=2e-2, rtol=2e-2)
-    with safe_open(report.weights, framework="pt") as file:
-        assert json.loads(file.metadata()["backbone"]) == {"arch": ARCH, "kind": "picture"}
 
 
 def test_sound_is_learned_and_serves_as_an_extractor(tmp_path: Path) -> None:

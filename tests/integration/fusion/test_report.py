@@ -128,16 +128,6 @@ def plain_ece(scores: list[float], truth: list[bool], bins: int = 15) -> float:
     return total / len(scores)
 
 
-def test_tags_are_given_by_the_fitted_thresholds(trained: tuple[Path, TrainReport]) -> None:
-    folder, report = trained
-    predictions = Predictions.load(folder / "run" / "latest" / "report" / "scores.npz")
-    features = [read_features(folder / "features", i, None) for i in predictions.post_ids]
-    tags = Inferer.load(report.bundle).predict(features)
-    found = [{tag.id for tag in each.tags} for each in tags]
-    assert found == [set(np.flatnonzero(row)) for row in predictions.given]
-    assert predictions.given.any()
-
-
 def test_every_subset_is_the_gap_of_posts_that_have_only_it(
     trained: tuple[Path, TrainReport],
 ) -> None:
