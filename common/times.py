@@ -13,8 +13,8 @@ _MILLISECONDS_FROM = 1e11  # as seconds that would be the year 5138
 _UNITS_S = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400, "w": 604800}
 
 
-def since_time(text: str | None, now_s: float) -> float | None:
-    """Read ``30m``, ``2h``, ``7d`` or an ISO date into Unix time in seconds."""
+def since_time(text: str | None, now_s: float, option: str = "--since") -> float | None:
+    """Read ``30m``, ``2h``, ``7d`` or an ISO date, the value of an option, into Unix seconds."""
     if text is None:
         return None
     number = text.rstrip("abcdefghijklmnopqrstuvwxyz")
@@ -28,7 +28,7 @@ def since_time(text: str | None, now_s: float) -> float | None:
         date = datetime.fromisoformat(text.replace("Z", "+00:00"))
     except ValueError as error:
         raise ConfigError(
-            f"--since {text}: write it as 30m, 2h, 7d, or as a date 2026-01-31[T12:00]"
+            f"{option} {text}: write it as 30m, 2h, 7d, or as a date 2026-01-31[T12:00]"
         ) from error
     return (date if date.tzinfo else date.replace(tzinfo=timezone.utc)).timestamp()
 

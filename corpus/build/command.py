@@ -73,12 +73,8 @@ def _reject(line: int, posts: Path, index: Index, post: Any) -> str:
     if rejected is None:
         raise OSError(f"{posts}: changed while it was read")
     reason, post_id, detail = rejected
-    content = {
-        "line": line,
-        "post_id": post.post_id if post is not None else post_id,
-        "reason": reason,
-        "detail": detail,
-    }
+    known = post.post_id if post is not None else post_id
+    content = {"line": line, "post_id": known, "reason": reason, "detail": detail}
     return json.dumps(content, ensure_ascii=False)
 
 
@@ -116,26 +112,19 @@ _ABOUT = (
 class Options:
     """The command line."""
 
-    input: Annotated[Path, typer.Option("--input", metavar="F", help="posts, *.jsonl or *.json")]
-    features: Annotated[
-        Path, typer.Option("--features", metavar="DIR", help="root of the feature files")
-    ]
-    labels: Annotated[
-        Path, typer.Option("--labels", metavar="F", help="label map, idx2name_cls*.json")
-    ]
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="folder of the data files")]
+    input: Annotated[Path, typer.Option(metavar="F", help="posts, *.jsonl or *.json")]
+    features: Annotated[Path, typer.Option(metavar="DIR", help="root of the feature files")]
+    labels: Annotated[Path, typer.Option(metavar="F", help="label map, idx2name_cls*.json")]
+    out: Annotated[Path, typer.Option(metavar="DIR", help="folder of the data files")]
     valid: Annotated[
-        float | None,
-        typer.Option("--valid", metavar="X", help="share of validation, 0.1; 0 leaves it out"),
+        float | None, typer.Option(metavar="X", help="share of validation, 0.1; 0 leaves it out")
     ] = None
     test: Annotated[
-        float | None,
-        typer.Option("--test", metavar="X", help="share of test, 0.1; 0 leaves it out"),
+        float | None, typer.Option(metavar="X", help="share of test, 0.1; 0 leaves it out")
     ] = None
     split: Annotated[
         Path | None,
         typer.Option(
-            "--split",
             metavar="F",
             help='the exact split: {"train": [post_id, ...], "valid": [...], "test": [...]}, or '
             "lines as of split.jsonl; posts that it does not name are left out",
@@ -149,52 +138,41 @@ class Options:
             help="the test is every post created from then on: 2026-01-31[T12:00], or 7d, 12h ago",
         ),
     ] = None
-    seed: Annotated[int, typer.Option("--seed", min=0, metavar="N", help="of every draw")] = 0
+    seed: Annotated[int, typer.Option(min=0, metavar="N", help="of every draw")] = 0
     manifest: Annotated[
-        Path | None,
-        typer.Option("--manifest", metavar="F", help="of download_mp: which media are the same"),
+        Path | None, typer.Option(metavar="F", help="of download_mp: which media are the same")
     ] = None
     duplicates: Annotated[
-        Path | None,
-        typer.Option("--duplicates", metavar="F", help="duplicates.jsonl of analyze_posts"),
+        Path | None, typer.Option(metavar="F", help="duplicates.jsonl of analyze_posts")
     ] = None
     keep: Annotated[
         Path | None,
         typer.Option(
-            "--keep",
             metavar="F",
             help="an earlier split.jsonl: its posts keep their side, unless linked with a "
             "later one; those are named before anything is written",
         ),
     ] = None
-    unknown: Annotated[
-        Unknown, typer.Option("--unknown", help="what a label outside the map does")
-    ] = "error"
+    unknown: Annotated[Unknown, typer.Option(help="what a label outside the map does")] = "error"
     check: Annotated[
-        Check,
-        typer.Option("--check", help="read the headers of feature files, or every number"),
+        Check, typer.Option(help="read the headers of feature files, or every number")
     ] = "quick"
     modalities: Annotated[
         list[str],
         typer.Option(
-            "--modalities",
-            metavar="M...",
-            default_factory=list,
-            help="leave out posts without any of these",
+            metavar="M...", default_factory=list, help="leave out posts without any of these"
         ),
     ]
-    format: Annotated[Form, typer.Option("--format", help="of the data files")] = "json"
+    format: Annotated[Form, typer.Option(help="of the data files")] = "json"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Build; 0 done, 2 the input is wrong, 1 anything else."""
-    return exit_code(
-        NAME,
-        lambda: _build(
-            read_options(Options, NAME, arguments, about=_ABOUT, many=("--modalities",))
-        ),
-        interrupted="interrupted; nothing was changed, run it again",
-    )
+
+    def run() -> None:
+        _build(read_options(Options, NAME, arguments, about=_ABOUT, many=("--modalities",)))
+
+    return exit_code(NAME, run, interrupted="interrupted; nothing was changed, run it again")
 
 
 def _build(options: Options) -> None:
@@ -219,7 +197,7 @@ def _built(options: Options) -> Iterable[Path]:
         options.check,
         modalities,
         exact=options.split is not None,
-        test_since=_since(options.test_since),
+        test_since=since_time(options.test_since, time.time(), "--test_since"),
     )
     with Index() as index:
         _read_manifest(options.manifest, index)
@@ -265,13 +243,6 @@ def _shares(options: Options) -> tuple[float, float, float]:
     if not valid + test < 1:
         raise ConfigError(f"--valid {valid:g} --test {test:g}: nothing would be left for training")
     return 1 - valid - test, valid, test
-
-
-def _since(text: str | None) -> float | None:
-    try:
-        return since_time(text, time.time())
-    except ConfigError as error:
-        raise ConfigError(str(error).replace("--since", "--test_since", 1)) from error
 
 
 def _given_sides(options: Options, shares: tuple[float, float, float]) -> Iterator[tuple[str, int]]:
@@ -340,9 +311,8 @@ def _show(
         summary.figures["largest group"] = dealt.largest_group
         worst, tag = dealt.worst()
         if tag >= 0:
-            summary.figures["largest deviation of a tag's share"] = (
-                f"{worst:.1%} ({labels.names[tag]})"
-            )
+            worst_tag = f"{worst:.1%} ({labels.names[tag]})"
+            summary.figures["largest deviation of a tag's share"] = worst_tag
         if exact and (crossing := index.split_links()):
             summary.figures["authors, media and texts on two sides"] = crossing
         if dealt.moved:

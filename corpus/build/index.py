@@ -23,15 +23,13 @@ from common.errors import ConfigError, FeatureError
 from common.post import Features, Modality, clean
 from common.times import moment_of
 from config.labels import LabelMap
+from corpus.databases import open_scratch
 from extractors.feature_file import feature_path, read_features, read_header
 from fusion.data.data_file import BadLine, CorpusPost, read_posts
 
 
 class Groups:
-    """Sets of posts that grow together; 4 bytes a post.
-
-    Posts are the indices 0 to ``count`` - 1.
-    """
+    """Sets of posts, indices 0 to ``count`` - 1, that grow together; 4 bytes a post."""
 
     def __init__(self, count: int) -> None:
         self._parent = array("I", range(count))
@@ -63,10 +61,6 @@ TEST = SIDES.index("test")
 Marks: TypeAlias = tuple[tuple[str, str], ...]
 
 _TABLES = """
-PRAGMA journal_mode = OFF;
-PRAGMA synchronous = OFF;
-PRAGMA cache_size = -1024;
-PRAGMA temp_store = FILE;
 CREATE TABLE posts (number INTEGER PRIMARY KEY, line INTEGER, made_with INTEGER, tags BLOB,
                     part INTEGER, held INTEGER);
 CREATE TABLE seen (mark INTEGER PRIMARY KEY, number INTEGER);
@@ -96,9 +90,7 @@ class Index:
     """
 
     def __init__(self) -> None:
-        self.base = sqlite3.connect("", isolation_level=None)
-        self.base.executescript(_TABLES)
-        self.base.execute("BEGIN")  # never committed: the file is thrown away
+        self.base = open_scratch("", _TABLES)
         self.fingerprints: dict[Marks, int] = {}
         self.dropped_tags: Counter[str] = Counter()
         self._next = 0

@@ -32,19 +32,15 @@ _SHOWN = 20  # tags that the terminal shows
 class Options:
     """The command line."""
 
-    input: Annotated[
-        list[Path], typer.Option("--input", metavar="F...", help="posts, *.jsonl or *.json")
-    ]
+    input: Annotated[list[Path], typer.Option(metavar="F...", help="posts, *.jsonl or *.json")]
     out: Annotated[
-        Path | None,
-        typer.Option("--out", metavar="F", help="default: config/idx2name_cls<N>.json"),
+        Path | None, typer.Option(metavar="F", help="default: config/idx2name_cls<N>.json")
     ] = None
     min_posts: Annotated[
-        int,
-        typer.Option("--min_posts", min=1, metavar="N", help="leave out tags with fewer posts"),
+        int, typer.Option("--min_posts", min=1, metavar="N", help="leave out tags with fewer posts")
     ] = 1
     base: Annotated[
-        Path | None, typer.Option("--base", metavar="F", help="a label map whose indices stay")
+        Path | None, typer.Option(metavar="F", help="a label map whose indices stay")
     ] = None
 
 

@@ -196,7 +196,7 @@ class _Pull:
         times = self.files.times
         for name, text in (("since", self._options.since), ("until", self._options.until)):
             if name not in times:
-                times[name] = _moment(name, text)
+                times[name] = since_time(text, time.time(), f"--{name}")
         self._since, self._until = times["since"], times["until"]
 
     def _choose(self, total: int, saved: Choice | None) -> Choice:
@@ -291,13 +291,6 @@ def _asked(options: Options) -> dict[str, Any]:
         "untagged": options.untagged and store.result_path,
         **{name: getattr(options, name) for name in same},
     }
-
-
-def _moment(name: str, text: str | None) -> float | None:
-    try:
-        return since_time(text, time.time())
-    except ConfigError as error:
-        raise ConfigError(str(error).replace("--since", f"--{name}", 1)) from error
 
 
 def _rejected(document: Mapping[str, Any], reason: str) -> str:
