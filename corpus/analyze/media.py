@@ -43,15 +43,10 @@ NOT_DOWNLOADED, NO_FILE = "not downloaded", "no such file"
 
 
 class MediaBase:
-    """The media of one corpus.
+    """The media of one corpus, of which this process has hashed and measured so many.
 
-    Args:
-        state: The SQLite file.
-        posts: The posts file: local sources may lie relative to it.
-        folder: Output folder of ``download_mp`` with its manifest, or any folder of media.
-
-    Attributes:
-        measured: Files hashed and measured by this process.
+    `folder` is the output of ``download_mp`` with its manifest, or any folder of media; local
+    sources may lie relative to the posts file, too.
     """
 
     def __init__(self, state: Path, posts: Path, folder: Path) -> None:

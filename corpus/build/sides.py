@@ -103,7 +103,7 @@ def stratify(
     frequent: npt.NDArray[np.bool_] | None = None,
     begin: Ints | None = None,
 ) -> Ints:
-    """Assign each group to a side.
+    """Assign each group to a side, int64 ``(groups,)``.
 
     Args:
         rows: What the groups hold.
@@ -113,9 +113,6 @@ def stratify(
         frequent: bool ``(classes,)``: tags with so many posts in all that they must come out even;
             by default those with `FREQUENT` here.
         begin: int64 ``(groups,)``: sides to begin with; by default they are dealt.
-
-    Returns:
-        int64 ``(groups,)``.
     """
     random = np.random.default_rng(seed)
     settled = settled or SideCounts.nothing(len(shares), rows.classes)

@@ -150,11 +150,7 @@ def query_of(options: Options) -> dict[str, Any]:
 
 
 def read_query(text: str) -> dict[str, Any]:
-    """Read a condition in MongoDB's extended JSON.
-
-    Raises:
-        ConfigError: It is no JSON object, or holds what a database has no type for.
-    """
+    """Read a condition in MongoDB's extended JSON."""
     try:
         query = json_util.loads(text)
     except Exception as error:  # bson raises whatever a value's type raises

@@ -28,11 +28,7 @@ class LeftOut(Exception):
 
 
 def convert(document: Mapping[str, Any], fields: FieldMap) -> CorpusPost:
-    """Convert a document to a post.
-
-    Raises:
-        NoPost: It has no usable ID, or nothing to tag.
-    """
+    """Convert a document to a post; NoPost when it has no usable ID, or nothing to tag."""
     try:
         post_id = id_text(dig(document, fields.id))
     except NoIdError as error:
@@ -61,10 +57,10 @@ def created_at(document: Mapping[str, Any], fields: FieldMap) -> float | None:
 
 def _iso(seconds: float | None) -> str | None:
     """Return Unix seconds as ISO 8601 in UTC; None for what no calendar holds."""
+    if seconds is None:
+        return None
     try:
-        return (
-            None if seconds is None else datetime.fromtimestamp(seconds, timezone.utc).isoformat()
-        )
+        return datetime.fromtimestamp(seconds, timezone.utc).isoformat()
     except (OverflowError, ValueError, OSError):
         return None
 

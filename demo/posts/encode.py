@@ -25,11 +25,7 @@ _H264 = {
 
 
 def write_picture(path: Path, picture: Picture, quality: int = 88) -> None:
-    """Write a BGR picture as JPEG or PNG, after the path's suffix.
-
-    Raises:
-        OSError: The picture cannot be written.
-    """
+    """Write a BGR picture as JPEG or PNG, after the path's suffix."""
     options = [cv2.IMWRITE_JPEG_QUALITY, quality] if path.suffix == ".jpg" else []
     if not cv2.imwrite(str(path), picture, options):
         raise OSError(f"{path}: cannot be written")

@@ -94,10 +94,9 @@ SOUNDS: dict[str, Callable[[np.random.Generator, Wave], Wave]] = {
 def sound(
     rng: np.random.Generator, keys: Sequence[str], duration_s: float, noise: float = 0.0
 ) -> npt.NDArray[np.float32]:
-    """Return the sounds one after the other; a hum where none is named.
+    """Return the sounds one after the other, a hum where none is named.
 
-    Returns:
-        float32 ``(samples,)`` at 16 kHz, at most 0.7 in size.
+    float32 ``(samples,)`` at 16 kHz, at most 0.7 in size.
     """
     names = list(keys) or ["hum"]
     parts = []
