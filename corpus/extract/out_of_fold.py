@@ -33,13 +33,9 @@ from corpus.extract.work import MODALITIES_OF, Kind, Work
 from corpus.records import AtomicLines
 from extractors.feature_file import feature_path, read_features, read_header
 from extractors.suite import ExtractorSuite
-from fusion.backbones.media import MediaItems
-from fusion.backbones.training import train_backbones
 from fusion.data.data_file import MEDIA_KEYS, beside, is_url
 from fusion.data.posts import PostList, stratified_folds
-from fusion.train.checkpoint import LAST
 from fusion.train.options import TrainOptions, train_settings
-from fusion.train.run_folder import LATEST
 
 NAME = "out_of_fold_features.py"
 _ABOUT = (
@@ -147,6 +143,12 @@ def _check_same(
 
 def _train(settings: BackboneTrainSettings, folder: Path, posts: Path) -> list[str]:
     """Train on posts, or go on where that was left; return the settings of the weights."""
+    # Imported here: --help and a mistake in the options need no torch.
+    from fusion.backbones import training
+    from fusion.backbones.media import MediaItems
+    from fusion.train.checkpoint import LAST
+    from fusion.train.run_folder import LATEST
+
     images = settings.task == "image_backbone"
     keys = {"features.image.weights": f"{settings.backbone.arch}.safetensors"}
     if not images:
@@ -161,7 +163,7 @@ def _train(settings: BackboneTrainSettings, folder: Path, posts: Path) -> list[s
             "data": settings.data.model_copy(update={"train": posts}),
             "trainer": settings.trainer.model_copy(update={"save_dir": folder}),
         }
-        train_backbones(
+        training.train_backbones(
             settings.model_copy(update=sections),
             MediaItems(),
             resume=folder if begun.exists() else None,

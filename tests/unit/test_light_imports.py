@@ -18,6 +18,7 @@ MODELS = "torch cv2 av transformers timm onnxruntime"
         ("import extractors.feature_file, extractors.suite", f"{MODELS} safetensors"),
         ("import online_process; online_process.main(['--help'])", f"{MODELS} kombu pymongo"),
         ("from corpus.extract.run import main; main('image', ['--help'])", f"{MODELS} ray"),
+        ("from corpus.extract.out_of_fold import main; main(['--help'])", f"{MODELS} ray"),
     ],
 )
 def test_no_heavy_library_is_loaded(statement: str, heavy: str) -> None:

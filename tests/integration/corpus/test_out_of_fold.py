@@ -17,6 +17,7 @@ from corpus.extract import out_of_fold
 from corpus.extract.run import main as extract
 from extractors.feature_file import feature_path, read_features, read_header
 from extractors.learned import posts_of_weights
+from fusion.backbones import training
 from tests.support.fusion.media_posts import write_labels, write_pictures
 from tests.support.tiny_models import TINY_CNN, tiny_features
 from workers import runner
@@ -98,7 +99,7 @@ def test_each_post_is_extracted_by_weights_that_do_not_know_it(
             assert read_header(feature_path(root, post_id)).learned_from == ()
             plain = read_header(feature_path(posts / "plain", post_id))
             assert plain.learned_from == ("image",)
-    monkeypatch.setattr(out_of_fold, "train_backbones", None)
+    monkeypatch.setattr(training, "train_backbones", None)
     assert command(posts) == 0
 
 
@@ -123,7 +124,7 @@ def test_folds_of_other_settings_are_not_mixed(
     def stop(*_: object, **__: object) -> Iterator[None]:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(out_of_fold, "train_backbones", stop)
+    monkeypatch.setattr(training, "train_backbones", stop)
     assert command(posts) != 0
     assert command(posts, "--seed", "1") == 2
     assert "are of other posts, folds or settings: name another --work" in capsys.readouterr().err
