@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import typer
 
 from common.cli import Overrides, read_options
 from common.errors import ConfigError
-from config.load import given_options, layered, load_settings, read_yaml
+from config.load import did_you_mean, given_options, layered, load_settings, read_yaml
 from config.settings import InferSettings, RunSettings, Settings
 from fusion.bundle.legacy import WEIGHT_FILES
 
@@ -149,8 +148,7 @@ def tags_raw_media(content: dict[str, Any], file: Path) -> bool:
         )
     if content and not raw and not plain:
         odd = str(next(iter(content)))
-        close = difflib.get_close_matches(odd, sorted(of_features | of_media), n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
+        hint = did_you_mean(odd, sorted(of_features | of_media))
         raise ConfigError(
             f"{file}: {odd}: unknown key{hint}; a config for feature files has keys such as "
             "bundle, one for raw media the daemon's, such as fusion"

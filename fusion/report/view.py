@@ -13,6 +13,7 @@ from urllib.parse import quote
 
 from common.errors import MediaError
 from extractors.media.pictures import read_pictures
+from fusion.data.data_file import is_url, local_path
 
 # A few kilobytes each: 40 cards of three such pictures keep the page below a megabyte.
 _THUMBNAIL, _THUMBNAILS = (160, 120), 3
@@ -86,7 +87,7 @@ def _listed(value: Any) -> Sequence[str]:
 
 
 def _href(source: str, data_file: Path, report: Path) -> str | None:
-    if source.startswith(("http://", "https://")):
+    if is_url(source):
         return source
     path = _local(source, data_file)
     if path is None:
@@ -96,13 +97,11 @@ def _href(source: str, data_file: Path, report: Path) -> str | None:
 
 def _local(source: str, data_file: Path) -> Path | None:
     """Return the file that a data file names, or None where there is none."""
-    for path in (data_file.parent / source, Path(source)):
-        try:
-            if path.is_file():
-                return path
-        except (OSError, ValueError):  # a name that no file system takes
-            return None
-    return None
+    path = local_path(source, data_file)
+    try:
+        return path if path is not None and path.is_file() else None
+    except (OSError, ValueError):  # a name that no file system takes
+        return None
 
 
 def _thumbnail(path: Path) -> str | None:
