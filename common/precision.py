@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from common.errors import ConfigError
 
@@ -16,7 +15,6 @@ Precision = Literal["auto", "bf16", "fp16", "fp32"]
 Arithmetic = Literal["bf16", "fp16", "fp32"]
 
 _BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
-_LARGEST_FLOAT16 = 65504.0
 
 
 @lru_cache(maxsize=1)
@@ -44,46 +42,6 @@ def resolve_precision(wanted: Precision, device: str, *, setting: str) -> Arithm
     if wanted == "fp16" and device == "cpu":
         raise ConfigError(f"{setting}: fp16 needs a CUDA device; use auto, bf16 or fp32 on the CPU")
     return wanted
-
-
-def torch_dtype(arithmetic: Arithmetic) -> torch.dtype:
-    import torch
-
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[arithmetic]
-
-
-def cast_weights(model: torch.nn.Module, arithmetic: Arithmetic) -> None:
-    """Store linear and convolution weights in the arithmetic's dtype, in place.
-
-    Autocast would cast them again in every forward pass; casting once gives the same numbers, half
-    the memory and a third more speed on single pictures. Norms, embeddings and subclasses, which
-    may compute on their weights, stay float32.
-    """
-    if arithmetic == "fp32":
-        return
-    from torch import nn
-
-    exact = {nn.Linear, nn.Conv2d}
-    for module in model.modules():
-        if type(module) in exact:
-            module.to(torch_dtype(arithmetic))
-
-
-def autocast(device: str, arithmetic: Arithmetic) -> AbstractContextManager[Any]:
-    """Mixed precision for one forward pass; does nothing for fp32."""
-    if arithmetic == "fp32":
-        return nullcontext()
-    import torch
-
-    return torch.autocast(device.partition(":")[0], dtype=torch_dtype(arithmetic))
-
-
-def to_float16(tensor: torch.Tensor) -> torch.Tensor:
-    """Return float16 on the CPU; values beyond its range are clamped, NaN stays NaN."""
-    import torch
-
-    clamped = tensor.float().clamp(-_LARGEST_FLOAT16, _LARGEST_FLOAT16)
-    return clamped.to(torch.float16).cpu()
 
 
 def require_device(device: str) -> torch.device:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
@@ -18,14 +19,7 @@ import structlog
 from common.errors import FeatureError
 from common.fingerprint import digest
 from common.post import FeatureArray, Stream
-from common.precision import (
-    Arithmetic,
-    autocast,
-    cast_weights,
-    require_device,
-    resolve_precision,
-    to_float16,
-)
+from common.precision import Arithmetic, require_device, resolve_precision
 from config.settings import (
     AudioSettings,
     ExtractorName,
@@ -40,6 +34,8 @@ if TYPE_CHECKING:
 
 Rows: TypeAlias = npt.NDArray[Any]
 EncoderSettings: TypeAlias = VisualSettings | VideoLstmSettings | AudioSettings | TextSettings
+
+_LARGEST_FLOAT16 = 65504.0
 
 _log = structlog.get_logger()
 
@@ -250,3 +246,44 @@ def check_finite(name: str, features: FeatureArray) -> None:
         raise FeatureError(
             f"{name}: the model gave values that are not finite; try features.{name}.precision=fp32"
         )
+
+
+def _torch_dtype(arithmetic: Arithmetic) -> torch.dtype:
+    """Return the torch dtype of an arithmetic."""
+    import torch
+
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[arithmetic]
+
+
+def cast_weights(model: torch.nn.Module, arithmetic: Arithmetic) -> None:
+    """Store linear and convolution weights in the arithmetic's dtype, in place.
+
+    Autocast would cast them again in every forward pass; casting once gives the same numbers, half
+    the memory and a third more speed on single pictures. Norms, embeddings and subclasses, which
+    may compute on their weights, stay float32.
+    """
+    if arithmetic == "fp32":
+        return
+    from torch import nn
+
+    exact = {nn.Linear, nn.Conv2d}
+    for module in model.modules():
+        if type(module) in exact:
+            module.to(_torch_dtype(arithmetic))
+
+
+def autocast(device: str, arithmetic: Arithmetic) -> AbstractContextManager[Any]:
+    """Mixed precision for one forward pass; does nothing for fp32."""
+    if arithmetic == "fp32":
+        return nullcontext()
+    import torch
+
+    return torch.autocast(device.partition(":")[0], dtype=_torch_dtype(arithmetic))
+
+
+def to_float16(tensor: torch.Tensor) -> torch.Tensor:
+    """Return float16 on the CPU; values beyond its range are clamped, NaN stays NaN."""
+    import torch
+
+    clamped = tensor.float().clamp(-_LARGEST_FLOAT16, _LARGEST_FLOAT16)
+    return clamped.to(torch.float16).cpu()

@@ -24,8 +24,8 @@ from config.train import BackboneTrainSettings
 from extractors.media.decode import read_frames
 from extractors.media.pictures import read_pictures, squash
 from extractors.models.visual import segments
-from fusion.data.collate import Batch
 from fusion.data.data_file import MEDIA_KEYS, beside, entries, parse_post
+from fusion.data.schema import Batch
 from fusion.train.distributed import all_ranks, gathered
 from fusion.train.prepare import Skipped, by_item
 

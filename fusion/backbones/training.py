@@ -53,8 +53,8 @@ from fusion.backbones.model import (
     create_backbone,
     save_weights,
 )
-from fusion.data.collate import Collate
 from fusion.data.loading import default_loaders
+from fusion.data.schema import Collate
 from fusion.metrics import ranking as metrics
 from fusion.train import distributed
 from fusion.train.checkpoint import LAST, Start, find_start, signature

@@ -32,8 +32,7 @@ from config.labels import LabelMap
 from config.load import validation_line
 from config.settings import Section
 from extractors.learned import KEY, posts_of_weights
-from fusion.data.collate import Batch
-from fusion.data.schema import FeatureManifest, InputSchema
+from fusion.data.schema import Batch, FeatureManifest, InputSchema
 from fusion.metrics.calibration import Calibration
 from fusion.models import FusionModel, build_model
 

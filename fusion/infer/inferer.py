@@ -15,9 +15,9 @@ from common.precision import require_device, set_threads
 from config.labels import LabelMap
 from config.settings import InferSettings
 from fusion.bundle.bundle import Bundle, load_bundle
-from fusion.data.collate import Batch, Collate, Sample
 from fusion.data.data_file import Record
 from fusion.data.dataset import FeatureFiles
+from fusion.data.schema import Batch, Collate, Sample
 from fusion.infer.outputs import Bad, Outcome, Result
 from fusion.metrics.calibration import calibrated
 
@@ -109,7 +109,7 @@ class Inferer:
             self._scores(self._collate(samples[start : start + self._batch_size]))
             for start in range(0, len(samples), self._batch_size)
         ]
-        return np.concatenate([np.empty((0, len(self.labels))), *rows])
+        return np.concatenate([np.empty((0, self._bundle.schema.classes)), *rows])
 
     def close(self) -> None:
         """Give the model's memory back."""

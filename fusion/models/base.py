@@ -11,8 +11,7 @@ from torch import nn
 
 from common.post import Modality, Stream, modality_of
 from config.fusion_models import ModelSettings
-from fusion.data.collate import Batch
-from fusion.data.schema import InputSchema
+from fusion.data.schema import Batch, InputSchema
 
 Group: TypeAlias = Literal["modality", "fusion", "head"]
 

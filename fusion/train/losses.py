@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from common.post import Stream
 from config.train import AsymmetricSettings, FocalSettings, LossName, LossSettings
-from fusion.data.collate import Batch
+from fusion.data.schema import Batch
 from fusion.models import FusionModel
 
 Costs: TypeAlias = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]

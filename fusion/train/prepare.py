@@ -21,11 +21,10 @@ from common.post_set import PostSet
 from common.progress import progress_bar
 from config.labels import LabelMap
 from config.train import TrainSettings
-from fusion.data.collate import Collate
 from fusion.data.dataset import FeatureFiles, PostDataset, find_manifest
 from fusion.data.loading import default_loaders
 from fusion.data.posts import PostList, Skip
-from fusion.data.schema import FeatureManifest, InputSchema
+from fusion.data.schema import Collate, FeatureManifest, InputSchema
 from fusion.train.distributed import all_ranks, gathered, on_this_host
 from fusion.train.trainer import TrainData
 

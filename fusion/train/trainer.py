@@ -31,8 +31,8 @@ from common.errors import ConfigError
 from common.post_set import PostSet
 from common.progress import Bar, notice, progress_bar
 from config.train import OptimizerSettings, TrainerSettings
-from fusion.data.collate import Batch, Collate, Sample
 from fusion.data.loading import DataWait, EpochBatches, Loading, step_seed
+from fusion.data.schema import Batch, Collate, Sample
 from fusion.metrics import ranking as metrics
 from fusion.train.checkpoint import (
     BEST,

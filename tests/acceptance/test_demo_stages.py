@@ -13,29 +13,11 @@ from config.load import load_settings
 from demo.backbones import train_backbone
 from demo.layout import Layout, Sizes
 from demo.online import media_server
-from demo.parallel import map_items, run_jobs, tell
 from demo.stages import Stamp
 from extractors.learned import learned_from
 from extractors.models.text import TextExtractor
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def _square(number: int) -> int:
-    return number * number
-
-
-def _add(first: int, second: int) -> int:
-    tell("sum", 1, 1, "done")
-    return first + second
-
-
-def _refuse(number: int) -> int:
-    raise ValueError(f"not {number}")
-
-
-def _nothing() -> None:
-    """A set-up with nothing to load."""
 
 
 def test_a_stage_is_done_only_with_its_inputs_and_outputs(tmp_path: Path) -> None:
@@ -59,14 +41,6 @@ def test_media_are_served_on_loopback_and_nothing_else(tmp_path: Path) -> None:
         assert requests.get(f"{url}/media/", timeout=5).status_code == 404
     with pytest.raises(requests.ConnectionError):
         requests.get(f"{url}/media/a.bin", timeout=5)
-
-
-def test_jobs_and_items_run_in_processes_and_their_errors_arrive() -> None:
-    """Results come in order; an error in a child is raised here."""
-    assert map_items("squares", _square, [1, 2, 3], _nothing, ()) == [1, 4, 9]
-    assert run_jobs({"sum": (_add, (1, 2))}) == {"sum": 3}
-    with pytest.raises(ValueError, match="not 5"):
-        map_items("refused", _refuse, [5], _nothing, ())
 
 
 def test_the_text_backbone_is_a_folder_that_the_extractor_loads(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from common.post import Features, Modality
 from fusion.bundle.bundle import Bundle, Ensemble, load_bundle
 from fusion.bundle.export import ExportRefused, Format, ParityError, export, fusion_graph
 from fusion.bundle.export_lstm import Kind, exportable
-from fusion.data.collate import Collate, Sample
+from fusion.data.schema import Collate, Sample
 from fusion.infer.inferer import Inferer
 from fusion.metrics.calibration import Temperature, calibrated
 from fusion.models import MODELS

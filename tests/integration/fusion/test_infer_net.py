@@ -12,8 +12,8 @@ import torch
 
 from extractors.feature_file import feature_path, write_features
 from fusion.bundle.bundle import load_bundle
-from fusion.data.collate import Collate, Sample
 from fusion.data.dataset import FeatureFiles
+from fusion.data.schema import Collate, Sample
 from tests.support.fusion import support
 from tests.support.scripts import infer_rig as rig
 

@@ -8,14 +8,8 @@ import pytest
 import torch
 
 from common.errors import ConfigError
-from common.precision import (
-    autocast,
-    cast_weights,
-    cpu_has_bf16,
-    require_device,
-    resolve_precision,
-    to_float16,
-)
+from common.precision import cpu_has_bf16, require_device, resolve_precision
+from extractors.models.base import autocast, cast_weights, to_float16
 
 
 @pytest.mark.parametrize(

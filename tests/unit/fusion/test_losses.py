@@ -12,7 +12,7 @@ from torchvision.ops import sigmoid_focal_loss
 from common.errors import ConfigError
 from config.load import validate
 from config.train import LossSettings, TrainSettings
-from fusion.data.collate import Batch, Collate, Sample
+from fusion.data.schema import Batch, Collate, Sample
 from fusion.models import build_model
 from fusion.train.losses import Objective, TaggingLoss, class_weights, mixed, mixed_with
 from tests.support.fusion import support

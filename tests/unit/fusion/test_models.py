@@ -15,7 +15,7 @@ from common.errors import ConfigError
 from common.post import MODALITIES, Features, Modality, Stream
 from config.fusion_models import MbtSettings, ModelSettings, NextVladSettings
 from config.train import LossSettings, OptimizerSettings
-from fusion.data.collate import Batch, Collate, Sample
+from fusion.data.schema import Batch, Collate, Sample
 from fusion.models import MODELS, build_model
 from fusion.models.base import ModalityDropout
 from fusion.models.transformers import Block, positions

@@ -9,8 +9,7 @@ import torch
 from common.errors import ConfigError, FeatureError
 from common.post import Features
 from config.fusion_models import TokenLimits
-from fusion.data.collate import Collate, Sample
-from fusion.data.schema import FeatureManifest, InputSchema
+from fusion.data.schema import Collate, FeatureManifest, InputSchema, Sample
 from tests.support.fusion import support
 
 

@@ -16,10 +16,9 @@ from common.post import MODALITIES, Features, Stream, modality_of, streams_of
 from config.train import DataSettings, LossSettings
 from extractors.feature_file import Header
 from fusion.bundle.bundle import load_bundle
-from fusion.data.collate import Batch, Collate, Sample
 from fusion.data.data_file import Record
 from fusion.data.dataset import FeatureFiles, find_manifest
-from fusion.data.schema import FeatureManifest, InputSchema
+from fusion.data.schema import Batch, Collate, FeatureManifest, InputSchema, Sample
 from fusion.models import MODELS, FusionModel, build_model
 from fusion.models.base import ModalityDropout
 from fusion.train.losses import Objective, TaggingLoss
