@@ -5,14 +5,15 @@ watchdog under supervisord with the shipped configuration, small models with ran
 posts with real media. Everything is on loopback, in one temporary folder, and bounded in time.
 A seeded schedule kills workers of every role and the King (also right after a result was written
 and before its message is acknowledged, and while the database is away), sends it SIGTERM under
-load, restarts broker and database, cuts and blackholes connections, and stops workers with
-SIGSTOP. Each post is published one to three times.
+load, restarts broker and database, cuts and blackholes connections, fills and removes the
+spool, and stops workers with SIGSTOP. Each post is published one to three times.
 
 What is counted, per broker:
   lost              posts that are neither tagged nor a dead letter at the end
   tagged_twice      posts whose result changed after they had been tagged by the same bundle, by a
                     trigger inside the database that no writer can get past (`chaos_rig.audit`),
                     or that the daemon's log reports as tagged more than once
+  tagged_in_part    posts whose tags lack media that may be had now
   dead_lettered     posts that are dead letters; one post in a hundred has nothing but junk
   jobs_left         jobs that are no dead letters; messages on the queue count as broken too
   orphan_processes  descendants that live on (this process is the subreaper: none can hide)

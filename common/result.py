@@ -29,6 +29,7 @@ class TagResult:
         tags: Tags whose score reaches their threshold, highest first.
         modalities: ``ok``, ``missing`` or ``failed`` for each modality.
         failures: Reason of each failed modality.
+        partial: One of them may pass: the tags lack what another attempt might have.
         error: Reason why the post failed; None when it is tagged.
         attempts: Number of the attempt that ended; None where attempts are not counted.
         tagged_at: End of the attempt; None in files, which must not depend on the clock.
@@ -42,6 +43,7 @@ class TagResult:
     tags: tuple[Tag, ...] = ()
     modalities: Mapping[Modality, Status] = field(default_factory=dict)
     failures: Mapping[Modality, Failure] = field(default_factory=dict)
+    partial: bool = False
     error: Failure | None = None
     attempts: int | None = None
     tagged_at: datetime | None = None
@@ -62,6 +64,7 @@ class TagResult:
             tags=tags.tags,
             modalities=modalities,
             failures=failures,
+            partial=any(failure.retryable for failure in failures.values()),
         )
 
     @classmethod
@@ -95,6 +98,8 @@ class TagResult:
             "failures": {name: failure.as_dict() for name, failure in self.failures.items()},
             "error": self.error.as_dict() if self.error is not None else None,
         }
+        if self.partial:
+            content["partial"] = True
         if self.attempts is not None:
             content["attempts"] = self.attempts
         if self.tagged_at is not None:

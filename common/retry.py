@@ -6,11 +6,10 @@ other loop that tries again takes its delays from `backoff_s`. Nothing here read
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
-
-from common.errors import WorkerDied
 
 if TYPE_CHECKING:  # settings import this module, and need no numpy
     from common.post import Failure
@@ -20,6 +19,10 @@ if TYPE_CHECKING:  # settings import this module, and need no numpy
 # server that is just coming up; at double, the queue stands still for ten seconds after a restart.
 _RECONNECT_BASE_S = 0.25
 _RECONNECT_MAX_S = 5.0
+
+# The first pause before a post that was tagged in part is tried again. Five of them cover an outage
+# of a day; at half, half of that; at double, a host that was down for minutes is missed for hours.
+_PARTIAL_BASE_S = 3600.0
 
 _RANDOM = random.Random()  # noqa: S311 - jitter
 
@@ -60,22 +63,27 @@ class RetryPolicy:
 
     def delay_s(self, attempt: int, rng: random.Random = _RANDOM) -> float:
         """Draw the delay after a failed attempt, between zero and its limit."""
-        return rng.uniform(0.0, backoff_s(attempt, self.base_s, self.max_s))
+        return rng.uniform(0.0, self.longest_delay_s(attempt))
+
+    def longest_delay_s(self, attempt: int) -> float:
+        """Return the limit of the delay after a failed attempt."""
+        return backoff_s(attempt, self.base_s, self.max_s)
 
     @staticmethod
     def costs_attempt(stage: str, failure: Failure) -> bool:
         """Return True when a step's failure ends the whole attempt, and not one modality alone.
 
-        The death of a worker does, and a retryable failure of decoding or extracting: both say more
-        about the worker than about the media file. A download is tried again by the downloader
-        itself, and without an answer of the cache a post simply goes on. A failure of the fusion,
-        which has no modality to lose, always ends the attempt; it is not asked for here.
+        What may pass does: a worker's death, a media host that is down, a full disk say nothing
+        about the post. Without an answer of the cache a post simply goes on. A failure of the
+        fusion, which has no modality to lose, always ends the attempt; it is not asked for here.
         """
-        if stage == "recall":
-            return False
-        return is_worker_death(failure) or (failure.retryable and stage in ("decode", "extract"))
+        return failure.retryable and stage != "recall"
 
+    def partial_rest_s(self, attempts: int) -> float | None:
+        """Return how long a post that was tagged in part is left alone; None: for good.
 
-def is_worker_death(failure: Failure) -> bool:
-    """Return True when a step failed because its worker died."""
-    return failure.type == WorkerDied.__name__
+        It gets as many single attempts again as it had, and the pauses double.
+        """
+        if attempts >= 2 * self.attempts:
+            return None
+        return backoff_s(attempts - self.attempts + 1, _PARTIAL_BASE_S, math.inf)

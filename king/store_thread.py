@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from typing import Protocol, TypeAlias, TypeVar
 
 import structlog
@@ -87,6 +87,7 @@ class PostStore(Protocol):
     def release_dead(self, context: ClaimContext) -> int: ...
     def open_jobs(self) -> int: ...
     def untagged_ids(self) -> Iterator[str]: ...
+    def partial_ids(self, context: ClaimContext) -> Iterator[str]: ...
     def take_lease(self, name: str, context: ClaimContext, lease_s: float) -> bool: ...
     def close(self) -> None: ...
 
@@ -425,6 +426,7 @@ class StoreThread:
                     "king.post_tagged",
                     tags=[tag.name for tag in outcome.tags.tags],
                     modalities=dict(outcome.statuses),
+                    **({"partial": True} if outcome.result().partial else {}),
                     **({"failures": failures} if failures else {}),
                 )
             case Superseded(version=version):
@@ -496,7 +498,8 @@ class StoreThread:
     def _reconcile(self, now: float) -> None:
         """Publish a batch of posts with neither result nor job: lost messages, or none ever sent.
 
-        A post that is published needlessly is settled or joins its running job.
+        With room in the batch, also posts that were tagged in part a while ago. A post that is
+        published needlessly is settled or joins its running job.
         """
         if self._publishing or self._draining or now < self._reconcile_due:
             return
@@ -522,7 +525,8 @@ def lost_messages(
         # Twice the period, so that the holder renews its lease in time.
         if not store.take_lease(RECONCILER_LEASE, context, 2 * period_s):
             return []
-        messages = [PostMessage(post_id) for post_id in islice(store.untagged_ids(), limit)]
+        ids = chain(store.untagged_ids(), store.partial_ids(context))
+        messages = [PostMessage(post_id) for post_id in islice(ids, limit)]
     except (StoreRefused, StoreUnavailable) as error:
         log.warning("king.reconcile_failed", error=str(error))
         return []

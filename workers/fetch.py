@@ -29,6 +29,7 @@ from typing import Any, TypeAlias
 from urllib.parse import urljoin, urlsplit
 
 import requests
+import structlog
 import urllib3
 from requests.adapters import HTTPAdapter
 from urllib3.connection import HTTPConnection, HTTPSConnection
@@ -40,6 +41,8 @@ from common.post import Media
 from config.settings import FetchSettings
 from workers.protocol import Fetched
 from workers.unpacking import STEP_BYTES, is_media, unpacked
+
+_log = structlog.get_logger()
 
 FETCH_TRIES = 2
 """Tries close together: the second is for a kept-alive connection that the server has just closed.
@@ -149,7 +152,7 @@ class Guard:
         """
         try:
             addresses = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)
-        except (socket.gaierror, UnicodeError) as failed:
+        except socket.gaierror as failed:
             raise Unreachable("the host name cannot be resolved") from failed
         error: Exception = Unreachable("the host name has no address")
         for family, kind, protocol, _, target in addresses:
@@ -161,19 +164,22 @@ class Guard:
                 continue
             if self.left_s <= 0:
                 raise Expired
-            sock = socket.socket(family, kind, protocol)
+            sock: socket.socket | None = None
             try:
+                sock = socket.socket(family, kind, protocol)
                 for option in options or ():
                     sock.setsockopt(*option)
                 sock.settimeout(min(timeout_s, max(0.01, self.left_s)))
                 sock.connect(target)
                 return sock
-            except TimeoutError:
-                sock.close()
-                error = Unreachable(f"timed out after {timeout_s:g} s (connecting)")
             except OSError as failed:
-                sock.close()
-                error = Unreachable(failed.strerror or str(failed))
+                if sock is not None:
+                    sock.close()
+                late = isinstance(failed, TimeoutError)
+                reason = (
+                    f"timed out after {timeout_s:g} s (connecting)" if late else failed.strerror
+                )
+                error = Unreachable(reason or str(failed))
         raise error
 
 
@@ -264,7 +270,8 @@ class Fetcher:
             tries: Attempts in all, close together; who waits longer between them asks for one.
 
         Raises:
-            FetchRetryable: It may succeed later: time-out, broken connection, HTTP 408, 429, 5xx.
+            FetchRetryable: It may succeed later: time-out, broken connection, HTTP 408, 429, 5xx,
+                a full disk.
             FetchRefused: It must not or cannot be had.
         """
         with self._guard.clock(self._settings.total_timeout_s):
@@ -367,12 +374,27 @@ class Fetcher:
         if self._guard.left_s <= 0:
             return FetchRetryable(self._cut_or(""))
         if isinstance(error, (requests.exceptions.SSLError, urllib3.exceptions.SSLError)):
-            return FetchRefused("the TLS connection cannot be trusted or agreed on")
+            return _tls_failure(error)
         if isinstance(error, (requests.Timeout, urllib3.exceptions.TimeoutError)):
             return FetchRetryable(f"timed out after {self._settings.read_timeout_s:g} s")
         if isinstance(error, _BAD_URL):
             return FetchRefused("not a URL that can be requested")
         return FetchRetryable("the connection broke")
+
+
+def _tls_failure(error: BaseException) -> FetchRetryable | FetchRefused:
+    """Tell a host that cannot be trusted from a connection that broke, and from our own trouble."""
+    # The libraries wrap OpenSSL's error, or the system's, as a cause, a context or an argument.
+    for _ in range(8):
+        inner = error.__cause__ or next((a for a in error.args if isinstance(a, Exception)), None)
+        if inner is None:
+            break
+        error = inner
+    if isinstance(error, (ssl.SSLEOFError, ssl.SSLZeroReturnError, ssl.SSLSyscallError)):
+        return FetchRetryable("the connection broke")
+    if isinstance(error, OSError) and not isinstance(error, ssl.SSLError):
+        return FetchRetryable(f"the TLS connection: {error.strerror or error}")
+    return FetchRefused("the TLS connection cannot be trusted or agreed on")
 
 
 def _check_url(url: str) -> None:
@@ -414,17 +436,28 @@ class Spool:
         Raises:
             ConfigError: The spool cannot be written.
         """
+        self.folder = (root / f"{_PREFIX}{secrets.token_hex(8)}").resolve()
         try:
-            root.mkdir(parents=True, exist_ok=True, mode=0o700)
-            # One King at a time: a folder is not yet locked in the moment after it is made.
-            with locked(root / ".lock", timeout_s=-1):
-                _remove_dead(root)
-                self.folder = (root / f"{_PREFIX}{secrets.token_hex(8)}").resolve()
-                self.folder.mkdir(mode=0o700)
-                self._lock = lock_file(self.folder / _LOCK)
+            self._make()
         except OSError as error:
             reason = error.strerror or str(error)
             raise ConfigError(f"fetch.spool: {root} cannot be used: {reason}") from error
+
+    def restore(self) -> None:
+        """Make the folder again if somebody removed it; while that fails, the downloads do."""
+        if not self.folder.is_dir():
+            _log.error("workers.spool_vanished", folder=str(self.folder))
+            with contextlib.suppress(OSError):
+                self._make()
+
+    def _make(self) -> None:
+        root = self.folder.parent
+        root.mkdir(parents=True, exist_ok=True, mode=0o700)
+        # One King at a time: a folder is not yet locked in the moment after it is made.
+        with locked(root / ".lock", timeout_s=-1):
+            _remove_dead(root)
+            self.folder.mkdir(mode=0o700)
+            self._lock = lock_file(self.folder / _LOCK)
 
     def remove_of(self, task_ids: Iterable[int]) -> None:
         for task_id in task_ids:

@@ -16,12 +16,13 @@ With a feature cache all of this is looked up first, and only the missing parts 
 Extraction runs per media file and not per modality: a post never holds one slot while it waits
 for another, so posts cannot deadlock on slots.
 
-What fails inside a post costs that modality. What kills a worker costs the attempt, unless it is
-the last one: then it costs the modality too.
+What fails for good inside a post costs that modality. What may pass costs the attempt, unless it is
+the last one: then it costs the modality too, and the result says that it is partial.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -213,7 +214,7 @@ class PostPlan:
             post_id=self.post.post_id,
             arrays=arrays,
             statuses={m: self._status(m, m in present) for m in MODALITIES},
-            failures={m: failures[0] for m, failures in self._failures.items()},
+            failures={m: _named(failures) for m, failures in self._failures.items()},
             ocr_text=self._ocr_text(),
         )
 
@@ -397,6 +398,11 @@ class PostPlan:
         return error
 
 
+def _named(failures: Sequence[Failure]) -> Failure:
+    """Return the failure that stands for a modality: one that may pass, since it is worth more."""
+    return next((failure for failure in failures if failure.retryable), failures[0])
+
+
 def read_text(ocr: str | None, ocr_of_media: Mapping[int, str]) -> str | None:
     """Return the text in a post's pictures, None if there is none.
 
@@ -479,7 +485,8 @@ class PostRun:
         plan: Of this attempt.
         deadline: `time.monotonic` past which the attempt has failed.
         limit: The same for a person, for example ``king.post_deadline_s (300 s)``.
-        last: No attempt follows: a worker's death costs a modality and not the attempt.
+        last: No attempt follows: what may pass costs a modality and not the attempt.
+        retry_by: `time.monotonic` past which no attempt follows either.
         on_end: Called once, when the run is off the pool; not for a run that was dropped.
         began: `time.monotonic` that the total time counts from.
         tasks: Task ID -> step, of the tasks on the pool.
@@ -494,6 +501,7 @@ class PostRun:
     last: bool
     on_end: Callable[[PostRun, PostOutcome], None]
     priority: int = 0
+    retry_by: float = math.inf
     began: float = field(default_factory=time.monotonic)
     features: Features | None = None
     tasks: dict[int, Step] = field(default_factory=dict)
@@ -606,7 +614,8 @@ class PostRuns:
         self._advance(run)
 
     def _failed(self, run: PostRun, step: Step, failure: Failure) -> None:
-        costs_attempt = not run.last and RetryPolicy.costs_attempt(step.task.stage, failure)
+        last = run.last or time.monotonic() >= run.retry_by
+        costs_attempt = not last and RetryPolicy.costs_attempt(step.task.stage, failure)
         if isinstance(step.task, FuseTask) or costs_attempt:
             kind = RetryableError if failure.retryable else FeatureError
             self._fail(run, failure, kind(failure.message))

@@ -280,12 +280,15 @@ class PostRunner:
             self._submissions.add(self._inbox.popleft())
         now = time.monotonic()
         for submission in [s for s in self._submissions if s.run is None and s.due <= now]:
+            longest_s = self._policy.longest_delay_s(submission.attempt)
             submission.run = PostRun(
                 plan=self._plan(submission.post),
                 deadline=submission.deadline,
                 limit=f"{submission.limit_s:g} s",
                 last=self._policy.is_last(submission.attempt),
                 on_end=partial(self._attempt_ended, submission),
+                # Another attempt would take as long as this one.
+                retry_by=(now + submission.deadline - longest_s) / 2,
                 began=submission.began,
             )
             self._runs.begin(submission.run)

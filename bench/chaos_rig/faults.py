@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TypeAlias
+
+import psutil
 
 from chaos_rig.site import Site
 from tests.support.services import Server
@@ -163,6 +166,22 @@ def _blackhole(which: str, *, replies_only: bool = False) -> Inject:
     return inject
 
 
+def _fill_spool(site: Site, _rng: random.Random) -> Hurt:
+    """No download can be written: a limit on the size of files stands for the full disk."""
+    worker = psutil.Process(site.worker("fetch")[1])
+    limits = worker.rlimit(psutil.RLIMIT_FSIZE)
+    worker.rlimit(psutil.RLIMIT_FSIZE, (0, limits[1]))
+    time.sleep(1.5)
+    worker.rlimit(psutil.RLIMIT_FSIZE, limits)
+    return Hurt(time.time())
+
+
+def _remove_spool(site: Site, _rng: random.Random) -> Hurt:
+    """Somebody cleans up, and nobody puts it back."""
+    shutil.rmtree(site.direct.fetch.spool)
+    return Hurt(time.time())
+
+
 FAULTS: Mapping[str, Inject] = MappingProxyType(
     {
         "kill fetch": _kill("fetch"),
@@ -187,6 +206,8 @@ FAULTS: Mapping[str, Inject] = MappingProxyType(
         "blackhole database": _blackhole("database"),
         "replies of broker lost": _blackhole("broker", replies_only=True),
         "replies of database lost": _blackhole("database", replies_only=True),
+        "spool full": _fill_spool,
+        "spool removed": _remove_spool,
     }
 )
 

@@ -35,6 +35,7 @@ TIMES: dict[str, dict[str, Any]] = {
     "decode": {"processes": 2, "deadline_s": 8},
     "workers": {"slots": 8, "extractors": [{"threads": 1}], "task_timeout_s": 10},
     "king": {
+        "attempts": 8,  # so that no post runs out of them while the spool is full
         "backoff_s": 0.2,
         "backoff_max_s": 2,
         "post_deadline_s": 60,
@@ -193,6 +194,7 @@ class Run:
         median = round(statistics.median(recovered), 2) if recovered else None
         worst = round(max(recovered), 2) if recovered else None
         open_jobs, messages = site.open_jobs(), site.messages_left
+        counts = site.store.queries.counts()
         reasons = Counter(
             f"{(job.last_error or {}).get('stage')}: {(job.last_error or {}).get('type')}"
             for job in letters.values()
@@ -203,6 +205,7 @@ class Run:
             "published": feeder.published,
             "lost": len(lost),
             "tagged_twice": len(twice),
+            "tagged_in_part": counts["partial"],
             "dead_lettered": len(letters),
             "jobs_left": open_jobs,
             "orphan_processes": -1,
@@ -218,6 +221,8 @@ class Run:
         broken = []
         broken += [f"{len(lost)} posts lost: {', '.join(lost[:5])}"] if lost else []
         broken += [f"{len(twice)} tagged twice: {', '.join(twice[:5])}"] if twice else []
+        in_part = counts["partial"]
+        broken += [f"{in_part} posts tagged without media that may be had"] if in_part else []
         broken += [f"{open_jobs} jobs left"] if open_jobs else []
         broken += [f"{messages} messages left"] if messages else []
         unknown = [p for p, job in letters.items() if not (job.last_error or {}).get("message")]

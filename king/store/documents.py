@@ -7,11 +7,13 @@ read is left out and reported as `Unread`, and nothing raises an error.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from datetime import datetime
 from typing import Any, NamedTuple
 
 import structlog
 
 from common.post import Media, MediaKind, Post, clean
+from common.retry import RetryPolicy
 from config.settings import FieldMap
 from king.jobs import Bundle
 
@@ -146,3 +148,16 @@ def tagged_by(document: Mapping[str, Any], result_path: str, bundle: Bundle) -> 
     """Return True when the document carries the tags of exactly this bundle."""
     stored = [dig(document, f"{result_path}.{key}") for key in ("status", "model", "version")]
     return stored == ["tagged", *bundle]
+
+
+def partial_attempts(
+    document: Mapping[str, Any], result_path: str, retry: RetryPolicy, now: float
+) -> int:
+    """Return the attempts of a post tagged in part that may be tried again now; else 0."""
+    partial, attempts, tagged_at = (
+        dig(document, f"{result_path}.{key}") for key in ("partial", "attempts", "tagged_at")
+    )
+    if partial is not True or not isinstance(attempts, int) or not isinstance(tagged_at, datetime):
+        return 0
+    rest_s = retry.partial_rest_s(attempts)
+    return attempts if rest_s is not None and now - tagged_at.timestamp() >= rest_s else 0

@@ -6,12 +6,14 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from itertools import islice
 from typing import Any
 
 import structlog
 
 from common.post import Post
+from common.retry import RetryPolicy
 from config.settings import StoreSettings
 from king.jobs import JOB_STATES, QUEUED_FOR_S, Bundle, Job
 from king.messages import PostMessage
@@ -56,6 +58,21 @@ class PostQueries:
                 ]
             }
         yield from islice(self._without_jobs(self._ids(condition)), limit)
+
+    def partial_ids(self, bundle: Bundle, retry: RetryPolicy, now: float) -> Iterator[str]:
+        """Yield the IDs of posts that this bundle has tagged in part and that may be tried again.
+
+        `documents.partial_attempts` decides the same for one document.
+        """
+        path = self._settings.result_path
+        due = [
+            {f"{path}.attempts": attempts, f"{path}.tagged_at": {"$lte": _date(now - rest_s)}}
+            for attempts in range(1, 2 * retry.attempts)
+            if (rest_s := retry.partial_rest_s(attempts)) is not None
+        ]
+        partial = {f"{path}.partial": True}
+        served = {f"{path}.model": bundle[0], f"{path}.version": bundle[1]}
+        yield from self._without_jobs(self._ids(all_of(partial, served, {"$or": due})))
 
     def matching_ids(self, condition: Mapping[str, Any], limit: int | None = None) -> Iterator[str]:
         """Yield the IDs of the posts that match a MongoDB condition, as text."""
@@ -187,17 +204,23 @@ class PostQueries:
         return dropped
 
     def counts(self) -> dict[str, Any]:
-        """Return ``{posts, tagged, failed, untagged, jobs: {running, waiting, queued, dead}}``."""
+        """Return ``{posts, tagged, partial, failed, untagged, jobs: {running, waiting, ...}}``.
+
+        Those tagged in part are among the tagged.
+        """
         status = f"{self._settings.result_path}.status"
         with self._client.edge():
             posts = int(self._client.posts.count_documents({}))
             tagged = int(self._client.posts.count_documents({status: "tagged"}))
+            partial = {f"{self._settings.result_path}.partial": True}
+            in_part = int(self._client.posts.count_documents(partial))
             failed = int(self._client.posts.count_documents({status: "failed"}))
             jobs = {s: int(self._client.jobs.count_documents({"state": s})) for s in JOB_STATES}
         untagged = posts - tagged - failed
         return {
             "posts": posts,
             "tagged": tagged,
+            "partial": in_part,
             "failed": failed,
             "untagged": untagged,
             "jobs": jobs,
@@ -212,6 +235,10 @@ def open_queries(settings: StoreSettings) -> Iterator[PostQueries]:
         yield PostQueries(client)
     finally:
         client.close()
+
+
+def _date(seconds: float) -> datetime:
+    return datetime.fromtimestamp(seconds, timezone.utc)
 
 
 def _chunks(items: Iterable[str]) -> Iterator[Sequence[str]]:

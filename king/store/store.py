@@ -42,7 +42,7 @@ from king.jobs import (
     number,
 )
 from king.store.client import Operation, Refusal, StoreClient, all_of
-from king.store.documents import dig, projection, read_post, tagged_by
+from king.store.documents import dig, partial_attempts, projection, read_post, tagged_by
 from king.store.ids import match_ids
 from king.store.queries import PostQueries
 
@@ -339,6 +339,10 @@ class Store:
         """Yield the IDs of the posts that have neither a result nor a job."""
         return self.queries.untagged_ids()
 
+    def partial_ids(self, context: ClaimContext) -> Iterator[str]:
+        """Yield the IDs of the posts whose tags lack something and that may be tried again."""
+        return self.queries.partial_ids(context.bundle, context.retry, context.now)
+
     def take_lease(self, name: str, context: ClaimContext, lease_s: float) -> bool:
         """Take or renew work that only one King does at a time; False when another holds it.
 
@@ -388,9 +392,14 @@ def judge(
     forced = message.force or (job is not None and job.force and job.state != "dead")
     path = settings.result_path
     read = document if isinstance(document, Mapping) else None
+    ended = job.attempts if job is not None and decision in ("take", "resume") else 0
     if read is not None and not forced and tagged_by(read, path, context.bundle):
-        stale = job is not None and decision != "elsewhere"
-        return ClaimResult(Settled(post_id, "tagged"), is_stale=stale)
+        # Tags that lack something are tried again, one attempt at a time.
+        before = partial_attempts(read, path, context.retry, context.now)
+        if not before:
+            stale = job is not None and decision != "elsewhere"
+            return ClaimResult(Settled(post_id, "tagged"), is_stale=stale)
+        ended = max(ended, before)
     if decision == "elsewhere" and job is not None:
         return ClaimResult(HeldElsewhere(post_id, job.lease_until))
     if read is None:
@@ -401,7 +410,6 @@ def judge(
         return ClaimResult(Settled(post_id, "waiting" if decision == "waiting" else "dead"))
     if decision == "exhausted" and job is not None:
         return ClaimResult(*_rejected(claim, job, exhausted(job), context))
-    ended = job.attempts if job is not None and decision in ("take", "resume") else 0
     started = Started(
         post=read_post(post_id, read, settings.fields),
         document_id=read["_id"],

@@ -40,6 +40,14 @@ def retag(
             "fusion.bundle.",
         ),
     ] = None,
+    partial: Annotated[
+        bool,
+        typer.Option(
+            "--partial",
+            help="Of these, the posts whose tags lack something that may be had now: their media "
+            "host was down, or this host in trouble.",
+        ),
+    ] = False,
     limit: Annotated[
         int | None, typer.Option("--limit", min=1, help="At most so many posts.")
     ] = None,
@@ -53,21 +61,26 @@ def retag(
     """
     if sum((query is not None, file is not None, everything)) > 1:
         raise ConfigError("retag: --query, --file and --all exclude one another")
-    if query is None and file is None and not everything and older is None:
-        raise ConfigError("retag: name --query JSON, --file F, --all or --bundle-older-than V")
+    if not (query or file or everything or older or partial):
+        raise ConfigError(
+            "retag: name --query JSON, --file F, --all, --bundle-older-than V or --partial"
+        )
     from corpus.pull.command import read_query
     from king.broker.connect import publish_posts
     from king.messages import PostMessage
+    from king.store.client import all_of
     from king.store.queries import open_queries
 
-    condition = read_query(query or "{}")
+    conditions = [read_query(query or "{}")]
     named = read_messages(file) if file is not None else None
     settings = online_settings(config, overrides, broker=True, store=True)
     if older is not None:
         version = current_version(settings) if older == "current" else _version(older)
         path = f"{settings.store.result_path}.version"
-        tagged_before = {path: {"$lt": version}}
-        condition = {"$and": [condition, tagged_before]} if condition else tagged_before
+        conditions.append({path: {"$lt": version}})
+    if partial:
+        conditions.append({f"{settings.store.result_path}.partial": True})
+    condition = all_of(*filter(None, conditions)) if any(conditions) else {}
     with open_queries(settings.store) as queries:
         ids: Iterator[str]
         total = None

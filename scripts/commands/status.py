@@ -109,7 +109,8 @@ def _print(content: dict[str, Any]) -> None:
     write(f"database  {store['database']} at {store['url']}: ")
     if store["error"] is None:
         counts = store["counts"]
-        posts = ", ".join(f"{counts[k]} {k}" for k in ("posts", "tagged", "failed", "untagged"))
+        shown = ("posts", "tagged", "partial", "failed", "untagged")
+        posts = ", ".join(f"{counts[k]} {k}" for k in shown)
         jobs = ", ".join(f"{number} {state}" for state, number in counts["jobs"].items())
         write(f"{posts}\n          jobs: {jobs}\n")
     else:

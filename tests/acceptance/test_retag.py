@@ -84,6 +84,8 @@ def command(folder: Path, capsys: pytest.CaptureFixture[str], unique_name: str) 
         {"_id": name, "text": name[0], "insight": {"status": "tagged", "version": version}}
         for name, version in versions.items()
     ]
+    for document in documents[::2]:  # new and old
+        document["insight"]["partial"] = True
     made.insert([*documents, {"_id": "untagged", "text": "u"}])
     return made
 
@@ -96,6 +98,9 @@ def command(folder: Path, capsys: pytest.CaptureFixture[str], unique_name: str) 
         (["--bundle-older-than", NEXT], {"same", "old", "older"}),
         (["--query", '{"text": "o"}'], {"old", "older"}),
         (["--query", '{"_id": "same"}', "--bundle-older-than", "current"], set()),
+        (["--partial"], {"new", "old"}),
+        (["--partial", "--bundle-older-than", "current"], {"old"}),
+        (["--partial", "--query", '{"_id": "new"}'], {"new"}),
         (["--query", '{"_id": "old"}', "--bundle-older-than", "current"], {"old"}),
     ],
 )

@@ -250,6 +250,8 @@ class ProcessPool:
             case Done() if load is not None:
                 self._on_done(worker, load, message, now)
             case Failed() if load is not None:
+                if worker.spec.role == "fetch" and self._spool is not None:
+                    self._spool.restore()
                 queued = self._scheduler.ended(worker.name, message.task_id, now, gives_slot=False)
                 if queued is not None:
                     self._update_cache(queued.task, message.failure)
@@ -283,6 +285,8 @@ class ProcessPool:
             self._supervisor.send(cache, update)
 
     def _launch(self, spec: WorkerSpec) -> Launch:
+        if self._spool is not None:
+            self._spool.restore()
         in_slots = spec.role in ("decode", "extract")
         return Launch(
             run=self._roles[spec.role],

@@ -6,6 +6,7 @@ hostile files meet native libraries, holds nothing else.
 
 from __future__ import annotations
 
+import errno
 import resource
 import threading
 import time
@@ -18,7 +19,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import structlog
 
-from common.errors import BundleError, ConfigError, FeatureError, MediaError, TaggingError, one_line
+from common.errors import (
+    BundleError,
+    ConfigError,
+    FeatureError,
+    MediaError,
+    RetryableError,
+    TaggingError,
+    one_line,
+)
 from common.fingerprint import mismatch, packed, unpacked
 from common.post import Failure, Stream
 from config.settings import DecodeSettings, FeatureSettings, FusionSettings, Settings
@@ -57,6 +66,10 @@ _ENTRY_BYTES = 4096
 _FLUSH_S = 2.0
 """Time to write the waiting results at the end, less than the King waits before it kills."""
 
+_OUR_TROUBLE = (errno.ENOENT, errno.ESTALE, errno.EMFILE, errno.ENFILE)
+"""Errors of opening a downloaded file that say nothing of it: somebody emptied the spool, or the
+descriptors are used up. Not EIO and ENOMEM, which FFmpeg gives for damaged files too."""
+
 _BUNDLE_FILES = ("bundle.yaml", "model.safetensors", "labels.json")
 
 _log = structlog.get_logger()
@@ -69,11 +82,18 @@ def run_decode(
 
     Raises:
         MediaError: The file cannot be decoded, or gives more than a slot holds.
+        RetryableError: It cannot be opened, for a reason that may pass.
     """
     from extractors.media.decode import decode_media
 
     writer = arena.writer(task.slot)
-    media = decode_media(task.kind, task.path, features, limits, writer)
+    try:
+        media = decode_media(task.kind, task.path, features, limits, writer)
+    except (MediaError, OSError) as error:
+        cause = error.__cause__ if isinstance(error, MediaError) else error
+        if isinstance(cause, OSError) and cause.errno in _OUR_TROUBLE:
+            raise RetryableError(f"the file cannot be opened: {cause.strerror}") from error
+        raise
     parts = tuple(Part(kind, writer.ref(array)) for kind, array in media.parts)
     return Decoded(parts, dict(media.failures))
 

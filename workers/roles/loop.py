@@ -37,6 +37,7 @@ from common.errors import (
     ConfigError,
     FeatureError,
     FetchRefused,
+    FetchRetryable,
     MediaError,
     PermanentError,
     RetryableError,
@@ -246,7 +247,9 @@ def failure_of(stage: str, error: Exception) -> Failure:
     """
     if not isinstance(error, TaggingError):
         _log.error("workers.task_error", stage=stage, exc_info=error)
-        error = _typed(stage, error, str(error))
+        # The system's own trouble in the only role that has connections says nothing of the post.
+        ours = stage == "fetch" and isinstance(error, (OSError, MemoryError))
+        error = FetchRetryable(one_line(error)) if ours else _typed(stage, error, str(error))
     return Failure.of(stage, error, retryable=isinstance(error, RetryableError))
 
 

@@ -19,11 +19,14 @@ from king.store_thread import lost_messages
 from tests.support.fakes.broker import MemoryBroker
 from tests.support.king.king_rig import Running, fake_pool, king_settings
 from tests.support.king.store_rig import (
+    BUNDLE,
     NOW,
     StoreRig,
     context,
     mongo_settings,
     mongo_store,
+    started,
+    tagged,
 )
 from tests.support.services import wait_until
 
@@ -71,7 +74,10 @@ def test_lease_that_many_want_at_once_goes_to_one(mongo_url: str, unique_name: s
 
 
 def test_only_posts_without_result_and_job_are_published(mongo: Store) -> None:
-    """A result, also a failed one, or a job in any state, a dead letter too, leaves a post out."""
+    """A result, also a failed one, or a job in any state, a dead letter too, leaves a post out.
+
+    But for tags of the served bundle that lack something, when they have rested for a while.
+    """
     rig = StoreRig(mongo)
     rig.insert(
         {"_id": "lost", "text": "x"},
@@ -83,11 +89,19 @@ def test_only_posts_without_result_and_job_are_published(mongo: Store) -> None:
         {"_id": "no\x00message"},
         {"_id": " spaced "},
     )
+    for name, version in (("partial", BUNDLE[1]), ("older", "2025"), ("recent", BUNDLE[1])):
+        ended_at = NOW - (60 if name == "recent" else 4000)
+        rig.insert({"_id": name})
+        begun = started(mongo, name, context(ended_at))
+        outcome = tagged(begun, version, partial=True, ended_at=ended_at)
+        mongo.finish([outcome], context(ended_at))
     rig.set_job(Job("works", "running", 1, owner="k2", lease_until=NOW + 60))
     rig.set_job(Job("dead", "dead", 5))
     messages = lost_messages(mongo, context(), 60, 10)
-    ids = sorted(message.post_id for message in messages)
-    assert ids == ['" spaced "', '"no\\u0000message"', "42", "lost"]
+    ids = [message.post_id for message in messages]
+    assert sorted(ids[:4]) == ['" spaced "', '"no\\u0000message"', "42", "lost"]
+    assert ids[4:] == ["partial"], "with what room the lost ones leave"
+    assert len(lost_messages(mongo, context(), 60, 2)) == 2
 
 
 def test_batches_are_bounded_and_the_lease_decides(mongo: Store) -> None:

@@ -11,6 +11,7 @@ from common.post import Failure, Media
 from king.jobs import (
     Dead,
     Rejected,
+    Retry,
     Settled,
     Started,
     Superseded,
@@ -118,6 +119,38 @@ def test_same_bundle_tags_once_unless_forced(rig: StoreRig) -> None:
     assert rig.job("p1") is not None
     assert begin_one(rig.store, "p1") == Settled("p1", "tagged")  # the older one has nothing to do
     assert isinstance(begin_one(rig.store, "p1", force=True), Started)
+
+
+def test_partial_tags_are_tried_again_after_a_pause_a_bounded_number_of_times(
+    rig: StoreRig,
+) -> None:
+    """Too early, the message is settled; then each try is one attempt, until they are used up."""
+    rig.insert({"_id": "p1"}, {"_id": "whole"})
+    rig.store.finish([tagged(started(rig.store, "whole"))], context())
+    now, ended = NOW, 0
+    for attempt in range(1, 7):
+        run = context(now)
+        begun = started(rig.store, "p1", run)
+        assert begun.attempt == attempt
+        if attempt < 3:  # the attempts of its first message
+            failure = Failure("fetch", "FetchRetryable", "HTTP 503", retryable=True)
+            rig.store.finish([Retry(begun, failure, now + 1)], run)
+            now += 2
+            continue
+        rig.store.finish([tagged(begun, partial=True, ended_at=now)], run)
+        assert rig.result("p1")["attempts"] == attempt
+        assert rig.job("p1") is None
+        for later in (0, 3599 * 2**ended):
+            assert begin_one(rig.store, "p1", context(now + later)) == Settled("p1", "tagged")
+            assert list(rig.store.partial_ids(context(now + later))) == []
+        now += 3600 * 2**ended + 1
+        ended += 1
+        left = attempt < 6
+        assert list(rig.store.partial_ids(context(now))) == (["p1"] if left else [])
+        newer = context(now, bundle=("demo", "20270101T000000Z-bb"))
+        assert list(rig.store.partial_ids(newer)) == []
+    assert begin_one(rig.store, "p1", context(now + 1e6)) == Settled("p1", "tagged")
+    assert started(rig.store, "p1", context(now), force=True).attempt == 1
 
 
 def test_older_bundle_never_overwrites_a_newer_one(rig: StoreRig) -> None:

@@ -69,6 +69,7 @@ def test_commands_see_posts_letters_and_counts(mongo: Store) -> None:
     assert mongo.queries.counts() == {
         "posts": 5,
         "tagged": 1,
+        "partial": 0,
         "failed": 1,
         "untagged": 3,
         "jobs": {"running": 1, "waiting": 0, "queued": 0, "dead": 3},

@@ -15,7 +15,7 @@ import pytest
 from common.errors import FetchRefused, FetchRetryable
 from common.post import Media
 from tests.support.ports import free_port
-from tests.support.workers.fetching import fetch, get, refused, retryable, settings_of
+from tests.support.workers.fetching import get, refused, retryable, settings_of
 from tests.support.workers.web import BODY, Web, web_server
 from workers.fetch import Fetcher
 
@@ -192,12 +192,6 @@ def test_plain_text_behind_https(web: Web, tmp_path: Path) -> None:
     """TLS that cannot be agreed on is permanent, in one line."""
     url = web.url("/ok").replace("http://", "https://")
     assert refused(url, tmp_path) == "the TLS connection cannot be trusted or agreed on"
-
-
-def test_spool_that_is_gone(web: Web, tmp_path: Path) -> None:
-    """A disk that cannot be written is told as such, and may pass."""
-    with pytest.raises(FetchRetryable, match="spool: No such file"):
-        fetch(Media("image", web.url("/ok")), settings_of(), tmp_path / "gone", "file")
 
 
 def test_threads_do_not_share_a_clock(web: Web, tmp_path: Path) -> None:

@@ -215,6 +215,33 @@ def test_what_may_pass_is_tried_as_often_as_the_policy_says(made: Made, attempts
     assert len(pool.submitted) == attempts
 
 
+@pytest.mark.parametrize("fails", [1, ATTEMPTS - 1, ATTEMPTS])
+def test_a_host_that_is_down_costs_attempts_and_at_last_its_modality(
+    made: Made, fails: int
+) -> None:
+    """The others' features are there in the end; a host that comes back in time costs nothing."""
+    down = Failure("fetch", "FetchRetryable", "HTTP 503", retryable=True)
+    runner, pool = made(Scripted({"fetch": [down] * fails}))
+    ran = runner.submit(Post("p", "words", (Media("image", URL),))).result(60)
+    assert ran.features.statuses["image"] == ("failed" if fails == ATTEMPTS else "ok")
+    assert ran.features.failures == ({"image": down} if fails == ATTEMPTS else {})
+    assert ran.tags.tags
+    assert sum(isinstance(task, FetchTask) for task in pool.submitted) == min(fails + 1, ATTEMPTS)
+
+
+def test_a_post_without_time_for_another_attempt_is_tagged_from_the_rest(made: Made) -> None:
+    """Rather than failed at its deadline."""
+    king = SETTINGS.king.model_copy(update={"backoff_s": 60, "backoff_max_s": 60})
+    down = Failure("fetch", "FetchRetryable", "HTTP 503", retryable=True)
+    runner, _ = made(
+        Scripted({"fetch": [down]}), settings=SETTINGS.model_copy(update={"king": king})
+    )
+    post = Post("p", "words", (Media("image", URL),))
+    ran = runner.submit(post, deadline_s=30).result(20)
+    assert ran.features.failures == {"image": down}
+    assert ran.features.statuses["text"] == "ok"
+
+
 def test_a_pause_past_the_time_limit_is_not_waited_for(made: Made) -> None:
     """The caller gets the post's own failure in time, and not that it ran out of time."""
     king = SETTINGS.king.model_copy(update={"backoff_s": 1e6, "backoff_max_s": 1e6})

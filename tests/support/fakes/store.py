@@ -23,6 +23,7 @@ from king.jobs import (
     Unreadable,
     Verdict,
 )
+from king.store.documents import partial_attempts, tagged_by
 from king.store.ids import id_text, match_ids
 from king.store.store import changes_after, judge, unreadable_letter
 
@@ -156,6 +157,16 @@ class FakeStore:
         self._require()
         without = (id_text(p["_id"]) for p in self.posts.values() if not p.get("insight"))
         return (post_id for post_id in without if post_id not in self.jobs)
+
+    def partial_ids(self, context: ClaimContext) -> Iterator[str]:
+        self._require()
+        path, retry, now = StoreSettings().result_path, context.retry, context.now
+        due = (
+            key
+            for key, post in self.posts.items()
+            if tagged_by(post, path, context.bundle) and partial_attempts(post, path, retry, now)
+        )
+        return (post_id for post_id in map(id_text, due) if post_id not in self.jobs)
 
     def take_lease(self, name: str, context: ClaimContext, lease_s: float) -> bool:
         self._require()

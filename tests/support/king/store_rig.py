@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -114,7 +115,13 @@ def started(
     return verdict
 
 
-def tagged(begun: Started, version: str = BUNDLE[1], *names: str) -> Tagged:
+def tagged(
+    begun: Started,
+    version: str = BUNDLE[1],
+    *names: str,
+    partial: bool = False,
+    ended_at: float | None = None,
+) -> Tagged:
     """Tags for a begun post."""
     tags: Sequence[Tag] = [Tag(i, name, 0.75) for i, name in enumerate(names or ("雨",))]
     scores = np.array([0.75])
@@ -122,8 +129,9 @@ def tagged(begun: Started, version: str = BUNDLE[1], *names: str) -> Tagged:
         started=begun,
         tags=Tags(begun.post_id, BUNDLE[0], version, tuple(tags), scores),
         statuses={"video": "missing", "image": "failed", "text": "ok"},
-        failures={"image": Failure("fetch", "FetchRefused", "HTTP 404")},
+        failures={"image": Failure("fetch", "FetchRefused", "HTTP 404", retryable=partial)},
         timings_ms={"fetch": 3, "total": 9},
+        ended_at=time.time() if ended_at is None else ended_at,
     )
 
 

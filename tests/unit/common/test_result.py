@@ -45,6 +45,15 @@ def test_the_documents_of_tagged_and_failed_posts_have_the_same_keys() -> None:
     assert "tagged_at" not in TagResult.tagged(TAGS, {}, {}).document()
 
 
+def test_tags_that_lack_what_may_come_are_partial() -> None:
+    """A file that is broken for good is the post's; a key of its own says the rest, and no more."""
+    down = Failure("fetch", "FetchRetryable", "HTTP 503", retryable=True)
+    partial = TagResult.tagged(TAGS, {}, {"image": down, "video": BROKEN}).document()
+    whole = TagResult.tagged(TAGS, {}, {"image": BROKEN}).document()
+    assert partial["partial"] is True
+    assert set(partial) == {*whole, "partial"}
+
+
 def test_a_line_of_json_is_the_answer_and_all_scores() -> None:
     """The tags are rounded as everywhere; the scores of all classes keep every digit."""
     result = Result(TAGS, labels=("猫",), statuses={"text": "ok"}, failures={"image": BROKEN})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import threading
 import time
@@ -38,6 +39,9 @@ FULL = Post(
         Media("audio", "http://a/3"),
     ),
 )
+
+
+DOWN = Failure("fetch", "FetchRetryable", "HTTP 503", retryable=True)
 
 
 class Bench:
@@ -159,23 +163,52 @@ def test_broken_modality_leaves_the_rest(
 
 
 @pytest.mark.parametrize(
-    ("kind", "name"),
-    [(FetchTask, None), (DecodeTask, None), (ExtractTask, "video"), (ExtractTask, "ocr")],
+    ("kind", "name", "failure"),
+    [
+        (FetchTask, None, DIED),
+        (DecodeTask, None, DIED),
+        (ExtractTask, "video", DIED),
+        (ExtractTask, "ocr", DIED),
+        (FetchTask, None, DOWN),
+        (FetchTask, None, replace(DOWN, message="spool: No space left on device")),
+        (DecodeTask, None, replace(DOWN, stage="decode", type="RetryableError")),
+    ],
 )
-def test_worker_death_costs_the_attempt_but_not_the_last(
-    tmp_path: Path, kind: type, name: str | None
+def test_what_may_pass_costs_the_attempt_but_not_the_last(
+    tmp_path: Path, kind: type, name: str | None, failure: Failure
 ) -> None:
-    with bench(tmp_path / "s", failing(kind, DIED, name)) as it:
+    """After the last the post is tagged from the rest, and its result says that it is partial."""
+    with bench(tmp_path / "s", failing(kind, failure, name)) as it:
         [outcome] = it.run(begun())
         assert isinstance(outcome, Retry)
-        assert outcome.failure == DIED
+        assert outcome.failure == failure
         assert 0 <= outcome.due_at - time.time() <= 2
         it.settle()
-    with bench(tmp_path / "s", failing(kind, DIED, name)) as it:
+    with bench(tmp_path / "s", failing(kind, failure, name)) as it:
         [outcome] = it.run(begun(attempt=3))
         assert isinstance(outcome, Tagged)
         assert "failed" in outcome.statuses.values() or name == "ocr"
+        assert outcome.result().document()["partial"] is True
         it.settle()
+
+
+def test_a_file_that_is_gone_for_good_costs_no_attempt(tmp_path: Path) -> None:
+    """Also beside one that may come: the result is partial for that one, whichever failed first."""
+    gone = Failure("fetch", "FetchRefused", "HTTP 404")
+    media = tuple(Media("image", f"http://a/{i}") for i in range(3))
+
+    def answer(down: str, task: Task) -> Answer:
+        if isinstance(task, FetchTask) and not task.media.source.endswith("/0"):
+            return DOWN if task.media.source.endswith(down) else gone
+        return default_answer(task)
+
+    for down, attempt, partial in (("-", 1, None), ("/1", 3, True), ("/2", 3, True)):
+        with bench(tmp_path / "s", functools.partial(answer, down)) as it:
+            [outcome] = it.run(begun(Post("p1", media=media), attempt))
+            assert isinstance(outcome, Tagged)
+            assert outcome.statuses["image"] == "ok"
+            assert outcome.failures["image"] == (DOWN if partial else gone)
+            assert outcome.result().document().get("partial") is partial
 
 
 def test_nothing_usable_is_permanent_or_not_by_its_reasons(tmp_path: Path) -> None:
