@@ -1,11 +1,27 @@
-"""URLs as they may be shown: without credentials."""
+"""URLs: what is one, and how one may be shown, without credentials."""
 
 from __future__ import annotations
 
 import re
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 _SECRET_OPTION = re.compile(r"([?&][^=&#]*(?:password|passwd|secret|token)[^=&#]*=)[^&#]*", re.I)
+
+
+_SCHEME = re.compile(r"[a-z][a-z0-9+.-]+://|data:", re.I)
+
+
+def is_url(source: str) -> bool:
+    """Tell what can only be downloaded, ``//host/a.png`` too, from a path, as ``C:/a.png``."""
+    return source.startswith("//") or _SCHEME.match(source) is not None
+
+
+def local_source(source: str) -> str:
+    """Return the path of a ``file://`` URL of this host; anything else as it is."""
+    match source.lower().partition("://"):
+        case "file", _, rest if rest.startswith(("/", "localhost/")):
+            return unquote(source[len("file://") :].removeprefix("localhost"))
+    return source
 
 
 def redact(url: str) -> str:

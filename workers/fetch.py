@@ -311,6 +311,7 @@ class Fetcher:
     def _open(self, url: str) -> requests.Response:
         """Return the answer at the end of the redirects, its body still to be read."""
         for _ in range(self._settings.max_redirects + 1):
+            url = f"https:{url}" if url.startswith("//") else url  # as on a page of today
             _check_url(url)
             response = self._session.get(
                 url,
@@ -401,6 +402,8 @@ def _check_url(url: str) -> None:
     if len(url) > _MAX_URL or any(ord(char) < 0x20 or char == "\x7f" for char in url):
         raise FetchRefused("not a URL that can be requested")
     parts = urlsplit(url)
+    if not parts.scheme:
+        raise FetchRefused("not an http or https URL; paths of this host are not read here")
     if parts.scheme not in ("http", "https"):
         raise FetchRefused(f"scheme {parts.scheme[:20]!r} is not http or https")
     if not parts.hostname:
@@ -486,14 +489,6 @@ def _remove_dead(root: Path) -> None:
                 continue
             with locked(folder / _LOCK):
                 shutil.rmtree(folder, ignore_errors=True)
-
-
-def is_url(source: str) -> bool:
-    """Tell whether a source is to be downloaded; ``C:/a.png`` and ``a.png`` are paths."""
-    try:
-        return len(urlsplit(source).scheme) > 1
-    except ValueError:  # a broken host in brackets: the downloader says what is wrong with it
-        return "://" in source
 
 
 def local_file(source: str, *, root: Path | None = None) -> Fetched:

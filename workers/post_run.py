@@ -57,9 +57,9 @@ from common.post import (
     modality_of,
 )
 from common.retry import RetryPolicy
+from common.urls import is_url
 from config.settings import FeatureSettings
 from extractors.parts import PARTS, PartKind, parts_of
-from workers.fetch import is_url
 from workers.protocol import (
     NO_SLOT,
     STAGES,

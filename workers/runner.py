@@ -31,8 +31,9 @@ from common.errors import (
     TaggingError,
 )
 from common.post import Modality, Post, Stream
+from common.urls import is_url
 from config.settings import ExtractorName, FeatureSettings, Settings
-from workers.fetch import is_url, local_file
+from workers.fetch import local_file
 from workers.pool.pool import ProcessPool
 from workers.post_run import PostFailed, PostOutcome, PostPlan, PostRun, PostRuns, PostTags
 from workers.protocol import (

@@ -18,9 +18,10 @@ from typing import Any
 
 from common.errors import ConfigError
 from common.post import MediaKind, Post
+from common.urls import is_url
 from corpus.analyze.measure import Measured, MediaFact, Task, class_of, measure_all
 from corpus.databases import open_state
-from fusion.data.data_file import is_url, local_path
+from fusion.data.data_file import local_path
 
 _VERSION = 1
 _COMMIT_S, _COMMIT_FILES = 0.5, 16  # whichever comes first

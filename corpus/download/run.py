@@ -142,6 +142,11 @@ def _download(options: Options, state: State, stopper: Stopper, total: int) -> i
         return _interrupted(stopper, "all files are downloaded, the manifest is not written")
     summary.show()
     sys.stdout.write(f"{options.out}/manifest.jsonl, posts.jsonl, summary.json\n")
+    if summary.total and summary.failures == summary.total:
+        sys.stderr.write(
+            f"download_mp: all {summary.total:,} media failed, see the reasons above\n"
+        )
+        return 1
     return 0
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from common.errors import FetchRefused, FetchRetryable, MediaError
 from common.files import file_digest
 from common.post import Failure, Media
+from common.urls import is_url
 from corpus.download.values import Answer, Ask, Options, Status, UrlResult
 from extractors.media.sniff import check_type, type_of
 from workers.fetch import Fetcher
@@ -168,6 +169,8 @@ class Transfers:
     def _download(self, fetcher: Fetcher, ask: Ask) -> Answer:
         part = self._folder / f"{ask.key}.part"
         try:
+            if not ask.local and not is_url(ask.source):
+                raise FetchRefused("is a path of this host: --local takes these")
             part.unlink(missing_ok=True)
             # One try: the waits between tries are the run's business, which sees the whole host.
             sha256 = (

@@ -13,9 +13,10 @@ import typer
 
 from common.cli import ConfigFile, Overrides, seconds
 from common.post import MediaKind
+from common.urls import is_url
 from config.load import load_settings
 from config.settings import FetchSettings
-from fusion.data.data_file import is_url, local_path
+from fusion.data.data_file import local_path
 
 Status: TypeAlias = Literal["ok", "refused", "retryable"]
 """``refused`` stays so however often one tries; ``retryable`` may succeed later."""

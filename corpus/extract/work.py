@@ -18,12 +18,12 @@ from typing import Any, Literal, TypeAlias
 from common.errors import ConfigError
 from common.fingerprint import digest
 from common.post import Failure, Media, MediaKind, Modality, Post, Status
+from common.urls import is_url
 from config.settings import Settings
 from fusion.data.data_file import (
     BadLine,
     CorpusPost,
     count_lines,
-    is_url,
     local_path,
     objects,
     read_posts,

@@ -16,10 +16,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeAlias
-from urllib.parse import urlsplit
 
 from common.errors import ConfigError
 from common.post import Media, MediaKind, Post, clean
+from common.urls import is_url, local_source
 from config.load import did_you_mean
 
 # Bytes of one read. Half would double the reads; much more only holds more of the file in memory.
@@ -214,7 +214,7 @@ def parse_post(value: Any, where: str, line: int = 0) -> CorpusPost:
     """
     post_id = post_id_of(value, where)
     media = [
-        Media(kind, source)
+        Media(kind, local_source(source))
         for kind, key in MEDIA_KEYS.items()
         for source in _texts(value, key, where)
         if source
@@ -263,14 +263,6 @@ def post_to_tag(value: Any, path: Path, where: str) -> Post:
             raise ConfigError(f"{where}: {key}: no such file: {each.source}")
         media.append(each if local is None else Media(each.kind, str(local)))
     return Post(post.post_id, post.text, tuple(media), post.ocr, post.labels)
-
-
-def is_url(source: str) -> bool:
-    """Tell a URL from a path."""
-    try:
-        return urlsplit(source).scheme.lower() in {"http", "https"}
-    except ValueError:
-        return source[:8].lower().startswith(("http://", "https://"))
 
 
 def local_path(source: str, file: Path | str) -> Path | None:

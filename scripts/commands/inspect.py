@@ -58,8 +58,10 @@ def inspect(
 @contextmanager
 def _local(source: str, settings: Settings) -> Iterator[Path]:
     """Yield the path of a source; a URL is downloaded as the daemon does, and deleted."""
-    from workers.fetch import Fetcher, is_url
+    from common.urls import is_url, local_source
+    from workers.fetch import Fetcher
 
+    source = local_source(source)
     if not is_url(source):
         if not Path(source).is_file():
             raise ConfigError(f"inspect: {source}: no such file")

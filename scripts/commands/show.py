@@ -69,7 +69,8 @@ def _print(content: dict[str, Any], *, found: bool) -> None:
         when = ago(tagged_at.timestamp(), time.time()) if hasattr(tagged_at, "timestamp") else "?"
         model = f"{result.get('model')} {result.get('version')}"
         attempts = result.get("attempts")
-        write(f"status    {result.get('status')} by {model}, {when}, attempt {attempts}\n")
+        partial = ", partial" if result.get("partial") else ""
+        write(f"status    {result.get('status')} by {model}, {when}, attempt {attempts}{partial}\n")
         if result.get("error"):
             write(f"error     {_error(result['error'])}\n")
     if job is not None:

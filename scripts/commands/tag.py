@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from common.errors import TaggingError
-from common.post import Failure, Post
+from common.post import MEDIA_KINDS, Failure, Post
 from common.result import TagResult
 from common.tables import print_table
 from fusion.data.data_file import read_whole_posts
@@ -34,13 +34,20 @@ def tag(
     from workers.local import local_runner
 
     with local_runner(settings) as runner:
-        results = [result_of(post, runner).answer() for post in posts]
+        ran = [result_of(post, runner) for post in posts]
+    results = [result.answer() for result in ran]
     if as_json:
         print_json(results)
     else:
         for result in results:
             _print(result)
-    if any(result["status"] == "failed" for result in results):
+    media = sum(len(post.media) for post in posts)
+    all_lost = media and not any(
+        result.modalities.get(kind) == "ok" for result in ran for kind in MEDIA_KINDS
+    )
+    if all_lost:
+        sys.stderr.write(f"tag: all {media} media failed\n")
+    if all_lost or any(result.status == "failed" for result in ran):
         raise typer.Exit(1)
 
 
@@ -62,7 +69,7 @@ def _print(result: dict[str, Any]) -> None:
         write(f"failed    {result['error']['type']}: {result['error']['message']}\n")
         return
     used = ", ".join(f"{name} {state}" for name, state in result["modalities"].items())
-    write(f"used      {used}\n")
+    write(f"used      {used}{'; partial' if result.get('partial') else ''}\n")
     for name, failure in result["failures"].items():
         write(f"          {name}: {failure['type']}: {failure['message']}\n")
     rows = [(tag["name"], f"{tag['score']:.3f}", tag["id"]) for tag in result["tags"]]

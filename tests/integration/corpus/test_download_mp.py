@@ -109,7 +109,7 @@ def test_every_media_gets_its_line(site: MediaSite, tmp_path: Path) -> None:
         "short": "FetchRetryable: the connection broke",
         "status/500": "FetchRetryable: HTTP 500",
         "cutwav": "MediaError: truncated WAV sound: 1600 of 3244 bytes",
-        "//etc/passwd": "FetchRefused: scheme 'file' is not http or https",
+        "etc/passwd": "FetchRefused: is a path of this host: --local takes these",
         "png/1": "MediaError: is not a video: PNG picture",
     }
     assert len(list((out / "media").rglob("*.*"))) == 3
@@ -197,21 +197,30 @@ def test_limits_of_the_settings_hold(site: MediaSite, tmp_path: Path) -> None:
     }
     assert "/png/2" not in site.requests
     site.requests.clear()
-    assert main([str(posts), "--out", str(tmp_path / "out2"), "--processes", "1"]) == 0
+    assert main([str(posts), "--out", str(tmp_path / "out2"), "--processes", "1"]) == 1
     assert "is private" in reasons(tmp_path / "out2")["png/1"]
     assert not site.requests
 
 
-def test_local_files_are_taken_when_asked_for(tmp_path: Path) -> None:
-    """Paths beside the posts file are copied with --local, and refused without."""
-    (tmp_path / "a.png").write_bytes(png(3))
-    posts = write_posts(tmp_path / "p.jsonl", [["a.png", "none.png"]])
-    assert main(command(posts, tmp_path / "out")) == 0
-    assert {line["status"] for line in manifest(tmp_path / "out")} == {"failed"}
+def test_local_files_are_taken_when_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Beside the posts file, as whole paths or file URLs; without --local it is named as the way.
+
+    Where nothing at all could be had, the exit code is 1.
+    """
+    (tmp_path / "a b.png").write_bytes(png(3))
+    sources = ["a b.png", str(tmp_path / "a b.png"), f"file://{tmp_path}/a%20b.png"]
+    posts = write_posts(tmp_path / "p.jsonl", [[*sources, "none.png"]])
+    assert main(command(posts, tmp_path / "out")) == 1
+    assert "download_mp: all 4 media failed" in capsys.readouterr().err
+    assert {line["reason"]["message"] for line in manifest(tmp_path / "out")} == {
+        "is a path of this host: --local takes these"
+    }
     assert main(command(posts, tmp_path / "out2", "--local")) == 0
-    first, second = manifest(tmp_path / "out2")
-    assert (tmp_path / "out2" / first["path"]).read_bytes() == png(3)
-    assert second["reason"]["message"] == "local file: No such file or directory"
+    *taken, absent = manifest(tmp_path / "out2")
+    assert [(tmp_path / "out2" / line["path"]).read_bytes() for line in taken] == [png(3)] * 3
+    assert absent["reason"]["message"] == "local file: No such file or directory"
 
 
 def test_host_that_is_never_reached_is_given_up(tmp_path: Path) -> None:
@@ -220,7 +229,7 @@ def test_host_that_is_never_reached_is_given_up(tmp_path: Path) -> None:
         url = gone.url("/png")
     posts = write_posts(tmp_path / "p.jsonl", [[f"{url}/{i}"] for i in range(300)])
     began = time.monotonic()
-    assert main(command(posts, tmp_path / "out", "--retries", "3", "--backoff", "0.5")) == 0
+    assert main(command(posts, tmp_path / "out", "--retries", "3", "--backoff", "0.5")) == 1
     assert time.monotonic() - began < 8
     assert set(reasons(tmp_path / "out").values()) == {"FetchRetryable: Connection refused"}
     assert len(manifest(tmp_path / "out")) == 300

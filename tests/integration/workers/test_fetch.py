@@ -188,9 +188,10 @@ def test_name_that_does_not_exist(tmp_path: Path) -> None:
     assert reason == "the host name cannot be resolved"
 
 
-def test_plain_text_behind_https(web: Web, tmp_path: Path) -> None:
-    """TLS that cannot be agreed on is permanent, in one line."""
-    url = web.url("/ok").replace("http://", "https://")
+@pytest.mark.parametrize("scheme", ["https://", "//"])
+def test_plain_text_behind_https(web: Web, tmp_path: Path, scheme: str) -> None:
+    """TLS that cannot be agreed on is permanent, in one line; without a scheme TLS is spoken."""
+    url = web.url("/ok").replace("http://", scheme)
     assert refused(url, tmp_path) == "the TLS connection cannot be trusted or agreed on"
 
 

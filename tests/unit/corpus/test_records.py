@@ -19,7 +19,6 @@ from fusion.data.data_file import (
     CorpusPost,
     check_holds_post,
     count_lines,
-    is_url,
     local_path,
     read_posts,
 )
@@ -176,8 +175,6 @@ def test_local_sources_lie_beside_the_file(tmp_path: Path, monkeypatch: pytest.M
     assert local_path("none", file) == tmp_path / "there/none"
     assert local_path("x" * 5000, file) is not None
     assert local_path("HTTPS://h/x", file) is None
-    assert is_url("http://[broken")
-    assert not is_url("c:/x")
 
 
 def test_lines_appear_whole_or_not_at_all(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ def test_a_post_is_read_with_its_media(tmp_path: Path) -> None:
     """Local paths are found beside the file, URLs are kept, kinds are in order."""
     (tmp_path / "media").mkdir()
     (tmp_path / "media" / "a.jpg").write_bytes(b"x")
-    entry = {
+    entry: dict[str, Any] = {
         "post_id": "p1",
         "text": "你好",
         "labels": ["cat"],
@@ -48,6 +48,8 @@ def test_a_post_is_read_with_its_media(tmp_path: Path) -> None:
         ),
         labels=("cat",),
     )
+    entry["images"] = [f"file://{tmp_path}/media/a.jpg", f"file://localhost{tmp_path}/media/a.jpg"]
+    assert read_whole_posts(written(tmp_path, entry))[0].media[:2] == post.media[:1] * 2
     two = read_whole_posts(written(tmp_path, [entry, {"post_id": "p2", "ocr": "SALE"}]))
     assert [p.post_id for p in two] == ["p1", "p2"]
     assert two[1].ocr == "SALE"
@@ -67,6 +69,7 @@ def test_a_post_is_read_with_its_media(tmp_path: Path) -> None:
             "entry 2: images must be",
         ),
         ({"post_id": "p", "videos": ["none.mp4"]}, "videos.0: no such file: none.mp4"),
+        ({"post_id": "p", "videos": ["file:///none.mp4"]}, "videos.0: no such file: /none.mp4"),
     ],
 )
 def test_mistakes_in_the_file_are_named(tmp_path: Path, content: Any, named: str) -> None:
@@ -162,6 +165,21 @@ def test_a_post_that_fails_is_said_and_exits_1(
     assert results[0]["error"]["stage"] == "load"
     assert [(r["model"], r["version"]) for r in results] == [("demo", "v1")] * 2
     assert results[0].keys() == results[1].keys()
+
+
+@pytest.mark.usefixtures("models")
+def test_no_medium_at_all_is_said_and_exits_1(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With how many there were, though the posts are tagged from their texts."""
+    config = tmp_path / "settings.yaml"
+    config.write_text("{}")
+    (tmp_path / "a.mp4").write_bytes(b"x")
+    entries = [{"post_id": i, "text": "cat", "videos": ["a.mp4"] * 2} for i in "ab"]
+    assert run(["tag", str(written(tmp_path, entries)), "--config", str(config)]) == 1
+    shown = capsys.readouterr()
+    assert shown.err == "tag: all 4 media failed\n"
+    assert "猫" in shown.out
 
 
 @pytest.mark.usefixtures("models")
