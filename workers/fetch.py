@@ -35,7 +35,7 @@ from requests.adapters import HTTPAdapter
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.util.ssl_ import create_urllib3_context
 
-from common.errors import ConfigError, FetchRefused, FetchRetryable
+from common.errors import ConfigError, FetchRefused, FetchRetryable, TaggingError
 from common.files import lock_file, locked
 from common.post import Media
 from config.settings import FetchSettings
@@ -91,18 +91,6 @@ _NEVER_V6 = tuple(
 )
 
 
-class ForbiddenAddress(Exception):
-    """The host is at no address that may be connected to."""
-
-
-class Expired(Exception):
-    """The whole time of the download is over."""
-
-
-class Unreachable(Exception):
-    """The host does not answer, or its name is not known; may pass."""
-
-
 def is_public(address: Address) -> bool:
     """Tell whether an address is one of the public internet, also inside the IPv6 forms of IPv4."""
     if isinstance(address, ipaddress.IPv6Address):
@@ -127,7 +115,7 @@ class Guard:
 
     def __init__(self, *, allow_private: bool) -> None:
         self._allow_private = allow_private
-        self._end = math.inf
+        self._end = self._total_s = math.inf
 
     @property
     def left_s(self) -> float:
@@ -136,34 +124,38 @@ class Guard:
     @contextmanager
     def clock(self, seconds: float) -> Iterator[None]:
         """Bound the whole of a download: every connection and every read ends with the time."""
-        self._end = time.monotonic() + seconds
+        self._end, self._total_s = time.monotonic() + seconds, seconds
         try:
             yield
         finally:
             self._end = math.inf
 
+    def check(self) -> None:
+        """Raise FetchRetryable once the time is over."""
+        if self.left_s <= 0:
+            raise FetchRetryable(f"timed out after {self._total_s:g} s")
+
     def connect(self, host: str, port: int, timeout_s: float, options: Any) -> socket.socket:
         """Connect to the first allowed address that answers.
 
         Raises:
-            ForbiddenAddress: Every address of the host is forbidden.
-            Expired: The time is over.
-            Unreachable: Nothing answers, or the name is not known.
+            FetchRefused: Every address of the host is forbidden.
+            FetchRetryable: Nothing answers, the name is not known, or the time is over.
         """
         try:
             addresses = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)
         except socket.gaierror as failed:
-            raise Unreachable("the host name cannot be resolved") from failed
-        error: Exception = Unreachable("the host name has no address")
+            self.check()
+            raise _unreachable("the host name cannot be resolved") from failed
+        error: TaggingError = _unreachable("the host name has no address")
         for family, kind, protocol, _, target in addresses:
             address = ipaddress.ip_address(target[0])
             if not self._allow_private and not is_public(address):
-                error = ForbiddenAddress(
+                error = FetchRefused(
                     f"address {address} is private: set fetch.allow_private_hosts to allow it"
                 )
                 continue
-            if self.left_s <= 0:
-                raise Expired
+            self.check()
             sock: socket.socket | None = None
             try:
                 sock = socket.socket(family, kind, protocol)
@@ -175,12 +167,19 @@ class Guard:
             except OSError as failed:
                 if sock is not None:
                     sock.close()
+                self.check()
                 late = isinstance(failed, TimeoutError)
                 reason = (
                     f"timed out after {timeout_s:g} s (connecting)" if late else failed.strerror
                 )
-                error = Unreachable(reason or str(failed))
+                error = _unreachable(reason or str(failed))
         raise error
+
+
+def _unreachable(message: str) -> FetchRetryable:
+    error = FetchRetryable(message)
+    error.unreachable = True
+    return error
 
 
 class _TimedSocket(socket.socket):
@@ -275,18 +274,16 @@ class Fetcher:
             FetchRefused: It must not or cannot be had.
         """
         with self._guard.clock(self._settings.total_timeout_s):
-            for left in range(tries - 1, -1, -1):
+            while True:
+                tries -= 1
                 try:
                     return self._try(media.source, target)
-                except FetchRetryable:
+                except BaseException as error:
                     target.unlink(missing_ok=True)
-                    if not left or self._guard.left_s <= _PAUSE_S:
+                    passes = isinstance(error, FetchRetryable)
+                    if not passes or tries <= 0 or self._guard.left_s <= _PAUSE_S:
                         raise
-                    time.sleep(_PAUSE_S)
-                except BaseException:
-                    target.unlink(missing_ok=True)
-                    raise
-        raise FetchRetryable("no try was made")  # not reached: tries is positive
+                time.sleep(_PAUSE_S)
 
     def close(self) -> None:
         self._session.close()
@@ -295,15 +292,8 @@ class Fetcher:
         try:
             with closing(self._open(url)) as response:
                 return self._save(response, target)
-        except ForbiddenAddress as error:
-            raise FetchRefused(str(error)) from error
-        except Unreachable as error:
-            retryable = FetchRetryable(self._cut_or(str(error)))
-            retryable.unreachable = True
-            raise retryable from error
-        except Expired as error:
-            raise FetchRetryable(self._cut_or("")) from error
         except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
+            self._guard.check()
             raise self._mapped(error) from error
         except (ValueError, UnicodeError) as error:  # http.client and idna on strange URLs
             raise FetchRefused("not a URL that can be requested") from error
@@ -348,8 +338,7 @@ class Fetcher:
             descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
             with os.fdopen(descriptor, "wb") as file:
                 for chunk in unpacked(body, response.headers.get("Content-Encoding", "")):
-                    if self._guard.left_s <= 0:
-                        raise Expired
+                    self._guard.check()
                     if suspect and chunk and not size and not is_media(chunk):
                         raise FetchRefused(f"content type {content_type[:60]} is no media")
                     size += len(chunk)
@@ -366,14 +355,8 @@ class Fetcher:
     def _too_large(self) -> FetchRefused:
         return FetchRefused(f"larger than fetch.max_bytes ({self._settings.max_bytes})")
 
-    def _cut_or(self, message: str) -> str:
-        late = self._guard.left_s <= 0 or not message
-        return f"timed out after {self._settings.total_timeout_s:g} s" if late else message
-
     def _mapped(self, error: Exception) -> FetchRetryable | FetchRefused:
         """Return our error; never the library's text, which may hold the URL."""
-        if self._guard.left_s <= 0:
-            return FetchRetryable(self._cut_or(""))
         if isinstance(error, (requests.exceptions.SSLError, urllib3.exceptions.SSLError)):
             return _tls_failure(error)
         if isinstance(error, (requests.Timeout, urllib3.exceptions.TimeoutError)):
@@ -403,7 +386,7 @@ def _check_url(url: str) -> None:
         raise FetchRefused("not a URL that can be requested")
     parts = urlsplit(url)
     if not parts.scheme:
-        raise FetchRefused("not an http or https URL; paths of this host are not read here")
+        raise FetchRefused("is not http or https, and paths of this host are not read here")
     if parts.scheme not in ("http", "https"):
         raise FetchRefused(f"scheme {parts.scheme[:20]!r} is not http or https")
     if not parts.hostname:

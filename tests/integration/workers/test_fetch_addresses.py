@@ -8,8 +8,9 @@ import time
 
 import pytest
 
+from common.errors import FetchRefused, FetchRetryable
 from tests.support.workers.web import Web
-from workers.fetch import Expired, ForbiddenAddress, Guard, Unreachable, is_public
+from workers.fetch import Guard, is_public
 
 
 @pytest.mark.parametrize(
@@ -45,10 +46,10 @@ def test_guard_takes_the_first_allowed_address(web: Web, monkeypatch: pytest.Mon
     assert sock.getpeername()[1] == web.server_port
     sock.close()
     targets[:] = targets[:1]
-    with pytest.raises(ForbiddenAddress, match=r"10\.0\.0\.1"):
+    with pytest.raises(FetchRefused, match=r"10\.0\.0\.1"):
         guard.connect("h", 80, 1.0, None)
     targets[:] = []
-    with pytest.raises(Unreachable, match="no address"):
+    with pytest.raises(FetchRetryable, match="no address"):
         guard.connect("h", 80, 1.0, None)
 
 
@@ -62,13 +63,13 @@ def test_guard_counts_connecting_as_time(monkeypatch: pytest.MonkeyPatch) -> Non
             filler.connect_ex(full.getsockname())
             fillers.append(filler)
         guard = Guard(allow_private=True)
-        with pytest.raises(Unreachable, match=r"timed out after 0\.3 s \(connecting\)"):
+        with pytest.raises(FetchRetryable, match=r"timed out after 0\.3 s \(connecting\)"):
             guard.connect("127.0.0.1", full.getsockname()[1], 0.3, None)
         for filler in fillers:
             filler.close()
         with guard.clock(0.05):
             time.sleep(0.2)
             assert guard.left_s <= 0
-            with pytest.raises(Expired):
+            with pytest.raises(FetchRetryable, match=r"timed out after 0\.05 s"):
                 guard.connect("127.0.0.1", full.getsockname()[1], 1.0, None)
         assert guard.left_s == float("inf")
