@@ -15,16 +15,14 @@ import numpy as np
 import pytest
 
 from common.files import new_folder
-from common.post import Features, Post
 from config.settings import Settings
 from tests.integration.workers.test_cached_posts import NAMES, World, files, same
 from tests.support.tiny_models import tiny_features
-from tests.support.workers.driving import Driver, alive, toy_settings
+from tests.support.workers.driving import Driver, alive, through, toy_settings
 from tests.support.workers.small_bundle import write_bundle
 from workers.local import local_runner
 from workers.pool.supervisor import ROLES, pinned_environment, without_credentials, worker_specs
-from workers.post_run import PostPlan, Step
-from workers.protocol import Decoded, FuseTask, WorkerRole
+from workers.protocol import FuseTask, WorkerRole
 
 __all__ = ["files"]
 
@@ -74,34 +72,6 @@ def driver(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[D
         made.stop()
 
 
-def through(driver: Driver, *posts: Post) -> list[Features]:
-    """Walk the plans of posts on the pool, as the King does."""
-    features = driver.pool._settings.features
-    plans = [PostPlan(post, features, max_media=20, cache=True) for post in posts]
-    steps: dict[int, tuple[PostPlan, Step]] = {}
-
-    def submit(plan: PostPlan, some: list[Step], ended: Step | None = None) -> None:
-        if ended is not None and ended.path and ended.path not in [s.path for s in some]:
-            Path(ended.path).unlink()
-        for step in some:
-            steps[driver.submit(step.task)] = (plan, step)
-
-    for plan in plans:
-        submit(plan, plan.start())
-    while steps:
-        driver.until(lambda: any(driver.outcome(i) for i in steps))
-        for task_id in [i for i in steps if driver.outcome(i)]:
-            (plan, step), event = steps.pop(task_id), driver.outcome(task_id)
-            result = getattr(event, "result", None)
-            if result is None:
-                submit(plan, plan.failed(step, getattr(event, "failure")), step)  # noqa: B009
-                continue
-            submit(plan, plan.done(step, result), step)
-            if isinstance(result, Decoded) and result.parts:
-                driver.pool.release(result.parts[0].ref.slot)
-    return [plan.features() for plan in plans]
-
-
 def settled(world: World, least: int) -> None:
     """Wait until what is written behind is there."""
     end = time.monotonic() + 60
@@ -119,20 +89,20 @@ def replaced(driver: Driver, pid: int) -> bool:
 def test_cache_worker_dies(driver: Driver, world: World) -> None:
     """Killed, or stopped: posts go on without it, and with it when it is back."""
     post = world.post("sign.png")
-    [first] = through(driver, post)
+    [first] = through(driver, post, cache=True)
     settled(world, 4)
     for number in (signal.SIGKILL, signal.SIGSTOP):
         pid = driver.pid("cache-0")
         os.kill(pid, number)
         started = time.monotonic()
-        [again] = through(driver, post)
+        [again] = through(driver, post, cache=True)
         assert time.monotonic() - started < 40
         same(first, again)
         driver.until(partial(replaced, driver, pid))
         assert not alive([pid])
         driver.ready()
     before = world.downloads["sign.png"]
-    [known] = through(driver, post)
+    [known] = through(driver, post, cache=True)
     same(first, known)
     assert world.downloads["sign.png"] == before
 
@@ -140,11 +110,11 @@ def test_cache_worker_dies(driver: Driver, world: World) -> None:
 def test_another_process_uses_the_cache(driver: Driver, world: World) -> None:
     """With the server gone both give the features and tags of before; another bundle other tags."""
     posts = [world.post(*NAMES), world.post("sign.png"), world.post("v.mp4", "s.wav")]
-    plain = through(driver, *posts)
+    plain = through(driver, *posts, cache=True)
     settled(world, 3 + 4 + 4 + 1)  # URLs, what decoding gave, image video audio audio, text
     world.close()
     tags = driver.run(FuseTask(plain[0]))
-    for known, again in zip(plain, through(driver, *posts), strict=True):
+    for known, again in zip(plain, through(driver, *posts, cache=True), strict=True):
         same(known, again)
     with local_runner(driver.settings) as runner:
         for known, post in zip(plain, posts, strict=True):
@@ -156,7 +126,7 @@ def test_another_process_uses_the_cache(driver: Driver, world: World) -> None:
     with new_folder(bundle) as new:
         shutil.copytree(bundle.parent / "another", new, dirs_exist_ok=True)
     driver.until(lambda: driver.pool.bundle != before)
-    other = driver.run(FuseTask(through(driver, posts[0])[0]))
+    other = driver.run(FuseTask(through(driver, posts[0], cache=True)[0]))
     assert (other.model, other.version) == driver.pool.bundle
     assert not np.array_equal(other.scores, tags.scores)
 

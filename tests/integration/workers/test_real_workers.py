@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.errors import ConfigError, MediaError, NothingUsable
+from common.errors import ConfigError, MediaError
 from common.post import Features, Media, Post, Tags
 from config.settings import FeatureSettings, Settings
 from extractors.suite import ExtractorSuite
@@ -26,22 +26,19 @@ from king.status import Status
 from tests.support import media
 from tests.support.processes import file_server
 from tests.support.tiny_models import tiny_features
-from tests.support.workers.driving import Driver, toy_settings
+from tests.support.workers.driving import Driver, through, toy_settings
 from tests.support.workers.small_bundle import write_bundle
 from tests.support.workers.toys import ROLES as TOYS
 from workers.local import local_runner
 from workers.pool.channel import Arena
 from workers.pool.pool import ProcessPool
 from workers.pool.supervisor import ROLES
-from workers.post_run import PostOutcome, PostPlan, PostRun, PostRuns, PostTags
 from workers.protocol import (
     BundleChanged,
     Decoded,
     DecodeTask,
     FuseTask,
     Task,
-    TaskDone,
-    TaskFailed,
 )
 from workers.roles.batched import run_decode
 from workers.runner import PostRunner
@@ -135,32 +132,6 @@ def runner(site: Site) -> Iterator[PostRunner]:
         yield made
 
 
-def through(driver: Driver, *posts: Post) -> list[Features]:
-    """Run posts on the pool, all at once."""
-    outcomes: dict[PostRun, PostOutcome] = {}
-    runs = PostRuns(driver.pool, fuse=False)
-    begun = [
-        PostRun(
-            PostPlan(post, driver.settings.features, max_media=20),
-            deadline=time.monotonic() + 60,
-            limit="60 s",
-            last=True,
-            on_end=outcomes.__setitem__,
-        )
-        for post in posts
-    ]
-    for run in begun:
-        runs.begin(run)
-    while len(runs):
-        for event in driver.pool.poll(0.1):
-            if isinstance(event, (TaskDone, TaskFailed)):
-                runs.handle(event)
-        runs.expire()
-    found = [outcomes[run] for run in begun]
-    assert all(isinstance(outcome, PostTags) for outcome in found), found
-    return [outcome.features for outcome in found if isinstance(outcome, PostTags)]
-
-
 def same(one: Features, other: Features) -> None:
     assert one.statuses == other.statuses
     assert one.failures == other.failures
@@ -232,34 +203,20 @@ def test_every_path_gives_the_same(
     runner: PostRunner,
     site: Site,
 ) -> None:
-    """Daemon, HTTP and this process give a post the same features, failures and tags."""
-    names = ("a.png", "v.mp4", "b.jpg", "s.wav", "random.mp4", "none.png")
+    """Daemon, HTTP and this process, by URL and by path: the same features, failures and tags."""
+    names = ("a.png", "v.mp4", "b.jpg", "s.wav", "random.mp4")
     post = Post("p1", "a cat in the sea", site.media(*names))
     ran = runner.run(post)
     assert ran.features.arrays["video"].shape == (4, 64)
-    assert {f.stage for f in ran.features.failures.values()} == {"fetch", "decode"}
+    assert ran.features.arrays["image"].shape == (2, 64)
+    assert ran.features.statuses["ocr"] == "missing"
+    assert {f.stage for f in ran.features.failures.values()} == {"decode"}
+    same(ran.features, runner.run(site.local(post)).features)
+    assert all((site.folder / name).exists() for name in names)
     features, tags = path(Lent(driver.pool), site.settings, post)
     same(features, ran.features)
     assert np.allclose(tags.scores, ran.tags.scores, atol=1e-3)
     assert [tag.name for tag in tags.tags] == [tag.name for tag in ran.tags.tags]
-
-
-def test_pool_and_local_agree(driver: Driver, runner: PostRunner, site: Site) -> None:
-    """The same post gives the same features and tags by the pool, by URL and by path in place."""
-    post = Post("p1", "a cat in the sea", site.media("a.png", "v.mp4", "b.jpg", "s.wav"))
-    [pooled] = through(driver, post)
-    assert pooled.arrays["video"].shape == (4, 64)
-    assert pooled.arrays["image"].shape == (2, 64)
-    assert pooled.statuses["ocr"] == "missing"
-    tags = driver.run(FuseTask(pooled))
-    assert isinstance(tags, Tags)
-    assert (tags.model, tags.version) == driver.pool.bundle
-    for where in (post, site.local(post)):
-        ran = runner.run(where)
-        same(pooled, ran.features)
-        assert [tag.name for tag in tags.tags] == [tag.name for tag in ran.tags.tags]
-        assert np.allclose(tags.scores, ran.tags.scores, atol=1e-3)
-    assert all((site.folder / name).exists() for name in ("a.png", "v.mp4", "s.wav"))
 
 
 def test_broken_media_fail_alone(driver: Driver, runner: PostRunner, site: Site) -> None:
@@ -373,9 +330,3 @@ def test_local_needs_the_right_bundle(site: Site, tmp_path: Path) -> None:
     switched = fusion.model_copy(update={"image_as_frames": True})
     with pytest.raises(ConfigError, match=r"fusion\.image_as_frames is True, but bundle"):
         local_runner(settings.model_copy(update={"fusion": switched})).start()
-
-
-def test_local_without_anything_usable(runner: PostRunner, tmp_path: Path) -> None:
-    """A missing file and no text: the reason names the file."""
-    with pytest.raises(NothingUsable, match=r"gone\.png: no such file"):
-        runner.run(Post("p", "", (Media("image", str(tmp_path / "gone.png")),)))

@@ -10,10 +10,11 @@ from typing import Any
 
 import psutil
 
-from common.post import Features, Media
+from common.post import Features, Media, Post
 from config.settings import Settings
 from tests.support.workers.toys import ROLES
 from workers.pool.pool import ProcessPool
+from workers.post_run import PostOutcome, PostPlan, PostRun, PostRuns, PostTags
 from workers.protocol import (
     Decoded,
     DecodeTask,
@@ -138,6 +139,32 @@ class Driver:
         pids = [w.pid for w in self.pool.workers if w.pid is not None]
         self.pool.stop(10)
         assert not alive(pids), "a worker outlived its pool"
+
+
+def through(driver: Driver, *posts: Post, cache: bool = False) -> list[Features]:
+    """Run posts on the pool, all at once."""
+    outcomes: dict[PostRun, PostOutcome] = {}
+    runs = PostRuns(driver.pool, fuse=False)
+    begun = [
+        PostRun(
+            PostPlan(post, driver.settings.features, max_media=20, cache=cache),
+            deadline=time.monotonic() + PATIENCE_S,
+            limit="the test's patience",
+            last=True,
+            on_end=outcomes.__setitem__,
+        )
+        for post in posts
+    ]
+    for run in begun:
+        runs.begin(run)
+    while len(runs):
+        for event in driver.pool.poll(0.1):
+            if isinstance(event, (TaskDone, TaskFailed)):
+                runs.handle(event)
+        runs.expire()
+    found = [outcomes[run] for run in begun]
+    assert all(isinstance(outcome, PostTags) for outcome in found), found
+    return [outcome.features for outcome in found if isinstance(outcome, PostTags)]
 
 
 def alive(pids: Iterable[int]) -> list[int]:

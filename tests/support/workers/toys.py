@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import ConfigError
-from common.fingerprint import unpacked
 from common.post import Failure, Tags
 from workers.pool.channel import Channel
 from workers.protocol import (
@@ -26,7 +25,6 @@ from workers.protocol import (
     Command,
     Decoded,
     DecodeTask,
-    Expect,
     Extracted,
     ExtractTask,
     Fetched,
@@ -59,7 +57,6 @@ class Toy(Handler):
 
     def __init__(self, context: Context) -> None:
         self.context = context
-        self.expected: dict[str, str] = {}
         self.swap: tuple[str, str] | None = None
 
     def load(self) -> Mapping[str, str]:
@@ -87,19 +84,10 @@ class Toy(Handler):
             self.swap = None
         return 1.0
 
-    def control(self, message: Command) -> None:
-        if isinstance(message, Expect):
-            self.expected = unpacked(message.fingerprints)
-
-    def close(self) -> None:
-        pass
-
     def run(self, tasks: Sequence[Task]) -> list[Outcome]:
         self.batch = len(tasks)
         for task in tasks:
             verb, _, rest = text_of(task).partition(":")
-            if verb == "sleep-batch":
-                time.sleep(float(rest))
             if verb == "hold":
                 self.hold(Path(rest))
             if verb == "kill":
@@ -108,8 +96,6 @@ class Toy(Handler):
                 os.kill(os.getpid(), signal.SIGSTOP)
             if verb == "device-lost":
                 raise DeviceLost("toy")
-            if verb == "retire":
-                return [Failure("toy", "Retired", str(os.getpid()))]
         return run_batch("toy", lambda some: [self.one(task) for task in some], tasks)
 
     def hold(self, folder: Path) -> None:
@@ -163,7 +149,6 @@ class Toy(Handler):
             "env": lambda: os.environ.get(rest, "-"),
             "pid": lambda: str(os.getpid()),
             "batch": lambda: str(self.batch),
-            "expected": lambda: json.dumps(dict(self.expected)),
             "modules": lambda: str(sorted(set(sys.modules) & set(rest.split(",")))),
             "big": lambda: "x" * int(rest),
         }

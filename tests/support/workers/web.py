@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import os
 import socket
 import time
 import zlib
@@ -180,9 +179,6 @@ class _Handler(BaseHTTPRequestHandler):
             self.answer(b"", 503)
         else:
             self.answer(BODY)
-
-    def do_private(self, rest: str) -> None:
-        self.answer(os.urandom(10))
 
 
 @contextmanager

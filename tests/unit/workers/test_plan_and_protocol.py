@@ -259,18 +259,6 @@ def test_ocr_that_fails() -> None:
         assert features.statuses["image"] == features.statuses["text"] == "ok"
 
 
-def test_empty_results_are_missing_not_ok() -> None:
-    plan = plan_of(Post("p", "own", (SOUND,)))
-    todo = plan.start()
-    while todo:
-        step = todo.pop()
-        result = result_of(step)
-        if isinstance(step.task, ExtractTask) and step.task.extractor == "audio":
-            result = Extracted(array=np.empty((0, 3), np.float16))
-        todo += plan.done(step, result)
-    assert plan.features().statuses["audio"] == "missing"
-
-
 def test_nothing_usable() -> None:
     """Empty post, or all broken: one line with every reason, permanent or to be tried again."""
     plan = plan_of(Post("p", " "))

@@ -129,13 +129,6 @@ def _arrays(features: Features) -> dict[str, bytes]:
     return {stream: array.tobytes() for stream, array in features.arrays.items()}
 
 
-def test_known_ocr_text_needs_no_pictures() -> None:
-    post = Post("p", "", (Media("image", "i"),), ocr="sign")
-    plan = partly("ocr", post=post)
-    assert done(walk(plan)) == ["text for ocr"]
-    assert plan.features().statuses["ocr"] == "ok"
-
-
 def test_failures_of_others_are_left_out() -> None:
     plan = partly("audio", post=Post("p", media=(Media("video", "v"),)))
     [fetch] = plan.start()
