@@ -24,6 +24,7 @@ from common.files import write_whole
 from common.fingerprint import digest
 from common.post import Modality, Post, Stream
 from common.progress import notice
+from common.urls import is_url
 from config.labels import LabelMap
 from config.load import load_settings
 from config.train import BackboneTrainSettings
@@ -33,7 +34,7 @@ from corpus.extract.work import MODALITIES_OF, Kind, Work
 from corpus.records import AtomicLines
 from extractors.feature_file import feature_path, read_features, read_header
 from extractors.suite import ExtractorSuite
-from fusion.data.data_file import MEDIA_KEYS, beside, is_url
+from fusion.data.data_file import MEDIA_KEYS, beside
 from fusion.data.posts import PostList, stratified_folds
 from fusion.train.options import TrainOptions, train_settings
 

@@ -12,8 +12,9 @@ from typing import Any
 from urllib.parse import quote
 
 from common.errors import MediaError
+from common.urls import is_url
 from extractors.media.pictures import read_pictures
-from fusion.data.data_file import is_url, local_path
+from fusion.data.data_file import local_path
 
 # A few kilobytes each: 40 cards of three such pictures keep the page below a megabyte.
 _THUMBNAIL, _THUMBNAILS = (160, 120), 3
