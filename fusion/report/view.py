@@ -12,7 +12,6 @@ from typing import Any
 from urllib.parse import quote
 
 from common.errors import MediaError
-from common.urls import is_url
 from extractors.media.pictures import read_pictures
 from fusion.data.data_file import local_path
 
@@ -88,7 +87,7 @@ def _listed(value: Any) -> Sequence[str]:
 
 
 def _href(source: str, data_file: Path, report: Path) -> str | None:
-    if is_url(source):
+    if source.lower().startswith(("http://", "https://")):  # no other scheme belongs into a link
         return source
     path = _local(source, data_file)
     if path is None:
