@@ -45,9 +45,9 @@ from chaos_rig.site import SERVERS, BrokerName
 from results_file import FOLDER, write_results
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from common.logs import configure_logs
+from common.tables import print_table
 
 _SHORT_MEDIA, _FULL_MEDIA = 8, 100
 
@@ -125,14 +125,13 @@ def _keep(folder: Path, to: Path) -> None:
 
 def show(report: Report) -> None:
     """Print the faults and the figures."""
-    table = Table(title=f"{report.figures['broker']}: {report.seconds:.0f} s")
-    for name in ("fault", "at post", "lasted s", "recovery s", "note"):
-        table.add_column(name, justify="left" if name in ("fault", "note") else "right")
+    rows = []
     for wound in report.wounds:
         recovery = "never" if wound.recovery_s is None else f"{wound.recovery_s:.1f}"
-        lasted = f"{wound.lasted_s:.1f}"
-        table.add_row(wound.kind, str(wound.posts), lasted, recovery, wound.note)
-    Console(width=110).print(table)
+        rows.append((wound.kind, wound.posts, f"{wound.lasted_s:.1f}", recovery, wound.note))
+    title = f"{report.figures['broker']}: {report.seconds:.0f} s"
+    columns = ("fault", "at post", "lasted s", "recovery s", "note")
+    print_table(title, columns, rows, right=(1, 2, 3))
     for key, value in report.figures.items():
         print(f"  {key:28} {value}")
     print(f"  {'duplicates settled':28} {report.settled}")

@@ -21,12 +21,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs as a plain script too
+
 from results_file import FOLDER, write_results
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from common import errors
+from common.tables import print_table
 
 if TYPE_CHECKING:
     from fuzzing.messages import BadMessage
@@ -139,22 +141,12 @@ def growth_of(samples: Sequence[tuple[int, int]], total: int) -> float:
 
 def report(results: Mapping[str, Any], outcome: Outcome, console: Console) -> None:
     """Return the tables that a person reads."""
-    table = Table(title="fuzzing")
-    for name in ("measure", "value"):
-        table.add_column(name)
-    for key, value in results.items():
-        table.add_row(
-            key.replace("_", " "), f"{value:.2%}" if key == "memory_growth" else str(value)
-        )
-    for state, count in sorted(outcome.states.items()):
-        table.add_row(state, str(count))
-    console.print(table)
-    reasons = Table(title="reasons")
-    for name in ("type", "posts and messages"):
-        reasons.add_column(name)
-    for name, count in outcome.types.most_common():
-        reasons.add_row(name, str(count))
-    console.print(reasons)
+    rows = [
+        (key.replace("_", " "), f"{value:.2%}" if key == "memory_growth" else value)
+        for key, value in results.items()
+    ]
+    print_table("fuzzing", ("measure", "value"), [*rows, *sorted(outcome.states.items())])
+    print_table("reasons", ("type", "posts and messages"), outcome.types.most_common())
     for post_id in outcome.open[:20]:
         console.print(f"without a terminal state: {post_id!r}", markup=False)
     for post_id, name in list(outcome.untyped.items())[:20]:
@@ -214,7 +206,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder of fuzz.json")
     parser.add_argument("--folder", type=Path, help="work here, and leave what lies there")
     options = parser.parse_args(arguments)
-    sys.path.append(str(Path(__file__).resolve().parents[1]))  # the makers of files are the tests'
     console = Console(stderr=False)
     if options.folder is not None:
         return run(options, options.folder.resolve(), console)

@@ -13,7 +13,6 @@ import argparse
 import itertools
 import os
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -24,8 +23,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs as a plain script too
+
 import requests
 from results_file import write_results
+
+from tests.support.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "config" / "demo.yaml"
@@ -33,13 +36,6 @@ MEDIA = ROOT / "workshop" / "demo" / "posts" / "online" / "media"
 _WARM_UP = 20
 
 Ask = Callable[[requests.Session, int], requests.Response]
-
-
-def free_port() -> int:
-    """Return a port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def start(folder: Path, port: int) -> subprocess.Popen[bytes]:

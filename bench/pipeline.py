@@ -24,6 +24,8 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs as a plain script too
+
 import psutil
 import yaml
 from fuzzing.site import site_settings

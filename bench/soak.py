@@ -31,9 +31,9 @@ from chaos_rig.site import Site
 from results_file import FOLDER, write_results
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from common.logs import configure_logs
+from common.tables import print_table
 from tests.support import media
 from tests.support.tiny_models import tiny_bundle, tiny_features
 
@@ -194,14 +194,14 @@ def broken(results: dict[str, Any]) -> list[str]:
 def show(results: dict[str, Any]) -> None:
     """Print the figures."""
     seconds, rate = results["seconds"], results["posts_per_s"]
-    table = Table(title=f"{results['posts']} posts, {seconds} s, {rate} posts/s")
-    for name in ("process", "heap MiB", "at the end", "growth", "RSS MiB", "at the end", "growth"):
-        table.add_column(name, justify="left" if name == "process" else "right")
+    columns = ("process", "heap MiB", "at the end", "growth", "RSS MiB", "at the end", "growth")
+    rows = []
     for name, process in results["processes"].items():
         heap, rss = process["anonymous_mib"], process["resident_mib"]
         grown, rss_grown = f"{process['growth']:+.2%}", f"{process['resident_growth']:+.2%}"
-        table.add_row(name, *map(str, heap), grown, *map(str, rss), rss_grown)
-    Console(width=100).print(table)
+        rows.append((name, *heap, grown, *rss, rss_grown))
+    title = f"{results['posts']} posts, {seconds} s, {rate} posts/s"
+    print_table(title, columns, rows, right=range(1, len(columns)))
     for line in broken(results):
         print(f"BROKEN: {line}")
 

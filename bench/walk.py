@@ -19,11 +19,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs as a plain script too
+
 from results_file import FOLDER, write_results
 from walk_rig import docs, named
 from walk_rig.broken import cut_lines
 from walk_rig.kills import kill_all
 from walk_rig.platform import Platform, platform
+
+from common.tables import print_table
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "data.md"
@@ -161,16 +165,8 @@ def bundle_of(folder: Path) -> dict[str, Any]:
 
 def show(table: Sequence[Mapping[str, Any]]) -> None:
     """Print each planted fault, where it was named, and the reason."""
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
-
-    view = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for column in ("way", "posts", "named", "step", "file", "reason"):
-        view.add_column(column, overflow="fold")
-    for row in table:
-        view.add_row(*(str(value) for value in row.values()))
-    Console(width=150, highlight=False).print(view)
+    columns = ("way", "posts", "named", "step", "file", "reason")
+    print_table("", columns, [list(row.values()) for row in table])
 
 
 if __name__ == "__main__":
