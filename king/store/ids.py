@@ -49,7 +49,8 @@ _LEGACY = (
     UuidRepresentation.JAVA_LEGACY,
     UuidRepresentation.CSHARP_LEGACY,
 )
-_NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?(e[+-]?[0-9]+)?", re.IGNORECASE)
+# An exponent of more digits is none that any type holds, and from 19 on Decimal refuses it.
+_NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?(e[+-]?[0-9]{1,9})?", re.IGNORECASE)
 _INT64 = 1 << 63
 # Types that are values in a question. Others are not asked for, whatever a message names: a
 # regular expression would match every post, a document of operators break the whole question.

@@ -140,6 +140,8 @@ def test_uuid_is_found_in_the_byte_order_of_any_driver(order: int) -> None:
         '{"$oid":"short"}',
         "{",
         "1e999999999999",
+        "1e99999999999999999999",
+        "-1e-99999999999999999999",
         "9" * 500,
     ],
 )
