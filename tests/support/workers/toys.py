@@ -119,7 +119,7 @@ class Toy(Handler):
         if isinstance(task, ExtractTask):
             return self.extracted(task, verb, rest)
         assert isinstance(task, FuseTask)
-        return Tags(rest, "toy", "1", (), np.zeros(1, np.float32))
+        return Tags(rest, "toy", "1", (), np.zeros(1))
 
     def fetched(self, verb: str, rest: str) -> Result:
         if verb == "elsewhere":
