@@ -12,6 +12,7 @@ Example:
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Annotated, Any, TypeAlias, TypeVar
 import typer
 
 from common.errors import ConfigError, TaggingError, one_line
+from common.logs import visible
 
 Options = TypeVar("Options")
 
@@ -32,7 +34,7 @@ Overrides: TypeAlias = Annotated[
         "--set",
         metavar="A.B=C",
         default_factory=list,
-        help="one setting, over file and environment; may be repeated",
+        help="one setting, over file and environment; A.B=@FILE reads it from a file; repeatable",
     ),
 ]
 
@@ -105,8 +107,14 @@ def exit_code(
 
 def complain(name: str, text: str, code: int) -> int:
     """Write one line on standard error, and return the exit code."""
-    sys.stderr.write(f"{name}: {text}\n")
+    with contextlib.suppress(OSError):  # a full disk changes nothing about the exit code
+        sys.stderr.write(visible(f"{name}: {text}\n"))
     return code
+
+
+def say(text: str) -> None:
+    """Write on standard output, as `visible` gives it."""
+    sys.stdout.write(visible(text))
 
 
 def share(text: str) -> float:

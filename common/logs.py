@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import re
 import sys
-from typing import Literal
+from typing import Any, Literal
 
 import structlog
+from structlog.typing import EventDict
+
+# What a terminal obeys instead of showing it: control characters but for line ends and tabs, what
+# turns the direction of text around, and halves of surrogate pairs, which cannot be written at all.
+_OBEYED = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+
+
+def visible(text: str) -> str:
+    """Return a text of strangers for a terminal, which shows and does not obey what is in it."""
+    return _OBEYED.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def configure_logs(format: Literal["auto", "json", "pretty"] = "auto", level: str = "info") -> None:
     """Set up structlog for this process; safe to call again."""
     pretty = format == "pretty" or (format == "auto" and sys.stderr.isatty())
-    renderer: structlog.typing.Processor = (
-        structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
+    renderers: list[structlog.typing.Processor] = (
+        [_visible_values, structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())]
         if pretty
-        else structlog.processors.JSONRenderer(ensure_ascii=False)
+        else [structlog.processors.JSONRenderer(ensure_ascii=False), _visible_line]
     )
     structlog.configure(
         processors=[
@@ -23,10 +37,28 @@ def configure_logs(format: Literal["auto", "json", "pretty"] = "auto", level: st
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             structlog.processors.format_exc_info,
-            renderer,
+            *renderers,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelName(level.upper())),
-        # Asked at each event: who redirects standard error gets what is logged from then on.
-        logger_factory=lambda *_: structlog.PrintLogger(sys.stderr),
+        logger_factory=lambda *_: _StandardError(),
         cache_logger_on_first_use=False,
     )
+
+
+def _visible_values(_logger: object, _name: str, event: EventDict) -> EventDict:
+    return {key: visible(text) if isinstance(text, str) else text for key, text in event.items()}
+
+
+def _visible_line(_logger: object, _name: str, line: Any) -> str:
+    return visible(line)  # in JSON the same escapes mean the same characters
+
+
+class _StandardError:
+    """A logger that drops what cannot be written: a full disk must not end a thread."""
+
+    def msg(self, message: str) -> None:
+        # Asked at each event: who redirects standard error gets what is logged from then on.
+        with contextlib.suppress(OSError, ValueError):  # ValueError: it is closed
+            structlog.PrintLogger(sys.stderr).msg(message)
+
+    debug = info = warning = error = critical = exception = msg

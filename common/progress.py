@@ -18,6 +18,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from common.logs import visible
+
 Item = TypeVar("Item")
 
 # Without a terminal, as under a scheduler: often enough to see that it moves, and a night's log
@@ -113,4 +115,4 @@ def track(items: Iterable[Item], description: str, total: int | None) -> Iterato
 def notice(text: str, *, enabled: bool = True) -> None:
     """Write one line for the person at the terminal, on standard error."""
     if enabled:
-        Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(text)
+        Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(visible(text))

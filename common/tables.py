@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from common.logs import visible
+
 
 def console(width: int = 160) -> Console:
     """Return the terminal; a pipe or a file has a width that keeps rows whole."""
@@ -31,5 +33,7 @@ def print_table(
     for row in rows:
         # Text: what users wrote may hold square brackets, which are markup to rich.
         cells = ("" if cell is None else cell for cell in row)
-        table.add_row(*(cell if isinstance(cell, Text) else Text(str(cell)) for cell in cells))
+        table.add_row(
+            *(cell if isinstance(cell, Text) else Text(visible(str(cell))) for cell in cells)
+        )
     console(width).print(table)

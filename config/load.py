@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -58,7 +59,11 @@ def _yaml_mistake(error: Exception) -> str:
 
 
 def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
-    """Turn ``a.b=c`` strings into a nested mapping; values are read as YAML."""
+    """Turn ``a.b=c`` strings into a nested mapping; values are read as YAML.
+
+    ``a.b=@FILE`` takes the content of a file: other users of the host see command lines.
+    """
+    _hide_passwords()
     tree: dict[str, Any] = {}
     for override in overrides:
         path, separator, raw = override.partition("=")
@@ -66,7 +71,7 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
         if not separator or not all(keys):
             raise ConfigError(f"--set {redact(override)}: write it as section.key=value")
         try:
-            value = yaml.safe_load(raw) if raw else ""
+            value = _file_content(path, raw[1:]) if raw[:1] == "@" else yaml.safe_load(raw or '""')
         except _NO_YAML as error:
             raise ConfigError(f"--set {path}: {redact(raw)!r:.200} is not a value") from error
         node = tree
@@ -77,6 +82,22 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
             node = child
         node[keys[-1]] = value
     return tree
+
+
+def _file_content(key: str, name: str) -> str:
+    try:
+        return Path(name).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--set {key}: @{name} cannot be read: {one_line(error)}") from error
+
+
+def _hide_passwords() -> None:
+    """Show this process with the passwords of its command line hidden, in `ps` and in /proc."""
+    words = [redact(word) for word in sys.argv]
+    if words != sys.argv:
+        from setproctitle import setproctitle
+
+        setproctitle(" ".join([sys.executable, *words]))
 
 
 def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from functools import partial
 
 import structlog
 
-from common.errors import BrokerUnavailable
+from common.errors import BrokerUnavailable, ConfigError
 from common.retry import reconnect_delay_s
 from common.urls import redact
 from king.broker.base import Broker, Delivery
@@ -93,12 +93,13 @@ class BrokerThread:
 
     def run(self) -> None:
         """Keep the connection and serve it until `stop`."""
-        failures = 0
+        failures, connected = 0, False
         try:
             while not self._stopping.is_set():
                 try:
                     self._status.tick("broker")
-                    self._broker.connect()
+                    self._connect(connected)
+                    connected = True
                     self._status.broker_up.set()
                     if failures:
                         log.info("king.broker_reached", url=self._url)
@@ -114,6 +115,15 @@ class BrokerThread:
             log.warning("king.broker_unreachable", url=self._url, error=str(error))
         finally:
             self._broker.close()
+
+    def _connect(self, connected: bool) -> None:
+        """Connect; later a refusal may pass, for example a limit of connections that is reached."""
+        try:
+            self._broker.connect()
+        except ConfigError as error:
+            if not connected:
+                raise
+            raise BrokerUnavailable(str(error)) from error
 
     def _serve(self) -> None:
         """Loop over one connection: the whole life of the thread while nothing breaks."""
@@ -139,7 +149,7 @@ class BrokerThread:
         ready = self._status.ready.is_set() and self._status.store_up.is_set()
         if self._may_consume and ready and not self._consuming:
             self._broker.consume(self._receive)
-            self._consuming = True
+            self._consuming = self._status.has_served = True
         self._stop_consuming_if_asked()
 
     def _stop_consuming_if_asked(self) -> None:

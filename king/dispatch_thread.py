@@ -134,8 +134,8 @@ class DispatchThread:
             case BundleChanged(name=name, version=version):
                 self._status.bundle = (name, version)
                 log.info("king.bundle_changed", name=name, version=version)
-            case PoolRefused(message=message):
-                self._status.refused = message
+            case PoolRefused():
+                self._status.refused = event
 
     def _ended(self, run: PostRun, outcome: PostOutcome) -> None:
         self._on_outcome(self._outcome(self._started.pop(run), outcome))
@@ -173,5 +173,5 @@ def _rss_mb(pid: int | None) -> float | None:
         return None
     try:
         return round(psutil.Process(pid).memory_info().rss / 2**20, 1)
-    except psutil.Error:
+    except (psutil.Error, OSError):  # OSError: no descriptors are left, for now
         return None

@@ -24,7 +24,7 @@ from types import FrameType
 
 import structlog
 
-from common.errors import ConfigError
+from common.errors import ConfigError, RetryableError
 from config.settings import Settings
 from king.broker.base import Broker
 from king.broker.connect import open_broker
@@ -112,19 +112,23 @@ class King:
         """Serve until stopped, or with ``drain`` until there is no work left; return the exit code.
 
         Raises ConfigError when the workers, the broker or the database refuse the configuration.
+        Once it has served, the configuration was right: whatever ends it then may pass, and 1 lets
+        the supervisor start it again.
         """
         with self._signals_caught():
             self._start()
             self._serve(drain)
             self._shut_down()
+        served = self.status.has_served
         if self._died is not None:
             name, error = self._died
-            if isinstance(error, ConfigError):
+            if isinstance(error, ConfigError) and not served:
                 raise error
             log.error("king.thread_died", thread=name, exc_info=error)
             return 1
-        if self.status.refused is not None:
-            raise ConfigError(self.status.refused)
+        if (refused := self.status.refused) is not None:
+            kind = ConfigError if refused.mistake and not served else RetryableError
+            raise kind(refused.message)
         log.info("king.stopped", tagged=self.status.counter("tagged"))
         return 0
 

@@ -24,6 +24,7 @@ import structlog
 from common.files import write_whole
 from common.processes import process_identity
 from king.jobs import Bundle
+from workers.protocol import PoolRefused
 
 Phase: TypeAlias = Literal[
     "starting", "loading", "serving", "draining", "stopped", "store_down", "broker_down"
@@ -65,10 +66,12 @@ class Status:
         """Set when the workers are loaded: posts may be taken."""
         self.store_up = threading.Event()
         self.broker_up = threading.Event()
+        self.has_served = False
+        """Posts were taken: workers, broker and database had accepted the configuration."""
         self.draining = False
         self.stopped = False
         self.bundle: Bundle | None = None
-        self.refused: str | None = None
+        self.refused: PoolRefused | None = None
         self.workers: Sequence[Mapping[str, Any]] = ()
         self.queue_depth: tuple[int, float] | None = None
         """Number of waiting messages, and when (`time.monotonic`) the broker was asked."""

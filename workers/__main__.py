@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import sys
@@ -13,7 +14,8 @@ gc.disable()
 from workers.roles.loop import main  # noqa: E402 - after the line above
 
 status = main(sys.argv[1:])
-sys.stdout.flush()
-sys.stderr.flush()
+for stream in (sys.stdout, sys.stderr):
+    with contextlib.suppress(OSError):  # the disk of the log is full
+        stream.flush()
 # Not sys.exit: taking torch and the codecs apart takes seconds, and a drain would wait for it.
 os._exit(status)

@@ -35,7 +35,7 @@ from requests.adapters import HTTPAdapter
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.util.ssl_ import create_urllib3_context
 
-from common.errors import ConfigError, FetchRefused, FetchRetryable, TaggingError
+from common.errors import FetchRefused, FetchRetryable, TaggingError, path_error
 from common.files import lock_file, locked
 from common.post import Media
 from config.settings import FetchSettings
@@ -421,13 +421,13 @@ class Spool:
 
         Raises:
             ConfigError: The spool cannot be written.
+            RetryableError: It cannot be written now: the disk is full.
         """
         self.folder = (root / f"{_PREFIX}{secrets.token_hex(8)}").resolve()
         try:
             self._make()
         except OSError as error:
-            reason = error.strerror or str(error)
-            raise ConfigError(f"fetch.spool: {root} cannot be used: {reason}") from error
+            raise path_error(f"fetch.spool: {root} cannot be used", error) from error
 
     def restore(self) -> None:
         """Make the folder again if somebody removed it; while that fails, the downloads do."""
@@ -446,14 +446,16 @@ class Spool:
             self._lock = lock_file(self.folder / _LOCK)
 
     def remove_of(self, task_ids: Iterable[int]) -> None:
-        for task_id in task_ids:
-            for path in self.folder.glob(f"{task_id}-*"):
-                path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # no descriptors are left: the next King removes them
+            for task_id in task_ids:
+                for path in self.folder.glob(f"{task_id}-*"):
+                    path.unlink(missing_ok=True)
 
     def remove(self, path: str) -> None:
         """Remove one file, if it lies in this spool."""
         if Path(path).parent == self.folder:
-            Path(path).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                Path(path).unlink(missing_ok=True)
 
     def close(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)

@@ -14,7 +14,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, Protocol, TypeAlias
+from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeAlias
 
 import msgspec
 import numpy as np
@@ -41,7 +41,12 @@ over can make the King hold."""
 
 
 class ProtocolError(Exception):
-    """A message breaks the protocol: its sender cannot be trusted any more."""
+    """A message breaks the protocol: its sender cannot be trusted any more.
+
+    What the sender had said before it is in ``before``.
+    """
+
+    before: tuple[Any, ...] = ()
 
 
 class Message(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -58,6 +63,7 @@ class Launch(Message, frozen=True):
         arena: Descriptor of the shared slots, or -1 for a role that does not use them.
         device: ``cpu``, or ``cuda:0`` of the one device that the process can see.
         spool: Folder of downloaded files.
+        expected: Fingerprints that a bundle must match, as `Expect` has them, where known.
     """
 
     run: str
@@ -71,6 +77,7 @@ class Launch(Message, frozen=True):
     slots: int = 0
     slot_bytes: int = 0
     spool: str = ""
+    expected: str = ""
 
 
 class ArrayRef(Message, frozen=True):
@@ -336,7 +343,7 @@ class Done(Message, frozen=True):
 
     task_id: int
     result: Result
-    seconds: float
+    seconds: Annotated[float, msgspec.Meta(ge=0, le=1e6)]  # no NaN and no infinity
 
 
 class Failed(Message, frozen=True):
@@ -389,14 +396,33 @@ def validate_reply(reply: Done, task: Task, slot: int | None, spool: Path) -> No
     if type(result) is not _RESULTS[type(task)]:
         kinds = f"{type(result).__name__}, not {_RESULTS[type(task)].__name__}"
         raise ProtocolError(f"task {reply.task_id}: `result` is {kinds}")
-    if isinstance(result, Fetched) and Path(result.path).parent != spool:
-        raise ProtocolError(f"task {reply.task_id}: `path` {result.path!r} is not in {spool}")
-    if isinstance(result, Decoded):
-        for i, part in enumerate(result.parts):
-            if part.ref.slot != slot:
-                raise ProtocolError(
-                    f"task {reply.task_id}: `parts[{i}].ref.slot` is {part.ref.slot}, not {slot}"
-                )
+    wrong = None
+    match result:
+        case Fetched(path=path):
+            if Path(path).parent != spool or Path(path).name == ".." or "\0" in path:
+                wrong = f"`path` {path!r} is not in {spool}"
+        case Decoded(parts=parts):
+            slots = [part.ref.slot for part in parts]
+            at = next((i for i, used in enumerate(slots) if used != slot), None)
+            if at is not None:
+                wrong = f"`parts[{at}].ref.slot` is {slots[at]}, not {slot}"
+        case Extracted(array=array, also=also):
+            wrong = _not_rows({"array": array, **also})
+        case CacheHits(media=hits, texts=texts) if isinstance(task, CacheLookup):
+            asked = {query.index for query in task.media}
+            wrong = _not_rows({**texts, **{key: a for h in hits for key, a in h.arrays.items()}})
+            if not {hit.index for hit in hits} <= asked:
+                wrong = "`media` holds an index that was not asked for"
+    if wrong is not None:
+        raise ProtocolError(f"task {reply.task_id}: {wrong}")
+
+
+def _not_rows(arrays: Mapping[Any, FeatureArray | None]) -> str | None:
+    """Return the first array that is not ``(n, dim)``."""
+    for name, array in arrays.items():
+        if array is not None and array.ndim != 2:
+            return f"`{name}` has the shape {array.shape}, not (n, dim)"
+    return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -432,9 +458,13 @@ class PoolReady:
 
 @dataclass(frozen=True, slots=True)
 class PoolRefused:
-    """The pool cannot work, and trying again would not help; sent once."""
+    """The pool cannot work; sent once, and never for a worker that was replaced.
+
+    ``mistake``: the configuration is wrong. Else a fresh start may help.
+    """
 
     message: str
+    mistake: bool = True
 
 
 @dataclass(frozen=True, slots=True)

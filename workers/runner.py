@@ -273,8 +273,8 @@ class PostRunner:
                 self._runs.handle(event)
             case PoolReady():
                 self._started.set()
-            case PoolRefused(message=message):
-                self._end_all(ConfigError(message))
+            case PoolRefused(message=message, mistake=mistake):
+                self._end_all((ConfigError if mistake else RetryableError)(message))
 
     def _begin_due(self) -> None:
         while self._inbox:

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
-from common.cli import exit_code, read_options
+from common.cli import exit_code, read_options, say
 from common.errors import ConfigError, TaggingError
 from common.files import write_whole
 from common.post import MODALITIES
@@ -178,7 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _build(options: Options) -> None:
     try:
         for path in _built(options):
-            sys.stdout.write(f"{path}\n")
+            say(f"{path}\n")
     except sqlite3.Error as error:
         where = "index in the temporary folder (TMPDIR names another)"
         raise TaggingError(f"{where}: {error}") from error
@@ -268,10 +268,10 @@ def _tell_moves(index: Index, keep: Path, given: Iterator[tuple[str, int]], coun
         for post_id, side in given
         if (now := index.side_of(post_id)) is not None and now != side
     )
-    sys.stdout.write(f"--keep {keep}: {count} posts move, linked with posts of a later side\n")
-    sys.stdout.writelines(islice(moves, _SHOWN_MOVES))
+    say(f"--keep {keep}: {count} posts move, linked with posts of a later side\n")
+    say("".join(islice(moves, _SHOWN_MOVES)))
     if count > _SHOWN_MOVES:
-        sys.stdout.write(f"  and {count - _SHOWN_MOVES} more\n")
+        say(f"  and {count - _SHOWN_MOVES} more\n")
     sys.stdout.flush()
 
 

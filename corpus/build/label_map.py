@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from common.cli import exit_code, read_options
+from common.cli import exit_code, read_options, say
 from common.errors import ConfigError
 from common.files import write_whole
 from common.progress import progress_bar
@@ -59,8 +58,8 @@ def _make(options: Options) -> None:
     write_whole(out, json.dumps(labels.as_json(), ensure_ascii=False, indent=2))
     _tell(labels, counts, base)
     if broken or bare:
-        sys.stdout.write(f"left out: {broken} broken lines, {bare} posts without labels\n")
-    sys.stdout.write(f"{len(labels)} tags: {out}\n")
+        say(f"left out: {broken} broken lines, {bare} posts without labels\n")
+    say(f"{len(labels)} tags: {out}\n")
 
 
 def count_labels(files: Sequence[Path]) -> tuple[Counter[str], int, int]:
@@ -95,11 +94,11 @@ def _tell(labels: LabelMap, counts: Counter[str], base: LabelMap | None) -> None
     base_count = len(base) if base is not None else 0
     for index, name in list(enumerate(labels.names))[:_SHOWN]:
         new = "  new" if base is not None and index >= base_count else ""
-        sys.stdout.write(f"{index:>5}  {counts[name]:>9,}  {name}{new}\n")
+        say(f"{index:>5}  {counts[name]:>9,}  {name}{new}\n")
     if len(labels) > _SHOWN:
-        sys.stdout.write(f"  ...  {len(labels) - _SHOWN} more\n")
+        say(f"  ...  {len(labels) - _SHOWN} more\n")
     rare = [name for name in counts if name not in labels.index]
     if rare:
         rare.sort(key=lambda name: (-counts[name], name))
         shown = ", ".join(f"{name} ({counts[name]})" for name in rare[:_SHOWN])
-        sys.stdout.write(f"too few posts: {len(rare)} tags: {shown}\n")
+        say(f"too few posts: {len(rare)} tags: {shown}\n")

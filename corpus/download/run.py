@@ -16,6 +16,7 @@ from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
+from common.cli import say
 from common.errors import FetchRefused, MediaError, TaggingError
 from common.post import Media
 from common.progress import Bar, progress_bar
@@ -141,7 +142,7 @@ def _download(options: Options, state: State, stopper: Stopper, total: int) -> i
     except InterruptedError:
         return _interrupted(stopper, "all files are downloaded, the manifest is not written")
     summary.show()
-    sys.stdout.write(f"{options.out}/manifest.jsonl, posts.jsonl, summary.json\n")
+    say(f"{options.out}/manifest.jsonl, posts.jsonl, summary.json\n")
     if summary.total and summary.failures == summary.total:
         sys.stderr.write(
             f"download_mp: all {summary.total:,} media failed, see the reasons above\n"

@@ -9,7 +9,6 @@ ones in the backbone's settings.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from common.cli import ConfigFile, Overrides, exit_code, read_options
+from common.cli import ConfigFile, Overrides, exit_code, read_options, say
 from common.errors import ConfigError
 from common.files import write_whole
 from common.fingerprint import digest
@@ -118,7 +117,7 @@ def _run(options: Options) -> int:
         ids = (record.post_id for record in posts.take(np.flatnonzero(parts == fold)))
         _take_over(store, folder / "features", ids)
     names = "  ".join(weight.partition("=")[2] for weight in serving)
-    sys.stdout.write(
+    say(
         f"{len(posts)} posts, each by weights that have not learned from it: {options.features}\n"
         f"to serve: {names}\n"
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sys
 import tempfile
 import time
 from array import array
@@ -13,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from common.cli import exit_code
+from common.cli import exit_code, say
 from common.logs import configure_logs
 from common.progress import progress_bar
 from corpus.extract.options import Options, parse
@@ -58,9 +57,9 @@ class Tally:
         self.record.write(options.features / f"summary_{options.kind}.json")
         self.summary.show()
         for node, count in sorted(self.nodes.items()):
-            sys.stdout.write(f"node {node}: {count:,} posts\n")
+            say(f"node {node}: {count:,} posts\n")
         if self.summary.failures:
-            sys.stdout.write(f"what failed, and why: {options.failures}\n")
+            say(f"what failed, and why: {options.failures}\n")
 
 
 def watch(results: Iterable[Result], title: str, total: int) -> Iterator[Result]:

@@ -17,7 +17,7 @@ import typer
 from bson import json_util
 from bson.errors import BSONError
 
-from common.cli import ConfigFile, Overrides
+from common.cli import ConfigFile, Overrides, say
 from common.errors import ConfigError, TaggingError, one_line
 from common.progress import progress_bar
 from common.times import since_time
@@ -124,7 +124,7 @@ def pull(options: Options, resolved: StoreSettings) -> int:
     if not run.files.summary.total:
         sys.stderr.write(f"pull_posts: {_nothing(options)}\n")
     run.files.summary.show()
-    sys.stdout.write(f"{run.files.written:,} posts: {options.out}\n")
+    say(f"{run.files.written:,} posts: {options.out}\n")
     return 0
 
 

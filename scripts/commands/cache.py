@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from common.cli import say
 from common.errors import ConfigError
 from common.tables import print_table
 from common.urls import redact
@@ -68,7 +68,7 @@ def clear(
 
 def _prune(store: CacheStore, max_bytes: int) -> None:
     gone = store.prune(max_bytes)
-    sys.stdout.write(f"deleted {gone.entries} entries, {gone.bytes / _MIB:.1f} MiB\n")
+    say(f"deleted {gone.entries} entries, {gone.bytes / _MIB:.1f} MiB\n")
 
 
 @contextlib.contextmanager

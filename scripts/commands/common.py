@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from common.cli import say
 from common.logs import configure_logs
 from config.load import load_settings
 from config.settings import Settings
@@ -23,7 +23,9 @@ Config = Annotated[
 ]
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="a.b=c", help="Override one setting; may be repeated."),
+    typer.Option(
+        "--set", metavar="a.b=c", help="Override one setting; a.b=@FILE reads it; repeatable."
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Ids = Annotated[list[str] | None, typer.Argument(metavar="ID…", help="IDs of posts.")]
@@ -64,7 +66,7 @@ def listed(post_ids: Sequence[str]) -> str:
 
 def print_json(value: Any) -> None:
     """Print one JSON document."""
-    sys.stdout.write(json.dumps(value, ensure_ascii=False, indent=2, default=_plain) + "\n")
+    say(json.dumps(value, ensure_ascii=False, indent=2, default=_plain) + "\n")
 
 
 def _plain(value: Any) -> Any:

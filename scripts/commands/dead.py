@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from common.cli import say
 from common.errors import ConfigError
 from common.tables import print_table
 from common.times import since_time
@@ -154,7 +154,7 @@ def letter_json(job: Job) -> dict[str, Any]:
 
 def _tell(verb: str, done: str, rest: int, wrong: str) -> None:
     kept = f"; {rest} left as they were (no dead letter, or a message without an ID)"
-    sys.stdout.write(f"{done}{kept if rest else ''}\n")
+    say(f"{done}{kept if rest else ''}\n")
     if wrong:
         raise ConfigError(f"dead {verb}: {wrong}")
 

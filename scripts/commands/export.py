@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from common.cli import say
 from common.errors import BundleError, ConfigError
 from scripts.commands.common import Config, Overrides, settings_of
 
@@ -52,11 +52,9 @@ def export(  # noqa: PLR0917  typer calls it by names
             graph = fusion_graph(_load(bundle or settings.fusion.bundle))
         written = write(graph, form, out)
     for case, difference in written.differences.items():
-        sys.stdout.write(f"{difference:9.2e}  {case}\n")
-    sys.stdout.write(
-        f"largest difference {written.largest:.2e} on {len(written.differences)} inputs\n"
-    )
-    sys.stdout.write(f"{written.path} ({written.how}), facts in {written.sidecar}\n")
+        say(f"{difference:9.2e}  {case}\n")
+    say(f"largest difference {written.largest:.2e} on {len(written.differences)} inputs\n")
+    say(f"{written.path} ({written.how}), facts in {written.sidecar}\n")
 
 
 def _load(folder: Path) -> Bundle:

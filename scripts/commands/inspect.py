@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from common.cli import say
 from common.errors import ConfigError, FetchRetryable, MediaError, PermanentError, one_line
 from common.post import MEDIA_KINDS, Media, MediaKind
 from config.settings import Settings
@@ -204,7 +204,7 @@ def _print(facts: dict[str, Any]) -> None:
     def line(name: str, text: object) -> None:
         # What a file says of itself may hold terminal escapes.
         shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
-        sys.stdout.write(f"{name:<9} {shown}\n")
+        say(f"{name:<9} {shown}\n")
 
     line("type", f"{facts['type']}, {facts['bytes']} bytes, read as {facts['read_as']}")
     if facts["start"]:

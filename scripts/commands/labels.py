@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from common.cli import say
 from common.errors import ConfigError
 from corpus import taxonomy
 from corpus.taxonomy import Migration, Operation
@@ -37,11 +37,11 @@ def check(
     """
     count = 0
     for line in taxonomy.conflicts(labels, data or (), bundle, min_posts):
-        sys.stdout.write(f"{line}\n")
+        say(f"{line}\n")
         count += 1
     if count:
         raise ConfigError(f"labels check: {count} conflicts in {labels}")
-    sys.stdout.write(f"{labels}: no conflicts\n")
+    say(f"{labels}: no conflicts\n")
 
 
 def rename(
@@ -89,9 +89,9 @@ def history(labels: MapFile) -> None:
     """The recorded changes of a label map, oldest first."""
     _, migrations = taxonomy.load(labels)
     for each in migrations:
-        sys.stdout.write(f"{each.version:>4}  {_told(each)}\n")
+        say(f"{each.version:>4}  {_told(each)}\n")
     if not migrations:
-        sys.stdout.write(f"{labels}: never changed\n")
+        say(f"{labels}: never changed\n")
 
 
 def apply(
@@ -113,24 +113,24 @@ def apply(
     for file in data:
         done = taxonomy.apply(file, migrations, said)
         if not done.posts:
-            sys.stdout.write(f"{file}: follows version {done.version} already\n")
+            say(f"{file}: follows version {done.version} already\n")
             continue
-        sys.stdout.write(
+        say(
             f"{file}: {done.posts} posts, {done.changed} changed, {done.bare} without a label now, "
             f"version {done.version}\n"
         )
         if done.relabel:
             where = taxonomy.relabel_path(file)
-            sys.stdout.write(f"  {done.relabel} posts had a tag that was split: {where}\n")
+            say(f"  {done.relabel} posts had a tag that was split: {where}\n")
 
 
 def _change(labels: Path, operation: Operation, old: Sequence[str], new: Sequence[str]) -> None:
     present, migrations = taxonomy.load(labels, complete=True)
     changed, migration = taxonomy.change(present, operation, old, new, len(migrations) + 1)
     taxonomy.record(labels, changed, (*migrations, migration))
-    sys.stdout.write(f"{_told(migration)}\n")
+    say(f"{_told(migration)}\n")
     moved = sum(after not in (None, before) for before, after in enumerate(migration.ids))
-    sys.stdout.write(
+    say(
         f"{labels}: version {migration.version}, {len(changed)} tags, {moved} have another id; "
         "bundles keep the ids that they were trained with\n"
     )

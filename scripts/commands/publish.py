@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from common.cli import complain, say
 from common.errors import ConfigError, MessageError, StoreUnavailable
 from config.settings import Settings
 from scripts.commands.common import Config, Ids, Overrides, Priority, listed, online_settings
@@ -84,7 +85,7 @@ def publish(
             for each in chain(once.values(), others)
         )
         count = publish_posts(settings.broker, asked)
-    sys.stdout.write(f"published {count} to {settings.broker.queue}\n")
+    say(f"published {count} to {settings.broker.queue}\n")
     if check is None and len(once) <= _MAX_CHECKED:
         _check(settings, list(once), refuse=False)
 
@@ -106,7 +107,7 @@ def _check(settings: Settings, post_ids: Sequence[str], *, refuse: bool) -> None
     except StoreUnavailable as error:
         if refuse:
             raise
-        sys.stderr.write(f"insighttag: publish: the IDs were not checked: {error}\n")
+        complain("insighttag", f"publish: the IDs were not checked: {error}", 0)
         return
     if unknown:
         where = f"{store.database}.{store.collection}"
@@ -114,7 +115,7 @@ def _check(settings: Settings, post_ids: Sequence[str], *, refuse: bool) -> None
         what = f"publish: not in {where}: {listed(unknown)} ({count})"
         if refuse:
             raise ConfigError(f"{what}; nothing was published, --no-check does it all the same")
-        sys.stderr.write(f"insighttag: {what}; dead letters unless their posts come in time\n")
+        complain("insighttag", f"{what}; dead letters unless their posts come in time", 0)
 
 
 def read_messages(file: Path) -> list[PostMessage]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from common.cli import complain, say
 from common.errors import ConfigError
 from common.progress import track
 from config.settings import Settings
@@ -88,7 +88,7 @@ def retag(
             named_ids = [each.post_id for each in named]
             if unknown := queries.unknown(named_ids):
                 where = f"{settings.store.database}.{settings.store.collection}"
-                sys.stderr.write(f"insighttag: retag: not in {where}: {listed(unknown)}\n")
+                complain("insighttag", f"retag: not in {where}: {listed(unknown)}", 0)
             ids = islice(queries.among(named_ids, condition), limit)
         else:
             total = queries.matching(condition)
@@ -97,7 +97,7 @@ def retag(
         # Priority and force are this command's, not those of the file.
         messages = (PostMessage(post_id, priority=priority, force=True) for post_id in ids)
         count = publish_posts(settings.broker, track(messages, "posts", total))
-    sys.stdout.write(f"retagging {count} posts through {settings.broker.queue}\n")
+    say(f"retagging {count} posts through {settings.broker.queue}\n")
 
 
 def _version(text: str) -> str:

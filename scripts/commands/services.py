@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping
 
+from common.cli import say
 from common.tables import print_table
 from deploy import embedded
 from scripts.commands.common import AsJson, Config, Overrides, duration, print_json, settings_of
@@ -14,13 +14,13 @@ def start(config: Config = None, overrides: Overrides = None) -> None:
     """Start those that are down; print their URLs."""
     settings = settings_of(config, overrides)
     for service in embedded.ensure(settings).values():
-        sys.stdout.write(f"{service.name}\t{service.url}\n")
+        say(f"{service.name}\t{service.url}\n")
 
 
 def stop(config: Config = None, overrides: Overrides = None) -> None:
     """Stop them; their data stays."""
     stopped = embedded.stop(settings_of(config, overrides))
-    sys.stdout.write(f"stopped {', '.join(stopped)}\n" if stopped else "none was running\n")
+    say(f"stopped {', '.join(stopped)}\n" if stopped else "none was running\n")
 
 
 def status(as_json: AsJson = False, config: Config = None, overrides: Overrides = None) -> None:

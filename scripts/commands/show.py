@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from typing import Any
 
+from common.cli import say
 from common.errors import ConfigError
 from common.tables import print_table
 from scripts.commands.common import (
@@ -58,26 +58,25 @@ def show(
 
 def _print(content: dict[str, Any], *, found: bool) -> None:
     result, job = content["result"], content["job"]
-    write = sys.stdout.write
-    write(f"post      {content['post_id']}{'' if found else '  (not in the database)'}\n")
+    say(f"post      {content['post_id']}{'' if found else '  (not in the database)'}\n")
     if content["labels"]:
-        write(f"labels    {', '.join(content['labels'])}\n")
+        say(f"labels    {', '.join(content['labels'])}\n")
     if result is None:
-        write("status    no result yet\n")
+        say("status    no result yet\n")
     else:
         tagged_at = result.get("tagged_at")
         when = ago(tagged_at.timestamp(), time.time()) if hasattr(tagged_at, "timestamp") else "?"
         model = f"{result.get('model')} {result.get('version')}"
         attempts = result.get("attempts")
         partial = ", partial" if result.get("partial") else ""
-        write(f"status    {result.get('status')} by {model}, {when}, attempt {attempts}{partial}\n")
+        say(f"status    {result.get('status')} by {model}, {when}, attempt {attempts}{partial}\n")
         if result.get("error"):
-            write(f"error     {_error(result['error'])}\n")
+            say(f"error     {_error(result['error'])}\n")
     if job is not None:
         due = f", due {job['due_at']}" if job["due_at"] and job["state"] != "dead" else ""
-        write(f"job       {job['state']}, {job['attempts']} attempts{due}\n")
+        say(f"job       {job['state']}, {job['attempts']} attempts{due}\n")
         if job["last_error"]:
-            write(f"last      {_error(job['last_error'])}\n")
+            say(f"last      {_error(job['last_error'])}\n")
     if result and result.get("tags"):
         tags = [(tag["name"], f"{tag['score']:.3f}", tag["id"]) for tag in result["tags"]]
         print_table("", ("tag", "score", "id"), tags)

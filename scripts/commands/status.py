@@ -5,11 +5,11 @@ Asks each of them with a short time-out and starts none: what cannot be reached 
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
+from common.cli import say
 from common.errors import ConfigError, TaggingError
 from common.processes import process_identity
 from common.tables import print_table
@@ -100,24 +100,23 @@ def _king(settings: Settings) -> dict[str, Any] | None:
 
 def _print(content: dict[str, Any]) -> None:
     queue, store = content["queue"], content["store"]
-    write = sys.stdout.write
-    write(f"queue     {queue['name']} at {queue['url']}: ")
+    say(f"queue     {queue['name']} at {queue['url']}: ")
     unacknowledged = queue["unacknowledged"]
     held = f", {unacknowledged} unacknowledged" if unacknowledged is not None else ""
     waiting = f"{queue['depth']} waiting{held}"
-    write(f"{queue['error'] or waiting}\n")
-    write(f"database  {store['database']} at {store['url']}: ")
+    say(f"{queue['error'] or waiting}\n")
+    say(f"database  {store['database']} at {store['url']}: ")
     if store["error"] is None:
         counts = store["counts"]
         shown = ("posts", "tagged", "partial", "failed", "untagged")
         posts = ", ".join(f"{counts[k]} {k}" for k in shown)
         jobs = ", ".join(f"{number} {state}" for state, number in counts["jobs"].items())
-        write(f"{posts}\n          jobs: {jobs}\n")
+        say(f"{posts}\n          jobs: {jobs}\n")
     else:
-        write(f"{store['error']}\n")
+        say(f"{store['error']}\n")
     _print_king(content["king"])
     for service in content["services"] or ():
-        write(f"service   {service['name']}: {service['state']} {service['url'] or ''}\n")
+        say(f"service   {service['name']}: {service['state']} {service['url'] or ''}\n")
 
 
 def _cell(value: Any) -> Any:
@@ -125,24 +124,23 @@ def _cell(value: Any) -> Any:
 
 
 def _print_king(king: dict[str, Any] | None) -> None:
-    write = sys.stdout.write
     if king is None:
-        write("king      not running (no health file)\n")
+        say("king      not running (no health file)\n")
         return
     seen = ago(king["updated_at"], time.time())
     if not king["alive"]:
-        write(f"king      not running (pid {king['pid']} was last seen {seen})\n")
+        say(f"king      not running (pid {king['pid']} was last seen {seen})\n")
         return
     bundle = king.get("bundle") or {}
     serving = f", bundle {bundle['name']} {bundle['version']}" if bundle else ""
-    write(f"king      {king.get('phase')} (pid {king['pid']}){serving}\n")
+    say(f"king      {king.get('phase')} (pid {king['pid']}){serving}\n")
     oldest = king.get("oldest_in_flight_s") or 0.0
-    write(
+    say(
         f"          {king.get('in_flight')} in flight (oldest {oldest:.1f} s), "
         f"{king.get('posts_per_s')} posts/s over the last minute\n"
     )
     counters = king.get("counters") or {}
-    write(f"          since its start: {', '.join(f'{v} {k}' for k, v in counters.items())}\n")
+    say(f"          since its start: {', '.join(f'{v} {k}' for k, v in counters.items())}\n")
     workers = king.get("workers") or []
     if workers:
         columns = tuple(workers[0])

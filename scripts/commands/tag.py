@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from common.cli import complain, say
 from common.errors import TaggingError
 from common.post import MEDIA_KINDS, Failure, Post
 from common.result import TagResult
@@ -46,7 +46,7 @@ def tag(
         result.modalities.get(kind) == "ok" for result in ran for kind in MEDIA_KINDS
     )
     if all_lost:
-        sys.stderr.write(f"tag: all {media} media failed\n")
+        complain("tag", f"all {media} media failed", 1)
     if all_lost or any(result.status == "failed" for result in ran):
         raise typer.Exit(1)
 
@@ -63,14 +63,13 @@ def result_of(post: Post, runner: PostRunner) -> TagResult:
 
 
 def _print(result: dict[str, Any]) -> None:
-    write = sys.stdout.write
-    write(f"post      {result['post_id']}\n")
+    say(f"post      {result['post_id']}\n")
     if result["error"]:
-        write(f"failed    {result['error']['type']}: {result['error']['message']}\n")
+        say(f"failed    {result['error']['type']}: {result['error']['message']}\n")
         return
     used = ", ".join(f"{name} {state}" for name, state in result["modalities"].items())
-    write(f"used      {used}{'; partial' if result.get('partial') else ''}\n")
+    say(f"used      {used}{'; partial' if result.get('partial') else ''}\n")
     for name, failure in result["failures"].items():
-        write(f"          {name}: {failure['type']}: {failure['message']}\n")
+        say(f"          {name}: {failure['type']}: {failure['message']}\n")
     rows = [(tag["name"], f"{tag['score']:.3f}", tag["id"]) for tag in result["tags"]]
     print_table("", ("tag", "score", "id"), rows or [("(none over its threshold)", "", "")])

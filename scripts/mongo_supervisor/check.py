@@ -21,7 +21,7 @@ import typer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs as a plain script too
 
-from common.cli import ConfigFile, Overrides, read_options
+from common.cli import ConfigFile, Overrides, complain, read_options, say
 from common.errors import ConfigError, TaggingError
 from common.logs import configure_logs
 from common.times import since_time
@@ -134,14 +134,14 @@ def once(settings: Settings, *, as_json: bool, again: bool) -> int:
         try:
             requeued = requeue(settings)
         except TaggingError as error:
-            sys.stderr.write(f"check.py: not requeued: {error}\n")
+            complain("check.py", f"not requeued: {error}", 0)
             code = EXIT_CODES["critical"]
     if as_json:
         print_json(as_dict(checks, requeued))
         return code
     show(checks)
     if requeued is not None:
-        sys.stdout.write(f"requeued {requeued} posts to {settings.broker.queue}\n")
+        say(f"requeued {requeued} posts to {settings.broker.queue}\n")
     return code
 
 
@@ -172,7 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return watch(settings, options.watch, as_json=options.json)
         return once(settings, as_json=options.json, again=options.requeue)
     except ConfigError as error:
-        sys.stdout.write(f"UNKNOWN: {error}\n")
+        say(f"UNKNOWN: {error}\n")
         return EXIT_CODES["unknown"]
 
 

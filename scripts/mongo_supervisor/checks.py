@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeAlias
 import structlog
 from rich.text import Text
 
+from common.cli import say
 from common.tables import console, print_table
 from config.settings import MonitorSettings, Threshold
 from scripts.mongo_supervisor.snapshot import Snapshot
@@ -194,7 +195,7 @@ def show(checks: Sequence[Check], *, redraw: bool = False) -> None:
     """Print the plugin line, and the table below it."""
     if redraw:
         console().clear()
-    sys.stdout.write(plugin_line(checks) + "\n")
+    say(plugin_line(checks) + "\n")
     sys.stdout.flush()
     rows = [
         (

@@ -223,6 +223,9 @@ class Channel(Generic[_T]):
                 start += _HEADER.size
                 messages.append(self._decode(view[start : start + size]))
                 start += size
+        except ProtocolError as error:
+            error.before = tuple(messages)
+            raise
         finally:
             view.release()
         del self._in[:start]

@@ -63,8 +63,9 @@ from workers.protocol import (
 _log = structlog.get_logger()
 
 _FALSE_STARTS = 3
-"""Deaths in a row while loading, after which the pool gives up. One may be a lack of memory that
-passes; three with back-off between them are a broken installation, whose log says why."""
+"""Deaths in a row while loading, after which a pool that was never ready gives up. One may be a
+lack of memory that passes; three with back-off between them are a broken installation, whose log
+says why. A pool that has worked goes on trying: it knows that the installation is sound."""
 
 LOOKUP_S = 2.0
 """Seconds beyond its own limit that a look-up may wait for the cache worker. Half a second would
@@ -106,6 +107,7 @@ class ProcessPool:
         self._spool: Spool | None = None
         self._stopped = False
         self._next_tick = 0.0
+        self._has_worked = False
         self._by_extractor: dict[Stream, str] = {}
         self.fingerprints: Mapping[Stream, str] = {}
         self.ready = False
@@ -230,9 +232,10 @@ class ProcessPool:
         again_s = worker.ended(time.monotonic(), answered=answered, planned=planned)
         event = _log.info if planned else _log.warning
         event("workers.ended", worker=worker.name, how=ended.how, again_s=again_s)
-        if worker.false_starts >= _FALSE_STARTS:
+        if worker.false_starts >= _FALSE_STARTS and not self._has_worked:
             times = f"failed to start {_FALSE_STARTS} times"
-            self._refuse(f"worker {worker.name} {times} ({ended.how}); its log says why")
+            reason = f"worker {worker.name} {times} ({ended.how}); its log says why"
+            self._refuse(reason, mistake=False)
 
     def _on_message(self, worker: ManagedProcess, message: Reply) -> None:
         now = time.monotonic()
@@ -240,6 +243,9 @@ class ProcessPool:
         match message:
             case Ready() if worker.state == "starting":
                 self._on_ready(worker, message, now)
+            case Refused() if worker.state == "starting" and self._has_worked:
+                # A file that is being written just now: it ends by itself, and is tried again.
+                _log.error("workers.cannot_load", worker=worker.name, reason=message.message)
             case Refused() if worker.state == "starting":
                 worker.state = "refused"
                 self._refuse(message.message)
@@ -300,9 +306,14 @@ class ProcessPool:
             slots=self._settings.workers.slots if in_slots else 0,
             slot_bytes=self._slot_bytes if in_slots else 0,
             spool=str(self._spool.folder) if self._spool and spec.role == "fetch" else "",
+            expected=packed(self.fingerprints) if self._has_worked and spec.role == "fuse" else "",
         )
 
     def _on_ready(self, worker: ManagedProcess, message: Ready, now: float) -> None:
+        try:
+            unpacked(message.info.get("fingerprints", "{}"))
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise ProtocolError(f"`fingerprints` cannot be read: {error}") from error
         worker.became_ready(message.info, now)
         _log.info("workers.ready", worker=worker.name)
         everyone = list(self._supervisor.workers.values())
@@ -312,7 +323,7 @@ class ProcessPool:
         elif all(each.state == "ready" for each in everyone) and self._fits():
             for each in everyone:
                 self._admit(each)
-            self.ready = True
+            self.ready = self._has_worked = True
             self._events.append(PoolReady())
 
     def _fits(self) -> bool:
@@ -350,10 +361,10 @@ class ProcessPool:
         if before is not None and before != self.bundle:
             self._events.append(BundleChanged(name, version))
 
-    def _refuse(self, message: str) -> None:
+    def _refuse(self, message: str, *, mistake: bool = True) -> None:
         if self.refused is None:
             self.refused, self.ready = message, False
-            self._events.append(PoolRefused(message))
+            self._events.append(PoolRefused(message, mistake and not self._has_worked))
             _log.error("workers.refused", reason=message)
 
 

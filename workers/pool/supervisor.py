@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -476,14 +476,14 @@ class Supervisor:
             self._selector.modify(channel, events, worker)
 
     def _read(self, worker: ManagedProcess, channel: Channel[Reply]) -> list[Report]:
-        messages: list[Reply] = []
+        messages: Sequence[Reply]
         broken = False
         try:
             messages = channel.receive()
         except ProtocolError as error:
             _log.error("workers.bad_message", worker=worker.name, error=str(error))
             worker.kill()
-            broken = True
+            messages, broken = error.before, True  # the `Began` of the task that is charged
         if broken or channel.closed:
             self._selector.unregister(channel)
             worker.closing_at = time.monotonic()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import resource
+import shutil
 import threading
 import time
 from collections import deque
@@ -28,6 +29,7 @@ from common.errors import (
     TaggingError,
     one_line,
 )
+from common.files import new_folder
 from common.fingerprint import mismatch, packed, unpacked
 from common.post import Failure, Stream
 from config.settings import DecodeSettings, FeatureSettings, FusionSettings, Settings
@@ -275,16 +277,28 @@ class _Extractors(Handler):
 
 
 class _Fusion(Handler):
-    """The bundle, and the swap to a newer one between two batches."""
+    """The bundle, and the swap to a newer one between two batches.
 
-    def __init__(self, settings: FusionSettings, device: str) -> None:
+    A copy of the last good one lies beside it. It is served where the bundle itself is broken,
+    perhaps because it is being copied just now.
+    """
+
+    def __init__(self, settings: FusionSettings, device: str, expected: str) -> None:
         self._settings = settings
         self._device = device
-        self._expected: Mapping[Stream, str] | None = None
+        self._expected: Mapping[Stream, str] | None = unpacked(expected) if expected else None
+        self._last_good = settings.bundle.with_name(f".{settings.bundle.name}.good")
 
     def load(self) -> Mapping[str, str]:
         self._seen = _signature(self._settings.bundle)
-        self._inferer = open_bundle(self._settings, self._device)
+        try:
+            self._inferer = self._open(self._settings.bundle)
+        except BundleError as error:
+            if not self._last_good.is_dir():
+                raise
+            self._inferer = self._open(self._last_good)
+            reason, version = one_line(error), self._inferer.version
+            _log.error("workers.bundle_refused", reason=reason, serving=version)
         self._look_at = time.monotonic() + self._settings.reload_s
         return {
             "name": self._inferer.name,
@@ -305,6 +319,8 @@ class _Fusion(Handler):
     def control(self, message: Command) -> None:
         if isinstance(message, Expect):
             self._expected = unpacked(message.fingerprints)
+            if mismatch(self._inferer.fingerprints, self._expected) is None:
+                self._keep()
 
     def _swap(self) -> bool:
         """Serve the bundle that is in the folder now, if it is a new and good one."""
@@ -313,19 +329,43 @@ class _Fusion(Handler):
             return False
         self._seen = seen  # a bad one is logged once, not at every look
         try:
-            new = open_bundle(self._settings, self._device)
+            new = self._open(self._settings.bundle)
         except TaggingError as error:
             _log.error("workers.bundle_refused", reason=one_line(error))
             return False
-        wrong = mismatch(new.fingerprints, self._expected)
-        if wrong is not None:
-            new.close()
-            _log.error("workers.bundle_refused", version=new.version, reason=wrong)
-            return False
         self._inferer.close()
         self._inferer = new
+        self._keep()
         _log.info("workers.bundle_swapped", name=new.name, version=new.version)
         return True
+
+    def _open(self, folder: Path) -> Inferer:
+        settings = self._settings.model_copy(update={"bundle": folder})
+        inferer = open_bundle(settings, self._device)
+        wrong = self._expected and mismatch(inferer.fingerprints, self._expected)
+        if wrong:
+            inferer.close()
+            raise BundleError(f"bundle {inferer.name} {inferer.version}: {wrong}")
+        return inferer
+
+    def _keep(self) -> None:
+        """Copy the bundle that is served, unless that has been done, or it is the copy."""
+        bundle, kept = self._settings.bundle, self._last_good
+        try:
+            about = (bundle / _BUNDLE_FILES[0]).read_bytes()
+            with suppress(FileNotFoundError):
+                if (kept / _BUNDLE_FILES[0]).read_bytes() == about:
+                    return
+            if self._inferer.version.encode() not in about:
+                return  # the last good one is served
+            with new_folder(kept) as part:
+                for file in bundle.iterdir():
+                    if file.is_file():
+                        shutil.copyfile(file, part / file.name)
+                if _signature(bundle) != self._seen:
+                    raise OSError("it has changed meanwhile")
+        except OSError as error:  # it is served all the same
+            _log.warning("workers.bundle_not_kept", reason=one_line(error))
 
 
 def open_bundle(settings: FusionSettings, device: str) -> Inferer:
@@ -367,7 +407,8 @@ def extract(context: Context) -> None:
 
 
 def fuse(context: Context) -> None:
-    serve(context, _Fusion(context.settings.fusion, context.launch.device))
+    launch = context.launch
+    serve(context, _Fusion(context.settings.fusion, launch.device, launch.expected))
 
 
 def _slots(context: Context) -> Arena:

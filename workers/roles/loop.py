@@ -401,6 +401,9 @@ def main(arguments: Sequence[str]) -> int:
         os.close(launch.arena)
     try:
         pkgutil.resolve_name(launch.run)(Context(channel, launch, settings, arena))
+    except RetryableError as error:
+        _log.error("workers.cannot_load", reason=one_line(error))
+        return 1
     except TaggingError as error:
         channel.send_wait(Refused(one_line(error)))
         return REFUSED_STATUS

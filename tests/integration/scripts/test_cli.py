@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -203,6 +204,36 @@ def test_mistakes_are_one_line_and_exit_2(
     assert err.count("\n") == 1
     assert "Traceback" not in err
     assert named in err
+
+
+HOSTILE = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202egnp.exe\x00"
+
+
+def test_a_terminal_obeys_no_stored_text(
+    command: Command, database: pymongo.database.Database[dict[str, Any]]
+) -> None:
+    """Every command that prints what strangers wrote shows its control characters as escapes."""
+    failure = {"stage": "fetch", "type": "FetchRefused", "message": f"HTTP {HOSTILE}"}
+    result = {
+        **{"model": HOSTILE, "version": HOSTILE, "status": "tagged", "attempts": 1},
+        "tags": [{"id": 3, "name": f"cat {HOSTILE}", "score": 0.9}],
+        "modalities": {"video": "failed"},
+        **{"failures": {"video": failure}, "error": failure},
+        "tagged_at": datetime.now(timezone.utc),
+    }
+    post_id = f"p{HOSTILE}"
+    database["posts"].insert_one({"_id": post_id, "labels": [HOSTILE], "insight": result})
+    letter = {**dead(post_id, "fetch", HOSTILE), "last_error": failure, "payload": HOSTILE}
+    database["jobs"].insert_one(letter)
+    words = (["show", post_id], ["dead", "list"], ["dead", "show", post_id], ["status"])
+    unknown = ([HOSTILE], ["show", HOSTILE], ["retag", "--file", HOSTILE.strip("\x00")])
+    for line in (*words, *([*some, "--json"] for some in words), *unknown):
+        code, out, err = command(*line)
+        assert code == 0 or line in unknown, err
+        said = out + err
+        assert [c for c in said if not (c.isprintable() or c in "\n\t")] == [], line
+        assert line[0] == "status" or re.search(r"\\(u00|x)1b\]0;owned", said), line
+    assert command.json("show", post_id)["result"]["tags"][0]["name"] == f"cat {HOSTILE}"
 
 
 def test_show_tells_tags_modalities_and_reasons(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import time
 from functools import partial
@@ -97,7 +98,10 @@ def test_task_waits_no_longer_than_its_deadline(driver: Driver, tmp_path: Path) 
     ("task", "name"),
     [
         (fetch_task("elsewhere"), "fetch-0"),
+        (fetch_task("above"), "fetch-0"),
         (decode_task("slot-of-another"), "decode-0"),
+        (decode_task("no-parts"), "decode-0"),
+        (text_task("no-rows"), "extract-0"),
     ],
 )
 def test_lying_worker_is_replaced(driver: Driver, task: ExtractTask, name: str) -> None:
@@ -107,6 +111,22 @@ def test_lying_worker_is_replaced(driver: Driver, task: ExtractTask, name: str) 
     assert failed.failure.type == "WorkerDied"
     driver.ready()
     assert driver.pid(name) != before
+
+
+def test_want_of_descriptors_passes(driver: Driver) -> None:
+    """A worker that dies while the King can open nothing comes back once it can."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest_free = os.dup(0)
+    os.close(lowest_free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, limits[1]))
+    try:
+        os.kill(driver.pid("fetch-0"), signal.SIGKILL)
+        driver.until(lambda: driver.view("fetch-0").deaths and driver.view("fetch-0").pid is None)
+        driver.told += driver.pool.poll(0.5)
+        assert driver.pool.refused is None
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    driver.ready()
 
 
 def test_workers_ignore_the_signals_of_the_group(driver: Driver) -> None:

@@ -49,6 +49,25 @@ def test_start_that_fails_again_and_again(tmp_path: Path) -> None:
     [event] = driver.told
     assert isinstance(event, PoolRefused)
     assert event.message == "worker decode-0 failed to start 3 times (status 7); its log says why"
+    assert not event.mistake  # perhaps memory: a supervisor should try again
+    driver.stop()
+
+
+@pytest.mark.parametrize("reason", ["", "half a bundle"])
+@pytest.mark.parametrize("role", ["decode", "extract", "fuse"])
+def test_a_pool_that_has_worked_goes_on_trying(tmp_path: Path, role: str, reason: str) -> None:
+    """A worker killed while loading, or one that finds half a file, is tried until it comes up."""
+    marker = tmp_path / "marker"
+    arch = f"{role}-fails-while:{marker}"
+    driver = Driver(toy_settings(tmp_path, features={"text": {"arch": arch}})).start()
+    marker.write_text(reason)
+    name = f"{role}-0"
+    os.kill(driver.pid(name), signal.SIGKILL)
+    driver.until(lambda: driver.view(name).deaths >= 5)  # the first, and four while loading
+    assert driver.pool.refused is None
+    marker.unlink()
+    driver.ready()
+    assert not any(isinstance(event, PoolRefused) for event in driver.told)
     driver.stop()
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import queue
 import shutil
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -315,6 +317,34 @@ def test_hot_swap(driver: Driver, site: Site) -> None:
     driver.until(lambda: BundleChanged("small", version) in driver.told)
     assert driver.run(FuseTask(post)).version == version
     assert driver.pid("fuse-0") == pid
+
+
+@pytest.mark.parametrize("damage", ["half", "another", "away"])
+def test_the_last_good_bundle_is_served_where_it_is_broken(
+    driver: Driver, site: Site, damage: str
+) -> None:
+    """A fusion worker that restarts beside a half-copied bundle serves the one before."""
+    before = driver.pool.bundle
+    assert before is not None
+    driver.until((site.bundle.parent / ".bundle.good").exists)
+    weights = site.bundle / "model.safetensors"
+    whole = weights.read_bytes()
+    match damage:
+        case "half":
+            weights.write_bytes(whole[: len(whole) // 2])
+        case "another":  # made for the features of others, while nobody served it
+            wrong = {**site.suite.fingerprints, "text": "of others"}
+            write_bundle(site.bundle, site.suite, seed=5, fingerprints=wrong)
+        case "away":
+            shutil.rmtree(site.bundle)
+    pid = driver.pid("fuse-0")
+    os.kill(pid, signal.SIGKILL)
+    driver.until(lambda: driver.view("fuse-0").pid not in (None, pid))
+    driver.ready()
+    post = Features("p", {"text": np.ones((2, 64), np.float16)}, {"text": "ok"})
+    assert driver.run(FuseTask(post)).version == before[1]
+    version = write_bundle(site.bundle, site.suite, seed=6)
+    driver.until(lambda: driver.pool.bundle == ("small", version))
 
 
 def test_local_needs_the_right_bundle(site: Site, tmp_path: Path) -> None:

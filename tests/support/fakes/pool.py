@@ -159,6 +159,11 @@ class FakePool:
         self.bundle = self._bundle = (name, version)
         self._events.append(BundleChanged(name, version))
 
+    def refuse(self, message: str) -> None:
+        """Give up, after having worked."""
+        self.refused = message
+        self._events.append(PoolRefused(message))
+
     def _work(self) -> None:
         now = time.monotonic()
         if self._refuse is not None and self.refused is None:

@@ -28,6 +28,7 @@ from workers.protocol import (
     TaskDone,
     TaskFailed,
     WorkerRole,
+    WorkerView,
 )
 
 PATIENCE_S = 180.0
@@ -126,8 +127,11 @@ class Driver:
         assert isinstance(result, Decoded)
         return result
 
+    def view(self, name: str) -> WorkerView:
+        return next(w for w in self.pool.workers if w.name == name)
+
     def pid(self, name: str) -> int:
-        pid = next(w.pid for w in self.pool.workers if w.name == name)
+        pid = self.view(name).pid
         assert pid is not None
         return pid
 

@@ -65,6 +65,11 @@ class Toy(Handler):
         verb, _, rest = spoken.partition(":")
         if verb == f"{role}-refuses":
             raise ConfigError(rest)
+        if verb == f"{role}-fails-while" and Path(rest).exists():
+            # The file says how: by a refusal, or by a death.
+            if reason := Path(rest).read_text():
+                raise ConfigError(reason)
+            os.kill(os.getpid(), signal.SIGKILL)
         if verb == f"{role}-dies":
             os._exit(7)
         if verb == f"{role}-hangs":
@@ -124,11 +129,15 @@ class Toy(Handler):
     def fetched(self, verb: str, rest: str) -> Result:
         if verb == "elsewhere":
             return Fetched("/etc/passwd", 1)
+        if verb == "above":
+            return Fetched(f"{self.context.launch.spool}/..", 1)
         path = Path(self.context.launch.spool) / f"{rest}-file"
         path.write_text("x")
         return Fetched(str(path), 1)
 
     def decoded(self, task: DecodeTask, verb: str) -> Result:
+        if verb == "no-parts":
+            return Decoded(5)  # type: ignore[arg-type]  # as a decoder that was taken over
         if verb == "empty":
             return Decoded((), {"audio": Failure("decode", "MediaError", "broken")})
         assert self.context.arena is not None
@@ -141,6 +150,8 @@ class Toy(Handler):
         return Decoded((part,))
 
     def extracted(self, task: ExtractTask, verb: str, rest: str) -> Result:
+        if verb == "no-rows":
+            return Extracted(np.zeros((), np.float16))
         if task.refs:
             assert self.context.arena is not None
             view = self.context.arena.view(task.refs[0])

@@ -300,7 +300,7 @@ def test_refused_pool_and_new_bundle_reach_the_board(tmp_path: Path) -> None:
     with bench(tmp_path / "s", refuse="workshop/weights/current: no such bundle") as it:
         wait_until(lambda: it.status.refused is not None, 60, "the refusal")
         assert it.status.refused is not None
-        assert "no such bundle" in it.status.refused
+        assert "no such bundle" in it.status.refused.message
     with bench(tmp_path / "s") as it:
         it.run(begun())
         it.pool.swap_bundle("fake", "2")

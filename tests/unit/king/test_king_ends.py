@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import structlog
 
-from common.errors import ConfigError
+from common.errors import ConfigError, RetryableError
 from king.jobs import Job
 from tests.support.fakes.broker import MemoryBroker
 from tests.support.fakes.pool import DIED, Answer, default_answer
@@ -23,6 +23,7 @@ from tests.support.king.king_rig import (
     posts,
     queue_of,
 )
+from tests.support.services import wait_until
 from workers.protocol import FuseTask, Task
 
 
@@ -104,6 +105,50 @@ def test_refused_workers_end_the_king_with_one_line(tmp_path: Path) -> None:
         it.join()
     assert isinstance(it.error, ConfigError)
     assert str(it.error) == "fusion.bundle: made for other features"
+
+
+class LimitedBroker(MemoryBroker):
+    """Refuses connections as for wrong settings while it is full."""
+
+    full = False
+
+    def _open(self, declare: bool) -> None:
+        if self.full:
+            raise ConfigError("broker memory://: vhost connection limit (1) is reached")
+        super()._open(declare)
+
+
+def test_a_king_that_has_served_ends_with_1_where_it_would_have_refused(tmp_path: Path) -> None:
+    """Its configuration was right: the supervisor starts it again."""
+    store, broker = FakeStore(), MemoryBroker()
+    with on_fakes(tmp_path, store, broker) as it:
+        wait_until(lambda: it.king.status.phase == "serving", 60, "a King that serves")
+        it.pool.refuse("weights have changed")
+        it.join()
+    assert isinstance(it.error, RetryableError)
+    assert str(it.error) == "weights have changed"
+
+
+def test_a_refused_reconnection_is_tried_again_and_a_refused_first_one_is_not(
+    tmp_path: Path,
+) -> None:
+    """A limit of connections may be reached whenever the connection is lost."""
+    store, broker = FakeStore(posts("p1")), LimitedBroker()
+    with on_fakes(tmp_path / "a", store, broker) as it:
+        wait_until(lambda: it.king.status.phase == "serving", 60, "a King that serves")
+        broker.full = True
+        broker.lose_connection()
+        wait_until(lambda: it.king.status.phase == "broker_down", 60, "a lost broker")
+        broker.full = False
+        wait_until(lambda: it.king.status.phase == "serving", 60, "the broker again")
+        it.king.stop()
+        it.join()
+    assert it.exit_code == 0
+    broker = LimitedBroker()
+    broker.full = True
+    with on_fakes(tmp_path / "b", FakeStore(), broker) as it:
+        it.join()
+    assert isinstance(it.error, ConfigError)
 
 
 def test_a_thread_that_dies_ends_the_king(tmp_path: Path) -> None:
