@@ -51,7 +51,7 @@ class BrokerSettings(Section):
         # `king.broker.connect.BROKERS` alone knows which schemes there are.
         if not re.match(r"[a-z][a-z0-9+.-]*://", value):
             raise ValueError(
-                f"{redact(value)!r} is no broker; use amqp://, redis:// or embedded://"
+                f"{redact(value)!r} is no broker; use a URL, as amqp://, redis:// or embedded://"
             )
         return value
 
@@ -230,7 +230,7 @@ class ImageSettings(VisualSettings):
 
 
 class AudioSettings(Section):
-    """VGGish, or any timm model with one input channel, over 0.96 s log-mel patches."""
+    """VGGish, another of `extractors.parts.AUDIO_ENCODERS`, or any timm model of one channel."""
 
     arch: str = "vggish"
     weights: str = "pretrained"

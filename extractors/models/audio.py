@@ -29,15 +29,20 @@ def timm_model(settings: AudioSettings, device: str) -> TimmBackbone:
     return TimmBackbone(_SETTING, settings, device, size=LogMelPatches.shape, channels=1)
 
 
+def build_encoder(settings: AudioSettings, device: str) -> Encoder:
+    """Return the encoder of the settings' line in the part table, not loaded."""
+    module, _, name = audio_encoder(settings).model.partition(":")
+    encoder: Encoder = getattr(import_module(module), name)(settings, device)
+    return encoder
+
+
 class AudioExtractor(RowExtractor):
     """Rows of sound, float32 ``(j, *shape)`` as the part table says -> float16 ``(j, dim)``."""
 
     def __init__(self, settings: AudioSettings, device: str = "cpu") -> None:
-        line = audio_encoder(settings)
-        module, _, name = line.model.partition(":")
-        encoder: Encoder = getattr(import_module(module), name)(settings, device)
-        super().__init__("audio", encoder, line.sound.shape, "float32", settings.batch_size)
-        self._settings, self._sound = settings, line.sound
+        self._settings, self._sound = settings, audio_encoder(settings).sound
+        encoder = build_encoder(settings, device)
+        super().__init__("audio", encoder, self._sound.shape, "float32", settings.batch_size)
 
     def preprocess(self, item: Any) -> Rows:
         rows = super().preprocess(item)

@@ -159,8 +159,7 @@ class Encoder(ABC):
         """Return the vectors of one batch of inputs on the device."""
 
     def _digest(self, weights: Weights, network: Any) -> str:
-        files = [weights.path] if weights.path is not None else []
-        return weights_digest(weights, files, network.state_dict())
+        return weights_digest(weights, network.state_dict())
 
 
 class RowExtractor(Extractor):

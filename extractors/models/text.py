@@ -156,11 +156,7 @@ class TextEncoder(Encoder):
 
     def _digest(self, weights: Weights, network: Any) -> str:
         state = {k: v for k, v in network.state_dict().items() if k in self._from_file}
-        files: list[Path] = []
-        if weights.path is not None:
-            names = ("*.safetensors", "*.bin")
-            files = next((f for name in names if (f := sorted(weights.path.glob(name)))), [])
-        return weights_digest(weights, files, state)
+        return weights_digest(weights, state)
 
     def _from_transformers(self, source: str, seed: int | None, *, local_files_only: bool) -> Any:
         """Return the network of a folder or a hub's model; take tokenizer and limits from it."""

@@ -103,15 +103,20 @@ def tensors_digest(state: Mapping[str, torch.Tensor]) -> str:
     return total.hexdigest()
 
 
-def weights_digest(weights: Weights, files: Sequence[Path], state: Any) -> str:
+def weights_digest(weights: Weights, state: Any) -> str:
     """Return a digest of the files for a PATH, of the tensors for pretrained weights.
 
-    Random weights are named by their seed: initialisation may differ in the last bit between
-    processors, which is no other model.
+    In a transformers folder these are the files of tensors. Random weights are named by their
+    seed: initialisation may differ in the last bit between processors, which is no other model.
     """
     if weights.seed is not None:
         return f"random:{weights.seed}"
-    return file_digest(*files) if weights.path is not None else tensors_digest(state)
+    if weights.path is None:
+        return tensors_digest(state)
+    if not weights.path.is_dir():
+        return file_digest(weights.path)
+    found = (sorted(weights.path.glob(name)) for name in ("*.safetensors", "*.bin"))
+    return file_digest(*next(filter(None, found), []))
 
 
 def reachable(url: str) -> bool:

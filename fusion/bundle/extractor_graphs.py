@@ -11,7 +11,7 @@ from torch import nn
 from common.errors import ConfigError
 from common.post import Stream
 from config.settings import FeatureSettings
-from extractors.models.audio import Vggish, timm_model
+from extractors.models.audio import build_encoder
 from extractors.models.text import TextEncoder
 from extractors.models.visual import TimmBackbone, VideoLstm, make_backbone
 from extractors.parts import LogMelPatches, audio_encoder
@@ -144,18 +144,16 @@ def _audio(features: FeatureSettings) -> Graph:
             f"features.audio.arch: {settings.arch} cannot be exported; only encoders of log-mel "
             "patches can"
         )
-    vggish = settings.arch == "vggish"
-    model = Vggish(settings, "cpu") if vggish else timm_model(settings, "cpu")
-    after = model.postprocess if isinstance(model, Vggish) else nn.Identity()
-    model.load()
+    encoder = build_encoder(settings, "cpu")
+    encoder.load()
     about = {
         "backbone": "audio",
         "arch": settings.arch,
         "input": "log-mel patches of 0.96 s, 64 bands, as VGGish takes them",
     }
     return _rows_graph(
-        Patches(model.model, after),
-        model.model,
+        Patches(encoder.model, encoder.postprocess),
+        encoder.model,
         name="patches",
         shape=LogMelPatches.shape,
         top=1.0,

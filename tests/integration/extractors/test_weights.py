@@ -161,9 +161,14 @@ def test_digests_tell_weights_apart(tmp_path: Path) -> None:
         assert tensors_digest(other) != digest
     path = tmp_path / "w.pth"
     torch.save(state, path)
-    by_file = weights_digest(parse_weights(str(path), setting="s"), [path], {})
+    by_file = weights_digest(parse_weights(str(path), setting="s"), {})
     assert by_file == hashlib.sha256(path.read_bytes()).hexdigest()
-    assert weights_digest(parse_weights("random:3", setting="s"), [], state) == "random:3"
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(path.read_bytes())
+    assert weights_digest(parse_weights(str(folder), setting="s"), {}) == by_file
+    assert weights_digest(parse_weights("random:3", setting="s"), state) == "random:3"
 
 
 @pytest.mark.parametrize("zipped", [True, False])
