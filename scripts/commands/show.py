@@ -19,6 +19,9 @@ from scripts.commands.common import (
     print_json,
 )
 
+_OF_THE_STATUS = {"model", "version", "status", "attempts", "tagged_at", "timings_ms", "error"}
+_OF_THE_TABLES = {"tags", "modalities", "failures"}
+
 
 def show(
     post_id: PostId,
@@ -72,6 +75,9 @@ def _print(content: dict[str, Any], *, found: bool) -> None:
         say(f"status    {result.get('status')} by {model}, {when}, attempt {attempts}{partial}\n")
         if result.get("error"):
             say(f"error     {_error(result['error'])}\n")
+        for name, value in result.items():
+            if name not in _OF_THE_STATUS | _OF_THE_TABLES:  # keys that came later
+                say(f"{name:<9} {value}\n")
     if job is not None:
         due = f", due {job['due_at']}" if job["due_at"] and job["state"] != "dead" else ""
         say(f"job       {job['state']}, {job['attempts']} attempts{due}\n")

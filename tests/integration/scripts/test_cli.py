@@ -239,7 +239,7 @@ def test_a_terminal_obeys_no_stored_text(
 def test_show_tells_tags_modalities_and_reasons(
     command: Command, database: pymongo.database.Database[dict[str, Any]]
 ) -> None:
-    """A tagged post, a post that waits, a dead message and an unknown ID."""
+    """A tagged post with a key that `show` has no place for, a dead message and an unknown ID."""
     failure = {"stage": "fetch", "type": "FetchRefused", "message": "HTTP 404"}
     result = {
         "model": "demo",
@@ -252,6 +252,7 @@ def test_show_tells_tags_modalities_and_reasons(
         "attempts": 2,
         "tagged_at": datetime.now(timezone.utc),
         "timings_ms": {"fetch": 10},
+        "language": "zh",
     }
     media = ["http://u:secret@h/a.jpg"]
     database["posts"].insert_one(
@@ -265,6 +266,7 @@ def test_show_tells_tags_modalities_and_reasons(
         "FetchRefused: HTTP 404",
         "demo 20260101T000000Z",
         "attempt 2",
+        "language  zh",
     ):
         assert text in out
     content = command.json("show", "p1")
