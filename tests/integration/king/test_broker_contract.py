@@ -1,4 +1,4 @@
-"""The contract of all brokers: the one in memory, Redis and RabbitMQ pass the same tests."""
+"""The contract of all brokers in `king.broker.connect.BROKERS`, and of the tests' own."""
 
 from __future__ import annotations
 
@@ -9,30 +9,37 @@ import pytest
 
 from common.errors import BrokerUnavailable
 from king.broker.base import PUBLISH_WINDOW, Delivery
+from king.broker.connect import BROKERS
 from king.messages import PostMessage, parse_message
 from tests.support.king.broker_rig import Consumer, Rig, settings_for
+
+SERVERS = {
+    "amqp": ("rabbitmq", pytest.mark.rabbitmq),
+    "redis": ("redis_server", pytest.mark.redis),
+}
+"""URL scheme -> fixture of its server, and its mark; a broker that is not here needs no server."""
+
+# One scheme of each broker, the first: amqps:// is held to the contract as amqp:// is.
+SCHEMES = {broker: scheme for scheme, broker in reversed(BROKERS.items())}.values()
 
 
 @pytest.fixture(
     params=[
-        "memory",
-        pytest.param("redis", marks=pytest.mark.redis),
-        pytest.param("rabbitmq", marks=pytest.mark.rabbitmq),
+        "fake",
+        *(pytest.param(s, marks=SERVERS[s][1] if s in SERVERS else ()) for s in SCHEMES),
     ]
 )
 def rig(request: pytest.FixtureRequest, queue_name: str) -> Iterator[Rig]:
     """One queue on each kind of broker."""
-    if request.param == "memory":
-        rig = Rig("memory", None)
-    else:
-        fixture = {"redis": "redis_server", "rabbitmq": "rabbitmq"}[request.param]
-        url = request.getfixturevalue(fixture).url
-        rig = Rig(
-            request.param,
-            settings_for(
-                url, queue_name, heartbeat_s=10, socket_timeout_s=5, visibility_timeout_s=40
-            ),
+    scheme = request.param
+    settings = None
+    if scheme != "fake":
+        server = request.getfixturevalue(SERVERS[scheme][0]) if scheme in SERVERS else None
+        url = server.url if server is not None else f"{scheme}://localhost"
+        settings = settings_for(
+            url, queue_name, heartbeat_s=10, socket_timeout_s=5, visibility_timeout_s=40
         )
+    rig = Rig(settings)
     yield rig
     rig.close()
 

@@ -20,11 +20,9 @@ class Rig:
     """Makes brokers on one queue.
 
     Attributes:
-        kind: ``memory``, ``redis`` or ``rabbitmq``.
-        settings: None for memory.
+        settings: None for the tests' own broker in memory.
     """
 
-    kind: str
     settings: BrokerSettings | None
     memory: MemoryQueue = field(default_factory=MemoryQueue)
     _open: list[Broker] = field(default_factory=list)
