@@ -24,6 +24,7 @@ from workers.protocol import (
     FuseTask,
     PoolEvent,
     PoolReady,
+    PoolRefused,
     Task,
     TaskDone,
     TaskFailed,
@@ -73,7 +74,10 @@ class Driver:
 
     def start(self) -> Driver:
         self.pool.start()
-        self.until(lambda: PoolReady() in self.told)
+        self.until(lambda: any(isinstance(e, (PoolReady, PoolRefused)) for e in self.told))
+        if PoolReady() not in self.told:
+            self.pool.stop(1)
+            raise AssertionError(f"the pool refused to start: {self.told}")
         return self
 
     def submit(self, task: Task, *, seconds: float = PATIENCE_S, priority: int = 0) -> int:
