@@ -19,8 +19,8 @@ from scripts.commands.common import (
     print_json,
 )
 
-_OF_THE_STATUS = {"model", "version", "status", "attempts", "tagged_at", "timings_ms", "error"}
-_OF_THE_TABLES = {"tags", "modalities", "failures"}
+_OF_THE_STATUS = {"status", "model", "version", "tagged_at", "attempts", "partial", "error"}
+_OF_THE_TABLES = {"tags", "modalities", "failures", "timings_ms"}
 
 
 def show(
