@@ -148,8 +148,8 @@ class DispatchThread:
                 )
             case PostFailed(failure=failure, timings_ms=timings_ms):
                 if self._retry.tries_again(failure, started.attempt):
-                    due_at = time.time() + self._retry.delay_s(started.attempt, self._rng)
-                    return Retry(started, failure, due_at, timings_ms)
+                    delay_s = self._retry.delay_s(started.attempt, self._rng)
+                    return Retry(started, failure, delay_s, timings_ms)
                 return Dead(started, failure, timings_ms)
 
     def _release_all(self) -> None:

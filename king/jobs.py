@@ -54,7 +54,7 @@ class Claim:
 class Started:
     """Verdict: the post is loaded from the document of this ID, and its attempt is recorded.
 
-    The first attempt is 1; its message came at ``received_at``, seconds since the epoch.
+    The first attempt is 1; its message came at ``received_at``, `time.monotonic()`.
     """
 
     post: Post
@@ -147,11 +147,11 @@ class Superseded:
 
 @dataclass(frozen=True, slots=True)
 class Retry:
-    """Outcome: the attempt failed; the next is due at ``due_at`` (seconds since the epoch)."""
+    """Outcome: the attempt failed; the next is due after ``delay_s``."""
 
     started: Started
     failure: Failure
-    due_at: float
+    delay_s: float
     timings_ms: Mapping[str, int] = field(default_factory=dict)
 
 
@@ -261,7 +261,8 @@ def number(value: object) -> float:
 class ClaimContext:
     """The King that works on jobs, with its rules; a claim holds for ``lease_s`` without renewal.
 
-    ``is_dead`` returns True when the King of a name is dead for certain, whatever its lease.
+    ``now`` is the time of the database, which the Kings of all hosts share. ``is_dead`` returns
+    True when the King of a name is dead for certain, whatever its lease.
     """
 
     owner: str
@@ -270,6 +271,13 @@ class ClaimContext:
     retry: RetryPolicy
     lease_s: float = 60.0
     is_dead: Callable[[str], bool] = lambda _owner: False
+
+    def waits(self, job: Job) -> bool:
+        """Return True for a job whose next attempt is not due.
+
+        One further away than any delay was written while the clock was ahead, and is due.
+        """
+        return job.state == "waiting" and 0 < job.due_at - self.now <= self.retry.max_s
 
     @property
     def lease(self) -> dict[str, Any]:
@@ -304,7 +312,7 @@ def decide(job: Job | None, claim: Claim, context: ClaimContext) -> Decision:
             return "resume"
         if job.lease_until > context.now and not (job.owner and context.is_dead(job.owner)):
             return "elsewhere"
-    elif job.state == "waiting" and job.due_at > context.now and not claim.message.force:
+    elif context.waits(job) and not claim.message.force:
         return "waiting"
     return "exhausted" if context.retry.is_last(job.attempts) else "take"
 

@@ -76,6 +76,8 @@ class PostStore(Protocol):
 
     @property
     def url(self) -> str: ...
+    @property
+    def now(self) -> float: ...
     def connect(self) -> None: ...
     def begin(self, claims: Sequence[Claim], context: ClaimContext) -> list[Verdict]: ...
     def finish(
@@ -293,7 +295,7 @@ class StoreThread:
 
     def _now(self) -> ClaimContext:
         bundle = self._status.bundle or ("", "")
-        return replace(self._context, now=round(time.time(), 3), bundle=bundle)
+        return replace(self._context, now=round(self._store.now, 3), bundle=bundle)
 
     def _persist(self, work: Callable[[], T]) -> T | None:
         """Repeat work on the store until it succeeds; None when it is refused, or at the end."""
@@ -324,7 +326,7 @@ class StoreThread:
             return result
 
     def _begin(self, claims: list[Claim]) -> None:
-        now = time.time()
+        now = time.monotonic()
         claims += [claim for until, claim in self._parked if until <= now or self._draining]
         self._parked = [] if self._draining else [p for p in self._parked if p[0] > now]
         if not claims:
@@ -336,21 +338,21 @@ class StoreThread:
         context = self._now()
         verdicts = self._persist(lambda: self._store.begin(claims, context))
         for claim, verdict in zip(claims, verdicts or (), strict=verdicts is not None):
-            self._act(claim, verdict)
+            self._act(claim, verdict, context)
 
-    def _act(self, claim: Claim, verdict: Verdict) -> None:
+    def _act(self, claim: Claim, verdict: Verdict, context: ClaimContext) -> None:
         post_id = claim.message.post_id
         match verdict:
             case Started():
                 self._running.add(post_id)
                 self._start(verdict)
             case HeldElsewhere():
-                until = min(verdict.until, time.time() + _MAX_PARKED_S)
-                self._parked.append((until, claim))
+                wait_s = min(verdict.until - context.now, _MAX_PARKED_S)
+                self._parked.append((time.monotonic() + wait_s, claim))
             case WriteRefused():
                 _log_write_refused(verdict)
                 self._in_flight.touch(post_id)
-                self._parked.append((time.time() + _REFUSED_AGAIN_S, claim))
+                self._parked.append((time.monotonic() + _REFUSED_AGAIN_S, claim))
             case Rejected():
                 self._status.count("failed")
                 self._status.count("dead")
@@ -391,7 +393,7 @@ class StoreThread:
         _log_write_refused(refused)
         if not self._draining:
             self._in_flight.touch(refused.post_id)
-            self._unwritten.append((time.time() + _REFUSED_AGAIN_S, item))
+            self._unwritten.append((time.monotonic() + _REFUSED_AGAIN_S, item))
         elif isinstance(item, _UnreadableDelivery):
             self._broker_thread.requeue([item.delivery])
         else:
@@ -400,7 +402,7 @@ class StoreThread:
 
     def _due_again(self) -> list[_Ended]:
         """Return the refused outcomes to write once more; during a drain, all of them."""
-        waiting, now = self._unwritten, time.time()
+        waiting, now = self._unwritten, time.monotonic()
         due = [item for until, item in waiting if until <= now or self._draining]
         self._unwritten = [] if self._draining else [pair for pair in waiting if pair[0] > now]
         return due
@@ -416,7 +418,7 @@ class StoreThread:
             post_id=started.post_id,
             attempt=started.attempt,
             timings_ms=dict(outcome.timings_ms),
-            total_ms=round((time.time() - started.received_at) * 1000),
+            total_ms=round((time.monotonic() - started.received_at) * 1000),
         )
         match outcome:
             case Tagged():
@@ -439,7 +441,7 @@ class StoreThread:
                 line.warning("king.result_superseded", why=why)
             case Retry():
                 self._status.count("retried")
-                due_in_s = round(max(outcome.due_at - time.time(), 0.0), 2)
+                due_in_s = round(outcome.delay_s, 2)
                 line.warning("king.post_retry", due_in_s=due_in_s, error=_reason(outcome.failure))
             case Dead():
                 self._status.count("failed")

@@ -15,10 +15,11 @@ MongoDB's protocol on SQLite; each form is correct for MongoDB too. Known faults
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timezone
 from typing import Any
 
 import structlog
@@ -87,6 +88,7 @@ class StoreClient:
         self.settings = settings
         self._client: MongoClient[Document] | None = None
         self._is_embedded: bool | None = None
+        self._clock_ahead_s: float | None = None  # of the monotonic clock
 
     @property
     def url(self) -> str:
@@ -144,10 +146,32 @@ class StoreClient:
                 if error.code == _AUTHENTICATION_FAILED:
                     raise ConfigError(f"store.url: {self.url}: {_one_line(error)}") from error
                 raise
+            self.read_clock()
             try:
                 self.jobs.create_index([("state", 1), ("due_at", 1)])
             except OperationFailure as error:  # no right to create indexes: slower, not wrong
                 log.warning("store.index_refused", error=_one_line(error))
+
+    @property
+    def now(self) -> float:
+        """Return the time of the database in Unix seconds, as of the last look at its clock.
+
+        Hosts agree on it, and between two looks it moves as the monotonic clock does.
+        """
+        if self._clock_ahead_s is None:
+            return time.time()
+        return time.monotonic() + self._clock_ahead_s
+
+    def read_clock(self) -> None:
+        """Ask the database for its time."""
+        with self.edge():
+            began = time.monotonic()
+            at = self.database.command("hello").get("localTime")
+            if isinstance(at, datetime):
+                middle = (began + time.monotonic()) / 2
+                self._clock_ahead_s = at.replace(tzinfo=timezone.utc).timestamp() - middle
+            else:  # a server that only speaks like MongoDB
+                self._clock_ahead_s = time.time() - time.monotonic()
 
     def close(self) -> None:
         """Close the connections; a later use opens them again."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -174,7 +173,8 @@ class PostQueries:
 
         Other IDs, and letters of unreadable messages, are ignored.
         """
-        now = time.time()
+        self._client.read_clock()
+        now = self._client.now
         replayed: list[PostMessage] = []
         for chunk in _chunks(post_ids):
             with self._client.edge():

@@ -6,6 +6,7 @@ from the state that was read, and a result never replaces that of a newer bundle
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -66,6 +67,11 @@ class Store:
     def url(self) -> str:
         """Return the database's URL without its password."""
         return self.client.url
+
+    @property
+    def now(self) -> float:
+        """Return the time of the database, which the Kings of all hosts share (Unix seconds)."""
+        return self.client.now
 
     def connect(self) -> None:
         """Reach the database; ConfigError when it refuses the user or the password."""
@@ -292,7 +298,14 @@ class Store:
 
         When the answer is lost, what was taken is due again after the lease.
         """
-        due = {"state": {"$in": list(OPEN_STATES)}, "due_at": {"$lte": context.now}}
+        # One further away than any delay was written while the clock was ahead: see `waits`.
+        absurd = round(context.now + context.retry.max_s, 3)
+        due = {
+            "$or": [
+                {"state": {"$in": list(OPEN_STATES)}, "due_at": {"$lte": context.now}},
+                {"state": "waiting", "due_at": {"$gt": absurd}},
+            ]
+        }
         jobs = self.client.jobs
         token = _publisher(context)
         with self.client.edge():
@@ -331,7 +344,8 @@ class Store:
         return self.client.bulk(self.client.jobs, writes).effective
 
     def open_jobs(self) -> int:
-        """Return the number of jobs that are not dead letters."""
+        """Return the number of jobs that are not dead letters; look at the clock, too."""
+        self.client.read_clock()
         with self.client.edge():
             return int(self.client.jobs.count_documents({"state": {"$in": list(OPEN_STATES)}}))
 
@@ -417,7 +431,7 @@ def judge(
         priority=message.priority,
         force=message.force or (job.force if job is not None else False),
         payload=claim.payload,
-        received_at=context.now,
+        received_at=time.monotonic(),
     )
     if decision == "resume":
         return ClaimResult(started)
@@ -467,7 +481,7 @@ def changes_after(
             due_at = context.now + QUEUED_FOR_S
             return {**free, "state": "queued", "attempts": started.attempt - 1, "due_at": due_at}
         case Retry():
-            error, due_at = outcome.failure.as_dict(), round(outcome.due_at, 3)
+            error, due_at = outcome.failure.as_dict(), round(context.now + outcome.delay_s, 3)
             return {**free, "state": "waiting", "last_error": error, "due_at": due_at}
         case Dead():
             error = outcome.failure.as_dict()

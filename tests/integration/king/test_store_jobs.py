@@ -34,7 +34,7 @@ from tests.support.king.store_rig import (
 def test_retry_waits_then_one_king_publishes_it(rig: StoreRig) -> None:
     """A failed attempt is due at its time, is claimed by one King only, and counts on."""
     rig.insert({"_id": "p1"})
-    rig.store.finish([Retry(started(rig.store, "p1", force=True), BROKEN, NOW + 8)], context())
+    rig.store.finish([Retry(started(rig.store, "p1", force=True), BROKEN, 8)], context())
     job = rig.the_job("p1")
     assert (job.state, job.attempts, job.due_at) == ("waiting", 1, NOW + 8)
     assert job.last_error == BROKEN.as_dict()
@@ -49,9 +49,21 @@ def test_retry_waits_then_one_king_publishes_it(rig: StoreRig) -> None:
     assert started(rig.store, "p1", context(NOW + 10)).attempt == 2
 
 
+@pytest.mark.parametrize("step_s", [-7200.0, 7200.0])
+def test_a_clock_that_is_set_delays_no_retry(rig: StoreRig, step_s: float) -> None:
+    """A retry that was due in 8 s is not due in two hours, by the queue or by the reconciler."""
+    rig.insert({"_id": "p1"}, {"_id": "p2"})
+    for post_id in ("p1", "p2"):
+        rig.store.finish([Retry(started(rig.store, post_id), BROKEN, 8)], context())
+    [due] = rig.store.claim_due(context(NOW + step_s), 1)
+    assert due.post_id in ("p1", "p2")
+    [other] = {"p1", "p2"} - {due.post_id}
+    assert started(rig.store, other, context(NOW + step_s)).attempt == 2
+
+
 def test_claimed_but_never_published_is_due_again(rig: StoreRig) -> None:
     rig.insert({"_id": "p1"})
-    rig.store.finish([Retry(started(rig.store, "p1"), BROKEN, NOW)], context())
+    rig.store.finish([Retry(started(rig.store, "p1"), BROKEN, 0)], context())
     assert len(rig.store.claim_due(context(NOW + 1), 10)) == 1
     assert len(rig.store.claim_due(context(NOW + 70, owner="k2"), 10)) == 1
 
@@ -62,7 +74,7 @@ def test_attempts_are_used_up(rig: StoreRig) -> None:
     for attempt in (1, 2, 3):
         begun = started(rig.store, "p1", context(NOW + attempt * 10))
         assert begun.attempt == attempt
-        rig.store.finish([Retry(begun, BROKEN, NOW + attempt * 10)], context())
+        rig.store.finish([Retry(begun, BROKEN, 0)], context(NOW + attempt * 10))
     verdict = begin_one(rig.store, "p1", context(NOW + 99))
     assert isinstance(verdict, Rejected)
     assert verdict.failure.type == "Exhausted"
@@ -121,7 +133,7 @@ def test_own_claim_whose_reply_was_lost_is_resumed(rig: StoreRig) -> None:
 def test_interrupted_attempt_is_given_back(rig: StoreRig) -> None:
     """A drain costs no attempt: a first one leaves no trace, a later one goes back by one."""
     rig.insert({"_id": "p1"}, {"_id": "p2"})
-    rig.store.finish([Retry(started(rig.store, "p2"), BROKEN, NOW)], context())
+    rig.store.finish([Retry(started(rig.store, "p2"), BROKEN, 0)], context())
     both = [started(rig.store, "p1"), started(rig.store, "p2", context(NOW + 1))]
     for _ in range(2):  # written twice, as after a lost reply
         rig.store.finish([Released(begun) for begun in both], context(NOW + 2))

@@ -14,7 +14,6 @@ from king.store.store import Store
 from tests.support.king.store_rig import (
     BROKEN,
     BUNDLE,
-    NOW,
     StoreRig,
     claim,
     context,
@@ -33,11 +32,18 @@ def test_refused_job_of_a_claim_does_not_hold_up_the_others(mongo: Store) -> Non
     assert (job.state, (job.last_error or {})["stage"]) == ("dead", "store")
 
 
+class Endless(float):
+    """A delay that leads to a time beyond int64."""
+
+    def __radd__(self, _now: float) -> int:  # type: ignore[misc]
+        return 10**30
+
+
 def test_refused_job_of_an_attempt_is_a_plain_dead_letter(mongo: Store) -> None:
     """A time that no document can hold ends as a dead letter that says so; others are kept."""
     StoreRig(mongo).insert(*({"_id": f"p{i}"} for i in range(2)))
     outcomes: list[Outcome] = [
-        Retry(started(mongo, "p0"), BROKEN, due_at=10**30),
+        Retry(started(mongo, "p0"), BROKEN, delay_s=Endless()),
         tagged(started(mongo, "p1")),
     ]
     recorded = mongo.finish(outcomes, context())
@@ -77,7 +83,7 @@ def test_job_that_is_refused_whatever_it_says_is_unrecorded(
         return replace(result, refused=refused)
 
     monkeypatch.setattr(StoreClient, "bulk", picky)
-    recorded = mongo.finish([Retry(begun[0], BROKEN, NOW + 5), tagged(begun[1])], context())
+    recorded = mongo.finish([Retry(begun[0], BROKEN, 5), tagged(begun[1])], context())
     assert recorded == [WriteRefused("p0", "validation"), recorded[1]]
     assert isinstance(recorded[1], Tagged)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -121,7 +122,12 @@ class FakeStore:
 
     def claim_due(self, context: ClaimContext, limit: int) -> list[Job]:
         self._require()
-        due = [j for j in self.jobs.values() if j.state != "dead" and j.due_at <= context.now]
+        due = [
+            job
+            for job in self.jobs.values()
+            if (job.due_at <= context.now and job.state != "dead")
+            or (job.state == "waiting" and not context.waits(job))
+        ]
         claimed = []
         for job in sorted(due, key=lambda job: job.due_at)[:limit]:
             later = context.now + context.lease_s
@@ -137,6 +143,10 @@ class FakeStore:
             job = self.jobs.get(post_id)
             if job is not None and job.state == "queued":
                 self.jobs[post_id] = replace(job, owner=None, due_at=context.now + QUEUED_FOR_S)
+
+    @property
+    def now(self) -> float:
+        return time.time()
 
     def release_dead(self, context: ClaimContext) -> int:
         self._require()
