@@ -446,6 +446,8 @@ class HttpSettings(Section):
     """Value of Retry-After for a refused client."""
     deadline_s: Seconds = 120
     """One post may take this long."""
+    header_timeout_s: Seconds = 10
+    """A request's headers must have arrived within this time."""
     body_timeout_s: Seconds = 120
     """A request's body must have arrived within this time."""
     max_body_bytes: PositiveInt = 256 * MIB

@@ -190,7 +190,10 @@ def _check_origin() -> None:
     if request.method in ("GET", "HEAD", "OPTIONS"):
         return
     origin = request.headers.get("Origin")
-    foreign = origin is not None and urlsplit(origin).netloc != request.host
+    try:
+        foreign = origin is not None and urlsplit(origin).netloc != request.host
+    except ValueError as error:
+        raise bad_request("the header Origin is no URL") from error
     if foreign or request.headers.get("Sec-Fetch-Site") == "cross-site":
         raise ApiError(HTTPStatus.FORBIDDEN, "Forbidden", "the request comes from another site")
 

@@ -311,10 +311,12 @@ def _body(
         yield get_input_stream(request.environ, max_content_length=max_bytes + 1)
     except RequestEntityTooLarge as error:
         raise too_large(f"the body, or a part of it, is too large ({setting})") from error
-    except (ClientDisconnected, ApiError) as error:
+    except (ClientDisconnected, ApiError, OSError) as error:
         if late.is_set():
             raise _late(limits) from error
-        if isinstance(error, ApiError):
+        # gunicorn's error for a stream that ends early has no number, a full disk's has one.
+        is_gone = isinstance(error, ConnectionError) or getattr(error, "errno", None) is None
+        if isinstance(error, ApiError) or not is_gone:
             raise
         raise bad_request("the body ended early") from error
     finally:

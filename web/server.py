@@ -122,6 +122,8 @@ def application(settings: Settings, services: Services, refuse: Callable[[bytes]
     from gunicorn.app.base import BaseApplication
     from gunicorn.glogging import Logger
 
+    from web.arrivals import worker_class
+
     class GunicornLog(Logger):  # type: ignore[misc]
         """Write gunicorn's messages to our log; requests are logged by `web.guard`."""
 
@@ -159,6 +161,7 @@ def application(settings: Settings, services: Services, refuse: Callable[[bytes]
         def load_config(self) -> None:
             options = {**gunicorn_options(settings), "logger_class": GunicornLog}
             options["worker_exit"] = close
+            options["worker_class"] = worker_class(settings.http)
             for name, value in options.items():
                 if name in self.cfg.settings:  # releases differ in what they know
                     self.cfg.set(name, value)
@@ -183,7 +186,6 @@ def gunicorn_options(settings: Settings) -> dict[str, Any]:
     return {
         "bind": f"{host}:{http.port}",
         "workers": 1,
-        "worker_class": "gthread",
         "threads": http.threads,
         "worker_connections": max(1000, http.threads * 2),
         "graceful_timeout": round(http.shutdown_timeout_s + settings.workers.shutdown_timeout_s),

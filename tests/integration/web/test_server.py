@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import socket
@@ -239,6 +240,53 @@ def test_what_is_no_http_is_a_clients_mistake(server: FlaskServer) -> None:
             connection.sendall(half)
     assert requests.get(f"{server.url}/healthz", timeout=20).json() == {"status": "ok"}
     assert server.events("http.failed") == []
+
+
+_POST = b"POST /v1/tag HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+HALVES = {
+    "nothing at all": b"",
+    "half a line": b"POST /v1/t",
+    "half of the headers": _POST,
+    "half of a short body": _POST + b'Content-Length: 50\r\n\r\n{"te',
+    "half of a long body": _POST + b'Content-Length: 900000\r\n\r\n{"te',
+    "half a chunk": _POST + b"Transfer-Encoding: chunked\r\n\r\n50\r\nx",
+    "a body that waits to be asked for": _POST
+    + b"Content-Length: 9\r\nExpect: 100-continue\r\n\r\n",
+    "half a request after a whole one": b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n" + _POST,
+    "an answer that nobody takes": b"GET /healthz HTTP/1.0\r\nHost: localhost\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("half", HALVES)
+def test_half_requests_keep_no_thread(server: FlaskServer, half: str) -> None:
+    """More of them than there are threads, and others are answered as before."""
+    with contextlib.ExitStack() as stack:
+        for _ in range(40):
+            address = ("127.0.0.1", server.port)
+            connection = stack.enter_context(socket.create_connection(address, timeout=20))
+            connection.sendall(HALVES[half])
+        for _ in range(3):
+            assert requests.get(f"{server.url}/healthz", timeout=20).json() == {"status": "ok"}
+        answer = requests.post(f"{server.url}/v1/tag", json={"text": TEXT}, timeout=60)
+        assert answer.status_code == 200
+
+
+def test_late_requests_are_ended(server: FlaskServer) -> None:
+    """After `http.header_timeout_s` the client is told, and the connection closed."""
+    address = ("127.0.0.1", server.port)
+    with socket.create_connection(address, timeout=60) as late:
+        late.sendall(HALVES["half of the headers"])
+        answer = b"".join(iter(lambda: late.recv(4096), b""))
+    assert answer.startswith(b"HTTP/1.1 408 ")
+    assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["type"] == "RequestTimeout"
+    with socket.create_connection(address, timeout=60) as silent:
+        assert silent.recv(4096) == b""
+
+
+def test_endless_headers_are_refused(server: FlaskServer) -> None:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection:
+        connection.sendall(_POST + b"X-Long: " + b"x" * 100_000)
+        assert connection.recv(4096).startswith(b"HTTP/1.1 431 ")
 
 
 def test_readiness_before_and_after(server: FlaskServer) -> None:

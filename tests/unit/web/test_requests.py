@@ -116,6 +116,11 @@ MISTAKES: dict[str, tuple[dict[str, Any], int, str]] = {
         403,
         "from another site",
     ),
+    "an origin that is no URL": (
+        {**body({"text": "x"}), "headers": {"Origin": "http://[x"}},
+        400,
+        "Origin",
+    ),
     "another site's form": (
         {"data": {"text": "x"}, "headers": {"Sec-Fetch-Site": "cross-site"}},
         403,
