@@ -65,6 +65,10 @@ class BrokerUnavailable(RetryableError):
     """The message broker cannot be reached."""
 
 
+class PublishRefused(RetryableError):
+    """The broker is there and takes no message now: it is full, or has an alarm or no leader."""
+
+
 class PermanentError(TaggingError):
     """No attempt can succeed."""
 

@@ -1,8 +1,9 @@
 """The broker thread: it alone touches the broker.
 
 It drains with a short time-out (which drives heartbeats and leases too), and between two drains
-does what the other threads asked for: acknowledge, requeue, publish. When the connection is lost
-it connects again, with back-off; the broker then delivers once more what was not acknowledged.
+does what the other threads asked for: acknowledge and requeue, then publish. When the connection is
+lost it connects again, with back-off; the broker then delivers once more what was not acknowledged.
+A broker that takes no messages now is no lost connection: only the publishing waits.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from functools import partial
 
 import structlog
 
-from common.errors import BrokerUnavailable, ConfigError
+from common.errors import BrokerUnavailable, ConfigError, PublishRefused, one_line
 from common.retry import reconnect_delay_s
 from common.urls import redact
 from king.broker.base import Broker, Delivery
@@ -23,8 +24,12 @@ from king.messages import PostMessage
 from king.status import Status
 
 # The longest wait of an acknowledgement, since it is sent between two drains. Half of it doubles
-# the polls of an idle King on Redis; at double, posts per second fall where `prefetch` is small.
+# the polls of an idle King on Redis; at double, the first post after a pause waits longer.
 DRAIN_S = 0.05
+# The wait after a drain that brought messages, or an acknowledgement: more of both follow at once
+# where posts need no work, and each wait doubles until nothing does. At half, a busy King polls
+# Redis a thousand times a second; at double, a backlog of posts that are tagged passes slower.
+_BUSY_DRAIN_S = 0.002
 
 # Period of the question how many messages wait. `--drain` and the watchdog work in seconds, so a
 # shorter one only costs round trips; from two on, `--drain` would end later.
@@ -44,13 +49,18 @@ class BrokerThread:
     """
 
     def __init__(
-        self, broker: Broker, status: Status, on_delivery: Callable[[Delivery], None]
+        self, broker: Broker, status: Status, on_delivery: Callable[[Delivery], bool]
     ) -> None:
+        """Describe the thread; messages for which `on_delivery` returns False are settled."""
         self._broker = broker
         self._url = redact(broker.settings.url)
         self._status = status
         self._on_delivery = on_delivery
-        self._commands: deque[Callable[[], object]] = deque()
+        self._settlements: deque[Callable[[], object]] = deque()
+        self._publishes: deque[Callable[[], object]] = deque()
+        self._publish_due = 0.0
+        self._refusals = 0  # in a row
+        self._failures = 0  # of connections, since the last one that did some work
         self._consuming = False
         self._may_consume = True
         self._reconnect_asked = False
@@ -59,11 +69,11 @@ class BrokerThread:
 
     def ack(self, deliveries: Sequence[Delivery]) -> None:
         """Acknowledge messages (any thread)."""
-        self._commands.extend(partial(self._broker.ack, delivery) for delivery in deliveries)
+        self._settlements.extend(partial(self._broker.ack, delivery) for delivery in deliveries)
 
     def requeue(self, deliveries: Sequence[Delivery]) -> None:
         """Put messages back on the queue (any thread)."""
-        self._commands.extend(partial(self._broker.requeue, delivery) for delivery in deliveries)
+        self._settlements.extend(partial(self._broker.requeue, delivery) for delivery in deliveries)
 
     def publish(self, messages: Sequence[PostMessage], on_confirmed: Callable[[], None]) -> None:
         """Publish messages (any thread); `on_confirmed` runs once the broker has them."""
@@ -72,7 +82,7 @@ class BrokerThread:
             self._broker.publish(messages)
             on_confirmed()
 
-        self._commands.append(publish)
+        self._publishes.append(publish)
 
     def stop_consuming(self) -> None:
         """Take no more messages (any thread)."""
@@ -84,8 +94,9 @@ class BrokerThread:
 
     @property
     def quiet(self) -> bool:
-        """Return True if no more messages come and every command has been carried out."""
-        return not self._commands and not self._consuming
+        """Return True if no more messages come and every command is carried out that can be now."""
+        waits = self._settlements or (self._publishes and not self._refusals)
+        return not waits and not self._consuming
 
     def stop(self) -> None:
         """Let `run` return, after the commands that were given before."""
@@ -93,7 +104,7 @@ class BrokerThread:
 
     def run(self) -> None:
         """Keep the connection and serve it until `stop`."""
-        failures, connected = 0, False
+        connected = False
         try:
             while not self._stopping.is_set():
                 try:
@@ -101,16 +112,17 @@ class BrokerThread:
                     self._connect(connected)
                     connected = True
                     self._status.broker_up.set()
-                    if failures:
+                    if self._failures:
                         log.info("king.broker_reached", url=self._url)
-                    failures = 0
                     self._serve()
                 except BrokerUnavailable as error:
-                    failures += 1
-                    self._back_off(failures, error)
+                    self._failures += 1
+                    self._back_off(error)
                     self._stop_consuming_if_asked()
             if self._status.broker_up.is_set():
-                self._run_commands()
+                self._settle()
+                while self._publish_next():
+                    pass
         except BrokerUnavailable as error:  # what it was not told of is delivered again
             log.warning("king.broker_unreachable", url=self._url, error=str(error))
         finally:
@@ -127,12 +139,18 @@ class BrokerThread:
 
     def _serve(self) -> None:
         """Loop over one connection: the whole life of the thread while nothing breaks."""
+        wait_s = DRAIN_S
         while not self._stopping.is_set():
             self._status.tick("broker")
             self._reconnect_if_asked()
             self._start_or_stop_consuming()
-            self._run_commands()
-            self._broker.drain(DRAIN_S)
+            settled = self._settle()
+            published = time.monotonic() >= self._publish_due and self._publish_next()
+            drained = self._broker.drain(wait_s)
+            wait_s = _BUSY_DRAIN_S if drained or settled else min(2 * wait_s, DRAIN_S)
+            # Not as soon as it connects: that may succeed each time, and nothing after it.
+            if settled or published:
+                self._failures = 0
             if time.monotonic() >= self._depth_due:
                 self._status.queue_depth = (self._broker.depth(), time.monotonic())
                 self._depth_due = time.monotonic() + _DEPTH_EVERY_S
@@ -159,18 +177,42 @@ class BrokerThread:
 
     def _receive(self, delivery: Delivery) -> None:
         self._status.delivered()
-        self._on_delivery(delivery)
+        if not self._on_delivery(delivery):
+            self._status.count("settled")
+            self.ack([delivery])
 
-    def _run_commands(self) -> None:
-        while self._commands:
-            self._commands[0]()
-            # Removed only now, so that a lost connection does not lose what is to be published.
-            self._commands.popleft()
+    def _settle(self) -> bool:
+        """Acknowledge and requeue what was asked for; return True if there was any."""
+        worked = bool(self._settlements)
+        while self._settlements:
+            self._settlements.popleft()()
+        return worked
 
-    def _back_off(self, failures: int, error: BrokerUnavailable) -> None:
+    def _publish_next(self) -> bool:
+        """Publish what was asked for first; return True once it is on the queue."""
+        if not self._publishes:
+            return False
+        try:
+            self._publishes[0]()
+        except PublishRefused as error:
+            self._refusals += 1
+            delay_s = reconnect_delay_s(self._refusals)
+            self._publish_due = time.monotonic() + delay_s
+            self._status.publish_refused = one_line(error)
+            log.warning("king.publish_refused", error=str(error), retry_in_s=round(delay_s, 2))
+            return False
+        # Removed only now, so that a lost connection does not lose what is to be published.
+        self._publishes.popleft()
+        if self._refusals:
+            log.info("king.publish_accepted", url=self._url)
+        self._refusals = 0
+        self._status.publish_refused = None
+        return True
+
+    def _back_off(self, error: BrokerUnavailable) -> None:
         self._status.broker_up.clear()
         self._status.queue_depth = None
-        delay_s = reconnect_delay_s(failures)
+        delay_s = reconnect_delay_s(self._failures)
         log.warning(
             "king.broker_unreachable",
             url=self._url,

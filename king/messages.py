@@ -33,6 +33,9 @@ MAX_PLAIN_BYTES = 1 << 20
 # AMQP's own range, and the range of the lists that kombu makes in Redis.
 MIN_PRIORITY, MAX_PRIORITY = 0, 9
 
+# A header of 13 bytes may ask for a dictionary of 4 GiB. xz's highest preset needs 65 MiB.
+_LZMA_BYTES = 128 * 2**20
+
 
 # Kombu's name of a compression -> a decompressor with max_length, so that a bomb stays small.
 # wbits=47 reads zlib's own header or gzip's.
@@ -42,9 +45,9 @@ _DECOMPRESSORS: dict[str, Callable[[], Any]] = {
     "zlib": lambda: zlib.decompressobj(wbits=47),
     "application/x-bz2": bz2.BZ2Decompressor,
     "bzip2": bz2.BZ2Decompressor,
-    "application/x-lzma": lzma.LZMADecompressor,
-    "lzma": lzma.LZMADecompressor,
-    "xz": lzma.LZMADecompressor,
+    "application/x-lzma": lambda: lzma.LZMADecompressor(memlimit=_LZMA_BYTES),
+    "lzma": lambda: lzma.LZMADecompressor(memlimit=_LZMA_BYTES),
+    "xz": lambda: lzma.LZMADecompressor(memlimit=_LZMA_BYTES),
 }
 
 

@@ -72,6 +72,8 @@ class Status:
         self.stopped = False
         self.bundle: Bundle | None = None
         self.refused: PoolRefused | None = None
+        self.publish_refused: str | None = None
+        """The reason for which the broker takes no messages now."""
         self.workers: Sequence[Mapping[str, Any]] = ()
         self.queue_depth: tuple[int, float] | None = None
         """Number of waiting messages, and when (`time.monotonic`) the broker was asked."""
@@ -151,6 +153,7 @@ class Status:
             "workers": [dict(worker) for worker in self.workers],
             "queue_depth": self.queue_depth[0] if self.queue_depth else None,
             "open_jobs": self.open_jobs[0] if self.open_jobs else None,
+            "publish_refused": self.publish_refused,
         }
 
     def _rate(self) -> float:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, islice
-from typing import Protocol, TypeAlias, TypeVar
+from typing import Literal, Protocol, TypeAlias, TypeVar
 
 import structlog
 
@@ -96,14 +96,18 @@ class PostStore(Protocol):
 
 @dataclass(slots=True)
 class _Post:
+    delivery: Delivery
     since: float = field(default_factory=time.monotonic)
-    deliveries: list[Delivery] = field(default_factory=list)
+
+
+Added: TypeAlias = Literal["new", "again", "superfluous"]
 
 
 class InFlight:
-    """Posts in flight with the deliveries that asked for them; safe between threads.
+    """Posts in flight with the delivery that asked for each; safe between threads.
 
-    All messages of a post are acknowledged together once its outcome is written.
+    It is acknowledged once the post's outcome is written. Further messages for the post need not
+    wait for that: were its work lost, the first would be delivered again.
     """
 
     def __init__(self) -> None:
@@ -114,18 +118,23 @@ class InFlight:
         """Return the number of posts in flight."""
         return len(self._posts)
 
-    def add(self, post_id: str, delivery: Delivery) -> bool:
-        """Add a delivery to its post; return False if the post was in flight already."""
+    def add(self, post_id: str, delivery: Delivery) -> Added:
+        """Add a delivery: ``new`` begins a post, ``again`` replaces one of a lost connection."""
         with self._lock:
-            is_new = post_id not in self._posts
-            self._posts.setdefault(post_id, _Post()).deliveries.append(delivery)
-            return is_new
+            post = self._posts.get(post_id)
+            if post is None:
+                self._posts[post_id] = _Post(delivery)
+                return "new"
+            if post.delivery.generation == delivery.generation:
+                return "superfluous"
+            post.delivery = delivery
+            return "again"
 
     def remove(self, post_id: str) -> Sequence[Delivery]:
-        """End a post's flight and return all of its deliveries."""
+        """End a post's flight and return its delivery."""
         with self._lock:
             post = self._posts.pop(post_id, None)
-        return post.deliveries if post is not None else ()
+        return [post.delivery] if post is not None else ()
 
     def touch(self, post_id: str) -> None:
         """Restart the clock of a post that waits on purpose and must not look like a stall."""
@@ -162,17 +171,19 @@ class StoreInbox:
         self._arrived = threading.Condition()
         self._busy = False
 
-    def deliver(self, delivery: Delivery) -> None:
-        """Take a message (broker thread); one for a post in flight joins the first."""
+    def deliver(self, delivery: Delivery) -> bool:
+        """Take a message (broker thread); False for a second one of a post in flight."""
         payload = delivery.body.decode("utf-8", "backslashreplace")[:_PAYLOAD_CHARS]
         try:
             message = parse_message(delivery.body)
         except MessageError as error:
             outcome = Unreadable(payload, Failure.of("message", error))
             self._put(_UnreadableDelivery(outcome, delivery))
-            return
-        if self._in_flight.add(message.post_id, delivery):
+            return True
+        added = self._in_flight.add(message.post_id, delivery)
+        if added == "new":
             self._put(Claim(message, payload, delivery.redelivered))
+        return added != "superfluous"
 
     def finish(self, outcome: Outcome) -> None:
         """Take the end of an attempt (dispatch thread)."""
@@ -262,7 +273,8 @@ class StoreThread:
     @property
     def idle(self) -> bool:
         """Return True when nothing waits to be begun or written."""
-        waits = self._parked or self._unwritten or self._publishing
+        publishing = self._publishing and self._status.publish_refused is None
+        waits = self._parked or self._unwritten or publishing
         return self._inbox.idle and not waits
 
     def leave(self) -> None:

@@ -99,7 +99,11 @@ class Broker(ABC):
     When the connection is lost, `drain`, `publish` and `depth` raise `BrokerUnavailable`; the
     owner waits, with back-off, and calls `connect` again. That starts a new generation: what was
     not acknowledged is delivered once more, and an acknowledgement of an earlier generation does
-    nothing. Every call ends within the time-outs of the settings::
+    nothing. Every call ends within the time-outs of the settings.
+
+    A message that was delivered before may be what ended the process or the connection. So on each
+    connection they come one at a time, until one comes that is new: what is innocent passes alone,
+    and only what ends its consumer again is counted again::
 
         broker = open_broker(settings)
         broker.connect()
@@ -120,6 +124,7 @@ class Broker(ABC):
         settings: Of the broker.
         connected: False before `connect`, and once a call has seen that the connection is lost.
         generation: Number of the present connection: 1 after the first `connect`.
+        shortcoming: What the server cannot do, in one line; None before `connect` and normally.
     """
 
     errors: ClassVar[ClientErrors] = ClientErrors()
@@ -129,11 +134,13 @@ class Broker(ABC):
         self.settings = settings
         self.connected = False
         self.generation = 0
+        self.shortcoming: str | None = None
         self._on_delivery: OnDelivery | None = None
         self._in_hand: dict[int | str, Delivery] = {}  # in the order of arrival
         self._inbox: deque[Delivery] = deque()  # in hand, but not handed over yet
         self._loss: BrokerUnavailable | None = None
         self._is_probe = False
+        self._window = 1  # messages that may be in hand
 
     def connect(self, *, declare: bool = True) -> None:
         """Connect, or connect again; consuming goes on if it had begun.
@@ -152,6 +159,7 @@ class Broker(ABC):
         self._in_hand.clear()
         self._inbox.clear()
         self._loss = None
+        self._window = 1
         self.generation += 1
         self.connected = True
         if self._on_delivery is not None:
@@ -181,7 +189,8 @@ class Broker(ABC):
     def publish(self, messages: Iterable[PostMessage]) -> int:
         """Put posts on the queue; return their number once the broker has them all.
 
-        On BrokerUnavailable some of them may have arrived; publishing again is harmless.
+        Raises BrokerUnavailable, and PublishRefused when the broker takes no messages now: that is
+        no lost connection. Some may have arrived; publishing again is harmless.
         """
 
     @abstractmethod
@@ -229,8 +238,17 @@ class Broker(ABC):
     def _abandon(self) -> None:
         """Close the sockets without a word, since the server may be gone; never raises."""
 
-    def _receive(self, body: bytes, token: int | str, redelivered: bool) -> None:
-        """Note a message; `_hand_over` passes it on."""
+    def _receive(
+        self, raw: bytes, token: int | str, read: Callable[[bytes], tuple[bytes, bool]]
+    ) -> None:
+        """Note a message; `_hand_over` passes it on. ``read`` returns body and redelivered."""
+        try:
+            body, redelivered = read(raw)
+        except Exception as error:  # noqa: BLE001 - bytes of strangers: this message's fault alone
+            log.warning("king.message_unpacked", error=one_line(error, 200))
+            body, redelivered = raw, True
+        if not redelivered:
+            self._window = self.settings.prefetch
         delivery = Delivery(body, token, self.generation, redelivered)
         self._in_hand[token] = delivery
         self._inbox.append(delivery)

@@ -1,4 +1,8 @@
-"""RabbitMQ, over kombu: a quorum queue, publisher confirms, heartbeats driven from `drain`."""
+"""RabbitMQ, over kombu: a quorum queue, publisher confirms, heartbeats driven from `drain`.
+
+Two connections, as RabbitMQ asks for: while it has a memory or disk alarm it stops reading from
+every connection that publishes, and acknowledgements on that one would wait as well.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +10,18 @@ import contextlib
 import ssl
 import struct
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any, ClassVar, NoReturn
 
 import amqp.exceptions as amqp_errors
 import kombu
+from amqp.basic_message import Message
+from amqp.method_framing import frame_handler
+from amqp.spec import Basic
 from kombu.exceptions import KombuError, OperationalError
 
-from common.errors import ConfigError
+from common.errors import BrokerUnavailable, ConfigError, PublishRefused
 from common.urls import redact
 from config.settings import BrokerSettings
 from king.broker.base import (
@@ -36,6 +43,12 @@ _BURST_WAIT_S = 0.001
 # looks more often than a heartbeat of whole seconds can need; at double, a stop of one second
 # (the shortest heartbeat) may come too late.
 _MAX_BEAT_INTERVAL_S = 1.0
+
+# Kinds of AMQP frames.
+_METHOD, _HEADER = 1, 2
+
+_ALARM = "it has a memory or disk alarm and takes no messages until that is over"
+_FULL = "the queue is full or has no leader"
 
 _REFUSALS = (
     amqp_errors.AccessRefused,
@@ -83,33 +96,22 @@ class RabbitBroker(Broker):
     def __init__(self, settings: BrokerSettings) -> None:
         require_host(settings.url)
         super().__init__(settings)
-        self._kombu: Any = None
-        self._connection: Any = None  # py-amqp's, inside kombu's
-        self._channel: Any = None
-        self._consumer_tag: str | None = None
-        self._published = 0  # number of the last message on this channel
-        self._unconfirmed: set[int] = set()
-        self._refused: list[str] = []
+        self._link = _Link(settings)
+        self._consumer_tags: list[str] = []
+        self._consumed = 0  # messages that the consumers may have in hand together
         self._beat_interval_s = min(_MAX_BEAT_INTERVAL_S, settings.heartbeat_s / 4)
         self._beat_due = 0.0
 
     def _open(self, declare: bool) -> None:
-        self._kombu = _kombu_connection(self.settings)
-        self._kombu.ensure_connection(errback=_give_up, reraise_as_library_errors=False)
-        self._connection = self._kombu.connection
-        self._channel = self._kombu.channel()
-        self._consumer_tag = None
-        self._published, self._unconfirmed, self._refused = 0, set(), []
+        self._consumer_tags, self._consumed = [], 0
         self._beat_due = time.monotonic() + self._beat_interval_s
-        self._channel.confirm_select()
-        self._channel.events["basic_ack"].add(self._on_confirm)
-        self._channel.events["basic_nack"].add(self._on_nack)
-        self._channel.events["basic_return"].add(self._on_return)
+        self._link = _Link(self.settings)
+        self._link.open()
         if declare:
             self._declare()
 
     def _declare(self) -> None:
-        queue, channel = self.settings.queue, self._channel
+        queue, channel = self.settings.queue, self._link.channel
         exchange = f"{queue}.dlx"
         channel.exchange_declare(exchange, "direct", durable=True, auto_delete=False)
         channel.queue_declare(
@@ -135,36 +137,171 @@ class RabbitBroker(Broker):
 
     def consume(self, on_delivery: OnDelivery) -> None:
         super().consume(on_delivery)
-        if self._consumer_tag is None:
-            with self._client_call():
-                self._channel.basic_qos(0, self.settings.prefetch, False)
-                self._consumer_tag = self._channel.basic_consume(
-                    self.settings.queue, callback=self._on_message
-                )
+        if not self._consumer_tags:
+            self._subscribe()
+
+    def _subscribe(self) -> None:
+        """Add a consumer for what the window has beyond the first one's limit.
+
+        RabbitMQ fixes the limit for the life of a consumer, and what is on its way to a cancelled
+        one is lost to us until the connection ends.
+        """
+        with self._client_call():
+            self._link.channel.basic_qos(0, self._window - self._consumed, False)
+            self._consumed = self._window
+            self._consumer_tags.append(
+                self._link.channel.basic_consume(self.settings.queue, callback=self._on_message)
+            )
 
     def _on_message(self, message: Any) -> None:
         # Only noted: py-amqp calls this from inside any call that reads the socket. kombu's
         # consumer is not used, since it decompresses bodies without a limit.
-        body = message.body.encode() if isinstance(message.body, str) else bytes(message.body)
-        redelivered = bool(message.delivery_info.get("redelivered"))
-        self._receive(decompressed(body, message.headers), message.delivery_tag, redelivered)
+        redelivered = bool(message.delivery_info["redelivered"])
+        self._receive(
+            bytes(message.body),
+            message.delivery_tag,
+            lambda body: (decompressed(body, message.headers), redelivered),
+        )
 
     def drain(self, timeout_s: float) -> int:
         with self._client_call():
+            self._link.deadline = float("inf")
             end = time.monotonic() + timeout_s
             while True:
                 is_burst = bool(self._inbox)
                 left_s = end - time.monotonic()
-                came = self._read(_BURST_WAIT_S if is_burst else min(left_s, self._beat_interval_s))
+                wait_s = _BURST_WAIT_S if is_burst else min(left_s, self._beat_interval_s)
+                came = self._link.read(wait_s)
                 # After reading: frames that waited in the socket are signs of life as well.
                 if time.monotonic() >= self._beat_due:
-                    self._kombu.transport.heartbeat_check(self._connection)
+                    self._link.beat()
                     self._beat_due = time.monotonic() + self._beat_interval_s
                 if (is_burst and not came) or time.monotonic() >= end:
                     break
+            if self._consumer_tags and self._consumed < self._window:
+                self._subscribe()
         return self._hand_over()
 
-    def _read(self, timeout_s: float) -> bool:
+    def ack(self, delivery: Delivery) -> bool:
+        return self._settle(delivery) and self._succeeds(
+            lambda: self._link.channel.basic_ack(delivery.token)
+        )
+
+    def requeue(self, delivery: Delivery) -> bool:
+        return self._settle(delivery) and self._succeeds(
+            lambda: self._link.channel.basic_reject(delivery.token, requeue=True)
+        )
+
+    def publish(self, messages: Iterable[PostMessage]) -> int:
+        with self._client_call():
+            if self._on_delivery is None and not self._in_hand:
+                try:
+                    return self._link.publish(messages)
+                except PublishRefused:
+                    if self._link.has_alarm:
+                        self._drop()  # nothing more is read from this connection, a goodbye neither
+                    raise
+            link = _Link(self.settings)
+            try:
+                with self.errors.mapped(self.settings.url):
+                    link.open()
+                    count = link.publish(messages)
+                    link.close()
+            except BrokerUnavailable as error:
+                raise PublishRefused(str(error)) from error
+            finally:
+                link.abandon()
+            return count
+
+    def depth(self, queue: str | None = None) -> int:
+        with self._client_call():
+            channel = self._link.new_channel()  # of its own: an absent queue closes the channel
+            try:
+                reply = channel.queue_declare(queue or self.settings.queue, passive=True)
+            except amqp_errors.NotFound:
+                return 0
+            channel.close()
+            return int(reply.message_count)
+
+    def cancel(self) -> None:
+        self._succeeds(self._cancel_consumers)
+        super().cancel()
+
+    def _cancel_consumers(self) -> None:
+        while self._consumer_tags:
+            self._link.channel.basic_cancel(self._consumer_tags.pop())
+        self._consumed = 0
+
+    @contextlib.contextmanager
+    def _client_call(self) -> Iterator[None]:
+        with super()._client_call():
+            self._link.limit(2 * self.settings.socket_timeout_s)
+            yield
+
+    def _leave(self) -> None:
+        self._cancel_consumers()
+        for token in self._in_hand:  # RabbitMQ would put them back by consumer
+            self._link.channel.basic_reject(token, requeue=True)
+        self._link.close()
+
+    def _abandon(self) -> None:
+        self._consumer_tags = []
+        self._link.abandon()
+
+
+class _Link:
+    """One connection with one channel in confirm mode, and the deadline of the call under way.
+
+    py-amqp's time-outs are for one read: each frame that comes, a heartbeat too, starts them anew.
+    """
+
+    def __init__(self, settings: BrokerSettings) -> None:
+        self._settings = settings
+        self._kombu = _kombu_connection(
+            settings,
+            frame_handler=self._frame_handler,
+            on_blocked=lambda _reason: setattr(self, "has_alarm", True),
+            on_unblocked=lambda: setattr(self, "has_alarm", False),
+        )
+        self._connection: Any = None  # py-amqp's, inside kombu's
+        self.channel: Any = None
+        self.deadline = float("inf")
+        self.has_alarm = False
+        self._published = 0  # number of the last message on this channel
+        self._unconfirmed: set[int] = set()
+        self._nacked = False
+        self._returned: str | None = None
+
+    def open(self) -> None:
+        self.limit(2 * self._settings.socket_timeout_s)
+        self._kombu.ensure_connection(errback=_give_up, reraise_as_library_errors=False)
+        self._connection = self._kombu.connection
+        self.channel = self.new_channel()
+        self.channel.confirm_select()
+        self.channel.events["basic_ack"].add(self._on_confirm)
+        self.channel.events["basic_nack"].add(self._on_nack)
+        self.channel.events["basic_return"].add(self._on_return)
+
+    def new_channel(self) -> Any:
+        channel = self._kombu.channel()
+        channel.auto_decode = False  # by a charset that the message names
+        return channel
+
+    def limit(self, limit_s: float) -> None:
+        """Let the calls that follow fail once this time is over."""
+        self.deadline = time.monotonic() + limit_s
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def abandon(self) -> None:
+        with contextlib.suppress(Exception):
+            self._kombu.collect(socket_timeout=self._settings.socket_timeout_s)
+
+    def beat(self) -> None:
+        self._kombu.transport.heartbeat_check(self._connection)
+
+    def read(self, timeout_s: float) -> bool:
         """Handle one event; `kombu.Connection` would reconnect here, silently and unsubscribed."""
         if not self._connection.connected:
             raise amqp_errors.RecoverableConnectionError("the connection is closed")
@@ -176,55 +313,80 @@ class RabbitBroker(Broker):
             return False
         return True
 
-    def ack(self, delivery: Delivery) -> bool:
-        return self._settle(delivery) and self._succeeds(
-            lambda: self._channel.basic_ack(delivery.token)
-        )
+    def _frame_handler(self, connection: Any, callback: Any) -> Callable[[Any], bool]:
+        """Handle frames as py-amqp does, but for parts of strangers that it cannot always read.
 
-    def requeue(self, delivery: Delivery) -> bool:
-        return self._settle(delivery) and self._succeeds(
-            lambda: self._channel.basic_reject(delivery.token, requeue=True)
-        )
+        Those are the properties of a message (a timestamp in milliseconds, a table nested without
+        end), and its exchange and routing key. It would raise before the message is ours, again and
+        again: the body alone says which post is meant.
+        """
+        handle = frame_handler(connection, callback)
+
+        def on_frame(frame: Any) -> bool:
+            if time.monotonic() > self.deadline:
+                raise amqp_errors.RecoverableConnectionError("no answer in time")
+            kind, channel, payload = frame
+            if kind == _METHOD and struct.unpack_from(">HH", payload) == Basic.Deliver:
+                consumer_tag_end = 5 + payload[4]
+                # Delivery tag and flag follow, then two texts, which become empty ones.
+                frame = kind, channel, payload[: consumer_tag_end + 9] + b"\0\0"
+            elif kind == _HEADER and not _is_readable(payload):
+                # The class and the size of the body, then no properties.
+                frame = kind, channel, payload[:12] + b"\0\0"
+            return bool(handle(frame))
+
+        return on_frame
 
     def publish(self, messages: Iterable[PostMessage]) -> int:
         count = 0
         iterator = iter(messages)
         while window := list(islice(iterator, PUBLISH_WINDOW)):
-            with self._client_call():
-                for message in window:
-                    self._send(message)
-                self._wait_for_confirms()
+            # Twice the time-out: a window is written to disk and to the queue's other members.
+            self.limit(2 * self._settings.socket_timeout_s)
+            for message in window:
+                self._check_refusal()
+                self._send(message)
+            while self._unconfirmed:
+                self._check_refusal()
+                self.read(self._left_s)
+            self._check_refusal()
             count += len(window)
         return count
+
+    @property
+    def _left_s(self) -> float:
+        left_s = self.deadline - time.monotonic()
+        if left_s <= 0:
+            raise amqp_errors.RecoverableConnectionError(
+                "published messages were not confirmed in time"
+            )
+        return left_s
+
+    def _check_refusal(self) -> None:
+        where = redact(self._settings.url)
+        if self.has_alarm:
+            raise PublishRefused(f"broker {where}: {_ALARM}")
+        if self._returned is not None:  # the queue is gone, and is declared when we connect again
+            raise OperationalError(f"a published message was refused: {self._returned}")
+        if self._nacked and not self._unconfirmed:
+            self._nacked = False
+            raise PublishRefused(f"broker {where}: queue {self._settings.queue}: {_FULL}")
 
     def _send(self, message: PostMessage) -> None:
         self._published += 1
         self._unconfirmed.add(self._published)
-        self._channel.basic_publish(
-            self._channel.prepare_message(
+        self.channel.basic_publish(
+            self.channel.prepare_message(
                 message.encode(),
                 priority=message.priority,
                 content_type="application/json",
                 content_encoding="utf-8",
                 properties={"delivery_mode": 2},
             ),
-            routing_key=self.settings.queue,
+            routing_key=self._settings.queue,
             mandatory=True,
-            timeout=self.settings.socket_timeout_s,
+            timeout=self._left_s,
         )
-
-    def _wait_for_confirms(self) -> None:
-        # Twice the time-out: a whole window is written to disk and to the queue's other members.
-        end = time.monotonic() + 2 * self.settings.socket_timeout_s
-        while self._unconfirmed and not self._refused:
-            left_s = end - time.monotonic()
-            if left_s <= 0:
-                raise amqp_errors.RecoverableConnectionError(
-                    "published messages were not confirmed in time"
-                )
-            self._read(left_s)
-        if self._refused:
-            raise OperationalError(f"a published message was refused: {self._refused[0]}")
 
     def _on_confirm(self, tag: int, multiple: bool) -> None:
         if multiple:
@@ -233,42 +395,22 @@ class RabbitBroker(Broker):
             self._unconfirmed.discard(tag)
 
     def _on_nack(self, tag: int, multiple: bool) -> None:
-        self._refused.append("the queue is full or has no leader")
+        self._nacked = True
         self._on_confirm(tag, multiple)
 
     def _on_return(self, error: Exception, *_rest: Any) -> None:
-        self._refused.append(str(error))
-
-    def depth(self, queue: str | None = None) -> int:
-        with self._client_call():
-            channel = self._kombu.channel()  # of its own: an absent queue closes the channel
-            try:
-                reply = channel.queue_declare(queue or self.settings.queue, passive=True)
-            except amqp_errors.NotFound:
-                return 0
-            channel.close()
-            return int(reply.message_count)
-
-    def cancel(self) -> None:
-        tag, self._consumer_tag = self._consumer_tag, None
-        if tag is not None:
-            self._succeeds(lambda: self._channel.basic_cancel(tag))
-        super().cancel()
-
-    def _leave(self) -> None:
-        if self._consumer_tag is not None:
-            self._channel.basic_cancel(self._consumer_tag)
-        self._connection.close()
-
-    def _abandon(self) -> None:
-        connection, self._kombu = self._kombu, None
-        self._consumer_tag = None
-        if connection is not None:
-            with contextlib.suppress(Exception):
-                connection.collect(socket_timeout=self.settings.socket_timeout_s)
+        self._returned = str(error)
 
 
-def _kombu_connection(settings: BrokerSettings) -> Any:
+def _is_readable(header: bytes) -> bool:
+    try:
+        Message().inbound_header(header)
+    except Exception:  # noqa: BLE001 - whatever the bytes of strangers make the parser raise
+        return False
+    return True
+
+
+def _kombu_connection(settings: BrokerSettings, **options: Any) -> Any:
     try:
         connection = kombu.Connection(
             settings.url,
@@ -278,6 +420,7 @@ def _kombu_connection(settings: BrokerSettings) -> Any:
                 # Without these a half-open connection hangs in a read or a write for ever.
                 "read_timeout": settings.socket_timeout_s,
                 "write_timeout": settings.socket_timeout_s,
+                **options,
             },
         )
     except (TypeError, ValueError) as error:  # kombu takes the query for its own arguments
@@ -287,9 +430,9 @@ def _kombu_connection(settings: BrokerSettings) -> Any:
     if settings.url.startswith("amqps://"):
         # Verified unless the URL's ``ssl_...`` parameters, which kombu has put into `ssl`, ask
         # otherwise. Without a server_hostname py-amqp checks the name that the URL has.
-        options = connection.ssl if isinstance(connection.ssl, dict) else {}
+        of_url = connection.ssl if isinstance(connection.ssl, dict) else {}
         connection.ssl = {"server_hostname": None, "cert_reqs": ssl.CERT_REQUIRED} | {
-            name.removeprefix("ssl_"): value for name, value in options.items()
+            name.removeprefix("ssl_"): value for name, value in of_url.items()
         }
     return connection
 

@@ -4,7 +4,11 @@
 -- KEYS[2]  sorted set: tag -> end of the lease, in seconds of the server's clock
 -- ARGV[1]  command
 --
+-- At maxmemory Redis refuses commands that may need memory, unless the script has written before:
+-- so each command begins with one that needs none.
+--
 --   take       ARGV lease_s, one tag per message;  KEYS[3..] the lists, best priority first
+--   ack        ARGV tags
 --   renew      ARGV lease_s, tags
 --   expired    ARGV the most tags to return
 --   give_back  ARGV tag, 'expired' or 'any', LPUSH or RPUSH, item;  KEYS[3] the list
@@ -30,7 +34,17 @@ if command == 'take' then
   return entries
 end
 
+if command == 'ack' then
+  for first = 2, #ARGV, 1000 do  -- unpack has a limit of some thousands
+    local last = math.min(first + 999, #ARGV)
+    redis.call('HDEL', unacked, unpack(ARGV, first, last))
+    redis.call('ZREM', leases, unpack(ARGV, first, last))
+  end
+  return #ARGV - 1
+end
+
 if command == 'renew' then
+  redis.call('ZREM', leases, '')
   local lease_end = now + tonumber(ARGV[2])
   -- XX: what another consumer has taken back in the meantime stays gone.
   for i = 3, #ARGV do redis.call('ZADD', leases, 'XX', lease_end, ARGV[i]) end

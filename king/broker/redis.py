@@ -30,7 +30,7 @@ from redis.backoff import NoBackoff
 from redis.connection import parse_url
 from redis.retry import Retry
 
-from common.errors import ConfigError
+from common.errors import ConfigError, PublishRefused, one_line
 from common.urls import redact
 from config.settings import BrokerSettings
 from king.broker.base import PUBLISH_WINDOW, Broker, ClientErrors, Delivery, require_host
@@ -151,7 +151,7 @@ class RedisBroker(Broker):
             self._give_back([tag.decode() for tag in tags], expired_only=True)
 
     def _take(self) -> None:
-        room = self.settings.prefetch - len(self._in_hand)
+        room = self._window - len(self._in_hand)
         if self._on_delivery is None or room < 1:
             return
         # An empty queue is asked for one message, since each one asked for costs a tag.
@@ -164,8 +164,7 @@ class RedisBroker(Broker):
         self._asked = []
         self._is_empty = not entries
         for tag, entry in zip(tags, entries, strict=False):  # fewer may come than were asked for
-            body, redelivered = read_item(entry[1:])
-            self._receive(body, tag, redelivered)
+            self._receive(entry[1:], tag, read_item)
 
     def ack(self, delivery: Delivery) -> bool:
         if not self._settle(delivery):
@@ -180,14 +179,20 @@ class RedisBroker(Broker):
         count = 0
         iterator = iter(messages)
         while window := list(itertools.islice(iterator, PUBLISH_WINDOW)):
-            with self._client_call(), self._client.pipeline() as pipe:
-                for message in window:
-                    priority = min(max(message.priority, MIN_PRIORITY), MAX_PRIORITY)
-                    item = _envelope(
-                        message.encode(), self.settings.queue, priority, "application/json"
-                    )
-                    pipe.lpush(self._lists[priority], json.dumps(item))
-                pipe.execute()
+            items: dict[str, list[str]] = {}
+            for message in window:
+                priority = min(max(message.priority, MIN_PRIORITY), MAX_PRIORITY)
+                item = _envelope(
+                    message.encode(), self.settings.queue, priority, "application/json"
+                )
+                items.setdefault(self._lists[priority], []).append(json.dumps(item))
+            with self._client_call():
+                for key, values in items.items():
+                    try:
+                        self._client.lpush(key, *values)
+                    except redis_errors.OutOfMemoryError as error:
+                        where = redact(self.settings.url)
+                        raise PublishRefused(f"broker {where}: {one_line(error)}") from error
             count += len(window)
         return count
 
@@ -201,7 +206,7 @@ class RedisBroker(Broker):
             return int(self._client.hlen(self._unacked[0]))
 
     def _size(self, lists: Iterable[str]) -> int:
-        with self._client.pipeline() as pipe:
+        with self._client.pipeline(transaction=False) as pipe:
             for key in lists:
                 pipe.llen(key)
             return sum(pipe.execute())
@@ -209,10 +214,7 @@ class RedisBroker(Broker):
     def _flush(self) -> None:
         """Remove the acknowledged messages from the server, in one round trip."""
         if self._acked:
-            with self._client.pipeline() as pipe:
-                pipe.hdel(self._unacked[0], *self._acked)
-                pipe.zrem(self._unacked[1], *self._acked)
-                pipe.execute()
+            self._run("ack", *self._acked)
             # Kept until now: after a lost connection they are sent again.
             self._acked.clear()
 
@@ -294,12 +296,18 @@ def read_item(item: bytes) -> tuple[bytes, bool]:
 
 def redelivery_of(item: bytes, queue: str, priority: int) -> bytes:
     """Return the item marked as delivered before, in an envelope that kombu reads too."""
-    envelope = _parsed(item)
-    if envelope is None or _body_of(envelope) is None:  # delivered as a bare body
-        envelope = _envelope(item, queue, priority, "application/octet-stream", "binary")
-    headers = envelope.get("headers")
-    envelope["headers"] = {**(headers if isinstance(headers, dict) else {}), "redelivered": True}
-    return json.dumps(envelope).encode()
+    try:
+        envelope = _parsed(item)
+        if envelope is None or _body_of(envelope) is None:  # delivered as a bare body
+            envelope = _envelope(item, queue, priority, "application/octet-stream", "binary")
+        headers = envelope.get("headers")
+        envelope["headers"] = {
+            **(headers if isinstance(headers, dict) else {}),
+            "redelivered": True,
+        }
+        return json.dumps(envelope).encode()
+    except RecursionError:  # nested so deep that it can be read but not written
+        return item
 
 
 def _envelope(

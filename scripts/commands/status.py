@@ -134,6 +134,8 @@ def _print_king(king: dict[str, Any] | None) -> None:
     bundle = king.get("bundle") or {}
     serving = f", bundle {bundle['name']} {bundle['version']}" if bundle else ""
     say(f"king      {king.get('phase')} (pid {king['pid']}){serving}\n")
+    if king.get("publish_refused"):
+        say(f"          blocked: it cannot publish retries: {king['publish_refused']}\n")
     oldest = king.get("oldest_in_flight_s") or 0.0
     say(
         f"          {king.get('in_flight')} in flight (oldest {oldest:.1f} s), "

@@ -281,6 +281,27 @@ class RabbitMQServer(Server):
             self._epmd.kill()
             self._epmd.wait()
 
+    def set_memory_alarm(self, on: bool) -> None:
+        """Raise the memory alarm, in which every publisher is blocked, or end it."""
+        share = "0.000000001" if on else "0.6"
+        self.control("set_vm_memory_high_watermark", share)
+
+    def control(self, *arguments: str) -> str:
+        """Run ``rabbitmqctl`` on this server; return its output."""
+        ctl = str(Path(self.binary() or "").with_name("rabbitmqctl"))
+        done = subprocess.run(
+            [ctl, "-n", self.node, *arguments],
+            env=dict(self._environment()),
+            cwd=self.folder,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        if done.returncode:
+            raise RuntimeError(f"rabbitmqctl {arguments[0]}: {done.stdout} {done.stderr}")
+        return done.stdout
+
     @staticmethod
     def _epmd_binary() -> str:
         found = shutil.which("epmd") or next(

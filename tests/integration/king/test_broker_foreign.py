@@ -92,7 +92,7 @@ def test_pika_bare_text(on_rabbitmq: BrokerSettings) -> None:
                 headers={"compression": "application/x-gzip"},
             ),
         )
-    assert received(on_rabbitmq, 11) == [b"p1", b"", *UNREADABLE, b"p2"]
+    assert sorted(received(on_rabbitmq, 11)) == sorted([b"p1", b"", *UNREADABLE, b"p2"])
 
 
 @pytest.mark.redis
@@ -107,12 +107,10 @@ def test_bare_lpush(on_redis: BrokerSettings, lists: redis.Redis) -> None:
         assert consumer.bodies == bodies
         assert not any(delivery.redelivered for delivery in consumer.got)
     with connected(on_redis) as broker:
-        consumer = Consumer(broker)
+        consumer = Consumer(broker, ack=True)
         consumer.take(len(bodies))
         assert consumer.bodies == bodies
         assert all(delivery.redelivered for delivery in consumer.got)
-        for delivery in consumer.got:
-            assert broker.ack(delivery)
     assert lists.keys(f"{on_redis.queue}*") == []
 
 

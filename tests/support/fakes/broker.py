@@ -10,8 +10,9 @@ import itertools
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 
-from common.errors import BrokerUnavailable
+from common.errors import BrokerUnavailable, PublishRefused
 from config.settings import BrokerSettings
 from king.broker.base import Broker, Delivery
 from king.messages import PostMessage
@@ -30,10 +31,12 @@ class MemoryQueue:
 
     Attributes:
         reachable: Set to False for a server that is down.
+        full: Set to True for a server that takes no messages.
     """
 
     waiting: list[_Waiting] = field(default_factory=list)
     reachable: bool = True
+    full: bool = False
     _order: itertools.count[int] = field(default_factory=itertools.count)
 
     def put(self, body: bytes, priority: int = 0) -> None:
@@ -72,13 +75,15 @@ class MemoryBroker(Broker):
     def drain(self, timeout_s: float) -> int:
         """Hand over the waiting messages, or else sleep."""
         with self._server_call():
-            room = self.settings.prefetch - len(self._in_hand)
-            while self._on_delivery is not None and self.queue.waiting and room > 0:
-                room -= 1
+            while (
+                self._on_delivery is not None
+                and self.queue.waiting
+                and len(self._in_hand) < self._window
+            ):
                 message = self.queue.waiting.pop(0)
                 token = next(self._tokens)
                 self.unacked[token] = message
-                self._receive(message.body, token, message.redelivered)
+                self._receive(message.body, token, partial(_as_is, message.redelivered))
         if not self._inbox:
             time.sleep(min(timeout_s, 0.01))
         return self._hand_over()
@@ -98,6 +103,8 @@ class MemoryBroker(Broker):
 
     def publish(self, messages: Iterable[PostMessage]) -> int:
         with self._server_call():
+            if self.queue.full:
+                raise PublishRefused("broker memory://: the queue is full")
             batch = list(messages)
             for message in batch:
                 self.published.append(message)
@@ -124,3 +131,7 @@ class MemoryBroker(Broker):
         if not self.queue.reachable:
             self._drop()
         return self._client_call()
+
+
+def _as_is(redelivered: bool, body: bytes) -> tuple[bytes, bool]:
+    return body, redelivered
