@@ -112,6 +112,8 @@ class BrokerThread:
                     self._connect(connected)
                     connected = True
                     self._status.broker_up.set()
+                    if self._broker.generation == 1 and self._broker.shortcoming:
+                        log.warning("king.broker_shortcoming", reason=self._broker.shortcoming)
                     if self._failures:
                         log.info("king.broker_reached", url=self._url)
                     self._serve()

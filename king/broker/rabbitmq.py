@@ -65,6 +65,14 @@ def dead_queue(queue: str) -> str:
     return f"{queue}.dead"
 
 
+def shortcoming_of(version: str) -> str | None:
+    """Return what a server of this version cannot do with our queue; None for nothing."""
+    major = version.partition(".")[0]
+    if not major.isdigit() or int(major) >= 4:
+        return None
+    return f"RabbitMQ {version} ignores priorities on quorum queues; version 4 has them"
+
+
 class RabbitBroker(Broker):
     """A quorum queue on RabbitMQ (``amqp://``, ``amqps://``).
 
@@ -107,6 +115,7 @@ class RabbitBroker(Broker):
         self._beat_due = time.monotonic() + self._beat_interval_s
         self._link = _Link(self.settings)
         self._link.open()
+        self.shortcoming = shortcoming_of(self._link.version)
         if declare:
             self._declare()
 
@@ -286,6 +295,11 @@ class _Link:
         channel = self._kombu.channel()
         channel.auto_decode = False  # by a charset that the message names
         return channel
+
+    @property
+    def version(self) -> str:
+        """Return the server's version, as it says."""
+        return str(self._connection.server_properties.get("version", ""))
 
     def limit(self, limit_s: float) -> None:
         """Let the calls that follow fail once this time is over."""

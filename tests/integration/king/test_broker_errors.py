@@ -15,7 +15,7 @@ from common.errors import BrokerUnavailable, ConfigError, MessageError
 from config.settings import BrokerSettings
 from king.broker.base import ClientErrors
 from king.broker.connect import open_broker, publish_posts, queue_depth
-from king.broker.rabbitmq import RabbitBroker
+from king.broker.rabbitmq import RabbitBroker, shortcoming_of
 from king.broker.redis import RedisBroker
 from king.messages import PostMessage
 from tests.support.king.broker_rig import connected, settings_for
@@ -167,3 +167,13 @@ def test_a_queue_with_other_arguments(rabbitmq: RabbitMQServer, queue_name: str)
     publish_posts(other, [])
     with pytest.raises(ConfigError, match="x-delivery-limit"):
         publish_posts(other.model_copy(update={"delivery_limit": 6}), [])
+
+
+@pytest.mark.parametrize(
+    ("version", "has_priorities"),
+    [("3.10.8", False), ("3.13.0", False), ("4.0.5", True), ("4.3.0", True), ("", True)],
+)
+def test_an_old_server_is_said_to_ignore_priorities(version: str, has_priorities: bool) -> None:
+    reason = shortcoming_of(version)
+    assert (reason is None) is has_priorities
+    assert reason is None or version in reason
