@@ -167,7 +167,7 @@ class RabbitBroker(Broker):
         # consumer is not used, since it decompresses bodies without a limit.
         redelivered = bool(message.delivery_info["redelivered"])
         self._receive(
-            bytes(message.body),
+            bytes(message.body or b""),  # py-amqp has a str for no body
             message.delivery_tag,
             lambda body: (decompressed(body, message.headers), redelivered),
         )
