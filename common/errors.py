@@ -109,7 +109,7 @@ class ConfigError(TaggingError):
     """The user's input or configuration is wrong: one line names it and the way out."""
 
 
-# The path or the rights to it are wrong. All else may pass: a full disk, a quota, no descriptors.
+# A wrong path or missing rights. Others are temporary: a full disk, a quota, no descriptors left.
 _WRONG_PATH = {
     *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP),
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EINVAL, errno.ENOTSUP),
@@ -117,6 +117,6 @@ _WRONG_PATH = {
 
 
 def path_error(what: str, error: OSError) -> ConfigError | RetryableError:
-    """Return the error of a file or folder of the settings: a wrong one, or one that may pass."""
+    """Return the error of a path in the settings: ConfigError, or RetryableError if temporary."""
     kind = ConfigError if error.errno in _WRONG_PATH else RetryableError
     return kind(f"{what}: {error.strerror or one_line(error)}")

@@ -17,7 +17,7 @@ def post_hash(post_id: str) -> int:
 
 
 class PostSet:
-    """A set of post IDs as sorted hashes, 8 bytes a post; an ID may be asked for, not listed."""
+    """A set of post IDs as sorted hashes, 8 bytes a post; the IDs cannot be listed."""
 
     def __init__(self, hashes: npt.ArrayLike = ()) -> None:
         self.hashes: npt.NDArray[np.int64] = np.unique(np.asarray(hashes, np.int64))
@@ -38,7 +38,7 @@ class PostSet:
         return PostSet(np.concatenate([self.hashes, other.hashes]))
 
     def holds(self, hashes: npt.ArrayLike) -> npt.NDArray[np.bool_]:
-        """Return which of some hashes are those of posts in the set."""
+        """Return for each hash, as bool, True when its post is in the set."""
         asked = np.asarray(hashes, np.int64)
         places = np.searchsorted(self.hashes, asked)
         padded = np.append(self.hashes, 0)  # behind the last there is none

@@ -16,13 +16,13 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 def process_identity(pid: int) -> str | None:
-    """Return the mark that no other process of this host has; None once the process has ended.
+    """Return an identity that no other process of this host has; None once it has ended.
 
     It is made of the boot and of the clock ticks from there to the process's start. Start times as
     dates (`psutil.Process.create_time`) move whenever the clock is set.
 
     Raises:
-        OSError: The system cannot say, for example for want of descriptors.
+        OSError: The system cannot tell, for example because no descriptors are left.
     """
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
@@ -36,7 +36,7 @@ def process_identity(pid: int) -> str | None:
 
 
 def running_s(pid: int) -> float | None:
-    """Return how long a process has run, whatever was done to the clock; None once it has ended."""
+    """Return how long a process has run, however the clock was set; None once it has ended."""
     identity = process_identity(pid)
     if identity is None:
         return None

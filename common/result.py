@@ -29,7 +29,7 @@ class TagResult:
         tags: Tags whose score reaches their threshold, highest first.
         modalities: ``ok``, ``missing`` or ``failed`` for each modality.
         failures: Reason of each failed modality.
-        partial: One of them may pass: the tags lack what another attempt might have.
+        partial: One of them is retryable: another attempt may find more tags.
         error: Reason why the post failed; None when it is tagged.
         attempts: Number of the attempt that ended; None where attempts are not counted.
         tagged_at: End of the attempt; None in files, which must not depend on the clock.

@@ -73,16 +73,16 @@ class RetryPolicy:
     def costs_attempt(stage: str, failure: Failure) -> bool:
         """Return True when a step's failure ends the whole attempt, and not one modality alone.
 
-        What may pass does: a worker's death, a media host that is down, a full disk say nothing
-        about the post. Without an answer of the cache a post simply goes on. A failure of the
-        fusion, which has no modality to lose, always ends the attempt; it is not asked for here.
+        Retryable failures do: a dead worker, a media host that is down, a full disk say nothing
+        about the post. Without an answer from the cache a post simply goes on. Failures of the
+        fusion, which has no modality to lose, always end the attempt and do not come here.
         """
         return failure.retryable and stage != "recall"
 
-    def partial_rest_s(self, attempts: int) -> float | None:
-        """Return how long a post that was tagged in part is left alone; None: for good.
+    def partial_delay_s(self, attempts: int) -> float | None:
+        """Return the pause before the next attempt at a partial result; None when there is none.
 
-        It gets as many single attempts again as it had, and the pauses double.
+        A post gets `attempts` more of them, one at a time, and the pauses double.
         """
         if attempts >= 2 * self.attempts:
             return None

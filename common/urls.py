@@ -1,4 +1,4 @@
-"""URLs: what is one, and how one may be shown, without credentials."""
+"""URLs: telling them from paths, and showing them without credentials."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _SCHEME = re.compile(r"[a-z][a-z0-9+.-]+://|data:", re.I)
 
 
 def is_url(source: str) -> bool:
-    """Tell what can only be downloaded, ``//host/a.png`` too, from a path, as ``C:/a.png``."""
+    """Return True for a URL (``//host/a.png`` is one), False for a path (``C:/a.png`` is one)."""
     return source.startswith("//") or _SCHEME.match(source) is not None
 
 

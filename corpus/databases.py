@@ -7,7 +7,7 @@ from pathlib import Path
 
 from common.errors import ConfigError
 
-# Nothing is safe and little is in memory: the file goes with its process.
+# No durability and a small cache: nobody reads the file after its process has ended.
 _SCRATCH = """
 PRAGMA journal_mode = OFF;
 PRAGMA synchronous = OFF;
@@ -28,17 +28,19 @@ def open_scratch(path: Path | str, tables: str) -> sqlite3.Connection:
 
 
 def open_state(path: Path, tables: str, version: int) -> sqlite3.Connection:
-    """Open or make a database that goes on from run to run; ConfigError for one of another version.
+    """Open or make a database that outlives its run; ConfigError for one of another version.
 
     In WAL mode a transaction is in the kernel's hands when `commit` returns: a kill loses nothing;
-    a power cut may lose the last ones, never spoils the rest.
+    a power cut may lose the last ones, but never damages the rest.
     """
     base = sqlite3.connect(path, isolation_level=None)
     for pragma in ("journal_mode = WAL", "synchronous = NORMAL", "cache_size = -1024"):
         base.execute(f"PRAGMA {pragma}")
     base.executescript(tables)
-    (found,) = base.execute("PRAGMA user_version").fetchone()
-    if found not in (0, version):
-        raise ConfigError(f"{path}: made by another version of this script; delete it")
+    (made_by,) = base.execute("PRAGMA user_version").fetchone()
+    if made_by not in (0, version):
+        raise ConfigError(
+            f"{path}: made by version {made_by} of this script, not {version}; delete it"
+        )
     base.execute(f"PRAGMA user_version = {version}")
     return base

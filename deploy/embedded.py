@@ -158,7 +158,7 @@ class Service:
 
     def running(self) -> bool:
         """Return True when the recorded process runs and its socket is answered."""
-        # Whoever answers there is ours: the socket lies in our own folder.
+        # Only our own server can answer there: the socket lies in our own folder.
         return self.alive() and KINDS[self.name].ping(self.url)
 
     def end(self) -> bool:
@@ -192,7 +192,7 @@ def _socket(folder: Path, name: str) -> Path:
 
 
 def _instance(folder: Path) -> str:
-    """Return the mark of a folder that a copy of it does not have, and that moving it keeps."""
+    """Return an identity of a folder that moving it keeps and copying it does not."""
     stat = folder.stat()
     return f"{stat.st_dev}-{stat.st_ino}"
 

@@ -1,4 +1,4 @@
-"""The posts that the extractors' weights have learned from, as far as the weights tell.
+"""The posts that the extractors' weights have learned from, as far as the weights record them.
 
 A score on such a post says nothing of new ones, so its feature file names the streams whose weights
 have learned from it. Weights that train_net.py makes carry the set: a safetensors file in its
@@ -44,7 +44,7 @@ def streams_of_post(post_id: str, learned: Mapping[Stream, PostSet]) -> tuple[St
 
 
 def posts_of_weights(path: Path) -> PostSet:
-    """Return the posts that a file or folder of weights has learned from; empty if it tells none.
+    """Return the posts that a file or folder of weights has learned from; empty if unrecorded.
 
     Raises:
         ConfigError: It cannot be read.

@@ -135,7 +135,7 @@ class Tagged:
 
 @dataclass(frozen=True, slots=True)
 class Superseded:
-    """What became of a `Tagged` that changed nothing.
+    """The outcome of a `Tagged` whose write changed nothing.
 
     A bundle of a later ``version`` has tagged the post, or the post is gone (None).
     """

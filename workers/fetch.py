@@ -301,7 +301,7 @@ class Fetcher:
     def _open(self, url: str) -> requests.Response:
         """Return the answer at the end of the redirects, its body still to be read."""
         for _ in range(self._settings.max_redirects + 1):
-            url = f"https:{url}" if url.startswith("//") else url  # as on a page of today
+            url = f"https:{url}" if url.startswith("//") else url  # as a page on https means it
             _check_url(url)
             response = self._session.get(
                 url,
@@ -367,7 +367,7 @@ class Fetcher:
 
 
 def _tls_failure(error: BaseException) -> FetchRetryable | FetchRefused:
-    """Tell a host that cannot be trusted from a connection that broke, and from our own trouble."""
+    """Return the error of a host that is not trusted, of a broken connection, or of our system."""
     # The libraries wrap OpenSSL's error, or the system's, as a cause, a context or an argument.
     for _ in range(8):
         inner = error.__cause__ or next((a for a in error.args if isinstance(a, Exception)), None)

@@ -16,8 +16,8 @@ With a feature cache all of this is looked up first, and only the missing parts 
 Extraction runs per media file and not per modality: a post never holds one slot while it waits
 for another, so posts cannot deadlock on slots.
 
-What fails for good inside a post costs that modality. What may pass costs the attempt, unless it is
-the last one: then it costs the modality too, and the result says that it is partial.
+A permanent failure inside a post costs that modality. A retryable one costs the attempt, unless it
+is the last one: then it costs the modality too, and the result says that it is partial.
 """
 
 from __future__ import annotations
@@ -399,7 +399,7 @@ class PostPlan:
 
 
 def _named(failures: Sequence[Failure]) -> Failure:
-    """Return the failure that stands for a modality: one that may pass, since it is worth more."""
+    """Return the failure that stands for a modality: a retryable one, which makes it partial."""
     return next((failure for failure in failures if failure.retryable), failures[0])
 
 
@@ -485,7 +485,7 @@ class PostRun:
         plan: Of this attempt.
         deadline: `time.monotonic` past which the attempt has failed.
         limit: The same for a person, for example ``king.post_deadline_s (300 s)``.
-        last: No attempt follows: what may pass costs a modality and not the attempt.
+        last: No attempt follows: a retryable failure costs a modality and not the attempt.
         retry_by: `time.monotonic` past which no attempt follows either.
         on_end: Called once, when the run is off the pool; not for a run that was dropped.
         began: `time.monotonic` that the total time counts from.

@@ -288,7 +288,7 @@ class PostRunner:
                 limit=f"{submission.limit_s:g} s",
                 last=self._policy.is_last(submission.attempt),
                 on_end=partial(self._attempt_ended, submission),
-                # Another attempt would take as long as this one.
+                # Assumes that another attempt takes as long as this one.
                 retry_by=(now + submission.deadline - longest_s) / 2,
                 began=submission.began,
             )

@@ -24,7 +24,7 @@ _GZIP = b"\x1f\x8b\x08"
 
 
 def is_media(head: bytes) -> bool:
-    """Tell whether a file begins as media."""
+    """Return True for the first bytes of a media file."""
     file_type = sniff(head)
     return file_type is not None and bool(file_type.kinds)
 
@@ -32,7 +32,7 @@ def is_media(head: bytes) -> bool:
 def unpacked(chunks: Iterator[bytes], label: str) -> Iterator[bytes]:
     """Yield a body in steps of bounded size, without the encoding that its label names.
 
-    A step may be empty: the reader can look at its deadline after each.
+    A step may be empty, so that the reader can check its deadline after each.
 
     Args:
         chunks: The body as it was sent.
@@ -83,7 +83,7 @@ def _inflated(body: Iterator[bytes], name: str) -> Iterator[bytes]:
 
 
 def _window_bits(head: bytes, name: str) -> int:
-    """Return what zlib is to expect: gzip, zlib, or a raw stream, which has no header."""
+    """Return zlib's ``wbits`` for gzip, zlib, or a raw stream, which has no header."""
     if head.startswith(_GZIP[:2]):
         return zlib.MAX_WBITS | 16
     has_header = len(head) < 2 or (head[0] & 15 == 8 and int.from_bytes(head[:2], "big") % 31 == 0)

@@ -25,7 +25,7 @@ _CLEAR = 4.0
 about 0, and the noise of JPEG would toss their bits."""
 
 _MEAN_COLOUR, _WORST_COLOUR = 6.0, 32
-"""How far the grids of two pictures that look alike may be apart: on average, in the worst cell."""
+"""Largest distance between the grids of pictures that look alike: on average, in the worst cell."""
 
 _BLOCK = 1 << 21
 

@@ -21,7 +21,7 @@ MIN_WIDTH = 20
 """A shorter text, in columns of a terminal, is a greeting: that two share it means nothing."""
 
 MAX_CHARS = 5000
-"""What is compared of a longer text."""
+"""The beginning of a longer text that is compared."""
 
 EMPTY, NO_WORDS, SHORT = "empty", "no words", "too short to tell"
 

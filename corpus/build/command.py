@@ -226,12 +226,12 @@ def _shares(options: Options) -> tuple[float, float, float]:
     chosen = [name for name, value in ways.items() if value is not None]
     if len(chosen) > 1:
         raise ConfigError(
-            f"{chosen[0]}: not allowed with {chosen[1]}: both say which side is whose"
+            f"{chosen[0]}: not allowed with {chosen[1]}: each of them assigns the sides"
         )
     fixed = {"--split": ("valid", "test"), "--test_since": ("test",)}
     for name in fixed.get(chosen[0], ()) if chosen else ():
         if getattr(options, name) is not None:
-            raise ConfigError(f"--{name}: not allowed with {chosen[0]}, which says what it holds")
+            raise ConfigError(f"--{name}: not allowed with {chosen[0]}, which decides its posts")
     if options.split is not None:
         return 0.0, 0.0, 0.0
     valid = 0.1 if options.valid is None else options.valid

@@ -112,7 +112,7 @@ class Index:
     def give_side(self, post_id: str, side: int) -> None:
         """Note the side of a post, before it is read; ConfigError when it has another."""
         if self.given_side(post_id) not in (-1, side):
-            raise ConfigError(f"post {post_id!r} is given to two sides of the split")
+            raise ConfigError(f"post {post_id!r} is given to two sides of the split; name it once")
         row = (key_of("id", post_id), side)
         self.base.execute("INSERT OR REPLACE INTO sides VALUES (?, ?)", row)
 
@@ -182,7 +182,7 @@ class Index:
         """Join the posts that share something, and number the groups in the order of their posts.
 
         Args:
-            more: Further sets of post IDs, such as near-duplicates; unknown IDs are passed over.
+            more: Further sets of post IDs, such as near-duplicates; unknown IDs are ignored.
             within_sides: Join only posts of one given side: an exact split stays as it is.
         """
         for members in more:
@@ -291,7 +291,7 @@ class Rules:
     exact: bool = False
     """Leave out posts without a given side."""
     test_since: float | None = None
-    """Unix seconds from which on posts are held for the last side, the test."""
+    """Unix seconds; posts created from then on go to the test."""
 
 
 class Gatherer:

@@ -38,7 +38,7 @@ class Options:
     retries: Annotated[
         int,
         typer.Option(
-            min=0, metavar="N", help="more tries at what may pass, each after a longer wait"
+            min=0, metavar="N", help="more tries after temporary failures, each after a longer wait"
         ),
     ] = 4
     backoff: Annotated[

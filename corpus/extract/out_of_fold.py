@@ -1,8 +1,8 @@
 """Features out of fold: each post's are made by backbones that have not learned from it.
 
 For every fold a backbone is trained on the other posts, and extracts the fold's; one more is
-trained on all posts, for serving, and the features stand under its fingerprint. Backbones of
-different folds speak of the same things only if they start from the same weights: name pretrained
+trained on all posts, for serving, and the features stand under its fingerprint. Vectors of
+different folds are comparable only if all backbones start from the same weights: name pretrained
 ones in the backbone's settings.
 """
 
@@ -127,7 +127,7 @@ def _run(options: Options) -> int:
 def _check_same(
     work: Path, options: Options, settings: BackboneTrainSettings, posts: PostList
 ) -> None:
-    """Check that the folder is of these posts, folds and settings, or note that it now is."""
+    """Refuse a folder of other posts, folds or settings; record those of a new folder."""
     made_of = settings.model_dump(mode="json", exclude={"trainer": {"save_dir", "progress"}})
     parts = {"train": made_of, "posts": posts.digest(), "folds": [options.folds, options.seed]}
     path, found = work / "folds.json", digest(parts)
@@ -142,7 +142,7 @@ def _check_same(
 
 
 def _train(settings: BackboneTrainSettings, folder: Path, posts: Path) -> list[str]:
-    """Train on posts, or go on where that was left; return the settings of the weights."""
+    """Train on posts, or resume that; return the settings that name the weights."""
     # Imported here: --help and a mistake in the options need no torch.
     from fusion.backbones import training
     from fusion.backbones.media import MediaItems
@@ -203,7 +203,7 @@ def _write_posts(path: Path, posts: PostList, rows: Iterable[int]) -> None:
 
 
 def _take_over(store: FeatureStore, root: Path, post_ids: Iterable[str]) -> None:
-    """Merge a fold's features into the root of all, under the serving weights' fingerprint."""
+    """Merge a fold's features into the common root, under the serving weights' fingerprint."""
     for post_id in post_ids:
         inputs = dict(read_header(feature_path(root, post_id), post_id).inputs)
         digests: dict[Modality, str] = {m: inputs.get(m, "") for m in store.modalities}

@@ -46,7 +46,7 @@ class FeatureFiles:
         return read_header(path or feature_path(self._root(post_id), post_id))
 
     def has_learned(self, post_id: str, path: Path | None, streams: Container[Stream]) -> bool:
-        """Return whether the weights behind some streams have learned from a post.
+        """Return True when the weights behind some of the streams have learned from a post.
 
         Raises:
             FeatureError: As `header`.

@@ -54,13 +54,13 @@ class FoldTraining:
     """k trainings in ``fold-1`` and so on; those that are done are not done again."""
 
     def __init__(self, job: Job, pool: PostList, left_out: HeldOut, valid: HeldOut) -> None:
-        """Make one.
+        """Prepare the folds; `train` starts them.
 
         Args:
-            job: The training's.
+            job: The training.
             pool: The posts that the folds share out.
-            left_out: Those of the pool that may be measured on, when they are left out.
-            valid: What the ensemble is measured on, where the validation posts are not pooled.
+            left_out: Those of the pool that a fold may be measured on when it leaves them out.
+            valid: The posts that the ensemble is measured on, unless ``ensemble.pool_valid``.
         """
         self._job, self._pool, self._left_out, self._valid = job, pool, left_out, valid
         self._fabric, self._settings = job.fabric, job.settings

@@ -114,8 +114,8 @@ def measure(
 ) -> Measured:
     """Fit calibration and thresholds, and measure.
 
-    Without held-out posts: no calibration, thresholds of 0.5, no metrics. To seen posts nothing is
-    fitted either.
+    Without held-out posts: no calibration, thresholds of 0.5, no metrics. Nothing is fitted to seen
+    posts either.
     """
     classes = len(prepared.labels)
     empty, half = np.empty((0, classes)), np.full(classes, 0.5, np.float32)

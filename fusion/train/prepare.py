@@ -120,9 +120,9 @@ def rows_learned_from(
     posts: PostList | None,
     earlier: PostSet,
 ) -> npt.NDArray[np.bool_]:
-    """Return which posts a part has learned from, bool ``(posts,)``.
+    """Return a mask of the posts that a part has learned from, bool ``(posts,)``.
 
-    Parts are the extractors, as the feature files tell, and a model with the posts ``earlier``.
+    Parts are the extractors, by the feature files, and a model that learned from ``earlier``.
 
     Raises:
         FeatureError: A feature file cannot be read.
@@ -140,8 +140,8 @@ def rows_learned_from(
     rows, title = range(len(posts)), f"look at {posts.paths[0].name}"
     check = partial(by_item, fabric, rows, learned, title, progress=progress)
     for part in gathered(fabric, all_ranks(fabric, check)):
-        for row, told in part:
-            found[row] |= told
+        for row, learned_from in part:
+            found[row] |= learned_from
     return found
 
 

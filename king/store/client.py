@@ -211,7 +211,7 @@ class StoreClient:
     def bulk(self, collection: Collection[Document], operations: Sequence[Operation]) -> BulkResult:
         """Write, unordered, with majority write concern.
 
-        After StoreUnavailable nothing is known; writing again does no harm.
+        After StoreUnavailable some may have taken effect; writing all again does no harm.
         """
         if not operations:
             return BulkResult(0, {})

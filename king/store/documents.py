@@ -159,5 +159,5 @@ def partial_attempts(
     )
     if partial is not True or not isinstance(attempts, int) or not isinstance(tagged_at, datetime):
         return 0
-    rest_s = retry.partial_rest_s(attempts)
-    return attempts if rest_s is not None and now - tagged_at.timestamp() >= rest_s else 0
+    delay_s = retry.partial_delay_s(attempts)
+    return attempts if delay_s is not None and now - tagged_at.timestamp() >= delay_s else 0

@@ -65,9 +65,9 @@ class PostQueries:
         """
         path = self._settings.result_path
         due = [
-            {f"{path}.attempts": attempts, f"{path}.tagged_at": {"$lte": _date(now - rest_s)}}
+            {f"{path}.attempts": attempts, f"{path}.tagged_at": {"$lte": _date(now - delay_s)}}
             for attempts in range(1, 2 * retry.attempts)
-            if (rest_s := retry.partial_rest_s(attempts)) is not None
+            if (delay_s := retry.partial_delay_s(attempts)) is not None
         ]
         partial = {f"{path}.partial": True}
         served = {f"{path}.model": bundle[0], f"{path}.version": bundle[1]}

@@ -193,11 +193,11 @@ def _choose(
     named = list(dict.fromkeys(ids))
     letters = queries.dead_among(named)
     unknown = [post_id for post_id in named if post_id not in letters]
-    mute = {i: job for i, job in letters.items() if verb == "replay" and not job.names_a_post}
+    nameless = {i: job for i, job in letters.items() if verb == "replay" and not job.names_a_post}
     wrong = [f"no dead letter: {listed(unknown)} (see insighttag dead list)"] if unknown else []
-    if mute:
-        wrong.append(f"names no post, so that it can only be dropped: {listed(list(mute))}")
-    chosen = [post_id for post_id in named if post_id in letters and post_id not in mute]
+    if nameless:
+        wrong.append(f"names no post, so that it can only be dropped: {listed(list(nameless))}")
+    chosen = [post_id for post_id in named if post_id in letters and post_id not in nameless]
     return chosen, "; ".join(wrong)
 
 

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from king.messages import PostMessage
 
 _NAMED = 5
-# Unasked, so many IDs are looked up: a question or two. At double, a slow database is noticed.
+# Without --check at most this many IDs are looked up: one query or two. At double, a slow
+# database delays the command noticeably.
 _MAX_CHECKED = 1000
 _CHECK_TIMEOUT_S = 3.0
 
@@ -114,8 +115,9 @@ def _check(settings: Settings, post_ids: Sequence[str], *, refuse: bool) -> None
         count = f"{len(unknown)} of {len(post_ids)} IDs"
         what = f"publish: not in {where}: {listed(unknown)} ({count})"
         if refuse:
-            raise ConfigError(f"{what}; nothing was published, --no-check does it all the same")
-        complain("insighttag", f"{what}; dead letters unless their posts come in time", 0)
+            raise ConfigError(f"{what}; nothing was published; --no-check publishes them anyway")
+        warning = f"{what}; they become dead letters unless their posts arrive in time"
+        complain("insighttag", warning, 0)
 
 
 def read_messages(file: Path) -> list[PostMessage]:

@@ -44,8 +44,8 @@ def retag(
         bool,
         typer.Option(
             "--partial",
-            help="Of these, the posts whose tags lack something that may be had now: their media "
-            "host was down, or this host in trouble.",
+            help="Of these, the posts whose tags lack something that may be available now: their "
+            "media host was down, or this host was short of disk or descriptors.",
         ),
     ] = False,
     limit: Annotated[

@@ -1,4 +1,4 @@
-"""How messages and arrays cross between the King and a worker: a socket, and shared memory.
+"""Transport of messages and arrays between the King and a worker: a socket and shared memory.
 
 `multiprocessing.connection.Connection` blocks in the middle of a message when the other side is
 stopped (SIGSTOP) or slow; the King must not. So both ends are non-blocking sockets with a buffer

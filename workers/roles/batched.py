@@ -68,9 +68,9 @@ _ENTRY_BYTES = 4096
 _FLUSH_S = 2.0
 """Time to write the waiting results at the end, less than the King waits before it kills."""
 
-_OUR_TROUBLE = (errno.ENOENT, errno.ESTALE, errno.EMFILE, errno.ENFILE)
-"""Errors of opening a downloaded file that say nothing of it: somebody emptied the spool, or the
-descriptors are used up. Not EIO and ENOMEM, which FFmpeg gives for damaged files too."""
+_LOCAL_ERRNOS = (errno.ENOENT, errno.ESTALE, errno.EMFILE, errno.ENFILE)
+"""Errors of opening a downloaded file that say nothing about it: somebody emptied the spool, or no
+descriptors are left. Not EIO and ENOMEM, which FFmpeg gives for damaged files too."""
 
 _BUNDLE_FILES = ("bundle.yaml", "model.safetensors", "labels.json")
 
@@ -93,7 +93,7 @@ def run_decode(
         media = decode_media(task.kind, task.path, features, limits, writer)
     except (MediaError, OSError) as error:
         cause = error.__cause__ if isinstance(error, MediaError) else error
-        if isinstance(cause, OSError) and cause.errno in _OUR_TROUBLE:
+        if isinstance(cause, OSError) and cause.errno in _LOCAL_ERRNOS:
             raise RetryableError(f"the file cannot be opened: {cause.strerror}") from error
         raise
     parts = tuple(Part(kind, writer.ref(array)) for kind, array in media.parts)

@@ -151,7 +151,7 @@ class Handler(ABC):
 
 
 def _report_ready(channel: Channel[Command], ready: Ready) -> None:
-    """Tell the King; collect garbage from now on, but not what the start has made."""
+    """Tell the King; collect garbage from now on, but not the objects of the start."""
     gc.freeze()
     gc.enable()
     channel.send_wait(ready)
@@ -247,7 +247,7 @@ def failure_of(stage: str, error: Exception) -> Failure:
     """
     if not isinstance(error, TaggingError):
         _log.error("workers.task_error", stage=stage, exc_info=error)
-        # The system's own trouble in the only role that has connections says nothing of the post.
+        # A system error in the only role that has connections says nothing about the post.
         ours = stage == "fetch" and isinstance(error, (OSError, MemoryError))
         error = FetchRetryable(one_line(error)) if ours else _typed(stage, error, str(error))
     return Failure.of(stage, error, retryable=isinstance(error, RetryableError))

@@ -1,4 +1,4 @@
-"""What is wrong with this host and not with a post: it may pass, and is told as such."""
+"""Errors of this host, not of a post: they are retryable, and reported as such."""
 
 from __future__ import annotations
 

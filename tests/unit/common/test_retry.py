@@ -52,7 +52,7 @@ def test_reconnections_are_quick_but_not_at_once() -> None:
 def test_failures_that_cost_an_attempt(
     stage: str, type_: str, retryable: bool, costs: bool
 ) -> None:
-    """What may pass does, without the cache; a broken or missing file does not."""
+    """Retryable failures do, but for the cache's; a broken or missing file does not."""
     failure = Failure(stage, type_, "x", retryable=retryable)
     assert RetryPolicy.costs_attempt(stage, failure) is costs
 
@@ -60,10 +60,10 @@ def test_failures_that_cost_an_attempt(
 def test_posts_tagged_in_part_are_left_alone_longer_each_time_and_then_for_good() -> None:
     """As many attempts again, an hour after the first five, then two, four, eight and sixteen."""
     policy = RetryPolicy(attempts=5, base_s=1, max_s=10)
-    hours = [None if (s := policy.partial_rest_s(n)) is None else s / 3600 for n in range(1, 12)]
+    hours = [None if (s := policy.partial_delay_s(n)) is None else s / 3600 for n in range(1, 12)]
     assert hours == [1, 1, 1, 1, 1, 2, 4, 8, 16, None, None]
-    assert RetryPolicy(1, 1, 10).partial_rest_s(1) == 3600
-    assert RetryPolicy(1, 1, 10).partial_rest_s(2) is None
+    assert RetryPolicy(1, 1, 10).partial_delay_s(1) == 3600
+    assert RetryPolicy(1, 1, 10).partial_delay_s(2) is None
 
 
 def test_the_last_attempt_is_not_followed_by_another() -> None:

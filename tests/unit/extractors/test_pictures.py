@@ -90,7 +90,7 @@ PICTURES = ["a.jpg", "p.jpg", "a.png", "a.gif", "a.webp", "a.bmp", "a.tif", "a.a
 def test_truncated_pictures(
     tmp_path: Path, name: str, keep: float, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """What decodes to 90% is used and said; with less there is no picture. Nothing is printed."""
+    """A picture that decodes to 90% is used, with a note; below that it is an error; no output."""
     Image.fromarray(media.noise(200, 160)).save(tmp_path / name, progressive=name == "p.jpg")
     whole = one(tmp_path / name)
     cut = media.truncate(tmp_path / name, tmp_path / "cut", keep)

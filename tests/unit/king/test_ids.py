@@ -146,7 +146,7 @@ def test_uuid_is_found_in_the_byte_order_of_any_driver(order: int) -> None:
     ],
 )
 def test_text_asks_for_values_and_never_for_operators(text: str) -> None:
-    """What a stranger sends as an ID matches no other post and breaks no batch."""
+    """A hostile ID matches no other post and breaks no batch."""
     for value in id_candidates(text):
         assert isinstance(value, (str, float))
 
