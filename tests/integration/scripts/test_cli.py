@@ -132,7 +132,7 @@ def test_publish_says_which_ids_name_no_post(
     code, out, err = command("publish", *ids)
     assert (code, out) == (0, "published 3 to insighttag.posts\n")
     where = f"{database.name}.posts"
-    assert err.startswith(f"insighttag: publish: not in {where}: 'nobody' (1 of 3 IDs); they become ")
+    assert err.startswith(f"insighttag: publish: not in {where}: 'nobody' (1 of 3 IDs); they")
     code, out, err = command("publish", *ids, "--check")
     assert (code, out) == (2, "")
     assert err.startswith(f"insighttag: publish: not in {where}: 'nobody' (1 of 3 IDs); nothing ")
