@@ -2,7 +2,8 @@
 
 The daemon and ``infer_net.py`` write the document into MongoDB, the HTTP server and
 ``insighttag tag`` answer with it, and ``infer_net.py`` writes it as a line of JSON. A new key is a
-field of `TagResult` and a line of `TagResult.document`.
+field of `TagResult`, its value in `TagResult.tagged`, and a line of `TagResult.document`: what lies
+between here and the outputs passes the result on whole.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from typing import Any, Literal
 
-from common.post import Failure, Modality, Status, Tag, Tags
+from common.post import Failure, Features, Modality, Status, Tag, Tags
 
 # Scores are probabilities of float32 models: six digits are more than they mean, and half of the
 # bytes that all of their digits would take in the database and in the logs of clients.
@@ -50,21 +51,16 @@ class TagResult:
     timings_ms: Mapping[str, int] | None = None
 
     @classmethod
-    def tagged(
-        cls,
-        tags: Tags,
-        modalities: Mapping[Modality, Status],
-        failures: Mapping[Modality, Failure],
-    ) -> TagResult:
+    def tagged(cls, tags: Tags, features: Features) -> TagResult:
         """Return the result of a post that was tagged."""
         return cls(
             post_id=tags.post_id,
             model=tags.model,
             version=tags.version,
             tags=tags.tags,
-            modalities=modalities,
-            failures=failures,
-            partial=any(failure.retryable for failure in failures.values()),
+            modalities=features.statuses,
+            failures=features.failures,
+            partial=any(failure.retryable for failure in features.failures.values()),
         )
 
     @classmethod

@@ -142,10 +142,9 @@ class DispatchThread:
 
     def _outcome(self, started: Started, outcome: PostOutcome) -> Outcome:
         match outcome:
-            case PostTags(features=features, timings_ms=timings_ms):
-                return Tagged(
-                    started, outcome.tags, features.statuses, features.failures, timings_ms
-                )
+            case PostTags(result=result, timings_ms=timings_ms):
+                attempts, now = started.attempt, time.time()
+                return Tagged(started, result.measured(timings_ms, attempts=attempts, ended_at=now))
             case PostFailed(failure=failure, timings_ms=timings_ms):
                 if self._retry.tries_again(failure, started.attempt):
                     delay_s = self._retry.delay_s(started.attempt, self._rng)

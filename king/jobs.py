@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from common.post import Failure, Modality, Post, Status, Tags
+from common.post import Failure, Post
 from common.processes import process_identity
 from common.result import TagResult
 from common.retry import RetryPolicy
@@ -116,21 +116,15 @@ Verdict: TypeAlias = Started | Settled | HeldElsewhere | Rejected | WriteRefused
 class Tagged:
     """Outcome: the attempt gave tags.
 
-    A write is repeated when its reply was lost: with the time of the end it is the same write.
+    A write is repeated when its reply was lost: the time in the result makes it the same write.
     """
 
     started: Started
-    tags: Tags
-    statuses: Mapping[Modality, Status]
-    failures: Mapping[Modality, Failure] = field(default_factory=dict)
-    timings_ms: Mapping[str, int] = field(default_factory=dict)
-    ended_at: float = field(default_factory=time.time)
+    result: TagResult
 
-    def result(self) -> TagResult:
-        """Return the result that is written for the post."""
-        result = TagResult.tagged(self.tags, self.statuses, self.failures)
-        attempts = self.started.attempt
-        return result.measured(self.timings_ms, attempts=attempts, ended_at=self.ended_at)
+    @property
+    def timings_ms(self) -> Mapping[str, int]:
+        return self.result.timings_ms or {}
 
 
 @dataclass(frozen=True, slots=True)

@@ -435,12 +435,13 @@ class StoreThread:
         match outcome:
             case Tagged():
                 self._status.count("tagged")
-                failures = {str(m): _reason(f) for m, f in outcome.failures.items()}
+                result = outcome.result
+                failures = {str(m): _reason(f) for m, f in result.failures.items()}
                 line.info(
                     "king.post_tagged",
-                    tags=[tag.name for tag in outcome.tags.tags],
-                    modalities=dict(outcome.statuses),
-                    **({"partial": True} if outcome.result().partial else {}),
+                    tags=[tag.name for tag in result.tags],
+                    modalities=dict(result.modalities),
+                    **({"partial": True} if result.partial else {}),
                     **({"failures": failures} if failures else {}),
                 )
             case Superseded(version=version):

@@ -25,7 +25,7 @@ from werkzeug.routing import PathConverter
 
 from common.errors import BundleError, ConfigError, TaggingError
 from common.post import Tags
-from common.result import TagResult, rounded
+from common.result import rounded
 from config.labels import LabelMap
 from config.settings import Settings
 from king.messages import PostMessage
@@ -271,13 +271,12 @@ def tagged(
 
     ``hide`` replaces the server's own paths in messages. Raises BundleError for unfit labels.
     """
-    features, tags = ran.features, ran.tags
+    result, tags = ran.result.measured(ran.timings_ms), ran.tags
     failures = {
         modality: replace(failure, message=hide(failure.message))
-        for modality, failure in features.failures.items()
+        for modality, failure in result.failures.items()
     }
-    result = TagResult.tagged(tags, features.statuses, failures).measured(ran.timings_ms)
-    document = result.answer()
+    document = replace(result, failures=failures).answer()
     if labels is not None:
         document["scores"] = _all_scores(tags, labels.of((tags.model, tags.version)))
     return document

@@ -56,6 +56,7 @@ from common.post import (
     Tags,
     modality_of,
 )
+from common.result import TagResult
 from common.retry import RetryPolicy
 from common.urls import is_url
 from config.settings import FeatureSettings
@@ -458,6 +459,11 @@ class PostTags:
         if self.fused is None:
             raise RuntimeError(f"post {self.features.post_id}: the fusion was left out")
         return self.fused
+
+    @property
+    def result(self) -> TagResult:
+        """Return the post's result, without the times; raises as `tags` does."""
+        return TagResult.tagged(self.tags, self.features)
 
 
 @dataclass(frozen=True, slots=True)

@@ -424,7 +424,7 @@ def _record(
         reason = bad[0].reason if name in bad[0].reason else f"{name}: {bad[0].reason}"
         raise FeatureError(f"{reason}; --skip_bad leaves such posts out")
     for result, rows in results:
-        rows.add(result.tags.scores, result.labels)
+        rows.add(result.scores, result.labels)
     return bad
 
 

@@ -12,6 +12,7 @@ import torch
 from common.errors import FeatureError
 from common.post import Features, Modality, Stream, Tag, Tags
 from common.precision import require_device, set_threads
+from common.result import TagResult
 from config.labels import LabelMap
 from config.settings import InferSettings
 from fusion.bundle.bundle import Bundle, load_bundle
@@ -155,7 +156,8 @@ class FeatureTagger:
         for post, each in zip(posts, features, strict=True):
             outcome = each if isinstance(each, Bad) else next(tags)
             if isinstance(each, Features) and isinstance(outcome, Tags):
-                outcomes.append(Result(outcome, post.labels, each.statuses, each.failures))
+                tagged = TagResult.tagged(outcome, each)
+                outcomes.append(Result(tagged, outcome.scores, post.labels))
             elif isinstance(outcome, Bad):
                 outcomes.append(outcome)
         return outcomes

@@ -9,9 +9,9 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -22,7 +22,6 @@ import numpy.typing as npt
 
 from common.errors import ConfigError, one_line
 from common.files import publish, sync_file
-from common.post import Failure, Modality, Status, Tags
 from common.result import TagResult, rounded
 from fusion.bundle.bundle import Bundle
 
@@ -31,22 +30,20 @@ _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 @dataclass(frozen=True)
 class Result:
-    """The tags of one post.
+    """The result of one post.
 
     Attributes:
+        scores: float64 ``(classes,)``.
         labels: Names of its true tags, where they are known.
-        statuses: State of each modality.
-        failures: Reasons of the modalities that could not be used.
     """
 
-    tags: Tags
+    tagged: TagResult
+    scores: npt.NDArray[np.float64]
     labels: tuple[str, ...] = ()
-    statuses: Mapping[Modality, Status] = field(default_factory=dict)
-    failures: Mapping[Modality, Failure] = field(default_factory=dict)
 
     @property
     def post_id(self) -> str:
-        return self.tags.post_id
+        return self.tagged.post_id
 
 
 @dataclass(frozen=True)
@@ -136,12 +133,11 @@ class JsonLines:
 
     def text(self, result: Result) -> str:
         """Return the row of a result."""
-        tags = result.tags
-        content = TagResult.tagged(tags, result.statuses, result.failures).answer()
+        content = result.tagged.answer()
         if result.labels:
             content["labels"] = list(result.labels)
         if self.scores:
-            content["scores"] = tags.scores.tolist()
+            content["scores"] = result.scores.tolist()
         return json.dumps(content, ensure_ascii=False) + "\n"
 
     def rows(self, file: TextIO) -> Iterator[Row]:
@@ -183,15 +179,15 @@ class CsvTable:
         return f"'{text}" if text.startswith(_FORMULA) else text
 
     def text(self, result: Result) -> str:
-        tags = result.tags
+        tagged = result.tagged
         columns = [
-            self.key(tags.post_id),
-            self.key("|".join(tag.name.replace("|", "/") for tag in tags.tags)),
-            "|".join(repr(rounded(tag.score)) for tag in tags.tags),
-            self.key(tags.model),
-            tags.version,
+            self.key(tagged.post_id),
+            self.key("|".join(tag.name.replace("|", "/") for tag in tagged.tags)),
+            "|".join(repr(rounded(tag.score)) for tag in tagged.tags),
+            self.key(tagged.model),
+            tagged.version,
         ]
-        return _row([*columns, *(map(repr, tags.scores.tolist()) if self.scores else ())])
+        return _row([*columns, *(map(repr, result.scores.tolist()) if self.scores else ())])
 
     def rows(self, file: TextIO) -> Iterator[Row]:
         table = csv.reader(file)

@@ -218,8 +218,8 @@ class Store:
         path = f"{self._settings.result_path}.version"
         versions = {post_id: dig(document, path) for post_id, document in documents.items()}
         return [
-            Superseded(each.started, versions.get(each.started.post_id), each.timings_ms)
-            if isinstance(each, Tagged) and versions.get(each.started.post_id) != each.tags.version
+            Superseded(each.started, versions.get(each.result.post_id), each.timings_ms)
+            if isinstance(each, Tagged) and versions.get(each.result.post_id) != each.result.version
             else each
             for each in recorded
         ]
@@ -239,7 +239,7 @@ class Store:
     def _result_write(self, outcome: Outcome, context: ClaimContext) -> UpdateOne | None:
         match outcome:
             case Tagged():
-                return self.result_write(outcome.started.document_id, outcome.result())
+                return self.result_write(outcome.started.document_id, outcome.result)
             case Dead():
                 result = outcome.result(context.bundle)
                 return self.result_write(outcome.started.document_id, result)

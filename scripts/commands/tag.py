@@ -54,12 +54,10 @@ def tag(
 def result_of(post: Post, runner: PostRunner) -> TagResult:
     """Return one post's result."""
     try:
-        ran = runner.run(post)
+        return runner.run(post).result
     except TaggingError as error:
         failure = Failure.of(error.stage or "load", error)
         return TagResult.failed(post.post_id, runner.bundle or ("", ""), failure)
-    features = ran.features
-    return TagResult.tagged(ran.tags, features.statuses, features.failures)
 
 
 def _print(result: dict[str, Any]) -> None:

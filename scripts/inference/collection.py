@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from urllib.parse import urlsplit, urlunsplit
 
 from common.errors import ConfigError
-from common.result import TagResult
 from config.settings import CollectionSettings, FieldMap, StoreSettings, collection_of
 from fusion.infer.outputs import Bad, Earlier, Result
 from king.store.client import StoreClient
@@ -55,12 +54,7 @@ class CollectionSink:
         if not results:
             return ()
         now = time.time()
-        documents = {
-            r.post_id: TagResult.tagged(r.tags, r.statuses, r.failures).measured(
-                {}, attempts=1, ended_at=now
-            )
-            for r in results
-        }
+        documents = {r.post_id: r.tagged.measured({}, attempts=1, ended_at=now) for r in results}
         reasons = self._store.write_results(documents, insert=self._insert)
         return [Bad(r.post_id, reasons[r.post_id]) for r in results if r.post_id in reasons]
 

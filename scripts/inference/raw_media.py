@@ -34,5 +34,4 @@ class RawTagger:
             tagged = self._runner.run(post)
         except TaggingError as error:
             return Bad(post.post_id, f"{type(error).__name__}: {one_line(error)}")
-        features = tagged.features
-        return Result(tagged.tags, post.labels, features.statuses, features.failures)
+        return Result(tagged.result, tagged.tags.scores, post.labels)

@@ -19,7 +19,8 @@ import pytest
 from PIL import Image
 
 from common.errors import ConfigError, MediaError
-from common.post import Features, Media, Post, Tags
+from common.post import Features, Media, Post
+from common.result import TagResult
 from config.settings import FeatureSettings, Settings
 from extractors.suite import ExtractorSuite
 from king.dispatch_thread import DispatchThread
@@ -170,7 +171,7 @@ class Lent:
         return self.pool.submit(task, deadline=deadline, priority=priority)
 
 
-def by_daemon(pool: Any, settings: Settings, post: Post) -> tuple[Features, Tags]:
+def by_daemon(pool: Any, settings: Settings, post: Post) -> tuple[Features, TagResult]:
     """Through the King's dispatch thread."""
     outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
     dispatch = DispatchThread(pool, settings, Status(), outcomes.put)
@@ -183,11 +184,12 @@ def by_daemon(pool: Any, settings: Settings, post: Post) -> tuple[Features, Tags
         dispatch.stop()
         thread.join()
     assert isinstance(outcome, Tagged), outcome
-    assert (outcome.statuses, outcome.failures) == (pool.fused.statuses, pool.fused.failures)
-    return pool.fused, outcome.tags
+    result = outcome.result
+    assert (result.modalities, result.failures) == (pool.fused.statuses, pool.fused.failures)
+    return pool.fused, result
 
 
-def by_runner(pool: Any, settings: Settings, post: Post) -> tuple[Features, Tags]:
+def by_runner(pool: Any, settings: Settings, post: Post) -> tuple[Features, TagResult]:
     """As the HTTP server and the offline scripts do."""
     runner = PostRunner(settings, pool=pool)
     runner.start(wait=False)
@@ -195,12 +197,12 @@ def by_runner(pool: Any, settings: Settings, post: Post) -> tuple[Features, Tags
         ran = runner.submit(post).result(120)
     finally:
         runner.close()
-    return ran.features, ran.tags
+    return ran.features, ran.result
 
 
 @pytest.mark.parametrize("path", [by_daemon, by_runner])
 def test_every_path_gives_the_same(
-    path: Callable[[Any, Settings, Post], tuple[Features, Tags]],
+    path: Callable[[Any, Settings, Post], tuple[Features, TagResult]],
     driver: Driver,
     runner: PostRunner,
     site: Site,
@@ -215,10 +217,12 @@ def test_every_path_gives_the_same(
     assert {f.stage for f in ran.features.failures.values()} == {"decode"}
     same(ran.features, runner.run(site.local(post)).features)
     assert all((site.folder / name).exists() for name in names)
-    features, tags = path(Lent(driver.pool), site.settings, post)
+    features, result = path(Lent(driver.pool), site.settings, post)
     same(features, ran.features)
-    assert np.allclose(tags.scores, ran.tags.scores, atol=1e-3)
-    assert [tag.name for tag in tags.tags] == [tag.name for tag in ran.tags.tags]
+    assert ran.tags.tags
+    assert [tag.name for tag in result.tags] == [tag.name for tag in ran.tags.tags]
+    scores, expected = ([t.score for t in each.tags] for each in (result, ran.tags))
+    np.testing.assert_allclose(scores, expected, atol=1e-3)
 
 
 def test_broken_media_fail_alone(driver: Driver, runner: PostRunner, site: Site) -> None:

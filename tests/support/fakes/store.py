@@ -88,7 +88,7 @@ class FakeStore:
             outcome = Dead(started, refused, outcome.timings_ms)
         document = self.posts[_key(started.document_id)]
         if isinstance(outcome, Tagged):
-            if not self._write(document, outcome.result().document()):
+            if not self._write(document, outcome.result.document()):
                 version = document["insight"]["version"]
                 outcome = Superseded(started, version, outcome.timings_ms)
         elif isinstance(outcome, Dead):

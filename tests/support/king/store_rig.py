@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
-from common.post import Failure, Tag, Tags
+from common.post import Failure, Tag
+from common.result import TagResult
 from common.retry import RetryPolicy
 from config.settings import StoreSettings
 from king.jobs import (
@@ -123,16 +122,18 @@ def tagged(
     ended_at: float | None = None,
 ) -> Tagged:
     """Tags for a begun post."""
-    tags: Sequence[Tag] = [Tag(i, name, 0.75) for i, name in enumerate(names or ("雨",))]
-    scores = np.array([0.75])
-    return Tagged(
-        started=begun,
-        tags=Tags(begun.post_id, BUNDLE[0], version, tuple(tags), scores),
-        statuses={"video": "missing", "image": "failed", "text": "ok"},
+    result = TagResult(
+        post_id=begun.post_id,
+        model=BUNDLE[0],
+        version=version,
+        tags=tuple(Tag(i, name, 0.75) for i, name in enumerate(names or ("雨",))),
+        modalities={"video": "missing", "image": "failed", "text": "ok"},
         failures={"image": Failure("fetch", "FetchRefused", "HTTP 404", retryable=partial)},
-        timings_ms={"fetch": 3, "total": 9},
-        ended_at=time.time() if ended_at is None else ended_at,
+        partial=partial,
     )
+    times = {"fetch": 3, "total": 9}
+    now = time.time() if ended_at is None else ended_at
+    return Tagged(begun, result.measured(times, attempts=begun.attempt, ended_at=now))
 
 
 BROKEN = Failure("extract", "WorkerDied", "worker extract-0 died", retryable=True)

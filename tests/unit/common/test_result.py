@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from datetime import datetime, timezone
 
 import numpy as np
 
-from common.post import Failure, Tag, Tags
+from common.post import Failure, Features, Tag, Tags
 from common.result import TagResult
 from fusion.infer.outputs import JsonLines, Result
 
 TAGS = Tags("p1", "demo", "2", (Tag(3, "猫", 0.1234567890),), np.array([0.1234567], np.float32))
 BROKEN = Failure("decode", "MediaError", "half a \ud800 character")
+FEATURES = Features("p1", {}, statuses={"text": "ok"}, failures={"image": BROKEN})
 
 
 def test_the_documents_of_tagged_and_failed_posts_have_the_same_keys() -> None:
@@ -21,7 +23,7 @@ def test_the_documents_of_tagged_and_failed_posts_have_the_same_keys() -> None:
     tagged, failed = (
         result.measured({"total": 9}, attempts=2, ended_at=at.timestamp()).document()
         for result in (
-            TagResult.tagged(TAGS, {"text": "ok"}, {"image": BROKEN}),
+            TagResult.tagged(TAGS, FEATURES),
             TagResult.failed("p1", ("demo", "2"), BROKEN),
         )
     )
@@ -42,22 +44,24 @@ def test_the_documents_of_tagged_and_failed_posts_have_the_same_keys() -> None:
     }
     assert failed["status"] == "failed"
     assert failed["error"] == tagged["failures"]["image"]
-    assert "tagged_at" not in TagResult.tagged(TAGS, {}, {}).document()
+    assert "tagged_at" not in TagResult.tagged(TAGS, FEATURES).document()
 
 
 def test_tags_that_lack_what_may_come_are_partial() -> None:
     """A file that is broken for good is the post's; a key of its own says the rest, and no more."""
     down = Failure("fetch", "FetchRetryable", "HTTP 503", retryable=True)
-    partial = TagResult.tagged(TAGS, {}, {"image": down, "video": BROKEN}).document()
-    whole = TagResult.tagged(TAGS, {}, {"image": BROKEN}).document()
+    partial = TagResult.tagged(
+        TAGS, replace(FEATURES, failures={"image": down, "video": BROKEN})
+    ).document()
+    whole = TagResult.tagged(TAGS, FEATURES).document()
     assert partial["partial"] is True
     assert set(partial) == {*whole, "partial"}
 
 
 def test_a_line_of_json_is_the_answer_and_all_scores() -> None:
     """The tags are rounded as everywhere; the scores of all classes keep every digit."""
-    result = Result(TAGS, labels=("猫",), statuses={"text": "ok"}, failures={"image": BROKEN})
+    tagged = TagResult.tagged(TAGS, FEATURES)
+    result = Result(tagged, TAGS.scores, labels=("猫",))
     line = json.loads(JsonLines().text(result))
     assert next(iter(line)) == "post_id"
-    answer = TagResult.tagged(TAGS, {"text": "ok"}, {"image": BROKEN}).answer()
-    assert line == {**answer, "labels": ["猫"], "scores": [float(np.float32(0.1234567))]}
+    assert line == {**tagged.answer(), "labels": ["猫"], "scores": [float(np.float32(0.1234567))]}

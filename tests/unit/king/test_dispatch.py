@@ -124,8 +124,8 @@ def test_every_modality_reaches_the_fusion(tmp_path: Path) -> None:
     with bench(tmp_path / "s") as it:
         [outcome] = it.run(begun())
         assert isinstance(outcome, Tagged)
-        assert set(outcome.statuses.values()) == {"ok"}
-        assert [tag.name for tag in outcome.tags.tags] == ["sport"]
+        assert set(outcome.result.modalities.values()) == {"ok"}
+        assert [tag.name for tag in outcome.result.tags] == ["sport"]
         assert {"fetch", "decode", "extract", "fuse", "total"} == set(outcome.timings_ms)
         [fuse] = [task for task in it.pool.submitted if isinstance(task, FuseTask)]
         assert fuse.features.ocr_text == "words in the picture\nwords in the picture"
@@ -158,7 +158,7 @@ def test_broken_modality_leaves_the_rest(
     with bench(tmp_path / "s", failing(kind, failure, name)) as it:
         [outcome] = it.run(begun())
         assert isinstance(outcome, Tagged)
-        assert {m for m, status in outcome.statuses.items() if status != "ok"} == broken
+        assert {m for m, status in outcome.result.modalities.items() if status != "ok"} == broken
         it.settle()
 
 
@@ -187,8 +187,8 @@ def test_what_may_pass_costs_the_attempt_but_not_the_last(
     with bench(tmp_path / "s", failing(kind, failure, name)) as it:
         [outcome] = it.run(begun(attempt=3))
         assert isinstance(outcome, Tagged)
-        assert "failed" in outcome.statuses.values() or name == "ocr"
-        assert outcome.result().document()["partial"] is True
+        assert "failed" in outcome.result.modalities.values() or name == "ocr"
+        assert outcome.result.document()["partial"] is True
         it.settle()
 
 
@@ -206,9 +206,9 @@ def test_a_file_that_is_gone_for_good_costs_no_attempt(tmp_path: Path) -> None:
         with bench(tmp_path / "s", functools.partial(answer, down)) as it:
             [outcome] = it.run(begun(Post("p1", media=media), attempt))
             assert isinstance(outcome, Tagged)
-            assert outcome.statuses["image"] == "ok"
-            assert outcome.failures["image"] == (DOWN if partial else gone)
-            assert outcome.result().document().get("partial") is partial
+            assert outcome.result.modalities["image"] == "ok"
+            assert outcome.result.failures["image"] == (DOWN if partial else gone)
+            assert outcome.result.document().get("partial") is partial
 
 
 def test_nothing_usable_is_permanent_or_not_by_its_reasons(tmp_path: Path) -> None:
