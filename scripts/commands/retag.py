@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -71,15 +71,9 @@ def retag(
     from king.store.client import all_of
     from king.store.queries import open_queries
 
-    conditions = [read_query(query or "{}")]
     named = read_messages(file) if file is not None else None
     settings = online_settings(config, overrides, broker=True, store=True)
-    if older is not None:
-        version = current_version(settings) if older == "current" else _version(older)
-        path = f"{settings.store.result_path}.version"
-        conditions.append({path: {"$lt": version}})
-    if partial:
-        conditions.append({f"{settings.store.result_path}.partial": True})
+    conditions = [read_query(query or "{}"), *_conditions(settings, older, partial)]
     condition = all_of(*filter(None, conditions)) if any(conditions) else {}
     with open_queries(settings.store) as queries:
         ids: Iterator[str]
@@ -98,6 +92,16 @@ def retag(
         messages = (PostMessage(post_id, priority=priority, force=True) for post_id in ids)
         count = publish_posts(settings.broker, track(messages, "posts", total))
     say(f"retagging {count} posts through {settings.broker.queue}\n")
+
+
+def _conditions(settings: Settings, older: str | None, partial: bool) -> Iterator[dict[str, Any]]:
+    """Yield the filters of --bundle-older-than and --partial."""
+    result = settings.store.result_path
+    if older is not None:
+        version = current_version(settings) if older == "current" else _version(older)
+        yield {f"{result}.version": {"$lt": version}}
+    if partial:
+        yield {f"{result}.partial": True}
 
 
 def _version(text: str) -> str:
