@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,6 +16,10 @@ from common.progress import track
 from config.settings import Settings
 from scripts.commands.common import Config, Overrides, Priority, listed, online_settings
 from scripts.commands.publish import read_messages
+
+if TYPE_CHECKING:
+    from king.messages import PostMessage
+    from king.store.queries import PostQueries
 
 
 def retag(
@@ -76,14 +80,9 @@ def retag(
     conditions = [read_query(query or "{}"), *_conditions(settings, older, partial)]
     condition = all_of(*filter(None, conditions)) if any(conditions) else {}
     with open_queries(settings.store) as queries:
-        ids: Iterator[str]
         total = None
         if named is not None:
-            named_ids = [each.post_id for each in named]
-            if unknown := queries.unknown(named_ids):
-                where = f"{settings.store.database}.{settings.store.collection}"
-                complain("insighttag", f"retag: not in {where}: {listed(unknown)}", 0)
-            ids = islice(queries.among(named_ids, condition), limit)
+            ids = islice(queries.among(_known(settings, queries, named), condition), limit)
         else:
             total = queries.matching(condition)
             total = total if limit is None else min(total, limit)
@@ -92,6 +91,15 @@ def retag(
         messages = (PostMessage(post_id, priority=priority, force=True) for post_id in ids)
         count = publish_posts(settings.broker, track(messages, "posts", total))
     say(f"retagging {count} posts through {settings.broker.queue}\n")
+
+
+def _known(settings: Settings, queries: PostQueries, messages: list[PostMessage]) -> list[str]:
+    """Return the IDs of messages, after a warning that names those without a post."""
+    post_ids = [each.post_id for each in messages]
+    if unknown := queries.unknown(post_ids):
+        where = f"{settings.store.database}.{settings.store.collection}"
+        complain("insighttag", f"retag: not in {where}: {listed(unknown)}", 0)
+    return post_ids
 
 
 def _conditions(settings: Settings, older: str | None, partial: bool) -> Iterator[dict[str, Any]]:
