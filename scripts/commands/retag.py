@@ -82,7 +82,9 @@ def retag(
     with open_queries(settings.store) as queries:
         total = None
         if named is not None:
-            ids = islice(queries.among(_known(settings, queries, named), condition), limit)
+            ids: Iterator[str] = islice(
+                queries.among(_known(settings, queries, named), condition), limit
+            )
         else:
             total = queries.matching(condition)
             total = total if limit is None else min(total, limit)
