@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -82,12 +83,10 @@ def retag(
     with open_queries(settings.store) as queries:
         total = None
         if named is not None:
-            ids: Iterator[str] = islice(
-                queries.among(_known(settings, queries, named), condition), limit
-            )
+            known = _known(settings, queries, named)
+            ids: Iterator[str] = islice(queries.among(known, condition), limit)
         else:
-            total = queries.matching(condition)
-            total = total if limit is None else min(total, limit)
+            total = min(queries.matching(condition), limit or sys.maxsize)
             ids = queries.matching_ids(condition, limit)
         # Priority and force are this command's, not those of the file.
         messages = (PostMessage(post_id, priority=priority, force=True) for post_id in ids)
