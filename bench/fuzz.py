@@ -80,7 +80,7 @@ def outcome_of(site: Site, messages: Sequence[BadMessage]) -> Outcome:
     """Read every post's result and every message's dead letter."""
     outcome = Outcome()
     jobs = {str(job["_id"]): job for job in site.store.client.jobs.find()}
-    for document in site.store.client.posts.find():
+    for document in site.store.client.posts.find({"case": {"$ne": "odd ID"}}):
         post_id, result = str(document["_id"]), document.get("insight") or {}
         status, job = result.get("status"), jobs.get(post_id)
         if status == "tagged" and job is None:
@@ -89,6 +89,15 @@ def outcome_of(site: Site, messages: Sequence[BadMessage]) -> Outcome:
             for failure in failed.values():
                 outcome.failure(post_id, failure)
         elif status == "failed" and job is not None and job["state"] == "dead":
+            outcome.states["dead letter"] += 1
+            outcome.failure(post_id, job.get("last_error"))
+        else:
+            outcome.open.append(post_id)
+    for post_id in site.odd_ids:
+        stored, job = site.store.queries.post(post_id), jobs.get(post_id)
+        if stored is not None and stored.result is not None and job is None:
+            outcome.states["tagged"] += 1
+        elif job is not None and job["state"] == "dead":
             outcome.states["dead letter"] += 1
             outcome.failure(post_id, job.get("last_error"))
         else:
@@ -171,7 +180,7 @@ def run(options: argparse.Namespace, folder: Path, console: Console) -> int:
     try:
         site.publish(messages)
         site.start_king()
-        total = options.media + len({message.key for message in messages})
+        total = options.media + len(site.odd_ids) + len({message.key for message in messages})
         samples = drive(site, total, options.timeout, console)
         outcome = outcome_of(site, messages)
         queue_left = site.queue_left()

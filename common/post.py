@@ -19,6 +19,8 @@ Stream: TypeAlias = Literal["video", "video_lstm", "image", "audio", "text", "oc
 """One feature array of a modality; each modality has one of its own name."""
 MediaKind: TypeAlias = Literal["image", "video", "audio"]
 Status: TypeAlias = Literal["ok", "missing", "failed"]
+OcrSource: TypeAlias = Literal["given", "read", "nothing_found", "off"]
+"""How a post came by the text of its pictures: with the post, by OCR, or why there is none."""
 
 MODALITIES: tuple[Modality, ...] = ("video", "image", "audio", "text", "ocr")
 STREAMS: tuple[Stream, ...] = ("video", "video_lstm", "image", "audio", "text", "ocr")
@@ -80,7 +82,8 @@ class Post:
     """One item to tag.
 
     Attributes:
-        ocr: Text already read from the pictures, or None when it is still to be read.
+        ocr: Text already read from the pictures, or None when it is still to be read; a blank one
+            is None too.
         labels: Names of the true tags, where they are known.
     """
 
@@ -89,6 +92,11 @@ class Post:
     media: tuple[Media, ...] = ()
     ocr: str | None = None
     labels: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Take a blank ``ocr`` for none: many clients send every key, and OCR must not be off."""
+        if self.ocr is not None and not self.ocr.strip():
+            object.__setattr__(self, "ocr", None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +109,7 @@ class Features:
         statuses: ``ok``, ``missing`` or ``failed`` for every modality.
         failures: The reason of each failed modality, and of media that failed inside an ok one.
         ocr_text: What was read in the pictures; None when nothing was read.
+        ocr: Source of that text; None where it is not known, as in feature files.
     """
 
     post_id: str
@@ -108,6 +117,7 @@ class Features:
     statuses: Mapping[Modality, Status]
     failures: Mapping[Modality, Failure] = field(default_factory=dict)
     ocr_text: str | None = None
+    ocr: OcrSource | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from typing import Any, Literal
 
-from common.post import Failure, Features, Modality, Status, Tag, Tags
+from common.post import Failure, Features, Modality, OcrSource, Status, Tag, Tags
 
 # Scores are probabilities of float32 models: six digits are more than they mean, and half of the
 # bytes that all of their digits would take in the database and in the logs of clients.
@@ -31,6 +31,7 @@ class TagResult:
         modalities: ``ok``, ``missing`` or ``failed`` for each modality.
         failures: Reason of each failed modality.
         partial: One of them is retryable: another attempt may find more tags.
+        ocr: ``given``, ``read``, ``nothing_found`` or ``off``; None where it is not known.
         error: Reason why the post failed; None when it is tagged.
         attempts: Number of the attempt that ended; None where attempts are not counted.
         tagged_at: End of the attempt; None in files, which must not depend on the clock.
@@ -45,6 +46,7 @@ class TagResult:
     modalities: Mapping[Modality, Status] = field(default_factory=dict)
     failures: Mapping[Modality, Failure] = field(default_factory=dict)
     partial: bool = False
+    ocr: OcrSource | None = None
     error: Failure | None = None
     attempts: int | None = None
     tagged_at: datetime | None = None
@@ -61,6 +63,7 @@ class TagResult:
             modalities=features.statuses,
             failures=features.failures,
             partial=any(failure.retryable for failure in features.failures.values()),
+            ocr=features.ocr,
         )
 
     @classmethod
@@ -96,6 +99,8 @@ class TagResult:
         }
         if self.partial:
             content["partial"] = True
+        if self.ocr is not None:
+            content["ocr"] = self.ocr
         if self.attempts is not None:
             content["attempts"] = self.attempts
         if self.tagged_at is not None:

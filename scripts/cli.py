@@ -15,8 +15,10 @@ import typer
 
 from common.cli import USAGE_ERROR, complain, exit_code
 from scripts.commands import (
+    bundle,
     cache,
     dead,
+    doctor,
     export,
     inspect,
     labels,
@@ -46,9 +48,11 @@ def build_app() -> typer.Typer:
     app.command("inspect")(inspect.inspect)
     app.command("status")(status.status)
     app.command("show")(show.show)
+    app.command("doctor")(doctor.doctor)
     app.command("export")(export.export)
     groups = {
         "dead": ("The dead letters: posts set aside with their reason.", dead.COMMANDS),
+        "bundle": ("The bundle that is served.", bundle.COMMANDS),
         "labels": ("The taxonomy: recorded changes and checks.", labels.COMMANDS),
         "cache": ("The feature cache.", cache.COMMANDS),
         "services": ("The embedded broker and database.", services.COMMANDS),

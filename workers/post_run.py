@@ -50,6 +50,7 @@ from common.post import (
     Media,
     MediaKind,
     Modality,
+    OcrSource,
     Post,
     Status,
     Stream,
@@ -217,6 +218,7 @@ class PostPlan:
             statuses={m: self._status(m, m in present) for m in MODALITIES},
             failures={m: _named(failures) for m, failures in self._failures.items()},
             ocr_text=self._ocr_text(),
+            ocr=self._ocr_source(),
         )
 
     def _begin(self) -> list[Step]:
@@ -359,6 +361,13 @@ class PostPlan:
 
     def _ocr_text(self) -> str | None:
         return read_text(self.post.ocr, self._ocr_of_media)
+
+    def _ocr_source(self) -> OcrSource:
+        if self.post.ocr is not None:
+            return "given"
+        if not self._reads_pictures:
+            return "off"
+        return "read" if self._ocr_text() else "nothing_found"
 
     def _blamed(self, step: Step) -> Modality:
         if isinstance(step.task, ExtractTask):

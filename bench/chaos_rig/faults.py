@@ -182,6 +182,25 @@ def _remove_spool(site: Site, _rng: random.Random) -> Hurt:
     return Hurt(time.time())
 
 
+# Codes of a server in trouble, and one that nobody knows: throttled, over a quota, interrupted, a
+# query plan killed, no right in a failover, unknown.
+_CODES = (16500, 8000, 11601, 249, 175, 13, 8, 99999)
+
+
+def _refuse_writes(site: Site, rng: random.Random) -> Hurt:
+    """Refuse writes of results and of jobs for a while; none of it may cost a post."""
+    settings = site.direct.store
+    end = time.monotonic() + 10
+    for code in rng.sample(_CODES, 4):
+        collection = rng.choice((settings.collection, settings.jobs_collection))
+        site.database_proxy.refuse_writes(collection, code, times=2)
+        while site.database_proxy.refusals_left and time.monotonic() < end:
+            time.sleep(0.01)
+    left = site.database_proxy.refusals_left
+    site.database_proxy.refuse_writes("", 0, times=0)
+    return Hurt(time.time(), note=f"{left} writes were not seen" if left else "")
+
+
 FAULTS: Mapping[str, Inject] = MappingProxyType(
     {
         "kill fetch": _kill("fetch"),
@@ -200,6 +219,7 @@ FAULTS: Mapping[str, Inject] = MappingProxyType(
         "broker restarted": _restart(_broker, kill=False),
         "database killed": _restart(_database, kill=True),
         "database restarted": _restart(_database, kill=False),
+        "database refuses writes": _refuse_writes,
         "cut both": _cut,
         "cut often": _cut_often,
         "blackhole broker": _blackhole("broker"),

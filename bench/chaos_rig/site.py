@@ -23,6 +23,7 @@ from king.messages import PostMessage
 from king.status import read_health
 from king.store.client import StoreClient
 from king.store.store import Store
+from tests.support.mongo_proxy import MongoProxy
 from tests.support.proxy import Proxy
 from tests.support.services import (
     DIE_WITH_PARENT,
@@ -65,7 +66,7 @@ class Site:
         self.broker: Server = SERVERS[broker](folder / broker)
         self.database = MongoServer(folder / "mongo")
         self.broker_proxy = Proxy(self.broker.address)
-        self.database_proxy = Proxy(self.database.address)
+        self.database_proxy = MongoProxy(self.database.address)
         self._scheme = "redis://127.0.0.1:{}/0"
         if broker == "rabbitmq":
             self._scheme = "amqp://guest:guest@127.0.0.1:{}//"

@@ -10,6 +10,7 @@ import threading
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from datetime import datetime, timezone
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import MappingProxyType
@@ -18,6 +19,8 @@ from typing import Any
 import psutil
 import redis
 import yaml
+from bson import Binary, Decimal128, Int64, MaxKey, MinKey, ObjectId, Timestamp
+from pymongo.errors import OperationFailure, WriteError
 
 from config.settings import Settings
 from deploy import embedded
@@ -27,6 +30,7 @@ from fuzzing.messages import BadMessage
 from king.broker.connect import publish_posts
 from king.messages import PostMessage
 from king.store.client import StoreClient
+from king.store.ids import id_text
 from king.store.store import Store
 from tests.support.tiny_models import tiny_features
 from tests.support.workers.small_bundle import write_bundle
@@ -62,6 +66,15 @@ TEXTS = (
     "\U0010ffff\ufffe",
 )
 """Texts of the other half of the posts."""
+
+
+ODD_IDS: tuple[Any, ...] = (
+    *(7, -7, Int64(1212092628029698048), 43.0, float(2**31 + 1), 1.5, 1e22, float("nan")),
+    *(Decimal128("4.50"), ObjectId(b"0123456789ab"), " spaced ", "", "nul\0", '{"$gt":""}'),
+    *(Binary(b"\1" * 16, 4), Binary(b"\2" * 16, 3), b"bytes", True, {"a": 1, "b": "x"}),
+    *(datetime(2026, 1, 1, tzinfo=timezone.utc), Timestamp(5, 1), MinKey(), MaxKey()),
+)
+"""IDs of every type. Those that the embedded database cannot hold or find are unknown to it."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -176,6 +189,8 @@ class Site:
         self._config = folder / "settings.yaml"
         self._config.write_text(yaml.safe_dump(self.settings.model_dump(mode="json")), "utf-8")
         self.post_ids = [self._add(cases, number) for number in range(len(cases))]
+        self.odd_ids = self._add_odd_ids()
+        self.post_ids += self.odd_ids
 
     def _add(self, cases: Cases, number: int) -> str:
         case = cases[number]
@@ -188,6 +203,13 @@ class Site:
         }
         self.store.client.posts.insert_one(document)
         return str(document["_id"])
+
+    def _add_odd_ids(self) -> list[str]:
+        """Add a post for each type of ID that the database takes; return the texts of all types."""
+        for value in ODD_IDS:
+            with suppress(WriteError, OperationFailure):
+                self.store.client.posts.insert_one({"_id": value, "text": "odd", "case": "odd ID"})
+        return [id_text(value) for value in ODD_IDS]
 
     def publish(self, messages: Sequence[BadMessage]) -> None:
         """Put posts and bad messages on the queue, evenly mixed."""

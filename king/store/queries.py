@@ -133,6 +133,11 @@ class PostQueries:
             result=result if isinstance(result, dict) else None,
         )
 
+    def newest(self, limit: int) -> Iterator[Mapping[str, Any]]:
+        """Yield the documents with the highest ``_id``, whole."""
+        with self._client.edge():
+            yield from self._client.posts.find().sort("_id", -1).limit(limit)
+
     def job(self, post_id: str) -> Job | None:
         """Return the job of one post, or of one unreadable message."""
         with self._client.edge():

@@ -86,19 +86,22 @@ class Proxy:
             pair = _Pair(client, server)
             self._pairs.append(pair)
             for source, sink in ((client, server), (server, client)):
-                threading.Thread(target=_pump, args=(pair, source, sink), daemon=True).start()
+                threading.Thread(target=self._relay, args=(pair, source, sink), daemon=True).start()
 
+    def _relay(self, pair: _Pair, source: socket.socket, sink: socket.socket) -> None:
+        try:
+            while data := self._receive(pair, source):
+                if source not in pair.silent:
+                    sink.sendall(data)
+        except OSError:
+            pass
+        if not pair.silent:  # a silent connection does not even tell that it has ended
+            with contextlib.suppress(OSError):
+                sink.shutdown(socket.SHUT_WR)
 
-def _pump(pair: _Pair, source: socket.socket, sink: socket.socket) -> None:
-    try:
-        while data := source.recv(65536):
-            if source not in pair.silent:
-                sink.sendall(data)
-    except OSError:
-        pass
-    if not pair.silent:  # a silent connection does not even tell that it has ended
-        with contextlib.suppress(OSError):
-            sink.shutdown(socket.SHUT_WR)
+    def _receive(self, pair: _Pair, source: socket.socket) -> bytes:
+        """The next bytes of one side; empty at the end."""
+        return source.recv(65536)
 
 
 @contextlib.contextmanager

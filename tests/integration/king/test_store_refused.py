@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
+from bson.errors import InvalidBSON
+from pymongo.collection import Collection
 
 from common.errors import StoreRefused
 from king.jobs import Dead, Outcome, Rejected, Retry, Started, Tagged, WriteRefused
@@ -15,11 +18,15 @@ from tests.support.king.store_rig import (
     BROKEN,
     BUNDLE,
     StoreRig,
+    begin_one,
     claim,
     context,
+    mongo_store,
     started,
     tagged,
 )
+from tests.support.mongo_proxy import MongoProxy
+from tests.support.services import MongoServer
 
 
 def test_refused_job_of_a_claim_does_not_hold_up_the_others(mongo: Store) -> None:
@@ -55,6 +62,89 @@ def test_refused_job_of_an_attempt_is_a_plain_dead_letter(mongo: Store) -> None:
     assert post is not None
     assert post.result is not None
     assert post.result["status"] == "failed"
+
+
+# Throttled, over a quota, interrupted, a plan killed, no right in a failover, unknown, elections, a
+# full disk, one that nobody knows; and those that no repetition can help.
+PASSING = (16500, 8000, 11601, 249, 175, 13, 8, 6, 50, 64, 91, 112, 10107, 14031, 99999)
+PERMANENT = (2, 14, 28, 57, 66, 121, 10334, 17280, 17419)
+
+
+@pytest.fixture
+def refusing(mongo_server: MongoServer, unique_name: str) -> Iterator[tuple[Store, MongoProxy]]:
+    """A store behind a proxy that refuses writes, with three posts."""
+    proxy = MongoProxy(mongo_server.address)
+    store = mongo_store(f"mongodb://127.0.0.1:{proxy.port}/", unique_name)
+    StoreRig(store).insert(*({"_id": f"p{i}"} for i in range(3)))
+    yield store, proxy
+    store.close()
+    proxy.close()
+
+
+@pytest.mark.parametrize("collection", ["posts", "jobs"])
+@pytest.mark.parametrize("code", PASSING)
+def test_passing_error_costs_no_post(
+    refusing: tuple[Store, MongoProxy], code: int, collection: str
+) -> None:
+    """The claim and the outcome wait, and are written when they are tried again."""
+    store, proxy = refusing
+    proxy.refuse_writes("jobs", code)
+    assert isinstance(begin_one(store, "p0"), WriteRefused)
+    outcome = tagged(started(store, "p0"))
+    proxy.refuse_writes(collection, code)
+    [refused] = store.finish([outcome], context())
+    assert isinstance(refused, WriteRefused)
+    assert f"code {code}" in refused.reason
+    job = store.queries.job("p0")
+    assert job is not None
+    assert job.state == "running"
+    assert store.finish([outcome], context()) == [outcome]
+    assert store.queries.job("p0") is None
+
+
+@pytest.mark.parametrize("code", PERMANENT)
+def test_permanent_error_is_a_dead_letter(refusing: tuple[Store, MongoProxy], code: int) -> None:
+    store, proxy = refusing
+    outcome = tagged(started(store, "p0"))
+    proxy.refuse_writes("posts", code)
+    [dead] = store.finish([outcome], context())
+    assert isinstance(dead, Dead)
+    proxy.refuse_writes("jobs", code)
+    assert isinstance(begin_one(store, "p1"), Rejected)
+    letters = {job.post_id: job.last_error or {} for job in store.queries.dead_letters()}
+    assert {key: error["type"] for key, error in letters.items()} == {
+        "p0": "StoreRefused",
+        "p1": "StoreRefused",
+    }
+    assert all(f"code {code}" in error["message"] for error in letters.values())
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        InvalidBSON("unknown type"),
+        RecursionError("maximum recursion depth exceeded"),
+        OverflowError("date out of range"),
+    ],
+)
+def test_document_that_is_no_bson_is_a_dead_letter_and_the_others_go_on(
+    mongo: Store, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    StoreRig(mongo).insert(*({"_id": f"p{i}"} for i in range(5)))
+    find = Collection.find
+
+    def picky(self: Any, condition: Any, *rest: Any) -> Any:
+        if self.name == "posts" and "p3" in str(condition):
+            raise error
+        return find(self, condition, *rest)
+
+    monkeypatch.setattr(Collection, "find", picky)
+    verdicts = mongo.begin([claim(f"p{i}") for i in range(5)], context())
+    kinds = [Started, Started, Started, Rejected, Started]
+    assert [type(verdict) for verdict in verdicts] == kinds
+    job = mongo.queries.job("p3")
+    assert job is not None
+    assert (job.state, (job.last_error or {})["type"]) == ("dead", "StoreRefused")
 
 
 @pytest.mark.parametrize("value", [10**22, "\ud800", object()])

@@ -32,6 +32,7 @@ def test_tags_with_and_without_all_scores(desk: Desk) -> None:
         },
         "failures": {},
         "error": None,
+        "ocr": "nothing_found",
         "timings_ms": plain.json["timings_ms"],
     }
     assert plain.json["timings_ms"]["total"] >= 0

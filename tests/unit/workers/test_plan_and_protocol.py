@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from common.errors import NothingUsable, RetryableError
 from common.post import Failure, Media, Post
-from config.settings import FeatureSettings, Settings
+from config.settings import FeatureSettings, OcrSettings, Settings
 from extractors.parts import PartKind, slot_bytes
 from tests.support.fakes.pool import FakePool, default_answer
 from workers.post_run import PostPlan, PostRun, PostRuns, PostTags, Step
@@ -185,6 +185,29 @@ def test_known_ocr_text_is_not_read_again(settings: FeatureSettings) -> None:
         features = plan.features()
         assert features.statuses["ocr"] == "ok"
         assert features.ocr_text == "known"
+
+
+@pytest.mark.parametrize(
+    ("ocr", "read", "enabled", "source"),
+    [
+        ("known", "sign", True, "given"),
+        ("known", "sign", False, "given"),
+        (None, "sign", True, "read"),
+        ("", "sign", True, "read"),
+        (" \n", "sign", True, "read"),
+        (None, " ", True, "nothing_found"),
+        (None, "sign", False, "off"),
+        ("", "sign", False, "off"),
+    ],
+)
+def test_result_tells_where_the_text_of_the_pictures_comes_from(
+    ocr: str | None, read: str, enabled: bool, source: str
+) -> None:
+    """Only a text that is not blank replaces reading."""
+    settings = FeatureSettings(ocr=OcrSettings(enabled=enabled))
+    plan = plan_of(Post("p", "own", (IMAGE,), ocr=ocr), settings)
+    walk(plan, read=read)
+    assert plan.features().ocr == source
 
 
 def test_what_is_read_keeps_the_order_of_the_media() -> None:

@@ -1,0 +1,83 @@
+"""``insighttag bundle``: go back to an earlier bundle."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from common.errors import BundleError, ConfigError
+from common.files import new_folder, write_whole
+from scripts.commands.common import Config, Overrides, settings_of
+
+_TIME = "%Y%m%dT%H%M%SZ"
+
+
+def rollback(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The earlier bundle.")],
+    config: Config = None,
+    overrides: Overrides = None,
+) -> None:
+    """Serve an earlier bundle again, as the latest: its tags replace those of the one in between.
+
+    It is copied into fusion.bundle under a version of now; what was there is kept beside it.
+    Then insighttag retag --bundle-older-than current has the posts tagged again.
+    """
+    from fusion.bundle.bundle import ABOUT, load_bundle, newest_version
+
+    target = settings_of(config, overrides).fusion.bundle.resolve()
+    try:
+        earlier = load_bundle(folder)
+    except BundleError as error:
+        raise ConfigError(f"bundle rollback: {error}") from error
+    served = newest_version(target)
+    version = f"{_later_than(served)}-{earlier.version.rpartition('-')[2]}"
+    about = (folder / ABOUT).read_text(encoding="utf-8")
+    about, count = re.subn(
+        rf"^version: .*{re.escape(earlier.version)}.*$",  # perhaps with the note of a rollback
+        f"version: {version}  # {earlier.version}, put back by insighttag bundle rollback",
+        about,
+        count=1,
+        flags=re.MULTILINE,
+    )
+    if not count:
+        raise ConfigError(f"bundle rollback: {folder / ABOUT}: has no line `version: ...`")
+    if folder.resolve() == target:
+        write_whole(target / ABOUT, about)  # somebody has put the folder back already
+    else:
+        if served is not None:
+            kept = target.with_name(f"{target.name}-{served}")
+            if not kept.exists():
+                shutil.copytree(target, kept, copy_function=_link)
+                sys.stdout.write(f"kept {served} in {kept}\n")
+        with new_folder(target) as part:
+            shutil.copytree(folder, part, dirs_exist_ok=True)
+            (part / ABOUT).write_text(about, encoding="utf-8")
+    sys.stdout.write(f"{target} is {earlier.name} {earlier.version} again, as version {version}\n")
+
+
+def _later_than(served: str | None) -> str:
+    """Return the time in the new version: now, and after a bundle that another clock made."""
+    now = datetime.now(timezone.utc).strftime(_TIME)
+    if served is None or now > served[: len(now)]:
+        return now
+    made = datetime.strptime(served[: len(now)], _TIME).replace(tzinfo=timezone.utc)
+    return (made + timedelta(seconds=1)).strftime(_TIME)
+
+
+def _link(source: str, target: str) -> None:
+    """Link a file that nobody changes; copy where the file system has no links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+COMMANDS: Mapping[str, Callable[..., None]] = {"rollback": rollback}
