@@ -59,7 +59,7 @@ def world(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Wor
 @pytest.fixture(scope="module")
 def driver(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Driver]:
     """One pool of real workers; after all tests it holds no slot and no file."""
-    settings = pool_settings(tmp_path_factory.mktemp("pool"), world, timeout_s=0.5, retry_s=0.5)
+    settings = pool_settings(tmp_path_factory.mktemp("pool"), world, timeout_s=3, retry_s=0.5)
     made = Driver(settings, ROLES).start()
     try:
         yield made

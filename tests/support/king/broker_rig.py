@@ -46,7 +46,7 @@ class Rig:
 
 def settings_for(url: str, queue: str, **changes: Any) -> BrokerSettings:
     """Settings with the short time-outs that the tests of lost connections need."""
-    values: dict[str, Any] = {"heartbeat_s": 1, "socket_timeout_s": 1, "visibility_timeout_s": 2}
+    values: dict[str, Any] = {"heartbeat_s": 1, "socket_timeout_s": 3, "visibility_timeout_s": 2}
     return BrokerSettings(url=url, queue=queue, **{**values, **changes})
 
 
