@@ -20,7 +20,7 @@ Stream: TypeAlias = Literal["video", "video_lstm", "image", "audio", "text", "oc
 MediaKind: TypeAlias = Literal["image", "video", "audio"]
 Status: TypeAlias = Literal["ok", "missing", "failed"]
 OcrSource: TypeAlias = Literal["given", "read", "nothing_found", "off"]
-"""How a post came by the text of its pictures: with the post, by OCR, or why there is none."""
+"""Source of the text of a post's pictures: given, read by OCR, or the reason that there is none."""
 
 MODALITIES: tuple[Modality, ...] = ("video", "image", "audio", "text", "ocr")
 STREAMS: tuple[Stream, ...] = ("video", "video_lstm", "image", "audio", "text", "ocr")

@@ -31,7 +31,7 @@ class MongoProxy(Proxy):
 
     @property
     def refusals_left(self) -> int:
-        """How many writes are still to be refused."""
+        """Number of writes still to be refused."""
         return self._refusal[2]
 
     def _receive(self, pair: _Pair, source: socket.socket) -> bytes:
