@@ -101,7 +101,7 @@ def test_prefetch_bounds_what_is_in_hand(rig: Rig) -> None:
 
 
 def test_after_a_lost_connection_messages_come_alone_until_a_new_one(rig: Rig) -> None:
-    """The message that ended a consumer is counted again alone: the others are not in hand with it."""
+    """The message that ended a consumer is counted alone: no other is in hand with it."""
     broker = rig.broker(prefetch=4)
     broker.publish(PostMessage(f"p{i}") for i in range(4))
     consumer = Consumer(broker)

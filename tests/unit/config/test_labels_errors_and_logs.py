@@ -128,7 +128,7 @@ def test_logs_go_to_standard_error(format: str, capsys: pytest.CaptureFixture[st
 
 
 def test_a_full_disk_under_the_log_ends_nothing() -> None:
-    """A line that cannot be logged is lost; the program goes on, and ends with its own exit code."""
+    """A line without a place is lost; the program goes on, and ends with its own exit code."""
     program = (
         "import structlog, sys\n"
         "from common.cli import complain\n"
