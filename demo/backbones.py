@@ -58,8 +58,8 @@ def train_backbone(
     name: Backbone, layout: Layout, settings: Settings, sizes: Sizes, labels: LabelMap
 ) -> None:
     """Train one backbone, by the training loop of `train_net.py`."""
-    from fusion.backbones.media import CollateMedia
-    from fusion.backbones.training import BackboneRun
+    from fusion.backbones.media import collate_media
+    from fusion.backbones.training import train_model
     from fusion.train import distributed
     from fusion.train.checkpoint import signature
     from fusion.train.trainer import TrainData
@@ -90,33 +90,33 @@ def train_backbone(
         learned = PostSet.of(post.post_id for post in read_whole_posts(layout.read("train")))
         parts = _text if name == "text" else _visual
         train, valid, build, save = parts(cast("Visual", name), layout, settings, labels)
-        run = BackboneRun(
-            name,
+        train_model(
             fabric,
-            trainer,
-            optimizer,
-            signature({"stage": name}),
-            trainer.seed,
+            TrainData(train, valid, collate_media, len(train), learned),
+            build,
+            partial(save, learned_from=learned),
+            (Path(getattr(settings.features, name).weights),),
+            trainer_settings=trainer,
+            optimizer=optimizer,
+            name=name,
+            signature=signature({"stage": name}),
+            seed=trainer.seed,
             on_epoch_end=lambda epoch, _: tell(name, epoch, trainer.epochs, "epochs"),
         )
-        data = TrainData(train, valid, cast("Any", CollateMedia()), len(train), learned)
-        weights = Path(getattr(settings.features, name).weights)
-        save = partial(save, learned_from=learned)
-        run.train(data, train.targets, build, save, (weights,))
 
     distributed.run(trainer, work)
 
 
 def _visual(name: Visual, layout: Layout, settings: Settings, labels: LabelMap) -> tuple[Any, ...]:
     """Return training and validation posts, and functions that build and save the model."""
-    from fusion.backbones.media import ArrayDataset
+    from fusion.backbones.media import MediaDataset
     from fusion.backbones.model import MediaTagger, create_backbone, save_weights
 
-    def dataset(file: Path, max_items: int, seed: int | None) -> ArrayDataset:
+    def dataset(file: Path, max_items: int, seed: int | None) -> MediaDataset:
         posts = read_whole_posts(file)
         items = _items(name, posts, settings)
         truth = targets_of(posts, labels)
-        return ArrayDataset(_KINDS[name], items, truth, max_items=max_items, seed=seed)
+        return MediaDataset.of_arrays(_KINDS[name], items, truth, max_items=max_items, seed=seed)
 
     arch, kind = getattr(settings.features, name).arch, _KINDS[name]
     side = 0 if name == "audio" else getattr(settings.features, name).image_size
@@ -140,7 +140,7 @@ def _text(name: Backbone, layout: Layout, settings: Settings, labels: LabelMap) 
 
     Without validation: the last epoch is the best.
     """
-    from fusion.backbones.text import TextDataset, TextTagger, make_tokenizer, save_text
+    from fusion.backbones.text import TextTagger, make_tokenizer, save_text, text_dataset
 
     posts = read_whole_posts(layout.read("train"))
     texts = [
@@ -151,7 +151,7 @@ def _text(name: Backbone, layout: Layout, settings: Settings, labels: LabelMap) 
     ]
     tokenizer = make_tokenizer([t for t, _ in texts], settings.features.text.max_tokens)
     truth = targets_of(posts, labels)[[row for _, row in texts]]
-    train = TextDataset(tokenizer, [t for t, _ in texts], truth)
+    train = text_dataset(tokenizer, [t for t, _ in texts], truth)
 
     def build() -> TextTagger:
         return TextTagger(len(tokenizer), len(labels))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,7 +24,7 @@ from extractors.media.decode import read_frames
 from extractors.media.pictures import read_pictures, squash
 from extractors.models.visual import segments
 from fusion.data.data_file import MEDIA_KEYS, beside, entries, parse_post
-from fusion.data.schema import Batch
+from fusion.data.schema import Batch, Sample, batch_of, padded
 from fusion.train.distributed import all_ranks, gathered
 from fusion.train.prepare import Skipped, by_item
 
@@ -33,6 +32,7 @@ Kind: TypeAlias = Literal["picture", "clip", "patch"]
 MediaName: TypeAlias = Literal["images", "videos"]
 Pixels: TypeAlias = npt.NDArray[np.uint8]
 Chance: TypeAlias = np.random.Generator
+Item: TypeAlias = Callable[[Any, Chance | None], npt.NDArray[Any]]
 STREAM: Stream = "video"
 """The stream of a batch that holds its items: one name for pictures, clips and features."""
 
@@ -44,11 +44,7 @@ class MediaItems:
     limits: DecodeSettings = field(default_factory=DecodeSettings)
 
     def picture(self, path: Path, size: int) -> npt.NDArray[np.uint8]:
-        """Return a picture as the image extractor sees it, uint8 RGB ``(size, size, 3)``.
-
-        Raises:
-            MediaError: The file cannot be decoded.
-        """
+        """Return a picture as the image extractor sees it, uint8 RGB ``(size, size, 3)``."""
         pixels = next(iter(read_pictures(path, max_pixels=self.limits.max_pixels, max_frames=1)))
         return squash(pixels, size, size)
 
@@ -58,9 +54,6 @@ class MediaItems:
         """Return a frame of each of ``count`` segments, uint8 RGB ``(count, size, size, 3)``.
 
         The centre one, or with ``random`` one at a random time; those of a short clip repeat.
-
-        Raises:
-            MediaError: The file cannot be decoded.
         """
         found = read_frames(path, count=count, side=size, limits=self.limits, random=random)
         return found[segments(len(found), count)]
@@ -76,12 +69,7 @@ class MediaPost:
 
 
 def read_posts(path: Path, labels: LabelMap, kind: MediaName) -> tuple[MediaPost, ...]:
-    """Return the posts of a data file that have media of a kind; the others are left out.
-
-    Raises:
-        ConfigError: The file is missing, not as it should be, names an unknown label, or has no
-            media of the kind.
-    """
+    """Return the posts of a data file that have media of a kind; the others are left out."""
     found: list[MediaPost] = []
     for entry in entries(path):
         post = parse_post(entry.value, entry.where).post
@@ -130,12 +118,7 @@ def prepare(
     folder: Path,
     fabric: Fabric,
 ) -> Posts:
-    """Read labels and data files, and with ``data.skip_bad`` every medium.
-
-    Raises:
-        ConfigError: A file is missing, empty or wrong, names a label that is not in the map, or
-            nothing is left to learn from.
-    """
+    """Read labels and data files, and with ``data.skip_bad`` every medium."""
     data = settings.data
 
     def read() -> Posts:
@@ -204,173 +187,119 @@ def _readable(
     return usable, len(everyone)
 
 
-@dataclass(frozen=True)
-class MediaSample:
-    """One post as a backbone takes it: media ``(n, ...)``, and float32 ``(classes,)``."""
+class MediaDataset(Dataset[Sample]):
+    """Posts whose media are made ready when they are asked for.
 
-    post_id: str
-    items: npt.NDArray[Any]
-    target: npt.NDArray[np.float32]
-
-
-class MediaDataset(Dataset[Any], ABC):
-    """Posts whose media are made ready when they are asked for, by a subclass.
-
-    Attributes:
-        targets: float32 ``(posts, classes)`` of 0 and 1.
+    Args:
+        posts: ID of each post, and a sequence of its media; at least one.
+        targets: The true tags, float32 ``(posts, classes)`` of 0 and 1.
+        item: Makes one medium ready; draws from a source of chance in training. Pickles.
+        max_items: Media of one post: random ones in training, else evenly spaced ones.
+        seed: Of what is drawn in training; None draws nothing.
     """
 
     def __init__(
         self,
         posts: Sequence[tuple[str, Any]],
         targets: npt.NDArray[np.float32],
+        item: Item,
         *,
         max_items: int,
         seed: int | None = None,
     ) -> None:
-        """Make one.
-
-        Args:
-            posts: ID of each post, and a sequence of its media; at least one.
-            targets: The true tags.
-            max_items: Media of one post: random ones in training, else evenly spaced ones.
-            seed: Of what is drawn in training; None draws nothing.
-        """
-        self._posts, self.targets = tuple(posts), targets
+        self._posts, self.targets, self._item = tuple(posts), targets, item
         self._max_items, self._seed = max_items, seed
 
-    def __len__(self) -> int:
-        """Number of posts."""
-        return len(self._posts)
+    @classmethod
+    def of_files(
+        cls, posts: Sequence[MediaPost], classes: int, item: Item, **options: Any
+    ) -> MediaDataset:
+        """Return posts whose media are files; ``options`` are those of the class."""
+        media = [(post.post_id, post.paths) for post in posts]
+        return cls(media, targets_of(posts, classes), item, **options)
 
-    def __getitem__(self, row: int) -> MediaSample:
-        """Return one post; errors are those of `__getitems__`."""
-        return self.__getitems__([row])[0]
-
-    def __getitems__(self, rows: list[int]) -> list[MediaSample]:
-        """Return the posts of a batch.
-
-        What is drawn depends on the batch's posts and their order alone. An epoch's order is one
-        of its own, so each epoch draws others, and a resumed one the same as the interrupted one,
-        in whichever process it is read.
-
-        Raises:
-            MediaError: A file cannot be decoded.
-        """
-        chance = None if self._seed is None else np.random.default_rng([self._seed, *rows])
-        return [self._sample(row, chance) for row in rows]
-
-    @abstractmethod
-    def item(self, medium: Any, chance: Chance | None) -> npt.NDArray[Any]:
-        """Return one medium as the model takes it."""
-
-    def _sample(self, row: int, chance: Chance | None) -> MediaSample:
-        post_id, media = self._posts[row]
-        items: list[npt.NDArray[Any]] = []
-        for index in _chosen(len(media), self._max_items, chance):
-            try:
-                items.append(self.item(media[index], chance))
-            except MediaError as error:
-                raise MediaError(f"post {post_id}: {media[index]}: {error}") from error
-        return MediaSample(post_id, np.stack(items), self.targets[row])
-
-
-class PixelDataset(MediaDataset):
-    """Files: pictures ``(n, 1, S, S, 3)``, or segments of clips ``(n, segments, S, S, 3)``, uint8.
-
-    Args:
-        reader: Decodes them.
-        size: Side of the square pictures, in pixels.
-        segments: Of a clip; None for pictures.
-        augmented: Change pictures a little in training.
-        options: Of `MediaDataset`.
-    """
-
-    def __init__(
-        self,
-        posts: Sequence[MediaPost],
-        classes: int,
-        reader: MediaItems,
-        *,
-        size: int,
-        segments: int | None,
-        augmented: bool = False,
-        **options: Any,
-    ) -> None:
-        super().__init__(_media_of(posts), targets_of(posts, classes), **options)
-        self._reader, self._size, self._segments = reader, size, segments
-        self._augmented = augmented
-
-    def item(self, medium: Path, chance: Chance | None) -> Pixels:
-        if self._segments is None:
-            pixels = self._reader.picture(medium, self._size)[None]
-        else:
-            pixels = self._reader.frames(medium, self._size, self._segments, chance)
-        return pixels if chance is None or not self._augmented else augment(pixels, "clip", chance)
-
-
-class FrameDataset(MediaDataset):
-    """Videos' features of frames, float16 ``(n, frames, dim)``, from where they are stored."""
-
-    def __init__(
-        self,
-        posts: Sequence[MediaPost],
-        classes: int,
-        read: Callable[[Path], npt.NDArray[np.float16]],
-        **options: Any,
-    ) -> None:
-        super().__init__(_media_of(posts), targets_of(posts, classes), **options)
-        self._read = read
-
-    def item(self, medium: Path, chance: Chance | None) -> npt.NDArray[np.float16]:
-        return self._read(medium)
-
-
-class ArrayDataset(MediaDataset):
-    """Items that are in memory, as their extractor takes them; changed a little in training.
-
-    Pictures uint8 ``(n, 1, S, S, 3)``, clips in the order of their frames uint8
-    ``(n, frames, S, S, 3)``, patches of sound float32 ``(n, 1, 96, 64, 1)``.
-
-    Args:
-        items: One array of each post: pictures ``(n, S, S, 3)``, clips ``(n, frames, S, S, 3)``,
-            patches ``(n, 96, 64)``. Posts with n = 0 are left out.
-        targets: float32 ``(posts, classes)``.
-        options: Of `MediaDataset`.
-    """
-
-    def __init__(
-        self,
+    @classmethod
+    def of_arrays(
+        cls,
         kind: Kind,
         items: Sequence[npt.NDArray[Any]],
         targets: npt.NDArray[np.float32],
         **options: Any,
-    ) -> None:
-        rows = [row for row in range(len(items)) if len(items[row])]
-        super().__init__([(str(row), items[row]) for row in rows], targets[rows], **options)
-        self._kind = kind
+    ) -> MediaDataset:
+        """Return posts in memory, as their extractor takes them; changed a little in training.
 
-    def item(self, medium: npt.NDArray[Any], chance: Chance | None) -> npt.NDArray[Any]:
-        array: npt.NDArray[Any] = medium
-        if chance is not None:
-            array = augment(medium, self._kind, chance)
-        if self._kind == "clip":
-            return array
-        return array[None, ..., None] if self._kind == "patch" else array[None]
+        Args:
+            kind: What the items are.
+            items: One array of each post: pictures ``(n, S, S, 3)``, clips ``(n, frames, S, S,
+                3)``, patches ``(n, 96, 64)``. Posts with n = 0 are left out.
+            targets: float32 ``(posts, classes)``.
+            options: Those of the class.
+        """
+        rows = [row for row in range(len(items)) if len(items[row])]
+        posts = [(str(row), items[row]) for row in rows]
+        return cls(posts, targets[rows], partial(_array_item, kind), **options)
+
+    def __len__(self) -> int:
+        return len(self._posts)
+
+    def __getitem__(self, row: int) -> Sample:
+        return self.__getitems__([row])[0]
+
+    def __getitems__(self, rows: list[int]) -> list[Sample]:
+        """Return the posts of a batch; their array of media is `STREAM`.
+
+        What is drawn depends on the batch's posts and their order alone. An epoch's order is one of
+        its own, so each epoch draws others, and a resumed one the same as the interrupted one, in
+        whichever process it is read.
+        """
+        chance = None if self._seed is None else np.random.default_rng([self._seed, *rows])
+        return [self._sample(row, chance) for row in rows]
+
+    def _sample(self, row: int, chance: Chance | None) -> Sample:
+        post_id, media = self._posts[row]
+        items: list[npt.NDArray[Any]] = []
+        for index in _chosen(len(media), self._max_items, chance):
+            try:
+                items.append(self._item(media[index], chance))
+            except MediaError as error:
+                raise MediaError(f"post {post_id}: {media[index]}: {error}") from error
+        return Sample(post_id, {STREAM: np.stack(items)}, self.targets[row])
+
+
+def pixels(
+    path: Path,
+    chance: Chance | None,
+    *,
+    reader: MediaItems,
+    size: int,
+    segments: int | None,
+    augmented: bool = False,
+) -> Pixels:
+    """Return a file as the model takes it, uint8.
+
+    A picture ``(1, S, S, 3)`` without ``segments``, else a frame of each segment of a clip
+    ``(segments, S, S, 3)``; ``augmented`` changes them a little in training.
+    """
+    if segments is None:
+        found = reader.picture(path, size)[None]
+    else:
+        found = reader.frames(path, size, segments, chance)
+    return augment(found, "clip", chance) if augmented and chance is not None else found
+
+
+def _array_item(kind: Kind, medium: npt.NDArray[Any], chance: Chance | None) -> npt.NDArray[Any]:
+    """Return a picture ``(1, S, S, 3)``, a clip ``(frames, S, S, 3)`` or a patch (1, 96, 64, 1)."""
+    array = medium if chance is None else augment(medium, kind, chance)
+    if kind == "clip":
+        return array
+    return array[None, ..., None] if kind == "patch" else array[None]
 
 
 def augment(item: npt.NDArray[Any], kind: Kind, chance: Chance) -> npt.NDArray[Any]:
     """Shift an item a little and change light or loudness; one draw for all frames of a clip.
 
-    Nothing is mirrored: which way things point or move may be what the label is about.
-
-    Args:
-        item: Pixels uint8 ``(..., S, S, 3)``, or a log-mel patch float32 ``(96, 64)``.
-        kind: What the item is.
-        chance: Source of chance.
-
-    Returns:
-        Of the same shape and dtype.
+    Nothing is mirrored: which way things point or move may be what the label is about. Items are
+    pixels uint8 ``(..., S, S, 3)`` or log-mel patches float32 ``(96, 64)``, before and after.
     """
     if kind == "patch":
         louder = np.float32(chance.uniform(-0.7, 0.7))  # log amplitude
@@ -393,39 +322,18 @@ def augment(item: npt.NDArray[Any], kind: Kind, chance: Chance) -> npt.NDArray[A
     return changed
 
 
-def _media_of(posts: Sequence[MediaPost]) -> list[tuple[str, Any]]:
-    return [(post.post_id, post.paths) for post in posts]
-
-
-class CollateMedia:
-    """A maker of batches out of `MediaSample`; pickles, for loader processes."""
-
-    def __call__(self, samples: Sequence[MediaSample]) -> Batch:
-        """Pad to the most media of one post: tokens ``(posts, n, ...)``, masks ``(posts, n)``."""
-        counts = [len(sample.items) for sample in samples]
-        first = samples[0].items
-        padded = np.zeros((len(samples), max(counts), *first.shape[1:]), first.dtype)
-        for row, sample in zip(padded, samples, strict=True):
-            row[: len(sample.items)] = sample.items
-        mask = torch.arange(max(counts))[None, :] < torch.tensor(counts)[:, None]
-        return Batch(
-            tuple(sample.post_id for sample in samples),
-            {STREAM: torch.from_numpy(padded)},
-            {STREAM: mask},
-            torch.from_numpy(np.stack([sample.target for sample in samples])),
-        )
+def collate_media(samples: Sequence[Sample]) -> Batch:
+    """Pad to the most media of one post: tokens ``(posts, n, ...)``, masks ``(posts, n)``."""
+    arrays = [sample.arrays[STREAM] for sample in samples]
+    tokens, mask = padded(arrays, arrays[0].shape[1:], arrays[0].dtype)
+    return batch_of(samples, {STREAM: tokens}, {STREAM: mask})
 
 
 def best_of_post(scores: torch.Tensor, mask: torch.Tensor, none: torch.Tensor) -> torch.Tensor:
     """Return the highest score of each class among a post's media: labels belong to posts.
 
-    Args:
-        scores: ``(media, classes)`` of all posts, in order.
-        mask: bool ``(posts, n)``, True where a post has a medium.
-        none: ``(classes,)`` for posts without any.
-
-    Returns:
-        ``(posts, classes)``.
+    Scores are ``(media, classes)`` of all posts in order, the mask ``(posts, n)`` is True where a
+    post has a medium; posts without any get ``none`` ``(classes,)``.
     """
     posts = mask.shape[0]
     owners = torch.arange(posts, device=mask.device)[:, None].expand_as(mask)[mask]  # (media,)

@@ -37,12 +37,9 @@ def create_backbone(arch: str, kind: Kind, size: tuple[int, int], weights: str) 
     Args:
         arch: timm's name.
         kind: Pictures and clips have three channels, patches one.
-        size: Height and width of the input in pixels; models whose parameters depend on it
-            (vision transformers) are built for it.
+        size: Height and width of the input in pixels; models whose parameters depend on it (vision
+            transformers) are built for it.
         weights: ``scratch``, ``pretrained``, or the path of a state_dict in safetensors.
-
-    Raises:
-        ConfigError: timm has no such model, or the weights cannot be had.
     """
     import timm
 
@@ -117,9 +114,7 @@ class MotionHead(nn.Module):
     def lesson(self, frames: torch.Tensor, clips: torch.Tensor) -> torch.Tensor:
         """Return the cross entropy of where each frame's feature says that the clip changes.
 
-        Args:
-            frames: Features ``(clips, m, dim)``.
-            clips: float32 pixels ``(clips, m, 3, S, S)``.
+        Features are ``(clips, m, dim)``, the clips float32 pixels ``(clips, m, 3, S, S)``.
         """
         truth = where_it_moves(clips)  # (clips, m, cells)
         guess = torch.log_softmax(self.locate(frames), dim=2)
@@ -131,11 +126,8 @@ class MotionHead(nn.Module):
 def where_it_moves(clips: torch.Tensor) -> torch.Tensor:
     """Return the places in which each frame differs from what its clip mostly shows.
 
-    Args:
-        clips: float32 pixels in [0, 255], ``(clips, m, 3, S, S)``.
-
-    Returns:
-        float32 ``(clips, m, 49)``, shares of a 7×7 grid that sum to 1; all 0 in a still frame.
+    Of float32 pixels in [0, 255] ``(clips, m, 3, S, S)`` these are float32 ``(clips, m, 49)``,
+    shares of a 7×7 grid that sum to 1; all 0 in a still frame.
     """
     still = clips.median(dim=1, keepdim=True).values
     change = (clips - still).abs().mean(dim=2)  # (clips, m, S, S)
@@ -262,9 +254,6 @@ def save_weights(
         key: ``backbone`` or ``lstm``.
         about: Kept in the file's header as JSON under the key, values as texts.
         learned_from: Kept there too: features of these posts will be marked.
-
-    Raises:
-        OSError: The file cannot be written.
     """
     state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     texts = {name: str(value) for name, value in about.items()}

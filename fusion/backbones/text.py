@@ -16,7 +16,7 @@ from torch import nn
 from common.files import part_of
 from common.post_set import PostSet
 from extractors.learned import FILE, KEY
-from fusion.backbones.media import STREAM, Chance, MediaDataset
+from fusion.backbones.media import STREAM, MediaDataset
 from fusion.backbones.model import Tagger
 from fusion.data.schema import Batch
 
@@ -25,18 +25,13 @@ _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
 
 
-class TextDataset(MediaDataset):
-    """Texts as token IDs int64 ``(1, tokens)``, padded with 0 to the longest of all."""
-
-    def __init__(
-        self, tokenizer: Any, texts: Sequence[str], targets: npt.NDArray[np.float32]
-    ) -> None:
-        ids = tokenizer(list(texts), padding=True, truncation=True, return_tensors="np")
-        rows = [(str(i), row[None]) for i, row in enumerate(ids["input_ids"])]
-        super().__init__(rows, targets, max_items=1)
-
-    def item(self, medium: npt.NDArray[np.int64], chance: Chance | None) -> npt.NDArray[np.int64]:
-        return medium
+def text_dataset(
+    tokenizer: Any, texts: Sequence[str], targets: npt.NDArray[np.float32]
+) -> MediaDataset:
+    """Return texts as token IDs int64 ``(1, tokens)``, padded with 0 to the longest of all."""
+    ids = tokenizer(list(texts), padding=True, truncation=True, return_tensors="np")
+    rows = [(str(i), row[None]) for i, row in enumerate(ids["input_ids"])]
+    return MediaDataset(rows, targets, lambda tokens, _: tokens, max_items=1)
 
 
 class TextTagger(Tagger):

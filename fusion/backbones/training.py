@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -36,14 +35,15 @@ from extractors.learned import posts_of_weights
 from extractors.media.decode import read_frames
 from extractors.models.visual import VideoExtractor
 from fusion.backbones.media import (
-    CollateMedia,
-    FrameDataset,
+    Chance,
+    Item,
     MediaDataset,
     MediaItems,
     MediaPost,
-    PixelDataset,
     Posts,
     all_media,
+    collate_media,
+    pixels,
     prepare,
 )
 from fusion.backbones.model import (
@@ -54,10 +54,9 @@ from fusion.backbones.model import (
     save_weights,
 )
 from fusion.data.loading import default_loaders
-from fusion.data.schema import Collate
 from fusion.metrics import ranking as metrics
 from fusion.train import distributed
-from fusion.train.checkpoint import LAST, Start, find_start, signature
+from fusion.train.checkpoint import LAST, Start, find_start, seed_of, signature
 from fusion.train.distributed import all_ranks
 from fusion.train.losses import Objective, TaggingLoss
 from fusion.train.run_folder import link_latest, located, run_folder
@@ -73,7 +72,6 @@ class StageReport:
         weights: What the extractors load.
         metrics: On the validation posts, of the epoch that was kept; empty without validation.
         seen: These were all learned from.
-        best_epoch: That epoch, from 1.
     """
 
     name: str
@@ -82,8 +80,6 @@ class StageReport:
     seen: bool
     best_epoch: int
     epochs: int
-    parameters: int
-    posts: int
     seconds: float
 
 
@@ -92,17 +88,8 @@ def train_backbones(
 ) -> tuple[StageReport, ...]:
     """Train what ``task`` names, and write weights for the extractors.
 
-    What an earlier run has left in the folder, weights included, is kept.
-
-    Args:
-        settings: All of them.
-        reader: Decodes media; pickles, where there are several distributed.
-        resume: Folder of a run to go on with; of ``image_backbone`` also a checkpoint.
-
-    Raises:
-        ConfigError: Settings, data files, labels or a checkpoint are wrong, or the loss is NaN.
-        MediaError: A file cannot be decoded, and ``data.skip_bad`` is not set.
-        WorkerDied: A process of the training was killed.
+    What an earlier run has left in the folder, weights included, is kept. ``resume`` is the folder
+    of a run; of pictures also what `fusion.train.checkpoint.find_start` takes.
     """
     return distributed.run(settings.trainer, partial(_train, settings, reader, resume))
 
@@ -164,11 +151,7 @@ class _Task:
         return replace(self, posts=posts, learned_from=learned, seen=bool(valid) and not new)
 
     def start(self, name: str, resume: Path | None) -> Start | None:
-        """Return the start of a stage; None begins from scratch.
-
-        Raises:
-            ConfigError: As `fusion.train.checkpoint.find_start`.
-        """
+        """Return the start of a stage; None begins from scratch."""
         signed = _signature(self.settings, self.posts, name)
         return all_ranks(
             self.fabric, lambda: None if resume is None else find_start(resume, signed)
@@ -179,42 +162,36 @@ class _Task:
         settings, backbone = self.settings, self.settings.backbone
         trainer = settings.trainer.model_copy(update={"save_dir": folder})
         clips, classes = name == "tsn", len(self.posts.labels)
-        run = self._run(name, trainer, settings.optimizer, start)
-        build = partial(
-            PixelDataset,
-            classes=classes,
-            reader=self.reader,
-            size=backbone.image_size,
-            max_items=settings.data.max_items,
+        item = partial(pixels, reader=self.reader, size=backbone.image_size)
+        train = partial(
+            item, segments=settings.tsn.segments if clips else None, augmented=backbone.augment
         )
-        train = build(
-            self.posts.train,
-            segments=settings.tsn.segments if clips else None,
-            seed=run.seed,
-            augmented=backbone.augment,
-        )
-        valid = self.posts.valid and build(
-            self.posts.valid, segments=settings.tsn.test_segments if clips else None
-        )
+        valid = partial(item, segments=settings.tsn.test_segments if clips else None)
+        size = (backbone.image_size, backbone.image_size)
 
         def model() -> nn.Module:
-            size = (backbone.image_size, backbone.image_size)
             made = create_backbone(backbone.arch, "picture", size, backbone.weights)
             tagger = MediaTagger(made, size, classes, backbone.dropout)
             return tagger.to(memory_format=torch.channels_last)
 
         def save(tagger: MediaTagger, out: Path) -> None:
-            side = backbone.image_size
-            about = {"arch": backbone.arch, "kind": "picture", "height": side, "width": side}
+            about = {"arch": backbone.arch, "kind": "picture", "height": size[0], "width": size[1]}
             save_weights(tagger.backbone, out, "backbone", about, self.learned_from)
 
-        data = self._data(train, valid or None)
-        return run.train(data, train.targets, model, save, self._weights(file))
+        return self._train(
+            name,
+            start,
+            (train, valid),
+            model,
+            save,
+            file=file,
+            trainer=trainer,
+            optimizer=settings.optimizer,
+        )
 
     def lstm(self, frames_weights: Path, start: Start | None) -> StageReport:
         """Extract the frames of every clip with the trained model, and train the LSTM on them."""
         settings, options = self.settings, self.settings.lstm
-        classes = len(self.posts.labels)
         everything = (*self.posts.train, *(self.posts.valid or ()))
         extract = partial(
             extract_frames, settings, self.reader, frames_weights, everything, self.fabric
@@ -230,127 +207,137 @@ class _Task:
         )
         rate = {"learning_rate": options.learning_rate}
         optimizer = settings.optimizer.model_copy(update=rate)
-        run = self._run("lstm", trainer, optimizer, start)
-        build = partial(
-            FrameDataset, classes=classes, read=store.read, max_items=settings.data.max_items
-        )
-        train = build(self.posts.train, seed=run.seed)
-        valid = self.posts.valid and build(self.posts.valid)
 
         def save(tagger: LstmTagger, out: Path) -> None:
             sizes = options.model_dump(include={"projection", "hidden", "join", "width"})
             about = {**sizes, "frames_dim": store.dim}
             save_weights(tagger.lstm, out, "lstm", about, self.learned_from)
 
-        model = partial(LstmTagger, store.dim, options, classes)
-        data, files = self._data(train, valid or None), self._weights("video_lstm.safetensors")
-        return run.train(data, train.targets, model, save, files)
-
-    def _weights(self, file: str) -> tuple[Path, Path]:
-        """Return where weights are written: in the run's folder, and where extractors load them."""
-        return (
-            self.folder / "weights" / file,
-            self.settings.trainer.save_dir / "weights" / file,
+        model = partial(LstmTagger, store.dim, options, len(self.posts.labels))
+        return self._train(
+            "lstm",
+            start,
+            (store.read, store.read),
+            model,
+            save,
+            file="video_lstm.safetensors",
+            trainer=trainer,
+            optimizer=optimizer,
         )
 
-    def _run(
+    def _train(
         self,
         name: str,
+        start: Start | None,
+        items: tuple[Item, Item],
+        model: Callable[[], nn.Module],
+        save: Callable[[Any, Path], None],
+        *,
+        file: str,
         trainer: TrainerSettings,
         optimizer: OptimizerSettings,
-        start: Start | None,
-    ) -> BackboneRun:
-        signed = _signature(self.settings, self.posts, name)
-        seed = _seed(self.fabric, trainer, start)
-        return BackboneRun(name, self.fabric, trainer, optimizer, signed, seed, start)
-
-    def _data(self, train: MediaDataset, valid: MediaDataset | None) -> TrainData:
-        loaders = self.settings.data.loaders
+    ) -> StageReport:
+        """Train one stage; ``items`` make media ready for training and for validation."""
+        settings, classes = self.settings, len(self.posts.labels)
+        seed = seed_of(self.fabric, trainer, start)
+        build = partial(MediaDataset.of_files, classes=classes, max_items=settings.data.max_items)
+        train = build(self.posts.train, item=items[0], seed=seed)
+        valid = self.posts.valid and build(self.posts.valid, item=items[1])
+        loaders = settings.data.loaders
         if loaders is None:
             loaders = default_loaders(self.fabric.device.type, distributed.on_this_host())
-        collate = cast("Collate", CollateMedia())
-        return TrainData(
-            train, valid, collate, len(train), self.learned_from, seen=self.seen, loaders=loaders
+        data = TrainData(
+            train,
+            valid or None,
+            collate_media,
+            len(train),
+            self.learned_from,
+            seen=self.seen,
+            loaders=loaders,
+        )
+        return train_model(
+            self.fabric,
+            data,
+            model,
+            save,
+            # Kept with the run, and where extractors load them.
+            (self.folder / "weights" / file, settings.trainer.save_dir / "weights" / file),
+            trainer_settings=trainer,
+            optimizer=optimizer,
+            name=name,
+            signature=_signature(settings, self.posts, name),
+            seed=seed,
+            start=start,
         )
 
 
-@dataclass(frozen=True)
-class BackboneRun:
-    """The training of one model, by the one training loop.
+def train_model(
+    fabric: Fabric,
+    data: TrainData,
+    build: Callable[[], Any],
+    save: Callable[[Any, Path], None],
+    files: tuple[Path, ...],
+    *,
+    trainer_settings: TrainerSettings,
+    optimizer: OptimizerSettings,
+    name: str,
+    signature: str,
+    seed: int,
+    start: Start | None = None,
+    on_epoch_end: OnEpochEnd | None = None,
+) -> StageReport:
+    """Train a backbone by the one training loop, and save what the extractors load.
 
-    Attributes:
+    Args:
+        fabric: Launched.
+        data: Posts of a `MediaDataset`.
+        build: Makes the model: `start_at`, and a `Batch` in, logits ``(posts, classes)`` out.
+        save: Writes what an extractor loads.
+        files: Where; the report names the last one.
+        trainer_settings: Of the trainer.
+        optimizer: Its settings.
         name: Of the stage, for the report.
         signature: Of what its checkpoints fit.
+        seed: Of weights, order and noise.
         start: None begins from scratch.
+        on_epoch_end: As of `Trainer`.
     """
-
-    name: str
-    fabric: Fabric
-    trainer: TrainerSettings
-    optimizer: OptimizerSettings
-    signature: str
-    seed: int
-    start: Start | None = None
-    on_epoch_end: OnEpochEnd | None = None
-
-    def train(
-        self,
-        data: TrainData,
-        targets: npt.NDArray[np.float32],
-        build: Callable[[], Any],
-        save: Callable[[Any, Path], None],
-        files: tuple[Path, ...],
-    ) -> StageReport:
-        """Train a model, and save what the extractors load.
-
-        Args:
-            data: The posts.
-            targets: Of the training posts, ``(posts, classes)``.
-            build: Makes the model: `start_at`, and a `Batch` in, logits ``(posts, classes)`` out.
-            save: Writes what an extractor loads.
-            files: Where; the report names the last one.
-
-        Raises:
-            ConfigError: The loss is not finite, or a file cannot be written.
-        """
-        started = time.monotonic()
-        truth = torch.from_numpy(targets)
-        torch.manual_seed(self.seed)
-        model = build()
-        model.start_at(truth.mean(dim=0))
-        trainer = Trainer(
-            self.fabric,
-            self.trainer,
-            self.optimizer,
-            signature=self.signature,
-            seed=self.seed,
-            on_epoch_end=self.on_epoch_end,
-        )
-        kind = MediaObjective if isinstance(model, MediaTagger) else Objective
-        objective = kind(model, TaggingLoss(LossSettings(), truth.sum(dim=0)))
-        progress = trainer.fit(objective, data, self.start)
-        scores: dict[str, float] = {}
-        if data.valid is not None:
-            scores = metrics.summary(*trainer.logits(model, data, data.valid), thresholds=0.0)
-        if self.fabric.is_global_zero:
-            for out in files:
-                try:
-                    save(model, out)
-                except OSError as error:
-                    raise ConfigError(f"{out}: cannot be written: {error}") from error
-        trainer.log.write("weights", file=str(files[-1]), best_epoch=progress.best_epoch, **scores)
-        self.fabric.barrier()
-        return StageReport(
-            name=self.name,
-            weights=files[-1],
-            metrics=scores,
-            seen=data.seen,
-            best_epoch=progress.best_epoch,
-            epochs=progress.epoch,
-            parameters=sum(p.numel() for p in model.parameters()),
-            posts=data.train_count,
-            seconds=time.monotonic() - started,
-        )
+    started = time.monotonic()
+    truth = torch.from_numpy(cast("MediaDataset", data.train).targets)
+    torch.manual_seed(seed)
+    model = build()
+    model.start_at(truth.mean(dim=0))
+    trainer = Trainer(
+        fabric,
+        trainer_settings,
+        optimizer,
+        signature=signature,
+        seed=seed,
+        on_epoch_end=on_epoch_end,
+    )
+    kind = MediaObjective if isinstance(model, MediaTagger) else Objective
+    objective = kind(model, TaggingLoss(LossSettings(), truth.sum(dim=0)))
+    progress = trainer.fit(objective, data, start)
+    scores: dict[str, float] = {}
+    if data.valid is not None:
+        scores = metrics.summary(*trainer.logits(model, data, data.valid), thresholds=0.0)
+    if fabric.is_global_zero:
+        for out in files:
+            try:
+                save(model, out)
+            except OSError as error:
+                raise ConfigError(f"{out}: cannot be written: {error}") from error
+    trainer.log.write("weights", file=str(files[-1]), best_epoch=progress.best_epoch, **scores)
+    fabric.barrier()
+    return StageReport(
+        name=name,
+        weights=files[-1],
+        metrics=scores,
+        seen=data.seen,
+        best_epoch=progress.best_epoch,
+        epochs=progress.epoch,
+        seconds=time.monotonic() - started,
+    )
 
 
 def _signature(settings: BackboneTrainSettings, posts: Posts, stage: str) -> str:
@@ -365,13 +352,6 @@ def _signature(settings: BackboneTrainSettings, posts: Posts, stage: str) -> str
         sizes = settings.lstm.model_dump(include={"projection", "hidden", "join", "width"})
         parts |= {"lstm": sizes, "frames": settings.tsn.frames}
     return signature(parts)
-
-
-def _seed(fabric: Fabric, trainer: TrainerSettings, start: Start | None) -> int:
-    seed = trainer.seed if trainer.fix_random_seed else secrets.randbits(31)
-    if start is not None and start.exact:
-        seed = start.checkpoint.progress.seed
-    return int(fabric.broadcast(seed))
 
 
 class FrameStore:
@@ -393,8 +373,8 @@ class FrameStore:
         except OSError as error:
             raise ConfigError(f"{place}: cannot be written: {error}") from error
 
-    def read(self, path: Path) -> npt.NDArray[np.float16]:
-        """Return the features ``(frames, dim)`` of a video."""
+    def read(self, path: Path, _: Chance | None = None) -> npt.NDArray[np.float16]:
+        """Return the features ``(frames, dim)`` of a video, as an `Item`."""
         place = self._place(path)
         try:
             found: npt.NDArray[np.float16] = np.load(place, allow_pickle=False)
@@ -421,12 +401,7 @@ def extract_frames(
     posts: Sequence[MediaPost],
     fabric: Fabric,
 ) -> FrameStore:
-    """Run the trained frame model over all videos; those that are done already are kept.
-
-    Raises:
-        ConfigError: The model cannot be loaded, or a file cannot be written.
-        MediaError: A video cannot be decoded.
-    """
+    """Run the trained frame model over all videos; those that are done already are kept."""
     device = str(fabric.device) if fabric.device.type == "cuda" else "cpu"
     video = VideoSettings(
         arch=settings.backbone.arch,

@@ -129,7 +129,6 @@ class Bundle:
         thresholds: float32 ``(classes,)``, on calibrated scores.
         calibration: Makes the model's scores probabilities; None leaves them.
         subsets: GAP where only these modalities are shown; empty where it was not measured.
-        seen_posts: As in `About`.
         learned_from: The posts that the fusion model has learned from.
     """
 
@@ -170,13 +169,8 @@ def save_bundle(
 ) -> str:
     """Write a bundle; an older one is replaced in one step.
 
-    Args are the fields of `Bundle`, and ``made_at``: time in the version; now by default.
-
-    Returns:
-        The version: time in UTC and the beginning of the weights' sha256; later is greater.
-
-    Raises:
-        BundleError: The folder cannot be written.
+    The arguments are the fields of `Bundle`, and ``made_at``: time in the version; now by default.
+    The version is the time in UTC and the beginning of the weights' sha256; later is greater.
     """
     try:
         with new_folder(folder) as part:
@@ -227,11 +221,7 @@ def save_bundle(
 
 
 def load_bundle(folder: Path) -> Bundle:
-    """Read a bundle and check that its parts belong together.
-
-    Raises:
-        BundleError: A file is missing, broken, or does not fit the others.
-    """
+    """Read a bundle and check that its parts belong together; else it is a `BundleError`."""
     about = read_about(folder)
     digests = (about.weights_sha256, *about.members_sha256)
     weights = _weight_files(len(digests))
@@ -305,11 +295,7 @@ def _write_weights(
 
 
 def read_about(folder: Path) -> About:
-    """Read ``bundle.yaml``.
-
-    Raises:
-        BundleError: It is missing or broken.
-    """
+    """Read ``bundle.yaml``."""
     path = folder / ABOUT
     try:
         content = _parse(path.read_text(encoding="utf-8"))

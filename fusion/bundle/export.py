@@ -45,12 +45,7 @@ _LARGEST_ONNX = 2_000_000_000
 
 @dataclass(frozen=True)
 class Port:
-    """One input of a graph.
-
-    Attributes:
-        free: Axis -> name of its length; the others are fixed.
-        most: Name of a length -> its largest value.
-    """
+    """One input of a graph: its free axes and the names of their lengths, and the most of each."""
 
     name: str
     free: Mapping[int, str]
@@ -65,7 +60,6 @@ class Graph:
         module: In evaluation mode, float32, on the CPU; tensors in the order of ``ports`` in, one
             tensor out.
         legacy: The model itself, for ``.pth``.
-        output: Name of the output.
         example: Inputs that the module is traced with; every free length is at least 2.
         cases: Name -> inputs that are compared.
         about: Entries of the JSON file next to it.
@@ -90,13 +84,7 @@ class ParityError(TaggingError):
 
 @dataclass(frozen=True)
 class Exported:
-    """The file that was written.
-
-    Attributes:
-        how: The exporter's name.
-        differences: Case -> largest absolute difference to the model.
-        sidecar: The JSON file next to it.
-    """
+    """The file that was written, and for each case its largest difference to the model."""
 
     path: Path
     sidecar: Path
@@ -112,12 +100,8 @@ class Exported:
 def export(graph: Graph, form: Format, path: Path) -> Exported:
     """Write a graph, and compare the file with the module before it gets its name.
 
-    ``<name>.json`` next to it holds inputs, output, labels, thresholds and the like.
-
-    Raises:
-        ConfigError: A package is missing, or the file cannot be written.
-        ExportRefused: The exporter cannot write the module.
-        ParityError: The file gives other numbers than the module.
+    ``<name>.json`` next to it holds inputs, output, labels, thresholds and the like. A module that
+    cannot be written is `ExportRefused`, a file that gives other numbers `ParityError`.
     """
     writers: Mapping[Format, Callable[[Graph, Path], tuple[str, Runner]]] = {
         "onnx": _write_onnx,

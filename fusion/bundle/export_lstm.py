@@ -32,11 +32,7 @@ def exportable(module: nn.Module, kind: Kind) -> nn.Module:
 
 
 class ExportableLSTM(nn.Module):
-    """An `nn.LSTM` of one layer, batch first, with the same weights.
-
-    Raises:
-        ValueError: It is another kind of LSTM.
-    """
+    """An `nn.LSTM` of one layer, batch first, with the same weights."""
 
     def __init__(self, lstm: nn.LSTM, one: _One) -> None:
         super().__init__()

@@ -79,11 +79,7 @@ class Tokens(nn.Module):
 
 
 def backbone_graph(name: Backbone, features: FeatureSettings) -> Graph:
-    """Return the graph of one backbone, loaded as the settings say, in float32.
-
-    Raises:
-        ConfigError: The backbone or its weights are missing, or it cannot be exported.
-    """
+    """Return the graph of one backbone, loaded as the settings say, in float32."""
     features = _in_float32(features)
     match name:
         case "image":

@@ -32,11 +32,7 @@ def save_legacy(model: torch.nn.Module, path: Path, *, whole: bool) -> None:
 
 
 def fit(model: FusionModel, state: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Fill a model with weights; heads that are there for training only may be missing or extra.
-
-    Raises:
-        ConfigError: They are of another architecture; names the first difference.
-    """
+    """Fill a model with weights; heads that are there for training only may be missing or extra."""
     own = {key: value for key, value in model.state_dict().items() if key.startswith("own.")}
     weights = {k: v for k, v in state.items() if not k.startswith("own.") or k in own}
     try:
@@ -54,12 +50,8 @@ def resolve_model(
 ) -> Path:
     """Return the folder of the bundle that ``--best_model`` means.
 
-    Args:
-        model: A bundle's folder, its ``model.safetensors``, or a file with other weights.
-        bundle: The one that such weights belong to.
-        target: Where a bundle with such weights is made.
-        allow_pickle: As in `load_weights`.
-        setting: As in `load_weights`.
+    That is a bundle's folder, its ``model.safetensors``, or a file with other weights for
+    ``bundle``, of which a bundle is made in ``target``. The rest is as in `load_weights`.
     """
     if model.is_dir() or model.suffix not in WEIGHT_FILES:
         return model
@@ -77,17 +69,10 @@ def with_weights(
     allow_pickle: bool = False,
     setting: str = "allow_pickle",
 ) -> str:
-    """Make a bundle that differs from another in its weights only.
+    """Make a bundle that differs from another in its weights only; return its version.
 
     Labels, thresholds and calibration stay; the version gets the new weights' digest. Weights of
     one model make an ensemble's bundle one of that model alone.
-
-    Returns:
-        The version.
-
-    Raises:
-        ConfigError: The weights cannot be read, or do not fit.
-        BundleError: The bundle is missing or broken.
     """
     state = load_weights(weights, allow_pickle=allow_pickle, setting=setting)
     base, about = load_bundle(bundle), read_about(bundle)

@@ -39,8 +39,7 @@ class Entry(NamedTuple):
     Attributes:
         where: File and line or place, for errors.
         line: Its line, or its place in the list; from 1.
-        start: Its first byte in the file.
-        size: Its bytes.
+        start: Its first byte in the file; ``size`` are its bytes.
         value: JSON's value; of a line that is none, a `ConfigError` says why.
     """
 
@@ -53,12 +52,7 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """The labels and features of a post.
-
-    Attributes:
-        labels: Names of the true tags.
-        features: Its feature file; None leaves it to the reader to find it by ID.
-    """
+    """The labels and features of a post; without a file the reader finds it by ID."""
 
     post_id: str
     labels: tuple[str, ...] = ()
@@ -67,10 +61,9 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class CorpusPost:
-    """A post of a file.
+    """A post of a file; its media's sources stand as in the file: see `local_path`.
 
     Attributes:
-        post: Its media's sources stand as in the file: see `local_path`.
         created: When it was made, ISO 8601.
         features: Its feature file, where the file names one.
         line: As `Entry.line`.
@@ -85,13 +78,7 @@ class CorpusPost:
 
 @dataclass(frozen=True, slots=True)
 class BadLine:
-    """A line or entry that is no post.
-
-    Attributes:
-        line: As `Entry.line`.
-        reason: One line for a person.
-        post_id: Its post's ID, where that could be read.
-    """
+    """A line or entry that is no post; its ID, where that could be read."""
 
     line: int
     reason: str
@@ -104,9 +91,7 @@ FileEntry: TypeAlias = CorpusPost | BadLine
 def entries(path: Path) -> Iterator[Entry]:
     """Yield the entries of a file one after another; empty lines are passed over.
 
-    Raises:
-        ConfigError: The file is missing or cannot be read; or it is no JSON list, which shows when
-            the reading comes there.
+    That a file is no JSON list shows when the reading comes there.
     """
     try:
         with path.open("rb") as file:
@@ -121,11 +106,7 @@ def entries(path: Path) -> Iterator[Entry]:
 
 
 def objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the place and content of every entry of a file that holds objects of any kind.
-
-    Raises:
-        ConfigError: As `entries`; or an entry is no object.
-    """
+    """Yield the place and content of every entry of a file that holds objects of any kind."""
     for entry in entries(path):
         if isinstance(entry.value, ConfigError):
             raise entry.value
@@ -135,11 +116,7 @@ def objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def read_posts(path: Path | str) -> Iterator[FileEntry]:
-    """Yield the posts of a file, and what is no post; repeated IDs are not looked for.
-
-    Raises:
-        ConfigError: As `entries`.
-    """
+    """Yield the posts of a file, and what is no post; repeated IDs are not looked for."""
     for entry in entries(Path(path)):
         post_id = None
         try:
@@ -150,11 +127,7 @@ def read_posts(path: Path | str) -> Iterator[FileEntry]:
 
 
 def count_lines(path: Path | str) -> int:
-    """Count the lines of a file, empty ones included, or the entries of a list.
-
-    Raises:
-        ConfigError: As `entries`.
-    """
+    """Count the lines of a file, empty ones included, or the entries of a list."""
     file = Path(path)
     if file.suffix.lower() == ".json":
         return sum(1 for _ in entries(file))
@@ -168,15 +141,7 @@ def count_lines(path: Path | str) -> int:
 
 
 def check_holds_post(path: Path | str, limit: int | None = None) -> None:
-    """Refuse a file without a post; reads up to the first one.
-
-    Args:
-        path: As for `read_posts`.
-        limit: Entries that count; None: all.
-
-    Raises:
-        ConfigError: As `read_posts`; or no entry is a post, with the reason.
-    """
+    """Refuse a file without a post; reads up to the first one, or ``limit`` entries."""
     broken, first = 0, None
     for entry in itertools.islice(read_posts(path), limit):
         if isinstance(entry, CorpusPost):
@@ -191,27 +156,14 @@ def check_holds_post(path: Path | str, limit: int | None = None) -> None:
 
 
 def record_of(value: Any, where: str, path: Path) -> Record:
-    """Return an entry's labels and features.
-
-    Args:
-        value: As `Entry.value`.
-        where: For the error.
-        path: The file, which paths are relative to.
-
-    Raises:
-        ConfigError: It is not as it should be.
-    """
+    """Return the labels and features of an `Entry.value` at ``where`` of the file ``path``."""
     post_id = post_id_of(value, where)
     labels, features = _texts(value, "labels", where), _text(value, "features", where)
     return Record(post_id, labels, beside(features, path) if features else None)
 
 
 def parse_post(value: Any, where: str, line: int = 0) -> CorpusPost:
-    """Return an entry as a post; the arguments are those of `record_of`.
-
-    Raises:
-        ConfigError: It is not as it should be.
-    """
+    """Return an `Entry.value` as a post."""
     post_id = post_id_of(value, where)
     media = [
         Media(kind, local_source(source))
@@ -231,11 +183,7 @@ def parse_post(value: Any, where: str, line: int = 0) -> CorpusPost:
 
 
 def read_whole_posts(path: Path) -> list[Post]:
-    """Return the posts of a small file, ready to be tagged: see `post_to_tag`.
-
-    Raises:
-        ConfigError: As `entries`; or it is empty, or an entry is wrong.
-    """
+    """Return the posts of a small file, ready to be tagged: see `post_to_tag`."""
     posts = [post_to_tag(entry.value, path, entry.where) for entry in entries(path)]
     if not posts:
         raise ConfigError(f"{path}: holds no post")
@@ -243,12 +191,7 @@ def read_whole_posts(path: Path) -> list[Post]:
 
 
 def post_to_tag(value: Any, path: Path, where: str) -> Post:
-    """Return an entry as a post whose local media exist; the arguments are those of `record_of`.
-
-    Raises:
-        ConfigError: It is not as it should be, has an unknown key, or names a medium that is not
-            there.
-    """
+    """Return an entry as a post with known keys alone, whose local media exist."""
     post_id_of(value, where)
     odd = next((key for key in value if key not in _KEYS), None)
     if odd is not None:
@@ -280,11 +223,7 @@ def beside(source: str, file: Path) -> Path:
 
 
 def post_id_of(value: Any, where: str) -> str:
-    """Return the ID of an entry.
-
-    Raises:
-        ConfigError: It has none, or one that is no text.
-    """
+    """Return the ID of an entry."""
     if isinstance(value, ConfigError):
         raise value
     post_id = value.get("post_id") if isinstance(value, dict) else None
@@ -403,11 +342,7 @@ class _Text:
         self._bytes += count
 
     def entry(self, number: int) -> Entry:
-        """Decode the value that comes next, and pass it.
-
-        Raises:
-            ValueError: It is no JSON, is cut off, or larger than any post.
-        """
+        """Decode the value that comes next, and pass it."""
         self.next_sign()
         while True:
             try:

@@ -30,41 +30,27 @@ _KEPT_BYTES = 1024  # what Python needs for the arrays of one post that is kept
 class FeatureFiles:
     """Feature files as training and offline inference read them.
 
-    Attributes:
-        root: Folder to find the file of a post by its ID, for posts whose entry names no file;
-            None refuses such posts.
+    ``root`` is the folder to find the file of a post by its ID, for posts whose entry names no
+    file; None refuses such posts.
     """
 
     root: Path | None = None
 
     def header(self, post_id: str, path: Path | None) -> Header:
-        """Return the header of a post's feature file.
-
-        Raises:
-            FeatureError: There is no such file, or it is broken.
-        """
+        """Return the header of a post's feature file."""
         return read_header(path or feature_path(self._root(post_id), post_id))
 
     def has_learned(self, post_id: str, path: Path | None, streams: Container[Stream]) -> bool:
-        """Return True when the weights behind some of the streams have learned from a post.
-
-        Raises:
-            FeatureError: As `header`.
-        """
+        """Return True when the weights behind some of the streams have learned from a post."""
         return any(stream in streams for stream in self.header(post_id, path).learned_from)
 
     def features(
         self, post_id: str, path: Path | None, fingerprints: Mapping[Stream, str] | None
     ) -> Features:
-        """Return a post's features.
+        """Return a post's features; an empty ID is taken from the file's name.
 
-        Args:
-            post_id: Its ID; empty takes it from the file's name.
-            path: Its file, in the layout of `extractors.feature_file`; None finds it by ID.
-            fingerprints: The streams wanted and what they must be made with; None is all.
-
-        Raises:
-            FeatureError: There is no such file, it is broken, or made otherwise.
+        Without ``path`` the file is found by ID. ``fingerprints`` are the streams wanted and what
+        they must be made with; None takes all.
         """
         if path is None:
             return read_features(self._root(post_id), post_id, fingerprints)
@@ -85,13 +71,9 @@ def find_manifest(
 ) -> FeatureManifest:
     """Learn from the feature files what the features are.
 
-    Looks at posts from all over the list until every modality was found, at a few thousand at
-    most; a modality that none of them has is not part of the model. With ``skip_bad`` some more
-    posts vote on how features were made.
-
-    Raises:
-        FeatureError: Features cannot be read.
-        ConfigError: No post has any of the modalities.
+    Looks at posts from all over the list until every modality was found, at a few thousand at most;
+    a modality that none of them has is not part of the model. With ``skip_bad`` some more posts
+    vote on how features were made.
     """
     votes: dict[Stream, Counter[tuple[int, str]]] = {}
     wanted = streams_of(settings.modalities)
@@ -138,14 +120,7 @@ def _made(
 
 
 class PostDataset(Dataset[Sample]):
-    """Posts with their targets; features are read when asked for, and kept up to a budget.
-
-    Args:
-        posts: With their labels.
-        reader: Where features come from.
-        manifest: What they must be; others are refused by name.
-        cache_mb: Features that are kept in memory, the first ones read.
-    """
+    """Posts with their targets; the first features read are kept in memory, up to a budget."""
 
     def __init__(
         self,

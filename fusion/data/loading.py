@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeAlias, TypeVar, cast
+from typing import Any, TypeAlias, TypeVar, cast
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from fusion.data.schema import Batch, Collate, Sample
+from fusion.data.schema import Batch, Sample
 
 # Batches that are ready before they are wanted: they hide one that is slow to read. Each one more
 # only takes memory; with 1, every slow one makes the model wait.
@@ -26,26 +26,19 @@ Batches: TypeAlias = Generator[Batch, None, None]
 
 
 class Loading:
-    """A reader of batches ahead, in processes or in a thread.
+    """A reader of batches ahead, in so many processes for each data set, or with 0 in a thread.
 
     The processes of a data set live until `close`, so that they start only once.
-
-    Args:
-        collate: Makes batches.
-        loaders: Processes for each data set; 0 reads in a thread of this one.
-        device: Where batches will go.
     """
 
-    def __init__(self, collate: Collate, loaders: int, device: torch.device) -> None:
+    def __init__(
+        self, collate: Callable[[Sequence[Any]], Batch], loaders: int, device: torch.device
+    ) -> None:
         self._collate, self._loaders, self._device = collate, loaders, device
         self._open: dict[int, tuple[DataLoader[Batch], _Plan]] = {}
 
     def batches(self, posts: Dataset[Sample], rows: Iterable[list[int]]) -> Batches:
-        """Yield the batches of these rows, in their order.
-
-        Raises:
-            FeatureError: Features cannot be read.
-        """
+        """Yield the batches of these rows, in their order."""
         if id(posts) not in self._open:
             self._open[id(posts)] = self._loader(posts)
         loader, plan = self._open[id(posts)]
@@ -84,12 +77,7 @@ class _Plan:
 
 
 def default_loaders(device_type: str, processes: int) -> int:
-    """Return a sensible number of loader processes: none on a CPU, whose cores training needs.
-
-    Args:
-        device_type: ``cpu`` or ``cuda``.
-        processes: Training processes on this host.
-    """
+    """Return a number of loader processes: none on a CPU, whose cores training needs."""
     if device_type == "cpu":
         return 0
     return max(1, min(_MOST_LOADERS, (os.cpu_count() or 1) // processes - 1))
@@ -142,16 +130,9 @@ class EpochBatches(Sampler[list[int]]):
     """Shuffled batches of rows; the order depends on seed and epoch alone.
 
     Batches are those of the whole run, whatever the number of its processes: each takes every
-    ``world``-th post of every batch, so that together they see what one process would. A last
-    batch with less than two posts for each process joins the batch before it: batch normalisation
-    cannot learn from one.
-
-    Attributes:
-        epoch: Whose order `__iter__` gives.
-        start: Batches of it that are left out, because they were learned from already.
-
-    Raises:
-        ValueError: A batch, or the whole set, has no post for each process.
+    ``world``-th post of every batch, so that together they see what one process would. A last batch
+    with less than two posts for each process joins the batch before it: batch normalisation cannot
+    learn from one. `__iter__` leaves out ``start`` batches of the ``epoch``.
     """
 
     def __init__(self, count: int, batch_size: int, seed: int, *, rank: int, world: int) -> None:

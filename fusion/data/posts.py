@@ -31,12 +31,7 @@ _SHOWN_FROM_MB = 64
 
 
 class PostList(Sequence[Record]):
-    """Posts of one or several data files with their labels; pickles, and is safe for threads.
-
-    Attributes:
-        paths: The data files.
-        labels: The map that the labels' indices are of.
-    """
+    """Posts of one or several data files with their labels; pickles, and is safe for threads."""
 
     def __init__(
         self,
@@ -62,18 +57,7 @@ class PostList(Sequence[Record]):
     def read(
         cls, path: Path, labels: LabelMap, *, skip: Skip | None = None, progress: bool = False
     ) -> PostList:
-        """Read a data file, ``.json`` or ``.jsonl``.
-
-        Args:
-            path: The file.
-            labels: The label map.
-            skip: Told of each post that is left out; None refuses the first of them.
-            progress: Show a bar for a large file.
-
-        Raises:
-            ConfigError: It is missing, no JSON list or empty; and without ``skip``: an entry is
-                not as it should be, a label is not in the map, or an ID stands twice.
-        """
+        """Read a data file; ``skip`` is told of each bad post, None refuses the first of them."""
         places, ends, indices = array("q"), array("q", [0]), array("i")
         size_mb = path.stat().st_size >> 20 if path.exists() else 0
         shown = progress and size_mb >= _SHOWN_FROM_MB
@@ -106,8 +90,7 @@ class PostList(Sequence[Record]):
     def joined(cls, lists: Sequence[PostList]) -> PostList:
         """Return the posts of lists that share a label map, one list after another.
 
-        Raises:
-            ConfigError: A post stands in two of them: it would be learned and held out at once.
+        A post in two of them is refused: it would be learned and held out at once.
         """
         places = np.concatenate([some._places for some in lists])
         files = np.cumsum([0, *(len(some.paths) for some in lists)])[:-1]
@@ -163,11 +146,7 @@ class PostList(Sequence[Record]):
             raise self._changed(row) from error
 
     def label_rows(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Return labels by post: of post i they are ``labels[ends[i]:ends[i + 1]]``.
-
-        Returns:
-            ``ends`` ``(posts + 1,)`` and ``labels``, both int64.
-        """
+        """Return int64 ``ends`` and ``labels``: of post i ``labels[ends[i]:ends[i + 1]]``."""
         return self._ends, self._indices.astype(np.int64)
 
     @property
@@ -243,7 +222,8 @@ def stratified_folds(
     """Share posts out so that every part has its share of the posts and of each tag's posts.
 
     The rarest tag's posts are dealt first, each to the part that lacks it most; then those of the
-    tag that is rarest among the rest, and so on.
+    tag that is rarest among the rest, and so on. Source: Sechidis et al., On the stratification of
+    multi-label data, 2011, algorithm 1.
 
     Args:
         ends: ``(posts + 1,)``: the labels of post i are ``labels[ends[i]:ends[i + 1]]``.
@@ -254,11 +234,6 @@ def stratified_folds(
 
     Returns:
         The part of each post, from 0; ``(posts,)``.
-
-    Raises:
-        ValueError: There are fewer posts than parts, or fewer than two parts.
-
-    Source: Sechidis et al., On the stratification of multi-label data, 2011, algorithm 1.
     """
     bounds, flat = np.asarray(ends, np.int64), np.asarray(labels, np.int64)
     posts = len(bounds) - 1

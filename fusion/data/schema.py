@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,11 +20,9 @@ ORDERED: frozenset[Stream] = frozenset({"video", "audio", "text", "ocr"})
 
 @dataclass(frozen=True)
 class FeatureManifest:
-    """The features that a model was trained on.
+    """The features that a model was trained on: length and fingerprint of each stream.
 
     Attributes:
-        dims: Length of one feature of each stream.
-        fingerprints: Of the extractors, by stream.
         image_as_frames: Images join the video's frames.
         ocr_mode: How OCR text was embedded.
     """
@@ -35,11 +33,7 @@ class FeatureManifest:
     ocr_mode: Literal["append", "separate"] = "separate"
 
     def input_dims(self) -> dict[Stream, int]:
-        """Return the dims of the model's input, in the order of `STREAMS`.
-
-        Raises:
-            ConfigError: Images shall be frames, and their features differ in length.
-        """
+        """Return the dims of the model's input, in the order of `STREAMS`."""
         dims = {s: self.dims[s] for s in STREAMS if s in self.dims}
         if not self.image_as_frames or "image" not in dims:
             return dims
@@ -55,13 +49,7 @@ class FeatureManifest:
 
 @dataclass(frozen=True)
 class InputSchema:
-    """Shapes of a model's input and output.
-
-    Attributes:
-        dims: Length of one token of each stream, in the order of `STREAMS`.
-        tokens: Most tokens of each stream.
-        classes: Number of tags.
-    """
+    """Length of one token and most tokens of each stream, and the number of tags."""
 
     dims: Mapping[Stream, int]
     tokens: Mapping[Stream, int]
@@ -70,11 +58,7 @@ class InputSchema:
 
     @classmethod
     def of(cls, manifest: FeatureManifest, limits: TokenLimits, classes: int) -> InputSchema:
-        """Return the schema of a model for these features.
-
-        Raises:
-            ConfigError: As `FeatureManifest.input_dims`; or there is no modality at all.
-        """
+        """Return the schema of a model for these features."""
         dims = manifest.input_dims()
         if not dims:
             raise ConfigError("no post has features of any of the modalities asked for")
@@ -86,15 +70,8 @@ class InputSchema:
     ) -> dict[Stream, FeatureArray]:
         """Return a post's features as the model takes them: images joined, tokens thinned.
 
-        Args:
-            features: Of one post; streams that the model does not know are left out.
-            without: Modalities to leave out, with all their streams.
-
-        Returns:
-            float16 ``(n, dim)`` with 1 ≤ n ≤ tokens, for the streams that are there.
-
-        Raises:
-            FeatureError: An array has another shape than the model takes.
+        float16 ``(n, dim)`` with 1 ≤ n ≤ tokens, for the streams that are there and that the model
+        knows; all streams of the modalities ``without`` are left out.
         """
         found: dict[Stream, list[FeatureArray]] = {}
         for stream in STREAMS:
@@ -132,12 +109,12 @@ class Sample:
     """One post as the model takes it.
 
     Attributes:
-        arrays: float16 ``(n, dim)`` for each stream that is there.
+        arrays: Features float16 ``(n, dim)`` for each stream that is there; media ``(n, ...)``.
         target: float32 ``(classes,)`` of 0 and 1; None where the truth is not known.
     """
 
     post_id: str
-    arrays: Mapping[Stream, FeatureArray]
+    arrays: Mapping[Stream, npt.NDArray[Any]]
     target: npt.NDArray[np.float32] | None = None
 
 
@@ -177,17 +154,36 @@ class Collate:
         masks: dict[Stream, torch.Tensor] = {}
         for stream, dim in self._dims.items():
             arrays = [sample.arrays.get(stream) for sample in samples]
-            lengths = [0 if array is None else len(array) for array in arrays]
-            padded = np.zeros((len(samples), max(lengths), dim), np.float32)
-            for row, array in zip(padded, arrays, strict=True):
-                if array is not None:
-                    row[: len(array)] = array
-            tokens[stream] = torch.from_numpy(padded)
-            masks[stream] = torch.arange(max(lengths))[None, :] < torch.tensor(lengths)[:, None]
-        targets = [sample.target for sample in samples if sample.target is not None]
-        return Batch(
-            tuple(sample.post_id for sample in samples),
-            tokens,
-            masks,
-            torch.from_numpy(np.stack(targets)) if len(targets) == len(samples) else None,
-        )
+            tokens[stream], masks[stream] = padded(arrays, (dim,), np.float32)
+        return batch_of(samples, tokens, masks)
+
+
+def padded(
+    arrays: Sequence[npt.NDArray[Any] | None], shape: tuple[int, ...], dtype: npt.DTypeLike
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return arrays ``(n, *shape)`` padded with zeros to the longest, and their mask.
+
+    ``(posts, n, *shape)`` and bool ``(posts, n)``; None is an array of length 0.
+    """
+    lengths = [0 if array is None else len(array) for array in arrays]
+    rows = np.zeros((len(arrays), max(lengths), *shape), dtype)
+    for row, array in zip(rows, arrays, strict=True):
+        if array is not None:
+            row[: len(array)] = array
+    mask = torch.arange(max(lengths))[None, :] < torch.tensor(lengths)[:, None]
+    return torch.from_numpy(rows), mask
+
+
+def batch_of(
+    samples: Sequence[Sample],
+    tokens: Mapping[Stream, torch.Tensor],
+    masks: Mapping[Stream, torch.Tensor],
+) -> Batch:
+    """Return a batch with the samples' IDs and, where all have some, their targets."""
+    targets = [sample.target for sample in samples if sample.target is not None]
+    return Batch(
+        tuple(sample.post_id for sample in samples),
+        tokens,
+        masks,
+        torch.from_numpy(np.stack(targets)) if len(targets) == len(samples) else None,
+    )

@@ -80,15 +80,13 @@ class InferReport:
     Attributes:
         posts: All that are tagged, by this run and by earlier ones.
         labelled: Posts whose true labels and scores of all classes are known.
-        metrics: Over those of these that no part has learned from, where there are any; empty
-            without.
+        metrics: Over those of these that no part has learned from, where there are any.
         seen: Labelled posts that a part has learned from; they are in the metrics only where they
             are all, and these then say nothing of new posts.
-        skipped: Posts that were left out.
-        skipped_at: The list of them; None where nothing was left out.
+        skipped_at: The list of posts that were left out; None where nothing was.
         resumed: Entries of the input that an earlier run had done.
-        unscored: Labelled posts among these that are not in the metrics, because the output does
-            not hold their scores.
+        unscored: Labelled posts that are not in the metrics, because the output does not hold their
+            scores.
         posts_per_s: Of this run, models loaded.
     """
 
@@ -108,8 +106,7 @@ class Input:
     """The posts of a file: read once to check them, and again one by one, so that memory is flat.
 
     Attributes:
-        read: Makes a post of an entry, the file, and the entry's place in it; raises
-            `ConfigError`.
+        read: Makes a post of an entry, the file, and the entry's place in it; or `ConfigError`.
         labels: Names that labels must have.
         skip_bad: Give what is wrong as `Bad`; otherwise it is raised.
     """
@@ -120,12 +117,7 @@ class Input:
     skip_bad: bool = False
 
     def count(self) -> int:
-        """Read everything once; return the number of entries, bad ones included.
-
-        Raises:
-            ConfigError: The file is missing, broken or empty; or, without ``skip_bad``, an entry
-                is wrong.
-        """
+        """Read everything once; return the number of entries, bad ones included."""
         found = sum(1 for _ in self)
         if not found:
             raise ConfigError(f"{self.path}: holds no posts")
@@ -147,11 +139,7 @@ class Input:
 
 
 def read_record(content: Any, path: Path, where: str) -> Record:
-    """Return a post with features: an entry of a data file, or a line of a list.
-
-    Raises:
-        ConfigError: It is not as it should be; names ``where``.
-    """
+    """Return a post with features: an entry of a data file, or a line of a list."""
     if path.suffix != ".txt":
         return record_of(content, where, path)
     if not content.endswith(".safetensors"):
@@ -184,13 +172,9 @@ class Job:
     """An inference, ready to run.
 
     Attributes:
-        source: The posts.
         maker: Makes a tagger on a device.
-        bundle: The bundle of the taggers.
-        settings: How to run.
-        sink: Takes the results.
-        skipped: File for the list of posts that are left out; large temporary files are made in
-            the same folder.
+        skipped: File for the list of posts that are left out; large temporary files are made in the
+            same folder.
         seen: Tells whether the bundle or its extractors' weights have learned from a post.
     """
 
@@ -204,14 +188,7 @@ class Job:
 
 
 def infer(job: Job) -> InferReport:
-    """Tag posts, in their order.
-
-    Raises:
-        ConfigError: The input, the output or the device is wrong, or a label is not in the
-            bundle's map.
-        FeatureError: A post is bad, without ``skip_bad``.
-        WorkerDied: A process has died; the same command goes on.
-    """
+    """Tag posts, in their order; after a `WorkerDied` the same command goes on."""
     settings, sink = job.settings, job.sink
     devices = devices_of(settings)
     entries = job.source.count()
@@ -271,11 +248,7 @@ def infer(job: Job) -> InferReport:
 
 
 def devices_of(settings: RunSettings) -> list[str]:
-    """Return the device of each process.
-
-    Raises:
-        ConfigError: This machine has fewer GPUs.
-    """
+    """Return the device of each process."""
     present, asked = torch.cuda.device_count(), settings.n_gpus
     if asked is None:
         asked = min(1, present) if settings.processes == 1 else 0
@@ -307,13 +280,7 @@ def run_chunks(
 ) -> Iterator[list[Outcome]]:
     """Return the outcomes of every chunk, in order.
 
-    Args:
-        maker: Makes the taggers.
-        devices: One for each process; a single one is used in this process.
-        chunks: Posts, and entries that are known to be bad.
-
-    Raises:
-        WorkerDied: A process has died.
+    There is a process for each device; a single one is used in this process.
     """
     if len(devices) == 1:
         with closing(maker(devices[0])) as tagger:
@@ -374,12 +341,7 @@ def _written(
 
 
 class _LabelledRows:
-    """Scores and targets of the labelled posts, in a file: metrics are of the whole set.
-
-    Attributes:
-        count: Posts in the file.
-        unscored: Labelled posts whose scores are not known.
-    """
+    """Scores and targets of the labelled posts, in a file: metrics are of the whole set."""
 
     def __init__(self, file: IO[bytes], labels: LabelMap) -> None:
         shape = (len(labels),)

@@ -46,18 +46,7 @@ class Inferer:
         threads: int | None = None,
         batch_size: int = 64,
     ) -> Inferer:
-        """Load a bundle.
-
-        Args:
-            bundle: Its folder, or a link to it.
-            device: ``cpu`` or ``cuda:N``.
-            threads: torch's CPU threads in this process; None leaves them.
-            batch_size: Posts in one forward pass.
-
-        Raises:
-            BundleError: The bundle is missing or broken.
-            ConfigError: The device does not exist.
-        """
+        """Load a bundle from its folder, or a link to it."""
         set_threads(threads)
         return cls(load_bundle(bundle), device, batch_size=batch_size)
 
@@ -87,14 +76,8 @@ class Inferer:
     ) -> list[Tags]:
         """Return tags of posts, in their order.
 
-        A tag is given where its score reaches its threshold, so a post may get none.
-
-        Args:
-            posts: Their features; modalities that the bundle does not know are left out.
-            without: Modalities to hide, for measuring what they are worth.
-
-        Raises:
-            FeatureError: A post's features have another shape than the bundle takes.
+        A tag is given where its score reaches its threshold, so a post may get none. Modalities
+        that the bundle does not know, and those in ``without``, are left out.
         """
         scores = self.scores(posts, without=without)
         return [self._tags(post.post_id, row) for post, row in zip(posts, scores, strict=True)]
@@ -102,7 +85,7 @@ class Inferer:
     def scores(
         self, posts: Sequence[Features], *, without: frozenset[Modality] = frozenset()
     ) -> npt.NDArray[np.float64]:
-        """Return float64 ``(posts, classes)``; arguments and errors are those of `predict`."""
+        """Return float64 ``(posts, classes)``; arguments are those of `predict`."""
         samples = [
             Sample(post.post_id, self._bundle.schema.arrays(post, without)) for post in posts
         ]

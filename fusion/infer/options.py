@@ -89,11 +89,7 @@ class InferOptions:
 
 
 def infer_options(arguments: Sequence[str] | None = None) -> InferOptions:
-    """Parse the options of `infer_net.py`.
-
-    Raises:
-        ConfigError: One line that names the option and the mistake.
-    """
+    """Parse the options of `infer_net.py`."""
     about = "Tag posts from their feature files, or from raw media."
     options = read_options(InferOptions, "infer_net.py", arguments, about=about)
     if options.resume and options.restart:
@@ -105,9 +101,6 @@ def infer_settings(options: InferOptions) -> InferSettings | Settings:
     """Return the settings of an inference: the YAML file, then the options, then ``--set``.
 
     The keys of the YAML file tell features from raw media.
-
-    Raises:
-        ConfigError: One line that names the file or option, the key and the mistake.
     """
     given = given_options(options, _KEYS)
     if options.skip_bad:
@@ -131,11 +124,7 @@ def infer_settings(options: InferOptions) -> InferSettings | Settings:
 
 
 def tags_raw_media(content: dict[str, Any], file: Path) -> bool:
-    """Return True for the daemon's config (raw media to tags), False for one for feature files.
-
-    Raises:
-        ConfigError: It has keys of both, or only keys that neither has.
-    """
+    """Return True for the daemon's config (raw media to tags), False for feature files."""
     of_features, of_media = set(InferSettings.model_fields), set(Settings.model_fields)
     raw = set(content) & of_media - of_features
     plain = set(content) & of_features - of_media

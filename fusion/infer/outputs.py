@@ -30,12 +30,7 @@ _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 @dataclass(frozen=True)
 class Result:
-    """The result of one post.
-
-    Attributes:
-        scores: float64 ``(classes,)``.
-        labels: Names of its true tags, where they are known.
-    """
+    """The result of one post, its scores ``(classes,)``, and its true tags where known."""
 
     tagged: TagResult
     scores: npt.NDArray[np.float64]
@@ -48,11 +43,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Bad:
-    """A post that cannot be tagged.
-
-    Attributes:
-        post_id: Its ID, or where it stands in the input.
-    """
+    """A post that cannot be tagged; its ID, or where it stands in the input."""
 
     post_id: str
     reason: str
@@ -63,11 +54,7 @@ Outcome: TypeAlias = Result | Bad
 
 @dataclass(frozen=True)
 class Earlier:
-    """A post whose tags an earlier run has written.
-
-    Attributes:
-        scores: float64 ``(classes,)``; None where the output does not hold them.
-    """
+    """A post whose tags, and perhaps scores ``(classes,)``, an earlier run has written."""
 
     scores: npt.NDArray[np.float64] | None = None
 
@@ -78,12 +65,8 @@ class Sink(Protocol):
     def open(self, input_ids: Callable[[], Counter[str]]) -> None:
         """Open the output, and see what an earlier run has written.
 
-        Args:
-            input_ids: Reads the IDs of the input's posts, each with the number of its entries;
-                those that only their feature files know count as ``""``.
-
-        Raises:
-            ConfigError: The output cannot be written, or does not belong to this run.
+        ``input_ids`` reads the IDs of the input's posts, each with the number of its entries; those
+        that only their feature files know count as ``""``.
         """
 
     def written(self, post_ids: Sequence[str]) -> Sequence[Earlier | None]:
@@ -115,12 +98,8 @@ class JsonLines:
     """A format with a line for each post: the result's document, as `insighttag tag` prints it.
 
     Then ``labels`` where they are known, and ``scores``: every class, with all digits, so that
-    reading them gives the same numbers again.
-
-    Attributes:
-        scores: Write the score of every class.
-        head: Text before the first row.
-        end: Bytes that every row ends with.
+    reading them gives the same numbers again. A format has a ``head`` before its rows, and an
+    ``end`` of each.
     """
 
     scores: bool = True
@@ -141,11 +120,7 @@ class JsonLines:
         return json.dumps(content, ensure_ascii=False) + "\n"
 
     def rows(self, file: TextIO) -> Iterator[Row]:
-        """Read rows back.
-
-        Raises:
-            ValueError: The file is of another form, or broken.
-        """
+        """Read rows back; a file of another form, or a broken one, is a ValueError."""
         for line in file:
             content = json.loads(line)
             if ("scores" in content) != self.scores:
@@ -159,11 +134,7 @@ class CsvTable:
     """A format with columns ``post_id, tags, scores, model, version``, and one for each class.
 
     ``tags`` and ``scores`` hold the same number of items, with a bar between them. Text that a
-    spreadsheet would take for a formula gets an apostrophe in front. Attributes and methods are
-    those of `JsonLines`.
-
-    Attributes:
-        names: Of the classes.
+    spreadsheet would take for a formula gets an apostrophe in front. The rest is as `JsonLines`.
     """
 
     names: tuple[str, ...]
@@ -241,15 +212,9 @@ class FileSink:
     """A `Sink` that is a file ``F``, which appears whole.
 
     Rows go to ``F.part``, which becomes ``F`` at the end. A later run reads back the rows that a
-    killed one has left there, and goes on behind them. It does the same with the rows of a whole
-    ``F`` where these are of the same bundle and of posts of its input.
-
-    Args:
-        output: The file.
-        form: Its format.
-        bundle: The bundle that makes the tags.
-        restart: Throw away what is there.
-        reuse: Take over rows of a whole file; otherwise only those of a killed run.
+    killed one has left there, and goes on behind them; not with ``restart``. With ``reuse`` it does
+    the same with the rows of a whole ``F`` where these are of the same bundle and of posts of its
+    input.
     """
 
     def __init__(

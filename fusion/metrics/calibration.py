@@ -167,13 +167,10 @@ def _sigmoid(logits: FloatArray) -> FloatArray:
 
 
 class Reliability(NamedTuple):
-    """The share of right decisions among scores of about the same height.
+    """Scores in bins of equal width, each with the mean of its scores and the share that is true.
 
-    Attributes:
-        counts: Decisions in each of the equally wide bins of [0, 1]; int ``(bins,)``.
-        scores: Their mean score, NaN where there are none; float64 ``(bins,)``.
-        right: The share of them that is true, NaN where there are none; float64 ``(bins,)``.
-        error: Expected calibration error: the mean distance between the two, by counts.
+    Both are NaN where a bin is empty. ``error`` is the expected calibration error: the gaps between
+    the two, weighted by the bins' sizes.
     """
 
     counts: npt.NDArray[np.int64]
@@ -259,16 +256,8 @@ def fit_thresholds(
     """Return a threshold for each tag, by its best F1 or for a wanted precision.
 
     Tags with fewer than ``min_positives`` positives take the one that is best for all tags
-    together: a threshold fitted to two posts says nothing.
-
-    Args:
-        scores: Floats ``(samples, classes)`` in [0, 1].
-        targets: ``(samples, classes)`` of 0 and 1.
-        min_positives: Positives that a threshold of its own takes.
-        precision: As in `precision_threshold`; None takes the best F1.
-
-    Returns:
-        float32 ``(classes,)``, with six decimals, as they are written in the bundle.
+    together: a threshold fitted to two posts says nothing. Scores and targets are ``(samples,
+    classes)``; thresholds have six decimals, as they are written in the bundle.
     """
     numbers, truth = np.asarray(scores), np.asarray(targets).astype(np.bool_)
 

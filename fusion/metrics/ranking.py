@@ -124,10 +124,8 @@ def precision_at_equal_recall(scores: npt.ArrayLike, targets: npt.ArrayLike) -> 
 class Cuts(NamedTuple):
     """The places where a falling threshold takes in further scores; arrays ``(cuts,)``.
 
-    Attributes:
-        scores: Different scores, from the highest down.
-        given: Decisions at or above each.
-        right: True ones among these.
+    ``scores`` are the different ones, ``given`` the decisions at or above each, ``right`` the true
+    ones among these.
     """
 
     scores: FloatArray
@@ -147,8 +145,7 @@ def cuts(scores: FloatArray, truth: BoolArray) -> Cuts:
 def average_precisions(scores: npt.ArrayLike, targets: npt.ArrayLike) -> npt.NDArray[np.float64]:
     """Average precision of every class, untruncated; tied scores count as one threshold.
 
-    Returns:
-        float64 ``(classes,)``, NaN for a class without positives.
+    NaN for a class without positives.
     """
     numbers, truth = _checked(scores, targets)
     result = np.full(numbers.shape[1], np.nan)
@@ -167,12 +164,7 @@ def mean_average_precision(scores: npt.ArrayLike, targets: npt.ArrayLike) -> flo
 
 
 class F1(NamedTuple):
-    """F1 at given thresholds.
-
-    Attributes:
-        micro: Over all (sample, class) decisions.
-        macro: Mean over the classes that have positives.
-    """
+    """F1 over all decisions, and its mean over the classes that have positives."""
 
     micro: float
     macro: float
@@ -194,12 +186,9 @@ def f1_scores(scores: npt.ArrayLike, targets: npt.ArrayLike, thresholds: npt.Arr
 
 
 class Accuracy(NamedTuple):
-    """Share of right answers at given thresholds.
+    """Share of right decisions, near 1 wherever tags are rare, and of samples.
 
-    Attributes:
-        decisions: Over all (sample, class) decisions: what is mostly called accuracy, and near 1
-            wherever tags are rare.
-        samples: Those whose set of tags is right to the last one.
+    Of a sample the set of tags is right to the last one.
     """
 
     decisions: float
@@ -242,12 +231,7 @@ def precision_recall(scores: npt.ArrayLike, targets: npt.ArrayLike) -> Precision
 def summary(
     scores: npt.ArrayLike, targets: npt.ArrayLike, thresholds: npt.ArrayLike = 0.5
 ) -> dict[str, float]:
-    """Return the metrics that are logged and stored in a bundle.
-
-    Returns:
-        ``gap`` (GAP@20), ``hit_at_1``, ``perr``, ``map``, ``f1_micro``, ``f1_macro``,
-        ``accuracy`` (of decisions) and ``accuracy_exact`` (of samples).
-    """
+    """Return the metrics that are logged and stored in a bundle."""
     f1 = f1_scores(scores, targets, thresholds)
     right = accuracy(scores, targets, thresholds)
     return {

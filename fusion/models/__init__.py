@@ -26,9 +26,5 @@ MODELS: Mapping[ModelName, Callable[[InputSchema, ModelSettings], FusionModel]] 
 
 
 def build_model(schema: InputSchema, settings: ModelSettings) -> FusionModel:
-    """Return the model that the settings name, with fresh weights.
-
-    Raises:
-        ConfigError: Its options do not fit together.
-    """
+    """Return the model that the settings name, with fresh weights."""
     return MODELS[settings.name](schema, settings)

@@ -17,11 +17,9 @@ Group: TypeAlias = Literal["modality", "fusion", "head"]
 
 
 class Stage(NamedTuple):
-    """One layer of a model, for learning rates.
+    """One layer of a model, for learning rates: of which of ``optimizer.group_rates``.
 
-    Attributes:
-        group: Which of ``optimizer.group_rates`` it takes.
-        names: Of its parameters, or of the modules that hold them.
+    ``names`` are those of its parameters, or of the modules that hold them.
     """
 
     group: Group
@@ -45,7 +43,6 @@ class Outputs(NamedTuple):
     """The outputs of a model in training.
 
     Attributes:
-        logits: float32 ``(posts, classes)``.
         own: Logits float32 ``(posts, classes)`` of each stream's own head; empty without heads.
         there: bool ``(posts,)``, True where the post has the stream and it was not hidden.
     """
@@ -187,14 +184,9 @@ def or_missing(vector: torch.Tensor, mask: torch.Tensor, missing: torch.Tensor) 
 
 
 def masked_mean(tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Mean over the tokens that are there; zeros where there is none.
+    """Mean of tokens ``(posts, n, dim)`` where the mask ``(posts, n)`` is True; zeros for none.
 
-    Args:
-        tokens: float ``(posts, n, dim)``, finite, also where masked.
-        mask: bool ``(posts, n)``.
-
-    Returns:
-        float ``(posts, dim)``.
+    Tokens must be finite, also where masked.
     """
     count = mask.sum(dim=1, keepdim=True).clamp(min=1)  # (posts, 1)
     return tokens.masked_fill(~mask[:, :, None], 0.0).sum(dim=1) / count

@@ -32,11 +32,7 @@ def positions(count: int, width: int) -> torch.Tensor:
 
 
 def refuse_uneven(width: int, heads: int, key: str) -> None:
-    """See that attention heads divide the width.
-
-    Raises:
-        ConfigError: They do not; names the section ``key``.
-    """
+    """Refuse attention heads that do not divide the width of the section ``key``."""
     if width % heads:
         raise ConfigError(f"{key}.width: {width} is no multiple of heads {heads}")
 

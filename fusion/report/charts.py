@@ -40,9 +40,7 @@ _VALID = (
 def training_curves(runs: Sequence[Sequence[Mapping[str, Any]]], *, seen: bool = False) -> Figure:
     """Draw loss, validation and learning rate over the epochs, as far as they were logged.
 
-    Args:
-        runs: Events of each training; of several, validation shows GAP alone.
-        seen: Validation is of posts that were learned from.
+    Of several runs validation shows GAP alone; ``seen`` posts were learned from.
     """
     figure, (left, middle, right) = new_figure(11, 3.4, columns=3)
     for number, events in enumerate(runs):

@@ -22,15 +22,11 @@ _TINY = 1e-12
 
 @dataclass(frozen=True)
 class Predictions:
-    """Scores and the truth of posts.
+    """Scores and the truth of posts, all ``(posts, classes)``.
 
     Attributes:
-        post_ids: Of every row.
-        names: Of every tag.
-        raw: Scores as they leave the model, float64 ``(posts, classes)``.
-        scores: Scores as the bundle gives them: calibrated, where it has a calibration; float64
-            ``(posts, classes)``.
-        targets: bool ``(posts, classes)``.
+        raw: Scores as they leave the model.
+        scores: Scores as the bundle gives them: calibrated, where it has a calibration.
         thresholds: float32 ``(classes,)``, on ``scores``.
     """
 
@@ -55,11 +51,7 @@ class Predictions:
 
     @classmethod
     def load(cls, path: Path) -> Predictions:
-        """Read what `save` wrote.
-
-        Raises:
-            ConfigError: The file is missing or broken.
-        """
+        """Read what `save` wrote."""
         try:
             with np.load(path, allow_pickle=False) as file:
                 arrays: dict[str, Any] = {field.name: file[field.name] for field in fields(cls)}
@@ -71,15 +63,10 @@ class Predictions:
 
 
 class TagRow(NamedTuple):
-    """One tag.
+    """One tag: posts that have it, posts that it is given to, and what came of that.
 
-    Attributes:
-        support: Posts that have it.
-        ap: Average precision; None where no post has it.
-        given: Posts that it is given to.
-        precision: Share of these that have it; None where it is never given.
-        recall: Share of the posts that have it to which it is given; None where there are none.
-        f1: None where no post has it and none is given it.
+    None stands where nothing can be said: AP and recall of a tag that no post has, precision of one
+    that is never given, F1 where both.
     """
 
     id: int
@@ -121,9 +108,7 @@ def tag_rows(predictions: Predictions) -> list[TagRow]:
 class Confusion(NamedTuple):
     """One tag that was missed where another was wrongly given.
 
-    Attributes:
-        posts: Posts where both happened.
-        share: Of the posts in which the missed tag was missed.
+    ``share`` is of the posts in which the missed tag was missed.
     """
 
     missed: int
@@ -133,11 +118,7 @@ class Confusion(NamedTuple):
 
 
 def confusion_counts(predictions: Predictions) -> npt.NDArray[np.int64]:
-    """Count posts in which the row's tag was missed and the column's wrongly given.
-
-    Returns:
-        int64 ``(classes, classes)``.
-    """
+    """Count posts in which the row's tag was missed and the column's wrongly given."""
     given, truth = predictions.given, predictions.targets
     missed = (truth & ~given).astype(np.float32)
     wrong = (given & ~truth).astype(np.float32)
@@ -160,12 +141,7 @@ def confusions(predictions: Predictions) -> list[Confusion]:
 
 
 class Mistake(NamedTuple):
-    """One tag of one post, wrongly given or missed.
-
-    Attributes:
-        row: Of the post.
-        loss: Cross entropy of this decision.
-    """
+    """One tag of one post, wrongly given or missed; the loss is its cross entropy."""
 
     row: int
     tag: int

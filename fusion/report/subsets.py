@@ -19,7 +19,6 @@ class SubsetGap:
     """GAP where only some modalities are shown.
 
     Attributes:
-        modalities: Those that are shown.
         gap: Over all posts; one that has none of these modalities gets what the model says of a
             post of which it knows nothing.
         posts: Posts that have at least one of them.
@@ -51,16 +50,9 @@ def measure_subsets(
 ) -> list[SubsetGap]:
     """Measure GAP for every subset of the modalities; return the best first.
 
-    Memory holds the 20 best scores of each post and subset.
-
-    Args:
-        posts: Chunks of features, each with the inferer that scores it, and with its targets
-            ``(posts, classes)``.
-        modalities: Those that the model knows.
-        advance: Told of the posts of each chunk when they are done.
-
-    Raises:
-        FeatureError: A post's features do not fit the model.
+    Memory holds the 20 best scores of each post and subset. Posts come in chunks of features, each
+    with the inferer that scores it, and with its targets ``(posts, classes)``; ``advance`` is told
+    of the posts of each chunk when they are done.
     """
     subsets = subsets_of(modalities)
     every = [GapMeter() for _ in subsets]

@@ -27,9 +27,8 @@ _SHOWN_CHARACTERS = 280
 class PostView:
     """The part of a post that the page shows.
 
-    Attributes:
-        links: Texts and addresses: of the post, or of its local files.
-        thumbnails: Small pictures, JPEG as ``data:`` addresses.
+    Links are texts and addresses, of the post or of its local files; thumbnails small pictures,
+    JPEG as ``data:`` addresses.
     """
 
     text: str = ""
@@ -48,13 +47,8 @@ def view_post(
 ) -> PostView:
     """Return the view of a post in a data file.
 
-    Args:
-        post_id: Its ID.
-        entry: Of the data file; empty where it is not known.
-        data_file: Local paths are relative to it.
-        report: The report's folder, which links to local files start from.
-        post_url: As in `config.train.ReportSettings`.
-        thumbnails: Make small pictures.
+    Local paths of its entry are relative to the file; links to them start from the report's folder.
+    ``post_url`` is as in `config.train.ReportSettings`.
     """
     text = " ".join((*_listed(entry.get("text")), *_listed(entry.get("ocr"))))
     sources = [

@@ -45,14 +45,13 @@ class ReportInput:
     """The content of a report.
 
     Attributes:
-        title: Name of the bundle.
         subtitle: Names the posts that the numbers are of.
         facts: About the run; shown as they are, and in ``report.json``.
-        seen_posts: Posts that the numbers are of, where the model has learned from all; else 0.
         predictions: Of validation posts; None leaves out everything that needs them.
         runs: Events of each training's log.
         subsets: The best first; empty leaves their chapter out.
         calibration: Kind that was fitted.
+        seen_posts: Posts that the numbers are of, where the model has learned from all; else 0.
         view: Returns the views of the posts of some rows, where they can be read.
     """
 
@@ -70,14 +69,7 @@ class ReportInput:
 def write_report(
     folder: Path, content: ReportInput, settings: ReportSettings, *, progress: bool = False
 ) -> Path:
-    """Write the folder; an older one is replaced in one step.
-
-    Returns:
-        The page.
-
-    Raises:
-        ConfigError: The folder cannot be written.
-    """
+    """Write the folder, in place of an older one in one step; return the page."""
     try:
         with (
             new_folder(folder) as part,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning_fabric import Fabric
 
 from common.errors import ConfigError
 from common.files import part_of, publish, sync_file
@@ -16,6 +18,7 @@ from common.post_set import PostSet
 from common.pth import load_weights
 from config.fusion_models import ModelSettings
 from config.labels import LabelMap
+from config.train import TrainerSettings
 from fusion.bundle.bundle import ABOUT, WEIGHTS, load_bundle, read_about
 from fusion.data.schema import FeatureManifest, InputSchema
 
@@ -29,14 +32,11 @@ class Progress:
 
     Attributes:
         seed: Of the run; epochs derive their own from it, so that a resumed epoch is the same.
-        epoch: Epochs that are done.
-        step: Steps that are done in the epoch after them.
+        step: Steps that are done in the epoch after the last whole one.
         loss: Sum of the losses of the posts of these steps.
-        posts: How many posts these were.
+        posts: Number of these posts.
         shape: What an epoch is made of; a run that stopped inside one goes on with the same only.
-        best_gap: Best validation GAP so far, -1 before the first.
-        best_epoch: Its epoch, 0 before the first.
-        stale: Validations since then.
+        stale: Validations since the best one.
     """
 
     seed: int
@@ -52,15 +52,11 @@ class Progress:
 
 @dataclass
 class Checkpoint:
-    """Everything that a run needs to go on.
+    """Everything that a run needs to go on; with empty states of the optimizer only weights.
 
     Attributes:
         signature: What must be equal for the weights to fit: architecture, features, labels.
-        model: state_dict.
-        optimizer: state_dict; empty in a checkpoint that only holds weights.
-        schedule: state_dict.
-        average: state_dict of the moving average, or None.
-        scaler: state_dict of what scales the loss in fp16; empty without.
+        scaler: State of what scales the loss in fp16; empty without.
         learned_from: The posts that the weights have learned from, as `PostSet.as_text`.
     """
 
@@ -80,11 +76,7 @@ def signature(parts: Mapping[str, Any]) -> str:
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
-    """Write a checkpoint; the one before stays intact until this one is whole.
-
-    Raises:
-        ConfigError: The folder cannot be written, or the disk is full.
-    """
+    """Write a checkpoint; the one before stays intact until this one is whole."""
     part = part_of(path)
     content = {"format": FORMAT, **vars(checkpoint), "progress": vars(checkpoint.progress)}
     try:
@@ -98,12 +90,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
 
 
 def load_checkpoint(path: Path, wanted_signature: str) -> Checkpoint:
-    """Read a checkpoint; nothing in it can run code.
-
-    Raises:
-        ConfigError: It is missing, broken, of another release, or of another architecture,
-            features or labels.
-    """
+    """Read a checkpoint; nothing in it can run code."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
@@ -131,11 +118,10 @@ def difference(found: str, wanted: str) -> str:
 
 @dataclass(frozen=True)
 class Start:
-    """The start of a run.
+    """The start of a run: where it stopped, or from step 0 with weights alone.
 
     Attributes:
         path: What was read, for errors.
-        checkpoint: Without an optimizer it is weights alone: the run starts from step 0 with them.
         best: The checkpoint with the best weights of an interrupted run, where there is one.
     """
 
@@ -177,14 +163,10 @@ def find_start(path: Path, signed: str, *, allow_pickle: bool = False) -> Start:
 
     Args:
         path: A run's folder, a checkpoint (``last.pt`` goes on exactly, ``best.pt`` gives its
-            weights), a bundle or its weights file (of an ensemble the first member's), or a
-            legacy ``.pth`` of weights.
+            weights), a bundle or its weights file (of an ensemble the first member's), or a legacy
+            ``.pth`` of weights.
         signed: The `model_signature` of this run; checkpoints and bundles must have the same.
         allow_pickle: Whether a ``.pth`` may be a whole pickled model.
-
-    Raises:
-        ConfigError: It is missing, broken, or of another architecture, features or labels.
-        BundleError: A bundle is broken.
     """
     if path.is_dir() and (path / ABOUT).exists():
         return _bundled(path, path, signed)
@@ -201,6 +183,14 @@ def find_start(path: Path, signed: str, *, allow_pickle: bool = False) -> Start:
     checkpoint = load_checkpoint(path, signed)
     best = path.with_name(BEST)
     return Start(path, checkpoint, best if best.exists() else None)
+
+
+def seed_of(fabric: Fabric, settings: TrainerSettings, start: Start | None) -> int:
+    """Return the seed of a run: the interrupted run's, the fixed one, or a new one."""
+    if start is not None and start.exact:
+        return start.checkpoint.progress.seed
+    seed = settings.seed if settings.fix_random_seed else secrets.randbits(31)
+    return int(fabric.broadcast(seed))
 
 
 def fill(model: torch.nn.Module, start: Start) -> None:

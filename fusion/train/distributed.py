@@ -44,16 +44,10 @@ _GONE = ("closed by peer", "reset by peer", "gloo", "NCCL", "Broken pipe", "TCPS
 
 
 def run(settings: TrainerSettings, work: Callable[[Fabric], Result]) -> Result:
-    """Do ``work`` in as many processes as the settings name, and give what the first one gave.
+    """Do ``work`` in as many processes as the settings name; return what the first one returned.
 
-    Args:
-        settings: Of the trainer.
-        work: Is pickled where there are several processes; they all call it.
-
-    Raises:
-        ConfigError: There are not as many GPUs.
-        TaggingError: What ``work`` raises, in whichever process it was.
-        WorkerDied: A process was killed.
+    Each process calls it with its own Fabric; where there are several, it is pickled. What it
+    raises in any of them is raised here; `WorkerDied` where one was killed.
     """
     if distributed.is_torchelastic_launched():  # torchrun has started this process
         return _joined(settings, work)
@@ -70,11 +64,7 @@ def on_this_host() -> int:
 
 
 def all_ranks(fabric: Fabric, work: Callable[[], Result]) -> Result:
-    """Do ``work`` in every process, and go on only when it went well in all.
-
-    Raises:
-        TaggingError: The first process's that failed, in every process.
-    """
+    """Do ``work`` in every process; an error of one is raised in all."""
     if fabric.world_size == 1:
         return work()
     result: Result | None = None

@@ -21,7 +21,7 @@ from config.train import TrainSettings
 from fusion.bundle.bundle import members_of
 from fusion.data.posts import PostList, stratified_folds
 from fusion.models import FusionModel
-from fusion.train.checkpoint import BEST, LAST, find_start
+from fusion.train.checkpoint import BEST, LAST, find_start, seed_of
 from fusion.train.distributed import all_ranks
 from fusion.train.members import (
     HeldOutScores,
@@ -30,7 +30,6 @@ from fusion.train.members import (
     joined,
     model_of,
     score_held_out,
-    seed_of,
     train_model,
 )
 from fusion.train.prepare import HeldOut, Prepared
@@ -106,7 +105,7 @@ class FoldTraining:
                     f"{path}: that run had other posts, folds or settings; start without --resume"
                 )
             return int(saved["seed"])
-        seed = int(self._fabric.broadcast(seed_of(self._settings, None)))
+        seed = seed_of(self._fabric, self._settings.trainer, None)
         if self._fabric.is_global_zero:
             _write(path, json.dumps({**identity, "seed": seed}).encode())
         self._fabric.barrier()

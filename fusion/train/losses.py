@@ -48,8 +48,6 @@ def asymmetric_costs(
 ) -> torch.Tensor:
     """Return ``-t·(1-p)^γ⁺·log p - (1-t)·q^γ⁻·log(1-q)`` with ``q = max(p - margin, 0)``.
 
-    float32 ``(posts, classes)``.
-
     Source: arXiv 2009.14119, equation 7.
     """
     yes, no = functional.logsigmoid(logits), functional.logsigmoid(-logits)  # log p, log(1-p)
@@ -65,15 +63,10 @@ def asymmetric_costs(
 
 
 def class_weights(positives: torch.Tensor, beta: float) -> torch.Tensor:
-    """Return weights by the effective number of positives, float32 ``(classes,)`` with mean 1.
+    """Return weights by the effective number of positives ``(classes,)``, float32 with mean 1.
 
-    A class without positives counts as one with one.
-
-    Args:
-        positives: Posts of each class ``(classes,)``.
-        beta: β in [0, 1): 0 weighs all alike, near 1 by 1 / positives.
-
-    Source: arXiv 1901.05555, equation 4.
+    β of 0 weighs all classes alike, near 1 by 1 / positives; one without positives counts as one
+    with one. Source: arXiv 1901.05555, equation 4.
     """
     counts = positives.double().clamp(min=1)
     weights = (1 - beta) / (1 - beta**counts)
@@ -86,12 +79,7 @@ def smoothed(targets: torch.Tensor, epsilon: float) -> torch.Tensor:
 
 
 class TaggingLoss(nn.Module):
-    """The loss that settings name: a mean over posts and classes.
-
-    Args:
-        settings: All of ``loss``.
-        positives: Training posts of each class ``(classes,)``.
-    """
+    """The loss that settings name; ``positives`` are the training posts of each class."""
 
     def __init__(self, settings: LossSettings, positives: torch.Tensor) -> None:
         super().__init__()
@@ -103,13 +91,10 @@ class TaggingLoss(nn.Module):
     def forward(
         self, logits: torch.Tensor, targets: torch.Tensor, there: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Return the mean cost.
+        """Return the mean cost of logits and targets in [0, 1], both ``(posts, classes)``.
 
-        Args:
-            logits: float ``(posts, classes)``.
-            targets: float ``(posts, classes)`` in [0, 1].
-            there: bool ``(posts,)``; posts where it is False cost nothing, and count in the mean:
-                so the costs of parts of a batch add up to that of the batch.
+        Posts where ``there`` ``(posts,)`` is False cost nothing, and count in the mean: so the
+        costs of parts of a batch add up to that of the batch.
         """
         truth = smoothed(targets, self._smoothing) if self._smoothing else targets
         costs = self._costs(logits.float(), truth) * self.weights  # (posts, classes)
@@ -127,14 +112,10 @@ _FORMS: Mapping[LossName, Callable[[LossSettings], Costs]] = {
 
 
 class Objective(nn.Module):
-    """A batch with targets in, the loss out.
+    """A batch with targets in, the loss out; ``mixup`` is its α, 0 mixes nothing.
 
     The loss of the model, and of each modality's own head for the posts that have the modality,
     weighted by ``auxiliary``, summed.
-
-    Args:
-        model: Takes a `Batch`, gives logits ``(posts, classes)``.
-        mixup: α, 0 mixes nothing.
     """
 
     def __init__(
@@ -145,11 +126,7 @@ class Objective(nn.Module):
         self._auxiliary, self._mixup = auxiliary, mixup
 
     def forward(self, batch: Batch) -> torch.Tensor:
-        """Return the loss, a scalar.
-
-        Raises:
-            ValueError: The batch has no targets.
-        """
+        """Return the loss, a scalar."""
         if batch.targets is None:
             raise ValueError("a training batch needs targets")
         if self._mixup and self.model.training:
@@ -177,15 +154,10 @@ def mixed(batch: Batch, alpha: float) -> Batch:
 
 
 def mixed_with(batch: Batch, partners: torch.Tensor, shares: torch.Tensor) -> Batch:
-    """Mix each post with a given other one.
+    """Mix each post with the one at ``partners`` ``(posts,)``, of which ``1 - shares`` comes in.
 
     A token is the weighted mean of the two posts' tokens at its place; where one of them has none,
     the other's stays whole, so that a modality of one post only is not faded. Targets are mixed.
-
-    Args:
-        batch: With targets.
-        partners: int64 ``(posts,)``, the other post's place in the batch.
-        shares: float ``(posts,)`` in [0, 1], how much of a post stays.
     """
     device = next(iter(batch.tokens.values())).device
     partners, shares = partners.to(device), shares.to(device)

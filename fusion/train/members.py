@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -52,12 +51,7 @@ BATCH = 64
 
 @dataclass(frozen=True)
 class HeldOutScores:
-    """Posts that a model has not learned from, and its scores.
-
-    Attributes:
-        model: One model, or an ensemble; in evaluation mode.
-        raw: Before calibration, float64 ``(posts, classes)``.
-    """
+    """A model's raw scores, float64 ``(posts, classes)``, of posts it has not learned from."""
 
     model: Served
     posts: PostList
@@ -69,11 +63,9 @@ class Measured:
     """Calibration and thresholds fitted to held-out posts, and metrics on them.
 
     Attributes:
-        thresholds: float32 ``(classes,)``.
         metrics: Of calibrated scores at the thresholds; empty without held-out posts.
+        scores: Calibrated, ``(posts, classes)``; of the parts one after another, as ``targets``.
         seen_posts: Posts that the metrics are of, where parts have learned from them; else 0.
-        scores: Calibrated, float64 ``(posts, classes)``; of the parts one after another.
-        targets: In the same shape.
     """
 
     calibration: Calibration | None
@@ -196,9 +188,7 @@ class Job:
     """Everything that is fixed before a model is made.
 
     Attributes:
-        fabric: Launched.
         settings: All settings; ``trainer.save_dir`` is the folder of the run.
-        prepared: Labels, posts and features.
         signature: Of the checkpoints; see `fusion.train.checkpoint.model_signature`.
     """
 
@@ -213,12 +203,9 @@ class Trained:
     """The outcome of one training, or of all trainings of the folds.
 
     Attributes:
-        model: As it will be served.
         held_out: Posts that were not learned from, with the scores of a model that has not seen
             them; empty without validation.
         best_epoch: The epoch that was kept, from 1; of several models the first one's.
-        epochs: Epochs that were done, of each model.
-        logs: Of each training.
         data_wait: Share of the training steps' time that was spent waiting for data.
     """
 
@@ -242,11 +229,6 @@ def train_model(
         held_out: Its posts choose the best epoch.
         seed: Of weights, order and noise.
         start: Where to begin.
-
-    Raises:
-        ConfigError: A checkpoint does not fit, the loss is not finite, or a file cannot be
-            written.
-        FeatureError: Features cannot be read.
     """
     fabric, settings, prepared = job.fabric, job.settings, job.prepared
     count = settings.ensemble.snapshots
@@ -351,10 +333,3 @@ def start_of(job: Job, resume: Path | None) -> Start | None:
         return start
 
     return all_ranks(job.fabric, find)
-
-
-def seed_of(settings: TrainSettings, start: Start | None) -> int:
-    """Return the seed of a run: the interrupted run's, the fixed one, or a new one."""
-    if start is not None and start.exact:
-        return start.checkpoint.progress.seed
-    return settings.trainer.seed if settings.trainer.fix_random_seed else secrets.randbits(31)

@@ -30,9 +30,6 @@ def parameter_groups(model: nn.Module, settings: OptimizerSettings) -> list[Para
 
     Matrices and filters decay; biases, norms and learned vectors do not. A model that is no
     `FusionModel` is one stage.
-
-    Raises:
-        ValueError: A parameter of the model is in none of its stages, or in two.
     """
     stages, kept = _stages(model)
     found: dict[tuple[float, float], list[nn.Parameter]] = {}
@@ -78,12 +75,9 @@ def _within(name: str, part: str) -> bool:
 
 
 def warm_up_cosine(step: int, steps: int, warm_up: float) -> float:
-    """Factor of the learning rate at a step: linear up, then a cosine down to 0.
+    """Factor of the learning rate at a step, from 0: linear up, then a cosine down to 0.
 
-    Args:
-        step: From 0.
-        steps: Of the whole run.
-        warm_up: Share of the steps that go up.
+    ``warm_up`` is the share of the steps that go up.
     """
     up = max(1, round(steps * warm_up))
     if step < up:

@@ -81,11 +81,7 @@ class TrainOptions:
 
 
 def train_options(arguments: Sequence[str] | None = None) -> TrainOptions:
-    """Parse the options of `train_net.py`.
-
-    Raises:
-        ConfigError: One line that names the option and the mistake.
-    """
+    """Parse the options of `train_net.py`."""
     return read_options(
         TrainOptions,
         "train_net.py",
@@ -99,9 +95,6 @@ def train_settings(options: TrainOptions) -> TrainSettings | BackboneTrainSettin
     """Return the settings of a training: the YAML file, then the options, then ``--set``.
 
     The file's ``task`` tells what is trained, and with it which keys there are.
-
-    Raises:
-        ConfigError: One line that names the file or option, the key and the mistake.
     """
     given = given_options(options, _TRAIN_KEYS)
     if options.save_dir is not None:

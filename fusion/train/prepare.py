@@ -41,13 +41,7 @@ _AT_ONCE = 256
 
 @dataclass(frozen=True)
 class Prepared:
-    """The input of a training, read and checked.
-
-    Attributes:
-        posts: To learn from.
-        valid: None without validation.
-        notes: Lines for the person at the terminal.
-    """
+    """The input of a training, read and checked; ``notes`` are lines for the person at work."""
 
     labels: LabelMap
     manifest: FeatureManifest
@@ -123,9 +117,6 @@ def rows_learned_from(
     """Return a mask of the posts that a part has learned from, bool ``(posts,)``.
 
     Parts are the extractors, by the feature files, and a model that learned from ``earlier``.
-
-    Raises:
-        FeatureError: A feature file cannot be read.
     """
     if posts is None:
         return np.zeros(0, np.bool_)
@@ -146,12 +137,7 @@ def rows_learned_from(
 
 
 def prepare(settings: TrainSettings, reader: FeatureFiles, fabric: Fabric) -> Prepared:
-    """Read labels and data files, and find out what the features are.
-
-    Raises:
-        ConfigError: A file is missing, empty or wrong, or names a label that is not in the map.
-        FeatureError: Features are missing or broken.
-    """
+    """Read labels and data files, and find out what the features are."""
     data, progress = settings.data, settings.trainer.progress and fabric.is_global_zero
     skipped = Skipped(
         settings.trainer.save_dir / "log" / "skipped.jsonl",
@@ -215,11 +201,9 @@ def _without_positives(labels: LabelMap, posts: PostList) -> list[str]:
 
 
 class Skipped:
-    """The list of posts that are left out; its file appears when the block ends, however it ends.
+    """The list of posts that are left out, JSON lines ``{post_id, file, kind, reason}``.
 
-    Args:
-        path: JSON lines ``{post_id, file, kind, reason}``; what is there is replaced.
-        enabled: False in the processes of a distributed run that do not write.
+    Its file appears when the block ends, however it ends; not in processes where it is disabled.
     """
 
     def __init__(self, path: Path, *, enabled: bool) -> None:

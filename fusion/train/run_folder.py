@@ -33,12 +33,8 @@ def located(resume: Path | None) -> Path | None:
 def run_folder(fabric: Fabric, save_dir: Path, resume: Path | None) -> Path:
     """Return the folder of this run; nothing is made yet.
 
-    It is that of the run to go on with if that one lies in ``save_dir``, and else a new one.
-
-    Args:
-        fabric: Launched.
-        save_dir: The setting.
-        resume: What `located` returned. Weights, a bundle or a ``.pth`` begin a new run.
+    It is that of the run to go on with if that one lies in ``save_dir``, and else a new one:
+    weights, a bundle or a ``.pth`` begin a new run. ``resume`` is what `located` returned.
     """
     earlier = _run_of(resume) if resume is not None else None
     if earlier is not None and earlier.parent == save_dir.resolve():
@@ -56,11 +52,7 @@ def _run_of(resume: Path) -> Path | None:
 
 
 def link_latest(fabric: Fabric, folder: Path) -> None:
-    """Make the run's folder, and let ``latest`` lead to it.
-
-    Raises:
-        ConfigError: The folder cannot be written.
-    """
+    """Make the run's folder, and let ``latest`` lead to it."""
 
     def link() -> None:
         if not fabric.is_global_zero:
@@ -94,16 +86,10 @@ def refuse_foreign(bundle: Path) -> None:
 
 
 def keep_bundle(bundle: Path) -> Path | None:
-    """Keep the bundle that is about to be replaced, next to it as ``NAME.VERSION``.
+    """Keep the bundle that will be replaced, next to it as ``NAME.VERSION``; return the copy.
 
     The bundle that is served stays where it is; files are hard links where the file system has
     them. Of a link, the bundle that it leads to is kept under that one's name.
-
-    Returns:
-        The folder of the copy; None if there is no bundle.
-
-    Raises:
-        BundleError: The copy cannot be written.
     """
     source = bundle.resolve()
     version = newest_version(source)

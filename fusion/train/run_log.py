@@ -22,11 +22,7 @@ class RunLog:
 
     `write` alone makes JSON lines. After `begin` the numbers of the events ``step``, ``epoch`` and
     ``valid`` become TensorBoard's scalars too, all over the same axis: steps since the first one.
-
-    Args:
-        path: Of the JSON lines; TensorBoard's folder ``tensorboard`` lies next to it.
-        enabled: False in the processes of a distributed run that do not speak.
-        tensorboard: Whether TensorBoard's events are written.
+    It is disabled in the processes of a distributed run that do not speak.
     """
 
     def __init__(self, path: Path, *, enabled: bool, tensorboard: bool = False) -> None:
@@ -36,14 +32,9 @@ class RunLog:
         self._steps = 1
 
     def begin(self, steps: int, done: int = 0) -> None:
-        """Start, or go on after a resume: points of steps that will be repeated disappear.
+        """Start with ``steps`` an epoch, or go on after a resume with ``done`` over all epochs.
 
-        Args:
-            steps: Steps of one epoch.
-            done: Steps that were done before, over all epochs.
-
-        Raises:
-            ConfigError: A file cannot be written.
+        Points of steps that will be repeated disappear.
         """
         self.close()
         self._steps = steps
@@ -78,13 +69,9 @@ class RunLog:
     def curves(
         self, targets: npt.NDArray[Any], scores: npt.NDArray[Any], per_tag: Iterable[float], at: int
     ) -> None:
-        """Give TensorBoard the precision-recall curve of all decisions and the tags' APs.
+        """Give TensorBoard an epoch's precision-recall curve of all decisions and the tags' APs.
 
-        Args:
-            targets: ``(posts, classes)`` of 0 and 1.
-            scores: ``(posts, classes)`` in [0, 1].
-            per_tag: Average precisions.
-            at: The epoch they belong to.
+        Targets and scores are ``(posts, classes)``.
         """
         if self._writer is None:
             return
@@ -114,11 +101,7 @@ class RunLog:
 def read_run(path: Path) -> list[dict[str, Any]]:
     """Return the events of the latest run in a log; steps repeated by a resumed run count once.
 
-    Args:
-        path: The JSON lines; a line that was cut off by a kill is left out.
-
-    Returns:
-        Events in order, without those of earlier runs; empty where there is no log.
+    A line that was cut off by a kill is left out; where there is no log, there are no events.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()

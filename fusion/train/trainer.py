@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import islice
@@ -32,7 +32,7 @@ from common.post_set import PostSet
 from common.progress import Bar, notice, progress_bar
 from config.train import OptimizerSettings, TrainerSettings
 from fusion.data.loading import DataWait, EpochBatches, Loading, step_seed
-from fusion.data.schema import Batch, Collate, Sample
+from fusion.data.schema import Batch, Sample
 from fusion.metrics import ranking as metrics
 from fusion.train.checkpoint import (
     BEST,
@@ -66,7 +66,6 @@ class TrainData:
     """The posts of a run.
 
     Attributes:
-        valid: None trains without validation.
         learned_from: The posts to learn from, and those that the start has learned from.
         seen: The validation posts are among them: their figures say nothing of new posts.
         loaders: Processes that read; 0 reads in a thread of this one.
@@ -74,7 +73,7 @@ class TrainData:
 
     train: Dataset[Sample]
     valid: Dataset[Sample] | None
-    collate: Collate
+    collate: Callable[[Sequence[Any]], Batch]
     train_count: int
     learned_from: PostSet = field(default_factory=PostSet)
     seen: bool = False
@@ -107,13 +106,7 @@ class Trainer:
     """The training of one model; `fit` leaves it with the best weights.
 
     Files under ``save_dir``: ``ckpt/last.pt`` after every epoch, ``ckpt/best.pt`` by GAP, and
-    ``log/train.jsonl``.
-
-    Attributes:
-        log: The events of the run.
-        last: The checkpoint to go on from.
-        best: The checkpoint with the best weights.
-        wait: How long the steps of this process waited for data.
+    ``log/train.jsonl``. ``wait`` counts how long the steps of this process waited for data.
     """
 
     def __init__(
@@ -139,17 +132,7 @@ class Trainer:
         self.wait = DataWait()
 
     def fit(self, objective: Objective, data: TrainData, start: Start | None = None) -> Progress:
-        """Train to the last epoch, or until validation stops getting better.
-
-        Args:
-            objective: The model and its loss.
-            data: Posts.
-            start: Where to begin; None begins with the model's weights as they are.
-
-        Raises:
-            ConfigError: The loss is not finite, or a checkpoint does not fit or cannot be written.
-            FeatureError: Features cannot be read.
-        """
+        """Train to the last epoch, or until validation stops getting better."""
         run, steps = self._begin(objective, data, start)
         epochs, patience = self._settings.epochs, self._settings.patience
         shown = self._settings.progress and self._fabric.is_global_zero
@@ -167,10 +150,7 @@ class Trainer:
         return run.progress
 
     def logits(self, model: nn.Module, data: TrainData, posts: Dataset[Sample]) -> Scored:
-        """Return logits and targets of posts, both float32 ``(posts, classes)``.
-
-        Every process scores a part of them, and has the whole at the end.
-        """
+        """Return logits and targets of posts as `score_posts` does, on every rank."""
         with closing(Loading(data.collate, data.loaders, self._fabric.device)) as loading:
             return score_posts(self._fabric, model, loading, posts, self._settings.batch_size)
 

@@ -25,7 +25,7 @@ from fusion.report.subsets import SubsetGap
 from fusion.report.view import PostView, view_post
 from fusion.report.write import ReportInput, write_report
 from fusion.train import distributed
-from fusion.train.checkpoint import model_signature
+from fusion.train.checkpoint import model_signature, seed_of
 from fusion.train.distributed import all_ranks
 from fusion.train.fold_training import FOLDS, FoldTraining, pool_of
 from fusion.train.members import (
@@ -33,7 +33,6 @@ from fusion.train.members import (
     Measured,
     Trained,
     measure,
-    seed_of,
     start_of,
     subset_gaps,
     train_model,
@@ -54,14 +53,10 @@ class TrainReport:
     """The outcome of a training.
 
     Attributes:
-        bundle: Its folder.
         version: Of the bundle; empty in the processes that did not write it.
-        run: The folder of the run.
         metrics: On posts that were not learned from, at the bundle's thresholds; empty without any.
         seen_posts: Posts that the metrics are of, where parts have learned from all; else 0.
         best_epoch: The epoch that was kept, from 1; of several models the first one's.
-        epochs: Epochs that were done.
-        parameters: Of all members together.
         data_wait: Share of the training steps' time that was spent waiting for data.
         page: The report's page, or None if it is switched off.
     """
@@ -84,17 +79,8 @@ def train(
 ) -> TrainReport:
     """Train a fusion model, or an ensemble, and write its bundle and the report.
 
-    Args:
-        settings: All settings.
-        reader: Reads features; pickles, for trainings of several processes.
-        resume: A ``save_dir``, or what `fusion.train.checkpoint.find_start` takes; of k-fold
-            training the run's folder.
-
-    Raises:
-        ConfigError: Settings, data files, labels or a checkpoint are wrong, or the loss is NaN.
-        FeatureError: Features are missing, broken, or made by different extractors.
-        BundleError: The bundle cannot be written.
-        WorkerDied: A process of the training was killed.
+    ``resume`` is a ``save_dir``, or what `fusion.train.checkpoint.find_start` takes; of k-fold
+    training the run's folder. ``reader`` pickles, for trainings of several processes.
     """
     return distributed.run(settings.trainer, partial(_train, settings, reader, resume))
 
@@ -132,7 +118,7 @@ def _train(
         learned = PostSet(prepared.posts.hashes) | (start.learned_from if start else PostSet())
         held_out = HeldOut.of(prepared.valid, learned_rows(prepared.valid, learned))
         link_latest(fabric, folder)
-        seed = int(fabric.broadcast(seed_of(settings, start)))
+        seed = seed_of(fabric, settings.trainer, start)
         trained = train_model(job, prepared.posts, held_out, seed=seed, start=start)
     measured = measure(settings, prepared, trained.held_out, seen=held_out.seen)
     version, page = all_ranks(fabric, partial(_write, job, trained, measured, learned, started))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,9 +14,9 @@ from common.errors import ConfigError
 from config.settings import AudioSettings
 from config.train import OptimizerSettings, TrainerSettings
 from extractors.models.audio import AudioExtractor
-from fusion.backbones.media import ArrayDataset, CollateMedia, Kind, augment
+from fusion.backbones.media import Kind, MediaDataset, augment, collate_media
 from fusion.backbones.model import MediaTagger, create_backbone, save_weights, where_it_moves
-from fusion.backbones.training import BackboneRun, StageReport
+from fusion.backbones.training import StageReport, train_model
 from fusion.train import distributed
 from fusion.train.trainer import TrainData
 
@@ -92,7 +92,7 @@ def learn(
         tensorboard=False,
         progress=False,
     )
-    build_set = partial(ArrayDataset, kind, max_items=6)
+    build_set = partial(MediaDataset.of_arrays, kind, max_items=6)
 
     def build() -> MediaTagger:
         backbone = create_backbone(ARCH, kind, SIZES[kind], "scratch")
@@ -103,11 +103,12 @@ def learn(
 
     def work(fabric: Any) -> StageReport:
         posts = build_set(*train, seed=seed)
-        collate: Any = CollateMedia()
-        data = TrainData(cast("Any", posts), build_set(*valid), collate, len(posts))
+        data = TrainData(posts, build_set(*valid), collate_media, len(posts))
         optimizer = OptimizerSettings(learning_rate=4e-3, gradient_clip=1.0)
-        run = BackboneRun(kind, fabric, trainer, optimizer, "signature", seed)
-        return run.train(data, posts.targets, build, save, (folder / "weights.safetensors",))
+        files = (folder / "weights.safetensors",)
+        given: dict[str, Any] = {"trainer_settings": trainer, "optimizer": optimizer}
+        given |= {"name": kind, "signature": "signature", "seed": seed}
+        return train_model(fabric, data, build, save, files, **given)
 
     return distributed.run(trainer, work)
 
@@ -157,7 +158,7 @@ def test_the_same_seed_gives_the_same_file(tmp_path: Path) -> None:
 def test_posts_without_items_are_left_out() -> None:
     items, targets = pictures(20, 1)
     items[3] = items[3][:0]
-    posts = ArrayDataset("picture", items, targets, max_items=2)
+    posts = MediaDataset.of_arrays("picture", items, targets, max_items=2)
     assert len(posts) == len(posts.targets) == 19
     assert posts[3].post_id == "4"
 

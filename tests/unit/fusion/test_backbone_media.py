@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,16 @@ from config.settings import DecodeSettings, ImageSettings, VideoSettings
 from extractors.media.decode import decode_media
 from fusion.backbones.media import (
     STREAM,
-    CollateMedia,
+    MediaDataset,
     MediaItems,
     MediaPost,
-    MediaSample,
-    PixelDataset,
     best_of_post,
+    collate_media,
+    pixels,
     read_posts,
 )
 from fusion.backbones.model import MediaTagger, create_backbone
+from fusion.data.schema import Sample
 from tests.support.fusion.media_posts import write_labels, write_pictures, write_videos
 from tests.support.tiny_models import TINY_CNN, tiny_features
 
@@ -63,8 +65,10 @@ def test_consensus_is_the_mean_over_segments_and_the_best_over_media() -> None:
     tagger.eval()
     chance = np.random.default_rng(0)
     clips = [chance.integers(0, 256, (n, 2, SIZE, SIZE, 3)).astype(np.uint8) for n in (2, 1)]
-    samples = [MediaSample(str(i), clip, np.zeros(3, np.float32)) for i, clip in enumerate(clips)]
-    batch = CollateMedia()(samples)
+    samples = [
+        Sample(str(i), {STREAM: clip}, np.zeros(3, np.float32)) for i, clip in enumerate(clips)
+    ]
+    batch = collate_media(samples)
     assert batch.masks[STREAM].tolist() == [[True, True], [True, False]]
     with torch.inference_mode():
         found = tagger(batch).numpy()
@@ -88,17 +92,18 @@ def test_the_best_of_nothing_is_the_bias() -> None:
 def test_what_is_drawn_depends_on_the_batch_alone(posts: Path) -> None:
     """The same batch gives the same pixels in any process and order; another one others."""
     listed = read_posts(posts / "videos.json", LabelMap.load(posts / "labels.json"), "videos")
-    build: dict[str, Any] = {"size": SIZE, "segments": 3, "max_items": 2}
-    train = PixelDataset(listed, 3, MediaItems(), seed=1, augmented=True, **build)
-    first = [s.items for s in train.__getitems__([4, 2])]
+    item = partial(pixels, reader=MediaItems(), size=SIZE, segments=3)
+    build = partial(MediaDataset.of_files, listed, 3, max_items=2)
+    train = build(partial(item, augmented=True), seed=1)
+    first = [s.arrays[STREAM] for s in train.__getitems__([4, 2])]
     train.__getitems__([1, 3])
     for one, again in zip(first, train.__getitems__([4, 2]), strict=True):
-        np.testing.assert_array_equal(one, again.items)
-    other = train.__getitems__([4, 3])[0].items
+        np.testing.assert_array_equal(one, again.arrays[STREAM])
+    other = train.__getitems__([4, 3])[0].arrays[STREAM]
     assert not np.array_equal(first[0], other)
-    valid = PixelDataset(listed, 3, MediaItems(), **build)
+    valid = build(item)
     np.testing.assert_array_equal(
-        valid[4].items[0], MediaItems().frames(listed[4].paths[0], SIZE, 3, None)
+        valid[4].arrays[STREAM][0], MediaItems().frames(listed[4].paths[0], SIZE, 3, None)
     )
 
 
@@ -110,13 +115,14 @@ def test_media_of_one_post_are_limited() -> None:
             return np.full((size, size, 3), int(path.name), np.uint8)
 
     post = MediaPost("p", tuple(Path(str(i)) for i in range(10)), (0,))
-    build: dict[str, Any] = {"size": 4, "segments": None, "max_items": 3}
-    valid = PixelDataset([post], 1, Named(), **build)
-    assert valid[0].items[:, 0, 0, 0, 0].tolist() == [1, 5, 8]
+    item = partial(pixels, reader=Named(), size=4, segments=None)
+    build = partial(MediaDataset.of_files, [post], 1, item, max_items=3)
+    valid = build()
+    assert valid[0].arrays[STREAM][:, 0, 0, 0, 0].tolist() == [1, 5, 8]
     seen: set[int] = set()
     for seed in range(30):
-        train = PixelDataset([post], 1, Named(), seed=seed, **build)
-        found = train[0].items[:, 0, 0, 0, 0].tolist()
+        train = build(seed=seed)
+        found = train[0].arrays[STREAM][:, 0, 0, 0, 0].tolist()
         assert found == sorted(set(found))
         assert len(found) == 3
         seen.update(found)
