@@ -68,8 +68,7 @@ CREATE TABLE keys (key INTEGER, number INTEGER);
 CREATE TABLE left_out (line INTEGER PRIMARY KEY, reason TEXT, post_id TEXT, detail TEXT);
 CREATE TABLE sides (mark INTEGER PRIMARY KEY, side INTEGER);
 CREATE TABLE media (source TEXT PRIMARY KEY, sha256 TEXT) WITHOUT ROWID;
-CREATE TABLE parts (number INTEGER PRIMARY KEY, size INTEGER, tags BLOB, fixed INTEGER,
-                    lot INTEGER, side INTEGER);
+CREATE TABLE parts (number INTEGER PRIMARY KEY, size INTEGER, tags BLOB, lot INTEGER, side INTEGER);
 """
 _MAX_NAMES = 10_000
 """Labels outside the map that are counted by name: wild ones must not fill the memory."""
@@ -83,8 +82,8 @@ class Index:
         base: The database. ``posts``: kept ones, numbered in the order of their lines, `tags` as
             int32 numbers, `part` the group, `held` the side that is given, or -1. ``seen``: hash of
             each post_id. ``sides``: sides that are given. ``keys``: hash of each thing that two
-            posts may share. ``parts``: the groups, `tags` as pairs of tag and count, `fixed` the
-            side that is given or -1, `lot` a random number.
+            posts may share. ``parts``: the groups, `tags` as pairs of tag and count, `lot` a random
+            number.
         fingerprints: What feature files were made with; ``posts.made_with`` counts them.
         dropped_tags: Labels that were passed over, and how often.
     """

@@ -14,7 +14,7 @@ import pytest
 
 from common.post import Features
 from config.labels import LabelMap
-from corpus.build import index, label_map, sides
+from corpus.build import index, label_map
 from corpus.build.command import main
 from corpus.records import AtomicLines
 from extractors.feature_file import feature_path, write_features
@@ -98,14 +98,8 @@ def test_what_cannot_be_learned_from_is_named_with_its_reason(tmp_path: Path) ->
     assert summary["done"] == 60
 
 
-def test_what_belongs_together_is_never_on_two_sides(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Planted authors, media, copied texts and near-duplicates, in chains, over 600 posts.
-
-    Also where few groups are in memory at a time, tags come out even.
-    """
-    monkeypatch.setattr(sides, "_AT_ONCE", 50)
+def test_what_belongs_together_is_never_on_two_sides(tmp_path: Path) -> None:
+    """Planted authors, media, copied texts and near-duplicates, in chains, over 600 posts."""
     random = np.random.default_rng(0)
     posts, groups = [], defaultdict(list)
     for i in range(600):
@@ -200,10 +194,9 @@ def test_a_smaller_split_leaves_no_old_side(tmp_path: Path) -> None:
 
 
 def test_kept_posts_stay_and_new_ones_join(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A grown corpus: the test set of before stays one; a link to it pulls a training post over."""
-    monkeypatch.setattr(sides, "_AT_ONCE", 16)
     posts = [_post(i) for i in range(60)]
     _corpus(tmp_path, posts)
     assert _build(tmp_path, out="old") == 0
@@ -266,11 +259,8 @@ def test_an_exact_split_is_taken_as_it_is(
         assert message in capsys.readouterr().err
 
 
-def test_a_split_by_time_holds_every_later_post(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_split_by_time_holds_every_later_post(tmp_path: Path) -> None:
     """And no earlier one, whoever its author is; the earlier posts are dealt in their groups."""
-    monkeypatch.setattr(sides, "_AT_ONCE", 16)
     posts = [
         _post(i, author=f"a{i % 30}", created=f"2026-0{1 + i // 30}-{1 + i % 28:02}T12:00:00Z")
         for i in range(120)

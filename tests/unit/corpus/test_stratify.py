@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from itertools import product
 
 import numpy as np
@@ -11,16 +12,41 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from corpus.build.index import Groups
-from corpus.build.sides import GroupTags, SideCounts, stratify
+from corpus.build.sides import Group, Ints, Sides, deal
 
 
-def _rows(groups: list[int], tags: list[list[int]], classes: int) -> GroupTags:
-    """Groups 0 to n - 1 of posts, with the tags of each post."""
-    counts = [Counter[int]() for _ in range(max(groups) + 1)]
-    for group, listed in zip(groups, tags, strict=True):
-        counts[group].update(listed)
-    pairs = [np.array(sorted(each.items()), np.int32).reshape(-1, 2) for each in counts]
-    return GroupTags.of([groups.count(i) for i in range(len(counts))], pairs, classes)
+def _groups(numbers: list[int], tags: list[list[int]]) -> list[Group]:
+    """Groups 0 to n - 1 of posts, with the tags of each post; the largest first."""
+    counts = [Counter[int]() for _ in range(max(numbers) + 1)]
+    for number, listed in zip(numbers, tags, strict=True):
+        counts[number].update(listed)
+    groups = []
+    for number, each in enumerate(counts):
+        pairs = np.array(sorted(each.items()), np.int32).reshape(-1, 2)
+        groups.append(Group(number, numbers.count(number), pairs[:, 0], pairs[:, 1]))
+    return sorted(groups, key=lambda group: -group.size)
+
+
+def _totals(groups: list[Group], classes: int) -> Ints:
+    totals = np.zeros(classes, np.int64)
+    for group in groups:
+        totals[group.tags] += group.counts
+    return totals
+
+
+def _dealt(
+    groups: list[Group],
+    shares: tuple[float, ...],
+    classes: int,
+    settled: Sequence[Sequence[int]] | None = None,
+) -> tuple[np.ndarray, Sides]:
+    """Side of each group; posts of each tag, one each, may lie on the sides already."""
+    before = np.array(settled or np.zeros((len(shares), classes)), np.int64)
+    tags = np.vstack([before, _totals(groups, classes)])
+    posts = np.append(before.sum(axis=1), sum(group.size for group in groups))
+    sides = Sides(shares, tags, posts, len(groups))
+    deal(lambda: groups, sides)
+    return np.array(sides.side), sides
 
 
 def _numbers(groups: Groups) -> np.ndarray:
@@ -48,82 +74,64 @@ def test_groups_are_the_connected_components(links: list[tuple[int, int]]) -> No
     assert firsts == sorted(firsts)
 
 
-def _error(rows: GroupTags, side: np.ndarray, shares: tuple[float, ...]) -> float:
-    """Σ over sides and tags of the squared distance from the target."""
-    total = 0.0
-    for number, share in enumerate(shares):
-        held = np.zeros(rows.classes)
-        for group in np.flatnonzero(side == number):
-            tags, counts = rows.row(int(group))
-            held[tags] += counts
-        total += float(((held - share * rows.totals()) ** 2).sum())
-    return total
-
-
 @pytest.mark.parametrize("seed", range(4))
 def test_small_cases_come_near_the_best_of_all(seed: int) -> None:
     """Against every possible dealing of nine groups: close to the best, far from the mean."""
     random = np.random.default_rng(seed)
-    groups = sorted(random.integers(0, 9, 40).tolist())
-    groups = np.unique(groups, return_inverse=True)[1].tolist()
-    tags = [random.choice(4, size=random.integers(1, 3), replace=False).tolist() for _ in groups]
-    rows = _rows(groups, tags, 4)
-    shares = (0.5, 0.5)
-    count = len(rows.sizes)
-    errors = [_error(rows, np.array(s), shares) for s in product(range(2), repeat=count)]
-    found = _error(rows, stratify(rows, shares, seed), shares)
-    assert found <= np.quantile(errors, 0.1)
+    numbers = np.unique(random.integers(0, 9, 40), return_inverse=True)[1].tolist()
+    tags = [random.choice(4, size=random.integers(1, 3), replace=False).tolist() for _ in numbers]
+    groups = _groups(numbers, tags)
+    truth = np.zeros((len(groups), 4))  # (groups, classes)
+    for group in groups:
+        truth[group.number, group.tags] = group.counts
+
+    def error(side: np.ndarray) -> float:
+        held = np.stack([truth[side == number].sum(axis=0) for number in range(2)])
+        return float(((held - truth.sum(axis=0) / 2) ** 2).sum())
+
+    errors = [error(np.array(side)) for side in product(range(2), repeat=len(groups))]
+    assert error(_dealt(groups, (0.5, 0.5), 4)[0]) <= np.quantile(errors, 0.1)
 
 
-def test_frequent_tags_are_dealt_evenly() -> None:
+@pytest.mark.parametrize(("posts", "links"), [(3000, 300), (600, 500)])
+def test_frequent_tags_are_dealt_evenly(posts: int, links: int) -> None:
     """Long-tailed tags, groups of all sizes: under 10% off for tags with 50 posts or more."""
     classes, random = 24, np.random.default_rng(24)
     chance = 1 / np.arange(1, classes + 1)
     chance /= chance.sum()
     tags = [
         sorted(set(random.choice(classes, random.integers(1, 5), p=chance).tolist()))
-        for _ in range(3000)
+        for _ in range(posts)
     ]
-    groups = Groups(3000)
-    for _ in range(300):
-        groups.join(random.integers(0, 3000, 2).tolist())
-    groups.join(random.integers(0, 3000, 60).tolist())
+    groups = Groups(posts)
+    for _ in range(links):
+        groups.join(random.integers(0, posts, 2).tolist())
+    groups.join(random.integers(0, posts, posts // 50).tolist())
     number = _numbers(groups)
-    rows = _rows(number.tolist(), tags, classes)
-    side = stratify(rows, (0.8, 0.1, 0.1), 0)[number]
-    truth = np.zeros((3000, classes))
+    side = _dealt(_groups(number.tolist(), tags), (0.8, 0.1, 0.1), classes)[0][number]
+    truth = np.zeros((posts, classes))
     for row, listed in zip(truth, tags, strict=True):
         row[listed] = 1
     frequent = truth.sum(axis=0) >= 50
-    assert frequent.sum() > 10
-    train = truth[side == 0].mean(axis=0)[frequent]
-    for other in (1, 2):
-        own = truth[side == other].mean(axis=0)[frequent]
-        assert np.abs(own / train - 1).max() < 0.1
-    assert np.abs(np.bincount(side) / 3000 - [0.8, 0.1, 0.1]).max() < 0.01
+    assert frequent.sum() > 5
+    for each in range(3):
+        own = truth[side == each].mean(axis=0)[frequent]
+        assert np.abs(own / truth.mean(axis=0)[frequent] - 1).max() < 0.1
+    assert np.abs(np.bincount(side) / posts - [0.8, 0.1, 0.1]).max() < 0.01
 
 
 def test_a_giant_group_goes_where_there_is_room() -> None:
     """A group of 40% cannot lie in a side of 10%."""
-    groups = [0] * 40 + list(range(1, 61))
-    rows = _rows(groups, [[i % 3] for i in range(100)], 3)
-    side = stratify(rows, (0.8, 0.1, 0.1), 0)
+    numbers = [0] * 40 + list(range(1, 61))
+    side, sides = _dealt(_groups(numbers, [[i % 3] for i in range(100)]), (0.8, 0.1, 0.1), 3)
     assert side[0] == 0
-    assert np.bincount(side[np.array(groups)]).tolist() == [80, 10, 10]
+    assert sides.posts.tolist() == [80, 10, 10]
 
 
 def test_what_the_sides_hold_counts() -> None:
-    """Nine groups of thirty lie on the small side already: it gets no more of the tag."""
-    rows = _rows(list(range(21)), [[0]] * 21, 1)
-    settled = SideCounts(np.array([[0], [9]]), np.array([0, 9]))
-    assert (stratify(rows, (0.9, 0.1), 3, settled) == 0).all()
-    settled.add(rows, np.zeros(21, np.int64))
-    assert settled.tags.tolist() == [[21], [9]]
-    assert settled.posts.tolist() == [21, 9]
-
-
-def test_the_seed_fixes_the_split() -> None:
-    rows = _rows(list(range(30)), [[i % 5, 5 + i % 2] for i in range(30)], 7)
-    first, again, other = (stratify(rows, (0.7, 0.3), seed) for seed in (3, 3, 4))
-    assert (first == again).all()
-    assert (first != other).any()
+    """Nine groups of thirty lie on the small side already, and a closed side gets nothing."""
+    groups = _groups(list(range(21)), [[0]] * 21)
+    side, sides = _dealt(groups, (0.9, 0.1, 0.0), 1, settled=[[0], [9], [50]])
+    assert (side == 0).all()
+    assert sides.tags.tolist() == [[21], [9], [50]]
+    assert sides.posts.tolist() == [21, 9, 50]
