@@ -1,0 +1,86 @@
+"""Make the posts of a real benchmark out of Debian's openclipart packages (public domain).
+
+Writes ``DIR/posts.json``, in the data-file format, and ``DIR/idx2name.json``, the label map. A
+post is one drawing: its PNG, its title and description as text, its keywords as labels, and its
+author, so that ``build_trainval_data.py`` never puts one author on two sides.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs as a plain script too
+
+from common.cli import exit_code, read_options
+from common.errors import ConfigError
+from config.labels import LabelMap
+
+_NAME = "make_openclipart_posts"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommandLine:
+    """The command line."""
+
+    out: Annotated[Path, typer.Option(help="folder to write to")]
+    source: Annotated[Path, typer.Option(help="folder with svg/ and png/ of the packages")] = Path(
+        "/usr/share/openclipart"
+    )
+    min_posts: Annotated[
+        int, typer.Option("--min_posts", min=1, help="posts that a label has at least")
+    ] = 20
+
+
+def run(line: CommandLine) -> None:
+    from common.files import write_whole
+    from common.progress import notice
+    from corpus.openclipart import choose_labels, read_drawings
+
+    drawings, broken = read_drawings(line.source)
+    for path in broken:
+        notice(f"{path}: left out, not readable as SVG")
+    labels = choose_labels(drawings, line.min_posts)
+    if not labels:
+        raise ConfigError(
+            f"--min_posts {line.min_posts}: no keyword of {len(drawings)} drawings has as many"
+        )
+    labelled = [drawing for drawing in drawings if drawing.keywords & labels.keys()]
+    posts = [
+        {
+            "post_id": drawing.post_id,
+            "labels": sorted(drawing.keywords & labels.keys()),
+            "text": drawing.text,
+            "ocr": None,
+            "images": [str(drawing.picture.resolve())],
+            "videos": [],
+            "audios": [],
+            "features": "",
+            "author": drawing.author,
+        }
+        for drawing in labelled
+    ]
+    line.out.mkdir(parents=True, exist_ok=True)
+    names = LabelMap(tuple(labels)).as_json()
+    write_whole(line.out / "idx2name.json", json.dumps(names, ensure_ascii=False, indent=1))
+    write_whole(line.out / "posts.json", json.dumps(posts, ensure_ascii=False, indent=1))
+    authors = {drawing.author or drawing.post_id for drawing in labelled}
+    per_post = sum(len(drawing.keywords & labels.keys()) for drawing in labelled) / len(labelled)
+    print(
+        f"{len(posts)} posts of {len(authors)} authors, {len(labels)} labels, "
+        f"{per_post:.2f} a post: {line.out / 'posts.json'}"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return exit_code(_NAME, lambda: run(read_options(CommandLine, _NAME, arguments, about=__doc__)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
