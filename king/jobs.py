@@ -22,9 +22,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from common.post import Failure, Post
+from common.post import Failure, Post, TagResult
 from common.processes import process_identity
-from common.result import TagResult
 from common.retry import RetryPolicy
 from king.messages import PostMessage
 

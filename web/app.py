@@ -24,8 +24,7 @@ from werkzeug.exceptions import NotFound
 from werkzeug.routing import PathConverter
 
 from common.errors import BundleError, ConfigError, TaggingError
-from common.post import Tags
-from common.result import rounded
+from common.post import Tags, rounded
 from config.labels import LabelMap
 from config.settings import Settings
 from king.messages import PostMessage

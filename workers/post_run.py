@@ -54,10 +54,10 @@ from common.post import (
     Post,
     Status,
     Stream,
+    TagResult,
     Tags,
     modality_of,
 )
-from common.result import TagResult
 from common.retry import RetryPolicy
 from common.urls import is_url
 from config.settings import FeatureSettings

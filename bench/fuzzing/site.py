@@ -30,7 +30,7 @@ from fuzzing.messages import BadMessage
 from king.broker.connect import publish_posts
 from king.messages import PostMessage
 from king.store.client import StoreClient
-from king.store.ids import id_text
+from king.store.documents import id_text
 from king.store.store import Store
 from tests.support.tiny_models import tiny_features
 from tests.support.workers.small_bundle import write_bundle

@@ -15,8 +15,7 @@ from bson import ObjectId, json_util
 from common.times import moment_of
 from config.settings import FieldMap, StoreSettings
 from fusion.data.data_file import CorpusPost
-from king.store.documents import dig, read_post
-from king.store.ids import NoIdError, id_text
+from king.store.documents import NoIdError, dig, id_text, read_post
 
 
 class NoPost(Exception):

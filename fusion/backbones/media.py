@@ -24,7 +24,7 @@ from extractors.media.decode import read_frames
 from extractors.media.pictures import read_pictures, squash
 from extractors.models.visual import segments
 from fusion.data.data_file import MEDIA_KEYS, beside, entries, parse_post
-from fusion.data.schema import Batch, Sample, batch_of, padded
+from fusion.models.base import Batch, Sample, batch_of, padded
 from fusion.train.distributed import all_ranks, gathered
 from fusion.train.prepare import Skipped, by_item
 

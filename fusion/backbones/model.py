@@ -19,7 +19,7 @@ from config.settings import LstmSizes
 from extractors.learned import KEY
 from extractors.models.visual import AttentionLstm
 from fusion.backbones.media import STREAM, Kind, best_of_post
-from fusion.data.schema import Batch
+from fusion.models.base import Batch
 from fusion.train.losses import Objective
 
 # Cells a side that tell where something moves. It is the size of a layer's output: weights trained

@@ -18,7 +18,7 @@ from common.post_set import PostSet
 from extractors.learned import FILE, KEY
 from fusion.backbones.media import STREAM, MediaDataset
 from fusion.backbones.model import Tagger
-from fusion.data.schema import Batch
+from fusion.models.base import Batch
 
 _DIM, _LAYERS, _HEADS, _POSITIONS = 64, 2, 4, 128
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")

@@ -32,9 +32,9 @@ from config.labels import LabelMap
 from config.load import validation_line
 from config.settings import Section
 from extractors.learned import KEY, posts_of_weights
-from fusion.data.schema import Batch, FeatureManifest, InputSchema
 from fusion.metrics.calibration import Calibration
 from fusion.models import FusionModel, build_model
+from fusion.models.base import Batch, FeatureManifest, InputSchema
 
 WEIGHTS, LABELS, ABOUT = "model.safetensors", "labels.json", "bundle.yaml"
 Averaging = Literal["probabilities", "logits"]

@@ -28,7 +28,7 @@ from common.post import Stream
 from fusion.bundle.bundle import Bundle
 from fusion.bundle.export_lstm import exportable, onnx_translations
 from fusion.bundle.legacy import save_legacy
-from fusion.data.schema import Batch
+from fusion.models.base import Batch
 
 Format: TypeAlias = Literal["onnx", "torch", "state_dict", "pickle"]
 Inputs: TypeAlias = Sequence[torch.Tensor]

@@ -17,7 +17,7 @@ from config.train import DataSettings
 from extractors.feature_file import Header, feature_path, read_features, read_header
 from fusion.data.data_file import Record
 from fusion.data.posts import PostList
-from fusion.data.schema import FeatureManifest, InputSchema, Sample
+from fusion.models.base import FeatureManifest, InputSchema, Sample
 
 _LOOKED_AT = 2048  # posts; what none of them has is not worth a part of the model
 # Posts that vote on how features were made, with `skip_bad`: a few badly made ones are outvoted.

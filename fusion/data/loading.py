@@ -12,7 +12,7 @@ from typing import Any, TypeAlias, TypeVar, cast
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from fusion.data.schema import Batch, Sample
+from fusion.models.base import Batch, Sample
 
 # Batches that are ready before they are wanted: they hide one that is slow to read. Each one more
 # only takes memory; with 1, every slow one makes the model wait.

@@ -10,17 +10,16 @@ import numpy.typing as npt
 import torch
 
 from common.errors import FeatureError
-from common.post import Features, Modality, Stream, Tag, Tags
+from common.post import Features, Modality, Stream, Tag, TagResult, Tags
 from common.precision import require_device, set_threads
-from common.result import TagResult
 from config.labels import LabelMap
 from config.settings import InferSettings
 from fusion.bundle.bundle import Bundle, load_bundle
 from fusion.data.data_file import Record
 from fusion.data.dataset import FeatureFiles
-from fusion.data.schema import Batch, Collate, Sample
 from fusion.infer.outputs import Bad, Outcome, Result
 from fusion.metrics.calibration import calibrated
+from fusion.models.base import Batch, Collate, Sample
 
 
 class Inferer:

@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from common.errors import ConfigError, one_line
 from common.files import publish, sync_file
-from common.result import TagResult, rounded
+from common.post import TagResult, rounded
 from fusion.bundle.bundle import Bundle
 
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from config.fusion_models import ModelName, ModelSettings
-from fusion.data.schema import InputSchema
 from fusion.models.attention_lstm import AttentionLSTM
-from fusion.models.base import FusionModel
+from fusion.models.base import FusionModel, InputSchema
 from fusion.models.pooled import GMU, ConcatMLP
 from fusion.models.transformers import MBT, TokenTransformer
 from fusion.models.vlad import ConcatSE, NeXtVLADSE

@@ -9,8 +9,7 @@ from torch import nn
 
 from common.post import Stream
 from config.fusion_models import AttentionLstmSettings, ModelSettings
-from fusion.data.schema import InputSchema
-from fusion.models.base import Fused, FusionModel, Stage, learned_vectors, or_missing
+from fusion.models.base import Fused, FusionModel, InputSchema, Stage, learned_vectors, or_missing
 
 
 class Branch(nn.Module):

@@ -10,8 +10,15 @@ from torch import nn
 
 from common.post import Stream
 from config.fusion_models import ModelSettings
-from fusion.data.schema import InputSchema
-from fusion.models.base import Fused, FusionModel, Stage, learned_vectors, masked_mean, or_missing
+from fusion.models.base import (
+    Fused,
+    FusionModel,
+    InputSchema,
+    Stage,
+    learned_vectors,
+    masked_mean,
+    or_missing,
+)
 
 
 class MeanPooling(nn.Module):

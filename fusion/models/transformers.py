@@ -13,8 +13,15 @@ from torch.nn import functional
 from common.errors import ConfigError
 from common.post import Stream
 from config.fusion_models import ModelSettings
-from fusion.data.schema import ORDERED, InputSchema
-from fusion.models.base import Fused, FusionModel, Stage, learned_vectors, masked_mean
+from fusion.models.base import (
+    ORDERED,
+    Fused,
+    FusionModel,
+    InputSchema,
+    Stage,
+    learned_vectors,
+    masked_mean,
+)
 
 _CHANGING: frozenset[Stream] = frozenset({"video", "audio"})
 

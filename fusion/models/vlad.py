@@ -10,8 +10,15 @@ from torch.nn import functional
 
 from common.post import Stream
 from config.fusion_models import ModelSettings, NextVladSettings
-from fusion.data.schema import InputSchema
-from fusion.models.base import Fused, FusionModel, Stage, learned_vectors, masked_mean, or_missing
+from fusion.models.base import (
+    Fused,
+    FusionModel,
+    InputSchema,
+    Stage,
+    learned_vectors,
+    masked_mean,
+    or_missing,
+)
 
 
 class MaskedBatchNorm(nn.BatchNorm1d):

@@ -20,7 +20,7 @@ from config.fusion_models import ModelSettings
 from config.labels import LabelMap
 from config.train import TrainerSettings
 from fusion.bundle.bundle import ABOUT, WEIGHTS, load_bundle, read_about
-from fusion.data.schema import FeatureManifest, InputSchema
+from fusion.models.base import FeatureManifest, InputSchema
 
 FORMAT = "insighttag.checkpoint/1"
 LAST, BEST = "last.pt", "best.pt"

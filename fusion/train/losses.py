@@ -16,8 +16,8 @@ from torch.nn import functional
 
 from common.post import Stream
 from config.train import AsymmetricSettings, FocalSettings, LossName, LossSettings
-from fusion.data.schema import Batch
 from fusion.models import FusionModel
+from fusion.models.base import Batch
 
 Costs: TypeAlias = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 

@@ -24,7 +24,7 @@ from config.train import TrainSettings
 from fusion.data.dataset import FeatureFiles, PostDataset, find_manifest
 from fusion.data.loading import default_loaders
 from fusion.data.posts import PostList, Skip
-from fusion.data.schema import Collate, FeatureManifest, InputSchema
+from fusion.models.base import Collate, FeatureManifest, InputSchema
 from fusion.train.distributed import all_ranks, gathered, on_this_host
 from fusion.train.trainer import TrainData
 

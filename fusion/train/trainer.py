@@ -32,8 +32,8 @@ from common.post_set import PostSet
 from common.progress import Bar, notice, progress_bar
 from config.train import OptimizerSettings, TrainerSettings
 from fusion.data.loading import DataWait, EpochBatches, Loading, step_seed
-from fusion.data.schema import Batch, Sample
 from fusion.metrics import ranking as metrics
+from fusion.models.base import Batch, Sample
 from fusion.train.checkpoint import (
     BEST,
     LAST,

@@ -41,7 +41,7 @@ from pymongo.errors import (
 from common.errors import ConfigError, StoreRefused, StoreUnavailable
 from common.urls import redact
 from config.settings import StoreSettings
-from king.store.ids import id_candidates
+from king.store.documents import id_candidates
 
 Document = dict[str, Any]
 Operation = InsertOne[Document] | UpdateOne | DeleteOne

@@ -17,8 +17,7 @@ from config.settings import StoreSettings
 from king.jobs import JOB_STATES, QUEUED_FOR_S, Bundle, Job
 from king.messages import PostMessage
 from king.store.client import StoreClient, all_of
-from king.store.documents import dig, read_post
-from king.store.ids import NoIdError, id_text, match_ids
+from king.store.documents import NoIdError, dig, id_text, match_ids, read_post
 
 # IDs of one question. At half, twice as many round trips; at double, filters of 100 kB and more.
 _CHUNK = 500

@@ -15,8 +15,7 @@ from pymongo import DeleteOne, InsertOne, UpdateOne
 from pymongo.errors import DuplicateKeyError
 
 from common.errors import PostNotFound, StoreRefused
-from common.post import Failure
-from common.result import TagResult
+from common.post import Failure, TagResult
 from config.settings import StoreSettings
 from king.jobs import (
     OPEN_STATES,
@@ -43,8 +42,7 @@ from king.jobs import (
     number,
 )
 from king.store.client import Operation, Refusal, StoreClient, all_of
-from king.store.documents import dig, partial_attempts, projection, read_post, tagged_by
-from king.store.ids import match_ids
+from king.store.documents import dig, match_ids, partial_attempts, projection, read_post, tagged_by
 from king.store.queries import PostQueries
 
 # A claim that was lost to another King is looked at again after this: by then the other one has

@@ -29,8 +29,7 @@ def doctor(
     overrides: Overrides = None,
 ) -> None:
     """Count how the newest posts are read by store.fields: each field, and what does not fit."""
-    from king.store.documents import dig, read_fields
-    from king.store.ids import NoIdError, id_text
+    from king.store.documents import NoIdError, dig, id_text, read_fields
     from king.store.queries import open_queries
 
     settings = online_settings(config, overrides, store=True)

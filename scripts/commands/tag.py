@@ -9,8 +9,7 @@ import typer
 
 from common.cli import complain, say
 from common.errors import TaggingError
-from common.post import MEDIA_KINDS, Failure, Post
-from common.result import TagResult
+from common.post import MEDIA_KINDS, Failure, Post, TagResult
 from common.tables import print_table
 from fusion.data.data_file import read_whole_posts
 from scripts.commands.common import AsJson, Config, Overrides, print_json, settings_of

@@ -156,8 +156,8 @@ def tiny_bundle(folder: Path, features: FeatureSettings, *, threshold: Any = 0.0
     from config.labels import LabelMap
     from extractors.suite import ExtractorSuite
     from fusion.bundle.bundle import save_bundle
-    from fusion.data.schema import FeatureManifest, InputSchema
     from fusion.models import build_model
+    from fusion.models.base import FeatureManifest, InputSchema
 
     suite = ExtractorSuite(features)
     suite.load()

@@ -18,10 +18,10 @@ from common.post import Features, Modality
 from fusion.bundle.bundle import Bundle, Ensemble, load_bundle
 from fusion.bundle.export import ExportRefused, Format, ParityError, export, fusion_graph
 from fusion.bundle.export_lstm import Kind, exportable
-from fusion.data.schema import Collate, Sample
 from fusion.infer.inferer import Inferer
 from fusion.metrics.calibration import Temperature, calibrated
 from fusion.models import MODELS
+from fusion.models.base import Collate, Sample
 from tests.support.fusion import support
 from tests.support.scripts import infer_rig as rig
 

@@ -13,7 +13,7 @@ import torch
 from extractors.feature_file import feature_path, write_features
 from fusion.bundle.bundle import load_bundle
 from fusion.data.dataset import FeatureFiles
-from fusion.data.schema import Collate, Sample
+from fusion.models.base import Collate, Sample
 from tests.support.fusion import support
 from tests.support.scripts import infer_rig as rig
 

@@ -17,7 +17,7 @@ from king.jobs import (
     Superseded,
     Tagged,
 )
-from king.store.ids import id_text
+from king.store.documents import id_text
 from king.store.store import Store
 from tests.support.king.store_rig import (
     BUNDLE,

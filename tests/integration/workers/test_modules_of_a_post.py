@@ -28,8 +28,8 @@ from tests.support.workers.small_bundle import write_bundle
 from tests.support.workers.tracing import FOLDER, TRACED, Trace
 from workers.pool.pool import ProcessPool
 
-LIMIT = 40
-"""docs/architecture.md lists the 39 of today; one more is for an error on a busy host."""
+LIMIT = 35
+"""docs/architecture.md lists them."""
 
 
 @pytest.mark.redis

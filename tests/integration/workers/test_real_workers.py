@@ -19,8 +19,7 @@ import pytest
 from PIL import Image
 
 from common.errors import ConfigError, MediaError
-from common.post import Features, Media, Post
-from common.result import TagResult
+from common.post import Features, Media, Post, TagResult
 from config.settings import FeatureSettings, Settings
 from extractors.suite import ExtractorSuite
 from king.dispatch_thread import DispatchThread

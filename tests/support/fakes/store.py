@@ -24,8 +24,7 @@ from king.jobs import (
     Unreadable,
     Verdict,
 )
-from king.store.documents import partial_attempts, tagged_by
-from king.store.ids import id_text, match_ids
+from king.store.documents import id_text, match_ids, partial_attempts, tagged_by
 from king.store.store import changes_after, judge, unreadable_letter
 
 

@@ -17,8 +17,8 @@ from config.train import TrainSettings
 from extractors.feature_file import write_features
 from fusion.bundle.bundle import save_bundle
 from fusion.data.data_file import Record, entries, record_of
-from fusion.data.schema import FeatureManifest, InputSchema
 from fusion.models import FusionModel, build_model
+from fusion.models.base import FeatureManifest, InputSchema
 
 DIMS: dict[Modality, int] = {"video": 12, "image": 12, "audio": 6, "text": 10, "ocr": 10}
 FINGERPRINTS: dict[Stream, str] = {m: f"{m}-1" for m in MODALITIES}

@@ -6,8 +6,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from common.post import Failure, Tag
-from common.result import TagResult
+from common.post import Failure, Tag, TagResult
 from common.retry import RetryPolicy
 from config.settings import StoreSettings
 from king.jobs import (

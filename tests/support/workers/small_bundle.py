@@ -24,8 +24,8 @@ def write_bundle(folder: Path, suite: ExtractorSuite, *, seed: int = 0, **change
 
     from config.fusion_models import ModelSettings
     from fusion.bundle.bundle import save_bundle
-    from fusion.data.schema import FeatureManifest, InputSchema
     from fusion.models import build_model
+    from fusion.models.base import FeatureManifest, InputSchema
 
     labels = LabelMap(("cat", "dog", "sea"))
     values = {

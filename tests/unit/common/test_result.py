@@ -8,8 +8,7 @@ from datetime import datetime, timezone
 
 import numpy as np
 
-from common.post import Failure, Features, Tag, Tags
-from common.result import TagResult
+from common.post import Failure, Features, Tag, TagResult, Tags
 from fusion.infer.outputs import JsonLines, Result
 
 TAGS = Tags("p1", "demo", "2", (Tag(3, "猫", 0.1234567890),), np.array([0.1234567], np.float32))

@@ -24,7 +24,7 @@ from fusion.backbones.media import (
     read_posts,
 )
 from fusion.backbones.model import MediaTagger, create_backbone
-from fusion.data.schema import Sample
+from fusion.models.base import Sample
 from tests.support.fusion.media_posts import write_labels, write_pictures, write_videos
 from tests.support.tiny_models import TINY_CNN, tiny_features
 

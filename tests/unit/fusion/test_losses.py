@@ -12,8 +12,8 @@ from torchvision.ops import sigmoid_focal_loss
 from common.errors import ConfigError
 from config.load import validate
 from config.train import LossSettings, TrainSettings
-from fusion.data.schema import Batch, Collate, Sample
 from fusion.models import build_model
+from fusion.models.base import Batch, Collate, Sample
 from fusion.train.losses import Objective, TaggingLoss, class_weights, mixed, mixed_with
 from tests.support.fusion import support
 

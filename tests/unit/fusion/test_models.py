@@ -15,9 +15,8 @@ from common.errors import ConfigError
 from common.post import MODALITIES, Features, Modality, Stream
 from config.fusion_models import MbtSettings, ModelSettings, NextVladSettings
 from config.train import LossSettings, OptimizerSettings
-from fusion.data.schema import Batch, Collate, Sample
 from fusion.models import MODELS, build_model
-from fusion.models.base import ModalityDropout
+from fusion.models.base import Batch, Collate, ModalityDropout, Sample
 from fusion.models.transformers import Block, positions
 from fusion.models.vlad import MaskedBatchNorm, NeXtVLAD
 from fusion.train.losses import Objective, TaggingLoss

@@ -14,8 +14,8 @@ from torch import nn
 from common.errors import ConfigError
 from config.load import validate
 from config.train import LossSettings, OptimizerSettings, TrainSettings
-from fusion.data.schema import Collate, Sample
 from fusion.models import MODELS
+from fusion.models.base import Collate, Sample
 from fusion.train.losses import Objective, TaggingLoss
 from fusion.train.optimizer import (
     SCHEDULES,

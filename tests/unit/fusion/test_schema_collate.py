@@ -9,7 +9,7 @@ import torch
 from common.errors import ConfigError, FeatureError
 from common.post import Features
 from config.fusion_models import TokenLimits
-from fusion.data.schema import Collate, FeatureManifest, InputSchema, Sample
+from fusion.models.base import Collate, FeatureManifest, InputSchema, Sample
 from tests.support.fusion import support
 
 

@@ -18,9 +18,8 @@ from extractors.feature_file import Header
 from fusion.bundle.bundle import load_bundle
 from fusion.data.data_file import Record
 from fusion.data.dataset import FeatureFiles, find_manifest
-from fusion.data.schema import Batch, Collate, FeatureManifest, InputSchema, Sample
 from fusion.models import MODELS, FusionModel, build_model
-from fusion.models.base import ModalityDropout
+from fusion.models.base import Batch, Collate, FeatureManifest, InputSchema, ModalityDropout, Sample
 from fusion.train.losses import Objective, TaggingLoss
 from tests.support.fusion import support
 from tests.support.fusion.numpy_models import FORWARDS

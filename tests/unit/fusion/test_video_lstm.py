@@ -14,7 +14,7 @@ from config.settings import LstmSizes, VideoLstmSettings
 from extractors.models.visual import AttentionLstm, VideoLstm
 from fusion.backbones.media import STREAM
 from fusion.backbones.model import LstmTagger, save_weights
-from fusion.data.schema import Batch
+from fusion.models.base import Batch
 
 SIZES = LstmSizes(projection=6, hidden=5, join=9, width=7)
 DIM = 11

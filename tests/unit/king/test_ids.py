@@ -19,7 +19,7 @@ from config.settings import FieldMap
 from corpus.pull.posts import NoPost, convert, shown_id
 from king.jobs import Rejected, Settled, Started
 from king.messages import PostMessage, parse_message
-from king.store.ids import NoIdError, id_candidates, id_text, match_ids
+from king.store.documents import NoIdError, id_candidates, id_text, match_ids
 from tests.support.fakes.store import FakeStore
 from tests.support.king.store_rig import begin_one, context, started, tagged
 

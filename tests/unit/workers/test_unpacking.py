@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from common.errors import FetchRefused, FetchRetryable
-from workers.unpacking import STEP_BYTES, unpacked
+from workers.fetch import STEP_BYTES, unpacked
 
 CONTENT = bytes(range(256)) * 400
 PICTURE = b"\x89PNG\r\n\x1a\n" + CONTENT
