@@ -55,8 +55,9 @@ RATES: dict[ModelName, float] = {
     "nextvlad_se": 2e-3,
     "attention_lstm": 1e-3,
     "mbt": 1e-3,
+    "ml_decoder": 1e-3,
 }
-"""The best of `SEARCHED` by the GAP on the validation posts, with seed 0."""
+"""The best of `SEARCHED` by the GAP on the validation posts, with seed 0; ml_decoder: no search."""
 
 
 @dataclasses.dataclass(frozen=True)

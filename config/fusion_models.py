@@ -16,6 +16,7 @@ ModelName: TypeAlias = Literal[
     "nextvlad_se",
     "attention_lstm",
     "mbt",
+    "ml_decoder",
 ]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Weight = Annotated[float, Field(ge=0)]
@@ -130,6 +131,22 @@ class MbtSettings(Section):
         return self
 
 
+class MlDecoderSettings(Section):
+    """Queries that stand for groups of classes look at the tokens of all modalities.
+
+    The published model has width 768 and a feed-forward of 2048.
+    """
+
+    width: PositiveInt = 192
+    heads: PositiveInt = 8
+    feed_forward: PositiveInt = 512
+    queries: PositiveInt = 100
+    """At most; with fewer classes each has its own."""
+    dropout: Share = 0.1
+    motion: bool = True
+    """Tokens of video and audio also carry their change from the token before."""
+
+
 class ModelSettings(Section):
     """The fusion model: ``name`` chooses which of the sections below counts."""
 
@@ -147,3 +164,4 @@ class ModelSettings(Section):
     nextvlad_se: NextVladSeSettings = NextVladSeSettings()
     attention_lstm: AttentionLstmSettings = AttentionLstmSettings()
     mbt: MbtSettings = MbtSettings()
+    ml_decoder: MlDecoderSettings = MlDecoderSettings()

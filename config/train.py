@@ -12,7 +12,7 @@ from config.fusion_models import ModelSettings, Share, Weight
 from config.settings import Count, LstmSizes, PositiveInt, Section
 
 ModalityName: TypeAlias = Literal["video", "image", "audio", "text", "ocr"]
-LossName: TypeAlias = Literal["bce", "focal", "asymmetric"]
+LossName: TypeAlias = Literal["bce", "focal", "asymmetric", "two_way"]
 OptimizerName: TypeAlias = Literal["adamw", "adam", "sgd", "rmsprop"]
 ScheduleName: TypeAlias = Literal["cosine", "one_cycle", "step", "constant"]
 CalibrationName: TypeAlias = Literal["none", "temperature", "isotonic"]
@@ -123,12 +123,20 @@ class AsymmetricSettings(Section):
     """Negatives that score less cost nothing."""
 
 
+class TwoWaySettings(Section):
+    """Temperatures: the higher, the more the tags beside the hardest one count."""
+
+    positive: Rate = 4.0
+    negative: Rate = 1.0
+
+
 class LossSettings(Section):
     """The loss: ``name`` chooses which of the sections below counts."""
 
     name: LossName = "bce"
     focal: FocalSettings = FocalSettings()
     asymmetric: AsymmetricSettings = AsymmetricSettings()
+    two_way: TwoWaySettings = TwoWaySettings()
     class_balance: Share = 0.0
     """β of weights by the effective number of a tag's positives: rarer tags weigh more. 0 is off,
     0.999 is strong."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from config.fusion_models import ModelName, ModelSettings
 from fusion.models.attention_lstm import AttentionLSTM
 from fusion.models.base import FusionModel, InputSchema
+from fusion.models.ml_decoder import MLDecoder
 from fusion.models.pooled import GMU, ConcatMLP
 from fusion.models.transformers import MBT, TokenTransformer
 from fusion.models.vlad import ConcatSE, NeXtVLADSE
@@ -21,6 +22,7 @@ MODELS: Mapping[ModelName, Callable[[InputSchema, ModelSettings], FusionModel]] 
     "nextvlad_se": NeXtVLADSE,
     "attention_lstm": AttentionLSTM,
     "mbt": MBT,
+    "ml_decoder": MLDecoder,
 }
 
 

@@ -228,6 +228,27 @@ class Outputs(NamedTuple):
     there: Mapping[Stream, torch.Tensor]
 
 
+class GroupLinear(nn.Module):
+    """A linear layer for each of ``groups`` vectors; together they give the classes, in order.
+
+    Attributes:
+        weight: ``(groups, width, classes of a group)``.
+        bias: ``(classes,)``.
+    """
+
+    def __init__(self, width: int, classes: int, groups: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(groups, width, -(-classes // groups)))
+        nn.init.xavier_normal_(self.weight)
+        self.bias = nn.Parameter(torch.zeros(classes))
+
+    def forward(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Map ``(posts, groups, width)`` to logits ``(posts, classes)``."""
+        # (groups, posts, width) · (groups, width, n) -> (posts, groups · n), the last some spare
+        each = torch.bmm(vectors.transpose(0, 1), self.weight).transpose(0, 1).flatten(1)
+        return each[:, : len(self.bias)] + self.bias
+
+
 class FusionModel(nn.Module):
     """A batch of posts in, logits ``(posts, classes)`` out.
 
@@ -239,7 +260,7 @@ class FusionModel(nn.Module):
         classify: The last layer, ``(...) -> (classes)``.
     """
 
-    classify: nn.Linear
+    classify: nn.Linear | GroupLinear
 
     def __init__(self, schema: InputSchema, settings: ModelSettings) -> None:
         super().__init__()

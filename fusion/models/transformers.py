@@ -128,18 +128,51 @@ class Block(nn.Module):
         return branch * stays / (1 - self.skip)
 
 
-class TokenTransformer(FusionModel):
-    """[CLS] and the tokens of every stream, or its learned "missing" token, in one sequence."""
+class OneSequence(FusionModel):
+    """The base of models over one sequence: the tokens of every stream, or its "missing" token."""
 
-    def __init__(self, schema: InputSchema, settings: ModelSettings) -> None:
+    def __init__(
+        self, schema: InputSchema, settings: ModelSettings, width: int, *, motion: bool
+    ) -> None:
         super().__init__(schema, settings)
-        options = settings.token_transformer
-        width = options.width
-        refuse_uneven(width, options.heads, "model.token_transformer")
-        self.projections = projections(schema, width, motion=options.motion)
+        self.projections = projections(schema, width, motion=motion)
         self.kinds = learned_vectors(schema, width)
         self.missing = learned_vectors(schema, width)
         self.scales = position_scales(schema)
+        self.places: torch.Tensor
+        self.register_buffer(
+            "places", positions(max(schema.tokens.values()), width), persistent=False
+        )
+
+    def sequence(
+        self, tokens: Mapping[Stream, torch.Tensor], masks: Mapping[Stream, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[Stream, torch.Tensor]]:
+        """Return tokens ``(posts, Σ(n + 1), width)``, their mask, and `Fused.alone`."""
+        rows, there = [], []
+        alone: dict[Stream, torch.Tensor] = {}
+        for stream in self.streams:
+            mask = masks[stream]
+            projected = self.projections[stream](tokens[stream])  # (posts, n, width)
+            if self.has_own_heads:
+                alone[stream] = masked_mean(projected, mask)
+            if stream in self.scales:
+                places = self.places[: projected.shape[1]]
+                projected = projected + self.scales[stream] * places
+            stand_in = self.missing[stream].expand(mask.shape[0], 1, -1)
+            rows.append(torch.cat([projected, stand_in], dim=1) + self.kinds[stream])
+            # The stand-in is seen exactly where nothing else of the modality is.
+            there += [mask, ~mask.any(dim=1, keepdim=True)]
+        return torch.cat(rows, dim=1), torch.cat(there, dim=1), alone
+
+
+class TokenTransformer(OneSequence):
+    """[CLS] and the tokens of every stream, or its learned "missing" token, in one sequence."""
+
+    def __init__(self, schema: InputSchema, settings: ModelSettings) -> None:
+        options = settings.token_transformer
+        width = options.width
+        refuse_uneven(width, options.heads, "model.token_transformer")
+        super().__init__(schema, settings, width, motion=options.motion)
         self.start = nn.Parameter(torch.randn(width) * 0.02)
         self.dropout = nn.Dropout(options.dropout)
         self.blocks = nn.ModuleList(
@@ -147,10 +180,6 @@ class TokenTransformer(FusionModel):
         )
         self.norm = nn.LayerNorm(width)
         self.classify = nn.Linear(width, schema.classes)
-        self.places: torch.Tensor
-        self.register_buffer(
-            "places", positions(max(schema.tokens.values()), width), persistent=False
-        )
         self._add_own_heads(dict.fromkeys(schema.dims, width))
 
     def layers(self) -> tuple[Stage, ...]:
@@ -162,25 +191,10 @@ class TokenTransformer(FusionModel):
     def fuse(
         self, tokens: Mapping[Stream, torch.Tensor], masks: Mapping[Stream, torch.Tensor]
     ) -> Fused:
-        first = tokens[self.streams[0]]
-        posts = first.shape[0]
-        sequence = [self.start.expand(posts, 1, -1)]
-        there = [torch.ones(posts, 1, dtype=torch.bool, device=first.device)]
-        alone: dict[Stream, torch.Tensor] = {}
-        for stream in self.streams:
-            mask = masks[stream]
-            projected = self.projections[stream](tokens[stream])  # (posts, n, width)
-            if self.has_own_heads:
-                alone[stream] = masked_mean(projected, mask)
-            if stream in self.scales:
-                places = self.places[: projected.shape[1]]
-                projected = projected + self.scales[stream] * places
-            stand_in = self.missing[stream].expand(posts, 1, -1)
-            sequence.append(torch.cat([projected, stand_in], dim=1) + self.kinds[stream])
-            # The stand-in is seen exactly where nothing else of the modality is.
-            there += [mask, ~mask.any(dim=1, keepdim=True)]
-        mixed = self.dropout(torch.cat(sequence, dim=1))  # (posts, 1 + Σ(n + 1), width)
-        seen = torch.cat(there, dim=1)
+        rows, seen, alone = self.sequence(tokens, masks)
+        start = self.start.expand(rows.shape[0], 1, -1)
+        mixed = self.dropout(torch.cat([start, rows], dim=1))  # (posts, 1 + Σ(n + 1), width)
+        seen = torch.cat([torch.ones_like(seen[:, :1]), seen], dim=1)
         for block in self.blocks:
             mixed = block(mixed, seen)
         return Fused(self.classify(self.dropout(self.norm(mixed[:, 0]))), alone)

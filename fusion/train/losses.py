@@ -1,25 +1,28 @@
 """Losses of multi-label tagging; all take logits, never probabilities.
 
-The forms below give the cost of every class of every post; `TaggingLoss` smooths, weighs and
-averages; `Objective` is a model with its loss. Targets may lie between 0 and 1: smoothed and mixed
-ones do.
+All but `two_way_loss` give the cost of every class of every post; `TaggingLoss` smooths, weighs
+and averages; `Objective` is a model with its loss. Targets may lie between 0 and 1: smoothed and
+mixed ones do.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TypeAlias
 
 import torch
 from torch import nn
 from torch.nn import functional
 
 from common.post import Stream
-from config.train import AsymmetricSettings, FocalSettings, LossName, LossSettings
+from config.train import (
+    AsymmetricSettings,
+    FocalSettings,
+    LossName,
+    LossSettings,
+    TwoWaySettings,
+)
 from fusion.models import FusionModel
 from fusion.models.base import Batch
-
-Costs: TypeAlias = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def cross_entropy_costs(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -62,6 +65,39 @@ def asymmetric_costs(
     return positive + torch.where(counts, negative, 0.0)
 
 
+def two_way_loss(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    weights: torch.Tensor,
+    there: torch.Tensor,
+    settings: TwoWaySettings,
+) -> torch.Tensor:
+    """Return how far positives stand below negatives: in each post, and in each class, summed.
+
+    For a post ``softplus(Tn * lse(negatives / Tn) + Tp * lse(-positives / Tp))``, and for a class
+    the same over the posts of the batch; means over the posts and classes with a positive. A
+    target between 0 and 1 counts as that part of a positive, and the rest of it as a negative.
+    ``weights`` ``(classes,)`` weigh the classes in the second way.
+
+    Source: Kobayashi, "Two-way Multi-Label Loss", CVPR 2023, equations 6 to 9.
+    """
+    logits, targets = logits[there], targets[there]  # (n, classes)
+    total = logits.sum() * 0  # a gradient also where nothing can be compared
+    for dim, weight in ((1, logits.new_ones(logits.shape[:1])), (0, weights)):
+        # A row without a positive has no worst positive; one without a negative no worst negative.
+        some = (targets > 0).any(dim) & (targets < 1).any(dim)
+        if not some.any():
+            continue
+        scores = logits[some] if dim == 1 else logits[:, some]
+        truth = targets[some] if dim == 1 else targets[:, some]
+        rise, fall = settings.negative, settings.positive
+        worst_negative = rise * torch.logsumexp(scores / rise + torch.log(1 - truth), dim)
+        worst_positive = fall * torch.logsumexp(-scores / fall + torch.log(truth), dim)
+        costs = functional.softplus(worst_negative + worst_positive) * weight[some]
+        total = total + costs.mean()
+    return total
+
+
 def class_weights(positives: torch.Tensor, beta: float) -> torch.Tensor:
     """Return weights by the effective number of positives ``(classes,)``, float32 with mean 1.
 
@@ -83,8 +119,7 @@ class TaggingLoss(nn.Module):
 
     def __init__(self, settings: LossSettings, positives: torch.Tensor) -> None:
         super().__init__()
-        self._smoothing = settings.label_smoothing
-        self._costs = _FORMS[settings.name](settings)
+        self._settings = settings
         self.weights: torch.Tensor
         self.register_buffer("weights", class_weights(positives, settings.class_balance), False)
 
@@ -94,20 +129,27 @@ class TaggingLoss(nn.Module):
         """Return the mean cost of logits and targets in [0, 1], both ``(posts, classes)``.
 
         Posts where ``there`` ``(posts,)`` is False cost nothing, and count in the mean: so the
-        costs of parts of a batch add up to that of the batch.
+        costs of parts of a batch add up to that of the batch. Not so in `two_way_loss`, whose
+        means are over what it compares.
         """
-        truth = smoothed(targets, self._smoothing) if self._smoothing else targets
-        costs = self._costs(logits.float(), truth) * self.weights  # (posts, classes)
+        settings, logits = self._settings, logits.float()
+        if settings.label_smoothing:
+            targets = smoothed(targets, settings.label_smoothing)
+        if settings.name == "two_way":
+            if there is None:
+                there = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
+            return two_way_loss(logits, targets, self.weights, there, settings.two_way)
+        costs = _FORMS[settings.name](logits, targets, settings) * self.weights  # (posts, classes)
         if there is None:
             return costs.mean()
         # Chosen, not multiplied: 0 · inf is NaN, and (posts, 1, 1) · (posts,) would mask nothing.
         return torch.where(there[:, None], costs, 0.0).mean()
 
 
-_FORMS: Mapping[LossName, Callable[[LossSettings], Costs]] = {
-    "bce": lambda _: cross_entropy_costs,
-    "focal": lambda settings: lambda x, t: focal_costs(x, t, settings.focal),
-    "asymmetric": lambda settings: lambda x, t: asymmetric_costs(x, t, settings.asymmetric),
+_FORMS: Mapping[LossName, Callable[[torch.Tensor, torch.Tensor, LossSettings], torch.Tensor]] = {
+    "bce": lambda x, t, _: cross_entropy_costs(x, t),
+    "focal": lambda x, t, settings: focal_costs(x, t, settings.focal),
+    "asymmetric": lambda x, t, settings: asymmetric_costs(x, t, settings.asymmetric),
 }
 
 

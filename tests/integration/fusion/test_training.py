@@ -37,6 +37,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "nextvlad_se": {"model": {"auxiliary": 1.0}},
     "attention_lstm": {},
     "mbt": {"loss": {"label_smoothing": 0.1}, "model": {"auxiliary": 0.3}},
+    "ml_decoder": {"loss": {"name": "two_way"}},
     "token_transformer": {"loss": {"mixup": 0.3}, "optimizer": {"schedule": "one_cycle"}},
 }
 

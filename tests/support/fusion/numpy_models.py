@@ -250,6 +250,32 @@ def mbt(w: Weights, post: Features) -> Said:
     return np.mean(said, axis=0), own_heads(w, alone)
 
 
+def ml_decoder(w: Weights, post: Features) -> Said:
+    sequence, alone = [], {}
+    for m in known(w):
+        rows = rows_of(post, m)
+        tokens = w[f"missing.{m}"][None]
+        if rows is not None:
+            plain, tokens = projected(w, m, rows)
+            alone[m] = plain.mean(axis=0)
+        sequence.append(tokens + w[f"kinds.{m}"])
+    tokens = layer_norm(w, "norm_tokens", np.concatenate(sequence))
+    asking = layer_norm(w, "norm_queries", 2 * w["queries"])
+    width, heads = tokens.shape[1], 4
+    keys, values = np.split(linear(w, "answer", tokens), 2, axis=1)
+    mixed = np.zeros_like(asking)
+    for part in np.split(np.arange(width), heads):
+        query = linear(w, "ask", asking)[:, part]
+        chances = softmax(query @ keys[:, part].T / math.sqrt(len(part)), 1)
+        mixed[:, part] = chances @ values[:, part]
+    x = layer_norm(w, "norm_attention", asking + linear(w, "out", mixed))
+    fed = linear(w, "feed.3", relu(linear(w, "feed.0", x)))
+    x = layer_norm(w, "norm_feed", x + fed)
+    said = np.concatenate([x[k] @ w["classify.weight"][k] for k in range(len(x))])
+    bias = w["classify.bias"]
+    return said[: len(bias)] + bias, own_heads(w, alone)
+
+
 FORWARDS: dict[str, Callable[[Weights, Features], Said]] = {
     "token_transformer": token_transformer,
     "concat_mlp": concat_mlp,
@@ -258,4 +284,5 @@ FORWARDS: dict[str, Callable[[Weights, Features], Said]] = {
     "nextvlad_se": nextvlad_se,
     "attention_lstm": attention_lstm,
     "mbt": mbt,
+    "ml_decoder": ml_decoder,
 }

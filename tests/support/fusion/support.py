@@ -56,6 +56,14 @@ SMALL = ModelSettings.model_validate(
             "dropout": 0.0,
             "stochastic_depth": 0.1,
         },
+        # Four queries for six classes: the last group has spare places.
+        "ml_decoder": {
+            "width": 32,
+            "heads": 4,
+            "feed_forward": 48,
+            "queries": 4,
+            "dropout": 0.0,
+        },
         "modality_dropout": 0.1,
     }
 )

@@ -94,14 +94,70 @@ def test_focal_equals_torchvision() -> None:
     torch.testing.assert_close(found, wanted)
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+def two_way_in_numpy(x: Numbers, t: Numbers, weights: Numbers) -> float:
+    """The definition, one post and one class at a time, for targets of 0 and 1."""
+
+    def mean(rows: list[tuple[Numbers, Numbers, float]]) -> float:
+        costs = []
+        for scores, truth, weight in rows:
+            positives, negatives = scores[truth == 1], scores[truth == 0]
+            if not len(positives) or not len(negatives):
+                continue
+            high = np.log(np.exp(negatives).sum())  # temperature 1
+            low = 4 * np.log(np.exp(-positives / 4).sum())
+            costs.append(weight * np.log1p(np.exp(high + low)))
+        return float(np.mean(costs))
+
+    by_post = [(x[i], t[i], 1.0) for i in range(len(x))]
+    by_class = [(x[:, j], t[:, j], weights[j]) for j in range(x.shape[1])]
+    return mean(by_post) + mean(by_class)
+
+
+TWO_WAY = LossSettings.model_validate({"name": "two_way"})
+
+
+def test_the_two_way_loss_compares_within_posts_and_within_classes() -> None:
+    """Posts without positives or negatives and posts that are masked take no part."""
+    logits, targets = given()
+    targets = targets.round()
+    targets[4], targets[:, 2] = 1, 0
+    there = torch.tensor([True] * 7 + [False] * 2)
+    logits[8] = float("inf")
+    settings = TWO_WAY.model_copy(update={"class_balance": 0.9})
+    loss = TaggingLoss(settings, torch.tensor([1, 2, 3, 400, 5]))
+    found = loss(logits, targets, there).item()
+    x, t = logits[:7].double().numpy(), targets[:7].double().numpy()
+    assert found == pytest.approx(two_way_in_numpy(x, t, loss.weights.numpy()), rel=1e-5)
+
+
+def test_the_two_way_loss_of_soft_targets_lies_between_those_of_hard_ones() -> None:
+    logits = torch.tensor([[2.0, -1.0, 0.5]])
+
+    def cost(second: float) -> float:
+        targets = torch.tensor([[1.0, second, 0.0]])
+        return float(TaggingLoss(TWO_WAY, torch.ones(3))(logits, targets))
+
+    assert cost(0.0) < cost(0.3) < cost(0.7) < cost(1.0)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_the_two_way_loss_of_nothing_to_compare_is_zero(value: float) -> None:
+    logits = torch.randn(3, 4, requires_grad=True)
+    loss = TaggingLoss(TWO_WAY, torch.ones(4))(logits, torch.full((3, 4), value))
+    loss.backward()
+    assert loss.item() == 0
+    assert logits.grad is not None
+    assert not logits.grad.any()
+
+
+@pytest.mark.parametrize("name", [*SETTINGS, "two_way"])
 @pytest.mark.parametrize("logit", [-1e4, -200.0, -90.0, 0.0, 90.0, 200.0, 1e4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_losses_are_finite_where_probabilities_are_not(
     name: str, logit: float, dtype: torch.dtype
 ) -> None:
     """Far beyond where a sigmoid is 0 or 1, value and gradient are numbers, also in bfloat16."""
-    settings = LossSettings.model_validate(SETTINGS[name])
+    settings = LossSettings.model_validate(SETTINGS.get(name, {"name": name}))
     logits = torch.full((2, 2), logit, dtype=dtype, requires_grad=True)
     loss = TaggingLoss(settings, torch.ones(2))(logits, torch.tensor([[0.0, 1.0], [0.0, 0.5]]))
     assert torch.isfinite(loss)
@@ -157,7 +213,7 @@ def test_masked_posts_cost_nothing_and_teach_nothing() -> None:
 
 
 def test_a_loss_that_does_not_exist_is_one_line() -> None:
-    with pytest.raises(ConfigError, match=r"loss\.name.*'bce', 'focal' or 'asymmetric'"):
+    with pytest.raises(ConfigError, match=r"loss\.name.*'bce', 'focal', 'asymmetric' or 'two_way'"):
         validate(TrainSettings, {"loss": {"name": "hinge"}}, "test")
 
 
