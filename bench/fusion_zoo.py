@@ -96,20 +96,18 @@ def prepare(settings: Settings) -> Layout:
 def _extract(layout: Layout, settings: Settings) -> None:
     """Extract features of all posts; again when the extractors have changed since."""
     from demo.features import extract_posts
-    from demo.stages import Stamp, code_digest, digest
+    from demo.stages import code_digest, digest, run_stage
 
     features = digest(settings.features.model_dump(mode="json"), code_digest("extractors"))
     weights = digest(*(_weights(settings)))
     inputs = digest(features, weights)
-    stamp = Stamp(layout.root / "stamps" / "features.json", inputs, (layout.features,))
-    if stamp.valid:
-        return
-    stamp.clear()
-    shutil.rmtree(layout.features, ignore_errors=True)
-    extract_posts(
-        layout, settings, [p for split in SPLITS for p in read_whole_posts(layout.posts(split))]
-    )
-    stamp.write()
+    posts = [post for split in SPLITS for post in read_whole_posts(layout.posts(split))]
+
+    def extract() -> None:
+        shutil.rmtree(layout.features, ignore_errors=True)
+        extract_posts(layout, settings, posts)
+
+    run_stage(layout.root / "stamps" / "features", inputs, (layout.features,), extract)
 
 
 def _weights(settings: Settings) -> Iterator[str]:

@@ -7,7 +7,6 @@ import json
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,39 +30,51 @@ def prepare(layout: Layout, settings: Settings, sizes: Sizes, seed: int) -> None
 
     What was done before a stage that fails is kept.
     """
-    labels, features = LabelMap.load(LABELS), settings.features
-
-    def stage(name: str, inputs: str, outputs: tuple[Path, ...], work: Callable[[], None]) -> None:
-        stamp = Stamp(layout.root / "stamps" / f"{name}.json", inputs, outputs)
-        sys.stderr.write(f"{name}: there already\n" if stamp.valid else f"{name}\n")
-        if not stamp.valid:
-            stamp.clear()
-            started = time.monotonic()
-            work()
-            stamp.write()
-            sys.stderr.write(f"  {time.monotonic() - started:.0f} s\n")
-
+    labels, features, stamps = LabelMap.load(LABELS), settings.features, layout.root / "stamps"
     made = digest(dict(sizes.posts), seed, code_digest("demo/posts"))
-    stage(
-        "posts",
+    run_stage(
+        stamps / "posts",
         made,
         tuple(map(layout.posts, SPLITS)),
         lambda: make_splits(layout, sizes.posts, seed),
     )
     ocr = digest(made, features.ocr.model_dump(), code_digest("extractors"))
     texts = (layout.read("train"), layout.read("valid"))
-    stage("words", ocr, texts, lambda: read_pictures(layout, settings, ("train", "valid")))
+    run_stage(
+        stamps / "words", ocr, texts, lambda: read_pictures(layout, settings, ("train", "valid"))
+    )
     backbones = digest(
         ocr, features.model_dump(mode="json"), sizes, labels.names, code_digest("fusion/backbones")
     )
     train = partial(train_backbones, layout, settings, sizes, labels)
-    stage("backbones", backbones, outputs(settings), train)
+    run_stage(stamps / "backbones", backbones, outputs(settings), train)
     vectors = digest(backbones, settings.decode.model_dump())
-    stage("features", vectors, (layout.features,), lambda: extract_features(layout, settings))
+    run_stage(
+        stamps / "features", vectors, (layout.features,), lambda: extract_features(layout, settings)
+    )
     training = train_settings(layout, settings, sizes).model_dump(mode="json")
     bundle = digest(vectors, training, code_digest("fusion/models"))
     fuse = partial(train_fusion, layout, settings, sizes)
-    stage("fusion", bundle, (settings.fusion.bundle,), fuse)
+    run_stage(stamps / "fusion", bundle, (settings.fusion.bundle,), fuse)
+
+
+def run_stage(
+    stamp: Path, inputs: str, outputs: tuple[Path, ...], work: Callable[[], None]
+) -> None:
+    """Run a stage, unless its stamp says that the outputs were made from these inputs.
+
+    The stamp is written last, so that half an output has none.
+    """
+    done = all(path.exists() for path in (stamp, *outputs))
+    if done and stamp.read_text(encoding="utf-8") == f"{inputs}\n":
+        sys.stderr.write(f"{stamp.name}: there already\n")
+        return
+    sys.stderr.write(f"{stamp.name}\n")
+    stamp.unlink(missing_ok=True)
+    started = time.monotonic()
+    work()
+    write_whole(stamp, inputs)
+    sys.stderr.write(f"  {time.monotonic() - started:.0f} s\n")
 
 
 def make_splits(
@@ -89,32 +100,3 @@ def code_digest(package: str) -> str:
     """Return a digest of the Python files of a package: other code, other outputs."""
     files = sorted((_PRODUCT / package).glob("*.py"))
     return digest([(file.name, file.read_text(encoding="utf-8")) for file in files])
-
-
-@dataclass(frozen=True)
-class Stamp:
-    """A note of what a stage's outputs were made from.
-
-    Attributes:
-        path: The note's file; written last, so that half an output has none.
-        inputs: Digest of everything that the outputs follow from.
-        outputs: Files and folders that must be there.
-    """
-
-    path: Path
-    inputs: str
-    outputs: tuple[Path, ...]
-
-    @property
-    def valid(self) -> bool:
-        """Tell whether the stage ran from these inputs and its outputs still exist."""
-        if not all(path.exists() for path in (self.path, *self.outputs)):
-            return False
-        return self.path.read_text(encoding="utf-8") == f"{self.inputs}\n"
-
-    def clear(self) -> None:
-        """Forget that the stage was done: its outputs are about to change."""
-        self.path.unlink(missing_ok=True)
-
-    def write(self) -> None:
-        write_whole(self.path, self.inputs)

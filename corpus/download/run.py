@@ -106,7 +106,7 @@ def _count(summary: Summary, result: UrlResult) -> None:
 
 _WINDOW = 5_000  # URLs in memory: enough hosts to keep every connection busy, about 2 MB
 _FEED = 500  # of them read in one go, so that the first downloads begin at once
-_IDLE_S = 0.2  # a signal is noticed this late
+_IDLE_S = 0.2  # a signal, and the end of a host's wait, are noticed this late
 _LONGEST_WAIT_S = 300.0  # a host that wants to be left alone for longer is left to the next run
 _LONGEST_BACKOFF_S = 60.0
 _TOO_MANY = "HTTP 429"
@@ -181,7 +181,9 @@ class Download:
             while not asked():
                 fed = fed or self._feed(asks)
                 self._start_downloads()
-                self._settle(self._transfers.receive(self._wait_s(waiting=fed)))
+                # While there is more to read, nothing is waited for.
+                reading = not fed and self._hosts.size < _WINDOW
+                self._settle(self._transfers.receive(0.0 if reading else _IDLE_S))
                 self._show()
                 if fed and not self._pending:
                     self.complete = True
@@ -246,7 +248,7 @@ class Download:
         if verdict is not None:
             self._keep([(ask.key, verdict, "")])
         else:
-            self._hosts.add(Try(ask, host))
+            self._hosts.add(Try(ask, host), time.monotonic())
 
     def _start_downloads(self) -> None:
         now = time.monotonic()
@@ -297,7 +299,7 @@ class Download:
         if item.failed >= self._options.retries:
             return [(answer.key, answer.result)]
         item.failed += 1
-        hosts.again(item, now + wait_s)
+        hosts.add(item, now + wait_s)
         return []
 
     def _keep(self, results: list[tuple[str, UrlResult, str]]) -> None:
@@ -311,12 +313,6 @@ class Download:
             move_in_place(self._options.out, incoming, result)
             self.files += 1
             self._size_bytes += result.size_bytes
-
-    def _wait_s(self, *, waiting: bool) -> float:
-        if not waiting and self._hosts.size < _WINDOW:
-            return 0.0  # there is more to read
-        next_at = self._hosts.next_at()
-        return _IDLE_S if next_at is None else min(_IDLE_S, next_at - time.monotonic())
 
     def _show(self, *, last: bool = False) -> None:
         now = time.monotonic()

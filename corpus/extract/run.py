@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import tempfile
 import time
-from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -15,6 +12,7 @@ from typing import Any, Protocol
 from common.cli import exit_code, say
 from common.logs import configure_logs
 from common.progress import progress_bar
+from corpus.databases import open_scratch
 from corpus.extract.options import Options, parse
 from corpus.extract.work import MODALITIES_OF, Entry, FailedPart, Inputs, Kind, Result
 from corpus.records import AtomicLines, Summary
@@ -80,37 +78,27 @@ def watch(results: Iterable[Result], title: str, total: int) -> Iterator[Result]
 class FailureFile:
     """A context that takes failures as they come, and writes them in order at its end.
 
-    They wait in a file without a name, which goes with the process however that ends; memory
-    holds 16 bytes for each. An exception inside the block leaves the old file as it is.
+    They wait in a temporary database. An exception inside the block leaves the old file as it is.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._indexes = array("q")
-        self._offsets = array("q")
-        self._waiting = tempfile.TemporaryFile("w+b")  # noqa: SIM115  closed in __exit__
+        self._base = open_scratch("", "CREATE TABLE failures (number INTEGER, line TEXT)")
 
     def __enter__(self) -> FailureFile:
         return self
 
     def add(self, index: int, failures: Iterable[FailedPart]) -> None:
-        lines = [part.line() for part in failures]
-        if lines:
-            self._indexes.append(index)
-            self._offsets.append(self._waiting.tell())
-            self._waiting.write(json.dumps(lines).encode("ascii") + b"\n")
+        rows = ((index, part.line()) for part in failures)
+        self._base.executemany("INSERT INTO failures VALUES (?, ?)", rows)
 
     def __exit__(self, error: object, *_: Any) -> None:
-        with self._waiting:
+        with contextlib.closing(self._base):
             if error is None:
-                self._publish()
-
-    def _publish(self) -> None:
-        with AtomicLines(self.path) as lines:
-            for _, offset in sorted(zip(self._indexes, self._offsets, strict=True)):
-                self._waiting.seek(offset)
-                for line in json.loads(self._waiting.readline()):
-                    lines.write(line)
+                with AtomicLines(self.path) as lines:
+                    query = "SELECT line FROM failures ORDER BY number, rowid"
+                    for (line,) in self._base.execute(query):
+                        lines.write(line)
 
 
 class Engine(Protocol):
