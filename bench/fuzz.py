@@ -1,9 +1,14 @@
 """Hostile media and malformed messages through the real daemon, and what becomes of them.
 
 2,000 media files, crafted ones and sound ones damaged at random, are posts of an HTTP server on
-loopback; 500 malformed messages lie between theirs on the queue. The daemon is the real one with
-small models on the embedded services. Every post must end as tagged or as a dead letter, every
-failure must have a type of ours, and the King must live, no larger than before.
+loopback, which packs and labels some of its answers wrongly; 500 malformed messages and posts with
+IDs of every BSON type lie between theirs on the queue. The daemon is the real one with small models
+on the embedded services, but each of its workers answers once with what is no answer. Every post
+must end as tagged or as a dead letter, every failure must have a type of ours, and the King must
+live, no larger than before.
+
+Apart from that, random IDs of every type go through the codec, and messages with odd AMQP
+properties through a RabbitMQ, where there is one.
 
 Run: ``make fuzz``, or ``python bench/fuzz.py [--media 2000 --messages 500 --seed S]``.
 """
@@ -165,11 +170,14 @@ def report(results: Mapping[str, Any], outcome: Outcome, console: Console) -> No
 def run(options: argparse.Namespace, folder: Path, console: Console) -> int:
     """Run once; return the exit code."""
     from fuzzing.cases import Cases
+    from fuzzing.headers import lost_messages
+    from fuzzing.ids import lost_ids
     from fuzzing.messages import bad_messages
     from fuzzing.seeds import make_seeds
     from fuzzing.site import Site
 
     from common.logs import configure_logs
+    from tests.support.services import RabbitMQServer
 
     configure_logs("auto", "error")
     (folder / "seeds").mkdir(parents=True)
@@ -186,8 +194,12 @@ def run(options: argparse.Namespace, folder: Path, console: Console) -> int:
         queue_left = site.queue_left()
         site.stop_king()
         left = site.spool_files() + queue_left
+        lies = site.lies()
     finally:
         site.close()
+    lost = lost_ids(options.seed, options.ids)
+    headers = options.headers if RabbitMQServer.binary() else 0
+    lost += lost_messages(folder / "rabbitmq", options.seed, headers) if headers else []
     results = {
         "media": options.media,
         "messages": options.messages,
@@ -195,12 +207,18 @@ def run(options: argparse.Namespace, folder: Path, console: Console) -> int:
         "without_terminal_state": len(outcome.open),
         "untyped": len(outcome.untyped),
         "memory_growth": growth_of(samples, total),
+        "ids": options.ids,
+        "headers": headers,
+        "ids_and_headers_lost": len(lost),
+        "worker_lies": lies,
     }
     report(results, outcome, console)
+    for each in lost[:20]:
+        console.print(f"lost: {each}", markup=False)
     seconds = time.monotonic() - started
     console.print(f"{seconds:.0f} s, seed {options.seed}, {left} files and messages left behind")
     console.print(f"written to {write_results('fuzz', 1, results, options.out)}", soft_wrap=True)
-    good = not (site.deaths or outcome.open or outcome.untyped or left)
+    good = lies > 0 and not (site.deaths or outcome.open or outcome.untyped or left or lost)
     return 0 if good and results["memory_growth"] < _GROWTH_LIMIT else 1
 
 
@@ -209,6 +227,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="bench/fuzz.py", description=__doc__.split("\n")[0])
     parser.add_argument("--media", type=int, default=2000, help="hostile files (default: 2000)")
     parser.add_argument("--messages", type=int, default=500, help="bad messages (default: 500)")
+    parser.add_argument("--ids", type=int, default=5000, help="random IDs (default: 5000)")
+    parser.add_argument("--headers", type=int, default=2000, help="AMQP messages (default: 2000)")
     parser.add_argument("--seed", type=int, default=1, help="decides every byte (default: 1)")
     parser.add_argument("--timeout", type=float, default=1800, help="seconds (default: 1800)")
     parser.add_argument("--ocr", action="store_true", help="read the pictures too (slow)")

@@ -19,7 +19,8 @@ import psutil
 _PR_SET_CHILD_SUBREAPER = 36
 # Memory is held from a worker's start to its death, which are seconds apart; more often would load
 # the machine that is measured: each look reads the maps of every process.
-_LOOK_EVERY_S = 1.0
+_LOOK_EVERY_S = 2.0
+_ARENA = "memfd:insighttag-slots"
 
 
 def become_subreaper() -> None:
@@ -57,8 +58,9 @@ class Watch:
     def look(self) -> None:
         """Note the shared memory that the processes hold now."""
         for process in _descendants():
-            self._arenas |= _memory_files(process.pid)
-            self._files |= _shared_files(process.pid)
+            arenas, files = _shared_memory(process.pid)
+            self._arenas |= arenas
+            self._files |= files
 
     def orphans(self, allowed: set[int], wait_s: float = 10.0) -> list[str]:
         """Return living descendants of this process but for those allowed; reap the dead."""
@@ -83,7 +85,7 @@ class Watch:
         """
         held = set[int]()
         for process in psutil.process_iter():
-            held |= _memory_files(process.pid)
+            held |= _shared_memory(process.pid)[0]
         left = [f"memfd {inode}" for inode in sorted(held & self._arenas)]
         return left + sorted((_shm_files() - self._shm) & self._files)
 
@@ -110,33 +112,23 @@ def _reap(pid: int, allowed: set[int]) -> None:
             os.waitpid(pid, os.WNOHANG)
 
 
-def _memory_files(pid: int) -> set[int]:
-    """Return inodes of the anonymous memory files of slots that a process has open or mapped."""
-    found = set[int]()
+def _shared_memory(pid: int) -> tuple[set[int], set[str]]:
+    """Return what a process has open or mapped: inodes of slots' memory, files in ``/dev/shm``."""
+    arenas, files = set[int](), set[str]()
     with contextlib.suppress(OSError):
         for link in Path(f"/proc/{pid}/fd").iterdir():
             with contextlib.suppress(OSError):
-                if "memfd:insighttag-slots" in str(link.readlink()):
-                    found.add(link.stat().st_ino)
+                target = str(link.readlink())
+                if _ARENA in target:
+                    arenas.add(link.stat().st_ino)
+                files.add(target)
     with contextlib.suppress(OSError):
         for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
-            if "memfd:insighttag-slots" in line:
-                found.add(int(line.split()[4]))
-    return found
-
-
-def _shared_files(pid: int) -> set[str]:
-    """Return files in ``/dev/shm`` that a process has open or mapped."""
-    found = set[str]()
-    with contextlib.suppress(OSError):
-        for link in Path(f"/proc/{pid}/fd").iterdir():
-            with contextlib.suppress(OSError):
-                found.add(str(link.readlink()))
-    with contextlib.suppress(OSError):
-        for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
-            _, slash, name = line.partition("/dev/shm/")
-            found.add(slash + name)
-    return found
+            if _ARENA in line:
+                arenas.add(int(line.split()[4]))
+            elif "/dev/shm/" in line:
+                files.add(line[line.index("/dev/shm/") :])
+    return arenas, files
 
 
 def _shm_files() -> set[str]:

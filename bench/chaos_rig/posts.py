@@ -20,6 +20,8 @@ from tests.support.services import DIE_WITH_PARENT
 ROOT = Path(__file__).resolve().parents[2]
 JUNK = "junk.jpg"
 """A file that is no picture: a post that has nothing else must end as a dead letter."""
+FIRST = "post-00000"
+"""The ID of the first post; it is on the queue before the first fault."""
 _JUNK_SHARE = 0.01
 _BURST_SHARE = 0.6
 
@@ -173,8 +175,8 @@ class Feeder(threading.Thread):
         self._stopping.set()
 
     def run(self) -> None:
-        """Publish until stopped; an absent broker is waited for."""
-        from common.errors import BrokerUnavailable
+        """Publish until stopped; a broker that is away or takes no messages is waited for."""
+        from common.errors import BrokerUnavailable, PublishRefused
 
         while not self._stopping.is_set():
             with self._lock:
@@ -185,7 +187,10 @@ class Feeder(threading.Thread):
                 continue
             try:
                 self._publish(ids)
-            except BrokerUnavailable:  # some may have arrived: they are published once more
+            except (
+                BrokerUnavailable,
+                PublishRefused,
+            ):  # some may have arrived: they are published once more
                 self._stopping.wait(0.3)
                 continue
             with self._lock:

@@ -46,7 +46,7 @@ TIMES: dict[str, dict[str, Any]] = {
 }
 """The shipped times suit a production network; on loopback shorter ones prove the same sooner."""
 
-_START_S = 120.0
+_START_S = 240.0
 _LOADED = 0.25
 """Share of a burst that has ended when the fault begins: the rest is the load."""
 
@@ -81,7 +81,7 @@ class Plan:
 
     Attributes:
         kinds: The faults, in order.
-        limit_s: By then every post must have come to an end.
+        limit_s: Seconds after the last fault by which every post must have come to an end.
     """
 
     broker: BrokerName
@@ -137,7 +137,7 @@ class Run:
                 self._tell(0, "starting")
                 site.wait_for_phase("serving", _START_S)
                 self._hurt_it(site, feeder)
-                self._finish(site, feeder, began)
+                self._finish(site, feeder)
                 status, _ = site.stop_king()
                 report = self._judge(site, feeder)
                 if status != 0:
@@ -172,9 +172,9 @@ class Run:
         self._shipped |= fresh
         return fresh
 
-    def _finish(self, site: Site, feeder: Feeder, began: float) -> None:
+    def _finish(self, site: Site, feeder: Feeder) -> None:
         """Wait until all posts have come to an end and nothing is under way, twice in a row."""
-        end = began + self._plan.limit_s
+        end = time.monotonic() + self._plan.limit_s
         wanted = set(self._ids)
         quiet = 0
         while time.monotonic() < end and quiet < 2:
@@ -189,6 +189,7 @@ class Run:
         ends = site.ends()
         letters = {job.post_id: job for job in site.store.queries.dead_letters(limit=100_000)}
         lost = sorted(set(self._ids) - set(ends))
+        poison_lost = sorted(site.poison - set(letters))
         twice = sorted(site.audit.tagged_twice() | site.journal.tagged_twice)
         recovered = [w.recovery_s for w in self._wounds if w.recovery_s is not None]
         median = round(statistics.median(recovered), 2) if recovered else None
@@ -206,7 +207,10 @@ class Run:
             "lost": len(lost),
             "tagged_twice": len(twice),
             "tagged_in_part": counts["partial"],
-            "dead_lettered": len(letters),
+            "dead_lettered": len(letters.keys() & set(self._ids)),
+            "king_exit_2": site.king_exit_2,
+            "poison_messages": len(site.poison),
+            "poison_lost": len(poison_lost),
             "jobs_left": open_jobs,
             "orphan_processes": -1,
             "shared_segments": -1,
@@ -221,6 +225,10 @@ class Run:
         broken = []
         broken += [f"{len(lost)} posts lost: {', '.join(lost[:5])}"] if lost else []
         broken += [f"{len(twice)} tagged twice: {', '.join(twice[:5])}"] if twice else []
+        broken += [f"{len(poison_lost)} poison lost: {', '.join(poison_lost)}"[:300]] * bool(
+            poison_lost
+        )
+        broken += [f"{site.king_exit_2} Kings ended with exit code 2"] if site.king_exit_2 else []
         in_part = counts["partial"]
         broken += [f"{in_part} posts tagged without media that may be had"] if in_part else []
         broken += [f"{open_jobs} jobs left"] if open_jobs else []

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import psutil
 import yaml
 
+from chaos_rig import clock
 from chaos_rig.audit import Audit
 from chaos_rig.journal import Journal
 from config.settings import Settings
@@ -51,6 +52,8 @@ class Site:
         direct: The settings as the daemon has them, past the proxies.
         journal: What the daemon logs.
         audit: What is written to the posts.
+        clock: The clock of the daemon's processes.
+        poison: Keys of the dead letters that unreadable messages must have become.
     """
 
     def __init__(self, folder: Path, broker: BrokerName, settings: dict[str, Any]) -> None:
@@ -76,6 +79,8 @@ class Site:
         self.store = Store(StoreClient(self.direct.store))
         self.journal = Journal(self.run_folder / "king.log")
         self.audit = Audit(self.database.folder / "data" / f"{self.direct.store.database}.db")
+        self.clock = clock.Clock(folder / "clock")
+        self.poison: set[str] = set()
         self._supervisord: subprocess.Popen[bytes] | None = None
 
     def _settings(self, broker_port: int, database_port: int) -> Settings:
@@ -110,10 +115,14 @@ class Site:
         (self.folder / "online_process.py").symlink_to(ROOT / "online_process.py")
         content = self.through.model_dump(mode="json")
         (self.folder / "settings.yaml").write_text(yaml.safe_dump(content))
+        start = self.folder / "start"
+        start.mkdir()
+        (start / "sitecustomize.py").write_text("from chaos_rig.clock import follow\n\nfollow()\n")
         environment = {
             **os.environ,
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": os.pathsep.join((str(start), str(ROOT), str(ROOT / "bench"))),
+            clock.VARIABLE: str(self.folder / "clock"),
             "PYTHONWARNINGS": "ignore",
             "KING_ARGS": "--config settings.yaml",
         }
@@ -234,6 +243,12 @@ class Site:
         if isinstance(self.broker, RedisServer):
             return 0
         return queue_depth(self.direct.broker, dead_queue(self.direct.broker.queue))
+
+    @property
+    def king_exit_2(self) -> int:
+        """Return how often a King ended with exit code 2, after which nobody starts the next."""
+        log = (self.run_folder / "supervisord.log").read_text(errors="replace")
+        return log.count(": king (exit status 2")
 
     def ends(self) -> dict[str, str]:
         """Return ``tagged`` or ``dead`` for each post that has come to an end."""

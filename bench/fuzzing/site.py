@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import subprocess
 import sys
 import threading
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from datetime import datetime, timezone
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import MappingProxyType
@@ -19,13 +19,14 @@ from typing import Any
 import psutil
 import redis
 import yaml
-from bson import Binary, Decimal128, Int64, MaxKey, MinKey, ObjectId, Timestamp
 from pymongo.errors import OperationFailure, WriteError
 
 from config.settings import Settings
 from deploy import embedded
 from extractors.suite import ExtractorSuite
+from fuzzing import liar
 from fuzzing.cases import Cases
+from fuzzing.ids import ODD_IDS
 from fuzzing.messages import BadMessage
 from king.broker.connect import publish_posts
 from king.messages import PostMessage
@@ -36,19 +37,35 @@ from tests.support.tiny_models import tiny_features
 from tests.support.workers.small_bundle import write_bundle
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKINGS: Mapping[str, Callable[[bytes], bytes]] = MappingProxyType(
+PACKINGS: Mapping[str, tuple[str, Callable[[bytes], bytes]]] = MappingProxyType(
     {
-        "unpacked": lambda content: content,
-        "stray": lambda content: gzip.compress(content) + b"x",
-        "padded": lambda content: zlib.compress(content) + b"\0" * 70_000,
-        "members": lambda content: (
-            gzip.compress(content[:99]) + gzip.compress(content[99:]) + b"\x1f"
+        "packed": ("gzip", gzip.compress),
+        "stray": ("gzip", lambda content: gzip.compress(content) + b"x"),
+        "padded": ("deflate", lambda content: zlib.compress(content) + b"\0" * 70_000),
+        "members": (
+            "gzip",
+            lambda content: gzip.compress(content[:99]) + gzip.compress(content[99:]) + b"\x1f",
         ),
-        "hollow": lambda content: gzip.compress(b"") * 5000 + gzip.compress(content) + b"\x1f\x8b",
-        "cut": lambda content: gzip.compress(content)[:-5],
+        "hollow": (
+            "gzip",
+            lambda content: gzip.compress(b"") * 5000 + gzip.compress(content) + b"\x1f\x8b",
+        ),
+        "cut": ("gzip", lambda content: gzip.compress(content)[:-5]),
+        # Without the two bytes before and the four behind that make it a zlib stream.
+        "raw": ("deflate", lambda content: zlib.compress(content)[2:-4]),
+        "raw-stray": ("deflate", lambda content: zlib.compress(content)[2:-4] + b"x" * 9),
+        "zlib-as-gzip": ("gzip", zlib.compress),
+        "unpacked": ("gzip", lambda content: content),
+        "unlabelled": ("", gzip.compress),
+        "charset": ("utf-8", lambda content: content),
+        "upload": ("aws-chunked", lambda content: content),
+        "twice": ("gzip, gzip", lambda content: gzip.compress(gzip.compress(content))),
+        "brotli": ("br", gzip.compress),
+        "no-label": ("\x7f,;q=x" * 50, gzip.compress),
+        "bomb": ("gzip", lambda content: gzip.compress(content + b"\0" * (64 << 20), 9)),
     }
 )
-"""Fault -> what is sent as packed by gzip."""
+"""Fault -> the label of a packed body, and what is sent."""
 
 FAULTS = (*PACKINGS, "short", "reset", "html", "empty", "slow", "loop", "gone")
 """Faults of the server besides sending bad files; ``/FAULT/path``."""
@@ -66,15 +83,6 @@ TEXTS = (
     "\U0010ffff\ufffe",
 )
 """Texts of the other half of the posts."""
-
-
-ODD_IDS: tuple[Any, ...] = (
-    *(7, -7, Int64(1212092628029698048), 43.0, float(2**31 + 1), 1.5, 1e22, float("nan")),
-    *(Decimal128("4.50"), ObjectId(b"0123456789ab"), " spaced ", "", "nul\0", '{"$gt":""}'),
-    *(Binary(b"\1" * 16, 4), Binary(b"\2" * 16, 3), b"bytes", True, {"a": 1, "b": "x"}),
-    *(datetime(2026, 1, 1, tzinfo=timezone.utc), Timestamp(5, 1), MinKey(), MaxKey()),
-)
-"""IDs of every type. Those that the embedded database cannot hold or find are unknown to it."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -101,8 +109,9 @@ class _Handler(BaseHTTPRequestHandler):
         if fault == "loop":
             self.send_header("Location", self.path)
         if fault in PACKINGS:
-            self.send_header("Content-Encoding", "gzip")
-            content = PACKINGS[fault](content)
+            label, pack = PACKINGS[fault]
+            self.send_header("Content-Encoding", label)
+            content = pack(content)
         if fault == "empty":
             content = b""
         self.close_connection = fault == "short"
@@ -188,13 +197,22 @@ class Site:
         suite.close()
         self._config = folder / "settings.yaml"
         self._config.write_text(yaml.safe_dump(self.settings.model_dump(mode="json")), "utf-8")
+        start = folder / "start"
+        start.mkdir()
+        (start / "sitecustomize.py").write_text("from fuzzing.liar import lie_once\n\nlie_once()\n")
+        self._environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join((str(start), str(ROOT), str(ROOT / "bench"))),
+            liar.VARIABLE: str(max(12, len(cases) // 20)),
+        }
         self.post_ids = [self._add(cases, number) for number in range(len(cases))]
         self.odd_ids = self._add_odd_ids()
         self.post_ids += self.odd_ids
 
     def _add(self, cases: Cases, number: int) -> str:
         case = cases[number]
-        fault = f"{FAULTS[number // 25 % len(FAULTS)]}/" if number % 25 == 7 else ""
+        turn, rest = divmod(number, min(25, max(2, len(cases) // len(FAULTS))))
+        fault = "" if rest else f"{FAULTS[turn % len(FAULTS)]}/"
         document: dict[str, Any] = {
             "_id": f"post-{number:05}",
             "text": TEXTS[number // 2 % len(TEXTS)] if number % 2 else "",
@@ -233,6 +251,7 @@ class Site:
             self._king = subprocess.Popen(
                 [sys.executable, "online_process.py", "--config", str(self._config)],
                 cwd=ROOT,
+                env=self._environment,
                 stdout=log,
                 stderr=log,
             )
@@ -247,6 +266,11 @@ class Site:
             return int(psutil.Process(self._king.pid).memory_info().rss)
         except psutil.Error:
             return 0
+
+    def lies(self) -> int:
+        """Return how often the daemon has killed a worker for what it said."""
+        log = (self._folder / "king.log").read_text(encoding="utf-8", errors="replace")
+        return log.count('"event": "workers.bad_message"')
 
     def phase(self) -> str:
         """Return the phase that the King reports."""

@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import ClassVar
 
@@ -201,6 +201,18 @@ class RedisServer(Server):
         login = f":{self.password}@" if self.password else ""
         return f"redis://{login}127.0.0.1:{self.port}/0"
 
+    @contextlib.contextmanager
+    def out_of_memory(self) -> Iterator[None]:
+        """Refuse everything that needs memory while the block runs: `maxmemory` is reached."""
+        import redis
+
+        with contextlib.closing(redis.Redis.from_url(self.url)) as client:
+            client.config_set("maxmemory", 1)
+            try:
+                yield
+            finally:
+                client.config_set("maxmemory", 0)
+
     def _command(self) -> list[str]:
         command = [
             self.binary() or "redis-server",
@@ -281,10 +293,25 @@ class RabbitMQServer(Server):
             self._epmd.kill()
             self._epmd.wait()
 
-    def set_memory_alarm(self, on: bool) -> None:
-        """Raise the memory alarm, in which every publisher is blocked, or end it."""
-        share = "0.000000001" if on else "0.6"
-        self.control("set_vm_memory_high_watermark", share)
+    @contextlib.contextmanager
+    def memory_alarm(self) -> Iterator[None]:
+        """Block every publisher while the block runs."""
+        self.control("set_vm_memory_high_watermark", "0.000000001")
+        try:
+            yield
+        finally:
+            self.control("set_vm_memory_high_watermark", "0.6")
+
+    @contextlib.contextmanager
+    def full_queue(self, queue: str) -> Iterator[None]:
+        """Refuse messages while the block runs, once more than one waits in the queue."""
+        self.control(
+            *("set_policy", "--apply-to", "queues", "full", f"^{queue}$", '{"max-length":1}')
+        )
+        try:
+            yield
+        finally:
+            self.control("clear_policy", "full")
 
     def control(self, *arguments: str) -> str:
         """Run ``rabbitmqctl`` on this server; return its output."""

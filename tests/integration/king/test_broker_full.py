@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
-import redis
 
 from common.errors import PublishRefused
 from config.settings import BrokerSettings
@@ -40,37 +40,14 @@ class Full:
 
 
 def on_redis(server: RedisServer, queue: str) -> Full:
-    @contextmanager
-    def maxmemory() -> Iterator[None]:
-        with redis.Redis.from_url(server.url) as client:
-            client.config_set("maxmemory", 1)
-            yield
-            client.config_set("maxmemory", 0)
-
-    return Full(settings_for(server.url, queue), maxmemory, "maxmemory")
+    return Full(settings_for(server.url, queue), server.out_of_memory, "maxmemory")
 
 
 def on_rabbitmq(server: RabbitMQServer, queue: str, kind: str) -> Full:
-    @contextmanager
-    def alarm() -> Iterator[None]:
-        server.set_memory_alarm(True)
-        try:
-            yield
-        finally:
-            server.set_memory_alarm(False)
-
-    @contextmanager
-    def limit() -> Iterator[None]:
-        name = f"limit-{queue}"
-        server.control("set_policy", "--apply-to", "queues", name, f"^{queue}$", '{"max-length":1}')
-        try:
-            yield
-        finally:
-            server.control("clear_policy", name)
-
     settings = settings_for(server.url, queue, heartbeat_s=10, socket_timeout_s=5)
-    made_full, reason = (alarm, "alarm") if kind == "alarm" else (limit, "full")
-    return Full(settings, made_full, reason)
+    if kind == "alarm":
+        return Full(settings, server.memory_alarm, "alarm")
+    return Full(settings, partial(server.full_queue, queue), "full")
 
 
 @pytest.fixture(

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import pickle
 import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import pytest
 
 from common.post import Failure, Features, Media, Tag, Tags
 from tests.support.workers.driving import decode_task, fetch_task, fuse_task, text_task
 from tests.support.workers.fixtures import Ends
+from tests.support.workers.malformed import MALFORMED
 from workers.pool.channel import MAX_FRAME, Channel, encode, to_king, to_worker
 from workers.protocol import (
-    MAX_PARTS,
     ArrayRef,
     Began,
     BundleLoaded,
@@ -139,63 +137,7 @@ def test_end_is_seen_after_the_last_message(ends: Ends) -> None:
     assert not worker.unsent
 
 
-def body_of(*fields: Any) -> bytes:
-    return msgspec.msgpack.encode(fields)
-
-
-@pytest.mark.parametrize(
-    ("body", "reason"),
-    [
-        (pickle.dumps(Ready()), "cannot be read"),
-        (b"no message", "cannot be read"),
-        (b"", "truncated"),
-        (bytes(encode(Ready({"a": "b"}))[8:-1]), "truncated"),
-        (b"\x91" * 100_000, "str.*array"),
-        (body_of("Evil"), "Evil"),
-        (body_of("Launch", "os:system", "fetch", "n", "{}"), "Launch"),
-        (body_of("Began", [1, "2"]), r"int.*str.*\$\[1\]\[1\]"),
-        (body_of("Began", 5), r"array.*int.*\$\[1\]"),
-        (body_of("Ready", {"a": 1}), "str.*int"),
-        (body_of("Refused", b"no"), "str.*bytes"),
-        (body_of("BundleLoaded", "name", 2), "str.*int"),
-        (body_of("Failed", 1, "no"), "object.*str"),
-        (body_of("Failed", 1, {"stage": "a", "type": "b", "message": 5}), "message"),
-        (body_of("Done", [], ["Fetched", "p", 1], 0.1), "int.*array"),
-        (body_of("Done", 1, ["Fetched", "p", 1], "long"), "float.*str"),
-        (body_of("Done", 1, ["Decoded", ["part"], {}], 0.1), "array.*str"),
-        (body_of("Done", 1, ["Decoded", [], {"smell": {}}], 0.1), "smell"),
-        (body_of("Done", 1, ["Decoded", [], 5], 0.1), "object.*int"),
-        (
-            body_of("Done", 1, ["Decoded", [["Part", "x", ["ArrayRef", 3, 0, [1], "uint8"]]]], 0.1),
-            "Invalid enum value 'x'",
-        ),
-        (
-            body_of(
-                "Done", 1, ["Decoded", [["Part", "image", ["ArrayRef", 3, -1, [1], "u"]]]], 0.1
-            ),
-            ">= 0",
-        ),
-        (
-            body_of(
-                "Done", 1, ["Decoded", [["Part", "image", ["ArrayRef", 3, 0, [-1], "u"]]]], 0.1
-            ),
-            ">= 0",
-        ),
-        (
-            body_of(
-                "Done",
-                1,
-                ["Decoded", [["Part", "image", ["ArrayRef", 3, 0, [1], "u"]]] * (MAX_PARTS + 1)],
-                0.1,
-            ),
-            "length <= 4096",
-        ),
-        (body_of("Done", 1, ["Extracted", ["float32", [1], b"1234"]], 0.1), "not float16"),
-        (body_of("Done", 1, ["Extracted", ["float16", [3], b"12"]], 0.1), "cannot reshape"),
-        (body_of("Done", 1, ["Extracted", "array"], 0.1), "unpack"),
-        (body_of("Done", 1, ["Extracted", None, "x", {"smell": None}], 0.1), "smell"),
-    ],
-)
+@pytest.mark.parametrize(("body", "reason"), MALFORMED)
 def test_what_is_no_message_is_refused(body: bytes, reason: str) -> None:
     with pytest.raises(ProtocolError, match=f"(?i){reason}"):
         to_king(body)
