@@ -203,7 +203,7 @@ class Site:
         self._environment = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join((str(start), str(ROOT), str(ROOT / "bench"))),
-            liar.VARIABLE: str(max(12, len(cases) // 20)),
+            liar.VARIABLE: str(max(8, len(cases) // 20)),
         }
         self.post_ids = [self._add(cases, number) for number in range(len(cases))]
         self.odd_ids = self._add_odd_ids()
