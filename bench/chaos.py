@@ -112,6 +112,7 @@ def run_one(
             kinds=kinds_of(options, broker),
             seed=options.seed,
             limit_s=options.limit_s,
+            decoders=1 if options.short else 2,
         )
 
         def tell(posts: int, what: str) -> None:

@@ -32,7 +32,7 @@ TIMES: dict[str, dict[str, Any]] = {
         "timeout_s": 3,
     },
     "fetch": {"allow_private_hosts": True, "total_timeout_s": 10, "read_timeout_s": 5},
-    "decode": {"processes": 2, "deadline_s": 8},
+    "decode": {"deadline_s": 8},
     "workers": {"slots": 8, "extractors": [{"threads": 1}], "task_timeout_s": 10},
     "king": {
         "attempts": 8,  # so that no post runs out of them while the spool is full
@@ -82,6 +82,7 @@ class Plan:
     Attributes:
         kinds: The faults, in order.
         limit_s: Seconds after the last fault by which every post must have come to an end.
+        decoders: Processes that decode.
     """
 
     broker: BrokerName
@@ -89,6 +90,7 @@ class Plan:
     kinds: Sequence[str]
     seed: int
     limit_s: float
+    decoders: int
 
 
 @dataclass
@@ -125,7 +127,8 @@ class Run:
         began = time.monotonic()
         features = tiny_features().model_dump(mode="json")
         fusion = {"bundle": str(self._stock.bundle)}
-        settings = {**TIMES, "features": features, "fusion": fusion}
+        decode = {**TIMES["decode"], "processes": self._plan.decoders}
+        settings = {**TIMES, "decode": decode, "features": features, "fusion": fusion}
         site = Site(self._folder, self._plan.broker, settings)
         feeder = Feeder(site.publish, every_s=0.25)
         try:
