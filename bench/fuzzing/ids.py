@@ -16,7 +16,7 @@ from bson.codec_options import CodecOptions, DatetimeConversion
 from bson.datetime_ms import DatetimeMS
 
 from king.messages import PostMessage, parse_message
-from king.store.ids import NoIdError, id_text, match_ids
+from king.store.documents import NoIdError, id_text, match_ids
 
 ODD_IDS: tuple[Any, ...] = (
     *(7, -7, Int64(1212092628029698048), 43.0, float(2**31 + 1), 1.5, 1e22, float("nan")),
