@@ -54,16 +54,16 @@ def test_start_that_fails_again_and_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("reason", ["", "half a bundle"])
-@pytest.mark.parametrize("role", ["decode", "extract", "fuse"])
-def test_a_pool_that_has_worked_goes_on_trying(tmp_path: Path, role: str, reason: str) -> None:
-    """A worker killed while loading, or one that finds half a file, is tried until it comes up."""
-    marker = tmp_path / "marker"
-    arch = f"{role}-fails-while:{marker}"
+def test_a_pool_that_has_worked_goes_on_trying(tmp_path: Path, reason: str) -> None:
+    """Workers killed while loading, or that find half a file, are tried until they come up."""
+    marker, names = tmp_path / "marker", ("decode-0", "extract-0", "fuse-0")
+    arch = f"all-fail-while:{marker}"
     driver = Driver(toy_settings(tmp_path, features={"text": {"arch": arch}})).start()
     marker.write_text(reason)
-    name = f"{role}-0"
-    os.kill(driver.pid(name), signal.SIGKILL)
-    driver.until(lambda: driver.view(name).deaths >= 5)  # the first, and four while loading
+    for name in names:
+        os.kill(driver.pid(name), signal.SIGKILL)
+    # The first, and four while loading.
+    driver.until(lambda: all(driver.view(name).deaths >= 5 for name in names))
     assert driver.pool.refused is None
     marker.unlink()
     driver.ready()

@@ -10,8 +10,8 @@ from typing import Any
 
 from PIL import Image
 
-from demo.posts.make import make_posts
-from demo.posts.plan import DATA_FILE, plan_posts
+from demo.posts.make import MEDIA_FOLDER, make_post
+from demo.posts.plan import plan_posts
 
 LONG = (
     "We walked from the old harbour to the lighthouse this morning, found a small bakery that "
@@ -47,9 +47,8 @@ class Corpus:
 
 def make_corpus(folder: Path, count: int = 20) -> Corpus:
     """Demo posts, a copy of every picture that has structure, and texts with small edits."""
-    for _ in make_posts(folder, plan_posts(count, 3, "train"), 1):
-        pass
-    posts = json.loads((folder / DATA_FILE).read_text(encoding="utf-8"))
+    (folder / MEDIA_FOLDER).mkdir()
+    posts: list[Any] = [make_post(folder, plan) for plan in plan_posts(count, 3, "train")]
     corpus = Corpus(folder / "posts.jsonl", posts)
     pictures = [(post["post_id"], post["images"][0]) for post in posts if post["images"]]
     for i, (post_id, source) in enumerate(pictures):

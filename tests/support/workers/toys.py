@@ -65,7 +65,7 @@ class Toy(Handler):
         verb, _, rest = spoken.partition(":")
         if verb == f"{role}-refuses":
             raise ConfigError(rest)
-        if verb == f"{role}-fails-while" and Path(rest).exists():
+        if verb == "all-fail-while" and Path(rest).exists():
             # The file says how: by a refusal, or by a death.
             if reason := Path(rest).read_text():
                 raise ConfigError(reason)

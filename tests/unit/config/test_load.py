@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -167,27 +165,14 @@ def test_overrides_are_read_as_yaml() -> None:
         parse_overrides(["a=1", "a.b=2"])
 
 
-def test_passwords_stay_off_the_command_line(tmp_path: Path) -> None:
-    """They come from a file or the environment; one that was typed is hidden from other users."""
+def test_values_come_from_files(tmp_path: Path) -> None:
+    """So that a password stays off the command line."""
     (tmp_path / "url").write_text("redis://:pw@h:1/0\n")
     assert parse_overrides([f"broker.url=@{tmp_path}/url"]) == {
         "broker": {"url": "redis://:pw@h:1/0"}
     }
     with pytest.raises(ConfigError, match=r"--set broker\.url: @.*none cannot be read: .*No such"):
         parse_overrides([f"broker.url=@{tmp_path}/none"])
-    program = (
-        "import sys\n"
-        "from pathlib import Path\n"
-        "from config.load import load_settings\n"
-        "load_settings(None, sys.argv[2:])\n"
-        "print(Path('/proc/self/cmdline').read_text())\n"
-    )
-    words = ["--set", "broker.url=amqp://u:secret1@h", "store.url=mongodb://u:secret2@h"]
-    shown = subprocess.run(
-        [sys.executable, "-c", program, *words], capture_output=True, text=True, check=True
-    ).stdout
-    assert "amqp://u:***@h" in shown
-    assert "secret" not in shown
 
 
 def test_merge_is_deep_and_leaves_its_layers_alone() -> None:

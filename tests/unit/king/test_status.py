@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
 
 from king.broker.base import Delivery
-from king.jobs import is_dead, own_name
 from king.status import Status, read_health, write_health
 from king.store_thread import InFlight
 
@@ -101,32 +97,3 @@ def test_a_post_is_held_by_one_delivery_of_the_present_connection() -> None:
     assert in_flight.oldest_s >= 0
     assert list(in_flight.remove("p1")) == [again]
     assert list(in_flight.remove("p1")) == []
-
-
-def test_kings_know_who_is_dead() -> None:
-    """A neighbour that has ended is dead; one that lives, or lives elsewhere, is not."""
-    code = "from king.jobs import own_name; print(own_name(), flush=True); input()"
-    child = subprocess.Popen(
-        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert child.stdout is not None
-    name = child.stdout.readline().strip()
-    assert name != own_name()
-    assert not is_dead(name)
-    assert not is_dead(own_name())
-    child.kill()
-    end = time.monotonic() + 60
-    while not is_dead(name):  # a zombie, not reaped yet, is dead too
-        assert time.monotonic() < end
-        time.sleep(0.01)
-    child.communicate()
-    assert is_dead(name)
-    host, namespace, pid, identity = own_name().split(":")
-    boot, _, ticks = identity.rpartition("-")
-    assert is_dead(
-        f"{host}:{namespace}:{pid}:{boot}-{int(ticks) - 5}"
-    )  # the ID was given out again
-    assert not is_dead(f"elsewhere:{namespace}:{pid}:1")
-    assert not is_dead(f"{host}:1:{pid}:1")
-    for junk in ("", "k1", "a:b:c", f"{host}:{namespace}:x:1", f"{host}:{namespace}:999999999:1:2"):
-        assert not is_dead(junk)

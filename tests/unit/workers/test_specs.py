@@ -9,7 +9,6 @@ import pytest
 from common.errors import ConfigError
 from common.fingerprint import mismatch
 from config.settings import Settings
-from tests.support.processes import python
 from workers.pool.pool import extractor_fingerprints
 from workers.pool.supervisor import ManagedProcess, pinned_environment, worker_specs
 
@@ -86,23 +85,3 @@ def test_workers_that_disagree_are_refused() -> None:
     infos = [{"fingerprints": '{"text": "one"}'}, {"fingerprints": '{"text": "two"}'}]
     with pytest.raises(ConfigError, match="extractor text differs between workers: one and two"):
         extractor_fingerprints(infos)
-
-
-LIMITED = """
-import mmap
-import numpy as np
-from workers.roles.batched import limit_memory
-limit_memory(64)
-shared = mmap.mmap(-1, 256 << 20)  # the slots are shared, and do not count
-small = np.ones(16 << 20, np.uint8)
-try:
-    np.ones(128 << 20, np.uint8)
-except MemoryError:
-    print("limited")
-"""
-
-
-def test_memory_limit_counts_private_growth() -> None:
-    """Past the limit an allocation fails in the decoder alone; shared slots do not count."""
-    ran = python("-c", LIMITED, check=True)
-    assert ran.stdout == "limited\n"

@@ -1,0 +1,98 @@
+"""Rules that only a process of its own can show: its command line, log, neighbours and memory."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from king.jobs import is_dead, own_name
+from tests.support.processes import python
+
+
+def test_typed_passwords_are_hidden_from_other_users() -> None:
+    """The command line that they see has stars in their place."""
+    program = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from config.load import load_settings\n"
+        "load_settings(None, sys.argv[2:])\n"
+        "print(Path('/proc/self/cmdline').read_text())\n"
+    )
+    words = ["--set", "broker.url=amqp://u:secret1@h", "store.url=mongodb://u:secret2@h"]
+    shown = subprocess.run(
+        [sys.executable, "-c", program, *words], capture_output=True, text=True, check=True
+    ).stdout
+    assert "amqp://u:***@h" in shown
+    assert "secret" not in shown
+
+
+def test_a_full_disk_under_the_log_ends_nothing() -> None:
+    """A line without a place is lost; the program goes on, and ends with its own exit code."""
+    program = (
+        "import structlog, sys\n"
+        "from common.cli import complain\n"
+        "from common.logs import configure_logs\n"
+        "configure_logs('json')\n"
+        "for _ in range(3): structlog.get_logger().error('x' * 10_000)\n"
+        "print('alive', complain('king', 'no', 2))\n"
+    )
+    with Path("/dev/full").open("w") as full:  # every write fails with ENOSPC
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            stdout=subprocess.PIPE,
+            stderr=full,
+            text=True,
+            check=False,
+        )
+    assert (done.stdout, done.returncode) == ("alive 2\n", 0)
+
+
+def test_kings_know_who_is_dead() -> None:
+    """A neighbour that has ended is dead; one that lives, or lives elsewhere, is not."""
+    code = "from king.jobs import own_name; print(own_name(), flush=True); input()"
+    child = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert child.stdout is not None
+    name = child.stdout.readline().strip()
+    assert name != own_name()
+    assert not is_dead(name)
+    assert not is_dead(own_name())
+    child.kill()
+    end = time.monotonic() + 60
+    while not is_dead(name):  # a zombie, not reaped yet, is dead too
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    child.communicate()
+    assert is_dead(name)
+    host, namespace, pid, identity = own_name().split(":")
+    boot, _, ticks = identity.rpartition("-")
+    assert is_dead(
+        f"{host}:{namespace}:{pid}:{boot}-{int(ticks) - 5}"
+    )  # the ID was given out again
+    assert not is_dead(f"elsewhere:{namespace}:{pid}:1")
+    assert not is_dead(f"{host}:1:{pid}:1")
+    for junk in ("", "k1", "a:b:c", f"{host}:{namespace}:x:1", f"{host}:{namespace}:999999999:1:2"):
+        assert not is_dead(junk)
+
+
+LIMITED = """
+import mmap
+import numpy as np
+from workers.roles.batched import limit_memory
+limit_memory(64)
+shared = mmap.mmap(-1, 256 << 20)  # the slots are shared, and do not count
+small = np.ones(16 << 20, np.uint8)
+try:
+    np.ones(128 << 20, np.uint8)
+except MemoryError:
+    print("limited")
+"""
+
+
+def test_memory_limit_counts_private_growth() -> None:
+    """Past the limit an allocation fails in the decoder alone; shared slots do not count."""
+    ran = python("-c", LIMITED, check=True)
+    assert ran.stdout == "limited\n"
