@@ -44,6 +44,11 @@ USAGE_ERROR: type[Exception] = next(
 )
 
 
+def option(name: str, metavar: str, text: str) -> Any:
+    """Return typer's option ``--name`` with a value."""
+    return typer.Option(f"--{name}", metavar=metavar, help=text)
+
+
 def read_options(
     options: Callable[..., Options],
     name: str,

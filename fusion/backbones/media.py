@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -25,8 +25,8 @@ from extractors.media.pictures import read_pictures, squash
 from extractors.models.visual import segments
 from fusion.data.data_file import MEDIA_KEYS, beside, entries, parse_post
 from fusion.models.base import Batch, Sample, batch_of, padded
-from fusion.train.distributed import all_ranks, gathered
-from fusion.train.prepare import Skipped, by_item
+from fusion.train.distributed import all_ranks
+from fusion.train.prepare import Skipped, reasons
 
 Kind: TypeAlias = Literal["picture", "clip", "patch"]
 MediaName: TypeAlias = Literal["images", "videos"]
@@ -161,30 +161,21 @@ def _readable(
     """Return the posts without media that cannot be decoded, and the number of those media."""
     media, size = list(all_media(posts)), settings.backbone.image_size
 
-    def reason(medium: tuple[str, Path]) -> str | None:
-        try:
-            if kind == "images":
-                reader.picture(medium[1], size)
-            else:
-                reader.frames(medium[1], size, settings.tsn.test_segments, None)
-        except MediaError as error:
-            return str(error)
-        return None
+    segments = None if kind == "images" else settings.tsn.test_segments
+
+    def decode(medium: tuple[str, Path]) -> object:
+        return pixels(medium[1], None, reader=reader, size=size, segments=segments)
 
     shown = settings.trainer.progress and fabric.is_global_zero
-    found = gathered(fabric, by_item(fabric, media, reason, f"check {file.name}", progress=shown))
-    everyone = {path: why for part in found for (_, path), why in part if why is not None}
-    for post_id, path in media:
-        if path in everyone:
-            skipped.add(path, post_id, "media", everyone[path])
-    left = (
-        MediaPost(post.post_id, tuple(p for p in post.paths if p not in everyone), post.labels)
-        for post in posts
-    )
+    found = reasons(fabric, media, decode, f"check {file.name}", progress=shown)
+    for (post_id, path), why in found:
+        skipped.add(path, post_id, "media", why)
+    bad = {path for (_, path), _ in found}
+    left = (replace(post, paths=tuple(p for p in post.paths if p not in bad)) for post in posts)
     usable = tuple(post for post in left if post.paths)
     if len(usable) < 2:
         raise ConfigError(f"{file}: hardly any of its {kind} can be decoded")
-    return usable, len(everyone)
+    return usable, len(bad)
 
 
 class MediaDataset(Dataset[Sample]):

@@ -19,7 +19,7 @@ from config.settings import LstmSizes
 from extractors.learned import KEY
 from extractors.models.visual import AttentionLstm
 from fusion.backbones.media import STREAM, Kind, best_of_post
-from fusion.models.base import Batch
+from fusion.models.base import Batch, start_head
 from fusion.train.losses import Objective
 
 # Cells a side that tell where something moves. It is the size of a layer's output: weights trained
@@ -145,10 +145,7 @@ class Tagger(nn.Module):
 
     def start_at(self, frequencies: torch.Tensor) -> None:
         """Let the untrained classifier predict each class's frequency ``(classes,)``."""
-        nn.init.normal_(self.classify.weight, std=0.01)
-        with torch.no_grad():
-            # Clamped: the logit of a class that no post or every post has is infinite.
-            self.classify.bias.copy_(torch.logit(frequencies.clamp(1e-3, 1 - 1e-3)))
+        start_head(self.classify, frequencies, 0.01)
 
 
 class MediaTagger(Tagger):

@@ -108,7 +108,6 @@ class About(Section):
         return self
 
     def manifest(self) -> FeatureManifest:
-        """Return the features that the model was trained on."""
         return FeatureManifest(
             dims={m: entry.dim for m, entry in self.features.items()},
             fingerprints=with_parts(
@@ -147,7 +146,6 @@ class Bundle:
 
     @property
     def members(self) -> tuple[FusionModel, ...]:
-        """Return the one model, or an ensemble's members."""
         return members_of(self.model)
 
 
@@ -295,7 +293,6 @@ def _write_weights(
 
 
 def read_about(folder: Path) -> About:
-    """Read ``bundle.yaml``."""
     path = folder / ABOUT
     try:
         content = _parse(path.read_text(encoding="utf-8"))

@@ -93,7 +93,6 @@ class Exported:
 
     @property
     def largest(self) -> float:
-        """Return the largest difference of all."""
         return max(self.differences.values())
 
 

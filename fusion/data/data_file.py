@@ -223,7 +223,6 @@ def beside(source: str, file: Path) -> Path:
 
 
 def post_id_of(value: Any, where: str) -> str:
-    """Return the ID of an entry."""
     if isinstance(value, ConfigError):
         raise value
     post_id = value.get("post_id") if isinstance(value, dict) else None
@@ -342,7 +341,6 @@ class _Text:
         self._bytes += count
 
     def entry(self, number: int) -> Entry:
-        """Decode the value that comes next, and pass it."""
         self.next_sign()
         while True:
             try:

@@ -37,7 +37,6 @@ class FeatureFiles:
     root: Path | None = None
 
     def header(self, post_id: str, path: Path | None) -> Header:
-        """Return the header of a post's feature file."""
         return read_header(path or feature_path(self._root(post_id), post_id))
 
     def has_learned(self, post_id: str, path: Path | None, streams: Container[Stream]) -> bool:
@@ -137,11 +136,9 @@ class PostDataset(Dataset[Sample]):
         self._kept: dict[int, tuple[str, dict[Stream, FeatureArray]]] = {}
 
     def __len__(self) -> int:
-        """Number of posts."""
         return len(self.posts)
 
     def __getitem__(self, row: int) -> Sample:
-        """Return one post."""
         kept = self._kept.get(row)
         if kept is None:
             kept = self._read(self.posts[row])

@@ -46,7 +46,6 @@ class Loading:
         yield from loader if self._loaders else ahead(loader)
 
     def close(self) -> None:
-        """End the processes."""
         self._open.clear()  # the loaders end theirs when they are collected
 
     def _loader(self, posts: Dataset[Sample]) -> tuple[DataLoader[Batch], _Plan]:
@@ -116,7 +115,6 @@ class DataWait:
             started = time.perf_counter()
 
     def add(self, other: DataWait) -> None:
-        """Count another one's time as well."""
         self.waited_s += other.waited_s
         self.total_s += other.total_s
 

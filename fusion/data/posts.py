@@ -109,7 +109,6 @@ class PostList(Sequence[Record]):
         return posts
 
     def __len__(self) -> int:
-        """Number of posts."""
         return len(self._places)
 
     @overload
@@ -132,7 +131,6 @@ class PostList(Sequence[Record]):
         return record
 
     def file(self, row: int) -> Path:
-        """Return the data file of a post."""
         return self.paths[int(self._places[row, 0])]
 
     def entry(self, row: int) -> Any:

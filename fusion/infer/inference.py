@@ -248,7 +248,6 @@ def infer(job: Job) -> InferReport:
 
 
 def devices_of(settings: RunSettings) -> list[str]:
-    """Return the device of each process."""
     present, asked = torch.cuda.device_count(), settings.n_gpus
     if asked is None:
         asked = min(1, present) if settings.processes == 1 else 0
@@ -269,7 +268,6 @@ def shown(values: Mapping[str, float], *, seen: bool = False) -> str:
 
 
 def chunked(posts: Iterable[Labelled | Bad], size: int) -> Iterator[list[Labelled | Bad]]:
-    """Return chunks of a size; the last may be smaller."""
     iterator = iter(posts)
     while chunk := list(islice(iterator, size)):
         yield chunk
@@ -335,7 +333,6 @@ def _outcomes(tagger: Tagger, chunk: Sequence[Labelled | Bad]) -> list[Outcome]:
 def _written(
     batch: Sequence[Labelled | Bad], sink: Sink
 ) -> Iterator[tuple[Labelled | Bad, Earlier | None]]:
-    """Return each entry with what is written of it already."""
     written = iter(sink.written([post.post_id for post in batch if not isinstance(post, Bad)]))
     return ((post, None if isinstance(post, Bad) else next(written)) for post in batch)
 

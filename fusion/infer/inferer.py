@@ -95,7 +95,6 @@ class Inferer:
         return np.concatenate([np.empty((0, self._bundle.schema.classes)), *rows])
 
     def close(self) -> None:
-        """Give the model's memory back."""
         self._model = None
         if self._device.type == "cuda":
             torch.cuda.empty_cache()

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from common.cli import Overrides, read_options
+from common.cli import Overrides, option, read_options
 from common.errors import ConfigError
 from config.load import did_you_mean, given_options, layered, load_settings, read_yaml
 from config.settings import InferSettings, RunSettings, Settings
@@ -26,53 +26,43 @@ class InferOptions:
 
     infer_config: Annotated[
         Path | None,
-        typer.Option(
-            "--infer_config",
-            metavar="F",
-            help=f"YAML file; default {INFER_CONFIG}; one with the daemon's keys, such as "
+        option(
+            "infer_config",
+            "F",
+            f"YAML file; default {INFER_CONFIG}; one with the daemon's keys, such as "
             "config/infer_config_e2e.yaml, tags raw media",
         ),
     ] = None
     input: Annotated[
         Path,
-        typer.Option(
-            "--input",
-            metavar="F",
-            help="data file (.json, .jsonl), or a list (.txt) of post IDs or feature files, "
-            "one a line",
+        option(
+            "input",
+            "F",
+            "data file (.json, .jsonl), or a list (.txt) of post IDs or feature files, one a line",
         ),
     ]
     output: Annotated[
         str | None,
-        typer.Option(
-            "--output",
-            metavar="F",
-            help="file, or mongodb://HOST/DATABASE.COLLECTION; default standard output",
+        option(
+            "output", "F", "file, or mongodb://HOST/DATABASE.COLLECTION; default standard output"
         ),
     ] = None
     format: Annotated[
-        str | None,
-        typer.Option(
-            "--format", metavar="X", help="jsonl, csv or mongodb; default by the output's name"
-        ),
+        str | None, option("format", "X", "jsonl, csv or mongodb; default by the output's name")
     ] = None
     n_gpus: Annotated[
-        str | None,
-        typer.Option(
-            "--n_gpus", metavar="N", help="number of GPUs, a process for each; 0 runs on the CPU"
-        ),
+        str | None, option("n_gpus", "N", "number of GPUs, a process for each; 0 runs on the CPU")
     ] = None
-    processes: Annotated[
-        str | None,
-        typer.Option("--processes", metavar="N", help="number of processes on the CPU"),
-    ] = None
+    processes: Annotated[str | None, option("processes", "N", "number of processes on the CPU")] = (
+        None
+    )
     best_model: Annotated[
         Path | None,
-        typer.Option(
-            "--best_model",
-            metavar="M",
-            help="folder of a bundle, its model.safetensors, or a .pth with weights for the "
-            "bundle of the config",
+        option(
+            "best_model",
+            "M",
+            "folder of a bundle, its model.safetensors, or a .pth with weights for the bundle of "
+            "the config",
         ),
     ] = None
     skip_bad: Annotated[
@@ -89,7 +79,6 @@ class InferOptions:
 
 
 def infer_options(arguments: Sequence[str] | None = None) -> InferOptions:
-    """Parse the options of `infer_net.py`."""
     about = "Tag posts from their feature files, or from raw media."
     options = read_options(InferOptions, "infer_net.py", arguments, about=about)
     if options.resume and options.restart:
@@ -146,12 +135,10 @@ def tags_raw_media(content: dict[str, Any], file: Path) -> bool:
 
 
 def run_settings(settings: InferSettings | Settings) -> RunSettings:
-    """Return the settings that both kinds have in common."""
     return settings if isinstance(settings, InferSettings) else settings.infer
 
 
 def with_bundle(settings: InferSettings | Settings, bundle: Path) -> InferSettings | Settings:
-    """Return the same settings with another bundle."""
     if isinstance(settings, InferSettings):
         return settings.model_copy(update={"bundle": bundle})
     return settings.model_copy(
@@ -160,7 +147,6 @@ def with_bundle(settings: InferSettings | Settings, bundle: Path) -> InferSettin
 
 
 def bundle_of(settings: InferSettings | Settings) -> Path:
-    """Return the folder of the bundle that the settings name."""
     return settings.bundle if isinstance(settings, InferSettings) else settings.fusion.bundle
 
 

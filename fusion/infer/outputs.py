@@ -111,7 +111,6 @@ class JsonLines:
         return text
 
     def text(self, result: Result) -> str:
-        """Return the row of a result."""
         content = result.tagged.answer()
         if result.labels:
             content["labels"] = list(result.labels)

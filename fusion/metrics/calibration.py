@@ -38,7 +38,6 @@ class Temperature(Section):
     temperature: float = Field(gt=0)
 
     def apply(self, scores: npt.ArrayLike) -> FloatArray:
-        """Calibrated scores in the shape of ``scores``."""
         return _sigmoid(_logits(scores) / self.temperature)
 
 
@@ -62,7 +61,6 @@ class Isotonic(Section):
         return self
 
     def apply(self, scores: npt.ArrayLike) -> FloatArray:
-        """Calibrated scores in the shape of ``scores``."""
         return np.interp(np.asarray(scores, dtype=np.float64), self.scores, self.values)
 
 

@@ -66,7 +66,6 @@ class AttentionLSTM(FusionModel):
         self._add_own_heads(dict.fromkeys(schema.dims, width))
 
     def layers(self) -> tuple[Stage, ...]:
-        """Return the branches, the two layers that join them, the head."""
         return (
             Stage("modality", ("branches", "missing")),
             Stage("fusion", ("join",)),

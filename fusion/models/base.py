@@ -61,7 +61,6 @@ class InputSchema:
 
     @classmethod
     def of(cls, manifest: FeatureManifest, limits: TokenLimits, classes: int) -> InputSchema:
-        """Return the schema of a model for these features."""
         dims = manifest.input_dims()
         if not dims:
             raise ConfigError("no post has features of any of the modalities asked for")
@@ -136,7 +135,6 @@ class Batch(NamedTuple):
     targets: torch.Tensor | None = None
 
     def to(self, device: torch.device | str) -> Batch:
-        """Return the same batch on a device."""
         return Batch(
             self.post_ids,
             {m: t.to(device, non_blocking=True) for m, t in self.tokens.items()},
@@ -152,7 +150,6 @@ class Collate:
         self._dims = dict(schema.dims)
 
     def __call__(self, samples: Sequence[Sample]) -> Batch:
-        """Pad the posts' tokens and stack their targets."""
         tokens: dict[Stream, torch.Tensor] = {}
         masks: dict[Stream, torch.Tensor] = {}
         for stream, dim in self._dims.items():
@@ -257,7 +254,8 @@ class FusionModel(nn.Module):
     there for training only.
 
     Attributes:
-        classify: The last layer, ``(...) -> (classes)``.
+        classify: The last layer, ``(...) -> (classes)``; a model with others names
+            them in `classifiers`.
     """
 
     classify: nn.Linear | GroupLinear
@@ -303,16 +301,18 @@ class FusionModel(nn.Module):
             return stages
         return (*stages[:-1], stages[-1]._replace(names=(*stages[-1].names, "own")))
 
+    def classifiers(self) -> tuple[nn.Linear | GroupLinear, ...]:
+        """Return the layers that give logits, without own heads."""
+        return (self.classify,)
+
     def undecayed(self) -> frozenset[str]:
         """Return names of parameters that are learned vectors, though they have two dimensions."""
         return frozenset()
 
     def start_at(self, frequencies: torch.Tensor) -> None:
         """Let the untrained model predict each class's frequency ``(classes,)``: saves epochs."""
-        for head in (self.classify, *self._own_heads().values()):
-            nn.init.normal_(head.weight, std=0.02)
-            with torch.no_grad():
-                head.bias.copy_(torch.logit(frequencies.clamp(1e-3, 1 - 1e-3)))
+        for head in (*self.classifiers(), *self._own_heads().values()):
+            start_head(head, frequencies, 0.02)
 
     def _add_own_heads(self, widths: Mapping[Stream, int]) -> None:
         """Called last in ``__init__`` with the widths of `Fused.alone`."""
@@ -368,6 +368,14 @@ class ModalityDropout(nn.Module):
         kept = (draw >= self.chance).scatter(1, stays, True)
         kept_of = {m: kept[:, i : i + 1] for i, m in enumerate(names)}  # (posts, 1) each
         return {s: mask & kept_of[modality_of(s)] for s, mask in masks.items()}
+
+
+def start_head(head: nn.Linear | GroupLinear, frequencies: torch.Tensor, std: float) -> None:
+    """Let an untrained layer that gives logits predict each class's frequency ``(classes,)``."""
+    nn.init.normal_(head.weight, std=std)
+    with torch.no_grad():
+        # Clamped: the logit of a class that no post or every post has is infinite.
+        head.bias.copy_(torch.logit(frequencies.clamp(1e-3, 1 - 1e-3)))
 
 
 def learned_vectors(schema: InputSchema, width: int) -> nn.ParameterDict:

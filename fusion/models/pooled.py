@@ -56,7 +56,6 @@ class ConcatMLP(FusionModel):
         self._add_own_heads(dict.fromkeys(schema.dims, options.modality_width))
 
     def layers(self) -> tuple[Stage, ...]:
-        """Pooling, the hidden layers one by one, the head."""
         hidden = (Stage("fusion", (f"hidden.{i}",)) for i in range(len(self.hidden)))
         return (Stage("modality", ("pool",)), *hidden, Stage("head", ("classify",)))
 
@@ -93,7 +92,6 @@ class GMU(FusionModel):
         self._add_own_heads(dict.fromkeys(schema.dims, self.width))
 
     def layers(self) -> tuple[Stage, ...]:
-        """Pooling, gates, the layer behind them, the head."""
         return (
             Stage("modality", ("pool",)),
             Stage("fusion", ("gates",)),

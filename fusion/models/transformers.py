@@ -183,7 +183,6 @@ class TokenTransformer(OneSequence):
         self._add_own_heads(dict.fromkeys(schema.dims, width))
 
     def layers(self) -> tuple[Stage, ...]:
-        """Return projections, the blocks one by one, the head."""
         blocks = (Stage("fusion", (f"blocks.{i}",)) for i in range(len(self.blocks)))
         first = Stage("modality", ("projections", "kinds", "missing", "scales", "start"))
         return (first, *blocks, Stage("head", ("norm", "classify")))
@@ -246,7 +245,6 @@ class MBT(FusionModel):
         self._add_own_heads(dict.fromkeys(schema.dims, width))
 
     def layers(self) -> tuple[Stage, ...]:
-        """Return projections, the layers one by one, the head."""
         first = Stage("modality", ("projections", "starts", "missing", "scales"))
         blocks: list[Stage] = []
         for i in range(len(self.blocks)):
@@ -256,7 +254,6 @@ class MBT(FusionModel):
         return (first, *blocks, Stage("head", ("norms", "classify")))
 
     def undecayed(self) -> frozenset[str]:
-        """Return the names of the bottleneck tokens, which are vectors."""
         return frozenset({"bottlenecks"})
 
     def fuse(

@@ -159,7 +159,6 @@ class ConcatSE(_Pooled):
         self._add_own_heads(dict.fromkeys(schema.dims, width))
 
     def layers(self) -> tuple[Stage, ...]:
-        """Return the stages: the modalities' own layers, the fusion, the head."""
         return (
             Stage("modality", ("norms", "vlads", "projections", "missing")),
             Stage("fusion", ("join", "gate")),
@@ -203,7 +202,6 @@ class NeXtVLADSE(_Pooled):
         self._add_own_heads(widths)
 
     def layers(self) -> tuple[Stage, ...]:
-        """Return the stages: the modalities' own layers, the fusion, the head."""
         return (
             Stage("modality", ("norms", "vlads", "missing")),
             Stage("fusion", ("join", "norm", "gate")),

@@ -51,7 +51,7 @@ class Predictions:
 
     @classmethod
     def load(cls, path: Path) -> Predictions:
-        """Read what `save` wrote."""
+        """Read what `save` wrote; docs/training.md shows users how."""
         try:
             with np.load(path, allow_pickle=False) as file:
                 arrays: dict[str, Any] = {field.name: file[field.name] for field in fields(cls)}

@@ -32,7 +32,6 @@ class SubsetGap:
 
     @property
     def name(self) -> str:
-        """Return the modalities joined with ``+``."""
         return "+".join(self.modalities)
 
 

@@ -131,7 +131,6 @@ class Start:
 
     @property
     def learned_from(self) -> PostSet:
-        """Return the posts that the weights have learned from."""
         return PostSet.from_text(self.checkpoint.learned_from)
 
     @property
@@ -194,7 +193,6 @@ def seed_of(fabric: Fabric, settings: TrainerSettings, start: Start | None) -> i
 
 
 def fill(model: torch.nn.Module, start: Start) -> None:
-    """Put the weights into a model."""
     check_fit(model, start)
     model.load_state_dict(start.checkpoint.model)
 

@@ -59,7 +59,6 @@ def run(settings: TrainerSettings, work: Callable[[Fabric], Result]) -> Result:
 
 
 def on_this_host() -> int:
-    """Return the number of processes of this training on this host."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 

@@ -314,7 +314,6 @@ class _Snapshots:
 
 
 def model_of(job: Job, path: Path) -> FusionModel:
-    """Return a model with the weights of a checkpoint."""
     model = build_model(job.prepared.schema, job.settings.model)
     model.load_state_dict(load_checkpoint(path, job.signature).model)
     return model.to(job.fabric.device).eval()

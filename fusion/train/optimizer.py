@@ -159,11 +159,6 @@ def build_optimizer(
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
-def saved_with(state: Mapping[str, Any]) -> str:
-    """Return the name of the optimizer of a state_dict; old ones without a name are adamw's."""
-    return str(state["param_groups"][0].get("optimizer", "adamw"))
-
-
 def average_of(model: nn.Module, decay: float) -> AveragedModel:
     """Return an exponential moving average of a model's state; `update_parameters` moves it.
 
@@ -183,15 +178,3 @@ def average_of(model: nn.Module, decay: float) -> AveragedModel:
     average = AveragedModel(model, multi_avg_fn=move, use_buffers=True)
     average.update_parameters(model)  # the first update copies: the average begins with the start
     return average
-
-
-def average_state(average: AveragedModel) -> dict[str, Any]:
-    """Return what a checkpoint holds of a moving average."""
-    steps = int(average.n_averaged) - 1
-    return {"steps": steps, "state": average.module.state_dict()}
-
-
-def load_average(average: AveragedModel, state: Mapping[str, Any]) -> None:
-    """Fill a moving average with what `average_state` returned."""
-    average.module.load_state_dict(state["state"])
-    average.n_averaged.fill_(state["steps"] + 1)

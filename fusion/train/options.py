@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, TypeAlias
 
-import typer
-
-from common.cli import Overrides, read_options
+from common.cli import Overrides, option, read_options
 from common.errors import ConfigError
 from config.load import given_options, layered, merge, parse_overrides, read_yaml
 from config.train import BackboneTrainSettings, TrainSettings
@@ -34,44 +32,40 @@ _TASKS: dict[str, type[TrainSettings | BackboneTrainSettings]] = {
 }
 
 
-def _option(name: str, metavar: str, text: str) -> Any:
-    return typer.Option(f"--{name}", metavar=metavar, help=text)
-
-
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions:
     """The command line of `train_net.py`; the settings check the values."""
 
     model_config: Annotated[
-        Path | None, _option("model_config", "F", f"YAML file; default {TRAIN_CONFIG}")
+        Path | None, option("model_config", "F", f"YAML file; default {TRAIN_CONFIG}")
     ] = None
-    batch_size: Annotated[Text, _option("batch_size", "N", "posts in a training batch")] = None
-    learning_rate: Annotated[Text, _option("learning_rate", "X", "peak learning rate")] = None
+    batch_size: Annotated[Text, option("batch_size", "N", "posts in a training batch")] = None
+    learning_rate: Annotated[Text, option("learning_rate", "X", "peak learning rate")] = None
     resume: Annotated[
         Path | None,
-        _option(
+        option(
             "resume",
             "F",
             "a run's folder or checkpoint to go on from; or weights: best.pt, a bundle, a .pth",
         ),
     ] = None
-    n_gpu: Annotated[Text, _option("n_gpu", "N", "number of GPUs; 0 trains on the CPU")] = None
-    epoch: Annotated[Text, _option("epoch", "N", "number of epochs; 0 takes the config's")] = None
+    n_gpu: Annotated[Text, option("n_gpu", "N", "number of GPUs; 0 trains on the CPU")] = None
+    epoch: Annotated[Text, option("epoch", "N", "number of epochs; 0 takes the config's")] = None
     save_dir: Annotated[
-        Path | None, _option("save_dir", "DIR", "folder of the runs; latest leads to one")
+        Path | None, option("save_dir", "DIR", "folder of the runs; latest leads to one")
     ] = None
     valid_interval: Annotated[
-        Text, _option("valid_interval", "N", "epochs between validations; 0 only at the end")
+        Text, option("valid_interval", "N", "epochs between validations; 0 only at the end")
     ] = None
     log_interval: Annotated[
-        Text, _option("log_interval", "N", "batches between two lines of the log")
+        Text, option("log_interval", "N", "batches between two lines of the log")
     ] = None
     fix_random_seed: Annotated[
-        Text, _option("fix_random_seed", "[BOOL]", "the same seed in every run")
+        Text, option("fix_random_seed", "[BOOL]", "the same seed in every run")
     ] = None
     skip_bad: Annotated[
         Text,
-        _option(
+        option(
             "skip_bad",
             "[BOOL]",
             "leave out posts that cannot be used, and list them in log/skipped.jsonl",
@@ -81,7 +75,6 @@ class TrainOptions:
 
 
 def train_options(arguments: Sequence[str] | None = None) -> TrainOptions:
-    """Parse the options of `train_net.py`."""
     return read_options(
         TrainOptions,
         "train_net.py",

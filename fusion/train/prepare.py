@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from lightning_fabric import Fabric
 
-from common.errors import ConfigError, FeatureError
+from common.errors import ConfigError, FeatureError, MediaError
 from common.files import write_whole
 from common.post_set import PostSet
 from common.progress import progress_bar
@@ -212,7 +212,6 @@ class Skipped:
         self._lines: list[str] = []
 
     def add(self, file: Path, post_id: str | None, kind: str, reason: str) -> None:
-        """List one post."""
         self._counts[kind] += 1
         if self._enabled:
             entry = {"post_id": post_id, "file": str(file), "kind": kind, "reason": reason}
@@ -229,7 +228,6 @@ class Skipped:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Write the list."""
         if self._enabled:
             try:
                 write_whole(self.path, "".join(self._lines).encode("utf-8", "surrogatepass"))
@@ -244,21 +242,35 @@ def _readable(
     posts = dataset.posts
     file = posts.paths[0]
 
-    def reason(row: int) -> str | None:
+    rows, title = range(len(posts)), f"check {file.name}"
+    bad = reasons(fabric, rows, dataset.__getitem__, title, progress=progress)
+    for row, why in bad:
+        skipped.add(file, posts[row].post_id, "features", why)
+    if len(bad) == len(posts):
+        raise ConfigError(f"{file}: features of no post can be used; the first: {bad[0][1]}")
+    return posts.take(np.delete(np.arange(len(posts)), [row for row, _ in bad]))
+
+
+def reasons(
+    fabric: Fabric,
+    items: Sequence[Item],
+    use: Callable[[Item], object],
+    title: str,
+    *,
+    progress: bool,
+) -> list[tuple[Item, str]]:
+    """Return the items that cannot be used, and why, in order; each process tries a part."""
+
+    def reason(item: Item) -> str | None:
         try:
-            dataset[row]
-        except FeatureError as error:
+            use(item)
+        except (FeatureError, MediaError) as error:
             return str(error)
         return None
 
-    rows, title = range(len(posts)), f"check {file.name}"
-    found = gathered(fabric, by_item(fabric, rows, reason, title, progress=progress))
-    everyone = sorted((row, why) for part in found for row, why in part if why is not None)
-    for row, why in everyone:
-        skipped.add(file, posts[row].post_id, "features", why)
-    if len(everyone) == len(posts):
-        raise ConfigError(f"{file}: features of no post can be used; the first: {everyone[0][1]}")
-    return posts.take(np.delete(np.arange(len(posts)), [row for row, _ in everyone]))
+    parts = gathered(fabric, by_item(fabric, items, reason, title, progress=progress))
+    found = {item: why for part in parts for item, why in part if why is not None}
+    return [(item, found[item]) for item in items if item in found]
 
 
 def by_item(

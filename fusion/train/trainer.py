@@ -46,13 +46,7 @@ from fusion.train.checkpoint import (
 )
 from fusion.train.distributed import same_everywhere
 from fusion.train.losses import Objective
-from fusion.train.optimizer import (
-    average_of,
-    average_state,
-    build_optimizer,
-    load_average,
-    saved_with,
-)
+from fusion.train.optimizer import average_of, build_optimizer
 from fusion.train.run_log import RunLog
 
 Scored: TypeAlias = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]
@@ -184,8 +178,10 @@ class Trainer:
         progress = Progress(self._seed, shape=(data.train_count, settings.batch_size, accumulate))
         if start is not None and start.exact:
             progress = self._restored(start, progress, optimizer, schedule)
-            if average is not None and start.checkpoint.average is not None:
-                load_average(average, start.checkpoint.average)
+            saved = start.checkpoint.average
+            if average is not None and saved is not None:
+                average.module.load_state_dict(saved["state"])
+                average.n_averaged.fill_(saved["steps"] + 1)
             self._bring_best(start)
             self.log.write(
                 "resumed", epoch=progress.epoch, step=progress.step, checkpoint=str(start.path)
@@ -318,7 +314,9 @@ class Trainer:
             if whole:
                 checkpoint.optimizer = run.optimizer.state_dict()
                 checkpoint.schedule = run.schedule.state_dict()
-                checkpoint.average = None if run.average is None else average_state(run.average)
+                if run.average is not None:
+                    steps = int(run.average.n_averaged) - 1
+                    checkpoint.average = {"steps": steps, "state": run.validated.state_dict()}
                 checkpoint.scaler = self._fabric.strategy.precision.state_dict()
             save_checkpoint(self.last if whole else self.best, checkpoint)
         self._fabric.barrier()
@@ -341,7 +339,8 @@ class Trainer:
     ) -> Progress:
         """Fill optimizer and schedule from a checkpoint, and return how far its run had come."""
         checkpoint, path = start.checkpoint, start.path
-        saved_name = saved_with(checkpoint.optimizer)
+        # Old ones without a name are adamw's.
+        saved_name = checkpoint.optimizer["param_groups"][0].get("optimizer", "adamw")
         if saved_name != self._optimizer.name:
             raise ConfigError(
                 f"{path}: was made with optimizer {saved_name}, this run has {self._optimizer.name}"

@@ -88,7 +88,6 @@ def train(
 def _train(
     settings: TrainSettings, reader: FeatureFiles, resume: Path | None, fabric: Fabric
 ) -> TrainReport:
-    """Train in one of the processes of a training."""
     started = time.monotonic()
     folds, save_dir = settings.ensemble.folds, settings.trainer.save_dir
     all_ranks(fabric, partial(refuse_foreign, settings.bundle.folder))

@@ -14,7 +14,6 @@ from fusion.bundle import bundle
 from fusion.data.posts import PostList
 from fusion.infer.inferer import Inferer
 from fusion.metrics import ranking as metrics
-from fusion.report.predictions import Predictions
 from fusion.train import fold_training
 from fusion.train.trainer import TrainData, Trainer
 from tests.support.fusion import runs, support
@@ -47,10 +46,6 @@ def fits(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[str]]:
     return learned
 
 
-def scores_of(folder: Path) -> Predictions:
-    return Predictions.load(folder / "run" / "latest" / "report" / "scores.npz")
-
-
 def test_folds_leak_nothing_and_go_on_where_they_were_killed(
     few_posts: Path, fits: dict[str, set[str]]
 ) -> None:
@@ -63,7 +58,7 @@ def test_folds_leak_nothing_and_go_on_where_they_were_killed(
     left_out = [everything - fits[f"fold-{fold}"] for fold in (1, 2, 3)]
     assert sorted(i for some in left_out for i in some) == sorted(everything)
     assert all(abs(len(some) - 52 / 3) <= 3 for some in left_out)
-    predictions = scores_of(few_posts)
+    predictions = runs.predictions(few_posts)
     whole = bundle.load_bundle(report.bundle)
     start = 0
     for some, one in zip(left_out, whole.members, strict=True):
@@ -106,7 +101,7 @@ def test_validation_posts_can_be_left_out_of_the_pool(
     """Then the ensemble is measured on them, and no fold learns from them."""
     runs.run(few_posts, **{**FOLDS, "ensemble": {"folds": 2, "pool_valid": False}})
     valid = [record.post_id for record in PostList.read(few_posts / "valid.json", support.LABELS)]
-    assert list(scores_of(few_posts).post_ids) == valid
+    assert list(runs.predictions(few_posts).post_ids) == valid
     assert not set().union(*fits.values()) & set(valid)
 
 
@@ -126,7 +121,7 @@ def test_snapshots_are_the_ends_of_the_cycles(few_posts: Path) -> None:
     end = next(i for i, e in enumerate(steps) if e["epoch"] == 3)
     # A line has the rate of the step that follows.
     assert rates[end - 2] < rates[end] / 2
-    predictions = scores_of(few_posts)
+    predictions = runs.predictions(few_posts)
     features = [
         read_features(few_posts / "features", i, support.FINGERPRINTS) for i in predictions.post_ids
     ]

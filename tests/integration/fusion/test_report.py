@@ -19,10 +19,9 @@ from extractors.feature_file import read_features
 from fusion.bundle import bundle
 from fusion.data.dataset import FeatureFiles
 from fusion.infer.inferer import Inferer
-from fusion.report.predictions import Predictions
 from fusion.report.write import ReportInput, write_report
 from fusion.train.training import TrainReport, train
-from tests.support.fusion import support
+from tests.support.fusion import runs, support
 
 
 def plain_gap(rows: list[tuple[list[float], list[int]]], top_k: int = 20) -> float:
@@ -73,7 +72,7 @@ def test_three_ways_to_gap_agree(trained: tuple[Path, TrainReport], tmp_path: Pa
     sets = ["--n_gpus", "0", "--set", "progress=false", "--set", "threads=1"]
     assert infer_net.main([*arguments, "--output", str(output), *sets]) == 0
     rows = []
-    predictions = Predictions.load(folder / "run" / "latest" / "report" / "scores.npz")
+    predictions = runs.predictions(folder)
     written = {line["post_id"]: line for line in map(json.loads, output.read_text().splitlines())}
     assert len(written) == 70
     for post_id, scores in zip(predictions.post_ids, predictions.scores, strict=True):
@@ -90,10 +89,7 @@ def test_three_ways_to_gap_agree(trained: tuple[Path, TrainReport], tmp_path: Pa
 def test_the_numbers_are_those_of_the_written_scores(trained: tuple[Path, TrainReport]) -> None:
     """Every tag's row and the calibration errors, recomputed by scikit-learn and by hand."""
     folder, report = trained
-    predictions, found = (
-        Predictions.load(folder / "run" / "latest" / "report" / "scores.npz"),
-        numbers(folder),
-    )
+    predictions, found = runs.predictions(folder), numbers(folder)
     predicted = predictions.scores >= predictions.thresholds
     precision, recall, f1, support_ = precision_recall_fscore_support(
         predictions.targets, predicted, zero_division=0

@@ -16,7 +16,6 @@ import train_net
 from common.post import Stream
 from extractors.feature_file import read_features, write_features
 from fusion.bundle.bundle import load_bundle
-from fusion.report.predictions import Predictions
 from tests.support.fusion import runs, support
 
 REPORT: dict[str, Any] = {"report": {"enabled": True, "subset_posts": 20}}
@@ -31,10 +30,6 @@ def learn(folder: Path, post_ids: Iterable[str], stream: Stream = "image") -> No
     for post_id in post_ids:
         features = read_features(folder / "features", post_id)
         write_features(folder / "features", features, support.FINGERPRINTS, (stream,))
-
-
-def measured(folder: Path) -> set[str]:
-    return set(Predictions.load(folder / "run" / "latest" / "report" / "scores.npz").post_ids)
 
 
 @pytest.mark.parametrize(
@@ -56,7 +51,7 @@ def test_figures_are_of_posts_that_no_part_has_learned_from(
     """Backbones that know a fold's posts would claim too much; only the others are measured on."""
     learn(few_posts, learned)
     report = runs.run(few_posts, **sections)
-    assert measured(few_posts) == set(figures)
+    assert set(runs.predictions(few_posts).post_ids) == set(figures)
     assert report.seen_posts == 0
     bundle = load_bundle(report.bundle)
     assert set(TRAIN) == {post for post in (*TRAIN, *VALID) if post in bundle.learned_from} or (

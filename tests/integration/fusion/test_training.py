@@ -20,7 +20,6 @@ from fusion.data.dataset import FeatureFiles
 from fusion.infer.inferer import Inferer
 from fusion.metrics import ranking as metrics
 from fusion.models import MODELS, build_model
-from fusion.report.predictions import Predictions
 from fusion.train.checkpoint import model_signature
 from fusion.train.losses import Objective, TaggingLoss
 from fusion.train.prepare import HeldOut, prepare
@@ -215,7 +214,7 @@ def test_tags_are_given_by_the_fitted_thresholds(precision: float | None, tmp_pa
         report={"enabled": True, "subset_posts": 0},
     )
     report = train(settings, FeatureFiles())
-    predictions = Predictions.load(tmp_path / "run" / "latest" / "report" / "scores.npz")
+    predictions = runs.predictions(tmp_path)
     inferer = Inferer.load(report.bundle)
     reader = FeatureFiles(tmp_path / "features")
     features = [reader.features(i, None, support.FINGERPRINTS) for i in predictions.post_ids]

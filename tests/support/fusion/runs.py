@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from fusion.data.dataset import FeatureFiles
+from fusion.report.predictions import Predictions
 from fusion.train.training import TrainReport, train
 from tests.support.fusion import support
 
@@ -57,6 +58,11 @@ def same(one: Any, other: Any) -> bool:
     if isinstance(one, torch.Tensor):
         return torch.equal(one, other)
     return bool(one == other)
+
+
+def predictions(folder: Path) -> Predictions:
+    """Return the predictions in the report of the last run."""
+    return Predictions.load(folder / "run" / "latest" / "report" / "scores.npz")
 
 
 def events(folder: Path, name: str = "run") -> list[dict[str, Any]]:
