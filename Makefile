@@ -73,8 +73,14 @@ t: $(VENV)/.dev ## the unit tests: no servers
 # Coverage makes the tests about half as slow again, so it is left to CI, and to: make test CI=1
 COVERAGE_ARGS := $(if $(CI),--cov --cov-report=term:skip-covered)
 
-test: check ## lint, types, arrows, all tests; with CI=1 coverage too
-	$(PY) -m pytest $(COVERAGE_ARGS) $(PYTEST_ARGS)
+TYPES := $(VENV)/bin/mypy $(SOURCES) $(SCRIPTS) tests bench
+
+# mypy takes a core for a minute or two where it has no cache, and the first tests wait much.
+test: style arrows ## lint, types, arrows, all tests; with CI=1 coverage too
+	@$(TYPES) & types=$$!; \
+		$(PY) -m pytest $(COVERAGE_ARGS) $(PYTEST_ARGS); tests=$$?; \
+		wait $$types || { echo "mypy has failed: its lines are before those of the tests" >&2; exit 1; }; \
+		exit $$tests
 
 check: style types arrows ## lint, format, types, import arrows
 
@@ -83,7 +89,7 @@ style: $(VENV)/.dev
 	$(VENV)/bin/ruff format --check .
 
 types: $(VENV)/.dev
-	$(VENV)/bin/mypy $(SOURCES) $(SCRIPTS) tests bench
+	$(TYPES)
 
 arrows: $(VENV)/.dev
 	$(VENV)/bin/lint-imports
