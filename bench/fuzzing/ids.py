@@ -43,7 +43,7 @@ def _double(rng: random.Random) -> float:
 
 def _decimal(rng: random.Random) -> Decimal128:
     """Return any decimal, as drivers write it: several patterns of bits have the same value."""
-    return Decimal128(Decimal128.from_bid(rng.randbytes(16)).to_decimal())
+    return Decimal128(str(Decimal128.from_bid(rng.randbytes(16))))
 
 
 def _document(rng: random.Random) -> dict[str, Any]:

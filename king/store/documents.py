@@ -133,7 +133,7 @@ def id_candidates(post_id: str) -> list[Any]:
     candidates: list[Any] = [post_id]
     if len(post_id) == 24 and ObjectId.is_valid(post_id):
         candidates.append(ObjectId(post_id))
-    elif _NUMBER.fullmatch(post_id):
+    if _NUMBER.fullmatch(post_id):  # 24 digits are both
         candidates += _numbers(post_id)
     elif _UUID.fullmatch(post_id):
         named = uuid.UUID(post_id)
