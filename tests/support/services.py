@@ -235,7 +235,7 @@ class RabbitMQServer(Server):
     """RabbitMQ with its own epmd, cookie, node name and files; user guest, password guest."""
 
     name = "rabbitmq"
-    start_timeout_s = 90
+    start_timeout_s = 300  # Erlang; more than 90 s were seen on a crowded machine
 
     def __init__(self, folder: Path) -> None:
         self._epmd: subprocess.Popen[bytes] | None = None
