@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from common.cli import exit_code
+from common.cli import exit_code, say
 from common.errors import ConfigError, PermanentError
 from config.train import BackboneTrainSettings
 from fusion.train.options import train_options, train_settings
@@ -22,19 +22,19 @@ def run(arguments: Sequence[str] | None) -> None:
         from fusion.backbones.media import MediaItems
         from fusion.backbones.training import train_backbones
 
-        sys.stdout.writelines(
-            f"{stage.name}: epochs {stage.epochs}  best epoch {stage.best_epoch}  "
-            f"{shown(stage.metrics, seen=stage.seen)}\n"
-            f"weights {stage.weights}  {stage.seconds:.1f} s\n"
-            for stage in train_backbones(settings, MediaItems(), resume=options.resume)
-        )
+        for stage in train_backbones(settings, MediaItems(), resume=options.resume):
+            say(
+                f"{stage.name}: epochs {stage.epochs}  best epoch {stage.best_epoch}  "
+                f"{shown(stage.metrics, seen=stage.seen)}\n"
+                f"weights {stage.weights}  {stage.seconds:.1f} s\n"
+            )
         return
     from fusion.data.dataset import FeatureFiles
     from fusion.train.training import train
 
     report = train(settings, FeatureFiles(), resume=options.resume)
     if report.version:  # one process of a distributed run writes the bundle, and speaks
-        sys.stdout.write(
+        say(
             f"epochs {report.epochs}  best epoch {report.best_epoch}  "
             f"{shown(report.metrics, seen=report.seen_posts > 0)}\n"
             f"bundle {report.bundle}  version {report.version}  "

@@ -16,6 +16,8 @@ from common.processes import process_identity
 from config.settings import WatchdogSettings
 
 _GONE_FAULTS = {10: "no such program", 70: "not running"}
+# Exit status of a refused configuration, after which nobody starts the program again.
+_REFUSED_STATUS = 2
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,10 @@ class SupervisorClient:
 
     def program(self) -> Program:
         info = self._call("getProcessInfo", self._name)
-        pid = int(info["pid"])
-        return Program(str(info["statename"]), pid, process_identity(pid))
+        state, pid = str(info["statename"]), int(info["pid"])
+        if state == "EXITED" and info["exitstatus"] == _REFUSED_STATUS:
+            state = "FATAL"
+        return Program(state, pid, process_identity(pid))
 
     def kill(self) -> None:
         """Send SIGKILL through supervisord, which starts the program again.

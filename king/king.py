@@ -24,7 +24,7 @@ from types import FrameType
 
 import structlog
 
-from common.errors import ConfigError, RetryableError
+from common.errors import ConfigError, RetryableError, TaggingError, one_line
 from config.settings import Settings
 from king.broker.base import Broker
 from king.broker.connect import open_broker
@@ -122,8 +122,9 @@ class King:
         served = self.status.has_served
         if self._died is not None:
             name, error = self._died
-            if isinstance(error, ConfigError) and not served:
-                raise error
+            if isinstance(error, TaggingError):  # said in one line, where a bug has a traceback
+                kept = isinstance(error, ConfigError) and not served
+                raise error if kept else RetryableError(one_line(error)) from error
             log.error("king.thread_died", thread=name, exc_info=error)
             return 1
         if (refused := self.status.refused) is not None:

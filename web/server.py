@@ -5,7 +5,8 @@
          |- workers            as in the daemon; they die with the runner's thread
 
 The workers refuse a wrong configuration only after the server has been forked: the reason comes
-back through a pipe, and `serve` raises it in the process that was called.
+back through a pipe, and `serve` raises it in the process that was called. Where they cannot work
+for a reason that may pass (killed for their memory, a full disk), the arbiter starts a new server.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 import structlog
 from flask import Flask
 
-from common.errors import ConfigError
+from common.errors import ConfigError, TaggingError, one_line
 from config.settings import Settings
 from web.app import create_app
 from web.backend import Services
@@ -32,6 +33,10 @@ from workers.runner import PostRunner
 # How often the runner is asked for trouble; a restart by the supervisor waits this long.
 _LOOK_S = 0.2
 _REFUSED_STATUS = 4  # gunicorn ends, and starts no other worker, when its worker exits with it
+_PASSING_STATUS = 1  # gunicorn starts another
+# Pause before that: at half, a full disk has models loaded twice as often for nothing; at double,
+# the server is away longer than what has passed.
+_AGAIN_S = 5.0
 _MAX_REASON_BYTES = 4096  # an atomic write to a pipe on Linux
 
 log = structlog.get_logger()
@@ -95,9 +100,9 @@ def serve_for_debugging(settings: Settings, services: Services) -> int:
         server = make_server(http.host, http.port, served.app, threaded=True)
         server.daemon_threads = True  # type: ignore[attr-defined]
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        while served.runner.trouble is None:
+        while (error := served.runner.ended_by) is None:
             time.sleep(_LOOK_S)
-        raise ConfigError(served.runner.trouble)
+        raise error
     except KeyboardInterrupt:
         return 0
     finally:
@@ -170,8 +175,8 @@ def application(settings: Settings, services: Services, refuse: Callable[[bytes]
             # After the fork: the workers belong to this process, and die with it.
             try:
                 made = build(settings, services)
-            except ConfigError as error:
-                _give_up(str(error), refuse)
+            except TaggingError as error:
+                _give_up(error, refuse)
             served.append(made)
             threading.Thread(target=_watch, args=(made, refuse), name="watch", daemon=True).start()
             return made.app
@@ -197,19 +202,23 @@ def gunicorn_options(settings: Settings) -> dict[str, Any]:
 
 
 def _watch(served: Served, refuse: Callable[[bytes], object]) -> None:
-    """End the server when its workers cannot work, so that its supervisor knows."""
+    """End the server when its workers cannot work, so that the arbiter knows."""
     while not served.closing:
-        reason = served.runner.trouble
-        if reason is not None and not served.closing:
+        error = served.runner.ended_by
+        if error is not None and not served.closing:
             served.close()
-            _give_up(reason, refuse)
+            _give_up(error, refuse)
         time.sleep(_LOOK_S)
 
 
-def _give_up(reason: str, refuse: Callable[[bytes], object]) -> None:
-    refuse(" ".join(reason.split()).encode()[:_MAX_REASON_BYTES])
+def _give_up(error: TaggingError, refuse: Callable[[bytes], object]) -> None:
     # Not sys.exit: it would end this thread only, or run the caller's code in the fork.
-    os._exit(_REFUSED_STATUS)
+    if isinstance(error, ConfigError):
+        refuse(one_line(error).encode()[:_MAX_REASON_BYTES])
+        os._exit(_REFUSED_STATUS)
+    log.error("http.workers_failed", reason=one_line(error), again_s=_AGAIN_S)
+    time.sleep(_AGAIN_S)
+    os._exit(_PASSING_STATUS)
 
 
 def _tell_ready(served: Served) -> None:

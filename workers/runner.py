@@ -146,6 +146,11 @@ class PostRunner:
         return str(self._ended_by) if self._ended_by is not None else self._pool.refused
 
     @property
+    def ended_by(self) -> TaggingError | None:
+        """Return the reason that no post can be run any more: a ConfigError, or one that passes."""
+        return self._ended_by
+
+    @property
     def bundle(self) -> tuple[str, str] | None:
         return self._pool.bundle
 

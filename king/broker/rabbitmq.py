@@ -66,7 +66,12 @@ def dead_queue(queue: str) -> str:
 
 
 def shortcoming_of(version: str) -> str | None:
-    """Return what a server of this version cannot do with our queue; None for nothing."""
+    """Return what a server of this version cannot do with our queue; None for nothing.
+
+    Quorum queues of RabbitMQ 4 have priorities without being declared so: two levels (up to 4, and
+    above), all levels from 4.3 on. ``x-max-priority`` is for classic queues: quorum queues refuse
+    it, at least up to 4.2, and existing ones can never be given it.
+    """
     major = version.partition(".")[0]
     if not major.isdigit() or int(major) >= 4:
         return None
@@ -93,7 +98,8 @@ class RabbitBroker(Broker):
             KeyError,
             struct.error,
         ),
-        is_refusal=lambda error: isinstance(error, _REFUSALS),
+        # A limit of connections, channels or queues is no mistake: others may go.
+        is_refusal=lambda error: isinstance(error, _REFUSALS) and " limit " not in str(error),
         hints={
             amqp_errors.PreconditionFailed: "the queue exists with other arguments ({}); "
             "delete it, set the same arguments, or name another broker.queue",

@@ -112,7 +112,11 @@ class StoreClient:
 
     @property
     def database(self) -> Database[Document]:
-        """Return the database, connected on first use; ConfigError when the URL is malformed."""
+        """Return the database, connected on first use.
+
+        Raises ConfigError when the URL is malformed or its ``mongodb+srv`` name does not exist, and
+        StoreUnavailable when the name servers do not answer.
+        """
         if self._client is None:
             timeout_ms = round(self.settings.timeout_s * 1000)
             try:
@@ -131,7 +135,8 @@ class StoreClient:
                     unicode_decode_error_handler="replace",
                 )
             except (InvalidURI, ConfigurationError, ValueError) as error:
-                raise ConfigError(f"store.url: {self.url}: {_one_line(error)}") from error
+                text = f"store.url: {self.url}: {_one_line(error)}"
+                raise (StoreUnavailable if _may_pass(error) else ConfigError)(text) from error
         return self._client[self.settings.database]
 
     def connect(self) -> None:
@@ -236,6 +241,15 @@ class StoreClient:
             if alone.refused:
                 refused[i] = alone.refused[0]
         return BulkResult(effective, refused)
+
+
+def _may_pass(error: BaseException) -> bool:
+    """Return True for a look-up of a ``mongodb+srv`` name that had no answer."""
+    from dns import exception, resolver  # pymongo imports it only for such a URL
+
+    cause = error.__cause__
+    is_wrong_name = isinstance(cause, (resolver.NXDOMAIN, resolver.NoAnswer))
+    return isinstance(cause, (exception.DNSException, OSError)) and not is_wrong_name
 
 
 def _effective(result: Mapping[str, Any]) -> int:

@@ -12,7 +12,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from common.cli import say
 from common.errors import ConfigError, FeatureError
+from common.logs import visible
 from common.post import Post
 from common.post_set import PostSet
 from common.urls import redact
@@ -129,7 +131,10 @@ def _sink(
         return CollectionSink(store, insert=plan.collection.insert, skip_bundle=skip)
     shape = CsvTable(bundle.labels.names, plan.scores) if form == "csv" else JsonLines(plan.scores)
     if plan.output is None:
-        return StreamSink(shape, sys.stdout.write)
+        if form == "csv" and not sys.stdout.isatty():
+            return StreamSink(shape, sys.stdout.write)
+        # In JSON an escape means the character itself.
+        return StreamSink(shape, lambda text: say(text.replace("\r\n", "\n")))
     return FileSink(Path(plan.output), shape, bundle, restart=options.restart, reuse=reuse)
 
 
@@ -153,33 +158,37 @@ def _best_model(
 def _say(report: InferReport, plan: RunSettings) -> None:
     # Beside the tags on standard output, what is for people goes to standard error.
     people = sys.stderr if plan.output is None else sys.stdout
+
+    def tell(text: str) -> None:
+        people.write(visible(text))
+
     left_out = f"  skipped {report.skipped}" if report.skipped else ""
     new = report.labelled - report.seen
     gone_on = f"  (went on after {report.resumed})" if report.resumed else ""
-    people.write(
+    tell(
         f"posts {report.posts}  labelled {report.labelled}{left_out}  "
         f"{shown(report.metrics, seen=report.seen > 0 and not new)}{gone_on}\n"
     )
     if new and report.seen:
-        people.write(
+        tell(
             f"figures are of {new} posts: the bundle or the weights of its features have learned "
             f"from the other {report.seen}\n"
         )
     if report.unscored:
-        people.write(
+        tell(
             f"without {report.unscored} labelled posts of an earlier run: the output does not hold "
             "their scores\n"
         )
     if report.posts == report.resumed and not report.skipped:
-        people.write(f"complete already: {redact(plan.output or '')}; --restart computes it anew\n")
+        tell(f"complete already: {redact(plan.output or '')}; --restart computes it anew\n")
     if report.posts_per_s:  # of one batch alone there is no rate
-        people.write(f"{report.posts_per_s:,.1f} posts/s\n")
+        tell(f"{report.posts_per_s:,.1f} posts/s\n")
     if report.skipped_at is None:
         return
     if plan.output is not None:
-        people.write(f"left out, and why: {report.skipped_at}\n")
+        tell(f"left out, and why: {report.skipped_at}\n")
         return
     with report.skipped_at.open(encoding="utf-8") as file:
         for line in file:
             bad = json.loads(line)
-            people.write(f"skipped {bad['post_id']}: {bad['reason']}\n")
+            tell(f"skipped {bad['post_id']}: {bad['reason']}\n")

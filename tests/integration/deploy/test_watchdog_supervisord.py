@@ -80,7 +80,7 @@ def test_stopped_king_is_restarted_and_a_clean_stop_is_not(checkout: Checkout) -
 
 
 def test_refused_configuration_is_not_restarted_and_a_crash_is(checkout: Checkout) -> None:
-    """Exit 2 stays EXITED, since no restart repairs it; death by a signal is restarted at once."""
+    """Exit 2 is final, and told again and again; after death by a signal it is started again."""
     checkout.start()
     first = checkout.client.program().pid
     os.kill(first, signal.SIGKILL)
@@ -91,9 +91,10 @@ def test_refused_configuration_is_not_restarted_and_a_crash_is(checkout: Checkou
         )
     )
     (checkout.folder / "exit_code").write_text("2")
-    time.sleep(1.2)  # past startsecs, or supervisord counts it as a failed start
     os.kill(checkout.client.program().pid, signal.SIGKILL)
-    assert eventually(lambda: checkout.client.program().state in {"EXITED", "FATAL", "BACKOFF"})
+    assert eventually(lambda: checkout.watchdog_log().count("the King is FATAL") >= 2)
+    assert checkout.client.program().state == "FATAL"
+    assert (checkout.run / "supervisord.log").read_text().count("exit status 2") == 1
 
 
 def test_supervisor_errors_are_one_line(short_path: Path) -> None:

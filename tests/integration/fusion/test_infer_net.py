@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,30 @@ def test_standard_output_holds_tags_alone(folder: Path, capsys: pytest.CaptureFi
     assert len(found) == 40
     assert "scores" not in found[0]
     assert "posts 40" in printed.err
+
+
+def test_a_terminal_obeys_no_stored_text(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On standard output JSON stays JSON with the same characters in it; a table shows escapes."""
+    folder = rig.make(tmp_path, posts=1)
+    hostile = "p\x1b]0;owned\x07\x7f\x9b31m\u202e"
+    path = write_features(folder / "features", support.features(hostile), support.FINGERPRINTS)
+    entries = json.loads((folder / "posts.json").read_text())
+    entries.append({"post_id": hostile, "features": str(path.relative_to(folder))})
+    entries.append({"post_id": f"{hostile} gone", "features": f"gone {hostile}"})
+    (folder / "posts.json").write_text(json.dumps(entries))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    for words in ((), ("--format", "csv")):
+        assert rig.infer(folder, "--skip_bad", *words) == 0
+        printed = capsys.readouterr()
+        said = printed.out + printed.err
+        assert [c for c in said if not (c.isprintable() or c == "\n")] == []
+        assert "owned" in printed.out
+        assert "skipped p\\u001b]0;owned" in printed.err
+        if not words:
+            found = [json.loads(line)["post_id"] for line in printed.out.splitlines()]
+            assert found == ["posts0", hostile]
 
 
 def test_several_processes_give_the_same_file(folder: Path) -> None:

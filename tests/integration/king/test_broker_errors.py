@@ -69,6 +69,55 @@ def test_every_foreign_error_is_mapped(errors: ClientErrors, error_type: type[Ex
             assert isinstance(caught.value, BrokerUnavailable)
 
 
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (
+            amqp.exceptions.NotAllowed(
+                "NOT_ALLOWED - access to vhost '/' refused for user 'guest': "
+                "connection limit (0) is reached"
+            ),
+            BrokerUnavailable,
+        ),
+        (
+            amqp.exceptions.NotAllowed(
+                "NOT_ALLOWED - connection refused for user 'guest': "
+                "user connection limit (2) is reached"
+            ),
+            BrokerUnavailable,
+        ),
+        (
+            amqp.exceptions.NotAllowed(
+                "NOT_ALLOWED - number of channels opened for user 'guest' has reached the "
+                "maximum allowed user limit of (1)"
+            ),
+            BrokerUnavailable,
+        ),
+        (
+            amqp.exceptions.PreconditionFailed(
+                "PRECONDITION_FAILED - cannot declare queue 'q': "
+                "queue limit in vhost '/' (1) is reached"
+            ),
+            BrokerUnavailable,
+        ),
+        (
+            amqp.exceptions.NotAllowed("NOT_ALLOWED - vhost nowhere not found"),
+            ConfigError,
+        ),
+        (
+            amqp.exceptions.PreconditionFailed(
+                "PRECONDITION_FAILED - inequivalent arg 'x-delivery-limit' for queue 'q'"
+            ),
+            ConfigError,
+        ),
+    ],
+)
+def test_a_limit_that_is_reached_passes(error: Exception, kind: type[Exception]) -> None:
+    """RabbitMQ's own words, at the first connection too; a wrong setting does not pass."""
+    with pytest.raises(kind), RabbitBroker.errors.mapped(URL, setup=True):
+        raise error
+
+
 def test_ours_pass_unchanged_and_bugs_too() -> None:
     """Our own errors are not wrapped again, and a programming error is not hidden."""
     for error in (MessageError("x"), BrokerUnavailable("y"), ZeroDivisionError()):
@@ -171,7 +220,15 @@ def test_a_queue_with_other_arguments(rabbitmq: RabbitMQServer, queue_name: str)
 
 @pytest.mark.parametrize(
     ("version", "has_priorities"),
-    [("3.10.8", False), ("3.13.0", False), ("4.0.5", True), ("4.3.0", True), ("", True)],
+    [
+        ("3.10.8", False),
+        ("3.13.0", False),
+        ("4.0.5", True),
+        ("4.2.1+beta", True),
+        ("4.3.0", True),
+        ("", True),
+        ("unknown", True),
+    ],
 )
 def test_an_old_server_is_said_to_ignore_priorities(version: str, has_priorities: bool) -> None:
     reason = shortcoming_of(version)

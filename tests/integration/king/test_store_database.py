@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import dns.message
+import dns.rcode
+import dns.resolver
 import pytest
 from bson import decode, encode
 from bson.datetime_ms import DatetimeMS
@@ -112,6 +120,57 @@ def test_malformed_url_is_a_configuration_error() -> None:
     with pytest.raises(ConfigError, match=r"store\.url") as caught:
         store.connect()
     assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind"),
+    [
+        (None, StoreUnavailable),
+        (dns.rcode.SERVFAIL, StoreUnavailable),
+        (dns.rcode.REFUSED, StoreUnavailable),
+        (dns.rcode.NOERROR, ConfigError),  # no such record
+        (dns.rcode.NXDOMAIN, ConfigError),
+    ],
+)
+def test_a_silent_name_server_passes_and_a_wrong_name_does_not(
+    monkeypatch: pytest.MonkeyPatch, answer: dns.rcode.Rcode | None, kind: type[Exception]
+) -> None:
+    """Of ``mongodb+srv``; in one line, without the password."""
+    with _name_server(answer) as port:
+        resolver = dns.resolver.Resolver(configure=False)
+        resolver.nameservers, resolver.port = ["127.0.0.1"], port
+        monkeypatch.setattr(dns.resolver, "default_resolver", resolver)
+        url = "mongodb+srv://u:secret@db.cluster.example/"
+        client = StoreClient(StoreSettings(url=url, timeout_s=3))
+        for _ in range(2):  # it is asked for again
+            with pytest.raises(kind, match=r"store\.url: mongodb\+srv://u:\*\*\*@") as caught:
+                client.connect()
+            assert "\n" not in str(caught.value)
+
+
+@contextmanager
+def _name_server(answer: dns.rcode.Rcode | None) -> Iterator[int]:
+    """Answer every question with a code, or not at all; give the port."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as server:
+        server.bind(("127.0.0.1", 0))
+
+        def serve() -> None:
+            while True:
+                query, asker = server.recvfrom(4096)
+                if not query:
+                    return
+                if answer is not None:
+                    reply = dns.message.make_response(dns.message.from_wire(query))
+                    reply.set_rcode(answer)
+                    server.sendto(reply.to_wire(), asker)
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        try:
+            yield server.getsockname()[1]
+        finally:
+            server.sendto(b"", server.getsockname())
+            thread.join()
 
 
 def test_documents_that_python_has_no_names_for_are_read() -> None:

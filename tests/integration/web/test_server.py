@@ -26,7 +26,7 @@ from config.settings import Settings
 from tests.support import media
 from tests.support.ports import free_port
 from tests.support.processes import file_server, python
-from tests.support.services import wait_until
+from tests.support.services import RabbitMQServer, wait_until
 from tests.support.tiny_models import tiny_bundle, tiny_features
 from tests.support.workers.driving import alive, toy_settings
 from workers.local import local_runner
@@ -362,6 +362,55 @@ def test_what_the_workers_refuse_is_a_mistake_too(site: Site, tmp_path: Path) ->
     assert str(bundle) in last
     assert "Traceback" not in done.stderr
     assert list((tmp_path / "spool").glob("king-*")) == []
+
+
+@pytest.mark.rabbitmq
+def test_a_broker_with_an_alarm_silences_nobody(
+    site: Site, rabbitmq: RabbitMQServer, queue_name: str
+) -> None:
+    """More posts than there are threads: 503 and when to try again, while others are answered."""
+    broker = f"broker.url={rabbitmq.url}", f"broker.queue={queue_name}"
+    own = FlaskServer(site.config, site.folder, *broker, "store.url=mongodb://127.0.0.1:1/")
+    try:
+        wait_until(lambda: own.answer("/healthz") is not None, 120, "the server")
+        assert requests.post(f"{own.url}/v1/posts/p", timeout=60).status_code == 202
+        rabbitmq.set_memory_alarm(True)
+        with ThreadPoolExecutor(34) as threads:
+            pending = [
+                threads.submit(requests.post, f"{own.url}/v1/posts/p{i}", timeout=120)
+                for i in range(34)
+            ]
+            while not all(each.done() for each in pending):
+                assert requests.get(f"{own.url}/healthz", timeout=30).json() == {"status": "ok"}
+        for answer in [each.result() for each in pending]:
+            assert (answer.status_code, answer.json()["error"]["type"]) == (503, "PublishRefused")
+            assert "alarm" in answer.json()["error"]["message"]
+            assert int(answer.headers["Retry-After"]) > 0
+        rabbitmq.set_memory_alarm(False)
+        assert requests.post(f"{own.url}/v1/posts/p", timeout=60).status_code == 202
+    finally:
+        rabbitmq.set_memory_alarm(False)
+        own.close()
+
+
+def test_workers_that_cannot_load_now_are_started_again(site: Site) -> None:
+    """Killed while loading, as often as ends a pool that never worked: said, and tried anew."""
+    own = FlaskServer(site.config, site.folder)
+    try:
+        while not own.events("http.workers_failed"):
+            assert own.process.poll() is None, own.said
+            for each in own.descendants():
+                with contextlib.suppress(psutil.Error):
+                    if " ".join(each.cmdline()).startswith("insighttag: extract"):
+                        each.kill()
+            time.sleep(0.05)
+        assert "failed to start" in own.events("http.workers_failed")[0]["reason"]
+        own.until_ready()
+        answer = requests.post(f"{own.url}/v1/tag", json={"text": TEXT}, timeout=60)
+        assert answer.status_code == 200
+        assert own.stop() == 0
+    finally:
+        own.close()
 
 
 def test_help_and_mistakes_load_no_models() -> None:

@@ -43,7 +43,7 @@ class Checkout:
         (folder / "deploy").mkdir()
         conf = (ROOT / "deploy" / "supervisord.conf").read_text()
         # Only the patience is shortened, for the tests' sake.
-        conf = conf.replace("startsecs=3", "startsecs=1")
+        conf = conf.replace("startsecs=2", "startsecs=1").replace("sleep 2;", "sleep 1;")
         if monitor:
             conf = conf.replace("scripts/mongo_supervisor", str(ROOT / "scripts/mongo_supervisor"))
             conf = conf.replace("--watch 60", "--watch 0.5")
