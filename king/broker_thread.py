@@ -49,13 +49,17 @@ class BrokerThread:
     """
 
     def __init__(
-        self, broker: Broker, status: Status, on_delivery: Callable[[Delivery], bool]
+        self,
+        broker: Broker,
+        status: Status,
+        on_deliveries: Callable[[Sequence[Delivery]], Sequence[Delivery]],
     ) -> None:
-        """Describe the thread; messages for which `on_delivery` returns False are settled."""
+        """Describe the thread; `on_deliveries` returns those that are settled already."""
         self._broker = broker
         self._url = redact(broker.settings.url)
         self._status = status
-        self._on_delivery = on_delivery
+        self._on_deliveries = on_deliveries
+        self._received: list[Delivery] = []
         self._settlements: deque[Callable[[], object]] = deque()
         self._publishes: deque[Callable[[], object]] = deque()
         self._publish_due = 0.0
@@ -69,7 +73,8 @@ class BrokerThread:
 
     def ack(self, deliveries: Sequence[Delivery]) -> None:
         """Acknowledge messages (any thread)."""
-        self._settlements.extend(partial(self._broker.ack, delivery) for delivery in deliveries)
+        # A list, which is appended at once: a few at a time would bring new messages as scattered.
+        self._settlements.extend([partial(self._broker.ack, delivery) for delivery in deliveries])
 
     def requeue(self, deliveries: Sequence[Delivery]) -> None:
         """Put messages back on the queue (any thread)."""
@@ -149,6 +154,7 @@ class BrokerThread:
             settled = self._settle()
             published = time.monotonic() >= self._publish_due and self._publish_next()
             drained = self._broker.drain(wait_s)
+            self._hand_over()
             wait_s = _BUSY_DRAIN_S if drained or settled else min(2 * wait_s, DRAIN_S)
             # Not as soon as it connects: that may succeed each time, and nothing after it.
             if settled or published:
@@ -168,7 +174,7 @@ class BrokerThread:
         # Once begun, consuming goes on: after a lost connection the broker subscribes again.
         ready = self._status.ready.is_set() and self._status.store_up.is_set()
         if self._may_consume and ready and not self._consuming:
-            self._broker.consume(self._receive)
+            self._broker.consume(self._received.append)
             self._consuming = self._status.has_served = True
         self._stop_consuming_if_asked()
 
@@ -177,11 +183,16 @@ class BrokerThread:
             self._broker.cancel()
             self._consuming = False
 
-    def _receive(self, delivery: Delivery) -> None:
+    def _hand_over(self) -> None:
+        """Hand over together what came together: the store asks the same for one as for all."""
+        if not self._received:
+            return
         self._status.delivered()
-        if not self._on_delivery(delivery):
-            self._status.count("settled")
-            self.ack([delivery])
+        settled = self._on_deliveries(self._received)
+        self._received.clear()
+        if settled:
+            self._status.count("settled", len(settled))
+            self.ack(settled)
 
     def _settle(self) -> bool:
         """Acknowledge and requeue what was asked for; return True if there was any."""

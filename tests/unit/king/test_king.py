@@ -105,6 +105,28 @@ def test_tagged_post_is_settled_and_forced_post_is_not(tmp_path: Path) -> None:
     assert fused == ["p2"]
 
 
+def test_a_backlog_of_tagged_posts_is_looked_up_in_whole_batches(tmp_path: Path) -> None:
+    """Each question to a database costs as much for one post as for all in hand."""
+    sizes: list[int] = []
+
+    class Counting(FakeStore):
+        """Notes how many posts are asked for at a time."""
+
+        def begin(self, claims: Any, context: Any) -> Any:
+            """As `FakeStore`."""
+            sizes.append(len(claims))
+            return super().begin(claims, context)
+
+    result = {"status": "tagged", "model": "fake", "version": "1"}
+    ids = [f"p{i}" for i in range(320)]
+    store = Counting(posts(*ids, insight=result))
+    broker = MemoryBroker(queue_of(*map(str.encode, ids)), prefetch=32)
+    with on_fakes(tmp_path, store, broker) as it:
+        it.until(lambda: len(broker.acked) == len(ids))
+    assert sum(sizes) == len(ids)
+    assert len(sizes) <= 30, sizes
+
+
 def test_retryable_failures_come_back_until_they_succeed(tmp_path: Path) -> None:
     deaths = iter((DIED, DIED))
 
