@@ -374,8 +374,7 @@ def test_a_broker_with_an_alarm_silences_nobody(
     try:
         wait_until(lambda: own.answer("/healthz") is not None, 120, "the server")
         assert requests.post(f"{own.url}/v1/posts/p", timeout=60).status_code == 202
-        rabbitmq.set_memory_alarm(True)
-        with ThreadPoolExecutor(34) as threads:
+        with rabbitmq.memory_alarm(), ThreadPoolExecutor(34) as threads:
             pending = [
                 threads.submit(requests.post, f"{own.url}/v1/posts/p{i}", timeout=120)
                 for i in range(34)
@@ -386,10 +385,8 @@ def test_a_broker_with_an_alarm_silences_nobody(
             assert (answer.status_code, answer.json()["error"]["type"]) == (503, "PublishRefused")
             assert "alarm" in answer.json()["error"]["message"]
             assert int(answer.headers["Retry-After"]) > 0
-        rabbitmq.set_memory_alarm(False)
         assert requests.post(f"{own.url}/v1/posts/p", timeout=60).status_code == 202
     finally:
-        rabbitmq.set_memory_alarm(False)
         own.close()
 
 
