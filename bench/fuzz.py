@@ -90,7 +90,7 @@ def outcome_of(site: Site, messages: Sequence[BadMessage]) -> Outcome:
         status, job = result.get("status"), jobs.get(post_id)
         if status == "tagged" and job is None:
             failed = result.get("failures") or {}
-            outcome.states["tagged in part" if failed else "tagged"] += 1
+            outcome.states["partial" if failed else "tagged"] += 1
             for failure in failed.values():
                 outcome.failure(post_id, failure)
         elif status == "failed" and job is not None and job["state"] == "dead":

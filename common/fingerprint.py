@@ -49,8 +49,8 @@ def with_parts(digests: Mapping[Name, str], parts: object) -> dict[Name, str]:
     """Return digests with their parts, as stored next to them; skip anything else."""
     known = parts if isinstance(parts, dict) else {}
     return {
-        stream: Fingerprint(text, found)
-        if isinstance(found := known.get(stream), dict) and found
+        stream: Fingerprint(text, of_stream)
+        if isinstance(of_stream := known.get(stream), dict) and of_stream
         else text
         for stream, text in digests.items()
     }
@@ -58,7 +58,7 @@ def with_parts(digests: Mapping[Name, str], parts: object) -> dict[Name, str]:
 
 def known_parts(fingerprints: Mapping[Name, str]) -> dict[str, dict[str, Any]]:
     """Return the fingerprints with known parts, as `with_parts` takes them."""
-    return {stream: found for stream, text in fingerprints.items() if (found := parts_of(text))}
+    return {stream: parts for stream, text in fingerprints.items() if (parts := parts_of(text))}
 
 
 def packed(fingerprints: Mapping[Name, str]) -> str:
@@ -73,9 +73,9 @@ def unpacked(text: str) -> dict[Any, str]:
     return with_parts(digests, parts)
 
 
-def differing(wanted: str, found: str | None) -> str:
+def differing(needed: str, actual: str | None) -> str:
     """Return the end of a sentence on how two fingerprints differ; empty if not known."""
-    ours, theirs = parts_of(wanted), parts_of(found)
+    ours, theirs = parts_of(needed), parts_of(actual)
     names = _differences(ours, theirs) if ours and theirs else []
     return f" (another {', '.join(names[:_NAMED])})" if names else ""
 
@@ -93,10 +93,10 @@ def mismatch(bundle: Mapping[Any, str], expected: Mapping[Any, str]) -> str | No
     return None
 
 
-def _differences(wanted: Mapping[str, Any], found: Mapping[str, Any], at: str = "") -> list[str]:
+def _differences(needed: Mapping[str, Any], actual: Mapping[str, Any], at: str = "") -> list[str]:
     names: list[str] = []
-    for key in sorted({*wanted, *found}):
-        one, other = wanted.get(key), found.get(key)
+    for key in sorted({*needed, *actual}):
+        one, other = needed.get(key), actual.get(key)
         if one == other:
             continue
         if isinstance(one, dict) and isinstance(other, dict):

@@ -19,8 +19,8 @@ _OBEYED = re.compile(
 
 
 def visible(text: str) -> str:
-    """Return a text of strangers for a terminal, which shows and does not obey what is in it."""
-    return _OBEYED.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+    """Return an untrusted text with its control characters made visible, for a terminal."""
+    return _OBEYED.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def configure_logs(format: Literal["auto", "json", "pretty"] = "auto", level: str = "info") -> None:

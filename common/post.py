@@ -40,7 +40,7 @@ _SCORE_DIGITS = 6
 
 
 def clean(text: str) -> str:
-    """Replace what UTF-8 cannot hold: a lone surrogate would make the whole write fail."""
+    """Replace what UTF-8 cannot encode: a lone surrogate would make the whole write fail."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
@@ -51,8 +51,8 @@ def modality_of(stream: Stream) -> Modality:
 
 def streams_of(modalities: Iterable[Modality]) -> tuple[Stream, ...]:
     """Return every stream of some modalities, in the order of `STREAMS`."""
-    wanted = frozenset(modalities)
-    return tuple(stream for stream in STREAMS if modality_of(stream) in wanted)
+    chosen = frozenset(modalities)
+    return tuple(stream for stream in STREAMS if modality_of(stream) in chosen)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +104,7 @@ class Post:
     labels: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        """Take a blank ``ocr`` for none: many clients send every key, and OCR must not be off."""
+        """Treat a blank ``ocr`` as none: many clients send every key, and OCR must not be off."""
         if self.ocr is not None and not self.ocr.strip():
             object.__setattr__(self, "ocr", None)
 

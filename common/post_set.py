@@ -1,4 +1,4 @@
-"""Sets of posts that lie with weights: the posts that these have learned from."""
+"""Sets of posts that are stored with weights: the posts that these were trained on."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ class PostSet:
 
     def holds(self, hashes: npt.ArrayLike) -> npt.NDArray[np.bool_]:
         """Return for each hash, as bool, True when its post is in the set."""
-        asked = np.asarray(hashes, np.int64)
-        places = np.searchsorted(self.hashes, asked)
+        queries = np.asarray(hashes, np.int64)
+        places = np.searchsorted(self.hashes, queries)
         padded = np.append(self.hashes, 0)  # behind the last there is none
-        found: npt.NDArray[np.bool_] = (places < len(self)) & (padded[places] == asked)
-        return found
+        is_held: npt.NDArray[np.bool_] = (places < len(self)) & (padded[places] == queries)
+        return is_held
 
     def as_text(self) -> str:
         """Return the set as base64, which `from_text` reads."""

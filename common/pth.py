@@ -57,8 +57,8 @@ def _wrapped(content: object) -> Any:
 
     if not isinstance(content, Mapping):
         return None
-    found = (content.get(key) for key in _WRAPPERS)
-    return next((f for f in found if isinstance(f, (Mapping, torch.nn.Module))), None)
+    wrapped = (content.get(key) for key in _WRAPPERS)
+    return next((each for each in wrapped if isinstance(each, (Mapping, torch.nn.Module))), None)
 
 
 def _content(path: Path, *, allow_pickle: bool, setting: str) -> Any:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # settings import this module, and need no numpy
 _RECONNECT_BASE_S = 0.25
 _RECONNECT_MAX_S = 5.0
 
-# The first pause before a post that was tagged in part is tried again. Five of them cover an outage
+# The first pause before a post with a partial result is tried again. Five of them cover an outage
 # of a day; at half, half of that; at double, a host that was down for minutes is missed for hours.
 _PARTIAL_BASE_S = 3600.0
 
@@ -77,7 +77,7 @@ class RetryPolicy:
         about the post. Without an answer from the cache a post simply goes on. Failures of the
         fusion, which has no modality to lose, always end the attempt and do not come here.
         """
-        return failure.retryable and stage != "recall"
+        return failure.retryable and stage != "lookup"
 
     def partial_delay_s(self, attempts: int) -> float | None:
         """Return the pause before the next attempt at a partial result; None when there is none.

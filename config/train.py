@@ -21,7 +21,7 @@ Positive = Annotated[float, Field(gt=0, lt=1)]
 
 
 class DataSettings(Section):
-    """The posts to learn from."""
+    """The posts to train on."""
 
     train: Path = Path("data/train.json")
     valid: Path | None = Path("data/valid.json")
@@ -272,7 +272,7 @@ class TrainSettings(Section):
 
 
 class BackboneDataSettings(Section):
-    """The posts to learn from: data files that name pictures or videos."""
+    """The posts to train on: data files that name pictures or videos."""
 
     train: Path = Path("data/train.json")
     valid: Path | None = Path("data/valid.json")

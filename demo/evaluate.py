@@ -127,7 +127,7 @@ def show_summary(
     print(
         f"                 {evaluation.gap_all_scores:.4f}  of the scores of every class, offline"
     )
-    print(f"seen posts       {evaluation.seen} of {posts}: those that a part has learned from")
+    print(f"training posts   {evaluation.seen} of {posts}: those that a part was trained on")
     for modality, gap in content["gap_without"].items():
         print(f"  without {modality:<8}{gap:.4f}")
     print(f"offline = online {evaluation.same} of {posts} posts have the same tags and scores")

@@ -37,7 +37,7 @@ class Header:
 
     Attributes:
         inputs: Modality -> digest of what it was made from; only the offline scripts know it.
-        learned_from: Streams whose weights have learned from this very post: a score from them
+        learned_from: Streams whose weights were trained on this very post: a score from them
             says nothing of new posts.
     """
 

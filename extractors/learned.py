@@ -1,7 +1,7 @@
-"""The posts that the extractors' weights have learned from, as far as the weights record them.
+"""The posts that the extractors' weights were trained on, as far as the weights record them.
 
 A score on such a post says nothing of new ones, so its feature file names the streams whose weights
-have learned from it. Weights that train_net.py makes carry the set: a safetensors file in its
+were trained on it. Weights that train_net.py makes carry the set: a safetensors file in its
 metadata, a transformers folder in ``learned_from.json``. Third-party weights carry none.
 """
 
@@ -21,7 +21,7 @@ FILE = f"{KEY}.json"
 
 
 def learned_from(features: FeatureSettings) -> dict[Stream, PostSet]:
-    """Return the posts that the weights of each stream have learned from; others are left out.
+    """Return the posts that the weights of each stream were trained on; others are left out.
 
     Raises:
         ConfigError: A file of weights cannot be read.
@@ -39,12 +39,12 @@ def learned_from(features: FeatureSettings) -> dict[Stream, PostSet]:
 
 
 def streams_of_post(post_id: str, learned: Mapping[Stream, PostSet]) -> tuple[Stream, ...]:
-    """Return the streams whose weights have learned from a post."""
+    """Return the streams whose weights were trained on a post."""
     return tuple(stream for stream, posts in learned.items() if post_id in posts)
 
 
 def posts_of_weights(path: Path) -> PostSet:
-    """Return the posts that a file or folder of weights has learned from; empty if unrecorded.
+    """Return the posts that a file or folder of weights was trained on; empty if unrecorded.
 
     Raises:
         ConfigError: It cannot be read.

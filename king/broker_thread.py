@@ -31,7 +31,7 @@ DRAIN_S = 0.05
 # Redis a thousand times a second; at double, a backlog of posts that are tagged passes slower.
 _BUSY_DRAIN_S = 0.002
 
-# Period of the question how many messages wait. `--drain` and the watchdog work in seconds, so a
+# Period of looks at how many messages wait. `--drain` and the watchdog work in seconds, so a
 # shorter one only costs round trips; from two on, `--drain` would end later.
 _DEPTH_EVERY_S = 1.0
 
@@ -104,7 +104,7 @@ class BrokerThread:
         return not waits and not self._consuming
 
     def stop(self) -> None:
-        """Let `run` return, after the commands that were given before."""
+        """Let `run` return, after the commands queued so far."""
         self._stopping.set()
 
     def run(self) -> None:
@@ -195,14 +195,14 @@ class BrokerThread:
             self.ack(settled)
 
     def _settle(self) -> bool:
-        """Acknowledge and requeue what was asked for; return True if there was any."""
+        """Send the requested acks and requeues; return True if there were any."""
         worked = bool(self._settlements)
         while self._settlements:
             self._settlements.popleft()()
         return worked
 
     def _publish_next(self) -> bool:
-        """Publish what was asked for first; return True once it is on the queue."""
+        """Publish the oldest request; return True once it is on the queue."""
         if not self._publishes:
             return False
         try:

@@ -21,12 +21,12 @@ from king.jobs import Dead, Outcome, Released, Retry, Started, Tagged
 from king.status import Status
 from workers.post_run import PostFailed, PostOutcome, PostPlan, PostRun, PostRuns, PostTags
 from workers.protocol import (
-    BundleChanged,
+    BundleLoaded,
+    Done,
+    Failed,
     PoolEvent,
     PoolReady,
     PoolRefused,
-    TaskDone,
-    TaskFailed,
     TaskPool,
 )
 
@@ -125,13 +125,13 @@ class DispatchThread:
 
     def _handle(self, event: PoolEvent) -> None:
         match event:
-            case TaskDone() | TaskFailed():
+            case Done() | Failed():
                 self._runs.handle(event)
             case PoolReady():
                 self._status.bundle = self._pool.bundle
                 self._status.ready.set()
                 log.info("king.workers_ready", bundle=self._status.bundle)
-            case BundleChanged(name=name, version=version):
+            case BundleLoaded(name=name, version=version):
                 self._status.bundle = (name, version)
                 log.info("king.bundle_changed", name=name, version=version)
             case PoolRefused():

@@ -105,7 +105,7 @@ class King:
         self._empty_since: float | None = None
 
     def stop(self) -> None:
-        """Ask for a drain; a second time, for the end at once."""
+        """Ask for a drain; a second call ends the King at once."""
         self._signals += 1
 
     def run(self, *, drain: bool = False) -> int:
@@ -244,7 +244,7 @@ class King:
         return self._landed() or not self.status.store_up.is_set()
 
     def _wait(self, timeout_s: float, done: Callable[[], bool], *, hurry: bool = False) -> bool:
-        """Wait for ``done``; give up when a thread is dead or the end at once is asked for."""
+        """Wait for ``done``; give up when a thread is dead or a second stop was requested."""
         end = time.monotonic() + timeout_s
         while not done():
             if self._broken or time.monotonic() > end or (self._signals > 1 and not hurry):

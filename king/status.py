@@ -57,7 +57,7 @@ class Status:
     """State that several threads write and the main thread shows."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        """Begin the life of a King; ``clock`` measures durations, dates are for people."""
+        """Start the status of a King; ``clock`` measures durations, dates are for people."""
         self._clock = clock
         self._identity = process_identity(os.getpid())
         self.started_at = time.time()

@@ -55,7 +55,7 @@ _WAIT_S = 0.25
 # need no work falls apart into batches of a few, which cost the database as much as whole ones; at
 # double, a post that comes alone after others waits for nothing.
 _MORE_S = 0.005
-# How often due retries are published and jobs counted. At half, twice the questions to an idle
+# How often due retries are published and jobs counted. At half, twice the queries to an idle
 # database; at double, retries come two seconds late.
 _LOOK_EVERY_S = 1.0
 # Jobs of dead Kings are released this long after the start: by then the broker has delivered a dead
@@ -135,7 +135,7 @@ class InFlight:
             return "again"
 
     def remove(self, post_id: str) -> Sequence[Delivery]:
-        """End a post's flight and return its delivery."""
+        """Take a post out and return its delivery."""
         with self._lock:
             post = self._posts.pop(post_id, None)
         return [post.delivery] if post is not None else ()
@@ -539,7 +539,7 @@ class StoreThread:
     def _reconcile(self, now: float) -> None:
         """Publish a batch of posts with neither result nor job: lost messages, or none ever sent.
 
-        With room in the batch, also posts that were tagged in part a while ago. A post that is
+        With room in the batch, also posts whose result has been partial for a while. A post that is
         published needlessly is settled or joins its running job.
         """
         if self._publishing or self._draining or now < self._reconcile_due:

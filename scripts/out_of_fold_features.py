@@ -1,4 +1,4 @@
-"""Extract each post's features by a backbone that has not learned from it."""
+"""Extract each post's features by a backbone that was not trained on it."""
 
 import sys
 from pathlib import Path

@@ -152,11 +152,11 @@ def read_post(request: Request, box: Box, limits: HttpSettings) -> Post:
         return _of_json(read_json(request, limits), limits)
     if request.mimetype == "multipart/form-data":
         return _of_form(request, box, limits)
-    given = request.mimetype or "none"
+    mimetype = request.mimetype or "none"
     raise ApiError(
         HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
         "UnsupportedMediaType",
-        f"the content type is {given}; send application/json or multipart/form-data",
+        f"the content type is {mimetype}; send application/json or multipart/form-data",
     )
 
 

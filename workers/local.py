@@ -14,7 +14,6 @@ import itertools
 import math
 import tempfile
 import threading
-import time
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,15 +35,15 @@ from workers.protocol import (
     CacheLookup,
     Decoded,
     DecodeTask,
+    Done,
     ExtractTask,
+    Failed,
     Fetched,
     FetchTask,
     FuseTask,
     PoolEvent,
     PoolReady,
     Task,
-    TaskDone,
-    TaskFailed,
     WorkerView,
 )
 from workers.roles.batched import open_bundle, run_decode, run_extract, run_fuse
@@ -53,8 +52,6 @@ from workers.runner import PostRunner
 
 if TYPE_CHECKING:
     from fusion.infer.inferer import Inferer
-
-_NAME = "local"
 
 
 def local_runner(settings: Settings, *, fuse: bool = True, device: str | None = None) -> PostRunner:
@@ -72,7 +69,7 @@ def local_runner(settings: Settings, *, fuse: bool = True, device: str | None = 
 
 
 class LocalPool:
-    """A pool without processes; `poll` runs one task and gives its event."""
+    """A pool without processes; `poll` runs one task and returns its event."""
 
     def __init__(self, settings: Settings, *, fuse: bool = True, device: str | None = None) -> None:
         first = settings.workers.extractors[0]
@@ -160,8 +157,7 @@ class LocalPool:
         self._open.close()
         self._arena.close()
 
-    def _run(self, task_id: int, task: Task) -> TaskDone | TaskFailed:
-        began = time.perf_counter()
+    def _run(self, task_id: int, task: Task) -> Done | Failed:
         try:
             outcome = self._execute(task, task_id)
         except DeviceLost:
@@ -172,8 +168,8 @@ class LocalPool:
         if self._cache is not None:
             self._cache.learn(task, outcome)
         if isinstance(outcome, Failure):
-            return TaskFailed(task_id, outcome, _NAME)
-        return TaskDone(task_id, outcome, time.perf_counter() - began, _NAME)
+            return Failed(task_id, outcome)
+        return Done(task_id, outcome)
 
     def _execute(self, task: Task, task_id: int) -> Outcome:
         match task:

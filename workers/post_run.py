@@ -72,15 +72,15 @@ from workers.protocol import (
     CacheQuery,
     Decoded,
     DecodeTask,
+    Done,
     Extracted,
     ExtractTask,
+    Failed,
     Fetched,
     FetchTask,
     FuseTask,
     Result,
     Task,
-    TaskDone,
-    TaskFailed,
     TaskPool,
 )
 
@@ -460,11 +460,7 @@ class PostTags:
 
     @property
     def tags(self) -> Tags:
-        """Return the tags.
-
-        Raises:
-            RuntimeError: The runs do not fuse.
-        """
+        """Return the tags; RuntimeError where the runs do not fuse."""
         if self.fused is None:
             raise RuntimeError(f"post {self.features.post_id}: the fusion was left out")
         return self.fused
@@ -593,21 +589,21 @@ class PostRuns:
             if run.deadline <= now:
                 self._expire(run)
 
-    def handle(self, event: TaskDone | TaskFailed) -> None:
+    def handle(self, event: Done | Failed) -> None:
         """Take a task's end, and put the tasks that follow from it on the pool."""
         run = self._by_task.pop(event.task_id, None)
         if run is None:  # its run ended while this event was on its way
-            if isinstance(event, TaskDone):
+            if isinstance(event, Done):
                 if isinstance(event.result, Fetched):
                     _delete(event.result.path)
                 self._release(event.result)
             return
-        if isinstance(event, TaskFailed) and run.deadline <= time.monotonic():
+        if isinstance(event, Failed) and run.deadline <= time.monotonic():
             self._expire(run)  # tasks have the same deadline: the worker was only quicker to say so
             return
         run.count()
         step = run.tasks.pop(event.task_id)
-        if isinstance(event, TaskDone):
+        if isinstance(event, Done):
             self._done(run, step, event.result)
         else:
             self._failed(run, step, event.failure)

@@ -26,8 +26,8 @@ from extractors.parts import PartKind
 WorkerRole: TypeAlias = Literal["fetch", "decode", "extract", "fuse", "cache"]
 WorkerState: TypeAlias = Literal["waiting", "starting", "ready", "refused"]
 
-STAGES = ("recall", "fetch", "decode", "extract", "fuse")
-"""The stages of a post, in order; ``recall`` is the look-up in the feature cache."""
+STAGES = ("lookup", "fetch", "decode", "extract", "fuse")
+"""The stages of a post, in order; ``lookup`` is the look-up in the feature cache."""
 
 NO_SLOT = -1
 """Slot of a `DecodeTask` before its pool has assigned one."""
@@ -133,7 +133,7 @@ class CacheLookup(Message, frozen=True):
         path: The downloaded file, which is kept meanwhile; "" where there is none.
     """
 
-    stage: ClassVar[str] = "recall"
+    stage: ClassVar[str] = "lookup"
     media: tuple[CacheQuery, ...]
     texts: frozenset[Modality] = frozenset()
     text: str = ""
@@ -339,15 +339,18 @@ class Began(Message, frozen=True):
 
 
 class Done(Message, frozen=True):
-    """Worker -> King: a task's result."""
+    """Worker -> King: a task's result.
+
+    A `Fetched` file is the receiver's to delete; the slot of a `Decoded` that has parts is the
+    receiver's to release, exactly once, even when it no longer wants the post.
+    """
 
     task_id: int
     result: Result
-    seconds: Annotated[float, msgspec.Meta(ge=0, le=1e6)]  # no NaN and no infinity
 
 
 class Failed(Message, frozen=True):
-    """Worker -> King: a task failed; the worker lives on."""
+    """Worker -> King: a task failed."""
 
     task_id: int
     failure: Failure
@@ -409,9 +412,9 @@ def validate_reply(reply: Done, task: Task, slot: int | None, spool: Path) -> No
         case Extracted(array=array, also=also):
             wrong = _not_rows({"array": array, **also})
         case CacheHits(media=hits, texts=texts) if isinstance(task, CacheLookup):
-            asked = {query.index for query in task.media}
+            queried = {query.index for query in task.media}
             wrong = _not_rows({**texts, **{key: a for h in hits for key, a in h.arrays.items()}})
-            if not {hit.index for hit in hits} <= asked:
+            if not {hit.index for hit in hits} <= queried:
                 wrong = "`media` holds an index that was not asked for"
     if wrong is not None:
         raise ProtocolError(f"task {reply.task_id}: {wrong}")
@@ -423,32 +426,6 @@ def _not_rows(arrays: Mapping[Any, FeatureArray | None]) -> str | None:
         if array is not None and array.ndim != 2:
             return f"`{name}` has the shape {array.shape}, not (n, dim)"
     return None
-
-
-@dataclass(frozen=True, slots=True)
-class TaskDone:
-    """A task's result.
-
-    A `Fetched` file is the caller's to delete; the slot of a `Decoded` that has parts is the
-    caller's to release, exactly once, even when it no longer wants the post.
-
-    Attributes:
-        seconds: The task's share of the time that its batch ran.
-    """
-
-    task_id: int
-    result: Result
-    seconds: float
-    worker: str
-
-
-@dataclass(frozen=True, slots=True)
-class TaskFailed:
-    """A task failed; ``worker`` is empty when it never reached one."""
-
-    task_id: int
-    failure: Failure
-    worker: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -467,15 +444,7 @@ class PoolRefused:
     mistake: bool = True
 
 
-@dataclass(frozen=True, slots=True)
-class BundleChanged:
-    """The fusion worker now serves another bundle."""
-
-    name: str
-    version: str
-
-
-PoolEvent: TypeAlias = TaskDone | TaskFailed | PoolReady | PoolRefused | BundleChanged
+PoolEvent: TypeAlias = Done | Failed | PoolReady | PoolRefused | BundleLoaded
 
 
 @dataclass(frozen=True, slots=True)

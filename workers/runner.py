@@ -37,11 +37,11 @@ from workers.fetch import local_file
 from workers.pool.pool import ProcessPool
 from workers.post_run import PostFailed, PostOutcome, PostPlan, PostRun, PostRuns, PostTags
 from workers.protocol import (
+    Done,
+    Failed,
     PoolEvent,
     PoolReady,
     PoolRefused,
-    TaskDone,
-    TaskFailed,
     TaskPool,
     WorkerView,
 )
@@ -274,7 +274,7 @@ class PostRunner:
 
     def _handle(self, event: PoolEvent) -> None:
         match event:
-            case TaskDone() | TaskFailed():
+            case Done() | Failed():
                 self._runs.handle(event)
             case PoolReady():
                 self._started.set()

@@ -184,7 +184,7 @@ def _fill_spool(site: Site, _rng: random.Random) -> Hurt:
 
 
 def _remove_spool(site: Site, _rng: random.Random) -> Hurt:
-    """Somebody cleans up, and nobody puts it back."""
+    """A folder is cleaned up and not restored."""
     shutil.rmtree(site.direct.fetch.spool)
     return Hurt(time.time())
 

@@ -42,7 +42,7 @@ def _frame(body: bytes) -> bytearray:
 def _lies(done: Done) -> list[bytearray]:
     """Return frames that are no answer to a task."""
     lies = [_frame(body) for body, _ in MALFORMED]
-    lies += [bytearray(struct.pack("!Q", 2**60)), channel.encode(Done(2**40, done.result, 0.1))]
+    lies += [bytearray(struct.pack("!Q", 2**60)), channel.encode(Done(2**40, done.result))]
     wrong = [result for result in _WRONG if type(result) is not type(done.result)]
     results = [*wrong, Fetched("/etc/passwd", 1)]
     if isinstance(done.result, Decoded) and done.result.parts:
@@ -50,7 +50,7 @@ def _lies(done: Done) -> list[bytearray]:
             part = done.result.parts[0]
             fields = {name: getattr(part.ref, name) for name in part.ref.__struct_fields__}
             results.append(Decoded((Part(part.kind, ArrayRef(**{**fields, **odd})),)))
-    return lies + [channel.encode(Done(done.task_id, result, 0.1)) for result in results]
+    return lies + [channel.encode(Done(done.task_id, result)) for result in results]
 
 
 def lie_once() -> None:

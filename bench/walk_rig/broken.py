@@ -52,7 +52,7 @@ WAYS: Mapping[str, Way] = MappingProxyType(
         "line cut off": Way("download", "not JSON"),
         "dead link": Way("download", "HTTP 404"),
         "dead host": Way("download", "refused"),
-        "file:// URL": Way("download", "--local takes these"),
+        "file:// URL": Way("download", "pass --local to copy it"),
         "empty file": Way("download", "empty"),
         "page, no media": Way("download", "no media"),
         "video named .jpg": Way("download", "is not a picture"),

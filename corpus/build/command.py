@@ -207,7 +207,7 @@ def _built(options: Options) -> Iterable[Path]:
             Gatherer(labels, options.features, rules, index).read(options.input, bar.advance)
         if not len(index):
             _show(index, None, labels, options.out)
-            raise ConfigError(f"{options.input}: no post can be learned from")
+            raise ConfigError(f"{options.input}: no post can be trained on")
         index.link(_duplicate_groups(options.duplicates), within_sides=exact)
         dealt = split(index, labels, shares, options.seed)
         if not dealt.posts.all():

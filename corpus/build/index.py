@@ -76,7 +76,7 @@ OTHERS = "(others)"
 
 
 class Index:
-    """Posts to learn from, their links, and the lines left out; a context manager.
+    """Posts to train on, their links, and the lines left out; a context manager.
 
     Attributes:
         base: The database. ``posts``: kept ones, numbered in the order of their lines, `tags` as
@@ -129,7 +129,7 @@ class Index:
         keys: Iterable[int],
         held: int,
     ) -> None:
-        """Add a post to learn from; `held` is its side, -1 where that is open."""
+        """Add a post to train on; `held` is its side, -1 where that is open."""
         number, self._next = self._next, self._next + 1
         index = self.fingerprints.setdefault(made_with, len(self.fingerprints))
         row = (number, entry.line, index, array("i", tags).tobytes(), 0, held)
@@ -139,7 +139,7 @@ class Index:
         self.base.executemany("INSERT INTO keys VALUES (?, ?)", ((key, number) for key in keys))
 
     def leave(self, line: int, reason: str, post_id: str | None, detail: str) -> None:
-        """Note a line that gives no post to learn from."""
+        """Note a line that gives no post to train on."""
         row = (line, reason, post_id, clean(detail))
         self.base.execute("INSERT INTO left_out VALUES (?, ?, ?, ?)", row)
 
@@ -282,7 +282,7 @@ NO_TIME = "created is not known"
 
 @dataclass(frozen=True)
 class Rules:
-    """Conditions for a post to be learned from: see the options of the same names."""
+    """Conditions for a post to be trained on: see the options of the same names."""
 
     unknown: Unknown = "error"
     check: Check = "quick"

@@ -213,7 +213,7 @@ class _Groups:
         """Yield the rows of the table: number, size, tags, lot and given side.
 
         Posts of one group that were on different sides all go to the latest of them: what was
-        tested with must not be learned from.
+        tested with must not be trained on.
         """
         random = np.random.default_rng(seed)
         rows = self._base.execute("SELECT part, tags, held FROM posts ORDER BY part, number")

@@ -170,7 +170,7 @@ class Transfers:
         part = self._folder / f"{ask.key}.part"
         try:
             if not ask.local and not is_url(ask.source):
-                raise FetchRefused("is a path of this host: --local takes these")
+                raise FetchRefused("is a local path: pass --local to copy it")
             part.unlink(missing_ok=True)
             # One try: the waits between tries are the run's business, which sees the whole host.
             sha256 = (

@@ -41,7 +41,7 @@ class FeatureStore:
 
     Attributes:
         fingerprints: Of every stream of the modalities.
-        learned_from: Posts that the weights of each stream have learned from.
+        learned_from: Posts that the weights of each stream were trained on.
         retry_failed: What failed for good before counts as not done.
         node: Name of this machine in results.
     """

@@ -1,4 +1,4 @@
-"""Features out of fold: each post's are made by backbones that have not learned from it.
+"""Features out of fold: each post's are made by backbones that were not trained on it.
 
 For every fold a backbone is trained on the other posts, and extracts the fold's; one more is
 trained on all posts, for serving, and the features stand under its fingerprint. Vectors of
@@ -33,14 +33,14 @@ from corpus.extract.work import MODALITIES_OF, Kind, Work
 from corpus.records import AtomicLines
 from extractors.feature_file import feature_path, read_features, read_header
 from extractors.suite import ExtractorSuite
-from fusion.data.data_file import MEDIA_KEYS, beside
+from fusion.data.data_file import MEDIA_KEYS, relative_to_file
 from fusion.data.posts import PostList, stratified_folds
 from fusion.train.options import TrainOptions, train_settings
 
 NAME = "out_of_fold_features.py"
 _ABOUT = (
-    "Extract the features of the posts that a backbone learns from, each post's by a backbone that "
-    "has not learned from it; train the backbones for it. Run it again to go on."
+    "Extract the features of the posts that a backbone is trained on, each post's by a backbone "
+    "that was not trained on it; train the backbones for it. Run it again to go on."
 )
 
 
@@ -50,25 +50,30 @@ class Options:
 
     model_config: Annotated[
         Path,
-        typer.Option("--model_config", metavar="F", help="of train_net.py, for the backbone"),
+        typer.Option("--model_config", metavar="F", help="config of train_net.py for the backbone"),
     ]
     config: ConfigFile = None
     overrides: Overrides
-    train_set: Annotated[
+    model_set: Annotated[
         list[str],
         typer.Option(
-            "--train_set", metavar="K=V", default_factory=list, help="as --set, for --model_config"
+            "--model_set",
+            metavar="K=V",
+            default_factory=list,
+            help="override a key of --model_config",
         ),
     ]
     features: Annotated[
         Path, typer.Option("--features", metavar="DIR", help="root of feature files")
     ]
     folds: Annotated[int, typer.Option("--folds", min=2, metavar="N")] = 5
-    seed: Annotated[int, typer.Option("--seed", min=0, metavar="N", help="of the folds")] = 0
+    seed: Annotated[int, typer.Option("--seed", min=0, metavar="N", help="seed of the folds")] = 0
     work: Annotated[
         Path | None,
         typer.Option(
-            "--work", metavar="DIR", help="of the folds; default: out_of_fold in trainer.save_dir"
+            "--work",
+            metavar="DIR",
+            help="folder of the folds; default: out_of_fold in trainer.save_dir",
         ),
     ] = None
 
@@ -85,12 +90,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: Options) -> int:
     settings = train_settings(
-        TrainOptions(model_config=options.model_config, overrides=options.train_set)
+        TrainOptions(model_config=options.model_config, overrides=options.model_set)
     )
     if not isinstance(settings, BackboneTrainSettings):
         raise ConfigError(
             f"{options.model_config}: task: must be image_backbone or video_backbone: only these "
-            "learn from posts"
+            "are trained on posts"
         )
     work = options.work or settings.trainer.save_dir / "out_of_fold"
     data = settings.data
@@ -118,7 +123,7 @@ def _run(options: Options) -> int:
         _take_over(store, folder / "features", ids)
     names = "  ".join(weight.partition("=")[2] for weight in serving)
     say(
-        f"{len(posts)} posts, each by weights that have not learned from it: {options.features}\n"
+        f"{len(posts)} posts, each by weights that were not trained on it: {options.features}\n"
         f"to serve: {names}\n"
     )
     return 0
@@ -197,7 +202,8 @@ def _write_posts(path: Path, posts: PostList, rows: Iterable[int]) -> None:
             for key in MEDIA_KEYS.values():
                 sources = entry.get(key) or []
                 entry[key] = [
-                    s if is_url(s) else str(beside(s, posts.file(row)).absolute()) for s in sources
+                    s if is_url(s) else str(relative_to_file(s, posts.file(row)).absolute())
+                    for s in sources
                 ]
             lines.write(json.dumps(entry, ensure_ascii=False))
 

@@ -1,4 +1,4 @@
-"""Posts with their pictures or videos, decoded when they are needed: what backbones learn from."""
+"""The training data of backbones: posts with their pictures or videos, decoded when needed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from config.train import BackboneTrainSettings
 from extractors.media.decode import read_frames
 from extractors.media.pictures import read_pictures, squash
 from extractors.models.visual import segments
-from fusion.data.data_file import MEDIA_KEYS, beside, entries, parse_post
+from fusion.data.data_file import MEDIA_KEYS, entries, parse_post, relative_to_file
 from fusion.models.base import Batch, Sample, batch_of, padded
 from fusion.train.distributed import all_ranks
 from fusion.train.prepare import Skipped, reasons
@@ -75,7 +75,9 @@ def read_posts(path: Path, labels: LabelMap, kind: MediaName) -> tuple[MediaPost
         post = parse_post(entry.value, entry.where).post
         known = labels.encode(post.labels, where=f"{path}: post {post.post_id}")
         media = tuple(
-            beside(each.source, path) for each in post.media if MEDIA_KEYS[each.kind] == kind
+            relative_to_file(each.source, path)
+            for each in post.media
+            if MEDIA_KEYS[each.kind] == kind
         )
         if media:
             found.append(MediaPost(post.post_id, media, tuple(known)))

@@ -71,7 +71,7 @@ class StageReport:
         name: ``image``, ``tsn`` or ``lstm``.
         weights: What the extractors load.
         metrics: On the validation posts, of the epoch that was kept; empty without validation.
-        seen: These were all learned from.
+        seen: These were all trained on.
     """
 
     name: str
@@ -133,7 +133,7 @@ class _Task:
     seen: bool = False
 
     def without_learned(self, start: Start | None) -> _Task:
-        """Validate on posts that nothing has learned from; where there are none, on seen posts."""
+        """Validate on posts that nothing was trained on; if there are none, on training posts."""
         weights = Path(self.settings.backbone.weights)
         learned = PostSet.of(post.post_id for post in self.posts.train)
         learned |= posts_of_weights(weights) if weights.exists() else PostSet()
@@ -141,7 +141,7 @@ class _Task:
         valid = self.posts.valid or ()
         new = tuple(post for post in valid if post.post_id not in learned)
         if len(new) < len(valid):
-            rest = "they are left out of validation" if new else "its figures are of seen posts"
+            rest = "they are left out of validation" if new else "its figures are of training posts"
             notice(
                 f"warning: {len(valid) - len(new)} of {len(valid)} validation posts were learned "
                 f"from: {rest}",

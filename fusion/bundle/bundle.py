@@ -90,7 +90,7 @@ class About(Section):
     calibration: Calibration | None = None
     metrics: dict[str, float]
     seen_posts: int = 0
-    """Posts that the metrics are of, where parts had learned from all of them: they then say
+    """Posts that the metrics are of, where parts had been trained on all of them: they then say
     nothing of new posts, and no threshold was fitted to them."""
     subsets: dict[str, float] = Field(default_factory=dict)
     """GAP where only these modalities are shown, by their names joined with ``+``."""
@@ -128,7 +128,7 @@ class Bundle:
         thresholds: float32 ``(classes,)``, on calibrated scores.
         calibration: Makes the model's scores probabilities; None leaves them.
         subsets: GAP where only these modalities are shown; empty where it was not measured.
-        learned_from: The posts that the fusion model has learned from.
+        learned_from: The posts that the fusion model was trained on.
     """
 
     name: str

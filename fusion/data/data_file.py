@@ -159,7 +159,7 @@ def record_of(value: Any, where: str, path: Path) -> Record:
     """Return the labels and features of an `Entry.value` at ``where`` of the file ``path``."""
     post_id = post_id_of(value, where)
     labels, features = _texts(value, "labels", where), _text(value, "features", where)
-    return Record(post_id, labels, beside(features, path) if features else None)
+    return Record(post_id, labels, relative_to_file(features, path) if features else None)
 
 
 def parse_post(value: Any, where: str, line: int = 0) -> CorpusPost:
@@ -210,16 +210,16 @@ def post_to_tag(value: Any, path: Path, where: str) -> Post:
 
 def local_path(source: str, file: Path | str) -> Path | None:
     """Return the path of a local source of a file of posts; None for a URL."""
-    return None if is_url(source) or "\0" in source else beside(source, Path(file))
+    return None if is_url(source) or "\0" in source else relative_to_file(source, Path(file))
 
 
-def beside(source: str, file: Path) -> Path:
-    """Return a path that a file names: beside it, or in the working directory if only there."""
-    near = file.parent / source  # an absolute path stays as it is
+def relative_to_file(source: str, file: Path) -> Path:
+    """Return a path that a file names: relative to it, or to the working directory."""
+    path = file.parent / source  # an absolute path stays as it is
     try:
-        return near if near.exists() or not Path(source).exists() else Path(source)
+        return path if path.exists() or not Path(source).exists() else Path(source)
     except OSError:  # a name that is too long for the file system
-        return near
+        return path
 
 
 def post_id_of(value: Any, where: str) -> str:

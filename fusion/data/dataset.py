@@ -40,7 +40,7 @@ class FeatureFiles:
         return read_header(path or feature_path(self._root(post_id), post_id))
 
     def has_learned(self, post_id: str, path: Path | None, streams: Container[Stream]) -> bool:
-        """Return True when the weights behind some of the streams have learned from a post."""
+        """Return True when the weights behind some of the streams were trained on a post."""
         return any(stream in streams for stream in self.header(post_id, path).learned_from)
 
     def features(

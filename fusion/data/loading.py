@@ -130,7 +130,7 @@ class EpochBatches(Sampler[list[int]]):
     Batches are those of the whole run, whatever the number of its processes: each takes every
     ``world``-th post of every batch, so that together they see what one process would. A last batch
     with less than two posts for each process joins the batch before it: batch normalisation cannot
-    learn from one. `__iter__` leaves out ``start`` batches of the ``epoch``.
+    train on one. `__iter__` leaves out ``start`` batches of the ``epoch``.
     """
 
     def __init__(self, count: int, batch_size: int, seed: int, *, rank: int, world: int) -> None:

@@ -34,7 +34,7 @@ from common.progress import progress_bar
 from config.labels import LabelMap
 from config.settings import RunSettings
 from fusion.bundle.bundle import Bundle
-from fusion.data.data_file import Record, beside, entries, record_of
+from fusion.data.data_file import Record, entries, record_of, relative_to_file
 from fusion.infer.outputs import Bad, Earlier, Outcome, Sink
 from fusion.metrics import ranking as metrics
 
@@ -80,8 +80,8 @@ class InferReport:
     Attributes:
         posts: All that are tagged, by this run and by earlier ones.
         labelled: Posts whose true labels and scores of all classes are known.
-        metrics: Over those of these that no part has learned from, where there are any.
-        seen: Labelled posts that a part has learned from; they are in the metrics only where they
+        metrics: Over those of these that no part was trained on, where there are any.
+        seen: Labelled posts that a part was trained on; they are in the metrics only where they
             are all, and these then say nothing of new posts.
         skipped_at: The list of posts that were left out; None where nothing was.
         resumed: Entries of the input that an earlier run had done.
@@ -144,7 +144,7 @@ def read_record(content: Any, path: Path, where: str) -> Record:
         return record_of(content, where, path)
     if not content.endswith(".safetensors"):
         return Record(content)
-    return Record("", features=beside(content, path))
+    return Record("", features=relative_to_file(content, path))
 
 
 def _raw_entries(path: Path) -> Iterator[tuple[str, Any]]:
@@ -175,7 +175,7 @@ class Job:
         maker: Makes a tagger on a device.
         skipped: File for the list of posts that are left out; large temporary files are made in the
             same folder.
-        seen: Tells whether the bundle or its extractors' weights have learned from a post.
+        seen: Tells whether the bundle or its extractors' weights were trained on a post.
     """
 
     source: Input
@@ -262,9 +262,9 @@ def devices_of(settings: RunSettings) -> list[str]:
 
 
 def shown(values: Mapping[str, float], *, seen: bool = False) -> str:
-    """Return metrics in one line for a person; those of posts that were learned from say so."""
+    """Return metrics in one line for a person; those of posts that were trained on say so."""
     text = "  ".join(f"{key} {value:.4f}" for key, value in values.items())
-    return f"of seen posts: {text}" if seen else text
+    return f"of training posts: {text}" if seen else text
 
 
 def chunked(posts: Iterable[Labelled | Bad], size: int) -> Iterator[list[Labelled | Bad]]:

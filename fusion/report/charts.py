@@ -40,7 +40,7 @@ _VALID = (
 def training_curves(runs: Sequence[Sequence[Mapping[str, Any]]], *, seen: bool = False) -> Figure:
     """Draw loss, validation and learning rate over the epochs, as far as they were logged.
 
-    Of several runs validation shows GAP alone; ``seen`` posts were learned from.
+    Of several runs validation shows GAP alone; ``seen`` posts were trained on.
     """
     figure, (left, middle, right) = new_figure(11, 3.4, columns=3)
     for number, events in enumerate(runs):
@@ -64,7 +64,7 @@ def training_curves(runs: Sequence[Sequence[Mapping[str, Any]]], *, seen: bool =
         middle.legend(loc="lower right", fontsize=9)
     left.set_title("Training loss")
     title = "Validation" if len(runs) == 1 else "GAP@20 of the posts left out"
-    middle.set_title(f"{title} (seen posts)" if seen else title)
+    middle.set_title(f"{title} (training posts)" if seen else title)
     right.set_title("Learning rate")
     right.yaxis.set_major_formatter("{x:.3g}")
     for axes in (left, middle, right):

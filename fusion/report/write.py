@@ -51,7 +51,7 @@ class ReportInput:
         runs: Events of each training's log.
         subsets: The best first; empty leaves their chapter out.
         calibration: Kind that was fitted.
-        seen_posts: Posts that the numbers are of, where the model has learned from all; else 0.
+        seen_posts: Posts that the numbers are of, where the model was trained on all; else 0.
         view: Returns the views of the posts of some rows, where they can be read.
     """
 

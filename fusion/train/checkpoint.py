@@ -57,7 +57,7 @@ class Checkpoint:
     Attributes:
         signature: What must be equal for the weights to fit: architecture, features, labels.
         scaler: State of what scales the loss in fp16; empty without.
-        learned_from: The posts that the weights have learned from, as `PostSet.as_text`.
+        learned_from: The posts that the weights were trained on, as `PostSet.as_text`.
     """
 
     signature: str

@@ -1,4 +1,4 @@
-"""k-fold training: k models, each scored on the posts that it has not learned from."""
+"""k-fold training: k models, each scored on the posts that it was not trained on."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class FoldTraining:
         self._shown = job.settings.trainer.progress and job.fabric.is_global_zero
 
     def train(self, *, resumed: bool) -> Trained:
-        """Train every fold and score the posts that it has not learned from."""
+        """Train every fold and score the posts that it was not trained on."""
         job, count = self._job, self._settings.ensemble.folds
         seed = all_ranks(self._fabric, partial(self._begin, resumed=resumed))
         ends, labels = self._pool.label_rows()

@@ -51,7 +51,7 @@ BATCH = 64
 
 @dataclass(frozen=True)
 class HeldOutScores:
-    """A model's raw scores, float64 ``(posts, classes)``, of posts it has not learned from."""
+    """A model's raw scores, float64 ``(posts, classes)``, of posts it was not trained on."""
 
     model: Served
     posts: PostList
@@ -65,7 +65,7 @@ class Measured:
     Attributes:
         metrics: Of calibrated scores at the thresholds; empty without held-out posts.
         scores: Calibrated, ``(posts, classes)``; of the parts one after another, as ``targets``.
-        seen_posts: Posts that the metrics are of, where parts have learned from them; else 0.
+        seen_posts: Posts that the metrics are of, where parts were trained on them; else 0.
     """
 
     calibration: Calibration | None
@@ -80,7 +80,7 @@ class Measured:
 def score_held_out(
     fabric: Fabric, settings: TrainSettings, prepared: Prepared, model: Served, posts: PostList
 ) -> HeldOutScores:
-    """Score posts that a model has not learned from; every process does a part of them."""
+    """Score posts that a model was not trained on; every process does a part of them."""
     inferer = _inferer(fabric, prepared, model, None)
     starts = range(0, len(posts), BATCH)
     rank, world = fabric.global_rank, fabric.world_size
@@ -203,7 +203,7 @@ class Trained:
     """The outcome of one training, or of all trainings of the folds.
 
     Attributes:
-        held_out: Posts that were not learned from, with the scores of a model that has not seen
+        held_out: Posts that were not trained on, with the scores of a model that has not seen
             them; empty without validation.
         best_epoch: The epoch that was kept, from 1; of several models the first one's.
         data_wait: Share of the training steps' time that was spent waiting for data.
@@ -225,7 +225,7 @@ def train_model(
 
     Args:
         job: The training's.
-        posts: To learn from.
+        posts: To train on.
         held_out: Its posts choose the best epoch.
         seed: Of weights, order and noise.
         start: Where to begin.

@@ -55,7 +55,7 @@ class Prepared:
     def data(
         self, settings: TrainSettings, posts: PostList, held_out: HeldOut, learned_from: PostSet
     ) -> TrainData:
-        """Return posts to learn from, and to validate on, as the trainer takes them."""
+        """Return posts to train on, and to validate on, as the trainer takes them."""
         # Loader processes would each keep a cache of their own.
         cache_mb = 0 if self.loaders else settings.data.cache_mb // 2
         build = partial(
@@ -81,9 +81,9 @@ class HeldOut:
     """The posts that are validated on.
 
     Attributes:
-        posts: Those that no part has learned from; where there are none, all; None without.
-        seen: Parts have learned from all of them: figures of them say nothing of new posts.
-        note: A line for the person at the terminal; empty where no post was learned from.
+        posts: Those that no part was trained on; where there are none, all; None without.
+        seen: Parts were trained on all of them: figures of them say nothing of new posts.
+        note: A line for the person at the terminal; empty where no post was trained on.
     """
 
     posts: PostList | None
@@ -92,17 +92,17 @@ class HeldOut:
 
     @classmethod
     def of(cls, posts: PostList | None, learned: npt.NDArray[np.bool_]) -> HeldOut:
-        """Leave out the posts that a part has learned from, bool ``(posts,)``."""
+        """Leave out the posts that a part was trained on, bool ``(posts,)``."""
         count = int(learned.sum())
         if posts is None or not count:
             return cls(posts)
-        by = "the weights of features, or of the model itself, have learned from them"
+        by = "the weights of features, or of the model itself, were trained on them"
         if count < len(posts):
             note = f"{count} of {len(posts)} posts are left out of validation: {by}"
             return cls(posts.take(np.flatnonzero(~learned)), note=note)
         note = (
-            f"all {count} validation posts are seen posts: {by}; figures of them say nothing of "
-            "new posts, and no threshold is fitted to them"
+            f"all {count} validation posts are training posts: {by}; figures of them say nothing "
+            "of new posts, and no threshold is fitted to them"
         )
         return cls(posts, seen=True, note=note)
 
@@ -114,9 +114,9 @@ def rows_learned_from(
     posts: PostList | None,
     earlier: PostSet,
 ) -> npt.NDArray[np.bool_]:
-    """Return a mask of the posts that a part has learned from, bool ``(posts,)``.
+    """Return a mask of the posts that a part was trained on, bool ``(posts,)``.
 
-    Parts are the extractors, by the feature files, and a model that learned from ``earlier``.
+    Parts are the extractors, by the feature files, and a model trained on ``earlier``.
     """
     if posts is None:
         return np.zeros(0, np.bool_)

@@ -60,7 +60,7 @@ class TrainData:
     """The posts of a run.
 
     Attributes:
-        learned_from: The posts to learn from, and those that the start has learned from.
+        learned_from: The posts to train on, and those that the start was trained on.
         seen: The validation posts are among them: their figures say nothing of new posts.
         loaders: Processes that read; 0 reads in a thread of this one.
     """
@@ -393,7 +393,7 @@ def _seed_all(seed: int) -> None:
 
 def _note(run: _Run) -> str:
     progress = run.progress
-    seen = " of seen posts" if run.data.seen else ""
+    seen = " of training posts" if run.data.seen else ""
     best = f" best gap {progress.best_gap:.4f}{seen}" if progress.best_gap >= 0 else ""
     return f"epoch {progress.epoch} loss {run.loss:.4f}{best}"
 

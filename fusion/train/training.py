@@ -54,8 +54,8 @@ class TrainReport:
 
     Attributes:
         version: Of the bundle; empty in the processes that did not write it.
-        metrics: On posts that were not learned from, at the bundle's thresholds; empty without any.
-        seen_posts: Posts that the metrics are of, where parts have learned from all; else 0.
+        metrics: On posts that were not trained on, at the bundle's thresholds; empty without any.
+        seen_posts: Posts that the metrics are of, where parts were trained on all; else 0.
         best_epoch: The epoch that was kept, from 1; of several models the first one's.
         data_wait: Share of the training steps' time that was spent waiting for data.
         page: The report's page, or None if it is switched off.
@@ -154,7 +154,7 @@ def _write(
     if not job.fabric.is_global_zero:
         return "", None
     subsets = []
-    # Seen posts say which modality's weights know them, not which one tells more of new posts.
+    # Training posts say which modality's weights know them, not which one tells more of new posts.
     if settings.report.enabled and not measured.seen_posts:
         subsets = subset_gaps(
             job.fabric, settings, prepared, trained.held_out, measured.calibration
@@ -237,13 +237,13 @@ def _subtitle(settings: TrainSettings, held: int, *, seen: bool) -> str:
         return "There are no validation posts: nothing was measured."
     if seen:
         return (
-            f"Measured on {held:,} seen posts: parts of the model have learned from every one of "
+            f"Measured on {held:,} training posts: parts of the model were trained on every one of "
             "them, so no figure here says anything of new posts. Extract features out of fold "
             "(scripts/out_of_fold_features.py), or validate on other posts."
         )
     folds = settings.ensemble.folds
     if folds and settings.ensemble.pool_valid:
-        return f"Measured on {held:,} posts, each with the model that has not learned from it."
+        return f"Measured on {held:,} posts, each with the model that was not trained on it."
     return f"Measured on {held:,} validation posts."
 
 
@@ -259,7 +259,7 @@ def _facts(
         "parameters": sum(p.numel() for m in members for p in m.parameters()),
         "tags": len(prepared.labels),
         "streams": ", ".join(prepared.manifest.dims),
-        "posts to learn from": len(prepared.posts),
+        "posts to train on": len(prepared.posts),
         "validation posts": 0 if prepared.valid is None else len(prepared.valid),
         "epochs": trained.epochs,
         "best epoch": trained.best_epoch,

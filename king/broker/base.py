@@ -197,7 +197,7 @@ class Broker(ABC):
     def depth(self, queue: str | None = None) -> int:
         """Return the number of messages that wait in the queue, or in another; 0 without a queue.
 
-        Raises BrokerUnavailable, and ConfigError when the broker refuses the question of a probe.
+        Raises BrokerUnavailable, and ConfigError when the broker refuses the request of a probe.
         """
 
     def unacknowledged(self) -> int | None:
@@ -232,11 +232,11 @@ class Broker(ABC):
 
     @abstractmethod
     def _leave(self) -> None:
-        """Put back what is in hand, in its order, and say goodbye to the server."""
+        """Put back what is in hand, in its order, and tell the server."""
 
     @abstractmethod
     def _abandon(self) -> None:
-        """Close the sockets without a word, since the server may be gone; never raises."""
+        """Close the sockets without a handshake, since the server may be gone; never raises."""
 
     def _receive(
         self, raw: bytes, token: int | str, read: Callable[[bytes], tuple[bytes, bool]]
@@ -295,7 +295,7 @@ class Broker(ABC):
 
 
 def require_host(url: str) -> None:
-    """Refuse a URL that names several brokers, or none that can be reached (ConfigError)."""
+    """Refuse a URL that names several brokers or no valid one (ConfigError)."""
     if ";" in url:
         raise ConfigError("broker.url: name one broker; put a cluster behind one name")
     try:

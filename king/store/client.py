@@ -8,7 +8,7 @@ MongoDB's protocol on SQLite; each form is correct for MongoDB too. Known faults
     ``$set`` of a date at the top level of a document stores text           -> jobs keep their times
         as numbers of seconds, which both servers compare and sort alike
     ``_id`` is sorted as text, and ``$type: objectId`` finds nothing        -> `is_embedded`
-    a question for a value of some types fails as a whole                   -> `StoreClient.named`
+    a query for a value of some types fails as a whole                      -> `StoreClient.named`
     ``find_one_and_update``, ``$not``, update pipelines and ``$nor`` on
         absent fields are wrong                                             -> not used
 """
@@ -58,7 +58,7 @@ _PERMANENT = frozenset(
     )
 )
 _UNWRITABLE = (BSONError, DocumentTooLarge, UnicodeEncodeError, OverflowError, RecursionError)
-# The types that nx-27017 can look for; among others it refuses the whole question.
+# The types that nx-27017 can look for; with any other it refuses the whole query.
 _EMBEDDED_TYPES = (str, int, float, ObjectId, datetime)
 
 log = structlog.get_logger()

@@ -180,11 +180,11 @@ def match_ids(
     matched: dict[str, Mapping[str, Any]] = {}
     for post_id in post_ids:
         keys = dict.fromkeys(map(_key, id_candidates(post_id)))
-        found = [by_key[key] for key in keys if key in by_key]
-        if found:
-            matched[post_id] = found[0]
-        if len(found) > 1:
-            kinds = [type(dig(document, path)).__name__ for document in found]
+        matches = [by_key[key] for key in keys if key in by_key]
+        if matches:
+            matched[post_id] = matches[0]
+        if len(matches) > 1:
+            kinds = [type(dig(document, path)).__name__ for document in matches]
             log.warning("store.id_ambiguous", post_id=post_id, used=kinds[0], ignored=kinds[1:])
     return matched
 
@@ -280,9 +280,9 @@ def read_fields(
 
     def texts(field: str, path: str, key: str = "") -> list[str]:
         lost: list[str] = []
-        found = [text for v in values_at(document, path, lost) for text in _texts(v, key, lost)]
+        read = [text for v in values_at(document, path, lost) for text in _texts(v, key, lost)]
         unread.extend(Unread(field, path, shape) for shape in lost)
-        return found
+        return read
 
     paths: tuple[tuple[MediaKind, str, str], ...] = (
         ("image", "images", fields.images),
@@ -332,7 +332,7 @@ def tagged_by(document: Mapping[str, Any], result_path: str, bundle: Bundle) -> 
 def partial_attempts(
     document: Mapping[str, Any], result_path: str, retry: RetryPolicy, now: float
 ) -> int:
-    """Return the attempts of a post tagged in part that may be tried again now; else 0."""
+    """Return the attempts of a partial result that may be tried again now; else 0."""
     partial, attempts, tagged_at = (
         dig(document, f"{result_path}.{key}") for key in ("partial", "attempts", "tagged_at")
     )

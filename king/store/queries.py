@@ -19,7 +19,7 @@ from king.messages import PostMessage
 from king.store.client import StoreClient, all_of
 from king.store.documents import NoIdError, dig, id_text, match_ids, read_post
 
-# IDs of one question. At half, twice as many round trips; at double, filters of 100 kB and more.
+# IDs of one query. At half, twice as many round trips; at double, filters of 100 kB and more.
 _CHUNK = 500
 
 log = structlog.get_logger()
@@ -58,7 +58,7 @@ class PostQueries:
         yield from islice(self._without_jobs(self._ids(condition)), limit)
 
     def partial_ids(self, bundle: Bundle, retry: RetryPolicy, now: float) -> Iterator[str]:
-        """Yield the IDs of posts that this bundle has tagged in part and that may be tried again.
+        """Yield the IDs of posts whose partial result of this bundle may be improved now.
 
         `documents.partial_attempts` decides the same for one document.
         """
@@ -210,7 +210,7 @@ class PostQueries:
     def counts(self) -> dict[str, Any]:
         """Return ``{posts, tagged, partial, failed, untagged, jobs: {running, waiting, ...}}``.
 
-        Those tagged in part are among the tagged.
+        Partial results are among the tagged.
         """
         status = f"{self._settings.result_path}.status"
         with self._client.edge():

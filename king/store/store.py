@@ -125,14 +125,14 @@ class Store:
     def _read(self, post_ids: Sequence[str]) -> dict[str, Mapping[str, Any] | StoreRefused]:
         """Return documents by ID, and errors for those that cannot be read.
 
-        One document that is no valid BSON fails the whole question, and must hold up no other.
+        One document that is no valid BSON fails the whole query, and must hold up no other.
         """
         fields = self._settings.fields
         try:
             with self.client.edge():
-                asked = self.client.named(post_ids)
+                query = self.client.named(post_ids)
                 cursor = self.client.posts.find(
-                    asked, projection(fields, self._settings.result_path)
+                    query, projection(fields, self._settings.result_path)
                 )
                 return {**match_ids(cursor, post_ids, fields.id)}
         except StoreRefused as error:

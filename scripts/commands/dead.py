@@ -44,7 +44,7 @@ ErrorType = Annotated[
 Since = Annotated[
     str | None, typer.Option("--since", help="Only those since then: 30m, 2h, 7d, or a date.")
 ]
-Limit = Annotated[int, typer.Option("--limit", min=1, help="At most so many.")]
+Limit = Annotated[int, typer.Option("--limit", min=1, help="At most this many.")]
 All = Annotated[bool, typer.Option("--all", help="Every dead letter that the filters leave.")]
 
 _NO_LIMIT = 1_000_000_000

@@ -54,7 +54,7 @@ def retag(
         ),
     ] = False,
     limit: Annotated[
-        int | None, typer.Option("--limit", min=1, help="At most so many posts.")
+        int | None, typer.Option("--limit", min=1, help="At most this many posts.")
     ] = None,
     priority: Priority = 0,
     config: Config = None,

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.mark.slow
 @pytest.mark.timeout(620)
 def test_hostile_files_and_messages_end_somewhere(tmp_path: Path) -> None:
-    """Whatever comes, the King lives, and every post and message ends with a reason of ours."""
+    """The King survives, and every post and message ends with a reason of ours."""
     command = ["bench/fuzz.py", "--media", "40", "--messages", "54", "--seed", "3"]
     command += ["--ids", "500", "--headers", "0"]  # tests/integration/king has headers
     done = python(*command, "--out", str(tmp_path), "--timeout", "500", timeout_s=600)

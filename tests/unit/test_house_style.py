@@ -53,7 +53,7 @@ def test_top_level_scripts_are_thin() -> None:
 
 
 def code_lines(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
-    """Lines of a function without its docstring: arguments may be many and must be told."""
+    """Lines of a function without its docstring: arguments may be many and must be described."""
     size = (node.end_lineno or 0) - node.lineno + 1
     if ast.get_docstring(node) is None:
         return size

@@ -68,11 +68,7 @@ def encode(key: str, entry: Entry) -> bytes:
 
 
 def decode(key: str, content: bytes) -> Entry:
-    """Return the entry in the bytes.
-
-    Raises:
-        CorruptEntry: They were cut, changed or mixed up, or hold values that are no features.
-    """
+    """Return the entry in the bytes; CorruptEntry when they were changed or hold no features."""
     body = memoryview(content)[_BODY_AT:]
     if content[:4] != _MAGIC or content[4:_BODY_AT] != _digest(key, body):
         raise CorruptEntry("the digest does not fit")
@@ -119,11 +115,7 @@ class GuardedStore:
 
     @classmethod
     def open(cls, settings: CacheSettings) -> GuardedStore:
-        """Return the guarded store that the settings name; nothing is reached yet.
-
-        Raises:
-            ConfigError: There is no such backend.
-        """
+        """Return the guarded store of the settings, not yet reached; ConfigError without any."""
         where = redact(settings.url or "")
         return cls(open_store(settings), retry_s=settings.retry_s, where=where)
 

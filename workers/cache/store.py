@@ -154,11 +154,7 @@ def _is_entry(path: str) -> bool:
 
 
 def open_store(settings: CacheSettings) -> CacheStore:
-    """Return the store that ``cache.url`` names; nothing is reached or made yet.
-
-    Raises:
-        ConfigError: There is no such backend, or its package is missing.
-    """
+    """Return the store that ``cache.url`` names, not yet reached; ConfigError without a backend."""
     url = settings.url
     if url is None:
         raise ConfigError("cache.url: there is no cache; set it to a folder, redis:// or s3://")

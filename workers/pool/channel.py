@@ -76,11 +76,7 @@ def _dtype_of(kind: Any) -> np.dtype[Any]:
 
 
 def _decode_other(kind: Any, value: Any) -> Any:
-    """Return an array of the annotated dtype, read-only, over the message's own bytes.
-
-    Raises:
-        ValueError: It is of another dtype, or its bytes do not fill its shape.
-    """
+    """Return a read-only array over the message's own bytes; ValueError where they do not fit."""
     name, shape, content = value
     dtype = _dtype_of(kind)
     if name != dtype.name:
@@ -98,11 +94,7 @@ class Decoder(Generic[_T]):
         self._decoder = msgspec.msgpack.Decoder(kind, dec_hook=_decode_other)
 
     def __call__(self, body: bytes | bytearray | memoryview) -> _T:
-        """Decode one body.
-
-        Raises:
-            ProtocolError: It is not a message of these types; names the field and what it is.
-        """
+        """Decode one body; ProtocolError names the field that is wrong, and what it is."""
         try:
             message: _T = self._decoder.decode(body)
         except (msgspec.MsgspecError, ValueError, TypeError, RecursionError) as error:
@@ -189,11 +181,7 @@ class Channel(Generic[_T]):
                 self._out[0] = head[sent:]
 
     def receive(self) -> list[_T]:
-        """Return the whole messages that have arrived; sets `closed` at the end.
-
-        Raises:
-            ProtocolError: What arrived is not a message.
-        """
+        """Return the messages that have arrived, or ProtocolError; sets `closed` at the end."""
         taken = 0
         while taken < _MOST_PER_CALL:
             try:
@@ -292,11 +280,7 @@ class Arena:
         return cls(mmap.mmap(-1, slots * slot_bytes), slots, slot_bytes)
 
     def view(self, ref: ArrayRef) -> AnyArray:
-        """Return the array that a reference names, read-only and without a copy.
-
-        Raises:
-            FeatureError: The reference does not lie inside its slot.
-        """
+        """Return the array of a reference, read-only, not copied; FeatureError outside its slot."""
         if ref.dtype not in _DTYPES or any(n < 0 for n in ref.shape):
             raise FeatureError(f"slot {ref.slot}: no array of {ref.dtype} {ref.shape}")
         inside = 0 <= ref.slot < self.slots and ref.offset >= 0 and ref.offset % ALIGNMENT == 0
@@ -331,11 +315,7 @@ class SlotWriter:
         self._used = 0
 
     def __call__(self, shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> AnyArray:
-        """Return a writable array in the slot.
-
-        Raises:
-            MediaError: The slot is full: the file gives more than the settings allow for.
-        """
+        """Return a writable array in the slot; MediaError when the file gives too much for it."""
         dtype = np.dtype(dtype)
         size = math.prod(shape) * dtype.itemsize
         start = -(-self._used // ALIGNMENT) * ALIGNMENT
@@ -345,11 +325,7 @@ class SlotWriter:
         return self._room[start : start + size].view(dtype).reshape(shape)  # (size,) -> shape
 
     def ref(self, array: AnyArray) -> ArrayRef:
-        """Return a reference to an array; one that does not lie in the slot is copied in.
-
-        Raises:
-            MediaError: It must be copied and the slot is full.
-        """
+        """Return a reference to an array, which is copied into the slot if it lies elsewhere."""
         offset = array.__array_interface__["data"][0] - self._base
         in_place = (
             array.flags.c_contiguous

@@ -34,7 +34,6 @@ from workers.pool.supervisor import (
 )
 from workers.protocol import (
     Began,
-    BundleChanged,
     BundleLoaded,
     CacheLookup,
     CacheUpdate,
@@ -53,8 +52,6 @@ from workers.protocol import (
     Reply,
     Result,
     Task,
-    TaskDone,
-    TaskFailed,
     WorkerRole,
     WorkerView,
     validate_reply,
@@ -178,18 +175,16 @@ class ProcessPool:
         if self.ready:
             for name, envelope in self._scheduler.dispatch(now):
                 self._supervisor.send(self._supervisor.workers[name], envelope)
-            for queued in self._scheduler.drop_unserved("recall"):
-                self._fail(queued, RetryableError, "the cache worker is away", None)
+            for queued in self._scheduler.drop_unserved("lookup"):
+                self._fail(queued, RetryableError, "the cache worker is away")
 
     def _enforce_deadlines(self, now: float) -> None:
         overdue = self._scheduler.overdue(now)
         for queued in overdue.failed:
             if queued.batch:
-                text = f"{queued.queue_name} ran past its deadline"
-                self._fail(queued, WorkerDied, text, queued.holder)
+                self._fail(queued, WorkerDied, f"{queued.queue_name} ran past its deadline")
             else:
-                text = f"{queued.queue_name} waited past its deadline"
-                self._fail(queued, RetryableError, text, None)
+                self._fail(queued, RetryableError, f"{queued.queue_name} waited past its deadline")
         for name, task_ids in overdue.kill.items():
             worker = self._supervisor.workers[name]
             if worker.kill_for is None:
@@ -197,11 +192,9 @@ class ProcessPool:
                 worker.kill_for = task_ids
                 worker.kill()
 
-    def _fail(
-        self, queued: QueuedTask, error: type[RetryableError], message: str, worker: str | None
-    ) -> None:
+    def _fail(self, queued: QueuedTask, error: type[RetryableError], message: str) -> None:
         failure = Failure(queued.task.stage, error.__name__, message, retryable=True)
-        self._events.append(TaskFailed(queued.task_id, failure, worker or ""))
+        self._events.append(Failed(queued.task_id, failure))
 
     def _on_report(self, report: Report) -> None:
         worker = report.worker
@@ -223,7 +216,7 @@ class ProcessPool:
         for queued in charged:
             late = worker.kill_for is not None and queued.task_id in worker.kill_for
             what = "ran past its deadline" if late else f"died ({ended.how})"
-            self._fail(queued, WorkerDied, f"worker {worker.name} {what}", worker.name)
+            self._fail(queued, WorkerDied, f"worker {worker.name} {what}")
         if worker.spec.role == "fetch" and self._spool is not None:
             self._spool.remove_of(begun)
         if worker.state == "refused" or self._stopped:
@@ -261,7 +254,7 @@ class ProcessPool:
                 queued = self._scheduler.ended(worker.name, message.task_id, now, gives_slot=False)
                 if queued is not None:
                     self._update_cache(queued.task, message.failure)
-                    self._events.append(TaskFailed(queued.task_id, message.failure, worker.name))
+                    self._events.append(message)
             case _:
                 name = type(message).__name__
                 raise ProtocolError(f"{name} from a {worker.spec.role} worker, {worker.state}")
@@ -276,8 +269,7 @@ class ProcessPool:
         queued = self._scheduler.ended(worker.name, message.task_id, now, gives_slot=gives)
         if queued is not None:
             self._update_cache(queued.task, result)
-            done = TaskDone(queued.task_id, result, message.seconds, worker.name)
-            self._events.append(done)
+            self._events.append(message)
         elif isinstance(result, Fetched):
             self._spool.remove(result.path)
 
@@ -359,7 +351,7 @@ class ProcessPool:
     def _on_bundle(self, name: str, version: str) -> None:
         before, self.bundle = self.bundle, (name, version)
         if before is not None and before != self.bundle:
-            self._events.append(BundleChanged(name, version))
+            self._events.append(BundleLoaded(name, version))
 
     def _refuse(self, message: str, *, mistake: bool = True) -> None:
         if self.refused is None:
@@ -369,11 +361,7 @@ class ProcessPool:
 
 
 def extractor_fingerprints(infos: Iterable[Mapping[str, str]]) -> dict[Stream, str]:
-    """Return the fingerprints in the `Ready` of workers of one role.
-
-    Raises:
-        ConfigError: Two workers give the same extractor another fingerprint.
-    """
+    """Return the fingerprints of one role's workers; ConfigError where they differ."""
     by_extractor: dict[Stream, str] = {}
     for info in infos:
         for name, fingerprint in unpacked(info.get("fingerprints", "{}")).items():

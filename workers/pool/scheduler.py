@@ -1,6 +1,6 @@
 """Assignment of tasks to workers, and of deaths to tasks: pure, it knows no process.
 
-There is a task queue for each of recall, fetch, decode, every extractor, and fuse; the oldest task
+There is a task queue for each of lookup, fetch, decode, every extractor, and fuse; the oldest task
 of the highest priority comes first. A worker is sent tasks of a queue until one full batch waits
 in its channel behind the batch that runs: enough that it never idles, and few enough that another
 worker that becomes idle finds work here. Tasks that wait here are batched with later ones.
@@ -22,7 +22,7 @@ from workers.pool.channel import SlotTable
 from workers.protocol import DecodeTask, Envelope, ExtractTask, Task
 
 TaskQueue: TypeAlias = str
-"""``recall``, ``fetch``, ``decode``, ``fuse``, or an extractor's name."""
+"""``lookup``, ``fetch``, ``decode``, ``fuse``, or an extractor's name."""
 
 MAX_QUEUED = 1 << 16
 """Tasks in the pool. Posts in flight times tasks a post is a few hundred; this only stops a caller

@@ -141,7 +141,7 @@ def worker_specs(
     if cache.url is not None:
         limit_s = 2 * cache.timeout_s + _MARGIN_S
         at_most = 4 * cache.threads  # it has the next ones while the King polls
-        specs.append(WorkerSpec("cache", "cache-0", ("recall",), limit_s, at_most))
+        specs.append(WorkerSpec("cache", "cache-0", ("lookup",), limit_s, at_most))
     specs += [
         WorkerSpec("decode", f"decode-{i}", ("decode",), decode.deadline_s, at_most=1)
         for i in range(decode.processes)

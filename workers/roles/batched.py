@@ -101,11 +101,7 @@ def run_decode(
 
 
 def run_extract(suite: ExtractorSuite, tasks: Sequence[ExtractTask], arena: Arena) -> list[Outcome]:
-    """Run one extractor on a batch of its tasks; a bad one fails alone.
-
-    Raises:
-        DeviceLost: The process must be replaced.
-    """
+    """Run one extractor on a batch of its tasks; a bad one fails alone, unless by DeviceLost."""
 
     def run(batch: Sequence[ExtractTask]) -> list[Extracted]:
         results = suite.run(batch[0].extractor, [_input_of(task, arena) for task in batch])
@@ -137,11 +133,7 @@ def _extracted(result: Any) -> Extracted:
 
 
 def run_fuse(inferer: Inferer, tasks: Sequence[FuseTask]) -> list[Outcome]:
-    """Predict the tags of a batch of posts; a bad one fails alone.
-
-    Raises:
-        DeviceLost: The process must be replaced.
-    """
+    """Predict the tags of a batch of posts; a bad one fails alone, unless by DeviceLost."""
     return run_batch("fuse", lambda batch: inferer.predict([t.features for t in batch]), tasks)
 
 
@@ -369,11 +361,7 @@ class _Fusion(Handler):
 
 
 def open_bundle(settings: FusionSettings, device: str) -> Inferer:
-    """Load the bundle that the settings name.
-
-    Raises:
-        BundleError: It is missing, broken, or was trained with the other switch.
-    """
+    """Load the bundle of the settings; BundleError if it is broken or of the other switch."""
     from fusion.infer.inferer import Inferer
 
     inferer = Inferer.load(

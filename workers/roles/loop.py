@@ -124,11 +124,7 @@ class Handler(ABC):
 
     @abstractmethod
     def load(self) -> Mapping[str, str]:
-        """Load models and return the information for `Ready`.
-
-        Raises:
-            TaggingError: It cannot start, and a restart would not help.
-        """
+        """Load models, return the content of `Ready`; TaggingError if a restart would not help."""
 
     @abstractmethod
     def run(self, tasks: Sequence[Task]) -> list[Outcome]:
@@ -137,8 +133,7 @@ class Handler(ABC):
     def between_batches(self, channel: Channel[Command]) -> float | None:
         """Do what is due between batches or when idle; return the seconds until the next time.
 
-        Raises:
-            Retire: End this process, and have it replaced.
+        Raises Retire to have this process replaced.
         """
         del channel
         return None
@@ -220,19 +215,16 @@ def _run_batch(channel: Channel[Command], handler: Handler, batch: list[Envelope
     if not live:
         return
     channel.send_wait(Began(tuple(envelope.task_id for envelope in live)))
-    started = time.perf_counter()
     outcomes = handler.run([envelope.task for envelope in live])
-    share_s = (time.perf_counter() - started) / len(live)
     for envelope, outcome in zip(live, outcomes, strict=True):
-        channel.send_wait(answer(envelope.task_id, outcome, share_s))
+        channel.send_wait(reply_to(envelope.task_id, outcome))
 
 
-def answer(task_id: int, outcome: Outcome, seconds: float) -> Done | Failed:
-    """Return an outcome as a reply; ``seconds`` is the task's share of its batch's time."""
-    match outcome:
-        case Failure():
-            return Failed(task_id, outcome)
-    return Done(task_id, outcome, seconds)
+def reply_to(task_id: int, outcome: Outcome) -> Done | Failed:
+    """Return a task's outcome as the reply to it."""
+    if isinstance(outcome, Failure):
+        return Failed(task_id, outcome)
+    return Done(task_id, outcome)
 
 
 class DeviceLost(Exception):
@@ -538,21 +530,16 @@ class _Downloads(ThreadedRole):
             self.reply(Failed(task_id, late))
             return
         self.reply(Began((task_id,)))
-        started = time.perf_counter()
+        outcome: Outcome
         try:
-            fetched = fetcher.fetch(message.task.media, self._spool / file_name(task_id))
+            outcome = fetcher.fetch(message.task.media, self._spool / file_name(task_id))
         except Exception as error:  # noqa: BLE001 - the loop: a download costs only itself
-            self.reply(Failed(task_id, failure_of("fetch", error)))
-            return
-        self.reply(answer(task_id, fetched, time.perf_counter() - started))
+            outcome = failure_of("fetch", error)
+        self.reply(reply_to(task_id, outcome))
 
 
 def fetch(context: Context) -> None:
-    """Serve downloads until told to stop or the King is gone.
-
-    Raises:
-        ConfigError: The spool is not a folder.
-    """
+    """Serve downloads until told to stop or the King is gone; ConfigError without a spool."""
     spool = Path(context.launch.spool)
     if not context.launch.spool or not spool.is_dir():
         raise ConfigError(f"fetch.spool: {spool} is not a folder")
@@ -575,7 +562,7 @@ class _Lookups(ThreadedRole):
         match message:
             case Envelope(task_id=task_id, task=CacheLookup() as task):
                 if not self.store.available:
-                    return answer(task_id, CacheHits(), 0.0)
+                    return Done(task_id, CacheHits())
                 self._end_of[task_id] = time.monotonic() + self._timeout_s + _reading_s(task)
                 self.waiting.put(message)
             case CacheUpdate():
@@ -594,13 +581,12 @@ class _Lookups(ThreadedRole):
             self.store.failed(f"no answer within cache.timeout_s ({self._timeout_s:g} s)")
             late, self._end_of = list(self._end_of), {}  # the others would wait as long
             for task_id in late:
-                yield answer(task_id, CacheHits(), self._timeout_s)
+                yield Done(task_id, CacheHits())
 
     def next_timer(self) -> float | None:
         return min(self._end_of.values(), default=None)
 
     def _work(self, message: Command) -> None:
-        started = time.perf_counter()
         hits = CacheHits()
         try:
             if isinstance(message, CacheUpdate):
@@ -610,7 +596,7 @@ class _Lookups(ThreadedRole):
         except Exception:  # noqa: BLE001 - the loop: what goes wrong here is a miss
             _log.exception("cache.failed")
         if isinstance(message, Envelope):
-            self.reply(answer(message.task_id, hits, time.perf_counter() - started))
+            self.reply(Done(message.task_id, hits))
 
 
 def _reading_s(task: CacheLookup) -> float:
@@ -624,11 +610,7 @@ def _reading_s(task: CacheLookup) -> float:
 
 
 def lookup(context: Context) -> None:
-    """Serve look-ups until told to stop or the King is gone.
-
-    Raises:
-        ConfigError: There is no such cache.
-    """
+    """Serve look-ups until told to stop or the King is gone; ConfigError without such a cache."""
     lookups = _Lookups(context.settings)
     try:
         lookups.serve(context.channel)

@@ -109,7 +109,7 @@ def test_every_media_gets_its_line(site: MediaSite, tmp_path: Path) -> None:
         "short": "FetchRetryable: the connection broke",
         "status/500": "FetchRetryable: HTTP 500",
         "cutwav": "MediaError: truncated WAV sound: 1600 of 3244 bytes",
-        "etc/passwd": "FetchRefused: is a path of this host: --local takes these",
+        "etc/passwd": "FetchRefused: is a local path: pass --local to copy it",
         "png/1": "MediaError: is not a video: PNG picture",
     }
     assert len(list((out / "media").rglob("*.*"))) == 3
@@ -215,7 +215,7 @@ def test_local_files_are_taken_when_asked_for(
     assert main(command(posts, tmp_path / "out")) == 1
     assert "download_mp: all 4 media failed" in capsys.readouterr().err
     assert {line["reason"]["message"] for line in manifest(tmp_path / "out")} == {
-        "is a path of this host: --local takes these"
+        "is a local path: pass --local to copy it"
     }
     assert main(command(posts, tmp_path / "out2", "--local")) == 0
     *taken, absent = manifest(tmp_path / "out2")

@@ -1,4 +1,4 @@
-"""Features of the posts that a backbone learns from: out of fold, or marked as learned from."""
+"""Features of the posts that a backbone is trained on: out of fold, or marked as trained on."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_each_post_is_extracted_by_weights_that_do_not_know_it(
     [
         (("--folds", "7"), "12 posts are too few"),
         (("--model_config", "config/train_config.yaml"), "must be image_backbone or video"),
-        (("--train_set", "data.train=none.json"), "no such data file"),
+        (("--model_set", "data.train=none.json"), "no such data file"),
     ],
 )
 def test_mistakes_end_with_2_and_one_line(

@@ -156,7 +156,7 @@ def test_videos_become_tsn_and_lstm(posts: Path, tmp_path: Path) -> None:
     [found] = extractor.forward([decoded.frames])
     assert found["video"].shape == (FRAMES, 96)
     assert found["video_lstm"].shape == (1, LSTM["width"])
-    # What the LSTM has learned from is what the extractor gives it.
+    # What the LSTM was trained on is what the extractor gives it.
     kept = [np.load(path) for path in (out / "frames").rglob("*.npy")]
     assert len(kept) == 18
     assert any(np.array_equal(rows, found["video"]) for rows in kept)

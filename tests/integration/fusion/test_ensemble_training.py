@@ -31,7 +31,7 @@ class Killed(Exception):
 
 @pytest.fixture
 def fits(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[str]]:
-    """The IDs of the posts that each fold learns from; under ``kill`` the fold that is killed."""
+    """The IDs of the posts that each fold is trained on; under ``kill`` the fold that is killed."""
     learned: dict[str, set[str]] = {}
     original = Trainer.fit
 
@@ -49,7 +49,7 @@ def fits(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[str]]:
 def test_folds_leak_nothing_and_go_on_where_they_were_killed(
     few_posts: Path, fits: dict[str, set[str]]
 ) -> None:
-    """Each post is held out once and scored by the model that has not learned from it.
+    """Each post is held out once and scored by the model that was not trained on it.
 
     Folds that are done are not trained again; the bundle is that of an undisturbed run.
     """
@@ -98,7 +98,7 @@ def test_folds_leak_nothing_and_go_on_where_they_were_killed(
 def test_validation_posts_can_be_left_out_of_the_pool(
     few_posts: Path, fits: dict[str, set[str]]
 ) -> None:
-    """Then the ensemble is measured on them, and no fold learns from them."""
+    """Then the ensemble is measured on them, and no fold is trained on them."""
     runs.run(few_posts, **{**FOLDS, "ensemble": {"folds": 2, "pool_valid": False}})
     valid = [record.post_id for record in PostList.read(few_posts / "valid.json", support.LABELS)]
     assert list(runs.predictions(few_posts).post_ids) == valid

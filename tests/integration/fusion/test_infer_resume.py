@@ -283,7 +283,7 @@ def test_metrics_leave_out_earlier_posts_without_scores(
 
 
 def test_two_runs_do_not_write_one_file(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The second is told; what the first has written stays."""
+    """The second is reported; what the first has written stays."""
     output = folder / "t.jsonl"
     with (folder / "t.jsonl.part").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

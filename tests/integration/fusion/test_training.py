@@ -177,7 +177,7 @@ def test_an_epoch_of_accumulated_batches_takes_fewer_steps(few_posts: Path) -> N
 
 
 def test_the_end_of_an_epoch_can_be_watched(few_posts: Path) -> None:
-    """Whoever asks sees the averaged weights of each epoch, which are those that are validated."""
+    """The watcher gets the averaged weights of each epoch, which are those that are validated."""
     seen: list[tuple[int, runs.State]] = []
 
     def watch(epoch: int, model: torch.nn.Module) -> None:

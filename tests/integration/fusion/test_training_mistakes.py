@@ -81,7 +81,7 @@ def test_a_loss_that_is_no_number_stops_the_run(few_posts: Path) -> None:
 
 
 def test_posts_without_the_modalities_asked_for(tmp_path: Path) -> None:
-    """There is nothing to learn from; the line names the modalities."""
+    """There is nothing to train on; the line names the modalities."""
     for name in ("train", "valid"):
         entries = []
         for i in range(4):
@@ -147,7 +147,7 @@ def test_nothing_is_listed_where_nothing_is_bad(few_posts: Path) -> None:
 
 
 def test_a_split_of_bad_posts_alone_is_an_error(few_posts: Path) -> None:
-    """There is nothing to learn from; the line names the file and the first reason."""
+    """There is nothing to train on; the line names the file and the first reason."""
     for path in (few_posts / "features").rglob("valid*.safetensors"):
         path.unlink()
     with pytest.raises(ConfigError, match=r"valid\.json: features of no post .* no such feature"):

@@ -125,7 +125,7 @@ def site(
 
 
 def test_random_failures_end_tagged_or_dead(site: Site) -> None:
-    """Whatever fails whenever: every post is tagged or a dead letter, no job and no message left.
+    """Every post is tagged or a dead letter, and no job or message is left.
 
     Half of the messages are published twice, and two Kings compete for them.
     """

@@ -272,7 +272,7 @@ def test_half_requests_keep_no_thread(server: FlaskServer, half: str) -> None:
 
 
 def test_late_requests_are_ended(server: FlaskServer) -> None:
-    """After `http.header_timeout_s` the client is told, and the connection closed."""
+    """After `http.header_timeout_s` the client gets an answer, and the connection is closed."""
     address = ("127.0.0.1", server.port)
     with socket.create_connection(address, timeout=60) as late:
         late.sendall(HALVES["half of the headers"])

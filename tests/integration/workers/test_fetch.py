@@ -118,7 +118,7 @@ def test_what_cannot_be_had(web: Web, tmp_path: Path, path: str, reason: str) ->
     ],
 )
 def test_what_may_pass(web: Web, tmp_path: Path, path: str, reason: str) -> None:
-    """Passing failures are tried twice, then told as retryable."""
+    """Passing failures are tried twice, then reported as retryable."""
     web.paths.clear()
     assert retryable(web.url(path), tmp_path) == reason
     assert web.paths.count(path) == 2
@@ -139,7 +139,7 @@ def test_second_try_helps(web: Web, tmp_path: Path) -> None:
     ],
 )
 def test_what_is_no_url(tmp_path: Path, url: str) -> None:
-    """Whatever a post holds as a URL: one line of a permanent (or, for a name, passing) error."""
+    """The error is one line, and permanent (for a host name it may be retryable)."""
     with pytest.raises((FetchRefused, FetchRetryable)) as caught:
         get(url, tmp_path, allow_private_hosts=False)
     assert "\n" not in str(caught.value)

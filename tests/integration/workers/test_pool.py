@@ -17,7 +17,7 @@ from tests.support.workers.driving import (
     fuse_task,
     text_task,
 )
-from workers.protocol import BundleChanged, ExtractTask, Fetched
+from workers.protocol import BundleLoaded, ExtractTask, Fetched
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -86,7 +86,7 @@ def test_fusion_is_told_the_fingerprints(driver: Driver) -> None:
 def test_a_new_bundle_is_told(driver: Driver) -> None:
     """A hot swap comes out as an event, and is what the pool says it serves."""
     driver.done(driver.submit(fuse_task("swap:2026")))
-    driver.until(lambda: BundleChanged("toy", "2026") in driver.told)
+    driver.until(lambda: BundleLoaded("toy", "2026") in driver.told)
     assert driver.pool.bundle == ("toy", "2026")
 
 

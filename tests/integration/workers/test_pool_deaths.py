@@ -19,11 +19,11 @@ from tests.support.workers.driving import (
     fuse_task,
     text_task,
 )
-from workers.protocol import Decoded, ExtractTask, TaskDone
+from workers.protocol import Decoded, Done, ExtractTask
 
 
 def test_killed_worker_costs_its_task_one_attempt(driver: Driver, tmp_path: Path) -> None:
-    """Kill -9 in the middle of a task: that task is told as retryable, the worker comes back."""
+    """Kill -9 in the middle of a task: it fails as retryable, and the worker comes back."""
     before = driver.pid("decode-0")
     with driver.held(decode_task, tmp_path / "hold") as task:
         assert any(w.held for w in driver.pool.workers)
@@ -153,7 +153,7 @@ def test_storm_of_kills_loses_nothing(driver: Driver) -> None:
         os.kill(driver.pid(name), signal.SIGKILL)
     for task in tasks:
         event = driver.wait(task)
-        if isinstance(event, TaskDone) and isinstance(event.result, Decoded):
+        if isinstance(event, Done) and isinstance(event.result, Decoded):
             driver.pool.release(event.result.parts[0].ref.slot)
     told = [event.task_id for event in driver.told if hasattr(event, "task_id")]
     assert len(told) == len(set(told)), "a task ended twice"

@@ -36,7 +36,7 @@ from workers.pool.channel import Arena
 from workers.pool.pool import ProcessPool
 from workers.pool.supervisor import ROLES
 from workers.protocol import (
-    BundleChanged,
+    BundleLoaded,
     Decoded,
     DecodeTask,
     FuseTask,
@@ -317,7 +317,7 @@ def test_hot_swap(driver: Driver, site: Site) -> None:
     assert driver.run(FuseTask(post)).version == before[1]
     shutil.rmtree(site.bundle)
     version = write_bundle(site.bundle, site.suite, seed=2)
-    driver.until(lambda: BundleChanged("small", version) in driver.told)
+    driver.until(lambda: BundleLoaded("small", version) in driver.told)
     assert driver.run(FuseTask(post)).version == version
     assert driver.pid("fuse-0") == pid
 

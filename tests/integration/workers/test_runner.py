@@ -43,7 +43,7 @@ URL = "https://host/a.png"
 
 
 class Scripted:
-    """Answers as `default_answer`, save for what is told."""
+    """Answers as `default_answer`, but for the given ones."""
 
     def __init__(self, answers: dict[str, list[Answer]]) -> None:
         self.answers = answers
@@ -203,7 +203,7 @@ def test_a_death_in_fusion_costs_an_attempt(made: Made) -> None:
 
 @pytest.mark.parametrize("attempts", [1, ATTEMPTS])
 def test_what_may_pass_is_tried_as_often_as_the_policy_says(made: Made, attempts: int) -> None:
-    """Downloads that time out, and nothing else to use: the reasons are told after the last."""
+    """Downloads time out and nothing else is usable: the last attempt gives the reasons."""
     slow = Failure("fetch", "FetchRetryable", "timed out after 15 s", retryable=True)
     settings = SETTINGS.model_copy(
         update={"king": SETTINGS.king.model_copy(update={"attempts": attempts})}
@@ -276,7 +276,7 @@ def test_cancelling_breaks_a_post_off(made: Made) -> None:
 
 
 def test_intake_is_bounded(made: Made) -> None:
-    """One more than the limit waits, or is told so; room comes with the first that ends."""
+    """One more than the limit waits or is refused; the first that ends makes room."""
     runner, _ = made(never, limit=2)
     first, _second = (runner.submit(Post(name, "words")) for name in "ab")
     with pytest.raises(Busy, match="2 posts are in flight"):

@@ -246,7 +246,7 @@ def test_the_trap_catches_what_is_let_through(net: Net, tmp_path: Path, form: st
 
 @pytest.mark.parametrize("form", AMBIGUOUS)
 def test_ambiguous_urls_reach_nothing_private(net: Net, tmp_path: Path, form: str) -> None:
-    """However a URL is read, the trap stays empty; the failure is one of ours, in one line."""
+    """No reading of the URL reaches the trap; the failure is one of ours, in one line."""
     reason = ""
     try:
         get(AMBIGUOUS[form], tmp_path)

@@ -140,7 +140,7 @@ def test_counts_and_prunes(open_one: Open) -> None:
 
 @pytest.mark.parametrize("open_one", ["folder"], indirect=True)
 def test_puts_keep_to_the_limit(open_one: Open) -> None:
-    """However much is put, a folder stays below `max_mb`, and what was put last is there."""
+    """A folder stays below `max_mb`, and the latest entry is there."""
     store = open_one(max_mb=1)
     for i in range(400):
         store.put(key(str(i)), bytes(10_000))

@@ -22,11 +22,13 @@ from extractors.parts import PartKind
 from workers.pool.channel import SlotTable
 from workers.protocol import (
     ArrayRef,
-    BundleChanged,
+    BundleLoaded,
     Decoded,
     DecodeTask,
+    Done,
     Extracted,
     ExtractTask,
+    Failed,
     Fetched,
     FetchTask,
     FuseTask,
@@ -36,8 +38,6 @@ from workers.protocol import (
     PoolRefused,
     Result,
     Task,
-    TaskDone,
-    TaskFailed,
     WorkerView,
 )
 
@@ -157,7 +157,7 @@ class FakePool:
     def swap_bundle(self, name: str, version: str) -> None:
         """Serve another bundle."""
         self.bundle = self._bundle = (name, version)
-        self._events.append(BundleChanged(name, version))
+        self._events.append(BundleLoaded(name, version))
 
     def refuse(self, message: str) -> None:
         """Give up, after having worked."""
@@ -209,9 +209,9 @@ class FakePool:
                 answer = msgspec.structs.replace(answer, parts=tuple(parts))
         self._free(entry, keeps_slot=isinstance(answer, Decoded) and bool(answer.parts))
         if isinstance(answer, Failure):
-            self._events.append(TaskFailed(entry.task_id, answer, "fake-0"))
+            self._events.append(Failed(entry.task_id, answer))
         else:
-            self._events.append(TaskDone(entry.task_id, answer, 0.001, "fake-0"))
+            self._events.append(Done(entry.task_id, answer))
 
     def _free(self, entry: _Task, *, keeps_slot: bool) -> None:
         if isinstance(entry.task, ExtractTask):

@@ -22,11 +22,11 @@ def _all_posts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def posts(_all_posts: Path, tmp_path: Path) -> Path:
-    """A folder with 120 posts to learn from and 48 to validate on."""
+    """A folder with 120 posts to train on and 48 to validate on."""
     return shutil.copytree(_all_posts / "many", tmp_path, dirs_exist_ok=True)
 
 
 @pytest.fixture
 def few_posts(_all_posts: Path, tmp_path: Path) -> Path:
-    """A folder with 37 posts to learn from and 15 to validate on: no number divides them."""
+    """A folder with 37 posts to train on and 15 to validate on: no number divides them."""
     return shutil.copytree(_all_posts / "few", tmp_path, dirs_exist_ok=True)

@@ -18,16 +18,16 @@ from workers.post_run import PostOutcome, PostPlan, PostRun, PostRuns, PostTags
 from workers.protocol import (
     Decoded,
     DecodeTask,
+    Done,
     Extracted,
     ExtractTask,
+    Failed,
     FetchTask,
     FuseTask,
     PoolEvent,
     PoolReady,
     PoolRefused,
     Task,
-    TaskDone,
-    TaskFailed,
     WorkerRole,
     WorkerView,
 )
@@ -94,26 +94,26 @@ class Driver:
         finally:
             (folder / "go").touch()
 
-    def outcome(self, task_id: int) -> TaskDone | TaskFailed | None:
+    def outcome(self, task_id: int) -> Done | Failed | None:
         for event in self.told:
-            if isinstance(event, (TaskDone, TaskFailed)) and event.task_id == task_id:
+            if isinstance(event, (Done, Failed)) and event.task_id == task_id:
                 return event
         return None
 
-    def wait(self, task_id: int) -> TaskDone | TaskFailed:
+    def wait(self, task_id: int) -> Done | Failed:
         self.until(lambda: self.outcome(task_id))
         found = self.outcome(task_id)
         assert found is not None
         return found
 
-    def done(self, task_id: int) -> TaskDone:
+    def done(self, task_id: int) -> Done:
         event = self.wait(task_id)
-        assert isinstance(event, TaskDone), event
+        assert isinstance(event, Done), event
         return event
 
-    def failed(self, task_id: int) -> TaskFailed:
+    def failed(self, task_id: int) -> Failed:
         event = self.wait(task_id)
-        assert isinstance(event, TaskFailed), event
+        assert isinstance(event, Failed), event
         return event
 
     def run(self, task: Task, **options: Any) -> Any:
@@ -167,7 +167,7 @@ def through(driver: Driver, *posts: Post, cache: bool = False) -> list[Features]
         runs.begin(run)
     while len(runs):
         for event in driver.pool.poll(0.1):
-            if isinstance(event, (TaskDone, TaskFailed)):
+            if isinstance(event, (Done, Failed)):
                 runs.handle(event)
         runs.expire()
     found = [outcomes[run] for run in begun]

@@ -71,7 +71,7 @@ def test_a_fingerprint_is_its_text() -> None:
 
 
 def test_what_a_joined_fingerprint_is_of_is_named_too() -> None:
-    """``ocr`` is of the text model and the engine; the setting inside is told."""
+    """``ocr`` is of the text model and the engine; the setting inside is named."""
     features = FeatureSettings()
     one, other = (
         stream_fingerprints(features, {"text": of(), "ocr": digest({"max_side": side})})

@@ -38,8 +38,8 @@ def test_reconnections_are_quick_but_not_at_once() -> None:
 @pytest.mark.parametrize(
     ("stage", "type_", "retryable", "costs"),
     [
-        ("recall", "WorkerDied", True, False),
-        ("recall", "CacheUnavailable", True, False),
+        ("lookup", "WorkerDied", True, False),
+        ("lookup", "CacheUnavailable", True, False),
         ("fetch", "WorkerDied", True, True),
         ("fetch", "FetchRetryable", True, True),
         ("fetch", "FetchRefused", False, False),

@@ -75,7 +75,7 @@ def _rest() -> dict[str, str]:
     ],
 )
 def test_wrong_label_maps_are_refused(tmp_path: Path, content: object, told: str) -> None:
-    """Each mistake is told with the file's name."""
+    """Each mistake is reported with the file's name."""
     file = label_file(tmp_path, content)
     with pytest.raises(ConfigError) as caught:
         LabelMap.load(file)

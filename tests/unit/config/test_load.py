@@ -95,7 +95,7 @@ def test_mistakes_in_the_file_name_file_and_key(tmp_path: Path, text: str, told:
 
 
 def test_more_than_one_mistake_is_counted(tmp_path: Path) -> None:
-    """The first is told in full, the others by their number."""
+    """The first is reported in full, the others by their number."""
     with pytest.raises(ConfigError, match="and 1 more"):
         load_settings(yaml(tmp_path, "broker: {prefetch: a, heartbeat_s: b}"))
 
@@ -112,7 +112,7 @@ def test_more_than_one_mistake_is_counted(tmp_path: Path) -> None:
 def test_mistakes_in_the_environment_are_blamed_on_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str, told: str
 ) -> None:
-    """A wrong variable is told as the environment's mistake, not the file's."""
+    """A wrong variable is reported as the environment's mistake, not the file's."""
     monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError) as caught:
         load_settings(yaml(tmp_path, ""))
@@ -189,7 +189,7 @@ def test_settings_survive_json() -> None:
 
 
 def test_a_file_that_is_no_text_is_the_users_mistake(tmp_path: Path) -> None:
-    """Bytes that are no UTF-8, and a folder, are told in one line."""
+    """Bytes that are no UTF-8, and a folder, are reported in one line."""
     file = tmp_path / "settings.yaml"
     file.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match="cannot be read"):

@@ -79,7 +79,7 @@ def test_the_order_of_the_scripts_does_not_matter(tmp_path: Path) -> None:
 
 
 def test_other_modalities_stay_as_they_are(tmp_path: Path) -> None:
-    """Whatever they were made with, also by the daemon; the words read belong to the text."""
+    """Also those of other extractors or the daemon; the OCR text belongs to the text."""
     before = whole()
     write_features(tmp_path, before, {s: f"old {s}" for s in STREAMS})
     after = whole(image=GONE)

@@ -132,7 +132,7 @@ def test_a_manifest_tells_why_media_are_not_there(tmp_path: Path) -> None:
 
 
 def test_failures_are_listed_in_the_order_of_the_input(tmp_path: Path) -> None:
-    """However they come; an exception leaves the file of the last run."""
+    """They may arrive in any order; an exception leaves the file of the last run."""
     path = tmp_path / "failures.jsonl"
     parts = [FailedPart(f"p{i}", "image", Failure("decode", "MediaError", "ü")) for i in range(9)]
     with FailureFile(path) as failures:

@@ -73,7 +73,7 @@ def test_line_is_read_and_written_alike(tmp_path: Path) -> None:
 def test_bad_line_is_named_and_passed_over(
     tmp_path: Path, line: bytes, reason: str, post_id: str | None
 ) -> None:
-    """A broken line costs only itself; its number, its reason and whose it was are told."""
+    """A broken line costs only itself; its number, its reason and its post are reported."""
     file = tmp_path / "p.jsonl"
     file.write_bytes(
         b"\xef\xbb\xbf" + b'{"post_id": "first"}\n\n' + line + b'\n{"post_id": "last"}'
@@ -153,7 +153,7 @@ def test_file_without_a_readable_post_is_told(
 
 
 def test_one_readable_post_is_enough(tmp_path: Path) -> None:
-    """However many lines before it are broken; all of them are counted."""
+    """Any number of broken lines may come before it; all of them are counted."""
     path = tmp_path / "p.jsonl"
     path.write_text('{\n\n1\n{"post_id": "a"}', encoding="utf-8")
     check_holds_post(path)

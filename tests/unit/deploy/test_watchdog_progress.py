@@ -141,7 +141,7 @@ def test_connecting_anew_does_not_end_the_starvation_but_an_outage_does(
 
 
 def test_an_unreachable_broker_is_no_backlog() -> None:
-    """The probe's failure is told, and nothing is done."""
+    """The probe's failure is reported, and nothing is done."""
     story = Story()
     story.backlog = None
     story.run(60)

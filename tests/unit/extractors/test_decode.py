@@ -101,7 +101,7 @@ def test_ocr_settings_do_not_change_the_image(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", MEDIA_KINDS)
 @pytest.mark.parametrize("case", ["missing", "empty", "folder", "random", "text"])
 def test_bad_files(tmp_path: Path, kind: MediaKind, case: str) -> None:
-    """Whatever lies at the path, it is a MediaError of one line without the path."""
+    """Each is a MediaError of one line without the path."""
     path = tmp_path / "file"
     if case == "folder":
         path.mkdir()

@@ -106,7 +106,7 @@ def test_equal_features_are_equal_files(tmp_path: Path) -> None:
 
 
 def test_files_of_the_format_before_are_read(tmp_path: Path) -> None:
-    """A file whose header has a key for each part reads as it did; a broken part is told."""
+    """A file whose header has a key for each part reads as it did; a broken part is reported."""
     features = example()
     path = feature_path(tmp_path, "p1")
     path.parent.mkdir()

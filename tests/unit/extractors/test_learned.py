@@ -1,4 +1,4 @@
-"""The posts that weights have learned from: kept with the weights, told of features."""
+"""The posts that weights were trained on: kept with the weights, told of features."""
 
 from __future__ import annotations
 

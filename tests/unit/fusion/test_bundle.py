@@ -89,7 +89,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_bundle_is_refused_in_one_line(name: str, tmp_path: Path) -> None:
-    """Whatever is missing, cut or swapped is named; nothing half-loaded is served."""
+    """The error names what is missing, cut or swapped; nothing half-loaded is served."""
     spoil, says = BROKEN[name]
     write(tmp_path / "b")
     spoil(tmp_path / "b")  # type: ignore[no-untyped-call]

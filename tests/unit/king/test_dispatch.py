@@ -296,7 +296,7 @@ def test_drain_gives_back_what_is_in_flight(tmp_path: Path) -> None:
         it.settle()
 
 
-def test_refused_pool_and_new_bundle_reach_the_board(tmp_path: Path) -> None:
+def test_refused_pool_and_new_bundle_reach_the_status(tmp_path: Path) -> None:
     with bench(tmp_path / "s", refuse="workshop/weights/current: no such bundle") as it:
         wait_until(lambda: it.status.refused is not None, 60, "the refusal")
         assert it.status.refused is not None

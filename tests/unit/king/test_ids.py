@@ -97,7 +97,7 @@ def read_back(value: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("value", "text"), NAMED)
 def test_every_type_has_one_text_that_finds_it_again(value: Any, text: str) -> None:
-    """In the queue's message, in a question, in the fake store that the King runs on."""
+    """In the queue's message, in a query, in the fake store that the King runs on."""
     document = read_back(value)
     assert id_text(document["_id"]) == text
     assert parse_message(PostMessage(text).encode()).post_id == text

@@ -30,7 +30,7 @@ from workers.protocol import FuseTask, Task
 def test_drain_mode_waits_for_retries_and_exits_zero(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With --drain the King ends by itself, after the queue, the flights and the retries.
+    """With --drain the King ends by itself, after the queue, the posts in flight and the retries.
 
     On a terminal it shows how far it is.
     """

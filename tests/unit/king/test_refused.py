@@ -18,7 +18,7 @@ from tests.support.king.king_rig import Running, fake_pool, king_settings, on_fa
 
 
 class PickyStore(FakeStore):
-    """Refuses the jobs of some posts, at the begin or at the end, as often as it is told."""
+    """Refuses the jobs of some posts, at the begin or at the end, as often as asked."""
 
     def __init__(self, posts: list[dict[str, Any]], at: str, times: int) -> None:
         super().__init__(posts)

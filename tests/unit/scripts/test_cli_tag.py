@@ -135,66 +135,72 @@ def test_results_are_printed_as_table_and_json(
     """Tags with scores, modalities with reasons; the JSON has the form of the database."""
     config = tmp_path / "settings.yaml"
     config.write_text("{}")
-    file = written(tmp_path, [{"post_id": "a", "text": "cat"}, {"post_id": "b", "text": "?"}])
-    assert run(["tag", str(file), "--config", str(config)]) == 0
+    posts = [{"post_id": "a", "text": "cat"}, {"post_id": "b", "text": "?"}, {"post_id": "empty"}]
+    file = written(tmp_path, posts)
+    assert run(["tag", str(file), "--config", str(config)]) == 1
     out = capsys.readouterr().out
     for text in ("猫", "0.900", "video failed", "MediaError: truncated", "none over its threshold"):
         assert text in out
-    assert run(["tag", str(file), "--json", "--config", str(config)]) == 0
-    first, second = json.loads(capsys.readouterr().out)
+    assert run(["tag", str(file), "--json", "--config", str(config)]) == 1
+    first, second, third = json.loads(capsys.readouterr().out)
     assert first["tags"] == [{"id": 3, "name": "猫", "score": 0.9}]
     assert first["failures"]["video"]["type"] == "MediaError"
-    assert second["tags"] == []
+    assert (first["status"], third["status"], second["tags"]) == ("tagged", "failed", [])
+    assert third["error"]["stage"] == "load"
+    assert (third["model"], third["version"]) == ("demo", "v1")
+    assert first.keys() == third.keys()
 
 
 @pytest.mark.usefixtures("models")
-def test_a_post_that_fails_is_said_and_exits_1(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("settings", "posts", "status", "error", "shown"),
+    [
+        pytest.param("{}", [{"text": "cat"}], 0, "", "猫", id="tagged"),
+        pytest.param(
+            "{}", [{}, {"text": "cat"}], 1, "", "NothingUsable: the post has no", id="a post fails"
+        ),
+        pytest.param(
+            "{}",
+            [{"text": "cat", "videos": ["a.mp4"] * 2}] * 2,
+            1,
+            "tag: all 4 media failed\n",
+            "猫",
+            id="no medium is usable",
+        ),
+        pytest.param(
+            "fusion: {bundle: absent}",
+            [{"text": "cat"}],
+            2,
+            "fusion.bundle: absent: no such bundle",
+            "",
+            id="no bundle",
+        ),
+    ],
+)
+def test_exit_codes(
+    *,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    settings: str,
+    posts: list[dict[str, Any]],
+    status: int,
+    error: str,
+    shown: str,
 ) -> None:
-    """The other posts are tagged all the same."""
+    """1 when a post or every medium failed, 2 for a wrong configuration; the rest is shown."""
     config = tmp_path / "settings.yaml"
-    config.write_text("{}")
-    file = written(tmp_path, [{"post_id": "empty"}, {"post_id": "a", "text": "cat"}])
-    assert run(["tag", str(file), "--config", str(config)]) == 1
-    out = capsys.readouterr().out
-    assert "NothingUsable: the post has no text and no media" in out
-    assert "猫" in out
-    assert run(["tag", str(file), "--json", "--config", str(config)]) == 1
-    results = json.loads(capsys.readouterr().out)
-    assert [r["status"] for r in results] == ["failed", "tagged"]
-    assert results[0]["error"]["stage"] == "load"
-    assert [(r["model"], r["version"]) for r in results] == [("demo", "v1")] * 2
-    assert results[0].keys() == results[1].keys()
-
-
-@pytest.mark.usefixtures("models")
-def test_no_medium_at_all_is_said_and_exits_1(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """With how many there were, though the posts are tagged from their texts."""
-    config = tmp_path / "settings.yaml"
-    config.write_text("{}")
+    config.write_text(settings)
     (tmp_path / "a.mp4").write_bytes(b"x")
-    entries = [{"post_id": i, "text": "cat", "videos": ["a.mp4"] * 2} for i in "ab"]
-    assert run(["tag", str(written(tmp_path, entries)), "--config", str(config)]) == 1
-    shown = capsys.readouterr()
-    assert shown.err == "tag: all 4 media failed\n"
-    assert "猫" in shown.out
-
-
-@pytest.mark.usefixtures("models")
-def test_a_missing_bundle_is_the_users_mistake(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    config = tmp_path / "settings.yaml"
-    config.write_text("fusion: {bundle: absent}")
-    file = written(tmp_path, {"post_id": "a", "text": "cat"})
-    assert run(["tag", str(file), "--config", str(config)]) == 2
-    assert "fusion.bundle: absent: no such bundle" in capsys.readouterr().err
+    file = written(tmp_path, [{"post_id": str(i), **post} for i, post in enumerate(posts)])
+    assert run(["tag", str(file), "--config", str(config)]) == status
+    output = capsys.readouterr()
+    assert error in output.err
+    assert bool(error) == bool(output.err)
+    assert shown in output.out
 
 
 def test_times_are_read_and_told() -> None:
-    """``--since`` takes durations and dates; durations are told in their unit."""
+    """``--since`` takes durations and dates; durations are shown in their unit."""
     now = 1_767_225_600.0 + 86400  # 2026-01-02 UTC
     assert since_time(None, now) is None
     assert since_time("90s", now) == now - 90

@@ -131,7 +131,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], int, str]] = {
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_is_named(desk: Desk, name: str) -> None:
-    """The status is the client's, the message says what to mend, and no worker is asked."""
+    """The status is 4xx, the message says what to correct, and no worker gets a task."""
     options, status, reason = MISTAKES[name]
     response = desk.client.post("/v1/tag", **options)
     assert response.status_code == status, response.text
@@ -239,7 +239,7 @@ def test_a_body_that_does_not_come(tmp_path: Path) -> None:
 
 
 def test_a_client_never_names_a_file_here(desk: Desk) -> None:
-    """Whatever an upload is called, it lies in the spool under a name of ours, until it is read."""
+    """An upload lies in the spool under a name of ours until it is read."""
     seen: list[str] = []
 
     def answer(task: Task) -> Any:

@@ -56,8 +56,8 @@ def test_arrays_arrive_as_they_were_sent(ends: Ends) -> None:
     scores = np.ones(3)
     tag = Tag(1, "cat", np.float64(0.1))
     for array in (grid, grid[:, ::2], empty):
-        worker.send(Done(1, Extracted(array=array, also={"video_lstm": array}), 0.5))
-    worker.send(Done(2, Tags("p", "m", "v", (tag,), scores), 0.1))
+        worker.send(Done(1, Extracted(array=array, also={"video_lstm": array})))
+    worker.send(Done(2, Tags("p", "m", "v", (tag,), scores)))
     first, second, third, fused = king.receive_wait(5)
     for done, sent in ((first, grid), (second, grid[:, ::2]), (third, empty)):
         assert isinstance(done, Done)
@@ -82,8 +82,8 @@ def test_arrays_arrive_as_they_were_sent(ends: Ends) -> None:
     [
         (Ready({"a": "b"}), to_king),
         (Began((1, 2)), to_king),
-        (Done(4, Decoded((PICTURE,), {"audio": FAILURE}), 0.1), to_king),
-        (Done(5, CacheHits((CacheHit(0, "ab", True, frozenset(["frames"])),)), 0.1), to_king),
+        (Done(4, Decoded((PICTURE,), {"audio": FAILURE})), to_king),
+        (Done(5, CacheHits((CacheHit(0, "ab", True, frozenset(["frames"])),))), to_king),
         (Failed(1, FAILURE), to_king),
         (Refused("no"), to_king),
         (BundleLoaded("name", "1"), to_king),
@@ -175,7 +175,7 @@ SPOOL = Path("/spool")
 )
 def test_an_answer_must_be_of_its_task(task: Task, result: Any, reason: str | None) -> None:
     """A result of another kind, or a path or slot of another task, is refused by its name."""
-    reply = Done(7, result, 0.1)
+    reply = Done(7, result)
     if reason is None:
         validate_reply(reply, task, 3, SPOOL)
         return

@@ -24,13 +24,13 @@ from workers.protocol import (
     ArrayRef,
     Decoded,
     DecodeTask,
+    Done,
     Extracted,
     ExtractTask,
     Fetched,
     FetchTask,
     Part,
     Result,
-    TaskDone,
 )
 
 SEPARATE = FeatureSettings(ocr_mode="separate")
@@ -366,7 +366,7 @@ def test_slot_holds_the_most_a_file_can_give(ocr: bool) -> None:
 
 
 def test_the_times_of_stages_add_up_to_the_total(tmp_path: Path) -> None:
-    """However long workers say that they worked on media side by side: it is time by the clock."""
+    """They are times by the clock, though media are worked on side by side."""
     ended: list[PostTags] = []
     pool = FakePool(tmp_path)
     runs = PostRuns(pool)
@@ -383,7 +383,7 @@ def test_the_times_of_stages_add_up_to_the_total(tmp_path: Path) -> None:
         task_id, step = min(run.tasks.items())
         threading.Event().wait(0.003)  # the stages take time
         answer = Decoded(()) if isinstance(step.task, DecodeTask) else default_answer(step.task)
-        runs.handle(TaskDone(task_id, cast("Result", answer), 5.0, "w"))
+        runs.handle(Done(task_id, cast("Result", answer)))
     times = dict(ended[0].timings_ms)
     total = times.pop("total")
     assert set(times) == {"fetch", "decode", "fuse"}  # the text was extracted beside downloads

@@ -69,7 +69,7 @@ def test_decoding_waits_for_a_slot_and_fetching_for_the_decoders() -> None:
 
 
 def test_queue_is_bounded() -> None:
-    """A caller that takes in without end is told, before memory is gone."""
+    """A caller that submits without end gets an error before memory runs out."""
     made = scheduler()
     for _ in range(MAX_QUEUED):
         made.submit(text_task("x"), 99)

@@ -145,7 +145,7 @@ class AnyOrder(RuleBasedStateMachine):
             self.made.slots.release(slot)
         assert self.made.slots.free == 3
         assert not self.made.busy
-        assert not any(self.made.queued(lane) for lane in ("decode", "text", "video"))
+        assert not any(self.made.queued(name) for name in ("decode", "text", "video"))
 
 
 TestAnyOrder = AnyOrder.TestCase

@@ -42,7 +42,7 @@ def unpack(body: bytes, label: str, chunk: int = 1 << 16) -> bytes:
 @pytest.mark.parametrize("chunk", [1, 7, 1 << 16])
 @pytest.mark.parametrize("label", PACKERS)
 def test_packed_body_is_unpacked_whole(label: str, chunk: int) -> None:
-    """However it is cut into chunks; bytes behind it belong to nothing and change nothing."""
+    """The size of the chunks makes no difference, and bytes behind the body are ignored."""
     packed = PACKERS[label](CONTENT)
     assert unpack(packed, label, chunk) == CONTENT
     for stray in STRAY:

@@ -1,4 +1,4 @@
-"""Posts that a part of the model has learned from never make a figure that looks like new ones."""
+"""Posts that a part of the model was trained on never make a figure that looks like new ones."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ VALID = tuple(f"valid{i}" for i in range(15))
 
 
 def learn(folder: Path, post_ids: Iterable[str], stream: Stream = "image") -> None:
-    """Let the weights behind a stream have learned from posts."""
+    """Let the weights behind a stream be trained on posts."""
     for post_id in post_ids:
         features = read_features(folder / "features", post_id)
         write_features(folder / "features", features, support.FINGERPRINTS, (stream,))
@@ -86,8 +86,8 @@ def test_where_all_are_seen_posts_everything_says_so(
     config = runs.config_file(few_posts, **prepare(few_posts))
     assert train_net.main(["--model_config", str(config)]) == 0
     said = capsys.readouterr()
-    assert "of seen posts: gap " in said.out
-    assert "are seen posts" in said.err
+    assert "of training posts: gap " in said.out
+    assert "are training posts" in said.err
     run = few_posts / "run" / "latest"
     logs = [*run.glob("log/train.jsonl"), *run.glob("fold-*/log/train.jsonl")]
     events = [json.loads(line) for log in logs for line in log.read_text().splitlines()]
@@ -95,7 +95,7 @@ def test_where_all_are_seen_posts_everything_says_so(
     assert len(figures) >= 2
     assert all(event["seen_posts"] > 0 for event in figures)
     page = (run / "report" / "report.html").read_text()
-    assert "Seen posts." in page
+    assert "Training posts." in page
     assert 'id="modalities"' not in page.lower()
     assert json.loads((run / "report" / "report.json").read_text())["seen_posts"] > 0
     about = yaml.safe_load((few_posts / "bundle" / "bundle.yaml").read_text())
@@ -106,7 +106,7 @@ def test_where_all_are_seen_posts_everything_says_so(
 
 
 def test_weights_that_have_learned_from_the_validation_posts(few_posts: Path) -> None:
-    """A run that starts from another run's weights knows what these have learned from."""
+    """A run that starts from another run's weights knows what these were trained on."""
     swapped = {"train": str(few_posts / "valid.json"), "valid": None}
     runs.run(few_posts, trainer={"epochs": 1}, data=swapped, bundle={"out": str(few_posts / "b")})
     for start in (few_posts / "b", few_posts / "run" / "latest" / "ckpt" / "best.pt"):
@@ -119,9 +119,9 @@ def test_weights_that_have_learned_from_the_validation_posts(few_posts: Path) ->
 @pytest.mark.parametrize(
     ("posts", "learned", "says"),
     [
-        (("train",), (), "posts 37  labelled 37  of seen posts: gap "),
+        (("train",), (), "posts 37  labelled 37  of training posts: gap "),
         (("valid",), (), "posts 15  labelled 15  gap "),
-        (("valid",), VALID, "posts 15  labelled 15  of seen posts: gap "),
+        (("valid",), VALID, "posts 15  labelled 15  of training posts: gap "),
         (("train", "valid"), VALID[:5], "figures are of 10 posts: the bundle or the weights"),
     ],
 )
