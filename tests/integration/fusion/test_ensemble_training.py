@@ -18,6 +18,9 @@ from fusion.train import fold_training
 from fusion.train.trainer import TrainData, Trainer
 from tests.support.fusion import runs, support
 
+# What the charts show is tested with the report.
+pytestmark = pytest.mark.usefixtures("blank_charts")
+
 FOLDS: dict[str, Any] = {
     "ensemble": {"folds": 3},
     "trainer": {"epochs": 1},
