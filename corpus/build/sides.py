@@ -29,8 +29,9 @@ _RARE_WEIGHT = 0.05
 """Of a rare tag: it gives way, so that a frequent one comes out even."""
 _ENOUGH = 0.0005
 """Share of groups: a pass that moves fewer is the last."""
-_FEW = 200
-"""Up to so many groups exchanges are tried too: with few, single moves get stuck."""
+_FEW, _EXCHANGES = 200, 3
+"""Up to so many groups exchanges are tried too, in the first passes: single moves of few get stuck.
+More passes take seconds and make the sides no evener."""
 _LEAST = 1e-9
 """A move that makes less of a difference is rounding."""
 
@@ -126,9 +127,9 @@ class Sides:
 def deal(groups: Callable[[], Iterable[Group]], sides: Sides) -> None:
     """Deal groups, which can be read again and again in the same order, the largest first."""
     count = len(sides.side)
-    for _ in range(_PASSES):
+    for number in range(_PASSES):
         moved = sum(sides.settle(group) for group in groups())
-        if count <= _FEW:
+        if count <= _FEW and number < _EXCHANGES:
             moved += sum(sides.exchange(*pair) for pair in combinations(groups(), 2))
         if moved <= _ENOUGH * count:
             break

@@ -15,58 +15,17 @@ from bson import ObjectId
 from config.load import load_settings
 from config.settings import CacheSettings
 from deploy import embedded
-from king.broker.base import Delivery
-from king.broker.connect import open_broker
-from king.messages import PostMessage, parse_message
 from scripts.cli import run
+from tests.support.scripts.command import Command
 from workers.cache.store import open_store
 
 OLD, NOW, NEXT = (f"2026010{day}T000000Z-00000000" for day in (1, 2, 3))
 
 
-class Command:
-    """Runs commands with one configuration; knows the database and the queue."""
-
-    def __init__(self, folder: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
-        self.arguments = [
-            *("--set", f"embedded.folder={folder / 'embedded'}"),
-            *("--set", f"fusion.bundle={folder / 'bundle'}"),
-            *("--set", f"broker.queue={name}.posts"),
-            *("--set", f"store.database={name}"),
-        ]
-        overrides = [word for word in self.arguments if word != "--set"]
-        self.settings = embedded.resolve(load_settings(None, overrides))
-        self._capsys = capsys
-        (folder / "bundle").mkdir(exist_ok=True)
-        (folder / "bundle" / "bundle.yaml").write_text(f"version: {NOW}\nfeatures: {{}}\n")
-
-    def __call__(self, *words: str) -> tuple[int, str, str]:
-        code = run([*words, *self.arguments])
-        out, err = self._capsys.readouterr()
-        return code, out, err
-
-    def insert(self, documents: list[dict[str, Any]]) -> None:
-        with pymongo.MongoClient[dict[str, Any]](self.settings.store.url) as client:
-            store = self.settings.store
-            client[store.database][store.collection].insert_many(documents)
-
-    def queued(self) -> list[PostMessage]:
-        """Take every message off the queue."""
-        found: list[Delivery] = []
-        broker = open_broker(self.settings.broker)
-        broker.connect()
-        try:
-            broker.consume(found.append)
-            quiet = acknowledged = 0
-            while quiet < (2 if found else 20):
-                broker.drain(0.1)
-                quiet = 0 if len(found) > acknowledged else quiet + 1
-                for delivery in found[acknowledged:]:
-                    broker.ack(delivery)  # only then does it give more
-                acknowledged = len(found)
-        finally:
-            broker.close()
-        return [parse_message(delivery.body) for delivery in found]
+def insert(command: Command, documents: list[dict[str, Any]]) -> None:
+    store = embedded.resolve(command.settings).store
+    with pymongo.MongoClient[dict[str, Any]](store.url) as client:
+        client[store.database][store.collection].insert_many(documents)
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +37,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture
 def command(folder: Path, capsys: pytest.CaptureFixture[str], unique_name: str) -> Command:
-    made = Command(folder, capsys, unique_name)
+    (folder / "bundle").mkdir(exist_ok=True)
+    (folder / "bundle" / "bundle.yaml").write_text(f"version: {NOW}\nfeatures: {{}}\n")
+    queue, store = {"queue": f"{unique_name}.posts"}, {"database": unique_name}
+    made = Command(folder, capsys, broker=queue, store=store)
     versions = {"new": NEXT, "same": NOW, "old": OLD, "older": OLD}
     documents: list[dict[str, Any]] = [
         {"_id": name, "text": name[0], "insight": {"status": "tagged", "version": version}}
@@ -86,7 +48,7 @@ def command(folder: Path, capsys: pytest.CaptureFixture[str], unique_name: str) 
     ]
     for document in documents[::2]:  # new and old
         document["insight"]["partial"] = True
-    made.insert([*documents, {"_id": "untagged", "text": "u"}])
+    insert(made, [*documents, {"_id": "untagged", "text": "u"}])
     return made
 
 
@@ -119,7 +81,7 @@ def test_which_posts(command: Command, words: list[str], expected: set[str]) -> 
 def test_query_in_extended_json(command: Command) -> None:
     """The types that JSON lacks are written as for pull_posts."""
     wanted = ObjectId()
-    command.insert([{"_id": wanted, "text": "x"}])
+    insert(command, [{"_id": wanted, "text": "x"}])
     query = json.dumps({"_id": {"$oid": str(wanted)}})
     assert "retagging 1 posts" in command("retag", "--query", query)[1]
     assert [message.post_id for message in command.queued()] == [str(wanted)]
@@ -138,7 +100,7 @@ def test_from_a_file(command: Command, tmp_path: Path) -> None:
 
 def test_limit_of_many(command: Command) -> None:
     """A thousand posts stream through; with a limit only so many."""
-    command.insert([{"_id": f"m{i}", "text": "many"} for i in range(1000)])
+    insert(command, [{"_id": f"m{i}", "text": "many"} for i in range(1000)])
     query = ["--query", '{"text": "many"}']
     assert "retagging 700 posts" in command("retag", *query, "--limit", "700")[1]
     assert len(command.queued()) == 700
@@ -159,8 +121,7 @@ def test_limit_of_many(command: Command) -> None:
 )
 def test_mistakes(command: Command, words: list[str], reason: str) -> None:
     """A mistake is one line, exit 2, and nothing is published."""
-    code = run(["retag", *command.arguments, *words])
-    out, err = command._capsys.readouterr()
+    code, out, err = command("retag", *words)
     assert code == 2
     assert reason in err
     assert err.count("\n") == 1

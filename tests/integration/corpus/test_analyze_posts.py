@@ -246,35 +246,6 @@ def test_broken_lines_are_counted_with_their_reasons(tmp_path: Path) -> None:
     assert found["without_labels"] == 1
 
 
-@pytest.mark.parametrize(
-    ("more", "said"),
-    [
-        (["none.jsonl"], "none.jsonl: no such file"),
-        (["p.jsonl", "--media", "none"], "none: no such folder"),
-        (["p.jsonl", "--labels", "none.json"], "none.json: no such label map"),
-        (["p.jsonl", "--media", "bad"], "line 1"),
-        (["p.jsonl", "--text_threshold", "2"], "must lie in 0 to 1"),
-        (["p.jsonl", "--hash_distance", "17"], "'--hash_distance'"),
-    ],
-)
-def test_mistakes_are_one_line(
-    more: list[str],
-    said: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    """Exit 2 and one line that names the thing."""
-    monkeypatch.chdir(tmp_path)
-    Path("p.jsonl").write_text('{"post_id": "a"}\n')
-    Path("bad").mkdir()
-    Path("bad/manifest.jsonl").write_text("{}\n")
-    assert main([*more, "--out", "out"]) == 2
-    said_lines = [line for line in capsys.readouterr().err.splitlines() if "analyze_posts" in line]
-    assert len(said_lines) == 1
-    assert said in said_lines[0]
-
-
 def test_memory_does_not_grow_with_the_posts(tmp_path: Path) -> None:
     """Of 4 and of 80 MB of texts the peaks differ by the databases' caches, under 40 MB."""
     peaks = []

@@ -324,36 +324,3 @@ def test_full_disk_stops_it_with_one_line(
     assert not (out / "manifest.jsonl").exists()
     assert main(command(posts, out)) == 0
     assert results(out) == results(tmp_path / "calm")
-
-
-@pytest.mark.parametrize(
-    ("args", "said"),
-    [
-        (["none.jsonl", "--out", "o"], "none.jsonl: no such data file"),
-        (["empty.jsonl", "--out", "o"], "empty.jsonl: holds no readable post: it is empty"),
-        (["bad.jsonl", "--out", "o"], "all 2 lines are broken; line 1: not JSON"),
-        (["p.json", "--out", "o"], "p.json: not a JSON data file"),
-        (["p.jsonl", "--out", "p.jsonl"], "p.jsonl/.state: cannot be written: Not a directory"),
-        (["p.jsonl", "--out", "o", "--set", "fetch.nope=1"], "fetch.nope: unknown key"),
-        (["p.jsonl"], "Missing option '--out'"),
-        (["p.jsonl", "--out", "o", "--per_host", "0"], "'--per_host'"),
-    ],
-)
-def test_mistakes_are_one_line(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    args: list[str],
-    said: str,
-) -> None:
-    """A wrong file, folder, setting or option: exit 2 and a line that names it."""
-    monkeypatch.chdir(tmp_path)
-    Path("p.jsonl").write_text('{"post_id": "a"}\n')
-    Path("p.json").write_text("{")
-    Path("empty.jsonl").write_text("")
-    Path("bad.jsonl").write_text("{\n[]\n")
-    code = main(args)
-    error = capsys.readouterr().err
-    assert code == 2
-    assert said in error
-    assert len(error.strip().splitlines()) == 1

@@ -15,9 +15,8 @@ from bson import ObjectId
 from common.errors import ConfigError
 from common.post import Post
 from config.settings import StoreSettings
-from corpus.pull.command import Options, query_of
 from corpus.pull.pages import Pages, Position
-from corpus.pull.posts import Choice, LeftOut, hash_of, rare_tags, sample
+from corpus.pull.posts import Choice, LeftOut, hash_of, sample
 from corpus.pull.progress import Files
 from fusion.data.data_file import CorpusPost
 
@@ -55,23 +54,6 @@ def test_pages_hold_every_document_once(
         client.close()
 
 
-@pytest.mark.parametrize(
-    "value",
-    [
-        '{"$oid": "123"}',
-        '{"$numberDecimal": "many"}',
-        '{"$date": {"$numberLong": "999999999999999999999999999999"}}',
-        '{"$date": 1e30}',
-        '{"$binary": {"base64": "eA=="}}',
-    ],
-)
-def test_values_that_are_none_are_the_askers_mistake(tmp_path: Path, value: str) -> None:
-    """Extended JSON whose values cannot be made is refused in a line, whatever reading raises."""
-    options = Options(out=tmp_path / "p.jsonl", query=f'{{"a": {value}}}', overrides=[])
-    with pytest.raises(ConfigError, match=r"--query: not JSON: .+"):
-        query_of(options)
-
-
 def tagged(count: int) -> list[CorpusPost]:
     """Posts with tags of very different frequency."""
     chance = random.Random(3)
@@ -104,24 +86,6 @@ def test_sample_is_that_of_the_definition(count: int, minimum: int, tmp_path: Pa
     assert taken == expected
     Files(tmp_path / "p.jsonl", {}).keep_choice(choice)
     assert Files(tmp_path / "p.jsonl", {}).read_choice() == choice
-
-
-def test_rare_tags_are_those_below_the_minimum() -> None:
-    """Counted by posts; a post keeps its other tags, or is left out with a reason."""
-    posts = tagged(300)
-    counts = Counter(name for p in posts for name in p.post.labels)
-    minimum = counts["t3"]
-    choice = Choice(rare=rare_tags(posts, minimum), need_tag=True)
-    assert choice.rare == {name for name, count in counts.items() if count < minimum}
-    assert "t3" not in choice.rare
-    post = choice.without_rare(CorpusPost(Post("a", labels=("often", *choice.rare))))
-    assert post.post.labels == ("often",)
-    rare = CorpusPost(Post("a", labels=tuple(choice.rare)))
-    with pytest.raises(LeftOut, match="only tags of too few posts"):
-        choice.without_rare(rare)
-    with pytest.raises(LeftOut, match="no tags"):
-        choice.without_rare(CorpusPost(Post("a")))
-    assert Choice().without_rare(rare) is rare
 
 
 def test_lines_after_the_record_are_cut_off(tmp_path: Path) -> None:

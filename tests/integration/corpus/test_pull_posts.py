@@ -341,28 +341,6 @@ def test_database_that_is_away_is_waited_for(
     assert ids_of(tmp_path) == [f"p{i:05}" for i in range(500)]
 
 
-@pytest.mark.parametrize(
-    ("more", "said"),
-    [
-        (["--query", "{"], "--query: not JSON"),
-        (["--query", "[1]"], "--query: must be an object"),
-        (["--since", "soon"], "--since soon: write it as"),
-        (["--until", "soon"], "--until soon: write it as"),
-        (["--set", "store.fields.nope=x"], "store.fields.nope: unknown key"),
-        (["--out", "p.json"], "must end in .jsonl"),
-        (["--sample", "0"], "'--sample'"),
-    ],
-)
-def test_mistakes_are_one_line(
-    arguments: list[str], capsys: pytest.CaptureFixture[str], more: list[str], said: str
-) -> None:
-    """A wrong query, time, setting or option: exit 2 and a line that names it."""
-    code = main([*arguments, *more])
-    error = capsys.readouterr().err
-    assert (code, len(error.strip().splitlines())) == (2, 1)
-    assert said in error
-
-
 def test_embedded_database(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """``store.url embedded://`` starts what it needs; an empty collection gives an empty file."""
     sets = ["store.url=embedded://", f"embedded.folder={tmp_path / 'e'}"]

@@ -20,34 +20,10 @@ import pytest
 from common.processes import process_identity
 from config.load import load_settings
 from deploy import embedded
-from king.broker.base import Delivery
-from king.broker.connect import open_broker
-from king.messages import parse_message
+from king.messages import PostMessage
 from scripts.cli import run
 from tests.support.processes import python
-
-
-class Command:
-    """Runs commands with one configuration and keeps what they print."""
-
-    def __init__(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        self.config = folder / "settings.yaml"
-        self.config.write_text(
-            f"embedded: {{folder: '{folder / 'embedded'}'}}\n"
-            f"king: {{health_file: '{folder / 'king.json'}'}}\n"
-        )
-        self.settings = load_settings(self.config)
-        self._capsys = capsys
-
-    def __call__(self, *words: str) -> tuple[int, str, str]:
-        code = run([*words, "--config", str(self.config)])
-        out, err = self._capsys.readouterr()
-        return code, out, err
-
-    def json(self, *words: str) -> Any:
-        code, out, err = self(*words, "--json")
-        assert (code, err) == (0, "")
-        return json.loads(out)
+from tests.support.scripts.command import Command
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +44,7 @@ def command(folder: Path, capsys: pytest.CaptureFixture[str]) -> Command:
 def database(command: Command) -> Iterator[pymongo.database.Database[dict[str, Any]]]:
     """An empty database, and an empty queue."""
     resolved = embedded.resolve(command.settings)
-    queued(command)
+    command.queued()
     with pymongo.MongoClient[dict[str, Any]](resolved.store.url) as client:
         database = client[resolved.store.database]
         database["posts"].delete_many({})
@@ -76,22 +52,8 @@ def database(command: Command) -> Iterator[pymongo.database.Database[dict[str, A
         yield database
 
 
-def queued(command: Command) -> list[tuple[str, int, bool]]:
-    """Take everything off the queue."""
-    broker = open_broker(embedded.resolve(command.settings).broker)
-    broker.connect()
-    bodies: list[bytes] = []
-
-    def take(delivery: Delivery) -> None:
-        bodies.append(delivery.body)
-        broker.ack(delivery)
-
-    broker.consume(take)
-    while broker.drain(0.5):
-        pass
-    broker.close()
-    messages = map(parse_message, bodies)
-    return [(m.post_id, m.priority, m.force) for m in messages]
+def by_id(command: Command) -> list[PostMessage]:
+    return sorted(command.queued(), key=lambda message: message.post_id)
 
 
 def dead(post_id: str, stage: str, type_: str, age_s: float = 0.0) -> dict[str, Any]:
@@ -120,7 +82,8 @@ def test_publish_by_id_and_file(
     queue = command.json("status")["queue"]
     assert (queue["depth"], queue["unacknowledged"]) == (4, 0)
     assert "4 waiting, 0 unacknowledged" in command("status")[1]
-    assert sorted(queued(command)) == [(i, 3, True) for i in ("p1", "p2", "p3", "帖子")]
+    ids = ("p1", "p2", "p3", "帖子")
+    assert by_id(command) == [PostMessage(i, priority=3, force=True) for i in ids]
 
 
 def test_publish_says_which_ids_name_no_post(
@@ -151,7 +114,7 @@ def test_publish_from_standard_input(
 ) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("p1\np2\n"))
     assert command("publish", "--file", "-")[:2] == (0, "published 2 to insighttag.posts\n")
-    assert sorted(queued(command)) == [("p1", 0, False), ("p2", 0, False)]
+    assert by_id(command) == [PostMessage("p1"), PostMessage("p2")]
 
 
 def test_publish_untagged_leaves_out_results_and_jobs(
@@ -166,7 +129,7 @@ def test_publish_untagged_leaves_out_results_and_jobs(
     )
     database["jobs"].insert_one(dead("stuck", "extract", "NothingUsable"))
     assert command("publish", "--untagged")[1] == "published 1 to insighttag.posts\n"
-    assert queued(command) == [("new", 0, False)]
+    assert command.queued() == [PostMessage("new")]
     counts = command.json("status")["store"]["counts"]
     assert (counts["posts"], counts["tagged"], counts["jobs"]["dead"]) == (3, 1, 1)
     code, out, _ = command("status")
@@ -311,7 +274,7 @@ def test_dead_letters_are_listed_shown_replayed_and_dropped(
 
     code, out, _ = command("dead", "replay", "a", "d", "nobody")
     assert (code, out) == (2, "replayed 1\n")
-    assert queued(command) == [("a", 0, False)]
+    assert command.queued() == [PostMessage("a")]
     assert listed() == ["b", "c"]
     assert command("dead", "replay", "--stage", "fetch")[1] == "replayed 1\n"
     assert command("dead", "drop", "--all")[1] == "dropped 1\n"

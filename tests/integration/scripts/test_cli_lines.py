@@ -12,7 +12,8 @@ from deploy import embedded
 from king.messages import PostMessage, parse_message
 from scripts.cli import run
 from scripts.commands.publish import read_messages
-from tests.integration.scripts.test_cli import Command, command, database, dead, folder, queued
+from tests.integration.scripts.test_cli import by_id, command, database, dead, folder
+from tests.support.scripts.command import Command
 
 __all__ = ["command", "database", "folder"]  # fixtures
 
@@ -84,7 +85,11 @@ def test_what_a_line_says_goes_before_the_options(
     file.write_text("\n".join(lines))
     given = ("publish", "c", "--file", str(file), "--priority", "2")
     assert command(*given)[:2] == (0, "published 3 to insighttag.posts\n")
-    assert sorted(queued(command)) == [("a", 7, True), ("b", 2, False), ("c", 2, False)]
+    assert by_id(command) == [
+        PostMessage("a", priority=7, force=True),
+        PostMessage("b", priority=2),
+        PostMessage("c", priority=2),
+    ]
 
 
 @pytest.mark.parametrize("verb", ["replay", "drop"])

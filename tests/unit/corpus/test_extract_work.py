@@ -177,17 +177,3 @@ def test_the_command_decides_on_processes(tmp_path: Path) -> None:
         "image", [*base, "--devices", "cpu", "--share", "yes"]
     ).settings.workers.share_batches
     assert parse("text", base).failures == tmp_path / "failures_text.jsonl"
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        (["--features", "s3://bucket/f"], "must be a folder"),
-        (["--address", "auto"], "add --engine ray"),
-        (["--set", "features.image.sise=3"], "unknown key"),
-    ],
-)
-def test_mistakes_in_options_are_one_line(tmp_path: Path, options: list[str], said: str) -> None:
-    """They name what is wrong, and what to do."""
-    with pytest.raises(ConfigError, match=said):
-        parse("image", ["--input", "p.jsonl", "--features", str(tmp_path), *options])

@@ -93,10 +93,9 @@ def test_small_cases_come_near_the_best_of_all(seed: int) -> None:
     assert error(_dealt(groups, (0.5, 0.5), 4)[0]) <= np.quantile(errors, 0.1)
 
 
-@pytest.mark.parametrize(("posts", "links"), [(3000, 300), (600, 500)])
-def test_frequent_tags_are_dealt_evenly(posts: int, links: int) -> None:
+def test_frequent_tags_are_dealt_evenly() -> None:
     """Long-tailed tags, groups of all sizes: under 10% off for tags with 50 posts or more."""
-    classes, random = 24, np.random.default_rng(24)
+    posts, classes, random = 3000, 24, np.random.default_rng(24)
     chance = 1 / np.arange(1, classes + 1)
     chance /= chance.sum()
     tags = [
@@ -104,16 +103,16 @@ def test_frequent_tags_are_dealt_evenly(posts: int, links: int) -> None:
         for _ in range(posts)
     ]
     groups = Groups(posts)
-    for _ in range(links):
+    for _ in range(300):
         groups.join(random.integers(0, posts, 2).tolist())
-    groups.join(random.integers(0, posts, posts // 50).tolist())
+    groups.join(random.integers(0, posts, 60).tolist())
     number = _numbers(groups)
     side = _dealt(_groups(number.tolist(), tags), (0.8, 0.1, 0.1), classes)[0][number]
     truth = np.zeros((posts, classes))
     for row, listed in zip(truth, tags, strict=True):
         row[listed] = 1
     frequent = truth.sum(axis=0) >= 50
-    assert frequent.sum() > 5
+    assert frequent.sum() > 10
     for each in range(3):
         own = truth[side == each].mean(axis=0)[frequent]
         assert np.abs(own / truth.mean(axis=0)[frequent] - 1).max() < 0.1
