@@ -66,8 +66,9 @@ _VALUES: Mapping[bytes, Callable[[random.Random], bytes]] = MappingProxyType(
         b"s": lambda rng: rng.randbytes(2),
         b"I": lambda rng: rng.randbytes(4),
         b"l": lambda rng: rng.randbytes(8),
-        b"f": lambda rng: rng.randbytes(4),
-        b"d": lambda rng: rng.randbytes(8),
+        # No NaN and no infinity: RabbitMQ ends the connection of a publisher that sends one.
+        b"f": lambda rng: struct.pack(">f", rng.uniform(-1e38, 1e38)),
+        b"d": lambda rng: struct.pack(">d", rng.uniform(-1e300, 1e300)),
         b"D": lambda rng: rng.randbytes(5),
         b"T": lambda rng: rng.randbytes(8),
         b"S": lambda rng: _long(rng.randbytes(rng.randrange(40))),
