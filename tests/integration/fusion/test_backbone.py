@@ -179,14 +179,6 @@ def test_augmentation_keeps_shape_and_kind(kind: Kind) -> None:
             np.testing.assert_array_equal(found, np.broadcast_to(found[:1], found.shape))
 
 
-def test_items_that_are_not_finite(tmp_path: Path) -> None:
-    items, targets = patches(20, 1)
-    items[7][0, 0, 0] = np.nan
-    with pytest.raises(ConfigError, match="the loss is nan"):
-        learn("patch", (items, targets), patches(4, 2), tmp_path, epochs=1)
-    assert not (tmp_path / "weights.safetensors").exists()
-
-
 def test_unknown_architectures_and_weights_that_are_not_there() -> None:
     """Near names of timm are offered."""
     with pytest.raises(ConfigError, match=r"'resnet99': timm has no such model; near: .*resnet"):

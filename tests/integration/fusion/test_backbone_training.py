@@ -33,7 +33,6 @@ LSTM = {"projection": 16, "hidden": 8, "join": 32, "width": 24, "epochs": 2, "ba
 
 @pytest.fixture(scope="module")
 def posts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Data files of pictures and of videos, and their label map."""
     folder = tmp_path_factory.mktemp("posts")
     write_labels(folder)
     write_pictures(folder, "pictures", 18)
@@ -77,7 +76,6 @@ def settings(posts: Path, out: Path, task: str, **sections: Any) -> BackboneTrai
 
 
 def command(posts: Path, out: Path, task: str, *options: str, **sections: Any) -> int:
-    """`train_net.py` with a file of these settings."""
     file = out.parent / f"{out.name}.yaml"
     file.write_text(yaml.safe_dump(content(posts, out, task, **sections)), encoding="utf-8")
     return train_net.main(["--model_config", str(file), *options])
@@ -168,12 +166,10 @@ class _Tired(MediaItems):
     left: int
 
     def picture(self, path: Path, size: int) -> Any:
-        """A picture, as long as there is strength."""
         self._count()
         return super().picture(path, size)
 
     def frames(self, path: Path, size: int, count: int, random: Any) -> Any:
-        """Frames, as long as there is strength."""
         self._count()
         return super().frames(path, size, count, random)
 
@@ -184,7 +180,6 @@ class _Tired(MediaItems):
 
     @classmethod
     def after(cls, reads: int) -> _Tired:
-        """Stops after so many files."""
         made = cls()
         object.__setattr__(made, "left", reads)
         return made
@@ -292,21 +287,6 @@ def test_mistakes_are_one_line_and_exit_2(
     said = capsys.readouterr().err
     assert match in said
     assert len(said.strip().splitlines()) == 1
-
-
-def test_a_checkpoint_of_another_architecture_is_refused(
-    posts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The line names what differs; of videos only a run's folder is taken."""
-    out = tmp_path / "run"
-    assert command(posts, out, "image_backbone", "--epoch", "1") == 0
-    other = {"backbone": {"arch": "test_vit", "image_size": 64}}
-    resume = ("--resume", str(out))
-    assert command(posts, tmp_path / "o", "image_backbone", *resume, **other) == 2
-    assert "was made with another arch" in capsys.readouterr().err
-    last = str(out / "latest" / "ckpt" / "last.pt")
-    assert command(posts, tmp_path / "v", "video_backbone", "--resume", last) == 2
-    assert "--resume takes the folder of a run" in capsys.readouterr().err
 
 
 def test_the_configs_of_the_backbones_are_valid() -> None:

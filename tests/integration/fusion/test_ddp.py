@@ -61,7 +61,6 @@ def test_two_processes_learn_what_one_does(few_posts: Path) -> None:
 
 
 def test_a_mistake_of_one_process_is_one_line(few_posts: Path) -> None:
-    """In the middle of training, as in one process."""
     feature_path(few_posts / "features", "train20").write_bytes(b"broken")
     with pytest.raises(FeatureError, match=r"train20\.safetensors: cannot be read"):
         runs.run(few_posts, **options(2, str(few_posts / "run")))

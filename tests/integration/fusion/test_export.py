@@ -50,7 +50,6 @@ def three_posts() -> list[Features]:
 
 
 def batch_inputs(bundle: Bundle) -> dict[str, np.ndarray[Any, Any]]:
-    """The posts as another runtime takes them."""
     posts = three_posts()
     batch = Collate(bundle.schema)([Sample(p.post_id, bundle.schema.arrays(p)) for p in posts])
     inputs: dict[str, np.ndarray[Any, Any]] = {}
@@ -61,7 +60,6 @@ def batch_inputs(bundle: Bundle) -> dict[str, np.ndarray[Any, Any]]:
 
 
 def inferer_scores(bundle: Bundle) -> np.ndarray[Any, Any]:
-    """The same posts through the inferer, one by one."""
     inferer = Inferer(bundle)
     return np.stack([inferer.predict([post])[0].scores for post in three_posts()])
 

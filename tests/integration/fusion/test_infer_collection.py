@@ -20,7 +20,6 @@ from tests.support.scripts import infer_rig as rig
 
 
 def target(url: str, name: str) -> str:
-    """The collection of one test."""
     return f"{url.rstrip('/')}/{name}.tags"
 
 

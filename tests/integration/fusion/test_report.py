@@ -24,26 +24,8 @@ from fusion.train.training import TrainReport, train
 from tests.support.fusion import runs, support
 
 
-def plain_gap(rows: list[tuple[list[float], list[int]]], top_k: int = 20) -> float:
-    """GAP as it is defined, in plain Python, for scores without ties."""
-    pooled = [pair for scores, truth in rows for pair in best(scores, truth, top_k)]
-    assert len({score for score, _ in pooled}) == len(pooled), "ties would need a rule"
-    pooled.sort(key=lambda pair: -pair[0])
-    hits, total = 0, 0.0
-    for rank, (_, hit) in enumerate(pooled, 1):
-        hits += hit
-        total += hit * hits / rank
-    return total / sum(sum(truth) for _, truth in rows)
-
-
-def best(scores: list[float], truth: list[int], top_k: int) -> list[tuple[float, int]]:
-    """The pairs of the highest scores."""
-    return sorted(zip(scores, truth, strict=True), key=lambda pair: -pair[0])[:top_k]
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TrainReport]:
-    """A small training with calibration and a report."""
     folder = tmp_path_factory.mktemp("report")
     support.write_posts(folder, "train", 90, 1)
     support.write_posts(folder, "valid", 70, 2)
@@ -57,7 +39,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TrainReport
 
 
 def numbers(folder: Path) -> dict[str, Any]:
-    """``report.json``."""
     found: dict[str, Any] = json.loads(
         (folder / "run" / "latest" / "report" / "report.json").read_text()
     )
@@ -80,7 +61,7 @@ def test_three_ways_to_gap_agree(trained: tuple[Path, TrainReport], tmp_path: Pa
         # Text and back changes no bit.
         np.testing.assert_array_equal(line["scores"], scores)
         rows.append((line["scores"], [int(n in line["labels"]) for n in support.LABELS.names]))
-    gap = plain_gap(rows)
+    gap = support.plain_gap(rows)
     assert report.metrics["gap"] == pytest.approx(gap, abs=1e-9)
     assert numbers(folder)["metrics"]["gap"] == pytest.approx(gap, abs=1e-9)
     assert bundle.load_bundle(report.bundle).metrics["gap"] == pytest.approx(gap, abs=1e-9)
@@ -113,7 +94,6 @@ def test_the_numbers_are_those_of_the_written_scores(trained: tuple[Path, TrainR
 
 
 def plain_ece(scores: list[float], truth: list[bool], bins: int = 15) -> float:
-    """Expected calibration error, bin by bin."""
     total = 0.0
     for i in range(bins):
         inside = [
@@ -148,7 +128,7 @@ def test_every_subset_is_the_gap_of_posts_that_have_only_it(
         rows = list(zip(scores, targets, strict=True))
         some = [row for row, there in zip(rows, have, strict=True) if there]
         assert found[shown]["posts"] == sum(have)
-        assert found[shown]["gap_of_posts"] == pytest.approx(plain_gap(some), abs=1e-6)
+        assert found[shown]["gap_of_posts"] == pytest.approx(support.plain_gap(some), abs=1e-6)
     about = bundle.load_bundle(report.bundle)
     assert about.subsets == pytest.approx({"+".join(k): s["gap"] for k, s in found.items()})
     assert found[("image",)]["posts"] < 70

@@ -129,7 +129,6 @@ def test_a_run_that_cannot_begin_leaves_the_latest(
 
 
 def test_a_run_without_usable_posts_lists_them(few_posts: Path) -> None:
-    """The list lies in the folder of the run that failed, and `latest` does not lead to it."""
     config = runs.config_file(few_posts, trainer=ONE)
     none = few_posts / "none.json"
     none.write_text('[{"post_id": "x", "labels": ["nope"]}]')
@@ -146,19 +145,16 @@ SIZES = {"projection": 16, "hidden": 8, "join": 32, "width": 24}
 
 
 def sign(stage: str, **changes: Any) -> str:
-    """Return the signature of a stage's checkpoints."""
     labels = list(media_posts.COLOURS)
     parts = {"stage": stage, "arch": TINY_CNN, "image_size": 32, "labels": labels, **changes}
     return signature(parts)
 
 
 def save_stage(folder: Path, signed: str) -> None:
-    """Write a last checkpoint with that signature."""
     save_checkpoint(folder / "ckpt" / "last.pt", Checkpoint(signed, Progress(0), {}))
 
 
 def backbone_config(folder: Path, kind: str) -> Path:
-    """Write posts with media, and the config of a training."""
     labels = media_posts.write_labels(folder)
     write = media_posts.write_pictures if kind == "image" else media_posts.write_videos
     posts = write(folder, "train", 3)
@@ -181,6 +177,7 @@ BACKBONE_MISTAKES = {
     "no tsn": ("video", "no such checkpoint"),
     "tsn": ("video", "was made with another arch"),
     "lstm": ("video", "was made with another lstm"),
+    "file": ("video", "--resume takes the folder of a run"),
 }
 
 
@@ -194,14 +191,15 @@ def test_checkpoints_of_both_stages_are_read_before_a_backbones_run_begins(
     other = tmp_path / "other"
     other.mkdir()
     match mistake:
-        case "arch":
+        case "arch" | "file":
             save_stage(other, sign("image", arch="resnet18"))
         case "tsn":
             save_stage(other / "tsn", sign("tsn", arch="resnet18"))
         case "lstm":
             save_stage(other / "tsn", sign("tsn"))
             save_stage(other / "lstm", sign("lstm", lstm={**SIZES, "width": 8}, frames=20))
-    resume = other / "last.pt" if mistake == "typo" else other
+    files = {"typo": other / "last.pt", "file": other / "ckpt" / "last.pt"}
+    resume = files.get(mistake, other)
     assert train_net.main(["--model_config", str(config), "--resume", str(resume)]) == 2
     assert says in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

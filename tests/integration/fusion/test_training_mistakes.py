@@ -81,7 +81,6 @@ def test_a_loss_that_is_no_number_stops_the_run(few_posts: Path) -> None:
 
 
 def test_posts_without_the_modalities_asked_for(tmp_path: Path) -> None:
-    """There is nothing to train on; the line names the modalities."""
     for name in ("train", "valid"):
         entries = []
         for i in range(4):
@@ -138,7 +137,6 @@ def test_bad_posts_are_listed_and_left_out(
 
 
 def test_nothing_is_listed_where_nothing_is_bad(few_posts: Path) -> None:
-    """The list is there and empty; the weights are those without the option."""
     runs.run(few_posts, trainer=ONE)
     plain = runs.weights(few_posts)
     runs.run(few_posts, trainer=ONE, data={"skip_bad": True})

@@ -14,7 +14,6 @@ COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220)}
 
 
 def write_labels(folder: Path) -> Path:
-    """A label map of the colours."""
     path = folder / "labels.json"
     path.write_text(json.dumps({str(i): name for i, name in enumerate(COLOURS)}), encoding="utf-8")
     return path

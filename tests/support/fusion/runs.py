@@ -26,7 +26,6 @@ def run(folder: Path, resume: Path | None = None, **sections: Any) -> TrainRepor
 
 
 def checkpoint(folder: Path, name: str = "run") -> dict[str, Any]:
-    """The content of the last checkpoint."""
     content: dict[str, Any] = torch.load(
         folder / name / "latest" / "ckpt" / "last.pt", weights_only=True
     )
@@ -34,7 +33,6 @@ def checkpoint(folder: Path, name: str = "run") -> dict[str, Any]:
 
 
 def weights(folder: Path, name: str = "run") -> State:
-    """The weights of the last checkpoint."""
     found: State = checkpoint(folder, name)["model"]
     return found
 
@@ -61,12 +59,10 @@ def same(one: Any, other: Any) -> bool:
 
 
 def predictions(folder: Path) -> Predictions:
-    """Return the predictions in the report of the last run."""
     return Predictions.load(folder / "run" / "latest" / "report" / "scores.npz")
 
 
 def events(folder: Path, name: str = "run") -> list[dict[str, Any]]:
-    """The lines of a run's log."""
     lines = (folder / name / "latest" / "log" / "train.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
 
@@ -80,7 +76,6 @@ def config_file(folder: Path, **sections: Any) -> Path:
 
 
 def start_command(*arguments: str | Path, launcher: tuple[str, ...] = ()) -> subprocess.Popen[str]:
-    """Start `train_net.py` as a person would."""
     command = [*(launcher or (sys.executable,)), str(ROOT / "train_net.py"), *map(str, arguments)]
     return subprocess.Popen(
         command,
@@ -93,7 +88,6 @@ def start_command(*arguments: str | Path, launcher: tuple[str, ...] = ()) -> sub
 
 
 def command(*arguments: str | Path, launcher: tuple[str, ...] = ()) -> tuple[int, str, str]:
-    """Run `train_net.py` to its end; status, output, errors."""
     process = start_command(*arguments, launcher=launcher)
     try:
         out, err = process.communicate(timeout=240)

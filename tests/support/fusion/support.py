@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,12 +93,10 @@ def features(
 
 
 def manifest(**changes: Any) -> FeatureManifest:
-    """The manifest of `features`."""
     return FeatureManifest(**{"dims": DIMS, "fingerprints": FINGERPRINTS, **changes})
 
 
 def schema(**changes: Any) -> InputSchema:
-    """The schema of `features`."""
     return InputSchema.of(manifest(**changes), SMALL.tokens, CLASSES)
 
 
@@ -141,8 +139,21 @@ def write_posts(folder: Path, name: str, count: int, seed: int, *, classes: int 
     return file
 
 
+def plain_gap(rows: Iterable[tuple[Sequence[float], Sequence[float]]], top_k: int = 20) -> float:
+    """GAP of scores and truth as it is defined, in plain Python; for scores without ties."""
+    pooled: list[tuple[float, float]] = []
+    positives = 0.0
+    for scores, truth in rows:
+        positives += sum(truth)
+        pooled += sorted(zip(scores, truth, strict=True), reverse=True)[:top_k]
+    total = hits = 0.0
+    for rank, (_, hit) in enumerate(sorted(pooled, reverse=True), 1):
+        hits += hit
+        total += hit * hits / rank
+    return total / positives if positives else 0.0
+
+
 def records(path: Path) -> tuple[Record, ...]:
-    """All posts of a small data file."""
     return tuple(record_of(entry.value, entry.where, path) for entry in entries(path))
 
 

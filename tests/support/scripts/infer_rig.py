@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import yaml
 
@@ -60,6 +61,17 @@ def infer(folder: Path, *more: str, posts: str = "posts.json") -> int:
     return infer_net.main([*given, *more])
 
 
+def mistake(
+    capsys: pytest.CaptureFixture[str], folder: Path, *more: str, posts: str = "posts.json"
+) -> str:
+    """Return the one line with which an inference on a wrong input ends."""
+    capsys.readouterr()
+    assert infer(folder, *more, posts=posts) == 2
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == 1
+    return said
+
+
 def command(folder: Path, *more: str, posts: str = "posts.json") -> list[str]:
     """The same as a command line."""
     given = ["--infer_config", str(folder / "infer.yaml"), "--input", str(folder / posts)]
@@ -82,18 +94,3 @@ def rows(path: Path) -> list[dict[str, str]]:
     """The rows of a CSV file."""
     with path.open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
-
-
-def plain_gap(found: list[dict[str, Any]], names: tuple[str, ...], top_k: int = 20) -> float:
-    """GAP@k of written lines, in plain Python; for scores without ties."""
-    pairs: list[tuple[float, bool]] = []
-    positives = 0
-    for line in found:
-        truth = [name in line["labels"] for name in names]
-        positives += sum(truth)
-        pairs += sorted(zip(line["scores"], truth, strict=True), reverse=True)[:top_k]
-    total, hits = 0.0, 0
-    for rank, (_, hit) in enumerate(sorted(pairs, reverse=True), 1):
-        hits += hit
-        total += hits / rank if hit else 0.0
-    return total / positives

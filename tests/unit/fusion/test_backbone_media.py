@@ -33,7 +33,6 @@ SIZE = 32
 
 @pytest.fixture(scope="module")
 def posts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Data files of pictures and of videos, and their label map."""
     folder = tmp_path_factory.mktemp("posts")
     write_labels(folder)
     write_pictures(folder, "pictures", 4)

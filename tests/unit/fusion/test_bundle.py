@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,7 @@ import pytest
 import torch
 import yaml
 
-from common.errors import BundleError, ConfigError, FeatureError
-from common.post import Features
+from common.errors import BundleError, ConfigError
 from fusion.bundle import bundle
 from fusion.infer.inferer import Inferer
 from fusion.metrics.calibration import Temperature
@@ -20,7 +20,6 @@ from tests.support.fusion import support
 
 
 def write(folder: Path, seed: int = 0, **changes: Any) -> str:
-    """Write a bundle with random weights."""
     torch.manual_seed(seed)
     return support.write_bundle(folder, **{"metrics": {"gap": 0.9}, **changes})
 
@@ -68,7 +67,15 @@ def _edit(path: Path, **changes: object) -> None:
     path.write_text(yaml.safe_dump({**content, **changes}))
 
 
-BROKEN = {
+def _calibrated(**calibration: object) -> Callable[[Path], None]:
+    return lambda folder: _edit(folder / "bundle.yaml", calibration=calibration)
+
+
+def _isotonic(scores: list[float], values: list[float]) -> Callable[[Path], None]:
+    return _calibrated(kind="isotonic", scores=scores, values=values)
+
+
+BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "no folder": (lambda b: [p.unlink() for p in b.iterdir()], "bundle.yaml is missing"),
     "no weights": (lambda b: (b / "model.safetensors").unlink(), "model.safetensors: is missing"),
     "no labels": (lambda b: (b / "labels.json").unlink(), "labels.json: is missing"),
@@ -83,6 +90,13 @@ BROKEN = {
         lambda b: _edit(b / "bundle.yaml", model={"name": "concat_se"}),
         "does not fit the architecture",
     ),
+    "no such calibration": (_calibrated(kind="magic"), "calibration"),
+    "cold": (_calibrated(kind="temperature", temperature=0), "calibration.*greater than 0"),
+    "falling": (_isotonic([0.1, 0.5], [0.9, 0.1]), "must not fall"),
+    "unsorted": (_isotonic([0.5, 0.1], [0.1, 0.9]), "must rise"),
+    "uneven": (_isotonic([0.5], [0.1, 0.9]), "equally many"),
+    "wild": (_isotonic([0.1, 0.5], [0.1, 1.9]), r"in \[0, 1\]"),
+    "empty": (_isotonic([], []), "calibration.*at least 1"),
     "other format": (lambda b: _edit(b / "bundle.yaml", format=9), "format"),
 }
 
@@ -92,15 +106,32 @@ def test_a_broken_bundle_is_refused_in_one_line(name: str, tmp_path: Path) -> No
     """The error names what is missing, cut or swapped; nothing half-loaded is served."""
     spoil, says = BROKEN[name]
     write(tmp_path / "b")
-    spoil(tmp_path / "b")  # type: ignore[no-untyped-call]
+    spoil(tmp_path / "b")
     with pytest.raises(BundleError, match=says) as caught:
         bundle.load_bundle(tmp_path / "b")
     assert "\n" not in str(caught.value)
     assert str(tmp_path / "b") in str(caught.value)
 
 
+def test_bundles_of_before_still_load(tmp_path: Path) -> None:
+    """Without the keys that came later: one model, no calibration, the sections that there were."""
+    write(tmp_path / "b", subsets={"text": 0.5})
+    wanted = Inferer.load(tmp_path / "b").predict([support.features()])[0].scores
+    assert bundle.load_bundle(tmp_path / "b").subsets == {"text": 0.5}
+    path = tmp_path / "b" / "bundle.yaml"
+    content = yaml.safe_load(path.read_text())
+    for key in ("calibration", "subsets", "averaging", "members_sha256"):
+        del content[key]
+    sections = ("name", "modality_dropout", "tokens", "token_transformer")
+    content["model"] = {key: content["model"][key] for key in sections}
+    content["model"]["concat_se"] = {"modality_width": 16, "width": 32, "dropout": 0.1}
+    path.write_text(yaml.safe_dump(content))
+    found = bundle.load_bundle(tmp_path / "b")
+    assert (len(found.members), found.subsets, found.calibration) == (1, {}, None)
+    np.testing.assert_array_equal(Inferer(found).predict([support.features()])[0].scores, wanted)
+
+
 def test_versions_sort_by_time_and_end_in_the_weights(tmp_path: Path) -> None:
-    """A later bundle has the greater version, as text."""
     first = write(tmp_path / "b", seed=1)
     assert bundle.newest_version(tmp_path / "b") == first
     second = write(tmp_path / "b", seed=2)
@@ -110,7 +141,6 @@ def test_versions_sort_by_time_and_end_in_the_weights(tmp_path: Path) -> None:
 
 
 def test_newest_version_of_nothing_is_none(tmp_path: Path) -> None:
-    """A folder that is missing, empty or broken has no version, and raises nothing."""
     assert bundle.newest_version(tmp_path / "none") is None
     for text in ("", "a: [", "- 1", "version: 7"):
         (tmp_path / "bundle.yaml").write_text(text)
@@ -186,25 +216,6 @@ def test_tags_are_those_over_their_thresholds(tmp_path: Path) -> None:
         assert tag.score == pytest.approx(float(tags.scores[tag.id]))
     write(tmp_path / "high", thresholds=np.full(support.CLASSES, 1.0, np.float32))
     assert Inferer.load(tmp_path / "high").predict([support.features()])[0].tags == ()
-
-
-def test_without_a_modality_equals_a_post_that_lacks_it(tmp_path: Path) -> None:
-    """Hiding a modality is what measuring its worth needs: the same as never having had it."""
-    write(tmp_path / "b")
-    inferer = Inferer.load(tmp_path / "b")
-    hidden = inferer.predict([support.features()], without=frozenset({"audio"}))[0]
-    lacking = inferer.predict([support.features(lengths={"audio": 0})])[0]
-    np.testing.assert_allclose(hidden.scores, lacking.scores, atol=1e-6)
-    whole = inferer.predict([support.features()])[0]
-    assert np.abs(whole.scores - hidden.scores).max() > 1e-4
-
-
-def test_features_of_another_length_are_refused(tmp_path: Path) -> None:
-    """The error names the post, so that the others of its batch can go on."""
-    write(tmp_path / "b")
-    wrong = Features("p9", {"text": np.zeros((1, 3), np.float16)}, {})
-    with pytest.raises(FeatureError, match="post p9: text"):
-        Inferer.load(tmp_path / "b").predict([wrong])
 
 
 def test_a_device_that_is_not_there(tmp_path: Path) -> None:

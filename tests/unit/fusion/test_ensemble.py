@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import yaml
 
 from common.errors import BundleError
 from fusion.bundle import bundle
@@ -20,7 +19,6 @@ from tests.unit.fusion.test_bundle import write
 
 
 def member(seed: int) -> Any:
-    """A small model with weights of its own."""
     torch.manual_seed(seed)
     return support.model("token_transformer")
 
@@ -83,16 +81,3 @@ def test_a_member_that_is_missing_or_another_is_refused(tmp_path: Path) -> None:
     other.unlink()
     with pytest.raises(BundleError, match=r"members/1.safetensors: is missing"):
         bundle.load_bundle(folder)
-
-
-def test_a_bundle_of_before_ensembles_loads(tmp_path: Path) -> None:
-    """Without the newer keys it is one model, with no subsets measured."""
-    write(tmp_path / "b", subsets={"text": 0.5})
-    assert bundle.load_bundle(tmp_path / "b").subsets == {"text": 0.5}
-    about = tmp_path / "b" / "bundle.yaml"
-    content = yaml.safe_load(about.read_text())
-    for key in ("subsets", "averaging", "members_sha256"):
-        del content[key]
-    about.write_text(yaml.safe_dump(content))
-    found = bundle.load_bundle(tmp_path / "b")
-    assert (len(found.members), found.subsets) == (1, {})

@@ -69,7 +69,6 @@ def test_parts_that_cannot_be(posts: int, folds: int) -> None:
 
 @pytest.fixture
 def lists(tmp_path: Path) -> tuple[PostList, PostList]:
-    """Two data files of nine and five posts."""
     paths = [support.write_posts(tmp_path, name, n, n) for name, n in (("a", 9), ("b", 5))]
     first, second = (PostList.read(path, support.LABELS) for path in paths)
     return first, second

@@ -134,7 +134,6 @@ def test_batches_know_their_number(count: int, size: int) -> None:
 
 
 def test_processes_share_an_epoch() -> None:
-    """Two processes see every post together, in the same number of steps."""
     both = [list(EpochBatches(21, 4, 0, rank=r, world=2)) for r in range(2)]
     alone = list(EpochBatches(21, 4, 0, rank=0, world=1))
     assert len(both[0]) == len(both[1]) == len(alone)

@@ -86,7 +86,6 @@ def test_a_loss_equals_its_formula(name: str) -> None:
 
 
 def test_focal_equals_torchvision() -> None:
-    """Another implementation of the same paper."""
     settings = LossSettings.model_validate(SETTINGS["focal alpha"])
     logits, targets = given()
     wanted = sigmoid_focal_loss(logits, targets.round(), alpha=0.25, gamma=1.5, reduction="mean")

@@ -15,24 +15,10 @@ from sklearn.metrics import (
 )
 
 from fusion.metrics import ranking as metrics
+from tests.support.fusion import support
 
 SCORES = [[0.9, 0.1, 0.6], [0.2, 0.8, 0.7]]
 TARGETS = [[1, 0, 1], [0, 1, 0]]
-
-
-def slow_gap(scores: np.ndarray, targets: np.ndarray, top_k: int) -> float:
-    """GAP written down as it is defined, with plain lists; for scores without ties."""
-    pooled = []
-    for row, truth in zip(scores.tolist(), targets.tolist(), strict=True):
-        pooled += sorted(zip(row, truth, strict=True), key=lambda pair: -pair[0])[:top_k]
-    pooled.sort(key=lambda pair: -pair[0])
-    positives = sum(sum(truth) for truth in targets.tolist())
-    total, hits = 0.0, 0
-    for rank, (_, hit) in enumerate(pooled, 1):
-        if hit:
-            hits += 1
-            total += hits / rank
-    return total / positives if positives else 0.0
 
 
 def case(seed: int) -> tuple[np.ndarray, np.ndarray, int]:
@@ -53,7 +39,8 @@ def test_gap_agrees_with_a_slow_implementation() -> None:
     for seed in range(60):
         scores, targets, top_k = case(seed)
         found = metrics.global_average_precision(scores, targets, top_k)
-        assert found == pytest.approx(slow_gap(scores, targets, top_k), abs=1e-12), seed
+        wanted = support.plain_gap(zip(scores.tolist(), targets.tolist(), strict=True), top_k)
+        assert found == pytest.approx(wanted, abs=1e-12), seed
 
 
 def test_no_order_changes_a_metric() -> None:
@@ -147,7 +134,6 @@ def test_f1_agrees_with_scikit_learn() -> None:
 
 
 def test_hit_at_one_and_perr_by_hand() -> None:
-    """Three samples: found at once, found second, without labels."""
     scores = [[0.9, 0.8, 0.1], [0.9, 0.8, 0.1], [0.5, 0.4, 0.3]]
     targets = [[1, 1, 0], [0, 1, 0], [0, 0, 0]]
     assert metrics.hit_at_one(scores, targets) == pytest.approx(1 / 3)

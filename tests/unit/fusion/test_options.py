@@ -19,7 +19,6 @@ from tests.support.fusion import runs
 
 
 def given(*options: str) -> TrainSettings:
-    """The settings of a fusion training."""
     found = train_settings(train_options(options))
     assert isinstance(found, TrainSettings)
     return found
@@ -97,7 +96,6 @@ def test_the_sample_config_is_whole() -> None:
 def test_a_mistake_in_the_options_exits_2(
     arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One line on standard error that names the key or file."""
     assert train_net.main(arguments) == 2
     printed = capsys.readouterr().err
     assert says in printed

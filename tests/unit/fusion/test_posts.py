@@ -31,7 +31,6 @@ ENTRIES: list[dict[str, Any]] = [
 
 
 def written(folder: Path, name: str, content: list[Any], **how: Any) -> Path:
-    """A data file of entries, as a list or as lines."""
     file = folder / name
     if name.endswith(".jsonl"):
         text = "\n\n".join(json.dumps(entry, **how) for entry in content)
@@ -80,7 +79,6 @@ def test_entries_are_what_json_says_wherever_blocks_end(
     ],
 )
 def test_a_broken_data_file_is_one_line(text: str, says: str, tmp_path: Path) -> None:
-    """The line names the file and what is wrong."""
     file = tmp_path / "a.json"
     file.write_text(text)
     with pytest.raises(ConfigError) as caught:

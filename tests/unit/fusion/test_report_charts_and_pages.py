@@ -24,7 +24,6 @@ from fusion.report.view import view_post
 def some_predictions(
     posts: int = 60, tags: int = 5, seed: int = 0, name: str = "tag"
 ) -> Predictions:
-    """Scores that know something of random truth."""
     chance = np.random.default_rng(seed)
     targets = chance.random((posts, tags)) < 0.3
     scores = 0.35 * targets + 0.65 * chance.random((posts, tags))

@@ -13,12 +13,10 @@ from fusion.train.run_log import RunLog, read_run
 
 
 def log(folder: Path, *, tensorboard: bool = True) -> RunLog:
-    """A log that speaks."""
     return RunLog(folder / "log" / "train.jsonl", enabled=True, tensorboard=tensorboard)
 
 
 def epochs(run: RunLog, first: int, last: int, loss: float) -> None:
-    """Write the log of a trainer with epochs of two steps."""
     for epoch in range(first, last + 1):
         for step in (1, 2):
             run.write("step", epoch=epoch, step=step, loss=loss + step, learning_rate=0.1)
@@ -27,7 +25,6 @@ def epochs(run: RunLog, first: int, last: int, loss: float) -> None:
 
 
 def curves(folder: Path) -> EventAccumulator:
-    """Return TensorBoard's view of a folder."""
     found = EventAccumulator(str(folder / "log" / "tensorboard"))
     found.Reload()
     return found
