@@ -228,6 +228,19 @@ def precision_recall(scores: npt.ArrayLike, targets: npt.ArrayLike) -> Precision
     )
 
 
+TITLES = {
+    "gap": "GAP@20",
+    "map": "mAP",
+    "hit_at_1": "Hit@1",
+    "perr": "PERR",
+    "f1_micro": "micro F1",
+    "f1_macro": "macro F1",
+    "accuracy": "accuracy of decisions",
+    "accuracy_exact": "posts wholly right",
+}
+"""Names of the `summary`'s metrics on a report's page, in their order there."""
+
+
 def summary(
     scores: npt.ArrayLike, targets: npt.ArrayLike, thresholds: npt.ArrayLike = 0.5
 ) -> dict[str, float]:

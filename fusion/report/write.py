@@ -15,7 +15,7 @@ from common.html import render
 from common.progress import Bar, progress_bar
 from config.train import ReportSettings
 from fusion.metrics.calibration import reliability
-from fusion.metrics.ranking import summary
+from fusion.metrics.ranking import TITLES, summary
 from fusion.report import charts
 from fusion.report.predictions import SCORES, Predictions, confusions, tag_rows, worst
 from fusion.report.subsets import SubsetGap
@@ -27,17 +27,6 @@ if TYPE_CHECKING:
 PAGE, NUMBERS = "report.html", "report.json"
 _TEMPLATE = Path(__file__).with_name("report.html.j2")
 _BEST_TAGS = 4  # highest scores that the card of a mistake shows
-
-_SHOWN_METRICS = {
-    "gap": "GAP@20",
-    "map": "mAP",
-    "hit_at_1": "Hit@1",
-    "perr": "PERR",
-    "f1_micro": "micro F1",
-    "f1_macro": "macro F1",
-    "accuracy": "accuracy of decisions",
-    "accuracy_exact": "posts wholly right",
-}
 
 
 @dataclass(frozen=True)
@@ -157,7 +146,7 @@ def _measured(
     }
     shown = {
         "predictions": True,
-        "figure_rows": [(round(metrics[key], 4), name, "") for key, name in _SHOWN_METRICS.items()],
+        "figure_rows": [(round(metrics[key], 4), name, "") for key, name in TITLES.items()],
         "tags": [row[1:] for row in rows],
         "confusions": [(names[c.missed], names[c.given], c.posts, c.share) for c in confused],
         "mistakes": [

@@ -21,7 +21,6 @@ from fusion.bundle.export_lstm import Kind, exportable
 from fusion.infer.inferer import Inferer
 from fusion.metrics.calibration import Temperature, calibrated
 from fusion.models import MODELS
-from fusion.models.base import Collate, Sample
 from tests.support.fusion import support
 from tests.support.scripts import infer_rig as rig
 
@@ -50,8 +49,7 @@ def three_posts() -> list[Features]:
 
 
 def batch_inputs(bundle: Bundle) -> dict[str, np.ndarray[Any, Any]]:
-    posts = three_posts()
-    batch = Collate(bundle.schema)([Sample(p.post_id, bundle.schema.arrays(p)) for p in posts])
+    batch = support.batch(three_posts(), of=bundle.schema)
     inputs: dict[str, np.ndarray[Any, Any]] = {}
     for stream in bundle.schema.dims:
         inputs[stream] = batch.tokens[stream].numpy()

@@ -14,7 +14,6 @@ import torch
 from extractors.feature_file import feature_path, write_features
 from fusion.bundle.bundle import load_bundle
 from fusion.data.dataset import FeatureFiles
-from fusion.models.base import Collate, Sample
 from tests.support.fusion import support
 from tests.support.scripts import infer_rig as rig
 
@@ -29,7 +28,7 @@ def expected_scores(folder: Path, post_ids: list[str]) -> np.ndarray[Any, Any]:
     found = []
     for post_id in post_ids:
         features = FeatureFiles(folder / "features").features(post_id, None, None)
-        batch = Collate(bundle.schema)([Sample(post_id, bundle.schema.arrays(features))])
+        batch = support.batch([features], of=bundle.schema)
         with torch.no_grad():
             found.append(torch.sigmoid(bundle.model(batch))[0].numpy())
     return np.array(found)
@@ -187,11 +186,8 @@ def spoil(folder: Path) -> None:
     root, entries = folder / "features", json.loads((folder / "posts.json").read_text())
     feature_path(root, "posts3").unlink()
     feature_path(root, "posts8").write_bytes(b"\x00" * 40)
-    other = {**support.FINGERPRINTS, "audio": "audio-2"}
-    write_features(root, support.features("posts9"), other)
-    odd = support.features("posts20")
-    odd.arrays["text"][0, 0] = np.inf
-    write_features(root, odd, support.FINGERPRINTS)
+    support.spoil_features(folder, "posts9", audio="audio-2")
+    support.spoil_features(folder, "posts20", value=np.inf)
     narrow = support.features("posts21")
     narrow.arrays["video"] = narrow.arrays["video"][:, :5]  # type: ignore[index]
     write_features(root, narrow, support.FINGERPRINTS)

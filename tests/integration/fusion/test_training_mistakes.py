@@ -24,17 +24,6 @@ def _entries(folder: Path, change: Any) -> None:
     file.write_text(json.dumps(entries))
 
 
-def _other_fingerprint(folder: Path) -> None:
-    found = support.features("train30", seed=1)
-    write_features(folder / "features", found, {**support.FINGERPRINTS, "audio": "audio-2"})
-
-
-def _not_finite(folder: Path) -> None:
-    found = support.features("train30", seed=1)
-    found.arrays["text"][0, 0] = np.inf
-    write_features(folder / "features", found, support.FINGERPRINTS)
-
-
 MISTAKES: dict[str, tuple[Any, str]] = {
     "label": (
         lambda d: _entries(d, lambda e: e[3].update(labels=["nope"])),
@@ -49,12 +38,18 @@ MISTAKES: dict[str, tuple[Any, str]] = {
         "post train3: the data file names no feature file",
     ),
     "missing": (lambda d: (d / "valid.json").unlink(), "valid.json: no such data file"),
-    "fingerprint": (_other_fingerprint, "audio was made with audio-2, but audio-1 is needed"),
+    "fingerprint": (
+        lambda d: support.spoil_features(d, "train30", audio="audio-2"),
+        "audio was made with audio-2, but audio-1 is needed",
+    ),
     "broken": (
         lambda d: feature_path(d / "features", "train0").write_bytes(b"x"),
         "cannot be read as a feature file",
     ),
-    "not finite": (_not_finite, "post train30: text features are not finite"),
+    "not finite": (
+        lambda d: support.spoil_features(d, "train30", value=np.inf),
+        "post train30: text features are not finite",
+    ),
 }
 
 
@@ -109,11 +104,8 @@ def spoil(folder: Path) -> None:
     feature_path(root, "train5").unlink()
     feature_path(root, "train9").write_bytes(b"broken")
     feature_path(root, "valid2").write_bytes(b"")
-    other = {**support.FINGERPRINTS, "audio": "audio-2"}
-    write_features(root, support.features("train0", seed=1), other)  # the first post of all
-    found = support.features("train20", seed=1)
-    found.arrays["text"][0, 0] = np.nan
-    write_features(root, found, support.FINGERPRINTS)
+    support.spoil_features(folder, "train0", audio="audio-2")  # the first post of all
+    support.spoil_features(folder, "train20")
 
 
 def test_bad_posts_are_listed_and_left_out(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from common.post import MODALITIES, Features, Modality, Status, Stream
 from config.fusion_models import ModelSettings
@@ -18,7 +19,7 @@ from extractors.feature_file import write_features
 from fusion.bundle.bundle import save_bundle
 from fusion.data.data_file import Record, entries, record_of
 from fusion.models import FusionModel, build_model
-from fusion.models.base import FeatureManifest, InputSchema
+from fusion.models.base import Batch, Collate, FeatureManifest, InputSchema, Sample
 
 DIMS: dict[Modality, int] = {"video": 12, "image": 12, "audio": 6, "text": 10, "ocr": 10}
 FINGERPRINTS: dict[Stream, str] = {m: f"{m}-1" for m in MODALITIES}
@@ -100,6 +101,24 @@ def schema(**changes: Any) -> InputSchema:
     return InputSchema.of(manifest(**changes), SMALL.tokens, CLASSES)
 
 
+def batch(
+    posts: Sequence[Features],
+    targets: npt.NDArray[np.float32] | None = None,
+    of: InputSchema | None = None,
+) -> Batch:
+    """Posts as a model takes them."""
+    of = of or schema()
+    truth = [None] * len(posts) if targets is None else list(targets)
+    pairs = zip(posts, truth, strict=True)
+    return Collate(of)([Sample(p.post_id, of.arrays(p), target) for p, target in pairs])
+
+
+def truth(posts: int) -> npt.NDArray[np.float32]:
+    """Random targets ``(posts, classes)``."""
+    found = np.random.default_rng(7).random((posts, CLASSES)) < 0.4
+    return found.astype(np.float32)
+
+
 def model(name: str, **changes: Any) -> FusionModel:
     """A small model with fresh weights, in evaluation mode."""
     settings = SMALL.model_copy(update={"name": name})
@@ -137,6 +156,16 @@ def write_posts(folder: Path, name: str, count: int, seed: int, *, classes: int 
     file = folder / f"{name}.json"
     file.write_text(json.dumps(entries), encoding="utf-8")
     return file
+
+
+def spoil_features(
+    folder: Path, post_id: str, *, seed: int = 0, value: float = np.nan, **fingerprints: str
+) -> None:
+    """Write a post's features anew, with a text that is not finite or with other fingerprints."""
+    found = features(post_id, seed=seed)
+    if not fingerprints:
+        found.arrays["text"][0, 0] = value
+    write_features(folder / "features", found, {**FINGERPRINTS, **fingerprints})  # type: ignore[dict-item]
 
 
 def plain_gap(rows: Iterable[tuple[Sequence[float], Sequence[float]]], top_k: int = 20) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -76,7 +77,7 @@ def _isotonic(scores: list[float], values: list[float]) -> Callable[[Path], None
 
 
 BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no folder": (lambda b: [p.unlink() for p in b.iterdir()], "bundle.yaml is missing"),
+    "no folder": (shutil.rmtree, "bundle.yaml is missing"),
     "no weights": (lambda b: (b / "model.safetensors").unlink(), "model.safetensors: is missing"),
     "no labels": (lambda b: (b / "labels.json").unlink(), "labels.json: is missing"),
     "cut weights": (lambda b: _cut(b / "model.safetensors"), "model.safetensors: is truncated"),

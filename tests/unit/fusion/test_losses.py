@@ -13,7 +13,7 @@ from common.errors import ConfigError
 from config.load import validate
 from config.train import LossSettings, TrainSettings
 from fusion.models import build_model
-from fusion.models.base import Batch, Collate, Sample
+from fusion.models.base import Batch
 from fusion.train.losses import Objective, TaggingLoss, class_weights, mixed, mixed_with
 from tests.support.fusion import support
 
@@ -221,16 +221,12 @@ def test_a_loss_that_does_not_exist_is_one_line() -> None:
 
 def batch() -> Batch:
     """Three posts of different lengths; the second has no sound, and garbage in its padding."""
-    schema = support.schema()
     posts = [
         support.features("a", seed=1, lengths={"video": 2}),
         support.features("b", seed=2, lengths={"audio": 0, "video": 5}),
         support.features("c", seed=3),
     ]
-    eye = np.eye(3, support.CLASSES, dtype=np.float32)
-    found = Collate(schema)(
-        [Sample(p.post_id, schema.arrays(p), eye[i]) for i, p in enumerate(posts)]
-    )
+    found = support.batch(posts, np.eye(3, support.CLASSES, dtype=np.float32))
     for modality, tokens in found.tokens.items():
         tokens[~found.masks[modality]] = float("nan")
     return found

@@ -173,7 +173,9 @@ def test_the_summary_is_its_parts() -> None:
     thresholds = chance.random(6)
     f1 = metrics.f1_scores(scores, targets, thresholds)
     right = metrics.accuracy(scores, targets, thresholds)
-    assert metrics.summary(scores, targets, thresholds) == {
+    found = metrics.summary(scores, targets, thresholds)
+    assert found.keys() == metrics.TITLES.keys()
+    assert found == {
         "gap": metrics.global_average_precision(scores, targets),
         "hit_at_1": metrics.hit_at_one(scores, targets),
         "perr": metrics.precision_at_equal_recall(scores, targets),

@@ -16,7 +16,7 @@ from common.post import MODALITIES, Features, Stream
 from config.fusion_models import MbtSettings, ModelSettings, NextVladSettings
 from config.train import LossSettings, OptimizerSettings
 from fusion.models import MODELS, build_model
-from fusion.models.base import Batch, Collate, ModalityDropout, Sample
+from fusion.models.base import Batch, ModalityDropout
 from fusion.models.transformers import Block, positions
 from fusion.models.vlad import MaskedBatchNorm, NeXtVLAD
 from fusion.train.losses import Objective, TaggingLoss
@@ -34,15 +34,7 @@ POSTS = [
 
 
 def batch_of(posts: list[Features], *, targets: bool = False) -> Batch:
-    schema = support.schema()
-    chance = np.random.default_rng(7)
-    truth = (chance.random((len(posts), support.CLASSES)) < 0.4).astype(np.float32)
-    return Collate(schema)(
-        [
-            Sample(p.post_id, schema.arrays(p), truth[i] if targets else None)
-            for i, p in enumerate(posts)
-        ]
-    )
+    return support.batch(posts, support.truth(len(posts)) if targets else None)
 
 
 def lively(name: str, **changes: object) -> Any:

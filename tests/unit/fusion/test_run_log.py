@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,12 +17,21 @@ def log(folder: Path, *, tensorboard: bool = True) -> RunLog:
     return RunLog(folder / "log" / "train.jsonl", enabled=True, tensorboard=tensorboard)
 
 
-def epochs(run: RunLog, first: int, last: int, loss: float) -> None:
+def run_epochs(
+    folder: Path, first: int, last: int, loss: float, *, done: int = 0, extra: Any = None
+) -> RunLog:
+    """The log of a trainer with epochs of two steps; ``extra`` is a step that it writes last."""
+    run = log(folder)
+    run.begin(steps=2, done=done)
     for epoch in range(first, last + 1):
         for step in (1, 2):
             run.write("step", epoch=epoch, step=step, loss=loss + step, learning_rate=0.1)
         run.write("epoch", epoch=epoch, loss=loss, posts=9, seconds=1.0)
         run.write("valid", epoch=epoch, gap=0.5 + epoch / 10)
+    if extra is not None:
+        run.write("step", learning_rate=0.1, **extra)
+    run.close()
+    return run
 
 
 def curves(folder: Path) -> EventAccumulator:
@@ -32,10 +42,7 @@ def curves(folder: Path) -> EventAccumulator:
 
 def test_scalars_stand_over_steps(tmp_path: Path) -> None:
     """Steps, epochs and validations share one axis, so that curves can be laid over each other."""
-    run = log(tmp_path)
-    run.begin(steps=2)
-    epochs(run, 1, 3, 0.0)
-    run.close()
+    run_epochs(tmp_path, 1, 3, 0.0)
     found = curves(tmp_path)
     assert sorted(found.Tags()["scalars"]) == [
         "epoch/loss",
@@ -54,18 +61,11 @@ def test_scalars_stand_over_steps(tmp_path: Path) -> None:
 
 def test_after_a_resume_no_point_stands_twice(tmp_path: Path) -> None:
     """A run killed in its third epoch goes on from its second: the lost steps disappear."""
-    run = log(tmp_path)
-    run.begin(steps=2)
-    epochs(run, 1, 2, 0.0)
-    run.write("step", epoch=3, step=1, loss=77.0, learning_rate=0.1)
-    run.close()
+    run = run_epochs(tmp_path, 1, 2, 0.0, extra={"epoch": 3, "step": 1, "loss": 77.0})
     with run.path.open("a") as file:
         file.write('{"event": "epoch", "epo')  # cut off by the kill
         file.write("\n")
-    again = log(tmp_path)
-    again.begin(steps=2, done=4)
-    epochs(again, 3, 4, 5.0)
-    again.close()
+    run_epochs(tmp_path, 3, 4, 5.0, done=4)
     points = curves(tmp_path).Scalars("step/loss")
     assert [point.step for point in points] == list(range(1, 9))
     assert 77.0 not in [point.value for point in points]
@@ -76,14 +76,8 @@ def test_after_a_resume_no_point_stands_twice(tmp_path: Path) -> None:
 
 def test_a_resume_inside_an_epoch_keeps_its_first_steps(tmp_path: Path) -> None:
     """Steps before the checkpoint count, those after it are done again."""
-    run = log(tmp_path)
-    run.begin(steps=2)
-    epochs(run, 1, 2, 0.0)
-    run.close()
-    again = log(tmp_path)
-    again.begin(steps=2, done=3)
-    again.write("step", epoch=2, step=2, loss=9.0, learning_rate=0.1)
-    again.close()
+    run = run_epochs(tmp_path, 1, 2, 0.0)
+    run_epochs(tmp_path, 1, 0, 0.0, done=3, extra={"epoch": 2, "step": 2, "loss": 9.0})
     assert [p.step for p in curves(tmp_path).Scalars("step/loss")] == [1, 2, 3, 4]
     found = [(e["epoch"], e["step"]) for e in read_run(run.path) if e["event"] == "step"]
     assert found == [(1, 1), (1, 2), (2, 1), (2, 2)]
@@ -92,10 +86,7 @@ def test_a_resume_inside_an_epoch_keeps_its_first_steps(tmp_path: Path) -> None:
 def test_a_new_run_in_the_same_folder_hides_the_one_before(tmp_path: Path) -> None:
     """Otherwise its curves would run backwards."""
     for loss in (1.0, 2.0):
-        run = log(tmp_path)
-        run.begin(steps=2)
-        epochs(run, 1, 2, loss)
-        run.close()
+        run = run_epochs(tmp_path, 1, 2, loss)
     assert {round(p.value) for p in curves(tmp_path).Scalars("epoch/loss")} == {2}
     assert len(curves(tmp_path).Scalars("epoch/loss")) == 2
     assert [e["loss"] for e in read_run(run.path) if e["event"] == "epoch"] == [2.0, 2.0]
@@ -117,7 +108,7 @@ def test_without_tensorboard_there_is_no_folder(tmp_path: Path) -> None:
     """Lines alone; and a process that does not speak writes nothing at all."""
     run = log(tmp_path, tensorboard=False)
     run.begin(steps=2)
-    epochs(run, 1, 1, 0.0)
+    run.write("step", epoch=1, step=1, loss=0.0, learning_rate=0.1)
     run.curves(np.ones((1, 1)), np.ones((1, 1)), [1.0], at=1)
     assert [p.name for p in (tmp_path / "log").iterdir()] == ["train.jsonl"]
     silent = RunLog(tmp_path / "other" / "train.jsonl", enabled=False, tensorboard=True)

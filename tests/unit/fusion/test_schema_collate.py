@@ -9,7 +9,7 @@ import torch
 from common.errors import ConfigError, FeatureError
 from common.post import Features
 from config.fusion_models import TokenLimits
-from fusion.models.base import Collate, FeatureManifest, InputSchema, Sample
+from fusion.models.base import FeatureManifest, InputSchema
 from tests.support.fusion import support
 
 
@@ -56,12 +56,9 @@ def test_modalities_can_be_left_out_or_unknown() -> None:
 
 def test_a_batch_is_padded_and_masked() -> None:
     """Each post's tokens stand at its row's start, zeros behind; masks say which are real."""
-    schema = support.schema()
     posts = [support.features("a", seed=1), support.features("b", seed=2, lengths={"video": 2})]
     targets = np.eye(2, support.CLASSES, dtype=np.float32)
-    batch = Collate(schema)(
-        [Sample(p.post_id, schema.arrays(p), targets[i]) for i, p in enumerate(posts)]
-    )
+    batch = support.batch(posts, targets)
     assert batch.post_ids == ("a", "b")
     assert batch.tokens["video"].shape == (2, 5, 12)
     assert batch.tokens["video"].dtype == torch.float32
@@ -74,9 +71,7 @@ def test_a_batch_is_padded_and_masked() -> None:
 
 def test_a_modality_that_no_post_of_a_batch_has() -> None:
     """Its tokens have length 0, and nothing fails."""
-    schema = support.schema()
-    post = support.features(lengths={"ocr": 0})
-    batch = Collate(schema)([Sample("a", schema.arrays(post))])
+    batch = support.batch([support.features(lengths={"ocr": 0})])
     assert batch.tokens["ocr"].shape == (1, 0, 10)
     assert batch.masks["ocr"].shape == (1, 0)
     assert batch.targets is None

@@ -19,7 +19,7 @@ from fusion.bundle.bundle import load_bundle
 from fusion.data.data_file import Record
 from fusion.data.dataset import FeatureFiles, find_manifest
 from fusion.models import MODELS, FusionModel, build_model
-from fusion.models.base import Batch, Collate, FeatureManifest, InputSchema, ModalityDropout, Sample
+from fusion.models.base import Batch, FeatureManifest, InputSchema, ModalityDropout
 from fusion.train.losses import Objective, TaggingLoss
 from tests.support.fusion import support
 from tests.support.fusion.numpy_models import FORWARDS
@@ -51,11 +51,7 @@ def model(name: str, **changes: Any) -> FusionModel:
 
 
 def batch_of(*posts: Features) -> Batch:
-    truth = (np.random.default_rng(1).random((len(posts), support.CLASSES)) < 0.4).astype(
-        np.float32
-    )
-    of = schema()
-    return Collate(of)([Sample(p.post_id, of.arrays(p), truth[i]) for i, p in enumerate(posts)])
+    return support.batch(posts, support.truth(len(posts)), schema())
 
 
 def test_streams_belong_to_modalities() -> None:
