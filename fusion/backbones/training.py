@@ -53,12 +53,12 @@ from fusion.backbones.model import (
     create_backbone,
     save_weights,
 )
-from fusion.data.loading import default_loaders
 from fusion.metrics import ranking as metrics
 from fusion.train import distributed
 from fusion.train.checkpoint import LAST, Start, find_start, seed_of, signature
 from fusion.train.distributed import all_ranks
 from fusion.train.losses import Objective, TaggingLoss
+from fusion.train.prepare import loaders_of
 from fusion.train.run_folder import link_latest, located, run_folder
 from fusion.train.trainer import OnEpochEnd, TrainData, Trainer
 
@@ -243,9 +243,6 @@ class _Task:
         build = partial(MediaDataset.of_files, classes=classes, max_items=settings.data.max_items)
         train = build(self.posts.train, item=items[0], seed=seed)
         valid = self.posts.valid and build(self.posts.valid, item=items[1])
-        loaders = settings.data.loaders
-        if loaders is None:
-            loaders = default_loaders(self.fabric.device.type, distributed.on_this_host())
         data = TrainData(
             train,
             valid or None,
@@ -253,7 +250,7 @@ class _Task:
             len(train),
             self.learned_from,
             seen=self.seen,
-            loaders=loaders,
+            loaders=loaders_of(settings.data.loaders, self.fabric),
         )
         return train_model(
             self.fabric,

@@ -26,7 +26,7 @@ Batches: TypeAlias = Generator[Batch, None, None]
 
 
 class Loading:
-    """A reader of batches ahead, in so many processes for each data set, or with 0 in a thread.
+    """A reader of batches ahead, in ``loaders`` processes for each data set, or with 0 in a thread.
 
     The processes of a data set live until `close`, so that they start only once.
     """

@@ -29,6 +29,7 @@ import torch
 
 from common.errors import ConfigError, FeatureError, WorkerDied, one_line
 from common.files import write_whole
+from common.post import Post
 from common.processes import process_pool
 from common.progress import progress_bar
 from config.labels import LabelMap
@@ -37,21 +38,6 @@ from fusion.bundle.bundle import Bundle
 from fusion.data.data_file import Record, entries, record_of, relative_to_file
 from fusion.infer.outputs import Bad, Earlier, Outcome, Sink
 from fusion.metrics import ranking as metrics
-
-
-class Labelled(Protocol):
-    """A post to tag, of either kind: features on disk, or raw media."""
-
-    @property
-    def post_id(self) -> str:
-        """Return the post's ID; empty where only its feature file knows it."""
-        ...
-
-    @property
-    def labels(self) -> Sequence[str]:
-        """Return the names of its true tags; empty where they are not known."""
-        ...
-
 
 # Chunks in flight for each process: with 1 it waits for this process between chunks; more than 2
 # only hold more posts in memory.
@@ -69,6 +55,8 @@ class Tagger(Protocol):
         """Free its models."""
 
 
+Labelled: TypeAlias = Record | Post
+"""A post to tag: features on disk, whose file may be all that knows its ID, or raw media."""
 Maker: TypeAlias = Callable[[str], Tagger]
 """Makes a loaded tagger on a device; pickles."""
 

@@ -176,19 +176,21 @@ def _read(
         raise ConfigError(f"{data.train}: training takes at least two posts")
     valid = posts_of(data.valid) if data.valid is not None else None
     manifest = find_manifest(posts, reader, data)
-    loaders = data.loaders
-    if loaders is None:
-        loaders = default_loaders(fabric.device.type, on_this_host())
     return Prepared(
         labels=labels,
         manifest=manifest,
         schema=InputSchema.of(manifest, settings.model.tokens, len(labels)),
         posts=posts,
         valid=valid,
-        loaders=loaders,
+        loaders=loaders_of(data.loaders, fabric),
         reader=reader,
         notes=tuple(_without_positives(labels, posts)),
     )
+
+
+def loaders_of(setting: int | None, fabric: Fabric) -> int:
+    """Return the processes that read for one of training, by ``data.loaders`` or the machine."""
+    return default_loaders(fabric.device.type, on_this_host()) if setting is None else setting
 
 
 def _without_positives(labels: LabelMap, posts: PostList) -> list[str]:

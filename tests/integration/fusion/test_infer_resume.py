@@ -137,6 +137,18 @@ def test_an_interrupted_run_goes_on(
     assert not list(folder.glob("*.part*"))
 
 
+def another_run(folder: Path, change: str, rows: Path) -> list[str]:
+    """Change what the rows of an earlier run were made of, or the rows; options of the next run."""
+    match change:
+        case "bundle":
+            rig.write_bundle(folder / "bundle", seed=9)
+        case "input":
+            edit(folder, lambda entries: entries.pop(3))
+        case "broken":
+            rows.write_bytes(b"no JSON\r\n")
+    return {"scores": ["--set", "scores=false"], "format": ["--format", "csv"]}.get(change, [])
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -151,18 +163,9 @@ def test_rows_that_this_run_would_not_write_are_refused(
     change: str, says: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """One line that names the file and the way out, which works."""
-    output, more = folder / "t.out", list[str]()
+    output = folder / "t.out"
     infer_part(folder, output)
-    if change == "bundle":
-        rig.write_bundle(folder / "bundle", seed=9)
-    elif change == "input":
-        edit(folder, lambda entries: entries.pop(3))
-    elif change == "scores":
-        more = ["--set", "scores=false"]
-    elif change == "format":
-        more = ["--format", "csv"]
-    else:
-        (folder / "t.out.part").write_bytes(b"no JSON\r\n")
+    more = another_run(folder, change, folder / "t.out.part")
     if change == "format":
         with (folder / "t.out.part").open("ab") as file:
             file.write(b"\r\n")
@@ -200,21 +203,14 @@ def test_posts_of_a_whole_output_are_not_computed_again(
     assert output.stat().st_mtime_ns > before.st_mtime_ns
 
 
-@pytest.mark.parametrize("change", ["fewer posts", "bundle", "format", "broken"])
+@pytest.mark.parametrize("change", ["input", "bundle", "format", "broken"])
 def test_a_whole_output_of_something_else_is_made_anew(
     change: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = rig.make(tmp_path, posts=8)
-    output, more = folder / "t.jsonl", list[str]()
+    output = folder / "t.jsonl"
     assert rig.infer(folder, "--output", str(output)) == 0
-    if change == "fewer posts":
-        edit(folder, lambda entries: entries.pop())
-    elif change == "bundle":
-        rig.write_bundle(folder / "bundle", seed=9)
-    elif change == "format":
-        more = ["--format", "csv"]
-    else:
-        output.write_text("no JSON\n")
+    more = another_run(folder, change, output)
     for complete in (False, True):
         capsys.readouterr()
         assert rig.infer(folder, "--output", str(output), *more) == 0
