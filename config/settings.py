@@ -19,6 +19,7 @@ from common.urls import redact
 PositiveInt = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 Seconds = Annotated[float, Field(gt=0)]
+Pooling = Literal["tokens", "cls", "mean", "last"]
 ExtractorName = Literal["video", "image", "audio", "text", "ocr"]
 MIB = 1024 * 1024
 HostName = Annotated[str, Field(pattern=r"^[^\s/:]+$")]
@@ -184,6 +185,8 @@ class VisualSettings(Section):
     """Side of the square input in pixels; whole pictures are scaled to it."""
     batch_size: PositiveInt = 32
     precision: Precision = "auto"
+    trust_remote_code: bool = False
+    """Run the Python code that a transformers model brings along; the log says so."""
 
 
 class LstmSizes(Section):
@@ -242,6 +245,8 @@ class AudioSettings(Section):
     """Subtract the mean, PCA, clip and quantise, as the AudioSet release does."""
     batch_size: PositiveInt = 64
     precision: Precision = "auto"
+    trust_remote_code: bool = False
+    """Run the Python code that a transformers model brings along; the log says so."""
 
 
 class TextSettings(Section):
@@ -249,9 +254,16 @@ class TextSettings(Section):
 
     arch: str = "bert-base-chinese"
     weights: str = "pretrained"
+    pooling: Pooling = "tokens"
+    """All tokens of a text, or its vector as a sentence encoder was trained to give it: ``cls`` the
+    first token (BGE), ``mean`` (MiniLM, E5) or ``last`` (Qwen3-Embedding)."""
+    prefix: str = ""
+    """Stands before each text, as E5 wants ``query: ``."""
     max_tokens: PositiveInt = 256
     batch_size: PositiveInt = 16
     precision: Precision = "auto"
+    trust_remote_code: bool = False
+    """Run the Python code that a transformers model brings along; the log says so."""
 
 
 class OcrSettings(Section):

@@ -18,12 +18,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal, TypeAlias
+from importlib import import_module
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import numpy as np
 
 from common.post import MEDIA_KINDS, MediaKind, Modality
-from config.settings import AudioSettings, DecodeSettings, FeatureSettings, Settings
+from config.settings import (
+    AudioSettings,
+    DecodeSettings,
+    FeatureSettings,
+    Settings,
+    VisualSettings,
+)
 
 PartKind: TypeAlias = Literal["frames", "image", "sound", "picture"]
 
@@ -85,12 +92,25 @@ SoundInput: TypeAlias = LogMelPatches | WaveformWindows
 
 
 @dataclass(frozen=True, slots=True)
-class AudioEncoder:
-    """One encoder of sound.
+class VisualEncoder:
+    """One family of encoders of pictures, frames or clips.
 
     Attributes:
         model: ``module:callable``, by name so that the King does not import torch. It is called
-            with (`AudioSettings`, device) and gives an `extractors.models.base.Encoder`.
+            with (setting, `VisualSettings`, device, ``size=(height, width)``) and gives an
+            `extractors.models.base.PictureEncoder`.
+    """
+
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
+class AudioEncoder:
+    """One family of encoders of sound.
+
+    Attributes:
+        model: As in `VisualEncoder`. It is called with (`AudioSettings`, device) and gives an
+            `extractors.models.base.Encoder`.
         sound: The rows that the model takes.
     """
 
@@ -98,16 +118,39 @@ class AudioEncoder:
     sound: SoundInput
 
 
+VISUAL_ENCODERS: dict[str, VisualEncoder] = {
+    "timm": VisualEncoder("extractors.models.visual:TimmBackbone"),
+    "transformers": VisualEncoder("extractors.models.transformers_vision:TransformersVision"),
+}
+"""Family -> encoder, for `features.image` and `features.video`."""
+
 AUDIO_ENCODERS: dict[str, AudioEncoder] = {
     "vggish": AudioEncoder("extractors.models.audio:Vggish", LogMelPatches()),
+    "timm": AudioEncoder("extractors.models.audio:timm_model", LogMelPatches()),
 }
-"""``features.audio.arch`` -> encoder; any other name is that of a timm model."""
+"""Family, or one encoder by its name in `features.audio.arch`, -> encoder."""
 
-_TIMM = AudioEncoder("extractors.models.audio:timm_model", LogMelPatches())
+
+def visual_encoder(settings: VisualSettings) -> VisualEncoder:
+    """Return the line of the settings' family."""
+    family = _family(settings.arch, settings.weights)
+    return VISUAL_ENCODERS.get(family) or VISUAL_ENCODERS["transformers"]
 
 
 def audio_encoder(settings: AudioSettings) -> AudioEncoder:
-    return AUDIO_ENCODERS.get(settings.arch, _TIMM)
+    """Return the line of the settings' encoder or family."""
+    return AUDIO_ENCODERS.get(settings.arch) or AUDIO_ENCODERS["timm"]
+
+
+def part_of(name: str) -> Any:
+    """Import what a line of a table names."""
+    module, _, attribute = name.partition(":")
+    return getattr(import_module(module), attribute)
+
+
+def _family(arch: str, weights: str) -> str:
+    """Return ``timm``, or the model type of a transformers folder or hub repository."""
+    return "transformers" if "/" in arch else "timm"
 
 
 @dataclass(frozen=True, slots=True)

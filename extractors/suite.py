@@ -14,7 +14,7 @@ from extractors.feature_file import stream_fingerprints
 from extractors.models.base import Extractor
 
 if TYPE_CHECKING:
-    from extractors.models.visual import TimmBackbone
+    from extractors.models.base import PictureEncoder
 
 ALL_EXTRACTORS: tuple[ExtractorName, ...] = ("video", "image", "audio", "text", "ocr")
 
@@ -44,7 +44,7 @@ class ExtractorSuite:
         self.names = tuple(n for n in names if n != "ocr" or features.ocr.enabled)
         self._threads = threads
         self._extractors: dict[ExtractorName, Extractor] = {}
-        self._backbones: dict[tuple[object, ...], TimmBackbone] = {}
+        self._backbones: dict[tuple[object, ...], PictureEncoder] = {}
 
     def load(self) -> None:
         """Load every extractor, once; ConfigError leaves none half loaded."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib import import_module
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
@@ -17,7 +16,7 @@ from config.settings import AudioSettings
 from extractors.models.base import Encoder, RowExtractor, Rows
 from extractors.models.visual import TimmBackbone
 from extractors.models.weights import Weights, load_strictly, read_state_dict, release_file, seeded
-from extractors.parts import LogMelPatches, audio_encoder
+from extractors.parts import LogMelPatches, audio_encoder, part_of
 
 _SETTING = "features.audio"
 _CLIP = 2.0  # of the release: whitened values beyond +-2 are rare
@@ -31,8 +30,7 @@ def timm_model(settings: AudioSettings, device: str) -> TimmBackbone:
 
 def build_encoder(settings: AudioSettings, device: str) -> Encoder:
     """Return the encoder of the settings' line in the part table, not loaded."""
-    module, _, name = audio_encoder(settings).model.partition(":")
-    encoder: Encoder = getattr(import_module(module), name)(settings, device)
+    encoder: Encoder = part_of(audio_encoder(settings).model)(settings, device)
     return encoder
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import structlog
 
-from common.errors import FeatureError
+from common.errors import ConfigError, FeatureError
 from common.fingerprint import digest
 from common.post import FeatureArray, Stream
 from common.precision import Arithmetic, require_device, resolve_precision
@@ -73,6 +73,10 @@ class Extractor(ABC):
     def forward(self, items: Sequence[Any]) -> list[Any]:
         """Run prepared items; a result does not depend on the other items, and is finite."""
 
+    def embed_texts(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
+        """Return unit vectors ``(n, dim)`` of texts in the space of the features."""
+        raise ConfigError(f"features.{self.name}: embeds no texts")
+
     @abstractmethod
     def _load(self) -> Mapping[str, Any]:
         """Load, set `dim`, and return everything that the features depend on."""
@@ -95,8 +99,12 @@ class Encoder(ABC):
     dim = 0
     digest = ""
 
+    channels_last: ClassVar[bool] = True
+    """Pictures are laid out for it; networks of clips have weights that it does not fit."""
+
     def __init__(self, setting: str, settings: EncoderSettings, device: str) -> None:
         self.setting, self.device = setting, device
+        self._named = "" if isinstance(settings, VideoLstmSettings) else settings.arch
         self._weights, self._precision = settings.weights or "pretrained", settings.precision
         self._arithmetic: Arithmetic = "fp32"
         self._network: Any = None
@@ -111,12 +119,13 @@ class Encoder(ABC):
         self._arithmetic = resolve_precision(
             self._precision, self.device, setting=f"{self.setting}.precision"
         )
-        weights = parse_weights(self._weights, setting=f"{self.setting}.weights")
+        weights = parse_weights(self._weights, setting=f"{self.setting}.weights", arch=self._named)
         network = self._build(weights)
         network.eval().requires_grad_(False)
         self.digest = self._digest(weights, network)
         cast_weights(network, self._arithmetic)
-        self._network = network.to(device, memory_format=torch.channels_last)
+        layout = {"memory_format": torch.channels_last} if self.channels_last else {}
+        self._network = network.to(device, **layout)
 
     def close(self) -> None:
         """Free the network, and give its memory back to the device."""
@@ -146,6 +155,17 @@ class Encoder(ABC):
             features: FeatureArray = to_float16(self.postprocess(output.float())).numpy()
         return features
 
+    def embed_texts(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
+        """Return unit vectors ``(n, dim)`` of texts in the space of the features.
+
+        Raises:
+            ConfigError: The encoder has no text side.
+        """
+        raise ConfigError(
+            f"{self.setting}.arch: {self._named} embeds no texts; tags can be found by their texts "
+            "with CLIP, SigLIP, CLAP or a sentence encoder"
+        )
+
     def postprocess(self, features: torch.Tensor) -> torch.Tensor:
         """Return float32 features as they are; a family may change them, in full precision."""
         return features
@@ -160,6 +180,32 @@ class Encoder(ABC):
 
     def _digest(self, weights: Weights, network: Any) -> str:
         return weights_digest(weights, network.state_dict())
+
+
+class PictureEncoder(Encoder):
+    """An encoder of pictures uint8 RGB ``(n, height, width, 3)``, normalised on the device.
+
+    Attributes:
+        size: Height and width of the input in pixels.
+        mean: Of each channel of values in [0, 1]; known after `load`, as `std`.
+    """
+
+    size: tuple[int, int]
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+
+    def _normalise_by(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        import torch
+
+        self.mean, self.std = tuple(map(float, mean)), tuple(map(float, std))
+        shape = (1, 3, 1, 1)
+        self._shift = torch.tensor(self.mean).view(shape).mul(255).to(self.device)
+        self._scale = torch.tensor(self.std).view(shape).mul(255).reciprocal().to(self.device)
+
+    def _normalised(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Return float32 ``(n, 3, height, width)``."""
+        # (n, h, w, c) as (n, c, h, w): a view, which torch takes as channels_last
+        return pixels.permute(0, 3, 1, 2).float().sub_(self._shift).mul_(self._scale)
 
 
 class RowExtractor(Extractor):
@@ -179,6 +225,9 @@ class RowExtractor(Extractor):
 
     def close(self) -> None:
         self._encoder.close()
+
+    def embed_texts(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
+        return self._encoder.embed_texts(texts)
 
     def preprocess(self, item: Any) -> Rows:
         if not isinstance(item, np.ndarray):

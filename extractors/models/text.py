@@ -1,31 +1,41 @@
-"""Text -> one vector per token, by a transformers encoder: from a folder, the hub, or a seed."""
+"""Text -> one vector per token, or one per text, by any encoder or decoder of transformers."""
 
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import zlib
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from common.errors import ConfigError, FeatureError, one_line
+from common.errors import ConfigError, FeatureError
 from common.post import FeatureArray
-from config.settings import TextSettings
-from extractors.models.base import Encoder, RowExtractor, check_finite
-from extractors.models.weights import Weights, from_cache_or_hub, seeded, weights_digest
+from config.settings import Pooling, TextSettings
+from extractors.models.base import RowExtractor, check_finite
+from extractors.models.from_transformers import (
+    SHAPE_KEYS,
+    TransformersEncoder,
+    clean,
+    json_file,
+    silence,
+)
+from extractors.models.weights import Weights, seeded
 
 TokenIds: TypeAlias = npt.NDArray[np.int64]
 
 _SETTING = "features.text"
-_FOLDER = "config.json, model.safetensors and the tokenizer's files"
 _NO_LIMIT = 1_000_000  # tokens; models without a longest input say nothing, or astronomical numbers
-_SHAPE_KEYS = ("model_type", "num_hidden_layers", "num_attention_heads", "hidden_act")
+_POOLING = "1_Pooling/config.json"
+_POOLINGS = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_lasttoken": "last",
+}
+"""Keys of sentence-transformers' file -> ours; its newer form names one in `pooling_mode`."""
 
 # Batches are padded to multiples of this many tokens. Kernels round differently for odd lengths:
 # with lengths of 32, 64, ... a text's features are the same whatever it shares a batch with. Half
@@ -45,6 +55,7 @@ _WORD = re.compile(r"[^\W\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff_]+|\S")
 class TextExtractor(RowExtractor):
     """Text -> float16 ``(t, dim)``: the last hidden state of its t tokens, special ones included.
 
+    With ``pooling`` other than ``tokens`` it is one row: the vector of a sentence encoder.
     Text without a token gives ``(0, dim)``. Longer text is cut after ``max_tokens``, or after
     what the model can take where that is less.
     """
@@ -52,14 +63,15 @@ class TextExtractor(RowExtractor):
     def __init__(self, settings: TextSettings, device: str = "cpu") -> None:
         self._text = TextEncoder(settings, device)
         super().__init__("text", self._text, (), "int64", settings.batch_size)
+        self._pooling, self._prefix = settings.pooling, settings.prefix
 
     def preprocess(self, item: Any) -> TokenIds:
         """Return the token ids int64 ``(t,)`` of a text."""
         if not isinstance(item, str):
             raise FeatureError(f"text: an item must be text, not {type(item).__name__}")
         # Lone surrogates become question marks: tokenizers refuse them.
-        text = item[: self._text.limit * _CHARS_PER_TOKEN].encode(errors="replace").decode()
-        ids = self._text.tokenize(text) if text.strip() else []
+        text = clean(item[: self._text.limit * _CHARS_PER_TOKEN])
+        ids = self._text.tokenize(self._prefix + text) if text.strip() else []
         return np.asarray(ids if len(ids) > self._text.special_tokens else [], dtype=np.int64)
 
     def forward(self, items: Sequence[TokenIds]) -> list[FeatureArray]:
@@ -81,14 +93,34 @@ class TextExtractor(RowExtractor):
         for row, tokens in enumerate(batch):
             ids[row, : len(tokens)] = tokens
             mask[row, : len(tokens)] = 1
-        states = self._text.run(ids, mask)  # (batch, width, dim)
+        states = self._text.run(ids, mask)  # (batch, width, dim), pooled (batch, dim)
+        if self._pooling != "tokens":
+            return [row[None] for row in states]  # (dim,) -> (1, dim)
         return [states[row, : len(tokens)].copy() for row, tokens in enumerate(batch)]
 
+    def embed_texts(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
+        if self._pooling == "tokens":
+            raise ConfigError(
+                f"{_SETTING}.pooling: tokens gives no vector of a whole text; set cls, mean or "
+                "last, as the model was trained"
+            )
+        items = [self.preprocess(text) for text in texts]
+        if not all(map(len, items)):
+            raise FeatureError("text: an empty text has no vector")
+        rows = np.concatenate([np.empty((0, self.dim)), *self.forward(items)]).astype(np.float32)
+        unit: npt.NDArray[np.float32] = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+        return unit
+
     def _preprocessing(self) -> Mapping[str, Any]:
-        return {"tokenizer": self._text.tokenizer_digest, "max_tokens": self._text.limit}
+        # Fingerprints from before these two settings do not know them.
+        later: dict[str, str] = {}
+        later |= {"pooling": self._pooling} if self._pooling != "tokens" else {}
+        later |= {"prefix": self._prefix} if self._prefix else {}
+        tokens = {"tokenizer": self._text.tokenizer_digest, "max_tokens": self._text.limit}
+        return {**tokens, **later}
 
 
-class TextEncoder(Encoder):
+class TextEncoder(TransformersEncoder):
     """A transformers encoder and its tokenizer.
 
     ``random:SEED`` never asks a hub: it takes configuration and tokenizer from ``arch`` where that
@@ -99,16 +131,13 @@ class TextEncoder(Encoder):
         special_tokens: How many tokens an empty text gives.
     """
 
-    kind = "transformers"
+    files = "tokenizer's"
+    optional = "pooler"  # of a language model's checkpoint
 
     def __init__(self, settings: TextSettings, device: str = "cpu") -> None:
-        self._folder = Path(settings.arch).expanduser()
-        if settings.weights == "pretrained" and self._folder.is_dir():
-            settings = settings.model_copy(update={"weights": settings.arch})
         super().__init__(_SETTING, settings, device)
-        self._settings = settings
+        self._max_tokens, self._pooling = settings.max_tokens, settings.pooling
         self._tokenizer: Any = None
-        self._from_file: frozenset[str] = frozenset()
         self.dim, self.arch = _DIM, f"built-in bert {_DIM}x{_LAYERS}"
         self.positions, self.pad_id = _POSITIONS, _PAD
         self.special_tokens = len(hashed_tokens("", _POSITIONS))
@@ -117,7 +146,7 @@ class TextEncoder(Encoder):
     @property
     def limit(self) -> int:
         """Return the most tokens of one text."""
-        return min(self._settings.max_tokens, self.positions)
+        return min(self._max_tokens, self.positions)
 
     def tokenize(self, text: str) -> list[int]:
         """Return the token ids of a text, special ones included, `limit` at most."""
@@ -127,75 +156,70 @@ class TextEncoder(Encoder):
         return [int(i) for i in tokens["input_ids"]]
 
     def _build(self, weights: Weights) -> Any:
-        _silence()
-        arch, seed = self._settings.arch, weights.seed
-        if weights.pretrained:
-            return from_cache_or_hub(
-                lambda local: self._from_transformers(arch, seed, local_files_only=local),
-                name=f"{_SETTING}.arch: {arch}",
-                remedy=f"set {_SETTING}.weights to a folder with its {_FOLDER}, or put it into "
-                "the Hugging Face cache",
-            )
-        if seed is not None and not self._folder.is_dir():
-            return _built_in(seed)
-        folder = weights.path or self._folder
-        if not (folder / "config.json").is_file():
-            raise ConfigError(f"{_SETTING}: {folder} must be a transformers folder: {_FOLDER}")
-        try:
-            return self._from_transformers(str(folder), seed, local_files_only=True)
-        except Exception as error:  # readers of JSON, vocabularies and weights share no base class
-            raise ConfigError(
-                f"{_SETTING}: {folder} cannot be loaded as a transformers folder ({_FOLDER}): "
-                f"{one_line(error, 300)}"
-            ) from error
+        if weights.seed is None or self._folder.is_dir():
+            return super()._build(weights)
+        silence()
+        return _built_in(weights.seed)
 
     def _call(self, *inputs: torch.Tensor) -> torch.Tensor:
         ids, mask = inputs  # (batch, width) each
         states: torch.Tensor = self._network(input_ids=ids, attention_mask=mask).last_hidden_state
-        return states
+        return pool(states.float(), mask, self._pooling)
 
-    def _digest(self, weights: Weights, network: Any) -> str:
-        state = {k: v for k, v in network.state_dict().items() if k in self._from_file}
-        return weights_digest(weights, state)
+    def _take(self, model: Any, source: str, *, local: bool) -> None:
+        """Take shape, limits and tokenizer."""
+        from transformers import AutoTokenizer
 
-    def _from_transformers(self, source: str, seed: int | None, *, local_files_only: bool) -> Any:
-        """Return the network of a folder or a hub's model; take tokenizer and limits from it."""
-        from transformers import AutoConfig, AutoModel, AutoTokenizer
-
-        auto_model: Any = AutoModel
-        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local_files_only)
-        if seed is not None:
-            config = AutoConfig.from_pretrained(source, local_files_only=True)
-            with seeded(seed):
-                model = auto_model.from_config(config)
-        else:
-            model, info = auto_model.from_pretrained(
-                source, local_files_only=local_files_only, output_loading_info=True
-            )
-            missing = frozenset(str(key) for key in info["missing_keys"])
-            needed = sorted(key for key in missing if "pooler" not in key)
-            if needed:
-                raise ValueError(f"the weights lack {needed[0]} and {len(needed) - 1} more")
-            if info.get("mismatched_keys"):
-                raise ValueError(f"{len(info['mismatched_keys'])} weights have another shape")
-            # The pooler of a language model's checkpoint is random, and unused here.
-            self._from_file = frozenset(model.state_dict()) - missing
+        auto: Any = AutoTokenizer
+        tokenizer = auto.from_pretrained(
+            source, local_files_only=local, trust_remote_code=self._trust
+        )
+        self._check_pooling(source, local=local)
         config = model.config
-        shape = {key: getattr(config, key, None) for key in _SHAPE_KEYS}
-        self.dim = int(config.hidden_size)
+        text = config.get_text_config()
+        shape = {key: getattr(config, key, None) for key in SHAPE_KEYS}
+        self.dim = int(getattr(text, "embedding_dim", None) or text.hidden_size)
         self.arch = " ".join(f"{key}={value}" for key, value in shape.items())
         self.positions = min(
-            int(getattr(config, "max_position_embeddings", None) or _NO_LIMIT),
+            int(getattr(text, "max_position_embeddings", None) or _NO_LIMIT),
             int(getattr(tokenizer, "model_max_length", None) or _NO_LIMIT),
         )
         self.pad_id = int(tokenizer.pad_token_id or 0)
         self.special_tokens = int(tokenizer.num_special_tokens_to_add())
         # Before it is used: truncation is part of its state.
         fast = getattr(tokenizer, "backend_tokenizer", None)
-        text = fast.to_str() if fast is not None else repr(sorted(tokenizer.get_vocab().items()))
-        self.tokenizer_digest = hashlib.sha256(text.encode("utf-8")).hexdigest()
+        content = fast.to_str() if fast is not None else repr(sorted(tokenizer.get_vocab().items()))
+        self.tokenizer_digest = hashlib.sha256(content.encode("utf-8")).hexdigest()
         self._tokenizer = tokenizer
-        return model.to(torch.float32)
+
+    def _check_pooling(self, source: str, *, local: bool) -> None:
+        """Refuse a pooling that sentence-transformers' file of the model contradicts."""
+        modes = json_file(source, _POOLING, local=local) if self._pooling != "tokens" else {}
+        trained = {name for key, name in _POOLINGS.items() if modes.get(key)}
+        trained |= {str(modes.get("pooling_mode"))} & {*_POOLINGS.values()}
+        if trained and self._pooling not in trained:
+            raise ConfigError(
+                f"{_SETTING}.pooling: {source} was trained with {' and '.join(sorted(trained))} "
+                f"({_POOLING}), not {self._pooling}"
+            )
+
+
+def pool(states: torch.Tensor, mask: torch.Tensor, pooling: Pooling) -> torch.Tensor:
+    """Return ``(batch, dim)`` of token states ``(batch, width, dim)``; for `tokens` all of them.
+
+    The last token is the last one that the mask counts: padding is behind the text, where causal
+    models do not see it, so that a text's vector is the same whatever it shares a batch with.
+    """
+    match pooling:
+        case "tokens":
+            return states
+        case "cls":
+            return states[:, 0]
+        case "mean":
+            counted = mask[:, :, None].to(states.dtype)
+            return (states * counted).sum(1) / counted.sum(1)
+        case "last":
+            return states[torch.arange(len(states), device=states.device), mask.sum(1) - 1]
 
 
 def _built_in(seed: int) -> Any:
@@ -221,13 +245,3 @@ def hashed_tokens(text: str, limit: int) -> list[int]:
     words = _WORD.findall(text.lower())[: max(0, limit - 2)]
     span = _VOCABULARY - _FIRST_WORD
     return [_BEGIN, *(_FIRST_WORD + zlib.crc32(w.encode("utf-8")) % span for w in words), _END]
-
-
-def _silence() -> None:
-    """Keep progress bars and advice of transformers off standard error, and fork no tokenizers."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from transformers.utils import logging as transformers_logging
-
-    logging: Any = transformers_logging
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()

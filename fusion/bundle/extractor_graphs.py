@@ -116,6 +116,10 @@ def _in_float32(features: FeatureSettings) -> FeatureSettings:
 
 def _pictures(name: Literal["image", "video"], settings: Any) -> Graph:
     backbone = make_backbone(name, settings, "cpu")
+    if not isinstance(backbone, TimmBackbone):
+        raise ConfigError(
+            f"features.{name}.arch: {settings.arch} cannot be exported; only models of timm can"
+        )
     backbone.load()
     size = settings.image_size
     about = {

