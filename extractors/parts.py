@@ -15,14 +15,19 @@ Neither torch nor cv2 is imported here: the King sizes its slots by this table.
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib import import_module
+from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeAlias
 
 import numpy as np
 
+from common.errors import ConfigError
 from common.post import MEDIA_KINDS, MediaKind, Modality
 from config.settings import (
     AudioSettings,
@@ -31,6 +36,9 @@ from config.settings import (
     Settings,
     VisualSettings,
 )
+
+PLACED = Path("workshop/pretrained")
+"""Folders of weights that were put in place, for machines without network, by their hub's name."""
 
 PartKind: TypeAlias = Literal["frames", "image", "sound", "picture"]
 
@@ -127,19 +135,44 @@ VISUAL_ENCODERS: dict[str, VisualEncoder] = {
 AUDIO_ENCODERS: dict[str, AudioEncoder] = {
     "vggish": AudioEncoder("extractors.models.audio:Vggish", LogMelPatches()),
     "timm": AudioEncoder("extractors.models.audio:timm_model", LogMelPatches()),
+    "audio-spectrogram-transformer": AudioEncoder(
+        "extractors.models.transformers_audio:Ast", WaveformWindows(16_000, 163_840)
+    ),
+    "clap": AudioEncoder(
+        "extractors.models.transformers_audio:Clap", WaveformWindows(48_000, 480_000)
+    ),
+    "whisper": AudioEncoder(
+        "extractors.models.transformers_audio:WhisperSound", WaveformWindows(16_000, 480_000)
+    ),
 }
 """Family, or one encoder by its name in `features.audio.arch`, -> encoder."""
 
+_WORDS = {"ast": "audio-spectrogram-transformer"}
+"""Words in the names of hub repositories -> their family, where they are not its name."""
+
 
 def visual_encoder(settings: VisualSettings) -> VisualEncoder:
-    """Return the line of the settings' family."""
-    family = _family(settings.arch, settings.weights)
+    """Return the line of the settings' family; most of transformers share one."""
+    family = _family(settings.arch, settings.weights, VISUAL_ENCODERS)
     return VISUAL_ENCODERS.get(family) or VISUAL_ENCODERS["transformers"]
 
 
 def audio_encoder(settings: AudioSettings) -> AudioEncoder:
-    """Return the line of the settings' encoder or family."""
-    return AUDIO_ENCODERS.get(settings.arch) or AUDIO_ENCODERS["timm"]
+    """Return the line of the settings' encoder or family.
+
+    Raises:
+        ConfigError: It is a transformers model of no family here.
+    """
+    arch = settings.arch
+    family = arch if arch in AUDIO_ENCODERS else _family(arch, settings.weights, AUDIO_ENCODERS)
+    if family not in AUDIO_ENCODERS:
+        known = ", ".join(name for name in AUDIO_ENCODERS if name not in ("timm", "vggish"))
+        raise ConfigError(
+            f"features.audio.arch: {arch} is of no family of encoders of sound ({known}) by its "
+            f"{'config.json' if family else 'name'}; if it is, name a folder: "
+            f"hf download {arch} --local-dir FOLDER"
+        )
+    return AUDIO_ENCODERS[family]
 
 
 def part_of(name: str) -> Any:
@@ -148,9 +181,28 @@ def part_of(name: str) -> Any:
     return getattr(import_module(module), attribute)
 
 
-def _family(arch: str, weights: str) -> str:
-    """Return ``timm``, or the model type of a transformers folder or hub repository."""
-    return "transformers" if "/" in arch else "timm"
+def _family(arch: str, weights: str, families: Collection[str]) -> str:
+    """Return ``timm``, or the model type of a transformers folder or hub repository.
+
+    The King asks as well, and may reach no hub: without a folder the name must tell it.
+    """
+    for folder in (weights, arch, PLACED / arch.replace("/", "--")):
+        config = Path(folder).expanduser() / "config.json"
+        if config.is_file():
+            return _model_type(config)
+    if "/" not in arch:
+        return "timm"
+    words = re.split(r"[/_.-]+", arch.lower())
+    named = (_WORDS.get(word, word) for word in words)
+    return next((family for family in named if family in families), "")
+
+
+@lru_cache(maxsize=64)
+def _model_type(config: Path) -> str:
+    try:
+        return str(json.loads(config.read_text("utf-8"))["model_type"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{config}: is no config.json of transformers: {error!r}") from error
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """Sources of weights: ``pretrained``, ``package``, a PATH, or ``random:SEED`` (tests).
 
-``pretrained`` is a folder under `PLACED`, else the library's cache, else its hub. ``package`` is a
-pinned package of the index, which is checked by its sha256.
+``pretrained`` is a folder under ``workshop/pretrained``, else the library's cache, else its hub.
+``package`` is a pinned package of the index, which is checked by its sha256.
 
 A hub's own client would retry for half a minute where there is no network, so a short probe goes
 before it.
@@ -25,12 +25,10 @@ import structlog
 from common.errors import ConfigError, one_line
 from common.files import file_digest
 from common.pth import load_weights
+from extractors.parts import PLACED
 
 if TYPE_CHECKING:
     import torch
-
-PLACED = Path("workshop/pretrained")
-"""Weights that were put in place, for machines without network; see `in_place`."""
 
 _PROBE_S = 3.0  # to connect, and to answer: slow satellite links take 1; hubs answer in 0.2
 # Of the whole probe: name resolution has a time-out of its own that requests cannot set. Double

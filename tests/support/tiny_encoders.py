@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,70 @@ def qwen3(folder: Path) -> Path:
     return folder
 
 
+def ast(folder: Path) -> Path:
+    from transformers import ASTConfig, ASTFeatureExtractor
+
+    config = ASTConfig(**_TOWER, frequency_stride=64, time_stride=64, max_length=1024)
+    made: Any = ASTFeatureExtractor
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # one of its own 128 bands is empty
+        made().save_pretrained(folder)
+    return _save(folder, "ASTModel", config)
+
+
+def clap(folder: Path, *, fused: bool = False) -> Path:
+    """CLAP; `fused` as the checkpoints that look at long sounds twice."""
+    from transformers import ClapConfig, ClapFeatureExtractor
+
+    audio = {
+        "patch_size": 16,
+        "patch_stride": [16, 16],
+        "patch_embeds_hidden_size": 16,
+        "window_size": 4,
+        "depths": [1, 1],
+        "num_attention_heads": [2, 2],
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "enable_fusion": fused,
+        "aff_block_r": 2,
+    }
+    config = ClapConfig(
+        text_config={**_TEXT, "max_position_embeddings": 64, "pad_token_id": 0},
+        audio_config=audio,
+        projection_dim=16,
+    )
+    made: Any = ClapFeatureExtractor
+    made(truncation="fusion" if fused else "rand_trunc").save_pretrained(folder)
+    wordpiece(folder, model_max_length=32)
+    return _save(folder, "ClapModel", config)
+
+
+def fused_clap(folder: Path) -> Path:
+    return clap(folder, fused=True)
+
+
+def whisper(folder: Path) -> Path:
+    from transformers import WhisperConfig, WhisperFeatureExtractor
+
+    config = WhisperConfig(
+        d_model=16,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=32,
+        decoder_ffn_dim=32,
+        vocab_size=40,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=1,
+    )
+    made: Any = WhisperFeatureExtractor
+    made().save_pretrained(folder)
+    return _save(folder, "WhisperModel", config)
+
+
 PICTURES: dict[str, Callable[[Path], Path]] = {
     "clip": clip,
     "siglip": siglip,
@@ -148,4 +213,10 @@ TEXTS: dict[str, tuple[Callable[[Path], Path], dict[str, Any]]] = {
     "cls (BGE)": (lambda folder: sentence_bert(folder, "cls"), {"pooling": "cls"}),
     "last (Qwen3-Embedding)": (qwen3, {"pooling": "last"}),
     "tokens (BERT)": (sentence_bert, {"pooling": "tokens"}),
+}
+SOUNDS: dict[str, Callable[[Path], Path]] = {
+    "ast": ast,
+    "clap": clap,
+    "clap fused": fused_clap,
+    "whisper": whisper,
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +16,15 @@ import torch
 
 from common.errors import ConfigError, FeatureError
 from common.precision import cpu_has_bf16
-from config.settings import ImageSettings, TextSettings
+from config.settings import AudioSettings, ImageSettings, TextSettings
+from extractors.media.sound import sound_rows
+from extractors.models.audio import AudioExtractor
 from extractors.models.base import RowExtractor
 from extractors.models.from_transformers import pooled
 from extractors.models.text import TextExtractor
 from extractors.models.visual import VisualExtractor
 from extractors.models.weights import PACKAGES
+from extractors.parts import AUDIO_ENCODERS, audio_encoder
 from tests.support import tiny_encoders
 from tests.support.tiny_models import TINY_CNN, TINY_VIT, tiny_timm_weights
 
@@ -59,6 +63,33 @@ def text_family(make: Make, own: dict[str, Any]) -> Family:
     return Family(make, build, lambda: texts, " \n", b"bytes")
 
 
+def sounds(rate_hz: int, samples: int, *seconds: float) -> list[np.ndarray]:
+    """Windows of a tone each, with silence to the window's end."""
+    windows = np.zeros((len(seconds), samples), np.float32)
+    for window, length in zip(windows, seconds, strict=True):
+        time_s = np.arange(int(length * rate_hz)) / rate_hz
+        wave = np.sin(2 * np.pi * 300 * length * time_s) * np.sin(2 * np.pi * time_s) + 1e-3
+        window[: len(wave)] = wave[:samples]
+    return [windows[:2], windows[2:]]
+
+
+def sound_family(make: Make) -> Family:
+    def build(path: Path, settings: dict[str, Any]) -> RowExtractor:
+        return AudioExtractor(AudioSettings(arch=str(path), **settings))
+
+    input_of = AUDIO_ENCODERS[
+        {"ast": "audio-spectrogram-transformer", "whisper": "whisper"}.get(make.__name__, "clap")
+    ].sound
+    samples = input_of.shape[0]
+    return Family(
+        make,
+        build,
+        lambda: sounds(input_of.rate_hz, samples, 9.5, 2, 4),
+        np.zeros((0, samples), np.float32),
+        np.full((1, samples), np.nan, np.float32),
+    )
+
+
 def timm_weights(arch: str) -> Make:
     size: dict[str, Any] = {"img_size": 32} if arch == TINY_VIT else {}
     return lambda folder: tiny_timm_weights(folder, arch, **size)
@@ -67,6 +98,7 @@ def timm_weights(arch: str) -> Make:
 FAMILIES: dict[str, Family] = {
     **{f"timm {arch}": picture_family(timm_weights(arch), arch) for arch in (TINY_VIT, TINY_CNN)},
     **{name: picture_family(make) for name, make in tiny_encoders.PICTURES.items()},
+    **{name: sound_family(make) for name, make in tiny_encoders.SOUNDS.items()},
     **{name: text_family(make, own) for name, (make, own) in tiny_encoders.TEXTS.items()},
 }
 
@@ -237,6 +269,80 @@ def test_a_prefix_stands_before_each_text(checkpoint: Callable[[Make], Path]) ->
     np.testing.assert_array_equal(query.embed_texts(["cat"]), plain.embed_texts(["query: cat"]))
     with pytest.raises(FeatureError, match="empty"):
         plain.embed_texts(["cat", " "])
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "call"),
+    [
+        ("ast", "ASTModel", lambda m, x: m(**x).pooler_output),
+        ("clap", "ClapModel", lambda m, x: pooled(m.get_audio_features(x["input_features"]))),
+        ("whisper", "WhisperModel", lambda m, x: m.encoder(**x).last_hidden_state[:, :100].mean(1)),
+    ],
+)
+def test_sound_is_that_of_the_family_s_own_spectrogram(
+    name: str, model: str, call: Any, checkpoint: Callable[[Make], Path]
+) -> None:
+    """Two seconds of sound in a window are as two seconds given to transformers itself."""
+    import transformers
+
+    family = FAMILIES[name]
+    path = checkpoint(family.make)
+    extractor = family.build(path, {"precision": "fp32"})
+    extractor.load()
+    window = family.items()[0][1:]
+    rate_hz = audio_encoder(AudioSettings(arch=str(path))).sound.rate_hz
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        processor = transformers.AutoFeatureExtractor.from_pretrained(path)
+    inputs = processor(window[0, : 2 * rate_hz], sampling_rate=rate_hz, return_tensors="pt")
+    loaded = getattr(transformers, model).from_pretrained(path).eval()
+    with torch.no_grad():
+        expected = call(loaded, inputs).numpy()
+    assert (cosines(run(extractor, [window])[0], expected) > 0.9999).all()
+
+
+@pytest.mark.parametrize("name", ["clap", "clap fused"])
+def test_clap_never_crops_at_random(name: str, checkpoint: Callable[[Make], Path]) -> None:
+    """Sound of 35 s is cut into the same windows each time; CLAP alone would crop it by chance."""
+    family = FAMILIES[name]
+    extractor = family.build(checkpoint(family.make), {"precision": "fp32"})
+    extractor.load()
+    noise = np.random.default_rng(1).normal(0, 0.1, 35 * 48_000).astype(np.float32)
+    sound = audio_encoder(AudioSettings(arch=str(checkpoint(family.make)))).sound
+    rows = sound_rows(noise * np.linspace(0.01, 2, len(noise), dtype=np.float32), sound)
+    first, second = run(extractor, [rows, rows])
+    assert first.shape == (4, extractor.dim)
+    assert (cosines(first, second) > 0.9999).all()
+    found = extractor.embed_texts(["a dog", "rain"])
+    assert found.shape == (2, extractor.dim)
+
+
+def test_silence_has_a_vector(checkpoint: Callable[[Make], Path]) -> None:
+    for name in tiny_encoders.SOUNDS:
+        extractor = FAMILIES[name].build(checkpoint(FAMILIES[name].make), {})
+        extractor.load()
+        [found] = run(extractor, [np.zeros_like(FAMILIES[name].items()[0][:1])])
+        assert np.isfinite(found).all()
+
+
+@pytest.mark.parametrize(
+    ("arch", "family"),
+    [
+        ("MIT/ast-finetuned-audioset-10-10-0.4593", "audio-spectrogram-transformer"),
+        ("laion/larger_clap_music", "clap"),
+        ("openai/whisper-large-v3", "whisper"),
+        ("vggish", "vggish"),
+        ("resnet10t", "timm"),
+    ],
+)
+def test_names_tell_the_family_of_sound_without_a_hub(arch: str, family: str) -> None:
+    """The King sizes its slots by it, and reaches no hub."""
+    assert audio_encoder(AudioSettings(arch=arch)) is AUDIO_ENCODERS[family]
+
+
+def test_a_name_of_no_family_of_sound_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"features.audio.arch: me/fast-net .* --local-dir"):
+        audio_encoder(AudioSettings(arch="me/fast-net"))
 
 
 def test_both_forms_of_features_are_read() -> None:
