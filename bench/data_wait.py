@@ -27,7 +27,8 @@ from results_file import write_results
 from common.post import MODALITIES, Features, Modality, Stream
 from common.progress import progress_bar
 from config.labels import LabelMap
-from config.load import merge, validate
+from config.load import validate
+from config.presets import merge
 from config.train import TrainSettings
 from extractors.feature_file import feature_path, features_bytes
 

@@ -18,6 +18,7 @@ from pydantic_settings import EnvSettingsSource
 
 from common.errors import ConfigError, one_line
 from common.urls import redact
+from config.presets import merge, with_preset
 from config.settings import Settings
 
 DEFAULT_CONFIG = Path("config/infer_config_e2e.yaml")
@@ -100,16 +101,10 @@ def _hide_passwords() -> None:
         setproctitle(" ".join([sys.executable, *words]))
 
 
-def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
-    """Merge nested mappings; later layers win, lists are replaced whole."""
-    result: dict[str, Any] = {}
-    for layer in layers:
-        for key, value in layer.items():
-            if isinstance(value, Mapping) and isinstance(result.get(key), Mapping):
-                result[key] = merge(result[key], value)
-            else:
-                result[key] = value
-    return result
+def _layer(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return one source's values with its preset of encoders written out."""
+    features = with_preset(values.get("features"))
+    return {**values, "features": features} if "features" in values else dict(values)
 
 
 def _environment() -> dict[str, Any]:
@@ -186,9 +181,9 @@ def load_settings(
     file = Path(path) if path is not None else default
     from_file = read_yaml(file) if path is not None or file.exists() else {}
     validate(Settings, from_file, str(file))  # so that a mistake is blamed on the right source
-    values = merge(from_file, _environment())
+    values = merge(_layer(from_file), _layer(_environment()))
     validate(Settings, values, "environment")
-    return validate(Settings, merge(values, parse_overrides(overrides)), "--set")
+    return validate(Settings, merge(values, _layer(parse_overrides(overrides))), "--set")
 
 
 def given_options(options: object, keys: Mapping[str, str]) -> dict[str, Any]:

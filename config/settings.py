@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 from common.precision import Precision
 from common.retry import RetryPolicy
 from common.urls import redact
+from config.presets import Preset, with_preset
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -283,6 +284,8 @@ class OcrSettings(Section):
 class FeatureSettings(Section):
     """Everything that determines a feature; its digest is the extractor fingerprint."""
 
+    preset: Preset | None = None
+    """The encoders of all modalities by one name: `config.presets`; keys beside it go before it."""
     ocr_mode: Literal["append", "separate"] = "separate"
     """OCR text joins the post's text, or stands as its own modality."""
     video: VideoSettings = VideoSettings()
@@ -290,6 +293,11 @@ class FeatureSettings(Section):
     audio: AudioSettings = AudioSettings()
     text: TextSettings = TextSettings()
     ocr: OcrSettings = OcrSettings()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, values: Any) -> Any:
+        return with_preset(values)
 
 
 class CacheSettings(Section):

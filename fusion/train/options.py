@@ -9,7 +9,8 @@ from typing import Annotated, TypeAlias
 
 from common.cli import Overrides, option, read_options
 from common.errors import ConfigError
-from config.load import given_options, layered, merge, parse_overrides, read_yaml
+from config.load import given_options, layered, parse_overrides, read_yaml
+from config.presets import merge
 from config.train import BackboneTrainSettings, TrainSettings
 
 TRAIN_CONFIG = Path("config/train_config.yaml")

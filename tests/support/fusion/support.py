@@ -13,7 +13,8 @@ import numpy.typing as npt
 from common.post import MODALITIES, Features, Modality, Status, Stream
 from config.fusion_models import ModelSettings
 from config.labels import LabelMap
-from config.load import merge, validate
+from config.load import validate
+from config.presets import merge
 from config.train import TrainSettings
 from extractors.feature_file import write_features
 from fusion.bundle.bundle import save_bundle

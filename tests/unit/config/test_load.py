@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from common.errors import ConfigError
-from config.load import load_settings, merge, parse_overrides, read_yaml, validate
+from config.load import load_settings, parse_overrides, read_yaml, validate
+from config.presets import merge
 from config.settings import BrokerSettings, InferSettings, Settings
 from config.train import BackboneTrainSettings, TrainSettings
 

@@ -1,0 +1,65 @@
+"""Presets of encoders: what they set, and what goes before them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from common.errors import ConfigError
+from config.load import load_settings
+from config.presets import PRESETS, Preset
+from config.settings import FeatureSettings
+from extractors.models.weights import PACKAGES
+from extractors.parts import audio_encoder, visual_encoder
+
+
+def test_every_preset_sets_the_same_keys() -> None:
+    """Otherwise one preset after another would leave keys of the first."""
+
+    def keys(values: object, at: str = "") -> set[str]:
+        if not isinstance(values, dict):
+            return {at}
+        return {name for key, value in values.items() for name in keys(value, f"{at}.{key}")}
+
+    assert set(PRESETS) == set(get_args(Preset))
+    assert len({frozenset(keys(values)) for values in PRESETS.values()}) == 1
+
+
+def test_classic_is_the_default() -> None:
+    assert FeatureSettings(preset="classic").model_copy(update={"preset": None}) == (
+        FeatureSettings()
+    )
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_names_encoders_that_exist(preset: Preset) -> None:
+    features = FeatureSettings(preset=preset)
+    for section in (features.video, features.image):
+        assert visual_encoder(section).model
+    assert audio_encoder(features.audio).sound.rate_hz
+    for arch, weights in ((each.arch, each.weights) for each in (features.image, features.text)):
+        assert weights != "package" or arch in PACKAGES
+
+
+def test_later_sources_go_before_a_preset_and_it_before_earlier_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("features: {image: {arch: resnet50, precision: fp32}, text: {max_tokens: 9}}")
+    small = load_settings(path, ["features.preset=small", "features.text.prefix=q"]).features
+    assert (small.image.arch, small.image.precision) == ("tf_efficientnet_lite0", "fp32")
+    assert (small.text.pooling, small.text.prefix, small.text.max_tokens) == ("mean", "q", 256)
+
+    path.write_text("features: {preset: modern, image: {image_size: 384}}")
+    modern = load_settings(path, ["features.video.frames=4"]).features
+    assert (modern.image.image_size, modern.video.image_size, modern.video.frames) == (384, 256, 4)
+
+    monkeypatch.setenv("INSIGHTTAG_FEATURES__PRESET", "classic")
+    assert load_settings(path).features.image.arch == "vit_large_patch16_224"
+
+
+def test_an_unknown_preset_is_one_line() -> None:
+    with pytest.raises(ConfigError, match=r"features.preset: .*'small'"):
+        load_settings(None, ["features.preset=smal"])
