@@ -107,9 +107,11 @@ class VisualEncoder:
         model: ``module:callable``, by name so that the King does not import torch. It is called
             with (setting, `VisualSettings`, device, ``size=(height, width)``) and gives an
             `extractors.models.base.PictureEncoder`.
+        clips: It sees runs of frames at once, and is for `features.video` alone.
     """
 
     model: str
+    clips: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +131,8 @@ class AudioEncoder:
 VISUAL_ENCODERS: dict[str, VisualEncoder] = {
     "timm": VisualEncoder("extractors.models.visual:TimmBackbone"),
     "transformers": VisualEncoder("extractors.models.transformers_vision:TransformersVision"),
+    "vjepa2": VisualEncoder("extractors.models.transformers_video:ClipEncoder", clips=True),
+    "videomae": VisualEncoder("extractors.models.transformers_video:ClipEncoder", clips=True),
 }
 """Family -> encoder, for `features.image` and `features.video`."""
 

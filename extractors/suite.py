@@ -12,6 +12,7 @@ from common.post import Stream
 from config.settings import ExtractorName, FeatureSettings
 from extractors.feature_file import stream_fingerprints
 from extractors.models.base import Extractor
+from extractors.parts import visual_encoder
 
 if TYPE_CHECKING:
     from extractors.models.base import PictureEncoder
@@ -82,6 +83,14 @@ class ExtractorSuite:
             raise FeatureError(f"{name}: this process does not host that extractor")
         return extractor.forward([extractor.preprocess(item) for item in items])
 
+    def embed_texts(self, name: ExtractorName, texts: Sequence[str]) -> Any:
+        """Return unit vectors float32 ``(n, dim)`` of texts in the space of a modality's features.
+
+        Raises:
+            ConfigError: Its encoder has no text side.
+        """
+        return self._extractors[name].embed_texts(texts)
+
     @property
     def by_extractor(self) -> Mapping[Stream, str]:
         """Return the fingerprint of each loaded extractor, and of the video's LSTM."""
@@ -116,6 +125,10 @@ class ExtractorSuite:
                 from extractors.models.visual import VideoExtractor, VisualExtractor, make_backbone
 
                 settings = features.video if name == "video" else features.image
+                if name == "video" and visual_encoder(settings).clips:
+                    from extractors.models.transformers_video import ClipExtractor
+
+                    return ClipExtractor(features.video, device)
                 key = (settings.arch, settings.weights, settings.image_size, settings.precision)
                 backbone = self._backbones.setdefault(key, make_backbone(name, settings, device))
                 if name == "video":

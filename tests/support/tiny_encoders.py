@@ -201,6 +201,31 @@ def whisper(folder: Path) -> Path:
     return _save(folder, "WhisperModel", config)
 
 
+def vjepa2(folder: Path) -> Path:
+    from transformers import VJEPA2Config
+
+    config = VJEPA2Config(
+        crop_size=32,
+        frames_per_clip=4,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        mlp_ratio=2,
+        pred_hidden_size=16,
+        pred_num_hidden_layers=1,
+        pred_num_attention_heads=1,
+        pred_num_mask_tokens=1,
+    )
+    return _save(folder, "VJEPA2Model", config, **NORMALISATION)
+
+
+def videomae(folder: Path) -> Path:
+    from transformers import VideoMAEConfig
+
+    config = VideoMAEConfig(**_TOWER, image_size=32, num_frames=4)
+    return _save(folder, "VideoMAEModel", config, **NORMALISATION)
+
+
 PICTURES: dict[str, Callable[[Path], Path]] = {
     "clip": clip,
     "siglip": siglip,
@@ -220,3 +245,4 @@ SOUNDS: dict[str, Callable[[Path], Path]] = {
     "clap fused": fused_clap,
     "whisper": whisper,
 }
+VIDEOS: dict[str, Callable[[Path], Path]] = {"vjepa2": vjepa2, "videomae": videomae}

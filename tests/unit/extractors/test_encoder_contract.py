@@ -16,15 +16,24 @@ import torch
 
 from common.errors import ConfigError, FeatureError
 from common.precision import cpu_has_bf16
-from config.settings import AudioSettings, ImageSettings, TextSettings
+from config.settings import (
+    AudioSettings,
+    FeatureSettings,
+    ImageSettings,
+    TextSettings,
+    VideoLstmSettings,
+    VideoSettings,
+)
 from extractors.media.sound import sound_rows
 from extractors.models.audio import AudioExtractor
 from extractors.models.base import RowExtractor
 from extractors.models.from_transformers import pooled
 from extractors.models.text import TextExtractor
+from extractors.models.transformers_video import ClipExtractor
 from extractors.models.visual import VisualExtractor
 from extractors.models.weights import PACKAGES
 from extractors.parts import AUDIO_ENCODERS, audio_encoder
+from extractors.suite import ExtractorSuite
 from tests.support import tiny_encoders
 from tests.support.tiny_models import TINY_CNN, TINY_VIT, tiny_timm_weights
 
@@ -53,6 +62,15 @@ def picture_family(make: Make, arch: str | None = None) -> Family:
         return VisualExtractor("image", ImageSettings(**named, image_size=32, **settings))
 
     return Family(make, build, lambda: pictures(2, 1, 3), pictures(0)[0], pictures(1, size=31)[0])
+
+
+def clip_extractor(path: Path, settings: dict[str, Any]) -> ClipExtractor:
+    return ClipExtractor(VideoSettings(arch=str(path), image_size=32, frames=8, **settings))
+
+
+def clip_family(make: Make) -> Family:
+    items = pictures(4, 2, 8)
+    return Family(make, clip_extractor, lambda: items, pictures(0)[0], pictures(1, size=31)[0])
 
 
 def text_family(make: Make, own: dict[str, Any]) -> Family:
@@ -98,6 +116,7 @@ def timm_weights(arch: str) -> Make:
 FAMILIES: dict[str, Family] = {
     **{f"timm {arch}": picture_family(timm_weights(arch), arch) for arch in (TINY_VIT, TINY_CNN)},
     **{name: picture_family(make) for name, make in tiny_encoders.PICTURES.items()},
+    **{name: clip_family(make) for name, make in tiny_encoders.VIDEOS.items()},
     **{name: sound_family(make) for name, make in tiny_encoders.SOUNDS.items()},
     **{name: text_family(make, own) for name, (make, own) in tiny_encoders.TEXTS.items()},
 }
@@ -293,7 +312,8 @@ def test_sound_is_that_of_the_family_s_own_spectrogram(
     rate_hz = audio_encoder(AudioSettings(arch=str(path))).sound.rate_hz
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        processor = transformers.AutoFeatureExtractor.from_pretrained(path)
+        auto: Any = transformers.AutoFeatureExtractor
+        processor = auto.from_pretrained(path)
     inputs = processor(window[0, : 2 * rate_hz], sampling_rate=rate_hz, return_tensors="pt")
     loaded = getattr(transformers, model).from_pretrained(path).eval()
     with torch.no_grad():
@@ -323,6 +343,49 @@ def test_silence_has_a_vector(checkpoint: Callable[[Make], Path]) -> None:
         extractor.load()
         [found] = run(extractor, [np.zeros_like(FAMILIES[name].items()[0][:1])])
         assert np.isfinite(found).all()
+
+
+@pytest.mark.parametrize("name", tiny_encoders.VIDEOS)
+def test_clips_are_whole_runs_of_frames(name: str, checkpoint: Callable[[Make], Path]) -> None:
+    """A vector per clip; the frames of a short one are repeated; their order matters."""
+    from transformers import AutoModel
+
+    path = checkpoint(tiny_encoders.VIDEOS[name])
+    extractor = clip_extractor(path, {"precision": "fp32"})
+    extractor.load()
+    [item] = pictures(6)
+    found, backwards, first = run(extractor, [item, item[::-1], item[:4]])
+    assert found.shape == (2, extractor.dim)  # of 4 frames, and of 2 that stand twice each
+    np.testing.assert_array_equal(found[0], first[0])
+    [repeated] = run(extractor, [item[[4, 4, 5, 5]]])
+    np.testing.assert_allclose(found[1], repeated[0], atol=1e-3)
+    assert (cosines(found[:1], backwards[:1]) < 0.9999).all()
+
+    mean, std = (np.array(tiny_encoders.NORMALISATION[f"image_{key}"]) for key in ("mean", "std"))
+    pixels = torch.from_numpy(((item[:4] / 255 - mean) / std).transpose(0, 3, 1, 2)).float()[None]
+    model = AutoModel.from_pretrained(path).eval()
+    with torch.no_grad():
+        expected = model(pixels, **({"skip_predictor": True} if name == "vjepa2" else {}))
+    reference = expected.last_hidden_state.mean(1).numpy()
+    np.testing.assert_allclose(found[:1], reference, atol=2e-3, rtol=2e-3)
+
+
+def test_a_suite_builds_the_extractor_of_clips(checkpoint: Callable[[Make], Path]) -> None:
+    path = str(checkpoint(tiny_encoders.videomae))
+    video = VideoSettings(arch=path, image_size=32, frames=4)
+    suite = ExtractorSuite(FeatureSettings(video=video), names=("video",))
+    suite.load()
+    assert [a.shape for a in suite.run("video", pictures(4, 3))] == [(1, 32), (1, 32)]
+    with pytest.raises(ConfigError, match=r"features.video.arch: .* embeds no texts"):
+        suite.embed_texts("video", ["a cat"])
+    lstm = VideoLstmSettings(weights="random:1")
+    for wrong in (
+        FeatureSettings(video=video.model_copy(update={"lstm": lstm})),
+        FeatureSettings(image=ImageSettings(arch=path, image_size=32)),
+    ):
+        names: Any = ("video",) if wrong.video.lstm == lstm else ("image",)
+        with pytest.raises(ConfigError, match=r"features.(video|image).arch: .* clips"):
+            ExtractorSuite(wrong, names=names).load()
 
 
 @pytest.mark.parametrize(
