@@ -133,6 +133,7 @@ VISUAL_ENCODERS: dict[str, VisualEncoder] = {
     "transformers": VisualEncoder("extractors.models.transformers_vision:TransformersVision"),
     "vjepa2": VisualEncoder("extractors.models.transformers_video:ClipEncoder", clips=True),
     "videomae": VisualEncoder("extractors.models.transformers_video:ClipEncoder", clips=True),
+    "embedding_gemma2": VisualEncoder("extractors.models.omni:OmniPictures"),
 }
 """Family -> encoder, for `features.image` and `features.video`."""
 
@@ -148,10 +149,13 @@ AUDIO_ENCODERS: dict[str, AudioEncoder] = {
     "whisper": AudioEncoder(
         "extractors.models.transformers_audio:WhisperSound", WaveformWindows(16_000, 480_000)
     ),
+    "embedding_gemma2": AudioEncoder(
+        "extractors.models.omni:OmniSound", WaveformWindows(16_000, 160_000)
+    ),
 }
 """Family, or one encoder by its name in `features.audio.arch`, -> encoder."""
 
-_WORDS = {"ast": "audio-spectrogram-transformer"}
+_WORDS = {"ast": "audio-spectrogram-transformer", "embeddinggemma": "embedding_gemma2"}
 """Words in the names of hub repositories -> their family, where they are not its name."""
 
 

@@ -143,7 +143,12 @@ class TransformersEncoder(Encoder):
         return weights_digest(weights, state)
 
     def _refusal(self, source: str, error: ValueError) -> ConfigError | ValueError:
-        """Return the refusal of a folder's own code in words of ours; other errors as they are."""
+        """Return in words of ours that a model is unknown or wants its own code to run."""
+        if "does not recognize" in str(error):
+            return ConfigError(
+                f"{self.setting}.arch: the installed transformers does not know the model type of "
+                f"{source}; a newer one may: pip install --upgrade 'transformers<6'"
+            )
         if "trust_remote_code" not in str(error):
             return error
         return ConfigError(

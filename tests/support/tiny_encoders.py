@@ -226,6 +226,53 @@ def videomae(folder: Path) -> Path:
     return _save(folder, "VideoMAEModel", config, **NORMALISATION)
 
 
+def embedding_gemma2(folder: Path) -> Path:
+    """EmbeddingGemma 2 with its towers; only where transformers knows it."""
+    import transformers
+    from transformers import PreTrainedTokenizerFast
+
+    wordpiece(folder, padding_side="right")
+    marks = {
+        f"{name}_token": f"<{name}>" for name in ("image", "boi", "eoi", "audio", "boa", "eoa")
+    }
+    load: Any = PreTrainedTokenizerFast
+    tokenizer = load.from_pretrained(folder, extra_special_tokens=marks)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|video|>"]})
+    ids = {key: tokenizer.convert_tokens_to_ids(mark) for key, mark in marks.items()}
+    made: Any = transformers
+    processor = made.EmbeddingGemma2Processor(
+        feature_extractor=made.Gemma4AudioFeatureExtractor(),
+        image_processor=made.Gemma4ImageProcessor(max_soft_tokens=70),
+        tokenizer=tokenizer,
+        video_processor=made.EmbeddingGemma2VideoProcessor(),
+        image_seq_length=70,
+    )
+    processor.save_pretrained(folder)
+    small = {**_TOWER, "num_key_value_heads": 1, "head_dim": 16}
+    text = {**small, "vocab_size": len(tokenizer), "embedding_dim": 24, "pad_token_id": 0}
+    text |= {"hidden_size_per_layer_input": 8, "global_head_dim": 16}
+    config = made.EmbeddingGemma2Config(
+        text_config=text,
+        vision_config={"model_type": "gemma4_vision", **small, "num_key_value_heads": 2},
+        audio_config={
+            "model_type": "gemma4_audio",
+            "hidden_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "subsampling_conv_channels": [128, 8],
+            "output_proj_dims": 32,
+        },
+        image_token_id=ids["image_token"],
+        boi_token_id=ids["boi_token"],
+        eoi_token_id=ids["eoi_token"],
+        audio_token_id=ids["audio_token"],
+        boa_token_id=ids["boa_token"],
+        eoa_token_index=ids["eoa_token"],
+        video_token_id=tokenizer.convert_tokens_to_ids("<|video|>"),
+    )
+    return _save(folder, "EmbeddingGemma2Model", config)
+
+
 PICTURES: dict[str, Callable[[Path], Path]] = {
     "clip": clip,
     "siglip": siglip,

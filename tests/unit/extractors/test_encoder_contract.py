@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from common.errors import ConfigError, FeatureError
 from common.precision import cpu_has_bf16
@@ -95,9 +96,8 @@ def sound_family(make: Make) -> Family:
     def build(path: Path, settings: dict[str, Any]) -> RowExtractor:
         return AudioExtractor(AudioSettings(arch=str(path), **settings))
 
-    input_of = AUDIO_ENCODERS[
-        {"ast": "audio-spectrogram-transformer", "whisper": "whisper"}.get(make.__name__, "clap")
-    ].sound
+    name = {"ast": "audio-spectrogram-transformer", "fused_clap": "clap"}.get(make.__name__)
+    input_of = AUDIO_ENCODERS[name or make.__name__].sound
     samples = input_of.shape[0]
     return Family(
         make,
@@ -113,11 +113,17 @@ def timm_weights(arch: str) -> Make:
     return lambda folder: tiny_timm_weights(folder, arch, **size)
 
 
+OMNI = {
+    "omni image": picture_family(tiny_encoders.embedding_gemma2),
+    "omni sound": sound_family(tiny_encoders.embedding_gemma2),
+    "omni text": text_family(tiny_encoders.embedding_gemma2, {"pooling": "mean"}),
+}
 FAMILIES: dict[str, Family] = {
     **{f"timm {arch}": picture_family(timm_weights(arch), arch) for arch in (TINY_VIT, TINY_CNN)},
     **{name: picture_family(make) for name, make in tiny_encoders.PICTURES.items()},
     **{name: clip_family(make) for name, make in tiny_encoders.VIDEOS.items()},
     **{name: sound_family(make) for name, make in tiny_encoders.SOUNDS.items()},
+    **(OMNI if hasattr(transformers, "EmbeddingGemma2Model") else {}),
     **{name: text_family(make, own) for name, (make, own) in tiny_encoders.TEXTS.items()},
 }
 
@@ -302,8 +308,6 @@ def test_sound_is_that_of_the_family_s_own_spectrogram(
     name: str, model: str, call: Any, checkpoint: Callable[[Make], Path]
 ) -> None:
     """Two seconds of sound in a window are as two seconds given to transformers itself."""
-    import transformers
-
     family = FAMILIES[name]
     path = checkpoint(family.make)
     extractor = family.build(path, {"precision": "fp32"})
@@ -408,6 +412,20 @@ def test_a_name_of_no_family_of_sound_is_refused() -> None:
         audio_encoder(AudioSettings(arch="me/fast-net"))
 
 
+@pytest.mark.skipif("omni text" not in FAMILIES, reason="transformers has no EmbeddingGemma 2")
+def test_an_omni_encoder_puts_all_into_one_space(checkpoint: Callable[[Make], Path]) -> None:
+    """Its picture, sound and text extractors give one text the same vector."""
+    path = checkpoint(tiny_encoders.embedding_gemma2)
+    texts = ["a cat", "the quick brown fox"]
+    found = []
+    for name in OMNI:
+        extractor = FAMILIES[name].build(path, {"precision": "fp32"})
+        extractor.load()
+        found.append(extractor.embed_texts(texts))
+    for other in found[1:]:
+        assert (cosines(found[0], other) > 0.9999).all()
+
+
 def test_both_forms_of_features_are_read() -> None:
     """Transformers 4 gives a tensor, 5 an object around it."""
 
@@ -425,6 +443,12 @@ def own_code(folder: Path) -> Path:
     return folder
 
 
+def newer_model(folder: Path) -> Path:
+    """A checkpoint of a model that the installed transformers does not know."""
+    (folder / "config.json").write_text(json.dumps({"model_type": "siglip9"}))
+    return folder
+
+
 IMAGE: dict[str, Any] = {"image_size": 32}
 
 
@@ -433,6 +457,7 @@ IMAGE: dict[str, Any] = {"image_size": 32}
     [
         (own_code, "image", {}, ("features.image.arch", "features.image.trust_remote_code: true")),
         (own_code, "text", {}, ("features.text.arch", "features.text.trust_remote_code: true")),
+        (newer_model, "image", {}, ("features.image.arch", "does not know", "--upgrade")),
         (tiny_encoders.sentence_bert, "image", {}, ("features.image.arch", "bert", "siglip")),
         (tiny_encoders.clip, "image", {"image_size": 48}, ("features.image.image_size", "32")),
         (tiny_encoders.dinov2, "image", {"image_size": 40}, ("features.image.image_size", "16")),
