@@ -103,7 +103,10 @@ class TransformersEncoder(Encoder):
         try:
             config = auto_config.from_pretrained(source, **arguments)
         except ValueError as error:
-            raise self._refusal(source, error) from error
+            refusal = self._refusal(source, str(error))
+            if refusal is None:
+                raise
+            raise refusal from error
         self._check(config)
         if seed is not None:
             with seeded(seed):
@@ -142,19 +145,19 @@ class TransformersEncoder(Encoder):
         state = {k: v for k, v in network.state_dict().items() if k in self._from_file}
         return weights_digest(weights, state)
 
-    def _refusal(self, source: str, error: ValueError) -> ConfigError | ValueError:
-        """Return in words of ours that a model is unknown or wants its own code to run."""
-        if "does not recognize" in str(error):
+    def _refusal(self, source: str, reason: str) -> ConfigError | None:
+        """Return in words of ours that a model is unknown, or wants its own code to run."""
+        if "does not recognize" in reason:
             return ConfigError(
                 f"{self.setting}.arch: the installed transformers does not know the model type of "
                 f"{source}; a newer one may: pip install --upgrade 'transformers<6'"
             )
-        if "trust_remote_code" not in str(error):
-            return error
-        return ConfigError(
-            f"{self.setting}.arch: {source} brings Python code of its own, which is not run: "
-            f"choose another model, or read it and set {self.setting}.trust_remote_code: true"
-        )
+        if "trust_remote_code" in reason:
+            return ConfigError(
+                f"{self.setting}.arch: {source} brings Python code of its own, which is not run: "
+                f"choose another model, or read it and set {self.setting}.trust_remote_code: true"
+            )
+        return None
 
 
 class TextQueryable(TransformersEncoder):
