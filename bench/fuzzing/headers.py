@@ -12,7 +12,7 @@ from king.broker.connect import open_broker, publish_posts
 from tests.support.king.odd_properties import ODD_PROPERTIES, random_properties, send
 from tests.support.services import RabbitMQServer
 
-_LIMIT_S = 60
+_LIMIT_S = 300
 _LEADER_S = 2.0
 """RabbitMQ 3.10: a quorum queue has no leader right after its declaration."""
 
