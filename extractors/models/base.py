@@ -288,6 +288,11 @@ class RowExtractor(Extractor):
         """Return what the features depend on besides the model, under fixed names."""
 
 
+def clean(text: str) -> str:
+    """Return text without lone surrogates, which tokenizers refuse."""
+    return text.encode(errors="replace").decode()
+
+
 def check_finite(name: str, features: FeatureArray) -> None:
     """Refuse features that are not finite; half precision overflows."""
     if not np.isfinite(features).all():

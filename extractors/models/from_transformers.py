@@ -18,7 +18,7 @@ import torch
 
 from common.errors import ConfigError, one_line
 from config.settings import AudioSettings, TextSettings, VisualSettings
-from extractors.models.base import Encoder, autocast
+from extractors.models.base import Encoder, autocast, clean
 from extractors.models.weights import (
     Weights,
     from_cache_or_hub,
@@ -217,11 +217,6 @@ def pooled(output: Any) -> torch.Tensor:
     """Return the vectors of ``get_*_features``: a tensor in transformers 4, its field in 5."""
     vectors: torch.Tensor = output if isinstance(output, torch.Tensor) else output.pooler_output
     return vectors
-
-
-def clean(text: str) -> str:
-    """Return text without lone surrogates, which tokenizers refuse."""
-    return text.encode(errors="replace").decode()
 
 
 def shape_of(config: Any) -> str:

@@ -13,8 +13,8 @@ import numpy.typing as npt
 import torch
 
 from config.settings import AudioSettings, VisualSettings
-from extractors.models.base import PictureEncoder, autocast
-from extractors.models.from_transformers import TransformersEncoder, clean
+from extractors.models.base import PictureEncoder, autocast, clean
+from extractors.models.from_transformers import TransformersEncoder
 from extractors.models.text import pool
 from extractors.models.transformers_audio import without_end
 

@@ -15,11 +15,10 @@ import torch
 from common.errors import ConfigError, FeatureError
 from common.post import FeatureArray
 from config.settings import Pooling, TextSettings
-from extractors.models.base import RowExtractor, check_finite
+from extractors.models.base import RowExtractor, check_finite, clean
 from extractors.models.from_transformers import (
     SHAPE_KEYS,
     TransformersEncoder,
-    clean,
     json_file,
     silence,
 )
