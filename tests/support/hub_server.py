@@ -6,10 +6,9 @@ import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from tests.support.processes import serving
+from tests.support.processes import Answers, Site, serving
 
 _COMMIT = "0" * 40
 
@@ -28,15 +27,14 @@ def _about(root: Path, path: str) -> bytes | None:
 def hub_server(root: Path) -> Iterator[str]:
     """Serve ``root/<owner>/<repository>/<file>`` as a hub; gives its URL for ``HF_ENDPOINT``."""
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(Answers):
+        protocol_version = "HTTP/1.0"
+
         def do_HEAD(self) -> None:
             self._answer(body=False)
 
         def do_GET(self) -> None:
             self._answer(body=True)
-
-        def log_message(self, format: str, *args: object) -> None:
-            """Stay silent."""
 
         def _answer(self, *, body: bool) -> None:
             repository, separator, name = (
@@ -67,5 +65,5 @@ def hub_server(root: Path) -> Iterator[str]:
             if body:
                 self.wfile.write(content)
 
-    with serving(ThreadingHTTPServer(("127.0.0.1", 0), Handler)) as server:
-        yield f"http://127.0.0.1:{server.server_port}"
+    with serving(Site(Handler)) as server:
+        yield server.url("")

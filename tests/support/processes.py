@@ -6,9 +6,9 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 from typing import Any, TypeVar
@@ -43,6 +43,62 @@ def serving(server: Server) -> Iterator[Server]:
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+class Site(ThreadingHTTPServer):
+    """A server on loopback that answers as badly as the path asks: ``/VERB/REST``.
+
+    Attributes:
+        paths: Everything that was asked for, in order.
+    """
+
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self, handler: type[BaseHTTPRequestHandler]) -> None:
+        super().__init__(("127.0.0.1", 0), handler)
+        self.paths: list[str] = []
+
+    def url(self, path: str, host: str = "127.0.0.1") -> str:
+        return f"http://{host}:{self.server_port}{path}"
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Clients that hang up are what the tests are about."""
+
+
+class Answers(BaseHTTPRequestHandler):
+    """Answers of a `Site`: ``do_VERB`` gets the rest of the path."""
+
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        verb, _, rest = self.path.lstrip("/").partition("/")
+        with suppress(BrokenPipeError, ConnectionResetError):
+            getattr(self, f"do_{verb}")(rest)
+
+    def answer(
+        self, body: bytes, status: int = 200, length: int | None = None, **headers: str
+    ) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body) if length is None else length))
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_status(self, rest: str) -> None:
+        self.answer(b"no", int(rest))
+
+    def do_empty(self, rest: str) -> None:
+        self.answer(b"")
+
+    def do_short(self, rest: str) -> None:
+        """Promises more than it sends."""
+        self.close_connection = True
+        self.answer(b"half", length=1000)
 
 
 class QuietFiles(SimpleHTTPRequestHandler):

@@ -9,12 +9,10 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-from tests.support.processes import serving
+from tests.support.processes import Answers, Site, serving
 
 
 def png(seed: int, size_bytes: int = 400) -> bytes:
@@ -38,7 +36,7 @@ def wav(seconds: float = 0.1) -> bytes:
     return struct.pack("<4sI", b"RIFF", len(body)) + body
 
 
-class MediaSite(ThreadingHTTPServer):
+class MediaSite(Site):
     """``/png/N`` a picture, ``/same/N`` always one picture, and the bad ones of `_Handler`.
 
     Attributes:
@@ -47,101 +45,66 @@ class MediaSite(ThreadingHTTPServer):
         at_once: Most requests that were being answered at a time.
     """
 
-    daemon_threads = True
-    request_queue_size = 128
-
     def __init__(self, delay_s: float = 0.0) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
+        super().__init__(_Handler)
         self.requests: Counter[str] = Counter()
         self.times: list[tuple[str, float]] = []
         self.delay_s = delay_s
         self.at_once = self._now = 0
         self.lock = threading.Lock()
 
-    def url(self, path: str, host: str = "127.0.0.1") -> str:
-        return f"http://{host}:{self.server_port}{path}"
-
-    def began(self, path: str) -> int:
+    @contextmanager
+    def answering(self, path: str) -> Iterator[None]:
         with self.lock:
             self.requests[path] += 1
             self.times.append((path, time.monotonic()))
             self._now += 1
             self.at_once = max(self.at_once, self._now)
-            return self.requests[path]
-
-    def ended(self) -> None:
-        with self.lock:
-            self._now -= 1
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Clients that are killed are what the tests are about."""
+        try:
+            yield
+        finally:
+            with self.lock:
+                self._now -= 1
 
 
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
+class _Handler(Answers):
     server: MediaSite
 
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
-
     def do_GET(self) -> None:
-        times = self.server.began(self.path)
-        try:
+        with self.server.answering(self.path):
             time.sleep(self.server.delay_s)
-            verb, _, rest = self.path.lstrip("/").partition("/")
-            with suppress(BrokenPipeError, ConnectionResetError):
-                getattr(self, f"do_{verb}")(rest, times)
-        finally:
-            self.server.ended()
+            super().do_GET()
 
-    def answer(self, body: bytes, status: int = 200, **headers: str) -> None:
-        self.send_response(status)
-        for name, value in {"Content_Length": str(len(body)), **headers}.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-        self.wfile.write(body)
-
-    def do_png(self, rest: str, times: int) -> None:
+    def do_png(self, rest: str) -> None:
         self.answer(png(int(rest)))
 
-    def do_large(self, rest: str, times: int) -> None:
+    def do_large(self, rest: str) -> None:
         self.answer(png(int(rest), 150_000))
 
-    def do_same(self, rest: str, times: int) -> None:
+    def do_same(self, rest: str) -> None:
         self.answer(png(0))
 
-    def do_wav(self, rest: str, times: int) -> None:
+    def do_wav(self, rest: str) -> None:
         self.answer(wav())
 
-    def do_cutwav(self, rest: str, times: int) -> None:
+    def do_cutwav(self, rest: str) -> None:
         """A whole answer, but half a file."""
         self.answer(wav()[:1600])
 
-    def do_status(self, rest: str, times: int) -> None:
-        self.answer(b"no", int(rest))
-
-    def do_html(self, rest: str, times: int) -> None:
+    def do_html(self, rest: str) -> None:
         """A page that says it is a picture."""
         self.answer(b"<html><body>gone</body></html>", Content_Type="image/png")
 
-    def do_empty(self, rest: str, times: int) -> None:
-        self.answer(b"")
-
-    def do_short(self, rest: str, times: int) -> None:
-        """Promises more than it sends."""
-        self.close_connection = True
-        self.answer(png(1)[:50], Content_Length="1000")
-
-    def do_flaky(self, rest: str, times: int) -> None:
+    def do_flaky(self, rest: str) -> None:
         """Fails so many times, then works."""
-        if times <= int(rest):
+        if self.server.requests[self.path] <= int(rest):
             self.answer(b"", 503)
         else:
             self.answer(png(7))
 
-    def do_later(self, rest: str, times: int) -> None:
+    def do_later(self, rest: str) -> None:
         """Asks to be left alone for so many seconds, once."""
-        if times == 1:
+        if self.server.requests[self.path] == 1:
             self.answer(b"", 429, Retry_After=rest)
         else:
             self.answer(png(8))

@@ -14,11 +14,12 @@ import struct
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote
 
 import pytest
+
+from tests.support.processes import Answers, Site, serving
 
 PUBLIC_V4, PUBLIC_V6 = "93.184.216.34", "2606:2800:220:1::1"
 BODY = b"\x89PNG\r\n\x1a\n" + bytes(range(256))
@@ -117,48 +118,35 @@ class NameServer:
         return header + query[12 : position + 5] + records
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(Answers):
     """``/302/URL`` redirects, ``/refresh/URL`` asks browsers to, all else is a picture."""
 
-    protocol_version = "HTTP/1.1"
     server: HttpServer
-
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
 
     def do_GET(self) -> None:
         self.server.paths.append(self.path)
         self.server.credentials.append(self.headers.get("Authorization", ""))
         verb, _, rest = self.path.lstrip("/").partition("/")
         location = unquote(rest)
-        self.send_response(int(verb) if verb.isdigit() else 200)
+        headers = {"Content_Type": "image/png"}
         if verb.isdigit():
-            self.send_header("Location", location)
+            headers["Location"] = location
         elif verb == "refresh":
-            self.send_header("Refresh", f"0; url={location}")
-        self.send_header("Content-Type", "image/png")
-        self.send_header("Content-Length", str(len(BODY)))
-        self.end_headers()
-        self.wfile.write(BODY)
+            headers["Refresh"] = f"0; url={location}"
+        self.answer(BODY, int(verb) if verb.isdigit() else 200, None, **headers)
 
 
-class HttpServer(ThreadingHTTPServer):
-    """Counts connections; remembers the paths, and the credentials that came with them."""
-
-    daemon_threads = True
+class HttpServer(Site):
+    """Counts connections, and remembers the credentials that came with them."""
 
     def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.paths: list[str] = []
+        super().__init__(_Handler)
         self.credentials: list[str] = []
         self.connections = 0
 
     def get_request(self) -> tuple[socket.socket, Any]:
         self.connections += 1
         return super().get_request()
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that speaks something else than HTTP."""
 
 
 class Net:
@@ -232,17 +220,8 @@ def loopback_net(
             return Socket if name == "socket" else getattr(socket, name)
 
     monkeypatch.setattr("workers.fetch.socket", Module())
-    threads = [
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-        for server in (public, trap)
-    ]
-    for thread in threads:
-        thread.start()
-    try:
-        yield net
-    finally:
-        for server, thread in zip((public, trap), threads, strict=True):
-            server.shutdown()
-            thread.join()
-            server.server_close()
-        names.close()
+    with serving(public), serving(trap):
+        try:
+            yield net
+        finally:
+            names.close()

@@ -7,68 +7,38 @@ import socket
 import time
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from contextlib import contextmanager
 from typing import Any
 from urllib.parse import unquote
 
-from tests.support.processes import serving
+from tests.support.processes import Answers, Site, serving
 
 BODY = bytes(range(256)) * 40
 
 
-class Web(ThreadingHTTPServer):
-    """Counts requests and connections, and remembers the headers it got."""
-
-    daemon_threads = True
+class Web(Site):
+    """Counts connections, and remembers the headers it got."""
 
     def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.paths: list[str] = []
+        super().__init__(_Handler)
         self.headers: list[dict[str, str]] = []
         self.connections = 0
-        self.flaky = 0
-
-    def url(self, path: str) -> str:
-        return f"http://127.0.0.1:{self.server_port}{path}"
 
     def get_request(self) -> tuple[socket.socket, Any]:
         self.connections += 1
         return super().get_request()
 
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Clients that hang up are what the tests are about."""
 
-
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
+class _Handler(Answers):
     server: Web
-
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
-
-    def answer(
-        self, body: bytes, status: int = 200, length: int | None = None, **headers: str
-    ) -> None:
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(body) if length is None else length))
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-        self.wfile.write(body)
 
     def do_GET(self) -> None:
         self.server.paths.append(self.path)
         self.server.headers.append(dict(self.headers))
-        verb, _, rest = self.path.lstrip("/").partition("/")
-        with suppress(BrokenPipeError, ConnectionResetError):
-            getattr(self, f"do_{verb}")(rest)
+        super().do_GET()
 
     def do_ok(self, rest: str) -> None:
         self.answer(BODY, Content_Type="image/png", Set_Cookie="a=b")
-
-    def do_status(self, rest: str) -> None:
-        self.answer(b"no", int(rest))
 
     def do_html(self, rest: str) -> None:
         self.answer(b"<html>", Content_Type="text/html; charset=utf-8")
@@ -76,9 +46,6 @@ class _Handler(BaseHTTPRequestHandler):
     def do_mislabelled(self, rest: str) -> None:
         """A picture of a server that calls everything a page."""
         self.answer(b"\x89PNG\r\n\x1a\n" + BODY, Content_Type="text/html; charset=utf-8")
-
-    def do_empty(self, rest: str) -> None:
-        self.answer(b"")
 
     def do_redirect(self, rest: str) -> None:
         left = int(rest)
@@ -95,11 +62,6 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         while True:
             self.wfile.write(b"z" * 65536)
-
-    def do_short(self, rest: str) -> None:
-        """Promises more than it sends."""
-        self.close_connection = True
-        self.answer(b"half", length=1000)
 
     def do_lies(self, rest: str) -> None:
         """Promises little, in chunks of much more."""
@@ -174,8 +136,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_flaky(self, rest: str) -> None:
         """Fails the first time."""
-        self.server.flaky += 1
-        if self.server.flaky % 2:
+        if self.server.paths.count(self.path) % 2:
             self.answer(b"", 503)
         else:
             self.answer(BODY)
