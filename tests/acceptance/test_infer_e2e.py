@@ -39,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         picture = chance.integers(0, 255, (48, 64, 3), dtype=np.uint8)
         assert cv2.imwrite(str(folder / "media" / f"{i}.png"), picture)
     posts = [
-        {"post_id": f"p{i}", "text": f"cat {i}", "images": [f"media/{i}.png"], "labels": ["sport"]}
+        {"post_id": f"p{i}", "text": f"cat {i}", "images": [f"media/{i}.png"], "labels": ["cat"]}
         for i in range(3)
     ]
     (folder / "posts.json").write_text(json.dumps(posts))

@@ -150,27 +150,12 @@ def tiny_bundle(folder: Path, features: FeatureSettings, *, threshold: Any = 0.0
         features: What the model shall be served with.
         threshold: Scores above it become tags; one for all tags, or one each.
     """
-    import numpy as np
-
-    from config.fusion_models import ModelSettings
-    from config.labels import LabelMap
     from extractors.suite import ExtractorSuite
-    from fusion.bundle.bundle import save_bundle
-    from fusion.models import build_model
-    from fusion.models.base import FeatureManifest, InputSchema
+    from tests.support.workers.small_bundle import write_bundle
 
     suite = ExtractorSuite(features)
     suite.load()
-    manifest = FeatureManifest(dims=suite.dims, fingerprints=suite.fingerprints)
-    suite.close()
-    labels, model = LabelMap(("sport", "雨", "food")), ModelSettings()
-    return save_bundle(
-        folder,
-        name="tiny",
-        model=build_model(InputSchema.of(manifest, model.tokens, len(labels)), model),
-        settings=model,
-        manifest=manifest,
-        labels=labels,
-        thresholds=np.full(len(labels), threshold, np.float32),
-        metrics={},
-    )
+    try:
+        return write_bundle(folder, suite, threshold=threshold)
+    finally:
+        suite.close()

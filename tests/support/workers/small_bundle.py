@@ -11,13 +11,16 @@ from config.labels import LabelMap
 from extractors.suite import ExtractorSuite
 
 
-def write_bundle(folder: Path, suite: ExtractorSuite, *, seed: int = 0, **changes: Any) -> str:
+def write_bundle(
+    folder: Path, suite: ExtractorSuite, *, seed: int = 0, threshold: Any = 0.1, **changes: Any
+) -> str:
     """Save a bundle for a loaded suite; its version.
 
     Args:
         folder: Where to.
         suite: Whose fingerprints and dims it is made for.
         seed: Of the weights.
+        threshold: Scores above it become tags; one for all tags, or one each.
         changes: Fields of the manifest to set otherwise.
     """
     import torch
@@ -46,6 +49,6 @@ def write_bundle(folder: Path, suite: ExtractorSuite, *, seed: int = 0, **change
         settings=settings,
         manifest=manifest,
         labels=labels,
-        thresholds=np.full(len(labels), 0.1, np.float32),
+        thresholds=np.full(len(labels), threshold, np.float32),
         metrics={},
     )
