@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter, deque
-from dataclasses import dataclass
-from urllib.parse import urlsplit
 
 from corpus.download.values import Ask, UrlResult
 
@@ -19,23 +17,14 @@ from corpus.download.values import Ask, UrlResult
 DEAD_AFTER = 12
 
 
-@dataclass(slots=True)
-class Try:
-    """A URL on its way, and how many tries have failed."""
-
-    ask: Ask
-    host: str
-    failed: int = 0
-
-
 class Hosts:
     """The URLs that wait, by host; `size` counts them."""
 
     def __init__(self, per_host: int) -> None:
         self._per_host = per_host
         # URLs of each host in the order of the times from which on they may be downloaded. The
-        # number keeps the order of equal times, and tries from being compared.
-        self._waiting: dict[str, list[tuple[float, int, Try]]] = {}
+        # number keeps the order of equal times, and URLs from being compared.
+        self._waiting: dict[str, list[tuple[float, int, Ask]]] = {}
         self._turns: deque[str] = deque()  # the hosts of `_waiting`
         self._busy: Counter[str] = Counter()
         self._resume_at: dict[str, float] = {}
@@ -44,16 +33,16 @@ class Hosts:
         self._count = 0
         self.size = 0
 
-    def add(self, item: Try, at: float) -> None:
+    def add(self, ask: Ask, at: float) -> None:
         """Queue a URL, not to be downloaded before a time."""
         self.size += 1
         self._count += 1
-        if item.host not in self._waiting:
-            self._waiting[item.host] = []
-            self._turns.append(item.host)
-        heapq.heappush(self._waiting[item.host], (at, self._count, item))
+        if ask.host not in self._waiting:
+            self._waiting[ask.host] = []
+            self._turns.append(ask.host)
+        heapq.heappush(self._waiting[ask.host], (at, self._count, ask))
 
-    def take(self, now: float) -> Try | None:
+    def take(self, now: float) -> Ask | None:
         """Return the next URL that may be downloaded now."""
         for _ in range(len(self._turns)):
             name = self._turns.popleft()
@@ -62,12 +51,12 @@ class Hosts:
             at = max(waiting[0][0], self._resume_at.get(name, 0.0))
             if at > now or self._busy[name] >= self._per_host:
                 continue
-            item = heapq.heappop(waiting)[2]
+            ask = heapq.heappop(waiting)[2]
             self._busy[name] += 1
             self.size -= 1
             if not waiting:
                 self._forget(name)
-            return item
+            return ask
         return None
 
     def done(self, name: str) -> None:
@@ -96,9 +85,9 @@ class Hosts:
         """Return what every URL of a host that was given up gets; None for any other."""
         return self._dead.get(name)
 
-    def drop(self, name: str) -> list[Try]:
+    def drop(self, name: str) -> list[Ask]:
         """Take the URLs of a host that was given up out of the queue."""
-        dropped = [item for _, _, item in self._waiting.get(name, ())]
+        dropped = [ask for _, _, ask in self._waiting.get(name, ())]
         if dropped:
             self._forget(name)
         self.size -= len(dropped)
@@ -107,11 +96,3 @@ class Hosts:
     def _forget(self, name: str) -> None:
         del self._waiting[name]
         self._turns.remove(name)
-
-
-def host_of(source: str) -> str:
-    """Return the host and port that a URL leads to; empty for what is no URL."""
-    try:
-        return urlsplit(source).netloc.rpartition("@")[2].lower()
-    except ValueError:
-        return ""

@@ -21,7 +21,7 @@ from common.errors import FetchRefused, MediaError, TaggingError
 from common.post import Media
 from common.progress import Bar, progress_bar
 from common.retry import backoff_s
-from corpus.download.hosts import Hosts, Try, host_of
+from corpus.download.hosts import Hosts
 from corpus.download.state import State
 from corpus.download.transfer import Transfers, incoming_folder, left_over, move_in_place, present
 from corpus.download.values import Answer, Ask, Options, UrlResult, ask_for
@@ -164,7 +164,7 @@ class Download:
         self._hosts = Hosts(options.per_host)
         self._transfers = Transfers(options)
         self._pending: set[str] = set()
-        self._active: dict[str, Try] = {}
+        self._active: dict[str, Ask] = {}
         self._posts_read = self._urls_read = 0
         self._chance = random.Random()  # noqa: S311 - for waits
         self._began = time.monotonic()
@@ -242,45 +242,44 @@ class Download:
         return False
 
     def _queue(self, ask: Ask) -> None:
-        host = "" if ask.local else host_of(ask.source)
-        verdict = self._hosts.verdict(host)
+        verdict = self._hosts.verdict(ask.host)
         self._pending.add(ask.key)
         if verdict is not None:
             self._keep([(ask.key, verdict, "")])
         else:
-            self._hosts.add(Try(ask, host), time.monotonic())
+            self._hosts.add(ask, time.monotonic())
 
     def _start_downloads(self) -> None:
         now = time.monotonic()
         for _ in range(self._transfers.free):
-            item = self._hosts.take(now)
-            if item is None:
+            ask = self._hosts.take(now)
+            if ask is None:
                 return
-            self._active[item.ask.key] = item
-            self._transfers.start(item.ask)
+            self._active[ask.key] = ask
+            self._transfers.start(ask)
 
     def _settle(self, answers: Iterable[Answer]) -> None:
         results: list[tuple[str, UrlResult, str]] = []
         broken = ""
         for answer in answers:
             broken = broken or answer.broken
-            item = self._active.pop(answer.key)
+            ask = self._active.pop(answer.key)
             if answer.broken:
                 continue
             if answer.result.status == "retryable":
-                results += [(key, result, "") for key, result in self._retry(item, answer)]
+                results += [(key, result, "") for key, result in self._retry(ask, answer)]
             else:
-                self._hosts.reached(item.host)
-                self._hosts.done(item.host)
+                self._hosts.reached(ask.host)
+                self._hosts.done(ask.host)
                 results.append((answer.key, answer.result, answer.incoming))
         self._keep(results)
         if broken:
             raise OSError(f"{self._options.out}: {broken}")
 
-    def _retry(self, item: Try, answer: Answer) -> list[tuple[str, UrlResult]]:
+    def _retry(self, ask: Ask, answer: Answer) -> list[tuple[str, UrlResult]]:
         """Have a URL tried again later, or return what it and others get for good."""
-        hosts, now, name = self._hosts, time.monotonic(), item.host
-        wait_s = backoff_s(item.failed + 1, self._options.backoff, _LONGEST_BACKOFF_S)
+        hosts, now, name = self._hosts, time.monotonic(), ask.host
+        wait_s = backoff_s(ask.failed + 1, self._options.backoff, _LONGEST_BACKOFF_S)
         wait_s *= self._chance.uniform(0.5, 1.0)
         if answer.unreachable:
             hosts.unreached(name, answer.result)
@@ -294,12 +293,12 @@ class Download:
         hosts.done(name)
         verdict = hosts.verdict(name)
         if verdict is not None:
-            others = [(other.ask.key, verdict) for other in hosts.drop(name)]
+            others = [(other.key, verdict) for other in hosts.drop(name)]
             return [(answer.key, answer.result), *others]
-        if item.failed >= self._options.retries:
+        if ask.failed >= self._options.retries:
             return [(answer.key, answer.result)]
-        item.failed += 1
-        hosts.add(item, now + wait_s)
+        ask.failed += 1
+        hosts.add(ask, now + wait_s)
         return []
 
     def _keep(self, results: list[tuple[str, UrlResult, str]]) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
-from urllib.parse import urldefrag
+from urllib.parse import urldefrag, urlsplit
 
 import typer
 
@@ -66,13 +66,21 @@ class Options:
         return load_settings(self.config, [*self.overrides, *timeout]).fetch
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Ask:
-    """A source to download, and the key that it is known by."""
+    """A source to download.
+
+    Attributes:
+        key: The name that it is known by.
+        host: Host and port that it leads to; empty for a local file and for what is no URL.
+        failed: How many tries have failed.
+    """
 
     key: str
     source: str
+    host: str = ""
     local: bool = False
+    failed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +139,14 @@ def ask_for(source: str, options: Options) -> Ask:
     """Return how a source of the posts file is asked for."""
     path = None if is_url(source) or not options.local else local_path(source, options.posts)
     if path is None:
-        return Ask(key_of(source), source)
+        return Ask(key_of(source), source, host_of(source))
     absolute = str(path.absolute())
     return Ask(key_of(f"local:{absolute}"), absolute, local=True)
+
+
+def host_of(source: str) -> str:
+    """Return the host and port that a URL leads to; empty for what is no URL."""
+    try:
+        return urlsplit(source).netloc.rpartition("@")[2].lower()
+    except ValueError:
+        return ""

@@ -8,24 +8,24 @@ import pytest
 
 from common.errors import ConfigError
 from common.files import file_digest
-from corpus.download.hosts import DEAD_AFTER, Hosts, Try, host_of
+from corpus.download.hosts import DEAD_AFTER, Hosts
 from corpus.download.state import State
 from corpus.download.transfer import classify, incoming_folder, left_over
-from corpus.download.values import Ask, UrlResult, key_of
+from corpus.download.values import Ask, UrlResult, host_of, key_of
 from tests.support.scripts.media_site import png, wav
 
 FAILED = UrlResult("retryable", reason=("FetchRetryable", "no"))
 
 
-def items(host: str, count: int) -> list[Try]:
-    return [Try(Ask(f"{host}{i}", f"http://{host}/{i}"), host) for i in range(count)]
+def items(host: str, count: int) -> list[Ask]:
+    return [Ask(f"{host}{i}", f"http://{host}/{i}", host) for i in range(count)]
 
 
 def take_all(hosts: Hosts, now: float = 0.0) -> list[str]:
     """Keys of all that may go now."""
     taken = []
     while (item := hosts.take(now)) is not None:
-        taken.append(item.ask.key)
+        taken.append(item.key)
     return taken
 
 
@@ -83,7 +83,7 @@ def test_host_that_is_never_reached_is_given_up() -> None:
     hosts.unreached("a", FAILED)
     assert hosts.verdict("a") is FAILED
     hosts.add(items("a", 6)[5], 9.0)
-    assert sorted(item.ask.key for item in hosts.drop("a")) == [f"a{i}" for i in range(6)]
+    assert sorted(item.key for item in hosts.drop("a")) == [f"a{i}" for i in range(6)]
     assert (hosts.size, take_all(hosts, 9.0)) == (0, [])
 
 
@@ -91,30 +91,6 @@ def test_hosts_are_told_apart_by_port_and_not_by_login() -> None:
     assert host_of("http://u:p@H.example:8080/x?y") == "h.example:8080"
     assert host_of("https://h.example/x") == "h.example"
     assert host_of("http://[broken") == host_of("no url") == ""
-
-
-def test_state_keeps_results_over_runs(tmp_path: Path) -> None:
-    """Final results stay; passing failures are tried again by the next run, not by this one."""
-    path = tmp_path / "s.sqlite"
-    ok = UrlResult("ok", "ab" * 32, "png", 7, frozenset({"image", "video"}), "GIF picture")
-    refused = UrlResult("refused", reason=("FetchRefused", "HTTP 404"))
-    keys = [key_of(name) for name in ("ok", "refused", "retryable", "none")]
-    state = State(path)
-    state.put(zip(keys, (ok, refused, FAILED), strict=False))
-    assert [state.settled(key) for key in keys] == [
-        (ok, True),
-        (refused, True),
-        (FAILED, True),
-        None,
-    ]
-    state = State(path)  # not closed before: as after a kill
-    assert [state.settled(key) for key in keys] == [(ok, False), (refused, False), None, None]
-    assert state.get(keys[2]) == FAILED
-    assert state.totals() == (1, 7)
-    state.forget_refused()
-    state.forget(keys[0])
-    assert [state.get(key) for key in keys] == [None, None, FAILED, None]
-    state.close()
 
 
 def test_file_that_is_no_state_is_named(tmp_path: Path) -> None:
