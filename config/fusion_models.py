@@ -17,6 +17,7 @@ ModelName: TypeAlias = Literal[
     "attention_lstm",
     "mbt",
     "ml_decoder",
+    "late",
 ]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Weight = Annotated[float, Field(ge=0)]
@@ -147,6 +148,15 @@ class MlDecoderSettings(Section):
     """Tokens of video and audio also carry their change from the token before."""
 
 
+class LateSettings(Section):
+    """A linear head for each modality, each trained alone; their logits are averaged.
+
+    With one modality this is a linear probe.
+    """
+
+    dropout: Share = 0.1
+
+
 class ModelSettings(Section):
     """The fusion model: ``name`` chooses which of the sections below counts."""
 
@@ -165,3 +175,4 @@ class ModelSettings(Section):
     attention_lstm: AttentionLstmSettings = AttentionLstmSettings()
     mbt: MbtSettings = MbtSettings()
     ml_decoder: MlDecoderSettings = MlDecoderSettings()
+    late: LateSettings = LateSettings()

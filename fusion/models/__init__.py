@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from config.fusion_models import ModelName, ModelSettings
 from fusion.models.attention_lstm import AttentionLSTM
 from fusion.models.base import FusionModel, InputSchema
+from fusion.models.late import LateFusion
 from fusion.models.ml_decoder import MLDecoder
 from fusion.models.pooled import GMU, ConcatMLP
 from fusion.models.transformers import MBT, TokenTransformer
@@ -23,6 +24,7 @@ MODELS: Mapping[ModelName, Callable[[InputSchema, ModelSettings], FusionModel]] 
     "attention_lstm": AttentionLSTM,
     "mbt": MBT,
     "ml_decoder": MLDecoder,
+    "late": LateFusion,
 }
 
 

@@ -249,13 +249,14 @@ class GroupLinear(nn.Module):
 class FusionModel(nn.Module):
     """A batch of posts in, logits ``(posts, classes)`` out.
 
-    Padding, and what stands in the padding, changes nothing; a missing stream is replaced by a
-    learned vector. With ``model.auxiliary`` each stream also has a head of its own, which is
-    there for training only.
+    Padding, and what stands in the padding, changes nothing; a missing stream is left out or
+    replaced by a learned vector. With ``model.auxiliary`` each stream also has a head of its own,
+    which is there for training only.
 
     Attributes:
         classify: The last layer, ``(...) -> (classes)``; a model with others names
             them in `classifiers`.
+        own_weight: Weight of the own heads' losses; 0 makes no such heads.
     """
 
     classify: nn.Linear | GroupLinear
@@ -265,7 +266,8 @@ class FusionModel(nn.Module):
         self.schema = schema
         self.streams: tuple[Stream, ...] = tuple(schema.dims)
         self.drop = ModalityDropout(settings.modality_dropout)
-        self.has_own_heads = settings.auxiliary > 0
+        self.own_weight = settings.auxiliary
+        self.has_own_heads = self.own_weight > 0
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Return logits float32 ``(posts, classes)``."""

@@ -254,7 +254,7 @@ def train_model(
     objective = Objective(
         model,
         TaggingLoss(settings.loss, positives),
-        auxiliary=settings.model.auxiliary,
+        auxiliary=model.own_weight,
         mixup=settings.loss.mixup,
     )
     earlier = PostSet() if start is None else start.learned_from

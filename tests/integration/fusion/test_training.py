@@ -26,7 +26,7 @@ from fusion.train.prepare import HeldOut, prepare
 from fusion.train.trainer import Trainer
 from tests.support.fusion import runs, support
 
-EPOCHS = {"concat_mlp": 12, "token_transformer": 8, "gmu": 8, "attention_lstm": 6}
+EPOCHS = {"concat_mlp": 12, "late": 20, "token_transformer": 8, "gmu": 8, "attention_lstm": 6}
 ONE: dict[str, Any] = {"epochs": 1}
 OPTIONS: dict[str, dict[str, Any]] = {
     "concat_mlp": {"loss": {"name": "focal", "focal": {"alpha": 0.5}}},
@@ -36,6 +36,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "attention_lstm": {},
     "mbt": {"loss": {"label_smoothing": 0.1}, "model": {"auxiliary": 0.3}},
     "ml_decoder": {"loss": {"name": "two_way"}},
+    "late": {},
     "token_transformer": {"loss": {"mixup": 0.3}, "optimizer": {"schedule": "one_cycle"}},
 }
 

@@ -276,6 +276,19 @@ def ml_decoder(w: Weights, post: Features) -> Said:
     return said[: len(bias)] + bias, own_heads(w, alone)
 
 
+def late(w: Weights, post: Features) -> Said:
+    streams = [s for s in STREAMS if f"own.{s}.weight" in w]
+    means = {}
+    for m in streams:
+        rows = rows_of(post, m)
+        if rows is not None:
+            means[m] = layer_norm(w, f"norms.{m}", rows).mean(axis=0)
+    said = own_heads(w, means) or {m: w[f"own.{m}.bias"] for m in streams}
+    weights = softmax(np.stack([w["mixing"][streams.index(m)] for m in said]), 0)
+    logits = (weights * np.stack(list(said.values()))).sum(axis=0)
+    return logits, said if means else {}
+
+
 FORWARDS: dict[str, Callable[[Weights, Features], Said]] = {
     "token_transformer": token_transformer,
     "concat_mlp": concat_mlp,
@@ -285,4 +298,5 @@ FORWARDS: dict[str, Callable[[Weights, Features], Said]] = {
     "attention_lstm": attention_lstm,
     "mbt": mbt,
     "ml_decoder": ml_decoder,
+    "late": late,
 }

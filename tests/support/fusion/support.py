@@ -66,6 +66,7 @@ SMALL = ModelSettings.model_validate(
             "queries": 4,
             "dropout": 0.0,
         },
+        "late": {"dropout": 0.0},
         "modality_dropout": 0.1,
     }
 )

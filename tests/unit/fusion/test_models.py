@@ -25,6 +25,7 @@ from tests.support.fusion import support
 from tests.support.fusion.numpy_models import FORWARDS
 
 NAMES = sorted(MODELS)
+JOINT = [name for name in NAMES if name != "late"]  # which leaves out what is missing
 POSTS = [
     support.features("a", seed=1),
     support.features("b", seed=2, lengths={"audio": 0, "video": 9, "text": 1}),
@@ -86,7 +87,7 @@ def test_what_stands_in_the_padding_changes_nothing(name: str) -> None:
             torch.testing.assert_close(model(masked), missing, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", JOINT)
 def test_missing_vectors_learn(name: str) -> None:
     torch.manual_seed(0)
     model = support.model(name)
@@ -249,12 +250,23 @@ def test_every_model_trains_in_bfloat16(name: str) -> None:
     assert losses[1] == pytest.approx(losses[0], rel=0.1)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", JOINT)
 def test_no_weight_for_own_heads_makes_none(name: str) -> None:
     """A model without them has the same weights by name as ever, and says nothing on its own."""
     plain = support.model(name)
     assert not [k for k in plain.state_dict() if k.startswith("own.")]
     assert plain.outputs(batch_of(POSTS[:1])).own == {}
+
+
+def test_late_fusion_is_own_heads_that_learn_alone() -> None:
+    """The loss of the mean reaches its weights only, so no head leans on another modality."""
+    model = support.model("late").train()
+    model(batch_of(POSTS)).sum().backward()
+    assert [k for k, p in model.named_parameters() if p.grad is not None] == ["mixing"]
+    assert model.own_weight == 1.0
+    heads = model.outputs(batch_of([POSTS[0]])).own
+    alone = support.features("a", seed=1, lengths=dict.fromkeys(set(MODALITIES) - {"text"}, 0))
+    torch.testing.assert_close(model.eval()(batch_of([alone])), heads["text"])
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -282,7 +294,7 @@ def test_groups_cover_every_parameter_once_at_the_rate_of_its_stage(name: str) -
         for key in within:
             group = placed[id(names[key])]
             assert group["lr"] == pytest.approx(rates[stage.group] * 0.5**height), key
-            plain = names[key].ndim <= 1 or key == "bottlenecks"
+            plain = names[key].ndim <= 1 or key in ("bottlenecks", "mixing")
             assert group["weight_decay"] == (0.0 if plain else 0.1), key
     assert stages[-1].group == "head"
     assert "own" in stages[-1].names
