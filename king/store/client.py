@@ -59,7 +59,8 @@ _PERMANENT = frozenset(
 )
 _UNWRITABLE = (BSONError, DocumentTooLarge, UnicodeEncodeError, OverflowError, RecursionError)
 # The types that nx-27017 can look for; with any other it refuses the whole query.
-_EMBEDDED_TYPES = (str, int, float, ObjectId, datetime)
+_EMBEDDED_TYPES = (str, int, ObjectId, datetime)
+_INT64 = 1 << 63
 
 log = structlog.get_logger()
 
@@ -201,7 +202,7 @@ class StoreClient:
         """Return the filter of the documents that IDs may name; call it inside `edge`."""
         values = [value for post_id in post_ids for value in id_candidates(post_id)]
         if self.is_embedded:
-            values = [value for value in values if isinstance(value, _EMBEDDED_TYPES)]
+            values = [value for value in values if _is_found_embedded(value)]
         return {self.settings.fields.id: {"$in": values}}
 
     @property
@@ -241,6 +242,16 @@ class StoreClient:
             if alone.refused:
                 refused[i] = alone.refused[0]
         return BulkResult(effective, refused)
+
+
+def _is_found_embedded(value: object) -> bool:
+    """Return True for a value that nx-27017 finds, and updates too.
+
+    Bools and doubles beyond int64 it finds only among many others, and updates never.
+    """
+    if isinstance(value, float):
+        return abs(value) < _INT64
+    return isinstance(value, _EMBEDDED_TYPES) and not isinstance(value, bool)
 
 
 def _may_pass(error: BaseException) -> bool:
