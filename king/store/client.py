@@ -247,7 +247,7 @@ class StoreClient:
 def _is_found_embedded(value: object) -> bool:
     """Return True for a value that nx-27017 finds, and updates too.
 
-    Bools and doubles beyond int64 it finds only among many others, and updates never.
+    Bools and doubles beyond int64 it finds by some queries only, and updates never.
     """
     if isinstance(value, float):
         return abs(value) < _INT64

@@ -11,7 +11,7 @@ import dns.message
 import dns.rcode
 import dns.resolver
 import pytest
-from bson import decode, encode
+from bson import Int64, decode, encode
 from bson.datetime_ms import DatetimeMS
 
 from common.errors import ConfigError, StoreUnavailable
@@ -24,6 +24,7 @@ from king.jobs import (
     message_key,
 )
 from king.store.client import StoreClient
+from king.store.documents import id_text
 from king.store.store import Store
 from tests.support.king.store_rig import (
     NOW,
@@ -34,6 +35,18 @@ from tests.support.king.store_rig import (
     tagged,
 )
 from tests.support.services import MongoServer
+
+
+def test_the_embedded_database_is_asked_for_no_id_that_it_cannot_update(
+    mongo_url: str, unique_name: str
+) -> None:
+    """It finds some by a query that takes another way, and their results would be lost."""
+    store = mongo_store(mongo_url, unique_name)
+    if not store.client.is_embedded:
+        pytest.skip("MongoDB finds and updates IDs of every type")
+    [values] = store.client.named([id_text(True), id_text(1e22), id_text(43.0)]).values()
+    store.close()
+    assert [type(value) for value in values["$in"]] == [str, str, str, Int64, float]
 
 
 def test_platform_paths_and_result_path_are_settings(mongo_url: str, unique_name: str) -> None:

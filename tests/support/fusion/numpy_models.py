@@ -215,8 +215,9 @@ def projected(w: Weights, m: str, rows: Array) -> tuple[Array, Array]:
     return tokens, tokens + w[f"scales.{m}"] * places
 
 
-def token_transformer(w: Weights, post: Features) -> Said:
-    sequence, alone = [w["start"][None]], {}
+def one_sequence(w: Weights, post: Features) -> tuple[Array, dict[str, Array]]:
+    """Tokens of all streams, or what stands for them, and the mean of each stream's own."""
+    sequence, alone = [], {}
     for m in known(w):
         rows = rows_of(post, m)
         tokens = w[f"missing.{m}"][None]
@@ -224,7 +225,12 @@ def token_transformer(w: Weights, post: Features) -> Said:
             plain, tokens = projected(w, m, rows)
             alone[m] = plain.mean(axis=0)
         sequence.append(tokens + w[f"kinds.{m}"])
-    x = np.concatenate(sequence)
+    return np.concatenate(sequence), alone
+
+
+def token_transformer(w: Weights, post: Features) -> Said:
+    rows, alone = one_sequence(w, post)
+    x = np.concatenate([w["start"][None], rows])
     for i in range(2):
         x = block(w, f"blocks.{i}", x)
     return linear(w, "classify", layer_norm(w, "norm", x[0])), own_heads(w, alone)
@@ -251,15 +257,8 @@ def mbt(w: Weights, post: Features) -> Said:
 
 
 def ml_decoder(w: Weights, post: Features) -> Said:
-    sequence, alone = [], {}
-    for m in known(w):
-        rows = rows_of(post, m)
-        tokens = w[f"missing.{m}"][None]
-        if rows is not None:
-            plain, tokens = projected(w, m, rows)
-            alone[m] = plain.mean(axis=0)
-        sequence.append(tokens + w[f"kinds.{m}"])
-    tokens = layer_norm(w, "norm_tokens", np.concatenate(sequence))
+    rows, alone = one_sequence(w, post)
+    tokens = layer_norm(w, "norm_tokens", rows)
     asking = layer_norm(w, "norm_queries", 2 * w["queries"])
     width, heads = tokens.shape[1], 4
     keys, values = np.split(linear(w, "answer", tokens), 2, axis=1)
