@@ -146,6 +146,7 @@ class Feeder(threading.Thread):
         self._lock = threading.Lock()
         self._now: list[str] = []
         self._later: list[str] = []
+        self._publishing = False
         self._stopping = threading.Event()
         self.published = 0
 
@@ -168,7 +169,7 @@ class Feeder(threading.Thread):
     def empty(self) -> bool:
         """Everything is on the queue."""
         with self._lock:
-            return not (self._now or self._later)
+            return not (self._now or self._later or self._publishing)
 
     def stop(self) -> None:
         """Let the thread end."""
@@ -180,8 +181,11 @@ class Feeder(threading.Thread):
 
         while not self._stopping.is_set():
             with self._lock:
-                ids = self._now[:100] or self._later[:1]
-                at_once = bool(self._now)
+                pending = self._now or self._later
+                at_once = pending is self._now
+                ids = pending[: 100 if at_once else 1]
+                del pending[: len(ids)]
+                self._publishing = bool(ids)
             if not ids:
                 self._stopping.wait(0.05)
                 continue
@@ -191,11 +195,12 @@ class Feeder(threading.Thread):
                 BrokerUnavailable,
                 PublishRefused,
             ):  # some may have arrived: they are published once more
+                with self._lock:
+                    (self._now if at_once else self._later)[:0] = ids
                 self._stopping.wait(0.3)
                 continue
             with self._lock:
                 self.published += len(ids)
-                pending = self._now if at_once else self._later
-                del pending[: len(ids)]
+                self._publishing = False
             if not at_once:
                 self._stopping.wait(self._every_s)

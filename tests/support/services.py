@@ -314,20 +314,24 @@ class RabbitMQServer(Server):
             self.control("clear_policy", "full")
 
     def control(self, *arguments: str) -> str:
-        """Run ``rabbitmqctl`` on this server; return its output."""
+        """Run ``rabbitmqctl`` on this server; return its output.
+
+        It gives up a node that is slow to answer, on a crowded machine too soon: three tries.
+        """
         ctl = str(Path(self.binary() or "").with_name("rabbitmqctl"))
-        done = subprocess.run(
-            [ctl, "-n", self.node, *arguments],
-            env=dict(self._environment()),
-            cwd=self.folder,
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
-        if done.returncode:
-            raise RuntimeError(f"rabbitmqctl {arguments[0]}: {done.stdout} {done.stderr}")
-        return done.stdout
+        for _ in range(3):
+            done = subprocess.run(
+                [ctl, "-n", self.node, *arguments],
+                env=dict(self._environment()),
+                cwd=self.folder,
+                capture_output=True,
+                text=True,
+                timeout=120,
+                check=False,
+            )
+            if done.returncode == 0:
+                return done.stdout
+        raise RuntimeError(f"rabbitmqctl {arguments[0]}: {done.stdout} {done.stderr}")
 
     @staticmethod
     def _epmd_binary() -> str:

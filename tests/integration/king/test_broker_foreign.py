@@ -80,6 +80,7 @@ def test_pika_bare_text(on_rabbitmq: BrokerSettings) -> None:
     """A pika basic_publish of bare text, with no properties at all, arrives as that text."""
     with pika.BlockingConnection(pika.URLParameters(on_rabbitmq.url.removesuffix("/"))) as client:
         channel = client.channel()
+        channel.confirm_delivery()
         for body in (b"p1", b"", *UNREADABLE):
             channel.basic_publish("", on_rabbitmq.queue, body)
         channel.basic_publish(

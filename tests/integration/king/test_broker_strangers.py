@@ -54,11 +54,13 @@ def test_a_routing_key_that_is_not_utf8(rabbitmq: RabbitMQServer, queue_name: st
     publish_posts(settings, [])
     with amqp.Connection(f"127.0.0.1:{rabbitmq.port}") as client:
         channel = client.channel()
+        channel.confirm_select()
         channel.exchange_declare(queue_name, "fanout", auto_delete=False)
         channel.queue_bind(queue_name, queue_name)
         # py-amqp would not write such a key.
         arguments = bytes(2) + short(queue_name.encode()) + short(b"\xff\xfe") + bytes(1)
         client.frame_writer(1, channel.channel_id, (60, 40), arguments, amqp.Message("p1"))
+        channel.wait(amqp.spec.Basic.Ack)
     with connected(settings) as broker:
         consumer = Consumer(broker, ack=True)
         consumer.take(1)

@@ -114,8 +114,11 @@ class Raw(amqp.Message):  # type: ignore[misc]  # py-amqp has no types
 
 
 def send(server: RabbitMQServer, queue: str, odd: Mapping[str, bytes], body: bytes = b"") -> None:
-    """Publish a message with each kind of properties, its name as the body."""
-    with amqp.Connection(f"127.0.0.1:{server.port}") as client:
+    """Publish a message with each kind of properties, its name as the body.
+
+    Each is confirmed: a quorum queue may lose what it has not confirmed when the connection ends.
+    """
+    with amqp.Connection(f"127.0.0.1:{server.port}", confirm_publish=True) as client:
         channel = client.channel()
         for name, properties in odd.items():
             message = Raw(body or name.encode())
