@@ -251,10 +251,13 @@ class AudioSettings(Section):
 
 
 class TextSettings(Section):
-    """A transformers encoder over tokens."""
+    """A transformers encoder over tokens, or ``arch: tfidf``: n-grams of characters."""
 
     arch: str = "bert-base-chinese"
     weights: str = "pretrained"
+    """Of ``tfidf``: the file that ``train_net.py`` makes (``task: text_backbone``)."""
+    tfidf: str | None = None
+    """Such a file: its vector joins that of a sentence encoder, so ``pooling`` is not tokens."""
     pooling: Pooling = "tokens"
     """All tokens of a text, or its vector as a sentence encoder was trained to give it: ``cls`` the
     first token (BGE), ``mean`` (MiniLM, E5) or ``last`` (Qwen3-Embedding)."""
@@ -265,6 +268,15 @@ class TextSettings(Section):
     precision: Precision = "auto"
     trust_remote_code: bool = False
     """Run the Python code that a transformers model brings along; the log says so."""
+
+    @model_validator(mode="after")
+    def _joined(self) -> TextSettings:
+        if self.tfidf is not None and (self.pooling == "tokens" or self.arch == "tfidf"):
+            raise ValueError(
+                "tfidf joins the vector of a sentence encoder: set pooling to cls, mean or last, "
+                "as the model was trained; TF-IDF alone is arch: tfidf with weights"
+            )
+        return self
 
 
 class OcrSettings(Section):

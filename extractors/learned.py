@@ -32,7 +32,8 @@ def learned_from(features: FeatureSettings) -> dict[Stream, PostSet]:
         "video_lstm": video | _set_of(features.video.lstm.weights),
         "image": _set_of(features.image.weights),
         "audio": _set_of(features.audio.weights),
-        "text": _set_of(text.arch if text.weights == "pretrained" else text.weights),
+        "text": _set_of(text.arch if text.weights == "pretrained" else text.weights)
+        | _set_of(text.tfidf),
     }
     own["ocr"] = own["text"]  # words in pictures are embedded as texts
     return {stream: posts for stream, posts in own.items() if len(posts)}

@@ -139,10 +139,21 @@ class ExtractorSuite:
 
                 return AudioExtractor(features.audio, device)
             case "text":
-                from extractors.models.text import TextExtractor
-
-                return TextExtractor(features.text, device)
+                return self._text()
             case "ocr":
                 from extractors.models.ocr import OcrExtractor
 
                 return OcrExtractor(features.ocr, threads=self._threads or 1)
+
+    def _text(self) -> Extractor:
+        from extractors.models.tfidf import TfidfExtractor, WithTfidf
+
+        text = self.features.text
+        if text.arch == "tfidf":
+            return TfidfExtractor(text.weights, "features.text.weights")
+        from extractors.models.text import TextExtractor
+
+        encoder = TextExtractor(text, self.device)
+        if text.tfidf is None:
+            return encoder
+        return WithTfidf(encoder, TfidfExtractor(text.tfidf, "features.text.tfidf"))

@@ -293,6 +293,20 @@ def clean(text: str) -> str:
     return text.encode(errors="replace").decode()
 
 
+def unit_rows(extractor: Extractor, texts: Sequence[str]) -> npt.NDArray[np.float32]:
+    """Return unit vectors float32 ``(n, dim)`` of texts by an extractor with one row for each."""
+    items = extractor.forward([extractor.preprocess(text) for text in texts])
+    if not all(map(len, items)):
+        raise FeatureError("text: an empty text has no vector")
+    return unit(np.concatenate([np.empty((0, extractor.dim)), *items]).astype(np.float32))
+
+
+def unit(rows: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Return rows ``(n, dim)`` of norm 1; those of zeros stay so."""
+    norms: npt.NDArray[np.float32] = np.linalg.norm(rows, axis=1, keepdims=True).clip(1e-12)
+    return rows / norms
+
+
 def check_finite(name: str, features: FeatureArray) -> None:
     """Refuse features that are not finite; half precision overflows."""
     if not np.isfinite(features).all():

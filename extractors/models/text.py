@@ -15,7 +15,7 @@ import torch
 from common.errors import ConfigError, FeatureError
 from common.post import FeatureArray
 from config.settings import Pooling, TextSettings
-from extractors.models.base import RowExtractor, check_finite, clean
+from extractors.models.base import RowExtractor, check_finite, clean, unit_rows
 from extractors.models.from_transformers import (
     SHAPE_KEYS,
     TransformersEncoder,
@@ -103,12 +103,7 @@ class TextExtractor(RowExtractor):
                 f"{_SETTING}.pooling: tokens gives no vector of a whole text; set cls, mean or "
                 "last, as the model was trained"
             )
-        items = [self.preprocess(text) for text in texts]
-        if not all(map(len, items)):
-            raise FeatureError("text: an empty text has no vector")
-        rows = np.concatenate([np.empty((0, self.dim)), *self.forward(items)]).astype(np.float32)
-        unit: npt.NDArray[np.float32] = rows / np.linalg.norm(rows, axis=1, keepdims=True)
-        return unit
+        return unit_rows(self, texts)
 
     def _preprocessing(self) -> Mapping[str, Any]:
         # Fingerprints from before these two settings do not know them.

@@ -1,9 +1,10 @@
-"""A small BERT and its vocabulary out of posts' own texts, for a platform without a model."""
+"""Text models out of posts' own texts, for a platform without one: a small BERT, and TF-IDF."""
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,16 +14,43 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from common.errors import ConfigError
 from common.files import part_of
 from common.post_set import PostSet
 from extractors.learned import FILE, KEY
+from extractors.models.tfidf import Tfidf, grams
 from fusion.backbones.media import STREAM, MediaDataset
 from fusion.backbones.model import Tagger
 from fusion.models.base import Batch
 
 _DIM, _LAYERS, _HEADS, _POSITIONS = 64, 2, 4, 128
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+# N-grams that are counted at once; past it the rarer half is forgotten, which hardly takes any of
+# those that most texts have. At 100 bytes each: half forgets sooner, double only takes memory.
+_MOST_GRAMS = 5_000_000
 _LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
+
+
+def fit_tfidf(texts: Iterable[str], vocabulary: int) -> Tfidf:
+    """Return the n-grams that most texts have, with their weights; one text's own are left out.
+
+    Raises:
+        ConfigError: No text has an n-gram that another one has.
+    """
+    counts, frequency = 0, Counter[str]()
+    for text in texts:
+        counts += bool(text.strip())
+        frequency.update(set(grams(text)))
+        if len(frequency) > _MOST_GRAMS:
+            rare = sorted(frequency.values())[len(frequency) // 2]
+            frequency = Counter({gram: n for gram, n in frequency.items() if n > rare})
+    known = [(-n, gram) for gram, n in frequency.items() if n > 1]
+    chosen = sorted(known)[:vocabulary]
+    if not chosen:
+        raise ConfigError("no two posts have texts that share a character: TF-IDF learns nothing")
+    df = -np.array([n for n, _ in chosen], np.float32)
+    idf = (np.log((1 + counts) / (1 + df)) + 1).astype(np.float32)
+    return Tfidf([gram for _, gram in chosen], idf)
 
 
 def text_dataset(

@@ -1,6 +1,7 @@
 """Training of backbones out of data files: what `train_net.py` does for tasks of backbones.
 
     image_backbone    pictures -> <arch>.safetensors
+    text_backbone     texts -> tfidf.safetensors
     video_backbone    segments of clips -> tsn.safetensors
                       its features of every frame -> attention LSTM -> video_lstm.safetensors
 
@@ -13,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -53,6 +54,8 @@ from fusion.backbones.model import (
     create_backbone,
     save_weights,
 )
+from fusion.backbones.text import fit_tfidf
+from fusion.data.data_file import entries, parse_post
 from fusion.metrics import ranking as metrics
 from fusion.train import distributed
 from fusion.train.checkpoint import LAST, Start, find_start, seed_of, signature
@@ -98,6 +101,8 @@ def _train(
     settings: BackboneTrainSettings, reader: MediaItems, resume: Path | None, fabric: Fabric
 ) -> tuple[StageReport, ...]:
     """Train in one of the processes of a training; the first one reports."""
+    if settings.task == "text_backbone":
+        return _train_text(settings, fabric)
     images, save_dir = settings.task == "image_backbone", settings.trainer.save_dir
     resume = located(resume)
     if not images and resume is not None and not resume.is_dir():
@@ -120,6 +125,36 @@ def _train(
         tsn = task.pixels("tsn", "tsn.safetensors", folder / "tsn", tsn_start)
         stages = (tsn, task.lstm(tsn.weights, lstm_start))
     return stages if fabric.is_global_zero else ()
+
+
+def _train_text(settings: BackboneTrainSettings, fabric: Fabric) -> tuple[StageReport, ...]:
+    """Count the n-grams of the training posts' texts, read ones too; there is nothing to resume."""
+    started, save_dir = time.monotonic(), settings.trainer.save_dir
+    if settings.backbone.arch != "tfidf":
+        raise ConfigError(
+            f"backbone.arch: text_backbone trains tfidf, not {settings.backbone.arch}"
+        )
+    folder = run_folder(fabric, save_dir, None)
+    link_latest(fabric, folder)
+    if not fabric.is_global_zero:
+        return ()
+    ids: list[str] = []
+
+    def texts() -> Iterator[str]:
+        for entry in entries(settings.data.train):
+            post = parse_post(entry.value, entry.where).post
+            ids.append(post.post_id)
+            yield from (post.text, post.ocr or "")
+
+    tfidf = fit_tfidf(texts(), settings.tfidf.vocabulary)
+    # Kept with the run, and where extractors load them.
+    files = [place / "weights" / "tfidf.safetensors" for place in (folder, save_dir)]
+    for out in files:
+        _saved(partial(tfidf.save, learned_from=PostSet.of(ids)), out)
+    seconds = time.monotonic() - started
+    return (
+        StageReport("tfidf", files[-1], {}, seen=False, best_epoch=0, epochs=0, seconds=seconds),
+    )
 
 
 @dataclass(frozen=True)
@@ -320,10 +355,7 @@ def train_model(
         scores = metrics.summary(*trainer.logits(model, data, data.valid), thresholds=0.0)
     if fabric.is_global_zero:
         for out in files:
-            try:
-                save(model, out)
-            except OSError as error:
-                raise ConfigError(f"{out}: cannot be written: {error}") from error
+            _saved(partial(save, model), out)
     trainer.log.write("weights", file=str(files[-1]), best_epoch=progress.best_epoch, **scores)
     fabric.barrier()
     return StageReport(
@@ -335,6 +367,13 @@ def train_model(
         epochs=progress.epoch,
         seconds=time.monotonic() - started,
     )
+
+
+def _saved(save: Callable[[Path], None], out: Path) -> None:
+    try:
+        save(out)
+    except OSError as error:
+        raise ConfigError(f"{out}: cannot be written: {error}") from error
 
 
 def _signature(settings: BackboneTrainSettings, posts: Posts, stage: str) -> str:

@@ -162,6 +162,8 @@ def _audio(features: FeatureSettings) -> Graph:
 
 
 def _text(features: FeatureSettings) -> Graph:
+    if features.text.arch == "tfidf":
+        raise ConfigError("features.text.arch: tfidf is no network that can be exported")
     loaded = TextEncoder(features.text)
     loaded.load()
     most = loaded.limit

@@ -207,6 +207,7 @@ def test_the_shipped_configurations_are_valid() -> None:
         "train_config.yaml": TrainSettings,
         "train_image_eff103.yaml": BackboneTrainSettings,
         "train_video_tsn_lstm.yaml": BackboneTrainSettings,
+        "train_text.yaml": BackboneTrainSettings,
         "infer_config.yaml": InferSettings,
     }
     for file in folder.glob("*.yaml"):
