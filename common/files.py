@@ -112,6 +112,14 @@ def new_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
 
 
+def link_or_copy(source: str | Path, target: str | Path) -> None:
+    """Link a file that nobody changes; copy where the file system has no links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
 def part_of(path: Path) -> Path:
     """Return the hidden name that a file has while it is being written."""
     return path.with_name(f".{path.name}.part")

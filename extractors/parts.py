@@ -177,8 +177,8 @@ def audio_encoder(settings: AudioSettings) -> AudioEncoder:
         known = ", ".join(name for name in AUDIO_ENCODERS if name not in ("timm", "vggish"))
         raise ConfigError(
             f"features.audio.arch: {arch} is of no family of encoders of sound ({known}) by its "
-            f"{'config.json' if family else 'name'}; if it is, name a folder: "
-            f"hf download {arch} --local-dir FOLDER"
+            f"{'config.json' if family else 'name'}; if it is, put it in place: "
+            f"insighttag weights get {arch}"
         )
     return AUDIO_ENCODERS[family]
 

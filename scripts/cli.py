@@ -28,6 +28,7 @@ from scripts.commands import (
     show,
     status,
     tag,
+    weights,
 )
 
 _NAME = "insighttag"
@@ -55,6 +56,7 @@ def build_app() -> typer.Typer:
         "bundle": ("The bundle that is served.", bundle.COMMANDS),
         "labels": ("The taxonomy: recorded changes and checks.", labels.COMMANDS),
         "cache": ("The feature cache.", cache.COMMANDS),
+        "weights": ("The weights of encoders: what is needed, put in place.", weights.COMMANDS),
         "services": ("The embedded broker and database.", services.COMMANDS),
     }
     for name, (text, commands) in groups.items():

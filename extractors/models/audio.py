@@ -15,7 +15,14 @@ from common.errors import ConfigError, FeatureError
 from config.settings import AudioSettings
 from extractors.models.base import Encoder, RowExtractor, Rows
 from extractors.models.visual import TimmBackbone
-from extractors.models.weights import Weights, load_strictly, read_state_dict, release_file, seeded
+from extractors.models.weights import (
+    VGGISH,
+    Weights,
+    load_strictly,
+    read_state_dict,
+    release_file,
+    seeded,
+)
 from extractors.parts import LogMelPatches, audio_encoder, part_of
 
 _SETTING = "features.audio"
@@ -115,9 +122,9 @@ class Vggish(Encoder):
             )
         if not weights.pretrained:
             return {}
-        module = source_module()
-        urls = [module.VGGISH_WEIGHTS, *([module.PCA_PARAMS] if self._settings.postprocess else [])]
-        states = [read_state_dict(release_file(u, setting=setting), setting=setting) for u in urls]
+        urls = VGGISH.urls if self._settings.postprocess else VGGISH.urls[:1]
+        files = [release_file(u, setting=setting, repository=VGGISH.repository) for u in urls]
+        states = [read_state_dict(file, setting=setting) for file in files]
         return {key: tensor for state in states for key, tensor in state.items()}
 
     def _take_pca(self, state: dict[str, torch.Tensor]) -> None:

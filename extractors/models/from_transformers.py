@@ -22,6 +22,7 @@ from extractors.models.base import Encoder, autocast, clean
 from extractors.models.weights import (
     Weights,
     from_cache_or_hub,
+    get_command,
     in_place,
     seeded,
     weights_digest,
@@ -68,7 +69,7 @@ class TransformersEncoder(Encoder):
         if weights.pretrained:
             placed = in_place(self._name)
             if not placed.is_dir():
-                return self._from_hub(placed)
+                return self._from_hub()
             weights = Weights(path=placed)
         folder = weights.path or self._folder
         files = FOLDER.format(self.files)
@@ -84,13 +85,13 @@ class TransformersEncoder(Encoder):
                 f"{one_line(error, 300)}"
             ) from error
 
-    def _from_hub(self, placed: Path) -> Any:
+    def _from_hub(self) -> Any:
         name, files = self._name, FOLDER.format(self.files)
         return from_cache_or_hub(
             lambda local: self._read(name, None, local=local),
             name=f"{self.setting}.arch: {name}",
-            remedy=f"hf download {name} --local-dir {placed}, or set {self.setting}.weights to a "
-            f"folder with its {files}, or put it into the Hugging Face cache",
+            remedy=f"{get_command(name)}, or set {self.setting}.weights to a folder with its "
+            f"{files}, or put it into the Hugging Face cache",
             repository=name,
         )
 

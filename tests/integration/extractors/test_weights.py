@@ -129,12 +129,22 @@ def test_release_files_are_downloaded_and_checked(
     folder.mkdir(parents=True)
     for name in (good, "w-00000000.pth"):
         (folder / name).write_bytes(content)
+    monkeypatch.chdir(tmp_path)
     with hub_server(tmp_path / "hub") as url:
-        path = release_file(f"{url}/x/y/resolve/main/{good}", setting="features.audio.weights")
+
+        def get(name: str) -> Path:
+            source, key = f"{url}/x/y/resolve/main/{name}", "features.audio.weights"
+            return release_file(source, setting=key, repository="x/y")
+
+        path = get(good)
         with pytest.raises(ConfigError, match=r"features.audio.weights: w-00000000.pth"):
-            release_file(f"{url}/x/y/resolve/main/w-00000000.pth", setting="features.audio.weights")
+            get("w-00000000.pth")
     assert path.read_bytes() == content
-    assert release_file(f"{url}/x/y/resolve/main/{good}", setting="features.audio.weights") == path
+    assert get(good) == path
+    placed = Path("workshop/pretrained/x--y")
+    placed.mkdir(parents=True)
+    shutil.copy(path, placed)
+    assert get(good) == placed / good
 
 
 def test_settings_are_parsed(tmp_path: Path) -> None:

@@ -411,7 +411,9 @@ def test_names_tell_the_family_of_sound_without_a_hub(arch: str, family: str) ->
 
 
 def test_a_name_of_no_family_of_sound_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"features.audio.arch: me/fast-net .* --local-dir"):
+    with pytest.raises(
+        ConfigError, match=r"features.audio.arch: me/fast-net .* insighttag weights get"
+    ):
         audio_encoder(AudioSettings(arch="me/fast-net"))
 
 
@@ -537,9 +539,9 @@ def test_weights_put_in_place_go_before_any_hub(
 @pytest.mark.parametrize(
     ("online", "error", "words"),
     [
-        (False, OSError("offline"), ("cannot be reached", "hf download me/siglip-tiny")),
+        (False, OSError("offline"), ("cannot be reached", "insighttag weights get me/siglip-tiny")),
         (True, OSError("You are trying to access a gated repo."), ("licence", "hf auth login")),
-        (True, OSError("no such repository"), ("no such repository", "hf download")),
+        (True, OSError("no such repository"), ("no such repository", "insighttag weights get")),
     ],
 )
 def test_a_hub_that_gives_nothing_names_the_command(
