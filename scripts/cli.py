@@ -28,6 +28,7 @@ from scripts.commands import (
     show,
     status,
     tag,
+    tune,
     weights,
 )
 
@@ -51,6 +52,7 @@ def build_app() -> typer.Typer:
     app.command("show")(show.show)
     app.command("doctor")(doctor.doctor)
     app.command("export")(export.export)
+    app.command("tune")(tune.tune)
     groups = {
         "dead": ("The dead letters: posts set aside with their reason.", dead.COMMANDS),
         "bundle": ("The bundle that is served.", bundle.COMMANDS),

@@ -39,7 +39,7 @@ from fusion.train.losses import Objective, TaggingLoss
 from fusion.train.optimizer import cycle_ends
 from fusion.train.prepare import HeldOut, Prepared
 from fusion.train.run_log import RunLog
-from fusion.train.trainer import Trainer
+from fusion.train.trainer import OnValidation, Trainer
 
 Scores: TypeAlias = npt.NDArray[np.float64]
 Targets: TypeAlias = npt.NDArray[np.float32]
@@ -196,6 +196,7 @@ class Job:
     settings: TrainSettings
     prepared: Prepared
     signature: str
+    on_validation: OnValidation | None = None
 
 
 @dataclass(frozen=True)
@@ -247,6 +248,7 @@ def train_model(
         signature=job.signature,
         seed=seed,
         on_epoch_end=snapshots,
+        on_validation=job.on_validation,
     )
     for note in filter(None, (*prepared.notes, held_out.note)):
         notice(f"warning: {note}", enabled=fabric.is_global_zero)

@@ -53,6 +53,12 @@ Scored: TypeAlias = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]
 OnEpochEnd: TypeAlias = Callable[[int, nn.Module], None]
 """Takes the epoch, from 1, and the model with the weights that are validated: averaged ones if
 there is a moving average. Called in every process, before the checkpoint of the epoch."""
+OnValidation: TypeAlias = Callable[[int, float], None]
+"""Takes the epoch, from 1, and the GAP of its validation; what it raises ends the training."""
+
+
+class Diverged(ConfigError):
+    """The loss or the scores are no numbers any more: other settings are needed."""
 
 
 @dataclass(frozen=True)
@@ -112,10 +118,11 @@ class Trainer:
         signature: str,
         seed: int,
         on_epoch_end: OnEpochEnd | None = None,
+        on_validation: OnValidation | None = None,
     ) -> None:
         self._fabric, self._settings, self._optimizer = fabric, settings, optimizer
         self._signature, self._seed = signature, seed
-        self._on_epoch_end = on_epoch_end
+        self._on_epoch_end, self._on_validation = on_epoch_end, on_validation
         self.log = RunLog(
             settings.save_dir / "log" / "train.jsonl",
             enabled=fabric.is_global_zero,
@@ -253,7 +260,7 @@ class Trainer:
         value = float(cast("torch.Tensor", fabric.all_reduce(total, reduce_op="sum")))
         if not math.isfinite(value):
             reason = "lower optimizer.learning_rate, or look for features that are not finite"
-            raise same_everywhere(ConfigError(f"{where}: the loss is {value}; {reason}"))
+            raise same_everywhere(Diverged(f"{where}: the loss is {value}; {reason}"))
         if self._optimizer.gradient_clip is not None:
             fabric.clip_gradients(
                 run.module, run.wrapped_optimizer, max_norm=self._optimizer.gradient_clip
@@ -287,7 +294,7 @@ class Trainer:
             self._fabric, run.validated, run.loading, data.valid, settings.batch_size
         )
         if np.isnan(logits).any():
-            raise ConfigError(
+            raise Diverged(
                 f"epoch {epoch}: the model's scores are NaN; lower optimizer.learning_rate"
             )
         summary = metrics.summary(logits, targets, thresholds=0.0)  # scores of 0.5
@@ -300,6 +307,8 @@ class Trainer:
             progress.best_gap, progress.best_epoch = gap, epoch
             self._save(run, whole=False)
         bar.note(_note(run))
+        if self._on_validation is not None:
+            self._on_validation(epoch, gap)
 
     def _save(self, run: _Run, *, whole: bool) -> None:
         """Write ``last.pt``, from which a run goes on; or ``best.pt``, which only has weights."""

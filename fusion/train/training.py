@@ -46,6 +46,7 @@ from fusion.train.run_folder import (
     run_folder,
 )
 from fusion.train.run_log import read_run
+from fusion.train.trainer import OnValidation
 
 
 @dataclass(frozen=True)
@@ -75,18 +76,28 @@ class TrainReport:
 
 
 def train(
-    settings: TrainSettings, reader: FeatureFiles, *, resume: Path | None = None
+    settings: TrainSettings,
+    reader: FeatureFiles,
+    *,
+    resume: Path | None = None,
+    on_validation: OnValidation | None = None,
 ) -> TrainReport:
     """Train a fusion model, or an ensemble, and write its bundle and the report.
 
     ``resume`` is a ``save_dir``, or what `fusion.train.checkpoint.find_start` takes; of k-fold
-    training the run's folder. ``reader`` pickles, for trainings of several processes.
+    training the run's folder. ``reader`` and ``on_validation`` pickle, for trainings of several
+    processes.
     """
-    return distributed.run(settings.trainer, partial(_train, settings, reader, resume))
+    work = partial(_train, settings, reader, resume, on_validation)
+    return distributed.run(settings.trainer, work)
 
 
 def _train(
-    settings: TrainSettings, reader: FeatureFiles, resume: Path | None, fabric: Fabric
+    settings: TrainSettings,
+    reader: FeatureFiles,
+    resume: Path | None,
+    on_validation: OnValidation | None,
+    fabric: Fabric,
 ) -> TrainReport:
     started = time.monotonic()
     folds, save_dir = settings.ensemble.folds, settings.trainer.save_dir
@@ -101,7 +112,7 @@ def _train(
     # Everything that can be wrong with the input is found before `latest` leads to this run.
     prepared = prepare(settings, reader, fabric)
     signature = model_signature(settings.model, prepared.manifest, prepared.schema, prepared.labels)
-    job = Job(fabric, settings, prepared, signature)
+    job = Job(fabric, settings, prepared, signature, on_validation)
     learned_rows = partial(rows_learned_from, settings, fabric, prepared)
     if folds:
         pool = all_ranks(fabric, partial(pool_of, settings, prepared))
