@@ -20,7 +20,7 @@ SCRIPTS := $(wildcard *.py)
 PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 SUPERVISORD_ARGS ?=
 
-.PHONY: help env env-dev headless demo t test check style types arrows bench fuzz chaos soak walk corpus-memory zoo data-wait run lock clean distclean
+.PHONY: help env env-dev demo t test check style types arrows bench fuzz chaos soak walk corpus-memory zoo data-wait run lock clean distclean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -43,15 +43,7 @@ $(VENV)/bin/uv: | $(VENV)/bin/python
 # Files of this folder are the inputs; the constraints of the running Python pin everything.
 $(VENV)/.runtime: setup.cfg pyproject.toml $(wildcard constraints/*.txt) | $(VENV)/bin/uv
 	$(UV) install --python $(PY) -c $(call constraints) -e .
-	@$(PY) -c 'import cv2' 2> /dev/null || $(MAKE) --no-print-directory headless
 	@touch $@
-
-# opencv-python wants the system's libGL for windows that we never open. Where that is missing,
-# the same version without windows is laid over it.
-headless:
-	@echo "no libGL on this machine: taking OpenCV without windows"
-	$(UV) install --python $(PY) --no-deps --reinstall "opencv-python-headless==$$($(PY) -c 'from importlib.metadata import version; print(version("opencv-python"))')"
-	@$(PY) -c 'import cv2'
 
 $(VENV)/.dev: $(VENV)/.runtime
 	$(UV) install --python $(PY) -c $(call constraints) -e '.[dev]'

@@ -283,6 +283,8 @@ class OcrSettings(Section):
     """Text inside pictures."""
 
     enabled: bool = True
+    engine: Literal["onnxruntime", "openvino", "torch"] = "onnxruntime"
+    """Runs the networks of PP-OCRv6. On a GPU: torch, or onnxruntime-gpu; openvino is for CPUs."""
     max_side: PositiveInt = 960
     """Pictures are shrunk so that their longer side is at most this many pixels."""
     detect_side: PositiveInt = 480

@@ -27,7 +27,7 @@ class ExtractorSuite:
 
     Args:
         features: Settings of all of them.
-        device: ``cpu`` or ``cuda:N``; OCR runs on the CPU in any case.
+        device: ``cpu`` or ``cuda:N``; OCR runs there if its engine can.
         names: Those to load; OCR is left out where the settings disable it.
         threads: CPU threads for torch and OCR; None leaves torch's setting and gives OCR one.
     """
@@ -143,7 +143,7 @@ class ExtractorSuite:
             case "ocr":
                 from extractors.models.ocr import OcrExtractor
 
-                return OcrExtractor(features.ocr, threads=self._threads or 1)
+                return OcrExtractor(features.ocr, device=device, threads=self._threads or 1)
 
     def _text(self) -> Extractor:
         from extractors.models.tfidf import TfidfExtractor, WithTfidf

@@ -1,23 +1,49 @@
-"""Pictures -> the text inside them, by rapidocr-onnxruntime, whose wheel brings its models."""
+"""Pictures -> the text inside them, by PP-OCRv6 as rapidocr runs it, whose wheel brings its models.
+
+rapidocr finds boxes, cuts and turns lines, and decodes; one of three engines runs the networks.
+Nothing is downloaded but the weights of the engine ``torch``, as those of encoders are.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+import structlog
 
 from common.errors import ConfigError, FeatureError, one_line
 from common.files import file_digest
 from config.settings import ExtractorName, OcrSettings
 from extractors.models.base import Extractor
+from extractors.models.weights import from_cache_or_hub, in_place, tensors_digest
 
 Picture = npt.NDArray[np.uint8]
+Tensor = npt.NDArray[np.float32]
+Session = Callable[[Tensor], Tensor]  # a network: (n, 3, h, w) -> its output
+Step = Literal["Det", "Cls", "Rec"]  # finds lines, tells those upside down, reads them
+
+_MODELS: dict[Step, str] = {
+    "Det": "PP-OCRv6_det_small.onnx",
+    "Cls": "ch_ppocr_mobile_v2.0_cls_mobile.onnx",
+    "Rec": "PP-OCRv6_rec_small.onnx",
+}
+_TORCH: dict[Step, tuple[str, str]] = {
+    "Det": (
+        "PPOCRV6SmallDetForObjectDetection",
+        "PaddlePaddle/PP-OCRv6_small_det_safetensors",
+    ),
+    "Rec": (
+        "PPOCRV6SmallRecForTextRecognition",
+        "PaddlePaddle/PP-OCRv6_small_rec_safetensors",
+    ),
+}
 
 # Longer side over shorter; strips are padded to it. The engine enlarges the shorter side of a
 # picture to its detection size: without a bound, one row of pixels would become gigabytes. Double
@@ -27,6 +53,18 @@ _LONGEST_RATIO = 8
 # in one of them. Double would read a quarter of the picture twice; half would cut headings.
 _OVERLAP = 8
 _LEAST_SIDE = 32  # the engine's detector works on blocks of 32 pixels
+# OpenVINO and GPUs compile or allocate for each new shape, and keep it: sides are padded to
+# multiples of this. Double would pad a third of a usual picture; at half there are four times as
+# many shapes.
+_BUCKET = 160
+
+_RANGES = {
+    "rapidocr": "rapidocr>=3.10,<4",
+    "onnxruntime": "onnxruntime>=1.19,<2",
+    "openvino": "openvino>=2025,<2027",
+}
+
+_log = structlog.get_logger()
 
 
 class OcrExtractor(Extractor):
@@ -36,6 +74,7 @@ class OcrExtractor(Extractor):
     none with text, gives ``""``.
 
     Args:
+        device: Of the engines that run on a GPU; one that does not says so in the log.
         threads: Pictures that are read at once, each by an engine of one thread. Threads inside
             one picture would spin while they wait, which costs more than it gains as soon as
             other processes want the cores.
@@ -43,33 +82,34 @@ class OcrExtractor(Extractor):
 
     name: ExtractorName = "ocr"
 
-    def __init__(self, settings: OcrSettings, *, threads: int = 1) -> None:
-        self._settings = settings
+    def __init__(self, settings: OcrSettings, *, device: str = "cpu", threads: int = 1) -> None:
+        self._settings, self._device = settings, device
         self._threads = max(1, threads)
-        self._engines: SimpleQueue[Callable[[Picture], Any]] = SimpleQueue()
+        self._readers: SimpleQueue[Any] = SimpleQueue()
         self._pool: ThreadPoolExecutor | None = None
+        self._errors: tuple[type[Exception], ...] = ()
 
     def _load(self) -> Mapping[str, Any]:
+        engine = self._settings.engine
+        models = _models(engine)
+        networks = _torch_networks(self._device) if engine == "torch" else {}
         try:
-            import rapidocr_onnxruntime
-        except ImportError as error:
+            for _ in range(self._threads):
+                self._readers.put(_open_reader(self._settings, models, self._device, networks))
+        except Exception as error:  # engines and readers of models share no base class
             raise ConfigError(
-                f"features.ocr.enabled: rapidocr-onnxruntime cannot be imported: {error}"
+                f"features.ocr.engine: {engine} cannot load the models of rapidocr: "
+                f"{one_line(error, 300)}"
             ) from error
-        models = sorted((Path(rapidocr_onnxruntime.__file__).parent / "models").glob("*.onnx"))
-        for _ in range(self._threads):
-            engine = rapidocr_onnxruntime.RapidOCR(
-                intra_op_num_threads=1,
-                inter_op_num_threads=1,
-                text_score=self._settings.min_confidence,
-                det_limit_side_len=self._settings.detect_side,
-            )
-            self._engines.put(engine)
+        self._errors = _errors_of(engine)
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="ocr")
+        # Engines give the same text from the same weights, as devices and precisions do.
+        weights = [tensors_digest(network.state_dict()) for network in networks.values()]
         return {
             "kind": "rapidocr",
-            "weights": file_digest(*models),
-            **self._settings.model_dump(exclude={"enabled"}),
+            "models": [_MODELS[step] for step in sorted(_MODELS)],
+            "weights": weights or file_digest(*sorted(models.values())),
+            **self._settings.model_dump(exclude={"enabled", "engine"}),
         }
 
     def preprocess(self, item: Iterable[Picture]) -> tuple[Picture, ...]:
@@ -87,34 +127,28 @@ class OcrExtractor(Extractor):
         if self._pool is not None:
             self._pool.shutdown()
         self._pool = None
-        self._engines = SimpleQueue()
+        self._readers = SimpleQueue()
 
     def _read(self, picture: Picture) -> list[str]:
         """Return the lines of one picture, in reading order."""
-        from cv2 import error as OpenCvError  # noqa: N812  a class with a lower-case name
-        from rapidocr_onnxruntime.utils.infer_engine import ONNXRuntimeError
-
-        engine = self._engines.get()  # an engine keeps state between its steps: one user at a time
-        lines: list[tuple[Any, str, float]] = []
+        reader = self._readers.get()  # it keeps state between its steps: one user at a time
+        lines: list[tuple[str, float]] = []
         try:
             for tile, top, first, last in _tiles(picture, self._settings.max_side):
-                found, _ = engine(tile)
+                read = reader(tile)
+                if not getattr(read, "txts", None):
+                    continue
                 # A line is that tile's which has it whole: the middle of its box tells.
-                for line in found or ():
-                    middle = np.mean([point[1] for point in line[0]])
-                    if first <= top + middle < last:
-                        lines.append(line)
-                if sum(len(text) for _, text, _ in lines) > self._settings.max_chars:
+                for box, text, score in zip(read.boxes, read.txts, read.scores, strict=True):
+                    if first <= top + np.mean(box[:, 1]) < last:
+                        lines.append((str(text), float(score)))
+                if sum(len(text) for text, _ in lines) > self._settings.max_chars:
                     break
-        except (ONNXRuntimeError, OpenCvError, ValueError, IndexError) as error:
+        except self._errors as error:
             raise FeatureError(f"ocr: the engine failed: {one_line(error, 300)}") from error
         finally:
-            self._engines.put(engine)
-        return [
-            str(text).strip()
-            for _, text, score in lines
-            if float(score) >= self._settings.min_confidence
-        ]
+            self._readers.put(reader)
+        return [text.strip() for text, score in lines if score >= self._settings.min_confidence]
 
     def _join(self, pictures: Iterable[list[str]]) -> str:
         lines = dict.fromkeys(line for lines in pictures for line in lines if line)
@@ -144,3 +178,171 @@ def _prepare(picture: Picture, tile: int) -> Picture:
     if below or right:
         picture = np.pad(picture, ((0, below), (0, right), (0, 0)), mode="edge")
     return np.ascontiguousarray(picture[:, :, ::-1])  # RGB -> BGR
+
+
+class _Bucketed:
+    """A network that sees few shapes: heights and widths are padded, and maps cut back.
+
+    The widths of lines end in the padding that the recogniser has for shorter lines of its batch.
+    """
+
+    def __init__(self, session: Session, *, finds_lines: bool) -> None:
+        self._session, self._finds_lines = session, finds_lines
+
+    def __call__(self, batch: Tensor) -> Tensor:
+        height, width = batch.shape[2:]
+        below = -height % _BUCKET if self._finds_lines else 0
+        sides = ((0, 0), (0, 0), (0, below), (0, -width % _BUCKET))
+        if not self._finds_lines:
+            return self._session(np.pad(batch, sides))
+        return self._session(np.pad(batch, sides, mode="edge"))[..., :height, :width]
+
+
+class _TorchSession:
+    """A network of transformers on a device, called as rapidocr calls its own."""
+
+    def __init__(self, network: Any, device: str) -> None:
+        self._network, self._device = network, device
+
+    def __call__(self, batch: Tensor) -> Tensor:
+        import torch
+
+        with torch.inference_mode():
+            output = self._network(torch.from_numpy(batch).to(self._device)).last_hidden_state
+        values: Tensor = output.float().cpu().numpy()
+        return values
+
+
+def _models(engine: str) -> dict[Step, Path]:
+    """Return the models in rapidocr's wheel; ConfigError when they or the engine are not there."""
+    for name in dict.fromkeys(("rapidocr", "onnxruntime", engine)):
+        if name in _RANGES and importlib.util.find_spec(name) is None:
+            raise ConfigError(
+                f"features.ocr.engine: {name} is not installed: pip install '{_RANGES[name]}'"
+            )
+    import rapidocr
+
+    folder = Path(rapidocr.__file__).parent / "models"
+    models = {step: folder / name for step, name in _MODELS.items()}
+    for path in models.values():
+        if not path.is_file():  # rapidocr would download it
+            raise ConfigError(
+                f"features.ocr.engine: {path} is missing: pip install --force-reinstall "
+                f"'{_RANGES['rapidocr']}'"
+            )
+    return models
+
+
+def _open_reader(
+    settings: OcrSettings, models: Mapping[Step, Path], device: str, networks: Mapping[Step, Any]
+) -> Any:
+    """Return rapidocr with its models loaded, for one picture at a time."""
+    from rapidocr import EngineType, RapidOCR
+
+    engine = "onnxruntime" if networks else settings.engine
+    on_gpu = engine == settings.engine == "onnxruntime" and device != "cpu"
+    of_ort, of_openvino = "EngineConfig.onnxruntime", "EngineConfig.openvino"
+    parameters: dict[str, Any] = {
+        "Global.text_score": settings.min_confidence,
+        "Global.log_level": "error",  # it warns of each picture without text
+        "Det.limit_side_len": settings.detect_side,
+        f"{of_ort}.intra_op_num_threads": 1,
+        f"{of_ort}.inter_op_num_threads": 1,
+        f"{of_ort}.use_cuda": on_gpu,
+        f"{of_ort}.cuda_ep_cfg.device_id": int(device.partition(":")[2] or 0),
+        # Its search of all algorithms would begin again with each new shape.
+        f"{of_ort}.cuda_ep_cfg.cudnn_conv_algo_search": "DEFAULT",
+        f"{of_openvino}.inference_num_threads": 1,
+        f"{of_openvino}.num_streams": 1,
+    }
+    for step, path in models.items():
+        parameters[f"{step}.model_path"] = str(path)
+        parameters[f"{step}.engine_type"] = EngineType(engine)
+    reader: Any = RapidOCR(params=parameters)
+    # Models are loaded when they are first used: the last two, then the first.
+    blank = np.full((2 * _LEAST_SIDE, 2 * _LEAST_SIDE, 3), 255, np.uint8)
+    reader(blank, use_det=False)
+    reader(blank, use_det=True)
+    finder, recogniser = reader.text_det, reader.text_rec
+    if networks:
+        finder.session = _TorchSession(networks["Det"], device)
+        recogniser.session = _TorchSession(networks["Rec"], device)
+    elif device != "cpu":
+        _warn_of_cpu(device, engine, finder.session.session if on_gpu else None)
+    if engine != "onnxruntime" or device != "cpu":
+        finder.session = _Bucketed(finder.session, finds_lines=True)
+        recogniser.session = _Bucketed(recogniser.session, finds_lines=False)
+    return reader
+
+
+def _warn_of_cpu(device: str, engine: str, session: Any) -> None:
+    """Say in the log that OCR runs on the CPU, where the session of a GPU fell back to it."""
+    providers = session.get_providers() if session is not None else ["CPU"]
+    if "CUDAExecutionProvider" not in providers:
+        _log.warning(
+            "extractors.ocr_on_cpu",
+            device=device,
+            engine=engine,
+            providers=providers,
+            use="features.ocr.engine=torch, or onnxruntime-gpu in the place of onnxruntime",
+        )
+
+
+def _torch_networks(device: str) -> dict[Step, Any]:
+    """Return the two networks that transformers has, on the device."""
+    import torch
+    import transformers
+
+    from extractors.models.from_transformers import silence
+
+    silence()
+    networks: dict[Step, Any] = {}
+    for step, (name, repository) in _TORCH.items():
+        kind = getattr(transformers, name, None)
+        if kind is None:
+            raise ConfigError(
+                f"features.ocr.engine: transformers {transformers.__version__} has no PP-OCRv6: "
+                "pip install --upgrade 'transformers<6'"
+            )
+        networks[step] = _from_repository(kind, repository).to(device, torch.float32).eval()
+    return networks
+
+
+def _from_repository(kind: Any, repository: str) -> Any:
+    """Return a network from its folder under workshop/pretrained, the hub's cache, or the hub."""
+    placed = in_place(repository)
+
+    def load(source: str, *, local: bool) -> Any:
+        network, info = kind.from_pretrained(
+            source, local_files_only=local, output_loading_info=True
+        )
+        if info["missing_keys"]:
+            raise ValueError(f"the weights lack {min(info['missing_keys'])}")
+        return network
+
+    if placed.is_dir():
+        try:
+            return load(str(placed), local=True)
+        except Exception as error:  # readers of JSON and weights share no base class
+            raise ConfigError(
+                f"features.ocr.engine: torch: {placed} cannot be loaded: {one_line(error, 300)}"
+            ) from error
+    return from_cache_or_hub(
+        lambda local: load(repository, local=local),
+        name=f"features.ocr.engine: torch: {repository}",
+        remedy=f"hf download {repository} --local-dir {placed}",
+        repository=repository,
+    )
+
+
+def _errors_of(engine: str) -> tuple[type[Exception], ...]:
+    """Return what rapidocr raises over a picture: its engines' errors, OpenCV's, numpy's."""
+    from cv2 import error as OpenCvError  # noqa: N812  a class with a lower-case name
+    from rapidocr.inference_engine.onnxruntime import ONNXRuntimeError
+
+    errors = (ONNXRuntimeError, OpenCvError, ValueError, IndexError)
+    if engine != "openvino":
+        return errors
+    from rapidocr.inference_engine.openvino import OpenVINOError
+
+    return (*errors, OpenVINOError)
