@@ -18,6 +18,7 @@ ModelName: TypeAlias = Literal[
     "mbt",
     "ml_decoder",
     "late",
+    "linear_probe",
 ]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Weight = Annotated[float, Field(ge=0)]
@@ -157,6 +158,18 @@ class LateSettings(Section):
     dropout: Share = 0.1
 
 
+class LinearProbeSettings(Section):
+    """Logistic regression over the modalities' mean vectors, solved at once: for little data."""
+
+    penalties: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)] = (
+        0.03,
+        0.1,
+        0.3,
+    )
+    """Of the squared weights. Each gives one solution, an epoch of the run; the one with the best
+    GAP in validation is kept, without validation the last."""
+
+
 class ModelSettings(Section):
     """The fusion model: ``name`` chooses which of the sections below counts."""
 
@@ -176,3 +189,4 @@ class ModelSettings(Section):
     mbt: MbtSettings = MbtSettings()
     ml_decoder: MlDecoderSettings = MlDecoderSettings()
     late: LateSettings = LateSettings()
+    linear_probe: LinearProbeSettings = LinearProbeSettings()

@@ -130,12 +130,13 @@ class AudioEncoder:
 
 VISUAL_ENCODERS: dict[str, VisualEncoder] = {
     "timm": VisualEncoder("extractors.models.visual:TimmBackbone"),
+    "hog": VisualEncoder("extractors.models.hog:Hog"),
     "transformers": VisualEncoder("extractors.models.transformers_vision:TransformersVision"),
     "vjepa2": VisualEncoder("extractors.models.transformers_video:ClipEncoder", clips=True),
     "videomae": VisualEncoder("extractors.models.transformers_video:ClipEncoder", clips=True),
     "embedding_gemma2": VisualEncoder("extractors.models.omni:OmniPictures"),
 }
-"""Family -> encoder, for `features.image` and `features.video`."""
+"""Family, or one encoder by its name in ``arch``, -> encoder, for images and videos."""
 
 AUDIO_ENCODERS: dict[str, AudioEncoder] = {
     "vggish": AudioEncoder("extractors.models.audio:Vggish", LogMelPatches()),
@@ -161,7 +162,8 @@ _WORDS = {"ast": "audio-spectrogram-transformer", "embeddinggemma": "embedding_g
 
 def visual_encoder(settings: VisualSettings) -> VisualEncoder:
     """Return the line of the settings' family; most of transformers share one."""
-    family = _family(settings.arch, settings.weights, VISUAL_ENCODERS)
+    arch = settings.arch
+    family = arch if arch in VISUAL_ENCODERS else _family(arch, settings.weights, VISUAL_ENCODERS)
     return VISUAL_ENCODERS.get(family) or VISUAL_ENCODERS["transformers"]
 
 

@@ -10,6 +10,7 @@ from fusion.models.base import FusionModel, InputSchema
 from fusion.models.late import LateFusion
 from fusion.models.ml_decoder import MLDecoder
 from fusion.models.pooled import GMU, ConcatMLP
+from fusion.models.probe import LinearProbe
 from fusion.models.transformers import MBT, TokenTransformer
 from fusion.models.vlad import ConcatSE, NeXtVLADSE
 
@@ -25,6 +26,7 @@ MODELS: Mapping[ModelName, Callable[[InputSchema, ModelSettings], FusionModel]] 
     "mbt": MBT,
     "ml_decoder": MLDecoder,
     "late": LateFusion,
+    "linear_probe": LinearProbe,
 }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
@@ -306,6 +306,13 @@ class FusionModel(nn.Module):
     def classifiers(self) -> tuple[nn.Linear | GroupLinear, ...]:
         """Return the layers that give logits, without own heads."""
         return (self.classify,)
+
+    def solutions(self, batches: Iterable[Batch]) -> Iterator[float] | None:
+        """Set the weights of one solution after another from all training posts; yield their loss.
+
+        None for models that are trained by steps.
+        """
+        return None
 
     def undecayed(self) -> frozenset[str]:
         """Return names of parameters that are learned vectors, though they have two dimensions."""

@@ -26,7 +26,14 @@ from fusion.train.prepare import HeldOut, prepare
 from fusion.train.trainer import Trainer
 from tests.support.fusion import runs, support
 
-EPOCHS = {"concat_mlp": 12, "late": 20, "token_transformer": 8, "gmu": 8, "attention_lstm": 6}
+EPOCHS = {
+    "concat_mlp": 12,
+    "late": 20,
+    "linear_probe": 1,
+    "token_transformer": 8,
+    "gmu": 8,
+    "attention_lstm": 6,
+}
 ONE: dict[str, Any] = {"epochs": 1}
 OPTIONS: dict[str, dict[str, Any]] = {
     "concat_mlp": {"loss": {"name": "focal", "focal": {"alpha": 0.5}}},
@@ -37,6 +44,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "mbt": {"loss": {"label_smoothing": 0.1}, "model": {"auxiliary": 0.3}},
     "ml_decoder": {"loss": {"name": "two_way"}},
     "late": {},
+    "linear_probe": {"optimizer": {"ema_decay": 0.9}},
     "token_transformer": {"loss": {"mixup": 0.3}, "optimizer": {"schedule": "one_cycle"}},
 }
 
@@ -74,6 +82,18 @@ def test_every_model_learns_and_is_served_as_it_was_measured(name: str, posts: P
     assert gap == pytest.approx(report.metrics["gap"], abs=1e-9)
     right = [truth[i][tag.id] for i, tags in enumerate(found) for tag in tags.tags]
     assert np.mean(right) >= 0.8
+
+
+def test_a_linear_probe_keeps_its_best_penalty(few_posts: Path) -> None:
+    """One solution an epoch, each validated; a run that is resumed solves the rest."""
+    model = {"name": "linear_probe", "linear_probe": {"penalties": [1e4, 1.0, 1e3]}}
+    report = runs.run(few_posts, model=model, trainer={"epochs": 2, "valid_interval": 0})
+    assert (report.epochs, report.best_epoch) == (2, 2)
+    resumed = runs.run(few_posts, few_posts / "run", model=model, trainer={"epochs": 9})
+    assert (resumed.epochs, resumed.best_epoch) == (3, 2)
+    gaps = [event["gap"] for event in runs.events(few_posts) if event["event"] == "valid"]
+    assert len(gaps) == 3
+    assert max(gaps) == gaps[1]
 
 
 def test_the_commands_train_infer_and_agree(

@@ -288,6 +288,17 @@ def late(w: Weights, post: Features) -> Said:
     return logits, said if means else {}
 
 
+def linear_probe(w: Weights, post: Features) -> Said:
+    alone, joined = {}, []
+    for m in [s for s in STREAMS if f"centres.{s}.mean" in w]:
+        rows, mean = rows_of(post, m), w[f"centres.{m}.mean"]
+        vector = np.zeros_like(mean)
+        if rows is not None:
+            alone[m] = vector = (rows.mean(axis=0) - mean) * w[f"centres.{m}.scale"]
+        joined.append(vector)
+    return linear(w, "classify", np.concatenate(joined)), own_heads(w, alone)
+
+
 FORWARDS: dict[str, Callable[[Weights, Features], Said]] = {
     "token_transformer": token_transformer,
     "concat_mlp": concat_mlp,
@@ -298,4 +309,5 @@ FORWARDS: dict[str, Callable[[Weights, Features], Said]] = {
     "mbt": mbt,
     "ml_decoder": ml_decoder,
     "late": late,
+    "linear_probe": linear_probe,
 }

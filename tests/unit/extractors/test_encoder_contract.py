@@ -123,6 +123,7 @@ OMNI = {
 }
 FAMILIES: dict[str, Family] = {
     **{f"timm {arch}": picture_family(timm_weights(arch), arch) for arch in (TINY_VIT, TINY_CNN)},
+    "hog": picture_family(lambda folder: folder, "hog"),
     **{name: picture_family(make) for name, make in tiny_encoders.PICTURES.items()},
     **{name: clip_family(make) for name, make in tiny_encoders.VIDEOS.items()},
     **{name: sound_family(make) for name, make in tiny_encoders.SOUNDS.items()},

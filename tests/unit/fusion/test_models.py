@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from sklearn.linear_model import LogisticRegression
 from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
@@ -25,7 +26,8 @@ from tests.support.fusion import support
 from tests.support.fusion.numpy_models import FORWARDS
 
 NAMES = sorted(MODELS)
-JOINT = [name for name in NAMES if name != "late"]  # which leaves out what is missing
+# The others leave out what is missing, or take its mean.
+JOINT = [name for name in NAMES if name not in ("late", "linear_probe")]
 POSTS = [
     support.features("a", seed=1),
     support.features("b", seed=2, lengths={"audio": 0, "video": 9, "text": 1}),
@@ -267,6 +269,48 @@ def test_late_fusion_is_own_heads_that_learn_alone() -> None:
     heads = model.outputs(batch_of([POSTS[0]])).own
     alone = support.features("a", seed=1, lengths=dict.fromkeys(set(MODALITIES) - {"text"}, 0))
     torch.testing.assert_close(model.eval()(batch_of([alone])), heads["text"])
+
+
+def solved(posts: list[Features], targets: np.ndarray, penalty: float) -> tuple[Any, float]:
+    settings = ModelSettings.model_validate(
+        {"name": "linear_probe", "linear_probe": {"penalties": [100.0, penalty]}}
+    )
+    model = build_model(support.schema(), settings)
+    found = model.solutions([support.batch(posts[:9], targets[:9]), *rest(posts[9:], targets[9:])])
+    assert found is not None
+    losses = list(found)
+    assert len(losses) == 2
+    return model.eval(), losses[-1]
+
+
+def rest(posts: list[Features], targets: np.ndarray) -> list[Batch]:
+    return [support.batch(posts, targets)] if posts else []
+
+
+@pytest.mark.parametrize("count", [30, 300])
+def test_a_linear_probe_is_logistic_regression(count: int) -> None:
+    """As scikit-learn's, one for each class, with more elements than posts and with fewer."""
+    gaps: list[dict[Any, int]] = [{}, {"audio": 0}, {"video": 0, "ocr": 0}]
+    posts = [support.features(str(i), seed=i, lengths=gaps[i % 3]) for i in range(count)]
+    targets = support.truth(count)
+    model, loss = solved(posts, targets, 0.1)
+    means: dict[Any, np.ndarray] = {}
+    for m, dim in support.schema().dims.items():
+        rows = [p.arrays[m].astype(float).mean(axis=0) if m in p.arrays else None for p in posts]
+        there = np.stack([row for row in rows if row is not None])
+        centre = there.mean(axis=0)
+        length = np.sqrt(((there - centre) ** 2).sum(axis=1).mean())
+        means[m] = np.stack(
+            [np.zeros(dim) if row is None else (row - centre) / length for row in rows]
+        )
+    inputs = np.hstack(list(means.values()))
+    with torch.inference_mode():
+        logits = model(support.batch(posts)).numpy()
+    for k in range(support.CLASSES):
+        theirs = LogisticRegression(C=10, tol=1e-8, max_iter=5000).fit(inputs, targets[:, k])
+        np.testing.assert_allclose(logits[:, k], theirs.decision_function(inputs), atol=0.03)
+    wanted = binary_cross_entropy_with_logits(torch.from_numpy(logits), torch.from_numpy(targets))
+    assert loss == pytest.approx(float(wanted), abs=1e-4)
 
 
 @pytest.mark.parametrize("name", NAMES)

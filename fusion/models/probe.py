@@ -1,0 +1,135 @@
+"""Linear probe: logistic regression over all modalities' mean vectors, solved at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from common.post import Stream
+from config.fusion_models import ModelSettings
+from fusion.models.base import Batch, Fused, FusionModel, InputSchema, Stage, masked_mean
+
+# Iterations of L-BFGS for one penalty. The loss is within 1% of its end after 50 on 95 tags of
+# 2,250 posts; half leaves rare tags unlearned, double changes no figure.
+_ITERATIONS = 100
+
+
+class Centre(nn.Module):
+    """Vectors minus their mean over the training posts, of length 1 on average there."""
+
+    mean: torch.Tensor
+    scale: torch.Tensor
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("scale", torch.ones(()))
+
+    def forward(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Map ``(posts, dim)`` to the same."""
+        return (vectors - self.mean) * self.scale
+
+    def fit(self, vectors: torch.Tensor) -> None:
+        """Take mean and length of vectors ``(posts, dim)``; of none, leave them as they are."""
+        if len(vectors):
+            self.mean.copy_(vectors.mean(dim=0))
+            length = (vectors - self.mean).square().sum(dim=1).mean().sqrt()
+            self.scale.copy_(1 / length.clamp(min=1e-6))
+
+
+class LinearProbe(FusionModel):
+    """Mean of each stream's tokens -> centred, one length -> joined -> linear layer -> logits.
+
+    A missing stream stands at its mean. Elements of a stream are not scaled one by one: that would
+    make as much of the rarest n-gram of a text as of the commonest.
+
+    The weights are found at once (`solutions`), so neither loss nor optimizer of the training
+    count; they could be trained by steps as any others.
+    """
+
+    def __init__(self, schema: InputSchema, settings: ModelSettings) -> None:
+        super().__init__(schema, settings)
+        self._penalties = settings.linear_probe.penalties
+        self.centres = nn.ModuleDict({m: Centre(d) for m, d in schema.dims.items()})
+        self.classify = nn.Linear(sum(schema.dims.values()), schema.classes)
+        self._add_own_heads(schema.dims)
+
+    def layers(self) -> tuple[Stage, ...]:
+        return (Stage("head", ("classify",)),)
+
+    def fuse(
+        self, tokens: Mapping[Stream, torch.Tensor], masks: Mapping[Stream, torch.Tensor]
+    ) -> Fused:
+        alone = {}
+        for m in self.streams:
+            there = masks[m].any(dim=1, keepdim=True)
+            alone[m] = self.centres[m](masked_mean(tokens[m], masks[m])) * there
+        return Fused(self.classify(torch.cat([alone[m] for m in self.streams], dim=1)), alone)
+
+    def solutions(self, batches: Iterable[Batch]) -> Iterator[float]:
+        """Set the weights of one penalty after another; yield the loss of each."""
+        means: dict[Stream, list[torch.Tensor]] = {m: [] for m in self.streams}
+        there: dict[Stream, list[torch.Tensor]] = {m: [] for m in self.streams}
+        truth = []
+        for batch in batches:
+            for m in self.streams:
+                tokens, mask = batch.tokens[m], batch.masks[m]
+                means[m].append(masked_mean(tokens, mask))
+                there[m].append(mask.any(dim=1))
+            truth.append(batch.targets)
+        parts = []
+        for m in self.streams:
+            vectors, has = torch.cat(means[m]), torch.cat(there[m])
+            centre = cast("Centre", self.centres[m])
+            centre.fit(vectors[has])
+            parts.append(centre(vectors) * has[:, None])
+        inputs, targets = torch.cat(parts, dim=1), torch.cat([t for t in truth if t is not None])
+        for weight, bias, loss in logistic(inputs, targets, self._penalties):
+            with torch.no_grad():
+                self.classify.weight.copy_(weight)
+                self.classify.bias.copy_(bias)
+            yield loss
+
+
+def logistic(
+    inputs: torch.Tensor, targets: torch.Tensor, penalties: Iterable[float]
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, float]]:
+    """Solve one logistic regression for each class and penalty, from inputs ``(posts, dim)``.
+
+    Yields weights ``(classes, dim)``, biases ``(classes,)`` and the mean loss for each penalty: the
+    minimum of the summed cross entropy + penalty / 2 * |weights|^2.
+    """
+    rotation = None
+    if inputs.shape[1] > len(inputs):
+        # With the penalty the weights lie in the span of the posts: as many directions are enough.
+        values, vectors = torch.linalg.eigh((inputs @ inputs.T).double())
+        some = values > values[-1] * 1e-7
+        root = values[some].sqrt()
+        rotation = inputs.T @ (vectors[:, some] / root).float()  # (dim, directions)
+        inputs = (vectors[:, some] * root).float()
+    weight = inputs.new_zeros(targets.shape[1], inputs.shape[1], requires_grad=True)
+    frequencies = targets.mean(dim=0).clamp(1e-4, 1 - 1e-4)
+    bias = torch.logit(frequencies).clone().requires_grad_()
+    for penalty in penalties:
+        solver: Any = torch.optim.LBFGS(
+            [weight, bias], max_iter=_ITERATIONS, history_size=10, line_search_fn="strong_wolfe"
+        )
+
+        def closure(solver: Any = solver, penalty: float = penalty) -> torch.Tensor:
+            solver.zero_grad()
+            logits = inputs @ weight.T + bias
+            loss: Any = binary_cross_entropy_with_logits(logits, targets, reduction="sum")
+            loss = (loss + penalty / 2 * weight.square().sum()) / len(inputs)
+            loss.backward()
+            return cast("torch.Tensor", loss)
+
+        with torch.enable_grad():
+            solver.step(closure)
+        with torch.no_grad():
+            found = weight if rotation is None else weight @ rotation.T
+            loss = binary_cross_entropy_with_logits(inputs @ weight.T + bias, targets)
+            yield found.clone(), bias.clone(), float(loss)
