@@ -18,7 +18,7 @@ from pydantic_settings import EnvSettingsSource
 
 from common.errors import ConfigError, one_line
 from common.urls import redact
-from config.presets import merge, with_preset
+from config.presets import changes_nothing, merge, with_preset
 from config.settings import Settings
 
 DEFAULT_CONFIG = Path("config/infer_config_e2e.yaml")
@@ -101,8 +101,13 @@ def _hide_passwords() -> None:
         setproctitle(" ".join([sys.executable, *words]))
 
 
-def _layer(values: Mapping[str, Any]) -> dict[str, Any]:
+def _layer(values: Mapping[str, Any], source: str) -> dict[str, Any]:
     """Return one source's values with its preset of encoders written out."""
+    if changes_nothing(values.get("features")):
+        raise ConfigError(
+            f"{source}: features.preset: changes nothing, since the arch of video, image, audio "
+            "and text beside it name other encoders: delete them, or the preset"
+        )
     features = with_preset(values.get("features"))
     return {**values, "features": features} if "features" in values else dict(values)
 
@@ -181,9 +186,9 @@ def load_settings(
     file = Path(path) if path is not None else default
     from_file = read_yaml(file) if path is not None or file.exists() else {}
     validate(Settings, from_file, str(file))  # so that a mistake is blamed on the right source
-    values = merge(_layer(from_file), _layer(_environment()))
+    values = merge(_layer(from_file, str(file)), _layer(_environment(), "environment"))
     validate(Settings, values, "environment")
-    return validate(Settings, merge(values, _layer(parse_overrides(overrides))), "--set")
+    return validate(Settings, merge(values, _layer(parse_overrides(overrides), "--set")), "--set")
 
 
 def given_options(options: object, keys: Mapping[str, str]) -> dict[str, Any]:

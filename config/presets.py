@@ -2,7 +2,8 @@
 
 A preset writes its keys out beneath those of its own source (file, environment, ``--set``), and
 above those of the sources before: ``--set features.preset=small`` changes the encoders of any file,
-and any key can be set beside it.
+and any key can be set beside it. One that changes nothing, since its own source names every encoder
+beside it, is refused.
 """
 
 from __future__ import annotations
@@ -97,3 +98,15 @@ def with_preset(features: Any) -> Any:
     chosen = features.get("preset") if isinstance(features, Mapping) else None
     preset = next((values for name, values in PRESETS.items() if name == chosen), {})
     return merge(preset, features) if preset else features
+
+
+def changes_nothing(features: Any) -> bool:
+    """Return True for a preset whose own source names another encoder for every modality."""
+    chosen = features.get("preset") if isinstance(features, Mapping) else None
+    preset = next((values for name, values in PRESETS.items() if name == chosen), {})
+    beside = (
+        isinstance(own := features.get(name), Mapping)
+        and own.get("arch", values["arch"]) != values["arch"]
+        for name, values in preset.items()
+    )
+    return bool(preset) and all(beside)

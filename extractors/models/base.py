@@ -92,12 +92,15 @@ class Encoder(ABC):
         arch: Shape of the network, part of the fingerprint.
         dim: Length of a vector, known after `load`.
         digest: Of the weights, known after `load`.
+        processing: Digest of the files that say how the encoder itself prepares its input, known
+            after `load`; empty where it takes rows as they are.
     """
 
     kind: ClassVar[str]
     arch = ""
     dim = 0
     digest = ""
+    processing = ""
 
     channels_last: ClassVar[bool] = True
     """Pictures are laid out for it; networks of clips have weights that it does not fit."""
@@ -280,6 +283,7 @@ class RowExtractor(Extractor):
             "arch": self._encoder.arch,
             "weights": self._encoder.digest,
             "dim": self.dim,
+            **({"processor": prepared} if (prepared := self._encoder.processing) else {}),
             **self._preprocessing(),
         }
 

@@ -17,6 +17,7 @@ import structlog
 import torch
 
 from common.errors import ConfigError, one_line
+from common.fingerprint import digest
 from config.settings import AudioSettings, TextSettings, VisualSettings
 from extractors.models.base import Encoder, autocast, clean
 from extractors.models.weights import (
@@ -243,6 +244,12 @@ def processor_values(source: str, *, local: bool) -> Mapping[str, Any]:
     if not values:
         raise ValueError(f"{source} has no {_PROCESSORS[0]}")
     return values
+
+
+def processor_digest(source: str, *, local: bool) -> str:
+    """Return the digest of the settings in a folder's files of processors."""
+    names = (*_PROCESSORS, "processor_config.json")
+    return digest({name: json_file(source, name, local=local) for name in names})
 
 
 def json_file(source: str, name: str, *, local: bool) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import torch
 
 from config.settings import AudioSettings, VisualSettings
 from extractors.models.base import PictureEncoder, autocast, clean
-from extractors.models.from_transformers import TransformersEncoder
+from extractors.models.from_transformers import TransformersEncoder, processor_digest
 from extractors.models.text import pool
 from extractors.models.transformers_audio import without_end
 
@@ -42,6 +42,7 @@ class OmniEncoder(TransformersEncoder):
         self._processor = auto.from_pretrained(
             source, local_files_only=local, trust_remote_code=self._trust
         )
+        self.processing = processor_digest(source, local=local)
         self.dim = int(model.config.text_config.embedding_dim)
 
     def _embed(self, **items: Any) -> torch.Tensor:

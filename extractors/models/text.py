@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from common.errors import ConfigError, FeatureError
+from common.errors import ConfigError, FeatureError, one_line
 from common.post import FeatureArray
 from config.settings import Pooling, TextSettings
 from extractors.models.base import RowExtractor, check_finite, clean, unit_rows
@@ -141,6 +141,18 @@ class TextEncoder(TransformersEncoder):
     def limit(self) -> int:
         """Return the most tokens of one text."""
         return min(self._max_tokens, self.positions)
+
+    def load(self) -> None:
+        super().load()
+        ids = np.full((1, self.special_tokens + 1), self.pad_id, np.int64)
+        try:
+            self.run(ids, np.ones_like(ids))
+        except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+            kind = getattr(getattr(self._network, "config", None), "model_type", "model")
+            raise ConfigError(
+                f"{self.setting}.arch: {self._named} is a {kind}, which encodes no texts by "
+                f"itself: {one_line(error, 200)}"
+            ) from error
 
     def tokenize(self, text: str) -> list[int]:
         """Return the token ids of a text, special ones included, `limit` at most."""

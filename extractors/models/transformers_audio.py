@@ -17,7 +17,12 @@ import torch
 
 from common.errors import ConfigError
 from config.settings import AudioSettings
-from extractors.models.from_transformers import TextQueryable, TransformersEncoder, pooled
+from extractors.models.from_transformers import (
+    TextQueryable,
+    TransformersEncoder,
+    pooled,
+    processor_digest,
+)
 from extractors.parts import audio_encoder
 
 Sound: TypeAlias = npt.NDArray[np.float32]
@@ -55,6 +60,7 @@ class SoundEncoder(TransformersEncoder):
                 f"{_SETTING}.arch: {self._named} takes {self._spectrograms.sampling_rate} Hz, and "
                 f"its family here {self._rate_hz} Hz"
             )
+        self.processing = processor_digest(source, local=local)
         self.dim = self._dim_of(model.config)
 
     def _call(self, *inputs: torch.Tensor) -> torch.Tensor:

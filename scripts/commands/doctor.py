@@ -16,6 +16,7 @@ from scripts.commands.common import (
     online_settings,
     print_json,
 )
+from scripts.commands.weights import about
 
 _FIELDS = ("text", "images", "videos", "audios", "labels")
 
@@ -28,7 +29,11 @@ def doctor(
     config: Config = None,
     overrides: Overrides = None,
 ) -> None:
-    """Count how the newest posts are read by store.fields: each field, and what does not fit."""
+    """Count how the newest posts are read by store.fields: each field, and what does not fit.
+
+    It says of each encoder where its weights are.
+    """
+    from extractors.models.catalog import needs
     from king.store.documents import NoIdError, dig, id_text, read_fields
     from king.store.queries import open_queries
 
@@ -65,6 +70,7 @@ def doctor(
         },
     }
     content["fields"]["id"]["posts"] = sum(ids.values())
+    content["weights"] = [about("settings", need) for need in needs(settings.features)]
     if as_json:
         print_json(content)
         return
@@ -81,3 +87,11 @@ def doctor(
         for name, about in content["fields"].items()
     ]
     print_table("", ("field", "path", "posts that have it", "does not fit"), rows)
+    _say_weights(content["weights"])
+
+
+def _say_weights(weights: list[dict[str, Any]]) -> None:
+    say("\n")
+    for each in weights:
+        missing = f"missing: insighttag weights get {each['encoder']}"
+        say(f"{', '.join(each['for'])}: {each['encoder']}: {each['here'] or missing}\n")

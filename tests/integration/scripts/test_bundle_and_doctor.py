@@ -88,6 +88,13 @@ def test_doctor_counts_what_fits_and_what_does_not(
             ]
         )
     words = ["doctor", "--set", f"store.url={mongo_url}", "--set", f"store.database={unique_name}"]
+    words += ["--set", "features.text.weights=random:1", "--set", "features.text.arch=me/bert"]
+    words += [
+        "--set",
+        "features.image.arch=me/siglip",
+        "--set",
+        "features.image.weights=pretrained",
+    ]
     assert run([*words, "--json"]) == 0
     content = json.loads(capsys.readouterr().out)
     assert content["posts"] == 4
@@ -101,5 +108,9 @@ def test_doctor_counts_what_fits_and_what_does_not(
         "audios": (0, {}),
         "labels": (1, {}),
     }
+    here = {each["encoder"]: each["here"] for each in content["weights"]}
+    assert (here["me/bert"], here["me/siglip"]) == ("random:1", "")
     assert run(words) == 0
-    assert "1 posts: object with zh" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "1 posts: object with zh" in out
+    assert "image: me/siglip: missing: insighttag weights get me/siglip" in out

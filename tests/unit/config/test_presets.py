@@ -63,3 +63,31 @@ def test_later_sources_go_before_a_preset_and_it_before_earlier_ones(
 def test_an_unknown_preset_is_one_line() -> None:
     with pytest.raises(ConfigError, match=r"features.preset: .*'small'"):
         load_settings(None, ["features.preset=smal"])
+
+
+def test_a_preset_that_changes_nothing_is_refused(tmp_path: Path) -> None:
+    """Its own source names another encoder for each modality; one that it leaves is enough."""
+    path = tmp_path / "config.yaml"
+    archs = {"video": "resnet50", "image": "resnet50", "audio": "test_vit", "text": "me/bert"}
+    others = ", ".join(f"{name}: {{arch: {arch}}}" for name, arch in archs.items())
+    path.write_text(f"features: {{preset: small, {others}}}")
+    with pytest.raises(ConfigError, match=r"config.yaml: features.preset: changes nothing.*delete"):
+        load_settings(path)
+    path.write_text(f"features: {{preset: small, {others.replace('test_vit', 'test_resnet')}}}")
+    assert load_settings(path).features.audio.weights == "workshop/pretrained/audio.safetensors"
+    path.write_text(f"features: {{{others}}}")
+    assert load_settings(path, ["features.preset=small"]).features.text.pooling == "mean"
+    path.write_text("features: {preset: small}")
+    sets = [f"features.{name}.arch={arch}" for name, arch in archs.items()]
+    assert load_settings(path, sets).features.image.arch == "resnet50"
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_shipped_configuration_takes_any_preset(preset: Preset, tmp_path: Path) -> None:
+    """Its name in the file is all that there is to change."""
+    text = Path("config/infer_config_e2e.yaml").read_text("utf-8")
+    assert load_settings(Path("config/infer_config_e2e.yaml")).features.preset == "classic"
+    path = tmp_path / "config.yaml"
+    path.write_text(text.replace("preset: classic ", f"preset: {preset} "))
+    expected = FeatureSettings(preset=preset)
+    assert load_settings(path).features == expected

@@ -18,6 +18,7 @@ import transformers
 from huggingface_hub import constants
 
 from common.errors import ConfigError, FeatureError
+from common.fingerprint import differing
 from common.precision import cpu_has_bf16
 from config.settings import (
     AudioSettings,
@@ -439,6 +440,32 @@ def test_both_forms_of_features_are_read() -> None:
         pooler_output = torch.ones(1, 2)
 
     assert pooled(torch.ones(1, 2)).equal(pooled(Output()))
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [("ast", "mean", -1.0), ("clap", "top_db", 40), ("omni image", "image_seq_length", 99)],
+)
+def test_processors_are_in_the_fingerprint(
+    name: str, key: str, value: float, tmp_path: Path, checkpoint: Callable[[Make], Path]
+) -> None:
+    """The spectrogram and the patches are made as files of the model say."""
+    if name not in FAMILIES:
+        pytest.skip("the installed transformers does not know it")
+    family = FAMILIES[name]
+    prints = []
+    folder = tmp_path / "changed"
+    shutil.copytree(checkpoint(family.make), folder)
+    for path in (checkpoint(family.make), folder):
+        extractor = family.build(path, {"precision": "fp32"})
+        extractor.load()
+        prints.append(extractor.fingerprint)
+        extractor.close()
+        files = (folder / "preprocessor_config.json", folder / "processor_config.json")
+        file = next(each for each in files if each.is_file())
+        file.write_text(json.dumps({**json.loads(file.read_text()), key: value}))
+    assert prints[0] != prints[1]
+    assert key in differing(*prints)
 
 
 def own_code(folder: Path) -> Path:
