@@ -290,17 +290,23 @@ class BackboneDataSettings(Section):
 
 
 class BackboneSettings(Section):
-    """The timm model; of texts, ``arch: tfidf``."""
+    """The timm model; of texts, ``arch: tfidf`` or ``bert``, a small one with its own words."""
 
     arch: str = "efficientnet_b5"
     weights: str = "scratch"
-    """Start of the weights: ``scratch``, ``pretrained``, or the path of a state dict."""
+    """Start of the weights: ``scratch``, ``pretrained``, or a state dict's path; not of text."""
+    out: Path | None = None
+    """Of sound and text: where the extractors load it; null is <save_dir>/weights/<name>."""
     image_size: PositiveInt = 456
     """Side of the square input in pixels; must be what ``features`` gives to the extractor."""
     dropout: Share = 0.2
     """In front of the classifier."""
     augment: bool = True
     """Shift pictures a little and change their light."""
+    flip: bool = False
+    """With ``augment``, mirror every second one; not where left and right matter to a label."""
+    crop: Share = 0.0
+    """With ``augment``, up to this share of each side is cut off, and the rest enlarged."""
 
 
 class TsnSettings(Section):
@@ -333,7 +339,7 @@ class TfidfSettings(Section):
 class BackboneTrainSettings(Section):
     """All settings of `train_net.py` for a backbone."""
 
-    task: Literal["image_backbone", "video_backbone", "text_backbone"]
+    task: Literal["image_backbone", "video_backbone", "audio_backbone", "text_backbone"]
     data: BackboneDataSettings = BackboneDataSettings()
     backbone: BackboneSettings = BackboneSettings()
     tsn: TsnSettings = TsnSettings()

@@ -16,7 +16,6 @@ from common.tables import print_table
 from config.labels import LabelMap
 from config.settings import Settings
 from demo.layout import Layout
-from demo.training import targets_of
 
 # Offline and online batches differ, and so do the last bits of float16 features.
 SCORE_TOLERANCE = 5e-3
@@ -47,12 +46,13 @@ def evaluate(
 ) -> Evaluation:
     """Judge the database's tags, and the offline path's with and without each modality."""
     from extractors.feature_file import read_features
+    from fusion.backbones.small import truth_of
     from fusion.bundle.bundle import load_bundle
     from fusion.data.dataset import FeatureFiles
     from fusion.infer.inferer import Inferer
     from fusion.metrics.ranking import global_average_precision as gap
 
-    truth = targets_of(posts, labels)
+    truth = truth_of(posts, labels)
     given = [results.get(post.post_id, {}).get("tags", ()) for post in posts]
     stored = _matrix([[(tag["id"], tag["score"]) for tag in tags] for tags in given], len(labels))
     inferer = Inferer.load(settings.fusion.bundle, threads=1)

@@ -2,29 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
-from common.post import Post
-from config.labels import LabelMap
 from config.load import validate
 from config.settings import Settings
 from config.train import TrainSettings
 from demo.layout import Layout, Sizes
 
 LABELS = Path("config/idx2name_cls24.json")
-
-
-def targets_of(posts: Sequence[Post], labels: LabelMap) -> npt.NDArray[np.float32]:
-    """Return the true tags as float32 ``(posts, classes)`` of 0 and 1."""
-    rows = np.zeros((len(posts), len(labels)), np.float32)
-    for row, post in zip(rows, posts, strict=True):
-        row[labels.encode(post.labels)] = 1
-    return rows
 
 
 def train_settings(layout: Layout, settings: Settings, sizes: Sizes) -> TrainSettings:

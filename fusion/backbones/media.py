@@ -267,17 +267,21 @@ def pixels(
     size: int,
     segments: int | None,
     augmented: bool = False,
+    flip: bool = False,
+    crop: float = 0.0,
 ) -> Pixels:
     """Return a file as the model takes it, uint8.
 
     A picture ``(1, S, S, 3)`` without ``segments``, else a frame of each segment of a clip
-    ``(segments, S, S, 3)``; ``augmented`` changes them a little in training.
+    ``(segments, S, S, 3)``; ``augmented`` changes them in training, as `augment` does.
     """
     if segments is None:
         found = reader.picture(path, size)[None]
     else:
         found = reader.frames(path, size, segments, chance)
-    return augment(found, "clip", chance) if augmented and chance is not None else found
+    if not augmented or chance is None:
+        return found
+    return augment(found, "clip", chance, flip=flip, crop=crop)
 
 
 def _array_item(kind: Kind, medium: npt.NDArray[Any], chance: Chance | None) -> npt.NDArray[Any]:
@@ -288,11 +292,14 @@ def _array_item(kind: Kind, medium: npt.NDArray[Any], chance: Chance | None) -> 
     return array[None, ..., None] if kind == "patch" else array[None]
 
 
-def augment(item: npt.NDArray[Any], kind: Kind, chance: Chance) -> npt.NDArray[Any]:
+def augment(
+    item: npt.NDArray[Any], kind: Kind, chance: Chance, *, flip: bool = False, crop: float = 0.0
+) -> npt.NDArray[Any]:
     """Shift an item a little and change light or loudness; one draw for all frames of a clip.
 
-    Nothing is mirrored: which way things point or move may be what the label is about. Items are
-    pixels uint8 ``(..., S, S, 3)`` or log-mel patches float32 ``(96, 64)``, before and after.
+    Nothing is mirrored without `flip`: which way things point or move may be what the label is
+    about. `crop` is the largest share that pictures lose of each side. Items are pixels uint8
+    ``(..., S, S, 3)`` or log-mel patches float32 ``(96, 64)``, before and after.
     """
     if kind == "patch":
         louder = np.float32(chance.uniform(-0.7, 0.7))  # log amplitude
@@ -304,8 +311,16 @@ def augment(item: npt.NDArray[Any], kind: Kind, chance: Chance) -> npt.NDArray[A
     reach = max(1, size // 16)
     down, right = (int(v) for v in chance.integers(-reach, reach + 1, 2))
     # Shifted by index, the border repeated: no black edges that a model could read.
-    ys = np.clip(np.arange(size) + down, 0, size - 1)
-    xs = np.clip(np.arange(size) + right, 0, size - 1)
+    rows = columns = np.arange(size)
+    if crop:
+        side = max(1, round(size * (1 - crop * chance.uniform())))
+        top, left = (int(v) for v in chance.integers(0, size - side + 1, 2))
+        enlarged = ((np.arange(size) + 0.5) * side / size).astype(np.intp)
+        rows, columns = top + enlarged, left + enlarged
+    if flip and chance.random() < 0.5:
+        columns = columns[::-1]
+    ys = np.clip(rows + down, 0, size - 1)
+    xs = np.clip(columns + right, 0, size - 1)
     moved = item[..., ys[:, None], xs[None, :], :]
     # A table of the 256 levels: far less work than arithmetic on every pixel.
     levels = np.arange(256, dtype=np.float32) - 127.5

@@ -1,7 +1,8 @@
 """Training of backbones out of data files: what `train_net.py` does for tasks of backbones.
 
     image_backbone    pictures -> <arch>.safetensors
-    text_backbone     texts -> tfidf.safetensors
+    audio_backbone    patches of sound -> audio.safetensors
+    text_backbone     texts -> tfidf.safetensors, or the folder bert
     video_backbone    segments of clips -> tsn.safetensors
                       its features of every frame -> attention LSTM -> video_lstm.safetensors
 
@@ -18,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -28,9 +29,11 @@ from torch import nn
 
 from common.errors import ConfigError, FeatureError, MediaError
 from common.files import new_file
+from common.post import Post
 from common.post_set import PostSet
 from common.progress import notice, progress_bar
-from config.settings import VideoSettings
+from config.labels import LabelMap
+from config.settings import FeatureSettings, VideoSettings
 from config.train import BackboneTrainSettings, LossSettings, OptimizerSettings, TrainerSettings
 from extractors.learned import posts_of_weights
 from extractors.media.decode import read_frames
@@ -54,16 +57,19 @@ from fusion.backbones.model import (
     create_backbone,
     save_weights,
 )
+from fusion.backbones.small import BackboneName, SmallBackbone
 from fusion.backbones.text import fit_tfidf
-from fusion.data.data_file import entries, parse_post
+from fusion.data.data_file import entries, parse_post, read_whole_posts
 from fusion.metrics import ranking as metrics
 from fusion.train import distributed
 from fusion.train.checkpoint import LAST, Start, find_start, seed_of, signature
 from fusion.train.distributed import all_ranks
 from fusion.train.losses import Objective, TaggingLoss
-from fusion.train.prepare import loaders_of
+from fusion.train.prepare import Skipped, loaders_of
 from fusion.train.run_folder import link_latest, located, run_folder
 from fusion.train.trainer import OnEpochEnd, TrainData, Trainer
+
+AnyPost = TypeVar("AnyPost", Post, MediaPost)
 
 
 @dataclass(frozen=True)
@@ -71,7 +77,7 @@ class StageReport:
     """The outcome of one training.
 
     Attributes:
-        name: ``image``, ``tsn`` or ``lstm``.
+        name: ``image``, ``tsn``, ``lstm``, ``audio``, ``text`` or ``tfidf``.
         weights: What the extractors load.
         metrics: On the validation posts, of the epoch that was kept; empty without validation.
         seen: These were all trained on.
@@ -101,8 +107,8 @@ def _train(
     settings: BackboneTrainSettings, reader: MediaItems, resume: Path | None, fabric: Fabric
 ) -> tuple[StageReport, ...]:
     """Train in one of the processes of a training; the first one reports."""
-    if settings.task == "text_backbone":
-        return _train_text(settings, fabric)
+    if settings.task in ("text_backbone", "audio_backbone"):
+        return _train_in_memory(settings, reader, resume, fabric)
     images, save_dir = settings.task == "image_backbone", settings.trainer.save_dir
     resume = located(resume)
     if not images and resume is not None and not resume.is_dir():
@@ -127,18 +133,103 @@ def _train(
     return stages if fabric.is_global_zero else ()
 
 
-def _train_text(settings: BackboneTrainSettings, fabric: Fabric) -> tuple[StageReport, ...]:
-    """Count the n-grams of the training posts' texts, read ones too; there is nothing to resume."""
-    started, save_dir = time.monotonic(), settings.trainer.save_dir
-    if settings.backbone.arch != "tfidf":
-        raise ConfigError(
-            f"backbone.arch: text_backbone trains tfidf, not {settings.backbone.arch}"
-        )
-    folder = run_folder(fabric, save_dir, None)
+def _train_in_memory(
+    settings: BackboneTrainSettings, reader: MediaItems, resume: Path | None, fabric: Fabric
+) -> tuple[StageReport, ...]:
+    """Train on sounds or texts."""
+    name: BackboneName = "text" if settings.task == "text_backbone" else "audio"
+    backbone, data, save_dir = settings.backbone, settings.data, settings.trainer.save_dir
+    if name == "text" and backbone.arch not in ("tfidf", "bert"):
+        raise ConfigError(f"backbone.arch: text_backbone takes tfidf or bert, not {backbone.arch}")
+    file = "bert" if backbone.arch == "bert" else f"{name}.safetensors"
+    resume = None if backbone.arch == "tfidf" else located(resume)
+    folder = run_folder(fabric, save_dir, resume)
+    if backbone.arch == "tfidf":
+        link_latest(fabric, folder)
+        report = all_ranks(fabric, partial(_count_texts, settings, fabric, folder))
+        return (report,) if fabric.is_global_zero else ()
+    labels = all_ranks(fabric, partial(LabelMap.load, data.labels))
+    signed = signature({"stage": name, "arch": backbone.arch, "labels": list(labels.names)})
+    start = all_ranks(fabric, lambda: None if resume is None else find_start(resume, signed))
+    train, valid = (
+        all_ranks(fabric, partial(read_whole_posts, path)) if path is not None else []
+        for path in (data.train, data.valid)
+    )
+    learned = PostSet.of(post.post_id for post in train) | _learned(settings, start)
+    new = _new_posts(valid, learned, fabric)
     link_latest(fabric, folder)
-    if not fabric.is_global_zero:
-        return ()
-    ids: list[str] = []
+    trainer = settings.trainer.model_copy(update={"save_dir": folder})
+    seed = seed_of(fabric, trainer, start)
+    small = partial(
+        SmallBackbone,
+        name,
+        train,
+        new or valid,
+        labels,
+        FeatureSettings.model_validate(
+            {"audio": {"arch": backbone.arch}} if name == "audio" else {}
+        ),
+        reader.limits,
+        seed=seed,
+    )
+    parts = partial(_decoded, settings, fabric, folder, small)
+    posts, build, save = all_ranks(
+        fabric, lambda: parts(learned, seen=bool(valid) and not new, count=len(train) + len(valid))
+    )
+    report = train_model(
+        fabric,
+        posts,
+        build,
+        save,
+        _files(settings, folder, file),
+        trainer_settings=trainer,
+        optimizer=settings.optimizer,
+        name=name,
+        signature=signed,
+        seed=seed,
+        start=start,
+    )
+    return (report,) if fabric.is_global_zero else ()
+
+
+def _decoded(
+    settings: BackboneTrainSettings,
+    fabric: Fabric,
+    folder: Path,
+    small: Callable[..., SmallBackbone],
+    learned: PostSet,
+    *,
+    seen: bool,
+    count: int,
+) -> tuple[TrainData, Callable[[], Any], Callable[[Any, Path], None]]:
+    """Return what `SmallBackbone.parts` gives, with a bar, and a list of files left out."""
+    backbone, data, first = settings.backbone, settings.data, fabric.is_global_zero
+    skipped = Skipped(folder / "log" / "skipped.jsonl", enabled=data.skip_bad and first)
+    shown = settings.trainer.progress and first
+
+    def skip(post_id: str, source: str, why: str) -> None:
+        skipped.add(Path(source), post_id, "media", why)
+
+    with skipped, progress_bar("decode", count, enabled=shown) as bar:
+        return small(
+            weights=backbone.weights,
+            dropout=backbone.dropout,
+            augment=backbone.augment,
+            max_items=(data.max_items, data.max_items),
+            decoded=lambda *_: bar.advance(),
+            skip=skip if data.skip_bad else None,
+        ).parts(learned, seen=seen)
+
+
+def _files(settings: BackboneTrainSettings, folder: Path, name: str) -> tuple[Path, ...]:
+    """Return where weights are kept: with the run, and where extractors load them."""
+    served = settings.backbone.out or settings.trainer.save_dir / "weights" / name
+    return folder / "weights" / name, served
+
+
+def _count_texts(settings: BackboneTrainSettings, fabric: Fabric, folder: Path) -> StageReport:
+    """Count the n-grams of the training posts' texts, read ones too; there is nothing to resume."""
+    started, ids, files = time.monotonic(), [], _files(settings, folder, "tfidf.safetensors")
 
     def texts() -> Iterator[str]:
         for entry in entries(settings.data.train):
@@ -146,15 +237,32 @@ def _train_text(settings: BackboneTrainSettings, fabric: Fabric) -> tuple[StageR
             ids.append(post.post_id)
             yield from (post.text, post.ocr or "")
 
-    tfidf = fit_tfidf(texts(), settings.tfidf.vocabulary)
-    # Kept with the run, and where extractors load them.
-    files = [place / "weights" / "tfidf.safetensors" for place in (folder, save_dir)]
-    for out in files:
-        _saved(partial(tfidf.save, learned_from=PostSet.of(ids)), out)
+    if fabric.is_global_zero:
+        tfidf = fit_tfidf(texts(), settings.tfidf.vocabulary)
+        for out in files:
+            _saved(partial(tfidf.save, learned_from=PostSet.of(ids)), out)
     seconds = time.monotonic() - started
-    return (
-        StageReport("tfidf", files[-1], {}, seen=False, best_epoch=0, epochs=0, seconds=seconds),
-    )
+    return StageReport("tfidf", files[-1], {}, seen=False, best_epoch=0, epochs=0, seconds=seconds)
+
+
+def _learned(settings: BackboneTrainSettings, start: Start | None) -> PostSet:
+    """Return the posts that the weights which a training begins with have learned from."""
+    weights = Path(settings.backbone.weights)
+    learned = posts_of_weights(weights) if weights.exists() else PostSet()
+    return learned | (PostSet() if start is None else start.learned_from)
+
+
+def _new_posts(valid: Sequence[AnyPost], learned: PostSet, fabric: Fabric) -> list[AnyPost]:
+    """Return the posts that nothing was trained on; a warning counts the others."""
+    new = [post for post in valid if post.post_id not in learned]
+    if len(new) < len(valid):
+        rest = "they are left out of validation" if new else "its figures are of training posts"
+        notice(
+            f"warning: {len(valid) - len(new)} of {len(valid)} validation posts were learned "
+            f"from: {rest}",
+            enabled=fabric.is_global_zero,
+        )
+    return new
 
 
 @dataclass(frozen=True)
@@ -169,19 +277,10 @@ class _Task:
 
     def without_learned(self, start: Start | None) -> _Task:
         """Validate on posts that nothing was trained on; if there are none, on training posts."""
-        weights = Path(self.settings.backbone.weights)
         learned = PostSet.of(post.post_id for post in self.posts.train)
-        learned |= posts_of_weights(weights) if weights.exists() else PostSet()
-        learned |= PostSet() if start is None else start.learned_from
+        learned |= _learned(self.settings, start)
         valid = self.posts.valid or ()
-        new = tuple(post for post in valid if post.post_id not in learned)
-        if len(new) < len(valid):
-            rest = "they are left out of validation" if new else "its figures are of training posts"
-            notice(
-                f"warning: {len(valid) - len(new)} of {len(valid)} validation posts were learned "
-                f"from: {rest}",
-                enabled=self.fabric.is_global_zero,
-            )
+        new = tuple(_new_posts(valid, learned, self.fabric))
         posts = replace(self.posts, valid=new or self.posts.valid)
         return replace(self, posts=posts, learned_from=learned, seen=bool(valid) and not new)
 
@@ -199,7 +298,11 @@ class _Task:
         clips, classes = name == "tsn", len(self.posts.labels)
         item = partial(pixels, reader=self.reader, size=backbone.image_size)
         train = partial(
-            item, segments=settings.tsn.segments if clips else None, augmented=backbone.augment
+            item,
+            segments=settings.tsn.segments if clips else None,
+            augmented=backbone.augment,
+            flip=backbone.flip,
+            crop=backbone.crop,
         )
         valid = partial(item, segments=settings.tsn.test_segments if clips else None)
         size = (backbone.image_size, backbone.image_size)

@@ -30,6 +30,7 @@ _TASKS: dict[str, type[TrainSettings | BackboneTrainSettings]] = {
     "fusion": TrainSettings,
     "image_backbone": BackboneTrainSettings,
     "video_backbone": BackboneTrainSettings,
+    "audio_backbone": BackboneTrainSettings,
     "text_backbone": BackboneTrainSettings,
 }
 

@@ -8,15 +8,26 @@ from typing import Any
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 import yaml
 
 import train_net
-from common.errors import MediaError
+from common.errors import ConfigError, MediaError
 from config.labels import LabelMap
-from config.settings import DecodeSettings, ImageSettings, VideoSettings
+from config.settings import (
+    AudioSettings,
+    DecodeSettings,
+    FeatureSettings,
+    ImageSettings,
+    TextSettings,
+    VideoSettings,
+)
 from config.train import BackboneTrainSettings
+from extractors.learned import learned_from
 from extractors.media.decode import decode_media
+from extractors.models.audio import AudioExtractor
+from extractors.models.text import TextExtractor
 from extractors.models.visual import VideoExtractor, VisualExtractor
 from fusion.backbones.media import MediaItems
 from fusion.backbones.model import MediaTagger, create_backbone
@@ -121,6 +132,76 @@ def test_pictures_become_the_image_extractors_weights(
         pixels = torch.from_numpy(picture[None]).permute(0, 3, 1, 2).float()
         wanted = tagger.backbone(tagger.normalize(pixels))
     np.testing.assert_allclose(found, wanted, atol=2e-2, rtol=2e-3)
+
+
+def test_sounds_become_the_audio_extractors_weights(tmp_path: Path) -> None:
+    """High and low tones are told apart; the file is where the preset `small` looks for it."""
+    write_labels(tmp_path)
+    for side, count in (("train", 12), ("valid", 4)):
+        entries = []
+        for i in range(count):
+            tone = np.sin(np.arange(32_000) * (0.9 if i % 2 else 0.1)) * (0.3 + 0.02 * i)
+            soundfile.write(tmp_path / f"{side}{i}.wav", tone, 16_000)
+            labels = [("red", "blue")[i % 2]]
+            entries.append(
+                {"post_id": f"{side}{i}", "labels": labels, "audios": [f"{side}{i}.wav"]}
+            )
+        (tmp_path / f"{side}.json").write_text(json.dumps(entries))
+    (tmp_path / "bad.wav").write_bytes(b"RIFF no sound")
+    bad = {"post_id": "bad", "labels": ["red"], "audios": ["bad.wav"]}
+    entries = json.loads((tmp_path / "train.json").read_text())
+    (tmp_path / "train.json").write_text(json.dumps([*entries, bad]))
+    out, weights = tmp_path / "run", tmp_path / "placed" / "audio.safetensors"
+    data = {key: str(tmp_path / f"{key}.json") for key in ("train", "valid")}
+    changes: dict[str, Any] = {
+        "data": {**data, "skip_bad": True},
+        "backbone": {"arch": "test_resnet", "out": str(weights)},
+        "trainer": {"epochs": 6},
+    }
+    assert command(tmp_path, out, "audio_backbone", **changes) == 0
+    log = events(out / "latest" / "log" / "train.jsonl")
+    assert log[-1]["gap"] > 0.9
+    [skipped] = events(out / "latest" / "log" / "skipped.jsonl")
+    assert skipped["post_id"] == "bad"
+    extractor = AudioExtractor(AudioSettings(arch="test_resnet", weights=str(weights)))
+    extractor.load()
+    [found] = extractor.forward([np.zeros((2, 96, 64), np.float32)])
+    assert found.shape == (2, extractor.dim)
+    learned = learned_from(FeatureSettings(audio=AudioSettings(weights=str(weights))))
+    assert "train0" in learned["audio"]
+    assert "valid0" not in learned["audio"]
+    # Another run goes on from there, and a file that cannot be decoded is named.
+    assert command(tmp_path, out, "audio_backbone", "--resume", str(out), **changes) == 0
+    changes["data"]["skip_bad"] = False
+    with pytest.raises(MediaError, match=r"post bad: .*bad\.wav"):
+        train_backbones(settings(tmp_path, out, "audio_backbone", **changes), MediaItems())
+
+
+def test_texts_become_a_small_bert(tmp_path: Path) -> None:
+    write_labels(tmp_path)
+    words = ("sea", "forest", "古城")
+    for side, count in (("train", 24), ("valid", 6)):
+        entries = [
+            {"post_id": f"{side}{i}", "labels": [("red", "green", "blue")[i % 3]]}
+            | {"text": f"a day {i} by the {words[i % 3]}"}
+            for i in range(count)
+        ]
+        (tmp_path / f"{side}.json").write_text(json.dumps(entries))
+    out = tmp_path / "run"
+    data = {key: str(tmp_path / f"{key}.json") for key in ("train", "valid")}
+    backbone = {"arch": "bert"}
+    assert (
+        command(tmp_path, out, "text_backbone", "--epoch", "8", data=data, backbone=backbone) == 0
+    )
+    assert events(out / "latest" / "log" / "train.jsonl")[-1]["gap"] > 0.9
+    folder = out / "weights" / "bert"
+    extractor = TextExtractor(TextSettings(arch=str(folder)))
+    extractor.load()
+    [found] = extractor.forward([extractor.preprocess("by the sea")])
+    assert found.shape == (5, extractor.dim)
+    wrong = settings(tmp_path, out, "text_backbone", data=data)
+    with pytest.raises(ConfigError, match="text_backbone takes tfidf or bert, not"):
+        train_backbones(wrong, MediaItems())
 
 
 def test_videos_become_tsn_and_lstm(posts: Path, tmp_path: Path) -> None:

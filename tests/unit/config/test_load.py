@@ -208,6 +208,7 @@ def test_the_shipped_configurations_are_valid() -> None:
         "train_image_eff103.yaml": BackboneTrainSettings,
         "train_video_tsn_lstm.yaml": BackboneTrainSettings,
         "train_text.yaml": BackboneTrainSettings,
+        "train_audio.yaml": BackboneTrainSettings,
         "infer_config.yaml": InferSettings,
     }
     for file in folder.glob("*.yaml"):

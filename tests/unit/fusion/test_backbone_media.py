@@ -18,6 +18,7 @@ from fusion.backbones.media import (
     MediaDataset,
     MediaItems,
     MediaPost,
+    augment,
     best_of_post,
     collate_media,
     pixels,
@@ -104,6 +105,24 @@ def test_what_is_drawn_depends_on_the_batch_alone(posts: Path) -> None:
     np.testing.assert_array_equal(
         valid[4].arrays[STREAM][0], MediaItems().frames(listed[4].paths[0], SIZE, 3, None)
     )
+
+
+def test_pictures_are_mirrored_and_cut_only_where_asked() -> None:
+    """A ramp from left to right falls where it is mirrored, and is less steep where it is cut."""
+    ramp = np.broadcast_to(np.arange(64, 192, 4, dtype=np.uint8)[None, :, None], (32, 32, 3))
+
+    def steps(**options: Any) -> np.ndarray:
+        chance = np.random.default_rng(3)
+        found = [augment(ramp, "picture", chance, **options) for _ in range(40)]
+        middle = np.stack([f[16, 4:28, 0].astype(float) for f in found])
+        return np.asarray(middle[:, -1] - middle[:, 0])
+
+    plain = steps()
+    assert (plain > 60).all()
+    assert 8 < (steps(flip=True) < 0).sum() < 32
+    cut = steps(crop=0.5)
+    assert (cut > 20).all()
+    assert cut.mean() < 0.85 * plain.mean()
 
 
 def test_media_of_one_post_are_limited() -> None:
