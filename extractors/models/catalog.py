@@ -55,7 +55,7 @@ KNOWN: dict[str, Known] = {
     "tf_efficientnet_lite0": Known("Apache-2.0", 19, 1280, "timm/tf_efficientnet_lite0.in1k"),
     "sentence-transformers/all-MiniLM-L6-v2": Known("Apache-2.0", 91, 384),
     "test_resnet": Known("", 2, 96, "timm/test_resnet.r160_in1k"),
-    "PP-OCR": Known("Apache-2.0", 15, 0),
+    "PP-OCRv6 small": Known("Apache-2.0", 27, 0),
     "google/embeddinggemma-2": Known("Apache-2.0", 1_500, 768),
 }
 """``features.*.arch`` -> facts, of the model's card or file list on its hub."""
@@ -193,8 +193,9 @@ def timm_repository(arch: str) -> str:
 
 def _each(features: FeatureSettings) -> Iterator[Need]:
     for name, visual in (("video", features.video), ("image", features.image)):
-        timm = visual_encoder(visual) is VISUAL_ENCODERS["timm"]
-        yield _need(name, visual.arch, visual.weights, timm=timm)
+        if visual.arch != "hog":  # it has no weights
+            timm = visual_encoder(visual) is VISUAL_ENCODERS["timm"]
+            yield _need(name, visual.arch, visual.weights, timm=timm)
         if name == "video" and features.video.lstm.weights:
             lstm = features.video.lstm
             yield Need(("video",), "attention LSTM", "file", str(lstm.weights), dim=lstm.width)
@@ -204,9 +205,15 @@ def _each(features: FeatureSettings) -> Iterator[Need]:
     else:
         timm = audio_encoder(audio) is AUDIO_ENCODERS["timm"]
         yield _need("audio", audio.arch, audio.weights, timm=timm)
-    yield _need("text", features.text.arch, features.text.weights)
+    text = features.text
+    if text.arch == "tfidf":
+        yield Need(("text",), "tfidf", "file", text.weights)
+    else:
+        yield _need("text", text.arch, text.weights)
+    if text.tfidf:
+        yield Need(("text",), "tfidf", "file", text.tfidf)
     if features.ocr.enabled:
-        yield Need(("ocr",), "PP-OCR", "wheel", "rapidocr-onnxruntime")
+        yield Need(("ocr",), "PP-OCRv6 small", "wheel", "rapidocr")
 
 
 def _need(modality: str, arch: str, weights: str, *, timm: bool = False) -> Need:

