@@ -173,8 +173,11 @@ class LinearProbeSettings(Section):
 class ModelSettings(Section):
     """The fusion model: ``name`` chooses which of the sections below counts."""
 
-    name: ModelName = "mbt"
-    """The default is the best of docs/models.md."""
+    name: ModelName | Literal["auto"] = "mbt"
+    """The default is the best of docs/models.md; `auto` takes ``linear_probe`` for less data."""
+    auto_posts: PositiveInt = 3000
+    """Of `auto`: with fewer training posts than this, and no stream of which order tells (video,
+    audio, or tokens of a text), it is ``linear_probe``, else the default."""
     modality_dropout: Share = 0.15
     """Chance that a modality is hidden from one post in one training step."""
     auxiliary: Weight = 0.0

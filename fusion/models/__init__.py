@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import cast
 
 from config.fusion_models import ModelName, ModelSettings
 from fusion.models.attention_lstm import AttentionLSTM
@@ -14,7 +15,7 @@ from fusion.models.probe import LinearProbe
 from fusion.models.transformers import MBT, TokenTransformer
 from fusion.models.vlad import ConcatSE, NeXtVLADSE
 
-__all__ = ["MODELS", "FusionModel", "build_model"]
+__all__ = ["MODELS", "FusionModel", "build_model", "chosen"]
 
 MODELS: Mapping[ModelName, Callable[[InputSchema, ModelSettings], FusionModel]] = {
     "token_transformer": TokenTransformer,
@@ -30,6 +31,21 @@ MODELS: Mapping[ModelName, Callable[[InputSchema, ModelSettings], FusionModel]] 
 }
 
 
+def chosen(settings: ModelSettings, posts: int, *, ordered: bool) -> ModelSettings:
+    """Return the settings with the model's name in place of `auto`.
+
+    Args:
+        settings: Of the model.
+        posts: To train on.
+        ordered: The order of some stream's tokens may tell something, which a mean forgets.
+    """
+    if settings.name != "auto":
+        return settings
+    small = posts < settings.auto_posts and not ordered
+    name: ModelName = "linear_probe" if small else "mbt"
+    return settings.model_copy(update={"name": name})
+
+
 def build_model(schema: InputSchema, settings: ModelSettings) -> FusionModel:
-    """Return the model that the settings name, with fresh weights."""
-    return MODELS[settings.name](schema, settings)
+    """Return the model that the settings name, with fresh weights; `chosen` goes before it."""
+    return MODELS[cast("ModelName", settings.name)](schema, settings)

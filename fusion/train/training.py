@@ -20,6 +20,8 @@ from fusion.bundle.bundle import members_of, save_bundle
 from fusion.data.dataset import FeatureFiles
 from fusion.data.posts import PostList
 from fusion.metrics.ranking import average_precisions
+from fusion.models import chosen
+from fusion.models.base import ORDERED
 from fusion.report.predictions import Predictions
 from fusion.report.subsets import SubsetGap
 from fusion.report.view import PostView, view_post
@@ -47,6 +49,8 @@ from fusion.train.run_folder import (
 )
 from fusion.train.run_log import read_run
 from fusion.train.trainer import OnValidation
+
+_LOOKED_AT = 32  # posts that tell whether streams have several tokens
 
 
 @dataclass(frozen=True)
@@ -111,6 +115,7 @@ def _train(
     )
     # Everything that can be wrong with the input is found before `latest` leads to this run.
     prepared = prepare(settings, reader, fabric)
+    settings = _with_model(settings, prepared, fabric)
     signature = model_signature(settings.model, prepared.manifest, prepared.schema, prepared.labels)
     job = Job(fabric, settings, prepared, signature, on_validation)
     learned_rows = partial(rows_learned_from, settings, fabric, prepared)
@@ -146,6 +151,23 @@ def _train(
         data_wait=trained.data_wait,
         page=page,
     )
+
+
+def _with_model(settings: TrainSettings, prepared: Prepared, fabric: Fabric) -> TrainSettings:
+    """Return the settings with the fusion model that `auto` stands for."""
+    if settings.model.name != "auto":
+        return settings
+
+    def ordered() -> bool:
+        some = [prepared.posts[row] for row in range(min(_LOOKED_AT, len(prepared.posts)))]
+        read = partial(prepared.reader.features, fingerprints=prepared.manifest.fingerprints)
+        arrays = (read(record.post_id, record.features).arrays for record in some)
+        return any(len(found[s]) > 1 for found in arrays for s in ORDERED & found.keys())
+
+    posts = len(prepared.posts)
+    model = chosen(settings.model, posts, ordered=all_ranks(fabric, ordered))
+    notice(f"model.name: auto takes {model.name} ({posts} posts)", enabled=fabric.is_global_zero)
+    return settings.model_copy(update={"model": model})
 
 
 def _check_folds(resume: Path, folder: Path) -> None:

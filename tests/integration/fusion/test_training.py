@@ -16,10 +16,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import infer_net
 import train_net
 from common.post_set import PostSet
+from config.fusion_models import ModelSettings
+from fusion.bundle.bundle import read_about
 from fusion.data.dataset import FeatureFiles
 from fusion.infer.inferer import Inferer
 from fusion.metrics import ranking as metrics
-from fusion.models import MODELS, build_model
+from fusion.models import MODELS, build_model, chosen
 from fusion.train.checkpoint import model_signature
 from fusion.train.losses import Objective, TaggingLoss
 from fusion.train.prepare import HeldOut, prepare
@@ -94,6 +96,35 @@ def test_a_linear_probe_keeps_its_best_penalty(few_posts: Path) -> None:
     gaps = [event["gap"] for event in runs.events(few_posts) if event["event"] == "valid"]
     assert len(gaps) == 3
     assert max(gaps) == gaps[1]
+
+
+@pytest.mark.parametrize("name", ["late", "linear_probe"])
+def test_modalities_together_are_no_worse_than_one_by_one(name: str, posts: Path) -> None:
+    """At least the average of what each tells alone, which is that of the late model's heads."""
+    options: dict[str, Any] = {"optimizer": {"learning_rate": 0.01}, "report": {"enabled": True}}
+    report = runs.run(posts, model={"name": name}, trainer={"epochs": 8}, **options)
+    subsets = read_about(report.bundle).subsets
+    alone = [gap for subset, gap in subsets.items() if "+" not in subset]
+    assert len(alone) == 5
+    assert report.metrics["gap"] >= np.mean(alone)
+
+
+def test_auto_takes_a_model_by_the_size_of_the_data() -> None:
+    """Few posts without order are for the linear probe; a model that is named stays."""
+    auto = ModelSettings(name="auto", auto_posts=100)
+    assert chosen(auto, 99, ordered=False).name == "linear_probe"
+    assert chosen(auto, 100, ordered=False).name == "mbt"
+    assert chosen(auto, 99, ordered=True).name == "mbt"
+    assert chosen(ModelSettings(name="gmu"), 9, ordered=False).name == "gmu"
+
+
+def test_a_training_with_auto_writes_the_model_that_it_took(few_posts: Path) -> None:
+    """Features of several frames have an order; a bundle names a model that can be built."""
+    runs.run(few_posts, model={"name": "auto"}, trainer=ONE)
+    assert read_about(few_posts / "bundle").model.name == "mbt"
+    data = {"modalities": ["image"]}
+    runs.run(few_posts, model={"name": "auto"}, trainer=ONE, data=data)
+    assert read_about(few_posts / "bundle").model.name == "linear_probe"
 
 
 def test_the_commands_train_infer_and_agree(
