@@ -1,0 +1,431 @@
+"""Real drawings from files to tags: GAP@20 and mAP by author, against linear models.
+
+Debian's openclipart packages become posts (``make_openclipart_posts.py``), the scripts extract the
+preset ``small``, and for each of four folds of authors ``train_net.py`` counts the TF-IDF of the
+other authors' texts, trains the fusion model on them for a fixed number of epochs, and
+``infer_net.py`` tags the fold. ``--choose`` leaves the fold out altogether, and tags a quarter of
+the other authors instead: `TRAINING` was chosen so. The same again with a random split is printed
+next to it: an author's drawings resemble each other, so that one flatters. Linear models of
+scikit-learn, one tag against the rest, see the same features, and TF-IDF alone.
+
+The vectors of MiniLM are extracted once; those of TF-IDF differ from fold to fold and are joined to
+them by the extractor's own code.
+
+Run: ``python bench/openclipart.py --source DIR [--seeds 3] [--jobs 2]``, DIR with svg/ and png/ of
+the packages. Posts and features stay in ``--work``, and are not made again. Results:
+``bench/results/openclipart.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import multiprocessing
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs as a plain script too
+
+from results_file import FOLDER, write_results
+
+from common.post import Features
+from common.progress import notice, progress_bar
+from config.labels import LabelMap
+from config.presets import merge
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDS = 4
+SplitName: TypeAlias = Literal["author", "random", "choose"]
+Entries: TypeAlias = Sequence[Mapping[str, Any]]
+Floats: TypeAlias = npt.NDArray[np.float32]
+PRESET = ("--set", "features.preset=small", "--set", "features.ocr.enabled=false")
+TRAINING: dict[str, Any] = {
+    "model": {"name": "linear_probe", "linear_probe": {"penalties": [0.1]}},
+}
+"""Chosen by ``--choose``."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training on the features of one fold, with one seed."""
+
+    folder: Path
+    seed: int
+    training: Mapping[str, Any]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Make, extract, train, score, print, and write the results."""
+    options = parse(arguments)
+    work: Path = options.work
+    entries = make_posts(options.source, work, options.posts)
+    labels = LabelMap.load(work / "posts" / "idx2name.json")
+    extract(work)
+    splits: list[SplitName] = ["choose"] if options.choose else ["author", "random"]
+    training = merge(TRAINING, json.loads(options.training))
+    results: list[dict[str, Any]] = []
+    for split in splits:
+        folders = [
+            make_fold(work, split, fold, sides, entries)
+            for fold, sides in enumerate(split_posts(entries, split))
+        ]
+        seeds = 1 if split == "random" else options.seeds
+        jobs = [Job(folder, seed, training) for seed in range(seeds) for folder in folders]
+        scores = run_all(jobs, options.jobs)
+        rows = {"fusion": [scores[i : i + FOLDS] for i in range(0, len(scores), FOLDS)]}
+        if split == "author":
+            rows |= {name: [found] for name, found in linear_models(folders, labels).items()}
+        results += [summary(split, name, found) for name, found in rows.items()]
+    show(results)
+    if not options.choose:
+        facts = {"posts": len(entries), "tags": len(labels), "training": training}
+        file = write_results("openclipart", options.seeds, [facts, *results], options.out)
+        print(f"written to {file}")
+    return 0
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--source", type=Path, default=Path("/usr/share/openclipart"))
+    parser.add_argument("--work", type=Path, default=Path("workshop/openclipart"))
+    parser.add_argument("--posts", type=int, default=0, help="a sample of the posts; 0: all")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=1, help="trainings side by side")
+    parser.add_argument("--training", default="{}", help="JSON over TRAINING")
+    parser.add_argument("--choose", action="store_true", help="score the posts kept apart")
+    parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the result")
+    return parser.parse_args(arguments)
+
+
+def script(*words: str | Path) -> None:
+    """Run one of the project's scripts; what it says is seen."""
+    subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, check=True)
+
+
+def make_posts(source: Path, work: Path, count: int) -> list[Any]:
+    """Return the entries of ``posts.json``, made when it is missing."""
+    file = work.absolute() / "posts" / "posts.json"
+    if not file.exists():
+        made = ROOT / "scripts" / "data_scripts" / "make_openclipart_posts.py"
+        script(made, "--source", source.absolute(), "--out", file.parent)
+        if count:
+            entries = json.loads(file.read_text(encoding="utf-8"))
+            file.write_text(json.dumps(random.Random(0).sample(entries, count)), encoding="utf-8")
+    found: list[Any] = json.loads(file.read_text(encoding="utf-8"))
+    return found
+
+
+def extract(work: Path) -> None:
+    """Extract pictures and texts, unless that is done: the scripts look at every file again."""
+    folder = work.absolute()
+    if (folder / "features" / "summary_text.json").exists():
+        return
+    for kind in ("image", "text"):
+        notice(f"{kind} features")
+        given = ("--input", folder / "posts" / "posts.json", "--features", folder / "features")
+        script(ROOT / "scripts" / f"extract_{kind}_features.py", *given, *PRESET)
+
+
+def author_of(entry: Mapping[str, Any]) -> str:
+    """Return the author; a post without one stands alone."""
+    return str(entry["author"] or entry["post_id"])
+
+
+def split_posts(entries: Entries, split: SplitName) -> list[dict[str, list[Any]]]:
+    """Return ``train`` and ``test`` of each fold; groups stay together.
+
+    With ``choose`` both are of the fold's training posts, dealt out once more.
+    """
+    groups = {e["post_id"]: e["post_id"] if split == "random" else author_of(e) for e in entries}
+    parts = dealt(entries, groups)
+    sides = []
+    for fold in range(FOLDS):
+        rest = [e for i, part in enumerate(parts) if i != fold for e in part]
+        test = parts[fold]
+        if split == "choose":
+            test, *others = dealt(rest, groups, seed=1 + fold)
+            rest = [e for part in others for e in part]
+        sides.append({"train": rest, "test": test})
+    return sides
+
+
+def dealt(entries: Entries, groups: Mapping[str, str], seed: int = 0) -> list[list[Any]]:
+    """Deal groups to `FOLDS` parts: the largest first, each to the part that is the smallest."""
+    members: dict[str, list[Any]] = {}
+    for entry in entries:
+        members.setdefault(groups[entry["post_id"]], []).append(entry)
+    order = list(members.values())
+    random.Random(seed).shuffle(order)  # among groups of one size
+    parts: list[list[Any]] = [[] for _ in range(FOLDS)]
+    for group in sorted(order, key=len, reverse=True):
+        min(parts, key=len).extend(group)
+    return parts
+
+
+def make_fold(
+    work: Path, split: SplitName, fold: int, sides: Mapping[str, list[Any]], entries: Entries
+) -> Path:
+    """Write a fold's data files, TF-IDF and features; return its folder."""
+    folder = work.absolute() / f"{split}-{fold}"
+    if (folder / "done").exists():
+        return folder
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    shutil.copy(work / "posts" / "idx2name.json", folder / "labels.json")
+    from extractors.feature_file import feature_path
+
+    for side, posts in sides.items():
+        lines = [
+            {**post, "features": str(feature_path(folder / "features", post["post_id"]))}
+            for post in posts
+        ]
+        (folder / f"{side}.json").write_text(json.dumps(lines), encoding="utf-8")
+    text = {
+        "task": "text_backbone",
+        "data": {"train": str(folder / "train.json"), "valid": None},
+        "backbone": {"arch": "tfidf"},
+        "trainer": {"n_gpu": 0, "save_dir": str(folder / "text"), "progress": False},
+    }
+    command("train_net", {"model_config": text}, folder)
+    join_tfidf(work / "features", folder, entries)
+    (folder / "done").touch()
+    return folder
+
+
+def join_tfidf(base: Path, folder: Path, entries: Entries) -> None:
+    """Write the features with the text's vectors as ``features.text.tfidf`` would give them."""
+    from extractors.feature_file import read_features, read_header, write_features
+    from extractors.models.base import Extractor
+    from extractors.models.tfidf import TfidfExtractor, WithTfidf
+
+    class Extracted(Extractor):
+        """The vectors that MiniLM has given, as an encoder."""
+
+        name = "text"
+
+        def preprocess(self, item: Any) -> Any:
+            return sentences[item]
+
+        def forward(self, items: Sequence[Any]) -> list[npt.NDArray[np.float16]]:
+            return list(items)
+
+        def close(self) -> None: ...
+
+        def _load(self) -> Mapping[str, Any]:
+            self.dim = next(iter(sentences.values())).shape[1]
+            return {"of": sorted(fingerprints)}
+
+    posts: dict[str, Features] = {}
+    sentences: dict[str, npt.NDArray[np.float16]] = {}
+    fingerprints: set[str] = set()
+    for entry in entries:
+        post_id = entry["post_id"]
+        post = posts[post_id] = read_features(base, post_id, None)
+        if "text" in post.arrays:
+            sentences[entry["text"]] = post.arrays["text"]
+            fingerprints.add(read_header_of(base, post_id, read_header).fingerprints["text"])
+    tfidf = TfidfExtractor(str(folder / "text" / "weights" / "tfidf.safetensors"), "text")
+    joined = WithTfidf(Extracted(), tfidf)
+    joined.load()
+    for entry in entries:
+        post_id = entry["post_id"]
+        post, arrays = posts[post_id], dict(posts[post_id].arrays)
+        made = dict(read_header_of(base, post_id, read_header).fingerprints)
+        if "text" in arrays:
+            (arrays["text"],) = joined.forward([joined.preprocess(entry["text"])])
+        made["text"] = joined.fingerprint
+        content = Features(post_id, arrays, post.statuses, post.failures)
+        write_features(folder / "features", content, made)
+
+
+def read_header_of(base: Path, post_id: str, read_header: Any) -> Any:
+    from extractors.feature_file import feature_path
+
+    return read_header(feature_path(base, post_id))
+
+
+def command(name: str, configs: Mapping[str, Any], folder: Path, *more: str | Path) -> None:
+    """Run ``train_net.py`` or ``infer_net.py`` in this process; a mistake ends the benchmark."""
+    import importlib
+
+    words: list[str] = []
+    for option, content in configs.items():
+        file = folder / f"{option}-{name}.yaml"
+        file.write_text(json.dumps(content), encoding="utf-8")
+        words += [f"--{option}", str(file)]
+    code = importlib.import_module(name).main([*words, *map(str, more)])
+    if code:
+        raise SystemExit(code)
+
+
+def score(job: Job) -> dict[str, npt.NDArray[Any]]:
+    """Train one model, tag with it, and return scores and truth of the posts that were tagged."""
+    import os
+
+    run = job.folder / f"run-{job.seed}-{os.getpid()}"
+    shutil.rmtree(run, ignore_errors=True)
+    run.mkdir()
+    own = {
+        "data": {
+            "train": str(job.folder / "train.json"),
+            "valid": None,
+            "labels": str(job.folder / "labels.json"),
+            "modalities": ["image", "text"],
+        },
+        "trainer": {
+            "n_gpu": 0,
+            "precision": "fp32",
+            "threads": 1,
+            "fix_random_seed": True,
+            "seed": job.seed,
+            "save_dir": str(run / "train"),
+            "tensorboard": False,
+            "progress": False,
+        },
+        "bundle": {"out": str(run / "bundle")},
+        "report": {"enabled": False},
+    }
+    infer = {"progress": False, "output": str(run / "tags.jsonl")}
+    with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
+        command("train_net", {"model_config": merge(dict(job.training), own)}, run)
+        tagged = ("--input", job.folder / "test.json", "--best_model", run / "bundle")
+        command("infer_net", {"infer_config": infer}, run, *tagged, "--n_gpus", "0")
+    lines = [json.loads(line) for line in (run / "tags.jsonl").read_text("utf-8").splitlines()]
+    labels = LabelMap.load(job.folder / "labels.json")
+    shutil.rmtree(run)
+    return {
+        "scores": np.array([line["scores"] for line in lines]),
+        "truth": truth_of(lines, labels),
+    }
+
+
+def truth_of(entries: Entries, labels: LabelMap) -> Floats:
+    truth = np.zeros((len(entries), len(labels)), np.float32)
+    for row, entry in zip(truth, entries, strict=True):
+        row[labels.encode(entry["labels"])] = 1
+    return truth
+
+
+@contextlib.contextmanager
+def side_by_side(processes: int) -> Iterator[Callable[..., Iterator[Any]]]:
+    """Yield a ``map`` that works in that many processes; with one, in this one."""
+    if processes == 1:
+        yield map
+        return
+    context = multiprocessing.get_context("spawn")  # forked threads of torch may hang
+    with ProcessPoolExecutor(processes, mp_context=context) as pool:
+        yield pool.map
+
+
+def run_all(jobs: Sequence[Job], processes: int) -> list[dict[str, float]]:
+    """Return the figures of every job, in their order."""
+    found = []
+    with progress_bar("fusion", len(jobs)) as bar, side_by_side(processes) as each:
+        for result in each(score, jobs):
+            found.append(figures(result["scores"], result["truth"]))
+            bar.update(len(found), f"gap {found[-1]['gap']:.4f}")
+            notice(f"  {jobs[len(found) - 1].folder.name} {found[-1]}")
+    return found
+
+
+def figures(scores: npt.NDArray[Any], truth: npt.NDArray[Any]) -> dict[str, float]:
+    from fusion.metrics.ranking import global_average_precision, mean_average_precision
+
+    gap, mean_ap = global_average_precision(scores, truth), mean_average_precision(scores, truth)
+    return {"gap": round(gap, 6), "map": round(mean_ap, 6)}
+
+
+def linear_models(folders: Sequence[Path], labels: LabelMap) -> dict[str, list[dict[str, float]]]:
+    """Return the figures of linear models for every fold."""
+    inputs = {
+        "scikit-learn: Lite0 + MiniLM": ("image", "sentence"),
+        "scikit-learn: TF-IDF": ("tfidf",),
+        "scikit-learn: all": ("image", "sentence", "tfidf"),
+    }
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in inputs}
+    with progress_bar("linear models", len(folders) * len(inputs)) as bar:
+        for folder in folders:
+            sides = {side: read_side(folder, side, labels) for side in ("train", "test")}
+            for name, parts in inputs.items():
+                learned, test = (
+                    np.hstack([sides[side][part] for part in parts]) for side in ("train", "test")
+                )
+                scores = probe(learned, sides["train"]["truth"], test)
+                found[name].append(figures(scores, sides["test"]["truth"]))
+                bar.advance()
+    return found
+
+
+def probe(learned: Floats, truth: Floats, test: Floats) -> npt.NDArray[np.float64]:
+    """Return probabilities of scikit-learn's logistic regression, one tag against the rest."""
+    from scipy.sparse import csr_matrix
+    from sklearn.linear_model import LogisticRegression
+
+    sparse = np.count_nonzero(learned) < learned.size / 4
+    rows, tested = (csr_matrix(each) if sparse else each for each in (learned, test))
+    scores = np.zeros((len(test), truth.shape[1]))
+    for tag, of_tag in enumerate(truth.T):
+        if of_tag.any() and not of_tag.all():
+            model = LogisticRegression(C=10, max_iter=200).fit(rows, of_tag)
+            scores[:, tag] = model.predict_proba(tested)[:, 1]
+    return scores
+
+
+def read_side(folder: Path, side: str, labels: LabelMap) -> dict[str, Floats]:
+    """Return unit vectors of each part, zeros where a post has none, and the truth."""
+    from extractors.feature_file import read_features
+    from extractors.models.base import unit
+
+    entries = json.loads((folder / f"{side}.json").read_text(encoding="utf-8"))
+    posts = [read_features(folder / "features", e["post_id"], None).arrays for e in entries]
+    widths = {s: next(p[s].shape[1] for p in posts if s in p) for s in ("image", "text")}
+    image, text = (
+        np.stack([p[s][0] if s in p and len(p[s]) else np.zeros(widths[s]) for p in posts])
+        for s in ("image", "text")
+    )
+    sentence = widths["text"] - grams_of(folder)
+    parts = {"image": image, "sentence": text[:, :sentence], "tfidf": text[:, sentence:]}
+    rows = {name: unit(part.astype(np.float32)) for name, part in parts.items()}
+    return {**rows, "truth": truth_of(entries, labels)}
+
+
+def grams_of(folder: Path) -> int:
+    from extractors.models.tfidf import Tfidf
+
+    return len(Tfidf.load(folder / "text" / "weights" / "tfidf.safetensors", "text").idf)
+
+
+def summary(
+    split: SplitName, name: str, seeds: Sequence[Sequence[Mapping[str, float]]]
+) -> dict[str, Any]:
+    """Return one row: means over folds and seeds, the deviation over seeds, and every fold."""
+    row: dict[str, Any] = {"split": split, "model": name}
+    for key in ("gap", "map"):
+        means = [statistics.fmean(fold[key] for fold in folds) for folds in seeds]
+        row[key] = round(statistics.fmean(means), 4)
+        row[f"{key}_sd"] = round(statistics.stdev(means), 4) if len(means) > 1 else None
+        row[f"{key}_folds"] = [[fold[key] for fold in folds] for folds in seeds]
+    return row
+
+
+def show(results: Sequence[Mapping[str, Any]]) -> None:
+    """Print the table in Markdown."""
+    print("| split | model | GAP@20 | mAP |\n| --- | --- | ---: | ---: |")
+    for row in results:
+        print(f"| {row['split']} | {row['model']} | {row['gap']:.3f} | {row['map']:.3f} |")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
