@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field, model_validator
 
+from common.post import Stream
 from config.settings import PositiveInt, Section
 
 ModelName: TypeAlias = Literal[
@@ -19,6 +21,7 @@ ModelName: TypeAlias = Literal[
     "ml_decoder",
     "late",
     "linear_probe",
+    "tag_text",
 ]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Weight = Annotated[float, Field(ge=0)]
@@ -170,6 +173,17 @@ class LinearProbeSettings(Section):
     GAP in validation is kept, without validation the last."""
 
 
+class TagTextSettings(Section):
+    """Tags by the vectors of their descriptions; `insighttag bundle add-tags` adds some by text."""
+
+    start: Path | None = None
+    """Training starts with the tags' vectors of this bundle, made by `insighttag zeroshot`; null
+    starts with random ones, to which no tag can be added by text."""
+    projected: dict[Stream, Stream] = Field(default_factory=dict)
+    """Streams whose encoder embeds no texts: a learned map takes them into the space of another, as
+    in ``{image: text}``."""
+
+
 class ModelSettings(Section):
     """The fusion model: ``name`` chooses which of the sections below counts."""
 
@@ -193,3 +207,4 @@ class ModelSettings(Section):
     ml_decoder: MlDecoderSettings = MlDecoderSettings()
     late: LateSettings = LateSettings()
     linear_probe: LinearProbeSettings = LinearProbeSettings()
+    tag_text: TagTextSettings = TagTextSettings()

@@ -30,6 +30,7 @@ from scripts.commands import (
     tag,
     tune,
     weights,
+    zeroshot,
 )
 
 _NAME = "insighttag"
@@ -53,9 +54,10 @@ def build_app() -> typer.Typer:
     app.command("doctor")(doctor.doctor)
     app.command("export")(export.export)
     app.command("tune")(tune.tune)
+    app.command("zeroshot")(zeroshot.zeroshot)
     groups = {
         "dead": ("The dead letters: posts set aside with their reason.", dead.COMMANDS),
-        "bundle": ("The bundle that is served.", bundle.COMMANDS),
+        "bundle": ("Bundles: back to an earlier one, more tags.", bundle.COMMANDS),
         "labels": ("The taxonomy: recorded changes and checks.", labels.COMMANDS),
         "cache": ("The feature cache.", cache.COMMANDS),
         "weights": ("The weights of encoders: what is needed, put in place.", weights.COMMANDS),

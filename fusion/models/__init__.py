@@ -12,6 +12,7 @@ from fusion.models.late import LateFusion
 from fusion.models.ml_decoder import MLDecoder
 from fusion.models.pooled import GMU, ConcatMLP
 from fusion.models.probe import LinearProbe
+from fusion.models.tag_text import TagText
 from fusion.models.transformers import MBT, TokenTransformer
 from fusion.models.vlad import ConcatSE, NeXtVLADSE
 
@@ -28,6 +29,7 @@ MODELS: Mapping[ModelName, Callable[[InputSchema, ModelSettings], FusionModel]] 
     "ml_decoder": MLDecoder,
     "late": LateFusion,
     "linear_probe": LinearProbe,
+    "tag_text": TagText,
 }
 
 

@@ -19,6 +19,7 @@ from common.post_set import PostSet
 from common.progress import notice, progress_bar
 from config.train import TrainSettings
 from fusion.bundle.bundle import Bundle, Ensemble
+from fusion.bundle.tag_vectors import start_from_texts
 from fusion.data.posts import PostList
 from fusion.infer.inferer import Inferer
 from fusion.metrics import ranking as metrics
@@ -241,6 +242,7 @@ def train_model(
     torch.manual_seed(seed)
     model = build_model(prepared.schema, settings.model)
     model.start_at(positives / len(posts))
+    start_from_texts(model, settings.model, prepared.manifest, prepared.labels)
     trainer = Trainer(
         fabric,
         settings.trainer,

@@ -1,4 +1,4 @@
-"""``insighttag bundle``: go back to an earlier bundle."""
+"""``insighttag bundle``: go back to an earlier bundle; `zeroshot` has the adding of tags."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import typer
 from common.errors import BundleError, ConfigError
 from common.files import link_or_copy, new_folder, write_whole
 from scripts.commands.common import Config, Overrides, settings_of
+from scripts.commands.zeroshot import add_tags
 
 _TIME = "%Y%m%dT%H%M%SZ"
 
@@ -71,4 +72,4 @@ def _later_than(served: str | None) -> str:
     return (made + timedelta(seconds=1)).strftime(_TIME)
 
 
-COMMANDS: Mapping[str, Callable[..., None]] = {"rollback": rollback}
+COMMANDS: Mapping[str, Callable[..., None]] = {"rollback": rollback, "add-tags": add_tags}

@@ -32,6 +32,7 @@ EPOCHS = {
     "concat_mlp": 12,
     "late": 20,
     "linear_probe": 1,
+    "tag_text": 40,
     "token_transformer": 8,
     "gmu": 8,
     "attention_lstm": 6,
@@ -47,6 +48,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "ml_decoder": {"loss": {"name": "two_way"}},
     "late": {},
     "linear_probe": {"optimizer": {"ema_decay": 0.9}},
+    "tag_text": {},
     "token_transformer": {"loss": {"mixup": 0.3}, "optimizer": {"schedule": "one_cycle"}},
 }
 

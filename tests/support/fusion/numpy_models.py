@@ -299,6 +299,23 @@ def linear_probe(w: Weights, post: Features) -> Said:
     return linear(w, "classify", np.concatenate(joined)), own_heads(w, alone)
 
 
+def tag_text(w: Weights, post: Features) -> Said:
+    streams = [s for s in STREAMS if f"centre_{s}" in w]
+    means = {}
+    for m in streams:
+        rows = rows_of(post, m)
+        if rows is not None:
+            mean = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).mean(axis=0)
+            away = mean / np.linalg.norm(mean) - w[f"centre_{m}"]
+            means[m] = away / np.linalg.norm(away)
+    if not means:
+        return w["bias"], {}
+    weights = softmax(np.stack([w["mixing"][streams.index(m)] for m in means]), 0)
+    said = [w[f"vectors.{m}"] @ vector for m, vector in means.items()]
+    logits = w["scale"] * (weights * np.stack(said)).sum(axis=0) + w["bias"]
+    return logits, own_heads(w, means)
+
+
 FORWARDS: dict[str, Callable[[Weights, Features], Said]] = {
     "token_transformer": token_transformer,
     "concat_mlp": concat_mlp,
@@ -310,4 +327,5 @@ FORWARDS: dict[str, Callable[[Weights, Features], Said]] = {
     "ml_decoder": ml_decoder,
     "late": late,
     "linear_probe": linear_probe,
+    "tag_text": tag_text,
 }

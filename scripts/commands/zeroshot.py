@@ -1,0 +1,161 @@
+"""``insighttag zeroshot`` and ``insighttag bundle add-tags``: tags by their texts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from common.cli import complain, say
+from common.errors import BundleError, ConfigError
+from common.fingerprint import mismatch
+from common.post import Stream
+from config.settings import ExtractorName, Settings
+from config.tags import TagTexts, load_tag_texts
+from scripts.commands.common import Config, Overrides, settings_of
+
+if TYPE_CHECKING:
+    from fusion.bundle.tag_vectors import TagRows
+    from fusion.models.base import FeatureManifest
+
+_SPACES: tuple[Stream, ...] = ("video", "image", "audio", "text", "ocr")
+
+Tags = Annotated[
+    Path,
+    typer.Option(
+        "--tags", metavar="F", help="tags.yaml: names, descriptions, synonyms, negatives."
+    ),
+]
+Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of the new bundle.")]
+Device = Annotated[str, typer.Option("--device", metavar="X", help="cpu or cuda:N.")]
+
+
+def zeroshot(
+    *,
+    tags: Tags,
+    out: Out,
+    labels: Annotated[
+        Path | None,
+        typer.Option(
+            "--labels",
+            metavar="F",
+            help="A data file with features: its posts centre the vectors, labels calibrate.",
+        ),
+    ] = None,
+    features: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Root of feature files, for posts that name none."),
+    ] = None,
+    device: Device = "cpu",
+    config: Config = None,
+    overrides: Overrides = None,
+) -> None:
+    """Make a bundle of texts about tags, without training.
+
+    Each modality whose encoder embeds texts takes part: CLIP, SigLIP, CLAP, EmbeddingGemma, and
+    sentence encoders for text and OCR. The daemon serves the bundle like any other.
+    """
+    texts, settings = load_tag_texts(tags), settings_of(config, overrides)
+    from fusion.bundle.tag_vectors import UNTRAINED, write, zero_shot
+    from fusion.data.dataset import FeatureFiles
+    from fusion.data.posts import PostList
+    from fusion.train.run_folder import keep_bundle
+
+    posts = None if labels is None else PostList.read(labels, texts.labels(), progress=True)
+    rows, manifest = _embedded(texts, settings, device)
+    bundle = zero_shot(texts, rows, manifest, posts, FeatureFiles(features), name=out.name)
+    kept = keep_bundle(out)
+    version = write(out, bundle, UNTRAINED)
+    if kept is not None:
+        say(f"{out}: the bundle that was there is kept in {kept}\n")
+    measured = "".join(
+        f", {key} {bundle.metrics[key]:.4f}" for key in ("gap", "map") if bundle.metrics
+    )
+    say(f"{out}: version {version}, {len(texts.tags)} tags by {', '.join(rows)}{measured}\n")
+
+
+def add_tags(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The bundle.")],
+    *,
+    tags: Tags,
+    out: Out,
+    device: Device = "cpu",
+    config: Config = None,
+    overrides: Overrides = None,
+) -> None:
+    """Add tags to a bundle by texts about them, without training.
+
+    For bundles of insighttag zeroshot, and those that were trained from one (model.name: tag_text).
+    The settings must name the encoders that the bundle was made with.
+    """
+    texts, settings = load_tag_texts(tags), settings_of(config, overrides)
+    from fusion.bundle.bundle import load_bundle, read_about
+    from fusion.bundle.tag_vectors import text_streams, with_tags, write
+    from fusion.train.run_folder import keep_bundle
+
+    try:
+        bundle, model = load_bundle(folder), read_about(folder).model
+    except BundleError as error:
+        raise ConfigError(f"bundle add-tags: {error}") from error
+    streams = text_streams(bundle, str(folder))
+    rows, manifest = _embedded(texts, settings, device, streams)
+    needed = {stream: bundle.manifest.fingerprints[stream] for stream in streams}
+    wrong = mismatch(needed, manifest.fingerprints)
+    if wrong is not None:
+        raise ConfigError(f"bundle add-tags: {folder}: {wrong}")
+    grown = with_tags(bundle, model, texts, rows)
+    keep_bundle(out)
+    say(f"{out}: version {write(out, grown, model)}, {len(grown.labels)} tags\n")
+
+
+def _embedded(
+    texts: TagTexts, settings: Settings, device: str, streams: Sequence[Stream] = _SPACES
+) -> tuple[dict[Stream, TagRows], FeatureManifest]:
+    """Return the tags in the space of each stream that embeds texts, and how it is made.
+
+    One encoder after another is loaded; one that embeds no texts, or has no weights, is named and
+    takes no part.
+
+    Raises:
+        ConfigError: None takes part.
+    """
+    from extractors.feature_file import stream_fingerprints
+    from extractors.suite import ExtractorSuite
+    from fusion.bundle.tag_vectors import TagRows
+    from fusion.models.base import FeatureManifest
+
+    wanted: list[ExtractorName] = [name for name in ("video", "image", "audio") if name in streams]
+    if "text" in streams or "ocr" in streams:
+        wanted += ["text", "ocr"]
+    made: dict[Stream, str] = {}
+    rows: dict[Stream, TagRows] = {}
+    reasons = []
+    for name in wanted:
+        suite = ExtractorSuite(settings.features, device, (name,))
+        try:
+            suite.load()
+            if name != "ocr":
+                rows[name] = TagRows.of(texts, partial(suite.embed_texts, name))
+            made |= suite.by_extractor
+        except ConfigError as error:
+            reasons.append(f"{name} takes no part: {error}")
+        finally:
+            suite.close()
+    if "text" in rows:
+        rows["ocr"] = rows["text"]
+    prints = stream_fingerprints(settings.features, made)
+    rows = {stream: each for stream, each in rows.items() if stream in prints and stream in streams}
+    if not rows:
+        raise ConfigError("; ".join(reasons) or "no encoder embeds texts")
+    for reason in reasons:
+        complain("tags", reason, 0)
+    manifest = FeatureManifest(
+        {stream: each.vectors.shape[1] for stream, each in rows.items()},
+        {stream: prints[stream] for stream in rows},
+        settings.fusion.image_as_frames,
+        settings.features.ocr_mode,
+    )
+    return rows, manifest
