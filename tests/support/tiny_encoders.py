@@ -68,13 +68,13 @@ def clip(folder: Path) -> Path:
     return _save(folder, "CLIPModel", config, **NORMALISATION)
 
 
-def siglip(folder: Path) -> Path:
+def siglip(folder: Path, size: int = 32) -> Path:
     """SigLIP, and SigLIP 2 at a fixed size."""
     from transformers import SiglipConfig
 
     config = SiglipConfig(
         text_config={**_TEXT, "max_position_embeddings": 64, "projection_size": 32},
-        vision_config={**_TOWER, "image_size": 32, "patch_size": 16},
+        vision_config={**_TOWER, "image_size": size, "patch_size": 16},
     )
     wordpiece(folder, model_max_length=64)
     return _save(folder, "SiglipModel", config, **NORMALISATION)
