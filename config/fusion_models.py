@@ -165,9 +165,9 @@ class LinearProbeSettings(Section):
     """Logistic regression over the modalities' mean vectors, solved at once: for little data."""
 
     penalties: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)] = (
-        0.03,
-        0.1,
         0.3,
+        0.1,
+        0.03,
     )
     """Of the squared weights. Each gives one solution, an epoch of the run; the one with the best
     GAP in validation is kept, without validation the last."""

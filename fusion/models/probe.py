@@ -19,7 +19,10 @@ _ITERATIONS = 100
 
 
 class Centre(nn.Module):
-    """Vectors minus their mean over the training posts, of length 1 on average there."""
+    """Vectors of length 1 on average over the training posts, minus their mean there.
+
+    Length before the mean is taken away: a stream whose vectors are much alike counts for less.
+    """
 
     mean: torch.Tensor
     scale: torch.Tensor
@@ -37,12 +40,12 @@ class Centre(nn.Module):
         """Take mean and length of vectors ``(posts, dim)``; of none, leave them as they are."""
         if len(vectors):
             self.mean.copy_(vectors.mean(dim=0))
-            length = (vectors - self.mean).square().sum(dim=1).mean().sqrt()
+            length = vectors.square().sum(dim=1).mean().sqrt()
             self.scale.copy_(1 / length.clamp(min=1e-6))
 
 
 class LinearProbe(FusionModel):
-    """Mean of each stream's tokens -> centred, one length -> joined -> linear layer -> logits.
+    """Mean of each stream's tokens -> one length, centred -> joined -> linear layer -> logits.
 
     A missing stream stands at its mean. Elements of a stream are not scaled one by one: that would
     make as much of the rarest n-gram of a text as of the commonest.

@@ -299,7 +299,7 @@ def test_a_linear_probe_is_logistic_regression(count: int) -> None:
         rows = [p.arrays[m].astype(float).mean(axis=0) if m in p.arrays else None for p in posts]
         there = np.stack([row for row in rows if row is not None])
         centre = there.mean(axis=0)
-        length = np.sqrt(((there - centre) ** 2).sum(axis=1).mean())
+        length = np.sqrt((there**2).sum(axis=1).mean())
         means[m] = np.stack(
             [np.zeros(dim) if row is None else (row - centre) / length for row in rows]
         )
