@@ -22,7 +22,8 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs as a plain script too
 
-from bench.results_file import write_results
+from results_file import write_results
+
 from common.logs import configure_logs
 from config.labels import LabelMap
 from config.train import TrainSettings
