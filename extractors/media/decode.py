@@ -278,7 +278,7 @@ class _Film:
         """Return when a frame is shown, in seconds from the first one."""
         from extractors.media.video import time_of
 
-        start = min(self._index.times, default=0) if self._index is not None else 0
+        start = self._index.start if self._index is not None else 0
         return round(((time_of(frame) or start) - start) * self._time_base, 3)
 
     def chosen(self, choose: Callable[[PacketIndex], list[int]]) -> Iterator[tuple[Any, int]]:

@@ -62,6 +62,8 @@ outlines of a pale drawing are more."""
 _PNG_DEPTH_AT = 24
 """Offset of the bits of one colour in a PNG; Pillow would cut 16 to 8 without rounding."""
 
+_GREY_STEPS = {2: 85, 4: 17}  # bits of grey -> steps of 8 bits between two of its values
+
 _TRANSPOSED = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -174,19 +176,13 @@ def _open(path: Path) -> _Picture:
         if file_type.start:
             source = _Source.of(source[file_type.start :])
         if family == "tiff":
-            exif = Image.Exif()
-            exif.load_from_fp(cast("IO[bytes]", source))
+            exif = _tiff_tags(source)
             width, height = exif[Tag.ImageWidth], exif[Tag.ImageLength]
         else:
-            if family == "jpeg":
-                source, cut = _jpeg(source)
-            elif family == "png":
-                cut, whole = _png(source)
-            elif family == "gif":
-                source, frames, whole, cut = _gif(source)
-            elif family == "heif":
+            if family == "heif":
                 _know_heif(file_type)
-            image = Image.open(cast("IO[bytes]", source), formats=[family])
+            source, frames, whole, cut = _walked(source, family)
+            image = _header(source, family)
             if family in _ANIMATED:
                 frames = getattr(image, "n_frames", 1)
             width, height = image.size
@@ -197,6 +193,39 @@ def _open(path: Path) -> _Picture:
         width, height = height, width
     share = whole / frames if cut and frames > 1 else 1.0
     return _Picture(file_type, source, width, height, frames, share, cut, image)
+
+
+def _walked(source: _Source, family: str) -> tuple[_Source, int, int, bool]:
+    """Return a picture as Pillow can read it, its frames, the whole ones, and True if it is cut."""
+    match family:
+        case "jpeg":
+            source, cut = _jpeg(source)
+            return source, 1, 0, cut
+        case "png":
+            source, cut, whole = _png(source)
+            return source, 1, whole, cut
+        case "gif":
+            return _gif(source)
+        case "webp":
+            return _webp(source), 1, 0, False
+    return source, 1, 0, False
+
+
+def _header(source: _Source, family: str) -> Any:
+    image = Image.open(cast("IO[bytes]", source), formats=[family])
+    clear = image.info.get("transparency")
+    if family == "png" and image.mode == "L" and clear is not None:
+        # Pillow spreads grey of 2 and 4 bits over 8, but not the grey that is transparent.
+        image.info["transparency"] = clear * _GREY_STEPS.get(source[_PNG_DEPTH_AT], 1)
+    return image
+
+
+def _tiff_tags(source: _Source) -> Any:
+    if b"+" in source[2:4]:  # BigTIFF, of which Pillow's `Exif` knows nothing
+        return cast("Any", Image.open(cast("IO[bytes]", source), formats=["tiff"])).tag_v2
+    exif = Image.Exif()
+    exif.load_from_fp(cast("IO[bytes]", source))
+    return exif
 
 
 def _know_heif(file_type: FileType) -> None:
@@ -269,25 +298,57 @@ def _jpeg(data: _Source) -> tuple[_Source, bool]:
     return _Source.of(b"".join([*pieces, _END_OF_JPEG])), cut
 
 
-def _png(data: _Source) -> tuple[bool, int]:
-    """Return True for a PNG whose end is missing, and its whole frames if it is an animation.
+_FRAME_CHUNKS = (b"fcTL", b"fdAT")
 
-    ValueError when a chunk does not have its checksum, or there is nothing but chunks.
+
+def _png(data: _Source) -> tuple[_Source, bool, int]:
+    """Return a PNG, True where its end is missing, and its whole frames if it is an animation.
+
+    Damaged chunks that no pixel depends on (text, profiles, times) are left out, as browsers do.
+    ValueError when another one does not have its checksum, or there is nothing but chunks.
     """
-    position, controls = 8, 0
+    pieces: list[bytes] = []
+    begun, position, controls = 0, 8, 0
     for _ in range(MAX_PARTS):
         length = int.from_bytes(data[position : position + 4], "big")
         end = position + 8 + length
-        if end + 4 > len(data):
-            return True, max(0, controls - 1)
-        if zlib.crc32(data[position + 4 : end]) != int.from_bytes(data[end : end + 4], "big"):
-            raise ValueError("a wrong checksum")
         kind = data[position + 4 : position + 8]
-        if kind == b"IEND":
-            return False, controls
+        cut = end + 4 > len(data)
+        if cut or kind == b"IEND":
+            if pieces:
+                data = _Source.of(b"".join([*pieces, data[begun:]]))
+            return data, cut, max(0, controls - cut)
+        if zlib.crc32(data[position + 4 : end]) != int.from_bytes(data[end : end + 4], "big"):
+            if kind[:1].isupper() or kind in _FRAME_CHUNKS or not kind.isalpha():
+                raise ValueError("a wrong checksum")
+            pieces.append(data[begun:position])
+            begun = end + 4
         controls += kind == b"fcTL"
         position = end + 4
     raise ValueError("more chunks than can be meant")
+
+
+def _webp(data: _Source) -> _Source:
+    """Return a WebP whose header tells the size that its chunks have.
+
+    Writers that cannot seek back leave 0 or the largest number there, others count the header, or
+    leave out the last byte, which pads. ValueError where a chunk is cut.
+    """
+    told = 8 + int.from_bytes(data[4:8], "little")
+    position = 12
+    for _ in range(MAX_PARTS):
+        kind, size = data[position : position + 4], data[position + 4 : position + 8]
+        behind = position >= told > 12
+        if behind or len(size) < 4 or not kind.strip(b" ").isalnum():
+            break
+        position += 8 + int.from_bytes(size, "little")
+        if position > len(data):
+            raise ValueError("truncated")
+        position += position & 1
+    if position == told <= len(data):
+        return data
+    body = data[8:position].ljust(position - 8, b"\0")
+    return _Source.of(b"RIFF" + len(body).to_bytes(4, "little") + body)
 
 
 def _gif(data: _Source) -> tuple[_Source, int, int, bool]:
@@ -432,7 +493,9 @@ def _rgb(image: Any) -> Pixels:
     if image.mode[0] in "IF":  # grey of more than 8 bits
         return np.asarray(cv2.cvtColor(_eight_bits(np.asarray(upright)), cv2.COLOR_GRAY2RGB))
     if image.has_transparency_data:
-        return on_page(np.asarray(upright.convert("RGBA")))
+        pixels = np.asarray(upright.convert("RGBA"))
+        if image.format != "BMP" or pixels[:, :, 3].any():  # many BMPs leave their alpha at 0
+            return on_page(pixels)
     return np.asarray(upright.convert("RGB"))
 
 

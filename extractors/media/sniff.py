@@ -108,6 +108,8 @@ _PREFIXES: tuple[tuple[bytes, FileType], ...] = (
     (b"GIF89a", _GIF),
     (b"II*\x00", _picture("TIFF", "tiff")),
     (b"MM\x00*", _picture("TIFF", "tiff")),
+    (b"II+\x00\x08\0\0\0", _picture("TIFF", "tiff")),
+    (b"MM\x00+\0\x08\0\0", _picture("TIFF", "tiff")),
     (b"\x1aE\xdf\xa3", _container("Matroska", "matroska")),
     (b"OggS", FileType("Ogg file", "ogg", frozenset({"video", "audio"}))),
     (b"FLV\x01", _container("Flash", "flv")),
@@ -147,10 +149,13 @@ _RIFF: dict[bytes, FileType] = {
     b"AVI ": _container("AVI", "avi"),
 }
 
+_BMP_HEADERS = [size.to_bytes(4, "little") for size in (12, 16, 40, 52, 56, 64, 108, 124)]
 _BOXES = (b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot")
 
 
 _JUNK = b"\0\t\n\r \xef\xbb\xbf"  # before some files: padding of recorders, lines of broken servers
+_LEADING_ZEROS = 4
+"""Bytes of `_JUNK` that may be the file's own: the first box of MP4 and AVIF has a size of four."""
 
 
 def sniff(head: bytes) -> FileType | None:
@@ -160,8 +165,12 @@ def sniff(head: bytes) -> FileType | None:
         junk = len(head) - len(head.lstrip(_JUNK))
         if head.startswith(b"APETAGEX"):
             junk = 32 + int.from_bytes(head[12:16], "little")
-        inner = _by_mark(head[junk:]) if junk else None
-        found = replace(inner, start=junk) if inner and inner.kinds else None
+        # What looks like padding may be zeros that a file begins with: the size of its first box.
+        for start in range(junk, max(0, junk - _LEADING_ZEROS - 1), -1):
+            inner = _by_mark(head[start:])
+            if inner and inner.kinds:
+                found = replace(inner, start=start)
+                break
     return found or _by_text(head) or _by_search(head)
 
 
@@ -179,7 +188,7 @@ def _by_mark(head: bytes) -> FileType | None:
         file_type = _by_brand(head)
     elif head[4:8] in _BOXES:
         file_type = _container("QuickTime", "mp4")
-    elif head[:2] == b"BM" and len(head) >= 18 and head[6:10] == b"\0\0\0\0":
+    elif head[:2] == b"BM" and head[14:18] in _BMP_HEADERS:
         file_type = _picture("BMP", "bmp")
     elif len(head) > 376 and head[0] == head[188] == head[376] == 0x47:
         file_type = _TS
@@ -317,6 +326,11 @@ def type_of(stream: BinaryIO) -> FileType | None:
     skipped, head = 0, stream.read(HEAD_BYTES)
     while head and not head.strip(b"\0"):
         skipped, head = skipped + len(head), stream.read(HEAD_BYTES)
+    zeros = skipped + len(head) - len(head.lstrip(b"\0"))
+    if zeros > _LEADING_ZEROS:
+        skipped = zeros - _LEADING_ZEROS
+        stream.seek(skipped)
+        head = stream.read(HEAD_BYTES)
     found = sniff(head)
     if found is None:
         return None
@@ -356,7 +370,7 @@ def _promised_bytes(stream: BinaryIO, size: int, file_type: FileType) -> int:
         return 0
     if file_type.family == "mp4":
         return _end_of_boxes(stream, size)
-    if file_type.family in ("wav", "avi", "webp", "aiff"):
+    if file_type.family in ("wav", "avi", "aiff"):
         return _end_of_chunk(stream)
     if file_type.family == "matroska":
         return _end_of_segment(stream)

@@ -110,6 +110,11 @@ class PacketIndex:
     def __len__(self) -> int:
         return len(self.times)
 
+    @property
+    def start(self) -> int:
+        """Return the time of the first frame that is shown."""
+        return min((t for t, shown in zip(self.times, self.shown, strict=True) if shown), default=0)
+
     def choose(self, count: int, random: np.random.Generator | None = None) -> list[int]:
         """Return the packets of the centre frames of `count` equal segments, in order of time.
 

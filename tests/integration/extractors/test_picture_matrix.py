@@ -45,6 +45,7 @@ SAVERS: dict[str, dict[str, Any]] = {
     "lossless.webp": {"lossless": True},
     "a.tif": {},
     "lzw.tif": {"compression": "tiff_lzw"},
+    "big.tif": {"big_tiff": True},
     "a.avif": {"quality": 95},
 }
 
@@ -184,12 +185,33 @@ def one_value_16(path: Path) -> None:
     add_chunk(path, b"tRNS" + struct.pack(">H", 900))
 
 
+def one_grey(bits: int, path: Path) -> None:
+    """A grey of few bits that stands for transparency."""
+    values = np.full((64, 96), 2 ** (bits - 1), np.uint8)
+    values[16:48, 16:40] = 1
+    bit = (values[:, :, None] >> np.arange(bits - 1, -1, -1)) & 1  # (rows, width, bits)
+    rows = np.packbits(bit.reshape(64, -1), axis=1)
+    body = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
+    data = b"\x89PNG\r\n\x1a\n"
+    for chunk in (
+        b"IHDR" + struct.pack(">IIBBBBB", 96, 64, bits, 0, 0, 0, 0),
+        b"tRNS\0\1",
+        b"IDAT" + body,
+        b"IEND",
+    ):
+        data += struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    path.write_bytes(data)
+
+
 ALPHAS: dict[str, Callable[[Path], object]] = {
     "rgba.png": lambda p: see_through().save(p),
     "la.png": lambda p: see_through().convert("LA").save(p),
     "palette.png": lambda p: hard().quantize(8).save(p),
     "rgba16.png": lambda p: media.write_png(p, np.asarray(see_through()).astype(np.uint16) * 257),
     "grey.png": lambda p: one_value("L", p),
+    "grey2.png": lambda p: one_grey(2, p),
+    "grey4.png": lambda p: one_grey(4, p),
+    "palette2.png": lambda p: hard().quantize(4).save(p, bits=2),
     "rgb.png": lambda p: one_value("RGB", p),
     "grey16.png": one_value_16,
     "rgba.webp": lambda p: see_through().save(p, lossless=True),
@@ -207,7 +229,7 @@ def test_transparency_is_laid_on_white(tmp_path: Path, name: str) -> None:
     (pixels,) = read(path)
     assert pixels[32, 28].min() > 250
     assert pixels[4, 4].max() < 240
-    if name != "grey16.png":  # Pillow knows no transparency there
+    if name not in ("grey2.png", "grey4.png", "grey16.png"):  # Pillow takes it wrong there
         page = Image.new("RGBA", (96, 64), "white")
         with Image.open(path) as image:
             page.alpha_composite(image.convert("RGBA"))
@@ -268,6 +290,107 @@ def test_odd_jpegs(tmp_path: Path, name: str) -> None:
     path.write_bytes(ODD[name]())
     (pixels,) = read(path)
     assert difference(pixels, QUADRANTS) < 3
+
+
+def riff(size: Callable[[bytes], int], tail: bytes = b"") -> Callable[[Path], None]:
+    """A WebP whose header tells a size of its own."""
+
+    def write(path: Path) -> None:
+        Image.fromarray(QUADRANTS).save(path, "WEBP", quality=95)
+        data = path.read_bytes()
+        path.write_bytes(
+            data[:4] + (size(data) & 0xFFFFFFFF).to_bytes(4, "little") + data[8:] + tail
+        )
+
+    return write
+
+
+def unpadded(path: Path) -> None:
+    """A WebP whose last chunk has an odd size, without the byte that pads it."""
+    Image.fromarray(QUADRANTS).save(path, "WEBP", quality=95)
+    data = path.read_bytes()
+    data += b"EXIF" + (5).to_bytes(4, "little") + bytes(5)
+    path.write_bytes(data[:4] + (len(data) - 7).to_bytes(4, "little") + data[8:])
+
+
+def bad_chunk(*chunks: bytes) -> Callable[[Path], None]:
+    """A PNG with further chunks of wrong checksums."""
+
+    def write(path: Path) -> None:
+        Image.fromarray(QUADRANTS).save(path, "PNG")
+        data, at = path.read_bytes(), 33
+        for chunk in chunks:
+            body = struct.pack(">I", len(chunk) - 4) + chunk + b"\1\2\3\4"
+            data = data[:at] + body + data[at:]
+            at = data.index(b"IDAT") - 4
+        path.write_bytes(data)
+
+    return write
+
+
+def bad_end(path: Path) -> None:
+    Image.fromarray(QUADRANTS).save(path, "PNG")
+    path.write_bytes(path.read_bytes()[:-1] + b"\0")
+
+
+def bmp(path: Path, *, reserved: bytes = bytes(4), alpha: bool = False) -> None:
+    Image.fromarray(QUADRANTS).save(path, "BMP")
+    data = path.read_bytes()
+    if alpha:  # 32 bits with masks, and an alpha that nobody has set
+        body = np.dstack([QUADRANTS[::-1, :, ::-1], np.zeros((64, 96), np.uint8)]).tobytes()
+        masks = struct.pack("<4I", 0xFF0000, 0xFF00, 0xFF, 0xFF000000)
+        head = struct.pack("<IiiHHIIiiII", 124, 96, 64, 1, 32, 3, len(body), 0, 0, 0, 0)
+        data = struct.pack("<2sIHHI", b"BM", 138 + len(body), 0, 0, 138)
+        data += (head + masks).ljust(124, b"\0") + body
+    path.write_bytes(data[:6] + reserved + data[10:])
+
+
+CARELESS: dict[str, Callable[[Path], None]] = {
+    "webp, size 0": riff(lambda data: 0),
+    "webp, size of pipes": riff(lambda data: -1),
+    "webp, size with its header": riff(len),
+    "webp, size larger than the file": riff(lambda data: 3 * len(data)),
+    "webp, size smaller than the picture": riff(lambda data: len(data) // 2),
+    "webp, more behind its end": riff(lambda data: len(data) - 8, b"\0\x99more" * 9),
+    "webp, no padding": unpadded,
+    "png, text": bad_chunk(b"tEXtname\0value"),
+    "png, profile and gamma": bad_chunk(b"iCCPa\0\0bad", b"gAMA\0\0\1\0"),
+    "png, end": bad_end,
+    "bmp, reserved bytes": lambda p: bmp(p, reserved=b"made"),
+    "bmp, alpha of 0": lambda p: bmp(p, alpha=True),
+}
+
+
+@pytest.mark.parametrize("name", CARELESS)
+def test_careless_writers(tmp_path: Path, name: str) -> None:
+    """What viewers pass over makes no file broken, and leaves no note."""
+    path, notes = tmp_path / "a", list[str]()
+    CARELESS[name](path)
+    (pixels,) = read_pictures(path, max_pixels=10**7, notes=notes)
+    assert difference(pixels, QUADRANTS) < 4
+    assert notes == []
+
+
+@pytest.mark.parametrize("chunk", [b"PLTE\0\0\0", b"fcTL" + bytes(26)])
+def test_damaged_chunks_that_pixels_depend_on(tmp_path: Path, chunk: bytes) -> None:
+    bad_chunk(chunk)(tmp_path / "a.png")
+    with pytest.raises(MediaError, match=r"^broken PNG"):
+        read(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("front", [b"\n", b"\r\n\r\n", b"\xef\xbb\xbf", bytes(3), bytes(65_534)])
+@pytest.mark.parametrize("name", [*SAVERS, "a.gif", "a.bmp", "a.jp2", "a.heic"])
+def test_padding_before_a_picture(tmp_path: Path, name: str, front: bytes) -> None:
+    """Padding is not taken together with zeros that the file itself begins with."""
+    path = tmp_path / name
+    if name == "a.heic":
+        path.write_bytes(heic(1))
+    else:
+        Image.fromarray(QUADRANTS).save(path, **SAVERS.get(name, {}))
+    (plain,) = read(path)
+    path.write_bytes(front + path.read_bytes())
+    (pixels,) = read(path)
+    assert difference(pixels, plain) == 0
 
 
 def test_a_gif_without_a_screen(tmp_path: Path) -> None:

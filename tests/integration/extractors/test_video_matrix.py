@@ -277,7 +277,10 @@ def test_edit_lists(tmp_path: Path) -> None:
     scale = struct.unpack_from(">I", data, data.index(b"mdhd") + 16)[0]
     struct.pack_into(">Ii", data, at + 8, 1000, media_time + 3 * scale)  # a second from 3 s on
     path.write_bytes(bytes(data))
-    check(decode(path, settings(COUNT)), [3 + (k + 0.5) / COUNT for k in range(COUNT)])
+    decoded = decode(path, settings(COUNT))
+    check(decoded, [3 + (k + 0.5) / COUNT for k in range(COUNT)])
+    shown = [(k + 0.5) / COUNT for k in range(COUNT)]
+    assert np.abs(np.array(decoded.times_s) - shown).max() < 0.05  # from what is shown first
 
 
 @pytest.mark.parametrize("name", ["a.ts", "a.mpg"])
@@ -326,6 +329,15 @@ def test_recordings_that_begin_anywhere(tmp_path: Path, name: str, codec: str) -
     for frame in decoded.frames:
         for got, colour in zip(corners(frame), CORNERS, strict=True):
             assert np.abs(got - colour).max() < 40
+
+
+@pytest.mark.parametrize("front", [b"\r\n", bytes(700), bytes(65_534)])
+@pytest.mark.parametrize("name", ["h264.mp4", "h264.mov", "h264.mkv", "h264.avi", "mpeg2.mpg"])
+def test_padding_before_a_film(tmp_path: Path, name: str, front: bytes) -> None:
+    """Padding is not taken together with zeros that the file itself begins with."""
+    path = write(tmp_path / name, **FILMS[name])
+    path.write_bytes(front + path.read_bytes())
+    check(decode(path, settings(COUNT)))
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.avi"])
