@@ -34,6 +34,7 @@ Overrides: TypeAlias = Annotated[
         "--set",
         metavar="A.B=C",
         default_factory=list,
+        show_default=False,
         help="one setting, over file and environment; A.B=@FILE reads it from a file; repeatable",
     ),
 ]

@@ -13,10 +13,14 @@ time. So half of the threads always answer what is short, however slow the other
 
 from __future__ import annotations
 
+import fcntl
 import json
 import re
 import selectors
 import socket
+import struct
+import sys
+import termios
 import time
 from collections import deque
 from concurrent.futures import Future
@@ -38,9 +42,19 @@ _MAX_SHORT_BYTES = 64 * 1024
 # After the last answer, the client is given this long to close first: bytes of it that were not
 # read would make the kernel throw our answer away.
 _GOODBYE_S = 2.0
+# An answer of which the client takes nothing for this time is given up: it holds a thread. At half,
+# a bad line loses answers; at double, clients that take none silence us for longer.
+_SEND_S = 10
+# A client that asks for more while so much of its answers is untaken is cut off, before they fill
+# the kernel's buffer and hold threads. Half is one list of a thousand tags; double may be too much.
+_MAX_UNTAKEN_BYTES = 64 * 1024
 
-_LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*(\d{1,15})[ \t]*\r\n", re.IGNORECASE)
-_STREAMED = re.compile(rb"\r\n(transfer-encoding|expect):", re.IGNORECASE)
+_LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*(\d{1,5})[ \t]*\r\n", re.IGNORECASE)
+# Whatever else stands for a length takes the way of long bodies: gunicorn may read it as one.
+_STREAMED = re.compile(
+    rb"\r\n(transfer-encoding|expect|content-length(?!:[ \t]*\d{1,5}[ \t]*\r\n))[ \t]*:",
+    re.IGNORECASE,
+)
 
 
 @dataclass
@@ -73,6 +87,8 @@ class ArrivalsWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no typ
             connection, client = listener.accept()
         except OSError:  # gone already, or no descriptor is left
             return
+        limit = struct.pack("ll", _SEND_S, 0)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
         self.nr_conns += 1
         conn = TConn(self.cfg, connection, client, listener.getsockname())
         self._await_request(conn, self.http.header_timeout_s)
@@ -103,6 +119,9 @@ class ArrivalsWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no typ
 
     def _go_on(self, conn: Any, arrival: _Arrival) -> None:
         """Look at what has come, and pass the request on if that is all of it."""
+        if _untaken_bytes(conn.sock) > _MAX_UNTAKEN_BYTES:
+            self._end(conn)
+            return
         if arrival.end is None:
             head = arrival.data.find(b"\r\n\r\n") + 2
             if head < 2:
@@ -212,6 +231,11 @@ class ArrivalsWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no typ
         for arrival in self._arriving.values():
             arrival.deadline = min(arrival.deadline, deadline)
         self._queue = deque((min(until, deadline), c, data) for until, c, data in self._queue)
+
+
+def _untaken_bytes(connection: socket.socket) -> int:
+    """Return the bytes of answers that the client has not taken."""
+    return int.from_bytes(fcntl.ioctl(connection, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
 
 
 def worker_class(http: HttpSettings) -> type:

@@ -160,7 +160,10 @@ class Options:
     modalities: Annotated[
         list[str],
         typer.Option(
-            metavar="M...", default_factory=list, help="leave out posts without any of these"
+            metavar="M...",
+            default_factory=list,
+            show_default=False,
+            help="leave out posts without any of these",
         ),
     ]
     format: Annotated[Form, typer.Option(help="of the data files")] = "json"

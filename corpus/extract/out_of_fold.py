@@ -60,6 +60,7 @@ class Options:
             "--model_set",
             metavar="K=V",
             default_factory=list,
+            show_default=False,
             help="override a key of --model_config",
         ),
     ]

@@ -15,6 +15,7 @@ from torch.nn import functional
 from common.errors import BundleError, ConfigError
 from common.fingerprint import differing
 from common.post import Stream
+from common.post_set import PostSet
 from config.fusion_models import ModelSettings
 from config.labels import LabelMap
 from config.tags import TagTexts
@@ -93,7 +94,8 @@ def zero_shot(
 
     Posts, with labels or without, centre its vectors; labels calibrate scale, bias, the weights of
     the streams and thresholds. Without posts a score of 0.5 is 2.2 standard deviations of
-    unrelated texts.
+    unrelated texts. Posts that an encoder was trained on calibrate nothing; those that do are noted
+    as learned from, and the metrics, which are of them, as of seen posts.
     """
     schema = InputSchema.of(manifest, UNTRAINED.tokens, len(texts.tags))
     model = TagText(schema, UNTRAINED).eval().requires_grad_(False)
@@ -108,10 +110,13 @@ def zero_shot(
     model.bias.fill_(-_SCALE * _GIVEN_FROM)
     thresholds = np.full(len(texts.tags), 0.5, np.float32)
     metrics: dict[str, float] = {}
+    learned_from = PostSet()
     if posts is not None and reader is not None:
         posts = _some(posts, len(texts.tags))
         said, there = _similarities(model, PostDataset(posts, reader, manifest, schema))
-        labelled = np.diff(posts.label_rows()[0]) > 0
+        new = [not reader.has_learned(p.post_id, p.features, manifest.dims) for p in posts]
+        labelled = (np.diff(posts.label_rows()[0]) > 0) & np.array(new)
+        learned_from = PostSet(posts.hashes[labelled])
         if labelled.any():
             targets = posts.targets()[labelled]
             _calibrate(model, said[labelled], there[labelled], torch.from_numpy(targets))
@@ -127,6 +132,8 @@ def zero_shot(
         model=model,
         thresholds=thresholds,
         metrics=metrics,
+        seen_posts=len(learned_from),
+        learned_from=learned_from,
     )
 
 
@@ -217,6 +224,7 @@ def write(folder: Path, bundle: Bundle, settings: ModelSettings) -> str:
         thresholds=bundle.thresholds,
         metrics=bundle.metrics,
         calibration=bundle.calibration,
+        seen_posts=bundle.seen_posts,
         learned_from=bundle.learned_from,
     )
 
@@ -279,6 +287,7 @@ def with_tags(
         else members[0],
         thresholds=np.concatenate([bundle.thresholds, median]),
         metrics={},
+        seen_posts=0,
     )
 
 

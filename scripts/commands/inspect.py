@@ -12,6 +12,7 @@ import typer
 from common.cli import say
 from common.errors import ConfigError, FetchRetryable, MediaError, PermanentError, one_line
 from common.post import MEDIA_KINDS, Media, MediaKind
+from common.urls import is_url, local_source, redact
 from config.settings import Settings
 from scripts.commands.common import AsJson, Config, Overrides, print_json, settings_of
 
@@ -46,7 +47,7 @@ def inspect(
     settings = settings_of(config, overrides)
     with _local(source, settings) as path:
         facts = facts_of(path, settings, kind=kind, out=out)
-    facts = {"source": source, **facts}
+    facts = {"source": redact(source), **facts}
     if as_json:
         print_json(facts)
     else:
@@ -58,7 +59,6 @@ def inspect(
 @contextmanager
 def _local(source: str, settings: Settings) -> Iterator[Path]:
     """Yield the path of a source; a URL is downloaded as the daemon does, and deleted."""
-    from common.urls import is_url, local_source
     from workers.fetch import Fetcher
 
     source = local_source(source)
@@ -73,7 +73,7 @@ def _local(source: str, settings: Settings) -> Iterator[Path]:
             with closing(Fetcher(settings.fetch)) as fetcher:
                 fetcher.fetch(Media("image", source), target)
         except (PermanentError, FetchRetryable) as error:
-            raise ConfigError(f"inspect: {source}: {one_line(error, 300)}") from error
+            raise ConfigError(f"inspect: {redact(source)}: {one_line(error, 300)}") from error
         yield target
 
 

@@ -71,9 +71,13 @@ def zeroshot(
     version = write(out, bundle, UNTRAINED)
     if kept is not None:
         say(f"{out}: the bundle that was there is kept in {kept}\n")
-    measured = "".join(
-        f", {key} {bundle.metrics[key]:.4f}" for key in ("gap", "map") if bundle.metrics
-    )
+    measured = ""
+    if bundle.metrics:
+        gap, mean = bundle.metrics["gap"], bundle.metrics["map"]
+        by = f"of the {bundle.seen_posts} posts that calibrate it"
+        measured = f"; gap {gap:.4f}, map {mean:.4f} {by}"
+    elif labels is not None:
+        measured = "; not calibrated: there is no labelled post that no encoder was trained on"
     say(f"{out}: version {version}, {len(texts.tags)} tags by {', '.join(rows)}{measured}\n")
 
 

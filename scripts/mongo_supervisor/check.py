@@ -40,7 +40,9 @@ _NAMES = ", ".join(NAMES)
 
 def _limit_option(name: str, state: str) -> Any:
     about = f"from which value on a check is {state}; NAME: {_NAMES}"
-    return typer.Option(name, metavar="NAME=VALUE", default_factory=list, help=about)
+    return typer.Option(
+        name, metavar="NAME=VALUE", default_factory=list, show_default=False, help=about
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +154,8 @@ def watch(settings: Settings, every_s: float, *, as_json: bool) -> int:
             due = time.monotonic() + every_s
             checks = judge(look(settings), settings.monitor)
             if as_json:
-                print(json.dumps(as_dict(checks), ensure_ascii=False), flush=True)
+                say(json.dumps(as_dict(checks), ensure_ascii=False) + "\n")
+                sys.stdout.flush()
             elif sys.stdout.isatty():
                 show(checks, redraw=True)
             else:

@@ -12,7 +12,7 @@ import redis
 import king.broker.redis
 from common.errors import BrokerUnavailable
 from config.settings import BrokerSettings
-from king.broker.connect import publish_posts, queue_depth
+from king.broker.connect import publish_posts, queue_counts, queue_depth
 from king.messages import PostMessage
 from tests.support.king.broker_rig import Consumer, connected, settings_for
 from tests.support.proxy import proxy_to
@@ -51,6 +51,18 @@ def test_taking_and_recording_is_one_step(settings: BrokerSettings, client: Any)
         ]
         assert len(leases) == 3
         assert all(seconds + 50 < lease < seconds + 70 for lease in leases)
+
+
+def test_messages_in_hand_are_counted_also_after_a_kill(
+    redis_server: RedisServer, settings: BrokerSettings
+) -> None:
+    """Without that `insighttag status` would miss them: they are on no list while leased."""
+    with connected(settings.model_copy(update={"prefetch": 3})) as broker:
+        Consumer(broker).take(3)
+        assert queue_counts(settings) == (2, 3)
+        redis_server.kill()
+        redis_server.start()
+        assert queue_counts(settings) == (2, 3)
 
 
 def test_acks_are_sent_together_and_leave_nothing(settings: BrokerSettings, client: Any) -> None:

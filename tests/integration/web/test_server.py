@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import select
 import signal
 import socket
 import subprocess
@@ -258,6 +259,7 @@ HALVES = {
     "half a chunk": _POST + b"Transfer-Encoding: chunked\r\n\r\n50\r\nx",
     "a body that waits to be asked for": _POST
     + b"Content-Length: 9\r\nExpect: 100-continue\r\n\r\n",
+    "a length of many digits": _POST + b"Content-Length: %032d\r\n\r\n{" % 50,
     "half a request after a whole one": b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n" + _POST,
     "an answer that nobody takes": b"GET /healthz HTTP/1.0\r\nHost: localhost\r\n\r\n",
 }
@@ -275,6 +277,29 @@ def test_half_requests_keep_no_thread(server: FlaskServer, half: str) -> None:
             assert requests.get(f"{server.url}/healthz", timeout=20).json() == {"status": "ok"}
         answer = requests.post(f"{server.url}/v1/tag", json={"text": TEXT}, timeout=60)
         assert answer.status_code == 200
+
+
+def test_clients_that_take_no_answers_are_cut_off(server: FlaskServer) -> None:
+    """Their answers would fill the kernel's buffers, and then hold every thread."""
+    asked = b"GET /assets/page.js HTTP/1.1\r\nHost: localhost\r\n\r\n" * 1000
+    with contextlib.ExitStack() as stack:
+        cut_off = select.poll()
+        for _ in range(40):
+            connection = stack.enter_context(socket.socket())
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.settimeout(20)
+            connection.connect(("127.0.0.1", server.port))
+            cut_off.register(connection, select.POLLHUP)
+            with contextlib.suppress(ConnectionError):
+                connection.sendall(asked)
+        ended: set[int] = set()
+        while len(ended) < 40:
+            events = cut_off.poll(60_000)
+            assert events, f"{40 - len(ended)} connections are open"
+            for descriptor, _ in events:
+                ended.add(descriptor)
+                cut_off.unregister(descriptor)
+    assert requests.get(f"{server.url}/healthz", timeout=20).json() == {"status": "ok"}
 
 
 def test_late_requests_are_ended(server: FlaskServer) -> None:

@@ -68,13 +68,18 @@ def clear(name: str, *tags: str, hidden: str = "") -> Features:
     return post(name, *tags, noise=0.05, hidden=hidden)
 
 
-def data_file(folder: Path, count: int, *, noise: float = 0.6) -> PostList:
+def data_file(
+    folder: Path, count: int, *, noise: float = 0.6, learned: Sequence[int] = ()
+) -> PostList:
     entries, chance = [], np.random.default_rng(3)
     for i in range(count):
         tags = [NAMES[t] for t in chance.choice(len(NAMES), chance.integers(1, 3), replace=False)]
         hidden = ("image", "text", "")[i % 3]
         path = write_features(
-            folder, post(f"p{i}", *tags, noise=noise, hidden=hidden), manifest().fingerprints
+            folder,
+            post(f"p{i}", *tags, noise=noise, hidden=hidden),
+            manifest().fingerprints,
+            learned_from=("image",) if i in learned else (),
         )
         labels = tags if i % 2 else []
         entries.append({"post_id": f"p{i}", "labels": labels, "features": str(path)})
@@ -122,6 +127,24 @@ def test_labels_calibrate_scores_and_the_weights_of_modalities(tmp_path: Path) -
     meter = GapMeter()
     meter.add(np.array(scores), np.array(truth))
     assert meter.value() > 0.8
+
+
+@pytest.mark.parametrize(
+    ("learned", "by"),
+    [((), range(1, 40, 2)), (range(20), range(21, 40, 2)), (range(40), ())],
+    ids=["none", "some", "all"],
+)
+def test_posts_that_an_encoder_was_trained_on_calibrate_nothing(
+    tmp_path: Path, learned: Sequence[int], by: Sequence[int]
+) -> None:
+    """The bundle knows those that did: figures of them say nothing of new posts."""
+    bundle = made(data_file(tmp_path, 40, learned=learned))
+    assert [i for i in range(40) if f"p{i}" in bundle.learned_from] == list(by)
+    assert bundle.seen_posts == len(by)
+    assert bool(bundle.metrics) == bool(by)
+    write(tmp_path / "bundle", bundle, UNTRAINED)
+    again = load_bundle(tmp_path / "bundle")
+    assert (again.seen_posts, len(again.learned_from)) == (len(by), len(by))
 
 
 def test_synonyms_descriptions_and_negatives_move_a_tag() -> None:
