@@ -72,3 +72,11 @@ def test_what_is_missing_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "failed    truncated WAV sound" in capsys.readouterr().out
     assert run(["inspect", str(tmp_path / "none.mp4"), *SETTINGS]) == 2
     assert "no such file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("scheme", ["http://", "https://", "//"])
+def test_a_password_of_a_url_is_not_shown(scheme: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["inspect", f"{scheme}u:secret1@127.0.0.1:9/a.jpg", *SETTINGS]) == 2
+    said = capsys.readouterr().err
+    assert f"{scheme}u:***@127.0.0.1" in said
+    assert "secret1" not in said
