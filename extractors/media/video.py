@@ -112,8 +112,17 @@ class PacketIndex:
 
     @property
     def start(self) -> int:
-        """Return the time of the first frame that is shown."""
-        return min((t for t, shown in zip(self.times, self.shown, strict=True) if shown), default=0)
+        """Return the time of the first frame that can be shown."""
+        return min((self.times[i] for i in self._usable()), default=0)
+
+    def _usable(self) -> Iterator[int]:
+        """Yield the packets that are shown, from the first key frame on.
+
+        Frames before it refer to some that are not there.
+        """
+        first = self.keys.find(True)
+        since = self.times[first] if first > 0 else min(self.times, default=0)
+        return (i for i in range(len(self)) if self.shown[i] and self.times[i] >= since)
 
     def choose(self, count: int, random: np.random.Generator | None = None) -> list[int]:
         """Return the packets of the centre frames of `count` equal segments, in order of time.
@@ -123,9 +132,7 @@ class PacketIndex:
         frame that is on display over several centres is given once. `random` takes a frame at a
         random time of each segment instead, as TSN trains. They are positions in decoding order.
         """
-        if (first := self.keys.find(True)) > 0:  # frames before it refer to some that are not there
-            self._hide_before(self.times[first])
-        order = sorted((i for i in range(len(self)) if self.shown[i]), key=self.times.__getitem__)
+        order = sorted(self._usable(), key=self.times.__getitem__)
         if len(order) <= count:
             return order
         times = [self.times[i] for i in order]
@@ -222,7 +229,10 @@ def decode_frames(
     codec = _decoder(stream)
     chosen_times = {index.times[i] for i in chosen}
     position, current = -1, 0
-    picker = _Picker(runs[0])
+    # Without a real key frame, as live encoders send for hours: FFmpeg's H.264 decoder itself keeps
+    # frames back until all of their parts have been refreshed.
+    refreshed = codec.name == "h264" and not any(index.keys)
+    picker = _Picker(runs[0], refreshed=refreshed)
     for packet in _unpacked(packets(container, stream), stream, index):
         position += 1
         run = runs[current]
@@ -238,7 +248,7 @@ def decode_frames(
         if current == len(runs):
             return
         codec.flush_buffers()  # after a flush the decoder takes no more packets without it
-        picker = _Picker(runs[current])
+        picker = _Picker(runs[current], refreshed=refreshed)
     yield from picker.pick(_decode(codec, None))
     yield from picker.rest()
 
@@ -283,9 +293,11 @@ class _Picker:
     """A picker of those frames of a run, in order of time, that are shown at given times.
 
     Frames before the first that needs no other one are passed over: they are grey or smeared.
+    None is where the decoder gives only `refreshed` ones.
     """
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, *, refreshed: bool = False) -> None:
+        self._refreshed = refreshed
         self._first = run.first
         self._times = list(run.times)
         self._last: Frame | None = None
@@ -297,7 +309,8 @@ class _Picker:
             time = time_of(frame)
             if not self._begun:
                 # As far as its decoder tells, a frame to start from refers to no other one.
-                if not frame.key_frame and int(frame.pict_type) not in _FREE:
+                free = frame.key_frame or int(frame.pict_type) in _FREE
+                if not free and not self._refreshed:
                     continue
                 self._begun = True
                 if time is not None and self._times and time > self._times[0]:

@@ -331,6 +331,29 @@ def test_recordings_that_begin_anywhere(tmp_path: Path, name: str, codec: str) -
             assert np.abs(got - colour).max() < 40
 
 
+@pytest.mark.parametrize("name", ["refresh.ts", "refresh.m2ts"])
+def test_refreshed_recordings_begin_anywhere(tmp_path: Path, name: str) -> None:
+    """A live stream that never sends a key frame is right once it has been refreshed."""
+    options = {"mpegts_m2ts_mode": "1"} if name == "refresh.m2ts" else None
+    path = write(tmp_path / name, **FILMS["refresh.ts"], container_options=options)
+    with av.open(str(path)) as container:
+        plain = [
+            f.reformat(32, 32, "rgb24", interpolation="AREA").to_ndarray()
+            for f in container.decode(video=0)
+        ]
+    data = path.read_bytes()
+    path.write_bytes(data[len(data) // 3 + 77 :])
+    decoded = decode(path, settings(COUNT))
+    assert decoded.frames is not None
+    times = [shown_s(frame) for frame in decoded.frames]
+    assert len(times) == COUNT
+    assert 1 < times[0] < 3
+    assert times[-1] > 3.5
+    assert np.ptp(np.diff(times)) < 0.2  # spread evenly over what can be seen
+    for frame in decoded.frames:
+        assert min(int(np.abs(frame.astype(int) - other).max()) for other in plain) <= 2
+
+
 @pytest.mark.parametrize("front", [b"\r\n", bytes(700), bytes(65_534)])
 @pytest.mark.parametrize("name", ["h264.mp4", "h264.mov", "h264.mkv", "h264.avi", "mpeg2.mpg"])
 def test_padding_before_a_film(tmp_path: Path, name: str, front: bytes) -> None:
