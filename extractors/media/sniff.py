@@ -202,9 +202,8 @@ def _by_search(head: bytes) -> FileType | None:
         for at in range(size if packets >= _CHAIN else 0):
             if head[at : at + packets * size : size].count(0x47) == packets:
                 return _TS  # FFmpeg finds the first packet itself
-    pack = head.find(b"\0\0\1\xba")
-    if pack > 0 and (head[pack + 4 : pack + 5] or b"\0")[0] >> 4 in (2, 4, 5, 6, 7):
-        return replace(_PS, start=pack)
+    if pack := _PACK.search(head):
+        return replace(_PS, start=pack.start())
     for match in _SYNC.finditer(head):
         for kind in _FRAMED:
             if _frames(head, match.start(), kind, _CHAIN):
@@ -272,6 +271,8 @@ _FRAMED: dict[FileType, Callable[[bytes], int | None]] = {
     _AC3: _ac3_length,
 }
 """Sound without a container -> the length of a frame."""
+_PACK = re.compile(rb"\0\0\x01\xba(?:[\x40-\x7f].{9}\xff{0,7}|[\x20-\x2f].{7})\0\0\x01", re.DOTALL)
+"""Head of a pack of an MPEG-2 or MPEG-1 program stream, and the start of what follows it."""
 _SYNC = re.compile(rb"\xff[\xe0-\xff]|\x0b\x77")
 _CHAIN = 5
 """Frames that follow each other where a file does not begin with one. Random bytes hold two frames
@@ -338,7 +339,8 @@ def type_of(stream: BinaryIO) -> FileType | None:
         behind = found.start + skipped + id3_bytes(head[found.start :])
         stream.seek(behind)
         inner = sniff(stream.read(HEAD_BYTES))
-        if inner is not None and "audio" in inner.kinds and inner.start:
+        demuxed = inner is not None and inner.family in ("mp3", "aac", "flac")  # with their tags
+        if inner is not None and "audio" in inner.kinds and (inner.start or not demuxed):
             return replace(inner, start=inner.start + behind)
     return replace(found, start=found.start + skipped)
 

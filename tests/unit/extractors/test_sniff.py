@@ -9,6 +9,8 @@ import pytest
 
 from common.errors import MediaError
 from common.post import MediaKind
+from config.settings import DecodeSettings
+from extractors.media.decode import read_waveform
 from extractors.media.sniff import check_type, sniff
 from tests.support import media
 
@@ -106,6 +108,30 @@ def test_random_bytes_are_nothing(tmp_path: Path, seed: int) -> None:
     path = media.write_random(tmp_path / "x.mp3", 8192, seed)
     with pytest.raises(MediaError, match="unknown type of file"):
         check_type(path, "audio")
+
+
+def test_sound_that_holds_the_mark_of_a_film(tmp_path: Path) -> None:
+    """Four bytes of a frame that look like a program stream's are none without what follows."""
+    _untagged_mp3(tmp_path / "a.mp3", 44100)
+    found = sniff(b"\x91end of a frame\0\0\1\xba\x44\x91\x92" + (tmp_path / "a.mp3").read_bytes())
+    assert found is not None
+    assert (found.family, found.start) == ("mp3", 22)
+
+
+@pytest.mark.parametrize("name", ["a.wav", "a.ogg", "a.m4a", "a.flac", "a.aac", "b.mp3"])
+def test_a_tag_before_any_sound(tmp_path: Path, name: str) -> None:
+    """Taggers put ID3 before files whose formats know no such tag."""
+    family, write = MAKERS[name]
+    write(tmp_path / name)
+    path = tmp_path / "tagged"
+    path.write_bytes(b"ID3\4\0\0\0\0\x10\0" + bytes(2048) + (tmp_path / name).read_bytes())
+    seconds, limits = [], DecodeSettings()
+    for file in (path, tmp_path / name):
+        waveform, note = read_waveform(file, limits, 16_000)
+        seconds.append(round(len(waveform) / 16_000, 1))
+        assert note == ""
+    assert seconds[0] == seconds[1]
+    assert check_type(path, "audio").family in (family, "id3")
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.mov", "a.mkv", "a.avi", "a.wav", "a.m4a"])
