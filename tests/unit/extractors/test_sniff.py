@@ -110,6 +110,19 @@ def test_random_bytes_are_nothing(tmp_path: Path, seed: int) -> None:
         check_type(path, "audio")
 
 
+@pytest.mark.parametrize("name", ["a.mp3", "b.mp3", "c.mp3"])
+def test_much_behind_a_sound_makes_it_no_longer(tmp_path: Path, name: str) -> None:
+    """A length is a promise where the file tells it, not where its bytes are divided by a rate."""
+    path = tmp_path / name
+    MAKERS[name][1](path)
+    whole, note = read_waveform(path, DecodeSettings(), 16_000)
+    assert note == ""
+    path.write_bytes(path.read_bytes() + b"lyrics, pictures " * path.stat().st_size)
+    waveform, note = read_waveform(path, DecodeSettings(), 16_000)
+    assert note == ""
+    assert abs(len(waveform) - len(whole)) < 0.2 * 16_000
+
+
 def test_sound_that_holds_the_mark_of_a_film(tmp_path: Path) -> None:
     """Four bytes of a frame that look like a program stream's are none without what follows."""
     _untagged_mp3(tmp_path / "a.mp3", 44100)
