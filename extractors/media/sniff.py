@@ -361,13 +361,13 @@ def has_duration(path: Path, file_type: FileType) -> bool:
         return False
     with path.open("rb") as stream:
         stream.seek(file_type.start)
-        stream.seek(file_type.start + id3_bytes(stream.read(10)))
+        first = stream.seek(file_type.start + id3_bytes(stream.read(10)))
         frame = stream.read(128).ljust(128, b"\0")
-        size = stream.seek(0, os.SEEK_END) - file_type.start
+        size = stream.seek(0, os.SEEK_END) - first
     found = re.search(rb"Xing|Info|VBRI", frame[:64])
     if found is None:
         return False
-    at = found.end()  # VBRI: 10 more bytes up to its own; else flags, frames, bytes
+    at = found.end()  # VBRI has its bytes behind 6 others; else flags, frames, bytes
     at += 6 if found[0] == b"VBRI" else 4 + 4 * (frame[at + 3] & 1)
     told = int.from_bytes(frame[at : at + 4], "big")
     # With much more behind the sound, FFmpeg estimates after all.

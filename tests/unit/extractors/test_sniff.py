@@ -123,6 +123,18 @@ def test_much_behind_a_sound_makes_it_no_longer(tmp_path: Path, name: str) -> No
     assert abs(len(waveform) - len(whole)) < 0.2 * 16_000
 
 
+def test_a_large_tag_hides_no_cut(tmp_path: Path) -> None:
+    path = tmp_path / "b.mp3"
+    _untagged_mp3(path, 44100)
+    data = path.read_bytes()
+    tag = b"ID3\4\0\0\0\0\x40\0" + bytes(8192)
+    path.write_bytes(tag + data)
+    assert read_waveform(path, DecodeSettings(), 16_000)[1] == ""
+    path.write_bytes(tag + data[: len(data) // 2])
+    with pytest.raises(MediaError, match=r"^truncated MP3"):
+        read_waveform(path, DecodeSettings(), 16_000)
+
+
 def test_sound_that_holds_the_mark_of_a_film(tmp_path: Path) -> None:
     """Four bytes of a frame that look like a program stream's are none without what follows."""
     _untagged_mp3(tmp_path / "a.mp3", 44100)
