@@ -292,6 +292,7 @@ class OcrSettings(Section):
     frames: Annotated[int, Field(ge=0)] = 2
     """Frames of each video that are read."""
     min_confidence: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Of a line; a character that stands alone needs 0.95, since shapes look like one."""
     max_chars: PositiveInt = 1000
 
 

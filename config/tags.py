@@ -40,7 +40,7 @@ class TagEntry(Section):
     synonyms: tuple[Text, ...] = ()
     """Other names."""
     negatives: tuple[Text, ...] = ()
-    """What posts are about that seem to have the tag and have not."""
+    """Texts on what is easily taken for the tag: posts about them have it not."""
 
     @model_validator(mode="before")
     @classmethod

@@ -50,6 +50,15 @@ def english(*, quarters: int = 0) -> np.ndarray:
     return np.ascontiguousarray(np.rot90(canvas, quarters))
 
 
+def drawn(*lines: tuple[int, int, int, int], letter: str = "") -> np.ndarray:
+    """Thick lines, each from (x, y) to (x, y), or one letter."""
+    canvas, colour = np.full((240, 320, 3), (250, 245, 200), np.uint8), (20, 20, 120)
+    for x0, y0, x1, y1 in lines:
+        cv2.line(canvas, (x0, y0), (x1, y1), colour, 16)
+    cv2.putText(canvas, letter, (120, 160), cv2.FONT_HERSHEY_SIMPLEX, 4, colour, 8)
+    return canvas
+
+
 PICTURES = {
     "english": (english(), "grandopening"),
     "rotated to the left": (english(quarters=1), "grandopening"),
@@ -57,6 +66,9 @@ PICTURES = {
     "rotated to the right": (english(quarters=3), "grandopening"),
     "chinese": (chinese(), CHINESE),
     "vertical": (chinese(vertical=True), CHINESE),
+    "a lone letter": (drawn(letter="R"), "r"),
+    "a cross": (drawn((160, 40, 160, 200), (80, 120, 240, 120)), ""),
+    "stripes": (drawn(*((90, y, 230, y) for y in (68, 108, 148))), ""),
     "blank": (np.full((200, 300, 3), 255, np.uint8), ""),
 }
 

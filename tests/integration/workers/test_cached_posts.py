@@ -215,7 +215,7 @@ def test_url_that_is_not_trusted(world: World, tmp_path: Path) -> None:
         media.write_png(folder / "sign.png", media.quadrants(90, 70))
         after = other.features(post, careful)
         assert after.arrays["image"].tobytes() != before.arrays["image"].tobytes()
-        assert after.ocr_text != before.ocr_text
+        assert after.ocr_text is None
         other.features(post, trusting)
         media.write_png(folder / "sign.png", media.halves(90, 70))
         stale = other.features(post, trusting)
