@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,6 +28,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs as a plain script too
 
+from openclipart import figures, show, split_posts, summary, truth_of
 from results_file import FOLDER, write_results
 
 from common.errors import MediaError
@@ -40,14 +40,13 @@ from config.settings import ImageSettings
 from extractors.models.visual import VisualExtractor
 from fusion.backbones.media import MediaItems
 from fusion.backbones.text import fit_tfidf
-from fusion.metrics.ranking import global_average_precision, mean_average_precision
 from fusion.models import build_model
 from fusion.models.base import Collate, InputSchema, Sample
 from fusion.models.probe import logistic
 
 Rows: TypeAlias = npt.NDArray[np.float32]
 Entries: TypeAlias = Sequence[Mapping[str, Any]]
-FOLDS, SIDE, GRAMS = 4, 64, 8192
+SIDE, GRAMS = 64, 8192
 C = 10.0
 
 
@@ -64,48 +63,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.count:
         entries = random.Random(0).sample(entries, options.count)
     labels = LabelMap.load(options.posts / "idx2name.json")
-    truth = np.zeros((len(entries), len(labels)), np.float32)
-    for target, entry in zip(truth, entries, strict=True):
-        target[labels.encode(entry["labels"])] = 1
+    truth = truth_of(entries, labels)
+    row_of = {entry["post_id"]: row for row, entry in enumerate(entries)}
     pictures = hog(entries, options.work)
     found: dict[str, list[dict[str, float]]] = {}
-    for number, test in enumerate(author_folds(entries)):
-        learned = np.setdiff1d(np.arange(len(entries)), test)
-        true: Rows = truth[test]
+    for number, sides in enumerate(split_posts(entries, "author")):
+        learned, test = (
+            np.array([row_of[entry["post_id"]] for entry in sides[side]])
+            for side in ("train", "test")
+        )
         for name, logits in scored(entries, pictures, truth, learned, test).items():
-            gap = global_average_precision(logits, true)
-            mean_ap = mean_average_precision(logits, true)
-            found.setdefault(name, []).append({"gap": round(gap, 4), "map": round(mean_ap, 4)})
+            found.setdefault(name, []).append(figures(logits, truth[test]))
             notice(f"fold {number} {name}: {found[name][-1]}")
-    results = [
-        {
-            "model": name,
-            "gap": round(statistics.fmean(fold["gap"] for fold in folds), 4),
-            "map": round(statistics.fmean(fold["map"] for fold in folds), 4),
-            "folds": folds,
-        }
-        for name, folds in found.items()
-    ]
-    print("| model | GAP@20 | mAP |\n| --- | ---: | ---: |")
-    for row in results:
-        print(f"| {row['model']} | {row['gap']:.3f} | {row['map']:.3f} |")
-    facts = {"posts": len(entries), "tags": len(labels), "split": "author", "folds": FOLDS}
+    results = [summary("author", name, [folds]) for name, folds in found.items()]
+    show(results)
+    facts = {"posts": len(entries), "tags": len(labels)}
     file = write_results("openclipart_no_weights", 1, [facts, *results], options.out)
     print(f"written to {file}")
     return 0
-
-
-def author_folds(entries: Entries) -> list[npt.NDArray[np.intp]]:
-    """Return the rows of each fold: authors dealt out, the largest first, to the smallest fold."""
-    members: dict[str, list[int]] = {}
-    for row, entry in enumerate(entries):
-        members.setdefault(str(entry["author"] or entry["post_id"]), []).append(row)
-    order = list(members.values())
-    random.Random(0).shuffle(order)  # among authors with as many posts
-    parts: list[list[int]] = [[] for _ in range(FOLDS)]
-    for rows in sorted(order, key=len, reverse=True):
-        min(parts, key=len).extend(rows)
-    return [np.array(sorted(part)) for part in parts]
 
 
 def hog(entries: Entries, work: Path) -> list[npt.NDArray[np.float16]]:
