@@ -171,6 +171,9 @@ class LinearProbeSettings(Section):
     )
     """Of the squared weights. Each gives one solution, an epoch of the run; the one with the best
     GAP in validation is kept, without validation the last."""
+    start: Path | None = None
+    """A bundle of `insighttag zeroshot`: the penalty then pulls the weights of each tag to its
+    texts, and not to zero, its bias to that of the bundle."""
 
 
 class TagTextSettings(Section):

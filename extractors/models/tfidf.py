@@ -158,7 +158,14 @@ class WithTfidf(Extractor):
         return results
 
     def embed_texts(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
-        return unit_rows(self, texts)
+        """Return the encoder's vectors and zeros: texts of tags tell by meaning, not by letters.
+
+        With their n-grams a probe that started from such texts had GAP 0.546 for 0.562, and mAP
+        0.565 for 0.587, on one fold of openclipart inside the training.
+        """
+        encoder, tfidf = self._parts
+        meant = encoder.embed_texts(texts)
+        return np.hstack([meant, np.zeros((len(meant), tfidf.dim), np.float32)])
 
     def _load(self) -> Mapping[str, Any]:
         for part in self._parts:

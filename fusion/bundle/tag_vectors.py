@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +26,7 @@ from fusion.metrics.calibration import fit_thresholds
 from fusion.metrics.ranking import summary
 from fusion.models import FusionModel
 from fusion.models.base import Collate, FeatureManifest, InputSchema
+from fusion.models.probe import LinearProbe
 from fusion.models.tag_text import TagText, mixed
 
 Embed: TypeAlias = Callable[[Sequence[str]], npt.NDArray[np.float32]]
@@ -294,19 +295,23 @@ def with_tags(
 def start_from_texts(
     model: FusionModel, settings: ModelSettings, manifest: FeatureManifest, labels: LabelMap
 ) -> None:
-    """Let a model that will be trained start with the tags of ``model.tag_text.start``.
+    """Let a model that will be trained start with the tags of its setting ``start``.
 
     Raises:
         ConfigError: That bundle lacks a tag or stream, or its features are made otherwise.
     """
-    path = settings.tag_text.start
-    if not isinstance(model, TagText) or path is None:
+    if not isinstance(model, TagText | LinearProbe):
         return
-    setting = f"model.tag_text.start: {path}"
+    learned = isinstance(model, TagText)
+    setting = f"model.{'tag_text' if learned else 'linear_probe'}.start"
+    path = settings.tag_text.start if learned else settings.linear_probe.start
+    if path is None:
+        return
     try:
         bundle = load_bundle(path)
     except BundleError as error:
-        raise ConfigError(f"model.tag_text.start: {error}") from error
+        raise ConfigError(f"{setting}: {error}") from error
+    setting = f"{setting}: {path}"
     streams, earlier = text_streams(bundle, setting), bundle.members[0]
     lost = [name for name in labels.names if name not in bundle.labels.index]
     if lost:
@@ -314,20 +319,22 @@ def start_from_texts(
             f"{setting}: has no tag {lost[0]!r}: insighttag bundle add-tags adds it by text"
         )
     order = torch.tensor(bundle.labels.encode(labels.names))
-    for stream in model.streams:
-        if stream not in streams and stream in model.vectors:
+    spaces: set[str] = set(model.vectors) if isinstance(model, TagText) else set(streams)
+    for stream in [each for each in model.streams if each in spaces] or model.streams:
+        if stream not in streams:
             raise ConfigError(
                 f"{setting}: has no texts in the space of {stream}: name it in "
                 "model.tag_text.projected, or leave it out of data.modalities"
             )
-        if stream not in streams or stream not in model.vectors:
-            continue
         needed, found = bundle.manifest.fingerprints[stream], manifest.fingerprints[stream]
         if needed != found:
             raise ConfigError(
                 f"{setting}: {stream} features are made otherwise than its texts"
                 f"{differing(needed, found)}"
             )
+    if isinstance(model, LinearProbe):
+        model.start = _linear(cast("TagText", earlier), model, order)
+        return
     state = model.state_dict()  # shares its memory with the model
     for key, value in earlier.state_dict().items():
         if key in state and key.startswith("vectors."):
@@ -336,3 +343,23 @@ def start_from_texts(
             key.startswith(("centre_", "tag_centre_", "from_t")) or key == "scale"
         ):
             state[key].copy_(value)
+
+
+def _linear(
+    texts: TagText, model: LinearProbe, order: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return weights and biases of a probe that score about as the texts do.
+
+    Both take the mean post off a vector, and of what is left the length: the texts of each post,
+    the probe of all on average.
+    """
+    known = [stream for stream in model.streams if stream in texts.vectors]
+    rows = [texts.streams.index(stream) for stream in known]
+    shares = dict(zip(known, texts.scale * texts.mixing[rows].softmax(dim=0), strict=True))
+    weights = [
+        shares[stream][:, None] * texts.vectors[stream]
+        if stream in shares
+        else torch.zeros(len(texts.bias), model.schema.dims[stream])
+        for stream in model.streams
+    ]
+    return torch.cat(weights, dim=1)[order].detach(), texts.bias[order].detach()

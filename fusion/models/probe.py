@@ -57,6 +57,8 @@ class LinearProbe(FusionModel):
     def __init__(self, schema: InputSchema, settings: ModelSettings) -> None:
         super().__init__(schema, settings)
         self._penalties = settings.linear_probe.penalties
+        self.start: tuple[torch.Tensor, torch.Tensor] | None = None
+        """Weights ``(classes, dims)`` and biases to which the penalty pulls; none: to zero."""
         self.centres = nn.ModuleDict({m: Centre(d) for m, d in schema.dims.items()})
         self.classify = nn.Linear(sum(schema.dims.values()), schema.classes)
         self._add_own_heads(schema.dims)
@@ -91,7 +93,8 @@ class LinearProbe(FusionModel):
             centre.fit(vectors[has])
             parts.append(centre(vectors) * has[:, None])
         inputs, targets = torch.cat(parts, dim=1), torch.cat([t for t in truth if t is not None])
-        for weight, bias, loss in logistic(inputs, targets, self._penalties):
+        start = self.start and (self.start[0].to(inputs), self.start[1].to(inputs))
+        for weight, bias, loss in logistic(inputs, targets, self._penalties, start):
             with torch.no_grad():
                 self.classify.weight.copy_(weight)
                 self.classify.bias.copy_(bias)
@@ -99,14 +102,21 @@ class LinearProbe(FusionModel):
 
 
 def logistic(
-    inputs: torch.Tensor, targets: torch.Tensor, penalties: Iterable[float]
+    inputs: torch.Tensor,
+    targets: torch.Tensor,
+    penalties: Iterable[float],
+    start: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, float]]:
     """Solve one logistic regression for each class and penalty, from inputs ``(posts, dim)``.
 
     Yields weights ``(classes, dim)``, biases ``(classes,)`` and the mean loss for each penalty: the
-    minimum of the summed cross entropy + penalty / 2 * |weights|^2.
+    minimum of the summed cross entropy + penalty / 2 * |weights|^2. With a start, weights and
+    biases are its own plus what is solved for, and the penalty counts the change of both: a tag of
+    few posts stays near its start, one of none there.
     """
-    rotation = None
+    rotation, said, counted = None, inputs.new_zeros(()), None
+    if start is not None:
+        said, counted = inputs @ start[0].T + start[1], targets.any(dim=0).to(inputs)
     if inputs.shape[1] > len(inputs):
         # With the penalty the weights lie in the span of the posts: as many directions are enough.
         values, vectors = torch.linalg.eigh((inputs @ inputs.T).double())
@@ -116,7 +126,8 @@ def logistic(
         inputs = (vectors[:, some] * root).float()
     weight = inputs.new_zeros(targets.shape[1], inputs.shape[1], requires_grad=True)
     frequencies = targets.mean(dim=0).clamp(1e-4, 1 - 1e-4)
-    bias = torch.logit(frequencies).clone().requires_grad_()
+    bias = torch.logit(frequencies) if start is None else torch.zeros_like(frequencies)
+    bias = bias.requires_grad_()
     for penalty in penalties:
         solver: Any = torch.optim.LBFGS(
             [weight, bias], max_iter=_ITERATIONS, history_size=10, line_search_fn="strong_wolfe"
@@ -124,9 +135,12 @@ def logistic(
 
         def closure(solver: Any = solver, penalty: float = penalty) -> torch.Tensor:
             solver.zero_grad()
-            logits = inputs @ weight.T + bias
-            loss: Any = binary_cross_entropy_with_logits(logits, targets, reduction="sum")
-            loss = (loss + penalty / 2 * weight.square().sum()) / len(inputs)
+            logits = inputs @ weight.T + bias + said
+            loss: Any = binary_cross_entropy_with_logits(
+                logits, targets, weight=counted, reduction="sum"
+            )
+            size = weight.square().sum() + (0 if start is None else bias.square().sum())
+            loss = (loss + penalty / 2 * size) / len(inputs)
             loss.backward()
             return cast("torch.Tensor", loss)
 
@@ -134,5 +148,8 @@ def logistic(
             solver.step(closure)
         with torch.no_grad():
             found = weight if rotation is None else weight @ rotation.T
-            loss = binary_cross_entropy_with_logits(inputs @ weight.T + bias, targets)
-            yield found.clone(), bias.clone(), float(loss)
+            loss = binary_cross_entropy_with_logits(inputs @ weight.T + bias + said, targets)
+            if start is None:
+                yield found.clone(), bias.clone(), float(loss)
+            else:
+                yield found + start[0], bias + start[1], float(loss)

@@ -18,6 +18,7 @@ from config.fusion_models import MbtSettings, ModelSettings, NextVladSettings
 from config.train import LossSettings, OptimizerSettings
 from fusion.models import MODELS, build_model
 from fusion.models.base import Batch, ModalityDropout
+from fusion.models.probe import logistic
 from fusion.models.transformers import Block, positions
 from fusion.models.vlad import MaskedBatchNorm, NeXtVLAD
 from fusion.train.losses import Objective, TaggingLoss
@@ -285,6 +286,22 @@ def solved(posts: list[Features], targets: np.ndarray, penalty: float) -> tuple[
 
 def rest(posts: list[Features], targets: np.ndarray) -> list[Batch]:
     return [support.batch(posts, targets)] if posts else []
+
+
+@pytest.mark.parametrize("count", [30, 300])
+def test_a_start_pulls_weights_and_biases_to_itself(count: int) -> None:
+    """The slope of loss and penalty is 0 at the solution; a class without posts stays there."""
+    chance = np.random.default_rng(count)
+    x, start = chance.normal(size=(count, 40)) / 6, chance.normal(size=(3, 41))
+    y = (x @ chance.normal(size=(40, 3)) > 0.3) * [1.0, 1.0, 0.0]
+    inputs, targets, first = (torch.tensor(each, dtype=torch.float32) for each in (x, y, start))
+    [(weight, bias, _)] = logistic(inputs, targets, [0.5], (first[:, :40], first[:, 40]))
+    wrong = 1 / (1 + np.exp(-(x @ weight.numpy().T + bias.numpy()))) - y
+    slope = np.vstack([x.T @ wrong, wrong.sum(axis=0)]).T
+    change = np.hstack([weight.numpy(), bias.numpy()[:, None]]) - start
+    np.testing.assert_allclose((slope + 0.5 * change)[:2], 0, atol=0.02)
+    assert np.abs(change[:2]).max() > 0.3
+    np.testing.assert_allclose(change[2], 0, atol=1e-6)
 
 
 @pytest.mark.parametrize("count", [30, 300])

@@ -31,7 +31,7 @@ from fusion.data.posts import PostList
 from fusion.infer.inferer import Inferer
 from fusion.metrics.ranking import GapMeter
 from fusion.models import build_model
-from fusion.models.base import FeatureManifest, InputSchema
+from fusion.models.base import Collate, FeatureManifest, InputSchema, Sample
 
 DIM, NAMES = 24, tuple(f"tag{i}" for i in range(8))
 STREAMS: tuple[Stream, ...] = ("image", "text")
@@ -203,3 +203,35 @@ def test_a_training_starts_with_the_texts_of_a_bundle(tmp_path: Path) -> None:
         start(of=wrong)
     with pytest.raises(ConfigError, match="image cannot go into the space of video"):
         start(projected={"image": "video"})
+
+
+def test_a_linear_probe_is_pulled_to_the_texts_of_a_bundle(tmp_path: Path) -> None:
+    """A tag without posts is found by its text, and one that posts show otherwise by those."""
+    write(tmp_path / "z", made(), UNTRAINED)
+    labels = texts("tag3", "tag1", "tag0").labels()
+    options = {"start": tmp_path / "z", "penalties": [0.1]}
+    settings = ModelSettings.model_validate({"name": "linear_probe", "linear_probe": options})
+    schema = InputSchema.of(manifest(), settings.tokens, len(labels))
+
+    def probe(of: FeatureManifest) -> Any:
+        model = build_model(InputSchema.of(of, settings.tokens, len(labels)), settings)
+        start_from_texts(model, settings, of, labels)
+        return model
+
+    def batch(*posts: Features) -> Any:
+        rows = {"tag1": (0.0, 1.0, 0.0), "tag0": (0.0, 0.0, 0.0), "other": (0.0, 0.0, 1.0)}
+        samples = [
+            Sample(p.post_id, p.arrays, np.array(rows[p.post_id.split()[0]], np.float32))
+            for p in posts
+        ]
+        return Collate(schema)(samples)
+
+    model = probe(manifest())
+    shown = [post(f"{tag} {i}", tag) for tag in ("tag1", "tag0", "other") for i in range(20)]
+    assert len(list(model.solutions([batch(*shown)]))) == 1
+    new = [clear("other a", "tag3"), clear("tag1 b", "tag1"), clear("other c", "other")]
+    assert model.eval()(batch(*new)).argmax(dim=1).tolist() == [0, 1, 2]
+    only_text = probe(FeatureManifest({"text": DIM, "audio": 3}, {"text": "text-1", "audio": "x"}))
+    assert only_text.start[0][:, :3].abs().sum() == 0
+    with pytest.raises(ConfigError, match=r"model\.linear_probe\.start: .* no texts .* of audio"):
+        probe(FeatureManifest({"audio": 3}, {"audio": "x"}))
