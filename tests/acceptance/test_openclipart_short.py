@@ -12,6 +12,7 @@ import openclipart
 import pytest
 
 from common.post import Features
+from config.labels import LabelMap
 from extractors.feature_file import write_features
 
 TAGS = ("animal", "plant", "tool")
@@ -39,7 +40,12 @@ def work(tmp_path: Path) -> Path:
     (tmp_path / "posts").mkdir()
     (tmp_path / "posts" / "posts.json").write_text(json.dumps(entries))
     (tmp_path / "posts" / "idx2name.json").write_text(json.dumps(dict(enumerate(TAGS))))
-    (tmp_path / "features" / "summary_text.json").write_text("{}")
+    for sentence in openclipart.tag_sentences(LabelMap(TAGS)):
+        text = np.array([[name in sentence["text"] for name in TAGS] + [True] * 5], np.float16)
+        post = Features(sentence["post_id"], {"text": text}, {"text": "ok"})
+        write_features(tmp_path / "tag_features", post, {"text": "t"})
+    for done in ("features/summary_image", "features/summary_text", "tag_features/summary_text"):
+        (tmp_path / f"{done}.json").write_text("{}")
     return tmp_path
 
 
