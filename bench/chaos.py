@@ -48,10 +48,9 @@ from chaos_rig.leftovers import become_subreaper
 from chaos_rig.run import Plan, Report, Run, Stock
 from chaos_rig.site import SERVERS, BrokerName
 from results_file import FOLDER, write_results
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from common.logs import configure_logs
+from common.progress import progress_bar
 from common.tables import print_table
 
 _SHORT_MEDIA, _FULL_MEDIA = 8, 100
@@ -90,22 +89,12 @@ def kinds_of(options: argparse.Namespace, broker: BrokerName) -> list[str]:
     return schedule(broker, options.seed)
 
 
-def run_one(
-    options: argparse.Namespace, broker: BrokerName, stock: Stock, shown: Console
-) -> Report:
+def run_one(options: argparse.Namespace, broker: BrokerName, stock: Stock) -> Report:
     """Run one broker."""
-    columns = (
-        TextColumn(broker),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.description}"),
-    )
     with (
         tempfile.TemporaryDirectory(prefix="chaos-", ignore_cleanup_errors=True) as folder,
-        Progress(*columns, console=shown) as bar,
+        progress_bar(broker, options.posts) as bar,
     ):
-        task = bar.add_task("", total=options.posts)
         plan = Plan(
             broker=broker,
             posts=options.posts,
@@ -114,11 +103,7 @@ def run_one(
             limit_s=options.limit_s,
             decoders=1 if options.short else 2,
         )
-
-        def tell(posts: int, what: str) -> None:
-            bar.update(task, completed=posts, description=what)
-
-        run = Run(Path(folder), stock, plan, tell)
+        run = Run(Path(folder), stock, plan, bar.update)
         try:
             return run.run()
         finally:
@@ -171,7 +156,7 @@ def main(arguments: list[str] | None = None) -> int:
             return run_together(options, brokers, place)
         reports = []
         for broker in brokers:
-            reports.append(run_one(options, broker, stock, Console(stderr=True)))
+            reports.append(run_one(options, broker, stock))
             show(reports[-1])
     file = write_results("chaos", 1, [report.figures for report in reports], options.out)
     print(f"written: {file}")

@@ -30,9 +30,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs as a plain 
 
 from results_file import FOLDER, write_results
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from common import errors
+from common.progress import progress_bar
 from common.tables import print_table
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def outcome_of(site: Site, messages: Sequence[BadMessage]) -> Outcome:
     return outcome
 
 
-def drive(site: Site, total: int, timeout_s: float, console: Console) -> list[tuple[int, int]]:
+def drive(site: Site, total: int, timeout_s: float) -> list[tuple[int, int]]:
     """Watch the King until all is done, or nothing is for too long.
 
     Returns:
@@ -125,14 +125,12 @@ def drive(site: Site, total: int, timeout_s: float, console: Console) -> list[tu
     """
     samples: list[tuple[int, int]] = []
     end, moved, before = time.monotonic() + timeout_s, time.monotonic(), -1
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
-        bar = progress.add_task("starting", total=total)
+    with progress_bar("fuzz", total) as bar:
         while time.monotonic() < end and time.monotonic() - moved < _STALLED_S:
             resident = site.look_after_king()
             tagged = site.store.client.posts.count_documents({"insight.status": "tagged"})
             done = tagged + site.store.client.jobs.count_documents({"state": "dead"})
-            progress.update(bar, completed=done, description=site.phase())
+            bar.update(done, site.phase())
             if done != before:
                 before, moved = done, time.monotonic()
             if resident:
@@ -189,7 +187,7 @@ def run(options: argparse.Namespace, folder: Path, console: Console) -> int:
         site.publish(messages)
         site.start_king()
         total = options.media + len(site.odd_ids) + len({message.key for message in messages})
-        samples = drive(site, total, options.timeout, console)
+        samples = drive(site, total, options.timeout)
         outcome = outcome_of(site, messages)
         queue_left = site.queue_left()
         site.stop_king()

@@ -29,10 +29,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs as a plain 
 from chaos_rig.posts import media_server
 from chaos_rig.site import Site
 from results_file import FOLDER, write_results
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from common.logs import configure_logs
+from common.progress import progress_bar
 from common.tables import print_table
 from tests.support import media
 from tests.support.tiny_models import tiny_bundle, tiny_features
@@ -215,13 +214,11 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     configure_logs("json", "error")
     signal.signal(signal.SIGTERM, _end)  # so that nothing outlives this process
-    columns = (TextColumn("soak"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with (
         tempfile.TemporaryDirectory(prefix="soak-", ignore_cleanup_errors=True) as folder,
-        Progress(*columns, console=Console(stderr=True)) as bar,
+        progress_bar("soak", options.posts) as bar,
     ):
-        task = bar.add_task("", total=options.posts)
-        results = soak(options, Path(folder), lambda posts: bar.update(task, completed=posts))
+        results = soak(options, Path(folder), bar.update)
     show(results)
     print(f"written: {write_results('soak', 1, [results], options.out)}")
     return 1 if broken(results) else 0
