@@ -92,7 +92,10 @@ def test_from_a_file(command: Command, tmp_path: Path) -> None:
     file = tmp_path / "ids"
     file.write_text("older\nabsent\nnew\nold\n")
     older = ["--bundle-older-than", "current"]
-    assert command("retag", "--file", str(file), *older)[0] == 0
+    code, out, err = command("retag", "--file", str(file), *older)
+    assert (code, out.split()[:2]) == (0, ["retagging", "2"])
+    where = f"{command.settings.store.database}.posts"
+    assert err.startswith(f"insighttag: retag: not in {where}: 'absent'\n")
     assert [message.post_id for message in command.queued()] == ["older", "old"]
     assert command("retag", "--file", str(file), "--limit", "2")[0] == 0
     assert [message.post_id for message in command.queued()] == ["older", "new"]

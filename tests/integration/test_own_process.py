@@ -7,6 +7,9 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
+import pytest
+
 from king.jobs import is_dead, own_name
 from tests.support.processes import python
 
@@ -76,6 +79,18 @@ def test_kings_know_who_is_dead() -> None:
     assert not is_dead(f"{host}:1:{pid}:1")
     for junk in ("", "k1", "a:b:c", f"{host}:{namespace}:x:1", f"{host}:{namespace}:999999999:1:2"):
         assert not is_dead(junk)
+
+
+@pytest.mark.parametrize("step_s", [-7200, 7200])
+def test_a_king_is_not_taken_for_dead_when_the_clock_is_set(
+    monkeypatch: pytest.MonkeyPatch, step_s: int
+) -> None:
+    """Its name outlives the step: start times as dates, and the date itself, move with the clock."""
+    name, created, now = own_name(), psutil.Process.create_time, time.time
+    monkeypatch.setattr(psutil.Process, "create_time", lambda self: created(self) + step_s)
+    monkeypatch.setattr(time, "time", lambda: now() + step_s)
+    assert not is_dead(name)
+    assert own_name() == name
 
 
 LIMITED = """

@@ -34,6 +34,7 @@ MALFORMED: tuple[tuple[bytes, str], ...] = (
     (body_of("Done", [], ["Fetched", "p", 1]), "int.*array"),
     (body_of("Done", 1, ["Decoded", ["part"], {}]), "array.*str"),
     (body_of("Done", 1, ["Decoded", [], {"smell": {}}]), "smell"),
+    (body_of("Done", 1, ["Decoded", 5, {}]), r"array.*int.*\$\[2\]"),
     (body_of("Done", 1, ["Decoded", [], 5]), "object.*int"),
     (
         body_of("Done", 1, ["Decoded", [["Part", "x", ["ArrayRef", 3, 0, [1], "uint8"]]]]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,17 @@ def test_wrong_label_maps_are_refused(tmp_path: Path, content: object, told: str
         LabelMap.load(file)
     assert told in str(caught.value)
     assert str(file) in str(caught.value)
+
+
+def test_a_name_that_stands_twice_is_found_in_a_large_map() -> None:
+    """In one pass: comparing every name with every other one would take minutes."""
+    names = {str(i): f"tag{i}" for i in range(100_000)}
+    began = time.monotonic()
+    with pytest.raises(ConfigError, match="name 'tag7' stands twice"):
+        LabelMap.from_mapping({**names, "100000": "tag7"}, "map")
+    with pytest.raises(ConfigError, match="name 'tag99999' stands twice"):
+        LabelMap.from_mapping({**names, "100000": "tag99999"}, "map")
+    assert time.monotonic() - began < 30
 
 
 def test_missing_and_broken_label_maps_are_refused(tmp_path: Path) -> None:
