@@ -85,7 +85,7 @@ def test_kings_know_who_is_dead() -> None:
 def test_a_king_is_not_taken_for_dead_when_the_clock_is_set(
     monkeypatch: pytest.MonkeyPatch, step_s: int
 ) -> None:
-    """Its name outlives the step: start times as dates, and the date itself, move with the clock."""
+    """Its name outlives the step: start times as dates, and the date itself, move along."""
     name, created, now = own_name(), psutil.Process.create_time, time.time
     monkeypatch.setattr(psutil.Process, "create_time", lambda self: created(self) + step_s)
     monkeypatch.setattr(time, "time", lambda: now() + step_s)
