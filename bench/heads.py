@@ -1,49 +1,69 @@
-"""Fusion models and losses, each pair with its own learning rate, on features that are fixed.
+"""Fusion models and losses, each model with its own learning rate, on features that are fixed.
 
-On openclipart the models train on authors of three folds and are measured on those of the first; a
-quarter of the training authors is kept apart to choose learning rate and epoch. Of the demo's
+On openclipart the models train on authors of three folds and are measured on those of the third; a
+quarter of the training authors is kept apart to choose. (One author drew 551 of all posts: they are
+among the training posts, since as kept-apart posts they would hide all others.) Of the demo's
 features (``--demo``, the folder of a finished demo) the validation posts choose and the posts of
-the online run are measured. Every cell has its rate of `RATES`, by the kept-apart posts and seed 0,
-then more seeds; and every model with the first loss once more with a moving average of the weights.
-One is better than another where the difference of the means is over two standard errors of it.
+the online run are measured. The choosing posts decide on
 
-Small on purpose: one fold, at most ``--posts`` posts, few epochs, and 22 queries in ``ml_decoder``.
-Absolute figures are below those of ``bench/openclipart.py``, which has TF-IDF too.
+- the rate of each model, out of `RATES`, with the first loss and seed 0;
+- one of the other losses for each model, at that rate and with seed 0: only it, the first loss, and
+  the first loss with a moving average of the weights have more seeds;
+- the epoch of each training.
+
+Each seed draws its own training posts, the same for all cells, so that differences from the default
+are taken within a seed. One cell is better than another where the mean of the differences is over
+two standard errors of it. ``linear_probe`` has neither loss nor rate. ``--sizes`` compares it with
+the default model on fewer or more posts, as many steps for each size.
+
+Small on purpose: one fold, at most ``--posts`` posts, few epochs, 22 queries in ``ml_decoder``, and
+``--width`` for a smaller one of the attention models. Absolute figures are below those of
+``bench/openclipart.py``, which has TF-IDF too.
 
 Run: ``python bench/heads.py --work DIR [--demo DIR] [--seeds 3] [--posts 1200]`` with the posts and
-features of ``bench/openclipart.py``. Results: ``bench/results/heads.json``.
+features of ``bench/openclipart.py``; a training that ended is not repeated, and ``--minutes`` leaves
+out those that would begin later. ``--only demo`` needs no openclipart. Results:
+``bench/results/heads.json``, which keeps the rows of a set not measured.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import random
 import shutil
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Final, get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs as a plain script too
 
-from openclipart import figures, side_by_side, split_posts
+from openclipart import author_of, dealt, figures, side_by_side, split_posts
 from results_file import FOLDER, write_results
 
+from common.files import write_whole
 from common.progress import notice, progress_bar
 from config.fusion_models import ModelName
 from config.labels import LabelMap
 from config.load import validate
 from config.train import LossName, TrainSettings
 
-MODELS: tuple[ModelName, ...] = ("concat_mlp", "mbt", "ml_decoder", "token_transformer")
+PROBE: Final = "linear_probe"
+DEFAULT: Final = "mbt"
+MODELS: tuple[ModelName, ...] = (PROBE, "concat_mlp", "ml_decoder", DEFAULT, "token_transformer")
 LOSSES: tuple[LossName, ...] = ("bce", "asymmetric", "two_way")
 RATES = (1e-3, 4e-3)
 EMA = 0.99
-"""Of steps: a run has some 150, so that 0.999 would still hold the start."""
+"""Of steps: a run has some 300, so that 0.999 would still hold the start."""
+SETS = ("openclipart", "demo")
+FOLD = 2
+BATCH = 32
 
 
 @dataclass(frozen=True)
@@ -57,6 +77,7 @@ class Job:
     seed: int
     ema: float = 0.0
     epochs: int = 8
+    width: int = 0
 
 
 @dataclass(frozen=True)
@@ -72,37 +93,64 @@ class Run:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train every cell, print the table, and write the results."""
     options = parse(arguments)
-    sets = {"openclipart": openclipart_files(options.work, options.posts)}
-    if options.demo is not None:
-        sets["demo"] = demo_files(options.work, options.demo, options.posts)
-    results: list[dict[str, Any]] = []
+    file = options.out / "heads.json"
+    results = json.loads(file.read_text(encoding="utf-8"))["results"] if file.exists() else []
     with side_by_side(options.jobs) as each:
-        for name, folder in sets.items():
-            first = [
-                Job(folder, model, loss, rate, 0, epochs=options.epochs)
-                for model in options.models
-                for loss in options.losses
-                for rate in RATES
-            ]
-            searched = run_all(each, first, f"{name}: rates")
-            best = [
-                max((r for r in searched if (r.job.model, r.job.loss) == cell), key=of_valid)
-                for cell in dict.fromkeys((job.model, job.loss) for job in first)
-            ]
-            seeds = range(1, options.seeds)
-            more = [replace(run.job, seed=seed) for run in best for seed in seeds]
-            averaged = [
-                replace(run.job, seed=seed, ema=EMA)
-                for run in best
-                if run.job.loss == options.losses[0]
-                for seed in range(options.seeds)
-            ]
-            runs = [*best, *run_all(each, [*more, *averaged], f"{name}: seeds")]
-            rows = summarise(name, runs)
+        for name in options.only:
+            if name == "demo" and options.demo is None:
+                continue
+            rows = summarise(name, measure(each, name, options))
             show(rows)
-            results += rows
+            results = [row for row in results if row["data"] != name] + rows
     print(f"written to {write_results('heads', options.seeds, results, options.out)}")
     return 0
+
+
+def measure(
+    each: Callable[..., Iterator[Run]], name: str, options: argparse.Namespace
+) -> list[Run]:
+    """Return the runs of one set of posts, those of seed 0 first."""
+    folders = [folder_of(name, options, options.posts, seed) for seed in range(options.seeds)]
+    loss, *others = options.losses
+    base = Job(folders[0], MODELS[0], loss, RATES[0], 0, 0.0, options.epochs, options.width)
+    rates = [
+        replace(base, model=model, rate=rate)
+        for model in options.models
+        for rate in (RATES[:1] if model == PROBE else RATES)
+    ]
+    run = functools.partial(run_all, each, until=options.until)
+    searched = run(rates, f"{name}: rates")
+    best = [
+        max((r for r in searched if r.job.model == model), key=of_valid).job
+        for model in dict.fromkeys(r.job.model for r in searched)
+    ]
+    trained = [job for job in best if job.model != PROBE]
+
+    def seeded(jobs: Sequence[Job]) -> list[Job]:
+        seeds = range(1, options.seeds)
+        return [replace(job, seed=seed, data=folders[seed]) for seed in seeds for job in jobs]
+
+    runs = [r for r in searched if r.job in best] + run(seeded(best), f"{name}: seeds")
+    averaged = [replace(job, ema=EMA) for job in trained]
+    first = run([replace(job, loss=it) for it in others for job in trained], f"{name}: losses")
+    kept = list(averaged)
+    for job in trained:
+        own = [r for r in first if r.job.model == job.model]
+        kept += [max(own, key=of_valid).job] if own else []
+    runs += [*first, *run(averaged, f"{name}: averages"), *run(seeded(kept), f"{name}: kept")]
+    sizes = [
+        replace(
+            job,
+            seed=seed,
+            data=folder_of(name, options, size, seed),
+            epochs=max(1, round(options.epochs * options.posts / size)),
+        )
+        for size in options.sizes
+        for seed in range(options.seeds)
+        for job in best
+        if job.model in (PROBE, DEFAULT)
+    ]
+    return [*runs, *run(sizes, f"{name}: sizes")]
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -111,30 +159,54 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--demo", type=Path, help="folder of a finished demo")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--posts", type=int, default=1200, help="training posts at most")
+    parser.add_argument("--sizes", type=int, nargs="*", default=(), help="of more training sets")
     parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--width", type=int, default=0, help="of attention models; 0: their own")
+    parser.add_argument("--only", nargs="+", choices=SETS, default=SETS)
     parser.add_argument("--models", nargs="+", choices=get_args(ModelName), default=MODELS)
     parser.add_argument("--losses", nargs="+", choices=get_args(LossName), default=LOSSES)
     parser.add_argument("--jobs", type=int, default=1, help="trainings side by side")
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the result")
-    return parser.parse_args(arguments)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="start none after these")
+    options = parser.parse_args(arguments)
+    options.until = time.time() + 60 * options.minutes
+    return options
 
 
-def openclipart_files(work: Path, count: int) -> Path:
-    """Write the data files of the first fold; return their folder."""
+def folder_of(name: str, options: argparse.Namespace, count: int, seed: int) -> Path:
+    """Write the data files of a set, with a seed's choice of training posts; return their folder.
+
+    They are ``train``, ``valid`` and ``test.json``, and ``labels.json``.
+    """
+    work = options.work.absolute()
+    sides, labels = openclipart(work) if name == "openclipart" else demo_posts(options.demo)
+    folder: Path = work / f"heads-{name}-{count}-{seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copy(labels, folder / "labels.json")
+    for side, posts in sides.items():
+        some = posts
+        if side == "train" and len(posts) > count:
+            some = random.Random(seed).sample(posts, count)
+        (folder / f"{side}.json").write_text(json.dumps(some), encoding="utf-8")
+    return folder
+
+
+def openclipart(work: Path) -> tuple[dict[str, list[Any]], Path]:
+    """Return the posts of each side, and the file of labels."""
     from extractors.feature_file import feature_path
 
-    folder, posts = work.absolute(), json.loads((work / "posts" / "posts.json").read_text("utf-8"))
+    posts = json.loads((work / "posts" / "posts.json").read_text("utf-8"))
     for post in posts:
-        post["features"] = str(feature_path(folder / "features", post["post_id"]))
-    test = split_posts(posts, "author")[0]["test"]
-    chosen = split_posts(posts, "choose")[0]
-    sides = {"train": chosen["train"], "valid": chosen["test"], "test": test}
-    labels = folder / "posts" / "idx2name.json"
-    return write_sides(folder / "heads", sides, labels, count)
+        post["features"] = str(feature_path(work / "features", post["post_id"]))
+    fold = split_posts(posts, "author")[FOLD]
+    groups = {post["post_id"]: author_of(post) for post in fold["train"]}
+    largest, valid, *others = dealt(fold["train"], groups, seed=1 + FOLD)
+    train = [post for part in (largest, *others) for post in part]
+    return {"train": train, "valid": valid, "test": fold["test"]}, work / "posts" / "idx2name.json"
 
 
-def demo_files(work: Path, demo: Path, count: int) -> Path:
-    """Write data files for the features of a finished demo; return their folder."""
+def demo_posts(demo: Path) -> tuple[dict[str, list[Any]], Path]:
+    """Return the posts of a finished demo by side, and the file of labels."""
     from demo.layout import Layout
     from demo.training import LABELS
     from extractors.feature_file import feature_path
@@ -146,24 +218,18 @@ def demo_files(work: Path, demo: Path, count: int) -> Path:
         sides[side] = [{**post, "features": ""} for post in json.loads(text)]
         for post in sides[side]:
             post["features"] = str(feature_path(layout.features, post["post_id"]))
-    return write_sides(work.absolute() / "heads-demo", sides, LABELS, count)
+    return sides, LABELS
 
 
-def write_sides(folder: Path, sides: Mapping[str, list[Any]], labels: Path, count: int) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    shutil.copy(labels, folder / "labels.json")
-    for side, posts in sides.items():
-        some = posts
-        if side == "train" and len(posts) > count:
-            some = random.Random(0).sample(posts, count)
-        (folder / f"{side}.json").write_text(json.dumps(some), encoding="utf-8")
-    return folder
-
-
-def run_all(each: Callable[..., Iterator[Run]], jobs: Sequence[Job], title: str) -> list[Run]:
+def run_all(
+    each: Callable[..., Iterator[Run | None]], jobs: Sequence[Job], title: str, *, until: float
+) -> list[Run]:
+    """Return the runs that were started in time, or had ended before."""
     runs: list[Run] = []
     with progress_bar(title, len(jobs)) as bar:
-        for run in each(train_one, jobs):
+        for run in each(functools.partial(train_one, until=until), jobs):
+            if run is None:
+                continue
             runs.append(run)
             job = run.job
             note = f"{job.model} {job.loss} {job.rate:g} ema {job.ema:g}"
@@ -172,8 +238,8 @@ def run_all(each: Callable[..., Iterator[Run]], jobs: Sequence[Job], title: str)
     return runs
 
 
-def train_one(job: Job) -> Run:
-    """Train one model, and score the posts that nothing was chosen by."""
+def train_one(job: Job, until: float = math.inf) -> Run | None:
+    """Train one model, and score the posts that nothing was chosen by; of one that ended, read."""
     import numpy as np
 
     from common.logs import configure_logs
@@ -182,7 +248,12 @@ def train_one(job: Job) -> Run:
     from fusion.train.training import train
 
     configure_logs("pretty", "error")
-    out = job.data / f"{job.model}-{job.loss}-{job.rate:g}-{job.seed}-{job.ema:g}"
+    cell = f"{job.model}-{job.loss}-{job.rate:g}-{job.ema:g}-{job.epochs}-{job.width}"
+    out, file = job.data / cell, job.data / f"{cell}.json"
+    if file.exists():
+        return Run(job, **json.loads(file.read_text(encoding="utf-8")))
+    if time.time() > until:
+        return None
     shutil.rmtree(out, ignore_errors=True)
     report = train(settings_of(job, out), FeatureFiles())
     inferer = Inferer.load(report.bundle, threads=1)
@@ -197,18 +268,26 @@ def train_one(job: Job) -> Run:
     )
     shutil.rmtree(out)
     found = figures(scores, truth)
-    return Run(job, report.metrics["gap"], found["gap"], found["map"])
+    run = {"valid": report.metrics["gap"], "gap": found["gap"], "mean_ap": found["map"]}
+    write_whole(file, json.dumps(run))
+    return Run(job, **run)
 
 
 def settings_of(job: Job, out: Path) -> TrainSettings:
+    width = {"width": job.width} if job.width else {}
     values: dict[str, Any] = {
         "data": {side: job.data / f"{side}.json" for side in ("train", "valid")},
-        "model": {"name": job.model, "ml_decoder": {"queries": 22}},
+        "model": {
+            "name": job.model,
+            "mbt": width,
+            "ml_decoder": {"queries": 22, **width},
+            "token_transformer": width,
+        },
         "loss": {"name": job.loss},
         "optimizer": {"learning_rate": job.rate, "ema_decay": job.ema},
         "trainer": {
             "epochs": job.epochs,
-            "batch_size": 64,
+            "batch_size": BATCH,
             "n_gpu": 0,
             "precision": "fp32",
             "threads": 1,
@@ -230,19 +309,37 @@ def of_valid(run: Run) -> float:
 
 
 def summarise(name: str, runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Return a row for each cell: means over the seeds and their standard errors, best first."""
-    cells = dict.fromkeys((r.job.model, r.job.loss, r.job.ema) for r in runs)
+    """Return a row for each cell: means over the seeds and their standard errors, best first.
+
+    ``over_default``: the mean difference of GAP@20 from the default model with the first loss, on
+    the same training posts, and its standard error.
+    """
+    cells: dict[tuple[Any, ...], dict[int, Run]] = {}
+    for run in runs:
+        posts = len(json.loads((run.job.data / "train.json").read_text(encoding="utf-8")))
+        cells.setdefault((posts, run.job.model, run.job.loss, run.job.ema), {})[run.job.seed] = run
+    first = runs[0].job.loss
     rows = []
-    for cell in cells:
-        own = [r for r in runs if (r.job.model, r.job.loss, r.job.ema) == cell]
-        row: dict[str, Any] = {"data": name, "model": cell[0], "loss": cell[1], "ema": cell[2]}
-        row["learning_rate"], row["seeds"] = own[0].job.rate, len(own)
-        for key, values in figures_of(own):
-            row[key] = round(statistics.fmean(values), 4)
-            error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-            row[f"{key}_se"] = None if error is None else round(error, 4)
+    for (posts, model, loss, ema), own in cells.items():
+        row: dict[str, Any] = {"data": name, "posts": posts, "model": model, "loss": loss}
+        job = next(iter(own.values())).job
+        row |= {"ema": ema, "learning_rate": job.rate, "epochs": job.epochs, "width": job.width}
+        row["seeds"] = len(own)
+        for key, values in figures_of(list(own.values())):
+            row[key], row[f"{key}_se"] = mean_and_error(values)
+        default = cells.get((posts, DEFAULT, first, 0.0), {})
+        pairs = [own[seed].gap - default[seed].gap for seed in own if seed in default]
+        row["over_default"], row["over_default_se"] = mean_and_error(pairs)
         rows.append(row)
-    return sorted(rows, key=lambda row: -float(row["gap"]))
+    return sorted(rows, key=lambda row: (row["posts"], -float(row["gap"])))
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float | None, float | None]:
+    """Return the mean and its standard error; null where there are too few values."""
+    if not values:
+        return None, None
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    return round(statistics.fmean(values), 4), None if error is None else round(error, 4)
 
 
 def figures_of(runs: Sequence[Run]) -> Iterator[tuple[str, list[float]]]:
@@ -253,13 +350,15 @@ def figures_of(runs: Sequence[Run]) -> Iterator[tuple[str, list[float]]]:
 
 def show(rows: Sequence[Mapping[str, Any]]) -> None:
     """Print the table in Markdown."""
-    print("| data | model | loss | EMA | rate | GAP@20 | se | mAP | se |")
-    print("| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |")
+    print("| data | posts | model | loss | EMA | rate | seeds | GAP@20 | over default | se | mAP |")
+    print("| --- | ---: | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     for row in rows:
+        over, error = row["over_default"], row["over_default_se"]
         print(
-            f"| {row['data']} | `{row['model']}` | {row['loss']} | {row['ema']:g} "
-            f"| {row['learning_rate']:g} | {row['gap']:.3f} | {row['gap_se'] or 0:.3f} "
-            f"| {row['map']:.3f} | {row['map_se'] or 0:.3f} |"
+            f"| {row['data']} | {row['posts']} | `{row['model']}` | {row['loss']} | {row['ema']:g} "
+            f"| {row['learning_rate']:g} | {row['seeds']} | {row['gap']:.3f} "
+            f"| {'' if over is None else f'{over:+.3f}'} "
+            f"| {'' if error is None else f'{error:.3f}'} | {row['map']:.3f} |"
         )
 
 

@@ -83,11 +83,16 @@ def test_the_short_run_finds_what_is_planted(work: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_short_comparison_of_heads_has_every_cell(work: Path) -> None:
-    """Each model with each loss, and with the first loss also averaged."""
+    """Each model with each loss, and with the first loss also averaged; nothing is run twice."""
     options = ["--work", str(work), "--seeds", "2", "--epochs", "2", "--out", str(work)]
     options += ["--models", "concat_mlp", "token_transformer", "--losses", "bce", "two_way"]
     assert heads.main(options) == 0
     rows = json.loads((work / "heads.json").read_text())["results"]
+    ended = {file: file.stat().st_mtime_ns for file in work.glob("heads-*/*bce*.json")}
+    assert ended
+    assert heads.main(options) == 0
+    assert ended == {file: file.stat().st_mtime_ns for file in ended}
+    assert json.loads((work / "heads.json").read_text())["results"] == rows
     cells = {(row["model"], row["loss"], row["ema"] > 0) for row in rows}
     assert cells == {
         (model, loss, averaged)
