@@ -21,9 +21,9 @@ Small on purpose: one fold, at most ``--posts`` posts, few epochs, 22 queries in
 ``bench/openclipart.py``, which has TF-IDF too.
 
 Run: ``python bench/heads.py --work DIR [--demo DIR] [--seeds 3] [--posts 1200]`` with the posts and
-features of ``bench/openclipart.py``; a training that ended is not repeated, and ``--minutes`` leaves
-out those that would begin later. ``--only demo`` needs no openclipart. Results:
-``bench/results/heads.json``, which keeps the rows of a set not measured.
+features of ``bench/openclipart.py``; a training that ended is not repeated, and with ``--minutes``
+none begins later. ``--only demo`` needs no openclipart. Results: ``bench/results/heads.json``,
+which keeps the rows of a set that is not measured.
 """
 
 from __future__ import annotations
