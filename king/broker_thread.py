@@ -75,6 +75,8 @@ class BrokerThread:
         """Acknowledge messages (any thread)."""
         # A list, which is appended at once: a few at a time would bring new messages as scattered.
         self._settlements.extend([partial(self._broker.ack, delivery) for delivery in deliveries])
+        if deliveries:
+            self._broker.wake()
 
     def requeue(self, deliveries: Sequence[Delivery]) -> None:
         """Put messages back on the queue (any thread)."""

@@ -200,6 +200,9 @@ class Broker(ABC):
         Raises BrokerUnavailable, and ConfigError when the broker refuses the request of a probe.
         """
 
+    def wake(self) -> None:  # noqa: B027 - not every client can be woken
+        """End a `drain` that waits, or else the next one (any thread): there is something to do."""
+
     def unacknowledged(self) -> int | None:
         """Return the number of messages in somebody's hands; None where the broker does not say.
 

@@ -17,6 +17,7 @@ import base64
 import binascii
 import itertools
 import json
+import threading
 import time
 import uuid
 from collections.abc import Iterable
@@ -103,6 +104,7 @@ class RedisBroker(Broker):
         self._tag_prefix = ""
         self._tag_numbers = itertools.count()
         self._is_empty = True  # by the last answer
+        self._woken = threading.Event()
         self._acked: list[int | str] = []
         self._asked: list[str] = []  # tags of a `take` whose answer has not come
         self._renew_every_s = settings.visibility_timeout_s / 4
@@ -134,10 +136,13 @@ class RedisBroker(Broker):
                 self._look_after_leases()
                 self._take()
                 left_s = end - time.monotonic()
-                if self._inbox or left_s <= 0:
+                if self._inbox or left_s <= 0 or self._woken.wait(min(left_s, _POLL_S)):
                     break
-                time.sleep(min(left_s, _POLL_S))
+        self._woken.clear()
         return self._hand_over()
+
+    def wake(self) -> None:
+        self._woken.set()
 
     def _look_after_leases(self) -> None:
         now = time.monotonic()

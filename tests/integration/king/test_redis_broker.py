@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -77,6 +79,21 @@ def test_acks_are_sent_together_and_leave_nothing(settings: BrokerSettings, clie
         broker.drain(0)
         assert client.info("stats")["total_commands_processed"] - before < 20
         assert client.keys(f"{settings.queue}*") == []
+
+
+def test_a_drain_that_waits_can_be_woken(settings: BrokerSettings) -> None:
+    """So that what was asked for meanwhile does not wait for its end."""
+    with connected(settings) as broker:
+        Consumer(broker).take(5)
+        timer = threading.Timer(0.2, broker.wake)
+        timer.start()
+        began = time.monotonic()
+        assert broker.drain(600) == 0
+        assert time.monotonic() - began < 300
+        broker.wake()  # outside a drain: the next one does not wait
+        assert broker.drain(600) == 0
+        assert time.monotonic() - began < 300
+        timer.join()
 
 
 def test_an_ack_after_the_lease_takes_nobody_elses(settings: BrokerSettings, client: Any) -> None:
