@@ -33,6 +33,13 @@ def since_time(text: str | None, now_s: float, option: str = "--since") -> float
     return (date if date.tzinfo else date.replace(tzinfo=timezone.utc)).timestamp()
 
 
+def plain(value: object) -> str:
+    """Return what JSON lacks as text, for its ``default``: a date in ISO form, with its zone."""
+    if isinstance(value, datetime):
+        return (value if value.tzinfo else value.replace(tzinfo=timezone.utc)).isoformat()
+    return str(value)
+
+
 def moment_of(value: object) -> float | None:
     """Read a date, ISO text, ObjectId or Unix time (seconds, milliseconds) into Unix seconds."""
     if isinstance(value, ObjectId):

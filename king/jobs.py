@@ -36,6 +36,8 @@ OPEN_STATES: tuple[JobState, ...] = ("waiting", "queued", "running")
 # its post half an hour.
 QUEUED_FOR_S = 900.0
 
+_YEAR_10000_S = 253_402_300_800  # Python knows no date behind it
+
 Bundle: TypeAlias = tuple[str, str]
 """Name and version of what is deployed."""
 
@@ -218,7 +220,7 @@ class Job:
         """Read a document; a key that is absent or of another type takes its default."""
         error = document.get("last_error")
         last_error = {str(k): str(v) for k, v in error.items()} if isinstance(error, dict) else None
-        state = document.get("state")
+        state, owner = document.get("state"), document.get("owner")
         return cls(
             post_id=str(document.get("_id")),
             state=state if state in JOB_STATES else "dead",
@@ -230,7 +232,7 @@ class Job:
             force=bool(document.get("force")),
             first_at=number(document.get("first_at")),
             updated_at=number(document.get("updated_at")),
-            owner=document.get("owner") or None,
+            owner=str(owner) if owner else None,
             lease_until=number(document.get("lease_until")),
         )
 
@@ -246,8 +248,10 @@ def message_key(payload: str) -> str:
 
 
 def number(value: object) -> float:
-    """Return a stored number, or 0 for anything else."""
-    return float(value) if isinstance(value, (int, float)) else 0.0
+    """Return a stored count or time; 0 for anything else, also for a date past the year 9999."""
+    if isinstance(value, (int, float)) and abs(value) < _YEAR_10000_S:  # NaN is not
+        return float(value)
+    return 0.0
 
 
 @dataclass(frozen=True, slots=True)

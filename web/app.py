@@ -25,6 +25,7 @@ from werkzeug.routing import PathConverter
 
 from common.errors import BundleError, ConfigError, TaggingError
 from common.post import Tags, rounded
+from common.times import plain
 from config.labels import LabelMap
 from config.settings import Settings
 from king.messages import PostMessage
@@ -71,6 +72,8 @@ def create_app(
     app = Flask(__name__, static_folder=None)
     app.json.ensure_ascii = False  # type: ignore[attr-defined]
     app.json.sort_keys = False  # type: ignore[attr-defined]
+    # The result of a post is shown as it is stored, also where the platform has written into it.
+    app.json.default = plain  # type: ignore[attr-defined]
     app.url_map.merge_slashes = False
     app.url_map.converters["any_id"] = _AnyId
     guard(app, settings.http)

@@ -110,8 +110,6 @@ def state_of(stored: StoredPost | None, job: Job | None) -> dict[str, Any]:
     ``untagged`` (it waits for its first attempt or was never published).
     """
     result = dict(stored.result) if stored is not None and stored.result else None
-    if result is not None and hasattr(result.get("tagged_at"), "isoformat"):
-        result["tagged_at"] = result["tagged_at"].isoformat()
     states = {"running": "in_flight", "waiting": "queued", "queued": "queued", "dead": "dead"}
     if job is not None:
         state = states[job.state]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import http.client
 import ipaddress
 import math
 import os
@@ -19,6 +20,7 @@ import secrets
 import shutil
 import socket
 import ssl
+import string
 import time
 import zlib
 from collections.abc import Iterable, Iterator
@@ -28,7 +30,7 @@ from http.cookiejar import DefaultCookiePolicy
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeAlias
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import quote, urljoin, urlsplit
 
 import requests
 import structlog
@@ -64,10 +66,10 @@ _RETRYABLE = frozenset({408, 425, 429})
 _MAX_URL = 8192
 """Longer URLs are refused; browsers and servers stop at about as many characters."""
 
+_NO_HTTP = "the answer is no proper HTTP"
 _NO_MEDIA = frozenset({"application/json", "application/xhtml+xml", "application/xml"})
 _BAD_URL = (
     requests.exceptions.InvalidURL,
-    requests.exceptions.InvalidHeader,
     requests.exceptions.InvalidSchema,
     urllib3.exceptions.LocationValueError,
 )
@@ -208,8 +210,24 @@ class _TimedSocket(socket.socket):
             self.settimeout(timeout_s)
 
 
+class _FinalResponse(http.client.HTTPResponse):
+    """The answer behind the interim ones (102, 103), which http.client takes for answers."""
+
+    def _read_status(self) -> tuple[str, int, str]:  # typeshed does not know it
+        while True:
+            status: tuple[str, int, str] = super()._read_status()  # type: ignore[misc]
+            if not 101 < status[1] < 200:  # 100 is skipped by `begin`; 101 was not asked for
+                return status
+            http.client.parse_headers(self.fp)
+
+
+class _Session(requests.Session):
+    def get_redirect_target(self, resp: requests.Response) -> None:
+        """Know of no redirects: the library reads their bodies whole, also unasked to follow."""
+
+
 def _guarded_session(guard: Guard, user_agent: str) -> requests.Session:
-    session = requests.Session()
+    session = _Session()
     session.trust_env = False  # no proxies, no .netrc: what is connected to is what was checked
     # No cookies: posts have nothing to do with each other.
     session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
@@ -235,6 +253,8 @@ def _pool_classes(of_thread: Guard) -> dict[str, type[urllib3.HTTPConnectionPool
         guard = of_thread
 
     class Guarded(HTTPConnection):
+        response_class = _FinalResponse
+
         def _new_conn(self) -> socket.socket:
             timeout_s = self.timeout if isinstance(self.timeout, (int, float)) else 60.0
             made = of_thread.connect(self._dns_host, self.port, timeout_s, self.socket_options)
@@ -297,7 +317,10 @@ class Fetcher:
     def _try(self, url: str, target: Path) -> Fetched:
         try:
             with closing(self._open(url)) as response:
-                return self._save(response, target)
+                try:
+                    return self._save(response, target)
+                except ValueError as error:  # a size of a chunk that is no number
+                    raise FetchRetryable(_NO_HTTP) from error
         except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
             self._guard.check()
             raise self._mapped(error) from error
@@ -318,10 +341,11 @@ class Fetcher:
             location = response.headers.get("Location")
             if response.status_code not in _REDIRECTS or not location:
                 return response
-            response.close()  # not read: the body of a redirect may be endless
-            # Header bytes come as Latin-1; a path that was sent as it is written is UTF-8.
-            location = location.encode("latin-1", "replace").decode("utf-8", "replace")
-            url = urljoin(url, location)
+            # Not read, for it may be endless; a short one is, to keep the connection alive.
+            if (response.raw.length_remaining or STEP_BYTES) < STEP_BYTES:
+                response.raw.read(decode_content=False)
+            response.close()
+            url = urljoin(url, _unquoted(location))
         raise FetchRefused(f"more than {self._settings.max_redirects} redirects")
 
     def _save(self, response: requests.Response, target: Path) -> Fetched:
@@ -335,7 +359,7 @@ class Fetcher:
         content_type = response.headers.get("Content-Type", "").partition(";")[0].strip().lower()
         suspect = content_type.startswith("text/html") or content_type in _NO_MEDIA
         length = response.headers.get("Content-Length", "")
-        if length.isdigit() and int(length[:20]) > self._settings.max_bytes:
+        if length.isdecimal() and int(length[:20]) > self._settings.max_bytes:
             raise self._too_large()
         size, digest = 0, hashlib.sha256()
         # Not unpacked by urllib3, which unpacks a chunk whole, however large it becomes.
@@ -367,6 +391,8 @@ class Fetcher:
             return _tls_failure(error)
         if isinstance(error, (requests.Timeout, urllib3.exceptions.TimeoutError)):
             return FetchRetryable(f"timed out after {self._settings.read_timeout_s:g} s")
+        if isinstance(error, requests.exceptions.InvalidHeader):  # of the answer: two lengths
+            return FetchRetryable(_NO_HTTP)
         if isinstance(error, _BAD_URL):
             return FetchRefused("not a URL that can be requested")
         return FetchRetryable("the connection broke")
@@ -385,6 +411,15 @@ def _tls_failure(error: BaseException) -> FetchRetryable | FetchRefused:
     if isinstance(error, OSError) and not isinstance(error, ssl.SSLError):
         return FetchRetryable(f"the TLS connection: {error.strerror or error}")
     return FetchRefused("the TLS connection cannot be trusted or agreed on")
+
+
+def _unquoted(location: str) -> str:
+    """Return the target of a redirect whose bytes, read as Latin-1, were sent as they are."""
+    sent = location.encode("latin-1", "replace")
+    try:
+        return sent.decode()
+    except UnicodeDecodeError:  # of another character set: a path of these bytes
+        return quote(sent, safe=string.printable)
 
 
 def _check_url(url: str) -> None:

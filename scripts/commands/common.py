@@ -12,6 +12,7 @@ import typer
 
 from common.cli import say
 from common.logs import configure_logs
+from common.times import plain
 from config.load import load_settings
 from config.settings import Settings
 
@@ -66,13 +67,7 @@ def listed(post_ids: Sequence[str]) -> str:
 
 def print_json(value: Any) -> None:
     """Print one JSON document."""
-    say(json.dumps(value, ensure_ascii=False, indent=2, default=_plain) + "\n")
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, datetime):
-        return (value if value.tzinfo else value.replace(tzinfo=timezone.utc)).isoformat()
-    return str(value)
+    say(json.dumps(value, ensure_ascii=False, indent=2, default=plain) + "\n")
 
 
 def ago(then_s: float | None, now_s: float) -> str:

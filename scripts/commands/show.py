@@ -20,7 +20,7 @@ from scripts.commands.common import (
 )
 
 _OF_THE_STATUS = {"status", "model", "version", "tagged_at", "attempts", "partial", "error"}
-_OF_THE_TABLES = {"tags", "modalities", "failures", "timings_ms"}
+_OF_THE_TABLES = {"tags": list, "modalities": dict, "failures": dict, "timings_ms": dict}
 
 
 def show(
@@ -76,24 +76,38 @@ def _print(content: dict[str, Any], *, found: bool) -> None:
         if result.get("error"):
             say(f"error     {_error(result['error'])}\n")
         for name, value in result.items():
-            if name not in _OF_THE_STATUS | _OF_THE_TABLES:  # keys that came later
+            # Keys that came later, and values that the platform has put there.
+            if name not in _OF_THE_STATUS and not isinstance(value, _OF_THE_TABLES.get(name, ())):
                 say(f"{name:<9} {value}\n")
     if job is not None:
         due = f", due {job['due_at']}" if job["due_at"] and job["state"] != "dead" else ""
         say(f"job       {job['state']}, {job['attempts']} attempts{due}\n")
         if job["last_error"]:
             say(f"last      {_error(job['last_error'])}\n")
-    if result and result.get("tags"):
-        tags = [(tag["name"], f"{tag['score']:.3f}", tag["id"]) for tag in result["tags"]]
-        print_table("", ("tag", "score", "id"), tags)
-    if result and result.get("modalities"):
-        failures = result.get("failures") or {}
+    tables = {
+        name: result[name] if result and isinstance(result.get(name), kind) else kind()
+        for name, kind in _OF_THE_TABLES.items()
+    }
+    if tables["tags"]:
+        print_table("", ("tag", "score", "id"), map(_tag, tables["tags"]))
+    if tables["modalities"]:
+        failures = tables["failures"]
         rows = [
             (name, state, _error(failures[name]) if name in failures else "")
-            for name, state in result["modalities"].items()
+            for name, state in tables["modalities"].items()
         ]
         print_table("", ("modality", "state", "why"), rows)
 
 
-def _error(error: dict[str, Any]) -> str:
+def _tag(tag: Any) -> tuple[Any, Any, Any]:
+    if not isinstance(tag, dict):
+        return tag, "", ""
+    score = tag.get("score")
+    shown = f"{score:.3f}" if isinstance(score, (int, float)) else score
+    return tag.get("name"), shown, tag.get("id")
+
+
+def _error(error: Any) -> str:
+    if not isinstance(error, dict):
+        return str(error)
     return f"{error.get('stage')}: {error.get('type')}: {error.get('message')}"

@@ -199,6 +199,39 @@ def test_a_terminal_obeys_no_stored_text(
     assert command.json("show", post_id)["result"]["tags"][0]["name"] == f"cat {HOSTILE}"
 
 
+ODD: list[Any] = [5, "x", [[{}]], {"a": 1}]
+
+
+def test_results_and_jobs_of_any_shape_are_shown(
+    command: Command, database: pymongo.database.Database[dict[str, Any]]
+) -> None:
+    """The platform may write there too, or an operator: no traceback, and the value is printed."""
+    result = {
+        **{"model": "m", "version": "1", "status": "tagged", "tags": [], "modalities": {}},
+        **{"failures": {}, "error": None, "tagged_at": 1, "attempts": 1, "partial": False},
+    }
+    tag = {"id": 1, "name": "cat", "score": 0.5}
+    results: list[Any] = [*ODD]
+    for odd in ODD:
+        results += [{**result, key: odd} for key in result]
+        results += [{**result, "tags": [{**tag, key: odd}]} for key in tag]
+        parts = ({"tags": [odd]}, {"modalities": {"video": odd}})
+        results += [{**result, **part} for part in parts]
+        results.append({**result, "modalities": {"video": "failed"}, "failures": {"video": odd}})
+    letter = dead("j", "fetch", "FetchRefused")
+    keys = [key for key in letter if key not in ("_id", "state")]
+    values = [*ODD, 1e300, -1e12, True, None]
+    letters = [{**letter, key: odd} for odd in values for key in keys]
+    database["posts"].insert_many([{"_id": f"r{n}", "insight": r} for n, r in enumerate(results)])
+    database["jobs"].insert_many([{**each, "_id": f"j{n}"} for n, each in enumerate(letters)])
+    for n in range(len(results)):
+        assert command("show", f"r{n}", *(["--json"] if n % 5 == 0 else []))[0] == 0, results[n]
+    for line in (["dead", "list"], ["dead", "list", "--json"], ["status"], ["show", "j9"]):
+        code, out, err = command(*line)
+        assert code == 0, err
+        assert line[0] != "dead" or f"j{len(letters) - 1}" in out
+
+
 def test_show_tells_tags_modalities_and_reasons(
     command: Command, database: pymongo.database.Database[dict[str, Any]]
 ) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pymongo
 import pytest
+from bson import ObjectId
 
 from config.settings import Settings
 from king.broker.connect import queue_depth
@@ -131,6 +132,19 @@ def test_every_state_of_a_post(posts: Desk, database: Any) -> None:
         "error": error,
     }
     assert found["42"].json["job"]["due_at"] == "1970-01-01T00:00:05+00:00"
+
+
+def test_a_result_that_the_platform_has_written_into_is_shown(posts: Desk, database: Any) -> None:
+    """Values that JSON lacks are texts, and a job whose time is no date has none."""
+    odd = {"oid": ObjectId(), "at": datetime(2026, 1, 2), "raw": b"x", "deep": [{"no": 2**62}]}
+    database.posts.insert_one({"_id": "p1", "insight": {"status": "tagged", **odd}})
+    database.jobs.insert_one({"_id": "p1", "state": "queued", "attempts": 1e300, "due_at": 1e300})
+    answer = posts.client.get("/v1/posts/p1")
+    assert answer.status_code == 200
+    result = answer.json["result"]
+    assert (result["oid"], result["deep"]) == (str(odd["oid"]), odd["deep"])
+    assert result["at"] == "2026-01-02T00:00:00+00:00"
+    assert answer.json["job"]["due_at"] == "1970-01-01T00:00:00+00:00"
 
 
 def test_readiness_follows_the_servers(

@@ -24,12 +24,17 @@ from workers.fetch import Fetcher
     "path",
     [
         *("/ok", "/chunked", "/gzip", "/stray", "/deflate"),
-        *("/redirect/2", "/ok/a b", "/ok/猫.png", "/to//ok/猫"),
+        *("/redirect/2", "/ok/a b", "/ok/猫.png", "/to//ok/猫", "/latin", "/interim"),
     ],
 )
 def test_body_arrives_whole(web: Web, tmp_path: Path, path: str) -> None:
     """With a length, in chunks, packed unasked, behind redirects, under any name: the bytes."""
     assert get(web.url(path), tmp_path) == BODY
+
+
+def test_the_body_of_a_redirect_is_not_read(web: Web, tmp_path: Path) -> None:
+    """It may be endless, or a bomb: requests would read and unpack it whole, unasked to follow."""
+    assert get(web.url("/aside"), tmp_path, total_timeout_s=20) == BODY
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")
@@ -114,6 +119,8 @@ def test_what_cannot_be_had(web: Web, tmp_path: Path, path: str, reason: str) ->
         ("/status/408", "HTTP 408"),
         ("/reset", "the connection broke"),
         ("/short", "the connection broke"),
+        ("/lengths", "the answer is no proper HTTP"),
+        ("/badchunk", "the answer is no proper HTTP"),
         ("/cutzip", "content encoding gzip: the body is cut short"),
     ],
 )

@@ -55,6 +55,34 @@ class _Handler(Answers):
     def do_to(self, rest: str) -> None:
         self.answer(b"", 301, Location=unquote(rest).encode().decode("latin-1"))
 
+    def do_aside(self, rest: str) -> None:
+        """A redirect whose body never ends."""
+        self.close_connection = True
+        self.send_response(302)
+        self.send_header("Location", "/ok")
+        self.end_headers()
+        while True:
+            self.wfile.write(b"z" * 65536)
+
+    def do_latin(self, rest: str) -> None:
+        """A redirect to a path that is not UTF-8 and was not quoted."""
+        self.answer(b"", 302, Location="/ok/caf\xe9")
+
+    def do_interim(self, rest: str) -> None:
+        """Early hints, before the answer."""
+        self.wfile.write(b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n" * 2)
+        self.answer(BODY)
+
+    def do_lengths(self, rest: str) -> None:
+        self.answer(BODY[:5], Content_length="6")
+
+    def do_badchunk(self, rest: str) -> None:
+        self.close_connection = True
+        self.send_response(200)
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        self.wfile.write(b"-5\r\nabc\r\n0\r\n\r\n")
+
     def do_endless(self, rest: str) -> None:
         """No length, never ends."""
         self.close_connection = True

@@ -36,3 +36,11 @@ def test_claims_are_decided_by_the_state_of_the_job(
     """King k1 claims, with three attempts at a post; the King named dead is known to be dead."""
     rules = context(is_dead=lambda owner: owner == "dead")
     assert decide(job, claim("p", **message), rules) == decision
+
+
+@pytest.mark.parametrize("odd", [float("nan"), float("inf"), -1e300, "x", b"x", [1], {"a": 1}])
+def test_job_of_any_shape_is_read(odd: object) -> None:
+    """An operator may have written into it: what cannot be takes its default."""
+    job = Job.of({"_id": "p", **dict.fromkeys(Job("p", "dead", 1).as_document(), odd)})
+    assert (job.state, job.attempts, job.lease_until) == ("dead", 0, 0.0)
+    assert job.owner is None or isinstance(job.owner, str)
