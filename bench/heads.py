@@ -23,7 +23,7 @@ Small on purpose: one fold, at most ``--posts`` posts, few epochs, 22 queries in
 Run: ``python bench/heads.py --work DIR [--demo DIR] [--seeds 3] [--posts 1200]`` with the posts and
 features of ``bench/openclipart.py``; a training that ended is not repeated, and with ``--minutes``
 none begins later. ``--only demo`` needs no openclipart. Results: ``bench/results/heads.json``,
-which keeps the rows of a set that is not measured.
+which keeps the rows of other sets, sizes and widths.
 """
 
 from __future__ import annotations
@@ -101,7 +101,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 continue
             rows = summarise(name, measure(each, name, options))
             show(rows)
-            results = [row for row in results if row["data"] != name] + rows
+            again = {setting_of(row) for row in rows}
+            results = [row for row in results if setting_of(row) not in again] + rows
     print(f"written to {write_results('heads', options.seeds, results, options.out)}")
     return 0
 
@@ -332,6 +333,10 @@ def summarise(name: str, runs: Sequence[Run]) -> list[dict[str, Any]]:
         row["over_default"], row["over_default_se"] = mean_and_error(pairs)
         rows.append(row)
     return sorted(rows, key=lambda row: (row["posts"], -float(row["gap"])))
+
+
+def setting_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return row["data"], row["posts"], row["width"]
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float | None, float | None]:
