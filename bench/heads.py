@@ -14,7 +14,7 @@ the online run are measured. The choosing posts decide on
 Each seed draws its own training posts, the same for all cells, so that differences from the default
 are taken within a seed. One cell is better than another where the mean of the differences is over
 two standard errors of it. ``linear_probe`` has neither loss nor rate. ``--sizes`` compares it with
-the default model on fewer or more posts, as many steps for each size.
+the default model on fewer posts, by as many steps, or on more, by as many epochs.
 
 Small on purpose: one fold, at most ``--posts`` posts, few epochs, 22 queries in ``ml_decoder``, and
 ``--width`` for a smaller one of the attention models. Absolute figures are below those of
@@ -144,7 +144,7 @@ def measure(
             job,
             seed=seed,
             data=folder_of(name, options, size, seed),
-            epochs=max(1, round(options.epochs * options.posts / size)),
+            epochs=max(options.epochs, round(options.epochs * options.posts / size)),
         )
         for size in options.sizes
         for seed in range(options.seeds)
