@@ -276,7 +276,8 @@ def write_start(work: Path, folder: Path, labels: LabelMap) -> None:
     The posts are shown to it without labels: they centre the vectors and do not calibrate. Inside
     the training folds the stronger pull that this gives was the better one.
     """
-    from fusion.bundle.tag_vectors import UNTRAINED, TagRows, write, zero_shot
+    from fusion.bundle.bundle import save_bundle
+    from fusion.bundle.tag_vectors import TagRows, zero_shot
     from fusion.data.dataset import FeatureFiles
     from fusion.data.posts import PostList
     from fusion.models.base import FeatureManifest
@@ -294,7 +295,7 @@ def write_start(work: Path, folder: Path, labels: LabelMap) -> None:
         FeatureFiles(),
         name="texts",
     )
-    write(folder / "texts", bundle, UNTRAINED)
+    save_bundle(folder / "texts", bundle)
 
 
 def tag_sentences(labels: LabelMap) -> list[dict[str, Any]]:

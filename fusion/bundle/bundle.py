@@ -124,21 +124,23 @@ class Bundle:
     """A bundle in memory.
 
     Attributes:
+        settings: Of the model; an ensemble's members have the same.
         model: In evaluation mode, on the CPU; several members are one `Ensemble`.
         thresholds: float32 ``(classes,)``, on calibrated scores.
         calibration: Makes the model's scores probabilities; None leaves them.
+        version: Empty until it is written.
         subsets: GAP where only these modalities are shown; empty where it was not measured.
         learned_from: The posts that the fusion model was trained on.
     """
 
     name: str
-    version: str
     labels: LabelMap
     manifest: FeatureManifest
-    schema: InputSchema
+    settings: ModelSettings
     model: FusionModel | Ensemble
     thresholds: npt.NDArray[np.float32]
-    metrics: Mapping[str, float]
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    version: str = ""
     calibration: Calibration | None = None
     subsets: Mapping[str, float] = field(default_factory=dict)
     seen_posts: int = 0
@@ -148,32 +150,26 @@ class Bundle:
     def members(self) -> tuple[FusionModel, ...]:
         return members_of(self.model)
 
+    @property
+    def averaging(self) -> Averaging:
+        return self.model.averaging if isinstance(self.model, Ensemble) else "probabilities"
 
-def save_bundle(
-    folder: Path,
-    *,
-    name: str,
-    model: FusionModel | Ensemble,
-    settings: ModelSettings,
-    manifest: FeatureManifest,
-    labels: LabelMap,
-    thresholds: npt.NDArray[np.float32],
-    metrics: Mapping[str, float],
-    calibration: Calibration | None = None,
-    subsets: Mapping[str, float] | None = None,
-    seen_posts: int = 0,
-    learned_from: PostSet | None = None,
-    made_at: str | None = None,
-) -> str:
-    """Write a bundle; an older one is replaced in one step.
+    @property
+    def schema(self) -> InputSchema:
+        return self.members[0].schema
 
-    The arguments are the fields of `Bundle`, and ``made_at``: time in the version; now by default.
-    The version is the time in UTC and the beginning of the weights' sha256; later is greater.
+
+def save_bundle(folder: Path, bundle: Bundle, *, made_at: str | None = None) -> str:
+    """Write a bundle and return its version; an older one is replaced in one step.
+
+    The version is ``made_at``, a time in UTC, now by default, and the beginning of the weights'
+    sha256; later is greater.
     """
+    manifest = bundle.manifest
     try:
         with new_folder(folder) as part:
-            digests = _write_weights(part, members_of(model), learned_from)
-            text = json.dumps(labels.as_json(), ensure_ascii=False, indent=1)
+            digests = _write_weights(part, bundle)
+            text = json.dumps(bundle.labels.as_json(), ensure_ascii=False, indent=1)
             (part / LABELS).write_text(text + "\n", encoding="utf-8")
             digest = (
                 hashlib.sha256("".join(digests).encode()).hexdigest() if digests[1:] else digests[0]
@@ -182,7 +178,7 @@ def save_bundle(
             version = f"{made_at}-{digest[:8]}"
             about = About(
                 format=1,
-                name=name,
+                name=bundle.name,
                 version=version,
                 image_as_frames=manifest.image_as_frames,
                 ocr_mode=manifest.ocr_mode,
@@ -194,13 +190,13 @@ def save_bundle(
                     )
                     for m, dim in manifest.dims.items()
                 },
-                model=settings,
-                thresholds=tuple(round(float(t), 6) for t in thresholds),
-                calibration=calibration,
-                metrics={key: float(value) for key, value in metrics.items()},
-                seen_posts=seen_posts,
-                subsets={key: float(value) for key, value in (subsets or {}).items()},
-                averaging=model.averaging if isinstance(model, Ensemble) else "probabilities",
+                model=bundle.settings,
+                thresholds=tuple(round(float(t), 6) for t in bundle.thresholds),
+                calibration=bundle.calibration,
+                metrics={key: float(value) for key, value in bundle.metrics.items()},
+                seen_posts=bundle.seen_posts,
+                subsets={key: float(value) for key, value in bundle.subsets.items()},
+                averaging=bundle.averaging,
                 weights_sha256=digests[0],
                 members_sha256=digests[1:],
                 labels_sha256=_sha256(part / LABELS),
@@ -209,7 +205,7 @@ def save_bundle(
             for entry in content["features"].values():
                 if not entry["made_of"]:
                     del entry["made_of"]
-            if not seen_posts:
+            if not bundle.seen_posts:
                 del content["seen_posts"]
             lines = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
             (part / ABOUT).write_text(lines, encoding="utf-8")
@@ -236,14 +232,13 @@ def load_bundle(folder: Path) -> Bundle:
         raise BundleError(f"{folder}: {len(about.thresholds)} thresholds for {len(labels)} labels")
     for member, file in zip(members, weights, strict=True):
         _fill(member, folder / file)
-    model = members[0] if len(members) == 1 else Ensemble(members, about.averaging)
     return Bundle(
         name=about.name,
         version=about.version,
         labels=labels,
         manifest=about.manifest(),
-        schema=schema,
-        model=model.eval().requires_grad_(False),
+        settings=about.model,
+        model=joined(members, about.averaging).requires_grad_(False),
         thresholds=np.array(about.thresholds, dtype=np.float32),
         metrics=about.metrics,
         calibration=about.calibration,
@@ -258,6 +253,11 @@ def members_of(model: FusionModel | Ensemble) -> tuple[FusionModel, ...]:
     if isinstance(model, Ensemble):
         return tuple(cast("FusionModel", member) for member in model.members)
     return (model,)
+
+
+def joined(models: Sequence[FusionModel], averaging: Averaging) -> FusionModel | Ensemble:
+    """Return one model, or several as an ensemble; in evaluation mode."""
+    return (models[0] if len(models) == 1 else Ensemble(models, averaging)).eval()
 
 
 def newest_version(folder: Path) -> str | None:
@@ -275,19 +275,17 @@ def _weight_files(members: int) -> tuple[str, ...]:
     return (WEIGHTS, *(f"members/{i}.safetensors" for i in range(1, members)))
 
 
-def _write_weights(
-    folder: Path, members: tuple[FusionModel, ...], learned_from: PostSet | None
-) -> tuple[str, ...]:
+def _write_weights(folder: Path, bundle: Bundle) -> tuple[str, ...]:
     """Write each member's weights, the first with the posts of all; return the files' digests."""
     from safetensors.torch import save_file
 
-    paths = [folder / file for file in _weight_files(len(members))]
-    for member, path in zip(members, paths, strict=True):
+    paths = [folder / file for file in _weight_files(len(bundle.members))]
+    for member, path in zip(bundle.members, paths, strict=True):
         path.parent.mkdir(exist_ok=True)
         state = {k: v.detach().cpu().contiguous() for k, v in member.state_dict().items()}
         about: dict[str, str] | None = None
-        if learned_from is not None and path.name == WEIGHTS:
-            about = {KEY: json.dumps({KEY: learned_from.as_text()})}
+        if len(bundle.learned_from) and path.name == WEIGHTS:
+            about = {KEY: json.dumps({KEY: bundle.learned_from.as_text()})}
         save_file(state, path, metadata=about)
     return tuple(_sha256(path) for path in paths)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,10 +14,8 @@ from common.pth import load_weights
 from fusion.bundle.bundle import (
     ABOUT,
     WEIGHTS,
-    Ensemble,
+    joined,
     load_bundle,
-    members_of,
-    read_about,
     save_bundle,
 )
 
@@ -75,26 +74,17 @@ def with_weights(
     one model make an ensemble's bundle one of that model alone.
     """
     state = load_weights(weights, allow_pickle=allow_pickle, setting=setting)
-    base, about = load_bundle(bundle), read_about(bundle)
+    base = load_bundle(bundle)
     parts = _of_members(state) if all(k.startswith("members.") for k in state) else [state]
-    members = members_of(base.model)[: len(parts)]
+    members = base.members[: len(parts)]
     if len(parts) > len(members):
         raise ConfigError(f"{weights}: holds {len(parts)} members, bundle {bundle} {len(members)}")
     for member, part in zip(members, parts, strict=True):
         fit(member, part, weights)
-    return save_bundle(
-        target,
-        name=base.name,
-        model=members[0] if len(members) == 1 else Ensemble(members, about.averaging),
-        settings=about.model,
-        manifest=base.manifest,
-        labels=base.labels,
-        thresholds=base.thresholds,
-        metrics={},
-        calibration=base.calibration,
-        learned_from=base.learned_from,
-        made_at=base.version.partition("-")[0],
+    changed = replace(
+        base, model=joined(members, base.averaging), metrics={}, subsets={}, seen_posts=0
     )
+    return save_bundle(target, changed, made_at=base.version.partition("-")[0])
 
 
 def _of_members(state: Mapping[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TypeAlias, cast
 
 import numpy as np
@@ -19,7 +18,7 @@ from common.post_set import PostSet
 from config.fusion_models import ModelSettings
 from config.labels import LabelMap
 from config.tags import TagTexts
-from fusion.bundle.bundle import Bundle, Ensemble, load_bundle, save_bundle
+from fusion.bundle.bundle import Bundle, joined, load_bundle
 from fusion.data.dataset import FeatureFiles, PostDataset
 from fusion.data.posts import PostList
 from fusion.metrics.calibration import fit_thresholds
@@ -44,7 +43,7 @@ _MOST_POSTS, _MOST_SCORES = 20_000, 20_000_000
 _BATCH = 256
 _MIN_POSITIVES = 5  # as `bundle.min_positives`
 
-UNTRAINED = ModelSettings(name="tag_text", modality_dropout=0.0)
+_SETTINGS = ModelSettings(name="tag_text", modality_dropout=0.0)
 
 
 @dataclass(frozen=True)
@@ -98,8 +97,8 @@ def zero_shot(
     unrelated texts. Posts that an encoder was trained on calibrate nothing; those that do are noted
     as learned from, and the metrics, which are of them, as of seen posts.
     """
-    schema = InputSchema.of(manifest, UNTRAINED.tokens, len(texts.tags))
-    model = TagText(schema, UNTRAINED).eval().requires_grad_(False)
+    schema = InputSchema.of(manifest, _SETTINGS.tokens, len(texts.tags))
+    model = TagText(schema, _SETTINGS).eval().requires_grad_(False)
     for stream in model.streams:
         each = rows[stream]
         centre = each.vectors.mean(0) if len(texts.tags) > 1 else torch.zeros(each.vectors.shape[1])
@@ -126,10 +125,9 @@ def zero_shot(
             metrics = summary(scores, targets, thresholds)
     return Bundle(
         name=name,
-        version="",
         labels=texts.labels(),
         manifest=manifest,
-        schema=schema,
+        settings=_SETTINGS,
         model=model,
         thresholds=thresholds,
         metrics=metrics,
@@ -213,23 +211,6 @@ def _scores(model: TagText, said: torch.Tensor, there: torch.Tensor) -> npt.NDAr
     return scores
 
 
-def write(folder: Path, bundle: Bundle, settings: ModelSettings) -> str:
-    """Write a bundle of this module; return its version."""
-    return save_bundle(
-        folder,
-        name=bundle.name,
-        model=bundle.model,
-        settings=settings,
-        manifest=bundle.manifest,
-        labels=bundle.labels,
-        thresholds=bundle.thresholds,
-        metrics=bundle.metrics,
-        calibration=bundle.calibration,
-        seen_posts=bundle.seen_posts,
-        learned_from=bundle.learned_from,
-    )
-
-
 def text_streams(bundle: Bundle, where: str) -> tuple[Stream, ...]:
     """Return the streams in whose spaces a bundle holds the texts of its tags.
 
@@ -245,9 +226,7 @@ def text_streams(bundle: Bundle, where: str) -> tuple[Stream, ...]:
     return tuple(stream for stream in first.streams if stream in first.vectors)
 
 
-def with_tags(
-    bundle: Bundle, settings: ModelSettings, texts: TagTexts, rows: Mapping[Stream, TagRows]
-) -> Bundle:
+def with_tags(bundle: Bundle, texts: TagTexts, rows: Mapping[Stream, TagRows]) -> Bundle:
     """Return a bundle with more tags, not written yet; the scores of the others stay.
 
     A new tag's bias and threshold are the median of the others', the weights of its modalities the
@@ -275,19 +254,17 @@ def with_tags(
             if key == "bias" or key.startswith("own."):
                 median = value.median(dim=0, keepdim=True).values
                 state[key] = torch.cat([value, median.expand(len(texts.tags), *value.shape[1:])])
-        grown = TagText(schema, settings)
+        grown = TagText(schema, bundle.settings)
         grown.load_state_dict(state)
-        members.append(grown.eval().requires_grad_(False))
+        members.append(grown.requires_grad_(False))
     median = np.full(len(texts.tags), np.median(bundle.thresholds), np.float32)
     return replace(
         bundle,
         labels=labels,
-        schema=schema,
-        model=Ensemble(members, bundle.model.averaging)
-        if isinstance(bundle.model, Ensemble)
-        else members[0],
+        model=joined(members, bundle.averaging),
         thresholds=np.concatenate([bundle.thresholds, median]),
         metrics={},
+        subsets={},
         seen_posts=0,
     )
 

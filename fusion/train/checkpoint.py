@@ -19,7 +19,7 @@ from common.pth import load_weights
 from config.fusion_models import ModelSettings
 from config.labels import LabelMap
 from config.train import TrainerSettings
-from fusion.bundle.bundle import ABOUT, WEIGHTS, load_bundle, read_about
+from fusion.bundle.bundle import ABOUT, WEIGHTS, load_bundle
 from fusion.models.base import FeatureManifest, InputSchema
 
 FORMAT = "insighttag.checkpoint/1"
@@ -213,7 +213,7 @@ def check_fit(model: torch.nn.Module, start: Start) -> None:
 def _bundled(folder: Path, path: Path, signed: str) -> Start:
     bundle = load_bundle(folder)
     model = bundle.members[0]
-    found = model_signature(read_about(folder).model, bundle.manifest, bundle.schema, bundle.labels)
+    found = model_signature(bundle.settings, bundle.manifest, bundle.schema, bundle.labels)
     if found != signed:
         raise ConfigError(f"{path}: {difference(found, signed)}")
     learned = bundle.learned_from.as_text()

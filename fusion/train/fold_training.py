@@ -18,7 +18,7 @@ from common.files import write_whole
 from common.post_set import PostSet
 from common.progress import notice
 from config.train import TrainSettings
-from fusion.bundle.bundle import members_of
+from fusion.bundle.bundle import joined, members_of
 from fusion.data.posts import PostList, stratified_folds
 from fusion.models import FusionModel
 from fusion.train.checkpoint import BEST, LAST, find_start, seed_of
@@ -27,7 +27,6 @@ from fusion.train.members import (
     HeldOutScores,
     Job,
     Trained,
-    joined,
     model_of,
     score_held_out,
     train_model,
@@ -79,7 +78,7 @@ class FoldTraining:
                 self._log.write("warning", text=note)
         folds = [self._fold(i, parts == i, seed, resumed=resumed) for i in range(count)]
         models = [model for fold in folds for model in members_of(fold.model)]
-        model = joined(models, self._settings)
+        model = joined(models, self._settings.ensemble.averaging)
         held_out = tuple(scores for fold in folds for scores in fold.held_out)
         if self._valid.posts and not self._settings.ensemble.pool_valid:
             posts = self._valid.posts
@@ -140,7 +139,7 @@ class FoldTraining:
         fabric.barrier()
         if done:
             notice(f"fold {fold + 1} of {count}: there already", enabled=self._shown)
-            model = joined(_trained_models(job), settings)
+            model = joined(_trained_models(job), settings.ensemble.averaging)
             raw = np.load(folder / SCORES, allow_pickle=False).astype(np.float64)
             scores = (HeldOutScores(model, out, raw),) if len(out) else ()
             log = RunLog(folder / "log" / "train.jsonl", enabled=False)

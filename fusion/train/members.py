@@ -18,7 +18,7 @@ from common.post import Features, modality_of
 from common.post_set import PostSet
 from common.progress import notice, progress_bar
 from config.train import TrainSettings
-from fusion.bundle.bundle import Bundle, Ensemble
+from fusion.bundle.bundle import Bundle, Ensemble, joined
 from fusion.bundle.tag_vectors import start_from_texts
 from fusion.data.posts import PostList
 from fusion.infer.inferer import Inferer
@@ -82,7 +82,7 @@ def score_held_out(
     fabric: Fabric, settings: TrainSettings, prepared: Prepared, model: Served, posts: PostList
 ) -> HeldOutScores:
     """Score posts that a model was not trained on; every process does a part of them."""
-    inferer = _inferer(fabric, prepared, model, None)
+    inferer = _inferer(fabric, settings, prepared, model, None)
     starts = range(0, len(posts), BATCH)
     rank, world = fabric.global_rank, fabric.world_size
 
@@ -151,7 +151,7 @@ def subset_gaps(
             if total > most:
                 count = -(-most * len(part.posts) // total)
                 rows = np.unique(np.linspace(0, len(rows) - 1, count).round().astype(np.int64))
-            inferer = _inferer(fabric, prepared, part.model, calibration)
+            inferer = _inferer(fabric, settings, prepared, part.model, calibration)
             chosen = part.posts.take(rows)
             for start in range(0, len(chosen), BATCH):
                 targets = chosen[start : start + BATCH].targets()
@@ -168,17 +168,19 @@ def _features(prepared: Prepared, posts: PostList, start: int) -> list[Features]
 
 
 def _inferer(
-    fabric: Fabric, prepared: Prepared, model: Served, calibration: Calibration | None
+    fabric: Fabric,
+    settings: TrainSettings,
+    prepared: Prepared,
+    model: Served,
+    calibration: Calibration | None,
 ) -> Inferer:
     bundle = Bundle(
         name="",
-        version="",
         labels=prepared.labels,
         manifest=prepared.manifest,
-        schema=prepared.schema,
+        settings=settings.model,
         model=model.eval(),
         thresholds=np.full(len(prepared.labels), 0.5, np.float32),
-        metrics={},
         calibration=calibration,
     )
     return Inferer(bundle, str(fabric.device), batch_size=BATCH)
@@ -263,7 +265,8 @@ def train_model(
     )
     earlier = PostSet() if start is None else start.learned_from
     progress = trainer.fit(objective, prepared.data(settings, posts, held_out, earlier), start)
-    served = joined((model,) if snapshots is None else snapshots.models(), settings)
+    models = (model,) if snapshots is None else snapshots.models()
+    served = joined(models, settings.ensemble.averaging)
     scores: tuple[HeldOutScores, ...] = ()
     if held_out.posts:
         scores = (score_held_out(fabric, settings, prepared, served, held_out.posts),)
@@ -276,13 +279,6 @@ def train_model(
         data_wait=trainer.wait.share,
         log=trainer.log,
     )
-
-
-def joined(models: Sequence[FusionModel], settings: TrainSettings) -> Served:
-    """Return one model, or several as an ensemble; in evaluation mode."""
-    if len(models) == 1:
-        return models[0].eval()
-    return Ensemble(models, settings.ensemble.averaging).eval()
 
 
 class _Snapshots:

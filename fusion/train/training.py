@@ -16,7 +16,7 @@ from common.errors import ConfigError
 from common.post_set import PostSet
 from common.progress import notice
 from config.train import TrainSettings
-from fusion.bundle.bundle import members_of, save_bundle
+from fusion.bundle.bundle import Bundle, members_of, save_bundle
 from fusion.data.dataset import FeatureFiles
 from fusion.data.posts import PostList
 from fusion.metrics.ranking import average_precisions
@@ -193,13 +193,12 @@ def _write(
             job.fabric, settings, prepared, trained.held_out, measured.calibration
         )
     copy = keep_bundle(settings.bundle.folder)
-    version = save_bundle(
-        settings.bundle.folder,
+    bundle = Bundle(
         name=settings.bundle.name,
-        model=trained.model,
-        settings=settings.model,
-        manifest=prepared.manifest,
         labels=prepared.labels,
+        manifest=prepared.manifest,
+        settings=settings.model,
+        model=trained.model,
         thresholds=measured.thresholds,
         metrics=measured.metrics,
         calibration=measured.calibration,
@@ -207,6 +206,7 @@ def _write(
         seen_posts=measured.seen_posts,
         learned_from=learned_from,
     )
+    version = save_bundle(settings.bundle.folder, bundle)
     if copy is not None:
         notice(f"{settings.bundle.folder}: the bundle that was there is kept in {copy}")
     trained.log.write(

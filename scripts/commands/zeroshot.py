@@ -59,7 +59,8 @@ def zeroshot(
     sentence encoders for text and OCR. The daemon serves the bundle like any other.
     """
     texts, settings = load_tag_texts(tags), settings_of(config, overrides)
-    from fusion.bundle.tag_vectors import UNTRAINED, write, zero_shot
+    from fusion.bundle.bundle import save_bundle
+    from fusion.bundle.tag_vectors import zero_shot
     from fusion.data.dataset import FeatureFiles
     from fusion.data.posts import PostList
     from fusion.train.run_folder import keep_bundle
@@ -68,7 +69,7 @@ def zeroshot(
     rows, manifest = _embedded(texts, settings, device)
     bundle = zero_shot(texts, rows, manifest, posts, FeatureFiles(features), name=out.name)
     kept = keep_bundle(out)
-    version = write(out, bundle, UNTRAINED)
+    version = save_bundle(out, bundle)
     if kept is not None:
         say(f"{out}: the bundle that was there is kept in {kept}\n")
     measured = ""
@@ -96,12 +97,12 @@ def add_tags(
     The settings must name the encoders that the bundle was made with.
     """
     texts, settings = load_tag_texts(tags), settings_of(config, overrides)
-    from fusion.bundle.bundle import load_bundle, read_about
-    from fusion.bundle.tag_vectors import text_streams, with_tags, write
+    from fusion.bundle.bundle import load_bundle, save_bundle
+    from fusion.bundle.tag_vectors import text_streams, with_tags
     from fusion.train.run_folder import keep_bundle
 
     try:
-        bundle, model = load_bundle(folder), read_about(folder).model
+        bundle = load_bundle(folder)
     except BundleError as error:
         raise ConfigError(f"bundle add-tags: {error}") from error
     streams = text_streams(bundle, str(folder))
@@ -110,9 +111,9 @@ def add_tags(
     wrong = mismatch(needed, manifest.fingerprints)
     if wrong is not None:
         raise ConfigError(f"bundle add-tags: {folder}: {wrong}")
-    grown = with_tags(bundle, model, texts, rows)
+    grown = with_tags(bundle, texts, rows)
     keep_bundle(out)
-    say(f"{out}: version {write(out, grown, model)}, {len(grown.labels)} tags\n")
+    say(f"{out}: version {save_bundle(out, grown)}, {len(grown.labels)} tags\n")
 
 
 def _embedded(

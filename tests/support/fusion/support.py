@@ -17,7 +17,7 @@ from config.load import validate
 from config.presets import merge
 from config.train import TrainSettings
 from extractors.feature_file import write_features
-from fusion.bundle.bundle import save_bundle
+from fusion.bundle.bundle import Bundle, save_bundle
 from fusion.data.data_file import Record, entries, record_of
 from fusion.models import FusionModel, build_model
 from fusion.models.base import Batch, Collate, FeatureManifest, InputSchema, Sample
@@ -135,12 +135,11 @@ def write_bundle(folder: Path, name: str = "token_transformer", **changes: Any) 
         "manifest": manifest(),
         "labels": LABELS,
         "thresholds": np.full(CLASSES, 0.5, np.float32),
-        "metrics": {},
         **changes,
     }
     if "model" not in values:
         values["model"] = model(name)
-    return save_bundle(folder, **values)
+    return save_bundle(folder, Bundle(**values))
 
 
 def write_posts(folder: Path, name: str, count: int, seed: int, *, classes: int = CLASSES) -> Path:

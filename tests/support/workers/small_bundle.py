@@ -26,7 +26,7 @@ def write_bundle(
     import torch
 
     from config.fusion_models import ModelSettings
-    from fusion.bundle.bundle import save_bundle
+    from fusion.bundle.bundle import Bundle, save_bundle
     from fusion.models import build_model
     from fusion.models.base import FeatureManifest, InputSchema
 
@@ -42,13 +42,12 @@ def write_bundle(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = build_model(InputSchema.of(manifest, settings.tokens, len(labels)), settings)
-    return save_bundle(
-        folder,
+    bundle = Bundle(
         name="small",
-        model=model,
-        settings=settings,
-        manifest=manifest,
         labels=labels,
+        manifest=manifest,
+        settings=settings,
+        model=model,
         thresholds=np.full(len(labels), threshold, np.float32),
-        metrics={},
     )
+    return save_bundle(folder, bundle)

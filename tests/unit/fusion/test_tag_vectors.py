@@ -17,13 +17,11 @@ from common.post import Features, Stream
 from config.fusion_models import ModelSettings
 from config.tags import TagTexts
 from extractors.feature_file import write_features
-from fusion.bundle.bundle import Bundle, load_bundle
+from fusion.bundle.bundle import Bundle, load_bundle, save_bundle
 from fusion.bundle.tag_vectors import (
-    UNTRAINED,
     TagRows,
     start_from_texts,
     with_tags,
-    write,
     zero_shot,
 )
 from fusion.data.dataset import FeatureFiles
@@ -142,7 +140,7 @@ def test_posts_that_an_encoder_was_trained_on_calibrate_nothing(
     assert [i for i in range(40) if f"p{i}" in bundle.learned_from] == list(by)
     assert bundle.seen_posts == len(by)
     assert bool(bundle.metrics) == bool(by)
-    write(tmp_path / "bundle", bundle, UNTRAINED)
+    save_bundle(tmp_path / "bundle", bundle)
     again = load_bundle(tmp_path / "bundle")
     assert (again.seen_posts, len(again.learned_from)) == (len(by), len(by))
 
@@ -160,8 +158,8 @@ def test_a_tag_added_by_text_leaves_the_others_alone(tmp_path: Path) -> None:
     """It is found at once; the scores of the others are what they were, in the written bundle."""
     before = made(data_file(tmp_path, 200))
     more = texts("new")
-    after = with_tags(before, UNTRAINED, more, dict.fromkeys(STREAMS, TagRows.of(more, embed)))
-    write(tmp_path / "b", after, UNTRAINED)
+    after = with_tags(before, more, dict.fromkeys(STREAMS, TagRows.of(more, embed)))
+    save_bundle(tmp_path / "b", after)
     bundle = load_bundle(tmp_path / "b")
     assert bundle.labels.names == (*NAMES, "new")
     posts = [post("a", "new", noise=0.1), post("b", "tag4", noise=0.1)]
@@ -170,13 +168,13 @@ def test_a_tag_added_by_text_leaves_the_others_alone(tmp_path: Path) -> None:
         Inferer(bundle).scores(posts)[:, :-1], Inferer(before).scores(posts), atol=1e-6
     )
     with pytest.raises(ConfigError, match="'new' is in the bundle already"):
-        with_tags(bundle, UNTRAINED, more, {})
+        with_tags(bundle, more, {})
 
 
 def test_a_training_starts_with_the_texts_of_a_bundle(tmp_path: Path) -> None:
     """Its tags in the order of the training's labels; what does not fit is one line."""
     earlier = made()
-    write(tmp_path / "z", earlier, UNTRAINED)
+    save_bundle(tmp_path / "z", earlier)
     labels = texts("tag5", "tag1").labels()
 
     def start(tags: Any = labels, of: FeatureManifest | None = None, **options: Any) -> Any:
@@ -207,7 +205,7 @@ def test_a_training_starts_with_the_texts_of_a_bundle(tmp_path: Path) -> None:
 
 def test_a_linear_probe_is_pulled_to_the_texts_of_a_bundle(tmp_path: Path) -> None:
     """A tag without posts is found by its text, and one that posts show otherwise by those."""
-    write(tmp_path / "z", made(), UNTRAINED)
+    save_bundle(tmp_path / "z", made())
     labels = texts("tag3", "tag1", "tag0").labels()
     options = {"start": tmp_path / "z", "penalties": [0.1]}
     settings = ModelSettings.model_validate({"name": "linear_probe", "linear_probe": options})
