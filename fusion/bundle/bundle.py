@@ -32,11 +32,12 @@ from config.labels import LabelMap
 from config.load import validation_line
 from config.settings import Section
 from extractors.learned import KEY, posts_of_weights
+from fusion.bundle.folder import ABOUT
 from fusion.metrics.calibration import Calibration
 from fusion.models import FusionModel, build_model
 from fusion.models.base import Batch, FeatureManifest, InputSchema
 
-WEIGHTS, LABELS, ABOUT = "model.safetensors", "labels.json", "bundle.yaml"
+WEIGHTS, LABELS = "model.safetensors", "labels.json"
 Averaging = Literal["probabilities", "logits"]
 
 
@@ -260,17 +261,6 @@ def joined(models: Sequence[FusionModel], averaging: Averaging) -> FusionModel |
     return (models[0] if len(models) == 1 else Ensemble(models, averaging)).eval()
 
 
-def newest_version(folder: Path) -> str | None:
-    """Return the version in the folder now, None while there is none; reads one small file."""
-    try:
-        text = (folder / ABOUT).read_text(encoding="utf-8")
-        # The thresholds of many tags take long to parse, and the version stands before them.
-        version = _parse(text.partition("\nfeatures:")[0]).get("version")
-    except (OSError, ValueError, TypeError, yaml.YAMLError):
-        return None
-    return version if isinstance(version, str) else None
-
-
 def _weight_files(members: int) -> tuple[str, ...]:
     return (WEIGHTS, *(f"members/{i}.safetensors" for i in range(1, members)))
 
@@ -293,7 +283,9 @@ def _write_weights(folder: Path, bundle: Bundle) -> tuple[str, ...]:
 def read_about(folder: Path) -> About:
     path = folder / ABOUT
     try:
-        content = _parse(path.read_text(encoding="utf-8"))
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise TypeError("must hold keys and values")
     except FileNotFoundError as error:
         raise BundleError(
             f"{folder}: holds no bundle ({ABOUT} is missing): train one, or name another"
@@ -304,13 +296,6 @@ def read_about(folder: Path) -> About:
         return About.model_validate(content)
     except ValidationError as error:
         raise BundleError(f"{path}: {validation_line(error, About)}") from error
-
-
-def _parse(text: str) -> dict[str, Any]:
-    content = yaml.safe_load(text)
-    if not isinstance(content, dict):
-        raise TypeError("must hold keys and values")
-    return cast("dict[str, Any]", content)
 
 
 def _fill(model: FusionModel, path: Path) -> None:

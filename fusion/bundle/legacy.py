@@ -11,13 +11,8 @@ import torch
 
 from common.errors import ConfigError
 from common.pth import load_weights
-from fusion.bundle.bundle import (
-    ABOUT,
-    WEIGHTS,
-    joined,
-    load_bundle,
-    save_bundle,
-)
+from fusion.bundle.bundle import WEIGHTS, joined, load_bundle, save_bundle
+from fusion.bundle.folder import ABOUT
 
 if TYPE_CHECKING:
     from fusion.models import FusionModel

@@ -1,4 +1,4 @@
-"""The folders that a training writes: a new one for each run, and the bundle.
+"""The folders of trainings: a new one for each run.
 
 A run writes to ``<save_dir>/<time>-<id>``, and the link ``<save_dir>/latest`` leads to the newest
 run. So earlier runs stay as they are, and two trainings can share one ``save_dir``.
@@ -6,17 +6,14 @@ run. So earlier runs stay as they are, and two trainings can share one ``save_di
 
 from __future__ import annotations
 
-import os
 import secrets
-import shutil
 import time
 from pathlib import Path
 
 from lightning_fabric import Fabric
 
-from common.errors import BundleError, ConfigError
-from common.files import part_of, publish
-from fusion.bundle.bundle import ABOUT, newest_version
+from common.errors import ConfigError
+from common.files import part_of
 from fusion.train.checkpoint import LAST
 from fusion.train.distributed import all_ranks
 
@@ -70,49 +67,3 @@ def link_latest(fabric: Fabric, folder: Path) -> None:
             ) from error
 
     all_ranks(fabric, link)
-
-
-def refuse_foreign(bundle: Path) -> None:
-    """Check that a folder may be replaced by a bundle."""
-    try:
-        other = bundle.exists() and not (bundle / ABOUT).exists() and any(bundle.iterdir())
-    except OSError as error:
-        raise ConfigError(f"bundle.out: {bundle}: cannot be a bundle's folder: {error}") from error
-    if other:
-        raise ConfigError(
-            f"bundle.out: {bundle} holds something that is no bundle and would be replaced: "
-            "name another folder"
-        )
-
-
-def keep_bundle(bundle: Path) -> Path | None:
-    """Keep the bundle that will be replaced, next to it as ``NAME.VERSION``; return the copy.
-
-    The bundle that is served stays where it is; files are hard links where the file system has
-    them. Of a link, the bundle that it leads to is kept under that one's name.
-    """
-    source = bundle.resolve()
-    version = newest_version(source)
-    if version is None:
-        return None
-    copy = source.with_name(f"{source.name}.{version}")
-    if copy.exists():
-        return copy
-    part = part_of(copy)
-    try:
-        if part.exists():  # of a run that was killed here
-            shutil.rmtree(part)
-        shutil.copytree(source, part, copy_function=_link)
-        publish(part, copy)
-    except (OSError, shutil.Error) as error:
-        shutil.rmtree(part, ignore_errors=True)
-        raise BundleError(f"{bundle}: the bundle there cannot be kept: {error}") from error
-    return copy
-
-
-def _link(source: str, target: str) -> str:
-    try:
-        os.link(source, target)
-    except OSError:  # another file system, or one without links
-        shutil.copy2(source, target)
-    return target

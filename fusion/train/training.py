@@ -17,6 +17,7 @@ from common.post_set import PostSet
 from common.progress import notice
 from config.train import TrainSettings
 from fusion.bundle.bundle import Bundle, members_of, save_bundle
+from fusion.bundle.folder import keep_bundle, refuse_foreign
 from fusion.data.dataset import FeatureFiles
 from fusion.data.posts import PostList
 from fusion.metrics.ranking import average_precisions
@@ -41,10 +42,8 @@ from fusion.train.members import (
 )
 from fusion.train.prepare import HeldOut, Prepared, prepare, rows_learned_from
 from fusion.train.run_folder import (
-    keep_bundle,
     link_latest,
     located,
-    refuse_foreign,
     run_folder,
 )
 from fusion.train.run_log import read_run
@@ -105,7 +104,7 @@ def _train(
 ) -> TrainReport:
     started = time.monotonic()
     folds, save_dir = settings.ensemble.folds, settings.trainer.save_dir
-    all_ranks(fabric, partial(refuse_foreign, settings.bundle.folder))
+    all_ranks(fabric, partial(refuse_foreign, settings.bundle.folder, "bundle.out"))
     resume = located(resume)
     folder = run_folder(fabric, save_dir, resume)
     if folds and resume is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import sys
 from collections.abc import Callable, Mapping
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -12,8 +11,9 @@ from typing import Annotated
 
 import typer
 
+from common.cli import say
 from common.errors import BundleError, ConfigError
-from common.files import link_or_copy, new_folder, write_whole
+from common.files import new_folder, write_whole
 from scripts.commands.common import Config, Overrides, settings_of
 from scripts.commands.zeroshot import add_tags
 
@@ -27,12 +27,14 @@ def rollback(
 ) -> None:
     """Serve an earlier bundle again, as the latest: its tags replace those of the one in between.
 
-    It is copied into fusion.bundle under a version of now; what was there is kept beside it.
+    It is copied into fusion.bundle under a version of now; the bundle there is kept next to it.
     Then insighttag retag --bundle-older-than current has the posts tagged again.
     """
-    from fusion.bundle.bundle import ABOUT, load_bundle, newest_version
+    from fusion.bundle.bundle import load_bundle
+    from fusion.bundle.folder import ABOUT, keep_bundle, newest_version, refuse_foreign
 
     target = settings_of(config, overrides).fusion.bundle.resolve()
+    refuse_foreign(target, "fusion.bundle")
     try:
         earlier = load_bundle(folder)
     except BundleError as error:
@@ -52,15 +54,12 @@ def rollback(
     if folder.resolve() == target:
         write_whole(target / ABOUT, about)  # somebody has put the folder back already
     else:
-        if served is not None:
-            kept = target.with_name(f"{target.name}-{served}")
-            if not kept.exists():
-                shutil.copytree(target, kept, copy_function=link_or_copy)
-                sys.stdout.write(f"kept {served} in {kept}\n")
+        if (kept := keep_bundle(target)) is not None:
+            say(f"kept {served} in {kept}\n")
         with new_folder(target) as part:
             shutil.copytree(folder, part, dirs_exist_ok=True)
             (part / ABOUT).write_text(about, encoding="utf-8")
-    sys.stdout.write(f"{target} is {earlier.name} {earlier.version} again, as version {version}\n")
+    say(f"{target} is {earlier.name} {earlier.version} again, as version {version}\n")
 
 
 def _later_than(served: str | None) -> str:

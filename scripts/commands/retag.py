@@ -15,6 +15,7 @@ from common.cli import complain, say
 from common.errors import ConfigError
 from common.progress import track
 from config.settings import Settings
+from fusion.bundle.folder import newest_version
 from scripts.commands.common import Config, Overrides, Priority, listed, online_settings
 from scripts.commands.publish import read_messages
 
@@ -123,16 +124,11 @@ def _version(text: str) -> str:
 
 
 def current_version(settings: Settings) -> str:
-    """Return the version of the bundle in ``fusion.bundle``; read nothing else."""
-    import yaml
-
-    file = settings.fusion.bundle / "bundle.yaml"
-    try:
-        # What follows is long, and the version stands before it.
-        about = yaml.safe_load(file.read_text(encoding="utf-8").partition("\nfeatures:")[0])
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"fusion.bundle: {file} cannot be read") from error
-    version = about.get("version") if isinstance(about, dict) else None
-    if not isinstance(version, str):
-        raise ConfigError(f"fusion.bundle: {file} names no version")
+    """Return the version of the bundle in ``fusion.bundle``."""
+    version = newest_version(settings.fusion.bundle)
+    if version is None:
+        raise ConfigError(
+            f"fusion.bundle: {settings.fusion.bundle} holds no bundle whose version can be read: "
+            "name a version"
+        )
     return version

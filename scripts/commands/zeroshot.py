@@ -15,9 +15,11 @@ from common.fingerprint import mismatch
 from common.post import Stream
 from config.settings import ExtractorName, Settings
 from config.tags import TagTexts, load_tag_texts
+from fusion.bundle.folder import keep_bundle, refuse_foreign
 from scripts.commands.common import Config, Overrides, settings_of
 
 if TYPE_CHECKING:
+    from fusion.bundle.bundle import Bundle
     from fusion.bundle.tag_vectors import TagRows
     from fusion.models.base import FeatureManifest
 
@@ -59,19 +61,15 @@ def zeroshot(
     sentence encoders for text and OCR. The daemon serves the bundle like any other.
     """
     texts, settings = load_tag_texts(tags), settings_of(config, overrides)
-    from fusion.bundle.bundle import save_bundle
+    refuse_foreign(out, "--out")
     from fusion.bundle.tag_vectors import zero_shot
     from fusion.data.dataset import FeatureFiles
     from fusion.data.posts import PostList
-    from fusion.train.run_folder import keep_bundle
 
     posts = None if labels is None else PostList.read(labels, texts.labels(), progress=True)
     rows, manifest = _embedded(texts, settings, device)
     bundle = zero_shot(texts, rows, manifest, posts, FeatureFiles(features), name=out.name)
-    kept = keep_bundle(out)
-    version = save_bundle(out, bundle)
-    if kept is not None:
-        say(f"{out}: the bundle that was there is kept in {kept}\n")
+    version = _replace(out, bundle)
     measured = ""
     if bundle.metrics:
         gap, mean = bundle.metrics["gap"], bundle.metrics["map"]
@@ -97,9 +95,9 @@ def add_tags(
     The settings must name the encoders that the bundle was made with.
     """
     texts, settings = load_tag_texts(tags), settings_of(config, overrides)
-    from fusion.bundle.bundle import load_bundle, save_bundle
+    refuse_foreign(out, "--out")
+    from fusion.bundle.bundle import load_bundle
     from fusion.bundle.tag_vectors import text_streams, with_tags
-    from fusion.train.run_folder import keep_bundle
 
     try:
         bundle = load_bundle(folder)
@@ -112,8 +110,19 @@ def add_tags(
     if wrong is not None:
         raise ConfigError(f"bundle add-tags: {folder}: {wrong}")
     grown = with_tags(bundle, texts, rows)
-    keep_bundle(out)
-    say(f"{out}: version {save_bundle(out, grown)}, {len(grown.labels)} tags\n")
+    version = _replace(out, grown)
+    say(f"{out}: version {version}, {len(grown.labels)} tags\n")
+
+
+def _replace(out: Path, bundle: Bundle) -> str:
+    """Write a bundle, and keep the one that it replaces; return its version."""
+    from fusion.bundle.bundle import save_bundle
+
+    kept = keep_bundle(out)
+    version = save_bundle(out, bundle)
+    if kept is not None:
+        say(f"{out}: the bundle that was there is kept in {kept}\n")
+    return version
 
 
 def _embedded(

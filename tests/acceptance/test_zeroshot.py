@@ -148,6 +148,14 @@ def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
         "zeroshot", "--tags", tags, *whole
     )
     assert not Path(out).exists()
+    notes = Path(out) / "notes.txt"
+    notes.parent.mkdir()
+    notes.write_text("mine")
+    for command in (("zeroshot",), ("bundle", "add-tags", str(tmp_path / "none"))):
+        mine = complaint(*command, "--tags", tags)
+        assert f"--out: {out} holds something that is no bundle" in mine
+    assert notes.read_text() == "mine"
+    notes.unlink()
 
     assert cli.run(["zeroshot", "--tags", tags, "--out", out, "--config", str(config)]) == 0
     capsys.readouterr()

@@ -12,9 +12,10 @@ from lightning_fabric import Fabric
 
 import train_net
 from common.errors import ConfigError
-from fusion.bundle.bundle import load_bundle, newest_version
+from fusion.bundle.bundle import load_bundle
+from fusion.bundle.folder import keep_bundle, newest_version
 from fusion.train.checkpoint import Checkpoint, Progress, save_checkpoint, signature
-from fusion.train.run_folder import keep_bundle, link_latest, located, run_folder
+from fusion.train.run_folder import link_latest, located, run_folder
 from tests.support.fusion import media_posts, runs
 from tests.support.tiny_models import TINY_CNN
 

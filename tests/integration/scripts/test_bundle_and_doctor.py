@@ -11,7 +11,8 @@ import pymongo
 import pytest
 
 from extractors.suite import ExtractorSuite
-from fusion.bundle.bundle import load_bundle, newest_version
+from fusion.bundle.bundle import load_bundle
+from fusion.bundle.folder import newest_version
 from king.jobs import Settled, Superseded, Tagged
 from scripts.cli import run
 from tests.support.king.store_rig import StoreRig, begin_one, context, mongo_store, started, tagged
@@ -58,7 +59,7 @@ def test_bundle_that_is_rolled_back_overwrites_the_tags_of_the_newer_one(
     assert f"{first} again, as version {third}" in out
     assert third > second
     assert load_bundle(served).version == third
-    kept = tmp_path / f"served-{second}"
+    kept = tmp_path / f"served.{second}"
     assert load_bundle(kept).version == second
     rolled = context(bundle=("demo", third))
     done = tagged(started(store, "p1", rolled), third)
@@ -73,6 +74,11 @@ def test_bundle_that_is_rolled_back_overwrites_the_tags_of_the_newer_one(
     capsys.readouterr()
     assert run(["bundle", "rollback", str(tmp_path / "none")]) == 2
     assert "holds no bundle" in capsys.readouterr().err
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").touch()
+    assert run([*words[:-1], f"fusion.bundle={tmp_path / 'mine'}"]) == 2
+    assert "fusion.bundle: " in capsys.readouterr().err
+    assert (tmp_path / "mine" / "notes.txt").exists()
 
 
 def test_doctor_counts_what_fits_and_what_does_not(

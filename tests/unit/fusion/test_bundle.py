@@ -15,6 +15,7 @@ import yaml
 
 from common.errors import BundleError, ConfigError
 from fusion.bundle import bundle
+from fusion.bundle.folder import newest_version
 from fusion.infer.inferer import Inferer
 from fusion.metrics.calibration import Temperature
 from tests.support.fusion import support
@@ -134,18 +135,18 @@ def test_bundles_of_before_still_load(tmp_path: Path) -> None:
 
 def test_versions_sort_by_time_and_end_in_the_weights(tmp_path: Path) -> None:
     first = write(tmp_path / "b", seed=1)
-    assert bundle.newest_version(tmp_path / "b") == first
+    assert newest_version(tmp_path / "b") == first
     second = write(tmp_path / "b", seed=2)
-    assert bundle.newest_version(tmp_path / "b") == second
+    assert newest_version(tmp_path / "b") == second
     assert first[:16] <= second[:16]
     assert first[-8:] != second[-8:]
 
 
 def test_newest_version_of_nothing_is_none(tmp_path: Path) -> None:
-    assert bundle.newest_version(tmp_path / "none") is None
+    assert newest_version(tmp_path / "none") is None
     for text in ("", "a: [", "- 1", "version: 7"):
         (tmp_path / "bundle.yaml").write_text(text)
-        assert bundle.newest_version(tmp_path) is None
+        assert newest_version(tmp_path) is None
 
 
 def test_a_bundle_behind_a_link_is_read_and_replaced(tmp_path: Path) -> None:
@@ -156,7 +157,7 @@ def test_a_bundle_behind_a_link_is_read_and_replaced(tmp_path: Path) -> None:
     assert Inferer.load(link).name == "small"
     version = write(link, seed=2)
     assert link.is_symlink()
-    assert bundle.newest_version(link) == version == Inferer.load(link).version
+    assert newest_version(link) == version == Inferer.load(link).version
 
 
 def test_a_reader_never_sees_half_a_bundle(tmp_path: Path) -> None:
@@ -167,7 +168,7 @@ def test_a_reader_never_sees_half_a_bundle(tmp_path: Path) -> None:
 
     def look() -> None:
         while not done.is_set():
-            if bundle.newest_version(folder) is None:
+            if newest_version(folder) is None:
                 missing.append(1)
 
     reader = threading.Thread(target=look)
