@@ -296,7 +296,7 @@ class BackboneSettings(Section):
     weights: str = "scratch"
     """Start of the weights: ``scratch``, ``pretrained``, or a state dict's path; not of text."""
     out: Path | None = None
-    """Of sound and text: where the extractors load it; null is <save_dir>/weights/<name>."""
+    """Where the extractors load it; null is <save_dir>/weights/<name>, as for videos always."""
     image_size: PositiveInt = 456
     """Side of the square input in pixels; must be what ``features`` gives to the extractor."""
     dropout: Share = 0.2

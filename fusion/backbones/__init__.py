@@ -1,1 +1,1 @@
-"""Training of the image and video backbones."""
+"""Training of the encoders of pictures, videos, sound and texts."""

@@ -21,11 +21,11 @@ from config.labels import LabelMap
 from config.settings import DecodeSettings
 from config.train import BackboneTrainSettings
 from extractors.media.decode import read_frames
-from extractors.media.pictures import read_pictures, squash
+from extractors.media.pictures import centres, read_pictures, squash
 from extractors.models.visual import segments
 from fusion.data.data_file import MEDIA_KEYS, entries, parse_post, relative_to_file
 from fusion.models.base import Batch, Sample, batch_of, padded
-from fusion.train.distributed import all_ranks
+from fusion.train.distributed import all_ranks, same_everywhere
 from fusion.train.prepare import Skipped, reasons
 
 Kind: TypeAlias = Literal["picture", "clip", "patch"]
@@ -86,11 +86,11 @@ def read_posts(path: Path, labels: LabelMap, kind: MediaName) -> tuple[MediaPost
     return tuple(found)
 
 
-def targets_of(posts: Sequence[MediaPost], classes: int) -> npt.NDArray[np.float32]:
-    """Return the true tags as float32 ``(posts, classes)`` of 0 and 1."""
-    targets = np.zeros((len(posts), classes), np.float32)
-    for row, post in zip(targets, posts, strict=True):
-        row[list(post.labels)] = 1
+def targets_of(tags: Sequence[Sequence[int]], classes: int) -> npt.NDArray[np.float32]:
+    """Return the indices of posts' true tags as float32 ``(posts, classes)`` of 0 and 1."""
+    targets = np.zeros((len(tags), classes), np.float32)
+    for row, indices in zip(targets, tags, strict=True):
+        row[list(indices)] = 1
     return targets
 
 
@@ -126,58 +126,62 @@ def prepare(
     def read() -> Posts:
         labels = LabelMap.load(data.labels)
         train = read_posts(data.train, labels, kind)
-        if len(train) < 2:
-            raise ConfigError(f"{data.train}: training takes at least two posts with {kind}")
         valid = read_posts(data.valid, labels, kind) if data.valid is not None else None
         return Posts(labels, train, valid)
 
     posts = all_ranks(fabric, read)
-    if not data.skip_bad:
-        return posts
-    skipped = Skipped(folder / "log" / "skipped.jsonl", enabled=fabric.is_global_zero)
-    check = partial(_readable, settings, reader, kind, fabric=fabric, skipped=skipped)
-    with skipped:
-        train, bad = check(posts=posts.train, file=data.train)
-        valid = None
-        if posts.valid is not None and data.valid is not None:
-            valid, more = check(posts=posts.valid, file=data.valid)
-            bad += more
-    if bad:
-        notice(
-            f"warning: left out {bad} files that cannot be decoded; listed in {skipped.path}",
-            enabled=fabric.is_global_zero,
+    if data.skip_bad:
+        posts = _readable(settings, reader, kind, posts, folder=folder, fabric=fabric)
+    if len(posts.train) < 2:
+        raise same_everywhere(
+            ConfigError(f"{data.train}: training takes at least two posts with {kind}")
         )
-    return Posts(posts.labels, train, valid)
+    return posts
 
 
 def _readable(
     settings: BackboneTrainSettings,
     reader: MediaItems,
     kind: MediaName,
+    posts: Posts,
     *,
+    folder: Path,
     fabric: Fabric,
-    skipped: Skipped,
-    posts: Sequence[MediaPost],
-    file: Path,
-) -> tuple[tuple[MediaPost, ...], int]:
-    """Return the posts without media that cannot be decoded, and the number of those media."""
-    media, size = list(all_media(posts)), settings.backbone.image_size
-
-    segments = None if kind == "images" else settings.tsn.test_segments
+) -> Posts:
+    """Return the posts without media that cannot be decoded, which are listed in a file."""
+    data, first, size = settings.data, fabric.is_global_zero, settings.backbone.image_size
+    count = None if kind == "images" else settings.tsn.test_segments
+    skipped = Skipped(folder / "log" / "skipped.jsonl", enabled=first)
+    bad: set[Path] = set()
 
     def decode(medium: tuple[str, Path]) -> object:
-        return pixels(medium[1], None, reader=reader, size=size, segments=segments)
+        return pixels(medium[1], None, reader=reader, size=size, segments=count)
 
-    shown = settings.trainer.progress and fabric.is_global_zero
-    found = reasons(fabric, media, decode, f"check {file.name}", progress=shown)
-    for (post_id, path), why in found:
-        skipped.add(path, post_id, "media", why)
-    bad = {path for (_, path), _ in found}
-    left = (replace(post, paths=tuple(p for p in post.paths if p not in bad)) for post in posts)
-    usable = tuple(post for post in left if post.paths)
-    if len(usable) < 2:
-        raise ConfigError(f"{file}: hardly any of its {kind} can be decoded")
-    return usable, len(bad)
+    def check(posts: Sequence[MediaPost], file: Path) -> tuple[MediaPost, ...]:
+        shown = settings.trainer.progress and first
+        broken = reasons(
+            fabric, list(all_media(posts)), decode, f"check {file.name}", progress=shown
+        )
+        for (post_id, path), why in broken:
+            skipped.add(path, post_id, "media", why)
+            bad.add(path)
+        rest = (replace(post, paths=tuple(p for p in post.paths if p not in bad)) for post in posts)
+        usable = tuple(post for post in rest if post.paths)
+        if not usable:
+            raise ConfigError(
+                f"{file}: none of its {kind} can be decoded; the first: {broken[0][1]}"
+            )
+        return usable
+
+    with skipped:
+        train = check(posts.train, data.train)
+        valid = posts.valid and data.valid and check(posts.valid, data.valid)
+    if bad:
+        notice(
+            f"warning: left out {len(bad)} files that cannot be decoded; listed in {skipped.path}",
+            enabled=first,
+        )
+    return Posts(posts.labels, train, valid or None)
 
 
 class MediaDataset(Dataset[Sample]):
@@ -209,7 +213,8 @@ class MediaDataset(Dataset[Sample]):
     ) -> MediaDataset:
         """Return posts whose media are files; ``options`` are those of the class."""
         media = [(post.post_id, post.paths) for post in posts]
-        return cls(media, targets_of(posts, classes), item, **options)
+        targets = targets_of([post.labels for post in posts], classes)
+        return cls(media, targets, item, **options)
 
     @classmethod
     def of_arrays(
@@ -354,5 +359,5 @@ def _chosen(count: int, most: int, chance: Chance | None) -> list[int]:
     if count <= most:
         return list(range(count))
     if chance is None:
-        return [(2 * k + 1) * count // (2 * most) for k in range(most)]
+        return centres(count, most)
     return sorted(chance.choice(count, most, replace=False).tolist())

@@ -206,7 +206,7 @@ class MediaObjective(Objective):
     def forward(self, batch: Batch) -> torch.Tensor:
         logits, lesson = self.model.outputs(batch)
         # The lesson counts as much as all classes together: the loss is their mean.
-        total: torch.Tensor = self.loss(logits, batch.targets) + lesson / logits.shape[1]
+        total: torch.Tensor = self.loss(logits, batch.truth) + lesson / logits.shape[1]
         return total
 
 

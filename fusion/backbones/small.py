@@ -22,7 +22,7 @@ from config.labels import LabelMap
 from config.settings import DecodeSettings, FeatureSettings
 from extractors.media.decode import decode_media
 from extractors.parts import LogMelPatches
-from fusion.backbones.media import Kind, MediaDataset, collate_media
+from fusion.backbones.media import Kind, MediaDataset, collate_media, targets_of
 from fusion.backbones.model import MediaTagger, create_backbone, save_weights
 from fusion.backbones.text import TextTagger, make_tokenizer, save_text, text_dataset
 from fusion.train.trainer import TrainData
@@ -151,7 +151,5 @@ class SmallBackbone:
 
 def truth_of(posts: Sequence[Post], labels: LabelMap) -> npt.NDArray[np.float32]:
     """Return the true tags as float32 ``(posts, classes)`` of 0 and 1."""
-    rows = np.zeros((len(posts), len(labels)), np.float32)
-    for row, post in zip(rows, posts, strict=True):
-        row[labels.encode(post.labels)] = 1
-    return rows
+    tags = [labels.encode(post.labels, where=f"post {post.post_id}") for post in posts]
+    return targets_of(tags, len(labels))

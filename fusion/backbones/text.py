@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch
 from torch import nn
 
 from common.errors import ConfigError
-from common.files import part_of
+from common.files import new_folder
 from common.post_set import PostSet
 from extractors.learned import FILE, KEY
 from extractors.models.tfidf import Tfidf, grams
@@ -125,15 +124,12 @@ def make_tokenizer(texts: Iterable[str], max_tokens: int) -> Any:
 
 
 def save_text(tagger: TextTagger, tokenizer: Any, folder: Path, learned_from: PostSet) -> None:
-    """Write the transformers folder that ``features.text.weights`` names."""
+    """Write the transformers folder that ``features.text.weights`` names, whole or not at all."""
     from transformers.utils import logging
 
-    part = part_of(folder)
-    for old in (part, folder):
-        shutil.rmtree(old, ignore_errors=True)
     quiet: Any = logging.disable_progress_bar
     quiet()
-    tagger.bert.save_pretrained(part)
-    tokenizer.save_pretrained(part)
-    (part / FILE).write_text(json.dumps({KEY: learned_from.as_text()}), encoding="utf-8")
-    part.replace(folder)
+    with new_folder(folder) as part:
+        tagger.bert.save_pretrained(part)
+        tokenizer.save_pretrained(part)
+        (part / FILE).write_text(json.dumps({KEY: learned_from.as_text()}), encoding="utf-8")

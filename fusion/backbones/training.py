@@ -113,6 +113,8 @@ def _train(
     resume = located(resume)
     if not images and resume is not None and not resume.is_dir():
         raise ConfigError(f"{resume}: --resume takes the folder of a run here, with tsn/ in it")
+    if not images and settings.backbone.out is not None:
+        raise ConfigError("backbone.out: a video_backbone writes two files: leave it out")
     folder = run_folder(fabric, save_dir, resume)
     posts = prepare(settings, reader, "images" if images else "videos", folder, fabric)
     task = _Task(settings, reader, fabric, posts, folder, PostSet())
@@ -141,10 +143,10 @@ def _train_in_memory(
     backbone, data, save_dir = settings.backbone, settings.data, settings.trainer.save_dir
     if name == "text" and backbone.arch not in ("tfidf", "bert"):
         raise ConfigError(f"backbone.arch: text_backbone takes tfidf or bert, not {backbone.arch}")
-    file = "bert" if backbone.arch == "bert" else f"{name}.safetensors"
-    resume = None if backbone.arch == "tfidf" else located(resume)
+    tfidf = name == "text" and backbone.arch == "tfidf"
+    resume = None if tfidf else located(resume)
     folder = run_folder(fabric, save_dir, resume)
-    if backbone.arch == "tfidf":
+    if tfidf:
         link_latest(fabric, folder)
         report = all_ranks(fabric, partial(_count_texts, settings, fabric, folder))
         return (report,) if fabric.is_global_zero else ()
@@ -174,14 +176,15 @@ def _train_in_memory(
     )
     parts = partial(_decoded, settings, fabric, folder, small)
     posts, build, save = all_ranks(
-        fabric, lambda: parts(learned, seen=bool(valid) and not new, count=len(train) + len(valid))
+        fabric,
+        lambda: parts(learned, seen=bool(valid) and not new, count=len(train) + len(new or valid)),
     )
     report = train_model(
         fabric,
         posts,
         build,
         save,
-        _files(settings, folder, file),
+        _files(settings, folder, "bert" if name == "text" else "audio.safetensors"),
         trainer_settings=trainer,
         optimizer=settings.optimizer,
         name=name,
@@ -205,7 +208,7 @@ def _decoded(
     """Return what `SmallBackbone.parts` gives, with a bar, and a list of files left out."""
     backbone, data, first = settings.backbone, settings.data, fabric.is_global_zero
     skipped = Skipped(folder / "log" / "skipped.jsonl", enabled=data.skip_bad and first)
-    shown = settings.trainer.progress and first
+    shown = settings.trainer.progress and first and settings.task == "audio_backbone"
 
     def skip(post_id: str, source: str, why: str) -> None:
         skipped.add(Path(source), post_id, "media", why)
@@ -395,8 +398,7 @@ class _Task:
             data,
             model,
             save,
-            # Kept with the run, and where extractors load them.
-            (self.folder / "weights" / file, settings.trainer.save_dir / "weights" / file),
+            _files(settings, self.folder, file),
             trainer_settings=trainer,
             optimizer=optimizer,
             name=name,

@@ -14,6 +14,7 @@ import yaml
 
 import train_net
 from common.errors import ConfigError, MediaError
+from common.post_set import PostSet
 from config.labels import LabelMap
 from config.settings import (
     AudioSettings,
@@ -31,6 +32,7 @@ from extractors.models.text import TextExtractor
 from extractors.models.visual import VideoExtractor, VisualExtractor
 from fusion.backbones.media import MediaItems
 from fusion.backbones.model import MediaTagger, create_backbone
+from fusion.backbones.text import TextTagger, save_text
 from fusion.backbones.training import train_backbones
 from fusion.train.options import train_options, train_settings
 from tests.support import media
@@ -199,6 +201,16 @@ def test_texts_become_a_small_bert(tmp_path: Path) -> None:
     extractor.load()
     [found] = extractor.forward([extractor.preprocess("by the sea")])
     assert found.shape == (5, extractor.dim)
+    # What was served stays when the next one cannot be written.
+    content, tagger = (folder / "config.json").read_bytes(), TextTagger(30, 3)
+    with pytest.raises(AttributeError, match="save_pretrained"):
+        save_text(tagger, None, folder, PostSet())
+    assert (folder / "config.json").read_bytes() == content
+    entries[0]["labels"] = ["grey"]
+    (tmp_path / "valid.json").write_text(json.dumps(entries))
+    grey = settings(tmp_path, out, "text_backbone", data=data, backbone=backbone)
+    with pytest.raises(ConfigError, match=r"post valid0: label 'grey' is not in the label map"):
+        train_backbones(grey, MediaItems())
     wrong = settings(tmp_path, out, "text_backbone", data=data)
     with pytest.raises(ConfigError, match="text_backbone takes tfidf or bert, not"):
         train_backbones(wrong, MediaItems())
@@ -330,8 +342,14 @@ def broken(posts: Path, folder: Path) -> Path:
 def test_a_broken_picture_is_one_line_or_a_listed_skip(
     posts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The run ends and names post and file; with skip_bad it is left out and listed."""
-    data = {"data": {"train": str(broken(posts, tmp_path))}}
+    """The run ends and names post and file; with skip_bad it is left out and listed.
+
+    One validation post is enough then, too.
+    """
+    file = broken(posts, tmp_path)
+    one = tmp_path / "one.json"
+    one.write_text(json.dumps([{**json.loads(file.read_text())[0], "post_id": "v"}]))
+    data = {"data": {"train": str(file), "valid": str(one)}}
     assert command(posts, tmp_path / "a", "image_backbone", **data) == 2
     said = capsys.readouterr().err.strip()
     assert len(said.splitlines()) == 1
@@ -343,6 +361,9 @@ def test_a_broken_picture_is_one_line_or_a_listed_skip(
     assert [(e["post_id"], e["kind"]) for e in skipped] == [("bad", "media")]
     assert "cut.jpg" in skipped[0]["file"]
     assert "left out 1 files that cannot be decoded" in capsys.readouterr().err
+    one.write_text(json.dumps([{**json.loads(file.read_text())[-1], "post_id": "v"}]))
+    assert command(posts, tmp_path / "c", "image_backbone", *options, **data) == 2
+    assert "one.json: none of its images can be decoded; the first: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -368,6 +389,21 @@ def test_mistakes_are_one_line_and_exit_2(
     said = capsys.readouterr().err
     assert match in said
     assert len(said.strip().splitlines()) == 1
+
+
+def test_one_file_is_served_where_the_settings_say(posts: Path, tmp_path: Path) -> None:
+    """A video backbone writes two, and takes no name for them; sound knows no n-grams."""
+    served = {"out": str(tmp_path / "served" / "image.safetensors")}
+    out = tmp_path / "run"
+    assert command(posts, out, "image_backbone", "--epoch", "1", backbone=served) == 0
+    assert Path(served["out"]).exists()
+    for task, backbone, text in (
+        ("video_backbone", served, "backbone.out: a video_backbone writes two files"),
+        ("audio_backbone", {"arch": "tfidf"}, "no post has video or audio to train on"),
+    ):
+        wrong = settings(posts, out, task, backbone=backbone)
+        with pytest.raises(ConfigError, match=text):
+            train_backbones(wrong, MediaItems())
 
 
 def test_the_configs_of_the_backbones_are_valid() -> None:
