@@ -38,8 +38,6 @@ from workers.runner import PostRunner
 # How often a waiting request checks that its client is still connected.
 _LOOK_S = 0.5
 _YES_NO = {"": False, "0": False, "false": False, "1": True, "true": True}
-
-
 PAGE_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
     "img-src 'self' blob:; media-src blob:; form-action 'self'; base-uri 'none'; "
@@ -171,7 +169,7 @@ class _Routes:
         """Report each part; 503 when one is missing. ``?only=workers`` asks for tagging alone."""
         only = request.args.get("only", "")
         if only not in ("", "workers"):
-            raise bad_request("only: is workers, or left out")
+            raise bad_request(f"only: must be workers, or left out; got {only[:100]!r}")
         runner = self._runner
         loading = None if runner.ready else "the models are being loaded"
         parts: dict[str, str | None] = {"workers": runner.trouble or loading}
@@ -228,10 +226,10 @@ def client_is_gone(environ: dict[str, Any]) -> bool:
 
 
 def _flag(name: str) -> bool:
-    value = request.args.get(name, "").lower()
-    if value not in _YES_NO:
-        raise bad_request(f"{name}: is 0 or 1")
-    return _YES_NO[value]
+    value = request.args.get(name, "")
+    if value.lower() not in _YES_NO:
+        raise bad_request(f"{name}: must be 0 or 1, got {value[:100]!r}")
+    return _YES_NO[value.lower()]
 
 
 def _wait(future: Future[PostTags]) -> PostTags:

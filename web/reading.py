@@ -28,9 +28,10 @@ from werkzeug.wrappers import Request
 from werkzeug.wsgi import get_input_stream
 
 from common.errors import ConfigError, MessageError, one_line
-from common.post import Media, MediaKind, Post, clean
+from common.post import Media, Post, clean
 from config.load import validate
 from config.settings import HttpSettings, Section
+from fusion.data.data_file import MEDIA_KEYS
 from king.messages import PostMessage, parse_message
 from web.guard import ApiError, bad_request, too_large
 from workers.fetch import Spool
@@ -114,12 +115,7 @@ class Uploads:
         self._spool.close()
 
 
-_KINDS: tuple[tuple[MediaKind, str], ...] = (
-    ("image", "images"),
-    ("video", "videos"),
-    ("audio", "audios"),
-)
-_FIELDS = ("text", "post_id", *(name for _, name in _KINDS))
+_FIELDS = ("text", "post_id", *MEDIA_KEYS.values())
 _MAX_URL_CHARS = 8192
 _FORM_TEXT_BYTES_PER_CHAR = 4
 
@@ -215,7 +211,7 @@ def _of_json(content: object, limits: HttpSettings) -> Post:
     sources = {"images": body.images, "videos": body.videos, "audios": body.audios}
     media = [
         Media(kind, _url(source, f"{name}.{i}"))
-        for kind, name in _KINDS
+        for kind, name in MEDIA_KEYS.items()
         for i, source in enumerate(sources[name])
     ]
     return _post(body.post_id, body.text, media, limits)
@@ -247,7 +243,7 @@ def _of_form(request: Request, box: Box, limits: HttpSettings) -> Post:
     if stray is not None:
         raise bad_request(f"{stray} must be text, not a file")
     media: list[Media] = []
-    for kind, name in _KINDS:
+    for kind, name in MEDIA_KEYS.items():
         urls = [line.strip() for value in form.getlist(name) for line in value.splitlines()]
         media += [Media(kind, _url(url, name)) for url in urls if url]
         media += [Media(kind, _path(file)) for file in files.getlist(name) if file.filename]

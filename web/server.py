@@ -185,7 +185,7 @@ def application(settings: Settings, services: Services, refuse: Callable[[bytes]
 
 
 def gunicorn_options(settings: Settings) -> dict[str, Any]:
-    """Return gunicorn's settings: one process: models are large, batches form in it."""
+    """Return gunicorn's settings; one process, since models are large and batches form in it."""
     http = settings.http
     host = f"[{http.host}]" if ":" in http.host else http.host
     return {

@@ -191,8 +191,7 @@ def _import_ray() -> Any:
         import ray
     except ImportError as error:
         raise ConfigError(
-            f"--engine ray needs Ray ({error.name or error} is missing): "
-            "pip install 'insighttag[ray]'"
+            f"--engine ray needs Ray ({error.name or error} is missing): pip install '.[ray]'"
         ) from error
     return ray
 

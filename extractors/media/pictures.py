@@ -233,7 +233,7 @@ def _know_heif(file_type: FileType) -> None:
         from pi_heif import register_heif_opener
     except ImportError as error:
         raise MediaError(
-            f"{file_type.name} cannot be decoded here: install insighttag[heic]"
+            f"{file_type.name} cannot be decoded here: pip install '.[heic]'"
         ) from error
     register_heif_opener()
 

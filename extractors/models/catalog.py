@@ -114,9 +114,8 @@ class Need:
             case "package":
                 return "installed" if self.installed() else ""
             case "release":
-                cache = _torch_hub() / "checkpoints"
-                whole = all((cache / Path(url).name).is_file() for url in self.urls[:1])
-                return str(cache) if whole else ""
+                cache = _torch_hub() / "checkpoints"  # the PCA behind the network is optional
+                return str(cache) if (cache / Path(self.urls[0]).name).is_file() else ""
             case _:
                 return _cached(self.name)
 
@@ -138,10 +137,10 @@ def needs(features: FeatureSettings) -> list[Need]:
 
 
 def needs_of(name: str) -> list[Need]:
-    """Return what a preset needs, or one encoder by its name.
+    """Return what a preset needs, or one encoder by its name, or by its repository's.
 
     Raises:
-        ConfigError: It is neither.
+        ConfigError: It is no preset, and timm has no model of the name.
     """
     if name in PRESETS:
         return needs(FeatureSettings.model_validate({"preset": name}))

@@ -97,7 +97,7 @@ def check(folder: Path) -> Checked:
         about = json.loads(path.read_text("utf-8"))
         files = {str(name): dict(entry) for name, entry in about["files"].items()}
     except FileNotFoundError:
-        return Checked(folder, None, tuple(_pinned(folder, folder.name)))
+        return Checked(folder, None, _pinned(folder))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return Checked(folder, None, (f"{path} is no manifest: {error!r}",))
     faults = []
@@ -109,7 +109,7 @@ def check(folder: Path) -> Checked:
             faults.append(f"{file} has {file.stat().st_size} bytes, not {entry.get('bytes')}")
         elif (actual := file_digest(file)) != entry.get("sha256"):
             faults.append(f"the sha256 of {file} is {actual}, not {entry.get('sha256')}")
-    return Checked(folder, about, (*faults, *([] if faults else _pinned(folder, folder.name))))
+    return Checked(folder, about, (*faults, *(() if faults else _pinned(folder))))
 
 
 def check_all(root: Path) -> Iterator[Checked]:
@@ -124,16 +124,10 @@ def check_all(root: Path) -> Iterator[Checked]:
             yield check(folder)
 
 
-def _pinned(folder: Path, name: str) -> Iterator[str]:
-    """Yield what differs from the sha256 that is written down here: packages."""
-    for package in PACKAGES.values():
-        if package.name == name:
-            path = folder / package.path.partition("/")[2]
-            for part, expected in package.sha256.items():
-                file = path / part if part else path
-                actual = file_digest(file) if file.is_file() else "missing"
-                if actual != expected:
-                    yield f"the sha256 of {file} is {actual}, not {expected}"
+def _pinned(folder: Path) -> tuple[str, ...]:
+    """Return the faults of a folder of a package's weights; none of another one."""
+    packages = (package for package in PACKAGES.values() if package.name == folder.name)
+    return tuple(fault for package in packages for fault in package.faults(folder))
 
 
 def _entry(file: Path) -> Mapping[str, Any]:
@@ -244,9 +238,9 @@ def _packaged(need: Need) -> tuple[Mapping[str, Path], dict[str, Any]]:
     if package is None or folder is None:
         command = package.command if package else ""
         raise ConfigError(f"{need.arch}: {need.name} is not installed: {command}")
-    if faults := list(_pinned(folder, package.name)):
-        raise ConfigError(f"{faults[0]}: {package.command} --force-reinstall")
-    path = folder / package.path.partition("/")[2]
+    if fault := next(package.faults(folder), None):
+        raise ConfigError(f"{fault}: {package.command} --force-reinstall")
+    path = package.within(folder)
     files = [path] if path.is_file() else sorted(each for each in path.rglob("*") if each.is_file())
     shown = [each for each in files if not each.name.startswith(".")]
     return {str(each.relative_to(folder)): each for each in shown}, {"version": package.version}

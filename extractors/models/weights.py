@@ -70,6 +70,19 @@ class Package:
     def module(self) -> str:
         return self.path.partition("/")[0]
 
+    def within(self, folder: Path) -> Path:
+        """Return the file or folder of weights in a package's folder."""
+        return folder / self.path.partition("/")[2]
+
+    def faults(self, folder: Path) -> Iterator[str]:
+        """Yield what differs from the sha256 that is written down here."""
+        path = self.within(folder)
+        for name, expected in self.sha256.items():
+            file = path / name if name else path
+            actual = file_digest(file) if file.is_file() else "missing"
+            if actual != expected:
+                yield f"the sha256 of {file} is {actual}, not {expected}"
+
 
 @dataclass(frozen=True)
 class Release:
@@ -107,7 +120,7 @@ PACKAGES: dict[str, Package] = {
         },
     ),
 }
-"""``features.*.arch`` -> the package of ``weights: package``; `insighttag[small]` installs them."""
+"""``features.*.arch`` -> the package of ``weights: package``, of the extra ``small``."""
 
 
 @dataclass(frozen=True)
@@ -157,25 +170,18 @@ def _packaged(arch: str, setting: str) -> Weights:
             f"{setting}: no package brings the weights of {arch}; there are some for "
             f"{', '.join(PACKAGES)}"
         )
-    rest = package.path.partition("/")[2]
     found = importlib.util.find_spec(package.module)
     places = [in_place(package.name)]
     places += [Path(folder) for folder in (found and found.submodule_search_locations) or ()]
-    path = next((place / rest for place in places if (place / rest).exists()), None)
-    if path is None:
+    folder = next((place for place in places if package.within(place).exists()), None)
+    if folder is None:
         raise ConfigError(
             f"{setting}: the package {package.name} {package.version} is not installed: "
             f"{package.command}"
         )
-    for name, expected in package.sha256.items():
-        file = path / name if name else path
-        actual = file_digest(file) if file.is_file() else "missing"
-        if actual != expected:
-            raise ConfigError(
-                f"{setting}: the sha256 of {file} is {actual}, not {expected}: "
-                f"{package.command} --force-reinstall"
-            )
-    return Weights(path=path, package=package)
+    if fault := next(package.faults(folder), None):
+        raise ConfigError(f"{setting}: {fault}: {package.command} --force-reinstall")
+    return Weights(path=package.within(folder), package=package)
 
 
 def in_place(name: str) -> Path:

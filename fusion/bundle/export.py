@@ -143,7 +143,7 @@ def _write_onnx(graph: Graph, path: Path) -> tuple[str, Runner]:
         import onnxscript  # noqa: F401  the exporter needs it
     except ImportError as error:
         raise ConfigError(
-            f"onnx: {error.name} is not installed: pip install insighttag[export]"
+            f"onnx: {error.name} is not installed: pip install '.[export]'"
         ) from error
     if sum(p.numel() * p.element_size() for p in graph.module.parameters()) > _LARGEST_ONNX:
         raise ConfigError("onnx: a file holds at most 2 GB: use --format torch")

@@ -76,10 +76,10 @@ class AttentionLSTM(FusionModel):
     def fuse(
         self, tokens: Mapping[Stream, torch.Tensor], masks: Mapping[Stream, torch.Tensor]
     ) -> Fused:
-        alone: dict[Stream, torch.Tensor] = {}
-        for stream in self.streams:
-            vector = self.branches[stream](tokens[stream], masks[stream])
-            alone[stream] = or_missing(vector, masks[stream], self.missing[stream])
-        vectors = torch.cat([alone[m] for m in self.streams], dim=1)
+        alone = {
+            m: or_missing(self.branches[m](tokens[m], masks[m]), masks[m], self.missing[m])
+            for m in self.streams
+        }
+        vectors = torch.cat(list(alone.values()), dim=1)
         vector = torch.tanh(self.narrow(torch.relu(self.join(vectors))))  # (posts, width)
         return Fused(self.classify(vector), alone)

@@ -134,6 +134,13 @@ class Batch(NamedTuple):
     masks: Mapping[Stream, torch.Tensor]
     targets: torch.Tensor | None = None
 
+    @property
+    def truth(self) -> torch.Tensor:
+        """Return the targets; ValueError without."""
+        if self.targets is None:
+            raise ValueError("a training batch needs targets")
+        return self.targets
+
     def to(self, device: torch.device | str) -> Batch:
         return Batch(
             self.post_ids,

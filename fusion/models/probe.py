@@ -85,14 +85,14 @@ class LinearProbe(FusionModel):
                 tokens, mask = batch.tokens[m], batch.masks[m]
                 means[m].append(masked_mean(tokens, mask))
                 there[m].append(mask.any(dim=1))
-            truth.append(batch.targets)
+            truth.append(batch.truth)
         parts = []
         for m in self.streams:
             vectors, has = torch.cat(means[m]), torch.cat(there[m])
             centre = cast("Centre", self.centres[m])
             centre.fit(vectors[has])
             parts.append(centre(vectors) * has[:, None])
-        inputs, targets = torch.cat(parts, dim=1), torch.cat([t for t in truth if t is not None])
+        inputs, targets = torch.cat(parts, dim=1), torch.cat(truth)
         start = self.start and (self.start[0].to(inputs), self.start[1].to(inputs))
         for weight, bias, loss in logistic(inputs, targets, self._penalties, start):
             with torch.no_grad():

@@ -129,13 +129,15 @@ class _Pooled(FusionModel):
         self.vlads = nn.ModuleDict(vlads)
         return {m: vlads[m].width if m in vlads else d for m, d in schema.dims.items()}
 
-    def _pooled(self, stream: Stream, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Map ``(posts, n, dim)`` and bool ``(posts, n)`` to ``(posts, width)``."""
-        normed = self.norms[stream](tokens)  # (posts, n, dim)
-        pooled: torch.Tensor = (
-            self.vlads[stream](normed, mask) if stream in self.vlads else masked_mean(normed, mask)
-        )
-        return pooled
+    def _pooled(
+        self, tokens: Mapping[Stream, torch.Tensor], masks: Mapping[Stream, torch.Tensor]
+    ) -> dict[Stream, torch.Tensor]:
+        """Map ``(posts, n, dim)`` and bool ``(posts, n)`` to ``(posts, width)``, by stream."""
+        normed = {m: self.norms[m](tokens[m]) for m in self.streams}  # (posts, n, dim) each
+        return {
+            m: self.vlads[m](x, masks[m]) if m in self.vlads else masked_mean(x, masks[m])
+            for m, x in normed.items()
+        }
 
 
 class ConcatSE(_Pooled):
@@ -168,12 +170,12 @@ class ConcatSE(_Pooled):
     def fuse(
         self, tokens: Mapping[Stream, torch.Tensor], masks: Mapping[Stream, torch.Tensor]
     ) -> Fused:
-        alone: dict[Stream, torch.Tensor] = {}
-        for stream in self.streams:
-            pooled = self._pooled(stream, tokens[stream], masks[stream])
-            projected = self.projections[stream](pooled)  # (posts, modality_width)
-            alone[stream] = or_missing(projected, masks[stream], self.missing[stream])
-        vectors = torch.cat([alone[m] for m in self.streams], dim=1)
+        pooled = self._pooled(tokens, masks)
+        alone = {  # (posts, modality_width) each
+            m: or_missing(self.projections[m](vector), masks[m], self.missing[m])
+            for m, vector in pooled.items()
+        }
+        vectors = torch.cat(list(alone.values()), dim=1)
         joined = self.join(self.dropout(vectors))  # (posts, width)
         return Fused(self.classify(self.gate(joined)), alone)
 
@@ -211,10 +213,8 @@ class NeXtVLADSE(_Pooled):
     def fuse(
         self, tokens: Mapping[Stream, torch.Tensor], masks: Mapping[Stream, torch.Tensor]
     ) -> Fused:
-        alone: dict[Stream, torch.Tensor] = {}
-        for stream in self.streams:
-            vector = self._pooled(stream, tokens[stream], masks[stream])
-            alone[stream] = or_missing(vector, masks[stream], self.missing[stream])
-        vectors = torch.cat([alone[m] for m in self.streams], dim=1)  # (posts, Σ K·λN/G)
+        pooled = self._pooled(tokens, masks)
+        alone = {m: or_missing(v, masks[m], self.missing[m]) for m, v in pooled.items()}
+        vectors = torch.cat(list(alone.values()), dim=1)  # (posts, Σ K·λN/G)
         joined = self.norm(self.join(self.dropout(vectors)))  # (posts, width)
         return Fused(self.classify(self.gate(joined)), alone)

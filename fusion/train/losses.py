@@ -169,17 +169,15 @@ class Objective(nn.Module):
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Return the loss, a scalar."""
-        if batch.targets is None:
-            raise ValueError("a training batch needs targets")
         if self._mixup and self.model.training:
             batch = mixed(batch, self._mixup)
         if not self._auxiliary or not isinstance(self.model, FusionModel):
-            alone: torch.Tensor = self.loss(self.model(batch), batch.targets)
+            alone: torch.Tensor = self.loss(self.model(batch), batch.truth)
             return alone
         said = self.model.outputs(batch)
-        total: torch.Tensor = self.loss(said.logits, batch.targets)
+        total: torch.Tensor = self.loss(said.logits, batch.truth)
         for modality, logits in said.own.items():
-            own = self.loss(logits, batch.targets, said.there[modality])
+            own = self.loss(logits, batch.truth, said.there[modality])
             total = total + self._auxiliary * own
         return total
 

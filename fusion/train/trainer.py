@@ -456,16 +456,10 @@ def score_posts(
         for batch in batches:
             # In full precision whatever the training's: as the bundle will be served.
             logits = model(batch.to(fabric.device)).float().cpu()
-            found.append(torch.stack([logits, _targets_of(batch)]))  # (2, posts, classes)
+            found.append(torch.stack([logits, batch.truth]))  # (2, posts, classes)
     model.train(training)
     both = _gathered(fabric, found, count) if world > 1 else torch.cat(found, dim=1)
     return both[0].numpy(), both[1].numpy()
-
-
-def _targets_of(batch: Batch) -> torch.Tensor:
-    if batch.targets is None:
-        raise ValueError("a training batch needs targets")
-    return batch.targets
 
 
 def _gathered(fabric: Fabric, found: list[torch.Tensor], count: int) -> torch.Tensor:

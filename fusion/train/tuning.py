@@ -136,7 +136,7 @@ class Search:
             from optuna.storages.journal import JournalFileBackend
         except ImportError as error:
             raise ConfigError(
-                "the search needs Optuna, which is not installed: pip install insighttag[tune]"
+                "the search needs Optuna, which is not installed: pip install '.[tune]'"
             ) from error
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         try:

@@ -35,6 +35,8 @@ Priority = Annotated[
     int, typer.Option("--priority", min=0, max=9, help="0 to 9; higher is served sooner.")
 ]
 
+DOWN = "the embedded service is not running: insighttag services start"
+
 _NAMED = 10
 
 
@@ -72,15 +74,15 @@ def print_json(value: Any) -> None:
 
 def ago(then_s: float | None, now_s: float) -> str:
     """Return the age of a Unix time, in words."""
-    return duration(max(0.0, now_s - then_s)) + " ago" if then_s else "never"
+    return f"{duration(now_s - then_s)} ago" if then_s else "never"
 
 
 def duration(seconds: float) -> str:
     """Return a time in its largest unit."""
     for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.0f} s"
+            return f"{seconds / size:.3g} {unit}"
+    return f"{max(0.0, seconds):.0f} s"
 
 
 def moment(then_s: float | None) -> str:

@@ -1,4 +1,4 @@
-"""``insighttag doctor``: what of the platform's documents can be read, and what cannot."""
+"""``insighttag doctor``: which of the platform's documents can be read, and where weights are."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def doctor(
 ) -> None:
     """Count how the newest posts are read by store.fields: each field, and what does not fit.
 
-    It says of each encoder where its weights are.
+    Also say where the weights of each encoder are.
     """
     from extractors.models.catalog import needs
     from king.store.documents import NoIdError, dig, id_text, read_fields
@@ -80,11 +80,11 @@ def doctor(
     rows = [
         (
             name,
-            about["path"],
-            about["posts"],
-            "\n".join(f"{count} posts: {shape}" for shape, count in about["unread"].items()),
+            field["path"],
+            field["posts"],
+            "\n".join(f"{count} posts: {shape}" for shape, count in field["unread"].items()),
         )
-        for name, about in content["fields"].items()
+        for name, field in content["fields"].items()
     ]
     print_table("", ("field", "path", "posts that have it", "does not fit"), rows)
     _say_weights(content["weights"])

@@ -24,7 +24,7 @@ def check(
     *,
     data: Data = None,
     bundle: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="A bundle that shall fit.")
+        Path | None, typer.Option(metavar="DIR", help="A bundle that must fit.")
     ] = None,
     min_posts: Annotated[
         int, typer.Option("--min-posts", min=0, help="Fewer posts of a tag are a conflict.")
@@ -71,7 +71,7 @@ def split(
     *,
     into: Annotated[list[str], typer.Option(metavar="NAME", help="One of its parts; repeat it.")],
 ) -> None:
-    """Make one tag several; which post has which part, `apply --by-post` says."""
+    """Make one tag several; `apply --by-post` says which post has which part."""
     if len(into) < 2:
         raise ConfigError("labels split: give --into twice or more")
     _change(labels, "split", (old,), into)
@@ -86,7 +86,7 @@ def retire(
 
 
 def history(labels: MapFile) -> None:
-    """The recorded changes of a label map, oldest first."""
+    """List the recorded changes of a label map, oldest first."""
     _, migrations = taxonomy.load(labels)
     for each in migrations:
         say(f"{each.version:>4}  {_told(each)}\n")

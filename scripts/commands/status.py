@@ -17,12 +17,11 @@ from common.urls import redact
 from config.settings import BrokerSettings, Settings, StoreSettings
 from deploy import embedded
 from king.status import read_health
-from scripts.commands.common import AsJson, Config, Overrides, ago, print_json, settings_of
+from scripts.commands.common import DOWN, AsJson, Config, Overrides, ago, print_json, settings_of
 from scripts.commands.services import view_json
 
 _TIMEOUT_S = 3.0
 _FRESH_S = 10.0
-_DOWN = "the embedded service is not running: insighttag services start"
 
 
 def status(as_json: AsJson = False, config: Config = None, overrides: Overrides = None) -> None:
@@ -80,7 +79,7 @@ def _store(settings: StoreSettings) -> dict[str, Any]:
 def _answer(name: str, url: str, question: Callable[[], Any]) -> dict[str, Any]:
     """Return the answer of a service under its name, or the reason why there is none."""
     if url.startswith(embedded.SCHEME):
-        return {name: None, "error": _DOWN}
+        return {name: None, "error": DOWN}
     try:
         return {name: question(), "error": None}
     except ConfigError:

@@ -39,7 +39,7 @@ def tune(
     """Train many times with other values, and write the best ones as DIR/best.yaml.
 
     Trials that fall behind end early. What was interrupted goes on when the same command is run
-    again. Needs insighttag[tune].
+    again. Needs the extra tune: pip install '.[tune]'.
     """
     from config.load import parse_overrides, read_yaml
     from config.presets import merge

@@ -98,7 +98,7 @@ def _seen_by_features(files: FeatureFiles, bundle: Bundle, post: Record) -> bool
 
 
 def _target(plan: RunSettings) -> tuple[str, Path | None]:
-    """The format, and the file where the output is one."""
+    """Return the format, and the file where the output is one."""
     output = plan.output
     database = output is not None and is_database(output)
     if plan.format == "mongodb" and not database:
@@ -142,7 +142,7 @@ def _sink(
 def _best_model(
     settings: InferSettings | Settings, model: Path | None
 ) -> Iterator[InferSettings | Settings]:
-    """The settings with the bundle that ``--best_model`` means."""
+    """Yield the settings with the bundle that ``--best_model`` names."""
     if model is None:
         yield settings
         return
@@ -156,7 +156,7 @@ def _best_model(
 
 
 def _say(report: InferReport, plan: RunSettings) -> None:
-    # Beside the tags on standard output, what is for people goes to standard error.
+    # Tags may go to standard output: the report then goes to standard error.
     people = sys.stderr if plan.output is None else sys.stdout
 
     def tell(text: str) -> None:

@@ -28,7 +28,7 @@ from common.times import since_time
 from config.load import load_settings
 from config.settings import MonitorSettings, Settings, Threshold
 from corpus.runs import Stopper
-from scripts.commands.common import print_json
+from scripts.commands.common import DOWN, print_json
 from scripts.mongo_supervisor.checks import EXIT_CODES, as_dict, judge, log_look, show, worst
 from scripts.mongo_supervisor.snapshot import look
 
@@ -81,7 +81,9 @@ class CommandLine:
 def parse(arguments: Sequence[str] | None = None) -> CommandLine:
     options = read_options(CommandLine, "check.py", arguments, about=__doc__)
     if options.watch is not None and (options.requeue or not options.watch > 0):
-        raise ConfigError("--watch takes seconds above 0, and goes without --requeue")
+        raise ConfigError(
+            f"--watch {options.watch:g}: takes seconds above 0, and goes without --requeue"
+        )
     return options
 
 
@@ -122,7 +124,7 @@ def requeue(settings: Settings) -> int:
     running = embedded.peek(settings)
     for url in (running.broker.url, running.store.url):
         if url.startswith(embedded.SCHEME):
-            raise ConfigError("the embedded services do not run: insighttag services start")
+            raise ConfigError(DOWN)
     with open_queries(running.store) as queries:
         return publish_posts(running.broker, map(PostMessage, queries.untagged_ids()))
 

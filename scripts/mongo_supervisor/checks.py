@@ -14,6 +14,7 @@ from rich.text import Text
 from common.cli import say
 from common.tables import console, print_table
 from config.settings import MonitorSettings, Threshold
+from scripts.commands.common import duration
 from scripts.mongo_supervisor.snapshot import Snapshot
 
 State: TypeAlias = Literal["ok", "warning", "critical", "unknown"]
@@ -101,7 +102,7 @@ def _backlog(snapshot: Snapshot, limits: MonitorSettings) -> Check:
         f"of {least}{backlog.untagged} untagged"
     )
     if backlog.oldest_s is not None:
-        text += f"; the oldest is {_duration(backlog.oldest_s)} old"
+        text += f"; the oldest is {duration(backlog.oldest_s)} old"
     if backlog.ageless and limits.backlog_age_s:
         text += f"; {backlog.ageless} have no known age: set store.fields.created"
     return _check("backlog", backlog.old, limits.backlog, text)
@@ -112,7 +113,7 @@ def _failed_ratio(snapshot: Snapshot, limits: MonitorSettings) -> Check:
     if results is None:
         return _unknown("failed_ratio", snapshot, "results")
     total = results.tagged + results.failed
-    text = f"{results.failed} of {total} results of the last {_duration(limits.window_s)}"
+    text = f"{results.failed} of {total} results of the last {duration(limits.window_s)}"
     if total < limits.min_results:
         too_few = f"{text}; too few to judge"
         return Check("failed_ratio", "ok", None, too_few, limits.failed_ratio)
@@ -127,7 +128,7 @@ def _last_tag(snapshot: Snapshot, limits: MonitorSettings) -> Check:
     age_s = snapshot.results.last_tag_s
     old = snapshot.backlog is not None and snapshot.backlog.old > 0
     due = snapshot.jobs is not None and snapshot.jobs.due > 0
-    text = "no post was ever tagged" if age_s is None else f"{_duration(age_s)} ago"
+    text = "no post was ever tagged" if age_s is None else f"{duration(age_s)} ago"
     if not (snapshot.queue_depth or old or due):
         return Check(name, "ok", age_s, f"{text}; no posts wait", threshold)
     if age_s is None:
@@ -155,13 +156,6 @@ def _queue(snapshot: Snapshot, limits: MonitorSettings) -> Check:
         reason = snapshot.errors.get("queue_depth", "no answer")
         return Check("queue_depth", "critical", None, reason)
     return _check("queue_depth", depth, limits.queue_depth, f"{depth} messages wait")
-
-
-def _duration(seconds: float) -> str:
-    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{max(0.0, seconds):.0f} s"
 
 
 _COLOURS = {"ok": "green", "warning": "yellow", "critical": "bold red", "unknown": "magenta"}

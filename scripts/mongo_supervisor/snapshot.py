@@ -20,11 +20,11 @@ from king.broker.connect import queue_depth
 from king.jobs import JOB_STATES, OPEN_STATES
 from king.store.client import StoreClient
 from king.store.documents import dig, whole_fields
+from scripts.commands.common import DOWN
 
 T = TypeVar("T")
 
 _PINGS = 3  # one slow answer is no trend; more would make each look longer
-_DOWN = "the embedded service is not running: insighttag services start"
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def look(asked: Settings) -> Snapshot:
 def _queue_depth(settings: Settings) -> int:
     broker = settings.broker
     if broker.url.startswith(embedded.SCHEME):
-        raise TaggingError(_DOWN)
+        raise TaggingError(DOWN)
     timeout_s = min(broker.socket_timeout_s, settings.monitor.timeout_s)
     return queue_depth(broker.model_copy(update={"socket_timeout_s": timeout_s}))
 
@@ -139,7 +139,7 @@ class Database:
     def latency_s(self) -> float:
         """Return the median of a few pings on an open connection."""
         if self._settings.url.startswith(embedded.SCHEME):
-            raise StoreUnavailable(_DOWN)
+            raise StoreUnavailable(DOWN)
         with self._client.edge():
             self._ping_s()  # connects
             return statistics.median(self._ping_s() for _ in range(_PINGS))

@@ -119,5 +119,5 @@ def test_without_ray_the_way_out_is_one_line(
     options = ["--input", str(posts), "--features", str(tmp_path / "f"), "--engine", "ray"]
     assert main("image", options) == 2
     said = capsys.readouterr().err
-    assert "pip install 'insighttag[ray]'" in said
+    assert "pip install '.[ray]'" in said
     assert "Traceback" not in said

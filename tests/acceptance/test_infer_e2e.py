@@ -9,30 +9,20 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
-import yaml
 
 from config.load import load_settings
 from config.settings import Settings
 from fusion.infer.options import infer_options, infer_settings
 from scripts.cli import run
 from tests.support.scripts import infer_rig as rig
-from tests.support.tiny_models import tiny_bundle, tiny_features
+from tests.support.tiny_models import tiny_site
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Settings of small extractors, their bundle, and three posts with pictures."""
     folder = tmp_path_factory.mktemp("e2e")
-    features = tiny_features()
-    tiny_bundle(folder / "bundle", features)
-    settings = {
-        "features": features.model_dump(mode="json"),
-        "fusion": {"bundle": str(folder / "bundle")},
-        "workers": {"extractors": [{"threads": 1}]},
-        "log": {"level": "error"},
-        "infer": {"progress": False},
-    }
-    (folder / "infer.yaml").write_text(yaml.safe_dump(settings))
+    tiny_site(folder, infer={"progress": False}).rename(folder / "infer.yaml")
     (folder / "media").mkdir()
     chance = np.random.default_rng(1)
     for i in range(3):

@@ -142,6 +142,22 @@ def tiny_bert(folder: Path, *, seed: int = 0, dim: int = 32, layers: int = 2) ->
     return folder
 
 
+def tiny_site(folder: Path, **sections: Any) -> Path:
+    """Small extractors and their bundle in a folder; the file of settings that names them."""
+    features = tiny_features()
+    tiny_bundle(folder / "bundle", features)
+    settings = {
+        "features": features.model_dump(mode="json"),
+        "fusion": {"bundle": str(folder / "bundle")},
+        "workers": {"extractors": [{"threads": 1}]},
+        "log": {"level": "error"},
+        **sections,
+    }
+    path = folder / "config.yaml"
+    path.write_text(json.dumps(settings), encoding="utf-8")
+    return path
+
+
 def tiny_bundle(folder: Path, features: FeatureSettings, *, threshold: Any = 0.01) -> str:
     """Save a fusion model with random weights for these features; its version.
 

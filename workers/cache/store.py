@@ -169,7 +169,7 @@ def open_store(settings: CacheSettings) -> CacheStore:
         return RemoteStore(url, limit, settings.options, timeout_s=settings.timeout_s)
     except (ImportError, ValueError) as error:
         reason = one_line(error, 200)
-        hint = "; install insighttag[s3]" if scheme in ("s3", "s3a") else ""
+        hint = "; pip install '.[s3]'" if scheme in ("s3", "s3a") else ""
         raise ConfigError(f"cache.url: {redact(url)} cannot be used: {reason}{hint}") from error
 
 

@@ -404,7 +404,7 @@ def test_a_gif_without_a_screen(tmp_path: Path) -> None:
 def test_formats_that_are_only_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.heic").write_bytes(heic())
     monkeypatch.setitem(__import__("sys").modules, "pi_heif", None)
-    with pytest.raises(MediaError, match=r"^HEIC picture cannot be decoded here: install"):
+    with pytest.raises(MediaError, match=r"^HEIC picture cannot be decoded here: pip install"):
         read(tmp_path / "a.heic")
     (tmp_path / "a.jxl").write_bytes(b"\xff\x0a" + bytes(60))
     with pytest.raises(MediaError, match="JPEG XL picture, which cannot be decoded"):

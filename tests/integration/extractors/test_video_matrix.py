@@ -303,6 +303,18 @@ def test_a_clock_that_jumps(tmp_path: Path) -> None:
     check(decode(path, settings(COUNT), max_duration_s=10**6))
 
 
+def joined_late(path: Path) -> tuple[Any, list[float]]:
+    """The frames of a film without its first third, up to its end, and when they are shown."""
+    data = path.read_bytes()
+    path.write_bytes(data[len(data) // 3 + 77 :])
+    frames = decode(path, settings(COUNT)).frames
+    assert frames is not None
+    times = [shown_s(frame) for frame in frames]
+    assert len(times) == COUNT
+    assert times[-1] > 3.5
+    return frames, times
+
+
 @pytest.mark.parametrize(
     ("name", "codec"),
     [
@@ -317,16 +329,10 @@ def test_recordings_that_begin_anywhere(tmp_path: Path, name: str, codec: str) -
     """A broadcast recorded from the middle of a packet and of a group of pictures on."""
     options = {"mpegts_m2ts_mode": "1"} if name == "a.m2ts" else None
     path = write(tmp_path / name, codec=codec, gop=25, container_options=options)
-    data = path.read_bytes()
-    path.write_bytes(data[len(data) // 3 + 77 :])
-    decoded = decode(path, settings(COUNT))
-    assert decoded.frames is not None
-    times = [shown_s(frame) for frame in decoded.frames]
-    assert len(times) == COUNT
+    frames, times = joined_late(path)
     assert 0.8 < times[0] < 2.8
-    assert times[-1] > 3.5
     assert times == sorted(times)
-    for frame in decoded.frames:
+    for frame in frames:
         for got, colour in zip(corners(frame), CORNERS, strict=True):
             assert np.abs(got - colour).max() < 40
 
@@ -341,16 +347,10 @@ def test_refreshed_recordings_begin_anywhere(tmp_path: Path, name: str) -> None:
             f.reformat(32, 32, "rgb24", interpolation="AREA").to_ndarray()
             for f in container.decode(video=0)
         ]
-    data = path.read_bytes()
-    path.write_bytes(data[len(data) // 3 + 77 :])
-    decoded = decode(path, settings(COUNT))
-    assert decoded.frames is not None
-    times = [shown_s(frame) for frame in decoded.frames]
-    assert len(times) == COUNT
+    frames, times = joined_late(path)
     assert 1 < times[0] < 3
-    assert times[-1] > 3.5
     assert np.ptp(np.diff(times)) < 0.2  # spread evenly over what can be seen
-    for frame in decoded.frames:
+    for frame in frames:
         assert min(int(np.abs(frame.astype(int) - other).max()) for other in plain) <= 2
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import transformers
-import yaml
 from huggingface_hub import constants
 
 from config.presets import PRESETS
@@ -23,8 +22,7 @@ from tests.support import tiny_encoders
 from tests.support.tiny_models import (
     TINY_CNN,
     TINY_VIT,
-    tiny_bundle,
-    tiny_features,
+    tiny_site,
     tiny_timm_weights,
 )
 from tests.unit.extractors.test_encoder_contract import newer_model, own_code
@@ -37,15 +35,7 @@ Set = dict[str, Any]
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Settings of small extractors, their bundle, a post, and checkpoints that do not fit."""
     folder = tmp_path_factory.mktemp("mistakes")
-    features = tiny_features()
-    tiny_bundle(folder / "bundle", features)
-    settings = {
-        "features": features.model_dump(mode="json"),
-        "fusion": {"bundle": str(folder / "bundle")},
-        "workers": {"extractors": [{"threads": 1}]},
-        "log": {"level": "error"},
-    }
-    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    tiny_site(folder)
     (folder / "post.json").write_text(json.dumps({"post_id": "p", "text": "a cat"}))
     for make in (tiny_encoders.clip, tiny_encoders.sentence_bert, own_code, newer_model):
         (folder / make.__name__).mkdir()
@@ -161,14 +151,8 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     if "licence" in case:
         monkeypatch.setattr(weights, "reachable", lambda _url: True)
         monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", refuse)
-    sets = [f"features.{section}.{key}={value}" for key, value in settings(folder).items()]
-    words_of_sets = [word for each in sets for word in ("--set", each)]
-    config = str(folder / "config.yaml")
-    code = run(["tag", str(folder / "post.json"), "--config", config, *words_of_sets])
-    out, err = capsys.readouterr()
-    assert (code, out) == (2, "")
-    assert "Traceback" not in err
-    [line] = [each for each in err.splitlines() if each.startswith("insighttag: ")]
+    sets = [f"{section}.{key}={value}" for key, value in settings(folder).items()]
+    line = complaint(folder, capsys, *sets)
     for word in words:
         assert word in line
 
@@ -178,10 +162,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(
 def test_a_preset_without_its_weights_says_which_and_what_brings_them(
     preset: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = str(folder / "config.yaml")
-    sets = ("--set", f"features.preset={preset}")
-    assert run(["tag", str(folder / "post.json"), "--config", config, *sets]) == 2
-    [line] = [x for x in capsys.readouterr().err.splitlines() if x.startswith("insighttag: ")]
+    line = complaint(folder, capsys, f"preset={preset}")
     first = needs_of(preset)[0]
     assert "features.video" in line
     way = {
@@ -191,6 +172,18 @@ def test_a_preset_without_its_weights_says_which_and_what_brings_them(
     }
     for word in (first.name, way[first.origin]):
         assert word in line
+
+
+def complaint(folder: Path, capsys: pytest.CaptureFixture[str], *features: str) -> str:
+    """The line that `insighttag tag` ends with under other settings of features."""
+    sets = [word for each in features for word in ("--set", f"features.{each}")]
+    config = str(folder / "config.yaml")
+    code = run(["tag", str(folder / "post.json"), "--config", config, *sets])
+    out, err = capsys.readouterr()
+    assert (code, out) == (2, "")
+    assert "Traceback" not in err
+    [line] = [each for each in err.splitlines() if each.startswith("insighttag: ")]
+    return line
 
 
 def refuse(*_: object, **__: object) -> None:

@@ -175,7 +175,7 @@ def test_embedded_services_that_are_off_are_not_started(
     file = tmp_path / "settings.yaml"
     file.write_text(f"embedded: {{folder: {tmp_path / 'embedded'}}}")
     assert check.main(["--config", str(file), "--requeue"]) == 2
-    assert "not requeued: the embedded services do not run" in capsys.readouterr().err
+    assert "not requeued: the embedded service is not running" in capsys.readouterr().err
     assert check.main(["--config", str(file)]) == 2
     assert capsys.readouterr().out.count("insighttag services start") >= 2
     assert not (tmp_path / "embedded").exists()
@@ -207,7 +207,7 @@ def test_requeue_publishes_what_has_neither_result_nor_job(
         (["--set", "monitor.bogus=1"], "monitor.bogus: unknown key"),
         (["--config", "absent.yaml"], "absent.yaml: no such file"),
         (["--bogus"], "--bogus"),
-        (["--watch", "0"], "--watch takes seconds above 0"),
+        (["--watch", "0"], "--watch 0: takes seconds above 0"),
         (["--watch", "1", "--requeue"], "goes without --requeue"),
     ],
 )

@@ -6,7 +6,7 @@ Written from the definitions, in float64; they take a model's state_dict and giv
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -59,6 +59,19 @@ def rows_of(post: Features, modality: str) -> Array | None:
     return None if found is None else found.astype(np.float64)
 
 
+def each(
+    post: Features, streams: Iterable[str], vector: Callable[[str, Array], Array]
+) -> dict[str, Array]:
+    """A vector of each of some streams that the post has."""
+    rows = {m: rows_of(post, m) for m in streams}
+    return {m: vector(m, x) for m, x in rows.items() if x is not None}
+
+
+def filled(w: Weights, alone: dict[str, Array], prefix: str = "") -> list[Array]:
+    """The vectors of all streams: for those that are missing, what stands for them."""
+    return [alone[m] if m in alone else w[f"{prefix}missing.{m}"] for m in known(w)]
+
+
 def squeeze_excite(w: Weights, name: str, x: Array) -> Array:
     squeezed = relu(batch_norm(w, f"{name}.norm", linear(w, f"{name}.squeeze", x)))
     return x * sigmoid(linear(w, f"{name}.excite", squeezed))
@@ -69,16 +82,12 @@ def own_heads(w: Weights, alone: dict[str, Array]) -> dict[str, Array]:
 
 
 def mean_pooled(w: Weights, post: Features) -> tuple[list[Array], dict[str, Array]]:
-    vectors, alone = [], {}
-    for m in known(w):
-        rows = rows_of(post, m)
-        if rows is None:
-            vectors.append(w[f"pool.missing.{m}"])
-            continue
-        mean = layer_norm(w, f"pool.norms.{m}", rows).mean(axis=0)
-        alone[m] = linear(w, f"pool.projections.{m}", mean)
-        vectors.append(alone[m])
-    return vectors, alone
+    def vector(m: str, x: Array) -> Array:
+        mean = layer_norm(w, f"pool.norms.{m}", x).mean(axis=0)
+        return linear(w, f"pool.projections.{m}", mean)
+
+    alone = each(post, known(w), vector)
+    return filled(w, alone, "pool."), alone
 
 
 def concat_mlp(w: Weights, post: Features) -> Said:
@@ -108,34 +117,22 @@ def nextvlad(w: Weights, name: str, x: Array) -> Array:
     return batch_norm(w, f"{name}.norm", total.ravel())
 
 
+def vlad_or_mean(w: Weights, m: str, x: Array) -> Array:
+    normed = layer_norm(w, f"norms.{m}", x)
+    clustered = f"vlads.{m}.centres" in w
+    return nextvlad(w, f"vlads.{m}", normed) if clustered else normed.mean(axis=0)
+
+
 def concat_se(w: Weights, post: Features) -> Said:
-    vectors, alone = [], {}
-    for m in known(w):
-        rows = rows_of(post, m)
-        if rows is None:
-            vectors.append(w[f"missing.{m}"])
-            continue
-        normed = layer_norm(w, f"norms.{m}", rows)
-        clustered = f"vlads.{m}.centres" in w
-        pooled = nextvlad(w, f"vlads.{m}", normed) if clustered else normed.mean(axis=0)
-        alone[m] = linear(w, f"projections.{m}", pooled)
-        vectors.append(alone[m])
-    gated = squeeze_excite(w, "gate", linear(w, "join", np.concatenate(vectors)))
+    alone = each(post, known(w), lambda m, x: linear(w, f"projections.{m}", vlad_or_mean(w, m, x)))
+    gated = squeeze_excite(w, "gate", linear(w, "join", np.concatenate(filled(w, alone))))
     return linear(w, "classify", gated), own_heads(w, alone)
 
 
 def nextvlad_se(w: Weights, post: Features) -> Said:
-    vectors, alone = [], {}
-    for m in known(w):
-        rows = rows_of(post, m)
-        if rows is None:
-            vectors.append(w[f"missing.{m}"])
-            continue
-        normed = layer_norm(w, f"norms.{m}", rows)
-        clustered = m != "video_lstm"
-        alone[m] = nextvlad(w, f"vlads.{m}", normed) if clustered else normed.mean(axis=0)
-        vectors.append(alone[m])
-    joined = batch_norm(w, "norm", linear(w, "join", np.concatenate(vectors)))
+    assert "vlads.video_lstm.centres" not in w, "one vector of a whole video has no clusters"
+    alone = each(post, known(w), lambda m, x: vlad_or_mean(w, m, x))
+    joined = batch_norm(w, "norm", linear(w, "join", np.concatenate(filled(w, alone))))
     return linear(w, "classify", squeeze_excite(w, "gate", joined)), own_heads(w, alone)
 
 
@@ -164,19 +161,16 @@ def lstm(w: Weights, name: str, x: Array) -> Array:
 
 
 def attention_lstm(w: Weights, post: Features) -> Said:
-    vectors, alone = [], {}
-    for m in known(w):
-        rows, name = rows_of(post, m), f"branches.{m}"
-        if rows is None:
-            vectors.append(w[f"missing.{m}"])
-            continue
-        x = np.tanh(linear(w, f"{name}.project", layer_norm(w, f"{name}.norm", rows)))
+    def branch(m: str, x: Array) -> Array:
+        name = f"branches.{m}"
+        x = np.tanh(linear(w, f"{name}.project", layer_norm(w, f"{name}.norm", x)))
         back = lstm(w, f"{name}.back", x[::-1])[::-1]
         states = np.concatenate([lstm(w, f"{name}.ahead", x), back], axis=1)
-        weights = softmax(linear(w, f"{name}.attend", states)[:, 0], 0)
-        alone[m] = weights @ states
-        vectors.append(alone[m])
-    x = np.tanh(linear(w, "narrow", relu(linear(w, "join", np.concatenate(vectors)))))
+        weights: Array = softmax(linear(w, f"{name}.attend", states)[:, 0], 0)
+        return weights @ states
+
+    alone = each(post, known(w), branch)
+    x = np.tanh(linear(w, "narrow", relu(linear(w, "join", np.concatenate(filled(w, alone))))))
     return linear(w, "classify", x), own_heads(w, alone)
 
 
@@ -277,11 +271,7 @@ def ml_decoder(w: Weights, post: Features) -> Said:
 
 def late(w: Weights, post: Features) -> Said:
     streams = [s for s in STREAMS if f"own.{s}.weight" in w]
-    means = {}
-    for m in streams:
-        rows = rows_of(post, m)
-        if rows is not None:
-            means[m] = layer_norm(w, f"norms.{m}", rows).mean(axis=0)
+    means = each(post, streams, lambda m, x: layer_norm(w, f"norms.{m}", x).mean(axis=0))
     said = own_heads(w, means) or {m: w[f"own.{m}.bias"] for m in streams}
     weights = softmax(np.stack([w["mixing"][streams.index(m)] for m in said]), 0)
     logits = (weights * np.stack(list(said.values()))).sum(axis=0)
@@ -289,25 +279,21 @@ def late(w: Weights, post: Features) -> Said:
 
 
 def linear_probe(w: Weights, post: Features) -> Said:
-    alone, joined = {}, []
-    for m in [s for s in STREAMS if f"centres.{s}.mean" in w]:
-        rows, mean = rows_of(post, m), w[f"centres.{m}.mean"]
-        vector = np.zeros_like(mean)
-        if rows is not None:
-            alone[m] = vector = (rows.mean(axis=0) - mean) * w[f"centres.{m}.scale"]
-        joined.append(vector)
+    means = {s: w[f"centres.{s}.mean"] for s in STREAMS if f"centres.{s}.mean" in w}
+    alone = each(post, means, lambda m, x: (x.mean(axis=0) - means[m]) * w[f"centres.{m}.scale"])
+    joined = [alone.get(m, np.zeros_like(mean)) for m, mean in means.items()]
     return linear(w, "classify", np.concatenate(joined)), own_heads(w, alone)
 
 
 def tag_text(w: Weights, post: Features) -> Said:
     streams = [s for s in STREAMS if f"centre_{s}" in w]
-    means = {}
-    for m in streams:
-        rows = rows_of(post, m)
-        if rows is not None:
-            mean = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).mean(axis=0)
-            away = mean / np.linalg.norm(mean) - w[f"centre_{m}"]
-            means[m] = away / np.linalg.norm(away)
+
+    def unit(m: str, x: Array) -> Array:
+        mean = (x / np.linalg.norm(x, axis=1, keepdims=True)).mean(axis=0)
+        away = mean / np.linalg.norm(mean) - w[f"centre_{m}"]
+        return away / np.linalg.norm(away)
+
+    means = each(post, streams, unit)
     if not means:
         return w["bias"], {}
     weights = softmax(np.stack([w["mixing"][streams.index(m)] for m in means]), 0)

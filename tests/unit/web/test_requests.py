@@ -110,7 +110,11 @@ MISTAKES: dict[str, tuple[dict[str, Any], int, str]] = {
     "many parts": ({"data": {"images": ["http://h/a"] * 40}, **MULTIPART}, 413, "too large"),
     "a large file": ({"data": {"images": file(content=b"x" * 200_000)}}, 413, "max_body_bytes"),
     "a large field": ({"data": {"text": "x" * 50_000}, **MULTIPART}, 413, "too large"),
-    "a bad option": ({**body({"text": "x"}), "query_string": "scores=maybe"}, 400, "is 0 or 1"),
+    "a bad option": (
+        {**body({"text": "x"}), "query_string": "scores=maybe"},
+        400,
+        "must be 0 or 1, got 'maybe'",
+    ),
     "another site": (
         {**body({"text": "x"}), "headers": {"Origin": "http://evil.example"}},
         403,
