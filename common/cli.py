@@ -113,7 +113,8 @@ def exit_code(
 
 def complain(name: str, text: str, code: int) -> int:
     """Write one line on standard error, and return the exit code."""
-    with contextlib.suppress(OSError):  # a full disk changes nothing about the exit code
+    # A full disk, or a standard error that is closed, changes nothing about the exit code.
+    with contextlib.suppress(OSError, AttributeError):
         sys.stderr.write(visible(f"{name}: {text}\n"))
     return code
 

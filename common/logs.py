@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import re
 import sys
+from pathlib import Path
 from typing import Any, Literal
 
 import structlog
@@ -25,6 +27,8 @@ def visible(text: str) -> str:
 
 def configure_logs(format: Literal["auto", "json", "pretty"] = "auto", level: str = "info") -> None:
     """Set up structlog for this process; safe to call again."""
+    if sys.stderr is None:  # closed by who started us: the next file that is opened would be it
+        sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
     pretty = format == "pretty" or (format == "auto" and sys.stderr.isatty())
     renderers: list[structlog.typing.Processor] = (
         [_visible_values, structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())]

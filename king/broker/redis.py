@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import itertools
 import json
 import threading
@@ -121,12 +122,24 @@ class RedisBroker(Broker):
                 f"broker.url: {redact(self.settings.url)!r} has a part that is not understood"
             ) from error
         self._size(self._lists)  # raises if the key is of another type
+        self.shortcoming = self._lasting_doubt()
         # A connection lost in a `take` may have cost the answer alone: the messages are taken then,
         # and without this would wait for the end of their lease.
         self._give_back([*reversed(self._asked), *reversed(self._in_hand)])
         self._asked = []
         self._renewal_due = time.monotonic() + self._renew_every_s
         self._collection_due = 0.0
+
+    def _lasting_doubt(self) -> str | None:
+        """Return the reason why a server that is full would lose the queue, if it would."""
+        with contextlib.suppress(redis_errors.ResponseError):  # a user who may not ask
+            policy = self._client.info("memory").get("maxmemory_policy", "")
+            if policy.startswith("allkeys"):
+                return (
+                    f"Redis deletes the queue when its memory is full: maxmemory-policy {policy}; "
+                    "set noeviction, or a volatile one, for the queue does not expire"
+                )
+        return None
 
     def drain(self, timeout_s: float) -> int:
         with self._client_call():

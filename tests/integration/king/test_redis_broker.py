@@ -40,6 +40,30 @@ def client(redis_server: RedisServer) -> Iterator[Any]:
         yield client
 
 
+@pytest.mark.parametrize("policy", ["allkeys-lru", "allkeys-random", "volatile-ttl", "noeviction"])
+def test_a_server_that_may_delete_the_queue_is_named(
+    settings: BrokerSettings, client: Any, policy: str
+) -> None:
+    """The queue's keys never expire, so that only the policies of all keys choose among them."""
+    client.config_set("maxmemory-policy", policy)
+    try:
+        with connected(settings) as broker:
+            assert (policy in (broker.shortcoming or "")) is policy.startswith("allkeys")
+            assert broker.depth() == 5
+    finally:
+        client.config_set("maxmemory-policy", "noeviction")
+
+
+def test_a_user_who_may_not_ask_for_the_policy_is_served(
+    redis_server: RedisServer, settings: BrokerSettings, client: Any
+) -> None:
+    client.acl_setuser("clerk", True, passwords=["+pw"], commands=["+@all", "-info"], keys=["*"])
+    url = redis_server.url.replace("://", "://clerk:pw@").replace("@:", "@")
+    with connected(settings.model_copy(update={"url": url})) as broker:
+        assert broker.shortcoming is None
+        Consumer(broker).take(5)
+
+
 def test_taking_and_recording_is_one_step(settings: BrokerSettings, client: Any) -> None:
     """A message that leaves the list is at once in the unacked hash, with the end of its lease."""
     queue = settings.queue
