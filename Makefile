@@ -26,6 +26,9 @@ SUPERVISORD_ARGS ?=
 help: ## this list
 	@sed -n 's/^\([a-z_-]*\):.*## /  make \1\t/p' Makefile
 
+# Images of containers often set it; each process would then compile all that it loads anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 # Environment ----------------------------------------------------------------------------------
 # Stamps, so that an environment is made once and again only when its inputs change.
 

@@ -10,6 +10,7 @@ import gc
 import os
 import secrets
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,6 +28,11 @@ from tests.support.services import (
 # Small models are no faster on two threads, which only wait for each other; set before torch is
 # imported, and taken over by the processes that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Images of containers often forbid bytecode files. Then this process and each that a test starts
+# would compile all of ours anew, and pytest rewrite the asserts of every test: minutes in all.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 # What collecting imports (torch, transformers, ...) is millions of objects that live to the end.
 # The garbage collector walked over them again and again, a fifth of the time of all unit tests.

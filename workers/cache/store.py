@@ -22,11 +22,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-import redis
-from redis.backoff import NoBackoff
-from redis.exceptions import AuthenticationError, RedisError
-from redis.retry import Retry
-
 from common.errors import CacheUnavailable, ConfigError, one_line
 from common.urls import redact
 from config.settings import CacheSettings
@@ -293,6 +288,11 @@ class RedisStore(CacheStore):
     """`CacheStore` in Redis 6 or newer; connects on first use."""
 
     def __init__(self, url: str, max_bytes: int, *, ttl_s: float | None, timeout_s: float) -> None:
+        # Here, as fsspec below: redis takes a tenth of the start of each process of the pool.
+        import redis
+        from redis.backoff import NoBackoff
+        from redis.retry import Retry
+
         self._where = redact(url)
         super().__init__(max_bytes)
         self._ttl_ms = int((ttl_s or 0) * 1000)
@@ -351,6 +351,8 @@ class RedisStore(CacheStore):
 
     @contextlib.contextmanager
     def _edge(self) -> Iterator[None]:
+        from redis.exceptions import AuthenticationError, RedisError
+
         try:
             yield
         except AuthenticationError as error:

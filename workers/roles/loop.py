@@ -26,6 +26,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeAlias, TypeVar
 
@@ -46,11 +47,10 @@ from common.errors import (
 )
 from common.fingerprint import unpacked
 from common.logs import configure_logs
-from common.post import Failure
+from common.post import Failure, Media
 from config.settings import FetchSettings, Settings, WorkerSettings
 from workers.cache.entries import GuardedStore
 from workers.cache.features import FeatureCache
-from workers.fetch import Fetcher, file_name
 from workers.pool.channel import Arena, Channel, to_worker
 from workers.pool.scheduler import TaskQueue, batch_rows, queue_of, weight_of
 from workers.protocol import (
@@ -512,16 +512,19 @@ class ThreadedRole(ABC):
 
 class _Downloads(ThreadedRole):
     def __init__(self, settings: FetchSettings, spool: Path) -> None:
+        # requests is a tenth of the start of a process, and the other roles do without it.
+        from workers.fetch import Fetcher, file_name
+
         super().__init__(settings.connections, "fetch")
-        self._settings = settings
-        self._spool = spool
+        self._fetcher = partial(Fetcher, settings)
+        self._spool, self._file_name = spool, file_name
 
     @contextmanager
     def worker(self) -> Iterator[Callable[[Command], None]]:
-        with closing(Fetcher(self._settings)) as fetcher:
-            yield lambda message: self._download(fetcher, message)
+        with closing(self._fetcher()) as fetcher:
+            yield lambda message: self._download(fetcher.fetch, message)
 
-    def _download(self, fetcher: Fetcher, message: Command) -> None:
+    def _download(self, download: Callable[[Media, Path], Outcome], message: Command) -> None:
         if not isinstance(message, Envelope) or not isinstance(message.task, FetchTask):
             return
         task_id = message.task_id
@@ -532,7 +535,7 @@ class _Downloads(ThreadedRole):
         self.reply(Began((task_id,)))
         outcome: Outcome
         try:
-            outcome = fetcher.fetch(message.task.media, self._spool / file_name(task_id))
+            outcome = download(message.task.media, self._spool / self._file_name(task_id))
         except Exception as error:  # noqa: BLE001 - the loop: a download costs only itself
             outcome = failure_of("fetch", error)
         self.reply(reply_to(task_id, outcome))
