@@ -16,6 +16,7 @@ MODELS = "torch cv2 av transformers timm onnxruntime"
         # The King sizes its slots and reads fingerprints; av and cv2 come with the first file.
         ("import extractors.parts, extractors.media.decode", MODELS),
         ("import extractors.feature_file, extractors.suite", f"{MODELS} safetensors"),
+        ("import workers.pool.channel, workers.roles.loop", f"{MODELS} redis requests"),
         ("import online_process; online_process.main(['--help'])", f"{MODELS} kombu pymongo"),
         ("from corpus.extract.run import main; main('image', ['--help'])", f"{MODELS} ray"),
         ("from corpus.extract.out_of_fold import main; main(['--help'])", f"{MODELS} ray"),
