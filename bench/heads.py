@@ -103,7 +103,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             show(rows)
             again = {setting_of(row) for row in rows}
             results = [row for row in results if setting_of(row) not in again] + rows
-    print(f"written to {write_results('heads', options.seeds, results, options.out)}")
+    seeds = max(row["seeds"] for row in results)
+    print(f"written to {write_results('heads', seeds, results, options.out)}")
     return 0
 
 

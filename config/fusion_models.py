@@ -191,7 +191,7 @@ class ModelSettings(Section):
     """The fusion model: ``name`` chooses which of the sections below counts."""
 
     name: ModelName | Literal["auto"] = "mbt"
-    """The default is the best of docs/models.md; `auto` takes ``linear_probe`` for less data."""
+    """The default is the best of `make zoo`; `auto` takes ``linear_probe`` for less data."""
     auto_posts: PositiveInt = 3000
     """Of `auto`: with fewer training posts than this, and no stream of which order tells (video,
     audio, or tokens of a text), it is ``linear_probe``, else the default."""
