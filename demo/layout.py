@@ -49,10 +49,10 @@ class Sizes:
         default_factory=lambda: {"train": 1300, "valid": 150, "online": 60}
     )
     epochs: Mapping[str, int] = field(
-        default_factory=lambda: {"video": 5, "image": 10, "audio": 4, "text": 6}
+        default_factory=lambda: {"video": 5, "image": 6, "audio": 3, "text": 6}
     )
     batch_size: Mapping[str, int] = field(
         default_factory=lambda: {"video": 16, "image": 32, "audio": 32, "text": 32}
     )
     learning_rate: float = 3e-3
-    fusion_epochs: int = 14
+    fusion_epochs: int = 8
