@@ -122,7 +122,7 @@ class RedisBroker(Broker):
                 f"broker.url: {redact(self.settings.url)!r} has a part that is not understood"
             ) from error
         self._size(self._lists)  # raises if the key is of another type
-        self.shortcoming = self._lasting_doubt()
+        self.shortcoming = self._eviction_risk()
         # A connection lost in a `take` may have cost the answer alone: the messages are taken then,
         # and without this would wait for the end of their lease.
         self._give_back([*reversed(self._asked), *reversed(self._in_hand)])
@@ -130,8 +130,8 @@ class RedisBroker(Broker):
         self._renewal_due = time.monotonic() + self._renew_every_s
         self._collection_due = 0.0
 
-    def _lasting_doubt(self) -> str | None:
-        """Return the reason why a server that is full would lose the queue, if it would."""
+    def _eviction_risk(self) -> str | None:
+        """Return why a server that is full would delete the queue; None if it would not."""
         with contextlib.suppress(redis_errors.ResponseError):  # a user who may not ask
             policy = self._client.info("memory").get("maxmemory_policy", "")
             if policy.startswith("allkeys"):
