@@ -4,7 +4,7 @@ One post is tagged by the real daemon (small models with random weights); the ot
 Then the broker holds all their IDs, and the daemon is started. The clock runs from the first one
 that leaves the queue to the last.
 
-Run: ``python bench/backlog.py [--posts 20000] [--broker redis] [--prefetch 32]``.
+Run: ``python bench/backlog.py [--posts 20000] [--broker redis] [--prefetch 32 128]``.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--posts", type=int, default=20_000)
     parser.add_argument("--broker", choices=list(SERVERS), default="redis")
-    parser.add_argument("--prefetch", type=int, default=32)
+    parser.add_argument("--prefetch", type=int, nargs="+", default=[32, 128, 256])
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder of backlog.json")
     return parser.parse_args(arguments)
 
 
-def measure(options: argparse.Namespace, folder: Path) -> float:
+def measure(options: argparse.Namespace, prefetch: int, folder: Path) -> float:
     """Return the IDs per second."""
     bundle, features = folder / "bundle", tiny_features()
     tiny_bundle(bundle, features)
     settings = {**TIMES, "features": features.model_dump(mode="json")}
     settings["fusion"] = {"bundle": str(bundle)}
-    settings["broker"] = {**TIMES["broker"], "prefetch": options.prefetch}
+    settings["broker"] = {**TIMES["broker"], "prefetch": prefetch}
     site = Site(folder, options.broker, settings)
     site.through = site.direct  # proxies are for faults
     ids = [f"post-{i:06d}" for i in range(options.posts)]
@@ -76,12 +76,14 @@ def main(arguments: list[str] | None = None) -> int:
     """Measure, print, write; gives the exit code."""
     options = parse(arguments)
     configure_logs("json", "error")
-    with tempfile.TemporaryDirectory(prefix="backlog-", ignore_cleanup_errors=True) as name:
-        rate = measure(options, Path(name))
-    print(f"{options.broker}, prefetch {options.prefetch}: {rate:.0f} IDs per second")
-    result = {"broker": options.broker, "prefetch": options.prefetch, "posts": options.posts}
-    result["ids_per_s"] = round(rate)
-    print(f"written: {write_results('backlog', 1, [result], options.out)}")
+    results = []
+    for prefetch in options.prefetch:
+        with tempfile.TemporaryDirectory(prefix="backlog-", ignore_cleanup_errors=True) as name:
+            rate = round(measure(options, prefetch, Path(name)))
+        print(f"{options.broker}, prefetch {prefetch}: {rate} IDs per second")
+        results.append({"broker": options.broker, "prefetch": prefetch, "posts": options.posts})
+        results[-1]["ids_per_s"] = rate
+    print(f"written: {write_results('backlog', 1, results, options.out)}")
     return 0
 
 
