@@ -33,7 +33,8 @@ class Inferer:
         self._bundle = bundle
         self._device = require_device(device)
         self._batch_size = batch_size
-        self._collate = Collate(bundle.schema)
+        self._schema = bundle.schema
+        self._collate = Collate(self._schema)
         self._model: torch.nn.Module | None = bundle.model.to(self._device)
 
     @classmethod
@@ -85,14 +86,12 @@ class Inferer:
         self, posts: Sequence[Features], *, without: frozenset[Modality] = frozenset()
     ) -> npt.NDArray[np.float64]:
         """Return float64 ``(posts, classes)``; arguments are those of `predict`."""
-        samples = [
-            Sample(post.post_id, self._bundle.schema.arrays(post, without)) for post in posts
-        ]
+        samples = [Sample(post.post_id, self._schema.arrays(post, without)) for post in posts]
         rows = [
             self._scores(self._collate(samples[start : start + self._batch_size]))
             for start in range(0, len(samples), self._batch_size)
         ]
-        return np.concatenate([np.empty((0, self._bundle.schema.classes)), *rows])
+        return np.concatenate([np.empty((0, self._schema.classes)), *rows])
 
     def close(self) -> None:
         self._model = None
