@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -105,6 +106,12 @@ def facts_of(
         return facts
     facts["notes"] = {name: failure.message for name, failure in media.failures.items()}
     facts |= _decoded(path, media, settings, out)
+    kept, count = settings.features.ocr.max_chars, sum(len(each["text"]) for each in facts["ocr"])
+    if count > kept:
+        facts["notes"]["ocr"] = (
+            f"of {count:,} characters the extractor keeps the first {kept:,} "
+            "(features.ocr.max_chars)"
+        )
     return facts
 
 
@@ -164,12 +171,13 @@ def _decoded(
 
 
 def _texts(media: DecodedMedia, settings: Settings) -> list[str]:
-    """Return the text in each picture that OCR reads."""
+    """Return the text in each picture that OCR reads, also what the extractor would cut off."""
     from extractors.suite import ExtractorSuite
 
     if not media.pictures:
         return []
-    suite = ExtractorSuite(settings.features, names=("ocr",))
+    whole = settings.features.ocr.model_copy(update={"max_chars": sys.maxsize})
+    suite = ExtractorSuite(settings.features.model_copy(update={"ocr": whole}), names=("ocr",))
     suite.load()
     try:
         return [str(text) for text in suite.run("ocr", [(p,) for p in media.pictures])]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from config.settings import DecodeSettings, FeatureSettings
 from extractors.media.decode import decode_media
@@ -50,6 +50,21 @@ def test_a_video(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
             assert np.array_equal(np.asarray(written), frame)
     sound, rate_hz = soundfile.read(str(tmp_path / "seen" / "sound.wav"))
     assert (rate_hz, round(len(sound) / rate_hz)) == (16_000, 2)
+
+
+def test_text_is_shown_to_its_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The extractor keeps the beginning: that is said, and the rest is seen."""
+    picture = Image.new("RGB", (640, 160), "white")
+    font = ImageFont.load_default(56)
+    ImageDraw.Draw(picture).text((40, 40), "HELLO WORLD", "black", font)
+    picture.save(tmp_path / "a.png")
+    settings = ["--set", "features.image.image_size=32", "--set", "features.ocr.max_chars=5"]
+    assert run(["inspect", str(tmp_path / "a.png"), "--json", *settings]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert [each["text"] for each in shown["ocr"]] == ["HELLO WORLD"]
+    assert shown["notes"] == {
+        "ocr": "of 11 characters the extractor keeps the first 5 (features.ocr.max_chars)"
+    }
 
 
 def test_pictures_and_sounds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
