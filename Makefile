@@ -17,10 +17,10 @@ UV := $(VENV)/bin/uv pip
 SOURCES := common config corpus demo deploy extractors fusion king scripts web workers
 SCRIPTS := $(wildcard *.py)
 # In the order of the folders: the long files of acceptance first, those of unit fill up the end.
-PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
+PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 1
 SUPERVISORD_ARGS ?=
 
-.PHONY: help env env-dev demo t test check style types arrows bench fuzz chaos soak walk corpus-memory zoo data-wait run lock clean distclean
+.PHONY: help env env-dev demo t test coverage check style types arrows bench fuzz chaos soak walk corpus-memory zoo data-wait run lock clean distclean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -65,17 +65,18 @@ demo: $(VENV)/.runtime ## posts, training, services, daemon, tags: everything on
 t: $(VENV)/.dev ## the unit tests: no servers
 	@$(PY) -m pytest -q $(PYTEST_ARGS) tests/unit
 
-# Coverage makes the tests about half as slow again, so it is left to CI, and to: make test CI=1
-COVERAGE_ARGS := $(if $(CI),--cov --cov-report=term:skip-covered)
-
 TYPES := $(VENV)/bin/mypy $(SOURCES) $(SCRIPTS) tests bench
 
 # mypy takes a core for a minute or two where it has no cache, and the first tests wait much.
-test: style arrows ## lint, types, arrows, all tests; with CI=1 coverage too
+test: style arrows ## lint, types, arrows, all tests
 	@$(TYPES) & types=$$!; \
-		$(PY) -m pytest $(COVERAGE_ARGS) $(PYTEST_ARGS); tests=$$?; \
+		$(PY) -m pytest $(PYTEST_ARGS); tests=$$?; \
 		wait $$types || { echo "mypy has failed: its lines are before those of the tests" >&2; exit 1; }; \
 		exit $$tests
+
+# Half as slow again as the tests alone.
+coverage: $(VENV)/.dev ## all tests, and the lines that none of them runs
+	@$(PY) -m pytest --cov --cov-report=term:skip-covered $(PYTEST_ARGS)
 
 check: style types arrows ## lint, format, types, import arrows
 

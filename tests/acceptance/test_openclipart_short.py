@@ -67,7 +67,6 @@ def test_no_author_is_on_two_sides_and_every_post_is_tested_once(work: Path) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_the_short_run_finds_what_is_planted(work: Path) -> None:
     """From posts to figures of both splits; linear models see the same posts."""
     options = ["--work", str(work), "--seeds", "1", "--out", str(work)]
@@ -81,7 +80,6 @@ def test_the_short_run_finds_what_is_planted(work: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_the_short_comparison_of_heads_has_every_cell(work: Path) -> None:
     """Each model with each loss, and with the first loss also averaged; nothing is run twice."""
     options = ["--work", str(work), "--seeds", "2", "--epochs", "2", "--out", str(work)]

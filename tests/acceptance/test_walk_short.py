@@ -45,7 +45,6 @@ def run_walk(folder: Path, *options: str) -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_the_page_leads_to_a_bundle_and_every_broken_post_is_named(tmp_path: Path) -> None:
     """Each command of docs/data.md ends with 0; one post of each way is named, and no other."""
     needs()
@@ -57,7 +56,6 @@ def test_the_page_leads_to_a_bundle_and_every_broken_post_is_named(tmp_path: Pat
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_killed_scripts_end_with_the_same_bytes(tmp_path: Path) -> None:
     """Kill -9 once each, run again: equal outputs, nothing downloaded or extracted twice."""
     needs()
