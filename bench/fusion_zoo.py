@@ -58,10 +58,11 @@ RATES: dict[ModelName, float] = {
     "ml_decoder": 1e-3,
     "late": 1e-3,
     "linear_probe": 1e-3,
+    "knn": 1e-3,
     "tag_text": 1e-3,
 }
-"""The best of `SEARCHED` by the GAP on the validation posts, with seed 0; not so the last three, of
-which the linear probe takes none."""
+"""The best of `SEARCHED` by the GAP on the validation posts, with seed 0; not so the last four, of
+which the linear probe and k-NN take none."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,6 +21,7 @@ ModelName: TypeAlias = Literal[
     "ml_decoder",
     "late",
     "linear_probe",
+    "knn",
     "tag_text",
 ]
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -176,6 +177,20 @@ class LinearProbeSettings(Section):
     texts, and not to zero, its bias to that of the bundle."""
 
 
+class KnnSettings(Section):
+    """The tags of the training posts that resemble a post most; solved at once, for little data."""
+
+    neighbours: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (5, 15, 50)
+    """Of each modality. Of these and the temperatures below, training posts choose what suits their
+    own neighbours."""
+    temperatures: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)] = (
+        0.03,
+        0.1,
+        0.3,
+    )
+    """A neighbour whose cosine is less by this much counts for 37%."""
+
+
 class TagTextSettings(Section):
     """Tags by the vectors of their descriptions; `insighttag bundle add-tags` adds some by text."""
 
@@ -210,4 +225,5 @@ class ModelSettings(Section):
     ml_decoder: MlDecoderSettings = MlDecoderSettings()
     late: LateSettings = LateSettings()
     linear_probe: LinearProbeSettings = LinearProbeSettings()
+    knn: KnnSettings = KnnSettings()
     tag_text: TagTextSettings = TagTextSettings()

@@ -8,6 +8,7 @@ from typing import cast
 from config.fusion_models import ModelName, ModelSettings
 from fusion.models.attention_lstm import AttentionLSTM
 from fusion.models.base import FusionModel, InputSchema
+from fusion.models.knn import KNN
 from fusion.models.late import LateFusion
 from fusion.models.ml_decoder import MLDecoder
 from fusion.models.pooled import GMU, ConcatMLP
@@ -29,6 +30,7 @@ MODELS: Mapping[ModelName, Callable[[InputSchema, ModelSettings], FusionModel]] 
     "ml_decoder": MLDecoder,
     "late": LateFusion,
     "linear_probe": LinearProbe,
+    "knn": KNN,
     "tag_text": TagText,
 }
 

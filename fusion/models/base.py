@@ -321,6 +321,9 @@ class FusionModel(nn.Module):
         """
         return None
 
+    def make_room(self, state: Mapping[str, torch.Tensor], prefix: str = "") -> None:
+        """Give buffers that hold training posts the lengths that they have in a state dict."""
+
     def undecayed(self) -> frozenset[str]:
         """Return names of parameters that are learned vectors, though they have two dimensions."""
         return frozenset()

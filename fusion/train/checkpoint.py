@@ -21,7 +21,7 @@ from config.labels import LabelMap
 from config.train import TrainerSettings
 from fusion.bundle.bundle import WEIGHTS, load_bundle
 from fusion.bundle.folder import ABOUT
-from fusion.models.base import FeatureManifest, InputSchema
+from fusion.models.base import FeatureManifest, FusionModel, InputSchema
 
 FORMAT = "insighttag.checkpoint/1"
 LAST, BEST = "last.pt", "best.pt"
@@ -200,7 +200,10 @@ def fill(model: torch.nn.Module, start: Start) -> None:
 
 def check_fit(model: torch.nn.Module, start: Start) -> None:
     """See whether the weights are this model's, by name and shape."""
-    wanted, found = model.state_dict(), start.checkpoint.model
+    found = start.checkpoint.model
+    if isinstance(model, FusionModel):
+        model.make_room(found)
+    wanted = model.state_dict()
     for name in sorted({*wanted, *found}):
         if name not in found or name not in wanted:
             reason = "is missing" if name not in found else "is no part of this model"

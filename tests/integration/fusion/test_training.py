@@ -32,6 +32,7 @@ EPOCHS = {
     "concat_mlp": 12,
     "late": 20,
     "linear_probe": 1,
+    "knn": 1,
     "tag_text": 40,
     "token_transformer": 8,
     "gmu": 8,
@@ -48,6 +49,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "ml_decoder": {"loss": {"name": "two_way"}},
     "late": {},
     "linear_probe": {"optimizer": {"ema_decay": 0.9}},
+    "knn": {"optimizer": {"ema_decay": 0.9}},
     "tag_text": {},
     "token_transformer": {"loss": {"mixup": 0.3}, "optimizer": {"schedule": "one_cycle"}},
 }
@@ -100,7 +102,22 @@ def test_a_linear_probe_keeps_its_best_penalty(few_posts: Path) -> None:
     assert max(gaps) == gaps[1]
 
 
-@pytest.mark.parametrize("name", ["late", "linear_probe"])
+def test_weights_of_neighbours_are_a_start_of_any_length(few_posts: Path) -> None:
+    """Training posts are buffers: those of a checkpoint count, and not the ones of the model."""
+    model = {"name": "knn", "knn": {"neighbours": [3]}}
+    report = runs.run(few_posts, model=model, trainer=ONE)
+    again = runs.run(few_posts, few_posts / "run", model=model, trainer={"epochs": 2})
+    assert (report.epochs, again.epochs) == (1, 1)
+    assert again.metrics["gap"] == report.metrics["gap"]
+    runs.run(
+        few_posts,
+        few_posts / "bundle",
+        model=model,
+        trainer={**ONE, "save_dir": str(few_posts / "more")},
+    )
+
+
+@pytest.mark.parametrize("name", ["late", "linear_probe", "knn"])
 def test_modalities_together_are_no_worse_than_one_by_one(name: str, posts: Path) -> None:
     """At least the average of what each tells alone, which is that of the late model's heads."""
     options: dict[str, Any] = {"optimizer": {"learning_rate": 0.01}, "report": {"enabled": True}}

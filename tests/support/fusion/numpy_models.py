@@ -285,6 +285,26 @@ def linear_probe(w: Weights, post: Features) -> Said:
     return linear(w, "classify", np.concatenate(joined)), own_heads(w, alone)
 
 
+def knn(w: Weights, post: Features) -> Said:
+    streams = [s for s in STREAMS if f"vectors_{s}" in w]
+
+    def unit(m: str, x: Array) -> Array:
+        away = (x.mean(axis=0) - w[f"centres.{m}.mean"]) * w[f"centres.{m}.scale"]
+        return away / np.linalg.norm(away)
+
+    alone, logits, prior = each(post, streams, unit), w["bias"].copy(), w["prior"]
+    for m, vector in alone.items():
+        if not len(w["truth"]):
+            continue
+        cosines = w[f"vectors_{m}"] @ vector
+        nearest = np.argsort(-cosines)[: int(w["neighbours"])]
+        votes = softmax(cosines[nearest] / w["temperature"], 0)
+        truth = w["truth"][w[f"posts_{m}"][nearest].astype(int)]
+        share = (len(nearest) * votes @ truth + sigmoid(prior)) / (len(nearest) + 1)
+        logits += w["mixing"][streams.index(m)] * (np.log(share / (1 - share)) - prior)
+    return logits, own_heads(w, alone)
+
+
 def tag_text(w: Weights, post: Features) -> Said:
     streams = [s for s in STREAMS if f"centre_{s}" in w]
 
@@ -313,5 +333,6 @@ FORWARDS: dict[str, Callable[[Weights, Features], Said]] = {
     "ml_decoder": ml_decoder,
     "late": late,
     "linear_probe": linear_probe,
+    "knn": knn,
     "tag_text": tag_text,
 }

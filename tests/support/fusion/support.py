@@ -67,6 +67,7 @@ SMALL = ModelSettings.model_validate(
             "dropout": 0.0,
         },
         "late": {"dropout": 0.0},
+        "knn": {"neighbours": [4], "temperatures": [0.3]},
         "modality_dropout": 0.1,
     }
 )
@@ -122,9 +123,21 @@ def truth(posts: int) -> npt.NDArray[np.float32]:
 
 
 def model(name: str, **changes: Any) -> FusionModel:
-    """A small model with fresh weights, in evaluation mode."""
+    """A small model with fresh weights, in evaluation mode; k-NN with some training posts."""
     settings = SMALL.model_copy(update={"name": name})
-    return build_model(schema(**changes), settings).eval()
+    made = build_model(schema(**changes), settings).eval()
+    if name == "knn":
+        know(made)
+    return made
+
+
+def know(model: FusionModel) -> None:
+    """Let k-NN have training posts, some without a modality; its weights stay."""
+    weights = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    lengths = [{}, {"audio": 0}, {"text": 0, "ocr": 0}]
+    posts = [features(str(i), seed=50 + i, lengths=lengths[i % 3]) for i in range(12)]
+    assert len(list(model.solutions([batch(posts, truth(12), model.schema)]) or ())) == 1
+    model.load_state_dict(weights, strict=False)
 
 
 def write_bundle(folder: Path, name: str = "token_transformer", **changes: Any) -> str:

@@ -28,7 +28,7 @@ from tests.support.fusion.numpy_models import FORWARDS
 
 NAMES = sorted(MODELS)
 # The others leave out what is missing, or take its mean.
-JOINT = [name for name in NAMES if name not in ("late", "linear_probe", "tag_text")]
+JOINT = [name for name in NAMES if name not in ("late", "linear_probe", "knn", "tag_text")]
 POSTS = [
     support.features("a", seed=1),
     support.features("b", seed=2, lengths={"audio": 0, "video": 9, "text": 1}),
@@ -50,6 +50,8 @@ def lively(name: str, **changes: object) -> Any:
     options = getattr(support.SMALL, name).model_copy(update=changes)
     settings = support.SMALL.model_copy(update={"name": name, "auxiliary": 0.5, name: options})
     model = build_model(support.schema(), settings).eval()
+    if name == "knn":
+        support.know(model)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim <= 1:
@@ -328,6 +330,34 @@ def test_a_linear_probe_is_logistic_regression(count: int) -> None:
         np.testing.assert_allclose(logits[:, k], theirs.decision_function(inputs), atol=0.03)
     wanted = binary_cross_entropy_with_logits(torch.from_numpy(logits), torch.from_numpy(targets))
     assert loss == pytest.approx(float(wanted), abs=1e-4)
+
+
+def test_neighbours_are_chosen_by_other_posts_than_the_post_itself() -> None:
+    """Tags that follow nothing are never found by looking at oneself; tags of a kind are."""
+    options = {"knn": {"neighbours": [1, 5], "temperatures": [0.01, 0.3]}, "name": "knn"}
+    settings = ModelSettings.model_validate(options)
+    kinds = [support.features(str(k), seed=k) for k in range(6)]
+    chance, posts = np.random.default_rng(3), []
+    for i in range(90):
+        arrays = {
+            m: (a + chance.normal(0, 0.3, a.shape)).astype(np.float16)
+            for m, a in kinds[i % 6].arrays.items()
+            if m != "text" or i % 7 == 3
+        }
+        posts.append(Features(str(i), arrays, {}))
+    of_kind = np.eye(6, dtype=np.float32)[np.arange(90) % 6]
+    losses = []
+    for targets in (of_kind, support.truth(90)):
+        model = build_model(support.schema(), settings).eval()
+        found = model.solutions([support.batch(posts[:50], targets[:50])])
+        assert found is not None
+        losses += list(found)
+        with torch.inference_mode():
+            scores = model(support.batch(posts[50:])).sigmoid().numpy()
+        if targets is of_kind:
+            assert (scores.argmax(axis=1) == targets[50:].argmax(axis=1)).all()
+    assert losses[0] < 0.1
+    assert losses[1] > 0.5, "by themselves posts would know all"
 
 
 @pytest.mark.parametrize("name", NAMES)
