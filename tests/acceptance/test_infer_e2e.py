@@ -49,6 +49,7 @@ def untimed(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
+@pytest.mark.usefixtures("quick_processes")
 def test_raw_media_give_what_insighttag_tag_gives(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import os
-import signal
-import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
 import pytest
+from torch.distributed.launcher.api import elastic_launch
+from torch.distributed.run import config_from_args, parse_args
 
+import train_net
 from common.errors import FeatureError
 from extractors.feature_file import feature_path
+from tests.support import forked
 from tests.support.fusion import runs
 from tests.support.ports import free_port
+
+pytestmark = pytest.mark.usefixtures("quick_processes")
 
 EXACT: dict[str, Any] = {
     "model": {"modality_dropout": 0.0, "auxiliary": 0.3},
@@ -66,66 +71,59 @@ def test_a_mistake_of_one_process_is_one_line(few_posts: Path) -> None:
         runs.run(few_posts, **options(2, str(few_posts / "run")))
 
 
-def children_of(pid: int, at_least: int) -> list[psutil.Process]:
-    """The training processes, once so many of them have begun to learn."""
+def kill_the_first(log: Path) -> list[psutil.Process]:
+    """Kill one of the processes once they learn: the one with the store through which they talk."""
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        found = [
-            child
-            for child in psutil.Process(pid).children()
-            if "spawn_main" in " ".join(child.cmdline())
-        ]
-        if len(found) >= at_least:
-            return found
+    while time.monotonic() < deadline and not (log.exists() and '"step"' in log.read_text()):
         time.sleep(0.05)
-    raise TimeoutError("the processes did not start")
+    servers = [p for p in psutil.Process().children() if "forkserver" in " ".join(p.cmdline())]
+    children = [child for server in servers for child in server.children()]
+    first = min(children, key=lambda child: (child.create_time(), child.pid))
+    first.kill()
+    return children
 
 
-def test_a_process_that_dies_ends_the_others(few_posts: Path) -> None:
-    """One line says which and how to go on; nothing is left running.
-
-    The first process dies: it holds the store through which the others talk.
-    """
+def test_a_process_that_dies_ends_the_others(
+    few_posts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One line says which and how to go on; nothing is left running."""
     config = runs.config_file(
         few_posts,
         trainer={"epochs": 100_000, "processes": 2, "log_interval": 1, "batch_size": 4},
     )
-    process = runs.start_command("--model_config", config)
-    try:
-        children = children_of(process.pid, 2)
-        log = few_posts / "run" / "latest" / "log" / "train.jsonl"
-        deadline = time.monotonic() + 120
-        while not (log.exists() and '"step"' in log.read_text()):
-            assert time.monotonic() < deadline
-            assert process.poll() is None, process.communicate()
-            time.sleep(0.05)
-        children.sort(key=lambda child: child.create_time())
-        os.kill(children[0].pid, signal.SIGKILL)
-        _, said = process.communicate(timeout=150)
-    finally:
-        process.kill()
-        process.wait()
-    assert process.returncode == 1
-    lines = said.strip().splitlines()
-    assert len(lines) == 1, said
-    assert "process 1 of 2 of this training was ended by signal 9" in lines[0]
-    assert f"--resume {few_posts / 'run'}" in lines[0]
+    log = few_posts / "run" / "latest" / "log" / "train.jsonl"
+    with ThreadPoolExecutor() as threads:
+        killing = threads.submit(kill_the_first, log)
+        assert train_net.main(["--model_config", str(config)]) == 1
+        children = killing.result()
+    assert len(children) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1, said
+    assert "process 1 of 2 of this training was ended by signal 9" in said[0]
+    assert f"--resume {few_posts / 'run'}" in said[0]
     assert psutil.wait_procs(children, 30)[1] == []
+
+
+def torchrun(host: int, port: int, said: Path, *command: str) -> None:
+    """Be torchrun on one of two hosts, which forks its process instead of loading torch anew."""
+    address = f"--master-addr 127.0.0.1 --master-port {port} --node-rank {host}"
+    options = f"--nnodes 2 --nproc-per-node 1 {address} train_net.py"
+    config, _, _ = config_from_args(parse_args(options.split()))
+    config.start_method = "fork"
+    os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT), 1)
+    assert list(elastic_launch(config, train_net.main)(command).values()) == [0]
 
 
 def test_torchrun_starts_them_on_several_hosts(few_posts: Path) -> None:
     """Two torchruns with one process each learn what one does; the first one reports."""
     once = options(1, "one", epochs=1, tensorboard=False)
     runs.run(few_posts, **{**once, "trainer": {**once["trainer"], "save_dir": few_posts / "one"}})
-    given = ("--model_config", runs.config_file(few_posts, **once), "--save_dir")
-    torchrun = f"{sys.executable} -m torch.distributed.run --nnodes 2 --nproc-per-node 1"
-    address = f"--master-addr 127.0.0.1 --master-port {free_port()} --node-rank"
-    launcher = (*torchrun.split(), *address.split())
-    started = [
-        runs.start_command(*given, few_posts / "hosts", launcher=(*launcher, str(rank)))
-        for rank in range(2)
-    ]
-    said = [process.communicate(timeout=240) for process in started]
-    assert [process.returncode for process in started] == [0, 0], said
-    assert [out.count("\nbundle ") for out, _ in said] == [1, 0]
+    command = ["--model_config", str(runs.config_file(few_posts, **once))]
+    command += ["--save_dir", str(few_posts / "hosts")]
+    port, said = free_port(), [few_posts / f"said{host}" for host in range(2)]
+    started = [forked.start(torchrun, host, port, said[host], *command) for host in range(2)]
+    for process in started:
+        process.join(240)
+    assert [process.exitcode for process in started] == [0, 0]
+    assert [file.read_text().count("\nbundle ") for file in said] == [1, 0]
     assert runs.apart(runs.weights(few_posts, "one"), runs.weights(few_posts, "hosts")) < WEIGHTS

@@ -132,6 +132,7 @@ def test_a_terminal_obeys_no_stored_text(
             assert found == ["posts0", hostile]
 
 
+@pytest.mark.usefixtures("quick_processes")
 def test_several_processes_give_the_same_file(folder: Path) -> None:
     """``--processes 2`` over interleaved chunks: the order and the scores stay."""
     assert rig.infer(folder, "--output", str(folder / "one.jsonl")) == 0

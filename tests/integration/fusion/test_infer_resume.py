@@ -19,19 +19,8 @@ from common.post import Features
 from fusion.data.data_file import Record
 from fusion.data.dataset import FeatureFiles
 from fusion.infer.inference import run_chunks
+from tests.support import forked
 from tests.support.scripts import infer_rig as rig
-
-SLOW = """
-import sys, time
-import infer_net
-from fusion.data.dataset import FeatureFiles
-read = FeatureFiles.features
-def slow(self, post_id, path, fingerprints):
-    time.sleep(0.01)
-    return read(self, post_id, path, fingerprints)
-FeatureFiles.features = slow
-sys.exit(infer_net.main(sys.argv[1:]))
-"""
 
 
 @pytest.fixture
@@ -95,13 +84,12 @@ def test_killed_and_run_again_gives_the_same(
     assert rig.infer(folder, "--skip_bad", "--output", str(folder / "whole.jsonl")) == 0
     wanted = numbers(capsys.readouterr().out)
     output, part = folder / "t.jsonl", folder / "t.jsonl.part"
-    python, _, *rest = rig.command(folder, "--skip_bad", "--output", str(output))
-    process = rig.start([python, "-c", SLOW, *rest])
+    process = forked.start(rig.infer_slowly, folder, "--skip_bad", "--output", str(output))
     while not (part.exists() and part.read_bytes().count(b"\n") >= 60):
-        assert process.poll() is None, process.communicate()
+        assert process.is_alive()
         time.sleep(0.005)
     process.kill()
-    process.communicate()
+    process.join()
     assert not output.exists()
     assert rig.infer(folder, "--skip_bad", "--output", str(output), "--resume") == 0
     found = numbers(capsys.readouterr().out)
@@ -296,6 +284,7 @@ class Dying:
         pass
 
 
+@pytest.mark.usefixtures("quick_processes")
 def test_a_process_that_dies_ends_the_run() -> None:
     """With its reason, and no hang."""
     with pytest.raises(WorkerDied, match="a process that tags has died"):

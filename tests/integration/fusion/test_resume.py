@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import random
-import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from fusion.bundle.bundle import load_bundle
 from fusion.data.dataset import FeatureFiles
 from fusion.train.run_log import RunLog
 from fusion.train.training import train
+from tests.support import forked
 from tests.support.fusion import runs, support
 
 STATE = ("progress", "model", "optimizer", "schedule", "average")
@@ -108,19 +107,19 @@ def test_a_run_that_is_killed_goes_on_exactly(few_posts: Path) -> None:
     bundle = load_file(few_posts / "bundle" / "model.safetensors")
 
     interrupted = {**sections, "trainer": {**trainer, "checkpoint_interval": 2}}
-    process = runs.start_command("--model_config", runs.config_file(few_posts, **interrupted))
+    command = ["--model_config", str(runs.config_file(few_posts, **interrupted))]
+    process = forked.start(train_net.main, command)
     log = few_posts / "run" / "latest" / "log" / "train.jsonl"
     steps = random.Random().randint(3, 12)  # of 20; behind the first checkpoint
     deadline = time.monotonic() + 240
     try:
         while not log.exists() or log.read_text().count('"event": "step"') < steps:
-            assert process.poll() is None, process.communicate()
+            assert process.is_alive()
             assert time.monotonic() < deadline
             time.sleep(0.002)
-        os.kill(process.pid, signal.SIGKILL)
     finally:
         process.kill()
-        process.communicate()
+        process.join()
     stands = runs.checkpoint(few_posts)["progress"]
     assert stands["epoch"] < 4, "it was killed before its end"
     runs.run(few_posts, few_posts / "run", **interrupted)

@@ -117,6 +117,7 @@ def test_weights_of_neighbours_are_a_start_of_any_length(few_posts: Path) -> Non
     )
 
 
+@pytest.mark.usefixtures("blank_charts")
 @pytest.mark.parametrize("name", ["late", "linear_probe", "knn"])
 def test_modalities_together_are_no_worse_than_one_by_one(name: str, posts: Path) -> None:
     """At least the average of what each tells alone, which is that of the late model's heads."""
@@ -188,6 +189,7 @@ def test_the_commands_train_infer_and_agree(
 # Switches
 
 
+@pytest.mark.usefixtures("quick_processes")
 def test_a_fixed_seed_gives_the_same_weights_and_another_seed_others(few_posts: Path) -> None:
     """Bit-equal on a CPU, also when another process reads; without a fixed seed they differ."""
     states = []

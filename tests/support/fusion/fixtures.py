@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import shutil
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
 
 from common import charts
+from tests.support import forked
 from tests.support.fusion import support
 
 
@@ -37,3 +39,9 @@ def few_posts(_all_posts: Path, tmp_path: Path) -> Path:
 def blank_charts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reports with empty pictures: drawing them takes many times as long as a small training."""
     monkeypatch.setattr(charts, "png", lambda drawn: b"")
+
+
+@pytest.fixture
+def quick_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is spawned is forked from a server that has loaded torch already."""
+    monkeypatch.setattr(get_context("spawn"), "Process", forked.process_type())

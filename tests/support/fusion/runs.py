@@ -1,11 +1,8 @@
-"""Small trainings, in this process or as the command, and what they leave behind."""
+"""Small trainings and what they leave behind."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -73,25 +70,3 @@ def config_file(folder: Path, **sections: Any) -> Path:
     content = support.train_settings(folder, **sections).model_dump(mode="json")
     file.write_text(json.dumps(content))
     return file
-
-
-def start_command(*arguments: str | Path, launcher: tuple[str, ...] = ()) -> subprocess.Popen[str]:
-    command = [*(launcher or (sys.executable,)), str(ROOT / "train_net.py"), *map(str, arguments)]
-    return subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def command(*arguments: str | Path, launcher: tuple[str, ...] = ()) -> tuple[int, str, str]:
-    process = start_command(*arguments, launcher=launcher)
-    try:
-        out, err = process.communicate(timeout=240)
-    finally:
-        process.kill()
-        process.wait()
-    return process.returncode, out, err

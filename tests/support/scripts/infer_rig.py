@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import subprocess
-import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +13,11 @@ import torch
 import yaml
 
 import infer_net
+from common.post import Features
 from fusion.bundle.bundle import Ensemble
+from fusion.data.dataset import FeatureFiles
 from fusion.models import FusionModel
 from tests.support.fusion import support
-
-ROOT = Path(__file__).parents[3]
 
 
 def write_bundle(folder: Path, name: str = "gmu", *, members: int = 1, seed: int = 0) -> str:
@@ -72,17 +70,17 @@ def mistake(
     return said
 
 
-def command(folder: Path, *more: str, posts: str = "posts.json") -> list[str]:
-    """The same as a command line."""
-    given = ["--infer_config", str(folder / "infer.yaml"), "--input", str(folder / posts)]
-    return [sys.executable, str(ROOT / "infer_net.py"), *given, *more]
+def infer_slowly(folder: Path, *more: str) -> int:
+    """`infer`, with time to be killed while it reads."""
+    read = FeatureFiles.features
 
+    def slow(self: FeatureFiles, *given: Any) -> Features:
+        time.sleep(0.01)
+        return read(self, *given)
 
-def start(line: list[str], **more: str) -> subprocess.Popen[str]:
-    """Begin a command in a process of its own."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **more}
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(line, cwd=ROOT, env=environment, **pipes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FeatureFiles, "features", slow)
+        return infer(folder, *more)
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
