@@ -12,7 +12,7 @@ import numpy as np
 import psutil
 import pytest
 from torch.distributed.launcher.api import elastic_launch
-from torch.distributed.run import config_from_args, parse_args
+from torch.distributed.run import config_from_args, get_args_parser
 
 import train_net
 from common.errors import FeatureError
@@ -108,7 +108,7 @@ def torchrun(host: int, port: int, said: Path, *command: str) -> None:
     """Be torchrun on one of two hosts, which forks its process instead of loading torch anew."""
     address = f"--master-addr 127.0.0.1 --master-port {port} --node-rank {host}"
     options = f"--nnodes 2 --nproc-per-node 1 {address} train_net.py"
-    config, _, _ = config_from_args(parse_args(options.split()))
+    config, _, _ = config_from_args(get_args_parser().parse_args(options.split()))
     config.start_method = "fork"
     os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT), 1)
     assert list(elastic_launch(config, train_net.main)(command).values()) == [0]

@@ -20,13 +20,12 @@ from fusion.bundle.export import ExportRefused, Format, ParityError, export, fus
 from fusion.bundle.export_lstm import Kind, exportable
 from fusion.infer.inferer import Inferer
 from fusion.metrics.calibration import Temperature, calibrated
-from fusion.models import MODELS, build_model
-from fusion.models.base import InputSchema
+from fusion.models import MODELS
 from tests.support.fusion import support
 from tests.support.scripts import infer_rig as rig
 
 # Of few layers: exporters take seconds for each.
-SMALL = support.SMALL.model_copy(
+SHALLOW = support.SMALL.model_copy(
     update={
         "mbt": support.SMALL.mbt.model_copy(update={"layers": 2, "fusion_layers": 1}),
         "token_transformer": support.SMALL.token_transformer.model_copy(update={"layers": 1}),
@@ -40,13 +39,15 @@ def bundle_of(folder: Path, name: str, *, members: int = 1, seed: int = 0) -> Bu
     dims, fingerprints = (
         {s: of[s] for s in streams} for of in (support.DIMS, support.FINGERPRINTS)
     )
-    manifest = support.manifest(dims=dims, fingerprints=fingerprints)
-    settings = SMALL.model_copy(update={"name": name})
-    schema = InputSchema.of(manifest, settings.tokens, support.CLASSES)
+    changes = {"dims": dims, "fingerprints": fingerprints}
     torch.manual_seed(seed)
-    models = [build_model(schema, settings).eval() for _ in range(members)]
-    model = models[0] if members == 1 else Ensemble(models)
-    support.write_bundle(folder / "bundle", model=model, manifest=manifest, settings=settings)
+    models = [support.model(name, SHALLOW, **changes) for _ in range(members)]
+    support.write_bundle(
+        folder / "bundle",
+        model=models[0] if members == 1 else Ensemble(models),
+        manifest=support.manifest(**changes),
+        settings=SHALLOW.model_copy(update={"name": name}),
+    )
     return load_bundle(folder / "bundle")
 
 

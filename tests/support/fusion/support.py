@@ -122,9 +122,9 @@ def truth(posts: int) -> npt.NDArray[np.float32]:
     return found.astype(np.float32)
 
 
-def model(name: str, **changes: Any) -> FusionModel:
+def model(name: str, settings: ModelSettings = SMALL, **changes: Any) -> FusionModel:
     """A small model with fresh weights, in evaluation mode; k-NN with some training posts."""
-    settings = SMALL.model_copy(update={"name": name})
+    settings = settings.model_copy(update={"name": name})
     made = build_model(schema(**changes), settings).eval()
     if name == "knn":
         know(made)
