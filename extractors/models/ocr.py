@@ -14,6 +14,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Literal
 
+import cv2
 import numpy as np
 import numpy.typing as npt
 import structlog
@@ -56,6 +57,12 @@ _OVERLAP = 8
 # the demo's posts 66 such passed 0.5, 23 pass 0.9 and 8 pass this; of 104 real ones in four sizes
 # 93 pass 0.9, 87 this, and 81 would pass 0.98.
 _LONE_CONFIDENCE = 0.95
+# Longer side of the copy that is looked at first. 640 costs half of a usual picture.
+_COARSE_SIDE = 480
+# What a pixel of that copy needs, where the finder's own threshold is 0.3. Of 652 words of 8 to 72
+# pixels on photos and plain grounds 550 were read at full size, 552 so, and 6 fewer with 0.2.
+_MAYBE_TEXT = 0.1
+_LEAST_SAVED = 0.7  # of the longer side: a copy that is hardly smaller is no shorter way
 _LEAST_SIDE = 32  # the engine's detector works on blocks of 32 pixels
 # OpenVINO and GPUs compile or allocate for each new shape, and keep it: sides are padded to
 # multiples of this. Double would pad a third of a usual picture; at half there are four times as
@@ -114,6 +121,7 @@ class OcrExtractor(Extractor):
             "models": [_MODELS[step] for step in sorted(_MODELS)],
             "weights": weights or file_digest(*sorted(models.values())),
             "lone_confidence": _LONE_CONFIDENCE,
+            "coarse": [_COARSE_SIDE, _MAYBE_TEXT],
             **self._settings.model_dump(exclude={"enabled", "engine"}),
         }
 
@@ -207,6 +215,42 @@ class _Bucketed:
         return self._session(np.pad(batch, sides, mode="edge"))[..., :height, :width]
 
 
+class _CoarseFirst:
+    """A finder of lines that looks at a small copy first, and at full size only where text may be.
+
+    The copy costs a fifth of a usual picture. What it shows is read in bands as wide as the
+    picture: around narrower parts the finder knows too little, and loses one line in ten.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    def __call__(self, batch: Tensor) -> Tensor:
+        height, width = batch.shape[2:]
+        scale = _COARSE_SIDE / max(height, width)
+        if scale > _LEAST_SAVED:
+            return self._session(batch)
+        size = [max(1, round(s * scale / _LEAST_SIDE)) * _LEAST_SIDE for s in (width, height)]
+        small = cv2.resize(batch[0].transpose(1, 2, 0), size, interpolation=cv2.INTER_AREA)
+        seen = self._session(np.ascontiguousarray(small.transpose(2, 0, 1)[None]))[0, 0]
+        found: Tensor = np.zeros((1, 1, height, width), np.float32)
+        for top, bottom in _bands(seen.max(axis=1) > _MAYBE_TEXT, height):
+            found[:, :, top:bottom] = self._session(np.ascontiguousarray(batch[:, :, top:bottom]))
+        return found
+
+
+def _bands(seen: npt.NDArray[np.bool_], height: int) -> list[tuple[int, int]]:
+    """Return tops and bottoms of what the rows of a small copy show, with a block around it."""
+    count = height // _LEAST_SIDE
+    blocks = np.zeros(count + 2, np.int8)
+    rows = np.flatnonzero(seen) * count // len(seen)
+    for shift in (0, 1, 2):
+        blocks[rows + shift] = 1
+    blocks[[0, -1]] = 0
+    edges = np.flatnonzero(np.diff(blocks)) * _LEAST_SIDE
+    return [(int(top), int(bottom)) for top, bottom in edges.reshape(-1, 2)]
+
+
 class _TorchSession:
     """A network of transformers on a device, called as rapidocr calls its own."""
 
@@ -281,6 +325,7 @@ def _open_reader(
     if engine != "onnxruntime" or device != "cpu":
         finder.session = _Bucketed(finder.session, finds_lines=True)
         recogniser.session = _Bucketed(recogniser.session, finds_lines=False)
+    finder.session = _CoarseFirst(finder.session)
     return reader
 
 
@@ -346,10 +391,9 @@ def _from_repository(kind: Any, repository: str) -> Any:
 
 def _errors_of(engine: str) -> tuple[type[Exception], ...]:
     """Return what rapidocr raises over a picture: its engines' errors, OpenCV's, numpy's."""
-    from cv2 import error as OpenCvError  # noqa: N812  a class with a lower-case name
     from rapidocr.inference_engine.onnxruntime import ONNXRuntimeError
 
-    errors = (ONNXRuntimeError, OpenCvError, ValueError, IndexError)
+    errors = (ONNXRuntimeError, cv2.error, ValueError, IndexError)
     if engine != "openvino":
         return errors
     from rapidocr.inference_engine.openvino import OpenVINOError

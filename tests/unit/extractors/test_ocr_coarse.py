@@ -1,0 +1,70 @@
+"""A small copy of a picture tells where text may be; only there it is looked at in full size."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from extractors.models.ocr import _bands, _CoarseFirst
+
+
+class Finder:
+    """Finds text where the first channel is bright; keeps the sizes that it was asked for."""
+
+    def __init__(self) -> None:
+        self.sizes: list[tuple[int, ...]] = []
+
+    def __call__(self, batch: np.ndarray) -> np.ndarray:
+        self.sizes.append(batch.shape[2:])
+        return np.ascontiguousarray(batch[:, :1])
+
+
+def picture(height: int, width: int) -> np.ndarray:
+    return np.zeros((1, 3, height, width), np.float32)
+
+
+def test_a_picture_without_text_costs_its_copy() -> None:
+    finder = Finder()
+    found = _CoarseFirst(finder)(picture(704, 960))
+    assert finder.sizes == [(352, 480)]
+    assert found.shape == (1, 1, 704, 960)
+    assert not found.any()
+
+
+def test_lines_are_found_where_they_are() -> None:
+    """Two lines far apart: a band for each, as wide as the picture, with the rows around it."""
+    batch = picture(960, 704)
+    batch[0, 0, 200:230, 100:600] = batch[0, 0, 940:960, :300] = 1
+    finder = Finder()
+    np.testing.assert_array_equal(_CoarseFirst(finder)(batch), batch[:, :1])
+    assert finder.sizes == [(480, 352), (128, 704), (64, 704)]
+
+
+def test_a_picture_that_is_small_is_looked_at_once() -> None:
+    finder = Finder()
+    for height, width in ((480, 640), (32, 96)):
+        _CoarseFirst(finder)(picture(height, width))
+    assert finder.sizes == [(480, 640), (32, 96)]
+
+
+def test_a_strip_keeps_a_block_of_height() -> None:
+    finder = Finder()
+    _CoarseFirst(finder)(picture(96, 3840))
+    assert finder.sizes == [(32, 480)]
+
+
+@given(st.integers(1, 120), st.data())
+def test_bands_hold_every_row_that_was_seen(blocks: int, data: st.DataObject) -> None:
+    """In order, apart, of whole blocks, inside the picture, with a block on each side."""
+    height = blocks * 32
+    seen = np.array(data.draw(st.lists(st.booleans(), min_size=1, max_size=blocks)), np.bool_)
+    bands = _bands(seen, height)
+    edges = [edge for band in bands for edge in band]
+    assert edges == sorted(set(edges))
+    assert all(edge % 32 == 0 and 0 <= edge <= height for edge in edges)
+    for row in np.flatnonzero(seen):
+        place = row * height / len(seen)
+        assert any(
+            top <= max(0, place - 32) and min(height, place + 32) <= bottom for top, bottom in bands
+        )
