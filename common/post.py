@@ -20,16 +20,18 @@ import numpy.typing as npt
 
 from common.errors import one_line
 
-Modality: TypeAlias = Literal["video", "image", "audio", "text", "ocr"]
-Stream: TypeAlias = Literal["video", "video_lstm", "image", "audio", "text", "ocr"]
+Modality: TypeAlias = Literal["video", "image", "audio", "text", "ocr", "asr"]
+Stream: TypeAlias = Literal["video", "video_lstm", "image", "audio", "text", "ocr", "asr"]
 """One feature array of a modality; each modality has one of its own name."""
 MediaKind: TypeAlias = Literal["image", "video", "audio"]
 Status: TypeAlias = Literal["ok", "missing", "failed"]
 OcrSource: TypeAlias = Literal["given", "read", "nothing_found", "off"]
 """Source of the text of a post's pictures: given, read by OCR, or the reason that there is none."""
 
-MODALITIES: tuple[Modality, ...] = ("video", "image", "audio", "text", "ocr")
-STREAMS: tuple[Stream, ...] = ("video", "video_lstm", "image", "audio", "text", "ocr")
+MODALITIES: tuple[Modality, ...] = ("video", "image", "audio", "text", "ocr", "asr")
+STREAMS: tuple[Stream, ...] = ("video", "video_lstm", "image", "audio", "text", "ocr", "asr")
+TEXT_STREAMS: frozenset[Stream] = frozenset({"text", "ocr", "asr"})
+"""Embedded by the text encoder: written, read in pictures, and heard."""
 MEDIA_KINDS: tuple[MediaKind, ...] = ("image", "video", "audio")
 
 FeatureArray: TypeAlias = npt.NDArray[np.float16]
@@ -116,7 +118,7 @@ class Features:
     Attributes:
         arrays: float16 ``(n, dim)`` for each stream of the modalities that are ``ok``: in
             ``video`` a row for each frame, in ``video_lstm`` one for each video.
-        statuses: ``ok``, ``missing`` or ``failed`` for every modality.
+        statuses: ``ok``, ``missing`` or ``failed`` for every modality that is on.
         failures: The reason of each failed modality, and of media that failed inside an ok one.
         ocr_text: What was read in the pictures; None when nothing was read.
         ocr: Source of that text; None where it is not known, as in feature files.

@@ -38,6 +38,7 @@ class TokenLimits(Section):
     audio: PositiveInt = 64
     text: PositiveInt = 128
     ocr: PositiveInt = 64
+    asr: PositiveInt = 64
 
 
 class TokenTransformerSettings(Section):

@@ -21,7 +21,7 @@ PositiveInt = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 Seconds = Annotated[float, Field(gt=0)]
 Pooling = Literal["tokens", "cls", "mean", "last"]
-ExtractorName = Literal["video", "image", "audio", "text", "ocr"]
+ExtractorName = Literal["video", "image", "audio", "text", "ocr", "asr"]
 MIB = 1024 * 1024
 HostName = Annotated[str, Field(pattern=r"^[^\s/:]+$")]
 
@@ -128,7 +128,7 @@ class ExtractorPlacement(Section):
     """One group of extractor processes: a device and the extractors that it hosts."""
 
     device: Annotated[str, Field(pattern=r"^(cpu|cuda:\d+)$")] = "cpu"
-    extractors: tuple[ExtractorName, ...] = ("video", "image", "audio", "text", "ocr")
+    extractors: tuple[ExtractorName, ...] = ("video", "image", "audio", "text", "ocr", "asr")
     processes: PositiveInt = 1
     threads: PositiveInt = 2
     """CPU threads of each process."""
@@ -296,6 +296,26 @@ class OcrSettings(Section):
     max_chars: PositiveInt = 1000
 
 
+class AsrSettings(Section):
+    """Words that are spoken in videos and sounds: Whisper hears them, the text encoder reads."""
+
+    enabled: bool = False
+    arch: str = "openai/whisper-small"
+    weights: str = "pretrained"
+    language: str | None = None
+    """Code such as ``en``; null: Whisper tells it, for every 30 seconds."""
+    max_s: Seconds = 120.0
+    """Of each file the sound up to here is heard, and up to ``decode.max_audio_s``."""
+    silence_db: Annotated[float, Field(le=0)] = -60.0
+    """30 seconds that are nowhere louder than this, full scale being 0, are silence."""
+    no_speech: Annotated[float, Field(ge=0, le=1)] = 0.6
+    """From this probability of no speech on, as Whisper gives it, 30 seconds have no text."""
+    batch_size: PositiveInt = 4
+    precision: Precision = "auto"
+    trust_remote_code: bool = False
+    """Run the Python code that a transformers model brings along; the log says so."""
+
+
 class FeatureSettings(Section):
     """Everything that determines a feature; its digest is the extractor fingerprint."""
 
@@ -308,11 +328,16 @@ class FeatureSettings(Section):
     audio: AudioSettings = AudioSettings()
     text: TextSettings = TextSettings()
     ocr: OcrSettings = OcrSettings()
+    asr: AsrSettings = AsrSettings()
 
     @model_validator(mode="before")
     @classmethod
     def _preset(cls, values: Any) -> Any:
         return with_preset(values)
+
+    def runs(self, name: ExtractorName) -> bool:
+        """Return False for an extractor that is switched off."""
+        return bool(getattr(getattr(self, name), "enabled", True))
 
 
 class CacheSettings(Section):
@@ -583,3 +608,10 @@ class Settings(Section):
     log: LogSettings = LogSettings()
     infer: RunSettings = RunSettings()
     """`infer_net.py` with these settings: raw media to tags, without queue and workers."""
+
+    @model_validator(mode="after")
+    def _heard(self) -> Settings:
+        hosted = any("asr" in group.extractors for group in self.workers.extractors)
+        if self.features.asr.enabled and not hosted:
+            raise ValueError("features.asr is enabled: add asr to a list in workers.extractors")
+        return self

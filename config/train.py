@@ -11,7 +11,7 @@ from common.precision import Precision
 from config.fusion_models import ModelSettings, Share, Weight
 from config.settings import Count, LstmSizes, PositiveInt, Section
 
-ModalityName: TypeAlias = Literal["video", "image", "audio", "text", "ocr"]
+ModalityName: TypeAlias = Literal["video", "image", "audio", "text", "ocr", "asr"]
 LossName: TypeAlias = Literal["bce", "focal", "asymmetric", "two_way"]
 OptimizerName: TypeAlias = Literal["adamw", "adam", "sgd", "rmsprop"]
 ScheduleName: TypeAlias = Literal["cosine", "one_cycle", "step", "constant"]

@@ -64,6 +64,7 @@ def evaluate(
         without = {
             modality: _predict(inferer, features, len(labels), frozenset({modality}))[0]
             for modality in MODALITIES
+            if modality in inferer.fingerprints
         }
     finally:
         inferer.close()

@@ -27,8 +27,8 @@ _FORMAT_1 = "insighttag.features/1"  # the same with a key for each of these par
 _PARTS = ("fingerprints", "statuses", "failures", "ocr_text")
 _KEY = "insighttag"
 _LONGEST_NAME = 180  # bytes; file systems take 255, and temporary names and suffixes are added
-# Streams of one extractor each; text and OCR share one.
-_OWN: tuple[Stream, ...] = ("video", "video_lstm", "image", "audio")
+# Streams of one extractor each; text and OCR share one. ASR's holds the fingerprint of the text's.
+_OWN: tuple[Stream, ...] = ("video", "video_lstm", "image", "audio", "asr")
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +163,8 @@ def read_features(
                 f"needed{differing(needed, stored)}: extract it again (scripts/{script_of(stream)})"
             )
     streams = [s for s in STREAMS if fingerprints is None or s in fingerprints]
-    modalities = tuple(dict.fromkeys(modality_of(stream) for stream in streams))
+    asked = dict.fromkeys(modality_of(stream) for stream in streams)
+    modalities = [m for m in asked if m != "asr" or m in header.statuses]  # else it was off
     return Features(
         post_id=post_id,
         arrays={s: arrays[s] for s in streams if s in arrays},
@@ -174,9 +175,10 @@ def read_features(
 
 
 def script_of(stream: Stream) -> str:
-    """Return the script that makes a stream: words in pictures are embedded with the text."""
+    """Return the script that makes a stream: of words in pictures the text's, in sound its own."""
     modality = modality_of(stream)
-    return f"extract_{'text' if modality == 'ocr' else modality}_features.py"
+    name = {"ocr": "text", "asr": "audio"}.get(modality, modality)
+    return f"extract_{name}_features.py"
 
 
 def read_header(path: Path, post_id: str | None = None) -> Header:

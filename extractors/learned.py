@@ -36,6 +36,8 @@ def learned_from(features: FeatureSettings) -> dict[Stream, PostSet]:
         | _set_of(text.tfidf),
     }
     own["ocr"] = own["text"]  # words in pictures are embedded as texts
+    if features.asr.enabled:
+        own["asr"] = own["text"] | _set_of(features.asr.weights)
     return {stream: posts for stream, posts in own.items() if len(posts)}
 
 

@@ -5,6 +5,7 @@
     image    image          uint8 RGB (S, S, 3)            image
     sound    video, audio   as its encoder's line says     audio
     picture  image, video   uint8 RGB (height, width, 3)   ocr
+    speech   video, audio   float32, 30 s at 16 kHz        asr
 
 Decoders write these arrays into a slot, extractors read them there; the plan of a post, the sizes
 of slots and the checks of replies all follow this table.
@@ -40,7 +41,7 @@ from config.settings import (
 PLACED = Path("workshop/pretrained")
 """Folders of weights that were put in place, for machines without network, by their hub's name."""
 
-PartKind: TypeAlias = Literal["frames", "image", "sound", "picture"]
+PartKind: TypeAlias = Literal["frames", "image", "sound", "picture", "speech"]
 
 # Arrays in a slot begin at multiples of this many bytes: a cache line, and the widest vector load
 # of the CPU. Half would split loads; double would only waste space.
@@ -98,6 +99,9 @@ class WaveformWindows:
 
 SoundInput: TypeAlias = LogMelPatches | WaveformWindows
 
+SPEECH = WaveformWindows(16_000, 480_000)
+"""The input of Whisper."""
+
 
 @dataclass(frozen=True, slots=True)
 class VisualEncoder:
@@ -147,9 +151,7 @@ AUDIO_ENCODERS: dict[str, AudioEncoder] = {
     "clap": AudioEncoder(
         "extractors.models.transformers_audio:Clap", WaveformWindows(48_000, 480_000)
     ),
-    "whisper": AudioEncoder(
-        "extractors.models.transformers_audio:WhisperSound", WaveformWindows(16_000, 480_000)
-    ),
+    "whisper": AudioEncoder("extractors.models.transformers_audio:WhisperSound", SPEECH),
     "embedding_gemma2": AudioEncoder(
         "extractors.models.omni:OmniSound", WaveformWindows(16_000, 160_000)
     ),
@@ -282,7 +284,20 @@ PARTS: Mapping[PartKind, PartSpec] = {
         row=lambda features: _square(features.ocr.max_side),
         most_rows=lambda kind, features, _limits: _pictures(kind, features),
     ),
+    "speech": PartSpec(
+        modality="asr",
+        media=("video", "audio"),
+        row=lambda _features: Row(SPEECH.shape, "float32"),
+        most_rows=lambda _kind, features, limits: math.ceil(
+            speech_s(features, limits) / SPEECH.row_s
+        ),
+    ),
 }
+
+
+def speech_s(features: FeatureSettings, limits: DecodeSettings) -> float:
+    """Return the most seconds of a file that are heard for words."""
+    return min(features.asr.max_s, limits.max_audio_s) if features.asr.enabled else 0
 
 
 def parts_of(kind: MediaKind) -> tuple[PartKind, ...]:

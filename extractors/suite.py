@@ -17,7 +17,7 @@ from extractors.parts import visual_encoder
 if TYPE_CHECKING:
     from extractors.models.base import PictureEncoder
 
-ALL_EXTRACTORS: tuple[ExtractorName, ...] = ("video", "image", "audio", "text", "ocr")
+ALL_EXTRACTORS: tuple[ExtractorName, ...] = ("video", "image", "audio", "text", "ocr", "asr")
 
 _log = structlog.get_logger()
 
@@ -28,7 +28,7 @@ class ExtractorSuite:
     Args:
         features: Settings of all of them.
         device: ``cpu`` or ``cuda:N``; OCR runs there if its engine can.
-        names: Those to load; OCR is left out where the settings disable it.
+        names: Those to load; OCR and ASR are left out where the settings disable them.
         threads: CPU threads for torch and OCR; None leaves torch's setting and gives OCR one.
     """
 
@@ -42,10 +42,11 @@ class ExtractorSuite:
     ) -> None:
         self.features = features
         self.device = device
-        self.names = tuple(n for n in names if n != "ocr" or features.ocr.enabled)
+        self.names = tuple(name for name in names if features.runs(name))
         self._threads = threads
         self._extractors: dict[ExtractorName, Extractor] = {}
         self._backbones: dict[tuple[object, ...], PictureEncoder] = {}
+        self._texts: Extractor | None = None
 
     def load(self) -> None:
         """Load every extractor, once; ConfigError leaves none half loaded."""
@@ -110,7 +111,7 @@ class ExtractorSuite:
     def close(self) -> None:
         for extractor in self._extractors.values():
             extractor.close()
-        self._extractors, self._backbones = {}, {}
+        self._extractors, self._backbones, self._texts = {}, {}, None
 
     def _loaded(self) -> dict[Stream, tuple[int, str]]:
         """Return columns and fingerprint of each stream that an extractor makes by itself."""
@@ -140,12 +141,22 @@ class ExtractorSuite:
                 return AudioExtractor(features.audio, device)
             case "text":
                 return self._text()
+            case "asr":
+                from extractors.models.asr import AsrExtractor
+
+                return AsrExtractor(features.asr, self._text(), device)
             case "ocr":
                 from extractors.models.ocr import OcrExtractor
 
                 return OcrExtractor(features.ocr, device=device, threads=self._threads or 1)
 
     def _text(self) -> Extractor:
+        """Return the encoder of texts, not loaded; words that are heard share it."""
+        if self._texts is None:
+            self._texts = self._new_text()
+        return self._texts
+
+    def _new_text(self) -> Extractor:
         from extractors.models.tfidf import TfidfExtractor, WithTfidf
 
         text = self.features.text

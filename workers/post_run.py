@@ -4,7 +4,7 @@ The King, the HTTP server, the offline scripts and ``insighttag tag`` all run po
 `PostRuns`, so that a post gets the same features, tags and failures on every path. A run is one
 attempt; `common.retry.RetryPolicy` decides about the next.
 
-    media - fetch -> decode -+-> extract video | image | audio ----------+
+    media - fetch -> decode -+-> extract video | image | audio | asr ----+
                              '-> read (ocr) -> [joined over the media]   +-> Features -> fuse
     text ---------------------> extract text, extract ocr ---------------+
 
@@ -132,7 +132,8 @@ class PostPlan:
         """
         self.post = post
         self._settings = settings
-        self._modalities = frozenset(MODALITIES) if modalities is None else modalities
+        self._on = [m for m in MODALITIES if m != "asr" or settings.asr.enabled]
+        self._modalities = frozenset(self._on if modalities is None else modalities & {*self._on})
         self._partial = modalities is not None
         self._cache = cache
         self._local = local
@@ -215,7 +216,7 @@ class PostPlan:
         return Features(
             post_id=self.post.post_id,
             arrays=arrays,
-            statuses={m: self._status(m, m in present) for m in MODALITIES},
+            statuses={m: self._status(m, m in present) for m in self._on},
             failures={m: _named(failures) for m, failures in self._failures.items()},
             ocr_text=self._ocr_text(),
             ocr=self._ocr_source(),

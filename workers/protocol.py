@@ -168,7 +168,7 @@ class ExtractTask(Message, frozen=True):
 
     Attributes:
         extractor: ``ocr`` reads ``refs`` (pictures) into text; ``text`` embeds ``text``; the
-            others turn ``refs`` into a feature array.
+            others turn ``refs`` into a feature array, ``asr`` by the words that it hears.
         modality: Which modality the result belongs to (``text`` serves ``text`` and ``ocr``).
         sha256: Of the media file's content, hex, where the result is to be remembered.
         kind: Of the media file.

@@ -160,7 +160,8 @@ class Tally:
                 "without_labels": self.labels.per_post[0],
                 "empty": self._combinations[()],
             },
-            "modalities": {name: self._modalities[name] for name in MODALITIES},
+            # Nobody knows yet in which sounds there is speech.
+            "modalities": {name: self._modalities[name] for name in MODALITIES if name != "asr"},
             "combinations": ranked(
                 Counter({" + ".join(n) or "nothing": c for n, c in self._combinations.items()})
             ),

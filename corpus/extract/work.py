@@ -34,11 +34,11 @@ Kind: TypeAlias = Literal["text", "audio", "image", "video"]
 
 MODALITIES_OF: Mapping[Kind, frozenset[Modality]] = {
     "text": frozenset({"text", "ocr"}),
-    "audio": frozenset({"audio"}),
+    "audio": frozenset({"audio", "asr"}),
     "image": frozenset({"image"}),
     "video": frozenset({"video"}),
 }
-"""Modalities of each script; the words in pictures belong to the text."""
+"""Modalities of each script; words in pictures belong to the text, and those in sound to it."""
 
 State: TypeAlias = Literal["done", "there", "failed", "rejected", "repeated"]
 """Extracted now; extracted by an earlier run; lost; not a post; a repeated post_id."""
@@ -219,6 +219,7 @@ class Inputs:
             "video": media(("video",)),
             "image": media(("image",)),
             "audio": media(("audio", "video")),
+            "asr": media(("audio", "video")),
             "text": [post.text, words] if appended else [post.text],
             "ocr": words,
         }

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from common.errors import MediaError
 from common.post import Failure, MediaKind, Modality
 from config.settings import DecodeSettings, FeatureSettings
-from extractors.parts import PartKind, SoundInput, audio_encoder
+from extractors.parts import SPEECH, PartKind, SoundInput, audio_encoder, speech_s
 
 if TYPE_CHECKING:  # av and cv2 are loaded when the first file of their kind comes
     from extractors.media.sniff import FileType
@@ -55,6 +55,7 @@ class DecodedMedia:
         image: uint8 ``(n, S, S, 3)`` RGB of an image; n above 1 only for animations.
         sound: float32 ``(j, ...)`` of a sound file or of a video's sound, as its encoder takes it.
         pictures: uint8 ``(height, width, 3)`` RGB for OCR.
+        speech: float32 ``(k, 480000)`` of the same sound for ASR; None where that is off.
         failures: Of the broken side of a video whose other side is usable; and what is missing of a
             file of which the rest is used.
         times_s: When the frames are shown.
@@ -65,6 +66,7 @@ class DecodedMedia:
     image: Pixels | None = None
     sound: SoundRows | None = None
     pictures: tuple[Pixels, ...] = ()
+    speech: SoundRows | None = None
     failures: Mapping[Modality, Failure] = field(default_factory=dict)
     times_s: tuple[float, ...] = ()
     turned: str = ""
@@ -77,6 +79,7 @@ class DecodedMedia:
             ("image", self.image),
             ("sound", self.sound),
             *(("picture", picture) for picture in self.pictures),
+            ("speech", self.speech),
         ]
         return [(kind, array) for kind, array in arrays if array is not None and array.size]
 
@@ -132,7 +135,8 @@ def _decode_sound(
     sound = audio_encoder(features.audio).sound
     waveform, note = read_waveform(path, limits, sound.rate_hz)
     rows = _sound_rows(waveform, sound, allocate)
-    return DecodedMedia(sound=rows, failures=_noted("audio", note))
+    speech = _speech(path, waveform, features, limits, allocate)
+    return DecodedMedia(sound=rows, speech=speech, failures=_noted("audio", note))
 
 
 def read_waveform(path: Path, limits: DecodeSettings, rate_hz: int) -> tuple[Waveform, str]:
@@ -159,12 +163,14 @@ def _decode_video(
     file_type = check_type(path, "video")
     failures: dict[Modality, Failure] = {}
     sound: SoundRows | None = None
+    speech: SoundRows | None = None
     sound_input = audio_encoder(features.audio).sound
     index, waveform, note = _scan(path, file_type, limits, sound_input.rate_hz)
     if isinstance(waveform, MediaError):
         failures["audio"] = Failure.of("decode", waveform)
     elif len(waveform):
         sound = _sound_rows(waveform, sound_input, allocate)
+        speech = _speech(path, waveform, features, limits, allocate)
         failures.update(_noted("audio", note))
     film = _Film(path, file_type, index, limits)
     try:
@@ -173,12 +179,13 @@ def _decode_video(
         if sound is None:
             raise
         failures["video"] = Failure.of("decode", error)
-        return DecodedMedia(sound=sound, failures=failures)
+        return DecodedMedia(sound=sound, speech=speech, failures=failures)
     failures.update(_noted("video", *film.notes))
     return DecodedMedia(
         frames=frames,
         sound=sound,
         pictures=pictures,
+        speech=speech,
         failures=failures,
         times_s=times_s,
         turned=film.turned,
@@ -364,6 +371,24 @@ def _sound_rows(waveform: Waveform, sound: SoundInput, allocate: Allocate) -> So
     from extractors.media.sound import sound_rows
 
     return _copy(sound_rows(waveform, sound), allocate)
+
+
+def _speech(
+    path: Path,
+    waveform: Waveform,
+    features: FeatureSettings,
+    limits: DecodeSettings,
+    allocate: Allocate,
+) -> SoundRows | None:
+    """Return the windows of a file's sound that are heard for words; its last one is filled up."""
+    most = int(speech_s(features, limits) * SPEECH.rate_hz)
+    if most and audio_encoder(features.audio).sound.rate_hz != SPEECH.rate_hz:
+        waveform, _ = read_waveform(path, limits, SPEECH.rate_hz)
+    heard = waveform[:most]
+    if not len(heard):
+        return None
+    whole = np.pad(heard, (0, -len(heard) % SPEECH.samples))
+    return _copy(whole.reshape(-1, SPEECH.samples), allocate)  # (n * samples,) -> (n, samples)
 
 
 def _copy(array: npt.NDArray[Any], allocate: Allocate) -> npt.NDArray[Any]:

@@ -21,6 +21,7 @@ from common.fingerprint import digest
 from common.post import FeatureArray, Stream
 from common.precision import Arithmetic, require_device, resolve_precision
 from config.settings import (
+    AsrSettings,
     AudioSettings,
     ExtractorName,
     TextSettings,
@@ -33,7 +34,9 @@ if TYPE_CHECKING:
     import torch
 
 Rows: TypeAlias = npt.NDArray[Any]
-EncoderSettings: TypeAlias = VisualSettings | VideoLstmSettings | AudioSettings | TextSettings
+EncoderSettings: TypeAlias = (
+    VisualSettings | VideoLstmSettings | AudioSettings | TextSettings | AsrSettings
+)
 
 _LARGEST_FLOAT16 = 65504.0
 

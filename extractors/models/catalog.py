@@ -56,6 +56,7 @@ KNOWN: dict[str, Known] = {
     "sentence-transformers/all-MiniLM-L6-v2": Known("Apache-2.0", 91, 384),
     "test_resnet": Known("", 2, 96, "timm/test_resnet.r160_in1k"),
     "PP-OCRv6 small": Known("Apache-2.0", 27, 0),
+    "openai/whisper-small": Known("Apache-2.0", 967, 0),
     "google/embeddinggemma-2": Known("Apache-2.0", 1_500, 768),
 }
 """``features.*.arch`` -> facts, of the model's card or file list on its hub."""
@@ -211,6 +212,8 @@ def _each(features: FeatureSettings) -> Iterator[Need]:
         yield _need("text", text.arch, text.weights)
     if text.tfidf:
         yield Need(("text",), "tfidf", "file", text.tfidf)
+    if features.asr.enabled:
+        yield _need("asr", features.asr.arch, features.asr.weights)
     if features.ocr.enabled:
         yield Need(("ocr",), "PP-OCRv6 small", "wheel", "rapidocr")
 

@@ -5,11 +5,12 @@ transformers 4.46 to 5 are served: where 4 gives a tensor, 5 gives an object aro
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +19,7 @@ import torch
 
 from common.errors import ConfigError, one_line
 from common.fingerprint import digest
-from config.settings import AudioSettings, TextSettings, VisualSettings
+from config.settings import AsrSettings, AudioSettings, TextSettings, VisualSettings
 from extractors.models.base import Encoder, autocast, clean
 from extractors.models.weights import (
     Weights,
@@ -28,6 +29,8 @@ from extractors.models.weights import (
     seeded,
     weights_digest,
 )
+
+TransformersSettings: TypeAlias = VisualSettings | AudioSettings | TextSettings | AsrSettings
 
 FOLDER = "config.json, model.safetensors and the {} files"
 SHAPE_KEYS = ("model_type", "num_hidden_layers", "num_attention_heads", "hidden_act")
@@ -45,6 +48,7 @@ class TransformersEncoder(Encoder):
         files: Of its processor or tokenizer, for messages.
         part: Attribute of the loaded model that is the network; the rest is not kept.
         optional: Weights with this word in their name may be missing: they are not used.
+        auto: Class of transformers that loads the model.
     """
 
     kind = "transformers"
@@ -52,10 +56,9 @@ class TransformersEncoder(Encoder):
     files: ClassVar[str] = "preprocessor's"
     part: ClassVar[str] = ""
     optional: ClassVar[str] = " "
+    auto: ClassVar[str] = "AutoModel"
 
-    def __init__(
-        self, setting: str, settings: VisualSettings | AudioSettings | TextSettings, device: str
-    ) -> None:
+    def __init__(self, setting: str, settings: TransformersSettings, device: str) -> None:
         self._folder = Path(settings.arch).expanduser()
         if settings.weights == "pretrained" and self._folder.is_dir():
             settings = settings.model_copy(update={"weights": settings.arch})
@@ -98,9 +101,10 @@ class TransformersEncoder(Encoder):
 
     def _read(self, source: str, seed: int | None, *, local: bool) -> Any:
         """Return the network of a folder or a hub's model, and take its limits and processor."""
-        from transformers import AutoConfig, AutoModel
+        import transformers
 
-        auto_config, auto_model = AutoConfig, AutoModel  # type: Any, Any
+        auto_config: Any = transformers.AutoConfig
+        auto_model: Any = getattr(transformers, self.auto)
         arguments = {"local_files_only": local, "trust_remote_code": self._trust}
         try:
             config = auto_config.from_pretrained(source, **arguments)
@@ -165,9 +169,7 @@ class TransformersEncoder(Encoder):
 class TextQueryable(TransformersEncoder):
     """An encoder whose model has a text side in the same space: CLIP, SigLIP, CLAP."""
 
-    def __init__(
-        self, setting: str, settings: VisualSettings | AudioSettings | TextSettings, device: str
-    ) -> None:
+    def __init__(self, setting: str, settings: TransformersSettings, device: str) -> None:
         super().__init__(setting, settings, device)
         self._tokenizer: Any = None
         self._source = ("", True)
@@ -250,6 +252,13 @@ def processor_digest(source: str, *, local: bool) -> str:
     """Return the digest of the settings in a folder's files of processors."""
     names = (*_PROCESSORS, "processor_config.json")
     return digest({name: json_file(source, name, local=local) for name in names})
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """Return the digest of a tokenizer that was not used yet: truncation is part of its state."""
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    content = fast.to_str() if fast is not None else repr(sorted(tokenizer.get_vocab().items()))
+    return hashlib.sha256(content.encode("utf-8")).hexdigest()
 
 
 def json_file(source: str, name: str, *, local: bool) -> dict[str, Any]:

@@ -24,6 +24,7 @@ MANIFEST = "weights.json"
 # Of a repository of transformers: its forms for other libraries, several gigabytes, stay there.
 _FILES = (
     "config.json",
+    "generation_config.json",
     "*processor_config.json",
     "1_Pooling/config.json",
     "tokenizer.json",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 import zlib
 from collections.abc import Mapping, Sequence
@@ -21,6 +20,7 @@ from extractors.models.from_transformers import (
     TransformersEncoder,
     json_file,
     silence,
+    tokenizer_digest,
 )
 from extractors.models.weights import Weights, seeded
 
@@ -192,10 +192,7 @@ class TextEncoder(TransformersEncoder):
         )
         self.pad_id = int(tokenizer.pad_token_id or 0)
         self.special_tokens = int(tokenizer.num_special_tokens_to_add())
-        # Before it is used: truncation is part of its state.
-        fast = getattr(tokenizer, "backend_tokenizer", None)
-        content = fast.to_str() if fast is not None else repr(sorted(tokenizer.get_vocab().items()))
-        self.tokenizer_digest = hashlib.sha256(content.encode("utf-8")).hexdigest()
+        self.tokenizer_digest = tokenizer_digest(tokenizer)
         self._tokenizer = tokenizer
 
     def _check_pooling(self, source: str, *, local: bool) -> None:

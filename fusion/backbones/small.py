@@ -19,7 +19,7 @@ from common.errors import ConfigError, MediaError
 from common.post import MediaKind, Post
 from common.post_set import PostSet
 from config.labels import LabelMap
-from config.settings import DecodeSettings, FeatureSettings
+from config.settings import AsrSettings, DecodeSettings, FeatureSettings
 from extractors.media.decode import decode_media
 from extractors.parts import LogMelPatches
 from fusion.backbones.media import Kind, MediaDataset, collate_media, targets_of
@@ -122,9 +122,9 @@ class SmallBackbone:
 
     def _items(self, posts: Sequence[Post]) -> list[npt.NDArray[Any]]:
         """Return the extractor's input for each post, decoded as the daemon does."""
-        # Only what this backbone looks at: no pictures for OCR.
+        # Only what this backbone looks at: nothing for OCR or ASR.
         ocr = self.features.ocr.model_copy(update={"enabled": False})
-        features = self.features.model_copy(update={"ocr": ocr})
+        features = self.features.model_copy(update={"ocr": ocr, "asr": AsrSettings()})
         items = []
         for done, post in enumerate(posts, 1):
             arrays: list[npt.NDArray[Any]] = []

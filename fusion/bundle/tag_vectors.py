@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from common.errors import BundleError, ConfigError
 from common.fingerprint import differing
-from common.post import Stream
+from common.post import TEXT_STREAMS, Stream
 from common.post_set import PostSet
 from config.fusion_models import ModelSettings
 from config.labels import LabelMap
@@ -102,7 +102,7 @@ def zero_shot(
     for stream in model.streams:
         each = rows[stream]
         centre = each.vectors.mean(0) if len(texts.tags) > 1 else torch.zeros(each.vectors.shape[1])
-        spread = _TEXT_SPREAD if stream in ("text", "ocr") else _MEDIA_SPREAD
+        spread = _TEXT_SPREAD if stream in TEXT_STREAMS else _MEDIA_SPREAD
         model.get_buffer(f"tag_centre_{stream}").copy_(centre)
         model.vectors[stream].copy_(each.centred(centre) / spread)
     model.from_texts.fill_(True)

@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from common.errors import ConfigError, FeatureError
-from common.post import STREAMS, FeatureArray, Features, Modality, Stream, modality_of
+from common.post import STREAMS, TEXT_STREAMS, FeatureArray, Features, Modality, Stream, modality_of
 from config.fusion_models import ModelSettings, TokenLimits
 
-ORDERED: frozenset[Stream] = frozenset({"video", "audio", "text", "ocr"})
+ORDERED: frozenset[Stream] = frozenset({"video", "audio", *TEXT_STREAMS})
 """Streams whose tokens follow one another in time; images and whole videos have no order."""
 Group: TypeAlias = Literal["modality", "fusion", "head"]
 
@@ -99,7 +99,7 @@ def _thin(array: FeatureArray, most: int, stream: Stream) -> FeatureArray:
     """At most ``most`` tokens ``(n, dim)``: the beginning of a text, evenly spaced otherwise."""
     if len(array) <= most:
         return array
-    if stream in ("text", "ocr"):
+    if stream in TEXT_STREAMS:
         return array[:most]
     # Centres of equal segments, as TSN samples.
     centres = ((np.arange(most) + 0.5) * (len(array) / most)).astype(np.intp)

@@ -43,7 +43,8 @@ def inspect(
     """Show a media file as the model sees it.
 
     Its type and streams, the chosen frames and their times, how they were turned upright, the
-    sound, the text in the pictures, and what is missing or wrong. No models but OCR's are loaded.
+    sound, the text in the pictures, the words in the sound where ASR is on, and what is missing or
+    wrong. No models but those of OCR and ASR are loaded.
     """
     settings = settings_of(config, overrides)
     with _local(source, settings) as path:
@@ -144,7 +145,7 @@ def _decoded(
     path: Path, media: DecodedMedia, settings: Settings, out: Path | None
 ) -> dict[str, Any]:
     from extractors.media.decode import read_waveform
-    from extractors.parts import audio_encoder
+    from extractors.parts import SPEECH, audio_encoder
 
     facts: dict[str, Any] = {"turned": media.turned}
     if media.frames is not None:
@@ -165,6 +166,11 @@ def _decoded(
             "window_s": sound.row_s,
             "peak": round(float(abs(waveform).max(initial=0)), 4),
         }
+    if media.speech is not None:
+        facts["speech"] = [
+            {"start_s": i * SPEECH.row_s, "text": text}
+            for i, text in enumerate(_spoken(media.speech, settings))
+        ]
     if out is not None:
         facts["files"] = _write(out, media, waveform, sound.rate_hz)
     return facts
@@ -183,6 +189,15 @@ def _texts(media: DecodedMedia, settings: Settings) -> list[str]:
         return [str(text) for text in suite.run("ocr", [(p,) for p in media.pictures])]
     finally:
         suite.close()
+
+
+def _spoken(windows: npt.NDArray[np.float32], settings: Settings) -> list[str]:
+    """Return the words in each window of the sound that ASR hears."""
+    from extractors.models.asr import Whisper
+
+    whisper = Whisper(settings.features.asr, "cpu")
+    whisper.load()
+    return whisper.transcribe(windows)
 
 
 def _write(
@@ -235,6 +250,8 @@ def _print(facts: dict[str, Any]) -> None:
         line("picture", f"{picture['width']}x{picture['height']}")
         for text in picture["text"].splitlines():
             line("", text)
+    for window in facts.get("speech", ()):
+        line("speech", f"from {window['start_s']:g} s: {window['text'] or 'no words'}")
     for name, note in facts["notes"].items():
         line("note", f"{name}: {note}")
     for file in facts.get("files", ()):

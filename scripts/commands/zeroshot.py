@@ -12,7 +12,7 @@ import typer
 from common.cli import complain, say
 from common.errors import BundleError, ConfigError
 from common.fingerprint import mismatch
-from common.post import Stream
+from common.post import TEXT_STREAMS, Stream
 from config.settings import ExtractorName, Settings
 from config.tags import TagTexts, load_tag_texts
 from fusion.bundle.folder import keep_bundle, refuse_foreign
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from fusion.bundle.tag_vectors import TagRows
     from fusion.models.base import FeatureManifest
 
-_SPACES: tuple[Stream, ...] = ("video", "image", "audio", "text", "ocr")
+_SPACES: tuple[Stream, ...] = ("video", "image", "audio", "text", "ocr", "asr")
 
 Tags = Annotated[
     Path,
@@ -142,8 +142,8 @@ def _embedded(
     from fusion.models.base import FeatureManifest
 
     wanted: list[ExtractorName] = [name for name in ("video", "image", "audio") if name in streams]
-    if "text" in streams or "ocr" in streams:
-        wanted += ["text", "ocr"]
+    if TEXT_STREAMS & set(streams):
+        wanted += ["text", "ocr", *(("asr",) if settings.features.asr.enabled else ())]
     made: dict[Stream, str] = {}
     rows: dict[Stream, TagRows] = {}
     reasons = []
@@ -151,7 +151,7 @@ def _embedded(
         suite = ExtractorSuite(settings.features, device, (name,))
         try:
             suite.load()
-            if name != "ocr":
+            if name not in ("ocr", "asr"):
                 rows[name] = TagRows.of(texts, partial(suite.embed_texts, name))
             made |= suite.by_extractor
         except ConfigError as error:
@@ -159,7 +159,7 @@ def _embedded(
         finally:
             suite.close()
     if "text" in rows:
-        rows["ocr"] = rows["text"]
+        rows |= {"ocr": rows["text"], "asr": rows["text"]}
     prints = stream_fingerprints(settings.features, made)
     rows = {stream: each for stream, each in rows.items() if stream in prints and stream in streams}
     if not rows:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import string
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,9 @@ _TOWER: dict[str, Any] = {
     "intermediate_size": 64,
 }
 _TEXT: dict[str, Any] = {**_TOWER, "vocab_size": len(VOCABULARY), "projection_dim": 16}
+_PRINTED = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_BYTES = [*map(chr, _PRINTED), *(chr(256 + i) for i in range(256 - len(_PRINTED)))]
+"""The 256 bytes as tokenizers of GPT-2 write them."""
 NORMALISATION: dict[str, Any] = {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.25]}
 
 
@@ -199,6 +203,59 @@ def whisper(folder: Path) -> Path:
     made: Any = WhisperFeatureExtractor
     made().save_pretrained(folder)
     return _save(folder, "WhisperModel", config)
+
+
+def talking_whisper(folder: Path, *, languages: Sequence[str] = ("en", "de")) -> Path:
+    """Whisper with its decoder and a tokenizer of single bytes; it says letters at random."""
+    from transformers import GenerationConfig, WhisperConfig, WhisperFeatureExtractor
+
+    vocabulary = {letter: i for i, letter in enumerate(_BYTES)}
+    marks = ["endoftext", "startoftranscript", *languages, "transcribe", "translate"]
+    ids = {f"<|{m}|>": len(_BYTES) + i for i, m in enumerate((*marks, "nospeech", "notimestamps"))}
+    config = WhisperConfig(
+        d_model=32,
+        encoder_layers=1,
+        decoder_layers=2,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=32,
+        decoder_ffn_dim=32,
+        max_target_positions=32,
+        vocab_size=len(_BYTES) + len(ids),
+        init_std=0.5,
+        pad_token_id=ids["<|endoftext|>"],
+        bos_token_id=ids["<|endoftext|>"],
+        eos_token_id=ids["<|endoftext|>"],
+        decoder_start_token_id=ids["<|startoftranscript|>"],
+    )
+    made: Any = WhisperFeatureExtractor
+    made().save_pretrained(folder)
+    _save(folder, "WhisperForConditionalGeneration", config)
+    letters = {vocabulary[letter] for letter in string.ascii_lowercase + "\u0120"}  # and a space
+    generation: Any = GenerationConfig
+    generation(
+        is_multilingual=bool(languages),
+        lang_to_id={f"<|{code}|>": ids[f"<|{code}|>"] for code in languages},
+        task_to_id={task: ids[f"<|{task}|>"] for task in ("transcribe", "translate")},
+        no_timestamps_token_id=ids["<|notimestamps|>"],
+        suppress_tokens=sorted({*range(config.vocab_size)} - letters - {config.eos_token_id}),
+        **{key: getattr(config, key) for key in ("pad_token_id", "eos_token_id", "bos_token_id")},
+        decoder_start_token_id=config.decoder_start_token_id,
+        max_length=32,
+    ).save_pretrained(folder)
+    end = "<|endoftext|>"
+    about = {
+        "tokenizer_class": "WhisperTokenizer",
+        **{f"{name}_token": end for name in ("unk", "bos", "eos", "pad")},
+        "added_tokens_decoder": {
+            str(place): {"content": mark, "special": True, "normalized": False}
+            for mark, place in ids.items()
+        },
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(about), "utf-8")
+    (folder / "vocab.json").write_text(json.dumps({**vocabulary, end: ids[end]}), "utf-8")
+    (folder / "merges.txt").write_text("#version: 0.2\n", "utf-8")
+    return folder
 
 
 def vjepa2(folder: Path) -> Path:

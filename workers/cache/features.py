@@ -113,12 +113,14 @@ class Keys:
     def _parts_of(self, kind: MediaKind) -> Mapping[str, Any]:
         """Return the settings that decide which parts a file gives."""
         features = self._settings.features
+        heard = {"speech_s": features.asr.max_s} if features.asr.enabled else {}
         if kind == "audio":
-            return self._sound_limits
+            return {**self._sound_limits, **heard}
         if kind == "image":
             return {"ocr": features.ocr.enabled, "max_frames": features.image.max_frames}
         return {
             **self._sound_limits,
+            **heard,
             "ocr": features.ocr.enabled and features.ocr.frames > 0,
             "frames": features.video.frames,
             "decode": features.video.decode,
@@ -131,6 +133,9 @@ class Keys:
             return {"precision": features.image.precision}
         if stream == "audio":
             return {**self._sound_limits, "precision": features.audio.precision}
+        if stream == "asr":
+            precisions = [features.asr.precision, features.text.precision]
+            return {**self._sound_limits, "precision": precisions}
         if stream == "ocr" and kind == "image":
             return {"max_frames": features.image.max_frames}
         if stream == "ocr":

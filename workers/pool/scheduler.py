@@ -46,13 +46,14 @@ def batch_rows(settings: Settings) -> Mapping[TaskQueue, int]:
     """
     features, fuse = settings.features, {"fuse": settings.fusion.batch_size}
     if not settings.workers.share_batches:
-        return dict.fromkeys(("video", "image", "audio", "text", "ocr"), 1) | fuse
+        return dict.fromkeys(("video", "image", "audio", "text", "ocr", "asr"), 1) | fuse
     hosts = [group.threads for group in settings.workers.extractors if "ocr" in group.extractors]
     return fuse | {
         "video": features.video.batch_size,
         "image": features.image.batch_size,
         "audio": features.audio.batch_size,
         "text": features.text.batch_size,
+        "asr": features.asr.batch_size,
         "ocr": min(hosts, default=1),  # pictures are read one a thread: more would only wait
     }
 

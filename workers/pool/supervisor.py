@@ -148,8 +148,7 @@ def worker_specs(
     ]
 
     def is_hosted(name: ExtractorName) -> bool:
-        chosen = extractors is None or name in extractors
-        return chosen and (name != "ocr" or settings.features.ocr.enabled)
+        return (extractors is None or name in extractors) and settings.features.runs(name)
 
     limit_s = workers.task_timeout_s
     number = itertools.count()

@@ -13,7 +13,7 @@ from sklearn.metrics import average_precision_score, precision_recall_fscore_sup
 
 import infer_net
 from common.errors import ConfigError
-from common.post import MODALITIES, Modality
+from common.post import Modality
 from config.train import ReportSettings
 from extractors.feature_file import read_features
 from fusion.bundle import bundle
@@ -113,7 +113,7 @@ def test_every_subset_is_the_gap_of_posts_that_have_only_it(
     assert len(found) == 31
     gaps = [s["gap"] for s in found.values()]
     assert gaps == sorted(gaps, reverse=True)
-    assert found[MODALITIES]["gap"] == pytest.approx(report.metrics["gap"], abs=1e-12)
+    assert found[support.MODALITIES]["gap"] == pytest.approx(report.metrics["gap"], abs=1e-12)
     entries = json.loads((folder / "valid.json").read_text())
     targets = [[int(n in e["labels"]) for n in support.LABELS.names] for e in entries]
     inferer = Inferer.load(report.bundle)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from common.post import MODALITIES, Features, Modality, Status, Stream
+from common.post import Features, Modality, Status, Stream
 from config.fusion_models import ModelSettings
 from config.labels import LabelMap
 from config.load import validate
@@ -23,6 +23,8 @@ from fusion.models import FusionModel, build_model
 from fusion.models.base import Batch, Collate, FeatureManifest, InputSchema, Sample
 
 DIMS: dict[Modality, int] = {"video": 12, "image": 12, "audio": 6, "text": 10, "ocr": 10}
+MODALITIES: tuple[Modality, ...] = tuple(DIMS)
+"""Without those that are off by default."""
 FINGERPRINTS: dict[Stream, str] = {m: f"{m}-1" for m in MODALITIES}
 CLASSES = 6
 LABELS = LabelMap(tuple(f"tag{i}" for i in range(CLASSES)))

@@ -70,7 +70,7 @@ def test_another_extractor_is_refused_by_name(tmp_path: Path) -> None:
         read_features(tmp_path, "p1", {**PRINTS, "image": "other"})
     only = read_features(tmp_path, "p1", {"video": PRINTS["video"]})
     assert set(only.arrays) == set(only.statuses) == {"video"}
-    assert set(read_features(tmp_path, "p1").statuses) == set(STREAMS) - {"video_lstm"}
+    assert set(read_features(tmp_path, "p1").statuses) == set(STREAMS) - {"video_lstm", "asr"}
     prints: dict[Stream, str] = {"video": "v", "text": "t"}
     write_features(tmp_path, example("p2"), prints)
     with pytest.raises(FeatureError, match="audio was made with no extractor"):

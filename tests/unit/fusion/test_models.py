@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from common.errors import ConfigError
-from common.post import MODALITIES, Features, Stream
+from common.post import Features, Stream
 from config.fusion_models import MbtSettings, ModelSettings, NextVladSettings
 from config.train import LossSettings, OptimizerSettings
 from fusion.models import MODELS, build_model
@@ -33,7 +33,7 @@ POSTS = [
     support.features("a", seed=1),
     support.features("b", seed=2, lengths={"audio": 0, "video": 9, "text": 1}),
     support.features("c", seed=3, lengths={"video": 0, "image": 0, "ocr": 0, "text": 11}),
-    support.features("d", seed=4, lengths=dict.fromkeys(MODALITIES, 0)),
+    support.features("d", seed=4, lengths=dict.fromkeys(support.MODALITIES, 0)),
 ]
 
 
@@ -83,7 +83,7 @@ def test_what_stands_in_the_padding_changes_nothing(name: str) -> None:
         before = model(batch)
         batch.tokens["audio"][0, 2:] = float("nan")
         torch.testing.assert_close(model(batch), before)
-        for modality in MODALITIES:
+        for modality in support.MODALITIES:
             masked = batch_of(posts)
             masked.masks[modality][1] = False
             masked.tokens[modality][1] = float("nan")
@@ -119,7 +119,7 @@ def test_modality_dropout_always_leaves_one() -> None:
     torch.manual_seed(0)
     has = torch.rand(500, 5) < 0.5
     has[:, 2] |= ~has.any(dim=1)
-    masks = {m: has[:, i : i + 1].expand(-1, 3) for i, m in enumerate(MODALITIES)}
+    masks = {m: has[:, i : i + 1].expand(-1, 3) for i, m in enumerate(support.MODALITIES)}
     left = torch.stack([mask.any(dim=1) for mask in drop(masks).values()], dim=1)
     assert left.any(dim=1).all()
     assert not (left & ~has).any(), "nothing appears that was not there"
@@ -132,7 +132,7 @@ def test_modality_dropout_hides_independently_and_about_as_often_as_asked() -> N
     """At 0.15 a modality of a full post is hidden 15% of the time, less for the one kept."""
     drop = ModalityDropout(0.15).train()
     torch.manual_seed(1)
-    masks = {m: torch.ones(20_000, 1, dtype=torch.bool) for m in MODALITIES}
+    masks = {m: torch.ones(20_000, 1, dtype=torch.bool) for m in support.MODALITIES}
     hidden = [1 - mask.float().mean().item() for mask in drop(masks).values()]
     assert all(abs(share - 0.15) < 0.01 for share in hidden)
 
@@ -270,7 +270,9 @@ def test_late_fusion_is_own_heads_that_learn_alone() -> None:
     assert [k for k, p in model.named_parameters() if p.grad is not None] == ["mixing"]
     assert model.own_weight == 1.0
     heads = model.outputs(batch_of([POSTS[0]])).own
-    alone = support.features("a", seed=1, lengths=dict.fromkeys(set(MODALITIES) - {"text"}, 0))
+    alone = support.features(
+        "a", seed=1, lengths=dict.fromkeys(set(support.MODALITIES) - {"text"}, 0)
+    )
     torch.testing.assert_close(model.eval()(batch_of([alone])), heads["text"])
 
 

@@ -12,13 +12,13 @@ from PIL import Image
 
 from common.charts import png, shown_names, style
 from common.html import render
-from common.post import MODALITIES
 from fusion.metrics.calibration import reliability
 from fusion.report import charts
 from fusion.report import predictions as tables
 from fusion.report.predictions import Predictions, worst
 from fusion.report.subsets import SubsetGap, subsets_of
 from fusion.report.view import view_post
+from tests.support.fusion import support
 
 
 def some_predictions(
@@ -98,7 +98,7 @@ def test_charts_of_any_number_of_tags(tags: int) -> None:
     """Drawn without a warning, with names of every kind; no text leaves the picture."""
     some = some_predictions(40, tags, name="$x_{1 long name of a tag in a deep taxonomy 猫 \u0627")
     rows = tables.tag_rows(some)
-    subsets = [SubsetGap(s, 0.5, 3, 0.6) for s in subsets_of(MODALITIES)]
+    subsets = [SubsetGap(s, 0.5, 3, 0.6) for s in subsets_of(support.MODALITIES)]
     before, after = (reliability(s, some.targets) for s in (some.raw, some.scores))
     with style():
         figures = [

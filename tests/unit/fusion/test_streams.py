@@ -12,7 +12,7 @@ import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from common.fingerprint import mismatch
-from common.post import MODALITIES, Features, Stream, modality_of, streams_of
+from common.post import Features, Stream, modality_of, streams_of
 from config.train import DataSettings, LossSettings
 from extractors.feature_file import Header
 from fusion.bundle.bundle import load_bundle
@@ -25,7 +25,7 @@ from tests.support.fusion import support
 from tests.support.fusion.numpy_models import FORWARDS
 
 NAMES = sorted(MODELS)
-DIMS: dict[Stream, int] = {s: support.DIMS[s] for s in MODALITIES} | {"video_lstm": 9}
+DIMS: dict[Stream, int] = {s: support.DIMS[s] for s in support.MODALITIES} | {"video_lstm": 9}
 PRINTS: dict[Stream, str] = {stream: f"{stream}-1" for stream in DIMS}
 
 

@@ -39,8 +39,8 @@ def test_every_line_names_what_exists() -> None:
 def test_each_part_is_decoded_from_its_media() -> None:
     assert {kind: parts_of(kind) for kind in MEDIA_KINDS} == {
         "image": ("image", "picture"),
-        "video": ("frames", "sound", "picture"),
-        "audio": ("sound",),
+        "video": ("frames", "sound", "picture", "speech"),
+        "audio": ("sound", "speech"),
     }
 
 
