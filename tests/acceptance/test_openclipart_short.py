@@ -82,8 +82,9 @@ def test_the_short_run_finds_what_is_planted(work: Path) -> None:
 @pytest.mark.slow
 def test_the_short_comparison_of_heads_has_every_cell(work: Path) -> None:
     """Each model with each loss, and with the first loss also averaged; nothing is run twice."""
-    options = ["--work", str(work), "--seeds", "2", "--epochs", "2", "--out", str(work)]
+    options = ["--work", str(work), "--seeds", "2", "--epochs", "1", "--width", "32"]
     options += ["--models", "concat_mlp", "token_transformer", "--losses", "bce", "two_way"]
+    options += ["--out", str(work)]
     assert heads.main(options) == 0
     rows = json.loads((work / "heads.json").read_text())["results"]
     ended = {file: file.stat().st_mtime_ns for file in work.glob("heads-*/*bce*.json")}

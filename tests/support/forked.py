@@ -1,4 +1,4 @@
-"""Processes that a server forks, which has loaded trainings and inferences once.
+"""Processes that a server forks, which has loaded what they need once.
 
 Each spawned process would load torch anew: 5 to 9 seconds, where the work of a test takes less
 than one. The server never trains, so that what it forks can.
@@ -11,7 +11,13 @@ from collections.abc import Callable
 from multiprocessing.context import ForkServerProcess
 from typing import Any
 
-LOADED = ["tests.support.fusion.runs", "tests.support.scripts.infer_rig"]
+LOADED = [
+    "tests.support.fusion.runs",
+    "tests.support.scripts.infer_rig",
+    "corpus.analyze.command",
+    "extractors.media.decode",
+    "extractors.media.video",
+]
 
 
 def process_type() -> type[ForkServerProcess]:

@@ -20,9 +20,12 @@ import pytest
 from corpus.analyze import measure
 from corpus.analyze.measure import DIED, Measured, Task, measure_all
 from scripts.data_scripts.analyze_posts import main
+from tests.support import forked
 from tests.support.corpus.analyze_corpus import Corpus, make_corpus
 from tests.support.media import noise, quadrants, write_jpeg, write_png
 from tests.support.services import wait_until
+
+pytestmark = pytest.mark.usefixtures("quick_processes")
 
 SCRIPT = Path(__file__).resolve().parents[3] / "scripts/data_scripts/analyze_posts.py"
 RESULTS = ("analysis.json", "duplicates.jsonl", "report.html")
@@ -159,7 +162,14 @@ def wait_for_children(group: int) -> None:
     wait_until(ended, 60, "the end of its children")
 
 
-def test_killed_and_run_again_gives_the_same_bytes(corpus: Corpus, tmp_path: Path) -> None:
+def in_a_group(words: list[str]) -> None:
+    os.setsid()
+    main(words)
+
+
+def test_killed_and_run_again_gives_the_same_bytes(
+    corpus: Corpus, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Killed twice, then left alone: the same bytes, no file measured twice, no child left."""
     folder, count = tmp_path / "corpus", 150
     shutil.copytree(corpus.file.parent, folder)
@@ -170,20 +180,21 @@ def test_killed_and_run_again_gives_the_same_bytes(corpus: Corpus, tmp_path: Pat
     larger.write()
     whole, out = tmp_path / "whole", tmp_path / "out"
     assert main(arguments(larger, whole)) == 0
-    command = [sys.executable, str(SCRIPT), *arguments(larger, out)]
     for least in (1, 40):
-        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
+        process = forked.start(in_a_group, arguments(larger, out))
         end = time.monotonic() + 60
         while known(out) < least and time.monotonic() < end:
             time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill()
+        process.join()
+        assert process.pid
         wait_for_children(process.pid)
         assert least <= known(out) < known(whole)
         assert not any((out / name).exists() for name in RESULTS)
     left = known(whole) - known(out)
-    again = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    assert f"{left:,} files measured in this run" in again.stderr
+    capsys.readouterr()
+    assert main(arguments(larger, out)) == 0
+    assert f"{left:,} files measured in this run" in capsys.readouterr().err
     assert results(out) == results(whole)
     assert not list((out / ".state").glob("work-*"))
 
