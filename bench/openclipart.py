@@ -54,7 +54,7 @@ Entries: TypeAlias = Sequence[Mapping[str, Any]]
 Floats: TypeAlias = npt.NDArray[np.float32]
 PRESET = ("--set", "features.preset=small", "--set", "features.ocr.enabled=false")
 TRAINING: dict[str, Any] = {
-    "model": {"name": "linear_probe", "linear_probe": {"penalties": [0.1]}},
+    "model": {"name": "linear_probe", "linear_probe": {"penalties": [0.1], "alone": True}},
 }
 """Chosen by ``--choose``."""
 

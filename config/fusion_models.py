@@ -173,6 +173,10 @@ class LinearProbeSettings(Section):
     )
     """Of the squared weights. Each gives one solution, an epoch of the run; the one with the best
     GAP in validation is kept, without validation the last."""
+    alone: bool = False
+    """Each modality also has a probe of its own; the score is the mean of theirs and of the one of
+    all. Where new posts come from other authors than those of the training, tags are ranked better;
+    docs/benchmarks.md."""
     start: Path | None = None
     """A bundle of `insighttag zeroshot`: the penalty then pulls the weights of each tag to its
     texts, and not to zero, its bias to that of the bundle."""

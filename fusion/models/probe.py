@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.nn.functional import binary_cross_entropy_with_logits
+from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 
 from common.post import Stream
 from config.fusion_models import ModelSettings
@@ -52,6 +52,9 @@ class LinearProbe(FusionModel):
 
     The weights are found at once (`solutions`), so neither loss nor optimizer of the training
     count; they could be trained by steps as any others.
+
+    With ``linear_probe.alone`` each stream has a probe of its own, too, solved from the posts that
+    have it; the score is the mean of theirs and of the one of all.
     """
 
     def __init__(self, schema: InputSchema, settings: ModelSettings) -> None:
@@ -61,10 +64,15 @@ class LinearProbe(FusionModel):
         """Weights ``(classes, dims)`` and biases to which the penalty pulls; none: to zero."""
         self.centres = nn.ModuleDict({m: Centre(d) for m, d in schema.dims.items()})
         self.classify = nn.Linear(sum(schema.dims.values()), schema.classes)
+        alone = schema.dims if settings.linear_probe.alone else {}
+        self.each = nn.ModuleDict({m: nn.Linear(d, schema.classes) for m, d in alone.items()})
         self._add_own_heads(schema.dims)
 
     def layers(self) -> tuple[Stage, ...]:
-        return (Stage("head", ("classify",)),)
+        return (Stage("head", ("classify", "each") if len(self.each) else ("classify",)),)
+
+    def classifiers(self) -> tuple[nn.Linear, ...]:
+        return (cast("nn.Linear", self.classify), *cast("Iterable[nn.Linear]", self.each.values()))
 
     def fuse(
         self, tokens: Mapping[Stream, torch.Tensor], masks: Mapping[Stream, torch.Tensor]
@@ -73,7 +81,12 @@ class LinearProbe(FusionModel):
         for m in self.streams:
             there = masks[m].any(dim=1, keepdim=True)
             alone[m] = self.centres[m](masked_mean(tokens[m], masks[m])) * there
-        return Fused(self.classify(torch.cat([alone[m] for m in self.streams], dim=1)), alone)
+        logits = self.classify(torch.cat([alone[m] for m in self.streams], dim=1))
+        if len(self.each):
+            said = torch.stack([logits, *(self.each[m](alone[m]) for m in self.streams)])
+            has = torch.stack([masks[m].any(dim=1) for m in self.streams])
+            logits = mean_score(said.float(), torch.cat([torch.ones_like(has[:1]), has]))
+        return Fused(logits, alone)
 
     def solutions(self, batches: Iterable[Batch]) -> Iterator[float]:
         """Set the weights of one penalty after another; yield the loss of each."""
@@ -86,19 +99,45 @@ class LinearProbe(FusionModel):
                 means[m].append(masked_mean(tokens, mask))
                 there[m].append(mask.any(dim=1))
             truth.append(batch.truth)
-        parts = []
+        parts, rows = [], []
         for m in self.streams:
             vectors, has = torch.cat(means[m]), torch.cat(there[m])
             centre = cast("Centre", self.centres[m])
             centre.fit(vectors[has])
             parts.append(centre(vectors) * has[:, None])
+            rows.append(has)
         inputs, targets = torch.cat(parts, dim=1), torch.cat(truth)
         start = self.start and (self.start[0].to(inputs), self.start[1].to(inputs))
-        for weight, bias, loss in logistic(inputs, targets, self._penalties, start):
+        heads: list[Any] = [self.classify]
+        solved = [logistic(inputs, targets, self._penalties, start)]
+        at = 0
+        for m, part, has in zip(self.streams, parts, rows, strict=True):
+            own = start and (start[0][:, at : at + part.shape[1]], start[1])
+            at += part.shape[1]
+            if m in self.each and has.any():
+                # Of a stream of which the texts say nothing, their biases suit no weights either.
+                own = own if own and own[0].any() else None
+                heads.append(self.each[m])
+                solved.append(logistic(part[has], targets[has], self._penalties, own))
+        for found in zip(*solved, strict=True):
             with torch.no_grad():
-                self.classify.weight.copy_(weight)
-                self.classify.bias.copy_(bias)
-            yield loss
+                for head, (weight, bias, _) in zip(heads, found, strict=True):
+                    head.weight.copy_(weight)
+                    head.bias.copy_(bias)
+            yield sum(loss for _, _, loss in found) / len(found)
+
+
+def mean_score(logits: torch.Tensor, there: torch.Tensor) -> torch.Tensor:
+    """Return logits of the mean probability of several models ``(models, posts, classes)``.
+
+    Only of those with True in ``there`` ``(models, posts)``, of which each post has one.
+    """
+    lost = ~there[:, :, None]
+    yes, no = (
+        logsigmoid(each).masked_fill(lost, float("-inf")).logsumexp(dim=0)
+        for each in (logits, -logits)
+    )
+    return yes - no
 
 
 def logistic(

@@ -282,7 +282,12 @@ def linear_probe(w: Weights, post: Features) -> Said:
     means = {s: w[f"centres.{s}.mean"] for s in STREAMS if f"centres.{s}.mean" in w}
     alone = each(post, means, lambda m, x: (x.mean(axis=0) - means[m]) * w[f"centres.{m}.scale"])
     joined = [alone.get(m, np.zeros_like(mean)) for m, mean in means.items()]
-    return linear(w, "classify", np.concatenate(joined)), own_heads(w, alone)
+    logits = linear(w, "classify", np.concatenate(joined))
+    if any(key.startswith("each.") for key in w):
+        said = [logits, *(linear(w, f"each.{m}", x) for m, x in alone.items())]
+        score = np.mean([sigmoid(x) for x in said], axis=0)
+        logits = np.log(score / (1 - score))
+    return logits, own_heads(w, alone)
 
 
 def knn(w: Weights, post: Features) -> Said:

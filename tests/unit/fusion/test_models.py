@@ -164,7 +164,8 @@ def test_heads_must_divide_the_width() -> None:
 
 
 CASES: list[tuple[str, dict[str, object]]] = [(name, {}) for name in NAMES] + [
-    ("concat_se", {"pooling": "nextvlad"})
+    ("concat_se", {"pooling": "nextvlad"}),
+    ("linear_probe", {"alone": True}),
 ]
 
 
@@ -276,9 +277,11 @@ def test_late_fusion_is_own_heads_that_learn_alone() -> None:
     torch.testing.assert_close(model.eval()(batch_of([alone])), heads["text"])
 
 
-def solved(posts: list[Features], targets: np.ndarray, penalty: float) -> tuple[Any, float]:
+def solved(
+    posts: list[Features], targets: np.ndarray, penalty: float, **options: object
+) -> tuple[Any, float]:
     settings = ModelSettings.model_validate(
-        {"name": "linear_probe", "linear_probe": {"penalties": [100.0, penalty]}}
+        {"name": "linear_probe", "linear_probe": {"penalties": [100.0, penalty], **options}}
     )
     model = build_model(support.schema(), settings)
     found = model.solutions([support.batch(posts[:9], targets[:9]), *rest(posts[9:], targets[9:])])
@@ -332,6 +335,23 @@ def test_a_linear_probe_is_logistic_regression(count: int) -> None:
         np.testing.assert_allclose(logits[:, k], theirs.decision_function(inputs), atol=0.03)
     wanted = binary_cross_entropy_with_logits(torch.from_numpy(logits), torch.from_numpy(targets))
     assert loss == pytest.approx(float(wanted), abs=1e-4)
+
+
+def test_each_modality_has_a_probe_that_its_own_posts_have_taught() -> None:
+    """As if no post had another modality; the mean of its score and the joint one counts."""
+    gaps: list[dict[Any, int]] = [{}, {"audio": 0}, {"video": 0, "ocr": 0}]
+    posts = [support.features(str(i), seed=i, lengths=gaps[i % 3]) for i in range(60)]
+    targets = support.truth(60)
+    model, _ = solved(posts, targets, 0.1, alone=True)
+    joint, _ = solved(posts, targets, 0.1)
+    for m in model.streams:
+        have = [i for i, post in enumerate(posts) if m in post.arrays]
+        one = [Features(posts[i].post_id, {m: posts[i].arrays[m]}, {}) for i in have]
+        alone, _ = solved(one, targets[have], 0.1)
+        batch = support.batch(one)
+        with torch.inference_mode():
+            mean = (joint(batch).sigmoid() + alone(batch).sigmoid()) / 2
+            torch.testing.assert_close(model(batch).sigmoid(), mean, atol=1e-3, rtol=0)
 
 
 def test_neighbours_are_chosen_by_other_posts_than_the_post_itself() -> None:
