@@ -199,6 +199,7 @@ def test_killed_and_run_again_gives_the_same_bytes(
     assert not list((out / ".state").glob("work-*"))
 
 
+@pytest.mark.usefixtures("blank_charts")
 def test_run_again_measures_only_what_changed(
     corpus: Corpus, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -214,6 +215,7 @@ def test_run_again_measures_only_what_changed(
     assert sum(analysis(tmp_path / "out")["media"]["image"]["broken"].values()) == 1
 
 
+@pytest.mark.usefixtures("blank_charts")
 def test_manifest_of_a_download_is_used(corpus: Corpus, tmp_path: Path) -> None:
     """URLs are looked up in the manifest; failed ones count with their reason."""
     source = next((corpus.file.parent / "media").glob("*.mp4"))
