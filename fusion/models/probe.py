@@ -188,7 +188,8 @@ def logistic(
         with torch.no_grad():
             found = weight if rotation is None else weight @ rotation.T
             loss = binary_cross_entropy_with_logits(inputs @ weight.T + bias + said, targets)
-            if start is None:
-                yield found.clone(), bias.clone(), float(loss)
-            else:
-                yield found + start[0], bias + start[1], float(loss)
+            solution = (found.clone(), bias.clone())
+            if start is not None:
+                solution = (found + start[0], bias + start[1])
+        # Outside: generators that are stepped in turn would leave each other's gradients off.
+        yield *solution, float(loss)

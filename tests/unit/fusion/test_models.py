@@ -343,6 +343,7 @@ def test_each_modality_has_a_probe_that_its_own_posts_have_taught() -> None:
     posts = [support.features(str(i), seed=i, lengths=gaps[i % 3]) for i in range(60)]
     targets = support.truth(60)
     model, _ = solved(posts, targets, 0.1, alone=True)
+    assert torch.is_grad_enabled()
     joint, _ = solved(posts, targets, 0.1)
     for m in model.streams:
         have = [i for i, post in enumerate(posts) if m in post.arrays]
