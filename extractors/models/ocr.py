@@ -219,7 +219,7 @@ class _CoarseFirst:
     """A finder of lines that looks at a small copy first, and at full size only where text may be.
 
     The copy costs a fifth of a usual picture. What it shows is read in bands as wide as the
-    picture: around narrower parts the finder knows too little, and loses one line in ten.
+    picture: around narrower parts the finder knows too little, and loses one word in ten.
     """
 
     def __init__(self, session: Session) -> None:
