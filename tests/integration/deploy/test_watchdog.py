@@ -33,7 +33,7 @@ from king.status import DUMP_SIGNAL, dumped_on_signal, stack_file
 from tests.support.services import RedisServer
 
 SLEEPER = """
-import faulthandler, pathlib, signal, sys, threading, time
+import pathlib, signal, sys, threading
 from king.status import dumped_on_signal
 got = []
 signal.signal(signal.SIGUSR1, lambda *_: pathlib.Path(sys.argv[1]).write_text("nudged"))
@@ -41,7 +41,7 @@ def a_blocked_thread(): threading.Event().wait()
 with dumped_on_signal(pathlib.Path(sys.argv[2])):
     threading.Thread(target=a_blocked_thread, daemon=True, name="busy").start()
     print("ready", flush=True)
-    while True: time.sleep(0.05)
+    while True: signal.pause()
 """
 
 
@@ -166,13 +166,15 @@ def test_the_stack_file_holds_the_reason_and_the_stacks(
     tmp_path: Path, sleeper: subprocess.Popen[str]
 ) -> None:
     """A King that runs writes its stacks; a stopped one is not waited for; both live on."""
+    king = psutil.Process(sleeper.pid)
+    assert eventually(lambda: king.status() == psutil.STATUS_SLEEPING)
     path = write_stacks(sleeper.pid, tmp_path / "king.json", "it hangs", 40)
     assert path == stack_file(tmp_path / "king.json")
     text = path.read_text()
     assert f"pid {sleeper.pid} (sleeping): it hangs" in text
     assert text.index("it hangs") < text.index("in a_blocked_thread")
     os.kill(sleeper.pid, signal.SIGSTOP)
-    assert eventually(lambda: psutil.Process(sleeper.pid).status() == psutil.STATUS_STOPPED)
+    assert eventually(lambda: king.status() == psutil.STATUS_STOPPED)
     began = time.monotonic()
     write_stacks(sleeper.pid, tmp_path / "king.json", "it is stopped", 40)
     assert time.monotonic() - began < 30
