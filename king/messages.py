@@ -129,7 +129,9 @@ def _text(body: bytes | str) -> str:
     if len(body) > MAX_BODY_BYTES:
         raise MessageError(f"the message has {len(body)} bytes; at most {MAX_BODY_BYTES} are read")
     try:
-        return body.decode("utf-8-sig")
+        # Not "utf-8-sig", whose module is read from disk at the first message: a King that is out of
+        # descriptors then could not.
+        return body.decode().removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise MessageError(f"the message is not UTF-8 (byte {error.start})") from error
 

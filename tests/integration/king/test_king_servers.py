@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from common.post import Failure
 from config.settings import BrokerSettings, Settings
 from king.broker.connect import open_broker, publish_posts
 from king.messages import PostMessage
+from king.status import read_health
 from king.store.client import StoreClient
 from king.store.store import Store
 from tests.support.fakes.pool import DIED, Answer, default_answer
@@ -100,6 +102,15 @@ class Site:
         finally:
             child.kill()
             child.wait()
+
+    @property
+    def health(self) -> dict[str, Any]:
+        """Return what the King last wrote about itself."""
+        return read_health(self.settings.king.health_file) or {}
+
+    def told(self, event: str) -> bool:
+        """Tell if the children have logged an event."""
+        return any(line["event"] == event for line in self.log)
 
     @property
     def log(self) -> list[dict[str, Any]]:
@@ -226,6 +237,23 @@ def test_killed_king_is_succeeded_at_once(site: Site) -> None:
     with site.child(lease_s=600, attempts=3):
         wait_until(lambda: site.tagged == 12, 60, "the successor")
     assert {p["insight"]["attempts"] for p in site.store.client.posts.find()} == {2}
+
+
+def test_a_king_without_descriptors_goes_on(site: Site) -> None:
+    """It opens nothing for its first posts, not even a module of Python; the servers are known."""
+    with site.child() as child:
+        wait_until(lambda: site.health.get("phase") == "serving", 60, "a King that serves")
+        limits = resource.prlimit(child.pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(child.pid, resource.RLIMIT_NOFILE, (3, limits[1]))
+        wait_until(lambda: site.told("king.health_file_failed"), 60, "the want of descriptors")
+        ids = ["p0", "p1"]
+        site.store.client.posts.insert_many([{"_id": i, "text": "hello"} for i in ids])
+        site.publish(ids)
+        wait_until(lambda: site.tagged == 2 or child.poll() is not None, 60, "the posts")
+        resource.prlimit(child.pid, resource.RLIMIT_NOFILE, limits)
+        wait_until(lambda: site.health.get("posts_tagged") == 2, 60, "its health file")
+        child.send_signal(signal.SIGTERM)
+        assert child.wait(60) == 0
 
 
 @pytest.mark.parametrize("site", BROKERS[:1], indirect=True)
