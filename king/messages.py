@@ -129,8 +129,8 @@ def _text(body: bytes | str) -> str:
     if len(body) > MAX_BODY_BYTES:
         raise MessageError(f"the message has {len(body)} bytes; at most {MAX_BODY_BYTES} are read")
     try:
-        # Not "utf-8-sig", whose module is read from disk at the first message: a King that is out of
-        # descriptors then could not.
+        # "utf-8-sig" would read its module from disk at the first message, which a King that is
+        # out of descriptors cannot.
         return body.decode().removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise MessageError(f"the message is not UTF-8 (byte {error.start})") from error
