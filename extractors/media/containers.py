@@ -10,6 +10,7 @@ import av
 import av.logging
 
 from common.errors import MediaError
+from extractors.media.sizes import filled_in
 from extractors.media.sniff import FileType
 
 Container: TypeAlias = Any  # av's stubs of streams and packets are unions that help nobody
@@ -62,7 +63,8 @@ def open_container(path: Path, file_type: FileType) -> Container:
     options = {"format_whitelist": demuxer, "protocol_whitelist": "file,subfile"}
     told = demuxer if family in _UNCERTAIN else None
     try:
-        return av.open(url, format=told, options=options, metadata_errors="ignore")
+        file = None if file_type.start else filled_in(path, family)
+        return av.open(file or url, format=told, options=options, metadata_errors="ignore")
     except (av.error.FFmpegError, ValueError) as error:
         raise MediaError(f"{file_type.name} cannot be read: {reason(error)}") from error
 

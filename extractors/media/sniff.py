@@ -22,7 +22,7 @@ HEAD_BYTES = 1 << 16
 """Read to tell the type: dozens of frames of sound that begins inside a frame. Half would miss some
 behind a picture that has lost its tag; double only costs time."""
 _NOUNS: dict[MediaKind, str] = {"image": "picture", "video": "video", "audio": "sound"}
-_LARGEST_PROMISE = 1_000_000_000
+LARGEST_PROMISE = 1_000_000_000
 """RIFF sizes from here on are placeholders of pipes, recorders and speech servers that never come
 back to fill in the size (0x7FFFFFFF, 2e9, 0x80000000, 0xFFFFFFFF, and these less a header)."""
 
@@ -413,7 +413,7 @@ def _end_of_chunk(stream: BinaryIO) -> int:
     stream.seek(0)
     head = stream.read(8)
     length = int.from_bytes(head[4:], "little" if head[:4] == b"RIFF" else "big")
-    return length + 8 if 0 < length < _LARGEST_PROMISE and head[:4] != b"RF64" else 0
+    return length + 8 if 0 < length < LARGEST_PROMISE and head[:4] != b"RF64" else 0
 
 
 def _end_of_segment(stream: BinaryIO) -> int:

@@ -16,6 +16,7 @@ import pytest
 from common.errors import MediaError
 from config.settings import DecodeSettings, FeatureSettings
 from extractors.media.decode import decode_media, read_waveform
+from extractors.media.sizes import filled_in
 from extractors.media.sound import log_mel_patches
 from tests.support import media
 
@@ -96,23 +97,36 @@ def test_formats(tmp_path: Path, name: str) -> None:
     assert decode_media("audio", path, FeatureSettings(), LIMITS).failures == {}
 
 
-@pytest.mark.parametrize("name", ["a.wav", "a.aiff"])
-@pytest.mark.parametrize(
-    "size",
-    [0, 36, 0x7FFFFFFF, 0x7FFFFFFF - 36, 0x80000000, 2_000_000_000, 0xFFFFFFFF, 0xFFFFFFFF - 36],
-)
-def test_placeholder_sizes(tmp_path: Path, name: str, size: int) -> None:
+PLACEHOLDERS = [0, 36, 0x7FFFFFFF, 0x80000000, 2_000_000_000, 0xFFFFFFFF, 0xFFFFFFFF - 36]
+
+
+@pytest.mark.parametrize("size", PLACEHOLDERS)
+@pytest.mark.parametrize("which", ["file", "samples", "both"])
+@pytest.mark.parametrize("name", ["a.wav", "a.aiff", "a.w64", "a.au"])
+def test_placeholder_sizes(tmp_path: Path, name: str, which: str, size: int) -> None:
     """Pipes and speech servers write a header before they know the length of what follows."""
-    if name == "a.aiff" and not size:
-        pytest.skip("FFmpeg takes it for the end")
-    big = name == "a.aiff"
-    path = write(tmp_path / name, "pcm_s16be" if big else "pcm_s16le", 44100)
+    path = write(tmp_path / name, *FORMATS[name])
     data = bytearray(path.read_bytes())
-    struct.pack_into(">I" if big else "<I", data, 4, size)
-    if not big:
-        struct.pack_into("<I", data, data.index(b"data") + 4, max(0, size - 36))
+    layout, outer, samples, name_bytes, own = {
+        "a.wav": ("<I", 4, b"data", 4, 0),
+        "a.aiff": (">I", 4, b"SSND", 4, 8),
+        "a.w64": ("<Q", 16, b"data", 16, 24),
+        "a.au": (">I", 8, b".snd", 8, 0),  # one size
+    }[name]
+    if which != "samples":
+        struct.pack_into(layout, data, outer, size)
+    if which != "file":
+        struct.pack_into(layout, data, data.index(samples) + name_bytes, max(own, size - 36))
+    if which == "both" and name == "a.aiff":
+        struct.pack_into(">I", data, data.index(b"COMM") + 10, size // 2)
     path.write_bytes(bytes(data))
     check(path)
+
+
+@pytest.mark.parametrize("name", ["a.aiff", "a.w64", "a.au"])
+def test_sizes_that_are_there_are_left(tmp_path: Path, name: str) -> None:
+    path = write(tmp_path / name, FORMATS[name][0], 44100)
+    assert filled_in(path, name.partition(".")[2]) is None
 
 
 def cut_start(data: bytes) -> bytes:
