@@ -86,6 +86,7 @@ def test_the_queue_empties_while_nothing_can_be_published(full: Full) -> None:
                     broker.publish([PostMessage("late"), PostMessage("later")])
                 assert time.monotonic() - start < 30
                 assert "\n" not in str(caught.value)
+                consumer.idle(0.05)  # as a King: in there are its heartbeats
             consumer.idle(2.5)  # longer than a lease
             assert len(consumer.got) == 10
             for number in range(count):

@@ -107,6 +107,22 @@ def test_publish_says_which_ids_name_no_post(
     assert command("publish", *ids, "--check", *away)[0] == 1
 
 
+def test_publish_looks_up_many_ids_only_when_asked(
+    command: Command, database: pymongo.database.Database[dict[str, Any]], tmp_path: Path
+) -> None:
+    """Up to a thousand unasked: more are a delay that nobody expects."""
+    file = tmp_path / "ids.txt"
+    for count, warned in ((1000, True), (1001, False)):
+        file.write_text("".join(f"m{i}\n" for i in range(count)))
+        code, out, err = command("publish", "--file", str(file))
+        assert (code, out) == (0, f"published {count} to insighttag.posts\n")
+        assert ("1000 of 1000 IDs" in err) is warned
+    code, out, err = command("publish", "--file", str(file), "--check")
+    assert (code, out) == (2, "")
+    assert "1001 of 1001 IDs" in err
+    command.queued()
+
+
 def test_publish_from_standard_input(
     command: Command,
     database: pymongo.database.Database[dict[str, Any]],

@@ -9,11 +9,12 @@ from typing import Any
 
 import pymongo
 import pytest
-from bson import ObjectId
+from bson import Int64, ObjectId
 
 from config.settings import Settings
 from king.broker.connect import queue_depth
 from king.messages import PostMessage, parse_message
+from king.store.documents import id_text
 from tests.support.fakes.pool import FakePool
 from tests.support.king.broker_rig import Consumer, connected
 from tests.support.services import MongoServer, RedisServer
@@ -132,6 +133,16 @@ def test_every_state_of_a_post(posts: Desk, database: Any) -> None:
         "error": error,
     }
     assert found["42"].json["job"]["due_at"] == "1970-01-01T00:00:05+00:00"
+
+
+@pytest.mark.parametrize("value", [Int64(1212092628029698048), -7, 2.0**31 + 2, 1.5, ObjectId()])
+def test_a_post_is_found_by_the_text_of_its_id(posts: Desk, database: Any, value: Any) -> None:
+    """To be published without a warning, and to be read; `test_ids.py` has every type."""
+    database.posts.insert_one({"_id": value, "text": "x"})
+    path = f"/v1/posts/{id_text(value)}"
+    assert posts.client.get(path).json["state"] == "untagged"
+    answer = posts.client.post(path)
+    assert answer.json == {"post_id": id_text(value), "state": "queued"}
 
 
 def test_a_result_that_the_platform_has_written_into_is_shown(posts: Desk, database: Any) -> None:

@@ -13,7 +13,8 @@ from urllib.parse import unquote
 
 from tests.support.processes import Answers, Site, serving
 
-BODY = bytes(range(256)) * 40
+# Longer than what is unpacked at a time: only then is there more to unpack at the end of a member.
+BODY = bytes(range(256)) * 400
 
 
 class Web(Site):

@@ -9,6 +9,7 @@ from typing import Any
 
 import structlog
 
+from king.broker_thread import DRAIN_S
 from king.jobs import message_key
 from king.messages import PostMessage
 from king.status import read_health
@@ -105,6 +106,12 @@ def test_tagged_post_is_settled_and_forced_post_is_not(tmp_path: Path) -> None:
     assert fused == ["p2"]
 
 
+def tagged_backlog(count: int) -> tuple[list[str], list[dict[str, Any]]]:
+    """IDs, and their posts, which the fake bundle has tagged."""
+    ids = [f"p{i}" for i in range(count)]
+    return ids, posts(*ids, insight={"status": "tagged", "model": "fake", "version": "1"})
+
+
 def test_a_backlog_of_tagged_posts_is_looked_up_in_whole_batches(tmp_path: Path) -> None:
     """Each question to a database costs as much for one post as for all in hand."""
     sizes: list[int] = []
@@ -117,14 +124,37 @@ def test_a_backlog_of_tagged_posts_is_looked_up_in_whole_batches(tmp_path: Path)
             sizes.append(len(claims))
             return super().begin(claims, context)
 
-    result = {"status": "tagged", "model": "fake", "version": "1"}
-    ids = [f"p{i}" for i in range(320)]
-    store = Counting(posts(*ids, insight=result))
+    ids, documents = tagged_backlog(320)
+    store = Counting(documents)
     broker = MemoryBroker(queue_of(*map(str.encode, ids)), prefetch=32)
     with on_fakes(tmp_path, store, broker) as it:
         it.until(lambda: len(broker.acked) == len(ids))
     assert sum(sizes) == len(ids)
     assert len(sizes) <= 30, sizes
+
+
+def test_a_backlog_of_tagged_posts_is_not_slept_through(tmp_path: Path) -> None:
+    """The acks of one batch bring the next: waiting as for an empty queue would bound the rate."""
+    ids, documents = tagged_backlog(320)
+    waits: list[float] = []
+
+    class Watched(MemoryBroker):
+        """Notes how long the look at the queue that follows a batch may take."""
+
+        brought = 0
+
+        def drain(self, timeout_s: float) -> int:
+            """As `MemoryBroker`."""
+            if self.brought:
+                waits.append(timeout_s)
+            self.brought = super().drain(timeout_s)
+            return self.brought
+
+    broker = Watched(queue_of(*map(str.encode, ids)), prefetch=32)
+    with on_fakes(tmp_path, FakeStore(documents), broker) as it:
+        it.until(lambda: len(broker.acked) == len(ids))
+    assert len(waits) >= 10
+    assert max(waits) <= DRAIN_S / 10
 
 
 def test_retryable_failures_come_back_until_they_succeed(tmp_path: Path) -> None:
