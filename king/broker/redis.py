@@ -166,7 +166,7 @@ class RedisBroker(Broker):
         if now >= self._collection_due:
             self._collection_due = now + min(_COLLECT_EVERY_S, self._renew_every_s)
             tags = self._run("expired", _GIVE_BACK_AT_ONCE)
-            self._give_back([tag.decode() for tag in tags], expired_only=True)
+            self._give_back(tags, expired_only=True)
 
     def _take(self) -> None:
         room = self._window - len(self._in_hand)
@@ -236,24 +236,25 @@ class RedisBroker(Broker):
             # Kept until now: after a lost connection they are sent again.
             self._acked.clear()
 
-    def _give_back(self, tags: Iterable[int | str], *, expired_only: bool = False) -> None:
-        """Put messages back on their lists, to be served next; skip those not recorded any more.
+    def _give_back(self, tags: Iterable[int | str | bytes], *, expired_only: bool = False) -> None:
+        """Put messages back on their lists, to be served next; drop leases without a message.
 
         With ``expired_only``, only if the lease has run out, and to the end of the queue.
         """
         tags = list(tags)
         entries = self._client.hmget(self._unacked[0], tags) if tags else []
-        for tag, entry in zip(tags, entries, strict=True):
-            if entry:
-                priority = int(entry[:1])
-                self._run(
-                    "give_back",
-                    tag,
-                    "expired" if expired_only else "any",
-                    "LPUSH" if expired_only else "RPUSH",
-                    redelivery_of(entry[1:], self.settings.queue, priority),
-                    lists=[self._lists[priority]],
-                )
+        for tag, stored in zip(tags, entries, strict=True):
+            entry = stored or b""
+            # One of a stranger is a body as it stands, which is refused with a reason.
+            priority, item = (int(entry[:1]), entry[1:]) if entry[:1].isdigit() else (0, entry)
+            self._run(
+                "give_back",
+                tag,
+                "expired" if expired_only else "any",
+                "LPUSH" if expired_only else "RPUSH",
+                redelivery_of(item, self.settings.queue, priority),
+                lists=[self._lists[priority]],
+            )
 
     def _run(self, command: str, *args: Any, lists: Iterable[str] = ()) -> Any:
         return self._script(keys=[*self._unacked, *lists], args=[command, *args])

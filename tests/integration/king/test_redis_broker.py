@@ -148,6 +148,51 @@ def test_a_renewed_lease_is_not_given_back(settings: BrokerSettings, client: Any
         assert broker.depth() == 0
 
 
+KOMBU_ENTRY = b'[{"body": "cDk=", "properties": {"body_encoding": "base64"}}, "", "q"]'
+
+
+@pytest.mark.parametrize("tag", [b"tag", b"\xff\xfe", b""])
+@pytest.mark.parametrize(
+    ("entry", "body"),
+    [
+        (b"0p9", b"p9"),
+        (b"9", b""),
+        (b"", b""),
+        (b"p9", b"p9"),
+        (b"\xff\xfe", b"\xff\xfe"),
+        ("\u0663p9".encode(), "\u0663p9".encode()),
+        (KOMBU_ENTRY, KOMBU_ENTRY),
+    ],
+)
+def test_what_a_stranger_leased_is_a_message(
+    settings: BrokerSettings, client: Any, tag: bytes, entry: bytes, body: bytes
+) -> None:
+    """When its lease has run out it comes like the others; what it is the reader of bodies says."""
+    client.hset(f"{settings.queue}.unacked", tag, entry)
+    client.zadd(f"{settings.queue}.unacked_index", {tag: 1})
+    with connected(settings) as broker:
+        consumer = Consumer(broker, ack=True)
+        consumer.take(6)
+        assert body in consumer.bodies
+        broker.drain(0)
+        assert client.keys(f"{settings.queue}*") == []
+
+
+def test_leases_without_messages_hold_up_nobody(settings: BrokerSettings, client: Any) -> None:
+    """As after a purge by hand: more than are looked at together, and older than a message's."""
+    index = f"{settings.queue}.unacked_index"
+    client.zadd(index, {f"gone{i}": 1 for i in range(150)})
+    client.hset(f"{settings.queue}.unacked", "tag", b"0p9")
+    client.zadd(index, {"tag": 2})
+    quick = settings.model_copy(update={"visibility_timeout_s": 1})
+    with connected(quick) as broker:
+        consumer = Consumer(broker, ack=True)
+        consumer.take(6, timeout_s=30)
+        assert b"p9" in consumer.bodies
+        broker.drain(0)
+        assert client.keys(f"{settings.queue}*") == []
+
+
 def test_acks_before_a_lost_connection_are_sent_after_it(
     settings: BrokerSettings, client: Any
 ) -> None:
