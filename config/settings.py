@@ -217,9 +217,14 @@ class VideoSettings(VisualSettings):
     """A timm model over the frames of videos."""
 
     frames: PositiveInt = 16
-    """Segments of one video; the centre frame of each is taken (TSN). 300 frames of 224 pixels
+    """Segments of one video, and so the most frames that it gives (TSN). 300 frames of 224 pixels
     make each of ``workers.pool.slots`` 45 MB large."""
-    decode: Literal["accurate", "keyframes"] = "accurate"
+    min_frames: PositiveInt = 8
+    """With ``decode: auto``, segments of one video that give a frame whatever it costs."""
+    decode: Literal["auto", "accurate", "keyframes"] = "accurate"
+    """``auto``: of each of ``min_frames`` segments the cheapest frame, and of each of ``frames`` a
+    key frame or one that is decoded anyway, if there is one. ``accurate``: the centre frame of each
+    of ``frames`` segments. ``keyframes``: the key frames nearest to those."""
     short_clips: Literal["once", "repeat"] = "once"
     """Of a clip with fewer frames than ``frames``: each frame once, or repeated until there are
     ``frames`` (scheme 2)."""

@@ -35,6 +35,7 @@ from config.settings import (
     DecodeSettings,
     FeatureSettings,
     Settings,
+    VideoSettings,
     VisualSettings,
 )
 
@@ -215,6 +216,37 @@ def _model_type(config: Path) -> str:
         return str(json.loads(config.read_text("utf-8"))["model_type"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{config}: is no config.json of transformers: {error!r}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class FrameChoice:
+    """How the frames of a video are chosen; part of the features' fingerprint.
+
+    Attributes:
+        count: Frames at most.
+        least: Frames at least, of a clip that has them; for `auto` alone.
+    """
+
+    count: int
+    mode: Literal["auto", "accurate", "keyframes"] = "accurate"
+    least: int = 0
+
+    @classmethod
+    def of(cls, settings: VideoSettings) -> FrameChoice:
+        """Return that of some settings; an encoder of clips needs frames at equal distances."""
+        match settings.decode:
+            case "auto" if not visual_encoder(settings).clips:
+                return cls(settings.frames, "auto", min(settings.min_frames, settings.frames))
+            case "auto":
+                return cls(settings.frames)
+            case mode:
+                return cls(settings.frames, mode)
+
+    @property
+    def sampling(self) -> dict[str, str | int]:
+        """Return it under the names of the settings."""
+        least = {"min_frames": self.least} if self.mode == "auto" else {}
+        return {"frames": self.count, "decode": self.mode, **least}
 
 
 @dataclass(frozen=True, slots=True)

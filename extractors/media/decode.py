@@ -10,10 +10,11 @@ Runs in decoder processes that may die of a file; what a file can do short of th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +22,7 @@ import numpy.typing as npt
 from common.errors import MediaError
 from common.post import Failure, MediaKind, Modality
 from config.settings import DecodeSettings, FeatureSettings
-from extractors.parts import SPEECH, PartKind, SoundInput, audio_encoder, speech_s
+from extractors.parts import SPEECH, FrameChoice, PartKind, SoundInput, audio_encoder, speech_s
 
 if TYPE_CHECKING:  # av and cv2 are loaded when the first file of their kind comes
     from extractors.media.sniff import FileType
@@ -39,6 +40,10 @@ _UINT8 = np.dtype(np.uint8)
 _LOST_SOUND_S = 0.2
 """Seconds that may lack without a word: decoders drop a frame at either end, up to 0.1 s together.
 Double would hide that a short sound is cut."""
+
+_KEPT_BYTES = 64 << 20
+"""Packets of a film that are kept for the second pass, which would have to open and read the file
+again: 8 ms of a clip. Half would leave out a minute of 4K; more takes memory for no more gain."""
 
 _LOST_PACKETS = 2
 """Packets of sound that may be broken without a word: the first and last of a recording that was
@@ -144,35 +149,48 @@ def read_waveform(path: Path, limits: DecodeSettings, rate_hz: int) -> tuple[Wav
 
     float32 ``(samples,)``, at least one; MediaError when there is no sound that can be read.
     """
+    from extractors.media.containers import open_container
     from extractors.media.sniff import check_type
 
     file_type = check_type(path, "audio")
-    _, waveform, note = _scan(path, file_type, limits, rate_hz, only_sound=True)
+    with open_container(path, file_type) as container:
+        scan = _scan(container, path, file_type, limits, rate_hz, only_sound=True)
+    waveform = scan.waveform
     if isinstance(waveform, MediaError):
         raise waveform
     if not len(waveform):
         raise MediaError(f"{file_type.name} is empty: it has no sound")
-    return waveform, note
+    return waveform, scan.note
 
 
 def _decode_video(
     path: Path, features: FeatureSettings, limits: DecodeSettings, allocate: Allocate
 ) -> DecodedMedia:
+    from extractors.media.containers import open_container
     from extractors.media.sniff import check_type
 
     file_type = check_type(path, "video")
+    with open_container(path, file_type) as container:
+        sound_input = audio_encoder(features.audio).sound
+        scan = _scan(container, path, file_type, limits, sound_input.rate_hz)
+        film = _Film(path, file_type, scan, limits)
+        return _both_sides(film, scan, features=features, allocate=allocate)
+
+
+def _both_sides(
+    film: _Film, scan: _Scan, *, features: FeatureSettings, allocate: Allocate
+) -> DecodedMedia:
+    """Return the arrays of a film; MediaError where neither its frames nor its sound can be had."""
     failures: dict[Modality, Failure] = {}
     sound: SoundRows | None = None
     speech: SoundRows | None = None
-    sound_input = audio_encoder(features.audio).sound
-    index, waveform, note = _scan(path, file_type, limits, sound_input.rate_hz)
+    waveform = scan.waveform
     if isinstance(waveform, MediaError):
         failures["audio"] = Failure.of("decode", waveform)
     elif len(waveform):
-        sound = _sound_rows(waveform, sound_input, allocate)
-        speech = _speech(path, waveform, features, limits, allocate)
-        failures.update(_noted("audio", note))
-    film = _Film(path, file_type, index, limits)
+        sound = _sound_rows(waveform, audio_encoder(features.audio).sound, allocate)
+        speech = _speech(film.path, waveform, features, film.limits, allocate)
+        failures.update(_noted("audio", scan.note))
     try:
         frames, times_s, pictures = _frames(film, features=features, allocate=allocate)
     except MediaError as error:
@@ -192,56 +210,76 @@ def _decode_video(
     )
 
 
+@dataclass(frozen=True)
+class _Scan:
+    """What the first pass over a file found.
+
+    Attributes:
+        stream: The video's.
+        index: Of its packets.
+        packets: All of them, of a film that is small enough to keep; they go with the container.
+        waveform: The sound, or why it is broken.
+        note: What is missing of the sound.
+    """
+
+    stream: Any
+    index: PacketIndex | None
+    packets: list[Any] | None
+    waveform: Waveform | MediaError
+    note: str
+
+
 def _scan(
+    container: Any,
     path: Path,
     file_type: FileType,
     limits: DecodeSettings,
     rate_hz: int | None,
     *,
     only_sound: bool = False,
-) -> tuple[PacketIndex | None, Waveform | MediaError, str]:
-    """Make the first pass: index the video's packets and decode its sound at a rate, if any.
-
-    Return the index, the sound or why it is broken, and a note of what is missing of the sound.
-    """
-    from extractors.media.containers import find_stream, open_container, packets, promised_packets
+) -> _Scan:
+    """Make the first pass: index the video's packets and decode its sound at a rate, if any."""
+    from extractors.media.containers import find_stream, packets, promised_packets
     from extractors.media.sniff import check_share, has_duration
     from extractors.media.sound import SoundTrack
     from extractors.media.video import PacketIndex
 
-    with open_container(path, file_type) as container:
-        video = find_stream(container, "video") if not only_sound else None
-        audio = find_stream(container, "audio") if rate_hz is not None else None
-        if only_sound and audio is None:
-            raise MediaError(f"{file_type.name} has no sound")
-        index = PacketIndex(video, limits.max_duration_s) if video is not None else None
-        track = SoundTrack(audio, min(limits.max_audio_s, limits.max_duration_s), rate_hz or 0)
-        read = 0
-        for packet in packets(container, *(s for s in (video, audio) if s is not None)):
-            if index is not None and packet.stream.type == "video":
-                index.add(packet)
-            else:
-                read += 1
-                track.feed(packet)
-            if track.full and (index is None or index.past_limit):
-                break
-        try:
-            waveform = track.waveform()
-            if audio is None or not len(waveform):
-                return index, waveform, ""
-            notes = [file_type.note]
-            if not track.full:
-                notes.append(check_share(read, promised_packets(audio), "packets", file_type))
-                whole = track.fed - track.broken + _LOST_PACKETS
-                notes.append(check_share(whole, track.fed, "packets", file_type))
-                got_s = len(waveform) / (rate_hz or 1)
-                if audio.duration and has_duration(path, file_type):
-                    promised_s = float(audio.duration * audio.time_base)
-                    if promised_s - got_s > _LOST_SOUND_S:
-                        notes.append(check_share(got_s, promised_s, "s", file_type))
-            return index, waveform, next(filter(None, notes), "")
-        except MediaError as error:
-            return index, error, ""
+    video = find_stream(container, "video") if not only_sound else None
+    audio = find_stream(container, "audio") if rate_hz is not None else None
+    if only_sound and audio is None:
+        raise MediaError(f"{file_type.name} has no sound")
+    index = PacketIndex(video, limits.max_duration_s) if video is not None else None
+    track = SoundTrack(audio, min(limits.max_audio_s, limits.max_duration_s), rate_hz or 0)
+    read, film, film_bytes = 0, [], 0
+    for packet in packets(container, *(s for s in (video, audio) if s is not None)):
+        if index is not None and packet.stream.type == "video":
+            index.add(packet)
+            film_bytes += packet.size
+            if film_bytes <= _KEPT_BYTES and not index.past_limit:
+                film.append(packet)
+        else:
+            read += 1
+            track.feed(packet)
+        if track.full and (index is None or index.past_limit):
+            break
+    kept = film if film_bytes <= _KEPT_BYTES else None
+    try:
+        waveform = track.waveform()
+        if audio is None or not len(waveform):
+            return _Scan(video, index, kept, waveform, "")
+        notes = [file_type.note]
+        if not track.full:
+            notes.append(check_share(read, promised_packets(audio), "packets", file_type))
+            whole = track.fed - track.broken + _LOST_PACKETS
+            notes.append(check_share(whole, track.fed, "packets", file_type))
+            got_s = len(waveform) / (rate_hz or 1)
+            if audio.duration and has_duration(path, file_type):
+                promised_s = float(audio.duration * audio.time_base)
+                if promised_s - got_s > _LOST_SOUND_S:
+                    notes.append(check_share(got_s, promised_s, "s", file_type))
+        return _Scan(video, index, kept, waveform, next(filter(None, notes), ""))
+    except MediaError as error:
+        return _Scan(video, index, kept, error, "")
 
 
 def _frames(
@@ -258,7 +296,7 @@ def _frames(
     pictures: list[Pixels] = []
     times_s: list[float] = []
     for frame, total in film.chosen(
-        lambda index: choose_frames(index, features.video.frames, features.video.decode)
+        lambda index: choose_frames(index, FrameChoice.of(features.video))
     ):
         if frames is None:
             frames = allocate((total, side, side, 3), _UINT8)
@@ -274,9 +312,10 @@ class _Film:
     """The second pass over a video: `notes` say what is missing, `turned` how it lay."""
 
     def __init__(
-        self, path: Path, file_type: FileType, index: PacketIndex | None, limits: DecodeSettings
+        self, path: Path, file_type: FileType, scan: _Scan, limits: DecodeSettings
     ) -> None:
-        self._path, self._type, self._index, self._limits = path, file_type, index, limits
+        self.path, self._type, self._index, self.limits = path, file_type, scan.index, limits
+        self._stream, self._packets = scan.stream, scan.packets
         self._time_base = 0.0
         self.notes = [file_type.note]
         self.turned = ""
@@ -307,8 +346,10 @@ class _Film:
                     if not count:
                         self.turned = _turns(orientation(frame))
                     yield frame, len(chosen)
+                    # It may be one before the chosen one, in whose place it stands.
+                    wanted = index.times[chosen[count]] if index is not None else last
                     count += 1
-                    last = max(last, time_of(frame) or last)
+                    last = max(last, time_of(frame) or last, wanted)
                 ended = True
             except FalseKey as lie:
                 if index is not None:
@@ -319,22 +360,32 @@ class _Film:
 
     def _decode(self, chosen: list[int], after: int) -> Iterator[Any]:
         """Decode those of the chosen frames that are shown after a time."""
-        from extractors.media.containers import find_stream, open_container, promised_packets
+        from extractors.media.containers import (
+            find_stream,
+            open_container,
+            packets,
+            promised_packets,
+        )
         from extractors.media.sniff import check_share
         from extractors.media.video import check_size, decode_frames
 
-        index = self._index
-        with open_container(self._path, self._type) as container:
-            stream = find_stream(container, "video")
-            if index is None or stream is None:
-                raise MediaError(f"{self._type.name} has no video stream")
-            check_size(stream, self._limits.max_pixels)
+        index, stream = self._index, self._stream
+        read: Iterable[Any] | None = self._packets
+        if index is None or stream is None:
+            raise MediaError(f"{self._type.name} has no video stream")
+        with contextlib.ExitStack() as opened:
+            if read is None:
+                container = opened.enter_context(open_container(self.path, self._type))
+                stream = find_stream(container, "video")
+                read = packets(container, stream)
+            self._packets = None  # its decoder is used up: another try opens the file again
+            check_size(stream, self.limits.max_pixels)
             self._time_base = float(stream.time_base)
             if not index.past_limit:
                 promised = promised_packets(stream)
                 self.notes.append(check_share(len(index), promised, "frames", self._type))
             left = [i for i in chosen if index.times[i] > after and index.shown[i]]
-            yield from decode_frames(container, stream, index, left)
+            yield from decode_frames(read, stream, index, left)
 
 
 def _turns(upright: tuple[bool, bool, bool]) -> str:
@@ -345,26 +396,26 @@ def _turns(upright: tuple[bool, bool, bool]) -> str:
 def read_frames(
     path: Path,
     *,
-    count: int,
+    choice: FrameChoice,
     side: int,
     limits: DecodeSettings,
-    mode: Literal["accurate", "keyframes"] = "accurate",
     random: np.random.Generator | None = None,
 ) -> Pixels:
     """Return the frames of a video file as `decode_media` gives them, without its sound.
 
-    uint8 RGB ``(n, side, side, 3)``, n from 1 to `count` segments; `random` takes a frame at a
-    random time of each segment instead of its centre frame.
+    uint8 RGB ``(n, side, side, 3)``, n at least 1; `random` takes a frame at a random time of each
+    segment instead.
     """
+    from extractors.media.containers import open_container
     from extractors.media.sniff import check_type
     from extractors.media.video import FrameScaler, choose_frames
 
     file_type = check_type(path, "video")
-    index, _, _ = _scan(path, file_type, limits, None)
     scale = FrameScaler(lambda width, height: (side, side))
-    film = _Film(path, file_type, index, limits)
-    frames = film.chosen(lambda index: choose_frames(index, count, mode, random))
-    return np.stack([scale(frame) for frame, _ in frames])
+    with open_container(path, file_type) as container:
+        film = _Film(path, file_type, _scan(container, path, file_type, limits, None), limits)
+        frames = film.chosen(lambda index: choose_frames(index, choice, random))
+        return np.stack([scale(frame) for frame, _ in frames])
 
 
 def _sound_rows(waveform: Waveform, sound: SoundInput, allocate: Allocate) -> SoundRows:

@@ -33,6 +33,14 @@ _RATES_HZ = (1000, 1_000_000)
 _LOUDEST = 8.0
 """Samples are cut to it. Full scale is 1; floating-point files may hold anything, infinity too, and
 real ones pass full scale a little: half would cut loud masters, double lets noise through."""
+_SPARE_S = 0.1
+"""Seconds that are decoded beyond the limit: resampling keeps less than a hundredth back. Half
+would do; double is only more work."""
+_BLOCK_SAMPLES = 200_000
+"""Samples that are mixed and resampled at once: 4 to 5 s of most files. With a tenth, the calls
+from Python cost as much as their work; ten times as many need 70 MB for 5.1 sound."""
+_MANY_CHANNELS = 8
+"""From here on PyAV does not read planar sound well."""
 _PATCH_SAMPLES = _WINDOW + (PATCH_FRAMES - 1) * _HOP
 _BLOCK_PATCHES = 10  # transformed at once: 8 MB of spectra; minutes at once would need gigabytes
 
@@ -116,8 +124,11 @@ class SoundTrack:
         self._rate_hz = rate_hz
         self._codec: Any = stream.codec_context if stream is not None else None
         self._chunks: list[Waveform] = []
-        self._left = int(max_audio_s * rate_hz) if stream is not None else 0
+        self._most = int(max_audio_s * rate_hz) if stream is not None else 0
+        self._left_s = max_audio_s + _SPARE_S if stream is not None else 0.0
         self._setup: tuple[object, ...] | None = None
+        self._block: Any = None
+        self._to_float: Any = None
         self._resampler: Any = None
         self.fed = self.broken = 0
         self.error: str | None = None
@@ -125,7 +136,7 @@ class SoundTrack:
     @property
     def full(self) -> bool:
         """Return True when the limit is reached: further packets are ignored."""
-        return self._left <= 0
+        return self._left_s <= 0
 
     def feed(self, packet: Packet | None) -> None:
         """Decode a packet; None flushes the decoder."""
@@ -138,7 +149,7 @@ class SoundTrack:
             self._note_broken(reason(error))
             return
         for frame in frames:
-            self._resample(frame)
+            self._collect(frame)
 
     def _note_broken(self, why: str) -> None:
         self.broken += 1
@@ -150,9 +161,10 @@ class SoundTrack:
         self._drain()
         if self.error and not self._chunks:
             raise MediaError(f"the sound cannot be decoded: {self.error}")
-        return np.concatenate([np.empty(0, np.float32), *self._chunks])
+        waveform = np.concatenate([np.empty(0, np.float32), *self._chunks])[: self._most]
+        return np.clip(waveform, -_LOUDEST, _LOUDEST, out=waveform)
 
-    def _resample(self, frame: Any) -> None:
+    def _collect(self, frame: Any) -> None:
         if not _RATES_HZ[0] <= frame.sample_rate <= _RATES_HZ[1]:
             self._note_broken(f"{frame.sample_rate} Hz is no rate of sound")
             return
@@ -160,31 +172,47 @@ class SoundTrack:
         if setup != self._setup:  # also in mid-stream: joined files change their rate or layout
             self._drain()
             self._setup = setup
+            self._block = av.AudioFifo()
             # Interleaved: PyAV reads past the end of a planar frame's list of 8 channels and more.
-            self._resampler = av.AudioResampler(
-                format="flt", layout=frame.layout, rate=self._rate_hz
-            )
+            self._to_float = av.AudioResampler("flt", frame.layout, frame.sample_rate)
+            self._resampler = av.AudioResampler("flt", "mono", self._rate_hz)
         frame.pts = None  # gaps and jumps of time stamps are no silence
-        self._convert(self._resampler, frame)
-
-    def _drain(self) -> None:
-        resampler, self._resampler = self._resampler, None
-        if resampler is not None:
-            self._convert(resampler, None)
-
-    def _convert(self, resampler: Any, frame: Any) -> None:
+        self._left_s -= frame.samples / frame.sample_rate
         try:
-            self._keep(resampler.resample(frame))
+            self._block.write(frame)
         except (av.error.FFmpegError, ValueError) as error:
             self._note_broken(reason(error))
+        if self._block.samples >= _BLOCK_SAMPLES:
+            self._convert(self._block.read())
 
-    def _keep(self, frames: list[Any]) -> None:
-        for frame in frames:
-            # The mean of the channels, as VGGish mixes; FFmpeg's own mono is 3 dB louder.
-            # (1, samples * channels) -> (samples, channels)
-            channels = frame.to_ndarray().reshape(-1, frame.layout.nb_channels)
-            channels = np.nan_to_num(channels[: max(0, self._left)])
-            samples = np.clip(channels, -_LOUDEST, _LOUDEST).mean(1)  # (samples,) float32
-            if len(samples):
-                self._chunks.append(samples)
-                self._left -= len(samples)
+    def _drain(self) -> None:
+        if self._setup is not None:
+            self._convert(self._block.read())
+            self._convert(None)
+            self._setup = None
+
+    def _convert(self, block: Any) -> None:
+        """Mix a block to mono at our rate; None flushes the resampler."""
+        try:
+            mono = self._mixed(block) if block is not None else None
+            resampled = self._resampler.resample(mono)
+        except (av.error.FFmpegError, ValueError) as error:
+            self._note_broken(reason(error))
+            return
+        self._chunks += [frame.to_ndarray()[0] for frame in resampled]  # (1, samples) each
+
+    def _mixed(self, block: Any) -> Any:
+        """Return the mean of the channels, as VGGish mixes; FFmpeg's own mono is 3 dB louder."""
+        count = block.layout.nb_channels
+        if block.format.name == "fltp" and count < _MANY_CHANNELS:
+            channels = block.to_ndarray()  # (channels, samples)
+        else:
+            [block] = self._to_float.resample(block)
+            # (1, samples * channels) -> (channels, samples)
+            channels = block.to_ndarray().reshape(-1, count).T
+        if not max(channels.max(), -channels.min()) <= _LOUDEST:  # NaN is not, either
+            channels = np.clip(np.nan_to_num(channels), -_LOUDEST, _LOUDEST)
+        mono = channels.mean(0, dtype=np.float32) if count > 1 else channels[0]
+        mixed = av.AudioFrame.from_ndarray(mono[None], format="flt", layout="mono")
+        mixed.sample_rate = block.sample_rate
+        return mixed

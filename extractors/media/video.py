@@ -5,19 +5,19 @@ Source of the sampling: TSN (Wang et al., ECCV 2016): equal segments, the centre
 Two passes. The first only reads packets (15 ms for 30 s of 720p) and learns the presentation time
 of every frame: headers lie about duration and rate, packets hardly. Sound is decoded on the way.
 The second decodes from the key frame before each chosen frame up to that frame, and passes over
-what lies between without decoding it. It reads sequentially instead of seeking, which is exact
-in every container, those without an index too. Key frames of packets are a claim: where the first
-decoded frame is none, decoding starts further back.
+what lies between without decoding it. It goes through all packets again instead of seeking, which
+is exact in every container, those without an index too. Key frames of packets are a claim: where
+the first decoded frame is none, decoding starts further back.
 """
 
 from __future__ import annotations
 
 from array import array
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import av
 import numpy as np
@@ -26,7 +26,8 @@ from av.bitstream import BitStreamFilterContext
 from av.video.reformatter import VideoReformatter
 
 from common.errors import MediaError
-from extractors.media.containers import Container, Packet, Stream, packets, reason
+from extractors.media.containers import Packet, Stream, reason
+from extractors.parts import FrameChoice
 
 Pixels: TypeAlias = npt.NDArray[np.uint8]
 Frame: TypeAlias = Any
@@ -132,17 +133,60 @@ class PacketIndex:
         frame that is on display over several centres is given once. `random` takes a frame at a
         random time of each segment instead, as TSN trains. They are positions in decoding order.
         """
-        order = sorted(self._usable(), key=self.times.__getitem__)
+        order = self._in_order()
         if len(order) <= count:
             return order
         times = [self.times[i] for i in order]
-        start, end = times[0], times[-1] + (self._last[1] or self._interval)
+        start, end = times[0], self._end(order)
         if end - start < count:  # all times alike: no clock to go by
             return [
                 order[int((k + at) * len(order) / count)] for k, at in _positions(count, random)
             ]
         moments = (start + (k + at) * (end - start) / count for k, at in _positions(count, random))
         return list(dict.fromkeys(order[bisect_right(times, moment) - 1] for moment in moments))
+
+    def choose_cheap(self, count: int, least: int) -> list[int]:
+        """Return packets of frames that are spread over the clip and cost little, in order of time.
+
+        Each of `least` equal segments has one, each of `count` one where it costs no more: a key
+        frame, or a frame that is decoded on the way to another. For a segment of the `least`
+        without key frames, the one that is reached first. Of several, the nearest to the centre.
+        """
+        order = self._in_order()
+        least = min(least, count)
+        if len(order) <= least or self._end(order) - self.times[order[0]] < count:
+            return self.choose(least)
+        keys = set() if self.packed else {i for i in order if self.keys[i]}
+        must = self._segments(order, least)
+        targets = [min(each) for each in must if each and keys.isdisjoint(each)]
+        runs = plan_runs(self, targets)
+        cheap = keys.union(*(range(run.first, run.last + 1) for run in runs))
+        start, length = self.times[order[0]], self._end(order) - self.times[order[0]]
+        chosen: set[int] = set()
+        for parts, segments in ((count, self._segments(order, count)), (least, must)):
+            for k, each in enumerate(segments):
+                near = cheap.intersection(each) if chosen.isdisjoint(each) else ()
+                centre = start + (k + 0.5) * length / parts
+                if near:
+                    chosen.add(min(near, key=lambda i: (abs(self.times[i] - centre), i)))
+        while len(chosen) > count:  # segments of the one kind lie across borders of the other
+            shared = [chosen.intersection(each) for each in must]
+            chosen.remove(max(max(shared, key=lambda one: len(one))))
+        return sorted(chosen, key=self.times.__getitem__)
+
+    def _in_order(self) -> list[int]:
+        return sorted(self._usable(), key=self.times.__getitem__)
+
+    def _end(self, order: list[int]) -> int:
+        return self.times[order[-1]] + (self._last[1] or self._interval)
+
+    def _segments(self, order: list[int], count: int) -> list[list[int]]:
+        """Return the packets of frames that begin in each of `count` equal segments."""
+        start, end = self.times[order[0]], self._end(order)
+        segments: list[list[int]] = [[] for _ in range(count)]
+        for i in order:
+            segments[(self.times[i] - start) * count // (end - start)].append(i)
+        return segments
 
     def nearest_keys(self, chosen: list[int]) -> list[int]:
         """Return the key frames nearest in time to chosen packets, each once, in order of time."""
@@ -215,13 +259,13 @@ def plan_runs(index: PacketIndex, chosen: list[int]) -> list[Run]:
 
 
 def decode_frames(
-    container: Container, stream: Stream, index: PacketIndex, chosen: list[int]
+    read: Iterable[Packet], stream: Stream, index: PacketIndex, chosen: list[int]
 ) -> Iterator[Frame]:
-    """Decode the chosen frames of an index, in order of time, one at a time.
+    """Decode the chosen frames of an index from all packets, in order of time, one at a time.
 
     A frame that is broken is replaced by the nearest one that decodes between its neighbours,
-    and left out where there is none. The container must stand at its beginning. FalseKey says that
-    decoding started where it cannot: `PacketIndex.doubt` it, and choose again what is missing.
+    and left out where there is none. FalseKey says that decoding started where it cannot:
+    `PacketIndex.doubt` it, and choose again what is missing.
     """
     runs = plan_runs(index, chosen)
     if not runs:
@@ -233,7 +277,7 @@ def decode_frames(
     # frames back until all of their parts have been refreshed.
     refreshed = codec.name == "h264" and not any(index.keys)
     picker = _Picker(runs[0], refreshed=refreshed)
-    for packet in _unpacked(packets(container, stream), stream, index):
+    for packet in _unpacked(read, stream, index):
         position += 1
         run = runs[current]
         if position < run.first:
@@ -264,7 +308,7 @@ def _decoder(stream: Stream) -> Any:
     return codec
 
 
-def _unpacked(read: Iterator[Packet], stream: Stream, index: PacketIndex) -> Iterator[Packet]:
+def _unpacked(read: Iterable[Packet], stream: Stream, index: PacketIndex) -> Iterator[Packet]:
     """Yield packets of one frame each, also where they are packed in twos."""
     if not index.packed:
         yield from read
@@ -403,12 +447,11 @@ def _on_page(frame: Frame, width: int, height: int) -> Pixels | None:
     return None if pixels[:, :, 3].min() == 255 else squash(on_page(pixels), width, height)
 
 
-Mode: TypeAlias = Literal["accurate", "keyframes"]
-
-
 def choose_frames(
-    index: PacketIndex, count: int, mode: Mode, random: np.random.Generator | None = None
+    index: PacketIndex, choice: FrameChoice, random: np.random.Generator | None = None
 ) -> list[int]:
-    """Return the frames to decode: those of `PacketIndex.choose`, or the key frames nearest."""
-    chosen = index.choose(count, random)
-    return chosen if mode == "accurate" else index.nearest_keys(chosen)
+    """Return the frames to decode; with `random`, one at a random time of each segment."""
+    if choice.mode == "auto" and random is None:
+        return index.choose_cheap(choice.count, choice.least)
+    chosen = index.choose(choice.count, random)
+    return index.nearest_keys(chosen) if choice.mode == "keyframes" else chosen

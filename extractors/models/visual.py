@@ -40,7 +40,7 @@ from extractors.models.weights import (
     read_state_dict,
     seeded,
 )
-from extractors.parts import part_of, visual_encoder
+from extractors.parts import FrameChoice, part_of, visual_encoder
 
 _PREPROCESSING = "whole picture squashed to a square, area interpolation, RGB"
 
@@ -225,9 +225,11 @@ class VisualExtractor(RowExtractor):
 
 
 def _sampling(settings: VisualSettings) -> dict[str, object]:
-    sampling = settings.model_dump(include={"frames", "decode", "short_clips", "max_frames"})
-    if sampling.get("short_clips") == "once":
-        del sampling["short_clips"]  # older fingerprints know only "once", and do not say so
+    if not isinstance(settings, VideoSettings):
+        return settings.model_dump(include={"max_frames"})
+    sampling: dict[str, object] = {**FrameChoice.of(settings).sampling}
+    if settings.short_clips != "once":  # older fingerprints know only "once", and do not say so
+        sampling["short_clips"] = settings.short_clips
     return sampling
 
 

@@ -23,6 +23,7 @@ from config.train import BackboneTrainSettings
 from extractors.media.decode import read_frames
 from extractors.media.pictures import centres, read_pictures, squash
 from extractors.models.visual import segments
+from extractors.parts import FrameChoice
 from fusion.data.data_file import MEDIA_KEYS, entries, parse_post, relative_to_file
 from fusion.models.base import Batch, Sample, batch_of, padded
 from fusion.train.distributed import all_ranks, same_everywhere
@@ -55,7 +56,9 @@ class MediaItems:
 
         The centre one, or with ``random`` one at a random time; those of a short clip repeat.
         """
-        found = read_frames(path, count=count, side=size, limits=self.limits, random=random)
+        found = read_frames(
+            path, choice=FrameChoice(count), side=size, limits=self.limits, random=random
+        )
         return found[segments(len(found), count)]
 
 

@@ -38,6 +38,7 @@ from config.train import BackboneTrainSettings, LossSettings, OptimizerSettings,
 from extractors.learned import posts_of_weights
 from extractors.media.decode import read_frames
 from extractors.models.visual import VideoExtractor
+from extractors.parts import FrameChoice
 from fusion.backbones.media import (
     Chance,
     Item,
@@ -549,6 +550,7 @@ def extract_frames(
         weights=str(weights),
         image_size=settings.backbone.image_size,
         frames=settings.tsn.frames,
+        decode="accurate",  # the LSTM is trained on frames at equal distances
         short_clips="repeat",
     )
     extractor = VideoExtractor(video, device)
@@ -565,10 +567,9 @@ def extract_frames(
                 try:
                     pixels = read_frames(
                         path,
-                        count=video.frames,
+                        choice=FrameChoice.of(video),
                         side=video.image_size,
                         limits=reader.limits,
-                        mode=video.decode,
                     )
                 except MediaError as error:
                     raise MediaError(f"post {post_id}: {path}: {error}") from error

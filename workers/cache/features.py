@@ -31,7 +31,7 @@ from common.post import (
     modality_of,
 )
 from config.settings import Settings
-from extractors.parts import PARTS, PartKind, slot_bytes
+from extractors.parts import PARTS, FrameChoice, PartKind, slot_bytes
 from workers.cache.entries import Entry, GuardedStore
 from workers.post_run import embedded_texts, read_text
 from workers.protocol import (
@@ -122,8 +122,7 @@ class Keys:
             **self._sound_limits,
             **heard,
             "ocr": features.ocr.enabled and features.ocr.frames > 0,
-            "frames": features.video.frames,
-            "decode": features.video.decode,
+            **FrameChoice.of(features.video).sampling,
         }
 
     def _input_of(self, kind: MediaKind, stream: Stream) -> Mapping[str, Any]:
@@ -139,8 +138,7 @@ class Keys:
         if stream == "ocr" and kind == "image":
             return {"max_frames": features.image.max_frames}
         if stream == "ocr":
-            video = features.video
-            return {**self._video_limits, "frames": video.frames, "decode": video.decode}
+            return {**self._video_limits, **FrameChoice.of(features.video).sampling}
         return {**self._video_limits, "precision": features.video.precision}
 
 

@@ -114,6 +114,16 @@ def test_containers_and_codecs(tmp_path: Path, name: str) -> None:
         assert min(int(np.abs(frame.astype(int) - other).max()) for other in plain) <= 2
 
 
+@pytest.mark.parametrize("name", FILMS)
+def test_cheap_frames(tmp_path: Path, name: str) -> None:
+    """One in each half second at least, and each shows the time that it claims."""
+    path = write(tmp_path / name, **FILMS[name])
+    decoded = decode(path, settings(2 * COUNT, decode="auto", min_frames=COUNT))
+    assert COUNT <= len(decoded.times_s) <= 2 * COUNT
+    assert {int(time_s * COUNT / SECONDS) for time_s in decoded.times_s} == set(range(COUNT))
+    check(decoded, list(decoded.times_s))
+
+
 def without_index(path: Path) -> None:
     path.write_bytes(path.read_bytes().replace(b"idx1", b"JUNK"))
 
@@ -170,6 +180,8 @@ def test_false_key_frames(
     path = write(tmp_path / "a.avi", codec=codec, options=options, gop=30, pix_fmt=pix_fmt)
     damage(path)
     check(decode(path, settings(COUNT)), late=0.17 if damage is packed else 0.13)
+    cheap = decode(path, settings(COUNT, decode="auto"))
+    check(cheap, list(cheap.times_s), late=0.17 if damage is packed else 0.13)
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.mov"])

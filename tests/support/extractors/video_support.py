@@ -13,13 +13,14 @@ from extractors.media.containers import find_stream, open_container, packets
 from extractors.media.decode import DecodedMedia, decode_media
 from extractors.media.sniff import check_type
 from extractors.media.video import PacketIndex, choose_frames, decode_frames
+from extractors.parts import FrameChoice
 from tests.support import media
 
 
 def settings(frames: int = 16, size: int = 32, ocr_frames: int = 2, **more: Any) -> FeatureSettings:
     return FeatureSettings.model_validate(
         {
-            "video": {"frames": frames, "image_size": size, **more},
+            "video": {"frames": frames, "image_size": size, "decode": "accurate", **more},
             "ocr": {"frames": ocr_frames, "max_side": 100},
         }
     )
@@ -50,8 +51,8 @@ def taken(path: Path, count: int) -> dict[int, np.ndarray]:
     index = index_of(path)
     with open_container(path, check_type(path, "video")) as container:
         stream = find_stream(container, "video")
-        chosen = choose_frames(index, count, "accurate")
-        frames = decode_frames(container, stream, index, chosen)
+        chosen = choose_frames(index, FrameChoice(count))
+        frames = decode_frames(packets(container, stream), stream, index, chosen)
         return {frame.pts: frame.to_ndarray(format="rgb24") for frame in frames}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 
@@ -122,3 +123,22 @@ def test_odd_names(tmp_path: Path) -> None:
     for name in ("concat:a|b.mp4", "a%03d.mp4", "名前 😀.mp4"):
         path = media.write_video(tmp_path / "v.mp4", media.grey_steps(3)).rename(tmp_path / name)
         assert decode_media("video", path, SMALL.features, SMALL.decode).frames is not None
+
+
+def test_a_film_is_opened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its frames come from the packets that were read on the way to its sound."""
+    path = media.write_video(
+        tmp_path / "a.mp4", media.grey_steps(50), audio=media.tone(440, 2, 44100)
+    )
+    opened = []
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        opened.append(arguments)
+        return original(*arguments, **options)
+
+    original = av.open
+    monkeypatch.setattr(av, "open", counted)
+    decoded = decode_media("video", path, SMALL.features, SMALL.decode)
+    assert len(decoded.times_s) == 4
+    assert decoded.sound is not None
+    assert len(opened) == 1

@@ -5,7 +5,11 @@ from __future__ import annotations
 from fractions import Fraction
 from types import SimpleNamespace
 
-from extractors.media.video import PacketIndex, plan_runs
+import numpy as np
+import pytest
+
+from extractors.media.video import PacketIndex, choose_frames, plan_runs
+from extractors.parts import FrameChoice
 
 
 def index(times: list[int | None], keys: set[int], duration: int = 40) -> PacketIndex:
@@ -46,3 +50,58 @@ def test_without_key_frames() -> None:
     made = index([40 * i for i in range(20)], set())
     assert [(r.first, r.last) for r in plan_runs(made, [5, 15])] == [(0, 15)]
     assert made.nearest_keys([5, 15]) == [5, 15]
+
+
+EVERY_2_S = [50 * i for i in range(10)]  # of 20 s at 25 Hz
+
+
+@pytest.mark.parametrize(
+    ("frames", "keys", "count", "least", "chosen"),
+    [
+        (500, EVERY_2_S, 16, 8, EVERY_2_S),
+        (500, EVERY_2_S, 4, 4, [50, 200, 300, 450]),
+        # Segments without key frames give their first frame, others what is decoded on the way.
+        (40, [0, 2, 20], 4, 4, [5, 10, 25, 30]),
+        # On the way to the last of four segments, other frames come for nothing; none behind it.
+        (40, [0], 8, 4, [2, 7, 12, 17, 22, 27, 30]),
+        (40, range(40), 4, 2, [5, 15, 25, 35]),
+        (40, [], 4, 4, [5, 15, 25, 30]),  # without key frames, decoding starts at the beginning
+        (3, [0], 8, 4, [0, 1, 2]),
+    ],
+)
+def test_cheap_frames(
+    frames: int, keys: list[int], count: int, least: int, chosen: list[int]
+) -> None:
+    made = index([40 * i for i in range(frames)], set(keys))
+    assert made.choose_cheap(count, least) == chosen
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_cheap_frames_of_any_clip(seed: int) -> None:
+    """One in each of the segments that have frames, `count` at most, decoded from fewer packets."""
+    random = np.random.default_rng(seed)
+    total, count = int(random.integers(1, 400)), int(random.integers(1, 20))
+    least = int(random.integers(1, count + 1))
+    gaps = random.integers(1, 80, total)
+    keys = {0, *random.integers(0, total, random.integers(0, 20)).tolist()}
+    made = index(np.cumsum(gaps).tolist(), keys, duration=40)
+    chosen = made.choose_cheap(count, least)
+    assert chosen == sorted(set(chosen))
+    assert len(chosen) <= count
+    times = np.array(made.times)
+    if total > least and times[-1] + 40 - times[0] >= count:
+        length = (times[-1] + 40 - times[0]) / least
+        segments = (times - times[0]) // length
+        assert set(segments) == set(segments[chosen])
+
+    def packets(frames: list[int]) -> int:
+        return sum(run.last - run.first + 1 for run in plan_runs(made, frames))
+
+    assert packets(chosen) <= max(packets(made.choose(count)), packets(made.choose(least)))
+
+
+def test_random_frames_are_those_of_training_whatever_the_mode() -> None:
+    made = index([40 * i for i in range(100)], {0})
+    modes = [FrameChoice(8), FrameChoice(8, "auto", 4)]
+    drawn = [choose_frames(made, choice, np.random.default_rng(3)) for choice in modes]
+    assert drawn[0] == drawn[1]

@@ -16,6 +16,7 @@ from config.settings import DecodeSettings, LstmSizes, VideoLstmSettings, VideoS
 from extractors.media.decode import read_frames
 from extractors.media.video import PacketIndex
 from extractors.models.visual import AttentionLstm, VideoExtractor, VideoLstm
+from extractors.parts import FrameChoice
 from extractors.suite import ExtractorSuite
 from tests.support import media
 from tests.support.tiny_models import TINY_CNN, tiny_features, tiny_timm_weights
@@ -251,11 +252,11 @@ def test_frames_are_read_without_the_sound(tmp_path: Path) -> None:
     """`read_frames` gives grey levels of the right frames; a file of sound is refused."""
     steps = media.grey_steps(12)
     path = media.write_video(tmp_path / "v.mp4", steps, audio=media.tone(duration_s=0.4))
-    found = read_frames(path, count=3, side=16, limits=LIMITS)
+    found = read_frames(path, choice=FrameChoice(3), side=16, limits=LIMITS)
     wanted = [steps[i].mean() for i in (2, 6, 10)]
     np.testing.assert_allclose(found.mean(axis=(1, 2, 3)), wanted, atol=3)
     one = media.write_video(tmp_path / "one.mp4", steps[:1])
-    assert read_frames(one, count=3, side=16, limits=LIMITS).shape == (1, 16, 16, 3)
+    assert read_frames(one, choice=FrameChoice(3), side=16, limits=LIMITS).shape == (1, 16, 16, 3)
     sound = media.write_wav(tmp_path / "s.wav", media.tone(duration_s=1))
     with pytest.raises(MediaError):
-        read_frames(sound, count=3, side=16, limits=LIMITS)
+        read_frames(sound, choice=FrameChoice(3), side=16, limits=LIMITS)

@@ -45,7 +45,8 @@ def test_pixels_are_those_that_the_extractors_see(posts: Path) -> None:
     """A picture and a clip's centre frames are just what `decode_media` gives."""
     reader, limits = MediaItems(), DecodeSettings()
     features = tiny_features(
-        image=ImageSettings(image_size=SIZE), video=VideoSettings(image_size=SIZE, frames=5)
+        image=ImageSettings(image_size=SIZE),
+        video=VideoSettings(image_size=SIZE, frames=5, decode="accurate"),
     )
     picture = posts / "pictures" / "1-1.jpg"
     decoded = decode_media("image", picture, features, limits)

@@ -17,13 +17,14 @@ from scripts.cli import run
 from tests.support import media
 
 SMALL = {
-    "video": {"frames": 4, "image_size": 32},
+    "video": {"frames": 4, "image_size": 32, "decode": "accurate"},
     "image": {"image_size": 32},
     "ocr": {"enabled": False},
 }
-SETTINGS = ["--set", "features.ocr.enabled=false", "--set", "features.video.frames=4"] + [
-    item for name in ("video", "image") for item in ("--set", f"features.{name}.image_size=32")
-]
+SETTINGS = [
+    *("--set", "features.ocr.enabled=false", "--set", "features.video.frames=4"),
+    *("--set", "features.video.decode=accurate"),
+] + [item for name in ("video", "image") for item in ("--set", f"features.{name}.image_size=32")]
 
 
 def facts(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> dict[str, Any]:

@@ -1,0 +1,343 @@
+"""Measure the CPU of decoding: 12 kinds of clip, sound and pictures, ours and by other libraries.
+
+Files of moving textures with sound are made once. Each way takes each file in turn, several rounds
+long, so that a busy machine slows all of them alike; what counts is the CPU time of the process,
+threads too. Ours is `decode_media` with all that the pipeline asks of it. The others do their least
+for a picture encoder: up to 16 frames, evenly spread, and shrunk to 224 pixels; or the sound at
+16 kHz. decord and torchcodec are left out where they are not installed.
+
+Run: ``python bench/decode.py [--runs N] [--media FOLDER] [--tree FOLDER]``; ``--tree`` measures the
+decoder of another checkout, such as one of an older commit, next to this one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs as a plain script too
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import av
+import cv2
+import numpy as np
+from results_file import write_results
+
+FRAMES, SIDE, RATE_HZ, SECONDS = 16, 224, 16_000, 20
+WAYS = ("accurate", "auto", "keyframes")
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One kind of clip; `key_s` is the time from key frame to key frame."""
+
+    suffix: str = ".mp4"
+    codec: str = "libx264"
+    width: int = 1280
+    height: int = 720
+    rate_hz: int = 25
+    key_s: float = 2
+    sound: str = "aac"
+    channels: int = 2
+    options: dict[str, str] = field(default_factory=lambda: {"preset": "veryfast"})
+
+
+_NONE: dict[str, str] = {}
+CLIPS = {
+    "720p, key 2 s": Clip(channels=1),
+    "720p, key 5 s": Clip(key_s=5),
+    "720p, key 10 s": Clip(key_s=10),
+    "720p, one key": Clip(key_s=SECONDS),
+    "720p, 60 Hz": Clip(rate_hz=60),
+    "upright phone, key 1 s": Clip(".mov", width=720, height=1280, rate_hz=30, key_s=1),
+    "1080p, key 2 s": Clip(width=1920, height=1080),
+    "360p, key 2 s": Clip(width=640, height=360),
+    "broadcast TS": Clip(".ts", key_s=1),
+    "HEVC": Clip(codec="libx265", options={"preset": "ultrafast"}),
+    "VP9 WebM": Clip(
+        ".webm", "libvpx-vp9", sound="libopus", options={"deadline": "realtime", "cpu-used": "8"}
+    ),
+    "MPEG-4 AVI": Clip(".avi", "mpeg4", sound="libmp3lame", options=_NONE),
+}
+SOUNDS = {"AAC": (".m4a", "aac"), "MP3": (".mp3", "libmp3lame"), "WAV": (".wav", "pcm_s16le")}
+PICTURES = {
+    "JPEG 1280x960": (".jpg", 1280, 960),
+    "JPEG 4000x3000": (".jpg", 4000, 3000),
+    "PNG 1280x960": (".png", 1280, 960),
+    "WebP 1280x960": (".webp", 1280, 960),
+}
+
+
+def texture(seed: int, width: int, height: int) -> Any:
+    """Return a smooth random RGB picture, as hard to decode as a photo."""
+    chance = np.random.default_rng(seed)
+    total = np.zeros((height, width, 3), np.float32)
+    for step in (4, 16, 64):
+        coarse = chance.random((height // step + 1, width // step + 1, 3), np.float32)
+        total += step * cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
+    return (255 * (total - total.min()) / np.ptp(total)).astype(np.uint8)
+
+
+def moving(clip: Clip) -> Iterator[Any]:
+    """Yield the frames of a clip: a camera that wanders over a scene, a new one every 5 s."""
+    width, height = clip.width, clip.height
+    for i in range(clip.rate_hz * SECONDS):
+        second = i / clip.rate_hz
+        if second % 5 == 0:
+            scene = texture(i, width + 400, height + 200)
+        x, y = int(200 + 180 * np.sin(second / 1.6)), int(100 + 90 * np.cos(second / 1.2))
+        frame = scene[y : y + height, x : x + width].copy()
+        cv2.circle(frame, (int(width * second / 4) % width, height // 2), 60, (0, 0, 255), -1)
+        yield frame
+
+
+def make(folder: Path) -> dict[str, tuple[str, Path]]:
+    """Return name -> kind of media and file; those that are there are not made again."""
+    from tests.support import media
+
+    folder.mkdir(parents=True, exist_ok=True)
+    chance = np.random.default_rng(0)
+    second = np.arange(44_100 * SECONDS) / 44_100
+    tone = 0.3 * np.sin(2 * np.pi * 220 * second) + 0.1 * chance.standard_normal(len(second))
+    sound = np.stack([tone, tone], 1).astype(np.float32)
+    files: dict[str, tuple[str, Path]] = {}
+    for k, (name, clip) in enumerate(CLIPS.items()):
+        path = folder / f"clip{k}{clip.suffix}"
+        files[name] = ("video", path)
+        if not path.exists():
+            print("making", name, flush=True)
+            part = path.with_name(f"part{clip.suffix}")
+            media.write_video(
+                part,
+                moving(clip),
+                clip.rate_hz,
+                audio=sound[:, : clip.channels],
+                audio_rate_hz=48_000 if clip.sound == "libopus" else 44_100,
+                codec=clip.codec,
+                audio_codec=clip.sound,
+                gop=int(clip.key_s * clip.rate_hz),
+                options={**clip.options, "sc_threshold": "0"}
+                if clip.codec == "libx264"
+                else clip.options,
+            )
+            part.rename(path)
+    for name, (suffix, codec) in SOUNDS.items():
+        path = folder / f"sound{suffix}"
+        files[name] = ("audio", path)
+        if not path.exists():
+            media.write_aac(path, sound, codec=codec)
+    for name, (suffix, width, height) in PICTURES.items():
+        path = folder / f"picture{width}{suffix}"
+        files[name] = ("image", path)
+        if not path.exists():
+            cv2.imwrite(str(path), texture(1, width, height), [cv2.IMWRITE_JPEG_QUALITY, 88])
+    return files
+
+
+def ours(kind: str, path: Path) -> dict[str, Callable[[], int]]:
+    """Return our ways to decode a file; each gives the number of its rows."""
+    from config.settings import DecodeSettings, FeatureSettings, VideoSettings
+    from extractors.media.decode import decode_media
+
+    def way(**video: Any) -> Callable[[], int]:
+        features = FeatureSettings.model_validate(
+            {
+                "video": {"frames": FRAMES, "image_size": SIDE, **video},
+                "image": {"image_size": SIDE},
+            }
+        )
+
+        def run() -> int:
+            decoded: Any = decode_media(kind, path, features, DecodeSettings())  # type: ignore[arg-type]
+            rows = {"video": decoded.frames, "image": decoded.image, "audio": decoded.sound}[kind]
+            return len(rows)
+
+        return run
+
+    if kind != "video":
+        return {"ours": way()}
+    known = str(VideoSettings.model_fields["decode"].annotation)
+    ways = {f"ours, {name}": way(decode=name) for name in WAYS if f"'{name}'" in known}
+    # The same file as a sound: what of the above is its sound's.
+    ways["ours, sound alone"] = ours("audio", path)["ours"]
+    return ways
+
+
+def others(kind: str, path: Path) -> dict[str, Callable[[], int]]:
+    """Return the ways of other libraries."""
+    if kind == "image":
+        return {"OpenCV": lambda: len(_small(cv2.imread(str(path)))[None])}
+    if kind == "audio":
+        return {"PyAV": lambda: _pyav_sound(path)}
+    ways = {
+        "OpenCV, seeking": lambda: _opencv(path),
+        "PyAV, all frames": lambda: _pyav(path),
+        "PyAV, sound": lambda: _pyav_sound(path),
+    }
+    for name, way in (("decord", _decord), ("torchcodec", _torchcodec)):
+        try:
+            importlib.import_module(f"{name}.decoders" if name == "torchcodec" else name)
+        except (ImportError, OSError, RuntimeError):  # torchcodec raises the last without FFmpeg
+            continue
+        ways[name] = lambda way=way: way(path)  # type: ignore[misc]
+    return ways
+
+
+def _small(pixels: Any) -> Any:
+    return cv2.resize(pixels, (SIDE, SIDE), interpolation=cv2.INTER_AREA)
+
+
+def _spread(total: int) -> list[int]:
+    return [int((k + 0.5) * total / FRAMES) for k in range(FRAMES)]
+
+
+def _opencv(path: Path) -> int:
+    film = cv2.VideoCapture(str(path))
+    frames = []
+    for at in _spread(int(film.get(cv2.CAP_PROP_FRAME_COUNT))):
+        film.set(cv2.CAP_PROP_POS_FRAMES, at)
+        good, pixels = film.read()
+        if good:
+            frames.append(_small(pixels))
+    return len(frames)
+
+
+def _pyav(path: Path) -> int:
+    with av.open(str(path)) as film:
+        stream = film.streams.video[0]
+        stream.codec_context.thread_count = 1
+        total = stream.frames or round(float(film.duration or 0) / 1e6 * float(stream.average_rate))
+        chosen = set(_spread(total))
+        decoded = enumerate(film.decode(stream))
+        return len([_small(f.to_ndarray(format="rgb24")) for i, f in decoded if i in chosen])
+
+
+def _pyav_sound(path: Path) -> int:
+    with av.open(str(path)) as film:
+        resampler = av.AudioResampler(format="flt", layout="mono", rate=RATE_HZ)
+        chunks = [
+            part.to_ndarray()
+            for frame in film.decode(audio=0)
+            for part in resampler.resample(frame)
+        ]
+    return int(np.concatenate(chunks, axis=1).shape[1] // (RATE_HZ * 0.96))
+
+
+def _decord(path: Path) -> int:
+    film = importlib.import_module("decord").VideoReader(str(path), num_threads=1)
+    return len([_small(pixels) for pixels in film.get_batch(_spread(len(film))).asnumpy()])
+
+
+def _torchcodec(path: Path) -> int:
+    opened = importlib.import_module("torchcodec.decoders").VideoDecoder
+    film = opened(str(path), num_ffmpeg_threads=1, dimension_order="NHWC")
+    frames = film.get_frames_at(_spread(film.metadata.num_frames)).data
+    return len([_small(pixels.numpy()) for pixels in frames])
+
+
+class Child:
+    """Another process of this script, which runs ways on request; `--tree` names its code."""
+
+    def __init__(self, tree: Path, files: Path) -> None:
+        command = [sys.executable, __file__, "--serve", str(files)]
+        environment = {**os.environ, "INSIGHTTAG_TREE": str(tree)}
+        self._process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def ask(self, name: str) -> dict[str, Any]:
+        """Return way -> milliseconds of CPU, and rows, of one file."""
+        stdin: Any = self._process.stdin
+        stdout: Any = self._process.stdout
+        stdin.write(name + "\n")
+        stdin.flush()
+        answer: dict[str, Any] = json.loads(stdout.readline())
+        return answer
+
+    def close(self) -> None:
+        self._process.communicate("")
+
+
+def serve(files: dict[str, tuple[str, Path]], ways_of: Callable[..., Any]) -> None:
+    """Measure the files that come in by name, each way once."""
+    for line in sys.stdin:
+        print(json.dumps(measured(ways_of(*files[line.strip()]))), flush=True)
+
+
+def measured(ways: dict[str, Callable[[], int]]) -> dict[str, list[float]]:
+    """Return way -> milliseconds of CPU and rows."""
+    result = {}
+    for way, run in ways.items():
+        began = time.process_time()
+        rows = run()
+        result[way] = [1000 * (time.process_time() - began), rows]
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--media", type=Path, help="where the files are kept between runs")
+    parser.add_argument("--tree", type=Path, help="another checkout, measured as `before`")
+    parser.add_argument("--only", default="", help="files whose name contains this")
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    cv2.setNumThreads(1)
+    if options.serve:
+        sys.path.insert(0, os.environ["INSIGHTTAG_TREE"])
+        listed = json.loads(Path(options.serve).read_text(encoding="utf-8"))
+        serve({name: (kind, Path(path)) for name, (kind, path) in listed.items()}, ours)
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        files = make(options.media or Path(temporary) / "media")
+        listing = Path(temporary) / "files.json"
+        listing.write_text(
+            json.dumps({name: (kind, str(path.resolve())) for name, (kind, path) in files.items()})
+        )
+        before = Child(options.tree.resolve(), listing) if options.tree else None
+        results = []
+        for name, (kind, path) in files.items():
+            if options.only not in name:
+                continue
+            results.append(_compared(name, kind, path, before, options.runs))
+            print(name, results[-1]["cpu_ms"], results[-1]["rows"], flush=True)
+        if before is not None:
+            before.close()
+    if not options.only:
+        print(write_results("decode", options.runs, results))
+
+
+def _compared(name: str, kind: str, path: Path, before: Child | None, runs: int) -> dict[str, Any]:
+    """Return the medians of all ways over some rounds; the round before them only warms up."""
+    rounds = []
+    for _ in range(runs + 1):
+        one: dict[str, Any] = {}
+        if before is not None:
+            one.update({f"before: {way}": value for way, value in before.ask(name).items()})
+        one.update(measured({**ours(kind, path), **others(kind, path)}))
+        rounds.append(one)
+    ways = list(rounds[0])
+    return {
+        "file": name,
+        "kind": kind,
+        "kib": round(path.stat().st_size / 1024),
+        "cpu_ms": {
+            way: round(statistics.median(one[way][0] for one in rounds[1:]), 1) for way in ways
+        },
+        "rows": {way: int(rounds[0][way][1]) for way in ways},
+    }
+
+
+if __name__ == "__main__":
+    main()
