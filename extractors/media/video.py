@@ -170,8 +170,8 @@ class PacketIndex:
                 if near:
                     chosen.add(min(near, key=lambda i: (abs(self.times[i] - centre), i)))
         while len(chosen) > count:  # segments of the one kind lie across borders of the other
-            shared = [chosen.intersection(each) for each in must]
-            chosen.remove(max(max(shared, key=lambda one: len(one))))
+            crowded = sorted((chosen.intersection(each) for each in must), key=len)[-1]
+            chosen.remove(max(crowded))
         return sorted(chosen, key=self.times.__getitem__)
 
     def _in_order(self) -> list[int]:
