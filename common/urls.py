@@ -8,6 +8,8 @@ from urllib.parse import unquote, urlsplit
 _SECRET_OPTION = re.compile(r"([?&][^=&#]*(?:password|passwd|secret|token)[^=&#]*=)[^&#]*", re.I)
 
 
+# Java writes file:/a/b for file:///a/b.
+_LOCAL_FILE = re.compile(r"file:(?:///|//localhost/|/(?!/))(.*)", re.I | re.S)
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]+://|data:", re.I)
 
 
@@ -17,11 +19,10 @@ def is_url(source: str) -> bool:
 
 
 def local_source(source: str) -> str:
-    """Return the path of a ``file://`` URL of this host; anything else as it is."""
-    match source.lower().partition("://"):
-        case "file", _, rest if rest.startswith(("/", "localhost/")):
-            return unquote(source[len("file://") :].removeprefix("localhost"))
-    return source
+    """Return the path of a ``file:`` URL of this host; anything else as it is."""
+    match = _LOCAL_FILE.fullmatch(source)
+    # One slash: what begins with two is a URL without its scheme.
+    return "/" + unquote(match[1]).lstrip("/") if match else source
 
 
 def redact(url: str) -> str:

@@ -62,7 +62,9 @@ _DEFLATED = frozenset({"gzip", "x-gzip", "deflate"})
 _GZIP = b"\x1f\x8b\x08"
 
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
-_RETRYABLE = frozenset({408, 425, 429})
+# Besides 5xx. 202: a picture that is still being made; 409 and 423: a file that is being written or
+# brought back from an archive; 421: another connection may reach the right server.
+_RETRYABLE = frozenset({202, 408, 409, 421, 423, 425, 429})
 _MAX_URL = 8192
 """Longer URLs are refused; browsers and servers stop at about as many characters."""
 

@@ -116,7 +116,7 @@ def test_what_cannot_be_had(web: Web, tmp_path: Path, path: str, reason: str) ->
         ("/status/500", "HTTP 500"),
         ("/status/503", "HTTP 503"),
         ("/status/429", "HTTP 429"),
-        ("/status/408", "HTTP 408"),
+        *((f"/status/{code}", f"HTTP {code}") for code in (202, 408, 409, 421, 423, 425, 520)),
         ("/reset", "the connection broke"),
         ("/short", "the connection broke"),
         ("/lengths", "the answer is no proper HTTP"),

@@ -15,6 +15,9 @@ from common.urls import is_url, local_source
         ("file://other-host/a.png", None),
         ("file:///a/b.png", "/a/b.png"),
         ("FILE://localhost/a%20b.png", "/a b.png"),
+        ("file://LOCALHOST/%2Fa.png", "/a.png"),
+        ("file:/a/b%0Ac.png", "/a/b\nc.png"),
+        ("file:////a/b.png", "/a/b.png"),
         *(
             (path, path)
             for path in ("a.png", "/a/b.png", "./a", "C:/a.png", "IMG:1.png", "", "a//b")
