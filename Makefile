@@ -17,7 +17,10 @@ UV := $(VENV)/bin/uv pip
 SOURCES := common config corpus demo deploy extractors fusion king scripts web workers
 SCRIPTS := $(wildcard *.py)
 # In the order of the folders: the long files of acceptance first, those of unit fill up the end.
-PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 1
+PYTEST_ARGS ?= -n $(PROCESSES) --dist loadfile --no-loadscope-reorder --max-worker-restart 1
+# Tests with servers wait half of their time, so two processes leave half of two cores idle. Each
+# takes a gigabyte, and 20 CPU-seconds to collect and to start its servers.
+PROCESSES ?= 4
 SUPERVISORD_ARGS ?=
 
 .PHONY: help env env-dev demo t test coverage check style types arrows bench fuzz chaos soak walk corpus-memory zoo data-wait run lock clean distclean
@@ -67,6 +70,7 @@ env-dev: $(VENV)/.dev
 demo: $(VENV)/.small ## posts, training, services, daemon, tags: everything once
 	@$(PY) -m demo
 
+t: PROCESSES = 2 # nothing in them waits
 t: $(VENV)/.dev ## the unit tests: no servers
 	@$(PY) -m pytest -q $(PYTEST_ARGS) tests/unit
 

@@ -28,7 +28,9 @@ def test_saved_weights_load_in_the_extractor(tmp_path: Path) -> None:
     first = out.read_bytes()
     save_weights(model, out, "lstm", {"frames_dim": "11"})
     assert out.read_bytes() == first
-    served = VideoLstm(VideoLstmSettings(**SIZES.model_dump(), weights=str(out)), "cpu")
+    served = VideoLstm(
+        VideoLstmSettings(**SIZES.model_dump(), weights=str(out), precision="fp32"), "cpu"
+    )
     served.load_for(DIM, "frames")
     state = served.model.state_dict()
     assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
