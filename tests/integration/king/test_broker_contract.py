@@ -73,6 +73,17 @@ def test_order_is_kept(rig: Rig) -> None:
     assert broker.depth() == 0
 
 
+def test_a_higher_priority_is_served_sooner_or_its_lack_is_named(rig: Rig) -> None:
+    """An operator who publishes with priorities learns at the start where they do nothing."""
+    broker = rig.broker(prefetch=1)
+    broker.publish(PostMessage(f"p{i}") for i in range(5))
+    broker.publish([PostMessage("urgent", priority=9)])
+    consumer = Consumer(broker, ack=True)
+    consumer.take(6)
+    is_sooner = parse_message(consumer.bodies[0]).post_id == "urgent"
+    assert is_sooner is not ("priorities" in (broker.shortcoming or ""))
+
+
 def test_a_failing_source_is_not_hidden(rig: Rig) -> None:
     """An error of the iterable to publish reaches the caller, and the connection stays usable."""
 

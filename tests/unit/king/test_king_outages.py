@@ -73,6 +73,20 @@ def test_lost_connection_loses_and_repeats_nothing(tmp_path: Path) -> None:
     assert store.jobs == {}
 
 
+def test_what_a_broker_cannot_do_is_said_once(tmp_path: Path) -> None:
+    """At the start, not again with each connection."""
+    broker = MemoryBroker(queue_of(b"p1"))
+    broker.shortcoming = "it ignores priorities"
+    with structlog.testing.capture_logs() as logs:
+        with on_fakes(tmp_path, FakeStore(posts("p1", "p2")), broker) as it:
+            it.until(lambda: len(broker.acked) == 1)
+            broker.lose_connection()
+            broker.queue.put(b"p2")
+            it.until(lambda: len(broker.acked) == 2)
+    said = [line["reason"] for line in logs if line["event"] == "king.broker_shortcoming"]
+    assert (said, broker.generation) == (["it ignores priorities"], 2)
+
+
 def test_a_full_queue_holds_up_retries_and_nothing_else(tmp_path: Path) -> None:
     """While it takes no messages, the connection stays, posts go on, and the status says why."""
     deaths = iter((DIED,))
