@@ -13,6 +13,8 @@ Example:
 from __future__ import annotations
 
 import contextlib
+import os
+import select
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,7 +23,7 @@ from typing import Annotated, Any, TypeAlias, TypeVar
 import typer
 
 from common.errors import ConfigError, TaggingError, one_line
-from common.logs import visible
+from common.logs import open_standard_streams, visible
 
 Options = TypeVar("Options")
 
@@ -96,25 +98,45 @@ def exit_code(
     ``mistakes`` are the errors that are the user's; ``interrupted`` is said after Ctrl-C, and
     ``again`` after errors that are not the user's: the way to go on.
     """
+    open_standard_streams()
     try:
-        return run() or 0
+        code = run() or 0
+        sys.stdout.flush()
+        return code
     except mistakes as error:
         return complain(name, one_line(error), 2)
     except TaggingError as error:
         return complain(name, one_line(error) + again, 1)
-    except BrokenPipeError:
-        raise
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            return 1
         where = f"{error.filename}: " if error.filename else ""
         return complain(name, f"{where}{error.strerror or one_line(error)}{again}", 1)
     except KeyboardInterrupt:
         return complain(name, interrupted, 1)
+    finally:
+        _drop_unwritten()
+
+
+def _nobody_reads() -> bool:
+    """Return True if standard output is a pipe whose reader is gone: ``insighttag ... | head``."""
+    poller = select.poll()
+    poller.register(sys.stdout.fileno(), 0)
+    return any(events & select.POLLERR for _, events in poller.poll(0))
+
+
+def _drop_unwritten() -> None:
+    """Drop output that cannot be written: Python would try once more at its end, and complain."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def complain(name: str, text: str, code: int) -> int:
     """Write one line on standard error, and return the exit code."""
-    # A full disk, or a standard error that is closed, changes nothing about the exit code.
-    with contextlib.suppress(OSError, AttributeError):
+    # A full disk, or a pipe that nobody reads, changes nothing about the exit code.
+    with contextlib.suppress(OSError):
         sys.stderr.write(visible(f"{name}: {text}\n"))
     return code
 

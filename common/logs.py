@@ -25,10 +25,23 @@ def visible(text: str) -> str:
     return _OBEYED.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
+def open_standard_streams() -> None:
+    """Give the standard streams that are closed a place, ``/dev/null``.
+
+    Else the next files and sockets that are opened become them, and are written into; processes
+    that are started would inherit them. Python has None in place of such a stream.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:  # the lowest that is free
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115
+
+
 def configure_logs(format: Literal["auto", "json", "pretty"] = "auto", level: str = "info") -> None:
     """Set up structlog for this process; safe to call again."""
-    if sys.stderr is None:  # closed by who started us: the next file that is opened would be it
-        sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
+    open_standard_streams()
     pretty = format == "pretty" or (format == "auto" and sys.stderr.isatty())
     renderers: list[structlog.typing.Processor] = (
         [_visible_values, structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())]

@@ -6,7 +6,6 @@ names the key or file), 1 anything else. A mistake of the user never shows a tra
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -88,12 +87,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
             raise KeyboardInterrupt from error
         return int(code) if isinstance(code, int) else 0
 
-    try:
-        return exit_code(_NAME, call)
-    except BrokenPipeError:
-        # `insighttag dead list | head`: nobody reads on; Python would complain once more at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    return exit_code(_NAME, call)
 
 
 def main() -> None:

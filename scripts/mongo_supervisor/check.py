@@ -21,7 +21,7 @@ import typer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs as a plain script too
 
-from common.cli import ConfigFile, Overrides, complain, read_options, say
+from common.cli import ConfigFile, Overrides, complain, exit_code, read_options, say
 from common.errors import ConfigError, TaggingError
 from common.logs import configure_logs
 from common.times import since_time
@@ -169,6 +169,10 @@ def watch(settings: Settings, every_s: float, *, as_json: bool) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Look, once or again and again; return the exit code."""
+    return exit_code("check.py", lambda: _run(arguments))
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     try:
         options = parse(arguments)
         settings = settings_of(options)

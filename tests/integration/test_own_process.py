@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -47,6 +48,61 @@ def test_a_log_that_takes_no_lines_ends_nothing(way: str) -> None:
         ["sh", "-c", shell, sys.executable, program], capture_output=True, text=True, check=False
     )
     assert (done.stdout, done.returncode) == ("alive 2\n", 0)
+
+
+MONITOR = (
+    "scripts/mongo_supervisor/check.py",
+    *("--set", "store.url=mongodb://127.0.0.1:1/", "--set", "broker.url=redis://127.0.0.1:1/0"),
+)
+
+
+@pytest.mark.parametrize(
+    ("redirection", "failed"),
+    [(">&-", False), ("<&- >&- 2>&-", False), ("| true", True), (">/dev/full", True)],
+)
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [
+        (("-m", "scripts.cli", "status", "--json", *MONITOR[1:]), 0),
+        (("train_net.py", "--help"), 0),
+        (MONITOR, 2),
+    ],
+    ids=["command", "help", "monitor"],
+)
+def test_output_that_nobody_takes_is_no_traceback(
+    command: tuple[str, ...], code: int, redirection: str, failed: bool
+) -> None:
+    """Without a standard output there is nothing to fail; what cannot be written costs a 1."""
+    line = f'"$@" {redirection}; exit "${{PIPESTATUS[0]}}"'
+    ended = subprocess.run(
+        ["bash", "-c", line, "-", sys.executable, *command],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert "Traceback" not in ended.stderr
+    assert "BrokenPipe" not in ended.stderr
+    assert ended.returncode == (1 if failed else code), ended.stderr
+
+
+def test_closed_standard_streams_are_not_given_to_files(tmp_path: Path) -> None:
+    """The next file that is opened would be written into by whoever prints."""
+    program = (
+        "import os, subprocess, sys\n"
+        "from common.cli import exit_code\n"
+        "def run():\n"
+        "    with open(sys.argv[1], 'w') as file:\n"
+        "        print('printed', flush=True)\n"
+        "        sys.stderr.write('complained')\n"
+        "        subprocess.run(['sh', '-c', 'echo told; echo told >&2'], check=True)\n"
+        "        file.write(str(file.fileno() > 2))\n"
+        "sys.exit(exit_code('x', run))\n"
+    )
+    file = tmp_path / "file"
+    words = ["sh", "-c", 'exec "$0" -c "$1" "$2" <&- >&- 2>&-', sys.executable, program, str(file)]
+    assert subprocess.run(words, check=False, timeout=120).returncode == 0
+    assert file.read_text() == "True"
 
 
 def test_kings_know_who_is_dead() -> None:
