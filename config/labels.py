@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from common.errors import ConfigError
+from common.errors import ConfigError, path_error
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,9 @@ class LabelMap:
             content = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError as error:
             raise ConfigError(f"{path}: no such label map") from error
-        except (OSError, ValueError) as error:
+        except OSError as error:
+            raise path_error(f"{path}: cannot be read", error) from error
+        except ValueError as error:
             raise ConfigError(f"{path}: not a JSON label map: {error}") from error
         if not isinstance(content, dict):
             raise ConfigError(f"{path}: must map index to name")

@@ -16,7 +16,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_settings import EnvSettingsSource
 
-from common.errors import ConfigError, one_line
+from common.errors import ConfigError, one_line, path_error
 from common.urls import redact
 from config.presets import changes_nothing, merge, with_preset
 from config.settings import Settings
@@ -36,7 +36,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: no such file") from error
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise path_error(f"{path}: cannot be read", error) from error
+    except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from error
     try:
         content = yaml.safe_load(text)
@@ -88,7 +90,9 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
 def _file_content(key: str, name: str) -> str:
     try:
         return Path(name).read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise path_error(f"--set {key}: @{name} cannot be read", error) from error
+    except UnicodeDecodeError as error:
         raise ConfigError(f"--set {key}: @{name} cannot be read: {one_line(error)}") from error
 
 

@@ -22,7 +22,7 @@ from pydantic import Field, ValidationError, model_validator
 from torch import nn
 from torch.nn import functional
 
-from common.errors import BundleError, ConfigError, one_line
+from common.errors import BundleError, ConfigError, RetryableError, one_line, path_error
 from common.files import file_digest, new_folder
 from common.fingerprint import parts_of, with_parts
 from common.post import Stream
@@ -290,7 +290,9 @@ def read_about(folder: Path) -> About:
         raise BundleError(
             f"{folder}: holds no bundle ({ABOUT} is missing): train one, or name another"
         ) from error
-    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    except (ValueError, TypeError, yaml.YAMLError) as error:
         raise BundleError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
     try:
         return About.model_validate(content)
@@ -316,4 +318,9 @@ def _sha256(path: Path) -> str:
     except FileNotFoundError as error:
         raise BundleError(f"{path}: is missing") from error
     except OSError as error:
-        raise BundleError(f"{path}: cannot be read: {error}") from error
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: OSError) -> BundleError | RetryableError:
+    told = path_error(f"{path}: cannot be read", error)
+    return BundleError(str(told)) if isinstance(told, ConfigError) else told

@@ -285,9 +285,11 @@ class _Fusion(Handler):
         self._seen = _signature(self._settings.bundle)
         try:
             self._inferer = self._open(self._settings.bundle)
-        except BundleError as error:
+        except (BundleError, RetryableError) as error:
             if not self._last_good.is_dir():
                 raise
+            if isinstance(error, RetryableError):
+                self._seen = []  # looked at again
             self._inferer = self._open(self._last_good)
             reason, version = one_line(error), self._inferer.version
             _log.error("workers.bundle_refused", reason=reason, serving=version)
@@ -323,6 +325,8 @@ class _Fusion(Handler):
         try:
             new = self._open(self._settings.bundle)
         except TaggingError as error:
+            if isinstance(error, RetryableError):
+                self._seen = []  # tried again at the next look
             _log.error("workers.bundle_refused", reason=one_line(error))
             return False
         self._inferer.close()
@@ -351,12 +355,10 @@ class _Fusion(Handler):
             if self._inferer.version.encode() not in about:
                 return  # the last good one is served
             with new_folder(kept) as part:
-                for file in bundle.iterdir():
-                    if file.is_file():
-                        shutil.copyfile(file, part / file.name)
+                shutil.copytree(bundle, part, dirs_exist_ok=True, ignore_dangling_symlinks=True)
                 if _signature(bundle) != self._seen:
                     raise OSError("it has changed meanwhile")
-        except OSError as error:  # it is served all the same
+        except (OSError, shutil.Error) as error:  # it is served all the same
             _log.warning("workers.bundle_not_kept", reason=one_line(error))
 
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import resource
 import shutil
 import socket
 import threading
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -16,6 +14,7 @@ import pytest
 from common.errors import FetchRetryable, RetryableError
 from common.post import MEDIA_KINDS, Media, MediaKind
 from config.settings import DecodeSettings, FeatureSettings
+from tests.support.processes import no_descriptors
 from tests.support.workers.fetching import fetch, retryable, settings_of
 from tests.support.workers.web import BODY, Web
 from workers.fetch import Fetcher, Spool
@@ -23,19 +22,6 @@ from workers.pool.channel import Arena
 from workers.protocol import DecodeTask
 from workers.roles.batched import run_decode
 from workers.roles.loop import failure_of
-
-
-@contextmanager
-def no_descriptors() -> Iterator[None]:
-    """Nothing can be opened in this process while the block runs."""
-    free = os.open(os.devnull, os.O_RDONLY)
-    os.close(free)
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (free, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def test_descriptors_that_are_used_up(web: Web, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from common.errors import ConfigError, MediaError
 from common.post import Features, Media, Post, TagResult
 from config.settings import FeatureSettings, Settings
 from extractors.suite import ExtractorSuite
+from fusion.bundle.folder import newest_version
 from king.dispatch_thread import DispatchThread
 from king.jobs import Outcome, Started, Tagged
 from king.status import Status
@@ -327,9 +328,10 @@ def test_the_last_good_bundle_is_served_where_it_is_broken(
     driver: Driver, site: Site, damage: str
 ) -> None:
     """A fusion worker that restarts beside a half-copied bundle serves the one before."""
-    before = driver.pool.bundle
-    assert before is not None
-    driver.until((site.bundle.parent / ".bundle.good").exists)
+    version = write_bundle(site.bundle, site.suite, seed=4, members=2)
+    before = ("small", version)
+    driver.until(lambda: driver.pool.bundle == before)
+    driver.until(lambda: newest_version(site.bundle.parent / ".bundle.good") == version)
     weights = site.bundle / "model.safetensors"
     whole = weights.read_bytes()
     match damage:

@@ -12,7 +12,13 @@ from extractors.suite import ExtractorSuite
 
 
 def write_bundle(
-    folder: Path, suite: ExtractorSuite, *, seed: int = 0, threshold: Any = 0.1, **changes: Any
+    folder: Path,
+    suite: ExtractorSuite,
+    *,
+    seed: int = 0,
+    members: int = 1,
+    threshold: Any = 0.1,
+    **changes: Any,
 ) -> str:
     """Save a bundle for a loaded suite; its version.
 
@@ -20,13 +26,14 @@ def write_bundle(
         folder: Where to.
         suite: Whose fingerprints and dims it is made for.
         seed: Of the weights.
+        members: Number of models; several are an ensemble.
         threshold: Scores above it become tags; one for all tags, or one each.
         changes: Fields of the manifest to set otherwise.
     """
     import torch
 
     from config.fusion_models import ModelSettings
-    from fusion.bundle.bundle import Bundle, save_bundle
+    from fusion.bundle.bundle import Bundle, joined, save_bundle
     from fusion.models import build_model
     from fusion.models.base import FeatureManifest, InputSchema
 
@@ -41,13 +48,14 @@ def write_bundle(
     settings = ModelSettings()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = build_model(InputSchema.of(manifest, settings.tokens, len(labels)), settings)
+        schema = InputSchema.of(manifest, settings.tokens, len(labels))
+        models = [build_model(schema, settings) for _ in range(members)]
     bundle = Bundle(
         name="small",
         labels=labels,
         manifest=manifest,
         settings=settings,
-        model=model,
+        model=joined(models, "logits"),
         thresholds=np.full(len(labels), threshold, np.float32),
     )
     return save_bundle(folder, bundle)

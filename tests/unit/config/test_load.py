@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 
-from common.errors import ConfigError
+from common.errors import ConfigError, RetryableError
+from config.labels import LabelMap
 from config.load import load_settings, parse_overrides, read_yaml, validate
 from config.presets import merge
 from config.settings import BrokerSettings, InferSettings, Settings
 from config.train import BackboneTrainSettings, TrainSettings
+from tests.support.processes import no_descriptors
 
 
 @pytest.fixture(autouse=True)
@@ -197,6 +199,19 @@ def test_a_file_that_is_no_text_is_the_users_mistake(tmp_path: Path) -> None:
         read_yaml(file)
     with pytest.raises(ConfigError, match="cannot be read"):
         read_yaml(tmp_path)
+
+
+def test_a_file_that_cannot_be_read_now_is_no_mistake(tmp_path: Path) -> None:
+    """A supervisor does not start again what ends with a mistake."""
+    file = tmp_path / "file"
+    file.write_text("{}")
+    for read in (
+        lambda: read_yaml(file),
+        lambda: parse_overrides([f"broker.url=@{file}"]),
+        lambda: LabelMap.load(file),
+    ):
+        with no_descriptors(), pytest.raises(RetryableError, match="Too many open files"):
+            read()
 
 
 def test_the_shipped_configurations_are_valid() -> None:

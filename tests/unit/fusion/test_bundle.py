@@ -13,12 +13,13 @@ import pytest
 import torch
 import yaml
 
-from common.errors import BundleError, ConfigError
+from common.errors import BundleError, ConfigError, RetryableError
 from fusion.bundle import bundle
 from fusion.bundle.folder import newest_version
 from fusion.infer.inferer import Inferer
 from fusion.metrics.calibration import Temperature
 from tests.support.fusion import support
+from tests.support.processes import no_descriptors
 
 
 def write(folder: Path, seed: int = 0, **changes: Any) -> str:
@@ -113,6 +114,12 @@ def test_a_broken_bundle_is_refused_in_one_line(name: str, tmp_path: Path) -> No
         bundle.load_bundle(tmp_path / "b")
     assert "\n" not in str(caught.value)
     assert str(tmp_path / "b") in str(caught.value)
+
+
+def test_a_bundle_that_cannot_be_read_now_is_not_broken(tmp_path: Path) -> None:
+    write(tmp_path / "b")
+    with no_descriptors(), pytest.raises(RetryableError, match="Too many open files"):
+        Inferer.load(tmp_path / "b")
 
 
 def test_bundles_of_before_still_load(tmp_path: Path) -> None:
