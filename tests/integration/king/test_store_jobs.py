@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from common.post import Failure
@@ -59,6 +61,22 @@ def test_a_clock_that_is_set_delays_no_retry(rig: StoreRig, step_s: float) -> No
     assert due.post_id in ("p1", "p2")
     [other] = {"p1", "p2"} - {due.post_id}
     assert started(rig.store, other, context(NOW + step_s)).attempt == 2
+
+
+@pytest.mark.parametrize("step_s", [-7200.0, 7200.0])
+def test_a_king_whose_clock_is_wrong_goes_by_the_database(
+    mongo: Store, monkeypatch: pytest.MonkeyPatch, step_s: float
+) -> None:
+    """Else it would take jobs from the Kings of other hosts, or hold its own against them."""
+    true_time = time.time
+    mongo.client.posts.insert_one({"_id": "p1"})
+    started(mongo, "p1", context(mongo.now))
+    monkeypatch.setattr(time, "time", lambda: true_time() + step_s)
+    other = Store(StoreClient(mongo.client.settings))
+    other.connect()
+    assert abs(other.now - true_time()) < 30
+    assert isinstance(begin_one(other, "p1", context(other.now, owner="k2")), HeldElsewhere)
+    other.close()
 
 
 def test_claimed_but_never_published_is_due_again(rig: StoreRig) -> None:
