@@ -147,21 +147,6 @@ def test_priorities_on_redis(on_redis: BrokerSettings, lists: redis.Redis) -> No
     assert ids == ["p9", "kombu6", "p5", "p3", "p0", "bare"]
 
 
-@pytest.mark.rabbitmq
-def test_priorities_on_rabbitmq(on_rabbitmq: BrokerSettings) -> None:
-    """From version 4 on, those above 4 pass the others, two to one so that none starves."""
-    with connected(on_rabbitmq) as broker:
-        if broker.shortcoming:
-            pytest.skip(broker.shortcoming)
-    publish_posts(on_rabbitmq, [PostMessage(f"p{n}", priority=0) for n in range(4)])
-    publish_posts(on_rabbitmq, [PostMessage(f"urgent{n}", priority=9) for n in range(4)])
-    ids = [parse_message(body).post_id for body in received(on_rabbitmq, 8)]
-    assert [post_id for post_id in ids if post_id.startswith("u")] == [
-        f"urgent{n}" for n in range(4)
-    ]
-    assert sum(post_id.startswith("u") for post_id in ids[:3]) >= 2
-
-
 @pytest.mark.redis
 def test_kombu_consumers_read_what_we_publish(on_redis: BrokerSettings) -> None:
     publish_posts(on_redis, [PostMessage("p1")])
