@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,12 +17,14 @@ class Finder:
         self.sizes: list[tuple[int, ...]] = []
 
     def __call__(self, batch: np.ndarray) -> np.ndarray:
+        assert batch.dtype == np.float32
+        assert np.abs(batch).max() <= 1
         self.sizes.append(batch.shape[2:])
-        return np.ascontiguousarray(batch[:, :1])
+        return np.ascontiguousarray((batch[:, :1] + 1) / 2)
 
 
 def picture(height: int, width: int) -> np.ndarray:
-    return np.zeros((1, 3, height, width), np.float32)
+    return np.zeros((height, width, 3), np.uint8)
 
 
 def test_a_picture_without_text_costs_its_copy() -> None:
@@ -34,11 +37,29 @@ def test_a_picture_without_text_costs_its_copy() -> None:
 
 def test_lines_are_found_where_they_are() -> None:
     """Two lines far apart: a band for each, as wide as the picture, with the rows around it."""
-    batch = picture(960, 704)
-    batch[0, 0, 200:230, 100:600] = batch[0, 0, 940:960, :300] = 1
+    pixels = picture(960, 704)
+    pixels[200:230, 100:600, 0] = pixels[940:960, :300, 0] = 255
     finder = Finder()
-    np.testing.assert_array_equal(_CoarseFirst(finder)(batch), batch[:, :1])
+    np.testing.assert_array_equal(_CoarseFirst(finder)(pixels)[0, 0], pixels[:, :, 0] / 255)
     assert finder.sizes == [(480, 352), (128, 704), (64, 704)]
+
+
+@pytest.mark.parametrize("ground", [100, 255])
+def test_a_plain_ground_has_no_text(ground: int) -> None:
+    """The network sees text in white pages and soft ramps, where no letter stands out."""
+    pixels = picture(704, 960)
+    pixels[:, :, 0] = np.linspace(ground - 60, ground, 960)
+    finder = Finder()
+    assert not _CoarseFirst(finder)(pixels).any()
+    assert finder.sizes == [(352, 480)]
+
+
+def test_pale_letters_stand_out() -> None:
+    pixels = picture(704, 960) + np.uint8(200)
+    pixels[200:230, 100:600:8] -= 40
+    finder = Finder()
+    _CoarseFirst(finder)(pixels)
+    assert finder.sizes == [(352, 480), (160, 960)]
 
 
 def test_a_picture_that_is_small_is_looked_at_once() -> None:
