@@ -2,13 +2,14 @@
 
 Debian's openclipart packages become posts (``make_openclipart_posts.py``), the scripts extract the
 preset ``small``, and for each of four folds of authors ``train_net.py`` counts the TF-IDF of the
-other authors' texts, then trains the fusion model on them, which starts from the names of the
-tags, and ``infer_net.py`` tags the fold. ``--choose`` leaves the fold out altogether, and tags a
-quarter of the other authors instead: `TRAINING` was chosen so. The same again with a random split
-is printed next to it: an author's drawings resemble each other, so that one flatters. Linear models
-of scikit-learn, one tag against the rest, see the same features, and TF-IDF alone.
+other authors' texts, then trains the fusion model on them, which starts from texts about the tags
+(``openclipart_tags.yaml``), and ``infer_net.py`` tags the fold. ``--choose`` leaves the fold out
+altogether, and tags a quarter of the other authors instead: `TRAINING` was chosen so. The same
+again with a random split is printed next to it: an author's drawings resemble each other, so that
+one flatters. Linear models of scikit-learn, one tag against the rest, see the same features, and
+TF-IDF alone.
 
-The vectors of MiniLM, those of the tags' names too, are extracted once; those of TF-IDF differ from
+The vectors of MiniLM, those of the tags' texts too, are extracted once; those of TF-IDF differ from
 fold to fold and are joined to them by the extractor's own code.
 
 Run: ``python bench/openclipart.py --source DIR [--seeds 3] [--jobs 2]``, DIR with svg/ and png/ of
@@ -45,16 +46,20 @@ from common.post import Features
 from common.progress import notice, progress_bar
 from config.labels import LabelMap
 from config.presets import merge
-from config.tags import TagTexts
+from config.tags import TagEntry, TagTexts, load_tag_texts
 
 ROOT = Path(__file__).resolve().parents[1]
+TAGS = Path(__file__).with_name("openclipart_tags.yaml")
 FOLDS = 4
 SplitName: TypeAlias = Literal["author", "random", "choose"]
 Entries: TypeAlias = Sequence[Mapping[str, Any]]
 Floats: TypeAlias = npt.NDArray[np.float32]
 PRESET = ("--set", "features.preset=small", "--set", "features.ocr.enabled=false")
 TRAINING: dict[str, Any] = {
-    "model": {"name": "linear_probe", "linear_probe": {"penalties": [0.1], "alone": True}},
+    "model": {
+        "name": "linear_probe",
+        "linear_probe": {"penalties": [0.1], "alone": True, "unit": True},
+    },
 }
 """Chosen by ``--choose``."""
 
@@ -142,7 +147,7 @@ def extract(work: Path, labels: LabelMap) -> None:
         notice(f"{kind} {out}")
         file = folder / "posts" / posts
         if posts == "tags.json":
-            file.write_text(json.dumps(tag_sentences(labels)), encoding="utf-8")
+            file.write_text(json.dumps(tag_sentences(tag_texts(labels))), encoding="utf-8")
         given = ("--input", file, "--features", folder / out)
         script(ROOT / "scripts" / f"extract_{kind}_features.py", *given, *PRESET)
 
@@ -282,10 +287,10 @@ def write_start(work: Path, folder: Path, labels: LabelMap) -> None:
     from fusion.data.posts import PostList
     from fusion.models.base import FeatureManifest
 
-    joined = encoder(work.absolute() / "tag_features", folder, tag_sentences(labels))
+    texts = tag_texts(labels)
+    joined = encoder(work.absolute() / "tag_features", folder, tag_sentences(texts))
     pool, posts = folder / "pool.json", json.loads((folder / "train.json").read_text("utf-8"))
     pool.write_text(json.dumps([{**post, "labels": []} for post in posts]), encoding="utf-8")
-    texts = TagTexts.model_validate({"tags": labels.names})
     manifest = FeatureManifest({"text": joined.dim}, {"text": joined.fingerprint})
     bundle = zero_shot(
         texts,
@@ -298,9 +303,14 @@ def write_start(work: Path, folder: Path, labels: LabelMap) -> None:
     save_bundle(folder / "texts", bundle)
 
 
-def tag_sentences(labels: LabelMap) -> list[dict[str, Any]]:
-    """Return a post of text for each sentence that zero-shot tagging makes of a tag's name."""
-    texts = TagTexts.model_validate({"tags": labels.names})
+def tag_texts(labels: LabelMap) -> TagTexts:
+    """Return what is written about the tags; one that the file lacks has its name."""
+    known = {tag.name: tag for tag in load_tag_texts(TAGS).tags}
+    return TagTexts(tags=tuple(known.get(name, TagEntry(name=name)) for name in labels.names))
+
+
+def tag_sentences(texts: TagTexts) -> list[dict[str, Any]]:
+    """Return a post of text for each sentence that zero-shot tagging makes of a tag's texts."""
     each = dict.fromkeys(sentence for tag in texts.tags for sentence in texts.sentences(tag))
     none: dict[str, Any] = {"labels": [], "images": [], "videos": [], "audios": []}
     digests = {text: hashlib.sha256(text.encode()).hexdigest()[:16] for text in each}

@@ -177,6 +177,9 @@ class LinearProbeSettings(Section):
     """Each modality also has a probe of its own; the score is the mean of theirs and of the one of
     all. Where new posts come from other authors than those of the training, tags are ranked better;
     docs/benchmarks.md."""
+    unit: bool = False
+    """Each post's vector of a modality has length 1, as in cosines; else posts have length 1 on
+    average, and one whose vector is long counts for more."""
     start: Path | None = None
     """A bundle of `insighttag zeroshot`: the penalty then pulls the weights of each tag to its
     texts, and not to zero, its bias to that of the bundle."""

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
+from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid, normalize
 
 from common.post import Stream
 from config.fusion_models import ModelSettings
@@ -48,7 +48,8 @@ class LinearProbe(FusionModel):
     """Mean of each stream's tokens -> one length, centred -> joined -> linear layer -> logits.
 
     A missing stream stands at its mean. Elements of a stream are not scaled one by one: that would
-    make as much of the rarest n-gram of a text as of the commonest.
+    make as much of the rarest n-gram of a text as of the commonest. With ``linear_probe.unit`` each
+    post's vector has length 1, before and after the mean is taken away.
 
     The weights are found at once (`solutions`), so neither loss nor optimizer of the training
     count; they could be trained by steps as any others.
@@ -60,6 +61,7 @@ class LinearProbe(FusionModel):
     def __init__(self, schema: InputSchema, settings: ModelSettings) -> None:
         super().__init__(schema, settings)
         self._penalties = settings.linear_probe.penalties
+        self._unit = settings.linear_probe.unit
         self.start: tuple[torch.Tensor, torch.Tensor] | None = None
         """Weights ``(classes, dims)`` and biases to which the penalty pulls; none: to zero."""
         self.centres = nn.ModuleDict({m: Centre(d) for m, d in schema.dims.items()})
@@ -80,13 +82,21 @@ class LinearProbe(FusionModel):
         alone = {}
         for m in self.streams:
             there = masks[m].any(dim=1, keepdim=True)
-            alone[m] = self.centres[m](masked_mean(tokens[m], masks[m])) * there
+            alone[m] = self._rows(m, self._mean(tokens[m], masks[m])) * there
         logits = self.classify(torch.cat([alone[m] for m in self.streams], dim=1))
         if len(self.each):
             said = torch.stack([logits, *(self.each[m](alone[m]) for m in self.streams)])
             has = torch.stack([masks[m].any(dim=1) for m in self.streams])
             logits = mean_score(said.float(), torch.cat([torch.ones_like(has[:1]), has]))
         return Fused(logits, alone)
+
+    def _mean(self, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        mean = masked_mean(tokens, mask)
+        return normalize(mean.float(), dim=1) if self._unit else mean
+
+    def _rows(self, stream: Stream, means: torch.Tensor) -> torch.Tensor:
+        rows: torch.Tensor = self.centres[stream](means)
+        return normalize(rows, dim=1) if self._unit else rows
 
     def solutions(self, batches: Iterable[Batch]) -> Iterator[float]:
         """Set the weights of one penalty after another; yield the loss of each."""
@@ -96,15 +106,14 @@ class LinearProbe(FusionModel):
         for batch in batches:
             for m in self.streams:
                 tokens, mask = batch.tokens[m], batch.masks[m]
-                means[m].append(masked_mean(tokens, mask))
+                means[m].append(self._mean(tokens, mask))
                 there[m].append(mask.any(dim=1))
             truth.append(batch.truth)
         parts, rows = [], []
         for m in self.streams:
             vectors, has = torch.cat(means[m]), torch.cat(there[m])
-            centre = cast("Centre", self.centres[m])
-            centre.fit(vectors[has])
-            parts.append(centre(vectors) * has[:, None])
+            cast("Centre", self.centres[m]).fit(vectors[has])
+            parts.append(self._rows(m, vectors) * has[:, None])
             rows.append(has)
         inputs, targets = torch.cat(parts, dim=1), torch.cat(truth)
         start = self.start and (self.start[0].to(inputs), self.start[1].to(inputs))

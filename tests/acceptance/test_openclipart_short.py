@@ -40,7 +40,7 @@ def work(tmp_path: Path) -> Path:
     (tmp_path / "posts").mkdir()
     (tmp_path / "posts" / "posts.json").write_text(json.dumps(entries))
     (tmp_path / "posts" / "idx2name.json").write_text(json.dumps(dict(enumerate(TAGS))))
-    for sentence in openclipart.tag_sentences(LabelMap(TAGS)):
+    for sentence in openclipart.tag_sentences(openclipart.tag_texts(LabelMap(TAGS))):
         text = np.array([[name in sentence["text"] for name in TAGS] + [True] * 5], np.float16)
         post = Features(sentence["post_id"], {"text": text}, {"text": "ok"})
         write_features(tmp_path / "tag_features", post, {"text": "t"})

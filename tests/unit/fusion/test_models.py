@@ -311,21 +311,26 @@ def test_a_start_pulls_weights_and_biases_to_itself(count: int) -> None:
     np.testing.assert_allclose(change[2], 0, atol=1e-6)
 
 
-@pytest.mark.parametrize("count", [30, 300])
-def test_a_linear_probe_is_logistic_regression(count: int) -> None:
+@pytest.mark.parametrize(("count", "unit"), [(30, False), (300, False), (300, True)])
+def test_a_linear_probe_is_logistic_regression(count: int, unit: bool) -> None:
     """As scikit-learn's, one for each class, with more elements than posts and with fewer."""
     gaps: list[dict[Any, int]] = [{}, {"audio": 0}, {"video": 0, "ocr": 0}]
     posts = [support.features(str(i), seed=i, lengths=gaps[i % 3]) for i in range(count)]
     targets = support.truth(count)
-    model, loss = solved(posts, targets, 0.1)
+    model, loss = solved(posts, targets, 0.1, unit=unit)
     means: dict[Any, np.ndarray] = {}
     for m, dim in support.schema().dims.items():
         rows = [p.arrays[m].astype(float).mean(axis=0) if m in p.arrays else None for p in posts]
+        if unit:
+            rows = [None if row is None else row / np.linalg.norm(row) for row in rows]
         there = np.stack([row for row in rows if row is not None])
-        centre = there.mean(axis=0)
         length = np.sqrt((there**2).sum(axis=1).mean())
+        away = [None if row is None else row - there.mean(axis=0) for row in rows]
         means[m] = np.stack(
-            [np.zeros(dim) if row is None else (row - centre) / length for row in rows]
+            [
+                np.zeros(dim) if row is None else row / (np.linalg.norm(row) if unit else length)
+                for row in away
+            ]
         )
     inputs = np.hstack(list(means.values()))
     with torch.inference_mode():

@@ -203,11 +203,12 @@ def test_a_training_starts_with_the_texts_of_a_bundle(tmp_path: Path) -> None:
         start(projected={"image": "video"})
 
 
-def test_a_linear_probe_is_pulled_to_the_texts_of_a_bundle(tmp_path: Path) -> None:
+@pytest.mark.parametrize("unit", [False, True])
+def test_a_linear_probe_is_pulled_to_the_texts_of_a_bundle(tmp_path: Path, unit: bool) -> None:
     """A tag without posts is found by its text, and one that posts show otherwise by those."""
     save_bundle(tmp_path / "z", made())
     labels = texts("tag3", "tag1", "tag0").labels()
-    options = {"start": tmp_path / "z", "penalties": [0.1]}
+    options = {"start": tmp_path / "z", "penalties": [0.1], "unit": unit}
     settings = ModelSettings.model_validate({"name": "linear_probe", "linear_probe": options})
     schema = InputSchema.of(manifest(), settings.tokens, len(labels))
 
