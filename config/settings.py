@@ -37,8 +37,10 @@ class BrokerSettings(Section):
 
     url: str = "embedded://"
     queue: str = "insighttag.posts"
-    prefetch: PositiveInt = 32
-    """Messages held unacknowledged: the daemon's whole intake."""
+    prefetch: PositiveInt | Literal["auto"] = "auto"
+    """Messages held unacknowledged: the daemon's whole intake. With ``auto`` as many as media files
+    can be in work (``workers.slots``, ``decode.processes`` and ``fetch.connections`` together), and
+    while messages pass quickly as many as were acknowledged in half a second, up to 512."""
     heartbeat_s: PositiveInt = 10
     socket_timeout_s: Seconds = 5
     visibility_timeout_s: Seconds = 60
@@ -46,6 +48,14 @@ class BrokerSettings(Section):
     delivered again. A consumer that lives renews its hold, however long a post takes."""
     delivery_limit: PositiveInt = 20
     """RabbitMQ only: deliveries after which the broker itself dead-letters a message."""
+
+    @field_validator("prefetch", mode="before")
+    @classmethod
+    def _number(cls, value: object) -> object:
+        # pydantic would name both members of the union, as if they were keys.
+        if value == "auto" or re.fullmatch("0*[1-9][0-9]*", str(value)):
+            return value
+        raise ValueError("Input should be a valid integer from 1 on, or auto")
 
     @field_validator("url")
     @classmethod
@@ -613,6 +623,11 @@ class Settings(Section):
     log: LogSettings = LogSettings()
     infer: RunSettings = RunSettings()
     """`infer_net.py` with these settings: raw media to tags, without queue and workers."""
+
+    @property
+    def media_in_work(self) -> int:
+        """Return how many media files can be in work: downloading, decoding, or in a slot."""
+        return self.fetch.connections + self.decode.processes + self.workers.slots
 
     @model_validator(mode="after")
     def _heard(self) -> Settings:

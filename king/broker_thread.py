@@ -23,13 +23,14 @@ from king.broker.base import Broker, Delivery
 from king.messages import PostMessage
 from king.status import Status
 
-# The longest wait of an acknowledgement, since it is sent between two drains. Half of it doubles
-# the polls of an idle King on Redis; at double, the first post after a pause waits longer.
-DRAIN_S = 0.05
-# The wait after a drain that brought messages, or an acknowledgement: more of both follow at once
-# where posts need no work, and each wait doubles until nothing does. At half, a busy King polls
-# Redis a thousand times a second; at double, a backlog of posts that are tagged passes slower.
-_BUSY_DRAIN_S = 0.002
+# The longest drain: messages and whatever other threads ask for end it. It bounds how late the
+# queue's depth and the thread's tick are looked after, which the watchdog and `--drain` judge in
+# seconds; at half, an idle King wakes twice as often.
+DRAIN_S = 1.0
+# The same before the workers and the database are ready, whose events end no drain, and while a
+# message that was refused waits to be published. At half, a King that starts polls its broker 40
+# times a second; at double, a start takes a tenth of a second longer.
+_EARLY_DRAIN_S = 0.05
 
 # Period of looks at how many messages wait. `--drain` and the watchdog work in seconds, so a
 # shorter one only costs round trips; from two on, `--drain` would end later.
@@ -78,9 +79,14 @@ class BrokerThread:
         if deliveries:
             self._broker.wake()
 
+    def narrow(self, for_s: float) -> None:
+        """Hold few messages for a while, since they have become slow (any thread)."""
+        self._settlements.append(partial(self._broker.narrow, for_s))
+
     def requeue(self, deliveries: Sequence[Delivery]) -> None:
         """Put messages back on the queue (any thread)."""
-        self._settlements.extend(partial(self._broker.requeue, delivery) for delivery in deliveries)
+        self._settlements.extend([partial(self._broker.requeue, each) for each in deliveries])
+        self._broker.wake()
 
     def publish(self, messages: Sequence[PostMessage], on_confirmed: Callable[[], None]) -> None:
         """Publish messages (any thread); `on_confirmed` runs once the broker has them."""
@@ -90,14 +96,17 @@ class BrokerThread:
             on_confirmed()
 
         self._publishes.append(publish)
+        self._broker.wake()
 
     def stop_consuming(self) -> None:
         """Take no more messages (any thread)."""
         self._may_consume = False
+        self._broker.wake()
 
     def subscribe_anew(self) -> None:
-        """Connect and subscribe again; only sets a flag, since a signal handler calls it."""
+        """Connect and subscribe again; no more than this, since a signal handler calls it."""
         self._reconnect_asked = True
+        self._broker.wake()
 
     @property
     def quiet(self) -> bool:
@@ -108,6 +117,7 @@ class BrokerThread:
     def stop(self) -> None:
         """Let `run` return, after the commands queued so far."""
         self._stopping.set()
+        self._broker.wake()
 
     def run(self) -> None:
         """Keep the connection and serve it until `stop`."""
@@ -148,16 +158,17 @@ class BrokerThread:
 
     def _serve(self) -> None:
         """Loop over one connection: the whole life of the thread while nothing breaks."""
-        wait_s = DRAIN_S
         while not self._stopping.is_set():
             self._status.tick("broker")
             self._reconnect_if_asked()
             self._start_or_stop_consuming()
             settled = self._settle()
-            published = time.monotonic() >= self._publish_due and self._publish_next()
-            drained = self._broker.drain(wait_s)
+            self._broker.drain(
+                DRAIN_S if self._consuming and not self._publishes else _EARLY_DRAIN_S
+            )
             self._hand_over()
-            wait_s = _BUSY_DRAIN_S if drained or settled else min(2 * wait_s, DRAIN_S)
+            # After the drain, which sends the acknowledgements: they free what publishing needs.
+            published = time.monotonic() >= self._publish_due and self._publish_next()
             # Not as soon as it connects: that may succeed each time, and nothing after it.
             if settled or published:
                 self._failures = 0

@@ -89,6 +89,13 @@ class HeldElsewhere:
 
 
 @dataclass(frozen=True, slots=True)
+class NoRoom:
+    """Verdict: this King has as many such posts in work as it can use; nothing is recorded."""
+
+    post_id: str
+
+
+@dataclass(frozen=True, slots=True)
 class Rejected:
     """Verdict: the claim was refused and is a dead letter now."""
 
@@ -110,7 +117,7 @@ class WriteRefused:
     reason: str
 
 
-Verdict: TypeAlias = Started | Settled | HeldElsewhere | Rejected | WriteRefused
+Verdict: TypeAlias = Started | Settled | HeldElsewhere | NoRoom | Rejected | WriteRefused
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,7 +266,8 @@ class ClaimContext:
     """The King that works on jobs, with its rules; a claim holds for ``lease_s`` without renewal.
 
     ``now`` is the time of the database, which the Kings of all hosts share. ``is_dead`` returns
-    True when the King of a name is dead for certain, whatever its lease.
+    True when the King of a name is dead for certain, whatever its lease. ``admits`` returns False
+    for a post that must not begin now; it may be asked again for one that it has admitted.
     """
 
     owner: str
@@ -268,6 +276,7 @@ class ClaimContext:
     retry: RetryPolicy
     lease_s: float = 60.0
     is_dead: Callable[[str], bool] = lambda _owner: False
+    admits: Callable[[Post], bool] = lambda _post: True
 
     def waits(self, job: Job) -> bool:
         """Return True for a job whose next attempt is not due.

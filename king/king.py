@@ -8,7 +8,8 @@
     broker --delivery--> store --begun post--> dispatch --outcome--> store --ack--> broker
 
 Every arrow is a deque bounded by ``broker.prefetch``: a message is held until its outcome is
-written, so a queue that is full downstream stops intake and never heartbeats.
+written, so a queue that is full downstream stops intake and never heartbeats. Of the messages in
+hand only so many begin as files can be in work.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import structlog
 
 from common.errors import ConfigError, RetryableError, TaggingError, one_line
 from config.settings import Settings
-from king.broker.base import Broker
+from king.broker.base import Broker, Prefetch
 from king.broker.connect import open_broker
 from king.broker_thread import BrokerThread
 from king.dispatch_thread import DispatchThread
@@ -34,7 +35,7 @@ from king.jobs import is_dead, own_name
 from king.status import Status, dumped_on_signal, write_health
 from king.store.client import StoreClient
 from king.store.store import Store
-from king.store_thread import InFlight, PostStore, StoreInbox, StoreThread
+from king.store_thread import InFlight, PostStore, Room, StoreInbox, StoreThread
 from workers.protocol import TaskPool
 
 # The watchdog sends it: connect to the broker and subscribe again.
@@ -74,8 +75,11 @@ class King:
         self.status = Status()
         self.in_flight = InFlight()
         inbox = StoreInbox(self.in_flight)
+        if broker is None:
+            prefetch = Prefetch.of(settings.broker, settings.media_in_work)
+            broker = open_broker(settings.broker, prefetch)
         self._broker_thread = BrokerThread(
-            broker if broker is not None else open_broker(settings.broker),
+            broker,
             self.status,
             inbox.deliver,
         )
@@ -96,6 +100,7 @@ class King:
             broker_thread=self._broker_thread,
             start=self._dispatch_thread.start,
             batch_size=settings.store.batch_size,
+            room=Room(broker.prefetch.least),
         )
         self._threads: dict[str, threading.Thread] = {}
         self._died: tuple[str, BaseException] | None = None

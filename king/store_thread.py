@@ -19,7 +19,7 @@ from typing import Literal, Protocol, TypeAlias, TypeVar
 import structlog
 
 from common.errors import MessageError, StoreRefused, StoreUnavailable
-from common.post import Failure
+from common.post import Failure, Post
 from common.retry import reconnect_delay_s
 from config.settings import KingSettings
 from king.broker.base import Delivery
@@ -30,6 +30,7 @@ from king.jobs import (
     Dead,
     HeldElsewhere,
     Job,
+    NoRoom,
     Outcome,
     Rejected,
     Released,
@@ -69,6 +70,14 @@ _REFUSED_AGAIN_S = 10.0
 # Characters of a message's body that are stored for people: long enough for any message that can
 # be read, short enough that a flood of junk does not fill the database.
 _PAYLOAD_CHARS = 4096
+
+# Characters of the texts of posts in work, on top of which one more post may begin. Ordinary texts
+# are far from it; at double, posts of 16 MB each could take that much more memory.
+_MOST_TEXT_CHARS = 1 << 26
+# Messages that have become slow are not hoarded for this long after some were given back. At half,
+# a queue of cheap and slow posts gives back twice as often; at double, a queue that has become
+# cheap passes slower for longer.
+_NARROW_S = 10.0
 
 RECONCILER_LEASE = "reconciler"
 
@@ -152,6 +161,42 @@ class InFlight:
         with self._lock:
             since = [post.since for post in self._posts.values()]
         return time.monotonic() - min(since) if since else 0.0
+
+
+class Room:
+    """The posts in work, so many with media and so much text at most; for one thread.
+
+    Messages in hand may be far more than files can be in work, and a post that has begun runs
+    towards its deadline, and is charged with an attempt when the King dies.
+    """
+
+    def __init__(self, most_with_media: int) -> None:
+        self.most_with_media = most_with_media
+        self._with_media: set[str] = set()
+        self._chars: dict[str, int] = {}
+        self._sum_of_chars = 0
+
+    @property
+    def left(self) -> int:
+        """Return how many posts with media may begin."""
+        return self.most_with_media - len(self._with_media)
+
+    def admits(self, post: Post) -> bool:
+        """Take a post in, unless it has to wait; one that was taken in before is admitted again."""
+        if post.post_id in self._chars:
+            return True
+        if (post.media and self.left < 1) or self._sum_of_chars > _MOST_TEXT_CHARS:
+            return False
+        if post.media:
+            self._with_media.add(post.post_id)
+        self._chars[post.post_id] = len(post.text)
+        self._sum_of_chars += len(post.text)
+        return True
+
+    def leave(self, post_id: str) -> None:
+        """Let a post out, if it was taken in."""
+        self._with_media.discard(post_id)
+        self._sum_of_chars -= self._chars.pop(post_id, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,6 +294,7 @@ class StoreThread:
         broker_thread: BrokerThread,
         start: Callable[[Started], None],
         batch_size: int,
+        room: Room,
     ) -> None:
         """Describe the thread; `run` does the work."""
         self._store = store
@@ -259,6 +305,8 @@ class StoreThread:
         self._broker_thread = broker_thread
         self._start = start
         self._batch_size = batch_size
+        self._room = room
+        self._waiting: list[Claim] = []  # for room, those of the highest priority first
         self._context = ClaimContext(
             owner=owner,
             bundle=("", ""),
@@ -266,6 +314,7 @@ class StoreThread:
             retry=settings.retry,
             lease_s=settings.lease_s,
             is_dead=is_dead,
+            admits=room.admits,
         )
         self._parked: list[tuple[float, Claim]] = []
         self._unwritten: list[tuple[float, _Ended]] = []
@@ -291,7 +340,7 @@ class StoreThread:
     def idle(self) -> bool:
         """Return True when nothing waits to be begun or written."""
         publishing = self._publishing and self._status.publish_refused is None
-        waits = self._parked or self._unwritten or publishing
+        waits = self._waiting or self._parked or self._unwritten or publishing
         return self._inbox.idle and not waits
 
     def leave(self) -> None:
@@ -362,6 +411,9 @@ class StoreThread:
         now = time.monotonic()
         claims += [claim for until, claim in self._parked if until <= now or self._draining]
         self._parked = [] if self._draining else [p for p in self._parked if p[0] > now]
+        left = len(self._waiting) if self._draining else self._room.left
+        claims = self._waiting[:left] + claims
+        del self._waiting[:left]
         if not claims:
             return
         if self._draining:
@@ -370,13 +422,24 @@ class StoreThread:
             return
         context = self._now()
         verdicts = self._persist(lambda: self._store.begin(claims, context))
-        for claim, verdict in zip(claims, verdicts or (), strict=verdicts is not None):
+        if verdicts is None:
+            for claim in claims:
+                self._room.leave(claim.message.post_id)
+            return
+        for claim, verdict in zip(claims, verdicts, strict=True):
             self._act(claim, verdict, context)
+        self._waiting.sort(key=lambda claim: -claim.message.priority)
+        self._give_back_hoard()
 
     def _act(self, claim: Claim, verdict: Verdict, context: ClaimContext) -> None:
         post_id = claim.message.post_id
+        if not isinstance(verdict, Started):
+            self._room.leave(post_id)  # another King was quicker
         match verdict:
+            case NoRoom():
+                self._waiting.append(claim)
             case Started():
+                self._in_flight.touch(post_id)
                 self._running.add(post_id)
                 self._start(verdict)
             case HeldElsewhere():
@@ -400,6 +463,19 @@ class StoreThread:
                 self._status.count("settled")
                 log.info("king.message_settled", post_id=post_id, reason=verdict.reason)
                 self._ack(post_id)
+
+    def _give_back_hoard(self) -> None:
+        """Return messages that other Kings could work on: those behind the next ones here.
+
+        Each only once, since a broker may count how often it delivers a message.
+        """
+        hoard = self._waiting[self._room.most_with_media :]
+        returned = [claim for claim in hoard if not claim.redelivered]
+        if returned:
+            self._broker_thread.narrow(_NARROW_S)
+            for claim in reversed(returned):  # put back one by one before the others
+                self._waiting.remove(claim)
+                self._requeue(claim.message.post_id)
 
     def _write(self, items: Sequence[_Ended]) -> None:
         if not items:
@@ -430,7 +506,7 @@ class StoreThread:
         elif isinstance(item, _UnreadableDelivery):
             self._broker_thread.requeue([item.delivery])
         else:
-            self._running.discard(refused.post_id)
+            self._ended(refused.post_id)
             self._requeue(refused.post_id)
 
     def _due_again(self) -> list[_Ended]:
@@ -443,7 +519,7 @@ class StoreThread:
     def _close(self, outcome: Tagged | Superseded | Retry | Dead | Released) -> None:
         """Count, log and acknowledge an attempt whose outcome is written."""
         started = outcome.started
-        self._running.discard(started.post_id)
+        self._ended(started.post_id)
         if isinstance(outcome, Released):
             self._requeue(started.post_id)
             return
@@ -483,6 +559,10 @@ class StoreThread:
                 line.error("king.post_failed", error=_reason(outcome.failure))
         self._ack(started.post_id)
 
+    def _ended(self, post_id: str) -> None:
+        self._running.discard(post_id)
+        self._room.leave(post_id)
+
     def _ack(self, post_id: str) -> None:
         self._settled += self._in_flight.remove(post_id)
 
@@ -497,6 +577,8 @@ class StoreThread:
     def _look_after(self) -> None:
         """Renew leases, publish what is due, and count the jobs."""
         now = time.monotonic()
+        for claim in self._waiting:
+            self._in_flight.touch(claim.message.post_id)
         while self._published:
             if self._published[0][0]:
                 self._persist(partial(self._store.published, *self._published[0]))

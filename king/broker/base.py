@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import select
+import time
+import weakref
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -20,6 +24,14 @@ from king.messages import PostMessage
 # Messages published before the broker's answer is waited for. One by one, each would cost a round
 # trip; half of this is hardly slower, and double only makes more that may have to be sent again.
 PUBLISH_WINDOW = 500
+
+# With `prefetch: auto`, the most messages in hand. IDs that need no work pass at 2,000 a second and
+# more from half of this on; double only gives a crash more messages to deliver again.
+_MOST_IN_HAND = 512
+
+# Time whose acknowledged messages may be in hand at once. It is what a King that dies, or whose
+# posts become slow, holds back from the others; at half, batches of cheap posts are half as large.
+_PACE_S = 0.5
 
 log = structlog.get_logger("king.broker")
 
@@ -91,6 +103,57 @@ class Delivery:
 OnDelivery: TypeAlias = Callable[[Delivery], None]
 
 
+@dataclass(frozen=True, slots=True)
+class Prefetch:
+    """Bounds of the messages in hand: ``least`` always, up to ``most`` while they pass quickly."""
+
+    least: int
+    most: int
+
+    @classmethod
+    def of(cls, settings: BrokerSettings, media_in_flight: int = 32) -> Prefetch:
+        """Return the bounds that the settings name, or by ``auto`` those of the host."""
+        if settings.prefetch != "auto":
+            return cls(settings.prefetch, settings.prefetch)
+        return cls(media_in_flight, max(media_in_flight, _MOST_IN_HAND))
+
+    def after(self, width: int, acknowledged: int) -> int:
+        """Return the number that follows on ``width``, by the acknowledgements of half a second.
+
+        It is ``least``, doubled while they are as many, and stays until they are twice as many or
+        fewer than half: RabbitMQ needs another consumer for each change.
+        """
+        if width // 2 <= acknowledged < 2 * width:
+            return width
+        doublings = max(1, acknowledged // self.least).bit_length() - 1
+        return min(self.least << doublings, self.most)
+
+
+class Waker:
+    """Ends another thread's wait for a socket; also for handlers of signals."""
+
+    def __init__(self) -> None:
+        self._event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        # By the collector and not by `close`: a late `wake` must not write to another's descriptor.
+        weakref.finalize(self, os.close, self._event)
+
+    def wake(self) -> None:
+        """End the wait, or else the next one."""
+        with contextlib.suppress(BlockingIOError):  # it was called 2**64 times
+            os.eventfd_write(self._event, 1)
+
+    def wait(self, timeout_s: float, socket: int | None = None) -> tuple[bool, bool]:
+        """Wait for a wake or the socket; return True for each: was woken, can be read."""
+        poller = select.poll()
+        poller.register(self._event, select.POLLIN)
+        if socket is not None:
+            poller.register(socket, select.POLLIN)
+        ready = dict(poller.poll(max(0.0, timeout_s) * 1000))
+        if woken := self._event in ready:
+            os.eventfd_read(self._event)
+        return woken, socket in ready
+
+
 class Broker(ABC):
     """A queue of posts, used by one thread.
 
@@ -122,6 +185,7 @@ class Broker(ABC):
 
     Attributes:
         settings: Of the broker.
+        prefetch: Bounds of the messages in hand.
         connected: False before `connect`, and once a call has seen that the connection is lost.
         generation: Number of the present connection: 1 after the first `connect`.
         shortcoming: What the server cannot do, in one line; None before `connect` and normally.
@@ -129,9 +193,10 @@ class Broker(ABC):
 
     errors: ClassVar[ClientErrors] = ClientErrors()
 
-    def __init__(self, settings: BrokerSettings) -> None:
+    def __init__(self, settings: BrokerSettings, prefetch: Prefetch | None = None) -> None:
         """Describe the broker; ConfigError when its URL cannot be used."""
         self.settings = settings
+        self.prefetch = prefetch or Prefetch.of(settings)
         self.connected = False
         self.generation = 0
         self.shortcoming: str | None = None
@@ -140,7 +205,12 @@ class Broker(ABC):
         self._inbox: deque[Delivery] = deque()  # in hand, but not handed over yet
         self._loss: BrokerUnavailable | None = None
         self._is_probe = False
-        self._window = 1  # messages that may be in hand
+        self._waker = Waker()
+        self._acked: list[int | str] = []  # to be told to the server with others
+        self._is_proven = False  # a message came that did not end a consumer before
+        self._width = self.prefetch.least
+        self._settled_count = 0  # since the width was looked at
+        self._pace_due = self._narrow_until = 0.0
 
     def connect(self, *, declare: bool = True) -> None:
         """Connect, or connect again; consuming goes on if it had begun.
@@ -159,14 +229,15 @@ class Broker(ABC):
         self._in_hand.clear()
         self._inbox.clear()
         self._loss = None
-        self._window = 1
+        self._is_proven = False
+        self._width = self.prefetch.least
         self.generation += 1
         self.connected = True
         if self._on_delivery is not None:
             self.consume(self._on_delivery)
 
     def consume(self, on_delivery: OnDelivery) -> None:
-        """Ask for messages, up to ``prefetch``; `drain` calls `on_delivery` on this thread."""
+        """Ask for as many messages as may be in hand; `drain` hands them to `on_delivery`."""
         with self._client_call():
             self._on_delivery = on_delivery
 
@@ -177,9 +248,16 @@ class Broker(ABC):
         Raises BrokerUnavailable when the connection is lost.
         """
 
-    @abstractmethod
     def ack(self, delivery: Delivery) -> bool:
-        """Remove the message for good; False if it is not in hand. A loss shows in `drain`."""
+        """Remove the message for good; False if it is not in hand.
+
+        The server is told by the next `drain`, of many at once; a loss shows there.
+        """
+        if not self._settle(delivery):
+            return False
+        self._acked.append(delivery.token)
+        self._settled_count += 1
+        return True
 
     @abstractmethod
     def requeue(self, delivery: Delivery) -> bool:
@@ -200,8 +278,14 @@ class Broker(ABC):
         Raises BrokerUnavailable, and ConfigError when the broker refuses the request of a probe.
         """
 
-    def wake(self) -> None:  # noqa: B027 - not every client can be woken
+    def wake(self) -> None:
         """End a `drain` that waits, or else the next one (any thread): there is something to do."""
+        self._waker.wake()
+
+    def narrow(self, for_s: float) -> None:
+        """Hold no more messages than ``prefetch.least`` for a while: they have become slow."""
+        self._width = self.prefetch.least
+        self._narrow_until = time.monotonic() + for_s
 
     def unacknowledged(self) -> int | None:
         """Return the number of messages in somebody's hands; None where the broker does not say.
@@ -250,11 +334,26 @@ class Broker(ABC):
         except Exception as error:  # noqa: BLE001 - bytes of strangers: this message's fault alone
             log.warning("king.message_unpacked", error=one_line(error, 200))
             body, redelivered = raw, True
-        if not redelivered:
-            self._window = self.settings.prefetch
+        self._is_proven = self._is_proven or not redelivered
         delivery = Delivery(body, token, self.generation, redelivered)
         self._in_hand[token] = delivery
         self._inbox.append(delivery)
+
+    @property
+    def _window(self) -> int:
+        """The number of messages that may be in hand."""
+        return self._width if self._is_proven else 1
+
+    def _keep_pace(self) -> None:
+        """Widen or narrow the window by what was acknowledged lately."""
+        now = time.monotonic()
+        if now < self._pace_due:
+            return
+        count, self._settled_count = self._settled_count, 0
+        late_s, self._pace_due = now - self._pace_due, now + _PACE_S
+        if now >= self._narrow_until:
+            acknowledged = round(count * _PACE_S / (_PACE_S + late_s))
+            self._width = self.prefetch.after(self._width, acknowledged)
 
     def _hand_over(self) -> int:
         """Call ``on_delivery`` for each message noted; return their number."""

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from common.errors import ConfigError
 from common.urls import redact
 from config.settings import BrokerSettings
-from king.broker.base import Broker
+from king.broker.base import Broker, Prefetch
 from king.broker.rabbitmq import RabbitBroker
 from king.broker.redis import RedisBroker
 from king.messages import PostMessage
@@ -22,7 +22,7 @@ BROKERS: dict[str, type[Broker]] = {
 }
 
 
-def open_broker(settings: BrokerSettings) -> Broker:
+def open_broker(settings: BrokerSettings, prefetch: Prefetch | None = None) -> Broker:
     """Return the broker that the URL names; ConfigError when it names none."""
     scheme = settings.url.partition("://")[0].lower()
     if scheme == "embedded":
@@ -32,7 +32,7 @@ def open_broker(settings: BrokerSettings) -> Broker:
         raise ConfigError(
             f"broker.url: {redact(settings.url)!r} is no broker; use {schemes} or embedded://"
         )
-    return BROKERS[scheme](settings)
+    return BROKERS[scheme](settings, prefetch)
 
 
 def publish_posts(settings: BrokerSettings, messages: Iterable[PostMessage]) -> int:

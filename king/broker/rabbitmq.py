@@ -6,7 +6,9 @@ every connection that publishes, and acknowledgements on that one would wait as 
 
 from __future__ import annotations
 
+import bisect
 import contextlib
+import math
 import ssl
 import struct
 import time
@@ -30,6 +32,8 @@ from king.broker.base import (
     ClientErrors,
     Delivery,
     OnDelivery,
+    Prefetch,
+    Waker,
     require_host,
 )
 from king.messages import PostMessage, decompressed
@@ -107,17 +111,18 @@ class RabbitBroker(Broker):
         },
     )
 
-    def __init__(self, settings: BrokerSettings) -> None:
+    def __init__(self, settings: BrokerSettings, prefetch: Prefetch | None = None) -> None:
         require_host(settings.url)
-        super().__init__(settings)
+        super().__init__(settings, prefetch)
         self._link = _Link(settings)
-        self._consumer_tags: list[str] = []
-        self._consumed = 0  # messages that the consumers may have in hand together
+        self._consumers: list[tuple[str, int]] = []  # tag, messages that it may have in hand
+        self._last_of_cancelled = 0  # tag of the last delivery to a consumer that was cancelled
         self._beat_interval_s = min(_MAX_BEAT_INTERVAL_S, settings.heartbeat_s / 4)
         self._beat_due = 0.0
 
     def _open(self, declare: bool) -> None:
-        self._consumer_tags, self._consumed = [], 0
+        self._consumers, self._acked = [], []  # what was not told is delivered once more
+        self._last_of_cancelled = 0
         self._beat_due = time.monotonic() + self._beat_interval_s
         self._link = _Link(self.settings)
         self._link.open()
@@ -152,21 +157,36 @@ class RabbitBroker(Broker):
 
     def consume(self, on_delivery: OnDelivery) -> None:
         super().consume(on_delivery)
-        if not self._consumer_tags:
-            self._subscribe()
+        if not self._consumers:
+            with self._client_call():
+                self._add_consumer(self._window)
 
-    def _subscribe(self) -> None:
-        """Add a consumer for what the window has beyond the first one's limit.
+    def _add_consumer(self, limit: int) -> None:
+        channel = self._link.channel
+        channel.basic_qos(0, limit, False)
+        tag = channel.basic_consume(self.settings.queue, callback=self._on_message)
+        self._consumers.append((tag, limit))
 
-        RabbitMQ fixes the limit for the life of a consumer, and what is on its way to a cancelled
-        one is lost to us until the connection ends.
+    def _follow_window(self) -> None:
+        """Add a consumer for what the window has gained, or cancel those that are too many.
+
+        RabbitMQ fixes the limit for the life of a consumer. Both are done only while each consumer
+        has all that it may have: a message that is on its way meanwhile may be lost to us until the
+        connection ends. What a cancelled consumer had in hand hides that, so it must be gone.
         """
-        with self._client_call():
-            self._link.channel.basic_qos(0, self._window - self._consumed, False)
-            self._consumed = self._window
-            self._consumer_tags.append(
-                self._link.channel.basic_consume(self.settings.queue, callback=self._on_message)
-            )
+        unsettled = [*self._in_hand, *self._acked]
+        consumed = sum(limit for _, limit in self._consumers)
+        if consumed == self._window or len(unsettled) != consumed:
+            return
+        if min(map(int, unsettled)) <= self._last_of_cancelled:
+            return
+        if consumed < self._window:
+            self._add_consumer(self._window - consumed)
+        while consumed - self._consumers[-1][1] >= self._window:
+            self._last_of_cancelled = max(map(int, unsettled))
+            tag, limit = self._consumers.pop()
+            self._link.channel.basic_cancel(tag)
+            consumed -= limit
 
     def _on_message(self, message: Any) -> None:
         # Only noted: py-amqp calls this from inside any call that reads the socket. kombu's
@@ -182,25 +202,35 @@ class RabbitBroker(Broker):
         with self._client_call():
             self._link.deadline = float("inf")
             end = time.monotonic() + timeout_s
+            self._keep_pace()
+            if self._consumers:
+                self._follow_window()
+            self._flush()
             while True:
                 is_burst = bool(self._inbox)
                 left_s = end - time.monotonic()
                 wait_s = _BURST_WAIT_S if is_burst else min(left_s, self._beat_interval_s)
-                came = self._link.read(wait_s)
+                woken, has_more = self._link.wait(wait_s, self._waker)
+                if has_more:
+                    self._link.read()
                 # After reading: frames that waited in the socket are signs of life as well.
                 if time.monotonic() >= self._beat_due:
                     self._link.beat()
                     self._beat_due = time.monotonic() + self._beat_interval_s
-                if (is_burst and not came) or time.monotonic() >= end:
+                is_over = not has_more and (woken or is_burst)
+                if is_over or time.monotonic() >= end:
                     break
-            if self._consumer_tags and self._consumed < self._window:
-                self._subscribe()
         return self._hand_over()
 
-    def ack(self, delivery: Delivery) -> bool:
-        return self._settle(delivery) and self._succeeds(
-            lambda: self._link.channel.basic_ack(delivery.token)
-        )
+    def _flush(self) -> None:
+        """Send the acknowledgements: one for all messages before the oldest that is in hand."""
+        acked, self._acked = sorted(map(int, self._acked)), []
+        oldest = min(map(int, self._in_hand), default=math.inf)
+        count = bisect.bisect(acked, oldest)
+        if count:
+            self._link.channel.basic_ack(acked[count - 1], multiple=True)
+        for token in acked[count:]:
+            self._link.channel.basic_ack(token)
 
     def requeue(self, delivery: Delivery) -> bool:
         return self._settle(delivery) and self._succeeds(
@@ -243,9 +273,8 @@ class RabbitBroker(Broker):
         super().cancel()
 
     def _cancel_consumers(self) -> None:
-        while self._consumer_tags:
-            self._link.channel.basic_cancel(self._consumer_tags.pop())
-        self._consumed = 0
+        while self._consumers:
+            self._link.channel.basic_cancel(self._consumers.pop()[0])
 
     @contextlib.contextmanager
     def _client_call(self) -> Iterator[None]:
@@ -254,13 +283,14 @@ class RabbitBroker(Broker):
             yield
 
     def _leave(self) -> None:
+        self._flush()
         self._cancel_consumers()
         for token in self._in_hand:  # RabbitMQ would put them back by consumer
             self._link.channel.basic_reject(token, requeue=True)
         self._link.close()
 
     def _abandon(self) -> None:
-        self._consumer_tags = []
+        self._consumers = []
         self._link.abandon()
 
 
@@ -321,7 +351,16 @@ class _Link:
     def beat(self) -> None:
         self._kombu.transport.heartbeat_check(self._connection)
 
-    def read(self, timeout_s: float) -> bool:
+    def wait(self, timeout_s: float, waker: Waker) -> tuple[bool, bool]:
+        """Wait for something to read, or to be woken; return True for each that came."""
+        if not self._connection.connected:
+            raise amqp_errors.RecoverableConnectionError("the connection is closed")
+        socket = self._connection.transport.sock
+        if isinstance(socket, ssl.SSLSocket) and socket.pending():
+            return False, True  # decrypted already: the kernel knows nothing of it
+        return waker.wait(timeout_s, socket.fileno())
+
+    def read(self, timeout_s: float = _BURST_WAIT_S) -> bool:
         """Handle one event; `kombu.Connection` would reconnect here, silently and unsubscribed."""
         if not self._connection.connected:
             raise amqp_errors.RecoverableConnectionError("the connection is closed")

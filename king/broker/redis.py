@@ -18,7 +18,6 @@ import binascii
 import contextlib
 import itertools
 import json
-import threading
 import time
 import uuid
 from collections.abc import Iterable
@@ -35,12 +34,22 @@ from redis.retry import Retry
 from common.errors import ConfigError, PublishRefused, one_line
 from common.urls import redact
 from config.settings import BrokerSettings
-from king.broker.base import PUBLISH_WINDOW, Broker, ClientErrors, Delivery, require_host
+from king.broker.base import (
+    PUBLISH_WINDOW,
+    Broker,
+    ClientErrors,
+    Delivery,
+    Prefetch,
+    require_host,
+)
 from king.messages import MAX_PRIORITY, MIN_PRIORITY, PostMessage, decompressed
 
-# Pause between two looks at an empty queue. At half, an idle King costs Redis and itself twice as
-# much; at double, a post waits up to a tenth of a second for nothing.
-_POLL_S = 0.05
+# Pause between two looks at an empty queue: the first one, and doubled from look to look the
+# longest. Redis has no command that waits for a message and also notes who took it. With half of
+# the longest, an idle King costs Redis and itself twice as much; with double, the first post after
+# a pause waits up to half a second for nothing.
+_FIRST_POLL_S = 0.01
+_LONGEST_POLL_S = 0.25
 
 # Expired messages given back at a time. Each is a round trip, in which no post is taken: ten times
 # as many would hold up the queue for a noticeable time, and the rest follows a few seconds later.
@@ -92,10 +101,10 @@ class RedisBroker(Broker):
         hints={redis_errors.AuthenticationError: "user or password refused, or no permission ({})"},
     )
 
-    def __init__(self, settings: BrokerSettings) -> None:
+    def __init__(self, settings: BrokerSettings, prefetch: Prefetch | None = None) -> None:
         if not settings.url.startswith("unix://"):
             require_host(settings.url)
-        super().__init__(settings)
+        super().__init__(settings, prefetch)
         self._options = _client_options(settings)
         queue = settings.queue
         self._lists = [f"{queue}\x06\x16{p}" if p else queue for p in range(MAX_PRIORITY + 1)]
@@ -105,8 +114,7 @@ class RedisBroker(Broker):
         self._tag_prefix = ""
         self._tag_numbers = itertools.count()
         self._is_empty = True  # by the last answer
-        self._woken = threading.Event()
-        self._acked: list[int | str] = []
+        self._poll_s = _FIRST_POLL_S
         self._asked: list[str] = []  # tags of a `take` whose answer has not come
         self._renew_every_s = settings.visibility_timeout_s / 4
         self._renewal_due = self._collection_due = 0.0
@@ -147,15 +155,15 @@ class RedisBroker(Broker):
             self._flush()
             while True:
                 self._look_after_leases()
+                self._keep_pace()
                 self._take()
                 left_s = end - time.monotonic()
-                if self._inbox or left_s <= 0 or self._woken.wait(min(left_s, _POLL_S)):
+                self._poll_s = min(2 * self._poll_s, _LONGEST_POLL_S)
+                if self._inbox:
+                    self._poll_s = _FIRST_POLL_S
+                if self._inbox or left_s <= 0 or self._waker.wait(min(left_s, self._poll_s))[0]:
                     break
-        self._woken.clear()
         return self._hand_over()
-
-    def wake(self) -> None:
-        self._woken.set()
 
     def _look_after_leases(self) -> None:
         now = time.monotonic()
@@ -183,12 +191,6 @@ class RedisBroker(Broker):
         self._is_empty = not entries
         for tag, entry in zip(tags, entries, strict=False):  # fewer may come than were asked for
             self._receive(entry[1:], tag, read_item)
-
-    def ack(self, delivery: Delivery) -> bool:
-        if not self._settle(delivery):
-            return False
-        self._acked.append(delivery.token)  # the next `drain` sends it, with others
-        return True
 
     def requeue(self, delivery: Delivery) -> bool:
         return self._settle(delivery) and self._succeeds(lambda: self._give_back([delivery.token]))

@@ -25,6 +25,7 @@ from king.jobs import (
     Dead,
     HeldElsewhere,
     Job,
+    NoRoom,
     Outcome,
     Rejected,
     Released,
@@ -422,8 +423,11 @@ def judge(
         return ClaimResult(Settled(post_id, "waiting" if decision == "waiting" else "dead"))
     if decision == "exhausted" and job is not None:
         return ClaimResult(*_rejected(claim, job, exhausted(job), context))
+    post = read_post(post_id, read, settings.fields)
+    if not context.admits(post):
+        return ClaimResult(NoRoom(post_id))
     started = Started(
-        post=read_post(post_id, read, settings.fields),
+        post=post,
         document_id=read["_id"],
         attempt=ended if decision == "resume" else ended + 1,
         priority=message.priority,

@@ -111,6 +111,35 @@ def test_prefetch_bounds_what_is_in_hand(rig: Rig) -> None:
     assert consumer.idle() == 0
 
 
+def test_acks_in_any_order_remove_exactly_their_messages(rig: Rig) -> None:
+    broker = rig.broker(prefetch=8)
+    broker.publish(PostMessage(f"p{i}") for i in range(6))
+    consumer = Consumer(broker)
+    consumer.take(6)
+    for number in (4, 0, 1, 5):
+        assert broker.ack(consumer.got[number])
+    broker.drain(0.1)
+    broker.close()
+    other = Consumer(rig.broker(), ack=True)
+    other.take(2, timeout_s=30)
+    assert other.idle() == 0
+    assert [parse_message(b).post_id for b in other.bodies] == ["p2", "p3"]
+
+
+def test_more_are_in_hand_while_messages_pass_quickly(rig: Rig) -> None:
+    """With ``auto``; once they stop, few are in hand again, and none is lost on the way."""
+    broker = rig.broker(prefetch="auto")
+    consumer = Consumer(broker, ack=True)
+    published = most = 0
+    while most <= broker.prefetch.least and published < 100_000:
+        published += broker.publish(PostMessage(f"p{published + i}") for i in range(500))
+        while len(consumer.got) < published:
+            most = max(most, broker.drain(1))
+    assert broker.prefetch.least < most <= broker.prefetch.most
+    assert len({*consumer.bodies}) == len(consumer.got) == published
+    assert not any(delivery.redelivered for delivery in consumer.got)
+
+
 def test_after_a_lost_connection_messages_come_alone_until_a_new_one(rig: Rig) -> None:
     """The message that ended a consumer is counted alone: no other is in hand with it."""
     broker = rig.broker(prefetch=4)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Literal
 
 from common.errors import BrokerUnavailable, PublishRefused
 from config.settings import BrokerSettings
@@ -60,7 +61,9 @@ class MemoryBroker(Broker):
         unacked: The messages in hand.
     """
 
-    def __init__(self, queue: MemoryQueue | None = None, prefetch: int = 32) -> None:
+    def __init__(
+        self, queue: MemoryQueue | None = None, prefetch: int | Literal["auto"] = 32
+    ) -> None:
         super().__init__(BrokerSettings(url="memory://", prefetch=prefetch))
         self.queue = queue if queue is not None else MemoryQueue()
         self.published: list[PostMessage] = []
@@ -75,6 +78,8 @@ class MemoryBroker(Broker):
     def drain(self, timeout_s: float) -> int:
         """Hand over the waiting messages, or else sleep."""
         with self._server_call():
+            self._acked.clear()
+            self._keep_pace()
             while (
                 self._on_delivery is not None
                 and self.queue.waiting
@@ -89,7 +94,7 @@ class MemoryBroker(Broker):
         return self._hand_over()
 
     def ack(self, delivery: Delivery) -> bool:
-        if not self._settle(delivery):
+        if not super().ack(delivery):
             return False
         del self.unacked[delivery.token]
         self.acked.append(delivery)

@@ -6,7 +6,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from common.errors import BrokerUnavailable
 from config.settings import BrokerSettings
@@ -27,7 +27,7 @@ class Rig:
     memory: MemoryQueue = field(default_factory=MemoryQueue)
     _open: list[Broker] = field(default_factory=list)
 
-    def broker(self, *, prefetch: int = 32) -> Broker:
+    def broker(self, *, prefetch: int | Literal["auto"] = 32) -> Broker:
         """A connected broker; closed at the end of the test."""
         broker: Broker
         if self.settings is None:
