@@ -30,9 +30,8 @@ from workers.protocol import (
     TaskPool,
 )
 
-# Events of the pool and `wake` end a poll at once; only deadlines and the heartbeat for the
-# watchdog wait for it. At double these come half a second late; at half an idle King wakes up
-# eight times a second.
+# Events of the pool and `wake` end a poll at once; only deadlines wait for it. At double these come
+# half a second late; at half a King that waits for its workers wakes up eight times a second.
 _POLL_S = 0.25
 # The memory of every worker is read from /proc: at half it shows in a profile, at double the
 # health page lags.
@@ -95,7 +94,8 @@ class DispatchThread:
                     self._begin(self._inbox.popleft())
                 if self._releasing:
                     self._release_all()
-                for event in self._pool.poll(_POLL_S):
+                wait_s = _POLL_S if len(self._runs) else _WORKER_STATUS_EVERY_S
+                for event in self._pool.poll(wait_s):
                     self._handle(event)
                 self._runs.expire()
                 self._report_workers()

@@ -27,7 +27,7 @@ import structlog
 
 from common.errors import ConfigError, RetryableError, TaggingError, one_line
 from config.settings import Settings
-from king.broker.base import Broker, Prefetch
+from king.broker.base import Broker, Prefetch, Waker
 from king.broker.connect import open_broker
 from king.broker_thread import BrokerThread
 from king.dispatch_thread import DispatchThread
@@ -40,7 +40,7 @@ from workers.protocol import TaskPool
 
 # The watchdog sends it: connect to the broker and subscribe again.
 SUBSCRIBE_SIGNAL = signal.SIGUSR1
-# How late a signal or the end of a thread is noticed; less only burns CPU.
+# How late a change of the King's state is noticed while it starts or ends; less only burns CPU.
 _TICK_S = 0.1
 # The watchdog and `insighttag status` judge progress by this file, in steps of seconds.
 _HEALTH_EVERY_S = 1.0
@@ -105,6 +105,7 @@ class King:
         self._threads: dict[str, threading.Thread] = {}
         self._died: tuple[str, BaseException] | None = None
         self._signals = 0
+        self._waker = Waker()
         self._health_due = 0.0
         self._health_failed = False
         self._empty_since: float | None = None
@@ -112,6 +113,7 @@ class King:
     def stop(self) -> None:
         """Ask for a drain; a second call ends the King at once."""
         self._signals += 1
+        self._waker.wake()
 
     def run(self, *, drain: bool = False) -> int:
         """Serve until stopped, or with ``drain`` until there is no work left; return the exit code.
@@ -151,6 +153,7 @@ class King:
             except BaseException as error:  # noqa: BLE001 - the King ends, and says why
                 if self._died is None:
                     self._died = (name, error)
+                self._waker.wake()
 
         self._threads[name] = threading.Thread(target=run, name=f"king-{name}", daemon=True)
         self._threads[name].start()
@@ -161,7 +164,8 @@ class King:
 
     def _serve(self, drain: bool) -> None:
         while not self._signals and not self._broken:
-            self._tick()
+            # A King that serves has only its health to write: signals and dead threads wake it.
+            self._tick(_TICK_S if drain or not self.status.has_served else _HEALTH_EVERY_S)
             if drain and self._nothing_left():
                 log.info("king.drained", tagged=self.status.counter("tagged"))
                 return
@@ -170,8 +174,8 @@ class King:
         if drain and sys.stderr.isatty():
             sys.stderr.write("\n")
 
-    def _tick(self) -> None:
-        time.sleep(_TICK_S)  # not an Event: a signal handler could not set it safely
+    def _tick(self, wait_s: float = _TICK_S) -> None:
+        self._waker.wait(wait_s)  # not an Event: a signal handler could not set it safely
         self.status.tick("main")
         if time.monotonic() >= self._health_due:
             self._health_due = time.monotonic() + _HEALTH_EVERY_S
