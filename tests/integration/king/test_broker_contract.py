@@ -126,6 +126,15 @@ def test_acks_in_any_order_remove_exactly_their_messages(rig: Rig) -> None:
     assert [parse_message(b).post_id for b in other.bodies] == ["p2", "p3"]
 
 
+def test_a_drain_is_ended_by_a_wake_before_it(rig: Rig) -> None:
+    broker = rig.broker()
+    Consumer(broker).idle(0.1)
+    broker.wake()
+    began = time.monotonic()
+    assert broker.drain(30) == 0
+    assert time.monotonic() - began < 15
+
+
 def test_more_are_in_hand_while_messages_pass_quickly(rig: Rig) -> None:
     """With ``auto``; once they stop, few are in hand again, and none is lost on the way."""
     broker = rig.broker(prefetch="auto")

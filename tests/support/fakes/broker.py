@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -90,7 +89,7 @@ class MemoryBroker(Broker):
                 self.unacked[token] = message
                 self._receive(message.body, token, partial(_as_is, message.redelivered))
         if not self._inbox:
-            time.sleep(min(timeout_s, 0.01))
+            self._waker.wait(min(timeout_s, 0.01))
         return self._hand_over()
 
     def ack(self, delivery: Delivery) -> bool:
