@@ -186,12 +186,17 @@ def others(kind: str, path: Path) -> dict[str, Callable[[], int]]:
         "PyAV, sound": lambda: _pyav_sound(path),
     }
     for name, way in (("decord", _decord), ("torchcodec", _torchcodec)):
-        try:
-            importlib.import_module(f"{name}.decoders" if name == "torchcodec" else name)
-        except (ImportError, OSError, RuntimeError):  # torchcodec raises the last without FFmpeg
-            continue
-        ways[name] = lambda way=way: way(path)  # type: ignore[misc]
+        if name not in _absent:
+            try:
+                way(path)
+            except (ImportError, OSError, RuntimeError):  # torchcodec looks for FFmpeg at last here
+                _absent.add(name)
+            else:
+                ways[name] = lambda way=way: way(path)  # type: ignore[misc]
     return ways
+
+
+_absent: set[str] = set()
 
 
 def _small(pixels: Any) -> Any:
