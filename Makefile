@@ -17,7 +17,7 @@ UV := $(VENV)/bin/uv pip
 SOURCES := common config corpus demo deploy extractors fusion king scripts web workers
 SCRIPTS := $(wildcard *.py)
 # In the order of the folders: the long files of acceptance first, those of unit fill up the end.
-PYTEST_ARGS ?= -n $(PROCESSES) --dist loadfile --no-loadscope-reorder --max-worker-restart 1
+PYTEST_ARGS ?= -n $(PROCESSES) --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 # Tests with servers wait half of their time, so two processes leave half of two cores idle. Each
 # takes a gigabyte, and 20 CPU-seconds to collect and to start its servers.
 PROCESSES ?= 4

@@ -308,6 +308,11 @@ def _models(engine: str) -> dict[Step, Path]:
     return models
 
 
+# A model of OpenVINO gives the thread that loads it a stack for signals, and frees it at its end
+# while it may still be in use: the next signal that Python handles then kills the process.
+_never_freed: list[Any] = []
+
+
 def _open_reader(
     settings: OcrSettings, models: Mapping[Step, Path], device: str, networks: Mapping[Step, Any]
 ) -> Any:
@@ -334,6 +339,8 @@ def _open_reader(
         parameters[f"{step}.model_path"] = str(path)
         parameters[f"{step}.engine_type"] = EngineType(engine)
     reader: Any = RapidOCR(params=parameters)
+    if engine == "openvino":
+        _never_freed.append(reader)
     # Models are loaded when they are first used: the last two, then the first.
     blank = np.full((2 * _LEAST_SIDE, 2 * _LEAST_SIDE, 3), 255, np.uint8)
     reader(blank, use_det=False)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +30,24 @@ STROKES = {
 }
 CHINESE = "\u4e2d\u5c71\u738b\u7530"
 PLACES = ("onnxruntime", "openvino", "torch")
+
+
+SIGNALLED = """
+import faulthandler, gc, os, signal
+from config.settings import OcrSettings
+from extractors.models.ocr import OcrExtractor
+faulthandler.enable()  # gives the thread a stack for signals, as a King's processes do
+readers = [OcrExtractor(OcrSettings(engine="openvino")) for _ in range(2)]
+for reader in readers:
+    reader.load()
+del reader
+while readers:
+    del readers[0]
+    gc.collect()
+signal.signal(signal.SIGUSR1, lambda *_: None)
+os.kill(os.getpid(), signal.SIGUSR1)
+print("alive")
+"""
 
 
 def chinese(*, vertical: bool = False) -> np.ndarray:
@@ -173,3 +194,18 @@ def test_a_gpu_that_is_not_used_is_said() -> None:
         "warning",
     )
     assert line["providers"] == ["CPUExecutionProvider"]
+
+
+def test_a_signal_after_openvino_kills_nobody(project_root: Path) -> None:
+    """OpenVINO frees a stack for signals that may be in use: it did, and the process died."""
+    pytest.importorskip("openvino")
+    done = subprocess.run(
+        [sys.executable, "-c", SIGNALLED],
+        cwd=project_root,
+        env={**os.environ, "PYTHONPATH": str(project_root)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, "alive\n"), done.stderr
