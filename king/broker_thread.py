@@ -21,15 +21,11 @@ from common.retry import reconnect_delay_s
 from common.urls import redact
 from king.broker.base import Broker, Delivery
 from king.messages import PostMessage
-from king.status import Status
+from king.status import IDLE_TICK_S, Status
 
-# The longest drain: messages and whatever other threads ask for end it. It bounds how late the
-# queue's depth and the thread's tick are looked after, which the watchdog and `--drain` judge in
-# seconds; at half, an idle King wakes twice as often.
-DRAIN_S = 1.0
-# The same before the workers and the database are ready, whose events end no drain, and while a
-# message that was refused waits to be published. At half, a King that starts polls its broker 40
-# times a second; at double, a start takes a tenth of a second longer.
+# The longest drain before the workers and the database are ready, whose events end no drain, and
+# while a message that was refused waits to be published. At half, a King that starts polls its
+# broker 40 times a second; at double, a start takes a tenth of a second longer.
 _EARLY_DRAIN_S = 0.05
 
 # Period of looks at how many messages wait. `--drain` and the watchdog work in seconds, so a
@@ -164,7 +160,7 @@ class BrokerThread:
             self._start_or_stop_consuming()
             settled = self._settle()
             self._broker.drain(
-                DRAIN_S if self._consuming and not self._publishes else _EARLY_DRAIN_S
+                IDLE_TICK_S if self._consuming and not self._publishes else _EARLY_DRAIN_S
             )
             self._hand_over()
             # After the drain, which sends the acknowledgements: they free what publishing needs.

@@ -18,7 +18,7 @@ import structlog
 
 from config.settings import Settings
 from king.jobs import Dead, Outcome, Released, Retry, Started, Tagged
-from king.status import Status
+from king.status import IDLE_TICK_S, Status
 from workers.post_run import PostFailed, PostOutcome, PostPlan, PostRun, PostRuns, PostTags
 from workers.protocol import (
     BundleLoaded,
@@ -94,7 +94,7 @@ class DispatchThread:
                     self._begin(self._inbox.popleft())
                 if self._releasing:
                     self._release_all()
-                wait_s = _POLL_S if len(self._runs) else _WORKER_STATUS_EVERY_S
+                wait_s = _POLL_S if len(self._runs) else IDLE_TICK_S
                 for event in self._pool.poll(wait_s):
                     self._handle(event)
                 self._runs.expire()

@@ -32,7 +32,7 @@ from king.broker.connect import open_broker
 from king.broker_thread import BrokerThread
 from king.dispatch_thread import DispatchThread
 from king.jobs import is_dead, own_name
-from king.status import Status, dumped_on_signal, write_health
+from king.status import IDLE_TICK_S, Status, dumped_on_signal, write_health
 from king.store.client import StoreClient
 from king.store.store import Store
 from king.store_thread import InFlight, PostStore, Room, StoreInbox, StoreThread
@@ -165,7 +165,7 @@ class King:
     def _serve(self, drain: bool) -> None:
         while not self._signals and not self._broken:
             # A King that serves has only its health to write: signals and dead threads wake it.
-            self._tick(_TICK_S if drain or not self.status.has_served else _HEALTH_EVERY_S)
+            self._tick(_TICK_S if drain or not self.status.has_served else IDLE_TICK_S)
             if drain and self._nothing_left():
                 log.info("king.drained", tagged=self.status.counter("tagged"))
                 return

@@ -46,6 +46,11 @@ dead letters, ``settled`` messages for which there was nothing to do.
 # The rate is that of the last minute: half of it jumps with every batch, double hides a stall.
 RATE_WINDOW_S = 60
 
+# The longest wait of each thread of an idle King: half the period of the health file, so that each
+# file shows a new tick. At double, two in a row may show the same; at half, a King wakes twice as
+# often.
+IDLE_TICK_S = 0.5
+
 DUMP_SIGNAL = signal.SIGUSR2
 # The file is set aside at this size: some hundred dumps, and still quick to open.
 _LIMIT_BYTES = 4 * 2**20

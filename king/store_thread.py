@@ -45,7 +45,7 @@ from king.jobs import (
     message_key,
 )
 from king.messages import PostMessage, parse_message
-from king.status import Status
+from king.status import IDLE_TICK_S, Status
 
 T = TypeVar("T")
 
@@ -374,7 +374,7 @@ class StoreThread:
             return 0.0
         if self._parked or self._unwritten or self._draining:
             return _WAIT_S
-        return max(0.0, self._look_due - time.monotonic())
+        return min(IDLE_TICK_S, max(0.0, self._look_due - time.monotonic()))
 
     def _work_off(self, batch: Sequence[_Item]) -> None:
         self._status.tick("store")
