@@ -177,13 +177,18 @@ def delete_queue(server: RabbitMQServer, name: str) -> None:
 @pytest.mark.rabbitmq
 def test_heartbeats_keep_an_idle_connection(rabbitmq: RabbitMQServer, queue_name: str) -> None:
     """Draining an empty queue for five heartbeats keeps the connection; not draining loses it."""
+
+    def connections() -> set[str]:
+        return set(rabbitmq.control("list_connections", "--quiet", "pid").split())
+
+    others = connections()
     with connected(settings_for(rabbitmq.url, queue_name)) as broker:
         consumer = Consumer(broker)
         consumer.idle(3)
         assert broker.generation == 1
         broker.publish([PostMessage("p1")])
         consumer.take(1)
-        time.sleep(3.2)
+        wait_until(lambda: connections() <= others, 60, "RabbitMQ to give up the connection")
         with pytest.raises(BrokerUnavailable):
             consumer.until(lambda: False)
         consumer.until(lambda: len(consumer.got) == 2, heal=True)
