@@ -77,6 +77,18 @@ def _logs_as_they_were() -> Iterator[None]:
     structlog.reset_defaults()
 
 
+@pytest.fixture(autouse=True)
+def _priority_as_it_was() -> Iterator[None]:
+    """Where root runs FFmpeg's encoder of AV1, it takes the highest priority for its caller.
+
+    Left so, this process and all that it starts would go before every other test's.
+    """
+    policy = os.sched_getscheduler(0)
+    yield
+    if os.sched_getscheduler(0) != policy:
+        os.sched_setscheduler(0, policy, os.sched_param(0))
+
+
 MONGO_KINDS = ["nx", "mongodb"] if os.environ.get("INSIGHTTAG_TEST_MONGO_URL") else ["nx"]
 
 
