@@ -8,6 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from tests.support.processes import python
+
 BENCH = Path(__file__).resolve().parents[2] / "bench"
 SCRIPTS = sorted(str(p) for p in BENCH.glob("*.py") if "__main__" in p.read_text("utf-8"))
 
@@ -49,3 +53,14 @@ def test_every_benchmark_says_how_it_is_run(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     ended = json.loads(done.stdout)
     assert ended == {Path(script).name: [0, "usage: "] for script in SCRIPTS}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["overhead"])
+def test_small_run_measures_every_case_and_writes_it(name: str, tmp_path: Path) -> None:
+    done = python(f"bench/{name}.py", "--small", f"--out={tmp_path}", timeout_s=500)
+    assert done.returncode == 0, done.stdout + done.stderr
+    written = json.loads((tmp_path / f"{name}.json").read_text(encoding="utf-8"))
+    assert {"machine", "date", "commit", "runs"} < written.keys()
+    assert written["results"]
+    assert all(row["posts_per_s"] > 0 for row in written["results"])

@@ -1,0 +1,43 @@
+"""Floors of benchmarks: what is below one is said in a phrase."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import yaml
+from floors import FILE, broken_floors
+from results_file import FOLDER
+
+ROWS = [
+    {"broker": "redis", "posts_per_s": 90, "cpu_ms": {"king": 1.2}},
+    {"broker": "rabbitmq", "posts_per_s": 110, "cpu_ms": {"king": 1.6}},
+]
+FLOORS = yaml.safe_load(FILE.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(
+    ("floor", "broken"),
+    [
+        ({"figure": "posts_per_s", "least": 90}, []),
+        ({"figure": "posts_per_s", "least": 91}, ["posts_per_s is 90, at least 91 is wanted"]),
+        (
+            {"where": {"broker": "rabbitmq"}, "figure": "cpu_ms.king", "most": 1.5},
+            ["cpu_ms.king rabbitmq is 1.6, at most 1.5 is wanted"],
+        ),
+        ({"where": {"broker": "redis"}, "figure": "cpu_ms.king", "most": 1.5}, []),
+        ({"where": {"broker": "none"}, "figure": "posts_per_s", "least": 1000}, []),
+    ],
+)
+def test_a_figure_below_its_floor_is_named(floor: dict[str, Any], broken: list[str]) -> None:
+    assert broken_floors(ROWS, [floor]) == broken
+
+
+@pytest.mark.parametrize("name", FLOORS)
+def test_every_floor_holds_for_figures_that_were_written(name: str) -> None:
+    rows = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))["results"]
+    for floor in FLOORS[name]:
+        where = floor["where"].items()
+        assert any(all(row.get(key) == value for key, value in where) for row in rows), floor
+    assert broken_floors(rows, FLOORS[name]) == []
