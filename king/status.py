@@ -45,6 +45,7 @@ dead letters, ``settled`` messages for which there was nothing to do.
 
 # The rate is that of the last minute: half of it jumps with every batch, double hides a stall.
 RATE_WINDOW_S = 60
+_RATE_STEP_S = 0.5  # at double, the rate of a King that has just begun moves in steps
 
 # The longest wait of each thread of an idle King: half the period of the health file, so that each
 # file shows a new tick. At double, two in a row may show the same; at half, a King wakes twice as
@@ -107,9 +108,17 @@ class Status:
         with self._lock:
             self._counters[name] += number
             if name == "tagged":
-                self._recent.append((now, number))
+                self._count_recent(now, number)
         if COUNTERS[name]:
             self._last["done"] = time.time()
+
+    def _count_recent(self, now: float, number: int) -> None:
+        """Count into parts of a second: one entry for each post would be summed every second."""
+        if self._recent and now - self._recent[-1][0] < _RATE_STEP_S:
+            since, before = self._recent.pop()
+            self._recent.append((since, before + number))
+        else:
+            self._recent.append((now, number))
 
     def counter(self, name: str) -> int:
         """Return one counter."""

@@ -56,6 +56,11 @@ _WAIT_S = 0.25
 # need no work falls apart into batches of a few, which cost the database as much as whole ones; at
 # double, a post that comes alone after others waits for nothing.
 _MORE_S = 0.005
+# A batch is gathered until one in so many of the posts in work has ended, or for this long. A batch
+# of one costs the database and the King nearly as much as one of ten. At half the share, or double
+# the time, workers wait for posts; at double or half, batches are of a few.
+_GATHERED_SHARE = 8
+_GATHER_S = 0.1
 # How often due retries are published and jobs counted. At half, twice the queries to an idle
 # database; at double, retries come two seconds late.
 _LOOK_EVERY_S = 1.0
@@ -218,6 +223,7 @@ class StoreInbox:
         self._in_flight = in_flight
         self._items: deque[_Item] = deque()
         self._arrived = threading.Condition()
+        self._wanted = 0  # items that are gathered before the store thread wakes up
         self._busy = False
 
     def deliver(self, deliveries: Sequence[Delivery]) -> list[Delivery]:
@@ -247,7 +253,8 @@ class StoreInbox:
     def _put(self, items: Sequence[_Item]) -> None:
         with self._arrived:
             self._items.extend(items)
-            self._arrived.notify()
+            if len(self._items) >= self._wanted:  # a wake-up for each item would cost as a batch
+                self._arrived.notify()
 
     def wake(self) -> None:
         """End a wait for a batch (any thread)."""
@@ -263,19 +270,28 @@ class StoreInbox:
         """Return True when nothing waits."""
         return not self._items
 
-    def next_batch(self, limit: int, wait_s: float, expected: int = 0) -> list[_Item]:
+    def next_batch(
+        self, limit: int, wait_s: float, expected: int = 0, gather: int = 0
+    ) -> list[_Item]:
         """Return what has arrived, after waiting for it; call `done` when it is worked off.
 
-        For as many as are expected just now, it waits a little longer.
+        For as many as are expected just now it waits a little longer, and for the number to gather
+        longer than that.
         """
         with self._arrived:
             if not self._items:
                 self._arrived.wait(wait_s)
             if self._items:
-                self._arrived.wait_for(lambda: len(self._items) >= expected, _MORE_S)
+                self._wait_for(min(expected, limit), _MORE_S)
+                self._wait_for(min(gather, limit), _GATHER_S)
             # Set under the lock, so that at no moment an item is neither waiting nor worked on.
             self._busy = bool(self._items)
             return [self._items.popleft() for _ in range(min(len(self._items), limit))]
+
+    def _wait_for(self, count: int, wait_s: float) -> None:
+        self._wanted = count
+        self._arrived.wait_for(lambda: len(self._items) >= count, wait_s)
+        self._wanted = 0
 
     def done(self) -> None:
         """Note that the latest batch is worked off."""
@@ -362,7 +378,9 @@ class StoreThread:
         self._persist(self._store.connect)
         try:
             while not (self._stopping.is_set() and self._inbox.empty):
-                batch = self._inbox.next_batch(self._batch_size, self._wait_s, self._expected)
+                batch = self._inbox.next_batch(
+                    self._batch_size, self._wait_s, self._expected, self._gather
+                )
                 self._expected = 0
                 self._work_off(batch)
         finally:
@@ -375,6 +393,11 @@ class StoreThread:
         if self._parked or self._unwritten or self._draining:
             return _WAIT_S
         return min(IDLE_TICK_S, max(0.0, self._look_due - time.monotonic()))
+
+    @property
+    def _gather(self) -> int:
+        leaving = self._draining or self._stopping.is_set()
+        return 0 if leaving else len(self._running) // _GATHERED_SHARE
 
     def _work_off(self, batch: Sequence[_Item]) -> None:
         self._status.tick("store")

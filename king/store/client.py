@@ -88,6 +88,7 @@ class StoreClient:
     def __init__(self, settings: StoreSettings) -> None:
         self.settings = settings
         self._client: MongoClient[Document] | None = None
+        self._collections: dict[str, Collection[Document]] = {}
         self._is_embedded: bool | None = None
         self._clock_ahead_s: float | None = None  # of the monotonic clock
 
@@ -99,17 +100,23 @@ class StoreClient:
     @property
     def posts(self) -> Collection[Document]:
         """Return the platform's posts."""
-        return self.database[self.settings.collection]
+        return self._collection(self.settings.collection)
 
     @property
     def jobs(self) -> Collection[Document]:
         """Our jobs."""
-        return self.database[self.settings.jobs_collection]
+        return self._collection(self.settings.jobs_collection)
 
     @property
     def leases(self) -> Collection[Document]:
         """Return the leases of work that only one King does; jobs would be skewed by them."""
-        return self.database[f"{self.settings.jobs_collection}_leases"]
+        return self._collection(f"{self.settings.jobs_collection}_leases")
+
+    def _collection(self, name: str) -> Collection[Document]:
+        # Kept: pymongo makes a new one each time, with options of its own that it reads again.
+        if name not in self._collections:
+            self._collections[name] = self.database[name]
+        return self._collections[name]
 
     @property
     def database(self) -> Database[Document]:
@@ -182,6 +189,7 @@ class StoreClient:
     def close(self) -> None:
         """Close the connections; a later use opens them again."""
         client, self._client = self._client, None
+        self._collections.clear()
         if client is not None:
             client.close()
 

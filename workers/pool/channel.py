@@ -32,6 +32,7 @@ import struct
 from collections import deque
 from dataclasses import dataclass
 from enum import Enum
+from itertools import islice
 from typing import Any, Generic, TypeVar, get_args
 
 import msgspec
@@ -47,6 +48,9 @@ _HEADER = struct.Struct("!Q")
 _CHUNK_BYTES = 1 << 18
 """Bytes of one read: about what a socket's buffer holds, so that larger reads would come back
 short and smaller ones double the system calls of a large message."""
+
+_MOST_PARTS = 64
+"""Messages of one system call, which may take 1,024; more than this rarely wait."""
 
 _MOST_PER_CALL = 1 << 23
 """Bytes that one `receive` takes: a worker that sends without end must not keep the King from the
@@ -159,26 +163,31 @@ class Channel(Generic[_T]):
     def unsent(self) -> bool:
         return bool(self._out)
 
-    def send(self, message: Command | Reply) -> None:
-        """Queue a message and send what goes at once; never blocks."""
+    def put(self, message: Command | Reply) -> None:
+        """Queue a message, to be sent with the next ones."""
         self._out.append(memoryview(encode(message)))
+
+    def send(self, *messages: Command | Reply) -> None:
+        """Queue messages and send what goes at once; never blocks."""
+        for message in messages:
+            self.put(message)
         self.flush()
 
     def flush(self) -> None:
         """Send what goes at once; what the other side will never read is dropped."""
         while self._out:
-            head = self._out[0]
             try:
-                sent = self._socket.send(head)
+                # Together: each call wakes the other side.
+                sent = self._socket.sendmsg(list(islice(self._out, _MOST_PARTS)))
             except (BlockingIOError, InterruptedError):
                 return
             except OSError:
                 self._out.clear()  # its death is noticed by reading: nothing it sent may be lost
                 return
-            if sent == len(head):
-                self._out.popleft()
-            else:
-                self._out[0] = head[sent:]
+            while self._out and sent >= len(self._out[0]):
+                sent -= len(self._out.popleft())
+            if sent:
+                self._out[0] = self._out[0][sent:]
 
     def receive(self) -> list[_T]:
         """Return the messages that have arrived, or ProtocolError; sets `closed` at the end."""
@@ -221,7 +230,12 @@ class Channel(Generic[_T]):
 
     def send_wait(self, message: Reply) -> None:
         """Send a message whole, waiting for the other side to read (workers only)."""
-        self.send(message)
+        self.put(message)
+        self.flush_wait()
+
+    def flush_wait(self) -> None:
+        """Send what is queued whole, waiting for the other side to read (workers only)."""
+        self.flush()
         while self._out:
             self._wait(select.POLLOUT, None)
             self.flush()

@@ -39,6 +39,7 @@ from workers.protocol import (
     CacheUpdate,
     Decoded,
     Done,
+    Envelope,
     Expect,
     Failed,
     Fetched,
@@ -173,8 +174,11 @@ class ProcessPool:
 
     def _dispatch(self, now: float) -> None:
         if self.ready:
+            envelopes: dict[str, list[Envelope]] = {}
             for name, envelope in self._scheduler.dispatch(now):
-                self._supervisor.send(self._supervisor.workers[name], envelope)
+                envelopes.setdefault(name, []).append(envelope)
+            for name, assigned in envelopes.items():
+                self._supervisor.send(self._supervisor.workers[name], *assigned)
             for queued in self._scheduler.drop_unserved("lookup"):
                 self._fail(queued, RetryableError, "the cache worker is away")
 

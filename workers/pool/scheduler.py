@@ -196,11 +196,16 @@ class Scheduler:
         moved = True
         while moved:
             moved = False
-            for load in sorted(self._loads.values(), key=lambda each: each.weight):
+            wanted = [load for load in self._loads.values() if self._waits_for(load)]
+            for load in sorted(wanted, key=lambda each: each.weight):
                 queued = self._next_for(load, now)
                 if queued is not None:
                     moved = True
                     yield load.name, self._assign(queued, load, now)
+
+    def _waits_for(self, load: WorkerLoad) -> bool:
+        """Return True when a task waits that the worker could take."""
+        return any(self._queue_sizes.get(q) or self._suspects.get(q) for q in load.queues)
 
     def began(self, name: str, task_ids: Iterable[int], now: float) -> None:
         """Record that a worker runs these as one batch."""

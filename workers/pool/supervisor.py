@@ -143,7 +143,8 @@ def worker_specs(
         at_most = 4 * cache.threads  # it has the next ones while the King polls
         specs.append(WorkerSpec("cache", "cache-0", ("lookup",), limit_s, at_most))
     specs += [
-        WorkerSpec("decode", f"decode-{i}", ("decode",), decode.deadline_s, at_most=1)
+        # It has the next one while the King is told of the last.
+        WorkerSpec("decode", f"decode-{i}", ("decode",), decode.deadline_s, at_most=2)
         for i in range(decode.processes)
     ]
 
@@ -392,9 +393,9 @@ class Supervisor:
         with suppress(OSError):  # full: it will wake anyway; closed: nothing waits
             self._wake_out.send(b"w")
 
-    def send(self, worker: ManagedProcess, message: Command) -> None:
+    def send(self, worker: ManagedProcess, *messages: Command) -> None:
         if worker.channel is not None and worker.closing_at is None:
-            worker.channel.send(message)
+            worker.channel.send(*messages)
             self._watch_room(worker, worker.channel)
 
     def on_time(self, now: float, *, restart: bool) -> None:

@@ -161,6 +161,8 @@ def serve(context: Context, handler: Handler) -> None:
     recycler = Recycler(context.settings.workers)
     try:
         while True:
+            if not backlog:  # else the results go with the news of the next batch
+                channel.flush_wait()
             idle_s = handler.between_batches(channel)
             for message in channel.receive_wait(0.0 if backlog else idle_s):
                 if isinstance(message, Envelope):
@@ -180,6 +182,7 @@ def serve(context: Context, handler: Handler) -> None:
     except Retire as retire:
         _log.info("workers.retired", reason=str(retire) or None)
     finally:
+        channel.flush_wait()
         handler.close()
 
 
@@ -217,7 +220,7 @@ def _run_batch(channel: Channel[Command], handler: Handler, batch: list[Envelope
     channel.send_wait(Began(tuple(envelope.task_id for envelope in live)))
     outcomes = handler.run([envelope.task for envelope in live])
     for envelope, outcome in zip(live, outcomes, strict=True):
-        channel.send_wait(reply_to(envelope.task_id, outcome))
+        channel.put(reply_to(envelope.task_id, outcome))
 
 
 def reply_to(task_id: int, outcome: Outcome) -> Done | Failed:

@@ -36,7 +36,7 @@ def test_workers_of_the_settings() -> None:
         *("extract-0", "extract-1", "extract-2"),
         "fuse-0",
     ]
-    assert (specs["fetch-0"].at_most, specs["decode-0"].at_most) == (5, 1)
+    assert (specs["fetch-0"].at_most, specs["decode-0"].at_most) == (5, 2)
     assert (specs["decode-0"].limit_s, specs["extract-0"].limit_s) == (7, 9)
     assert specs["extract-1"].queues == ("video", "image")
     assert specs["extract-2"].queues == ("audio", "text"), "OCR is disabled"
