@@ -12,7 +12,7 @@ from common.post import Media, Post
 from config.settings import BrokerSettings, KingSettings, Settings
 from king.broker.base import Delivery, Prefetch
 from king.broker_thread import BrokerThread
-from king.jobs import Started
+from king.jobs import ClaimContext, Outcome, Started
 from king.messages import PostMessage
 from king.status import Status
 from king.store_thread import InFlight, Room, StoreInbox, StoreThread
@@ -204,3 +204,43 @@ def test_what_waits_for_room_goes_back_at_the_end() -> None:
         it.thread.drain()
         it.until(lambda: it.thread.idle)
         assert {*it.broker_thread.did} == {("requeue", "m2"), ("requeue", "m3")}
+
+
+class _BatchesStore(FakeStore):
+    """A store that notes how many ends of posts it is given at once."""
+
+    def __init__(self, known: Sequence[dict[str, Any]]) -> None:
+        super().__init__(known)
+        self.batches: list[int] = []
+
+    def finish(self, outcomes: Sequence[Outcome], context: ClaimContext) -> list[Outcome]:
+        self.batches.append(len(outcomes))
+        return super().finish(outcomes, context)
+
+
+@pytest.mark.parametrize(("in_work", "batches"), [(24, [3, 2]), (7, [1])])
+def test_ends_of_posts_are_gathered_only_where_many_are_in_work(
+    in_work: int, batches: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An eighth of them; a post that is alone is written at once."""
+    monkeypatch.setattr("king.store_thread._GATHER_S", 600.0)  # only the number ends the wait
+    store = _BatchesStore(posts(*[f"t{i}" for i in range(in_work)]))
+    with _Storing(store) as it:
+        it.deliver(*[f"t{i}" for i in range(in_work)])
+        it.until(lambda: len(it.began) == in_work)
+        ended = 0
+        for k, number in enumerate(batches):
+            for _ in range(number):
+                it.end(ended)
+                ended += 1
+            it.until(lambda: len(store.batches) > k)  # noqa: B023 - called here
+        assert store.batches == batches
+
+
+def test_what_is_gathered_does_not_wait_for_long() -> None:
+    store = _BatchesStore(posts(*[f"t{i}" for i in range(24)]))
+    with _Storing(store) as it:
+        it.deliver(*[f"t{i}" for i in range(24)])
+        it.until(lambda: len(it.began) == 24)
+        it.end(0)  # and no other ends
+        it.until(lambda: store.batches == [1])
