@@ -6,13 +6,16 @@ names the key or file), 1 anything else. A mistake of the user never shows a tra
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
-from typing import Any
+from functools import partial
+from importlib.metadata import version
+from typing import Annotated, Any
 
 import typer
 
-from common.cli import USAGE_ERROR, complain, exit_code
+from common.cli import USAGE_ERROR, complain, exit_code, say
 from scripts.commands import (
     bundle,
     cache,
@@ -33,6 +36,7 @@ from scripts.commands import (
 )
 
 _NAME = "insighttag"
+_LEVEL = "INSIGHTTAG_LOG__LEVEL"
 
 
 def build_app() -> typer.Typer:
@@ -41,9 +45,9 @@ def build_app() -> typer.Typer:
         name=_NAME,
         help="Multimodal tagging: posts in by message queue, tags out to MongoDB.",
         no_args_is_help=True,
-        add_completion=False,
         rich_markup_mode=None,
     )
+    app.callback()(_global_options)
     app.command("publish")(publish.publish)
     app.command("retag")(retag.retag)
     app.command("tag")(tag.tag)
@@ -92,6 +96,41 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 def main() -> None:
     sys.exit(run())
+
+
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        say(f"{_NAME} {version(_NAME)}\n")
+        raise typer.Exit
+
+
+def _global_options(
+    context: typer.Context,
+    _version: Annotated[
+        bool,
+        typer.Option("--version", is_eager=True, callback=_say_version, help="Say the version."),
+    ] = False,
+    verbose: Annotated[
+        bool, typer.Option("-v", "--verbose", help="log.level: debug, for any command.")
+    ] = False,
+    quiet: Annotated[
+        bool, typer.Option("-q", "--quiet", help="log.level: error, for any command.")
+    ] = False,
+) -> None:
+    if verbose and quiet:
+        raise typer.BadParameter("-v asks for more and -q for less: give one of them")
+    if verbose or quiet:
+        # In the environment it goes over the settings file and under --set, and reaches the
+        # processes that are started.
+        context.call_on_close(partial(_set_level, os.environ.get(_LEVEL)))
+        _set_level("debug" if verbose else "error")
+
+
+def _set_level(level: str | None) -> None:
+    if level is None:
+        os.environ.pop(_LEVEL, None)
+    else:
+        os.environ[_LEVEL] = level
 
 
 def _usage(error: Any) -> int:
