@@ -99,12 +99,13 @@ types: $(VENV)/.dev
 arrows: $(VENV)/.dev
 	$(VENV)/bin/lint-imports
 
-# Long, with targets of their own; and what the benchmarks share.
-OWN_TARGETS := $(patsubst %,bench/%.py,chaos fuzz soak walk corpus_memory memory_corpus fusion_zoo data_wait openclipart heads results_file floors rig)
+# Half an hour to an hour on two quiet cores; the others of bench/ need the demo, or data, or hours.
+BENCHES ?= overhead peers speed_of_light latency scale decode encoders backlog
+BENCH_ARGS ?=
 
-bench: $(VENV)/.dev ## the short benchmarks; results in bench/results, what is below bench/floors.yaml fails
-	@failed=0; for file in bench/[a-z]*.py; do case " $(OWN_TARGETS) " in *" $$file "*) continue;; esac; \
-		echo "== $$file"; $(PY) $$file || failed=1; done; exit $$failed
+bench: $(VENV)/.dev ## the benchmarks of speed; results in bench/results, what is below bench/floors.yaml fails
+	@failed=0; for name in $(BENCHES); do echo "== $$name"; \
+		$(PY) bench/$$name.py $(BENCH_ARGS) || failed=1; done; exit $$failed
 
 FUZZ_ARGS ?=
 
@@ -129,8 +130,6 @@ walk: $(VENV)/.runtime ## docs/data.md as a script: 1,000 posts, 100 of them bro
 
 corpus-memory: $(VENV)/.runtime ## memory of every offline script at 1,000, 10,000 and 100,000 posts
 	$(PY) bench/corpus_memory.py
-
-BENCH_ARGS ?=
 
 zoo: $(VENV)/.dev ## every fusion model on the same features, three seeds each
 	$(PY) bench/fusion_zoo.py $(BENCH_ARGS)

@@ -11,10 +11,8 @@ Run: ``python bench/overhead.py [--posts 2000] [--rounds 5] [--broker rabbitmq r
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -25,20 +23,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs as a plain 
 from chaos_rig.posts import media_server
 from floors import finish
 from results_file import FOLDER
-from rig import BROKERS, ROOT, Load, Site, median_load, site
+from rig import BROKERS, ROOT, SERVER_NAMES, Load, median_load, site
 
 from common.logs import configure_logs
 from common.tables import print_table
 from config.settings import Settings
-from king.broker.connect import publish_posts
-from king.messages import PostMessage
 from tests.support import media
 from tests.support.tiny_models import tiny_bundle, tiny_features
 
 BATCH = 200  # of the bare loop that takes many at once, as `store.batch_size`
 WARM = 200
 ENCODERS = ("extract", "ocr")
-SERVERS = ("broker", "database")
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -84,28 +79,6 @@ def documents(case: str, name: str, number: int, url: str) -> list[dict[str, Any
     return [{"_id": f"{name}-{i:06d}", **post} for i in range(number)]
 
 
-def bare(place: Site, posts: list[dict[str, Any]], batch: int) -> Load:
-    """Have the bare loop settle posts."""
-    ids = place.insert(posts)
-    broker = place.settings.broker.model_copy(update={"queue": f"bare-{batch}"})
-    publish_posts(broker, [PostMessage(post_id) for post_id in ids])
-    url = broker.url.replace("unix://", "redis+socket://").replace("?db=0", "?virtual_host=0")
-    store = place.settings.store
-    command = [url, store.url, store.database, broker.queue, str(len(ids)), str(batch)]
-    before = place.cpu_s()
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("peers") / "bare.py"), *command],
-        stdout=subprocess.PIPE,
-        text=True,
-        timeout=600,
-        check=True,
-    )
-    servers = {name: place.cpu_s()[name] - before[name] for name in SERVERS}
-    said = json.loads(done.stdout)
-    cpu_ms = {name: 1000 * s / len(ids) for name, s in {**servers, "loop": said["cpu_s"]}.items()}
-    return Load(len(ids) / said["seconds"], cpu_ms)
-
-
 def measure(options: argparse.Namespace, broker: Any, settings: Settings, url: str) -> list[Any]:
     """Return the rows of a broker."""
     loads: dict[tuple[str, str], list[Load]] = {}
@@ -123,19 +96,19 @@ def measure(options: argparse.Namespace, broker: Any, settings: Settings, url: s
                 load = place.load(documents(case, f"{case}-{i}", number, url))
                 loads.setdefault(("daemon", case), []).append(load)
             for batch in (1, BATCH):
-                load = bare(place, documents("text", f"bare-{batch}-{i}", number, url), batch)
+                load = place.bare(documents("text", f"bare-{batch}-{i}", number, url), batch)
                 loads.setdefault((f"bare loop, {batch} at once", "text"), []).append(load)
     rows = []
     for (system, case), rounds in loads.items():
         row = {"system": system, "broker": broker, "case": case, "posts": number}
         row |= median_load(rounds) | {"load": [round(x, 1) for x in os.getloadavg()]}
         if system == "daemon":
-            apart = (*ENCODERS, *SERVERS)
+            apart = (*ENCODERS, *SERVER_NAMES)
             own = [sum(ms for n, ms in r.cpu_ms.items() if n not in apart) for r in rounds]
             row["machinery_cpu_ms"] = round(statistics.median(own), 3)
             row["idle_percent"] = idle
             row["idle_percent_daemon"] = round(
-                sum(share for n, share in idle.items() if n not in SERVERS), 2
+                sum(share for n, share in idle.items() if n not in SERVER_NAMES), 2
             )
         rows.append(row)
     return rows

@@ -7,8 +7,11 @@ published at once, and its clock runs from there to the last post's ``tagged_at`
 
 from __future__ import annotations
 
+import json
 import os
 import statistics
+import subprocess
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +27,7 @@ from chaos_rig.site import SERVERS
 from config.settings import EmbeddedSettings, Settings
 from demo.online import alive, daemon
 from deploy import embedded
-from king.broker.connect import publish_posts
+from king.broker.connect import open_broker, publish_posts
 from king.messages import PostMessage
 from king.status import read_health
 from king.store.client import StoreClient
@@ -36,6 +39,7 @@ BROKERS: tuple[BrokerName, ...] = get_args(BrokerName)
 STALL_S = 180.0
 """Without a tagged post for so long a load has failed: the slowest post of a bench takes seconds,
 on a machine with other work ten times as long."""
+SERVER_NAMES = ("broker", "database")
 _POLL_S = 0.05
 _TITLE = "insighttag: "
 _URLS = {"rabbitmq": "amqp://guest:guest@127.0.0.1:{}//", "redis": "redis://127.0.0.1:{}/0"}
@@ -60,6 +64,7 @@ class Site:
 
     Attributes:
         settings: With the URLs of the servers.
+        folder: Of configuration, logs and health files.
     """
 
     def __init__(self, settings: Settings, folder: Path, servers: Mapping[str, int]) -> None:
@@ -71,7 +76,7 @@ class Site:
             servers: Process IDs.
         """
         self.settings = settings
-        self._folder = folder
+        self.folder = folder
         self._servers = servers
         self._kings: list[tuple[Any, Path, Path]] = []
         self._client = StoreClient(settings.store)
@@ -85,12 +90,12 @@ class Site:
             stack.callback(self._kings.clear)
             stack.callback(os.chdir, was)
             for number in range(count):
-                health = self._folder / f"king-{number}.json"
+                health = self.folder / f"king-{number}.json"
                 king = self.settings.king.model_copy(update={"health_file": health})
                 own = self.settings.model_copy(update={"king": king})
-                config = self._folder / f"king-{number}.yaml"
+                config = self.folder / f"king-{number}.yaml"
                 config.write_text(yaml.safe_dump(own.model_dump(mode="json")), encoding="utf-8")
-                log = self._folder / f"king-{number}.log"
+                log = self.folder / f"king-{number}.log"
                 child = stack.enter_context(daemon(["--config", str(config)], own, log))
                 self._kings.append((child, health, log))
             yield
@@ -101,15 +106,32 @@ class Site:
             self._client.posts.insert_many([dict(each) for each in documents[i : i + 1000]])
         return [str(each["_id"]) for each in documents]
 
-    def publish(self, ids: Sequence[str]) -> None:
-        """Put IDs on the Kings' queue."""
-        publish_posts(self.settings.broker, [PostMessage(post_id) for post_id in ids])
+    def publish(self, ids: Sequence[str], priority: int = 0) -> float:
+        """Put IDs on the Kings' queue; gives the time at which they were sent."""
+        broker = open_broker(self.settings.broker)
+        broker.connect()
+        try:
+            sent_at = time.time()
+            broker.publish([PostMessage(each, priority) for each in ids])
+        finally:
+            broker.close()
+        return sent_at
 
     def results(self, ids: Sequence[str]) -> dict[str, dict[str, Any]]:
         """Return the results of those that have one."""
         path = self.settings.store.result_path
         found = self._client.posts.find({"_id": {"$in": list(ids)}})
         return {str(post["_id"]): post[path] for post in found if post.get(path)}
+
+    def tagged(self, ids: Sequence[str]) -> int:
+        """Count those that have a result."""
+        result = {f"{self.settings.store.result_path}.status": {"$exists": True}}
+        return int(self._client.posts.count_documents({"_id": {"$in": list(ids)}, **result}))
+
+    @property
+    def pids(self) -> list[int]:
+        """Return the Kings."""
+        return [child.pid for child, _, _ in self._kings]
 
     @property
     def ended(self) -> int:
@@ -129,7 +151,7 @@ class Site:
             if now > seen:
                 seen, latest = now, time.monotonic()
             if time.monotonic() - latest > STALL_S:
-                raise TimeoutError(f"{ended - now} posts have not ended; see {self._folder}")
+                raise TimeoutError(f"{ended - now} posts have not ended; see {self.folder}")
             for child, _, log in self._kings:
                 alive(child, log)
             time.sleep(_POLL_S)
@@ -148,10 +170,30 @@ class Site:
         results = self.results(ids)
         tagged = [each for each in results.values() if each["status"] == "tagged"]
         if len(tagged) < len(ids):
-            raise RuntimeError(f"{len(tagged)} of {len(ids)} posts are tagged; see {self._folder}")
+            raise RuntimeError(f"{len(tagged)} of {len(ids)} posts are tagged; see {self.folder}")
         seconds = max(each["tagged_at"].timestamp() for each in tagged) - began
         cpu_ms = {name: round(1000 * s / len(ids), 3) for name, s in used.items()}
         return Load(len(ids) / seconds, cpu_ms)
+
+    def bare(self, documents: Sequence[Mapping[str, Any]], batch: int, loops: int = 1) -> Load:
+        """Insert posts and have bare loops settle them, `batch` at once: `bench/peers/bare.py`."""
+        ids, store = self.insert(documents), self.settings.store
+        broker = self.settings.broker.model_copy(update={"queue": f"bare-{batch}-{loops}"})
+        publish_posts(broker, [PostMessage(post_id) for post_id in ids])
+        url = broker.url.replace("unix://", "redis+socket://").replace("?db=0", "?virtual_host=0")
+        script = str(ROOT / "bench" / "peers" / "bare.py")
+        command = [sys.executable, script, url, store.url, store.database, broker.queue, str(batch)]
+        used = self.cpu_s()
+        children = [
+            subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(loops)
+        ]
+        said = [json.loads(child.communicate(timeout=600)[0]) for child in children]
+        if (settled := sum(each["settled"] for each in said)) != len(ids):
+            raise RuntimeError(f"bare loops have settled {settled} of {len(ids)} posts")
+        spent = {name: self.cpu_s()[name] - used[name] for name in SERVER_NAMES}
+        spent["loop"] = sum(each["cpu_s"] for each in said)
+        seconds = max(each["ended_at"] for each in said) - min(each["began_at"] for each in said)
+        return Load(len(ids) / seconds, {name: 1000 * s / len(ids) for name, s in spent.items()})
 
     def cpu_s(self) -> dict[str, float]:
         """Return the CPU seconds until now by process; Kings and workers of a role together."""

@@ -1,10 +1,10 @@
 """The least that a consumer does, with kombu and pymongo and no model.
 
 An ID comes off the queue, its document is read, a result is written, the message is acknowledged:
-one by one, or in batches by one find and one bulk write. Prints the seconds and its CPU seconds
-from the first message to the last as JSON.
+one by one, or in batches by one find and one bulk write. Ends when the queue is empty, and prints
+as JSON what it has settled, when, and its CPU seconds for it.
 
-Run: ``python bench/peers/bare.py BROKER_URL STORE_URL DATABASE QUEUE POSTS BATCH``.
+Run: ``python bench/peers/bare.py BROKER_URL STORE_URL DATABASE QUEUE BATCH``.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ from pymongo import MongoClient, UpdateOne
 
 # As many as a batch and as many again on the way; one by one, what clients take by default or so.
 _PREFETCH = 32
+# A queue without a message for so long is empty; a half-filled batch waits for it, outside of what
+# is counted where it is the last.
+_EMPTY_S = 0.5
 
 
 def result() -> dict[str, Any]:
@@ -43,17 +46,20 @@ class Consumer:
 
     Attributes:
         settled: How many.
+        began: Unix time and CPU seconds at the first message.
+        ended: The same at the last.
     """
 
     def __init__(self, posts: Any, batch: int) -> None:
         self.settled = 0
         self.began: tuple[float, float] | None = None
+        self.ended = (0.0, 0.0)
         self._posts, self._batch = posts, batch
         self._waiting: list[tuple[str, Any]] = []
 
     def take(self, message: Any) -> None:
         """Take a message; a full batch is settled."""
-        self.began = self.began or (time.monotonic(), time.process_time())
+        self.began = self.began or (time.time(), time.process_time())
         self._waiting.append((json.loads(message.body)["post_id"], message))
         if len(self._waiting) >= self._batch:
             self.settle()
@@ -71,31 +77,35 @@ class Consumer:
             self._posts.bulk_write(writes, ordered=False)
         for _, message in waiting:
             message.ack()
-        self.settled += len(waiting)
+        if waiting:
+            self.settled += len(waiting)
+            self.ended = (time.time(), time.process_time())
 
 
 def main(arguments: list[str]) -> int:
-    """Settle that many messages."""
-    broker, store, database, queue, posts, batch = arguments
+    """Settle what is on the queue."""
+    broker, store, database, queue, batch = arguments
     client: MongoClient[dict[str, Any]] = MongoClient(store, directConnection=True)
     consumer = Consumer(client[database]["posts"], int(batch))
+    settled = -1
     with kombu.Connection(broker) as connection:
         channel = connection.channel()
         channel.basic_qos(0, max(_PREFETCH, 2 * int(batch)), False)
         source = kombu.Queue(queue, no_declare=True)
         with kombu.Consumer(channel, queues=[source], on_message=consumer.take):
-            while consumer.settled < int(posts):
+            while settled < consumer.settled:
                 try:
-                    connection.drain_events(timeout=0.2)
+                    connection.drain_events(timeout=_EMPTY_S)
                 except TimeoutError:
+                    settled = consumer.settled
                     consumer.settle()
-        began = consumer.began or (time.monotonic(), time.process_time())
-        seconds, used = time.monotonic() - began[0], time.process_time() - began[1]
-    print(json.dumps({"seconds": seconds, "cpu_s": used}))
+    began, ended = consumer.began or consumer.ended, consumer.ended
+    times = {"began_at": began[0], "ended_at": ended[0], "cpu_s": ended[1] - began[1]}
+    print(json.dumps({"settled": consumer.settled, **times}))
     return 0
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 7:
+    if len(sys.argv) != 6:
         sys.exit(f"usage: {(__doc__ or '').strip().splitlines()[-1][5:]}")
     sys.exit(main(sys.argv[1:]))

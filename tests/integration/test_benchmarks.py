@@ -56,11 +56,22 @@ def test_every_benchmark_says_how_it_is_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["overhead"])
-def test_small_run_measures_every_case_and_writes_it(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "figure"),
+    [
+        ("overhead", "posts_per_s"),
+        ("peers", "posts_per_s"),
+        ("speed_of_light", "ratio"),
+        ("latency", "p50_ms"),
+        ("scale", "posts_per_s"),
+    ],
+)
+def test_small_run_measures_every_case_and_writes_it(
+    name: str, figure: str, tmp_path: Path
+) -> None:
     done = python(f"bench/{name}.py", "--small", f"--out={tmp_path}", timeout_s=500)
     assert done.returncode == 0, done.stdout + done.stderr
     written = json.loads((tmp_path / f"{name}.json").read_text(encoding="utf-8"))
     assert {"machine", "date", "commit", "runs"} < written.keys()
     assert written["results"]
-    assert all(row["posts_per_s"] > 0 for row in written["results"])
+    assert all(row[figure] > 0 for row in written["results"])
