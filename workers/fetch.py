@@ -11,6 +11,7 @@ are removed. A lock, and not a process ID: Kings in containers share a host's di
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import http.client
 import ipaddress
@@ -26,16 +27,14 @@ import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from email.utils import parsedate_to_datetime
-from http.cookiejar import DefaultCookiePolicy
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeAlias
-from urllib.parse import quote, urljoin, urlsplit
+from urllib.parse import quote, unquote, urljoin, urlsplit
 
-import requests
+import certifi
 import structlog
 import urllib3
-from requests.adapters import HTTPAdapter
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.util.ssl_ import create_urllib3_context
 
@@ -70,12 +69,6 @@ _MAX_URL = 8192
 
 _NO_HTTP = "the answer is no proper HTTP"
 _NO_MEDIA = frozenset({"application/json", "application/xhtml+xml", "application/xml"})
-_BAD_URL = (
-    requests.exceptions.InvalidURL,
-    requests.exceptions.InvalidSchema,
-    urllib3.exceptions.LocationValueError,
-)
-
 
 Address: TypeAlias = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -223,28 +216,6 @@ class _FinalResponse(http.client.HTTPResponse):
             http.client.parse_headers(self.fp)
 
 
-class _Session(requests.Session):
-    def get_redirect_target(self, resp: requests.Response) -> None:
-        """Know of no redirects: the library reads their bodies whole, also unasked to follow."""
-
-
-def _guarded_session(guard: Guard, user_agent: str) -> requests.Session:
-    session = _Session()
-    session.trust_env = False  # no proxies, no .netrc: what is connected to is what was checked
-    # No cookies: posts have nothing to do with each other.
-    session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
-    session.headers.clear()
-    session.headers.update(
-        {"User-Agent": user_agent, "Accept": "*/*", "Accept-Encoding": "identity"}
-    )
-    session.adapters.clear()
-    adapter = HTTPAdapter(pool_connections=4, pool_maxsize=1, max_retries=0)
-    adapter.poolmanager.pool_classes_by_scheme = _pool_classes(guard)
-    session.mount("http://", adapter)
-    session.mount("https://", adapter)
-    return session
-
-
 def _pool_classes(of_thread: Guard) -> dict[str, type[urllib3.HTTPConnectionPool]]:
     """Return urllib3's pools with connections that the guard makes."""
 
@@ -264,11 +235,16 @@ def _pool_classes(of_thread: Guard) -> dict[str, type[urllib3.HTTPConnectionPool
             sock.settimeout(min(timeout_s, max(0.01, of_thread.left_s)))
             return sock
 
+    @functools.cache  # reading the authorities takes longer than a small download
+    def tls_context() -> ssl.SSLContext:
+        context = create_urllib3_context(cert_reqs=ssl.CERT_REQUIRED)
+        context.sslsocket_class = Tls
+        context.load_verify_locations(certifi.where())
+        return context
+
     class GuardedTls(Guarded, HTTPSConnection):
         def connect(self) -> None:
-            if self.ssl_context is None:
-                self.ssl_context = create_urllib3_context(cert_reqs=ssl.CERT_REQUIRED)
-                self.ssl_context.sslsocket_class = Tls
+            self.ssl_context = tls_context()
             super().connect()
 
     class Pool(urllib3.HTTPConnectionPool):
@@ -286,7 +262,22 @@ class Fetcher:
     def __init__(self, settings: FetchSettings) -> None:
         self._settings = settings
         self._guard = Guard(allow_private=settings.allow_private_hosts)
-        self._session = _guarded_session(self._guard, settings.user_agent)
+        self._headers = {
+            "User-Agent": settings.user_agent,
+            "Accept": "*/*",
+            "Accept-Encoding": "identity",
+        }
+        # Not requests, which takes as much CPU again for what a download does without: proxies,
+        # cookies and .netrc.
+        self._pools = urllib3.PoolManager(
+            num_pools=4,
+            maxsize=1,
+            timeout=urllib3.Timeout(
+                connect=settings.connect_timeout_s, read=settings.read_timeout_s
+            ),
+            retries=False,
+        )
+        self._pools.pool_classes_by_scheme = _pool_classes(self._guard)
 
     def fetch(self, media: Media, target: Path, *, tries: int = FETCH_TRIES) -> Fetched:
         """Download to a file that must not exist yet.
@@ -314,7 +305,7 @@ class Fetcher:
                 time.sleep(_PAUSE_S)
 
     def close(self) -> None:
-        self._session.close()
+        self._pools.clear()
 
     def _try(self, url: str, target: Path) -> Fetched:
         try:
@@ -323,35 +314,36 @@ class Fetcher:
                     return self._save(response, target)
                 except ValueError as error:  # a size of a chunk that is no number
                     raise FetchRetryable(_NO_HTTP) from error
-        except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
+        except urllib3.exceptions.HTTPError as error:
             self._guard.check()
             raise self._mapped(error) from error
         except (ValueError, UnicodeError) as error:  # http.client and idna on strange URLs
             raise FetchRefused("not a URL that can be requested") from error
 
-    def _open(self, url: str) -> requests.Response:
+    def _open(self, url: str) -> urllib3.BaseHTTPResponse:
         """Return the answer at the end of the redirects, its body still to be read."""
         for _ in range(self._settings.max_redirects + 1):
             url = f"https:{url}" if url.startswith("//") else url  # as a page on https means it
-            _check_url(url)
-            response = self._session.get(
+            login = _check_url(url)
+            response = self._pools.request(
+                "GET",
                 url,
-                stream=True,
-                allow_redirects=False,  # each target is checked like the first
-                timeout=(self._settings.connect_timeout_s, self._settings.read_timeout_s),
+                headers=self._headers | login,
+                preload_content=False,
+                redirect=False,  # each target is checked like the first
             )
             location = response.headers.get("Location")
-            if response.status_code not in _REDIRECTS or not location:
+            if response.status not in _REDIRECTS or not location:
                 return response
             # Not read, for it may be endless; a short one is, to keep the connection alive.
-            if (response.raw.length_remaining or STEP_BYTES) < STEP_BYTES:
-                response.raw.read(decode_content=False)
+            if (response.length_remaining or STEP_BYTES) < STEP_BYTES:
+                response.read(decode_content=False)
             response.close()
             url = urljoin(url, _unquoted(location))
         raise FetchRefused(f"more than {self._settings.max_redirects} redirects")
 
-    def _save(self, response: requests.Response, target: Path) -> Fetched:
-        status = response.status_code
+    def _save(self, response: urllib3.BaseHTTPResponse, target: Path) -> Fetched:
+        status = response.status
         if status != 200:
             if status not in _RETRYABLE and status < 500:
                 raise FetchRefused(f"HTTP {status}")
@@ -365,7 +357,7 @@ class Fetcher:
             raise self._too_large()
         size, digest = 0, hashlib.sha256()
         # Not unpacked by urllib3, which unpacks a chunk whole, however large it becomes.
-        body = response.raw.stream(STEP_BYTES, decode_content=False)
+        body = response.stream(STEP_BYTES, decode_content=False)
         try:
             descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
             with os.fdopen(descriptor, "wb") as file:
@@ -389,13 +381,13 @@ class Fetcher:
 
     def _mapped(self, error: Exception) -> FetchRetryable | FetchRefused:
         """Return our error; never the library's text, which may hold the URL."""
-        if isinstance(error, (requests.exceptions.SSLError, urllib3.exceptions.SSLError)):
+        if isinstance(error, urllib3.exceptions.SSLError):
             return _tls_failure(error)
-        if isinstance(error, (requests.Timeout, urllib3.exceptions.TimeoutError)):
+        if isinstance(error, urllib3.exceptions.TimeoutError):
             return FetchRetryable(f"timed out after {self._settings.read_timeout_s:g} s")
-        if isinstance(error, requests.exceptions.InvalidHeader):  # of the answer: two lengths
+        if isinstance(error, urllib3.exceptions.InvalidHeader):  # of the answer: two lengths
             return FetchRetryable(_NO_HTTP)
-        if isinstance(error, _BAD_URL):
+        if isinstance(error, urllib3.exceptions.LocationValueError):
             return FetchRefused("not a URL that can be requested")
         return FetchRetryable("the connection broke")
 
@@ -424,7 +416,8 @@ def _unquoted(location: str) -> str:
         return quote(sent, safe=string.printable)
 
 
-def _check_url(url: str) -> None:
+def _check_url(url: str) -> dict[str, str]:
+    """Return the header of the user that a URL names, if any; FetchRefused for a bad one."""
     if len(url) > _MAX_URL or any(ord(char) < 0x20 or char == "\x7f" for char in url):
         raise FetchRefused("not a URL that can be requested")
     parts = urlsplit(url)
@@ -432,8 +425,12 @@ def _check_url(url: str) -> None:
         raise FetchRefused("is not http or https, and paths of this host are not read here")
     if parts.scheme not in ("http", "https"):
         raise FetchRefused(f"scheme {parts.scheme[:20]!r} is not http or https")
-    if not parts.hostname:
+    if not parts.hostname or parts.hostname.startswith(("*", ".")):
         raise FetchRefused("the URL names no host")
+    if parts.username is None:
+        return {}
+    login = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
+    return {"Authorization": urllib3.make_headers(basic_auth=login)["authorization"]}
 
 
 def seconds_of(retry_after: str) -> float | None:

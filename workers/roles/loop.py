@@ -515,7 +515,7 @@ class ThreadedRole(ABC):
 
 class _Downloads(ThreadedRole):
     def __init__(self, settings: FetchSettings, spool: Path) -> None:
-        # requests is a tenth of the start of a process, and the other roles do without it.
+        # urllib3 and TLS take their time at the start of a process, and other roles do without.
         from workers.fetch import Fetcher, file_name
 
         super().__init__(settings.connections, "fetch")

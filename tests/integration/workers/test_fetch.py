@@ -33,12 +33,12 @@ def test_body_arrives_whole(web: Web, tmp_path: Path, path: str) -> None:
 
 
 def test_the_body_of_a_redirect_is_not_read(web: Web, tmp_path: Path) -> None:
-    """It may be endless, or a bomb: requests would read and unpack it whole, unasked to follow."""
+    """It may be endless, or a bomb."""
     assert get(web.url("/aside"), tmp_path, total_timeout_s=20) == BODY
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")
-def test_tls_is_checked_against_the_name(tmp_path: Path) -> None:
+def test_tls_is_checked_against_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Https works through the guarded connection, and only with a certificate that is trusted."""
     pair = [str(tmp_path / "key.pem"), str(tmp_path / "cert.pem")]
     subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
@@ -53,8 +53,8 @@ def test_tls_is_checked_against_the_name(tmp_path: Path) -> None:
         spool.mkdir()
         reason = refused(url, spool)
         assert reason == "the TLS connection cannot be trusted or agreed on"
+        monkeypatch.setattr("certifi.where", lambda: pair[1])
         fetcher = Fetcher(settings_of())
-        fetcher._session.verify = pair[1]
         assert fetcher.fetch(Media("image", url), spool / "a").size_bytes == len(BODY)
         with pytest.raises(FetchRefused, match="TLS"):
             fetcher.fetch(Media("image", url.replace("localhost", "127.0.0.1")), spool / "b")
