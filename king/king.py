@@ -31,11 +31,11 @@ from king.broker.base import Broker, Prefetch, Waker
 from king.broker.connect import open_broker
 from king.broker_thread import BrokerThread
 from king.dispatch_thread import DispatchThread
-from king.jobs import is_dead, own_name
+from king.jobs import PostStore, is_dead, own_name
 from king.status import IDLE_TICK_S, Status, dumped_on_signal, write_health
 from king.store.client import StoreClient
 from king.store.store import Store
-from king.store_thread import InFlight, PostStore, Room, StoreInbox, StoreThread
+from king.store_thread import InFlight, Room, StoreInbox, StoreThread
 from workers.protocol import TaskPool
 
 # The watchdog sends it: connect to the broker and subscribe again.

@@ -10,11 +10,11 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, islice
-from typing import Literal, Protocol, TypeAlias, TypeVar
+from typing import Literal, TypeAlias, TypeVar
 
 import structlog
 
@@ -29,9 +29,9 @@ from king.jobs import (
     ClaimContext,
     Dead,
     HeldElsewhere,
-    Job,
     NoRoom,
     Outcome,
+    PostStore,
     Rejected,
     Released,
     Retry,
@@ -87,29 +87,6 @@ _NARROW_S = 10.0
 RECONCILER_LEASE = "reconciler"
 
 log = structlog.get_logger()
-
-
-class PostStore(Protocol):
-    """The store as this thread uses it; see `king.store.store.Store` for the promises."""
-
-    @property
-    def url(self) -> str: ...
-    @property
-    def now(self) -> float: ...
-    def connect(self) -> None: ...
-    def begin(self, claims: Sequence[Claim], context: ClaimContext) -> list[Verdict]: ...
-    def finish(
-        self, outcomes: Sequence[Outcome], context: ClaimContext
-    ) -> Sequence[Outcome | WriteRefused]: ...
-    def renew(self, post_ids: Sequence[str], context: ClaimContext) -> None: ...
-    def claim_due(self, context: ClaimContext, limit: int) -> list[Job]: ...
-    def published(self, post_ids: Sequence[str], context: ClaimContext) -> None: ...
-    def release_dead(self, context: ClaimContext) -> int: ...
-    def open_jobs(self) -> int: ...
-    def untagged_ids(self) -> Iterator[str]: ...
-    def partial_ids(self, context: ClaimContext) -> Iterator[str]: ...
-    def take_lease(self, name: str, context: ClaimContext, lease_s: float) -> bool: ...
-    def close(self) -> None: ...
 
 
 @dataclass(slots=True)

@@ -10,8 +10,8 @@ from typing import Any
 
 from config.settings import BrokerSettings, FetchSettings, KingSettings, Settings, StoreSettings
 from king.broker.base import Broker
+from king.jobs import PostStore
 from king.king import King
-from king.store_thread import PostStore
 from tests.support.fakes.broker import MemoryQueue
 from tests.support.fakes.pool import Answer, FakePool, default_answer
 from workers.protocol import FuseTask, Task

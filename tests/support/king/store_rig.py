@@ -13,6 +13,7 @@ from king.jobs import (
     Claim,
     ClaimContext,
     Job,
+    PostStore,
     Started,
     Tagged,
     Verdict,
@@ -20,7 +21,6 @@ from king.jobs import (
 from king.messages import PostMessage
 from king.store.client import StoreClient
 from king.store.store import Store
-from king.store_thread import PostStore
 from tests.support.fakes.store import FakeStore
 
 NOW = 1_800_000_000.0
