@@ -246,6 +246,14 @@ class ImageSettings(VisualSettings):
 
     max_frames: PositiveInt = 1
     """Frames taken from an animated picture."""
+    padded: bool = False
+    """Each picture is seen twice, scaled to the square and, in its own proportions, padded to it
+    with white; its vector is the mean of both. Encoding pictures takes twice the time."""
+
+    @property
+    def views(self) -> int:
+        """Return how often the encoder sees each picture."""
+        return 2 if self.padded else 1
 
 
 class AudioSettings(Section):

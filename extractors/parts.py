@@ -300,7 +300,7 @@ PARTS: Mapping[PartKind, PartSpec] = {
         modality="image",
         media=("image",),
         row=lambda features: _square(features.image.image_size),
-        most_rows=lambda _kind, features, _limits: features.image.max_frames,
+        most_rows=lambda _kind, features, _limits: features.image.max_frames * features.image.views,
     ),
     "sound": PartSpec(
         modality="audio",

@@ -57,7 +57,8 @@ class DecodedMedia:
     Attributes:
         frames: uint8 ``(m, S, S, 3)`` RGB of a video, S its extractor's size, in order of time;
             fewer than `features.video.frames` where the clip has fewer distinct frames.
-        image: uint8 ``(n, S, S, 3)`` RGB of an image; n above 1 only for animations.
+        image: uint8 ``(n, S, S, 3)`` RGB of an image; n above 1 only for animations and, with
+            ``features.image.padded``, for two views of each picture, one after the other.
         sound: float32 ``(j, ...)`` of a sound file or of a video's sound, as its encoder takes it.
         pictures: uint8 ``(height, width, 3)`` RGB for OCR.
         speech: float32 ``(k, 480000)`` of the same sound for ASR; None where that is off.
@@ -112,7 +113,7 @@ def decode_media(
 def _decode_image(
     path: Path, features: FeatureSettings, limits: DecodeSettings, allocate: Allocate
 ) -> DecodedMedia:
-    from extractors.media.pictures import read_pictures, reading_size, squash
+    from extractors.media.pictures import padded, read_pictures, reading_size, squash
 
     side, count = features.image.image_size, features.image.max_frames
     pictures: tuple[Pixels, ...] = ()
@@ -120,6 +121,8 @@ def _decode_image(
     notes: list[str] = []
     for pixels in read_pictures(path, max_pixels=limits.max_pixels, max_frames=count, notes=notes):
         squares.append(squash(pixels, side, side))
+        if features.image.padded:
+            squares.append(padded(pixels, side))
         if features.ocr.enabled and not pictures:
             width, height = reading_size(pixels.shape[1], pixels.shape[0], features.ocr.max_side)
             pictures = (_copy(squash(pixels, width, height), allocate),)

@@ -574,6 +574,16 @@ def squash(pixels: Pixels, width: int, height: int) -> Pixels:
     return np.asarray(scaled, np.uint8)
 
 
+def padded(pixels: Pixels, side: int) -> Pixels:
+    """Scale a whole picture in its proportions to a square, centred on white."""
+    rows, columns = pixels.shape[:2]
+    height, width = (max(1, round(each * side / max(rows, columns))) for each in (rows, columns))
+    square = np.full((side, side, 3), 255, np.uint8)
+    top, left = (side - height) // 2, (side - width) // 2
+    square[top : top + height, left : left + width] = squash(pixels, width, height)
+    return square
+
+
 def fitted_size(width: int, height: int, max_side: int) -> tuple[int, int]:
     """Width and height, shrunk in proportion so that the longer side is at most `max_side`."""
     longer = max(width, height)

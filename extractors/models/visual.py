@@ -20,6 +20,7 @@ from common.fingerprint import digest
 from common.post import FeatureArray, Stream
 from config.settings import (
     AudioSettings,
+    ImageSettings,
     LstmSizes,
     VideoLstmSettings,
     VideoSettings,
@@ -198,6 +199,7 @@ def make_backbone(
 class VisualExtractor(RowExtractor):
     """uint8 RGB ``(n, size, size, 3)`` -> float16 ``(n, dim)``, one row per picture.
 
+    With ``features.image.padded`` a picture has two rows in, its views, and one out, their mean.
     The backbone may be shared with another extractor of the same architecture and weights.
     """
 
@@ -213,6 +215,14 @@ class VisualExtractor(RowExtractor):
         shape = (*self._backbone.size, 3)
         super().__init__(name, self._backbone, shape, "uint8", settings.batch_size)
         self._settings = settings
+        self._views = settings.views if isinstance(settings, ImageSettings) else 1
+
+    def forward(self, items: Sequence[Rows]) -> list[Any]:
+        rows = super().forward(items)
+        if self._views == 1:
+            return rows
+        views = [each.reshape(-1, self._views, self.dim) for each in rows]  # (n, views, dim)
+        return [each.mean(axis=1, dtype=np.float32).astype(np.float16) for each in views]
 
     def _preprocessing(self) -> Mapping[str, Any]:
         return {
@@ -226,7 +236,10 @@ class VisualExtractor(RowExtractor):
 
 def _sampling(settings: VisualSettings) -> dict[str, object]:
     if not isinstance(settings, VideoSettings):
-        return settings.model_dump(include={"max_frames"})
+        shown: dict[str, object] = settings.model_dump(include={"max_frames", "padded"})
+        if not shown.get("padded"):  # older fingerprints know one view only, and do not say so
+            shown.pop("padded", None)
+        return shown
     sampling: dict[str, object] = {**FrameChoice.of(settings).sampling}
     if settings.short_clips != "once":  # older fingerprints know only "once", and do not say so
         sampling["short_clips"] = settings.short_clips

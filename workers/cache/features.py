@@ -117,7 +117,9 @@ class Keys:
         if kind == "audio":
             return {**self._sound_limits, **heard}
         if kind == "image":
-            return {"ocr": features.ocr.enabled, "max_frames": features.image.max_frames}
+            padded = {"padded": True} if features.image.padded else {}
+            frames = {"max_frames": features.image.max_frames}
+            return {"ocr": features.ocr.enabled, **frames, **padded}
         return {
             **self._sound_limits,
             **heard,

@@ -87,6 +87,23 @@ def test_an_animation_gives_several_images(tmp_path: Path) -> None:
     assert len(decoded.pictures) == 1
 
 
+def test_a_second_view_of_a_picture_keeps_its_proportions(tmp_path: Path) -> None:
+    """After the squashed one; white lies around it, and frames of an animation take turns."""
+    features = SMALL.features.image.model_copy(update={"padded": True})
+    both = SMALL.features.model_copy(update={"image": features})
+    path = media.write_gif(tmp_path / "a.gif", [np.full((20, 60, 3), v, np.uint8) for v in (0, 99)])
+    one, two = (
+        decode_media("image", path, of, SMALL.decode).image for of in (SMALL.features, both)
+    )
+    assert one is not None
+    assert two is not None
+    np.testing.assert_array_equal(two[::2], one)
+    grey = two[1::2, :, :, 0]
+    assert (grey[:, 16:32] == one[:, :1, :1, 0]).all()
+    assert (grey[:, :16] == 255).all()
+    assert (grey[:, 32:] == 255).all()
+
+
 def test_ocr_settings_do_not_change_the_image(tmp_path: Path) -> None:
     path = media.write_jpeg(tmp_path / "a.jpg", media.noise(3000, 2200))
     given = []

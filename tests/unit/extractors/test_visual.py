@@ -46,6 +46,18 @@ def test_features_are_those_of_timm(tmp_path: Path, arch: str, size: int) -> Non
     np.testing.assert_allclose(found, expected, atol=2e-3, rtol=2e-3)
 
 
+def test_two_views_of_a_picture_are_one_vector() -> None:
+    """Their mean, also in a batch; other features, so another fingerprint."""
+    arguments: dict[str, object] = {"arch": TINY_CNN, "weights": "random:1", "image_size": 64}
+    one, both = (loaded(**arguments, padded=padded) for padded in (False, True))
+    views = [pictures(2 * count, 64, seed=count) for count in (1, 3)]
+    for found, rows in zip(both.forward(views), one.forward(views), strict=True):
+        assert found.dtype == np.float16
+        np.testing.assert_allclose(found, (rows[::2] + rows[1::2]) / 2, atol=2e-3)
+    assert one.fingerprint != both.fingerprint
+    assert "padded" not in one.fingerprint
+
+
 def test_the_default_architecture_gives_1024_columns() -> None:
     for settings in (ImageSettings(), VideoSettings()):
         assert settings.arch == "vit_large_patch16_224"

@@ -101,6 +101,7 @@ def keys_of(**changes: Any) -> dict[str, str]:
         ({"decode__max_pixels": 9}, "limits"),
         ({"decode__memory_mb": 9}, "limits"),
         ({"features__image__max_frames": 3}, "image ocr, media image"),
+        ({"features__image__padded": True}, "media image"),
         ({"features__video__frames": 300}, "video ocr, media video, limits"),
         ({"features__video__decode": "keyframes"}, "video ocr, media video"),
         ({"features__ocr__enabled": False}, "media image, media video, limits"),

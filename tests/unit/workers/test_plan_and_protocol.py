@@ -343,13 +343,13 @@ def test_reference_knows_its_size() -> None:
     assert ArrayRef(0, 0, (), "uint8").nbytes == 1
 
 
-@pytest.mark.parametrize("ocr", [True, False])
-def test_slot_holds_the_most_a_file_can_give(ocr: bool) -> None:
+@pytest.mark.parametrize(("ocr", "padded"), [(True, False), (False, False), (False, True)])
+def test_slot_holds_the_most_a_file_can_give(ocr: bool, padded: bool) -> None:
     settings = Settings.model_validate(
         {
             "features": {
                 "video": {"frames": 7, "image_size": 50},
-                "image": {"max_frames": 3, "image_size": 70},
+                "image": {"max_frames": 3, "image_size": 70, "padded": padded},
                 "ocr": {"enabled": ocr, "max_side": 101, "frames": 3},
             },
             "decode": {"max_audio_s": 10},
@@ -357,7 +357,7 @@ def test_slot_holds_the_most_a_file_can_give(ocr: bool) -> None:
     )
     picture = [(101, 101, 3)] if ocr else []
     video = [(7, 50, 50, 3), *picture * 3, (11, 96, 64, 4)]
-    image = [(3, 70, 70, 3), *picture]
+    image = [(6 if padded else 3, 70, 70, 3), *picture]
     for shapes in (video, image):
         sizes = [int(np.prod(shape)) for shape in shapes]
         aligned = list(itertools.accumulate(-(-size // 64) * 64 for size in sizes))
