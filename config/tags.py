@@ -67,10 +67,16 @@ class TagTexts(Section):
     def labels(self) -> LabelMap:
         return LabelMap(tuple(tag.name for tag in self.tags))
 
-    def sentences(self, tag: TagEntry) -> list[str]:
-        """Return what says that a post has the tag."""
-        names = (tag.name, *tag.synonyms)
-        return [*(t.replace("{}", n) for n in names for t in self.templates), *tag.descriptions]
+    def sentences(self, tag: TagEntry) -> list[list[str]]:
+        """Return what says that a post has the tag: of its name, its synonyms, its descriptions.
+
+        Each of these counts alike, however many sentences it has; what a tag lacks is left out.
+        """
+        name, synonyms = (
+            [template.replace("{}", word) for word in words for template in self.templates]
+            for words in ((tag.name,), tag.synonyms)
+        )
+        return [group for group in (name, synonyms, list(tag.descriptions)) if group]
 
 
 def load_tag_texts(path: Path) -> TagTexts:

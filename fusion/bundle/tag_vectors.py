@@ -59,19 +59,18 @@ class TagRows:
 
     @classmethod
     def of(cls, texts: TagTexts, embed: Embed) -> TagRows:
-        """Embed each sentence once; a tag's vector is the mean of its sentences'."""
-        groups = [texts.sentences(tag) for tag in texts.tags]
-        groups += [list(tag.negatives) for tag in texts.tags]
-        sentences = list(dict.fromkeys(text for group in groups for text in group))
+        """Embed each sentence once; of a tag's groups of sentences each counts alike."""
+        tags = [texts.sentences(tag) for tag in texts.tags]
+        tags += [[list(tag.negatives)] if tag.negatives else [] for tag in texts.tags]
+        sentences = list(dict.fromkeys(text for tag in tags for group in tag for text in group))
         row = {text: i for i, text in enumerate(sentences)}
         found = torch.from_numpy(np.asarray(embed(sentences), np.float32))
-        means = [
-            found[[row[text] for text in group]].mean(0)
-            if group
-            else found.new_zeros(found[0].shape)
-            for group in groups
-        ]
-        unit = functional.normalize(torch.stack(means), dim=1)
+        vectors = found.new_zeros(len(tags), found.shape[1])
+        for place, groups in enumerate(tags):
+            for group in groups:
+                mean = found[[row[text] for text in group]].mean(0)
+                vectors[place] += functional.normalize(mean, dim=0)
+        unit = functional.normalize(vectors, dim=1)
         return cls(unit[: len(texts.tags)], unit[len(texts.tags) :])
 
     def centred(self, centre: torch.Tensor) -> torch.Tensor:

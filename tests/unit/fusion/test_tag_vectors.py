@@ -92,6 +92,17 @@ def made(posts: PostList | None = None, *tags: Any) -> Bundle:
     return zero_shot(given, rows, manifest(), posts, FeatureFiles(), name="z")
 
 
+def test_name_synonyms_and_descriptions_count_alike() -> None:
+    """However many there are of each; a tag without has what is left."""
+    tag = {"name": "tag1", "synonyms": ["tag2"] * 3, "descriptions": ["other", "other other"]}
+    given = TagTexts.model_validate({"templates": ["{}", "a {}"], "tags": [tag, "tag3"]})
+    one, two = TagRows.of(given, embed).vectors.numpy()
+    np.testing.assert_allclose(two, embed(["tag3"])[0], atol=1e-6)
+    parts = [embed(["tag1"])[0], embed(["tag2"])[0], embed(["other", "other other"]).mean(axis=0)]
+    wanted = sum(part / np.linalg.norm(part) for part in parts)
+    np.testing.assert_allclose(one, wanted / np.linalg.norm(wanted), atol=1e-6)
+
+
 def names_of(bundle: Bundle, *posts: Features) -> list[set[str]]:
     return [{tag.name for tag in tags.tags} for tags in Inferer(bundle).predict(posts)]
 
