@@ -57,6 +57,7 @@ class Record:
     post_id: str
     labels: tuple[str, ...] = ()
     features: Path | None = None
+    author: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +160,8 @@ def record_of(value: Any, where: str, path: Path) -> Record:
     """Return the labels and features of an `Entry.value` at ``where`` of the file ``path``."""
     post_id = post_id_of(value, where)
     labels, features = _texts(value, "labels", where), _text(value, "features", where)
-    return Record(post_id, labels, relative_to_file(features, path) if features else None)
+    author = _text(value, "author", where) or ""
+    return Record(post_id, labels, relative_to_file(features, path) if features else None, author)
 
 
 def parse_post(value: Any, where: str, line: int = 0) -> CorpusPost:

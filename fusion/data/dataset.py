@@ -133,7 +133,7 @@ class PostDataset(Dataset[Sample]):
         self.posts = posts
         self._reader, self._manifest, self._schema = reader, manifest, schema
         self._budget_bytes = cache_mb * 1024 * 1024
-        self._kept: dict[int, tuple[str, dict[Stream, FeatureArray]]] = {}
+        self._kept: dict[int, tuple[Record, dict[Stream, FeatureArray]]] = {}
 
     def __len__(self) -> int:
         return len(self.posts)
@@ -141,17 +141,19 @@ class PostDataset(Dataset[Sample]):
     def __getitem__(self, row: int) -> Sample:
         kept = self._kept.get(row)
         if kept is None:
-            kept = self._read(self.posts[row])
+            record = self.posts[row]
+            kept = (record, self._read(record))
             size = sum(array.nbytes for array in kept[1].values()) + _KEPT_BYTES
             if size <= self._budget_bytes:
                 self._budget_bytes -= size
                 self._kept[row] = kept
-        return Sample(kept[0], kept[1], self.posts.target(row))
+        record, arrays = kept
+        return Sample(record.post_id, arrays, self.posts.target(row), record.author)
 
-    def _read(self, record: Record) -> tuple[str, dict[Stream, FeatureArray]]:
+    def _read(self, record: Record) -> dict[Stream, FeatureArray]:
         found = self._reader.features(record.post_id, record.features, self._manifest.fingerprints)
         arrays = self._schema.arrays(found)
         for stream, array in arrays.items():
             if not np.isfinite(array).all():
                 raise FeatureError(f"post {record.post_id}: {stream} features are not finite")
-        return record.post_id, arrays
+        return arrays

@@ -113,11 +113,13 @@ class Sample:
     Attributes:
         arrays: Features float16 ``(n, dim)`` for each stream that is there; media ``(n, ...)``.
         target: float32 ``(classes,)`` of 0 and 1; None where the truth is not known.
+        author: Empty where the data file names none.
     """
 
     post_id: str
     arrays: Mapping[Stream, npt.NDArray[Any]]
     target: npt.NDArray[np.float32] | None = None
+    author: str = ""
 
 
 class Batch(NamedTuple):
@@ -127,12 +129,14 @@ class Batch(NamedTuple):
         tokens: float32 ``(posts, n, dim)``, zeros behind the end; n may be 0.
         masks: bool ``(posts, n)``, True where there is a token.
         targets: float32 ``(posts, classes)``, or None.
+        authors: Of each post; empty for one without.
     """
 
     post_ids: tuple[str, ...]
     tokens: Mapping[Stream, torch.Tensor]
     masks: Mapping[Stream, torch.Tensor]
     targets: torch.Tensor | None = None
+    authors: tuple[str, ...] = ()
 
     @property
     def truth(self) -> torch.Tensor:
@@ -147,6 +151,7 @@ class Batch(NamedTuple):
             {m: t.to(device, non_blocking=True) for m, t in self.tokens.items()},
             {m: t.to(device, non_blocking=True) for m, t in self.masks.items()},
             None if self.targets is None else self.targets.to(device, non_blocking=True),
+            self.authors,
         )
 
 
@@ -193,6 +198,7 @@ def batch_of(
         tokens,
         masks,
         torch.from_numpy(np.stack(targets)) if len(targets) == len(samples) else None,
+        tuple(sample.author for sample in samples),
     )
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from scipy.optimize import minimize
 from sklearn.linear_model import LogisticRegression
 from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits
@@ -18,7 +20,7 @@ from config.fusion_models import MbtSettings, ModelSettings, NextVladSettings
 from config.train import LossSettings, OptimizerSettings
 from fusion.models import MODELS, build_model
 from fusion.models.base import Batch, ModalityDropout
-from fusion.models.probe import logistic
+from fusion.models.probe import Authors, logistic
 from fusion.models.transformers import Block, positions
 from fusion.models.vlad import MaskedBatchNorm, NeXtVLAD
 from fusion.train.losses import Objective, TaggingLoss
@@ -358,6 +360,44 @@ def test_each_modality_has_a_probe_that_its_own_posts_have_taught() -> None:
         with torch.inference_mode():
             mean = (joint(batch).sigmoid() + alone(batch).sigmoid()) / 2
             torch.testing.assert_close(model(batch).sigmoid(), mean, atol=1e-3, rtol=0)
+
+
+def test_a_calibrated_probe_suits_authors_who_were_left_out() -> None:
+    """As scikit-learn's models without a quarter of the authors, and scipy's minimum, have it."""
+    chance = np.random.default_rng(5)
+    names = [f"author {i}" for i in chance.integers(0, 9, 150)] + [""] * 10
+    x = chance.normal(size=(160, 12)) / 3
+    y = (x @ chance.normal(size=(12, 3)) + chance.normal(size=(160, 3)) > 0).astype(np.float32)
+    inputs, targets, authors = torch.tensor(x).float(), torch.tensor(y), Authors.of(names)
+    [(weight, bias, loss)] = logistic(inputs, targets, [0.5])
+    [(calibrated, shifted, same)] = logistic(inputs, targets, [0.5], authors=authors)
+    assert loss == pytest.approx(same, abs=1e-6)
+    part, logits = authors.part.numpy(), np.zeros_like(y)
+    for k, i in itertools.product(range(3), range(4)):
+        theirs = LogisticRegression(C=2, tol=1e-8).fit(x[part != i], y[part != i, k])
+        logits[part == i, k] = theirs.decision_function(x[part == i])
+
+    def total(values: np.ndarray) -> float:
+        scale, shift, own = values[0], values[1], values[2:].reshape(2, 3)
+        z = (scale + own[0]) * logits + shift + own[1]
+        wrong = (np.logaddexp(0, z) - y * z) * authors.weight.numpy()[:, None]
+        return float(wrong.sum() + 3 * (own**2).sum())
+
+    best = minimize(total, np.array([1.0] + [0.0] * 7)).x
+    scale, shift = best[0] + best[2:5], best[1] + best[5:]
+    np.testing.assert_allclose(calibrated / weight, np.tile(scale, (12, 1)).T, atol=0.02)
+    np.testing.assert_allclose(shifted, scale * bias.numpy() + shift, atol=0.02)
+
+
+def test_authors_are_dealt_whole_and_busy_ones_count_less() -> None:
+    """A post without author is one of its own; three authors cannot be left out in four parts."""
+    authors = Authors.of(["a"] * 4 + ["b"] * 4 + ["c"] * 3 + ["d"] + ["", ""] + ["e"])
+    assert sorted(np.bincount(authors.part).tolist()) == [3, 4, 4, 4]
+    assert len(set(authors.part[:4].tolist())) == len(set(authors.part[8:11].tolist())) == 1
+    assert float(authors.weight.mean()) == pytest.approx(1)
+    assert float(authors.weight[12] / authors.weight[0]) == pytest.approx(2)
+    with pytest.raises(ConfigError, match=r"model\.linear_probe\.calibrate: .* 3 authors"):
+        Authors.of(["a", "b", "b", "c"])
 
 
 def test_neighbours_are_chosen_by_other_posts_than_the_post_itself() -> None:

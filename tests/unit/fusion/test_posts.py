@@ -12,9 +12,12 @@ import numpy as np
 import pytest
 
 from common.errors import ConfigError
+from extractors.feature_file import write_features
 from fusion.data import data_file
 from fusion.data.data_file import Record, entries
+from fusion.data.dataset import FeatureFiles, PostDataset
 from fusion.data.posts import PostList
+from fusion.models.base import Collate
 from tests.support.fusion import support
 
 ENTRIES: list[dict[str, Any]] = [
@@ -121,6 +124,21 @@ def test_some_posts_of_a_list(tmp_path: Path) -> None:
     np.testing.assert_array_equal(some.targets(), posts.targets()[rows])
     assert [r.post_id for r in some[2:5]] == [str(row) for row in rows[2:5]]
     assert len(posts.take([])) == 0
+
+
+def test_the_author_of_a_post_comes_with_its_batch(tmp_path: Path) -> None:
+    """From the data file, when the features are read and when they are kept; "" without one."""
+    entries = []
+    for author in ("ann", None, ""):
+        post = support.features(f"by {author}", seed=1)
+        path = write_features(tmp_path, post, support.FINGERPRINTS)
+        entries.append({"post_id": post.post_id, "author": author, "features": str(path)})
+    posts = PostList.read(written(tmp_path, "a.json", entries), support.LABELS)
+    schema = support.schema()
+    dataset = PostDataset(posts, FeatureFiles(), support.manifest(), schema, cache_mb=1)
+    for _ in range(2):
+        batch = Collate(schema)([dataset[row] for row in range(3)])
+        assert batch.authors == batch.to("cpu").authors == ("ann", "", "")
 
 
 def test_what_is_left_out_is_told(tmp_path: Path) -> None:
