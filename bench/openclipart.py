@@ -13,7 +13,8 @@ The vectors of MiniLM, those of the tags' texts too, are extracted once; those o
 fold to fold and are joined to them by the extractor's own code.
 
 Run: ``python bench/openclipart.py --source DIR [--seeds 3] [--jobs 2]``, DIR with svg/ and png/ of
-the packages. Posts and features stay in ``--work``, and are not made again. Results:
+the packages. Posts and features stay in ``--work``, and are not made again, also when settings of
+this file have changed since. Results:
 ``bench/results/openclipart.json``.
 """
 
@@ -55,10 +56,11 @@ SplitName: TypeAlias = Literal["author", "random", "choose"]
 Entries: TypeAlias = Sequence[Mapping[str, Any]]
 Floats: TypeAlias = npt.NDArray[np.float32]
 PRESET = ("--set", "features.preset=small", "--set", "features.ocr.enabled=false")
+PADDED = ("--set", "features.image.padded=true")
 TRAINING: dict[str, Any] = {
     "model": {
         "name": "linear_probe",
-        "linear_probe": {"penalties": [0.1], "alone": True, "unit": True},
+        "linear_probe": {"penalties": [0.1], "alone": True, "unit": True, "calibrate": True},
     },
 }
 """Chosen by ``--choose``."""
@@ -93,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         scores = run_all(jobs, options.jobs)
         rows = {"fusion": [scores[i : i + FOLDS] for i in range(0, len(scores), FOLDS)]}
         if split == "author":
-            rows |= {name: [found] for name, found in linear_models(folders, labels).items()}
+            rows |= linear_models(folders, options.jobs)
         results += [summary(split, name, found) for name, found in rows.items()]
     show(results)
     if not options.choose:
@@ -149,7 +151,7 @@ def extract(work: Path, labels: LabelMap) -> None:
         if posts == "tags.json":
             file.write_text(json.dumps(tag_sentences(tag_texts(labels))), encoding="utf-8")
         given = ("--input", file, "--features", folder / out)
-        script(ROOT / "scripts" / f"extract_{kind}_features.py", *given, *PRESET)
+        script(ROOT / "scripts" / f"extract_{kind}_features.py", *given, *PRESET, *PADDED)
 
 
 def author_of(entry: Mapping[str, Any]) -> str:
@@ -311,7 +313,8 @@ def tag_texts(labels: LabelMap) -> TagTexts:
 
 def tag_sentences(texts: TagTexts) -> list[dict[str, Any]]:
     """Return a post of text for each sentence that zero-shot tagging makes of a tag's texts."""
-    each = dict.fromkeys(sentence for tag in texts.tags for sentence in texts.sentences(tag))
+    groups = (group for tag in texts.tags for group in texts.sentences(tag))
+    each = dict.fromkeys(sentence for group in groups for sentence in group)
     none: dict[str, Any] = {"labels": [], "images": [], "videos": [], "audios": []}
     digests = {text: hashlib.sha256(text.encode()).hexdigest()[:16] for text in each}
     return [{"post_id": digests[text], "text": text, **none} for text in each]
@@ -415,24 +418,31 @@ def figures(scores: npt.NDArray[Any], truth: npt.NDArray[Any]) -> dict[str, floa
     return {"gap": round(gap, 6), "map": round(mean_ap, 6)}
 
 
-def linear_models(folders: Sequence[Path], labels: LabelMap) -> dict[str, list[dict[str, float]]]:
-    """Return the figures of linear models for every fold."""
+def linear_models(
+    folders: Sequence[Path], processes: int
+) -> dict[str, list[list[dict[str, float]]]]:
+    """Return the figures of linear models for every fold, as those of one seed."""
+    folds = []
+    with progress_bar("linear models", len(folders)) as bar, side_by_side(processes) as each:
+        for found in each(linear_models_of, folders):
+            folds.append(found)
+            bar.advance()
+            notice(f"  {folders[len(folds) - 1].name} {found}")
+    return {name: [[found[name] for found in folds]] for name in folds[0]}
+
+
+def linear_models_of(folder: Path) -> dict[str, dict[str, float]]:
+    """Return the figures of each linear model for one fold."""
     inputs = {
         "scikit-learn: Lite0 + MiniLM": ("image", "sentence"),
         "scikit-learn: TF-IDF": ("tfidf",),
         "scikit-learn: all": ("image", "sentence", "tfidf"),
     }
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in inputs}
-    with progress_bar("linear models", len(folders) * len(inputs)) as bar:
-        for folder in folders:
-            sides = {side: read_side(folder, side, labels) for side in ("train", "test")}
-            for name, parts in inputs.items():
-                learned, test = (
-                    np.hstack([sides[side][part] for part in parts]) for side in ("train", "test")
-                )
-                scores = probe(learned, sides["train"]["truth"], test)
-                found[name].append(figures(scores, sides["test"]["truth"]))
-                bar.advance()
+    labels, found = LabelMap.load(folder / "labels.json"), {}
+    learned, test = (read_side(folder, side, labels) for side in ("train", "test"))
+    for name, parts in inputs.items():
+        rows, tested = (np.hstack([side[part] for part in parts]) for side in (learned, test))
+        found[name] = figures(probe(rows, learned["truth"], tested), test["truth"])
     return found
 
 
