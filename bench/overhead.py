@@ -1,11 +1,13 @@
 """What the machinery costs: posts of one text, and of a text and a tiny picture, on every broker.
 
-All posts are alike and the models are tiny, so that what is left is the King, its workers' ways
-with messages, the broker and the database. In turn with the daemon a bare loop of kombu and pymongo
-does nothing but read, write and acknowledge the same posts, one by one and in batches.
+All posts are alike and the models are tiny, the fusion model too, so that what is left is the King,
+its workers' ways with messages, the broker and the database. In turn with the daemon a bare loop of
+kombu and pymongo does nothing but read, write and acknowledge the same posts, one by one and in
+batches.
 
 Run: ``python bench/overhead.py [--posts 2000] [--rounds 5] [--broker rabbitmq redis embedded]
-[--tree CHECKOUT] [--small]``; with ``--tree`` the daemon is that of another checkout.
+[--tree CHECKOUT] [--fusion mbt] [--small]``; with ``--tree`` the daemon is that of another
+checkout, with ``--fusion`` the fusion model is another.
 """
 
 from __future__ import annotations
@@ -46,6 +48,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--broker", choices=BROKERS, nargs="+", default=list(BROKERS))
     parser.add_argument("--idle-s", type=float, default=20, help="how long it is watched idling")
     parser.add_argument("--tree", type=Path, default=ROOT)
+    parser.add_argument("--fusion", default="concat_mlp", help="fusion model; mbt is the default's")
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder of overhead.json")
     parser.add_argument("--small", action="store_true", help="one round of few posts, embedded")
     options = parser.parse_args(arguments)
@@ -55,10 +58,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def settings_of(folder: Path) -> Settings:
+def settings_of(folder: Path, fusion: str = "concat_mlp") -> Settings:
     """Return settings with tiny models, and make a bundle for them."""
     features = tiny_features()
-    tiny_bundle(folder / "bundle", features)
+    tiny_bundle(folder / "bundle", features, model=fusion)
     return Settings.model_validate(
         {
             "features": features.model_dump(),
@@ -101,6 +104,7 @@ def measure(options: argparse.Namespace, broker: Any, settings: Settings, url: s
     rows = []
     for (system, case), rounds in loads.items():
         row = {"system": system, "broker": broker, "case": case, "posts": number}
+        row["fusion"] = options.fusion
         row |= median_load(rounds) | {"load": [round(x, 1) for x in os.getloadavg()]}
         if system == "daemon":
             apart = (*ENCODERS, *SERVER_NAMES)
@@ -136,7 +140,7 @@ def main(arguments: list[str] | None = None) -> int:
     rows = []
     with tempfile.TemporaryDirectory(prefix="over-") as name:
         folder = Path(name)
-        settings = settings_of(folder)
+        settings = settings_of(folder, options.fusion)
         (folder / "web").mkdir()
         media.write_jpeg(folder / "web" / "a.jpg", media.quadrants(96, 80))
         with media_server(folder / "web") as url:

@@ -158,13 +158,16 @@ def tiny_site(folder: Path, **sections: Any) -> Path:
     return path
 
 
-def tiny_bundle(folder: Path, features: FeatureSettings, *, threshold: Any = 0.01) -> str:
+def tiny_bundle(
+    folder: Path, features: FeatureSettings, *, threshold: Any = 0.01, model: Any = "mbt"
+) -> str:
     """Save a fusion model with random weights for these features; its version.
 
     Args:
         folder: Where to.
         features: What the model shall be served with.
         threshold: Scores above it become tags; one for all tags, or one each.
+        model: Name of the fusion model.
     """
     from extractors.suite import ExtractorSuite
     from tests.support.workers.small_bundle import write_bundle
@@ -172,6 +175,6 @@ def tiny_bundle(folder: Path, features: FeatureSettings, *, threshold: Any = 0.0
     suite = ExtractorSuite(features)
     suite.load()
     try:
-        return write_bundle(folder, suite, threshold=threshold)
+        return write_bundle(folder, suite, threshold=threshold, model=model)
     finally:
         suite.close()

@@ -18,6 +18,7 @@ def write_bundle(
     seed: int = 0,
     members: int = 1,
     threshold: Any = 0.1,
+    model: Any = "mbt",
     **changes: Any,
 ) -> str:
     """Save a bundle for a loaded suite; its version.
@@ -28,6 +29,7 @@ def write_bundle(
         seed: Of the weights.
         members: Number of models; several are an ensemble.
         threshold: Scores above it become tags; one for all tags, or one each.
+        model: Name of the fusion model.
         changes: Fields of the manifest to set otherwise.
     """
     import torch
@@ -45,7 +47,7 @@ def write_bundle(
         "ocr_mode": suite.features.ocr_mode,
     }
     manifest = FeatureManifest(**{**values, **changes})
-    settings = ModelSettings()
+    settings = ModelSettings(name=model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         schema = InputSchema.of(manifest, settings.tokens, len(labels))
