@@ -22,7 +22,7 @@ from pymongo import MongoClient, UpdateOne
 _PREFETCH = 32
 # A queue without a message for so long is empty; a half-filled batch waits for it, outside of what
 # is counted where it is the last.
-_EMPTY_S = 0.5
+_EMPTY_S = 2.0
 
 
 def result() -> dict[str, Any]:
