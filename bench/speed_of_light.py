@@ -25,6 +25,8 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs as a plain script too
+# As the daemon's decoders have it: a second thread of OpenBLAS spins, and would count as work.
+os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
 from chaos_rig.posts import media_server
 from floors import finish
