@@ -1,24 +1,21 @@
 """Fusion models and losses, each model with its own learning rate, on features that are fixed.
 
-On openclipart the models train on authors of three folds and are measured on those of the third; a
-quarter of the training authors is kept apart to choose. (One author drew 551 of all posts: they are
-among the training posts, since as kept-apart posts they would hide all others.) Of the demo's
-features (``--demo``, the folder of a finished demo) the validation posts choose and the posts of
-the online run are measured. The choosing posts decide on
+On openclipart each seed has a fold of authors of its own: the models train on authors of the other
+folds and are measured on it; a quarter of the training authors is kept apart to choose. (One author
+drew 551 of all posts: they are among the training posts, since as kept-apart posts they would hide
+all others.) Of the demo's features (``--demo``, the folder of a finished demo) the validation posts
+choose and the posts of the online run are measured. The choosing posts decide on
 
 - the rate of each model, out of `RATES`, with the first loss and seed 0;
-- one of the other losses for each model, at that rate and with seed 0: only it, the first loss, and
-  the first loss with a moving average of the weights have more seeds;
 - the epoch of each training.
 
 Each seed draws its own training posts, the same for all cells, so that differences from the default
 are taken within a seed. One cell is better than another where the mean of the differences is over
-two standard errors of it. ``linear_probe`` has neither loss nor rate. ``--sizes`` compares it with
-the default model on fewer posts, by as many steps, or on more, by as many epochs.
+two standard errors of it. ``linear_probe`` has neither loss nor rate.
 
-Small on purpose: one fold, at most ``--posts`` posts, few epochs, 22 queries in ``ml_decoder``, and
-``--width`` for a smaller one of the attention models. Absolute figures are below those of
-``bench/openclipart.py``, which has TF-IDF too.
+Small on purpose: at most ``--posts`` posts and few epochs, each model in its default size or, with
+``--width``, a smaller one. Absolute figures are below those of ``bench/openclipart.py``, which has
+TF-IDF too.
 
 Run: ``python bench/heads.py --work DIR [--demo DIR] [--seeds 3] [--posts 1200]`` with the posts and
 features of ``bench/openclipart.py``; a training that ended is not repeated, and with ``--minutes``
@@ -44,7 +41,7 @@ from typing import Any, Final, get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs as a plain script too
 
-from openclipart import author_of, dealt, figures, side_by_side, split_posts
+from openclipart import FOLDS, author_of, dealt, figures, side_by_side, split_posts
 from results_file import FOLDER, write_results
 
 from common.files import write_whole
@@ -62,7 +59,6 @@ RATES = (1e-3, 4e-3)
 EMA = 0.99
 """Of steps: a run has some 300, so that 0.999 would still hold the start."""
 SETS = ("openclipart", "demo")
-FOLD = 2
 BATCH = 32
 
 
@@ -128,31 +124,12 @@ def measure(
     ]
     trained = [job for job in best if job.model != PROBE]
 
-    def seeded(jobs: Sequence[Job]) -> list[Job]:
-        seeds = range(1, options.seeds)
-        return [replace(job, seed=seed, data=folders[seed]) for seed in seeds for job in jobs]
+    def of_all_seeds(jobs: Sequence[Job]) -> list[Job]:
+        return [replace(j, seed=k, data=data) for k, data in enumerate(folders) for j in jobs]
 
-    runs = [r for r in searched if r.job in best] + run(seeded(best), f"{name}: seeds")
-    averaged = [replace(job, ema=EMA) for job in trained]
-    first = run([replace(job, loss=it) for it in others for job in trained], f"{name}: losses")
-    kept = list(averaged)
-    for job in trained:
-        own = [r for r in first if r.job.model == job.model]
-        kept += [max(own, key=of_valid).job] if own else []
-    runs += [*first, *run(averaged, f"{name}: averages"), *run(seeded(kept), f"{name}: kept")]
-    sizes = [
-        replace(
-            job,
-            seed=seed,
-            data=folder_of(name, options, size, seed),
-            epochs=max(options.epochs, round(options.epochs * options.posts / size)),
-        )
-        for size in options.sizes
-        for seed in range(options.seeds)
-        for job in best
-        if job.model in (PROBE, DEFAULT)
-    ]
-    return [*runs, *run(sizes, f"{name}: sizes")]
+    cells = [replace(job, ema=options.ema) for job in trained if options.ema]
+    cells += [replace(job, loss=it) for it in others for job in trained]
+    return run(of_all_seeds(best), f"{name}: seeds") + run(of_all_seeds(cells), f"{name}: losses")
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -161,12 +138,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--demo", type=Path, help="folder of a finished demo")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--posts", type=int, default=1200, help="training posts at most")
-    parser.add_argument("--sizes", type=int, nargs="*", default=(), help="of more training sets")
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--width", type=int, default=0, help="of attention models; 0: their own")
     parser.add_argument("--only", nargs="+", choices=SETS, default=SETS)
     parser.add_argument("--models", nargs="+", choices=get_args(ModelName), default=MODELS)
     parser.add_argument("--losses", nargs="+", choices=get_args(LossName), default=LOSSES)
+    parser.add_argument("--ema", type=float, default=EMA, help="of the averaged cells; 0: none")
     parser.add_argument("--jobs", type=int, default=1, help="trainings side by side")
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the result")
     parser.add_argument("--minutes", type=float, default=math.inf, help="start none after these")
@@ -181,7 +158,7 @@ def folder_of(name: str, options: argparse.Namespace, count: int, seed: int) -> 
     They are ``train``, ``valid`` and ``test.json``, and ``labels.json``.
     """
     work = options.work.absolute()
-    sides, labels = openclipart(work) if name == "openclipart" else demo_posts(options.demo)
+    sides, labels = openclipart(work, seed) if name == "openclipart" else demo_posts(options.demo)
     folder: Path = work / f"heads-{name}-{count}-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copy(labels, folder / "labels.json")
@@ -193,16 +170,17 @@ def folder_of(name: str, options: argparse.Namespace, count: int, seed: int) -> 
     return folder
 
 
-def openclipart(work: Path) -> tuple[dict[str, list[Any]], Path]:
-    """Return the posts of each side, and the file of labels."""
+def openclipart(work: Path, seed: int) -> tuple[dict[str, list[Any]], Path]:
+    """Return the posts of each side, in the fold of the seed, and the file of labels."""
     from extractors.feature_file import feature_path
 
     posts = json.loads((work / "posts" / "posts.json").read_text("utf-8"))
     for post in posts:
         post["features"] = str(feature_path(work / "features", post["post_id"]))
-    fold = split_posts(posts, "author")[FOLD]
+    number = seed % FOLDS
+    fold = split_posts(posts, "author")[number]
     groups = {post["post_id"]: author_of(post) for post in fold["train"]}
-    largest, valid, *others = dealt(fold["train"], groups, seed=1 + FOLD)
+    largest, valid, *others = dealt(fold["train"], groups, seed=1 + number)
     train = [post for part in (largest, *others) for post in part]
     return {"train": train, "valid": valid, "test": fold["test"]}, work / "posts" / "idx2name.json"
 
@@ -282,7 +260,7 @@ def settings_of(job: Job, out: Path) -> TrainSettings:
         "model": {
             "name": job.model,
             "mbt": width,
-            "ml_decoder": {"queries": 22, **width},
+            "ml_decoder": width,
             "token_transformer": width,
         },
         "loss": {"name": job.loss},
