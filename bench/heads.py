@@ -2,16 +2,18 @@
 
 On openclipart each seed has a fold of authors of its own: the models train on authors of the other
 folds and are measured on it; a quarter of the training authors is kept apart to choose. (One author
-drew 551 of all posts: they are among the training posts, since as kept-apart posts they would hide
-all others.) Of the demo's features (``--demo``, the folder of a finished demo) the validation posts
-choose and the posts of the online run are measured. The choosing posts decide on
+drew 551 of all posts: where they are not measured, they are among the training posts, since as
+kept-apart posts they would hide all others.) Of the demo's features (``--demo``, the folder of a
+finished demo) the validation posts choose and the posts of the online run are measured. The
+choosing posts decide on
 
-- the rate of each model, out of `RATES`, with the first loss and seed 0;
+- the rate of each model and seed, out of ``--rates``, with the first loss;
 - the epoch of each training.
 
 Each seed draws its own training posts, the same for all cells, so that differences from the default
-are taken within a seed. One cell is better than another where the mean of the differences is over
-two standard errors of it. ``linear_probe`` has neither loss nor rate.
+are taken within a seed; the other losses train at the rate of the first. One cell is better than
+another where the mean of the differences is over two standard errors of it. ``linear_probe`` has
+neither loss nor rate.
 
 Small on purpose: at most ``--posts`` posts and few epochs, each model in its default size or, with
 ``--width``, a smaller one. Absolute figures are below those of ``bench/openclipart.py``, which has
@@ -36,6 +38,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any, Final, get_args
 
@@ -46,14 +49,13 @@ from results_file import FOLDER, write_results
 
 from common.files import write_whole
 from common.progress import notice, progress_bar
-from config.fusion_models import ModelName
+from config.fusion_models import DEFAULT_MODEL, ModelName
 from config.labels import LabelMap
 from config.load import validate
 from config.train import LossName, TrainSettings
 
 PROBE: Final = "linear_probe"
-DEFAULT: Final = "mbt"
-MODELS: tuple[ModelName, ...] = (PROBE, "concat_mlp", "ml_decoder", DEFAULT, "token_transformer")
+MODELS: tuple[ModelName, ...] = (PROBE, "concat_mlp", "ml_decoder", "mbt", "token_transformer")
 LOSSES: tuple[LossName, ...] = ("bce", "asymmetric", "two_way")
 RATES = (1e-3, 4e-3)
 EMA = 0.99
@@ -96,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if name == "demo" and options.demo is None:
                 continue
             rows = summarise(name, measure(each, name, options))
-            show(rows)
+            print(table(rows))
             again = {setting_of(row) for row in rows}
             results = [row for row in results if setting_of(row) not in again] + rows
     seeds = max(row["seeds"] for row in results)
@@ -107,29 +109,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def measure(
     each: Callable[..., Iterator[Run]], name: str, options: argparse.Namespace
 ) -> list[Run]:
-    """Return the runs of one set of posts, those of seed 0 first."""
-    folders = [folder_of(name, options, options.posts, seed) for seed in range(options.seeds)]
+    """Return the runs of one set of posts: of the better rates, then of other losses."""
     loss, *others = options.losses
-    base = Job(folders[0], MODELS[0], loss, RATES[0], 0, 0.0, options.epochs, options.width)
-    rates = [
-        replace(base, model=model, rate=rate)
-        for model in options.models
-        for rate in (RATES[:1] if model == PROBE else RATES)
-    ]
     run = functools.partial(run_all, each, until=options.until)
-    searched = run(rates, f"{name}: rates")
-    best = [
-        max((r for r in searched if r.job.model == model), key=of_valid).job
-        for model in dict.fromkeys(r.job.model for r in searched)
+    rates = [
+        Job(data, model, loss, rate, seed, 0.0, options.epochs, options.width)
+        for seed in range(options.seeds)
+        for data in [folder_of(name, options, options.posts, seed)]
+        for model in options.models
+        for rate in (options.rates[:1] if model == PROBE else options.rates)
     ]
-    trained = [job for job in best if job.model != PROBE]
-
-    def of_all_seeds(jobs: Sequence[Job]) -> list[Job]:
-        return [replace(j, seed=k, data=data) for k, data in enumerate(folders) for j in jobs]
-
+    best: dict[tuple[int, str], Run] = {}
+    for found in run(rates, f"{name}: rates"):
+        key = found.job.seed, found.job.model
+        best[key] = max(best.get(key, found), found, key=of_valid)
+    trained = [found.job for found in best.values() if found.job.model != PROBE]
     cells = [replace(job, ema=options.ema) for job in trained if options.ema]
-    cells += [replace(job, loss=it) for it in others for job in trained]
-    return run(of_all_seeds(best), f"{name}: seeds") + run(of_all_seeds(cells), f"{name}: losses")
+    cells += [replace(job, loss=it) for job in trained for it in others]
+    return [*best.values(), *run(cells, f"{name}: losses")]
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -143,6 +140,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=SETS, default=SETS)
     parser.add_argument("--models", nargs="+", choices=get_args(ModelName), default=MODELS)
     parser.add_argument("--losses", nargs="+", choices=get_args(LossName), default=LOSSES)
+    parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="to choose from")
     parser.add_argument("--ema", type=float, default=EMA, help="of the averaged cells; 0: none")
     parser.add_argument("--jobs", type=int, default=1, help="trainings side by side")
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the result")
@@ -289,7 +287,7 @@ def of_valid(run: Run) -> float:
 
 
 def summarise(name: str, runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Return a row for each cell: means over the seeds and their standard errors, best first.
+    """Return a row for each cell that has all seeds: means and their standard errors, best first.
 
     ``over_default``: the mean difference of GAP@20 from the default model with the first loss, on
     the same training posts, and its standard error.
@@ -300,14 +298,18 @@ def summarise(name: str, runs: Sequence[Run]) -> list[dict[str, Any]]:
         cells.setdefault((posts, run.job.model, run.job.loss, run.job.ema), {})[run.job.seed] = run
     first = runs[0].job.loss
     rows = []
+    seeds = max(map(len, cells.values()))
     for (posts, model, loss, ema), own in cells.items():
+        if len(own) < seeds:  # the time was up
+            continue
         row: dict[str, Any] = {"data": name, "posts": posts, "model": model, "loss": loss}
         job = next(iter(own.values())).job
-        row |= {"ema": ema, "learning_rate": job.rate, "epochs": job.epochs, "width": job.width}
-        row["seeds"] = len(own)
+        rates = [run.job.rate for run in own.values()]
+        row |= {"ema": ema, "learning_rates": rates, "epochs": job.epochs, "width": job.width}
+        row["seeds"] = seeds
         for key, values in figures_of(list(own.values())):
             row[key], row[f"{key}_se"] = mean_and_error(values)
-        default = cells.get((posts, DEFAULT, first, 0.0), {})
+        default = cells.get((posts, DEFAULT_MODEL, first, 0.0), {})
         pairs = [own[seed].gap - default[seed].gap for seed in own if seed in default]
         row["over_default"], row["over_default_se"] = mean_and_error(pairs)
         rows.append(row)
@@ -332,18 +334,48 @@ def figures_of(runs: Sequence[Run]) -> Iterator[tuple[str, list[float]]]:
     yield "map", [run.mean_ap for run in runs]
 
 
-def show(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Print the table in Markdown."""
-    print("| data | posts | model | loss | EMA | rate | seeds | GAP@20 | over default | se | mAP |")
-    print("| --- | ---: | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the table of docs/models.md: a line for each model of a set, a column for each loss.
+
+    A cell is GAP@20 and its difference from the default model with the first loss.
+    """
+    columns = list(dict.fromkeys(column_of(row) for row in rows))
+    columns.sort(key=lambda column: (column != LOSSES[0], column))
+    lines = [
+        f"| posts | model | {' | '.join(columns)} | mAP ({LOSSES[0]}) |",
+        f"| --- | --- |{' --- |' * len(columns)} ---: |",
+    ]
+    sets: dict[tuple[Any, ...], dict[str, dict[str, Mapping[str, Any]]]] = {}
     for row in rows:
-        over, error = row["over_default"], row["over_default_se"]
-        print(
-            f"| {row['data']} | {row['posts']} | `{row['model']}` | {row['loss']} | {row['ema']:g} "
-            f"| {row['learning_rate']:g} | {row['seeds']} | {row['gap']:.3f} "
-            f"| {'' if over is None else f'{over:+.3f}'} "
-            f"| {'' if error is None else f'{error:.3f}'} | {row['map']:.3f} |"
-        )
+        models = sets.setdefault(setting_of(row), {})
+        models.setdefault(row["model"], {})[column_of(row)] = row
+    for (data, posts, width), models in sets.items():
+        seeds = next(row["seeds"] for cells in models.values() for row in cells.values())
+        name = f"{data}, {posts:,}" + f", width {width}" * bool(width) + f"; {seeds} seeds"
+        order = sorted(models.items(), key=lambda item: -item[1][LOSSES[0]]["gap"])
+        for (model, cells), title in zip(order, chain([name], repeat("")), strict=False):
+            texts = [cell(cells.get(column)) for column in columns]
+            lines.append(
+                f"| {title} | `{model}` | {' | '.join(texts)} | {cells[LOSSES[0]]['map']:.3f} |"
+            )
+    return "\n".join(lines)
+
+
+def column_of(row: Mapping[str, Any]) -> str:
+    return f"{row['loss']}, EMA" if row["ema"] else str(row["loss"])
+
+
+def cell(row: Mapping[str, Any] | None) -> str:
+    if row is None:
+        return ""
+    over, error = row["over_default"], row["over_default_se"]
+    if (
+        over is None
+        or error is None
+        or (row["model"], column_of(row)) == (DEFAULT_MODEL, LOSSES[0])
+    ):
+        return f"{row['gap']:.3f}"
+    return f"{row['gap']:.3f}, {over:+.3f} ± {error:.3f}"
 
 
 if __name__ == "__main__":

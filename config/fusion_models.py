@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Final, Literal, TypeAlias
 
 from pydantic import Field, model_validator
 
@@ -24,6 +24,9 @@ ModelName: TypeAlias = Literal[
     "knn",
     "tag_text",
 ]
+DEFAULT_MODEL: Final[ModelName] = "ml_decoder"
+"""Above `mbt` by over two standard errors where order tells, and not below it elsewhere, in a sixth
+of its time: docs/models.md."""
 Share = Annotated[float, Field(ge=0, lt=1)]
 Weight = Annotated[float, Field(ge=0)]
 
@@ -216,8 +219,8 @@ class TagTextSettings(Section):
 class ModelSettings(Section):
     """The fusion model: ``name`` chooses which of the sections below counts."""
 
-    name: ModelName | Literal["auto"] = "mbt"
-    """The default is the best of `make zoo`; `auto` takes ``linear_probe`` for less data."""
+    name: ModelName | Literal["auto"] = DEFAULT_MODEL
+    """`auto` takes ``linear_probe`` for less data."""
     auto_posts: PositiveInt = 3000
     """Of `auto`: with fewer training posts than this, and no stream of which order tells (video,
     audio, or tokens of a text), it is ``linear_probe``, else the default."""

@@ -23,11 +23,7 @@ def train_settings(layout: Layout, settings: Settings, sizes: Sizes) -> TrainSet
             "image_as_frames": settings.fusion.image_as_frames,
             "ocr_mode": settings.features.ocr_mode,
         },
-        "model": {
-            # Better on these posts than the default (docs/models.md), and quick to train.
-            "name": "ml_decoder",
-            "modality_dropout": 0.05,
-        },
+        "model": {"modality_dropout": 0.05},
         "optimizer": {"learning_rate": 1e-3, "ema_decay": 0.98},
         "trainer": {
             "epochs": sizes.fusion_epochs,

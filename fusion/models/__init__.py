@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import cast
 
-from config.fusion_models import ModelName, ModelSettings
+from config.fusion_models import DEFAULT_MODEL, ModelName, ModelSettings
 from fusion.models.attention_lstm import AttentionLSTM
 from fusion.models.base import FusionModel, InputSchema
 from fusion.models.knn import KNN
 from fusion.models.late import LateFusion
-from fusion.models.ml_decoder import MLDecoder
 from fusion.models.pooled import GMU, ConcatMLP
 from fusion.models.probe import LinearProbe
 from fusion.models.tag_text import TagText
-from fusion.models.transformers import MBT, TokenTransformer
+from fusion.models.transformers import MBT, MLDecoder, TokenTransformer
 from fusion.models.vlad import ConcatSE, NeXtVLADSE
 
 __all__ = ["MODELS", "FusionModel", "build_model", "chosen"]
@@ -46,7 +45,7 @@ def chosen(settings: ModelSettings, posts: int, *, ordered: bool) -> ModelSettin
     if settings.name != "auto":
         return settings
     small = posts < settings.auto_posts and not ordered
-    name: ModelName = "linear_probe" if small else "mbt"
+    name: ModelName = "linear_probe" if small else DEFAULT_MODEL
     return settings.model_copy(update={"name": name})
 
 

@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import infer_net
 import train_net
 from common.post_set import PostSet
-from config.fusion_models import ModelSettings
+from config.fusion_models import DEFAULT_MODEL, ModelSettings
 from fusion.bundle.bundle import read_about
 from fusion.data.dataset import FeatureFiles
 from fusion.infer.inferer import Inferer
@@ -136,15 +136,15 @@ def test_auto_takes_a_model_by_the_size_of_the_data() -> None:
     """Few posts without order are for the linear probe; a model that is named stays."""
     auto = ModelSettings(name="auto", auto_posts=100)
     assert chosen(auto, 99, ordered=False).name == "linear_probe"
-    assert chosen(auto, 100, ordered=False).name == "mbt"
-    assert chosen(auto, 99, ordered=True).name == "mbt"
+    assert chosen(auto, 100, ordered=False).name == DEFAULT_MODEL
+    assert chosen(auto, 99, ordered=True).name == DEFAULT_MODEL
     assert chosen(ModelSettings(name="gmu"), 9, ordered=False).name == "gmu"
 
 
 def test_a_training_with_auto_writes_the_model_that_it_took(few_posts: Path) -> None:
     """Features of several frames have an order; a bundle names a model that can be built."""
     runs.run(few_posts, model={"name": "auto"}, trainer=ONE)
-    assert read_about(few_posts / "bundle").model.name == "mbt"
+    assert read_about(few_posts / "bundle").model.name == DEFAULT_MODEL
     data = {"modalities": ["image"]}
     runs.run(few_posts, model={"name": "auto"}, trainer=ONE, data=data)
     assert read_about(few_posts / "bundle").model.name == "linear_probe"
