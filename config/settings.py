@@ -421,6 +421,21 @@ class KingSettings(Section):
     """Interval at which a King looks for posts that have neither a result nor a job and publishes
     them, a batch at a time; 0 or null never does. It reads the posts without
     ``<result_path>.status``: an index on that path keeps it cheap in a large collection."""
+    metrics: str | None = None
+    """``HOST:PORT`` at which Prometheus finds the metrics, as ``127.0.0.1:9465``; a port alone is
+    one of 127.0.0.1, and null serves none. There is no log-in. docs/metrics.md"""
+
+    @field_validator("metrics", mode="before")
+    @classmethod
+    def _address(cls, value: object) -> object:
+        if value is None:
+            return None
+        text = f"127.0.0.1:{value}" if re.fullmatch("[0-9]+", str(value)) else str(value)
+        if not re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[^\s/:\[\]]+):[0-9]+", text):
+            raise ValueError(f"must be PORT or HOST:PORT, as 127.0.0.1:9465, got {value!r}")
+        if not 1 <= split_address(text)[1] <= 65535:
+            raise ValueError(f"the port must be from 1 to 65535, got {value!r}")
+        return text
 
     @property
     def retry(self) -> RetryPolicy:
@@ -597,6 +612,12 @@ class InferSettings(RunSettings):
     features: Path = Path("workshop/features")
     """Root of the feature files, for inputs that name only post IDs."""
     threads: PositiveInt | None = None
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Return host and port of ``HOST:PORT``; the host of ``[::1]:80`` is ``::1``."""
+    host, _, port = address.rpartition(":")
+    return host.strip("[]"), int(port)
 
 
 def is_database(output: str) -> bool:

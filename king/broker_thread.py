@@ -170,6 +170,7 @@ class BrokerThread:
                 self._failures = 0
             if time.monotonic() >= self._depth_due:
                 self._status.queue_depth = (self._broker.depth(), time.monotonic())
+                self._status.unacknowledged = self._broker.unacknowledged()
                 self._depth_due = time.monotonic() + _DEPTH_EVERY_S
 
     def _reconnect_if_asked(self) -> None:
@@ -233,7 +234,7 @@ class BrokerThread:
 
     def _back_off(self, error: BrokerUnavailable) -> None:
         self._status.broker_up.clear()
-        self._status.queue_depth = None
+        self._status.queue_depth = self._status.unacknowledged = None
         delay_s = reconnect_delay_s(self._failures)
         log.warning(
             "king.broker_unreachable",

@@ -23,7 +23,16 @@ import structlog
 
 from common.files import write_whole
 from common.processes import process_identity
-from king.jobs import Bundle
+from king.jobs import (
+    Bundle,
+    Dead,
+    Rejected,
+    Retry,
+    Settled,
+    Superseded,
+    Tagged,
+    Unreadable,
+)
 from workers.protocol import PoolRefused
 
 Phase: TypeAlias = Literal[
@@ -36,12 +45,27 @@ COUNTERS: dict[str, bool] = {
     "retried": True,
     "dead": False,
     "settled": False,
+    "cache_lookups": False,
+    "cache_hits": False,
 }
 """Counter -> whether it counts ends of attempts. A new counter is a line here, and where it counts.
 
 ``superseded`` counts tags that were not written, since a later bundle has tagged the post; ``dead``
-dead letters, ``settled`` messages for which there was nothing to do.
+dead letters, ``settled`` messages for which there was nothing to do; ``cache_lookups`` media files
+that were looked up, ``cache_hits`` those that need not be decoded.
 """
+
+End: TypeAlias = Tagged | Superseded | Retry | Dead | Rejected | Settled | Unreadable
+"""The end of an attempt or of a message."""
+_COUNTED: Mapping[type, tuple[str, ...]] = {
+    Tagged: ("tagged",),
+    Superseded: ("superseded",),
+    Retry: ("retried",),
+    Dead: ("failed", "dead"),
+    Rejected: ("failed", "dead"),
+    Settled: ("settled",),
+    Unreadable: ("dead",),
+}
 
 # The rate is that of the last minute: half of it jumps with every batch, double hides a stall.
 RATE_WINDOW_S = 60
@@ -62,9 +86,17 @@ log = structlog.get_logger()
 class Status:
     """State that several threads write and the main thread shows."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        """Start the status of a King; ``clock`` measures durations, dates are for people."""
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.monotonic,
+        on_end: Callable[[End, float | None], object] | None = None,
+    ) -> None:
+        """Start the status of a King; ``clock`` measures durations, dates are for people.
+
+        ``on_end`` is called once for each end, with what `ended` got.
+        """
         self._clock = clock
+        self._on_end = on_end
         self._identity = process_identity(os.getpid())
         self.started_at = time.time()
         self._began = self._clock()
@@ -83,6 +115,8 @@ class Status:
         self.workers: Sequence[Mapping[str, Any]] = ()
         self.queue_depth: tuple[int, float] | None = None
         """Number of waiting messages, and when (`time.monotonic`) the broker was asked."""
+        self.unacknowledged: int | None = None
+        """Number of messages in the hands of any consumer; None where the broker does not tell."""
         self.open_jobs: tuple[int, float] | None = None
         """Number of jobs that are not dead letters, and when (`time.monotonic`) it was counted."""
         self._seen_store = False
@@ -101,6 +135,13 @@ class Status:
     def delivered(self) -> None:
         """Note that a message arrived."""
         self._last["delivery"] = time.time()
+
+    def ended(self, end: End, total_s: float | None = None) -> None:
+        """Count an end, whose message came ``total_s`` ago."""
+        for name in _COUNTED[type(end)]:
+            self.count(name)
+        if self._on_end is not None:
+            self._on_end(end, total_s)
 
     def count(self, name: str, number: int = 1) -> None:
         """Count posts under a name of `COUNTERS`."""
@@ -166,6 +207,7 @@ class Status:
             "bundle": {"name": self.bundle[0], "version": self.bundle[1]} if self.bundle else None,
             "workers": [dict(worker) for worker in self.workers],
             "queue_depth": self.queue_depth[0] if self.queue_depth else None,
+            "unacknowledged": self.unacknowledged,
             "open_jobs": self.open_jobs[0] if self.open_jobs else None,
             "publish_refused": self.publish_refused,
         }

@@ -463,8 +463,7 @@ class StoreThread:
                 self._in_flight.touch(post_id)
                 self._parked.append((time.monotonic() + _REFUSED_AGAIN_S, claim))
             case Rejected():
-                self._status.count("failed")
-                self._status.count("dead")
+                self._status.ended(verdict)
                 log.error(
                     "king.post_failed",
                     post_id=post_id,
@@ -473,7 +472,7 @@ class StoreThread:
                 )
                 self._ack(post_id)
             case Settled():
-                self._status.count("settled")
+                self._status.ended(verdict)
                 log.info("king.message_settled", post_id=post_id, reason=verdict.reason)
                 self._ack(post_id)
 
@@ -500,7 +499,7 @@ class StoreThread:
             if isinstance(outcome, WriteRefused):
                 self._write_later(item, outcome)
             elif isinstance(item, _UnreadableDelivery):
-                self._status.count("dead")
+                self._status.ended(item.outcome)
                 log.error(
                     "king.message_refused",
                     dead_letter=message_key(item.outcome.payload),
@@ -536,15 +535,16 @@ class StoreThread:
         if isinstance(outcome, Released):
             self._requeue(started.post_id)
             return
+        total_s = time.monotonic() - started.received_at
+        self._status.ended(outcome, total_s)
         line = log.bind(
             post_id=started.post_id,
             attempt=started.attempt,
             timings_ms=dict(outcome.timings_ms),
-            total_ms=round((time.monotonic() - started.received_at) * 1000),
+            total_ms=round(total_s * 1000),
         )
         match outcome:
             case Tagged():
-                self._status.count("tagged")
                 result = outcome.result
                 failures = {str(m): _reason(f) for m, f in result.failures.items()}
                 line.info(
@@ -555,7 +555,6 @@ class StoreThread:
                     **({"failures": failures} if failures else {}),
                 )
             case Superseded(version=version):
-                self._status.count("superseded")
                 why = (
                     f"bundle {version} has tagged it; to go back: insighttag bundle rollback"
                     if version
@@ -563,12 +562,9 @@ class StoreThread:
                 )
                 line.warning("king.result_superseded", why=why)
             case Retry():
-                self._status.count("retried")
                 due_in_s = round(outcome.delay_s, 2)
                 line.warning("king.post_retry", due_in_s=due_in_s, error=_reason(outcome.failure))
             case Dead():
-                self._status.count("failed")
-                self._status.count("dead")
                 line.error("king.post_failed", error=_reason(outcome.failure))
         self._ack(started.post_id)
 

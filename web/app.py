@@ -4,6 +4,7 @@ POST /v1/tag          a post in, its tags out; needs neither queue nor database
 POST /v1/posts/<id>   put it on the queue       GET /v1/posts/<id>   its state and tags
 GET  /v1/labels       all tags of the bundle    GET /                a page to try it
 GET  /healthz         the process is alive      GET /readyz          everything it needs answers
+GET  /metrics         for Prometheus
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from config.settings import Settings
 from king.messages import PostMessage
 from web.backend import Backend, Services, state_of
 from web.guard import ApiError, bad_request, guard, note, of_tagging
+from web.metrics import HttpMetrics
 from web.reading import Uploads, checked_id, read_post, read_queue_body
 from workers.post_run import PostTags
 from workers.runner import PostRunner
@@ -74,12 +76,14 @@ def create_app(
     app.json.default = plain  # type: ignore[attr-defined]
     app.url_map.merge_slashes = False
     app.url_map.converters["any_id"] = _AnyId
-    guard(app, settings.http)
-    routes = _Routes(settings, runner, uploads, services)
+    metrics = HttpMetrics(runner)
+    guard(app, settings.http, metrics.answered)
+    routes = _Routes(settings, runner, uploads, services, metrics)
     app.add_url_rule("/", "page", routes.page)
     app.add_url_rule("/assets/<path:name>", "assets", routes.assets)
     app.add_url_rule("/healthz", "healthz", routes.healthz)
     app.add_url_rule("/readyz", "readyz", routes.readyz)
+    app.add_url_rule("/metrics", "metrics", routes.metrics)
     app.add_url_rule("/v1/labels", "labels", routes.all_labels)
     app.add_url_rule("/v1/tag", "tag", routes.tag, methods=["POST"])
     rule = "/v1/posts/<any_id:post_id>"
@@ -92,9 +96,15 @@ class _Routes:
     """One method per route."""
 
     def __init__(
-        self, settings: Settings, runner: PostRunner, uploads: Uploads, services: Services
+        self,
+        settings: Settings,
+        runner: PostRunner,
+        uploads: Uploads,
+        services: Services,
+        metrics: HttpMetrics,
     ) -> None:
         self._http = settings.http
+        self._metrics = metrics
         self._runner = runner
         self._uploads = uploads
         self._labels = Labels(settings.fusion.bundle)
@@ -115,6 +125,8 @@ class _Routes:
                 ran = _wait(future)
             except TaggingError as error:
                 raise self._refusal(error) from error
+        self._metrics.posts.timed(ran.timings_ms)
+        self._metrics.posts.tagged(ran.result)
         labels = self._labels if all_scores else None
         document = tagged(ran, labels=labels, hide=self._uploads.hide)
         note(tags=len(document["tags"]), work_ms=document["timings_ms"])
@@ -183,6 +195,11 @@ class _Routes:
             "parts": {name: reason or "ok" for name, reason in parts.items()},
         }
         return jsonify(document), 200 if document["ready"] else 503
+
+    def metrics(self) -> Response:
+        """Return the metrics for Prometheus."""
+        content, content_type = self._metrics.page(request.headers.get("Accept", ""))
+        return Response(content, content_type=content_type)
 
     def page(self) -> Response:
         return self._page.answer("page.html")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Set as AbstractSet
 from functools import partial
 from http import HTTPStatus
@@ -122,7 +122,11 @@ def note(**facts: Any) -> None:
     g.facts.update(facts)
 
 
-def guard(app: Flask, settings: HttpSettings) -> None:
+Answered = Callable[[str | None, int, str, float], object]
+"""Called for each answer: its endpoint, status, type of error or "", and the seconds it took."""
+
+
+def guard(app: Flask, settings: HttpSettings, on_answer: Answered) -> None:
     """Install the guards of an application."""
 
     def refuse(error: ApiError) -> Response:
@@ -152,7 +156,7 @@ def guard(app: Flask, settings: HttpSettings) -> None:
     app.register_error_handler(HTTPException, on_http)
     app.register_error_handler(TaggingError, on_tagging)
     app.register_error_handler(Exception, on_anything)
-    app.after_request(_end)
+    app.after_request(partial(_end, on_answer))
 
 
 def _begin() -> None:
@@ -198,20 +202,22 @@ def _check_origin() -> None:
         raise ApiError(HTTPStatus.FORBIDDEN, "Forbidden", "the request comes from another site")
 
 
-def _end(response: Response) -> Response:
+def _end(on_answer: Answered, response: Response) -> Response:
     response.headers["X-Request-ID"] = g.request_id
     response.headers.setdefault("Content-Security-Policy", _POLICY)
     for name, value in _HEADERS.items():
         response.headers.setdefault(name, value)
     response.headers.setdefault("Cache-Control", "no-store")
-    quiet = request.endpoint in ("healthz", "readyz", "assets")
+    seconds = time.perf_counter() - g.began
+    on_answer(request.endpoint, response.status_code, g.facts.get("error", ""), seconds)
+    quiet = request.endpoint in ("healthz", "readyz", "assets", "metrics")
     (log.debug if quiet else log.info)(
         "http.request",
         request_id=g.request_id,
         method=request.method,
         route=str(request.url_rule) if request.url_rule else None,
         status=response.status_code,
-        ms=round((time.perf_counter() - g.began) * 1000, 1),
+        ms=round(seconds * 1000, 1),
         bytes_in=request.content_length,
         **g.facts,
     )

@@ -1,0 +1,325 @@
+"""The metrics of the King for Prometheus, served on an address of their own (``king.metrics``).
+
+What a post shows is observed once, by the store thread, where it ends (`KingMetrics.ended`); all
+else is read from the health file's content when Prometheus asks. The HTTP server serves the same
+metrics of posts and workers (`web.metrics`). docs/metrics.md lists all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Generic, TypeAlias, TypeVar, get_args
+from wsgiref.simple_server import WSGIRequestHandler, make_server
+
+import psutil
+import structlog
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+    make_wsgi_app,
+)
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.exposition import ThreadingWSGIServer
+from prometheus_client.registry import Collector
+
+from common.errors import ConfigError
+from common.post import TagResult, clean
+from config.settings import split_address
+from king.jobs import Dead, Rejected, Retry, Superseded, Tagged, Unreadable
+from king.status import End, Phase
+from workers.protocol import WorkerState
+
+# From a text out of the cache to a long video behind a queue. A bucket is a series per stage: twice
+# as many double what Prometheus stores, half as many make a quantile wrong by a factor of five.
+SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+_SCORES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1)
+_TAGS = (0, 1, 2, 3, 5, 8, 13, 20)
+
+# Label values of one metric. Names of tags and of errors come from bundles and from workers, which
+# files of strangers may take over; each value is a series for ever. At half, taxonomies of common
+# size do not fit; at double, one King costs Prometheus as much as an ordinary host.
+_MOST_CHILDREN = 1000
+
+# A client that sends nothing, or does not read, loses its thread after this. At half, a scrape over
+# a slow line breaks off; at double, such threads are there for twice as long.
+_CLIENT_TIMEOUT_S = 10.0
+
+MetricT = TypeVar("MetricT", Counter, Histogram)
+Values: TypeAlias = Mapping[tuple[str, ...], float]
+
+_PHASES = get_args(Phase)
+_WORKER_STATES = get_args(WorkerState)
+_OUTCOMES: Mapping[type, str] = {
+    Tagged: "tagged",
+    Superseded: "superseded",
+    Retry: "retried",
+    Dead: "failed",
+}
+_COUNTERS = (
+    ("retried", "retries", "Attempts that failed and are followed by another"),
+    ("settled", "messages_settled", "Messages for which there was nothing to do"),
+    ("cache_lookups", "cache_lookups", "Media files of posts that were looked up in the cache"),
+    ("cache_hits", "cache_hits", "Media files that the cache knew whole"),
+)
+_GAUGES = (
+    ("in_flight", "in_flight_posts", "Posts whose messages this King holds"),
+    ("oldest_in_flight_s", "oldest_in_flight_seconds", "Time of the oldest post in flight"),
+    ("open_jobs", "open_jobs", "Jobs of all Kings that are no dead letters"),
+)
+
+log = structlog.get_logger()
+
+
+def new_registry() -> CollectorRegistry:
+    """Return a registry with the memory, CPU and descriptors of this process."""
+    disable_created_metrics()  # a third of all series, and Prometheus sees a restart without them
+    registry = CollectorRegistry()
+    ProcessCollector(registry=registry)
+    return registry
+
+
+class Children(Generic[MetricT]):
+    """The children of a metric by their label values; past `_MOST_CHILDREN` they are ``other``."""
+
+    def __init__(self, metric: MetricT) -> None:
+        self._metric = metric
+        self._children: dict[tuple[str, ...], MetricT] = {}
+
+    def __call__(self, *values: str) -> MetricT:
+        """Return the child of some label values."""
+        child = self._children.get(values)
+        if child is None:
+            if len(self._children) >= _MOST_CHILDREN:
+                values = ("other",) * len(values)
+            child = self._metric.labels(*map(clean, values))
+            self._children[values] = child
+        return child
+
+
+class PostMetrics:
+    """What tagged posts show, from the result that is there anyway: a few microseconds a post."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._stages = Children(
+            Histogram(
+                "insighttag_stage_seconds",
+                "Time that an attempt waited for a stage, in its queue or at work",
+                ["stage"],
+                buckets=SECONDS,
+                registry=registry,
+            )
+        )
+        self._modalities = Children(
+            Counter(
+                "insighttag_modalities",
+                "Modalities of tagged posts: ok, missing or failed",
+                ["modality", "status"],
+                registry=registry,
+            )
+        )
+        self._tags = Children(
+            Counter("insighttag_tags", "Tags given to posts", ["tag"], registry=registry)
+        )
+        self._tags_of_post = Histogram(
+            "insighttag_post_tags", "Tags of a tagged post", buckets=_TAGS, registry=registry
+        )
+        self._best_score = Histogram(
+            "insighttag_post_best_score",
+            "Highest score among the tags of a post that has some",
+            buckets=_SCORES,
+            registry=registry,
+        )
+
+    def timed(self, timings_ms: Mapping[str, int]) -> None:
+        """Observe the stages of an attempt that has ended."""
+        for stage, duration_ms in timings_ms.items():
+            if stage != "total":  # without the time in the queue and the database
+                self._stages(stage).observe(duration_ms / 1000)
+
+    def tagged(self, result: TagResult) -> None:
+        """Observe the tags and modalities of a post."""
+        for modality, status in result.modalities.items():
+            self._modalities(modality, status).inc()
+        for tag in result.tags:
+            self._tags(tag.name).inc()
+        self._tags_of_post.observe(len(result.tags))
+        if result.tags:
+            self._best_score.observe(result.tags[0].score)
+
+
+class KingMetrics:
+    """Every metric of one King."""
+
+    def __init__(self, snapshot: Callable[[], Mapping[str, Any]]) -> None:
+        """Take what returns the health file's content; it is called by the threads of scrapes."""
+        self.registry = new_registry()
+        self._posts = PostMetrics(self.registry)
+        self._seconds = Children(
+            Histogram(
+                "insighttag_post_seconds",
+                "Time of an attempt from the arrival of its message to its written outcome",
+                ["outcome"],
+                buckets=SECONDS,
+                registry=self.registry,
+            )
+        )
+        self._dead_letters = Children(
+            Counter(
+                "insighttag_dead_letters",
+                "Posts and messages that were set aside",
+                ["stage", "type"],
+                registry=self.registry,
+            )
+        )
+        self.registry.register(_Snapshots(snapshot))
+
+    def ended(self, end: End, total_s: float | None) -> None:
+        """Observe the end of an attempt or of a message (store thread)."""
+        match end:
+            case Tagged(result=result):
+                self._posts.tagged(result)
+            case Dead(failure=failure) | Rejected(failure=failure) | Unreadable(failure=failure):
+                self._dead_letters(failure.stage, failure.type).inc()
+        if isinstance(end, (Tagged, Superseded, Retry, Dead)):
+            self._posts.timed(end.timings_ms)
+            if total_s is not None:
+                self._seconds(_OUTCOMES[type(end)]).observe(total_s)
+
+    @contextlib.contextmanager
+    def served(self, address: str) -> Iterator[None]:
+        """Answer scrapes as long as the block runs; ConfigError when the address cannot be used."""
+        host, port = split_address(address)
+        try:
+            kind = _ServerOfIPv6 if ":" in host else _Server
+            server = make_server(host, port, make_wsgi_app(self.registry), kind, _Handler)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            hint = "name another address, or null for no metrics"
+            raise ConfigError(f"king.metrics: {address}: {reason}; {hint}") from error
+        thread = threading.Thread(target=server.serve_forever, name="king-metrics", daemon=True)
+        thread.start()
+        log.info("king.metrics_served", url=f"http://{address}/metrics")
+        try:
+            yield
+        finally:
+            server.shutdown()
+            server.server_close()
+            thread.join()
+
+
+class _Snapshots(Collector):
+    """The content of the health file as metrics."""
+
+    def __init__(self, snapshot: Callable[[], Mapping[str, Any]]) -> None:
+        self._snapshot = snapshot
+
+    def collect(self) -> Iterable[Metric]:
+        health = self._snapshot()
+        counters = health["counters"]
+        phases = {(phase,): float(phase == health["phase"]) for phase in _PHASES}
+        yield _gauge("king_phase", "1 for the state of the King", ["phase"], phases)
+        yield _gauge(
+            "king_thread_tick_timestamp_seconds",
+            "Unix time at which the loop of a thread last came round",
+            ["thread"],
+            {(thread,): tick for thread, tick in health["ticks"].items()},
+        )
+        ends = {(name,): counters[name] for name in ("tagged", "superseded", "failed")}
+        yield _counter("posts", "Posts that ended", ["outcome"], ends)
+        for key, name, text in _COUNTERS:
+            yield _counter(name, text, [], {(): counters[key]})
+        depth = {"ready": health["queue_depth"], "unacknowledged": health["unacknowledged"]}
+        yield _gauge(
+            "queue_messages",
+            "Messages that wait, and those that any consumer holds where the broker tells",
+            ["state"],
+            {(state,): number for state, number in depth.items() if number is not None},
+        )
+        for key, name, text in _GAUGES:
+            values: Values = {(): health[key]} if health[key] is not None else {}
+            yield _gauge(name, text, [], values)
+        refused = float(health["publish_refused"] is not None)
+        yield _gauge("publish_refused", "1 while the broker takes no messages", [], {(): refused})
+        bundle = health["bundle"]
+        yield bundle_info((bundle["name"], bundle["version"]) if bundle else None)
+        yield from worker_metrics(health["workers"])
+
+
+def bundle_info(bundle: tuple[str, str] | None) -> Metric:
+    """Return the bundle that is served as a metric."""
+    values: Values = {tuple(map(clean, bundle)): 1.0} if bundle else {}
+    return _gauge("bundle_info", "1 for the bundle that is served", ["name", "version"], values)
+
+
+def worker_metrics(workers: Sequence[Mapping[str, Any]]) -> Iterable[Metric]:
+    """Return the metrics of workers, each as `WorkerView` has it; asks the system for the rest."""
+    labels = ["worker", "role"]
+    states = {
+        (worker["name"], worker["role"], worker["device"], state): float(worker["state"] == state)
+        for worker in workers
+        for state in _WORKER_STATES
+    }
+    yield _gauge(
+        "worker_state", "1 for the state of a worker", [*labels, "device", "state"], states
+    )
+    by_name = {(worker["name"], worker["role"]): worker for worker in workers}
+
+    def of(key: str) -> Values:
+        return {name: worker[key] for name, worker in by_name.items()}
+
+    yield _gauge("worker_tasks_held", "Tasks that a worker has, begun or not", labels, of("held"))
+    yield _counter("worker_tasks", "Tasks answered since a worker began", labels, of("done"))
+    yield _counter("worker_deaths", "Times that a worker died", labels, of("deaths"))
+    began, memory, cpu = {}, {}, {}
+    for name, worker in by_name.items():
+        # Another user's process, or one that has just ended, has no figures.
+        with contextlib.suppress(psutil.Error, OSError):
+            if worker["pid"] is not None:
+                process = psutil.Process(worker["pid"])
+                with process.oneshot():
+                    began[name] = process.create_time()
+                    memory[name] = float(process.memory_info().rss)
+                    cpu[name] = sum(process.cpu_times()[:2])
+    text = "Unix time of a worker's start"
+    yield _gauge("worker_start_time_seconds", text, labels, began)
+    yield _gauge("worker_resident_memory_bytes", "Resident memory of a worker", labels, memory)
+    yield _counter("worker_cpu_seconds", "CPU time of a worker since it began", labels, cpu)
+
+
+def _gauge(name: str, text: str, labels: Sequence[str], values: Values) -> Metric:
+    return _filled(GaugeMetricFamily(f"insighttag_{name}", text, labels=labels), values)
+
+
+def _counter(name: str, text: str, labels: Sequence[str], values: Values) -> Metric:
+    return _filled(CounterMetricFamily(f"insighttag_{name}", text, labels=labels), values)
+
+
+def _filled(family: GaugeMetricFamily | CounterMetricFamily, values: Values) -> Metric:
+    for labels, value in values.items():
+        family.add_metric(labels, value)
+    return family
+
+
+class _Server(ThreadingWSGIServer):
+    """A thread for each scrape."""
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Note a client that has gone or sends nothing; the default writes a traceback."""
+        log.debug("king.scrape_failed", client=str(client_address), exc_info=True)
+
+
+class _ServerOfIPv6(_Server):
+    address_family = socket.AF_INET6
+
+
+class _Handler(WSGIRequestHandler):
+    timeout = _CLIENT_TIMEOUT_S
+
+    def log_message(self, *_: object) -> None:
+        """Log nothing: scrapes come four times a minute."""
