@@ -22,6 +22,7 @@ from king.status import IDLE_TICK_S, Status
 from workers.post_run import PostFailed, PostOutcome, PostPlan, PostRun, PostRuns, PostTags
 from workers.protocol import (
     BundleLoaded,
+    CacheHits,
     Done,
     Failed,
     PoolEvent,
@@ -119,6 +120,8 @@ class DispatchThread:
             max_media=self._settings.fetch.max_media,
             cache=self._settings.cache.url is not None,
         )
+        if plan.cache_lookups:
+            self._status.count("cache_lookups", plan.cache_lookups)
         if plan.media_left_out:
             log.warning("king.media_left_out", post_id=started.post_id, number=plan.media_left_out)
         limit_s = self._settings.king.post_deadline_s
@@ -136,6 +139,8 @@ class DispatchThread:
     def _handle(self, event: PoolEvent) -> None:
         match event:
             case Done() | Failed():
+                if isinstance(event, Done) and isinstance(event.result, CacheHits):
+                    self._status.count("cache_hits", sum(h.whole for h in event.result.media))
                 self._runs.handle(event)
             case PoolReady():
                 self._status.bundle = self._pool.bundle

@@ -68,7 +68,7 @@ _COUNTERS = (
     ("cache_hits", "cache_hits", "Media files that the cache knew whole"),
 )
 _GAUGES = (
-    ("in_flight", "in_flight_posts", "Posts whose messages this King holds"),
+    ("in_flight", "in_flight_posts", "Posts in flight of this process"),
     ("oldest_in_flight_s", "oldest_in_flight_seconds", "Time of the oldest post in flight"),
     ("open_jobs", "open_jobs", "Jobs of all Kings that are no dead letters"),
 )

@@ -65,7 +65,7 @@ class _Runner(Collector):
         runner = self._runner
         text = "1 while posts can be tagged"
         yield GaugeMetricFamily("insighttag_http_ready", text, value=float(runner.ready))
-        text = "Posts that are being tagged"
+        text = "Posts in flight of this process"
         yield GaugeMetricFamily("insighttag_in_flight_posts", text, value=runner.in_flight)
         yield bundle_info(runner.bundle)
         yield from worker_metrics([asdict(view) for view in runner.workers])

@@ -146,6 +146,7 @@ class PostPlan:
         listed = post.media[:max_media]
         self.media_left_out = len(post.media) - len(listed)
         self._media: tuple[Media, ...] = tuple(m for m in listed if self._parts(m.kind))
+        self.cache_lookups = len(self._media) if cache else 0
         self._running: set[Step] = set()
         self._running_of_media = dict.fromkeys(range(len(self._media)), 1)
         self._open_media = len(self._media)

@@ -232,3 +232,30 @@ def test_the_shipped_configurations_are_valid() -> None:
     inferred = InferSettings.model_validate(read_yaml(folder / "infer_config.yaml"))
     assert {settings.fusion.bundle, inferred.bundle} == {trained.bundle.folder}
     assert Settings().fusion.bundle == TrainSettings().bundle.folder == InferSettings().bundle
+
+
+@pytest.mark.parametrize(
+    ("written", "address"),
+    [
+        ("9465", "127.0.0.1:9465"),
+        ("127.0.0.1:9465", "127.0.0.1:9465"),
+        ("0.0.0.0:1", "0.0.0.0:1"),
+        ("king.local:65535", "king.local:65535"),
+        ("'[::1]:80'", "[::1]:80"),
+        ("null", None),
+    ],
+)
+def test_an_address_of_metrics_is_a_port_of_loopback_or_names_its_host(
+    written: str, address: str | None
+) -> None:
+    settings = load_settings(Path("/dev/null"), [f"king.metrics={written}"])
+    assert settings.king.metrics == address
+
+
+@pytest.mark.parametrize(
+    "written",
+    ["0", "65536", "localhost", "localhost:", "'::1:80'", "http://a:80", "a:b", "true", "a:1/x"],
+)
+def test_what_is_no_address_of_metrics_is_refused_by_its_key(written: str) -> None:
+    with pytest.raises(ConfigError, match=r"king\.metrics: .*(HOST:PORT|65535), got"):
+        load_settings(Path("/dev/null"), [f"king.metrics={written}"])
