@@ -432,9 +432,9 @@ class KingSettings(Section):
             return None
         text = f"127.0.0.1:{value}" if re.fullmatch("[0-9]+", str(value)) else str(value)
         if not re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[^\s/:\[\]]+):[0-9]+", text):
-            raise ValueError(f"must be PORT or HOST:PORT, as 127.0.0.1:9465, got {value!r}")
+            raise ValueError("must be PORT or HOST:PORT, as 127.0.0.1:9465")
         if not 1 <= split_address(text)[1] <= 65535:
-            raise ValueError(f"the port must be from 1 to 65535, got {value!r}")
+            raise ValueError("its port must be from 1 to 65535")
         return text
 
     @property

@@ -51,7 +51,8 @@ _MOST_CHILDREN = 1000
 _CLIENT_TIMEOUT_S = 10.0
 
 MetricT = TypeVar("MetricT", Counter, Histogram)
-Values: TypeAlias = Mapping[tuple[str, ...], float]
+Samples: TypeAlias = Iterable[tuple[Sequence[str], float]]
+"""Values of the labels, and the number."""
 
 _PHASES = get_args(Phase)
 _WORKER_STATES = get_args(WorkerState)
@@ -78,7 +79,8 @@ log = structlog.get_logger()
 
 def new_registry() -> CollectorRegistry:
     """Return a registry with the memory, CPU and descriptors of this process."""
-    disable_created_metrics()  # a third of all series, and Prometheus sees a restart without them
+    # They are a third of all series, and Prometheus sees a restart without them.
+    disable_created_metrics()  # type: ignore[no-untyped-call]
     registry = CollectorRegistry()
     ProcessCollector(registry=registry)
     return registry
@@ -88,7 +90,7 @@ class Children(Generic[MetricT]):
     """The children of a metric by their label values; past `_MOST_CHILDREN` they are ``other``."""
 
     def __init__(self, metric: MetricT) -> None:
-        self._metric = metric
+        self._metric: MetricT = metric
         self._children: dict[tuple[str, ...], MetricT] = {}
 
     def __call__(self, *values: str) -> MetricT:
@@ -222,30 +224,29 @@ class _Snapshots(Collector):
     def collect(self) -> Iterable[Metric]:
         health = self._snapshot()
         counters = health["counters"]
-        phases = {(phase,): float(phase == health["phase"]) for phase in _PHASES}
+        phases = [([phase], float(phase == health["phase"])) for phase in _PHASES]
         yield _gauge("king_phase", "1 for the state of the King", ["phase"], phases)
         yield _gauge(
             "king_thread_tick_timestamp_seconds",
             "Unix time at which the loop of a thread last came round",
             ["thread"],
-            {(thread,): tick for thread, tick in health["ticks"].items()},
+            [([thread], tick) for thread, tick in health["ticks"].items()],
         )
-        ends = {(name,): counters[name] for name in ("tagged", "superseded", "failed")}
+        ends = [([name], counters[name]) for name in ("tagged", "superseded", "failed")]
         yield _counter("posts", "Posts that ended", ["outcome"], ends)
         for key, name, text in _COUNTERS:
-            yield _counter(name, text, [], {(): counters[key]})
+            yield _counter(name, text, [], [([], counters[key])])
         depth = {"ready": health["queue_depth"], "unacknowledged": health["unacknowledged"]}
         yield _gauge(
             "queue_messages",
             "Messages that wait, and those that any consumer holds where the broker tells",
             ["state"],
-            {(state,): number for state, number in depth.items() if number is not None},
+            [([state], number) for state, number in depth.items() if number is not None],
         )
         for key, name, text in _GAUGES:
-            values: Values = {(): health[key]} if health[key] is not None else {}
-            yield _gauge(name, text, [], values)
+            yield _gauge(name, text, [], [([], health[key])] if health[key] is not None else [])
         refused = float(health["publish_refused"] is not None)
-        yield _gauge("publish_refused", "1 while the broker takes no messages", [], {(): refused})
+        yield _gauge("publish_refused", "1 while the broker takes no messages", [], [([], refused)])
         bundle = health["bundle"]
         yield bundle_info((bundle["name"], bundle["version"]) if bundle else None)
         yield from worker_metrics(health["workers"])
@@ -253,55 +254,54 @@ class _Snapshots(Collector):
 
 def bundle_info(bundle: tuple[str, str] | None) -> Metric:
     """Return the bundle that is served as a metric."""
-    values: Values = {tuple(map(clean, bundle)): 1.0} if bundle else {}
-    return _gauge("bundle_info", "1 for the bundle that is served", ["name", "version"], values)
+    samples: Samples = [(list(map(clean, bundle)), 1.0)] if bundle else []
+    return _gauge("bundle_info", "1 for the bundle that is served", ["name", "version"], samples)
 
 
 def worker_metrics(workers: Sequence[Mapping[str, Any]]) -> Iterable[Metric]:
     """Return the metrics of workers, each as `WorkerView` has it; asks the system for the rest."""
     labels = ["worker", "role"]
-    states = {
-        (worker["name"], worker["role"], worker["device"], state): float(worker["state"] == state)
+    states = [
+        ([worker["name"], worker["role"], worker["device"], state], float(worker["state"] == state))
         for worker in workers
         for state in _WORKER_STATES
-    }
+    ]
     yield _gauge(
         "worker_state", "1 for the state of a worker", [*labels, "device", "state"], states
     )
-    by_name = {(worker["name"], worker["role"]): worker for worker in workers}
 
-    def of(key: str) -> Values:
-        return {name: worker[key] for name, worker in by_name.items()}
+    def of(key: str) -> Samples:
+        return [([worker["name"], worker["role"]], worker[key]) for worker in workers]
 
     yield _gauge("worker_tasks_held", "Tasks that a worker has, begun or not", labels, of("held"))
     yield _counter("worker_tasks", "Tasks answered since a worker began", labels, of("done"))
     yield _counter("worker_deaths", "Times that a worker died", labels, of("deaths"))
-    began, memory, cpu = {}, {}, {}
-    for name, worker in by_name.items():
-        # Another user's process, or one that has just ended, has no figures.
-        with contextlib.suppress(psutil.Error, OSError):
+    began, memory, cpu = [], [], []
+    for worker in workers:
+        name = [worker["name"], worker["role"]]
+        with contextlib.suppress(psutil.Error, OSError):  # it has ended, or no descriptors are left
             if worker["pid"] is not None:
                 process = psutil.Process(worker["pid"])
                 with process.oneshot():
-                    began[name] = process.create_time()
-                    memory[name] = float(process.memory_info().rss)
-                    cpu[name] = sum(process.cpu_times()[:2])
+                    began.append((name, process.create_time()))
+                    memory.append((name, float(process.memory_info().rss)))
+                    cpu.append((name, float(sum(process.cpu_times()[:2]))))
     text = "Unix time of a worker's start"
     yield _gauge("worker_start_time_seconds", text, labels, began)
     yield _gauge("worker_resident_memory_bytes", "Resident memory of a worker", labels, memory)
     yield _counter("worker_cpu_seconds", "CPU time of a worker since it began", labels, cpu)
 
 
-def _gauge(name: str, text: str, labels: Sequence[str], values: Values) -> Metric:
-    return _filled(GaugeMetricFamily(f"insighttag_{name}", text, labels=labels), values)
+def _gauge(name: str, text: str, labels: Sequence[str], samples: Samples) -> Metric:
+    return _filled(GaugeMetricFamily(f"insighttag_{name}", text, labels=labels), samples)
 
 
-def _counter(name: str, text: str, labels: Sequence[str], values: Values) -> Metric:
-    return _filled(CounterMetricFamily(f"insighttag_{name}", text, labels=labels), values)
+def _counter(name: str, text: str, labels: Sequence[str], samples: Samples) -> Metric:
+    return _filled(CounterMetricFamily(f"insighttag_{name}", text, labels=labels), samples)
 
 
-def _filled(family: GaugeMetricFamily | CounterMetricFamily, values: Values) -> Metric:
-    for labels, value in values.items():
+def _filled(family: GaugeMetricFamily | CounterMetricFamily, samples: Samples) -> Metric:
+    for labels, value in samples:
         family.add_metric(labels, value)
     return family
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import structlog
 
+from config.settings import CacheSettings
 from king.jobs import message_key
 from king.messages import PostMessage
 from king.status import read_health
@@ -24,7 +25,7 @@ from tests.support.king.king_rig import (
     posts,
     queue_of,
 )
-from workers.protocol import FuseTask, Task
+from workers.protocol import CacheHit, CacheHits, CacheLookup, FuseTask, Task
 
 
 def test_posts_are_tagged_and_acknowledged_after_the_write(tmp_path: Path) -> None:
@@ -217,3 +218,20 @@ def test_health_file_shows_progress(tmp_path: Path) -> None:
         assert seen["posts_per_s"] > 0
         assert seen["last_done_at"] >= seen["last_delivery_at"] - 1
     assert health()["phase"] == "stopped"
+
+
+def test_health_counts_files_that_the_cache_knows(tmp_path: Path) -> None:
+    """Of the two files of a post one need not be decoded, the other is fetched."""
+
+    def answer(task: Task) -> Answer:
+        if isinstance(task, CacheLookup):
+            return CacheHits((CacheHit(0, "ab", whole=True),))
+        return default_answer(task)
+
+    store = FakeStore(posts("p1", images=["http://a/1.jpg", "http://a/2.jpg"]))
+    broker = MemoryBroker(queue_of(b"p1"))
+    settings = king_settings(tmp_path).model_copy(update={"cache": CacheSettings(url="cache")})
+    with Running(settings, fake_pool(tmp_path, answer), store=store, broker=broker) as it:
+        it.until(lambda: len(broker.acked) == 1)
+    seen = read_health(settings.king.health_file) or {}
+    assert (seen["counters"]["cache_lookups"], seen["counters"]["cache_hits"]) == (2, 1)
