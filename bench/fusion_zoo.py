@@ -100,8 +100,9 @@ def prepare(settings: Settings) -> Layout:
 
 def _extract(layout: Layout, settings: Settings) -> None:
     """Extract features of all posts; again when the extractors have changed since."""
+    from common.stages import run_stage
     from demo.features import extract_posts
-    from demo.stages import code_digest, digest, run_stage
+    from demo.stages import code_digest, digest
 
     features = digest(settings.features.model_dump(mode="json"), code_digest("extractors"))
     weights = digest(*(_weights(settings)))

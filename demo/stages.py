@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from common.files import write_whole
 from common.progress import progress_bars
+from common.stages import run_stage
 from config.labels import LabelMap
 from config.settings import Settings
 from demo.backbones import outputs, train_backbones
@@ -55,25 +53,6 @@ def prepare(layout: Layout, settings: Settings, sizes: Sizes, seed: int) -> None
     bundle = digest(vectors, training, code_digest("fusion/models"))
     fuse = partial(train_fusion, layout, settings, sizes)
     run_stage(stamps / "fusion", bundle, (settings.fusion.bundle,), fuse)
-
-
-def run_stage(
-    stamp: Path, inputs: str, outputs: tuple[Path, ...], work: Callable[[], None]
-) -> None:
-    """Run a stage, unless its stamp says that the outputs were made from these inputs.
-
-    The stamp is written last, so that half an output has none.
-    """
-    done = all(path.exists() for path in (stamp, *outputs))
-    if done and stamp.read_text(encoding="utf-8") == f"{inputs}\n":
-        sys.stderr.write(f"{stamp.name}: there already\n")
-        return
-    sys.stderr.write(f"{stamp.name}\n")
-    stamp.unlink(missing_ok=True)
-    started = time.monotonic()
-    work()
-    write_whole(stamp, inputs)
-    sys.stderr.write(f"  {time.monotonic() - started:.0f} s\n")
 
 
 def make_splits(

@@ -30,6 +30,7 @@ from scripts.commands import (
     show,
     status,
     tag,
+    train,
     tune,
     weights,
     zeroshot,
@@ -50,6 +51,7 @@ def build_app() -> typer.Typer:
     app.callback()(_global_options)
     app.command("publish")(publish.publish)
     app.command("retag")(retag.retag)
+    app.command("train")(train.train)
     app.command("tag")(tag.tag)
     app.command("inspect")(inspect.inspect)
     app.command("status")(status.status)

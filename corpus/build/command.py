@@ -91,7 +91,8 @@ def _entry(entry: CorpusPost, options: Options, labels: LabelMap) -> dict[str, A
         for source in (media.source for media in post.media if media.kind == kind):
             path = local_path(source, options.input)
             content[key].append(source if path is None else _relative(path, out))
-    content["features"] = _relative(feature_path(options.features, post.post_id), out)
+    if options.features is not None:
+        content["features"] = _relative(feature_path(options.features, post.post_id), out)
     return content
 
 
@@ -110,10 +111,10 @@ _ABOUT = (
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """The command line."""
+    """The command line; in code ``features`` may be None, for a split before the extraction."""
 
     input: Annotated[Path, typer.Option(metavar="F", help="posts, *.jsonl or *.json")]
-    features: Annotated[Path, typer.Option(metavar="DIR", help="root of the feature files")]
+    features: Annotated[Path | None, typer.Option(metavar="DIR", help="root of the feature files")]
     labels: Annotated[Path, typer.Option(metavar="F", help="label map, idx2name_cls*.json")]
     out: Annotated[Path, typer.Option(metavar="DIR", help="folder of the data files")]
     valid: Annotated[
@@ -173,15 +174,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Build; 0 done, 2 the input is wrong, 1 anything else."""
 
     def run() -> None:
-        _build(read_options(Options, NAME, arguments, about=_ABOUT, many=("--modalities",)))
+        options = read_options(Options, NAME, arguments, about=_ABOUT, many=("--modalities",))
+        for path in build(options):
+            say(f"{path}\n")
 
     return exit_code(NAME, run, interrupted="interrupted; nothing was changed, run it again")
 
 
-def _build(options: Options) -> None:
+def build(options: Options) -> Iterable[Path]:
+    """Write the data files of a split, show what they hold, and return them."""
     try:
-        for path in _built(options):
-            say(f"{path}\n")
+        return _built(options)
     except sqlite3.Error as error:
         where = "index in the temporary folder (TMPDIR names another)"
         raise TaggingError(f"{where}: {error}") from error

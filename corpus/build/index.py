@@ -296,7 +296,8 @@ class Rules:
 class Gatherer:
     """The first reading of the posts into an index, which has the media of a manifest already."""
 
-    def __init__(self, labels: LabelMap, features: Path, rules: Rules, index: Index) -> None:
+    def __init__(self, labels: LabelMap, features: Path | None, rules: Rules, index: Index) -> None:
+        """Read with the features under a root, or, with None, without looking at any."""
         self._labels, self._features, self._rules, self._index = labels, features, rules, index
 
     def read(self, path: Path, advance: Callable[[], None]) -> None:
@@ -354,6 +355,8 @@ class Gatherer:
         return tags
 
     def _made_with(self, entry: CorpusPost) -> Marks | None:
+        if self._features is None:
+            return ()
         post_id = entry.post.post_id
         path = feature_path(self._features, post_id)
         if not path.exists():

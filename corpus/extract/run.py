@@ -121,13 +121,18 @@ def main(kind: Kind, arguments: Sequence[str] | None = None) -> int:
     """Extract; 0 done, 2 the input is wrong, 1 anything else."""
     return exit_code(
         f"extract_{kind}_features",
-        lambda: _run(parse(kind, arguments)),
+        lambda: extract(parse(kind, arguments)),
         interrupted="interrupted; run it again to go on",
         again="; run it again to go on",
     )
 
 
-def _run(options: Options) -> int:
+def extract(options: Options) -> None:
+    """Extract, show the progress, and write what failed.
+
+    Raises:
+        KeyboardInterrupt: After a signal; what was done is kept.
+    """
     settings = options.settings
     configure_logs(settings.log.format, settings.log.level)
     limit = options.line.limit
@@ -148,7 +153,6 @@ def _run(options: Options) -> int:
                 # The files of a run tell of all posts, or they are those of the run before.
                 raise KeyboardInterrupt
     tally.tell(options)
-    return 0
 
 
 def _engine(options: Options, interrupt: Interrupt) -> Engine:

@@ -1,52 +1,97 @@
-"""``insighttag tag``: posts from a file, raw media to tags, in this process and without a queue."""
+"""``insighttag tag``: posts from files, raw media to tags, in this process and without a queue."""
 
 from __future__ import annotations
 
+import fcntl
+import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 
 import typer
 
 from common.cli import complain, say
-from common.errors import TaggingError
+from common.errors import ConfigError, TaggingError, path_error
 from common.post import MEDIA_KINDS, Failure, Post, TagResult
+from common.progress import notice, track
 from common.tables import print_table
-from fusion.data.data_file import read_whole_posts
+from common.times import plain
+from fusion.data.data_file import parse_post, read_whole_posts
 from scripts.commands.common import AsJson, Config, Overrides, print_json, settings_of
 
 if TYPE_CHECKING:
     from workers.runner import PostRunner
 
+_POSTS_FILES = (".json", ".jsonl")
+
 
 def tag(
-    file: Annotated[Path, typer.Argument(metavar="POST.json", help="One post, or a list of them.")],
+    file: Annotated[
+        Path,
+        typer.Argument(
+            metavar="POSTS",
+            help="Posts as .json, .jsonl or .csv; a folder of media, or one file: each is a post.",
+        ),
+    ],
+    *,
     as_json: AsJson = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", metavar="F.jsonl", help="Write a line for each post; an earlier run goes on."
+        ),
+    ] = None,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Write --out anew, whatever it holds.")
+    ] = False,
+    bundle: Annotated[
+        Path | None,
+        typer.Option(
+            "--bundle",
+            metavar="FOLDER",
+            help="Instead of fusion.bundle; without --config with the settings.yaml beside it.",
+        ),
+    ] = None,
     config: Config = None,
     overrides: Overrides = None,
 ) -> None:
-    """Tag the posts of a file, without a queue.
+    """Tag posts in files, without a queue.
 
-    Media are local paths or URLs; all models run in this process.
+    Media are local paths or URLs; all models run in this process. Example:
+
+    insighttag tag pictures/ --out tags.jsonl --bundle mine/bundle
     """
-    settings = settings_of(config, overrides)
-    posts = read_whole_posts(file)  # before the models, which take long to load
+    sets = list(overrides or ())
+    if bundle is not None:
+        beside = bundle.absolute().parent / "settings.yaml"
+        config = beside if config is None and beside.is_file() else config
+        sets.append(f"fusion.bundle={json.dumps(str(bundle))}")
+    settings = settings_of(config, sets)
+    posts = _posts(file)  # before the models, which take long to load
+    if out is not None and out.is_dir():
+        raise ConfigError(f"--out {out}: is a folder: name a file in it, as {out / 'tags.jsonl'}")
     from workers.local import local_runner
 
     with local_runner(settings) as runner:
-        ran = [result_of(post, runner) for post in posts]
-    results = [result.answer() for result in ran]
-    if as_json:
+        if out is not None:
+            results = list(_written(posts, runner, out, restart=restart))
+        else:
+            results = [result_of(post, runner).answer() for post in posts]
+    if out is not None:
+        failed = sum(result["status"] == "failed" for result in results)
+        say(f"{len(results):,} posts, {failed:,} failed: {out}\n")
+    elif as_json:
         print_json(results)
     else:
         for result in results:
             _print(result)
     media = sum(len(post.media) for post in posts)
     all_lost = media and not any(
-        result.modalities.get(kind) == "ok" for result in ran for kind in MEDIA_KINDS
+        result["modalities"].get(kind) == "ok" for result in results for kind in MEDIA_KINDS
     )
     if all_lost:
         complain("tag", f"all {media} media failed", 1)
-    if all_lost or any(result.status == "failed" for result in ran):
+    if all_lost or any(result["status"] == "failed" for result in results):
         raise typer.Exit(1)
 
 
@@ -57,6 +102,77 @@ def result_of(post: Post, runner: PostRunner) -> TagResult:
     except TaggingError as error:
         failure = Failure.of(error.stage or "load", error)
         return TagResult.failed(post.post_id, runner.bundle or ("", ""), failure)
+
+
+def _posts(source: Path) -> list[Post]:
+    if source.suffix.lower() in _POSTS_FILES and not source.is_dir():
+        return read_whole_posts(source)
+    from corpus.from_files.posts import raise_it, read_own_posts
+
+    # Labels say nothing here: mistakes in those of a folder are passed over.
+    refuse = _pass_over if source.is_dir() else raise_it
+    entries = read_own_posts(source, refuse=refuse)
+    posts = [parse_post(entry, str(source)).post for entry in entries]
+    if not posts:
+        raise ConfigError(f"{source}: holds no post")
+    return posts
+
+
+def _pass_over(_mistake: ConfigError) -> None: ...
+
+
+def _written(
+    posts: Sequence[Post], runner: PostRunner, out: Path, *, restart: bool
+) -> Iterator[dict[str, Any]]:
+    """Yield results, and write each as a line; those that an earlier run has written stay."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        file = out.open("a+b")
+    except OSError as error:
+        raise path_error(f"--out {out}", error) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(f"--out {out}: is being written by another run") from error
+        if restart:
+            file.truncate(0)
+        earlier = _earlier(file, out, runner.bundle or ("", ""))
+        if earlier:
+            notice(f"{out}: goes on after {len(earlier):,} posts")
+        for post in track(posts, "tag", len(posts)):
+            result = earlier.get(post.post_id)
+            if result is None:
+                result = result_of(post, runner).answer()
+                file.write(json.dumps(result, ensure_ascii=False, default=plain).encode() + b"\n")
+                file.flush()
+            yield result
+
+
+def _earlier(file: BinaryIO, out: Path, bundle: tuple[str, str]) -> dict[str, dict[str, Any]]:
+    """Return the results in a file by post, and cut off the half line of a killed run."""
+    found: dict[str, dict[str, Any]] = {}
+    file.seek(0)
+    end, anew = 0, "name another, or --restart writes it anew"
+    for number, line in enumerate(file, 1):
+        if not line.endswith(b"\n"):
+            break
+        try:
+            result = json.loads(line)
+            made_by = result["model"], result["version"]
+            found[result["post_id"]] = result
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"--out {out}: line {number}: is no result of insighttag tag: {anew}"
+            ) from error
+        if made_by != bundle:
+            raise ConfigError(
+                f"--out {out}: line {number}: is by the bundle {' '.join(map(str, made_by))}, this "
+                f"one is {' '.join(bundle)}: {anew}"
+            )
+        end += len(line)
+    file.truncate(end)
+    return found
 
 
 def _print(result: dict[str, Any]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,28 +17,11 @@ from config.settings import FeatureSettings
 from demo.backbones import complete_preset, train_backbone
 from demo.layout import Layout, Sizes
 from demo.online import media_server
-from demo.stages import make_splits, prepare, run_stage
+from demo.stages import make_splits, prepare
 from extractors.learned import learned_from
 from extractors.models.audio import AudioExtractor
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def test_a_stage_is_done_only_with_its_inputs_and_outputs(tmp_path: Path) -> None:
-    """Other inputs or a missing output: the stage runs again."""
-    ran: list[int] = []
-    output, stamp = tmp_path / "output", tmp_path / "stage"
-
-    def work(number: int) -> None:
-        assert not stamp.exists(), "killed now, the stage is not done"
-        ran.append(number)
-        output.touch()
-
-    for number, inputs in enumerate(("a", "a", "b", "b", "b")):
-        run_stage(stamp, inputs, (output,), partial(work, number))
-        if number == 3:
-            output.unlink()
-    assert ran == [0, 2, 4]
 
 
 def test_media_are_served_on_loopback_and_nothing_else(tmp_path: Path) -> None:
