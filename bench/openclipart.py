@@ -41,7 +41,8 @@ import numpy.typing as npt
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs as a plain script too
 
-from results_file import FOLDER, write_results
+from floors import finish
+from results_file import FOLDER
 
 from common.post import Features
 from common.progress import notice, progress_bar
@@ -63,7 +64,7 @@ TRAINING: dict[str, Any] = {
         "linear_probe": {"penalties": [0.1], "alone": True, "unit": True, "calibrate": True},
     },
 }
-"""Chosen by ``--choose``."""
+"""Chosen on the posts of ``--choose``."""
 
 
 @dataclass(frozen=True)
@@ -98,11 +99,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             rows |= linear_models(folders, options.jobs)
         results += [summary(split, name, found) for name, found in rows.items()]
     show(results)
-    if not options.choose:
-        facts = {"posts": len(entries), "tags": len(labels), "training": training}
-        file = write_results("openclipart", options.seeds, [facts, *results], options.out)
-        print(f"written to {file}")
-    return 0
+    if options.choose:
+        return 0
+    facts = {"posts": len(entries), "tags": len(labels), "training": training}
+    results = [facts, *results]
+    return finish("openclipart", options.seeds, results, options.out, check=not options.posts)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
