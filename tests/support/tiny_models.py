@@ -159,7 +159,7 @@ def tiny_site(folder: Path, **sections: Any) -> Path:
 
 
 def tiny_bundle(
-    folder: Path, features: FeatureSettings, *, threshold: Any = 0.01, model: Any = "mbt"
+    folder: Path, features: FeatureSettings, *, threshold: Any = 0.01, model: Any = None
 ) -> str:
     """Save a fusion model with random weights for these features; its version.
 
@@ -167,7 +167,7 @@ def tiny_bundle(
         folder: Where to.
         features: What the model shall be served with.
         threshold: Scores above it become tags; one for all tags, or one each.
-        model: Name of the fusion model.
+        model: Name of the fusion model; None is the default's.
     """
     from extractors.suite import ExtractorSuite
     from tests.support.workers.small_bundle import write_bundle

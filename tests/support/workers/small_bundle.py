@@ -18,7 +18,7 @@ def write_bundle(
     seed: int = 0,
     members: int = 1,
     threshold: Any = 0.1,
-    model: Any = "mbt",
+    model: Any = None,
     **changes: Any,
 ) -> str:
     """Save a bundle for a loaded suite; its version.
@@ -29,7 +29,7 @@ def write_bundle(
         seed: Of the weights.
         members: Number of models; several are an ensemble.
         threshold: Scores above it become tags; one for all tags, or one each.
-        model: Name of the fusion model.
+        model: Name of the fusion model; None is the default's.
         changes: Fields of the manifest to set otherwise.
     """
     import torch
@@ -47,7 +47,7 @@ def write_bundle(
         "ocr_mode": suite.features.ocr_mode,
     }
     manifest = FeatureManifest(**{**values, **changes})
-    settings = ModelSettings(name=model)
+    settings = ModelSettings(name=model) if model else ModelSettings()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         schema = InputSchema.of(manifest, settings.tokens, len(labels))
