@@ -26,6 +26,7 @@ from king.store.store import Store
 from tests.support.fakes.pool import DIED, Answer, default_answer
 from tests.support.king.king_rig import Running, fake_pool, king_settings
 from tests.support.king.store_rig import mongo_settings
+from tests.support.ports import free_port
 from tests.support.processes import python
 from tests.support.services import MongoServer, RedisServer, wait_until
 from workers.protocol import DecodeTask, FetchTask, FuseTask, Task
@@ -258,7 +259,7 @@ def test_a_king_without_descriptors_goes_on(site: Site) -> None:
 
 @pytest.mark.parametrize("site", BROKERS[:1], indirect=True)
 def test_king_process_is_small_and_free_of_models(site: Site) -> None:
-    """The King loads neither torch nor cv2, and stays far under 150 MB after some work."""
+    """The King with its metrics loads neither torch nor cv2, and stays far under 150 MB."""
     site.add(100)
     probe = (
         "import sys; from tests.support.king import king_child; "
@@ -267,7 +268,8 @@ def test_king_process_is_small_and_free_of_models(site: Site) -> None:
         "'onnxruntime', 'fusion') if m in sys.modules]; "
         "print(code, round(psutil.Process().memory_info().rss / 2**20), *heavy)"
     )
-    content = {"settings": site.settings.model_dump(mode="json"), "latency_s": 0, "drain": True}
+    settings = site.with_king(metrics=f"127.0.0.1:{free_port()}").model_dump(mode="json")
+    content = {"settings": settings, "latency_s": 0, "drain": True}
     file = site.folder / "child.json"
     file.write_text(json.dumps(content))
     done = python("-c", probe, str(file), timeout_s=60)

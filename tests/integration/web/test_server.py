@@ -99,6 +99,11 @@ class FlaskServer:
         except requests.ConnectionError:
             return None
 
+    def metric(self, beginning: str) -> list[float]:
+        """The values of the samples whose lines begin so."""
+        lines = requests.get(f"{self.url}/metrics", timeout=60).text.splitlines()
+        return [float(line.rpartition(" ")[2]) for line in lines if line.startswith(beginning)]
+
     def publishes(self) -> bool:
         """Publish a post; False where the server says to try again, as while it connects."""
         status = requests.post(f"{self.url}/v1/posts/p", timeout=60).status_code
@@ -326,6 +331,17 @@ def test_readiness_before_and_after(server: FlaskServer) -> None:
     assert everything.status_code == 503
     assert "not running" in everything.json()["parts"]["broker"]
     assert not (server.log.parent / "embedded").exists()
+
+
+def test_metrics_show_every_worker_of_the_one_process(server: FlaskServer) -> None:
+    """Scrapes one after another come from the same registry, and see the workers' memory."""
+    assert server.metric("insighttag_http_ready") == [1]
+    memory = server.metric("insighttag_worker_resident_memory_bytes")
+    assert len(memory) == sum(server.metric("insighttag_worker_state")) > 3
+    assert min(memory) > 2**20
+    scrapes = 'insighttag_http_requests_total{endpoint="metrics"'
+    [before] = server.metric(scrapes)
+    assert server.metric(scrapes) == [before + 1]
 
 
 def test_a_killed_server_leaves_no_worker(site: Site) -> None:
