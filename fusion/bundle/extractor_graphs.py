@@ -10,7 +10,7 @@ from torch import nn
 
 from common.errors import ConfigError
 from common.post import Stream
-from config.settings import FeatureSettings
+from config.settings import FeatureSettings, ImageSettings
 from extractors.models.audio import build_encoder
 from extractors.models.text import TextEncoder
 from extractors.models.visual import TimmBackbone, VideoLstm, make_backbone
@@ -127,6 +127,10 @@ def _pictures(name: Literal["image", "video"], settings: Any) -> Graph:
         "arch": settings.arch,
         "input": "RGB in [0, 255], the whole picture squashed to a square by area interpolation",
     }
+    if isinstance(settings, ImageSettings) and settings.padded:
+        about["input"] += (
+            "; and again in its proportions, padded with white: the vector is the mean of both"
+        )
     return _rows_graph(
         Pictures(backbone),
         backbone.model,
