@@ -422,13 +422,11 @@ def _train_encoder(folder: TrainingFolder, values: Mapping[str, Any], name: str)
     from fusion.backbones.media import MediaItems
     from fusion.backbones.training import train_backbones
 
-    save_dir, valid = folder.root / "encoders" / name, folder.side("valid", "split")
-    if valid is not None and not _contents(valid).keys() & {"videos", "audios"}:
-        valid = None  # of few posts the validation may have no sound
+    save_dir = folder.root / "encoders" / name
     places: dict[str, dict[str, Any]] = {
         "data": {
             "train": folder.side("train", "split"),
-            "valid": valid,
+            "valid": folder.side("valid", "split"),
             "labels": folder.labels,
         },
         "trainer": {"save_dir": save_dir, "n_gpu": 0},

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from common.errors import ConfigError, MediaError
 from common.post import MediaKind, Post
 from common.post_set import PostSet
+from common.progress import notice
 from config.labels import LabelMap
 from config.settings import AsrSettings, DecodeSettings, FeatureSettings
 from extractors.media.decode import decode_media
@@ -81,10 +82,7 @@ class SmallBackbone:
 
         def dataset(posts: Sequence[Post], most: int, seed: int | None) -> MediaDataset:
             items, truth = self._items(posts), truth_of(posts, self.labels)
-            found = MediaDataset.of_arrays(kind, items, truth, max_items=most, seed=seed)
-            if not len(found):
-                raise ConfigError(f"no post has {' or '.join(_MEDIA[self.name])} to train on")
-            return found
+            return MediaDataset.of_arrays(kind, items, truth, max_items=most, seed=seed)
 
         def build() -> MediaTagger:
             backbone = create_backbone(section.arch, kind, size, self.weights)
@@ -94,8 +92,14 @@ class SmallBackbone:
             about = {"arch": section.arch, "kind": kind, "height": size[0], "width": size[1]}
             save_weights(tagger.backbone, out, "backbone", about, learned_from)
 
+        media = " or ".join(_MEDIA[self.name])
         train = dataset(self.train, self.max_items[0], chance)
+        if not len(train):
+            raise ConfigError(f"no post has {media} to train on")
         valid = dataset(self.valid, self.max_items[1], None) if self.valid else None
+        if valid is not None and not len(valid):  # few posts, whose videos may all be silent
+            notice(f"{self.name}: no validation post has {media}: trained without validation")
+            valid = None
         return train, valid, build, save
 
     def _text(self) -> tuple[Any, ...]:

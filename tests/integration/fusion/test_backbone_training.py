@@ -179,6 +179,22 @@ def test_sounds_become_the_audio_extractors_weights(tmp_path: Path) -> None:
         train_backbones(settings(tmp_path, out, "audio_backbone", **changes), MediaItems())
 
 
+def test_a_validation_without_sound_is_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of few posts those of the validation may be silent: the network is trained all the same."""
+    write_labels(tmp_path)
+    soundfile.write(tmp_path / "a.wav", np.sin(np.arange(32_000) * 0.1), 16_000)
+    train = [{"post_id": f"p{i}", "labels": ["red"], "audios": ["a.wav"]} for i in range(2)]
+    (tmp_path / "train.json").write_text(json.dumps(train))
+    (tmp_path / "valid.json").write_text(json.dumps([{"post_id": "q", "labels": ["red"]}]))
+    data = {key: str(tmp_path / f"{key}.json") for key in ("train", "valid")}
+    changes = {"data": data, "backbone": {"arch": "test_resnet"}, "trainer": {"epochs": 1}}
+    assert command(tmp_path, tmp_path / "run", "audio_backbone", **changes) == 0
+    assert "no validation post has video or audio" in capsys.readouterr().err
+    assert (tmp_path / "run" / "weights" / "audio.safetensors").exists()
+
+
 def test_texts_become_a_small_bert(tmp_path: Path) -> None:
     write_labels(tmp_path)
     words = ("sea", "forest", "古城")
