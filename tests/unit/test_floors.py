@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from floors import FILE, broken_floors
+from floors import FILE, broken_floors, finish
 from results_file import FOLDER
 
 ROWS = [
@@ -41,3 +42,14 @@ def test_every_floor_holds_for_figures_that_were_written(name: str) -> None:
         where = floor["where"].items()
         assert any(all(row.get(key) == value for key, value in where) for row in rows), floor
     assert broken_floors(rows, FLOORS[name]) == []
+
+
+def test_a_run_below_a_floor_ends_with_1_and_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row: dict[str, Any] = {"system": "daemon", "broker": "redis", "case": "text"}
+    row |= {"cpu_ms": {"king": 99}, "machinery_cpu_ms": 0, "idle_percent_daemon": 0}
+    assert finish("overhead", 1, [row], tmp_path, check=False) == 0
+    assert finish("overhead", 1, [row], tmp_path) == 1
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("overhead: cpu_ms.king daemon redis text is 99, at most ")
