@@ -33,6 +33,15 @@ _MAX_DELIVERIES = 5
 would be charged with the deaths of its neighbours, with more it would kill more workers."""
 
 
+_FUSE_SHARE = 8
+"""Posts wait for fusion until they are one in so many of the open tasks: a pass reads all weights
+of the model, and takes for one post nearly as long as for eight. At half, other workers may run out
+of posts; at double, batches are of one or two posts."""
+
+_FUSE_WAIT_S = 0.1
+"""Or until this has passed: a tenth of a second more before a post's tags, and only under load."""
+
+
 def queue_of(task: Task) -> TaskQueue:
     """Return the queue of a task: tasks of one queue can be one batch."""
     return task.extractor if isinstance(task, ExtractTask) else task.stage
@@ -138,6 +147,8 @@ class Scheduler:
         self._queue_sizes: dict[TaskQueue, int] = {}
         self._suspects: dict[TaskQueue, deque[QueuedTask]] = {}
         self._loads: dict[str, WorkerLoad] = {}
+        self._fusing = False
+        self._none_to_fuse_at = 0.0
 
     def __len__(self) -> int:
         return len(self._open_tasks)
@@ -193,6 +204,7 @@ class Scheduler:
 
     def dispatch(self, now: float) -> Iterator[tuple[str, Envelope]]:
         """Assign what fits, the least loaded worker first, a task at a time."""
+        self._gather_for_fusion(now)
         moved = True
         while moved:
             moved = False
@@ -202,6 +214,18 @@ class Scheduler:
                 if queued is not None:
                     moved = True
                     yield load.name, self._assign(queued, load, now)
+        self._gather_for_fusion(now)
+
+    def _gather_for_fusion(self, now: float) -> None:
+        """Hold posts back from fusion while few wait for it and many tasks are open."""
+        waiting = self.queued("fuse") + len(self._suspects.get("fuse", ()))
+        if not waiting:
+            self._fusing, self._none_to_fuse_at = False, now
+        elif (
+            waiting >= len(self._open_tasks) // _FUSE_SHARE
+            or now - self._none_to_fuse_at >= _FUSE_WAIT_S
+        ):
+            self._fusing = True
 
     def _waits_for(self, load: WorkerLoad) -> bool:
         """Return True when a task waits that the worker could take."""
@@ -373,6 +397,8 @@ class Scheduler:
     def _open(self, queue_name: TaskQueue) -> bool:
         if queue_name == "decode":
             return self.slots.free > 0
+        if queue_name == "fuse":
+            return self._fusing
         # Files wait on disk for a decoder: what is full downstream stops the downloads.
         return queue_name != "fetch" or self.queued("decode") < self._decode_backlog
 

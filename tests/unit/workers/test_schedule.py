@@ -68,6 +68,36 @@ def test_decoding_waits_for_a_slot_and_fetching_for_the_decoders() -> None:
     assert ids(sent(made)) == [fetch]
 
 
+def test_posts_are_gathered_for_fusion_while_much_else_is_open() -> None:
+    """Until they are an eighth of the open tasks, or a tenth of a second is over."""
+    fusion = WorkerLoad("f", ("fuse",), None, 10.0)
+    made = scheduler(fusion)
+    alone = made.submit(fuse_task("p0"), 99)
+    assert ids(sent(made)) == [alone]
+    made.began("f", [alone], 0.0)
+    for _ in range(16):
+        made.submit(text_task("x"), 99)
+    first = made.submit(fuse_task("p1"), 99)
+    assert sent(made) == []
+    second = made.submit(fuse_task("p2"), 99)
+    assert ids(sent(made)) == [first, second]
+    late = made.submit(fuse_task("p3"), 99)
+    assert sent(made, 0.05) == []
+    assert ids(sent(made, 0.11)) == [late]
+
+
+def test_a_suspect_is_fused_alone_and_not_held_back() -> None:
+    made = scheduler(WorkerLoad("f", ("fuse",), None, 10.0))
+    pair = [made.submit(fuse_task(f"p{i}"), 99) for i in range(2)]
+    sent(made)
+    made.began("f", pair, 0.0)
+    made.died("f")
+    made.add(WorkerLoad("f", ("fuse",), None, 10.0))
+    assert ids(sent(made)) == pair[:1]
+    made.ended("f", pair[0], 0.0, gives_slot=False)
+    assert ids(sent(made)) == pair[1:]
+
+
 def test_queue_is_bounded() -> None:
     """A caller that submits without end gets an error before memory runs out."""
     made = scheduler()
