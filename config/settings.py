@@ -232,9 +232,10 @@ class VideoSettings(VisualSettings):
     min_frames: PositiveInt = 8
     """With ``decode: auto``, segments of one video that give a frame whatever it costs."""
     decode: Literal["auto", "accurate", "keyframes"] = "accurate"
-    """``auto``: of each of ``min_frames`` segments the cheapest frame, and of each of ``frames`` a
-    key frame or one that is decoded anyway, if there is one. ``accurate``: the centre frame of each
-    of ``frames`` segments. ``keyframes``: the key frames nearest to those."""
+    """``auto``: all key frames, as many as ``frames`` at most, of each of ``min_frames`` segments
+    without one the cheapest frame, and of the others frames that are decoded anyway. ``accurate``:
+    the centre frame of each of ``frames`` segments. ``keyframes``: the key frames nearest to
+    those."""
     short_clips: Literal["once", "repeat"] = "once"
     """Of a clip with fewer frames than ``frames``: each frame once, or repeated until there are
     ``frames`` (scheme 2)."""

@@ -53,6 +53,11 @@ LONG_PICTURE = 4
 """Area of the largest picture for OCR, in squares of `features.ocr.max_side`: a tall one is read in
 tiles. At 2 the small print of a chat of 12 screens is lost; at 8 reading it takes seconds more."""
 
+ALIKE_GRID, ALIKE = 32, 3
+"""Frames of a clip are read by OCR once where no cell of a grid over them differs by more, of 255:
+a short word in small print of a faint grey changes one by 4, compression by up to 2. At half of
+it slides of talks are read twice; at double faint subtitles are lost."""
+
 
 @dataclass(frozen=True, slots=True)
 class LogMelPatches:
@@ -245,8 +250,12 @@ class FrameChoice:
     @property
     def sampling(self) -> dict[str, str | int]:
         """Return it under the names of the settings."""
-        least = {"min_frames": self.least} if self.mode == "auto" else {}
-        return {"frames": self.count, "decode": self.mode, **least}
+        sampling: dict[str, str | int] = {"frames": self.count, "decode": self.mode}
+        if self.mode == "auto":
+            sampling |= {"min_frames": self.least, "key_frames": "all"}
+        if self.mode != "accurate":
+            sampling["loop_filter"] = "not of large key frames"
+        return sampling
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,16 @@ import numpy.typing as npt
 from common.errors import MediaError
 from common.post import Failure, MediaKind, Modality
 from config.settings import DecodeSettings, FeatureSettings
-from extractors.parts import SPEECH, FrameChoice, PartKind, SoundInput, audio_encoder, speech_s
+from extractors.parts import (
+    ALIKE,
+    ALIKE_GRID,
+    SPEECH,
+    FrameChoice,
+    PartKind,
+    SoundInput,
+    audio_encoder,
+    speech_s,
+)
 
 if TYPE_CHECKING:  # av and cv2 are loaded when the first file of their kind comes
     from extractors.media.sniff import FileType
@@ -113,9 +122,9 @@ def decode_media(
 def _decode_image(
     path: Path, features: FeatureSettings, limits: DecodeSettings, allocate: Allocate
 ) -> DecodedMedia:
-    from extractors.media.pictures import padded, read_pictures, reading_size, squash
+    from extractors.media.pictures import READ_SIDE, padded, read_pictures, squash
 
-    side, count = features.image.image_size, features.image.max_frames
+    side, count, ocr = features.image.image_size, features.image.max_frames, features.ocr
     pictures: tuple[Pixels, ...] = ()
     squares: list[Pixels] = []
     notes: list[str] = []
@@ -123,12 +132,20 @@ def _decode_image(
         squares.append(squash(pixels, side, side))
         if features.image.padded:
             squares.append(padded(pixels, side))
-        if features.ocr.enabled and not pictures:
-            width, height = reading_size(pixels.shape[1], pixels.shape[0], features.ocr.max_side)
-            pictures = (_copy(squash(pixels, width, height), allocate),)
+        if ocr.enabled and not pictures:
+            if ocr.max_side > READ_SIDE:
+                larger = read_pictures(path, max_pixels=limits.max_pixels, side=ocr.max_side)
+                pixels = next(larger)  # noqa: PLW2901
+            pictures = (_copy(_for_ocr(pixels, ocr.max_side), allocate),)
     image = allocate((len(squares), side, side, 3), _UINT8)
     np.stack(squares, out=image)
     return DecodedMedia(image=image, pictures=pictures, failures=_noted("image", *notes))
+
+
+def _for_ocr(pixels: Pixels, max_side: int) -> Pixels:
+    from extractors.media.pictures import reading_size, shrink
+
+    return shrink(pixels, *reading_size(pixels.shape[1], pixels.shape[0], max_side))
 
 
 def _noted(modality: Modality, *notes: str) -> dict[Modality, Failure]:
@@ -176,7 +193,7 @@ def _decode_video(
     with open_container(path, file_type) as container:
         sound_input = audio_encoder(features.audio).sound
         scan = _scan(container, path, file_type, limits, sound_input.rate_hz)
-        film = _Film(path, file_type, scan, limits)
+        film = _Film(path, file_type, scan, limits, features.video.image_size)
         return _both_sides(film, scan, features=features, allocate=allocate)
 
 
@@ -294,10 +311,11 @@ def _frames(
 
     ocr, side = features.ocr, features.video.image_size
     square = FrameScaler(lambda width, height: (side, side))
-    fitted = FrameScaler(lambda width, height: fitted_size(width, height, ocr.max_side))
+    fitted = FrameScaler(lambda width, height: fitted_size(width, height, ocr.max_side), fast=True)
     frames: Any = None
     pictures: list[Pixels] = []
     times_s: list[float] = []
+    read: list[int] = []
     for frame, total in film.chosen(
         lambda index: choose_frames(index, FrameChoice.of(features.video))
     ):
@@ -306,20 +324,34 @@ def _frames(
         count = len(times_s)
         frames[count] = square(frame)
         if ocr.enabled and count in centres(total, min(ocr.frames, total)):
-            pictures.append(_copy(fitted(frame), allocate))
+            if not any(_alike(frames[count], frames[i]) for i in read):
+                pictures.append(_copy(fitted(frame), allocate))
+            read.append(count)
         times_s.append(film.time_s(frame))
     return frames[: len(times_s)], tuple(times_s), tuple(pictures)
 
 
+def _alike(one: Pixels, other: Pixels) -> bool:
+    """Tell whether two frames, as their encoder gets them, have the same text to read."""
+    from extractors.media.pictures import average
+
+    grids = [average(each, ALIKE_GRID, ALIKE_GRID).astype(np.int16) for each in (one, other)]
+    return int(np.abs(grids[0] - grids[1]).max()) <= ALIKE
+
+
 class _Film:
-    """The second pass over a video: `notes` say what is missing, `turned` how it lay."""
+    """The second pass over a video: `notes` say what is missing, `turned` how it lay.
+
+    Its frames are for pictures of `side` pixels.
+    """
 
     def __init__(
-        self, path: Path, file_type: FileType, scan: _Scan, limits: DecodeSettings
+        self, path: Path, file_type: FileType, scan: _Scan, limits: DecodeSettings, side: int
     ) -> None:
+        self._side = side
         self.path, self._type, self._index, self.limits = path, file_type, scan.index, limits
         self._stream, self._packets = scan.stream, scan.packets
-        self._time_base = 0.0
+        self._time_base = self._start = 0.0
         self.notes = [file_type.note]
         self.turned = ""
 
@@ -327,8 +359,7 @@ class _Film:
         """Return when a frame is shown, in seconds from the first one."""
         from extractors.media.video import time_of
 
-        start = self._index.start if self._index is not None else 0
-        return round(((time_of(frame) or start) - start) * self._time_base, 3)
+        return round(((time_of(frame) or self._start) - self._start) * self._time_base, 3)
 
     def chosen(self, choose: Callable[[PacketIndex], list[int]]) -> Iterator[tuple[Any, int]]:
         """Yield the chosen frames that decode, each with the number of chosen ones.
@@ -383,12 +414,12 @@ class _Film:
                 read = packets(container, stream)
             self._packets = None  # its decoder is used up: another try opens the file again
             check_size(stream, self.limits.max_pixels)
-            self._time_base = float(stream.time_base)
+            self._time_base, self._start = float(stream.time_base), index.start
             if not index.past_limit:
                 promised = promised_packets(stream)
                 self.notes.append(check_share(len(index), promised, "frames", self._type))
             left = [i for i in chosen if index.times[i] > after and index.shown[i]]
-            yield from decode_frames(read, stream, index, left)
+            yield from decode_frames(read, stream, index, left, self._side)
 
 
 def _turns(upright: tuple[bool, bool, bool]) -> str:
@@ -416,7 +447,8 @@ def read_frames(
     file_type = check_type(path, "video")
     scale = FrameScaler(lambda width, height: (side, side))
     with open_container(path, file_type) as container:
-        film = _Film(path, file_type, _scan(container, path, file_type, limits, None), limits)
+        scan = _scan(container, path, file_type, limits, None)
+        film = _Film(path, file_type, scan, limits, side)
         frames = film.chosen(lambda index: choose_frames(index, choice, random))
         return np.stack([scale(frame) for frame, _ in frames])
 

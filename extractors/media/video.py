@@ -148,9 +148,10 @@ class PacketIndex:
     def choose_cheap(self, count: int, least: int) -> list[int]:
         """Return packets of frames that are spread over the clip and cost little, in order of time.
 
-        Each of `least` equal segments has one, each of `count` one where it costs no more: a key
-        frame, or a frame that is decoded on the way to another. For a segment of the `least`
-        without key frames, the one that is reached first. Of several, the nearest to the centre.
+        Each of `least` equal segments without a key frame has the frame that is reached first, and
+        each of `count` one where it is decoded on the way: of several, the nearest to the centre.
+        Of what is not decoded on the way, all key frames, as long as they are not more than
+        `count`: encoders put them where a scene begins, also a short one.
         """
         order = self._in_order()
         least = min(least, count)
@@ -158,11 +159,11 @@ class PacketIndex:
             return self.choose(least)
         keys = set() if self.packed else {i for i in order if self.keys[i]}
         must = self._segments(order, least)
-        targets = [min(each) for each in must if each and keys.isdisjoint(each)]
-        runs = plan_runs(self, targets)
-        cheap = keys.union(*(range(run.first, run.last + 1) for run in runs))
+        runs = plan_runs(self, [min(each) for each in must if each and keys.isdisjoint(each)])
+        passed = {i for run in runs for i in range(run.first, run.last + 1)}
+        chosen = keys if len(keys) <= count else set(self.nearest_keys(self.choose(count)))
+        chosen, cheap = chosen - passed, keys | passed
         start, length = self.times[order[0]], self._end(order) - self.times[order[0]]
-        chosen: set[int] = set()
         for parts, segments in ((count, self._segments(order, count)), (least, must)):
             for k, each in enumerate(segments):
                 near = cheap.intersection(each) if chosen.isdisjoint(each) else ()
@@ -259,9 +260,12 @@ def plan_runs(index: PacketIndex, chosen: list[int]) -> list[Run]:
 
 
 def decode_frames(
-    read: Iterable[Packet], stream: Stream, index: PacketIndex, chosen: list[int]
+    read: Iterable[Packet], stream: Stream, index: PacketIndex, chosen: list[int], side: int
 ) -> Iterator[Frame]:
     """Decode the chosen frames of an index from all packets, in order of time, one at a time.
+
+    They are for pictures of `side` pixels: key frames that are halved for it at least, with none
+    besides, are left as blocks; the loop filter that would smooth them takes a tenth of their time.
 
     A frame that is broken is replaced by the nearest one that decodes between its neighbours,
     and left out where there is none. FalseKey says that decoding started where it cannot:
@@ -271,6 +275,8 @@ def decode_frames(
     if not runs:
         return
     codec = _decoder(stream)
+    if all(run.first == run.last for run in runs) and min(codec.width, codec.height) >= 2 * side:
+        codec.options = {**codec.options, "skip_loop_filter": "all"}
     chosen_times = {index.times[i] for i in chosen}
     position, current = -1, 0
     # Without a real key frame, as live encoders send for hours: FFmpeg's H.264 decoder itself keeps
@@ -391,11 +397,12 @@ def check_size(stream: Stream, max_pixels: int) -> None:
 class FrameScaler:
     """A scaler that also turns frames upright; keeps FFmpeg's tables between frames.
 
-    `size` takes the upright width and height of a frame, and gives those of the result.
+    `size` takes the upright width and height of a frame, and gives those of the result. One that is
+    `fast` is for OCR: as long as sides are more than half of the frame's, it interpolates linearly.
     """
 
-    def __init__(self, size: Callable[[int, int], tuple[int, int]]) -> None:
-        self._size = size
+    def __init__(self, size: Callable[[int, int], tuple[int, int]], *, fast: bool = False) -> None:
+        self._size, self._fast = size, fast
         self._reformatter = VideoReformatter()
 
     def __call__(self, frame: Frame) -> Pixels:
@@ -408,8 +415,13 @@ class FrameScaler:
         try:
             pixels: Any = _on_page(frame, width, height) if _has_alpha(frame.format.name) else None
             if pixels is None:
+                fast = self._fast and 2 * width >= frame.width and 2 * height >= frame.height
                 pixels = self._reformatter.reformat(
-                    frame, width=width, height=height, format="rgb24", interpolation="AREA"
+                    frame,
+                    width=width,
+                    height=height,
+                    format="rgb24",
+                    interpolation="FAST_BILINEAR" if fast else "AREA",
                 ).to_ndarray()
         except (av.error.FFmpegError, ValueError) as error:
             raise MediaError(f"frames cannot be converted: {reason(error)}") from error
@@ -441,10 +453,10 @@ def _has_alpha(pixel_format: str) -> bool:
 
 def _on_page(frame: Frame, width: int, height: int) -> Pixels | None:
     """Return a frame laid on a page as pictures are, at a size; None where it is opaque."""
-    from extractors.media.pictures import on_page, squash
+    from extractors.media.pictures import average, on_page
 
     pixels = frame.to_ndarray(format="rgba")
-    return None if pixels[:, :, 3].min() == 255 else squash(on_page(pixels), width, height)
+    return None if pixels[:, :, 3].min() == 255 else average(on_page(pixels), width, height)
 
 
 def choose_frames(

@@ -22,8 +22,10 @@ import structlog
 from common.errors import ConfigError, FeatureError, one_line
 from common.files import file_digest
 from config.settings import ExtractorName, OcrSettings
+from extractors.media.pictures import shrink
 from extractors.models.base import Extractor
 from extractors.models.weights import from_cache_or_hub, in_place, tensors_digest
+from extractors.parts import ALIKE, ALIKE_GRID
 
 Picture = npt.NDArray[np.uint8]
 Tensor = npt.NDArray[np.float32]
@@ -127,6 +129,8 @@ class OcrExtractor(Extractor):
             "weights": weights or file_digest(*sorted(models.values())),
             "lone_confidence": _LONE_CONFIDENCE,
             "coarse": [_COARSE_SIDE, _MAYBE_TEXT, _LEAST_CONTRAST],
+            "scaling": "halved and linear",
+            "alike": [ALIKE_GRID, ALIKE],
             **self._settings.model_dump(exclude={"enabled", "engine"}),
         }
 
@@ -199,7 +203,7 @@ def _prepare(picture: Picture, tile: int) -> Picture:
     below, right = max(0, least - height), max(0, least - width)
     if below or right:
         picture = np.pad(picture, ((0, below), (0, right), (0, 0)), mode="edge")
-    return np.ascontiguousarray(picture[:, :, ::-1])  # RGB -> BGR
+    return np.asarray(cv2.cvtColor(picture, cv2.COLOR_RGB2BGR), np.uint8)
 
 
 class _Bucketed:
@@ -239,7 +243,7 @@ class _CoarseFirst:
         if scale > _LEAST_SAVED:
             return self._look(pixels)
         size = [max(1, round(s * scale / _LEAST_SIDE)) * _LEAST_SIDE for s in (width, height)]
-        small = np.asarray(cv2.resize(pixels, size, interpolation=cv2.INTER_AREA), np.uint8)
+        small = shrink(pixels, *size)
         seen = (self._look(small)[0, 0] > _MAYBE_TEXT) & _stands_out(small)
         found: Tensor = np.zeros((1, 1, height, width), np.float32)
         for top, bottom in _bands(seen.any(axis=1), height):
@@ -256,7 +260,8 @@ class _CoarseFirst:
 def _stands_out(small: Picture) -> npt.NDArray[np.bool_]:
     """Return the pixels ``(height, width)`` next to which there is a contrast."""
     around = np.ones((3, 3), np.uint8)
-    contrast = cv2.morphologyEx(small, cv2.MORPH_GRADIENT, around).max(axis=2)
+    blue, green, red = cv2.split(cv2.morphologyEx(small, cv2.MORPH_GRADIENT, around))
+    contrast = np.asarray(cv2.max(cv2.max(blue, green), red))  # 40 times as fast as by numpy
     near = np.ones((2 * _NEAR + 1, 2 * _NEAR + 1), np.uint8)
     return cv2.dilate((contrast >= _LEAST_CONTRAST).astype(np.uint8), near).astype(np.bool_)
 

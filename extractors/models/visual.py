@@ -43,7 +43,10 @@ from extractors.models.weights import (
 )
 from extractors.parts import FrameChoice, part_of, visual_encoder
 
-_PREPROCESSING = "whole picture squashed to a square, area interpolation, RGB"
+_PREPROCESSING = {
+    "image": "whole picture squashed to a square, halved and averaged, RGB",
+    "video": "whole picture squashed to a square, area interpolation, RGB",
+}
 
 
 class TimmBackbone(PictureEncoder):
@@ -229,7 +232,7 @@ class VisualExtractor(RowExtractor):
             "size": self._settings.image_size,
             "mean": self._backbone.mean,
             "std": self._backbone.std,
-            "preprocessing": _PREPROCESSING,
+            "preprocessing": _PREPROCESSING[self.name],
             "sampling": _sampling(self._settings),
         }
 

@@ -52,7 +52,7 @@ def taken(path: Path, count: int) -> dict[int, np.ndarray]:
     with open_container(path, check_type(path, "video")) as container:
         stream = find_stream(container, "video")
         chosen = choose_frames(index, FrameChoice(count))
-        frames = decode_frames(packets(container, stream), stream, index, chosen)
+        frames = decode_frames(packets(container, stream), stream, index, chosen, 224)
         return {frame.pts: frame.to_ndarray(format="rgb24") for frame in frames}
 
 

@@ -10,15 +10,17 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from common.errors import MediaError
 from extractors.media.pictures import (
+    average,
     centres,
     fitted_size,
     picture_size,
     read_pictures,
     reading_size,
+    shrink,
     squash,
 )
 from tests.support import media
@@ -178,6 +180,49 @@ def test_large_jpegs_are_decoded_smaller(tmp_path: Path) -> None:
     assert pixels.shape == (1050, 1600, 3)
     full = np.asarray(Image.open(path))
     assert near(squash(pixels, 224, 224), squash(full, 224, 224), 6)
+
+
+@pytest.mark.parametrize(
+    ("size", "decoded"),
+    [
+        ((1280, 960), (1280, 960)),
+        ((1920, 1080), (960, 540)),
+        ((4032, 3024), (1008, 756)),
+        ((8000, 1000), (8000, 1000)),  # encoders of 512 pixels need its height
+        ((1080, 8000), (1080, 8000)),  # text of a tall screenshot is read at full width
+    ],
+)
+def test_jpegs_keep_what_is_read_of_them(
+    tmp_path: Path, size: tuple[int, int], decoded: tuple[int, int]
+) -> None:
+    """Decoded sizes are enough for OCR and for encoders; with a larger side for OCR, larger."""
+    width, height = size
+    path = media.write_jpeg(tmp_path / "a.jpg", media.solid(width, height))
+    assert one(path).shape[1::-1] == decoded
+    assert read(path, side=2 * max(size))[0].shape[1::-1] == size
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_jpegs_are_what_pillow_decodes(tmp_path: Path, orientation: int, mode: str) -> None:
+    """To the last bit, turned upright, grey or in colours."""
+    pixels = cv2.resize(media.noise(15, 10), (301, 203), interpolation=cv2.INTER_CUBIC)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / "a.jpg"
+    Image.fromarray(pixels).convert(mode).save(path, exif=exif)
+    with Image.open(path) as image:
+        expected = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    assert np.array_equal(one(path), expected)
+
+
+def test_large_pictures_are_scaled_nearly_as_by_averages() -> None:
+    """At most 2 of 255 apart on smooth ones of any size, by halves and linearly for OCR too."""
+    for width, height in ((1280, 960), (1921, 1081), (901, 3000)):
+        noise = media.noise(9, 7)
+        smooth: Any = cv2.resize(noise, (width, height), interpolation=cv2.INTER_CUBIC)
+        for scale, side in ((squash, (224, 224)), (shrink, (width // 3, height // 3))):
+            assert near(scale(smooth, *side), average(smooth, *side), 2)
 
 
 def test_squash_averages_and_keeps_everything() -> None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import av
+import cv2
 import numpy as np
 import pytest
 
 from config.settings import FeatureSettings
+from extractors.media.video import FrameScaler
 from tests.support import media
 from tests.support.extractors.video_support import (
     decode,
@@ -113,6 +116,43 @@ def test_ocr_pictures(tmp_path: Path) -> None:
         update={"ocr": FeatureSettings().ocr.model_copy(update={"enabled": False})}
     )
     assert decode(path, off).pictures == ()
+
+
+def test_frames_that_look_alike_are_read_once(tmp_path: Path) -> None:
+    """OCR gets the first of them; a word that appears in small print makes another of it."""
+    page = np.full((360, 640, 3), 235, np.uint8)
+    other = page.copy()
+    cv2.putText(other, "sale", (40, 300), cv2.FONT_HERSHEY_SIMPLEX, 0.5, (190, 190, 190), 1)
+    for second, pictures in ((page, 1), (other, 2)):
+        path = media.write_video(tmp_path / "a.mp4", [page] * 20 + [second] * 20, 25)
+        decoded = decode(path, settings(size=224))
+        assert decoded.frames is not None
+        assert len(decoded.frames) == 16
+        assert len(decoded.pictures) == pictures
+
+
+@pytest.mark.parametrize(("size", "apart"), [(180, 1), (320, 0)])
+@pytest.mark.parametrize("mode", ["keyframes", "auto"])
+def test_large_key_frames_are_left_as_blocks(
+    tmp_path: Path, mode: str, size: int, apart: float
+) -> None:
+    """They hardly show where frames are halved for the encoder; other frames are smoothed."""
+    scenes: Any = [cv2.resize(media.noise(16, 9, seed), (640, 360)) for seed in range(4)]
+    path = media.write_video(
+        tmp_path / "a.mp4",
+        [scene for scene in scenes for _ in range(10)],
+        25,
+        gop=10,
+        options={"crf": "30", "preset": "veryfast"},
+    )
+    found = decode(path, settings(4, size, decode=mode)).frames
+    assert found is not None
+    scale = FrameScaler(lambda width, height: (size, size))
+    with av.open(str(path)) as film:
+        whole = [scale(frame) for frame in film.decode(video=0)][::10]
+    difference = np.abs(found.astype(int) - np.stack(whole))
+    assert difference.mean() <= apart
+    assert difference.any() == (apart > 0)
 
 
 def test_sound_and_silence(tmp_path: Path) -> None:

@@ -61,7 +61,9 @@ EVERY_2_S = [50 * i for i in range(10)]  # of 20 s at 25 Hz
         (500, EVERY_2_S, 16, 8, EVERY_2_S),
         (500, EVERY_2_S, 4, 4, [50, 200, 300, 450]),
         # Segments without key frames give their first frame, others what is decoded on the way.
-        (40, [0, 2, 20], 4, 4, [5, 10, 25, 30]),
+        (40, [0, 2, 20], 4, 4, [0, 10, 25, 30]),
+        # A scene of its own between two others gives its key frame too.
+        (500, sorted([*EVERY_2_S, 110]), 16, 8, sorted([*EVERY_2_S, 110])),
         # On the way to the last of four segments, other frames come for nothing; none behind it.
         (40, [0], 8, 4, [2, 7, 12, 17, 22, 27, 30]),
         (40, range(40), 4, 2, [5, 15, 25, 35]),
