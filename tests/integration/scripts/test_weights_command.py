@@ -131,6 +131,9 @@ def test_small_starts_from_a_copied_folder_without_its_packages(
     code, _, line = lines(capsys, "verify", "--preset", "small")
     assert code == 2  # sound is trained on one's own posts
     assert "workshop/pretrained/audio.safetensors of the preset small is missing" in line
+    assert line.endswith(
+        ": train_net.py --model_config config/train_audio.yaml trains it on your posts"
+    )
     (PLACED / "audio.safetensors").touch()
     assert lines(capsys, "verify", "--preset", "small")[0] == 0
     code, out, _ = lines(capsys, "list", "--preset", "small", "--json")
