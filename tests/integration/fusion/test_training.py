@@ -118,14 +118,24 @@ def test_weights_of_neighbours_are_a_start_of_any_length(few_posts: Path) -> Non
 
 
 @pytest.mark.usefixtures("blank_charts")
-@pytest.mark.parametrize("name", ["late", "linear_probe", "alone", "knn"])
-def test_modalities_together_are_no_worse_than_one_by_one(name: str, posts: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [
+        (DEFAULT_MODEL, {}),
+        ("late", {}),
+        ("linear_probe", {}),
+        ("linear_probe", {"alone": True}),
+        ("linear_probe", {"alone": True, "unit": True, "calibrate": True}),
+        ("knn", {}),
+    ],
+)
+def test_modalities_together_are_no_worse_than_one_by_one(
+    name: str, own: dict[str, Any], posts: Path
+) -> None:
     """At least the average of what each tells alone, which is that of the late model's heads."""
     options: dict[str, Any] = {"optimizer": {"learning_rate": 0.01}, "report": {"enabled": True}}
-    model = {"name": "linear_probe", "linear_probe": {"alone": True}}
-    report = runs.run(
-        posts, model=model if name == "alone" else {"name": name}, trainer={"epochs": 8}, **options
-    )
+    model = {"name": name, name: own} if own else {"name": name}
+    report = runs.run(posts, model=model, trainer={"epochs": 8}, **options)
     subsets = read_about(report.bundle).subsets
     alone = [gap for subset, gap in subsets.items() if "+" not in subset]
     assert len(alone) == 5

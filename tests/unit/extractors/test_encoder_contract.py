@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import structlog
 import torch
 import transformers
 from huggingface_hub import constants
@@ -523,6 +524,20 @@ def test_bad_settings_are_one_line(
     assert "\n" not in str(caught.value)
     for word in words:
         assert word in str(caught.value)
+
+
+def test_code_of_a_model_runs_where_it_is_trusted_and_the_log_says_so(
+    checkpoint: Callable[[Make], Path],
+) -> None:
+    arch = str(checkpoint(own_code))
+    extractor = VisualExtractor("image", ImageSettings(arch=arch, trust_remote_code=True, **IMAGE))
+    with (
+        structlog.testing.capture_logs() as logs,
+        pytest.raises(SystemExit, match="the code of the model was run"),
+    ):
+        extractor.load()
+    [line] = [log for log in logs if log["event"] == "extractors.remote_code_trusted"]
+    assert (line["setting"], line["log_level"]) == ("features.image", "warning")
 
 
 def test_a_missing_package_names_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
