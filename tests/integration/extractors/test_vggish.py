@@ -20,6 +20,7 @@ from extractors.models.placed import fetch
 from extractors.models.weights import VGGISH, Release
 from extractors.parts import PLACED
 from tests.support.tiny_models import TINY_CNN, tiny_timm_weights, vggish_weights
+from tests.unit.extractors.test_encoder_contract import keep_the_contract, patch_family
 
 
 def patches(count: int, seed: int = 0) -> np.ndarray:
@@ -39,6 +40,10 @@ def features(settings: AudioSettings, item: np.ndarray) -> np.ndarray:
     (found,) = extractor.forward([extractor.preprocess(item)])
     extractor.close()
     return found
+
+
+def test_vggish_keeps_the_contract_of_every_family(weights: Path) -> None:
+    keep_the_contract(patch_family("vggish"), weights)
 
 
 def test_vggish_is_torchvggish(weights: Path) -> None:
