@@ -197,6 +197,8 @@ def pinned_environment(spec: WorkerSpec, environ: Mapping[str, str]) -> dict[str
     hidden = ("INSIGHTTAG_", *(() if spec.role in _CACHE_USERS else _STORE_KEYS))
     pinned = {key: value for key, value in environ.items() if not key.upper().startswith(hidden)}
     pinned.update(dict.fromkeys(_THREAD_VARIABLES, str(spec.threads)))
+    # Threads that spin while they wait take the cores of the other processes.
+    pinned.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     pinned["TOKENIZERS_PARALLELISM"] = "false"
     pinned.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     pinned["CUDA_VISIBLE_DEVICES"] = ""

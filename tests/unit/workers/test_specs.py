@@ -49,6 +49,8 @@ def test_devices_are_pinned_before_birth() -> None:
     assert cpu["CUDA_VISIBLE_DEVICES"] == ""
     assert {cpu[f"{name}_NUM_THREADS"] for name in ("OMP", "MKL", "OPENBLAS")} == {"3"}
     assert cpu["PATH"] == "/bin"
+    assert cpu["OMP_WAIT_POLICY"] == "PASSIVE"
+    assert pinned_environment(spec, {"OMP_WAIT_POLICY": "ACTIVE"})["OMP_WAIT_POLICY"] == "ACTIVE"
     assert cpu["PYTHONPATH"].endswith(":/x")
     gpu = replace(spec, device="cuda:1")
     assert pinned_environment(gpu, {})["CUDA_VISIBLE_DEVICES"] == "1"
