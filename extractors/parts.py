@@ -53,6 +53,14 @@ LONG_PICTURE = 4
 """Area of the largest picture for OCR, in squares of `features.ocr.max_side`: a tall one is read in
 tiles. At 2 the small print of a chat of 12 screens is lost; at 8 reading it takes seconds more."""
 
+_TALLEST_RATIO = 40
+"""Height over width beyond which a picture is no screen but a line: it is shrunk like any other.
+Half would lose long chats; double would read a dozen more tiles of lines too narrow for words."""
+
+_LEGIBLE_RATIO = 2.5
+"""Longer side over shorter up to which a picture is shrunk to `max_side` for OCR: the text of a
+telephone's screen is still readable. At 2 these would cost twice the time; at 5 it is noise."""
+
 ALIKE_GRID, ALIKE = 32, 3
 """Frames of a clip are read by OCR once where no cell of a grid over them differs by more, of 255:
 a short word in small print of a faint grey changes one by 4, compression by up to 2. At half of
@@ -360,3 +368,28 @@ def slot_bytes(settings: Settings) -> int:
     # Each part is one array, each picture too; a few more are allowed for arrays that are copied.
     alignment = ALIGNMENT * (8 + features.ocr.frames)
     return -(-(max(map(decoded_bytes, MEDIA_KINDS)) + alignment) // _PAGE) * _PAGE
+
+
+def fitted_size(width: int, height: int, max_side: int) -> tuple[int, int]:
+    """Width and height, shrunk in proportion so that the longer side is at most `max_side`."""
+    longer = max(width, height)
+    if longer <= max_side:
+        return width, height
+    return max(1, round(width * max_side / longer)), max(1, round(height * max_side / longer))
+
+
+def reading_size(width: int, height: int, max_side: int) -> tuple[int, int]:
+    """Width and height at which OCR reads a picture: `fitted_size`, larger for tall ones.
+
+    Tall pictures are read in tiles: their width is at most `max_side`, and their area at most
+    `LONG_PICTURE` squares of it.
+    """
+    if height <= max_side or not _LEGIBLE_RATIO * width < height <= _TALLEST_RATIO * width:
+        return fitted_size(width, height, max_side)
+    scale = min(1.0, max_side / width, max_side * (LONG_PICTURE / (width * height)) ** 0.5)
+    return max(1, int(width * scale)), max(1, int(height * scale))
+
+
+def centres(total: int, parts: int) -> list[int]:
+    """Return the index of the centre item of each of `parts` equal parts of `total` items."""
+    return [(2 * i + 1) * total // (2 * parts) for i in range(parts)]

@@ -30,6 +30,9 @@ from extractors.parts import (
     PartKind,
     SoundInput,
     audio_encoder,
+    centres,
+    fitted_size,
+    reading_size,
     speech_s,
 )
 
@@ -143,7 +146,7 @@ def _decode_image(
 
 
 def _for_ocr(pixels: Pixels, max_side: int) -> Pixels:
-    from extractors.media.pictures import reading_size, shrink
+    from extractors.media.pictures import shrink
 
     return shrink(pixels, *reading_size(pixels.shape[1], pixels.shape[0], max_side))
 
@@ -306,7 +309,6 @@ def _frames(
     film: _Film, *, features: FeatureSettings, allocate: Allocate
 ) -> tuple[Pixels, tuple[float, ...], tuple[Pixels, ...]]:
     """Make the second pass: decode the chosen frames, and those of them that OCR reads."""
-    from extractors.media.pictures import centres, fitted_size
     from extractors.media.video import FrameScaler, choose_frames
 
     ocr, side = features.ocr, features.video.image_size

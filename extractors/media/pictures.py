@@ -31,7 +31,7 @@ from PIL.ExifTags import Base as Tag
 
 from common.errors import MediaError
 from extractors.media.sniff import MAX_PARTS, FileType, check_share, check_type
-from extractors.parts import LONG_PICTURE
+from extractors.parts import centres, reading_size
 
 Pixels: TypeAlias = npt.NDArray[np.uint8]
 
@@ -557,11 +557,6 @@ def _salvage(picture: _Picture) -> tuple[Pixels, float]:
     return _rgb(images[0]), share
 
 
-def centres(total: int, parts: int) -> list[int]:
-    """Return the index of the centre item of each of `parts` equal parts of `total` items."""
-    return [(2 * i + 1) * total // (2 * parts) for i in range(parts)]
-
-
 def _rgb(image: Any) -> Pixels:
     """Decode the current frame of a picture: upright, on its page."""
     image.load()  # EXIF of a PNG may stand behind the pixels
@@ -700,32 +695,3 @@ def padded(pixels: Pixels, side: int) -> Pixels:
     top, left = (side - height) // 2, (side - width) // 2
     square[top : top + height, left : left + width] = squash(pixels, width, height)
     return square
-
-
-def fitted_size(width: int, height: int, max_side: int) -> tuple[int, int]:
-    """Width and height, shrunk in proportion so that the longer side is at most `max_side`."""
-    longer = max(width, height)
-    if longer <= max_side:
-        return width, height
-    return max(1, round(width * max_side / longer)), max(1, round(height * max_side / longer))
-
-
-_TALLEST_RATIO = 40
-"""Height over width beyond which a picture is no screen but a line: it is shrunk like any other.
-Half would lose long chats; double would read a dozen more tiles of lines too narrow for words."""
-
-_LEGIBLE_RATIO = 2.5
-"""Longer side over shorter up to which a picture is shrunk to `max_side` for OCR: the text of a
-telephone's screen is still readable. At 2 these would cost twice the time; at 5 it is noise."""
-
-
-def reading_size(width: int, height: int, max_side: int) -> tuple[int, int]:
-    """Width and height at which OCR reads a picture: `fitted_size`, larger for tall ones.
-
-    Tall pictures are read in tiles: their width is at most `max_side`, and their area at most
-    `LONG_PICTURE` squares of it.
-    """
-    if height <= max_side or not _LEGIBLE_RATIO * width < height <= _TALLEST_RATIO * width:
-        return fitted_size(width, height, max_side)
-    scale = min(1.0, max_side / width, max_side * (LONG_PICTURE / (width * height)) ** 0.5)
-    return max(1, int(width * scale)), max(1, int(height * scale))

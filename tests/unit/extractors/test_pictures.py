@@ -15,14 +15,12 @@ from PIL import Image, ImageOps
 from common.errors import MediaError
 from extractors.media.pictures import (
     average,
-    centres,
-    fitted_size,
     picture_size,
     read_pictures,
-    reading_size,
     shrink,
     squash,
 )
+from extractors.parts import centres, fitted_size, reading_size
 from tests.support import media
 
 LIMIT = 100_000_000
