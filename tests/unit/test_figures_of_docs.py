@@ -113,14 +113,13 @@ def test_the_cost_of_encoders_is_what_was_measured() -> None:
 
 
 @pytest.mark.parametrize("other", ["mean of the two", "baseline"])
-@pytest.mark.parametrize("figure", ["gap_folds", "map_folds"])
-def test_without_weights_both_modalities_together_win_in_every_fold(
-    other: str, figure: str
-) -> None:
-    """Over the mean of their own probes, and over scikit-learn's recipe."""
-    folds = {row["model"]: row[figure][0] for row in results("openclipart_no_weights")[1:]}
-    [less] = [values for name, values in folds.items() if name.startswith(other)]
-    assert all(a > b for a, b in zip(folds["linear probe: both"], less, strict=True))
+def test_without_weights_both_modalities_together_win(other: str) -> None:
+    """Over the mean of their own probes, and over scikit-learn's recipe; by GAP in every fold."""
+    rows = {row["model"]: row for row in results("openclipart_no_weights")[1:]}
+    [less] = [row for name, row in rows.items() if name.startswith(other)]
+    both = rows["linear probe: both"]
+    assert all(a > b for a, b in zip(both["gap_folds"][0], less["gap_folds"][0], strict=True))
+    assert fmean(both["map_folds"][0]) > fmean(less["map_folds"][0])
 
 
 def test_tags_by_text_reach_their_goals() -> None:
