@@ -21,9 +21,9 @@ from config.labels import LabelMap
 from config.settings import DecodeSettings
 from config.train import BackboneTrainSettings
 from extractors.media.decode import read_frames
-from extractors.media.pictures import centres, read_pictures, squash
+from extractors.media.pictures import read_pictures, squash
 from extractors.models.visual import segments
-from extractors.parts import FrameChoice
+from extractors.parts import FrameChoice, centres
 from fusion.data.data_file import MEDIA_KEYS, entries, parse_post, relative_to_file
 from fusion.models.base import Batch, Sample, batch_of, padded
 from fusion.train.distributed import all_ranks, same_everywhere
