@@ -71,13 +71,13 @@ demo: $(VENV)/.small ## posts, training, services, daemon, tags: everything once
 	@$(PY) -m demo
 
 # Halves, each in a process that collects its own: xdist's collect everything, a fifth of the time.
-UNIT_WITH_TORCH := tests/unit/extractors tests/unit/fusion tests/unit/workers/test_part_table.py
+ONE_HALF := tests/unit/extractors tests/unit/fusion tests/unit/corpus tests/unit/workers/test_part_table.py
 
 t: $(VENV)/.dev ## the unit tests: no servers
-	@$(PY) -m pytest -q $(UNIT_WITH_TORCH) > $(VENV)/.t.log 2>&1 & torch=$$!; \
-	trap "kill $$torch" INT TERM; \
-	$(PY) -m pytest -q $(addprefix --ignore=,$(UNIT_WITH_TORCH)) tests/unit; status=$$?; \
-	wait $$torch || status=1; cat $(VENV)/.t.log; exit $$status
+	@$(PY) -m pytest -q $(ONE_HALF) > $(VENV)/.t.log 2>&1 & half=$$!; \
+	trap "kill $$half" INT TERM; \
+	$(PY) -m pytest -q $(addprefix --ignore=,$(ONE_HALF)) tests/unit; status=$$?; \
+	wait $$half || status=1; cat $(VENV)/.t.log; exit $$status
 
 TYPES := $(VENV)/bin/mypy $(SOURCES) $(SCRIPTS) tests bench
 
