@@ -25,8 +25,8 @@ ModelName: TypeAlias = Literal[
     "tag_text",
 ]
 DEFAULT_MODEL: Final[ModelName] = "ml_decoder"
-"""Above `mbt` by over two standard errors where order tells and posts are few, never below it, and
-in a sixth of its time: docs/models.md."""
+"""Above `mbt` by over two standard errors where posts are few, never below it, and where order
+tells in a sixth of its time: docs/models.md."""
 Share = Annotated[float, Field(ge=0, lt=1)]
 Weight = Annotated[float, Field(ge=0)]
 

@@ -105,7 +105,7 @@ class Children(Generic[MetricT]):
 
 
 class PostMetrics:
-    """What tagged posts show, from the result that is there anyway: a few microseconds a post."""
+    """Metrics of tagged posts, from the result that is there anyway: a few microseconds a post."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._stages = Children(

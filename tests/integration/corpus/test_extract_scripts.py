@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -25,20 +24,11 @@ from tests.support.corpus.extraction_corpus import (
     write_corpus,
     write_pictures,
 )
-from workers import runner
-from workers.local import LocalPool, local_runner
+from workers.local import local_runner
 
+# Only runs that are interrupted have workers of their own: others would test nothing more.
+pytestmark = pytest.mark.usefixtures("models_in_this_process")
 ROOT = Path(__file__).resolve().parents[3]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _models_in_this_process() -> Iterator[None]:
-    """Only the runs that are killed have workers of their own: others would test nothing more."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            runner, "ProcessPool", lambda settings, fuse, **_: LocalPool(settings, fuse=fuse)
-        )
-        yield
 
 
 @pytest.fixture(scope="module")

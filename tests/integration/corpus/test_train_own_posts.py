@@ -6,7 +6,6 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,23 +17,13 @@ from scripts.cli import run
 from tests.support.corpus.extraction_corpus import write_config
 from tests.support.media import solid, write_png
 from tests.support.services import wait_until
-from workers import runner
-from workers.local import LocalPool
 
+# Only runs that are interrupted have workers of their own: others would test nothing more.
+pytestmark = pytest.mark.usefixtures("models_in_this_process")
 ROOT = Path(__file__).resolve().parents[3]
 COLOURS = {"red": (210, 40, 40), "green": (40, 190, 50), "blue": (40, 60, 210)}
 COUNT = 48
 HOG = ImageSettings(arch="hog", image_size=32, precision="fp32")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _models_in_this_process() -> Iterator[None]:
-    """Only the run that is interrupted has workers of its own: others would test nothing more."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            runner, "ProcessPool", lambda settings, fuse, **_: LocalPool(settings, fuse=fuse)
-        )
-        yield
 
 
 def paint(path: Path, colour: tuple[int, ...], random: np.random.Generator) -> None:
