@@ -1,5 +1,5 @@
 # InsightTag. Every target makes the environment in .venv when it is missing.
-#   make demo | t | test | check | bench | run | env | clean | distclean | lock
+#   make demo | t | test | check | docs | bench | run | env | clean | distclean | lock
 
 # The interpreter that .venv is made from: python3, or the first supported one beside it.
 ifndef PYTHON
@@ -23,7 +23,7 @@ PYTEST_ARGS ?= -n $(PROCESSES) --dist loadfile --no-loadscope-reorder --max-work
 PROCESSES ?= 4
 SUPERVISORD_ARGS ?=
 
-.PHONY: help env env-dev demo t test coverage check style types arrows bench fuzz chaos soak walk corpus-memory zoo data-wait run lock clean distclean
+.PHONY: help env env-dev demo t test coverage check style types arrows docs bench fuzz chaos soak walk corpus-memory zoo data-wait run lock clean distclean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -79,10 +79,10 @@ t: $(VENV)/.dev ## the unit tests: no servers
 	$(PY) -m pytest -q $(addprefix --ignore=,$(ONE_HALF)) tests/unit; status=$$?; \
 	wait $$half || status=1; cat $(VENV)/.t.log; exit $$status
 
-TYPES := $(VENV)/bin/mypy $(SOURCES) $(SCRIPTS) tests bench
+TYPES := $(VENV)/bin/mypy $(SOURCES) $(SCRIPTS) tests bench docs/generate
 
 # mypy takes a core for a minute or two where it has no cache, and the first tests wait much.
-test: style arrows ## lint, types, arrows, all tests
+test: style arrows docs ## lint, types, arrows, the documentation site, all tests
 	@$(TYPES) & types=$$!; \
 		$(PY) -m pytest $(PYTEST_ARGS); tests=$$?; \
 		wait $$types || { echo "mypy has failed: its lines are before those of the tests" >&2; exit 1; }; \
@@ -92,7 +92,11 @@ test: style arrows ## lint, types, arrows, all tests
 coverage: $(VENV)/.dev ## all tests, and the lines that none of them runs
 	@$(PY) -m pytest --cov --cov-report=term:skip-covered $(PYTEST_ARGS)
 
-check: style types arrows ## lint, format, types, import arrows
+check: style types arrows docs ## lint, format, types, import arrows, the documentation site
+
+# The variable silences an advertisement of mkdocs-material's.
+docs: $(VENV)/.dev ## the documentation site, in workshop/site; every link and anchor is checked
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
 
 style: $(VENV)/.dev
 	$(VENV)/bin/ruff check .

@@ -4,7 +4,7 @@ POST /v1/tag          a post in, its tags out; needs neither queue nor database
 POST /v1/posts/<id>   put it on the queue       GET /v1/posts/<id>   its state and tags
 GET  /v1/labels       all tags of the bundle    GET /                a page to try it
 GET  /healthz         the process is alive      GET /readyz          everything it needs answers
-GET  /metrics         for Prometheus
+GET  /metrics         for Prometheus    GET /openapi.json, /docs  this interface
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from common.times import plain
 from config.labels import LabelMap
 from config.settings import Settings
 from king.messages import PostMessage
+from web import openapi
 from web.backend import Backend, Services, state_of
 from web.guard import ApiError, bad_request, guard, note, of_tagging
 from web.metrics import HttpMetrics
@@ -84,6 +85,8 @@ def create_app(
     app.add_url_rule("/healthz", "healthz", routes.healthz)
     app.add_url_rule("/readyz", "readyz", routes.readyz)
     app.add_url_rule("/metrics", "metrics", routes.metrics)
+    app.add_url_rule("/openapi.json", "openapi", routes.openapi)
+    app.add_url_rule("/docs", "docs", routes.docs)
     app.add_url_rule("/v1/labels", "labels", routes.all_labels)
     app.add_url_rule("/v1/tag", "tag", routes.tag, methods=["POST"])
     rule = "/v1/posts/<any_id:post_id>"
@@ -201,6 +204,14 @@ class _Routes:
         content, content_type = self._metrics.page(request.headers.get("Accept", ""))
         return Response(content, content_type=content_type)
 
+    def openapi(self) -> Response:
+        """Return the OpenAPI document of these routes."""
+        return jsonify(openapi.document())
+
+    def docs(self) -> Response:
+        """Return the page that shows it."""
+        return _page(openapi.page().encode())
+
     def page(self) -> Response:
         return self._page.answer("page.html")
 
@@ -220,13 +231,17 @@ class Page:
         kind = _TYPES.get(Path(name).suffix)
         if content is None or kind is None:
             raise NotFound
-        response = Response(content, content_type=kind)
-        response.headers["Cache-Control"] = "no-cache"
-        if kind.startswith("text/html"):
-            response.headers["Content-Security-Policy"] = PAGE_POLICY
-        response.add_etag()
-        response.make_conditional(request)  # in place: 304 without a body when the client has it
-        return response
+        return _page(content, kind)
+
+
+def _page(content: bytes, kind: str = _TYPES[".html"]) -> Response:
+    response = Response(content, content_type=kind)
+    response.headers["Cache-Control"] = "no-cache"
+    if kind.startswith("text/html"):
+        response.headers["Content-Security-Policy"] = PAGE_POLICY
+    response.add_etag()
+    response.make_conditional(request)  # in place: 304 without a body when the client has it
+    return response
 
 
 def client_is_gone(environ: dict[str, Any]) -> bool:

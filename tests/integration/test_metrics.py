@@ -33,6 +33,7 @@ RULES = ROOT / "deploy" / "prometheus" / "alerts.yml"
 DASHBOARD = ROOT / "deploy" / "grafana" / "insighttag.json"
 CASES = ROOT / "tests" / "integration" / "alerts_cases.yml"
 DOCS = ROOT / "docs" / "metrics.md"
+RUNBOOKS = [ROOT / "docs" / name for name in ("alerts.md", "alerts.zh-CN.md")]
 _OWN = re.compile(r"\b(?:insighttag|process)_[a-z_]+")
 
 
@@ -239,7 +240,7 @@ def rules() -> list[dict[str, Any]]:
 
 
 def test_every_alert_says_what_to_do() -> None:
-    """It has a severity, a summary, and a section of docs/metrics.md of its own name."""
+    """It has a severity, a summary, and a section of its own name in both languages."""
     names = [rule["alert"] for rule in rules()]
     assert len(set(names)) == len(names)
     for rule in rules():
@@ -247,9 +248,10 @@ def test_every_alert_says_what_to_do() -> None:
         assert re.fullmatch(r"\d+[smh]", rule["for"])
         assert rule["labels"]["severity"] in ("warning", "critical")
         assert rule["annotations"].keys() == {"summary", "runbook"}
-        assert rule["annotations"]["runbook"] == f"docs/metrics.md#{rule['alert'].lower()}"
-    sections = re.findall(r"^### (\w+)$", DOCS.read_text("utf-8"), re.MULTILINE)
-    assert sections == names
+        assert rule["annotations"]["runbook"] == f"docs/alerts.md#{rule['alert'].lower()}"
+    for page in RUNBOOKS:
+        sections = re.findall(r"^## (\w+)$", page.read_text("utf-8"), re.MULTILINE)
+        assert sections == names, page
 
 
 def test_promtool_accepts_the_alerts() -> None:

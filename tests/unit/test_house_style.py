@@ -15,7 +15,7 @@ PACKAGES = (
     "common", "config", "corpus", "demo", "deploy", "extractors", "fusion", "king", "scripts",
     "web", "workers",
 )  # fmt: skip
-BESIDE = ("tests", "bench")
+BESIDE = ("tests", "bench", "docs")
 MAX_LINES, MAX_TOP_LINES, MAX_FUNCTION_LINES = 700, 60, 65
 # Paths that exist on one machine only; /tmp and /dev are everywhere.
 MACHINE_PATH = re.compile(r"""(?<![\w.:/])/(?:home|root|Users|work|mnt|opt|data)/\w+""")

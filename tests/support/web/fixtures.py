@@ -9,15 +9,44 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from flask.testing import FlaskClient
+from openapi_schema_validator import OAS31Validator
+from werkzeug.exceptions import HTTPException
+from werkzeug.test import TestResponse
 
 from config.settings import Settings
 from tests.support.fakes.pool import FakePool
+from web import openapi
 from web.app import create_app
 from web.backend import Services
 from web.reading import Uploads
 from workers.runner import PostRunner
 
 ROOT = Path(__file__).resolve().parents[3]
+
+
+class CheckedClient(FlaskClient):
+    """A client that holds every answer to the OpenAPI document."""
+
+    def open(self, *args: Any, **kwargs: Any) -> TestResponse:
+        """Send a request; ValidationError for an answer that is not as described."""
+        response = super().open(*args, **kwargs)
+        adapter = self.application.url_map.bind_to_environ(response.request.environ)
+        try:
+            rule, _ = adapter.match(return_rule=True)
+        except HTTPException:
+            return response  # no such route or method
+        path = re.sub(r"<(?:\w+:)?(\w+)>", r"{\1}", rule.rule)
+        document = openapi.document()
+        method = document["paths"].get(path, {}).get(response.request.method.lower())
+        heard = response.status_code != 499  # the client had hung up
+        if method is not None and heard and response.mimetype == "application/json":
+            described = method["responses"][str(response.status_code)]
+            if "$ref" in described:
+                described = document["components"]["responses"][described["$ref"].split("/")[-1]]
+            schema = described["content"]["application/json"]["schema"]
+            OAS31Validator({**schema, "components": document["components"]}).validate(response.json)
+        return response
 
 
 @dataclass
@@ -60,6 +89,7 @@ def make_desk(settings: Settings, pool: FakePool) -> Iterator[Desk]:
     runner = PostRunner(settings, pool=pool, local_root=uploads.folder, limit=settings.http.posts)
     services = Services(lambda: settings, lambda: settings)
     app = create_app(settings, runner, uploads, services)
+    app.test_client_class = CheckedClient
     runner.start(wait=False)
     try:
         yield Desk(app.test_client(), pool, runner, uploads, settings.fetch.spool)

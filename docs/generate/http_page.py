@@ -1,0 +1,41 @@
+"""The page of the HTTP interface, out of the OpenAPI document that the server answers with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from web import openapi
+from web.openapi import Row
+
+
+def page() -> str:
+    """Return the page in Markdown."""
+    info = openapi.document()["info"]
+    parts = [
+        "# HTTP interface",
+        f"{info['description']} The server has this page at `/docs`, and the document behind it, "
+        "OpenAPI 3.1, at `/openapi.json`.",
+    ]
+    for name, description, operations in openapi.groups():
+        parts += [f"## {name}", description]
+        for each in operations:
+            parts += [f"### {each.method} {each.path}", f"{each.summary}. {each.description}"]
+            parts += _table("parameter", each.parameters)
+            parts += _table("body", each.bodies)
+            parts += _table("answer", each.responses)
+    parts.append("## Schemas")
+    for name, description, rows in openapi.schemas():
+        parts += [f"### {name}", description, *_table("key", rows)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(head: str, rows: Sequence[Row]) -> list[str]:
+    lines = [f"| {head} | type | meaning |", "| --- | --- | --- |"]
+    for row in rows:
+        needed = ", required" if row.required and head in ("parameter", "key") else ""
+        kind = row.type
+        if row.schema in {name for name, _, _ in openapi.schemas()}:
+            kind = kind.replace(row.schema, f"[{row.schema}](#{row.schema.lower()})")
+        kind = kind.replace(" | ", ", ")
+        lines.append(f"| `{row.name}` | {kind}{needed} | {row.text} |")
+    return ["\n".join(lines)] if rows else []

@@ -1,0 +1,161 @@
+"""The pages of settings: every key with its type, default and meaning, out of the schema."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from functools import cache
+from typing import Any, get_args
+
+import griffe
+from parsers import ROOT
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from config.settings import InferSettings, Settings
+from config.train import BackboneTrainSettings, TrainSettings
+
+_MODULES = ("config.settings", "config.train", "config.fusion_models")
+
+
+def page() -> str:
+    """Return the page of the settings of daemon, commands and HTTP server."""
+    return _joined(
+        "# Settings",
+        "Of the daemon, the HTTP server and the commands: `--config F` names the YAML file, "
+        "`INSIGHTTAG_SECTION__KEY` in the environment goes over it, `--set section.key=value` "
+        "over both. Unknown keys are refused. Made of the schema as this site was built.",
+        *_sections(Settings, "##"),
+        "## infer_net.py",
+        "On feature files; on raw media it takes the settings above.",
+        *_sections(InferSettings, "###"),
+    )
+
+
+def training_page() -> str:
+    """Return the page of the settings of `train_net.py`."""
+    return _joined(
+        "# Settings of training",
+        "Of `train_net.py`: `--model_config F` names the YAML file, options and "
+        "`--set section.key=value` go over it. `task` says which of the two groups holds.",
+        "## A fusion model",
+        "`task: fusion`, the default.",
+        *_sections(TrainSettings, "###"),
+        "## A backbone",
+        "`task: image_backbone`, `video_backbone`, `audio_backbone` or `text_backbone`.",
+        *_sections(BackboneTrainSettings, "###"),
+    )
+
+
+def _joined(*parts: str) -> str:
+    return "\n\n".join(parts) + "\n"
+
+
+def _sections(model: type[BaseModel], heading: str, path: str = "") -> Iterator[str]:
+    """Yield a table of a section's own keys, then the sections in it."""
+    own = {name: field for name, field in model.model_fields.items() if not _model(field)}
+    nested = {name: it for name, field in model.model_fields.items() if (it := _model(field))}
+    if path:
+        yield f"{heading} {path}"
+        yield _words(model.__doc__ or "").partition("\n\n")[0]
+    if own:
+        rows = [
+            _row(f"{path}.{name}".lstrip("."), name, field, model) for name, field in own.items()
+        ]
+        yield "\n".join(["| key | takes | default | |", "| --- | --- | --- | --- |", *rows])
+    for name, section in nested.items():
+        yield from _sections(section, heading, f"{path}.{name}".lstrip("."))
+
+
+def _row(key: str, name: str, field: FieldInfo, model: type[BaseModel]) -> str:
+    cells = (f"`{key}`", _type(field), _default(field), _meaning(model, name) or field.description)
+    return f"| {' | '.join(str(cell or '').replace('|', chr(92) + '|') for cell in cells)} |"
+
+
+def _model(field: FieldInfo) -> type[BaseModel] | None:
+    """Return the section that a field holds; None where it holds a value, a list or a mapping."""
+    for each in (field.annotation, *get_args(field.annotation)):
+        if isinstance(each, type) and issubclass(each, BaseModel):
+            return (
+                each
+                if each is field.annotation or type(None) in get_args(field.annotation)
+                else None
+            )
+    return None
+
+
+def _type(field: FieldInfo) -> str:
+    text = _named(field.annotation)
+    limits = [str(each) for each in field.metadata]
+    found = re.findall(r"\b(ge|gt|le|lt)=([\d.e-]+)", " ".join(limits))
+    signs = {"ge": "at least", "gt": "over", "le": "at most", "lt": "under"}
+    return ", ".join([text, *(f"{signs[name]} {value}" for name, value in found)])
+
+
+def _named(annotation: Any) -> str:
+    """Return a type in words."""
+    names = {
+        bool: "true or false",
+        int: "whole number",
+        float: "number",
+        str: "text",
+        type(None): "null",
+    }
+    if annotation in names:
+        return names[annotation]
+    origin, arguments = getattr(annotation, "__origin__", None), get_args(annotation)
+    if hasattr(annotation, "__metadata__"):
+        return _named(annotation.__origin__)
+    if str(origin) == "typing.Literal":
+        return ", ".join(f"`{each}`" for each in arguments)
+    if origin in (tuple, list, frozenset, set):
+        return f"list of {_named(arguments[0])}" if arguments else "list"
+    if origin is dict or "Mapping" in str(origin):
+        return "mapping"
+    if arguments:
+        return " or ".join(_named(each) for each in arguments)
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "{" + ", ".join(annotation.model_fields) + "}"
+    return {"Path": "path"}.get(
+        getattr(annotation, "__name__", ""), getattr(annotation, "__name__", "value")
+    )
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    value = field.get_default(call_default_factory=True)
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return f"`{str(value).lower()}`"
+    if isinstance(value, (tuple, list)):
+        if any(isinstance(each, BaseModel) for each in value):
+            return "one, of defaults"
+        return f"`[{', '.join(str(each) for each in value)}]`"
+    return f"`{value}`" if str(value) else "empty"
+
+
+@cache
+def _documented() -> dict[str, Any]:
+    """Return the classes of the settings as they are written, with the words under their fields."""
+    loader = griffe.GriffeLoader(search_paths=[str(ROOT)])
+    found = {}
+    for name in _MODULES:
+        found |= {each.name: each for each in loader.load(name).classes.values()}
+    return found
+
+
+def _meaning(model: type[BaseModel], name: str) -> str:
+    """Return what stands under a field in the source, in one line."""
+    for each in model.__mro__:
+        member = getattr(_documented().get(each.__name__), "members", {}).get(name)
+        if member is not None and member.docstring:
+            return _words(member.docstring.value)
+    return ""
+
+
+def _words(text: str) -> str:
+    """Return a docstring as Markdown in one line for each paragraph."""
+    text = text.replace("``", "`")
+    return "\n\n".join(" ".join(part.split()) for part in text.split("\n\n")).replace("\n\n", " ")
