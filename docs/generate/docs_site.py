@@ -1,8 +1,8 @@
 """Hooks of mkdocs: the pages that are made of the code, and links that lead out of docs/.
 
 The pages of commands, settings and the HTTP interface are written as the site is built, so that
-none is ever older than the code. README, CHANGELOG and others of the root become pages too, and files that pages link to, such
-as the alert rules, are copied next to them.
+none is ever older than the code. README, CHANGELOG and others of the root become pages too, and
+files that pages link to, such as the alert rules, are copied next to them.
 """
 
 from __future__ import annotations

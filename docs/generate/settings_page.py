@@ -140,7 +140,7 @@ def _default(field: FieldInfo) -> str:
 def _documented() -> dict[str, Any]:
     """Return the classes of the settings as they are written, with the words under their fields."""
     loader = griffe.GriffeLoader(search_paths=[str(ROOT)])
-    found = {}
+    found: dict[str, Any] = {}
     for name in _MODULES:
         found |= {each.name: each for each in loader.load(name).classes.values()}
     return found
