@@ -134,9 +134,9 @@ class Features:
 
 @dataclass(frozen=True, slots=True)
 class Tag:
-    """One predicted label with its score in [0, 1]."""
+    """One predicted label with its score in [0, 1]; its ID may be the platform's own."""
 
-    id: int
+    id: int | str
     name: str
     score: float
 
@@ -148,8 +148,9 @@ class Tags:
     Attributes:
         model: Name of the bundle.
         version: Version of the bundle; versions of one name sort as text, later is greater.
-        tags: Those whose score reaches their threshold, highest first.
-        scores: float64 ``(classes,)``, every class, in label order.
+        tags: Those whose score reaches their threshold, highest first, after the rules of serving.
+        scores: float64 ``(classes,)``, every class, in label order; no rule changes them.
+        rules: Digest of the rules of serving, `config.tag_rules`; None without rules.
     """
 
     post_id: str
@@ -157,6 +158,7 @@ class Tags:
     version: str
     tags: tuple[Tag, ...]
     scores: npt.NDArray[np.float64]
+    rules: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,7 +168,8 @@ class TagResult:
     Attributes:
         model: Name of the bundle.
         version: Version of the bundle.
-        tags: Tags whose score reaches their threshold, highest first.
+        rules: Digest of the rules of serving; None without rules.
+        tags: Tags whose score reaches their threshold, highest first, after these rules.
         modalities: ``ok``, ``missing`` or ``failed`` for each modality.
         failures: Reason of each failed modality.
         partial: One of them is retryable: another attempt may find more tags.
@@ -180,6 +183,7 @@ class TagResult:
     post_id: str
     model: str
     version: str
+    rules: str | None = None
     status: Literal["tagged", "failed"] = "tagged"
     tags: tuple[Tag, ...] = ()
     modalities: Mapping[Modality, Status] = field(default_factory=dict)
@@ -198,6 +202,7 @@ class TagResult:
             post_id=tags.post_id,
             model=tags.model,
             version=tags.version,
+            rules=tags.rules,
             tags=tags.tags,
             modalities=features.statuses,
             failures=features.failures,
@@ -229,13 +234,14 @@ class TagResult:
             "version": self.version,
             "status": self.status,
             "tags": [
-                {"id": int(tag.id), "name": tag.name, "score": rounded(tag.score)}
-                for tag in self.tags
+                {"id": tag.id, "name": tag.name, "score": rounded(tag.score)} for tag in self.tags
             ],
             "modalities": dict(self.modalities),
             "failures": {name: failure.as_dict() for name, failure in self.failures.items()},
             "error": self.error.as_dict() if self.error is not None else None,
         }
+        if self.rules is not None:
+            content["rules"] = self.rules
         if self.partial:
             content["partial"] = True
         if self.ocr is not None:

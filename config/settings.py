@@ -144,7 +144,24 @@ class ExtractorPlacement(Section):
     """CPU threads of each process."""
 
 
-class FusionSettings(Section):
+class TagSettings(Section):
+    """How many tags a post is given, and by which names: docs/tags.md."""
+
+    min_tags: Count = 0
+    """At least so many, the best scores first, also below their thresholds."""
+    max_tags: PositiveInt | None = None
+    """At most so many, the best scores."""
+    tags: Path | None = None
+    """YAML file with tags to hide, rename or map; it is read again when it changes."""
+
+    @model_validator(mode="after")
+    def _some(self) -> TagSettings:
+        if self.max_tags is not None and self.max_tags < self.min_tags:
+            raise ValueError(f"min_tags ({self.min_tags}) is more than max_tags ({self.max_tags})")
+        return self
+
+
+class FusionSettings(TagSettings):
     """The fusion process and the bundle it serves."""
 
     bundle: Path = Path("workshop/weights/insight")
@@ -606,7 +623,7 @@ class RunSettings(Section):
         return value
 
 
-class InferSettings(RunSettings):
+class InferSettings(RunSettings, TagSettings):
     """All settings of `infer_net.py` on feature files."""
 
     bundle: Path = Path("workshop/weights/insight")

@@ -84,7 +84,9 @@ def evaluate(
     )
 
 
-def _matrix(tags: Iterable[Iterable[tuple[int, float]]], classes: int) -> npt.NDArray[np.float32]:
+def _matrix(
+    tags: Iterable[Iterable[tuple[int | str, float]]], classes: int
+) -> npt.NDArray[np.float32]:
     """Return scores float32 ``(posts, classes)``, 0 where there is no tag."""
     listed = [dict(each) for each in tags]
     return np.array([[each.get(i, 0) for i in range(classes)] for each in listed], np.float32)

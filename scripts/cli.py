@@ -62,7 +62,7 @@ def build_app() -> typer.Typer:
     app.command("zeroshot")(zeroshot.zeroshot)
     groups = {
         "dead": ("The dead letters: posts set aside with their reason.", dead.COMMANDS),
-        "bundle": ("Bundles: back to an earlier one, more tags.", bundle.COMMANDS),
+        "bundle": ("Bundles: back to an earlier one, thresholds, more tags.", bundle.COMMANDS),
         "labels": ("The taxonomy: recorded changes and checks.", labels.COMMANDS),
         "cache": ("The feature cache.", cache.COMMANDS),
         "weights": ("The weights of encoders: what is needed, put in place.", weights.COMMANDS),

@@ -6,6 +6,7 @@ Imports no torch.
 from __future__ import annotations
 
 import shutil
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import yaml
@@ -14,6 +15,7 @@ from common.errors import BundleError, ConfigError
 from common.files import link_or_copy, part_of, publish
 
 ABOUT = "bundle.yaml"
+_TIME = "%Y%m%dT%H%M%SZ"
 
 
 def newest_version(folder: Path) -> str | None:
@@ -26,6 +28,18 @@ def newest_version(folder: Path) -> str | None:
         return None
     version = about.get("version") if isinstance(about, dict) else None
     return version if isinstance(version, str) else None
+
+
+def later_version(served: str | None, digest: str) -> str:
+    """Return the version of now for weights with a digest: later than the one that is served.
+
+    The clock that made the served one may have been ahead.
+    """
+    now = datetime.now(timezone.utc).strftime(_TIME)
+    if served is not None and now <= served[: len(now)]:
+        made = datetime.strptime(served[: len(now)], _TIME).replace(tzinfo=timezone.utc)
+        now = (made + timedelta(seconds=1)).strftime(_TIME)
+    return f"{now}-{digest}"
 
 
 def refuse_foreign(bundle: Path, setting: str) -> None:

@@ -14,6 +14,7 @@ from common.post import Features, Modality, Stream, Tag, TagResult, Tags
 from common.precision import require_device, set_threads
 from config.labels import LabelMap
 from config.settings import InferSettings
+from config.tag_rules import TagRules
 from fusion.bundle.bundle import Bundle, load_bundle
 from fusion.data.data_file import Record
 from fusion.data.dataset import FeatureFiles
@@ -29,8 +30,16 @@ class Inferer:
     (within 1e-5).
     """
 
-    def __init__(self, bundle: Bundle, device: str = "cpu", *, batch_size: int = 64) -> None:
-        self._bundle = bundle
+    def __init__(
+        self,
+        bundle: Bundle,
+        device: str = "cpu",
+        *,
+        batch_size: int = 64,
+        rules: TagRules | None = None,
+    ) -> None:
+        self.bundle = bundle
+        self._chooser = TagChooser(bundle, rules or TagRules())
         self._device = require_device(device)
         self._batch_size = batch_size
         self._schema = bundle.schema
@@ -45,39 +54,46 @@ class Inferer:
         device: str = "cpu",
         threads: int | None = None,
         batch_size: int = 64,
+        rules: TagRules | None = None,
     ) -> Inferer:
-        """Load a bundle from its folder, or a link to it."""
+        """Load a bundle from its folder, or a link to it; ConfigError for rules that do not fit."""
         set_threads(threads)
-        return cls(load_bundle(bundle), device, batch_size=batch_size)
+        return cls(load_bundle(bundle), device, batch_size=batch_size, rules=rules)
 
     @property
     def name(self) -> str:
-        return self._bundle.name
+        return self.bundle.name
 
     @property
     def version(self) -> str:
-        return self._bundle.version
+        return self.bundle.version
+
+    @property
+    def rules(self) -> str | None:
+        """Return the digest of the rules of serving."""
+        return self._chooser.digest
 
     @property
     def labels(self) -> LabelMap:
-        return self._bundle.labels
+        return self.bundle.labels
 
     @property
     def fingerprints(self) -> dict[Stream, str]:
         """Return the fingerprints of the extractors whose features it takes, by stream."""
-        return dict(self._bundle.manifest.fingerprints)
+        return dict(self.bundle.manifest.fingerprints)
 
     @property
     def image_as_frames(self) -> bool:
-        return self._bundle.manifest.image_as_frames
+        return self.bundle.manifest.image_as_frames
 
     def predict(
         self, posts: Sequence[Features], *, without: frozenset[Modality] = frozenset()
     ) -> list[Tags]:
         """Return tags of posts, in their order.
 
-        A tag is given where its score reaches its threshold, so a post may get none. Modalities
-        that the bundle does not know, and those in ``without``, are left out.
+        A tag is given where its score reaches its threshold, so a post may get none; rules may
+        change that. Modalities that the bundle does not know, and those in ``without``, are left
+        out.
         """
         scores = self.scores(posts, without=without)
         return [self._tags(post.post_id, row) for post, row in zip(posts, scores, strict=True)]
@@ -105,19 +121,48 @@ class Inferer:
             logits = self._model(batch.to(self._device))
             # In float32 all logits above 17 would give exactly 1, and posts that differ would tie.
             scores: npt.NDArray[np.float64] = torch.sigmoid(logits.double().cpu()).numpy()
-        return calibrated(self._bundle.calibration, scores)
+        return calibrated(self.bundle.calibration, scores)
 
     def _tags(self, post_id: str, scores: npt.NDArray[np.float64]) -> Tags:
-        reached = np.flatnonzero(scores >= self._bundle.thresholds)
-        ranked = reached[np.argsort(-scores[reached], kind="stable")]
-        names = self._bundle.labels.names
         return Tags(
             post_id=post_id,
             model=self.name,
             version=self.version,
-            tags=tuple(Tag(int(i), names[i], float(scores[i])) for i in ranked),
+            tags=self._chooser.tags(scores),
             scores=scores.copy(),
+            rules=self.rules,
         )
+
+
+class TagChooser:
+    """The choice of a post's tags out of its scores, by a bundle's thresholds and the rules."""
+
+    def __init__(self, bundle: Bundle, rules: TagRules) -> None:
+        self.digest = rules.digest
+        self._min_tags, self._max_tags = rules.min_tags, rules.max_tags
+        self._served = rules.served(bundle.labels)
+        self._classes = np.array([i for tag in self._served for i in tag.classes], np.intp)
+        sizes = [len(tag.classes) for tag in self._served]
+        self._starts = np.cumsum([0, *sizes[:-1]])
+        self._thresholds = bundle.thresholds[self._classes]
+
+    def tags(self, scores: npt.NDArray[np.float64]) -> tuple[Tag, ...]:
+        """Return the tags for scores ``(classes,)``, highest first.
+
+        A tag that stands for several classes is given where one of them reaches its threshold, and
+        has the highest of their scores.
+        """
+        own = scores[self._classes]
+        best = np.maximum.reduceat(own, self._starts)  # (served,)
+        reached = np.logical_or.reduceat(own >= self._thresholds, self._starts)
+        chosen = np.flatnonzero(reached)
+        if len(chosen) < self._min_tags:
+            others = np.flatnonzero(~reached)
+            more = others[np.argsort(-best[others], kind="stable")]
+            chosen = np.sort(np.append(chosen, more[: self._min_tags - len(chosen)]))
+        ranked = chosen[np.argsort(-best[chosen], kind="stable")][: self._max_tags]
+        served = ((self._served[i], best[i]) for i in ranked)
+        return tuple(Tag(tag.id, tag.name, float(score)) for tag, score in served)
 
 
 class FeatureTagger:
@@ -126,7 +171,14 @@ class FeatureTagger:
     def __init__(self, settings: InferSettings, reader: FeatureFiles, device: str) -> None:
         set_threads(settings.threads)
         self._reader = reader
-        self._inferer = Inferer.load(settings.bundle, device=device, batch_size=settings.batch_size)
+        rules = TagRules.read(settings)
+        self._inferer = Inferer.load(
+            settings.bundle, device=device, batch_size=settings.batch_size, rules=rules
+        )
+
+    @property
+    def bundle(self) -> Bundle:
+        return self._inferer.bundle
 
     def run(self, posts: Sequence[Record]) -> list[Outcome]:
         """Return the posts' tags, and `Bad` for those whose features cannot be used."""
@@ -166,3 +218,13 @@ class FeatureTagger:
                 return [Bad(posts[0].post_id, str(error))]
         # One of the batch is bad: each is tried alone.
         return [outcome for post in posts for outcome in self._predict([post])]
+
+
+def has_seen(bundle: Bundle, files: FeatureFiles, post: Record) -> bool:
+    """Return True when the bundle, or the weights behind a post's features, were trained on it."""
+    try:
+        return post.post_id in bundle.learned_from or files.has_learned(
+            post.post_id, post.features, bundle.manifest.dims
+        )
+    except FeatureError:
+        return False  # the tagger says what is wrong with its features

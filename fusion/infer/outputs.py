@@ -90,6 +90,7 @@ class Row(NamedTuple):
     key: str
     model: str
     version: str
+    rules: str | None
     scores: Sequence[float] | None
 
 
@@ -125,19 +126,21 @@ class JsonLines:
             if ("scores" in content) != self.scores:
                 raise ValueError(f"was begun with another scores ({not self.scores})")
             post_id, model, version = (content[k] for k in ("post_id", "model", "version"))
-            yield Row(post_id, model, version, content.get("scores"))
+            yield Row(post_id, model, version, content.get("rules"), content.get("scores"))
 
 
 @dataclass(frozen=True)
 class CsvTable:
     """A format with columns ``post_id, tags, scores, model, version``, and one for each class.
 
-    ``tags`` and ``scores`` hold the same number of items, with a bar between them. Text that a
-    spreadsheet would take for a formula gets an apostrophe in front. The rest is as `JsonLines`.
+    With rules of serving, a column ``rules`` follows the version. ``tags`` and ``scores`` hold
+    the same number of items, with a bar between them. Text that a spreadsheet would take for a
+    formula gets an apostrophe in front. The rest is as `JsonLines`.
     """
 
     names: tuple[str, ...]
     scores: bool = True
+    rules: bool = False
     end: ClassVar[bytes] = b"\r\n"
 
     @property
@@ -156,6 +159,7 @@ class CsvTable:
             "|".join(repr(rounded(tag.score)) for tag in tagged.tags),
             self.key(tagged.model),
             tagged.version,
+            *([tagged.rules or ""] if self.rules else ()),
         ]
         return _row([*columns, *(map(repr, result.scores.tolist()) if self.scores else ())])
 
@@ -167,11 +171,13 @@ class CsvTable:
             if len(row) != len(self._columns):
                 raise ValueError(f"line {table.line_num} has {len(row)} columns")
             post_id, _, _, model, version, *scores = row
-            yield Row(post_id, model, version, [float(s) for s in scores] if self.scores else None)
+            rules = scores.pop(0) if self.rules else None
+            numbers = [float(score) for score in scores] if self.scores else None
+            yield Row(post_id, model, version, rules, numbers)
 
     @property
     def _columns(self) -> list[str]:
-        columns = ["post_id", "tags", "scores", "model", "version"]
+        columns = ["post_id", "tags", "scores", "model", "version", *["rules"][: self.rules]]
         return [*columns, *(f"score {name}" for name in self.names if self.scores)]
 
 
@@ -212,8 +218,8 @@ class FileSink:
 
     Rows go to ``F.part``, which becomes ``F`` at the end. A later run reads back the rows that a
     killed one has left there, and goes on behind them; not with ``restart``. With ``reuse`` it does
-    the same with the rows of a whole ``F`` where these are of the same bundle and of posts of its
-    input.
+    the same with the rows of a whole ``F`` where these are of the same bundle and rules, and of
+    posts of its input.
     """
 
     def __init__(
@@ -221,11 +227,12 @@ class FileSink:
         output: Path,
         form: JsonLines | CsvTable,
         bundle: Bundle,
+        rules: str | None,
         *,
         restart: bool,
         reuse: bool,
     ) -> None:
-        self._output, self._form, self._bundle = output, form, bundle
+        self._output, self._form, self._bundle, self._rules = output, form, bundle, rules
         self._restart, self._reuse = restart, reuse
         self._part = output.with_name(f"{output.name}.part")
         self._held = ExitStack()
@@ -306,6 +313,9 @@ class FileSink:
                     if (row.model, row.version) != names:
                         made_by = f"{row.model} {row.version}, now {names[0]} {names[1]}"
                         raise ValueError(f"was begun with another bundle ({made_by})")
+                    if row.rules != self._rules:
+                        made_by = f"{row.rules or 'none'}, now {self._rules or 'none'}"
+                        raise ValueError(f"was begun with other rules for tags ({made_by})")
                     earlier.setdefault(row.key, []).append(number)
                     if row.scores is not None:
                         scores.write(np.asarray(row.scores, np.float64).tobytes())

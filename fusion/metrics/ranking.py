@@ -241,6 +241,10 @@ TITLES = {
 """Names of the `summary`'s metrics on a report's page, in their order there."""
 
 
+AT_THRESHOLDS = ("f1_micro", "f1_macro", "accuracy", "accuracy_exact")
+"""Metrics of `summary` that change with the thresholds."""
+
+
 def summary(
     scores: npt.ArrayLike, targets: npt.ArrayLike, thresholds: npt.ArrayLike = 0.5
 ) -> dict[str, float]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable, Mapping
-from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Annotated
 
@@ -15,9 +14,8 @@ from common.cli import say
 from common.errors import BundleError, ConfigError
 from common.files import new_folder, write_whole
 from scripts.commands.common import Config, Overrides, settings_of
+from scripts.commands.thresholds import thresholds
 from scripts.commands.zeroshot import add_tags
-
-_TIME = "%Y%m%dT%H%M%SZ"
 
 
 def rollback(
@@ -31,7 +29,13 @@ def rollback(
     Then insighttag retag --bundle-older-than current has the posts tagged again.
     """
     from fusion.bundle.bundle import load_bundle
-    from fusion.bundle.folder import ABOUT, keep_bundle, newest_version, refuse_foreign
+    from fusion.bundle.folder import (
+        ABOUT,
+        keep_bundle,
+        later_version,
+        newest_version,
+        refuse_foreign,
+    )
 
     target = settings_of(config, overrides).fusion.bundle.resolve()
     refuse_foreign(target, "fusion.bundle")
@@ -40,7 +44,7 @@ def rollback(
     except BundleError as error:
         raise ConfigError(f"bundle rollback: {error}") from error
     served = newest_version(target)
-    version = f"{_later_than(served)}-{earlier.version.rpartition('-')[2]}"
+    version = later_version(served, earlier.version.rpartition("-")[2])
     about = (folder / ABOUT).read_text(encoding="utf-8")
     about, count = re.subn(
         rf"^version: .*{re.escape(earlier.version)}.*$",  # perhaps with the note of a rollback
@@ -62,13 +66,8 @@ def rollback(
     say(f"{target} is {earlier.name} {earlier.version} again, as version {version}\n")
 
 
-def _later_than(served: str | None) -> str:
-    """Return the time in the new version: now, and after a bundle that another clock made."""
-    now = datetime.now(timezone.utc).strftime(_TIME)
-    if served is None or now > served[: len(now)]:
-        return now
-    made = datetime.strptime(served[: len(now)], _TIME).replace(tzinfo=timezone.utc)
-    return (made + timedelta(seconds=1)).strftime(_TIME)
-
-
-COMMANDS: Mapping[str, Callable[..., None]] = {"rollback": rollback, "add-tags": add_tags}
+COMMANDS: Mapping[str, Callable[..., None]] = {
+    "rollback": rollback,
+    "thresholds": thresholds,
+    "add-tags": add_tags,
+}

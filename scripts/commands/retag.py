@@ -15,6 +15,7 @@ from common.cli import complain, say
 from common.errors import ConfigError
 from common.progress import track
 from config.settings import Settings
+from config.tag_rules import TagRules
 from fusion.bundle.folder import newest_version
 from scripts.commands.common import Config, Overrides, Priority, listed, online_settings
 from scripts.commands.publish import read_messages
@@ -22,6 +23,23 @@ from scripts.commands.publish import read_messages
 if TYPE_CHECKING:
     from king.messages import PostMessage
     from king.store.queries import PostQueries
+
+Partial = Annotated[
+    bool,
+    typer.Option(
+        "--partial",
+        help="Of these, the posts whose tags lack something that may be available now: their "
+        "media host was down, or this host was short of disk or descriptors.",
+    ),
+]
+OtherRules = Annotated[
+    bool,
+    typer.Option(
+        "--other-rules",
+        help="Of these, the posts that were tagged under other rules than those of "
+        "fusion.min_tags, max_tags and tags now.",
+    ),
+]
 
 
 def retag(
@@ -46,14 +64,8 @@ def retag(
             "fusion.bundle.",
         ),
     ] = None,
-    partial: Annotated[
-        bool,
-        typer.Option(
-            "--partial",
-            help="Of these, the posts whose tags lack something that may be available now: their "
-            "media host was down, or this host was short of disk or descriptors.",
-        ),
-    ] = False,
+    partial: Partial = False,
+    other_rules: OtherRules = False,
     limit: Annotated[
         int | None, typer.Option("--limit", min=1, help="At most this many posts.")
     ] = None,
@@ -67,9 +79,10 @@ def retag(
     """
     if sum((query is not None, file is not None, everything)) > 1:
         raise ConfigError("retag: --query, --file and --all exclude one another")
-    if not (query or file or everything or older or partial):
+    if not (query or file or everything or older or partial or other_rules):
         raise ConfigError(
-            "retag: name --query JSON, --file F, --all, --bundle-older-than V or --partial"
+            "retag: name --query JSON, --file F, --all, --bundle-older-than V, --partial or "
+            "--other-rules"
         )
     from corpus.pull.command import read_query
     from king.broker.connect import publish_posts
@@ -79,7 +92,7 @@ def retag(
 
     named = read_messages(file) if file is not None else None
     settings = online_settings(config, overrides, broker=True, store=True)
-    conditions = [read_query(query or "{}"), *_conditions(settings, older, partial)]
+    conditions = [read_query(query or "{}"), *_conditions(settings, older, partial, other_rules)]
     condition = all_of(*filter(None, conditions)) if any(conditions) else {}
     with open_queries(settings.store) as queries:
         total = None
@@ -104,14 +117,19 @@ def _known(settings: Settings, queries: PostQueries, messages: list[PostMessage]
     return post_ids
 
 
-def _conditions(settings: Settings, older: str | None, partial: bool) -> Iterator[dict[str, Any]]:
-    """Yield the filters of --bundle-older-than and --partial."""
+def _conditions(
+    settings: Settings, older: str | None, partial: bool, other_rules: bool
+) -> Iterator[dict[str, Any]]:
+    """Yield the filters of --bundle-older-than, --partial and --other-rules."""
     result = settings.store.result_path
     if older is not None:
         version = current_version(settings) if older == "current" else _version(older)
         yield {f"{result}.version": {"$lt": version}}
     if partial:
         yield {f"{result}.partial": True}
+    if other_rules:
+        rules = TagRules.read(settings.fusion).digest
+        yield {f"{result}.status": "tagged", f"{result}.rules": {"$ne": rules}}
 
 
 def _version(text: str) -> str:

@@ -16,6 +16,7 @@ from common.post import MEDIA_KINDS, Failure, Post, TagResult
 from common.progress import notice, track
 from common.tables import print_table
 from common.times import plain
+from config.tag_rules import TagRules
 from fusion.data.data_file import parse_post, read_whole_posts
 from scripts.commands.common import AsJson, Config, Overrides, print_json, settings_of
 
@@ -67,14 +68,15 @@ def tag(
         config = beside if config is None and beside.is_file() else config
         sets.append(f"fusion.bundle={json.dumps(str(bundle))}")
     settings = settings_of(config, sets)
-    posts = _posts(file)  # before the models, which take long to load
+    # Both before the models, which take long to load.
+    posts, rules = _posts(file), TagRules.read(settings.fusion).digest
     if out is not None and out.is_dir():
         raise ConfigError(f"--out {out}: is a folder: name a file in it, as {out / 'tags.jsonl'}")
     from workers.local import local_runner
 
     with local_runner(settings) as runner:
         if out is not None:
-            results = list(_written(posts, runner, out, restart=restart))
+            results = list(_written(posts, runner, rules, out, restart=restart))
         else:
             results = [result_of(post, runner).answer() for post in posts]
     if out is not None:
@@ -122,7 +124,7 @@ def _pass_over(_mistake: ConfigError) -> None: ...
 
 
 def _written(
-    posts: Sequence[Post], runner: PostRunner, out: Path, *, restart: bool
+    posts: Sequence[Post], runner: PostRunner, rules: str | None, out: Path, *, restart: bool
 ) -> Iterator[dict[str, Any]]:
     """Yield results, and write each as a line; those that an earlier run has written stay."""
     try:
@@ -137,7 +139,7 @@ def _written(
             raise ConfigError(f"--out {out}: is being written by another run") from error
         if restart:
             file.truncate(0)
-        earlier = _earlier(file, out, runner.bundle or ("", ""))
+        earlier = _earlier(file, out, runner.bundle or ("", ""), rules)
         if earlier:
             notice(f"{out}: goes on after {len(earlier):,} posts")
         for post in track(posts, "tag", len(posts)):
@@ -149,7 +151,9 @@ def _written(
             yield result
 
 
-def _earlier(file: BinaryIO, out: Path, bundle: tuple[str, str]) -> dict[str, dict[str, Any]]:
+def _earlier(
+    file: BinaryIO, out: Path, bundle: tuple[str, str], rules: str | None
+) -> dict[str, dict[str, Any]]:
     """Return the results in a file by post, and cut off the half line of a killed run."""
     found: dict[str, dict[str, Any]] = {}
     file.seek(0)
@@ -169,6 +173,11 @@ def _earlier(file: BinaryIO, out: Path, bundle: tuple[str, str]) -> dict[str, di
             raise ConfigError(
                 f"--out {out}: line {number}: is by the bundle {' '.join(map(str, made_by))}, this "
                 f"one is {' '.join(bundle)}: {anew}"
+            )
+        if result.get("rules") != rules:
+            raise ConfigError(
+                f"--out {out}: line {number}: is by other rules for tags (fusion.min_tags, "
+                f"max_tags, tags): {anew}"
             )
         end += len(line)
     file.truncate(end)

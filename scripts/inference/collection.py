@@ -11,7 +11,7 @@ from common.errors import ConfigError
 from config.settings import CollectionSettings, FieldMap, StoreSettings, collection_of
 from fusion.infer.outputs import Bad, Earlier, Result
 from king.store.client import StoreClient
-from king.store.documents import tagged_by
+from king.store.documents import dig, tagged_by
 from king.store.store import Store
 
 
@@ -19,15 +19,21 @@ class CollectionSink:
     """A `fusion.infer.outputs.Sink` that is a collection.
 
     Writing the same results again changes nothing but their time. `insert` creates documents for
-    posts that have none; posts tagged by `skip_bundle`, a name and version, are not tagged again.
+    posts that have none; posts tagged by `skip_bundle`, a name and version, under the same rules
+    are not tagged again.
     """
 
     def __init__(
-        self, settings: StoreSettings, *, insert: bool, skip_bundle: tuple[str, str] | None
+        self,
+        settings: StoreSettings,
+        *,
+        insert: bool,
+        skip_bundle: tuple[str, str] | None,
+        rules: str | None = None,
     ) -> None:
         self._store = Store(StoreClient(settings))
         self._result_path = settings.result_path
-        self._insert, self._skip_bundle = insert, skip_bundle
+        self._insert, self._skip_bundle, self._rules = insert, skip_bundle, rules
 
     def open(self, input_ids: Callable[[], Counter[str]]) -> None:
         self._store.connect()
@@ -40,6 +46,7 @@ class CollectionSink:
             post_id
             for post_id, document in self._store.read_documents(post_ids).items()
             if tagged_by(document, self._result_path, self._skip_bundle)
+            and dig(document, f"{self._result_path}.rules") == self._rules
         }
         return [Earlier() if post_id in tagged else None for post_id in post_ids]
 

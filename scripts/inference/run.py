@@ -13,18 +13,19 @@ from pathlib import Path
 from typing import Any
 
 from common.cli import say
-from common.errors import ConfigError, FeatureError
+from common.errors import ConfigError
 from common.logs import visible
 from common.post import Post
 from common.post_set import PostSet
 from common.urls import redact
 from config.settings import InferSettings, RunSettings, Settings, is_database
+from config.tag_rules import TagRules
 from fusion.bundle.bundle import Bundle, load_bundle
 from fusion.bundle.legacy import resolve_model
-from fusion.data.data_file import Record, post_to_tag
+from fusion.data.data_file import post_to_tag
 from fusion.data.dataset import FeatureFiles
 from fusion.infer.inference import InferReport, Input, Job, infer, read_record, shown
-from fusion.infer.inferer import FeatureTagger
+from fusion.infer.inferer import FeatureTagger, has_seen
 from fusion.infer.options import InferOptions, bundle_of, run_settings, with_bundle
 from fusion.infer.outputs import CsvTable, FileSink, JsonLines, Sink, StreamSink
 
@@ -43,12 +44,14 @@ def run(settings: InferSettings | Settings, options: InferOptions) -> None:
 def _job(settings: InferSettings | Settings, options: InferOptions, scratch: Path) -> Job:
     plan, posts = run_settings(settings), options.input
     form, output = _target(plan)
+    choice = settings if isinstance(settings, InferSettings) else settings.fusion
+    rules = TagRules.read(choice).digest
     if isinstance(settings, InferSettings):
         bundle = load_bundle(settings.bundle)
         read: Callable[[Any, Path, str], Any] = read_record
         files = FeatureFiles(settings.features)
         maker: Any = partial(FeatureTagger, settings, files)
-        seen: Callable[[Any], bool] = partial(_seen_by_features, files, bundle)
+        seen: Callable[[Any], bool] = partial(has_seen, bundle, files)
     else:
         from common.logs import configure_logs
         from extractors.learned import learned_from
@@ -77,7 +80,7 @@ def _job(settings: InferSettings | Settings, options: InferOptions, scratch: Pat
         maker=maker,
         bundle=bundle,
         settings=plan,
-        sink=_sink(form, plan, bundle, options, reuse=isinstance(settings, InferSettings)),
+        sink=_sink(form, plan, bundle, rules, options, reuse=isinstance(settings, InferSettings)),
         skipped=skipped,
         seen=seen,
     )
@@ -85,16 +88,6 @@ def _job(settings: InferSettings | Settings, options: InferOptions, scratch: Pat
 
 def _seen(learned: PostSet, post: Post) -> bool:
     return post.post_id in learned
-
-
-def _seen_by_features(files: FeatureFiles, bundle: Bundle, post: Record) -> bool:
-    streams = bundle.manifest.dims
-    try:
-        return post.post_id in bundle.learned_from or files.has_learned(
-            post.post_id, post.features, streams
-        )
-    except FeatureError:
-        return False  # the tagger says what is wrong with it
 
 
 def _target(plan: RunSettings) -> tuple[str, Path | None]:
@@ -117,7 +110,13 @@ def _target(plan: RunSettings) -> tuple[str, Path | None]:
 
 
 def _sink(
-    form: str, plan: RunSettings, bundle: Bundle, options: InferOptions, *, reuse: bool
+    form: str,
+    plan: RunSettings,
+    bundle: Bundle,
+    rules: str | None,
+    options: InferOptions,
+    *,
+    reuse: bool,
 ) -> Sink:
     """Return the output; `reuse` takes over posts of an output that is whole.
 
@@ -128,14 +127,16 @@ def _sink(
 
         store = store_of(str(plan.output), plan.collection)
         skip = None if options.restart or not reuse else (bundle.name, bundle.version)
-        return CollectionSink(store, insert=plan.collection.insert, skip_bundle=skip)
-    shape = CsvTable(bundle.labels.names, plan.scores) if form == "csv" else JsonLines(plan.scores)
+        return CollectionSink(store, insert=plan.collection.insert, skip_bundle=skip, rules=rules)
+    shape: CsvTable | JsonLines = JsonLines(plan.scores)
+    if form == "csv":
+        shape = CsvTable(bundle.labels.names, plan.scores, rules is not None)
     if plan.output is None:
         if form == "csv" and not sys.stdout.isatty():
             return StreamSink(shape, sys.stdout.write)
         # In JSON an escape means the character itself.
         return StreamSink(shape, lambda text: say(text.replace("\r\n", "\n")))
-    return FileSink(Path(plan.output), shape, bundle, restart=options.restart, reuse=reuse)
+    return FileSink(Path(plan.output), shape, bundle, rules, restart=options.restart, reuse=reuse)
 
 
 @contextmanager

@@ -22,7 +22,11 @@ from tests.support.tiny_models import tiny_site
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Settings of small extractors, their bundle, and three posts with pictures."""
     folder = tmp_path_factory.mktemp("e2e")
-    tiny_site(folder, infer={"progress": False}).rename(folder / "infer.yaml")
+    rules = {"tags": str(folder / "tags.yaml"), "min_tags": 1, "max_tags": 2}
+    (folder / "tags.yaml").write_text("hide: [dog]\nmap: {Sea: {id: s1, tags: [sea]}}\n")
+    fusion = {"bundle": str(folder / "bundle"), **rules}
+    site = tiny_site(folder, infer={"progress": False}, fusion=fusion)
+    site.rename(folder / "infer.yaml")
     (folder / "media").mkdir()
     chance = np.random.default_rng(1)
     for i in range(3):
@@ -42,6 +46,7 @@ def untimed(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
         {
             "post_id": r["post_id"],
             "version": r["version"],
+            "rules": r["rules"],
             "modalities": r["modalities"],
             "tags": [(t["id"], t["name"], round(t["score"], 6)) for t in r["tags"]],
         }

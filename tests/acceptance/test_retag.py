@@ -48,6 +48,7 @@ def command(folder: Path, capsys: pytest.CaptureFixture[str], unique_name: str) 
     ]
     for document in documents[::2]:  # new and old
         document["insight"]["partial"] = True
+    documents[1]["insight"]["rules"] = "00000000"  # same
     insert(made, [*documents, {"_id": "untagged", "text": "u"}])
     return made
 
@@ -64,6 +65,8 @@ def command(folder: Path, capsys: pytest.CaptureFixture[str], unique_name: str) 
         (["--partial", "--bundle-older-than", "current"], {"old"}),
         (["--partial", "--query", '{"_id": "new"}'], {"new"}),
         (["--query", '{"_id": "old"}', "--bundle-older-than", "current"], {"old"}),
+        (["--other-rules"], {"same"}),
+        (["--other-rules", "--set", "fusion.min_tags=1"], {"new", "same", "old", "older"}),
     ],
 )
 def test_which_posts(command: Command, words: list[str], expected: set[str]) -> None:

@@ -33,6 +33,7 @@ from common.files import new_folder
 from common.fingerprint import mismatch, packed, unpacked
 from common.post import Failure, Stream
 from config.settings import DecodeSettings, FeatureSettings, FusionSettings, Settings
+from config.tag_rules import TagRules
 from extractors.suite import ExtractorSuite
 from workers.cache.entries import GuardedStore
 from workers.cache.features import FeatureCache
@@ -73,6 +74,8 @@ _LOCAL_ERRNOS = (errno.ENOENT, errno.ESTALE, errno.EMFILE, errno.ENFILE)
 descriptors are left. Not EIO and ENOMEM, which FFmpeg gives for damaged files too."""
 
 _BUNDLE_FILES = ("bundle.yaml", "model.safetensors", "labels.json")
+_KEPT_TAGS = "tags.yaml"
+"""Name of the file of `fusion.tags` in the copy of the last good bundle."""
 
 _log = structlog.get_logger()
 
@@ -269,10 +272,10 @@ class _Extractors(Handler):
 
 
 class _Fusion(Handler):
-    """The bundle, and the swap to a newer one between two batches.
+    """The bundle with its rules, and the swap to newer ones between two batches.
 
-    A copy of the last good one lies beside it. It is served where the bundle itself is broken,
-    perhaps because it is being copied just now.
+    A copy of the last good ones lies beside the bundle. It is served where the bundle itself is
+    broken, perhaps because it is being copied just now.
     """
 
     def __init__(self, settings: FusionSettings, device: str, expected: str) -> None:
@@ -280,17 +283,24 @@ class _Fusion(Handler):
         self._device = device
         self._expected: Mapping[Stream, str] | None = unpacked(expected) if expected else None
         self._last_good = settings.bundle.with_name(f".{settings.bundle.name}.good")
+        self._serves_last_good = False
 
     def load(self) -> Mapping[str, str]:
-        self._seen = _signature(self._settings.bundle)
+        self._seen = _signature(self._settings)
         try:
-            self._inferer = self._open(self._settings.bundle)
-        except (BundleError, RetryableError) as error:
-            if not self._last_good.is_dir():
+            self._inferer = self._open(self._settings)
+        except (BundleError, RetryableError, ConfigError) as error:
+            # A person who starts the daemon reads of a mistake; later it must go on without one.
+            starting = isinstance(error, ConfigError) and self._expected is None
+            if starting or not self._last_good.is_dir():
                 raise
             if isinstance(error, RetryableError):
                 self._seen = []  # looked at again
-            self._inferer = self._open(self._last_good)
+            kept = {"bundle": self._last_good}
+            if self._settings.tags is not None:
+                kept["tags"] = self._last_good / _KEPT_TAGS
+            self._inferer = self._open(self._settings.model_copy(update=kept))
+            self._serves_last_good = True
             reason, version = one_line(error), self._inferer.version
             _log.error("workers.bundle_refused", reason=reason, serving=version)
         self._look_at = time.monotonic() + self._settings.reload_s
@@ -318,12 +328,13 @@ class _Fusion(Handler):
 
     def _swap(self) -> bool:
         """Serve the bundle that is in the folder now, if it is a new and good one."""
-        seen = _signature(self._settings.bundle)
-        if seen == self._seen or len(seen) < len(_BUNDLE_FILES) or self._expected is None:
+        seen = _signature(self._settings)
+        missing = None in seen[: len(_BUNDLE_FILES)]
+        if seen == self._seen or missing or self._expected is None:
             return False
         self._seen = seen  # a bad one is logged once, not at every look
         try:
-            new = self._open(self._settings.bundle)
+            new = self._open(self._settings)
         except TaggingError as error:
             if isinstance(error, RetryableError):
                 self._seen = []  # tried again at the next look
@@ -331,12 +342,12 @@ class _Fusion(Handler):
             return False
         self._inferer.close()
         self._inferer = new
+        self._serves_last_good = False
         self._keep()
-        _log.info("workers.bundle_swapped", name=new.name, version=new.version)
+        _log.info("workers.bundle_swapped", name=new.name, version=new.version, rules=new.rules)
         return True
 
-    def _open(self, folder: Path) -> Inferer:
-        settings = self._settings.model_copy(update={"bundle": folder})
+    def _open(self, settings: FusionSettings) -> Inferer:
         inferer = open_bundle(settings, self._device)
         wrong = self._expected and mismatch(inferer.fingerprints, self._expected)
         if wrong:
@@ -346,28 +357,41 @@ class _Fusion(Handler):
 
     def _keep(self) -> None:
         """Copy the bundle that is served, unless that has been done, or it is the copy."""
-        bundle, kept = self._settings.bundle, self._last_good
+        if self._serves_last_good:
+            return
+        bundle, tags, kept = self._settings.bundle, self._settings.tags, self._last_good
+        copies = {bundle / _BUNDLE_FILES[0]: kept / _BUNDLE_FILES[0]}
+        if tags is not None:
+            copies[tags] = kept / _KEPT_TAGS
         try:
-            about = (bundle / _BUNDLE_FILES[0]).read_bytes()
             with suppress(FileNotFoundError):
-                if (kept / _BUNDLE_FILES[0]).read_bytes() == about:
+                if all(copy.read_bytes() == file.read_bytes() for file, copy in copies.items()):
                     return
-            if self._inferer.version.encode() not in about:
-                return  # the last good one is served
             with new_folder(kept) as part:
                 shutil.copytree(bundle, part, dirs_exist_ok=True, ignore_dangling_symlinks=True)
-                if _signature(bundle) != self._seen:
+                if tags is not None:
+                    shutil.copyfile(tags, part / _KEPT_TAGS)
+                if _signature(self._settings) != self._seen:
                     raise OSError("it has changed meanwhile")
         except (OSError, shutil.Error) as error:  # it is served all the same
             _log.warning("workers.bundle_not_kept", reason=one_line(error))
 
 
 def open_bundle(settings: FusionSettings, device: str) -> Inferer:
-    """Load the bundle of the settings; BundleError if it is broken or of the other switch."""
+    """Load the bundle of the settings with its rules.
+
+    Raises:
+        BundleError: It is broken, or of the other switch.
+        ConfigError: The rules cannot be read, or do not fit its tags.
+    """
     from fusion.infer.inferer import Inferer
 
     inferer = Inferer.load(
-        settings.bundle, device=device, threads=settings.threads, batch_size=settings.batch_size
+        settings.bundle,
+        device=device,
+        threads=settings.threads,
+        batch_size=settings.batch_size,
+        rules=TagRules.read(settings),
     )
     if inferer.image_as_frames != settings.image_as_frames:
         inferer.close()
@@ -378,13 +402,21 @@ def open_bundle(settings: FusionSettings, device: str) -> Inferer:
     return inferer
 
 
-def _signature(bundle: Path) -> list[tuple[int, int, int]]:
-    """Return what changes whenever the bundle's files do, or the link to them."""
-    files: list[tuple[int, int, int]] = []
-    for name in _BUNDLE_FILES:
-        with suppress(OSError):
-            stat = (bundle / name).stat()
+def _signature(settings: FusionSettings) -> list[tuple[int, int, int] | None]:
+    """Return what changes whenever the files of bundle and rules do, or the link to them.
+
+    None for a file that is missing; first those of the bundle.
+    """
+    paths = [settings.bundle / name for name in _BUNDLE_FILES]
+    if settings.tags is not None:
+        paths.append(settings.tags)
+    files: list[tuple[int, int, int] | None] = []
+    for path in paths:
+        try:
+            stat = path.stat()
             files.append((stat.st_ino, stat.st_mtime_ns, stat.st_size))
+        except OSError:
+            files.append(None)
     return files
 
 

@@ -47,6 +47,7 @@ from workers.roles.batched import run_decode
 from workers.runner import PostRunner
 
 MAX_BYTES = 2_000_000
+TAGS, RULES = "tags.yaml", "rename: {cat: 猫}\nmap: {Water: {id: w1, tags: [sea, dog]}}\n"
 
 
 @dataclass
@@ -101,8 +102,9 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
         fetch={"allow_private_hosts": True, "max_bytes": MAX_BYTES, "total_timeout_s": 10},
         features=features.model_dump(),
         decode={"memory_mb": 600, "deadline_s": 20},
-        fusion={"bundle": str(bundle), "reload_s": 0.3},
+        fusion={"bundle": str(bundle), "reload_s": 0.3, "max_tags": 2, "tags": str(root / TAGS)},
     )
+    (root / TAGS).write_text(RULES)
     with closing(suite), file_server(files) as url:
         yield Site(files, url, settings, bundle, suite)
 
@@ -219,7 +221,8 @@ def test_every_path_gives_the_same(
     assert all((site.folder / name).exists() for name in names)
     features, result = path(Lent(driver.pool), site.settings, post)
     same(features, ran.features)
-    assert ran.tags.tags
+    assert {(tag.id, tag.name) for tag in ran.tags.tags} == {(0, "猫"), ("w1", "Water")}
+    assert result.rules == ran.tags.rules is not None
     assert [tag.name for tag in result.tags] == [tag.name for tag in ran.tags.tags]
     scores, expected = ([t.score for t in each.tags] for each in (result, ran.tags))
     np.testing.assert_allclose(scores, expected, atol=1e-3)
@@ -350,6 +353,44 @@ def test_the_last_good_bundle_is_served_where_it_is_broken(
     assert driver.run(FuseTask(post)).version == before[1]
     version = write_bundle(site.bundle, site.suite, seed=6)
     driver.until(lambda: driver.pool.bundle == ("small", version))
+
+
+def test_rules_are_taken_up_when_their_file_changes(driver: Driver, site: Site) -> None:
+    """A bad file leaves the last good one in force, also in a fusion worker that restarts."""
+    file = site.bundle.parent / TAGS
+    task = FuseTask(Features("p", {"text": np.ones((2, 64), np.float16)}, {"text": "ok"}))
+    kept = site.bundle.parent / ".bundle.good" / TAGS
+
+    def names() -> set[str]:
+        return {tag.name for tag in driver.run(task).tags}
+
+    try:
+        pid, before = driver.pid("fuse-0"), driver.run(task).rules
+        file.write_text("hide: [sea]\n")
+        driver.until(lambda: names() == {"cat", "dog"})
+        hidden = driver.run(task).rules
+        assert hidden not in (None, before)
+        driver.until(lambda: kept.read_text() == "hide: [sea]\n")
+        assert driver.pid("fuse-0") == pid
+        for bad in ("hide: [see]\n", "hide: [sea", None):
+            file.unlink()
+            if bad is not None:
+                file.write_text(bad)
+            os.kill(driver.pid("fuse-0"), signal.SIGKILL)
+            driver.until(lambda pid=pid: driver.view("fuse-0").pid not in (None, pid))
+            driver.ready()
+            assert driver.run(task).rules == hidden
+            assert kept.read_text() == "hide: [sea]\n"
+            pid = driver.pid("fuse-0")
+        file.write_text("hide: [cat]\n")
+        driver.until(lambda: names() == {"dog", "sea"})
+        file.write_text("hide: [sae]\n")
+        time.sleep(1)
+        assert names() == {"dog", "sea"}
+        assert driver.pid("fuse-0") == pid
+    finally:
+        file.write_text(RULES)
+        driver.until(lambda: names() == {"猫", "Water"})
 
 
 def test_local_needs_the_right_bundle(site: Site, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,10 @@ import torch
 import yaml
 
 from common.errors import BundleError, ConfigError, RetryableError
+from config.tag_rules import TagFile, TagRules
 from fusion.bundle import bundle
 from fusion.bundle.folder import newest_version
-from fusion.infer.inferer import Inferer
+from fusion.infer.inferer import Inferer, TagChooser
 from fusion.metrics.calibration import Temperature
 from tests.support.fusion import support
 from tests.support.processes import no_descriptors
@@ -221,10 +223,42 @@ def test_tags_are_those_over_their_thresholds(tmp_path: Path) -> None:
     assert len(tags.tags) == support.CLASSES
     assert [t.score for t in tags.tags] == sorted((t.score for t in tags.tags), reverse=True)
     for tag in tags.tags:
-        assert tag.name == support.LABELS.names[tag.id]
-        assert tag.score == pytest.approx(float(tags.scores[tag.id]))
+        assert tag.name == support.LABELS.names[int(tag.id)]
+        assert tag.score == pytest.approx(float(tags.scores[int(tag.id)]))
     write(tmp_path / "high", thresholds=np.full(support.CLASSES, 1.0, np.float32))
     assert Inferer.load(tmp_path / "high").predict([support.features()])[0].tags == ()
+
+
+@pytest.mark.parametrize(
+    ("rules", "tags"),
+    [
+        ({}, [(4, 0.7), (1, 0.6)]),
+        ({"min_tags": 2}, [(4, 0.7), (1, 0.6)]),
+        ({"min_tags": 4}, [(0, 0.8), (4, 0.7), (1, 0.6), (5, 0.4)]),
+        ({"min_tags": 9}, [(0, 0.8), (4, 0.7), (1, 0.6), (5, 0.4), (2, 0.2), (3, 0.2)]),
+        ({"max_tags": 1}, [(4, 0.7)]),
+        ({"min_tags": 3, "max_tags": 3}, [(0, 0.8), (4, 0.7), (1, 0.6)]),
+        # Hidden tags fill nothing up, and are not counted.
+        ({"hide": ["tag4", "tag0"]}, [(1, 0.6)]),
+        ({"hide": ["tag4", "tag0"], "min_tags": 2}, [(1, 0.6), (5, 0.4)]),
+        # One of several reaches its threshold: the best of their scores counts.
+        ({"map": {"A": {"id": "a", "tags": ["tag0", "tag1"]}}}, [("a", 0.8), (4, 0.7)]),
+        ({"map": {"A": ["tag0", "tag5"]}}, [(4, 0.7), (1, 0.6)]),
+        ({"rename": {"tag0": "tag4"}, "max_tags": 1}, [(4, 0.8)]),
+    ],
+)
+def test_rules_choose_among_the_tags(
+    rules: dict[str, Any], tags: list[tuple[int | str, float]]
+) -> None:
+    """Thresholds first, then at least and at most so many; two tags that are one keep the best."""
+    made = SimpleNamespace(
+        labels=support.LABELS, thresholds=np.array([0.9, 0.5, 0.5, 0.5, 0.5, 0.5], np.float32)
+    )
+    file = TagFile.model_validate({k: v for k, v in rules.items() if not k.endswith("_tags")})
+    numbers = {k: v for k, v in rules.items() if k.endswith("_tags")}
+    chooser = TagChooser(made, TagRules(**numbers, file=file))  # type: ignore[arg-type]
+    found = chooser.tags(np.array([0.8, 0.6, 0.2, 0.2, 0.7, 0.4]))
+    assert [(tag.id, tag.score) for tag in found] == tags
 
 
 def test_a_device_that_is_not_there(tmp_path: Path) -> None:
