@@ -129,7 +129,8 @@ def _conditions(
         yield {f"{result}.partial": True}
     if other_rules:
         rules = TagRules.read(settings.fusion).digest
-        yield {f"{result}.status": "tagged", f"{result}.rules": {"$ne": rules}}
+        differ = {"$ne": rules} if rules is not None else {"$exists": True}
+        yield {f"{result}.status": "tagged", f"{result}.rules": differ}
 
 
 def _version(text: str) -> str:
