@@ -62,7 +62,7 @@ $(VENV)/.dev: $(VENV)/.small
 
 constraints = "constraints/py$$($(PY) -c 'import sys; print("%d.%d" % sys.version_info[:2])').txt"
 
-env: $(VENV)/.runtime ## the environment with what is needed to run
+env: $(VENV)/.small ## the environment with what is needed to run, and the weights of the preset small
 env-dev: $(VENV)/.dev
 
 # What people type -----------------------------------------------------------------------------

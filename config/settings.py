@@ -245,7 +245,7 @@ class VideoSettings(VisualSettings):
 
     frames: PositiveInt = 16
     """Segments of one video, and so the most frames that it gives (TSN). 300 frames of 224 pixels
-    make each of ``workers.pool.slots`` 45 MB large."""
+    make each of ``workers.slots`` 45 MB large."""
     min_frames: PositiveInt = 8
     """With ``decode: auto``, segments of one video that give a frame whatever it costs."""
     decode: Literal["auto", "accurate", "keyframes"] = "accurate"

@@ -42,7 +42,13 @@ def insighttag() -> Any:
 
 
 def script_parser(path: str, words: Sequence[str] = ()) -> tuple[Any, Sequence[str]]:
-    """Return the parser of a script of the repository, and the words as it would get them."""
+    """Return the parser of a script of the repository, and the words as it would get them.
+
+    Raises:
+        LookupError: It reads its words itself.
+    """
+    if "sys.argv[1" in (ROOT / path).read_text(encoding="utf-8"):
+        raise LookupError(f"{path} has no parser")
     get_command = typer.main.get_command
 
     class Stopper:
@@ -66,25 +72,53 @@ def script_parser(path: str, words: Sequence[str] = ()) -> tuple[Any, Sequence[s
             runpy.run_path(str(ROOT / path), run_name="__main__")
         except _Stopped as stopped:
             return stopped.parser, stopped.words
-    raise AssertionError(f"{path} parses nothing")
+    raise LookupError(f"{path} has no parser")
+
+
+def parser_of(words: Sequence[str]) -> tuple[Any, Sequence[str]]:
+    """Return the parser of ``insighttag ...`` or ``python script.py ...``, and its words.
+
+    Raises:
+        WrongCommandLineError: There is no such script.
+    """
+    if words[0] != "python":
+        return insighttag(), words[1:]
+    if not (ROOT / words[1]).is_file():
+        raise WrongCommandLineError(f"{words[1]}: no such script")
+    return script_parser(words[1], words[2:])
 
 
 def check(words: Sequence[str]) -> None:
-    """Parse a command line, ``insighttag ...`` or ``python script.py ...``, as the program would.
+    """Parse a command line as its program would.
 
     Raises:
         WrongCommandLineError: The program would refuse it, or there is none.
     """
-    if words[0] == "python":
-        if not (ROOT / words[1]).is_file():
-            raise WrongCommandLineError(f"{words[1]}: no such script")
-        parser, rest = script_parser(words[1], words[2:])
-    else:
-        parser, rest = insighttag(), words[1:]
+    parser, rest = parser_of(words)
     if isinstance(parser, argparse.ArgumentParser):
         _check_argparse(parser, rest)
     else:
         _check_typer(parser, list(rest))
+
+
+def check_names(words: Sequence[str]) -> None:
+    """Look up the subcommand and the options that a line names, whatever else it lacks.
+
+    Raises:
+        WrongCommandLineError: One does not exist.
+    """
+    parser, rest = parser_of(words)
+    if isinstance(parser, argparse.ArgumentParser):
+        known = set(parser._option_string_actions)
+    else:
+        while hasattr(parser, "commands") and rest and not rest[0].startswith("-"):
+            if rest[0] not in parser.commands:
+                raise WrongCommandLineError(f"No such command {rest[0]!r}.")
+            parser, rest = parser.commands[rest[0]], rest[1:]
+        known = {name for each in parser.params for name in each.opts + each.secondary_opts}
+    unknown = [word for word in rest if word.startswith("-") and word not in {*known, "--help"}]
+    if unknown:
+        raise WrongCommandLineError(f"No such option: {unknown[0]}")
 
 
 def _check_argparse(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:

@@ -1,0 +1,76 @@
+"""The tutorial, as a reader works through it: its commands in their order, in an empty folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.docs.shell import FENCE, ROOT
+
+# Done already where tests run: the environment, and a folder of one's own.
+PREPARED = re.compile(r"make env|source |mkdir ~/tour|cd ~/tour")
+_TITLE = re.compile(r'^```python title="([\w.]+)"\n(.*?)^```', re.MULTILINE | re.DOTALL)
+
+
+def steps(page: str) -> list[tuple[str, str]]:
+    """Return what a reader does: ``("draw.py", text)`` to save a file, ``("", line)`` to type."""
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    found = []
+    for block in FENCE.finditer(text):
+        if named := _TITLE.match(block[0]):
+            found.append((named[1], named[2]))
+        else:
+            lines = block["text"].splitlines()
+            found += [("", line) for line in lines if not PREPARED.match(line)]
+    return found
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_tutorial_tag_new_pictures_rightly(tmp_path: Path) -> None:
+    """What `draw.py` says of the new pictures is what the model says of them."""
+    # `insighttag` and `python` of the tests' own environment, and the code of this checkout.
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    (programs / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    (programs / "insighttag").write_text(f'#!/bin/sh\nexec {sys.executable} -m scripts.cli "$@"\n')
+    for each in programs.iterdir():
+        each.chmod(0o755)
+    path = f"{programs}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    folder = tmp_path / "tour"
+    folder.mkdir()
+    said: dict[str, str] = {}
+    for file, text in steps("tutorial.md"):
+        if file:
+            (folder / file).write_text(text, encoding="utf-8")
+            continue
+        done = subprocess.run(
+            ["bash", "-c", text],
+            cwd=folder, env=environment, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, f"{text}\n{done.stdout}{done.stderr}"
+        said[text] = done.stdout
+    drawn = {
+        words[0].removeprefix("new/"): set(words[1:])
+        for words in map(str.split, said["python draw.py"].splitlines())
+    }
+    results = [json.loads(line) for line in (folder / "tags.jsonl").read_text("utf-8").splitlines()]
+    assert {it["post_id"]: {tag["name"] for tag in it["tags"]} for it in results} == drawn
+    assert (folder / "mine/train/latest/report/report.html").is_file()
+    assert any((folder / "seen").iterdir())
+    shown = said["insighttag tag new/0.png --bundle mine/bundle"]
+    assert all(name in shown for name in drawn["0.png"])
+
+
+def test_both_languages_have_the_same_commands() -> None:
+    typed = [
+        [line for file, line in steps(page) if not file]
+        for page in ("tutorial.md", "tutorial.zh-CN.md")
+    ]
+    assert typed[0] == typed[1]
