@@ -20,6 +20,7 @@ from pydantic import BaseModel
 from common.errors import ConfigError
 from config.load import validate
 from config.settings import InferSettings, Settings
+from config.tag_rules import TagFile
 from config.tags import TagTexts
 from config.train import BackboneTrainSettings, TrainSettings
 from tests.support.docs.shell import FENCE, PAGES, ROOT, Command, blocks, commands
@@ -31,6 +32,7 @@ MODELS: tuple[type[BaseModel], ...] = (
     BackboneTrainSettings,
     InferSettings,
     TagTexts,
+    TagFile,
 )
 # Files of other programs, by the key that tells them.
 FOREIGN = {"scrape_configs", "services", "apiVersion"}
@@ -47,7 +49,7 @@ PRODUCT = (
     "web",
     "workers",
 )
-_OUR_FILE = re.compile(r"(?:config|data|deploy|bench)/[\w./-]+\.\w+")
+_OUR_FILE = re.compile(r"(?:config|deploy|bench)/[\w./-]+\.\w+")
 _DOTTED = re.compile(r"(?<!`)`([a-z_0-9]+(?:\.[a-z_0-9]+)+)`(?!`)")
 _ENDPOINT = re.compile(r"(?<![A-Za-z_.])(/v1/[\w{}/]+|/(?:healthz|readyz|openapi\.json)\b)")
 # `--posts N` in a line that shows what can be given.
@@ -120,8 +122,11 @@ def wrong_make(words: tuple[str, ...]) -> str:
 
 
 def settable(override: str) -> bool:
-    """Return True for ``a.b=c`` whose key some settings have, or which stands for any key."""
-    if override == "a.b=c" or "=" not in override:
+    """Return True for ``a.b=c`` whose key some settings have, or which stands for any key.
+
+    Keys have a section: ``bundle thresholds --set TAG=X`` is about tags.
+    """
+    if override == "a.b=c" or not re.match(r"[\w]+\.[^=]+=", override):
         return True
     # A value may be a file or a variable of the shell: the key is what must exist.
     return any(leads_to_a_field(model, override.partition("=")[0]) for model in MODELS)
