@@ -20,6 +20,7 @@ from config.presets import Preset, with_preset
 PositiveInt = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 Seconds = Annotated[float, Field(gt=0)]
+Engine = Literal["auto", "torch"]
 Pooling = Literal["tokens", "cls", "mean", "last"]
 ExtractorName = Literal["video", "image", "audio", "text", "ocr", "asr"]
 MIB = 1024 * 1024
@@ -213,6 +214,8 @@ class VisualSettings(Section):
     """Side of the square input in pixels; whole pictures are scaled to it."""
     batch_size: PositiveInt = 32
     precision: Precision = "auto"
+    engine: Engine = "auto"
+    """``auto``: on the CPU OpenVINO, which is faster, where its vectors are those of torch."""
     trust_remote_code: bool = False
     """Run the Python code that a transformers model brings along; the log says so."""
 
@@ -287,6 +290,8 @@ class AudioSettings(Section):
     """Subtract the mean, PCA, clip and quantise, as the AudioSet release does."""
     batch_size: PositiveInt = 64
     precision: Precision = "auto"
+    engine: Engine = "auto"
+    """``auto``: on the CPU OpenVINO, which is faster, where its vectors are those of torch."""
     trust_remote_code: bool = False
     """Run the Python code that a transformers model brings along; the log says so."""
 
@@ -307,6 +312,8 @@ class TextSettings(Section):
     max_tokens: PositiveInt = 256
     batch_size: PositiveInt = 16
     precision: Precision = "auto"
+    engine: Engine = "auto"
+    """``auto``: on the CPU OpenVINO, which is faster, where its vectors are those of torch."""
     trust_remote_code: bool = False
     """Run the Python code that a transformers model brings along; the log says so."""
 
@@ -324,8 +331,9 @@ class OcrSettings(Section):
     """Text inside pictures."""
 
     enabled: bool = True
-    engine: Literal["onnxruntime", "openvino", "torch"] = "onnxruntime"
-    """Runs the networks of PP-OCRv6. On a GPU: torch, or onnxruntime-gpu; openvino is for CPUs."""
+    engine: Literal["auto", "onnxruntime", "openvino", "torch"] = "auto"
+    """Runs the networks of PP-OCRv6. On a GPU: torch, or onnxruntime-gpu; openvino is for CPUs.
+    ``auto``: onnxruntime where it can use the GPU, else openvino."""
     max_side: PositiveInt = 960
     """Pictures are shrunk so that their longer side is at most this many pixels."""
     detect_side: PositiveInt = 480

@@ -28,6 +28,8 @@ from config.settings import (
     VideoLstmSettings,
     VisualSettings,
 )
+from extractors.models import graph
+from extractors.models.graph import Graph
 from extractors.models.weights import Weights, parse_weights, weights_digest
 
 if TYPE_CHECKING:
@@ -112,8 +114,10 @@ class Encoder(ABC):
         self.setting, self.device = setting, device
         self._named = "" if isinstance(settings, VideoLstmSettings) else settings.arch
         self._weights, self._precision = settings.weights or "pretrained", settings.precision
+        self._engine = getattr(settings, "engine", "torch")
         self._arithmetic: Arithmetic = "fp32"
         self._network: Any = None
+        self._graph: Graph | None = None
 
     def load(self) -> None:
         """Load the weights onto the device, once; ConfigError when one of them cannot be had."""
@@ -129,13 +133,17 @@ class Encoder(ABC):
         network = self._build(weights)
         network.eval().requires_grad_(False)
         self.digest = self._digest(weights, network)
+        self._network = network
+        self._graph = self._find_graph()
+        if self._graph is not None:
+            return
         cast_weights(network, self._arithmetic)
         layout = {"memory_format": torch.channels_last} if self.channels_last else {}
         self._network = network.to(device, **layout)
 
     def close(self) -> None:
         """Free the network, and give its memory back to the device."""
-        self._network = None
+        self._network = self._graph = None
         if self.device != "cpu":
             import gc
 
@@ -152,6 +160,9 @@ class Encoder(ABC):
 
     def run(self, *inputs: Rows) -> FeatureArray:
         """Return float16 ``(n, dim)``, finite or not, for ``(n, ...)`` as the encoder takes it."""
+        if self._graph is not None:
+            found = self._graph(*inputs)
+            return found.clip(-_LARGEST_FLOAT16, _LARGEST_FLOAT16).astype(np.float16)
         import torch
 
         tensors = [torch.from_numpy(array).to(self.device) for array in inputs]
@@ -186,6 +197,30 @@ class Encoder(ABC):
 
     def _digest(self, weights: Weights, network: Any) -> str:
         return weights_digest(weights, network.state_dict())
+
+    def _find_graph(self) -> Graph | None:
+        """Return the network as OpenVINO runs it; None on a GPU, and where torch has to."""
+        if self.device != "cpu" or self._engine == "torch" or not graph.is_installed():
+            return None
+        examples = self._examples()
+        if not examples:
+            return None
+        return graph.load_graph(
+            lambda *inputs: self.postprocess(self._call(*inputs).float()),
+            self._network,
+            examples,
+            arithmetic=self._arithmetic,
+            named=f"{self.setting}.arch: {self._named}",
+            depends_on=[type(self).__name__, self.kind, self.arch, self.digest, *self._built_in()],
+        )
+
+    def _examples(self) -> Sequence[Sequence[Rows]]:
+        """Return two batches that differ in each dimension that may vary; none: torch runs it."""
+        return ()
+
+    def _built_in(self) -> Sequence[object]:
+        """Return the JSON values, besides the weights, that are part of a graph of `_call`."""
+        return ()
 
 
 class PictureEncoder(Encoder):

@@ -21,8 +21,10 @@ import structlog
 
 from common.errors import ConfigError, FeatureError, one_line
 from common.files import file_digest
+from common.precision import Arithmetic, cpu_has_bf16
 from config.settings import ExtractorName, OcrSettings
 from extractors.media.pictures import shrink
+from extractors.models import graph
 from extractors.models.base import Extractor
 from extractors.models.weights import from_cache_or_hub, in_place, tensors_digest
 from extractors.parts import ALIKE, ALIKE_GRID
@@ -71,10 +73,13 @@ _LEAST_CONTRAST = 12
 _NEAR = 8  # pixels of that copy: inside the strokes of large letters there is none
 _LEAST_SAVED = 0.7  # of the longer side: a copy that is hardly smaller is no shorter way
 _LEAST_SIDE = 32  # the engine's detector works on blocks of 32 pixels
-# OpenVINO and GPUs compile or allocate for each new shape, and keep it: sides are padded to
-# multiples of this. Double would pad a third of a usual picture; at half there are four times as
-# many shapes.
+# GPUs allocate for each new shape, and keep it: sides are padded to multiples of this. Double would
+# pad a third of a usual picture; at half there are four times as many shapes.
 _BUCKET = 160
+# OpenVINO compiles for each new shape, and keeps some dozens: a line of a new width takes twice as
+# long. Double would pad short lines by half; at half there are twice as many widths. Pictures have
+# sides of multiples of 32 already: one of a new shape takes a third longer.
+_CPU_BUCKET = 64
 
 _RANGES = {
     "rapidocr": "rapidocr>=3.10,<4",
@@ -108,12 +113,13 @@ class OcrExtractor(Extractor):
         self._errors: tuple[type[Exception], ...] = ()
 
     def _load(self) -> Mapping[str, Any]:
-        engine = self._settings.engine
+        engine = _engine(self._settings.engine, self._device)
         models = _models(engine)
         networks = _torch_networks(self._device) if engine == "torch" else {}
         try:
             for _ in range(self._threads):
-                self._readers.put(_open_reader(self._settings, models, self._device, networks))
+                reader = _open_reader(self._settings, engine, models, self._device, networks)
+                self._readers.put(reader)
         except Exception as error:  # engines and readers of models share no base class
             raise ConfigError(
                 f"features.ocr.engine: {engine} cannot load the models of rapidocr: "
@@ -212,13 +218,13 @@ class _Bucketed:
     The widths of lines end in the padding that the recogniser has for shorter lines of its batch.
     """
 
-    def __init__(self, session: Session, *, finds_lines: bool) -> None:
-        self._session, self._finds_lines = session, finds_lines
+    def __init__(self, session: Session, bucket: int, *, finds_lines: bool) -> None:
+        self._session, self._bucket, self._finds_lines = session, bucket, finds_lines
 
     def __call__(self, batch: Tensor) -> Tensor:
         height, width = batch.shape[2:]
-        below = -height % _BUCKET if self._finds_lines else 0
-        sides = ((0, 0), (0, 0), (0, below), (0, -width % _BUCKET))
+        below = -height % self._bucket if self._finds_lines else 0
+        sides = ((0, 0), (0, 0), (0, below), (0, -width % self._bucket))
         if not self._finds_lines:
             return self._session(np.pad(batch, sides))
         return self._session(np.pad(batch, sides, mode="edge"))[..., :height, :width]
@@ -313,19 +319,30 @@ def _models(engine: str) -> dict[Step, Path]:
     return models
 
 
-# A model of OpenVINO gives the thread that loads it a stack for signals, and frees it at its end
-# while it may still be in use: the next signal that Python handles then kills the process.
-_never_freed: list[Any] = []
+def _engine(wanted: str, device: str) -> str:
+    """Return the engine, ``auto`` decided."""
+    if wanted != "auto":
+        return wanted
+    if device != "cpu":
+        import onnxruntime
+
+        if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+            return "onnxruntime"
+    return "openvino" if graph.is_installed() else "onnxruntime"
 
 
 def _open_reader(
-    settings: OcrSettings, models: Mapping[Step, Path], device: str, networks: Mapping[Step, Any]
+    settings: OcrSettings,
+    wanted: str,
+    models: Mapping[Step, Path],
+    device: str,
+    networks: Mapping[Step, Any],
 ) -> Any:
     """Return rapidocr with its models loaded, for one picture at a time."""
     from rapidocr import EngineType, RapidOCR
 
-    engine = "onnxruntime" if networks else settings.engine
-    on_gpu = engine == settings.engine == "onnxruntime" and device != "cpu"
+    engine = "onnxruntime" if networks else wanted
+    on_gpu = engine == wanted == "onnxruntime" and device != "cpu"
     of_ort, of_openvino = "EngineConfig.onnxruntime", "EngineConfig.openvino"
     parameters: dict[str, Any] = {
         "Global.text_score": settings.min_confidence,
@@ -345,7 +362,7 @@ def _open_reader(
         parameters[f"{step}.engine_type"] = EngineType(engine)
     reader: Any = RapidOCR(params=parameters)
     if engine == "openvino":
-        _never_freed.append(reader)
+        graph.keep_alive(reader)
     # Models are loaded when they are first used: the last two, then the first.
     blank = np.full((2 * _LEAST_SIDE, 2 * _LEAST_SIDE, 3), 255, np.uint8)
     reader(blank, use_det=False)
@@ -356,9 +373,15 @@ def _open_reader(
         recogniser.session = _TorchSession(networks["Rec"], device)
     elif device != "cpu":
         _warn_of_cpu(device, engine, finder.session.session if on_gpu else None)
-    if engine != "onnxruntime" or device != "cpu":
-        finder.session = _Bucketed(finder.session, finds_lines=True)
-        recogniser.session = _Bucketed(recogniser.session, finds_lines=False)
+    if engine == "openvino":
+        arithmetic: Arithmetic = "bf16" if cpu_has_bf16() else "fp32"  # rapidocr itself has fp32
+        for session in (finder.session, recogniser.session):
+            session.session = graph.compiled(session.model, arithmetic, threads=1)
+    if networks or on_gpu:
+        finder.session = _Bucketed(finder.session, _BUCKET, finds_lines=True)
+        recogniser.session = _Bucketed(recogniser.session, _BUCKET, finds_lines=False)
+    elif engine == "openvino":
+        recogniser.session = _Bucketed(recogniser.session, _CPU_BUCKET, finds_lines=False)
     finder.session = _CoarseFirst(finder.session)
     resized = finder.get_preprocess().resize  # to multiples of 32 pixels, and no more
     finder.get_preprocess = lambda: resized

@@ -134,6 +134,15 @@ class TimmBackbone(PictureEncoder):
         pooled: torch.Tensor = self._network.forward_head(states, pre_logits=True)  # (n, dim)
         return pooled
 
+    def _examples(self) -> Sequence[Sequence[Rows]]:
+        chance = np.random.default_rng(0)
+        if self._channels == 1:
+            return [[chance.normal(size=(n, *self.size)).astype(np.float32)] for n in (2, 3)]
+        return [[chance.integers(0, 256, (n, *self.size, 3), np.uint8)] for n in (2, 3)]
+
+    def _built_in(self) -> Sequence[object]:
+        return (self.size, self._channels, self.mean, self.std)
+
     def _from_file(self, weights: Weights, config: Any, setting: str) -> dict[str, Any]:
         """Let timm fit a state dict to the model, or refuse one with gaps."""
         path, package = weights.path, weights.package

@@ -124,7 +124,8 @@ def test_cpu_engines_give_one_fingerprint() -> None:
     """The same weights give the same text, so features of one engine serve with the other."""
     pytest.importorskip("openvino")
     prints = []
-    for settings in (OcrSettings(), OcrSettings(engine="openvino"), OcrSettings(detect_side=128)):
+    of_engines = [OcrSettings(engine=engine) for engine in ("onnxruntime", "openvino")]
+    for settings in (*of_engines, OcrSettings(detect_side=128)):
         extractor = OcrExtractor(settings)
         extractor.load()
         prints.append(extractor.fingerprint)
@@ -177,20 +178,21 @@ def test_weights_for_torch_are_named_with_their_command(
         OcrExtractor(OcrSettings(engine="torch")).load()
 
 
-def test_a_gpu_that_is_not_used_is_said() -> None:
+@pytest.mark.parametrize(("engine", "runs"), [("onnxruntime",) * 2, ("auto", "openvino")])
+def test_a_gpu_that_is_not_used_is_said(engine: Any, runs: str) -> None:
     """The CPU in the place of a device that was asked for is a warning that names both."""
     import onnxruntime
 
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
         pytest.skip("this onnxruntime has CUDA")
-    extractor = OcrExtractor(OcrSettings(), device="cuda:0")
+    extractor = OcrExtractor(OcrSettings(engine=engine), device="cuda:0")
     with structlog.testing.capture_logs() as logs:
         extractor.load()
     extractor.close()
     (line,) = [entry for entry in logs if entry["event"] == "extractors.ocr_on_cpu"]
     assert (line["device"], line["engine"], line["log_level"]) == (
         "cuda:0",
-        "onnxruntime",
+        runs,
         "warning",
     )
     assert line["providers"] == ["CPUExecutionProvider"]
