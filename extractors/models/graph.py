@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Sequence
@@ -50,6 +51,17 @@ def is_installed() -> bool:
     return importlib.util.find_spec("openvino") is not None
 
 
+def quiet_openvino() -> Any:
+    """Return the package, without the one by which it reports its use to its maker.
+
+    To be called before anything else imports it.
+    """
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    import openvino
+
+    return openvino
+
+
 def keep_alive(model: Any) -> None:
     """Keep a model, or what holds one, until the process ends."""
     _never_freed.append(model)
@@ -57,14 +69,12 @@ def keep_alive(model: Any) -> None:
 
 def compiled(model: Any, arithmetic: Arithmetic, threads: int) -> Any:
     """Return a request of a model of OpenVINO, for one caller at a time."""
-    import openvino
-
     options = {
         "INFERENCE_NUM_THREADS": threads,
         "NUM_STREAMS": 1,
         "INFERENCE_PRECISION_HINT": "bf16" if arithmetic == "bf16" else "f32",
     }
-    request = openvino.Core().compile_model(model, "CPU", options).create_infer_request()
+    request = quiet_openvino().Core().compile_model(model, "CPU", options).create_infer_request()
     keep_alive(request)
     return request
 
@@ -103,9 +113,9 @@ def load_graph(
         named: For the log.
         depends_on: All that the graph depends on, the weights' digest included.
     """
-    import openvino
     import torch
 
+    openvino = quiet_openvino()
     versions = [torch.__version__, openvino.__version__, _FORMAT]
     cached = _cache() / digest({"of": depends_on, "versions": versions}) / _GRAPH
     threads = torch.get_num_threads()
@@ -146,8 +156,9 @@ def _traced(
     call: Callable[..., torch.Tensor], network: torch.nn.Module, tensors: Sequence[Sequence[Any]]
 ) -> Any:
     """Return a model of OpenVINO; dimensions in which the examples differ stay open."""
-    import openvino
     import torch
+
+    openvino = quiet_openvino()
 
     class Whole(torch.nn.Module):
         def __init__(self) -> None:
@@ -171,10 +182,8 @@ def _traced(
 
 
 def _keep(model: Any, cached: Path) -> None:
-    import openvino
-
     with new_folder(cached.parent) as part:
-        openvino.save_model(model, part / _GRAPH, compress_to_fp16=False)
+        quiet_openvino().save_model(model, part / _GRAPH, compress_to_fp16=False)
 
 
 def _cache() -> Path:

@@ -308,6 +308,8 @@ def _models(engine: str) -> dict[Step, Path]:
             )
     import rapidocr
 
+    if engine == "openvino":
+        graph.quiet_openvino()
     folder = Path(rapidocr.__file__).parent / "models"
     models = {step: folder / name for step, name in _MODELS.items()}
     for path in models.values():
