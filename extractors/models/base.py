@@ -2,21 +2,33 @@
 
 A new family of encoders is one file with a subclass of `Encoder`, which builds the network and
 says how it is called; loading, precision, batches, checks and fingerprints are done here, once.
+
+On the CPU OpenVINO runs the networks that it can, in a half to a third of torch's time. Each is
+traced once and kept as a graph in the user's cache (``~/.cache/insighttag``, or below
+``XDG_CACHE_HOME``), by a digest of all that it depends on. A graph is held against torch when it is
+loaded, so that one that is wrong or out of date is never used.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import sys
+import threading
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import structlog
 
-from common.errors import ConfigError, FeatureError
+from common.errors import ConfigError, FeatureError, one_line
+from common.files import new_folder
 from common.fingerprint import digest
 from common.post import FeatureArray, Stream
 from common.precision import Arithmetic, require_device, resolve_precision
@@ -28,8 +40,6 @@ from config.settings import (
     VideoLstmSettings,
     VisualSettings,
 )
-from extractors.models import graph
-from extractors.models.graph import Graph
 from extractors.models.weights import Weights, parse_weights, weights_digest
 
 if TYPE_CHECKING:
@@ -41,6 +51,17 @@ EncoderSettings: TypeAlias = (
 )
 
 _LARGEST_FLOAT16 = 65504.0
+
+LEAST_COSINE = 0.999
+"""Of a graph's vectors and those of torch in float32: what every encoder keeps between bfloat16 and
+float32. Less would show in tags; in float32 graphs reach 0.99999."""
+
+_FORMAT = 1  # of the cached graphs: another one makes them anew
+_GRAPH = "graph.xml"
+
+# A model of OpenVINO gives the thread that loads it a stack for signals, and frees it at its end
+# while it may still be in use: the next signal that Python handles then kills the process.
+_never_freed: list[Any] = []
 
 _log = structlog.get_logger()
 
@@ -200,12 +221,12 @@ class Encoder(ABC):
 
     def _find_graph(self) -> Graph | None:
         """Return the network as OpenVINO runs it; None on a GPU, and where torch has to."""
-        if self.device != "cpu" or self._engine == "torch" or not graph.is_installed():
+        if self.device != "cpu" or self._engine == "torch" or not openvino_is_installed():
             return None
         examples = self._examples()
         if not examples:
             return None
-        return graph.load_graph(
+        return load_graph(
             lambda *inputs: self.postprocess(self._call(*inputs).float()),
             self._network,
             examples,
@@ -396,3 +417,157 @@ def to_float16(tensor: torch.Tensor) -> torch.Tensor:
 
     clamped = tensor.float().clamp(-_LARGEST_FLOAT16, _LARGEST_FLOAT16)
     return clamped.to(torch.float16).cpu()
+
+
+def openvino_is_installed() -> bool:
+    """Return True when the package is there."""
+    return importlib.util.find_spec("openvino") is not None
+
+
+def quiet_openvino() -> Any:
+    """Return the package, without the one by which it reports its use to its maker.
+
+    To be called before anything else imports it.
+    """
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    import openvino
+
+    return openvino
+
+
+def keep_alive(model: Any) -> None:
+    """Keep a model, or what holds one, until the process ends."""
+    _never_freed.append(model)
+
+
+def compiled(model: Any, arithmetic: Arithmetic, threads: int) -> Any:
+    """Return a request of a model of OpenVINO, for one caller at a time."""
+    options = {
+        "INFERENCE_NUM_THREADS": threads,
+        "NUM_STREAMS": 1,
+        "INFERENCE_PRECISION_HINT": "bf16" if arithmetic == "bf16" else "f32",
+    }
+    request = quiet_openvino().Core().compile_model(model, "CPU", options).create_infer_request()
+    keep_alive(request)
+    return request
+
+
+class Graph:
+    """A compiled graph: batches of inputs in, float32 vectors out."""
+
+    def __init__(self, model: Any, arithmetic: Arithmetic, threads: int) -> None:
+        self.arithmetic = arithmetic
+        self._request = compiled(model, arithmetic, threads)
+        self._lock = threading.Lock()
+
+    def __call__(self, *inputs: Rows) -> npt.NDArray[np.float32]:
+        """Return float32 vectors, a copy of what the graph gives."""
+        with self._lock:
+            output: npt.NDArray[np.float32] = self._request.infer(list(inputs))[0].copy()
+        return output
+
+
+def load_graph(
+    call: Callable[..., torch.Tensor],
+    network: torch.nn.Module,
+    examples: Sequence[Sequence[Rows]],
+    *,
+    arithmetic: Arithmetic,
+    named: str,
+    depends_on: object,
+) -> Graph | None:
+    """Return the graph of a network, or None where torch has to run it.
+
+    Args:
+        call: Vectors of tensors by the network, in float32.
+        network: Its parameters are in float32.
+        examples: Two batches of inputs, of other sizes in every dimension that may vary.
+        arithmetic: In bfloat16 only if its vectors are near enough to torch's.
+        named: For the log.
+        depends_on: All that the graph depends on, the weights' digest included.
+    """
+    import torch
+
+    openvino = quiet_openvino()
+    versions = [torch.__version__, openvino.__version__, _FORMAT]
+    cached = _cache() / digest({"of": depends_on, "versions": versions}) / _GRAPH
+    threads = torch.get_num_threads()
+    tensors = [[torch.from_numpy(each) for each in inputs] for inputs in examples]
+    try:
+        with torch.inference_mode():
+            wanted = [call(*each).float().numpy() for each in tensors]
+    except Exception:  # noqa: BLE001 - of a wrong setting: its first run says which
+        return None
+
+    def fitting(model: Any) -> Graph | None:
+        for choice in dict.fromkeys((arithmetic, "fp32")):
+            graph = Graph(model, choice, threads)
+            found = [graph(*inputs) for inputs in examples]
+            if min(map(_cosine, found, wanted)) >= LEAST_COSINE:
+                return graph
+        return None
+
+    if cached.is_file():
+        with suppress(Exception):  # cut, or another network's: it is made again
+            if (graph := fitting(openvino.Core().read_model(cached))) is not None:
+                return graph
+    try:
+        model = _traced(call, network, tensors)
+        graph = fitting(model)
+    except Exception as error:  # noqa: BLE001 - tracing runs code of any model: torch can run it
+        _log.warning("extractors.no_graph", encoder=named, use="torch", reason=one_line(error, 200))
+        return None
+    if graph is None:
+        _log.warning("extractors.graph_differs", encoder=named, use="torch")
+        return None
+    with suppress(OSError):  # without a home it is traced at every start
+        _keep(model, cached)
+    return graph
+
+
+def _traced(
+    call: Callable[..., torch.Tensor], network: torch.nn.Module, tensors: Sequence[Sequence[Any]]
+) -> Any:
+    """Return a model of OpenVINO; dimensions in which the examples differ stay open."""
+    import torch
+
+    openvino = quiet_openvino()
+
+    class Whole(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = network  # tracing takes parameters of modules only
+
+        def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+            return call(*inputs).float()
+
+    first, second = tensors
+    trace: Any = torch.jit.trace
+    with torch.inference_mode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of every branch that depends on a size
+        traced = trace(Whole().eval(), tuple(first), check_trace=False)
+        model = openvino.convert_model(traced, example_input=tuple(first))
+    for port, one, other in zip(model.inputs, first, second, strict=True):
+        sides = [a if a == b else -1 for a, b in zip(one.shape, other.shape, strict=True)]
+        port.get_node().set_partial_shape(openvino.PartialShape(sides))
+    model.validate_nodes_and_infer_types()
+    return model
+
+
+def _keep(model: Any, cached: Path) -> None:
+    with new_folder(cached.parent) as part:
+        quiet_openvino().save_model(model, part / _GRAPH, compress_to_fp16=False)
+
+
+def _cache() -> Path:
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "insighttag" / "graphs"
+
+
+def _cosine(a: Rows, b: Rows) -> float:
+    """Return the least cosine of two arrays' vectors; 0 where shapes or numbers are wrong."""
+    if a.shape != b.shape or not np.isfinite(a).all():
+        return 0.0
+    rows = [each.reshape(-1, each.shape[-1]).astype(np.float64) for each in (a, b)]
+    norms = np.linalg.norm(rows[0], axis=1) * np.linalg.norm(rows[1], axis=1)
+    return float(((rows[0] * rows[1]).sum(axis=1) / norms.clip(1e-12)).min())

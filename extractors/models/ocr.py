@@ -24,8 +24,13 @@ from common.files import file_digest
 from common.precision import Arithmetic, cpu_has_bf16
 from config.settings import ExtractorName, OcrSettings
 from extractors.media.pictures import shrink
-from extractors.models import graph
-from extractors.models.base import Extractor
+from extractors.models.base import (
+    Extractor,
+    compiled,
+    keep_alive,
+    openvino_is_installed,
+    quiet_openvino,
+)
 from extractors.models.weights import from_cache_or_hub, in_place, tensors_digest
 from extractors.parts import ALIKE, ALIKE_GRID
 
@@ -309,7 +314,7 @@ def _models(engine: str) -> dict[Step, Path]:
     import rapidocr
 
     if engine == "openvino":
-        graph.quiet_openvino()
+        quiet_openvino()
     folder = Path(rapidocr.__file__).parent / "models"
     models = {step: folder / name for step, name in _MODELS.items()}
     for path in models.values():
@@ -330,7 +335,7 @@ def _engine(wanted: str, device: str) -> str:
 
         if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
             return "onnxruntime"
-    return "openvino" if graph.is_installed() else "onnxruntime"
+    return "openvino" if openvino_is_installed() else "onnxruntime"
 
 
 def _open_reader(
@@ -364,7 +369,7 @@ def _open_reader(
         parameters[f"{step}.engine_type"] = EngineType(engine)
     reader: Any = RapidOCR(params=parameters)
     if engine == "openvino":
-        graph.keep_alive(reader)
+        keep_alive(reader)
     # Models are loaded when they are first used: the last two, then the first.
     blank = np.full((2 * _LEAST_SIDE, 2 * _LEAST_SIDE, 3), 255, np.uint8)
     reader(blank, use_det=False)
@@ -378,7 +383,7 @@ def _open_reader(
     if engine == "openvino":
         arithmetic: Arithmetic = "bf16" if cpu_has_bf16() else "fp32"  # rapidocr itself has fp32
         for session in (finder.session, recogniser.session):
-            session.session = graph.compiled(session.model, arithmetic, threads=1)
+            session.session = compiled(session.model, arithmetic, threads=1)
     if networks or on_gpu:
         finder.session = _Bucketed(finder.session, _BUCKET, finds_lines=True)
         recogniser.session = _Bucketed(recogniser.session, _BUCKET, finds_lines=False)

@@ -1,9 +1,10 @@
 """Assignment of tasks to workers, and of deaths to tasks: pure, it knows no process.
 
 There is a task queue for each of lookup, fetch, decode, every extractor, and fuse; the oldest task
-of the highest priority comes first. A worker is sent tasks of a queue until one full batch waits
-in its channel behind the batch that runs: enough that it never idles, and few enough that another
-worker that becomes idle finds work here. Tasks that wait here are batched with later ones.
+of the highest priority comes first, but pictures, sounds and texts overtake videos. A worker is
+sent tasks of a queue until one full batch waits in its channel behind the batch that runs: enough
+that it never idles, and few enough that another worker that becomes idle finds work here. Tasks
+that wait here are batched with later ones.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import msgspec
 
 from config.settings import Settings
 from workers.pool.channel import SlotTable
-from workers.protocol import DecodeTask, Envelope, ExtractTask, Task
+from workers.protocol import DecodeTask, Envelope, ExtractTask, FetchTask, Task
 
 TaskQueue: TypeAlias = str
 """``lookup``, ``fetch``, ``decode``, ``fuse``, or an extractor's name."""
@@ -40,6 +41,22 @@ of posts; at double, batches are of one or two posts."""
 
 _FUSE_WAIT_S = 0.1
 """Or until this has passed: a tenth of a second more before a post's tags, and only under load."""
+
+
+_VIDEO_LAG = 256
+"""Tasks that go before an earlier one of a video, which takes as long as dozens of pictures: those
+of about fifty posts, more than are in work by default. At half, a small post waits for some videos;
+at double, a video waits longer where both keep coming."""
+
+
+def is_of_video(task: Task) -> bool:
+    """Return True for a task that fetches, decodes or reads a video."""
+    match task:
+        case FetchTask(media=media):
+            return media.kind == "video"
+        case DecodeTask(kind=kind) | ExtractTask(kind=kind):
+            return kind == "video"
+    return False
 
 
 def queue_of(task: Task) -> TaskQueue:
@@ -93,7 +110,7 @@ class QueuedTask:
     task: Task
     queue_name: TaskQueue
     deadline: float
-    key: tuple[int, int]
+    key: tuple[int, int, int]
     weight: float
     refs: frozenset[int]
     slot: int | None = None
@@ -143,7 +160,7 @@ class Scheduler:
         self._decode_backlog = settings.workers.slots + settings.decode.processes
         self._ids = itertools.count(1)
         self._open_tasks: dict[int, QueuedTask] = {}
-        self._queues: dict[TaskQueue, list[tuple[tuple[int, int], QueuedTask]]] = {}
+        self._queues: dict[TaskQueue, list[tuple[tuple[int, int, int], QueuedTask]]] = {}
         self._queue_sizes: dict[TaskQueue, int] = {}
         self._suspects: dict[TaskQueue, deque[QueuedTask]] = {}
         self._loads: dict[str, WorkerLoad] = {}
@@ -179,7 +196,8 @@ class Scheduler:
                 self.slots.drop(slot)
             raise
         task_id = next(self._ids)
-        key, weight = (-priority, task_id), weight_of(task, self._rows)
+        turn = task_id + _VIDEO_LAG if is_of_video(task) else task_id
+        key, weight = (-priority, turn, task_id), weight_of(task, self._rows)
         queued = QueuedTask(task_id, task, queue_of(task), deadline, key, weight, refs)
         self._open_tasks[task_id] = queued
         self._enqueue(queued)
@@ -370,9 +388,9 @@ class Scheduler:
 
     def _next_for(self, load: WorkerLoad, now: float) -> QueuedTask | None:
         for queue_name in load.queues:
-            if self._suspects.get(queue_name):
+            if suspects := self._suspects.get(queue_name):
                 # A suspect runs alone: the worker takes nothing new until it is empty.
-                if load.tasks or not self._open(queue_name):
+                if load.tasks or not self._open(queue_name, suspects[0]):
                     return None
                 return self._suspects[queue_name].popleft()
         if load.at_most is not None and len(load.tasks) >= load.at_most:
@@ -382,7 +400,7 @@ class Scheduler:
         best: TaskQueue | None = None
         for queue_name in load.queues:
             head = self._head(queue_name)
-            if head is None or not self._open(queue_name):
+            if head is None or not self._open(queue_name, head):
                 continue
             waiting = load.waiting.get(queue_name, 0.0)
             if load.at_most is None and waiting > 0.001 and waiting + head.weight > 1.001:
@@ -394,13 +412,15 @@ class Scheduler:
         self._queue_sizes[best] -= 1
         return heapq.heappop(self._queues[best])[1]
 
-    def _open(self, queue_name: TaskQueue) -> bool:
+    def _open(self, queue_name: TaskQueue, head: QueuedTask) -> bool:
         if queue_name == "decode":
             return self.slots.free > 0
         if queue_name == "fuse":
             return self._fusing
-        # Files wait on disk for a decoder: what is full downstream stops the downloads.
-        return queue_name != "fetch" or self.queued("decode") < self._decode_backlog
+        # Files wait on disk for a decoder: what is full downstream stops the downloads, later those
+        # of files that overtake the videos there.
+        allowed = self._decode_backlog * (1 if is_of_video(head.task) else 2)
+        return queue_name != "fetch" or self.queued("decode") < allowed
 
     def _head(self, queue_name: TaskQueue) -> QueuedTask | None:
         queue = self._queues.get(queue_name)

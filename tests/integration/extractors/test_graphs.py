@@ -12,13 +12,12 @@ import structlog
 import torch
 
 from config.settings import Engine, ImageSettings, TextSettings
-from extractors.models import graph
-from extractors.models.base import RowExtractor
+from extractors.models.base import RowExtractor, load_graph, openvino_is_installed
 from extractors.models.text import TextExtractor
 from extractors.models.visual import VisualExtractor
 from tests.support.tiny_models import TINY_CNN, tiny_bert
 
-pytestmark = pytest.mark.skipif(not graph.is_installed(), reason="openvino is not installed")
+pytestmark = pytest.mark.skipif(not openvino_is_installed(), reason="openvino is not installed")
 
 CHANCE = np.random.default_rng(3)
 PICTURES = [CHANCE.integers(0, 256, (n, 64, 64, 3), np.uint8) for n in (1, 4, 7)]
@@ -122,7 +121,7 @@ def test_a_network_that_cannot_be_traced_runs_in_torch() -> None:
     rows = [[np.ones((n, 3), np.float32)] for n in (2, 3)]
     network = Moody()
     with structlog.testing.capture_logs() as logs:
-        found = graph.load_graph(
+        found = load_graph(
             network, network, rows, arithmetic="fp32", named="moody", depends_on="moody"
         )
     assert found is None
@@ -146,9 +145,7 @@ def test_bfloat16_is_left_where_it_differs() -> None:
 
     network = Fine().requires_grad_(False)
     rows = [[CHANCE.normal(size=(n, 8)).astype(np.float32)] for n in (2, 3)]
-    found = graph.load_graph(
-        network, network, rows, arithmetic="bf16", named="fine", depends_on="fine"
-    )
+    found = load_graph(network, network, rows, arithmetic="bf16", named="fine", depends_on="fine")
     assert found is not None
     assert found.arithmetic == "fp32"
 

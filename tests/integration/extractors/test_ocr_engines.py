@@ -18,7 +18,7 @@ import transformers
 
 from common.errors import ConfigError
 from config.settings import OcrSettings
-from extractors.models import graph
+from extractors.models.base import openvino_is_installed
 from extractors.models.ocr import OcrExtractor
 from tests.support.extractors.ppocr_in_torch import save_ppocr
 
@@ -123,7 +123,7 @@ def test_ppocr_reads_every_script_and_direction(ocr: OcrExtractor, name: str) ->
 
 def test_cpu_engines_give_one_fingerprint() -> None:
     """The same weights give the same text, so features of one engine serve with the other."""
-    if not graph.is_installed():
+    if not openvino_is_installed():
         pytest.skip("openvino is not installed")
     prints = []
     of_engines = [OcrSettings(engine=engine) for engine in ("onnxruntime", "openvino")]
@@ -208,7 +208,7 @@ def test_a_gpu_that_is_not_used_is_said(engine: Any, runs: str, provider: str) -
 
 def test_a_signal_after_openvino_kills_nobody(project_root: Path) -> None:
     """OpenVINO frees a stack for signals that may be in use: it did, and the process died."""
-    if not graph.is_installed():
+    if not openvino_is_installed():
         pytest.skip("openvino is not installed")
     done = subprocess.run(
         [sys.executable, "-c", SIGNALLED],

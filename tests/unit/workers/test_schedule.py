@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from common.post import Media, MediaKind
 from tests.support.workers.driving import decode_task, fetch_task, fuse_task, text_task
 from tests.support.workers.scheduling import decoder, extractor, ids, picture, scheduler, sent
 from workers.pool.scheduler import MAX_QUEUED, WorkerLoad
-from workers.protocol import ExtractTask
+from workers.protocol import DecodeTask, ExtractTask, FetchTask
 
 
 def test_priority_then_age() -> None:
@@ -57,7 +58,7 @@ def test_decoding_waits_for_a_slot_and_fetching_for_the_decoders() -> None:
         made.submit(decode_task(), 99)
     assert len(sent(made)) == len(made.slots) == 3
     made.add(WorkerLoad("f", ("fetch",), 16, 10.0))
-    fetch = made.submit(fetch_task("x"), 99)
+    fetch = made.submit(FetchTask(Media("video", "x")), 99)
     assert made.queued("decode") == 6
     assert sent(made) == []
     for task_id in list(made.load("d0").tasks):  # type: ignore[union-attr]
@@ -66,6 +67,41 @@ def test_decoding_waits_for_a_slot_and_fetching_for_the_decoders() -> None:
         made.cancel(made._queues["decode"][0][1].task_id)
         made._head("decode")
     assert ids(sent(made)) == [fetch]
+
+
+def test_pictures_overtake_videos() -> None:
+    """A small post does not wait for the long videos before it, in no queue; they are not lost."""
+    made = scheduler()
+
+    def submitted(kind: MediaKind) -> set[int]:
+        tasks = (FetchTask(Media(kind, "x")), DecodeTask(kind, "x", -1))
+        return {made.submit(task, 99) for task in tasks * 8}
+
+    videos, pictures = submitted("video"), submitted("image")
+    made.add(WorkerLoad("f", ("fetch",), 16, 10.0))
+    made.add(decoder())
+    made.add(decoder("e"))
+    first = ids(sent(made))
+    assert set(first) < pictures  # videos are not even downloaded while decoders are behind
+    for task_id in pictures:
+        made.cancel(task_id)
+    made.add(decoder("g"))
+    assert set(ids(sent(made))) < videos
+
+
+def test_a_video_is_overtaken_by_so_many_tasks_only() -> None:
+    """Where small posts keep coming, a video has its turn."""
+    made = scheduler()
+    video = made.submit(DecodeTask("video", "x", -1), 99)
+    for _ in range(2 * 256):
+        made.submit(DecodeTask("image", "x", -1), 99)
+    made.add(decoder())
+    order = []
+    while video not in order:
+        [task_id] = ids(sent(made))
+        made.ended("d", task_id, 0.0, gives_slot=False)
+        order.append(task_id)
+    assert len(order) == 256
 
 
 def test_posts_are_gathered_for_fusion_while_much_else_is_open() -> None:
