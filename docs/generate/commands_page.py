@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -73,12 +74,13 @@ def _starts(path: Path) -> bool:
 def _command(name: str, command: Any, heading: str) -> Iterator[str]:
     yield f"{heading} {name}"
     context = command.make_context(name, [], resilient_parsing=True)
-    yield from _paragraphs(command.help or "")
     yield f"```text\n{name} {' '.join(command.collect_usage_pieces(context))}\n```"
+    for text in (command.help, command.epilog):
+        yield from _paragraphs(text or "")
     records = [each.get_help_record(context) for each in command.params]
     rows = [(f"`{_plain(record[0])}`", _cell(record[1])) for record in records if record]
     if rows:
-        yield _table(("option", ""), rows)
+        yield _table(("option", "meaning"), rows)
 
 
 def _paragraphs(text: str) -> Iterator[str]:
@@ -97,7 +99,10 @@ def _plain(text: str) -> str:
 
 def _text(text: str) -> str:
     """Return words as Markdown that shows them as they are."""
-    return re.sub(r"([\\*_<>\[\]|#])", r"\\\1", text) if "`" not in text else text
+    if "`" in text:
+        return text
+    shown = html.escape(text, quote=False)
+    return re.sub(r"([\\*_\[\]|#])", r"\\\1", shown)
 
 
 def _cell(text: str) -> str:

@@ -62,7 +62,7 @@ def _sections(model: type[BaseModel], heading: str, path: str = "") -> Iterator[
         rows = [
             _row(f"{path}.{name}".lstrip("."), name, field, model) for name, field in own.items()
         ]
-        yield "\n".join(["| key | takes | default | |", "| --- | --- | --- | --- |", *rows])
+        yield "\n".join(["| key | takes | default | meaning |", "| --- | --- | --- | --- |", *rows])
     for name, section in nested.items():
         yield from _sections(section, heading, f"{path}.{name}".lstrip("."))
 
