@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from parsers import ROOT, insighttag, script_parser, subcommands
+from tables import table
 
 # The owner's scripts, in the order in which a user meets them.
 SCRIPTS = (
@@ -42,7 +43,7 @@ def page() -> str:
         "0 done, 2 your input or configuration is wrong (one line names the key or file), 1 "
         "anything else.",
         "## make",
-        _table(("target", "does"), [(f"`make {name}`", text) for name, text in make_targets()]),
+        table(("target", "does"), [(f"`make {name}`", text) for name, text in make_targets()]),
     ]
     for name, command in subcommands(insighttag()):
         parts += _command(f"insighttag {name}".strip(), command, "##" if " " not in name else "###")
@@ -80,7 +81,7 @@ def _command(name: str, command: Any, heading: str) -> Iterator[str]:
     records = [each.get_help_record(context) for each in command.params]
     rows = [(f"`{_plain(record[0])}`", _cell(record[1])) for record in records if record]
     if rows:
-        yield _table(("option", "meaning"), rows)
+        yield table(("option", "meaning"), rows)
 
 
 def _paragraphs(text: str) -> Iterator[str]:
@@ -102,15 +103,8 @@ def _text(text: str) -> str:
     if "`" in text:
         return text
     shown = html.escape(text, quote=False)
-    return re.sub(r"([\\*_\[\]|#])", r"\\\1", shown)
+    return re.sub(r"([\\*_\[\]#])", r"\\\1", shown)
 
 
 def _cell(text: str) -> str:
     return _text(_plain(text))
-
-
-def _table(head: tuple[str, str], rows: list[tuple[str, str]]) -> str:
-    lines = [head, ("---", "---"), *rows]
-    return "\n".join(
-        f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in lines
-    )

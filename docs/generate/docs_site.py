@@ -20,6 +20,7 @@ import http_page
 import settings_page
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File
+from tables import CODE
 
 ROOT = Path(__file__).resolve().parents[2]
 # Files of the root, and the pages that they become.
@@ -137,7 +138,8 @@ def _with_site_links(text: str, page: str) -> str:
         anchor = match[2].partition("#")[1:]
         return f"[{match[1]}]({posixpath.relpath(of_site, folder or '.')}{''.join(anchor)})"
 
-    return _LINK.sub(link, text)
+    # GitHub wants bars in the code of tables escaped; here the backslash would be shown.
+    return CODE.sub(lambda code: code[0].replace("\\|", "|"), _LINK.sub(link, text))
 
 
 def diagram_name(source: str) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from tables import table
+
 from web import openapi
 from web.openapi import Row
 
@@ -30,12 +32,12 @@ def page() -> str:
 
 
 def _table(head: str, rows: Sequence[Row]) -> list[str]:
-    lines = [f"| {head} | type | meaning |", "| --- | --- | --- |"]
+    known = {name for name, _, _ in openapi.schemas()}
+    cells = []
     for row in rows:
-        needed = ", required" if row.required and head in ("parameter", "key") else ""
         kind = row.type
-        if row.schema in {name for name, _, _ in openapi.schemas()}:
+        if row.schema in known:
             kind = kind.replace(row.schema, f"[{row.schema}](#{row.schema.lower()})")
-        kind = kind.replace(" | ", ", ")
-        lines.append(f"| `{row.name}` | {kind}{needed} | {row.text} |")
-    return ["\n".join(lines)] if rows else []
+        needed = ", required" if row.required and head in ("parameter", "key") else ""
+        cells.append((f"`{row.name}`", f"{kind}{needed}", row.text))
+    return [table((head, "type", "meaning"), cells)] if rows else []

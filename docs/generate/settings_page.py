@@ -11,6 +11,7 @@ import griffe
 from parsers import ROOT
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
+from tables import table
 
 from config.settings import InferSettings, Settings
 from config.train import BackboneTrainSettings, TrainSettings
@@ -62,14 +63,14 @@ def _sections(model: type[BaseModel], heading: str, path: str = "") -> Iterator[
         rows = [
             _row(f"{path}.{name}".lstrip("."), name, field, model) for name, field in own.items()
         ]
-        yield "\n".join(["| key | takes | default | meaning |", "| --- | --- | --- | --- |", *rows])
+        yield table(("key", "takes", "default", "meaning"), rows)
     for name, section in nested.items():
         yield from _sections(section, heading, f"{path}.{name}".lstrip("."))
 
 
-def _row(key: str, name: str, field: FieldInfo, model: type[BaseModel]) -> str:
-    cells = (f"`{key}`", _type(field), _default(field), _meaning(model, name) or field.description)
-    return f"| {' | '.join(str(cell or '').replace('|', chr(92) + '|') for cell in cells)} |"
+def _row(key: str, name: str, field: FieldInfo, model: type[BaseModel]) -> tuple[str, ...]:
+    meaning = _meaning(model, name) or field.description or ""
+    return f"`{key}`", _type(field), _default(field), meaning
 
 
 def _model(field: FieldInfo) -> type[BaseModel] | None:
