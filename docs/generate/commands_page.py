@@ -76,8 +76,9 @@ def _command(name: str, command: Any, heading: str) -> Iterator[str]:
     yield f"{heading} {name}"
     context = command.make_context(name, [], resilient_parsing=True)
     yield f"```text\n{name} {' '.join(command.collect_usage_pieces(context))}\n```"
-    for text in (command.help, command.epilog):
-        yield from _paragraphs(text or "")
+    yield from _paragraphs(command.help or "")
+    if command.epilog:
+        yield "```text\n" + "\n".join(map(str.strip, command.epilog.splitlines())) + "\n```"
     records = [each.get_help_record(context) for each in command.params]
     rows = [(f"`{_plain(record[0])}`", _cell(record[1])) for record in records if record]
     if rows:
