@@ -125,7 +125,7 @@ def decode_media(
 def _decode_image(
     path: Path, features: FeatureSettings, limits: DecodeSettings, allocate: Allocate
 ) -> DecodedMedia:
-    from extractors.media.pictures import READ_SIDE, padded, read_pictures, squash
+    from extractors.media.pictures import READ_SIDE, padded, read_pictures, shrink, squash
 
     side, count, ocr = features.image.image_size, features.image.max_frames, features.ocr
     pictures: tuple[Pixels, ...] = ()
@@ -139,16 +139,11 @@ def _decode_image(
             if ocr.max_side > READ_SIDE:
                 larger = read_pictures(path, max_pixels=limits.max_pixels, side=ocr.max_side)
                 pixels = next(larger)  # noqa: PLW2901
-            pictures = (_copy(_for_ocr(pixels, ocr.max_side), allocate),)
+            width, height = reading_size(pixels.shape[1], pixels.shape[0], ocr.max_side)
+            pictures = (shrink(pixels, width, height, allocate((height, width, 3), _UINT8)),)
     image = allocate((len(squares), side, side, 3), _UINT8)
     np.stack(squares, out=image)
     return DecodedMedia(image=image, pictures=pictures, failures=_noted("image", *notes))
-
-
-def _for_ocr(pixels: Pixels, max_side: int) -> Pixels:
-    from extractors.media.pictures import shrink
-
-    return shrink(pixels, *reading_size(pixels.shape[1], pixels.shape[0], max_side))
 
 
 def _noted(modality: Modality, *notes: str) -> dict[Modality, Failure]:

@@ -664,9 +664,12 @@ def average(pixels: Pixels, width: int, height: int) -> Pixels:
     return _resized(averaged, width, height, cv2.INTER_LINEAR)
 
 
-def shrink(pixels: Pixels, width: int, height: int) -> Pixels:
-    """Scale a picture down by halves, and linearly from less than twice the size."""
-    return _resized(_halved(pixels, width, height), width, height, cv2.INTER_LINEAR)
+def shrink(pixels: Pixels, width: int, height: int, out: Pixels | None = None) -> Pixels:
+    """Scale a picture down by halves, and linearly from less than twice the size, into `out`."""
+    halved = _halved(pixels, width, height)
+    if out is None:
+        return _resized(halved, width, height, cv2.INTER_LINEAR)
+    return np.asarray(cv2.resize(halved, (width, height), dst=out), np.uint8)
 
 
 def _halved(pixels: Pixels, width: int, height: int) -> Pixels:
