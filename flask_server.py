@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
 import typer
 
-from common.cli import ConfigFile, Overrides, exit_code, read_options
+from common.cli import ConfigFile, Overrides, Script
 from common.errors import ConfigError
 from common.logs import configure_logs
 from config.load import load_settings
-
-_NAME = "flask_server.py"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,9 +30,8 @@ class CommandLine:
     debug: Annotated[bool, typer.Option("--debug", help="a development server")] = False
 
 
-def run(arguments: Sequence[str] | None) -> int:
+def run(line: CommandLine) -> int:
     """Serve until stopped; return the exit code."""
-    line = read_options(CommandLine, _NAME, arguments, about=__doc__)
     named = {"host": line.host, "port": line.port}
     overrides = [f"http.{key}={value}" for key, value in named.items() if value is not None]
     settings = load_settings(line.config, [*line.overrides, *overrides])
@@ -51,9 +47,8 @@ def run(arguments: Sequence[str] | None) -> int:
     return (serve_for_debugging if line.debug else serve)(settings, services)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    return exit_code(_NAME, lambda: run(arguments))
-
+SCRIPT = Script("flask_server.py", CommandLine, run, about=__doc__)
+main = SCRIPT.main
 
 if __name__ == "__main__":
     sys.exit(main())

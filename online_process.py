@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
 import typer
 
-from common.cli import ConfigFile, Overrides, exit_code, read_options
+from common.cli import ConfigFile, Overrides, Script
 from common.logs import configure_logs
 from config.load import load_settings
-
-_NAME = "online_process.py"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,9 +28,8 @@ class CommandLine:
     ] = False
 
 
-def run(arguments: Sequence[str] | None) -> int:
+def run(line: CommandLine) -> int:
     """Run the daemon; return the exit code."""
-    line = read_options(CommandLine, _NAME, arguments, about=__doc__)
     settings = load_settings(line.config, line.overrides)
     configure_logs(settings.log.format, settings.log.level)
     from deploy import embedded
@@ -42,10 +38,8 @@ def run(arguments: Sequence[str] | None) -> int:
     return King(embedded.resolve(settings)).run(drain=line.drain)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the daemon; 0 done, 2 the configuration is wrong, 1 anything else."""
-    return exit_code(_NAME, lambda: run(arguments))
-
+SCRIPT = Script("online_process.py", CommandLine, run, about=__doc__)
+main = SCRIPT.main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 
-from common.cli import exit_code, say
+from common.cli import Script, say
 from common.errors import ConfigError, PermanentError
 from config.train import BackboneTrainSettings
-from fusion.train.options import train_options, train_settings
+from fusion.train.options import TrainOptions, train_settings
 
 
-def run(arguments: Sequence[str] | None) -> None:
+def run(options: TrainOptions) -> None:
     """Train, and say what came of it; a `TaggingError` says in one line what is wrong."""
-    options = train_options(arguments)
     settings = train_settings(options)
     # Imported here: --help and a mistake in the config need no torch.
     from fusion.infer.inference import shown
@@ -42,15 +40,16 @@ def run(arguments: Sequence[str] | None) -> None:
         )
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Train; 0 done, 2 the input is wrong, 1 anything else."""
-    return exit_code(
-        "train_net.py",
-        lambda: run(arguments),
-        mistakes=(ConfigError, PermanentError),
-        interrupted="interrupted; go on with --resume",
-    )
-
+SCRIPT = Script(
+    "train_net.py",
+    TrainOptions,
+    run,
+    about="Train a fusion model on feature files and write its bundle; or a backbone.",
+    flags=("--fix_random_seed", "--skip_bad"),
+    mistakes=(ConfigError, PermanentError),
+    interrupted="interrupted; go on with --resume",
+)
+main = SCRIPT.main
 
 if __name__ == "__main__":
     sys.exit(main())

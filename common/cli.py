@@ -6,21 +6,24 @@ Example:
         posts: Annotated[Path, typer.Argument(metavar="POSTS", help="posts file")]
         limit: Annotated[int | None, typer.Option("--limit", min=1)] = None
 
-    def main(arguments: Sequence[str] | None = None) -> int:
-        return exit_code("count", lambda: count(read_options(Options, "count", arguments)))
+    SCRIPT = Script("count.py", Options, count, about="Count posts.")
+    main = SCRIPT.main
 """
 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 import select
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias, TypeVar
+from typing import Annotated, Any, Generic, TypeAlias, TypeVar
 
 import typer
+from typer.core import TyperCommand
 
 from common.errors import ConfigError, TaggingError, one_line
 from common.logs import open_standard_streams, visible
@@ -47,9 +50,79 @@ USAGE_ERROR: type[Exception] = next(
 )
 
 
-def option(name: str, metavar: str, text: str) -> Any:
-    """Return typer's option ``--name`` with a value."""
-    return typer.Option(f"--{name}", metavar=metavar, help=text)
+def option(name: str, metavar: str, text: str, *others: str) -> Any:
+    """Return typer's option ``--name`` with a value; ``others`` are names of the same."""
+    return typer.Option(*(f"--{each}" for each in (name, *others)), metavar=metavar, help=text)
+
+
+def hyphens(name: str) -> str:
+    """Return an option's name with hyphens: each may be written with underscores too."""
+    return name.replace("_", "-")
+
+
+WORDS = {"help_option_names": ["--help", "-h"], "token_normalize_func": hyphens}
+"""typer's ``context_settings`` of every command."""
+
+
+@dataclass(frozen=True)
+class Script(Generic[Options]):
+    """A command line, for a script of its own and for a command of ``insighttag``.
+
+    Attributes:
+        name: The script, as its help and its complaints call it.
+        options: A dataclass annotated with typer's options.
+        run: Takes the options, and returns the exit code, None for 0.
+        flags: Options that take a value or none, which is ``true``.
+        many: Options that take several values in a row: ``--input a b``.
+        mistakes: The errors that are the user's.
+        interrupted: Said after Ctrl-C.
+        again: Said after errors that are not the user's: the way to go on.
+    """
+
+    name: str
+    options: Callable[..., Options]
+    run: Callable[[Options], int | None]
+    about: str = ""
+    flags: tuple[str, ...] = ()
+    many: tuple[str, ...] = ()
+    mistakes: tuple[type[TaggingError], ...] = (ConfigError,)
+    interrupted: str = "interrupted"
+    again: str = ""
+
+    def main(self, arguments: Sequence[str] | None = None) -> int:
+        """Run as a script; 0 done, 2 the input is wrong, 1 anything else."""
+        return self._exit_code(self.name, lambda: self.run(self.read(arguments)))
+
+    def read(self, arguments: Sequence[str] | None = None) -> Options:
+        """Parse the words of this process, or others."""
+        return read_options(
+            self.options,
+            self.name,
+            arguments,
+            about=self.about,
+            flags=self.flags,
+            many=self.many,
+        )
+
+    def mount(self, app: typer.Typer, path: str, **shown: Any) -> None:
+        """Add the script as the last word of a path, options with hyphens; ``shown`` as typer's."""
+
+        def command(**values: Any) -> None:
+            run = self._exit_code(f"insighttag: {path}", lambda: self.run(self.options(**values)))
+            if run:
+                raise typer.Exit(run)
+
+        signature = inspect.signature(self.options, eval_str=True)
+        parameters = signature.parameters.values()
+        command.__signature__ = signature  # type: ignore[attr-defined]
+        command.__annotations__ = {each.name: each.annotation for each in parameters}
+        cls = _command_class(self.flags, self.many, name_of=hyphens)
+        app.command(path.rsplit(maxsplit=1)[-1], cls=cls, help=self.about, **shown)(command)
+
+    def _exit_code(self, name: str, run: Callable[[], int | None]) -> int:
+        return exit_code(
+            name, run, mistakes=self.mistakes, interrupted=self.interrupted, again=self.again
+        )
 
 
 def read_options(
@@ -63,12 +136,12 @@ def read_options(
 ) -> Options:
     """Parse the words of this process, or others, into a dataclass annotated with typer's options.
 
-    `name` and `about` stand in the help, after which SystemExit is raised. Options that are `flags`
-    take a value or none, which is ``true``; those of `many` several in a row: ``--input a b``.
+    `name` and `about` stand in the help, after which SystemExit is raised. `flags` and `many` are
+    those of `Script`.
     """
     app = typer.Typer(add_completion=False, rich_markup_mode=None)
-    app.command(help=about or "")(options)
-    words = _spelled_out(sys.argv[1:] if arguments is None else arguments, flags, many)
+    app.command(help=about or "", cls=_command_class(flags, many), context_settings=WORDS)(options)
+    words = list(sys.argv[1:] if arguments is None else arguments)
     command = typer.main.get_command(app)
     try:
         parsed: Any = command.main(args=words, prog_name=name, standalone_mode=False)
@@ -77,6 +150,23 @@ def read_options(
     if isinstance(parsed, int):
         raise SystemExit(parsed)
     return parsed  # type: ignore[no-any-return]
+
+
+def _command_class(
+    flags: Sequence[str], many: Sequence[str], *, name_of: Callable[[str], str] = str
+) -> type[TyperCommand]:
+    """Return typer's command for options with values that typer cannot read by itself."""
+
+    class Spelled(TyperCommand):
+        def __init__(self, *args: Any, **values: Any) -> None:
+            super().__init__(*args, **values)
+            for each in self.params:
+                each.opts = list(dict.fromkeys(map(name_of, each.opts)))
+
+        def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+            return super().parse_args(ctx, _spelled_out(args, flags, many))
+
+    return Spelled
 
 
 def usage_text(error: Any) -> str:
@@ -171,15 +261,17 @@ def _number(text: str) -> float:
 
 def _spelled_out(words: Sequence[str], flags: Sequence[str], many: Sequence[str]) -> list[str]:
     """Give every option exactly one value, which is all that typer can read."""
+    with_or_without, in_a_row = ({hyphens(name) for name in names} for names in (flags, many))
     spelled: list[str] = []
     option = ""
     for index, word in enumerate(words):
         is_option = word.startswith("-")
-        if not is_option and option in many and spelled[-1] != option:
+        if not is_option and hyphens(option) in in_a_row and spelled[-1] != option:
             spelled.append(option)
         spelled.append(word)
         if is_option:
             option = word
-            if word in flags and (index + 1 == len(words) or words[index + 1].startswith("-")):
+            alone = index + 1 == len(words) or words[index + 1].startswith("-")
+            if hyphens(word) in with_or_without and alone:
                 spelled.append("true")
     return spelled

@@ -8,14 +8,24 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple, TypeAlias
 
 import typer
+from rich.markup import escape
 
-from common.cli import USAGE_ERROR, complain, exit_code, say
+import flask_server
+import infer_net
+import online_process
+import train_net
+from common.cli import USAGE_ERROR, WORDS, Script, complain, exit_code, say
+from corpus.build import command as build
+from corpus.build import label_map
+from corpus.extract import out_of_fold
+from corpus.extract.run import script as extraction
+from corpus.extract.work import Kind
 from scripts.commands import (
     bundle,
     cache,
@@ -35,50 +45,128 @@ from scripts.commands import (
     weights,
     zeroshot,
 )
+from scripts.commands.examples import EXAMPLES
+from scripts.data_scripts import analyze_posts, download_mp, pull_posts
 
 _NAME = "insighttag"
 _LEVEL = "INSIGHTTAG_LOG__LEVEL"
 
+Runs: TypeAlias = Callable[..., None] | Script[Any]
+_KINDS: tuple[Kind, ...] = ("image", "video", "audio", "text")
+_FILES, _CORPUS, _MODELS, _SERVING, _CARE = (
+    "Your own files",
+    "From the platform to a training set",
+    "Models",
+    "Serving",
+    "Upkeep",
+)
+
+
+class Group(NamedTuple):
+    """Commands under one name."""
+
+    about: str
+    commands: Mapping[str, Runs]
+
+
+COMMANDS: Mapping[str, Mapping[str, Runs | Group]] = {
+    _FILES: {
+        "train": train.train,
+        "tag": tag.tag,
+        "inspect": inspect.inspect,
+        "doctor": doctor.doctor,
+    },
+    _CORPUS: {
+        "pull": pull_posts.SCRIPT,
+        "download": download_mp.SCRIPT,
+        "analyze": analyze_posts.SCRIPT,
+        "extract": Group(
+            "Features of posts: image, video, audio, text.",
+            {kind: extraction(kind) for kind in _KINDS},
+        ),
+        "label-map": label_map.SCRIPT,
+        "build": build.SCRIPT,
+    },
+    _MODELS: {
+        "weights": Group(
+            "The weights of encoders: what is needed, put in place.", weights.COMMANDS
+        ),
+        "train-net": train_net.SCRIPT,
+        "infer": infer_net.SCRIPT,
+        "tune": tune.tune,
+        "zeroshot": zeroshot.zeroshot,
+        "out-of-fold": out_of_fold.SCRIPT,
+        "bundle": Group("Bundles: back to an earlier one, thresholds, more tags.", bundle.COMMANDS),
+        "export": export.export,
+    },
+    _SERVING: {
+        "work": online_process.SCRIPT,
+        "serve": flask_server.SCRIPT,
+        "publish": publish.publish,
+        "retag": retag.retag,
+        "status": status.status,
+        "show": show.show,
+        "dead": Group("The dead letters: posts set aside with their reason.", dead.COMMANDS),
+    },
+    _CARE: {
+        "labels": Group("The taxonomy: recorded changes and checks.", labels.COMMANDS),
+        "cache": Group("The feature cache.", cache.COMMANDS),
+        "services": Group("The embedded broker and database.", services.COMMANDS),
+    },
+}
+
 
 def build_app() -> typer.Typer:
     """Every command by its name."""
-    app = typer.Typer(
-        name=_NAME,
-        help="Multimodal tagging: posts in by message queue, tags out to MongoDB.",
-        no_args_is_help=True,
-        rich_markup_mode=None,
-    )
+    app = _typer("Multimodal tagging: posts in by message queue, tags out to MongoDB.")
     app.callback()(_global_options)
-    app.command("publish")(publish.publish)
-    app.command("retag")(retag.retag)
-    app.command("train")(train.train)
-    app.command("tag")(tag.tag)
-    app.command("inspect")(inspect.inspect)
-    app.command("status")(status.status)
-    app.command("show")(show.show)
-    app.command("doctor")(doctor.doctor)
-    app.command("export")(export.export)
-    app.command("tune")(tune.tune)
-    app.command("zeroshot")(zeroshot.zeroshot)
-    groups = {
-        "dead": ("The dead letters: posts set aside with their reason.", dead.COMMANDS),
-        "bundle": ("Bundles: back to an earlier one, thresholds, more tags.", bundle.COMMANDS),
-        "labels": ("The taxonomy: recorded changes and checks.", labels.COMMANDS),
-        "cache": ("The feature cache.", cache.COMMANDS),
-        "weights": ("The weights of encoders: what is needed, put in place.", weights.COMMANDS),
-        "services": ("The embedded broker and database.", services.COMMANDS),
-    }
-    for name, (text, commands) in groups.items():
-        group = typer.Typer(help=text, no_args_is_help=True, rich_markup_mode=None)
-        for verb, function in commands.items():
-            group.command(verb)(function)
-        app.add_typer(group, name=name)
+    for panel, commands in COMMANDS.items():
+        for name, runs in commands.items():
+            if isinstance(runs, Group):
+                sub = _typer(runs.about)
+                for verb, verb_runs in runs.commands.items():
+                    _add(sub, f"{name} {verb}", verb_runs)
+                app.add_typer(sub, name=name, rich_help_panel=panel)
+            else:
+                _add(app, name, runs, rich_help_panel=panel)
     return app
+
+
+def _typer(about: str) -> typer.Typer:
+    return typer.Typer(
+        name=_NAME,
+        help=about,
+        no_args_is_help=True,
+        rich_markup_mode="rich",
+        context_settings=WORDS,
+    )
+
+
+def _add(app: typer.Typer, path: str, runs: Runs, **shown: Any) -> None:
+    examples = EXAMPLES.get(path, ())
+    if examples:
+        lines = (f"  {_NAME} {path} {words}".rstrip() for words in examples)
+        shown["epilog"] = "\n".join(("Examples:", *lines))
+    if isinstance(runs, Script):
+        runs.mount(app, path, **shown)
+    else:
+        app.command(path.rsplit(maxsplit=1)[-1], **shown)(runs)
+
+
+def _escape(command: Any) -> None:
+    """Keep square brackets in help: to rich they are markup."""
+    command.help = escape(command.help or "")
+    command.epilog = escape(command.epilog or "")
+    for parameter in command.params:
+        parameter.help = escape(getattr(parameter, "help", None) or "")
+    for each in getattr(command, "commands", {}).values():
+        _escape(each)
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     command = typer.main.get_command(build_app())
+    _escape(command)
 
     def call() -> int:
         try:

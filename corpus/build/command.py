@@ -7,7 +7,7 @@ import os
 import sqlite3
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
-from common.cli import exit_code, read_options, say
+from common.cli import Script, say
 from common.errors import ConfigError, TaggingError
 from common.files import write_whole
 from common.post import MODALITIES
@@ -100,12 +100,11 @@ def _relative(path: Path, out: Path) -> str:
     return os.path.relpath(path.absolute(), out.absolute())
 
 
-NAME = "build_trainval_data.py"
 _SHOWN_MOVES = 20  # a screen; the rest can be seen by comparing the two split.jsonl
 _ABOUT = (
-    "Join labels and features, and split the posts into training, validation and test files "
-    "without leakage: posts that share an author, a medium, a text or a group of near-duplicates "
-    "never stand on two sides."
+    "Split posts into training, validation and test files, without leakage.\n\n"
+    "Labels and features are joined. Posts that share an author, a medium, a text or a group of "
+    "near-duplicates never stand on two sides."
 )
 
 
@@ -170,15 +169,20 @@ class Options:
     format: Annotated[Form, typer.Option(help="of the data files")] = "json"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Build; 0 done, 2 the input is wrong, 1 anything else."""
+def _run(options: Options) -> None:
+    for path in build(options):
+        say(f"{path}\n")
 
-    def run() -> None:
-        options = read_options(Options, NAME, arguments, about=_ABOUT, many=("--modalities",))
-        for path in build(options):
-            say(f"{path}\n")
 
-    return exit_code(NAME, run, interrupted="interrupted; nothing was changed, run it again")
+SCRIPT = Script(
+    "build_trainval_data.py",
+    Options,
+    _run,
+    about=_ABOUT,
+    many=("--modalities",),
+    interrupted="interrupted; nothing was changed, run it again",
+)
+main = SCRIPT.main
 
 
 def build(options: Options) -> Iterable[Path]:

@@ -11,18 +11,17 @@ from typing import Annotated
 
 import typer
 
-from common.cli import exit_code, read_options, say
+from common.cli import Script, say
 from common.errors import ConfigError
 from common.files import write_whole
 from common.progress import progress_bar
 from config.labels import LabelMap
 from fusion.data.data_file import BadLine, read_posts
 
-NAME = "build_label_map.py"
 _ABOUT = (
-    "Make a label map, index to name, from the labels of posts. Tags stand in the order of their "
-    "number of posts, equal ones by name; with --base the tags of an earlier map keep their index "
-    "and new ones follow."
+    "Make a label map, index to name, from the labels of posts.\n\nTags stand in the order of "
+    "their number of posts, equal ones by name; with --base the tags of an earlier map keep their "
+    "index and new ones follow."
 )
 _SHOWN = 20  # tags that the terminal shows
 
@@ -43,13 +42,6 @@ class Options:
     ] = None
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Make the map; 0 done, 2 the input is wrong, 1 anything else."""
-    return exit_code(
-        NAME, lambda: _make(read_options(Options, NAME, arguments, about=_ABOUT, many=("--input",)))
-    )
-
-
 def _make(options: Options) -> None:
     counts, broken, bare = count_labels(options.input)
     base = LabelMap.load(options.base) if options.base is not None else None
@@ -60,6 +52,10 @@ def _make(options: Options) -> None:
     if broken or bare:
         say(f"left out: {broken} broken lines, {bare} posts without labels\n")
     say(f"{len(labels)} tags: {out}\n")
+
+
+SCRIPT = Script("build_label_map.py", Options, _make, about=_ABOUT, many=("--input",))
+main = SCRIPT.main
 
 
 def count_labels(files: Sequence[Path]) -> tuple[Counter[str], int, int]:

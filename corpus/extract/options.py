@@ -101,9 +101,17 @@ class Options:
     devices: tuple[str, ...]
 
 
-def parse(kind: Kind, arguments: Sequence[str] | None = None) -> Options:
-    about = f"Extract the features of {_WHAT[kind]} into one feature file a post.\n{_EPILOG}"
-    line = read_options(CommandLine, f"extract_{kind}_features", arguments, about=about)
+def about(kind: Kind) -> str:
+    """Return the help of a script."""
+    return f"Extract the features of {_WHAT[kind]} into one feature file a post.\n{_EPILOG}"
+
+
+def parse(kind: Kind, arguments: Sequence[str]) -> Options:
+    return options_of(kind, read_options(CommandLine, f"extract_{kind}_features", arguments))
+
+
+def options_of(kind: Kind, line: CommandLine) -> Options:
+    """Return the options that follow from a command line."""
     source = line.manifest or line.input
     if source is None or (line.manifest and line.input):
         raise ConfigError("name the posts with either --input or --manifest")

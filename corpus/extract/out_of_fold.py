@@ -9,7 +9,7 @@ ones in the backbone's settings.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -17,7 +17,7 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from common.cli import ConfigFile, Overrides, exit_code, read_options, say
+from common.cli import ConfigFile, Overrides, Script, say
 from common.errors import ConfigError
 from common.files import write_whole
 from common.fingerprint import digest
@@ -37,10 +37,10 @@ from fusion.data.data_file import MEDIA_KEYS, relative_to_file
 from fusion.data.posts import PostList, stratified_folds
 from fusion.train.options import TrainOptions, train_settings
 
-NAME = "out_of_fold_features.py"
 _ABOUT = (
-    "Extract the features of the posts that a backbone is trained on, each post's by a backbone "
-    "that was not trained on it; train the backbones for it. Run it again to go on."
+    "Extract features of a backbone's own training posts, by backbones that did not see them.\n\n"
+    "Each post's features are made by a backbone that was not trained on it; the backbones are "
+    "trained for it. Run it again to go on."
 )
 
 
@@ -77,16 +77,6 @@ class Options:
             help="folder of the folds; default: out_of_fold in trainer.save_dir",
         ),
     ] = None
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Extract; 0 done, 2 the input is wrong, 1 anything else."""
-    return exit_code(
-        NAME,
-        lambda: _run(read_options(Options, NAME, arguments, about=_ABOUT)),
-        interrupted="interrupted; run it again to go on",
-        again="; run it again to go on",
-    )
 
 
 def _run(options: Options) -> int:
@@ -128,6 +118,17 @@ def _run(options: Options) -> int:
         f"to serve: {names}\n"
     )
     return 0
+
+
+SCRIPT = Script(
+    "out_of_fold_features.py",
+    Options,
+    _run,
+    about=_ABOUT,
+    interrupted="interrupted; run it again to go on",
+    again="; run it again to go on",
+)
+main = SCRIPT.main
 
 
 def _check_same(

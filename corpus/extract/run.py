@@ -9,11 +9,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from common.cli import exit_code, say
+from common.cli import Script, say
 from common.logs import configure_logs
 from common.progress import progress_bar
 from corpus.databases import open_scratch
-from corpus.extract.options import Options, parse
+from corpus.extract.options import CommandLine, Options, about, options_of
 from corpus.extract.work import MODALITIES_OF, Entry, FailedPart, Inputs, Kind, Result
 from corpus.records import AtomicLines, Summary
 from corpus.runs import Interrupt
@@ -117,14 +117,21 @@ class Engine(Protocol):
         ...
 
 
-def main(kind: Kind, arguments: Sequence[str] | None = None) -> int:
-    """Extract; 0 done, 2 the input is wrong, 1 anything else."""
-    return exit_code(
+def script(kind: Kind) -> Script[CommandLine]:
+    """Return the script of a kind."""
+    return Script(
         f"extract_{kind}_features",
-        lambda: extract(parse(kind, arguments)),
+        CommandLine,
+        lambda line: extract(options_of(kind, line)),
+        about=about(kind),
         interrupted="interrupted; run it again to go on",
         again="; run it again to go on",
     )
+
+
+def main(kind: Kind, arguments: Sequence[str] | None = None) -> int:
+    """Extract; 0 done, 2 the input is wrong, 1 anything else."""
+    return script(kind).main(arguments)
 
 
 def extract(options: Options) -> None:

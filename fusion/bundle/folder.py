@@ -17,6 +17,9 @@ from common.files import link_or_copy, part_of, publish
 ABOUT = "bundle.yaml"
 _TIME = "%Y%m%dT%H%M%SZ"
 
+# Files that hold weights alone, which need a bundle for the rest.
+WEIGHT_FILES = (".pth", ".pt", ".bin", ".safetensors")
+
 
 def newest_version(folder: Path) -> str | None:
     """Return the version in the folder now, None while there is none; reads one small file."""

@@ -12,12 +12,10 @@ import torch
 from common.errors import ConfigError
 from common.pth import load_weights
 from fusion.bundle.bundle import WEIGHTS, joined, load_bundle, save_bundle
-from fusion.bundle.folder import ABOUT
+from fusion.bundle.folder import ABOUT, WEIGHT_FILES
 
 if TYPE_CHECKING:
     from fusion.models import FusionModel
-
-WEIGHT_FILES = (".pth", ".pt", ".bin", ".safetensors")
 
 
 def save_legacy(model: torch.nn.Module, path: Path, *, whole: bool) -> None:

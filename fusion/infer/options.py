@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from common.cli import Overrides, option, read_options
+from common.cli import Overrides, option
 from common.errors import ConfigError
 from config.load import did_you_mean, given_options, layered, load_settings, read_yaml
 from config.settings import InferSettings, RunSettings, Settings
-from fusion.bundle.legacy import WEIGHT_FILES
+from fusion.bundle.folder import WEIGHT_FILES
 
 INFER_CONFIG = Path("config/infer_config.yaml")
 _KEYS = {name: name for name in ("n_gpus", "processes", "format")}
@@ -27,10 +26,11 @@ class InferOptions:
     infer_config: Annotated[
         Path | None,
         option(
-            "infer_config",
+            "config",
             "F",
             f"YAML file; default {INFER_CONFIG}; one with the daemon's keys, such as "
             "config/infer_config_e2e.yaml, tags raw media",
+            "infer_config",
         ),
     ] = None
     input: Annotated[
@@ -44,14 +44,20 @@ class InferOptions:
     output: Annotated[
         str | None,
         option(
-            "output", "F", "file, or mongodb://HOST/DATABASE.COLLECTION; default standard output"
+            "out",
+            "F",
+            "file, or mongodb://HOST/DATABASE.COLLECTION; default standard output",
+            "output",
         ),
     ] = None
     format: Annotated[
         str | None, option("format", "X", "jsonl, csv or mongodb; default by the output's name")
     ] = None
     n_gpus: Annotated[
-        str | None, option("n_gpus", "N", "number of GPUs, a process for each; 0 runs on the CPU")
+        str | None,
+        option(
+            "gpus", "N", "number of GPUs, a process for each; 0 runs on the CPU", "n_gpus", "n_gpu"
+        ),
     ] = None
     processes: Annotated[str | None, option("processes", "N", "number of processes on the CPU")] = (
         None
@@ -59,10 +65,11 @@ class InferOptions:
     best_model: Annotated[
         Path | None,
         option(
-            "best_model",
+            "bundle",
             "M",
             "folder of a bundle, its model.safetensors, or a .pth with weights for the bundle of "
             "the config",
+            "best_model",
         ),
     ] = None
     skip_bad: Annotated[
@@ -77,13 +84,9 @@ class InferOptions:
     ] = False
     overrides: Overrides
 
-
-def infer_options(arguments: Sequence[str] | None = None) -> InferOptions:
-    about = "Tag posts from their feature files, or from raw media."
-    options = read_options(InferOptions, "infer_net.py", arguments, about=about)
-    if options.resume and options.restart:
-        raise ConfigError("--restart: not allowed with --resume")
-    return options
+    def __post_init__(self) -> None:
+        if self.resume and self.restart:
+            raise ConfigError("--restart: not allowed with --resume")
 
 
 def infer_settings(options: InferOptions) -> InferSettings | Settings:

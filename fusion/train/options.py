@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, TypeAlias
 
-from common.cli import Overrides, option, read_options
+from common.cli import Overrides, option
 from common.errors import ConfigError
 from config.load import given_options, layered, parse_overrides, read_yaml
 from config.presets import merge
@@ -40,7 +39,7 @@ class TrainOptions:
     """The command line of `train_net.py`; the settings check the values."""
 
     model_config: Annotated[
-        Path | None, option("model_config", "F", f"YAML file; default {TRAIN_CONFIG}")
+        Path | None, option("config", "F", f"YAML file; default {TRAIN_CONFIG}", "model_config")
     ] = None
     batch_size: Annotated[Text, option("batch_size", "N", "posts in a training batch")] = None
     learning_rate: Annotated[Text, option("learning_rate", "X", "peak learning rate")] = None
@@ -52,10 +51,14 @@ class TrainOptions:
             "a run's folder or checkpoint to go on from; or weights: best.pt, a bundle, a .pth",
         ),
     ] = None
-    n_gpu: Annotated[Text, option("n_gpu", "N", "number of GPUs; 0 trains on the CPU")] = None
-    epoch: Annotated[Text, option("epoch", "N", "number of epochs; 0 takes the config's")] = None
+    n_gpu: Annotated[
+        Text, option("gpus", "N", "number of GPUs; 0 trains on the CPU", "n_gpu", "n_gpus")
+    ] = None
+    epoch: Annotated[
+        Text, option("epochs", "N", "number of epochs; 0 takes the config's", "epoch")
+    ] = None
     save_dir: Annotated[
-        Path | None, option("save_dir", "DIR", "folder of the runs; latest leads to one")
+        Path | None, option("out", "DIR", "folder of the runs; latest leads to one", "save_dir")
     ] = None
     valid_interval: Annotated[
         Text, option("valid_interval", "N", "epochs between validations; 0 only at the end")
@@ -75,16 +78,6 @@ class TrainOptions:
         ),
     ] = None
     overrides: Overrides
-
-
-def train_options(arguments: Sequence[str] | None = None) -> TrainOptions:
-    return read_options(
-        TrainOptions,
-        "train_net.py",
-        arguments,
-        about="Train a fusion model on feature files and write its bundle; or a backbone.",
-        flags=("--fix_random_seed", "--skip_bad"),
-    )
 
 
 def train_settings(options: TrainOptions) -> TrainSettings | BackboneTrainSettings:

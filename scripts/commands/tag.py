@@ -58,9 +58,7 @@ def tag(
 ) -> None:
     """Tag posts in files, without a queue.
 
-    Media are local paths or URLs; all models run in this process. Example:
-
-    insighttag tag pictures/ --out tags.jsonl --bundle mine/bundle
+    Media are local paths or URLs; all models run in this process.
     """
     sets = list(overrides or ())
     if bundle is not None:

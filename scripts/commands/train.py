@@ -22,11 +22,14 @@ _TRAINING = set(TrainSettings.model_fields) - {"task", "data"}
 
 
 Posts = Annotated[
-    Path,
+    Path | None,
     typer.Argument(
         metavar="POSTS",
         help="A folder of pictures, videos and sounds; or posts as .csv, .jsonl or .json.",
     ),
+]
+NamedPosts = Annotated[
+    Path | None, typer.Option("--posts", metavar="POSTS", help="The same, as an option.")
 ]
 Out = Annotated[
     Path, typer.Option("--out", metavar="FOLDER", help="Takes bundle, report and the rest.")
@@ -65,8 +68,9 @@ Sets = Annotated[
 
 
 def train(
-    posts: Posts,
+    posts: Posts = None,
     *,
+    named_posts: NamedPosts = None,
     out: Out,
     labels: Labels = None,
     preset: Encoders = None,
@@ -81,10 +85,11 @@ def train(
 ) -> None:
     """Train on your own posts: read, split, extract, train, report, in one folder.
 
-    Interrupted, the same command goes on. Example:
-
-    insighttag train pictures/ --labels labels.csv --out mine
+    Interrupted, the same command goes on.
     """
+    source = posts or named_posts
+    if source is None or (posts and named_posts):
+        raise ConfigError("train: name the posts once: insighttag train POSTS --out FOLDER")
     settings, training = _settings(config, preset, overrides or ())
     # Lines of the default level would tear the progress bars.
     level = "warning" if settings.log.level == "info" else settings.log.level
@@ -92,7 +97,7 @@ def train(
     from corpus.from_files.training import OwnTraining, train_own_posts
 
     plan = OwnTraining(
-        source=posts,
+        source=source,
         labels=labels,
         out=out,
         settings=settings,

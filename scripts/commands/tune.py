@@ -18,7 +18,7 @@ _SHOWN = 10
 def tune(
     model_config: Annotated[
         Path,
-        typer.Option("--model_config", metavar="F", help="The training's YAML file."),
+        typer.Option("--config", "--model_config", metavar="F", help="The training's YAML file."),
     ] = Path("config/train_config.yaml"),
     out: Annotated[
         Path, typer.Option(metavar="DIR", help="Folder of the search; the same one goes on.")

@@ -9,15 +9,12 @@ are opened; run it again after whatever ended it, and none is opened twice.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs as a plain script too
 
-from common.cli import exit_code, read_options
+from common.cli import Script
 from corpus.analyze.command import ANALYSIS, DUPLICATES, REPORT, Options, analyze
-
-_NAME = "analyze_posts"
 
 
 def _run(options: Options) -> None:
@@ -25,13 +22,14 @@ def _run(options: Options) -> None:
     print(", ".join(str(options.out / name) for name in (REPORT, ANALYSIS, DUPLICATES)))
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    return exit_code(
-        _NAME,
-        lambda: _run(read_options(Options, _NAME, arguments, about=__doc__)),
-        interrupted="interrupted; run it again: what is measured stays",
-    )
-
+SCRIPT = Script(
+    "analyze_posts",
+    Options,
+    _run,
+    about=__doc__,
+    interrupted="interrupted; run it again: what is measured stays",
+)
+main = SCRIPT.main
 
 if __name__ == "__main__":
     sys.exit(main())

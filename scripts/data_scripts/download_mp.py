@@ -9,27 +9,23 @@ after whatever ended it, and it goes on where it stopped.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs as a plain script too
 
-from common.cli import exit_code, read_options
+from common.cli import Script
 from corpus.download.values import Options
 
-_NAME = "download_mp"
+
+def _run(options: Options) -> int:
+    _ = options.fetch  # a wrong setting is told before anything is made
+    from corpus.download.run import download
+
+    return download(options)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    def run() -> int:
-        options = read_options(Options, _NAME, arguments, about=__doc__)
-        _ = options.fetch  # a wrong setting is told before anything is made
-        from corpus.download.run import download
-
-        return download(options)
-
-    return exit_code(_NAME, run)
-
+SCRIPT = Script("download_mp", Options, _run, about=__doc__)
+main = SCRIPT.main
 
 if __name__ == "__main__":
     sys.exit(main())

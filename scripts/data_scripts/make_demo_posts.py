@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -17,11 +16,9 @@ import typer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs as a plain script too
 
-from common.cli import exit_code, read_options, share
+from common.cli import Script, share
 from common.errors import ConfigError
 from demo.posts.plan import DATA_FILE, Split, plan_posts
-
-_NAME = "make_demo_posts"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,9 +53,7 @@ def run(line: CommandLine) -> None:
     print(f"{len(plans)} posts: {line.out / DATA_FILE}")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    return exit_code(_NAME, lambda: run(read_options(CommandLine, _NAME, arguments, about=__doc__)))
-
+main = Script("make_demo_posts", CommandLine, run, about=__doc__).main
 
 if __name__ == "__main__":
     sys.exit(main())

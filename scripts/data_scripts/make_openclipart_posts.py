@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -18,11 +17,9 @@ import typer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs as a plain script too
 
-from common.cli import exit_code, read_options
+from common.cli import Script
 from common.errors import ConfigError
 from config.labels import LabelMap
-
-_NAME = "make_openclipart_posts"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,9 +75,7 @@ def run(line: CommandLine) -> None:
     )
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    return exit_code(_NAME, lambda: run(read_options(CommandLine, _NAME, arguments, about=__doc__)))
-
+main = Script("make_openclipart_posts", CommandLine, run, about=__doc__).main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -10,9 +10,10 @@ import cv2
 import numpy as np
 import pytest
 
+import infer_net
 from config.load import load_settings
 from config.settings import Settings
-from fusion.infer.options import infer_options, infer_settings
+from fusion.infer.options import infer_settings
 from scripts.cli import run
 from tests.support.scripts import infer_rig as rig
 from tests.support.tiny_models import tiny_site
@@ -125,10 +126,12 @@ def test_the_daemons_default_config_is_one_for_raw_media(project_root: Path) -> 
     config = project_root / "config" / "infer_config_e2e.yaml"
     assert load_settings(config).infer.processes == 1
     given = ["--infer_config", str(config), "--input", "x.json", "--processes", "2"]
-    settings = infer_settings(infer_options([*given, "--output", "2026", "--n_gpus", "0"]))
+    settings = infer_settings(infer_net.SCRIPT.read([*given, "--output", "2026", "--n_gpus", "0"]))
     assert isinstance(settings, Settings)
     assert (settings.infer.processes, settings.infer.output) == (2, "2026")
     assert settings.infer.n_gpus == 0
     plain = project_root / "config" / "infer_config.yaml"
-    other = infer_settings(infer_options(["--infer_config", str(plain), "--input", "x.json"]))
+    other = infer_settings(
+        infer_net.SCRIPT.read(["--infer_config", str(plain), "--input", "x.json"])
+    )
     assert not isinstance(other, Settings)

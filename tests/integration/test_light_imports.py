@@ -18,6 +18,8 @@ MODELS = "torch cv2 av transformers timm onnxruntime"
         ("import extractors.feature_file, extractors.suite", f"{MODELS} safetensors"),
         ("import workers.pool.channel, workers.roles.loop", f"{MODELS} redis requests"),
         ("import online_process; online_process.main(['--help'])", f"{MODELS} kombu pymongo"),
+        ("import infer_net; infer_net.main(['--help'])", MODELS),
+        ("import sys; from scripts.cli import run; sys.exit(run(['--help']))", f"{MODELS} kombu"),
         ("from corpus.extract.run import main; main('image', ['--help'])", f"{MODELS} ray"),
         ("from corpus.extract.out_of_fold import main; main(['--help'])", f"{MODELS} ray"),
     ],

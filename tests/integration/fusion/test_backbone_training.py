@@ -34,7 +34,7 @@ from fusion.backbones.media import MediaItems
 from fusion.backbones.model import MediaTagger, create_backbone
 from fusion.backbones.text import TextTagger, save_text
 from fusion.backbones.training import train_backbones
-from fusion.train.options import train_options, train_settings
+from fusion.train.options import train_settings
 from tests.support import media
 from tests.support.fusion.media_posts import write_labels, write_pictures, write_videos
 from tests.support.tiny_models import TINY_CNN, tiny_features
@@ -424,11 +424,15 @@ def test_one_file_is_served_where_the_settings_say(posts: Path, tmp_path: Path) 
 
 def test_the_configs_of_the_backbones_are_valid() -> None:
     """The files in config/ have the published sizes, and every key is known."""
-    image = train_settings(train_options(["--model_config", "config/train_image_eff103.yaml"]))
+    image = train_settings(
+        train_net.SCRIPT.read(["--model_config", "config/train_image_eff103.yaml"])
+    )
     assert isinstance(image, BackboneTrainSettings)
     assert image.backbone.arch == "efficientnet_b5"
     assert len(LabelMap.load(image.data.labels)) == 103
-    video = train_settings(train_options(["--model_config", "config/train_video_tsn_lstm.yaml"]))
+    video = train_settings(
+        train_net.SCRIPT.read(["--model_config", "config/train_video_tsn_lstm.yaml"])
+    )
     assert isinstance(video, BackboneTrainSettings)
     assert (video.backbone.arch, video.tsn.frames) == ("resnet50", 300)
     assert (video.lstm.projection, video.lstm.hidden, video.lstm.dropout) == (1024, 512, 0.5)

@@ -13,13 +13,13 @@ import train_net
 from common.errors import ConfigError
 from config.settings import InferSettings
 from config.train import BackboneTrainSettings, TrainSettings
-from fusion.infer.options import infer_options, infer_settings
-from fusion.train.options import train_options, train_settings
+from fusion.infer.options import infer_settings
+from fusion.train.options import train_settings
 from tests.support.fusion import runs
 
 
 def given(*options: str) -> TrainSettings:
-    found = train_settings(train_options(options))
+    found = train_settings(train_net.SCRIPT.read(options))
     assert isinstance(found, TrainSettings)
     return found
 
@@ -31,7 +31,7 @@ def test_folders_are_taken_as_they_are_written(tmp_path: Path) -> None:
     trainer = given("--model_config", config, "--save_dir", "2026", "--epoch", "3").trainer
     assert (trainer.save_dir, trainer.epochs) == (Path("2026"), 3)
     asked = ["--infer_config", config, "--input", "x.json", "--best_model", "2026-01-31"]
-    settings = infer_settings(infer_options([*asked, "--n_gpus", "0"]))
+    settings = infer_settings(infer_net.SCRIPT.read([*asked, "--n_gpus", "0"]))
     assert isinstance(settings, InferSettings)
     assert (settings.bundle, settings.n_gpus) == (Path("2026-01-31"), 0)
 
@@ -66,13 +66,13 @@ def test_the_task_chooses_what_is_trained(tmp_path: Path) -> None:
         file.write_text(json.dumps({"task": task}))
         options = ["--batch_size", "7", "--learning_rate", "0.5", "--epoch", "9", "--skip_bad"]
         options += ["--n_gpu", "0", "--valid_interval", "3", "--log_interval", "4"]
-        found = train_settings(train_options(["--model_config", str(file), *options]))
+        found = train_settings(train_net.SCRIPT.read(["--model_config", str(file), *options]))
         assert isinstance(found, kind)
         assert (found.trainer.batch_size, found.trainer.epochs) == (7, 9)
         assert (found.optimizer.learning_rate, found.data.skip_bad) == (0.5, True)
         assert (found.trainer.valid_interval, found.trainer.log_interval) == (3, 4)
     with pytest.raises(ConfigError, match="task: must be one of fusion, image_backbone, video"):
-        train_settings(train_options(["--set", "task=magic"]))
+        train_settings(train_net.SCRIPT.read(["--set", "task=magic"]))
 
 
 def test_the_sample_config_is_whole() -> None:
