@@ -48,7 +48,7 @@ def collect(asked: Settings, settings: Settings) -> dict[str, Any]:
     return {
         "queue": _queue(settings.broker),
         "store": _store(settings.store),
-        "king": _king(settings),
+        "king": king_health(settings),
         "services": services and [view_json(view) for view in services],
     }
 
@@ -88,7 +88,8 @@ def _answer(name: str, url: str, question: Callable[[], Any]) -> dict[str, Any]:
         return {name: None, "error": str(error)}
 
 
-def _king(settings: Settings) -> dict[str, Any] | None:
+def king_health(settings: Settings) -> dict[str, Any] | None:
+    """Return the health file of the King, with its age and whether it is alive."""
     health = read_health(settings.king.health_file)
     if health is None:
         return None

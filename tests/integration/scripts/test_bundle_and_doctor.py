@@ -101,7 +101,7 @@ def test_doctor_counts_what_fits_and_what_does_not(
         "--set",
         "features.image.weights=pretrained",
     ]
-    assert run([*words, "--json"]) == 0
+    assert run([*words, "--json"]) == 1  # weights and a bundle are missing
     content = json.loads(capsys.readouterr().out)
     assert content["posts"] == 4
     assert content["ids"] == {"str": 2, "int": 1}
@@ -116,7 +116,8 @@ def test_doctor_counts_what_fits_and_what_does_not(
     }
     here = {each["encoder"]: each["here"] for each in content["weights"]}
     assert (here["me/bert"], here["me/siglip"]) == ("random:1", "")
-    assert run(words) == 0
+    assert run(words) == 1
     out = capsys.readouterr().out
     assert "1 posts: object with zh" in out
-    assert "image: me/siglip: missing: insighttag weights get me/siglip" in out
+    assert "set store.fields.text to the path inside, as text.KEY" in out
+    assert "me/siglip: missing\n         -> insighttag weights get me/siglip" in out
