@@ -32,6 +32,7 @@ from scripts.commands import (
     dead,
     doctor,
     export,
+    init,
     inspect,
     labels,
     publish,
@@ -71,6 +72,7 @@ class Group(NamedTuple):
 
 COMMANDS: Mapping[str, Mapping[str, Runs | Group]] = {
     _FILES: {
+        "init": init.init,
         "train": train.train,
         "tag": tag.tag,
         "inspect": inspect.inspect,

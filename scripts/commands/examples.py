@@ -7,6 +7,7 @@ from collections.abc import Mapping
 _EXTRACT = ("--input work/posts.jsonl --features work/features",)
 
 EXAMPLES: Mapping[str, tuple[str, ...]] = {
+    "init": ("mine", "mine --preset modern"),
     "train": (
         "pictures/ --labels labels.csv --out mine",
         "posts.jsonl --out mine --set trainer.epochs=5",
