@@ -48,6 +48,7 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
     "publish": ("POST_ID OTHER_ID", "--file ids.txt --priority 5", "--untagged"),
     "retag": ("--bundle-older-than current",),
     "status": ("--json",),
+    "top": ("--config mine/settings.yaml", "--once --json"),
     "show": ("POST_ID",),
     "dead list": ("--json",),
     "dead show": ("POST_ID",),
