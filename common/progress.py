@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -29,6 +30,10 @@ _LINE_EVERY_S = 30.0
 # The time left is estimated from the steps of the last minute: a resumed run passes over what is
 # done in no time, and a longer window would promise that pace for the rest.
 _ESTIMATE_S = 60.0
+
+# A person who has heard nothing for two seconds wonders whether it hangs. At half, every slow
+# answer is announced; at double, the word comes when one has reached for Ctrl-C.
+_SILENT_S = 1.5
 
 
 class Bar:
@@ -116,3 +121,15 @@ def notice(text: str, *, enabled: bool = True) -> None:
     """Write one line for the person at the terminal, on standard error."""
     if enabled:
         Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(visible(text))
+
+
+@contextmanager
+def told_if_long(text: str, after_s: float = _SILENT_S) -> Iterator[None]:
+    """Write one line when the block takes long, as while a server does not answer."""
+    timer = threading.Timer(after_s, notice, (text,))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()

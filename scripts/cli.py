@@ -71,61 +71,63 @@ class Group(NamedTuple):
     commands: Mapping[str, Runs]
 
 
-COMMANDS: Mapping[str, Mapping[str, Runs | Group]] = {
-    _FILES: {
-        "init": init.init,
-        "train": train.train,
-        "tag": tag.tag,
-        "inspect": inspect.inspect,
-        "doctor": doctor.doctor,
-    },
-    _CORPUS: {
-        "pull": pull_posts.SCRIPT,
-        "download": download_mp.SCRIPT,
-        "analyze": analyze_posts.SCRIPT,
-        "extract": Group(
-            "Features of posts: image, video, audio, text.",
-            {kind: extraction(kind) for kind in _KINDS},
-        ),
-        "label-map": label_map.SCRIPT,
-        "build": build.SCRIPT,
-    },
-    _MODELS: {
-        "weights": Group(
-            "The weights of encoders: what is needed, put in place.", weights.COMMANDS
-        ),
-        "train-net": train_net.SCRIPT,
-        "infer": infer_net.SCRIPT,
-        "tune": tune.tune,
-        "zeroshot": zeroshot.zeroshot,
-        "out-of-fold": out_of_fold.SCRIPT,
-        "bundle": Group("Bundles: back to an earlier one, thresholds, more tags.", bundle.COMMANDS),
-        "export": export.export,
-    },
-    _SERVING: {
-        "work": online_process.SCRIPT,
-        "serve": flask_server.SCRIPT,
-        "publish": publish.publish,
-        "retag": retag.retag,
-        "status": status.status,
-        "top": top.top,
-        "show": show.show,
-        "dead": Group("The dead letters: posts set aside with their reason.", dead.COMMANDS),
-    },
-    _CARE: {
-        "labels": Group("The taxonomy: recorded changes and checks.", labels.COMMANDS),
-        "cache": Group("The feature cache.", cache.COMMANDS),
-        "services": Group("The embedded broker and database.", services.COMMANDS),
-    },
-}
+def commands() -> Mapping[str, Mapping[str, Runs | Group]]:
+    """Return the commands of each panel of the help."""
+    return {
+        _FILES: {
+            "init": init.init,
+            "train": train.train,
+            "tag": tag.tag,
+            "inspect": inspect.inspect,
+            "doctor": doctor.doctor,
+        },
+        _CORPUS: {
+            "pull": pull_posts.SCRIPT,
+            "download": download_mp.SCRIPT,
+            "analyze": analyze_posts.SCRIPT,
+            "extract": Group(
+                "Features of posts: image, video, audio, text.",
+                {kind: extraction(kind) for kind in _KINDS},
+            ),
+            "label-map": label_map.SCRIPT,
+            "build": build.SCRIPT,
+        },
+        _MODELS: {
+            "weights": Group(
+                "The weights of encoders: what is needed, put in place.", weights.COMMANDS
+            ),
+            "train-net": train_net.SCRIPT,
+            "infer": infer_net.SCRIPT,
+            "tune": tune.tune,
+            "zeroshot": zeroshot.zeroshot,
+            "out-of-fold": out_of_fold.SCRIPT,
+            "bundle": Group("Bundles: back to an earlier one, thresholds, more tags.", bundle.COMMANDS),
+            "export": export.export,
+        },
+        _SERVING: {
+            "work": online_process.SCRIPT,
+            "serve": flask_server.SCRIPT,
+            "publish": publish.publish,
+            "retag": retag.retag,
+            "status": status.status,
+            "top": top.top,
+            "show": show.show,
+            "dead": Group("The dead letters: posts set aside with their reason.", dead.COMMANDS),
+        },
+        _CARE: {
+            "labels": Group("The taxonomy: recorded changes and checks.", labels.COMMANDS),
+            "cache": Group("The feature cache.", cache.COMMANDS),
+            "services": Group("The embedded broker and database.", services.COMMANDS),
+        },
+    }
 
 
 def build_app() -> typer.Typer:
     """Every command by its name."""
     app = _typer("Multimodal tagging: posts in by message queue, tags out to MongoDB.")
     app.callback()(_global_options)
-    for panel, commands in COMMANDS.items():
-        for name, runs in commands.items():
+    for panel, its_commands in commands().items():
+        for name, runs in its_commands.items():
             if isinstance(runs, Group):
                 sub = _typer(runs.about)
                 for verb, verb_runs in runs.commands.items():

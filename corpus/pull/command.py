@@ -24,7 +24,7 @@ from common.times import since_time
 from common.urls import redact
 from config.load import load_settings
 from config.settings import StoreSettings
-from corpus.pull.pages import Page, Pages, Position
+from corpus.pull.pages import Interrupted, Page, Pages, Position
 from corpus.pull.posts import (
     Choice,
     LeftOut,
@@ -106,11 +106,17 @@ def pull(options: Options, resolved: StoreSettings) -> int:
     query = query_of(options)
     lock = options.out.with_name(f".{options.out.name}.lock")
     with only_one(lock, str(options.out)), Stopper() as stopper:
-        pages = Pages(resolved, query, projection(options.store), options.page)
+        pages = Pages(
+            resolved,
+            query,
+            projection(options.store),
+            options.page,
+            stopped=lambda: stopper.asked,
+        )
         run = _Pull(options, pages, lambda: stopper.asked)
         try:
             run.run()
-        except _Interrupted:
+        except Interrupted:
             sys.stderr.write(
                 f"pull_posts: {stopper.asked}: {run.files.written:,} posts written; {_AGAIN}\n"
             )
@@ -270,11 +276,7 @@ class _Pull:
 
     def _heed(self) -> None:
         if self._asked():
-            raise _Interrupted
-
-
-class _Interrupted(Exception):
-    """A signal came."""
+            raise Interrupted
 
 
 def _asked(options: Options) -> dict[str, Any]:

@@ -13,15 +13,18 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import bson
 import structlog
-from pymongo.errors import OperationFailure
 
 from common.errors import ConfigError, RetryableError, StoreUnavailable
+from common.progress import told_if_long
+from common.urls import redact
 from config.settings import StoreSettings
-from king.store.client import StoreClient, all_of
+
+if TYPE_CHECKING:  # pymongo takes a fifth of a second, which --help need not wait for
+    from king.store.client import StoreClient
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +55,13 @@ _MISTAKES = frozenset((2, 9, 14, 51091))
 _BATCH = 1000
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 1.0, 32.0  # about a minute in all
 
+_STEP_S = 0.1  # how late a signal is noticed
+
 log = structlog.get_logger()
+
+
+class Interrupted(Exception):
+    """A signal came."""
 
 
 class Pages:
@@ -66,8 +75,21 @@ class Pages:
         size: int,
         *,
         by_range: bool | None = None,
+        stopped: Callable[[], object] = lambda: None,
     ) -> None:
-        self._client = StoreClient(settings)
+        """Read nothing yet; ``stopped`` is asked while the database is waited for."""
+        from king.store.client import StoreClient
+
+        self._client: StoreClient = StoreClient(settings)
+        self._stopped = stopped
+        waits_s = [_FIRST_WAIT_S]
+        while waits_s[-1] < _LONGEST_WAIT_S:
+            waits_s.append(waits_s[-1] * 2)
+        longest_s = sum(waits_s) + (len(waits_s) + 1) * settings.timeout_s
+        self._patience = (
+            f"database {redact(settings.url)}: no answer yet; waiting for it, at most "
+            f"{longest_s:.0f} s"
+        )
         self._query, self._fields, self._size = dict(query), dict(fields), size
         self._by_range = by_range
         self._wait_s = _FIRST_WAIT_S
@@ -103,6 +125,8 @@ class Pages:
                     break
 
     def _read(self, bounds: Mapping[str, Any]) -> list[dict[str, Any]]:
+        from king.store.client import all_of
+
         condition = all_of({"_id": bounds}, self._query)
         cursor = self._client.posts.find(condition, self._fields).sort("_id", 1)
         return list(cursor.limit(self._size))
@@ -139,7 +163,7 @@ class Pages:
     def _patiently(self, read: Callable[[], T]) -> T:
         while True:
             try:
-                with self._client.edge():
+                with told_if_long(self._patience), self._client.edge():
                     value = read()
             except StoreUnavailable as error:
                 self._wait(error)
@@ -149,13 +173,19 @@ class Pages:
 
     def _wait(self, error: StoreUnavailable) -> None:
         """Wait, longer each time; raise the error when that was long enough."""
+        from pymongo.errors import OperationFailure
+
         cause = error.__cause__
         if isinstance(cause, OperationFailure) and cause.code in _MISTAKES:
             raise ConfigError(f"--query: {error}") from error
         if self._wait_s > _LONGEST_WAIT_S:
             raise error
         log.warning("pull.waiting", wait_s=self._wait_s, error=str(error))
-        time.sleep(self._wait_s)
+        due = time.monotonic() + self._wait_s
+        while (left_s := due - time.monotonic()) > 0:
+            if self._stopped():
+                raise Interrupted
+            time.sleep(min(left_s, _STEP_S))
         self._wait_s *= 2
 
 
