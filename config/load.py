@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -152,7 +153,7 @@ def _fields_at(model: type[BaseModel], path: tuple[int | str, ...]) -> set[str]:
 def validation_line(error: ValidationError, model: type[BaseModel]) -> str:
     """Return the first mistake of a validation error with its key's path, in one line."""
     first = error.errors(include_url=False)[0]
-    location = tuple(first["loc"])
+    location = _keys(first)
     path = ".".join(str(part) for part in location) or "(top level)"
     if first["type"] == "extra_forbidden":
         known = _fields_at(model, location[:-1])
@@ -165,8 +166,15 @@ def validation_line(error: ValidationError, model: type[BaseModel]) -> str:
         # A URL with its password may have been written where its section belongs.
         shown = redact(shown) if isinstance(shown, str) else shown
         message = f"{message} (got {shown!r})"
-    more = error.error_count() - 1
+        if first["type"] == "literal_error":
+            message += did_you_mean(str(shown), re.findall("'([^']*)'", first["ctx"]["expected"]))
+    more = len({_keys(each) for each in error.errors(include_url=False)}) - 1
     return f"{path}: {message}" + (f" (and {more} more)" if more else "")
+
+
+def _keys(mistake: Mapping[str, Any]) -> tuple[int | str, ...]:
+    """Return where a mistake is, without pydantic's names of the kinds that a value may have."""
+    return tuple(part for part in mistake["loc"] if not str(part).startswith("literal["))
 
 
 def validate(model: type[Model], values: Mapping[str, Any], source: str) -> Model:

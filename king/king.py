@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 from common.errors import ConfigError, RetryableError, TaggingError, one_line
+from common.urls import redact
 from config.settings import Settings
 from king.broker.base import Broker, Prefetch, Waker
 from king.broker.connect import open_broker
@@ -112,6 +113,7 @@ class King:
         self._signals = 0
         self._waker = Waker()
         self._health_due = 0.0
+        self._waits_for = ""
         self._health_failed = False
         self._empty_since: float | None = None
 
@@ -186,6 +188,7 @@ class King:
         if time.monotonic() >= self._health_due:
             self._health_due = time.monotonic() + _HEALTH_EVERY_S
             self._write_health()
+            self._say_waiting()
 
     def _snapshot(self) -> dict[str, Any]:
         return self.status.snapshot(
@@ -206,6 +209,14 @@ class King:
             if not self._health_failed:
                 self._health_failed = True
                 log.warning("king.health_file_failed", error=str(error))
+
+    def _say_waiting(self) -> None:
+        """Name the server that is waited for: its client tells only after its own time-outs."""
+        urls = {"store_down": self._settings.store.url, "broker_down": self._settings.broker.url}
+        url = redact(urls.get(self.status.phase, ""))
+        if url and url != self._waits_for:
+            log.warning("king.waiting", url=url, until="it answers")
+        self._waits_for = url
 
     def _nothing_left(self) -> bool:
         """Return True when no message, no post in flight and no retry has been seen for a while."""

@@ -67,6 +67,12 @@ def queue_counts(settings: BrokerSettings) -> tuple[int, int | None]:
         return broker.depth(), broker.unacknowledged()
 
 
+def reach(settings: BrokerSettings) -> None:
+    """Connect and disconnect; raises as `queue_depth`."""
+    with _probed(settings):
+        pass
+
+
 @contextmanager
 def _probed(settings: BrokerSettings) -> Iterator[Broker]:
     broker = open_broker(settings)

@@ -290,7 +290,9 @@ def _refusals(details: Mapping[str, Any]) -> dict[int, Refusal]:
 def _one_line(error: BaseException) -> str:
     """Return pymongo's reason without the description of its topology."""
     text = " ".join(str(error).split()) or type(error).__name__
-    return text.split(", Timeout:")[0].split(", full error:")[0][:300]
+    for rest in (", Timeout:", ", full error:", " (configured timeouts:"):
+        text = text.split(rest)[0]
+    return text[:300]
 
 
 def all_of(*conditions: Mapping[str, Any]) -> dict[str, Any]:

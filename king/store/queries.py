@@ -40,6 +40,11 @@ class PostQueries:
         self._client = client
         self._settings = client.settings
 
+    def ping(self) -> None:
+        """Check that the database answers."""
+        with self._client.edge():
+            self._client.database.client.admin.command("ping")
+
     def untagged_ids(self, limit: int | None = None, bundle: Bundle | None = None) -> Iterator[str]:
         """Yield the IDs of posts without a result, or not tagged by a bundle, as text.
 

@@ -12,7 +12,9 @@ import typer
 
 from common.cli import say
 from common.logs import configure_logs
+from common.progress import told_if_long
 from common.times import plain
+from common.urls import redact
 from config.load import load_settings
 from config.settings import Settings
 
@@ -58,7 +60,30 @@ def online_settings(
     from deploy.embedded import resolve
 
     needed = {"redis": broker, "mongo": store}
-    return resolve(settings_of(config, overrides), [name for name in needed if needed[name]])
+    settings = resolve(settings_of(config, overrides), [name for name in needed if needed[name]])
+    if store:
+        _reach_store(settings)
+    if broker:
+        _reach_broker(settings)
+    return settings
+
+
+def _reach_store(settings: Settings) -> None:
+    from king.store.queries import open_queries
+
+    url, timeout_s = redact(settings.store.url), settings.store.timeout_s
+    waiting = f"database {url}: no answer yet; waiting for it, at most {timeout_s:g} s"
+    with told_if_long(waiting), open_queries(settings.store) as queries:
+        queries.ping()
+
+
+def _reach_broker(settings: Settings) -> None:
+    from king.broker.connect import reach
+
+    url, timeout_s = redact(settings.broker.url), settings.broker.socket_timeout_s
+    waiting = f"broker {url}: no answer yet; waiting for it, at most {timeout_s:g} s"
+    with told_if_long(waiting):
+        reach(settings.broker)
 
 
 def listed(post_ids: Sequence[str]) -> str:

@@ -9,9 +9,12 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import typer
+
 from common.cli import say
 from common.errors import ConfigError, TaggingError
 from common.processes import process_identity
+from common.progress import told_if_long
 from common.tables import print_table
 from common.urls import redact
 from config.settings import BrokerSettings, Settings, StoreSettings
@@ -27,7 +30,8 @@ _FRESH_S = 10.0
 def status(as_json: AsJson = False, config: Config = None, overrides: Overrides = None) -> None:
     """Say how the queue and the daemon stand.
 
-    Queue depth, posts in flight, rates, dead letters; what cannot be reached is said to be so.
+    Queue depth, posts in flight, rates, dead letters; what cannot be reached is said to be so, and
+    the exit code is 1.
     """
     asked = settings_of(config, overrides)
     content = collect(asked, embedded.peek(asked))
@@ -35,6 +39,9 @@ def status(as_json: AsJson = False, config: Config = None, overrides: Overrides 
         print_json(content)
     else:
         _print(content)
+    # An embedded service that is down starts with the next command that needs it.
+    if any(content[name]["error"] not in (None, DOWN) for name in ("queue", "store")):
+        raise typer.Exit(1)
 
 
 def collect(asked: Settings, settings: Settings) -> dict[str, Any]:
@@ -80,12 +87,15 @@ def _answer(name: str, url: str, question: Callable[[], Any]) -> dict[str, Any]:
     """Return the answer of a service under its name, or the reason why there is none."""
     if url.startswith(embedded.SCHEME):
         return {name: None, "error": DOWN}
+    waiting = f"{redact(url)}: no answer yet; waiting for it, at most {_TIMEOUT_S:g} s"
     try:
-        return {name: question(), "error": None}
+        with told_if_long(waiting):
+            return {name: question(), "error": None}
     except ConfigError:
         raise
     except TaggingError as error:
-        return {name: None, "error": str(error)}
+        said = str(error).removeprefix("broker ").removeprefix(f"{redact(url)}: ")
+        return {name: None, "error": said}
 
 
 def king_health(settings: Settings) -> dict[str, Any] | None:

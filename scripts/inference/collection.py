@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from urllib.parse import urlsplit, urlunsplit
 
 from common.errors import ConfigError
+from common.progress import told_if_long
 from config.settings import CollectionSettings, FieldMap, StoreSettings, collection_of
 from fusion.infer.outputs import Bad, Earlier, Result
 from king.store.client import StoreClient
@@ -36,7 +37,8 @@ class CollectionSink:
         self._insert, self._skip_bundle, self._rules = insert, skip_bundle, rules
 
     def open(self, input_ids: Callable[[], Counter[str]]) -> None:
-        self._store.connect()
+        with told_if_long(f"output {self._store.url}: no answer yet; waiting for it"):
+            self._store.connect()
 
     def written(self, post_ids: Sequence[str]) -> Sequence[Earlier | None]:
         """See `fusion.infer.outputs.Sink`; a collection holds no scores of all classes."""

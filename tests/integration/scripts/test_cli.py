@@ -331,7 +331,7 @@ def test_dead_letters_are_listed_shown_replayed_and_dropped(
 
 
 def test_status_says_what_cannot_be_reached(command: Command) -> None:
-    """Broker and database down: exit 0, each said to be so, passwords hidden, within seconds."""
+    """Broker and database down: exit 1, each said to be so, passwords hidden, within seconds."""
     down = (
         "--set",
         "broker.url=redis://:secret@127.0.0.1:1/0",
@@ -340,10 +340,13 @@ def test_status_says_what_cannot_be_reached(command: Command) -> None:
     )
     started = time.monotonic()
     code, out, err = command("status", *down)
-    assert code == 0
+    assert code == 1
     assert "refused" in out
+    assert out.count("redis://") == 1
+    assert out.count("mongodb://") == 1
+    assert "mongodb://user:***@127.0.0.1:1/: no answer yet; waiting for it, at most 3 s" in err
     assert "secret" not in out + err
-    content = command.json("status", *down)
+    content = json.loads(command("status", "--json", *down)[1])
     assert content["queue"]["depth"] is None
     assert content["queue"]["error"]
     assert content["store"]["error"]
