@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TypeVar
 
 from rich.console import Console
@@ -13,11 +14,14 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    Task,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
+from rich.text import Text
 
 from common.logs import visible
 
@@ -35,14 +39,19 @@ _ESTIMATE_S = 60.0
 # answer is announced; at double, the word comes when one has reached for Ctrl-C.
 _SILENT_S = 1.5
 
+# From this width on a bar has its full length; below, notes need the room.
+_WIDE = 100
+
 
 class Bar:
     """One running bar."""
 
-    def __init__(self, progress: Progress, task: TaskID) -> None:
-        self._progress, self._id = progress, task
+    def __init__(
+        self, progress: Progress, task: TaskID, line_every_s: float = _LINE_EVERY_S
+    ) -> None:
+        self._progress, self._id, self._line_every_s = progress, task, line_every_s
         self._task = next(each for each in progress.tasks if each.id == task)
-        self._line_due = time.monotonic() + _LINE_EVERY_S
+        self._line_due = time.monotonic() + line_every_s
 
     def advance(self, steps: int = 1) -> None:
         self.update(int(self._task.completed) + steps)
@@ -59,17 +68,18 @@ class Bar:
         now = time.monotonic()
         shown = self._progress.disable or self._progress.console.is_terminal
         if not shown and now >= self._line_due:
-            self._line_due = now + _LINE_EVERY_S
-            self._progress.console.print(self._line())
+            self._line_due = now + self._line_every_s
+            self._progress.console.print(self._line(), soft_wrap=True)
 
     def _line(self) -> str:
         task = self._task
         of = f" of {int(task.total):,}" if task.total is not None else ""
-        left = task.time_remaining
+        left, rate_hz = task.time_remaining, task.speed
         parts = [
             f"{task.description.strip()}: {int(task.completed):,}{of}",
+            f"{rate_hz:.3g}/s" if rate_hz else "",
+            f"{timedelta(seconds=int(left))} left" if left is not None else "",
             str(task.fields["note"]),
-            f"{left / 60:.0f} min left" if left is not None else "",
         ]
         return ", ".join(part for part in parts if part)
 
@@ -85,21 +95,35 @@ class Bars:
         return Bar(self._progress, self._progress.add_task(description, total=total, note=""))
 
 
-@contextmanager
-def progress_bars(*, enabled: bool = True) -> Iterator[Bars]:
-    """Show bars while the block runs; without a terminal, a line of each now and then."""
-    progress = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-        console=Console(stderr=True, highlight=False),
+class _Note(TextColumn):
+    """The last column: what does not fit the terminal is cut off."""
+
+    def render(self, task: Task) -> Text:
+        text = super().render(task)
+        text.no_wrap, text.overflow = True, "ellipsis"
+        return text
+
+
+def on_console(console: Console, *, enabled: bool = True) -> Progress:
+    """Return the bars of a console; one whose row is wider than the console cuts its note."""
+    whole = Column(no_wrap=True)
+    return Progress(
+        TextColumn("{task.description}", table_column=whole),
+        BarColumn(bar_width=24 if console.width >= _WIDE else 10, table_column=whole),
+        MofNCompleteColumn(table_column=whole),
+        TimeElapsedColumn(table_column=whole),
+        TimeRemainingColumn(table_column=whole),
+        _Note("{task.fields[note]}", table_column=Column()),
+        console=console,
         speed_estimate_period=_ESTIMATE_S,
         disable=not enabled,
     )
-    with progress:
+
+
+@contextmanager
+def progress_bars(*, enabled: bool = True) -> Iterator[Bars]:
+    """Show bars while the block runs; without a terminal, a line of each now and then."""
+    with on_console(Console(stderr=True, highlight=False), enabled=enabled) as progress:
         yield Bars(progress)
 
 

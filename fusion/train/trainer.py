@@ -137,6 +137,7 @@ class Trainer:
         run, steps = self._begin(objective, data, start)
         epochs, patience = self._settings.epochs, self._settings.patience
         shown = self._settings.progress and self._fabric.is_global_zero
+        notice(f"log: {self._settings.save_dir / 'log' / 'train.jsonl'}", enabled=shown)
         with closing(run.loading), progress_bar("train", steps, enabled=shown) as bar:
             solutions = self._solutions(run)
             for epoch in range(run.progress.epoch + 1, epochs + 1):
