@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -14,9 +14,14 @@ from common.errors import ConfigError, path_error
 
 @dataclass(frozen=True)
 class LabelMap:
-    """Tag names in index order; the position of a name is its tag's ID."""
+    """Tag names in index order; the position of a name is its tag's ID.
+
+    Attributes:
+        where: The file, for messages; empty for a map out of something else.
+    """
 
     names: tuple[str, ...]
+    where: str = field(default="", compare=False)
 
     @cached_property
     def index(self) -> dict[str, int]:
@@ -32,7 +37,8 @@ class LabelMap:
         try:
             return [self.index[label] for label in labels]
         except KeyError as error:
-            raise ConfigError(f"{where}: label {error.args[0]!r} is not in the label map") from None
+            its_map = f"the label map {self.where}".rstrip()
+            raise ConfigError(f"{where}: label {error.args[0]!r} is not in {its_map}") from None
 
     def as_json(self) -> dict[str, str]:
         """Return the file's content: index as text -> name."""
@@ -54,7 +60,7 @@ class LabelMap:
         twice, count = Counter(texts).most_common(1)[0]
         if count > 1:
             raise ConfigError(f"{where}: name {twice!r} stands twice")
-        return cls(tuple(texts))
+        return cls(tuple(texts), where)
 
     @classmethod
     def load(cls, path: Path) -> LabelMap:

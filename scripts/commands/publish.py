@@ -71,6 +71,8 @@ def publish(
         named += read_messages(file)
     if not (named or file or untagged):
         raise ConfigError("publish: name IDs, --file F or --untagged")
+    if not (named or untagged):
+        raise ConfigError(f"--file {file}: holds no ID; write one a line")
     store = untagged or bool(check)
     settings = online_settings(config, overrides, broker=True, store=store)
     once = _once(named)

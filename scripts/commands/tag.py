@@ -105,6 +105,8 @@ def result_of(post: Post, runner: PostRunner) -> TagResult:
 
 
 def _posts(source: Path) -> list[Post]:
+    if str(source).lower().startswith("file:/"):
+        raise ConfigError(f"{source}: give a plain path, without file://")
     if source.suffix.lower() in _POSTS_FILES and not source.is_dir():
         return read_whole_posts(source)
     from corpus.from_files.posts import raise_it, read_own_posts

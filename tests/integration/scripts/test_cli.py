@@ -158,6 +158,7 @@ def test_publish_untagged_leaves_out_results_and_jobs(
         (["publish", "a\nb"], "control character"),
         (["publish", "ok", "x" * 600], "600 bytes"),
         (["publish", "--file", "/nowhere/ids"], "/nowhere/ids: no such file"),
+        (["publish", "--file", "/dev/null"], "--file /dev/null: holds no ID"),
         (["publish", "p", "--priority", "ten"], "--priority"),
         (["publish", "p", "--set", "broker.queu=x"], "broker.queu: unknown key"),
         (["publish", "p", "--set", "broker.url=http://h"], "broker.url"),
@@ -168,6 +169,7 @@ def test_publish_untagged_leaves_out_results_and_jobs(
         (["dead", "replay", "p1", "--all"], "not both"),
         (["dead", "list", "--since", "yesterday"], "--since yesterday"),
         (["tag", "/nowhere/post.json"], "/nowhere/post.json: no such data file"),
+        (["tag", "file:///nowhere/a.jpg"], "give a plain path, without file://"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_2(

@@ -73,6 +73,7 @@ def test_defaults_alone_are_valid(tmp_path: Path) -> None:
         ("broker: {url: 'u:secret@h'}", "broker.url: 'u:***@h' is no broker"),
         ("store: {url: 'redis://h'}", "store.url: 'redis://h' is no database"),
         ("features: {ocr_mode: both}", "features.ocr_mode: "),
+        ("features: {ocr_mode: separat}", "(got 'separat'); did you mean 'separate'?"),
         ("workers: {extractors: [{device: gpu}]}", "workers.extractors.0.device: "),
         ("workers: {extractors: [{extractors: [text]}]}", "no process hosts"),
         ("- a\n- b", "must hold keys and values"),

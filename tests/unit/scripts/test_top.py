@@ -49,7 +49,8 @@ def looks(tmp_path: Path) -> Looks:
 def shown(look: dict[str, Any], width: int) -> list[str]:
     console = Console(file=io.StringIO(), width=width, highlight=False)
     console.print(screen(look))
-    return console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    text: str = console.file.getvalue()  # type: ignore[attr-defined]
+    return text.splitlines()
 
 
 def test_rates_are_those_between_two_looks(looks: Looks, tmp_path: Path) -> None:
