@@ -35,7 +35,6 @@ def test_who_waits_says_so_and_for_how_long(tmp_path: Path, deaf: str) -> None:
     asked = {
         "show": (["show", "p", *store], f"database {AWAY}: no answer yet", "at most 4 s", 1),
         "publish": (["publish", "p", *broker], f"broker {deaf}: no answer yet", "at most 4 s", 1),
-        "status": (["status", *store], f"{AWAY}: no answer yet", "at most 3 s", 1),
         "pull": (
             ["pull", "--out", str(tmp_path / "p.jsonl"), *store],
             f"database {AWAY}: no answer yet",
@@ -59,7 +58,7 @@ def test_who_waits_says_so_and_for_how_long(tmp_path: Path, deaf: str) -> None:
     for name, process in begun.items():
         _, told, how_long, code = asked[name]
         assert process.stderr is not None
-        lines = []
+        lines: list[str] = []
         while told not in "".join(lines[-1:]):
             lines.append(process.stderr.readline())
             assert lines[-1], (name, lines)
