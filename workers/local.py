@@ -105,15 +105,20 @@ class LocalPool:
                 features.
         """
         self._open.callback(self._suite.close)
+        # A bundle that is missing is told before the encoders, which take long to load.
+        inferer = self._open_bundle() if self._fuse else None
         self._suite.load()
         if self._settings.cache.url is not None:
             store = GuardedStore.open(self._settings.cache)
             self._open.callback(store.close)
             self._cache = FeatureCache(store, self._settings)
             self._cache.expect(self._suite.by_extractor)
-        if self._fuse:
-            self._inferer = self._open_bundle()
-            self.bundle = (self._inferer.name, self._inferer.version)
+        if inferer is not None:
+            wrong = mismatch(inferer.fingerprints, self._suite.fingerprints)
+            if wrong is not None:
+                raise ConfigError(f"fusion.bundle: {self._settings.fusion.bundle}: {wrong}")
+            self._inferer = inferer
+            self.bundle = (inferer.name, inferer.version)
 
     def submit(self, task: Task, *, deadline: float, priority: int = 0) -> int:
         """Queue a task; the newest is run first, whatever its priority."""
@@ -220,7 +225,4 @@ class LocalPool:
         except BundleError as error:
             raise ConfigError(f"fusion.bundle: {error}") from error
         self._open.callback(inferer.close)
-        wrong = mismatch(inferer.fingerprints, self._suite.fingerprints)
-        if wrong is not None:
-            raise ConfigError(f"fusion.bundle: {self._settings.fusion.bundle}: {wrong}")
         return inferer

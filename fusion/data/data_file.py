@@ -296,7 +296,8 @@ def _list_entries(file: BinaryIO, path: Path) -> Iterator[Entry]:
             raise ConfigError(f"{path}: must be a list of posts; name a file of lines *.jsonl")
         return
     if text.next_sign() != "[":
-        raise ConfigError(f"{path}: must be a list of posts")
+        empty = "" if text.next_sign() else "; it is empty"
+        raise ConfigError(f"{path}: must be a list of posts{empty}")
     text.skip(1)
     number = 0
     if text.next_sign() == "]":

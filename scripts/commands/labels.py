@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +13,7 @@ from common.cli import say
 from common.errors import ConfigError
 from corpus import taxonomy
 from corpus.taxonomy import Migration, Operation
+from scripts.commands.common import AsJson, print_json
 
 MapFile = Annotated[Path, typer.Argument(metavar="MAP", help="A label map, idx2name_cls*.json.")]
 Data = Annotated[
@@ -29,19 +31,20 @@ def check(
     min_posts: Annotated[
         int, typer.Option("--min-posts", min=0, help="Fewer posts of a tag are a conflict.")
     ] = 1,
+    as_json: AsJson = False,
 ) -> None:
     """Find conflicts in a label map, and between it and data files or a bundle.
 
     Names that differ only in case, width or spaces; tags of the data that the map lacks, or that a
     migration took away; tags with too few posts. Exit code 2 when there is one.
     """
-    count = 0
-    for line in taxonomy.conflicts(labels, data or (), bundle, min_posts):
-        say(f"{line}\n")
-        count += 1
-    if count:
-        raise ConfigError(f"labels check: {count} conflicts in {labels}")
-    say(f"{labels}: no conflicts\n")
+    conflicts = list(taxonomy.conflicts(labels, data or (), bundle, min_posts))
+    if as_json:
+        print_json({"conflicts": conflicts})
+    else:
+        say("".join(f"{line}\n" for line in conflicts or [f"{labels}: no conflicts"]))
+    if conflicts:
+        raise ConfigError(f"labels check: {len(conflicts)} conflicts in {labels}")
 
 
 def rename(
@@ -85,9 +88,12 @@ def retire(
     _change(labels, "retire", old, ())
 
 
-def history(labels: MapFile) -> None:
+def history(labels: MapFile, as_json: AsJson = False) -> None:
     """List the recorded changes of a label map, oldest first."""
     _, migrations = taxonomy.load(labels)
+    if as_json:
+        print_json([asdict(each) for each in migrations])
+        return
     for each in migrations:
         say(f"{each.version:>4}  {_told(each)}\n")
     if not migrations:

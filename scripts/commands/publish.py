@@ -15,7 +15,16 @@ import typer
 from common.cli import complain, say
 from common.errors import ConfigError, MessageError, StoreUnavailable
 from config.settings import Settings
-from scripts.commands.common import Config, Ids, Overrides, Priority, listed, online_settings
+from scripts.commands.common import (
+    AsJson,
+    Config,
+    Ids,
+    Overrides,
+    Priority,
+    listed,
+    online_settings,
+    print_json,
+)
 
 if TYPE_CHECKING:
     from king.messages import PostMessage
@@ -54,6 +63,7 @@ def publish(
             "IDs are only named, where there are at most 1,000.",
         ),
     ] = None,
+    as_json: AsJson = False,
     config: Config = None,
     overrides: Overrides = None,
 ) -> None:
@@ -88,7 +98,10 @@ def publish(
             for each in chain(once.values(), others)
         )
         count = publish_posts(settings.broker, asked)
-    say(f"published {count} to {settings.broker.queue}\n")
+    if as_json:
+        print_json({"published": count, "queue": settings.broker.queue})
+    else:
+        say(f"published {count} to {settings.broker.queue}\n")
     if check is None and len(once) <= _MAX_CHECKED:
         _check(settings, list(once), refuse=False)
 

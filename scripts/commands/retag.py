@@ -17,7 +17,15 @@ from common.progress import track
 from config.settings import Settings
 from config.tag_rules import TagRules
 from fusion.bundle.folder import newest_version
-from scripts.commands.common import Config, Overrides, Priority, listed, online_settings
+from scripts.commands.common import (
+    AsJson,
+    Config,
+    Overrides,
+    Priority,
+    listed,
+    online_settings,
+    print_json,
+)
 from scripts.commands.publish import read_messages
 
 if TYPE_CHECKING:
@@ -70,6 +78,7 @@ def retag(
         int | None, typer.Option("--limit", min=1, help="At most this many posts.")
     ] = None,
     priority: Priority = 0,
+    as_json: AsJson = False,
     config: Config = None,
     overrides: Overrides = None,
 ) -> None:
@@ -105,7 +114,10 @@ def retag(
         # Priority and force are this command's, not those of the file.
         messages = (PostMessage(post_id, priority=priority, force=True) for post_id in ids)
         count = publish_posts(settings.broker, track(messages, "posts", total))
-    say(f"retagging {count} posts through {settings.broker.queue}\n")
+    if as_json:
+        print_json({"published": count, "queue": settings.broker.queue})
+    else:
+        say(f"retagging {count} posts through {settings.broker.queue}\n")
 
 
 def _known(settings: Settings, queries: PostQueries, messages: list[PostMessage]) -> list[str]:

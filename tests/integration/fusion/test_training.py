@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -170,7 +171,9 @@ def test_the_commands_train_infer_and_agree(
     given += ["--save_dir", str(folder / "run"), "--valid_interval", "2", "--log_interval", "2"]
     given += ["--fix_random_seed", "True", "--set", "trainer.progress=true"]
     assert train_net.main(given) == 0
-    said = capsys.readouterr().out
+    said, told = capsys.readouterr()
+    [log] = re.findall(r"(?m)^log: (.*)", told)  # before the first epoch, whoever looks on
+    assert Path(log).is_file()
     assert f"bundle {folder / 'bundle'}" in said
     assert "waiting for data" in said
     events = runs.events(folder)

@@ -82,6 +82,9 @@ def test_publish_by_id_and_file(
     assert "4 waiting, 0 unacknowledged" in command("status")[1]
     ids = ("p1", "p2", "p3", "帖子")
     assert by_id(command) == [PostMessage(i, priority=3, force=True) for i in ids]
+    published = {"published": 1, "queue": "insighttag.posts"}
+    assert command.json("publish", "p1") == published
+    command.queued()
 
 
 def test_publish_says_which_ids_name_no_post(
@@ -169,6 +172,11 @@ def test_publish_untagged_leaves_out_results_and_jobs(
         (["dead", "replay", "p1", "--all"], "not both"),
         (["dead", "list", "--since", "yesterday"], "--since yesterday"),
         (["tag", "/nowhere/post.json"], "/nowhere/post.json: no such data file"),
+        # The default encoders have no weights here: they would be told first if they were loaded.
+        (
+            ["tag", "data/media/test-00000-0.jpg", "--bundle", "/nowhere"],
+            "/nowhere: holds no bundle",
+        ),
         (["tag", "file:///nowhere/a.jpg"], "give a plain path, without file://"),
     ],
 )

@@ -144,6 +144,7 @@ def test_a_table_of_posts_is_read(folder: Path) -> None:
         ("p.jsonl", '{"post_id": "p", "labels": "cat"}', "line 1: labels must be a list"),
         ("p.jsonl", POST % "none.png", "line 1: images.0: no such file: none.png"),
         ("p.json", "7", "must be a list of posts"),
+        ("p.json", " \n", "must be a list of posts; it is empty"),
         ("p.zip", b"PK\x03\x04", "must be a folder of media, a table (.csv), a posts file"),
         ("none.jsonl", None, "no such file or folder"),
     ],

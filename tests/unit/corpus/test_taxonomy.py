@@ -212,6 +212,12 @@ def test_check_finds_every_planted_conflict(
     ):
         assert part in said.out
     assert "conflicts in" in said.err
+    assert run([*asked, "--json"]) == 2
+    conflicts = json.loads(capsys.readouterr().out)["conflicts"]
+    assert [*conflicts] == said.out.splitlines()
+    assert run(["labels", "history", str(labels), "--json"]) == 0
+    [change] = json.loads(capsys.readouterr().out)
+    assert (change["operation"], change["old"], change["new"]) == ("rename", ["rain"], ["wet"])
 
 
 def test_a_broken_record_is_named(tmp_path: Path) -> None:
