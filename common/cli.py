@@ -171,8 +171,13 @@ def _command_class(
 
 def usage_text(error: Any) -> str:
     """Return a mistake on the command line as one line."""
-    message = " ".join(error.format_message().split()).removesuffix(".")
-    return f"{message} (see --help)"
+    return f"{usage_message(error).removesuffix('.')} (see --help)"
+
+
+def usage_message(error: Any) -> str:
+    """Return what typer says of a mistake, on one line."""
+    # typer takes choices and ranges from pydantic, whose own words come before the reason.
+    return " ".join(error.format_message().split()).replace(": Value error, ", ": ")
 
 
 def exit_code(

@@ -20,7 +20,7 @@ import flask_server
 import infer_net
 import online_process
 import train_net
-from common.cli import USAGE_ERROR, WORDS, Script, complain, exit_code, say
+from common.cli import USAGE_ERROR, WORDS, Script, complain, exit_code, say, usage_message
 from corpus.build import command as build
 from corpus.build import label_map
 from corpus.extract import out_of_fold
@@ -236,7 +236,7 @@ def _usage(error: Any) -> int:
         return 2
     context = getattr(error, "ctx", None)
     path = context.command_path.removeprefix("insighttag").strip() if context else ""
-    message = " ".join(error.format_message().split())
+    message = usage_message(error)
     return complain(_NAME, f"{path}: {message}" if path else message, 2)
 
 

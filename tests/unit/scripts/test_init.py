@@ -53,7 +53,7 @@ def test_what_is_there_is_not_overwritten(
     ("words", "said"),
     [
         (["init"], "Missing argument 'FOLDER'"),
-        (["init", "x", "--preset", "large"], "'large' is not one of"),
+        (["init", "x", "--preset", "large"], "'--preset': 'large' is not one of"),
         (["init", "/proc/none/x"], "init: /proc/none/x: "),
     ],
 )
