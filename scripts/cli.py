@@ -101,7 +101,9 @@ def commands() -> Mapping[str, Mapping[str, Runs | Group]]:
             "tune": tune.tune,
             "zeroshot": zeroshot.zeroshot,
             "out-of-fold": out_of_fold.SCRIPT,
-            "bundle": Group("Bundles: back to an earlier one, thresholds, more tags.", bundle.COMMANDS),
+            "bundle": Group(
+                "Bundles: back to an earlier one, thresholds, more tags.", bundle.COMMANDS
+            ),
             "export": export.export,
         },
         _SERVING: {

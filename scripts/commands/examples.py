@@ -41,6 +41,10 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
     "zeroshot": ("--tags tags.yaml --out workshop/weights/new",),
     "out-of-fold": ("--model-config image.yaml --features work/features",),
     "bundle rollback": ("workshop/weights/earlier",),
+    "bundle thresholds": (
+        "workshop/weights/insight",
+        "workshop/weights/insight --set cat=0.4 --set dog=0.55",
+    ),
     "bundle add-tags": ("workshop/weights/new --tags more.yaml --out workshop/weights/more",),
     "export": ("--bundle mine/bundle --out model.onnx",),
     "work": ("--config mine/settings.yaml", "--config mine/settings.yaml --drain"),

@@ -77,9 +77,7 @@ def thresholds(
     """Show or change the scores from which on tags are given.
 
     A change is a new version of the bundle with the same model: the daemon takes it up by itself,
-    and insighttag retag --bundle-older-than current has earlier posts tagged again. Example:
-
-    insighttag bundle thresholds workshop/weights/insight --set cat=0.4 --set dog=0.55
+    and insighttag retag --bundle-older-than current has earlier posts tagged again.
     """
     from fusion.infer.thresholds import fit_to_posts, read_thresholds, write_thresholds
 
