@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import typer
 
-from scripts.cli import build_app, run
-from scripts.commands.examples import EXAMPLES
+from scripts.cli import EXAMPLES, build_app, run
 
 
 @pytest.fixture(scope="module")
