@@ -37,10 +37,9 @@ _GIB = 1 << 30
 _FIELDS = ("text", "images", "videos", "audios", "labels")
 
 # Packages without which InsightTag does not start, and extras by what they are for.
-_PACKAGES = ("torch", "torchvision", "transformers", "timm", "av", "opencv-python-headless")
+_PACKAGES = ("torch", "torchvision", "transformers", "timm", "av", "openvino")
 _EXTRAS = {
     "export": "onnx",
-    "openvino": "openvino",
     "heic": "pi-heif",
     "s3": "s3fs",
     "ray": "ray",
