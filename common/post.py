@@ -142,6 +142,16 @@ class Tag:
 
 
 @dataclass(frozen=True, slots=True)
+class NearMiss:
+    """A tag that is not given, whose score is near its threshold."""
+
+    id: int | str
+    name: str
+    score: float
+    threshold: float
+
+
+@dataclass(frozen=True, slots=True)
 class Tags:
     """The tags of one post.
 
@@ -151,6 +161,7 @@ class Tags:
         tags: Those whose score reaches their threshold, highest first, after the rules of serving.
         scores: float64 ``(classes,)``, every class, in label order; no rule changes them.
         rules: Digest of the rules of serving, `config.tag_rules`; None without rules.
+        near_misses: Tags that are not given, nearest to their threshold first.
     """
 
     post_id: str
@@ -159,6 +170,7 @@ class Tags:
     tags: tuple[Tag, ...]
     scores: npt.NDArray[np.float64]
     rules: str | None = None
+    near_misses: tuple[NearMiss, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,6 +182,7 @@ class TagResult:
         version: Version of the bundle.
         rules: Digest of the rules of serving; None without rules.
         tags: Tags whose score reaches their threshold, highest first, after these rules.
+        near_misses: Tags that are not given, nearest to their threshold first.
         modalities: ``ok``, ``missing`` or ``failed`` for each modality.
         failures: Reason of each failed modality.
         partial: One of them is retryable: another attempt may find more tags.
@@ -186,6 +199,7 @@ class TagResult:
     rules: str | None = None
     status: Literal["tagged", "failed"] = "tagged"
     tags: tuple[Tag, ...] = ()
+    near_misses: tuple[NearMiss, ...] = ()
     modalities: Mapping[Modality, Status] = field(default_factory=dict)
     failures: Mapping[Modality, Failure] = field(default_factory=dict)
     partial: bool = False
@@ -204,6 +218,7 @@ class TagResult:
             version=tags.version,
             rules=tags.rules,
             tags=tags.tags,
+            near_misses=tags.near_misses,
             modalities=features.statuses,
             failures=features.failures,
             partial=any(failure.retryable for failure in features.failures.values()),
@@ -240,6 +255,16 @@ class TagResult:
             "failures": {name: failure.as_dict() for name, failure in self.failures.items()},
             "error": self.error.as_dict() if self.error is not None else None,
         }
+        if self.near_misses:
+            content["near_misses"] = [
+                {
+                    "id": each.id,
+                    "name": each.name,
+                    "score": rounded(each.score),
+                    "threshold": rounded(each.threshold),
+                }
+                for each in self.near_misses
+            ]
         if self.rules is not None:
             content["rules"] = self.rules
         if self.partial:

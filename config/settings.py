@@ -154,6 +154,9 @@ class TagSettings(Section):
     """At most so many, the best scores."""
     tags: Path | None = None
     """YAML file with tags to hide, rename or map; it is read again when it changes."""
+    near_misses: Count = 3
+    """At most so many tags that are not given, with scores of at least half their thresholds, are
+    written as ``near_misses``."""
 
     @model_validator(mode="after")
     def _some(self) -> TagSettings:

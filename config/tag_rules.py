@@ -92,6 +92,7 @@ class TagRules:
 
     min_tags: int = 0
     max_tags: int | None = None
+    near_misses: int = 0
     file: TagFile = field(default_factory=TagFile)
     where: str = "tags"
 
@@ -100,12 +101,13 @@ class TagRules:
         """Read the file of the settings; ConfigError names what is wrong in one line."""
         key = "fusion.tags" if isinstance(settings, FusionSettings) else "tags"
         if settings.tags is None:
-            return cls(settings.min_tags, settings.max_tags)
+            return cls(settings.min_tags, settings.max_tags, settings.near_misses)
         try:
             file = validate(TagFile, read_yaml(settings.tags), str(settings.tags))
         except ConfigError as error:
             raise ConfigError(f"{key}: {error}") from error
-        return cls(settings.min_tags, settings.max_tags, file, f"{key}: {settings.tags}")
+        where, numbers = f"{key}: {settings.tags}", (settings.min_tags, settings.max_tags)
+        return cls(*numbers, settings.near_misses, file, where)
 
     @property
     def digest(self) -> str | None:

@@ -29,6 +29,7 @@ from common.post import Tags, rounded
 from common.times import plain
 from config.labels import LabelMap
 from config.settings import Settings
+from fusion.bundle.folder import thresholds_of
 from king.messages import PostMessage
 from web import openapi
 from web.backend import Backend, Services, state_of
@@ -278,22 +279,30 @@ def _wait(future: Future[PostTags]) -> PostTags:
 
 
 class Labels:
-    """The names of the classes of the bundle that is served."""
+    """The names and thresholds of the classes of the bundle that is served."""
 
     def __init__(self, bundle: Path) -> None:
-        self._file = bundle / "labels.json"
+        self._folder = bundle
         self._lock = threading.Lock()
-        self._known: tuple[tuple[str, str], LabelMap] | None = None
+        self._known: tuple[tuple[str, str], LabelMap, tuple[float, ...]] | None = None
 
     def of(self, bundle: tuple[str, str]) -> LabelMap:
         """Return the names for a bundle, read again when it changes; or raise BundleError."""
+        return self._read(bundle)[0]
+
+    def thresholds(self, bundle: tuple[str, str]) -> tuple[float, ...]:
+        """Return the thresholds for a bundle; none where the folder holds another one by now."""
+        return self._read(bundle)[1]
+
+    def _read(self, bundle: tuple[str, str]) -> tuple[LabelMap, tuple[float, ...]]:
         with self._lock:
             if self._known is None or self._known[0] != bundle:
                 try:
-                    self._known = (bundle, LabelMap.load(self._file))
+                    labels = LabelMap.load(self._folder / "labels.json")
                 except ConfigError as error:
                     raise BundleError(str(error)) from error
-            return self._known[1]
+                self._known = (bundle, labels, thresholds_of(self._folder, bundle[1]))
+            return self._known[1:]
 
 
 def tagged(
@@ -310,16 +319,21 @@ def tagged(
     }
     document = replace(result, failures=failures).answer()
     if labels is not None:
-        document["scores"] = _all_scores(tags, labels.of((tags.model, tags.version)))
+        document["scores"] = _all_scores(tags, labels)
     return document
 
 
-def _all_scores(tags: Tags, labels: LabelMap) -> list[dict[str, Any]]:
-    """Return every class with its score, the highest first."""
+def _all_scores(tags: Tags, known: Labels) -> list[dict[str, Any]]:
+    """Return every class with its score and, where it is known, its threshold, highest first."""
+    bundle = tags.model, tags.version
+    labels, thresholds = known.of(bundle), known.thresholds(bundle)
     if len(labels) != len(tags.scores):
         raise BundleError("labels.json does not belong to the bundle that is served")
-    scores = [
+    scores: list[dict[str, Any]] = [
         {"id": i, "name": name, "score": rounded(score)}
         for i, (name, score) in enumerate(zip(labels.names, tags.scores.tolist(), strict=True))
     ]
+    if len(thresholds) == len(scores):
+        for each, threshold in zip(scores, thresholds, strict=True):
+            each["threshold"] = threshold
     return sorted(scores, key=lambda each: (-each["score"], each["id"]))

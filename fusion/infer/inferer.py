@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 
 from common.errors import FeatureError
-from common.post import Features, Modality, Stream, Tag, TagResult, Tags
+from common.post import Features, Modality, NearMiss, Stream, Tag, TagResult, Tags
 from common.precision import require_device, set_threads
 from config.labels import LabelMap
 from config.settings import InferSettings
@@ -21,6 +21,10 @@ from fusion.data.dataset import FeatureFiles
 from fusion.infer.outputs import Bad, Outcome, Result
 from fusion.metrics.calibration import calibrated
 from fusion.models.base import Batch, Collate, Sample
+
+# Part of its threshold from which on a score is a near miss; less says that the tag is not meant.
+_NEAR = 0.5
+_TINY = 1e-9  # thresholds of 0 are always reached
 
 
 class Inferer:
@@ -124,13 +128,15 @@ class Inferer:
         return calibrated(self.bundle.calibration, scores)
 
     def _tags(self, post_id: str, scores: npt.NDArray[np.float64]) -> Tags:
+        tags, near_misses = self._chooser.choose(scores)
         return Tags(
             post_id=post_id,
             model=self.name,
             version=self.version,
-            tags=self._chooser.tags(scores),
+            tags=tags,
             scores=scores.copy(),
             rules=self.rules,
+            near_misses=near_misses,
         )
 
 
@@ -139,30 +145,45 @@ class TagChooser:
 
     def __init__(self, bundle: Bundle, rules: TagRules) -> None:
         self.digest = rules.digest
-        self._min_tags, self._max_tags = rules.min_tags, rules.max_tags
-        self._served = rules.served(bundle.labels)
+        self._rules, self._served = rules, rules.served(bundle.labels)
         self._classes = np.array([i for tag in self._served for i in tag.classes], np.intp)
         sizes = [len(tag.classes) for tag in self._served]
         self._starts = np.cumsum([0, *sizes[:-1]])
         self._thresholds = bundle.thresholds[self._classes]
 
-    def tags(self, scores: npt.NDArray[np.float64]) -> tuple[Tag, ...]:
-        """Return the tags for scores ``(classes,)``, highest first.
+    def choose(
+        self, scores: npt.NDArray[np.float64]
+    ) -> tuple[tuple[Tag, ...], tuple[NearMiss, ...]]:
+        """Return the tags for scores ``(classes,)``, highest first, and the nearest of the others.
 
         A tag that stands for several classes is given where one of them reaches its threshold, and
         has the highest of their scores.
         """
-        own = scores[self._classes]
+        own, rules = scores[self._classes], self._rules
         best = np.maximum.reduceat(own, self._starts)  # (served,)
         reached = np.logical_or.reduceat(own >= self._thresholds, self._starts)
         chosen = np.flatnonzero(reached)
-        if len(chosen) < self._min_tags:
+        if len(chosen) < rules.min_tags:
             others = np.flatnonzero(~reached)
-            more = others[np.argsort(-best[others], kind="stable")]
-            chosen = np.sort(np.append(chosen, more[: self._min_tags - len(chosen)]))
-        ranked = chosen[np.argsort(-best[chosen], kind="stable")][: self._max_tags]
+            more = others[np.argsort(-best[others], kind="stable")][: rules.min_tags - len(chosen)]
+            reached[more] = True
+            chosen = np.flatnonzero(reached)
+        ranked = chosen[np.argsort(-best[chosen], kind="stable")][: rules.max_tags]
         served = ((self._served[i], best[i]) for i in ranked)
-        return tuple(Tag(tag.id, tag.name, float(score)) for tag, score in served)
+        tags = tuple(Tag(tag.id, tag.name, float(score)) for tag, score in served)
+        return tags, tuple(self._near(own, ~reached)) if rules.near_misses else ()
+
+    def _near(
+        self, own: npt.NDArray[np.float64], others: npt.NDArray[np.bool_]
+    ) -> Iterator[NearMiss]:
+        """Yield those of the other tags whose score is the largest part of a threshold."""
+        parts = own / np.maximum(self._thresholds, _TINY)
+        nearest = np.maximum.reduceat(parts, self._starts)
+        near = np.flatnonzero(others & (nearest >= _NEAR))
+        for i in near[np.argsort(-nearest[near], kind="stable")][: self._rules.near_misses]:
+            tag, start = self._served[i], self._starts[i]
+            at = start + int(parts[start : start + len(tag.classes)].argmax())
+            yield NearMiss(tag.id, tag.name, float(own[at]), float(self._thresholds[at]))
 
 
 class FeatureTagger:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from common.cli import say
 from common.errors import ConfigError
 from common.tables import print_table
+from config.labels import LabelMap
+from config.settings import FusionSettings
+from config.tag_rules import TagRules
+from fusion.bundle.folder import thresholds_of
 from scripts.commands.common import (
     AsJson,
     Config,
@@ -20,7 +25,14 @@ from scripts.commands.common import (
 )
 
 _OF_THE_STATUS = {"status", "model", "version", "tagged_at", "attempts", "partial", "error"}
-_OF_THE_TABLES = {"tags": list, "modalities": dict, "failures": dict, "timings_ms": dict}
+_OF_THE_TABLES = {
+    "tags": list,
+    "near_misses": list,
+    "modalities": dict,
+    "failures": dict,
+    "timings_ms": dict,
+}
+_MOST_TEXT = 300  # characters of a post's text that are printed; --json has all
 
 
 def show(
@@ -31,7 +43,8 @@ def show(
 ) -> None:
     """Show one post's tags, and why.
 
-    Which modalities the tags rest on, what went wrong with the others, and the post's job.
+    Which modalities the tags rest on, what went wrong with the others, which tags were near, and
+    the post's job. Thresholds are shown where fusion.bundle is the bundle that gave the tags.
     """
     from king.store.queries import open_queries
 
@@ -44,6 +57,7 @@ def show(
     result = dict(stored.result) if stored is not None and stored.result else None
     content: dict[str, Any] = {
         "post_id": post_id,
+        "text": stored.post.text if stored is not None else "",
         "labels": list(stored.post.labels) if stored is not None else [],
         "media": [m.kind for m in stored.post.media] if stored is not None else [],
         "result": result,
@@ -53,15 +67,38 @@ def show(
         error = dict(job.last_error) if job.last_error else None
         content["job"] = {"state": job.state, "attempts": job.attempts, "last_error": error}
         content["job"]["due_at"] = moment(job.due_at)
+    if result is not None:
+        content["thresholds"] = thresholds_by_name(settings.fusion, result)
     if as_json:
         print_json(content)
     else:
         _print(content, found=stored is not None)
 
 
+def thresholds_by_name(settings: FusionSettings, result: Mapping[str, Any]) -> dict[str, float]:
+    """Return the thresholds of a result's tags; without those that are not known any more.
+
+    Of a tag that stands for several, it is the lowest of theirs.
+    """
+    known = thresholds_of(settings.bundle, str(result.get("version")))
+    if not known:
+        return {}
+    try:
+        rules, labels = TagRules.read(settings), LabelMap.load(settings.bundle / "labels.json")
+        served = rules.served(labels) if rules.digest == result.get("rules") else ()
+    except ConfigError:  # of no use here, and no reason to show nothing
+        return {}
+    tags = result.get("tags")
+    listed = tags if isinstance(tags, list) else ()
+    names = {str(tag.get("name")) for tag in listed if isinstance(tag, dict)}
+    return {tag.name: min(known[i] for i in tag.classes) for tag in served if tag.name in names}
+
+
 def _print(content: dict[str, Any], *, found: bool) -> None:
     result, job = content["result"], content["job"]
     say(f"post      {content['post_id']}{'' if found else '  (not in the database)'}\n")
+    if text := " ".join(content["text"].split()):
+        say(f"text      {text[:_MOST_TEXT]}{' ...' if len(text) > _MOST_TEXT else ''}\n")
     if content["labels"]:
         say(f"labels    {', '.join(content['labels'])}\n")
     if result is None:
@@ -89,7 +126,12 @@ def _print(content: dict[str, Any], *, found: bool) -> None:
         for name, kind in _OF_THE_TABLES.items()
     }
     if tables["tags"]:
-        print_table("", ("tag", "score", "id"), map(_tag, tables["tags"]))
+        known = content["thresholds"]
+        rows = [_tag(tag, known) for tag in tables["tags"]]
+        print_table("", ("tag", "score", "threshold", "id"), rows)
+    if near := tables["near_misses"]:
+        rows = [_tag(tag, {}) for tag in near]
+        print_table("", ("not given", "score", "threshold", "id"), rows)
     if tables["modalities"]:
         failures = tables["failures"]
         rows = [
@@ -99,12 +141,14 @@ def _print(content: dict[str, Any], *, found: bool) -> None:
         print_table("", ("modality", "state", "why"), rows)
 
 
-def _tag(tag: Any) -> tuple[Any, Any, Any]:
+def _tag(tag: Any, thresholds: Mapping[str, float]) -> tuple[Any, Any, Any, Any]:
     if not isinstance(tag, dict):
-        return tag, "", ""
-    score = tag.get("score")
-    shown = f"{score:.3f}" if isinstance(score, (int, float)) else score
-    return tag.get("name"), shown, tag.get("id")
+        return tag, "", "", ""
+    score, least = (
+        f"{value:.3f}" if isinstance(value, (int, float)) else value
+        for value in (tag.get("score"), tag.get("threshold", thresholds.get(str(tag.get("name")))))
+    )
+    return tag.get("name"), score, least, tag.get("id")
 
 
 def _error(error: Any) -> str:

@@ -195,3 +195,9 @@ def _print(result: dict[str, Any]) -> None:
         say(f"          {name}: {failure['type']}: {failure['message']}\n")
     rows = [(tag["name"], f"{tag['score']:.3f}", tag["id"]) for tag in result["tags"]]
     print_table("", ("tag", "score", "id"), rows or [("(none over its threshold)", "", "")])
+    near = [
+        (tag["name"], f"{tag['score']:.3f}", f"{tag['threshold']:.3f}", tag["id"])
+        for tag in result.get("near_misses", ())
+    ]
+    if near:
+        print_table("", ("not given", "score", "threshold", "id"), near)

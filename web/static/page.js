@@ -58,7 +58,7 @@ function showChosen() {
 
 // The answer ---------------------------------------------------------------------------------
 
-function bars(list, tags) {
+function bars(list, tags, thresholds = new Map()) {
   list.replaceChildren(...tags.map((tag) => {
     const row = element("li");
     const track = element("span", "track");
@@ -66,14 +66,29 @@ function bars(list, tags) {
     track.setAttribute("aria-hidden", "true");
     fill.style.width = `${(100 * tag.score).toFixed(1)}%`;
     track.append(fill);
-    row.append(element("span", "name", tag.name), track, element("span", "score", tag.score.toFixed(3)));
+    const score = element("span", "score", tag.score.toFixed(3));
+    const threshold = tag.threshold ?? thresholds.get(tag.name);
+    if (threshold !== undefined) {
+      const mark = element("span", "mark");
+      mark.style.left = `${(100 * threshold).toFixed(1)}%`;
+      track.append(mark);
+      row.title = `given from ${threshold.toFixed(3)} on`;
+      row.classList.toggle("below", tag.score < threshold);
+      score.append(element("span", "unseen", ` (${row.title})`));
+    }
+    row.append(element("span", "name", tag.name), track, score);
     return row;
   }));
 }
 
 function showResult(answer) {
-  bars($("tags"), answer.tags);
+  const scores = answer.scores || [];
+  const known = new Map(scores.filter((each) => "threshold" in each).map((each) => [each.name, each.threshold]));
+  bars($("tags"), answer.tags, known);
   $("no-tags").hidden = answer.tags.length > 0;
+  bars($("near"), answer.near_misses || []);
+  $("near-title").hidden = !answer.near_misses;
+  $("marks").hidden = known.size === 0;
   $("modalities").tBodies[0].replaceChildren(...Object.entries(answer.modalities).map(([name, state]) => {
     const row = element("tr");
     const head = element("th", "", name);
@@ -88,7 +103,7 @@ function showResult(answer) {
     pair.append(element("dt", "", stage), element("dd", "", `${ms} ms`));
     return pair;
   }));
-  bars($("scores"), answer.scores || []);
+  bars($("scores"), scores);
   $("all").hidden = !answer.scores;
   $("all").open = answer.tags.length === 0;
   $("model").textContent = `${answer.model} ${answer.version}`;

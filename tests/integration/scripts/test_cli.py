@@ -266,6 +266,7 @@ def test_show_tells_tags_modalities_and_reasons(
         "version": "20260101T000000Z-abcdef12",
         "status": "tagged",
         "tags": [{"id": 3, "name": "猫 [cat]", "score": 0.91234}],
+        "near_misses": [{"id": 1, "name": "dog", "score": 0.37, "threshold": 0.4}],
         "modalities": {"video": "failed", "text": "ok"},
         "failures": {"video": failure},
         "error": None,
@@ -276,10 +277,19 @@ def test_show_tells_tags_modalities_and_reasons(
     }
     media = ["http://u:secret@h/a.jpg"]
     database["posts"].insert_one(
-        {"_id": "p1", "labels": ["猫"], "images": media, "insight": result}
+        {"_id": "p1", "text": "a\ncat " * 99, "labels": ["猫"], "images": media, "insight": result}
     )
+    bundle = command.settings.fusion.bundle
+    bundle.mkdir()
+    about = f"version: {result['version']}\nfeatures: {{}}\nthresholds:\n- 0.5\n- 0.3125\n"
+    (bundle / "bundle.yaml").write_text(about)
+    (bundle / "labels.json").write_text('{"0": "dog", "1": "猫 [cat]"}')
     code, out, _ = command("show", "p1")
     assert code == 0
+    rows = [line.split() for line in out.splitlines()]
+    assert ["猫", "[cat]", "0.912", "0.312", "3"] in rows
+    assert ["dog", "0.370", "0.400", "1"] in rows
+    assert f"text      {('a cat ' * 99)[:300]} ...\n" in out
     for text in (
         "猫 [cat]",
         "0.912",

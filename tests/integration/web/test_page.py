@@ -84,6 +84,15 @@ def test_an_upload_shows_its_tags(url: str, chromium: str, tmp_path: Path) -> No
             "document.querySelector('#tags .track').getBoundingClientRect().width"
         )
         assert width == pytest.approx(0.9, abs=0.02)
+        marks = page.run(
+            "[...document.querySelectorAll('#scores li')].map(row => "
+            "[row.title, row.querySelector('.mark').style.left, row.className])"
+        )
+        assert marks == [
+            ["given from 0.500 on", "50%", ""],
+            ["given from 0.125 on", "12.5%", "below"],
+        ]
+        assert page.run("document.querySelector('#tags .mark').style.left") == "50%"
         states = page.run(
             "Object.fromEntries([...document.querySelectorAll('#modalities tbody tr')]"
             ".map(row => [row.cells[0].textContent, row.cells[1].textContent]))"

@@ -72,6 +72,7 @@ class Desk:
 def desk_settings(folder: Path, **http: Any) -> Settings:
     bundle = folder / "bundle"
     bundle.mkdir(exist_ok=True)
+    (bundle / "bundle.yaml").write_text("version: '1'\nthresholds:\n- 0.5\n- 0.125\nmetrics: {}\n")
     (bundle / "labels.json").write_text('{"0": "sport", "1": "雨"}', encoding="utf-8")
     return Settings.model_validate(
         {

@@ -8,7 +8,7 @@ from datetime import datetime, timezone
 
 import numpy as np
 
-from common.post import Failure, Features, Tag, TagResult, Tags
+from common.post import Failure, Features, NearMiss, Tag, TagResult, Tags
 from fusion.infer.outputs import JsonLines, Result
 
 TAGS = Tags("p1", "demo", "2", (Tag(3, "猫", 0.1234567890),), np.array([0.1234567], np.float32))
@@ -44,6 +44,17 @@ def test_the_documents_of_tagged_and_failed_posts_have_the_same_keys() -> None:
     assert failed["status"] == "failed"
     assert failed["error"] == tagged["failures"]["image"]
     assert "tagged_at" not in TagResult.tagged(TAGS, FEATURES).document()
+
+
+def test_rules_and_near_misses_have_keys_only_where_there_are_any() -> None:
+    near = (NearMiss("t-9", "狗", 0.40000000001, 0.5),)
+    found = TagResult.tagged(replace(TAGS, rules="12345678", near_misses=near), FEATURES).document()
+    plain = TagResult.tagged(TAGS, FEATURES).document()
+    assert found == {
+        **plain,
+        "rules": "12345678",
+        "near_misses": [{"id": "t-9", "name": "狗", "score": 0.4, "threshold": 0.5}],
+    }
 
 
 def test_tags_that_lack_what_may_come_are_partial() -> None:

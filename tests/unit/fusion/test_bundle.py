@@ -17,7 +17,7 @@ import yaml
 from common.errors import BundleError, ConfigError, RetryableError
 from config.tag_rules import TagFile, TagRules
 from fusion.bundle import bundle
-from fusion.bundle.folder import newest_version
+from fusion.bundle.folder import newest_version, thresholds_of
 from fusion.infer.inferer import Inferer, TagChooser
 from fusion.metrics.calibration import Temperature
 from tests.support.fusion import support
@@ -42,6 +42,8 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     assert found.manifest == support.manifest()
     assert found.metrics == {"gap": 0.9}
     np.testing.assert_allclose(found.thresholds, thresholds, atol=1e-6)
+    np.testing.assert_allclose(thresholds_of(tmp_path / "b", version), thresholds, atol=1e-6)
+    assert thresholds_of(tmp_path / "b", "20250101T000000Z-00000000") == ()
     assert sorted(p.name for p in (tmp_path / "b").iterdir()) == [
         "bundle.yaml",
         "labels.json",
@@ -229,6 +231,17 @@ def test_tags_are_those_over_their_thresholds(tmp_path: Path) -> None:
     assert Inferer.load(tmp_path / "high").predict([support.features()])[0].tags == ()
 
 
+def chooser(rules: dict[str, Any]) -> TagChooser:
+    """Thresholds of 0.9 for the first tag, 0.5 for the others."""
+    made = SimpleNamespace(
+        labels=support.LABELS, thresholds=np.array([0.9, 0.5, 0.5, 0.5, 0.5, 0.5], np.float32)
+    )
+    of_file = {key: rules[key] for key in rules if key in TagFile.model_fields}
+    numbers = {key: rules[key] for key in rules if key not in TagFile.model_fields}
+    rest = TagRules(**numbers, file=TagFile.model_validate(of_file))
+    return TagChooser(made, rest)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("rules", "tags"),
     [
@@ -251,14 +264,29 @@ def test_rules_choose_among_the_tags(
     rules: dict[str, Any], tags: list[tuple[int | str, float]]
 ) -> None:
     """Thresholds first, then at least and at most so many; two tags that are one keep the best."""
-    made = SimpleNamespace(
-        labels=support.LABELS, thresholds=np.array([0.9, 0.5, 0.5, 0.5, 0.5, 0.5], np.float32)
-    )
-    file = TagFile.model_validate({k: v for k, v in rules.items() if not k.endswith("_tags")})
-    numbers = {k: v for k, v in rules.items() if k.endswith("_tags")}
-    chooser = TagChooser(made, TagRules(**numbers, file=file))  # type: ignore[arg-type]
-    found = chooser.tags(np.array([0.8, 0.6, 0.2, 0.2, 0.7, 0.4]))
+    found, _ = chooser(rules).choose(np.array([0.8, 0.6, 0.2, 0.2, 0.7, 0.4]))
     assert [(tag.id, tag.score) for tag in found] == tags
+
+
+@pytest.mark.parametrize(
+    ("rules", "near"),
+    [
+        ({"near_misses": 9}, [(0, 0.8, 0.9), (5, 0.4, 0.5)]),
+        ({"near_misses": 1}, [(0, 0.8, 0.9)]),
+        ({"near_misses": 9, "min_tags": 3}, [(5, 0.4, 0.5)]),
+        ({"near_misses": 9, "max_tags": 1}, [(0, 0.8, 0.9), (5, 0.4, 0.5)]),
+        ({"near_misses": 9, "hide": ["tag0"]}, [(5, 0.4, 0.5)]),
+        ({"near_misses": 9, "map": {"A": ["tag3", "tag5"]}}, [(0, 0.8, 0.9), (3, 0.4, 0.5)]),
+        ({}, []),
+    ],
+)
+def test_near_misses_are_the_nearest_to_their_thresholds(
+    rules: dict[str, Any], near: list[tuple[int, float, float]]
+) -> None:
+    """Of a tag that stands for several, the one that is nearest; none below half its threshold."""
+    _, found = chooser(rules).choose(np.array([0.8, 0.6, 0.2, 0.2, 0.7, 0.4]))
+    shown = [(each.id, each.score, pytest.approx(each.threshold)) for each in found]
+    assert shown == near
 
 
 def test_a_device_that_is_not_there(tmp_path: Path) -> None:

@@ -38,8 +38,8 @@ def test_tags_with_and_without_all_scores(desk: Desk) -> None:
     assert plain.json["timings_ms"]["total"] >= 0
     full = desk.client.post("/v1/tag?scores=1", json={"text": "x"})
     assert full.json["scores"] == [
-        {"id": 0, "name": "sport", "score": 0.9},
-        {"id": 1, "name": "雨", "score": 0.1},
+        {"id": 0, "name": "sport", "score": 0.9, "threshold": 0.5},
+        {"id": 1, "name": "雨", "score": 0.1, "threshold": 0.125},
     ]
     assert full.json["post_id"].startswith("http-")
     assert "雨" in full.text
