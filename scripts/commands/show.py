@@ -134,11 +134,11 @@ def _print(content: dict[str, Any], *, found: bool) -> None:
         print_table("", ("not given", "score", "threshold", "id"), rows)
     if tables["modalities"]:
         failures = tables["failures"]
-        rows = [
+        states = [
             (name, state, _error(failures[name]) if name in failures else "")
             for name, state in tables["modalities"].items()
         ]
-        print_table("", ("modality", "state", "why"), rows)
+        print_table("", ("modality", "state", "why"), states)
 
 
 def _tag(tag: Any, thresholds: Mapping[str, float]) -> tuple[Any, Any, Any, Any]:

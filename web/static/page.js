@@ -66,7 +66,7 @@ function bars(list, tags, thresholds = new Map()) {
     track.setAttribute("aria-hidden", "true");
     fill.style.width = `${(100 * tag.score).toFixed(1)}%`;
     track.append(fill);
-    const score = element("span", "score", tag.score.toFixed(3));
+    row.append(element("span", "name", tag.name), track, element("span", "score", tag.score.toFixed(3)));
     const threshold = tag.threshold ?? thresholds.get(tag.name);
     if (threshold !== undefined) {
       const mark = element("span", "mark");
@@ -74,9 +74,8 @@ function bars(list, tags, thresholds = new Map()) {
       track.append(mark);
       row.title = `given from ${threshold.toFixed(3)} on`;
       row.classList.toggle("below", tag.score < threshold);
-      score.append(element("span", "unseen", ` (${row.title})`));
+      row.append(element("span", "unseen", row.title));
     }
-    row.append(element("span", "name", tag.name), track, score);
     return row;
   }));
 }

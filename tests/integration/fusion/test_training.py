@@ -87,7 +87,7 @@ def test_every_model_learns_and_is_served_as_it_was_measured(name: str, posts: P
     truth = [[n in e["labels"] for n in support.LABELS.names] for e in entries]
     gap = metrics.global_average_precision([tags.scores for tags in found], truth)
     assert gap == pytest.approx(report.metrics["gap"], abs=1e-9)
-    right = [truth[i][tag.id] for i, tags in enumerate(found) for tag in tags.tags]
+    right = [truth[i][int(tag.id)] for i, tags in enumerate(found) for tag in tags.tags]
     assert np.mean(right) >= 0.8
 
 

@@ -326,6 +326,14 @@ def test_hot_swap(driver: Driver, site: Site) -> None:
     assert driver.pid("fuse-0") == pid
 
 
+def restart(driver: Driver) -> None:
+    """Kill the fusion worker, and wait for the next one."""
+    pid = driver.pid("fuse-0")
+    os.kill(pid, signal.SIGKILL)
+    driver.until(lambda: driver.view("fuse-0").pid not in (None, pid))
+    driver.ready()
+
+
 @pytest.mark.parametrize("damage", ["half", "another", "away"])
 def test_the_last_good_bundle_is_served_where_it_is_broken(
     driver: Driver, site: Site, damage: str
@@ -345,10 +353,7 @@ def test_the_last_good_bundle_is_served_where_it_is_broken(
             write_bundle(site.bundle, site.suite, seed=5, fingerprints=wrong)
         case "away":
             shutil.rmtree(site.bundle)
-    pid = driver.pid("fuse-0")
-    os.kill(pid, signal.SIGKILL)
-    driver.until(lambda: driver.view("fuse-0").pid not in (None, pid))
-    driver.ready()
+    restart(driver)
     post = Features("p", {"text": np.ones((2, 64), np.float16)}, {"text": "ok"})
     assert driver.run(FuseTask(post)).version == before[1]
     version = write_bundle(site.bundle, site.suite, seed=6)
@@ -376,9 +381,7 @@ def test_rules_are_taken_up_when_their_file_changes(driver: Driver, site: Site) 
             file.unlink()
             if bad is not None:
                 file.write_text(bad)
-            os.kill(driver.pid("fuse-0"), signal.SIGKILL)
-            driver.until(lambda pid=pid: driver.view("fuse-0").pid not in (None, pid))
-            driver.ready()
+            restart(driver)
             assert driver.run(task).rules == hidden
             assert kept.read_text() == "hide: [sea]\n"
             pid = driver.pid("fuse-0")

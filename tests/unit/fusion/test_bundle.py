@@ -281,7 +281,7 @@ def test_rules_choose_among_the_tags(
     ],
 )
 def test_near_misses_are_the_nearest_to_their_thresholds(
-    rules: dict[str, Any], near: list[tuple[int, float, float]]
+    rules: dict[str, Any], near: list[tuple[int | str, float, Any]]
 ) -> None:
     """Of a tag that stands for several, the one that is nearest; none below half its threshold."""
     _, found = chooser(rules).choose(np.array([0.8, 0.6, 0.2, 0.2, 0.7, 0.4]))
