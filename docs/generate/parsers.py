@@ -14,6 +14,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -36,6 +37,7 @@ class _Stopped(BaseException):  # nothing of a script catches it
     words: Sequence[str]
 
 
+@cache
 def insighttag() -> Any:
     """Return the command of typer behind ``insighttag``."""
     return typer.main.get_command(build_app())
