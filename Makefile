@@ -14,7 +14,7 @@ endif
 VENV := .venv
 PY := $(VENV)/bin/python
 UV := $(VENV)/bin/uv pip
-SOURCES := common config corpus demo deploy extractors fusion king scripts web workers
+SOURCES := common config corpus demo deploy extractors fusion insighttag king scripts web workers
 SCRIPTS := $(wildcard *.py)
 # In the order of the folders: the long files of acceptance first, those of unit fill up the end.
 PYTEST_ARGS ?= -n $(PROCESSES) --dist loadfile --no-loadscope-reorder --max-worker-restart 0
@@ -23,7 +23,7 @@ PYTEST_ARGS ?= -n $(PROCESSES) --dist loadfile --no-loadscope-reorder --max-work
 PROCESSES ?= 4
 SUPERVISORD_ARGS ?=
 
-.PHONY: help env env-dev demo t test coverage check style types arrows docs bench fuzz chaos soak walk corpus-memory zoo data-wait run lock clean distclean
+.PHONY: help env env-dev demo t test coverage check style types arrows docs bench fuzz chaos soak walk corpus-memory zoo data-wait schemas run lock clean distclean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -145,6 +145,9 @@ zoo: $(VENV)/.dev ## every fusion model on the same features, three seeds each
 
 data-wait: $(VENV)/.dev ## how long a training waits for the features of 100,000 posts
 	$(PY) bench/data_wait.py $(BENCH_ARGS)
+
+schemas: $(VENV)/.runtime ## docs/schemas: JSON Schemas of settings and data files, for editors
+	@$(PY) scripts/write_schemas.py
 
 run: $(VENV)/.runtime ## the daemon and its watchdog under supervisord, in the foreground
 	@mkdir -p workshop/run && touch workshop/run/king.log

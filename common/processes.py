@@ -6,13 +6,25 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context, parent_process
 from pathlib import Path
+from sysconfig import get_path
 from typing import Any
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+def python_path(environ: Mapping[str, str]) -> str:
+    """Return the PYTHONPATH of a process that shall import our packages, as this one does.
+
+    Installed, they are found without: site-packages would go before the standard library.
+    """
+    root = str(Path(__file__).resolve().parents[__name__.count(".")])
+    others = [path for path in environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    ours = [] if root == get_path("purelib") else [root]
+    return os.pathsep.join(dict.fromkeys([*ours, *others]))
 
 
 def process_identity(pid: int) -> str | None:

@@ -10,7 +10,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, TypeVar
 
 import yaml
@@ -22,9 +22,13 @@ from common.urls import redact
 from config.presets import changes_nothing, merge, with_preset
 from config.settings import Settings
 
+CONFIGS = Path(__file__).parent
+"""Folder of the files of settings that come with the code."""
 DEFAULT_CONFIG = Path("config/infer_config_e2e.yaml")
 _VARIABLES = "INSIGHTTAG_"
 _TEST_VARIABLES = "INSIGHTTAG_TEST_"
+# Keys of features.* and fusion that may be paths.
+_PATHS = ("weights", "tfidf", "bundle")
 # PyYAML raises the last two itself: for dates such as 2026-13-01, and for nesting without end.
 _NO_YAML = (yaml.YAMLError, ValueError, RecursionError)
 
@@ -196,11 +200,66 @@ def load_settings(
     Without a path the file is ``default``, and absent it gives the built-in defaults.
     """
     file = Path(path) if path is not None else default
-    from_file = read_yaml(file) if path is not None or file.exists() else {}
+    named = file if path is not None or file.exists() else None
+    return settings_with(named, parse_overrides(overrides), "--set")
+
+
+def settings_with(file: Path | None, values: Mapping[str, Any], source: str) -> Settings:
+    """Return the settings of a file and the environment, with the values of a source over them."""
+    from_file = read_yaml(file) if file is not None else {}
     validate(Settings, from_file, str(file))  # so that a mistake is blamed on the right source
-    values = merge(_layer(from_file, str(file)), _layer(_environment(), "environment"))
-    validate(Settings, values, "environment")
-    return validate(Settings, merge(values, _layer(parse_overrides(overrides), "--set")), "--set")
+    if file is not None:
+        from_file = beside(from_file, file.absolute().parent)
+    merged = merge(_layer(from_file, str(file)), _layer(_environment(), "environment"))
+    validate(Settings, merged, "environment")
+    return validate(Settings, merge(merged, _layer(values, source)), source)
+
+
+def beside(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Return a file's values with those relative paths whole that lead from its folder to a file.
+
+    The folder of a training can so be moved; other paths are relative to the working directory.
+    """
+    result: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            result[key] = beside(value, folder)
+        elif key in _PATHS and isinstance(value, str) and _lies(folder, value):
+            result[key] = str(folder / value)
+        else:
+            result[key] = value
+    return result
+
+
+def _lies(folder: Path, name: str) -> bool:
+    if name in ("pretrained", "package"):
+        return False
+    try:
+        return (folder / name).exists()
+    except (OSError, ValueError):  # too long, or with a null byte: the reader says so
+        return False
+
+
+def settings_beside(bundle: Path) -> Path | None:
+    """Return the ``settings.yaml`` that `insighttag train` has written next to a bundle."""
+    file = bundle.absolute().parent / "settings.yaml"
+    return file if file.is_file() else None
+
+
+def nested(values: Mapping[str, object], source: str) -> dict[str, Any]:
+    """Return settings given as ``{"a.b": c}``, nested."""
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{source}: must be a dict, as {{'section.key': value}}: got {values!r}")
+    result: dict[str, Any] = {}
+    for path, value in values.items():
+        if not isinstance(path, str) or not all(path.split(".")):
+            raise ConfigError(f"{source}: {path!r}: write it as 'section.key'")
+        inner: Any = str(value) if isinstance(value, PurePath) else value
+        inner = nested(inner, source) if isinstance(inner, Mapping) else inner
+        for key in reversed(path.split(".")):
+            inner = {key: inner}
+        result = merge(result, inner)
+    return result
 
 
 def given_options(options: object, keys: Mapping[str, str]) -> dict[str, Any]:

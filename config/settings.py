@@ -28,9 +28,11 @@ HostName = Annotated[str, Field(pattern=r"^[^\s/:]+$")]
 
 
 class Section(BaseModel):
-    """Base of every section: frozen, unknown keys refused."""
+    """Base of every section: frozen, unknown keys refused; docstrings describe keys in schemas."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", protected_namespaces=(), use_attribute_docstrings=True
+    )
 
 
 class BrokerSettings(Section):

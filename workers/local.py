@@ -22,7 +22,7 @@ import msgspec
 
 from common.errors import BundleError, ConfigError
 from common.fingerprint import mismatch
-from common.post import Failure, Stream
+from common.post import Failure, Modality, Stream
 from config.settings import Settings
 from extractors.parts import slot_bytes
 from extractors.suite import ExtractorSuite
@@ -54,7 +54,13 @@ if TYPE_CHECKING:
     from fusion.infer.inferer import Inferer
 
 
-def local_runner(settings: Settings, *, fuse: bool = True, device: str | None = None) -> PostRunner:
+def local_runner(
+    settings: Settings,
+    *,
+    fuse: bool = True,
+    device: str | None = None,
+    modalities: frozenset[Modality] | None = None,
+) -> PostRunner:
     """Return a runner whose models are all in this process.
 
     Posts have no time limit here: nothing else waits for them, and one device does all the work.
@@ -63,9 +69,10 @@ def local_runner(settings: Settings, *, fuse: bool = True, device: str | None = 
         settings: Of the features, and of the fusion.
         fuse: Give tags; without, no bundle is loaded.
         device: Replaces that of the first extractor placement.
+        modalities: As in `PostRunner`; all models are loaded.
     """
     pool = LocalPool(settings, fuse=fuse, device=device)
-    return PostRunner(settings, fuse=fuse, pool=pool, post_limit_s=math.inf)
+    return PostRunner(settings, fuse=fuse, pool=pool, modalities=modalities, post_limit_s=math.inf)
 
 
 class LocalPool:

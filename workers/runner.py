@@ -30,7 +30,7 @@ from common.errors import (
     RetryableError,
     TaggingError,
 )
-from common.post import Modality, Post, Stream
+from common.post import Failure, Modality, Post, Stream, TagResult
 from common.urls import is_url
 from config.settings import ExtractorName, FeatureSettings, Settings
 from workers.fetch import local_file
@@ -365,6 +365,15 @@ class PostRunner:
             return not is_url(source) and bool(self._open_local(source))
         except PermanentError:
             return False
+
+
+def result_of(runner: PostRunner, post: Post) -> TagResult:
+    """Run one post and return its result, which may say why the post failed."""
+    try:
+        return runner.run(post).result
+    except TaggingError as error:
+        failure = Failure.of(error.stage or "load", error)
+        return TagResult.failed(post.post_id, runner.bundle or ("", ""), failure)
 
 
 def extractors_of(

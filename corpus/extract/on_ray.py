@@ -20,6 +20,7 @@ from typing import Any
 from common.errors import ConfigError, TaggingError
 from common.logs import configure_logs
 from common.post import Failure
+from common.processes import python_path
 from corpus.extract.local import LocalEngine
 from corpus.extract.options import Options
 from corpus.extract.work import Entry, FailedPart, Result, Work
@@ -31,7 +32,6 @@ _FIRST, _LARGEST, _GROW_EVERY = 16, 512, 64
 _POLL_S = 0.5  # how late a signal is noticed
 _STORE_BYTES = 200 * 1024 * 1024  # only posts and results pass through Ray's object store
 _REACH_S = 5.0
-_CODE = Path(__file__).resolve().parents[2]
 
 
 class ExtractActor:
@@ -122,7 +122,7 @@ class RayEngine:
                 "object_store_memory": _STORE_BYTES,
                 "_node_ip_address": "127.0.0.1",
             }
-        environment = {"PYTHONPATH": _python_path(), "RAY_USAGE_STATS_ENABLED": "0"}
+        environment = {"PYTHONPATH": python_path(os.environ), "RAY_USAGE_STATS_ENABLED": "0"}
         try:
             if address is not None:
                 _check_reachable(address)
@@ -194,8 +194,3 @@ def _import_ray() -> Any:
             f"--engine ray needs Ray ({error.name or error} is missing): pip install '.[ray]'"
         ) from error
     return ray
-
-
-def _python_path() -> str:
-    others = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
-    return os.pathsep.join(dict.fromkeys([str(_CODE), *others]))

@@ -20,7 +20,6 @@ from typing import Any
 
 import yaml
 
-import config
 from common.errors import ConfigError, TaggingError
 from common.files import file_digest, write_whole
 from common.fingerprint import digest
@@ -28,7 +27,7 @@ from common.post import Post
 from common.progress import notice, progress_bar
 from common.stages import run_stage
 from common.urls import is_url
-from config.load import read_yaml, validate
+from config.load import CONFIGS, read_yaml, validate
 from config.presets import TRAINED, merge
 from config.settings import Settings
 from config.train import BackboneTrainSettings, TrainSettings
@@ -395,7 +394,7 @@ def _with_encoders(
     if audio.weights in TRAINED and not Path(audio.weights).exists():
         file = encoders / "audio.safetensors"
         if contents["videos"] or contents["audios"]:
-            base = read_yaml(Path(config.__file__).with_name("train_audio.yaml"))
+            base = read_yaml(CONFIGS / "train_audio.yaml")
             changes = {
                 "backbone": {"arch": audio.arch, "out": str(file)},
                 "data": {"skip_bad": True},

@@ -30,7 +30,8 @@ MAX_ENTRY_BYTES = 32 << 20
 _BLANK = re.compile(r"[ \t\r\n]*")
 MEDIA_KEYS: dict[MediaKind, str] = {"image": "images", "video": "videos", "audio": "audios"}
 """Kind of media -> its key in the files."""
-_KEYS = ("post_id", "labels", "text", "ocr", *MEDIA_KEYS.values(), "features", "author", "created")
+_TEXT_KEYS = ("post_id", "labels", "text", "ocr")
+POST_KEYS = (*_TEXT_KEYS, *MEDIA_KEYS.values(), "features", "author", "created")
 
 
 class Entry(NamedTuple):
@@ -195,9 +196,9 @@ def read_whole_posts(path: Path) -> list[Post]:
 def post_to_tag(value: Any, path: Path, where: str) -> Post:
     """Return an entry as a post with known keys alone, whose local media exist."""
     post_id_of(value, where)
-    odd = next((key for key in value if key not in _KEYS), None)
+    odd = next((key for key in value if key not in POST_KEYS), None)
     if odd is not None:
-        raise ConfigError(f"{where}: {odd}: unknown key{did_you_mean(odd, _KEYS)}")
+        raise ConfigError(f"{where}: {odd}: unknown key{did_you_mean(odd, POST_KEYS)}")
     post = parse_post(value, where).post
     media: list[Media] = []
     for each in post.media:
@@ -253,7 +254,7 @@ def _texts(value: Mapping[str, Any], key: str, where: str) -> tuple[str, ...]:
 
 
 def _shown(value: Any) -> str:
-    return f"{json.dumps(value):.60}"
+    return f"{json.dumps(value, default=repr):.60}"
 
 
 def _line_entries(file: BinaryIO, path: Path) -> Iterator[Entry]:

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 import typer
 
 from common.cli import complain, say
-from common.errors import ConfigError, TaggingError, path_error
-from common.post import MEDIA_KINDS, Failure, Post, TagResult
+from common.errors import ConfigError, path_error
+from common.post import MEDIA_KINDS, Post
 from common.progress import notice, track
 from common.tables import print_table
 from common.times import plain
+from config.load import settings_beside
 from config.tag_rules import TagRules
 from fusion.data.data_file import parse_post, read_whole_posts
 from scripts.commands.common import AsJson, Config, Overrides, print_json, settings_of
@@ -62,8 +63,7 @@ def tag(
     """
     sets = list(overrides or ())
     if bundle is not None:
-        beside = bundle.absolute().parent / "settings.yaml"
-        config = beside if config is None and beside.is_file() else config
+        config = config or settings_beside(bundle)
         sets.append(f"fusion.bundle={json.dumps(str(bundle))}")
     settings = settings_of(config, sets)
     # Both before the models, which take long to load.
@@ -71,12 +71,13 @@ def tag(
     if out is not None and out.is_dir():
         raise ConfigError(f"--out {out}: is a folder: name a file in it, as {out / 'tags.jsonl'}")
     from workers.local import local_runner
+    from workers.runner import result_of
 
     with local_runner(settings) as runner:
         if out is not None:
             results = list(_written(posts, runner, rules, out, restart=restart))
         else:
-            results = [result_of(post, runner).answer() for post in posts]
+            results = [result_of(runner, post).answer() for post in posts]
     if out is not None:
         failed = sum(result["status"] == "failed" for result in results)
         say(f"{len(results):,} posts, {failed:,} failed: {out}\n")
@@ -93,15 +94,6 @@ def tag(
         complain("tag", f"all {media} media failed", 1)
     if all_lost or any(result["status"] == "failed" for result in results):
         raise typer.Exit(1)
-
-
-def result_of(post: Post, runner: PostRunner) -> TagResult:
-    """Return one post's result."""
-    try:
-        return runner.run(post).result
-    except TaggingError as error:
-        failure = Failure.of(error.stage or "load", error)
-        return TagResult.failed(post.post_id, runner.bundle or ("", ""), failure)
 
 
 def _posts(source: Path) -> list[Post]:
@@ -127,6 +119,8 @@ def _written(
     posts: Sequence[Post], runner: PostRunner, rules: str | None, out: Path, *, restart: bool
 ) -> Iterator[dict[str, Any]]:
     """Yield results, and write each as a line; those that an earlier run has written stay."""
+    from workers.runner import result_of
+
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         file = out.open("a+b")
@@ -145,7 +139,7 @@ def _written(
         for post in track(posts, "tag", len(posts)):
             result = earlier.get(post.post_id)
             if result is None:
-                result = result_of(post, runner).answer()
+                result = result_of(runner, post).answer()
                 file.write(json.dumps(result, ensure_ascii=False, default=plain).encode() + b"\n")
                 file.flush()
             yield result

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from common.cli import complain, say
 from common.errors import ConfigError
 from common.logs import configure_logs
-from config.load import did_you_mean, load_settings, parse_overrides
-from config.presets import Preset
+from config.load import DEFAULT_CONFIG, did_you_mean, parse_overrides, settings_with
+from config.presets import Preset, merge
 from config.settings import InferSettings, Settings
 from config.train import TrainSettings
 from scripts.commands.common import Config
+
+if TYPE_CHECKING:
+    from corpus.from_files.training import TrainingFolder
 
 # Of the training alone; data, save_dir and the like are the command's own.
 _TRAINING = set(TrainSettings.model_fields) - {"task", "data"}
@@ -90,28 +93,27 @@ def train(
     source = posts or named_posts
     if source is None or (posts and named_posts):
         raise ConfigError("train: name the posts once: insighttag train POSTS --out FOLDER")
-    settings, training = _settings(config, preset, overrides or ())
+    values = parse_overrides(overrides or ())
+    preset = preset or ("small" if config is None else None)
+    config = config or (DEFAULT_CONFIG if DEFAULT_CONFIG.exists() else None)
+    settings, training = settings_of_own(config, preset, values, "--set")
     # Lines of the default level would tear the progress bars.
     level = "warning" if settings.log.level == "info" else settings.log.level
     configure_logs(settings.log.format, level)
-    from corpus.from_files.training import OwnTraining, train_own_posts
-
-    plan = OwnTraining(
-        source=source,
-        labels=labels,
-        out=out,
-        settings=settings,
-        training=training,
-        valid=valid,
-        test=test,
-        seed=seed,
-        min_posts=min_posts,
-        skip_bad=skip_bad,
-    )
     try:
-        folder = train_own_posts(plan, restart=restart)
-        if (side := folder.side("test")) is not None:
-            _measure(side, folder.bundle, folder.features, out / "test_tags.jsonl")
+        folder = train_and_measure(
+            restart=restart,
+            source=source,
+            labels=labels,
+            out=out,
+            settings=settings,
+            training=training,
+            valid=valid,
+            test=test,
+            seed=seed,
+            min_posts=min_posts,
+            skip_bad=skip_bad,
+        )
     except KeyboardInterrupt:
         complain("train", "interrupted; the same command goes on where it stopped", 1)
         raise typer.Exit(1) from None
@@ -121,25 +123,29 @@ def train(
     )
 
 
-def _settings(
-    config: Path | None, preset: Preset | None, overrides: Sequence[str]
+def settings_of_own(
+    config: Path | None, preset: Preset | None, values: Mapping[str, Any], source: str
 ) -> tuple[Settings, dict[str, Any]]:
-    """Return the settings of the extractors, and the values for the training."""
-    of_training = [each for each in overrides if _section(each) in _TRAINING]
-    of_extractors = [each for each in overrides if each not in of_training]
+    """Return the settings of the extractors, and the values for the training, out of both's."""
     known = {*_TRAINING, *Settings.model_fields}
-    odd = next((_section(each) for each in of_extractors if _section(each) not in known), None)
+    odd = next((key for key in values if key not in known), None)
     if odd is not None:
-        raise ConfigError(f"--set: {odd}: unknown key{did_you_mean(odd, known)}")
-    if preset is None and config is None:
-        preset = "small"
-    first = [f"features.preset={preset}"] if preset is not None else []
-    settings = load_settings(config, [*first, *of_extractors])
-    return settings, parse_overrides(of_training)
+        raise ConfigError(f"{source}: {odd}: unknown key{did_you_mean(odd, known)}")
+    of_extractors = {key: value for key, value in values.items() if key not in _TRAINING}
+    if preset is not None:
+        of_extractors = merge({"features": {"preset": preset}}, of_extractors)
+    settings = settings_with(config, of_extractors, source)
+    return settings, {key: value for key, value in values.items() if key in _TRAINING}
 
 
-def _section(override: str) -> str:
-    return override.partition("=")[0].partition(".")[0].strip()
+def train_and_measure(*, restart: bool, **plan: Any) -> TrainingFolder:
+    """Train as `OwnTraining` describes it, and tag the test posts."""
+    from corpus.from_files.training import OwnTraining, train_own_posts
+
+    folder = train_own_posts(OwnTraining(**plan), restart=restart)
+    if (side := folder.side("test")) is not None:
+        _measure(side, folder.bundle, folder.features, folder.root / "test_tags.jsonl")
+    return folder
 
 
 def _measure(posts: Path, bundle: Path, features: Path, out: Path) -> None:

@@ -17,6 +17,7 @@ MODELS = "torch cv2 av transformers timm onnxruntime"
         ("import extractors.parts, extractors.media.decode", MODELS),
         ("import extractors.feature_file, extractors.suite", f"{MODELS} safetensors"),
         ("import workers.pool.channel, workers.roles.loop", f"{MODELS} redis requests"),
+        ("import insighttag", f"{MODELS} pydantic kombu pymongo typer"),
         ("import online_process; online_process.main(['--help'])", f"{MODELS} kombu pymongo"),
         ("import infer_net; infer_net.main(['--help'])", MODELS),
         ("import sys; from scripts.cli import run; sys.exit(run(['--help']))", f"{MODELS} kombu"),

@@ -12,8 +12,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = (
-    "common", "config", "corpus", "demo", "deploy", "extractors", "fusion", "king", "scripts",
-    "web", "workers",
+    "common", "config", "corpus", "demo", "deploy", "extractors", "fusion", "insighttag", "king",
+    "scripts", "web", "workers",
 )  # fmt: skip
 BESIDE = ("tests", "bench", "docs")
 MAX_LINES, MAX_TOP_LINES, MAX_FUNCTION_LINES = 700, 60, 65

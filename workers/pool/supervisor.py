@@ -17,12 +17,12 @@ import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import MappingProxyType
 from typing import TypeAlias
 
 import structlog
 
+from common.processes import python_path
 from common.retry import backoff_s
 from config.settings import (
     BrokerSettings,
@@ -88,7 +88,6 @@ their limits by themselves, but for name resolution, which cannot be interrupted
 process and gives up after some 20 s; with less, a slow name server would cost the downloads of all
 other posts."""
 
-_ROOT = Path(__file__).resolve().parents[2]
 _THREAD_VARIABLES = (
     "OMP_NUM_THREADS",
     "MKL_NUM_THREADS",
@@ -206,8 +205,7 @@ def pinned_environment(spec: WorkerSpec, environ: Mapping[str, str]) -> dict[str
         index = int(spec.device.removeprefix("cuda:"))
         visible = [name for name in environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
         pinned["CUDA_VISIBLE_DEVICES"] = visible[index] if index < len(visible) else str(index)
-    paths = [str(_ROOT), *filter(None, [environ.get("PYTHONPATH")])]
-    pinned["PYTHONPATH"] = os.pathsep.join(paths)
+    pinned["PYTHONPATH"] = python_path(environ)
     return pinned
 
 

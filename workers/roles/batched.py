@@ -152,7 +152,7 @@ class _Decoder(Handler):
         import av
         import cv2
 
-        import extractors.media.decode  # noqa: F401  - so that the limit below counts from here
+        from extractors.media import decode  # noqa: F401  - so that the limit below counts from here
 
         cv2.setNumThreads(1)
         av.logging.set_level(None)  # ffmpeg's own lines name files and mean nothing to a person

@@ -1,0 +1,255 @@
+"""`Tagger` and `extract`: posts to tags or features, by the executor that every path has."""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from common.errors import ConfigError
+from common.post import Features, Post, TagResult
+from insighttag.posts import FileInput, ImageInput, PostInput, read_post
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from config.presets import Preset
+    from config.settings import Settings
+    from workers.runner import PostRunner
+
+Overrides = Mapping[str, object]
+"""Settings by their path, as ``{"features.image.batch_size": 8}``, or nested."""
+
+
+class Tagger:
+    """A bundle and its encoders, loaded in this process; tag posts with it, then `close` it.
+
+    `tag` may be called by several threads; their posts run one after the other.
+
+    Example:
+        with Tagger.load("mine/bundle") as tagger:
+            result = tagger.tag(text="a red car", images=["car.jpg"])
+
+    Attributes:
+        labels: Names of all tags, by their ID.
+        model: Name of the bundle.
+        version: Version of the bundle.
+    """
+
+    def __init__(self, runner: PostRunner, labels: Sequence[str]) -> None:
+        """Take a runner that has been started; `load` makes one."""
+        self.labels = tuple(labels)
+        self.model, self.version = runner.bundle or ("", "")
+        self._runner = runner
+        # Also at the end of the process, for who forgets: its thread must not outlive the models.
+        self._close = weakref.finalize(self, runner.close)
+
+    @classmethod
+    def load(
+        cls,
+        bundle: str | os.PathLike[str],
+        config: str | os.PathLike[str] | None = None,
+        *,
+        overrides: Overrides | None = None,
+        device: str | None = None,
+    ) -> Self:
+        """Load a bundle and its encoders.
+
+        Args:
+            bundle: Its folder.
+            config: File of settings; without, ``settings.yaml`` next to the bundle, where
+                `insighttag train` has put it, or else the defaults.
+            overrides: Settings that go before the file's.
+            device: ``cpu`` or ``cuda:N``; without, that of the settings.
+
+        Raises:
+            ConfigError: There is no such bundle, it is broken or made for other encoders, weights
+                are missing, or a setting is wrong.
+        """
+        from config.labels import LabelMap
+        from config.load import settings_beside
+
+        folder = Path(bundle)
+        _check_bundle(folder)
+        file = Path(config) if config is not None else settings_beside(folder)
+        settings = _settings(file, overrides, {"fusion.bundle": str(folder.absolute())})
+        labels = LabelMap.load(folder / "labels.json")
+        runner = _runner(settings, device, fuse=True)
+        return cls(runner, labels.names)
+
+    def tag(
+        self,
+        *,
+        text: str = "",
+        images: Sequence[ImageInput] = (),
+        videos: Sequence[FileInput] = (),
+        audios: Sequence[FileInput] = (),
+        ocr: str | None = None,
+        post_id: str = "post",
+    ) -> TagResult:
+        """Return the tags of one post.
+
+        Media that cannot be used cost their modality: `TagResult.failures` says why.
+
+        Args:
+            text: Its text.
+            images: Paths, URLs, bytes, uint8 arrays ``(height, width[, channels])`` in RGB, or
+                pictures of Pillow.
+            videos: Paths, URLs or bytes; as `audios`.
+            audios: Sounds.
+            ocr: Text in its pictures; without, it is read there.
+            post_id: `TagResult.post_id`.
+
+        Raises:
+            ConfigError: An argument is wrong, or a file is not there.
+            NothingUsable: Nothing of the post can be used.
+            RetryableError: The same, but downloads may succeed later.
+        """
+        post: PostInput = {
+            **{"post_id": post_id, "text": text, "ocr": ocr},
+            **{"images": images, "videos": videos, "audios": audios},
+        }
+        with _post(post, "post") as ready:
+            return self._open().run(ready).result
+
+    def tag_many(self, posts: Iterable[PostInput]) -> Iterator[TagResult]:
+        """Yield the result of each post, in their order, while they are read.
+
+        A post of which nothing can be used has ``status == "failed"`` and an `error`, as with
+        `insighttag tag`. Posts are dicts with the arguments of `tag`; one without `post_id` is
+        named by its place: ``post 1``.
+
+        Raises:
+            ConfigError: A post has wrong keys or values, or a file of it is not there.
+        """
+        from workers.runner import result_of
+
+        for number, post in enumerate(_several(posts), 1):
+            with _post(post, f"post {number}") as ready:
+                result = result_of(self._open(), ready)
+            yield result
+
+    def close(self) -> None:
+        """Free the models; may be called again."""
+        self._close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "" if self._close.alive else ", closed"
+        return f"<Tagger {self.model} {self.version}, {len(self.labels)} tags{state}>"
+
+    def _open(self) -> PostRunner:
+        if not self._close.alive:
+            raise ConfigError("this Tagger is closed: load the bundle again")
+        return self._runner
+
+
+def extract(
+    posts: Iterable[PostInput],
+    *,
+    preset: Preset | None = None,
+    config: str | os.PathLike[str] | None = None,
+    overrides: Overrides | None = None,
+    device: str | None = None,
+) -> Iterator[Features]:
+    """Yield the features of each post, in their order; the models are loaded once.
+
+    `Features.arrays` has a float16 array ``(n, dim)`` for each stream that the post has; what
+    cannot be used is in `Features.failures`.
+
+    Args:
+        posts: As those of `Tagger.tag_many`.
+        preset: The encoders: docs/encoders.md; ``small`` without `config`.
+        config: File of settings, as ``settings.yaml`` next to a bundle.
+        overrides: Settings that go before the file's and the preset's.
+        device: ``cpu`` or ``cuda:N``; without, that of the settings.
+
+    Raises:
+        ConfigError: A setting or a post is wrong, a file is not there, or weights are missing.
+    """
+    chosen = preset or ("small" if config is None else None)
+    encoders = {"features.preset": chosen} if chosen else {}
+    settings = _settings(Path(config) if config is not None else None, overrides, encoders)
+    return _features(settings, device, _several(posts))
+
+
+def _features(
+    settings: Settings, device: str | None, posts: Iterable[PostInput]
+) -> Iterator[Features]:
+    runner = _runner(settings, device, fuse=False)
+    try:
+        for number, post in enumerate(posts, 1):
+            with _post(post, f"post {number}") as ready:
+                features = runner.run(ready).features
+            yield features
+    finally:
+        runner.close()
+
+
+def _runner(settings: Settings, device: str | None, *, fuse: bool) -> PostRunner:
+    from common.post import MODALITIES
+    from workers.local import local_runner
+
+    if device is not None and not re.fullmatch(r"cpu|cuda:\d+", device):
+        raise ConfigError(f"device: must be cpu or cuda:N, as cuda:0: got {device!r}")
+    # Features of what there is: with all modalities named, a post without any has none.
+    only = None if fuse else frozenset(MODALITIES)
+    return local_runner(settings, fuse=fuse, device=device, modalities=only).__enter__()
+
+
+def _settings(file: Path | None, overrides: Overrides | None, own: Overrides) -> Settings:
+    """Return the settings of a file with our own and, over these, the caller's."""
+    from config.load import nested, settings_with
+    from config.presets import merge
+
+    values = merge(nested(own, "overrides"), nested(overrides or {}, "overrides"))
+    settings = settings_with(file, values, "overrides")
+    quiet_logs(settings)
+    return settings
+
+
+def quiet_logs(settings: Settings) -> None:
+    """Write warnings alone to standard error, unless the program has set up structlog itself."""
+    import structlog
+
+    from common.logs import configure_logs
+
+    if not structlog.is_configured():
+        level = "warning" if settings.log.level == "info" else settings.log.level
+        configure_logs(settings.log.format, level)
+
+
+@contextmanager
+def _post(post: PostInput, where: str) -> Iterator[Post]:
+    with tempfile.TemporaryDirectory(prefix="insighttag-") as folder:
+        yield read_post(post, where, Path(folder))
+
+
+def _several(posts: Any) -> Iterable[PostInput]:
+    if isinstance(posts, (str, bytes, os.PathLike, Mapping)):
+        raise ConfigError(
+            f"posts: must be several posts, each a dict: got {type(posts).__name__}; files of "
+            "posts are for `insighttag tag` and `train`"
+        )
+    return posts  # type: ignore[no-any-return]
+
+
+def _check_bundle(folder: Path) -> None:
+    """Refuse what is no bundle, before the encoders take their time to load."""
+    from fusion.bundle.folder import ABOUT
+
+    if (folder / ABOUT).is_file():
+        return
+    inner = folder / "bundle"
+    hint = f"; did you mean {inner}?" if (inner / ABOUT).is_file() else ""
+    raise ConfigError(f"bundle: {folder}: no bundle there{hint or ': insighttag.train makes one'}")

@@ -1,0 +1,74 @@
+"""`train`: from files of posts to a bundle, as `insighttag train` does it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from insighttag.tagger import Overrides, quiet_logs
+
+if TYPE_CHECKING:
+    from config.presets import Preset
+
+
+def train(
+    posts: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    labels: str | os.PathLike[str] | None = None,
+    preset: Preset | None = None,
+    config: str | os.PathLike[str] | None = None,
+    overrides: Overrides | None = None,
+    valid: float = 0.1,
+    test: float = 0.1,
+    seed: int = 0,
+    min_posts: int = 1,
+    skip_bad: bool = False,
+    restart: bool = False,
+) -> Path:
+    """Train on posts in files, and return the folder of the bundle.
+
+    What `insighttag train` writes is in `out`: the bundle, ``settings.yaml`` for serving, the
+    report, features, and the test posts' tags. Interrupted, the same call goes on.
+
+    Args:
+        posts: A folder of media, a table ``.csv``, or a data file ``.jsonl`` or ``.json``.
+        out: Folder for everything; need not exist.
+        labels: Of a folder of media: a table with the columns ``file`` and ``labels``.
+        preset: The encoders; ``small`` without `config`.
+        config: File of settings of the extractors.
+        overrides: Settings of the extractors (``{"features.image.image_size": 160}``) or of the
+            training (``{"trainer.epochs": 5}``).
+        valid: Share of the posts that chooses epoch and thresholds.
+        test: Share that is only measured on.
+        seed: Of the split.
+        min_posts: Tags with fewer posts are left out.
+        skip_bad: Leave out posts with mistakes, and list them.
+        restart: Begin anew in a folder that was begun.
+
+    Raises:
+        ConfigError: The posts or the settings are wrong, or `out` was begun with others.
+    """
+    from config.load import nested
+    from scripts.commands.train import settings_of_own, train_and_measure
+
+    values = nested(overrides or {}, "overrides")
+    file = Path(config) if config is not None else None
+    encoders = preset or ("small" if file is None else None)
+    settings, training = settings_of_own(file, encoders, values, "overrides")
+    quiet_logs(settings)
+    folder = train_and_measure(
+        restart=restart,
+        source=Path(posts),
+        labels=Path(labels) if labels is not None else None,
+        out=Path(out),
+        settings=settings,
+        training=training,
+        valid=valid,
+        test=test,
+        seed=seed,
+        min_posts=min_posts,
+        skip_bad=skip_bad,
+    )
+    return folder.bundle
