@@ -457,9 +457,22 @@ def _write_settings(settings: Settings, folder: TrainingFolder) -> None:
         },
     )
     del values["features"]["preset"]  # all of its keys are there
+    values = _from_beside(values, f"{folder.root.absolute()}/")
     text = yaml.safe_dump(values, allow_unicode=True, sort_keys=False)
     head = "# Written by insighttag train: the encoders that the bundle needs, and the bundle.\n"
     write_whole(folder.settings, head + text)
+
+
+def _from_beside(values: Mapping[str, Any], root: str) -> dict[str, Any]:
+    """Return settings whose paths into the folder are relative to it, so that it can be moved."""
+    return {
+        key: _from_beside(value, root)
+        if isinstance(value, Mapping)
+        else value.removeprefix(root)
+        if isinstance(value, str)
+        else value
+        for key, value in values.items()
+    }
 
 
 def _kinds(settings: Settings, contents: Mapping[str, int]) -> list[Kind]:

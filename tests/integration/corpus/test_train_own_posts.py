@@ -169,7 +169,10 @@ def test_other_posts_for_the_same_folder_are_named(
 def test_texts_make_their_own_encoder(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A table of texts and ``arch: tfidf`` need no weights; words of training posts are counted."""
+    """A table of texts and ``arch: tfidf`` need no weights; words of training posts are counted.
+
+    The folder may be moved: its settings name its files by relative paths.
+    """
     texts = {"cat": "a small grey cat", "dog": "the big brown dog", "bird": "birds sing songs"}
     rows = [
         f"{name}-{number},{text} number {number},{name}"
@@ -187,7 +190,8 @@ def test_texts_make_their_own_encoder(
     assert "gap 1.0000" in capsys.readouterr().out
     new = tmp_path / "new.csv"
     new.write_text("id,text\n1,my grey cat\n", encoding="utf-8")
-    assert run(["tag", str(new), "--json", "--bundle", str(out / "bundle")]) == 0
+    moved = out.rename(tmp_path / "moved")
+    assert run(["tag", str(new), "--json", "--bundle", str(moved / "bundle")]) == 0
     (result,) = json.loads(capsys.readouterr().out)
     assert [tag["name"] for tag in result["tags"]] == ["cat"]
 

@@ -1,0 +1,115 @@
+"""The wheel, installed into an environment of its own, far from the checkout.
+
+The environment has the dependencies of this one, and nothing of ours beside the wheel; the working
+folder has modules with the names that our packages have in a checkout.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path, PurePath
+
+import pytest
+
+from tests.unit.test_house_style import PACKAGES, ROOT, tracked_files
+
+NOTEBOOK = ROOT / "docs" / "notebooks" / "quickstart.ipynb"
+BUILD = "import sys, setuptools.build_meta as build; print(build.build_wheel(sys.argv[1]))"
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    for path in tracked_files():
+        inside = path.relative_to(ROOT)
+        if path.is_file() and (len(inside.parts) == 1 or inside.parts[0] in PACKAGES):
+            (folder / "source" / inside).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, folder / "source" / inside)
+    command = [sys.executable, "-W", "ignore", "-c", BUILD, str(folder)]
+    subprocess.run(command, cwd=folder / "source", check=True, capture_output=True)
+    return next(folder.glob("insighttag-*.whl"))
+
+
+@pytest.fixture(scope="module")
+def work(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the environment and a person's own modules."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    env = folder / "env"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(env)], check=True)
+    (site,) = env.glob("lib/*/site-packages")
+    # A path alone: the .pth files in it, one of which leads to the checkout, are not read.
+    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib"), encoding="utf-8")
+    uv = [sys.executable, "-m", "uv", "pip", "install", "--no-deps", "--offline", "--quiet"]
+    subprocess.run([*uv, "--python", str(env / "bin" / "python"), str(wheel)], check=True)
+    for name in PACKAGES:
+        if name != "insighttag":
+            (folder / f"{name}.py").write_text("raise RuntimeError('somebody else')\n")
+    return folder
+
+
+def ran(work: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    hidden = ("PYTHONPATH", "INSIGHTTAG_")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(hidden)}
+    return subprocess.run(
+        [str(work / "env" / "bin" / command[0]), *command[1:]],
+        cwd=work,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
+
+
+def test_everything_is_inside_one_package_with_its_files(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        scripts = archive.read(next(n for n in names if n.endswith("entry_points.txt"))).decode()
+    tops = {name.partition("/")[0] for name in names}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"insighttag"}
+    assert "insighttag = insighttag.__main__:main" in scripts
+    ours = {PurePath(path.relative_to(ROOT)) for path in tracked_files()}
+    ours = {path for path in ours if path.parts[0] in PACKAGES or path.match("*_*.py")}
+    expected = {
+        str(path if path.parts[0] == "insighttag" else "insighttag" / path)
+        for path in ours
+        if len(path.parts) > 1 or path.suffix == ".py"
+    }
+    assert expected - names == set()
+
+
+def test_commands_run_far_from_the_checkout(work: Path) -> None:
+    """Also with a mistake: one line, and no traceback."""
+    version = ran(work, "insighttag", "--version")
+    assert version.stdout.startswith("insighttag "), version.stderr
+    doctor = ran(work, "insighttag", "doctor", "--set", "features.preset=small")
+    assert "Traceback" not in doctor.stderr
+    assert doctor.stdout or doctor.stderr.count("\n") == 1
+    mistake = ran(work, "insighttag", "tag", "none.png", "--bundle", "none")
+    assert (mistake.returncode, mistake.stderr.count("\n")) == (2, 1), mistake.stderr
+
+
+def test_the_notebook_runs_and_the_command_gives_its_tags(work: Path) -> None:
+    """The folder of the training is moved between them."""
+    cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    assert all(not cell.get("outputs") for cell in cells), "strip the outputs"
+    # Workers are started while the first lines of a script run: its own would run once more.
+    script = work / "notebook.py"
+    lines = "\n\n".join(code).replace("\n", "\n    ")
+    script.write_text(f"if __name__ == '__main__':\n    {lines}\n", encoding="utf-8")
+    notebook = ran(work, "python", str(script))
+    assert notebook.returncode == 0, notebook.stderr
+    assert "images: must be a list" in notebook.stdout
+    (work / "mine").rename(work / "moved")
+    command = ["tag", "pictures/00.png", "--json", "--bundle", "moved/bundle"]
+    tagged = ran(work, "insighttag", *command)
+    assert tagged.returncode == 0, tagged.stderr
+    (result,) = json.loads(tagged.stdout)
+    assert [tag["name"] for tag in result["tags"]] == ["red"]
