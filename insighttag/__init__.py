@@ -29,7 +29,7 @@ def _refuse_others() -> None:
         return
     for name in _OURS:
         known = sys.modules.get(name)
-        spec = known.__spec__ if known is not None else importlib.util.find_spec(name)
+        spec = getattr(known, "__spec__", None) if known else importlib.util.find_spec(name)
         file = getattr(known, "__file__", None) or (spec.origin if spec is not None else None)
         if file is not None and Path(file).resolve() != root / name / "__init__.py":
             raise ImportError(
@@ -38,18 +38,6 @@ def _refuse_others() -> None:
                 f"install {root}), or rename that module",
                 name=name,
             )
-        if file is None and known is None:  # not there, or a folder of the notebook's without code
-            _load(name, root / name)
-
-
-def _load(name: str, folder: Path) -> None:
-    """Import a package from its folder, whatever else is on the path."""
-    spec = importlib.util.spec_from_file_location(name, folder / "__init__.py")
-    if spec is None or spec.loader is None:
-        raise ImportError(f"insighttag: {folder} is no package", name=name)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
 
 
 _refuse_others()
