@@ -147,7 +147,7 @@ data-wait: $(VENV)/.dev ## how long a training waits for the features of 100,000
 	$(PY) bench/data_wait.py $(BENCH_ARGS)
 
 schemas: $(VENV)/.runtime ## docs/schemas: JSON Schemas of settings and data files, for editors
-	@$(PY) scripts/write_schemas.py
+	@$(PY) -c 'from scripts.write_schemas import main; main()'
 
 run: $(VENV)/.runtime ## the daemon and its watchdog under supervisord, in the foreground
 	@mkdir -p workshop/run && touch workshop/run/king.log

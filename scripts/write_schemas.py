@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs as a plain script too
 
 from common.files import write_whole
 from config.schema import VERSION, schema_of
@@ -81,7 +78,3 @@ def main() -> None:
     for name, schema in schemas().items():
         text = json.dumps(schema, ensure_ascii=False, indent=2)
         write_whole(FOLDER / f"{name}.schema.json", f"{text}\n")
-
-
-if __name__ == "__main__":
-    main()
