@@ -60,29 +60,32 @@ def move_all(built: Path, names: Sequence[str]) -> None:
 def rewritten(text: str, names: Sequence[str], where: str) -> str:
     """Return a module's text with ``insighttag.`` in front of our names, where they are imported.
 
-    That is ``from NAME...``, a string that is ``NAME.module:attribute``, and a string NAME or
+    That is ``from NAME...``, ``import NAME``, a string that is ``NAME.module:attribute``, and a string NAME or
     NAME.module behind ``"-m"``, the option of Python. ``sys.path.insert`` of scripts goes.
 
     Raises:
-        SyntaxError: ``import NAME...``, which binds the name itself.
+        SyntaxError: ``import NAME.module``, which binds NAME and imports something else.
     """
     if INTO in names:
         raise ValueError(f"{INTO} stays where it is")
     ours = re.compile(rf"(?:{'|'.join(map(re.escape, names))})(?:\.\w+)*")
     named = re.compile(rf"{ours.pattern}:\w+")
     tree, lines = ast.parse(text, where), text.encode("utf-8").splitlines(keepends=True)
-    places: list[tuple[int, int]] = []
+    places: list[tuple[int, int, str]] = []
+    prefix = f"{INTO}."
     for node in ast.walk(tree):
         match node:
             case ast.ImportFrom(module=str(module), level=0) if ours.fullmatch(module):
-                places.append((node.lineno, node.col_offset + len("from ")))
+                places.append((node.lineno, node.col_offset + len("from "), prefix))
+            case ast.Import(names=[ast.alias(name=str(name))]) if name in names:
+                places.append((node.lineno, node.col_offset, f"from {INTO} "))
             case ast.Import() if any(ours.fullmatch(each.name) for each in node.names):
                 raise SyntaxError(f"{where}:{node.lineno}: write `from ... import ...`")
             case ast.Constant(value=str(value)) if named.fullmatch(value):
-                places.append((node.lineno, node.col_offset + 1))
+                places.append((node.lineno, node.col_offset + 1, prefix))
             case ast.List() | ast.Tuple() | ast.Call():
                 places += [
-                    (each.lineno, each.col_offset + 1)
+                    (each.lineno, each.col_offset + 1, prefix)
                     for each in _modules_to_run(node)
                     if ours.fullmatch(str(each.value))
                 ]
@@ -91,9 +94,9 @@ def rewritten(text: str, names: Sequence[str], where: str) -> str:
             if node.lineno != node.end_lineno:
                 raise SyntaxError(f"{where}:{node.lineno}: write it in one line")
             lines[node.lineno - 1] = b"pass\n"
-    for line, column in sorted(set(places), reverse=True):
+    for line, column, inserted in sorted(set(places), reverse=True):
         old = lines[line - 1]
-        lines[line - 1] = old[:column] + f"{INTO}.".encode() + old[column:]
+        lines[line - 1] = old[:column] + inserted.encode() + old[column:]
     return b"".join(lines).decode("utf-8")
 
 
