@@ -60,8 +60,9 @@ def move_all(built: Path, names: Sequence[str]) -> None:
 def rewritten(text: str, names: Sequence[str], where: str) -> str:
     """Return a module's text with ``insighttag.`` in front of our names, where they are imported.
 
-    That is ``from NAME...``, ``import NAME``, a string that is ``NAME.module:attribute``, and a string NAME or
-    NAME.module behind ``"-m"``, the option of Python. ``sys.path.insert`` of scripts goes.
+    That is ``from NAME...``, ``import NAME``, a string that is ``NAME.module:attribute``, and a
+    string NAME or NAME.module behind ``"-m"``, the option of Python. ``sys.path.insert`` of scripts
+    goes.
 
     Raises:
         SyntaxError: ``import NAME.module``, which binds NAME and imports something else.
