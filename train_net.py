@@ -7,37 +7,27 @@ import sys
 from common.cli import Script, say
 from common.errors import ConfigError, PermanentError
 from config.train import BackboneTrainSettings
-from fusion.train.options import TrainOptions, train_settings
+from fusion.train.options import TRAIN_CONFIG, TrainOptions, train_settings
 
 
 def run(options: TrainOptions) -> None:
     """Train, and say what came of it; a `TaggingError` says in one line what is wrong."""
     settings = train_settings(options)
+    again = ["python", "train_net.py", "--model_config", str(options.model_config or TRAIN_CONFIG)]
     # Imported here: --help and a mistake in the config need no torch.
-    from fusion.infer.inference import shown
-
     if isinstance(settings, BackboneTrainSettings):
         from fusion.backbones.media import MediaItems
         from fusion.backbones.training import train_backbones
 
-        for stage in train_backbones(settings, MediaItems(), resume=options.resume):
-            say(
-                f"{stage.name}: epochs {stage.epochs}  best epoch {stage.best_epoch}  "
-                f"{shown(stage.metrics, seen=stage.seen)}\n"
-                f"weights {stage.weights}  {stage.seconds:.1f} s\n"
-            )
+        for stage in train_backbones(settings, MediaItems(), resume=options.resume, again=again):
+            say(stage.text)
         return
     from fusion.data.dataset import FeatureFiles
     from fusion.train.training import train
 
-    report = train(settings, FeatureFiles(), resume=options.resume)
+    report = train(settings, FeatureFiles(), resume=options.resume, again=again)
     if report.version:  # one process of a distributed run writes the bundle, and speaks
-        say(
-            f"epochs {report.epochs}  best epoch {report.best_epoch}  "
-            f"{shown(report.metrics, seen=report.seen_posts > 0)}\n"
-            f"bundle {report.bundle}  version {report.version}  "
-            f"{report.seconds:.1f} s  waiting for data {report.data_wait:.1%}\n"
-        )
+        say(report.text)
 
 
 SCRIPT = Script(

@@ -1,135 +1,175 @@
-"""Charts of reports, drawn by matplotlib without a display.
+"""Charts of reports: where everything lies in an SVG that is part of the page.
 
-Only drawing imports matplotlib, so that commands start without it.
-
-Colours are Okabe and Ito's, which people with any colour vision can tell apart. Names are drawn
-with the fonts of this machine; one that no font can draw is shown by its number.
+The macro ``chart`` of ``parts.html.j2`` writes the SVG. Colours and fonts are the page's own, so a
+chart follows light and dark, and shows names in any script. A chart is about as wide as a phone:
+pages put several in a row, and none is ever scaled down until its text cannot be read.
 """
 
 from __future__ import annotations
 
-import io
-import unicodedata
+import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from functools import lru_cache
-from itertools import accumulate
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import NamedTuple
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.axis import Axis
-    from matplotlib.figure import Figure
-
-BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
-PINK, SKY, GREY = "#CC79A7", "#56B4E9", "#8a8a8a"
-
-# matplotlib's own font first: it draws most scripts but those of East Asia.
-_PREFERRED_FONTS = (
-    "DejaVu Sans",
-    "Noto Sans CJK SC",
-    "Noto Sans CJK JP",
-    "Noto Sans SC",
-    "Source Han Sans SC",
-    "Source Han Sans CN",
-    "WenQuanYi Zen Hei",
-    "WenQuanYi Micro Hei",
-    "Droid Sans Fallback",
-    "Microsoft YaHei",
-    "SimHei",
-    "PingFang SC",
-    "Arial Unicode MS",
-)
+WIDTH, HEIGHT = 340, 200
+LEFT, RIGHT, TOP, BOTTOM = 44, 332, 8, 166
+# Points of a line: as many as the chart has pixels.
+_POINTS = 288
+# Points with a dot and its numbers each: closer ones could not be pointed at.
+_DOTS = 40
+# Of the letters of a tick.
+_LETTER = 6.4
 
 
-@contextmanager
-def style() -> Iterator[None]:
-    """Draw charts in the look of all reports; names in them are text, never formulas."""
-    import matplotlib as mpl
+@dataclass(frozen=True)
+class Axis:
+    """A side of a chart; a limit of None is that of the data."""
 
-    with mpl.rc_context(
-        {
-            "font.family": list(_fonts()),
-            "font.size": 10,
-            "text.parse_math": False,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.grid": True,
-            "axes.axisbelow": True,
-            "grid.color": "#e4e4e4",
-            "axes.titlesize": 11,
-            "axes.titlelocation": "left",
-            "legend.frameon": False,
-            "figure.dpi": 110,
-            "date.converter": "concise",
-        }
-    ):
-        yield
+    title: str = ""
+    low: float | None = None
+    high: float | None = None
+    log: bool = False
+    whole: bool = False
 
 
-def figure(
-    width: float,
-    height: float,
-    *,
-    rows: int = 1,
-    columns: int = 1,
-    ratios: tuple[float, ...] | None = None,
-) -> tuple[Figure, tuple[Axes, ...]]:
-    """Return a figure, its sides in inches, and its axes, without pyplot and its global state."""
-    from matplotlib.figure import Figure
+@dataclass(frozen=True)
+class Line:
+    """A line or, with one point, a dot; ``look`` is the number of a colour, or ``ref``."""
 
-    made = Figure(figsize=(width, height), layout="constrained")
-    areas = made.subplots(rows, columns, squeeze=False, height_ratios=ratios)
-    return made, tuple(areas.ravel())
+    name: str
+    points: Sequence[tuple[float, float]]
+    look: int | str = 0
 
 
-def whole_numbers(axis: Axis) -> None:
-    """Put the ticks of an axis at whole numbers."""
-    from matplotlib.ticker import MaxNLocator
+class Tick(NamedTuple):
+    """A number or name at a side of a chart."""
 
-    axis.set_major_locator(MaxNLocator(integer=True))
-
-
-def png(drawn: Figure) -> bytes:
-    file = io.BytesIO()
-    drawn.savefig(file, format="png")
-    return file.getvalue()
+    at: float
+    text: str
 
 
-def shown_names(names: Sequence[str], width: int = 22) -> list[str]:
-    """Return names as charts show them, cut to a width in columns (a Chinese character takes two).
+class Shape(NamedTuple):
+    """A path, a dot or a column, and the figures that are shown when it is pointed at."""
 
-    A name that holds a character that no font here can draw becomes ``#7``, its label's number.
-    """
-    drawable = _characters()
-    return [
-        _cut(name, width) if all(ord(c) in drawable for c in name) else f"#{i}"
-        for i, name in enumerate(names)
-    ]
+    look: int | str
+    path: str
+    title: str = ""
 
 
-@lru_cache(maxsize=1)
-def _fonts() -> tuple[str, ...]:
-    from matplotlib import font_manager
+@dataclass(frozen=True)
+class Chart:
+    """A chart, ready to be written."""
 
-    installed = {entry.name for entry in font_manager.fontManager.ttflist}
-    return tuple(name for name in _PREFERRED_FONTS if name in installed) or ("sans-serif",)
+    title: str
+    x_title: str
+    x: tuple[Tick, ...]
+    y: tuple[Tick, ...]
+    lines: tuple[Shape, ...] = ()
+    dots: tuple[Shape, ...] = ()
+    columns: tuple[Shape, ...] = ()
+    legend: tuple[tuple[int | str, str], ...] = ()
+
+    @property
+    def names(self) -> tuple[Tick, ...]:
+        """Return the ticks of the x axis that have room: none touches the one before."""
+        shown: list[Tick] = []
+        for tick in self.x:
+            half = len(tick.text) * _LETTER / 2
+            end = shown[-1].at + len(shown[-1].text) * _LETTER / 2 if shown else -math.inf
+            if tick.at - half > end + 6 and tick.at + half < WIDTH + 4:
+                shown.append(tick)
+        return tuple(shown)
 
 
-@lru_cache(maxsize=1)
-def _characters() -> frozenset[int]:
-    from matplotlib import font_manager
+class _Scale:
+    """Numbers as places between two pixels."""
 
-    characters: set[int] = set()
-    for name in _fonts():
-        path = font_manager.findfont(font_manager.FontProperties(family=name))
-        characters.update(font_manager.get_font(path).get_charmap())
-    return frozenset(characters)
+    def __init__(self, axis: Axis, values: Sequence[float], start: int, end: int) -> None:
+        low = min(values, default=0.0) if axis.low is None else axis.low
+        high = max(values, default=1.0) if axis.high is None else axis.high
+        if not high > low:
+            high = low + 1 if not axis.log else low * 10
+        self._axis, self._start, self._end = axis, start, end
+        self._low, self._high = self._at(low), self._at(high)
+
+    def __call__(self, value: float) -> float:
+        share = (self._at(value) - self._low) / (self._high - self._low)
+        return round(self._start + min(max(share, 0.0), 1.0) * (self._end - self._start), 1)
+
+    def ticks(self) -> tuple[Tick, ...]:
+        return tuple(Tick(self(value), number(value)) for value in self._steps())
+
+    def _at(self, value: float) -> float:
+        return math.log10(max(value, 1e-12)) if self._axis.log else value
+
+    def _steps(self) -> Iterator[float]:
+        if self._axis.log:
+            yield from (10.0**i for i in range(math.ceil(self._low), math.floor(self._high) + 1))
+            return
+        raw = (self._high - self._low) / 5
+        size = 10.0 ** math.floor(math.log10(raw))
+        step = next(size * f for f in (1, 2, 2.5, 5, 10) if size * f >= raw * 0.999)
+        if self._axis.whole:
+            step = max(1.0, math.ceil(step))
+        for i in range(
+            math.ceil(self._low / step - 1e-6), math.floor(self._high / step + 1e-6) + 1
+        ):
+            yield i * step
 
 
-def _cut(name: str, width: int) -> str:
-    columns = [2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in name]
-    if sum(columns) <= width:
-        return name
-    most = sum(used < width for used in accumulate(columns))  # one column is the ellipsis'
-    return f"{name[:most]}…"
+def lines(title: str, drawn: Sequence[Line], x: Axis, y: Axis) -> Chart | None:
+    """Return a chart of lines; None where there is no point."""
+    drawn = [line for line in drawn if line.points]
+    if not any(line.look != "ref" for line in drawn):
+        return None
+    across = _Scale(x, [a for line in drawn for a, _ in line.points], LEFT, RIGHT)
+    up = _Scale(y, [b for line in drawn for _, b in line.points], BOTTOM, TOP)
+    paths, dots = [], []
+    for line in drawn:
+        every = max(1, -(-len(line.points) // _POINTS))
+        some = [*line.points[:-1:every], line.points[-1]]
+        path = "L".join(f"{across(a)} {up(b)}" for a, b in some)
+        if len(some) > 1:
+            paths.append(Shape(line.look, f"M{path}"))
+        if line.look != "ref" and len(some) <= _DOTS:
+            name = f"{line.name}: " if line.name else ""
+            dots += [
+                Shape(line.look, f"M{across(a)} {up(b)}h0", f"{name}{number(b)} at {number(a)}")
+                for a, b in some
+            ]
+    legend = tuple((line.look, line.name) for line in drawn if line.name)
+    return Chart(
+        title, x.title, across.ticks(), up.ticks(), tuple(paths), tuple(dots), legend=legend
+    )
+
+
+def columns(
+    title: str, names: Sequence[str], counts: Sequence[int], unit: str, *, log: bool = False
+) -> Chart | None:
+    """Return a chart of columns with a name under each; None where there is nothing to show."""
+    if not max(counts, default=0):
+        return None
+    side = Axis(low=0.5, log=True) if log else Axis(low=0, whole=True)
+    up = _Scale(side, counts, BOTTOM, TOP)
+    step = (RIGHT - LEFT) / max(len(counts), 6)
+    wide = max(1.0, 0.85 * step)
+    shapes, ticks = [], []
+    for i, (name, count) in enumerate(zip(names, counts, strict=True)):
+        left, top = LEFT + i * step, up(count)
+        if count:
+            path = f"M{left:.1f} {BOTTOM}V{top}h{wide:.1f}V{BOTTOM}z"
+            shapes.append(Shape(0, path, f"{name}: {count:,}"))
+        ticks.append(Tick(round(left + wide / 2, 1), name))
+    return Chart(title, unit, tuple(ticks), up.ticks(), columns=tuple(shapes))
+
+
+def number(value: float) -> str:
+    """Return a number in few letters: 0.25, 5e-4, 1,200, 1.5M."""
+    for size, letter in ((1e9, "G"), (1e6, "M")):
+        if abs(value) >= size:
+            return f"{value / size:.3g}{letter}"
+    if 0 < abs(value) < 0.001:
+        digits, _, power = f"{value:.2e}".partition("e")
+        return f"{float(digits):g}e{int(power)}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"

@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
-import base64
+import shlex
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 _SHARED = Path(__file__).parent / "templates"
+
+
+class Advice(NamedTuple):
+    """What to do next: a sentence with the figures that it follows from, and a command."""
+
+    text: str
+    command: str = ""
+
+
+def command(*words: object) -> str:
+    """Return a command line as a shell takes it; a word in capitals is for the reader to fill."""
+    return shlex.join(str(word) for word in words)
+
+
+def counted(count: int, noun: str) -> str:
+    """Return a number of things: 1 tag, 1,200 tags."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 def render(template: Path, **values: Any) -> str:
@@ -24,7 +41,7 @@ def render(template: Path, **values: Any) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"anchor": _anchor, "cell": _cell, "png_address": _png_address}
+    environment.filters |= {"anchor": _anchor, "cell": _cell}
     return environment.get_template(template.name).render(**values)
 
 
@@ -39,7 +56,3 @@ def _cell(value: object) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     return f"{value:.3f}" if isinstance(value, float) else str(value)
-
-
-def _png_address(content: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(content).decode()

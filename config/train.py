@@ -26,6 +26,8 @@ class DataSettings(Section):
     train: Path = Path("data/train.json")
     valid: Path | None = Path("data/valid.json")
     """Chooses the best epoch and the thresholds; null trains without."""
+    test: Path | None = None
+    """Posts that choose nothing: the bundle is measured on them at the end, for the report."""
     labels: Path = Path("config/idx2name_cls24.json")
     modalities: tuple[ModalityName, ...] = ("video", "image", "audio", "text", "ocr")
     image_as_frames: bool = False
@@ -350,3 +352,4 @@ class BackboneTrainSettings(Section):
     """Of ``text_backbone`` only."""
     optimizer: OptimizerSettings = OptimizerSettings()
     trainer: TrainerSettings = TrainerSettings(save_dir=Path("workshop/backbone"))
+    report: ReportSettings = ReportSettings()

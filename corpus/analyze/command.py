@@ -21,9 +21,11 @@ from common.files import write_whole
 from common.post import Post
 from common.progress import Bars, notice, progress_bars
 from config.labels import LabelMap
+from corpus.analyze.advice import Files
 from corpus.analyze.duplicates import GroupTally, find_groups, group_line
 from corpus.analyze.media import MediaBase
-from corpus.analyze.report import render, show
+from corpus.analyze.page import Cards, render
+from corpus.analyze.report import show
 from corpus.analyze.tally import Tally
 from corpus.records import AtomicLines
 from corpus.runs import only_one
@@ -134,8 +136,10 @@ def _analyze(options: Options, state: Path, taxonomy: tuple[str, ...] | None) ->
                 **groups.as_dict(),
             },
         }
+        files = Files(options.posts, options.out, options.media, options.labels)
+        page = render(facts, files, Cards(tally, media))
     write_whole(options.out / ANALYSIS, json.dumps(facts, ensure_ascii=False, indent=1))
-    write_whole(options.out / REPORT, render(facts, options.posts.name))
+    write_whole(options.out / REPORT, page)
     return facts
 
 

@@ -282,15 +282,17 @@ class GroupTally:
         counts["posts"] += new
         counts["largest"] = max(counts["largest"], self._size)
         if group.continued:  # its tags are not compared
-            for example in self._shown:
-                example["posts"] = self._size
+            for one in self._shown:
+                one["posts"] = self._size
             return
         self._shown = []
         counts["groups"] += 1
         sets = {post_id: self._labels_of(post_id) for post_id in group.members}
         given = {post_id: labels for post_id, labels in sets.items() if labels}
         shown = {post_id: sorted(sets[post_id]) for post_id in group.members[:_MEMBERS]}
-        example = {"posts": len(group.members), "labels": shown}
+        example: dict[str, Any] = {"posts": len(group.members), "labels": shown}
+        if group.media:
+            example["media"] = list(group.media)
         if len(counts["examples"]) < _EXAMPLES:
             counts["examples"].append(example)
             self._shown.append(example)

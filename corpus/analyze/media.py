@@ -110,6 +110,11 @@ class MediaBase:
         reason = self._base.execute(query, (found.name,)).fetchone()
         return MediaFact("", kind, reason=NO_FILE if reason is None else reason[0])
 
+    def path_of(self, source: str, kind: MediaKind) -> Path | None:
+        """Return where the file of a source lies; None where none is."""
+        found = self._locate(source, kind)
+        return found.path if isinstance(found, Task) else None
+
     def any_fact(self, source: str) -> MediaFact | None:
         """Return what is known of a source, whatever it is used as."""
         facts = (self.fact(source, kind) for kind in ("image", "video", "audio"))

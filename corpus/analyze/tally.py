@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import json
 import math
+import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -21,9 +22,11 @@ from corpus.records import count_name
 from fusion.data.data_file import BadLine, CorpusPost
 
 _TOP_AUTHORS, _TOP_SIZES, _EXAMPLES = 20, 20, 20
+# Posts that a page shows of each tag, the tags of which it does, and what is kept of each post.
+_SAMPLES, _SAMPLED, _KEPT_CHARS, _KEPT_MEDIA = 4, 24, 200, 16
 
 _TABLES = """
-CREATE TABLE posts (post_id TEXT PRIMARY KEY, labels TEXT) WITHOUT ROWID;
+CREATE TABLE posts (post_id TEXT PRIMARY KEY, labels TEXT, text TEXT, media TEXT) WITHOUT ROWID;
 CREATE TABLE contents (sha256 BLOB, kind TEXT, PRIMARY KEY (sha256, kind)) WITHOUT ROWID;
 CREATE TABLE authors (author TEXT PRIMARY KEY, posts INTEGER) WITHOUT ROWID;
 """
@@ -118,6 +121,8 @@ class Tally:
         self._media = {kind: MediaTally() for kind in MEDIA_KINDS}
         self._days: Counter[str] = Counter()
         self._undated = self._bad_dates = 0
+        self._samples: dict[str, list[str]] = {}
+        self._chance = random.Random(0)  # noqa: S311 - the same posts in each run
 
     def reject(self, entry: BadLine) -> None:
         self._leave_out(entry.line, entry.post_id, entry.reason, entry.reason.partition(":")[0])
@@ -125,12 +130,15 @@ class Tally:
     def add(self, entry: CorpusPost) -> bool:
         """Count a post; return False for a post_id that was counted already: it is left out."""
         post = entry.post
-        row = (post.post_id, json.dumps(sorted(set(post.labels))))
-        if not self._base.execute("INSERT OR IGNORE INTO posts VALUES (?, ?)", row).rowcount:
+        media = [(medium.kind, medium.source) for medium in post.media[:_KEPT_MEDIA]]
+        labels = json.dumps(sorted(set(post.labels)))
+        row = (post.post_id, labels, post.text[:_KEPT_CHARS], json.dumps(media))
+        if not self._base.execute("INSERT OR IGNORE INTO posts VALUES (?, ?, ?, ?)", row).rowcount:
             self._leave_out(entry.line, post.post_id, "post_id stands twice", "")
             return False
         self.posts += 1
         self.labels.add(post.post_id, post.labels)
+        self._sample(post)
         self._languages[language_of(post.text)] += 1
         self._lengths.add(len(post.text.strip()))
         if post.ocr is not None:
@@ -148,6 +156,12 @@ class Tally:
         query = "SELECT labels FROM posts WHERE post_id = ?"
         row = self._base.execute(query, (post_id,)).fetchone()
         return frozenset(json.loads(row[0])) if row else frozenset()
+
+    def content_of(self, post_id: str) -> tuple[str, list[tuple[MediaKind, str]]]:
+        """Return the beginning of a post's text, and its first media by kind and source."""
+        query = "SELECT text, media FROM posts WHERE post_id = ?"
+        text, media = self._base.execute(query, (post_id,)).fetchone()
+        return text, [(kind, source) for kind, source in json.loads(media)]
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything but the tags."""
@@ -171,6 +185,7 @@ class Tally:
                 "languages": ranked(self._languages),
             },
             "media": {kind: tally.as_dict() for kind, tally in self._media.items()},
+            "samples": {tag: self._samples[tag] for tag in ranked(self.labels.counts, _SAMPLED)},
             "authors": self._authors(),
             "time": {
                 "days": {day: self._days[day] for day in sorted(self._days)},
@@ -178,6 +193,14 @@ class Tally:
                 "unreadable": self._bad_dates,
             },
         }
+
+    def _sample(self, post: Post) -> None:
+        """Keep some posts of each tag, each of its posts with the same chance."""
+        for tag in sorted(set(post.labels)):
+            some, count = self._samples.setdefault(tag, []), self.labels.counts[tag]
+            place = len(some) if len(some) < _SAMPLES else self._chance.randrange(count)
+            if place < _SAMPLES:
+                some[place : place + 1] = [post.post_id]
 
     def _leave_out(self, line: int, post_id: str | None, reason: str, kind: str) -> None:
         self.bad += 1

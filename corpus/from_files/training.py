@@ -534,7 +534,13 @@ def _train(plan: OwnTraining, settings: Settings, folder: TrainingFolder) -> Non
     from fusion.train.training import train
 
     train_settings = training_settings(plan, settings, folder)
-    report = train(train_settings, FeatureFiles(folder.features), resume=_resumable(folder.runs))
+    labels = [] if plan.labels is None else ["--labels", str(plan.labels)]
+    report = train(
+        train_settings,
+        FeatureFiles(folder.features),
+        resume=_resumable(folder.runs),
+        again=["insighttag", "train", str(plan.source), *labels, "--out", "ANOTHER_FOLDER"],
+    )
     write_whole(folder.root / "metrics.json", json.dumps(dict(report.metrics), indent=2))
 
 
@@ -549,6 +555,7 @@ def training_settings(
         "data": {
             "train": folder.side("train"),
             "valid": folder.side("valid"),
+            "test": folder.side("test"),
             "labels": folder.labels,
             "modalities": modalities,
             "image_as_frames": settings.fusion.image_as_frames,

@@ -225,6 +225,7 @@ class MediaDataset(Dataset[Sample]):
         kind: Kind,
         items: Sequence[npt.NDArray[Any]],
         targets: npt.NDArray[np.float32],
+        ids: Sequence[str] = (),
         **options: Any,
     ) -> MediaDataset:
         """Return posts in memory, as their extractor takes them; changed a little in training.
@@ -234,14 +235,19 @@ class MediaDataset(Dataset[Sample]):
             items: One array of each post: pictures ``(n, S, S, 3)``, clips ``(n, frames, S, S,
                 3)``, patches ``(n, 96, 64)``. Posts with n = 0 are left out.
             targets: float32 ``(posts, classes)``.
+            ids: Of the posts; without them they are numbered.
             options: Those of the class.
         """
         rows = [row for row in range(len(items)) if len(items[row])]
-        posts = [(str(row), items[row]) for row in rows]
+        posts = [(ids[row] if ids else str(row), items[row]) for row in rows]
         return cls(posts, targets[rows], partial(_array_item, kind), **options)
 
     def __len__(self) -> int:
         return len(self._posts)
+
+    @property
+    def post_ids(self) -> tuple[str, ...]:
+        return tuple(post_id for post_id, _ in self._posts)
 
     def __getitem__(self, row: int) -> Sample:
         return self.__getitems__([row])[0]

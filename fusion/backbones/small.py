@@ -82,7 +82,8 @@ class SmallBackbone:
 
         def dataset(posts: Sequence[Post], most: int, seed: int | None) -> MediaDataset:
             items, truth = self._items(posts), truth_of(posts, self.labels)
-            return MediaDataset.of_arrays(kind, items, truth, max_items=most, seed=seed)
+            ids = [post.post_id for post in posts]
+            return MediaDataset.of_arrays(kind, items, truth, ids, max_items=most, seed=seed)
 
         def build() -> MediaTagger:
             backbone = create_backbone(section.arch, kind, size, self.weights)
@@ -105,15 +106,17 @@ class SmallBackbone:
     def _text(self) -> tuple[Any, ...]:
         """Return the same; a post gives two texts, its own and its pictures', with all its tags."""
 
-        def texts(posts: Sequence[Post]) -> tuple[list[str], npt.NDArray[np.float32]]:
+        def texts(posts: Sequence[Post]) -> tuple[list[str], npt.NDArray[np.float32], list[str]]:
             both = [(t, i) for i, p in enumerate(posts) for t in (p.text, p.ocr or "") if t.strip()]
             if not both:
                 raise ConfigError("no post has a text to train on")
-            return [t for t, _ in both], truth_of(posts, self.labels)[[i for _, i in both]]
+            rows = [i for _, i in both]
+            ids = [posts[i].post_id for i in rows]
+            return [t for t, _ in both], truth_of(posts, self.labels)[rows], ids
 
-        learned, truth = texts(self.train)
+        learned, truth, ids = texts(self.train)
         tokenizer = make_tokenizer(learned, self.features.text.max_tokens)
-        train = text_dataset(tokenizer, learned, truth)
+        train = text_dataset(tokenizer, learned, truth, ids)
         valid = text_dataset(tokenizer, *texts(self.valid)) if self.valid else None
 
         def build() -> TextTagger:

@@ -53,11 +53,11 @@ def fit_tfidf(texts: Iterable[str], vocabulary: int) -> Tfidf:
 
 
 def text_dataset(
-    tokenizer: Any, texts: Sequence[str], targets: npt.NDArray[np.float32]
+    tokenizer: Any, texts: Sequence[str], targets: npt.NDArray[np.float32], post_ids: Sequence[str]
 ) -> MediaDataset:
     """Return texts as token IDs int64 ``(1, tokens)``, padded with 0 to the longest of all."""
-    ids = tokenizer(list(texts), padding=True, truncation=True, return_tensors="np")
-    rows = [(str(i), row[None]) for i, row in enumerate(ids["input_ids"])]
+    ids = tokenizer(list(texts), padding=True, truncation=True, return_tensors="np")["input_ids"]
+    rows = [(post_id, row[None]) for post_id, row in zip(post_ids, ids, strict=True)]
     return MediaDataset(rows, targets, lambda tokens, _: tokens, max_items=1)
 
 

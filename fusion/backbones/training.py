@@ -58,10 +58,13 @@ from fusion.backbones.model import (
     create_backbone,
     save_weights,
 )
+from fusion.backbones.report import BackboneReport
 from fusion.backbones.small import BackboneName, SmallBackbone
 from fusion.backbones.text import fit_tfidf
 from fusion.data.data_file import entries, parse_post, read_whole_posts
+from fusion.infer.inference import shown
 from fusion.metrics import ranking as metrics
+from fusion.report.write import ReportInput
 from fusion.train import distributed
 from fusion.train.checkpoint import LAST, Start, find_start, seed_of, signature
 from fusion.train.distributed import all_ranks
@@ -82,6 +85,7 @@ class StageReport:
         weights: What the extractors load.
         metrics: On the validation posts, of the epoch that was kept; empty without validation.
         seen: These were all trained on.
+        page: The report's, or None if it is switched off.
     """
 
     name: str
@@ -91,25 +95,45 @@ class StageReport:
     best_epoch: int
     epochs: int
     seconds: float
+    page: Path | None = None
+
+    @property
+    def text(self) -> str:
+        """Return the outcome in lines for a person."""
+        text = (
+            f"{self.name}: epochs {self.epochs}  best epoch {self.best_epoch}  "
+            f"{shown(self.metrics, seen=self.seen)}\n"
+            f"weights {self.weights}  {self.seconds:.1f} s\n"
+        )
+        return text if self.page is None else f"{text}report {self.page}\n"
 
 
 def train_backbones(
-    settings: BackboneTrainSettings, reader: MediaItems, *, resume: Path | None = None
+    settings: BackboneTrainSettings,
+    reader: MediaItems,
+    *,
+    resume: Path | None = None,
+    again: Sequence[str] = ReportInput.again,
 ) -> tuple[StageReport, ...]:
-    """Train what ``task`` names, and write weights for the extractors.
+    """Train what ``task`` names, and write weights for the extractors, and reports.
 
     What an earlier run has left in the folder, weights included, is kept. ``resume`` is the folder
-    of a run; of pictures also what `fusion.train.checkpoint.find_start` takes.
+    of a run; of pictures also what `fusion.train.checkpoint.find_start` takes. ``again`` are the
+    words of the command, for the advice of the reports.
     """
-    return distributed.run(settings.trainer, partial(_train, settings, reader, resume))
+    return distributed.run(settings.trainer, partial(_train, settings, reader, resume, again))
 
 
 def _train(
-    settings: BackboneTrainSettings, reader: MediaItems, resume: Path | None, fabric: Fabric
+    settings: BackboneTrainSettings,
+    reader: MediaItems,
+    resume: Path | None,
+    again: Sequence[str],
+    fabric: Fabric,
 ) -> tuple[StageReport, ...]:
     """Train in one of the processes of a training; the first one reports."""
     if settings.task in ("text_backbone", "audio_backbone"):
-        return _train_in_memory(settings, reader, resume, fabric)
+        return _train_in_memory(settings, reader, resume, again, fabric)
     images, save_dir = settings.task == "image_backbone", settings.trainer.save_dir
     resume = located(resume)
     if not images and resume is not None and not resume.is_dir():
@@ -118,7 +142,8 @@ def _train(
         raise ConfigError("backbone.out: a video_backbone writes two files: leave it out")
     folder = run_folder(fabric, save_dir, resume)
     posts = prepare(settings, reader, "images" if images else "videos", folder, fabric)
-    task = _Task(settings, reader, fabric, posts, folder, PostSet())
+    about = BackboneReport(settings, posts.labels.names, folder, again)
+    task = _Task(settings, reader, fabric, posts, folder, PostSet(), about)
     stages: tuple[StageReport, ...]
     if images:
         start = task.start("image", resume)
@@ -137,7 +162,11 @@ def _train(
 
 
 def _train_in_memory(
-    settings: BackboneTrainSettings, reader: MediaItems, resume: Path | None, fabric: Fabric
+    settings: BackboneTrainSettings,
+    reader: MediaItems,
+    resume: Path | None,
+    again: Sequence[str],
+    fabric: Fabric,
 ) -> tuple[StageReport, ...]:
     """Train on sounds or texts."""
     name: BackboneName = "text" if settings.task == "text_backbone" else "audio"
@@ -192,6 +221,7 @@ def _train_in_memory(
         signature=signed,
         seed=seed,
         start=start,
+        about=BackboneReport(settings, labels.names, folder, again),
     )
     return (report,) if fabric.is_global_zero else ()
 
@@ -277,6 +307,7 @@ class _Task:
     posts: Posts
     folder: Path
     learned_from: PostSet
+    about: BackboneReport
     seen: bool = False
 
     def without_learned(self, start: Start | None) -> _Task:
@@ -406,6 +437,7 @@ class _Task:
             signature=_signature(settings, self.posts, name),
             seed=seed,
             start=start,
+            about=self.about,
         )
 
 
@@ -423,6 +455,7 @@ def train_model(
     seed: int,
     start: Start | None = None,
     on_epoch_end: OnEpochEnd | None = None,
+    about: BackboneReport | None = None,
 ) -> StageReport:
     """Train a backbone by the one training loop, and save what the extractors load.
 
@@ -439,6 +472,7 @@ def train_model(
         seed: Of weights, order and noise.
         start: None begins from scratch.
         on_epoch_end: As of `Trainer`.
+        about: Writes the report; None writes none.
     """
     started = time.monotonic()
     truth = torch.from_numpy(cast("MediaDataset", data.train).targets)
@@ -456,16 +490,32 @@ def train_model(
     kind = MediaObjective if isinstance(model, MediaTagger) else Objective
     objective = kind(model, TaggingLoss(LossSettings(), truth.sum(dim=0)))
     progress = trainer.fit(objective, data, start)
-    scores: dict[str, float] = {}
+    scores, scored = dict[str, float](), None
     if data.valid is not None:
-        scores = metrics.summary(*trainer.logits(model, data, data.valid), thresholds=0.0)
+        scored = trainer.logits(model, data, data.valid)
+        scores = metrics.summary(*scored, thresholds=0.0)
     if fabric.is_global_zero:
         for out in files:
             _saved(partial(save, model), out)
     trainer.log.write("weights", file=str(files[-1]), best_epoch=progress.best_epoch, **scores)
+    page = None
+    if about is not None and fabric.is_global_zero:
+        facts = {
+            "weights": str(files[-1]),
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "epochs": progress.epoch,
+            "best epoch": progress.best_epoch,
+            "seconds": round(time.monotonic() - started, 1),
+            "optimizer": optimizer.name,
+            "learning rate": optimizer.learning_rate,
+        }
+        page = about.write(
+            name, data, scored, log=trainer.log, trainer=trainer_settings, facts=facts
+        )
     fabric.barrier()
     return StageReport(
         name=name,
+        page=page,
         weights=files[-1],
         metrics=scores,
         seen=data.seen,

@@ -26,6 +26,7 @@ from fusion.metrics import ranking as metrics
 from fusion.metrics.calibration import Calibration, calibrated, fit_calibration, fit_thresholds
 from fusion.models import FusionModel, build_model
 from fusion.report.subsets import SubsetGap, measure_subsets
+from fusion.report.write import HeldOutFigures, ReportInput
 from fusion.train.checkpoint import (
     Checkpoint,
     Progress,
@@ -132,6 +133,22 @@ def measure(
     return Measured(calibration, thresholds, found, raw, scores, targets)
 
 
+def measure_test(
+    job: Job, model: Served, measured: Measured, test: HeldOut
+) -> HeldOutFigures | None:
+    """Measure posts that chose nothing, with the calibration and thresholds that are served."""
+    if not test.posts:
+        return None
+    found = score_held_out(job.fabric, job.settings, job.prepared, model, test.posts)
+    scores, targets = calibrated(measured.calibration, found.raw), test.posts.targets()
+    count = len(test.posts)
+    return HeldOutFigures(
+        count,
+        metrics.summary(scores, targets, measured.thresholds),
+        seen_posts=count if test.seen else 0,
+    )
+
+
 def subset_gaps(
     fabric: Fabric,
     settings: TrainSettings,
@@ -193,6 +210,7 @@ class Job:
     Attributes:
         settings: All settings; ``trainer.save_dir`` is the folder of the run.
         signature: Of the checkpoints; see `fusion.train.checkpoint.model_signature`.
+        again: Words of the command, for the report.
     """
 
     fabric: Fabric
@@ -200,6 +218,7 @@ class Job:
     prepared: Prepared
     signature: str
     on_validation: OnValidation | None = None
+    again: Sequence[str] = ReportInput.again
 
 
 @dataclass(frozen=True)

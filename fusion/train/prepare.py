@@ -51,6 +51,7 @@ class Prepared:
     loaders: int
     reader: FeatureFiles
     notes: tuple[str, ...] = ()
+    test: PostList | None = None
 
     def data(
         self, settings: TrainSettings, posts: PostList, held_out: HeldOut, learned_from: PostSet
@@ -151,9 +152,10 @@ def prepare(settings: TrainSettings, reader: FeatureFiles, fabric: Fabric) -> Pr
         check = partial(_readable, fabric, skipped=skipped, progress=progress)
         build = partial(PostDataset, reader=reader, manifest=found.manifest, schema=found.schema)
         posts = check(build(found.posts))
-        valid = None if found.valid is None else check(build(found.valid))
+        valid, test = (None if p is None else check(build(p)) for p in (found.valid, found.test))
     notes = (skipped.summary, *_without_positives(found.labels, posts))
-    return replace(found, posts=posts, valid=valid, notes=tuple(n for n in notes if n))
+    notes = tuple(note for note in notes if note)
+    return replace(found, posts=posts, valid=valid, test=test, notes=notes)
 
 
 def _read(
@@ -174,7 +176,7 @@ def _read(
     posts = posts_of(data.train)
     if len(posts) < 2:
         raise ConfigError(f"{data.train}: training takes at least two posts")
-    valid = posts_of(data.valid) if data.valid is not None else None
+    valid, test = (None if p is None else posts_of(p) for p in (data.valid, data.test))
     manifest = find_manifest(posts, reader, data)
     return Prepared(
         labels=labels,
@@ -182,6 +184,7 @@ def _read(
         schema=InputSchema.of(manifest, settings.model.tokens, len(labels)),
         posts=posts,
         valid=valid,
+        test=test,
         loaders=loaders_of(data.loaders, fabric),
         reader=reader,
         notes=tuple(_without_positives(labels, posts)),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import numpy as np
 from lightning_fabric import Fabric
 
 from common.errors import ConfigError
+from common.html import command
 from common.post_set import PostSet
 from common.progress import notice
 from config.train import TrainSettings
@@ -20,13 +21,14 @@ from fusion.bundle.bundle import Bundle, members_of, save_bundle
 from fusion.bundle.folder import keep_bundle, refuse_foreign
 from fusion.data.dataset import FeatureFiles
 from fusion.data.posts import PostList
+from fusion.infer.inference import shown
 from fusion.metrics.ranking import average_precisions
 from fusion.models import chosen
 from fusion.models.base import ORDERED
 from fusion.report.predictions import Predictions
 from fusion.report.subsets import SubsetGap
 from fusion.report.view import PostView, view_post
-from fusion.report.write import ReportInput, write_report
+from fusion.report.write import HeldOutFigures, ReportInput, write_report
 from fusion.train import distributed
 from fusion.train.checkpoint import model_signature, seed_of
 from fusion.train.distributed import all_ranks
@@ -36,6 +38,7 @@ from fusion.train.members import (
     Measured,
     Trained,
     measure,
+    measure_test,
     start_of,
     subset_gaps,
     train_model,
@@ -63,6 +66,7 @@ class TrainReport:
         best_epoch: The epoch that was kept, from 1; of several models the first one's.
         data_wait: Share of the training steps' time that was spent waiting for data.
         page: The report's page, or None if it is switched off.
+        test: Figures of ``data.test``.
     """
 
     bundle: Path
@@ -76,6 +80,23 @@ class TrainReport:
     seconds: float
     data_wait: float = 0.0
     page: Path | None = None
+    test: HeldOutFigures | None = None
+
+    @property
+    def text(self) -> str:
+        """Return the outcome in lines for a person."""
+        lines = [
+            f"epochs {self.epochs}  best epoch {self.best_epoch}  "
+            f"{shown(self.metrics, seen=self.seen_posts > 0)}",
+            f"bundle {self.bundle}  version {self.version}  {self.seconds:.1f} s  "
+            f"waiting for data {self.data_wait:.1%}",
+        ]
+        if self.test is not None:
+            figures = shown(self.test.metrics, seen=self.test.seen_posts > 0)
+            lines.append(f"test {self.test.posts} posts  {figures}")
+        if self.page is not None:
+            lines.append(f"report {self.page}")
+        return "\n".join(lines) + "\n"
 
 
 def train(
@@ -84,14 +105,15 @@ def train(
     *,
     resume: Path | None = None,
     on_validation: OnValidation | None = None,
+    again: Sequence[str] = ReportInput.again,
 ) -> TrainReport:
     """Train a fusion model, or an ensemble, and write its bundle and the report.
 
     ``resume`` is a ``save_dir``, or what `fusion.train.checkpoint.find_start` takes; of k-fold
     training the run's folder. ``reader`` and ``on_validation`` pickle, for trainings of several
-    processes.
+    processes. ``again`` are the words of the command, for the advice of the report.
     """
-    work = partial(_train, settings, reader, resume, on_validation)
+    work = partial(_train, settings, reader, resume, on_validation, again=again)
     return distributed.run(settings.trainer, work)
 
 
@@ -101,6 +123,8 @@ def _train(
     resume: Path | None,
     on_validation: OnValidation | None,
     fabric: Fabric,
+    *,
+    again: Sequence[str],
 ) -> TrainReport:
     started = time.monotonic()
     folds, save_dir = settings.ensemble.folds, settings.trainer.save_dir
@@ -116,7 +140,7 @@ def _train(
     prepared = prepare(settings, reader, fabric)
     settings = _with_model(settings, prepared, fabric)
     signature = model_signature(settings.model, prepared.manifest, prepared.schema, prepared.labels)
-    job = Job(fabric, settings, prepared, signature, on_validation)
+    job = Job(fabric, settings, prepared, signature, on_validation, again)
     learned_rows = partial(rows_learned_from, settings, fabric, prepared)
     if folds:
         pool = all_ranks(fabric, partial(pool_of, settings, prepared))
@@ -135,7 +159,13 @@ def _train(
         seed = seed_of(fabric, settings.trainer, start)
         trained = train_model(job, prepared.posts, held_out, seed=seed, start=start)
     measured = measure(settings, prepared, trained.held_out, seen=held_out.seen)
-    version, page = all_ranks(fabric, partial(_write, job, trained, measured, learned, started))
+    unseen = HeldOut.of(prepared.test, learned_rows(prepared.test, learned))
+    if unseen.note:
+        note = unseen.note.replace("validation", "test")
+        notice(f"warning: {note}", enabled=fabric.is_global_zero)
+    test = measure_test(job, trained.model, measured, unseen)
+    write = partial(_write, job, trained, measured, learned, started, test=test)
+    version, page = all_ranks(fabric, write)
     trained.log.close()
     return TrainReport(
         bundle=settings.bundle.folder,
@@ -149,6 +179,7 @@ def _train(
         seconds=time.monotonic() - started,
         data_wait=trained.data_wait,
         page=page,
+        test=test,
     )
 
 
@@ -179,7 +210,13 @@ def _check_folds(resume: Path, folder: Path) -> None:
 
 
 def _write(
-    job: Job, trained: Trained, measured: Measured, learned_from: PostSet, started: float
+    job: Job,
+    trained: Trained,
+    measured: Measured,
+    learned_from: PostSet,
+    started: float,
+    *,
+    test: HeldOutFigures | None,
 ) -> tuple[str, Path | None]:
     """Write bundle and report; return the bundle's version and the report's page."""
     settings, prepared = job.settings, job.prepared
@@ -223,8 +260,10 @@ def _write(
     if not settings.report.enabled:
         return version, None
     seconds = time.monotonic() - started
-    page = _report(settings, prepared, trained, measured, subsets, version=version, seconds=seconds)
-    return version, page
+    facts = _facts(settings, prepared, trained, version=version, seconds=seconds)
+    given = _report(settings, prepared, trained, measured, subsets)
+    given = replace(given, facts=facts, test=test, again=job.again)
+    return version, write_report(settings.trainer.save_dir / "report", given, settings.report)
 
 
 def _report(
@@ -233,11 +272,8 @@ def _report(
     trained: Trained,
     measured: Measured,
     subsets: Sequence[SubsetGap],
-    *,
-    version: str,
-    seconds: float,
-) -> Path:
-    """Write the report folder next to the run's checkpoints; return the page."""
+) -> ReportInput:
+    """Return the content of the report, but for what is known of the run as a whole."""
     places = [(part.posts, row) for part in trained.held_out for row in range(len(part.posts))]
     folder = settings.trainer.save_dir / "report"
     predictions = None
@@ -250,22 +286,28 @@ def _report(
             targets=measured.targets.astype(bool),
             thresholds=measured.thresholds,
         )
-    given = ReportInput(
+    return ReportInput(
         title=settings.bundle.name,
+        use=command(
+            "insighttag", "tag", "POSTS", "--out", "tags.jsonl", "--bundle", settings.bundle.folder
+        ),
+        run=settings.trainer.save_dir,
         subtitle=_subtitle(settings, len(places), seen=bool(measured.seen_posts)),
         seen_posts=measured.seen_posts,
-        facts=_facts(settings, prepared, trained, version=version, seconds=seconds),
+        facts={},
         predictions=predictions,
+        frequencies=prepared.posts.positives() / len(prepared.posts),
         runs=[read_run(path) for path in trained.logs],
         subsets=subsets,
         calibration="none" if measured.calibration is None else measured.calibration.kind,
         view=partial(_views, settings=settings, folder=folder, places=places),
     )
-    return write_report(folder, given, settings.report, progress=settings.trainer.progress)
 
 
 def _subtitle(settings: TrainSettings, held: int, *, seen: bool) -> str:
     if not held:
+        if settings.data.test is not None:
+            return "There are no validation posts: the figures are of the test posts."
         return "There are no validation posts: nothing was measured."
     if seen:
         return (

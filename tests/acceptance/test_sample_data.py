@@ -59,7 +59,6 @@ def test_sample_features_can_be_made_again() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("blank_charts")
 def test_train_and_inference_run_as_the_readme_writes_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -22,8 +22,9 @@ from corpus.analyze.measure import DIED, Measured, Task, measure_all
 from scripts.data_scripts.analyze_posts import main
 from tests.support import forked
 from tests.support.corpus.analyze_corpus import Corpus, make_corpus
-from tests.support.media import noise, quadrants, write_jpeg, write_png
+from tests.support.media import noise, quadrants, tone, write_jpeg, write_png, write_wav
 from tests.support.services import wait_until
+from tests.support.web.reports import assert_readable
 
 pytestmark = pytest.mark.usefixtures("quick_processes")
 
@@ -55,7 +56,8 @@ def analysis(out: Path) -> dict[str, Any]:
 
 
 def results(out: Path) -> dict[str, bytes]:
-    return {name: (out / name).read_bytes() for name in RESULTS}
+    """The files; the page's commands name their folder."""
+    return {name: (out / name).read_bytes().replace(bytes(out), b"OUT") for name in RESULTS}
 
 
 def known(out: Path) -> int:
@@ -114,7 +116,7 @@ class _Outside(HTMLParser):
         self.loads += [
             f"{tag} {name}"
             for name, value in attrs
-            if name in {"src", "href", "srcset"} and not str(value).startswith("data:image/png")
+            if name in {"src", "href", "srcset"} and not str(value).startswith("data:image/jpeg")
         ]
         if tag not in {"meta", "img"}:
             self.open.append(tag)
@@ -131,6 +133,60 @@ def test_report_is_whole_and_loads_nothing(done: Path) -> None:
     assert parser.loads == []
     assert parser.open == []
     assert not re.search(r"https?://|url\(|@import|<script", page)
+
+
+def test_the_page_shows_what_duplicates_share_and_posts_of_each_tag(
+    corpus: Corpus, done: Path
+) -> None:
+    """The same file once, by its name; pictures that look alike side by side; texts as texts."""
+    page = (done / "report.html").read_text(encoding="utf-8")
+    shared = next(p["images"][0] for p in corpus.posts if p["post_id"] == corpus.exact[0][0])
+    groups = [part.partition("</section>")[0] for part in page.split('<div class="group">')[1:]]
+
+    def begins(title: str) -> str:
+        return next(group for group in groups if group.startswith(f"\n<h3>{title}"))
+
+    same = begins("the same picture: 2 posts")
+    assert same.count("<img") == 1
+    assert Path(shared).name in same
+    assert "same.jpg" in same
+    assert "In dispute: " in same
+    assert begins("pictures that look alike: 2 posts").count("<img") == 2
+    assert "found a small bakery" in begins("nearly the same text: ")
+    for tag, post_ids in analysis(done)["samples"].items():
+        assert re.search(rf"<h3>{tag}: \d+ posts?</h3>", page)
+        assert all(tag in post["labels"] for post in corpus.posts if post["post_id"] in post_ids)
+
+
+def test_report_can_be_read_by_everybody_everywhere(done: Path, tmp_path: Path) -> None:
+    assert_readable(done / "report.html", tmp_path / "profile")
+
+
+def test_the_page_says_what_to_do_next(corpus: Corpus, done: Path) -> None:
+    page = (done / "report.html").read_text(encoding="utf-8")
+    steps = page[page.index("What to do next") : page.index("</ol>")]
+    words = re.sub(r"<[^>]+>", "", steps)
+    assert "Decide on the tags of" in words
+    assert f"python scripts/build_trainval_data.py --input {corpus.file}" in words
+    assert f"--duplicates {done / 'duplicates.jsonl'}" in words
+
+
+def test_a_sound_that_posts_share_is_named_with_a_note(tmp_path: Path) -> None:
+    """There is nothing to see of it: its format, size and length tell what it is."""
+    write_wav(tmp_path / "bird.wav", tone(440, 1.5))
+    shutil.copy(tmp_path / "bird.wav", tmp_path / f"{'0f' * 32}.wav")
+    posts = [
+        {"post_id": "a", "audios": ["bird.wav"], "labels": ["x"]},
+        {"post_id": "b", "audios": [f"{'0f' * 32}.wav"], "labels": ["x"]},
+    ]
+    file, out = tmp_path / "p.jsonl", tmp_path / "out"
+    file.write_text("\n".join(map(json.dumps, posts)))
+    assert main([str(file), "--out", str(out), "--media", str(tmp_path), "--processes", "1"]) == 0
+    page = (out / "report.html").read_text(encoding="utf-8")
+    group = page[page.index("the same sound: 2 posts") :]
+    assert re.search(r"pcm_s16le, 48 kB, 1.5 s", group)
+    assert "<span>bird.wav</span>" in group
+    assert "<span>audio 1</span>" in group
 
 
 def test_names_from_the_posts_are_text_in_the_report(tmp_path: Path) -> None:
@@ -199,7 +255,6 @@ def test_killed_and_run_again_gives_the_same_bytes(
     assert not list((out / ".state").glob("work-*"))
 
 
-@pytest.mark.usefixtures("blank_charts")
 def test_run_again_measures_only_what_changed(
     corpus: Corpus, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -215,7 +270,6 @@ def test_run_again_measures_only_what_changed(
     assert sum(analysis(tmp_path / "out")["media"]["image"]["broken"].values()) == 1
 
 
-@pytest.mark.usefixtures("blank_charts")
 def test_manifest_of_a_download_is_used(corpus: Corpus, tmp_path: Path) -> None:
     """URLs are looked up in the manifest; failed ones count with their reason."""
     source = next((corpus.file.parent / "media").glob("*.mp4"))

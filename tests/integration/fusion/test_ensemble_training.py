@@ -19,7 +19,6 @@ from fusion.train.trainer import TrainData, Trainer
 from tests.support.fusion import runs, support
 
 # What the charts show is tested with the report.
-pytestmark = pytest.mark.usefixtures("blank_charts")
 
 FOLDS: dict[str, Any] = {
     "ensemble": {"folds": 3},

@@ -35,7 +35,6 @@ def write_views(folder: Path, name: str, count: int, seed: int) -> None:
     (folder / f"{name}.json").write_text(json.dumps(entries), encoding="utf-8")
 
 
-@pytest.mark.usefixtures("blank_charts")
 def test_losing_a_modality_is_never_worse_than_the_best_one_alone(tmp_path: Path) -> None:
     """The default model with its own modality dropout; the bundle names every subset's GAP."""
     write_views(tmp_path, "train", 400, 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,13 @@ from extractors.feature_file import read_features
 from fusion.bundle import bundle
 from fusion.data.dataset import FeatureFiles
 from fusion.infer.inferer import Inferer
-from fusion.report.write import ReportInput, write_report
+from fusion.report.subsets import SubsetGap, subsets_of
+from fusion.report.view import view_post
+from fusion.report.write import HeldOutFigures, ReportInput, write_report
 from fusion.train.training import TrainReport, train
 from tests.support.fusion import runs, support
+from tests.support.media import quadrants, write_png
+from tests.support.web.reports import assert_readable
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +34,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TrainReport
     folder = tmp_path_factory.mktemp("report")
     support.write_posts(folder, "train", 90, 1)
     support.write_posts(folder, "valid", 70, 2)
+    support.write_posts(folder, "test", 20, 3)
     settings = support.train_settings(
         folder,
+        data={"test": str(folder / "test.json")},
         trainer={"epochs": 3},
         bundle={"calibration": "temperature"},
         report={"enabled": True, "mistakes": 5, "post_url": "https://x.test/p?id={post_id}"},
@@ -139,11 +146,16 @@ def test_the_page_needs_nothing_else(trained: tuple[Path, TrainReport]) -> None:
     report_folder = folder / "run" / "latest" / "report"
     assert report.page == report_folder.resolve() / "report.html"
     text = (report_folder / "report.html").read_text(encoding="utf-8")
-    charts = sorted(p.stem for p in report_folder.glob("*.png"))
-    assert {"calibration", "precision_recall", "subsets", "tags", "training"} <= set(charts)
-    assert len(re.findall(r'<img class="chart"[^>]* src="data:image/png;base64', text)) == len(
-        charts
-    )
+    titles = re.findall(r"<figcaption>(.*?)</figcaption>", text)
+    assert titles[:3] == [
+        "Training loss",
+        "Validation",
+        "Precision: all tags together",
+    ]
+    assert text.count('<svg viewBox="0 0 340 200"') == len(titles)
+    assert sorted(p.name for p in report_folder.iterdir()) == [
+        "report.html", "report.json", "scores.npz"
+    ]  # fmt: skip
     assert "<script" not in text
     assert not re.findall(r'src="(?!data:)', text)
     assert "default-src 'none'" in text
@@ -151,6 +163,105 @@ def test_the_page_needs_nothing_else(trained: tuple[Path, TrainReport]) -> None:
     assert 0 < len(mistakes) <= 10
     for mistake in mistakes:
         assert f'href="https://x.test/p?id={mistake["post_id"]}"' in text
+
+
+def test_baseline_and_test_stand_beside_the_figures(
+    trained: tuple[Path, TrainReport], tmp_path: Path
+) -> None:
+    """Scores are the tags' frequencies; ``data.test`` is scored as `infer_net.py` does."""
+    folder, report = trained
+    found = numbers(folder)
+    predictions = runs.predictions(folder)
+    train_posts = json.loads((folder / "train.json").read_text())
+    shares = [
+        sum(name in post["labels"] for post in train_posts) / 90 for name in support.LABELS.names
+    ]
+    gap = given = hits = 0.0
+    # Equal scores, of a tag in every post or of tags that are as frequent, are one threshold.
+    for share in sorted(set(shares), reverse=True):
+        columns = predictions.targets[:, [each == share for each in shares]]
+        given, hits = given + columns.size, hits + columns.sum()
+        gap += columns.sum() / predictions.targets.sum() * hits / given
+    assert found["baseline"]["gap"] == pytest.approx(gap, abs=1e-9)
+    assert report.test is not None
+    assert found["test"]["posts"] == report.test.posts == 20
+    output = tmp_path / "tags.jsonl"
+    words = ["--best_model", str(report.bundle), "--input", str(folder / "test.json")]
+    sets = ["--n_gpus", "0", "--set", "progress=false", "--set", "threads=1"]
+    assert infer_net.main([*words, "--output", str(output), *sets]) == 0
+    entries = {post["post_id"]: post for post in json.loads((folder / "test.json").read_text())}
+    scored = [
+        (
+            line["scores"],
+            [int(n in entries[line["post_id"]]["labels"]) for n in support.LABELS.names],
+        )
+        for line in map(json.loads, output.read_text().splitlines())
+    ]
+    assert report.test.metrics["gap"] == pytest.approx(support.plain_gap(scored), abs=1e-9)
+
+
+def test_the_run_before_is_compared_with(tmp_path: Path) -> None:
+    """The newest one that has figures, not a later one; with what was set otherwise."""
+    some = runs.some_predictions(40, 6)
+    for name, epochs in (("20260101-1", 3), ("20260102-1", 5), ("20260104-1", 9)):
+        given = ReportInput(name, "", {"epochs": epochs, "best epoch": 1}, some)
+        write_report(tmp_path / name / "report", given, ReportSettings())
+    (tmp_path / "20260102-2" / "report").mkdir(parents=True)
+    (tmp_path / "20260102-2" / "report" / "report.json").write_text("[]")
+    run = tmp_path / "20260103-1"
+    facts = {"epochs": 7, "best epoch": 1}
+    worse = replace(some, scores=some.scores[::-1])
+    given = ReportInput("now", "", facts, worse, run=run)
+    page = write_report(run / "report", given, ReportSettings()).read_text()
+    assert "to the earlier run" in page
+    assert re.search(r"<td>epochs</td><td>5</td><td>7</td>", page)
+    assert "measured on other posts" not in page
+    others = replace(worse, post_ids=tuple(f"other {i}" for i in range(40)))
+    given = replace(given, predictions=others)
+    page = write_report(run / "report", given, ReportSettings()).read_text()
+    assert "measured on other posts" in page
+
+
+def test_the_page_can_be_read_by_everybody_everywhere(tmp_path: Path) -> None:
+    """With long names, an earlier run, a test, and pictures of the worst mistakes."""
+    write_png(tmp_path / "a.png", quadrants(300, 200))
+    entry = {"text": "a long text of a post " * 9, "images": ["a.png"], "audios": ["a.png"]}
+    some = runs.some_predictions(120, 24, name="a tag that is well named")
+    run = tmp_path / "runs" / "2"
+
+    def view(rows: object) -> dict[int, object]:
+        post = view_post(
+            "p",
+            entry,
+            data_file=tmp_path / "posts.json",
+            report=run / "report",
+            post_url=None,
+            thumbnails=True,
+        )
+        return dict.fromkeys(range(120), post)
+
+    epochs = [
+        {"event": kind, "epoch": i, "loss": 1 / i, "gap": 0.5, "map": 0.4, "hit_at_1": 0.6}
+        for kind in ("epoch", "valid")
+        for i in range(1, 31)
+    ]
+    content = ReportInput(
+        title="a model",
+        subtitle="Measured on 120 validation posts.",
+        facts={"model": "mbt", "epochs": 30, "best epoch": 4, "bundle": "b" * 64},
+        predictions=some,
+        run=run,
+        runs=[epochs],
+        subsets=[SubsetGap(s, 0.5, 3, 0.6) for s in subsets_of(support.MODALITIES)],
+        frequencies=np.full(24, 0.3),
+        test=HeldOutFigures(50, {"gap": 0.3, "map": 0.2, "hit_at_1": 0.4, "f1_micro": 0.3}),
+        view=view,  # type: ignore[arg-type]
+        use="insighttag tag POSTS --out tags.jsonl --bundle workshop/weights/insight",
+    )
+    earlier = tmp_path / "runs" / "1"
+    write_report(earlier / "report", replace(content, run=earlier), ReportSettings())
+    page = write_report(run / "report", content, ReportSettings())
+    assert_readable(page, tmp_path / "profile")
 
 
 def test_without_a_report_nothing_is_measured_twice(tmp_path: Path) -> None:
@@ -162,20 +273,24 @@ def test_without_a_report_nothing_is_measured_twice(tmp_path: Path) -> None:
     assert bundle.load_bundle(report.bundle).subsets == {}
 
 
-def test_a_report_without_validation_shows_the_run(tmp_path: Path) -> None:
-    """There are curves of the loss, and a sentence says that nothing was measured."""
-    support.write_posts(tmp_path, "train", 20, 1)
+@pytest.mark.parametrize("tested", [False, True])
+def test_a_report_without_validation_shows_the_run(tmp_path: Path, *, tested: bool) -> None:
+    """There are curves of the loss; figures are those of the test, or a sentence says why none."""
+    for name, count in (("train", 20), ("test", 10)):
+        support.write_posts(tmp_path, name, count, 1 + tested)
+    data = {"valid": None, "test": str(tmp_path / "test.json") if tested else None}
     settings = support.train_settings(
-        tmp_path, data={"valid": None}, trainer={"epochs": 1}, report={"enabled": True}
+        tmp_path, data=data, trainer={"epochs": 1}, report={"enabled": True}
     )
     report = train(settings, FeatureFiles())
     assert report.page is not None
-    assert "nothing was measured" in report.page.read_text()
-    assert sorted(p.name for p in report.page.parent.iterdir()) == [
-        "report.html",
-        "report.json",
-        "training.png",
-    ]
+    page = report.page.read_text()
+    assert "Training loss" in page
+    assert ("nothing was measured" in page) is not tested
+    if tested:
+        assert report.test is not None
+        assert f"<b>{report.test.metrics['gap']:.3f}</b><span>test, 10 posts" in page
+    assert sorted(p.name for p in report.page.parent.iterdir()) == ["report.html", "report.json"]
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:

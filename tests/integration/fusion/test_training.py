@@ -118,7 +118,6 @@ def test_weights_of_neighbours_are_a_start_of_any_length(few_posts: Path) -> Non
     )
 
 
-@pytest.mark.usefixtures("blank_charts")
 @pytest.mark.parametrize(
     ("name", "own"),
     [

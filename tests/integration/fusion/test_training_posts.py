@@ -19,7 +19,6 @@ from fusion.bundle.bundle import load_bundle
 from tests.support.fusion import runs, support
 
 # What the charts show is tested with the report.
-pytestmark = pytest.mark.usefixtures("blank_charts")
 
 REPORT: dict[str, Any] = {"report": {"enabled": True, "subset_posts": 20}}
 ONE: dict[str, Any] = {**REPORT, "trainer": {"epochs": 1}, "bundle": {"calibration": "temperature"}}

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from common import charts
 from tests.support import forked
 from tests.support.fusion import support
 
@@ -33,12 +32,6 @@ def posts(_all_posts: Path, tmp_path: Path) -> Path:
 def few_posts(_all_posts: Path, tmp_path: Path) -> Path:
     """A folder with 37 posts to train on and 15 to validate on: no number divides them."""
     return shutil.copytree(_all_posts / "few", tmp_path, dirs_exist_ok=True)
-
-
-@pytest.fixture
-def blank_charts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reports with empty pictures: drawing them takes many times as long as a small training."""
-    monkeypatch.setattr(charts, "png", lambda drawn: b"")
 
 
 @pytest.fixture

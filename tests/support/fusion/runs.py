@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from fusion.data.dataset import FeatureFiles
@@ -70,3 +71,20 @@ def config_file(folder: Path, **sections: Any) -> Path:
     content = support.train_settings(folder, **sections).model_dump(mode="json")
     file.write_text(json.dumps(content))
     return file
+
+
+def some_predictions(
+    posts: int = 60, tags: int = 5, seed: int = 0, name: str = "tag"
+) -> Predictions:
+    """Scores that are right more often than not."""
+    chance = np.random.default_rng(seed)
+    targets = chance.random((posts, tags)) < 0.3
+    scores = 0.35 * targets + 0.65 * chance.random((posts, tags))
+    return Predictions(
+        tuple(f"p{i}" for i in range(posts)),
+        tuple(f"{name} {i}" for i in range(tags)),
+        scores**2,
+        scores,
+        targets,
+        np.full(tags, 0.5, np.float32),
+    )

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ class Browser:
 
     Attributes:
         complaints: What the page's console has complained of, refused content included.
+        requests: Addresses that were asked for, the page's own included.
     """
 
     def __init__(self, to_browser: int, from_browser: int) -> None:
@@ -46,13 +48,14 @@ class Browser:
         self._number = 0
         self._session: str | None = None
         self.complaints: list[str] = []
+        self.requests: list[str] = []
 
     def open(self, url: str, *, width: int = 1280, height: int = 900) -> None:
         """Open a page; returns at once."""
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         attached = self.call("Target.attachToTarget", targetId=target, flatten=True)
         self._session = attached["sessionId"]
-        for domain in ("Page", "Runtime", "DOM", "Log"):
+        for domain in ("Page", "Runtime", "DOM", "Log", "Network"):
             self.call(f"{domain}.enable")
         self.resize(width, height)
         self.call("Page.navigate", url=url)
@@ -86,6 +89,23 @@ class Browser:
             time.sleep(0.05)
         return value
 
+    def faults(self, rules: Sequence[str] = ()) -> list[str]:
+        """Serious faults of accessibility that axe finds, with the first elements of each.
+
+        By some rules, or by all.
+        """
+        script = resources.files("axe_core_python").joinpath("axe.min.js").read_text("utf-8")
+        self.call("Runtime.evaluate", expression=script)
+        only = f"{{runOnly: {json.dumps(rules)}}}" if rules else "{}"
+        self.run(f"window.audit = null; axe.run({only}).then((found) => {{ audit = found }}); 0")
+        self.until("window.audit !== null", 60)
+        return list(
+            self.run(
+                "window.audit.violations.filter((v) => ['serious', 'critical'].includes(v.impact))"
+                ".map((v) => v.id + ': ' + v.nodes.slice(0, 3).map((n) => n.html).join(' '))"
+            )
+        )
+
     def choose(self, selector: str, files: Sequence[Path]) -> None:
         """Choose files in a file input."""
         root = self.call("DOM.getDocument")["root"]["nodeId"]
@@ -111,6 +131,8 @@ class Browser:
         parameters = event.get("params", {})
         if event.get("method") == "Runtime.exceptionThrown":
             self.complaints.append(str(parameters["exceptionDetails"].get("exception")))
+        elif event.get("method") == "Network.requestWillBeSent":
+            self.requests.append(parameters["request"]["url"])
         elif event.get("method") == "Log.entryAdded":
             self.complaints.append(parameters["entry"]["text"])
 

@@ -10,31 +10,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.charts import png, shown_names, style
-from common.html import render
+from common.html import Advice, render
+from config.train import ReportSettings
 from fusion.metrics.calibration import reliability
 from fusion.report import charts
 from fusion.report import predictions as tables
 from fusion.report.predictions import Predictions, worst
-from fusion.report.subsets import SubsetGap, subsets_of
-from fusion.report.view import view_post
-from tests.support.fusion import support
-
-
-def some_predictions(
-    posts: int = 60, tags: int = 5, seed: int = 0, name: str = "tag"
-) -> Predictions:
-    chance = np.random.default_rng(seed)
-    targets = chance.random((posts, tags)) < 0.3
-    scores = 0.35 * targets + 0.65 * chance.random((posts, tags))
-    return Predictions(
-        tuple(f"p{i}" for i in range(posts)),
-        tuple(f"{name} {i}" for i in range(tags)),
-        scores**2,
-        scores,
-        targets,
-        np.full(tags, 0.5, np.float32),
-    )
+from fusion.report.view import media_name, view_post
+from fusion.report.write import ReportInput, write_report
+from tests.support.fusion.runs import some_predictions
 
 
 def test_scores_come_back_from_their_file(tmp_path: Path) -> None:
@@ -93,54 +77,62 @@ def test_reliability_of_edges_and_nothing() -> None:
     assert reliability([], []).error == 0
 
 
-@pytest.mark.parametrize("tags", [1, 60])
-def test_charts_of_any_number_of_tags(tags: int) -> None:
-    """Drawn without a warning, with names of every kind; no text leaves the picture."""
-    some = some_predictions(40, tags, name="$x_{1 long name of a tag in a deep taxonomy 猫 \u0627")
-    rows = tables.tag_rows(some)
-    subsets = [SubsetGap(s, 0.5, 3, 0.6) for s in subsets_of(support.MODALITIES)]
+def test_curves_show_what_was_measured() -> None:
+    """Three charts of the run, of folds one line each; the point at the thresholds; two bins."""
+    events = [{"event": "begin", "steps": 2}] + [
+        {"event": kind, "epoch": e, "step": 2, "loss": 1 / e, "gap": e / 9, "learning_rate": 0.1}
+        for kind in ("epoch", "valid", "step")
+        for e in (1, 2, 3)
+    ]
+    one = charts.training_curves([events], baseline=0.1)
+    assert [chart.title for chart in one] == ["Training loss", "Validation", "Learning rate"]
+    assert [name for _, name in one[1].legend] == ["GAP@20", "GAP@20 of the baseline"]
+    folds = charts.training_curves([events, events])
+    assert [name for _, name in folds[1].legend] == ["fold 1", "fold 2"]
+    assert "training posts" in charts.training_curves([events], seen=True)[1].title
+    assert charts.training_curves([[]]) == []
+    some = some_predictions(40, 60)
+    drawn = charts.pr_curves(some, tables.tag_rows(some))
+    assert [len(chart.lines) for chart in drawn] == [1, 4, 4]
+    given, truth = some.given, some.targets
+    right = (given & truth).sum()
+    recall, precision = right / truth.sum(), right / given.sum()
+    assert drawn[0].dots[-1].title == f"at the thresholds: {precision:.4g} at {recall:.4g}"
     before, after = (reliability(s, some.targets) for s in (some.raw, some.scores))
-    with style():
-        figures = [
-            charts.training_curves([[]]),
-            charts.pr_curves(some, rows),
-            charts.tag_precisions(some, rows),
-            charts.calibration(before, after, "isotonic"),
-            charts.subsets(subsets),
-            charts.confusion(some),
-        ]
-        for figure in figures:
-            if figure is None:  # a single tag is not mistaken for another
-                assert tags == 1
-                continue
-            with Image.open(io.BytesIO(png(figure))) as picture:
-                assert picture.width > 300
-                edge = np.asarray(picture.convert("L"))
-            assert edge[:, [0, -1]].min() > 200, "nothing is cut off at the sides"
-            assert edge.min() < 100
+    names = [name for _, name in charts.calibration(before, after, "isotonic")[0].legend]
+    assert names[1:] == [
+        f"after isotonic: ECE {after.error:.3f}",
+        f"before: ECE {before.error:.3f}",
+    ]
 
 
-def test_names_that_no_font_can_draw_are_numbers() -> None:
-    """Otherwise a chart would show boxes; long names are cut by their width."""
-    found = shown_names(["cat", "\U0001f9ff\u0fff", "a" * 40, "$x$"], width=10)
-    assert found == ["cat", "#1", "aaaaaaaaa…", "$x$"]
-    assert len(subsets_of(("text", "video"))) == 3
+@pytest.mark.parametrize("tags", [1, 60])
+def test_reports_of_any_number_of_tags(tags: int, tmp_path: Path) -> None:
+    """Names in any script stand on the page as they are, escaped."""
+    name = "$x_{1 <b>long name</b> in a deep taxonomy 猫 \u0627"
+    given = ReportInput(
+        "a", "b", {"epochs": 1, "best epoch": 1}, some_predictions(40, tags, name=name)
+    )
+    page = write_report(tmp_path / "report", given, ReportSettings()).read_text()
+    assert "&lt;b&gt;long name&lt;/b&gt; in a deep taxonomy 猫 \u0627 0" in page
+    assert "<b>long" not in page
 
 
 def test_pages_escape_everything(tmp_path: Path) -> None:
     template = tmp_path / "page.html.j2"
     template.write_text(
         '{% extends "base.html.j2" %}'
-        '{% from "parts.html.j2" import bars, chips, figures, section, table %}'
+        '{% from "parts.html.j2" import bars, chips, section, table %}'
         "{% block body %}{% call section(bad) %}{{ table((bad,), [(bad,)]) }}{{ bars({bad: 1}) }}"
-        "{{ chips([bad]) }}{{ chips({bad: 1}) }}{{ figures([(bad, bad, bad)]) }}{% endcall %}"
+        "{{ chips([bad]) }}{{ chips({bad: 1}) }}{% endcall %}"
         "{% endblock %}"
     )
     bad = '<script>alert("x")</script>'
-    text = render(template, title=bad, bad=bad)
+    rows, steps = [(bad, bad, bad)], [Advice(bad, bad)]
+    text = render(template, title=bad, subtitle="", figure_rows=rows, next_steps=steps, bad=bad)
     assert "<script" not in text
     assert '"x"' not in text
-    assert text.count("&lt;script&gt;") == 12
+    assert text.count("&lt;script&gt;") == 15
 
 
 def test_posts_are_linked_and_shown(tmp_path: Path) -> None:
@@ -161,14 +153,14 @@ def test_posts_are_linked_and_shown(tmp_path: Path) -> None:
         "p 1", entry, data_file=data_file, report=report, post_url=None, thumbnails=True
     )
     assert found.text == "hello world"
-    assert [href for _, href in found.links] == [
-        "../../media/a%20b.png",
-        "../../media/broken.jpg",
-        "https://x.test/v.mp4",
+    assert [(item.name, item.href) for item in found.media] == [
+        ("a b.png", "../../media/a%20b.png"),
+        ("broken.jpg", "../../media/broken.jpg"),
+        ("v.mp4", "https://x.test/v.mp4"),
     ]
-    assert len(found.thumbnails) == 1
-    assert len(found.thumbnails[0]) < 5000
-    pixels = Image.open(io.BytesIO(base64.b64decode(found.thumbnails[0].partition(",")[2])))
+    assert [bool(item.thumbnail) for item in found.media] == [True, False, False]
+    assert len(found.media[0].thumbnail) < 5000
+    pixels = Image.open(io.BytesIO(base64.b64decode(found.media[0].thumbnail.partition(",")[2])))
     assert np.asarray(pixels)[5, 5].min() > 250, "the model sees white where nothing is drawn"
     url = view_post(
         "p/1&",
@@ -178,4 +170,17 @@ def test_posts_are_linked_and_shown(tmp_path: Path) -> None:
         post_url="https://x/{post_id}",
         thumbnails=True,
     )
-    assert [href for _, href in url.links] == ["https://x/p%2F1%26"]
+    assert [item.href for item in url.media] == ["https://x/p%2F1%26"]
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("media/cat.png", "cat.png"),
+        (f"media/{'0f' * 32}.png", "picture 2"),
+        (f"https://h/{'0f' * 20}.jpg?w=9", "picture 2"),
+        ("https://h/a/cat.jpg?x=1", "cat.jpg"),
+    ],
+)
+def test_files_that_are_named_by_a_hash_get_a_name(source: str, name: str) -> None:
+    assert media_name(source, "image", 2) == name
