@@ -17,6 +17,7 @@ from typing import Any
 
 import commands_page
 import http_page
+import python_page
 import settings_page
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File
@@ -39,6 +40,7 @@ GENERATED = MappingProxyType(
         "settings.md": settings_page.page,
         "training-settings.md": settings_page.training_page,
         "http-interface.md": http_page.page,
+        "python-reference.md": python_page.page,
     }
 )
 # Of the repository, and not of the site: links to it become plain words.

@@ -25,7 +25,9 @@ def page() -> str:
         "# Settings",
         "Of the daemon, the HTTP server and the commands: `--config F` names the YAML file, "
         "`INSIGHTTAG_SECTION__KEY` in the environment goes over it, `--set section.key=value` "
-        "over both. Unknown keys are refused. Made of the schema as this site was built.",
+        "over both. Unknown keys are refused. Made of the schema as this site was built; editors "
+        "complete and check the file by [settings.schema.json](schemas/settings.schema.json) "
+        "([python.md](python.md#settings-and-data-files-in-an-editor)).",
         *_sections(Settings, "##"),
         "## infer_net.py",
         "On feature files; on raw media it takes the settings above.",
@@ -38,7 +40,9 @@ def training_page() -> str:
     return _joined(
         "# Settings of training",
         "Of `train_net.py`: `--model_config F` names the YAML file, options and "
-        "`--set section.key=value` go over it. `task` says which of the two groups holds.",
+        "`--set section.key=value` go over it. `task` says which of the two groups holds. For "
+        "editors: [train.schema.json](schemas/train.schema.json), "
+        "[backbone.schema.json](schemas/backbone.schema.json).",
         "## A fusion model",
         "`task: fusion`, the default.",
         *_sections(TrainSettings, "###"),

@@ -14,6 +14,7 @@ import pytest
 import yaml
 from docs_site import ROOT_PAGES
 
+import insighttag
 from config.settings import Settings
 from config.train import TrainSettings
 from tests.support.docs.shell import ROOT
@@ -73,6 +74,11 @@ def test_every_command_setting_and_script_is_in_the_reference(site: Path) -> Non
         for name, field in model.model_fields.items():
             fields = getattr(field.annotation, "model_fields", {"": None})
             assert all(f"{name}.{it}".rstrip(".") in text(site, page) for it in fields)
+
+
+def test_every_name_that_the_package_exports_is_in_the_reference(site: Path) -> None:
+    reference = text(site, "python-reference.html")
+    assert [name for name in insighttag.__all__ if f'id="insighttag.{name}"' not in reference] == []
 
 
 def test_pages_have_the_language_of_their_words_and_a_way_to_the_other(site: Path) -> None:
