@@ -24,6 +24,7 @@ Engine = Literal["auto", "torch"]
 Pooling = Literal["tokens", "cls", "mean", "last"]
 ExtractorName = Literal["video", "image", "audio", "text", "ocr", "asr"]
 MIB = 1024 * 1024
+_HTTP_URL = re.compile(r"https?://(\[[0-9A-Fa-f:.]+\]|[^\s/:\[\]]+)(:[0-9]+)?(/\S*)?")
 HostName = Annotated[str, Field(pattern=r"^[^\s/:]+$")]
 
 
@@ -474,6 +475,27 @@ class KingSettings(Section):
         return RetryPolicy(self.attempts, self.backoff_s, self.backoff_max_s)
 
 
+class TraceSettings(Section):
+    """OpenTelemetry: a span for each attempt at a post, with one for each stage."""
+
+    endpoint: str | None = None
+    """URL that takes OTLP over HTTP, as ``http://127.0.0.1:4318/v1/traces``; null: no traces. It
+    needs the extra ``otel``. Headers, as of a log-in: ``OTEL_EXPORTER_OTLP_HEADERS`` of the
+    environment. docs/metrics.md"""
+    ratio: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Share of the posts that are traced; a message with a ``traceparent`` decides for itself."""
+
+    @field_validator("endpoint")
+    @classmethod
+    def _http(cls, value: str | None) -> str | None:
+        if value is not None and not _HTTP_URL.fullmatch(value):
+            raise ValueError(
+                f"{redact(value)!r} is no collector; use http:// or https://, "
+                "as http://127.0.0.1:4318/v1/traces"
+            )
+        return value
+
+
 class EmbeddedSettings(Section):
     """Files of the embedded broker and database."""
 
@@ -676,6 +698,7 @@ class Settings(Section):
     cache: CacheSettings = CacheSettings()
     fusion: FusionSettings = FusionSettings()
     king: KingSettings = KingSettings()
+    traces: TraceSettings = TraceSettings()
     watchdog: WatchdogSettings = WatchdogSettings()
     monitor: MonitorSettings = MonitorSettings()
     http: HttpSettings = HttpSettings()

@@ -49,13 +49,15 @@ class Claim:
     message: PostMessage
     payload: str
     redelivered: bool = False
+    traceparent: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Started:
     """Verdict: the post is loaded from the document of this ID, and its attempt is recorded.
 
-    The first attempt is 1; its message came at ``received_at``, `time.monotonic()`.
+    The first attempt is 1; its message came at ``received_at``, `time.monotonic()`, with the
+    publisher's ``traceparent`` if it had one.
     """
 
     post: Post
@@ -65,6 +67,7 @@ class Started:
     force: bool = False
     payload: str = ""
     received_at: float = 0.0
+    traceparent: str | None = None
 
     @property
     def post_id(self) -> str:
@@ -155,6 +158,7 @@ class Retry:
     failure: Failure
     delay_s: float
     timings_ms: Mapping[str, int] = field(default_factory=dict)
+    ended_at: float = field(default_factory=time.time)
 
 
 @dataclass(frozen=True, slots=True)

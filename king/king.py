@@ -42,6 +42,7 @@ from workers.protocol import TaskPool
 
 if TYPE_CHECKING:
     from king.metrics import KingMetrics
+    from king.traces import Traces
 
 # The watchdog sends it: connect to the broker and subscribe again.
 SUBSCRIBE_SIGNAL = signal.SIGUSR1
@@ -78,8 +79,10 @@ class King:
         """
         self._settings = settings
         self.in_flight = InFlight()
+        owner = owner or own_name()
         self._metrics = _metrics(settings, self._snapshot)
-        self.status = Status(on_end=self._metrics.ended if self._metrics else None)
+        self._traces = _traces(settings, owner)
+        self.status = Status(on_end=[it.ended for it in (self._metrics, self._traces) if it])
         inbox = StoreInbox(self.in_flight)
         if broker is None:
             prefetch = Prefetch.of(settings.broker, settings.media_in_work)
@@ -99,7 +102,7 @@ class King:
             store if store is not None else Store(StoreClient(settings.store)),
             inbox,
             settings.king,
-            owner=owner or own_name(),
+            owner=owner,
             is_dead=is_dead,
             status=self.status,
             in_flight=self.in_flight,
@@ -130,7 +133,7 @@ class King:
         Once it has served, the configuration was right: whatever ends it then may pass, and 1 lets
         the supervisor start it again.
         """
-        with self._signals_caught(), self._metrics_served():
+        with self._signals_caught(), self._metrics_served(), self._traces_sent():
             self._start()
             self._serve(drain)
             self._shut_down()
@@ -200,6 +203,9 @@ class King:
         if self._metrics is None or address is None:
             return contextlib.nullcontext()
         return self._metrics.served(address)
+
+    def _traces_sent(self) -> contextlib.AbstractContextManager[None]:
+        return self._traces.sent() if self._traces is not None else contextlib.nullcontext()
 
     def _write_health(self) -> None:
         try:
@@ -326,6 +332,14 @@ def _metrics(settings: Settings, snapshot: Callable[[], Mapping[str, Any]]) -> K
     from king.metrics import KingMetrics  # 80 ms of CPU, and an HTTP server
 
     return KingMetrics(snapshot)
+
+
+def _traces(settings: Settings, owner: str) -> Traces | None:
+    if settings.traces.endpoint is None:
+        return None
+    from king.traces import Traces  # its SDK is an extra
+
+    return Traces(settings.traces, owner)
 
 
 def _real_pool(settings: Settings) -> TaskPool:

@@ -32,7 +32,7 @@ from common.errors import ConfigError
 from common.post import TagResult, clean
 from config.settings import split_address
 from king.jobs import Dead, Rejected, Retry, Superseded, Tagged, Unreadable
-from king.status import End, Phase
+from king.status import OUTCOMES, End, Phase
 from workers.protocol import WorkerState
 
 # From a text out of the cache to a long video behind a queue. A bucket is a series per stage: twice
@@ -56,12 +56,6 @@ Samples: TypeAlias = Iterable[tuple[Sequence[str], float]]
 
 _PHASES = get_args(Phase)
 _WORKER_STATES = get_args(WorkerState)
-_OUTCOMES: Mapping[type, str] = {
-    Tagged: "tagged",
-    Superseded: "superseded",
-    Retry: "retried",
-    Dead: "failed",
-}
 _COUNTERS = (
     ("retried", "retries", "Attempts that failed and are followed by another"),
     ("settled", "messages_settled", "Messages for which there was nothing to do"),
@@ -191,7 +185,7 @@ class KingMetrics:
         if isinstance(end, (Tagged, Superseded, Retry, Dead)):
             self._posts.timed(end.timings_ms)
             if total_s is not None:
-                self._seconds(_OUTCOMES[type(end)]).observe(total_s)
+                self._seconds(OUTCOMES[type(end)]).observe(total_s)
 
     @contextlib.contextmanager
     def served(self, address: str) -> Iterator[None]:

@@ -67,6 +67,14 @@ _COUNTED: Mapping[type, tuple[str, ...]] = {
     Unreadable: ("dead",),
 }
 
+OUTCOMES: Mapping[type, str] = {
+    Tagged: "tagged",
+    Superseded: "superseded",
+    Retry: "retried",
+    Dead: "failed",
+}
+"""Names of the ends of attempts in metrics and traces."""
+
 # The rate is that of the last minute: half of it jumps with every batch, double hides a stall.
 RATE_WINDOW_S = 60
 _RATE_STEP_S = 0.5  # at double, the rate of a King that has just begun moves in steps
@@ -89,11 +97,11 @@ class Status:
     def __init__(
         self,
         clock: Callable[[], float] = time.monotonic,
-        on_end: Callable[[End, float | None], object] | None = None,
+        on_end: Sequence[Callable[[End, float | None], object]] = (),
     ) -> None:
         """Start the status of a King; ``clock`` measures durations, dates are for people.
 
-        ``on_end`` is called once for each end, with what `ended` got.
+        Each of ``on_end`` is called once for each end, with what `ended` got.
         """
         self._clock = clock
         self._on_end = on_end
@@ -140,8 +148,8 @@ class Status:
         """Count an end, whose message came ``total_s`` ago."""
         for name in _COUNTED[type(end)]:
             self.count(name)
-        if self._on_end is not None:
-            self._on_end(end, total_s)
+        for tell in self._on_end:
+            tell(end, total_s)
 
     def count(self, name: str, number: int = 1) -> None:
         """Count posts under a name of `COUNTERS`."""

@@ -217,7 +217,8 @@ class StoreInbox:
                 continue
             added = self._in_flight.add(message.post_id, delivery)
             if added == "new":
-                items.append(Claim(message, payload, delivery.redelivered))
+                claim = Claim(message, payload, delivery.redelivered, delivery.traceparent)
+                items.append(claim)
             elif added == "superfluous":
                 superfluous.append(delivery)
         self._put(items)

@@ -91,13 +91,15 @@ def _secrets(url: str) -> set[str]:
 class Delivery:
     """One message in hand; it belongs to this process until `ack` or `requeue`.
 
-    The token is the broker's name for it, unique within its generation (connection).
+    The token is the broker's name for it, unique within its generation (connection). The
+    traceparent is that of the message's headers (W3C), which traces go on from.
     """
 
     body: bytes
     token: int | str
     generation: int
     redelivered: bool = False
+    traceparent: str | None = None
 
 
 OnDelivery: TypeAlias = Callable[[Delivery], None]
@@ -326,16 +328,27 @@ class Broker(ABC):
         """Close the sockets without a handshake, since the server may be gone; never raises."""
 
     def _receive(
-        self, raw: bytes, token: int | str, read: Callable[[bytes], tuple[bytes, bool]]
+        self, raw: bytes, token: int | str, read: Callable[[bytes], tuple[bytes, bool, object]]
     ) -> None:
-        """Note a message; `_hand_over` passes it on. ``read`` returns body and redelivered."""
+        """Note a message; `_hand_over` passes it on.
+
+        ``read`` returns its body, True if it was delivered before, and its headers.
+        """
+        headers: object = None
         try:
-            body, redelivered = read(raw)
+            body, redelivered, headers = read(raw)
         except Exception as error:  # noqa: BLE001 - bytes of strangers: this message's fault alone
             log.warning("king.message_unpacked", error=one_line(error, 200))
             body, redelivered = raw, True
         self._is_proven = self._is_proven or not redelivered
-        delivery = Delivery(body, token, self.generation, redelivered)
+        traceparent = headers.get("traceparent") if isinstance(headers, dict) else None
+        delivery = Delivery(
+            body,
+            token,
+            self.generation,
+            redelivered,
+            traceparent if isinstance(traceparent, str) else None,
+        )
         self._in_hand[token] = delivery
         self._inbox.append(delivery)
 

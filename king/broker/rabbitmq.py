@@ -195,7 +195,7 @@ class RabbitBroker(Broker):
         self._receive(
             bytes(message.body or b""),  # py-amqp has a str for no body
             message.delivery_tag,
-            lambda body: (decompressed(body, message.headers), redelivered),
+            lambda body: (decompressed(body, message.headers), redelivered, message.headers),
         )
 
     def drain(self, timeout_s: float) -> int:

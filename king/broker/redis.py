@@ -301,18 +301,19 @@ def _client_options(settings: BrokerSettings) -> dict[str, Any]:
     }
 
 
-def read_item(item: bytes) -> tuple[bytes, bool]:
-    """Read an item of a list: the body, decompressed, and True if it was delivered before.
+def read_item(item: bytes) -> tuple[bytes, bool, object]:
+    """Read an item of a list: the body, decompressed, True if delivered before, and the headers.
 
     What cannot be read is a body as it stands: `king.messages` then refuses it with a reason.
     """
     envelope = _parsed(item)
     if envelope is None:
-        return item, False
+        return item, False, None
     headers = envelope.get("headers")
     redelivered = isinstance(headers, dict) and headers.get("redelivered") is True
     body = _body_of(envelope)
-    return (item if body is None else decompressed(body, headers)), redelivered
+    plain = item if body is None else decompressed(body, headers)
+    return plain, redelivered, headers
 
 
 def redelivery_of(item: bytes, queue: str, priority: int) -> bytes:

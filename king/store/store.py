@@ -434,6 +434,7 @@ def judge(
         force=message.force or (job.force if job is not None else False),
         payload=claim.payload,
         received_at=time.monotonic(),
+        traceparent=claim.traceparent,
     )
     if decision == "resume":
         return ClaimResult(started)

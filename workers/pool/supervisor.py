@@ -193,7 +193,7 @@ def pinned_environment(spec: WorkerSpec, environ: Mapping[str, str]) -> dict[str
     """
     # Settings come through the channel, without the URLs of broker and database: see `Launch`.
     # Hostile files are opened in the roles that do not use the cache.
-    hidden = ("INSIGHTTAG_", *(() if spec.role in _CACHE_USERS else _STORE_KEYS))
+    hidden = ("INSIGHTTAG_", "OTEL_", *(() if spec.role in _CACHE_USERS else _STORE_KEYS))
     pinned = {key: value for key, value in environ.items() if not key.upper().startswith(hidden)}
     pinned.update(dict.fromkeys(_THREAD_VARIABLES, str(spec.threads)))
     # Threads that spin while they wait take the cores of the other processes.

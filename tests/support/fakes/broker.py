@@ -23,6 +23,7 @@ class _Waiting:
     rank: tuple[int, int]
     body: bytes = field(compare=False)
     redelivered: bool = field(default=False, compare=False)
+    headers: object = field(default=None, compare=False)
 
 
 @dataclass
@@ -39,9 +40,10 @@ class MemoryQueue:
     full: bool = False
     _order: itertools.count[int] = field(default_factory=itertools.count)
 
-    def put(self, body: bytes, priority: int = 0) -> None:
+    def put(self, body: bytes, priority: int = 0, headers: object = None) -> None:
         """Publish a raw body, as any client could."""
-        self.waiting.append(_Waiting((-priority, next(self._order)), body))
+        rank = (-priority, next(self._order))
+        self.waiting.append(_Waiting(rank, body, headers=headers))
         self.waiting.sort()
 
     def put_back(self, message: _Waiting) -> None:
@@ -87,7 +89,7 @@ class MemoryBroker(Broker):
                 message = self.queue.waiting.pop(0)
                 token = next(self._tokens)
                 self.unacked[token] = message
-                self._receive(message.body, token, partial(_as_is, message.redelivered))
+                self._receive(message.body, token, partial(_as_is, message))
         if not self._inbox:
             self._waker.wait(min(timeout_s, 0.01))
         return self._hand_over()
@@ -137,5 +139,5 @@ class MemoryBroker(Broker):
         return self._client_call()
 
 
-def _as_is(redelivered: bool, body: bytes) -> tuple[bytes, bool]:
-    return body, redelivered
+def _as_is(message: _Waiting, body: bytes) -> tuple[bytes, bool, object]:
+    return body, message.redelivered, message.headers
