@@ -45,7 +45,7 @@ def bad_messages(seed: int, count: int) -> list[BadMessage]:
 def _message(name: str, number: int, seed: int) -> BadMessage:
     rng = random.Random(f"{seed}/message/{number}")
     item = _FORMS[name](f"m{number}x", rng)
-    body, _ = read_item(item)
+    body, _, _ = read_item(item)
     try:
         key = parse_message(body).post_id
     except MessageError:

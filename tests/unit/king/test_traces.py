@@ -68,6 +68,13 @@ def times_s(spans: dict[str, ReadableSpan]) -> dict[str, tuple[float, float]]:
     }
 
 
+def ids(span: ReadableSpan) -> tuple[int, int]:
+    """Return the IDs of the trace and of the span."""
+    context = span.get_span_context()
+    assert context is not None
+    return context.trace_id, context.span_id
+
+
 def test_an_attempt_is_a_span_with_its_stages_one_after_the_other(
     spans_of: Callable[..., dict[str, ReadableSpan]],
 ) -> None:
@@ -82,9 +89,7 @@ def test_an_attempt_is_a_span_with_its_stages_one_after_the_other(
     }
     post = spans.pop("post")
     assert post.parent is None
-    assert {span.parent.span_id for span in spans.values() if span.parent} == {
-        post.get_span_context().span_id
-    }
+    assert {span.parent.span_id for span in spans.values() if span.parent} == {ids(post)[1]}
     assert dict(post.attributes or {}) == {
         "insighttag.post_id": "p1",
         "insighttag.attempt": 2,
@@ -123,7 +128,7 @@ def test_a_trace_of_the_publisher_goes_on(
 ) -> None:
     end = replace(tagged(), started=replace(STARTED, traceparent=TRACEPARENT))
     post = spans_of(end, ratio=0)["post"]  # the publisher's own decision holds
-    assert f"{post.get_span_context().trace_id:032x}" == TRACEPARENT.split("-")[1]
+    assert f"{ids(post)[0]:032x}" == TRACEPARENT.split("-")[1]
     assert post.parent is not None
     assert f"{post.parent.span_id:016x}" == TRACEPARENT.split("-")[2]
 
