@@ -42,3 +42,22 @@ def redact(url: str) -> str:
     if colon:
         rest = f"{user}:***{rest[len(login) :]}"
     return scheme + separator + _SECRET_OPTION.sub(r"\1***", rest)
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Return host and port of ``HOST:PORT``; the host of ``[::1]:80`` is ``::1``."""
+    host, _, port = address.rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+def is_database(output: str) -> bool:
+    """Return True for a MongoDB URL."""
+    return output.startswith(("mongodb://", "mongodb+srv://"))
+
+
+def collection_of(url: str) -> tuple[str, str] | None:
+    """Return the database and collection that a URL ends in, before its options."""
+    base = url.partition("?")[0]
+    rest = base.partition("://")[2].rpartition("@")[2]
+    database, _, collection = rest.partition("/")[2].partition(".")
+    return (database, collection) if database and collection else None

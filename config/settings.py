@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 
 from common.precision import Precision
 from common.retry import RetryPolicy
-from common.urls import redact
+from common.urls import collection_of, is_database, redact, split_address
 from config.presets import Preset, with_preset
 
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -665,25 +665,6 @@ class InferSettings(RunSettings, TagSettings):
     features: Path = Path("workshop/features")
     """Root of the feature files, for inputs that name only post IDs."""
     threads: PositiveInt | None = None
-
-
-def split_address(address: str) -> tuple[str, int]:
-    """Return host and port of ``HOST:PORT``; the host of ``[::1]:80`` is ``::1``."""
-    host, _, port = address.rpartition(":")
-    return host.strip("[]"), int(port)
-
-
-def is_database(output: str) -> bool:
-    """Tell whether an output is a MongoDB URL."""
-    return output.startswith(("mongodb://", "mongodb+srv://"))
-
-
-def collection_of(url: str) -> tuple[str, str] | None:
-    """Database and collection that a URL ends in, before its options."""
-    base = url.partition("?")[0]
-    rest = base.partition("://")[2].rpartition("@")[2]
-    database, _, collection = rest.partition("/")[2].partition(".")
-    return (database, collection) if database and collection else None
 
 
 class Settings(Section):

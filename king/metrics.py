@@ -30,7 +30,7 @@ from prometheus_client.registry import Collector
 
 from common.errors import ConfigError
 from common.post import TagResult, clean
-from config.settings import split_address
+from common.urls import split_address
 from king.jobs import Dead, Rejected, Retry, Superseded, Tagged, Unreadable
 from king.status import OUTCOMES, End, Phase
 from workers.protocol import WorkerState

@@ -24,8 +24,8 @@ from common.cli import say
 from common.errors import ConfigError, TaggingError, one_line
 from common.progress import notice
 from common.tables import print_table
-from common.urls import redact
-from config.settings import Settings, split_address
+from common.urls import redact, split_address
+from config.settings import Settings
 from scripts.commands.common import AsJson, Config, Overrides, ago, print_json, settings_of
 from scripts.commands.status import king_health
 from scripts.commands.weights import about

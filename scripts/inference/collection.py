@@ -9,7 +9,8 @@ from urllib.parse import urlsplit, urlunsplit
 
 from common.errors import ConfigError
 from common.progress import told_if_long
-from config.settings import CollectionSettings, FieldMap, StoreSettings, collection_of
+from common.urls import collection_of
+from config.settings import CollectionSettings, FieldMap, StoreSettings
 from fusion.infer.outputs import Bad, Earlier, Result
 from king.store.client import StoreClient
 from king.store.documents import dig, tagged_by

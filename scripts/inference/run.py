@@ -17,8 +17,8 @@ from common.errors import ConfigError
 from common.logs import visible
 from common.post import Post
 from common.post_set import PostSet
-from common.urls import redact
-from config.settings import InferSettings, RunSettings, Settings, is_database
+from common.urls import is_database, redact
+from config.settings import InferSettings, RunSettings, Settings
 from config.tag_rules import TagRules
 from fusion.bundle.bundle import Bundle, load_bundle
 from fusion.bundle.legacy import resolve_model
