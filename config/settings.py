@@ -479,9 +479,8 @@ class TraceSettings(Section):
     """OpenTelemetry: a span for each attempt at a post, with one for each stage."""
 
     endpoint: str | None = None
-    """URL that takes OTLP over HTTP, as ``http://127.0.0.1:4318/v1/traces``; null: no traces. It
-    needs the extra ``otel``. Headers, as of a log-in: ``OTEL_EXPORTER_OTLP_HEADERS`` of the
-    environment. docs/metrics.md"""
+    """URL for OTLP over HTTP, as ``http://127.0.0.1:4318/v1/traces``; null: no traces. Needs the
+    extra ``otel``; a log-in goes into ``OTEL_EXPORTER_OTLP_HEADERS``. docs/metrics.md"""
     ratio: Annotated[float, Field(ge=0, le=1)] = 1.0
     """Share of the posts that are traced; a message with a ``traceparent`` decides for itself."""
 
@@ -489,10 +488,8 @@ class TraceSettings(Section):
     @classmethod
     def _http(cls, value: str | None) -> str | None:
         if value is not None and not _HTTP_URL.fullmatch(value):
-            raise ValueError(
-                f"{redact(value)!r} is no collector; use http:// or https://, "
-                "as http://127.0.0.1:4318/v1/traces"
-            )
+            way_out = "use http:// or https://, as http://127.0.0.1:4318/v1/traces"
+            raise ValueError(f"{redact(value)!r} is no collector; {way_out}")
         return value
 
 
