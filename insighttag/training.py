@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from common.errors import ConfigError
 from insighttag.tagger import Overrides, quiet_logs
 
 if TYPE_CHECKING:
@@ -50,6 +51,12 @@ def train(
     Raises:
         ConfigError: The posts or the settings are wrong, or `out` was begun with others.
     """
+    for name, share in (("valid", valid), ("test", test)):
+        if not isinstance(share, (int, float)) or not 0 <= share < 1:
+            raise ConfigError(f"{name}: must be a share, from 0 to below 1: got {share!r}")
+    for name, count, least in (("seed", seed, 0), ("min_posts", min_posts, 1)):
+        if not isinstance(count, int) or count < least:
+            raise ConfigError(f"{name}: must be a whole number from {least} on: got {count!r}")
     from config.load import nested
     from scripts.commands.train import settings_of_own, train_and_measure
 

@@ -260,3 +260,20 @@ def test_an_address_of_metrics_is_a_port_of_loopback_or_names_its_host(
 def test_what_is_no_address_of_metrics_is_refused_by_its_key(written: str) -> None:
     with pytest.raises(ConfigError, match=r"king\.metrics: .*(HOST:PORT|65535)"):
         load_settings(Path("/dev/null"), [f"king.metrics={written}"])
+
+
+def test_paths_in_a_file_lead_from_its_folder_where_there_is_such_a_file(tmp_path: Path) -> None:
+    """Others stay, and so do the words that are no paths."""
+    (tmp_path / "encoders").mkdir()
+    for name in ("encoders/words.safetensors", "pretrained", "bundle"):
+        (tmp_path / name).touch()
+    text = (
+        "features: {text: {arch: x, pooling: mean, tfidf: encoders/words.safetensors},"
+        " image: {weights: pretrained}, audio: {weights: other/net.pth}}\n"
+        "fusion: {bundle: bundle}\n"
+    )
+    settings = load_settings(yaml(tmp_path, text))
+    assert settings.features.text.tfidf == str(tmp_path / "encoders" / "words.safetensors")
+    assert settings.features.image.weights == "pretrained"
+    assert settings.features.audio.weights == "other/net.pth"
+    assert settings.fusion.bundle == tmp_path / "bundle"

@@ -1,0 +1,30 @@
+"""Wrong arguments of `insighttag.train`, which are found before anything is read or written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from insighttag import ConfigError, train
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"valid": 2.0}, "valid: must be a share, from 0 to below 1: got 2.0"),
+        ({"test": "a"}, "test: must be a share, from 0 to below 1: got 'a'"),
+        ({"seed": -1}, "seed: must be a whole number from 0 on: got -1"),
+        ({"min_posts": 0}, "min_posts: must be a whole number from 1 on: got 0"),
+        ({"config": "none.yaml"}, "none.yaml: no such file"),
+        ({"preset": "tiny"}, "overrides: features.preset: Input should be 'classic'"),
+        ({"overrides": {"trainr.epochs": 1}}, "overrides: trainr: unknown key; did you mean 'tra"),
+        ({"overrides": {"data.train": "x"}}, "overrides: data: unknown key"),
+    ],
+)
+def test_a_wrong_argument_is_named(tmp_path: Path, arguments: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        train(tmp_path, tmp_path / "out", **arguments)
+    assert named in str(raised.value)
+    assert not (tmp_path / "out").exists()
