@@ -31,10 +31,6 @@ class Tagger:
 
     `tag` may be called by several threads; their posts run one after the other.
 
-    Example:
-        with Tagger.load("mine/bundle") as tagger:
-            result = tagger.tag(text="a red car", images=["car.jpg"])
-
     Attributes:
         labels: Names of all tags, by their ID.
         model: Name of the bundle.
