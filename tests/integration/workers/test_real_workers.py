@@ -26,6 +26,7 @@ from fusion.bundle.folder import newest_version
 from king.dispatch_thread import DispatchThread
 from king.jobs import Outcome, Started, Tagged
 from king.status import Status
+from scripts.cli import run
 from tests.support import media
 from tests.support.processes import file_server
 from tests.support.tiny_models import tiny_features
@@ -394,6 +395,19 @@ def test_rules_are_taken_up_when_their_file_changes(driver: Driver, site: Site) 
     finally:
         file.write_text(RULES)
         driver.until(lambda: names() == {"猫", "Water"})
+
+
+def test_thresholds_by_hand_are_taken_up(driver: Driver, site: Site) -> None:
+    """They are a new version of the same weights, and other tags, without a restart."""
+    before, pid = driver.pool.bundle, driver.pid("fuse-0")
+    task = FuseTask(Features("p", {"text": np.ones((2, 64), np.float16)}, {"text": "ok"}))
+    assert {tag.name for tag in driver.run(task).tags} == {"猫", "Water"}
+    words = ["bundle", "thresholds", str(site.bundle), "--set", "sea=1", "--set", "dog=1"]
+    assert run([*words, "--set", "cat=0.01"]) == 0
+    driver.until(lambda: driver.pool.bundle == ("small", newest_version(site.bundle)))
+    assert driver.pool.bundle != before
+    assert [tag.name for tag in driver.run(task).tags] == ["猫"]
+    assert driver.pid("fuse-0") == pid
 
 
 def test_local_needs_the_right_bundle(site: Site, tmp_path: Path) -> None:
