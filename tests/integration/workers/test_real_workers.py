@@ -378,7 +378,7 @@ def test_rules_are_taken_up_when_their_file_changes(driver: Driver, site: Site) 
         assert hidden not in (None, before)
         driver.until(lambda: kept.read_text() == "hide: [sea]\n")
         assert driver.pid("fuse-0") == pid
-        for bad in ("hide: [see]\n", "hide: [sea", None):
+        for bad in ("hide: [see]\n", None):
             file.unlink()
             if bad is not None:
                 file.write_text(bad)
