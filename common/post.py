@@ -162,6 +162,7 @@ class Tags:
         scores: float64 ``(classes,)``, every class, in label order; no rule changes them.
         rules: Digest of the rules of serving, `config.tag_rules`; None without rules.
         near_misses: Tags that are not given, nearest to their threshold first.
+        shadow: The tags of a bundle on trial, from the same features.
     """
 
     post_id: str
@@ -171,6 +172,7 @@ class Tags:
     scores: npt.NDArray[np.float64]
     rules: str | None = None
     near_misses: tuple[NearMiss, ...] = ()
+    shadow: Tags | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,6 +193,7 @@ class TagResult:
         attempts: Number of the attempt that ended; None where attempts are not counted.
         tagged_at: End of the attempt; None in files, which must not depend on the clock.
         timings_ms: Milliseconds by stage; None where they are not measured.
+        shadow: The result of a bundle on trial, which has a document of its own.
     """
 
     post_id: str
@@ -208,6 +211,7 @@ class TagResult:
     attempts: int | None = None
     tagged_at: datetime | None = None
     timings_ms: Mapping[str, int] | None = None
+    shadow: TagResult | None = None
 
     @classmethod
     def tagged(cls, tags: Tags, features: Features) -> TagResult:
@@ -223,6 +227,7 @@ class TagResult:
             failures=features.failures,
             partial=any(failure.retryable for failure in features.failures.values()),
             ocr=features.ocr,
+            shadow=cls.tagged(tags.shadow, features) if tags.shadow is not None else None,
         )
 
     @classmethod
@@ -240,7 +245,10 @@ class TagResult:
     ) -> TagResult:
         """Return the result with its times; `ended_at` is in seconds since the epoch."""
         at = datetime.fromtimestamp(ended_at, timezone.utc) if ended_at is not None else None
-        return replace(self, timings_ms=timings_ms, attempts=attempts, tagged_at=at)
+        shadow = self.shadow
+        if shadow is not None:
+            shadow = shadow.measured(timings_ms, attempts=attempts, ended_at=ended_at)
+        return replace(self, timings_ms=timings_ms, attempts=attempts, tagged_at=at, shadow=shadow)
 
     def document(self) -> dict[str, Any]:
         """Return the sub-document that MongoDB stores; keys that nobody measured are left out."""

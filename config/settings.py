@@ -177,8 +177,10 @@ class FusionSettings(TagSettings):
     device: Annotated[str, Field(pattern=r"^(cpu|cuda:\d+)$")] = "cpu"
     threads: PositiveInt = 1
     batch_size: PositiveInt = 64
-    reload_s: Seconds = 5
-    """Interval at which the bundle folder is checked for a newer bundle."""
+    reload_s: Seconds = 0.5
+    """Interval at which the folders are checked for newer bundles."""
+    shadow: Path | None = None
+    """Folder of a bundle on trial; by default that of ``bundle`` with ``.shadow`` behind it."""
 
 
 class WorkerSettings(Section):

@@ -146,11 +146,19 @@ class DispatchThread:
                 self._status.bundle = self._pool.bundle
                 self._status.ready.set()
                 log.info("king.workers_ready", bundle=self._status.bundle)
-            case BundleLoaded(name=name, version=version):
-                self._status.bundle = (name, version)
-                log.info("king.bundle_changed", name=name, version=version)
+            case BundleLoaded():
+                self._take_bundle(event)
             case PoolRefused():
                 self._status.refused = event
+
+    def _take_bundle(self, loaded: BundleLoaded) -> None:
+        before, status = self._status.bundle, self._status
+        status.bundle = (loaded.name, loaded.version)
+        status.bundle_refused = loaded.refused or None
+        status.shadow = loaded.shadow
+        status.shadow_refused = loaded.shadow_refused or None
+        if status.bundle != before:
+            log.info("king.bundle_changed", name=loaded.name, version=loaded.version)
 
     def _ended(self, run: PostRun, outcome: PostOutcome) -> None:
         self._on_outcome(self._outcome(self._started.pop(run), outcome))

@@ -345,4 +345,4 @@ def _traces(settings: Settings, owner: str) -> Traces | None:
 def _real_pool(settings: Settings) -> TaskPool:
     from workers.pool.pool import ProcessPool
 
-    return ProcessPool(settings)
+    return ProcessPool(settings, shadow=True)

@@ -241,15 +241,27 @@ class _Snapshots(Collector):
             yield _gauge(name, text, [], [([], health[key])] if health[key] is not None else [])
         refused = float(health["publish_refused"] is not None)
         yield _gauge("publish_refused", "1 while the broker takes no messages", [], [([], refused)])
-        bundle = health["bundle"]
-        yield bundle_info((bundle["name"], bundle["version"]) if bundle else None)
+        yield bundle_info(_bundle_of(health["bundle"]))
+        yield bundle_info(_bundle_of(health["shadow"]), "shadow", "1 for the bundle on trial")
+        text = "1 while what is in the folder of a bundle is refused"
+        reasons = {"served": health["bundle_refused"], "shadow": health["shadow_refused"]}
+        refusals = [([which], float(reason is not None)) for which, reason in reasons.items()]
+        yield _gauge("bundle_refused", text, ["bundle"], refusals)
         yield from worker_metrics(health["workers"])
 
 
-def bundle_info(bundle: tuple[str, str] | None) -> Metric:
-    """Return the bundle that is served as a metric."""
+def bundle_info(
+    bundle: tuple[str, str] | None,
+    name: str = "bundle",
+    text: str = "1 for the bundle that is served",
+) -> Metric:
+    """Return the name and version of a bundle as a metric."""
     samples: Samples = [(list(map(clean, bundle)), 1.0)] if bundle else []
-    return _gauge("bundle_info", "1 for the bundle that is served", ["name", "version"], samples)
+    return _gauge(f"{name}_info", text, ["name", "version"], samples)
+
+
+def _bundle_of(health: Mapping[str, str] | None) -> tuple[str, str] | None:
+    return (health["name"], health["version"]) if health is not None else None
 
 
 def worker_metrics(workers: Sequence[Mapping[str, Any]]) -> Iterable[Metric]:

@@ -117,6 +117,10 @@ class Status:
         self.draining = False
         self.stopped = False
         self.bundle: Bundle | None = None
+        self.bundle_refused: str | None = None
+        """The reason for which what is in ``fusion.bundle`` now is not served."""
+        self.shadow: Bundle | None = None
+        self.shadow_refused: str | None = None
         self.refused: PoolRefused | None = None
         self.publish_refused: str | None = None
         """The reason for which the broker takes no messages now."""
@@ -212,7 +216,10 @@ class Status:
             "counters": counters,
             "posts_tagged": counters["tagged"],
             "posts_per_s": rate,
-            "bundle": {"name": self.bundle[0], "version": self.bundle[1]} if self.bundle else None,
+            "bundle": _named(self.bundle),
+            "bundle_refused": self.bundle_refused,
+            "shadow": _named(self.shadow),
+            "shadow_refused": self.shadow_refused,
             "workers": [dict(worker) for worker in self.workers],
             "queue_depth": self.queue_depth[0] if self.queue_depth else None,
             "unacknowledged": self.unacknowledged,
@@ -226,6 +233,10 @@ class Status:
             self._recent.popleft()
         window_s = min(max(self._age_s, 1.0), float(RATE_WINDOW_S))
         return round(sum(number for _, number in self._recent) / window_s, 3)
+
+
+def _named(bundle: Bundle | None) -> dict[str, str] | None:
+    return {"name": bundle[0], "version": bundle[1]} if bundle is not None else None
 
 
 def write_health(path: Path, content: Mapping[str, Any]) -> None:

@@ -99,7 +99,17 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
     "tune": ("--config config/train_config.yaml --trials 20",),
     "zeroshot": ("--tags tags.yaml --out workshop/weights/new",),
     "out-of-fold": ("--model-config image.yaml --features work/features",),
-    "bundle rollback": ("workshop/weights/earlier",),
+    "bundle list": ("", "workshop/weights --json"),
+    "bundle show": ("", "workshop/weights/new"),
+    "bundle diff": ("workshop/weights/new",),
+    "bundle use": ("workshop/weights/new",),
+    "bundle shadow": ("workshop/weights/new", "--off"),
+    "bundle compare": (
+        "",
+        "workshop/weights/new --data workshop/data/test.json",
+        "old.jsonl new.jsonl",
+    ),
+    "bundle rollback": ("", "workshop/weights/earlier"),
     "bundle thresholds": (
         "workshop/weights/insight",
         "workshop/weights/insight --set cat=0.4 --set dog=0.55",
@@ -172,7 +182,8 @@ def commands() -> Mapping[str, Mapping[str, Runs | Group]]:
             "zeroshot": zeroshot.zeroshot,
             "out-of-fold": out_of_fold.SCRIPT,
             "bundle": Group(
-                "Bundles: back to an earlier one, thresholds, more tags.", bundle.COMMANDS
+                "Bundles: what there is, what is served or on trial, the way back, thresholds.",
+                bundle.COMMANDS,
             ),
             "export": export.export,
         },

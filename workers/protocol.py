@@ -64,6 +64,7 @@ class Launch(Message, frozen=True):
         device: ``cpu``, or ``cuda:0`` of the one device that the process can see.
         spool: Folder of downloaded files.
         expected: Fingerprints that a bundle must match, as `Expect` has them, where known.
+        shadow: Fusion tries the bundle on trial too.
     """
 
     run: str
@@ -78,6 +79,7 @@ class Launch(Message, frozen=True):
     slot_bytes: int = 0
     spool: str = ""
     expected: str = ""
+    shadow: bool = False
 
 
 class ArrayRef(Message, frozen=True):
@@ -357,10 +359,19 @@ class Failed(Message, frozen=True):
 
 
 class BundleLoaded(Message, frozen=True):
-    """Fusion worker -> King: the bundle now served; sent after `Ready` and after each swap."""
+    """Fusion worker -> King: the bundle now served; sent after `Ready` whenever any of it changes.
+
+    Attributes:
+        refused: The reason why what is in ``fusion.bundle`` now is not served, in one line.
+        shadow: Name and version of the bundle on trial.
+        shadow_refused: The reason why what is in its folder now is not tried.
+    """
 
     name: str
     version: str
+    refused: str = ""
+    shadow: tuple[str, str] | None = None
+    shadow_refused: str = ""
 
 
 class Refused(Message, frozen=True):

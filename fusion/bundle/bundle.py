@@ -12,33 +12,37 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import yaml
-from pydantic import Field, ValidationError, model_validator
 from torch import nn
 from torch.nn import functional
 
-from common.errors import BundleError, ConfigError, RetryableError, one_line, path_error
-from common.files import file_digest, new_folder
-from common.fingerprint import parts_of, with_parts
-from common.post import Stream
+from common.errors import BundleError, ConfigError, one_line
+from common.files import new_folder
+from common.fingerprint import parts_of
 from common.post_set import PostSet
 from config.fusion_models import ModelSettings
 from config.labels import LabelMap
-from config.load import validation_line
-from config.settings import Section
 from extractors.learned import KEY, posts_of_weights
+from fusion.bundle.about import (
+    LABELS,
+    WEIGHTS,
+    About,
+    Averaging,
+    ModalityEntry,
+    check_files,
+    read_about,
+    sha256_of,
+    weight_files,
+)
 from fusion.bundle.folder import ABOUT
 from fusion.metrics.calibration import Calibration
 from fusion.models import FusionModel, build_model
 from fusion.models.base import Batch, FeatureManifest, InputSchema
-
-WEIGHTS, LABELS = "model.safetensors", "labels.json"
-Averaging = Literal["probabilities", "logits"]
 
 
 class Ensemble(nn.Module):
@@ -66,58 +70,6 @@ def averaged(logits: torch.Tensor, averaging: Averaging) -> torch.Tensor:
     yes = functional.logsigmoid(logits).logsumexp(dim=0)
     no = functional.logsigmoid(-logits).logsumexp(dim=0)
     return yes - no
-
-
-class ModalityEntry(Section):
-    """One stream of the feature manifest."""
-
-    dim: int = Field(ge=1)
-    fingerprint: str = Field(min_length=1)
-    made_of: dict[str, Any] = Field(default_factory=dict)
-    """The values that the fingerprint is a digest of; empty where they are not known."""
-
-
-class About(Section):
-    """The content of ``bundle.yaml``."""
-
-    format: Literal[1]
-    name: str = Field(min_length=1)
-    version: str = Field(pattern=r"^\d{8}T\d{6}Z-[0-9a-f]{8}$")
-    image_as_frames: bool
-    ocr_mode: Literal["append", "separate"]
-    features: dict[Stream, ModalityEntry] = Field(min_length=1)
-    model: ModelSettings
-    thresholds: tuple[float, ...]
-    calibration: Calibration | None = None
-    metrics: dict[str, float]
-    seen_posts: int = 0
-    """Posts that the metrics are of, where parts had been trained on all of them: they then say
-    nothing of new posts, and no threshold was fitted to them."""
-    subsets: dict[str, float] = Field(default_factory=dict)
-    """GAP where only these modalities are shown, by their names joined with ``+``."""
-    averaging: Averaging = "probabilities"
-    """Values that an ensemble takes the mean of."""
-    weights_sha256: str
-    members_sha256: tuple[str, ...] = ()
-    """Of an ensemble's further members, in their order."""
-    labels_sha256: str
-
-    @model_validator(mode="after")
-    def _thresholds(self) -> About:
-        if not all(0 <= t <= 1 for t in self.thresholds):
-            raise ValueError("thresholds must lie in [0, 1]")
-        return self
-
-    def manifest(self) -> FeatureManifest:
-        return FeatureManifest(
-            dims={m: entry.dim for m, entry in self.features.items()},
-            fingerprints=with_parts(
-                {m: entry.fingerprint for m, entry in self.features.items()},
-                {m: entry.made_of for m, entry in self.features.items()},
-            ),
-            image_as_frames=self.image_as_frames,
-            ocr_mode=self.ocr_mode,
-        )
 
 
 @dataclass(frozen=True)
@@ -200,7 +152,7 @@ def save_bundle(folder: Path, bundle: Bundle, *, made_at: str | None = None) -> 
                 averaging=bundle.averaging,
                 weights_sha256=digests[0],
                 members_sha256=digests[1:],
-                labels_sha256=_sha256(part / LABELS),
+                labels_sha256=sha256_of(part / LABELS),
             )
             content = about.model_dump(mode="json")
             for entry in content["features"].values():
@@ -218,26 +170,20 @@ def save_bundle(folder: Path, bundle: Bundle, *, made_at: str | None = None) -> 
 def load_bundle(folder: Path) -> Bundle:
     """Read a bundle and check that its parts belong together; else it is a `BundleError`."""
     about = read_about(folder)
-    digests = (about.weights_sha256, *about.members_sha256)
-    weights = _weight_files(len(digests))
-    for file, sha256 in zip((*weights, LABELS), (*digests, about.labels_sha256), strict=True):
-        if _sha256(folder / file) != sha256:
-            raise BundleError(f"{folder / file}: is truncated, or not this bundle's (sha256)")
+    labels = check_files(folder, about)
+    manifest = manifest_of(about)
     try:
-        labels = LabelMap.load(folder / LABELS)
-        schema = InputSchema.of(about.manifest(), about.model.tokens, len(labels))
-        members = [build_model(schema, about.model) for _ in weights]
+        schema = InputSchema.of(manifest, about.model.tokens, len(labels))
+        members = [build_model(schema, about.model) for _ in about.weights]
     except ConfigError as error:
         raise BundleError(f"{folder}: {error}") from error
-    if len(about.thresholds) != len(labels):
-        raise BundleError(f"{folder}: {len(about.thresholds)} thresholds for {len(labels)} labels")
-    for member, file in zip(members, weights, strict=True):
+    for member, file in zip(members, about.weights, strict=True):
         _fill(member, folder / file)
     return Bundle(
         name=about.name,
         version=about.version,
         labels=labels,
-        manifest=about.manifest(),
+        manifest=manifest,
         settings=about.model,
         model=joined(members, about.averaging).requires_grad_(False),
         thresholds=np.array(about.thresholds, dtype=np.float32),
@@ -246,6 +192,15 @@ def load_bundle(folder: Path) -> Bundle:
         subsets=about.subsets,
         seen_posts=about.seen_posts,
         learned_from=posts_of_weights(folder / WEIGHTS),
+    )
+
+
+def manifest_of(about: About) -> FeatureManifest:
+    return FeatureManifest(
+        dims={stream: entry.dim for stream, entry in about.features.items()},
+        fingerprints=about.fingerprints,
+        image_as_frames=about.image_as_frames,
+        ocr_mode=about.ocr_mode,
     )
 
 
@@ -261,15 +216,11 @@ def joined(models: Sequence[FusionModel], averaging: Averaging) -> FusionModel |
     return (models[0] if len(models) == 1 else Ensemble(models, averaging)).eval()
 
 
-def _weight_files(members: int) -> tuple[str, ...]:
-    return (WEIGHTS, *(f"members/{i}.safetensors" for i in range(1, members)))
-
-
 def _write_weights(folder: Path, bundle: Bundle) -> tuple[str, ...]:
     """Write each member's weights, the first with the posts of all; return the files' digests."""
     from safetensors.torch import save_file
 
-    paths = [folder / file for file in _weight_files(len(bundle.members))]
+    paths = [folder / file for file in weight_files(len(bundle.members))]
     for member, path in zip(bundle.members, paths, strict=True):
         path.parent.mkdir(exist_ok=True)
         state = {k: v.detach().cpu().contiguous() for k, v in member.state_dict().items()}
@@ -277,27 +228,7 @@ def _write_weights(folder: Path, bundle: Bundle) -> tuple[str, ...]:
         if len(bundle.learned_from) and path.name == WEIGHTS:
             about = {KEY: json.dumps({KEY: bundle.learned_from.as_text()})}
         save_file(state, path, metadata=about)
-    return tuple(_sha256(path) for path in paths)
-
-
-def read_about(folder: Path) -> About:
-    path = folder / ABOUT
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise TypeError("must hold keys and values")
-    except FileNotFoundError as error:
-        raise BundleError(
-            f"{folder}: holds no bundle ({ABOUT} is missing): train one, or name another"
-        ) from error
-    except OSError as error:
-        raise _unreadable(path, error) from error
-    except (ValueError, TypeError, yaml.YAMLError) as error:
-        raise BundleError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
-    try:
-        return About.model_validate(content)
-    except ValidationError as error:
-        raise BundleError(f"{path}: {validation_line(error, About)}") from error
+    return tuple(sha256_of(path) for path in paths)
 
 
 def _fill(model: FusionModel, path: Path) -> None:
@@ -310,17 +241,3 @@ def _fill(model: FusionModel, path: Path) -> None:
         raise BundleError(
             f"{path}: does not fit the architecture: {one_line(error, 300)}"
         ) from error
-
-
-def _sha256(path: Path) -> str:
-    try:
-        return file_digest(path)
-    except FileNotFoundError as error:
-        raise BundleError(f"{path}: is missing") from error
-    except OSError as error:
-        raise _unreadable(path, error) from error
-
-
-def _unreadable(path: Path, error: OSError) -> BundleError | RetryableError:
-    told = path_error(f"{path}: cannot be read", error)
-    return BundleError(str(told)) if isinstance(told, ConfigError) else told

@@ -1,4 +1,4 @@
-"""The folder of a bundle: its version, and what becomes of the bundle that another one replaces.
+"""The folder of a bundle: its version, what replaces it, and what becomes of the one before.
 
 Imports no torch.
 """
@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import yaml
 
 from common.errors import BundleError, ConfigError
-from common.files import link_or_copy, part_of, publish
+from common.files import link_or_copy, new_folder, part_of, publish, write_whole
+from config.settings import FusionSettings
 
 ABOUT = "bundle.yaml"
 _TIME = "%Y%m%dT%H%M%SZ"
@@ -60,6 +63,11 @@ def later_version(served: str | None, digest: str) -> str:
     return f"{now}-{digest}"
 
 
+def shadow_folder(settings: FusionSettings) -> Path:
+    """Return the folder of the bundle on trial, which may be absent."""
+    return settings.shadow or settings.bundle.with_name(f"{settings.bundle.name}.shadow")
+
+
 def refuse_foreign(bundle: Path, setting: str) -> None:
     """Check that a folder may be replaced by a bundle."""
     try:
@@ -96,3 +104,82 @@ def keep_bundle(bundle: Path) -> Path | None:
         shutil.rmtree(part, ignore_errors=True)
         raise BundleError(f"{bundle}: the bundle there cannot be kept: {error}") from error
     return copy
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """A folder that holds another bundle now.
+
+    Attributes:
+        version: Of the bundle in it.
+        before: Of the one that it replaced; None where there was none.
+        kept: The copy of that one.
+    """
+
+    version: str
+    before: str | None = None
+    kept: Path | None = None
+
+
+def put_bundle(source: Path, target: Path, *, anew: bool, keep: bool = True) -> Replaced:
+    """Copy a bundle into the folder of another, in one step; readers see the old or the new.
+
+    Its version becomes one of now where it is not later than that of the bundle it replaces, whose
+    tags it could not overwrite, and always with ``anew``. Files are hard links where the file
+    system has them.
+
+    Args:
+        source: A bundle that has been checked.
+        target: A folder, a link to one, or a name for a new one; `refuse_foreign` has accepted it.
+        anew: Give it a version of now.
+        keep: Keep the bundle that is replaced.
+
+    Raises:
+        BundleError: It cannot be copied.
+    """
+    target, before = target.resolve(), newest_version(target)
+    version = str(newest_version(source))
+    try:
+        about = (source / ABOUT).read_text(encoding="utf-8")
+        if anew or (before is not None and version <= before):
+            about, version = _restamped(source / ABOUT, about, version, before)
+        if source.resolve() == target:
+            write_whole(target / ABOUT, about)
+            return Replaced(version, before)
+        kept = keep_bundle(target) if keep else None
+        with new_folder(target) as part:
+            # Not linked: this file differs, and its own time says that the bundle is another.
+            but = shutil.ignore_patterns(ABOUT)
+            shutil.copytree(
+                source, part, ignore=but, copy_function=link_or_copy, dirs_exist_ok=True
+            )
+            (part / ABOUT).write_text(about, encoding="utf-8")
+    except (OSError, shutil.Error) as error:
+        raise BundleError(f"{target}: the bundle {source} cannot be put there: {error}") from error
+    return Replaced(version, before, kept)
+
+
+def kept_bundles(bundle: Path) -> Iterator[Path]:
+    """Yield the copies of replaced bundles next to a bundle's folder, the latest first."""
+    target = bundle.resolve()
+    # Each was later than the one that it had replaced, so the versions are in the order of serving.
+    names = re.compile(re.escape(target.name) + r"\.\d{8}T\d{6}Z-[0-9a-f]{8}")
+    if target.parent.is_dir():
+        copies = [each for each in target.parent.iterdir() if names.fullmatch(each.name)]
+        yield from sorted(copies, key=lambda copy: copy.name, reverse=True)
+
+
+def made_at(version: str) -> datetime:
+    """Return the time in a version."""
+    return datetime.strptime(version.partition("-")[0], _TIME).replace(tzinfo=timezone.utc)
+
+
+def _restamped(path: Path, about: str, version: str, before: str | None) -> tuple[str, str]:
+    """Return the content of ``bundle.yaml`` with a version of now, and that version."""
+    stamp = later_version(before, version.rpartition("-")[2])
+    line = rf"^version: .*{re.escape(version)}.*$"  # perhaps with the note of an earlier time
+    note = f"version: {stamp}  # {version}, put here by insighttag bundle"
+    about, count = re.subn(line, note, about, count=1, flags=re.MULTILINE)
+    if not count:
+        raise BundleError(f"{path}: has no line `version: ...`")
+    return about, stamp

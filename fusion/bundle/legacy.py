@@ -11,7 +11,8 @@ import torch
 
 from common.errors import ConfigError
 from common.pth import load_weights
-from fusion.bundle.bundle import WEIGHTS, joined, load_bundle, save_bundle
+from fusion.bundle.about import WEIGHTS
+from fusion.bundle.bundle import joined, load_bundle, save_bundle
 from fusion.bundle.folder import ABOUT, WEIGHT_FILES
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from common.files import write_whole
 from common.progress import track
 from config.labels import LabelMap
 from config.settings import InferSettings
-from fusion.bundle.bundle import LABELS, About, read_about
+from fusion.bundle.about import LABELS, About, read_about
 from fusion.bundle.folder import ABOUT, later_version
 from fusion.data.dataset import FeatureFiles
 from fusion.data.posts import PostList

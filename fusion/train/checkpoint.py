@@ -19,7 +19,8 @@ from common.pth import load_weights
 from config.fusion_models import ModelSettings
 from config.labels import LabelMap
 from config.train import TrainerSettings
-from fusion.bundle.bundle import WEIGHTS, load_bundle
+from fusion.bundle.about import WEIGHTS
+from fusion.bundle.bundle import load_bundle
 from fusion.bundle.folder import ABOUT
 from fusion.models.base import FeatureManifest, FusionModel, InputSchema
 

@@ -37,7 +37,7 @@ from bson.json_util import DatetimeRepresentation, JSONMode, JSONOptions, dumps,
 from common.errors import MessageError
 from common.post import Media, MediaKind, Post, clean
 from common.retry import RetryPolicy
-from config.settings import FieldMap
+from config.settings import FieldMap, StoreSettings
 from king.jobs import Bundle
 from king.messages import MAX_ID_BYTES, PostMessage, parse_message
 
@@ -255,6 +255,11 @@ def whole_fields(paths: Iterable[str]) -> dict[str, int]:
     MongoDB, too, refuses a projection that names both a path and a part of it.
     """
     return {path.split(".")[0]: 1 for path in paths}
+
+
+def shadow_path(settings: StoreSettings) -> str:
+    """Return the path of the result of a bundle on trial."""
+    return f"{settings.result_path}_shadow"
 
 
 _reported: set[tuple[str, str]] = set()

@@ -17,7 +17,15 @@ from config.settings import StoreSettings
 from king.jobs import JOB_STATES, QUEUED_FOR_S, Bundle, Job
 from king.messages import PostMessage
 from king.store.client import StoreClient, all_of
-from king.store.documents import NoIdError, dig, id_text, match_ids, read_post
+from king.store.documents import (
+    NoIdError,
+    dig,
+    id_text,
+    match_ids,
+    read_post,
+    shadow_path,
+    whole_fields,
+)
 
 # IDs of one query. At half, twice as many round trips; at double, filters of 100 kB and more.
 _CHUNK = 500
@@ -136,6 +144,27 @@ class PostQueries:
             post=read_post(post_id, document, fields),
             result=result if isinstance(result, dict) else None,
         )
+
+    def on_trial(
+        self, version: str | None, limit: int
+    ) -> Iterator[tuple[StoredPost, Mapping[str, Any]]]:
+        """Yield tagged posts with the result of a bundle on trial, the highest ``_id`` first.
+
+        ``version`` is that of the bundle on trial; None takes any.
+        """
+        fields, served, trial = (
+            self._settings.fields,
+            self._settings.result_path,
+            shadow_path(self._settings),
+        )
+        tried = {f"{trial}.version": version} if version else {f"{trial}.status": "tagged"}
+        condition = all_of({f"{served}.status": "tagged"}, tried)
+        paths = whole_fields(("_id", fields.id, fields.labels, served, trial))
+        with self._client.edge():
+            cursor = self._client.posts.find(condition, paths).sort("_id", -1).limit(limit)
+            for document in cursor:
+                post = read_post(id_text(dig(document, fields.id)), document, fields)
+                yield StoredPost(post, dig(document, served)), dig(document, trial)
 
     def newest(self, limit: int) -> Iterator[Mapping[str, Any]]:
         """Yield the documents with the highest ``_id``, whole."""

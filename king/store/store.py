@@ -11,10 +11,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import structlog
 from pymongo import DeleteOne, InsertOne, UpdateOne
 from pymongo.errors import DuplicateKeyError
 
-from common.errors import PostNotFound, StoreRefused
+from common.errors import PostNotFound, StoreRefused, StoreUnavailable, one_line
 from common.post import Failure, TagResult
 from config.settings import StoreSettings
 from king.jobs import (
@@ -43,12 +44,22 @@ from king.jobs import (
     number,
 )
 from king.store.client import Operation, Refusal, StoreClient, all_of
-from king.store.documents import dig, match_ids, partial_attempts, projection, read_post, tagged_by
+from king.store.documents import (
+    dig,
+    match_ids,
+    partial_attempts,
+    projection,
+    read_post,
+    shadow_path,
+    tagged_by,
+)
 from king.store.queries import PostQueries
 
 # A claim that was lost to another King is looked at again after this: by then the other one has
 # written its own. At half, it is only asked for twice; at double, a post waits for nothing.
 _RETRY_SOON_S = 0.5
+
+log = structlog.get_logger()
 
 
 class Store:
@@ -206,7 +217,27 @@ class Store:
         for position, refusal in self.client.bulk(self.client.jobs, changes).refused.items():
             i, outcome = jobs[position]
             recorded[i] = self._finish_without_error(outcome, refusal, context)
+        self._write_shadows([each for each in recorded if isinstance(each, Tagged)])
         return recorded
+
+    def _write_shadows(self, outcomes: Sequence[Tagged]) -> None:
+        """Write the tags of a bundle on trial: the latest stay, since no one is served by them."""
+        shadows = [
+            (each.started.document_id, shadow)
+            for each in outcomes
+            if (shadow := each.result.shadow) is not None
+        ]
+        if not shadows:
+            return
+        path = shadow_path(self._settings)
+        writes = [UpdateOne({"_id": i}, {"$set": {path: s.document()}}) for i, s in shadows]
+        try:
+            refused = self.client.bulk(self.client.posts, writes).refused.values()
+            reasons = {refusal.reason for refusal in refused}
+        except (StoreRefused, StoreUnavailable) as error:
+            reasons = {one_line(error)}
+        for reason in reasons:  # the real ones are written
+            log.warning("store.shadow_not_written", reason=reason)
 
     def _superseded(
         self, recorded: Sequence[Outcome | WriteRefused]

@@ -144,6 +144,11 @@ def _print_king(king: dict[str, Any] | None) -> None:
     bundle = king.get("bundle") or {}
     serving = f", bundle {bundle['name']} {bundle['version']}" if bundle else ""
     say(f"king      {king.get('phase')} (pid {king['pid']}){serving}\n")
+    if trial := king.get("shadow"):
+        say(f"          on trial: bundle {trial['name']} {trial['version']}\n")
+    for key, what in (("bundle_refused", "served"), ("shadow_refused", "tried")):
+        if king.get(key):
+            say(f"          a bundle is not {what}: {king[key]}\n")
     if king.get("publish_refused"):
         say(f"          blocked: it cannot publish retries: {king['publish_refused']}\n")
     oldest = king.get("oldest_in_flight_s") or 0.0

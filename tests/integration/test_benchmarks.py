@@ -64,6 +64,7 @@ def test_every_benchmark_says_how_it_is_run(tmp_path: Path) -> None:
         ("speed_of_light", "ratio"),
         ("latency", "p50_ms"),
         ("scale", "posts_per_s"),
+        ("bundle_swaps", "swaps"),
     ],
 )
 def test_small_run_measures_every_case_and_writes_it(
@@ -75,3 +76,4 @@ def test_small_run_measures_every_case_and_writes_it(
     assert {"machine", "date", "commit", "runs"} < written.keys()
     assert written["results"]
     assert all(row[figure] > 0 for row in written["results"])
+    assert all(row.get("growth", 0) < 0.01 for row in written["results"])  # of resident memory

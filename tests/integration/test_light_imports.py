@@ -16,6 +16,7 @@ MODELS = "torch cv2 av transformers timm onnxruntime"
         # The King sizes its slots and reads fingerprints; av and cv2 come with the first file.
         ("import extractors.parts, extractors.media.decode", MODELS),
         ("import extractors.feature_file, extractors.suite", f"{MODELS} safetensors"),
+        ("import fusion.bundle.differences, scripts.commands.bundle", f"{MODELS} pymongo"),
         ("import workers.pool.channel, workers.roles.loop", f"{MODELS} redis requests"),
         ("import insighttag", f"{MODELS} pydantic kombu pymongo typer"),
         ("import online_process; online_process.main(['--help'])", f"{MODELS} kombu pymongo"),

@@ -81,6 +81,8 @@ def king(tmp_path: Path) -> Iterator[tuple[Running, str]]:
         # Asked once a second: the first answer is of the full queue.
         it.until(lambda: (it.king.status.queue_depth or (1, 0))[0] == 0)
         it.until(lambda: it.king.status.workers)
+        pool.swap_bundle("fake", "1", refused="broken", shadow=("trial", "2"))
+        it.until(lambda: it.king.status.shadow)
         yield it, address
 
 
@@ -101,6 +103,9 @@ def test_a_king_counts_what_ended(king: tuple[Running, str]) -> None:
     assert seen[("insighttag_queue_messages", "unacknowledged")] == 3
     assert seen[("insighttag_king_phase", "serving")] == 1
     assert seen[("insighttag_bundle_info", "fake", "1")] == 1
+    assert seen[("insighttag_bundle_refused", "served")] == 1
+    assert seen[("insighttag_bundle_refused", "shadow")] == 0
+    assert seen[("insighttag_shadow_info", "trial", "2")] == 1
     assert seen[("insighttag_worker_state", "cpu", "extract", "ready", "fake-0")] == 1
     assert seen[("insighttag_worker_resident_memory_bytes", "extract", "fake-0")] > 2**20
     assert seen[("insighttag_worker_cpu_seconds_total", "extract", "fake-0")] > 0

@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Collection, Iterable, Mapping
 
+import msgspec
 import structlog
 
 from common.errors import ConfigError, RetryableError, WorkerDied
@@ -60,6 +61,10 @@ from workers.protocol import (
 
 _log = structlog.get_logger()
 
+_TRIAL_ENDED = (
+    "the fusion worker has died, perhaps of it: start the daemon again to go on with the trial"
+)
+
 _FALSE_STARTS = 3
 """Deaths in a row while loading, after which a pool that was never ready gives up. One may be a
 lack of memory that passes; three with back-off between them are a broken installation, whose log
@@ -80,6 +85,7 @@ class ProcessPool:
         roles: Mapping[WorkerRole, str] = ROLES,
         grace_s: float = 5.0,
         fuse: bool = True,
+        shadow: bool = False,
         extractors: Collection[ExtractorName] | None = None,
     ) -> None:
         """Describe the pool; starts nothing.
@@ -89,10 +95,12 @@ class ProcessPool:
             roles: Role -> ``module:function``; only tests pass another.
             grace_s: A begun task runs at least this long before its deadline kills its worker.
             fuse: Whether there is a fusion worker; without one, no bundle is needed.
+            shadow: Whether it tries the bundle on trial too, which costs time and memory.
             extractors: Only these are loaded; None: all.
         """
         self._settings = settings
         self._roles = roles
+        self._shadow = shadow
         self._slot_bytes = slot_bytes(settings)
         self._scheduler = Scheduler(settings, grace_s=grace_s)
         self._supervisor = Supervisor(
@@ -110,7 +118,12 @@ class ProcessPool:
         self.fingerprints: Mapping[Stream, str] = {}
         self.ready = False
         self.refused: str | None = None
-        self.bundle: tuple[str, str] | None = None
+        self._loaded: BundleLoaded | None = None
+        self._trial_ended = False
+
+    @property
+    def bundle(self) -> tuple[str, str] | None:
+        return (self._loaded.name, self._loaded.version) if self._loaded is not None else None
 
     @property
     def workers(self) -> list[WorkerView]:
@@ -227,6 +240,8 @@ class ProcessPool:
             return
         planned = ended.status == 0 and answered > 0 and not begun
         again_s = worker.ended(time.monotonic(), answered=answered, planned=planned)
+        if worker.spec.role == "fuse" and not planned:
+            self._trial_ended = self._shadow  # posts must not die of a bundle on trial
         event = _log.info if planned else _log.warning
         event("workers.ended", worker=worker.name, how=ended.how, again_s=again_s)
         if worker.false_starts >= _FALSE_STARTS and not self._has_worked:
@@ -247,7 +262,7 @@ class ProcessPool:
                 worker.state = "refused"
                 self._refuse(message.message)
             case BundleLoaded() if worker.spec.role == "fuse":
-                self._on_bundle(message.name, message.version)
+                self._on_bundle(message)
             case Began() if load is not None:
                 self._scheduler.began(worker.name, message.task_ids, now)
             case Done() if load is not None:
@@ -303,6 +318,7 @@ class ProcessPool:
             slot_bytes=self._slot_bytes if in_slots else 0,
             spool=str(self._spool.folder) if self._spool and spec.role == "fetch" else "",
             expected=packed(self.fingerprints) if self._has_worked and spec.role == "fuse" else "",
+            shadow=self._shadow and spec.role == "fuse" and not self._trial_ended,
         )
 
     def _on_ready(self, worker: ManagedProcess, message: Ready, now: float) -> None:
@@ -350,12 +366,15 @@ class ProcessPool:
         if spec.role == "fuse":
             self._supervisor.send(worker, Expect(packed(self.fingerprints)))
             if "name" in worker.info:
-                self._on_bundle(worker.info["name"], worker.info.get("version", ""))
+                version = worker.info.get("version", "")
+                self._on_bundle(BundleLoaded(worker.info["name"], version))
 
-    def _on_bundle(self, name: str, version: str) -> None:
-        before, self.bundle = self.bundle, (name, version)
-        if before is not None and before != self.bundle:
-            self._events.append(BundleLoaded(name, version))
+    def _on_bundle(self, loaded: BundleLoaded) -> None:
+        if self._trial_ended:
+            loaded = msgspec.structs.replace(loaded, shadow_refused=_TRIAL_ENDED)
+        before, self._loaded = self._loaded, loaded
+        if before is not None and before != loaded:
+            self._events.append(loaded)
 
     def _refuse(self, message: str, *, mistake: bool = True) -> None:
         if self.refused is None:

@@ -14,9 +14,11 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
+import msgspec
 import numpy as np
 import structlog
 
@@ -31,10 +33,11 @@ from common.errors import (
 )
 from common.files import new_folder
 from common.fingerprint import mismatch, packed, unpacked
-from common.post import Failure, Stream
+from common.post import Failure, Stream, Tags
 from config.settings import DecodeSettings, FeatureSettings, FusionSettings, Settings
 from config.tag_rules import TagRules
 from extractors.suite import ExtractorSuite
+from fusion.bundle.folder import shadow_folder
 from workers.cache.entries import GuardedStore
 from workers.cache.features import FeatureCache
 from workers.pool.channel import Arena, Channel
@@ -47,6 +50,7 @@ from workers.protocol import (
     Extracted,
     ExtractTask,
     FuseTask,
+    Launch,
     Part,
     Task,
 )
@@ -75,6 +79,15 @@ descriptors are left. Not EIO and ENOMEM, which FFmpeg gives for damaged files t
 
 _BUNDLE_FILES = ("bundle.yaml", "model.safetensors", "labels.json")
 _KEPT_TAGS = "tags.yaml"
+_Signature: TypeAlias = list[tuple[int, int, int] | None]
+
+_QUICK_SHADOW_S = 0.1
+"""A batch of the bundle on trial that takes longer is followed by a rest as long, in which posts
+are only served: slow bundles get half of the process's time. At half, larger ensembles skip posts
+on a host that is busy for a moment; at double, posts wait twice as long for what nobody reads."""
+
+_NO_SCORES = np.zeros(0)
+"""In place of the scores of a bundle on trial, which nobody reads: they are most of a message."""
 """Name of the file of `fusion.tags` in the copy of the last good bundle."""
 
 _log = structlog.get_logger()
@@ -271,110 +284,244 @@ class _Extractors(Handler):
             self._writer.close()
 
 
-class _Fusion(Handler):
-    """The bundle with its rules, and the swap to newer ones between two batches.
+class _BundleFolder:
+    """A bundle with its rules that is looked at again and again, and the last good one.
 
-    A copy of the last good ones lies beside the bundle. It is served where the bundle itself is
-    broken, perhaps because it is being copied just now.
+    What cannot be used is refused once it is the same at two looks: until then it may be a bundle
+    that is being copied.
+
+    Attributes:
+        inferer: The last good one, loaded; None before the first.
+        refused: The reason why what is in the folder now is not used; empty where it is.
     """
 
-    def __init__(self, settings: FusionSettings, device: str, expected: str) -> None:
+    def __init__(self, settings: FusionSettings, name: str, device: str) -> None:
+        self.inferer: Inferer | None = None
+        self.refused = ""
+        self._name = name
         self._settings = settings
         self._device = device
+        self._used: _Signature | None = None
+        self._doubted: _Signature | None = None
+        self._unusable: _Signature | None = None
+
+    @property
+    def version(self) -> tuple[str, str] | None:
+        return (self.inferer.name, self.inferer.version) if self.inferer is not None else None
+
+    def look(self, expected: Mapping[Stream, str] | None) -> bool:
+        """Load what is in the folder if it is new; return True where that is used from now on.
+
+        ``expected`` are the fingerprints that it must be made for, where they are known.
+        """
+        found = _signature(self._settings)
+        if found == self._used:
+            self.refused = ""  # it is back again
+            return False
+        if found == self._unusable:
+            return False
+        try:
+            self.load(expected)
+        except Exception as other:  # noqa: BLE001 - whatever is in it, the one before is used
+            folder = self._settings.bundle
+            error = (
+                other
+                if isinstance(other, TaggingError)
+                else BundleError(f"{folder}: {type(other).__name__}: {one_line(other, 300)}")
+            )
+            doubted, self._doubted = self._doubted, found
+            if found == doubted:
+                self._refuse(error, found)
+            return False
+        new = self.inferer
+        if new is not None:
+            about = {"name": new.name, "version": new.version, "rules": new.rules}
+            _log.info("workers.bundle_swapped", bundle=self._name, **about)
+        return True
+
+    def load(self, expected: Mapping[Stream, str] | None) -> None:
+        """Load what is in the folder; TaggingError where it cannot be used."""
+        found = _signature(self._settings)
+        new = _opened(self._settings, self._device, expected)
+        if _signature(self._settings) != found:
+            new.close()  # perhaps the name of one bundle and the weights of another
+            raise RetryableError(f"{self._settings.bundle}: has changed while it was read")
+        self.close()
+        self.inferer, self._used = new, found
+
+    def load_instead(
+        self, folder: Path, expected: Mapping[Stream, str] | None, error: TaggingError
+    ) -> None:
+        """Load a copy that `keep` has made, since what is in the folder is refused."""
+        kept = {"bundle": folder}
+        if self._settings.tags is not None:
+            kept["tags"] = folder / _KEPT_TAGS
+        self.inferer = _opened(self._settings.model_copy(update=kept), self._device, expected)
+        self._refuse(error, _signature(self._settings))
+
+    def keep(self, folder: Path) -> None:
+        """Copy the bundle that is used, unless that has been done, or it is the copy."""
+        if self._used is None:
+            return
+        bundle, tags = self._settings.bundle, self._settings.tags
+        copies = {bundle / _BUNDLE_FILES[0]: folder / _BUNDLE_FILES[0]}
+        if tags is not None:
+            copies[tags] = folder / _KEPT_TAGS
+        try:
+            with suppress(FileNotFoundError):
+                if all(copy.read_bytes() == file.read_bytes() for file, copy in copies.items()):
+                    return
+            with new_folder(folder) as part:
+                shutil.copytree(bundle, part, dirs_exist_ok=True, ignore_dangling_symlinks=True)
+                if tags is not None:
+                    shutil.copyfile(tags, part / _KEPT_TAGS)
+                if _signature(self._settings) != self._used:
+                    raise OSError("it has changed meanwhile")
+        except (OSError, shutil.Error) as error:  # it is used all the same
+            _log.warning("workers.bundle_not_kept", reason=one_line(error))
+
+    def close(self) -> None:
+        """Free the bundle."""
+        if self.inferer is not None:
+            self.inferer.close()
+        self.inferer, self.refused = None, ""
+        self._used = self._unusable = None
+
+    def _refuse(self, error: TaggingError, found: _Signature) -> None:
+        if not isinstance(error, RetryableError):
+            self._unusable = found  # not read again
+        reason = one_line(error)
+        if reason != self.refused:
+            self.refused = reason
+            _log.error(
+                "workers.bundle_refused", bundle=self._name, reason=reason, serving=self.version
+            )
+
+
+class _Fusion(Handler):
+    """The bundle that is served, one on trial, and the swaps to newer ones between two batches.
+
+    Each comes with the rules of serving. A copy of the last good ones lies beside the bundle. It is
+    served where the bundle itself is broken, perhaps because it is being copied just now.
+    """
+
+    def __init__(self, settings: FusionSettings, launch: Launch) -> None:
+        self._settings = settings
+        expected = launch.expected
         self._expected: Mapping[Stream, str] | None = unpacked(expected) if expected else None
         self._last_good = settings.bundle.with_name(f".{settings.bundle.name}.good")
-        self._serves_last_good = False
+        self._served = _BundleFolder(settings, "served", launch.device)
+        self._shadow: _BundleFolder | None = None
+        self._shadow_folder = shadow_folder(settings)
+        if launch.shadow:
+            trial = settings.model_copy(update={"bundle": self._shadow_folder})
+            # On the CPU: what goes wrong on a device is lost for every model on it.
+            self._shadow = _BundleFolder(trial, "shadow", "cpu")
+        self._shadow_rests_until = 0.0
+        self._shadow_failures = 0
 
     def load(self) -> Mapping[str, str]:
-        self._seen = _signature(self._settings)
         try:
-            self._inferer = self._open(self._settings)
+            self._served.load(self._expected)
         except (BundleError, RetryableError, ConfigError) as error:
             # A person who starts the daemon reads of a mistake; later it must go on without one.
             starting = isinstance(error, ConfigError) and self._expected is None
             if starting or not self._last_good.is_dir():
                 raise
-            if isinstance(error, RetryableError):
-                self._seen = []  # looked at again
-            kept = {"bundle": self._last_good}
-            if self._settings.tags is not None:
-                kept["tags"] = self._last_good / _KEPT_TAGS
-            self._inferer = self._open(self._settings.model_copy(update=kept))
-            self._serves_last_good = True
-            reason, version = one_line(error), self._inferer.version
-            _log.error("workers.bundle_refused", reason=reason, serving=version)
+            self._served.load_instead(self._last_good, self._expected, error)
+        inferer = self._inferer
+        self._told = BundleLoaded(inferer.name, inferer.version)
         self._look_at = time.monotonic() + self._settings.reload_s
         return {
-            "name": self._inferer.name,
-            "version": self._inferer.version,
-            "fingerprints": packed(self._inferer.fingerprints),
+            "name": inferer.name,
+            "version": inferer.version,
+            "fingerprints": packed(inferer.fingerprints),
         }
 
+    @property
+    def _inferer(self) -> Inferer:
+        if self._served.inferer is None:
+            raise RuntimeError("no bundle is loaded")
+        return self._served.inferer
+
     def run(self, tasks: Sequence[Task]) -> list[Outcome]:
-        return run_fuse(self._inferer, [task for task in tasks if isinstance(task, FuseTask)])
+        fuse = [task for task in tasks if isinstance(task, FuseTask)]
+        outcomes = run_fuse(self._inferer, fuse)
+        shadow = self._shadow.inferer if self._shadow is not None else None
+        if shadow is None or time.monotonic() < self._shadow_rests_until:
+            return outcomes
+        return self._with_shadow(shadow, fuse, outcomes)
+
+    def _with_shadow(
+        self, shadow: Inferer, tasks: Sequence[FuseTask], outcomes: Sequence[Outcome]
+    ) -> list[Outcome]:
+        """Add the tags of the bundle on trial; whatever it does, the real ones stay."""
+        began = time.monotonic()
+        tagged = [isinstance(outcome, Tags) for outcome in outcomes]
+        try:
+            tried = iter(
+                shadow.predict(
+                    [task.features for task, good in zip(tasks, tagged, strict=True) if good]
+                )
+            )
+        except Exception as error:  # noqa: BLE001 - a bundle on trial costs only its own tags
+            self._shadow_failures += 1
+            if self._shadow_failures & (self._shadow_failures - 1) == 0:  # 1, 2, 4, 8 and so on
+                reason = one_line(error, 300)
+                _log.error("workers.shadow_failed", batches=self._shadow_failures, reason=reason)
+            return list(outcomes)
+        seconds = time.monotonic() - began
+        if seconds > _QUICK_SHADOW_S:
+            self._shadow_rests_until = began + 2 * seconds
+        return [
+            replace(outcome, shadow=replace(next(tried), scores=_NO_SCORES))
+            if isinstance(outcome, Tags)
+            else outcome
+            for outcome in outcomes
+        ]
 
     def between_batches(self, channel: Channel[Command]) -> float | None:
-        if time.monotonic() >= self._look_at:
-            if self._swap():
-                channel.send_wait(BundleLoaded(self._inferer.name, self._inferer.version))
+        # Before the King's fingerprints are known, a bundle for other features would be taken.
+        if self._expected is not None and time.monotonic() >= self._look_at:
+            if self._served.look(self._expected):
+                self._served.keep(self._last_good)
+            if self._shadow is not None:
+                if self._shadow_folder.is_dir():
+                    self._shadow.look(self._expected)
+                else:
+                    self._shadow.close()
+            self._tell(channel)
             self._look_at = time.monotonic() + self._settings.reload_s
         return max(0.0, self._look_at - time.monotonic())
+
+    def _tell(self, channel: Channel[Command]) -> None:
+        """Tell the King of the bundles, where any of it has changed."""
+        name, version = self._inferer.name, self._inferer.version
+        told = BundleLoaded(name, version, self._served.refused)
+        if self._shadow is not None:
+            shadow, refused = self._shadow.version, self._shadow.refused
+            told = msgspec.structs.replace(told, shadow=shadow, shadow_refused=refused)
+        if told != self._told:
+            self._told = told
+            channel.send_wait(told)
 
     def control(self, message: Command) -> None:
         if isinstance(message, Expect):
             self._expected = unpacked(message.fingerprints)
             if mismatch(self._inferer.fingerprints, self._expected) is None:
-                self._keep()
+                self._served.keep(self._last_good)
 
-    def _swap(self) -> bool:
-        """Serve the bundle that is in the folder now, if it is a new and good one."""
-        seen = _signature(self._settings)
-        missing = None in seen[: len(_BUNDLE_FILES)]
-        if seen == self._seen or missing or self._expected is None:
-            return False
-        self._seen = seen  # a bad one is logged once, not at every look
-        try:
-            new = self._open(self._settings)
-        except TaggingError as error:
-            if isinstance(error, RetryableError):
-                self._seen = []  # tried again at the next look
-            _log.error("workers.bundle_refused", reason=one_line(error))
-            return False
-        self._inferer.close()
-        self._inferer = new
-        self._serves_last_good = False
-        self._keep()
-        _log.info("workers.bundle_swapped", name=new.name, version=new.version, rules=new.rules)
-        return True
 
-    def _open(self, settings: FusionSettings) -> Inferer:
-        inferer = open_bundle(settings, self._device)
-        wrong = self._expected and mismatch(inferer.fingerprints, self._expected)
-        if wrong:
-            inferer.close()
-            raise BundleError(f"bundle {inferer.name} {inferer.version}: {wrong}")
-        return inferer
-
-    def _keep(self) -> None:
-        """Copy the bundle that is served, unless that has been done, or it is the copy."""
-        if self._serves_last_good:
-            return
-        bundle, tags, kept = self._settings.bundle, self._settings.tags, self._last_good
-        copies = {bundle / _BUNDLE_FILES[0]: kept / _BUNDLE_FILES[0]}
-        if tags is not None:
-            copies[tags] = kept / _KEPT_TAGS
-        try:
-            with suppress(FileNotFoundError):
-                if all(copy.read_bytes() == file.read_bytes() for file, copy in copies.items()):
-                    return
-            with new_folder(kept) as part:
-                shutil.copytree(bundle, part, dirs_exist_ok=True, ignore_dangling_symlinks=True)
-                if tags is not None:
-                    shutil.copyfile(tags, part / _KEPT_TAGS)
-                if _signature(self._settings) != self._seen:
-                    raise OSError("it has changed meanwhile")
-        except (OSError, shutil.Error) as error:  # it is served all the same
-            _log.warning("workers.bundle_not_kept", reason=one_line(error))
+def _opened(
+    settings: FusionSettings, device: str, expected: Mapping[Stream, str] | None
+) -> Inferer:
+    """Load a bundle with its rules; raises as `open_bundle`, or where it is for other features."""
+    inferer = open_bundle(settings, device)
+    wrong = expected and mismatch(inferer.fingerprints, expected)
+    if wrong:
+        inferer.close()
+        raise BundleError(f"bundle {inferer.name} {inferer.version}: {wrong}")
+    return inferer
 
 
 def open_bundle(settings: FusionSettings, device: str) -> Inferer:
@@ -402,7 +549,7 @@ def open_bundle(settings: FusionSettings, device: str) -> Inferer:
     return inferer
 
 
-def _signature(settings: FusionSettings) -> list[tuple[int, int, int] | None]:
+def _signature(settings: FusionSettings) -> _Signature:
     """Return what changes whenever the files of bundle and rules do, or the link to them.
 
     None for a file that is missing; first those of the bundle.
@@ -410,7 +557,7 @@ def _signature(settings: FusionSettings) -> list[tuple[int, int, int] | None]:
     paths = [settings.bundle / name for name in _BUNDLE_FILES]
     if settings.tags is not None:
         paths.append(settings.tags)
-    files: list[tuple[int, int, int] | None] = []
+    files: _Signature = []
     for path in paths:
         try:
             stat = path.stat()
@@ -429,8 +576,7 @@ def extract(context: Context) -> None:
 
 
 def fuse(context: Context) -> None:
-    launch = context.launch
-    serve(context, _Fusion(context.settings.fusion, launch.device, launch.expected))
+    serve(context, _Fusion(context.settings.fusion, context.launch))
 
 
 def _slots(context: Context) -> Arena:

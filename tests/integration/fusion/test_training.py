@@ -18,7 +18,7 @@ import infer_net
 import train_net
 from common.post_set import PostSet
 from config.fusion_models import DEFAULT_MODEL, ModelSettings
-from fusion.bundle.bundle import read_about
+from fusion.bundle.about import read_about
 from fusion.data.dataset import FeatureFiles
 from fusion.infer.inferer import Inferer
 from fusion.metrics import ranking as metrics

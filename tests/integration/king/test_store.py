@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 
 from bson import Int64, ObjectId
 
-from common.post import Failure, Media
+from common.post import Failure, Media, Tag
 from king.jobs import (
     Dead,
     Rejected,
@@ -74,6 +75,36 @@ def test_repeated_write_of_an_outcome_changes_nothing(rig: StoreRig) -> None:
     time.sleep(0.01)
     rig.store.finish([outcome], context(NOW + 5))
     assert rig.result("p1") == first
+
+
+def tried(outcome: Tagged, version: str, tag_id: int = 0) -> Tagged:
+    """The same outcome with the result of a bundle on trial."""
+    tags = (Tag(tag_id, "sun", 0.5),)
+    trial = replace(outcome.result, model="trial", version=version, tags=tags)
+    return replace(outcome, result=replace(outcome.result, shadow=trial))
+
+
+def test_a_bundle_on_trial_has_a_document_of_its_own(rig: StoreRig) -> None:
+    """The latest trial's, even of an older bundle; none for a post that a newer one has tagged."""
+    rig.insert({"_id": "p1"}, {"_id": "p2"})
+    begun = started(rig.store, "p1")
+    rig.store.finish([tagged(begun)], context())
+    plain = rig.result("p1")
+    assert rig.result("p1", "insight_shadow") is None
+    for version in ("20260301T000000Z-cc", "20260201T000000Z-bb"):
+        outcome = tried(tagged(begun, ended_at=plain["tagged_at"].timestamp()), version)
+        rig.store.finish([outcome], context())
+        assert rig.result("p1") == plain
+        trial = rig.result("p1", "insight_shadow")
+        assert (trial["model"], trial["version"]) == ("trial", version)
+        assert trial.keys() == plain.keys()
+    newer = context(bundle=("demo", "20270101T000000Z-aa"))
+    begun = started(rig.store, "p2", newer)
+    rig.store.finish([tagged(begun, newer.bundle[1])], newer)
+    begun = started(rig.store, "p2", force=True)
+    [recorded] = rig.store.finish([tried(tagged(begun), "20260301T000000Z-cc")], context())
+    assert isinstance(recorded, Superseded)
+    assert rig.result("p2", "insight_shadow") is None
 
 
 def test_every_type_of_id_that_the_database_takes_is_tagged_on_every_path(rig: StoreRig) -> None:

@@ -11,6 +11,7 @@ from bson.errors import InvalidBSON
 from pymongo.collection import Collection
 
 from common.errors import StoreRefused
+from common.post import Tag
 from king.jobs import Dead, Outcome, Rejected, Retry, Started, Tagged, WriteRefused
 from king.store.client import Refusal, StoreClient
 from king.store.store import Store
@@ -37,6 +38,26 @@ def test_refused_job_of_a_claim_does_not_hold_up_the_others(mongo: Store) -> Non
     job = mongo.queries.job("p1")
     assert job is not None
     assert (job.state, (job.last_error or {})["stage"]) == ("dead", "store")
+
+
+def test_a_refused_result_of_a_bundle_on_trial_costs_nothing_else(mongo: Store) -> None:
+    rig = StoreRig(mongo)
+    rig.insert(*({"_id": f"p{i}"} for i in range(2)))
+    outcomes = [tagged(started(mongo, f"p{i}")) for i in range(2)]
+    trials = [
+        replace(each.result, tags=(Tag(tag_id, "x", 0.5),))  # BSON has no number of the first
+        for each, tag_id in zip(outcomes, (10**30, 1), strict=True)
+    ]
+    tried = [
+        replace(each, result=replace(each.result, shadow=trial))
+        for each, trial in zip(outcomes, trials, strict=True)
+    ]
+    recorded = mongo.finish(tried, context())
+    assert [type(outcome) for outcome in recorded] == [Tagged, Tagged]
+    assert mongo.open_jobs() == 0
+    assert [rig.result(f"p{i}")["status"] for i in range(2)] == ["tagged", "tagged"]
+    assert rig.result("p0", "insight_shadow") is None
+    assert rig.result("p1", "insight_shadow")["tags"][0]["name"] == "x"
 
 
 class Endless(float):

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import msgspec
 import numpy as np
@@ -154,10 +154,10 @@ class FakePool:
         for entry in [*self._queue, *self._running]:
             self.cancel(entry.task_id)
 
-    def swap_bundle(self, name: str, version: str) -> None:
-        """Serve another bundle."""
+    def swap_bundle(self, name: str, version: str, **more: Any) -> None:
+        """Serve another bundle; ``more`` are further fields of `BundleLoaded`."""
         self.bundle = self._bundle = (name, version)
-        self._events.append(BundleLoaded(name, version))
+        self._events.append(BundleLoaded(name, version, **more))
 
     def refuse(self, message: str) -> None:
         """Give up, after having worked."""

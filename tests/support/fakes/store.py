@@ -90,6 +90,8 @@ class FakeStore:
             if not self._write(document, outcome.result.document()):
                 version = document["insight"]["version"]
                 outcome = Superseded(started, version, outcome.timings_ms)
+            elif (shadow := outcome.result.shadow) is not None:
+                document["insight_shadow"] = shadow.document()
         elif isinstance(outcome, Dead):
             self._write(document, outcome.result(context.bundle).document())
         job = self.jobs.get(started.post_id)

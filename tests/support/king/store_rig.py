@@ -42,11 +42,11 @@ class StoreRig:
         else:
             self.real.client.posts.insert_many([dict(post) for post in posts])
 
-    def result(self, document_id: Any) -> Any:
+    def result(self, document_id: Any, path: str = "insight") -> Any:
         """A post's result sub-document."""
         if isinstance(self.real, FakeStore):
-            return self.real.posts[document_id].get("insight")
-        return (self.real.client.posts.find_one({"_id": document_id}) or {}).get("insight")
+            return self.real.posts[document_id].get(path)
+        return (self.real.client.posts.find_one({"_id": document_id}) or {}).get(path)
 
     def results(self) -> dict[Any, Any]:
         """Of every post."""

@@ -19,6 +19,7 @@ def write_bundle(
     members: int = 1,
     threshold: Any = 0.1,
     model: Any = None,
+    name: str = "small",
     **changes: Any,
 ) -> str:
     """Save a bundle for a loaded suite; its version.
@@ -30,6 +31,7 @@ def write_bundle(
         members: Number of models; several are an ensemble.
         threshold: Scores above it become tags; one for all tags, or one each.
         model: Name of the fusion model; None is the default's.
+        name: Of the bundle.
         changes: Fields of the manifest to set otherwise.
     """
     import torch
@@ -53,7 +55,7 @@ def write_bundle(
         schema = InputSchema.of(manifest, settings.tokens, len(labels))
         models = [build_model(schema, settings) for _ in range(members)]
     bundle = Bundle(
-        name="small",
+        name=name,
         labels=labels,
         manifest=manifest,
         settings=settings,

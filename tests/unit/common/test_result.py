@@ -57,6 +57,17 @@ def test_rules_and_near_misses_have_keys_only_where_there_are_any() -> None:
     }
 
 
+def test_the_result_of_a_bundle_on_trial_goes_along_and_into_no_document_but_its_own() -> None:
+    trial = replace(TAGS, model="trial", version="3", tags=())
+    alone = TagResult.tagged(TAGS, FEATURES).measured({"total": 9}, attempts=2, ended_at=5.0)
+    both = TagResult.tagged(replace(TAGS, shadow=trial), FEATURES)
+    both = both.measured({"total": 9}, attempts=2, ended_at=5.0)
+    assert both.document() == alone.document()
+    assert both.shadow is not None
+    changed = {"model": "trial", "version": "3", "tags": []}
+    assert both.shadow.document() == {**alone.document(), **changed}
+
+
 def test_tags_that_lack_what_may_come_are_partial() -> None:
     """A file that is broken for good is the post's; a key of its own says the rest, and no more."""
     down = Failure("fetch", "FetchRetryable", "HTTP 503", retryable=True)

@@ -12,7 +12,8 @@ import torch
 
 from common.errors import BundleError
 from fusion.bundle import bundle
-from fusion.bundle.bundle import Averaging, Ensemble, averaged
+from fusion.bundle.about import Averaging
+from fusion.bundle.bundle import Ensemble, averaged
 from fusion.infer.inferer import Inferer
 from tests.support.fusion import support
 from tests.unit.fusion.test_bundle import write

@@ -1,0 +1,230 @@
+"""``insighttag bundle`` on folders of bundles: list, show, diff, use, rollback, shadow, compare."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from config.labels import LabelMap
+from fusion.bundle.bundle import load_bundle
+from fusion.bundle.folder import newest_version
+from fusion.data.dataset import FeatureFiles
+from fusion.infer.inferer import Inferer
+from scripts.cli import run
+from tests.support.fusion import support
+
+OLD, NEW = "20260101T000000Z", "20260201T000000Z"
+
+
+class Shop:
+    """A folder with bundles, one of which is served."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.served = folder, folder / "insight"
+
+    def write(self, name: str, made_at: str, **changes: Any) -> Path:
+        folder = self.folder / name
+        version = support.write_bundle(folder, **changes)
+        about = folder / "bundle.yaml"
+        text = about.read_text(encoding="utf-8")
+        about.write_text(text.replace(version, f"{made_at}{version[-9:]}"), encoding="utf-8")
+        return folder
+
+    def run(self, *words: str) -> int:
+        return run(["bundle", *words, "--set", f"fusion.bundle={self.served}"])
+
+
+@pytest.fixture
+def shop(tmp_path: Path) -> Shop:
+    shop = Shop(tmp_path)
+    shop.write("insight", OLD, metrics={"gap": 0.7})
+    shop.write("new", NEW, metrics={"gap": 0.8})
+    return shop
+
+
+def printed(capsys: pytest.CaptureFixture[str]) -> Any:
+    return json.loads(capsys.readouterr().out)
+
+
+def test_a_list_names_what_is_served_kept_on_trial_and_broken(
+    shop: Shop, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert shop.run("shadow", str(shop.folder / "new")) == 0
+    assert shop.run("use", str(shop.folder / "new")) == 0
+    broken = shop.write("broken", "20260102T000000Z")
+    (broken / "labels.json").unlink()
+    capsys.readouterr()
+    assert shop.run("list", "--json") == 0
+    found = {Path(each["folder"]).name: each for each in printed(capsys)}
+    kept = next(name for name in found if name.startswith("insight.2026"))
+    states = {name: each["state"] for name, each in found.items()}
+    assert states == {
+        "broken": "",
+        "insight": "served",
+        kept: "kept",
+        "insight.shadow": "shadow",
+        "new": "",
+    }
+    assert found["insight"]["gap"] == 0.8
+    assert found[kept]["gap"] == 0.7
+    assert found["insight"]["version"] == newest_version(shop.folder / "new")
+    assert "labels.json: is missing" in found["broken"]["error"]
+    assert shop.run("list") == 0
+    assert "labels.json: is missing" in capsys.readouterr().out
+
+
+def test_a_bundle_is_put_in_place_and_the_one_before_comes_back(shop: Shop) -> None:
+    new = shop.folder / "new"
+    first, second = newest_version(shop.served), newest_version(new)
+    about = (new / "bundle.yaml").read_bytes()
+    assert shop.run("use", str(new)) == 0
+    assert load_bundle(shop.served).version == second
+    assert shop.run("rollback") == 0
+    back = load_bundle(shop.served)
+    assert back.version > str(second)
+    assert back.metrics == {"gap": 0.7}
+    assert load_bundle(shop.folder / f"insight.{first}").version == first
+    assert shop.run("rollback") == 0
+    assert load_bundle(shop.served).metrics == {"gap": 0.8}
+    # A bundle that is not later than the served one could not overwrite its tags.
+    assert shop.run("use", str(new)) == 0
+    assert load_bundle(shop.served).version > back.version
+    assert (new / "bundle.yaml").read_bytes() == about
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["use", "none"], "none: holds no bundle (bundle.yaml is missing)"),
+        (["use", "insight"], "is fusion.bundle, and served already"),
+        (["use", "foreign"], "modality text: takes features of theirs, not text-1"),
+        (["shadow", "foreign"], "with other features.* in the settings: --other-features"),
+        (["use", "cut"], "model.safetensors: is truncated, or not this bundle's (sha256)"),
+        (["use", "yaml"], "bundle.yaml: cannot be read"),
+        (["rollback"], "no bundle is kept next to"),
+        (["rollback", "cut"], "model.safetensors: is truncated"),
+        (["shadow"], "name a bundle, or --off"),
+        (["shadow", "new", "--off"], "name a bundle, or --off"),
+        (["show", "none"], "holds no bundle"),
+        (["diff", "new", "none"], "holds no bundle"),
+        (["list", "none"], "none: is no folder"),
+        (["compare", "new"], "name a data file with features by --data F"),
+        (["compare", "new", "--data", "none.json"], "none.json"),
+        (["compare", "new", "cut", "--data", "posts.json"], "is truncated"),
+        (["compare", "a.jsonl", "b.jsonl"], "b.jsonl: no such data file"),
+        (["compare", "a.jsonl"], "name two outputs (.jsonl), or bundles"),
+        (["compare", "new", "a.jsonl"], "name two outputs (.jsonl), or bundles"),
+        (["compare", "a.jsonl", "b.jsonl", "--data", "x"], "for bundles, not results"),
+    ],
+)
+def test_wrong_uses_end_with_one_line(
+    shop: Shop,
+    words: list[str],
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fingerprints = {**support.FINGERPRINTS, "text": "theirs"}
+    shop.write("foreign", NEW, manifest=support.manifest(fingerprints=fingerprints))
+    for name in ("cut", "yaml"):
+        shutil.copytree(shop.folder / "new", shop.folder / name)
+    (shop.folder / "cut" / "model.safetensors").write_bytes(b"x")
+    (shop.folder / "yaml" / "bundle.yaml").write_text("a: [", encoding="utf-8")
+    before = newest_version(shop.served)
+    monkeypatch.chdir(shop.folder)
+    assert shop.run(*words) == 2
+    captured = capsys.readouterr()
+    assert said in captured.err
+    assert captured.err.count("\n") == 1
+    assert newest_version(shop.served) == before
+
+
+def test_a_bundle_for_other_settings_is_put_in_place_when_that_is_said(shop: Shop) -> None:
+    fingerprints = {**support.FINGERPRINTS, "text": "theirs"}
+    foreign = shop.write("foreign", NEW, manifest=support.manifest(fingerprints=fingerprints))
+    assert shop.run("use", str(foreign), "--other-features") == 0
+    assert newest_version(shop.served) == newest_version(foreign)
+
+
+def test_differences_are_named(shop: Shop, capsys: pytest.CaptureFixture[str]) -> None:
+    names = (*support.LABELS.names[1:], "new tag")
+    thresholds = np.full(support.CLASSES, 0.5, np.float32)
+    thresholds[0] = 0.25
+    other = shop.write("other", NEW, labels=LabelMap(names), thresholds=thresholds)
+    assert shop.run("diff", str(shop.served), str(other), "--json") == 0
+    found = printed(capsys)
+    assert found["labels"]["added"] == ["new tag"]
+    assert found["labels"]["removed"] == ["tag0"]
+    assert found["labels"]["renumbered"] == list(names[:-1])
+    assert found["thresholds"]["tag1"][1] == 0.25
+    assert found["features"] == {}
+    assert found["metrics"] == {"gap": [0.7, None]}
+    assert found["weights"] == "other"
+    assert shop.run("diff", str(other)) == 0
+    assert "+ tags added: tag0" in capsys.readouterr().out
+
+
+def test_a_bundle_is_shown_with_its_tags(shop: Shop, capsys: pytest.CaptureFixture[str]) -> None:
+    assert shop.run("show", "--json") == 0
+    found = printed(capsys)
+    assert (found["state"], found["tags"], found["metrics"]) == ("served", 6, {"gap": 0.7})
+    assert list(found["thresholds"]) == list(support.LABELS.names)
+    assert found["features"]["text"]["fingerprint"] == "text-1"
+    assert shop.run("show") == 0
+    out = capsys.readouterr().out
+    assert "served" in out
+    assert "tag5" in out
+
+
+def test_a_trial_ends_without_a_trace(shop: Shop, capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted(path.name for path in shop.folder.iterdir())
+    assert shop.run("shadow", str(shop.folder / "new")) == 0
+    assert (shop.folder / "insight.shadow" / "bundle.yaml").exists()
+    assert shop.run("shadow", "--off") == 0
+    assert sorted(path.name for path in shop.folder.iterdir()) == before
+    capsys.readouterr()
+    assert shop.run("shadow", "--off") == 0
+    assert "no bundle on trial" in capsys.readouterr().out
+
+
+def test_two_bundles_are_compared_on_posts_with_labels(
+    shop: Shop, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = shop.write("other", NEW)  # of fresh weights
+    data = support.write_posts(shop.folder / "data", "valid", 12, seed=3)
+    assert shop.run("compare", str(shop.served), str(other), "--data", str(data), "--json") == 0
+    found = printed(capsys)
+    assert found["posts"] == found["labelled"] == 12
+    assert found["scores"]["compared"] == 12 * support.CLASSES
+    reader, records = FeatureFiles(None), support.records(data)
+    for gap, folder in zip(found["gap"], (shop.served, other), strict=True):
+        inferer = Inferer.load(folder)
+        posts = [reader.features(r.post_id, r.features, inferer.fingerprints) for r in records]
+        truth = [[float(name in r.labels) for name in support.LABELS.names] for r in records]
+        rows = zip(inferer.scores(posts).tolist(), truth, strict=True)
+        assert gap == pytest.approx(support.plain_gap(rows))
+    assert shop.run("compare", str(other), "--data", str(data)) == 0
+    assert "GAP@20" in capsys.readouterr().out
+
+
+def test_two_outputs_are_compared_by_their_tags(
+    shop: Shop, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def line(post: str, **tags: float) -> str:
+        named = [{"id": 0, "name": name, "score": score} for name, score in tags.items()]
+        return json.dumps({"post_id": post, "tags": named, "labels": ["a"]})
+
+    files = [shop.folder / name for name in ("one.jsonl", "two.jsonl")]
+    files[0].write_text("\n".join([line("p", a=0.9, b=0.8), line("q", a=0.7), line("r")]))
+    files[1].write_text("\n".join([line("q", a=0.5), line("p", a=0.6), line("s", b=1)]))
+    assert shop.run("compare", *map(str, files), "--json") == 0
+    found = printed(capsys)
+    assert (found["posts"], found["same_tags"]) == (2, 1)
+    assert found["scores"]["mean_abs_difference"] == pytest.approx(0.25)
+    assert found["differing_posts"] == [{"post_id": "p", "only_first": ["b"], "only_second": []}]
+    assert found["gap"][1] == 1.0
