@@ -109,7 +109,7 @@ arrows: $(VENV)/.dev
 	$(VENV)/bin/lint-imports
 
 # Half an hour to an hour on two quiet cores; the others of bench/ need the demo, or data, or hours.
-BENCHES ?= overhead peers speed_of_light latency scale decode encoders backlog bundle_swaps
+BENCHES ?= overhead peers speed_of_light latency scale decode forward backlog bundle_swaps
 BENCH_ARGS ?=
 
 bench: $(VENV)/.dev ## the benchmarks of speed; results in bench/results, what is below bench/floors.yaml fails

@@ -24,9 +24,7 @@ class CommandLine:
         str | None,
         typer.Option("--host", help="address to listen on (default: http.host, 127.0.0.1)"),
     ] = None
-    port: Annotated[
-        str | None, typer.Option("--port", help="port to listen on (default: http.port, 8080)")
-    ] = None
+    port: Annotated[str | None, typer.Option("--port", help="default: http.port, 8080")] = None
     debug: Annotated[bool, typer.Option("--debug", help="a development server")] = False
 
 
@@ -42,9 +40,10 @@ def run(line: CommandLine) -> int:
     from deploy import embedded
     from web.backend import Services
     from web.server import serve, serve_for_debugging
+    from workers.pool.placement import place
 
     services = Services(lambda: embedded.resolve(settings), lambda: embedded.peek(settings))
-    return (serve_for_debugging if line.debug else serve)(settings, services)
+    return (serve_for_debugging if line.debug else serve)(place(settings).settings, services)
 
 
 SCRIPT = Script("flask_server.py", CommandLine, run, about=__doc__)

@@ -34,8 +34,9 @@ def run(line: CommandLine) -> int:
     configure_logs(settings.log.format, settings.log.level)
     from deploy import embedded
     from king.king import King
+    from workers.pool.placement import place
 
-    return King(embedded.resolve(settings)).run(drain=line.drain)
+    return King(embedded.resolve(place(settings).settings)).run(drain=line.drain)
 
 
 SCRIPT = Script("online_process.py", CommandLine, run, about=__doc__)

@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 
 from tests.support import media
+from workers.sample_posts import texture
 
 SECONDS = 20
 
@@ -47,16 +48,6 @@ CLIPS = {
     ),
     "MPEG-4 AVI": Clip(".avi", "mpeg4", sound="libmp3lame", options=_NONE),
 }
-
-
-def texture(seed: int, width: int, height: int) -> Any:
-    """Return a smooth random RGB picture, as hard to decode as a photo."""
-    chance = np.random.default_rng(seed)
-    total = np.zeros((height, width, 3), np.float32)
-    for step in (4, 16, 64):
-        coarse = chance.random((height // step + 1, width // step + 1, 3), np.float32)
-        total += step * cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
-    return (255 * (total - total.min()) / np.ptp(total)).astype(np.uint8)
 
 
 def moving(clip: Clip) -> Iterator[Any]:

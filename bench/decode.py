@@ -31,8 +31,10 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import av
 import cv2
 import numpy as np
-from clips import CLIPS, stereo, texture, write_clip
+from clips import CLIPS, stereo, write_clip
 from results_file import write_results
+
+from workers.sample_posts import texture
 
 FRAMES, SIDE, RATE_HZ = 16, 224, 16_000
 WAYS = ("accurate", "auto", "keyframes")

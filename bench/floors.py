@@ -34,6 +34,9 @@ def broken_floors(
             for key in path.split("."):
                 value = value[key]
             name = " ".join([path, *map(str, where.values())])
+            if value is None:
+                broken.append(f"{name} was not measured")
+                continue
             if value < floor.get("least", value):
                 broken.append(f"{name} is {value:g}, at least {floor['least']:g} is wanted")
             if value > floor.get("most", value):

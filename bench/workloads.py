@@ -19,13 +19,14 @@ from typing import Any, Literal
 
 import cv2
 import numpy as np
-from clips import CLIPS, texture, write_clip
+from clips import CLIPS, write_clip
 
 from config.load import load_settings
 from config.settings import Settings
 from demo.posts.make import make_posts
 from demo.posts.plan import DATA_FILE, plan_posts
 from tests.support.tiny_models import tiny_bundle, tiny_features
+from workers.sample_posts import texture
 
 ROOT = Path(__file__).resolve().parents[1]
 WorkloadName = Literal["demo", "realistic", "tiny"]
@@ -103,11 +104,12 @@ def workload(
 
 
 def _realistic(web: Path, number: int, clips: Sequence[str]) -> list[dict[str, Any]]:
-    web.mkdir(parents=True)
+    web.mkdir(parents=True, exist_ok=True)
     names = []
     for k, kind in enumerate(clips):
         names.append(f"clip{k}{CLIPS[kind].suffix}")
-        write_clip(web / names[-1], CLIPS[kind])
+        if not (web / names[-1]).exists():  # an earlier run's, or packed beforehand
+            write_clip(web / names[-1], CLIPS[kind])
     for i in range(number):
         picture = texture(i, 1280, 960)
         cv2.putText(picture, f"summer sale {i}%", (80, 500), 0, 4, (255, 255, 255), 8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import threading
@@ -14,6 +15,20 @@ from sysconfig import get_path
 from typing import Any
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+_CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+
+
+def cores(quota: Path = _CPU_QUOTA) -> int:
+    """Count the CPU cores that this process may use: of its affinity, and of a container's quota.
+
+    A quota is kept by pauses: processes for all cores of the machine would wait in turn.
+    """
+    allowed = len(os.sched_getaffinity(0))
+    try:
+        limit_us, period_us = quota.read_text(encoding="ascii").split()
+        return max(1, min(allowed, math.ceil(int(limit_us) / int(period_us))))
+    except (OSError, ValueError, ZeroDivisionError):  # no cgroups of version 2, or "max"
+        return allowed
 
 
 def python_path(environ: Mapping[str, str]) -> str:

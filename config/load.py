@@ -186,6 +186,8 @@ def validate(model: type[Model], values: Mapping[str, Any], source: str) -> Mode
     odd = next((key for key in values if not isinstance(key, str)), None)
     if odd is not None:
         raise ConfigError(f"{source}: {odd!r}: unknown key")
+    if values.get("workers") == "auto":  # takes the place of a section in a lower layer
+        values = {**values, "workers": {}}
     try:
         return model.model_validate(dict(values))
     except ValidationError as error:

@@ -48,8 +48,7 @@ class BrokerSettings(Section):
     heartbeat_s: PositiveInt = 10
     socket_timeout_s: Seconds = 5
     visibility_timeout_s: Seconds = 60
-    """Redis only: after this time without a sign of life of their consumer, messages are
-    delivered again. A consumer that lives renews its hold, however long a post takes."""
+    """Redis only: messages of a consumer that shows no life for this long are delivered again."""
     delivery_limit: PositiveInt = 20
     """RabbitMQ only: deliveries after which the broker itself dead-letters a message."""
 
@@ -184,11 +183,13 @@ class FusionSettings(TagSettings):
 
 
 class WorkerSettings(Section):
-    """The worker pool."""
+    """The worker pool; keys left out: what tune-host has put into `host_file`, or by the cores."""
 
     extractors: tuple[ExtractorPlacement, ...] = (ExtractorPlacement(),)
     slots: PositiveInt = 16
     """Shared-memory slots; each holds what was decoded from one media file."""
+    host_file: Path | None = Path("workshop/host.yaml")
+    """What ``insighttag tune-host`` has measured; null: nothing is read."""
     start_timeout_s: Seconds = 600
     """Loading of models may take this long."""
     task_timeout_s: Seconds = 120
@@ -255,8 +256,7 @@ class VideoSettings(VisualSettings):
     """A timm model over the frames of videos."""
 
     frames: PositiveInt = 16
-    """Segments of one video, and so the most frames that it gives (TSN). 300 frames of 224 pixels
-    make each of ``workers.slots`` 45 MB large."""
+    """Segments of a video, and so its most frames (TSN); 300 of 224 pixels make slots of 45 MB."""
     min_frames: PositiveInt = 8
     """With ``decode: auto``, segments of one video that give a frame whatever it costs."""
     decode: Literal["auto", "accurate", "keyframes"] = "accurate"

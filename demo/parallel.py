@@ -22,10 +22,6 @@ _POLL_S = 0.2
 _told: Any = None  # the queue that a job's process tells its progress on
 
 
-def cores() -> int:
-    return len(os.sched_getaffinity(0))
-
-
 def tell(name: str, done: int, total: int, note: str = "") -> None:
     """Report a job's progress from within it."""
     if _told is not None:
@@ -38,7 +34,7 @@ def run_jobs(jobs: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]) -> dic
     Return what each gave, by its name.
     """
     channel = get_context("spawn").Queue()
-    with process_pool(min(len(jobs), cores()), channel) as pool, progress_bars() as bars:
+    with process_pool(min(len(jobs), processes.cores()), channel) as pool, progress_bars() as bars:
         shown = {name: bars.add(name) for name in jobs}
         futures: dict[Future[Any], str] = {
             pool.submit(function, *arguments): name for name, (function, arguments) in jobs.items()
@@ -64,7 +60,7 @@ def map_items(
     arguments: tuple[Any, ...],
 ) -> list[Result]:
     """Map a function over items in one process per core; ``setup`` loads what it needs there."""
-    with process_pool(min(len(items), cores()), None, setup, arguments) as pool:
+    with process_pool(min(len(items), processes.cores()), None, setup, arguments) as pool:
         return list(track(pool.map(function, items, chunksize=4), title, len(items)))
 
 
@@ -79,7 +75,7 @@ def process_pool(
 
     TaggingError when one was killed.
     """
-    threads = max(1, cores() // max(1, count))
+    threads = max(1, processes.cores() // max(1, count))
     pool = processes.process_pool(count, _begin, channel, threads, setup, arguments)
     try:
         yield pool

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from common.processes import cores
 from common.progress import progress_bars
 from common.stages import run_stage
 from config.labels import LabelMap
@@ -16,7 +17,6 @@ from config.settings import Settings
 from demo.backbones import outputs, train_backbones
 from demo.features import extract_features
 from demo.layout import Layout, Sizes
-from demo.parallel import cores
 from demo.posts.plan import SPLITS, Split, plan_posts
 from demo.training import LABELS, train_fusion, train_settings
 from extractors.models.weights import parse_weights

@@ -84,6 +84,11 @@ class ExtractorSuite:
             raise FeatureError(f"{name}: this process does not host that extractor")
         return extractor.forward([extractor.preprocess(item) for item in items])
 
+    def set_batch_size(self, name: ExtractorName, rows: int) -> None:
+        """Set the rows of a pass of a loaded encoder, for measuring."""
+        extractor: Any = self._extractors[name]
+        extractor.batch_size = rows
+
     def embed_texts(self, name: ExtractorName, texts: Sequence[str]) -> Any:
         """Return unit vectors float32 ``(n, dim)`` of texts in the space of a modality's features.
 

@@ -44,6 +44,7 @@ from scripts.commands import (
     top,
     train,
     tune,
+    tune_host,
     weights,
     zeroshot,
 )
@@ -120,6 +121,7 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
     "serve": ("--config mine/settings.yaml --port 8080",),
     "publish": ("POST_ID OTHER_ID", "--file ids.txt --priority 5", "--untagged"),
     "retag": ("--bundle-older-than current",),
+    "tune-host": ("--config mine/settings.yaml", "--seconds 240 --videos 0 --images 3"),
     "status": ("--json",),
     "top": ("--config mine/settings.yaml", "--once --json"),
     "show": ("POST_ID",),
@@ -192,6 +194,7 @@ def commands() -> Mapping[str, Mapping[str, Runs | Group]]:
             "serve": flask_server.SCRIPT,
             "publish": publish.publish,
             "retag": retag.retag,
+            "tune-host": tune_host.tune_host,
             "status": status.status,
             "top": top.top,
             "show": show.show,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import typer
 
 from common.cli import ConfigFile, Overrides, read_options
 from common.errors import ConfigError
+from common.processes import cores
 from config.load import load_settings, validate
 from config.settings import Settings
 from corpus.extract.work import POSTS_OF_MANIFEST, Kind
@@ -140,11 +140,6 @@ def options_of(kind: Kind, line: CommandLine) -> Options:
         workers=workers,
         devices=devices,
     )
-
-
-def cores() -> int:
-    """Count the CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0))
 
 
 def _placed(

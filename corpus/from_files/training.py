@@ -24,6 +24,7 @@ from common.errors import ConfigError, TaggingError
 from common.files import file_digest, write_whole
 from common.fingerprint import digest
 from common.post import Post
+from common.processes import cores
 from common.progress import notice, progress_bar
 from common.stages import run_stage
 from common.urls import is_url
@@ -34,7 +35,7 @@ from config.train import BackboneTrainSettings, TrainSettings
 from corpus.build.command import Options as BuildOptions
 from corpus.build.command import build
 from corpus.build.label_map import count_labels, order_labels
-from corpus.extract.options import cores, parse
+from corpus.extract.options import parse
 from corpus.extract.run import extract
 from corpus.extract.work import Kind
 from corpus.from_files.posts import LABELS, PostEntry, read_own_posts

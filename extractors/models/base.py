@@ -271,7 +271,11 @@ class PictureEncoder(Encoder):
 
 
 class RowExtractor(Extractor):
-    """Arrays of rows for an encoder: ``(n, *shape)`` -> float16 ``(n, dim)``, a row for each."""
+    """Arrays of rows for an encoder: ``(n, *shape)`` -> float16 ``(n, dim)``, a row for each.
+
+    Attributes:
+        batch_size: Rows of a pass at most; features do not depend on it, but for rounding.
+    """
 
     def __init__(
         self,
@@ -282,7 +286,7 @@ class RowExtractor(Extractor):
         batch_size: int,
     ) -> None:
         self.name = name
-        self._encoder, self._batch_size = encoder, batch_size
+        self._encoder, self.batch_size = encoder, batch_size
         self._shape, self._dtype = shape, np.dtype(dtype)
 
     def close(self) -> None:
@@ -310,7 +314,7 @@ class RowExtractor(Extractor):
         """
         borders = np.cumsum([0, *(len(item) for item in items)]).tolist()
         out = np.empty((borders[-1], self.dim), np.float16)
-        start, batch_size = 0, self._batch_size
+        start, batch_size = 0, self.batch_size
         while start < len(out):
             stop = min(start + batch_size, len(out))
             pieces = [

@@ -78,8 +78,8 @@ class TextExtractor(RowExtractor):
         """Encode token ids; texts of like length share a batch."""
         results = [np.empty((0, self.dim), np.float16) for _ in items]
         order = sorted((i for i, ids in enumerate(items) if len(ids)), key=lambda i: len(items[i]))
-        for start in range(0, len(order), self._batch_size):
-            batch = order[start : start + self._batch_size]
+        for start in range(0, len(order), self.batch_size):
+            batch = order[start : start + self.batch_size]
             for i, features in zip(batch, self._encode([items[i] for i in batch]), strict=True):
                 check_finite("text", features)
                 results[i] = features

@@ -89,7 +89,7 @@ class ClipExtractor(VisualExtractor):
 
     def load(self) -> None:
         super().load()
-        self._batch_size = max(1, self._frames_at_once // self._clips.frames)
+        self.batch_size = max(1, self._frames_at_once // self._clips.frames)
 
     def forward(self, items: Sequence[Rows]) -> list[Any]:
         return super().forward([self._cut(item) for item in items])

@@ -65,6 +65,7 @@ def test_every_benchmark_says_how_it_is_run(tmp_path: Path) -> None:
         ("latency", "p50_ms"),
         ("scale", "posts_per_s"),
         ("bundle_swaps", "swaps"),
+        ("forward", "items_per_s"),
     ],
 )
 def test_small_run_measures_every_case_and_writes_it(

@@ -78,6 +78,19 @@ def zero_shot() -> list[list[str]]:
     ]
 
 
+def forward() -> list[list[str]]:
+    rates = ("eager_fp32_per_s", "bf16_per_s", "bf16_compiled_per_s", "items_per_s", "limit_per_s")
+    rows = [row for row in results("forward") if "limit_per_s" in row]
+    return [
+        [
+            f"`{row['encoder'].rpartition('/')[2]}`",
+            *(f"{row[key]:,.{0 if row[key] > 10 else 1}f}" for key in rates),
+            f"{row['share_of_limit']:.2f}",
+        ]
+        for row in rows
+    ]
+
+
 def zoo() -> list[list[str]]:
     formats = {
         **dict.fromkeys(("gap", "gap_sd", "map"), ".4f"),
@@ -95,6 +108,7 @@ def zoo() -> list[list[str]]:
     [
         ("benchmarks.md", openclipart),
         ("models.md", no_weights),
+        ("performance.md", forward),
         ("models.md", zoo),
         ("zeroshot.md", zero_shot),
     ],
@@ -107,7 +121,7 @@ def test_a_table_shows_what_was_measured(page: str, rows: Callable[[], list[list
 
 def test_the_cost_of_encoders_is_what_was_measured() -> None:
     lines = (DOCS / "models.md").read_text(encoding="utf-8").splitlines()
-    for row in results("encoders"):
+    for row in results("forward"):
         [line] = [each for each in lines if f"| {ENCODERS[row['encoder']]} |" in each]
         assert f"| {row['ms']:{',.0f' if row['ms'] > 10 else '.1f'}} |" in line
 

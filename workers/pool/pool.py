@@ -21,6 +21,7 @@ from extractors.feature_file import stream_fingerprints
 from extractors.parts import slot_bytes
 from workers.fetch import Spool
 from workers.pool.channel import create_arena
+from workers.pool.placement import summary
 from workers.pool.scheduler import QueuedTask, Scheduler, WorkerLoad
 from workers.pool.supervisor import (
     ROLES,
@@ -133,6 +134,7 @@ class ProcessPool:
         """Start every worker; raises `ConfigError` where the spool folder cannot be used."""
         self._spool = Spool(self._settings.fetch.spool)
         self._arena = create_arena(self._slot_bytes * self._settings.workers.slots)
+        _log.info("workers.placed", **summary(self._settings))
         self._supervisor.on_time(time.monotonic(), restart=True)
 
     def submit(self, task: Task, *, deadline: float, priority: int = 0) -> int:
