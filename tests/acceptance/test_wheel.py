@@ -75,6 +75,8 @@ def test_everything_is_inside_one_package_with_its_files(wheel: Path) -> None:
     assert {top for top in tops if not top.endswith(".dist-info")} == {"insighttag"}
     assert "insighttag = insighttag.__main__:main" in scripts
     ours = {path.relative_to(ROOT) for path in tracked_files()}
+    # Containers are made of a checkout.
+    ours = {path for path in ours if path.parts[1:2] not in {("compose",), ("docker",), ("helm",)}}
     expected = {
         str(path if path.parts[0] == "insighttag" else "insighttag" / path)
         for path in ours
