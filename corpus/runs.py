@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,9 @@ from common.errors import ConfigError
 from common.files import lock_file
 
 _Stopper = TypeVar("_Stopper", bound="Stopper")
+
+# A signal ends a wait within this time: a person does not notice it, and it costs no CPU.
+_STEP_S = 0.1
 
 
 class Stopper:
@@ -32,6 +36,12 @@ class Stopper:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
+
+    def wait(self, seconds: float) -> None:
+        """Wait until a signal comes, but no longer than this."""
+        due = time.monotonic() + seconds
+        while not self.asked and (left_s := due - time.monotonic()) > 0:
+            time.sleep(min(left_s, _STEP_S))
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         self.asked = signal.Signals(number).name

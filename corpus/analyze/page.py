@@ -45,8 +45,8 @@ class Cards:
 
     def group(self, kind: str, group: Mapping[str, Any]) -> dict[str, Any]:
         """Return what the posts of a group share, and a card of each."""
-        found = {post_id: self._shared(post_id, group) for post_id in group["labels"]}
-        first = next((sources[0] for sources in found.values() if sources), None)
+        sources_of = {post_id: self._shared(post_id, group) for post_id in group["labels"]}
+        first = next((sources[0] for sources in sources_of.values() if sources), None)
         what, note = KIND_NAMES[kind], ""
         shared: tuple[MediaView, ...] = ()
         if kind == "exact_media" and first is not None:
@@ -56,7 +56,7 @@ class Cards:
                 shared = (self._view(*first, 1),)
         cards = []
         for post_id, labels in list(group["labels"].items())[:_MEMBERS]:
-            media = tuple(self._view(*source, i) for i, source in enumerate(found[post_id], 1))
+            media = tuple(self._view(*source, i) for i, source in enumerate(sources_of[post_id], 1))
             if kind == "exact_media":  # shown once, whatever each post calls it
                 media = tuple(MediaView(item.name) for item in media)
             text = shortened(self._tally.content_of(post_id)[0]) if kind == "near_text" else ""

@@ -66,8 +66,8 @@ def owner_scripts() -> set[str]:
         ROOT,
         *(ROOT / "scripts" / each for each in ("", "data_scripts", "mongo_supervisor")),
     )
-    found = (path for folder in folders for path in folder.glob("*.py"))
-    return {str(path.relative_to(ROOT)) for path in found if _starts(path)}
+    paths = (path for folder in folders for path in folder.glob("*.py"))
+    return {str(path.relative_to(ROOT)) for path in paths if _starts(path)}
 
 
 def _starts(path: Path) -> bool:

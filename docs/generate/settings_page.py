@@ -92,9 +92,9 @@ def _model(field: FieldInfo) -> type[BaseModel] | None:
 def _type(field: FieldInfo) -> str:
     text = _named(field.annotation)
     limits = [str(each) for each in field.metadata]
-    found = re.findall(r"\b(ge|gt|le|lt)=([\d.e-]+)", " ".join(limits))
+    bounds = re.findall(r"\b(ge|gt|le|lt)=([\d.e-]+)", " ".join(limits))
     signs = {"ge": "at least", "gt": "over", "le": "at most", "lt": "under"}
-    return ", ".join([text, *(f"{signs[name]} {value}" for name, value in found)])
+    return ", ".join([text, *(f"{signs[name]} {value}" for name, value in bounds)])
 
 
 def _named(annotation: Any) -> str:
@@ -145,10 +145,10 @@ def _default(field: FieldInfo) -> str:
 def _documented() -> dict[str, Any]:
     """Return the classes of the settings as they are written, with the words under their fields."""
     loader = griffe.GriffeLoader(search_paths=[str(ROOT)])
-    found: dict[str, Any] = {}
+    classes: dict[str, Any] = {}
     for name in _MODULES:
-        found |= {each.name: each for each in loader.load(name).classes.values()}
-    return found
+        classes |= {each.name: each for each in loader.load(name).classes.values()}
+    return classes
 
 
 def _meaning(model: type[BaseModel], name: str) -> str:

@@ -97,13 +97,13 @@ class BackboneReport:
         file, report = self.settings.data.valid, self.settings.report
         if predictions is None or file is None:
             return {}
-        wanted = {predictions.post_ids[row]: row for row in rows}
-        found: dict[int, PostView] = {}
+        rows_of = {predictions.post_ids[row]: row for row in rows}
+        views: dict[int, PostView] = {}
         for entry in entries(file):
             value = entry.value if isinstance(entry.value, dict) else {}
-            row = wanted.get(str(value.get("post_id")))
+            row = rows_of.get(str(value.get("post_id")))
             if row is not None:
-                found[row] = view_post(
+                views[row] = view_post(
                     predictions.post_ids[row],
                     value,
                     data_file=file,
@@ -111,4 +111,4 @@ class BackboneReport:
                     post_url=report.post_url,
                     thumbnails=report.thumbnails,
                 )
-        return found
+        return views

@@ -16,13 +16,11 @@ from config.fusion_models import ModelSettings
 from config.labels import LabelMap
 from config.load import validation_line
 from config.settings import Section
-from fusion.bundle.folder import ABOUT
+from fusion.bundle.folder import ABOUT, YamlLoader
 from fusion.metrics.calibration import Calibration
 
 WEIGHTS, LABELS = "model.safetensors", "labels.json"
 Averaging: TypeAlias = Literal["probabilities", "logits"]
-# Thresholds of 10,000 tags take Python's own reader 2 s; wheels bring the quick one.
-_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 class ModalityEntry(Section):
@@ -83,7 +81,7 @@ def read_about(folder: Path) -> About:
     """Return the content of a bundle's ``bundle.yaml``; BundleError where it cannot be read."""
     path = folder / ABOUT
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 - safe
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=YamlLoader)  # noqa: S506 - safe
         if not isinstance(content, dict):
             raise TypeError("must hold keys and values")
     except FileNotFoundError as error:
@@ -122,7 +120,7 @@ def check_files(folder: Path, about: About, *, whole: bool = True) -> LabelMap:
 
 
 def weight_files(members: int) -> tuple[str, ...]:
-    """Return the files of the weights of so many models."""
+    """Return the names of the weight files of a bundle with this many models."""
     return (WEIGHTS, *(f"members/{i}.safetensors" for i in range(1, members)))
 
 

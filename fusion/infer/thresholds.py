@@ -12,9 +12,9 @@ import yaml
 from common.errors import BundleError, ConfigError
 from common.files import write_whole
 from common.progress import track
-from config.labels import LabelMap
 from config.settings import InferSettings
-from fusion.bundle.about import LABELS, About, read_about
+from fusion.bundle.about import About, read_about
+from fusion.bundle.differences import BundleFiles
 from fusion.bundle.folder import ABOUT, later_version
 from fusion.data.dataset import FeatureFiles
 from fusion.data.posts import PostList
@@ -27,16 +27,16 @@ _BATCH = 256  # posts that are read and scored together; half is a little slower
 
 
 def read_thresholds(folder: Path) -> tuple[About, dict[str, float]]:
-    """Return what a bundle says of itself, and its thresholds by tag; or raise ConfigError."""
+    """Return the content of ``bundle.yaml``, and the thresholds by tag.
+
+    Raises:
+        ConfigError: The bundle is broken.
+    """
     try:
-        about = read_about(folder)
+        bundle = BundleFiles.read(folder, whole=False)
     except BundleError as error:
         raise ConfigError(str(error)) from error
-    labels = LabelMap.load(folder / LABELS)
-    if len(labels) != len(about.thresholds):
-        many = f"{len(about.thresholds)} thresholds for {len(labels)} labels"
-        raise ConfigError(f"{folder}: is broken: {many}")
-    return about, dict(zip(labels.names, about.thresholds, strict=True))
+    return bundle.about, dict(zip(bundle.labels.names, bundle.about.thresholds, strict=True))
 
 
 def write_thresholds(folder: Path, new: Mapping[str, float]) -> str:
@@ -88,9 +88,9 @@ def fit_to_posts(
     for row, result in zip(targets, results, strict=True):
         row[bundle.labels.encode(result.labels)] = True
     scores = np.stack([result.scores for result in results])
-    found = fit_thresholds(scores, targets, min_positives=min_positives, precision=precision)
-    fitted = {n: float(t) for n, t in zip(bundle.labels.names, found.tolist(), strict=True)}
-    return fitted, len(results), summary(scores, targets, found)
+    fitted = fit_thresholds(scores, targets, min_positives=min_positives, precision=precision)
+    by_tag = dict(zip(bundle.labels.names, map(float, fitted.tolist()), strict=True))
+    return by_tag, len(results), summary(scores, targets, fitted)
 
 
 def _checked(outcomes: list[Outcome], data: Path) -> Iterator[Result]:

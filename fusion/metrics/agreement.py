@@ -31,8 +31,8 @@ class Agreement:
 
     def __init__(self, first: Sequence[str], second: Sequence[str]) -> None:
         self.names = tuple(dict.fromkeys([*first, *second]))
-        place = {name: i for i, name in enumerate(self.names)}
-        self._columns = [np.array([place[n] for n in each], int) for each in (first, second)]
+        column_of = {name: i for i, name in enumerate(self.names)}
+        self._columns = [np.array([column_of[n] for n in each], int) for each in (first, second)]
         classes = len(self.names)
         self._posts = self._same = self._labelled = 0
         self._given = np.zeros((2, classes), np.int64)

@@ -51,8 +51,8 @@ def _steps(
     if "metrics" not in numbers:
         yield Advice("Measure: name a file of validation posts.", with_("data.valid=VALID.json"))
         return
-    found, base, test = numbers["metrics"], numbers["baseline"], numbers.get("test")
-    gap, posts = found["gap"], numbers["posts"]
+    metrics, base, test = numbers["metrics"], numbers["baseline"], numbers.get("test")
+    gap, posts = metrics["gap"], numbers["posts"]
     if posts < _LITTLE:
         split = ("python", "scripts/build_trainval_data.py", "--input", "POSTS.jsonl")
         rest = ("--features", "FEATURES", "--labels", "LABELS.json", "--out", "DATA")

@@ -196,14 +196,14 @@ def _earlier(folder: Path, run: Path | None) -> dict[str, Any] | None:
     """
     if run is None:
         return None
-    place = folder.relative_to(run) / NUMBERS
+    numbers_file = folder.relative_to(run) / NUMBERS
     for other in sorted(run.parent.glob("*"), reverse=True):
         if other.name >= run.name:
             continue
         try:
-            found = json.loads((other / place).read_text(encoding="utf-8"))
-            if isinstance(found["facts"], dict) and isinstance(found["metrics"]["gap"], float):
-                return dict(found)
+            numbers = json.loads((other / numbers_file).read_text(encoding="utf-8"))
+            if isinstance(numbers["facts"], dict) and isinstance(numbers["metrics"]["gap"], float):
+                return dict(numbers)
         except (OSError, ValueError, KeyError, TypeError):
             continue  # of another version, or without figures
     return None

@@ -104,11 +104,11 @@ def _of_database(settings: Settings, limit: int) -> dict[str, Any]:
     store = settings.store
     with open_queries(store) as queries:
         on_trial = newest_version(shadow_folder(settings.fusion))
-        found = [
+        pairs = [
             (each.post.post_id, each.result or {}, shadow, each.post.labels)
             for each, shadow in queries.on_trial(on_trial, limit)
         ]
-    if not found:
+    if not pairs:
         of = f" of {on_trial}" if on_trial is not None else ""
         raise ConfigError(
             f"bundle compare: no post of {store.database}.{store.collection} has "
@@ -116,11 +116,11 @@ def _of_database(settings: Settings, limit: int) -> dict[str, Any]:
             "that the daemon tags from then on have it"
         )
     # The latest of both: other bundles may have been served or tried before.
-    versions = Counter((shadow["version"], result["version"]) for _, result, shadow, _ in found)
+    versions = Counter((shadow["version"], result["version"]) for _, result, shadow, _ in pairs)
     latest = max(versions)
-    chosen = [each for each in found if (each[2]["version"], each[1]["version"]) == latest]
+    chosen = [each for each in pairs if (each[2]["version"], each[1]["version"]) == latest]
     names = [_named(chosen[0][1], "served"), _named(chosen[0][2], "shadow")]
-    left_out = len(found) - len(chosen)
+    left_out = len(pairs) - len(chosen)
     return {**_of_results(names, iter(chosen)), "of_other_versions": left_out}
 
 
@@ -231,15 +231,15 @@ def _add(
 ) -> None:
     import numpy as np
 
-    place = {name: i for i, name in enumerate(agreement.names)}
-    targets = np.zeros((len(post_ids), len(place)), np.bool_)
+    column_of = {name: i for i, name in enumerate(agreement.names)}
+    targets = np.zeros((len(post_ids), len(column_of)), np.bool_)
     for row, (post_id, names) in enumerate(zip(post_ids, labels, strict=True)):
         for name in names:
-            if name not in place:
+            if name not in column_of:
                 raise ConfigError(
                     f"{where}: post {post_id}: neither bundle knows the label {name!r}"
                 )
-            targets[row, place[name]] = True
+            targets[row, column_of[name]] = True
     labelled = np.array([bool(names) for names in labels], np.bool_)
     agreement.add(post_ids, sides[0], sides[1], targets, labelled)
 

@@ -1,6 +1,6 @@
-"""``insighttag doctor``: what would keep the daemon from tagging, each with its remedy.
+"""``insighttag doctor``: everything that would keep the daemon from tagging, and how to fix it.
 
-Starts nothing and changes nothing: embedded services that are down stay so.
+Starts nothing and changes nothing: embedded services that are down stay down.
 """
 
 from __future__ import annotations
@@ -41,8 +41,9 @@ _PACKAGES = ("torch", "torchvision", "transformers", "timm", "av", "openvino")
 _EXTRAS = {
     "export": "onnx",
     "heic": "pi-heif",
-    "s3": "s3fs",
+    "otel": "opentelemetry-sdk",
     "ray": "ray",
+    "s3": "s3fs",
     "tune": "optuna",
 }
 
@@ -63,17 +64,17 @@ def doctor(
     ] = 1000,
     quick: Annotated[
         bool,
-        typer.Option("--quick", help="Load no models: the bundle is not compared with them."),
+        typer.Option("--quick", help="Load no models, and do not compare the bundle with them."),
     ] = False,
     as_json: AsJson = False,
     config: Config = None,
     overrides: Overrides = None,
 ) -> None:
-    """Check what the daemon needs, and say for each fault what mends it.
+    """Check what the daemon needs, and say how to fix each fault.
 
     Packages, devices, broker, database, how posts are read by store.fields, weights, bundle, disk
-    space, ports, the King. Exit code 0: posts can be tagged; 1: something keeps it; 2: the settings
-    are wrong.
+    space, ports, the King. Exit code 0: posts can be tagged; 1: they cannot; 2: the settings are
+    wrong.
     """
     from deploy import embedded
 
@@ -131,23 +132,23 @@ def _version(package: str) -> str | None:
 def _devices(settings: Settings) -> Iterator[Check]:
     import torch
 
-    wanted = dict.fromkeys(
+    named = dict.fromkeys(
         [e.device for e in settings.workers.extractors] + [settings.fusion.device]
     )
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     gpus = [f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(count)]
-    there = {"cpu", *(f"cuda:{i}" for i in range(count))}
-    missing = [device for device in wanted if device not in there]
+    available = {"cpu", *(f"cuda:{i}" for i in range(count))}
+    missing = [device for device in named if device not in available]
     if missing:
-        said = f"{', '.join(missing)}: not there; this machine has {', '.join(gpus) or 'no GPU'}"
+        said = f"{', '.join(missing)}: not found; this machine has {', '.join(gpus) or 'no GPU'}"
         keys = "workers.extractors[].device and fusion.device"
         yield Check("devices", "failed", said, f"set {keys} to cpu, or install a driver of CUDA")
         return
     cores = len(os.sched_getaffinity(0))
     yield Check(
-        "devices", "ok", f"{', '.join(wanted)} used; {cores} cores, {', '.join(gpus) or 'no GPU'}"
+        "devices", "ok", f"{', '.join(named)} used; {cores} cores, {', '.join(gpus) or 'no GPU'}"
     )
-    if count and set(wanted) == {"cpu"}:
+    if count and set(named) == {"cpu"}:
         remedy = "set workers.extractors to [{device: cuda:0}]"
         yield Check("devices", "warning", f"{gpus[0]} is not used", remedy)
 
@@ -193,11 +194,11 @@ def _posts(
 
 
 def _shapes(settings: Settings, documents: Iterator[Mapping[str, Any]]) -> dict[str, Any]:
-    """Count what of documents is read, and what is not."""
+    """Count the fields of documents that can be read, and those that cannot."""
     from king.store.documents import NoIdError, dig, id_text, read_fields
 
     fields = settings.store.fields
-    found: Counter[str] = Counter()
+    posts_with: Counter[str] = Counter()
     unread: Counter[tuple[str, str]] = Counter()
     ids: Counter[str] = Counter()
     total = 0
@@ -211,14 +212,14 @@ def _shapes(settings: Settings, documents: Iterator[Mapping[str, Any]]) -> dict[
         else:
             ids[type(value).__name__] += 1
         post, left_out = read_fields("", document, fields)
-        found.update({f"{media.kind}s" for media in post.media})
-        found.update(name for name in ("text", "labels") if getattr(post, name))
+        posts_with.update({f"{media.kind}s" for media in post.media})
+        posts_with.update(name for name in ("text", "labels") if getattr(post, name))
         unread.update({(field, shape) for field, _, shape in left_out})
-    found["id"] = sum(ids.values())
+    posts_with["id"] = sum(ids.values())
     by_field = {
         name: {
             "path": getattr(fields, name),
-            "posts": found[name],
+            "posts": posts_with[name],
             "unread": {shape: n for (field, shape), n in unread.items() if field == name},
         }
         for name in ("id", *_FIELDS)
@@ -305,7 +306,7 @@ def _bundle(settings: Settings, weights: list[dict[str, Any]], *, quick: bool) -
     suite = ExtractorSuite(settings.features)
     try:
         suite.load()
-        given = suite.fingerprints
+        ours = suite.fingerprints
     except ConfigError as error:
         return Check("bundle", "failed", one_line(error), "set features as the bundle was trained")
     finally:
@@ -313,7 +314,7 @@ def _bundle(settings: Settings, weights: list[dict[str, Any]], *, quick: bool) -
     from common.fingerprint import mismatch
 
     needed = bundle.manifest.fingerprints
-    wrong = [line for key in needed if (line := mismatch({key: needed[key]}, given)) is not None]
+    wrong = [line for key in needed if (line := mismatch({key: needed[key]}, ours)) is not None]
     if wrong:
         remedy = "set features as the bundle was trained with, or train one with these"
         return Check("bundle", "failed", f"{folder}: {'; '.join(wrong)}", remedy)
@@ -328,14 +329,14 @@ def _disk(settings: Settings) -> Iterator[Check]:
         folders["cache.url"] = (Path(url.removeprefix("file://")), settings.cache.max_mb << 20)
     folders["king.health_file"] = (settings.king.health_file.parent, 1 << 20)
     for key, (folder, most_bytes) in folders.items():
-        there = folder.absolute()
-        while not there.exists():
-            there = there.parent
-        free = shutil.disk_usage(there).free
+        existing = folder.absolute()
+        while not existing.exists():
+            existing = existing.parent
+        free = shutil.disk_usage(existing).free
         said = f"{folder}: {free / _GIB:.1f} GiB free"
-        if not (there.is_dir() and os.access(there, os.W_OK)):
-            remedy = f"make {there} writable for this user, or set {key}"
-            yield Check(key, "failed", f"{folder}: {there} cannot be written", remedy)
+        if not (existing.is_dir() and os.access(existing, os.W_OK)):
+            remedy = f"make {existing} writable for this user, or set {key}"
+            yield Check(key, "failed", f"{folder}: {existing} cannot be written", remedy)
         elif free < most_bytes:
             most = f"{said}, and it may grow to {most_bytes / _GIB:.1f} GiB"
             state: Literal["failed", "warning"] = (
@@ -361,14 +362,14 @@ def _ports(settings: Settings) -> Iterator[Check]:
         elif key == "king.metrics" and king is not None and king["alive"]:
             yield Check(key, "ok", f"{host}:{port} is taken; a King runs")
         else:
-            remedy = f"let that be insighttag serve, or set {key} to another"
+            remedy = f"fine if that is insighttag serve; otherwise set {key} to another port"
             if key == "king.metrics":
-                remedy = f"end what listens there, or set {key} to another"
+                remedy = f"stop the program that listens there, or set {key} to another port"
             yield Check(key, "warning", f"{host}:{port}: {refused}", remedy)
 
 
 def _refused(host: str, port: int) -> str | None:
-    """Return why nothing can listen there, None when it can."""
+    """Return why a server could not listen on an address; None if it could."""
     with contextlib.suppress(socket.gaierror):
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         with socket.socket(family, socket.SOCK_STREAM) as probe:
@@ -390,6 +391,6 @@ def _king(settings: Settings) -> Check:
         return Check("king", "ok", f"{king.get('phase')}, pid {king['pid']}, seen {seen}")
     if king.get("phase") == "stopped":
         return Check("king", "ok", f"stopped {seen}")
-    said = f"ended without a word: pid {king['pid']}, last seen {seen}"
-    remedy = "insighttag work starts it again, and takes up what it left"
+    said = f"died: pid {king['pid']}, last seen {seen}"
+    remedy = "start it again with insighttag work; it goes on with the posts it had begun"
     return Check("king", "warning", said, remedy)

@@ -175,20 +175,20 @@ def _from_csv(text: str, path: Path) -> dict[str, Any]:
     rows: Sequence[list[str]] = [row for row in csv.reader(StringIO(text)) if row]
     if not rows or [cell.strip().lower() for cell in rows[0]] != ["tag", "threshold"]:
         raise ConfigError(f"--file {path}: the first line must be tag,threshold")
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for number, row in enumerate(rows[1:], 2):
         if len(row) != 2:
             raise ConfigError(f"--file {path}: row {number} has {len(row)} columns, not 2")
-        if row[0] in found:
+        if row[0] in values:
             raise ConfigError(f"--file {path}: row {number}: tag {row[0]!r} stands twice")
-        found[row[0]] = row[1]
-    return found
+        values[row[0]] = row[1]
+    return values
 
 
-def _known(found: Mapping[str, Any], tags: Mapping[str, float], where: str) -> dict[str, float]:
+def _known(values: Mapping[str, Any], tags: Mapping[str, float], where: str) -> dict[str, float]:
     """Check tags and values."""
     checked = {}
-    for tag, value in found.items():
+    for tag, value in values.items():
         if tag not in tags:
             raise ConfigError(f"{where}: the bundle has no tag {tag!r}{did_you_mean(tag, tags)}")
         try:

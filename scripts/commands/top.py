@@ -1,7 +1,7 @@
-"""``insighttag top``: the queue, the King and its workers at work, redrawn while one looks.
+"""``insighttag top``: the queue, the King and its workers, redrawn every second.
 
 The King's health file is read at each look; broker and database, whose answers may take seconds,
-are asked more seldom. Starts nothing.
+are asked less often. Starts nothing.
 """
 
 from __future__ import annotations
@@ -41,8 +41,7 @@ _LINE_EVERY_S = 30.0
 # connections for nothing; at double, the queue seems to stand still.
 _ASK_EVERY_S = 5.0
 _FAILURES = 5
-# A second signal is not needed to end it sooner than this.
-_STEP_S = 0.1
+
 # Rates and CPU are measured between two looks. At half, one batch more or less doubles a rate; at
 # double, a script that asks often waits for nothing.
 _ONCE_AFTER_S = 0.5
@@ -133,25 +132,19 @@ def top(
     if once:
         with Stopper() as stopper:
             looks.look()
-            _wait(_ONCE_AFTER_S, stopper)
+            stopper.wait(_ONCE_AFTER_S)
         _tell(looks.look(), as_json=as_json, whole=True)
         return
     if not terminal:
         with Stopper() as stopper:
             while not stopper.asked:
                 _tell(looks.look(), as_json=as_json, whole=False)
-                _wait(every_s, stopper)
+                stopper.wait(every_s)
         return
     with Stopper() as stopper, Live(screen=True, auto_refresh=False) as live:
         while not stopper.asked:
             live.update(screen(looks.look()), refresh=True)
-            _wait(every_s, stopper)
-
-
-def _wait(seconds: float, stopper: Stopper) -> None:
-    due = time.monotonic() + seconds
-    while not stopper.asked and (left_s := due - time.monotonic()) > 0:
-        time.sleep(min(left_s, _STEP_S))
+            stopper.wait(every_s)
 
 
 def _tell(look: Mapping[str, Any], *, as_json: bool, whole: bool) -> None:
@@ -211,7 +204,7 @@ def gpus() -> list[dict[str, float]]:
 
 def read_gpus(text: str) -> list[dict[str, float]]:
     """Read lines of nvidia-smi, ``0, 87, 1024, 143771``, but for fields that it does not know."""
-    found = []
+    gpus_read = []
     for row in text.splitlines():
         values = {}
         for name, cell in zip(
@@ -220,8 +213,8 @@ def read_gpus(text: str) -> list[dict[str, float]]:
             with contextlib.suppress(ValueError):  # [N/A]
                 values[name] = float(cell)
         if values:
-            found.append(values)
-    return found
+            gpus_read.append(values)
+    return gpus_read
 
 
 def line(look: Mapping[str, Any]) -> str:

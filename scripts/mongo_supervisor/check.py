@@ -32,8 +32,6 @@ from scripts.commands.common import DOWN, print_json
 from scripts.mongo_supervisor.checks import EXIT_CODES, as_dict, judge, log_look, show, worst
 from scripts.mongo_supervisor.snapshot import look
 
-# How late a signal is noticed between two looks.
-_STEP_S = 0.1
 NAMES = tuple(n for n, f in MonitorSettings.model_fields.items() if f.annotation is Threshold)
 _NAMES = ", ".join(NAMES)
 
@@ -162,8 +160,7 @@ def watch(settings: Settings, every_s: float, *, as_json: bool) -> int:
                 show(checks, redraw=True)
             else:
                 log_look(checks)
-            while not stopper.asked and (left_s := due - time.monotonic()) > 0:
-                time.sleep(min(left_s, _STEP_S))
+            stopper.wait(due - time.monotonic())
     return 0
 
 

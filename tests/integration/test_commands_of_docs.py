@@ -24,6 +24,7 @@ from config.tag_rules import TagFile
 from config.tags import TagTexts
 from config.train import BackboneTrainSettings, TrainSettings
 from tests.support.docs.shell import FENCE, PAGES, ROOT, Command, blocks, commands
+from tests.unit.test_house_style import modules
 from web import openapi
 
 MODELS: tuple[type[BaseModel], ...] = (
@@ -37,18 +38,7 @@ MODELS: tuple[type[BaseModel], ...] = (
 # Files of other programs, by the key that tells them.
 FOREIGN = {"scrape_configs", "services", "apiVersion"}
 SECTIONS = {name for model in MODELS[:4] for name in model.model_fields}
-PRODUCT = (
-    "common",
-    "config",
-    "corpus",
-    "deploy",
-    "extractors",
-    "fusion",
-    "king",
-    "scripts",
-    "web",
-    "workers",
-)
+
 _OUR_FILE = re.compile(r"(?:config|deploy|bench)/[\w./-]+\.\w+")
 _DOTTED = re.compile(r"(?<!`)`([a-z_0-9]+(?:\.[a-z_0-9]+)+)`(?!`)")
 _ENDPOINT = re.compile(r"(?<![A-Za-z_.])(/v1/[\w{}/]+|/(?:healthz|readyz|openapi\.json)\b)")
@@ -181,8 +171,7 @@ def test_yaml_of_a_page_holds_keys_that_exist_and_values_that_are_taken(
 
 @cache
 def code() -> str:
-    files = [path for name in PRODUCT for path in sorted((ROOT / name).rglob("*.py"))]
-    return "\n".join(path.read_text(encoding="utf-8") for path in [*files, *ROOT.glob("*.py")])
+    return "\n".join(path.read_text(encoding="utf-8") for path in modules())
 
 
 def exists(name: str) -> bool:

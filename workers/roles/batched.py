@@ -79,6 +79,7 @@ descriptors are left. Not EIO and ENOMEM, which FFmpeg gives for damaged files t
 
 _BUNDLE_FILES = ("bundle.yaml", "model.safetensors", "labels.json")
 _KEPT_TAGS = "tags.yaml"
+"""Name of the file of `fusion.tags` in the copy of the last good bundle."""
 _Signature: TypeAlias = list[tuple[int, int, int] | None]
 
 _QUICK_SHADOW_S = 0.1
@@ -88,7 +89,6 @@ on a host that is busy for a moment; at double, posts wait twice as long for wha
 
 _NO_SCORES = np.zeros(0)
 """In place of the scores of a bundle on trial, which nobody reads: they are most of a message."""
-"""Name of the file of `fusion.tags` in the copy of the last good bundle."""
 
 _log = structlog.get_logger()
 
