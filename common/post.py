@@ -143,7 +143,7 @@ class Tag:
 
 @dataclass(frozen=True, slots=True)
 class NearMiss:
-    """A tag that is not given, whose score is near its threshold."""
+    """A tag that the post does not get, with a score near its threshold."""
 
     id: int | str
     name: str

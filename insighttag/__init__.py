@@ -6,7 +6,7 @@
         result = tagger.tag(text="a red car", images=["car.jpg"])
         print([(tag.name, tag.score) for tag in result.tags])
 
-Models are loaded by `Tagger.load`, `extract` and `train`, and not by the import. docs/python.md
+The import loads no models: `Tagger.load`, `extract` and `train` do. See docs/python.md.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
-# In a checkout these are top-level packages; in a wheel they lie in this one.
+# In a checkout these are top-level packages; in a wheel they are inside this one.
 _OURS = (
     *("common", "config", "corpus", "deploy", "extractors", "fusion", "king", "scripts", "web"),
     "workers",
@@ -23,7 +23,7 @@ _OURS = (
 
 
 def _refuse_others() -> None:
-    """Refuse other modules under our names: in a notebook its folder's go before a checkout's."""
+    """Refuse other modules with our names: those in a notebook's folder are found before ours."""
     root = Path(__file__).resolve().parent.parent
     if not (root / "common" / "errors.py").exists():
         return

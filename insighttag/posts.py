@@ -1,4 +1,4 @@
-"""Posts as a program gives them: files by path, URL or content, pictures as arrays too."""
+"""Posts from a program: files by path, URL or content, pictures as arrays too."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ if TYPE_CHECKING:
 FileInput: TypeAlias = "str | os.PathLike[str] | bytes"
 """A path, a URL, or the content of a file."""
 ImageInput: TypeAlias = "str | os.PathLike[str] | bytes | npt.NDArray[np.uint8] | Image"
-"""Also a picture: uint8 ``(height, width)``, or with 3 or 4 channels (RGB, RGBA), or Pillow's."""
+"""Like `FileInput`, or a picture: uint8 ``(height, width)``, or with 3 or 4 channels (RGB, RGBA),
+or Pillow's."""
 
 
 class PostInput(TypedDict, total=False):
-    """A post; every key may be left out, and other keys of data files do no harm."""
+    """A post; every key may be left out, and the other keys of data files are allowed."""
 
     post_id: str
     text: str | None
     ocr: str | None
-    """Text in the pictures; without, it is read there."""
+    """Text in the pictures; when left out, it is read from them."""
     images: Sequence[ImageInput]
     videos: Sequence[FileInput]
     audios: Sequence[FileInput]
@@ -37,12 +38,15 @@ class PostInput(TypedDict, total=False):
 
 
 def read_post(post: PostInput, where: str, folder: Path) -> Post:
-    """Return a post whose media are paths and URLs; ConfigError names what it cannot be.
+    """Return a post whose media are paths and URLs.
 
     Args:
-        post: As it was given.
-        where: Its place, for errors; its ID where it has none.
-        folder: Takes the files of media that are no files.
+        post: The caller's post.
+        where: Names the post in errors, and is its ID if it has none.
+        folder: Media that are not files yet are written here.
+
+    Raises:
+        ConfigError: A key or a value is wrong.
     """
     from fusion.data.data_file import MEDIA_KEYS, POST_KEYS, post_to_tag
 
@@ -97,14 +101,13 @@ def _picture(media: Any, where: str) -> Image:
         return media if media.mode in ("1", "L", "LA", "P", "RGB", "RGBA") else media.convert("RGB")
     if not isinstance(media, np.ndarray):
         raise ConfigError(
-            f"{where}: must be a path, a URL, bytes, an array or a picture of Pillow: got "
-            f"{_kind(media)}"
+            f"{where}: must be a path, a URL, bytes, an array or a Pillow image: got {_kind(media)}"
         )
     channels = media.shape[2] if media.ndim == 3 else 0
     if media.dtype != np.uint8 or media.ndim not in (2, 3) or channels not in (0, 3, 4):
         raise ConfigError(
-            f"{where}: an array must be uint8 (height, width), or with 3 or 4 channels behind them "
-            f"(RGB, RGBA): got {media.dtype} {media.shape}"
+            f"{where}: an array must be uint8, (height, width) or (height, width, 3 or 4) for RGB "
+            f"or RGBA: got {media.dtype} {media.shape}"
         )
     if not media.size:
         raise ConfigError(f"{where}: the array is empty: {media.shape}")

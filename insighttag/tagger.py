@@ -1,4 +1,4 @@
-"""`Tagger` and `extract`: posts to tags or features, by the executor that every path has."""
+"""`Tagger` and `extract`: from posts to tags or features, by the same executor as everywhere."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     from workers.runner import PostRunner
 
 Overrides = Mapping[str, object]
-"""Settings by their path, as ``{"features.image.batch_size": 8}``, or nested."""
+"""Settings by their path, such as ``{"features.image.batch_size": 8}``, or nested."""
 
 
 class Tagger:
-    """A bundle and its encoders, loaded in this process; tag posts with it, then `close` it.
+    """A bundle and its encoders, loaded into this process; tag posts with it, then `close` it.
 
-    `tag` may be called by several threads; their posts run one after the other.
+    Several threads may call `tag`; their posts run one after the other.
 
     Attributes:
         labels: Names of all tags, by their ID.
@@ -38,11 +38,11 @@ class Tagger:
     """
 
     def __init__(self, runner: PostRunner, labels: Sequence[str]) -> None:
-        """Take a runner that has been started; `load` makes one."""
+        """Use a runner that has been started; `load` is the usual way to get a Tagger."""
         self.labels = tuple(labels)
         self.model, self.version = runner.bundle or ("", "")
         self._runner = runner
-        # Also at the end of the process, for who forgets: its thread must not outlive the models.
+        # Also at exit, if nobody called `close`: its thread must not outlive the models.
         self._close = weakref.finalize(self, runner.close)
 
     @classmethod
@@ -57,15 +57,15 @@ class Tagger:
         """Load a bundle and its encoders.
 
         Args:
-            bundle: Its folder.
-            config: File of settings; without, ``settings.yaml`` next to the bundle, where
-                `insighttag train` has put it, or else the defaults.
-            overrides: Settings that go before the file's.
-            device: ``cpu`` or ``cuda:N``; without, that of the settings.
+            bundle: The bundle's folder.
+            config: Settings file; by default the ``settings.yaml`` that `insighttag train` writes
+                next to the bundle, or the built-in defaults if there is none.
+            overrides: Settings that override those of the file.
+            device: ``cpu`` or ``cuda:N``; by default the device in the settings.
 
         Raises:
-            ConfigError: There is no such bundle, it is broken or made for other encoders, weights
-                are missing, or a setting is wrong.
+            ConfigError: The bundle is missing, broken or made for other encoders, weights are
+                missing, or a setting is wrong.
         """
         from config.labels import LabelMap
         from config.load import settings_beside
@@ -90,21 +90,21 @@ class Tagger:
     ) -> TagResult:
         """Return the tags of one post.
 
-        Media that cannot be used cost their modality: `TagResult.failures` says why.
+        A modality whose media cannot be used fails, and `TagResult.failures` says why.
 
         Args:
-            text: Its text.
+            text: The post's text.
             images: Paths, URLs, bytes, uint8 arrays ``(height, width[, channels])`` in RGB, or
-                pictures of Pillow.
-            videos: Paths, URLs or bytes; as `audios`.
-            audios: Sounds.
-            ocr: Text in its pictures; without, it is read there.
-            post_id: `TagResult.post_id`.
+                Pillow images.
+            videos: Paths, URLs or bytes.
+            audios: Paths, URLs or bytes.
+            ocr: Text in the pictures; by default it is read from them.
+            post_id: The post's ID, as in the result.
 
         Raises:
-            ConfigError: An argument is wrong, or a file is not there.
-            NothingUsable: Nothing of the post can be used.
-            RetryableError: The same, but downloads may succeed later.
+            ConfigError: An argument is wrong, or a file does not exist.
+            NothingUsable: Nothing in the post can be used.
+            RetryableError: Nothing in the post can be used now, but a download may succeed later.
         """
         post: PostInput = {
             **{"post_id": post_id, "text": text, "ocr": ocr},
@@ -114,14 +114,14 @@ class Tagger:
             return self._open().run(ready).result
 
     def tag_many(self, posts: Iterable[PostInput]) -> Iterator[TagResult]:
-        """Yield the result of each post, in their order, while they are read.
+        """Yield the result of each post, in order, as the posts are read.
 
-        A post of which nothing can be used has ``status == "failed"`` and an `error`, as with
-        `insighttag tag`. Posts are dicts with the arguments of `tag`; one without `post_id` is
-        named by its place: ``post 1``.
+        A post with nothing that can be used has ``status == "failed"`` and an `error`, as with
+        `insighttag tag`. Posts are dicts with the arguments of `tag`; without `post_id` they are
+        called ``post 1``, ``post 2`` and so on.
 
         Raises:
-            ConfigError: A post has wrong keys or values, or a file of it is not there.
+            ConfigError: A post has wrong keys or values, or one of its files does not exist.
         """
         from workers.runner import result_of
 
@@ -131,7 +131,7 @@ class Tagger:
             yield result
 
     def close(self) -> None:
-        """Free the models; may be called again."""
+        """Free the models; calling it twice is fine."""
         self._close()
 
     def __enter__(self) -> Self:
@@ -158,20 +158,20 @@ def extract(
     overrides: Overrides | None = None,
     device: str | None = None,
 ) -> Iterator[Features]:
-    """Yield the features of each post, in their order; the models are loaded once.
+    """Yield the features of each post, in order; the models are loaded once.
 
-    `Features.arrays` has a float16 array ``(n, dim)`` for each stream that the post has; what
-    cannot be used is in `Features.failures`.
+    `Features.arrays` has a float16 array ``(n, dim)`` for each stream that the post has;
+    `Features.failures` says which modalities could not be used, and why.
 
     Args:
-        posts: As those of `Tagger.tag_many`.
-        preset: The encoders: docs/encoders.md; ``small`` without `config`.
-        config: File of settings, as ``settings.yaml`` next to a bundle.
-        overrides: Settings that go before the file's and the preset's.
-        device: ``cpu`` or ``cuda:N``; without, that of the settings.
+        posts: Dicts, as for `Tagger.tag_many`.
+        preset: The encoders (docs/encoders.md); ``small`` if there is no `config`.
+        config: Settings file, such as the ``settings.yaml`` next to a bundle.
+        overrides: Settings that override those of the file and the preset.
+        device: ``cpu`` or ``cuda:N``; by default the device in the settings.
 
     Raises:
-        ConfigError: A setting or a post is wrong, a file is not there, or weights are missing.
+        ConfigError: A setting or a post is wrong, a file does not exist, or weights are missing.
     """
     chosen = preset or ("small" if config is None else None)
     encoders = {"features.preset": chosen} if chosen else {}
@@ -198,13 +198,13 @@ def _runner(settings: Settings, device: str | None, *, fuse: bool) -> PostRunner
 
     if device is not None and not re.fullmatch(r"cpu|cuda:\d+", device):
         raise ConfigError(f"device: must be cpu or cuda:N, as cuda:0: got {device!r}")
-    # Features of what there is: with all modalities named, a post without any has none.
+    # With all modalities named, a post that has none gives no features instead of an error.
     only = None if fuse else frozenset(MODALITIES)
     return local_runner(settings, fuse=fuse, device=device, modalities=only).__enter__()
 
 
 def _settings(file: Path | None, overrides: Overrides | None, own: Overrides) -> Settings:
-    """Return the settings of a file with our own and, over these, the caller's."""
+    """Return the settings of a file, overridden by our own, and these by the caller's."""
     from config.load import nested, settings_with
     from config.presets import merge
 
@@ -215,7 +215,7 @@ def _settings(file: Path | None, overrides: Overrides | None, own: Overrides) ->
 
 
 def quiet_logs(settings: Settings) -> None:
-    """Write warnings alone to standard error, unless the program has set up structlog itself."""
+    """Log only warnings and errors, unless the program has set up structlog itself."""
     import structlog
 
     from common.logs import configure_logs
@@ -234,14 +234,14 @@ def _post(post: PostInput, where: str) -> Iterator[Post]:
 def _several(posts: Any) -> Iterable[PostInput]:
     if isinstance(posts, (str, bytes, os.PathLike, Mapping)):
         raise ConfigError(
-            f"posts: must be several posts, each a dict: got {type(posts).__name__}; files of "
-            "posts are for `insighttag tag` and `train`"
+            f"posts: must be several posts, each a dict: got {type(posts).__name__}; to tag a file "
+            "of posts use the command `insighttag tag`"
         )
     return posts  # type: ignore[no-any-return]
 
 
 def _check_bundle(folder: Path) -> None:
-    """Refuse what is no bundle, before the encoders take their time to load."""
+    """Refuse a folder that is not a bundle, before the slow loading of the encoders."""
     from fusion.bundle.folder import ABOUT
 
     if (folder / ABOUT).is_file():

@@ -1,4 +1,4 @@
-"""`train`: from files of posts to a bundle, as `insighttag train` does it."""
+"""`train`: from files of posts to a bundle, like the command `insighttag train`."""
 
 from __future__ import annotations
 
@@ -30,33 +30,34 @@ def train(
 ) -> Path:
     """Train on posts in files, and return the folder of the bundle.
 
-    What `insighttag train` writes is in `out`: the bundle, ``settings.yaml`` for serving, the
-    report, features, and the test posts' tags. Interrupted, the same call goes on.
+    Writes the same files as `insighttag train` to `out`: the bundle, ``settings.yaml`` for serving,
+    the report, features, and the tags of the test posts. After an interruption the same call
+    resumes.
 
     Args:
         posts: A folder of media, a table ``.csv``, or a data file ``.jsonl`` or ``.json``.
-        out: Folder for everything; need not exist.
-        labels: Of a folder of media: a table with the columns ``file`` and ``labels``.
-        preset: The encoders; ``small`` without `config`.
-        config: File of settings of the extractors.
+        out: Output folder; it is created if it does not exist.
+        labels: For a folder of media: a table with the columns ``file`` and ``labels``.
+        preset: The encoders; ``small`` if there is no `config`.
+        config: Settings file of the extractors.
         overrides: Settings of the extractors (``{"features.image.image_size": 160}``) or of the
             training (``{"trainer.epochs": 5}``).
-        valid: Share of the posts that chooses epoch and thresholds.
-        test: Share that is only measured on.
-        seed: Of the split.
-        min_posts: Tags with fewer posts are left out.
+        valid: Share of the posts used to choose the epoch and the thresholds.
+        test: Share of the posts used only to measure.
+        seed: Seed of the split.
+        min_posts: Leave out tags with fewer posts.
         skip_bad: Leave out posts with mistakes, and list them.
-        restart: Begin anew in a folder that was begun.
+        restart: Start over in a folder with an earlier training.
 
     Raises:
-        ConfigError: The posts or the settings are wrong, or `out` was begun with others.
+        ConfigError: The posts or the settings are wrong, or `out` has a training with others.
     """
     for name, share in (("valid", valid), ("test", test)):
         if not isinstance(share, (int, float)) or not 0 <= share < 1:
             raise ConfigError(f"{name}: must be a share, from 0 to below 1: got {share!r}")
     for name, count, least in (("seed", seed, 0), ("min_posts", min_posts, 1)):
         if not isinstance(count, int) or count < least:
-            raise ConfigError(f"{name}: must be a whole number from {least} on: got {count!r}")
+            raise ConfigError(f"{name}: must be a whole number, at least {least}: got {count!r}")
     from config.load import nested
     from scripts.commands.train import settings_of_own, train_and_measure
 

@@ -15,8 +15,8 @@ from insighttag import ConfigError, train
     [
         ({"valid": 2.0}, "valid: must be a share, from 0 to below 1: got 2.0"),
         ({"test": "a"}, "test: must be a share, from 0 to below 1: got 'a'"),
-        ({"seed": -1}, "seed: must be a whole number from 0 on: got -1"),
-        ({"min_posts": 0}, "min_posts: must be a whole number from 1 on: got 0"),
+        ({"seed": -1}, "seed: must be a whole number, at least 0: got -1"),
+        ({"min_posts": 0}, "min_posts: must be a whole number, at least 1: got 0"),
         ({"config": "none.yaml"}, "none.yaml: no such file"),
         ({"preset": "tiny"}, "overrides: features.preset: Input should be 'classic'"),
         ({"overrides": {"trainr.epochs": 1}}, "overrides: trainr: unknown key; did you mean 'tra"),
