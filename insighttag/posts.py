@@ -106,7 +106,7 @@ def _picture(media: Any, where: str) -> Image:
     channels = media.shape[2] if media.ndim == 3 else 0
     if media.dtype != np.uint8 or media.ndim not in (2, 3) or channels not in (0, 3, 4):
         raise ConfigError(
-            f"{where}: an array must be uint8, (height, width) or (height, width, 3 or 4) for RGB "
+            f"{where}: an array must be uint8 (height, width), or (height, width, 3 or 4) for RGB "
             f"or RGBA: got {media.dtype} {media.shape}"
         )
     if not media.size:

@@ -32,6 +32,7 @@ def test_who_waits_says_so_and_for_how_long(tmp_path: Path, deaf: str) -> None:
     folders += ["--set", f"king.health_file={tmp_path / 'king.json'}"]
     store = ["--set", f"store.url={AWAY}", "--set", "store.timeout_s=4"]
     broker = ["--set", f"broker.url={deaf}", "--set", "broker.socket_timeout_s=4"]
+    patient = [word.replace("_s=4", "_s=90") for word in (*store, *broker)]
     asked = {
         "show": (["show", "p", *store], f"database {AWAY}: no answer yet", "at most 4 s", 1),
         "publish": (["publish", "p", *broker], f"broker {deaf}: no answer yet", "at most 4 s", 1),
@@ -41,8 +42,8 @@ def test_who_waits_says_so_and_for_how_long(tmp_path: Path, deaf: str) -> None:
             "at most 91 s",
             1,
         ),
-        # With no embedded Redis, which would outlive a King that is killed.
-        "work": (["work", *store, *broker], "king.waiting", "until it answers", -9),
+        # Without the embedded Redis, which would outlive a King that is killed.
+        "work": (["work", *patient], "king.waiting", "until it answers", -9),
     }
     environment = {**os.environ, "INSIGHTTAG_LOG__FORMAT": "pretty", "NO_COLOR": "1"}
     begun = {
