@@ -32,9 +32,9 @@ def cores(quota: Path = _CPU_QUOTA) -> int:
 
 
 def python_path(environ: Mapping[str, str]) -> str:
-    """Return the PYTHONPATH of a process that shall import our packages, as this one does.
+    """Return a PYTHONPATH with which a new process imports the same packages of ours.
 
-    Installed, they are found without: site-packages would go before the standard library.
+    Installed ones need none: site-packages would then come before the standard library.
     """
     root = str(Path(__file__).resolve().parents[__name__.count(".")])
     others = [path for path in environ.get("PYTHONPATH", "").split(os.pathsep) if path]

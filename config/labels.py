@@ -59,7 +59,7 @@ class LabelMap:
         texts = [str(name) for name in names]
         twice, count = Counter(texts).most_common(1)[0]
         if count > 1:
-            raise ConfigError(f"{where}: name {twice!r} stands twice")
+            raise ConfigError(f"{where}: name {twice!r} appears twice")
         return cls(tuple(texts), where)
 
     @classmethod

@@ -1,7 +1,7 @@
-"""JSON Schemas of the settings, for editors: each key with its type, its default, and its words.
+"""JSON Schemas of the settings, for editors: each key with its type, default and description.
 
-The words are the docstring under the key. Keys whose name says enough in the code have theirs in
-`WORDS`, since an editor shows the key alone.
+The description is the docstring under the key. Keys whose names say enough in the code have theirs
+in `WORDS`, since an editor shows only the key.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from config.settings import Section
 
 WORDS: Mapping[str, str] = MappingProxyType(
     {
-        "arch": "Name of the encoder, as its library has it; docs/encoders.md.",
-        "batch_size": "Inputs that pass the model together.",
-        "connect_timeout_s": "Seconds until a connection must stand.",
+        "arch": "Name of the encoder in its library; docs/encoders.md.",
+        "batch_size": "Inputs that the model takes at once.",
+        "connect_timeout_s": "Seconds to connect.",
         "deadline_s": "Seconds that one task may take.",
         "device": "cpu, or cuda:N of this host.",
-        "dropout": "Share of values that are left out at random in training.",
-        "enabled": "False leaves it out.",
+        "dropout": "Share of values set to zero at random in training.",
+        "enabled": "Whether it is used.",
         "epochs": "Passes over the training posts.",
         "feed_forward": "Width of the layer between two attentions.",
         "fields": "Our names of a post's parts -> the platform's dotted paths.",
-        "folder": "Where its files lie.",
-        "heads": "Heads of each attention.",
-        "heartbeat_s": "Seconds between two signs of life.",
-        "interval_s": "Seconds between two looks.",
+        "folder": "Folder of its files.",
+        "heads": "Heads of each attention layer.",
+        "heartbeat_s": "Seconds between two heartbeats.",
+        "interval_s": "Seconds between two checks.",
         "join": "Width of the layer that joins both parts.",
         "labels": "File of the label map: index -> name.",
         "layers": "Number of layers.",
@@ -42,9 +42,9 @@ WORDS: Mapping[str, str] = MappingProxyType(
         "projection": "Width that inputs are projected to.",
         "read_timeout_s": "Seconds without a byte after which a download has failed.",
         "reduction": "Factor by which the gate is narrower than what it weighs.",
-        "threads": "CPU threads; null leaves the library's own choice where null is allowed.",
+        "threads": "CPU threads; null, where allowed: the library decides.",
         "timeout_s": "Seconds that one operation may take.",
-        "url": "Where it is: a URL; embedded:// starts one on this machine.",
+        "url": "Its URL; embedded:// starts one on this machine.",
         "weights": "pretrained, package, a path, or random:SEED; docs/encoders.md.",
         "width": "Width of the model.",
         "AsymmetricSettings.gamma_negative": "Strength for negatives; 0 is the plain loss.",
@@ -57,7 +57,7 @@ WORDS: Mapping[str, str] = MappingProxyType(
         "DataSettings.modalities": "Modalities that the model sees.",
         "DecodeSettings.max_pixels": "Larger pictures and frames are refused.",
         "ExtractorPlacement.extractors": "Encoders that these processes load.",
-        "FetchSettings.allow_private_hosts": "Let posts lead to addresses of the own network.",
+        "FetchSettings.allow_private_hosts": "Allow URLs with private addresses.",
         "FetchSettings.connections": "Downloads at once.",
         "FetchSettings.max_bytes": "Larger files are refused.",
         "FetchSettings.max_redirects": "More redirects of one download are refused.",
@@ -67,21 +67,21 @@ WORDS: Mapping[str, str] = MappingProxyType(
         "FieldMap.audios": "Sounds: URLs or objects with a URL.",
         "FieldMap.id": "ID of the post.",
         "FieldMap.images": "Pictures: URLs or objects with a URL.",
-        "FieldMap.labels": "True tags, where there are some.",
+        "FieldMap.labels": "True tags, if any.",
         "FieldMap.text": "Text of the post.",
         "FieldMap.videos": "Videos: URLs or objects with a URL.",
         "FusionSettings.bundle": "Folder of the bundle that is served.",
         "HttpSettings.max_body_bytes": "Larger requests are refused.",
         "HttpSettings.max_json_bytes": "Larger JSON bodies are refused.",
         "HttpSettings.max_text_chars": "Longer texts are refused.",
-        "HttpSettings.queue_s": "Seconds that a request waits while `posts` are in work.",
+        "HttpSettings.queue_s": "Seconds that a request waits while `posts` others are running.",
         "InferSettings.bundle": "Folder of the bundle.",
         "KingSettings.backoff_max_s": "Longest pause between two tries.",
         "KingSettings.backoff_s": "Pause before the second try; doubled before each further one.",
         "KingSettings.drain_timeout_s": "Seconds for posts in flight to finish on SIGTERM.",
-        "KingSettings.health_file": "What the daemon says about itself, for status and watchdog.",
+        "KingSettings.health_file": "State of the daemon, for status and watchdog.",
         "LogSettings.level": "The least important lines that are written.",
-        "LossSettings.name": "The loss that is taken.",
+        "LossSettings.name": "Name of the loss.",
         "MbtSettings.bottlenecks": "Tokens through which modalities exchange what they know.",
         "MonitorSettings.backlog": "Untagged posts older than `backlog_age_s`.",
         "MonitorSettings.dead_letters": "Posts that were set aside.",
@@ -91,8 +91,8 @@ WORDS: Mapping[str, str] = MappingProxyType(
         "MonitorSettings.queue_depth": "Messages that wait.",
         "MonitorSettings.replica_lag_s": "Seconds that the slowest replica is behind.",
         "OcrSettings.max_chars": "More text of one picture is cut off.",
-        "OptimizerSettings.name": "The optimizer that is taken.",
-        "OptimizerSettings.step_factor": "Of the schedule step: the rate is multiplied by it.",
+        "OptimizerSettings.name": "Name of the optimizer.",
+        "OptimizerSettings.step_factor": "Factor of the learning rate at each step of `step`.",
         "StoreSettings.batch_size": "Posts that are read or written together.",
         "StoreSettings.collection": "Collection of the posts.",
         "StoreSettings.database": "Name of the database.",
@@ -100,9 +100,9 @@ WORDS: Mapping[str, str] = MappingProxyType(
         "TagEntry.name": "Name of the tag.",
         "TagTexts.tags": "The tags, in the order of their IDs.",
         "TextSettings.max_tokens": "Longer texts are cut off.",
-        "Threshold.critical": "From this value on it is critical; null: never.",
-        "Threshold.warning": "From this value on it warns; null: never.",
-        "TokenLimits": "Most tokens of this stream.",
+        "Threshold.critical": "Critical from this value on; null: never.",
+        "Threshold.warning": "Warn from this value on; null: never.",
+        "TokenLimits": "Maximum number of tokens of this stream.",
         "TrainerSettings.fix_random_seed": "Draw the same random numbers in every run.",
         "TwoWaySettings.negative": "Temperature over negatives.",
         "TwoWaySettings.positive": "Temperature over positives.",
@@ -139,7 +139,7 @@ def schema_of(model: type[Section], title: str) -> dict[str, Any]:
 
 
 def words_of(section: type[Section], key: str) -> str | None:
-    """Return the docstring under a key, or its entry of `WORDS`."""
+    """Return the docstring under a key, or its entry in `WORDS`."""
     if text := section.model_fields[key].description:
         return text
     owner = next(base for base in section.__mro__ if key in get_annotations(base))

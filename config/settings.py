@@ -148,17 +148,17 @@ class ExtractorPlacement(Section):
 
 
 class TagSettings(Section):
-    """How many tags a post is given, and by which names: docs/tags.md."""
+    """How many tags a post gets, and their names: docs/tags.md."""
 
     min_tags: Count = 0
-    """At least so many, the best scores first, also below their thresholds."""
+    """At least this many tags, those with the best scores, even below their thresholds."""
     max_tags: PositiveInt | None = None
-    """At most so many, the best scores."""
+    """At most this many tags, those with the best scores; null: no limit."""
     tags: Path | None = None
     """YAML file with tags to hide, rename or map; it is read again when it changes."""
     near_misses: Count = 3
-    """At most so many tags that are not given, with scores of at least half their thresholds, are
-    written as ``near_misses``."""
+    """At most this many tags that the post does not get, with scores of at least half their
+    thresholds, are written as ``near_misses``."""
 
     @model_validator(mode="after")
     def _some(self) -> TagSettings:
@@ -177,9 +177,9 @@ class FusionSettings(TagSettings):
     threads: PositiveInt = 1
     batch_size: PositiveInt = 64
     reload_s: Seconds = 0.5
-    """Interval at which the folders are checked for newer bundles."""
+    """Seconds between two checks of the folders for new bundles."""
     shadow: Path | None = None
-    """Folder of a bundle on trial; by default that of ``bundle`` with ``.shadow`` behind it."""
+    """Folder of a bundle on trial; by default that of ``bundle`` with ``.shadow`` added."""
 
 
 class WorkerSettings(Section):
@@ -481,17 +481,17 @@ class TraceSettings(Section):
     """OpenTelemetry: a span for each attempt at a post, with one for each stage."""
 
     endpoint: str | None = None
-    """URL for OTLP over HTTP, as ``http://127.0.0.1:4318/v1/traces``; null: no traces. Needs the
-    extra ``otel``; a log-in goes into ``OTEL_EXPORTER_OTLP_HEADERS``. docs/metrics.md"""
+    """URL for OTLP over HTTP, such as ``http://127.0.0.1:4318/v1/traces``; null: no traces. Needs
+    the extra ``otel``; credentials go into ``OTEL_EXPORTER_OTLP_HEADERS``. docs/metrics.md"""
     ratio: Annotated[float, Field(ge=0, le=1)] = 1.0
-    """Share of the posts that are traced; a message with a ``traceparent`` decides for itself."""
+    """Share of posts to trace; for a message with a ``traceparent``, the publisher decides."""
 
     @field_validator("endpoint")
     @classmethod
     def _http(cls, value: str | None) -> str | None:
         if value is not None and not _HTTP_URL.fullmatch(value):
             way_out = "use http:// or https://, as http://127.0.0.1:4318/v1/traces"
-            raise ValueError(f"{redact(value)!r} is no collector; {way_out}")
+            raise ValueError(f"{redact(value)!r} is not the URL of a collector; {way_out}")
         return value
 
 

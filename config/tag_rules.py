@@ -1,7 +1,7 @@
-"""Rules of serving: how many tags a post is given, and which it has on the platform.
+"""Rules of serving: how many tags a post gets, and their names and IDs on the platform.
 
-A bundle's tags may be hidden, renamed, or become one tag of the platform, by the file that
-``fusion.tags`` names. Imports no torch.
+The file in ``fusion.tags`` may hide or rename a bundle's tags, or map several to one tag of the
+platform. Imports no torch.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class TagFile(Section):
 
 @dataclass(frozen=True)
 class ServedTag:
-    """A tag as posts are given it, and the classes of the bundle that it stands for."""
+    """A tag that posts can get, and the classes of the bundle that it stands for."""
 
     id: TagId
     name: str
@@ -88,7 +88,7 @@ class ServedTag:
 
 @dataclass(frozen=True)
 class TagRules:
-    """How many tags a post is given, and by which names; by default as the bundle has them."""
+    """How many tags a post gets, and their names; by default unlimited, and the bundle's names."""
 
     min_tags: int = 0
     max_tags: int | None = None
@@ -127,9 +127,9 @@ class TagRules:
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
 
     def served(self, labels: LabelMap) -> tuple[ServedTag, ...]:
-        """Return the tags that posts of a bundle can be given, by the first class of each.
+        """Return the tags that posts can get, in the order of the first class of each.
 
-        Tags that get the same name are one.
+        Tags with the same name become one.
 
         Raises:
             ConfigError: The bundle lacks a tag that the file names, the file names one twice,
@@ -167,7 +167,7 @@ class TagRules:
         return tuple(served)
 
     def _id(self, name: str, classes: list[int], labels: LabelMap) -> TagId:
-        """Return the ID that the file gives, or else of the tag that had the name, or the first."""
+        """Return the ID in the file, or that of the bundle's tag of this name, or of the first."""
         mapped = self.file.map.get(name)
         if mapped is not None and mapped.id is not None:
             return mapped.id

@@ -59,7 +59,7 @@ class TagTexts(Section):
     def _unlike(self) -> TagTexts:
         name, count = Counter(tag.name for tag in self.tags).most_common(1)[0]
         if count > 1:
-            raise ValueError(f"tags: {name!r} stands twice")
+            raise ValueError(f"tags: {name!r} appears twice")
         if not self.templates:
             raise ValueError("templates: give at least one, such as {}")
         return self

@@ -96,7 +96,7 @@ class BundleSettings(Section):
     min_positives: PositiveInt = 5
     """Tags with fewer positives in validation take the threshold that suits all tags together."""
     precision: Positive | None = None
-    """Share of given tags that shall be right: thresholds are the lowest that give it. null takes
+    """Share of given tags that should be right: thresholds are the lowest that give it. null takes
     the thresholds with the best F1."""
     calibration: CalibrationName = "none"
     """Method that makes scores probabilities, fitted on validation before the thresholds."""

@@ -127,7 +127,7 @@ def _check(labels: LabelMap, operation: Operation, old: Sequence[str], new: Sequ
         if name not in labels.index:
             raise ConfigError(f"tag {name!r} is not in the label map")
     if any(len(set(names)) != len(names) for names in (old, new)):
-        raise ConfigError(f"{operation}: a name stands twice")
+        raise ConfigError(f"{operation}: a name appears twice")
     if any(not name.strip() for name in new):
         raise ConfigError(f"{operation}: a new name is empty")
     may_exist = set(old) if operation == "split" else set(labels.names)

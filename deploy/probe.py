@@ -1,10 +1,9 @@
-"""One look at the King for a container's health check: exit code 0 well, 1 not, and a line why.
+"""Health check of the King for containers: exit code 0 if healthy, otherwise 1, and one line why.
 
-    python -m deploy.probe            it makes progress, by the watchdog's own rules
+    python -m deploy.probe            it makes progress, by the watchdog's rules
     python -m deploy.probe --ready    it also takes posts
 
-A stall that only shows in what changes between two looks is not seen at once: let some looks in a
-row fail before the King is restarted.
+Some stalls only show over several looks: restart the King only after a few failures in a row.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ _POST = {
         "text": {"type": ["string", "null"], "description": "Its text."},
         "ocr": {
             "type": ["string", "null"],
-            "description": "Text in its pictures; without, or blank, it is read.",
+            "description": "Text in its pictures; if absent or blank, it is read from them.",
         },
         "images": {**_TEXTS, "description": "Pictures: paths or URLs."},
         "videos": {**_TEXTS, "description": "Videos: paths or URLs."},
@@ -32,7 +32,7 @@ _POST = {
         "labels": {**_TEXTS, "description": "Names of its true tags."},
         "features": {
             "type": ["string", "null"],
-            "description": "Its feature file; without, it is found by the ID.",
+            "description": "Its feature file; by default found by the ID.",
         },
         "author": {
             "type": ["string", "null"],

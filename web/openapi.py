@@ -135,7 +135,7 @@ def _row(name: str, schema: Mapping[str, Any], required: bool) -> Row:
 
 
 def _type(schema: Mapping[str, Any]) -> tuple[str, str]:
-    """Return a type in words, and the schema in it."""
+    """Return a type in words, and the name of the schema that it refers to."""
     if "$ref" in schema:
         name = schema["$ref"].split("/")[-1]
         return name, name

@@ -257,7 +257,7 @@ def candidates(
 
 
 def _split(device: str, names: Sequence[str], cores: int, threads: int) -> dict[str, Any]:
-    """Return a group on so many cores; one core has one thread."""
+    """Return a group that uses this many cores; one core has one thread."""
     threads = min(threads, cores)
     return group(device, names, math.ceil(cores / threads), threads)
 
@@ -495,7 +495,7 @@ def _trials(
     with ExitStack() as stack:
         runners: dict[str, PostRunner] = {}
         for i in range(rounds if together else 1):
-            # Every other round backwards: who comes after whom must not matter.
+            # Every other round runs backwards, so that the order does not matter.
             for name in list(values)[:: 1 if i % 2 == 0 else -1]:
                 if name not in runners:
                     if not together:

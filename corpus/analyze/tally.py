@@ -134,7 +134,7 @@ class Tally:
         labels = json.dumps(sorted(set(post.labels)))
         row = (post.post_id, labels, post.text[:_KEPT_CHARS], json.dumps(media))
         if not self._base.execute("INSERT OR IGNORE INTO posts VALUES (?, ?, ?, ?)", row).rowcount:
-            self._leave_out(entry.line, post.post_id, "post_id stands twice", "")
+            self._leave_out(entry.line, post.post_id, "post_id appears twice", "")
             return False
         self.posts += 1
         self.labels.add(post.post_id, post.labels)

@@ -268,7 +268,7 @@ Unknown = Literal["error", "skip_tag", "skip_post"]
 Check = Literal["quick", "full"]
 
 NO_LABELS = "no labels"
-TWICE = "post_id stands twice"
+TWICE = "post_id appears twice"
 UNKNOWN = "label not in the map"
 NO_FEATURES = "no feature file"
 BROKEN = "broken feature file"

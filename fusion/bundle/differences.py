@@ -1,4 +1,4 @@
-"""Bundles as their files tell of them, and what differs between two; without torch."""
+"""Descriptions of bundles from their files, and the differences of two; without torch."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class BundleFiles:
         return cls(folder, about, check_files(folder, about, whole=whole))
 
     def summary(self) -> dict[str, Any]:
-        """Return what a list shows of it."""
+        """Return the entry for a list of bundles."""
         about = self.about
         return {
             "folder": str(self.folder),
@@ -45,7 +45,7 @@ class BundleFiles:
         }
 
     def content(self) -> dict[str, Any]:
-        """Return all that is to be known of it, but the weights."""
+        """Return everything but the weights."""
         about = self.about
         return {
             **self.summary(),
@@ -67,9 +67,9 @@ class BundleFiles:
 
 
 def summary_of(folder: Path) -> dict[str, Any]:
-    """Return what a list shows of a folder; a bundle that lacks something has its ``error``.
+    """Return the entry of a folder for a list of bundles, with ``error`` if it is broken.
 
-    Weights are not read: of many bundles that takes minutes.
+    Weights are not read: for many bundles that would take minutes.
     """
     try:
         return BundleFiles.read(folder, whole=False).summary()
@@ -79,9 +79,9 @@ def summary_of(folder: Path) -> dict[str, Any]:
 
 
 def other_features(one: About, other: About) -> str | None:
-    """Return the first stream that two bundles take made in different ways, in one line.
+    """Return the first stream whose features differ between two bundles, in one line.
 
-    A stream that only one of them takes does not tell whether the extractors give it.
+    Streams that only one of them takes are not compared: the extractors may produce them.
     """
     theirs = other.fingerprints
     for stream, fingerprint in one.fingerprints.items():

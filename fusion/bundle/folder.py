@@ -1,4 +1,4 @@
-"""The folder of a bundle: its version, what replaces it, and what becomes of the one before.
+"""The folder of a bundle: read its version, replace it, and keep the earlier ones.
 
 Imports no torch.
 """

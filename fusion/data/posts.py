@@ -175,7 +175,7 @@ class PostList(Sequence[Record]):
     def positives(self) -> npt.NDArray[np.int64]:
         """Return the number of posts of each class, int64 ``(classes,)``."""
         rows = np.repeat(np.arange(len(self)), np.diff(self._ends))
-        pairs = np.unique(rows * len(self.labels) + self._indices)  # a label may stand twice
+        pairs = np.unique(rows * len(self.labels) + self._indices)  # a label may appear twice
         return np.bincount(pairs % len(self.labels), minlength=len(self.labels))
 
     def take(self, rows: npt.ArrayLike) -> PostList:
@@ -192,7 +192,7 @@ class PostList(Sequence[Record]):
         drop: list[int] = []
         for _, again in self._repeats():
             post_id = self[again].post_id
-            reason = f"{self.file(again)}: post {post_id!r} stands twice"
+            reason = f"{self.file(again)}: post {post_id!r} appears twice"
             if skip is None:
                 raise ConfigError(reason)
             skip(post_id, "repeated", reason)
@@ -225,7 +225,7 @@ def stratified_folds(
 
     Args:
         ends: ``(posts + 1,)``: the labels of post i are ``labels[ends[i]:ends[i + 1]]``.
-        labels: Indices of tags; one that stands twice counts once.
+        labels: Indices of tags; one that appears twice counts once.
         classes: Number of tags.
         folds: Number of parts; at least 2, and at most as many as there are posts.
         seed: Of the order in which posts are dealt.

@@ -20,14 +20,14 @@ _NAMED_POSTS = 20
 
 
 class Scored(NamedTuple):
-    """What one model says of some posts, both ``(posts, classes)`` in the order of its names."""
+    """One model's scores and tags of some posts, ``(posts, classes)`` in the order of its names."""
 
     scores: npt.NDArray[np.float64]
     given: npt.NDArray[np.bool_]
 
 
 class Agreement:
-    """Counts and sums over posts; `result` is what they say."""
+    """Counts and sums over posts; `result` turns them into figures."""
 
     def __init__(self, first: Sequence[str], second: Sequence[str]) -> None:
         self.names = tuple(dict.fromkeys([*first, *second]))

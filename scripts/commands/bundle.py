@@ -1,8 +1,7 @@
-"""``insighttag bundle``: what there is, what is served, what is on trial, and the way back.
+"""``insighttag bundle``: list, show, serve, try and roll back bundles.
 
-None of these commands needs torch: bundles are read by their files, checked by their digests, and
-put in place as they are. `compare` has the figures of two bundles, `thresholds` the scores from
-which on tags are given, `zeroshot` the adding of tags.
+None of these commands needs torch: they read the files of bundles, check the digests, and copy the
+files as they are. `compare`, `thresholds` and `zeroshot` have the other commands.
 """
 
 from __future__ import annotations
@@ -40,8 +39,8 @@ OtherFeatures = Annotated[
     bool,
     typer.Option(
         "--other-features",
-        help="Even where it takes other features than the bundle that is served: the settings are "
-        "changed too, and the daemon is started again.",
+        help="Allow other features than those of the served bundle: the settings must be changed "
+        "too, and the daemon restarted.",
     ),
 ]
 
@@ -51,14 +50,14 @@ def list_bundles(
         list[Path] | None,
         typer.Argument(
             metavar="DIR…",
-            help="Folders with bundles; those that fusion.bundle lies in by default.",
+            help="Folders with bundles; by default the one that holds fusion.bundle.",
         ),
     ] = None,
     as_json: AsJson = False,
     config: Config = None,
     overrides: Overrides = None,
 ) -> None:
-    """List the bundles of folders: which is served, which on trial, which are kept."""
+    """List the bundles in folders: served, on trial, kept, and others."""
     fusion = settings_of(config, overrides).fusion
     if folders is None:
         named = (fusion.bundle.resolve(), shadow_folder(fusion).resolve())
@@ -67,7 +66,7 @@ def list_bundles(
     bundles = []
     for folder in folders:
         if not folder.is_dir():
-            raise ConfigError(f"bundle list: {folder}: is no folder")
+            raise ConfigError(f"bundle list: {folder}: is not a folder")
         for each in sorted(folder.iterdir()):
             if not each.name.startswith(".") and (each / ABOUT).is_file():
                 bundles.append({"state": states.get(each.resolve(), ""), **summary_of(each)})
@@ -181,16 +180,16 @@ def use(
     config: Config = None,
     overrides: Overrides = None,
 ) -> None:
-    """Serve a bundle: it is put into fusion.bundle, the one there is kept next to it.
+    """Serve a bundle: copy it into fusion.bundle, and keep the old one next to it.
 
-    A running daemon serves it between two batches, within fusion.reload_s; one that is broken is
-    refused here, and what the daemon refuses is in insighttag status. No post is lost, and each has
-    the tags of one bundle.
+    A running daemon serves it from the next batch on, within fusion.reload_s. A broken bundle is
+    refused here; insighttag status shows what the daemon refuses. No post is lost, and no result
+    mixes two bundles.
     """
     fusion = settings_of(config, overrides).fusion
     bundle = _read("use", folder)
     if folder.resolve() == fusion.bundle.resolve():
-        raise ConfigError(f"bundle use: {folder} is fusion.bundle, and served already")
+        raise ConfigError(f"bundle use: {folder} is fusion.bundle, and is served already")
     done = _put("use", bundle, fusion.bundle, fusion, other_features, anew=False)
     say(f"{fusion.bundle} is {bundle.about.name} {done.version} now\n")
     _say_version("insighttag retag --bundle-older-than current", bundle, done)
@@ -209,8 +208,8 @@ def rollback(
 ) -> None:
     """Serve an earlier bundle again, as the latest: its tags replace those of the one in between.
 
-    It is copied into fusion.bundle under a version of now; the bundle there is kept next to it.
-    Then insighttag retag --bundle-older-than current has the posts tagged again.
+    It is copied into fusion.bundle with the current time as its version; the bundle there is kept
+    next to it. Then use insighttag retag --bundle-older-than current to tag the posts again.
     """
     fusion = settings_of(config, overrides).fusion
     earlier = _read("rollback", folder or _served_before(fusion.bundle))
@@ -228,8 +227,8 @@ def shadow(
 ) -> None:
     """Try a bundle on the posts that the daemon tags; its tags go to a sub-document of their own.
 
-    It is put into fusion.shadow, by default the folder of fusion.bundle with .shadow behind its
-    name. The tags that are served stay as they are. insighttag bundle compare says how they differ.
+    It is copied into fusion.shadow, by default the folder of fusion.bundle with .shadow added to
+    its name. The served tags do not change. insighttag bundle compare shows how they differ.
     """
     from king.store.documents import shadow_path
 
@@ -295,8 +294,8 @@ def _check_features(command: str, bundle: BundleFiles, fusion: FusionSettings) -
         return
     if wrong is not None:
         raise ConfigError(
-            f"bundle {command}: {bundle.folder}: {wrong} as {fusion.bundle} does; with other "
-            "features.* in the settings: --other-features"
+            f"bundle {command}: {bundle.folder}: {wrong} as {fusion.bundle} does; if you change "
+            "features.* in the settings too, add --other-features"
         )
 
 
@@ -328,7 +327,7 @@ def _say_version(retag: str, bundle: BundleFiles, done: Replaced) -> None:
     if done.version != bundle.about.version:
         say(f"its version was {bundle.about.version}, not later than {done.before}\n")
     if done.before is not None:
-        say(f"posts that are tagged keep their tags: {retag} has them tagged again\n")
+        say(f"tagged posts keep their tags; to tag them again: {retag}\n")
 
 
 def _some(rows: list[tuple[Any, Any]], total: int) -> Iterable[tuple[Any, Any]]:

@@ -112,8 +112,8 @@ def _of_database(settings: Settings, limit: int) -> dict[str, Any]:
         of = f" of {on_trial}" if on_trial is not None else ""
         raise ConfigError(
             f"bundle compare: no post of {store.database}.{store.collection} has "
-            f"{shadow_path(store)}{of}: insighttag bundle shadow DIR begins a trial, and posts "
-            "that the daemon tags from then on have it"
+            f"{shadow_path(store)}{of}: start a trial with insighttag bundle shadow DIR; posts "
+            "that the daemon tags after that have it"
         )
     # The latest of both: other bundles may have been served or tried before.
     versions = Counter((shadow["version"], result["version"]) for _, result, shadow, _ in pairs)
@@ -138,7 +138,7 @@ def _results(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     for where, content in objects(path):
         post_id, tags = content.get("post_id"), content.get("tags")
         if not isinstance(post_id, str) or not isinstance(tags, list):
-            raise ConfigError(f"{where}: is no result: it has no `post_id` or no list of `tags`")
+            raise ConfigError(f"{where}: is not a result: `post_id` or the list `tags` is missing")
         yield post_id, content
 
 
@@ -266,7 +266,7 @@ def _print(content: Mapping[str, Any]) -> None:
         say(f"{content['gap_of']} of {content['labelled']} labelled posts\n")
     if content.get("learned_from"):
         say(f"          without {content['learned_from']} labelled posts that one of them, or an ")
-        say("encoder, has learned from\n")
+        say("encoder, was trained on\n")
     if content.get("of_other_versions"):
         say(f"          without {content['of_other_versions']} posts of other versions\n")
     changed = [tag for tag in content["tags"] if tag["only_first"] or tag["only_second"]]

@@ -35,17 +35,16 @@ def init(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The project's folder.")],
     preset: Annotated[
         Preset | None,
-        typer.Option("--preset", help="The encoders; small, where nobody is at a terminal to ask."),
+        typer.Option("--preset", help="The encoders; asks at a terminal, otherwise small."),
     ] = None,
 ) -> None:
     """Make a project folder with commented settings for a preset.
 
-    Every command that is run in the folder takes them up by itself. Files that are there already
-    are never overwritten.
+    Every command that runs in the folder uses them. Existing files are never overwritten.
     """
     for path in _FILES:
         if (folder / path).exists():
-            raise ConfigError(f"init: {folder / path}: is there already; name another folder")
+            raise ConfigError(f"init: {folder / path}: already exists; name another folder")
     chosen = preset or _asked()
     try:
         for path in _FILES:

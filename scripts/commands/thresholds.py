@@ -1,4 +1,4 @@
-"""``insighttag bundle thresholds``: see from which score on each tag is given, and change it."""
+"""``insighttag bundle thresholds``: show and change the score that each tag needs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _Sets = Annotated[
 _File = Annotated[
     Path | None,
     typer.Option(
-        "--file", metavar="F", help="Of some tags: .csv with tag,threshold, or .json as --out."
+        "--file", metavar="F", help="Thresholds of some tags: .csv (tag,threshold) or .json."
     ),
 ]
 _FromData = Annotated[
@@ -45,12 +45,14 @@ _Precision = Annotated[
         metavar="X",
         min=0,
         max=1,
-        help="With --from-data: the share of given tags that is right. Without: best F1.",
+        help="With --from-data: share of given tags that should be right; default: best F1.",
     ),
 ]
 _MinPositives = Annotated[
     int,
-    typer.Option("--min-positives", min=1, help="With --from-data: tags of fewer posts share one."),
+    typer.Option(
+        "--min-positives", min=1, help="With --from-data: tags with fewer posts share a threshold."
+    ),
 ]
 _Root = Annotated[
     Path | None,
@@ -58,7 +60,7 @@ _Root = Annotated[
 ]
 _Out = Annotated[
     Path | None,
-    typer.Option("--out", metavar="F", help="Write them as .csv or .json, for --file."),
+    typer.Option("--out", metavar="F", help="Write all thresholds to a .csv or .json file."),
 ]
 
 
@@ -74,10 +76,10 @@ def thresholds(
     out: _Out = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show or change the scores from which on tags are given.
+    """Show or change the score that each tag needs.
 
-    A change is a new version of the bundle with the same model: the daemon takes it up by itself,
-    and insighttag retag --bundle-older-than current has earlier posts tagged again.
+    A change makes a new version of the bundle with the same model. The daemon loads it by itself;
+    insighttag retag --bundle-older-than current tags earlier posts again.
     """
     from fusion.infer.thresholds import fit_to_posts, read_thresholds, write_thresholds
 
@@ -136,8 +138,8 @@ def _say_fit(fitted: Mapping[str, float], posts: int, f1: float) -> None:
     if never:
         more = f" and {len(never) - 3} more" if len(never) > 3 else ""
         notice(
-            f"no threshold gives {', '.join(never[:3])}{more} this precision: theirs are 1, so "
-            "that they are all but never given; --set goes over them"
+            f"no threshold gives {', '.join(never[:3])}{more} this precision: it is set to 1, so "
+            "that they are almost never given; change it with --set"
         )
 
 
@@ -180,7 +182,7 @@ def _from_csv(text: str, path: Path) -> dict[str, Any]:
         if len(row) != 2:
             raise ConfigError(f"--file {path}: row {number} has {len(row)} columns, not 2")
         if row[0] in values:
-            raise ConfigError(f"--file {path}: row {number}: tag {row[0]!r} stands twice")
+            raise ConfigError(f"--file {path}: row {number}: tag {row[0]!r} appears twice")
         values[row[0]] = row[1]
     return values
 

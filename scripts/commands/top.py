@@ -52,7 +52,7 @@ _MIB = 1 << 20
 
 @dataclass
 class Looks:
-    """What is remembered from one look to the next: processes, counts, and slow answers."""
+    """Values kept from one look to the next: processes, counts, and slow answers."""
 
     settings: Callable[[], Settings]
     asked: Settings
@@ -188,7 +188,7 @@ def _stages(workers: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]]
 
 
 def gpus() -> list[dict[str, float]]:
-    """Return load and memory of each GPU of NVIDIA's; none where its tool is not installed."""
+    """Return load and memory of each NVIDIA GPU; nothing if nvidia-smi is not installed."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return []
@@ -203,7 +203,7 @@ def gpus() -> list[dict[str, float]]:
 
 
 def read_gpus(text: str) -> list[dict[str, float]]:
-    """Read lines of nvidia-smi, ``0, 87, 1024, 143771``, but for fields that it does not know."""
+    """Read lines of nvidia-smi, ``0, 87, 1024, 143771``; fields without a number are left out."""
     gpus_read = []
     for row in text.splitlines():
         values = {}
@@ -323,7 +323,7 @@ def _worker_table(workers: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _failure_table(failures: Sequence[Mapping[str, Any]], now_s: float) -> Table:
-    """Return dead letters; IDs and reasons may be long, and share what is left of the width."""
+    """Return dead letters; IDs and reasons may be long, and share the rest of the width."""
     table = Table(box=None, pad_edge=False, expand=True)
     for column, ratio in (("last failures", None), ("stage", None), ("post", 2), ("reason", 3)):
         table.add_column(column, no_wrap=True, overflow="ellipsis", ratio=ratio)

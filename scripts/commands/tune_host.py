@@ -1,4 +1,4 @@
-"""``insighttag tune-host``: measure this host, and set the numbers of its workers by it."""
+"""``insighttag tune-host``: measure this host, and choose the numbers of its workers."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def tune_host(
     seconds: Annotated[
         float,
         typer.Option(
-            min=_LEAST_S, max=_MOST_S, help="Time to measure; loading the models comes on top."
+            min=_LEAST_S, max=_MOST_S, help="Time to measure, without loading the models."
         ),
     ] = 60.0,
     videos: Annotated[int, typer.Option(min=0, max=20, help="Videos of an average post.")] = 1,
@@ -47,10 +47,10 @@ def tune_host(
     config: Config = None,
     overrides: Overrides = None,
 ) -> None:
-    """Measure each stage with made-up posts, and choose processes, threads, slots and batches.
+    """Measure each stage with generated posts, and choose processes, threads, slots and batches.
 
-    They are written to workers.host_file; the daemon takes them for the keys that its settings
-    leave open. A placement must tag more posts a second than the quick rule, in turns.
+    The result is written to workers.host_file; the daemon uses it for keys that its settings leave
+    open. A placement is only chosen if it tags more posts per second than the quick rule.
     """
     from workers.pool.placement import place, this_host, write_measured
     from workers.sample_posts import Mix
@@ -59,7 +59,7 @@ def tune_host(
     settings = settings_of(config, overrides)
     file = settings.workers.host_file
     if file is None:
-        raise ConfigError("workers.host_file: null: there is no file to write; name one")
+        raise ConfigError("workers.host_file: null: name a file to write")
     _check_open(settings)
     king = king_health(settings)
     if king is not None and king["alive"]:
@@ -70,7 +70,7 @@ def tune_host(
     settings = _quiet(settings)
     if not has_bundle(settings):
         notice(f"fusion.bundle: {settings.fusion.bundle}: no bundle, so fusion is not measured")
-    notice(f"{host.signature}: measures for {seconds:g} s, and loads the models some times")
+    notice(f"{host.signature}: measuring for {seconds:g} s, plus loading the models a few times")
     tuning = _tune(settings, host, Mix(videos, images, audios), seconds)
     about = {
         "measured_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -89,10 +89,10 @@ def tune_host(
     _print(tuning.as_dict())
     given = _given(settings)
     if given:
-        say(f"set in the settings, and so not taken from it: {', '.join(given)}\n")
+        say(f"fixed by the settings: {', '.join(given)}\n")
     say("nothing is written\n" if dry_run else f"written: {file}\n")
     if not dry_run:
-        say(f"the daemon takes: {_numbers(place(settings).settings.model_dump())}\n")
+        say(f"the daemon uses: {_numbers(place(settings).settings.model_dump())}\n")
 
 
 def _tune(settings: Settings, host: Host, mix: Mix, seconds: float) -> Tuning:

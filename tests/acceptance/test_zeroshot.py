@@ -138,7 +138,7 @@ def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
         assert text in complaint("zeroshot", "--tags", str(path))
 
     refused({"tags": []}, "t.yaml: tags: ")
-    refused({"tags": ["a", "a"]}, "tags: 'a' stands twice")
+    refused({"tags": ["a", "a"]}, "tags: 'a' appears twice")
     refused({"tags": [{"name": "a", "synonym": ["b"]}]}, "tags.0.synonym: unknown key")
     refused({"tags": [{"name": " "}]}, "tags.0.name: must not be empty")
     refused({"tags": ["a"], "templates": ["about"]}, "templates.0: must hold {} once")

@@ -104,10 +104,16 @@ def test_a_collector_that_is_away_holds_nothing_up(
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("traces.endpoint=collector:4318", "traces.endpoint: 'collector:4318' is no collector"),
-        ("traces.endpoint=grpc://a:4317", "traces.endpoint: 'grpc://a:4317' is no collector"),
-        ("traces.endpoint=http://", "is no collector; use http:// or https://"),
-        ("traces.endpoint=", "is no collector"),
+        (
+            "traces.endpoint=collector:4318",
+            "traces.endpoint: 'collector:4318' is not the URL of a collector",
+        ),
+        (
+            "traces.endpoint=grpc://a:4317",
+            "traces.endpoint: 'grpc://a:4317' is not the URL of a collector",
+        ),
+        ("traces.endpoint=http://", "is not the URL of a collector; use http:// or https://"),
+        ("traces.endpoint=", "is not the URL of a collector"),
         ("traces.ratio=2", "traces.ratio"),
         ("traces.url=http://a", "traces.url"),
     ],

@@ -307,7 +307,7 @@ def test_broken_lines_are_counted_with_their_reasons(tmp_path: Path) -> None:
         "labels must be a list of texts": 1,
         "must have a post_id, a text": 3,
         "not JSON": 1,
-        "post_id stands twice": 1,
+        "post_id appears twice": 1,
     }
     assert found["left_out_examples"][-1]["line"] == 7
     assert found["without_labels"] == 1

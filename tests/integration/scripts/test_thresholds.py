@@ -108,7 +108,7 @@ def test_thresholds_for_a_precision_on_posts_that_are_new(
         (["--set", "tag1=nan"], "--set: tag1: must be a number from 0 to 1, got 'nan'"),
         (["--file", "{}/none.csv"], "--file {}/none.csv: cannot be read: No such file"),
         (["--file", "{}/semicolon.csv"], "semicolon.csv: the first line must be tag,threshold"),
-        (["--file", "{}/twice.csv"], "twice.csv: row 3: tag 'tag1' stands twice"),
+        (["--file", "{}/twice.csv"], "twice.csv: row 3: tag 'tag1' appears twice"),
         (["--file", "{}/list.json"], "list.json: must map tags to thresholds"),
         (["--file", "{}/yes.json"], "yes.json: tag1: must be a number from 0 to 1, got True"),
         (["--out", "x.txt", "--set", "tag1=0.1"], "--out x.txt: must be a .csv or .json file"),

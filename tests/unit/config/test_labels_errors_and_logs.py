@@ -74,7 +74,7 @@ def _rest() -> dict[str, str]:
         ({"a": "b"}, "every key must be an index"),
         ({"0": 5}, "every name must be text"),
         ({"0": ""}, "every name must be text"),
-        ({"0": "a", "1": "a"}, "name 'a' stands twice"),
+        ({"0": "a", "1": "a"}, "name 'a' appears twice"),
     ],
 )
 def test_wrong_label_maps_are_refused(tmp_path: Path, content: object, told: str) -> None:
@@ -90,9 +90,9 @@ def test_a_name_that_stands_twice_is_found_in_a_large_map() -> None:
     """In one pass: comparing every name with every other one would take minutes."""
     names = {str(i): f"tag{i}" for i in range(100_000)}
     began = time.monotonic()
-    with pytest.raises(ConfigError, match="name 'tag7' stands twice"):
+    with pytest.raises(ConfigError, match="name 'tag7' appears twice"):
         LabelMap.from_mapping({**names, "100000": "tag7"}, "map")
-    with pytest.raises(ConfigError, match="name 'tag99999' stands twice"):
+    with pytest.raises(ConfigError, match="name 'tag99999' appears twice"):
         LabelMap.from_mapping({**names, "100000": "tag99999"}, "map")
     assert time.monotonic() - began < 30
 

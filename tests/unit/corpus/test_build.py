@@ -81,7 +81,7 @@ def test_what_cannot_be_learned_from_is_named_with_its_reason(tmp_path: Path) ->
         (None, "broken line"),
         ("p100", "no labels"),
         ("p101", "label not in the map"),
-        ("p3", "post_id stands twice"),
+        ("p3", "post_id appears twice"),
         ("p102", "no feature file"),
         ("p103", "broken feature file"),
         ("p104", "features made otherwise than most"),

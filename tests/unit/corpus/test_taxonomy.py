@@ -82,7 +82,7 @@ def test_each_change_renumbers_without_gaps(
         (("rename", ["fog"], ["mist"]), "'fog' is not in"),
         (("rename", ["sun"], ["rain"]), "merge joins two tags"),
         (("split", ["sun"], ["rain", "mist"]), "'rain' is in the label map already"),
-        (("split", ["sun"], ["mist", "mist"]), "stands twice"),
+        (("split", ["sun"], ["mist", "mist"]), "appears twice"),
         (("rename", ["sun"], [" "]), "is empty"),
         (("retire", list(NAMES), []), "no tag would be left"),
     ],

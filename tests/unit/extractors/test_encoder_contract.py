@@ -386,7 +386,7 @@ def test_clips_are_whole_runs_of_frames(name: str, checkpoint: Callable[[Make], 
     extractor.load()
     [item] = pictures(6)
     found, backwards, first = run(extractor, [item, item[::-1], item[:4]])
-    assert found.shape == (2, extractor.dim)  # of 4 frames, and of 2 that stand twice each
+    assert found.shape == (2, extractor.dim)  # of 4 frames, and of 2 that appear twice each
     np.testing.assert_array_equal(found[0], first[0])
     [repeated] = run(extractor, [item[[4, 4, 5, 5]]])
     np.testing.assert_allclose(found[1], repeated[0], atol=1e-3)

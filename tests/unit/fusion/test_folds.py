@@ -54,7 +54,7 @@ def test_parts_depend_on_the_seed_alone() -> None:
 
 
 def test_posts_without_tags_and_repeated_tags() -> None:
-    """Both are dealt evenly; a tag that stands twice on a post counts once."""
+    """Both are dealt evenly; a tag that appears twice on a post counts once."""
     part = stratified_folds(np.zeros(11, int), [], 3, 2, seed=0)
     assert sorted(np.bincount(part).tolist()) == [5, 5]
     part = stratified_folds([0, 2, 4, 6, 8], [1, 1, 1, 1, 1, 1, 1, 1], 3, 2, seed=0)

@@ -76,7 +76,7 @@ def test_entries_are_what_json_says_wherever_blocks_end(
         ('[{"post_id": 3}]', "entry 1: must have a post_id"),
         ('[{"post_id": "a", "labels": "b"}]', "labels must be a list"),
         ('[{"post_id": "a", "features": 1}]', "features must be a text"),
-        ('[{"post_id": "a"}, {"post_id": "a"}]', "post 'a' stands twice"),
+        ('[{"post_id": "a"}, {"post_id": "a"}]', "post 'a' appears twice"),
         ("[" * 100_000, "not a JSON data file"),
         (" [ ] ", "holds no posts"),
     ],

@@ -101,7 +101,7 @@ def test_a_bundle_is_put_in_place_and_the_one_before_comes_back(shop: Shop) -> N
     ("words", "said"),
     [
         (["use", "none"], "none: holds no bundle (bundle.yaml is missing)"),
-        (["use", "insight"], "is fusion.bundle, and served already"),
+        (["use", "insight"], "is fusion.bundle, and is served already"),
         (["use", "foreign"], "modality text: takes features of theirs, not text-1"),
         (["shadow", "foreign"], "with other features.* in the settings: --other-features"),
         (["use", "cut"], "model.safetensors: is truncated, or not this bundle's (sha256)"),
@@ -112,7 +112,7 @@ def test_a_bundle_is_put_in_place_and_the_one_before_comes_back(shop: Shop) -> N
         (["shadow", "new", "--off"], "name a bundle, or --off"),
         (["show", "none"], "holds no bundle"),
         (["diff", "new", "none"], "holds no bundle"),
-        (["list", "none"], "none: is no folder"),
+        (["list", "none"], "none: is not a folder"),
         (["compare", "new"], "name a data file with features by --data F"),
         (["compare", "new", "--data", "none.json"], "none.json"),
         (["compare", "new", "cut", "--data", "posts.json"], "is truncated"),

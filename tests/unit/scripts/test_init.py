@@ -43,7 +43,7 @@ def test_what_is_there_is_not_overwritten(
     file.write_text("mine")
     assert run(["init", str(tmp_path)]) == 2
     assert capsys.readouterr().err == (
-        f"insighttag: init: {file}: is there already; name another folder\n"
+        f"insighttag: init: {file}: already exists; name another folder\n"
     )
     assert file.read_text() == "mine"
     assert [each.name for each in file.parent.iterdir()] == [file.name]
