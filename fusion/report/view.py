@@ -13,7 +13,6 @@ from typing import Any
 from urllib.parse import quote
 
 from common.errors import MediaError
-from extractors.media.pictures import read_pictures
 from fusion.data.data_file import MEDIA_KEYS, local_path
 
 # A few kilobytes each: hundreds of such pictures keep the page below two megabytes.
@@ -95,7 +94,10 @@ def thumbnail(path: Path) -> str:
 
     What is transparent is white there, as in the features.
     """
+    # `insighttag --help` imports this module, and must not wait for OpenCV.
     from PIL import Image
+
+    from extractors.media.pictures import read_pictures
 
     try:
         small = Image.fromarray(next(read_pictures(path, max_pixels=_LARGEST_PIXELS)))

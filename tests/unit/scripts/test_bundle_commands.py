@@ -103,7 +103,7 @@ def test_a_bundle_is_put_in_place_and_the_one_before_comes_back(shop: Shop) -> N
         (["use", "none"], "none: holds no bundle (bundle.yaml is missing)"),
         (["use", "insight"], "is fusion.bundle, and is served already"),
         (["use", "foreign"], "modality text: takes features of theirs, not text-1"),
-        (["shadow", "foreign"], "with other features.* in the settings: --other-features"),
+        (["shadow", "foreign"], "in the settings too, add --other-features"),
         (["use", "cut"], "model.safetensors: is truncated, or not this bundle's (sha256)"),
         (["use", "yaml"], "bundle.yaml: cannot be read"),
         (["rollback"], "no bundle is kept next to"),
