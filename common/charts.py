@@ -1,4 +1,4 @@
-"""Charts of reports: where everything lies in an SVG that is part of the page.
+"""Charts of reports: the positions of everything in an SVG inside the page.
 
 The macro ``chart`` of ``parts.html.j2`` writes the SVG. Colours and fonts are the page's own, so a
 chart follows light and dark, and shows names in any script. A chart is about as wide as a phone:
@@ -24,7 +24,7 @@ _LETTER = 6.4
 
 @dataclass(frozen=True)
 class Axis:
-    """A side of a chart; a limit of None is that of the data."""
+    """An axis of a chart; a limit of None is that of the data."""
 
     title: str = ""
     low: float | None = None
@@ -59,7 +59,7 @@ class Shape(NamedTuple):
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart, ready to be written."""
+    """A finished chart, in pixels."""
 
     title: str
     x_title: str
@@ -83,7 +83,7 @@ class Chart:
 
 
 class _Scale:
-    """Numbers as places between two pixels."""
+    """Map from numbers to pixels."""
 
     def __init__(self, axis: Axis, values: Sequence[float], start: int, end: int) -> None:
         low = min(values, default=0.0) if axis.low is None else axis.low

@@ -12,14 +12,14 @@ _SHARED = Path(__file__).parent / "templates"
 
 
 class Advice(NamedTuple):
-    """What to do next: a sentence with the figures that it follows from, and a command."""
+    """One step to take next: a sentence with the figures behind it, and a command."""
 
     text: str
     command: str = ""
 
 
 def command(*words: object) -> str:
-    """Return a command line as a shell takes it; a word in capitals is for the reader to fill."""
+    """Return a command line for a shell; words in capitals are for the reader to replace."""
     return shlex.join(str(word) for word in words)
 
 

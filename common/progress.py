@@ -105,7 +105,7 @@ class _Note(TextColumn):
 
 
 def on_console(console: Console, *, enabled: bool = True) -> Progress:
-    """Return the bars of a console; one whose row is wider than the console cuts its note."""
+    """Return bars for a console; the note is cut off if a row is too wide."""
     whole = Column(no_wrap=True)
     return Progress(
         TextColumn("{task.description}", table_column=whole),
@@ -149,7 +149,7 @@ def notice(text: str, *, enabled: bool = True) -> None:
 
 @contextmanager
 def told_if_long(text: str, after_s: float = _SILENT_S) -> Iterator[None]:
-    """Write one line when the block takes long, as while a server does not answer."""
+    """Write one line if the block takes long, such as while a server does not answer."""
     timer = threading.Timer(after_s, notice, (text,))
     timer.daemon = True
     timer.start()

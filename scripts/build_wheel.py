@@ -1,9 +1,9 @@
-"""Setuptools' ``build_py`` for a wheel in which all of ours is inside the package ``insighttag``.
+"""Setuptools' ``build_py`` for a wheel with all our packages inside the package ``insighttag``.
 
-The repository has packages of plain names at its top: ``config``, ``common``, ``scripts``. In
-site-packages, or in a notebook, any other module of such a name would take the place of ours, or
-ours that of it. So the wheel has them as ``insighttag.config`` and so on, and the imports say so.
-Nothing else is changed; where this module cannot tell what to write, the build fails.
+The repository has top-level packages with common names: ``config``, ``common``, ``scripts``. In
+site-packages, or in a notebook, other modules with such a name would hide ours, or ours would hide
+them. So the wheel has ``insighttag.config`` and so on, and the imports are rewritten. Nothing else
+is changed; the build fails on an import that cannot be rewritten.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ INTO = "insighttag"
 
 
 class BuildPy(build_py):  # type: ignore[misc]
-    """Build as always, then move the other packages into ours."""
+    """Build as usual, then move the other packages into ``insighttag``."""
 
     def run(self) -> None:
         super().run()
@@ -33,7 +33,7 @@ class BuildPy(build_py):  # type: ignore[misc]
 
 
 class EggInfo(egg_info):  # type: ignore[misc]
-    """Metadata as always, but for the list of top-level names."""
+    """The usual metadata, with ``insighttag`` as the only top-level name."""
 
     def run(self) -> None:
         super().run()
@@ -41,7 +41,7 @@ class EggInfo(egg_info):  # type: ignore[misc]
 
 
 def move_all(built: Path, names: Sequence[str]) -> None:
-    """Move the packages and modules of these names into ours, and rewrite all imports of them."""
+    """Move the named packages and modules into ``insighttag``, and rewrite all their imports."""
     others = [name for name in names if name != INTO]
     for name in others:
         for source in (built / name, built / f"{name}.py"):

@@ -1,4 +1,4 @@
-"""The page of commands: what their ``--help`` says, taken from their parsers."""
+"""The page of commands: their ``--help``, taken from their parsers."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ def page() -> str:
     """Return the page in Markdown."""
     parts = [
         "# Commands",
-        "Made of the commands themselves as this site was built: what `--help` says. Exit codes: "
+        "Generated from the commands' `--help` when this site was built. Exit codes: "
         "0 done, 2 your input or configuration is wrong (one line names the key or file), 1 "
         "anything else.",
         "## make",
-        table(("target", "does"), [(f"`make {name}`", text) for name, text in make_targets()]),
+        table(("target", "meaning"), [(f"`make {name}`", text) for name, text in make_targets()]),
     ]
     for name, command in subcommands(insighttag()):
         parts += _command(f"insighttag {name}".strip(), command, "##" if " " not in name else "###")

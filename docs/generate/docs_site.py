@@ -1,7 +1,7 @@
-"""Hooks of mkdocs: the pages that are made of the code, and links that lead out of docs/.
+"""Hooks of mkdocs: pages generated from the code, and links to files outside docs/.
 
-The pages of commands, settings and the HTTP interface are written as the site is built, so that
-none is ever older than the code. README, CHANGELOG and others of the root become pages too, and
+The pages of commands, settings and the HTTP interface are generated when the site is built, so
+that they always match the code. README, CHANGELOG and others from the root become pages too, and
 files that pages link to, such as the alert rules, are copied next to them.
 """
 
@@ -53,7 +53,7 @@ MERMAID = re.compile(r"^```mermaid\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """Add the pages that are no files of docs/, and the files that pages link to."""
+    """Add the pages that are not files in docs/, and the files that pages link to."""
     for name, page in ROOT_PAGES.items():
         text = (ROOT / name).read_text(encoding="utf-8")
         files.append(File.generated(config, page, content=text))
@@ -74,7 +74,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
 
 
 def on_page_context(context: Any, page: Any, config: Any, nav: Any) -> Any:
-    """Give a page the words of its own language, and the way to it in the other one."""
+    """Set the language of a page, and the link to the same page in the other language."""
     name = page.file.src_uri
     chinese = name.endswith(_CHINESE)
     config.theme["language"] = "zh" if chinese else "en"

@@ -1,4 +1,4 @@
-"""The page of the HTTP interface, out of the OpenAPI document that the server answers with."""
+"""The page of the HTTP interface, from the OpenAPI document that the server returns."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def page() -> str:
     info = openapi.document()["info"]
     parts = [
         "# HTTP interface",
-        f"{info['description']} The server has this page at `/docs`, and the document behind it, "
-        "OpenAPI 3.1, at `/openapi.json`.",
+        f"{info['description']} The server has this page at `/docs`, and the OpenAPI 3.1 document "
+        "that it shows at `/openapi.json`.",
     ]
     for name, description, operations in openapi.groups():
         parts += [f"## {name}", description]

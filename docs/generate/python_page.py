@@ -14,8 +14,8 @@ def page() -> str:
     others = [name for name in insighttag.__all__ if name not in {*errors, *CALLED}]
     parts = [
         "# Python interface",
-        "Made of the docstrings of `insighttag` as this site was built. [python.md](python.md) "
-        "shows how it is used.",
+        "Generated from the docstrings of `insighttag` when this site was built. "
+        "[python.md](python.md) shows how to use it.",
         *(f"::: insighttag.{name}" for name in (*CALLED, *others)),
         "## Errors",
         *(f"::: insighttag.{name}\n    options: {{heading_level: 3}}" for name in errors),

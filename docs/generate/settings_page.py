@@ -1,4 +1,4 @@
-"""The pages of settings: every key with its type, default and meaning, out of the schema."""
+"""The pages of settings: every key with its type, default and meaning, from the schema."""
 
 from __future__ import annotations
 
@@ -23,14 +23,15 @@ def page() -> str:
     """Return the page of the settings of daemon, commands and HTTP server."""
     return _joined(
         "# Settings",
-        "Of the daemon, the HTTP server and the commands: `--config F` names the YAML file, "
-        "`INSIGHTTAG_SECTION__KEY` in the environment goes over it, `--set section.key=value` "
-        "over both. Unknown keys are refused. Made of the schema as this site was built; editors "
-        "complete and check the file by [settings.schema.json](schemas/settings.schema.json) "
+        "For the daemon, the HTTP server and the commands: `--config F` names the YAML file, "
+        "`INSIGHTTAG_SECTION__KEY` in the environment overrides it, and `--set section.key=value` "
+        "overrides both. Unknown keys are refused. Generated from the schema when this site was "
+        "built; editors complete and check the file with "
+        "[settings.schema.json](schemas/settings.schema.json) "
         "([python.md](python.md#settings-and-data-files-in-an-editor)).",
         *_sections(Settings, "##"),
         "## infer_net.py",
-        "On feature files; on raw media it takes the settings above.",
+        "For feature files; for raw media it takes the settings above.",
         *_sections(InferSettings, "###"),
     )
 
@@ -39,9 +40,9 @@ def training_page() -> str:
     """Return the page of the settings of `train_net.py`."""
     return _joined(
         "# Settings of training",
-        "Of `train_net.py`: `--model_config F` names the YAML file, options and "
-        "`--set section.key=value` go over it. `task` says which of the two groups holds. For "
-        "editors: [train.schema.json](schemas/train.schema.json), "
+        "For `train_net.py`: `--model_config F` names the YAML file; options and "
+        "`--set section.key=value` override it. `task` decides which of the two groups applies. "
+        "For editors: [train.schema.json](schemas/train.schema.json), "
         "[backbone.schema.json](schemas/backbone.schema.json).",
         "## A fusion model",
         "`task: fusion`, the default.",

@@ -57,8 +57,8 @@ def _steps(
         split = ("python", "scripts/build_trainval_data.py", "--input", "POSTS.jsonl")
         rest = ("--features", "FEATURES", "--labels", "LABELS.json", "--out", "DATA")
         yield Advice(
-            f"Measure on more posts: the figures of {counted(posts, 'post')} change by hundredths "
-            "with each post.",
+            f"Measure on more posts: each of the {counted(posts, 'post')} changes the figures by "
+            "0.01 or more.",
             command(*(again if again[0] == "insighttag" else (*split, *rest)), "--valid", "0.2"),
         )
     if base is not None and gap < base["gap"] + 2 * _NOISE:
@@ -81,13 +81,12 @@ def _steps(
     error = numbers["calibration"]["after"]["error"]
     if error > 0.03 and facts.get("calibration") == "none" and not numbers.get("seen_posts"):
         yield Advice(
-            f"Calibrate, if scores are read as probabilities: they are off by {error:.3f} on "
-            "average.",
+            f"Calibrate to use scores as probabilities: they are off by {error:.3f} on average.",
             with_("bundle.calibration=temperature"),
         )
     if (wait := facts.get("share of steps spent waiting for data", 0)) > 0.1:
         yield Advice(
-            f"Read features in more processes: {wait:.0%} of the steps' time was waiting.",
+            f"Read features in more processes: {wait:.0%} of the steps' time was waiting for data.",
             with_("data.loaders=4"),
         )
 
@@ -108,7 +107,7 @@ def _length(
     elif best <= last / 2 and gaps[best] - gaps[last] > _NOISE:
         more = "loss.mixup=0.4" if "bundle" in facts else "backbone.dropout=0.4"
         yield Advice(
-            f"Stop the model from learning posts by heart: GAP was best after {best} of {last} "
+            f"Prevent overfitting: GAP was best after {best} of {last} "
             f"epochs ({gaps[best]:.3f}) and fell to {gaps[last]:.3f}.",
             with_(more, f"trainer.patience={max(3, best)}"),
         )

@@ -76,7 +76,7 @@ def view_post(
 
 
 def shortened(text: str) -> str:
-    """Return the beginning of a text, its white space single spaces."""
+    """Return the beginning of a text, with single spaces for all white space."""
     shown = " ".join(text.split())
     return shown if len(shown) <= _SHOWN_CHARACTERS else f"{shown[: _SHOWN_CHARACTERS - 1]}…"
 

@@ -56,7 +56,7 @@ def pair(missed: int, given: int, posts: int) -> dict[str, int]:
             "insighttag labels merge LABELS.json a c --into a",
         ),
         ({"mistakes": [{"score": 0.99}] * 3}, "3 contradict scores", ""),
-        ({"posts": 7}, "the figures of 7 posts", "build_trainval_data.py"),
+        ({"posts": 7}, "each of the 7 posts", "build_trainval_data.py"),
         (
             {"tags": [{"id": 0, "name": "rare", "support": 4, "ap": 0.1}]},
             "Label more posts of rare (4)",
