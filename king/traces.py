@@ -96,9 +96,9 @@ class Traces:
             logger.removeHandler(complaints)
 
     def ended(self, end: End, total_s: float | None) -> None:
-        """Make the spans of an attempt, whose message came ``total_s`` ago (store thread).
+        """Make the spans of an attempt whose message came ``total_s`` ago (store thread).
 
-        Messages that began no attempt have none.
+        Messages that began no attempt have no spans.
         """
         if not isinstance(end, (Tagged, Superseded, Retry, Dead)) or total_s is None:
             return
@@ -122,7 +122,7 @@ class Traces:
         arrived_ns: int,
         written_ns: int,
     ) -> None:
-        """Add what the post waited for one after the other: its turn, the stages, the database."""
+        """Add a span for each wait of the post: for its turn, the stages, and the database."""
         context = trace.set_span_in_context(post)
         worked_ns = min(_ended_ns(end) or written_ns, written_ns)
         began_ns = max(arrived_ns, worked_ns - end.timings_ms.get("total", 0) * _NS_PER_MS)
@@ -164,7 +164,7 @@ def _describe(span: trace.Span, end: Tagged | Superseded | Retry | Dead) -> None
 
 
 class _Complaints(logging.Handler):
-    """Puts what the SDK complains of into the King's log, now and then."""
+    """Writes warnings of the SDK to the King's log, now and then."""
 
     def __init__(self, url: str) -> None:
         super().__init__(logging.WARNING)

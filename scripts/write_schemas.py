@@ -1,4 +1,4 @@
-"""Write the JSON Schemas of settings and data files: ``make schemas``; into docs/schemas."""
+"""Write the JSON Schemas of settings and data files to docs/schemas: ``make schemas``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What to do after an analysis, concluded from its figures."""
+"""The steps to take after an analysis, derived from its figures."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Files(NamedTuple):
 
 
 def next_steps(facts: Mapping[str, Any], files: Files) -> list[Advice]:
-    """Return what the figures of ``analysis.json`` ask for, the most useful first."""
+    """Return the steps that follow from the figures of ``analysis.json``, the most useful first."""
     map_of = files.labels or "LABELS.json"
     split = command(
         *("python", "scripts/build_trainval_data.py", "--input", files.posts),

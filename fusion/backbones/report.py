@@ -1,4 +1,4 @@
-"""The report of a backbone's training: that of a fusion training, by its validation posts."""
+"""The report of a backbone's training: like that of fusion, for the validation posts."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _USED: dict[str, tuple[str, str]] = {
 
 @dataclass(frozen=True)
 class BackboneReport:
-    """What the stages of a run have in common; ``again`` are the words of the command."""
+    """The values that the stages of a run share; ``again`` is the command in words."""
 
     settings: BackboneTrainSettings
     names: tuple[str, ...]

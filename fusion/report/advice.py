@@ -1,4 +1,4 @@
-"""What to do after a training, concluded from the figures of its report."""
+"""The steps to take after a training, derived from the figures of its report."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from common.html import Advice, command, counted
 
 # Steps that a person takes before the next training; more are not read.
 _MOST = 6
-# Differences of GAP that a second training with another seed also makes.
+# Differences of GAP that another seed makes too.
 _NOISE = 0.01
-# Of fewer validation posts each one moves the figures by 0.01 and more.
+# With fewer validation posts, each one changes the figures by 0.01 or more.
 _LITTLE = 100
 # With a lower mAP a mistake is more often the model's than the label's.
 _TRUSTED = 0.5
@@ -26,9 +26,9 @@ def next_steps(
     again: Sequence[str],
     use: str,
 ) -> list[Advice]:
-    """Return what the numbers of ``report.json`` ask for, the most useful first.
+    """Return the steps that follow from the numbers of ``report.json``, the most useful first.
 
-    ``again`` are the words that train once more, ``use`` is the command that uses the result.
+    ``again`` is the command that trains once more, in words; ``use`` the one that uses the result.
     """
     steps = list(_steps(numbers, runs, again))[:_MOST]
     return [*steps, Advice("Use what was trained.", use)] if use else steps

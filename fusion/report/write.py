@@ -41,7 +41,7 @@ _RANKS = ("gap", "map", "hit_at_1", "perr")  # metrics without thresholds
 
 @dataclass(frozen=True)
 class HeldOutFigures:
-    """Metrics of posts that chose nothing; ``seen_posts`` of them were trained on, or 0."""
+    """Metrics of held-out posts; ``seen_posts`` of them were trained on, or 0."""
 
     posts: int
     metrics: Mapping[str, float]
@@ -210,12 +210,12 @@ def _earlier(folder: Path, run: Path | None) -> dict[str, Any] | None:
 
 
 def _compared(numbers: Mapping[str, Any], earlier: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return the page's figures: this run beside the baseline, the run before, and the test."""
+    """Return the page's figures: this run next to the baseline, the previous run, and the test."""
     sides: dict[str, Mapping[str, float]] = {}
     notes = []
     if numbers["baseline"] is not None:
         sides["baseline"] = numbers["baseline"]
-        notes.append("Baseline: every post gets the tags by how frequent they are in training.")
+        notes.append("Baseline: the score of every tag is its frequency in training.")
     if earlier is not None:
         sides["earlier run"] = earlier["metrics"]
         if earlier.get("measured_on") != numbers["measured_on"]:
@@ -224,7 +224,7 @@ def _compared(numbers: Mapping[str, Any], earlier: Mapping[str, Any] | None) -> 
     test = numbers["test"]
     if test is not None:
         sides["test"] = test["metrics"]
-        what = "all trained on: no test" if test["seen_posts"] else "which chose nothing"
+        what = "all trained on: not a test" if test["seen_posts"] else "not used to choose anything"
         notes.append(f"Test: {counted(test['posts'], 'post')}, {what}.")
     before = {} if earlier is None else earlier["metrics"]
     tiles = []
