@@ -78,6 +78,7 @@ def test_help_shows_hyphens_and_keeps_square_brackets(capsys: pytest.CaptureFixt
     [
         (["train-net", "--epoc", "3"], "insighttag: train-net: No such option: --epoc"),
         (["pul"], "Did you mean 'pull'"),
+        (["top", "--every", "0"], "'--every'"),
         (["extract", "vidoe"], "Did you mean 'video'"),
         (["pull", "--out", "a.json"], "a.json: must end in .jsonl"),
         (["pull", "--out", "a.jsonl", "--query", "{"], "insighttag: pull: --query: not JSON"),

@@ -129,16 +129,3 @@ def test_once_prints_one_document_or_one_screen(
     assert run(words) == 0
     assert "not running" in capsys.readouterr().out
     assert not (tmp_path / "e").exists()
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [(["--every", "0"], "'--every'"), (["--evry", "1"], "--every"), (["now"], "now")],
-)
-def test_mistakes_are_one_line(
-    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run(["top", *words]) == 2
-    err = capsys.readouterr().err
-    assert said in err
-    assert err.count("\n") == 1
