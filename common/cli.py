@@ -13,6 +13,7 @@ Example:
 from __future__ import annotations
 
 import contextlib
+import errno
 import inspect
 import os
 import select
@@ -29,6 +30,9 @@ from common.errors import ConfigError, TaggingError, one_line
 from common.logs import open_standard_streams, visible
 
 Options = TypeVar("Options")
+
+# Only a name that somebody has given fails with these: `Path.exists` and `is_file` raise them too.
+_WRONG_NAME = (errno.ENAMETOOLONG, errno.ELOOP)
 
 ConfigFile: TypeAlias = Annotated[
     Path | None, typer.Option("--config", metavar="FILE", help="settings, YAML")
@@ -206,7 +210,13 @@ def exit_code(
         if isinstance(error, BrokenPipeError) and _nobody_reads():
             return 1
         where = f"{error.filename}: " if error.filename else ""
+        if error.errno in _WRONG_NAME:
+            return complain(name, f"{where}{error.strerror}", 2)
         return complain(name, f"{where}{error.strerror or one_line(error)}{again}", 1)
+    except RuntimeError as error:
+        if not str(error).startswith("Symlink loop"):  # of `Path.resolve` before Python 3.13
+            raise
+        return complain(name, one_line(error), 2)
     except KeyboardInterrupt:
         return complain(name, interrupted, 1)
     finally:

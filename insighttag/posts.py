@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict
 
-from common.errors import ConfigError, path_error
+from common.errors import ConfigError, one_line, path_error
 from common.post import Post
 
 if TYPE_CHECKING:
@@ -85,7 +85,16 @@ def _source(media: Any, where: str, file: Path, key: str) -> str:
         if isinstance(media, (bytes, bytearray, memoryview)):
             file.write_bytes(media)
         elif key == "images":
-            _picture(media, where).save(file, "PNG", compress_level=1)
+            picture = _picture(media, where)
+            try:
+                picture.load()  # Pillow reads a file as late as here
+            except (OSError, ValueError) as error:
+                raise ConfigError(f"{where}: is no whole picture: {one_line(error)}") from error
+            if not all(picture.size):
+                raise ConfigError(f"{where}: the picture is empty: {picture.size}")
+            if picture.mode not in ("1", "L", "LA", "P", "RGB", "RGBA"):
+                picture = picture.convert("RGB")
+            picture.save(file, "PNG", compress_level=1)
         else:
             raise ConfigError(f"{where}: must be a path, a URL or bytes: got {_kind(media)}")
     except OSError as error:
@@ -98,7 +107,7 @@ def _picture(media: Any, where: str) -> Image:
     from PIL import Image
 
     if isinstance(media, Image.Image):
-        return media if media.mode in ("1", "L", "LA", "P", "RGB", "RGBA") else media.convert("RGB")
+        return media
     if not isinstance(media, np.ndarray):
         raise ConfigError(
             f"{where}: must be a path, a URL, bytes, an array or a Pillow image: got {_kind(media)}"

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.errors import ConfigError
+from common.errors import ConfigError, path_error
 from common.post import Features, Post, TagResult
 from insighttag.posts import FileInput, ImageInput, PostInput, read_post
 
@@ -42,8 +42,9 @@ class Tagger:
         self.labels = tuple(labels)
         self.model, self.version = runner.bundle or ("", "")
         self._runner = runner
+        self._process = os.getpid()
         # Also at exit, if nobody called `close`: its thread must not outlive the models.
-        self._close = weakref.finalize(self, runner.close)
+        self._close = weakref.finalize(self, _close, runner, self._process)
 
     @classmethod
     def load(
@@ -147,7 +148,14 @@ class Tagger:
     def _open(self) -> PostRunner:
         if not self._close.alive:
             raise ConfigError("this Tagger is closed: load the bundle again")
+        if os.getpid() != self._process:  # its thread has stayed in the other one
+            raise ConfigError("this Tagger is of another process: load the bundle after the fork")
         return self._runner
+
+
+def _close(runner: PostRunner, process: int) -> None:
+    if os.getpid() == process:
+        runner.close()
 
 
 def extract(
@@ -196,7 +204,7 @@ def _runner(settings: Settings, device: str | None, *, fuse: bool) -> PostRunner
     from common.post import MODALITIES
     from workers.local import local_runner
 
-    if device is not None and not re.fullmatch(r"cpu|cuda:\d+", device):
+    if device is not None and not re.fullmatch(r"cpu|cuda:\d+", str(device)):
         raise ConfigError(f"device: must be cpu or cuda:N, as cuda:0: got {device!r}")
     # With all modalities named, a post that has none gives no features instead of an error.
     only = None if fuse else frozenset(MODALITIES)
@@ -227,25 +235,33 @@ def quiet_logs(settings: Settings) -> None:
 
 @contextmanager
 def _post(post: PostInput, where: str) -> Iterator[Post]:
-    with tempfile.TemporaryDirectory(prefix="insighttag-") as folder:
-        yield read_post(post, where, Path(folder))
+    try:
+        folder = tempfile.TemporaryDirectory(prefix="insighttag-")
+    except OSError as error:
+        raise path_error("the folder of temporary files (TMPDIR)", error) from error
+    with folder as path:
+        yield read_post(post, where, Path(path))
 
 
 def _several(posts: Any) -> Iterable[PostInput]:
-    if isinstance(posts, (str, bytes, os.PathLike, Mapping)):
+    wrong = isinstance(posts, (str, bytes, os.PathLike, Mapping))
+    if wrong or not isinstance(posts, Iterable):
         raise ConfigError(
             f"posts: must be several posts, each a dict: got {type(posts).__name__}; to tag a file "
             "of posts use the command `insighttag tag`"
         )
-    return posts  # type: ignore[no-any-return]
+    return posts
 
 
 def _check_bundle(folder: Path) -> None:
     """Refuse a folder that is not a bundle, before the slow loading of the encoders."""
     from fusion.bundle.folder import ABOUT
 
-    if (folder / ABOUT).is_file():
-        return
+    try:
+        if (folder / ABOUT).is_file():
+            return
+    except OSError as error:
+        raise path_error(f"bundle: {folder}", error) from error
     inner = folder / "bundle"
     hint = f"; did you mean {inner}?" if (inner / ABOUT).is_file() else ""
     raise ConfigError(f"bundle: {folder}: no bundle there{hint or ': insighttag.train makes one'}")

@@ -18,6 +18,7 @@ from extractors.media.sniff import HEAD_BYTES, sniff
 from fusion.data.data_file import (
     MEDIA_KEYS,
     BadLine,
+    is_file,
     local_path,
     parse_post,
     post_id_of,
@@ -192,11 +193,11 @@ def _of_row(row: Row, table: Path) -> PostEntry:
     sources: dict[str, list[str]] = {key: list(value) for key, value in media.items()}
     for column in ("file", *media):
         cell = cells.get(column, "")
-        for name in [cell] if cell and _is_file(cell, table) else several(cell):
+        for name in [cell] if cell and _is_file(cell, table, row.where) else several(cell):
             key, source = column, name
             if not is_url(name):
                 path = local_path(name, table)
-                if path is None or not path.is_file():
+                if path is None or not is_file(path, row.where):
                     raise ConfigError(f"{row.where}: {column} {name!r}: no such file{_seen(table)}")
                 if column == "file":
                     kind = media_kind(path)
@@ -222,9 +223,9 @@ def _of_row(row: Row, table: Path) -> PostEntry:
     return _entry(post_id, {}) | content | {k: v for k, v in texts.items() if v is not None}
 
 
-def _is_file(cell: str, table: Path) -> bool:
+def _is_file(cell: str, table: Path, where: str) -> bool:
     path = local_path(cell, table)
-    return path is not None and path.is_file()
+    return path is not None and is_file(path, where)
 
 
 def _seen(table: Path) -> str:
@@ -241,7 +242,7 @@ def _of_posts_file(path: Path, refuse: Refuse) -> Iterator[PostEntry]:
         try:
             for media in post.media:
                 key, local = MEDIA_KEYS[media.kind], local_path(media.source, path)
-                if local is not None and not local.is_file():
+                if local is not None and not is_file(local, where):
                     at = f"{key}.{len(sources[key])}"
                     raise ConfigError(f"{where}: {at}: no such file: {media.source}")
                 sources[key].append(media.source if local is None else str(local.absolute()))

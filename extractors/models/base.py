@@ -524,7 +524,8 @@ def load_graph(
     if graph is None:
         _log.warning("extractors.graph_differs", encoder=named, use="torch")
         return None
-    with suppress(OSError):  # without a home it is traced at every start
+    # Without a home, or with a full disk, it is traced at every start.
+    with suppress(OSError, RuntimeError):
         _keep(model, cached)
     return graph
 

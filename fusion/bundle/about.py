@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from common.errors import BundleError, ConfigError, RetryableError, path_error
 from common.files import file_digest
@@ -16,7 +16,7 @@ from config.fusion_models import ModelSettings
 from config.labels import LabelMap
 from config.load import validation_line
 from config.settings import Section
-from fusion.bundle.folder import ABOUT, YamlLoader
+from fusion.bundle.folder import ABOUT, YamlLoader, made_at
 from fusion.metrics.calibration import Calibration
 
 WEIGHTS, LABELS = "model.safetensors", "labels.json"
@@ -56,6 +56,15 @@ class About(Section):
     members_sha256: tuple[str, ...] = ()
     """Of an ensemble's further members, in their order."""
     labels_sha256: str
+
+    @field_validator("version")
+    @classmethod
+    def _version(cls, version: str) -> str:
+        try:
+            made_at(version)
+        except ValueError as error:
+            raise ValueError(f"begins with no time in UTC: {version}") from error
+        return version
 
     @model_validator(mode="after")
     def _thresholds(self) -> About:

@@ -8,20 +8,25 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import yaml
 
-from common.errors import BundleError, ConfigError
-from common.files import link_or_copy, new_folder, part_of, publish, write_whole
+from common.errors import BundleError, ConfigError, one_line
+from common.files import link_or_copy, locked, new_folder, part_of, publish, write_whole
 from config.settings import FusionSettings
 
 ABOUT = "bundle.yaml"
 # Thresholds of 10,000 tags take Python's own reader 2 s; wheels bring the quick one.
 YamlLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _TIME = "%Y%m%dT%H%M%SZ"
+
+# A command that replaces a bundle takes a second. At half, two of them on a loaded machine collide;
+# at double, somebody waits a minute behind a process that hangs.
+_LOCK_S = 30.0
 
 # Files that hold weights alone, which need a bundle for the rest.
 WEIGHT_FILES = (".pth", ".pt", ".bin", ".safetensors")
@@ -58,8 +63,13 @@ def later_version(served: str | None, digest: str) -> str:
     """
     now = datetime.now(timezone.utc).strftime(_TIME)
     if served is not None and now <= served[: len(now)]:
-        made = datetime.strptime(served[: len(now)], _TIME).replace(tzinfo=timezone.utc)
-        now = (made + timedelta(seconds=1)).strftime(_TIME)
+        try:
+            now = (made_at(served) + timedelta(seconds=1)).strftime(_TIME)
+        except (ValueError, OverflowError) as error:
+            raise BundleError(
+                f"version {served}: no version is later than that of the bundle there: write the "
+                f"time at which it was made in its {ABOUT}"
+            ) from error
     return f"{now}-{digest}"
 
 
@@ -81,6 +91,31 @@ def refuse_foreign(bundle: Path, setting: str) -> None:
         )
 
 
+@contextmanager
+def replacing(bundle: Path) -> Iterator[None]:
+    """Hold off other commands that read a bundle's version, keep the bundle and replace it.
+
+    Raises:
+        BundleError: Another one does not end, or the folder around it cannot be written.
+    """
+    target = bundle.resolve()
+    lock = target.with_name(f".{target.name}.lock")
+    try:
+        with locked(lock, _LOCK_S):
+            parts = re.compile(re.escape(f".{target.name}.") + "[0-9a-f]{8}")
+            for part in target.parent.iterdir():
+                if parts.fullmatch(part.name):  # of a command that was killed
+                    shutil.rmtree(part, ignore_errors=True)
+            try:
+                yield
+            finally:  # while it is held: a process that waits sees it go, and tries anew
+                lock.unlink(missing_ok=True)
+    except TimeoutError as error:
+        raise BundleError(f"{bundle}: another command has been replacing it: try later") from error
+    except OSError as error:
+        raise BundleError(f"{bundle}: cannot be replaced: {error}") from error
+
+
 def keep_bundle(bundle: Path) -> Path | None:
     """Keep the bundle that will be replaced, next to it as ``NAME.VERSION``; return the copy.
 
@@ -100,9 +135,10 @@ def keep_bundle(bundle: Path) -> Path | None:
             shutil.rmtree(part)
         shutil.copytree(source, part, copy_function=link_or_copy)
         publish(part, copy)
-    except (OSError, shutil.Error) as error:
+    except OSError as error:
         shutil.rmtree(part, ignore_errors=True)
-        raise BundleError(f"{bundle}: the bundle there cannot be kept: {error}") from error
+        why = _reason(error)
+        raise BundleError(f"{bundle}: the bundle there cannot be kept: {why}") from error
     return copy
 
 
@@ -125,8 +161,8 @@ def put_bundle(source: Path, target: Path, *, anew: bool, keep: bool = True) -> 
     """Copy a bundle into the folder of another, in one step; readers see the old or the new.
 
     Its version becomes one of now where it is not later than that of the bundle it replaces, whose
-    tags it could not overwrite, and always with ``anew``. Files are hard links where the file
-    system has them.
+    tags it could not overwrite, and always with ``anew``. Files are copied: of links, what somebody
+    copies over the source later would be served at once.
 
     Args:
         source: A bundle that has been checked.
@@ -137,8 +173,13 @@ def put_bundle(source: Path, target: Path, *, anew: bool, keep: bool = True) -> 
     Raises:
         BundleError: It cannot be copied.
     """
-    target, before = target.resolve(), newest_version(target)
-    version = str(newest_version(source))
+    target = target.resolve()
+    with replacing(target):
+        return _put(source, target, anew=anew, keep=keep)
+
+
+def _put(source: Path, target: Path, *, anew: bool, keep: bool) -> Replaced:
+    before, version = newest_version(target), str(newest_version(source))
     try:
         about = (source / ABOUT).read_text(encoding="utf-8")
         if anew or (before is not None and version <= before):
@@ -148,14 +189,13 @@ def put_bundle(source: Path, target: Path, *, anew: bool, keep: bool = True) -> 
             return Replaced(version, before)
         kept = keep_bundle(target) if keep else None
         with new_folder(target) as part:
-            # Not linked: this file differs, and its own time says that the bundle is another.
+            # This file may differ, and its own time says that the bundle is another.
             but = shutil.ignore_patterns(ABOUT)
-            shutil.copytree(
-                source, part, ignore=but, copy_function=link_or_copy, dirs_exist_ok=True
-            )
+            shutil.copytree(source, part, ignore=but, dirs_exist_ok=True)
             (part / ABOUT).write_text(about, encoding="utf-8")
-    except (OSError, shutil.Error) as error:
-        raise BundleError(f"{target}: the bundle {source} cannot be put there: {error}") from error
+    except OSError as error:
+        why = _reason(error)
+        raise BundleError(f"{target}: the bundle {source} cannot be put there: {why}") from error
     return Replaced(version, before, kept)
 
 
@@ -172,6 +212,13 @@ def kept_bundles(bundle: Path) -> Iterator[Path]:
 def made_at(version: str) -> datetime:
     """Return the time in a version."""
     return datetime.strptime(version.partition("-")[0], _TIME).replace(tzinfo=timezone.utc)
+
+
+def _reason(error: OSError) -> str:
+    """Return one line; of a folder that was copied, the reason of its first file."""
+    if isinstance(error, shutil.Error) and isinstance(error.args[0], list):
+        return str(error.args[0][0][-1])
+    return one_line(error)
 
 
 def _restamped(path: Path, about: str, version: str, before: str | None) -> tuple[str, str]:

@@ -9,6 +9,7 @@ the file, or else to the working directory.
 from __future__ import annotations
 
 import codecs
+import errno
 import itertools
 import json
 import re
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeAlias
 
-from common.errors import ConfigError
+from common.errors import ConfigError, path_error
 from common.post import Media, MediaKind, Post, clean
 from common.urls import is_url, local_source
 from config.load import did_you_mean
@@ -203,12 +204,23 @@ def post_to_tag(value: Any, path: Path, where: str) -> Post:
     media: list[Media] = []
     for each in post.media:
         local = local_path(each.source, path)
-        if local is not None and not local.is_file():
+        if local is not None:
             index = sum(other.kind == each.kind for other in media)
-            key = f"{MEDIA_KEYS[each.kind]}.{index}"
-            raise ConfigError(f"{where}: {key}: no such file: {each.source}")
+            key = f"{where}: {MEDIA_KEYS[each.kind]}.{index}"
+            if not is_file(local, key):
+                raise ConfigError(f"{key}: no such file: {each.source}")
         media.append(each if local is None else Media(each.kind, str(local)))
     return Post(post.post_id, post.text, tuple(media), post.ocr, post.labels)
+
+
+def is_file(path: Path, where: str) -> bool:
+    """Return True for a file; ConfigError where that cannot be told."""
+    try:
+        return path.is_file()
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:  # so it is no file, but perhaps several in one cell
+            return False
+        raise path_error(f"{where}: {path}", error) from error
 
 
 def local_path(source: str, file: Path | str) -> Path | None:

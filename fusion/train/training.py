@@ -18,7 +18,7 @@ from common.post_set import PostSet
 from common.progress import notice
 from config.train import TrainSettings
 from fusion.bundle.bundle import Bundle, members_of, save_bundle
-from fusion.bundle.folder import keep_bundle, refuse_foreign
+from fusion.bundle.folder import keep_bundle, refuse_foreign, replacing
 from fusion.data.dataset import FeatureFiles
 from fusion.data.posts import PostList
 from fusion.infer.inference import shown
@@ -228,7 +228,6 @@ def _write(
         subsets = subset_gaps(
             job.fabric, settings, prepared, trained.held_out, measured.calibration
         )
-    copy = keep_bundle(settings.bundle.folder)
     bundle = Bundle(
         name=settings.bundle.name,
         labels=prepared.labels,
@@ -242,7 +241,9 @@ def _write(
         seen_posts=measured.seen_posts,
         learned_from=learned_from,
     )
-    version = save_bundle(settings.bundle.folder, bundle)
+    with replacing(settings.bundle.folder):
+        copy = keep_bundle(settings.bundle.folder)
+        version = save_bundle(settings.bundle.folder, bundle)
     if copy is not None:
         notice(f"{settings.bundle.folder}: the bundle that was there is kept in {copy}")
     trained.log.write(

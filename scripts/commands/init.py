@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from importlib.resources import files
 from pathlib import Path
@@ -53,7 +54,7 @@ def init(
         raise path_error(f"init: {folder}", error) from error
     say("".join(f"{folder / path}\n" for path in _FILES))
     say(
-        f"next     cd {folder}\n"
+        f"next     cd {shlex.quote(str(folder))}\n"
         f"         insighttag weights get {chosen}\n"
         "         insighttag doctor\n"
         "         insighttag train POSTS --out mine    (files, without a database)\n"

@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from common.cli import say
-from common.errors import ConfigError, FetchRetryable, MediaError, PermanentError, one_line
+from common.errors import (
+    ConfigError,
+    FetchRetryable,
+    MediaError,
+    PermanentError,
+    one_line,
+    path_error,
+)
 from common.post import MEDIA_KINDS, Media, MediaKind
 from common.urls import is_url, local_source, redact
 from config.settings import Settings
@@ -47,6 +54,11 @@ def inspect(
     wrong. No models but those of OCR and ASR are loaded.
     """
     settings = settings_of(config, overrides)
+    if out is not None:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise path_error(f"--out {out}", error) from error
     with _local(source, settings) as path:
         facts = facts_of(path, settings, kind=kind, out=out)
     facts = {"source": redact(source), **facts}
@@ -207,7 +219,6 @@ def _write(
     import soundfile
     from PIL import Image
 
-    out.mkdir(parents=True, exist_ok=True)
     files: list[Path] = []
     for name, pictures in (
         ("frame", media.frames),

@@ -140,8 +140,12 @@ def _written(
             result = earlier.get(post.post_id)
             if result is None:
                 result = result_of(runner, post).answer()
-                file.write(json.dumps(result, ensure_ascii=False, default=plain).encode() + b"\n")
-                file.flush()
+                line = json.dumps(result, ensure_ascii=False, default=plain).encode() + b"\n"
+                try:
+                    file.write(line)
+                    file.flush()
+                except OSError as error:
+                    raise path_error(f"--out {out}", error) from error
             yield result
 
 

@@ -18,7 +18,7 @@ from common.files import write_whole
 from common.progress import notice
 from common.tables import print_table
 from config.load import did_you_mean
-from fusion.bundle.folder import keep_bundle
+from fusion.bundle.folder import keep_bundle, replacing
 from scripts.commands.common import AsJson, print_json
 
 _FORMS = (".csv", ".json")
@@ -89,22 +89,25 @@ def thresholds(
     if out is not None and out.suffix.lower() not in _FORMS:
         raise ConfigError(f"--out {out}: must be a .csv or .json file")
     about, before = read_thresholds(folder)
-    new = dict(before)
+    asked: dict[str, float] = {}
     if from_data is not None:
         fitted, posts, metrics = fit_to_posts(
             folder, from_data, features, min_positives=min_positives, precision=precision
         )
-        new |= fitted
+        asked |= fitted
         _say_fit(fitted, posts, metrics["f1_micro"])
     if file is not None:
-        new |= _known(_read(file), new, str(file))
+        asked |= _known(_read(file), before, str(file))
     for text in sets or ():
-        new |= _known(_one(text), new, "--set")
-    changed = {tag: value for tag, value in new.items() if round(value, 6) != before[tag]}
-    version = about.version
-    kept = keep_bundle(folder) if changed else None
+        asked |= _known(_one(text), before, "--set")
+    kept, new = None, before
+    version, changed = about.version, _changed(before, asked)
     if changed:
-        version = write_thresholds(folder, new)
+        with replacing(folder):
+            about, before = read_thresholds(folder)  # another command may have changed others
+            new, changed = {**before, **asked}, _changed(before, asked)
+            kept = keep_bundle(folder)
+            version = write_thresholds(folder, new)
     if out is not None:
         _write(out, new)
     if as_json:
@@ -122,6 +125,10 @@ def thresholds(
         print_table("", ("id", "tag", "threshold"), table, right=(0, 2))
     if out is not None:
         say(f"{out}: {len(new)} thresholds\n")
+
+
+def _changed(before: Mapping[str, float], asked: Mapping[str, float]) -> dict[str, float]:
+    return {tag: value for tag, value in asked.items() if round(value, 6) != before.get(tag)}
 
 
 def _say_change(before: Mapping[str, float], changed: Mapping[str, float]) -> None:

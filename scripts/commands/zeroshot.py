@@ -15,7 +15,7 @@ from common.fingerprint import mismatch
 from common.post import TEXT_STREAMS, Stream
 from config.settings import ExtractorName, Settings
 from config.tags import TagTexts, load_tag_texts
-from fusion.bundle.folder import keep_bundle, refuse_foreign
+from fusion.bundle.folder import keep_bundle, refuse_foreign, replacing
 from scripts.commands.common import Config, Overrides, settings_of
 
 if TYPE_CHECKING:
@@ -118,8 +118,9 @@ def _replace(out: Path, bundle: Bundle) -> str:
     """Write a bundle, and keep the one that it replaces; return its version."""
     from fusion.bundle.bundle import save_bundle
 
-    kept = keep_bundle(out)
-    version = save_bundle(out, bundle)
+    with replacing(out):
+        kept = keep_bundle(out)
+        version = save_bundle(out, bundle)
     if kept is not None:
         say(f"{out}: the bundle that was there is kept in {kept}\n")
     return version

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import tempfile
 from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,19 @@ from scripts.cli import run
 from tests.support.tiny_models import tiny_site
 
 PICTURE = np.random.default_rng(1).integers(0, 255, (48, 64, 3), dtype=np.uint8)
+
+
+def cut_picture() -> Image.Image:
+    """Return a picture that Pillow opens, and of which half is missing."""
+    file = BytesIO()
+    Image.fromarray(PICTURE).save(file, "PNG")
+    return Image.open(BytesIO(file.getvalue()[: len(file.getvalue()) // 2]))
+
+
+def closed_picture() -> Image.Image:
+    picture = cut_picture()
+    picture.close()
+    return picture
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +86,10 @@ def test_a_picture_is_the_same_in_every_form(site: Path, tagger: Tagger) -> None
         ({"images": [""]}, "post: images.0: must be a path"),
         ({"images": [7]}, "post: images.0: must be a path, a URL, bytes, an array or"),
         ({"images": [PICTURE / 255]}, r"uint8 \(height, width\).*got float64 \(48, 64, 3\)"),
+        ({"images": ["x" * 300]}, "post: images.0: no such file: xxx"),
+        ({"images": [Image.new("RGB", (0, 9))]}, r"images.0: the picture is empty: \(0, 9\)"),
+        ({"images": [cut_picture()]}, "images.0: is no whole picture: .*truncated"),
+        ({"images": [closed_picture()]}, "images.0: is no whole picture: "),
         ({"videos": [PICTURE]}, "post: videos.0: must be a path, a URL or bytes: got ndarray"),
         ({"text": "x", "post_id": ""}, "must have a post_id"),
     ],
@@ -95,6 +115,7 @@ def test_a_post_of_nothing_usable_is_an_error_and_a_broken_file_is_not(tagger: T
     [
         ({"text": "x"}, "posts: must be several posts, each a dict: got dict"),
         ("posts.jsonl", "posts: must be several posts, each a dict: got str"),
+        (None, "posts: must be several posts, each a dict: got NoneType"),
         (["x"], "post 1: must be a dict with post_id"),
         ([{"imges": []}], "post 1: imges: unknown key; did you mean 'images'?"),
         ([{1: 2}], "post 1: 1: unknown key"),
@@ -109,6 +130,7 @@ def test_wrong_posts_are_named(tagger: Tagger, posts: Any, named: str) -> None:
     ("arguments", "named"),
     [
         ({"bundle": "none"}, "bundle: none: no bundle there"),
+        ({"bundle": "x" * 300}, "File name too long"),
         ({"bundle": "."}, "did you mean bundle?"),
         ({"config": "none.yaml"}, "none.yaml: no such file"),
         ({"overrides": {"features.imge.x": 1}}, "features.imge: unknown key; did you mean 'image'"),
@@ -116,6 +138,7 @@ def test_wrong_posts_are_named(tagger: Tagger, posts: Any, named: str) -> None:
         ({"overrides": ["a=b"]}, "overrides: must be a dict"),
         ({"overrides": {"features": {"image.weights": "random:2"}}}, "modality image: the bundle"),
         ({"device": "gpu"}, "device: must be cpu or cuda:N, as cuda:0: got 'gpu'"),
+        ({"device": 0}, "device: must be cpu or cuda:N, as cuda:0: got 0"),
     ],
 )
 def test_what_cannot_be_loaded_is_named(
@@ -134,6 +157,36 @@ def test_a_closed_tagger_says_so(site: Path) -> None:
     tagger.close()
     tagger.close()
     with pytest.raises(ConfigError, match="closed"):
+        tagger.tag(text="cat")
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_tagger_of_another_process_says_so(tagger: Tagger) -> None:
+    """A fork has its memory and not its thread: it would wait for ever."""
+    context = multiprocessing.get_context("fork")
+    said = context.SimpleQueue()
+
+    def tag() -> None:
+        try:
+            tagger.tag(text="cat")
+        except ConfigError as error:
+            said.put(str(error))
+        tagger.close()
+
+    child = context.Process(target=tag)
+    child.start()
+    child.join(timeout=20)
+    child.kill()
+    assert child.exitcode == 0
+    assert said.get() == "this Tagger is of another process: load the bundle after the fork"
+    assert tagger.tag(text="cat").tags
+
+
+def test_a_missing_folder_for_temporary_files_is_named(
+    tagger: Tagger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", "/nonexistent")
+    with pytest.raises(ConfigError, match=r"TMPDIR.*: No such file"):
         tagger.tag(text="cat")
 
 

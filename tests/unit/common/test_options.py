@@ -122,6 +122,8 @@ def test_help_ends_with_0(capsys: pytest.CaptureFixture[str]) -> None:
             1,
             "x: file: No space left on device; again\n",
         ),
+        (OSError(36, "File name too long", "file"), 2, "x: file: File name too long\n"),
+        (RuntimeError("Symlink loop from 'a'"), 2, "x: Symlink loop from 'a'\n"),
         (KeyboardInterrupt(), 1, "x: interrupted\n"),
     ],
 )

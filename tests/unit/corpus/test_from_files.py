@@ -142,6 +142,8 @@ def test_a_table_of_posts_is_read(folder: Path) -> None:
         ("p.jsonl", '{"post_id": "p"', "line 1: not JSON"),
         ("p.jsonl", '{"labels": ["cat"]}', "line 1: must have a post_id"),
         ("p.jsonl", '{"post_id": "p", "labels": "cat"}', "line 1: labels must be a list"),
+        ("p.csv", f"images,text\n{'a.png;' * 50}none.png,x\n", "images 'none.png': no such file"),
+        ("p.jsonl", POST % ("x" * 300), "line 1: images.0: no such file: xxx"),
         ("p.jsonl", POST % "none.png", "line 1: images.0: no such file: none.png"),
         ("p.json", "7", "must be a list of posts"),
         ("p.json", " \n", "must be a list of posts; it is empty"),

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from common.errors import BundleError
 from config.labels import LabelMap
 from fusion.bundle.bundle import load_bundle
-from fusion.bundle.folder import newest_version
+from fusion.bundle.folder import newest_version, put_bundle
 from fusion.data.dataset import FeatureFiles
 from fusion.infer.inferer import Inferer
 from scripts.cli import run
@@ -106,6 +108,10 @@ def test_a_bundle_is_put_in_place_and_the_one_before_comes_back(shop: Shop) -> N
         (["shadow", "foreign"], "in the settings too, add --other-features"),
         (["use", "cut"], "model.safetensors: is truncated, or not this bundle's (sha256)"),
         (["use", "yaml"], "bundle.yaml: cannot be read"),
+        (["use", "month13"], "begins with no time in UTC: 20261301T000000Z-"),
+        (["show", "month13"], "begins with no time in UTC: 20261301T000000Z-"),
+        (["use", "x" * 300], "File name too long"),
+        (["shadow", "new", "--set", "fusion.shadow=loop"], "loop"),
         (["rollback"], "no bundle is kept next to"),
         (["rollback", "cut"], "model.safetensors: is truncated"),
         (["shadow"], "name a bundle, or --off"),
@@ -135,6 +141,8 @@ def test_wrong_uses_end_with_one_line(
         shutil.copytree(shop.folder / "new", shop.folder / name)
     (shop.folder / "cut" / "model.safetensors").write_bytes(b"x")
     (shop.folder / "yaml" / "bundle.yaml").write_text("a: [", encoding="utf-8")
+    shop.write("month13", "20261301T000000Z")
+    (shop.folder / "loop").symlink_to("loop")
     before = newest_version(shop.served)
     monkeypatch.chdir(shop.folder)
     assert shop.run(*words) == 2
@@ -228,3 +236,32 @@ def test_two_outputs_are_compared_by_their_tags(
     assert found["scores"]["mean_abs_difference"] == pytest.approx(0.25)
     assert found["differing_posts"] == [{"post_id": "p", "only_first": ["b"], "only_second": []}]
     assert found["gap"][1] == 1.0
+
+
+def test_what_is_copied_over_the_source_later_is_not_served(shop: Shop) -> None:
+    new = shop.folder / "new"
+    assert shop.run("use", str(new)) == 0
+    (new / "model.safetensors").write_bytes(b"x")  # in place, as cp does
+    assert load_bundle(shop.served).version == newest_version(new)
+
+
+def test_commands_at_the_same_time_give_each_bundle_a_version_of_its_own(shop: Shop) -> None:
+    """No change is lost either, and a part of a command that was killed is removed."""
+    part = shop.folder / ".insight.0123abcd"
+    part.mkdir()
+    first = newest_version(shop.served)
+    new, other = shop.folder / "new", shop.write("other", OLD)
+    with ThreadPoolExecutor(4) as pool:
+        puts = [pool.submit(put_bundle, each, shop.served, anew=True) for each in (new, other) * 4]
+    versions = [put.result().version for put in puts]
+    assert sorted(set(versions)) == sorted(versions)
+    assert {put.result().before for put in puts} == {first, *sorted(versions)[:-1]}
+    assert newest_version(shop.served) == max(versions)
+    assert not part.exists()
+
+
+def test_a_served_version_that_is_no_time_is_named(shop: Shop) -> None:
+    about = shop.served / "bundle.yaml"
+    about.write_text(about.read_text().replace("20260101T000000Z", "99991231T235959Z"))
+    with pytest.raises(BundleError, match=r"99991231T235959Z-.*: no version is later than"):
+        put_bundle(shop.folder / "new", shop.served, anew=False)
