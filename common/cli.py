@@ -64,7 +64,8 @@ def hyphens(name: str) -> str:
     return name.replace("_", "-")
 
 
-WORDS = {"help_option_names": ["--help", "-h"], "token_normalize_func": hyphens}
+HELP = ["--help", "-h"]
+WORDS = {"help_option_names": HELP, "token_normalize_func": hyphens}
 """typer's ``context_settings`` of every command."""
 
 

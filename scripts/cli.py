@@ -20,7 +20,7 @@ import flask_server
 import infer_net
 import online_process
 import train_net
-from common.cli import USAGE_ERROR, WORDS, Script, complain, exit_code, say, usage_message
+from common.cli import HELP, USAGE_ERROR, WORDS, Script, complain, exit_code, say, usage_message
 from corpus.build import command as build
 from corpus.build import label_map
 from corpus.extract import out_of_fold
@@ -245,20 +245,28 @@ def _add(app: typer.Typer, path: str, runs: Runs, **shown: Any) -> None:
         app.command(path.rsplit(maxsplit=1)[-1], **shown)(runs)
 
 
-def _escape(command: Any) -> None:
-    """Keep square brackets in help: to rich they are markup."""
-    command.help = escape(command.help or "")
+def _fit_help(command: Any) -> None:
+    """Have help shown as it is meant.
+
+    Square brackets are markup to rich. typer would keep the line ends of docstrings, and say
+    ``<bool>`` behind a flag, as if a value came after it.
+    """
+    paragraphs = (command.help or "").split("\n\n")
+    command.help = escape("\n\n".join(" ".join(each.split("\n")) for each in paragraphs))
     command.epilog = escape(command.epilog or "")
-    for parameter in command.params:
+    own_help = command.get_help_option(typer.Context(command, help_option_names=HELP))
+    for parameter in (*command.params, own_help):
         parameter.help = escape(getattr(parameter, "help", None) or "")
+        if getattr(parameter, "is_flag", False):
+            parameter.metavar = ""
     for each in getattr(command, "commands", {}).values():
-        _escape(each)
+        _fit_help(each)
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     command = typer.main.get_command(build_app())
-    _escape(command)
+    _fit_help(command)
 
     def call() -> int:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +74,12 @@ def schemas() -> dict[str, dict[str, Any]]:
     }
 
 
+def text_of(schema: Mapping[str, Any]) -> str:
+    """Return what the file of a schema holds."""
+    return f"{json.dumps(schema, ensure_ascii=False, indent=2)}\n"
+
+
 def main() -> None:
     FOLDER.mkdir(parents=True, exist_ok=True)
     for name, schema in schemas().items():
-        text = json.dumps(schema, ensure_ascii=False, indent=2)
-        write_whole(FOLDER / f"{name}.schema.json", f"{text}\n")
+        write_whole(FOLDER / f"{name}.schema.json", text_of(schema))

@@ -150,7 +150,8 @@ def parse_weights(value: str, *, setting: str, arch: str = "") -> Weights:
         seed = int(digits) if digits.isdecimal() else -1
         if not 0 <= seed < 2**63:
             raise ConfigError(f"{setting}: {value!r} must be random:SEED, SEED a whole number")
-        _log.warning("extractors.random_weights", setting=setting, seed=seed, use="tests only")
+        use = "for tests, or where no post has such media"
+        _log.warning("extractors.random_weights", setting=setting, seed=seed, use=use)
         return Weights(seed=seed)
     path = Path(value).expanduser()
     if not path.exists():

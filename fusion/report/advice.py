@@ -18,6 +18,9 @@ _TRUSTED = 0.5
 # Fewer positives say nothing of a tag.
 _FEW = 10
 _SHOWN = 4
+_FILES = ("--features", "FEATURES", "--labels", "LABELS.json", "--out", "DATA")
+_SPLIT = ("insighttag", "build", "--input", "POSTS.jsonl", *_FILES)
+_LABEL_MAP = ("insighttag", "label-map", "--input", "POSTS.jsonl")
 
 
 def next_steps(
@@ -45,21 +48,21 @@ def _steps(
         yield Advice(
             "Measure on new posts: all of these were trained on. Give a validation file of others, "
             "or extract the features out of fold, each post's by a backbone without it.",
-            "python scripts/out_of_fold_features.py --model_config BACKBONE.yaml "
-            "--config SETTINGS.yaml --features FEATURES",
+            "insighttag out-of-fold --model-config BACKBONE.yaml --config SETTINGS.yaml "
+            "--features FEATURES",
         )
     if "metrics" not in numbers:
         yield Advice("Measure: name a file of validation posts.", with_("data.valid=VALID.json"))
         return
     metrics, base, test = numbers["metrics"], numbers["baseline"], numbers.get("test")
     gap, posts = metrics["gap"], numbers["posts"]
+    own = again[0] == "insighttag"  # of `insighttag train`, which splits and leaves tags out itself
+    larger = command(*(again if own else _SPLIT), "--valid", "0.2")
     if posts < _LITTLE:
-        split = ("python", "scripts/build_trainval_data.py", "--input", "POSTS.jsonl")
-        rest = ("--features", "FEATURES", "--labels", "LABELS.json", "--out", "DATA")
         yield Advice(
             f"Measure on more posts: each of the {counted(posts, 'post')} changes the figures by "
             "0.01 or more.",
-            command(*(again if again[0] == "insighttag" else (*split, *rest)), "--valid", "0.2"),
+            larger,
         )
     if base is not None and gap < base["gap"] + 2 * _NOISE:
         yield Advice(
@@ -69,14 +72,14 @@ def _steps(
         )
     if not numbers.get("seen_posts"):
         yield from _length(facts, runs, with_)
-    if test is not None and not test["seen_posts"] and test["metrics"]["gap"] < gap - 0.05:
+    few = posts < _LITTLE  # which is said once
+    if test and not few and not test["seen_posts"] and test["metrics"]["gap"] < gap - 0.05:
         yield Advice(
             f"Choose on more posts: the test has GAP {test['metrics']['gap']:.3f} where the "
             f"{posts:,} validation posts, which chose epoch and thresholds, have {gap:.3f}.",
-            "python scripts/build_trainval_data.py --input POSTS.jsonl --features FEATURES "
-            "--labels LABELS.json --out DATA --valid 0.2",
+            larger,
         )
-    yield from _tags(numbers)
+    yield from _tags(numbers, again if own else _LABEL_MAP)
     yield from _modalities(numbers, with_)
     error = numbers["calibration"]["after"]["error"]
     if error > 0.03 and facts.get("calibration") == "none" and not numbers.get("seen_posts"):
@@ -99,6 +102,8 @@ def _length(
     best, last = facts["best epoch"], max(gaps, default=0)
     if len(runs) != 1 or len(gaps) < 2 or best not in gaps:
         return
+    if any(event.get("method") == "solved" for event in runs[0]):
+        return  # its epochs are penalties that were tried: there are no more of them
     if best == last:
         yield Advice(
             f"Train longer: GAP was still rising in the last of {last} epochs.",
@@ -113,7 +118,7 @@ def _length(
         )
 
 
-def _tags(numbers: Mapping[str, Any]) -> Iterator[Advice]:
+def _tags(numbers: Mapping[str, Any], fewer: Sequence[str]) -> Iterator[Advice]:
     """Advise on labels that contradict each other, and on tags with few posts."""
     counts = {(c["missed"], c["given"]): c for c in numbers["confusions"]}
     for (one, other), pair in counts.items():
@@ -143,7 +148,7 @@ def _tags(numbers: Mapping[str, Any]) -> Iterator[Advice]:
         yield Advice(
             f"Label more posts of {names}{more}: with fewer than {_FEW} validation posts they are "
             "neither learned well nor measured well. Or leave rare tags out.",
-            "python scripts/build_label_map.py --input POSTS.jsonl --min_posts 50",
+            command(*fewer, "--min-posts", "50"),
         )
 
 

@@ -138,8 +138,10 @@ class Trainer:
         epochs, patience = self._settings.epochs, self._settings.patience
         shown = self._settings.progress and self._fabric.is_global_zero
         notice(f"log: {self._settings.save_dir / 'log' / 'train.jsonl'}", enabled=shown)
-        with closing(run.loading), progress_bar("train", steps, enabled=shown) as bar:
-            solutions = self._solutions(run)
+        solutions = self._solutions(run)
+        # How many solutions a model has is not known before they are found.
+        total = steps if solutions is None else None
+        with closing(run.loading), progress_bar("train", total, enabled=shown) as bar:
             for epoch in range(run.progress.epoch + 1, epochs + 1):
                 if patience and run.progress.stale >= patience:
                     break
@@ -147,6 +149,8 @@ class Trainer:
                     self._train_epoch(run, epoch, bar)
                 elif not self._solve(run, solutions, epoch):
                     break
+                else:
+                    bar.advance()
                 self._validate(run, epoch, bar, due=solutions is not None)
                 if self._on_epoch_end is not None:
                     self._on_epoch_end(epoch, run.validated)
@@ -272,7 +276,8 @@ class Trainer:
         run.loss, run.progress.epoch = loss, epoch
         seconds = round(time.monotonic() - started, 3)
         posts = run.data.train_count
-        self.log.write("epoch", epoch=epoch, loss=loss, posts=posts, seconds=seconds, data_wait=0.0)
+        timing: dict[str, Any] = {"seconds": seconds, "data_wait": 0.0}
+        self.log.write("epoch", epoch=epoch, loss=loss, posts=posts, method="solved", **timing)
         return True
 
     def _step(self, run: _Run, batches: list[Batch], posts: int, where: str) -> float:

@@ -281,7 +281,10 @@ def _weights(weights: list[dict[str, Any]]) -> Iterator[Check]:
         remedy = f"insighttag weights get {each['encoder']}"
         remedy += "; or features.preset: small, whose weights pip brings"
         if kind == "trained here":
-            remedy = f"train it: {source} is what insighttag train-net writes (docs/training.md)"
+            remedy = (
+                "insighttag train POSTS --out FOLDER, with its FOLDER/settings.yaml, needs none; "
+                f"or train-net writes {source} (docs/training.md)"
+            )
         yield Check(name, "failed", f"{each['encoder']}: missing", remedy)
 
 

@@ -118,7 +118,8 @@ def train(
         complain("train", "interrupted; the same command goes on where it stopped", 1)
         raise typer.Exit(1) from None
     say(
-        f"bundle   {folder.bundle}\nreport   {folder.report}\nserve    --config {folder.settings}\n"
+        f"bundle   {folder.bundle}\nreport   {folder.report}\n"
+        f"serve    insighttag serve --config {folder.settings}\n"
         f"next     insighttag tag MORE_POSTS --out tags.jsonl --bundle {folder.bundle}\n"
     )
 

@@ -92,6 +92,8 @@ def test_commands_run_far_from_the_checkout(work: Path) -> None:
     doctor = ran(work, "insighttag", "doctor", "--quick", "--set", "features.preset=small")
     assert "Traceback" not in doctor.stderr
     assert doctor.stdout or doctor.stderr.count("\n") == 1
+    init = ran(work, "insighttag", "init", "project")
+    assert (init.returncode, init.stderr.count("Traceback")) == (0, 0), init.stderr
     mistake = ran(work, "insighttag", "tag", "none.png", "--bundle", "none")
     assert (mistake.returncode, mistake.stderr.count("\n")) == (2, 1), mistake.stderr
 

@@ -43,12 +43,12 @@ def pair(missed: int, given: int, posts: int) -> dict[str, int]:
 @pytest.mark.parametrize(
     ("changes", "text", "command"),
     [
-        ({"seen_posts": 5}, "Measure on new posts", "out_of_fold_features.py"),
+        ({"seen_posts": 5}, "Measure on new posts", "insighttag out-of-fold"),
         ({"baseline": {"gap": 0.79}}, "GAP 0.800 is hardly above the 0.790", "insighttag inspect"),
         (
             {"test": {"posts": 9, "seen_posts": 0, "metrics": {"gap": 0.7}}},
             "the test has GAP 0.700 where the 500 validation posts",
-            "build_trainval_data.py",
+            "insighttag build --input",
         ),
         (
             {"confusions": [pair(0, 2, 3), pair(2, 0, 2)]},
@@ -56,11 +56,11 @@ def pair(missed: int, given: int, posts: int) -> dict[str, int]:
             "insighttag labels merge LABELS.json a c --into a",
         ),
         ({"mistakes": [{"score": 0.99}] * 3}, "3 contradict scores", ""),
-        ({"posts": 7}, "each of the 7 posts", "build_trainval_data.py"),
+        ({"posts": 7}, "each of the 7 posts", "insighttag build --input"),
         (
             {"tags": [{"id": 0, "name": "rare", "support": 4, "ap": 0.1}]},
             "Label more posts of rare (4)",
-            "--min_posts 50",
+            "insighttag label-map --input POSTS.jsonl --min-posts 50",
         ),
         (
             {
@@ -107,6 +107,27 @@ def test_the_number_of_epochs_is_judged_by_the_curve(
     found = next_steps(numbers(facts={"best epoch": best, "bundle": ""}), events(*gaps), AGAIN, "")
     assert len(found) == bool(text)
     assert all(text in step.text and command in step.command for step in found)
+
+
+def test_solved_weights_are_not_told_to_train_longer() -> None:
+    """Their epochs are penalties, and all of them were tried."""
+    runs = events(0.1, 0.2, 0.3)
+    runs[0].append({"event": "epoch", "epoch": 3, "method": "solved"})
+    assert next_steps(numbers(facts={"best epoch": 3, "bundle": ""}), runs, AGAIN, "") == []
+
+
+def test_a_folder_of_insighttag_train_is_told_its_own_command_once() -> None:
+    """Few validation posts and a worse test ask for the same split, which is said once."""
+    train = ("insighttag", "train", "pictures", "--out", "OTHER")
+    changes = {
+        "posts": 7,
+        "test": {"posts": 9, "seen_posts": 0, "metrics": {"gap": 0.7}},
+        "tags": [{"id": 0, "name": "rare", "support": 4, "ap": 0.1}],
+    }
+    assert [step.command for step in next_steps(numbers(**changes), events(), train, "")] == [
+        "insighttag train pictures --out OTHER --valid 0.2",
+        "insighttag train pictures --out OTHER --min-posts 50",
+    ]
 
 
 def test_without_figures_validation_posts_are_asked_for() -> None:

@@ -73,6 +73,16 @@ def test_help_shows_hyphens_and_keeps_square_brackets(capsys: pytest.CaptureFixt
     assert "[post_id, ...]" in out
 
 
+def test_help_shows_no_value_behind_a_flag_and_fills_its_lines(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert run(["doctor", "-h"]) == 0
+    out = capsys.readouterr().out
+    assert "<bool>" not in out
+    assert "weights, bundle, disk space, ports," in out
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
