@@ -20,7 +20,7 @@ _FEW = 10
 _SHOWN = 4
 _FILES = ("--features", "FEATURES", "--labels", "LABELS.json", "--out", "DATA")
 _SPLIT = ("insighttag", "build", "--input", "POSTS.jsonl", *_FILES)
-_LABEL_MAP = ("insighttag", "label-map", "--input", "POSTS.jsonl")
+_LABEL_MAP = ("insighttag", "label-map", "--input", "POSTS.jsonl", "--min-posts", "50")
 
 
 def next_steps(
@@ -79,7 +79,7 @@ def _steps(
             f"{posts:,} validation posts, which chose epoch and thresholds, have {gap:.3f}.",
             larger,
         )
-    yield from _tags(numbers, again if own else _LABEL_MAP)
+    yield from _tags(numbers, (*again, "--min-posts", "10") if own else _LABEL_MAP)
     yield from _modalities(numbers, with_)
     error = numbers["calibration"]["after"]["error"]
     if error > 0.03 and facts.get("calibration") == "none" and not numbers.get("seen_posts"):
@@ -148,7 +148,7 @@ def _tags(numbers: Mapping[str, Any], fewer: Sequence[str]) -> Iterator[Advice]:
         yield Advice(
             f"Label more posts of {names}{more}: with fewer than {_FEW} validation posts they are "
             "neither learned well nor measured well. Or leave rare tags out.",
-            command(*fewer, "--min-posts", "50"),
+            command(*fewer),
         )
 
 

@@ -126,7 +126,7 @@ def test_a_folder_of_insighttag_train_is_told_its_own_command_once() -> None:
     }
     assert [step.command for step in next_steps(numbers(**changes), events(), train, "")] == [
         "insighttag train pictures --out OTHER --valid 0.2",
-        "insighttag train pictures --out OTHER --min-posts 50",
+        "insighttag train pictures --out OTHER --min-posts 10",
     ]
 
 
