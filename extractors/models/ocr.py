@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -116,14 +117,21 @@ class OcrExtractor(Extractor):
         self._readers: SimpleQueue[Any] = SimpleQueue()
         self._pool: ThreadPoolExecutor | None = None
         self._errors: tuple[type[Exception], ...] = ()
+        self._engine = ""
+        self._key = (device, settings.min_confidence, settings.detect_side)  # of its readers
 
     def _load(self) -> Mapping[str, Any]:
-        engine = _engine(self._settings.engine, self._device)
+        engine = self._engine = _engine(self._settings.engine, self._device)
         models = _models(engine)
         networks = _torch_networks(self._device) if engine == "torch" else {}
         try:
             for _ in range(self._threads):
-                reader = _open_reader(self._settings, engine, models, self._device, networks)
+                idle = _idle[self._key] if engine == "openvino" else None
+                reader = (
+                    idle.pop()
+                    if idle
+                    else _open_reader(self._settings, engine, models, self._device, networks)
+                )
                 self._readers.put(reader)
         except Exception as error:  # engines and readers of models share no base class
             raise ConfigError(
@@ -160,6 +168,9 @@ class OcrExtractor(Extractor):
         if self._pool is not None:
             self._pool.shutdown()
         self._pool = None
+        if self._engine == "openvino":
+            while not self._readers.empty():
+                _idle[self._key].append(self._readers.get())
         self._readers = SimpleQueue()
 
     def _read(self, picture: Picture) -> list[str]:
@@ -324,6 +335,10 @@ def _models(engine: str) -> dict[Step, Path]:
                 f"'{_RANGES['rapidocr']}'"
             )
     return models
+
+
+# Closed readers of OpenVINO, which may never be freed (`keep_alive`): later extractors take them.
+_idle: defaultdict[tuple[object, ...], list[Any]] = defaultdict(list)
 
 
 def _engine(wanted: str, device: str) -> str:

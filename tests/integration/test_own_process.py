@@ -63,7 +63,7 @@ MONITOR = (
 @pytest.mark.parametrize(
     ("command", "code"),
     [
-        (("-m", "scripts.cli", "status", "--json", *MONITOR[1:]), 0),
+        (("-m", "scripts.cli", "status", "--json", *MONITOR[1:]), 1),
         (("train_net.py", "--help"), 0),
         (MONITOR, 2),
     ],
