@@ -71,12 +71,20 @@ def test_a_mistake_of_one_process_is_one_line(few_posts: Path) -> None:
         runs.run(few_posts, **options(2, str(few_posts / "run")))
 
 
+def is_forkserver(process: psutil.Process) -> bool:
+    """Tell if it is one; a child that an earlier test has ended has no command line."""
+    try:
+        return "forkserver" in " ".join(process.cmdline())
+    except psutil.Error:
+        return False
+
+
 def kill_the_first(log: Path) -> list[psutil.Process]:
     """Kill one of the processes once they learn: the one with the store through which they talk."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not (log.exists() and '"step"' in log.read_text()):
         time.sleep(0.05)
-    servers = [p for p in psutil.Process().children() if "forkserver" in " ".join(p.cmdline())]
+    servers = [p for p in psutil.Process().children() if is_forkserver(p)]
     children = [child for server in servers for child in server.children()]
     first = min(children, key=lambda child: (child.create_time(), child.pid))
     first.kill()
