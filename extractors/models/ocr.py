@@ -378,6 +378,7 @@ def _open_reader(
         f"{of_ort}.cuda_ep_cfg.cudnn_conv_algo_search": "DEFAULT",
         f"{of_openvino}.inference_num_threads": 1,
         f"{of_openvino}.num_streams": 1,
+        f"{of_openvino}.enable_cpu_pinning": False,
     }
     for step, path in models.items():
         parameters[f"{step}.model_path"] = str(path)

@@ -150,6 +150,14 @@ def test_bfloat16_is_left_where_it_differs() -> None:
     assert found.arithmetic == "fp32"
 
 
+def test_processes_do_not_share_one_core() -> None:
+    """By default OpenVINO binds the threads of each process to the same cores, the first ones."""
+    loaded = pictures()._encoder._graph
+    assert loaded is not None
+    model = loaded._request.get_compiled_model()
+    assert model.get_property("ENABLE_CPU_PINNING") is False
+
+
 def test_nothing_is_reported_to_anybody(project_root: Path) -> None:
     """OpenVINO reports each use by a package of its own: it is never imported, by OCR neither."""
     code = """
