@@ -148,7 +148,7 @@ class ExtractorPlacement(Section):
 
 
 class TagSettings(Section):
-    """How many tags a post gets, and their names: docs/tags.md."""
+    """Set how many tags a post gets, and their names: docs/tags.md."""
 
     min_tags: Count = 0
     """At least this many tags, those with the best scores, even below their thresholds."""
@@ -189,7 +189,7 @@ class WorkerSettings(Section):
     slots: PositiveInt = 16
     """Shared-memory slots; each holds what was decoded from one media file."""
     host_file: Path | None = Path("workshop/host.yaml")
-    """What ``insighttag tune-host`` has measured; null: nothing is read."""
+    """File that ``insighttag tune-host`` writes; null: nothing is read."""
     start_timeout_s: Seconds = 600
     """Loading of models may take this long."""
     task_timeout_s: Seconds = 120

@@ -88,7 +88,7 @@ class ServedTag:
 
 @dataclass(frozen=True)
 class TagRules:
-    """How many tags a post gets, and their names; by default unlimited, and the bundle's names."""
+    """Say how many tags a post gets, and their names; by default all, by the bundle's names."""
 
     min_tags: int = 0
     max_tags: int | None = None

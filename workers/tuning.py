@@ -75,7 +75,7 @@ Tell = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """What one stage takes for an average post.
+    """Hold what one stage takes for an average post.
 
     Attributes:
         cpu_ms: Of one core.
