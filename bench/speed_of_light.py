@@ -44,8 +44,6 @@ POSTS = {"demo": 200, "realistic": 32, "tiny": 12}
 BATCH = 8
 PASSES = {"demo": 3, "realistic": 1, "tiny": 1}
 """Of the work alone, before and after the daemon's. One more comes first: models allocate then."""
-IN_ONE = {"video": "extract", "image": "extract", "audio": "extract", "text": "extract"}
-"""The daemon's stage of each extractor, as `workloads` has placed them."""
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -107,21 +105,24 @@ def alone_ms(made: Workload, url: str, number: int) -> dict[str, float]:
     return {n: statistics.median(p[n] for p in passes[1:]) / len(posts) for n in names}
 
 
-def processes_of(settings: Settings) -> dict[str, int]:
-    """Return the processes of each stage."""
-    number = {"decode": settings.decode.processes, "fuse": 1}
+def stages_of(settings: Settings) -> tuple[dict[str, str], dict[str, int]]:
+    """Return the daemon's stage of each kind of work, and the processes of each stage."""
+    stage, number = {}, {"decode": settings.decode.processes, "fuse": 1}
     for group in settings.workers.extractors:
-        number["ocr" if group.extractors == ("ocr",) else "extract"] = group.processes
-    return number
+        name = "ocr" if group.extractors == ("ocr",) else "extract"
+        stage.update(dict.fromkeys(group.extractors, name))
+        number[name] = group.processes
+    return {str(each): name for each, name in stage.items()}, number
 
 
 def rows_of(
-    alone: Mapping[str, float], number: Mapping[str, int], loads: Sequence[Load]
+    alone: Mapping[str, float], settings: Settings, loads: Sequence[Load]
 ) -> list[dict[str, Any]]:
     """Return a row for each stage, and one for the cores."""
+    stage_of, number = stages_of(settings)
     stages: defaultdict[str, float] = defaultdict(float)
     for name, ms in alone.items():
-        stages[IN_ONE.get(name, name)] += ms
+        stages[stage_of.get(name, name)] += ms
     cores = os.cpu_count() or 1
     by_stage = {name: (ms, number[name]) for name, ms in stages.items() if ms > 0}
     by_stage["cores"] = (sum(stages.values()), cores)
@@ -168,7 +169,7 @@ def measure(options: argparse.Namespace, case: Any) -> list[dict[str, Any]]:
                 head = {"case": case, "broker": broker, "posts": number}
                 load = [round(x, 1) for x in os.getloadavg()]
                 extractors = {each: round(ms, 3) for each, ms in alone.items()}
-                for row in rows_of(alone, processes_of(made.settings), loads):
+                for row in rows_of(alone, made.settings, loads):
                     rows.append(head | row | {"load": load})
                 rows[-1] |= {"alone_ms_by_work": extractors, "cpu_ms": median_load(loads)["cpu_ms"]}
     return rows

@@ -80,14 +80,14 @@ def workload(
         given = ["features.video.weights=random:0", "features.audio.weights=random:0"]
         settings = load_settings(ROOT / "config" / "demo.yaml", given)
         features = settings.features.model_dump()
-    groups = [("video", "image", "audio", "text"), ("ocr",)]
-    groups = groups[:1] if name == "tiny" else groups
+    extractors = ["video", "image", "audio", "text", *(["ocr"] if name != "tiny" else [])]
+    group = {"extractors": extractors, "processes": 1 if name == "tiny" else 2, "threads": 1}
     settings = Settings.model_validate(
         {
             "features": features,
             "fetch": {"allow_private_hosts": True, "spool": folder / "spool"},
             "decode": {"processes": 1},
-            "workers": {"extractors": [{"extractors": g, "threads": 1} for g in groups]},
+            "workers": {"extractors": [group]},
             "fusion": {"bundle": folder / "bundle"},
             "log": {"format": "json"},
             **sections,

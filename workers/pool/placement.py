@@ -11,6 +11,7 @@ Nothing here imports torch: the King is placed by it.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -142,10 +143,10 @@ def summary(settings: Settings, host: Host | None = None) -> dict[str, Any]:
 def quick_rule(settings: Settings, host: Host) -> Values:
     """Return numbers by the cores and the GPUs alone.
 
-    - Up to two cores: two decoders, and one process of two threads for everything else.
-    - More cores: a process of two threads with the encoders for every two cores and 4 GiB, a
-      process for OCR for every two, a decoder for every four and two at least. That is more
-      processes than cores: whatever posts hold, the stage that is behind has some.
+    - CPU: a process of one thread for each core, with all encoders and OCR, so that any post
+      keeps every core busy, and a decoder for every two, two at least. Where memory does not hold that many
+      copies of the encoders: as many processes of two threads as it does hold, and OCR, which is
+      small, in processes of its own for half of the cores.
     - GPUs: one process with the encoders on each, decoders on half of the cores, OCR on three
       eighths (with ``features.ocr.engine: torch`` on each GPU), fusion on the first.
     """
@@ -157,16 +158,15 @@ def quick_rule(settings: Settings, host: Host) -> Values:
         else:
             groups.append(group("cpu", ("ocr",), max(1, 3 * cpus // 8), 1))
         decoders = max(2, cpus // 2)
-    elif cpus <= 2:
-        groups = [group("cpu", (*ENCODERS[:-1], "ocr", "asr"), 1, 2)]
-        decoders = 2
     else:
-        most = max(1, host.memory_gib // _GIB_PER_ENCODERS)
-        groups = [
-            group("cpu", ENCODERS, min(cpus // 2, most), 2),
-            group("cpu", ("ocr",), cpus // 2, 1),
-        ]
-        decoders = max(2, cpus // 4)
+        copies, decoders = max(1, host.memory_gib // _GIB_PER_ENCODERS), max(2, cpus // 2)
+        if copies >= cpus:
+            groups = [group("cpu", (*ENCODERS, "ocr"), cpus, 1)]
+        else:
+            groups = [
+                group("cpu", ENCODERS, min(math.ceil(cpus / 2), copies), min(cpus, 2)),
+                group("cpu", ("ocr",), math.ceil(cpus / 2), 1),
+            ]
     return {
         "decode": {"processes": decoders},
         "workers": {"extractors": groups, "slots": slots_for(settings, host)},

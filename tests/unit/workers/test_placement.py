@@ -48,26 +48,16 @@ def shape(settings: Settings) -> list[tuple[str, str, int, int]]:
     ]
 
 
-def test_two_cores_have_the_defaults() -> None:
-    settings = settings_with(None)
-    placement = place(settings, TWO)
-    assert placement.source == "rule"
-    assert placement.settings == settings
-
-
 @pytest.mark.parametrize(
     ("host", "engine", "decoders", "groups"),
     [
-        (
-            Host("c", 8, 64),
-            "onnxruntime",
-            2,
-            [("cpu", "video+image+audio+text+asr", 4, 2), ("cpu", "ocr", 4, 1)],
-        ),
+        (TWO, "onnxruntime", 2, [("cpu", "video+image+audio+text+asr+ocr", 2, 1)]),
+        (Host("c", 8, 64), "onnxruntime", 4, [("cpu", "video+image+audio+text+asr+ocr", 8, 1)]),
+        (Host("c", 1, 2), "onnxruntime", 2, [("cpu", "video+image+audio+text+asr+ocr", 1, 1)]),
         (  # 8 GiB hold two copies of the encoders
             Host("c", 16, 8),
             "onnxruntime",
-            4,
+            8,
             [("cpu", "video+image+audio+text+asr", 2, 2), ("cpu", "ocr", 8, 1)],
         ),
         (
