@@ -144,9 +144,9 @@ def quick_rule(settings: Settings, host: Host) -> Values:
     """Return numbers by the cores and the GPUs alone.
 
     - CPU: a process of one thread for each core, with all encoders and OCR, so that any post
-      keeps every core busy, and a decoder for every two, two at least. Where memory does not hold that many
-      copies of the encoders: as many processes of two threads as it does hold, and OCR, which is
-      small, in processes of its own for half of the cores.
+      keeps every core busy, and a decoder for every two cores, two at least. Where memory does not
+      hold that many copies of the encoders: as many processes of two threads as it does hold, and
+      OCR, which is small, in processes of its own for half of the cores.
     - GPUs: one process with the encoders on each, decoders on half of the cores, OCR on three
       eighths (with ``features.ocr.engine: torch`` on each GPU), fusion on the first.
     """
