@@ -152,8 +152,9 @@ class Room:
     towards its deadline, and is charged with an attempt when the King dies.
     """
 
-    def __init__(self, most_with_media: int) -> None:
+    def __init__(self, most_with_media: int, most_waiting: int | None = None) -> None:
         self.most_with_media = most_with_media
+        self.most_waiting = most_with_media if most_waiting is None else most_waiting
         self._with_media: set[str] = set()
         self._chars: dict[str, int] = {}
         self._sum_of_chars = 0
@@ -482,7 +483,7 @@ class StoreThread:
 
         Each only once, since a broker may count how often it delivers a message.
         """
-        hoard = self._waiting[self._room.most_with_media :]
+        hoard = self._waiting[self._room.most_waiting :]
         returned = [claim for claim in hoard if not claim.redelivered]
         if returned:
             self._broker_thread.narrow(_NARROW_S)

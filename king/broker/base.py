@@ -29,6 +29,11 @@ PUBLISH_WINDOW = 500
 # more from half of this on; double only gives a crash more messages to deliver again.
 _MOST_IN_HAND = 512
 
+# With `prefetch: auto`, messages in hand for each media file that can be in work. Posts without videos
+# overtake those that wait in hand, not those that wait in the broker: at half, a text behind 100
+# videos waits for most of them; at double, another King has to do without as many.
+_IN_HAND_PER_MEDIA = 4
+
 # Time whose acknowledged messages may be in hand at once. It is what a King that dies, or whose
 # posts become slow, holds back from the others; at half, batches of cheap posts are half as large.
 _PACE_S = 0.5
@@ -107,8 +112,12 @@ OnDelivery: TypeAlias = Callable[[Delivery], None]
 
 @dataclass(frozen=True, slots=True)
 class Prefetch:
-    """Bounds of the messages in hand: ``least`` always, up to ``most`` while they pass quickly."""
+    """Bounds of the messages in hand: ``least`` always, up to ``most`` while they pass quickly.
 
+    At most ``with_media`` of their posts have media and are worked on; the others wait in hand.
+    """
+
+    with_media: int
     least: int
     most: int
 
@@ -116,8 +125,9 @@ class Prefetch:
     def of(cls, settings: BrokerSettings, media_in_flight: int = 32) -> Prefetch:
         """Return the bounds that the settings name, or by ``auto`` those of the host."""
         if settings.prefetch != "auto":
-            return cls(settings.prefetch, settings.prefetch)
-        return cls(media_in_flight, max(media_in_flight, _MOST_IN_HAND))
+            return cls(settings.prefetch, settings.prefetch, settings.prefetch)
+        least = media_in_flight * _IN_HAND_PER_MEDIA
+        return cls(media_in_flight, least, max(least, _MOST_IN_HAND))
 
     def after(self, width: int, acknowledged: int) -> int:
         """Return the number that follows on ``width``, by the acknowledgements of half a second.

@@ -24,18 +24,18 @@ from tests.support.services import wait_until
 
 
 @pytest.mark.parametrize(
-    ("prefetch", "media", "least", "most"),
+    ("prefetch", "media", "bounds"),
     [
-        ("auto", 34, 34, 512),
-        ("auto", 600, 600, 600),
-        (1, 34, 1, 1),
-        (2000, 34, 2000, 2000),
+        ("auto", 34, (34, 136, 512)),
+        ("auto", 600, (600, 2400, 2400)),
+        (1, 34, (1, 1, 1)),
+        (2000, 34, (2000, 2000, 2000)),
     ],
 )
 def test_a_number_is_kept_and_auto_is_bounded_by_the_host(
-    prefetch: Any, media: int, least: int, most: int
+    prefetch: Any, media: int, bounds: tuple[int, int, int]
 ) -> None:
-    assert Prefetch.of(BrokerSettings(prefetch=prefetch), media) == Prefetch(least, most)
+    assert Prefetch.of(BrokerSettings(prefetch=prefetch), media) == Prefetch(*bounds)
 
 
 def test_media_in_work_are_those_downloading_decoding_and_decoded() -> None:
@@ -63,8 +63,8 @@ def test_media_in_work_are_those_downloading_decoding_and_decoded() -> None:
 def test_as_many_are_in_hand_as_passed_in_half_a_second(
     width: int, acknowledged: int, following: int
 ) -> None:
-    assert Prefetch(34, 512).after(width, acknowledged) == following
-    assert Prefetch(34, 34).after(34, acknowledged) == 34
+    assert Prefetch(34, 34, 512).after(width, acknowledged) == following
+    assert Prefetch(34, 34, 34).after(34, acknowledged) == 34
 
 
 def test_posts_with_media_and_long_texts_wait_for_room() -> None:
@@ -109,7 +109,7 @@ class _Notes(BrokerThread):
 class _Storing:
     """A store thread with room for two posts with media, and what it began."""
 
-    def __init__(self, store: FakeStore) -> None:
+    def __init__(self, store: FakeStore, most_waiting: int = 2) -> None:
         in_flight, status = InFlight(), Status()
         self.inbox = StoreInbox(in_flight)
         self.broker_thread = _Notes(status)
@@ -125,7 +125,7 @@ class _Storing:
             broker_thread=self.broker_thread,
             start=self.started.append,
             batch_size=100,
-            room=Room(2),
+            room=Room(2, most_waiting),
         )
         self._runs = threading.Thread(target=self.thread.run)
 
@@ -194,6 +194,14 @@ def test_messages_for_which_there_is_long_no_room_go_back_once() -> None:
             it.end(number)
             it.until(lambda: len(it.began) == min(number + 3, 5))  # noqa: B023 - called here
         assert it.began == ["m0", "m1", "m2", "m3", "m4"]
+
+
+def test_more_may_wait_in_hand_so_that_a_text_passes_them() -> None:
+    with _Storing(_store(), most_waiting=7) as it:
+        it.deliver(*[f"m{i}" for i in range(9)], "t1")
+        it.until(lambda: len(it.began) == 3)
+        assert it.began[-1] == "t1"
+        assert not it.broker_thread.did
 
 
 def test_what_waits_for_room_goes_back_at_the_end() -> None:
