@@ -42,10 +42,9 @@ class BrokerSettings(Section):
     url: str = "embedded://"
     queue: str = "insighttag.posts"
     prefetch: PositiveInt | Literal["auto"] = "auto"
-    """Messages held unacknowledged: the daemon's whole intake. With ``auto`` four times as many as
-    media files can be in work (``workers.slots``, ``decode.processes`` and ``fetch.connections``
-    together), so that texts and pictures overtake videos, and while messages pass quickly as many
-    as were acknowledged in half a second, up to 512."""
+    """Messages held unacknowledged: the daemon's whole intake. With ``auto`` four for each media
+    file that can be in work (``workers.slots``, ``decode.processes``, ``fetch.connections``), and
+    while messages pass quickly as many as were acknowledged in half a second, up to 512."""
     heartbeat_s: PositiveInt = 10
     socket_timeout_s: Seconds = 5
     visibility_timeout_s: Seconds = 60

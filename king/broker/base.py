@@ -29,9 +29,9 @@ PUBLISH_WINDOW = 500
 # more from half of this on; double only gives a crash more messages to deliver again.
 _MOST_IN_HAND = 512
 
-# With `prefetch: auto`, messages in hand for each media file that can be in work. Posts without videos
-# overtake those that wait in hand, not those that wait in the broker: at half, a text behind 100
-# videos waits for most of them; at double, another King has to do without as many.
+# With `prefetch: auto`, messages in hand for each media file that can be in work. Texts overtake
+# videos that wait in hand, not those that wait in the broker: at half, a text behind 100 videos
+# waits for most of them; at double, another King has to do without as many.
 _IN_HAND_PER_MEDIA = 4
 
 # Time whose acknowledged messages may be in hand at once. It is what a King that dies, or whose
