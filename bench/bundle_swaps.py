@@ -87,11 +87,11 @@ def measure(folder: Path, swaps: int, warm: int) -> dict[str, Any]:
     }
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder of bundle_swaps.json")
     parser.add_argument("--small", action="store_true", help="60 swaps")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     swaps = 60 if options.small else 500
     with tempfile.TemporaryDirectory(prefix="insighttag-bench-") as folder:
         row = measure(Path(folder), swaps, warm=50)

@@ -217,7 +217,7 @@ def measure(
     }
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="forward",
         description=__doc__,
@@ -230,7 +230,7 @@ def main() -> int:
     parser.add_argument("--compile", action="store_true", help="torch.compile on a CPU too")
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder of forward.json")
     parser.add_argument("--small", action="store_true", help="two runs of the tests' tiny models")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
     cases = {"tiny": ("image", "text")} if options.small else CASES

@@ -17,9 +17,10 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs as a plain script too
 
@@ -28,10 +29,12 @@ from chaos_rig.posts import media_server
 from floors import finish
 from results_file import FOLDER
 from rig import BROKERS, Site, site
-from workloads import workload
+from workloads import Workload, workload
 
 from common.logs import configure_logs
 from common.tables import print_table
+
+Rows: TypeAlias = list[dict[str, Any]]
 
 POSTS = {"demo": 300, "realistic": 40, "tiny": 12}
 """Of each load: the 99th percentile of 300 is the third worst."""
@@ -81,65 +84,61 @@ def percentiles(values: Sequence[float]) -> dict[str, float]:
     return {f"p{q}_ms": round(float(np.percentile(values, q)), 1) for q in (50, 95, 99)}
 
 
-def measure(options: argparse.Namespace, case: Any) -> list[dict[str, Any]]:
+def measure(options: argparse.Namespace, case: Any, made: Workload, place: Site, url: str) -> Rows:
     """Return the rows of one kind of posts; each percentile is the median over the rounds."""
     number, chance = options.posts or POSTS[case], np.random.default_rng(0)
     rounds: dict[str, list[dict[str, float]]] = {}
-    with tempfile.TemporaryDirectory(prefix="late-", ignore_cleanup_errors=True) as name:
-        folder = Path(name)
-        made = workload(case, folder)
-        counter = itertools.count()
+    counter = itertools.count()
 
-        def posts(count: int) -> list[dict[str, Any]]:
-            return made.documents(f"post-{next(counter)}", count, url)
+    def posts(count: int) -> list[dict[str, Any]]:
+        return made.documents(f"post-{next(counter)}", count, url)
 
-        with (
-            media_server(made.folder) as url,
-            site(options.broker, made.settings, folder) as place,
-            place.kings(),
-        ):
-            place.load(posts(len(made.entries)))
-            for _ in range(options.rounds):
-                rate = place.load(posts(number)).posts_per_s
-                ids = place.insert(posts(min(ALONE, number)))
-                alone = percentiles(latencies_ms(place, ids, [float("inf")] * len(ids)))
-                alone = {"rate_hz": rate} | alone | {"p95_over_alone": 1.0}
-                rounds.setdefault("one at a time", []).append(alone)
-                for share in LOADS:
-                    ids = place.insert(posts(number))
-                    gaps_s = chance.exponential(1 / (share * rate), len(ids)).tolist()
-                    found = percentiles(latencies_ms(place, ids, gaps_s))
-                    over = found["p95_ms"] / alone["p50_ms"]
-                    row = {"rate_hz": share * rate} | found | {"p95_over_alone": over}
-                    rounds.setdefault(f"{share:.0%} load", []).append(row)
+    for _ in range(options.rounds):
+        rate = place.load(posts(number)).posts_per_s
+        ids = place.insert(posts(min(ALONE, number)))
+        alone = percentiles(latencies_ms(place, ids, [float("inf")] * len(ids)))
+        alone = {"rate_hz": rate} | alone | {"p95_over_alone": 1.0}
+        rounds.setdefault("one at a time", []).append(alone)
+        for share in LOADS:
+            ids = place.insert(posts(number))
+            gaps_s = chance.exponential(1 / (share * rate), len(ids)).tolist()
+            found = percentiles(latencies_ms(place, ids, gaps_s))
+            over = found["p95_ms"] / alone["p50_ms"]
+            row = {"rate_hz": share * rate} | found | {"p95_over_alone": over}
+            rounds.setdefault(f"{share:.0%} load", []).append(row)
     return [_row(options, case, load, rows, number) for load, rows in rounds.items()]
 
 
-def behind_clips(options: argparse.Namespace) -> list[dict[str, Any]]:
+def behind_clips(options: argparse.Namespace, made: Workload, place: Site, url: str) -> Rows:
     """Return the rows of a small post that is published behind long videos."""
-    kind: Any = "tiny" if options.small else "realistic"
     rounds: dict[str, list[dict[str, float]]] = {}
+    for i, priority in itertools.product(range(options.rounds), (0, 9)):
+        clips = made.documents(f"clip-{i}-{priority}", options.clips, url)
+        ids = place.insert([{"_id": c["_id"], "videos": c["videos"]} for c in clips])
+        [small] = place.insert([{"_id": f"small-{i}-{priority}", "text": "a red cat"}])
+        before = place.ended
+        place.publish(ids)
+        sent_at = place.publish([small], priority)
+        place.wait_for(before + len(ids) + 1)
+        waited = place.results([small])[small]["tagged_at"].timestamp() - sent_at
+        rounds.setdefault(f"priority {priority}", []).append(percentiles([1000 * waited]))
+    behind = f"a small post behind {options.clips} clips"
+    return [_row(options, behind, load, rows, 1) for load, rows in rounds.items()]
+
+
+@contextmanager
+def serving(options: argparse.Namespace, case: Any) -> Iterator[tuple[Workload, Site, str]]:
+    """Run a daemon that has tagged each of its posts once."""
     with tempfile.TemporaryDirectory(prefix="late-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
-        made = workload(kind, folder)
+        made = workload(case, folder)
         with (
             media_server(made.folder) as url,
             site(options.broker, made.settings, folder) as place,
             place.kings(),
         ):
             place.load(made.documents("warm", len(made.entries), url))
-            for i, priority in itertools.product(range(options.rounds), (0, 9)):
-                clips = made.documents(f"clip-{i}-{priority}", options.clips, url)
-                ids = place.insert([{"_id": c["_id"], "videos": c["videos"]} for c in clips])
-                [small] = place.insert([{"_id": f"small-{i}-{priority}", "text": "a red cat"}])
-                before = place.ended
-                place.publish(ids)
-                sent_at = place.publish([small], priority)
-                place.wait_for(before + len(ids) + 1)
-                waited = place.results([small])[small]["tagged_at"].timestamp() - sent_at
-                rounds.setdefault(f"priority {priority}", []).append(percentiles([1000 * waited]))
-    behind = f"a small post behind {options.clips} clips"
-    return [_row(options, behind, load, rows, 1) for load, rows in rounds.items()]
+            yield made, place, url
 
 
 def _row(
@@ -154,8 +153,16 @@ def main(arguments: list[str] | None = None) -> int:
     """Measure, print, write; gives the exit code."""
     options = parse(arguments)
     configure_logs("json", "error")
-    rows = [row for case in options.case for row in measure(options, case)]
-    rows += behind_clips(options)
+    rows: Rows = []
+    long: Any = "tiny" if options.small else "realistic"
+    for case in options.case:
+        with serving(options, case) as daemon:
+            rows += measure(options, case, *daemon)
+            if case == long:
+                rows += behind_clips(options, *daemon)
+    if long not in options.case:
+        with serving(options, long) as daemon:
+            rows += behind_clips(options, *daemon)
     keys = ("case", "load", "posts", "rate_hz", "p50_ms", "p95_ms", "p99_ms", "p95_over_alone")
     cells = [[row.get(key) for key in keys] for row in rows]
     print_table("", [key.replace("_", " ") for key in keys], cells, right=range(2, len(keys)))

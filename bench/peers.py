@@ -153,7 +153,7 @@ def send(ids: list[str], variables: Mapping[str, str]) -> None:
     subprocess.run(command, input=json.dumps(ids).encode(), env=dict(variables), check=True)
 
 
-def watched(place: Site, ids: list[str], pids: list[int], go: Callable[[], None]) -> Load:
+def watched(place: Site, ids: list[str], pids: list[int], go: Callable[[], object]) -> Load:
     """Let posts begin, and wait for their tags; a process that ends counts until it was seen."""
     used: dict[int, float] = {}
 

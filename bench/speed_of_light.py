@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -96,11 +96,12 @@ def alone_ms(made: Workload, url: str, number: int) -> dict[str, float]:
     documents = made.documents("alone", len(made.entries), url)
     posts = [read_post(str(each["_id"]), each, fields) for each in documents]
     passes = []
-    for _ in range(1 + number):
-        spent.clear()
-        for i in range(0, len(posts), BATCH):
-            work.fuse(work.features(posts[i : i + BATCH]))
-        passes.append(dict(spent))
+    with closing(work):
+        for _ in range(1 + number):
+            spent.clear()
+            for i in range(0, len(posts), BATCH):
+                work.fuse(work.features(posts[i : i + BATCH]))
+            passes.append(dict(spent))
     names = sorted(passes[0])
     return {n: statistics.median(p[n] for p in passes[1:]) / len(posts) for n in names}
 

@@ -86,6 +86,12 @@ class Tagger:
         self._threads = ThreadPoolExecutor(_DOWNLOADS)
         self._downloads = tempfile.TemporaryDirectory(prefix="peer-")
 
+    def close(self) -> None:
+        """Disconnect, and delete the folder of downloads."""
+        self._threads.shutdown()
+        self._session.close()
+        self._downloads.cleanup()
+
     def tag(self, ids: Sequence[str]) -> int:
         """Read, tag and write posts; gives their number."""
         settings = self._settings.store

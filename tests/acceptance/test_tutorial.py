@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from scripts.cli import run
 from tests.support.docs.shell import FENCE, ROOT
 
 # Done already where tests run: the environment, and a folder of one's own.
@@ -32,30 +34,30 @@ def steps(page: str) -> list[tuple[str, str]]:
 
 
 @pytest.mark.slow
-def test_the_commands_of_the_tutorial_tag_new_pictures_rightly(tmp_path: Path) -> None:
-    """What `draw.py` says of the new pictures is what the model says of them."""
-    # `insighttag` and `python` of the tests' own environment, and the code of this checkout.
-    programs = tmp_path / "bin"
-    programs.mkdir()
-    (programs / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
-    (programs / "insighttag").write_text(f'#!/bin/sh\nexec {sys.executable} -m scripts.cli "$@"\n')
-    for each in programs.iterdir():
-        each.chmod(0o755)
-    path = f"{programs}{os.pathsep}{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+@pytest.mark.usefixtures("models_in_this_process")
+def test_the_commands_of_the_tutorial_tag_new_pictures_rightly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What `draw.py` says of the new pictures is what the model says of them.
+
+    `insighttag` runs in this process: four of its own would load all models again and again.
+    """
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     folder = tmp_path / "tour"
     folder.mkdir()
+    monkeypatch.chdir(folder)
     said: dict[str, str] = {}
     for file, text in steps("tutorial.md"):
         if file:
-            (folder / file).write_text(text, encoding="utf-8")
-            continue
-        done = subprocess.run(
-            ["bash", "-c", text],
-            cwd=folder, env=environment, capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, f"{text}\n{done.stdout}{done.stderr}"
-        said[text] = done.stdout
+            Path(file).write_text(text, encoding="utf-8")
+        elif text.startswith("insighttag "):
+            code = run(shlex.split(text)[1:])
+            heard = capsys.readouterr()
+            assert code == 0, f"{text}\n{heard.out}{heard.err}"
+            said[text] = heard.out
+        else:
+            said[text] = subprocess.check_output(["bash", "-c", text], text=True)
     drawn = {
         words[0].removeprefix("new/"): set(words[1:])
         for words in map(str.split, said["python draw.py"].splitlines())

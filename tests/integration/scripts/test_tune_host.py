@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import workers.tuning
 from common.processes import process_identity
 from config.load import load_settings
 from config.settings import Settings
@@ -36,8 +37,9 @@ def config(tmp_path: Path) -> Path:
 
 
 def test_what_was_measured_is_what_the_daemon_takes(
-    config: Path, capsys: pytest.CaptureFixture[str]
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(workers.tuning, "LEAST_TURN_S", 0.5)
     options = ("--seconds", "5", "--videos", "0", "--images", "1", "--json")
     assert run(["tune-host", "--config", str(config), *options]) == 0
     said = capsys.readouterr()

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -429,7 +429,7 @@ def test_a_broker_with_an_alarm_silences_nobody(
                 threads.submit(requests.post, f"{own.url}/v1/posts/p{i}", timeout=120)
                 for i in range(34)
             ]
-            while not all(each.done() for each in pending):
+            while wait(pending, timeout=0.2).not_done:
                 assert requests.get(f"{own.url}/healthz", timeout=30).json() == {"status": "ok"}
         for answer in [each.result() for each in pending]:
             error = answer.json()["error"]

@@ -63,11 +63,7 @@ def driver(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[D
     made = Driver(settings, ROLES).start()
     try:
         yield made
-        made.until(lambda: not made.pool._scheduler.busy)
-        assert made.free_slots == 4
-        spool = made.pool._spool
-        assert spool is not None
-        assert [path.name for path in spool.folder.iterdir()] == ["lock"]
+        made.holds_nothing()
     finally:
         made.stop()
 

@@ -111,24 +111,13 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
 
 
 @pytest.fixture(scope="module")
-def pooled(site: Site) -> Iterator[Driver]:
+def shared(site: Site) -> Iterator[Driver]:
+    """The pool with the real roles."""
     driver = Driver(site.settings, ROLES).start()
     try:
         yield driver
     finally:
         driver.stop()
-
-
-@pytest.fixture
-def driver(pooled: Driver) -> Iterator[Driver]:
-    """The pool with the real roles; after each test it holds no slot and no file."""
-    pooled.ready()
-    yield pooled
-    pooled.until(lambda: not pooled.pool._scheduler.busy)
-    assert pooled.free_slots == 4
-    spool = pooled.pool._spool
-    assert spool is not None
-    assert [path.name for path in spool.folder.iterdir()] == ["lock"]
 
 
 @pytest.fixture(scope="module")

@@ -143,6 +143,14 @@ class Driver:
     def free_slots(self) -> int:
         return self.pool._scheduler.slots.free
 
+    def holds_nothing(self) -> None:
+        """Once it is idle, each slot is free and no file is in the spool."""
+        self.until(lambda: not self.pool._scheduler.busy)
+        assert self.free_slots == 4
+        spool = self.pool._spool
+        assert spool is not None
+        assert [path.name for path in spool.folder.iterdir()] == ["lock"]
+
     def stop(self) -> None:
         pids = [w.pid for w in self.pool.workers if w.pid is not None]
         self.pool.stop(10)

@@ -1,4 +1,4 @@
-"""Fixtures of the workers' tests: a web server, both ends of a channel, a pool of toys."""
+"""Fixtures of the workers: a web server, both ends of a channel, a pool of toys, or no workers."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import pytest
 
 from tests.support.workers.driving import Driver, memory_files, toy_settings
 from tests.support.workers.web import Web, web_server
+from workers import runner
+from workers.local import LocalPool
 from workers.pool.channel import Channel, to_king, to_worker
 from workers.protocol import Command, Reply
 
@@ -49,8 +51,14 @@ def driver(shared: Driver) -> Iterator[Driver]:
     """The shared pool, whole again; after the test it must hold nothing."""
     shared.ready()
     yield shared
-    shared.until(lambda: not shared.pool._scheduler.busy)
-    assert shared.free_slots == 4
-    spool = shared.pool._spool
-    assert spool is not None
-    assert [path.name for path in spool.folder.iterdir()] == ["lock"]
+    shared.holds_nothing()
+
+
+@pytest.fixture(scope="module")
+def models_in_this_process() -> Iterator[None]:
+    """Run scripts without workers, whose models take long to load."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            runner, "ProcessPool", lambda settings, fuse, **_: LocalPool(settings, fuse=fuse)
+        )
+        yield
