@@ -77,6 +77,10 @@ _MAYBE_TEXT = 0.1
 # network sees text in a third of their rows.
 _LEAST_CONTRAST = 12
 _NEAR = 8  # pixels of that copy: inside the strokes of large letters there is none
+# Pixels across what the network marks of a line in that copy, where it is surer of it than this: a
+# line of 40 pixels has 9 or 10. Such lines are taken from the copy. Of 453 words, half of them of
+# 34 to 120 pixels, 428 were read so, 430 at full size; 429 with 13, which saves a third as much.
+_LARGE, _SURELY_TEXT = 9, 0.6
 _LEAST_SAVED = 0.7  # of the longer side: a copy that is hardly smaller is no shorter way
 _LEAST_SIDE = 32  # the engine's detector works on blocks of 32 pixels
 # GPUs allocate for each new shape, and keep it: sides are padded to multiples of this. Double would
@@ -87,6 +91,11 @@ _BUCKET = 160
 # sides of multiples of 32 already: one of a new shape takes a third longer.
 _CPU_BUCKET = 64
 
+# Operations at the end of the finder, the last first.
+_ENDING = [
+    *("Sigmoid", "Add", "ConvolutionBackpropData"),
+    *("Relu", "Add", "ConvolutionBackpropData"),
+]
 _RANGES = {
     "rapidocr": "rapidocr>=3.10,<4",
     "onnxruntime": "onnxruntime>=1.19,<2",
@@ -147,7 +156,7 @@ class OcrExtractor(Extractor):
             "models": [_MODELS[step] for step in sorted(_MODELS)],
             "weights": weights or file_digest(*sorted(models.values())),
             "lone_confidence": _LONE_CONFIDENCE,
-            "coarse": [_COARSE_SIDE, _MAYBE_TEXT, _LEAST_CONTRAST],
+            "coarse": [_COARSE_SIDE, _MAYBE_TEXT, _LEAST_CONTRAST, _LARGE, _SURELY_TEXT],
             "scaling": "halved and linear",
             "alike": [ALIKE_GRID, ALIKE],
             **self._settings.model_dump(exclude={"enabled", "engine"}),
@@ -250,9 +259,10 @@ class _CoarseFirst:
     """A finder of lines that looks at a small copy first, and at full size only where text may be.
 
     It takes pixels BGR uint8 ``(height, width, 3)``, and normalises what the network sees of them.
-    The copy costs a fifth of a usual picture. What it shows is read in bands as wide as the
-    picture: around narrower parts the finder knows too little, and loses one word in ten. Where
-    nothing stands out from its surroundings the network sees text in plain grounds; that is none.
+    Where nothing stands out from its surroundings the network sees text in plain grounds: only rows
+    with a contrast are looked at, and the copy is passed over where these are few. It costs a fifth
+    of a usual picture. Large lines are taken from it, others read in bands as wide as the picture:
+    around narrower parts the finder knows too little, and loses one word in ten.
     """
 
     def __init__(self, session: Session) -> None:
@@ -266,10 +276,22 @@ class _CoarseFirst:
             return self._look(pixels)
         size = [max(1, round(s * scale / _LEAST_SIDE)) * _LEAST_SIDE for s in (width, height)]
         small = shrink(pixels, *size)
-        seen = (self._look(small)[0, 0] > _MAYBE_TEXT) & _stands_out(small)
+        seen = fine = _stands_out(small)
+        likely: Tensor = np.empty(seen.shape, np.float32)
+        bands = _bands(seen.max(axis=1), height)
+        if width * sum(bottom - top for top, bottom in bands) > likely.size:
+            likely[:] = self._look(small)[0, 0]  # a copy: the next look overwrites its own
+            seen &= likely > _MAYBE_TEXT
+            fine, bands = _fine(seen, likely), _bands(seen.max(axis=1), height)
         found: Tensor = np.zeros((1, 1, height, width), np.float32)
-        for top, bottom in _bands(seen.any(axis=1), height):
-            found[:, :, top:bottom] = self._look(pixels[top:bottom])
+        for top, bottom in bands:
+            rows = slice(top * len(small) // height, -(-bottom * len(small) // height))
+            if fine[rows].any():
+                found[:, :, top:bottom] = self._look(pixels[top:bottom])
+            else:
+                large = cv2.resize(likely, (width, height))[top:bottom]
+                # With edges as steep as at full size: soft ones gave boxes that are too tall.
+                found[0, 0, top:bottom] = np.clip(0.5 + (large - 0.5) / scale, 0, 1)
         return found
 
     def _look(self, pixels: Picture) -> Tensor:
@@ -286,6 +308,15 @@ def _stands_out(small: Picture) -> npt.NDArray[np.bool_]:
     contrast = np.asarray(cv2.max(cv2.max(blue, green), red))  # 40 times as fast as by numpy
     near = np.ones((2 * _NEAR + 1, 2 * _NEAR + 1), np.uint8)
     return cv2.dilate((contrast >= _LEAST_CONTRAST).astype(np.uint8), near).astype(np.bool_)
+
+
+def _fine(seen: npt.NDArray[np.bool_], likely: Tensor) -> npt.NDArray[np.bool_]:
+    """Return those of the pixels seen that are in no large line: one that is thick somewhere."""
+    _, parts = cv2.connectedComponents(seen.astype(np.uint8))
+    sure = (seen & (likely > _SURELY_TEXT)).astype(np.uint8)
+    padded = np.pad(sure, 1)  # distances know no end of the picture
+    thick = 2 * cv2.distanceTransform(padded, cv2.DIST_L2, 3)[1:-1, 1:-1] >= _LARGE
+    return seen & ~np.isin(parts, parts[thick])
 
 
 def _bands(seen: npt.NDArray[np.bool_], height: int) -> list[tuple[int, int]]:
@@ -399,7 +430,8 @@ def _open_reader(
     if engine == "openvino":
         arithmetic: Arithmetic = "bf16" if cpu_has_bf16() else "fp32"  # rapidocr itself has fp32
         for session in (finder.session, recogniser.session):
-            session.session = compiled(session.model, arithmetic, threads=1)
+            model = with_products(session.model)
+            session.session = compiled(model, arithmetic, threads=1)
     if networks or on_gpu:
         finder.session = _Bucketed(finder.session, _BUCKET, finds_lines=True)
         recogniser.session = _Bucketed(recogniser.session, _BUCKET, finds_lines=False)
@@ -409,6 +441,41 @@ def _open_reader(
     resized = finder.get_preprocess().resize  # to multiples of 32 pixels, and no more
     finder.get_preprocess = lambda: resized
     return reader
+
+
+def with_products(model: Any) -> Any:
+    """Return the finder with its last layers as products of a quarter of the size; others as is.
+
+    It ends with two transposed convolutions, 2 by 2 pixels of each, which OpenVINO runs in float32:
+    a sixtieth of the arithmetic took a sixth of the time. Without overlap they are products, whose
+    pixels are put in order at the very end.
+    """
+    ops = quiet_openvino().opset13
+    node = model.get_results()[0]
+    ending: list[Any] = []
+    while len(ending) < len(_ENDING) and node.get_input_size():
+        node = node.input_value(0).get_node()
+        if node.get_type_name() != "Identity":
+            ending.append(node)
+    if [each.get_type_name() for each in ending] != _ENDING:
+        return model
+    weights = [each.input_value(1).get_node().data for each in ending if each.get_input_size() > 1]
+    last_shift, last, first_shift, first = weights  # of doublings (in, out, dy, dx)
+    inner, middle = first.shape[:2]
+    once = first.transpose(2, 3, 1, 0).reshape(4 * middle, inner, 1, 1)  # (dy dx out, in, 1, 1)
+    twice: Tensor = np.zeros((2, 2, 2, 2, 2, 2, middle), np.float32)  # dy ey dx ex, dy dx middle
+    for y, x in np.ndindex(2, 2):
+        twice[y, :, x, :, y, x] = last[:, 0].transpose(1, 2, 0)
+
+    def product(rows: Any, weights: Tensor, shift: Tensor) -> Any:
+        none = [0, 0]
+        made = ops.convolution(rows, ops.constant(weights), [1, 1], none, none, [1, 1])
+        return ops.add(made, ops.constant(shift.reshape(1, -1, 1, 1)))
+
+    wide = ops.relu(product(node.input_value(0), once, np.tile(first_shift.ravel(), 4)))
+    text = ops.sigmoid(product(wide, twice.reshape(16, 4 * middle, 1, 1), last_shift))
+    pixels = ops.depth_to_space(text, "blocks_first", 4)
+    return quiet_openvino().Model([pixels], model.get_parameters())
 
 
 def _warn_of_cpu(device: str, engine: str, session: Any) -> None:

@@ -19,7 +19,7 @@ import transformers
 from common.errors import ConfigError
 from config.settings import OcrSettings
 from extractors.models.base import openvino_is_installed
-from extractors.models.ocr import OcrExtractor
+from extractors.models.ocr import OcrExtractor, with_products
 from tests.support.extractors.ppocr_in_torch import save_ppocr
 
 # Characters of straight strokes, on a grid of 28: no font with Chinese is needed.
@@ -119,6 +119,26 @@ def test_ppocr_reads_every_script_and_direction(ocr: OcrExtractor, name: str) ->
     picture, text = PICTURES[name]
     (found,) = ocr.forward([ocr.preprocess((picture,))])
     assert found.replace(" ", "").lower() == text
+
+
+def test_the_finders_end_as_products_gives_the_same_map() -> None:
+    """Of onnxruntime, which runs the network as it comes."""
+    if not openvino_is_installed():
+        pytest.skip("openvino is not installed")
+    import onnxruntime
+    import openvino
+    import rapidocr
+
+    path = Path(rapidocr.__file__).parent / "models" / "PP-OCRv6_det_small.onnx"
+    model = with_products(openvino.Core().read_model(path))
+    assert "ConvolutionBackpropData" not in {op.get_type_name() for op in model.get_ops()}
+    pixels = np.random.default_rng(0).uniform(-1, 1, (1, 3, 64, 96)).astype(np.float32)
+    options = {"INFERENCE_PRECISION_HINT": "f32"}
+    found = openvino.Core().compile_model(model, "CPU", options)(pixels)[0]
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    [wanted] = session.run(None, {session.get_inputs()[0].name: pixels})
+    assert np.ptp(wanted) > 0
+    np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-6)
 
 
 def test_cpu_engines_give_one_fingerprint() -> None:
