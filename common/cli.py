@@ -256,7 +256,7 @@ def share(text: str) -> float:
     """Parse a part of a whole, 0 to 1."""
     value = _number(text)
     if not 0 <= value <= 1:
-        raise typer.BadParameter(f"{text}: must lie in 0 to 1")
+        raise typer.BadParameter(f"{text}: must be from 0 to 1")
     return value
 
 

@@ -45,7 +45,7 @@ def unwrapped(content: object, path: Path) -> dict[str, torch.Tensor]:
     tensors = {str(key): _as_tensor(value) for key, value in content.items()}
     odd = next((key for key, tensor in tensors.items() if tensor is None), None)
     if odd is not None:
-        raise ConfigError(f"{path}: is no plain state dict: {odd!r} is no tensor")
+        raise ConfigError(f"{path}: is not a plain state dict: {odd!r} is not a tensor")
     if all(key.startswith(_PARALLEL) for key in tensors):
         tensors = {key.removeprefix(_PARALLEL): tensor for key, tensor in tensors.items()}
     return {key: tensor for key, tensor in tensors.items() if tensor is not None}
@@ -79,7 +79,7 @@ def _content(path: Path, *, allow_pickle: bool, setting: str) -> Any:
         if not allow_pickle:
             raise ConfigError(
                 f"{path} holds more than tensors, perhaps a whole pickled model, and loading it "
-                f"would run code that is in it: save model.state_dict() instead, or, if you trust "
+                f"would run the code in it: save model.state_dict() instead, or, if you trust "
                 f"the file, set {setting}: true"
             ) from error
     except Exception as error:  # a damaged file stops the reader anywhere: IndexError, struct.error
@@ -94,8 +94,8 @@ def _unpickled(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=False)
     except (ImportError, AttributeError) as error:
         raise ConfigError(
-            f"{path}: the code of its pickled model is not here ({one_line(error, 200)}): put it "
-            "on PYTHONPATH, or save model.state_dict() where it is"
+            f"{path}: the code of its pickled model cannot be imported ({one_line(error, 200)}): "
+            "put it on PYTHONPATH, or save model.state_dict() where it is"
         ) from error
     except Exception as error:  # unpickling runs whatever the file says
         raise ConfigError(f"{path}: cannot be unpickled: {one_line(error, 200)}") from error

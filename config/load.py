@@ -251,7 +251,7 @@ def settings_beside(bundle: Path) -> Path | None:
 def nested(values: Mapping[str, object], source: str) -> dict[str, Any]:
     """Return settings given as ``{"a.b": c}``, nested."""
     if not isinstance(values, Mapping):
-        raise ConfigError(f"{source}: must be a dict, as {{'section.key': value}}: got {values!r}")
+        raise ConfigError(f"{source}: must be a dict like {{'section.key': value}}: got {values!r}")
     result: dict[str, Any] = {}
     for path, value in values.items():
         if not isinstance(path, str) or not all(path.split(".")):

@@ -58,7 +58,7 @@ class BrokerSettings(Section):
         # pydantic would name both members of the union, as if they were keys.
         if value == "auto" or re.fullmatch("0*[1-9][0-9]*", str(value)):
             return value
-        raise ValueError("Input should be a valid integer from 1 on, or auto")
+        raise ValueError("Input should be an integer of at least 1, or auto")
 
     @field_validator("url")
     @classmethod
@@ -66,7 +66,7 @@ class BrokerSettings(Section):
         # `king.broker.connect.BROKERS` alone knows which schemes there are.
         if not re.match(r"[a-z][a-z0-9+.-]*://", value):
             raise ValueError(
-                f"{redact(value)!r} is no broker; use a URL, as amqp://, redis:// or embedded://"
+                f"{redact(value)!r} is not a broker URL; use a URL like amqp://, redis:// or embedded://"
             )
         return value
 
@@ -103,7 +103,7 @@ class StoreSettings(Section):
     @classmethod
     def _scheme(cls, value: str) -> str:
         if not value.startswith(("mongodb://", "mongodb+srv://", "embedded://")):
-            raise ValueError(f"{redact(value)!r} is no database; use mongodb:// or embedded://")
+            raise ValueError(f"{redact(value)!r} is not a database; use mongodb:// or embedded://")
         return value
 
 
@@ -433,7 +433,7 @@ class CacheSettings(Section):
             raise ValueError("is empty; null switches the cache off")
         if value is not None and value.startswith(("http://", "https://", "embedded://")):
             raise ValueError(
-                f"{redact(value)!r} is no cache; use a folder, redis:// or an fsspec URL as s3://"
+                f"{redact(value)!r} is not a cache; use a folder, redis:// or an fsspec URL like s3://"
             )
         return value
 
@@ -466,7 +466,7 @@ class KingSettings(Section):
             return None
         text = f"127.0.0.1:{value}" if re.fullmatch("[0-9]+", str(value)) else str(value)
         if not re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[^\s/:\[\]]+):[0-9]+", text):
-            raise ValueError("must be PORT or HOST:PORT, as 127.0.0.1:9465")
+            raise ValueError("must be PORT or HOST:PORT, such as 127.0.0.1:9465")
         if not 1 <= split_address(text)[1] <= 65535:
             raise ValueError("its port must be from 1 to 65535")
         return text

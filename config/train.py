@@ -261,7 +261,7 @@ class TrainSettings(Section):
             return self
         if self.trainer.epochs % count:
             raise ValueError(
-                f"ensemble.snapshots: {self.trainer.epochs} epochs are no multiple of {count}"
+                f"ensemble.snapshots: {self.trainer.epochs} epochs are not a multiple of {count}"
             )
         if self.optimizer.schedule != "cosine" or self.optimizer.cycles not in (1, count):
             raise ValueError(

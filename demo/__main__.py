@@ -39,7 +39,7 @@ class CommandLine:
         int | None, typer.Option(min=1, metavar="N", help="posts that the daemon tags")
     ] = None
     seed: Annotated[int, typer.Option(help="of the posts")] = 7
-    fresh: Annotated[bool, typer.Option("--fresh", help="make everything anew")] = False
+    fresh: Annotated[bool, typer.Option("--fresh", help="make everything again")] = False
     keep: Annotated[bool, typer.Option("--keep", help="leave the embedded services running")] = (
         False
     )

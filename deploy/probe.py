@@ -56,7 +56,7 @@ class CommandLine:
     config: ConfigFile = None
     overrides: Overrides
     ready: Annotated[
-        bool, typer.Option("--ready", help="exit 1 also while the King takes no posts")
+        bool, typer.Option("--ready", help="also exit with 1 while the King takes no posts")
     ] = False
 
 

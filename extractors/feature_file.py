@@ -38,7 +38,7 @@ class Header:
     Attributes:
         inputs: Modality -> digest of what it was made from; only the offline scripts know it.
         learned_from: Streams whose weights were trained on this very post: a score from them
-            says nothing of new posts.
+            says nothing about new posts.
     """
 
     post_id: str
@@ -213,7 +213,7 @@ def _header(path: Path, metadata: Mapping[str, str], post_id: str | None) -> Hea
             content = json.loads(metadata.get(_KEY, '{"format": null}'))
         if content["format"] != _FORMAT:
             raise FeatureError(
-                f"{path}: is no feature file of format {_FORMAT}: its header names "
+                f"{path}: is not a feature file of format {_FORMAT}: its header names "
                 f"{content['format']}"
             )
         header = Header(

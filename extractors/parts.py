@@ -228,7 +228,7 @@ def _model_type(config: Path) -> str:
     try:
         return str(json.loads(config.read_text("utf-8"))["model_type"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{config}: is no config.json of transformers: {error!r}") from error
+        raise ConfigError(f"{config}: is not a transformers config.json: {error!r}") from error
 
 
 @dataclass(frozen=True, slots=True)

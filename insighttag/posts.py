@@ -72,7 +72,7 @@ def _listed(media: Any, where: str) -> Sequence[Any]:
         return ()
     if isinstance(media, (list, tuple)):
         return media
-    raise ConfigError(f"{where}: must be a list, even of one file: got {_kind(media)}")
+    raise ConfigError(f"{where}: must be a list, even for one file: got {_kind(media)}")
 
 
 def _source(media: Any, where: str, file: Path, key: str) -> str:
@@ -89,7 +89,9 @@ def _source(media: Any, where: str, file: Path, key: str) -> str:
             try:
                 picture.load()  # Pillow reads a file as late as here
             except (OSError, ValueError) as error:
-                raise ConfigError(f"{where}: is no whole picture: {one_line(error)}") from error
+                raise ConfigError(
+                    f"{where}: is not a complete picture: {one_line(error)}"
+                ) from error
             if not all(picture.size):
                 raise ConfigError(f"{where}: the picture is empty: {picture.size}")
             if picture.mode not in ("1", "L", "LA", "P", "RGB", "RGBA"):

@@ -149,7 +149,9 @@ class Tagger:
         if not self._close.alive:
             raise ConfigError("this Tagger is closed: load the bundle again")
         if os.getpid() != self._process:  # its thread has stayed in the other one
-            raise ConfigError("this Tagger is of another process: load the bundle after the fork")
+            raise ConfigError(
+                "this Tagger belongs to another process: load the bundle after the fork"
+            )
         return self._runner
 
 

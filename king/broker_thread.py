@@ -177,7 +177,7 @@ class BrokerThread:
         if self._reconnect_asked:
             self._reconnect_asked = self._consuming = False
             self._broker.cancel()
-            raise BrokerUnavailable("a new connection was asked for")
+            raise BrokerUnavailable("a new connection was requested")
 
     def _start_or_stop_consuming(self) -> None:
         # Until workers and database are ready, messages wait where another King can take them.

@@ -57,15 +57,15 @@ Samples: TypeAlias = Iterable[tuple[Sequence[str], float]]
 _PHASES = get_args(Phase)
 _WORKER_STATES = get_args(WorkerState)
 _COUNTERS = (
-    ("retried", "retries", "Attempts that failed and are followed by another"),
-    ("settled", "messages_settled", "Messages for which there was nothing to do"),
-    ("cache_lookups", "cache_lookups", "Media files of posts that were looked up in the cache"),
-    ("cache_hits", "cache_hits", "Media files that the cache knew whole"),
+    ("retried", "retries", "Failed attempts that are retried"),
+    ("settled", "messages_settled", "Messages that needed no work"),
+    ("cache_lookups", "cache_lookups", "Media files that were looked up in the cache"),
+    ("cache_hits", "cache_hits", "Media files whose features were all in the cache"),
 )
 _GAUGES = (
     ("in_flight", "in_flight_posts", "Posts in flight of this process"),
-    ("oldest_in_flight_s", "oldest_in_flight_seconds", "Time of the oldest post in flight"),
-    ("open_jobs", "open_jobs", "Jobs of all Kings that are no dead letters"),
+    ("oldest_in_flight_s", "oldest_in_flight_seconds", "Age of the oldest post in flight"),
+    ("open_jobs", "open_jobs", "Jobs of all Kings, without dead letters"),
 )
 
 log = structlog.get_logger()
@@ -105,7 +105,7 @@ class PostMetrics:
         self._stages = Children(
             Histogram(
                 "insighttag_stage_seconds",
-                "Time that an attempt waited for a stage, in its queue or at work",
+                "Time of an attempt in a stage, waiting or being worked on",
                 ["stage"],
                 buckets=SECONDS,
                 registry=registry,
@@ -127,7 +127,7 @@ class PostMetrics:
         )
         self._best_score = Histogram(
             "insighttag_post_best_score",
-            "Highest score among the tags of a post that has some",
+            "Highest score of a post's tags, if it has any",
             buckets=_SCORES,
             registry=registry,
         )
@@ -168,7 +168,7 @@ class KingMetrics:
         self._dead_letters = Children(
             Counter(
                 "insighttag_dead_letters",
-                "Posts and messages that were set aside",
+                "Posts and messages that became dead letters",
                 ["stage", "type"],
                 registry=self.registry,
             )
@@ -222,25 +222,27 @@ class _Snapshots(Collector):
         yield _gauge("king_phase", "1 for the state of the King", ["phase"], phases)
         yield _gauge(
             "king_thread_tick_timestamp_seconds",
-            "Unix time at which the loop of a thread last came round",
+            "Unix time at which a thread last showed progress",
             ["thread"],
             [([thread], tick) for thread, tick in health["ticks"].items()],
         )
         ends = [([name], counters[name]) for name in ("tagged", "superseded", "failed")]
-        yield _counter("posts", "Posts that ended", ["outcome"], ends)
+        yield _counter("posts", "Posts that were finished", ["outcome"], ends)
         for key, name, text in _COUNTERS:
             yield _counter(name, text, [], [([], counters[key])])
         depth = {"ready": health["queue_depth"], "unacknowledged": health["unacknowledged"]}
         yield _gauge(
             "queue_messages",
-            "Messages that wait, and those that any consumer holds where the broker tells",
+            "Waiting messages, and unacknowledged ones if the broker reports them",
             ["state"],
             [([state], number) for state, number in depth.items() if number is not None],
         )
         for key, name, text in _GAUGES:
             yield _gauge(name, text, [], [([], health[key])] if health[key] is not None else [])
         refused = float(health["publish_refused"] is not None)
-        yield _gauge("publish_refused", "1 while the broker takes no messages", [], [([], refused)])
+        yield _gauge(
+            "publish_refused", "1 while the broker accepts no messages", [], [([], refused)]
+        )
         yield bundle_info(_bundle_of(health["bundle"]))
         yield bundle_info(_bundle_of(health["shadow"]), "shadow", "1 for the bundle on trial")
         text = "1 while what is in the folder of a bundle is refused"
@@ -279,8 +281,10 @@ def worker_metrics(workers: Sequence[Mapping[str, Any]]) -> Iterable[Metric]:
     def of(key: str) -> Samples:
         return [([worker["name"], worker["role"]], worker[key]) for worker in workers]
 
-    yield _gauge("worker_tasks_held", "Tasks that a worker has, begun or not", labels, of("held"))
-    yield _counter("worker_tasks", "Tasks answered since a worker began", labels, of("done"))
+    yield _gauge(
+        "worker_tasks_held", "Tasks that a worker holds, started or not", labels, of("held")
+    )
+    yield _counter("worker_tasks", "Tasks finished since a worker started", labels, of("done"))
     yield _counter("worker_deaths", "Times that a worker died", labels, of("deaths"))
     began, memory, cpu = [], [], []
     for worker in workers:
@@ -295,7 +299,7 @@ def worker_metrics(workers: Sequence[Mapping[str, Any]]) -> Iterable[Metric]:
     text = "Unix time of a worker's start"
     yield _gauge("worker_start_time_seconds", text, labels, began)
     yield _gauge("worker_resident_memory_bytes", "Resident memory of a worker", labels, memory)
-    yield _counter("worker_cpu_seconds", "CPU time of a worker since it began", labels, cpu)
+    yield _counter("worker_cpu_seconds", "CPU time of a worker since it started", labels, cpu)
 
 
 def _gauge(name: str, text: str, labels: Sequence[str], samples: Samples) -> Metric:

@@ -298,7 +298,7 @@ def _global_options(
     context: typer.Context,
     _version: Annotated[
         bool,
-        typer.Option("--version", is_eager=True, callback=_say_version, help="Say the version."),
+        typer.Option("--version", is_eager=True, callback=_say_version, help="Show the version."),
     ] = False,
     verbose: Annotated[
         bool, typer.Option("-v", "--verbose", help="log.level: debug, for any command.")

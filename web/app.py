@@ -275,7 +275,7 @@ def _wait(future: Future[PostTags]) -> PostTags:
                 raise
         if client_is_gone(request.environ):
             future.cancel()
-            raise ApiError(499, "ClientClosedRequest", "the client has hung up")
+            raise ApiError(499, "ClientClosedRequest", "the client has disconnected")
 
 
 class Labels:

@@ -197,7 +197,7 @@ def _check_origin() -> None:
     try:
         foreign = origin is not None and urlsplit(origin).netloc != request.host
     except ValueError as error:
-        raise bad_request("the header Origin is no URL") from error
+        raise bad_request("the header Origin is not a URL") from error
     if foreign or request.headers.get("Sec-Fetch-Site") == "cross-site":
         raise ApiError(HTTPStatus.FORBIDDEN, "Forbidden", "the request comes from another site")
 

@@ -102,7 +102,7 @@ class Uploads:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
             status = HTTPStatus.INSUFFICIENT_STORAGE
-            raise ApiError(status, "SpoolFull", "there is no room for the upload") from error
+            raise ApiError(status, "SpoolFull", "there is no disk space for the upload") from error
         finally:
             box.empty()
 

@@ -364,7 +364,7 @@ class Fetcher:
                 for chunk in unpacked(body, response.headers.get("Content-Encoding", "")):
                     self._guard.check()
                     if suspect and chunk and not size and not is_media(chunk):
-                        raise FetchRefused(f"content type {content_type[:60]} is no media")
+                        raise FetchRefused(f"content type {content_type[:60]} is not media")
                     size += len(chunk)
                     if size > self._settings.max_bytes:
                         raise self._too_large()
@@ -529,7 +529,7 @@ def local_file(source: str, *, root: Path | None = None) -> Fetched:
     path = Path(source)
     try:
         if root is not None and path.resolve().parent != root.resolve():
-            raise FetchRefused("a local path is no source of media here")
+            raise FetchRefused("a local path is not allowed as a source of media here")
         if not path.is_file():
             raise FetchRefused(f"{path}: no such file")
         return Fetched(str(path), path.stat().st_size)

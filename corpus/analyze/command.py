@@ -56,16 +56,18 @@ class Options:
         ),
     ] = None
     labels: Annotated[
-        Path | None, typer.Option(metavar="F", help="label map to hold the tags against")
+        Path | None, typer.Option(metavar="F", help="label map to check the tags against")
     ] = None
-    rare: Annotated[int, typer.Option(min=1, metavar="N", help="fewer posts are rare")] = 10
+    rare: Annotated[
+        int, typer.Option(min=1, metavar="N", help="a tag with fewer posts is rare")
+    ] = 10
     text_threshold: Annotated[
         float,
         typer.Option(
             "--text_threshold",
             parser=_threshold,
             metavar="X",
-            help="share of their runs of three characters that alike texts share",
+            help="share of three-character sequences that similar texts have in common",
         ),
     ] = 0.9
     hash_distance: Annotated[
@@ -75,7 +77,7 @@ class Options:
             min=0,
             max=16,
             metavar="N",
-            help="bits of 64 in which pictures that look alike may differ",
+            help="bits of 64 in which similar pictures may differ",
         ),
     ] = 6
     processes: Annotated[int, typer.Option(min=1, metavar="N", help="that open media")] = min(

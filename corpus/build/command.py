@@ -135,7 +135,7 @@ class Options:
         typer.Option(
             "--test_since",
             metavar="T",
-            help="the test is every post created from then on: 2026-01-31[T12:00], or 7d, 12h ago",
+            help="test on every post created since then: 2026-01-31[T12:00], or 7d, 12h ago",
         ),
     ] = None
     seed: Annotated[int, typer.Option(min=0, metavar="N", help="of every draw")] = 0
@@ -153,7 +153,9 @@ class Options:
             "later one; those are named before anything is written",
         ),
     ] = None
-    unknown: Annotated[Unknown, typer.Option(help="what a label outside the map does")] = "error"
+    unknown: Annotated[
+        Unknown, typer.Option(help="what to do with a label that is not in the map")
+    ] = "error"
     check: Annotated[
         Check, typer.Option(help="read the headers of feature files, or every number")
     ] = "quick"

@@ -111,7 +111,7 @@ class Index:
     def give_side(self, post_id: str, side: int) -> None:
         """Note the side of a post, before it is read; ConfigError when it has another."""
         if self.given_side(post_id) not in (-1, side):
-            raise ConfigError(f"post {post_id!r} is given to two sides of the split; name it once")
+            raise ConfigError(f"post {post_id!r} is on two sides of the split; name it once")
         row = (key_of("id", post_id), side)
         self.base.execute("INSERT OR REPLACE INTO sides VALUES (?, ?)", row)
 

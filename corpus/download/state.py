@@ -107,7 +107,7 @@ class State:
         except sqlite3.DatabaseError as error:
             raise ConfigError(
                 f"{self._path}: not the state of a download, or damaged ({error}); "
-                "delete it to verify all anew"
+                "delete it to verify everything again"
             ) from error
 
 

@@ -38,11 +38,11 @@ class Options:
     retries: Annotated[
         int,
         typer.Option(
-            min=0, metavar="N", help="more tries after temporary failures, each after a longer wait"
+            min=0, metavar="N", help="retries after temporary failures, each after a longer wait"
         ),
     ] = 4
     backoff: Annotated[
-        float, typer.Option(parser=seconds, metavar="S", help="wait before the first one")
+        float, typer.Option(parser=seconds, metavar="S", help="wait before the first retry")
     ] = 1.0
     timeout: Annotated[
         float | None,
@@ -50,12 +50,10 @@ class Options:
             parser=seconds, metavar="S", help="seconds for one file; fetch.total_timeout_s"
         ),
     ] = None
-    local: Annotated[bool, typer.Option("--local", help="take local files of POSTS too")] = False
-    verify: Annotated[bool, typer.Option("--verify", help="hash files that are there already")] = (
-        False
-    )
+    local: Annotated[bool, typer.Option("--local", help="accept local files in POSTS too")] = False
+    verify: Annotated[bool, typer.Option("--verify", help="hash files that exist already")] = False
     retry_failed: Annotated[
-        bool, typer.Option("--retry_failed", help="ask again for what was refused before")
+        bool, typer.Option("--retry_failed", help="try again what was refused before")
     ] = False
     config: ConfigFile = None
     overrides: Overrides

@@ -221,7 +221,7 @@ class LocalEngine:
         try:
             return store.put(work, future.result().features)
         except CancelledError as error:
-            raise RetryableError("the extraction was broken off") from error
+            raise RetryableError("the extraction was interrupted") from error
         except TaggingError as error:
             if self._runner.trouble is not None:
                 raise RetryableError(f"the workers have ended: {self._runner.trouble}") from error

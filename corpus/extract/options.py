@@ -45,7 +45,9 @@ class CommandLine:
     ] = None
     manifest: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="of download_mp.py, its posts.jsonl next to it"),
+        typer.Option(
+            metavar="FILE", help="manifest of download_mp.py, with its posts.jsonl next to it"
+        ),
     ] = None
     features: Annotated[Path, typer.Option(metavar="DIR", help="root of feature files")]
     workers: Annotated[int, typer.Option(min=0, help="extractor processes; 0: by the cores")] = 0
@@ -59,7 +61,7 @@ class CommandLine:
     ] = None
     batch: Annotated[
         int | None,
-        typer.Option(min=1, help="frames, images, patches or texts of one pass of a model"),
+        typer.Option(min=1, help="frames, images, patches or texts per batch"),
     ] = None
     share: Annotated[
         Share,
@@ -74,9 +76,11 @@ class CommandLine:
     limit: Annotated[int | None, typer.Option(min=1, help="only the first lines of the input")] = (
         None
     )
-    force: Annotated[bool, typer.Option("--force", help="extract what is there, too")] = False
+    force: Annotated[bool, typer.Option("--force", help="extract again what exists already")] = (
+        False
+    )
     retry_failed: Annotated[
-        bool, typer.Option("--retry_failed", help="extract what has failed for good, too")
+        bool, typer.Option("--retry_failed", help="try again what has failed permanently")
     ] = False
 
 

@@ -263,7 +263,7 @@ def _loss(content: dict[str, Any], where: str) -> _Loss:
     reason = content.get("reason") or {}
     kind = content.get("kind")
     if kind not in ("image", "video", "audio") or not isinstance(reason, dict):
-        raise ConfigError(f"{where}: is no line of a manifest")
+        raise ConfigError(f"{where}: is not a line of a manifest")
     failure = Failure(
         str(reason.get("stage", "fetch")),
         str(reason.get("type", "FetchRefused")),

@@ -81,7 +81,7 @@ def read_own_posts(
 
 
 def media_kind(path: Path) -> MediaKind | None:
-    """Return what a post may use a file as, by its bytes; None for what is no media."""
+    """Return what a post may use a file as, by its bytes; None for what is not media."""
     try:
         with path.open("rb") as file:
             found = sniff(file.read(HEAD_BYTES))
@@ -121,7 +121,7 @@ def _of_folder(folder: Path, labels: Path | None, refuse: Refuse) -> Iterator[Po
         kind = media_kind(path)
         if kind is None:
             if name in tags:
-                refuse(ConfigError(f"{labels}: file {name!r}: is no picture, video or sound"))
+                refuse(ConfigError(f"{labels}: file {name!r}: is not a picture, video or sound"))
             elif path != labels:
                 others.append(name)
             continue
@@ -203,7 +203,7 @@ def _of_row(row: Row, table: Path) -> PostEntry:
                     kind = media_kind(path)
                     if kind is None:
                         raise ConfigError(
-                            f"{row.where}: file {name!r}: is no picture, video or sound"
+                            f"{row.where}: file {name!r}: is not a picture, video or sound"
                         )
                     key = MEDIA_KEYS[kind]
                 source = str(path.absolute())

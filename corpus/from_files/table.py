@@ -76,7 +76,7 @@ def read_table(path: Path, files: Collection[str] = ()) -> Iterator[Row]:
     except csv.Error as error:
         raise ConfigError(f"{path}: line {table.line_num}: not CSV: {error}") from error
     if not columns:
-        raise ConfigError(f"{path}: is empty: the first row must name the columns, as file,labels")
+        raise ConfigError(f"{path}: is empty: the first row must name the columns: file,labels")
 
 
 def several(cell: str) -> list[str]:
@@ -115,7 +115,7 @@ def _columns(head: list[str], path: Path, files: Collection[str]) -> list[str]:
         shown = ", ".join(repr(cell) for cell in head[:5])
         near = next((hint for cell in head if (hint := did_you_mean(cell.casefold(), names))), "")
         raise ConfigError(
-            f"{path}: row 1: names no known column, as file,labels: got {shown:.120}{near}"
+            f"{path}: row 1: has no known column, such as file,labels: got {shown:.120}{near}"
         )
     twice = next((c for c in columns if c and columns.count(c) > 1), None)
     if twice is not None:

@@ -159,10 +159,10 @@ def train_own_posts(plan: OwnTraining, *, restart: bool = False) -> TrainingFold
 
     Args:
         plan: What to train on.
-        restart: Begin anew; features that fit are kept.
+        restart: Start over; features that fit are kept.
 
     Raises:
-        ConfigError: The posts or settings are wrong, or the folder was begun with others.
+        ConfigError: The posts or settings are wrong, or the folder was started with others.
     """
     folder = TrainingFolder(plan.out)
     with only_one(plan.out / ".lock", str(plan.out)):
@@ -199,7 +199,7 @@ def _begin(plan: OwnTraining, folder: TrainingFolder, *, restart: bool) -> str:
         try:
             was = json.loads(folder.begun.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise ConfigError(f"{folder.begun}: broken: --restart begins anew") from error
+            raise ConfigError(f"{folder.begun}: broken: --restart starts over") from error
         _refuse_other(plan, was, now)
     elif not folder.begun.exists() and any(p.name != ".lock" for p in plan.out.iterdir()):
         raise ConfigError(
@@ -215,14 +215,14 @@ def _refuse_other(plan: OwnTraining, was: Mapping[str, Any], now: Mapping[str, A
     key = next((k for k in {**before, **after} if before.get(k) != after.get(k)), None)
     if key is None:
         return
-    anew = "--restart begins anew there, and keeps the features that fit"
+    anew = "--restart starts over there, and keeps the features that fit"
     if key == "content":
         labels = f" or {now['--labels']}" if now["--labels"] else ""
         raise ConfigError(
-            f"{plan.source}{labels}: has changed since --out {plan.out} was begun: {anew}"
+            f"{plan.source}{labels}: has changed since --out {plan.out} was started: {anew}"
         )
     raise ConfigError(
-        f"--out {plan.out}: was begun with {key} {_shown(before.get(key))}, this run has "
+        f"--out {plan.out}: was started with {key} {_shown(before.get(key))}, this run has "
         f"{_shown(after.get(key))}: name another --out, or {anew}"
     )
 

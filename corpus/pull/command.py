@@ -58,11 +58,12 @@ class Options:
     query: Annotated[str, typer.Option(metavar="JSON", help="MongoDB filter, extended JSON")] = "{}"
     since: Annotated[
         str | None,
-        typer.Option(metavar="T", help="posts from then on: 2026-01-31[T12:00], or 7d, 12h ago"),
+        typer.Option(metavar="T", help="posts since then: 2026-01-31[T12:00], or 7d, 12h ago"),
     ] = None
     until: Annotated[str | None, typer.Option(metavar="T", help="posts before then")] = None
     sample: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="this many, picked by a hash of the ID")
+        int | None,
+        typer.Option(min=1, metavar="N", help="only this many, chosen by a hash of the ID"),
     ] = None
     seed: Annotated[
         int,
@@ -162,11 +163,11 @@ def read_query(text: str) -> dict[str, Any]:
     except Exception as error:  # bson raises whatever a value's type raises
         raise ConfigError(f"--query: not JSON: {one_line(error)}") from error
     if not isinstance(query, dict):
-        raise ConfigError('--query: must be an object, as {"lang": "en"}')
+        raise ConfigError('--query: must be an object such as {"lang": "en"}')
     try:
         bson.encode(query)
     except (ValueError, OverflowError, RecursionError, BSONError) as error:
-        raise ConfigError(f"--query: cannot be asked for: {one_line(error)}") from error
+        raise ConfigError(f"--query: not a query for MongoDB: {one_line(error)}") from error
     return query
 
 

@@ -124,13 +124,13 @@ class Files:
             lengths = list(map(int, content["lengths"]))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(
-                f"{self._record}: cannot be read; add --restart to begin anew"
+                f"{self._record}: cannot be read; add --restart to start over"
             ) from error
         other = sorted(k for k in {*asked, *self._asked} if asked.get(k) != self._asked.get(k))
         if other:
             raise ConfigError(
-                f"{self.out}: an unfinished pull with another {', '.join(other)} lies there: "
-                "repeat its options, or add --restart to begin anew"
+                f"{self.out}: an unfinished pull with another {', '.join(other)} is there: "
+                "repeat its options, or add --restart to start over"
             )
         return lengths
 
@@ -141,7 +141,7 @@ def _open(path: Path, length: int) -> BinaryIO:
     file = path.open("r+b" if length else "w+b")
     if file.seek(0, os.SEEK_END) < length:
         file.close()
-        raise ConfigError(f"{path}: shorter than it was; add --restart to begin anew")
+        raise ConfigError(f"{path}: shorter than it was; add --restart to start over")
     file.truncate(length)
     file.seek(length)
     return file

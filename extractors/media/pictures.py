@@ -153,7 +153,7 @@ class _Source(mmap.mmap):
     def read(self, n: int | None = None) -> bytes:
         self._reads += 1
         if self._reads > 2 * MAX_PARTS:
-            raise ValueError("more parts than can be meant")
+            raise ValueError("too many parts")
         return super().read(n)
 
 
@@ -312,7 +312,7 @@ def _jpeg(data: _Source) -> tuple[_Source, bool]:
             pieces.append(data[start:end])
         position = end
         if parts > MAX_PARTS or scans > _MAX_SCANS:
-            raise ValueError("more parts than can be meant")
+            raise ValueError("too many parts")
     if not scans or (cut and missing):
         raise ValueError("truncated")
     return _Source.of(b"".join([*pieces, _END_OF_JPEG])), cut
@@ -345,7 +345,7 @@ def _png(data: _Source) -> tuple[_Source, bool, int]:
             begun = end + 4
         controls += kind == b"fcTL"
         position = end + 4
-    raise ValueError("more chunks than can be meant")
+    raise ValueError("too many chunks")
 
 
 def _webp(data: _Source) -> _Source:
@@ -399,7 +399,7 @@ def _gif(data: _Source) -> tuple[_Source, int, int, bool]:
                 position += 1 + length
                 blocks += 1
                 if blocks > MAX_PARTS:
-                    raise ValueError("more blocks than can be meant")
+                    raise ValueError("too many blocks")
             position += 1
             whole = frames
         cut = False

@@ -55,7 +55,7 @@ class FileType:
     Attributes:
         name: For a person: ``MP4 video``.
         family: Short name that code compares: ``jpeg``, ``mp4``, ``wav``, ...
-        kinds: What a post may use it as; empty for what is no media file.
+        kinds: What a post may use it as; empty for a file that is not media.
         start: Offset of the first byte; what is before it belongs to no format.
         note: What is missing of the file, where the rest is used.
     """

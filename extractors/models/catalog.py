@@ -141,7 +141,7 @@ def needs_of(name: str) -> list[Need]:
     """Return what a preset needs, or one encoder by its name, or by its repository's.
 
     Raises:
-        ConfigError: It is no preset, and timm has no model of the name.
+        ConfigError: It is not a preset, and timm has no model of the name.
     """
     if name in PRESETS:
         return needs(FeatureSettings.model_validate({"preset": name}))
@@ -184,7 +184,7 @@ def timm_repository(arch: str) -> str:
     config = timm.get_pretrained_cfg(arch) if timm.is_model(arch.split(".", 1)[0]) else None
     if config is None or not config.hf_hub_id:
         raise ConfigError(
-            f"{arch}: is no preset ({', '.join(PRESETS)}), and timm has no weights of that name"
+            f"{arch}: is not a preset ({', '.join(PRESETS)}), and timm has no weights of that name"
         )
     repository = str(config.hf_hub_id)
     named = repository.endswith("/")

@@ -88,10 +88,10 @@ class Tfidf:
             arrays = load_file(path)
             vocabulary = arrays["vocabulary"].tobytes().decode().split("\n")
             if arrays["idf"].shape != (len(vocabulary),):
-                raise ValueError("its arrays do not fit each other")
+                raise ValueError("its arrays do not match")
         except (OSError, KeyError, ValueError, SafetensorError) as error:
             raise ConfigError(
-                f"{setting}: {path} is no file of TF-IDF ({one_line(error, 120)}): train_net.py "
+                f"{setting}: {path} is not a TF-IDF file ({one_line(error, 120)}): train_net.py "
                 "makes one with task: text_backbone, backbone.arch: tfidf"
             ) from error
         return cls(vocabulary, arrays["idf"])

@@ -306,7 +306,7 @@ def from_cache_or_hub(
     except Exception as error:  # hub clients and readers of weights share no base class
         if repository and _gated(error):
             raise ConfigError(
-                f"{name} is given only to those who accept its licence: accept it at "
+                f"{name} requires accepting its licence: accept it at "
                 f"{constants.ENDPOINT}/{repository}, then hf auth login (or set HF_TOKEN)"
             ) from error
         reason = one_line(error, 300)

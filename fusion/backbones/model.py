@@ -62,7 +62,7 @@ def create_backbone(arch: str, kind: Kind, size: tuple[int, int], weights: str) 
         reason = one_line(error, 300)
         raise ConfigError(f"arch {arch}, weights {weights}: {reason}") from error
     if not isinstance(model, nn.Module):
-        raise ConfigError(f"arch {arch}: is no torch model")
+        raise ConfigError(f"arch {arch}: is not a torch model")
     return model
 
 

@@ -69,7 +69,7 @@ class About(Section):
     @model_validator(mode="after")
     def _thresholds(self) -> About:
         if not all(0 <= t <= 1 for t in self.thresholds):
-            raise ValueError("thresholds must lie in [0, 1]")
+            raise ValueError("thresholds must be in [0, 1]")
         return self
 
     @property

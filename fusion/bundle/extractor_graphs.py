@@ -167,7 +167,7 @@ def _audio(features: FeatureSettings) -> Graph:
 
 def _text(features: FeatureSettings) -> Graph:
     if features.text.arch == "tfidf":
-        raise ConfigError("features.text.arch: tfidf is no network that can be exported")
+        raise ConfigError("features.text.arch: tfidf is not a network, so it cannot be exported")
     loaded = TextEncoder(features.text)
     loaded.load()
     most = loaded.limit

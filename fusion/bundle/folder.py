@@ -86,7 +86,7 @@ def refuse_foreign(bundle: Path, setting: str) -> None:
         raise ConfigError(f"{setting}: {bundle}: cannot be a bundle's folder: {error}") from error
     if other:
         raise ConfigError(
-            f"{setting}: {bundle} holds something that is no bundle and would be replaced: "
+            f"{setting}: {bundle} holds something that is not a bundle and would be replaced: "
             "name another folder"
         )
 

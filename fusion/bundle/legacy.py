@@ -68,7 +68,12 @@ def with_weights(
     one model make an ensemble's bundle one of that model alone.
     """
     state = load_weights(weights, allow_pickle=allow_pickle, setting=setting)
-    base = load_bundle(bundle)
+    try:
+        base = load_bundle(bundle)
+    except ConfigError as error:
+        raise ConfigError(
+            f"{weights}: is only weights, and the rest is taken from: {error}"
+        ) from error
     parts = _of_members(state) if all(k.startswith("members.") for k in state) else [state]
     members = base.members[: len(parts)]
     if len(parts) > len(members):

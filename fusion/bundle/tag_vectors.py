@@ -305,7 +305,7 @@ def start_from_texts(
         needed, found = bundle.manifest.fingerprints[stream], manifest.fingerprints[stream]
         if needed != found:
             raise ConfigError(
-                f"{setting}: {stream} features are made otherwise than its texts"
+                f"{setting}: {stream} features are not made like its texts"
                 f"{differing(needed, found)}"
             )
     if isinstance(model, LinearProbe):

@@ -326,7 +326,7 @@ def _list_entries(file: BinaryIO, path: Path) -> Iterator[Entry]:
             if sign != ",":
                 raise ValueError(f"behind entry {number} must be a comma or the list's end")
     if text.next_sign():
-        raise ValueError("something stands behind the list")
+        raise ValueError("there is something after the list")
 
 
 class _Text:

@@ -236,7 +236,7 @@ def stratified_folds(
     bounds, flat = np.asarray(ends, np.int64), np.asarray(labels, np.int64)
     posts = len(bounds) - 1
     if not 2 <= folds <= posts:
-        raise ValueError(f"{posts} posts cannot be shared out to {folds} folds")
+        raise ValueError(f"{posts} posts cannot be split into {folds} folds")
     chance = np.random.default_rng(seed)
     tags = [np.unique(flat[bounds[i] : bounds[i + 1]]).tolist() for i in range(posts)]
     of_tag: list[list[int]] = [[] for _ in range(classes)]

@@ -240,7 +240,7 @@ def devices_of(settings: RunSettings) -> list[str]:
     if asked is None:
         asked = min(1, present) if settings.processes == 1 else 0
     if asked > present:
-        raise ConfigError(f"n_gpus: {asked} GPUs wanted, this machine has {present}")
+        raise ConfigError(f"n_gpus: {asked} GPUs requested, but this machine has {present}")
     if asked and settings.processes > 1:
         raise ConfigError(
             f"processes: {settings.processes} on the CPU and n_gpus: {asked}: give one of them; "

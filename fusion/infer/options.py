@@ -77,10 +77,10 @@ class InferOptions:
     ] = False
     resume: Annotated[
         bool,
-        typer.Option("--resume", help="go on where a killed run stopped (the default)"),
+        typer.Option("--resume", help="continue where a killed run stopped (the default)"),
     ] = False
     restart: Annotated[
-        bool, typer.Option("--restart", help="begin anew, whatever is there already")
+        bool, typer.Option("--restart", help="start over, whatever is there already")
     ] = False
     overrides: Overrides
 

@@ -124,7 +124,7 @@ class JsonLines:
         for line in file:
             content = json.loads(line)
             if ("scores" in content) != self.scores:
-                raise ValueError(f"was begun with another scores ({not self.scores})")
+                raise ValueError(f"was started with other scores ({not self.scores})")
             post_id, model, version = (content[k] for k in ("post_id", "model", "version"))
             yield Row(post_id, model, version, content.get("rules"), content.get("scores"))
 
@@ -166,7 +166,7 @@ class CsvTable:
     def rows(self, file: TextIO) -> Iterator[Row]:
         table = csv.reader(file)
         if next(table, None) != self._columns:
-            raise ValueError("was begun with other columns")
+            raise ValueError("was started with other columns")
         for row in table:
             if len(row) != len(self._columns):
                 raise ValueError(f"line {table.line_num} has {len(row)} columns")
@@ -312,22 +312,22 @@ class FileSink:
                 for number, row in enumerate(self._form.rows(file)):
                     if (row.model, row.version) != names:
                         made_by = f"{row.model} {row.version}, now {names[0]} {names[1]}"
-                        raise ValueError(f"was begun with another bundle ({made_by})")
+                        raise ValueError(f"was started with another bundle ({made_by})")
                     if row.rules != self._rules:
                         made_by = f"{row.rules or 'none'}, now {self._rules or 'none'}"
-                        raise ValueError(f"was begun with other rules for tags ({made_by})")
+                        raise ValueError(f"was started with other rules for tags ({made_by})")
                     earlier.setdefault(row.key, []).append(number)
                     if row.scores is not None:
                         scores.write(np.asarray(row.scores, np.float64).tobytes())
         except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{path}: {one_line(error)}: begin anew with --restart") from error
+            raise ConfigError(f"{path}: {one_line(error)}: use --restart to start over") from error
         ids = input_ids()
         known = Counter({self._form.key(post_id): ids[post_id] for post_id in ids if post_id})
         extra = Counter({key: len(numbers) for key, numbers in earlier.items()}) - known
         if extra.total() > ids[""]:
             raise ConfigError(
-                f"{path}: was begun with another input: it holds post {next(iter(extra))!r}, which "
-                "the input does not: begin anew with --restart"
+                f"{path}: was started with another input: it holds post {next(iter(extra))!r}, "
+                "which the input does not: use --restart to start over"
             )
         self._earlier = earlier
         self._scores = scores if scores.tell() else None

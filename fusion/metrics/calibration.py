@@ -57,7 +57,7 @@ class Isotonic(Section):
         if (np.diff(self.scores) <= 0).any() or (np.diff(self.values) < 0).any():
             raise ValueError("scores must rise and values must not fall")
         if not 0 <= self.values[0] <= self.values[-1] <= 1:
-            raise ValueError("values must lie in [0, 1]")
+            raise ValueError("values must be in [0, 1]")
         return self
 
     def apply(self, scores: npt.ArrayLike) -> FloatArray:

@@ -42,7 +42,7 @@ def positions(count: int, width: int) -> torch.Tensor:
 def refuse_uneven(width: int, heads: int, key: str) -> None:
     """Refuse attention heads that do not divide the width of the section ``key``."""
     if width % heads:
-        raise ConfigError(f"{key}.width: {width} is no multiple of heads {heads}")
+        raise ConfigError(f"{key}.width: {width} is not a multiple of heads {heads}")
 
 
 class Projection(nn.Module):

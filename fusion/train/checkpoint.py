@@ -100,7 +100,7 @@ def load_checkpoint(path: Path, wanted_signature: str) -> Checkpoint:
     except Exception as error:  # torch has no error of its own for what a damaged file may hold
         raise ConfigError(f"{path}: cannot be read as a checkpoint") from error
     if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
-        raise ConfigError(f"{path}: is no checkpoint of {FORMAT}")
+        raise ConfigError(f"{path}: is not a checkpoint of {FORMAT}")
     try:
         checkpoint = Checkpoint(**{**content, "progress": Progress(**content["progress"])})
     except (KeyError, TypeError) as error:

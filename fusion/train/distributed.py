@@ -186,9 +186,9 @@ def _gpus(settings: TrainerSettings) -> int:
     there = torch.cuda.device_count()
     count = min(1, there) if settings.n_gpu is None else settings.n_gpu
     if count > there:
-        raise ConfigError(f"trainer.n_gpu: {count} GPUs wanted, this machine has {there}")
+        raise ConfigError(f"trainer.n_gpu: {count} GPUs requested, but this machine has {there}")
     if count and settings.processes > 1:
-        raise ConfigError("trainer.processes: are those of a CPU; n_gpu names as many for GPUs")
+        raise ConfigError("trainer.processes: are for the CPU; for GPUs use n_gpu")
     return count
 
 

@@ -48,7 +48,7 @@ class TrainOptions:
         option(
             "resume",
             "F",
-            "a run's folder or checkpoint to go on from; or weights: best.pt, a bundle, a .pth",
+            "a run's folder or checkpoint to resume; or starting weights: best.pt, a bundle, a .pth",
         ),
     ] = None
     n_gpu: Annotated[
@@ -58,14 +58,15 @@ class TrainOptions:
         Text, option("epochs", "N", "number of epochs; 0 takes the config's", "epoch")
     ] = None
     save_dir: Annotated[
-        Path | None, option("out", "DIR", "folder of the runs; latest leads to one", "save_dir")
+        Path | None,
+        option("out", "DIR", "folder of the runs; latest points to the newest", "save_dir"),
     ] = None
     valid_interval: Annotated[
         Text, option("valid_interval", "N", "epochs between validations; 0 only at the end")
     ] = None
-    log_interval: Annotated[
-        Text, option("log_interval", "N", "batches between two lines of the log")
-    ] = None
+    log_interval: Annotated[Text, option("log_interval", "N", "batches between two log lines")] = (
+        None
+    )
     fix_random_seed: Annotated[
         Text, option("fix_random_seed", "[BOOL]", "the same seed in every run")
     ] = None

@@ -395,7 +395,7 @@ class Trainer:
             names = ("posts", "trainer.batch_size", "optimizer.accumulate")
             differ = next(i for i in range(3) if saved.shape[i] != progress.shape[i])
             raise ConfigError(
-                f"{path}: stands inside an epoch with {names[differ]} {saved.shape[differ]}, "
+                f"{path}: was saved inside an epoch with {names[differ]} {saved.shape[differ]}, "
                 f"this run has {progress.shape[differ]}"
             )
         try:

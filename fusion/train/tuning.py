@@ -126,7 +126,9 @@ class Search:
         if settings.trainer.processes > 1 or (settings.trainer.n_gpu or 0) > 1:
             raise ConfigError("trainer.processes, trainer.n_gpu: a trial trains in one process")
         if settings.data.valid is None and not settings.ensemble.folds:
-            raise ConfigError("data.valid: without validation posts no trial is better; name some")
+            raise ConfigError(
+                "data.valid: without validation posts trials cannot be compared; name some"
+            )
 
     def run(self, trials: int) -> Found:
         """Do trials until there are that many, write ``best.yaml``, return what was found."""
@@ -219,7 +221,7 @@ class Search:
         if report.seen_posts or "gap" not in report.metrics:
             raise ConfigError(
                 "data.valid: there is no validation post that no part was trained on: their GAP "
-                "says nothing of new posts"
+                "says nothing about new posts"
             )
         return report.metrics["gap"]
 
@@ -229,7 +231,7 @@ class Search:
         complete = study.get_trials(states=(TrialState.COMPLETE,))
         if not complete:
             raise ConfigError(
-                "--search: no trial gave a finite loss; take lower ends of the ranges, as of "
+                "--search: no trial gave a finite loss; try lower values, for example of "
                 "optimizer.learning_rate"
             )
         best = max(complete, key=lambda trial: trial.value or 0.0)

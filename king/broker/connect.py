@@ -30,7 +30,7 @@ def open_broker(settings: BrokerSettings, prefetch: Prefetch | None = None) -> B
     if scheme not in BROKERS:
         schemes = ", ".join(f"{name}://" for name in BROKERS)
         raise ConfigError(
-            f"broker.url: {redact(settings.url)!r} is no broker; use {schemes} or embedded://"
+            f"broker.url: {redact(settings.url)!r} is not a broker URL; use {schemes} or embedded://"
         )
     return BROKERS[scheme](settings, prefetch)
 

@@ -42,7 +42,7 @@ def stats(as_json: AsJson = False, config: Config = None, overrides: Overrides =
 
 def prune(
     max_mb: Annotated[
-        int | None, typer.Option("--max-mb", min=0, help="Down to this; cache.max_mb when absent.")
+        int | None, typer.Option("--max-mb", min=0, help="The new size; default: cache.max_mb.")
     ] = None,
     config: Config = None,
     overrides: Overrides = None,

@@ -21,7 +21,7 @@ from config.settings import Settings
 Config = Annotated[
     Path | None,
     typer.Option(
-        "--config", metavar="F", help="Settings, YAML; config/infer_config_e2e.yaml when absent."
+        "--config", metavar="F", help="Settings, YAML; default: config/infer_config_e2e.yaml."
     ),
 ]
 Overrides = Annotated[
@@ -34,7 +34,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a ta
 Ids = Annotated[list[str] | None, typer.Argument(metavar="ID…", help="IDs of posts.")]
 PostId = Annotated[str, typer.Argument(metavar="ID")]
 Priority = Annotated[
-    int, typer.Option("--priority", min=0, max=9, help="0 to 9; higher is served sooner.")
+    int, typer.Option("--priority", min=0, max=9, help="0 to 9; higher is taken first.")
 ]
 
 DOWN = "the embedded service is not running: insighttag services start"

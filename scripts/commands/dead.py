@@ -39,13 +39,13 @@ Stage = Annotated[
     ),
 ]
 ErrorType = Annotated[
-    str | None, typer.Option("--type", help="Only those of this error class, as FetchRefused.")
+    str | None, typer.Option("--type", help="Only those of this error class, such as FetchRefused.")
 ]
 Since = Annotated[
     str | None, typer.Option("--since", help="Only those since then: 30m, 2h, 7d, or a date.")
 ]
 Limit = Annotated[int, typer.Option("--limit", min=1, help="At most this many.")]
-All = Annotated[bool, typer.Option("--all", help="Every dead letter that the filters leave.")]
+All = Annotated[bool, typer.Option("--all", help="Every dead letter that matches the filters.")]
 
 _NO_LIMIT = 1_000_000_000
 
@@ -90,7 +90,7 @@ def show(
     with _queries(config, overrides) as (queries, _):
         job = queries.job(post_id)
     if job is None or job.state != "dead":
-        raise ConfigError(f"dead show: {post_id!r} is no dead letter")
+        raise ConfigError(f"dead show: {post_id!r} is not a dead letter")
     content = letter_json(job)
     if as_json:
         print_json(content)

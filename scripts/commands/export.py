@@ -25,10 +25,11 @@ def export(  # noqa: PLR0917  typer calls it by names
     out: Annotated[Path, typer.Option(metavar="F", help="The file to write.")],
     form: Annotated[Format, typer.Option("--format", help="What is written.")] = "onnx",
     bundle: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="The bundle; fusion.bundle when absent.")
+        Path | None, typer.Option(metavar="DIR", help="The bundle; default: fusion.bundle.")
     ] = None,
     backbone: Annotated[
-        Backbone | None, typer.Option(help="This extractor's model instead of the fusion model.")
+        Backbone | None,
+        typer.Option(help="Export this extractor's model instead of the fusion model."),
     ] = None,
     config: Config = None,
     overrides: Overrides = None,

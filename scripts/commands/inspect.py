@@ -38,7 +38,7 @@ def inspect(
     *,
     kind: Annotated[
         MediaKind | None,
-        typer.Option("--as", help="Read it as this; by default as what it is first of all."),
+        typer.Option("--as", help="Read it as this; by default as what it mainly is."),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Write the pictures and the sound there.")

@@ -26,10 +26,10 @@ def check(
     *,
     data: Data = None,
     bundle: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="A bundle that must fit.")
+        Path | None, typer.Option(metavar="DIR", help="A bundle that the map must fit.")
     ] = None,
     min_posts: Annotated[
-        int, typer.Option("--min-posts", min=0, help="Fewer posts of a tag are a conflict.")
+        int, typer.Option("--min-posts", min=0, help="A tag with fewer posts is a conflict.")
     ] = 1,
     as_json: AsJson = False,
 ) -> None:

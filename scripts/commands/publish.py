@@ -59,8 +59,8 @@ def publish(
         bool | None,
         typer.Option(
             "--check/--no-check",
-            help="Publish nothing when an ID names no post of the database; without either, such "
-            "IDs are only named, where there are at most 1,000.",
+            help="Publish nothing if an ID is not in the database; with neither option, "
+            "such IDs are only reported, and only if there are at most 1,000.",
         ),
     ] = None,
     as_json: AsJson = False,

@@ -149,7 +149,7 @@ def _version(text: str) -> str:
     """Check a bundle's version or its beginning; versions sort as text."""
     if not re.fullmatch(r"\d{8}(T\d{6}Z(-[0-9a-f]{8})?)?", text):
         raise ConfigError(
-            f"retag: --bundle-older-than {text!r} is no version: current, or for example 20260131"
+            f"retag: --bundle-older-than {text!r} is not a version: current, or e.g. 20260131"
         )
     return text
 

@@ -40,11 +40,11 @@ def tag(
     out: Annotated[
         Path | None,
         typer.Option(
-            "--out", metavar="F.jsonl", help="Write a line for each post; an earlier run goes on."
+            "--out", metavar="F.jsonl", help="Write a line for each post; continues an earlier run."
         ),
     ] = None,
     restart: Annotated[
-        bool, typer.Option("--restart", help="Write --out anew, whatever it holds.")
+        bool, typer.Option("--restart", help="Overwrite --out, whatever it holds.")
     ] = False,
     bundle: Annotated[
         Path | None,
@@ -155,7 +155,7 @@ def _earlier(
     """Return the results in a file by post, and cut off the half line of a killed run."""
     found: dict[str, dict[str, Any]] = {}
     file.seek(0)
-    end, anew = 0, "name another, or --restart writes it anew"
+    end, anew = 0, "name another, or --restart overwrites it"
     for number, line in enumerate(file, 1):
         if not line.endswith(b"\n"):
             break
@@ -165,7 +165,7 @@ def _earlier(
             found[result["post_id"]] = result
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(
-                f"--out {out}: line {number}: is no result of insighttag tag: {anew}"
+                f"--out {out}: line {number}: is not a result of insighttag tag: {anew}"
             ) from error
         if made_by != bundle:
             raise ConfigError(

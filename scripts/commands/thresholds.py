@@ -176,7 +176,7 @@ def _read(path: Path) -> Mapping[str, Any]:
     if isinstance(content, dict) and isinstance(content.get("thresholds"), dict):
         content = content["thresholds"]  # as --json prints them
     if not isinstance(content, dict):
-        raise ConfigError(f'--file {path}: must map tags to thresholds, as {{"cat": 0.4}}')
+        raise ConfigError(f'--file {path}: must map tags to thresholds, such as {{"cat": 0.4}}')
     return content
 
 

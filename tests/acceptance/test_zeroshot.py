@@ -154,7 +154,7 @@ def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     notes.write_text("mine")
     for command in (("zeroshot",), ("bundle", "add-tags", str(tmp_path / "none"))):
         mine = complaint(*command, "--tags", tags)
-        assert f"--out: {out} holds something that is no bundle" in mine
+        assert f"--out: {out} holds something that is not a bundle" in mine
     assert notes.read_text() == "mine"
     notes.unlink()
 

@@ -71,7 +71,7 @@ def decode(key: str, content: bytes) -> Entry:
     """Return the entry in the bytes; CorruptEntry when they were changed or hold no features."""
     body = memoryview(content)[_BODY_AT:]
     if content[:4] != _MAGIC or content[4:_BODY_AT] != _digest(key, body):
-        raise CorruptEntry("the digest does not fit")
+        raise CorruptEntry("the digest does not match")
     try:
         (length,) = _LENGTH.unpack_from(body)
         at = _LENGTH.size + length

@@ -305,7 +305,7 @@ def test_unfinished_pull_is_not_mixed_with_another(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Other options over an unfinished pull are refused by name; --restart begins anew."""
+    """Other options over an unfinished pull are refused by name; --restart starts over."""
     insert(documents(50))
 
     def full_disk(self: Files) -> None:
@@ -317,7 +317,7 @@ def test_unfinished_pull_is_not_mixed_with_another(
     assert "No space left on device; make room, then run the same command again" in said
     monkeypatch.undo()
     assert main([*arguments, "--limit", "30"]) == 2
-    assert "an unfinished pull with another limit lies there" in capsys.readouterr().err
+    assert "an unfinished pull with another limit is there" in capsys.readouterr().err
     assert main([*arguments, "--limit", "30", "--restart"]) == 0
     assert len(ids_of(tmp_path)) == 30
 

@@ -105,7 +105,7 @@ def test_new_pictures_get_their_tags(
     assert out.read_bytes() == whole
     capsys.readouterr()
     for content, why in (
-        (b"hello\n", "line 1: is no result of insighttag tag"),
+        (b"hello\n", "line 1: is not a result of insighttag tag"),
         (whole.replace(b'"version": "', b'"version": "x'), "line 1: is by the bundle insight x"),
     ):
         out.write_bytes(content)
@@ -125,12 +125,12 @@ def test_a_second_run_does_nothing_anew(folder: Path, trained: dict[Path, int]) 
 @pytest.mark.parametrize(
     ("more", "named"),
     [
-        (["--set", "trainer.epochs=3"], "was begun with trainer.epochs nothing, this run has 3"),
+        (["--set", "trainer.epochs=3"], "was started with trainer.epochs nothing, this run has 3"),
         (
             ["--set", "features.image.image_size=64"],
             "features.image.image_size 32, this run has 64",
         ),
-        (["--valid", "0.2"], "was begun with --valid 0.1, this run has 0.2"),
+        (["--valid", "0.2"], "was started with --valid 0.1, this run has 0.2"),
         (["--set", "trainr.epochs=3"], "--set: trainr: unknown key; did you mean 'trainer'?"),
     ],
 )

@@ -220,7 +220,7 @@ def test_an_unreachable_supervisor_is_said_once(tmp_path: Path) -> None:
 def test_a_machine_that_slept_stalls_nobody(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """When the watchdog itself wakes far too late, every measurement begins anew."""
+    """When the watchdog itself wakes far too late, every measurement starts over."""
     settings = settings_in(tmp_path, interval_s=0.01, stall_s=0.2)
     watchdog, progress = watched(settings, FakeSupervisor())
     progress.seen = Observation(Program("RUNNING", 7, "boot-5"), 1.0, "serving")

@@ -177,7 +177,7 @@ def test_a_repository_is_fetched_again_only_when_it_differs(tmp_path: Path) -> N
 
     done = get(hub, out, "me/sharded", "me/pickled", "me/sharded")
     assert done.stdout.splitlines()[-1] == "[0, 0, 0]", done.stderr
-    assert "me--sharded: is there already, and whole" in done.stdout
+    assert "me--sharded: is there already, and complete" in done.stdout
     assert {*parts, "config.json", "model.safetensors.index.json", MANIFEST} == {
         each.name for each in (out / "me--sharded").iterdir()
     }

@@ -134,7 +134,7 @@ def test_snapshots_are_the_ends_of_the_cycles(few_posts: Path) -> None:
 @pytest.mark.parametrize(
     ("sections", "says"),
     [
-        ({"trainer": {"epochs": 5}}, "5 epochs are no multiple of 2"),
+        ({"trainer": {"epochs": 5}}, "5 epochs are not a multiple of 2"),
         ({"trainer": {"epochs": 4, "patience": 1}}, "trainer.patience must be 0"),
         (
             {"trainer": {"epochs": 4}, "optimizer": {"schedule": "step"}},

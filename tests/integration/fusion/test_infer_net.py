@@ -144,7 +144,9 @@ def test_gpus_that_are_not_there(folder: Path, capsys: pytest.CaptureFixture[str
     """``--n_gpus`` beyond what the machine has is one line; 0 is the CPU."""
     there = torch.cuda.device_count()
     said = rig.mistake(capsys, folder, "--n_gpus", str(there + 2))
-    assert said == f"infer_net.py: n_gpus: {there + 2} GPUs wanted, this machine has {there}\n"
+    assert (
+        said == f"infer_net.py: n_gpus: {there + 2} GPUs requested, but this machine has {there}\n"
+    )
     assert rig.infer(folder, "--n_gpus", "0", "--output", str(folder / "t.jsonl")) == 0
 
 

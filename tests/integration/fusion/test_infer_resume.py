@@ -140,10 +140,10 @@ def another_run(folder: Path, change: str, rows: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ("bundle", "was begun with another bundle"),
-        ("input", "was begun with another input: it holds post 'posts3'"),
-        ("scores", "was begun with another scores (True)"),
-        ("format", "was begun with other columns"),
+        ("bundle", "was started with another bundle"),
+        ("input", "was started with another input: it holds post 'posts3'"),
+        ("scores", "was started with other scores (True)"),
+        ("format", "was started with other columns"),
         ("broken", "Expecting value"),
     ],
 )
@@ -180,7 +180,7 @@ def test_posts_of_a_whole_output_are_not_computed_again(
             assert rig.infer(folder, *given, *more) == 0
             again = capsys.readouterr().out.splitlines()
             assert again[0] == f"{numbers(first)}  (went on after 40)"
-            assert again[1:] == [f"complete already: {output}; --restart computes it anew"]
+            assert again[1:] == [f"complete already: {output}; --restart computes it again"]
             after = output.stat()
             assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
         assert rig.infer(folder, *given, "--restart") == 1

@@ -118,7 +118,7 @@ def test_a_run_that_cannot_begin_leaves_the_latest(
     mistakes = {
         "none.json: no such data file": ["--set", "data.valid=none.json"],
         "cannot be read as a checkpoint": ["--resume", str(broken)],
-        "holds something that is no bundle and would": ["--set", f"bundle.out={few_posts}"],
+        "holds something that is not a bundle and would": ["--set", f"bundle.out={few_posts}"],
         "posts are too few for 30": ["--set", "ensemble.folds=30"],
         "post 'train3' stands in": ["--set", f"data.valid={twice}", "--set", "ensemble.folds=2"],
     }

@@ -80,16 +80,16 @@ def test_a_picture_is_the_same_in_every_form(site: Path, tagger: Tagger) -> None
     [
         ({"text": 3}, "post: text must be a text: got 3"),
         ({"text": b"cat"}, "post: text must be a text: got"),
-        ({"images": "a.png"}, "post: images: must be a list, even of one file: got str"),
-        ({"images": PICTURE}, "post: images: must be a list, even of one file: got ndarray"),
+        ({"images": "a.png"}, "post: images: must be a list, even for one file: got str"),
+        ({"images": PICTURE}, "post: images: must be a list, even for one file: got ndarray"),
         ({"images": ["no.png"]}, "post: images.0: no such file: no.png"),
         ({"images": [""]}, "post: images.0: must be a path"),
         ({"images": [7]}, "post: images.0: must be a path, a URL, bytes, an array or"),
         ({"images": [PICTURE / 255]}, r"uint8 \(height, width\).*got float64 \(48, 64, 3\)"),
         ({"images": ["x" * 300]}, "post: images.0: no such file: xxx"),
         ({"images": [Image.new("RGB", (0, 9))]}, r"images.0: the picture is empty: \(0, 9\)"),
-        ({"images": [cut_picture()]}, "images.0: is no whole picture: .*truncated"),
-        ({"images": [closed_picture()]}, "images.0: is no whole picture: "),
+        ({"images": [cut_picture()]}, "images.0: is not a complete picture: .*truncated"),
+        ({"images": [closed_picture()]}, "images.0: is not a complete picture: "),
         ({"videos": [PICTURE]}, "post: videos.0: must be a path, a URL or bytes: got ndarray"),
         ({"text": "x", "post_id": ""}, "must have a post_id"),
     ],
@@ -178,7 +178,7 @@ def test_a_tagger_of_another_process_says_so(tagger: Tagger) -> None:
     child.join(timeout=20)
     child.kill()
     assert child.exitcode == 0
-    assert said.get() == "this Tagger is of another process: load the bundle after the fork"
+    assert said.get() == "this Tagger belongs to another process: load the bundle after the fork"
     assert tagger.tag(text="cat").tags
 
 

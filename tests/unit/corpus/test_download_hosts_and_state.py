@@ -70,7 +70,7 @@ def test_waits_end_in_time() -> None:
 
 
 def test_host_that_is_never_reached_is_given_up() -> None:
-    """After so many in a row; one answer in between, and the count begins anew."""
+    """After so many in a row; one answer in between, and the count starts over."""
     hosts = Hosts(per_host=1)
     for item in items("a", 5):
         hosts.add(item, 0.0)
@@ -134,7 +134,7 @@ def test_state_that_is_damaged_later_is_named(tmp_path: Path) -> None:
 def test_files_are_what_their_bytes_say(
     tmp_path: Path, content: bytes, expected: tuple[str, str, set[str], str]
 ) -> None:
-    """Extension and use by the first bytes; what is no media is refused with its reason."""
+    """Extension and use by the first bytes; what is not media is refused with its reason."""
     (tmp_path / "f").write_bytes(content)
     result = classify(tmp_path / "f", "00")
     assert (result.status, result.extension, set(result.kinds), result.reason[1]) == expected

@@ -65,7 +65,7 @@ def test_labels_of_a_folder_are_read(
 
 
 def test_each_media_file_of_a_folder_is_a_post(folder: Path) -> None:
-    """Of the kind that its bytes tell; hidden files and what is no media are passed over."""
+    """Of the kind that its bytes tell; hidden files and what is not media are passed over."""
     posts = list(read_own_posts(folder))
     assert [post["post_id"] for post in posts] == list(NONE)
     assert posts[0]["images"] == [str(folder / "a.png")]
@@ -80,7 +80,7 @@ def test_each_media_file_of_a_folder_is_a_post(folder: Path) -> None:
     [
         ("", "is empty: the first row must name the columns"),
         ("naem,labels\na.png,cat\n", "row 2: the table has no column file"),
-        ("fil,lables\na.png,cat\n", "row 1: names no known column, as file,labels: got 'fil'"),
+        ("fil,lables\na.png,cat\n", "row 1: has no known column, such as file,labels: got 'fil'"),
         ("fil,lables\na.png,cat\n", "did you mean 'file'?"),
         ("file,tag,labels\na.png,x,y\n", "row 1: the columns 'tag' and 'labels' both hold labels"),
         ("file,labels\na.png,cat,dog\n", "row 2: has 3 cells, the header 2: put a value that"),
@@ -88,7 +88,7 @@ def test_each_media_file_of_a_folder_is_a_post(folder: Path) -> None:
         ("file,labels\na.png,cat\na.pgn,dog\n", "row 3: file 'a.pgn': no such file in"),
         ("file,labels\na.png,cat\na.pgn,dog\n", "did you mean 'a.png'?"),
         ("file,labels\n,cat\n", "row 2: file is empty: name a file of"),
-        ("file,labels\nnotes.txt,cat\n", "file 'notes.txt': is no picture, video or sound"),
+        ("file,labels\nnotes.txt,cat\n", "file 'notes.txt': is not a picture, video or sound"),
         ('file,labels\na.png,"cat\n', "line 2: not CSV: unexpected end of data"),
         (b"file,labels\na.png,caf\xe9\n", "line 2: not UTF-8 (byte 0xe9): save it as CSV UTF-8"),
         (b"PK\x03\x04\0\0", "line 1: not text: save it as CSV UTF-8"),

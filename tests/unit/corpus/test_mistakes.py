@@ -49,7 +49,7 @@ CASES = {
     "analyze_posts p.jsonl --out o --media none": "none: no such folder",
     "analyze_posts p.jsonl --out o --labels none.json": "none.json: no such label map",
     "analyze_posts p.jsonl --out o --media .": "manifest.jsonl: line 1: ",
-    "analyze_posts p.jsonl --out o --text_threshold 2": "must lie in 0 to 1",
+    "analyze_posts p.jsonl --out o --text_threshold 2": "must be from 0 to 1",
     "analyze_posts p.jsonl --out o --hash_distance 17": "'--hash_distance'",
     "build_label_map.py --input p.jsonl --min_posts 9": "no tag has 9 posts or more",
     "build_label_map.py --input p.jsonl --min_posts -1": "'--min_posts'",

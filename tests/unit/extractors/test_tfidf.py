@@ -117,7 +117,7 @@ def test_mistakes_are_one_line(file: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes(b"broken")
     for path in (broken, tmp_path / "missing"):
-        with pytest.raises(ConfigError, match=r"features\.text\.weights: .* is no file of TF-IDF"):
+        with pytest.raises(ConfigError, match=r"features\.text\.weights: .* is not a TF-IDF file"):
             suite(arch="tfidf", weights=str(path))
-    with pytest.raises(ConfigError, match=r"setting: .* is no file of TF-IDF"):
+    with pytest.raises(ConfigError, match=r"setting: .* is not a TF-IDF file"):
         Tfidf.load(broken, "setting")

@@ -63,7 +63,7 @@ def test_posts_without_tags_and_repeated_tags() -> None:
 
 @pytest.mark.parametrize(("posts", "folds"), [(3, 4), (5, 1)])
 def test_parts_that_cannot_be(posts: int, folds: int) -> None:
-    with pytest.raises(ValueError, match=f"{posts} posts cannot be shared out to {folds} folds"):
+    with pytest.raises(ValueError, match=f"{posts} posts cannot be split into {folds} folds"):
         stratified_folds(np.arange(posts + 1), np.zeros(posts, int), 1, folds, seed=0)
 
 

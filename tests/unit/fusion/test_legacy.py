@@ -46,7 +46,7 @@ def test_nothing_in_a_file_is_executed_by_default(bomb: tuple[Path, Path]) -> No
         read_state_dict(path, setting="features.image.weights")
     assert not written.exists()
     # The test's own test: the file is what it seems to be.
-    with pytest.raises(ConfigError, match=r"holds no state dict|is no plain state dict"):
+    with pytest.raises(ConfigError, match=r"holds no state dict|is not a plain state dict"):
         load_weights(path, allow_pickle=True)
     assert written.read_text() == "executed"
 

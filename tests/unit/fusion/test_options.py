@@ -86,7 +86,7 @@ def test_the_sample_config_is_whole() -> None:
         (["--model_config", "none.yaml"], "none.yaml: no such file"),
         (["--batch_size", "many"], "options: trainer.batch_size"),
         (["--learning_rate", "-1"], "options: optimizer.learning_rate"),
-        (["--n_gpu", "99"], "trainer.n_gpu: 99 GPUs wanted, this machine has"),
+        (["--n_gpu", "99"], "trainer.n_gpu: 99 GPUs requested, but this machine has"),
         (["--set", "trainer.epoch=3"], "unknown key; did you mean 'epochs'?"),
         (["--set", "model.name=magic"], "--set: model.name"),
         (["--set", "data.train=none.json", "--set", "data.labels=none.json"], "none.json"),

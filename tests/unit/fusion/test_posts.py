@@ -70,7 +70,7 @@ def test_entries_are_what_json_says_wherever_blocks_end(
         ('[{"post_id": "a"}', "not a JSON data file"),
         ('[{"post_id": "a"} {"post_id": "b"}]', "behind entry 1 must be a comma"),
         ('[{"post_id": "a"},]', "entry 2"),
-        ('[{"post_id": "a"}] x', "something stands behind the list"),
+        ('[{"post_id": "a"}] x', "there is something after the list"),
         ('[{"post_id": "a}]', "entry 1: Unterminated string"),
         ("[1, 2]", "entry 1: must have a post_id"),
         ('[{"post_id": 3}]', "entry 1: must have a post_id"),

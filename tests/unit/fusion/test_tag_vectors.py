@@ -208,7 +208,7 @@ def test_a_training_starts_with_the_texts_of_a_bundle(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"audio: name it in model\.tag_text\.projected"):
         start(of=manifest(("audio", "text")))
     wrong = FeatureManifest({"text": DIM}, {"text": "text-2"})
-    with pytest.raises(ConfigError, match="text features are made otherwise than its texts"):
+    with pytest.raises(ConfigError, match="text features are not made like its texts"):
         start(of=wrong)
     with pytest.raises(ConfigError, match="image cannot go into the space of video"):
         start(projected={"image": "video"})
