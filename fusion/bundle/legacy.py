@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from common.errors import ConfigError
+from common.errors import BundleError, ConfigError
 from common.pth import load_weights
 from fusion.bundle.about import WEIGHTS
 from fusion.bundle.bundle import joined, load_bundle, save_bundle
@@ -70,9 +70,9 @@ def with_weights(
     state = load_weights(weights, allow_pickle=allow_pickle, setting=setting)
     try:
         base = load_bundle(bundle)
-    except ConfigError as error:
+    except BundleError as error:
         raise ConfigError(
-            f"{weights}: is only weights, and the rest is taken from: {error}"
+            f"{weights}: holds weights alone; the rest comes from the bundle of the config: {error}"
         ) from error
     parts = _of_members(state) if all(k.startswith("members.") for k in state) else [state]
     members = base.members[: len(parts)]

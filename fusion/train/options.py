@@ -48,7 +48,7 @@ class TrainOptions:
         option(
             "resume",
             "F",
-            "a run's folder or checkpoint to resume; or weights to start from: best.pt, bundle, .pth",
+            "a run's folder or checkpoint to resume; or starting weights: best.pt, bundle, .pth",
         ),
     ] = None
     n_gpu: Annotated[
