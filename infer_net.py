@@ -28,8 +28,8 @@ SCRIPT = Script(
     run,
     about=__doc__,
     mistakes=(ConfigError, PermanentError),
-    interrupted="interrupted; the same command goes on",
-    again="; the same command goes on",
+    interrupted="interrupted; the same command continues",
+    again="; the same command continues",
 )
 main = SCRIPT.main
 

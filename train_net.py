@@ -37,7 +37,7 @@ SCRIPT = Script(
     about="Train a fusion model on feature files and write its bundle; or a backbone.",
     flags=("--fix_random_seed", "--skip_bad"),
     mistakes=(ConfigError, PermanentError),
-    interrupted="interrupted; go on with --resume",
+    interrupted="interrupted; continue with --resume",
 )
 main = SCRIPT.main
 

@@ -48,7 +48,7 @@ class BrokerSettings(Section):
     heartbeat_s: PositiveInt = 10
     socket_timeout_s: Seconds = 5
     visibility_timeout_s: Seconds = 60
-    """Redis only: messages of a consumer that shows no life for this long are delivered again."""
+    """Redis only: messages of a consumer that is silent for this long are delivered again."""
     delivery_limit: PositiveInt = 20
     """RabbitMQ only: deliveries after which the broker itself dead-letters a message."""
 
@@ -200,7 +200,7 @@ class WorkerSettings(Section):
     recycle_growth_mb: Annotated[int, Field(ge=0)] = 2048
     """Or after growing by this much since it warmed up; 0 never."""
     share_batches: bool = True
-    """Posts share the passes of a model, which GPUs like. Kernels round a little differently for
+    """Inputs of several posts share a batch: faster on GPUs. Kernels round a little differently for
     other batch sizes: without, a post's features are the same to the last bit in every run."""
 
     @model_validator(mode="after")
@@ -316,7 +316,7 @@ class TextSettings(Section):
     """All tokens of a text, or its vector as a sentence encoder was trained to give it: ``cls`` the
     first token (BGE), ``mean`` (MiniLM, E5) or ``last`` (Qwen3-Embedding)."""
     prefix: str = ""
-    """Stands before each text, as E5 wants ``query: ``."""
+    """Put before each text; E5 needs ``query: ``."""
     max_tokens: PositiveInt = 256
     batch_size: PositiveInt = 16
     precision: Precision = "auto"
@@ -354,19 +354,19 @@ class OcrSettings(Section):
 
 
 class AsrSettings(Section):
-    """Words that are spoken in videos and sounds: Whisper hears them, the text encoder reads."""
+    """Speech in videos and sounds: Whisper transcribes it, the text encoder embeds it."""
 
     enabled: bool = False
     arch: str = "openai/whisper-small"
     weights: str = "pretrained"
     language: str | None = None
-    """Code such as ``en``; null: Whisper tells it, for every 30 seconds."""
+    """Code such as ``en``; null: Whisper detects it, for every 30 seconds."""
     max_s: Seconds = 120.0
-    """Of each file the sound up to here is heard, and up to ``decode.max_audio_s``."""
+    """Seconds of each file that are transcribed; ``decode.max_audio_s`` is a limit, too."""
     silence_db: Annotated[float, Field(le=0)] = -60.0
-    """30 seconds that are nowhere louder than this, full scale being 0, are silence."""
+    """30 seconds that are never louder than this are silence; full scale is 0."""
     no_speech: Annotated[float, Field(ge=0, le=1)] = 0.6
-    """From this probability of no speech on, as Whisper gives it, 30 seconds have no text."""
+    """30 seconds with at least this probability of no speech have no text."""
     batch_size: PositiveInt = 4
     precision: Precision = "auto"
     trust_remote_code: bool = False
@@ -377,9 +377,9 @@ class FeatureSettings(Section):
     """Everything that determines a feature; its digest is the extractor fingerprint."""
 
     preset: Preset | None = None
-    """The encoders of all modalities by one name: `config.presets`; keys beside it go before it."""
+    """One name for the encoders of all modalities (`config.presets`); other keys override it."""
     ocr_mode: Literal["append", "separate"] = "separate"
-    """OCR text joins the post's text, or stands as its own modality."""
+    """OCR text joins the post's text, or is a modality of its own."""
     video: VideoSettings = VideoSettings()
     image: ImageSettings = ImageSettings()
     audio: AudioSettings = AudioSettings()
@@ -419,7 +419,7 @@ class CacheSettings(Section):
     timeout_s: Seconds = 1
     """A look-up that takes longer counts as a miss."""
     retry_s: Seconds = 30
-    """A cache that failed is left alone for this long."""
+    """A cache that failed is not used for this long."""
     threads: PositiveInt = 4
     """Look-ups at once."""
     options: Mapping[str, Any] = Field(default_factory=dict)
@@ -547,9 +547,9 @@ class MonitorSettings(Section):
     """Untagged posts older than this are backlog. A post's age is that of `store.fields.created`,
     or of its ObjectId; with 0 every untagged post counts, also where there is neither."""
     scan: PositiveInt = 100_000
-    """Untagged posts that one look reads at most."""
+    """The most untagged posts that one check reads."""
     window_s: Seconds = 3600
-    """Results of this recent time make the failed ratio."""
+    """The failed ratio counts results of this recent time."""
     min_results: PositiveInt = 20
     """Fewer results than this make no ratio."""
     overdue_s: Seconds = 120
@@ -582,7 +582,7 @@ class HttpSettings(Section):
     """
 
     host: str = "127.0.0.1"
-    """There is no log-in: let others in only through a proxy that asks for one."""
+    """There is no login: let others in only through a proxy that requires one."""
     allowed_hosts: tuple[HostName, ...] = ()
     """Names without port that requests may be addressed to, as a proxy's; besides `host`,
     ``localhost`` and IP addresses. Others are refused: a foreign site could point its own here."""

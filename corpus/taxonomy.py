@@ -400,6 +400,6 @@ def _bundle(bundle: Path, labels: LabelMap) -> Iterator[str]:
     lost = [name for name in served.names if name not in labels.index]
     new = [name for name in labels.names if name not in served.index]
     if lost or new:
-        yield f"{bundle}: gives tags that the map lacks: {lost}; lacks tags of the map: {new}"
+        yield f"{bundle}: names tags that are not in the map: {lost}; lacks tags of the map: {new}"
     else:
         yield f"{bundle}: has the same tags in another order: their ids differ"

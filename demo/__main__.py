@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _demo(line)
 
     return exit_code(
-        "demo", run, interrupted="interrupted; the next run goes on from the last whole stage"
+        "demo", run, interrupted="interrupted; the next run continues from the last complete stage"
     )
 
 

@@ -194,7 +194,7 @@ def audio_encoder(settings: AudioSettings) -> AudioEncoder:
     if family not in AUDIO_ENCODERS:
         known = ", ".join(name for name in AUDIO_ENCODERS if name not in ("timm", "vggish"))
         raise ConfigError(
-            f"features.audio.arch: {arch} is of no family of encoders of sound ({known}) by its "
+            f"features.audio.arch: {arch} is of no known family of sound encoders ({known}) by its "
             f"{'config.json' if family else 'name'}; if it is, put it in place: "
             f"insighttag weights get {arch}"
         )

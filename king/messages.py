@@ -158,12 +158,12 @@ def _checked_id(text: str) -> str:
     try:
         size = len(text.encode())
     except UnicodeEncodeError as error:
-        raise MessageError("the post_id holds half a character (a lone surrogate)") from error
+        raise MessageError("the post_id has half a character (a lone surrogate)") from error
     if size > MAX_ID_BYTES:
         raise MessageError(f"the post_id has {size} bytes; at most {MAX_ID_BYTES} are allowed")
     control = next((c for c in text if unicodedata.category(c) == "Cc"), None)
     if control is not None:
-        raise MessageError(f"the post_id holds the control character U+{ord(control):04X}")
+        raise MessageError(f"the post_id has the control character U+{ord(control):04X}")
     return str(text)
 
 

@@ -245,7 +245,7 @@ class _Snapshots(Collector):
         )
         yield bundle_info(_bundle_of(health["bundle"]))
         yield bundle_info(_bundle_of(health["shadow"]), "shadow", "1 for the bundle on trial")
-        text = "1 while what is in the folder of a bundle is refused"
+        text = "1 while the bundle in a folder is refused"
         reasons = {"served": health["bundle_refused"], "shadow": health["shadow_refused"]}
         refusals = [([which], float(reason is not None)) for which, reason in reasons.items()]
         yield _gauge("bundle_refused", text, ["bundle"], refusals)

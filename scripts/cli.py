@@ -175,16 +175,14 @@ def commands() -> Mapping[str, Mapping[str, Runs | Group]]:
             "build": build.SCRIPT,
         },
         _MODELS: {
-            "weights": Group(
-                "The weights of encoders: what is needed, put in place.", weights.COMMANDS
-            ),
+            "weights": Group("The weights of encoders: list, download, verify.", weights.COMMANDS),
             "train-net": train_net.SCRIPT,
             "infer": infer_net.SCRIPT,
             "tune": tune.tune,
             "zeroshot": zeroshot.zeroshot,
             "out-of-fold": out_of_fold.SCRIPT,
             "bundle": Group(
-                "Bundles: what there is, what is served or on trial, the way back, thresholds.",
+                "Bundles: list, serve, try, compare, roll back, set thresholds.",
                 bundle.COMMANDS,
             ),
             "export": export.export,

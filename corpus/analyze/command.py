@@ -51,7 +51,7 @@ class Options:
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="where the media lie: output of download_mp, or a folder; without it they are "
+            help="where the media are: output of download_mp, or a folder; without it they are "
             "counted, not opened",
         ),
     ] = None
@@ -101,7 +101,7 @@ def analyze(options: Options) -> None:
         except (sqlite3.Error, OSError) as error:
             text = getattr(error, "strerror", None) or str(error)
             raise TaggingError(
-                f"stopped: {text}; make room, then run it again: what is measured stays"
+                f"stopped: {text}; make room, then run it again: what was measured is kept"
             ) from error
     show(facts)
 

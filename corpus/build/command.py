@@ -104,7 +104,7 @@ _SHOWN_MOVES = 20  # a screen; the rest can be seen by comparing the two split.j
 _ABOUT = (
     "Split posts into training, validation and test files, without leakage.\n\n"
     "Labels and features are joined. Posts that share an author, a medium, a text or a group of "
-    "near-duplicates never stand on two sides."
+    "near-duplicates are never on two sides."
 )
 
 

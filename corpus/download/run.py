@@ -111,7 +111,7 @@ _LONGEST_WAIT_S = 300.0  # a host that wants to be left alone for longer is left
 _LONGEST_BACKOFF_S = 60.0
 _TOO_MANY = "HTTP 429"
 _PATIENCE_S = 3.0  # after a signal: most downloads under way end, and nobody waits for the rest
-_AGAIN = "run the same command again to go on where it stopped"
+_AGAIN = "run the same command again to continue where it stopped"
 
 
 def download(options: Options) -> int:

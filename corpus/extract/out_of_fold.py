@@ -125,8 +125,8 @@ SCRIPT = Script(
     Options,
     _run,
     about=_ABOUT,
-    interrupted="interrupted; run it again to go on",
-    again="; run it again to go on",
+    interrupted="interrupted; run it again to continue",
+    again="; run it again to continue",
 )
 main = SCRIPT.main
 
@@ -141,7 +141,7 @@ def _check_same(
     try:
         if path.exists() and json.loads(path.read_text(encoding="utf-8")) != found:
             raise ConfigError(
-                f"{path}: those folds are of other posts, folds or settings: name another --work"
+                f"{path}: those folds belong to other posts, folds or settings: name another --work"
             )
         write_whole(path, json.dumps(found))
     except (OSError, ValueError) as error:

@@ -124,8 +124,8 @@ def script(kind: Kind) -> Script[CommandLine]:
         CommandLine,
         lambda line: extract(options_of(kind, line)),
         about=about(kind),
-        interrupted="interrupted; run it again to go on",
-        again="; run it again to go on",
+        interrupted="interrupted; run it again to continue",
+        again="; run it again to continue",
     )
 
 

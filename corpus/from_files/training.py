@@ -526,7 +526,7 @@ def _estimate(settings: Settings, posts: Sequence[Post], kinds: int, workers: in
     about = f"{total_s:.0f} s" if total_s < 90 else f"{total_s / 60:.0f} min"
     return (
         f"extraction: about {about} for {len(posts):,} posts ({each_s:.2f} s a post, measured on "
-        f"{len(times) - 1}); Ctrl-C is safe, the same command goes on"
+        f"{len(times) - 1}); Ctrl-C is safe, the same command continues"
     )
 
 

@@ -98,7 +98,7 @@ class Options:
         return load_settings(self.config, self.overrides).store
 
 
-_AGAIN = "run the same command again to go on where it stopped"
+_AGAIN = "run the same command again to continue where it stopped"
 _SHOWN_CHARS = 200
 
 

@@ -87,7 +87,7 @@ class TimmBackbone(PictureEncoder):
         except (RuntimeError, AssertionError, ValueError, AttributeError, TypeError) as error:
             raise self._wrong_size(self._network.pretrained_cfg["input_size"], error) from error
         if features.ndim != 2:
-            raise ConfigError(f"{self.setting}.arch: {self.arch} gives no pooled features")
+            raise ConfigError(f"{self.setting}.arch: {self.arch} has no pooled features")
         self.dim = int(features.shape[1])
 
     def _build(self, weights: Weights) -> Any:

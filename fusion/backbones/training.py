@@ -290,7 +290,7 @@ def _new_posts(valid: Sequence[AnyPost], learned: PostSet, fabric: Fabric) -> li
     """Return the posts that nothing was trained on; a warning counts the others."""
     new = [post for post in valid if post.post_id not in learned]
     if len(new) < len(valid):
-        rest = "they are left out of validation" if new else "its figures are of training posts"
+        rest = "they are left out of validation" if new else "its figures are on training posts"
         notice(
             f"warning: {len(valid) - len(new)} of {len(valid)} validation posts were learned "
             f"from: {rest}",
@@ -571,9 +571,9 @@ class FrameStore:
         try:
             found: npt.NDArray[np.float16] = np.load(place, allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
-            raise FeatureError(f"{place}: cannot be read; delete it and go on with --resume") from (
-                error
-            )
+            raise FeatureError(
+                f"{place}: cannot be read; delete it and continue with --resume"
+            ) from (error)
         return found
 
     def _place(self, path: Path) -> Path:

@@ -146,7 +146,7 @@ def _write_onnx(graph: Graph, path: Path) -> tuple[str, Runner]:
             f"onnx: {error.name} is not installed: pip install '.[export]'"
         ) from error
     if sum(p.numel() * p.element_size() for p in graph.module.parameters()) > _LARGEST_ONNX:
-        raise ConfigError("onnx: a file holds at most 2 GB: use --format torch")
+        raise ConfigError("onnx: a file has at most 2 GB: use --format torch")
     with _quiet(), _refused("onnx"):
         program = torch.onnx.export(
             _Positional(exportable(graph.module, "onnx")),
@@ -160,7 +160,7 @@ def _write_onnx(graph: Graph, path: Path) -> tuple[str, Runner]:
             verbose=False,
         )
     if program is None:
-        raise ConfigError("onnx: this version of torch has no exporter that gives a program")
+        raise ConfigError("onnx: this version of torch has no suitable exporter")
     program.save(str(path), external_data=False)
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     names = [port.name for port in graph.ports]

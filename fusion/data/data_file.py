@@ -245,7 +245,9 @@ def post_id_of(value: Any, where: str) -> str:
         actual = value if not isinstance(value, dict) else value.get("post_id", "none")
         raise ConfigError(f"{where}: must have a post_id, a text: got {_shown(actual)}")
     if post_id != clean(post_id) or "\0" in post_id:
-        raise ConfigError(f"{where}: post_id holds what UTF-8 or a file name cannot: {post_id!r}")
+        raise ConfigError(
+            f"{where}: post_id has characters that UTF-8 or a file name cannot have: {post_id!r}"
+        )
     return post_id
 
 

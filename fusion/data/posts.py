@@ -102,7 +102,7 @@ class PostList(Sequence[Record]):
         posts = cls(paths, lists[0].labels, places, ends, indices)
         for first, again in posts._repeats():
             raise ConfigError(
-                f"post {posts[first].post_id!r} stands in {posts.file(first)} and in "
+                f"post {posts[first].post_id!r} is in {posts.file(first)} and in "
                 f"{posts.file(again)}; take it out of one of them, or set ensemble.pool_valid to "
                 "false"
             )

@@ -145,7 +145,7 @@ def _first_error(
         return WorkerDied(f"a process of this training ended: {reason}")
     return WorkerDied(
         f"process {rank + 1} of {count} of this training was ended by signal {-code}, and the "
-        f"others with it; go on with --resume {settings.save_dir}"
+        f"others with it; continue with --resume {settings.save_dir}"
     )
 
 

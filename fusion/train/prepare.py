@@ -102,8 +102,8 @@ class HeldOut:
             note = f"{count} of {len(posts)} posts are left out of validation: {by}"
             return cls(posts.take(np.flatnonzero(~learned)), note=note)
         note = (
-            f"all {count} validation posts are training posts: {by}; figures of them say nothing "
-            "of new posts, and no threshold is fitted to them"
+            f"all {count} validation posts are training posts: {by}; their figures say nothing "
+            "about new posts, and no thresholds are fitted"
         )
         return cls(posts, seen=True, note=note)
 

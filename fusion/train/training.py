@@ -308,12 +308,12 @@ def _report(
 def _subtitle(settings: TrainSettings, held: int, *, seen: bool) -> str:
     if not held:
         if settings.data.test is not None:
-            return "There are no validation posts: the figures are of the test posts."
+            return "There are no validation posts: the figures are on the test posts."
         return "There are no validation posts: nothing was measured."
     if seen:
         return (
             f"Measured on {held:,} training posts: parts of the model were trained on every one of "
-            "them, so no figure here says anything of new posts. Extract features out of fold "
+            "them, so no figure here says anything about new posts. Extract features out of fold "
             "(scripts/out_of_fold_features.py), or validate on other posts."
         )
     folds = settings.ensemble.folds

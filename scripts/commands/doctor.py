@@ -395,5 +395,5 @@ def _king(settings: Settings) -> Check:
     if king.get("phase") == "stopped":
         return Check("king", "ok", f"stopped {seen}")
     said = f"died: pid {king['pid']}, last seen {seen}"
-    remedy = "insighttag work starts it again, and goes on with the posts it had begun"
+    remedy = "insighttag work starts it again and continues with the posts in progress"
     return Check("king", "warning", said, remedy)

@@ -51,7 +51,7 @@ def tag(
         typer.Option(
             "--bundle",
             metavar="FOLDER",
-            help="Instead of fusion.bundle; without --config with the settings.yaml beside it.",
+            help="Instead of fusion.bundle; without --config, uses the settings.yaml next to it.",
         ),
     ] = None,
     config: Config = None,

@@ -119,7 +119,7 @@ def train(
             skip_bad=skip_bad,
         )
     except KeyboardInterrupt:
-        complain("train", "interrupted; the same command goes on where it stopped", 1)
+        complain("train", "interrupted; the same command continues where it stopped", 1)
         raise typer.Exit(1) from None
     say(
         f"bundle   {folder.bundle}\nreport   {folder.report}\n"

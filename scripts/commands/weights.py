@@ -111,7 +111,7 @@ def get(
     if unreachable:
         problems.append(
             f"no network to {', '.join(unreachable)}: run insighttag weights get {name} --out "
-            f"FOLDER where there is some, and copy what is in FOLDER to {out}"
+            f"FOLDER where there is one, and copy the contents of FOLDER to {out}"
         )
     if problems:
         raise ConfigError(f"weights get {name}: {'; '.join(problems)}")

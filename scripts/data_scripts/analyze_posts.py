@@ -27,7 +27,7 @@ SCRIPT = Script(
     Options,
     _run,
     about=__doc__,
-    interrupted="interrupted; run it again: what is measured stays",
+    interrupted="interrupted; run it again: what was measured is kept",
 )
 main = SCRIPT.main
 

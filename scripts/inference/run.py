@@ -172,7 +172,7 @@ def _say(report: InferReport, plan: RunSettings) -> None:
     )
     if new and report.seen:
         tell(
-            f"figures are of {new} posts: the bundle or the weights of its features have learned "
+            f"figures are on {new} posts: the bundle or the weights of its features were trained "
             f"from the other {report.seen}\n"
         )
     if report.unscored:

@@ -63,7 +63,7 @@ from workers.protocol import (
 _log = structlog.get_logger()
 
 _TRIAL_ENDED = (
-    "the fusion worker has died, perhaps of it: start the daemon again to go on with the trial"
+    "the fusion worker has died, perhaps because of it: restart the daemon to continue the trial"
 )
 
 _FALSE_STARTS = 3

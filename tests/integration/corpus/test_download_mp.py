@@ -289,7 +289,7 @@ def test_signal_ends_it_in_good_order(tmp_path: Path) -> None:
         assert run.returncode == 1
         last = said.strip().splitlines()[-1]
         assert last.startswith("download_mp: SIGTERM: ")
-        assert last.endswith("run the same command again to go on where it stopped")
+        assert last.endswith("run the same command again to continue where it stopped")
         assert "Traceback" not in said
         with pytest.raises(ProcessLookupError):
             os.killpg(run.pid, 0)

@@ -287,7 +287,7 @@ def test_signal_ends_it_in_good_order(arguments: list[str], insert: Insert, tmp_
     assert run.returncode == 1
     last = said.strip().splitlines()[-1]
     assert last.startswith("pull_posts: SIGTERM: ")
-    assert last.endswith("run the same command again to go on where it stopped")
+    assert last.endswith("run the same command again to continue where it stopped")
     assert not (tmp_path / "p.jsonl").exists()
     assert main(arguments) == 0
     assert ids_of(tmp_path) == [f"p{i:05}" for i in range(500)]

@@ -151,7 +151,9 @@ def test_what_a_hub_refuses_is_one_line_and_leaves_no_folder(tmp_path: Path) -> 
     gated, empty, missing = [
         line for line in done.stderr.splitlines() if line.startswith("insighttag: ")
     ]
-    assert gated.startswith("insighttag: weights get me/gated: me/gated is given only to those")
+    assert gated.startswith(
+        "insighttag: weights get me/gated: me/gated requires accepting its licence"
+    )
     for word in ("/me/gated", "hf auth login", "HF_TOKEN"):
         assert word in gated
     assert "me/empty has no model.safetensors" in empty

@@ -108,7 +108,7 @@ def test_a_database_that_is_away_is_one_line(
     assert rig.infer(folder, *given) == 1
     said = capsys.readouterr().err
     assert "127.0.0.1:1" in said
-    assert "the same command goes on" in said
+    assert "the same command continues" in said
     assert "secret" not in said
     assert len(said.splitlines()) == 1
 

@@ -111,7 +111,7 @@ def test_an_interrupted_run_goes_on(
     assert rig.infer(folder, "--output", str(whole)) == 0
     wanted = numbers(capsys.readouterr().out)
     infer_part(folder, folder / name)
-    assert "interrupted; the same command goes on" in capsys.readouterr().err
+    assert "interrupted; the same command continues" in capsys.readouterr().err
     with (folder / f"{name}.part").open("ab") as file:
         file.write(half)
     assert rig.infer(folder, "--output", str(folder / name)) == 0

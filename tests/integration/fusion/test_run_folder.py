@@ -120,7 +120,7 @@ def test_a_run_that_cannot_begin_leaves_the_latest(
         "cannot be read as a checkpoint": ["--resume", str(broken)],
         "holds something that is not a bundle and would": ["--set", f"bundle.out={few_posts}"],
         "posts are too few for 30": ["--set", "ensemble.folds=30"],
-        "post 'train3' stands in": ["--set", f"data.valid={twice}", "--set", "ensemble.folds=2"],
+        "post 'train3' is in": ["--set", f"data.valid={twice}", "--set", "ensemble.folds=2"],
     }
     for says, options in mistakes.items():
         capsys.readouterr()

@@ -124,7 +124,7 @@ def test_weights_that_have_learned_from_the_validation_posts(few_posts: Path) ->
         (("train",), (), "posts 37  labelled 37  of training posts: gap "),
         (("valid",), (), "posts 15  labelled 15  gap "),
         (("valid",), VALID, "posts 15  labelled 15  of training posts: gap "),
-        (("train", "valid"), VALID[:5], "figures are of 10 posts: the bundle or the weights"),
+        (("train", "valid"), VALID[:5], "figures are on 10 posts: the bundle or the weights"),
     ],
 )
 def test_inference_tells_seen_posts_from_new_ones(

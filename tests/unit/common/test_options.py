@@ -33,7 +33,7 @@ from scripts.data_scripts import analyze_posts, download_mp, make_demo_posts, pu
         (pull_posts.main, ["--out", "x.jsonl", "--seed", str(1 << 63)], "'--seed'"),
         (analyze_posts.main, ["posts", "--out", "x", "--text_threshold", "0"], "must be above 0"),
         (analyze_posts.main, ["posts", "--out", "x", "--hash_distance", "17"], "'--hash_distance'"),
-        (make_demo_posts.main, ["--out", "x", "--posts", "1", "--noise", "2"], "lie in 0 to 1"),
+        (make_demo_posts.main, ["--out", "x", "--posts", "1", "--noise", "2"], "be from 0 to 1"),
         (make_demo_posts.main, ["--posts", "0", "--out", "x"], "'--posts'"),
         (demo_main, ["--train", "abc"], "'--train'"),
         (demo_main, ["--set", "broker.urll=x"], "broker.urll"),

@@ -250,7 +250,7 @@ def test_an_exact_split_is_taken_as_it_is(
     assert _build(tmp_path, "--split", str(path)) == 0
     assert set(_sides(tmp_path / "out").values()) == {"train"}
     for content, message in (
-        ({"train": ids, "test": ids[:1]}, "post 'p0' is given to two sides"),
+        ({"train": ids, "test": ids[:1]}, "post 'p0' is on two sides"),
         ({"train": ids, "dev": []}, "'dev' must be one of train, valid, test"),
         ({"train": [7]}, "a post_id must be a text: got 7"),
     ):

@@ -136,7 +136,7 @@ def test_a_table_of_posts_is_read(folder: Path) -> None:
         ("p.csv", "file,labels\nx.png,cat\n", "row 2: file 'x.png': no such file relative to"),
         ("p.csv", "file,labels\nhttps://h/x.png,cat\n", "row 2: file 'https://h/x.png': is a URL"),
         ("p.csv", "images,text\na.png;none.png,x\n", "row 2: images 'none.png': no such file"),
-        ("p.csv", "file,labels\nnotes.txt,cat\n", "row 2: file 'notes.txt': is no picture"),
+        ("p.csv", "file,labels\nnotes.txt,cat\n", "row 2: file 'notes.txt': is not a picture"),
         ("p.csv", "text,labels\nhello,cat\n", "row 2: post_id is empty: give the post an ID"),
         ("p.csv", "id,text\n1,a\n1,b\n", "row 3: post_id '1'"),
         ("p.jsonl", '{"post_id": "p"', "line 1: not JSON"),

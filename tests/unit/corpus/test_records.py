@@ -62,7 +62,7 @@ def test_line_is_read_and_written_alike(tmp_path: Path) -> None:
         (b"{}", "must have a post_id, a text", None),
         (b'{"post_id": 3}', "must have a post_id, a text: got 3", None),
         (b'{"post_id": ""}', "must have a post_id, a text", None),
-        (b'{"post_id": "\\ud800"}', "post_id holds what UTF-8 or a file name cannot", None),
+        (b'{"post_id": "\\ud800"}', "post_id has characters that UTF-8", None),
         (b'{"post_id": "a", "text": 3}', "text must be a text", "a"),
         (b'{"post_id": "a", "labels": "x"}', "labels must be a list of texts", "a"),
         (b'{"post_id": "a", "images": [1]}', "images must be a list of texts", "a"),

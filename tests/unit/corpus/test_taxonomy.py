@@ -208,7 +208,7 @@ def test_check_finds_every_planted_conflict(
         "'fog' of 1 posts: not in the map",
         "'rain' of 1 posts: rename it: labels apply",
         "'wet' has 0 posts",
-        "gives tags that the map lacks: ['rain']",
+        "names tags that are not in the map: ['rain']",
     ):
         assert part in said.out
     assert "conflicts in" in said.err

@@ -151,7 +151,7 @@ def test_broken_files_are_one_line(tmp_path: Path) -> None:
     path.write_bytes(b"")
     refused("cannot be read")
     save_file({"video": np.zeros((1, 2), np.float16)}, path)
-    refused("is no feature file")
+    refused("is not a feature file")
     path.write_bytes(other.read_bytes())
     refused("belongs to post 'p2'")
     path.unlink()

@@ -101,5 +101,5 @@ def test_a_post_in_two_files_is_refused(lists: tuple[PostList, PostList], tmp_pa
     file = tmp_path / "c.json"
     file.write_text(json.dumps(entries))
     again = PostList.read(file, support.LABELS)
-    with pytest.raises(ConfigError, match=r"post 'a4' stands in .*a\.json and in .*c\.json"):
+    with pytest.raises(ConfigError, match=r"post 'a4' is in .*a\.json and in .*c\.json"):
         PostList.joined((lists[0], again))
