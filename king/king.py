@@ -55,7 +55,7 @@ _HEALTH_EVERY_S = 1.0
 _CONFIRM_S = 2.0
 # Time for writing and acknowledging what a drain has broken off; supervisors wait longer than that.
 _FLUSH_S = 10.0
-# The same after a second signal: somebody wants the end at once.
+# The same after a second signal: someone wants it to stop at once.
 _HURRY_S = 2.0
 
 log = structlog.get_logger()
@@ -217,7 +217,7 @@ class King:
                 log.warning("king.health_file_failed", error=str(error))
 
     def _say_waiting(self) -> None:
-        """Name the server that is waited for: its client tells only after its own time-outs."""
+        """Log which server the King waits for: its client only says so after its own timeouts."""
         urls = {"store_down": self._settings.store.url, "broker_down": self._settings.broker.url}
         url = redact(urls.get(self.status.phase, ""))
         if url and url != self._waits_for:

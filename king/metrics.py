@@ -99,7 +99,7 @@ class Children(Generic[MetricT]):
 
 
 class PostMetrics:
-    """Metrics of tagged posts, from the result that is there anyway: a few microseconds a post."""
+    """Metrics of tagged posts, read off their results: a few microseconds a post."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._stages = Children(

@@ -118,7 +118,7 @@ class Status:
         self.stopped = False
         self.bundle: Bundle | None = None
         self.bundle_refused: str | None = None
-        """The reason for which what is in ``fusion.bundle`` now is not served."""
+        """Why the bundle that is in ``fusion.bundle`` now is not served."""
         self.shadow: Bundle | None = None
         self.shadow_refused: str | None = None
         self.refused: PoolRefused | None = None
@@ -254,7 +254,7 @@ def read_health(path: Path) -> dict[str, Any] | None:
 
 
 def stack_file(health_file: Path) -> Path:
-    """Return the file of the stacks, which lies next to the health file."""
+    """Return the file for the stacks, next to the health file."""
     return health_file.with_suffix(".stacks")
 
 

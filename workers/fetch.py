@@ -492,7 +492,7 @@ class Spool:
                     path.unlink(missing_ok=True)
 
     def remove(self, path: str) -> None:
-        """Remove one file, if it lies in this spool."""
+        """Remove one file, if it is in this spool."""
         if Path(path).parent == self.folder:
             with contextlib.suppress(OSError):
                 Path(path).unlink(missing_ok=True)

@@ -521,4 +521,4 @@ class TaskPool(Protocol):
         """Interrupt `poll`; from any thread."""
 
     def stop(self, timeout_s: float) -> None:
-        """Let workers finish what they have begun, then kill what is left."""
+        """Let workers finish what they have started, then kill the rest."""

@@ -224,7 +224,7 @@ class PostRunner:
         return self.submit(post).result()
 
     def close(self) -> None:
-        """Break off what is in flight, and end the workers; may be called again."""
+        """Cancel the posts in flight and end the workers; may be called again."""
         self._stopping.set()
         with self._room:
             self._room.notify_all()

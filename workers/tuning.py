@@ -166,7 +166,7 @@ def has_bundle(settings: Settings) -> bool:
 
 
 def steps(host: Host) -> int:
-    """Return how often `tune` tells of a step."""
+    """Return how many steps `tune` reports."""
     return 4 + bool(host.gpus)
 
 

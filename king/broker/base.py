@@ -150,7 +150,7 @@ class Waker:
         weakref.finalize(self, os.close, self._event)
 
     def wake(self) -> None:
-        """End the wait, or else the next one."""
+        """End the current wait, or the next one."""
         with contextlib.suppress(BlockingIOError):  # it was called 2**64 times
             os.eventfd_write(self._event, 1)
 
@@ -291,7 +291,7 @@ class Broker(ABC):
         """
 
     def wake(self) -> None:
-        """End a `drain` that waits, or else the next one (any thread): there is something to do."""
+        """Wake a waiting `drain`, or the next one (any thread): there is something to do."""
         self._waker.wake()
 
     def narrow(self, for_s: float) -> None:
@@ -313,7 +313,7 @@ class Broker(ABC):
             self.requeue(self._inbox.pop())
 
     def close(self) -> None:
-        """Put back what is in hand and disconnect; never raises."""
+        """Put back the deliveries in hand and disconnect; never raises."""
         self._on_delivery = None
         if self.connected:
             try:
@@ -331,7 +331,7 @@ class Broker(ABC):
 
     @abstractmethod
     def _leave(self) -> None:
-        """Put back what is in hand, in its order, and tell the server."""
+        """Put back the deliveries in hand, in order, and tell the server."""
 
     @abstractmethod
     def _abandon(self) -> None:

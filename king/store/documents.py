@@ -119,7 +119,7 @@ def _decimal(value: float | Decimal128) -> Decimal:
 
 
 def _is_carried(text: str) -> bool:
-    """Return True when a message gives back the very text: most do, and are quick to check."""
+    """Return True if a message keeps the text as it is: most do, and this is quick to check."""
     if text.isprintable() and len(text) < MAX_ID_BYTES // 4 and text and text.strip() == text:
         return True
     try:

@@ -1,4 +1,4 @@
-"""Entries of the feature cache: their bytes, and the guarded store that they lie in.
+"""Entries of the feature cache: their bytes, and the guarded store that holds them.
 
 An entry is magic, 16 bytes BLAKE2b over key and body, length of the header, header (JSON), arrays
 (float16, little-endian, one after the other). No pickle: a cache may be shared.
