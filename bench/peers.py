@@ -89,7 +89,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--small", action="store_true", help="one round of few tiny posts")
     options = parser.parse_args(arguments)
     if options.small:
-        options.case, options.rounds, options.only = ["tiny"], 1, ["daemon", "loop 2 x 8"]
+        options.case, options.rounds, options.only = ["tiny"], 1, ["daemon", "loop 1 x 8"]
     return options
 
 
