@@ -109,7 +109,7 @@ class King:
             broker_thread=self._broker_thread,
             start=self._dispatch_thread.start,
             batch_size=settings.store.batch_size,
-            room=Room(broker.prefetch.with_media, broker.prefetch.least),
+            room=Room.around(broker.prefetch.with_media, broker.prefetch.least),
         )
         self._threads: dict[str, threading.Thread] = {}
         self._died: tuple[str, BaseException] | None = None

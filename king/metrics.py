@@ -285,6 +285,8 @@ def worker_metrics(workers: Sequence[Mapping[str, Any]]) -> Iterable[Metric]:
         "worker_tasks_held", "Tasks that a worker holds, started or not", labels, of("held")
     )
     yield _counter("worker_tasks", "Tasks finished since a worker started", labels, of("done"))
+    text = "Batches that a worker started, except look-ups"
+    yield _counter("worker_batches", text, labels, of("batches"))
     yield _counter("worker_deaths", "Times that a worker died", labels, of("deaths"))
     began, memory, cpu = [], [], []
     for worker in workers:

@@ -154,6 +154,7 @@ class Channel(Generic[_T]):
         self._decode = decode
         self._out: deque[memoryview] = deque()
         self._in = bytearray()
+        self._poller = select.poll()
         self.closed = False
 
     def fileno(self) -> int:
@@ -242,13 +243,11 @@ class Channel(Generic[_T]):
 
     def receive_wait(self, timeout_s: float | None) -> list[_T]:
         """Return the messages that have arrived, waiting up to ``timeout_s`` for a first one."""
-        self._wait(select.POLLIN, timeout_s)
-        return self.receive()
+        return self.receive() if self._wait(select.POLLIN, timeout_s) else []
 
-    def _wait(self, event: int, timeout_s: float | None) -> None:
-        poller = select.poll()
-        poller.register(self._socket, event)
-        poller.poll(None if timeout_s is None else max(0.0, timeout_s) * 1000)
+    def _wait(self, event: int, timeout_s: float | None) -> bool:
+        self._poller.register(self._socket, event)
+        return bool(self._poller.poll(None if timeout_s is None else max(0.0, timeout_s) * 1000))
 
     def close(self) -> None:
         self._out.clear()

@@ -364,7 +364,10 @@ class ProcessPool:
         spec = worker.spec
         if spec.role == "cache":
             self._supervisor.send(worker, Expect(packed(self._by_extractor)))
-        self._scheduler.add(WorkerLoad(spec.name, spec.queues, spec.at_most, spec.limit_s))
+        at_once = spec.role == "fetch"  # it has a thread for each task that it may hold
+        self._scheduler.add(
+            WorkerLoad(spec.name, spec.queues, spec.at_most, spec.limit_s, at_once=at_once)
+        )
         if spec.role == "fuse":
             self._supervisor.send(worker, Expect(packed(self.fingerprints)))
             if "name" in worker.info:

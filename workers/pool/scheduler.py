@@ -34,10 +34,13 @@ _MAX_DELIVERIES = 5
 would be charged with the deaths of its neighbours, with more it would kill more workers."""
 
 
-_FUSE_SHARE = 8
+_FUSE_SHARE = 4
 """Posts wait for fusion until they are one in so many of the open tasks: a pass reads all weights
 of the model, and takes for one post nearly as long as for eight. At half, other workers may run out
-of posts; at double, batches are of one or two posts."""
+of posts; at double, batches are of two or three posts."""
+
+_NOT_GATHERED = 8
+"""Open tasks that nobody waits for, so that a post that is nearly alone is not held back."""
 
 _FUSE_WAIT_S = 0.1
 """Or until this has passed: a tenth of a second more before a post's tags, and only under load."""
@@ -125,16 +128,23 @@ class QueuedTask:
 
 @dataclass(slots=True)
 class WorkerLoad:
-    """The tasks that one ready worker holds."""
+    """The tasks that one ready worker holds.
+
+    Attributes:
+        at_once: It begins each task as it comes, by itself, and does not say so.
+        batches: Batches that it has begun.
+    """
 
     name: str
     queues: tuple[TaskQueue, ...]
     at_most: int | None
     limit_s: float
+    at_once: bool = False
     tasks: dict[int, QueuedTask] = field(default_factory=dict)
     waiting: dict[TaskQueue, float] = field(default_factory=dict)
     heard_at: float = 0.0
     done: int = 0
+    batches: int = 0
 
     @property
     def weight(self) -> float:
@@ -240,7 +250,7 @@ class Scheduler:
         if not waiting:
             self._fusing, self._none_to_fuse_at = False, now
         elif (
-            waiting >= len(self._open_tasks) // _FUSE_SHARE
+            waiting >= (len(self._open_tasks) - _NOT_GATHERED) // _FUSE_SHARE
             or now - self._none_to_fuse_at >= _FUSE_WAIT_S
         ):
             self._fusing = True
@@ -253,6 +263,7 @@ class Scheduler:
         """Record that a worker runs these as one batch."""
         load = self._loads[name]
         load.heard_at = now
+        load.batches += 1
         queued_tasks = [load.tasks[i] for i in task_ids if i in load.tasks]
         for queued in queued_tasks:
             if not queued.batch:
@@ -438,5 +449,10 @@ class Scheduler:
         queued.deliveries += 1
         queued.sent_at, queued.holder = now, load.name
         load.tasks[queued.task_id] = queued
-        load.waiting[queued.queue_name] = load.waiting.get(queued.queue_name, 0.0) + queued.weight
+        if load.at_once:
+            queued.batch, queued.begun_at = 1, now
+            load.batches += 1
+        else:
+            waiting = load.waiting.get(queued.queue_name, 0.0)
+            load.waiting[queued.queue_name] = waiting + queued.weight
         return Envelope(queued.task_id, task, queued.deadline, queued.solo)

@@ -331,6 +331,7 @@ class ManagedProcess:
             pid=self._popen.pid if self._popen else None,
             held=len(load.tasks) if load else 0,
             done=load.done if load else 0,
+            batches=load.batches if load else 0,
             deaths=self.deaths,
         )
 

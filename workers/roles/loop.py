@@ -320,10 +320,11 @@ class Recycler:
     def __init__(
         self,
         settings: WorkerSettings,
-        resident_bytes: Callable[[], int] = lambda: int(psutil.Process().memory_info().rss),
+        resident_bytes: Callable[[], int] | None = None,
     ) -> None:
         self._settings = settings
-        self._resident_bytes = resident_bytes
+        process = psutil.Process()  # once: to find out its own start it reads /proc
+        self._resident_bytes = resident_bytes or (lambda: int(process.memory_info().rss))
         self._tasks = 0
         self._look_at = _WARM_TASKS
         self._base_bytes: int | None = None
@@ -437,6 +438,7 @@ class ThreadedRole(ABC):
         self.waiting: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         self._replies: queue.SimpleQueue[Reply] = queue.SimpleQueue()
         self._wake_in, self._wake_out = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._woken = False  # the main thread has a wake-up before it, and need not be woken again
         self._threads = [
             threading.Thread(target=self._run_thread, name=f"{name}-{i}", daemon=True)
             for i in range(threads)
@@ -462,7 +464,8 @@ class ThreadedRole(ABC):
     def reply(self, reply: Reply) -> None:
         """Hand a reply to the main thread; from any thread."""
         self._replies.put(reply)
-        with suppress(BlockingIOError):  # full: the main thread will wake anyway
+        if not self._woken:
+            self._woken = True
             os.write(self._wake_out, b"r")
 
     def serve(self, channel: Channel[Command]) -> None:
@@ -475,8 +478,11 @@ class ThreadedRole(ABC):
         poller.register(channel.fileno(), select.POLLIN)
         while True:
             timer = self.next_timer()
-            poller.poll(None if timer is None else max(0.0, timer - time.monotonic()) * 1000 + 1)
-            for message in channel.receive():
+            wait_ms = None if timer is None else max(0.0, timer - time.monotonic()) * 1000 + 1
+            ready = dict(poller.poll(wait_ms))
+            if self._wake_in in ready:
+                os.read(self._wake_in, 4096)
+            for message in channel.receive() if channel.fileno() in ready else ():
                 if isinstance(message, Stop):
                     self._finish()
                     self._send_replies(channel)
@@ -489,15 +495,14 @@ class ThreadedRole(ABC):
             self._send_replies(channel)
 
     def _send_replies(self, channel: Channel[Command]) -> None:
-        with suppress(BlockingIOError):
-            while os.read(self._wake_in, 4096):
-                pass
+        self._woken = False  # before the replies are taken: none comes unseen after them
         replies: list[Reply] = []
         with suppress(queue.Empty):
             while True:
                 replies.append(self._replies.get_nowait())
         for reply in self.settle(replies):
-            channel.send_wait(reply)
+            channel.put(reply)
+        channel.flush_wait()
 
     def _finish(self) -> None:
         """Let the threads end what they have begun."""
@@ -535,7 +540,6 @@ class _Downloads(ThreadedRole):
             late = Failure("fetch", RetryableError.__name__, "waited past its deadline", True)
             self.reply(Failed(task_id, late))
             return
-        self.reply(Began((task_id,)))
         outcome: Outcome
         try:
             outcome = download(message.task.media, self._spool / self._file_name(task_id))

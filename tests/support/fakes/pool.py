@@ -103,7 +103,11 @@ class FakePool:
     def workers(self) -> list[WorkerView]:
         """The one worker."""
         held = len(self._running)
-        return [WorkerView("fake-0", "extract", "cpu", (), "ready", None, held, self._done, 0)]
+        return [
+            WorkerView(
+                "fake-0", "extract", "cpu", (), "ready", None, held, self._done, self._done, 0
+            )
+        ]
 
     def start(self) -> None:
         """Begin to load."""

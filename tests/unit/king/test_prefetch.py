@@ -226,11 +226,11 @@ class _BatchesStore(FakeStore):
         return super().finish(outcomes, context)
 
 
-@pytest.mark.parametrize(("in_work", "batches"), [(24, [3, 2]), (7, [1])])
+@pytest.mark.parametrize(("in_work", "batches"), [(24, [8, 4]), (9, [1])])
 def test_ends_of_posts_are_gathered_only_where_many_are_in_work(
     in_work: int, batches: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An eighth of them; a post that is alone is written at once."""
+    """Half of those beyond eight; a post that is nearly alone is written at once."""
     monkeypatch.setattr("king.store_thread._GATHER_S", 600.0)  # only the number ends the wait
     store = _BatchesStore(posts(*[f"t{i}" for i in range(in_work)]))
     with _Storing(store) as it:

@@ -105,7 +105,7 @@ def test_a_video_is_overtaken_by_so_many_tasks_only() -> None:
 
 
 def test_posts_are_gathered_for_fusion_while_much_else_is_open() -> None:
-    """Until they are an eighth of the open tasks, or a tenth of a second is over."""
+    """Until they are a quarter of the open tasks beyond eight, or a tenth of a second is over."""
     fusion = WorkerLoad("f", ("fuse",), None, 10.0)
     made = scheduler(fusion)
     alone = made.submit(fuse_task("p0"), 99)
