@@ -233,7 +233,7 @@ def test_decoder_out_of_memory_is_replaced(ends: Ends, monkeypatch: pytest.Monke
 
 
 def test_downloader_answers_through_one_channel(ends: Ends, tmp_path: Path) -> None:
-    """Downloads run at once in threads; each says that it began, and how it ended."""
+    """Downloads run at once in threads; each says how it ended."""
     king, worker = ends
     fetch = {"allow_private_hosts": True, "connections": 3}
     context = context_of(worker, fetch=fetch)
@@ -252,7 +252,7 @@ def test_downloader_answers_through_one_channel(ends: Ends, tmp_path: Path) -> N
     assert said[0] == Ready()
     ended = {m.task_id: m for m in said if isinstance(m, (Done, Failed))}
     assert [type(ended[i]).__name__ for i in range(4)] == ["Done", "Failed", "Done", "Failed"]
-    assert {m.task_ids for m in said if isinstance(m, Began)} == {(0,), (1,), (2,)}
+    assert not any(isinstance(message, Began) for message in said)  # it begins all at once
     assert sorted(path.name.split("-")[0] for path in tmp_path.iterdir()) == ["0", "2"]
     with pytest.raises(ConfigError, match=r"fetch\.spool"):
         loop.fetch(context_of(worker))
