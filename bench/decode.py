@@ -34,6 +34,7 @@ import numpy as np
 from clips import CLIPS, stereo, write_clip
 from results_file import write_results
 
+from common.processes import keep_freed_memory
 from workers.sample_posts import texture
 
 FRAMES, SIDE, RATE_HZ = 16, 224, 16_000
@@ -231,6 +232,7 @@ def main() -> None:
         listed = json.loads(Path(options.serve).read_text(encoding="utf-8"))
         serve({name: (kind, Path(path)) for name, (kind, path) in listed.items()}, ours)
         return
+    keep_freed_memory()  # as decoders do
     with tempfile.TemporaryDirectory() as temporary:
         files = make(options.media or Path(temporary) / "media")
         listing = Path(temporary) / "files.json"

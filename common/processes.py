@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import math
 import os
 import signal
@@ -16,6 +18,13 @@ from typing import Any
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+
+_MMAP_BYTES, _TRIM_BYTES = 32 << 20, 128 << 20
+"""Blocks that malloc takes from its heap, and free memory that it keeps at the heap's end. The
+first holds a picture of 11 megapixels; half would leave out those of 6, double is no more than
+glibc takes. The second holds several of them at once; with half, a large file costs its pages anew,
+with double each process keeps that much more from the others."""
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of <malloc.h>
 
 
 def cores(quota: Path = _CPU_QUOTA) -> int:
@@ -40,6 +49,18 @@ def python_path(environ: Mapping[str, str]) -> str:
     others = [path for path in environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     ours = [] if root == get_path("purelib") else [root]
     return os.pathsep.join(dict.fromkeys([*ours, *others]))
+
+
+def keep_freed_memory() -> None:
+    """Let malloc keep what is freed for the next task, instead of giving it back to the system.
+
+    New pages are zeroed one at a time when they are first written: a third of a JPEG's CPU time,
+    a fifth of a sound's. Libraries of C other than glibc go on as they do.
+    """
+    with contextlib.suppress(AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_MMAP_THRESHOLD, _MMAP_BYTES)
+        mallopt(_M_TRIM_THRESHOLD, _TRIM_BYTES)
 
 
 def process_identity(pid: int) -> str | None:
@@ -89,6 +110,7 @@ def process_pool(
 
 
 def _begin(prepare: Callable[..., object], arguments: tuple[Any, ...]) -> None:
+    keep_freed_memory()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     prepare(*arguments)

@@ -11,8 +11,10 @@ import sys
 # again and again: a fifth of the time of a start. On again when the worker is ready.
 gc.disable()
 
-from workers.roles.loop import main  # noqa: E402 - after the line above
+from common.processes import keep_freed_memory  # noqa: E402 - after the line above
+from workers.roles.loop import main  # noqa: E402
 
+keep_freed_memory()
 status = main(sys.argv[1:])
 for stream in (sys.stdout, sys.stderr):
     with contextlib.suppress(OSError):  # the disk of the log is full

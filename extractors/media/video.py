@@ -422,6 +422,7 @@ class FrameScaler:
                     height=height,
                     format="rgb24",
                     interpolation="FAST_BILINEAR" if fast else "AREA",
+                    threads=1,  # as of the decoder; by default one of each core for each scaler
                 ).to_ndarray()
         except (av.error.FFmpegError, ValueError) as error:
             raise MediaError(f"frames cannot be converted: {reason(error)}") from error
