@@ -7,10 +7,10 @@ import sys
 
 import pytest
 
-_ROUNDS = """
+_TWO_TASKS = """
 import resource
 from common.processes import keep_freed_memory
-{call}
+keep_freed_memory()
 faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 def task():
     first, second = bytearray(12 << 20), bytearray(20 << 20)
@@ -22,8 +22,7 @@ print(faults() - before)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc")
-@pytest.mark.parametrize(("call", "new_pages"), [("", True), ("keep_freed_memory()", False)])
-def test_a_second_task_takes_no_new_pages(call: str, new_pages: bool) -> None:
-    command = [sys.executable, "-c", _ROUNDS.format(call=call)]
-    faults = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)  # noqa: S603
-    assert (faults > 1000) is new_pages
+def test_a_second_task_takes_no_new_pages() -> None:
+    command = [sys.executable, "-c", _TWO_TASKS]
+    faults = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    assert faults < 1000  # its 32 MiB are 8192 pages
