@@ -54,8 +54,8 @@ def python_path(environ: Mapping[str, str]) -> str:
 def keep_freed_memory() -> None:
     """Let malloc keep what is freed for the next task, instead of giving it back to the system.
 
-    New pages are zeroed one at a time when they are first written: a third of a JPEG's CPU time,
-    a fifth of a sound's. Libraries of C other than glibc go on as they do.
+    New pages are zeroed one at a time when they are first written: a quarter of a JPEG's CPU time
+    in a decoder. Libraries of C other than glibc go on as they do.
     """
     with contextlib.suppress(AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
