@@ -10,59 +10,19 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from importlib.metadata import version
-from typing import Annotated, Any, NamedTuple, TypeAlias
+from pkgutil import resolve_name
+from typing import Annotated, Any, TypeAlias
 
 import typer
 from rich.markup import escape
+from typer.core import TyperCommand
 
-import flask_server
-import infer_net
-import online_process
-import train_net
 from common.cli import HELP, USAGE_ERROR, WORDS, Script, complain, exit_code, say, usage_message
-from corpus.build import command as build
-from corpus.build import label_map
-from corpus.extract import out_of_fold
-from corpus.extract.run import script as extraction
-from corpus.extract.work import Kind
-from scripts.commands import (
-    bundle,
-    cache,
-    dead,
-    doctor,
-    export,
-    init,
-    inspect,
-    labels,
-    publish,
-    retag,
-    services,
-    show,
-    status,
-    tag,
-    top,
-    train,
-    tune,
-    tune_host,
-    weights,
-    zeroshot,
-)
-from scripts.data_scripts import analyze_posts, download_mp, pull_posts
 
 _NAME = "insighttag"
 _LEVEL = "INSIGHTTAG_LOG__LEVEL"
 
 Runs: TypeAlias = Callable[..., None] | Script[Any]
-_KINDS: tuple[Kind, ...] = ("image", "video", "audio", "text")
-_FILES, _CORPUS, _MODELS, _SERVING, _CARE = (
-    "Your own files",
-    "From the platform to a training set",
-    "Models",
-    "Serving",
-    "Upkeep",
-)
-
 
 _EXTRACT = ("--input work/posts.jsonl --features work/features",)
 
@@ -146,85 +106,163 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
 """Examples in the help of each command, without ``insighttag`` and the command before them."""
 
 
-class Group(NamedTuple):
-    """Commands under one name."""
+COMMANDS: Mapping[str, Mapping[str, tuple[str, str]]] = {
+    "Your own files": {
+        "init": (
+            "scripts.commands.init:init",
+            "Make a project folder with commented settings for a preset.",
+        ),
+        "train": (
+            "scripts.commands.train:train",
+            "Train on your own posts: read, split, extract, train, report, in one folder.",
+        ),
+        "tag": ("scripts.commands.tag:tag", "Tag posts in files, without a queue."),
+        "inspect": ("scripts.commands.inspect:inspect", "Show a media file as the model sees it."),
+        "doctor": (
+            "scripts.commands.doctor:doctor",
+            "Check what the daemon needs, and say how to fix each fault.",
+        ),
+    },
+    "From the platform to a training set": {
+        "pull": (
+            "scripts.data_scripts.pull_posts:SCRIPT",
+            "Pull posts out of the database into a posts file (JSON lines), in the order of _id.",
+        ),
+        "download": (
+            "scripts.data_scripts.download_mp:SCRIPT",
+            "Download the media of posts: many connections at once, the daemon's own safety "
+            "limits.",
+        ),
+        "analyze": (
+            "scripts.data_scripts.analyze_posts:SCRIPT",
+            "Look at posts before training on them: tags, texts, media, duplicates, "
+            "suspicious labels.",
+        ),
+        "label-map": (
+            "corpus.build.label_map:SCRIPT",
+            "Make a label map, index to name, from the labels of posts.",
+        ),
+        "build": (
+            "corpus.build.command:SCRIPT",
+            "Split posts into training, validation and test files, without leakage.",
+        ),
+        "extract": ("corpus.extract.run:COMMANDS", "Features of posts: image, video, audio, text."),
+    },
+    "Models": {
+        "train-net": (
+            "train_net:SCRIPT",
+            "Train a fusion model on feature files and write its bundle; or a backbone.",
+        ),
+        "infer": ("infer_net:SCRIPT", "Tag posts from their feature files, or from raw media."),
+        "tune": (
+            "scripts.commands.tune:tune",
+            "Train many times with other values, and write the best ones as DIR/best.yaml.",
+        ),
+        "zeroshot": (
+            "scripts.commands.zeroshot:zeroshot",
+            "Make a bundle of texts about tags, without training.",
+        ),
+        "out-of-fold": (
+            "corpus.extract.out_of_fold:SCRIPT",
+            "Extract features of a backbone's own training posts, by backbones that did not see "
+            "them.",
+        ),
+        "export": (
+            "scripts.commands.export:export",
+            "Write a model for other runtimes, and check the file against the model.",
+        ),
+        "weights": (
+            "scripts.commands.weights:COMMANDS",
+            "The weights of encoders: list, download, verify.",
+        ),
+        "bundle": (
+            "scripts.commands.bundle:COMMANDS",
+            "Bundles: list, serve, try, compare, roll back, set thresholds.",
+        ),
+    },
+    "Serving": {
+        "work": (
+            "online_process:SCRIPT",
+            "The daemon: takes post IDs off the queue and writes their tags to MongoDB.",
+        ),
+        "serve": (
+            "flask_server:SCRIPT",
+            "The HTTP server: tags a post in one request, puts posts on the queue, and has a "
+            "page to try.",
+        ),
+        "publish": ("scripts.commands.publish:publish", "Put posts on the queue."),
+        "retag": ("scripts.commands.retag:retag", "Put posts on the queue to be tagged again."),
+        "tune-host": (
+            "scripts.commands.tune_host:tune_host",
+            "Measure each stage with generated posts, and choose processes, threads, slots and "
+            "batches.",
+        ),
+        "status": ("scripts.commands.status:status", "Say how the queue and the daemon stand."),
+        "top": (
+            "scripts.commands.top:top",
+            "Watch the queue, the King, its workers, and the last failures.",
+        ),
+        "show": ("scripts.commands.show:show", "Show one post's tags, and why."),
+        "dead": (
+            "scripts.commands.dead:COMMANDS",
+            "The dead letters: posts set aside with their reason.",
+        ),
+    },
+    "Upkeep": {
+        "labels": (
+            "scripts.commands.labels:COMMANDS",
+            "The taxonomy: recorded changes and checks.",
+        ),
+        "cache": ("scripts.commands.cache:COMMANDS", "The feature cache."),
+        "services": ("scripts.commands.services:COMMANDS", "The embedded broker and database."),
+    },
+}
+"""The commands of each panel of the help: what runs each one, and its line in the help.
 
-    about: str
-    commands: Mapping[str, Runs]
+The line stands here too since importing all commands for it takes most of a second.
+"""
 
 
-def commands() -> Mapping[str, Mapping[str, Runs | Group]]:
-    """Return the commands of each panel of the help."""
-    return {
-        _FILES: {
-            "init": init.init,
-            "train": train.train,
-            "tag": tag.tag,
-            "inspect": inspect.inspect,
-            "doctor": doctor.doctor,
-        },
-        _CORPUS: {
-            "pull": pull_posts.SCRIPT,
-            "download": download_mp.SCRIPT,
-            "analyze": analyze_posts.SCRIPT,
-            "extract": Group(
-                "Features of posts: image, video, audio, text.",
-                {kind: extraction(kind) for kind in _KINDS},
-            ),
-            "label-map": label_map.SCRIPT,
-            "build": build.SCRIPT,
-        },
-        _MODELS: {
-            "weights": Group("The weights of encoders: list, download, verify.", weights.COMMANDS),
-            "train-net": train_net.SCRIPT,
-            "infer": infer_net.SCRIPT,
-            "tune": tune.tune,
-            "zeroshot": zeroshot.zeroshot,
-            "out-of-fold": out_of_fold.SCRIPT,
-            "bundle": Group(
-                "Bundles: list, serve, try, compare, roll back, set thresholds.",
-                bundle.COMMANDS,
-            ),
-            "export": export.export,
-        },
-        _SERVING: {
-            "work": online_process.SCRIPT,
-            "serve": flask_server.SCRIPT,
-            "publish": publish.publish,
-            "retag": retag.retag,
-            "tune-host": tune_host.tune_host,
-            "status": status.status,
-            "top": top.top,
-            "show": show.show,
-            "dead": Group("The dead letters: posts set aside with their reason.", dead.COMMANDS),
-        },
-        _CARE: {
-            "labels": Group("The taxonomy: recorded changes and checks.", labels.COMMANDS),
-            "cache": Group("The feature cache.", cache.COMMANDS),
-            "services": Group("The embedded broker and database.", services.COMMANDS),
-        },
-    }
+class _Deferred(TyperCommand):
+    """A line of the help, which imports its command when that is called."""
+
+    def __init__(self, name: str, source: str, about: str, panel: str) -> None:
+        super().__init__(name, help=about, rich_help_panel=panel)
+        self._source = source
+
+    def load(self) -> Any:
+        """Return the command, or the group of commands."""
+        runs = resolve_name(self._source)
+        app = _typer(self.help or "")
+        if isinstance(runs, Mapping):
+            for verb, verb_runs in runs.items():
+                _add(app, f"{self.name} {verb}", verb_runs)
+        else:
+            _add(app, str(self.name), runs)
+        return typer.main.get_command(app)
+
+    def make_context(self, *args: Any, **values: Any) -> Any:
+        command = self.load()
+        _fit_help(command)
+        return command.make_context(*args, **values)
 
 
-def build_app() -> typer.Typer:
-    """Every command by its name."""
-    app = _typer("Multimodal tagging: posts in by message queue, tags out to MongoDB.")
+def build_command(*, whole: bool = False) -> Any:
+    """Return ``insighttag`` as a command of typer, with ``whole`` all commands of it loaded."""
+    app = _typer("Multimodal tagging: posts in by message queue, tags out to MongoDB.", True)
     app.callback()(_global_options)
-    for panel, its_commands in commands().items():
-        for name, runs in its_commands.items():
-            if isinstance(runs, Group):
-                sub = _typer(runs.about)
-                for verb, verb_runs in runs.commands.items():
-                    _add(sub, f"{name} {verb}", verb_runs)
-                app.add_typer(sub, name=name, rich_help_panel=panel)
-            else:
-                _add(app, name, runs, rich_help_panel=panel)
-    return app
+    command: Any = typer.main.get_command(app)
+    for panel, its_commands in COMMANDS.items():
+        for name, (source, about) in its_commands.items():
+            line = _Deferred(name, source, about, panel)
+            command.add_command(line.load() if whole else line, name)
+    return command
 
 
-def _typer(about: str) -> typer.Typer:
+def _typer(about: str, completion: bool = False) -> typer.Typer:
     return typer.Typer(
         name=_NAME,
+        add_completion=completion,
         help=about,
         no_args_is_help=True,
         rich_markup_mode="rich",
@@ -232,7 +270,8 @@ def _typer(about: str) -> typer.Typer:
     )
 
 
-def _add(app: typer.Typer, path: str, runs: Runs, **shown: Any) -> None:
+def _add(app: typer.Typer, path: str, runs: Runs) -> None:
+    shown: dict[str, Any] = {}
     examples = EXAMPLES.get(path, ())
     if examples:
         lines = (f"  {_NAME} {path} {words}".rstrip() for words in examples)
@@ -263,7 +302,7 @@ def _fit_help(command: Any) -> None:
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    command = typer.main.get_command(build_app())
+    command = build_command()
     _fit_help(command)
 
     def call() -> int:
@@ -288,6 +327,8 @@ def main() -> None:
 
 def _say_version(wanted: bool) -> None:
     if wanted:
+        from importlib.metadata import version  # 30 ms, for this alone
+
         say(f"{_NAME} {version(_NAME)}\n")
         raise typer.Exit
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 from common.cli import Script, say
 from common.logs import configure_logs
@@ -117,8 +117,7 @@ class Engine(Protocol):
         ...
 
 
-def script(kind: Kind) -> Script[CommandLine]:
-    """Return the script of a kind."""
+def _script(kind: Kind) -> Script[CommandLine]:
     return Script(
         f"extract_{kind}_features",
         CommandLine,
@@ -129,9 +128,12 @@ def script(kind: Kind) -> Script[CommandLine]:
     )
 
 
+COMMANDS: Mapping[Kind, Script[CommandLine]] = {kind: _script(kind) for kind in get_args(Kind)}
+
+
 def main(kind: Kind, arguments: Sequence[str] | None = None) -> int:
     """Extract; 0 done, 2 the input is wrong, 1 anything else."""
-    return script(kind).main(arguments)
+    return COMMANDS[kind].main(arguments)
 
 
 def extract(options: Options) -> None:

@@ -29,7 +29,7 @@ from fusion.data.data_file import (
     read_posts,
 )
 
-Kind: TypeAlias = Literal["text", "audio", "image", "video"]
+Kind: TypeAlias = Literal["image", "video", "audio", "text"]
 """The four scripts."""
 
 MODALITIES_OF: Mapping[Kind, frozenset[Modality]] = {

@@ -22,7 +22,7 @@ from unittest.mock import patch
 import typer
 
 from common.cli import USAGE_ERROR
-from scripts.cli import build_app
+from scripts.cli import build_command
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -40,7 +40,7 @@ class _Stopped(BaseException):  # nothing of a script catches it
 @cache
 def insighttag() -> Any:
     """Return the command of typer behind ``insighttag``."""
-    return typer.main.get_command(build_app())
+    return build_command(whole=True)
 
 
 def script_parser(path: str, words: Sequence[str] = ()) -> tuple[Any, Sequence[str]]:

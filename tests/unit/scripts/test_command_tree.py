@@ -7,14 +7,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import typer
 
-from scripts.cli import EXAMPLES, build_app, run
+from scripts.cli import COMMANDS, EXAMPLES, build_command, run
 
 
 @pytest.fixture(scope="module")
 def app() -> Any:
-    return typer.main.get_command(build_app())
+    return build_command(whole=True)
 
 
 def leaves(command: Any, path: str = "") -> Iterator[str]:
@@ -30,6 +29,12 @@ def context_of(app: Any, words: list[str]) -> Any:
         name, command, words = context.command.resolve_command(context, words)
         context = command.make_context(name, list(words), parent=context)
     return context
+
+
+def test_the_help_says_of_a_command_what_the_command_says_of_itself(app: Any) -> None:
+    said = {name: about for panel in COMMANDS.values() for name, (_, about) in panel.items()}
+    own = {name: each.help.split("\n\n")[0] for name, each in app.commands.items()}
+    assert said == {name: " ".join(about.split()) for name, about in own.items()}
 
 
 def test_every_command_has_examples(app: Any) -> None:
