@@ -75,7 +75,8 @@ def make(folder: Path) -> dict[str, tuple[str, Path]]:
 
 def ours(kind: str, path: Path) -> dict[str, Callable[[], int]]:
     """Return our ways to decode a file; each gives the number of its rows."""
-    from config.settings import DecodeSettings, FeatureSettings, VideoSettings
+    from config.features import FeatureSettings, VideoSettings
+    from config.settings import DecodeSettings
     from extractors.media.decode import decode_media
 
     def way(**video: Any) -> Callable[[], int]:

@@ -35,7 +35,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from common.precision import resolve_precision
 from common.tables import print_table
-from config.settings import ExtractorName, FeatureSettings
+from config.features import ExtractorName, FeatureSettings
 from extractors.models.audio import build_encoder
 from extractors.models.catalog import needs
 from extractors.models.text import TextEncoder

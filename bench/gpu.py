@@ -45,7 +45,7 @@ from workloads import Workload, workload
 from common.logs import configure_logs
 from common.processes import cores, process_pool
 from common.tables import print_table
-from config.settings import ExtractorName, FeatureSettings, OcrSettings
+from config.features import ExtractorName, FeatureSettings, OcrSettings
 from extractors.suite import ExtractorSuite
 from workers.pool.placement import place
 from workers.sample_posts import texture

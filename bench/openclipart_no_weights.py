@@ -34,9 +34,9 @@ from results_file import FOLDER, write_results
 from common.errors import MediaError
 from common.post import Stream
 from common.progress import notice, progress_bar
+from config.features import ImageSettings
 from config.fusion_models import ModelSettings
 from config.labels import LabelMap
-from config.settings import ImageSettings
 from extractors.models.visual import VisualExtractor
 from fusion.backbones.media import MediaItems
 from fusion.backbones.text import fit_tfidf

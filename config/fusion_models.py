@@ -8,7 +8,7 @@ from typing import Annotated, Final, Literal, TypeAlias
 from pydantic import Field, model_validator
 
 from common.post import Stream
-from config.settings import PositiveInt, Section
+from config.section import PositiveInt, Section
 
 ModelName: TypeAlias = Literal[
     "token_transformer",

@@ -11,7 +11,7 @@ from inspect import get_annotations
 from types import MappingProxyType
 from typing import Any
 
-from config.settings import Section
+from config.section import Section
 
 WORDS: Mapping[str, str] = MappingProxyType(
     {

@@ -17,7 +17,8 @@ from pydantic import BeforeValidator, Field, model_validator
 from common.errors import ConfigError
 from config.labels import LabelMap
 from config.load import did_you_mean, read_yaml, validate
-from config.settings import FusionSettings, Section, TagSettings
+from config.section import Section
+from config.settings import FusionSettings, TagSettings
 
 TagId: TypeAlias = int | str
 

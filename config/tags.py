@@ -10,7 +10,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from config.labels import LabelMap
 from config.load import read_yaml, validate
-from config.settings import Section
+from config.section import Section
 
 
 def _words(text: str) -> str:

@@ -8,8 +8,10 @@ from typing import Annotated, Literal, TypeAlias
 from pydantic import Field, field_validator, model_validator
 
 from common.precision import Precision
+from config.features import LstmSizes
 from config.fusion_models import ModelSettings, Share, Weight
-from config.settings import Count, LstmSizes, PositiveInt, Section
+from config.section import PositiveInt, Section
+from config.settings import Count
 
 ModalityName: TypeAlias = Literal["video", "image", "audio", "text", "ocr", "asr"]
 LossName: TypeAlias = Literal["bce", "focal", "asymmetric", "two_way"]

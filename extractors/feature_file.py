@@ -20,7 +20,7 @@ from common.errors import FeatureError, one_line
 from common.files import write_whole
 from common.fingerprint import differing, digest, known_parts, with_parts
 from common.post import STREAMS, Failure, Features, Modality, Status, Stream, modality_of
-from config.settings import FeatureSettings
+from config.features import FeatureSettings
 
 _FORMAT = "insighttag.features/2"
 _FORMAT_1 = "insighttag.features/1"  # the same with a key for each of these parts

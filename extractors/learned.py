@@ -14,7 +14,7 @@ from pathlib import Path
 from common.errors import ConfigError
 from common.post import Stream
 from common.post_set import PostSet
-from config.settings import FeatureSettings
+from config.features import FeatureSettings
 
 KEY = "learned_from"
 FILE = f"{KEY}.json"

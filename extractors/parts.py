@@ -30,14 +30,8 @@ import numpy as np
 
 from common.errors import ConfigError
 from common.post import MEDIA_KINDS, MediaKind, Modality
-from config.settings import (
-    AudioSettings,
-    DecodeSettings,
-    FeatureSettings,
-    Settings,
-    VideoSettings,
-    VisualSettings,
-)
+from config.features import AudioSettings, FeatureSettings, VideoSettings, VisualSettings
+from config.settings import DecodeSettings, Settings
 
 PLACED = Path("workshop/pretrained")
 """Folders of weights that were put in place, for machines without network, by their hub's name."""

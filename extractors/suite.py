@@ -9,7 +9,7 @@ import structlog
 
 from common.errors import ConfigError, FeatureError
 from common.post import Stream
-from config.settings import ExtractorName, FeatureSettings
+from config.features import ExtractorName, FeatureSettings
 from extractors.feature_file import stream_fingerprints
 from extractors.models.base import Extractor
 from extractors.parts import visual_encoder

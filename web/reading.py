@@ -30,7 +30,8 @@ from werkzeug.wsgi import get_input_stream
 from common.errors import ConfigError, MessageError, one_line
 from common.post import Media, Post, clean
 from config.load import validate
-from config.settings import HttpSettings, Section
+from config.section import Section
+from config.settings import HttpSettings
 from fusion.data.data_file import MEDIA_KEYS
 from king.messages import PostMessage, parse_message
 from web.guard import ApiError, bad_request, too_large

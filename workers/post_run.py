@@ -60,7 +60,7 @@ from common.post import (
 )
 from common.retry import RetryPolicy
 from common.urls import is_url
-from config.settings import FeatureSettings
+from config.features import FeatureSettings
 from extractors.parts import PARTS, PartKind, parts_of
 from workers.protocol import (
     NO_SLOT,

@@ -22,7 +22,7 @@ import msgspec
 import numpy as np
 
 from common.post import Failure, FeatureArray, Features, Media, MediaKind, Modality, Stream, Tags
-from config.settings import ExtractorName
+from config.features import ExtractorName
 from extractors.parts import PartKind
 
 WorkerRole: TypeAlias = Literal["fetch", "decode", "extract", "fuse", "cache"]

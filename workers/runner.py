@@ -32,7 +32,8 @@ from common.errors import (
 )
 from common.post import Failure, Modality, Post, Stream, TagResult
 from common.urls import is_url
-from config.settings import ExtractorName, FeatureSettings, Settings
+from config.features import ExtractorName, FeatureSettings
+from config.settings import Settings
 from workers.fetch import local_file
 from workers.pool.pool import ProcessPool
 from workers.post_run import PostFailed, PostOutcome, PostPlan, PostRun, PostRuns, PostTags

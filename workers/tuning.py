@@ -28,7 +28,8 @@ import numpy as np
 import psutil
 
 from common.processes import process_pool
-from config.settings import ExtractorName, ExtractorPlacement, FeatureSettings, Settings
+from config.features import ExtractorName, FeatureSettings
+from config.settings import ExtractorPlacement, Settings
 from extractors.parts import PARTS, audio_encoder, visual_encoder
 from workers.pool.placement import (
     ENCODERS,

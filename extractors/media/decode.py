@@ -21,7 +21,8 @@ import numpy.typing as npt
 
 from common.errors import MediaError
 from common.post import Failure, MediaKind, Modality
-from config.settings import DecodeSettings, FeatureSettings
+from config.features import FeatureSettings
+from config.settings import DecodeSettings
 from extractors.parts import (
     ALIKE,
     ALIKE_GRID,

@@ -21,7 +21,7 @@ import torch
 from common.errors import ConfigError, FeatureError
 from common.fingerprint import digest
 from common.post import FeatureArray
-from config.settings import AsrSettings, ExtractorName
+from config.features import AsrSettings, ExtractorName
 from extractors.models.base import Extractor, Rows, autocast
 from extractors.models.from_transformers import (
     TransformersEncoder,

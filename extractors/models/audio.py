@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from common.errors import ConfigError, FeatureError
-from config.settings import AudioSettings
+from config.features import AudioSettings
 from extractors.models.base import Encoder, RowExtractor, Rows
 from extractors.models.visual import TimmBackbone
 from extractors.models.weights import (

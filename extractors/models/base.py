@@ -32,7 +32,7 @@ from common.files import new_folder
 from common.fingerprint import digest
 from common.post import FeatureArray, Stream
 from common.precision import Arithmetic, require_device, resolve_precision
-from config.settings import (
+from config.features import (
     AsrSettings,
     AudioSettings,
     ExtractorName,

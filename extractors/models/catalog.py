@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 from common.errors import ConfigError
+from config.features import FeatureSettings
 from config.presets import PRESETS
-from config.settings import FeatureSettings
 from extractors.models.weights import PACKAGES, VGGISH, Package, in_place
 from extractors.parts import AUDIO_ENCODERS, VISUAL_ENCODERS, audio_encoder, visual_encoder
 

@@ -19,7 +19,7 @@ import torch
 
 from common.errors import ConfigError, one_line
 from common.fingerprint import digest
-from config.settings import AsrSettings, AudioSettings, TextSettings, VisualSettings
+from config.features import AsrSettings, AudioSettings, TextSettings, VisualSettings
 from extractors.models.base import Encoder, autocast, clean
 from extractors.models.weights import (
     Weights,

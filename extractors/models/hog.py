@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.functional import avg_pool2d, normalize, unfold
 
 from common.errors import ConfigError
-from config.settings import VisualSettings
+from config.features import VisualSettings
 from extractors.models.base import PictureEncoder
 from extractors.models.weights import Weights
 

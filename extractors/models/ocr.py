@@ -23,7 +23,7 @@ import structlog
 from common.errors import ConfigError, FeatureError, one_line
 from common.files import file_digest
 from common.precision import Arithmetic, cpu_has_bf16
-from config.settings import ExtractorName, OcrSettings
+from config.features import ExtractorName, OcrSettings
 from extractors.media.pictures import shrink
 from extractors.models.base import (
     Extractor,

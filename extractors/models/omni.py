@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from config.settings import AudioSettings, VisualSettings
+from config.features import AudioSettings, VisualSettings
 from extractors.models.base import PictureEncoder, autocast, clean
 from extractors.models.from_transformers import TransformersEncoder, processor_digest
 from extractors.models.text import pool

@@ -13,7 +13,7 @@ import torch
 
 from common.errors import ConfigError, FeatureError, one_line
 from common.post import FeatureArray
-from config.settings import Pooling, TextSettings
+from config.features import Pooling, TextSettings
 from extractors.models.base import RowExtractor, check_finite, clean, unit_rows
 from extractors.models.from_transformers import (
     SHAPE_KEYS,

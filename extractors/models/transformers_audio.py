@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 
 from common.errors import ConfigError
-from config.settings import AudioSettings
+from config.features import AudioSettings
 from extractors.models.from_transformers import (
     TextQueryable,
     TransformersEncoder,

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from common.errors import ConfigError
-from config.settings import VideoSettings, VisualSettings
+from config.features import VideoSettings, VisualSettings
 from extractors.models.base import PictureEncoder, Rows
 from extractors.models.from_transformers import TransformersEncoder, processor_values
 from extractors.models.visual import VisualExtractor, segments

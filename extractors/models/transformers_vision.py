@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from common.errors import ConfigError, one_line
-from config.settings import VisualSettings
+from config.features import VisualSettings
 from extractors.models.base import PictureEncoder
 from extractors.models.from_transformers import TextQueryable, pooled, processor_values
 

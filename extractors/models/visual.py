@@ -18,7 +18,7 @@ from torch import nn
 from common.errors import ConfigError
 from common.fingerprint import digest
 from common.post import FeatureArray, Stream
-from config.settings import (
+from config.features import (
     AudioSettings,
     ImageSettings,
     LstmSizes,

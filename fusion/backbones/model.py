@@ -15,7 +15,7 @@ from torch import nn
 from common.errors import ConfigError, one_line
 from common.files import write_whole
 from common.post_set import PostSet
-from config.settings import LstmSizes
+from config.features import LstmSizes
 from extractors.learned import KEY
 from extractors.models.visual import AttentionLstm
 from fusion.backbones.media import STREAM, Kind, best_of_post

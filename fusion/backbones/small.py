@@ -19,8 +19,9 @@ from common.errors import ConfigError, MediaError
 from common.post import MediaKind, Post
 from common.post_set import PostSet
 from common.progress import notice
+from config.features import AsrSettings, FeatureSettings
 from config.labels import LabelMap
-from config.settings import AsrSettings, DecodeSettings, FeatureSettings
+from config.settings import DecodeSettings
 from extractors.media.decode import decode_media
 from extractors.parts import LogMelPatches
 from fusion.backbones.media import Kind, MediaDataset, collate_media, targets_of

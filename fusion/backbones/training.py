@@ -32,8 +32,8 @@ from common.files import new_file
 from common.post import Post
 from common.post_set import PostSet
 from common.progress import notice, progress_bar
+from config.features import FeatureSettings, VideoSettings
 from config.labels import LabelMap
-from config.settings import FeatureSettings, VideoSettings
 from config.train import BackboneTrainSettings, LossSettings, OptimizerSettings, TrainerSettings
 from extractors.learned import posts_of_weights
 from extractors.media.decode import read_frames

@@ -15,7 +15,7 @@ from common.post import Stream
 from config.fusion_models import ModelSettings
 from config.labels import LabelMap
 from config.load import validation_line
-from config.settings import Section
+from config.section import Section
 from fusion.bundle.folder import ABOUT, YamlLoader, made_at
 from fusion.metrics.calibration import Calibration
 

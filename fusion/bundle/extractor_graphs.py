@@ -10,7 +10,7 @@ from torch import nn
 
 from common.errors import ConfigError
 from common.post import Stream
-from config.settings import FeatureSettings, ImageSettings
+from config.features import FeatureSettings, ImageSettings
 from extractors.models.audio import build_encoder
 from extractors.models.text import TextEncoder
 from extractors.models.visual import TimmBackbone, VideoLstm, make_backbone

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field, model_validator
 
-from config.settings import Section
+from config.section import Section
 from config.train import CalibrationName
 from fusion.metrics.ranking import cuts
 

@@ -12,7 +12,7 @@ from common.errors import BundleError, ConfigError
 from scripts.commands.common import Config, Overrides, settings_of
 
 if TYPE_CHECKING:
-    from config.settings import FeatureSettings
+    from config.features import FeatureSettings
     from fusion.bundle.bundle import Bundle
     from fusion.bundle.export import Graph
 

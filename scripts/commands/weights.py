@@ -14,8 +14,8 @@ from common.errors import ConfigError
 from common.files import new_file
 from common.progress import notice
 from common.tables import print_table
+from config.features import FeatureSettings
 from config.presets import PRESETS, TRAINED, Preset
-from config.settings import FeatureSettings
 from extractors.parts import PLACED
 from scripts.commands.common import AsJson, Config, Overrides, print_json, settings_of
 

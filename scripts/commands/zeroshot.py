@@ -13,7 +13,8 @@ from common.cli import complain, say
 from common.errors import BundleError, ConfigError
 from common.fingerprint import mismatch
 from common.post import TEXT_STREAMS, Stream
-from config.settings import ExtractorName, Settings
+from config.features import ExtractorName
+from config.settings import Settings
 from config.tags import TagTexts, load_tag_texts
 from fusion.bundle.folder import keep_bundle, refuse_foreign, replacing
 from scripts.commands.common import Config, Overrides, settings_of

@@ -11,9 +11,9 @@ import pytest
 import requests
 
 from common.errors import ConfigError
+from config.features import FeatureSettings
 from config.labels import LabelMap
 from config.load import load_settings
-from config.settings import FeatureSettings
 from demo.backbones import complete_preset, train_backbone
 from demo.layout import Layout, Sizes
 from demo.online import media_server

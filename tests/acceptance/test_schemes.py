@@ -21,8 +21,9 @@ import yaml
 import infer_net
 import train_net
 from common.post import Features, Media, Post, Stream, Tags, modality_of
+from config.features import FeatureSettings, ImageSettings, OcrSettings, VideoSettings
 from config.load import load_settings
-from config.settings import FeatureSettings, ImageSettings, OcrSettings, Settings, VideoSettings
+from config.settings import Settings
 from extractors.feature_file import read_features, write_features
 from extractors.parts import slot_bytes
 from tests.support import media

@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from common.post import Features, Post
-from config.settings import BrokerSettings, FeatureSettings, Settings
+from config.features import FeatureSettings
+from config.settings import BrokerSettings, Settings
 from extractors.feature_file import write_features
 from extractors.suite import ExtractorSuite
 from fusion.bundle.bundle import load_bundle

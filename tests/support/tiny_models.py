@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from config.settings import (
+from config.features import (
     AudioSettings,
     FeatureSettings,
     ImageSettings,

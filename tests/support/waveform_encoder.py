@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from config.settings import AudioSettings
+from config.features import AudioSettings
 from extractors.models.base import Encoder
 from extractors.models.weights import Weights, seeded
 from extractors.parts import AudioEncoder, WaveformWindows

@@ -27,8 +27,10 @@ from common.errors import ConfigError, one_line, path_error
 from common.files import locked, write_whole
 from common.fingerprint import digest
 from common.processes import cores
+from config.features import FeatureSettings
 from config.load import read_yaml, validate
-from config.settings import FeatureSettings, Section, Settings, WorkerSettings
+from config.section import Section
+from config.settings import Settings, WorkerSettings
 from extractors.parts import slot_bytes
 
 _Section = TypeVar("_Section", bound=Section)

@@ -16,7 +16,8 @@ import structlog
 from common.errors import ConfigError, RetryableError, WorkerDied
 from common.fingerprint import differing, mismatch, packed, unpacked
 from common.post import Failure, Stream
-from config.settings import ExtractorName, Settings
+from config.features import ExtractorName
+from config.settings import Settings
 from extractors.feature_file import stream_fingerprints
 from extractors.parts import slot_bytes
 from workers.fetch import Spool

@@ -24,14 +24,9 @@ import structlog
 
 from common.processes import python_path
 from common.retry import backoff_s
-from config.settings import (
-    BrokerSettings,
-    CacheSettings,
-    ExtractorName,
-    Section,
-    Settings,
-    StoreSettings,
-)
+from config.features import ExtractorName
+from config.section import Section
+from config.settings import BrokerSettings, CacheSettings, Settings, StoreSettings
 from workers.pool.channel import Channel, to_king
 from workers.pool.scheduler import TaskQueue, WorkerLoad
 from workers.protocol import (

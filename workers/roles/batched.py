@@ -34,7 +34,8 @@ from common.errors import (
 from common.files import new_folder
 from common.fingerprint import mismatch, packed, unpacked
 from common.post import Failure, Stream, Tags
-from config.settings import DecodeSettings, FeatureSettings, FusionSettings, Settings
+from config.features import FeatureSettings
+from config.settings import DecodeSettings, FusionSettings, Settings
 from config.tag_rules import TagRules
 from extractors.suite import ExtractorSuite
 from fusion.bundle.folder import shadow_folder

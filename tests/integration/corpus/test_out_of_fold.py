@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from common.post_set import PostSet
-from config.settings import ImageSettings
+from config.features import ImageSettings
 from corpus.extract import out_of_fold
 from corpus.extract.run import main as extract
 from extractors.feature_file import feature_path, read_features, read_header

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import yaml
 
-from config.settings import ImageSettings
+from config.features import ImageSettings
 from scripts.cli import run
 from tests.support.corpus.extraction_corpus import write_config
 from tests.support.media import solid, write_png

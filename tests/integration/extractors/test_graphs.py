@@ -11,7 +11,7 @@ import pytest
 import structlog
 import torch
 
-from config.settings import Engine, ImageSettings, TextSettings
+from config.features import Engine, ImageSettings, TextSettings
 from extractors.models.base import RowExtractor, load_graph, openvino_is_installed
 from extractors.models.text import TextExtractor
 from extractors.models.visual import VisualExtractor
@@ -162,7 +162,7 @@ def test_nothing_is_reported_to_anybody(project_root: Path) -> None:
     """OpenVINO reports each use by a package of its own: it is never imported, by OCR neither."""
     code = """
 import sys
-from config.settings import ImageSettings, OcrSettings
+from config.features import ImageSettings, OcrSettings
 from extractors.models.ocr import OcrExtractor
 from extractors.models.visual import VisualExtractor
 OcrExtractor(OcrSettings(engine="openvino")).load()

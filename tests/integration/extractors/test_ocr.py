@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from common.errors import FeatureError
-from config.settings import OcrSettings
+from config.features import OcrSettings
 from extractors.models.ocr import OcrExtractor
 
 

@@ -17,7 +17,7 @@ import structlog
 import transformers
 
 from common.errors import ConfigError
-from config.settings import OcrSettings
+from config.features import OcrSettings
 from extractors.models.base import openvino_is_installed
 from extractors.models.ocr import OcrExtractor, with_products
 from tests.support.extractors.ppocr_in_torch import save_ppocr
@@ -35,7 +35,7 @@ PLACES = ("onnxruntime", "openvino", "torch")
 
 SIGNALLED = """
 import faulthandler, gc, os, signal
-from config.settings import OcrSettings
+from config.features import OcrSettings
 from extractors.models.ocr import OcrExtractor
 faulthandler.enable()  # gives the thread a stack for signals, as a King's processes do
 readers = [OcrExtractor(OcrSettings(engine="openvino")) for _ in range(2)]

@@ -15,7 +15,8 @@ import pytest
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from common.errors import MediaError
-from config.settings import DecodeSettings, FeatureSettings
+from config.features import FeatureSettings
+from config.settings import DecodeSettings
 from extractors.media import sniff
 from extractors.media.decode import decode_media
 from extractors.media.pictures import picture_size, read_pictures

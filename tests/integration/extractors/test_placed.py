@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import timm
 
+from config.features import AudioSettings, FeatureSettings, ImageSettings
 from config.presets import PRESETS
-from config.settings import AudioSettings, FeatureSettings, ImageSettings
 from extractors.models.base import RowExtractor
 from extractors.models.catalog import KNOWN, needs
 from extractors.models.placed import MANIFEST, check

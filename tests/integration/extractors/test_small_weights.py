@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from config.settings import FeatureSettings
+from config.features import FeatureSettings
 from extractors.models.text import TextExtractor
 from extractors.models.visual import TimmBackbone, VisualExtractor, make_backbone
 from extractors.models.weights import PACKAGES

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from common.errors import MediaError
-from config.settings import DecodeSettings, FeatureSettings
+from config.features import FeatureSettings
+from config.settings import DecodeSettings
 from extractors.media.decode import decode_media, read_waveform
 from extractors.media.sizes import filled_in
 from extractors.media.sound import log_mel_patches

@@ -12,7 +12,7 @@ from torchvggish import torchvggish
 
 from common.errors import ConfigError
 from common.files import file_digest
-from config.settings import AudioSettings
+from config.features import AudioSettings
 from extractors.models import audio, catalog
 from extractors.models.audio import AudioExtractor, source_module
 from extractors.models.catalog import needs_of

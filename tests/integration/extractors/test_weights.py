@@ -40,7 +40,7 @@ with hub_server(Path(sys.argv[1])) as url:
     os.environ["HF_ENDPOINT"] = url  # is read when the hub's client is imported
     import timm
     from common.errors import ConfigError
-    from config.settings import ImageSettings, TextSettings
+    from config.features import ImageSettings, TextSettings
     from extractors.models.text import TextExtractor
     from extractors.models.visual import VisualExtractor
     from extractors.models.weights import seeded, tensors_digest

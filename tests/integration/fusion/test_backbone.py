@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from common.errors import ConfigError
-from config.settings import AudioSettings
+from config.features import AudioSettings
 from config.train import OptimizerSettings, TrainerSettings
 from extractors.models.audio import AudioExtractor
 from fusion.backbones.media import Kind, MediaDataset, augment, collate_media

@@ -15,15 +15,15 @@ import yaml
 import train_net
 from common.errors import ConfigError, MediaError
 from common.post_set import PostSet
-from config.labels import LabelMap
-from config.settings import (
+from config.features import (
     AudioSettings,
-    DecodeSettings,
     FeatureSettings,
     ImageSettings,
     TextSettings,
     VideoSettings,
 )
+from config.labels import LabelMap
+from config.settings import DecodeSettings
 from config.train import BackboneTrainSettings
 from extractors.learned import learned_from
 from extractors.media.decode import decode_media

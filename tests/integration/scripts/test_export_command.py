@@ -174,7 +174,7 @@ def test_a_whole_backbone_is_loaded_only_when_allowed(tmp_path: Path) -> None:
     import timm
 
     from common.errors import ConfigError
-    from config.settings import ImageSettings
+    from config.features import ImageSettings
 
     state = tiny_timm_weights(tmp_path, TINY_CNN, suffix=".pth")
     model = timm.create_model(TINY_CNN, num_classes=0)

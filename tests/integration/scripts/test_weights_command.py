@@ -13,8 +13,8 @@ import pytest
 from huggingface_hub import constants
 
 from common.files import file_digest
+from config.features import FeatureSettings
 from config.presets import PRESETS
-from config.settings import FeatureSettings
 from extractors.models import weights
 from extractors.models.placed import MANIFEST
 from extractors.models.text import TextExtractor

@@ -13,7 +13,8 @@ import pytest
 
 from common.errors import FetchRetryable, RetryableError
 from common.post import MEDIA_KINDS, Media, MediaKind
-from config.settings import DecodeSettings, FeatureSettings
+from config.features import FeatureSettings
+from config.settings import DecodeSettings
 from tests.support.processes import no_descriptors
 from tests.support.workers.fetching import fetch, retryable, settings_of
 from tests.support.workers.web import BODY, Web

@@ -20,7 +20,8 @@ from PIL import Image
 
 from common.errors import ConfigError, MediaError
 from common.post import Features, Media, Post, TagResult
-from config.settings import FeatureSettings, Settings
+from config.features import FeatureSettings
+from config.settings import Settings
 from extractors.suite import ExtractorSuite
 from fusion.bundle.folder import newest_version
 from king.dispatch_thread import DispatchThread

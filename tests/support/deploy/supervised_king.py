@@ -21,7 +21,7 @@ from typing import Any, cast
 import numpy as np
 
 import king.king
-from config.settings import FeatureSettings
+from config.features import FeatureSettings
 from extractors.suite import ExtractorSuite
 from tests.support.deploy.checkout import ROOT
 from tests.support.workers.small_bundle import write_bundle

@@ -8,7 +8,8 @@ from typing import Any
 import av
 import numpy as np
 
-from config.settings import DecodeSettings, FeatureSettings
+from config.features import FeatureSettings
+from config.settings import DecodeSettings
 from extractors.media.containers import find_stream, open_container, packets
 from extractors.media.decode import DecodedMedia, decode_media
 from extractors.media.sniff import check_type

@@ -23,7 +23,7 @@ from common.fingerprint import (
     with_parts,
 )
 from common.post import Features
-from config.settings import FeatureSettings
+from config.features import FeatureSettings
 from extractors.feature_file import (
     features_bytes,
     read_features,

@@ -8,9 +8,9 @@ from typing import get_args
 import pytest
 
 from common.errors import ConfigError
+from config.features import FeatureSettings
 from config.load import load_settings
 from config.presets import PRESETS, TRAINED, Preset
-from config.settings import FeatureSettings
 from extractors.models.weights import PACKAGES
 from extractors.parts import audio_encoder, visual_encoder
 

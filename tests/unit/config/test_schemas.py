@@ -13,7 +13,7 @@ import yaml
 from referencing import Registry, Resource
 
 from config.schema import WORDS
-from config.settings import Section
+from config.section import Section
 from fusion.data.data_file import POST_KEYS
 from scripts.write_schemas import FOLDER, schemas
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from common.errors import ConfigError, FeatureError
-from config.settings import AsrSettings, AudioSettings, DecodeSettings, FeatureSettings, Settings
+from config.features import AsrSettings, AudioSettings, FeatureSettings
+from config.settings import DecodeSettings, Settings
 from extractors.learned import learned_from
 from extractors.media.decode import decode_media
 from extractors.models.asr import Whisper, level_db, words_of

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from common.errors import FeatureError
-from config.settings import AudioSettings
+from config.features import AudioSettings
 from extractors.models.audio import AudioExtractor
 from tests.support.tiny_models import TINY_CNN, TINY_VIT, tiny_timm_weights
 

@@ -11,7 +11,8 @@ import pytest
 
 from common.errors import MediaError
 from common.post import MEDIA_KINDS, MediaKind
-from config.settings import DecodeSettings, FeatureSettings, Settings
+from config.features import FeatureSettings
+from config.settings import DecodeSettings, Settings
 from extractors.media.decode import decode_media
 from extractors.parts import slot_bytes
 from tests.support import media

@@ -21,7 +21,7 @@ from huggingface_hub import constants
 from common.errors import ConfigError, FeatureError
 from common.fingerprint import differing
 from common.precision import cpu_has_bf16
-from config.settings import (
+from config.features import (
     AudioSettings,
     FeatureSettings,
     ImageSettings,

@@ -9,7 +9,7 @@ import pytest
 
 from common.files import file_digest
 from common.fingerprint import digest
-from config.settings import ExtractorName, FeatureSettings, OcrSettings
+from config.features import ExtractorName, FeatureSettings, OcrSettings
 from extractors.feature_file import stream_fingerprints
 
 ALL: dict[ExtractorName, str] = {"video": "v", "image": "i", "audio": "a", "text": "t", "ocr": "o"}

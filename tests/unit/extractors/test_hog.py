@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from common.errors import ConfigError
-from config.settings import ImageSettings
+from config.features import ImageSettings
 from extractors.models.hog import colours, gradients
 from extractors.models.visual import VisualExtractor
 

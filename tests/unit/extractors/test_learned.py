@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from common.errors import ConfigError
 from common.post_set import PostSet
-from config.settings import FeatureSettings
+from config.features import FeatureSettings
 from extractors.feature_file import read_features, read_header, write_features
 from extractors.learned import FILE, learned_from, posts_of_weights, streams_of_post
 from fusion.backbones.model import save_weights

@@ -13,7 +13,8 @@ import pytest
 import scipy.signal
 
 from common.errors import MediaError
-from config.settings import DecodeSettings, FeatureSettings
+from config.features import FeatureSettings
+from config.settings import DecodeSettings
 from extractors.media.containers import find_stream, open_container, packets
 from extractors.media.decode import decode_media
 from extractors.media.sniff import check_type

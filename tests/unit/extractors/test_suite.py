@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from common.errors import ConfigError, FeatureError
-from config.settings import ImageSettings
+from config.features import ImageSettings
 from extractors.suite import ExtractorSuite
 from tests.support.tiny_models import TINY_CNN, TINY_SIZE, tiny_features
 

@@ -13,7 +13,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from common.errors import ConfigError, FeatureError
 from common.precision import cpu_has_bf16
-from config.settings import TextSettings
+from config.features import TextSettings
 from extractors.models.text import TextExtractor, hashed_tokens
 from tests.support.tiny_models import tiny_bert
 

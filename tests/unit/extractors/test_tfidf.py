@@ -13,8 +13,8 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 import train_net
 from common.errors import ConfigError, FeatureError
 from common.post_set import PostSet
+from config.features import FeatureSettings
 from config.load import validate
-from config.settings import FeatureSettings
 from extractors.learned import learned_from
 from extractors.models.tfidf import Tfidf
 from extractors.suite import ExtractorSuite

@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 import pytest
 
-from config.settings import FeatureSettings
+from config.features import FeatureSettings
 from extractors.media.video import FrameScaler
 from tests.support import media
 from tests.support.extractors.video_support import (

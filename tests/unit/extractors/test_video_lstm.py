@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from common.errors import ConfigError, FeatureError, MediaError
-from config.settings import DecodeSettings, LstmSizes, VideoLstmSettings, VideoSettings
+from config.features import LstmSizes, VideoLstmSettings, VideoSettings
+from config.settings import DecodeSettings
 from extractors.media.decode import read_frames
 from extractors.media.video import PacketIndex
 from extractors.models.visual import AttentionLstm, VideoExtractor, VideoLstm

@@ -12,7 +12,7 @@ import torch
 
 from common.errors import ConfigError, FeatureError
 from common.precision import cpu_has_bf16
-from config.settings import ImageSettings, VideoSettings
+from config.features import ImageSettings, VideoSettings
 from extractors.models.visual import TimmBackbone, VisualExtractor
 from tests.support.tiny_models import TINY_CNN, TINY_VIT, tiny_timm_weights
 

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from config.features import ImageSettings, VideoSettings
 from config.labels import LabelMap
-from config.settings import DecodeSettings, ImageSettings, VideoSettings
+from config.settings import DecodeSettings
 from extractors.media.decode import decode_media
 from fusion.backbones.media import (
     STREAM,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from config.settings import LstmSizes, VideoLstmSettings
+from config.features import LstmSizes, VideoLstmSettings
 from extractors.models.visual import AttentionLstm, VideoLstm
 from fusion.backbones.media import STREAM
 from fusion.backbones.model import LstmTagger, save_weights

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from common.post import Failure, Media, Post
-from config.settings import FeatureSettings, KingSettings, OcrSettings, Settings
+from config.features import FeatureSettings, OcrSettings
+from config.settings import KingSettings, Settings
 from king.dispatch_thread import DispatchThread
 from king.jobs import Dead, Outcome, Released, Retry, Started, Tagged, Unreadable
 from king.status import Status

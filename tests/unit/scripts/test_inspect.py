@@ -11,7 +11,8 @@ import pytest
 import soundfile
 from PIL import Image, ImageDraw, ImageFont
 
-from config.settings import DecodeSettings, FeatureSettings
+from config.features import FeatureSettings
+from config.settings import DecodeSettings
 from extractors.media.decode import decode_media
 from scripts.cli import run
 from tests.support import media

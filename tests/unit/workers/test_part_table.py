@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from common.post import MEDIA_KINDS
-from config.settings import AudioSettings, Settings
+from config.features import AudioSettings
+from config.settings import Settings
 from extractors.media.sound import sound_rows
 from extractors.parts import (
     AUDIO_ENCODERS,

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from common.errors import NothingUsable, RetryableError
 from common.post import Failure, Media, Post
-from config.settings import FeatureSettings, OcrSettings, Settings
+from config.features import FeatureSettings, OcrSettings
+from config.settings import Settings
 from extractors.parts import PartKind, slot_bytes
 from tests.support.fakes.pool import FakePool, default_answer
 from workers.post_run import PostPlan, PostRun, PostRuns, PostTags, Step

@@ -7,7 +7,7 @@ import pytest
 
 from common.errors import NothingUsable
 from common.post import Features, Media, Modality, Post
-from config.settings import FeatureSettings
+from config.features import FeatureSettings
 from tests.unit.workers.test_plan_and_protocol import BROKEN, GONE, result_of, walk
 from workers.post_run import PostPlan, Step
 from workers.protocol import (
