@@ -15,10 +15,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import inspect
+import json
 import os
 import select
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Generic, TypeAlias, TypeVar
@@ -28,6 +29,7 @@ from typer.core import TyperCommand
 
 from common.errors import ConfigError, TaggingError, one_line
 from common.logs import open_standard_streams, visible
+from common.times import plain
 
 Options = TypeVar("Options")
 
@@ -45,6 +47,13 @@ Overrides: TypeAlias = Annotated[
         default_factory=list,
         show_default=False,
         help="one setting, over file and environment; A.B=@FILE reads it from a file; repeatable",
+    ),
+]
+
+JsonReport: TypeAlias = Annotated[
+    bool,
+    typer.Option(
+        "--json", help="print one JSON object at the end; all else goes to standard error"
     ),
 ]
 
@@ -250,6 +259,27 @@ def complain(name: str, text: str, code: int) -> int:
 def say(text: str) -> None:
     """Write on standard output, as `visible` gives it."""
     sys.stdout.write(visible(text))
+
+
+def print_json(value: Any) -> None:
+    """Print one JSON document."""
+    say(json.dumps(value, ensure_ascii=False, indent=2, default=plain) + "\n")
+
+
+@contextlib.contextmanager
+def json_report(wanted: bool) -> Iterator[dict[str, Any]]:
+    """Yield an object to fill; with ``--json`` it alone goes to standard output, after the block.
+
+    What the block says goes to standard error then. An object that was filled is printed after an
+    error, too.
+    """
+    report: dict[str, Any] = {}
+    try:
+        with contextlib.redirect_stdout(sys.stderr) if wanted else contextlib.nullcontext():
+            yield report
+    finally:
+        if wanted and report:
+            print_json(report)
 
 
 def share(text: str) -> float:

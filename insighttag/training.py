@@ -66,7 +66,7 @@ def train(
     encoders = preset or ("small" if file is None else None)
     settings, training = settings_of_own(file, encoders, values, "overrides")
     quiet_logs(settings)
-    folder = train_and_measure(
+    folder, _ = train_and_measure(
         restart=restart,
         source=Path(posts),
         labels=Path(labels) if labels is not None else None,

@@ -7,7 +7,7 @@ import os
 import sqlite3
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
-from common.cli import Script, say
+from common.cli import JsonReport, Script, json_report, say
 from common.errors import ConfigError, TaggingError
 from common.files import write_whole
 from common.post import MODALITIES
@@ -32,7 +32,7 @@ from fusion.data.data_file import MEDIA_KEYS, CorpusPost, local_path, objects, r
 
 def _write_files(
     options: Options, labels: LabelMap, index: Index, split: Split, advance: Callable[[], None]
-) -> Iterable[Path]:
+) -> list[Path]:
     """Write ``<side>_cls<N>``, ``idx2name_cls<N>.json``, ``split.jsonl``, ``left_out.jsonl``."""
     posts_dealt = index.dealt()  # in the order of the lines
     following = next(posts_dealt, None)
@@ -65,7 +65,7 @@ def _write_files(
             path.unlink()
     text = json.dumps(labels.as_json(), ensure_ascii=False, indent=2)
     write_whole(out / f"idx2name_cls{len(labels)}.json", text)
-    return files.values()
+    return list(files.values())
 
 
 def _reject(line: int, posts: Path, index: Index, post: Any) -> str:
@@ -169,11 +169,15 @@ class Options:
         ),
     ]
     format: Annotated[Form, typer.Option(help="of the data files")] = "json"
+    as_json: JsonReport = False
 
 
 def _run(options: Options) -> None:
-    for path in build(options):
-        say(f"{path}\n")
+    with json_report(options.as_json) as report:
+        files = build(options)
+        say("".join(f"{path}\n" for path in files))
+        summary = (options.out / "summary.json").read_text(encoding="utf-8")
+        report |= {"files": files, **json.loads(summary)}
 
 
 SCRIPT = Script(
@@ -187,7 +191,7 @@ SCRIPT = Script(
 main = SCRIPT.main
 
 
-def build(options: Options) -> Iterable[Path]:
+def build(options: Options) -> list[Path]:
     """Write the data files of a split, show what they hold, and return them."""
     try:
         return _built(options)
@@ -196,7 +200,7 @@ def build(options: Options) -> Iterable[Path]:
         raise TaggingError(f"{where}: {error}") from error
 
 
-def _built(options: Options) -> Iterable[Path]:
+def _built(options: Options) -> list[Path]:
     shares = _shares(options)
     labels = LabelMap.load(options.labels)
     odd = [name for name in options.modalities if name not in MODALITIES]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import random
 import re
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
@@ -114,46 +113,51 @@ _PATIENCE_S = 3.0  # after a signal: most downloads under way end, and nobody wa
 _AGAIN = "run the same command again to continue where it stopped"
 
 
-def download(options: Options) -> int:
-    """Download everything and write the report; return the exit code."""
+def download(options: Options, figures: dict[str, Any]) -> None:
+    """Download everything, write the report, and add its files and counts to ``figures``.
+
+    Raises:
+        TaggingError: It was interrupted, or all media failed.
+    """
     check_holds_post(options.posts)
     total = count_lines(options.posts)
     folder = options.out / ".state"
     with only_one(folder / "lock", str(options.out)), Stopper() as stopper:
         try:
             with closing(State(folder / "download.sqlite")) as state:
-                return _download(options, state, stopper, total)
+                _download(options, state, stopper, total, figures)
         except OSError as error:
             text = error.strerror or str(error)
             raise TaggingError(f"stopped: {text}; make room, then {_AGAIN}") from error
 
 
-def _download(options: Options, state: State, stopper: Stopper, total: int) -> int:
+def _download(
+    options: Options, state: State, stopper: Stopper, total: int, figures: dict[str, Any]
+) -> None:
     if options.retry_failed:
         state.forget_refused()
     with progress_bar("posts", total) as bar:
         run = Download(options, state, bar)
         run.run(lambda: stopper.asked)
     if not run.complete:
-        return _interrupted(stopper, f"{run.files:,} files downloaded in this run")
+        raise _interrupted(stopper, f"{run.files:,} files downloaded in this run")
     try:
         with progress_bar("manifest", total) as bar:
             summary = write_report(options, state, bar.advance, lambda: stopper.asked)
     except InterruptedError:
-        return _interrupted(stopper, "all files are downloaded, the manifest is not written")
+        what = "all files are downloaded, the manifest is not written"
+        raise _interrupted(stopper, what) from None
     summary.show()
+    for name in ("manifest", "posts", "rejected"):
+        figures[name] = options.out / f"{name}.jsonl"
+    figures |= summary.as_dict()
     say(f"{options.out}/manifest.jsonl, posts.jsonl, summary.json\n")
     if summary.total and summary.failures == summary.total:
-        sys.stderr.write(
-            f"download_mp: all {summary.total:,} media failed, see the reasons above\n"
-        )
-        return 1
-    return 0
+        raise TaggingError(f"all {summary.total:,} media failed, see the reasons above")
 
 
-def _interrupted(stopper: Stopper, what: str) -> int:
-    sys.stderr.write(f"download_mp: {stopper.asked}: {what}; {_AGAIN}\n")
-    return 1
+def _interrupted(stopper: Stopper, what: str) -> TaggingError:
+    return TaggingError(f"{stopper.asked}: {what}; {_AGAIN}")
 
 
 class Download:

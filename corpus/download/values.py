@@ -11,7 +11,7 @@ from urllib.parse import urldefrag, urlsplit
 
 import typer
 
-from common.cli import ConfigFile, Overrides, seconds
+from common.cli import ConfigFile, JsonReport, Overrides, seconds
 from common.post import MediaKind
 from common.urls import is_url
 from config.load import load_settings
@@ -55,6 +55,7 @@ class Options:
     retry_failed: Annotated[
         bool, typer.Option("--retry_failed", help="try again what was refused before")
     ] = False
+    as_json: JsonReport = False
     config: ConfigFile = None
     overrides: Overrides
 

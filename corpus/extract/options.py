@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from common.cli import ConfigFile, Overrides, read_options
+from common.cli import ConfigFile, JsonReport, Overrides, read_options
 from common.errors import ConfigError
 from common.processes import cores
 from config.load import load_settings, validate
@@ -70,6 +70,7 @@ class CommandLine:
             "then differ from run to run; auto: on GPUs only"
         ),
     ] = "auto"
+    as_json: JsonReport = False
     failures: Annotated[
         Path | None, typer.Option(metavar="FILE", help="default: DIR/failures_KIND.jsonl")
     ] = None

@@ -6,10 +6,11 @@ import contextlib
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, get_args
 
-from common.cli import Script, say
+from common.cli import Script, json_report, say
 from common.logs import configure_logs
 from common.progress import progress_bar
 from corpus.databases import open_scratch
@@ -117,11 +118,19 @@ class Engine(Protocol):
         ...
 
 
+def _run(kind: Kind, line: CommandLine) -> None:
+    with json_report(line.as_json) as report:
+        options = options_of(kind, line)
+        summary = extract(options)
+        report |= {"features": options.features, **summary.as_dict()}
+        report["failures"] = options.failures if summary.failures else None
+
+
 def _script(kind: Kind) -> Script[CommandLine]:
     return Script(
         f"extract_{kind}_features",
         CommandLine,
-        lambda line: extract(options_of(kind, line)),
+        partial(_run, kind),
         about=about(kind),
         interrupted="interrupted; run it again to continue",
         again="; run it again to continue",
@@ -136,8 +145,8 @@ def main(kind: Kind, arguments: Sequence[str] | None = None) -> int:
     return COMMANDS[kind].main(arguments)
 
 
-def extract(options: Options) -> None:
-    """Extract, show the progress, and write what failed.
+def extract(options: Options) -> Summary:
+    """Extract, show the progress, write what failed, and return the counts of this run.
 
     Raises:
         KeyboardInterrupt: After a signal; what was done is kept.
@@ -162,6 +171,7 @@ def extract(options: Options) -> None:
                 # The files of a run tell of all posts, or they are those of the run before.
                 raise KeyboardInterrupt
     tally.tell(options)
+    return tally.summary
 
 
 def _engine(options: Options, interrupt: Interrupt) -> Engine:

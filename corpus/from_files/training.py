@@ -134,6 +134,11 @@ class TrainingFolder:
         return self.root / "settings.yaml"
 
     @property
+    def metrics(self) -> Path:
+        """Return the figures of the validation posts."""
+        return self.root / "metrics.json"
+
+    @property
     def features(self) -> Path:
         return self.root / "features"
 
@@ -542,7 +547,7 @@ def _train(plan: OwnTraining, settings: Settings, folder: TrainingFolder) -> Non
         resume=_resumable(folder.runs),
         again=["insighttag", "train", str(plan.source), *labels, "--out", "ANOTHER_FOLDER"],
     )
-    write_whole(folder.root / "metrics.json", json.dumps(dict(report.metrics), indent=2))
+    write_whole(folder.metrics, json.dumps(dict(report.metrics), indent=2))
 
 
 def training_settings(

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from common.cli import Overrides, option
+from common.cli import JsonReport, Overrides, option
 from common.errors import ConfigError
 from config.load import did_you_mean, given_options, layered, load_settings, read_yaml
 from config.settings import InferSettings, RunSettings, Settings
@@ -82,6 +82,7 @@ class InferOptions:
     restart: Annotated[
         bool, typer.Option("--restart", help="start over, whatever is there already")
     ] = False
+    as_json: JsonReport = False
     overrides: Overrides
 
     def __post_init__(self) -> None:

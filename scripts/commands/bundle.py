@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from common.cli import say
+from common.cli import print_json, say
 from common.errors import BundleError, ConfigError
 from common.tables import print_table
 from config.settings import FusionSettings
@@ -27,7 +27,7 @@ from fusion.bundle.folder import (
     refuse_foreign,
     shadow_folder,
 )
-from scripts.commands.common import AsJson, Config, Overrides, print_json, settings_of
+from scripts.commands.common import AsJson, Config, Overrides, settings_of
 from scripts.commands.compare import compare
 from scripts.commands.thresholds import thresholds
 from scripts.commands.zeroshot import add_tags

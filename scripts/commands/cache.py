@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from common.cli import say
+from common.cli import print_json, say
 from common.errors import ConfigError
 from common.tables import print_table
 from common.urls import redact
 from config.settings import Settings
-from scripts.commands.common import AsJson, Config, Overrides, print_json, settings_of
+from scripts.commands.common import AsJson, Config, Overrides, settings_of
 
 if TYPE_CHECKING:
     from workers.cache.store import CacheStore

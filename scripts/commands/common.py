@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from common.cli import say
 from common.logs import configure_logs
 from common.progress import told_if_long
-from common.times import plain
 from common.urls import redact
 from config.load import load_settings
 from config.settings import Settings
@@ -90,11 +87,6 @@ def listed(post_ids: Sequence[str]) -> str:
     """Return the first IDs, and the number of the others."""
     more = f" and {len(post_ids) - _NAMED} more" if len(post_ids) > _NAMED else ""
     return ", ".join(f"{post_id!r:.80}" for post_id in post_ids[:_NAMED]) + more
-
-
-def print_json(value: Any) -> None:
-    """Print one JSON document."""
-    say(json.dumps(value, ensure_ascii=False, indent=2, default=plain) + "\n")
 
 
 def ago(then_s: float | None, now_s: float) -> str:

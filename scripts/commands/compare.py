@@ -11,19 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 
-from common.cli import say
+from common.cli import print_json, say
 from common.errors import BundleError, ConfigError
 from common.tables import print_table
 from config.settings import Settings
 from fusion.bundle.folder import newest_version, shadow_folder
-from scripts.commands.common import (
-    AsJson,
-    Config,
-    Overrides,
-    online_settings,
-    print_json,
-    settings_of,
-)
+from scripts.commands.common import AsJson, Config, Overrides, online_settings, settings_of
 
 if TYPE_CHECKING:
     from fusion.metrics.agreement import Agreement, Scored

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from common.cli import say
+from common.cli import print_json, say
 from common.errors import ConfigError
 from common.tables import print_table
 from common.times import since_time
@@ -24,7 +24,6 @@ from scripts.commands.common import (
     listed,
     moment,
     online_settings,
-    print_json,
 )
 
 if TYPE_CHECKING:

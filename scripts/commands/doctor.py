@@ -20,13 +20,13 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from common.cli import say
+from common.cli import print_json, say
 from common.errors import ConfigError, TaggingError, one_line
 from common.progress import notice
 from common.tables import print_table
 from common.urls import redact, split_address
 from config.settings import Settings
-from scripts.commands.common import AsJson, Config, Overrides, ago, print_json, settings_of
+from scripts.commands.common import AsJson, Config, Overrides, ago, settings_of
 from scripts.commands.status import king_health
 from scripts.commands.weights import about
 

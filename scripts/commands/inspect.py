@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from common.cli import say
+from common.cli import print_json, say
 from common.errors import (
     ConfigError,
     FetchRetryable,
@@ -22,7 +22,7 @@ from common.errors import (
 from common.post import MEDIA_KINDS, Media, MediaKind
 from common.urls import is_url, local_source, redact
 from config.settings import Settings
-from scripts.commands.common import AsJson, Config, Overrides, print_json, settings_of
+from scripts.commands.common import AsJson, Config, Overrides, settings_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -9,11 +9,11 @@ from typing import Annotated
 
 import typer
 
-from common.cli import say
+from common.cli import print_json, say
 from common.errors import ConfigError
 from corpus import taxonomy
 from corpus.taxonomy import Migration, Operation
-from scripts.commands.common import AsJson, print_json
+from scripts.commands.common import AsJson
 
 MapFile = Annotated[Path, typer.Argument(metavar="MAP", help="A label map, idx2name_cls*.json.")]
 Data = Annotated[

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from common.cli import complain, say
+from common.cli import complain, print_json, say
 from common.errors import ConfigError, MessageError, StoreUnavailable
 from config.settings import Settings
 from scripts.commands.common import (
@@ -23,7 +23,6 @@ from scripts.commands.common import (
     Priority,
     listed,
     online_settings,
-    print_json,
 )
 
 if TYPE_CHECKING:

@@ -11,21 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from common.cli import complain, say
+from common.cli import complain, print_json, say
 from common.errors import ConfigError
 from common.progress import track
 from config.settings import Settings
 from config.tag_rules import TagRules
 from fusion.bundle.folder import newest_version
-from scripts.commands.common import (
-    AsJson,
-    Config,
-    Overrides,
-    Priority,
-    listed,
-    online_settings,
-    print_json,
-)
+from scripts.commands.common import AsJson, Config, Overrides, Priority, listed, online_settings
 from scripts.commands.publish import read_messages
 
 if TYPE_CHECKING:

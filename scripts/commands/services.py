@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from common.cli import say
+from common.cli import print_json, say
 from common.tables import print_table
 from deploy import embedded
-from scripts.commands.common import AsJson, Config, Overrides, duration, print_json, settings_of
+from scripts.commands.common import AsJson, Config, Overrides, duration, settings_of
 
 
 def start(config: Config = None, overrides: Overrides = None) -> None:

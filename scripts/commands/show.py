@@ -6,23 +6,14 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from common.cli import say
+from common.cli import print_json, say
 from common.errors import ConfigError
 from common.tables import print_table
 from config.labels import LabelMap
 from config.settings import FusionSettings
 from config.tag_rules import TagRules
 from fusion.bundle.folder import thresholds_of
-from scripts.commands.common import (
-    AsJson,
-    Config,
-    Overrides,
-    PostId,
-    ago,
-    moment,
-    online_settings,
-    print_json,
-)
+from scripts.commands.common import AsJson, Config, Overrides, PostId, ago, moment, online_settings
 
 _OF_THE_STATUS = {"status", "model", "version", "tagged_at", "attempts", "partial", "error"}
 _OF_THE_TABLES = {

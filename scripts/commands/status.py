@@ -11,7 +11,7 @@ from typing import Any
 
 import typer
 
-from common.cli import say
+from common.cli import print_json, say
 from common.errors import ConfigError, TaggingError
 from common.processes import process_identity
 from common.progress import told_if_long
@@ -20,7 +20,7 @@ from common.urls import redact
 from config.settings import BrokerSettings, Settings, StoreSettings
 from deploy import embedded
 from king.status import read_health
-from scripts.commands.common import DOWN, AsJson, Config, Overrides, ago, print_json, settings_of
+from scripts.commands.common import DOWN, AsJson, Config, Overrides, ago, settings_of
 from scripts.commands.services import view_json
 
 _TIMEOUT_S = 3.0

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 
 import typer
 
-from common.cli import complain, say
+from common.cli import complain, print_json, say
 from common.errors import ConfigError, path_error
 from common.post import MEDIA_KINDS, Post
 from common.progress import notice, track
@@ -19,7 +19,7 @@ from common.times import plain
 from config.load import settings_beside
 from config.tag_rules import TagRules
 from fusion.data.data_file import parse_post, read_whole_posts
-from scripts.commands.common import AsJson, Config, Overrides, print_json, settings_of
+from scripts.commands.common import AsJson, Config, Overrides, settings_of
 
 if TYPE_CHECKING:
     from workers.runner import PostRunner

@@ -12,14 +12,14 @@ from typing import Annotated, Any
 
 import typer
 
-from common.cli import say
+from common.cli import print_json, say
 from common.errors import ConfigError, one_line, path_error
 from common.files import write_whole
 from common.progress import notice
 from common.tables import print_table
 from config.load import did_you_mean
 from fusion.bundle.folder import keep_bundle, replacing
-from scripts.commands.common import AsJson, print_json
+from scripts.commands.common import AsJson
 
 _FORMS = (".csv", ".json")
 _SHOWN = 20  # changed tags that are printed; --json and --out have all

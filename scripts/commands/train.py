@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from common.cli import complain, say
+from common.cli import JsonReport, complain, json_report, say
 from common.errors import ConfigError
 from common.logs import configure_logs
 from config.load import DEFAULT_CONFIG, did_you_mean, parse_overrides, settings_with
@@ -19,6 +20,7 @@ from scripts.commands.common import Config
 
 if TYPE_CHECKING:
     from corpus.from_files.training import TrainingFolder
+    from fusion.infer.inference import InferReport
 
 # Of the training alone; data, save_dir and the like are the command's own.
 _TRAINING = set(TrainSettings.model_fields) - {"task", "data"}
@@ -47,12 +49,10 @@ Labels = Annotated[
 ]
 Encoders = Annotated[
     Preset | None,
-    typer.Option("--preset", help="The encoders; small unless --config names some."),
+    typer.Option("--preset", help="The encoders; small, where --config names none."),
 ]
-Valid = Annotated[
-    float, typer.Option("--valid", help="Share of the posts that chooses thresholds.")
-]
-Test = Annotated[float, typer.Option("--test", help="Share of the posts that is only measured on.")]
+Valid = Annotated[float, typer.Option("--valid", help="Share that chooses thresholds.")]
+Test = Annotated[float, typer.Option("--test", help="Share that is only measured on.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Of the split.")]
 MinPosts = Annotated[
     int, typer.Option("--min-posts", min=1, help="Leave out tags with fewer posts.")
@@ -60,9 +60,7 @@ MinPosts = Annotated[
 SkipBad = Annotated[
     bool, typer.Option("--skip-bad", help="Leave out posts with mistakes, and list them.")
 ]
-Restart = Annotated[
-    bool, typer.Option("--restart", help="Start over in the folder of an earlier run.")
-]
+Restart = Annotated[bool, typer.Option("--restart", help="Begin anew in a folder that was begun.")]
 Sets = Annotated[
     list[str] | None,
     typer.Option(
@@ -87,6 +85,7 @@ def train(
     min_posts: MinPosts = 1,
     skip_bad: SkipBad = False,
     restart: Restart = False,
+    as_json: JsonReport = False,
     config: Config = None,
     overrides: Sets = None,
 ) -> None:
@@ -105,27 +104,35 @@ def train(
     level = "warning" if settings.log.level == "info" else settings.log.level
     configure_logs(settings.log.format, level)
     try:
-        folder = train_and_measure(
-            restart=restart,
-            source=source,
-            labels=labels,
-            out=out,
-            settings=settings,
-            training=training,
-            valid=valid,
-            test=test,
-            seed=seed,
-            min_posts=min_posts,
-            skip_bad=skip_bad,
-        )
+        with json_report(as_json) as report:
+            folder, tested = train_and_measure(
+                restart=restart,
+                source=source,
+                labels=labels,
+                out=out,
+                settings=settings,
+                training=training,
+                valid=valid,
+                test=test,
+                seed=seed,
+                min_posts=min_posts,
+                skip_bad=skip_bad,
+            )
+            say(
+                f"bundle   {folder.bundle}\nreport   {folder.report}\n"
+                f"serve    insighttag serve --config {folder.settings}\n"
+                f"next     insighttag tag MORE_POSTS --out tags.jsonl --bundle {folder.bundle}\n"
+            )
+            report |= {
+                "bundle": folder.bundle,
+                "report": folder.report,
+                "settings": folder.settings,
+                "metrics": json.loads(folder.metrics.read_text(encoding="utf-8")),
+                "test": tested and tested.metrics,
+            }
     except KeyboardInterrupt:
-        complain("train", "interrupted; the same command continues where it stopped", 1)
+        complain("train", "interrupted; the same command goes on where it stopped", 1)
         raise typer.Exit(1) from None
-    say(
-        f"bundle   {folder.bundle}\nreport   {folder.report}\n"
-        f"serve    insighttag serve --config {folder.settings}\n"
-        f"next     insighttag tag MORE_POSTS --out tags.jsonl --bundle {folder.bundle}\n"
-    )
 
 
 def settings_of_own(
@@ -143,21 +150,23 @@ def settings_of_own(
     return settings, {key: value for key, value in values.items() if key in _TRAINING}
 
 
-def train_and_measure(*, restart: bool, **plan: Any) -> TrainingFolder:
-    """Train as `OwnTraining` describes it, and tag the test posts."""
+def train_and_measure(*, restart: bool, **plan: Any) -> tuple[TrainingFolder, InferReport | None]:
+    """Train as `OwnTraining` describes it, and tag the test posts where there are any."""
     from corpus.from_files.training import OwnTraining, train_own_posts
 
     folder = train_own_posts(OwnTraining(**plan), restart=restart)
-    if (side := folder.side("test")) is not None:
-        _measure(side, folder.bundle, folder.features, folder.root / "test_tags.jsonl")
-    return folder
+    side = folder.side("test")
+    return folder, _measure(side, folder) if side is not None else None
 
 
-def _measure(posts: Path, bundle: Path, features: Path, out: Path) -> None:
+def _measure(posts: Path, folder: TrainingFolder) -> InferReport:
     """Tag the test posts, and say how right the tags are."""
     from fusion.infer.options import InferOptions
     from scripts.inference.run import run
 
-    say("test posts, which were not used to train or to choose anything:\n")
-    settings = InferSettings(bundle=bundle, features=features, output=str(out), progress=False)
-    run(settings, InferOptions(input=posts, restart=True, overrides=[]))
+    say("test posts, which nothing was trained or chosen on:\n")
+    out = str(folder.root / "test_tags.jsonl")
+    settings = InferSettings(
+        bundle=folder.bundle, features=folder.features, output=out, progress=False
+    )
+    return run(settings, InferOptions(input=posts, restart=True, overrides=[]))

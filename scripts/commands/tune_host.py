@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from common.cli import say
+from common.cli import print_json, say
 from common.errors import ConfigError
 from common.files import locked
 from common.logs import configure_logs
 from common.progress import notice, progress_bar
 from common.tables import print_table
 from config.settings import Settings
-from scripts.commands.common import AsJson, Config, Overrides, print_json, settings_of
+from scripts.commands.common import AsJson, Config, Overrides, settings_of
 from scripts.commands.status import king_health
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from common.cli import say
+from common.cli import print_json, say
 from common.errors import ConfigError
 from common.files import new_file
 from common.progress import notice
@@ -17,7 +17,7 @@ from common.tables import print_table
 from config.features import FeatureSettings
 from config.presets import PRESETS, TRAINED, Preset
 from extractors.parts import PLACED
-from scripts.commands.common import AsJson, Config, Overrides, print_json, settings_of
+from scripts.commands.common import AsJson, Config, Overrides, settings_of
 
 if TYPE_CHECKING:
     from extractors.models.catalog import Need

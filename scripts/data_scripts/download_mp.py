@@ -13,15 +13,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs as a plain script too
 
-from common.cli import Script
+from common.cli import Script, json_report
 from corpus.download.values import Options
 
 
-def _run(options: Options) -> int:
+def _run(options: Options) -> None:
     _ = options.fetch  # a wrong setting is told before anything is made
     from corpus.download.run import download
 
-    return download(options)
+    with json_report(options.as_json) as report:
+        download(options, report)
 
 
 SCRIPT = Script("download_mp", Options, _run, about=__doc__)

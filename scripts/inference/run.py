@@ -30,8 +30,8 @@ from fusion.infer.options import InferOptions, bundle_of, run_settings, with_bun
 from fusion.infer.outputs import CsvTable, FileSink, JsonLines, Sink, StreamSink
 
 
-def run(settings: InferSettings | Settings, options: InferOptions) -> None:
-    """Infer, and say what came out."""
+def run(settings: InferSettings | Settings, options: InferOptions) -> InferReport:
+    """Infer, say what came out, and return it."""
     plan = run_settings(settings)
     with (
         _best_model(settings, options.best_model) as chosen,
@@ -39,6 +39,7 @@ def run(settings: InferSettings | Settings, options: InferOptions) -> None:
     ):
         report = infer(_job(chosen, options, Path(scratch)))
         _say(report, plan)
+        return report
 
 
 def _job(settings: InferSettings | Settings, options: InferOptions, scratch: Path) -> Job:

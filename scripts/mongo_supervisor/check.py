@@ -21,14 +21,14 @@ import typer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs as a plain script too
 
-from common.cli import ConfigFile, Overrides, complain, exit_code, read_options, say
+from common.cli import ConfigFile, Overrides, complain, exit_code, print_json, read_options, say
 from common.errors import ConfigError, TaggingError
 from common.logs import configure_logs
 from common.times import since_time
 from config.load import load_settings
 from config.settings import MonitorSettings, Settings, Threshold
 from corpus.runs import Stopper
-from scripts.commands.common import DOWN, print_json
+from scripts.commands.common import DOWN
 from scripts.mongo_supervisor.checks import EXIT_CODES, as_dict, judge, log_look, show, worst
 from scripts.mongo_supervisor.snapshot import look
 

@@ -212,8 +212,12 @@ def test_local_files_are_taken_when_asked_for(
     (tmp_path / "a b.png").write_bytes(png(3))
     sources = ["a b.png", str(tmp_path / "a b.png"), f"file://{tmp_path}/a%20b.png"]
     posts = write_posts(tmp_path / "p.jsonl", [[*sources, "none.png"]])
-    assert main(command(posts, tmp_path / "out")) == 1
-    assert "download_mp: all 4 media failed" in capsys.readouterr().err
+    assert main([*command(posts, tmp_path / "out"), "--json"]) == 1
+    printed = capsys.readouterr()
+    assert printed.err.endswith("download_mp: all 4 media failed, see the reasons above\n")
+    report = json.loads(printed.out)
+    assert (report["total"], report["done"], sum(report["failed"].values())) == (4, 0, 4)
+    assert report["manifest"] == str(tmp_path / "out" / "manifest.jsonl")
     assert {line["reason"]["message"] for line in manifest(tmp_path / "out")} == {
         "is a local path: pass --local to copy it"
     }

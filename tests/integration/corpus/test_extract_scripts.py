@@ -100,12 +100,20 @@ def test_what_failed_is_told_with_its_reason(corpus: Path) -> None:
     assert read_features(corpus / "features", "lost").statuses["video"] == "ok"
 
 
-def test_a_second_run_does_nothing_and_says_the_same(corpus: Path) -> None:
+def test_a_second_run_does_nothing_and_says_the_same(
+    corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """No file is touched, and the failures are told again, byte for byte."""
     root = corpus / "features"
     before, stamps = files(root), {p: p.stat().st_mtime_ns for p in root.rglob("*.safetensors")}
-    assert main("image", arguments(corpus / "tiny.yaml", corpus / "posts.jsonl", root)) == 0
+    words = [*arguments(corpus / "tiny.yaml", corpus / "posts.jsonl", root), "--json"]
+    capsys.readouterr()
+    assert main("image", words) == 0
     assert files(root) == before
+    report = json.loads(capsys.readouterr().out)
+    assert (report["features"], report["done"]) == (str(root), 0)
+    assert report["total"] == len(lines(corpus / "posts.jsonl"))
+    assert report["failures"] == str(root / "failures_image.jsonl")
     assert {p: p.stat().st_mtime_ns for p in root.rglob("*.safetensors")} == stamps
 
 

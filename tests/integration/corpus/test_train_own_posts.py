@@ -116,10 +116,19 @@ def test_new_pictures_get_their_tags(
     assert out.read_bytes() == whole
 
 
-def test_a_second_run_does_nothing_anew(folder: Path, trained: dict[Path, int]) -> None:
+def test_a_second_run_does_nothing_anew(
+    folder: Path, trained: dict[Path, int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With --json its files and figures are one object, and the rest is on standard error."""
     bundle = (folder / "mine" / "bundle" / "bundle.yaml").read_bytes()
-    assert run(words(folder)) == 0
+    assert run(words(folder, "--json")) == 0
     assert (folder / "mine" / "bundle" / "bundle.yaml").read_bytes() == bundle
+    printed = capsys.readouterr()
+    report = json.loads(printed.out)
+    assert report["bundle"] == str(folder / "mine" / "bundle")
+    assert 0 < report["metrics"]["gap"] <= 1
+    assert 0 < report["test"]["gap"] <= 1
+    assert "bundle   " in printed.err
 
 
 @pytest.mark.parametrize(

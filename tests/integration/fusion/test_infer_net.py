@@ -108,6 +108,19 @@ def test_standard_output_holds_tags_alone(folder: Path, capsys: pytest.CaptureFi
     assert "posts 40" in printed.err
 
 
+def test_json_is_one_object_and_the_words_for_people_are_elsewhere(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = folder / "json" / "tags.jsonl"
+    output.parent.mkdir()
+    assert rig.infer(folder, "--output", str(output), "--json") == 0
+    printed = capsys.readouterr()
+    report = json.loads(printed.out)
+    assert (report["out"], report["posts"], report["labelled"]) == (str(output), 40, 40)
+    assert f"gap {report['metrics']['gap']:.4f}" in printed.err
+    assert "--json: the tags go to standard output" in rig.mistake(capsys, folder, "--json")
+
+
 def test_a_terminal_obeys_no_stored_text(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -98,6 +98,18 @@ def test_what_cannot_be_learned_from_is_named_with_its_reason(tmp_path: Path) ->
     assert summary["done"] == 60
 
 
+def test_json_is_one_object_of_files_and_counts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _corpus(tmp_path, [_post(n) for n in range(60)])
+    assert _build(tmp_path, "--json") == 0
+    printed = capsys.readouterr()
+    report = json.loads(printed.out)
+    assert report["files"][0] == str(tmp_path / "out" / "train_cls6.json")
+    assert (report["total"], report["done"]) == (60, 60)
+    assert report["files"][0] in printed.err
+
+
 def test_what_belongs_together_is_never_on_two_sides(tmp_path: Path) -> None:
     """Planted authors, media, copied texts and near-duplicates, in chains, over 600 posts."""
     random = np.random.default_rng(0)
