@@ -34,6 +34,7 @@ _CHANGES = {
     "what train_net.py wrote": "what insighttag train-net wrote",
     # A project has no source code of ours and no files of encoders.
     "$schema=../docs/schemas/": "$schema=../schemas/",
+    "config/settings.py and config/features.py": "schemas/settings.schema.json",
     "config/settings.py": "schemas/settings.schema.json",
     "config/train.py": "schemas/train.schema.json",
     "config/fusion_models.py": "schemas/train.schema.json",
