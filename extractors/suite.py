@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import structlog
@@ -48,16 +48,21 @@ class ExtractorSuite:
         self._backbones: dict[tuple[object, ...], PictureEncoder] = {}
         self._texts: Extractor | None = None
 
-    def load(self) -> None:
-        """Load every extractor, once; ConfigError leaves none half loaded."""
-        if self._extractors:
+    def load(self, names: Collection[ExtractorName] | None = None) -> None:
+        """Load these extractors, or all, once; ConfigError leaves none half loaded."""
+        missing = [
+            name
+            for name in self.names
+            if name not in self._extractors and (names is None or name in names)
+        ]
+        if not missing:
             return
         if self._threads is not None and set(self.names) - {"ocr"}:
             import torch
 
             torch.set_num_threads(self._threads)
         try:
-            for name in self.names:
+            for name in missing:
                 extractor = self._build(name)
                 self._extractors[name] = extractor
                 extractor.load()

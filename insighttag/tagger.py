@@ -168,7 +168,7 @@ def extract(
     overrides: Overrides | None = None,
     device: str | None = None,
 ) -> Iterator[Features]:
-    """Yield the features of each post, in order; the models are loaded once.
+    """Yield the features of each post, in order; each model is loaded when a post first needs it.
 
     `Features.arrays` has a float16 array ``(n, dim)`` for each stream that the post has;
     `Features.failures` says which modalities could not be used, and why.
@@ -210,7 +210,8 @@ def _runner(settings: Settings, device: str | None, *, fuse: bool) -> PostRunner
         raise ConfigError(f"device: must be cpu or cuda:N, as cuda:0: got {device!r}")
     # With all modalities named, a post that has none gives no features instead of an error.
     only = None if fuse else frozenset(MODALITIES)
-    return local_runner(settings, fuse=fuse, device=device, modalities=only).__enter__()
+    runner = local_runner(settings, fuse=fuse, device=device, modalities=only, lazy=not fuse)
+    return runner.__enter__()
 
 
 def _settings(file: Path | None, overrides: Overrides | None, own: Overrides) -> Settings:

@@ -59,24 +59,20 @@ def train(
         if not isinstance(count, int) or count < least:
             raise ConfigError(f"{name}: must be a whole number, at least {least}: got {count!r}")
     from config.load import nested
-    from scripts.commands.train import settings_of_own, train_and_measure
+    from scripts.commands.train import Options, train_own
 
-    values = nested(overrides or {}, "overrides")
-    file = Path(config) if config is not None else None
-    encoders = preset or ("small" if file is None else None)
-    settings, training = settings_of_own(file, encoders, values, "overrides")
-    quiet_logs(settings)
-    folder, _ = train_and_measure(
-        restart=restart,
-        source=Path(posts),
+    options = Options(
+        posts=Path(posts),
         labels=Path(labels) if labels is not None else None,
         out=Path(out),
-        settings=settings,
-        training=training,
+        preset=preset or ("small" if config is None else None),
+        config=Path(config) if config is not None else None,
         valid=valid,
         test=test,
         seed=seed,
         min_posts=min_posts,
         skip_bad=skip_bad,
+        restart=restart,
     )
+    folder, _ = train_own(options, nested(overrides or {}, "overrides"), "overrides", quiet_logs)
     return folder.bundle

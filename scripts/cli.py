@@ -113,7 +113,7 @@ COMMANDS: Mapping[str, Mapping[str, tuple[str, str]]] = {
             "Make a project folder with commented settings for a preset.",
         ),
         "train": (
-            "scripts.commands.train:train",
+            "scripts.commands.train:SCRIPT",
             "Train on your own posts: read, split, extract, train, report, in one folder.",
         ),
         "tag": ("scripts.commands.tag:tag", "Tag posts in files, without a queue."),

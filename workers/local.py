@@ -60,6 +60,7 @@ def local_runner(
     fuse: bool = True,
     device: str | None = None,
     modalities: frozenset[Modality] | None = None,
+    lazy: bool = False,
 ) -> PostRunner:
     """Return a runner whose models are all in this process.
 
@@ -70,15 +71,27 @@ def local_runner(
         fuse: Give tags; without, no bundle is loaded.
         device: Replaces that of the first extractor placement.
         modalities: As in `PostRunner`; all models are loaded.
+        lazy: As in `LocalPool`.
     """
-    pool = LocalPool(settings, fuse=fuse, device=device)
+    pool = LocalPool(settings, fuse=fuse, device=device, lazy=lazy)
     return PostRunner(settings, fuse=fuse, pool=pool, modalities=modalities, post_limit_s=math.inf)
 
 
 class LocalPool:
-    """A pool without processes; `poll` runs one task and returns its event."""
+    """A pool without processes; `poll` runs one task and returns its event.
 
-    def __init__(self, settings: Settings, *, fuse: bool = True, device: str | None = None) -> None:
+    With ``lazy`` an encoder is loaded when the first post needs it; a fusion or a cache, which need
+    the fingerprints of all, load all at the start.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        fuse: bool = True,
+        device: str | None = None,
+        lazy: bool = False,
+    ) -> None:
         first = settings.workers.extractors[0]
         self.ready = False
         self.refused: str | None = None
@@ -86,6 +99,7 @@ class LocalPool:
         self.workers: list[WorkerView] = []
         self._settings = settings
         self._fuse = fuse
+        self._lazy = lazy and not fuse and settings.cache.url is None
         self._device = device or first.device
         # One slot: a media file's arrays are extracted before the next file is decoded.
         self._slots = SlotTable(1)
@@ -114,7 +128,8 @@ class LocalPool:
         self._open.callback(self._suite.close)
         # A bundle that is missing is told before the encoders, which take long to load.
         inferer = self._open_bundle() if self._fuse else None
-        self._suite.load()
+        if not self._lazy:
+            self._suite.load()
         if self._settings.cache.url is not None:
             store = GuardedStore.open(self._settings.cache)
             self._open.callback(store.close)
@@ -172,7 +187,7 @@ class LocalPool:
     def _run(self, task_id: int, task: Task) -> Done | Failed:
         try:
             outcome = self._execute(task, task_id)
-        except DeviceLost:
+        except (DeviceLost, ConfigError):  # neither is the fault of the post
             raise
         except Exception as error:  # noqa: BLE001 - the loop: a task costs only itself
             outcome = failure_of(task.stage, error)
@@ -192,6 +207,7 @@ class LocalPool:
             case DecodeTask():
                 return self._decode(task)
             case ExtractTask():
+                self._suite.load({task.extractor})
                 return run_extract(self._suite, [task], self._arena)[0]
             case FuseTask():
                 if self._inferer is None:

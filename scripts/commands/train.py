@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from common.cli import JsonReport, complain, json_report, say
+from common.cli import JsonReport, Script, json_report, say
 from common.errors import ConfigError
 from common.logs import configure_logs
 from config.load import DEFAULT_CONFIG, did_you_mean, parse_overrides, settings_with
@@ -26,116 +27,142 @@ if TYPE_CHECKING:
 _TRAINING = set(TrainSettings.model_fields) - {"task", "data"}
 
 
-Posts = Annotated[
-    Path | None,
-    typer.Argument(
-        metavar="POSTS",
-        help="A folder of pictures, videos and sounds; or posts as .csv, .jsonl or .json.",
-    ),
-]
-NamedPosts = Annotated[
-    Path | None, typer.Option("--posts", metavar="POSTS", help="The same, as an option.")
-]
-Out = Annotated[
-    Path, typer.Option("--out", metavar="FOLDER", help="Takes bundle, report and the rest.")
-]
-Labels = Annotated[
-    Path | None,
-    typer.Option(
-        "--labels",
-        metavar="F.csv",
-        help="Of a folder: columns file,labels; several are separated by ; or |.",
-    ),
-]
-Encoders = Annotated[
-    Preset | None,
-    typer.Option("--preset", help="The encoders; small, where --config names none."),
-]
-Valid = Annotated[float, typer.Option("--valid", help="Share that chooses thresholds.")]
-Test = Annotated[float, typer.Option("--test", help="Share that is only measured on.")]
-Seed = Annotated[int, typer.Option("--seed", min=0, help="Of the split.")]
-MinPosts = Annotated[
-    int, typer.Option("--min-posts", min=1, help="Leave out tags with fewer posts.")
-]
-SkipBad = Annotated[
-    bool, typer.Option("--skip-bad", help="Leave out posts with mistakes, and list them.")
-]
-Restart = Annotated[bool, typer.Option("--restart", help="Begin anew in a folder that was begun.")]
-Sets = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        metavar="a.b=c",
-        help="A setting of the extractors (features.image.image_size=160) or of the training "
-        "(trainer.epochs=5); repeatable.",
-    ),
-]
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The command line, and the arguments of `insighttag.train`."""
+
+    posts: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="POSTS",
+            help="A folder of pictures, videos and sounds; or posts as .csv, .jsonl or .json.",
+        ),
+    ] = None
+    named_posts: Annotated[
+        Path | None, typer.Option("--posts", metavar="POSTS", help="The same, as an option.")
+    ] = None
+    out: Annotated[
+        Path, typer.Option("--out", metavar="FOLDER", help="Takes bundle, report and the rest.")
+    ]
+    labels: Annotated[
+        Path | None,
+        typer.Option(
+            "--labels",
+            metavar="F.csv",
+            help="Of a folder: columns file,labels; several are separated by ; or |.",
+        ),
+    ] = None
+    preset: Annotated[
+        Preset | None,
+        typer.Option("--preset", help="The encoders; small, where --config names none."),
+    ] = None
+    valid: Annotated[float, typer.Option("--valid", help="Share that chooses thresholds.")] = 0.1
+    test: Annotated[float, typer.Option("--test", help="Share that is only measured on.")] = 0.1
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the split.")] = 0
+    min_posts: Annotated[
+        int, typer.Option("--min-posts", min=1, help="Leave out tags with fewer posts.")
+    ] = 1
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave out posts with mistakes, and list them.")
+    ] = False
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Begin anew in a folder that was begun.")
+    ] = False
+    as_json: JsonReport = False
+    config: Config = None
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="a.b=c",
+            help="A setting of the extractors (features.image.image_size=160) or of the training "
+            "(trainer.epochs=5); repeatable.",
+        ),
+    ] = None
+
+    @property
+    def source(self) -> Path:
+        """Return the posts, which must be named once."""
+        source = self.posts or self.named_posts
+        if source is None or (self.posts and self.named_posts):
+            raise ConfigError("name the posts once: insighttag train POSTS --out FOLDER")
+        return source
 
 
-def train(
-    posts: Posts = None,
-    *,
-    named_posts: NamedPosts = None,
-    out: Out,
-    labels: Labels = None,
-    preset: Encoders = None,
-    valid: Valid = 0.1,
-    test: Test = 0.1,
-    seed: Seed = 0,
-    min_posts: MinPosts = 1,
-    skip_bad: SkipBad = False,
-    restart: Restart = False,
-    as_json: JsonReport = False,
-    config: Config = None,
-    overrides: Sets = None,
-) -> None:
-    """Train on your own posts: read, split, extract, train, report, in one folder.
+def _run(options: Options) -> None:
+    config = options.config or (DEFAULT_CONFIG if DEFAULT_CONFIG.exists() else None)
+    preset = options.preset or ("small" if options.config is None else None)
+    options = replace(options, config=config, preset=preset)
+    values = parse_overrides(options.overrides or ())
+    with json_report(options.as_json) as report:
+        folder, tested = train_own(options, values, "--set", _quiet_logs)
+        say(
+            f"bundle   {folder.bundle}\nreport   {folder.report}\n"
+            f"serve    insighttag serve --config {folder.settings}\n"
+            f"next     insighttag tag MORE_POSTS --out tags.jsonl --bundle {folder.bundle}\n"
+        )
+        report |= {
+            "bundle": folder.bundle,
+            "report": folder.report,
+            "settings": folder.settings,
+            "metrics": json.loads(folder.metrics.read_text(encoding="utf-8")),
+            "test": tested and tested.metrics,
+        }
 
-    Interrupted, the same command goes on.
-    """
-    source = posts or named_posts
-    if source is None or (posts and named_posts):
-        raise ConfigError("train: name the posts once: insighttag train POSTS --out FOLDER")
-    values = parse_overrides(overrides or ())
-    preset = preset or ("small" if config is None else None)
-    config = config or (DEFAULT_CONFIG if DEFAULT_CONFIG.exists() else None)
-    settings, training = settings_of_own(config, preset, values, "--set")
+
+def _quiet_logs(settings: Settings) -> None:
     # Lines of the default level would tear the progress bars.
     level = "warning" if settings.log.level == "info" else settings.log.level
     configure_logs(settings.log.format, level)
-    try:
-        with json_report(as_json) as report:
-            folder, tested = train_and_measure(
-                restart=restart,
-                source=source,
-                labels=labels,
-                out=out,
-                settings=settings,
-                training=training,
-                valid=valid,
-                test=test,
-                seed=seed,
-                min_posts=min_posts,
-                skip_bad=skip_bad,
-            )
-            say(
-                f"bundle   {folder.bundle}\nreport   {folder.report}\n"
-                f"serve    insighttag serve --config {folder.settings}\n"
-                f"next     insighttag tag MORE_POSTS --out tags.jsonl --bundle {folder.bundle}\n"
-            )
-            report |= {
-                "bundle": folder.bundle,
-                "report": folder.report,
-                "settings": folder.settings,
-                "metrics": json.loads(folder.metrics.read_text(encoding="utf-8")),
-                "test": tested and tested.metrics,
-            }
-    except KeyboardInterrupt:
-        complain("train", "interrupted; the same command goes on where it stopped", 1)
-        raise typer.Exit(1) from None
 
 
-def settings_of_own(
+SCRIPT = Script(
+    "train",
+    Options,
+    _run,
+    about="Train on your own posts: read, split, extract, train, report, in one folder.\n\n"
+    "Interrupted, the same command goes on.",
+    interrupted="interrupted; the same command goes on where it stopped",
+)
+
+
+def train_own(
+    options: Options,
+    values: Mapping[str, Any],
+    origin: str,
+    configure: Callable[[Settings], None],
+) -> tuple[TrainingFolder, InferReport | None]:
+    """Train as the options say, and tag the test posts where there are any.
+
+    Args:
+        options: All but their `overrides` and `as_json`.
+        values: Settings over the file's, of the extractors and of the training, nested.
+        origin: Names these in errors.
+        configure: Sets up the logs.
+    """
+    from corpus.from_files.training import OwnTraining, train_own_posts
+
+    source = options.source
+    settings, training = _settings_of(options.config, options.preset, values, origin)
+    configure(settings)
+    plan = OwnTraining(
+        source=source,
+        labels=options.labels,
+        out=options.out,
+        settings=settings,
+        training=training,
+        valid=options.valid,
+        test=options.test,
+        seed=options.seed,
+        min_posts=options.min_posts,
+        skip_bad=options.skip_bad,
+    )
+    folder = train_own_posts(plan, restart=options.restart)
+    side = folder.side("test")
+    return folder, _measure(side, folder) if side is not None else None
+
+
+def _settings_of(
     config: Path | None, preset: Preset | None, values: Mapping[str, Any], source: str
 ) -> tuple[Settings, dict[str, Any]]:
     """Return the settings of the extractors, and the values for the training, out of both's."""
@@ -148,15 +175,6 @@ def settings_of_own(
         of_extractors = merge({"features": {"preset": preset}}, of_extractors)
     settings = settings_with(config, of_extractors, source)
     return settings, {key: value for key, value in values.items() if key in _TRAINING}
-
-
-def train_and_measure(*, restart: bool, **plan: Any) -> tuple[TrainingFolder, InferReport | None]:
-    """Train as `OwnTraining` describes it, and tag the test posts where there are any."""
-    from corpus.from_files.training import OwnTraining, train_own_posts
-
-    folder = train_own_posts(OwnTraining(**plan), restart=restart)
-    side = folder.side("test")
-    return folder, _measure(side, folder) if side is not None else None
 
 
 def _measure(posts: Path, folder: TrainingFolder) -> InferReport:

@@ -72,7 +72,7 @@ def trained(folder: Path) -> dict[Path, int]:
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 1, errors
     last = errors.splitlines()[-1]
-    assert last == "train: interrupted; the same command continues where it stopped"
+    assert last == "insighttag: train: interrupted; the same command continues where it stopped"
     assert not (folder / "mine" / "bundle").exists()
     first = {path: path.stat().st_mtime_ns for path in features.rglob("*.safetensors")}
     assert run(words(folder)) == 0

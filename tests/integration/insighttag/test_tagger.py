@@ -190,6 +190,16 @@ def test_a_missing_folder_for_temporary_files_is_named(
         tagger.tag(text="cat")
 
 
+def test_features_load_the_encoders_that_the_posts_need(site: Path) -> None:
+    """Weights that are missing are told with the first post that needs them."""
+    posts: list[insighttag.PostInput] = [{"text": "cat"}, {"images": [PICTURE]}]
+    values = {"features.image.weights": str(site / "none.safetensors")}
+    features = insighttag.extract(posts, config=site / "settings.yaml", overrides=values)
+    assert list(next(features).arrays) == ["text"]
+    with pytest.raises(ConfigError, match=r"none\.safetensors"):
+        next(features)
+
+
 def test_features_of_posts_in_their_order(site: Path) -> None:
     """A post of nothing has none; relative paths of the file of settings lead from its folder."""
     posts: list[insighttag.PostInput] = [{"text": "cat", "images": [PICTURE]}, {}]
