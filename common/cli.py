@@ -34,7 +34,7 @@ from common.times import plain
 Options = TypeVar("Options")
 
 # Only a name that somebody has given fails with these: `Path.exists` and `is_file` raise them too.
-_WRONG_NAME = (errno.ENAMETOOLONG, errno.ELOOP)
+_WRONG_NAME = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR)
 
 ConfigFile: TypeAlias = Annotated[
     Path | None, typer.Option("--config", metavar="FILE", help="settings, YAML")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import hashlib
 import os
 import secrets
@@ -15,6 +16,8 @@ from typing import IO
 from filelock import BaseFileLock, FileLock
 
 _BLOCK_BYTES = 1 << 20  # read at once for a digest: larger is no faster, smaller costs calls
+
+_CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 # Of Linux' renameat2(2).
 _AT_FDCWD = -100
@@ -87,6 +90,11 @@ def new_file(path: Path, *, sync: bool = True, shared: bool = False) -> Iterator
             publish(part, path)
         else:
             part.replace(path)
+    except OSError as error:
+        # The system's own error of a write names no file, so that of a full disk would not.
+        if error.filename is None and error.errno in _CANNOT_WRITE:
+            error.filename = str(path)
+        raise
     finally:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)

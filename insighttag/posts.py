@@ -67,6 +67,20 @@ def read_post(post: PostInput, where: str, folder: Path) -> Post:
     return post_to_tag(value, Path("post"), where)
 
 
+def path_of(value: str | os.PathLike[str], name: str) -> Path:
+    """Return an argument as a path.
+
+    Raises:
+        ConfigError: It is none.
+    """
+    text = os.fspath(value) if isinstance(value, (str, os.PathLike)) else None
+    if not isinstance(text, str):
+        raise ConfigError(f"{name}: must be a path: got {_kind(value)}")
+    if "\0" in text:
+        raise ConfigError(f"{name}: must be a path, without NUL characters: got {text!r}")
+    return Path(text)
+
+
 def _listed(media: Any, where: str) -> Sequence[Any]:
     if media is None:
         return ()
@@ -77,8 +91,8 @@ def _listed(media: Any, where: str) -> Sequence[Any]:
 
 def _source(media: Any, where: str, file: Path, key: str) -> str:
     if isinstance(media, (str, os.PathLike)):
-        source = os.fspath(media)
-        if isinstance(source, str) and source:
+        if source := os.fspath(media):
+            path_of(source, where)
             return source
         raise ConfigError(f"{where}: must be a path, got {source!r}")
     try:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from common.errors import ConfigError, path_error
 from common.post import Features, Post, TagResult
-from insighttag.posts import FileInput, ImageInput, PostInput, read_post
+from insighttag.posts import FileInput, ImageInput, PostInput, path_of, read_post
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -71,9 +71,9 @@ class Tagger:
         from config.labels import LabelMap
         from config.load import settings_beside
 
-        folder = Path(bundle)
+        folder = path_of(bundle, "bundle")
         _check_bundle(folder)
-        file = Path(config) if config is not None else settings_beside(folder)
+        file = path_of(config, "config") if config is not None else settings_beside(folder)
         settings = _settings(file, overrides, {"fusion.bundle": str(folder.absolute())})
         labels = LabelMap.load(folder / "labels.json")
         runner = _runner(settings, device, fuse=True)
@@ -185,7 +185,9 @@ def extract(
     """
     chosen = preset or ("small" if config is None else None)
     encoders = {"features.preset": chosen} if chosen else {}
-    settings = _settings(Path(config) if config is not None else None, overrides, encoders)
+    settings = _settings(
+        path_of(config, "config") if config is not None else None, overrides, encoders
+    )
     return _features(settings, device, _several(posts))
 
 

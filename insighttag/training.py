@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.errors import ConfigError
+from insighttag.posts import path_of
 from insighttag.tagger import Overrides, quiet_logs
 
 if TYPE_CHECKING:
@@ -62,11 +63,11 @@ def train(
     from scripts.commands.train import Options, train_own
 
     options = Options(
-        posts=Path(posts),
-        labels=Path(labels) if labels is not None else None,
-        out=Path(out),
+        posts=path_of(posts, "posts"),
+        labels=path_of(labels, "labels") if labels is not None else None,
+        out=path_of(out, "out"),
         preset=preset or ("small" if config is None else None),
-        config=Path(config) if config is not None else None,
+        config=path_of(config, "config") if config is not None else None,
         valid=valid,
         test=test,
         seed=seed,

@@ -88,7 +88,8 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         publish(part, path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
         part.unlink(missing_ok=True)
-        raise ConfigError(f"{path}: the checkpoint cannot be written: {error}") from error
+        why = error if isinstance(error, OSError) else "is the disk full?"
+        raise ConfigError(f"{path}: the checkpoint cannot be written: {why}") from error
 
 
 def load_checkpoint(path: Path, wanted_signature: str) -> Checkpoint:

@@ -25,6 +25,7 @@ from fusion.bundle.folder import (
     kept_bundles,
     put_bundle,
     refuse_foreign,
+    replacing,
     shadow_folder,
 )
 from scripts.commands.common import AsJson, Config, Overrides, settings_of
@@ -254,11 +255,15 @@ def _end_trial(target: Path) -> None:
         say(f"there is no bundle on trial in {target}\n")
         return
     hidden = target.resolve().with_name(f".{target.name}.off")
-    shutil.rmtree(hidden, ignore_errors=True)
-    target.resolve().rename(hidden)  # in one step: the daemon sees no half of it
-    shutil.rmtree(hidden)
-    if target.is_symlink():
-        target.unlink()
+    try:
+        with replacing(target):
+            shutil.rmtree(hidden, ignore_errors=True)
+            target.resolve().rename(hidden)  # in one step: the daemon sees no half of it
+            shutil.rmtree(hidden)
+            if target.is_symlink():
+                target.unlink()
+    except BundleError as error:
+        raise ConfigError(f"bundle shadow: {error}") from error
     say(f"{target}: the trial has ended\n")
 
 

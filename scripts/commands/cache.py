@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from common.cli import print_json, say
-from common.errors import ConfigError
+from common.errors import ConfigError, TaggingError
 from common.tables import print_table
 from common.urls import redact
 from config.settings import Settings
@@ -85,6 +85,12 @@ def _store(
     store = open_store(patient)
     try:
         yield store, settings
+    except TaggingError as error:
+        if isinstance(error.__cause__, NotADirectoryError):
+            raise ConfigError(
+                f"cache.url: {redact(settings.cache.url)}: is not a folder"
+            ) from error
+        raise
     finally:
         store.close()
 

@@ -149,5 +149,8 @@ def test_cache_commands(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> N
     assert capsys.readouterr().out == "deleted 1 entries, 1.0 MiB\n"
     assert run(["cache", "stats"]) == 2
     assert "cache.url" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    assert run(["cache", "stats", "--set", f"cache.url={tmp_path / 'file'}"]) == 2
+    assert capsys.readouterr().err.endswith("file: is not a folder\n")
     assert run(["cache", "stats", "--set", "cache.url=nonsense://x"]) == 2
     assert capsys.readouterr().err.count("\n") == 1

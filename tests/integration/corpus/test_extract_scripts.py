@@ -112,7 +112,7 @@ def test_a_second_run_does_nothing_and_says_the_same(
     assert files(root) == before
     report = json.loads(capsys.readouterr().out)
     assert (report["features"], report["done"]) == (str(root), 0)
-    assert report["total"] == len(lines(corpus / "posts.jsonl"))
+    assert report["total"] == len((corpus / "posts.jsonl").read_bytes().splitlines())
     assert report["failures"] == str(root / "failures_image.jsonl")
     assert {p: p.stat().st_mtime_ns for p in root.rglob("*.safetensors")} == stamps
 

@@ -190,6 +190,23 @@ def test_a_missing_folder_for_temporary_files_is_named(
         tagger.tag(text="cat")
 
 
+@pytest.mark.parametrize(
+    ("call", "named"),
+    [
+        (lambda: insighttag.train("posts", "a\0b"), "out"),
+        (lambda: insighttag.train("a\0b", "out"), "posts"),
+        (lambda: insighttag.train("posts", "out", labels="a\0b"), "labels"),
+        (lambda: insighttag.train("posts", "out", config="a\0b"), "config"),
+        (lambda: Tagger.load("a\0b"), "bundle"),
+        (lambda: insighttag.extract([], config="a\0b"), "config"),
+        (lambda: list(insighttag.extract([{"images": ["a\0b"]}])), r"post 1: images\.0"),
+    ],
+)
+def test_a_path_that_is_none_is_named(call: Any, named: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{named}: must be a path, without NUL characters"):
+        call()
+
+
 def test_features_load_the_encoders_that_the_posts_need(site: Path) -> None:
     """Weights that are missing are told with the first post that needs them."""
     posts: list[insighttag.PostInput] = [{"text": "cat"}, {"images": [PICTURE]}]

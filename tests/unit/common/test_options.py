@@ -123,6 +123,8 @@ def test_help_ends_with_0(capsys: pytest.CaptureFixture[str]) -> None:
             "x: file: No space left on device; again\n",
         ),
         (OSError(36, "File name too long", "file"), 2, "x: file: File name too long\n"),
+        (OSError(20, "Not a directory", "file/a"), 2, "x: file/a: Not a directory\n"),
+        (OSError(21, "Is a directory", "folder"), 2, "x: folder: Is a directory\n"),
         (RuntimeError("Symlink loop from 'a'"), 2, "x: Symlink loop from 'a'\n"),
         (KeyboardInterrupt(), 1, "x: interrupted\n"),
     ],

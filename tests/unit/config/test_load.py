@@ -70,6 +70,7 @@ def test_defaults_alone_are_valid(tmp_path: Path) -> None:
         ("broker: {prefetch: many}", "broker.prefetch: Input should be an integer"),
         ("broker: {prefetch: 0}", "broker.prefetch: "),
         ("broker: 7", "broker: "),
+        ('cache: {url: "a\\0b"}', "cache: url: must have no NUL characters"),
         ("broker: {url: 'u:secret@h'}", "broker.url: 'u:***@h' is not a broker URL"),
         ("store: {url: 'redis://h'}", "store.url: 'redis://h' is not a database"),
         ("features: {ocr_mode: both}", "features.ocr_mode: "),

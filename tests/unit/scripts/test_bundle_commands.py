@@ -13,8 +13,15 @@ import pytest
 
 from common.errors import BundleError
 from config.labels import LabelMap
+from fusion.bundle import folder as folder_module
 from fusion.bundle.bundle import load_bundle
-from fusion.bundle.folder import newest_version, put_bundle
+from fusion.bundle.folder import (
+    MOST_KEPT,
+    kept_bundles,
+    newest_version,
+    put_bundle,
+    replacing,
+)
 from fusion.data.dataset import FeatureFiles
 from fusion.infer.inferer import Inferer
 from scripts.cli import run
@@ -187,6 +194,29 @@ def test_a_bundle_is_shown_with_its_tags(shop: Shop, capsys: pytest.CaptureFixtu
     out = capsys.readouterr().out
     assert "served" in out
     assert "tag5" in out
+
+
+def test_copies_of_bundles_are_kept_up_to_a_number(shop: Shop) -> None:
+    """The latest stay, and with them the way back."""
+    for number in range(MOST_KEPT + 3):
+        assert shop.run("use", str(shop.folder / "new")) == 0, number
+    kept = list(kept_bundles(shop.served))
+    assert len(kept) == MOST_KEPT
+    served = newest_version(shop.served)
+    assert shop.run("rollback", str(kept[-1])) == 0
+    assert newest_version(next(kept_bundles(shop.served))) == served
+
+
+def test_a_trial_does_not_end_while_a_command_replaces_it(
+    shop: Shop, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert shop.run("shadow", str(shop.folder / "new")) == 0
+    monkeypatch.setattr(folder_module, "_LOCK_S", 0.0)
+    trial = shop.folder / "insight.shadow"
+    with replacing(trial):
+        assert shop.run("shadow", "--off") == 2
+    assert "another command has been replacing it" in capsys.readouterr().err
+    assert trial.is_dir()
 
 
 def test_a_trial_ends_without_a_trace(shop: Shop, capsys: pytest.CaptureFixture[str]) -> None:
