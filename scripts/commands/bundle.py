@@ -28,7 +28,7 @@ from fusion.bundle.folder import (
     replacing,
     shadow_folder,
 )
-from scripts.commands.common import AsJson, Config, Overrides, settings_of
+from scripts.commands.common import AsJson, Config, Overrides, say_row, settings_of
 from scripts.commands.compare import compare
 from scripts.commands.thresholds import thresholds
 from scripts.commands.zeroshot import add_tags
@@ -112,12 +112,12 @@ def show(
         print_json(content)
         return
     models = f", mean of {content['models']}" if content["models"] > 1 else ""
-    say(f"bundle    {content['name']} {content['version']}{f', {state}' if state else ''}\n")
-    say(f"folder    {folder}, {content['bytes'] / 1e6:.1f} MB, all files whole\n")
-    say(f"made      {content['made_at']:%Y-%m-%d %H:%M} UTC\n")
-    say(f"model     {content['model']}{models}, calibration {content['calibration'] or 'none'}\n")
-    say(f"features  ocr_mode {content['ocr_mode']}, ")
-    say(f"image_as_frames {str(content['image_as_frames']).lower()}\n")
+    frames = str(content["image_as_frames"]).lower()
+    say_row("bundle", f"{content['name']} {content['version']}{f', {state}' if state else ''}")
+    say_row("folder", f"{folder}, {content['bytes'] / 1e6:.1f} MB, all files whole")
+    say_row("made", f"{content['made_at']:%Y-%m-%d %H:%M} UTC")
+    say_row("model", f"{content['model']}{models}, calibration {content['calibration'] or 'none'}")
+    say_row("features", f"ocr_mode {content['ocr_mode']}, image_as_frames {frames}")
     rows = [
         (stream, entry["dim"], _encoder(entry["of"]), entry["fingerprint"][:12])
         for stream, entry in content["features"].items()

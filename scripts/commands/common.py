@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from common.cli import say
 from common.logs import configure_logs
 from common.progress import told_if_long
 from common.urls import redact
@@ -87,6 +88,11 @@ def listed(post_ids: Sequence[str]) -> str:
     """Return the first IDs, and the number of the others."""
     more = f" and {len(post_ids) - _NAMED} more" if len(post_ids) > _NAMED else ""
     return ", ".join(f"{post_id!r:.80}" for post_id in post_ids[:_NAMED]) + more
+
+
+def say_row(name: str, text: str) -> None:
+    """Print one line of a list of names and values."""
+    say(f"{name:<10}{text}\n")
 
 
 def ago(then_s: float | None, now_s: float) -> str:

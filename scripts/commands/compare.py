@@ -16,7 +16,7 @@ from common.errors import BundleError, ConfigError
 from common.tables import print_table
 from config.settings import Settings
 from fusion.bundle.folder import newest_version, shadow_folder
-from scripts.commands.common import AsJson, Config, Overrides, online_settings, settings_of
+from scripts.commands.common import AsJson, Config, Overrides, online_settings, say_row, settings_of
 
 if TYPE_CHECKING:
     from fusion.metrics.agreement import Agreement, Scored
@@ -243,25 +243,26 @@ def _named(result: Mapping[str, Any], state: str) -> str:
 
 def _print(content: Mapping[str, Any]) -> None:
     posts, given, scores = content["posts"], content["tags_given"], content["scores"]
-    say(f"first     {content['first']}\nsecond    {content['second']}\n")
-    say(f"posts     {posts}, {content['same_tags']} with the same tags ")
-    say(f"({content['same_tags'] / posts:.1%})\n")
-    say(f"tags      {given['first']} and {given['second']}: {given['both']} of both, ")
-    say(f"{given['only_first']} only of the first, {given['only_second']} only of the second\n")
+    same, shared = content["same_tags"], f"{given['both']} of both"
+    alone = f"{given['only_first']} only of the first, {given['only_second']} only of the second"
+    say_row("first", content["first"])
+    say_row("second", content["second"])
+    say_row("posts", f"{posts}, {same} with the same tags ({same / posts:.1%})")
+    say_row("tags", f"{given['first']} and {given['second']}: {shared}, {alone}")
     if scores["compared"]:
         correlation = scores["correlation"]
         shown = f"{correlation:.4f}" if correlation is not None else "none: they are all the same"
-        say(f"scores    mean absolute difference {scores['mean_abs_difference']:.4f}, ")
-        say(f"correlation {shown}, of {scores['compared']}\n")
+        mean = f"mean absolute difference {scores['mean_abs_difference']:.4f}"
+        say_row("scores", f"{mean}, correlation {shown}, of {scores['compared']}")
     if content["gap"] is not None:
         first, second = content["gap"]
-        say(f"GAP@20    {first:.4f} and {second:.4f} ({second - first:+.4f}), by ")
-        say(f"{content['gap_of']} of {content['labelled']} labelled posts\n")
+        of = f"{content['gap_of']} of {content['labelled']} labelled posts"
+        say_row("GAP@20", f"{first:.4f} and {second:.4f} ({second - first:+.4f}), by {of}")
     if content.get("learned_from"):
-        say(f"          without {content['learned_from']} labelled posts that one of them, or an ")
-        say("encoder, was trained on\n")
+        learned = f"{content['learned_from']} labelled posts that one of them, or an encoder"
+        say_row("", f"without {learned}, was trained on")
     if content.get("of_other_versions"):
-        say(f"          without {content['of_other_versions']} posts of other versions\n")
+        say_row("", f"without {content['of_other_versions']} posts of other versions")
     changed = [tag for tag in content["tags"] if tag["only_first"] or tag["only_second"]]
     if not changed:
         return

@@ -13,7 +13,16 @@ from config.labels import LabelMap
 from config.settings import FusionSettings
 from config.tag_rules import TagRules
 from fusion.bundle.folder import thresholds_of
-from scripts.commands.common import AsJson, Config, Overrides, PostId, ago, moment, online_settings
+from scripts.commands.common import (
+    AsJson,
+    Config,
+    Overrides,
+    PostId,
+    ago,
+    moment,
+    online_settings,
+    say_row,
+)
 
 _OF_THE_STATUS = {"status", "model", "version", "tagged_at", "attempts", "partial", "error"}
 _OF_THE_TABLES = {
@@ -87,31 +96,31 @@ def thresholds_by_name(settings: FusionSettings, result: Mapping[str, Any]) -> d
 
 def _print(content: dict[str, Any], *, found: bool) -> None:
     result, job = content["result"], content["job"]
-    say(f"post      {content['post_id']}{'' if found else '  (not in the database)'}\n")
+    say_row("post", f"{content['post_id']}{'' if found else '  (not in the database)'}")
     if text := " ".join(content["text"].split()):
-        say(f"text      {text[:_MOST_TEXT]}{' ...' if len(text) > _MOST_TEXT else ''}\n")
+        say_row("text", f"{text[:_MOST_TEXT]}{' ...' if len(text) > _MOST_TEXT else ''}")
     if content["labels"]:
-        say(f"labels    {', '.join(content['labels'])}\n")
+        say_row("labels", ", ".join(content["labels"]))
     if result is None:
-        say("status    no result yet\n")
+        say_row("status", "no result yet")
     else:
         tagged_at = result.get("tagged_at")
         when = ago(tagged_at.timestamp(), time.time()) if hasattr(tagged_at, "timestamp") else "?"
         model = f"{result.get('model')} {result.get('version')}"
         attempts = result.get("attempts")
         partial = ", partial" if result.get("partial") else ""
-        say(f"status    {result.get('status')} by {model}, {when}, attempt {attempts}{partial}\n")
+        say_row("status", f"{result.get('status')} by {model}, {when}, attempt {attempts}{partial}")
         if result.get("error"):
-            say(f"error     {_error(result['error'])}\n")
+            say_row("error", _error(result["error"]))
         for name, value in result.items():
             # Keys that came later, and values that the platform has put there.
             if name not in _OF_THE_STATUS and not isinstance(value, _OF_THE_TABLES.get(name, ())):
                 say(f"{name:<9} {value}\n")
     if job is not None:
         due = f", due {job['due_at']}" if job["due_at"] and job["state"] != "dead" else ""
-        say(f"job       {job['state']}, {job['attempts']} attempts{due}\n")
+        say_row("job", f"{job['state']}, {job['attempts']} attempts{due}")
         if job["last_error"]:
-            say(f"last      {_error(job['last_error'])}\n")
+            say_row("last", _error(job["last_error"]))
     tables = {
         name: result[name] if result and isinstance(result.get(name), kind) else kind()
         for name, kind in _OF_THE_TABLES.items()

@@ -20,7 +20,7 @@ from common.urls import redact
 from config.settings import BrokerSettings, Settings, StoreSettings
 from deploy import embedded
 from king.status import read_health
-from scripts.commands.common import DOWN, AsJson, Config, Overrides, ago, settings_of
+from scripts.commands.common import DOWN, AsJson, Config, Overrides, ago, say_row, settings_of
 from scripts.commands.services import view_json
 
 _TIMEOUT_S = 3.0
@@ -126,7 +126,7 @@ def _print(content: dict[str, Any]) -> None:
         say(f"{store['error']}\n")
     _print_king(content["king"])
     for service in content["services"] or ():
-        say(f"service   {service['name']}: {service['state']} {service['url'] or ''}\n")
+        say_row("service", f"{service['name']}: {service['state']} {service['url'] or ''}")
 
 
 def _cell(value: Any) -> Any:
@@ -135,15 +135,15 @@ def _cell(value: Any) -> Any:
 
 def _print_king(king: dict[str, Any] | None) -> None:
     if king is None:
-        say("king      not running (no health file)\n")
+        say_row("king", "not running (no health file)")
         return
     seen = ago(king["updated_at"], time.time())
     if not king["alive"]:
-        say(f"king      not running (pid {king['pid']} was last seen {seen})\n")
+        say_row("king", f"not running (pid {king['pid']} was last seen {seen})")
         return
     bundle = king.get("bundle") or {}
     serving = f", bundle {bundle['name']} {bundle['version']}" if bundle else ""
-    say(f"king      {king.get('phase')} (pid {king['pid']}){serving}\n")
+    say_row("king", f"{king.get('phase')} (pid {king['pid']}){serving}")
     if trial := king.get("shadow"):
         say(f"          on trial: bundle {trial['name']} {trial['version']}\n")
     for key, what in (("bundle_refused", "served"), ("shadow_refused", "tried")):

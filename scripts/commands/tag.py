@@ -19,7 +19,7 @@ from common.times import plain
 from config.load import settings_beside
 from config.tag_rules import TagRules
 from fusion.data.data_file import parse_post, read_whole_posts
-from scripts.commands.common import AsJson, Config, Overrides, settings_of
+from scripts.commands.common import AsJson, Config, Overrides, say_row, settings_of
 
 if TYPE_CHECKING:
     from workers.runner import PostRunner
@@ -183,12 +183,12 @@ def _earlier(
 
 
 def _print(result: dict[str, Any]) -> None:
-    say(f"post      {result['post_id']}\n")
+    say_row("post", f"{result['post_id']}")
     if result["error"]:
-        say(f"failed    {result['error']['type']}: {result['error']['message']}\n")
+        say_row("failed", f"{result['error']['type']}: {result['error']['message']}")
         return
     used = ", ".join(f"{name} {state}" for name, state in result["modalities"].items())
-    say(f"used      {used}{'; partial' if result.get('partial') else ''}\n")
+    say_row("used", f"{used}{'; partial' if result.get('partial') else ''}")
     for name, failure in result["failures"].items():
         say(f"          {name}: {failure['type']}: {failure['message']}\n")
     rows = [(tag["name"], f"{tag['score']:.3f}", tag["id"]) for tag in result["tags"]]
