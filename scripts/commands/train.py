@@ -54,10 +54,14 @@ class Options:
     ] = None
     preset: Annotated[
         Preset | None,
-        typer.Option("--preset", help="The encoders; small, where --config names none."),
+        typer.Option("--preset", help="The encoders; small unless --config names some."),
     ] = None
-    valid: Annotated[float, typer.Option("--valid", help="Share that chooses thresholds.")] = 0.1
-    test: Annotated[float, typer.Option("--test", help="Share that is only measured on.")] = 0.1
+    valid: Annotated[
+        float, typer.Option("--valid", help="Share of the posts that chooses thresholds.")
+    ] = 0.1
+    test: Annotated[
+        float, typer.Option("--test", help="Share of the posts that is only measured on.")
+    ] = 0.1
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of the split.")] = 0
     min_posts: Annotated[
         int, typer.Option("--min-posts", min=1, help="Leave out tags with fewer posts.")
@@ -66,7 +70,7 @@ class Options:
         bool, typer.Option("--skip-bad", help="Leave out posts with mistakes, and list them.")
     ] = False
     restart: Annotated[
-        bool, typer.Option("--restart", help="Begin anew in a folder that was begun.")
+        bool, typer.Option("--restart", help="Start over in the folder of an earlier run.")
     ] = False
     as_json: JsonReport = False
     config: Config = None
@@ -122,7 +126,7 @@ SCRIPT = Script(
     _run,
     about="Train on your own posts: read, split, extract, train, report, in one folder.\n\n"
     "Interrupted, the same command goes on.",
-    interrupted="interrupted; the same command goes on where it stopped",
+    interrupted="interrupted; the same command continues where it stopped",
 )
 
 
@@ -182,7 +186,7 @@ def _measure(posts: Path, folder: TrainingFolder) -> InferReport:
     from fusion.infer.options import InferOptions
     from scripts.inference.run import run
 
-    say("test posts, which nothing was trained or chosen on:\n")
+    say("test posts, which were not used to train or to choose anything:\n")
     out = str(folder.root / "test_tags.jsonl")
     settings = InferSettings(
         bundle=folder.bundle, features=folder.features, output=out, progress=False
