@@ -22,7 +22,7 @@ import structlog
 
 from common.errors import ConfigError, FeatureError, one_line
 from common.files import file_digest
-from common.precision import Arithmetic, cpu_has_bf16
+from common.precision import Arithmetic, cpu_has_bf16, set_threads
 from config.features import ExtractorName, OcrSettings
 from extractors.media.pictures import shrink
 from extractors.models.base import (
@@ -148,7 +148,10 @@ class OcrExtractor(Extractor):
                 f"{one_line(error, 300)}"
             ) from error
         self._errors = _errors_of(engine)
-        self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="ocr")
+        # Torch counts threads for each thread that calls it: two would spin, ten times the CPU.
+        self._pool = ThreadPoolExecutor(
+            self._threads, "ocr", set_threads, (1 if networks else None,)
+        )
         # Engines give the same text from the same weights, as devices and precisions do.
         weights = [tensors_digest(network.state_dict()) for network in networks.values()]
         return {
