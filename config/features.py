@@ -62,7 +62,7 @@ class VideoSettings(VisualSettings):
     """Segments of a video, and so its most frames (TSN); 300 of 224 pixels make slots of 45 MB."""
     min_frames: PositiveInt = 8
     """With ``decode: auto``, segments of one video that give a frame whatever it costs."""
-    decode: Literal["auto", "accurate", "keyframes"] = "accurate"
+    decode: Literal["auto", "accurate", "keyframes"] = "auto"
     """``auto``: all key frames, as many as ``frames`` at most, of each of ``min_frames`` segments
     without one the cheapest frame, and of the others frames that are decoded anyway. ``accurate``:
     the centre frame of each of ``frames`` segments. ``keyframes``: the key frames nearest to
