@@ -56,7 +56,6 @@ PRESETS: dict[Preset, dict[str, Any]] = {
         "video": _video(
             _visual("resnet50", "workshop/video_tsn_lstm/weights/tsn.safetensors"),
             frames=300,
-            decode="accurate",  # the LSTM was trained on frames at equal distances
             short_clips="repeat",
             lstm={"weights": "workshop/video_tsn_lstm/weights/video_lstm.safetensors"},
         ),

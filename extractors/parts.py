@@ -240,9 +240,9 @@ class FrameChoice:
 
     @classmethod
     def of(cls, settings: VideoSettings) -> FrameChoice:
-        """Return that of some settings; an encoder of clips needs frames at equal distances."""
+        """Return that of some settings; clips and an LSTM need frames at equal distances."""
         match settings.decode:
-            case "auto" if not visual_encoder(settings).clips:
+            case "auto" if not (visual_encoder(settings).clips or settings.lstm.weights):
                 return cls(settings.frames, "auto", min(settings.min_frames, settings.frames))
             case "auto":
                 return cls(settings.frames)

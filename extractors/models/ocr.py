@@ -22,7 +22,7 @@ import structlog
 
 from common.errors import ConfigError, FeatureError, one_line
 from common.files import file_digest
-from common.precision import Arithmetic, cpu_has_bf16, set_threads
+from common.precision import Arithmetic, cpu_has_bf16
 from config.features import ExtractorName, OcrSettings
 from extractors.media.pictures import shrink
 from extractors.models.base import (
@@ -148,10 +148,7 @@ class OcrExtractor(Extractor):
                 f"{one_line(error, 300)}"
             ) from error
         self._errors = _errors_of(engine)
-        # Torch counts threads for each thread that calls it: two would spin, ten times the CPU.
-        self._pool = ThreadPoolExecutor(
-            self._threads, "ocr", set_threads, (1 if networks else None,)
-        )
+        self._pool = ThreadPoolExecutor(self._threads, "ocr", _one_thread if networks else None)
         # Engines give the same text from the same weights, as devices and precisions do.
         weights = [tensors_digest(network.state_dict()) for network in networks.values()]
         return {
@@ -256,6 +253,13 @@ class _Bucketed:
         if not self._finds_lines:
             return self._session(np.pad(batch, sides))
         return self._session(np.pad(batch, sides, mode="edge"))[..., :height, :width]
+
+
+def _one_thread() -> None:
+    """Have torch use one thread for this one; two would spin, for ten times the CPU."""
+    import torch
+
+    torch.set_num_threads(1)  # it counts for the thread that calls it
 
 
 class _CoarseFirst:

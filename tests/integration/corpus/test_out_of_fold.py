@@ -127,4 +127,5 @@ def test_folds_of_other_settings_are_not_mixed(
     monkeypatch.setattr(training, "train_backbones", stop)
     assert command(posts) != 0
     assert command(posts, "--seed", "1") == 2
-    assert "are of other posts, folds or settings: name another --work" in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert "belong to other posts, folds or settings: name another --work" in printed

@@ -42,7 +42,7 @@ class Rig(Checkout):
             "fetch": {"spool": "workshop/spool"},
             "decode": {"processes": 1},
             "fusion": {"bundle": str(self.bundle)},
-            "workers": {"slots": 2},
+            "workers": {"slots": 2, "extractors": [{"threads": 1}]},
             "log": {"format": "json"},
         }
         super().__init__(folder, KING, json.dumps(settings))

@@ -131,7 +131,7 @@ def test_ours_pass_unchanged_and_bugs_too() -> None:
     [
         ("amqp://a:secretpw1@h1;amqp://b:secretpw2@h2", "one broker"),
         ("embedded://", "resolved"),
-        ("http://u:secretpw1@h", r"no broker; use amqp://.* redis://.* embedded://"),
+        ("http://u:secretpw1@h", r"not a broker URL; use amqp://.* redis://.* embedded://"),
         ("redis://:secretpw1@", "no host"),
         ("redis://127.0.0.1:6379/notanumber", "no host, port or database"),
         ("amqp://guest:secretpw1@127.0.0.1:99999//", "no host, port or database"),

@@ -334,7 +334,7 @@ def test_a_trial_ends_when_the_fusion_worker_dies(daemon: Daemon) -> None:
     [worker] = [each for each in daemon.health["workers"] if each["role"] == "fuse"]
     os.kill(worker["pid"], signal.SIGKILL)
     daemon.until(lambda: daemon.health.get("shadow_refused"), "the end of the trial")
-    assert "start the daemon again" in daemon.health["shadow_refused"]
+    assert "restart the daemon" in daemon.health["shadow_refused"]
     [post] = daemon.tagged(daemon.publish(1))
     assert daemon.says(post["insight"], post["text"]) == [post["insight"]["model"]]
     assert "insight_shadow" not in post

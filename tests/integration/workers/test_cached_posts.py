@@ -108,7 +108,7 @@ def world(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
     made = World(files, tmp_path)
     run, decode, load = ExtractorSuite.run, batched.run_decode, ExtractorSuite.load
 
-    def loaded_once(suite: ExtractorSuite) -> None:
+    def loaded_once(suite: ExtractorSuite, *_names: str) -> None:
         """Models are loaded once for all tests."""
         key = suite.features.model_dump_json(exclude={"ocr_mode"})
         if key not in _LOADED:
