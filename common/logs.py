@@ -76,6 +76,7 @@ class _StandardError:
     def msg(self, message: str) -> None:
         # Asked at each event: who redirects standard error gets what is logged from then on.
         with contextlib.suppress(OSError, ValueError):  # ValueError: it is closed
-            structlog.PrintLogger(sys.stderr).msg(message)
+            # In one write, with PYTHONUNBUFFERED too: other processes write to the same file.
+            structlog.WriteLogger(sys.stderr).msg(message)
 
     debug = info = warning = error = critical = exception = msg

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -137,3 +139,22 @@ def test_logs_go_to_standard_error(format: str, capsys: pytest.CaptureFixture[st
         assert event["post_id"] == "帖子"
         assert event["level"] == "warning"
         assert event["timestamp"].endswith("Z")
+
+
+def test_a_line_is_one_write_where_nothing_is_buffered(tmp_path: Path) -> None:
+    """As with PYTHONUNBUFFERED in containers: lines of two processes would be mixed."""
+    program = """if True:
+        import io, sys, structlog
+        from common.logs import configure_logs
+
+        class Raw(io.FileIO):
+            def write(self, data):
+                super().write(bytes(data) + b"|")
+                return len(data)
+
+        sys.stderr = io.TextIOWrapper(Raw(sys.argv[1], "w"), write_through=True)
+        configure_logs("json")
+        structlog.get_logger().info("king.ready")
+    """
+    subprocess.run([sys.executable, "-c", program, str(tmp_path / "log")], check=True)
+    assert (tmp_path / "log").read_text().count("|") == 1
