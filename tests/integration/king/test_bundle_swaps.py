@@ -43,8 +43,8 @@ from tests.support.workers.small_bundle import write_bundle
 
 pytestmark = [pytest.mark.redis, pytest.mark.slow]
 
-SWAPS = 8
-POSTS = 400
+SWAPS = 20
+POSTS = 1_000
 TEXTS = ("a cat", "a dog in the sea", "三只猫", "the old town", "bells")
 NAMES = [f"b{i}" for i in range(SWAPS + 1)]
 
