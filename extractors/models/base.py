@@ -17,7 +17,7 @@ import sys
 import threading
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from itertools import pairwise
 from pathlib import Path
@@ -139,6 +139,7 @@ class Encoder(ABC):
         self._arithmetic: Arithmetic = "fp32"
         self._network: Any = None
         self._graph: Graph | None = None
+        self._uploads: Any = None
 
     def load(self) -> None:
         """Load the weights onto the device, once; ConfigError when one of them cannot be had."""
@@ -164,7 +165,7 @@ class Encoder(ABC):
 
     def close(self) -> None:
         """Free the network, and give its memory back to the device."""
-        self._network = self._graph = None
+        self._network = self._graph = self._uploads = None
         if self.device != "cpu":
             import gc
 
@@ -181,17 +182,42 @@ class Encoder(ABC):
 
     def run(self, *inputs: Rows) -> FeatureArray:
         """Return float16 ``(n, dim)``, finite or not, for ``(n, ...)`` as the encoder takes it."""
+        return self.begin(*inputs)()
+
+    def begin(self, *inputs: Rows) -> Callable[[], FeatureArray]:
+        """Begin a pass, and return the function that waits for its result (see `run`).
+
+        On a GPU all of it is only queued: its inputs can load while an earlier pass computes.
+        """
         if self._graph is not None:
             found = self._graph(*inputs)
-            return found.clip(-_LARGEST_FLOAT16, _LARGEST_FLOAT16).astype(np.float16)
+            rows = found.clip(-_LARGEST_FLOAT16, _LARGEST_FLOAT16).astype(np.float16)
+            return lambda: rows
         import torch
 
-        tensors = [torch.from_numpy(array).to(self.device) for array in inputs]
+        tensors = [torch.from_numpy(array) for array in inputs]
+        if self.device != "cpu":
+            tensors = self._uploaded(tensors)
         with torch.inference_mode():
             with autocast(self.device, self._arithmetic):
                 output = self._call(*tensors)
-            features: FeatureArray = to_float16(self.postprocess(output.float())).numpy()
-        return features
+            features = to_float16(self.postprocess(output.float()))
+            return _download(features)
+
+    def _uploaded(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Return copies on the GPU, made on a stream of their own out of pinned memory."""
+        import torch
+
+        cuda: Any = torch.cuda
+        if self._uploads is None:
+            self._uploads = cuda.Stream(self.device)
+        computing = cuda.current_stream(self.device)
+        with cuda.stream(self._uploads):
+            copies = [each.pin_memory().to(self.device, non_blocking=True) for each in tensors]
+        computing.wait_stream(self._uploads)
+        for copy in copies:
+            copy.record_stream(computing)  # else its memory could be used again too early
+        return copies
 
     def embed_texts(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
         """Return unit vectors ``(n, dim)`` of texts in the space of the features.
@@ -315,16 +341,21 @@ class RowExtractor(Extractor):
         borders = np.cumsum([0, *(len(item) for item in items)]).tolist()
         out = np.empty((borders[-1], self.dim), np.float16)
         start, batch_size = 0, self.batch_size
-        while start < len(out):
-            stop = min(start + batch_size, len(out))
-            pieces = [
-                item[max(start - first, 0) : stop - first]
-                for item, first in zip(items, borders, strict=False)
-                if first < stop and first + len(item) > start
-            ]
-            try:
+
+        def begun() -> Iterator[Callable[[], FeatureArray]]:
+            for first in range(start, len(out), batch_size):
+                pieces = [
+                    item[max(first - border, 0) : max(first + batch_size - border, 0)]
+                    for item, border in zip(items, borders, strict=False)
+                ]
                 # concatenate copies: shared memory is read-only and torch wants writable arrays
-                out[start:stop] = self._encoder.run(np.concatenate(pieces))
+                yield self._encoder.begin(np.concatenate(pieces))
+
+        while start < len(out):
+            try:
+                for rows in one_ahead(begun()):
+                    out[start : start + len(rows)] = rows
+                    start += len(rows)
             except RuntimeError as error:
                 import torch
 
@@ -333,8 +364,6 @@ class RowExtractor(Extractor):
                 torch.cuda.empty_cache()
                 batch_size = max(1, batch_size // 2)
                 _log.warning("extractors.batch_halved", batch_size=batch_size)
-                continue
-            start = stop
         check_finite(self.name, out)
         return [out[a:b] for a, b in pairwise(borders)]
 
@@ -416,11 +445,43 @@ def autocast(device: str, arithmetic: Arithmetic) -> AbstractContextManager[Any]
 
 
 def to_float16(tensor: torch.Tensor) -> torch.Tensor:
-    """Return float16 on the CPU; values beyond its range are clamped, NaN stays NaN."""
+    """Return float16; values beyond its range are clamped, NaN stays NaN."""
     import torch
 
-    clamped = tensor.float().clamp(-_LARGEST_FLOAT16, _LARGEST_FLOAT16)
-    return clamped.to(torch.float16).cpu()
+    return tensor.float().clamp(-_LARGEST_FLOAT16, _LARGEST_FLOAT16).to(torch.float16)
+
+
+def _download(features: torch.Tensor) -> Callable[[], FeatureArray]:
+    """Begin to copy features off their device, and return the function that waits for them."""
+    import torch
+
+    if features.device.type == "cpu":
+        return features.numpy
+    copy = torch.empty(features.shape, dtype=features.dtype, pin_memory=True)
+    copy.copy_(features, non_blocking=True)
+    cuda: Any = torch.cuda
+    done = cuda.Event()
+    done.record(cuda.current_stream(features.device))
+
+    def wait() -> FeatureArray:
+        done.synchronize()  # of this pass alone: the next one may be queued behind it
+        return copy.numpy()
+
+    return wait
+
+
+def one_ahead(begun: Iterable[Callable[[], FeatureArray]]) -> Iterator[FeatureArray]:
+    """Yield the results of passes, each when the pass after it has begun.
+
+    Two at once keep a GPU busy; more would only hold memory.
+    """
+    before: Callable[[], FeatureArray] | None = None
+    for result in begun:
+        if before is not None:
+            yield before()
+        before = result
+    if before is not None:
+        yield before()
 
 
 def openvino_is_installed() -> bool:

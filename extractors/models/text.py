@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -14,7 +14,7 @@ import torch
 from common.errors import ConfigError, FeatureError, one_line
 from common.post import FeatureArray
 from config.features import Pooling, TextSettings
-from extractors.models.base import RowExtractor, check_finite, clean, unit_rows
+from extractors.models.base import RowExtractor, check_finite, clean, one_ahead, unit_rows
 from extractors.models.from_transformers import (
     SHAPE_KEYS,
     TransformersEncoder,
@@ -78,14 +78,17 @@ class TextExtractor(RowExtractor):
         """Encode token ids; texts of like length share a batch."""
         results = [np.empty((0, self.dim), np.float16) for _ in items]
         order = sorted((i for i, ids in enumerate(items) if len(ids)), key=lambda i: len(items[i]))
-        for start in range(0, len(order), self.batch_size):
-            batch = order[start : start + self.batch_size]
-            for i, features in zip(batch, self._encode([items[i] for i in batch]), strict=True):
-                check_finite("text", features)
-                results[i] = features
+        size = self.batch_size
+        batches = [order[start : start + size] for start in range(0, len(order), size)]
+        begun = (self._begin([items[i] for i in batch]) for batch in batches)
+        for batch, states in zip(batches, one_ahead(begun), strict=True):
+            for row, i in zip(states, batch, strict=True):  # (width, dim), or pooled (dim,)
+                rows = row[: len(items[i])].copy() if self._pooling == "tokens" else row[None]
+                check_finite("text", rows)
+                results[i] = rows
         return results
 
-    def _encode(self, batch: Sequence[TokenIds]) -> list[FeatureArray]:
+    def _begin(self, batch: Sequence[TokenIds]) -> Callable[[], FeatureArray]:
         longest = max(map(len, batch))
         width = min(-(-longest // _PAD_MULTIPLE) * _PAD_MULTIPLE, self._text.positions)
         ids = np.full((len(batch), width), self._text.pad_id, np.int64)
@@ -93,10 +96,7 @@ class TextExtractor(RowExtractor):
         for row, tokens in enumerate(batch):
             ids[row, : len(tokens)] = tokens
             mask[row, : len(tokens)] = 1
-        states = self._text.run(ids, mask)  # (batch, width, dim), pooled (batch, dim)
-        if self._pooling != "tokens":
-            return [row[None] for row in states]  # (dim,) -> (1, dim)
-        return [states[row, : len(tokens)].copy() for row, tokens in enumerate(batch)]
+        return self._text.begin(ids, mask)
 
     def embed_texts(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
         if self._pooling == "tokens":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -160,11 +161,11 @@ def test_a_batch_is_halved_when_memory_runs_out(monkeypatch: pytest.MonkeyPatch)
     class SmallDevice(TimmBackbone):
         most = 2
 
-        def run(self, *inputs: np.ndarray) -> np.ndarray:
+        def begin(self, *inputs: np.ndarray) -> Callable[[], np.ndarray]:
             sizes.append(len(inputs[0]))
             if len(inputs[0]) > self.most:
                 raise torch.cuda.OutOfMemoryError("out of memory")
-            return super().run(*inputs)
+            return super().begin(*inputs)
 
     settings = ImageSettings(arch=TINY_CNN, weights="random:1", image_size=32, batch_size=8)
     model = SmallDevice("features.image", settings, "cpu", size=(32, 32))
@@ -178,6 +179,33 @@ def test_a_batch_is_halved_when_memory_runs_out(monkeypatch: pytest.MonkeyPatch)
     model.most = 0
     with pytest.raises(torch.cuda.OutOfMemoryError):
         extractor.forward(items)
+
+
+def test_a_batch_begins_before_the_result_of_the_last_one_is_waited_for() -> None:
+    """Else a GPU idles while the next one loads; one more at a time is enough."""
+    events: list[str] = []
+
+    class LateDevice(TimmBackbone):
+        def begin(self, *inputs: np.ndarray) -> Callable[[], np.ndarray]:
+            result, count = super().begin(*inputs), len(inputs[0])
+            events.append(f"begin {count}")
+
+            def wait() -> np.ndarray:
+                events.append(f"wait {count}")
+                return result()
+
+            return wait
+
+    settings = ImageSettings(arch=TINY_CNN, weights="random:1", image_size=32, batch_size=4)
+    model = LateDevice("features.image", settings, "cpu", size=(32, 32))
+    extractor = VisualExtractor("image", settings, backbone=model)
+    extractor.load()
+    events.clear()
+    items = [pictures(5, 32), pictures(6, 32, seed=1)]
+    found = extractor.forward(items)
+    assert events == ["begin 4", "begin 4", "wait 4", "begin 3", "wait 4", "wait 3"]
+    for rows, item in zip(found, items, strict=True):
+        np.testing.assert_allclose(rows, model.run(item), atol=1e-3)
 
 
 def test_values_that_are_not_finite_are_an_error(tmp_path: Path) -> None:
