@@ -1,7 +1,7 @@
 # InsightTag. Every target makes the environment in .venv when it is missing.
 #   make demo | t | test | check | docs | bench | run | env | clean | distclean | lock
 
-# The interpreter that .venv is made from: python3, or the first supported one beside it.
+# The interpreter that .venv is made from: python3, or the first supported one after it.
 ifndef PYTHON
 PYTHON := $(shell for p in python3 python3.12 python3.11 python3.10; do \
 	$$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null \

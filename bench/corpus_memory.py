@@ -136,7 +136,7 @@ def scripts(corpus: Corpus) -> dict[str, list[str]]:
 
 
 def settings(folder: Path) -> Any:
-    """Tiny models, everything on this machine; written to ``settings.yaml``."""
+    """Write ``settings.yaml``: tiny models, everything on this machine."""
     visual = {"arch": "test_resnet", "weights": "random:1", "image_size": 32, "precision": "fp32"}
     content = {
         "store": {"database": "memory", "fields": {"author": "author"}},
@@ -332,8 +332,7 @@ def main() -> int:
         "--extract",
         type=int,
         default=100_000,
-        help="posts to extract at most: those before the "
-        "last so many count as extracted by an earlier run",
+        help="extract only this many posts, the last ones: the others count as extracted already",
     )
     parser.add_argument("--limit_s", type=float, default=3600, help="of one run")
     parser.add_argument("--out", type=Path, default=FOLDER)

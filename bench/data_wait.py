@@ -40,7 +40,7 @@ _KINDS = 64  # posts that differ; the others repeat them under IDs of their own
 
 
 def write_posts(folder: Path, count: int) -> None:
-    """Feature files and the data files that name them; what is there is kept."""
+    """Write feature files and the data files that name them; keep those that exist."""
     if (folder / "done").exists() and int((folder / "done").read_text()) >= count:
         return
     (folder / "labels.json").write_text(json.dumps(LABELS.as_json()))

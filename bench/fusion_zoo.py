@@ -196,7 +196,7 @@ def _settings(layout: Layout, job: Job) -> TrainSettings:
 
 
 def _measure(inferer: Any, layout: Layout, posts: Sequence[Post]) -> tuple[float, float, float]:
-    """GAP@20, mAP, and seconds of a core for all posts in batches of 64."""
+    """Return GAP@20, mAP, and seconds of a core for all posts in batches of 64."""
     import numpy as np
 
     from extractors.feature_file import read_features

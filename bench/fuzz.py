@@ -142,7 +142,7 @@ def drive(site: Site, total: int, timeout_s: float) -> list[tuple[int, int]]:
 
 
 def growth_of(samples: Sequence[tuple[int, int]], total: int) -> float:
-    """By what share the King's memory grew after the first tenth of the work."""
+    """Return the share by which the King's memory grew after the first tenth of the work."""
     warm = [resident for done, resident in samples if done >= _WARM * total]
     if len(warm) < 2:
         return 0.0

@@ -204,7 +204,7 @@ def _read(seconds: float) -> float:
 
 
 def pictures_per_s(settings: OcrSettings, device: str, workers: int, seconds: float) -> float:
-    """Return the pictures/s that so many processes read together."""
+    """Return the pictures/s that a number of processes read together."""
     threads = 1 if device == "cpu" else 4
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that are spawned
     with process_pool(workers, _open_reader, settings, device, threads) as pool:

@@ -18,7 +18,7 @@ FOLDER = Path(__file__).resolve().parent / "results"
 
 
 def machine() -> str:
-    """Processor, cores and memory; nothing that names the host."""
+    """Return processor, cores and memory; nothing that names the host."""
     model = platform.processor() or platform.machine()
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").split("\n"):

@@ -140,7 +140,7 @@ class Site:
         return sum(each.get("tagged", 0) + each.get("dead", 0) for each in counters)
 
     def wait_for(self, ended: int) -> None:
-        """Wait until so many posts have ended since the Kings' start.
+        """Wait until a number of posts have ended since the Kings' start.
 
         Raises:
             TaggingError: A King has died.

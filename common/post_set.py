@@ -27,7 +27,7 @@ class PostSet:
         return cls([post_hash(post_id) for post_id in post_ids])
 
     def __len__(self) -> int:
-        """Number of posts."""
+        """Return the number of posts."""
         return len(self.hashes)
 
     def __contains__(self, post_id: str) -> bool:

@@ -187,8 +187,8 @@ class LinearProbeSettings(Section):
     """A bundle of `insighttag zeroshot`: the penalty then pulls the weights of each tag to its
     texts, and not to zero, its bias to that of the bundle."""
     calibrate: bool = False
-    """Each probe's logits of each tag are scaled and shifted as suits posts of authors whom it has
-    not seen, for which it is solved four times more, without a quarter of the authors each time."""
+    """Scale and shift each probe's logits of each tag to suit posts of authors that it has not
+    seen. For this it is solved four more times, each time without a quarter of the authors."""
 
 
 class KnnSettings(Section):

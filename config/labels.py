@@ -29,7 +29,7 @@ class LabelMap:
         return {name: i for i, name in enumerate(self.names)}
 
     def __len__(self) -> int:
-        """Number of classes."""
+        """Return the number of classes."""
         return len(self.names)
 
     def encode(self, labels: Iterable[str], *, where: str = "labels") -> list[int]:

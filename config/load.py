@@ -115,7 +115,7 @@ def _layer(values: Mapping[str, Any], source: str) -> dict[str, Any]:
     if changes_nothing(values.get("features")):
         raise ConfigError(
             f"{source}: features.preset: changes nothing, since the arch of video, image, audio "
-            "and text beside it name other encoders: delete them, or the preset"
+            "and text next to it name other encoders: delete them, or the preset"
         )
     features = with_preset(values.get("features"))
     return {**values, "features": features} if "features" in values else dict(values)

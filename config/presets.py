@@ -2,8 +2,8 @@
 
 A preset writes its keys out beneath those of its own source (file, environment, ``--set``), and
 above those of the sources before: ``--set features.preset=small`` changes the encoders of any file,
-and any key can be set beside it. One that changes nothing, since its own source names every encoder
-beside it, is refused.
+and any key can be set next to it. One that changes nothing, since its own source names every
+encoder next to it, is refused.
 """
 
 from __future__ import annotations
@@ -118,9 +118,9 @@ def changes_nothing(features: Any) -> bool:
     """Return True for a preset whose own source names another encoder for every modality."""
     chosen = features.get("preset") if isinstance(features, Mapping) else None
     preset = next((values for name, values in PRESETS.items() if name == chosen), {})
-    beside = (
+    overridden = (
         isinstance(own := features.get(name), Mapping)
         and own.get("arch", values["arch"]) != values["arch"]
         for name, values in preset.items()
     )
-    return bool(preset) and all(beside)
+    return bool(preset) and all(overridden)

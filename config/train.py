@@ -128,7 +128,7 @@ class AsymmetricSettings(Section):
 
 
 class TwoWaySettings(Section):
-    """Temperatures: the higher, the more the tags beside the hardest one count."""
+    """Temperatures: the higher, the more the tags other than the hardest one count."""
 
     positive: Rate = 4.0
     negative: Rate = 1.0

@@ -164,7 +164,7 @@ def load(labels: Path, *, complete: bool = False) -> tuple[LabelMap, tuple[Migra
 
 
 def lacks_last(labels: LabelMap, migrations: Sequence[Migration]) -> bool:
-    """True when the map is still as it was before its last recorded change."""
+    """Return True when the map is still as it was before its last recorded change."""
     return bool(migrations) and migrations[-1].before == names_digest(labels)
 
 

@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    """SIGTERM ends us as Ctrl-C does: what we started is stopped."""
+    """End on SIGTERM as on Ctrl-C, so that what we started is stopped."""
     raise KeyboardInterrupt
 
 

@@ -365,7 +365,7 @@ def slot_bytes(settings: Settings) -> int:
 
 
 def fitted_size(width: int, height: int, max_side: int) -> tuple[int, int]:
-    """Width and height, shrunk in proportion so that the longer side is at most `max_side`."""
+    """Shrink width and height in proportion, so that the longer side is at most `max_side`."""
     longer = max(width, height)
     if longer <= max_side:
         return width, height
@@ -373,7 +373,7 @@ def fitted_size(width: int, height: int, max_side: int) -> tuple[int, int]:
 
 
 def reading_size(width: int, height: int, max_side: int) -> tuple[int, int]:
-    """Width and height at which OCR reads a picture: `fitted_size`, larger for tall ones.
+    """Return width and height at which OCR reads: `fitted_size`, larger for tall pictures.
 
     Tall pictures are read in tiles: their width is at most `max_side`, and their area at most
     `LONG_PICTURE` squares of it.

@@ -71,7 +71,7 @@ class Started:
 
     @property
     def post_id(self) -> str:
-        """ID of the post as its message wrote it."""
+        """Return the post's ID as its message wrote it."""
         return self.post.post_id
 
 
@@ -223,7 +223,7 @@ class Job:
 
     @property
     def names_a_post(self) -> bool:
-        """False for a message that could not be read."""
+        """Return False for a message that could not be read."""
         return not (self.last_error and self.last_error.get("stage") == "message")
 
     @classmethod

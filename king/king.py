@@ -8,8 +8,8 @@
     broker --delivery--> store --begun post--> dispatch --outcome--> store --ack--> broker
 
 Every arrow is a deque bounded by ``broker.prefetch``: a message is held until its outcome is
-written, so a queue that is full downstream stops intake and never heartbeats. Of the messages in
-hand only so many begin as files can be in work.
+written, so a queue that is full downstream stops intake and never heartbeats. Only as many
+messages begin as files can be in work.
 """
 
 from __future__ import annotations

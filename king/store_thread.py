@@ -56,7 +56,7 @@ _WAIT_S = 0.25
 # need no work falls apart into batches of a few, which cost the database as much as whole ones; at
 # double, a post that comes alone after others waits for nothing.
 _MORE_S = 0.005
-# A batch is gathered until one in so many of the posts in work has ended, or for this long. A batch
+# A batch is gathered until half of the posts in work have ended, or for this long. A batch
 # of one costs the database and the King nearly as much as one of ten. Where the share is one in
 # four, batches are of four and a post costs the King a sixth more; at double the time, posts wait
 # for nothing under a light load; at half, batches are of a few.
@@ -149,7 +149,7 @@ class InFlight:
 
 
 class Room:
-    """The posts in work, so many with media and so much text at most; for one thread.
+    """The posts in work, limited by number with media and by bytes of text; for one thread.
 
     Messages in hand may be far more than files can be in work, and a post that has begun runs
     towards its deadline, and is charged with an attempt when the King dies.

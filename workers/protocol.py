@@ -502,7 +502,7 @@ class TaskPool(Protocol):
 
     @property
     def fingerprints(self) -> Mapping[Stream, str]:
-        """Stream -> fingerprint of the features that the extractors give, once ready."""
+        """Return stream -> fingerprint of the features that the extractors give, once ready."""
 
     @property
     def workers(self) -> list[WorkerView]: ...

@@ -72,7 +72,7 @@ def _kill(role: str) -> Inject:
 
 
 def _stop(role: str) -> Inject:
-    """SIGSTOP, and never SIGCONT: the deadline of its task must find it."""
+    """Send SIGSTOP, and never SIGCONT: the deadline of its task must find it."""
 
     def inject(site: Site, _rng: random.Random) -> Hurt:
         name, pid = site.worker(role)
@@ -97,7 +97,7 @@ def _kill_king_at_a_write(site: Site, _rng: random.Random) -> Hurt:
 
 
 def _stop_king(site: Site, _rng: random.Random) -> Hurt:
-    """SIGSTOP, and never SIGCONT: the watchdog must find it."""
+    """Send SIGSTOP, and never SIGCONT: the watchdog must find it."""
     pid = site.king_pid
     if pid is not None:
         os.kill(pid, signal.SIGSTOP)
@@ -105,7 +105,7 @@ def _stop_king(site: Site, _rng: random.Random) -> Hurt:
 
 
 def _terminate_king(site: Site, _rng: random.Random) -> Hurt:
-    """SIGTERM under load; then it is started again."""
+    """Send SIGTERM under load; then start it again."""
     status, seconds = site.stop_king()
     left = len(list(site.direct.fetch.spool.glob("king-*")))
     site.start_king()
@@ -174,7 +174,7 @@ def _blackhole(which: str, *, replies_only: bool = False) -> Inject:
 
 
 def _fill_spool(site: Site, _rng: random.Random) -> Hurt:
-    """No download can be written: a limit on the size of files stands for the full disk."""
+    """Let no download be written: a limit on the size of files stands for the full disk."""
     worker = psutil.Process(site.worker("fetch")[1])
     limits = worker.rlimit(psutil.RLIMIT_FSIZE)
     worker.rlimit(psutil.RLIMIT_FSIZE, (0, limits[1]))
@@ -184,7 +184,7 @@ def _fill_spool(site: Site, _rng: random.Random) -> Hurt:
 
 
 def _remove_spool(site: Site, _rng: random.Random) -> Hurt:
-    """A folder is cleaned up and not restored."""
+    """Clean up a folder, as a careless cron job does, and do not restore it."""
     shutil.rmtree(site.direct.fetch.spool)
     return Hurt(time.time())
 
@@ -224,7 +224,7 @@ def _out_of_memory(site: Site) -> AbstractContextManager[None]:
 
 
 def _full(make_full: Callable[[Site], AbstractContextManager[None]]) -> Inject:
-    """The broker is there and takes no messages; what it holds must still be worked off."""
+    """Have the broker take no messages; what it holds must still be worked off."""
 
     def inject(site: Site, _rng: random.Random) -> Hurt:
         refused = False
@@ -242,7 +242,7 @@ def _full(make_full: Callable[[Site], AbstractContextManager[None]]) -> Inject:
 
 
 def _poison(site: Site, _rng: random.Random) -> Hurt:
-    """Messages that no parser can read; each must become a dead letter and hurt no other."""
+    """Send messages that no parser can read; each must become a dead letter, alone."""
     queue = site.direct.broker.queue
     if isinstance(site.broker, RabbitMQServer):
         send(site.broker, queue, ODD_PROPERTIES)
@@ -256,7 +256,7 @@ def _poison(site: Site, _rng: random.Random) -> Hurt:
 
 
 def _step_clock(site: Site, _rng: random.Random) -> Hurt:
-    """The clock of the King, its workers and its watchdog goes ahead, then far back."""
+    """Step the clock of the King, its workers and its watchdog ahead, then far back."""
     end = time.monotonic() + 30
     for seconds in (7200, -10_800):
         site.clock.step(seconds)

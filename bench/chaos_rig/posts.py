@@ -42,7 +42,7 @@ def make_media(folder: Path, posts: int, seed: int) -> None:
 def documents(
     entries: list[dict[str, Any]], number: int, base_url: str, seed: int
 ) -> list[dict[str, Any]]:
-    """Post documents: each takes text and media of one entry; one in a hundred has only junk."""
+    """Return post documents: text and media of one entry each; one in a hundred is only junk."""
     rng = random.Random(seed)
     made = []
     for i in range(number):
@@ -167,7 +167,7 @@ class Feeder(threading.Thread):
 
     @property
     def empty(self) -> bool:
-        """Everything is on the queue."""
+        """Return True when everything is on the queue."""
         with self._lock:
             return not (self._now or self._later or self._publishing)
 

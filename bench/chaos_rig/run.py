@@ -123,7 +123,7 @@ class Run:
         self._watch = Watch()
 
     def run(self) -> Report:
-        """Everything; nothing of it outlives this call."""
+        """Run everything; nothing of it outlives this call."""
         began = time.monotonic()
         features = tiny_features().model_dump(mode="json")
         fusion = {"bundle": str(self._stock.bundle)}

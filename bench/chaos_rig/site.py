@@ -200,13 +200,13 @@ class Site:
         return found[0]
 
     def kill_king(self) -> None:
-        """SIGKILL; supervisord starts the next."""
+        """Send SIGKILL; supervisord starts the next King."""
         pid = self.king_pid
         if pid is not None:
             os.kill(pid, signal.SIGKILL)
 
     def stop_king(self) -> tuple[int, float]:
-        """SIGTERM through supervisord; exit status, and seconds until the end."""
+        """Send SIGTERM through supervisord; return the exit status, and seconds until the end."""
         began = time.monotonic()
         self._supervisor("stopProcess", "king", False)
         wait_until(

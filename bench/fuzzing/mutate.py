@@ -44,7 +44,7 @@ def _flip(data: bytearray, other: bytes, rng: random.Random) -> bytes:
 
 
 def _place(data: bytearray, rng: random.Random) -> int:
-    """Somewhere; headers, at either end of the file, more often than what they describe."""
+    """Pick an offset, in the headers at either end more often than in what they describe."""
     kind = rng.random()
     if kind < 0.4:
         return rng.randrange(min(len(data), _HEAD_BYTES))
@@ -98,7 +98,7 @@ def _splice(data: bytearray, other: bytes, rng: random.Random) -> bytes:
 
 
 def _head_of_other(data: bytearray, other: bytes, rng: random.Random) -> bytes:
-    """Another format's first bytes before this one's content."""
+    """Put another format's first bytes before this one's content."""
     size = rng.choice((4, 12, 64))
     return other[:size] + bytes(data[size:])
 
@@ -116,7 +116,7 @@ def _reorder(data: bytearray, other: bytes, rng: random.Random) -> bytes:
 
 
 def _nothing(data: bytearray, other: bytes, rng: random.Random) -> bytes:
-    """Sound as it is, for its name or its use is wrong."""
+    """Change nothing: the file's name or its use is wrong."""
     return bytes(data)
 
 

@@ -279,7 +279,7 @@ class Site:
         return "starting"
 
     def stop_king(self) -> None:
-        """SIGTERM; an exit that is not clean counts as a death."""
+        """Send SIGTERM; an exit that is not clean counts as a death."""
         if self._king is None:
             return
         self._king.terminate()

@@ -210,7 +210,7 @@ def _page(video: bytes, rng: np.random.Generator) -> bytes:
 
 
 def _garble(video: bytes, rng: np.random.Generator) -> bytes:
-    """Noise in the place of all samples; sizes and index of the file stay right."""
+    """Put noise in the place of all samples; sizes and index of the file stay right."""
     start = video.find(b"mdat") + 4
     length = struct.unpack(">I", video[start - 8 : start - 4])[0] - 8
     return video[:start] + rng.bytes(length) + video[start + length :]

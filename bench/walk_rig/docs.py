@@ -90,7 +90,7 @@ def put_back(page: str, ran: Sequence[Ran], shown: Mapping[str, str]) -> str:
 
 
 def _parts(block: str) -> list[tuple[str, list[str]]]:
-    """Command, and the lines under it."""
+    """Return the command and the lines under it."""
     parts: list[tuple[str, list[str]]] = []
     goes_on = False
     for line in block.rstrip("\n").split("\n"):

@@ -147,7 +147,7 @@ def _analyze(options: Options, state: Path, taxonomy: tuple[str, ...] | None) ->
 
 @contextmanager
 def _media(options: Options, state: Path, bars: Bars) -> Iterator[MediaBase | None]:
-    """The media, measured; None where none are to be opened."""
+    """Return the media, measured; None where none are to be opened."""
     if options.media is None:
         yield None
         return
@@ -171,7 +171,7 @@ def _posts(posts: Path, tick: Callable[[], None]) -> Iterator[Post]:
 
 
 def _counted(posts: Path, tally: Tally, tick: Callable[[], None]) -> Iterator[CorpusPost]:
-    """Posts that are counted, each post_id once."""
+    """Yield the posts that are counted, each post_id once."""
     for entry in read_posts(posts):
         tick()
         if isinstance(entry, BadLine):

@@ -75,7 +75,7 @@ class Group:
 
 
 def _parts(kind: Kind, rows: Iterable[tuple[str, bytes | None]]) -> Iterator[Group]:
-    """Groups of one set: rows of a post_id and a medium, those of one post one after another."""
+    """Yield groups of one set: rows of a post_id and a medium, the rows of a post together."""
     ids: list[str] = []
     media: dict[str, None] = {}
     continued = False

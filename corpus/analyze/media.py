@@ -44,7 +44,7 @@ NOT_DOWNLOADED, NO_FILE = "not downloaded", "no such file"
 
 
 class MediaBase:
-    """The media of one corpus, of which this process has hashed and measured so many.
+    """The media of one corpus, and how many this process has hashed and measured.
 
     `folder` is the output of ``download_mp`` with its manifest, or any folder of media; local
     sources may lie relative to the posts file, too.

@@ -24,13 +24,13 @@ from corpus.build.index import SIDES, Index, batches
 
 _PASSES = 30
 FREQUENT = 50
-"""Tags with so many posts can be dealt evenly, and are what people compare."""
+"""Tags with at least this many posts can be dealt evenly, and are what people compare."""
 _RARE_WEIGHT = 0.05
 """Of a rare tag: it gives way, so that a frequent one comes out even."""
 _ENOUGH = 0.0005
 """Share of groups: a pass that moves fewer is the last."""
 _FEW, _EXCHANGES = 200, 3
-"""Up to so many groups exchanges are tried too, in the first passes: single moves of few get stuck.
+"""Up to this many groups exchanges are tried too, in the first passes: single moves get stuck.
 More passes take seconds and make the sides no evener."""
 _LEAST = 1e-9
 """A move that makes less of a difference is rounding."""

@@ -84,7 +84,7 @@ def move_in_place(out: Path, incoming: str, result: UrlResult) -> bool:
 
 
 def present(out: Path, result: UrlResult, *, verify: bool = False) -> bool:
-    """True when the content exists, by its size, or with `verify` by its hash."""
+    """Return True when the content exists, by its size, or with `verify` by its hash."""
     path = out / result.path
     try:
         if path.stat().st_size != result.size_bytes:
@@ -126,7 +126,7 @@ class Transfers:
 
     @property
     def free(self) -> int:
-        """Number of downloads that can begin now."""
+        """Return the number of downloads that can begin now."""
         return self._most - self.busy
 
     def start(self, ask: Ask) -> None:

@@ -102,7 +102,7 @@ class UrlResult:
 
     @property
     def path(self) -> str:
-        """Path of the content, relative to the output folder."""
+        """Return the content's path, relative to the output folder."""
         return f"media/{self.sha256[:2]}/{self.sha256}.{self.extension}"
 
 

@@ -273,7 +273,7 @@ def _loss(content: dict[str, Any], where: str) -> _Loss:
 
 
 def _leaves(source: str) -> bool:
-    """True when a relative path leaves its file's folder."""
+    """Return True when a relative path leaves its file's folder."""
     if is_url(source) or source.startswith("/"):
         return False
     return os.path.normpath(source).split("/")[0] == ".."

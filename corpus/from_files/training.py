@@ -568,7 +568,7 @@ def training_settings(
             "ocr_mode": settings.features.ocr_mode,
         },
         "model": {"name": "auto"},
-        # torch's own choice, a thread for each core, is far slower beside any other work.
+        # torch's own choice, a thread for each core, is far slower next to any other work.
         "trainer": {"save_dir": folder.runs, "threads": max(1, cores() // 2)},
         "bundle": {"out": folder.bundle},
     }

@@ -94,7 +94,7 @@ class Options:
 
     @cached_property
     def store(self) -> StoreSettings:
-        """The database as it stands in the settings, ``embedded://`` included."""
+        """Return the database as the settings name it, ``embedded://`` included."""
         return load_settings(self.config, self.overrides).store
 
 

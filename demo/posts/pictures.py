@@ -112,7 +112,7 @@ def _clutter(rng: np.random.Generator, picture: Picture) -> None:
 
 
 def disturb(rng: np.random.Generator, picture: Picture, noise: float) -> Picture:
-    """Gaussian pixel noise of ``60 × noise`` grey levels."""
+    """Add Gaussian pixel noise of ``60 × noise`` grey levels."""
     if noise <= 0:
         return picture
     grain = rng.normal(0, 60 * noise, picture.shape)

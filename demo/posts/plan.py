@@ -42,7 +42,7 @@ class PostPlan:
 def plan_posts(
     posts: int, seed: int, split: Split = "train", *, noise: float = 0.0, missing: float = 0.0
 ) -> list[PostPlan]:
-    """Plan so many posts of a split; splits of one seed share no post.
+    """Plan a number of posts of a split; splits of one seed share no post.
 
     `noise`, 0 to 1, is the strength of what disturbs the media and, times 0.2, the chance that a
     piece of evidence is left out; `missing` the chance that a needed modality is left out.
@@ -67,7 +67,7 @@ class _Deck:
         self._cards: list[str] = []
 
     def draw(self, count: int) -> tuple[str, ...]:
-        """Up to ``count`` different tags whose evidence fits into one post; at least one."""
+        """Draw up to ``count`` different tags whose evidence fits into one post; at least one."""
         while len(self._cards) < 2 * len(TAGS):
             self._cards += [str(tag) for tag in self._rng.permutation(list(TAGS))]
         room = dict(CAPACITY)

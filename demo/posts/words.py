@@ -124,7 +124,7 @@ def post_text(rng: np.random.Generator, keys: Sequence[str], noise: float = 0.0)
 
 
 def sign_lines(rng: np.random.Generator, keys: Sequence[str], noise: float = 0.0) -> list[str]:
-    """Up to three words: one for each thing the sign says, and neutral ones."""
+    """Return up to three words: one for each thing the sign says, and neutral ones."""
     lines = [str(rng.choice(SIGN_WORDS[key])) for key in keys]
     spare = 3 - len(lines)
     if rng.random() < 0.5 * noise and spare > 1:

@@ -436,7 +436,7 @@ def cast_weights(model: torch.nn.Module, arithmetic: Arithmetic) -> None:
 
 
 def autocast(device: str, arithmetic: Arithmetic) -> AbstractContextManager[Any]:
-    """Mixed precision for one forward pass; does nothing for fp32."""
+    """Use mixed precision for one forward pass; do nothing for fp32."""
     if arithmetic == "fp32":
         return nullcontext()
     import torch

@@ -1,4 +1,4 @@
-"""Pictures without weights: a histogram of oriented gradients (HOG) beside one of colours."""
+"""Pictures without weights: a histogram of oriented gradients (HOG) and one of colours."""
 
 from __future__ import annotations
 

@@ -107,7 +107,7 @@ class Posts:
 
 
 def all_media(posts: Sequence[MediaPost]) -> Iterator[tuple[str, Path]]:
-    """Post ID and path of every medium, each path once."""
+    """Yield post ID and path of every medium, each path once."""
     seen: set[Path] = set()
     for post in posts:
         for path in post.paths:

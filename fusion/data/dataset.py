@@ -108,7 +108,7 @@ def _spread(count: int) -> list[int]:
 def _made(
     record: Record, reader: FeatureFiles, wanted: Sequence[Stream]
 ) -> dict[Stream, tuple[int, str]]:
-    """Length and fingerprint of the streams that a post has."""
+    """Return length and fingerprint of the streams that a post has."""
     found = reader.features(record.post_id, record.features, None)
     there = [stream for stream in wanted if stream in found.arrays]
     made_with = reader.header(record.post_id, record.features).fingerprints if there else {}

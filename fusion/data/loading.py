@@ -120,7 +120,7 @@ class DataWait:
 
     @property
     def share(self) -> float:
-        """Waiting / all, in [0, 1]; 0 before the first step."""
+        """Return waiting / all, in [0, 1]; 0 before the first step."""
         return self.waited_s / self.total_s if self.total_s else 0.0
 
 

@@ -153,7 +153,7 @@ class PostList(Sequence[Record]):
         return self._places[:, 3]
 
     def digest(self) -> str:
-        """Equal for equal posts in equal order with equal labels."""
+        """Return a digest that is equal for equal posts in equal order with equal labels."""
         found = hashlib.sha256(self._places[:, 3].tobytes())
         for part in self.label_rows():
             found.update(part.tobytes())
@@ -179,7 +179,7 @@ class PostList(Sequence[Record]):
         return np.bincount(pairs % len(self.labels), minlength=len(self.labels))
 
     def take(self, rows: npt.ArrayLike) -> PostList:
-        """Some of the posts, in the order of ``rows``."""
+        """Take some of the posts, in the order of ``rows``."""
         chosen = np.asarray(rows, np.int64)
         counts = np.diff(self._ends)[chosen]
         ends = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
@@ -284,7 +284,7 @@ class _Lacking:
 def _wanted(
     entry: Entry, path: Path, labels: LabelMap, skip: Skip | None
 ) -> tuple[str, list[int]] | None:
-    """ID and labels of an entry; None leaves it out."""
+    """Return an entry's ID and labels; None leaves it out."""
     post_id: str | None = None
     try:
         record = record_of(entry.value, entry.where, path)

@@ -207,10 +207,10 @@ class StreamSink:
         return ()
 
     def finish(self) -> None:
-        """Nothing is left to do."""
+        """Do nothing: every row is written already."""
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing: nothing is open."""
 
 
 class FileSink:

@@ -104,7 +104,7 @@ def hit_at_one(scores: npt.ArrayLike, targets: npt.ArrayLike) -> float:
 
 
 def precision_at_equal_recall(scores: npt.ArrayLike, targets: npt.ArrayLike) -> float:
-    """PERR: precision in each sample's top n, n its number of labels; 0 for one without labels.
+    """Return PERR: precision in each sample's top n, its number of labels; 0 without labels.
 
     Of scores that are equal at the n-th place each counts in part.
 
@@ -157,7 +157,7 @@ def average_precisions(scores: npt.ArrayLike, targets: npt.ArrayLike) -> npt.NDA
 
 
 def mean_average_precision(scores: npt.ArrayLike, targets: npt.ArrayLike) -> float:
-    """Macro mean of the per-class average precision over the classes that have positives."""
+    """Return the mean of the average precisions of the classes that have positives."""
     per_class = average_precisions(scores, targets)
     known = per_class[~np.isnan(per_class)]
     return float(known.mean()) if len(known) else 0.0
@@ -171,7 +171,7 @@ class F1(NamedTuple):
 
 
 def f1_scores(scores: npt.ArrayLike, targets: npt.ArrayLike, thresholds: npt.ArrayLike = 0.5) -> F1:
-    """Micro and macro F1; a class is predicted where its score reaches its threshold.
+    """Return micro and macro F1; a class is predicted where its score reaches its threshold.
 
     Thresholds are one number, or ``(classes,)``.
     """
@@ -198,7 +198,7 @@ class Accuracy(NamedTuple):
 def accuracy(
     scores: npt.ArrayLike, targets: npt.ArrayLike, thresholds: npt.ArrayLike = 0.5
 ) -> Accuracy:
-    """Accuracy by decisions and by samples; arguments as of `f1_scores`."""
+    """Return the accuracy by decisions and by samples; arguments as of `f1_scores`."""
     numbers, truth = _checked(scores, targets)
     if not numbers.size:
         return Accuracy(0.0, 0.0)

@@ -96,7 +96,7 @@ class InputSchema:
 
 
 def _thin(array: FeatureArray, most: int, stream: Stream) -> FeatureArray:
-    """At most ``most`` tokens ``(n, dim)``: the beginning of a text, evenly spaced otherwise."""
+    """Take at most ``most`` tokens ``(n, dim)``: a text's beginning, evenly spaced otherwise."""
     if len(array) <= most:
         return array
     if stream in TEXT_STREAMS:
@@ -340,7 +340,7 @@ class FusionModel(nn.Module):
             start_head(head, frequencies, 0.02)
 
     def _add_own_heads(self, widths: Mapping[Stream, int]) -> None:
-        """Called last in ``__init__`` with the widths of `Fused.alone`."""
+        """Add own heads, last in ``__init__``, with the widths of `Fused.alone`."""
         if self.has_own_heads:
             classes = self.schema.classes
             self.own = nn.ModuleDict({m: nn.Linear(w, classes) for m, w in widths.items()})
@@ -414,7 +414,7 @@ def or_missing(vector: torch.Tensor, mask: torch.Tensor, missing: torch.Tensor) 
 
 
 def masked_mean(tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Mean of tokens ``(posts, n, dim)`` where the mask ``(posts, n)`` is True; zeros for none.
+    """Average tokens ``(posts, n, dim)`` where the mask ``(posts, n)`` is True; zeros for none.
 
     Tokens must be finite, also where masked.
     """

@@ -29,7 +29,7 @@ class LateFusion(FusionModel):
         self._add_own_heads(schema.dims)
 
     def layers(self) -> tuple[Stage, ...]:
-        """Norms, the weights of the mean; the heads are the own ones."""
+        """Make norms and the weights of the mean; the heads are the own ones."""
         return (Stage("modality", ("norms",)), Stage("fusion", ("mixing",)), Stage("head", ()))
 
     def classifiers(self) -> tuple[nn.Linear, ...]:

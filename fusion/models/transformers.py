@@ -28,7 +28,7 @@ _CHANGING: frozenset[Stream] = frozenset({"video", "audio"})
 
 
 def positions(count: int, width: int) -> torch.Tensor:
-    """Sinusoidal position embeddings float32 ``(count, width)``.
+    """Return sinusoidal position embeddings float32 ``(count, width)``.
 
     Source: "Attention is all you need", arXiv 1706.03762, section 3.5.
     """

@@ -193,7 +193,7 @@ def _gpus(settings: TrainerSettings) -> int:
 
 
 def _fabric(settings: TrainerSettings, *, gpus: int, local: int, hosts: int) -> Fabric:
-    """Fabric on the device and with the precision that the settings name, all processes joined."""
+    """Return Fabric with the settings' device and precision, all processes joined."""
     precision = settings.precision
     if precision == "auto":
         # A fusion model is small: on a CPU, half precision would save nothing.

@@ -26,7 +26,7 @@ from fusion.models.base import Batch
 
 
 def cross_entropy_costs(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Binary cross entropy float32 ``(posts, classes)``."""
+    """Return the binary cross entropy float32 ``(posts, classes)``."""
     return functional.binary_cross_entropy_with_logits(logits, targets, reduction="none")
 
 

@@ -156,7 +156,7 @@ def subset_gaps(
     held_out: Sequence[HeldOutScores],
     calibration: Calibration | None,
 ) -> list[SubsetGap]:
-    """GAP of every subset of the modalities over some of the held-out posts."""
+    """Return the GAP of every subset of the modalities over some of the held-out posts."""
     total, most = sum(len(part.posts) for part in held_out), settings.report.subset_posts
     if not total or not most:
         return []

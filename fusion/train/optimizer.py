@@ -75,7 +75,7 @@ def _within(name: str, part: str) -> bool:
 
 
 def warm_up_cosine(step: int, steps: int, warm_up: float) -> float:
-    """Factor of the learning rate at a step, from 0: linear up, then a cosine down to 0.
+    """Return a step's factor of the learning rate: linear up from 0, a cosine down to 0.
 
     ``warm_up`` is the share of the steps that go up.
     """
@@ -119,7 +119,7 @@ def _cosine_between(start: float, end: float, done: float) -> float:
 
 
 def warm_up_steps(step: int, steps: int, settings: OptimizerSettings) -> float:
-    """Factor of the learning rate: linear up, then times ``step_factor`` at each ``steps_at``."""
+    """Return the learning rate's factor: linear up, then ``step_factor`` at each ``steps_at``."""
     passed = sum(step >= round(share * steps) for share in settings.steps_at)
     return _warm_up(step, steps, settings) * settings.step_factor**passed
 

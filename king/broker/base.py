@@ -364,7 +364,7 @@ class Broker(ABC):
 
     @property
     def _window(self) -> int:
-        """The number of messages that may be in hand."""
+        """Return the number of messages that may be in hand."""
         return self._width if self._is_proven else 1
 
     def _keep_pace(self) -> None:

@@ -104,7 +104,7 @@ class StoreClient:
 
     @property
     def jobs(self) -> Collection[Document]:
-        """Our jobs."""
+        """Return the collection of jobs."""
         return self._collection(self.settings.jobs_collection)
 
     @property

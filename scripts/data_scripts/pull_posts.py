@@ -1,9 +1,9 @@
-"""Pull posts out of the database into a posts file (JSON lines), in the order of _id.
+"""Pull posts from the database into a posts file (JSON lines), in the order of _id.
 
-store.fields of the settings says where in a document what lies. Beside POSTS.jsonl it
-writes POSTS.rejected.jsonl (documents that are no posts, with the reason) and POSTS.summary.json
-(how many of what were left out, and why). Run it again after whatever ended it, and it goes on
-where it stopped.
+store.fields of the settings says where a document has its text and its media. Next to POSTS.jsonl
+it writes POSTS.rejected.jsonl (documents that are not posts, with the reason) and
+POSTS.summary.json (how many were left out, and why). If it was interrupted, run it again: it
+continues where it stopped.
 """
 
 from __future__ import annotations

@@ -145,7 +145,7 @@ class Keys:
 
 
 def _key(*parts: str) -> str:
-    """Digest of texts; each with its length, so that no two lists of them are the same bytes."""
+    """Digest texts, each with its length, so that no two lists of them are the same bytes."""
     total = hashlib.sha256()
     for part in parts:
         content = part.encode("utf-8", "surrogatepass")

@@ -35,7 +35,7 @@ would be charged with the deaths of its neighbours, with more it would kill more
 
 
 _FUSE_SHARE = 4
-"""Posts wait for fusion until they are one in so many of the open tasks: a pass reads all weights
+"""Posts wait for fusion until they are this fraction of the open tasks: a pass reads all weights
 of the model, and takes for one post nearly as long as for eight. At half, other workers may run out
 of posts; at double, batches are of two or three posts."""
 
@@ -148,7 +148,7 @@ class WorkerLoad:
 
     @property
     def weight(self) -> float:
-        """Number of full batches that it holds."""
+        """Return the number of full batches that it holds."""
         return sum(queued.weight for queued in self.tasks.values())
 
 

@@ -276,7 +276,7 @@ class ManagedProcess:
         return channel
 
     def kill(self) -> None:
-        """SIGKILL; works on a stopped process too."""
+        """Send SIGKILL, which ends a stopped process too."""
         if self._popen is not None:
             self._popen.kill()
 

@@ -402,8 +402,8 @@ class _BundleFolder:
 class _Fusion(Handler):
     """The bundle that is served, one on trial, and the swaps to newer ones between two batches.
 
-    Each comes with the rules of serving. A copy of the last good ones lies beside the bundle. It is
-    served where the bundle itself is broken, perhaps because it is being copied just now.
+    Each comes with the rules of serving. A copy of the last good ones lies next to the bundle, and
+    is served where the bundle itself is broken, perhaps because it is being copied just now.
     """
 
     def __init__(self, settings: FusionSettings, launch: Launch) -> None:
